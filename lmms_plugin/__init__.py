@@ -1,0 +1,3 @@
+"""Quantized vision-language models in lmms-eval: grounding and calibration under domain shift."""
+
+__version__ = "0.1.0"

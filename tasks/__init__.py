@@ -1,0 +1,1 @@
+"""Tasks this package adds to lmms-eval: Python beside plain YAML folders."""
