@@ -1,0 +1,430 @@
+"""Tiny checkpoints of real vision-language architectures, built from config and saved like downloaded ones.
+
+Each directory holds safetensors weights, a tokenizer trained here, the image (and video) processor and the chat
+template of the family, so that everything that loads a checkpoint from disk can be run offline in a second. The
+weights are random but wide: answers vary from token to token and depend on the image.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+IMAGE_SIZE = 56
+PATCH = 14
+
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>")
+QWEN_TOKENS += ("<|box_start|>", "<|box_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+QWEN_TOKENS += ("<|image_pad|>", "<|video_pad|>")
+TILE_TOKENS = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)))
+
+CORPUS = (
+    "Locate the red circle to the left of the blue square. Where is the man in the white shirt?",
+    "Please provide the bounding box coordinate of the region this sentence describes: the dog on the right.",
+    "Output a JSON list of objects with bbox_2d and label. Describe the image in one short sentence.",
+    "What is shown here? Answer yes or no. The answer is 0 1 2 3 4 5 6 7 8 9 10 20 30 40 50 60 70 80 90 100.",
+)
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN3_TEMPLATE = QWEN_TEMPLATE.replace(
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}",
+    "",
+)
+IDEFICS_TEMPLATE = (
+    "%s{%% for message in messages %%}{{ message['role'] | capitalize }}"
+    "{%% if message['content'][0]['type'] == 'image' %%}{{ ':' }}{%% else %%}{{ ': ' }}{%% endif %%}"
+    "{%% for line in message['content'] %%}{%% if line['type'] == 'text' %%}{{ line['text'] }}{%% elif line['type'] == 'image' %%}{{ '<image>' }}{%% elif line['type'] == 'video' %%}"
+    "{{ '<video>' }}{%% endif %%}{%% endfor %%}<end_of_utterance>\n{%% endfor %%}"
+    "{%% if add_generation_prompt %%}{{ 'Assistant:' }}{%% endif %%}"
+)
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
+    "{% endfor %}{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}{% elif content['type'] == 'text' %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set prefix = messages[0]['content'][0]['text'] + '\n\n' -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}{%- set prefix = '' -%}{%- set turns = messages -%}{%- endif -%}{%- for message in turns -%}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
+    "{{ '<start_of_turn>' + role + '\n' + (prefix if loop.first else '') }}{%- for item in message['content'] -%}"
+    "{%- if item['type'] == 'image' -%}{{ '<start_of_image>' }}{%- elif item['type'] == 'text' -%}"
+    "{{ item['text'] | trim }}{%- endif -%}{%- endfor -%}{{ '<end_of_turn>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+
+
+def byte_level_tokenizer(special: Sequence[str], **roles: Any) -> hf.PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer (the kind of GPT-2, Qwen and SmolLM)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return _with_special_tokens(tokenizer, special, **roles)
+
+
+def sentencepiece_tokenizer(special: Sequence[str], *, prefix_space: bool, **roles: Any) -> hf.PreTrainedTokenizerFast:
+    """Return a BPE tokenizer with byte fallback and `▁` for spaces (the kind of Llama and Gemma)."""
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *fallback], show_progress=False)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix_space:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return _with_special_tokens(tokenizer, special, begins_with_bos=True, **roles)
+
+
+def _with_special_tokens(
+    tokenizer: Tokenizer, special: Sequence[str], *, begins_with_bos: bool = False, **roles: Any
+) -> hf.PreTrainedTokenizerFast:
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if begins_with_bos:
+        bos = roles["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **roles)
+
+
+def _text(tokenizer: hf.PreTrainedTokenizerFast, **changes: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": math.ceil(len(tokenizer) / 32) * 32,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **changes,
+    }
+
+
+def _vision(**changes: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH,
+        **changes,
+    }
+
+
+def _square(side: int = IMAGE_SIZE) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
+def _pixels(patch: int) -> dict[str, int]:
+    return {"shortest_edge": (4 * patch) ** 2, "longest_edge": (8 * patch) ** 2}
+
+
+def _qwen_ids(tokenizer: hf.PreTrainedTokenizerFast) -> dict[str, int]:
+    names = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    names |= {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    return {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
+
+
+def _qwen2_vl() -> tuple[Any, Any]:
+    tokenizer = byte_level_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": PATCH}
+    config = hf.Qwen2VLConfig(
+        text_config=_text(tokenizer, rope_parameters=rope), vision_config=vision, **_qwen_ids(tokenizer)
+    )
+    processor = hf.Qwen2VLProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(size=_pixels(PATCH)),
+        tokenizer=tokenizer,
+        video_processor=hf.Qwen2VLVideoProcessor(size=_pixels(PATCH)),
+        chat_template=QWEN_TEMPLATE,
+    )
+    return config, processor
+
+
+def _qwen2_5_vl() -> tuple[Any, Any]:
+    tokenizer = byte_level_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    vision = {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 128, "num_heads": 2}
+    vision |= {"patch_size": PATCH, "window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
+    config = hf.Qwen2_5_VLConfig(
+        text_config=_text(tokenizer, rope_parameters=rope), vision_config=vision, **_qwen_ids(tokenizer)
+    )
+    processor = hf.Qwen2_5_VLProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(size=_pixels(PATCH)),
+        tokenizer=tokenizer,
+        video_processor=hf.Qwen2VLVideoProcessor(size=_pixels(PATCH)),
+        chat_template=QWEN_TEMPLATE,
+    )
+    return config, processor
+
+
+def _qwen3_vl() -> tuple[Any, Any]:
+    tokenizer = byte_level_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
+    vision = {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 128, "num_heads": 2}
+    vision |= {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    config = hf.Qwen3VLConfig(
+        text_config=_text(tokenizer, rope_parameters=rope, head_dim=16),
+        vision_config=vision,
+        **_qwen_ids(tokenizer),
+    )
+    layout = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
+    processor = hf.Qwen3VLProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(size=_pixels(16), **layout),
+        tokenizer=tokenizer,
+        video_processor=hf.Qwen3VLVideoProcessor(size=_pixels(16), **layout),
+        chat_template=QWEN3_TEMPLATE,
+    )
+    return config, processor
+
+
+def _idefics3() -> tuple[Any, Any]:
+    special = ("<|begin_of_text|>", "<|end_of_text|>", "<pad>", "<fake_token_around_image>", "<image>")
+    special += ("<end_of_utterance>", *TILE_TOKENS)
+    roles = {"bos_token": "<|begin_of_text|>", "eos_token": "<end_of_utterance>", "pad_token": "<pad>"}
+    tokenizer = byte_level_tokenizer(special, **roles)
+    config = hf.Idefics3Config(
+        text_config={"model_type": "llama", **_text(tokenizer)},
+        vision_config=_vision(),
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    processor = hf.Idefics3Processor(
+        image_processor=hf.Idefics3ImageProcessor(
+            size={"longest_edge": 2 * IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=IDEFICS_TEMPLATE % "<|begin_of_text|>",
+    )
+    return config, processor
+
+
+def _smolvlm() -> tuple[Any, Any]:
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>")
+    special += ("<end_of_utterance>", "<video>", *TILE_TOKENS)
+    roles = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
+    tokenizer = byte_level_tokenizer(special, **roles)
+    config = hf.SmolVLMConfig(
+        text_config={"model_type": "llama", **_text(tokenizer)},
+        vision_config=_vision(),
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tiles = {"size": {"longest_edge": 2 * IMAGE_SIZE}, "max_image_size": {"longest_edge": IMAGE_SIZE}}
+    processor = hf.SmolVLMProcessor(
+        image_processor=hf.SmolVLMImageProcessor(**tiles),
+        tokenizer=tokenizer,
+        video_processor=hf.SmolVLMVideoProcessor(
+            size={"longest_edge": IMAGE_SIZE},
+            max_image_size={"longest_edge": IMAGE_SIZE},
+            video_sampling={"fps": 1, "max_frames": 8, "video_size": {"longest_edge": IMAGE_SIZE}},
+        ),
+        image_seq_len=4,
+        chat_template=IDEFICS_TEMPLATE % "<|im_start|>",
+    )
+    return config, processor
+
+
+def _llava() -> tuple[Any, Any]:
+    special = ("<s>", "</s>", "<image>", "<pad>")
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = sentencepiece_tokenizer(special, prefix_space=True, **roles)
+    config = hf.LlavaConfig(
+        text_config={"model_type": "llama", **_text(tokenizer)},
+        vision_config={"model_type": "clip_vision_model", **_vision(projection_dim=64)},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
+    )
+    processor = hf.LlavaProcessor(
+        image_processor=hf.CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=_square()),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    return config, processor
+
+
+def _llava_onevision() -> tuple[Any, Any]:
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+    tokenizer = byte_level_tokenizer(special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    pinpoints = [[IMAGE_SIZE * rows, IMAGE_SIZE * columns] for rows in (1, 2) for columns in (1, 2)]
+    config = hf.LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **_text(tokenizer)},
+        vision_config={"model_type": "siglip_vision_model", **_vision(vision_use_head=False)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+    )
+    processor = hf.LlavaOnevisionProcessor(
+        image_processor=hf.LlavaOnevisionImageProcessor(size=_square(), image_grid_pinpoints=pinpoints),
+        tokenizer=tokenizer,
+        video_processor=hf.LlavaOnevisionVideoProcessor(size=_square()),
+        num_image_tokens=(IMAGE_SIZE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=ONEVISION_TEMPLATE,
+    )
+    return config, processor
+
+
+def _internvl() -> tuple[Any, Any]:
+    media = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    media |= {"video_token": "<video>"}
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *media.values())
+    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": media}
+    tokenizer = byte_level_tokenizer(special, **roles)
+    config = hf.InternVLConfig(
+        text_config={"model_type": "qwen2", **_text(tokenizer)},
+        vision_config=_vision(image_size=[IMAGE_SIZE, IMAGE_SIZE], patch_size=[PATCH, PATCH]),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    processor = hf.InternVLProcessor(
+        image_processor=hf.GotOcr2ImageProcessor(size=_square(), crop_to_patches=True, min_patches=1, max_patches=4),
+        tokenizer=tokenizer,
+        video_processor=hf.InternVLVideoProcessor(size=_square()),
+        image_seq_length=4,
+        chat_template=INTERNVL_TEMPLATE,
+    )
+    return config, processor
+
+
+def _paligemma() -> tuple[Any, Any]:
+    roles = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = sentencepiece_tokenizer(("<pad>", "<eos>", "<bos>", "<image>"), prefix_space=False, **roles)
+    processor = hf.PaliGemmaProcessor(
+        image_processor=hf.SiglipImageProcessor(size=_square(), image_seq_length=(IMAGE_SIZE // PATCH) ** 2),
+        tokenizer=tokenizer,
+    )
+    config = hf.PaliGemmaConfig(
+        text_config={"model_type": "gemma", **_text(tokenizer, head_dim=16)},
+        vision_config={"model_type": "siglip_vision_model", **_vision(projection_dim=64, vision_use_head=False)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=64,
+        hidden_size=64,
+    )
+    return config, processor
+
+
+def _gemma3() -> tuple[Any, Any]:
+    media = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    special = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *media.values())
+    roles = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = sentencepiece_tokenizer(special, prefix_space=False, extra_special_tokens=media, **roles)
+    config = hf.Gemma3Config(
+        text_config=_text(
+            tokenizer,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=64,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        vision_config={"model_type": "siglip_vision_model", **_vision(vision_use_head=False)},
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+        boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
+    )
+    processor = hf.Gemma3Processor(
+        image_processor=hf.Gemma3ImageProcessor(size=_square(), image_seq_length=4),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=GEMMA_TEMPLATE,
+    )
+    return config, processor
+
+
+BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
+    "llava": _llava,
+    "llava_onevision": _llava_onevision,
+    "internvl": _internvl,
+    "paligemma": _paligemma,
+    "gemma3": _gemma3,
+}
+FAMILIES: tuple[str, ...] = tuple(BUILDERS)
+VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llava_onevision", "internvl")
+
+
+def build(family: str, directory: str | Path, *, seed: int = 0) -> Path:
+    """Write a tiny checkpoint of `family` into `directory` and return the directory.
+
+    Args:
+        family: one of `FAMILIES`.
+        directory: made if missing.
+        seed: of the weights.
+    """
+    config, processor = BUILDERS[family]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        widen(model)
+    directory = Path(directory)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def widen(model: Any) -> None:
+    """Redraw the weights so that activations keep their size and next-token distributions are peaked.
+
+    The usual initialisation (standard deviation 0.02) gives a nearly uniform next token and repeats itself.
+    Where the head is the input embedding, a large embedding would make every token predict itself: there the
+    embedding is small and the final norm makes up for it.
+    """
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        if name.endswith("language_model.norm.weight") and tied:
+            parameter.fill_(4.0)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.fill_(2.0)
+        elif "embed_tokens" in name or "lm_head" in name:
+            parameter.normal_(std=0.1 if tied else 0.4)
+        elif parameter.ndim > 1:
+            parameter.normal_(std=1.5 / math.sqrt(parameter.numel() // parameter.shape[0]))
