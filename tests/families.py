@@ -46,7 +46,8 @@ QWEN3_TEMPLATE = QWEN_TEMPLATE.replace(
 IDEFICS_TEMPLATE = (
     "%s{%% for message in messages %%}{{ message['role'] | capitalize }}"
     "{%% if message['content'][0]['type'] == 'image' %%}{{ ':' }}{%% else %%}{{ ': ' }}{%% endif %%}"
-    "{%% for line in message['content'] %%}{%% if line['type'] == 'text' %%}{{ line['text'] }}{%% elif line['type'] == 'image' %%}{{ '<image>' }}{%% elif line['type'] == 'video' %%}"
+    "{%% for line in message['content'] %%}{%% if line['type'] == 'text' %%}{{ line['text'] }}"
+    "{%% elif line['type'] == 'image' %%}{{ '<image>' }}{%% elif line['type'] == 'video' %%}"
     "{{ '<video>' }}{%% endif %%}{%% endfor %%}<end_of_utterance>\n{%% endfor %%}"
     "{%% if add_generation_prompt %%}{{ 'Assistant:' }}{%% endif %%}"
 )
