@@ -1,0 +1,93 @@
+"""Boxes as fractions of the original image, and the overlap of two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+OVERSHOOT = 0.05
+"""How far a box may reach beyond its frame, as a fraction of the frame's side, and still be cut at the edge.
+
+Annotations and answers overshoot an edge by rounding. A coordinate further out is not in the scale it was declared
+in (pixels read as thousandths, xyxy read as xywh): cutting that at the edge would turn a misunderstanding into a
+valid-looking box.
+"""
+
+
+class Box(NamedTuple):
+    """An axis-aligned box: left, top, right, bottom as fractions of the original image, origin at the top left.
+
+    The constructors `clip`, `from_xyxy` and `from_xywh` give 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1.
+    """
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    @classmethod
+    def clip(cls, x1: float, y1: float, x2: float, y2: float) -> Box | None:
+        """Cut fractions of the image at its edges.
+
+        Returns:
+            The part inside the image; None where no area is left, which includes inverted corners and NaN.
+        """
+        box = cls(max(x1, 0.0), max(y1, 0.0), min(x2, 1.0), min(y2, 1.0))
+        return box if box.x1 < box.x2 and box.y1 < box.y2 else None
+
+    @classmethod
+    def from_xyxy(cls, xyxy: Sequence[float], size: tuple[int, int]) -> Box:
+        """Build a box from corners in pixels.
+
+        Args:
+            xyxy: left, top, right, bottom in pixels of the image.
+            size: (width, height) of the image in pixels.
+
+        Raises:
+            ValueError: not four numbers, an empty image, no area, or more than `OVERSHOOT` outside the image.
+        """
+        width, height = size
+        if len(xyxy) != 4:
+            raise ValueError(f"Expected 4 numbers x1, y1, x2, y2 but got {len(xyxy)}: {xyxy}")
+        if width <= 0 or height <= 0:
+            raise ValueError(f"Expected an image of positive width and height but got {width}x{height}")
+        x1, y1, x2, y2 = (value / side for value, side in zip(xyxy, (width, height, width, height), strict=True))
+        box = cls.clip(x1, y1, x2, y2)
+        if box is None:
+            raise ValueError(f"Expected a box with area inside the {width}x{height} image but got xyxy {list(xyxy)}")
+        if min(x1, y1) < -OVERSHOOT or max(x2, y2) > 1 + OVERSHOOT:
+            raise ValueError(f"Expected a box inside the {width}x{height} image but got xyxy {list(xyxy)}")
+        return box
+
+    @classmethod
+    def from_xywh(cls, xywh: Sequence[float], size: tuple[int, int]) -> Box:
+        """Build a box from its top left corner, width and height in pixels (COCO, RefCOCO+).
+
+        Args:
+            xywh: left, top, width, height in pixels of the image.
+            size: (width, height) of the image in pixels.
+
+        Raises:
+            ValueError: as `from_xyxy`.
+        """
+        if len(xywh) != 4:
+            raise ValueError(f"Expected 4 numbers x, y, width, height but got {len(xywh)}: {xywh}")
+        x, y, width, height = xywh
+        return cls.from_xyxy((x, y, x + width, y + height), size)
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes in the same frame.
+
+    Returns:
+        A fraction in [0, 1]; 0 where either box has no area or inverted corners.
+    """
+    width = min(a.x2, b.x2) - max(a.x1, b.x1)
+    height = min(a.y2, b.y2) - max(a.y1, b.y1)
+    if width <= 0 or height <= 0:
+        return 0.0
+    intersection = width * height
+    if intersection == 0:  # the product of two tiny sides underflows
+        return 0.0
+    union = (a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - intersection
+    return intersection / union
