@@ -1,0 +1,49 @@
+# make demo   creates .venv, installs, runs the main job on the embedded demo, writes demo_output/
+# make test   creates .venv, installs what the tests need, runs them against the installed package
+# make check  formatting, lint and types
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find lmms_plugin quant_backends tasks -type f -not -path '*/__pycache__/*' 2>/dev/null)
+CODE := lmms_plugin quant_backends tasks tests bench
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.package
+	$(BIN)/lmms-plugin demo --output demo_output
+
+test: $(VENV)/.dev $(VENV)/.package
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+# Types are checked on the installed package: mypy cannot follow setup.cfg's folder mapping in a checkout.
+check: $(VENV)/.dev $(VENV)/.package
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	cd $(VENV) && bin/mypy --config-file $(CURDIR)/setup.cfg -p lmms_plugin
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(BIN)/python setup.cfg pyproject.toml constraints.txt
+	rm -rf build
+	$(BIN)/pip install --constraint constraints.txt .
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml constraints.txt
+	rm -rf build
+	$(BIN)/pip install --constraint constraints.txt ".[dev]"
+	touch $@ $(VENV)/.core
+
+# A stale build/ would carry deleted modules into the wheel.
+$(VENV)/.package: $(VENV)/.core $(SOURCES) README.md
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	touch $@

@@ -1,0 +1,158 @@
+"""What lmms-eval's entry point group `lmms_eval.models` calls: our models, and with them our tasks.
+
+lmms-eval 0.7 discovers models by entry point but tasks only by a path on its command line. Loading our models happens before
+it looks for tasks, so that is where its `TaskManager` learns of our folder: three methods are wrapped, once, and only if
+they look as they do in the version this was written against.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import wraps
+from importlib.metadata import version
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from lmms_plugin.quant_backends import names
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+TESTED = "0.7"
+_MARK = "_lmms_plugin"
+_EXPECTED = {
+    "initialize_tasks": ["self", "include_path", "include_defaults"],
+    "_get_config": ["self", "name"],
+    "load_task_or_group": ["self", "task_list", "task_type"],
+}
+
+
+def tasks_folder() -> str:
+    """Folder of this package's task YAML, for `TaskManager(include_path=...)` and `--include_path`."""
+    return str(files("lmms_plugin.tasks"))
+
+
+def model_names() -> list[str]:
+    """The `--model` names this package adds, one per quantization backend."""
+    return [f"quant_{name}" for name in names()]
+
+
+def manifests() -> "list[ModelManifest]":
+    """One manifest per backend. As a side effect, makes our tasks visible to every `TaskManager`."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    _warn_if_untested(version("lmms-eval"))
+    make_tasks_visible()
+    return [ModelManifest(model_id=name, chat_class_path=f"lmms_plugin.model.{_class_name(name)}") for name in model_names()]
+
+
+def _class_name(model_name: str) -> str:
+    return "".join(part.capitalize() for part in model_name.split("_"))
+
+
+def _warn_if_untested(found: str) -> None:
+    if not found.startswith(f"{TESTED}."):
+        _warn(
+            f"lmms-plugin is tested with lmms-eval {TESTED}.x, found {found}. Models named quant_* are registered; "
+            f"if tasks are missing, add --include_path {tasks_folder()} (single cells of *_shift then have no name)."
+        )
+
+
+def _warn(message: str) -> None:
+    from loguru import logger
+
+    logger.warning(message)
+
+
+def make_tasks_visible() -> None:
+    """Make every `TaskManager` index our tasks; does nothing the second time.
+
+    If lmms-eval's methods are not those expected, warns and names `--include_path` instead of patching blindly.
+    """
+    from lmms_eval.tasks import TaskManager
+
+    if getattr(TaskManager.initialize_tasks, _MARK, False):
+        return
+    for name, expected in _EXPECTED.items():
+        found = list(inspect.signature(getattr(TaskManager, name, lambda: None)).parameters)
+        if found != expected:
+            _warn(
+                f"lmms-eval's TaskManager.{name} takes {found}, expected {expected}: tasks of lmms-plugin are not "
+                f"added by themselves. Add --include_path {tasks_folder()}; models named quant_* work as usual."
+            )
+            return
+    _wrap(TaskManager, "initialize_tasks", _indexing_ours)
+    _wrap(TaskManager, "_get_config", _filling_in_cells)
+    _wrap(TaskManager, "load_task_or_group", _explaining_data_errors)
+
+
+def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(cls, name)
+    wrapped = wraps(original)(wrapper(original))
+    setattr(wrapped, _MARK, True)
+    setattr(cls, name, wrapped)
+
+
+def _indexing_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+    def initialize_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
+        from lmms_plugin.tasks import cells
+
+        paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
+        if tasks_folder() not in paths:
+            paths.append(tasks_folder())
+        index: dict[str, Any] = original(self, include_path=paths, include_defaults=include_defaults)
+        for name, entry in cells.entries().items():
+            # -1 is lmms-eval's sign for "the list of subtasks is in the group's own config".
+            subtasks = {"task": -1} if entry.kind == "group" else {}
+            index.setdefault(
+                name, {"type": entry.kind, "yaml_path": str(entry.yaml), "overrides": entry.overrides, **subtasks}
+            )
+        return index
+
+    return initialize_tasks
+
+
+def _filling_in_cells(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _get_config(self: Any, name: str) -> dict[str, Any]:
+        overrides = self.task_index.get(name, {}).get("overrides", {})
+        return {**original(self, name), **overrides}
+
+    return _get_config
+
+
+def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_task_or_group(self: Any, task_list: Any = None, task_type: str = "simple") -> dict[str, Any]:
+        from tenacity import RetryError
+
+        try:
+            loaded: dict[str, Any] = original(self, task_list, task_type)
+        except (RetryError, ImportError) as error:
+            explained = _data_error(error, task_list)
+            if explained is None:
+                raise
+            raise explained from error
+        return loaded
+
+    return load_task_or_group
+
+
+def _data_error(error: BaseException, task_list: Any) -> Exception | None:
+    """The data error at the bottom of what lmms-eval raised while it loaded our tasks, None if there is none."""
+    from lmms_plugin.tasks import refcocoplus
+    from lmms_plugin.tasks.expressions import DatasetError
+
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, DatasetError):
+            return DatasetError(f"{task_list}: {cause}")
+    asked = [task_list] if isinstance(task_list, str) else list(task_list or [])
+    if any(str(name).startswith("refcocoplus_") for name in asked) and len(causes) > 1:
+        reason = str(causes[-1]).splitlines()[0]
+        return DatasetError(f"{task_list}: cannot load {refcocoplus.HUB_ID}: {reason}. {refcocoplus.HINT}")
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        attempt = getattr(error, "last_attempt", None)
+        error = attempt.exception() if attempt is not None else error.__cause__

@@ -1,0 +1,47 @@
+"""The names `lmms-eval --tasks` accepts from this package, without importing lmms-eval."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import yaml
+
+from lmms_plugin.tasks import cells as generated
+
+
+class Listed(NamedTuple):
+    """One line of the list: the name, `task`, `group` or `cell`, and what it is."""
+
+    name: str
+    kind: str
+    summary: str
+
+
+class _NameLoader(yaml.SafeLoader):
+    """Reads a task's YAML without importing the functions it names."""
+
+
+_NameLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+def tasks(cells: bool = False) -> list[Listed]:
+    """All tasks and groups sorted by name; with `cells`, also every single cell split × shift × severity."""
+    return sorted([*_from_files(), *_generated(cells)])
+
+
+def _from_files() -> Iterator[Listed]:
+    for path in sorted(generated.FOLDER.rglob("*.yaml")):
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_NameLoader)
+        if isinstance(config.get("task"), str):
+            yield Listed(config["task"], "task", f"{path.parent.name}, split {config.get('test_split')}")
+        elif "group" in config:
+            yield Listed(config["group"], "group", f"{len(config['task'])} tasks: {', '.join(config['task'])}")
+
+
+def _generated(cells: bool) -> Iterator[Listed]:
+    for name, entry in generated.entries().items():
+        if entry.kind == "group":
+            yield Listed(name, "group", f"{len(entry.overrides['task'])} members, e.g. {entry.overrides['task'][-1]}")
+        elif cells:
+            place = entry.overrides["metadata"]
+            split = entry.overrides["test_split"]
+            yield Listed(name, "cell", f"split {split}, {place['shift']} at severity {place['severity']}")
