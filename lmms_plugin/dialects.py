@@ -57,7 +57,7 @@ class Parsed(NamedTuple):
     """
 
     box: Box | None
-    count: int
+    count: int  # type: ignore[assignment]  # a field, over tuple.count, which nobody wants of an answer
     coordinates: tuple[tuple[int, int], ...]
 
 
@@ -135,6 +135,9 @@ class Dialect:
 
     def parse(self, text: str, *, original_size: Size | None, model_size: Size | None) -> Parsed:
         """Read the first box of an answer.
+
+        Only the numbers and what stands between them is looked for: keys, labels, tags and fences may be missing, and a
+        complete first box is read from an answer that was cut off later.
 
         Total: any text and any sizes give a result, in time linear in the length of the text. Numbers up to `OVERSHOOT`
         outside the frame are cut at the edge of the image; further ones are not in the declared scale and give no box.
