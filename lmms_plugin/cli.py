@@ -15,11 +15,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.command()
 def models() -> None:
     """List the models this package adds to lmms-eval (`lmms-eval models` lists built-in ones only)."""
-    from lmms_plugin.quant_backends import describe
-    from lmms_plugin.registration import model_names
+    from lmms_plugin.quant_backends import get, names
+    from lmms_plugin.registration import model_name
 
-    for name in model_names():
-        typer.echo(f"{name:24} {describe(name.removeprefix('quant_'))}")
+    for backend in names():
+        summary = (get(backend).__doc__ or "").split("\n", 1)[0]
+        typer.echo(f"{model_name(backend):24} {summary}")
 
 
 @app.command()

@@ -31,9 +31,9 @@ def tasks_folder() -> str:
     return str(files("lmms_plugin.tasks"))
 
 
-def model_names() -> list[str]:
-    """The `--model` names this package adds, one per quantization backend."""
-    return [f"quant_{name}" for name in names()]
+def model_name(backend: str) -> str:
+    """The `--model` name of a quantization backend."""
+    return f"quant_{backend}"
 
 
 def manifests() -> "list[ModelManifest]":
@@ -42,11 +42,11 @@ def manifests() -> "list[ModelManifest]":
 
     _warn_if_untested(version("lmms-eval"))
     make_tasks_visible()
-    return [ModelManifest(model_id=name, chat_class_path=f"lmms_plugin.model.{_class_name(name)}") for name in model_names()]
+    return [ModelManifest(model_id=name, chat_class_path=_class_path(name)) for name in map(model_name, names())]
 
 
-def _class_name(model_name: str) -> str:
-    return "".join(part.capitalize() for part in model_name.split("_"))
+def _class_path(model_id: str) -> str:
+    return "lmms_plugin.model." + "".join(part.capitalize() for part in model_id.split("_"))
 
 
 def _warn_if_untested(found: str) -> None:
