@@ -1,0 +1,78 @@
+"""Calibration, selective prediction and localisation metrics: arrays in, numbers out, numpy alone.
+
+Everything is a fraction in [0, 1] unless it says otherwise, computed in float64 and in O(n log n) at most.
+"""
+
+from lmms_plugin.metrics.calibration import (
+    Bins,
+    BrierParts,
+    EceFloor,
+    adaptive_ece,
+    brier,
+    brier_parts,
+    ece,
+    ece_floor,
+    mce,
+    nll,
+    reliability_bins,
+    smooth_ece,
+    squared_ce,
+)
+from lmms_plugin.metrics.localisation import (
+    IOU_THRESHOLDS,
+    acc_at,
+    laace_0,
+    laece_0,
+    mean_ece_over_iou,
+    mean_iou,
+)
+from lmms_plugin.metrics.selective import (
+    OperatingPoint,
+    RiskCoverage,
+    at_threshold,
+    aupr_error,
+    aurc,
+    auroc,
+    coverage_at_risk,
+    e_aurc,
+    effective_reliability,
+    fpr_at_tpr,
+    risk_coverage,
+    threshold_at_cost,
+    threshold_at_risk,
+)
+
+__all__ = [
+    "IOU_THRESHOLDS",
+    "Bins",
+    "BrierParts",
+    "EceFloor",
+    "OperatingPoint",
+    "RiskCoverage",
+    "acc_at",
+    "adaptive_ece",
+    "at_threshold",
+    "aupr_error",
+    "aurc",
+    "auroc",
+    "brier",
+    "brier_parts",
+    "coverage_at_risk",
+    "e_aurc",
+    "ece",
+    "ece_floor",
+    "effective_reliability",
+    "fpr_at_tpr",
+    "laace_0",
+    "laece_0",
+    "mce",
+    "mean_ece_over_iou",
+    "mean_iou",
+    "nll",
+    "reliability_bins",
+    "risk_coverage",
+    "smooth_ece",
+    "squared_ce",
+    "threshold_at_cost",
+    "threshold_at_risk",
+]

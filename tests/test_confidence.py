@@ -1,0 +1,141 @@
+"""Confidence estimators: closed forms, what is missing, and which tokens write the box."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmms_plugin.confidence import ESTIMATORS, coordinate_mask, estimate_all
+
+PROBABILITIES = np.array([0.9, 0.5, 1.0, 0.8, 0.25])
+MASK = np.array([False, True, False, True, False])
+
+LOGPROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=20)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("joint", 0.9 * 0.5 * 0.8 * 0.25),
+        ("mean", (0.9 * 0.5 * 0.8 * 0.25) ** (1 / 5)),
+        ("min", 0.25),
+        ("coordinate_joint", 0.5 * 0.8),
+        ("coordinate_mean", math.sqrt(0.5 * 0.8)),
+        ("coordinate_min", 0.5),
+    ],
+)
+def test_closed_forms(name, expected):
+    assert ESTIMATORS[name](np.log(PROBABILITIES), MASK) == pytest.approx(expected)
+
+
+def test_estimate_all_is_every_estimator():
+    logprobs = np.log(PROBABILITIES)
+    assert estimate_all(logprobs, MASK) == {name: estimate(logprobs, MASK) for name, estimate in ESTIMATORS.items()}
+    assert all(type(value) is float for value in estimate_all(logprobs, MASK).values())
+
+
+def test_nothing_to_estimate_from_is_missing_not_zero():
+    assert all(math.isnan(value) for value in estimate_all([], []).values())
+    without_box = estimate_all(np.log([0.5, 0.5]), [False, False])
+    for name, value in without_box.items():
+        assert math.isnan(value) == name.startswith("coordinate_")
+
+
+def test_impossible_token_gives_zero():
+    assert estimate_all([-math.inf, -0.1], [True, False]) == dict.fromkeys(ESTIMATORS, 0.0)
+
+
+def test_long_answers_underflow_to_zero_without_a_warning():
+    with np.errstate(all="raise", under="ignore"):
+        assert ESTIMATORS["joint"](np.full(2000, -1.0), np.ones(2000, bool)) == 0.0
+    assert ESTIMATORS["mean"](np.full(2000, -1.0), np.ones(2000, bool)) == pytest.approx(math.exp(-1))
+
+
+def test_rounding_above_zero_is_certainty():
+    assert estimate_all(np.float32([1e-7, 0.0]), [True, True]) == dict.fromkeys(ESTIMATORS, 1.0)
+
+
+def test_structural_tokens_dilute_all_but_the_coordinate_family():
+    plain = estimate_all(np.log([0.5, 0.8]), [True, True])
+    padded = estimate_all(np.log([1.0, 0.5, 1.0, 0.8, 1.0]), [False, True, False, True, False])
+    assert padded["mean"] > plain["mean"]
+    for name in ("coordinate_joint", "coordinate_mean", "coordinate_min", "joint", "min"):
+        assert padded[name] == pytest.approx(plain[name])
+
+
+@given(LOGPROBS, st.randoms())
+def test_estimators_are_ordered_fractions(logprobs, random):
+    mask = [random.random() < 0.5 for _ in logprobs]
+    mask[0] = True
+    values = estimate_all(logprobs, mask)
+    slack = 1 + 1e-9
+    for prefix in ("", "coordinate_"):
+        assert 0 <= values[prefix + "joint"] <= values[prefix + "min"] * slack
+        assert values[prefix + "min"] <= values[prefix + "mean"] * slack <= slack**2
+    assert values["joint"] <= values["coordinate_joint"] * slack
+    assert values["min"] <= values["coordinate_min"] * slack
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "mask", "message"),
+    [
+        ([math.nan], [True], "nan at index 0"),
+        ([-0.1, 0.5], [True, True], "0.5 at index 1"),
+        ([-0.1], [True, False], r"shapes \(1,\) and \(2,\)"),
+        ([[-0.1]], [[True]], r"shapes \(1, 1\)"),
+        ([-0.1], [1], "boolean"),
+    ],
+    ids=["nan", "positive", "lengths", "2-D", "integer mask"],
+)
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_bad_input_is_named(name, logprobs, mask, message):
+    with pytest.raises(ValueError, match=message):
+        ESTIMATORS[name](logprobs, mask)
+
+
+# Which tokens write the box
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spans", "expected"),
+    [
+        (["[", "12", ",", "34", "]", ""], [(1, 3), (4, 6)], [0, 1, 0, 1, 0, 0]),
+        (["[1", "2,", "3", "4]"], [(1, 3), (4, 6)], [1, 1, 1, 1]),
+        (["ab", "cd", "ef"], [(2, 4)], [0, 1, 0]),
+        (["ab", "cd", "ef"], [(1, 3)], [1, 1, 0]),
+        (["abcdef"], [(2, 3), (4, 5)], [1]),
+        (["a", "", "b"], [(0, 2)], [1, 0, 1]),
+        (["a", "b"], [(1, 1)], [0, 0]),
+        (["a", "b"], [], [0, 0]),
+        ([], [], []),
+        (["<loc_12>", "<loc_34>", "a dog"], [(0, 8), (8, 16)], [1, 1, 0]),
+        (["é", "1", "猫"], [(1, 2)], [0, 1, 0]),
+    ],
+    ids=[
+        "one per number", "straddling", "exact", "half open", "one token", "empty token", "empty span", "no box",
+        "no tokens", "location tokens", "characters not bytes",
+    ],
+)  # fmt: skip
+def test_coordinate_mask(tokens, spans, expected):
+    mask = coordinate_mask(tokens, spans)
+    assert mask.dtype == np.bool_
+    assert mask.tolist() == [bool(value) for value in expected]
+
+
+@given(st.lists(st.text("ab1 ", max_size=4), max_size=12), st.data())
+def test_coordinate_mask_is_character_overlap(tokens, data):
+    total = sum(map(len, tokens))
+    edge = st.integers(0, total)
+    spans = [tuple(sorted(pair)) for pair in data.draw(st.lists(st.tuples(edge, edge), max_size=4))]
+    covered = {i for start, end in spans for i in range(start, end)}
+    owners = [index for index, token in enumerate(tokens) for _ in token]
+    expected = {owners[i] for i in covered}
+    assert set(np.flatnonzero(coordinate_mask(tokens, spans)).tolist()) == expected
+
+
+@pytest.mark.parametrize("span", [(0, 4), (-1, 2), (2, 1), (4, 4)], ids=str)
+def test_spans_outside_the_text(span):
+    with pytest.raises(ValueError, match="spans inside the 3 characters"):
+        coordinate_mask(["ab", "c"], [span])
