@@ -88,15 +88,14 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         estimator: the confidence estimator whose value the calibration metrics use.
 
     Returns:
-        One entry per metric, and `grounding`, the whole record for the log of samples. Without a trailer there are no
-        token probabilities, and the calibration metrics are absent. An answer without a box has IoU 0; a confidence
-        taken from coordinates is then 0, since the model has put nothing forward.
+        One entry per metric, and `grounding`, the whole record for the log of samples. An answer without a box has IoU
+        0 and shows in `parse_rate`. The calibration metrics are absent, not zero, where the estimator has no value:
+        without a trailer (a model of another package), and for estimators over coordinates in an answer without any.
     """
     response = Response.decode(results[0])
     dialect = DIALECTS[response.dialect] if response.dialect else GENERIC
     size = (doc["width"], doc["height"])
-    answer = response.raw if response.tokens else response.text
-    parsed = dialect.parse(answer, original_size=size, model_size=response.model_size)
+    parsed = dialect.parse(response.text, original_size=size, model_size=response.model_size)
     target = true_box(doc)
     overlap = iou(parsed.box, target) if parsed.box else 0.0
     identity = {"image": doc["image_id"], "id": doc["expression_id"]}
@@ -118,17 +117,18 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     output: dict[str, Any] = {name: {"score": value, **identity} for name, value in scores.items()}
     if response.tokens:
         record["confidence"] = _confidences(response, parsed.coordinates)
-        calibrated = {"confidence": record["confidence"][estimator], "correct": scores["acc@0.5"], **identity}
-        output |= dict.fromkeys(CALIBRATION, calibrated)
+        if record["confidence"][estimator] is not None:
+            calibrated = {"confidence": record["confidence"][estimator], "correct": scores["acc@0.5"], **identity}
+            output |= dict.fromkeys(CALIBRATION, calibrated)
     # lmms-eval's own --baseline comparison looks for `score`.
     return output | {"grounding": record, "score": scores["acc@0.5"]}
 
 
-def _confidences(response: Response, coordinates: Sequence[tuple[int, int]]) -> dict[str, float]:
+def _confidences(response: Response, coordinates: Sequence[tuple[int, int]]) -> dict[str, float | None]:
     texts = [token.text for token in response.tokens]
     logprobs = np.array([token.logprob for token in response.tokens])
     estimates = estimate_all(logprobs, coordinate_mask(texts, coordinates))
-    return {name: 0.0 if math.isnan(value) else value for name, value in estimates.items()}
+    return {name: None if math.isnan(value) else value for name, value in estimates.items()}
 
 
 def mean(records: Sequence[Record]) -> float:

@@ -1,0 +1,120 @@
+"""The demo job: the 16-bit baseline and three quantizers through the real `lmms-eval` command, one table, pictures.
+
+Everything shown is read back from the files lmms-eval wrote, so the table is what those runs measured.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lmms_plugin.demo import pictures
+
+METHODS = ("none", "rtn", "hqq", "awq")
+CLEAN, SHIFTED = "shapes_rec", "shapes_shift"
+COLUMNS = ("acc@0.5", "mean_iou", "ece")
+PICTURED = (CLEAN, "shapes_shift_gaussian_noise_3")
+HEADINGS = ("model", "bits per weight", *(f"{column} {when}" for when in ("clean", "shifted") for column in COLUMNS))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run of lmms-eval: the model's name, its command, and the files it wrote."""
+
+    model: str
+    command: tuple[str, ...]
+    results: dict[str, Any]
+    folder: Path
+
+    def metric(self, task: str, name: str) -> float:
+        """A number of lmms-eval's results table."""
+        return float(self.results["results"][task][f"{name},none"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits per weight over the linear layers, scales and zero-points counted."""
+        return float(self.results["throughput"]["avg_bits_per_weight"])
+
+    def records(self, task: str) -> list[dict[str, Any]]:
+        """The logged grounding records of one task, in the order of its documents."""
+        (path,) = self.folder.rglob(f"*_samples_{task}.jsonl")
+        return [json.loads(line)["grounding"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(output: Path, bits: int, limit: int | None = None) -> list[Run]:
+    """Run all methods, print the table, and write `report.md` and pictures into the folder `output`.
+
+    Args:
+        output: folder to write into; each run has a sub-folder with lmms-eval's own files and its log.
+        bits: bits per weight of the quantized language model.
+        limit: expressions per task, for trying things out; None for all.
+
+    Raises:
+        RuntimeError: if a run left no results, with the end of its log (lmms-eval exits with 0 after an error).
+    """
+    runs = [_evaluate(method, output, bits, limit) for method in METHODS]
+    Console().print(_table(runs))
+    images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
+    (output / "report.md").write_text(_report(runs, images, limit), encoding="utf-8")
+    print(f"Report: {output / 'report.md'}; pictures: {', '.join(str(path) for path in images)}")
+    return runs
+
+
+def _evaluate(method: str, output: Path, bits: int, limit: int | None) -> Run:
+    model, folder = f"quant_{method}", output / f"quant_{method}"
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = "pretrained=demo" if method == "none" else f"pretrained=demo,bits={bits}"
+    command = ["lmms-eval", "--model", model, "--model_args", arguments, "--tasks", f"{CLEAN},{SHIFTED}"]
+    command += ["--batch_size", "64", "--log_samples", "--output_path", str(folder)]
+    command += ["--limit", str(limit)] if limit else []
+    print(f"$ {' '.join(command)}", flush=True)
+    started = time.time()
+    log = folder / "log.txt"
+    with log.open("w", encoding="utf-8") as stream:
+        subprocess.run([_installed(command[0]), *command[1:]], stdout=stream, stderr=subprocess.STDOUT, check=False)
+    fresh = [path for path in folder.rglob("*_results.json") if path.stat().st_mtime >= started - 1]
+    if len(fresh) != 1:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"{model} left no results; the end of {log}:\n{tail}")
+    results = json.loads(fresh[0].read_text(encoding="utf-8"))
+    print(f"  {time.time() - started:.0f} s", flush=True)
+    return Run(model, tuple(command), results, fresh[0].parent)
+
+
+def _installed(command: str) -> str:
+    beside = Path(sys.executable).parent / command
+    return str(beside) if beside.exists() else command
+
+
+def _cells(one: Run) -> list[str]:
+    numbers = [one.metric(task, name) for task in (CLEAN, SHIFTED) for name in COLUMNS]
+    return [one.model, f"{one.bits_per_weight:.2f}", *(f"{number:.3f}" for number in numbers)]
+
+
+def _table(runs: Sequence[Run]) -> Table:
+    table = Table(title="Embedded demo: 16-bit baseline against quantized language model")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for one in runs:
+        table.add_row(*_cells(one))
+    return table
+
+
+def _report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> str:
+    samples = runs[0].results["n-samples"]
+    cells = [task for task in samples if task.startswith(SHIFTED)]
+    scope = f"{samples[CLEAN]['effective']} expressions; shifted: mean over {len(cells)} corruptions at severity 3."
+    warning = ["", f"**Only the first {limit} expressions of each task were used.**"] if limit else []
+    rows = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, runs)]
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    shown = [f"![Predicted (red) and true (green) boxes: {path.stem}]({path.name})" for path in images]
+    commands = ["```", *(" ".join(one.command) for one in runs), "```"]
+    head = ["# Embedded demo", "", scope, "Synthetic scenes: the numbers stand for nothing beyond themselves.", *warning]
+    return "\n".join([*head, "", *table, "", *shown, "", "## Commands", "", *commands, ""])

@@ -1,0 +1,148 @@
+import math
+import random
+
+import datasets
+import photographs
+import pytest
+
+from lmms_plugin.confidence import ESTIMATORS
+from lmms_plugin.response import Response, Token
+from lmms_plugin.tasks import grounding, scored_by
+from lmms_plugin.tasks.expressions import ExpressionDocs
+
+# A 200 x 100 image whose object covers its right half.
+DOC = {
+    "bbox": [100.0, 0.0, 100.0, 100.0],
+    "width": 200,
+    "height": 100,
+    "expression": "right half",
+    "expression_id": "7/0",
+    "image_id": "photo",
+}
+
+
+def answer(text, dialect="qwen3_vl", logprob=-0.1, model_size=None):
+    tokens = tuple(Token(character, logprob) for character in text)
+    return Response(text, tokens, (200, 100), model_size, dialect).encode()
+
+
+def score(text, estimator="joint"):
+    return grounding.process_results(DOC, [text], estimator=estimator)
+
+
+def test_exact_box_scores_one_everywhere():
+    output = score(answer('{"bbox_2d": [500, 0, 1000, 1000]}'))
+    for name in ("acc@0.5", "acc@0.75", "acc@0.9", "mean_iou", "parse_rate", "boxes_per_answer"):
+        assert output[name]["score"] == 1.0, name
+
+
+def test_thresholds_are_inclusive():
+    # The left half of the object: IoU is exactly 1/2.
+    output = score(answer("[500, 0, 750, 1000]"))
+    assert output["mean_iou"]["score"] == 0.5
+    assert output["acc@0.5"]["score"] == 1.0
+    assert output["acc@0.75"]["score"] == 0.0
+
+
+def test_pixels_are_those_of_the_image_the_model_saw():
+    output = score(answer("[280, 0, 560, 280]", dialect="qwen2_5_vl", model_size=(560, 280)))
+    assert output["mean_iou"]["score"] == 1.0
+
+
+def test_first_box_counts_even_if_a_later_one_is_right():
+    output = score(answer("[0, 0, 500, 1000] or [500, 0, 1000, 1000]"))
+    assert output["mean_iou"]["score"] == 0.0
+    assert output["boxes_per_answer"]["score"] == 2.0
+
+
+def test_answer_in_another_scale_is_not_rescued():
+    assert score(answer("[0.5, 0.0, 1.0, 1.0]"))["mean_iou"]["score"] < 0.01
+
+
+@pytest.mark.parametrize("text", ["", "there is no such object", "[1, 2, 3", "💥" * 50], ids=["empty", "words", "cut", "emoji"])
+def test_answer_without_a_box_is_counted_apart(text):
+    output = score(answer(text) if text else Response("", (Token("", -0.5),), (200, 100), None, "qwen3_vl").encode())
+    assert output["parse_rate"]["score"] == 0.0
+    assert output["mean_iou"]["score"] == 0.0
+    assert output["grounding"]["box"] is None
+
+
+def test_without_a_box_coordinates_give_no_confidence_but_the_answer_has_one():
+    text = answer("no idea")
+    assert not set(grounding.CALIBRATION) & set(score(text, "coordinate_mean"))
+    output = score(text, "joint")
+    assert output["grounding"]["confidence"]["coordinate_mean"] is None
+    assert output["ece"]["confidence"] == pytest.approx(math.exp(-0.1 * len("no idea")), abs=1e-6)
+    assert output["ece"]["correct"] == 0.0
+
+
+def test_every_estimator_is_logged_and_the_named_one_is_used():
+    text = "[500, 0, 1000, 1000]"
+    for name in ESTIMATORS:
+        output = getattr(scored_by, name)(DOC, [answer(text)])
+        assert set(output["grounding"]["confidence"]) == set(ESTIMATORS)
+        assert output["ece"]["confidence"] == output["grounding"]["confidence"][name]
+    with pytest.raises(AttributeError, match="no confidence estimator"):
+        _ = scored_by.guess
+
+
+def test_models_that_are_not_ours_are_scored_and_their_calibration_is_missing():
+    output = score("[0.5, 0.0, 1.0, 1.0]")
+    assert output["acc@0.5"]["score"] == 1.0
+    assert not set(grounding.CALIBRATION) & set(output)
+
+
+def test_aggregation_does_not_depend_on_order():
+    rng = random.Random(0)
+    records = [
+        {"score": rng.random(), "confidence": rng.random(), "correct": float(rng.random() < 0.7), "id": f"{i}/0"}
+        for i in range(997)
+    ]
+    shuffled = rng.sample(records, len(records))
+    for metric in (grounding.mean, grounding.ece, grounding.ace, grounding.brier, grounding.auroc):
+        assert metric(records) == metric(shuffled), metric
+
+
+@pytest.fixture(scope="module")
+def docs():
+    return ExpressionDocs(photographs.rows("testB"))
+
+
+def test_shift_changes_pixels_and_nothing_else(docs):
+    place = {"shift": "gaussian_noise", "severity": 3}
+    clean, shifted = grounding.doc_to_visual(docs[0])[0], grounding.doc_to_visual(docs[0], place)[0]
+    assert clean.size == shifted.size
+    assert clean.tobytes() != shifted.tobytes()
+    assert grounding.doc_to_visual(docs[0], place)[0].tobytes() == shifted.tobytes()
+
+
+def test_expressions_of_one_photograph_see_the_same_noise(docs):
+    place = {"shift": "gaussian_noise", "severity": 3}
+    first, second = docs[0], docs[1]
+    assert first["expression"] != second["expression"]
+    assert grounding.doc_to_visual(first, place)[0].tobytes() == grounding.doc_to_visual(second, place)[0].tobytes()
+
+
+def test_message_keeps_the_generic_question_for_other_models(docs):
+    from lmms_eval.protocol import ChatMessages
+
+    messages = grounding.doc_to_messages(docs[0])
+    assert messages[0]["grounding"] == {"expression": docs[0]["expression"], "original_size": [512, 512]}
+    text = ChatMessages(messages=messages).to_hf_messages()[0]["content"][1]["text"]
+    assert docs[0]["expression"] in text
+
+
+def test_target_is_the_true_box_in_the_generic_answer_format(docs):
+    target = grounding.doc_to_target(docs[0])
+    assert score_of_target(docs[0], target) > 0.97
+
+
+def score_of_target(doc, target):
+    return grounding.process_results(doc, [target], estimator="joint")["mean_iou"]["score"]
+
+
+def test_grayscale_photograph_reaches_the_model_as_rgb():
+    rows = photographs.rows("testA")
+    assert isinstance(rows.features["image"], datasets.Image)
+    camera = next(doc for doc in ExpressionDocs(rows) if doc["expression"] == "photographer")
+    assert grounding.doc_to_visual(camera)[0].mode == "RGB"
