@@ -1,0 +1,188 @@
+"""What flows into linear layers: second moments of their inputs, with bounded memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+DEFAULT_BUDGET = 4 << 30
+"""Bytes that the statistics of one pass over the samples may take."""
+
+
+@dataclass
+class InputStatistics:
+    """Sums over every input row x that a group of layers was given.
+
+    Attributes:
+        names: The layers, all fed the very same tensors.
+        gram: (columns, columns) float32, Σ x xᵀ.
+        magnitude: (columns,) float64, Σ |x|.
+        rows: How many rows were summed.
+    """
+
+    names: tuple[str, ...]
+    gram: Tensor
+    magnitude: Tensor
+    rows: int = 0
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """Mean |x| of each column, float32."""
+        return (self.magnitude / self.rows).float()
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows of an input (..., columns)."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.gram.addmm_(x.T, x)
+        self.magnitude += x.abs().sum(0, dtype=torch.float64)
+        self.rows += x.shape[0]
+
+
+class _Finished(Exception):
+    """Every layer of interest has run: the rest of the forward pass is not needed."""
+
+
+def shared_inputs(model: nn.Module, names: Sequence[str], batch: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Find which layers are fed the very same tensor (query, key and value; gate and up).
+
+    Args:
+        model: In evaluation mode.
+        names: Linear layers of interest.
+        batch: Keyword arguments of one forward pass.
+
+    Returns:
+        Groups of names in the order in which they ran; layers that never ran are in none.
+    """
+    calls: dict[str, list[int]] = {}
+    last: list[tuple[int, Tensor]] = []
+
+    def note(name: str, x: Tensor) -> None:
+        if not last or last[0][1] is not x:
+            last[:] = [(last[0][0] + 1 if last else 0, x)]
+        calls.setdefault(name, []).append(last[0][0])
+
+    _forward(model, names, batch, note)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, inputs in calls.items():
+        groups.setdefault(tuple(inputs), []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def capture(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Mapping[str, Any]],
+    budget: int = DEFAULT_BUDGET,
+) -> Iterator[list[InputStatistics]]:
+    """Gather input statistics of linear layers over calibration samples.
+
+    Layers are taken in the order in which they run, as many at a time as fit the budget; each such chunk
+    is one pass over all samples that ends where its last layer has run. The samples go through the model
+    one by one and every sum runs in the same order, so that the numbers depend neither on the budget nor
+    on any batch size.
+
+    Args:
+        model: The unquantized model, in evaluation mode.
+        names: Linear layers of interest.
+        batches: Keyword arguments of one forward pass each.
+        budget: Bytes for the statistics of one chunk; a single layer may exceed it.
+
+    Yields:
+        The statistics of one chunk.
+    """
+    groups = shared_inputs(model, names, batches[0])
+    expected: list[Counter[str]] | None = None
+    for chunk in _chunks(model, groups, budget):
+        statistics = [_empty(model, group) for group in chunk]
+        # The first pass runs every forward to its end and counts the calls, by which the later ones stop.
+        counts = _gather(model, names, statistics, batches, expected)
+        expected = expected or counts
+        yield statistics
+
+
+def _gather(
+    model: nn.Module,
+    names: Sequence[str],
+    statistics: Sequence[InputStatistics],
+    batches: Sequence[Mapping[str, Any]],
+    expected: Sequence[Counter[str]] | None,
+) -> list[Counter[str]]:
+    followers = {name: entry.names[0] for entry in statistics for name in entry.names}
+    leaders = {entry.names[0]: entry for entry in statistics}
+    watched = list(names) if expected is None else list(followers)
+    counts = []
+    for index, batch in enumerate(tqdm(batches, desc="Calibrating", leave=False, disable=None)):
+        seen: Counter[str] = Counter()
+        remaining = None if expected is None else sum(expected[index][name] for name in followers)
+        fed: dict[str, Tensor] = {}
+
+        def note(name: str, x: Tensor) -> None:
+            seen[name] += 1  # noqa: B023
+            leader = followers.get(name)
+            if leader == name:
+                leaders[name].add(x)
+                fed[name] = x  # noqa: B023
+            elif leader is not None and fed.get(leader) is not x:  # noqa: B023
+                raise RuntimeError(f"{name} shared its input with {leader} in the first sample, but not in this one")
+            if remaining is not None and seen.total() == remaining:  # noqa: B023
+                raise _Finished
+
+        _forward(model, watched, batch, note)
+        counts.append(seen)
+    return counts
+
+
+@torch.no_grad()
+def _forward(
+    model: nn.Module, names: Sequence[str], batch: Mapping[str, Any], note: Callable[[str, Tensor], None]
+) -> None:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(_Hook(model.get_submodule(name), name, note))
+        try:
+            model(**batch)
+        except _Finished:
+            return
+
+
+class _Hook:
+    """A forward pre-hook for the time of a ``with`` block."""
+
+    def __init__(self, module: nn.Module, name: str, note: Callable[[str, Tensor], None]) -> None:
+        self.handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs: note(name, args[0] if args else kwargs["input"]), with_kwargs=True
+        )
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+def _chunks(model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int) -> Iterator[list[tuple[str, ...]]]:
+    chunk: list[tuple[str, ...]] = []
+    used = 0
+    for group in groups:
+        size = 4 * model.get_submodule(group[0]).in_features ** 2
+        if chunk and used + size > budget:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(group)
+        used += size
+    if chunk:
+        yield chunk
+
+
+def _empty(model: nn.Module, names: tuple[str, ...]) -> InputStatistics:
+    weight = model.get_submodule(names[0]).weight
+    columns = weight.shape[1]
+    gram = torch.zeros(columns, columns, device=weight.device)
+    return InputStatistics(names, gram, torch.zeros(columns, dtype=torch.float64, device=weight.device))

@@ -1,0 +1,247 @@
+"""Where calibration inputs come from: named on the command line, drawn and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lmms_plugin.boxes import Box
+from lmms_plugin.quant_backends.synthetic import noise_image, scene, words
+
+SOURCES = ("none", "noise", "self", "demo", "dataset")
+DEFAULT_SAMPLES = 64
+EVALUATION_SPLIT = re.compile(r"val|dev|test", re.IGNORECASE)
+OPTIONS = {"split", "image", "text", "force"}
+TEXT_COLUMNS = ("expression", "caption", "text", "sentence", "description")
+DESCRIBE = "Describe this image."
+
+
+class CalibrationSample(NamedTuple):
+    """One image with a question and its answer, not yet in any model's own form.
+
+    Attributes:
+        image: RGB, original size.
+        expression: To be located; the question is then put in the model's dialect. None: `prompt` is the question.
+        prompt: The question as it is; None when `expression` is given.
+        box: The answer to `expression`, xyxy in [0, 1] of the image; None when it is not known.
+        answer: The answer as text; None when it is to be written from `box` or by the model itself.
+    """
+
+    image: Image.Image
+    expression: str | None = None
+    prompt: str | None = None
+    box: Box | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Which inputs a calibrated quantizer sees.
+
+    Attributes:
+        source: One of `SOURCES`.
+        samples: How many, at least 1.
+        seed: Of every random choice.
+        path: Hub id, folder of parquet files or parquet file; for ``dataset`` alone.
+        split: Of that dataset.
+        image: Its image column.
+        text: Its text column; None to take RefCOCO+'s schema or the first usual name.
+        force: Accept an evaluation split, which the report then says.
+    """
+
+    source: str
+    samples: int = DEFAULT_SAMPLES
+    seed: int = 0
+    path: str | None = None
+    split: str = "train"
+    image: str = "image"
+    text: str | None = None
+    force: bool = False
+
+    @classmethod
+    def parse(cls, text: str, *, samples: int = DEFAULT_SAMPLES, seed: int = 0) -> CalibrationSpec:
+        """Read a calibration source from one word of the command line.
+
+        ``none``, ``noise`` (noise images, random words), ``self`` (zero-shot: the model answers grounding
+        questions about images made up here), ``demo`` (the embedded demo's validation scenes), or
+        ``dataset:PATH`` with options behind further colons, because lmms-eval parts arguments at commas:
+        ``dataset:my-org/my-set:split=train:image=image:text=caption``. An evaluation split (val, dev or
+        test in its name) needs ``:force=true``.
+
+        Raises:
+            ValueError: Unknown source or option, or a number of samples below 1.
+        """
+        source, *rest = text.split(":")
+        if source not in SOURCES:
+            nearest = difflib.get_close_matches(source, SOURCES, n=1)
+            hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"unknown calibration source {source!r}{hint} (known: {', '.join(SOURCES)})")
+        if rest and source != "dataset":
+            raise ValueError(f"calibration source {source!r} takes no options, got {text!r}")
+        options: dict[str, Any] = {}
+        while rest and re.match(r"\w+=", rest[-1]):
+            key, _, value = rest.pop().partition("=")
+            if key not in OPTIONS:
+                raise ValueError(f"unknown calibration option {key!r} (known: {', '.join(sorted(OPTIONS))})")
+            options[key] = value
+        if "force" in options:
+            options["force"] = _flag(options["force"])
+        spec = cls(source, samples, seed, path=":".join(rest) or None, **options)
+        spec.validate()
+        return spec
+
+    def __str__(self) -> str:
+        """Write the source as `parse` reads it."""
+        if self.source != "dataset":
+            return self.source
+        text = "" if self.text is None else f":text={self.text}"
+        forced = ":force=true" if self.force else ""
+        return f"dataset:{self.path}:split={self.split}:image={self.image}{text}{forced}"
+
+    def validate(self) -> None:
+        """Check what can be checked without opening any data.
+
+        Raises:
+            ValueError: No samples asked for, no path, or an evaluation split.
+            FileNotFoundError: The path can only be a local one, and it does not exist.
+        """
+        if self.source == "none":
+            return
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise ValueError(f"calibration needs at least 1 sample, got calibration_samples={self.samples!r}")
+        if self.source != "dataset":
+            return
+        if not self.path:
+            raise ValueError("calibration source 'dataset' needs a hub id or a path: dataset:PATH")
+        if not Path(self.path).expanduser().exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path):
+            raise FileNotFoundError(f"calibration data {self.path!r} is neither an existing path nor a hub id")
+        if EVALUATION_SPLIT.search(self.split) and not self.force:
+            raise ValueError(
+                f"calibrating on split {self.split!r} would fit the quantizer to evaluation data; "
+                "choose another split, or add :force=true and say so with the results"
+            )
+
+    def load_samples(self) -> list[CalibrationSample]:
+        """Draw the samples. The same spec always gives the same ones.
+
+        Answers of source ``self`` are still missing: they take the model.
+
+        Raises:
+            ValueError: Too few samples, a column missing, a corrupt image (the row is named), or source ``none``.
+            FileNotFoundError: Data that is not there.
+        """
+        self.validate()
+        if self.source == "none":
+            raise ValueError("this method is calibrated: calibration=none gives it nothing to look at (try self)")
+        if self.source == "noise":
+            return [_noise(self.seed, index) for index in range(self.samples)]
+        if self.source == "self":
+            return [_question(self.seed, index) for index in range(self.samples)]
+        if self.source == "demo":
+            return _demo(self)
+        return _from_rows(self, self.path or "", self.split)
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"calibration option force must be true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _noise(seed: int, index: int) -> CalibrationSample:
+    rng = random.Random(f"{seed}/{index}")
+    image = noise_image(np.random.default_rng([seed, index]))
+    return CalibrationSample(image, prompt=words(rng, 12), answer=words(rng, 6))
+
+
+def _question(seed: int, index: int) -> CalibrationSample:
+    """Ask about a made-up scene, and every other time look for it in noise: shapes alone light up few channels."""
+    rng = np.random.default_rng([seed, index])
+    image, expression = scene(rng)
+    return CalibrationSample(noise_image(rng) if index % 2 else image, expression=expression)
+
+
+def _demo(spec: CalibrationSpec) -> list[CalibrationSample]:
+    from lmms_plugin.demo import DATA
+
+    # The demo is evaluated on its other splits; this one is set apart for calibration.
+    return _from_rows(spec, DATA, "val")
+
+
+def _from_rows(spec: CalibrationSpec, path: str, split: str) -> list[CalibrationSample]:
+    rows = _open_rows(spec, path, split)
+    samples = [_sample(spec, row, position) for position, row in enumerate(rows)]
+    if len(samples) < spec.samples:
+        raise ValueError(
+            f"calibration asks for {spec.samples} samples, but {path!r} split {split!r} has {len(samples)}; "
+            "lower calibration_samples"
+        )
+    return samples
+
+
+def _open_rows(spec: CalibrationSpec, path: str, split: str) -> Any:
+    import datasets
+
+    local = Path(path).expanduser()
+    if not local.exists():
+        remote = _open_hub(path, split)
+        _expect_column(spec.image, remote.column_names or [], path)
+        return remote.shuffle(seed=spec.seed, buffer_size=10 * spec.samples).take(spec.samples)
+    files = [local] if local.is_file() else sorted(local.rglob(f"*{split}*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"no parquet file for split {split!r} in {path!r}")
+    table = datasets.Dataset.from_parquet([str(file) for file in files])
+    _expect_column(spec.image, table.column_names, path)
+    drawn = random.Random(spec.seed).sample(range(len(table)), min(spec.samples, len(table)))
+    return table.select(drawn)
+
+
+def _open_hub(path: str, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot open calibration data {path!r} split {split!r}: {error}. "
+            "A folder of parquet files works without a network: dataset:/path/to/folder"
+        ) from error
+
+
+def _sample(spec: CalibrationSpec, row: dict[str, Any], position: int) -> CalibrationSample:
+    image = _decode(row[spec.image], position)
+    if spec.text is None and isinstance(row.get("answer"), list) and "bbox" in row:
+        expressions = row["answer"]
+        if not expressions:
+            raise ValueError(f"calibration row {position} has no expression")
+        chosen = random.Random(f"{spec.seed}/{position}").choice(expressions)
+        return CalibrationSample(image, expression=chosen, box=Box.from_xywh(row["bbox"], image.size))
+    column = spec.text or next((name for name in TEXT_COLUMNS if name in row), "")
+    _expect_column(column or "text", list(row), spec.path or spec.source)
+    text = row[column]
+    text = text[0] if isinstance(text, list) and text else text
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"calibration row {position}: column {column!r} should hold text, got {text!r}")
+    return CalibrationSample(image, prompt=DESCRIBE, answer=text)
+
+
+def _decode(value: Any, position: int) -> Image.Image:
+    import datasets
+
+    try:
+        image = value if isinstance(value, Image.Image) else datasets.Image().decode_example(value)
+        return image.convert("RGB")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"calibration row {position} holds no readable image: {error}") from error
+
+
+def _expect_column(column: str, present: list[str], path: str) -> None:
+    if column not in present:
+        raise ValueError(f"calibration data {path!r} has no column {column!r} (it has: {', '.join(present)})")

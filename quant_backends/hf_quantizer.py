@@ -1,0 +1,129 @@
+"""Quantization inside ``from_pretrained``: each layer is packed as soon as its weight is on the device.
+
+transformers reads checkpoints tensor by tensor and hands each one to a registered quantizer, so that
+with a data-free backend no more than one dense layer exists at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends.backend import DataFreeBackend
+from lmms_plugin.quant_backends.plan import QuantPlan
+from lmms_plugin.quant_backends.quantization import Quantization
+
+QUANT_METHOD = "lmms_plugin"
+
+
+@register_quantization_config(QUANT_METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """Carries backend and plan through ``from_pretrained``."""
+
+    def __init__(self, method: str, plan: QuantPlan) -> None:
+        self.quant_method = QUANT_METHOD
+        self.method = method
+        self.plan = plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values, as transformers writes them into config.json."""
+        return {"quant_method": QUANT_METHOD, "method": self.method, "plan": self.plan.to_dict()}
+
+
+@register_quantizer(QUANT_METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Runs a backend of this package from within transformers' loading."""
+
+    requires_calibration = False
+    work: Quantization
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.backend = get(quantization_config.method)
+        self.failure: Exception | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse offloading to disk, which would write dense weights back."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("a quantized model cannot be offloaded to disk; use a device_map without 'disk'")
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Return bytes per weight once it is packed, so that transformers does not reserve dense memory."""
+        spec = self.work.specs.get(param_name.removesuffix(".weight"))
+        on_arrival = spec is not None and self.param_needs_quantization(model, param_name)
+        return spec.bits / 8 if spec is not None and on_arrival else param.element_size()
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Return whether this tensor is the weight of a layer to pack on arrival."""
+        name, _, key = param_name.rpartition(".")
+        return (
+            key == "weight"
+            and isinstance(self.backend, DataFreeBackend)
+            and name in self.work.specs
+            and name not in self.work.tied
+        )
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the operation that packs one arriving weight."""
+        return PackOnArrival(self)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # Here the model is on the meta device: a plan that does not fit fails before a byte is read.
+        self.work = Quantization(model, self.backend, self.quantization_config.plan)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.failure is not None:
+            raise self.failure
+        if isinstance(self.backend, DataFreeBackend):
+            self.work.finish()
+        return model
+
+    def is_serializable(self) -> bool:
+        """Packed models have no Hugging Face format of their own."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+
+class PackOnArrival(ConversionOps):
+    """Packs each weight that the plan names and passes every other tensor on."""
+
+    def __init__(self, quantizer: PackedQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Take tensors under their full parameter names; return those that stay dense."""
+        dense = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            if not self.quantizer.param_needs_quantization(self.quantizer.work.model, name):
+                dense[name] = weight
+                continue
+            self._pack(name.removesuffix(".weight"), weight)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return dense
+
+    @torch.no_grad()
+    def _pack(self, module_name: str, weight: Tensor) -> None:
+        # transformers turns an error raised here into a log entry and a general RuntimeError at the
+        # end; the first one is kept and raised as it is once loading is over.
+        if self.quantizer.failure is not None:
+            return
+        try:
+            self.quantizer.work.quantize(module_name, weight)
+        except (ValueError, RuntimeError) as error:
+            self.quantizer.failure = error

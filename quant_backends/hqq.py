@@ -1,0 +1,53 @@
+"""Half-quadratic quantization, solved by the hqq library, stored in the packed linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmms_plugin.quant_backends.backend import DataFreeBackend
+from lmms_plugin.quant_backends.linear import Codes, split_groups
+from lmms_plugin.quant_backends.plan import QuantSpec
+
+
+class HqqBackend(DataFreeBackend):
+    """HQQ (Badri & Shaji, 2023): zero points fitted under a sparsity-promoting norm of the error.
+
+    Equal to the library's own ``HQQLinear`` with ``axis=1``, bit for bit in the same compute dtype.
+    Where the group does not divide the width, the library lets groups run across rows; here rows are
+    padded with zeros instead.
+    """
+
+    name = "hqq"
+    bits = frozenset({2, 3, 4, 5, 6, 8})
+
+    def check_spec(self, spec: QuantSpec) -> None:
+        """Refuse symmetric grids besides unsupported bits: the zero point is what HQQ optimises."""
+        super().check_spec(spec)
+        if spec.symmetric:
+            raise ValueError("hqq fits a zero point to each group and cannot be symmetric; leave symmetric=False")
+
+    def quantize(self, weight: Tensor, spec: QuantSpec) -> Codes:
+        """Quantize a weight (rows, columns) with the library's default solver."""
+        # Imported here: the library takes seconds to load and only this backend uses it.
+        from hqq.core.quantize import Quantizer
+
+        groups = split_groups(weight.float(), spec.group_size)
+        codes, meta = Quantizer.quantize(
+            groups.flatten(1),
+            nbits=spec.bits,
+            channel_wise=True,
+            group_size=groups.shape[-1],
+            optimize=True,
+            # The library's own default for each number of bits (hqq_base_quant_config).
+            round_zero=spec.bits == 4,
+            axis=1,
+            bitpack=False,
+            device=str(weight.device),
+        )
+        shape = groups.shape[:2]
+        return Codes(
+            codes.to(torch.uint8).view(groups.shape),
+            meta["scale"].to(weight.dtype).view(shape),
+            meta["zero"].to(weight.dtype).view(shape),
+        )

@@ -1,0 +1,193 @@
+"""One model being quantized: which layer gets which spec, and what became of each weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CalibratedLinear, DataFreeBackend
+from lmms_plugin.quant_backends.components import components, splitter
+from lmms_plugin.quant_backends.linear import PackedLinear
+from lmms_plugin.quant_backends.plan import Assignment, QuantPlan
+from lmms_plugin.quant_backends.report import ModuleReport
+
+
+class Quantization:
+    """The work on one model, from the plan to the account of every weight.
+
+    Args:
+        model: A transformers model, loaded or still on the meta device.
+        backend: Has agreed to the plan (`Backend.check`).
+        plan: What to quantize; empty for the untouched baseline.
+
+    Raises:
+        ValueError: The plan does not fit the model (see `QuantPlan.assign`).
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend, plan: QuantPlan) -> None:
+        self.model, self.backend, self.plan = model, backend, plan
+        self.components = components(model)
+        fixed = {name: reason for name in self.components if (reason := _untouchable(model.get_submodule(name)))}
+        free = {name: part for name, part in self.components.items() if name not in fixed}
+        baseline = Assignment({}, dict.fromkeys(free, "quantization was not asked for"))
+        self.specs, self.reasons = plan.assign(free) if plan.specs else baseline
+        self.reasons |= fixed
+        self.tied = {name for name in self.specs if _is_tied(model, name)}
+        self._done: dict[str, ModuleReport] = {}
+
+    def pending(self) -> Iterator[str]:
+        """Yield the layers of the plan that are still dense."""
+        return (name for name in self.specs if name not in self._done)
+
+    def quantize(self, name: str, weight: Tensor) -> None:
+        """Quantize one layer with a data-free backend and put it into the model.
+
+        Args:
+            name: Full module name.
+            weight: The dense weight; the module's own may still be on the meta device.
+        """
+        assert isinstance(self.backend, DataFreeBackend)
+        linear = self.model.get_submodule(name)
+        if weight.shape != linear.weight.shape:
+            raise ValueError(f"{name}: expected a weight {tuple(linear.weight.shape)}, got {tuple(weight.shape)}")
+        expect_finite(name, weight)
+        spec = self.specs[name]
+        codes = self.backend.quantize(weight, spec)
+        layer = PackedLinear.from_codes(codes, spec, linear.in_features, bias=linear.bias)
+        self.replace(CalibratedLinear(name, layer, self.backend.name, None), weight)
+
+    def replace(self, item: CalibratedLinear, weight: Tensor) -> None:
+        """Put a packed layer in the place of a dense one and note what it cost.
+
+        Raises:
+            ValueError: The packed layer holds values that are not finite.
+        """
+        name, layer = item.name, item.layer
+        error = relative_error(weight, layer)
+        if not math.isfinite(error):
+            raise ValueError(f"{name}: quantized weights are not finite; scales in {layer.scale.dtype} overflow")
+        # Keeps transformers from initialising the layer as if its weights had been missing.
+        layer._is_hf_initialized = True
+        self.model.set_submodule(name, layer)
+        tied = name in self.tied
+        if tied:
+            _untie(self.model, name)
+        self._done[name] = ModuleReport(
+            name=name,
+            component=self.components[name],
+            shape=tuple(weight.shape),
+            method=item.method,
+            bits=layer.spec.bits,
+            group_size=layer.group_size,
+            padded_columns=layer.padded_columns,
+            bytes_before=0 if tied else weight.numel() * weight.element_size(),
+            bytes_after=layer.weight_bytes,
+            relative_error=error,
+            output_error=item.output_error,
+            reason=None,
+        )
+
+    def finish(self, batches: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Quantize every layer that is still dense.
+
+        Args:
+            batches: Calibration inputs, for a calibrated backend.
+        """
+        remaining = {name: self.specs[name] for name in self.pending()}
+        if isinstance(self.backend, CalibratedBackend) and remaining:
+            for name in remaining:
+                expect_finite(name, self.model.get_submodule(name).weight)
+            for item in self.backend.calibrate(self.model, remaining, batches):
+                self.replace(item, self.model.get_submodule(item.name).weight.detach())
+        elif remaining:
+            for name in remaining:
+                self.quantize(name, self.model.get_submodule(name).weight.detach())
+        missed = list(self.pending())
+        if missed:
+            raise ValueError(f"{self.backend.name} left {len(missed)} layers of the plan dense, first {missed[0]}")
+
+    def modules(self) -> tuple[ModuleReport, ...]:
+        """Return the account of every weight with two or more dimensions, quantized or not."""
+        part_of = splitter(self.model)
+        reports = []
+        seen: set[int] = set()
+        for name, module in self.model.named_modules():
+            if name in self._done:
+                reports.append(self._done[name])
+                continue
+            for key, weight in module.named_parameters(recurse=False):
+                if weight.dim() < 2:
+                    continue
+                full = f"{name}.{key}".lstrip(".")
+                shown = name if key == "weight" else full
+                reason = self.reasons.get(name) or f"{key} of {type(module).__name__} is not the weight of an nn.Linear"
+                size = 0 if id(weight) in seen else weight.numel() * weight.element_size()
+                seen.add(id(weight))
+                reports.append(_left_alone(shown, part_of(full), tuple(weight.shape), size, reason))
+        return tuple(reports)
+
+
+def expect_finite(name: str, weight: Tensor) -> None:
+    """Refuse weights that no quantizer can do justice to."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}: the checkpoint's weight holds NaN or infinite values")
+
+
+def relative_error(weight: Tensor, layer: PackedLinear) -> float:
+    """Return ‖W − Ŵ‖ / ‖W‖ in float32, 0 for a weight that is all zero and exactly kept."""
+    dense = weight.float()
+    error = (dense - layer.weight.float()).norm()
+    return float(error / dense.norm()) if dense.any() else float(error)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers, shared ones counted once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _left_alone(name: str, component: str, shape: tuple[int, ...], size: int, reason: str) -> ModuleReport:
+    return ModuleReport(name, component, shape, None, None, None, 0, size, size, None, None, reason)
+
+
+def _untouchable(module: nn.Module) -> str | None:
+    if isinstance(module, PackedLinear):
+        return "it is packed already"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads this weight past the layer's forward"
+    return None
+
+
+def _is_tied(model: nn.Module, name: str) -> bool:
+    return f"{name}.weight" in getattr(model, "all_tied_weights_keys", {})
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Tell transformers that the layer no longer shares the input embedding, which stays as it is."""
+    model.all_tied_weights_keys.pop(f"{name}.weight")
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+
+
+def quantize(
+    model: nn.Module, backend: Backend, plan: QuantPlan, batches: Sequence[Mapping[str, Any]] = ()
+) -> Quantization:
+    """Quantize a model that is already loaded, in place.
+
+    Args:
+        model: A transformers model.
+        backend: From `lmms_plugin.quant_backends.get`.
+        plan: What to quantize.
+        batches: Calibration inputs, for a calibrated backend.
+
+    Returns:
+        The finished work, whose `modules()` says what became of every weight.
+    """
+    backend.check(plan)
+    work = Quantization(model, backend, plan)
+    work.finish(batches)
+    return work

@@ -1,0 +1,170 @@
+"""What quantization did to a model: every weight accounted for, nothing silent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One weight of two or more dimensions: quantized, or left alone for a reason.
+
+    Attributes:
+        name: Module name; for a bare parameter the parameter's own name.
+        component: vision, connector, language or head.
+        shape: Of the dense weight.
+        method: The quantizer; None when left alone.
+        bits: Bits per code; None when left alone.
+        group_size: Columns per scale (the width itself for one group per row); None when left alone.
+        padded_columns: Columns added to make groups whole.
+        bytes_before: Of the dense weight, 0 when it shares its storage with another one.
+        bytes_after: Of codes, scales, zero points and input scale; the dense weight when left alone.
+        relative_error: ‖W − Ŵ‖ / ‖W‖ in the dtype the layer computes in; None when left alone.
+        output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs; None without calibration.
+        reason: Why the weight was left alone; None when quantized.
+    """
+
+    name: str
+    component: str
+    shape: tuple[int, ...]
+    method: str | None
+    bits: int | None
+    group_size: int | None
+    padded_columns: int
+    bytes_before: int
+    bytes_after: int
+    relative_error: float | None
+    output_error: float | None
+    reason: str | None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """The inputs that a calibrated method saw.
+
+    Attributes:
+        source: As given by the user, for instance ``self`` or ``dataset:PATH:split=train``.
+        samples: Number of samples.
+        tokens: Sequence positions in all samples together, image tokens included.
+        seed: Of the drawing of samples.
+        sha256: Fingerprint of all images, prompts and answers in order.
+        forced: Whether samples come from an evaluation split because the user insisted.
+    """
+
+    source: str
+    samples: int
+    tokens: int
+    seed: int
+    sha256: str
+    forced: bool
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """The account of one quantized model.
+
+    Attributes:
+        method: Name of the backend.
+        modules: One entry per weight of two or more dimensions, in module order.
+        bytes_before: Of all parameters and buffers before quantization.
+        bytes_after: Of all parameters and buffers now: what the weights take on the device.
+        seconds: Loading, calibration and quantization together, wall clock.
+        peak_bytes: Highest memory in use up to the end of quantization; None where it is not known.
+        peak_source: What `peak_bytes` counts.
+        calibration: The calibration inputs; None for methods without.
+        plan: The plan as JSON-ready values.
+    """
+
+    method: str
+    modules: tuple[ModuleReport, ...]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    peak_bytes: int | None
+    peak_source: str | None
+    calibration: CalibrationReport | None
+    plan: dict[str, Any]
+
+    @property
+    def quantized(self) -> tuple[ModuleReport, ...]:
+        """The weights that were quantized."""
+        return tuple(module for module in self.modules if module.reason is None)
+
+    @property
+    def skipped(self) -> tuple[ModuleReport, ...]:
+        """The weights that were left alone, each with its reason."""
+        return tuple(module for module in self.modules if module.reason is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per quantized weight, scales and zero points counted; of all weights when none is quantized."""
+        modules = self.quantized or tuple(module for module in self.modules if module.bytes_before)
+        return 8 * sum(module.bytes_after for module in modules) / sum(module.weights for module in modules)
+
+    @property
+    def bits_per_model_weight(self) -> float:
+        """Bits per weight over the whole model, embeddings and untouched layers included."""
+        stored_once = [module for module in self.modules if module.bytes_before]
+        return 8 * sum(module.bytes_after for module in self.modules) / sum(module.weights for module in stored_once)
+
+    def totals(self) -> dict[str, float | int]:
+        """Return the numbers worth logging beside results."""
+        totals: dict[str, float | int] = {
+            "bits_per_weight": self.bits_per_weight,
+            "bits_per_model_weight": self.bits_per_model_weight,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "quantized_layers": len(self.quantized),
+            "skipped_layers": len(self.skipped),
+            "seconds": self.seconds,
+        }
+        return totals if self.peak_bytes is None else totals | {"peak_bytes": self.peak_bytes}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values: totals, quantized and skipped counts, and all modules."""
+        return {
+            "method": self.method,
+            **self.totals(),
+            "peak_source": self.peak_source,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "plan": self.plan,
+            "modules": [asdict(module) | {"shape": list(module.shape)} for module in self.modules],
+        }
+
+    def to_json(self) -> str:
+        """Return `to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self) -> str:
+        """Return a few lines for the terminal: one per component and number of bits, then totals."""
+        groups: dict[tuple[str, str, str], list[ModuleReport]] = {}
+        for module in self.modules:
+            key = (module.component, module.method or "-", str(module.bits or "-"))
+            groups.setdefault(key, []).append(module)
+        lines = [f"{'component':<10} {'method':<6} {'bits':>4} {'weights':>7} {'MB before':>10} {'MB after':>9}  error"]
+        for (component, method, bits), members in groups.items():
+            before, after = (sum(getattr(m, key) for m in members) / 1e6 for key in ("bytes_before", "bytes_after"))
+            name = f"{component:<10} {method:<6} {bits:>4} {len(members):>7}"
+            lines.append(f"{name} {before:>10.2f} {after:>9.2f}  {_mean_error(members)}")
+        lines.append(
+            f"{self.method}: {self.bits_per_weight:.2f} bits per {'quantized ' if self.quantized else ''}weight, "
+            f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, {self.seconds:.1f} s"
+        )
+        padded = sum(bool(module.padded_columns) for module in self.modules)
+        return "\n".join(lines + ([f"{padded} layers padded to whole groups"] if padded else []))
+
+
+def _mean_error(modules: Sequence[ModuleReport]) -> str:
+    errors = [module.relative_error for module in modules if module.relative_error is not None]
+    return f"{sum(errors) / len(errors):.4f}" if errors else "-"

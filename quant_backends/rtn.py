@@ -1,0 +1,57 @@
+"""Round to nearest: the grid is spread over the range of each group, every weight goes to its nearest point."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmms_plugin.quant_backends.backend import DataFreeBackend
+from lmms_plugin.quant_backends.linear import Codes, split_groups
+from lmms_plugin.quant_backends.plan import QuantSpec
+
+
+class RtnBackend(DataFreeBackend):
+    """Round-to-nearest weights, symmetric or asymmetric, in groups along the input."""
+
+    name = "rtn"
+    bits = frozenset(range(2, 9))
+
+    def quantize(self, weight: Tensor, spec: QuantSpec) -> Codes:
+        """Round a weight (rows, columns) to the nearest codes."""
+        return round_to_nearest(weight.float(), spec, weight.dtype)
+
+
+def round_to_nearest(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Codes:
+    """Quantize each group of a weight onto a uniform grid, with an error of at most half a step.
+
+    Asymmetric grids cover [min(w, 0), max(w, 0)] with an integer zero point. Symmetric grids use all
+    2**bits levels: step 2·max|w| / (2**bits − 1), zero point 2**(bits − 1) (the convention of
+    compressed-tensors).
+
+    Args:
+        weight: (rows, columns) float32.
+        spec: Bits, group size, symmetry.
+        scale_dtype: Of the returned scale. Steps are rounded up to it, never down: a step too small
+            would clip the ends of the range.
+    """
+    groups = split_groups(weight, spec.group_size)
+    highest = (1 << spec.bits) - 1
+    if spec.symmetric:
+        scale = _round_up(groups.abs().amax(-1) * (2 / highest), scale_dtype)
+        zero = torch.full_like(scale, 1 << (spec.bits - 1), dtype=torch.float32)
+    else:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = _round_up((high - low) / highest, scale_dtype)
+        zero = (-low / scale.float()).round().clamp(0, highest)
+    codes = (groups / scale.float().unsqueeze(-1)).round_() + zero.unsqueeze(-1)
+    codes = codes.clamp_(0, highest).to(torch.uint8)
+    return Codes(codes, scale, None if spec.symmetric else zero.to(torch.uint8))
+
+
+def _round_up(step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the smallest positive number of `dtype` that is not below `step`; 1 where a group is all zero."""
+    step = torch.where(step == 0, torch.ones_like(step), step)
+    rounded = step.to(dtype)
+    bits = torch.int16 if rounded.element_size() == 2 else torch.int32
+    following = (rounded.view(bits) + 1).view(dtype)
+    return torch.where(rounded.float() < step, following, rounded)
