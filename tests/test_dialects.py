@@ -190,9 +190,7 @@ def test_question_holds_the_expression_as_it_stands(dialect):
         pytest.param("fractions", "[0.1, 0.2, 0.3, 0.4, 0.5]", id="five numbers"),
         pytest.param("fractions", "[nan, 0.2, inf, 0.4]", id="nan and inf"),
         pytest.param("fractions", "[0.1, 0.2, 1e9, 0.4]", id="exponent"),
-        pytest.param(
-            "fractions", "[\u0660.\u0661, \u0660.\u0662, \u0660.\u0663, \u0660.\u0664]", id="digits of another script"
-        ),
+        pytest.param("fractions", "[\u0660, \u0660, \u0661, \u0661]", id="digits of another script"),
         pytest.param("paligemma", "[256, 256, 768, 768] cat", id="list where tokens are written"),
         pytest.param("qwen2_vl", "[576, 12, 592, 42]", id="list where points are written"),
         pytest.param("glm4v", "<think>[[1,2,3,4]] or [[5,6,7,8]]", id="reasoning that never ends"),
@@ -301,11 +299,25 @@ def test_parse_is_total(dialect, text, original_size, model_size):
 
 
 @pytest.mark.parametrize(
-    "unit", ["[", "9", "[1,", "[1, 2, 3, ", " ", "<loc0001>", "<patch_index_0001>", "(1,2),", "<think>"]
+    ("start", "unit"),
+    [
+        ("", "["),
+        ("", "[1,"),
+        ("", "[1, 2, 3, "),
+        ("", "(1,2),"),
+        ("", "<loc0001>"),
+        ("", "<patch_index_0001>"),
+        ("", "<think>"),
+        ("[", "9"),
+        ("[0.", "9"),
+        ("[1,", " "),
+        ("<loc", "0"),
+        ("(1,2)", "\n"),
+    ],
 )
-def test_a_million_characters_are_no_trouble(unit):
+def test_a_million_characters_are_no_trouble(start, unit):
     """Any super-linear search would take hours here, so finishing is the assertion."""
-    text = unit * (1_000_000 // len(unit))
+    text = start + unit * (1_000_000 // len(unit))
     shapes = {(dialect.box, dialect.number): dialect for dialect in DIALECTS.values()}
     for dialect in shapes.values():
         parsed = dialect.parse(text, original_size=ORIGINAL, model_size=RESIZED)
