@@ -1,0 +1,152 @@
+"""The arguments of our models: what `--model_args` may say, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """What a user may set with `--model_args name=value,...`.
+
+    Attributes:
+        pretrained: id on the Hugging Face hub, path of a checkpoint's folder, or `demo` for the embedded one.
+        bits: bits per weight of the language model, 2 to 8; 16 for untouched.
+        group_size: columns of a weight that share a scale; -1 for a whole row.
+        vision_bits: bits of the vision tower.
+        connector_bits: bits of the projector between vision tower and language model.
+        language_bits: bits of the language model, if not `bits`.
+        head_bits: bits of the output projection.
+        symmetric: whether zero points are fixed in the middle.
+        plan: YAML file with rules per module; replaces the above.
+        calibration: where a calibrated method's inputs come from: `none`, `noise`, `self` or a dataset.
+        calibration_samples: how many of them.
+        seed: of calibration and sampling.
+        dtype: of the weights that are not quantized and of the arithmetic; `auto` is bfloat16 on a GPU, else float32.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        device_map: as in transformers, for instance `auto` to spread the model over several devices.
+        attn_implementation: as in transformers: `sdpa`, `eager`, `flash_attention_2`, ...
+        min_pixels: smallest area to which an image is resized, for processors that resize by area.
+        max_pixels: largest such area.
+        max_num_frames: how many frames of a video are shown to the model, evenly spaced.
+        system_prompt: the system message, or a file that holds it.
+        dialect: name of the grounding dialect, if not the one of the model's family.
+        batch_size: requests answered together.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        use_safetensors: whether weights must come as safetensors.
+    """
+
+    pretrained: str = "Qwen/Qwen2.5-VL-3B-Instruct"
+    bits: int | None = None
+    group_size: int = 128
+    vision_bits: int = 16
+    connector_bits: int = 16
+    language_bits: int | None = None
+    head_bits: int = 16
+    symmetric: bool = False
+    plan: str | None = None
+    calibration: str | None = None
+    calibration_samples: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_num_frames: int = 32
+    system_prompt: str | None = None
+    dialect: str | None = None
+    batch_size: int = 1
+    trust_remote_code: bool = False
+    use_safetensors: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_num_frames", "calibration_samples", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> ModelArguments:
+        """Check names and types of arguments as lmms-eval hands them over (it turns `-1` into a float, for instance).
+
+        Raises:
+            ValueError: an argument is unknown (names the nearest and lists all), or a value is of the wrong kind.
+        """
+        # lmms-eval always passes this one along; it concerns its own search for a batch size.
+        given = {name: value for name, value in given.items() if name != "max_batch_size"}
+        hints = get_type_hints(cls)
+        unknown = sorted(set(given) - set(hints))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], hints, n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"Unknown model argument {unknown[0]!r}{guess} Known: {', '.join(hints)}")
+        return cls(**{name: _convert(name, value, hints[name]) for name, value in given.items()})
+
+    def find_checkpoint(self) -> str:
+        """Return the hub id or the folder to load from.
+
+        Raises:
+            FileNotFoundError: `pretrained` is written like a path, and no checkpoint is there.
+        """
+        if self.pretrained == DEMO:
+            from lmms_plugin.demo import CHECKPOINT
+
+            return str(CHECKPOINT)
+        folder = Path(self.pretrained).expanduser()
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"pretrained: the folder {folder} holds no config.json")
+        written_as_path = self.pretrained.startswith(("/", ".", "~")) or self.pretrained.count("/") > 1
+        if written_as_path and not folder.is_dir():
+            raise FileNotFoundError(f"pretrained: there is no folder {folder}")
+        return str(folder) if folder.is_dir() else self.pretrained
+
+    def read_system_prompt(self) -> str | None:
+        r"""Return the system message, read from its file if it names one; `\n` stands for a line break."""
+        if not self.system_prompt:
+            return None
+        if len(self.system_prompt) < 256 and Path(self.system_prompt).is_file():
+            return Path(self.system_prompt).read_text(encoding="utf-8").strip()
+        return self.system_prompt.replace("\\n", "\n")
+
+
+ARGUMENT_NAMES = tuple(field.name for field in fields(ModelArguments))
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if optional else [hint]
+    if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", ""))):
+        return None
+    if kinds == [int] and isinstance(value, float | str) and _is_whole(value):
+        value = int(float(value))
+    if kinds == [str] and isinstance(value, int | float | Path) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, kinds[0]) or (kinds == [int] and isinstance(value, bool)):
+        hint_for_auto = " (lmms-eval's automatic batch size is not supported)" if value == "auto" else ""
+        raise ValueError(f"{name} must be {_WORDS[kinds[0]]}, got {value!r}{hint_for_auto}")
+    return value
+
+
+_WORDS = {int: "a whole number", bool: "True or False", str: "a text"}
+
+
+def _is_whole(value: float | str) -> bool:
+    try:
+        return float(value).is_integer()
+    except ValueError:
+        return False

@@ -1,0 +1,228 @@
+"""From prompts to the tensors a model takes, by the checkpoint's own processor and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.video_utils import VideoMetadata, load_video
+
+from lmms_plugin.prompts import Colour, Prompt, RequestError, naming
+from lmms_plugin.response import Size
+
+_PROBE = "a system message of no other use"
+
+
+class Batch(NamedTuple):
+    """Prompts ready for the model.
+
+    Attributes:
+        inputs: keyword arguments of the model, one row per prompt, padded on the left.
+        model_sizes: for each prompt (width, height) in pixels of its only image as the model sees it; None where the
+            processor does not tell or there is not exactly one image.
+    """
+
+    inputs: dict[str, Tensor]
+    model_sizes: list[Size | None]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A checkpoint's processor, set up for left-padded batches.
+
+    Attributes:
+        processor: of any image-text-to-text checkpoint.
+        max_num_frames: of a video.
+    """
+
+    processor: Any
+    max_num_frames: int = 32
+
+    def __post_init__(self) -> None:
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @property
+    def tokenizer(self) -> Any:
+        """The text half of the processor."""
+        return self.processor.tokenizer
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint brings a chat template; without one prompts are passed as they stand."""
+        return getattr(self.processor, "chat_template", None) is not None
+
+    @property
+    def background(self) -> Colour:
+        """The image processor's mean colour, which it turns into zeros."""
+        mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
+        red, green, blue = (int(channel * 255) for channel in mean)
+        return red, green, blue
+
+    def set_pixel_limits(self, least: int | None, most: int | None) -> None:
+        """Set the smallest and largest area to which images are resized; None leaves a limit as it is.
+
+        Raises:
+            ValueError: this processor does not resize by area.
+        """
+        if least is None and most is None:
+            return
+        images = self.processor.image_processor
+        if "max_pixels" not in getattr(getattr(images, "valid_kwargs", None), "__annotations__", {}):
+            raise ValueError(
+                f"min_pixels and max_pixels are of no use here: {type(images).__name__} has no such limits"
+            )
+        low, high = images.size["shortest_edge"], images.size["longest_edge"]
+        images.size = type(images)(min_pixels=least or low, max_pixels=most or high).size
+
+    def expect_system_prompts(self) -> None:
+        """Check that a system message reaches the model.
+
+        Raises:
+            ValueError: the chat template drops system messages.
+        """
+        if not self.has_template:
+            return
+        system = {"role": "system", "content": [{"type": "text", "text": _PROBE}]}
+        user = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
+        if _PROBE not in self.processor.apply_chat_template([system, user], add_generation_prompt=True):
+            raise ValueError("system_prompt: the chat template of this checkpoint drops system messages")
+
+    def encode(self, prompts: Sequence[Prompt]) -> Batch:
+        """Turn prompts of one kind (see `kind`) into model inputs on the CPU.
+
+        Raises:
+            RequestError: the processor refuses a prompt; names the documents.
+        """
+        names = "; ".join(prompt.name for prompt in prompts)
+        try:
+            inputs = self._raw(prompts) if prompts[0].raw else self._templated(prompts)
+        except RequestError:
+            raise
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise RequestError(f"{names}: {type(self.processor).__name__} refuses this: {error}") from error
+        # PaliGemma's processor adds labels, with which the model would compute a loss.
+        inputs.pop("labels", None)
+        return Batch(inputs, self._model_sizes(prompts, inputs))
+
+    def text_of(self, prompt: Prompt) -> str:
+        """Return the prompt as the model reads it, with one placeholder per image."""
+        if prompt.raw:
+            return self._raw_text(prompt)
+        text: str = self.processor.apply_chat_template(list(prompt.messages), add_generation_prompt=True)
+        return text
+
+    def continuation_ids(self, prompt: Prompt, last: int, continuation: str) -> list[int]:
+        """Return the token ids of a text that follows a prompt.
+
+        Where the prompt ends in white space, the continuation's leading spaces (lmms-eval's delimiter between question
+        and choice) are dropped: the model would not write them either.
+
+        Args:
+            prompt: as encoded.
+            last: its last token.
+            continuation: the text to follow it.
+        """
+        before = self.text_of(prompt)
+        if self.tokenizer.decode([last])[-1:].isspace():
+            continuation = continuation.lstrip(" ")
+            # Some processors end a raw prompt with a line break that is not in its text.
+            before = before if before[-1:].isspace() else before + "\n"
+        context: list[int] = self.tokenizer.encode(before, add_special_tokens=False)
+        whole: list[int] = self.tokenizer.encode(before + continuation, add_special_tokens=False)
+        if whole[: len(context)] == context:
+            return whole[len(context) :]
+        alone: list[int] = self.tokenizer.encode(continuation, add_special_tokens=False)
+        return alone
+
+    def _templated(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"padding": True}
+        conversations = [[dict(message) for message in prompt.messages] for prompt in prompts]
+        if prompts[0].videos:
+            self._expect_video(prompts[0])
+            conversations, metadata = self._with_frames(prompts)
+            options |= {"video_metadata": metadata, "do_sample_frames": False}
+        return dict(
+            self.processor.apply_chat_template(
+                conversations,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs=options,
+            )
+        )
+
+    def _expect_video(self, prompt: Prompt) -> None:
+        if getattr(self.processor, "video_processor", None) is None:
+            raise RequestError(
+                f"{prompt.name}: {type(self.processor).__name__} has no way to show a video to its model"
+            )
+
+    def _with_frames(self, prompts: Sequence[Prompt]) -> tuple[list[list[dict[str, Any]]], list[list[VideoMetadata]]]:
+        conversations, metadata = [], []
+        for prompt in prompts:
+            videos = [self._frames(path, prompt.name) for path in prompt.videos]
+            frames = iter([frames for frames, _ in videos])
+            conversations.append(
+                [
+                    {
+                        "role": message["role"],
+                        "content": [
+                            {**part, "video": next(frames)} if part["type"] == "video" else part
+                            for part in message["content"]
+                        ],
+                    }
+                    for message in prompt.messages
+                ]
+            )
+            metadata.append([about for _, about in videos])
+        return conversations, metadata
+
+    def _frames(self, path: str, name: str) -> tuple[Any, VideoMetadata]:
+        """Decode evenly spaced frames; PyAV comes with lmms-eval, while transformers' own default does not."""
+
+        def spaced(metadata: VideoMetadata, **_: Any) -> Any:
+            count = min(self.max_num_frames, metadata.total_num_frames)
+            return torch.linspace(0, metadata.total_num_frames - 1, count).round().long().numpy()
+
+        with naming(name, "its video cannot be decoded"):
+            return load_video(path, backend="pyav", sample_indices_fn=spaced)
+
+    def _raw(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        texts = [self._raw_text(prompt) for prompt in prompts]
+        if prompts[0].videos:
+            raise RequestError(f"{prompts[0].name}: a prompt without chat template cannot hold a video")
+        if prompts[0].images:
+            images = [prompt.images for prompt in prompts]
+            return dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt"))
+        begin = self.tokenizer.bos_token or ""
+        return dict(
+            self.tokenizer(
+                [begin + text for text in texts], add_special_tokens=False, padding=True, return_tensors="pt"
+            )
+        )
+
+    def _raw_text(self, prompt: Prompt) -> str:
+        return getattr(self.processor, "image_token", "") * len(prompt.images) + prompt.text
+
+    def _model_sizes(self, prompts: Sequence[Prompt], inputs: dict[str, Tensor]) -> list[Size | None]:
+        if "image_grid_thw" not in inputs:
+            return [None] * len(prompts)
+        patch = self.processor.image_processor.patch_size
+        grids = iter(inputs["image_grid_thw"].tolist())
+        sizes = [[next(grids) for _ in prompt.images] for prompt in prompts]
+        return [(mine[0][2] * patch, mine[0][1] * patch) if len(mine) == 1 else None for mine in sizes]
+
+
+def kind(prompt: Prompt) -> tuple[Any, ...]:
+    """Return what prompts must share to go into one batch: processors take all rows with images or none.
+
+    A prompt with a video goes alone, because families disagree on how videos of different lengths are put together.
+    """
+    alone = prompt.name if prompt.videos else ""
+    return (prompt.raw, bool(prompt.images), alone)

@@ -1,0 +1,435 @@
+"""Token by token decoding that keeps the log-probability of what was chosen, and nothing else of the vocabulary.
+
+Both ways of decoding here, generating an answer and scoring a given one, go through `model.generate`: positions, caches
+and attention masks are then those of the model's own code, for every architecture, and a score means the same as the
+log-probabilities of a generated answer.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lmms_plugin.response import Token
+
+
+class OutOfMemory(RuntimeError):
+    """The device has no room for a batch."""
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn when it is not simply the likeliest."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a task asks of generation.
+
+    Attributes:
+        max_new_tokens: longest answer, the end-of-sequence token included.
+        until: strings that end an answer and are cut off together with what follows.
+        sampling: None for greedy decoding.
+        num_beams: 1 for no beam search.
+        repetition_penalty: 1 for none. Log-probabilities never include it.
+    """
+
+    max_new_tokens: int = 1024
+    until: tuple[str, ...] = ()
+    sampling: Sampling | None = None
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {self.num_beams}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.num_beams > 1 and self.sampling:
+            raise ValueError("num_beams > 1 cannot be combined with sampling")
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> Settings:
+        """Read a task's `generation_kwargs`.
+
+        As everywhere in lmms-eval, a temperature of 0 means greedy and one above 0 means sampling, unless `do_sample`
+        says otherwise. Keys that are for other models are ignored.
+
+        Raises:
+            ValueError: a value is out of range, or a key asks for something that is not done here.
+        """
+        asked = {key: value for key, value in kwargs.items() if value is not None}
+        unsupported = {"num_return_sequences", "n", "best_of"} & {key for key, value in asked.items() if value != 1}
+        if unsupported:
+            raise ValueError(f"generation_kwargs ask for {sorted(unsupported)}; one answer per request is all there is")
+        until = asked.get("until", ())
+        longest = asked.get("max_new_tokens", asked.get("max_gen_toks", cls.max_new_tokens))
+        return cls(
+            max_new_tokens=int(longest),
+            until=tuple(dict.fromkeys(s for s in ([until] if isinstance(until, str) else until) if s)),
+            sampling=_sampling(asked),
+            num_beams=int(asked.get("num_beams", 1)),
+            repetition_penalty=float(asked.get("repetition_penalty", 1.0)),
+        )
+
+
+def _sampling(asked: Mapping[str, Any]) -> Sampling | None:
+    temperature = float(asked.get("temperature", 1.0 if asked.get("do_sample") else 0.0))
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if not asked.get("do_sample", temperature > 0) or temperature == 0:
+        return None
+    top_p = float(asked.get("top_p", 1.0))
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    return Sampling(temperature, top_p, int(asked.get("top_k", 0)))
+
+
+class Answer(NamedTuple):
+    """A generated answer.
+
+    Attributes:
+        tokens: with the end-of-sequence token, if the model came to it, as the last; cut where `until` says.
+            Their log-probabilities are NaN after a beam search, which reports none.
+        text: the answer without special tokens.
+    """
+
+    tokens: tuple[Token, ...]
+    text: str
+
+
+class Score(NamedTuple):
+    """How a model judges a given continuation.
+
+    Attributes:
+        logprobs: natural logarithm of the probability of each of its tokens.
+        is_greedy: whether greedy decoding would have produced it.
+    """
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole continuation."""
+        return math.fsum(self.logprobs)
+
+
+@dataclass
+class Decoder:
+    """A model with its tokenizer, ready to generate.
+
+    Attributes:
+        model: any Hugging Face model with `generate`.
+        tokenizer: its tokenizer.
+        ends: ids of the tokens that end an answer.
+        special: ids of the tokens that are no text.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    ends: tuple[int, ...]
+    special: frozenset[int]
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Tokenizer) -> Decoder:
+        """Take over what a checkpoint says about ending and padding an answer, and nothing else.
+
+        Sampling, penalties and lengths in its generation_config.json would silently join those of a task, so they go.
+        """
+        ends = _ids(model.generation_config.eos_token_id) | _ids(tokenizer.eos_token_id)
+        if not ends:
+            raise ValueError("Neither generation_config.json nor the tokenizer of this checkpoint names an eos token")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+        begin = model.generation_config.bos_token_id
+        model.generation_config = GenerationConfig(pad_token_id=pad, bos_token_id=begin)
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return cls(model, tokenizer, tuple(sorted(ends)), frozenset(special | ends))
+
+    def generate(
+        self, inputs: Mapping[str, Tensor], settings: Settings, seeds: Sequence[int] | None = None
+    ) -> list[Answer]:
+        """Generate one answer per row of the batch.
+
+        Args:
+            inputs: keyword arguments of the model, on its device; `input_ids` (rows, prompt length) padded on the left.
+            settings: the same for all rows.
+            seeds: one per row, for sampling: what is drawn for a row depends on its own seed and not on its batch.
+
+        Raises:
+            OutOfMemory: the batch does not fit; says what helps.
+            FloatingPointError: the model's logits are not numbers.
+        """
+        if settings.num_beams > 1:
+            return self._search(inputs, settings)
+        prompt_length = inputs["input_ids"].shape[1]
+        recorder = _Recorder(_RawLogits(), _Ends(self.tokenizer, self.ends, settings.until, prompt_length))
+        processors: list[LogitsProcessor] = [recorder.raw]
+        if settings.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        if settings.sampling is not None:
+            if seeds is None:
+                raise ValueError("Sampling needs one seed per row")
+            processors.append(_Drawn(settings.sampling, seeds))
+        config = GenerationConfig(max_new_tokens=settings.max_new_tokens, eos_token_id=list(self.ends), do_sample=False)
+        ids = self._run(inputs, config, processors, recorder)
+        rows = zip(ids.tolist(), recorder.logprobs(), recorder.ends.lengths.tolist(), strict=True)
+        return [self._answer(row[:length], logprobs[:length], settings.until) for row, logprobs, length in rows]
+
+    def score(self, inputs: Mapping[str, Tensor], continuations: Sequence[Sequence[int]]) -> list[Score]:
+        """Score one given continuation per row of the batch, by making the model generate it.
+
+        Args:
+            inputs: as in `generate`.
+            continuations: token ids, may be empty.
+
+        Raises:
+            OutOfMemory: the batch does not fit; says what helps.
+            FloatingPointError: the model's logits are not numbers.
+        """
+        longest = max(map(len, continuations))
+        if longest == 0:
+            return [Score((), True) for _ in continuations]
+        recorder = _Recorder(_RawLogits(), None)
+        forced = _Forced(continuations, inputs["input_ids"].shape[1], inputs["input_ids"].device)
+        config = GenerationConfig(max_new_tokens=longest, do_sample=False)
+        self._run(inputs, config, [recorder.raw, forced], recorder)
+        rows = zip(recorder.logprobs(), recorder.greedy(), continuations, strict=True)
+        return [Score(tuple(logprobs[: len(given)]), all(greedy[: len(given)])) for logprobs, greedy, given in rows]
+
+    def _run(
+        self,
+        inputs: Mapping[str, Tensor],
+        config: GenerationConfig,
+        processors: list[LogitsProcessor],
+        recorder: _Recorder,
+    ) -> Tensor:
+        with explaining_out_of_memory(len(inputs["input_ids"])):
+            ids: Tensor = self.model.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=StoppingCriteriaList([recorder]),
+            )
+        return ids[:, inputs["input_ids"].shape[1] :]
+
+    def _search(self, inputs: Mapping[str, Tensor], settings: Settings) -> list[Answer]:
+        config = GenerationConfig(
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=list(self.ends),
+            do_sample=False,
+            num_beams=settings.num_beams,
+            repetition_penalty=settings.repetition_penalty,
+        )
+        with explaining_out_of_memory(len(inputs["input_ids"])):
+            ids = self.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+        return [self._answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())]
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        end = next((position for position, token in enumerate(ids) if token in self.ends), len(ids) - 1)
+        return ids[: end + 1]
+
+    def _answer(self, ids: list[int], logprobs: list[float], until: Sequence[str]) -> Answer:
+        ended = bool(ids) and ids[-1] in self.ends
+        texts = token_texts(self.tokenizer, ids[:-1] if ended else ids) + [""] * ended
+        kept = cut(texts, until)
+        text = "".join(text for text, token in zip(kept, ids, strict=False) if token not in self.special)
+        return Answer(tuple(map(Token, kept, logprobs)), text)
+
+
+def _ids(value: int | Sequence[int] | None) -> set[int]:
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+@contextmanager
+def explaining_out_of_memory(rows: int) -> Iterator[None]:
+    """Turn the device's refusal into an error that says which arguments help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        first = f"batch_size (now {rows} requests), " if rows > 1 else ""
+        raise OutOfMemory(
+            f"Out of memory. What helps: a smaller {first}max_pixels, bits or vision_bits, max_new_tokens; "
+            f"dtype=bfloat16; device_map=auto to spread the model over several devices. ({error})"
+        ) from error
+
+
+class _RawLogits(LogitsProcessor):
+    """Holds the logits of the current step, before anything changes them."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits = scores
+        return scores
+
+
+class _Forced(LogitsProcessor):
+    """Leaves one token to choose: the next one of a given continuation."""
+
+    def __init__(self, continuations: Sequence[Sequence[int]], prompt_length: int, device: torch.device) -> None:
+        longest = max(map(len, continuations))
+        padded = [[*given, *[0] * (longest - len(given))] for given in continuations]
+        self.ids = torch.tensor(padded, device=device)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt_length
+        return _only(self.ids[:, step : step + 1], scores)
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves one token to choose: the one drawn for the row by its own random numbers."""
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        self.streams = [random.Random(seed) for seed in seeds]
+        self.warpers = LogitsProcessorList()
+        if sampling.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = self.warpers(input_ids, scores).softmax(1).cumsum(1)
+        uniform = torch.tensor([[stream.random()] for stream in self.streams], device=scores.device)
+        # 1 - uniform is in (0, 1], so that a token of probability 0 is never the first to reach it.
+        drawn = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:])
+        return _only(drawn, scores)
+
+
+def _only(chosen: Tensor, scores: Tensor) -> Tensor:
+    return torch.full_like(scores, -torch.inf).scatter_(1, chosen.to(scores.device), 0.0)
+
+
+class _Ends:
+    """Knows for each row whether its answer has ended, and after how many tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: Sequence[int], until: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.until = until
+        self.prompt_length = prompt_length
+        # A token is at least one byte, so a string that has just been completed lies within this many tokens, but for
+        # tokens without text of their own; the final cut looks at the whole answer.
+        self.window = max((len(string.encode()) for string in until), default=0) + 8
+
+    def update(self, input_ids: Tensor) -> Tensor:
+        last = input_ids[:, -1]
+        if input_ids.shape[1] == self.prompt_length + 1:
+            self.done = torch.zeros_like(last, dtype=torch.bool)
+            self.lengths = torch.zeros_like(last)
+        self.lengths += (~self.done).long()
+        self.done |= torch.isin(last, torch.tensor(self.ends, device=last.device))
+        if self.until:
+            self.done |= torch.tensor(self._has_string(input_ids), device=last.device)
+        return self.done
+
+    def _has_string(self, input_ids: Tensor) -> list[bool]:
+        tails = input_ids[:, self.prompt_length :][:, -self.window :].tolist()
+        texts = (decode(self.tokenizer, tail) for tail in tails)
+        return [any(string in text for string in self.until) for text in texts]
+
+
+class _Recorder(StoppingCriteria):
+    """Notes the log-probability of each chosen token, from the logits of that step alone."""
+
+    def __init__(self, raw: _RawLogits, ends: _Ends | None) -> None:
+        self.raw = raw
+        self._ends = ends
+        self._logprobs: list[Tensor] = []
+        self._greedy: list[Tensor] = []
+
+    @property
+    def ends(self) -> _Ends:
+        assert self._ends is not None
+        return self._ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        logits, chosen = self.raw.logits, input_ids[:, -1:].to(self.raw.logits.device)
+        self._logprobs.append(logits.gather(1, chosen).squeeze(1) - logits.logsumexp(1))
+        if self._ends is not None:
+            return self._ends.update(input_ids)
+        self._greedy.append(logits.argmax(1) == chosen.squeeze(1))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def logprobs(self) -> list[list[float]]:
+        """Return the log-probabilities, one list per row, padding after an answer's end included."""
+        logprobs = torch.stack(self._logprobs, dim=1).clamp(max=0.0)
+        if logprobs.isnan().any():
+            raise FloatingPointError(
+                "The model's logits are not numbers (NaN). A checkpoint or quantization is broken, or its activations "
+                "overflow: compare with quant_none and dtype=float32."
+            )
+        return logprobs.tolist()
+
+    def greedy(self) -> list[list[bool]]:
+        """Return whether each forced token was the likeliest, one list per row."""
+        return torch.stack(self._greedy, dim=1).tolist()
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return the text of some token ids, special tokens and spaces as they are."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Split the text of `ids` among them.
+
+    A character that takes several tokens belongs to the last of them. The texts add up to the decoded whole.
+    """
+    texts: list[str] = []
+    # Decoding starts a little before what is new: some tokenizers write a token differently at the start of a text.
+    start = end = 0
+    for position in range(1, len(ids) + 1):
+        before = decode(tokenizer, ids[start:end])
+        after = decode(tokenizer, ids[start:position])
+        unfinished = after.endswith("\ufffd") and position < len(ids)
+        if unfinished or len(after) <= len(before):
+            texts.append("")
+            continue
+        texts.append(after[len(before) :])
+        start, end = end, position
+    return texts
+
+
+def cut(texts: Sequence[str], until: Sequence[str]) -> list[str]:
+    """Cut tokens' texts where the first of the strings begins; a token that holds its beginning is shortened."""
+    whole = "".join(texts)
+    found = [position for string in until if (position := whole.find(string)) >= 0]
+    if not found:
+        return list(texts)
+    kept: list[str] = []
+    left = min(found)
+    for text in texts:
+        if left <= 0:
+            break
+        kept.append(text[:left])
+        left -= len(text)
+    return kept

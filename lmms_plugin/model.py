@@ -1,0 +1,340 @@
+"""The chat model that lmms-eval runs: any image-text-to-text checkpoint, quantized by any registered backend.
+
+`--model quant_<backend>` finds its class here as an attribute made on demand (`QuantAwq` for `quant_awq`, and
+`QuantAwqSimple` for lmms-eval's `--force_simple`), so that a new backend needs no line in this file.
+
+The answer to a request does not depend on the batch it is in, up to floating point: padding changes the order of a
+matrix product's additions, so the last bits of a logit differ between batches. In float32 that decides nothing in
+practice; in bfloat16 two nearly equal tokens can change places, and then batch_size=1 is the reference.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+from tqdm import tqdm
+from transformers import AutoConfig, AutoProcessor
+
+from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.chat import Batch, Chat, kind
+from lmms_plugin.decoding import Answer, Decoder, Score, Settings
+from lmms_plugin.dialects import Dialect, dialect_for
+from lmms_plugin.prompts import Prompt, PromptReader, RequestError
+from lmms_plugin.quant_backends import names
+from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
+from lmms_plugin.quant_backends.loading import load_quantized
+from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
+from lmms_plugin.requests import Messages, Request, read
+from lmms_plugin.response import Response
+
+Result = TypeVar("Result")
+DEFAULT_BITS = 4
+
+
+class Job(NamedTuple):
+    """One prompt to answer.
+
+    Attributes:
+        messages: makes its messages; images are decoded only when it is called.
+        request: what it belongs to.
+        settings: how to generate.
+    """
+
+    messages: Callable[[], Messages]
+    request: Request
+    settings: Settings
+
+
+class QuantizedVLM(lmms):
+    """A quantized vision-language model as lmms-eval runs it.
+
+    Attributes:
+        method: name of the quantization backend.
+        report: what was quantized and what was not.
+    """
+
+    is_simple = False
+    method: ClassVar[str] = "none"
+
+    def __init__(self, **arguments: Any) -> None:
+        """Load and quantize a checkpoint.
+
+        Args:
+            **arguments: see `ModelArguments`.
+
+        Raises:
+            ValueError: an argument is unknown or its value impossible, before anything is loaded.
+            FileNotFoundError: there is no such checkpoint.
+        """
+        super().__init__()
+        self.arguments = ModelArguments.parse(arguments)
+        plan, calibration = _plan(self.method, self.arguments), _calibration(self.arguments)
+        path = self.arguments.find_checkpoint()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = _device(self.arguments, self.accelerator)
+        self.chat, self.reader = _chat(path, self.arguments)
+        model, _, self.report = load_quantized(
+            path,
+            method=self.method,
+            plan=plan,
+            calibration=calibration,
+            dtype=_dtype(self.arguments.dtype, self.device),
+            device=self.device,
+            device_map=self.arguments.device_map,
+            attn_implementation=self.arguments.attn_implementation,
+            trust_remote_code=self.arguments.trust_remote_code,
+            seed=self.arguments.seed,
+            use_safetensors=self.arguments.use_safetensors,
+            processor=self.chat.processor,
+        )
+        self.decoder = Decoder.of(model, self.chat.tokenizer)
+        if self.rank == 0:
+            logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model."""
+        return self.decoder.model
+
+    @property
+    def batch_size(self) -> int:
+        """Requests answered together."""
+        return self.arguments.batch_size
+
+    @property
+    def dialect(self) -> Dialect:
+        """How this model is asked for boxes."""
+        return self.reader.dialect
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answer every request.
+
+        Returns:
+            Texts in the order of the requests. An answer to a message with the key "grounding" is an encoded
+            `Response`; any other is the plain text.
+
+        Raises:
+            RequestError: a document cannot be read or shown to this model; it is named.
+            OutOfMemory: a batch does not fit; says what helps.
+        """
+        read_requests = read(requests, self.task_dict)
+        jobs = [Job(request.first, request, Settings.from_kwargs(request.options)) for request in read_requests]
+        return self._answer(jobs, "Answering")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
+        """Answer tasks that ask again with earlier answers at hand, all requests one round at a time.
+
+        Returns:
+            For each request the answers of its rounds.
+        """
+        open_requests = dict(enumerate(read(requests, self.task_dict)))
+        asked: dict[int, Callable[[], Messages]] = {i: request.first for i, request in open_requests.items()}
+        answers: list[list[str]] = [[] for _ in requests]
+        memory: list[Any] = [None] * len(requests)
+        index = 0
+        while asked:
+            jobs = [
+                Job(messages, open_requests[i], Settings.from_kwargs(open_requests[i].options))
+                for i, messages in asked.items()
+            ]
+            for i, answer in zip(asked, self._answer(jobs, f"Answering, round {index + 1}"), strict=True):
+                answers[i].append(answer)
+            index += 1
+            rounds = {i: open_requests[i].next(index, answers[i], memory[i]) for i in asked}
+            asked = {}
+            for i, (messages, answers[i], memory[i]) in rounds.items():
+                if messages is not None:
+                    asked[i] = _giving(messages)
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Score every request's continuation as lmms-eval's own models do, which is not as its documentation says.
+
+        lmms-eval 0.7 takes the choice with the smallest number for the answer to a multiple-choice question, because
+        its models return a loss. So a choice gets its negative log-likelihood (in nats, summed over its tokens), while
+        for tasks of type `loglikelihood`, which compute perplexity, the number is the log-likelihood itself.
+
+        Returns:
+            For each request the number and whether greedy decoding would write the continuation.
+        """
+        choices = [isinstance(request.target, str) for request in read(requests, self.task_dict)]
+        pairs = zip(choices, self.scores(requests), strict=True)
+        return [(-score.total if choice else score.total, score.is_greedy) for choice, score in pairs]
+
+    def scores(self, requests: Sequence[Any]) -> list[Score]:
+        """Return the log-probabilities of every request's continuation, token by token."""
+        jobs = [Job(request.first, request, Settings()) for request in read(requests, self.task_dict)]
+        return self._run(jobs, self._score, "Scoring")
+
+    def clean(self) -> None:
+        """Free the model; `report` stays."""
+        del self.decoder
+        super().clean()
+
+    def _answer(self, jobs: Sequence[Job], title: str) -> list[str]:
+        return self._run(jobs, self._generate, title)
+
+    def _run(
+        self,
+        jobs: Sequence[Job],
+        step: Callable[[Batch, list[Prompt], list[Job]], list[tuple[Result, int]]],
+        title: str,
+    ) -> list[Result]:
+        """Do jobs in batches of equal settings and like prompts; results come back in the order of the jobs."""
+        results: dict[int, Result] = {}
+        tokens, started = 0, time.perf_counter()
+        with tqdm(total=len(jobs), desc=title, disable=self.rank != 0) as bar:
+            for chunk in _chunks(jobs, self.batch_size):
+                prompts = {i: self.reader.read(jobs[i].messages(), jobs[i].request.name) for i in chunk}
+                for members in _alike(prompts):
+                    batch = self.chat.encode([prompts[i] for i in members])
+                    batch = batch._replace(inputs=self._on_device(batch.inputs))
+                    done = step(batch, [prompts[i] for i in members], [jobs[i] for i in members])
+                    results |= {i: result for i, (result, _) in zip(members, done, strict=True)}
+                    tokens += sum(count for _, count in done)
+                    bar.update(len(members))
+        self._log(tokens, time.perf_counter() - started)
+        return [results[i] for i in range(len(jobs))]
+
+    def _generate(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[tuple[str, int]]:
+        seeds = [job.request.seed(self.arguments.seed) for job in jobs]
+        answers = self.decoder.generate(batch.inputs, jobs[0].settings, seeds)
+        rows = zip(prompts, batch.model_sizes, answers, jobs, strict=True)
+        return [(self._text(prompt, size, answer, job), len(answer.tokens)) for prompt, size, answer, job in rows]
+
+    def _text(self, prompt: Prompt, model_size: tuple[int, int] | None, answer: Answer, job: Job) -> str:
+        if prompt.grounding is None:
+            return answer.text
+        if job.settings.num_beams > 1:
+            raise RequestError(f"{prompt.name}: log-probabilities of the answer are asked for; beam search has none")
+        if self.dialect.requires_model_size and model_size is None:
+            raise RequestError(
+                f"{prompt.name}: dialect {self.dialect.name!r} counts pixels of the resized image, and "
+                f"{type(self.chat.processor).__name__} does not tell its size"
+            )
+        raw = "".join(token.text for token in answer.tokens)
+        return Response(raw, answer.tokens, prompt.grounding.original_size, model_size, self.dialect.name).encode()
+
+    def _score(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[tuple[Score, int]]:
+        rows = zip(prompts, batch.inputs["input_ids"][:, -1].tolist(), jobs, strict=True)
+        given = [self.chat.continuation_ids(prompt, last, job.request.continuation()) for prompt, last, job in rows]
+        scores = self.decoder.score(batch.inputs, given)
+        return [(score, len(score.logprobs)) for score in scores]
+
+    def _on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        model = self.decoder.model
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+
+    def _log(self, tokens: int, seconds: float) -> None:
+        """Hand speed and size to lmms-eval, which puts them into the results file."""
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=tokens,
+            avg_speed=tokens / seconds if seconds > 0 else 0.0,
+            additional_metrics={"rank": self.rank, **self.report.totals()},
+        )
+
+
+def _giving(messages: Messages) -> Callable[[], Messages]:
+    return lambda: messages
+
+
+def _chunks(jobs: Sequence[Job], size: int) -> Iterator[list[int]]:
+    """Deal the indices of jobs of equal settings into chunks, in order of appearance."""
+    groups: dict[Settings, list[int]] = {}
+    for index, job in enumerate(jobs):
+        groups.setdefault(job.settings, []).append(index)
+    for members in groups.values():
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+
+def _alike(prompts: dict[int, Prompt]) -> Iterator[list[int]]:
+    """Part the prompts of a chunk into batches that a processor can take at once."""
+    order = sorted(prompts, key=lambda index: kind(prompts[index]))
+    for _, members in groupby(order, key=lambda index: kind(prompts[index])):
+        yield list(members)
+
+
+def _plan(method: str, arguments: ModelArguments) -> QuantPlan:
+    default = UNTOUCHED_BITS if method == "none" else DEFAULT_BITS
+    return QuantPlan.from_arguments(
+        bits=default if arguments.bits is None else arguments.bits,
+        group_size=arguments.group_size,
+        symmetric=arguments.symmetric,
+        vision_bits=arguments.vision_bits,
+        connector_bits=arguments.connector_bits,
+        language_bits=arguments.language_bits,
+        head_bits=arguments.head_bits,
+        plan=arguments.plan,
+    )
+
+
+def _calibration(arguments: ModelArguments) -> CalibrationSpec | None:
+    if arguments.calibration is None:
+        return None
+    samples = arguments.calibration_samples or DEFAULT_SAMPLES
+    return CalibrationSpec.parse(arguments.calibration, samples=samples, seed=arguments.seed)
+
+
+def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:
+    """Choose the device: with several processes each has its own, and alone the user's choice or the best one."""
+    if accelerator.num_processes > 1 and arguments.device_map is not None:
+        raise ValueError(
+            f"device_map spreads one model over all devices and cannot be combined with {accelerator.num_processes} "
+            "processes, which have one each"
+        )
+    if accelerator.num_processes > 1 or arguments.device == "auto":
+        return torch.device(accelerator.device)
+    return torch.device(arguments.device)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
+    remote = {"trust_remote_code": arguments.trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **remote)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{path} is an encoder-decoder ({config.model_type}); only decoder models are supported")
+    declared = arguments.dialect or getattr(config, "grounding_dialect", None)
+    dialect = dialect_for(config.model_type, declared)
+    chat = Chat(AutoProcessor.from_pretrained(path, **remote), arguments.max_num_frames)
+    chat.set_pixel_limits(arguments.min_pixels, arguments.max_pixels)
+    system_prompt = arguments.read_system_prompt()
+    if system_prompt:
+        chat.expect_system_prompts()
+    return chat, PromptReader(dialect, system_prompt, chat.background, raw=not chat.has_template)
+
+
+def class_name(backend: str) -> str:
+    """Return the name of the class of a backend: `QuantAwq` for `awq`."""
+    return "Quant" + "".join(part.capitalize() for part in backend.split("_"))
+
+
+def __getattr__(name: str) -> type[QuantizedVLM]:
+    backends = {class_name(backend): backend for backend in names()}
+    backend = backends.get(name.removesuffix("Simple"))
+    if backend is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    simple = name.endswith("Simple")
+    body = {"method": backend, "is_simple": simple, "__module__": __name__, "__doc__": QuantizedVLM.__doc__}
+    created: type[QuantizedVLM] = type(name, (QuantizedVLM,), body)
+    globals()[name] = created
+    return created
