@@ -40,7 +40,9 @@ class ModelArguments:
         max_num_frames: how many frames of a video are shown to the model, evenly spaced.
         system_prompt: the system message, or a file that holds it.
         dialect: name of the grounding dialect, if not the one of the model's family.
-        batch_size: requests answered together.
+        batch_size: images answered together (requests, where there is none), with all questions about each of them;
+            `auto` as many as fit.
+        share_prefix: whether questions about one image are answered over one encoding of it.
         trust_remote_code: whether code that comes with the checkpoint may run.
         use_safetensors: whether weights must come as safetensors.
     """
@@ -66,7 +68,8 @@ class ModelArguments:
     max_num_frames: int = 32
     system_prompt: str | None = None
     dialect: str | None = None
-    batch_size: int = 1
+    batch_size: int | None = 1
+    share_prefix: bool = True
     trust_remote_code: bool = False
     use_safetensors: bool = True
 
@@ -128,6 +131,11 @@ ARGUMENT_NAMES = tuple(field.name for field in fields(ModelArguments))
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
+    if name == "batch_size":
+        # Here None stands for "auto" alone: a batch size of nothing is a mistake.
+        if value == "auto":
+            return None
+        hint = int
     optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if optional else [hint]
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", ""))):
@@ -137,8 +145,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     if kinds == [str] and isinstance(value, int | float | Path) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, kinds[0]) or (kinds == [int] and isinstance(value, bool)):
-        hint_for_auto = " (lmms-eval's automatic batch size is not supported)" if value == "auto" else ""
-        raise ValueError(f"{name} must be {_WORDS[kinds[0]]}, got {value!r}{hint_for_auto}")
+        or_auto = " or 'auto'" if name == "batch_size" else ""
+        raise ValueError(f"{name} must be {_WORDS[kinds[0]]}{or_auto}, got {value!r}")
     return value
 
 

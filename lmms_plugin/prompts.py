@@ -149,7 +149,9 @@ def _image(source: Any, name: str) -> Image.Image:
             source = Image.open(source)
         if not isinstance(source, Image.Image):
             raise RequestError(f"{name}: an image must be a PIL image or a path, got {type(source).__name__}")
-        return source.convert("RGB")
+        # Not copied where nothing changes: questions about one image then hold it once.
+        source.load()
+        return source if source.mode == "RGB" else source.convert("RGB")
 
 
 def _video(part: Mapping[str, Any], name: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,12 +49,14 @@ class Request:
         options: the task's generation_kwargs; empty for a log-likelihood.
         target: the continuation to score, or a function from the document to it; None for generation.
         repeat: how many equal requests came before it in the same call.
+        image: equal for requests that the dataset knows to be about one image; None where it does not tell.
     """
 
     name: str
     options: Mapping[str, Any]
     target: str | Callable[[Any], Any] | None
     repeat: int
+    image: Hashable | None
     _document: Callable[[], Any]
     _first: Callable[[Any], Messages]
     _next: Callable[..., Any]
@@ -113,10 +115,11 @@ def _read(arguments: tuple[Any, ...], documents: Mapping[str, Any], repeat: int)
         return documents[task][split][index]
 
     name = f"task {task}, document {index}"
+    image = _image(documents, task, split, index)
     context = rest[0]
     if len(rest) == 3 and isinstance(rest[2], Mapping):
         _, ask, options = rest
-        return Request(name, options, None, repeat, document, ask, ask)
+        return Request(name, options, None, repeat, image, document, ask, ask)
     show = rest[2]
 
     def first(doc: Any) -> Messages:
@@ -124,8 +127,13 @@ def _read(arguments: tuple[Any, ...], documents: Mapping[str, Any], repeat: int)
 
     if isinstance(rest[1], Mapping):
         again = rest[3] if len(rest) == 4 else None
-        return Request(name, rest[1], None, repeat, document, first, _rounds(again))
-    return Request(name, {}, rest[1], repeat, document, first, _rounds(None))
+        return Request(name, rest[1], None, repeat, image, document, first, _rounds(again))
+    return Request(name, {}, rest[1], repeat, image, document, first, _rounds(None))
+
+
+def _image(documents: Mapping[str, Any], task: str, split: str, index: int) -> Hashable | None:
+    key = getattr(documents[task][split], "image_key", None)
+    return None if key is None else (task, split, key(index))
 
 
 def _unconditional(context: str, continuation: str, *, repeat: int) -> Request:
@@ -135,6 +143,7 @@ def _unconditional(context: str, continuation: str, *, repeat: int) -> Request:
         {},
         continuation,
         repeat,
+        None,
         lambda: None,
         lambda _: visuals_and_text((), context),
         _rounds(None),

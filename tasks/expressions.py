@@ -9,6 +9,8 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from lmms_plugin.tasks.recent import Recent
+
 IMAGE = "image"
 _LIST_OF_STRINGS = "a list of strings"
 _LIST_OF_NUMBERS = "a list of four numbers [x, y, width, height] in pixels"
@@ -20,6 +22,10 @@ REFCOCOPLUS_SCHEMA: Mapping[str, str] = {
     "file_name": "a string",
 }
 _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
+
+
+# A row's expressions are asked for one after another, by a few threads at once.
+_DECODED: Recent[Image.Image] = Recent(8)
 
 
 class DatasetError(ValueError):
@@ -48,6 +54,7 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
         light = [name for name in rows.column_names if name not in (IMAGE, "segmentation")]
         self._rows: list[dict[str, Any]] = rows.select_columns(light).to_list()
         self._keep_image = keep_image
+        self._identity = object()
         self._sizes: dict[int, tuple[int, int]] = {}
         for number, row in enumerate(self._rows):
             _check_row(number, row)
@@ -88,8 +95,12 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
         doc["image_id"] = image_id(doc["file_name"])
         doc["width"], doc["height"] = self._size(row)
         if self._keep_image:
-            doc[IMAGE] = self._open(row, load=True)
+            doc[IMAGE] = _DECODED.get((self._identity, row), lambda: self._open(row, load=True))
         return doc
+
+    def image_key(self, i: int) -> str:
+        """Return what documents on one photograph have in common, without looking at it."""
+        return image_id(self._rows[self._index[i][0]]["file_name"])
 
     def _size(self, row: int) -> tuple[int, int]:
         if row not in self._sizes:

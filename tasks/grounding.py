@@ -4,6 +4,7 @@ One document is one expression (`lmms_plugin.tasks.expressions`). Boxes are xyxy
 YAML names these functions; its shift and severity are data, in `lmms_eval_specific_kwargs`.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,10 +20,13 @@ from lmms_plugin.dialects import DIALECTS
 from lmms_plugin.response import Response
 from lmms_plugin.tasks import shifts
 from lmms_plugin.tasks.expressions import ExpressionDocs
+from lmms_plugin.tasks.recent import Recent
 
 Record = Mapping[str, Any]
 GENERIC = DIALECTS["fractions"]
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
+# Every expression about an image asks for it under the same shift.
+_SHIFTED: Recent[Image.Image] = Recent(8)
 
 
 def process_docs(rows: Dataset) -> ExpressionDocs:
@@ -35,7 +39,10 @@ def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None)
     name = (task or {}).get("shift")
     if name is None:
         return [doc["image"].convert("RGB")]
-    return [shifts.apply(doc["image"], name, int((task or {})["severity"]), key=doc["image_id"])]
+    image, severity, key = doc["image"], int((task or {})["severity"]), doc["image_id"]
+    content = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+    known_by = (content, image.mode, image.size, key, name, severity)
+    return [_SHIFTED.get(known_by, lambda: shifts.apply(image, name, severity, key=key))]
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:

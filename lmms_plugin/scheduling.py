@@ -1,0 +1,214 @@
+"""From a run's jobs to encoded batches, prepared on background threads while the model answers earlier ones.
+
+Reading (decoding an image, shifting it) and encoding (the checkpoint's processor) are kept a bounded number of images ahead.
+What is in a batch depends on the jobs and the budget alone, never on which thread was faster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from PIL import ImageFile
+
+from lmms_plugin.chat import Batch, Chat, kind
+from lmms_plugin.decoding import Settings
+from lmms_plugin.packing import Budget, Group, pack
+from lmms_plugin.pipeline import ahead
+from lmms_plugin.prefix import Encoded, encode_groups
+from lmms_plugin.prompts import Prompt, PromptReader, RequestError
+from lmms_plugin.requests import Messages, Request
+
+MOST_READERS = 4
+BATCHES_AHEAD = 2
+
+
+class Job(NamedTuple):
+    """One prompt to answer.
+
+    Attributes:
+        messages: makes its messages; images are decoded only when it is called.
+        request: what it belongs to.
+        settings: how to generate.
+    """
+
+    messages: Callable[[], Messages]
+    request: Request
+    settings: Settings
+
+
+class Read(NamedTuple):
+    """A job's prompt.
+
+    Attributes:
+        index: of the job.
+        prompt: with its images decoded.
+        length: in tokens, images included.
+        shares: equal for prompts that may share a prefix: those of the same images in the same order.
+    """
+
+    index: int
+    prompt: Prompt
+    length: int
+    shares: Hashable
+
+
+class Prepared(NamedTuple):
+    """A batch ready for the model, still on the CPU.
+
+    Attributes:
+        groups: indices of jobs; a group has the same images.
+        prompts: of the jobs, group by group.
+        encoded: one row per prompt, or `Encoded` where groups are to share their prefix.
+    """
+
+    groups: list[list[int]]
+    prompts: list[list[Prompt]]
+    encoded: Batch | Encoded
+
+    @property
+    def members(self) -> list[int]:
+        """Indices of all jobs."""
+        return [index for group in self.groups for index in group]
+
+
+@dataclass
+class Schedule:
+    """Prepares the batches of one run.
+
+    Attributes:
+        chat: the checkpoint's processor.
+        reader: turns messages into prompts.
+        budget: how much goes into a batch; looked at whenever the next ones are planned.
+        sharing: whether questions about one image share its prefix; asked likewise.
+    """
+
+    chat: Chat
+    reader: PromptReader
+    budget: Budget
+    sharing: Callable[[], bool]
+    _image_tokens: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def batches(self, jobs: Sequence[Job]) -> Iterator[Prepared]:
+        """Yield batches that together hold every job once.
+
+        Raises:
+            RequestError: a document cannot be read or shown to this model; task and document are named.
+        """
+        readers = max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1))
+        # The processor's own tensor operations use several threads; one caller at a time keeps the tokenizer consistent.
+        with _strict_about_images(), _pool(readers) as reading, _pool(1) as encoding:
+            units = _by_image(jobs)
+            read = ahead(reading, lambda unit: [self._read(jobs[i], i) for i in unit], units, readers + 1)
+            yield from ahead(encoding, self.prepare, self._plan(read), BATCHES_AHEAD)
+
+    def prepare(self, groups: Sequence[Sequence[Read]]) -> Prepared:
+        """Encode one batch."""
+        prompts = [[read.prompt for read in group] for group in groups]
+        indices = [[read.index for read in group] for group in groups]
+        if any(len(group) > 1 for group in groups):
+            return Prepared(indices, prompts, encode_groups(self.chat, prompts))
+        return Prepared(indices, prompts, self.chat.encode([prompt for group in prompts for prompt in group]))
+
+    def plain(self, groups: Iterable[Sequence[int]], prompts: Iterable[Sequence[Prompt]]) -> Iterator[Prepared]:
+        """Encode prompts anew, each with its own images, in batches of the allowed size."""
+        pairs = [pair for mine, texts in zip(groups, prompts, strict=True) for pair in zip(mine, texts, strict=True)]
+        for start in range(0, len(pairs), self.budget.limits.groups):
+            part = pairs[start : start + self.budget.limits.groups]
+            encoded = self.chat.encode([prompt for _, prompt in part])
+            yield Prepared([[index] for index, _ in part], [[prompt] for _, prompt in part], encoded)
+
+    def _read(self, job: Job, index: int) -> Read:
+        name = job.request.name
+        try:
+            prompt = self.reader.read(job.messages(), name)
+            shares = (job.settings, kind(prompt), _content(prompt) if _can_share(prompt, job) else index)
+            return Read(index, prompt, self._length(prompt), shares)
+        except RequestError:
+            raise
+        except Exception as error:
+            # Whatever a task's own code raises on a thread would otherwise not say what it was working on.
+            raise RequestError(f"{name}: {type(error).__name__}: {error}") from error
+
+    def _length(self, prompt: Prompt) -> int:
+        """Count tokens. How many an image takes depends on its size alone, and is found by encoding the first of a size."""
+        text = len(self.chat.ids(self.chat.text_of(prompt)))
+        images = prompt.images
+        if len(images) == 1 and images[0].size not in self._image_tokens:
+            self._image_tokens[images[0].size] = self.chat.encode([prompt]).inputs["input_ids"].shape[1] - text
+        return text + sum(self._image_tokens.get(image.size, 0) for image in images)
+
+    def _plan(self, read: Iterable[list[Read]]) -> Iterator[list[list[Read]]]:
+        """Collect a few batches' worth of images, group what is about one image, and pack."""
+        pending: dict[Hashable, list[Read]] = {}
+        for unit in read:
+            for one in unit:
+                key = one.shares if self.sharing() else (*one.shares[:2], one.index)  # type: ignore[index]
+                pending.setdefault(key, []).append(one)
+            if len(pending) > 2 * self.budget.limits.groups:
+                last = next(reversed(pending))
+                # The next request may belong to the last group.
+                kept = {last: pending.pop(last)}
+                yield from self._packed(pending)
+                pending = kept
+        yield from self._packed(pending)
+
+    def _packed(self, pending: dict[Hashable, list[Read]]) -> Iterator[list[list[Read]]]:
+        by_index = {one.index: one for group in pending.values() for one in group}
+        groups = [
+            Group(
+                tuple(one.index for one in group),
+                tuple(one.length for one in group),
+                # Questions about shared images go through the model in another way than single ones.
+                (*key[:2], len(group) > 1),  # type: ignore[index]
+            )
+            for key, group in pending.items()
+        ]
+        for batch in pack(groups, self.budget.limits):
+            yield [[by_index[index] for index in group.members] for group in batch]
+
+
+def _by_image(jobs: Sequence[Job]) -> list[list[int]]:
+    """Bring jobs together that the dataset knows to be about one image, in order of first appearance."""
+    units: dict[Hashable, list[int]] = {}
+    for index, job in enumerate(jobs):
+        image = job.request.image
+        units.setdefault((job.settings, index if image is None else image), []).append(index)
+    return list(units.values())
+
+
+def _can_share(prompt: Prompt, job: Job) -> bool:
+    return bool(prompt.images) and not prompt.videos and job.settings.num_beams == 1
+
+
+def _content(prompt: Prompt) -> tuple[Any, ...]:
+    """Return what is equal for prompts that show the same pixels."""
+    return tuple(
+        (image.size, hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()) for image in prompt.images
+    )
+
+
+@contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="lmms-plugin")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _strict_about_images() -> Iterator[None]:
+    """Let truncated images be errors for the whole run: lmms-eval sets this flag of Pillow's, which is not per thread."""
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
