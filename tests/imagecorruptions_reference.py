@@ -7,6 +7,7 @@ np.float_ (removed in numpy 2). The three are supplied from outside; none of its
 import importlib
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ def load():
     present = sys.modules.get("pkg_resources")
     sys.modules["pkg_resources"] = types.SimpleNamespace(resource_filename=_resource_filename)
     try:
-        module = importlib.import_module("imagecorruptions.corruptions")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # scipy.ndimage.interpolation, until SciPy 2
+            module = importlib.import_module("imagecorruptions.corruptions")
     finally:
         sys.modules["pkg_resources"] = present
         if present is None:
