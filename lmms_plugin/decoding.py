@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -402,21 +403,18 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Split the text of `ids` among them.
 
-    A character that takes several tokens belongs to the last of them. The texts add up to the decoded whole.
+    Each token gets what it adds to the part of the decoded whole that is settled; so the texts add up to the whole, and
+    a character that takes several tokens belongs to the last of them. (Decoding token by token does not add up: a run
+    of byte tokens, for one, is read all at once.)
     """
-    texts: list[str] = []
-    # Decoding starts a little before what is new: some tokenizers write a token differently at the start of a text.
-    start = end = 0
-    for position in range(1, len(ids) + 1):
-        before = decode(tokenizer, ids[start:end])
-        after = decode(tokenizer, ids[start:position])
-        unfinished = after.endswith("\ufffd") and position < len(ids)
-        if unfinished or len(after) <= len(before):
-            texts.append("")
-            continue
-        texts.append(after[len(before) :])
-        start, end = end, position
-    return texts
+    whole = decode(tokenizer, ids)
+    ends = [0]
+    for count in range(1, len(ids)):
+        prefix = decode(tokenizer, ids[:count])
+        settled = (i for i, (mine, final) in enumerate(zip(prefix, whole, strict=False)) if mine != final)
+        ends.append(max(ends[-1], next(settled, min(len(prefix), len(whole)))))
+    ends.append(len(whole))
+    return [whole[start:end] for start, end in pairwise(ends)][: len(ids)]
 
 
 def cut(texts: Sequence[str], until: Sequence[str]) -> list[str]:

@@ -42,11 +42,13 @@ def manifests() -> "list[ModelManifest]":
 
     _warn_if_untested(version("lmms-eval"))
     make_tasks_visible()
-    return [ModelManifest(model_id=name, chat_class_path=_class_path(name)) for name in map(model_name, names())]
+    return [_manifest(ModelManifest, model_name(backend)) for backend in names()]
 
 
-def _class_path(model_id: str) -> str:
-    return "lmms_plugin.model." + "".join(part.capitalize() for part in model_id.split("_"))
+def _manifest(make: "type[ModelManifest]", model_id: str) -> "ModelManifest":
+    """The chat class, and beside it the one for lmms-eval's --force_simple, which multiple-choice tasks need."""
+    path = "lmms_plugin.model." + "".join(part.capitalize() for part in model_id.split("_"))
+    return make(model_id=model_id, chat_class_path=path, simple_class_path=f"{path}Simple")
 
 
 def _warn_if_untested(found: str) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lmms_plugin.quant_backends.components import dense_linear
+
 DEFAULT_BUDGET = 4 << 30
 """Bytes that the statistics of one pass over the samples may take."""
 
@@ -171,7 +173,7 @@ def _chunks(model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int) ->
     chunk: list[tuple[str, ...]] = []
     used = 0
     for group in groups:
-        size = 4 * model.get_submodule(group[0]).in_features ** 2
+        size = 4 * dense_linear(model, group[0]).in_features ** 2
         if chunk and used + size > budget:
             yield chunk
             chunk, used = [], 0
@@ -182,7 +184,7 @@ def _chunks(model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int) ->
 
 
 def _empty(model: nn.Module, names: tuple[str, ...]) -> InputStatistics:
-    weight = model.get_submodule(names[0]).weight
+    weight = dense_linear(model, names[0]).weight
     columns = weight.shape[1]
     gram = torch.zeros(columns, columns, device=weight.device)
     return InputStatistics(names, gram, torch.zeros(columns, dtype=torch.float64, device=weight.device))

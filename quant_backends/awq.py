@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.activations import DEFAULT_BUDGET, InputStatistics, capture
 from lmms_plugin.quant_backends.backend import CalibratedBackend, CalibratedLinear
+from lmms_plugin.quant_backends.components import dense_linear
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_to_nearest
@@ -59,19 +60,19 @@ class AwqBackend(CalibratedBackend):
         self, model: nn.Module, specs: Mapping[str, QuantSpec], batches: Sequence[Mapping[str, Any]]
     ) -> Iterator[CalibratedLinear]:
         """Search the scales of all layers on the unquantized model, then hand out the packed layers."""
-        found: dict[str, tuple[Tensor, float]] = {}
+        found: dict[str, tuple[Tensor | None, float | None]] = {}
         for chunk in capture(model, list(specs), batches, self.budget):
             while chunk:
                 statistics = chunk.pop(0)
-                weights = [model.get_submodule(name).weight for name in statistics.names]
+                weights = [dense_linear(model, name).weight for name in statistics.names]
                 best = search(weights, [specs[name] for name in statistics.names], statistics)
                 for name, error in zip(statistics.names, best.output_errors, strict=True):
                     found[name] = (best.in_scale, error)
         for name, spec in specs.items():
-            in_scale, error = found.get(name, (None, None))
+            in_scale, output_error = found.get(name, (None, None))
             # A layer that no calibration input reached has no channel that matters more than another.
             method = "rtn" if in_scale is None else self.name
-            yield CalibratedLinear(name, _pack(model.get_submodule(name), spec, in_scale), method, error)
+            yield CalibratedLinear(name, _pack(dense_linear(model, name), spec, in_scale), method, output_error)
 
 
 def search(weights: Sequence[Tensor], specs: Sequence[QuantSpec], statistics: InputStatistics) -> Scales:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.plan import Component
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def components(model: nn.Module) -> dict[str, Component]:
+
+def components(model: PreTrainedModel) -> dict[str, Component]:
     """Say for every linear layer of a model which component it belongs to.
 
     The vision tower, the decoder and the output projection are those the transformers model itself
@@ -34,7 +38,7 @@ def components(model: nn.Module) -> dict[str, Component]:
     }
 
 
-def splitter(model: nn.Module) -> Callable[[str], Component]:
+def splitter(model: PreTrainedModel) -> Callable[[str], Component]:
     """Return the function that maps a module or parameter name of `model` to its component."""
     paths = {id(module): name for name, module in model.named_modules()}
     vision = paths.get(id(model.get_encoder(modality="image")), "")
@@ -56,6 +60,14 @@ def splitter(model: nn.Module) -> Callable[[str], Component]:
         return "connector"
 
     return component_of
+
+
+def dense_linear(model: nn.Module, name: str) -> nn.Linear:
+    """Return the linear layer of that name, which is not packed yet."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{name}: expected an nn.Linear, got {type(layer).__name__}")
+    return layer
 
 
 def module_tree(model: nn.Module, depth: int = 3) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 from lmms_plugin.dialects import Dialect
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.report import CalibrationReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ANSWER_TOKENS = 48
 """Longest answer that a model writes for itself: a box with its label takes about forty tokens."""
@@ -52,7 +54,7 @@ def encode(processor: Any, image: Image.Image, prompt: str, answer: str | None =
 
 
 def write_answers(
-    model: nn.Module, processor: Any, samples: Sequence[CalibrationSample], dialect: Dialect
+    model: PreTrainedModel, processor: Any, samples: Sequence[CalibrationSample], dialect: Dialect
 ) -> list[CalibrationSample]:
     """Let the model answer every sample that has no answer yet, greedily, one by one."""
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -69,13 +71,13 @@ def write_answers(
 
 def question(sample: CalibrationSample, dialect: Dialect) -> str:
     """Return the question of a sample, in the dialect of the model where it is about a box."""
-    return sample.prompt if sample.expression is None else dialect.ask(sample.expression)
+    return sample.prompt or "" if sample.expression is None else dialect.ask(sample.expression)
 
 
 def written_answer(sample: CalibrationSample, dialect: Dialect, processor: Any) -> str:
     """Return the answer of a sample as the model would write it."""
-    if sample.answer is not None:
-        return sample.answer
+    if sample.answer is not None or sample.box is None:
+        return sample.answer or ""
     shown = encode(processor, sample.image, question(sample, dialect))
     return dialect.write(
         sample.box,
@@ -86,7 +88,7 @@ def written_answer(sample: CalibrationSample, dialect: Dialect, processor: Any) 
 
 
 def build_batches(
-    model: nn.Module,
+    model: PreTrainedModel,
     processor: Any,
     spec: CalibrationSpec,
     samples: Sequence[CalibrationSample],
@@ -123,7 +125,7 @@ def build_batches(
     return batches, report
 
 
-def to_model(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def to_model(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Move tensors to the device of the model's input, floats into its dtype."""
     embedding = model.get_input_embeddings().weight
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
 from lmms_plugin.dialects import dialect_for
 from lmms_plugin.quant_backends import get
@@ -18,6 +17,9 @@ from lmms_plugin.quant_backends.inputs import build_batches
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.report import CalibrationReport, QuantReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LoadedModel(NamedTuple):
@@ -29,7 +31,7 @@ class LoadedModel(NamedTuple):
         report: What was quantized and what was not.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     processor: Any
     report: QuantReport
 
@@ -123,7 +125,7 @@ def _describe(path: str, trust_remote_code: bool, processor: Any) -> tuple[Any, 
 
 def _load(
     path: str, config: Any, backend: Backend, plan: QuantPlan, options: dict[str, Any]
-) -> tuple[nn.Module, Quantization]:
+) -> tuple[PreTrainedModel, Quantization]:
     from transformers import AutoModelForImageTextToText
 
     if plan.specs:

@@ -146,7 +146,7 @@ class QuantPlan:
             "language": bits if language_bits is None else language_bits,
             "head": head_bits,
         }
-        components = {name: QuantSpec(n, group_size, symmetric) for name, n in asked.items()}
+        components: dict[str, Any] = {name: QuantSpec(n, group_size, symmetric) for name, n in asked.items()}
         if plan is None:
             return cls(**components)
         return cls.from_yaml(plan, default=default, **components)
@@ -177,7 +177,7 @@ class QuantPlan:
         _expect_keys(content, {"components", "rules", "skip"}, str(path))
         named = content.get("components") or {}
         _expect_keys(named, set(COMPONENTS), f"{path}: components")
-        specs = dict(components) | {
+        specs: dict[str, Any] = dict(components) | {
             name: _read_spec(entry, default, f"{path}: {name}") for name, entry in named.items()
         }
         rules = tuple(_read_rule(entry, default, str(path)) for entry in content.get("rules") or ())

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CalibratedLinear, DataFreeBackend
-from lmms_plugin.quant_backends.components import components, splitter
+from lmms_plugin.quant_backends.components import components, dense_linear, splitter
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.plan import Assignment, QuantPlan
 from lmms_plugin.quant_backends.report import ModuleReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Quantization:
@@ -28,7 +31,7 @@ class Quantization:
         ValueError: The plan does not fit the model (see `QuantPlan.assign`).
     """
 
-    def __init__(self, model: nn.Module, backend: Backend, plan: QuantPlan) -> None:
+    def __init__(self, model: PreTrainedModel, backend: Backend, plan: QuantPlan) -> None:
         self.model, self.backend, self.plan = model, backend, plan
         self.components = components(model)
         fixed = {name: reason for name in self.components if (reason := _untouchable(model.get_submodule(name)))}
@@ -51,7 +54,7 @@ class Quantization:
             weight: The dense weight; the module's own may still be on the meta device.
         """
         assert isinstance(self.backend, DataFreeBackend)
-        linear = self.model.get_submodule(name)
+        linear = dense_linear(self.model, name)
         if weight.shape != linear.weight.shape:
             raise ValueError(f"{name}: expected a weight {tuple(linear.weight.shape)}, got {tuple(weight.shape)}")
         expect_finite(name, weight)
@@ -71,7 +74,7 @@ class Quantization:
         if not math.isfinite(error):
             raise ValueError(f"{name}: quantized weights are not finite; scales in {layer.scale.dtype} overflow")
         # Keeps transformers from initialising the layer as if its weights had been missing.
-        layer._is_hf_initialized = True
+        layer._is_hf_initialized = True  # type: ignore[assignment]
         self.model.set_submodule(name, layer)
         tied = name in self.tied
         if tied:
@@ -100,12 +103,12 @@ class Quantization:
         remaining = {name: self.specs[name] for name in self.pending()}
         if isinstance(self.backend, CalibratedBackend) and remaining:
             for name in remaining:
-                expect_finite(name, self.model.get_submodule(name).weight)
+                expect_finite(name, dense_linear(self.model, name).weight)
             for item in self.backend.calibrate(self.model, remaining, batches):
-                self.replace(item, self.model.get_submodule(item.name).weight.detach())
+                self.replace(item, dense_linear(self.model, item.name).weight.detach())
         elif remaining:
             for name in remaining:
-                self.quantize(name, self.model.get_submodule(name).weight.detach())
+                self.quantize(name, dense_linear(self.model, name).weight.detach())
         missed = list(self.pending())
         if missed:
             raise ValueError(f"{self.backend.name} left {len(missed)} layers of the plan dense, first {missed[0]}")
@@ -162,11 +165,11 @@ def _untouchable(module: nn.Module) -> str | None:
     return None
 
 
-def _is_tied(model: nn.Module, name: str) -> bool:
+def _is_tied(model: PreTrainedModel, name: str) -> bool:
     return f"{name}.weight" in getattr(model, "all_tied_weights_keys", {})
 
 
-def _untie(model: nn.Module, name: str) -> None:
+def _untie(model: PreTrainedModel, name: str) -> None:
     """Tell transformers that the layer no longer shares the input embedding, which stays as it is."""
     model.all_tied_weights_keys.pop(f"{name}.weight")
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
@@ -174,7 +177,7 @@ def _untie(model: nn.Module, name: str) -> None:
 
 
 def quantize(
-    model: nn.Module, backend: Backend, plan: QuantPlan, batches: Sequence[Mapping[str, Any]] = ()
+    model: PreTrainedModel, backend: Backend, plan: QuantPlan, batches: Sequence[Mapping[str, Any]] = ()
 ) -> Quantization:
     """Quantize a model that is already loaded, in place.
 

@@ -5,6 +5,7 @@ template of the family, so that everything that loads a checkpoint from disk can
 weights are random but wide: answers vary from token to token and depend on the image.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -96,17 +97,24 @@ def byte_level_tokenizer(special: Sequence[str], **roles: Any) -> hf.PreTrainedT
 
 def sentencepiece_tokenizer(special: Sequence[str], *, prefix_space: bool, **roles: Any) -> hf.PreTrainedTokenizerFast:
     """Return a BPE tokenizer with byte fallback and `▁` for spaces (the kind of Llama and Gemma)."""
-    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *fallback], show_progress=False)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    vocabulary, merges = _learn_pieces()
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
     if prefix_space:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
     return _with_special_tokens(tokenizer, special, begins_with_bos=True, **roles)
+
+
+def _learn_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    learner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=143, show_progress=False))
+    learned = json.loads(learner.to_str())["model"]
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
+    return {piece: index for index, piece in enumerate(pieces)}, [tuple(merge) for merge in learned["merges"]]
 
 
 def _with_special_tokens(
@@ -423,8 +431,8 @@ def widen(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("language_model.norm.weight") and tied:
             parameter.fill_(4.0)
-        elif name.endswith(("q_norm.weight", "k_norm.weight")):
-            parameter.fill_(2.0)
+        elif name.endswith(("q_norm.weight", "k_norm.weight", "post_feedforward_layernorm.weight")):
+            parameter.fill_(1.0)
         elif "embed_tokens" in name or "lm_head" in name:
             parameter.normal_(std=0.1 if tied else 0.4)
         elif parameter.ndim > 1:

@@ -38,10 +38,10 @@ ERRORS = [adaptive_ece, ece, mce, smooth_ece]
 
 
 def records(n=2000, seed=0, power=1.5, soft=False):
-    """Overconfident by construction: right with probability confidence^power."""
+    """Right with probability confidence^power, so overconfident above 1; with gaps of both signs if None."""
     rng = np.random.default_rng(seed)
     confidence = rng.beta(3, 1.2, n)
-    chance = confidence**power
+    chance = 0.7 - 0.4 * (confidence < 0.75) if power is None else confidence**power
     outcome = rng.beta(8 * chance + 1e-3, 8 * (1 - chance) + 1e-3) if soft else (rng.random(n) < chance).astype(float)
     return confidence, outcome
 
@@ -56,10 +56,10 @@ def brute_ece(confidence, outcome, n_bins):
     return total / len(confidence)
 
 
-def image_sum_smooth_error(confidence, outcome, sigma, points=4001):
+def image_sum_smooth_error(confidence, outcome, sigma, points=1001):
     """smECE at a fixed bandwidth by quadrature over the mirror images of every record."""
     t = (np.arange(points) + 0.5) / points
-    shifts = 2 * np.arange(-4, 5)
+    shifts = 2 * np.arange(-2, 3)
     sources = np.concatenate([confidence[:, None] + shifts, -confidence[:, None] + shifts], axis=1)
     kernel = np.exp(-0.5 * ((t[:, None, None] - sources) / sigma) ** 2).sum(axis=2) / (sigma * np.sqrt(2 * np.pi))
     return float(np.abs(kernel @ (confidence - outcome)).mean() / confidence.size)
@@ -157,6 +157,12 @@ def test_equal_mass_never_separates_ties():
     assert adaptive_ece(confidence, outcome, n_bins=4) == pytest.approx(2 / 12 * 0.1)
 
 
+@pytest.mark.parametrize(("low", "high", "sizes"), [(2, 1, [2, 8]), (1, 2, [8, 2])], ids=["late", "early"])
+def test_ties_go_to_the_bin_of_their_middle_rank(low, high, sizes):
+    confidence = [0.2] * low + [0.5] * 7 + [0.9] * high
+    assert reliability_bins(confidence, [1] * 10, n_bins=2, equal_mass=True).records.tolist() == sizes
+
+
 @pytest.mark.parametrize("metric", PAIRED, ids=lambda f: f.__name__)
 def test_order_of_records_does_not_matter(metric):
     confidence, outcome = records(700)
@@ -198,12 +204,12 @@ def test_floor_matches_simulation_record_by_record(n, equal_mass):
     rng = np.random.default_rng(3)
     confidence = rng.beta(6, 1.2, n)
     error = adaptive_ece if equal_mass else ece
-    simulated = [error(confidence, rng.random(n) < confidence) for _ in range(2000)]
+    simulated = [error(confidence, rng.random(n) < confidence) for _ in range(1000)]
     floor = ece_floor(confidence, equal_mass=equal_mass, simulations=4000)
-    standard_error = np.std(simulated) * math.sqrt(1 / 2000 + 1 / 4000)
+    standard_error = np.std(simulated) * math.sqrt(1 / 1000 + 1 / 4000)
     assert floor.mean == pytest.approx(np.mean(simulated), abs=5 * standard_error + 1e-12)
     if n > 1:  # with one record the error takes two values and a quantile may fall on either
-        assert floor.p95 == pytest.approx(np.quantile(simulated, 0.95), rel=0.06)
+        assert floor.p95 == pytest.approx(np.quantile(simulated, 0.95), rel=0.08)
 
 
 def test_floor_reproduces_the_reference_study():
@@ -251,15 +257,21 @@ def test_mce_ignores_small_bins_when_asked():
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["binary", "soft"])
-@pytest.mark.parametrize("power", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("power", [None, 1.0, 1.5])
 def test_smooth_ece_is_its_own_bandwidth(power, soft):
-    confidence, outcome = records(300, power=power, soft=soft)
+    confidence, outcome = records(100, power=power, soft=soft)
     confidence[:3], outcome[:3] = [0.0, 1.0, 1.0], [1, 0, 1]
     value = smooth_ece(confidence, outcome)
     assert image_sum_smooth_error(confidence, outcome, value) == pytest.approx(value, rel=1e-3)
 
 
-@pytest.mark.parametrize("power", [0.6, 1.0, 1.5, 4.0])
+def test_smooth_ece_treats_both_ends_alike():
+    confidence, outcome = records(400, power=None)
+    mirrored = smooth_ece(1 - confidence, 1 - outcome)
+    assert smooth_ece(confidence, outcome) == pytest.approx(mirrored, abs=1e-10)
+
+
+@pytest.mark.parametrize("power", [0.6, 1.0, 1.5, 4.0, None])
 def test_smooth_ece_agrees_with_its_authors_package(power):
     relplot = pytest.importorskip("relplot")
     confidence, outcome = records(4000, power=power)

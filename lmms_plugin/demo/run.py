@@ -116,5 +116,11 @@ def _report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> s
     table = [f"| {' | '.join(row)} |" for row in rows]
     shown = [f"![Predicted (red) and true (green) boxes: {path.stem}]({path.name})" for path in images]
     commands = ["```", *(" ".join(one.command) for one in runs), "```"]
-    head = ["# Embedded demo", "", scope, "Synthetic scenes: the numbers stand for nothing beyond themselves.", *warning]
+    head = [
+        "# Embedded demo",
+        "",
+        scope,
+        "Synthetic scenes: the numbers stand for nothing beyond themselves.",
+        *warning,
+    ]
     return "\n".join([*head, "", *table, "", *shown, "", "## Commands", "", *commands, ""])

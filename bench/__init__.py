@@ -1,0 +1,1 @@
+"""Measurements of this package, each a module to run: `python -m bench.<name> [--json FILE]`."""

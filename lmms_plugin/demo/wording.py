@@ -1,0 +1,130 @@
+"""Expressions that single out one object of a scene by its attributes, never by its place.
+
+RefCOCO+ forbids location words; so does this. An expression names a subset of an object's attributes, and only
+subsets that no other object of the scene shares are used, so that every expression has exactly one referent.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Attributes(NamedTuple):
+    """What an expression may say about an object."""
+
+    shape: str
+    colour: str
+    size: str
+    fill: str
+
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink")
+SIZES = ("small", "large")
+FILLS = ("plain", "striped", "dotted", "hollow")
+
+_SUBSETS = tuple(subset for n in range(1, 5) for subset in combinations(Attributes._fields, n))
+
+_NOUNS = {
+    "circle": ("circle", "circle", "disc"),
+    "square": ("square",),
+    "triangle": ("triangle",),
+    "star": ("star",),
+    "cross": ("cross", "cross", "plus sign"),
+    "diamond": ("diamond",),
+}
+_SHAPED = {
+    "circle": "round",
+    "square": "square",
+    "triangle": "triangular",
+    "star": "star-shaped",
+    "cross": "cross-shaped",
+    "diamond": "diamond-shaped",
+}
+_ADJECTIVES = {
+    "small": ("small", "small", "little", "tiny"),
+    "large": ("large", "big", "big"),
+    "plain": ("plain", "solid"),
+    "striped": ("striped",),
+    "dotted": ("dotted", "spotted"),
+    "hollow": ("hollow", "outlined", "empty"),
+}
+_WITH = {"striped": "with stripes", "dotted": "with dots", "hollow": "with a hole", "plain": "without pattern"}
+_ANY = ("one", "one", "thing", "object", "shape")
+
+
+def identifying(target: Attributes, others: Sequence[Attributes]) -> list[tuple[str, ...]]:
+    """Return every set of attribute names that `target` shares with none of `others`.
+
+    Args:
+        target: The object meant.
+        others: The other objects of its scene.
+
+    Returns:
+        Tuples of field names of `Attributes`, shortest first; empty when another object is exactly alike.
+    """
+    return [s for s in _SUBSETS if all(any(getattr(o, a) != getattr(target, a) for a in s) for o in others)]
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def phrase(target: Attributes, named: Sequence[str], rng: np.random.Generator) -> str:
+    """Put the named attributes of an object into words.
+
+    Args:
+        target: The object meant.
+        named: The attributes to mention, field names of `Attributes`.
+        rng: Chooses among synonyms and word orders.
+
+    Returns:
+        For instance `"small red circle"`, `"the red round one"`, `"disc that is red and small"`.
+    """
+    before, after, adjectives = [], "", []
+    if "size" in named:
+        adjectives.append(_pick(rng, _ADJECTIVES[target.size]))
+    if "fill" in named:
+        if rng.random() < 0.3:
+            after = " " + _WITH[target.fill]
+        else:
+            adjectives.append(_pick(rng, _ADJECTIVES[target.fill]))
+    if "colour" in named:
+        adjectives.append(target.colour)
+    if "shape" not in named:
+        noun = _pick(rng, _ANY)
+    elif rng.random() < 0.75:
+        noun = _pick(rng, _NOUNS[target.shape])
+    else:
+        noun = f"{_SHAPED[target.shape]} {_pick(rng, _ANY)}"
+    if adjectives and not after and rng.random() < 0.15:
+        after = " that is " + " and ".join(reversed(adjectives))
+    else:
+        before = adjectives
+    article = "the " if rng.random() < 0.4 else ""
+    return article + " ".join([*before, noun]) + after
+
+
+def expressions(target: Attributes, others: Sequence[Attributes], rng: np.random.Generator) -> tuple[str, ...]:
+    """Write one to three different expressions that mean `target` and nothing else in its scene.
+
+    Args:
+        target: The object meant.
+        others: The other objects of its scene, none exactly like `target`.
+        rng: Chooses what is said and how.
+
+    Raises:
+        ValueError: If another object has the same attributes.
+    """
+    subsets = identifying(target, others)
+    if not subsets:
+        raise ValueError(f"expected a scene with one object like {target}, found another one")
+    # Short expressions are likelier, as among people, but the superfluous attribute stays common.
+    weights = np.cumsum([1.0 / len(s) for s in subsets])
+    found: dict[str, None] = {}
+    for _ in range(int(rng.integers(1, 4))):
+        subset = subsets[int(np.searchsorted(weights, rng.random() * weights[-1]))]
+        found[phrase(target, subset, rng)] = None
+    return tuple(found)
