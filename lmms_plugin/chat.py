@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ class Chat:
 
     processor: Any
     max_num_frames: int = 32
+    # A fast tokenizer sets its padding anew for each call, which another thread must not see halfway.
+    _lock: Any = field(default_factory=RLock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.tokenizer.padding_side = "left"
@@ -100,7 +103,8 @@ class Chat:
         """
         names = "; ".join(prompt.name for prompt in prompts)
         try:
-            inputs = self._raw(prompts) if prompts[0].raw else self._templated(prompts)
+            with self._lock:
+                inputs = self._raw(prompts) if prompts[0].raw else self._templated(prompts)
         except RequestError:
             raise
         except (ValueError, IndexError, ZeroDivisionError) as error:
@@ -115,6 +119,12 @@ class Chat:
             return self._raw_text(prompt)
         text: str = self.processor.apply_chat_template(list(prompt.messages), add_generation_prompt=True)
         return text
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a text, nothing added."""
+        with self._lock:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
 
     def continuation_ids(self, prompt: Prompt, last: int, continuation: str) -> list[int]:
         """Return the token ids of a text that follows a prompt.
@@ -132,12 +142,10 @@ class Chat:
             continuation = continuation.lstrip(" ")
             # Some processors end a raw prompt with a line break that is not in its text.
             before = before if before[-1:].isspace() else before + "\n"
-        context: list[int] = self.tokenizer.encode(before, add_special_tokens=False)
-        whole: list[int] = self.tokenizer.encode(before + continuation, add_special_tokens=False)
+        context, whole = self.ids(before), self.ids(before + continuation)
         if whole[: len(context)] == context:
             return whole[len(context) :]
-        alone: list[int] = self.tokenizer.encode(continuation, add_special_tokens=False)
-        return alone
+        return self.ids(continuation)
 
     def _templated(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         options: dict[str, Any] = {"padding": True}

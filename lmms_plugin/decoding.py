@@ -7,6 +7,7 @@ log-probabilities of a generated answer.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,7 +170,8 @@ class Decoder:
         begin = model.generation_config.bos_token_id
         model.generation_config = GenerationConfig(pad_token_id=pad, bos_token_id=begin)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        return cls(model, tokenizer, tuple(sorted(ends)), frozenset(special | ends))
+        # A copy of its own, because others encode on background threads meanwhile.
+        return cls(model, copy.deepcopy(tokenizer), tuple(sorted(ends)), frozenset(special | ends))
 
     def generate(
         self, inputs: Mapping[str, Tensor], settings: Settings, seeds: Sequence[int] | None = None

@@ -11,9 +11,8 @@ practice; in bfloat16 two nearly equal tokens can change places, and then batch_
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
 from lmms_plugin.arguments import ModelArguments
-from lmms_plugin.chat import Batch, Chat, kind
+from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score, Settings
 from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
@@ -32,25 +31,13 @@ from lmms_plugin.quant_backends import names
 from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
-from lmms_plugin.requests import Messages, Request, read
+from lmms_plugin.requests import Messages, read
 from lmms_plugin.response import Response
+from lmms_plugin.running import Runner, Step
+from lmms_plugin.scheduling import Job
 
 Result = TypeVar("Result")
 DEFAULT_BITS = 4
-
-
-class Job(NamedTuple):
-    """One prompt to answer.
-
-    Attributes:
-        messages: makes its messages; images are decoded only when it is called.
-        request: what it belongs to.
-        settings: how to generate.
-    """
-
-    messages: Callable[[], Messages]
-    request: Request
-    settings: Settings
 
 
 class QuantizedVLM(lmms):
@@ -97,6 +84,13 @@ class QuantizedVLM(lmms):
             processor=self.chat.processor,
         )
         self.decoder = Decoder.of(model, self.chat.tokenizer)
+        self.runner = Runner.of(
+            self.decoder,
+            self.chat,
+            self.reader,
+            batch_size=self.arguments.batch_size,
+            share_prefix=self.arguments.share_prefix,
+        )
         if self.rank == 0:
             logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
 
@@ -107,8 +101,8 @@ class QuantizedVLM(lmms):
 
     @property
     def batch_size(self) -> int:
-        """Requests answered together."""
-        return self.arguments.batch_size
+        """Images answered together."""
+        return self.runner.budget.limits.groups
 
     @property
     def dialect(self) -> Dialect:
@@ -177,7 +171,7 @@ class QuantizedVLM(lmms):
 
     def clean(self) -> None:
         """Free the model; `report` stays."""
-        del self.decoder
+        del self.decoder, self.runner
         super().clean()
 
     def _answer(self, jobs: Sequence[Job], title: str) -> list[str]:
@@ -186,22 +180,17 @@ class QuantizedVLM(lmms):
     def _run(
         self,
         jobs: Sequence[Job],
-        step: Callable[[Batch, list[Prompt], list[Job]], list[tuple[Result, int]]],
+        step: Step[tuple[Result, int]],
         title: str,
     ) -> list[Result]:
-        """Do jobs in batches of equal settings and like prompts; results come back in the order of the jobs."""
+        """Do jobs, questions about one image together; results come back in the order of the jobs."""
         results: dict[int, Result] = {}
         tokens, started = 0, time.perf_counter()
-        with tqdm(total=len(jobs), desc=title, disable=self.rank != 0) as bar:
-            for chunk in _chunks(jobs, self.batch_size):
-                prompts = {i: self.reader.read(jobs[i].messages(), jobs[i].request.name) for i in chunk}
-                for members in _alike(prompts):
-                    batch = self.chat.encode([prompts[i] for i in members])
-                    batch = batch._replace(inputs=self._on_device(batch.inputs))
-                    done = step(batch, [prompts[i] for i in members], [jobs[i] for i in members])
-                    results |= {i: result for i, (result, _) in zip(members, done, strict=True)}
-                    tokens += sum(count for _, count in done)
-                    bar.update(len(members))
+        for index, (result, count) in tqdm(
+            self.runner.run(jobs, step), total=len(jobs), desc=title, disable=self.rank != 0
+        ):
+            results[index] = result
+            tokens += count
         self._log(tokens, time.perf_counter() - started)
         return [results[i] for i in range(len(jobs))]
 
@@ -230,13 +219,6 @@ class QuantizedVLM(lmms):
         scores = self.decoder.score(batch.inputs, given)
         return [(score, len(score.logprobs)) for score in scores]
 
-    def _on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        model = self.decoder.model
-        return {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
-
     def _log(self, tokens: int, seconds: float) -> None:
         """Hand speed and size to lmms-eval, which puts them into the results file."""
         log_metrics(
@@ -249,23 +231,6 @@ class QuantizedVLM(lmms):
 
 def _giving(messages: Messages) -> Callable[[], Messages]:
     return lambda: messages
-
-
-def _chunks(jobs: Sequence[Job], size: int) -> Iterator[list[int]]:
-    """Deal the indices of jobs of equal settings into chunks, in order of appearance."""
-    groups: dict[Settings, list[int]] = {}
-    for index, job in enumerate(jobs):
-        groups.setdefault(job.settings, []).append(index)
-    for members in groups.values():
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
-
-
-def _alike(prompts: dict[int, Prompt]) -> Iterator[list[int]]:
-    """Part the prompts of a chunk into batches that a processor can take at once."""
-    order = sorted(prompts, key=lambda index: kind(prompts[index]))
-    for _, members in groupby(order, key=lambda index: kind(prompts[index])):
-        yield list(members)
 
 
 def _plan(method: str, arguments: ModelArguments) -> QuantPlan:

@@ -1,22 +1,23 @@
 """Questions about one image answered over one encoding of it.
 
-The prompts of such questions begin alike: system message, image, and often the first words. That prefix goes through vision
-tower and language model once; its keys and values are then given to every question, and `generate` continues from there with
-what is left of the prompts. Rows look like this, columns being those of the attention mask:
+The prompts of such questions begin alike: system message, image, and often the first words. That prefix goes through
+vision tower and language model once; its keys and values are then given to every question, and `generate` continues
+from there with what is left of the prompts. Rows look like this, columns being those of the attention mask:
 
     0 0 prefix of image A | 0 0 rest of question 1
     0 0 prefix of image A | rest of question 2 ...
     prefix of image B ... | 0 rest of question 3
 
-Nothing here knows an architecture by name. The prefix is run by `generate` itself, so that positions (three-dimensional ones
-too) and masks are those of the model's own code. Whether a model's answers may be computed in this way is found out: see
-`PrefixSharing.verify`.
+Nothing here knows an architecture by name. The prefix is run by `generate` itself, so that positions (three-dimensional
+ones too) and masks are those of the model's own code. Whether a model's answers may be computed in this way is found
+out: see `PrefixSharing.verify`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.chat import Batch, Chat
-from lmms_plugin.decoding import Answer, Decoder, OutOfMemory, Settings, explaining_out_of_memory
+from lmms_plugin.decoding import Answer, Decoder, Settings, explaining_out_of_memory
 from lmms_plugin.prompts import Prompt
 
 # Greatest difference of a log-probability between the two ways, and of the image's keys (relative norm), by the bits of
@@ -85,13 +86,13 @@ def encode_groups(chat: Chat, groups: Sequence[Sequence[Prompt]]) -> Encoded:
 def _ids_of(chat: Chat, group: Sequence[Prompt], first: list[int]) -> list[list[int]]:
     """Return the token ids of a group's prompts, given those of its first with the image's many placeholders.
 
-    Tokenizers never join text across a special token. So behind the last special token that all texts share, which is the
-    image's own or a later one, tokens depend on the remaining text alone. The first prompt is the proof: put together
-    in this way it must come out as the processor made it, else every prompt goes through the processor.
+    Tokenizers never join text across a special token. So behind the last special token that all texts share, which is
+    the image's own or a later one, tokens depend on the remaining text alone. The first prompt is the proof: put
+    together in this way it must come out as the processor made it, else every prompt goes through the processor.
     """
     texts = [chat.text_of(prompt) for prompt in group]
     cut = _after_last_special(chat.tokenizer, texts[0][: _common(texts)])
-    tails: list[list[int]] = [chat.tokenizer.encode(text[cut:], add_special_tokens=False) for text in texts]
+    tails = [chat.ids(text[cut:]) for text in texts]
     head = first[: len(first) - len(tails[0])]
     if cut and head + tails[0] == first:
         return [head + tail for tail in tails]
@@ -180,23 +181,21 @@ class PrefixSharing:
     Attributes:
         decoder: the model.
         image_token: id of the token that stands for a piece of image.
-        cache_bytes: how large the keys and values of one batch may be; larger groups are answered in parts.
         verified: whether the answers were once compared with those of the plain way.
         off: why the plain way is taken; None while prefixes are shared.
     """
 
     decoder: Decoder
     image_token: int | None
-    cache_bytes: int
     verified: bool = False
     off: str | None = None
-    _skipped: set[str] = field(default_factory=set)
+    _said: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, decoder: Decoder, cache_bytes: int, wanted: bool = True) -> PrefixSharing:
+    def of(cls, decoder: Decoder, wanted: bool = True) -> PrefixSharing:
         """Find out what can be found out without running the model."""
         token = getattr(decoder.model.config, "image_token_id", None)
-        sharing = cls(decoder, token, cache_bytes)
+        sharing = cls(decoder, token)
         if not wanted:
             sharing.off = "share_prefix=False"
         elif token is None:
@@ -205,16 +204,22 @@ class PrefixSharing:
             sharing.off = f"its cache is not made of keys and values alone ({', '.join(sorted(strange))})"
         return sharing
 
-    def lay_out(self, encoded: Encoded) -> Shared:
-        """See `lay_out`.
+    def lay_out(self, encoded: Encoded, settings: Settings) -> Shared:
+        """Part prompts into what is shared and the rest.
+
+        Args:
+            encoded: the prompts.
+            settings: of the generation to follow.
 
         Raises:
-            NotShareable: there is nothing to share in these prompts.
+            NotShareable: not in the case of these prompts.
         """
         assert self.image_token is not None
-        return lay_out(encoded, self.image_token, int(self.decoder.model.generation_config.pad_token_id))
+        shared = lay_out(encoded, self.image_token, int(self.decoder.model.generation_config.pad_token_id))
+        self._check_windows(shared.input_ids.shape[1] + settings.max_new_tokens)
+        return shared
 
-    def parts(self, shared: Shared, settings: Settings) -> Iterator[tuple[range, dict[str, Tensor]]]:
+    def parts(self, shared: Shared, settings: Settings, cache_bytes: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
         """Run the prefixes, and yield which rows to answer next with the arguments of the model for them.
 
         The keys and values of a part are dropped before those of the next are made.
@@ -222,19 +227,18 @@ class PrefixSharing:
         Args:
             shared: on the model's device.
             settings: of the generation to follow.
+            cache_bytes: how large the keys and values of a part may be; a part is one row at least.
 
         Raises:
-            NotShareable: the answers would reach beyond a sliding window.
             OutOfMemory: the prefixes do not fit.
         """
-        self._check_windows(shared.input_ids.shape[1] + settings.max_new_tokens)
         cache, deltas = self._run_prefix(shared.prefix)
         columns = shared.input_ids.shape[1] + settings.max_new_tokens
         rows = len(shared.owners)
-        size = max(1, min(rows, self.cache_bytes // max(1, _bytes_per_token(cache) * columns)))
+        size = max(1, min(rows, cache_bytes // max(1, _bytes_per_token(cache) * columns)))
         parts = -(-rows // size)
         ends = [rows * part // parts for part in range(parts + 1)]
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in pairwise(ends):
             owners = shared.owners[start:end].to(cache.layers[0].keys.device)
             for module, delta in deltas:
                 module.rope_deltas = delta[owners.to(delta.device)]
@@ -274,13 +278,14 @@ class PrefixSharing:
                 expanded.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), index)
         return expanded
 
-    def verify(self, shared: Shared, plain: Mapping[str, Tensor], settings: Settings) -> str | None:
+    def verify(self, shared: Shared, plain: Mapping[str, Tensor], settings: Settings, cache_bytes: int) -> str | None:
         """Answer a few prompts in both ways and compare; done once per run.
 
         Args:
             shared: on the model's device.
             plain: the arguments of the plain way for the first rows of `shared`, on the device.
             settings: of the task; compared are the beginnings of greedy answers.
+            cache_bytes: as in `parts`.
 
         Returns:
             None if the ways agree, else what differs.
@@ -300,7 +305,7 @@ class PrefixSharing:
         expected = self.decoder.generate({**plain, "past_key_values": cache}, settings)
         logprob, keys = TOLERANCES.get(self.decoder.model.dtype, LOW_PRECISION_TOLERANCE)
         found: list[Answer] = []
-        for part, inputs in self.parts(few, settings):
+        for part, inputs in self.parts(few, settings, cache_bytes):
             if not part.start and (ahead := _drift(cache, plain, inputs["past_key_values"], few)) > keys:
                 raise NotShareable(
                     "its attention looks ahead: what it keeps of an image depends on the question "
@@ -310,13 +315,12 @@ class PrefixSharing:
         differences = [_difference(a, b, logprob) for a, b in zip(expected, found, strict=True)]
         return next((difference for difference in differences if difference), None)
 
-    def skip(self, reason: str) -> str | None:
-        """Note that a batch is not shared; return the reason if it is a new one, for the log."""
-        kind = "".join(letter for letter in reason if not letter.isdigit())
-        if kind in self._skipped:
-            return None
-        self._skipped.add(kind)
-        return reason
+    def is_news(self, reason: str) -> bool:
+        """Return whether a reason not to share has not been given before, whatever the numbers in it."""
+        words = "".join(letter for letter in reason if not letter.isdigit())
+        is_news = words not in self._said
+        self._said.add(words)
+        return is_news
 
 
 _KNOWN_LAYERS = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
@@ -360,5 +364,3 @@ def _difference(expected: Answer, found: Answer, tolerance: float) -> str | None
     if len(expected.tokens) != len(found.tokens):
         return f"answers {expected.text!r} and {found.text!r} differ in length"
     return None
-
-

@@ -1,7 +1,7 @@
 """From a run's jobs to encoded batches, prepared on background threads while the model answers earlier ones.
 
-Reading (decoding an image, shifting it) and encoding (the checkpoint's processor) are kept a bounded number of images ahead.
-What is in a batch depends on the jobs and the budget alone, never on which thread was faster.
+Reading (decoding an image, shifting it) and encoding (the checkpoint's processor) are kept a bounded number of images
+ahead. What is in a batch depends on the jobs and the budget alone, never on which thread was faster.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import ImageFile
 
@@ -24,6 +24,7 @@ from lmms_plugin.prefix import Encoded, encode_groups
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.requests import Messages, Request
 
+Item = TypeVar("Item")
 MOST_READERS = 4
 BATCHES_AHEAD = 2
 
@@ -76,6 +77,11 @@ class Prepared(NamedTuple):
         """Indices of all jobs."""
         return [index for group in self.groups for index in group]
 
+    @property
+    def flat_prompts(self) -> list[Prompt]:
+        """All prompts, in the order of `members`."""
+        return [prompt for group in self.prompts for prompt in group]
+
 
 @dataclass
 class Schedule:
@@ -105,23 +111,25 @@ class Schedule:
         with _strict_about_images(), _pool(readers) as reading, _pool(1) as encoding:
             units = _by_image(jobs)
             read = ahead(reading, lambda unit: [self._read(jobs[i], i) for i in unit], units, readers + 1)
-            yield from ahead(encoding, self.prepare, self._plan(read), BATCHES_AHEAD)
+            yield from ahead(encoding, self._prepare, self._plan(read), BATCHES_AHEAD)
 
-    def prepare(self, groups: Sequence[Sequence[Read]]) -> Prepared:
-        """Encode one batch."""
-        prompts = [[read.prompt for read in group] for group in groups]
-        indices = [[read.index for read in group] for group in groups]
+    def halves(self, prepared: Prepared) -> Iterator[Prepared]:
+        """Encode a batch of several jobs again as two: half of the images each, or half of the questions about one."""
+        groups, prompts = prepared.groups, prepared.prompts
+        if len(groups) == 1:
+            groups, prompts = _halved(groups[0]), _halved(prompts[0])
+            return map(self._encode, ([group] for group in groups), ([group] for group in prompts))
+        return map(self._encode, _halved(groups), _halved(prompts))
+
+    def _prepare(self, groups: Sequence[Sequence[Read]]) -> Prepared:
+        return self._encode(
+            [[read.index for read in group] for group in groups], [[read.prompt for read in group] for group in groups]
+        )
+
+    def _encode(self, groups: list[list[int]], prompts: list[list[Prompt]]) -> Prepared:
         if any(len(group) > 1 for group in groups):
-            return Prepared(indices, prompts, encode_groups(self.chat, prompts))
-        return Prepared(indices, prompts, self.chat.encode([prompt for group in prompts for prompt in group]))
-
-    def plain(self, groups: Iterable[Sequence[int]], prompts: Iterable[Sequence[Prompt]]) -> Iterator[Prepared]:
-        """Encode prompts anew, each with its own images, in batches of the allowed size."""
-        pairs = [pair for mine, texts in zip(groups, prompts, strict=True) for pair in zip(mine, texts, strict=True)]
-        for start in range(0, len(pairs), self.budget.limits.groups):
-            part = pairs[start : start + self.budget.limits.groups]
-            encoded = self.chat.encode([prompt for _, prompt in part])
-            yield Prepared([[index] for index, _ in part], [[prompt] for _, prompt in part], encoded)
+            return Prepared(groups, prompts, encode_groups(self.chat, prompts))
+        return Prepared(groups, prompts, self.chat.encode([prompt for group in prompts for prompt in group]))
 
     def _read(self, job: Job, index: int) -> Read:
         name = job.request.name
@@ -182,15 +190,18 @@ def _by_image(jobs: Sequence[Job]) -> list[list[int]]:
     return list(units.values())
 
 
+def _halved(items: list[Item]) -> list[list[Item]]:
+    middle = (len(items) + 1) // 2
+    return [items[:middle], items[middle:]]
+
+
 def _can_share(prompt: Prompt, job: Job) -> bool:
     return bool(prompt.images) and not prompt.videos and job.settings.num_beams == 1
 
 
 def _content(prompt: Prompt) -> tuple[Any, ...]:
     """Return what is equal for prompts that show the same pixels."""
-    return tuple(
-        (image.size, hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()) for image in prompt.images
-    )
+    return tuple((image.size, hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()) for image in prompt.images)
 
 
 @contextmanager
@@ -210,5 +221,3 @@ def _strict_about_images() -> Iterator[None]:
         yield
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-
-

@@ -1,0 +1,190 @@
+"""Jobs in, results out: batches over shared prefixes where that can be, and smaller ones where memory is short."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from lmms_plugin.chat import Batch, Chat
+from lmms_plugin.decoding import Decoder, OutOfMemory
+from lmms_plugin.packing import Budget
+from lmms_plugin.prefix import VERIFIED_ROWS, Encoded, NotShareable, PrefixSharing, Shared
+from lmms_plugin.prompts import Prompt, PromptReader
+from lmms_plugin.scheduling import Job, Prepared, Schedule
+
+Result = TypeVar("Result")
+# From a batch on the model's device, with its prompts and jobs, to one result per row.
+Step = Callable[[Batch, list[Prompt], list[Job]], list[Result]]
+# What a forward pass raises when it is called in a way its model does not foresee.
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
+
+
+@dataclass
+class Runner:
+    """Brings jobs through a model.
+
+    Attributes:
+        decoder: the model.
+        chat: its processor.
+        reader: from messages to prompts.
+        sharing: how questions about one image share its encoding.
+        budget: how much is done at once.
+    """
+
+    decoder: Decoder
+    chat: Chat
+    reader: PromptReader
+    sharing: PrefixSharing
+    budget: Budget
+
+    @classmethod
+    def of(
+        cls, decoder: Decoder, chat: Chat, reader: PromptReader, *, batch_size: int | None, share_prefix: bool
+    ) -> Runner:
+        """Set up for a model that is loaded.
+
+        Args:
+            decoder: the model.
+            chat: its processor.
+            reader: from messages to prompts.
+            batch_size: images per batch; None for as many as fit.
+            share_prefix: whether to share prefixes where that can be.
+        """
+        device = decoder.model.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        sharing = PrefixSharing.of(decoder, wanted=share_prefix)
+        if share_prefix and sharing.off is not None:
+            _say_off(sharing.off)
+        return cls(decoder, chat, reader, sharing, Budget.of(batch_size, free))
+
+    def run(self, jobs: Sequence[Job], step: Step[Result]) -> Iterator[tuple[int, Result]]:
+        """Yield the index of a job with its result, in the order in which they are done.
+
+        Raises:
+            RequestError: a document cannot be read or shown to this model; it is named.
+            OutOfMemory: even the smallest batch that the user's arguments allow does not fit.
+        """
+        schedule = Schedule(self.chat, self.reader, self.budget, lambda: self.sharing.off is None)
+        with closing(schedule.batches(jobs)) as batches:
+            for prepared in batches:
+                yield from self._do(prepared, jobs, step, schedule)
+
+    def _do(
+        self, prepared: Prepared, jobs: Sequence[Job], step: Step[Result], schedule: Schedule
+    ) -> list[tuple[int, Result]]:
+        try:
+            done = self._attempt(prepared, jobs, step)
+        except OutOfMemory:
+            shared = isinstance(prepared.encoded, Encoded)
+            if len(prepared.members) == 1 or not (shared or self.budget.automatic):
+                raise
+            done = None
+        if done is not None:
+            self.budget.succeeded(len(prepared.groups))
+            return done
+        # Out of the handler, so that no traceback holds the tensors of the failed attempt any more.
+        self._make_room(len(prepared.groups))
+        return [one for half in schedule.halves(prepared) for one in self._do(half, jobs, step, schedule)]
+
+    def _make_room(self, groups: int) -> None:
+        self.budget.failed(groups)
+        logger.warning("Out of memory: going on with smaller batches")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _attempt(self, prepared: Prepared, jobs: Sequence[Job], step: Step[Result]) -> list[tuple[int, Result]]:
+        if not isinstance(prepared.encoded, Encoded):
+            return self._plain(prepared, prepared.encoded, jobs, step)
+        shared = self._laid_out(prepared, prepared.encoded, jobs)
+        if shared is not None:
+            return self._shared(prepared, shared, jobs, step)
+        pairs = list(zip(prepared.members, prepared.flat_prompts, strict=True))
+        done: list[tuple[int, Result]] = []
+        for start in range(0, len(pairs), self.budget.limits.groups):
+            part = pairs[start : start + self.budget.limits.groups]
+            batch = self.chat.encode([prompt for _, prompt in part])
+            single = Prepared([[index] for index, _ in part], [[prompt] for _, prompt in part], batch)
+            done += self._plain(single, batch, jobs, step)
+        return done
+
+    def _plain(
+        self, prepared: Prepared, batch: Batch, jobs: Sequence[Job], step: Step[Result]
+    ) -> list[tuple[int, Result]]:
+        batch = batch._replace(inputs=self._on_device(batch.inputs))
+        done = step(batch, prepared.flat_prompts, [jobs[i] for i in prepared.members])
+        return list(zip(prepared.members, done, strict=True))
+
+    def _shared(
+        self, prepared: Prepared, shared: Shared, jobs: Sequence[Job], step: Step[Result]
+    ) -> list[tuple[int, Result]]:
+        assert isinstance(prepared.encoded, Encoded)
+        sizes, owners = prepared.encoded.batch.model_sizes, shared.owners.tolist()
+        members, prompts = prepared.members, prepared.flat_prompts
+        settings = jobs[members[0]].settings
+        done: list[tuple[int, Result]] = []
+        for rows, inputs in self.sharing.parts(shared, settings, self.budget.cache_bytes):
+            batch = Batch(inputs, [sizes[owners[row]] for row in rows])
+            results = step(batch, [prompts[row] for row in rows], [jobs[members[row]] for row in rows])
+            done += zip([members[row] for row in rows], results, strict=True)
+        return done
+
+    def _laid_out(self, prepared: Prepared, encoded: Encoded, jobs: Sequence[Job]) -> Shared | None:
+        """Lay a batch out for sharing; the run's first is compared with the plain way. None means to take that."""
+        if self.sharing.off is not None:
+            return None
+        settings = jobs[prepared.members[0]].settings
+        try:
+            shared = self.sharing.lay_out(encoded, settings)
+        except NotShareable as reason:
+            if self.sharing.is_news(str(reason)):
+                logger.info("Some questions do not share the encoding of their image: {}", reason)
+            return None
+        shared = shared._replace(
+            prefix=self._on_device(shared.prefix),
+            input_ids=shared.input_ids.to(self.decoder.model.device),
+            attention_mask=shared.attention_mask.to(self.decoder.model.device),
+        )
+        if not self.sharing.verified:
+            self._verify(prepared, shared, jobs)
+        return shared if self.sharing.off is None else None
+
+    def _verify(self, prepared: Prepared, shared: Shared, jobs: Sequence[Job]) -> None:
+        plain = self._on_device(self.chat.encode(prepared.flat_prompts[:VERIFIED_ROWS]).inputs)
+        settings = jobs[prepared.members[0]].settings
+        try:
+            difference = self.sharing.verify(shared, plain, settings, self.budget.cache_bytes)
+        except NotShareable as reason:
+            self.sharing.off = str(reason)
+            _say_off(str(reason))
+            return
+        except OutOfMemory:
+            raise
+        except _REFUSALS as error:
+            difference = f"the model cannot go on from a given prefix ({type(error).__name__}: {error})"
+        self.sharing.verified = True
+        if difference is not None:
+            self.sharing.off = difference
+            logger.warning(
+                "Answers over a shared encoding of the image are not those of the plain way: {}. In this run every "
+                "question gets an encoding of its own, which is slower.",
+                difference,
+            )
+
+    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        model = self.decoder.model
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+
+
+def _say_off(reason: str) -> None:
+    logger.info("Questions about one image do not share its encoding: {}", reason)
