@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +13,7 @@ from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches
+from lmms_plugin.quant_backends.memory import read_peak, reset_peak
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.report import CalibrationReport, QuantReport
@@ -80,7 +80,7 @@ def load_quantized(
     backend = get(method)
     backend.check(plan)
     spec, samples = _calibration(backend, calibration, seed)
-    _reset_peak()
+    reset_peak()
     config, processor = _describe(path, trust_remote_code, processor)
     options = {
         "dtype": dtype,
@@ -157,28 +157,15 @@ def _report(work: Quantization, calibration: CalibrationReport | None, seconds: 
     modules = work.modules()
     after = tensor_bytes(work.model)
     saved = sum(module.bytes_before - module.bytes_after for module in modules)
-    peak, source = _peak()
+    peak = read_peak()
     return QuantReport(
         method=work.backend.name,
         modules=modules,
         bytes_before=after + saved,
         bytes_after=after,
         seconds=seconds,
-        peak_bytes=peak,
-        peak_source=source,
+        peak_bytes=peak.bytes,
+        peak_source=peak.source,
         calibration=calibration,
         plan=work.plan.to_dict(),
     )
-
-
-def _reset_peak() -> None:
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(index)
-
-
-def _peak() -> tuple[int, str]:
-    if torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        return sum(torch.cuda.max_memory_allocated(index) for index in devices), "CUDA allocator, all devices"
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident set of the process since its start"
