@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.activations import DEFAULT_BUDGET, InputStatistics, capture
+from lmms_plugin.quant_backends.activations import InputStatistics, capture
 from lmms_plugin.quant_backends.backend import CalibratedBackend, CalibratedLinear
 from lmms_plugin.quant_backends.components import dense_linear
 from lmms_plugin.quant_backends.linear import PackedLinear
@@ -52,7 +52,7 @@ class AwqBackend(CalibratedBackend):
     name = "awq"
     bits = frozenset(range(2, 9))
 
-    def __init__(self, budget: int = DEFAULT_BUDGET) -> None:
+    def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
 
     @torch.no_grad()

@@ -121,11 +121,13 @@ class CalibrationSpec:
             return
         if not self.path:
             raise ValueError("calibration source 'dataset' needs a hub id or a path: dataset:PATH")
-        if not Path(self.path).expanduser().exists() and not HUB_ID.fullmatch(self.path):
+        local = Path(self.path).expanduser()
+        if not local.exists() and not HUB_ID.fullmatch(self.path):
             raise FileNotFoundError(f"calibration data {self.path!r} is neither an existing path nor a hub id")
-        if EVALUATION_SPLIT.search(self.split) and not self.force:
+        split = local.stem if local.is_file() else self.split
+        if EVALUATION_SPLIT.search(split) and not self.force:
             raise ValueError(
-                f"calibrating on split {self.split!r} would fit the quantizer to evaluation data; "
+                f"calibrating on split {split!r} would fit the quantizer to evaluation data; "
                 "choose another split, or add :force=true and say so with the results"
             )
 
@@ -195,13 +197,19 @@ def _open_rows(spec: CalibrationSpec, path: str, split: str) -> Any:
         remote = _open_hub(path, split)
         _expect_column(spec.image, remote.column_names or [], path)
         return remote.shuffle(seed=spec.seed, buffer_size=10 * spec.samples).take(spec.samples)
-    files = [local] if local.is_file() else sorted(local.rglob(f"*{split}*.parquet"))
+    files = [local] if local.is_file() else _split_files(local, split)
     if not files:
         raise FileNotFoundError(f"no parquet file for split {split!r} in {path!r}")
     table = datasets.Dataset.from_parquet([str(file) for file in files])
     _expect_column(spec.image, table.column_names, path)
     drawn = random.Random(spec.seed).sample(range(len(table)), min(spec.samples, len(table)))
     return table.select(drawn)
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """Return the parquet files with the split's name as a whole word in their path below the folder."""
+    word = re.compile(rf"(^|[^A-Za-z0-9]){re.escape(split)}([^A-Za-z0-9]|$)")
+    return sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
 
 
 def _open_hub(path: str, split: str) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -36,6 +38,31 @@ def read_peak() -> Peak:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return Peak(peak, "resident memory of the process since its start")
+
+
+def statistics_budget(device: torch.device) -> int:
+    """Return the bytes that calibration statistics may take on a device: 4 GiB, or less where less is free."""
+    largest = 4 << 30
+    if device.type != "cuda":
+        return largest
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(largest, free // 2)
+
+
+@contextmanager
+def explained_out_of_memory(method: str) -> Iterator[None]:
+    """Say what helps when a device is too small.
+
+    Raises:
+        torch.OutOfMemoryError: As it came, with advice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = "device_map=auto spreads the model over all devices, dtype=bfloat16 halves what stays dense"
+        if method in ("none", "awq"):
+            advice += "; rtn and hqq need no dense model in memory"
+        raise torch.OutOfMemoryError(f"out of memory while loading for {method}: {advice} ({error})") from error
 
 
 def return_freed_memory() -> None:

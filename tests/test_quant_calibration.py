@@ -142,6 +142,28 @@ def test_a_split_that_is_not_there(folder):
         CalibrationSpec.parse(f"dataset:{folder(referring(1), split='other')}", samples=1).load_samples()
 
 
+def test_a_split_is_a_whole_word_of_the_path(folder):
+    folder(referring(1), split="train2")
+    path = folder(referring(3))
+    assert len(CalibrationSpec.parse(f"dataset:{path}", samples=3).load_samples()) == 3
+    (path / "train").mkdir()
+    (path / "train-00000-of-00001.parquet").rename(path / "train" / "0000.parquet")
+    assert len(CalibrationSpec.parse(f"dataset:{path}", samples=3).load_samples()) == 3
+
+
+def test_naming_the_file_does_not_slip_past_the_guard(folder):
+    path = folder(referring(2), split="testA") / "testA-00000-of-00001.parquet"
+    with pytest.raises(ValueError, match="evaluation data"):
+        CalibrationSpec.parse(f"dataset:{path}")
+
+
+def test_a_box_that_is_none_names_its_row(folder):
+    rows = referring(1)
+    rows[0]["bbox"] = [4.0, 3.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="row 0: bbox"):
+        CalibrationSpec.parse(f"dataset:{folder(rows)}", samples=1).load_samples()
+
+
 def test_an_evaluation_split_is_taken_by_force_only_and_says_so(folder):
     path = folder(referring(2), split="testA")
     spec = CalibrationSpec.parse(f"dataset:{path}:split=testA:force=true", samples=2)

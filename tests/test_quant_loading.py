@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
 from families import FAMILIES
 from lmms_plugin.quant_backends import get
@@ -326,6 +326,32 @@ def test_a_checkpoint_quantized_elsewhere_is_refused(checkpoint, tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"quantized already \(awq\)"):
         load(path)
+
+
+def test_fused_experts_are_listed_and_not_forgotten():
+    """Mixture-of-experts weights are 3-D parameters that no walk over linear layers sees."""
+    text = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 32}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0}}
+    vision = {"depth": 1, "hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+    work = quantize(
+        AutoModelForImageTextToText.from_config(config), get("rtn"), QuantPlan.from_arguments(group_size=32)
+    )
+    experts = [module for module in work.modules() if "experts" in module.name]
+    assert [len(module.shape) for module in experts] == [3, 3]
+    assert all(
+        module.component == "language" and "not the weight of an nn.Linear" in module.reason for module in experts
+    )
+
+
+def test_out_of_memory_says_what_helps(checkpoint, monkeypatch):
+    def exhaust(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("lmms_plugin.quant_backends.rtn.round_to_nearest", exhaust)
+    with pytest.raises(torch.OutOfMemoryError, match=r"while loading for rtn: device_map=auto .*Tried to allocate"):
+        load(checkpoint("idefics3"))
 
 
 def test_no_more_than_one_dense_layer_exists_while_loading(checkpoint, monkeypatch):
