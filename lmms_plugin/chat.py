@@ -198,7 +198,7 @@ class Chat:
             count = min(self.max_num_frames, metadata.total_num_frames)
             return torch.linspace(0, metadata.total_num_frames - 1, count).round().long().numpy()
 
-        with naming(name, "its video cannot be decoded"):
+        with naming(name, "its video cannot be decoded", ValueError):
             return load_video(path, backend="pyav", sample_indices_fn=spaced)
 
     def _raw(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -208,12 +208,12 @@ class Chat:
         if prompts[0].images:
             images = [prompt.images for prompt in prompts]
             return dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt"))
-        begin = self.tokenizer.bos_token or ""
-        return dict(
-            self.tokenizer(
-                [begin + text for text in texts], add_special_tokens=False, padding=True, return_tensors="pt"
-            )
-        )
+        begun = [(self.tokenizer.bos_token or "") + text for text in texts]
+        inputs = dict(self.tokenizer(begun, add_special_tokens=False, padding=True, return_tensors="pt"))
+        if "token_type_ids" in self.processor.model_input_names:
+            # PaliGemma marks its prompt so; without, transformers attends in one direction or both, by padding.
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        return inputs
 
     def _raw_text(self, prompt: Prompt) -> str:
         return getattr(self.processor, "image_token", "") * len(prompt.images) + prompt.text

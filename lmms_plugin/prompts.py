@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lmms_plugin.dialects import Dialect, Frame
 from lmms_plugin.response import Size
@@ -166,12 +166,18 @@ def _video(part: Mapping[str, Any], name: str) -> str:
 
 
 @contextmanager
-def naming(name: str, problem: str) -> Iterator[None]:
-    """Name task and document in the errors of undecodable files (for a broken PNG, Pillow's is a SyntaxError)."""
+def naming(name: str, problem: str, *more: type[Exception]) -> Iterator[None]:
+    """Name task and document in the errors of undecodable files (for a broken PNG, Pillow's is a SyntaxError).
+
+    lmms-eval tells Pillow to fill up truncated images with grey; here they are errors like any other damage.
+    """
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError, *more) as error:
         raise RequestError(f"{name}: {problem}: {error}") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def pad_to_square(image: Image.Image, background: Colour) -> Image.Image:

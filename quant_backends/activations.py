@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lmms_plugin.quant_backends.components import dense_linear
-
-DEFAULT_BUDGET = 4 << 30
-"""Bytes that the statistics of one pass over the samples may take."""
+from lmms_plugin.quant_backends.memory import statistics_budget
 
 
 @dataclass
@@ -81,7 +79,7 @@ def capture(
     model: nn.Module,
     names: Sequence[str],
     batches: Sequence[Mapping[str, Any]],
-    budget: int = DEFAULT_BUDGET,
+    budget: int | None = None,
 ) -> Iterator[list[InputStatistics]]:
     """Gather input statistics of linear layers over calibration samples.
 
@@ -94,13 +92,15 @@ def capture(
         model: The unquantized model, in evaluation mode.
         names: Linear layers of interest.
         batches: Keyword arguments of one forward pass each.
-        budget: Bytes for the statistics of one chunk; a single layer may exceed it.
+        budget: Bytes for the statistics of one chunk; a single layer may exceed it. None for what is free.
 
     Yields:
         The statistics of one chunk.
     """
     groups = shared_inputs(model, names, batches[0])
     expected: list[Counter[str]] | None = None
+    if budget is None:
+        budget = statistics_budget(dense_linear(model, names[0]).weight.device)
     for chunk in _chunks(model, groups, budget):
         statistics = [_empty(model, group) for group in chunk]
         # The first pass runs every forward to its end and counts the calls, by which the later ones stop.

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.activations import DEFAULT_BUDGET, InputStatistics, capture
+from lmms_plugin.quant_backends.activations import InputStatistics, capture
 from lmms_plugin.quant_backends.backend import CalibratedBackend, CalibratedLinear
 from lmms_plugin.quant_backends.components import dense_linear
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.rtn import round_to_nearest
+from lmms_plugin.quant_backends.rtn import round_by_blocks, round_to_nearest
 
 EXPONENTS = tuple(step / 20 for step in range(20))
 """The grid of the search, as in the authors' code. 0 is round-to-nearest."""
@@ -52,7 +52,7 @@ class AwqBackend(CalibratedBackend):
     name = "awq"
     bits = frozenset(range(2, 9))
 
-    def __init__(self, budget: int = DEFAULT_BUDGET) -> None:
+    def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
 
     @torch.no_grad()
@@ -140,7 +140,6 @@ def _quadratic(delta: Tensor, gram: Tensor) -> Tensor:
 
 
 def _pack(linear: nn.Linear, spec: QuantSpec, in_scale: Tensor | None) -> PackedLinear:
-    weight = linear.weight.float() if in_scale is None else linear.weight.float() / in_scale.float()
-    codes = round_to_nearest(weight, spec, linear.weight.dtype)
+    codes = round_by_blocks(linear.weight, spec, in_scale)
     in_scale = None if in_scale is None else in_scale.clone()
     return PackedLinear.from_codes(codes, spec, linear.in_features, bias=linear.bias, in_scale=in_scale)

@@ -17,7 +17,8 @@ from lmms_plugin.quant_backends.synthetic import noise_image, scene, words
 
 SOURCES = ("none", "noise", "self", "demo", "dataset")
 DEFAULT_SAMPLES = 64
-EVALUATION_SPLIT = re.compile(r"val|dev|test", re.IGNORECASE)
+EVALUATION_SPLIT = re.compile(r"(^|[_.-])(val|dev|test)", re.IGNORECASE)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 OPTIONS = {"split", "image", "text", "force"}
 TEXT_COLUMNS = ("expression", "caption", "text", "sentence", "description")
 DESCRIBE = "Describe this image."
@@ -120,11 +121,13 @@ class CalibrationSpec:
             return
         if not self.path:
             raise ValueError("calibration source 'dataset' needs a hub id or a path: dataset:PATH")
-        if not Path(self.path).expanduser().exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path):
+        local = Path(self.path).expanduser()
+        if not local.exists() and not HUB_ID.fullmatch(self.path):
             raise FileNotFoundError(f"calibration data {self.path!r} is neither an existing path nor a hub id")
-        if EVALUATION_SPLIT.search(self.split) and not self.force:
+        split = local.stem if local.is_file() else self.split
+        if EVALUATION_SPLIT.search(split) and not self.force:
             raise ValueError(
-                f"calibrating on split {self.split!r} would fit the quantizer to evaluation data; "
+                f"calibrating on split {split!r} would fit the quantizer to evaluation data; "
                 "choose another split, or add :force=true and say so with the results"
             )
 
@@ -194,13 +197,19 @@ def _open_rows(spec: CalibrationSpec, path: str, split: str) -> Any:
         remote = _open_hub(path, split)
         _expect_column(spec.image, remote.column_names or [], path)
         return remote.shuffle(seed=spec.seed, buffer_size=10 * spec.samples).take(spec.samples)
-    files = [local] if local.is_file() else sorted(local.rglob(f"*{split}*.parquet"))
+    files = [local] if local.is_file() else _split_files(local, split)
     if not files:
         raise FileNotFoundError(f"no parquet file for split {split!r} in {path!r}")
     table = datasets.Dataset.from_parquet([str(file) for file in files])
     _expect_column(spec.image, table.column_names, path)
     drawn = random.Random(spec.seed).sample(range(len(table)), min(spec.samples, len(table)))
     return table.select(drawn)
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """Return the parquet files with the split's name as a whole word in their path below the folder."""
+    word = re.compile(rf"(^|[^A-Za-z0-9]){re.escape(split)}([^A-Za-z0-9]|$)")
+    return sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
 
 
 def _open_hub(path: str, split: str) -> Any:
@@ -217,12 +226,8 @@ def _open_hub(path: str, split: str) -> Any:
 
 def _sample(spec: CalibrationSpec, row: dict[str, Any], position: int) -> CalibrationSample:
     image = _decode(row[spec.image], position)
-    if spec.text is None and isinstance(row.get("answer"), list) and "bbox" in row:
-        expressions = row["answer"]
-        if not expressions:
-            raise ValueError(f"calibration row {position} has no expression")
-        chosen = random.Random(f"{spec.seed}/{position}").choice(expressions)
-        return CalibrationSample(image, expression=chosen, box=Box.from_xywh(row["bbox"], image.size))
+    if spec.text is None and "answer" in row and "bbox" in row:
+        return _referring_sample(image, row, random.Random(f"{spec.seed}/{position}"), position)
     column = spec.text or next((name for name in TEXT_COLUMNS if name in row), "")
     _expect_column(column or "text", list(row), spec.path or spec.source)
     text = row[column]
@@ -230,6 +235,18 @@ def _sample(spec: CalibrationSpec, row: dict[str, Any], position: int) -> Calibr
     if not isinstance(text, str) or not text:
         raise ValueError(f"calibration row {position}: column {column!r} should hold text, got {text!r}")
     return CalibrationSample(image, prompt=DESCRIBE, answer=text)
+
+
+def _referring_sample(image: Image.Image, row: dict[str, Any], rng: random.Random, position: int) -> CalibrationSample:
+    """Read a row of RefCOCO+'s schema: several expressions for one box, x, y, width, height in pixels."""
+    expressions = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+    if not expressions:
+        raise ValueError(f"calibration row {position} has no expression")
+    try:
+        box = Box.from_xywh(row["bbox"], image.size)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"calibration row {position}: bbox: {error}") from error
+    return CalibrationSample(image, expression=rng.choice(expressions), box=box)
 
 
 def _decode(value: Any, position: int) -> Image.Image:

@@ -42,6 +42,11 @@ class Codes(NamedTuple):
         return weight.flatten(-2)
 
 
+def rows_per_block(columns: int) -> int:
+    """Return how many rows of a weight to work on at once: about a million elements, and at least one row."""
+    return max(1, (1 << 20) // columns)
+
+
 def split_groups(weight: Tensor, group_size: int | None) -> Tensor:
     """Cut the columns of a weight into groups, padding the last one with zeros.
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lmms_plugin.dialects import dialect_for
+from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches
+from lmms_plugin.quant_backends.memory import explained_out_of_memory, read_peak, reset_peak
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.report import CalibrationReport, QuantReport
@@ -50,6 +50,7 @@ def load_quantized(
     seed: int = 0,
     use_safetensors: bool = True,
     processor: Any = None,
+    dialect: str | None = None,
 ) -> LoadedModel:
     """Load an image-text-to-text checkpoint and quantize it.
 
@@ -71,6 +72,8 @@ def load_quantized(
         seed: Of the default calibration.
         use_safetensors: Refuse pickled weights.
         processor: One already built; None loads the checkpoint's own.
+        dialect: Name of the grounding dialect in which calibration questions are asked; None for the one that
+            the checkpoint declares, or else its family's.
 
     Raises:
         ValueError: The method cannot do the plan, the plan does not fit the model, weights are missing or not
@@ -80,7 +83,7 @@ def load_quantized(
     backend = get(method)
     backend.check(plan)
     spec, samples = _calibration(backend, calibration, seed)
-    _reset_peak()
+    reset_peak()
     config, processor = _describe(path, trust_remote_code, processor)
     options = {
         "dtype": dtype,
@@ -89,12 +92,14 @@ def load_quantized(
         "trust_remote_code": trust_remote_code,
         "use_safetensors": use_safetensors,
     }
-    model, work = _load(
-        path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
-    )
+    asked = dialect_for(config.model_type, dialect or getattr(config, "grounding_dialect", None))
     seen = None
-    if isinstance(backend, CalibratedBackend):
-        seen = _calibrate(work, processor, spec, samples)
+    with explained_out_of_memory(method):
+        model, work = _load(
+            path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
+        )
+        if isinstance(backend, CalibratedBackend):
+            seen = _calibrate(work, processor, spec, samples, asked)
     return LoadedModel(model, processor, _report(work, seen, time.perf_counter() - started))
 
 
@@ -142,13 +147,11 @@ def _load(
 
 @torch.no_grad()
 def _calibrate(
-    work: Quantization, processor: Any, spec: CalibrationSpec, samples: list[CalibrationSample]
+    work: Quantization, processor: Any, spec: CalibrationSpec, samples: list[CalibrationSample], dialect: Dialect
 ) -> CalibrationReport:
-    model = work.model
-    dialect = dialect_for(model.config.model_type, getattr(model.config, "grounding_dialect", None))
     heads = {name for name, component in work.components.items() if component == "head"}
     keep_logits = bool(heads & set(work.specs))
-    batches, report = build_batches(model, processor, spec, samples, dialect, keep_logits=keep_logits)
+    batches, report = build_batches(work.model, processor, spec, samples, dialect, keep_logits=keep_logits)
     work.finish(batches)
     return report
 
@@ -157,28 +160,15 @@ def _report(work: Quantization, calibration: CalibrationReport | None, seconds: 
     modules = work.modules()
     after = tensor_bytes(work.model)
     saved = sum(module.bytes_before - module.bytes_after for module in modules)
-    peak, source = _peak()
+    peak = read_peak()
     return QuantReport(
         method=work.backend.name,
         modules=modules,
         bytes_before=after + saved,
         bytes_after=after,
         seconds=seconds,
-        peak_bytes=peak,
-        peak_source=source,
+        peak_bytes=peak.bytes,
+        peak_source=peak.source,
         calibration=calibration,
         plan=work.plan.to_dict(),
     )
-
-
-def _reset_peak() -> None:
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(index)
-
-
-def _peak() -> tuple[int, str]:
-    if torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        return sum(torch.cuda.max_memory_allocated(index) for index in devices), "CUDA allocator, all devices"
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident set of the process since its start"

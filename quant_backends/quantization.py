@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CalibratedLinear, DataFreeBackend
 from lmms_plugin.quant_backends.components import components, dense_linear, splitter
-from lmms_plugin.quant_backends.linear import PackedLinear
+from lmms_plugin.quant_backends.linear import Codes, PackedLinear, rows_per_block
+from lmms_plugin.quant_backends.memory import return_freed_memory
 from lmms_plugin.quant_backends.plan import Assignment, QuantPlan
 from lmms_plugin.quant_backends.report import ModuleReport
 
@@ -76,6 +77,8 @@ class Quantization:
         # Keeps transformers from initialising the layer as if its weights had been missing.
         layer._is_hf_initialized = True  # type: ignore[assignment]
         self.model.set_submodule(name, layer)
+        if weight.device.type == "cpu":
+            return_freed_memory()
         tied = name in self.tied
         if tied:
             _untie(self.model, name)
@@ -141,10 +144,20 @@ def expect_finite(name: str, weight: Tensor) -> None:
 
 
 def relative_error(weight: Tensor, layer: PackedLinear) -> float:
-    """Return ‖W − Ŵ‖ / ‖W‖ in float32, 0 for a weight that is all zero and exactly kept."""
-    dense = weight.float()
-    error = (dense - layer.weight.float()).norm()
-    return float(error / dense.norm()) if dense.any() else float(error)
+    """Return ‖W − Ŵ‖ / ‖W‖, a few rows at a time; ‖Ŵ‖ for a weight that is all zero."""
+    stored = layer.quantized
+    size = rows_per_block(weight.shape[1])
+    error = norm = 0.0
+    for start in range(0, weight.shape[0], size):
+        rows = slice(start, start + size)
+        zero_point = None if stored.zero_point is None else stored.zero_point[rows]
+        block = Codes(stored.codes[rows], stored.scale[rows], zero_point)
+        kept = block.dequantize(layer.spec.bits, stored.scale.dtype)[:, : layer.in_features]
+        kept = kept if layer.in_scale is None else kept * layer.in_scale
+        dense = weight[rows].float()
+        error += float((dense - kept.float()).square().sum(dtype=torch.float64))
+        norm += float(dense.square().sum(dtype=torch.float64))
+    return math.sqrt(error / norm) if norm else math.sqrt(error)
 
 
 def tensor_bytes(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lmms_plugin.quant_backends.backend import DataFreeBackend
-from lmms_plugin.quant_backends.linear import Codes, split_groups
+from lmms_plugin.quant_backends.linear import Codes, rows_per_block, split_groups
 from lmms_plugin.quant_backends.plan import QuantSpec
 
 
@@ -18,7 +18,24 @@ class RtnBackend(DataFreeBackend):
 
     def quantize(self, weight: Tensor, spec: QuantSpec) -> Codes:
         """Round a weight (rows, columns) to the nearest codes."""
-        return round_to_nearest(weight.float(), spec, weight.dtype)
+        return round_by_blocks(weight, spec)
+
+
+def round_by_blocks(weight: Tensor, spec: QuantSpec, in_scale: Tensor | None = None) -> Codes:
+    """Quantize a weight a few rows at a time, so that float32 copies of it stay small.
+
+    Args:
+        weight: (rows, columns), any float dtype, which is also that of the returned scales.
+        spec: Bits, group size, symmetry.
+        in_scale: (columns,), what the layer multiplies its input with: columns are divided by it first.
+    """
+    parts = []
+    for block in weight.split(rows_per_block(weight.shape[1])):
+        dense = block.float() if in_scale is None else block.float() / in_scale.float()
+        parts.append(round_to_nearest(dense, spec, weight.dtype))
+    codes, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale"))
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    return Codes(codes, scale, torch.cat(zeros) if zeros else None)
 
 
 def round_to_nearest(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Codes:
