@@ -107,7 +107,7 @@ class Schedule:
             RequestError: a document cannot be read or shown to this model; task and document are named.
         """
         readers = max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1))
-        # The processor's own tensor operations use several threads; one caller at a time keeps the tokenizer consistent.
+        # The processor has threads of its own, and one caller at a time.
         with _strict_about_images(), _pool(readers) as reading, _pool(1) as encoding:
             units = _by_image(jobs)
             read = ahead(reading, lambda unit: [self._read(jobs[i], i) for i in unit], units, readers + 1)
@@ -144,7 +144,7 @@ class Schedule:
             raise RequestError(f"{name}: {type(error).__name__}: {error}") from error
 
     def _length(self, prompt: Prompt) -> int:
-        """Count tokens. How many an image takes depends on its size alone, and is found by encoding the first of a size."""
+        """Count tokens; how many an image takes depends on its size, and is found by encoding the first of a size."""
         text = len(self.chat.ids(self.chat.text_of(prompt)))
         images = prompt.images
         if len(images) == 1 and images[0].size not in self._image_tokens:
@@ -215,7 +215,7 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _strict_about_images() -> Iterator[None]:
-    """Let truncated images be errors for the whole run: lmms-eval sets this flag of Pillow's, which is not per thread."""
+    """Let truncated images be errors for a whole run: lmms-eval sets this flag of Pillow, which all threads share."""
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield

@@ -15,6 +15,7 @@ from lmms_plugin import model as models
 from lmms_plugin.chat import Chat
 from lmms_plugin.dialects import DIALECTS
 from lmms_plugin.model import QuantizedVLM
+from lmms_plugin.packing import Budget
 from lmms_plugin.prompts import PromptReader, RequestError, pad_to_square
 from lmms_plugin.response import MARKER, Response
 
@@ -67,7 +68,7 @@ def load(path, **arguments):
 
 
 def answer(vlm, indices=ALL, *, batch_size=1, **changes):
-    vlm.arguments = replace(vlm.arguments, batch_size=batch_size)
+    vlm.runner.budget = Budget.of(batch_size, None)
     return vlm.generate_until([generation(index, {**OPTIONS, **changes}) for index in indices])
 
 
@@ -168,7 +169,7 @@ class TestEveryFamily:
 
     def test_a_log_likelihood_is_the_sum_of_a_teacher_forced_pass(self, vlm, family):
         texts = [" the dog", " yes", " a man in the white shirt"]
-        vlm.arguments = replace(vlm.arguments, batch_size=4)
+        vlm.runner.budget = Budget.of(4, None)
         scores = vlm.scores([choice(0, text) for text in texts])
         prompt, inputs = encoded(
             vlm, [message(*[part["url"] for part in DOCUMENTS[0][0]["content"][:-1]], text="Which?")]
@@ -263,7 +264,7 @@ class TestLmmsEvalInterfaces:
         smolvlm.task_dict = {"toy": {"test": DOCUMENTS}}
         expected = {length: answer(smolvlm, max_new_tokens=length) for length in (2, 5)}
         mixed = [(index, length) for index in range(7) for length in (5, 2)]
-        smolvlm.arguments = replace(smolvlm.arguments, batch_size=4)
+        smolvlm.runner.budget = Budget.of(4, None)
         texts = smolvlm.generate_until(
             [generation(index, {**OPTIONS, "max_new_tokens": length}) for index, length in mixed]
         )
@@ -330,9 +331,9 @@ class TestLmmsEvalInterfaces:
         requests = [generation(0, {**OPTIONS, "temperature": 1.0})] * 3 + [
             generation(1, {**OPTIONS, "temperature": 1.0})
         ]
-        smolvlm.arguments = replace(smolvlm.arguments, batch_size=1)
+        smolvlm.runner.budget = Budget.of(1, None)
         alone = smolvlm.generate_until(requests)
-        smolvlm.arguments = replace(smolvlm.arguments, batch_size=4)
+        smolvlm.runner.budget = Budget.of(4, None)
         assert smolvlm.generate_until(requests) == alone
         assert len(set(alone[:3])) > 1
         smolvlm.arguments = replace(smolvlm.arguments, seed=1)
@@ -392,7 +393,7 @@ class TestBadArguments:
             ({"bits": True}, "bits must be a whole number, got True"),
             ({"symmetric": 3}, "symmetric must be True or False, got 3"),
             ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-            ({"batch_size": "auto"}, "automatic batch size is not supported"),
+            ({"batch_size": "many"}, "batch_size must be a whole number or 'auto', got 'many'"),
             ({"dtype": "int8"}, "dtype must be one of auto, bfloat16, float16, float32, got 'int8'"),
             ({"min_pixels": 99, "max_pixels": 9}, "min_pixels 99 is above max_pixels 9"),
             ({"calibration": "magic"}, "unknown calibration source 'magic'"),
