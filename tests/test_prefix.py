@@ -1,0 +1,349 @@
+import json
+import shutil
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from families import FAMILIES
+from lmms_eval.api.instance import Instance
+from loguru import logger
+from PIL import Image
+
+from lmms_plugin import model as models
+from lmms_plugin.decoding import OutOfMemory
+from lmms_plugin.packing import Budget
+from lmms_plugin.prefix import PrefixSharing
+from lmms_plugin.prompts import RequestError
+from lmms_plugin.response import Response
+
+LOGPROB = 1e-4
+PLAIN = ("paligemma", "gemma3")
+SHARING = tuple(family for family in FAMILIES if family not in PLAIN)
+OPTIONS = {"max_new_tokens": 8, "temperature": 0}
+# Three images with four, one and three questions, and their order as scattered as datasets have it.
+QUESTIONS = (
+    (0, "dog"),
+    (1, "red circle"),
+    (0, "the man in the white shirt, not the other one"),
+    (2, "a"),
+    (0, "dog"),
+    (2, "a blue square to the left of the dog"),
+    (0, "x"),
+    (2, "yes"),
+)
+
+
+def image(seed):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize([(120, 90), (64, 200), (90, 90)][seed % 3], Image.Resampling.BICUBIC)
+
+
+IMAGES = [image(seed) for seed in range(3)]
+
+
+class Documents(list):
+    """Documents as this package's tasks have them: they tell which are about one image."""
+
+    def image_key(self, index):
+        return self[index][0]
+
+
+def ask(doc, with_box=True):
+    shown, expression = IMAGES[doc[0]], doc[1]
+    content = [{"type": "image", "url": shown}, {"type": "text", "text": f"Where is {expression}?"}]
+    extra = {"grounding": {"expression": expression, "original_size": list(shown.size)}} if with_box else {}
+    return [{"role": "user", "content": content, **extra}]
+
+
+def instance(index, messages=ask, **options):
+    metadata = {"task": "toy", "doc_id": index, "repeats": 1}
+    arguments = ("", messages, {**OPTIONS, **options}, index, "toy", "test")
+    return Instance("generate_until", arguments, 0, metadata=metadata)
+
+
+def load(path, documents=QUESTIONS, **arguments):
+    vlm = models.QuantNone(pretrained=str(path), device="cpu", **arguments)
+    vlm.task_dict = {"toy": {"test": Documents(documents)}}
+    return vlm
+
+
+def answers(vlm, batch_size=1, messages=ask, cache_bytes=2**30, **options):
+    vlm.runner.budget = Budget.of(batch_size, None)
+    vlm.runner.budget.cache_bytes = cache_bytes
+    requests = [instance(i, messages, **options) for i in range(len(vlm.task_dict["toy"]["test"]))]
+    return vlm.generate_until(requests)
+
+
+@contextmanager
+def plainly(vlm):
+    off, vlm.runner.sharing.off = vlm.runner.sharing.off, "this test wants the plain way"
+    try:
+        yield
+    finally:
+        vlm.runner.sharing.off = off
+
+
+@contextmanager
+def calls(vlm):
+    """What `generate` is called with: (rows, whether images are among the arguments)."""
+    seen, original = [], vlm.model.generate
+
+    def generate(*args, **kwargs):
+        seen.append((len(kwargs["input_ids"]), "pixel_values" in kwargs))
+        return original(*args, **kwargs)
+
+    vlm.model.generate = generate
+    try:
+        yield seen
+    finally:
+        vlm.model.generate = original
+
+
+@contextmanager
+def log(level):
+    lines = []
+    sink = logger.add(lambda message: lines.append(str(message)), level=level, format="{level} {message}")
+    try:
+        yield lines
+    finally:
+        logger.remove(sink)
+
+
+def assert_equal(ours, theirs):
+    for one, other in zip(map(Response.decode, ours), map(Response.decode, theirs), strict=True):
+        assert one.text == other.text
+        assert (one.original_size, one.model_size, one.dialect) == (
+            other.original_size,
+            other.model_size,
+            other.dialect,
+        )
+        assert [token.text for token in one.tokens] == [token.text for token in other.tokens]
+        assert [token.logprob for token in one.tokens] == pytest.approx(
+            [token.logprob for token in other.tokens], abs=LOGPROB
+        )
+
+
+@pytest.fixture(scope="module", params=SHARING)
+def vlm(request, checkpoint):
+    return load(checkpoint(request.param))
+
+
+@pytest.fixture(scope="module")
+def smolvlm(checkpoint):
+    return load(checkpoint("smolvlm"))
+
+
+class TestFamiliesThatShare:
+    @pytest.mark.parametrize("batch_size", [1, 2, None], ids=lambda size: f"batch_size={size}")
+    def test_answers_are_those_of_the_plain_way(self, vlm, batch_size):
+        with plainly(vlm):
+            expected = answers(vlm)
+        assert_equal(answers(vlm, batch_size), expected)
+        assert vlm.runner.sharing.off is None
+        assert vlm.runner.sharing.verified
+
+    def test_an_image_is_encoded_once(self, vlm):
+        answers(vlm)
+        with calls(vlm) as seen:
+            answers(vlm)
+        assert sorted(seen) == sorted([(1, True), (4, False), (1, True), (1, True), (3, False)])
+
+    def test_the_processor_sees_an_image_once(self, vlm, monkeypatch):
+        """The other questions' tokens are put together from text; the first of a group proves the way right."""
+        answers(vlm)
+        images = vlm.chat.processor.image_processor
+        shown = []
+        original = type(images).preprocess
+        monkeypatch.setattr(
+            type(images),
+            "preprocess",
+            lambda self, given, *a, **k: shown.append(given) or original(self, given, *a, **k),
+        )
+        vlm.runner.budget = Budget.of(1, None)
+        schedule_lengths = len(IMAGES)
+        answers(vlm)
+        assert len(shown) == len(IMAGES) + schedule_lengths
+
+    def test_a_group_too_large_for_memory_is_answered_in_parts(self, vlm):
+        with plainly(vlm):
+            expected = answers(vlm)
+        with calls(vlm) as seen:
+            assert_equal(answers(vlm, 3, cache_bytes=1), expected)
+        assert sorted(seen) == sorted([(2, True), (1, True), *[(1, False)] * 7])
+
+    def test_choices_score_the_same(self, vlm):
+        def show(doc):
+            return [IMAGES[doc[0]]]
+
+        metadata = {"task": "toy", "doc_id": 0, "repeats": 1}
+        requests = [
+            Instance("loglikelihood", (f"Is it {QUESTIONS[i][1]}?", text, show, i, "toy", "test"), 0, metadata=metadata)
+            for i in range(len(QUESTIONS))
+            for text in (" yes", " no, it is not")
+        ]
+        with plainly(vlm):
+            expected = vlm.scores(requests)
+        with calls(vlm) as seen:
+            scores = vlm.scores(requests)
+        assert (8, False) in seen
+        for one, other in zip(scores, expected, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=LOGPROB)
+            assert one.is_greedy == other.is_greedy
+
+
+class TestFamiliesThatCannot:
+    @pytest.mark.parametrize(
+        ("family", "reason"),
+        [("paligemma", "its attention looks ahead"), ("gemma3", "some layers see the last 64 only")],
+    )
+    def test_they_take_the_plain_way_and_say_so_once(self, checkpoint, family, reason):
+        vlm = load(checkpoint(family))
+        with log("INFO") as lines:
+            found = answers(vlm, 2, max_new_tokens=24)
+            answers(vlm, 2, max_new_tokens=24)
+        assert len([line for line in lines if reason in line]) == 1
+        assert not [line for line in lines if line.startswith("WARNING")]
+        assert_equal(found, answers(load(checkpoint(family), share_prefix=False), max_new_tokens=24))
+
+
+def test_gemma3_shares_where_its_window_holds_prompt_and_answer(checkpoint, tmp_path):
+    folder = tmp_path / "gemma3"
+    shutil.copytree(checkpoint("gemma3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["sliding_window"] = 512
+    (folder / "config.json").write_text(json.dumps(config))
+    vlm = load(folder)
+    with plainly(vlm):
+        expected = answers(vlm)
+    with calls(vlm) as seen:
+        assert_equal(answers(vlm, 3), expected)
+    assert (7, False) in seen
+
+
+class TestOneModel:
+    def test_it_can_be_switched_off(self, checkpoint, smolvlm):
+        vlm = load(checkpoint("smolvlm"), share_prefix=False)
+        with calls(vlm) as seen:
+            assert_equal(answers(vlm), answers(smolvlm))
+        assert seen == [(1, True)] * len(QUESTIONS)
+
+    def test_without_a_hint_of_the_dataset_the_pixels_decide(self, smolvlm):
+        hinted = smolvlm.task_dict
+        expected = answers(smolvlm)
+        smolvlm.task_dict = {"toy": {"test": list(QUESTIONS)}}
+        try:
+            with calls(smolvlm) as seen:
+                assert_equal(answers(smolvlm, None), expected)
+        finally:
+            smolvlm.task_dict = hinted
+        assert sorted(seen) == [(1, True), (2, True), (7, False)]
+
+    def test_images_that_only_share_a_name_are_told_apart(self, checkpoint, smolvlm):
+        class Misled(Documents):
+            def image_key(self, index):
+                return "all the same"
+
+        expected = answers(smolvlm)
+        hinted = smolvlm.task_dict
+        smolvlm.task_dict = {"toy": {"test": Misled(QUESTIONS)}}
+        try:
+            assert_equal(answers(smolvlm), expected)
+        finally:
+            smolvlm.task_dict = hinted
+
+    def test_what_is_drawn_is_the_same(self, smolvlm):
+        options = {"temperature": 1.0, "do_sample": True}
+        with plainly(smolvlm):
+            expected = answers(smolvlm, **options)
+        assert_equal(answers(smolvlm, **options), expected)
+
+    def test_plain_requests_share_too(self, smolvlm):
+        def without_box(doc):
+            return ask(doc, with_box=False)
+
+        with plainly(smolvlm):
+            expected = answers(smolvlm, messages=without_box)
+        with calls(smolvlm) as seen:
+            assert answers(smolvlm, messages=without_box) == expected
+        assert (4, False) in seen
+
+    def test_an_image_behind_the_question_is_not_shared(self, checkpoint):
+        def image_last(doc):
+            user, *_ = ask(doc, with_box=False)
+            return [{**user, "content": user["content"][::-1]}]
+
+        vlm = load(checkpoint("qwen2_5_vl"))
+        with plainly(vlm):
+            expected = answers(vlm, messages=image_last)
+        with log("INFO") as lines, calls(vlm) as seen:
+            assert answers(vlm, messages=image_last) == expected
+        assert len([line for line in lines if "differ before the image ends" in line]) == 1
+        assert {images for _, images in seen} == {True}
+
+
+class TestSomethingWrong:
+    def test_a_mismatch_falls_back_loudly(self, checkpoint, monkeypatch):
+        original = PrefixSharing._expanded
+
+        def distorted(self, cache, owners):
+            expanded = original(self, cache, owners)
+            for layer in expanded.layers:
+                layer.values *= -1
+            return expanded
+
+        vlm = load(checkpoint("smolvlm"))
+        with plainly(vlm):
+            expected = answers(vlm)
+        monkeypatch.setattr(PrefixSharing, "_expanded", distorted)
+        with log("WARNING") as lines:
+            assert_equal(answers(vlm, 2), expected)
+        (line,) = lines
+        assert "token 1 is" in line
+        assert "tolerance 0.001" in line
+        assert line.count("log-probability") == 1
+        with log("WARNING") as lines, calls(vlm) as seen:
+            answers(vlm)
+        assert lines == []
+        assert seen == [(1, True)] * len(QUESTIONS)
+
+    def test_a_model_that_refuses_a_prefix_gets_plain_requests(self, checkpoint, monkeypatch):
+        vlm = load(checkpoint("smolvlm"))
+        with plainly(vlm):
+            expected = answers(vlm)
+        monkeypatch.setattr(PrefixSharing, "_expanded", lambda self, cache, owners: "not a cache")
+        with log("WARNING") as lines:
+            assert_equal(answers(vlm), expected)
+        (line,) = lines
+        assert "cannot go on from a given prefix" in line
+
+    @pytest.mark.parametrize("batch_size", [None, 8], ids=["auto", "8"])
+    def test_out_of_memory_loses_no_answer(self, smolvlm, monkeypatch, batch_size):
+        expected = answers(smolvlm)
+        original = type(smolvlm.decoder).generate
+
+        def generate(self, inputs, *args):
+            if len(inputs["input_ids"]) > 2:
+                raise OutOfMemory("no room")
+            return original(self, inputs, *args)
+
+        monkeypatch.setattr(type(smolvlm.decoder), "generate", generate)
+        with log("WARNING") as lines:
+            assert_equal(answers(smolvlm, batch_size), expected)
+        assert lines
+        assert all("smaller batches" in line for line in lines)
+
+    def test_a_batch_size_that_was_asked_for_is_not_changed_behind_the_back(self, smolvlm, monkeypatch):
+        def generate(self, inputs, *args):
+            raise OutOfMemory("no room")
+
+        monkeypatch.setattr(type(smolvlm.decoder), "generate", generate)
+        with pytest.raises(OutOfMemory), plainly(smolvlm):
+            answers(smolvlm, 8)
+
+    def test_an_exception_on_a_thread_names_its_document(self, smolvlm):
+        def broken(doc):
+            return ask(doc) if doc[1] != "yes" else sys.intern(1)
+
+        with pytest.raises(RequestError, match=r"^task toy, document 7: TypeError: .*"):
+            answers(smolvlm, messages=broken)
