@@ -86,7 +86,7 @@ def plainly(vlm):
 
 @contextmanager
 def calls(vlm):
-    """What `generate` is called with: (rows, whether images are among the arguments)."""
+    """What the model's `generate` is called with: (rows, whether images are among the arguments)."""
     seen, original = [], vlm.model.generate
 
     def generate(*args, **kwargs):
@@ -150,20 +150,21 @@ class TestFamiliesThatShare:
         assert sorted(seen) == sorted([(1, True), (4, False), (1, True), (1, True), (3, False)])
 
     def test_the_processor_sees_an_image_once(self, vlm, monkeypatch):
-        """The other questions' tokens are put together from text; the first of a group proves the way right."""
+        """The other questions' tokens are put together from text; the first of a group proves that right.
+
+        Once more for the first image of a size, to count its tokens.
+        """
         answers(vlm)
-        images = vlm.chat.processor.image_processor
-        shown = []
-        original = type(images).preprocess
-        monkeypatch.setattr(
-            type(images),
-            "preprocess",
-            lambda self, given, *a, **k: shown.append(given) or original(self, given, *a, **k),
-        )
-        vlm.runner.budget = Budget.of(1, None)
-        schedule_lengths = len(IMAGES)
+        kind = type(vlm.chat.processor.image_processor)
+        shown, original = [], kind.preprocess
+
+        def preprocess(self, *args, **kwargs):
+            shown.append(args)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "preprocess", preprocess)
         answers(vlm)
-        assert len(shown) == len(IMAGES) + schedule_lengths
+        assert len(shown) == len(IMAGES) + len({image.size for image in IMAGES})
 
     def test_a_group_too_large_for_memory_is_answered_in_parts(self, vlm):
         with plainly(vlm):
@@ -182,6 +183,7 @@ class TestFamiliesThatShare:
             for i in range(len(QUESTIONS))
             for text in (" yes", " no, it is not")
         ]
+        vlm.runner.budget = Budget.of(1, None)
         with plainly(vlm):
             expected = vlm.scores(requests)
         with calls(vlm) as seen:
@@ -311,7 +313,14 @@ class TestSomethingWrong:
         vlm = load(checkpoint("smolvlm"))
         with plainly(vlm):
             expected = answers(vlm)
-        monkeypatch.setattr(PrefixSharing, "_expanded", lambda self, cache, owners: "not a cache")
+        original = vlm.model.generate
+
+        def generate(*args, **kwargs):
+            if "pixel_values" not in kwargs:
+                raise ValueError("images are required")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(vlm.model, "generate", generate)
         with log("WARNING") as lines:
             assert_equal(answers(vlm), expected)
         (line,) = lines
