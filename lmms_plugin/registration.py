@@ -12,6 +12,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from lmms_plugin.dealing import deal_by_image
 from lmms_plugin.quant_backends import names
 
 if TYPE_CHECKING:
@@ -37,11 +38,15 @@ def model_name(backend: str) -> str:
 
 
 def manifests() -> "list[ModelManifest]":
-    """One manifest per backend. As a side effect, makes our tasks visible to every `TaskManager`."""
+    """One manifest per backend.
+
+    As a side effect, makes our tasks visible to every `TaskManager`, and keeps questions about one image on one process.
+    """
     from lmms_eval.models.registry_v2 import ModelManifest
 
     _warn_if_untested(version("lmms-eval"))
     make_tasks_visible()
+    deal_by_image()
     return [_manifest(ModelManifest, model_name(backend)) for backend in names()]
 
 

@@ -83,7 +83,7 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
         return len(self._index)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(len(self)))
+        return Walk(self)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
@@ -119,6 +119,22 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
             name = self._rows[row]["file_name"]
             raise DatasetError(f"row {row} ({name}): column 'image' cannot be decoded: {error}") from error
         return image
+
+
+class Walk(Iterator[dict[str, Any]]):
+    """One pass over documents.
+
+    Attributes:
+        documents: what is walked over; `lmms_plugin.dealing` asks for it.
+    """
+
+    def __init__(self, documents: ExpressionDocs) -> None:
+        self.documents = documents
+        self._numbers = iter(range(len(documents)))
+
+    def __next__(self) -> dict[str, Any]:
+        document: dict[str, Any] = self.documents[next(self._numbers)]
+        return document
 
 
 def image_id(file_name: str) -> str:
