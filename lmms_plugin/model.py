@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
@@ -51,6 +52,17 @@ class Job(NamedTuple):
     messages: Callable[[], Messages]
     request: Request
     settings: Settings
+
+
+class Likelihood(NamedTuple):
+    """What lmms-eval's tasks take for the score of a continuation."""
+
+    number: float
+    is_greedy: bool
+
+    def strip(self) -> str:
+        """Look empty to the response cache, from which a pair would come back as a string that no task can read."""
+        return ""
 
 
 class QuantizedVLM(lmms):
@@ -156,7 +168,7 @@ class QuantizedVLM(lmms):
                     asked[i] = _giving(messages)
         return answers
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Score every request's continuation as lmms-eval's own models do, which is not as its documentation says.
 
         lmms-eval 0.7 takes the choice with the smallest number for the answer to a multiple-choice question, because
@@ -164,11 +176,15 @@ class QuantizedVLM(lmms):
         for tasks of type `loglikelihood`, which compute perplexity, the number is the log-likelihood itself.
 
         Returns:
-            For each request the number and whether greedy decoding would write the continuation.
+            For each request, as `text` of the result, the number and whether greedy decoding would write the
+            continuation. (lmms-eval turns bare pairs into strings, which its own tasks then cannot read.)
         """
         choices = [isinstance(request.target, str) for request in read(requests, self.task_dict)]
         pairs = zip(choices, self.scores(requests), strict=True)
-        return [(-score.total if choice else score.total, score.is_greedy) for choice, score in pairs]
+        return [
+            GenerationResult(Likelihood(-score.total if choice else score.total, score.is_greedy))
+            for choice, score in pairs
+        ]
 
     def scores(self, requests: Sequence[Any]) -> list[Score]:
         """Return the log-probabilities of every request's continuation, token by token."""
