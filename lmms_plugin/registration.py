@@ -1,8 +1,8 @@
 """What lmms-eval's entry point group `lmms_eval.models` calls: our models, and with them our tasks.
 
-lmms-eval 0.7 discovers models by entry point but tasks only by a path on its command line. Loading our models happens before
-it looks for tasks, so that is where its `TaskManager` learns of our folder: three methods are wrapped, once, and only if
-they look as they do in the version this was written against.
+lmms-eval 0.7 discovers models by entry point but tasks only by a path on its command line. Loading our models happens
+before it looks for tasks, so that is where its `TaskManager` learns of our folder: three methods are wrapped, once, and
+only if they look as they do in the version this was written against.
 """
 
 import inspect

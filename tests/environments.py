@@ -1,4 +1,4 @@
-"""Virtual environments that see the libraries of this one, but not this package: installing it there is a real installation."""
+"""Virtual environments with the libraries of this one but without this package: installing it there is a real install."""
 
 import os
 import subprocess
