@@ -26,18 +26,16 @@ from transformers import AutoConfig, AutoProcessor
 
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.chat import Batch, Chat, kind
-from lmms_plugin.decoding import Answer, Decoder, Score, Settings
+from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import names
-from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.loading import load_quantized
-from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
 from lmms_plugin.requests import Messages, Request, read
 from lmms_plugin.response import Response
+from lmms_plugin.settings import Settings
 
 Result = TypeVar("Result")
-DEFAULT_BITS = 4
 
 
 class Job(NamedTuple):
@@ -88,7 +86,7 @@ class QuantizedVLM(lmms):
         """
         super().__init__()
         self.arguments = ModelArguments.parse(arguments)
-        plan, calibration = _plan(self.method, self.arguments), _calibration(self.arguments)
+        plan, calibration = self.arguments.quant_plan(self.method), self.arguments.calibration_spec()
         path = self.arguments.find_checkpoint()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -282,27 +280,6 @@ def _alike(prompts: dict[int, Prompt]) -> Iterator[list[int]]:
     order = sorted(prompts, key=lambda index: kind(prompts[index]))
     for _, members in groupby(order, key=lambda index: kind(prompts[index])):
         yield list(members)
-
-
-def _plan(method: str, arguments: ModelArguments) -> QuantPlan:
-    default = UNTOUCHED_BITS if method == "none" else DEFAULT_BITS
-    return QuantPlan.from_arguments(
-        bits=default if arguments.bits is None else arguments.bits,
-        group_size=arguments.group_size,
-        symmetric=arguments.symmetric,
-        vision_bits=arguments.vision_bits,
-        connector_bits=arguments.connector_bits,
-        language_bits=arguments.language_bits,
-        head_bits=arguments.head_bits,
-        plan=arguments.plan,
-    )
-
-
-def _calibration(arguments: ModelArguments) -> CalibrationSpec | None:
-    if arguments.calibration is None:
-        return None
-    samples = arguments.calibration_samples or DEFAULT_SAMPLES
-    return CalibrationSpec.parse(arguments.calibration, samples=samples, seed=arguments.seed)
 
 
 def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:

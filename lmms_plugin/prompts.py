@@ -169,7 +169,7 @@ def naming(name: str, problem: str, *more: type[Exception]) -> Iterator[None]:
 
     lmms-eval tells Pillow to fill up truncated images with grey; here they are errors like any other damage.
     """
-    damage = (OSError, SyntaxError, Image.DecompressionBombError, *more)
+    damage: tuple[type[Exception], ...] = (OSError, SyntaxError, Image.DecompressionBombError, *more)
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield

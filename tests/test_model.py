@@ -8,7 +8,6 @@ import pytest
 import torch
 from families import FAMILIES, VIDEO_FAMILIES
 from lmms_eval.api.instance import Instance
-from lmms_plugin.quant_backends import names
 from PIL import Image
 
 from lmms_plugin import model as models
@@ -16,6 +15,8 @@ from lmms_plugin.chat import Chat
 from lmms_plugin.dialects import DIALECTS
 from lmms_plugin.model import QuantizedVLM
 from lmms_plugin.prompts import PromptReader, RequestError, pad_to_square
+from lmms_plugin.quant_backends import get, names
+from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.response import MARKER, Response
 
 OPTIONS = {"max_new_tokens": 8, "until": ["\n\n"], "temperature": 0}
@@ -419,6 +420,26 @@ class TestClasses:
     def test_another_name_is_an_attribute_error(self):
         with pytest.raises(AttributeError, match="QuantMagic"):
             _ = models.QuantMagic
+
+
+class TestQuantized:
+    @pytest.mark.parametrize("backend", [name for name in names() if name != "none"])
+    def test_a_quantized_model_answers_like_any_other_and_says_what_was_done(self, backend, checkpoint):
+        options = {"bits": 4, "group_size": 32, "vision_bits": 8, "device": "cpu"}
+        if issubclass(type(get(backend)), CalibratedBackend):
+            options["calibration_samples"] = 2
+        vlm = getattr(models, models.class_name(backend))(pretrained=str(checkpoint("smolvlm")), **options)
+        vlm.task_dict = {"toy": {"test": DOCUMENTS}}
+        responses = [Response.decode(text) for text in answer(vlm, [3, 5])]
+        assert all(response.tokens and response.dialect == "smolvlm" for response in responses)
+        assert {module.bits for module in vlm.report.quantized} == {4, 8}
+        assert vlm.report.bytes_after < vlm.report.bytes_before
+
+    def test_bfloat16_is_the_arithmetic_that_was_asked_for(self, checkpoint):
+        vlm = load(checkpoint("smolvlm"), dtype="bfloat16")
+        vlm.task_dict = {"toy": {"test": DOCUMENTS}}
+        assert vlm.model.dtype == torch.bfloat16
+        assert Response.decode(answer(vlm, [3])[0]).tokens
 
 
 class TestBadArguments:
