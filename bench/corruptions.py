@@ -22,8 +22,9 @@ import cv2
 import numpy as np
 import PIL
 import skimage.data
-from lmms_plugin.tasks import shifts, textures
 from PIL import Image
+
+from lmms_plugin.tasks import shifts, textures
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import imagecorruptions_reference

@@ -6,10 +6,14 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
+from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
+
+DEFAULT_BITS = 4
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEMO = "demo"
 
@@ -100,6 +104,27 @@ class ModelArguments:
             raise ValueError(f"Unknown model argument {unknown[0]!r}{guess} Known: {', '.join(hints)}")
         return cls(**{name: _convert(name, value, hints[name]) for name, value in given.items()})
 
+    def quant_plan(self, method: str) -> QuantPlan:
+        """Return what is to be quantized by `method`; the language model to `DEFAULT_BITS` if nothing else is said."""
+        default = UNTOUCHED_BITS if method == "none" else DEFAULT_BITS
+        return QuantPlan.from_arguments(
+            bits=default if self.bits is None else self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            vision_bits=self.vision_bits,
+            connector_bits=self.connector_bits,
+            language_bits=self.language_bits,
+            head_bits=self.head_bits,
+            plan=self.plan,
+        )
+
+    def calibration_spec(self) -> CalibrationSpec | None:
+        """Return where calibration inputs come from; None leaves the choice to the method."""
+        if self.calibration is None:
+            return None
+        samples = self.calibration_samples or DEFAULT_SAMPLES
+        return CalibrationSpec.parse(self.calibration, samples=samples, seed=self.seed)
+
     def find_checkpoint(self) -> str:
         """Return the hub id or the folder to load from.
 
@@ -125,9 +150,6 @@ class ModelArguments:
         if len(self.system_prompt) < 256 and Path(self.system_prompt).is_file():
             return Path(self.system_prompt).read_text(encoding="utf-8").strip()
         return self.system_prompt.replace("\\n", "\n")
-
-
-ARGUMENT_NAMES = tuple(field.name for field in fields(ModelArguments))
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -199,7 +199,8 @@ class Chat:
             return torch.linspace(0, metadata.total_num_frames - 1, count).round().long().numpy()
 
         with naming(name, "its video cannot be decoded", ValueError):
-            return load_video(path, backend="pyav", sample_indices_fn=spaced)
+            frames, metadata = load_video(path, backend="pyav", sample_indices_fn=spaced)
+        return frames, metadata
 
     def _raw(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         texts = [self._raw_text(prompt) for prompt in prompts]

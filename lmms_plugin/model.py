@@ -5,17 +5,19 @@
 
 The answer to a request does not depend on the batch it is in, up to floating point: padding changes the order of a
 matrix product's additions, so the last bits of a logit differ between batches. In float32 that decides nothing in
-practice; in bfloat16 two nearly equal tokens can change places, and then batch_size=1 is the reference.
+practice; in bfloat16 two nearly equal tokens can change places, and then batch_size=1,share_prefix=False is the
+reference.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
@@ -24,20 +26,29 @@ from transformers import AutoConfig, AutoProcessor
 
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.chat import Batch, Chat
-from lmms_plugin.decoding import Answer, Decoder, Score, Settings
+from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import names
-from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.loading import load_quantized
-from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
 from lmms_plugin.requests import Messages, read
 from lmms_plugin.response import Response
 from lmms_plugin.running import Runner, Step
 from lmms_plugin.scheduling import Job
+from lmms_plugin.settings import Settings
 
 Result = TypeVar("Result")
-DEFAULT_BITS = 4
+
+
+class Likelihood(NamedTuple):
+    """What lmms-eval's tasks take for the score of a continuation."""
+
+    number: float
+    is_greedy: bool
+
+    def strip(self) -> str:
+        """Look empty to the response cache, from which a pair would come back as a string that no task can read."""
+        return ""
 
 
 class QuantizedVLM(lmms):
@@ -63,7 +74,7 @@ class QuantizedVLM(lmms):
         """
         super().__init__()
         self.arguments = ModelArguments.parse(arguments)
-        plan, calibration = _plan(self.method, self.arguments), _calibration(self.arguments)
+        plan, calibration = self.arguments.quant_plan(self.method), self.arguments.calibration_spec()
         path = self.arguments.find_checkpoint()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -150,7 +161,7 @@ class QuantizedVLM(lmms):
                     asked[i] = _giving(messages)
         return answers
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Score every request's continuation as lmms-eval's own models do, which is not as its documentation says.
 
         lmms-eval 0.7 takes the choice with the smallest number for the answer to a multiple-choice question, because
@@ -158,11 +169,15 @@ class QuantizedVLM(lmms):
         for tasks of type `loglikelihood`, which compute perplexity, the number is the log-likelihood itself.
 
         Returns:
-            For each request the number and whether greedy decoding would write the continuation.
+            For each request, as `text` of the result, the number and whether greedy decoding would write the
+            continuation. (lmms-eval turns bare pairs into strings, which its own tasks then cannot read.)
         """
         choices = [isinstance(request.target, str) for request in read(requests, self.task_dict)]
         pairs = zip(choices, self.scores(requests), strict=True)
-        return [(-score.total if choice else score.total, score.is_greedy) for choice, score in pairs]
+        return [
+            GenerationResult(Likelihood(-score.total if choice else score.total, score.is_greedy))
+            for choice, score in pairs
+        ]
 
     def scores(self, requests: Sequence[Any]) -> list[Score]:
         """Return the log-probabilities of every request's continuation, token by token."""
@@ -231,27 +246,6 @@ class QuantizedVLM(lmms):
 
 def _giving(messages: Messages) -> Callable[[], Messages]:
     return lambda: messages
-
-
-def _plan(method: str, arguments: ModelArguments) -> QuantPlan:
-    default = UNTOUCHED_BITS if method == "none" else DEFAULT_BITS
-    return QuantPlan.from_arguments(
-        bits=default if arguments.bits is None else arguments.bits,
-        group_size=arguments.group_size,
-        symmetric=arguments.symmetric,
-        vision_bits=arguments.vision_bits,
-        connector_bits=arguments.connector_bits,
-        language_bits=arguments.language_bits,
-        head_bits=arguments.head_bits,
-        plan=arguments.plan,
-    )
-
-
-def _calibration(arguments: ModelArguments) -> CalibrationSpec | None:
-    if arguments.calibration is None:
-        return None
-    samples = arguments.calibration_samples or DEFAULT_SAMPLES
-    return CalibrationSpec.parse(arguments.calibration, samples=samples, seed=arguments.seed)
 
 
 def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:

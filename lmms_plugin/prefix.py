@@ -26,8 +26,9 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.chat import Batch, Chat
-from lmms_plugin.decoding import Answer, Decoder, Settings, explaining_out_of_memory
+from lmms_plugin.decoding import Answer, Decoder, explaining_out_of_memory
 from lmms_plugin.prompts import Prompt
+from lmms_plugin.settings import Settings
 
 # Greatest difference of a log-probability between the two ways, and of the image's keys (relative norm), by the bits of
 # the arithmetic: rounding in another order of additions stays well below, a wrong position or mask far above.

@@ -171,10 +171,11 @@ def naming(name: str, problem: str, *more: type[Exception]) -> Iterator[None]:
 
     lmms-eval tells Pillow to fill up truncated images with grey; here they are errors like any other damage.
     """
+    damage: tuple[type[Exception], ...] = (OSError, SyntaxError, Image.DecompressionBombError, *more)
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
-    except (OSError, SyntaxError, Image.DecompressionBombError, *more) as error:
+    except damage as error:
         raise RequestError(f"{name}: {problem}: {error}") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient

@@ -1,8 +1,8 @@
 """What lmms-eval's entry point group `lmms_eval.models` calls: our models, and with them our tasks.
 
-lmms-eval 0.7 discovers models by entry point but tasks only by a path on its command line. Loading our models happens before
-it looks for tasks, so that is where its `TaskManager` learns of our folder: three methods are wrapped, once, and only if
-they look as they do in the version this was written against.
+lmms-eval 0.7 discovers models by entry point but tasks only by a path on its command line. Loading our models happens
+before it looks for tasks, so that is where its `TaskManager` learns of our folder: three methods are wrapped, once, and
+only if they look as they do in the version this was written against.
 """
 
 import inspect
@@ -40,7 +40,7 @@ def model_name(backend: str) -> str:
 def manifests() -> "list[ModelManifest]":
     """One manifest per backend.
 
-    As a side effect, makes our tasks visible to every `TaskManager`, and keeps questions about one image on one process.
+    As a side effect, makes our tasks visible to every `TaskManager`, and keeps questions about one image together.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 from PIL import ImageFile
 
 from lmms_plugin.chat import Batch, Chat, kind
-from lmms_plugin.decoding import Settings
 from lmms_plugin.packing import Budget, Group, pack
 from lmms_plugin.pipeline import ahead
 from lmms_plugin.prefix import Encoded, encode_groups
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.requests import Messages, Request
+from lmms_plugin.settings import Settings
 
 Item = TypeVar("Item")
 MOST_READERS = 4

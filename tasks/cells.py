@@ -1,7 +1,8 @@
 """The grid split × shift × severity as lmms-eval tasks, each findable by name, from one template per dataset.
 
-Eighteen corruptions × five severities × three splits would be 270 files that differ in three words. A cell is the template's
-YAML with its name, split, shift and severity filled in; `lmms_plugin.registration` adds the entries to lmms-eval's index.
+Eighteen corruptions × five severities × three splits would be 270 files that differ in three words. A cell is the
+template's YAML with its name, split, shift and severity filled in; `lmms_plugin.registration` adds the entries to
+lmms-eval's index.
 """
 
 from collections.abc import Iterator
@@ -11,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.tasks.refcocoplus import SPLITS
-from lmms_plugin.tasks.shifts import SHIFTS
+from lmms_plugin.tasks.shifts import SEVERITIES, SHIFTS
 
 FOLDER = Path(__file__).parent
-SEVERITIES = (1, 2, 3, 4, 5)
 DEFAULT_SEVERITY = 3
 
 

@@ -1,4 +1,4 @@
-"""RefCOCO+ rows (one per object) seen as documents (one per expression), without decoding an image before it is asked for."""
+"""RefCOCO+ rows (one per object) as documents (one per expression); no image is decoded before it is asked for."""
 
 import io
 import re
@@ -164,7 +164,9 @@ def _is(feature: Any, expected: str) -> bool:
     inner = getattr(feature, "feature", None)
     if not isinstance(inner, datasets.Value):
         return False
-    return ("string" in inner.dtype) if expected == _LIST_OF_STRINGS else ("float" in inner.dtype or "int" in inner.dtype)
+    return (
+        ("string" in inner.dtype) if expected == _LIST_OF_STRINGS else ("float" in inner.dtype or "int" in inner.dtype)
+    )
 
 
 def _check_row(number: int, row: Mapping[str, Any]) -> None:

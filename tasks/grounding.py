@@ -1,7 +1,7 @@
 """Referring-expression comprehension as lmms-eval functions: document → messages, answer → record → metric.
 
-One document is one expression (`lmms_plugin.tasks.expressions`). Boxes are xyxy fractions of the original image. A task's
-YAML names these functions; its shift and severity are data, in `lmms_eval_specific_kwargs`.
+One document is one expression (`lmms_plugin.tasks.expressions`). Boxes are xyxy fractions of the original image. A
+task's YAML names these functions; its shift and severity are data, in `lmms_eval_specific_kwargs`.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None)
     """The document's image under the task's shift, as RGB on the original canvas."""
     name = (task or {}).get("shift")
     if name is None:
-        return [doc["image"].convert("RGB")]
+        return [shifts.to_rgb(doc["image"])]
     image, severity, key = doc["image"], int((task or {})["severity"]), doc["image_id"]
     content = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
     known_by = (content, image.mode, image.size, key, name, severity)
@@ -95,9 +95,10 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         estimator: the confidence estimator whose value the calibration metrics use.
 
     Returns:
-        One entry per metric, and `grounding`, the whole record for the log of samples. An answer without a box has IoU
-        0 and shows in `parse_rate`. The calibration metrics are absent, not zero, where the estimator has no value:
-        without a trailer (a model of another package), and for estimators over coordinates in an answer without any.
+        One entry per metric; that of `mean_iou` is the whole record, which so reaches the log of samples (a key that is
+        no metric would stand in lmms-eval's results table as an empty list). An answer without a box has IoU 0 and
+        shows in `parse_rate`. The calibration metrics are absent, not zero, where the estimator has no value: without
+        a trailer (a model of another package), and for estimators over coordinates in an answer without any.
     """
     response = Response.decode(results[0])
     dialect = DIALECTS[response.dialect] if response.dialect else GENERIC
@@ -107,28 +108,24 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     overlap = iou(parsed.box, target) if parsed.box else 0.0
     identity = {"image": doc["image_id"], "id": doc["expression_id"]}
     scores = {f"acc@{t:g}": float(overlap >= t) for t in IOU_THRESHOLDS}
-    scores |= {
-        "mean_iou": overlap,
-        "parse_rate": float(parsed.box is not None),
-        "boxes_per_answer": float(parsed.count),
-    }
+    scores |= {"parse_rate": float(parsed.box is not None), "boxes_per_answer": float(parsed.count)}
     record: dict[str, Any] = {
         **identity,
+        "score": overlap,
         "expression": doc["expression"],
         "answer": response.text,
         "box": list(parsed.box) if parsed.box else None,
         "target": list(target),
-        "iou": overlap,
         "boxes": parsed.count,
     }
     output: dict[str, Any] = {name: {"score": value, **identity} for name, value in scores.items()}
+    output["mean_iou"] = record
     if response.tokens:
         record["confidence"] = _confidences(response, parsed.coordinates)
         if record["confidence"][estimator] is not None:
             calibrated = {"confidence": record["confidence"][estimator], "correct": scores["acc@0.5"], **identity}
             output |= dict.fromkeys(CALIBRATION, calibrated)
-    # lmms-eval's own --baseline comparison looks for `score`.
-    return output | {"grounding": record, "score": scores["acc@0.5"]}
+    return output
 
 
 def _confidences(response: Response, coordinates: Sequence[tuple[int, int]]) -> dict[str, float | None]:

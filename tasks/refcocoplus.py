@@ -30,7 +30,9 @@ def local_files(folder: Path) -> dict[str, list[str]]:
     if not folder.is_dir():
         raise DatasetError(f"{VARIABLE}={folder}: there is no such folder. {HINT}")
     files = sorted(folder.rglob("*.parquet"))
-    found = {split: [str(f) for f in files if f.name.startswith((f"{split}.", f"{split}-", f"{split}_"))] for split in SPLITS}
+    found = {
+        split: [str(f) for f in files if f.name.startswith((f"{split}.", f"{split}-", f"{split}_"))] for split in SPLITS
+    }
     found = {split: paths for split, paths in found.items() if paths}
     if not found:
         names = ", ".join(f.name for f in files[:5]) or "no parquet file"

@@ -26,10 +26,11 @@ from types import MappingProxyType
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+
 from lmms_plugin.tasks.channel_noise import sensor_channel, shot_channel
 from lmms_plugin.tasks.pixel_motion import one_sided_trail, shuffle_sources, smear
 from lmms_plugin.tasks.textures import ice_crop, plasma
-from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 Field = npt.NDArray[np.float32]

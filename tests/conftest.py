@@ -34,3 +34,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return built[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def local_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that holds a small RefCOCO+ of real photographs, as a user's local copy would lie there."""
+    import photographs
+
+    return photographs.write(tmp_path_factory.mktemp("refcocoplus"))

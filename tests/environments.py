@@ -1,4 +1,4 @@
-"""Virtual environments that see the libraries of this one, but not this package: installing it there is a real installation."""
+"""Virtual environments that have the libraries of this one, but not this package: installing it is then real."""
 
 import os
 import subprocess

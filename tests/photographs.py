@@ -66,7 +66,7 @@ def rows(split: str) -> datasets.Dataset:
             {
                 "question_id": f"{split}-{number}",
                 "image": {"bytes": _jpeg(referent.photograph), "path": None},
-                "question": "Please carefully observe the area circled in the image and come up with a caption for the area.",
+                "question": "Please carefully observe the area circled in the image and come up with a caption.",
                 "answer": list(referent.expressions),
                 "segmentation": [],
                 "bbox": list(referent.bbox),

@@ -4,6 +4,7 @@ import numpy as np
 import photographs
 import pytest
 from lmms_eval import utils
+
 from lmms_plugin.dealing import deal, deal_by_image
 from lmms_plugin.tasks.expressions import ExpressionDocs
 

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from lmms_plugin.decoding import Decoder, OutOfMemory, Sampling, Settings, cut, decode, explaining_out_of_memory
-from lmms_plugin.decoding import token_texts as split_text
+from lmms_plugin.decoding import Decoder, OutOfMemory, explaining_out_of_memory
+from lmms_plugin.settings import Sampling, Settings
+from lmms_plugin.token_texts import cut, decode
+from lmms_plugin.token_texts import token_texts as split_text
 
 TOKENIZERS = {
     "byte-level": byte_level_tokenizer(("<end>", "<box>"), eos_token="<end>"),

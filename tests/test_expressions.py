@@ -94,7 +94,7 @@ def test_box_in_xyxy_order_is_noticed(rows):
 
 
 def test_row_without_expression_is_an_error(rows):
-    with pytest.raises(DatasetError, match="row 0 .*'answer' holds no expression"):
+    with pytest.raises(DatasetError, match=r"row 0 .*'answer' holds no expression"):
         ExpressionDocs(rows.map(lambda row: {"answer": []}, features=_with()))
 
 

@@ -59,19 +59,21 @@ def test_answer_in_another_scale_is_not_rescued():
     assert score(answer("[0.5, 0.0, 1.0, 1.0]"))["mean_iou"]["score"] < 0.01
 
 
-@pytest.mark.parametrize("text", ["", "there is no such object", "[1, 2, 3", "💥" * 50], ids=["empty", "words", "cut", "emoji"])
+@pytest.mark.parametrize(
+    "text", ["", "there is no such object", "[1, 2, 3", "💥" * 50], ids=["empty", "words", "cut", "emoji"]
+)
 def test_answer_without_a_box_is_counted_apart(text):
     output = score(answer(text) if text else Response("", (Token("", -0.5),), (200, 100), None, "qwen3_vl").encode())
     assert output["parse_rate"]["score"] == 0.0
     assert output["mean_iou"]["score"] == 0.0
-    assert output["grounding"]["box"] is None
+    assert output["mean_iou"]["box"] is None
 
 
 def test_without_a_box_coordinates_give_no_confidence_but_the_answer_has_one():
     text = answer("no idea")
     assert not set(grounding.CALIBRATION) & set(score(text, "coordinate_mean"))
     output = score(text, "joint")
-    assert output["grounding"]["confidence"]["coordinate_mean"] is None
+    assert output["mean_iou"]["confidence"]["coordinate_mean"] is None
     assert output["ece"]["confidence"] == pytest.approx(math.exp(-0.1 * len("no idea")), abs=1e-6)
     assert output["ece"]["correct"] == 0.0
 
@@ -80,8 +82,8 @@ def test_every_estimator_is_logged_and_the_named_one_is_used():
     text = "[500, 0, 1000, 1000]"
     for name in ESTIMATORS:
         output = getattr(scored_by, name)(DOC, [answer(text)])
-        assert set(output["grounding"]["confidence"]) == set(ESTIMATORS)
-        assert output["ece"]["confidence"] == output["grounding"]["confidence"][name]
+        assert set(output["mean_iou"]["confidence"]) == set(ESTIMATORS)
+        assert output["ece"]["confidence"] == output["mean_iou"]["confidence"][name]
     with pytest.raises(AttributeError, match="no confidence estimator"):
         _ = scored_by.guess
 

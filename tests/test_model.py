@@ -8,7 +8,6 @@ import pytest
 import torch
 from families import FAMILIES, VIDEO_FAMILIES
 from lmms_eval.api.instance import Instance
-from lmms_plugin.quant_backends import names
 from PIL import Image
 
 from lmms_plugin import model as models
@@ -17,6 +16,8 @@ from lmms_plugin.dialects import DIALECTS
 from lmms_plugin.model import QuantizedVLM
 from lmms_plugin.packing import Budget
 from lmms_plugin.prompts import PromptReader, RequestError, pad_to_square
+from lmms_plugin.quant_backends import get, names
+from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.response import MARKER, Response
 
 OPTIONS = {"max_new_tokens": 8, "until": ["\n\n"], "temperature": 0}
@@ -70,6 +71,24 @@ def load(path, **arguments):
 def answer(vlm, indices=ALL, *, batch_size=1, **changes):
     vlm.runner.budget = Budget.of(batch_size, None)
     return vlm.generate_until([generation(index, {**OPTIONS, **changes}) for index in indices])
+
+
+CHOICES = ("dog", "man", "white shirt")
+
+
+def write_multiple_choice_task(folder):
+    import datasets
+
+    rows = [{"image": photograph(seed), "choices": list(CHOICES), "answer": seed % 3} for seed in range(4)]
+    data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    data.to_parquet(folder / "data.parquet")
+    (folder / "show.py").write_text("def images(doc):\n    return [doc['image'].convert('RGB')]\n")
+    (folder / "toy.yaml").write_text(
+        "{task: toy, dataset_path: parquet, test_split: test, output_type: multiple_choice, doc_to_text: 'Which?',\n"
+        f" dataset_kwargs: {{data_files: {{test: {folder / 'data.parquet'}}}}}, doc_to_choice: choices,\n"
+        " doc_to_visual: !function show.images, doc_to_target: answer,\n"
+        " metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]}\n"
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -296,19 +315,41 @@ class TestLmmsEvalInterfaces:
         smolvlm.task_dict = {"toy": {"test": DOCUMENTS}}
         requests = [choice(0, text) for text in (" dog", " cat", " yes")]
         totals = [score.total for score in smolvlm.scores(requests)]
-        given = [number for number, _ in smolvlm.loglikelihood(requests)]
+        given = [result.text.number for result in smolvlm.loglikelihood(requests)]
         assert given == [-total for total in totals]
         assert np.argmin(given) == np.argmax(totals)
 
     def test_a_target_gets_its_log_likelihood_for_perplexity(self, smolvlm):
         smolvlm.task_dict = {"toy": {"test": DOCUMENTS}}
-        ((number, _),) = smolvlm.loglikelihood([choice(0, lambda doc: " dog")])
-        assert number == smolvlm.scores([choice(0, " dog")])[0].total < 0
+        (result,) = smolvlm.loglikelihood([choice(0, lambda doc: " dog")])
+        assert result.text.number == smolvlm.scores([choice(0, " dog")])[0].total < 0
 
     def test_a_choice_without_any_question(self, smolvlm):
         metadata = {"task": "toy", "doc_id": 0, "repeats": 1}
-        ((number, _),) = smolvlm.loglikelihood([Instance("loglikelihood", ("", " dog"), 0, metadata=metadata)])
-        assert number > 0
+        (result,) = smolvlm.loglikelihood([Instance("loglikelihood", ("", " dog"), 0, metadata=metadata)])
+        assert result.text.number > 0
+
+    @pytest.mark.parametrize("cached", [False, True], ids=["plain", "use_cache"])
+    def test_a_multiple_choice_task_of_lmms_eval_picks_the_likeliest_choice(self, checkpoint, tmp_path, cached):
+        """Through the real evaluator, twice: the second time a cache would answer."""
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
+
+        write_multiple_choice_task(tmp_path)
+        options = {"tasks": ["toy"], "task_manager": TaskManager(include_path=str(tmp_path), include_defaults=False)}
+        options |= {"use_cache": str(tmp_path / "cache")} if cached else {}
+        vlm = models.QuantNoneSimple(pretrained=str(checkpoint("smolvlm")), device="cpu", batch_size=3)
+        vlm.task_dict = {"toy": {"test": [[message(photograph(seed))] for seed in range(4)]}}
+        picked = [
+            np.argmax([score.total for score in vlm.scores([choice(i, f" {word}") for word in CHOICES])])
+            for i in range(4)
+        ]
+        right = np.mean([pick == i % 3 for i, pick in enumerate(picked)])
+        for _ in range(2):
+            vlm = models.QuantNoneSimple(pretrained=str(checkpoint("smolvlm")), device="cpu", batch_size=3)
+            results = simple_evaluate(model=vlm, **options)["results"]
+            assert results["toy"]["acc,none"] == right
+        assert len(set(picked)) > 1
 
     def test_the_greedy_answer_is_a_greedy_continuation_and_no_other_is(self, smolvlm):
         """With answers of one token that, written out, is read as that token again."""
@@ -380,6 +421,26 @@ class TestClasses:
     def test_another_name_is_an_attribute_error(self):
         with pytest.raises(AttributeError, match="QuantMagic"):
             _ = models.QuantMagic
+
+
+class TestQuantized:
+    @pytest.mark.parametrize("backend", [name for name in names() if name != "none"])
+    def test_a_quantized_model_answers_like_any_other_and_says_what_was_done(self, backend, checkpoint):
+        options = {"bits": 4, "group_size": 32, "vision_bits": 8, "device": "cpu"}
+        if issubclass(type(get(backend)), CalibratedBackend):
+            options["calibration_samples"] = 2
+        vlm = getattr(models, models.class_name(backend))(pretrained=str(checkpoint("smolvlm")), **options)
+        vlm.task_dict = {"toy": {"test": DOCUMENTS}}
+        responses = [Response.decode(text) for text in answer(vlm, [3, 5])]
+        assert all(response.tokens and response.dialect == "smolvlm" for response in responses)
+        assert {module.bits for module in vlm.report.quantized} == {4, 8}
+        assert vlm.report.bytes_after < vlm.report.bytes_before
+
+    def test_bfloat16_is_the_arithmetic_that_was_asked_for(self, checkpoint):
+        vlm = load(checkpoint("smolvlm"), dtype="bfloat16")
+        vlm.task_dict = {"toy": {"test": DOCUMENTS}}
+        assert vlm.model.dtype == torch.bfloat16
+        assert Response.decode(answer(vlm, [3])[0]).tokens
 
 
 class TestBadArguments:

@@ -53,7 +53,9 @@ def test_nothing_is_imported_by_a_short_or_relative_name():
 def test_no_top_level_tasks_reaches_site_packages(installed):
     names = {entry.name for entry in installed.site.iterdir()}
     assert not names & {"tasks", "quant_backends", "tests", "bench"}
-    out = installed.python("-c", "import importlib.util as u; print(u.find_spec('tasks'), u.find_spec('quant_backends'))")
+    out = installed.python(
+        "-c", "import importlib.util as u; print(u.find_spec('tasks'), u.find_spec('quant_backends'))"
+    )
     assert out.split() == ["None", "None"]
 
 
@@ -81,7 +83,12 @@ def test_own_command_lists_tasks_and_models(installed):
     assert "refcocoplus_shift " in tasks
     assert "gaussian_noise_3" not in tasks.replace("e.g. shapes_shift_gaussian_noise_3", "")
     models = installed.command("lmms-plugin", "models")
-    assert {line.split()[0] for line in models.splitlines() if line} >= {"quant_none", "quant_rtn", "quant_hqq", "quant_awq"}
+    assert {line.split()[0] for line in models.splitlines() if line} >= {
+        "quant_none",
+        "quant_rtn",
+        "quant_hqq",
+        "quant_awq",
+    }
 
 
 def test_lmms_eval_runs_our_model_on_our_task(installed, tmp_path):

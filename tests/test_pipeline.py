@@ -3,9 +3,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from lmms_plugin.tasks.recent import Recent
 
 from lmms_plugin.pipeline import ahead
+from lmms_plugin.tasks.recent import Recent
 
 
 @pytest.fixture

@@ -75,7 +75,12 @@ def test_group_members_exist(manager):
 
 def test_shift_group_is_clean_and_every_corruption_at_severity_three(manager):
     members = manager._get_config("refcocoplus_shift")["task"]
-    assert members == ["refcocoplus_rec_testA", "refcocoplus_rec_testB", "refcocoplus_shift_testA", "refcocoplus_shift_testB"]
+    assert members == [
+        "refcocoplus_rec_testA",
+        "refcocoplus_rec_testB",
+        "refcocoplus_shift_testA",
+        "refcocoplus_shift_testB",
+    ]
     shifted = manager._get_config("refcocoplus_shift_testA")["task"]
     assert shifted == [f"refcocoplus_shift_testA_{shift}_3" for shift in SHIFTS]
 
@@ -83,7 +88,9 @@ def test_shift_group_is_clean_and_every_corruption_at_severity_three(manager):
 def test_unreachable_hub_says_how_to_go_on(manager, monkeypatch):
     monkeypatch.delenv("LMMS_PLUGIN_REFCOCOPLUS", raising=False)
     monkeypatch.setattr("lmms_eval.api.task.ConfigurableTask.download.retry.sleep", lambda _: None)
-    with pytest.raises(DatasetError, match=r"cannot load lmms-lab-encoder/RefCOCOplus.*LMMS_PLUGIN_REFCOCOPLUS.*shapes_rec"):
+    with pytest.raises(
+        DatasetError, match=r"cannot load lmms-lab-encoder/RefCOCOplus.*LMMS_PLUGIN_REFCOCOPLUS.*shapes_rec"
+    ):
         manager.load_task_or_group(["refcocoplus_rec_testA"], "chat")
 
 

@@ -10,10 +10,11 @@ import imagecorruptions_reference
 import numpy as np
 import pytest
 import skimage.data
+from PIL import Image
+
 from lmms_plugin.tasks import channel_noise, shifts, textures
 from lmms_plugin.tasks.pixel_motion import shuffle_sources
 from lmms_plugin.tasks.shifts import SEVERITIES, SHIFTS, apply
-from PIL import Image
 
 NAMES = tuple(SHIFTS)
 DETERMINISTIC = (

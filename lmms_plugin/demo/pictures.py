@@ -44,7 +44,7 @@ def sheet(runs: Sequence[Logged], task: str, path: Path) -> Path:
             record = records[index]
             corner = (column * SIDE, CAPTION + row * (SIDE + CAPTION))
             picture.paste(_with_boxes(images[record["id"]], record), corner)
-            text = f"{record['expression']}  IoU {record['iou']:.2f}" if column == 0 else f"IoU {record['iou']:.2f}"
+            text = f"{record['expression']}  IoU {record['score']:.2f}" if column == 0 else f"IoU {record['score']:.2f}"
             draw.text((corner[0] + 4, corner[1] + SIDE + 6), text, fill=INK)
     picture.save(path)
     return path
@@ -55,7 +55,7 @@ def _most_telling(columns: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
     base, *others = columns
 
     def lost(index: int) -> float:
-        return sum(float(base[index]["iou"]) - float(other[index]["iou"]) for other in others)
+        return sum(float(base[index]["score"]) - float(other[index]["score"]) for other in others)
 
     chosen: dict[str, int] = {}
     for index in sorted(range(len(base)), key=lambda i: (-lost(i), i)):

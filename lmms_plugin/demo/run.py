@@ -45,7 +45,7 @@ class Run:
     def records(self, task: str) -> list[dict[str, Any]]:
         """The logged grounding records of one task, in the order of its documents."""
         (path,) = self.folder.rglob(f"*_samples_{task}.jsonl")
-        return [json.loads(line)["grounding"] for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line)["mean_iou"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def run(output: Path, bits: int, limit: int | None = None) -> list[Run]:
