@@ -37,7 +37,7 @@ class Limits(NamedTuple):
 
     Attributes:
         groups: images, or requests without siblings.
-        tokens: rows times the padded length of a prompt.
+        tokens: groups times the padded length of a prompt.
     """
 
     groups: int
@@ -67,7 +67,8 @@ def pack(groups: Sequence[Group], limits: Limits) -> list[list[Group]]:
 def _fits(batch: Sequence[Group], limits: Limits) -> bool:
     if len(batch) > limits.groups or any(group.kind != batch[0].kind for group in batch):
         return False
-    padded = max(group.longest for group in batch) * sum(len(group.members) for group in batch)
+    # A group's images and what is shared go through the model once; its further questions are short.
+    padded = max(group.longest for group in batch) * len(batch)
     return padded <= limits.tokens and waste(batch) <= MOST_PADDING
 
 

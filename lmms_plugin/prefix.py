@@ -248,7 +248,7 @@ class PrefixSharing:
                 {
                     "input_ids": shared.input_ids[start:end],
                     "attention_mask": shared.attention_mask[start:end],
-                    "past_key_values": self._expanded(cache, owners),
+                    "past_key_values": self._expanded(cache, owners, columns),
                 },
             )
 
@@ -271,10 +271,12 @@ class PrefixSharing:
         modules = self.decoder.model.modules()
         return cache, [(m, m.rope_deltas) for m in modules if isinstance(getattr(m, "rope_deltas", None), Tensor)]
 
-    def _expanded(self, cache: DynamicCache, owners: Tensor) -> DynamicCache:
+    def _expanded(self, cache: DynamicCache, owners: Tensor, columns: int) -> DynamicCache:
         expanded = self._new_cache()
         for index, layer in enumerate(cache.layers):
             if layer.is_initialized:
+                if not layer.is_sliding:
+                    expanded.layers[index] = _RoomyLayer(columns)
                 rows = owners.to(layer.keys.device)
                 expanded.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), index)
         return expanded
@@ -322,6 +324,29 @@ class PrefixSharing:
         is_news = words not in self._said
         self._said.add(words)
         return is_news
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for the answer, so that a new token is written behind the others without copying them."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self._columns = columns
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, _ = key_states.shape
+            self._keys = key_states.new_empty(rows, heads, self._columns, key_states.shape[3])
+            self._values = value_states.new_empty(rows, heads, self._columns, value_states.shape[3])
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if end > self._columns:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._keys[:, :, start:end] = key_states
+        self._values[:, :, start:end] = value_states
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys, self.values
 
 
 _KNOWN_LAYERS = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
