@@ -223,7 +223,7 @@ class PrefixSharing:
     def parts(self, shared: Shared, settings: Settings, cache_bytes: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
         """Run the prefixes, and yield which rows to answer next with the arguments of the model for them.
 
-        The keys and values of a part are dropped before those of the next are made.
+        The keys and values of a part are the caller's; dropped before the next is asked for, they make room for it.
 
         Args:
             shared: on the model's device.
@@ -315,6 +315,7 @@ class PrefixSharing:
                     f"(keys differ by {ahead:.2g})"
                 )
             found += self.decoder.generate(inputs, settings)
+            del inputs
         differences = [_difference(a, b, logprob) for a, b in zip(expected, found, strict=True)]
         return next((difference for difference in differences if difference), None)
 
@@ -327,7 +328,7 @@ class PrefixSharing:
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for the answer, so that a new token is written behind the others without copying them."""
+    """Keys and values with room for the answer: a new token is written behind the others, which stay in place."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()

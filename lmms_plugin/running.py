@@ -134,6 +134,8 @@ class Runner:
             batch = Batch(inputs, [sizes[owners[row]] for row in rows])
             results = step(batch, [prompts[row] for row in rows], [jobs[members[row]] for row in rows])
             done += zip([members[row] for row in rows], results, strict=True)
+            # The next part's keys and values are to take the place of these.
+            del batch, inputs
         return done
 
     def _laid_out(self, prepared: Prepared, encoded: Encoded, jobs: Sequence[Job]) -> Shared | None:

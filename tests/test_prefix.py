@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -282,6 +283,21 @@ class TestOneModel:
             assert answers(vlm, messages=image_last) == expected
         assert len([line for line in lines if "differ before the image ends" in line]) == 1
         assert {images for _, images in seen} == {True}
+
+    def test_keys_and_values_are_gone_when_their_group_is_done(self, smolvlm, monkeypatch):
+        made, alive, original = [], [], PrefixSharing._expanded
+
+        def watched(self, *args):
+            alive.append(sum(reference() is not None for reference in made))
+            expanded = original(self, *args)
+            made.append(weakref.ref(expanded))
+            return expanded
+
+        monkeypatch.setattr(PrefixSharing, "_expanded", watched)
+        answers(smolvlm, cache_bytes=1)
+        assert len(made) == 7
+        assert set(alive) == {0}
+        assert not any(reference() for reference in made)
 
 
 class TestSomethingWrong:
