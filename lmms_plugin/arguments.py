@@ -38,8 +38,8 @@ class ModelArguments:
         dtype: of the weights that are not quantized and of the arithmetic; `auto` is bfloat16 on a GPU, else float32.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         device_map: as in transformers, for instance `auto` to spread the model over several devices.
-        attn_implementation: as in transformers: `sdpa`, `eager`, `flash_attention_2`, ...; by default `sdpa`, on CPU and
-            GPU alike, for every model that supports it.
+        attn_implementation: as in transformers: `sdpa`, `eager`, `flash_attention_2`, ...; by default `sdpa`, on CPU
+            and GPU alike, for every model that supports it.
         min_pixels: smallest area to which an image is resized, for processors that resize by area.
         max_pixels: largest such area.
         max_num_frames: how many frames of a video are shown to the model, evenly spaced.

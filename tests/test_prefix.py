@@ -168,6 +168,7 @@ class TestFamiliesThatShare:
         assert len(shown) == len(IMAGES) + len({image.size for image in IMAGES})
 
     def test_a_group_too_large_for_memory_is_answered_in_parts(self, vlm):
+        answers(vlm)
         with plainly(vlm):
             expected = answers(vlm)
         with calls(vlm) as seen:
@@ -285,6 +286,7 @@ class TestOneModel:
         assert {images for _, images in seen} == {True}
 
     def test_keys_and_values_are_gone_when_their_group_is_done(self, smolvlm, monkeypatch):
+        answers(smolvlm)
         made, alive, original = [], [], PrefixSharing._expanded
 
         def watched(self, *args):
