@@ -3,7 +3,7 @@
     python bench/quantize.py --layers 24 --methods none rtn hqq
 
 The checkpoint is a Qwen2.5-VL of random weights, written to a temporary folder in shards. Printed per method:
-parameters and buffers at the end; the largest sum of those and the weight in hand at any moment of loading; the
+parameters and buffers at the end; the largest sum of those and the layer in hand, dense and packed, at any moment; the
 largest anonymous and whole resident memory of the process above what it had before loading (whole counts the
 checkpoint's mapped pages too, which the system may drop); seconds.
 """
@@ -25,9 +25,8 @@ MB = 1e6
 def write_checkpoint(folder: Path, layers: int, hidden: int) -> int:
     """Write a random checkpoint in shards of 100 MB; return its number of parameters."""
     import torch
-    from transformers import AutoModelForImageTextToText
-
     from families import BUILDERS
+    from transformers import AutoModelForImageTextToText
 
     config, processor = BUILDERS["qwen2_5_vl"]()
     text = config.text_config
@@ -77,6 +76,7 @@ def measure(folder: str, method: str, bits: int, group_size: int, samples: int) 
     import torch
 
     from lmms_plugin.quant_backends import get
+    from lmms_plugin.quant_backends.backend import CalibratedLinear
     from lmms_plugin.quant_backends.calibration import CalibrationSpec
     from lmms_plugin.quant_backends.loading import load_quantized
     from lmms_plugin.quant_backends.plan import QuantPlan
@@ -84,16 +84,17 @@ def measure(folder: str, method: str, bits: int, group_size: int, samples: int) 
 
     torch.set_num_threads(1)
     largest = 0
-    quantize = Quantization.quantize
+    replace = Quantization.replace
 
-    def watch(self: Quantization, name: str, weight: torch.Tensor) -> None:
+    def watch(self: Quantization, item: CalibratedLinear, weight: torch.Tensor) -> None:
         nonlocal largest
         present = [t for t in (*self.model.parameters(), *self.model.buffers()) if not t.is_meta]
-        held = sum(tensor.numel() * tensor.element_size() for tensor in present)
-        largest = max(largest, held + weight.numel() * weight.element_size())
-        quantize(self, name, weight)
+        # By address: the weight in hand is a part of the model when quantization comes after loading.
+        held = {t.data_ptr(): t.numel() * t.element_size() for t in (*present, weight, *item.layer.buffers())}
+        largest = max(largest, sum(held.values()))
+        replace(self, item, weight)
 
-    Quantization.quantize = watch  # type: ignore[method-assign]
+    Quantization.replace = watch  # type: ignore[method-assign]
     if method == "hqq":
         import hqq.core.quantize  # noqa: F401  # so that the library itself is not counted
     get(method)

@@ -32,7 +32,8 @@ class ModelArguments:
         head_bits: bits of the output projection.
         symmetric: whether zero points are fixed in the middle.
         plan: YAML file with rules per module; replaces the above.
-        calibration: where a calibrated method's inputs come from: `none`, `noise`, `self` or a dataset.
+        calibration: where a calibrated method's inputs come from: `self` (the model writes them itself), `noise`,
+            `demo` or `dataset:...`; `self` if nothing is said. An error for methods that take none.
         calibration_samples: how many of them.
         seed: of calibration and sampling.
         dtype: of the weights that are not quantized and of the arithmetic; `auto` is bfloat16 on a GPU, else float32.
@@ -43,6 +44,7 @@ class ModelArguments:
         min_pixels: smallest area to which an image is resized, for processors that resize by area.
         max_pixels: largest such area.
         max_num_frames: how many frames of a video are shown to the model, evenly spaced.
+        report: file for the account of every layer, as JSON.
         system_prompt: the system message, or a file that holds it.
         dialect: name of the grounding dialect, if not the one of the model's family.
         batch_size: images answered together (requests, where there is none), with all questions about each of them;
@@ -71,6 +73,7 @@ class ModelArguments:
     min_pixels: int | None = None
     max_pixels: int | None = None
     max_num_frames: int = 32
+    report: str | None = None
     system_prompt: str | None = None
     dialect: str | None = None
     batch_size: int | None = 1
@@ -121,10 +124,10 @@ class ModelArguments:
 
     def calibration_spec(self) -> CalibrationSpec | None:
         """Return where calibration inputs come from; None leaves the choice to the method."""
-        if self.calibration is None:
+        if self.calibration is None and self.calibration_samples is None:
             return None
         samples = self.calibration_samples or DEFAULT_SAMPLES
-        return CalibrationSpec.parse(self.calibration, samples=samples, seed=self.seed)
+        return CalibrationSpec.parse(self.calibration or "self", samples=samples, seed=self.seed)
 
     def find_checkpoint(self) -> str:
         """Return the hub id or the folder to load from.
@@ -161,7 +164,9 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         hint = int
     optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if optional else [hint]
-    if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", ""))):
+    # `calibration=none` says something else than nothing: a calibrated method refuses it.
+    nothing = ("",) if name == "calibration" else ("", "none")
+    if optional and (value is None or (isinstance(value, str) and value.lower() in nothing)):
         return None
     if kinds == [int] and isinstance(value, float | str) and _is_whole(value):
         value = int(float(value))

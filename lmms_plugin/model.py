@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -93,6 +94,7 @@ class QuantizedVLM(lmms):
             seed=self.arguments.seed,
             use_safetensors=self.arguments.use_safetensors,
             processor=self.chat.processor,
+            dialect=self.arguments.dialect,
         )
         self.decoder = Decoder.of(model, self.chat.tokenizer)
         self.runner = Runner.of(
@@ -102,8 +104,11 @@ class QuantizedVLM(lmms):
             batch_size=self.arguments.batch_size,
             share_prefix=self.arguments.share_prefix,
         )
+        self._tokens, self._seconds = 0, 0.0
         if self.rank == 0:
             logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
+            if self.arguments.report:
+                Path(self.arguments.report).write_text(self.report.to_json(), encoding="utf-8")
 
     @property
     def model(self) -> Any:
@@ -185,7 +190,17 @@ class QuantizedVLM(lmms):
         return self._run(jobs, self._score, "Scoring")
 
     def clean(self) -> None:
-        """Free the model; `report` stays."""
+        """Free the model; `report` stays.
+
+        lmms-eval calls this when everything is answered. Here it is handed speed and size for the results file, because
+        a run whose answers all come from the cache never asks for one.
+        """
+        log_metrics(
+            total_elapsed_time=self._seconds,
+            total_gen_tokens=self._tokens,
+            avg_speed=self._tokens / self._seconds if self._seconds > 0 else 0.0,
+            additional_metrics=self.report.totals(),
+        )
         del self.decoder, self.runner
         super().clean()
 
@@ -206,7 +221,8 @@ class QuantizedVLM(lmms):
         ):
             results[index] = result
             tokens += count
-        self._log(tokens, time.perf_counter() - started)
+        self._tokens += tokens
+        self._seconds += time.perf_counter() - started
         return [results[i] for i in range(len(jobs))]
 
     def _generate(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[tuple[str, int]]:
@@ -233,15 +249,6 @@ class QuantizedVLM(lmms):
         given = [self.chat.continuation_ids(prompt, last, job.request.continuation()) for prompt, last, job in rows]
         scores = self.decoder.score(batch.inputs, given)
         return [(score, len(score.logprobs)) for score in scores]
-
-    def _log(self, tokens: int, seconds: float) -> None:
-        """Hand speed and size to lmms-eval, which puts them into the results file."""
-        log_metrics(
-            total_elapsed_time=seconds,
-            total_gen_tokens=tokens,
-            avg_speed=tokens / seconds if seconds > 0 else 0.0,
-            additional_metrics={"rank": self.rank, **self.report.totals()},
-        )
 
 
 def _giving(messages: Messages) -> Callable[[], Messages]:

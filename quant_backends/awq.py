@@ -18,7 +18,7 @@ from lmms_plugin.quant_backends.rtn import round_by_blocks, round_to_nearest
 EXPONENTS = tuple(step / 20 for step in range(20))
 """The grid of the search, as in the authors' code. 0 is round-to-nearest."""
 
-SEARCH_ELEMENTS = 1 << 25
+SEARCH_ELEMENTS = 1 << 22
 """Weights in flight while candidate scales of one layer are compared."""
 
 

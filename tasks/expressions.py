@@ -3,11 +3,13 @@
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import datasets
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lmms_plugin.tasks.recent import Recent
 
@@ -21,6 +23,7 @@ REFCOCOPLUS_SCHEMA: Mapping[str, str] = {
     "bbox": _LIST_OF_NUMBERS,
     "file_name": "a string",
 }
+_STRICT = Lock()
 _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
 
 
@@ -114,7 +117,8 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
         try:
             image = Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"])
             if load:
-                image.load()
+                with _strict():
+                    image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             name = self._rows[row]["file_name"]
             raise DatasetError(f"row {row} ({name}): column 'image' cannot be decoded: {error}") from error
@@ -135,6 +139,17 @@ class Walk(Iterator[dict[str, Any]]):
     def __next__(self) -> dict[str, Any]:
         document: dict[str, Any] = self.documents[next(self._numbers)]
         return document
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    """Decode truncated images to an error: lmms-eval tells Pillow to fill them up with grey, process-wide."""
+    with _STRICT:
+        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def image_id(file_name: str) -> str:

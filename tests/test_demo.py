@@ -16,11 +16,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin.boxes import Box, iou
 from lmms_plugin.demo import CHECKPOINT, DATA
-from lmms_plugin.demo.architecture import DIALECT, build_model
+from lmms_plugin.demo.architecture import build_model
 from lmms_plugin.demo.dataset import FEATURES, SCENES, rows
-from lmms_plugin.demo.evaluate import conversation, generate
+from lmms_plugin.demo.evaluate import Question, about_split, conversation, generate, overlaps
 from lmms_plugin.demo.scenes import _RGB, SIDE, draw, scene
-from lmms_plugin.demo.wording import COLOURS, Attributes, expressions, identifying
+from lmms_plugin.demo.wording import COLOURS, FILLS, SHAPES, SIZES, Attributes, expressions, identifying
 
 MANY = [(split, index) for split in ("train", "val", "test") for index in range(70)]
 
@@ -30,17 +30,13 @@ _MEANING = {
     **dict.fromkeys(("small", "little", "tiny"), ("size", "small")),
     **dict.fromkeys(("large", "big"), ("size", "large")),
     **dict.fromkeys(("plain", "solid", "without"), ("fill", "plain")),
-    **dict.fromkeys(("striped", "stripes"), ("fill", "striped")),
-    **dict.fromkeys(("dotted", "spotted", "dots"), ("fill", "dotted")),
-    **dict.fromkeys(("hollow", "outlined", "empty", "hole"), ("fill", "hollow")),
+    **dict.fromkeys(("hollow", "outlined", "empty", "with"), ("fill", "hollow")),
     **dict.fromkeys(("circle", "disc", "round"), ("shape", "circle")),
     **dict.fromkeys(("triangle", "triangular"), ("shape", "triangle")),
-    **dict.fromkeys(("star", "star-shaped"), ("shape", "star")),
     **dict.fromkeys(("cross", "cross-shaped", "plus"), ("shape", "cross")),
-    **dict.fromkeys(("diamond", "diamond-shaped"), ("shape", "diamond")),
     "square": ("shape", "square"),
 }
-_FILLER = set(["the", "a", "one", "thing", "object", "shape", "sign", "pattern", "with", "that", "is", "and"])
+_FILLER = {"the", "a", "one", "thing", "object", "shape", "sign", "hole", "that", "is", "and"}
 
 
 def _understood(expression: str) -> dict[str, str]:
@@ -67,7 +63,7 @@ class TestScenes:
     @pytest.mark.parametrize(("split", "index"), MANY)
     def test_boxes_are_tight_inside_and_apart(self, split, index):
         drawn = scene(split, index)
-        assert 1 <= len(drawn.objects) <= 5
+        assert 1 <= len(drawn.objects) <= 4
         for k, item in enumerate(drawn.objects):
             y, x = np.nonzero(drawn.owner == k)
             assert item.box == (x.min(), y.min(), x.max() + 1 - x.min(), y.max() + 1 - y.min())
@@ -77,13 +73,22 @@ class TestScenes:
         assert all(iou(a, b) == 0 for i, a in enumerate(boxes) for b in boxes[:i])
 
     @pytest.mark.parametrize(("split", "index"), MANY[::7])
-    def test_plain_silhouettes_are_painted_in_their_colour(self, split, index):
+    def test_silhouettes_are_painted_in_their_colour_and_hollow_ones_show_the_ground(self, split, index):
         drawn = scene(split, index)
         for k, item in enumerate(drawn.objects):
-            if item.attributes.fill == "plain":
-                painted = drawn.image[drawn.owner == k].astype(int)
-                # Fourteen levels of tint and six of grain is all that may lie between paint and palette.
-                assert np.abs(painted - _RGB[item.attributes.colour]).max() <= 14 + 6
+            off = drawn.image[drawn.owner == k].astype(int) - _RGB[item.attributes.colour]
+            # Fourteen levels of tint and six of grain is all that may lie between paint and palette.
+            painted = (np.abs(off) <= 14 + 6).all(axis=1).mean()
+            assert painted == 1 if item.attributes.fill == "plain" else 0.25 < painted < 0.95
+
+    def test_all_attributes_and_numbers_of_objects_occur(self):
+        drawn = [scene("train", i) for i in range(300)]
+        seen = zip(*(o.attributes for s in drawn for o in s.objects), strict=True)
+        assert [set(values) for values in seen] == [set(SHAPES), set(COLOURS), set(SIZES), set(FILLS)]
+        assert {len(s.objects) for s in drawn} == {1, 2, 3, 4}
+
+    def test_at_most_as_many_objects_as_asked_for(self):
+        assert {len(scene("train", i, max_objects=2).objects) for i in range(40)} == {1, 2}
 
     def test_sizes_are_told_apart_and_within_reach_of_the_grid(self):
         longer = {"small": [], "large": []}
@@ -175,9 +180,10 @@ class TestData:
             assert np.abs(a - b).max() <= 2
 
     def test_enough_and_small(self, loaded):
-        assert len(set(loaded["test"]["file_name"])) == SCENES["test"] >= 200
-        assert sum(map(len, loaded["test"]["answer"])) >= 500
-        assert sum(f.stat().st_size for f in Path(DATA).iterdir()) < 2_000_000
+        assert len(set(loaded["test"]["file_name"])) == SCENES["test"] >= 100
+        # Enough for an interval of a few points, few enough for nineteen passes of four models on a laptop.
+        assert 500 <= sum(map(len, loaded["test"]["answer"])) <= 600
+        assert sum(f.stat().st_size for f in Path(DATA).iterdir()) < 1_500_000
 
     def test_outlines_span_their_boxes(self, loaded):
         for row in loaded["val"].select_columns(["segmentation", "bbox"]):
@@ -197,22 +203,14 @@ def model():
 
 class TestCheckpoint:
     def test_accuracy_on_held_out_scenes(self, model, processor):
-        data = pq.read_table(next(Path(DATA).glob("test-*.parquet"))).to_pylist()
-        asked = [(row, e) for row in data for e in row["answer"]][::9][:110]
-        images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row, _ in asked]
-        texts = [
-            t
-            for i in range(0, len(asked), 55)
-            for t in generate(model, processor, images[i : i + 55], [e for _, e in asked[i : i + 55]])
-        ]
-        answers = [DIALECT.parse(t, original_size=i.size, model_size=None) for t, i in zip(texts, images, strict=True)]
-        assert all(parsed.count == 1 for parsed in answers)
-        hits = [
-            parsed.box is not None and iou(parsed.box, Box.from_xywh(row["bbox"], image.size)) >= 0.5
-            for parsed, (row, _), image in zip(answers, asked, images, strict=True)
-        ]
-        assert len(hits) >= 100
-        assert np.mean(hits) >= 0.85
+        questions = about_split("test")[::5]
+        found = np.array(overlaps(model, processor, questions, batch_size=57))
+        assert len(found) >= 100
+        assert (found >= 0.5).mean() >= 0.85
+
+    def test_every_answer_is_one_box_and_nothing_else(self, model, processor):
+        for text in generate(model, processor, about_split("val")[::15]):
+            assert re.fullmatch(r"\[\d\d,\d\d,\d\d,\d\d\]", text)
 
     def test_at_most_eight_megabytes(self):
         assert sum(f.stat().st_size for f in Path(CHECKPOINT).iterdir()) <= 8_000_000
@@ -231,16 +229,16 @@ class TestCheckpoint:
         assert all(m.in_features % 128 == 0 for m in linear)
 
     def test_padding_does_not_change_an_answer(self, model, processor):
-        drawn = scene("test", 3)
-        asked = ["red one", "the little striped object that nobody has described before, whatever it may be", "star"]
-        images = [Image.fromarray(drawn.image)] * len(asked)
-        alone = [generate(model, processor, [i], [e])[0] for i, e in zip(images, asked, strict=True)]
-        assert generate(model, processor, images, asked) == alone
+        said = ["red one", "the little hollow object that nobody has described before, whatever it may be", "cross"]
+        image = Image.fromarray(scene("test", 3).image)
+        questions = [Question(image, expression, Box(0, 0, 1, 1)) for expression in said]
+        alone = [generate(model, processor, [question])[0] for question in questions]
+        assert generate(model, processor, questions) == alone
 
     def test_any_size_and_mode_of_image_takes_one_block_of_tokens(self, processor):
         lengths = set()
         for image in (Image.new("RGB", (112, 112)), Image.new("L", (640, 48)), Image.new("RGBA", (33, 500))):
-            text = processor.apply_chat_template(conversation("star"), add_generation_prompt=True)
+            text = processor.apply_chat_template(conversation("cross"), add_generation_prompt=True)
             lengths.add(processor(text=[text], images=[[image]], return_tensors="pt")["input_ids"].shape[1])
         assert len(lengths) == 1
 

@@ -10,12 +10,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin.boxes import Box, iou
 from lmms_plugin.demo import CHECKPOINT
-from lmms_plugin.demo.architecture import DIALECT, prompt_ids, sine_positions
+from lmms_plugin.demo.architecture import CELLS, DIALECT, prompt_ids, sine_positions
 from lmms_plugin.demo.evaluate import conversation
 from lmms_plugin.demo.muon import Muon, orthogonalise
-from lmms_plugin.demo.packing import IGNORED, PROBE, cell_labels, look, pack, visible
-from lmms_plugin.demo.scenes import SIDE, scene
-from lmms_plugin.demo.train import Run, answer_loss, image_features, objects_at, schedule
+from lmms_plugin.demo.packing import IGNORED, PROBE, answer, cell_labels, look, pack, visible
+from lmms_plugin.demo.scenes import MAX_OBJECTS, SIDE, scene
+from lmms_plugin.demo.train import LESSONS, LISTEN, LOOK, Pointer, Run, image_features, objects_at, read, schedule
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def scenes():
 
 
 class TestPacking:
-    @pytest.mark.parametrize("expression", ["star", "the red circle with dots", "Größe 17"])
+    @pytest.mark.parametrize("expression", ["cross", "the red circle with a hole", "Größe 17"])
     def test_questions_are_what_the_processor_renders(self, processor, expression):
         image = Image.new("RGB", (SIDE, SIDE))
         text = processor.apply_chat_template(conversation(expression), add_generation_prompt=True, tokenize=False)
@@ -59,7 +59,7 @@ class TestPacking:
     def test_packed_questions_see_what_they_see_alone(self, model, processor, scenes):
         packed = pack(scenes, processor.tokenizer)
         with torch.inference_mode():
-            loss, _ = answer_loss(model, image_features(model, look(scenes)[0]), packed)
+            loss = read(model, Pointer(), image_features(model, look(scenes)[0]), packed).answer
             total, count = 0.0, 0
             for b, drawn in enumerate(scenes):
                 for k in range(1, int(packed.segments[b].max()) + 1):
@@ -84,14 +84,57 @@ class TestPacking:
             background = labels[labels[:, 4] == IGNORED]
             assert (background[:, 1] == 0).all()
 
+    def test_every_answer_token_knows_its_object_and_the_cells_it_lies_in(self, scenes, processor):
+        packed = pack(scenes, processor.tokenizer)
+        assert ((packed.meant >= 0) == (packed.labels != IGNORED)).all()
+        for b, drawn in enumerate(scenes):
+            count = len(drawn.objects)
+            assert set(packed.meant[b].tolist()) == set(range(-1, count))
+            torch.testing.assert_close(packed.shares[b].sum(1), torch.arange(MAX_OBJECTS).lt(count).float())
+            for k, item in enumerate(drawn.objects):
+                said = processor.tokenizer.decode(packed.labels[b][packed.meant[b] == k])
+                assert set(said.split("<end_of_utterance>")[:-1]) == {answer(item)}
+                # The mean of the cells' centres lies in the object's box, give or take half a cell.
+                row, column = np.average(np.indices((CELLS, CELLS)).reshape(2, -1), axis=1, weights=packed.shares[b, k])
+                x, y, w, h = item.box
+                assert x - 8 <= (column + 0.5) * 16 <= x + w + 8
+                assert y - 8 <= (row + 0.5) * 16 <= y + h + 8
+
 
 class TestRun:
+    def test_the_seed_decides_and_nothing_else(self, processor):
+        def weights(seed, disturbance):
+            torch.manual_seed(disturbance)
+            run = Run(processor.tokenizer, seed=seed, batch_size=2, lr=1e-3, ema=0.9)
+            for progress in (LOOK / 2, 0.5):
+                run.advance(progress)
+            return torch.cat([p.flatten() for p in run.average.parameters()])
+
+        one = weights(1, 5)
+        assert torch.equal(one, weights(1, 6))
+        assert not torch.equal(one, weights(2, 5))
+
+    def test_the_eyes_do_not_learn_from_answers_before_they_listen(self, processor):
+        def gradient(progress):
+            run = Run(processor.tokenizer, seed=1, batch_size=2, lr=0.0, ema=0.9)
+            with torch.no_grad():
+                run.probe.weight.zero_()  # all that the eyes could still hear is the answers
+            heard = []
+            patches = run.model.model.vision_model.embeddings.patch_embedding.weight
+            patches.register_hook(lambda grad: heard.append(grad.abs().max().item()))
+            run.advance(progress)
+            return heard[0]
+
+        assert gradient((LOOK + LISTEN) / 2) == 0
+        assert gradient(0.5) > 0
+
     def test_a_resumed_run_goes_where_the_whole_one_went(self, tmp_path, processor):
         def fresh():
             return Run(processor.tokenizer, seed=1, batch_size=2, lr=1e-3, ema=0.9)
 
         whole, half, resumed = fresh(), fresh(), fresh()
-        steps = [0.1, 0.3, 0.5, 0.9]
+        # Looking, reading with the eyes held still, reading with all that learns.
+        steps = [LOOK / 2, (LOOK + LISTEN) / 2, 0.5, 0.9]
         for progress in steps:
             whole.advance(progress)
         for progress in steps[:2]:
@@ -104,19 +147,26 @@ class TestRun:
             assert torch.equal(a, b)
 
     def test_learning_lowers_the_loss(self, processor):
-        run = Run(processor.tokenizer, seed=0, batch_size=4, lr=2e-3, ema=0.9)
-        losses = [run.advance(0.3)["answer"] for _ in range(12)]
+        run = Run(processor.tokenizer, seed=0, batch_size=4, lr=5e-3, ema=0.9)
+        losses = [run.advance(LISTEN)["answer"] for _ in range(12)]
         assert losses[-1] < 0.6 * losses[0]
 
     def test_schedule_rises_holds_and_ends_at_zero(self):
-        assert schedule(0.0) == 0
-        assert schedule(0.2) == 1
+        assert schedule(0.0) == pytest.approx(0.15)
+        assert schedule(LOOK / 2) == 1
+        assert schedule(LOOK - 1e-9) == pytest.approx(0.15)
+        assert schedule(LOOK) == 0
         assert schedule(1.0) == pytest.approx(0, abs=1e-12)
-        rates = [schedule(p) for p in np.linspace(0.35, 1, 50)]
+        rates = [schedule(p) for p in np.linspace(0.45, 1, 50)]
+        assert rates[0] == pytest.approx(0.4, rel=0.01)
         assert rates == sorted(rates, reverse=True)
 
     def test_curriculum_ends_with_full_scenes(self):
-        assert [objects_at(p) for p in (0.1, 0.27, 0.3, 0.4, 1.0)] == [5, 1, 2, 5, 5]
+        begins = [LOOK + (1 - LOOK) * lesson for lesson in LESSONS]
+        assert [objects_at(p) for p in (0.0, LOOK / 2, LOOK, 0.24)] == [4, 4, 1, 1]
+        assert [objects_at(p + 1e-6) for p in begins] == [2, 3, 4]
+        assert [objects_at(p - 1e-6) for p in begins] == [1, 2, 3]
+        assert objects_at(1.0) == 4
 
 
 class TestMuon:

@@ -1,7 +1,7 @@
 import datasets
 import photographs
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lmms_plugin.tasks import refcocoplus
 from lmms_plugin.tasks.expressions import DatasetError, ExpressionDocs, image_id
@@ -98,7 +98,8 @@ def test_row_without_expression_is_an_error(rows):
         ExpressionDocs(rows.map(lambda row: {"answer": []}, features=_with()))
 
 
-def test_corrupt_image_names_the_row(rows):
+def test_corrupt_image_names_the_row(rows, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval sets it
     encoded = rows.cast_column("image", datasets.Image(decode=False))
     broken = encoded.map(lambda row: {"image": {"bytes": row["image"]["bytes"][:2000], "path": None}})
     docs = ExpressionDocs(broken.cast_column("image", datasets.Image()))

@@ -7,11 +7,11 @@ import logging
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
-from families import FAMILIES
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.backend import DataFreeBackend
 from lmms_plugin.quant_backends.calibration import CalibrationSpec

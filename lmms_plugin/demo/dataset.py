@@ -13,8 +13,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Features, Image, List, Value
 from PIL import Image as PillowImage
 
@@ -22,7 +22,7 @@ from lmms_plugin.demo.scenes import Pixels, scene
 
 # lmms-lab/RefCOCOplus asks this of every row; tasks about expressions read `answer` instead.
 QUESTION = "Please carefully observe the area circled in the image and come up with a caption for the area."
-SCENES = {"test": 200, "val": 100}
+SCENES = {"test": 130, "val": 100}
 # Without the split names spelled out, `datasets` would call "val" "validation".
 CARD = """---
 configs:
@@ -36,10 +36,10 @@ configs:
 
 # Coloured shapes with referring expressions
 
-Synthetic scenes of one to five shapes in the schema of lmms-lab/RefCOCOplus; one row per object, `answer` lists the
-expressions that mean it and nothing else in its scene, `bbox` is x, y, width, height in pixels. Drawn by
-`lmms_plugin.demo.scenes`, written by `python -m lmms_plugin.demo.dataset`. It is a demonstration: numbers measured
-on it say nothing about photographs.
+Synthetic scenes of one to four shapes in the schema of lmms-lab/RefCOCOplus: circles, squares, triangles and crosses
+in six colours, small or large, plain or hollow. One row is one object; `answer` lists the expressions that mean it
+and nothing else in its scene, `bbox` is x, y, width, height in pixels. Drawn by `lmms_plugin.demo.scenes`, written by
+`python -m lmms_plugin.demo.dataset`. It is a demonstration: numbers measured on it say nothing about photographs.
 """
 FEATURES = Features(
     {

@@ -1,4 +1,4 @@
-"""Seeded generator of small scenes: one to five coloured shapes on a varied background.
+"""Seeded generator of small scenes: one to four coloured shapes on a varied background.
 
 A scene is a pure function of its generator: the same seed gives the same pixels, boxes and expressions.
 """
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lmms_plugin.demo.wording import COLOURS, FILLS, SHAPES, SIZES, Attributes, expressions
 
 SIDE = 112
-MAX_OBJECTS = 5
+MAX_OBJECTS = 4
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 _RGB = {
@@ -21,12 +21,10 @@ _RGB = {
     "blue": (40, 75, 220),
     "yellow": (238, 218, 50),
     "purple": (130, 45, 175),
-    "orange": (242, 135, 25),
     "cyan": (60, 210, 220),
-    "pink": (248, 140, 195),
 }
-_SIDES = {"small": (20, 29), "large": (37, 49)}
-_FILL_ODDS = np.cumsum([0.49, 0.17, 0.17, 0.17])
+_SIDES = {"small": (22, 30), "large": (38, 50)}
+_FILL_ODDS = np.cumsum([0.75, 0.25])
 
 Pixels = NDArray[np.uint8]
 
@@ -53,7 +51,7 @@ class Scene:
     Attributes:
         image: RGB pixels, (SIDE, SIDE, 3), 0 to 255.
         owner: (SIDE, SIDE), the index in `objects` whose silhouette covers each pixel, -1 for background.
-        objects: One to five objects whose boxes do not overlap.
+        objects: One to four objects whose boxes do not overlap.
     """
 
     image: Pixels
@@ -61,12 +59,10 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-def _polygons() -> dict[str, NDArray[np.float64]]:
+def _outlines() -> dict[str, NDArray[np.float64]]:
     """Outline of each shape, (n, 2) x and y, inside the unit circle's bounding square."""
     turn = 2 * np.pi * np.arange(40) / 40
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-    spikes = -np.pi / 2 + np.pi * np.arange(10) / 5
-    star = np.stack([np.cos(spikes), np.sin(spikes)], axis=1) * np.where(np.arange(10) % 2, 0.45, 1.08)[:, None]
     arm = 0.36
     cross = [
         (-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
@@ -76,13 +72,11 @@ def _polygons() -> dict[str, NDArray[np.float64]]:
         "circle": circle,
         "square": np.array([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]),
         "triangle": np.array([(0, -1), (1, 0.85), (-1, 0.85)]),
-        "star": star,
         "cross": np.array(cross, dtype=float),
-        "diamond": np.array([(0, -1.05), (0.85, 0), (0, 1.05), (-0.85, 0)]),
     }
 
 
-_OUTLINE = _polygons()
+_OUTLINE = _outlines()
 _GRID_Y, _GRID_X = np.mgrid[:SIDE, :SIDE].astype(np.float32)
 
 
@@ -104,7 +98,7 @@ def _background(rng: np.random.Generator) -> Pixels:
         coarse = rng.uniform(-25, 25, (8, 8)).astype(np.float32)
         ground += cv2.resize(coarse, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)[..., None]
     image = np.clip(ground, 0, 255).astype(np.uint8)
-    for _ in range(int(rng.integers(7))):
+    for _ in range(int(rng.integers(4))):
         start, step = rng.integers(0, SIDE, 2), rng.integers(-14, 15, 2)
         tone = tuple(int(c) for c in rng.integers(0, 256, 3))
         cv2.line(image, tuple(map(int, start)), tuple(map(int, start + step)), tone, 1)
@@ -123,7 +117,7 @@ def _silhouette(shape: str, side: int, rng: np.random.Generator) -> Pixels:
 
 
 def _paint(patch: Pixels, mask: Pixels, look: Attributes, rng: np.random.Generator) -> None:
-    """Draw a shape over `patch` (h, w, 3) in place where `mask` (h, w) is 1."""
+    """Draw a shape over `patch` (h, w, 3) in place where `mask` (h, w) is 1; of a hollow one only the rim."""
     colour = np.clip(np.array(_RGB[look.colour]) + rng.integers(-14, 15, 3), 0, 255).astype(np.uint8)
     drawn = mask.copy()
     if look.fill == "hollow":
@@ -131,23 +125,20 @@ def _paint(patch: Pixels, mask: Pixels, look: Attributes, rng: np.random.Generat
         framed = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
         drawn -= cv2.erode(framed, np.ones((3, 3), np.uint8), iterations=rim - 1)[1:-1, 1:-1]
     patch[drawn == 1] = colour
-    h, w = mask.shape
-    ink = np.uint8(250) if colour.mean() < 150 else np.uint8(15)
-    if look.fill == "striped":
-        lean = rng.choice((-1, 1))
-        stripes = (_GRID_X[:h, :w] + lean * _GRID_Y[:h, :w]) % 8 < 3
-        patch[stripes & (mask == 1)] = ink
-    elif look.fill == "dotted":
-        dots = ((_GRID_X[:h, :w] - w // 2 + 50) % 7 < 3) & ((_GRID_Y[:h, :w] - h // 2 + 50) % 7 < 3)
-        patch[dots & (mask == 1)] = ink
 
 
 def _look(known: list[Attributes], crowded: bool, rng: np.random.Generator) -> Attributes:
-    """Draw attributes; often those of an earlier object, so that one attribute alone seldom identifies."""
+    """Draw attributes; often those of an earlier object, so that one attribute alone seldom identifies.
+
+    Args:
+        known: Attributes of the objects already there.
+        crowded: Whether large objects must be rarer for all to find room.
+        rng: Source of randomness.
+    """
     shape, colour = SHAPES[int(rng.integers(len(SHAPES)))], COLOURS[int(rng.integers(len(COLOURS)))]
-    if known and rng.random() < 0.4:
+    if known and rng.random() < 0.3:
         colour = known[int(rng.integers(len(known)))].colour
-    if known and rng.random() < 0.4:
+    if known and rng.random() < 0.3:
         shape = known[int(rng.integers(len(known)))].shape
     size = SIZES[int(rng.random() > (0.7 if crowded else 0.5))]
     return Attributes(shape, colour, size, FILLS[int(np.searchsorted(_FILL_ODDS, rng.random()))])

@@ -1,12 +1,14 @@
 """Train the demo checkpoint from scratch on one CPU core.
 
-    python -m lmms_plugin.demo.train --out runs/demo --steps 6000
+    python -m lmms_plugin.demo.train --out runs/demo --steps 3600
 
-Scenes are drawn on the fly from the split "train", so no scene is seen twice. The questions about one scene share a
-sequence: each attends to the image and to itself only, and its positions restart after the image, so that each
-sees exactly what it sees alone at evaluation. While training, a linear probe on the image tokens must name, for each
-cell of the picture, the attributes and the box digits of the object there; the probe is thrown away at the end.
-A run is a function of (seed, steps); with --minutes the learning rate follows the clock instead.
+Scenes are drawn on the fly from the split "train", so no scene is seen twice: first scenes of up to four objects
+only to look at, then scenes of one, two, three and four objects to answer questions about. The questions about one
+scene share a sequence: each attends to the image and to itself only, and its positions restart after the image, so
+that each sees exactly what it sees alone at evaluation. While training, a linear probe on the image tokens must name,
+for each cell of the picture, the attributes and the box digits of the object there, and halfway through the language
+model a pointer must find the cells of the object meant; both are thrown away at the end. A run is a function of
+(seed, steps) on one machine; with --minutes the learning rate follows the clock instead.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,19 +27,24 @@ from torch.nn import functional
 from transformers import Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
 
 from lmms_plugin.demo.architecture import DIALECT, WIDTH, build_model, build_processor, build_tokenizer
-from lmms_plugin.demo.evaluate import overlaps
+from lmms_plugin.demo.evaluate import about_scenes, overlaps
 from lmms_plugin.demo.muon import Muon
 from lmms_plugin.demo.packing import IGNORED, PROBE, Questions, look, pack, visible
 from lmms_plugin.demo.scenes import MAX_OBJECTS, scene
 
 # Share of the steps in which only the eyes learn, on LOOK_AT times as many scenes, without the cost of text.
-LOOK = 0.26
+LOOK = 0.2
 LOOK_AT = 3
+# From here on the eyes also learn from the answers.
+LISTEN = 0.3
+# Parts of the reading phase after which scenes have two, three and four objects.
+LESSONS = (0.06, 0.15, 0.25)
 
 
 def image_features(model: Idefics3ForConditionalGeneration, pixels: Tensor) -> Tensor:
     """What the language model sees of each scene: (B, C, WIDTH)."""
-    return model.model.connector(model.model.vision_model(pixel_values=pixels).last_hidden_state)
+    features: Tensor = model.model.connector(model.model.vision_model(pixel_values=pixels).last_hidden_state)
+    return features
 
 
 def probe_loss(said: Tensor, wanted: Tensor) -> Tensor:
@@ -54,32 +62,62 @@ def probe_loss(said: Tensor, wanted: Tensor) -> Tensor:
     shown = wanted[..., 4] != IGNORED
     digits = wanted[..., 4:][shown].float()
     error = (corners[shown] - (digits[:, ::2] / 10 + digits[:, 1::2] / 100)).abs().mean()
-    return torch.stack(terms[:4]).sum() + torch.stack(terms[4:]).mean() + 10 * error
+    loss: Tensor = torch.stack(terms[:4]).sum() + torch.stack(terms[4:]).mean() + 10 * error
+    return loss
 
 
-def answer_loss(model: Idefics3ForConditionalGeneration, features: Tensor, batch: Questions) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of the answers' tokens and the share of answers whose tens digits are all right."""
+class Reading(NamedTuple):
+    """How well a batch of questions was answered."""
+
+    answer: Tensor  # cross-entropy of the answers' tokens
+    pointing: Tensor  # cross-entropy of where, halfway through the layers, each answer token looks
+    tens: Tensor  # share of answers whose four tens digits are right, each given the true digits before it
+
+
+class Pointer(nn.Module):
+    """Throw-away heads that say, halfway through the language model, which cells an answer is about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, asking: Tensor, cells: Tensor) -> Tensor:
+        """Log-probabilities (n, C) of tokens (n, WIDTH) looking at their own scenes' cells (n, C, WIDTH)."""
+        scores = torch.einsum("nd,ncd->nc", self.query(asking), self.key(cells)) / WIDTH**0.5
+        return scores.log_softmax(-1)
+
+
+def read(model: Idefics3ForConditionalGeneration, pointer: Pointer, features: Tensor, questions: Questions) -> Reading:
+    """Answer packed questions about scenes whose image features (B, C, WIDTH) are given."""
     text = model.model.text_model
-    embedded = text.get_input_embeddings()(batch.ids)
-    at_image = batch.ids == model.config.image_token_id
-    embedded = embedded.masked_scatter(at_image[..., None], features)
-    hidden = text(
-        inputs_embeds=embedded, attention_mask=visible(batch.segments), position_ids=batch.positions, use_cache=False
-    ).last_hidden_state
-    asked = batch.labels != IGNORED
-    logits, labels = model.lm_head(hidden[asked]), batch.labels[asked]
+    embedded = text.get_input_embeddings()(questions.ids)
+    at_image = questions.ids == model.config.image_token_id
+    outputs = text(
+        inputs_embeds=embedded.masked_scatter(at_image[..., None], features),
+        attention_mask=visible(questions.segments),
+        position_ids=questions.positions,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    asked = questions.labels != IGNORED
+    logits, labels = model.lm_head(outputs.last_hidden_state[asked]), questions.labels[asked]
     # Every answer has 14 tokens: "[", four times two digits and a separator, the end mark.
     right = (logits.argmax(-1) == labels).view(-1, 14)[:, 1:12:3].all(1).float().mean()
-    return functional.cross_entropy(logits, labels), right
+    halfway = outputs.hidden_states[len(text.layers) // 2]
+    of = asked.nonzero()[:, 0]
+    looks = pointer(halfway[asked], halfway[at_image].view(features.shape)[of])
+    pointing = -(questions.shares[of, questions.meant[asked]] * looks).sum(-1).mean()
+    return Reading(functional.cross_entropy(logits, labels), pointing, right)
 
 
-def build_optimizers(model: nn.Module, probe: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, heads: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, head, patches, norms and biases."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = ".layers." in name or "connector" in name
         (matrices if inside and parameter.ndim == 2 else rest).append(parameter)
-    rest += list(probe.parameters())
+    rest += [parameter for head in heads for parameter in head.parameters()]
     return [
         Muon(matrices, lr=lr),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
@@ -87,10 +125,17 @@ def build_optimizers(model: nn.Module, probe: nn.Module, lr: float) -> list[torc
 
 
 def schedule(progress: float) -> float:
-    """Learning-rate factor: linear warm-up over 2 %, flat to 35 %, then a cosine to zero."""
-    if progress < 0.02:
-        return progress / 0.02
-    return 1.0 if progress < 0.35 else 0.5 * (1 + math.cos(math.pi * min((progress - 0.35) / 0.65, 1.0)))
+    """Learning-rate factor, once for looking (up to 1, down to 0.15) and once for reading (up to 0.4, down to 0)."""
+    if progress < LOOK:
+        return 0.15 + 0.85 * _arch(progress / LOOK, warm=0.05, hold=0.5)
+    return 0.4 * _arch((progress - LOOK) / (1 - LOOK), warm=0.03, hold=0.3)
+
+
+def _arch(part: float, warm: float, hold: float) -> float:
+    """Rise from 0 to 1 until `warm`, stay until `hold`, fall to 0 as a half cosine; all in fractions of the phase."""
+    if part < hold:
+        return min(part / warm, 1.0)
+    return 0.5 * (1 + math.cos(math.pi * min((part - hold) / (1 - hold), 1.0)))
 
 
 class Run:
@@ -109,8 +154,9 @@ class Run:
         self.processor = build_processor(self.tokenizer)
         self.model = build_model(self.tokenizer, seed)
         self.probe = nn.Linear(WIDTH, sum(PROBE) + 4)
+        self.pointer = Pointer()
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizers = build_optimizers(self.model, self.probe, lr)
+        self.optimizers = build_optimizers(self.model, [self.probe, self.pointer], lr)
         self.seed, self.batch_size, self.lr, self.ema = seed, batch_size, lr, ema
         self.step, self.drawn, self.seconds = 0, 0, 0.0
 
@@ -129,9 +175,11 @@ class Run:
         if looking:
             seen.backward()
         else:
-            answers, right = answer_loss(self.model, features, pack(scenes, self.tokenizer))
-            (answers + 0.3 * seen).backward()
-            report |= {"answer": answers.item(), "tens": right.item()}
+            # A language model that knows nothing yet would only unteach the eyes.
+            given = features.detach() if progress < LISTEN else features
+            reading = read(self.model, self.pointer, given, pack(scenes, self.tokenizer))
+            (reading.answer + 0.3 * reading.pointing + 0.3 * seen).backward()
+            report |= {name: value.item() for name, value in reading._asdict().items()}
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -153,6 +201,7 @@ class Run:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "probe": self.probe.state_dict(),
+            "pointer": self.pointer.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
         torch.save(state, path.with_suffix(".tmp"))
@@ -165,6 +214,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.probe.load_state_dict(state["probe"])
+        self.pointer.load_state_dict(state["pointer"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
@@ -180,9 +230,9 @@ def corpus() -> Iterator[str]:
 
 
 def objects_at(progress: float) -> int:
-    """Most objects per scene at this point: all while only looking; then one, two, and all again to read about."""
-    reading = progress - LOOK
-    return 1 if 0 <= reading < 0.03 else 2 if 0 <= reading < 0.1 else MAX_OBJECTS
+    """Most objects per scene at this point: all while only looking, then one more with every lesson."""
+    reading = (progress - LOOK) / (1 - LOOK)
+    return MAX_OBJECTS if reading < 0 else 1 + sum(reading >= lesson for lesson in LESSONS)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -207,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(build_tokenizer(corpus()), args.seed, args.batch_size, args.lr, args.ema)
     if (args.out / "state.pt").exists():
         run.load_state(args.out / "state.pt")
-    held_out = [scene("val", i, seed=1) for i in range(60)]
+    held_out = about_scenes(scene("val", i, seed=1) for i in range(60))
     begin = time.monotonic() - run.seconds
     while True:
         run.seconds = time.monotonic() - begin
@@ -215,8 +265,9 @@ def main(argv: list[str] | None = None) -> None:
         report = run.advance(min(progress, 1.0)) if progress < 1 else {}
         scored = not report or run.step % args.evaluate_every == 0
         if scored:
-            found = np.array(overlaps(run.average, run.processor, held_out))
-            report |= {"acc@0.5": float((found >= 0.5).mean()), "iou": float(found.mean())}
+            if progress >= LOOK:
+                found = np.array(overlaps(run.average, run.processor, held_out))
+                report |= {"acc@0.5": float((found >= 0.5).mean()), "iou": float(found.mean())}
             run.save_state(args.out / "state.pt")
             run.export(args.out / "checkpoint")
         if scored or run.step % 25 == 0:

@@ -20,10 +20,10 @@ class Attributes(NamedTuple):
     fill: str
 
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink")
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SIZES = ("small", "large")
-FILLS = ("plain", "striped", "dotted", "hollow")
+FILLS = ("plain", "hollow")
 
 _SUBSETS = tuple(subset for n in range(1, 5) for subset in combinations(Attributes._fields, n))
 
@@ -31,27 +31,21 @@ _NOUNS = {
     "circle": ("circle", "circle", "disc"),
     "square": ("square",),
     "triangle": ("triangle",),
-    "star": ("star",),
     "cross": ("cross", "cross", "plus sign"),
-    "diamond": ("diamond",),
 }
 _SHAPED = {
     "circle": "round",
     "square": "square",
     "triangle": "triangular",
-    "star": "star-shaped",
     "cross": "cross-shaped",
-    "diamond": "diamond-shaped",
 }
 _ADJECTIVES = {
     "small": ("small", "small", "little", "tiny"),
     "large": ("large", "big", "big"),
     "plain": ("plain", "solid"),
-    "striped": ("striped",),
-    "dotted": ("dotted", "spotted"),
     "hollow": ("hollow", "outlined", "empty"),
 }
-_WITH = {"striped": "with stripes", "dotted": "with dots", "hollow": "with a hole", "plain": "without pattern"}
+_WITH = {"hollow": "with a hole", "plain": "without a hole"}
 _ANY = ("one", "one", "thing", "object", "shape")
 
 
