@@ -10,7 +10,9 @@ about anew each time, in the generic words that every model gets; answers are 24
 (lmms-eval's wrapper loads bfloat16 and is converted) and batch_size=1, lmms-eval's default; cases that begin with
 `auto` are our model with batch_size=auto against the others as before.
 
-A ratio above 1 means that ours is faster. `same` counts equal answers.
+A ratio above 1 means that ours is faster. `same` counts equal answers. lmms-eval's wrapper has qwen_vl_utils resize the
+photograph with Pillow before the processor sees it, ours leaves that to the processor (torchvision): pixels differ by a
+level here and there, and a random model answers otherwise. At 644×476, where nothing is resized, all answers are equal.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def write_checkpoint(folder: Path) -> int:
     # Answers of one length make times comparable, and of ordinary tokens alone they can be compared.
     ordinary = min(processor.tokenizer.all_special_ids)
     model.get_output_embeddings().weight.data[ordinary:] = 0
-    model.save_pretrained(folder)
+    # lmms-eval's wrapper reads every checkpoint as bfloat16; written so, all read the same weights.
+    model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
