@@ -37,9 +37,11 @@ $(VENV)/.core: $(BIN)/python setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt .
 	touch $@
 
+# imagecorruptions, an oracle of the tests, asks for a second OpenCV that would overwrite the headless one.
 $(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml constraints.txt
 	rm -rf build
 	$(BIN)/pip install --constraint constraints.txt ".[dev]"
+	$(BIN)/pip install --no-deps --constraint constraints.txt imagecorruptions
 	touch $@ $(VENV)/.core
 
 # A stale build/ would carry deleted modules into the wheel.

@@ -132,7 +132,7 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
 
         try:
             loaded: dict[str, Any] = original(self, task_list, task_type)
-        except (RetryError, ImportError) as error:
+        except (RetryError, ImportError, KeyError) as error:
             explained = _data_error(error, task_list)
             if explained is None:
                 raise
@@ -146,16 +146,20 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     """The data error at the bottom of what lmms-eval raised while it loaded our tasks, None if there is none."""
     from lmms_plugin.tasks import refcocoplus
     from lmms_plugin.tasks.expressions import DatasetError
+    from lmms_plugin.tasks.refcocoplus import SPLITS
 
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, DatasetError):
             return DatasetError(f"{task_list}: {cause}")
     asked = [task_list] if isinstance(task_list, str) else list(task_list or [])
-    if any(str(name).startswith("refcocoplus_") for name in asked) and len(causes) > 1:
-        reason = str(causes[-1]).splitlines()[0]
-        return DatasetError(f"{task_list}: cannot load {refcocoplus.HUB_ID}: {reason}. {refcocoplus.HINT}")
-    return None
+    if not any(str(name).startswith("refcocoplus_") for name in asked):
+        return None
+    source = refcocoplus.source()
+    if isinstance(error, KeyError) and error.args[0] in SPLITS:
+        return DatasetError(f"{task_list}: {source} has no split {error.args[0]!r}. {refcocoplus.HINT}")
+    reason = (str(causes[-1]) or type(causes[-1]).__name__).splitlines()[0]
+    return DatasetError(f"{task_list}: cannot load {source}: {reason}. {refcocoplus.HINT}") if causes[1:] else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

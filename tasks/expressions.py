@@ -114,6 +114,8 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
 
     def _open(self, row: int, load: bool) -> Image.Image:
         encoded = self._encoded[row][IMAGE]
+        if encoded is None:
+            raise DatasetError(f"row {row} ({self._rows[row]['file_name']}): column 'image' is empty")
         try:
             image = Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"])
             if load:
@@ -185,12 +187,15 @@ def _is(feature: Any, expected: str) -> bool:
 
 
 def _check_row(number: int, row: Mapping[str, Any]) -> None:
+    if not row["file_name"]:
+        raise DatasetError(f"row {number}: column 'file_name' is empty")
     where = f"row {number} ({row['file_name']})"
-    if not row["answer"]:
-        raise DatasetError(f"{where}: column 'answer' holds no expression")
-    box = row["bbox"]
-    if len(box) != 4 or not all(-1e6 < value < 1e6 for value in box) or min(box[2], box[3]) <= 0:
-        raise DatasetError(f"{where}: column 'bbox': expected {_LIST_OF_NUMBERS} of positive size, got {box}")
+    if not row["answer"] or not all(isinstance(text, str) and text.strip() for text in row["answer"]):
+        raise DatasetError(f"{where}: column 'answer' holds no expression or an empty one: {row['answer']}")
+    box = row["bbox"] or ()
+    numbers = [value for value in box if value is not None and -1e6 < value < 1e6]
+    if len(box) != 4 or len(numbers) != 4 or min(box[2], box[3]) <= 0:
+        raise DatasetError(f"{where}: column 'bbox': expected {_LIST_OF_NUMBERS} of positive size, got {row['bbox']}")
 
 
 def _check_inside(number: int, row: Mapping[str, Any], size: tuple[int, int]) -> None:

@@ -97,8 +97,9 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     Returns:
         One entry per metric; that of `mean_iou` is the whole record, which so reaches the log of samples (a key that is
         no metric would stand in lmms-eval's results table as an empty list). An answer without a box has IoU 0 and
-        shows in `parse_rate`. The calibration metrics are absent, not zero, where the estimator has no value: without
-        a trailer (a model of another package), and for estimators over coordinates in an answer without any.
+        shows in `parse_rate`. Without a trailer (a model of another package) there are no probabilities, and the
+        calibration metrics are absent, not zero. An answer for which the estimator has no value (coordinates, where
+        there are none) is left out of them and shows in `confidence_rate`.
     """
     response = Response.decode(results[0])
     dialect = DIALECTS[response.dialect] if response.dialect else GENERIC
@@ -122,9 +123,10 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     output["mean_iou"] = record
     if response.tokens:
         record["confidence"] = _confidences(response, parsed.coordinates)
-        if record["confidence"][estimator] is not None:
-            calibrated = {"confidence": record["confidence"][estimator], "correct": scores["acc@0.5"], **identity}
-            output |= dict.fromkeys(CALIBRATION, calibrated)
+        confidence = record["confidence"][estimator]
+        output["confidence_rate"] = {"score": float(confidence is not None), **identity}
+        calibrated = {"confidence": confidence, "correct": scores["acc@0.5"], **identity}
+        output |= {name: calibrated for name in CALIBRATION}
     return output
 
 
@@ -143,7 +145,10 @@ def mean(records: Sequence[Record]) -> float:
 def _over_records(metric: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Sequence[Record]], float]:
     def aggregate(records: Sequence[Record]) -> float:
         # Processes deliver records in their own order; sums of floats must not depend on it.
-        ordered = sorted(records, key=lambda record: record["id"])
+        ordered = sorted((r for r in records if r["confidence"] is not None), key=lambda record: record["id"])
+        if not ordered:
+            # Shown as nan, so that a group's mean says that a part of it is missing.
+            return math.nan
         confidence = np.array([record["confidence"] for record in ordered])
         correct = np.array([record["correct"] for record in ordered])
         return metric(confidence, correct)

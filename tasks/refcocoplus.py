@@ -19,6 +19,12 @@ HINT = (
 )
 
 
+def source() -> str:
+    """The dataset as messages to the user name it: the hub's, or the variable and the folder it names."""
+    local = os.environ.get(VARIABLE)
+    return f"{VARIABLE}={local}" if local else HUB_ID
+
+
 def local_files(folder: Path) -> dict[str, list[str]]:
     """Parquet files of a local copy by split: `{split: [paths]}`, for the splits it has.
 

@@ -74,8 +74,9 @@ def test_wrong_type_is_named_with_what_came(rows):
         ([0.0, 0.0, 10.0], "four numbers"),
         ([5.0, 5.0, 0.0, 10.0], "positive size"),
         ([float("nan"), 5.0, 10.0, 10.0], "got"),
+        (None, "four numbers"),
     ],
-    ids=["three numbers", "no width", "nan"],
+    ids=["three numbers", "no width", "nan", "missing"],
 )
 def test_broken_box_names_row_and_column(rows, bbox, message):
     broken = rows.map(lambda row, i: {"bbox": bbox if i == 2 else row["bbox"]}, with_indices=True)
@@ -93,9 +94,18 @@ def test_box_in_xyxy_order_is_noticed(rows):
         list(docs.remove_columns("image"))
 
 
-def test_row_without_expression_is_an_error(rows):
+@pytest.mark.parametrize("answer", [[], ["  "], [None]], ids=["none", "blank", "null"])
+def test_row_without_expression_is_an_error(rows, answer):
     with pytest.raises(DatasetError, match=r"row 0 .*'answer' holds no expression"):
-        ExpressionDocs(rows.map(lambda row: {"answer": []}, features=_with()))
+        ExpressionDocs(rows.map(lambda row: {"answer": answer}, features=_with()))
+
+
+@pytest.mark.parametrize("column", ["image", "file_name"])
+def test_empty_value_names_row_and_column(rows, column):
+    encoded = rows.cast_column("image", datasets.Image(decode=False))
+    emptied = encoded.map(lambda row, i: {column: None if i == 1 else row[column]}, with_indices=True)
+    with pytest.raises(DatasetError, match=rf"row 1.*column '{column}' is empty"):
+        list(ExpressionDocs(emptied.cast_column("image", datasets.Image())).remove_columns("image"))
 
 
 def test_corrupt_image_names_the_row(rows, monkeypatch):

@@ -71,8 +71,10 @@ def test_answer_without_a_box_is_counted_apart(text):
 
 def test_without_a_box_coordinates_give_no_confidence_but_the_answer_has_one():
     text = answer("no idea")
-    assert not set(grounding.CALIBRATION) & set(score(text, "coordinate_mean"))
+    silent = score(text, "coordinate_mean")
+    assert silent["confidence_rate"]["score"] == 0.0
     output = score(text, "joint")
+    assert output["confidence_rate"]["score"] == 1.0
     assert output["mean_iou"]["confidence"]["coordinate_mean"] is None
     assert output["ece"]["confidence"] == pytest.approx(math.exp(-0.1 * len("no idea")), abs=1e-6)
     assert output["ece"]["correct"] == 0.0
@@ -92,6 +94,15 @@ def test_models_that_are_not_ours_are_scored_and_their_calibration_is_missing():
     output = score("[0.5, 0.0, 1.0, 1.0]")
     assert output["acc@0.5"]["score"] == 1.0
     assert not set(grounding.CALIBRATION) & set(output)
+
+
+def test_answers_without_a_confidence_are_left_out_of_calibration_and_counted():
+    answers = [answer("[500, 0, 1000, 1000]"), answer("no idea"), answer("[0, 0, 500, 1000]")]
+    outputs = [score(a, "coordinate_mean") for a in answers]
+    alone = [outputs[0]["ece"], outputs[2]["ece"]]
+    assert grounding.ece([output["ece"] for output in outputs]) == grounding.ece(alone)
+    assert grounding.mean([output["confidence_rate"] for output in outputs]) == pytest.approx(2 / 3)
+    assert math.isnan(grounding.ece([outputs[1]["ece"]]))
 
 
 def test_aggregation_does_not_depend_on_order():

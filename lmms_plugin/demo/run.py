@@ -1,9 +1,10 @@
-"""The demo job: the 16-bit baseline and three quantizers through the real `lmms-eval` command, one table, pictures.
+"""The demo job: the unquantized model and three quantizers through the real `lmms-eval` command; table and pictures.
 
 Everything shown is read back from the files lmms-eval wrote, so the table is what those runs measured.
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lmms_plugin.demo import pictures
+from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends.plan import QuantPlan
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED = "shapes_rec", "shapes_shift"
@@ -26,25 +29,26 @@ HEADINGS = ("model", "bits per weight", *(f"{column} {when}" for when in ("clean
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run of lmms-eval: the model's name, its command, and the files it wrote."""
+    """One finished run of lmms-eval: the model's name, its command, its results file and what that holds."""
 
     model: str
     command: tuple[str, ...]
+    file: Path
     results: dict[str, Any]
-    folder: Path
 
     def metric(self, task: str, name: str) -> float:
-        """A number of lmms-eval's results table."""
-        return float(self.results["results"][task][f"{name},none"])
+        """A number of lmms-eval's results table; NaN where it is missing."""
+        return float(self.results["results"][task].get(f"{name},none", math.nan))
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean bits per weight over the linear layers, scales and zero-points counted."""
+        """Bits per quantized weight, scales and zero-points counted; of all weights where none is quantized."""
         return float(self.results["throughput"]["avg_bits_per_weight"])
 
     def records(self, task: str) -> list[dict[str, Any]]:
         """The logged grounding records of one task, in the order of its documents."""
-        (path,) = self.folder.rglob(f"*_samples_{task}.jsonl")
+        # The folder may hold older runs; files of one run share their date.
+        path = self.file.with_name(self.file.name.replace("_results.json", f"_samples_{task}.jsonl"))
         return [json.loads(line)["mean_iou"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -57,8 +61,13 @@ def run(output: Path, bits: int, limit: int | None = None) -> list[Run]:
         limit: expressions per task, for trying things out; None for all.
 
     Raises:
-        RuntimeError: if a run left no results, with the end of its log (lmms-eval exits with 0 after an error).
+        ValueError: if a method cannot do these bits, before anything is run.
+        RuntimeError: if a run left no results; names its log (lmms-eval exits with 0 after an error).
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    for method in METHODS[1:]:
+        get(method).check(QuantPlan.from_arguments(bits=bits))
     runs = [_evaluate(method, output, bits, limit) for method in METHODS]
     Console().print(_table(runs))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
@@ -73,7 +82,7 @@ def _evaluate(method: str, output: Path, bits: int, limit: int | None) -> Run:
     arguments = "pretrained=demo" if method == "none" else f"pretrained=demo,bits={bits}"
     command = ["lmms-eval", "--model", model, "--model_args", arguments, "--tasks", f"{CLEAN},{SHIFTED}"]
     command += ["--batch_size", "64", "--log_samples", "--output_path", str(folder)]
-    command += ["--limit", str(limit)] if limit else []
+    command += ["--limit", str(limit)] if limit is not None else []
     print(f"$ {' '.join(command)}", flush=True)
     started = time.time()
     log = folder / "log.txt"
@@ -81,11 +90,11 @@ def _evaluate(method: str, output: Path, bits: int, limit: int | None) -> Run:
         subprocess.run([_installed(command[0]), *command[1:]], stdout=stream, stderr=subprocess.STDOUT, check=False)
     fresh = [path for path in folder.rglob("*_results.json") if path.stat().st_mtime >= started - 1]
     if len(fresh) != 1:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"{model} left no results; the end of {log}:\n{tail}")
+        errors = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "Error" in line]
+        raise RuntimeError(f"{model} left no results, see {log}{': ' + errors[-1] if errors else ''}")
     results = json.loads(fresh[0].read_text(encoding="utf-8"))
     print(f"  {time.time() - started:.0f} s", flush=True)
-    return Run(model, tuple(command), results, fresh[0].parent)
+    return Run(model, tuple(command), fresh[0], results)
 
 
 def _installed(command: str) -> str:
@@ -99,7 +108,7 @@ def _cells(one: Run) -> list[str]:
 
 
 def _table(runs: Sequence[Run]) -> Table:
-    table = Table(title="Embedded demo: 16-bit baseline against quantized language model")
+    table = Table(title="Embedded demo: unquantized model against quantized language model")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for one in runs:
