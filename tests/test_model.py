@@ -635,3 +635,9 @@ def corrupt(kind, folder):
         return Image.open(io.BytesIO(data[: len(data) // 2]))
     broken = data[:60] + bytes(len(data) - 60)
     return Image.open(io.BytesIO(broken))
+
+
+def test_model_args_win_over_what_the_command_adds(checkpoint):
+    cls = models.QuantNone
+    arguments = f"pretrained={checkpoint('idefics3')},batch_size=3"
+    assert cls.create_from_arg_string(arguments, {"batch_size": 1, "device": None}).batch_size == 3
