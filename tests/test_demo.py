@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin.boxes import Box, iou
-from lmms_plugin.demo import CHECKPOINT, DATA
+from lmms_plugin.demo import CHECKPOINT, DATA, dataset
 from lmms_plugin.demo.architecture import build_model
 from lmms_plugin.demo.dataset import FEATURES, SCENES, rows
 from lmms_plugin.demo.evaluate import Question, about_split, conversation, generate, overlaps
@@ -178,6 +178,17 @@ class TestData:
             a, b = (np.asarray(Image.open(io.BytesIO(p["bytes"]))).astype(int) for p in (held, made))
             # Builds of libjpeg may round differently; a level or two is no other picture.
             assert np.abs(a - b).max() <= 2
+
+    def test_other_scenes_are_not_mistaken_for_cached_ones(self, tmp_path, monkeypatch):
+        seen = []
+        for count in (3, 5):
+            monkeypatch.setattr(dataset, "SCENES", {"test": count, "val": 2})
+            dataset.write(tmp_path / "data")
+            loaded = datasets.load_dataset(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+            assert set(loaded) == {"test", "val"}
+            seen.append(len(set(loaded["test"]["file_name"])))
+        assert seen == [3, 5]
+        assert len(list((tmp_path / "data").glob("*.parquet"))) == 2
 
     def test_enough_and_small(self, loaded):
         assert len(set(loaded["test"]["file_name"])) == SCENES["test"] >= 100
