@@ -23,9 +23,9 @@ from lmms_plugin.demo.scenes import Pixels, scene
 
 # lmms-lab/RefCOCOplus asks this of every row; tasks about expressions read `answer` instead.
 QUESTION = "Please carefully observe the area circled in the image and come up with a caption for the area."
-SCENES = {"test": 200, "val": 100}
-# Training goes up to four shapes, where the packaged checkpoint is still often wrong about which one is meant.
-MOST_OBJECTS = 2
+SCENES = {"test": 130, "val": 100}
+# Training goes up to four shapes, but the packaged checkpoint was tuned on up to three.
+MOST_OBJECTS = 3
 # Without the split names spelled out, `datasets` would call "val" "validation". FILES are listed by `write`.
 CARD = """---
 configs:
@@ -35,7 +35,7 @@ FILES---
 
 # Coloured shapes with referring expressions
 
-Synthetic scenes of one or two shapes in the schema of lmms-lab/RefCOCOplus: circles, squares, triangles and crosses
+Synthetic scenes of one to three shapes in the schema of lmms-lab/RefCOCOplus: circles, squares, triangles and crosses
 in six colours, small or large, plain or hollow. One row is one object; `answer` lists the expressions that mean it
 and nothing else in its scene, `bbox` is x, y, width, height in pixels. Drawn by `lmms_plugin.demo.scenes`, written by
 `python -m lmms_plugin.demo.dataset`. It is a demonstration: numbers measured on it say nothing about photographs.
