@@ -193,7 +193,7 @@ class TestData:
     def test_enough_and_small(self, loaded):
         assert len(set(loaded["test"]["file_name"])) == SCENES["test"] >= 100
         # Enough for an interval of a few points, few enough for nineteen passes of four models on a laptop.
-        assert 500 <= sum(map(len, loaded["test"]["answer"])) <= 600
+        assert 400 <= sum(map(len, loaded["test"]["answer"])) <= 600
         assert sum(f.stat().st_size for f in Path(DATA).iterdir()) < 1_500_000
 
     def test_outlines_span_their_boxes(self, loaded):
@@ -214,7 +214,7 @@ def model():
 
 class TestCheckpoint:
     def test_accuracy_on_held_out_scenes(self, model, processor):
-        questions = about_split("test")[::5]
+        questions = about_split("test")[::4]
         found = np.array(overlaps(model, processor, questions, batch_size=57))
         assert len(found) >= 100
         assert (found >= 0.5).mean() >= 0.85
