@@ -33,6 +33,7 @@ from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import names
 from lmms_plugin.quant_backends.loading import load_quantized
+from lmms_plugin.registration import class_name
 from lmms_plugin.requests import Messages, Request, read
 from lmms_plugin.response import Response
 from lmms_plugin.settings import Settings
@@ -341,11 +342,6 @@ def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
     if system_prompt:
         chat.expect_system_prompts()
     return chat, PromptReader(dialect, system_prompt, chat.background, raw=not chat.has_template)
-
-
-def class_name(backend: str) -> str:
-    """Return the name of the class of a backend: `QuantAwq` for `awq`."""
-    return "Quant" + "".join(part.capitalize() for part in backend.split("_"))
 
 
 def __getattr__(name: str) -> type[QuantizedVLM]:
