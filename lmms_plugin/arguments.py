@@ -88,6 +88,8 @@ class ModelArguments:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        if self.report and not Path(self.report).absolute().parent.is_dir():
+            raise ValueError(f"report: there is no folder {Path(self.report).absolute().parent}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 

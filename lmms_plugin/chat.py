@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.video_utils import VideoMetadata, load_video
 
-from lmms_plugin.prompts import Colour, Prompt, RequestError, naming
+from lmms_plugin.prompts import Colour, Prompt, RequestError, mean_colour, naming
 from lmms_plugin.response import Size
 
 _PROBE = "a system message of no other use"
@@ -62,9 +62,7 @@ class Chat:
     @property
     def background(self) -> Colour:
         """The image processor's mean colour, which it turns into zeros."""
-        mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
-        red, green, blue = (int(channel * 255) for channel in mean)
-        return red, green, blue
+        return mean_colour(self.processor)
 
     def set_pixel_limits(self, least: int | None, most: int | None) -> None:
         """Set the smallest and largest area to which images are resized; None leaves a limit as it is.

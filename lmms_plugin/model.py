@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
@@ -32,7 +33,8 @@ from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import names
 from lmms_plugin.quant_backends.loading import load_quantized
-from lmms_plugin.requests import Messages, read
+from lmms_plugin.registration import class_name
+from lmms_plugin.requests import Messages, Request, read
 from lmms_plugin.response import Response
 from lmms_plugin.running import Runner, Step
 from lmms_plugin.scheduling import Job
@@ -105,10 +107,18 @@ class QuantizedVLM(lmms):
             share_prefix=self.arguments.share_prefix,
         )
         self._tokens, self._seconds = 0, 0.0
+        self._warned = False
         if self.rank == 0:
             logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
             if self.arguments.report:
                 Path(self.arguments.report).write_text(self.report.to_json(), encoding="utf-8")
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> QuantizedVLM:
+        """Take `--model_args`, which win over what lmms-eval's command adds to them (`batch_size`, `device`)."""
+        given = simple_parse_args_string(arg_string)
+        added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**added, **given})
 
     @property
     def model(self) -> Any:
@@ -234,6 +244,7 @@ class QuantizedVLM(lmms):
     def _text(self, prompt: Prompt, model_size: tuple[int, int] | None, answer: Answer, job: Job) -> str:
         if prompt.grounding is None:
             return answer.text
+        self._warn_if_unpublished()
         if job.settings.num_beams > 1:
             raise RequestError(f"{prompt.name}: log-probabilities of the answer are asked for; beam search has none")
         if self.dialect.requires_model_size and model_size is None:
@@ -243,6 +254,16 @@ class QuantizedVLM(lmms):
             )
         raw = "".join(token.text for token in answer.tokens)
         return Response(raw, answer.tokens, prompt.grounding.original_size, model_size, self.dialect.name).encode()
+
+    def _warn_if_unpublished(self) -> None:
+        if not self.dialect.published and not self._warned and self.rank == 0:
+            logger.warning(
+                "{} publishes no way to ask for a box: it is asked in generic words (dialect {!r}), and a low accuracy "
+                "says nothing about quantization",
+                self.arguments.pretrained,
+                self.dialect.name,
+            )
+        self._warned = True
 
     def _score(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[tuple[Score, int]]:
         rows = zip(prompts, batch.inputs["input_ids"][:, -1].tolist(), jobs, strict=True)
@@ -287,11 +308,6 @@ def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
     if system_prompt:
         chat.expect_system_prompts()
     return chat, PromptReader(dialect, system_prompt, chat.background, raw=not chat.has_template)
-
-
-def class_name(backend: str) -> str:
-    """Return the name of the class of a backend: `QuantAwq` for `awq`."""
-    return "Quant" + "".join(part.capitalize() for part in backend.split("_"))
 
 
 def __getattr__(name: str) -> type[QuantizedVLM]:

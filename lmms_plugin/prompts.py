@@ -117,9 +117,7 @@ class PromptReader:
         return {"role": message["role"], "content": read}
 
     def _framed(self, part: dict[str, Any]) -> dict[str, Any]:
-        if self.dialect.frame is not Frame.PADDED:
-            return part
-        return {**part, "image": pad_to_square(part["image"], self.background)}
+        return {**part, "image": framed(part["image"], self.dialect, self.background)}
 
 
 def _grounding(wish: Mapping[str, Any], name: str) -> Grounding:
@@ -179,6 +177,18 @@ def naming(name: str, problem: str, *more: type[Exception]) -> Iterator[None]:
         raise RequestError(f"{name}: {problem}: {error}") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def mean_colour(processor: Any) -> Colour:
+    """Return the image processor's mean colour, which it turns into zeros."""
+    mean = getattr(processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
+    red, green, blue = (int(channel * 255) for channel in mean)
+    return red, green, blue
+
+
+def framed(image: Image.Image, dialect: Dialect, background: Colour) -> Image.Image:
+    """Return the image as the dialect wants it shown: on a square if its boxes refer to one."""
+    return pad_to_square(image, background) if dialect.frame is Frame.PADDED else image
 
 
 def pad_to_square(image: Image.Image, background: Colour) -> Image.Image:

@@ -47,13 +47,18 @@ def manifests() -> "list[ModelManifest]":
     _warn_if_untested(version("lmms-eval"))
     make_tasks_visible()
     deal_by_image()
-    return [_manifest(ModelManifest, model_name(backend)) for backend in names()]
+    return [_manifest(ModelManifest, backend) for backend in names()]
 
 
-def _manifest(make: "type[ModelManifest]", model_id: str) -> "ModelManifest":
+def class_name(backend: str) -> str:
+    """The class in `lmms_plugin.model` that runs a backend: `QuantAwq` for `awq`."""
+    return "".join(part.capitalize() for part in model_name(backend).split("_"))
+
+
+def _manifest(make: "type[ModelManifest]", backend: str) -> "ModelManifest":
     """The chat class, and beside it the one for lmms-eval's --force_simple, which multiple-choice tasks need."""
-    path = "lmms_plugin.model." + "".join(part.capitalize() for part in model_id.split("_"))
-    return make(model_id=model_id, chat_class_path=path, simple_class_path=f"{path}Simple")
+    path = f"lmms_plugin.model.{class_name(backend)}"
+    return make(model_id=model_name(backend), chat_class_path=path, simple_class_path=f"{path}Simple")
 
 
 def _warn_if_untested(found: str) -> None:

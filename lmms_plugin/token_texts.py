@@ -7,8 +7,6 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-PIECE = 64
-
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Return the text of some token ids, special tokens and spaces as they are."""
@@ -23,23 +21,19 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     a character that takes several tokens belongs to the last of them. (Decoding token by token does not add up: a run
     of byte tokens, for one, is read all at once.)
     """
-    # Splitting takes time quadratic in the number of tokens, so a long answer is split piece by piece where its pieces
-    # add up to it, which they do unless one of them begins in the middle of a character or loses its leading space.
-    pieces = [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
-    if len(pieces) > 1 and "".join(decode(tokenizer, piece) for piece in pieces) == decode(tokenizer, ids):
-        return [text for piece in pieces for text in _split(tokenizer, piece)]
-    return _split(tokenizer, ids)
-
-
-def _split(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     whole = decode(tokenizer, ids)
     ends = [0]
     for count in range(1, len(ids)):
-        prefix = decode(tokenizer, ids[:count])
-        settled = (i for i, (mine, final) in enumerate(zip(prefix, whole, strict=False)) if mine != final)
-        ends.append(max(ends[-1], next(settled, min(len(prefix), len(whole)))))
+        ends.append(max(ends[-1], _common(decode(tokenizer, ids[:count]), whole)))
     ends.append(len(whole))
     return [whole[start:end] for start, end in pairwise(ends)][: len(ids)]
+
+
+def _common(prefix: str, whole: str) -> int:
+    # Nearly every prefix is one to the letter; only the others are compared letter by letter.
+    if whole.startswith(prefix):
+        return len(prefix)
+    return next((i for i, (mine, final) in enumerate(zip(prefix, whole, strict=False)) if mine != final), len(whole))
 
 
 def cut(texts: Sequence[str], until: Sequence[str]) -> list[str]:

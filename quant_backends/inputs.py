@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lmms_plugin.dialects import Dialect
+from lmms_plugin.prompts import framed, mean_colour
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.report import CalibrationReport
 
@@ -61,12 +62,17 @@ def write_answers(
     answered = []
     for sample in tqdm(samples, desc="Writing calibration answers", leave=False, disable=None):
         if sample.answer is None and sample.box is None:
-            batch = to_model(encode(processor, sample.image, question(sample, dialect)), model)
+            batch = to_model(encode(processor, shown(sample, dialect, processor), question(sample, dialect)), model)
             written = model.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)
             new = written[0, batch["input_ids"].shape[1] :]
             sample = sample._replace(answer=tokenizer.decode(new, skip_special_tokens=True))
         answered.append(sample)
     return answered
+
+
+def shown(sample: CalibrationSample, dialect: Dialect, processor: Any) -> Image.Image:
+    """Return the image of a sample as an evaluation would show it: padded where a box refers to the padded square."""
+    return sample.image if sample.expression is None else framed(sample.image, dialect, mean_colour(processor))
 
 
 def question(sample: CalibrationSample, dialect: Dialect) -> str:
@@ -78,11 +84,11 @@ def written_answer(sample: CalibrationSample, dialect: Dialect, processor: Any) 
     """Return the answer of a sample as the model would write it."""
     if sample.answer is not None or sample.box is None:
         return sample.answer or ""
-    shown = encode(processor, sample.image, question(sample, dialect))
+    batch = encode(processor, shown(sample, dialect, processor), question(sample, dialect))
     return dialect.write(
         sample.box,
         original_size=sample.image.size,
-        model_size=_model_size(shown, processor),
+        model_size=_model_size(batch, processor),
         expression=sample.expression or "",
     )
 
@@ -117,7 +123,8 @@ def build_batches(
         for part in (str(sample.image.size), sample.image.tobytes(), prompt, answer):
             digest.update(part if isinstance(part, bytes) else part.encode())
             digest.update(b"\0")
-        batches.append(to_model(encode(processor, sample.image, prompt, answer), model) | {"use_cache": False})
+        image = shown(sample, dialect, processor)
+        batches.append(to_model(encode(processor, image, prompt, answer), model) | {"use_cache": False})
     if not keep_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
         batches = [batch | {"logits_to_keep": 1} for batch in batches]
     tokens = sum(batch["input_ids"].shape[1] for batch in batches)

@@ -20,7 +20,7 @@ class _NameLoader(yaml.SafeLoader):
     """Reads a task's YAML without importing the functions it names."""
 
 
-_NameLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+_NameLoader.add_constructor("!function", lambda _, node: node.value)
 
 
 def tasks(cells: bool = False) -> list[Listed]:

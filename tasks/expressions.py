@@ -192,7 +192,7 @@ def _check_row(number: int, row: Mapping[str, Any]) -> None:
     where = f"row {number} ({row['file_name']})"
     if not row["answer"] or not all(isinstance(text, str) and text.strip() for text in row["answer"]):
         raise DatasetError(f"{where}: column 'answer' holds no expression or an empty one: {row['answer']}")
-    box = row["bbox"] or ()
+    box = row["bbox"] or []
     numbers = [value for value in box if value is not None and -1e6 < value < 1e6]
     if len(box) != 4 or len(numbers) != 4 or min(box[2], box[3]) <= 0:
         raise DatasetError(f"{where}: column 'bbox': expected {_LIST_OF_NUMBERS} of positive size, got {row['bbox']}")

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin.boxes import Box, iou
-from lmms_plugin.demo import CHECKPOINT, DATA
+from lmms_plugin.demo import CHECKPOINT, DATA, dataset
 from lmms_plugin.demo.architecture import build_model
 from lmms_plugin.demo.dataset import FEATURES, SCENES, rows
 from lmms_plugin.demo.evaluate import Question, about_split, conversation, generate, overlaps
@@ -179,10 +179,21 @@ class TestData:
             # Builds of libjpeg may round differently; a level or two is no other picture.
             assert np.abs(a - b).max() <= 2
 
+    def test_other_scenes_are_not_mistaken_for_cached_ones(self, tmp_path, monkeypatch):
+        seen = []
+        for count in (3, 5):
+            monkeypatch.setattr(dataset, "SCENES", {"test": count, "val": 2})
+            dataset.write(tmp_path / "data")
+            loaded = datasets.load_dataset(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+            assert set(loaded) == {"test", "val"}
+            seen.append(len(set(loaded["test"]["file_name"])))
+        assert seen == [3, 5]
+        assert len(list((tmp_path / "data").glob("*.parquet"))) == 2
+
     def test_enough_and_small(self, loaded):
         assert len(set(loaded["test"]["file_name"])) == SCENES["test"] >= 100
         # Enough for an interval of a few points, few enough for nineteen passes of four models on a laptop.
-        assert 500 <= sum(map(len, loaded["test"]["answer"])) <= 600
+        assert 400 <= sum(map(len, loaded["test"]["answer"])) <= 600
         assert sum(f.stat().st_size for f in Path(DATA).iterdir()) < 1_500_000
 
     def test_outlines_span_their_boxes(self, loaded):
@@ -203,7 +214,7 @@ def model():
 
 class TestCheckpoint:
     def test_accuracy_on_held_out_scenes(self, model, processor):
-        questions = about_split("test")[::5]
+        questions = about_split("test")[::4]
         found = np.array(overlaps(model, processor, questions, batch_size=57))
         assert len(found) >= 100
         assert (found >= 0.5).mean() >= 0.85

@@ -16,6 +16,7 @@ from lmms_plugin.demo.muon import Muon, orthogonalise
 from lmms_plugin.demo.packing import IGNORED, PROBE, answer, cell_labels, look, pack, visible
 from lmms_plugin.demo.scenes import MAX_OBJECTS, SIDE, scene
 from lmms_plugin.demo.train import LESSONS, LISTEN, LOOK, Pointer, Run, image_features, objects_at, read, schedule
+from lmms_plugin.demo.tune import FIRST_SCENE, Tuning
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +205,27 @@ def test_sine_positions_tell_every_cell_apart():
     assert np.abs(table).max() <= 1
     similarity = table @ table.T
     assert (similarity.argmax(1) == np.arange(49)).all()
+
+
+class TestTuning:
+    def test_eyes_stay_and_the_language_model_learns(self, processor, tmp_path):
+        run = Run(processor.tokenizer, seed=0, batch_size=2, lr=2e-3, ema=0.99)
+        run.advance(0.5)
+        run.save_state(tmp_path / "state.pt")
+        tuning = Tuning(tmp_path / "state.pt", seed=0)
+        before = {name: weight.clone() for name, weight in tuning.model.state_dict().items()}
+        first = tuning.advance(0.3)
+        second = tuning.advance(0.3)
+        assert set(first) == {"answer", "pointing", "tens"} == set(second)
+        changed = {name for name, weight in tuning.model.state_dict().items() if not weight.equal(before[name])}
+        assert changed
+        assert not any("vision_model" in name or "connector" in name for name in changed)
+
+    def test_scenes_are_new_and_mostly_hold_a_choice(self, processor, tmp_path):
+        run = Run(processor.tokenizer, seed=0, batch_size=2, lr=2e-3, ema=0.99)
+        run.save_state(tmp_path / "state.pt")
+        tuning = Tuning(tmp_path / "state.pt", seed=0)
+        counts = [len(drawn.objects) for drawn in tuning._scenes(3)]
+        assert tuning.drawn > FIRST_SCENE
+        assert max(counts) == 3
+        assert sum(count == 1 for count in counts) < len(counts) / 3

@@ -284,7 +284,7 @@ pieces = st.sampled_from(
 
 
 @every_dialect
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text() | soup | st.lists(pieces, max_size=40).map("".join), original_size=sizes, model_size=sizes)
 def test_parse_is_total(dialect, text, original_size, model_size):
     parsed = dialect.parse(text, original_size=original_size, model_size=model_size)
@@ -331,7 +331,7 @@ STEP |= dict.fromkeys(["qwen2_vl", "qwen3_vl", "internvl", "florence2", "glm4v"]
 
 
 @every_dialect
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     left=st.floats(0, 0.6),
     top=st.floats(0, 0.6),

@@ -381,15 +381,17 @@ class TestLmmsEvalInterfaces:
         assert smolvlm.generate_until(requests) != alone
         smolvlm.arguments = replace(smolvlm.arguments, seed=0)
 
-    def test_speed_and_size_reach_the_results_file(self, smolvlm):
+    def test_speed_and_size_reach_the_results_file(self, checkpoint):
         from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics, summarize_logged_metrics
 
+        vlm = load(checkpoint("smolvlm"))
+        vlm.task_dict = {"toy": {"test": DOCUMENTS}}
         reset_logged_metrics()
-        smolvlm.task_dict = {"toy": {"test": DOCUMENTS}}
-        answer(smolvlm, [0, 1])
+        answer(vlm, [0, 1])
+        vlm.clean()
         summary = summarize_logged_metrics()
         assert summary["total_gen_tokens"] == 16
-        assert summary["avg_bits_per_weight"] == smolvlm.report.bits_per_weight
+        assert summary["avg_bits_per_weight"] == vlm.report.bits_per_weight
 
     def test_no_requests_give_no_answers(self, smolvlm):
         assert smolvlm.generate_until([]) == []
@@ -636,3 +638,9 @@ def corrupt(kind, folder):
         return Image.open(io.BytesIO(data[: len(data) // 2]))
     broken = data[:60] + bytes(len(data) - 60)
     return Image.open(io.BytesIO(broken))
+
+
+def test_model_args_win_over_what_the_command_adds(checkpoint):
+    cls = models.QuantNone
+    arguments = f"pretrained={checkpoint('idefics3')},batch_size=3"
+    assert cls.create_from_arg_string(arguments, {"batch_size": 1, "device": None}).batch_size == 3

@@ -162,5 +162,7 @@ def test_an_unknown_backend_names_the_nearest():
 
 def test_listing_backends_imports_no_heavy_library():
     code = "import sys, lmms_plugin.quant_backends as q; q.names(); print(*(m for m in sys.modules if '.' not in m))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"torch", "transformers", "hqq", "numpy", "lmms_eval"} & set(loaded)

@@ -227,7 +227,9 @@ print([zlib.crc32(apply(image, name, 4, "a key").tobytes()) for name in SHIFTS])
 
 def test_same_bytes_in_processes_with_other_hash_seeds():
     runs = [
-        subprocess.run([sys.executable, "-c", CHECKSUMS], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-P", "-c", CHECKSUMS], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        )
         for seed in ("1", "2")
     ]
     assert runs[0].stdout == runs[1].stdout != b""

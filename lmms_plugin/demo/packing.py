@@ -79,7 +79,8 @@ def pack(scenes: list[Scene], tokenizer: PreTrainedTokenizerFast) -> Questions:
     length = max(len(row[0]) for row in rows)
     fills = (tokenizer.pad_token_id, 0, -1, IGNORED, -1)
     columns = [torch.tensor([r[k] + [f] * (length - len(r[k])) for r in rows]) for k, f in enumerate(fills)]
-    return Questions(*columns, shares=torch.from_numpy(np.stack([_shares(s) for s in scenes])))
+    columns.append(torch.from_numpy(np.stack([_shares(s) for s in scenes])))
+    return Questions(*columns)
 
 
 def _pack_one(drawn: Scene, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], ...]:

@@ -110,7 +110,8 @@ def _cells(one: Run) -> list[str]:
 def _table(runs: Sequence[Run]) -> Table:
     table = Table(title="Embedded demo: unquantized model against quantized language model")
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        named = heading == "model"
+        table.add_column(heading, justify="left" if named else "right", no_wrap=named, min_width=10 if named else None)
     for one in runs:
         table.add_row(*_cells(one))
     return table

@@ -83,7 +83,7 @@ class Pointer(nn.Module):
 
     def forward(self, asking: Tensor, cells: Tensor) -> Tensor:
         """Log-probabilities (n, C) of tokens (n, WIDTH) looking at their own scenes' cells (n, C, WIDTH)."""
-        scores = torch.einsum("nd,ncd->nc", self.query(asking), self.key(cells)) / WIDTH**0.5
+        scores: Tensor = torch.einsum("nd,ncd->nc", self.query(asking), self.key(cells)) / WIDTH**0.5
         return scores.log_softmax(-1)
 
 
