@@ -108,7 +108,7 @@ def measure(folder: str, method: str, bits: int, group_size: int, samples: int) 
     from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: F401
 
     with MemoryWatch() as memory:
-        loaded = load_quantized(folder, method=method, plan=plan, calibration=calibration)
+        loaded = load_quantized(folder, backend=get(method), plan=plan, calibration=calibration)
     report = loaded.report
     return {
         "seconds": report.seconds,

@@ -6,14 +6,13 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
-from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
+from lmms_plugin.quant_backends.plan import QuantPlan
 
-DEFAULT_BITS = 4
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEMO = "demo"
 
@@ -52,6 +51,7 @@ class ModelArguments:
         share_prefix: whether questions about one image are answered over one encoding of it.
         trust_remote_code: whether code that comes with the checkpoint may run.
         use_safetensors: whether weights must come as safetensors.
+        options: what the quantization backend alone understands, each given as an argument of its own.
     """
 
     pretrained: str = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -80,6 +80,7 @@ class ModelArguments:
     share_prefix: bool = True
     trust_remote_code: bool = False
     use_safetensors: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_num_frames", "calibration_samples", "min_pixels", "max_pixels"):
@@ -94,27 +95,34 @@ class ModelArguments:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> ModelArguments:
+    def parse(cls, given: Mapping[str, Any], option_types: Mapping[str, Any] | None = None) -> ModelArguments:
         """Check names and types of arguments as lmms-eval hands them over (it turns `-1` into a float, for instance).
+
+        Args:
+            given: name -> value.
+            option_types: what the quantization backend understands besides (see
+                `lmms_plugin.quant_backends.option_types`).
 
         Raises:
             ValueError: an argument is unknown (names the nearest and lists all), or a value is of the wrong kind.
         """
+        option_types = option_types or {}
         # lmms-eval always passes this one along; it concerns its own search for a batch size.
         given = {name: value for name, value in given.items() if name != "max_batch_size"}
-        hints = get_type_hints(cls)
+        hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "options"} | option_types
         unknown = sorted(set(given) - set(hints))
         if unknown:
             near = difflib.get_close_matches(unknown[0], hints, n=1)
             guess = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"Unknown model argument {unknown[0]!r}{guess} Known: {', '.join(hints)}")
-        return cls(**{name: _convert(name, value, hints[name]) for name, value in given.items()})
+        values = {name: _convert(name, value, hints[name]) for name, value in given.items()}
+        options = {name: values.pop(name) for name in option_types if name in values}
+        return cls(**values, options=options)
 
-    def quant_plan(self, method: str) -> QuantPlan:
-        """Return what is to be quantized by `method`; the language model to `DEFAULT_BITS` if nothing else is said."""
-        default = UNTOUCHED_BITS if method == "none" else DEFAULT_BITS
+    def quant_plan(self, default_bits: int) -> QuantPlan:
+        """Return what is to be quantized: the language model to `default_bits` if nothing else is said."""
         return QuantPlan.from_arguments(
-            bits=default if self.bits is None else self.bits,
+            bits=default_bits if self.bits is None else self.bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
             vision_bits=self.vision_bits,
@@ -172,6 +180,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         return None
     if kinds == [int] and isinstance(value, float | str) and _is_whole(value):
         value = int(float(value))
+    if kinds == [float] and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
     if kinds == [str] and isinstance(value, int | float | Path) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, kinds[0]) or (kinds == [int] and isinstance(value, bool)):
@@ -180,7 +190,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
-_WORDS = {int: "a whole number", bool: "True or False", str: "a text"}
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
 def _is_whole(value: float | str) -> bool:

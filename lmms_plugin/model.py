@@ -31,7 +31,7 @@ from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
-from lmms_plugin.quant_backends import names
+from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.registration import class_name
 from lmms_plugin.requests import Messages, Request, read
@@ -76,8 +76,9 @@ class QuantizedVLM(lmms):
             FileNotFoundError: there is no such checkpoint.
         """
         super().__init__()
-        self.arguments = ModelArguments.parse(arguments)
-        plan, calibration = self.arguments.quant_plan(self.method), self.arguments.calibration_spec()
+        self.arguments = ModelArguments.parse(arguments, option_types(self.method))
+        backend = get(self.method, **self.arguments.options)
+        plan, calibration = self.arguments.quant_plan(backend.default_bits), self.arguments.calibration_spec()
         path = self.arguments.find_checkpoint()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -85,7 +86,7 @@ class QuantizedVLM(lmms):
         self.chat, self.reader = _chat(path, self.arguments)
         model, _, self.report = load_quantized(
             path,
-            method=self.method,
+            backend=backend,
             plan=plan,
             calibration=calibration,
             dtype=_dtype(self.arguments.dtype, self.device),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,53 @@ from tqdm import tqdm
 
 from lmms_plugin.quant_backends.components import dense_linear
 from lmms_plugin.quant_backends.memory import statistics_budget
+
+ROLES = ("image", "text", "answer")
+"""What a position of a calibration sample can hold, in the order of the numbers that stand for them: an image feature,
+the rest of the prompt, the answer to it."""
+
+WEIGHED = ("image", "answer")
+"""The roles whose rows are summed apart."""
+
+TOKEN_ROLES = "token_roles"
+"""Key under which a calibration sample says the role of each of its positions, beside the model's own inputs."""
+
+SAMPLE_ROWS = 512
+"""Rows kept of each role, as many as AWQ's authors look at."""
+
+
+class Sensitivity(NamedTuple):
+    """How strongly the loss of the answers reacts to what a block puts out.
+
+    Attributes:
+        image: Mean |gradient| over the elements at image positions, 0 or above.
+        answer: The same at answer positions.
+    """
+
+    image: float
+    answer: float
+
+
+@dataclass
+class RowSample:
+    """Rows drawn with equal chances from a stream of unknown length, the same ones each time.
+
+    Attributes:
+        rows: (up to `limit`, columns), in the order in which they came and in their own dtype.
+        limit: How many to keep.
+    """
+
+    rows: Tensor
+    limit: int = SAMPLE_ROWS
+    _lots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64), repr=False)
+    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
+
+    def add(self, x: Tensor) -> None:
+        """Let the rows of x (rows, columns) take part: those that draw the lowest lots stay."""
+        lots = torch.cat([self._lots, torch.rand(len(x), dtype=torch.float64, generator=self._generator)])
+        kept = lots.argsort()[: self.limit].sort().values
+        self.rows = torch.cat([self.rows.to(x.dtype), x])[kept.to(x.device)]
+        self._lots = lots[kept]
 
 
 @dataclass
@@ -25,21 +72,70 @@ class InputStatistics:
         gram: (columns, columns) float32, Σ x xᵀ.
         magnitude: (columns,) float64, Σ |x|.
         rows: How many rows were summed.
+        sample: Some of the rows, for errors that no sum can tell; None unless roles are told apart.
+        roles: The same over the rows of each role of `WEIGHED` alone; empty unless roles are told apart. They hold no
+            rows where a layer is not fed the positions of the sequence, as in the vision tower.
+        sensitivity: Of the loss to the block that the layers belong to; None where it is not known.
     """
 
     names: tuple[str, ...]
     gram: Tensor
     magnitude: Tensor
     rows: int = 0
+    sample: RowSample | None = None
+    roles: Mapping[str, InputStatistics] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+
+    @classmethod
+    def empty(
+        cls, names: tuple[str, ...], columns: int, device: torch.device, *, by_role: bool = False
+    ) -> InputStatistics:
+        """Return statistics of nothing.
+
+        Args:
+            names: The layers.
+            columns: Width of their input.
+            device: Where the sums are kept.
+            by_role: Also keep rows, and sum those of each role apart.
+        """
+        gram = torch.zeros(columns, columns, device=device)
+        statistics = cls(names, gram, torch.zeros(columns, dtype=torch.float64, device=device))
+        if by_role:
+            statistics.sample = RowSample(torch.empty(0, columns, device=device))
+            statistics.roles = {role: cls.empty(names, columns, device) for role in WEIGHED}
+            for role in statistics.roles.values():
+                role.sample = RowSample(torch.empty(0, columns, device=device))
+        return statistics
+
+    @staticmethod
+    def memory(columns: int, *, by_role: bool = False) -> int:
+        """Return the bytes that `empty` takes, sampled rows aside."""
+        return 4 * columns**2 * (1 + len(WEIGHED) * by_role)
 
     @property
     def mean_magnitude(self) -> Tensor:
         """Mean |x| of each column, float32."""
         return (self.magnitude / self.rows).float()
 
-    def add(self, x: Tensor) -> None:
-        """Add the rows of an input (..., columns)."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
+    def add(self, x: Tensor, roles: Tensor | None = None) -> None:
+        """Add the rows of an input (..., columns).
+
+        Args:
+            x: What the layers are fed.
+            roles: (rows,), the place in `ROLES` of each row's role; None where rows are no positions of the sequence.
+
+        Raises:
+            ValueError: Not as many roles as rows.
+        """
+        x = x.detach().reshape(-1, x.shape[-1])
+        if roles is not None:
+            if len(roles) != len(x):
+                raise ValueError(f"{self.names[0]} was fed {len(x)} rows, but the roles of {len(roles)} are given")
+            for name, part in self.roles.items():
+                part.add(x[(roles == ROLES.index(name)).to(x.device)])
+        if self.sample is not None:
+            self.sample.add(x)
+        x = x.float()
         self.gram.addmm_(x.T, x)
         self.magnitude += x.abs().sum(0, dtype=torch.float64)
         self.rows += x.shape[0]
@@ -102,7 +198,10 @@ def capture(
     if budget is None:
         budget = statistics_budget(dense_linear(model, names[0]).weight.device)
     for chunk in _chunks(model, groups, budget):
-        statistics = [_empty(model, group) for group in chunk]
+        statistics = []
+        for group in chunk:
+            weight = dense_linear(model, group[0]).weight
+            statistics.append(InputStatistics.empty(group, weight.shape[1], weight.device))
         # The first pass runs every forward to its end and counts the calls, by which the later ones stop.
         counts = _gather(model, names, statistics, batches, expected)
         expected = expected or counts
@@ -173,7 +272,7 @@ def _chunks(model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int) ->
     chunk: list[tuple[str, ...]] = []
     used = 0
     for group in groups:
-        size = 4 * dense_linear(model, group[0]).in_features ** 2
+        size = InputStatistics.memory(dense_linear(model, group[0]).in_features)
         if chunk and used + size > budget:
             yield chunk
             chunk, used = [], 0
@@ -181,10 +280,3 @@ def _chunks(model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int) ->
         used += size
     if chunk:
         yield chunk
-
-
-def _empty(model: nn.Module, names: tuple[str, ...]) -> InputStatistics:
-    weight = dense_linear(model, names[0]).weight
-    columns = weight.shape[1]
-    gram = torch.zeros(columns, columns, device=weight.device)
-    return InputStatistics(names, gram, torch.zeros(columns, dtype=torch.float64, device=weight.device))

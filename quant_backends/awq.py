@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.activations import InputStatistics, capture
-from lmms_plugin.quant_backends.backend import CalibratedBackend, CalibratedLinear
-from lmms_plugin.quant_backends.components import dense_linear
-from lmms_plugin.quant_backends.linear import PackedLinear
+from lmms_plugin.quant_backends.activations import InputStatistics
+from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
+from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_by_blocks, round_to_nearest
 
@@ -36,6 +36,7 @@ class Scales(NamedTuple):
     output_errors: tuple[float, ...]
 
 
+@dataclass(frozen=True)
 class AwqBackend(CalibratedBackend):
     """AWQ (Lin et al., MLSys 2024), the scale search.
 
@@ -52,27 +53,20 @@ class AwqBackend(CalibratedBackend):
     name = "awq"
     bits = frozenset(range(2, 9))
 
-    def __init__(self, budget: int | None = None) -> None:
-        self.budget = budget
-
     @torch.no_grad()
-    def calibrate(
-        self, model: nn.Module, specs: Mapping[str, QuantSpec], batches: Sequence[Mapping[str, Any]]
-    ) -> Iterator[CalibratedLinear]:
-        """Search the scales of all layers on the unquantized model, then hand out the packed layers."""
-        found: dict[str, tuple[Tensor | None, float | None]] = {}
-        for chunk in capture(model, list(specs), batches, self.budget):
-            while chunk:
-                statistics = chunk.pop(0)
-                weights = [dense_linear(model, name).weight for name in statistics.names]
-                best = search(weights, [specs[name] for name in statistics.names], statistics)
-                for name, error in zip(statistics.names, best.output_errors, strict=True):
-                    found[name] = (best.in_scale, error)
-        for name, spec in specs.items():
-            in_scale, output_error = found.get(name, (None, None))
-            # A layer that no calibration input reached has no channel that matters more than another.
-            method = "rtn" if in_scale is None else self.name
-            yield CalibratedLinear(name, _pack(dense_linear(model, name), spec, in_scale), method, output_error)
+    def solve(
+        self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
+    ) -> list[Solution]:
+        """Search the input scale of layers that are fed one tensor."""
+        best = search([layer.weight for layer in layers], specs, statistics)
+        return [
+            Solution(_pack(layer, spec, best.in_scale), error)
+            for layer, spec, error in zip(layers, specs, best.output_errors, strict=True)
+        ]
+
+    def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
+        """Round to nearest: no channel matters more than another."""
+        return _pack(layer, spec, None)
 
 
 def search(weights: Sequence[Tensor], specs: Sequence[QuantSpec], statistics: InputStatistics) -> Scales:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.linear import Codes, PackedLinear
+from lmms_plugin.quant_backends.activations import InputStatistics
+from lmms_plugin.quant_backends.linear import Codes, PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
 
 
+@dataclass(frozen=True)
 class Backend(ABC):
-    """A way of quantizing linear layers.
+    """A way of quantizing linear layers: a frozen dataclass whose fields are its options, all with defaults.
 
     Attributes:
         name: The registered name, as in ``quant_<name>``.
         bits: The bits per weight that it can do.
+        default_bits: The bits per weight of the language model when the user names none.
     """
 
     name: ClassVar[str]
     bits: ClassVar[frozenset[int]]
+    default_bits: ClassVar[int] = 4
 
     def check(self, plan: QuantPlan) -> None:
         """Refuse what this backend cannot do, before any model is loaded.
@@ -45,6 +50,20 @@ class DataFreeBackend(Backend):
     """A quantizer that needs the weight alone, so that it can run while a checkpoint is being read."""
 
     @abstractmethod
+    def quantize_linear(self, weight: Tensor, bias: nn.Parameter | None, spec: QuantSpec) -> QuantizedLinear:
+        """Quantize one layer.
+
+        Args:
+            weight: (rows, columns), finite, any float dtype: the one that the layer computes in.
+            bias: (rows,), taken over as it is; it may still lie on the meta device.
+            spec: Bits, group size, symmetry.
+        """
+
+
+class CodesBackend(DataFreeBackend):
+    """A data-free quantizer whose result the shared packed layer can hold."""
+
+    @abstractmethod
     def quantize(self, weight: Tensor, spec: QuantSpec) -> Codes:
         """Quantize one weight.
 
@@ -56,37 +75,50 @@ class DataFreeBackend(Backend):
             Codes of shape (rows, groups, group_size), with scales in the dtype of `weight`.
         """
 
+    def quantize_linear(self, weight: Tensor, bias: nn.Parameter | None, spec: QuantSpec) -> QuantizedLinear:
+        """Quantize one layer into a packed one."""
+        return PackedLinear.from_codes(self.quantize(weight, spec), spec, weight.shape[1], bias=bias)
 
-class CalibratedLinear(NamedTuple):
-    """What a calibrated backend hands out for one layer.
+
+class Solution(NamedTuple):
+    """What a calibrated backend makes of one layer.
 
     Attributes:
-        name: Full module name.
-        layer: The packed layer that takes its place.
-        method: How it was quantized, which differs from the backend where calibration never reached it.
-        output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs X; None when there were none.
+        layer: It takes the place of the dense one.
+        output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs X.
     """
 
-    name: str
-    layer: PackedLinear
-    method: str
-    output_error: float | None
+    layer: QuantizedLinear
+    output_error: float
 
 
 class CalibratedBackend(Backend):
-    """A quantizer that looks at what flows through the unquantized model first."""
+    """A quantizer that looks at what flows through the unquantized model first.
+
+    Attributes:
+        by_role: Whether it needs the statistics of image, prompt and answer tokens apart.
+    """
+
+    by_role: ClassVar[bool] = False
 
     @abstractmethod
-    def calibrate(
-        self, model: nn.Module, specs: Mapping[str, QuantSpec], batches: Sequence[Mapping[str, Any]]
-    ) -> Iterator[CalibratedLinear]:
-        """Quantize the named layers of a model.
-
-        Nothing in `model` changes before the first item is handed out; the caller puts each item into
-        the model as it comes, so that the dense weight can go.
+    def solve(
+        self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
+    ) -> list[Solution]:
+        """Quantize the layers that are fed one tensor, without changing them.
 
         Args:
-            model: The unquantized model, in evaluation mode.
-            specs: Module name -> spec.
-            batches: Keyword arguments of one forward pass each, one calibration sample each.
+            layers: Dense, on one device, all of the same width.
+            specs: One per layer.
+            statistics: Of the tensor that feeds them, over all calibration samples.
+
+        Returns:
+            One solution per layer.
+
+        Raises:
+            ValueError: The statistics are not finite.
         """
+
+    @abstractmethod
+    def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
+        """Quantize a layer that no calibration input reached, as this method would if every input weighed the same."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lmms_plugin.quant_backends.linear import PackedLinear
+from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plan import Component
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def components(model: PreTrainedModel) -> dict[str, Component]:
     return {
         name: component_of(name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | PackedLinear)
+        if isinstance(module, nn.Linear | QuantizedLinear)
     }
 
 

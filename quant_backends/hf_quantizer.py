@@ -6,6 +6,7 @@ with a data-free backend no more than one dense layer exists at a time.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lmms_plugin.quant_backends import get
-from lmms_plugin.quant_backends.backend import DataFreeBackend
+from lmms_plugin.quant_backends.backend import Backend, DataFreeBackend
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import Quantization
 
@@ -27,14 +27,16 @@ QUANT_METHOD = "lmms_plugin"
 class PackedConfig(QuantizationConfigMixin):
     """Carries backend and plan through ``from_pretrained``."""
 
-    def __init__(self, method: str, plan: QuantPlan) -> None:
+    def __init__(self, backend: Backend, plan: QuantPlan) -> None:
         self.quant_method = QUANT_METHOD
-        self.method = method
+        self.backend = backend
         self.plan = plan
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, as transformers writes them into config.json."""
-        return {"quant_method": QUANT_METHOD, "method": self.method, "plan": self.plan.to_dict()}
+        options = dataclasses.asdict(self.backend)  # type: ignore[call-overload]
+        plan = self.plan.to_dict()
+        return {"quant_method": QUANT_METHOD, "method": self.backend.name, "options": options, "plan": plan}
 
 
 @register_quantizer(QUANT_METHOD)
@@ -46,7 +48,7 @@ class PackedQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.backend = get(quantization_config.method)
+        self.backend = quantization_config.backend
         self.failure: Exception | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:

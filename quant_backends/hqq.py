@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lmms_plugin.quant_backends.backend import DataFreeBackend
+from lmms_plugin.quant_backends.backend import CodesBackend
 from lmms_plugin.quant_backends.linear import Codes, split_groups
 from lmms_plugin.quant_backends.plan import QuantSpec
 
 
-class HqqBackend(DataFreeBackend):
+@dataclass(frozen=True)
+class HqqBackend(CodesBackend):
     """HQQ (Badri & Shaji, 2023): zero points fitted under a sparsity-promoting norm of the error.
 
     Equal to the library's own ``HQQLinear`` with ``axis=1``, bit for bit in the same compute dtype.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lmms_plugin.dialects import Dialect
 from lmms_plugin.prompts import framed, mean_colour
+from lmms_plugin.quant_backends.activations import ROLES, TOKEN_ROLES, WEIGHED
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.report import CalibrationReport
 
@@ -101,6 +102,7 @@ def build_batches(
     dialect: Dialect,
     *,
     keep_logits: bool,
+    by_role: bool = False,
 ) -> tuple[list[dict[str, Any]], CalibrationReport]:
     """Encode samples for one forward pass each.
 
@@ -111,9 +113,13 @@ def build_batches(
         samples: From `CalibrationSpec.load_samples`.
         dialect: Of the model.
         keep_logits: Whether the output projection must see every position (it is to be quantized itself).
+        by_role: Add to each sample, under `TOKEN_ROLES`, the role of each of its positions.
 
     Returns:
         Keyword arguments for the model, and the account of them.
+
+    Raises:
+        ValueError: `by_role`, and a sample holds no position for its image or for its answer.
     """
     samples = write_answers(model, processor, samples, dialect)
     digest = hashlib.sha256()
@@ -124,12 +130,48 @@ def build_batches(
             digest.update(part if isinstance(part, bytes) else part.encode())
             digest.update(b"\0")
         image = shown(sample, dialect, processor)
-        batches.append(to_model(encode(processor, image, prompt, answer), model) | {"use_cache": False})
+        batch = encode(processor, image, prompt, answer)
+        if by_role:
+            batch[TOKEN_ROLES] = token_roles(batch, encode(processor, image, prompt), model.config)
+        batches.append(to_model(batch, model) | {"use_cache": False})
     if not keep_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
         batches = [batch | {"logits_to_keep": 1} for batch in batches]
     tokens = sum(batch["input_ids"].shape[1] for batch in batches)
     report = CalibrationReport(str(spec), len(batches), tokens, spec.seed, digest.hexdigest(), spec.force)
     return batches, report
+
+
+def token_roles(answered: Mapping[str, Any], asked: Mapping[str, Any], config: Any) -> torch.Tensor:
+    """Say which positions of a sample are its image, which the rest of its prompt, and which its answer.
+
+    Args:
+        answered: Question and answer, from `encode`.
+        asked: The question alone.
+        config: Of the model, for its image token; not needed where the processor tells image tokens itself.
+
+    Returns:
+        (tokens,) uint8, places in `ROLES`. The answer begins where the two encodings part and takes in what the chat
+        template closes it with; what marks the beginning and end of an image is text.
+
+    Raises:
+        ValueError: There is no position of the image, or none of the answer.
+    """
+    ids = answered["input_ids"][0]
+    marked = answered.get("mm_token_type_ids")
+    image = ids == config.image_token_id if marked is None else marked[0] == 1
+    common = min(len(ids), asked["input_ids"].shape[1])
+    differing = (ids[:common] != asked["input_ids"][0, :common]).nonzero()
+    start = int(differing[0]) if len(differing) else common
+    roles = torch.full_like(ids, ROLES.index("text"), dtype=torch.uint8)
+    roles[start:] = ROLES.index("answer")
+    roles[image] = ROLES.index("image")
+    for role in WEIGHED:
+        if not (roles == ROLES.index(role)).any():
+            raise ValueError(
+                f"a calibration sample has no position for its {role} among its {len(ids)}: "
+                "image and answer cannot be weighed against each other"
+            )
+    return roles
 
 
 def to_model(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,53 @@ def split_groups(weight: Tensor, group_size: int | None) -> Tensor:
     return weight.reshape(rows, -1, size)
 
 
-class PackedLinear(nn.Module):
+class QuantizedLinear(nn.Module, ABC):
+    """A linear layer that holds its weight in fewer bits: same input, same output as the ``nn.Linear`` it replaces.
+
+    Attributes:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        bits: Bits per code, without scales and zero points.
+        group_size: Columns that share a scale.
+        bias: (out_features,), or None.
+    """
+
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def dense_rows(self, start: int, stop: int) -> Tensor:
+        """Return rows of the weight that this layer stands for, (stop - start, in_features), computed at each call."""
+
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes of all that replaces the dense weight: codes, scales, zero points and the like."""
+
+    @property
+    def kernel(self) -> str:
+        """What the forward pass runs on."""
+        return "dequantize"
+
+    @property
+    def padded_columns(self) -> int:
+        """Columns added so that groups are whole."""
+        return -self.in_features % self.group_size
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out_features, in_features) that this layer stands for, computed at each call."""
+        return self.dense_rows(0, self.out_features)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+
+
+class PackedLinear(QuantizedLinear):
     """A linear layer whose weight takes exactly `bits` bits, plus a scale and a zero point per group.
 
     It replaces an ``nn.Linear``: same input, same output, same bias. The forward pass dequantizes into
@@ -100,6 +147,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.bits = spec.bits
         self.group_size = in_features if spec.group_size is None else spec.group_size
         self.groups = -(-in_features // self.group_size)
         count = out_features * self.groups * self.group_size
@@ -158,20 +206,17 @@ class PackedLinear(nn.Module):
         return Codes(codes.view(shape), self.scale, self.zero_point)
 
     @property
-    def weight(self) -> Tensor:
-        """The dense weight (out_features, in_features) that this layer stands for, computed at each call."""
-        weight = self.dequantize(self.scale.dtype)
-        return weight if self.in_scale is None else weight * self.in_scale
-
-    @property
-    def padded_columns(self) -> int:
-        """Columns added so that groups are whole."""
-        return self.groups * self.group_size - self.in_features
-
-    @property
     def weight_bytes(self) -> int:
         """Bytes of codes, scales, zero points and input scale: all that replaces the dense weight."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def dense_rows(self, start: int, stop: int) -> Tensor:
+        """Return rows of the weight, the input scale included, in the dtype of the scales."""
+        stored = self.quantized
+        zero_point = None if stored.zero_point is None else stored.zero_point[start:stop]
+        rows = Codes(stored.codes[start:stop], stored.scale[start:stop], zero_point)
+        weight = rows.dequantize(self.spec.bits, self.scale.dtype)[:, : self.in_features]
+        return weight if self.in_scale is None else weight * self.in_scale
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the stored weight, (out_features, in_features), without the input scale."""
@@ -183,10 +228,6 @@ class PackedLinear(nn.Module):
             x = x * self.in_scale.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.dequantize(x.dtype), bias)
-
-    def extra_repr(self) -> str:
-        """Describe the layer in one line."""
-        return f"{self.in_features}, {self.out_features}, bits={self.spec.bits}, group_size={self.group_size}"
 
     def _add(
         self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device | str | None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lmms_plugin.dialects import Dialect, dialect_for
-from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches
@@ -39,7 +38,7 @@ class LoadedModel(NamedTuple):
 def load_quantized(
     path: str,
     *,
-    method: str,
+    backend: Backend,
     plan: QuantPlan,
     calibration: CalibrationSpec | None = None,
     dtype: torch.dtype | str = "auto",
@@ -60,7 +59,7 @@ def load_quantized(
 
     Args:
         path: Hub id or local folder.
-        method: A name of `lmms_plugin.quant_backends.names()`.
+        backend: From `lmms_plugin.quant_backends.get`.
         plan: What to quantize; an empty plan for ``none``.
         calibration: Inputs for a calibrated method. None means ``self``: the model answers questions about
             made-up images, which needs no data.
@@ -80,7 +79,6 @@ def load_quantized(
             finite, or calibration data is unusable.
     """
     started = time.perf_counter()
-    backend = get(method)
     backend.check(plan)
     spec, samples = _calibration(backend, calibration, seed)
     reset_peak()
@@ -94,7 +92,7 @@ def load_quantized(
     }
     asked = dialect_for(config.model_type, dialect or getattr(config, "grounding_dialect", None))
     seen = None
-    with explained_out_of_memory(method):
+    with explained_out_of_memory(backend.name):
         model, work = _load(
             path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
         )
@@ -136,7 +134,7 @@ def _load(
     if plan.specs:
         from lmms_plugin.quant_backends.hf_quantizer import PackedConfig
 
-        options["quantization_config"] = PackedConfig(backend.name, plan)
+        options["quantization_config"] = PackedConfig(backend, plan)
     model, info = AutoModelForImageTextToText.from_pretrained(path, config=config, output_loading_info=True, **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lmms_plugin.quant_backends.backend import Backend
-from lmms_plugin.quant_backends.plan import QuantPlan
+from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
 
 
+@dataclass(frozen=True)
 class NoneBackend(Backend):
     """Leaves every layer as the checkpoint has it."""
 
     name = "none"
     bits = frozenset()
+    default_bits = UNTOUCHED_BITS
 
     def check(self, plan: QuantPlan) -> None:
         """Refuse a plan that asks for quantization, which would silently not happen."""

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CalibratedLinear, DataFreeBackend
+from lmms_plugin.quant_backends.activations import capture
+from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, Solution
 from lmms_plugin.quant_backends.components import components, dense_linear, splitter
-from lmms_plugin.quant_backends.linear import Codes, PackedLinear, rows_per_block
+from lmms_plugin.quant_backends.linear import QuantizedLinear, rows_per_block
 from lmms_plugin.quant_backends.memory import return_freed_memory
-from lmms_plugin.quant_backends.plan import Assignment, QuantPlan
+from lmms_plugin.quant_backends.plan import Assignment, QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.report import ModuleReport
 
 if TYPE_CHECKING:
@@ -60,20 +61,32 @@ class Quantization:
             raise ValueError(f"{name}: expected a weight {tuple(linear.weight.shape)}, got {tuple(weight.shape)}")
         expect_finite(name, weight)
         spec = self.specs[name]
-        codes = self.backend.quantize(weight, spec)
-        layer = PackedLinear.from_codes(codes, spec, linear.in_features, bias=linear.bias)
-        self.replace(CalibratedLinear(name, layer, self.backend.name, None), weight)
+        self.replace(name, self.backend.quantize_linear(weight, linear.bias, spec), weight)
 
-    def replace(self, item: CalibratedLinear, weight: Tensor) -> None:
-        """Put a packed layer in the place of a dense one and note what it cost.
+    def replace(
+        self,
+        name: str,
+        layer: QuantizedLinear,
+        weight: Tensor,
+        *,
+        output_error: float | None = None,
+        method: str | None = None,
+    ) -> None:
+        """Put a quantized layer in the place of a dense one and note what it cost.
+
+        Args:
+            name: Full module name.
+            layer: The quantized layer.
+            weight: The dense weight.
+            output_error: Relative, over calibration inputs; None without calibration.
+            method: How the layer was quantized, where that differs from the backend's name.
 
         Raises:
-            ValueError: The packed layer holds values that are not finite.
+            ValueError: The quantized layer holds values that are not finite.
         """
-        name, layer = item.name, item.layer
         error = relative_error(weight, layer)
         if not math.isfinite(error):
-            raise ValueError(f"{name}: quantized weights are not finite; scales in {layer.scale.dtype} overflow")
+            raise ValueError(f"{name}: quantized weights are not finite; scales in {weight.dtype} overflow")
         # Keeps transformers from initialising the layer as if its weights had been missing.
         layer._is_hf_initialized = True  # type: ignore[assignment]
         self.model.set_submodule(name, layer)
@@ -86,14 +99,15 @@ class Quantization:
             name=name,
             component=self.components[name],
             shape=tuple(weight.shape),
-            method=item.method,
-            bits=layer.spec.bits,
+            method=method or self.backend.name,
+            bits=layer.bits,
             group_size=layer.group_size,
             padded_columns=layer.padded_columns,
             bytes_before=0 if tied else weight.numel() * weight.element_size(),
             bytes_after=layer.weight_bytes,
             relative_error=error,
-            output_error=item.output_error,
+            output_error=output_error,
+            kernel=layer.kernel,
             reason=None,
         )
 
@@ -107,14 +121,34 @@ class Quantization:
         if isinstance(self.backend, CalibratedBackend) and remaining:
             for name in remaining:
                 expect_finite(name, dense_linear(self.model, name).weight)
-            for item in self.backend.calibrate(self.model, remaining, batches):
-                self.replace(item, dense_linear(self.model, item.name).weight.detach())
+            self._calibrate(self.backend, remaining, batches)
         elif remaining:
             for name in remaining:
                 self.quantize(name, dense_linear(self.model, name).weight.detach())
         missed = list(self.pending())
         if missed:
             raise ValueError(f"{self.backend.name} left {len(missed)} layers of the plan dense, first {missed[0]}")
+
+    @torch.no_grad()
+    def _calibrate(
+        self, backend: CalibratedBackend, specs: Mapping[str, QuantSpec], batches: Sequence[Mapping[str, Any]]
+    ) -> None:
+        # Every layer is solved on the unquantized model before the first one is replaced.
+        solved: dict[str, Solution] = {}
+        for chunk in capture(self.model, list(specs), batches):
+            while chunk:
+                statistics = chunk.pop(0)
+                layers = [dense_linear(self.model, name) for name in statistics.names]
+                solutions = backend.solve(layers, [specs[name] for name in statistics.names], statistics)
+                solved |= zip(statistics.names, solutions, strict=True)
+        for name, spec in specs.items():
+            dense = dense_linear(self.model, name)
+            if name in solved:
+                layer, error = solved.pop(name)
+                self.replace(name, layer, dense.weight.detach(), output_error=error)
+            else:
+                layer = backend.without_inputs(dense, spec)
+                self.replace(name, layer, dense.weight.detach(), method=f"{backend.name}, uncalibrated")
 
     def modules(self) -> tuple[ModuleReport, ...]:
         """Return the account of every weight with two or more dimensions, quantized or not."""
@@ -143,18 +177,13 @@ def expect_finite(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: the checkpoint's weight holds NaN or infinite values")
 
 
-def relative_error(weight: Tensor, layer: PackedLinear) -> float:
+def relative_error(weight: Tensor, layer: QuantizedLinear) -> float:
     """Return ‖W − Ŵ‖ / ‖W‖, a few rows at a time; ‖Ŵ‖ for a weight that is all zero."""
-    stored = layer.quantized
     size = rows_per_block(weight.shape[1])
     error = norm = 0.0
     for start in range(0, weight.shape[0], size):
-        rows = slice(start, start + size)
-        zero_point = None if stored.zero_point is None else stored.zero_point[rows]
-        block = Codes(stored.codes[rows], stored.scale[rows], zero_point)
-        kept = block.dequantize(layer.spec.bits, stored.scale.dtype)[:, : layer.in_features]
-        kept = kept if layer.in_scale is None else kept * layer.in_scale
-        dense = weight[rows].float()
+        dense = weight[start : start + size].float()
+        kept = layer.dense_rows(start, start + dense.shape[0])
         error += float((dense - kept.float()).square().sum(dtype=torch.float64))
         norm += float(dense.square().sum(dtype=torch.float64))
     return math.sqrt(error / norm) if norm else math.sqrt(error)
@@ -167,12 +196,12 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def _left_alone(name: str, component: str, shape: tuple[int, ...], size: int, reason: str) -> ModuleReport:
-    return ModuleReport(name, component, shape, None, None, None, 0, size, size, None, None, reason)
+    return ModuleReport(name, component, shape, None, None, None, 0, size, size, None, None, None, reason)
 
 
 def _untouchable(module: nn.Module) -> str | None:
-    if isinstance(module, PackedLinear):
-        return "it is packed already"
+    if isinstance(module, QuantizedLinear):
+        return "it is quantized already"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads this weight past the layer's forward"
     return None

@@ -24,6 +24,7 @@ class ModuleReport:
         bytes_after: Of codes, scales, zero points and input scale; the dense weight when left alone.
         relative_error: ‖W − Ŵ‖ / ‖W‖ in the dtype the layer computes in; None when left alone.
         output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs; None without calibration.
+        kernel: What the layer runs on; None when left alone.
         reason: Why the weight was left alone; None when quantized.
     """
 
@@ -38,6 +39,7 @@ class ModuleReport:
     bytes_after: int
     relative_error: float | None
     output_error: float | None
+    kernel: str | None
     reason: str | None
 
     @property

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lmms_plugin.quant_backends.backend import DataFreeBackend
+from lmms_plugin.quant_backends.backend import CodesBackend
 from lmms_plugin.quant_backends.linear import Codes, rows_per_block, split_groups
 from lmms_plugin.quant_backends.plan import QuantSpec
 
 
-class RtnBackend(DataFreeBackend):
+@dataclass(frozen=True)
+class RtnBackend(CodesBackend):
     """Round-to-nearest weights, symmetric or asymmetric, in groups along the input."""
 
     name = "rtn"

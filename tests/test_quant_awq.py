@@ -158,38 +158,45 @@ def test_inputs_shared_in_one_sample_only_are_an_error(model):
         list(capture(model, ["q", "k"], [{"x": x} for x in inputs()]))
 
 
-def quantized(model, batches, budget=1 << 30, bits=3):
-    specs = {name: QuantSpec(bits, 32) for name in ("q", "k", "v", "out", "unused")}
-    return {item.name: item for item in AwqBackend(budget).calibrate(model, specs, batches)}
+def solved(model, batches, budget=1 << 30, bits=3):
+    spec, backend = QuantSpec(bits, 32), AwqBackend()
+    items = {}
+    for chunk in capture(model, ["q", "k", "v", "out", "unused"], batches, budget):
+        for entry in chunk:
+            layers = [getattr(model, name) for name in entry.names]
+            items |= zip(entry.names, backend.solve(layers, [spec] * len(layers), entry), strict=True)
+    return items
 
 
 def test_the_same_inputs_give_the_same_codes_whatever_the_budget(model):
     batches = [{"x": x} for x in inputs(outliers=5)]
-    one, other = quantized(model, batches), quantized(copy.deepcopy(model), batches, budget=1)
+    one, other = solved(model, batches), solved(copy.deepcopy(model), batches, budget=1)
     for name in one:
         for key, value in one[name].layer.state_dict().items():
             assert torch.equal(value, other[name].layer.state_dict()[key]), f"{name}.{key}"
 
 
-def test_layers_of_one_group_share_their_scale_and_unused_ones_are_rounded(model):
-    items = quantized(model, [{"x": x} for x in inputs(outliers=5)])
+def test_layers_of_one_group_share_their_scale_and_the_model_stays_as_it_is(model):
+    before = copy.deepcopy(model.state_dict())
+    items = solved(model, [{"x": x} for x in inputs(outliers=5)])
+    assert set(items) == {"q", "k", "v", "out"}
     assert torch.equal(items["q"].layer.in_scale, items["v"].layer.in_scale)
     assert not torch.equal(items["q"].layer.in_scale, items["out"].layer.in_scale)
-    assert (items["unused"].method, items["unused"].layer.in_scale, items["unused"].output_error) == ("rtn", None, None)
-    assert items["q"].method == "awq"
     assert 0 < items["q"].output_error < 1
-
-
-def test_nothing_changes_in_the_model_before_the_first_layer_is_handed_out(model):
-    before = copy.deepcopy(model.state_dict())
-    next(AwqBackend().calibrate(model, {"q": QuantSpec(3, 32)}, [{"x": x} for x in inputs()]))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_layer_without_inputs_is_rounded_to_nearest(model):
+    layer = AwqBackend().without_inputs(model.unused, QuantSpec(3, 32))
+    rounded = round_to_nearest(model.unused.weight.detach(), QuantSpec(3, 32), torch.float32)
+    assert torch.equal(layer.weight, rounded.dequantize(3, torch.float32))
+    assert layer.in_scale is None
 
 
 @torch.no_grad()
 def test_the_group_keeps_its_outputs_better_than_rounding(model):
     samples = inputs(outliers=10)
-    items = quantized(model, [{"x": x} for x in samples])
+    items = solved(model, [{"x": x} for x in samples])
     for names in (("q", "k", "v"), ("out",)):
         assert sum(items[name].output_error for name in names) < 1
     x = torch.cat(samples)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
 from lmms_plugin.quant_backends import get
-from lmms_plugin.quant_backends.backend import DataFreeBackend
+from lmms_plugin.quant_backends.backend import CodesBackend
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.components import components
 from lmms_plugin.quant_backends.inputs import encode, to_model
@@ -46,7 +46,7 @@ def quiet():
 
 
 def load(path, method="rtn", plan=WHOLE, **options):
-    return load_quantized(str(path), method=method, plan=plan, **options)
+    return load_quantized(str(path), backend=get(method), plan=plan, **options)
 
 
 def packed_layers(model):
@@ -284,7 +284,7 @@ def test_missing_weights_are_an_error_not_a_random_start(checkpoint, tmp_path):
 
 
 def test_scales_that_overflow_are_an_error(checkpoint, tmp_path):
-    class Overflowing(DataFreeBackend):
+    class Overflowing(CodesBackend):
         name = "rtn"
         bits = frozenset({4, 8})
 

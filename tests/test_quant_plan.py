@@ -166,3 +166,8 @@ def test_listing_backends_imports_no_heavy_library():
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"torch", "transformers", "hqq", "numpy", "lmms_eval"} & set(loaded)
+
+
+def test_an_unknown_option_of_a_backend_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match="rtn has no option 'damping'"):
+        get("rtn", damping=1)
