@@ -34,7 +34,7 @@ from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.registration import class_name
-from lmms_plugin.requests import Messages, Request, read
+from lmms_plugin.requests import Messages, read
 from lmms_plugin.response import Response
 from lmms_plugin.running import Runner, Step
 from lmms_plugin.scheduling import Job
