@@ -97,9 +97,12 @@ class CalibratedBackend(Backend):
 
     Attributes:
         by_role: Whether it needs the statistics of image, prompt and answer tokens apart.
+        sequential: Whether a layer is to see what the quantized blocks before its own make of the samples, rather than
+            the inputs that it has in the unquantized model.
     """
 
     by_role: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
 
     @abstractmethod
     def solve(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plan import Component
@@ -68,6 +69,12 @@ def dense_linear(model: nn.Module, name: str) -> nn.Linear:
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{name}: expected an nn.Linear, got {type(layer).__name__}")
     return layer
+
+
+def expect_finite(name: str, weight: Tensor) -> None:
+    """Refuse weights that no quantizer can do justice to."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}: the checkpoint's weight holds NaN or infinite values")
 
 
 def module_tree(model: nn.Module, depth: int = 3) -> str:

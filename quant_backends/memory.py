@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 class Peak(NamedTuple):
@@ -47,6 +49,152 @@ def statistics_budget(device: torch.device) -> int:
         return largest
     free, _ = torch.cuda.mem_get_info(device)
     return min(largest, free // 2)
+
+
+class Residence:
+    """Keeps the blocks of a model in host memory and brings each one onto the device for its turn.
+
+    In host memory the weights of a safetensors checkpoint are pages of its files: the system reads them when they are
+    needed and may drop them again.
+
+    Args:
+        device: Where blocks take their turn. None leaves everything where it is: on one device, or spread over several.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        # "cuda" and "cuda:0" are one device, but do not compare equal.
+        current = device is not None and device.type == "cuda" and device.index is None
+        self.device = torch.device("cuda", torch.cuda.current_device()) if current else device
+        self._model: nn.Module | None = None
+        self._names: tuple[str, ...] = ()
+        self._at_home: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def settle(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Bring onto the device what lies outside the named blocks; that stays there."""
+        self._model, self._names = model, tuple(names)
+        inside = {id(tensor) for name in self._names for tensor in _tensors(self._block(name))}
+        _move([tensor for tensor in _tensors(model) if id(tensor) not in inside], self.device)
+
+    def enter(self, name: str) -> None:
+        """Bring a block onto the device."""
+        moved = _move(list(_tensors(self._block(name))), self.device)
+        self._at_home.setdefault(name, []).extend(moved)
+
+    def leave(self, name: str) -> None:
+        """Put back what `enter` brought; nothing is copied, since it never left host memory."""
+        for tensor, original in self._at_home.pop(name, ()):
+            tensor.data = original
+
+    def stay(self, name: str) -> None:
+        """Forget where a block came from, so that its dense weights can go."""
+        self._at_home.pop(name, None)
+
+    def enter_all(self) -> None:
+        """Bring all blocks onto the device, for good."""
+        for name in self._names:
+            self.enter(name)
+            self.stay(name)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have the whole model on the device for the time of a ``with`` block.
+
+        Where it does not fit, each block comes for the time of its forward pass and goes again, which is slow.
+        """
+        if self._fits():
+            for name in self._names:
+                self.enter(name)
+            try:
+                yield
+            finally:
+                for name in self._names:
+                    self.leave(name)
+            return
+        handles = []
+        for name in self._names:
+            block = self._block(name)
+            handles.append(block.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
+            handles.append(block.register_forward_hook(lambda *_, name=name: self.leave(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _block(self, name: str) -> nn.Module:
+        # Looked up each time: a block that is a layer itself is another one once it is quantized.
+        if self._model is None:
+            raise RuntimeError("no model has settled here")
+        return self._model.get_submodule(name)
+
+    def _fits(self) -> bool:
+        if self.device is None or self.device.type != "cuda":
+            return True
+        tensors = {id(tensor): tensor for name in self._names for tensor in _tensors(self._block(name))}
+        needed = sum(t.numel() * t.element_size() for t in tensors.values() if t.device != self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        # A twentieth of the device for activations and caches.
+        return needed < free - total // 20
+
+
+class Shelf:
+    """Puts activations that wait into host memory when they take too much of a device.
+
+    Args:
+        budget: Bytes that may wait on the device. None for a quarter of what is free at the first use.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        self.budget = budget
+        self._away: dict[int, list[tuple[Tensor, torch.device]]] = {}
+        self._here: dict[int, int] = {}
+
+    def put(self, key: int, waiting: Any) -> None:
+        """Let a sample's tensors wait.
+
+        Args:
+            key: Of the sample.
+            waiting: Any nesting of lists, tuples and dictionaries; parameters in it stay where they are.
+        """
+        tensors = {
+            id(leaf): leaf
+            for leaf in pytree.tree_leaves(waiting)
+            if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter) and leaf.device.type == "cuda"
+        }
+        if not tensors:
+            return
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self.budget is None:
+            free, _ = torch.cuda.mem_get_info(next(iter(tensors.values())).device)
+            self.budget = free // 4
+        if sum(self._here.values()) + size <= self.budget:
+            self._here[key] = size
+            return
+        self._away[key] = [(tensor, tensor.device) for tensor in tensors.values()]
+        for tensor in tensors.values():
+            # The frames of the suspended pass hold this very object, so its contents are what has to move.
+            tensor.data = tensor.data.cpu()
+
+    def take(self, key: int) -> None:
+        """Bring a sample's tensors back to where they were."""
+        self._here.pop(key, None)
+        for tensor, device in self._away.pop(key, ()):
+            tensor.data = tensor.data.to(device)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _move(tensors: Iterable[Tensor], device: torch.device | None) -> list[tuple[Tensor, Tensor]]:
+    """Move tensors in place; return those that moved, each with what it held before."""
+    moved = []
+    for tensor in tensors:
+        if device is not None and tensor.device != device:
+            moved.append((tensor, tensor.data))
+            tensor.data = tensor.data.to(device)
+    return moved
 
 
 @contextmanager

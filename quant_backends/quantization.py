@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.activations import capture
-from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, Solution
-from lmms_plugin.quant_backends.components import components, dense_linear, splitter
+from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend
+from lmms_plugin.quant_backends.blockwise import Calibrator
+from lmms_plugin.quant_backends.components import components, dense_linear, expect_finite, splitter
+from lmms_plugin.quant_backends.journal import Journal, Solved
 from lmms_plugin.quant_backends.linear import QuantizedLinear, rows_per_block
-from lmms_plugin.quant_backends.memory import return_freed_memory
+from lmms_plugin.quant_backends.memory import Residence, return_freed_memory
 from lmms_plugin.quant_backends.plan import Assignment, QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.report import ModuleReport
 
@@ -111,17 +112,23 @@ class Quantization:
             reason=None,
         )
 
-    def finish(self, batches: Sequence[Mapping[str, Any]] = ()) -> None:
+    def finish(
+        self,
+        batches: Sequence[Mapping[str, Any]] = (),
+        *,
+        residence: Residence | None = None,
+        journal: Journal | None = None,
+    ) -> None:
         """Quantize every layer that is still dense.
 
         Args:
             batches: Calibration inputs, for a calibrated backend.
+            residence: Where its blocks lie while it is not their turn; None leaves them where they are.
+            journal: Remembers its finished blocks; None forgets them.
         """
         remaining = {name: self.specs[name] for name in self.pending()}
         if isinstance(self.backend, CalibratedBackend) and remaining:
-            for name in remaining:
-                expect_finite(name, dense_linear(self.model, name).weight)
-            self._calibrate(self.backend, remaining, batches)
+            self._calibrate(self.backend, remaining, batches, residence, journal)
         elif remaining:
             for name in remaining:
                 self.quantize(name, dense_linear(self.model, name).weight.detach())
@@ -129,26 +136,22 @@ class Quantization:
         if missed:
             raise ValueError(f"{self.backend.name} left {len(missed)} layers of the plan dense, first {missed[0]}")
 
-    @torch.no_grad()
     def _calibrate(
-        self, backend: CalibratedBackend, specs: Mapping[str, QuantSpec], batches: Sequence[Mapping[str, Any]]
+        self,
+        backend: CalibratedBackend,
+        specs: Mapping[str, QuantSpec],
+        batches: Sequence[Mapping[str, Any]],
+        residence: Residence | None,
+        journal: Journal | None,
     ) -> None:
-        # Every layer is solved on the unquantized model before the first one is replaced.
-        solved: dict[str, Solution] = {}
-        for chunk in capture(self.model, list(specs), batches):
-            while chunk:
-                statistics = chunk.pop(0)
-                layers = [dense_linear(self.model, name) for name in statistics.names]
-                solutions = backend.solve(layers, [specs[name] for name in statistics.names], statistics)
-                solved |= zip(statistics.names, solutions, strict=True)
-        for name, spec in specs.items():
-            dense = dense_linear(self.model, name)
-            if name in solved:
-                layer, error = solved.pop(name)
-                self.replace(name, layer, dense.weight.detach(), output_error=error)
-            else:
-                layer = backend.without_inputs(dense, spec)
-                self.replace(name, layer, dense.weight.detach(), method=f"{backend.name}, uncalibrated")
+        def put(name: str, solved: Solved) -> None:
+            weight = dense_linear(self.model, name).weight.detach()
+            self.replace(name, solved.layer, weight, output_error=solved.output_error, method=solved.method)
+
+        of_sequence = frozenset(name for name, part in self.components.items() if part in ("language", "head"))
+        Calibrator(
+            self.model, backend, specs, put, of_sequence, residence=residence or Residence(), journal=journal
+        ).run(batches)
 
     def modules(self) -> tuple[ModuleReport, ...]:
         """Return the account of every weight with two or more dimensions, quantized or not."""
@@ -169,12 +172,6 @@ class Quantization:
                 seen.add(id(weight))
                 reports.append(_left_alone(shown, part_of(full), tuple(weight.shape), size, reason))
         return tuple(reports)
-
-
-def expect_finite(name: str, weight: Tensor) -> None:
-    """Refuse weights that no quantizer can do justice to."""
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name}: the checkpoint's weight holds NaN or infinite values")
 
 
 def relative_error(weight: Tensor, layer: QuantizedLinear) -> float:

@@ -1,0 +1,47 @@
+"""The blocks of a model: what is on the device at one time while it is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch import nn
+
+
+def find_blocks(model: nn.Module, layers: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Cut a model into blocks.
+
+    A block is an element of an outermost ``nn.ModuleList`` (a transformer layer with all that is in it), or, where
+    there is no list, the largest part that holds layers to quantize (a connector, the output projection). What is
+    left over, embeddings and norms between blocks, holds no such layer.
+
+    Args:
+        model: Any module.
+        layers: Names of the layers to quantize.
+
+    Returns:
+        Name of each block that has weights -> those of `layers` that lie in it; no block lies within another.
+    """
+    found = {}
+    for name, module in _cut(model, "", frozenset(layers)):
+        inside = tuple(layer for layer in layers if within(layer, name))
+        if any(True for _ in module.parameters()):
+            found[name] = inside
+    return found
+
+
+def within(name: str, parent: str) -> bool:
+    """Return whether a module name is `parent` or lies below it; everything lies below the empty name."""
+    return not parent or name == parent or name.startswith(f"{parent}.")
+
+
+def _cut(module: nn.Module, name: str, layers: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, nn.ModuleList):
+        for index, element in enumerate(module):
+            child = f"{name}.{index}".lstrip(".")
+            # A list of lists has no forward of its own to wait at.
+            yield from _cut(element, child, layers) if isinstance(element, nn.ModuleList) else [(child, element)]
+    elif any(isinstance(part, nn.ModuleList) for part in module.modules()):
+        for key, child in module.named_children():
+            yield from _cut(child, f"{name}.{key}".lstrip("."), layers)
+    elif any(within(layer, name) for layer in layers):
+        yield name, module

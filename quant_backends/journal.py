@@ -1,0 +1,143 @@
+"""Finished blocks of a calibration under way, on disk, so that an interrupted one goes on where it was.
+
+The folder belongs to the user who runs the calibration and is read by nobody else's process: like Python's own caches
+of compiled code, its files are trusted.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from lmms_plugin.quant_backends.linear import QuantizedLinear
+
+CACHE_VARIABLE = "LMMS_PLUGIN_CACHE"
+"""Environment variable with the folder of unfinished calibrations; set to nothing, none is kept."""
+
+
+class Solved(NamedTuple):
+    """A quantized layer that is not in the model yet.
+
+    Attributes:
+        layer: It takes the place of the dense one.
+        output_error: As in `Solution`; None where no calibration input reached the layer.
+        method: How it was quantized, where that differs from the backend's name.
+    """
+
+    layer: QuantizedLinear
+    output_error: float | None
+    method: str | None
+
+
+class Journal:
+    """The finished blocks of one calibration.
+
+    Args:
+        folder: Of all calibrations; made when the first block is finished.
+        key: What the result depends on, JSON-ready. Another key is another calibration.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        text = json.dumps(key, sort_keys=True)
+        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def save(self, block: str, solved: Mapping[str, Solved]) -> None:
+        """Write a finished block: all of it or nothing.
+
+        Args:
+            block: Its name.
+            solved: Layer name -> solution.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        skeletons, tensors = {}, {}
+        for name, entry in solved.items():
+            state = {key: value for key, value in entry.layer.state_dict(keep_vars=True).items() if key != "bias"}
+            tensors |= {f"{name}/{key}": value.detach().cpu().clone() for key, value in state.items()}
+            skeletons[name] = entry._replace(layer=_skeleton(entry.layer))
+        content = pickle.dumps((skeletons, save_tensors(tensors)))
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="unfinished-", delete=False) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self._file(block))
+
+    def load(self, block: str, model: nn.Module) -> dict[str, Solved] | None:
+        """Read a finished block.
+
+        Args:
+            block: Its name.
+            model: Its dense layers give the biases, which are not stored, and say which device is meant.
+
+        Returns:
+            Layer name -> solution, None when the block was not finished.
+        """
+        try:
+            content = self._file(block).read_bytes()
+        except FileNotFoundError:
+            return None
+        skeletons, blob = pickle.loads(content)
+        tensors = load_tensors(blob)
+        solved = {}
+        for name, entry in skeletons.items():
+            dense = model.get_submodule(name)
+            prefix = f"{name}/"
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            state = {key: value.to(dense.weight.device) for key, value in state.items()}
+            if entry.layer.bias is not None:
+                state["bias"] = dense.bias
+            entry.layer.load_state_dict(state, assign=True)
+            solved[name] = entry
+        return solved
+
+    def remove(self) -> None:
+        """Forget everything: the calibration is over."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, block: str) -> Path:
+        return self.folder / f"{block or 'model'}.block"
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of unfinished calibrations: `CACHE_VARIABLE`, or one beside the Hugging Face cache.
+
+    None when the variable is set to nothing.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    if named is not None:
+        return Path(named).expanduser() / "calibration" if named else None
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "lmms_plugin" / "calibration"
+
+
+def checkpoint_key(path: str, config: Any) -> list[Any]:
+    """Return what tells one checkpoint from another: a hub commit, or size and date of every file of a local folder."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return [path, getattr(config, "_commit_hash", None)]
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [
+        str(folder.resolve()),
+        *([str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in files),
+    ]
+
+
+def _skeleton(layer: QuantizedLinear) -> QuantizedLinear:
+    """Return a copy of a layer without the contents of its tensors."""
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().to("meta") for tensor in (*layer.parameters(), *layer.buffers())
+    }
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in layer.parameters()}
+    return copy.deepcopy(layer, memo)
