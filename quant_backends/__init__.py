@@ -9,25 +9,36 @@ import dataclasses
 import difflib
 import importlib
 import typing
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
 
-__all__ = ["BACKENDS", "backend_class", "get", "names", "option_types"]
+__all__ = ["BACKENDS", "ENTRY_POINTS", "backend_class", "get", "names", "option_types"]
 
 BACKENDS: dict[str, str] = {
     "none": "lmms_plugin.quant_backends.none:NoneBackend",
     "rtn": "lmms_plugin.quant_backends.rtn:RtnBackend",
     "hqq": "lmms_plugin.quant_backends.hqq:HqqBackend",
     "awq": "lmms_plugin.quant_backends.awq:AwqBackend",
+    "gptq": "lmms_plugin.quant_backends.gptq:GptqBackend",
+    "ptqtp": "lmms_plugin.quant_backends.ptqtp:PtqtpBackend",
+    "ptqtp_weighted": "lmms_plugin.quant_backends.ptqtp:WeightedPtqtpBackend",
+    "quanto": "lmms_plugin.quant_backends.quanto:QuantoBackend",
+    "bitsandbytes": "lmms_plugin.quant_backends.bitsandbytes:BitsAndBytesBackend",
+    "torchao": "lmms_plugin.quant_backends.torchao:TorchaoBackend",
 }
-"""Registered name -> ``module:Class``, imported only when asked for."""
+"""Built-in name -> ``module:Class``, imported only when asked for."""
+
+ENTRY_POINTS = "lmms_plugin.quant_backends"
+"""Group of entry points by which other packages add backends: name -> a subclass of `Backend`."""
 
 
 def names() -> tuple[str, ...]:
-    """Return the registered backend names, in the order of registration."""
-    return tuple(BACKENDS)
+    """Return the names of all backends, built-in ones first; those of other packages are not imported for it."""
+    return tuple(dict.fromkeys((*BACKENDS, *(point.name for point in _entry_points()))))
 
 
 def get(name: str, **options: Any) -> Backend:
@@ -64,12 +75,44 @@ def backend_class(name: str) -> type[Backend]:
     """Return the class registered under `name`, importing its module.
 
     Raises:
-        ValueError: No such backend.
+        ValueError: No such backend, two of that name, or what another package registered is no backend.
     """
-    if name not in BACKENDS:
-        nearest = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown quantization backend {name!r}{hint} (known: {', '.join(BACKENDS)})")
+    from_others = [point for point in _entry_points() if point.name == name]
+    _expect_one(name, from_others)
+    if from_others:
+        return _checked(from_others[0])
     module, _, attribute = BACKENDS[name].partition(":")
     kind: type[Backend] = getattr(importlib.import_module(module), attribute)
     return kind
+
+
+def _entry_points() -> EntryPoints:
+    return entry_points(group=ENTRY_POINTS)
+
+
+def _expect_one(name: str, from_others: Sequence[EntryPoint]) -> None:
+    owners = [BACKENDS[name]] if name in BACKENDS else []
+    owners += [f"{point.value} of {_package(point)}" for point in from_others]
+    if len(owners) > 1:
+        raise ValueError(f"two quantization backends are called {name!r}: {' and '.join(owners)}")
+    if not owners:
+        known = names()
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown quantization backend {name!r}{hint} (known: {', '.join(known)})")
+
+
+def _checked(point: EntryPoint) -> type[Backend]:
+    from lmms_plugin.quant_backends.backend import Backend
+
+    kind = point.load()
+    if not (isinstance(kind, type) and issubclass(kind, Backend) and getattr(kind, "name", None) == point.name):
+        raise ValueError(
+            f"{_package(point)} registers {point.value} as quantization backend {point.name!r}; expected a subclass of "
+            f"Backend whose name is {point.name!r}, got {kind!r}"
+        )
+    return kind
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unknown package"
