@@ -60,8 +60,7 @@ class GptqBackend(CalibratedBackend):
     bits = frozenset(range(2, 9))
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping <= LARGEST_DAMPING:
-            raise ValueError(f"gptq: damping must be a number from 0 to {LARGEST_DAMPING:g}, got {self.damping!r}")
+        expect_damping(self.name, self.damping)
         if self.block_size < 1:
             raise ValueError(f"gptq: block_size must be a positive integer, got {self.block_size!r}")
 
@@ -92,6 +91,16 @@ class GptqBackend(CalibratedBackend):
         codes = nearest._replace(codes=torch.where(keep, corrected.codes, nearest.codes))
         packed = PackedLinear.from_codes(codes, spec, layer.in_features, bias=layer.bias)
         return Solution(packed, relative_error(torch.minimum(before, after), weight, gram))
+
+
+def expect_damping(backend: str, damping: float) -> None:
+    """Refuse a fraction that `factorize` cannot start from.
+
+    Raises:
+        ValueError: It is negative, NaN or above `LARGEST_DAMPING`.
+    """
+    if not 0 <= damping <= LARGEST_DAMPING:
+        raise ValueError(f"{backend}: damping must be a number from 0 to {LARGEST_DAMPING:g}, got {damping!r}")
 
 
 def factorize(statistics: InputStatistics, act_order: bool = True, damping: float = 0.01) -> Factor:

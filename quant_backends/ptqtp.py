@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.activations import InputStatistics
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, Solution
-from lmms_plugin.quant_backends.gptq import Factor, factorize, pass_on_errors, relative_error, squared_errors
+from lmms_plugin.quant_backends.gptq import (
+    Factor,
+    expect_damping,
+    factorize,
+    pass_on_errors,
+    relative_error,
+    squared_errors,
+)
 from lmms_plugin.quant_backends.linear import rows_per_block, split_groups
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.trits import TritPlaneLinear, TritPlanes
@@ -80,6 +87,10 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
     damping: float = 0.01
 
     name = "ptqtp_weighted"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_damping(self.name, self.damping)
 
     @torch.no_grad()
     def solve(
