@@ -19,7 +19,8 @@ SOURCES = ("none", "noise", "self", "demo", "dataset")
 DEFAULT_SAMPLES = 64
 EVALUATION_SPLIT = re.compile(r"(^|[_.-])(val|dev|test)", re.IGNORECASE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-OPTIONS = {"split", "image", "text", "force"}
+COMMON_OPTIONS = {"n", "seed", "tokens"}
+DATASET_OPTIONS = {"split", "image", "text", "prompt", "force"}
 TEXT_COLUMNS = ("expression", "caption", "text", "sentence", "description")
 DESCRIBE = "Describe this image."
 
@@ -33,6 +34,8 @@ class CalibrationSample(NamedTuple):
         prompt: The question as it is; None when `expression` is given.
         box: The answer to `expression`, xyxy in [0, 1] of the image; None when it is not known.
         answer: The answer as text; None when it is to be written from `box` or by the model itself.
+        wanted: What the model is to write itself in place of the question: an ``expression`` or a ``question``; what it
+            was drawn with stays where it cannot. None to take the question as it is.
     """
 
     image: Image.Image
@@ -40,6 +43,12 @@ class CalibrationSample(NamedTuple):
     prompt: str | None = None
     box: Box | None = None
     answer: str | None = None
+    wanted: str | None = None
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether it takes the model to answer."""
+        return self.answer is None and self.box is None
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,12 @@ class CalibrationSpec:
         source: One of `SOURCES`.
         samples: How many, at least 1.
         seed: Of every random choice.
+        tokens: Take no more samples once they hold this many sequence positions; None for all of them.
         path: Hub id, folder of parquet files or parquet file; for ``dataset`` alone.
         split: Of that dataset.
         image: Its image column.
         text: Its text column; None to take RefCOCO+'s schema or the first usual name.
+        prompt: Its column of questions, to which `text` holds the answers; None to ask for a description.
         force: Accept an evaluation split, which the report then says.
     """
 
@@ -64,16 +75,22 @@ class CalibrationSpec:
     split: str = "train"
     image: str = "image"
     text: str | None = None
+    prompt: str | None = None
     force: bool = False
+    tokens: int | None = None
 
     @classmethod
     def parse(cls, text: str, *, samples: int = DEFAULT_SAMPLES, seed: int = 0) -> CalibrationSpec:
         """Read a calibration source from one word of the command line.
 
-        ``none``, ``noise`` (noise images, random words), ``self`` (zero-shot: the model answers grounding
-        questions about images made up here), ``demo`` (the embedded demo's validation scenes), or
-        ``dataset:PATH`` with options behind further colons, because lmms-eval parts arguments at commas:
-        ``dataset:my-org/my-set:split=train:image=image:text=caption``. An evaluation split (val, dev or
+        ``none``, ``noise`` (noise images, random words), ``self`` (zero-shot: about images made up here the model
+        writes expressions and questions, and answers them), ``demo`` (the embedded demo's validation scenes), or
+        ``dataset:PATH``, a hub id, a folder of parquet files or one such file.
+
+        Options follow behind further colons, because lmms-eval parts arguments at commas. For every source: ``n``
+        (instead of `samples`), ``seed`` and ``tokens`` (stop at so many sequence positions). For a dataset also
+        ``split``, the columns ``image``, ``text`` and ``prompt``, and ``force``:
+        ``dataset:my-org/my-set:split=train:image=image:text=caption:tokens=65536``. An evaluation split (val, dev or
         test in its name) needs ``:force=true``.
 
         Raises:
@@ -84,27 +101,28 @@ class CalibrationSpec:
             nearest = difflib.get_close_matches(source, SOURCES, n=1)
             hint = f", did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"unknown calibration source {source!r}{hint} (known: {', '.join(SOURCES)})")
-        if rest and source != "dataset":
-            raise ValueError(f"calibration source {source!r} takes no options, got {text!r}")
-        options: dict[str, Any] = {}
+        known = COMMON_OPTIONS | (DATASET_OPTIONS if source == "dataset" else set())
+        options: dict[str, Any] = {"samples": samples, "seed": seed}
         while rest and re.match(r"\w+=", rest[-1]):
             key, _, value = rest.pop().partition("=")
-            if key not in OPTIONS:
-                raise ValueError(f"unknown calibration option {key!r} (known: {', '.join(sorted(OPTIONS))})")
-            options[key] = value
-        if "force" in options:
-            options["force"] = _flag(options["force"])
-        spec = cls(source, samples, seed, path=":".join(rest) or None, **options)
+            if key not in known or source == "none":
+                able = "none" if source == "none" else ", ".join(sorted(known))
+                raise ValueError(f"unknown calibration option {key!r} (known for {source!r}: {able})")
+            options["samples" if key == "n" else key] = _value(key, value)
+        if rest and source != "dataset":
+            raise ValueError(f"calibration source {source!r} takes no path, got {text!r}")
+        spec = cls(source, path=":".join(rest) or None, **options)
         spec.validate()
         return spec
 
     def __str__(self) -> str:
-        """Write the source as `parse` reads it."""
-        if self.source != "dataset":
-            return self.source
-        text = "" if self.text is None else f":text={self.text}"
-        forced = ":force=true" if self.force else ""
-        return f"dataset:{self.path}:split={self.split}:image={self.image}{text}{forced}"
+        """Write the source as `parse` reads it, but for the number of samples and the seed."""
+        named: dict[str, Any] = {}
+        if self.source == "dataset":
+            named = {"split": self.split, "image": self.image, "text": self.text, "prompt": self.prompt}
+        named |= {"tokens": self.tokens, "force": "true" if self.force else None}
+        options = [f"{key}={value}" for key, value in named.items() if value is not None]
+        return ":".join([self.source, *([self.path] if self.path else []), *options])
 
     def validate(self) -> None:
         """Check what can be checked without opening any data.
@@ -117,6 +135,8 @@ class CalibrationSpec:
             return
         if not isinstance(self.samples, int) or self.samples < 1:
             raise ValueError(f"calibration needs at least 1 sample, got calibration_samples={self.samples!r}")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"calibration needs at least 1 token, got tokens={self.tokens!r}")
         if self.source != "dataset":
             return
         if not self.path:
@@ -152,7 +172,13 @@ class CalibrationSpec:
         return _from_rows(self, self.path or "", self.split)
 
 
-def _flag(text: str) -> bool:
+def _value(key: str, text: str) -> Any:
+    if key in COMMON_OPTIONS:
+        if not re.fullmatch(r"-?\d+", text):
+            raise ValueError(f"calibration option {key} must be a whole number, got {text!r}")
+        return int(text)
+    if key != "force":
+        return text
     if text.lower() not in ("true", "false"):
         raise ValueError(f"calibration option force must be true or false, got {text!r}")
     return text.lower() == "true"
@@ -165,10 +191,11 @@ def _noise(seed: int, index: int) -> CalibrationSample:
 
 
 def _question(seed: int, index: int) -> CalibrationSample:
-    """Ask about a made-up scene, and every other time look for it in noise: shapes alone light up few channels."""
+    """Ask about a made-up scene, and every other time about noise: shapes alone light up few channels."""
     rng = np.random.default_rng([seed, index])
     image, expression = scene(rng)
-    return CalibrationSample(noise_image(rng) if index % 2 else image, expression=expression)
+    wanted = "question" if index // 2 % 2 else "expression"
+    return CalibrationSample(noise_image(rng) if index % 2 else image, expression=expression, wanted=wanted)
 
 
 def _demo(spec: CalibrationSpec) -> list[CalibrationSample]:
@@ -226,15 +253,20 @@ def _open_hub(path: str, split: str) -> Any:
 
 def _sample(spec: CalibrationSpec, row: dict[str, Any], position: int) -> CalibrationSample:
     image = _decode(row[spec.image], position)
-    if spec.text is None and "answer" in row and "bbox" in row:
+    if spec.text is None and spec.prompt is None and "answer" in row and "bbox" in row:
         return _referring_sample(image, row, random.Random(f"{spec.seed}/{position}"), position)
-    column = spec.text or next((name for name in TEXT_COLUMNS if name in row), "")
-    _expect_column(column or "text", list(row), spec.path or spec.source)
+    column = spec.text or next((name for name in TEXT_COLUMNS if name in row), "text")
+    prompt = DESCRIBE if spec.prompt is None else _text(spec, row, spec.prompt, position)
+    return CalibrationSample(image, prompt=prompt, answer=_text(spec, row, column, position))
+
+
+def _text(spec: CalibrationSpec, row: dict[str, Any], column: str, position: int) -> str:
+    _expect_column(column, list(row), spec.path or spec.source)
     text = row[column]
     text = text[0] if isinstance(text, list) and text else text
     if not isinstance(text, str) or not text:
         raise ValueError(f"calibration row {position}: column {column!r} should hold text, got {text!r}")
-    return CalibrationSample(image, prompt=DESCRIBE, answer=text)
+    return text
 
 
 def _referring_sample(image: Image.Image, row: dict[str, Any], rng: random.Random, position: int) -> CalibrationSample:

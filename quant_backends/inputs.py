@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
@@ -15,6 +17,7 @@ from lmms_plugin.dialects import Dialect
 from lmms_plugin.prompts import framed, mean_colour
 from lmms_plugin.quant_backends.activations import ROLES, TOKEN_ROLES, WEIGHED
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
+from lmms_plugin.quant_backends.journal import Journal
 from lmms_plugin.quant_backends.report import CalibrationReport
 
 if TYPE_CHECKING:
@@ -22,6 +25,21 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 48
 """Longest answer that a model writes for itself: a box with its label takes about forty tokens."""
+
+QUESTION_TOKENS = 24
+LONGEST_QUESTION = 20
+"""Words; what is longer is no question but a description that was cut off."""
+
+PATIENCE = 4
+"""Questions in a row that a model may fail to write before it is taken to speak nothing but its dialect."""
+
+REQUESTS = {
+    "expression": (
+        "Name one object in this image in a few words that tell it from the others. Answer with those words alone."
+    ),
+    "question": "Write one short question about this image. Answer with the question alone.",
+}
+"""What a model is asked when it is to write a question of its own, by `CalibrationSample.wanted`."""
 
 
 def encode(processor: Any, image: Image.Image, prompt: str, answer: str | None = None) -> dict[str, Any]:
@@ -48,27 +66,99 @@ def encode(processor: Any, image: Image.Image, prompt: str, answer: str | None =
             )
         )
     token = getattr(processor, "image_token", "<image>")
-    text = f"{token}{prompt}" if answer is None else f"{token}{prompt}\n{answer}"
-    batch = dict(processor(text=text, images=image, return_tensors="pt"))
+    given: dict[str, Any] = {"text": f"{token}{prompt}"}
+    if answer is not None and "suffix" in inspect.signature(processor.__call__).parameters:
+        # PaliGemma reads its prompt in both directions but its answer in one, and its processor marks which is which.
+        given["suffix"] = answer
+    elif answer is not None:
+        given["text"] += f"\n{answer}"
+    batch = dict(processor(**given, images=image, return_tensors="pt"))
     # PaliGemma's processor adds training labels, which would make the model compute a loss.
     batch.pop("labels", None)
     return batch
 
 
-def write_answers(
-    model: PreTrainedModel, processor: Any, samples: Sequence[CalibrationSample], dialect: Dialect
-) -> list[CalibrationSample]:
-    """Let the model answer every sample that has no answer yet, greedily, one by one."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    answered = []
-    for sample in tqdm(samples, desc="Writing calibration answers", leave=False, disable=None):
-        if sample.answer is None and sample.box is None:
-            batch = to_model(encode(processor, shown(sample, dialect, processor), question(sample, dialect)), model)
-            written = model.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-            new = written[0, batch["input_ids"].shape[1] :]
-            sample = sample._replace(answer=tokenizer.decode(new, skip_special_tokens=True))
-        answered.append(sample)
-    return answered
+class Writer:
+    """Lets a model write the questions and answers that calibration samples lack, greedily, one by one.
+
+    A model that only speaks its grounding dialect writes a box, or nothing, where it is asked for a question. Such
+    samples keep the expression that they were drawn with; after `PATIENCE` of them in a row the model is not asked
+    for questions again.
+
+    Args:
+        model: Loaded and unquantized.
+        processor: Of the same checkpoint.
+        dialect: Of the model.
+        journal: Remembers what has been written; None forgets it.
+
+    Attributes:
+        own: How many questions and expressions are the model's own.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, dialect: Dialect, journal: Journal | None) -> None:
+        self.model, self.processor, self.dialect, self.journal = model, processor, dialect, journal
+        self.own = 0
+        self._failures = 0
+        self._written: list[list[str | None]] = [] if journal is None else journal.noted("written") or []
+        self._next = 0
+
+    def complete(self, sample: CalibrationSample) -> CalibrationSample:
+        """Return a sample with its question and its answer; samples come in their order."""
+        if not sample.unanswered:
+            return sample
+        if self._next == len(self._written):
+            self._written.append([self._question(sample), None])
+            self._written[-1][1] = self._answer(_asking(sample, self._written[-1][0]))
+            if self.journal is not None:
+                self.journal.note("written", self._written)
+        asked, answer = self._written[self._next]
+        self._next += 1
+        self.own += asked is not None
+        self._failures = 0 if asked is not None else self._failures + 1
+        return _asking(sample, asked)._replace(answer=answer)
+
+    def _question(self, sample: CalibrationSample) -> str | None:
+        if sample.wanted is None or self._failures >= PATIENCE:
+            return None
+        return wording(self._write(sample.image, REQUESTS[sample.wanted], QUESTION_TOKENS), self.dialect)
+
+    def _answer(self, sample: CalibrationSample) -> str:
+        image = shown(sample, self.dialect, self.processor)
+        return self._write(image, question(sample, self.dialect), ANSWER_TOKENS)
+
+    def _write(self, image: Image.Image, prompt: str, tokens: int) -> str:
+        batch = to_model(encode(self.processor, image, prompt), self.model)
+        written = self.model.generate(**batch, max_new_tokens=tokens, do_sample=False)
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        text: str = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text
+
+
+def wording(text: str, dialect: Dialect) -> str | None:
+    """Return the question or expression in what a model wrote when asked for one.
+
+    Args:
+        text: What it wrote.
+        dialect: Of the model.
+
+    Returns:
+        The first line without quotation marks; None where it has no words, more than `LONGEST_QUESTION` of them, or
+        a box.
+    """
+    line = next((line for line in text.splitlines() if line.strip()), "").strip().strip("\"'`*“”").strip()
+    words = line.split()
+    side = (100, 100)
+    if dialect.parse(line, original_size=side, model_size=side).count or not re.search(r"[^\W\d_]{2}", line):
+        return None
+    return line if len(words) <= LONGEST_QUESTION else None
+
+
+def _asking(sample: CalibrationSample, asked: str | None) -> CalibrationSample:
+    if asked is None:
+        return sample
+    if sample.wanted == "expression":
+        return sample._replace(expression=asked.rstrip("."))
+    return sample._replace(expression=None, prompt=asked)
 
 
 def shown(sample: CalibrationSample, dialect: Dialect, processor: Any) -> Image.Image:
@@ -103,6 +193,7 @@ def build_batches(
     *,
     keep_logits: bool,
     by_role: bool = False,
+    journal: Journal | None = None,
 ) -> tuple[list[dict[str, Any]], CalibrationReport]:
     """Encode samples for one forward pass each.
 
@@ -114,6 +205,7 @@ def build_batches(
         dialect: Of the model.
         keep_logits: Whether the output projection must see every position (it is to be quantized itself).
         by_role: Add to each sample, under `TOKEN_ROLES`, the role of each of its positions.
+        journal: Remembers what the model wrote; None forgets it.
 
     Returns:
         Keyword arguments for the model, and the account of them.
@@ -121,10 +213,14 @@ def build_batches(
     Raises:
         ValueError: `by_role`, and a sample holds no position for its image or for its answer.
     """
-    samples = write_answers(model, processor, samples, dialect)
+    writer = Writer(model, processor, dialect, journal)
     digest = hashlib.sha256()
-    batches = []
-    for sample in samples:
+    batches: list[dict[str, Any]] = []
+    tokens = 0
+    for drawn in tqdm(samples, desc="Preparing calibration samples", leave=False, disable=None):
+        if spec.tokens is not None and tokens >= spec.tokens:
+            break
+        sample = writer.complete(drawn)
         prompt, answer = question(sample, dialect), written_answer(sample, dialect, processor)
         for part in (str(sample.image.size), sample.image.tobytes(), prompt, answer):
             digest.update(part if isinstance(part, bytes) else part.encode())
@@ -134,11 +230,30 @@ def build_batches(
         if by_role:
             batch[TOKEN_ROLES] = token_roles(batch, encode(processor, image, prompt), model.config)
         batches.append(to_model(batch, model) | {"use_cache": False})
+        tokens += batch["input_ids"].shape[1]
+    if spec.tokens is not None and tokens < spec.tokens:
+        logger.warning(
+            f"{len(batches)} calibration samples hold {tokens} tokens, fewer than the {spec.tokens} asked for; "
+            "raise calibration_samples to get them"
+        )
     if not keep_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
         batches = [batch | {"logits_to_keep": 1} for batch in batches]
-    tokens = sum(batch["input_ids"].shape[1] for batch in batches)
-    report = CalibrationReport(str(spec), len(batches), tokens, spec.seed, digest.hexdigest(), spec.force)
+    report = CalibrationReport(str(spec), len(batches), tokens, spec.seed, digest.hexdigest(), spec.force, writer.own)
     return batches, report
+
+
+def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:
+    """Return the SHA-256 of everything that the model is given."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for key, value in sorted(batch.items()):
+            digest.update(key.encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
 
 
 def token_roles(answered: Mapping[str, Any], asked: Mapping[str, Any], config: Any) -> torch.Tensor:

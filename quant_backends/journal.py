@@ -60,18 +60,20 @@ class Journal:
             block: Its name.
             solved: Layer name -> solution.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         skeletons, tensors = {}, {}
         for name, entry in solved.items():
             state = {key: value for key, value in entry.layer.state_dict(keep_vars=True).items() if key != "bias"}
             tensors |= {f"{name}/{key}": value.detach().cpu().clone() for key, value in state.items()}
             skeletons[name] = entry._replace(layer=_skeleton(entry.layer))
-        content = pickle.dumps((skeletons, save_tensors(tensors)))
+        self._write(self._file(block), pickle.dumps((skeletons, save_tensors(tensors))))
+
+    def _write(self, target: Path, content: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="unfinished-", delete=False) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, self._file(block))
+        os.replace(file.name, target)
 
     def load(self, block: str, model: nn.Module) -> dict[str, Solved] | None:
         """Read a finished block.
@@ -100,6 +102,21 @@ class Journal:
             entry.layer.load_state_dict(state, assign=True)
             solved[name] = entry
         return solved
+
+    def within(self, key: Mapping[str, Any]) -> Journal:
+        """Return the journal of a part of this calibration, which goes when this one is removed."""
+        return Journal(self.folder, key)
+
+    def note(self, name: str, value: Any) -> None:
+        """Write down a JSON-ready value."""
+        self._write(self.folder / f"{name}.json", json.dumps(value).encode())
+
+    def noted(self, name: str) -> Any:
+        """Return what `note` wrote down, None when there is nothing."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_bytes())
+        except FileNotFoundError:
+            return None
 
     def remove(self) -> None:
         """Forget everything: the calibration is over."""

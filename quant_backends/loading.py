@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend
+from lmms_plugin.quant_backends.blocks import find_blocks
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
-from lmms_plugin.quant_backends.inputs import build_batches
-from lmms_plugin.quant_backends.memory import explained_out_of_memory, read_peak, reset_peak
+from lmms_plugin.quant_backends.inputs import build_batches, fingerprint
+from lmms_plugin.quant_backends.journal import Journal, cache_folder, checkpoint_key
+from lmms_plugin.quant_backends.memory import Residence, explained_out_of_memory, read_peak, reset_peak
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.report import CalibrationReport, QuantReport
@@ -50,12 +54,14 @@ def load_quantized(
     use_safetensors: bool = True,
     processor: Any = None,
     dialect: str | None = None,
+    resume: bool = True,
 ) -> LoadedModel:
     """Load an image-text-to-text checkpoint and quantize it.
 
     Arguments, plan and calibration data are checked before any weight is read. Weights come shard by
-    shard; a data-free method packs each layer as soon as its weight is on the device. A calibrated
-    method loads the dense model, looks at its activations, and then packs layer after layer.
+    shard; a data-free method packs each layer as soon as its weight is on the device. For a calibrated
+    method the dense model stays on disk, mapped into host memory, and its blocks come onto the device one
+    by one, to be packed there; with a `device_map` they are where that puts them.
 
     Args:
         path: Hub id or local folder.
@@ -73,6 +79,8 @@ def load_quantized(
         processor: One already built; None loads the checkpoint's own.
         dialect: Name of the grounding dialect in which calibration questions are asked; None for the one that
             the checkpoint declares, or else its family's.
+        resume: Keep finished blocks of a calibration on disk until it is over, so that the same call goes on where
+            an interrupted one was (see `lmms_plugin.quant_backends.journal`).
 
     Raises:
         ValueError: The method cannot do the plan, the plan does not fit the model, weights are missing or not
@@ -83,9 +91,12 @@ def load_quantized(
     spec, samples = _calibration(backend, calibration, seed)
     reset_peak()
     config, processor = _describe(path, trust_remote_code, processor)
+    calibrated = isinstance(backend, CalibratedBackend)
+    residence = Residence(torch.device(device) if calibrated and not device_map else None)
+    home = torch.device("cpu") if calibrated else torch.device(device)
     options = {
         "dtype": dtype,
-        "device_map": dict(device_map) if isinstance(device_map, Mapping) else device_map or {"": torch.device(device)},
+        "device_map": dict(device_map) if isinstance(device_map, Mapping) else device_map or {"": home},
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": use_safetensors,
@@ -96,8 +107,9 @@ def load_quantized(
         model, work = _load(
             path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
         )
-        if isinstance(backend, CalibratedBackend):
-            seen = _calibrate(work, processor, spec, samples, asked)
+        if calibrated:
+            journal = _journal(path, work, processor, spec) if resume else None
+            seen = _calibrate(work, processor, spec, samples, asked, residence, journal)
     return LoadedModel(model, processor, _report(work, seen, time.perf_counter() - started))
 
 
@@ -143,14 +155,53 @@ def _load(
     return model, work
 
 
+def _journal(path: str, work: Quantization, processor: Any, spec: CalibrationSpec) -> Journal | None:
+    """Return the journal of a calibration whose outcome depends on all that is named here."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    model, libraries = work.model, ("lmms-plugin", "torch", "transformers", "tokenizers")
+    key = {
+        "checkpoint": checkpoint_key(path, model.config),
+        "dtype": str(model.dtype),
+        "attention": model.config._attn_implementation,
+        "method": repr(work.backend),
+        "plan": work.plan.to_dict(),
+        "calibration": [str(spec), spec.samples, spec.seed],
+        "processor": repr(processor),
+        "versions": {library: version(library) for library in libraries},
+    }
+    return Journal(folder, key)
+
+
 @torch.no_grad()
 def _calibrate(
-    work: Quantization, processor: Any, spec: CalibrationSpec, samples: list[CalibrationSample], dialect: Dialect
+    work: Quantization,
+    processor: Any,
+    spec: CalibrationSpec,
+    samples: list[CalibrationSample],
+    dialect: Dialect,
+    residence: Residence,
+    journal: Journal | None,
 ) -> CalibrationReport:
-    heads = {name for name, component in work.components.items() if component == "head"}
-    keep_logits = bool(heads & set(work.specs))
-    batches, report = build_batches(work.model, processor, spec, samples, dialect, keep_logits=keep_logits)
-    work.finish(batches)
+    model = work.model
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"device_map leaves {away} on disk or in host memory, out of reach of {work.backend.name}; without "
+            "device_map blocks come onto the device one by one"
+        )
+    residence.settle(model, find_blocks(model, tuple(work.specs)))
+    keep_logits = any(work.components[name] == "head" for name in work.specs)
+    by_role = isinstance(work.backend, CalibratedBackend) and work.backend.by_role
+    with residence.whole() if any(sample.unanswered for sample in samples) else nullcontext():
+        batches, report = build_batches(
+            model, processor, spec, samples, dialect, keep_logits=keep_logits, by_role=by_role, journal=journal
+        )
+    within = None if journal is None else journal.within({"inputs": fingerprint(batches)})
+    work.finish(batches, residence=residence, journal=within)
+    if journal is not None:
+        journal.remove()
     return report
 
 

@@ -62,6 +62,7 @@ class CalibrationReport:
         seed: Of the drawing of samples.
         sha256: Fingerprint of all images, prompts and answers in order.
         forced: Whether samples come from an evaluation split because the user insisted.
+        own_questions: How many of the questions and expressions the model wrote itself.
     """
 
     source: str
@@ -70,6 +71,7 @@ class CalibrationReport:
     seed: int
     sha256: str
     forced: bool
+    own_questions: int = 0
 
 
 @dataclass(frozen=True)

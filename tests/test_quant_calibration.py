@@ -50,6 +50,12 @@ def test_dataset_with_options():
     assert CalibrationSpec.parse(str(spec)) == spec
 
 
+def test_number_seed_and_tokens_may_follow_any_source():
+    spec = CalibrationSpec.parse("noise:n=5:seed=3:tokens=200", samples=64, seed=0)
+    assert (spec.samples, spec.seed, spec.tokens) == (5, 3, 200)
+    assert str(spec) == "noise:tokens=200"
+
+
 def test_a_path_may_hold_colons(tmp_path):
     folder = tmp_path / "a:b"
     folder.mkdir()
@@ -60,7 +66,12 @@ def test_a_path_may_hold_colons(tmp_path):
     ("text", "samples", "message"),
     [
         ("nose", 4, "did you mean 'noise'"),
-        ("self:split=train", 4, "takes no options"),
+        ("self:split=train", 4, r"unknown calibration option 'split' \(known for 'self': n, seed, tokens\)"),
+        ("none:n=3", 4, "unknown calibration option 'n'"),
+        ("noise:images", 4, "takes no path"),
+        ("noise:n=many", 4, "n must be a whole number, got 'many'"),
+        ("noise:n=0", 4, "at least 1 sample"),
+        ("self:tokens=0", 4, "at least 1 token"),
         ("dataset", 4, "needs a hub id or a path"),
         ("dataset:a/b:splt=train", 4, "unknown calibration option 'splt'"),
         ("dataset:a/b:force=maybe", 4, "force must be true or false"),
@@ -114,6 +125,16 @@ def test_any_image_and_text_columns(folder):
     path = folder([{"picture": row["picture"], "words": row["words"]} for row in rows])
     samples = CalibrationSpec.parse(f"dataset:{path}:image=picture:text=words", samples=3).load_samples()
     assert {sample.answer for sample in samples} == {"a picture 0", "a picture 1", "a picture 2"}
+
+
+def test_questions_of_a_dataset_are_asked_as_they_are(folder):
+    rows = [{"image": png(index), "question": f"what is {index}?", "answer": f"it is {index}"} for index in range(2)]
+    spec = CalibrationSpec.parse(f"dataset:{folder(rows)}:prompt=question:text=answer", samples=2)
+    assert {(sample.prompt, sample.answer) for sample in spec.load_samples()} == {
+        ("what is 0?", "it is 0"),
+        ("what is 1?", "it is 1"),
+    }
+    assert CalibrationSpec.parse(str(spec), samples=2) == spec
 
 
 def test_too_few_rows(folder):
