@@ -3,67 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.packing import pack, plane_bytes, plane_widths, unpack
+from lmms_plugin.quant_backends.codes import Codes, rows_per_block, split_groups
+from lmms_plugin.quant_backends.kernels import Dequantize, Kernel, fastest
 from lmms_plugin.quant_backends.plan import QuantSpec
 
-
-class Codes(NamedTuple):
-    """A quantized weight in its canonical form: ``weight = (codes - zero_point) * scale``.
-
-    Attributes:
-        codes: (rows, groups, group_size) uint8 in [0, 2**bits); columns are padded with zeros of the
-            weight to a whole number of groups.
-        scale: (rows, groups), the dtype the layer computes in.
-        zero_point: (rows, groups), uint8, or the scale's dtype for a real-valued zero. None means
-            2**(bits - 1) everywhere.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-
-    def dequantize(self, bits: int, dtype: torch.dtype) -> Tensor:
-        """Return the weight as (rows, groups * group_size), computed in `dtype`.
-
-        Codes and integer zero points are exact in bfloat16, so their difference is too; the only
-        rounding is that of the product.
-        """
-        weight = self.codes.to(dtype)
-        if self.zero_point is None:
-            weight -= 1 << (bits - 1)
-        else:
-            weight -= self.zero_point.to(dtype).unsqueeze(-1)
-        weight *= self.scale.to(dtype).unsqueeze(-1)
-        return weight.flatten(-2)
-
-
-def rows_per_block(columns: int) -> int:
-    """Return how many rows of a weight to work on at once: about a million elements, and at least one row."""
-    return max(1, (1 << 20) // columns)
-
-
-def split_groups(weight: Tensor, group_size: int | None) -> Tensor:
-    """Cut the columns of a weight into groups, padding the last one with zeros.
-
-    Args:
-        weight: (rows, columns).
-        group_size: Columns per group, None for all of them.
-
-    Returns:
-        (rows, groups, group_size).
-    """
-    rows, columns = weight.shape
-    size = columns if group_size is None else group_size
-    padding = -columns % size
-    if padding:
-        weight = functional.pad(weight, (0, padding))
-    return weight.reshape(rows, -1, size)
+__all__ = ["Codes", "PackedLinear", "QuantizedLinear", "rows_per_block", "split_groups"]
 
 
 class QuantizedLinear(nn.Module, ABC):
@@ -115,8 +65,10 @@ class QuantizedLinear(nn.Module, ABC):
 class PackedLinear(QuantizedLinear):
     """A linear layer whose weight takes exactly `bits` bits, plus a scale and a zero point per group.
 
-    It replaces an ``nn.Linear``: same input, same output, same bias. The forward pass dequantizes into
-    the dtype of its input and multiplies.
+    It replaces an ``nn.Linear``: same input, same output, same bias. Codes are held once, in the layout of the best
+    kernel there is for bits, group size, dtype and device (`lmms_plugin.quant_backends.kernels`). The canonical layout
+    is exchanged for it when the layer is first used or asked what it runs on, and comes back when the layer is moved;
+    a state dict always holds the canonical one.
 
     Args:
         in_features: Columns of the weight.
@@ -129,8 +81,7 @@ class PackedLinear(QuantizedLinear):
         with_in_scale: The input is multiplied by a vector first (activation-aware methods).
     """
 
-    scale: Tensor
-    zero_point: Tensor | None
+    packed: Kernel
     in_scale: Tensor | None
 
     def __init__(
@@ -149,16 +100,21 @@ class PackedLinear(QuantizedLinear):
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.bits = spec.bits
         self.group_size = in_features if spec.group_size is None else spec.group_size
-        self.groups = -(-in_features // self.group_size)
-        count = out_features * self.groups * self.group_size
-        for width in plane_widths(spec.bits):
-            self._add(f"plane_{width}", (plane_bytes(count, width),), torch.uint8, device)
-        self._add("scale", (out_features, self.groups), dtype, device)
-        zero_dtype = dtype if float_zero_point else torch.uint8
-        self._add("zero_point", None if spec.symmetric else (out_features, self.groups), zero_dtype, device)
-        self._add("in_scale", (in_features,) if with_in_scale else None, dtype, device)
+        self.packed = Dequantize(
+            spec.bits,
+            out_features,
+            in_features + self.padded_columns,
+            self.group_size,
+            symmetric=spec.symmetric,
+            float_zero_point=float_zero_point,
+            dtype=dtype,
+            device=device,
+        )
+        in_scale = torch.empty(in_features, dtype=dtype, device=device) if with_in_scale else None
+        self.register_buffer("in_scale", in_scale)
         empty = torch.empty(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+        self._chosen = False
 
     @classmethod
     def from_codes(
@@ -178,72 +134,100 @@ class PackedLinear(QuantizedLinear):
             in_features: Columns of the weight without padding.
             bias: Taken over as it is, shape (rows,).
             in_scale: (in_features,), multiplied into the input.
+
+        Raises:
+            ValueError: Codes, scale, zero point and input scale do not fit each other or `spec`.
         """
-        zero_point = quantized.zero_point
-        layer = cls(
-            in_features,
-            quantized.codes.shape[0],
-            spec,
-            dtype=quantized.scale.dtype,
-            device="meta",
-            float_zero_point=zero_point is not None and zero_point.is_floating_point(),
-            with_in_scale=in_scale is not None,
-        )
-        for width, plane in zip(plane_widths(spec.bits), pack(quantized.codes, spec.bits), strict=True):
-            layer._fill(f"plane_{width}", plane)
-        layer._fill("scale", quantized.scale)
-        layer._fill("zero_point", zero_point)
-        layer._fill("in_scale", in_scale)
+        layer = cls(in_features, quantized.codes.shape[0], spec, dtype=quantized.scale.dtype, device="meta")
+        layer._expect(quantized, in_scale)
+        layer.packed = Dequantize.from_codes(quantized, spec.bits)
+        layer.in_scale = None if in_scale is None else in_scale.detach().contiguous()
         layer.bias = bias
         return layer
 
+    def choose_kernel(self) -> None:
+        """Bring the weight into the layout of the best kernel for its device and dtype."""
+        if not self._chosen:
+            self.packed = fastest(self.packed)
+            self._chosen = True
+
+    @property
+    def kernel(self) -> str:
+        """What the forward pass runs on."""
+        self.choose_kernel()
+        return self.packed.name
+
     @property
     def quantized(self) -> Codes:
-        """The canonical form; the codes are unpacked at each call."""
-        planes = [self.get_buffer(f"plane_{width}") for width in plane_widths(self.spec.bits)]
-        shape = (self.out_features, self.groups, self.group_size)
-        codes = unpack(planes, self.spec.bits, self.out_features * self.groups * self.group_size)
-        return Codes(codes.view(shape), self.scale, self.zero_point)
+        """The canonical form, unpacked at each call."""
+        return self.packed.codes(0, self.out_features)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of scales and input scale: what the layer computes in."""
+        return self.packed.dtype
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of codes, scales, zero points and input scale: all that replaces the dense weight."""
+        self.choose_kernel()
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Return rows of the weight, the input scale included, in the dtype of the scales."""
-        stored = self.quantized
-        zero_point = None if stored.zero_point is None else stored.zero_point[start:stop]
-        rows = Codes(stored.codes[start:stop], stored.scale[start:stop], zero_point)
-        weight = rows.dequantize(self.spec.bits, self.scale.dtype)[:, : self.in_features]
+        weight = self.packed.codes(start, stop).dequantize(self.bits, self.dtype)[:, : self.in_features]
         return weight if self.in_scale is None else weight * self.in_scale
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the stored weight, (out_features, in_features), without the input scale."""
-        return self.quantized.dequantize(self.spec.bits, dtype)[:, : self.in_features]
+        return self.quantized.dequantize(self.bits, dtype)[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
+        self.choose_kernel()
         if self.in_scale is not None:
             x = x * self.in_scale.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.dequantize(x.dtype), bias)
+        rows = x.reshape(-1, self.in_features)
+        if self.padded_columns:
+            rows = functional.pad(rows, (0, self.padded_columns))
+        y = self.packed.matmul(rows)
+        if self.bias is not None:
+            y += self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def _add(
-        self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device | str | None
-    ) -> None:
-        self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype, device=device))
+    def _canonicalize(self) -> None:
+        self.packed = self.packed.canonical()
+        self._chosen = False
 
-    def _fill(self, name: str, value: Tensor | None) -> None:
-        expected = self._buffers[name]
-        if (expected is None) != (value is None) or (
-            expected is not None
-            and value is not None
-            and (expected.shape, expected.dtype) != (value.shape, value.dtype)
-        ):
-            raise ValueError(f"{name} of a packed {self} should be {_describe(expected)}, got {_describe(value)}")
-        self._buffers[name] = None if value is None else value.detach().contiguous()
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        # What moves may need another kernel there.
+        self._canonicalize()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._canonicalize()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _expect(self, quantized: Codes, in_scale: Tensor | None) -> None:
+        codes, scale, zero = quantized
+        groups = (self.out_features, (self.in_features + self.padded_columns) // self.group_size)
+        _expect_shape(self, "codes", codes, (*groups, self.group_size), (torch.uint8,))
+        _expect_shape(self, "scale", scale, groups, (scale.dtype,))
+        if (zero is None) != self.spec.symmetric:
+            raise ValueError(
+                f"symmetric={self.spec.symmetric}, but the zero points are {'' if zero is None else 'not '}None"
+            )
+        if zero is not None:
+            _expect_shape(self, "zero_point", zero, groups, (torch.uint8, scale.dtype))
+        if in_scale is not None:
+            _expect_shape(self, "in_scale", in_scale, (self.in_features,), (scale.dtype,))
 
 
-def _describe(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+def _expect_shape(
+    layer: PackedLinear, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if tensor.shape != shape or tensor.dtype not in dtypes:
+        raise ValueError(
+            f"{name} of a packed layer ({layer.extra_repr()}) should be {shape} {' or '.join(map(str, dtypes))}, "
+            f"got {tuple(tensor.shape)} {tensor.dtype}"
+        )

@@ -1,8 +1,8 @@
 """Codes of 1 to 8 bits in uint8 bytes, with nothing wasted: N bits take exactly N bits.
 
 A code is cut into planes whose widths are powers of two (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
-7 = 4 + 2 + 1). Within a plane, byte j holds codes j, j + n, j + 2n, …, so that unpacking writes a few
-long contiguous runs instead of gathering neighbours out of every byte.
+7 = 4 + 2 + 1). Within a row of a plane of n bytes, byte j holds codes j, j + n, j + 2n, …, so that unpacking writes
+a few long contiguous runs instead of gathering neighbours out of every byte, and rows can be taken one by one.
 """
 
 from __future__ import annotations
@@ -24,44 +24,64 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
-def plane_bytes(count: int, width: int) -> int:
-    """Return the length in bytes of one plane of `count` codes."""
-    return -(-count * width // 8)
+def plane_bytes(columns: int, width: int) -> int:
+    """Return the bytes that one row of `columns` codes takes in a plane."""
+    return -(-columns * width // 8)
 
 
 def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
     """Pack codes into bit planes.
 
     Args:
-        codes: uint8 values in [0, 2**bits), any shape.
+        codes: (rows, columns) uint8 in [0, 2**bits).
         bits: Bits per code, 1 to 8.
 
     Returns:
-        One flat uint8 tensor per plane, in the order of `plane_widths`; codes are taken in row-major order.
+        One uint8 tensor (rows, `plane_bytes`) per plane, in the order of `plane_widths`.
     """
-    flat = codes.reshape(-1)
+    rows, columns = codes.shape
     planes = []
     offset = bits
     for width in plane_widths(bits):
         offset -= width
-        per_byte = 8 // width
-        length = plane_bytes(flat.numel(), width)
-        part = flat.new_zeros(per_byte * length)
-        part[: flat.numel()] = (flat >> offset) & ((1 << width) - 1)
-        plane = flat.new_zeros(length)
-        for position, run in enumerate(part.view(per_byte, length)):
-            plane |= run << (width * position)
+        part = (codes >> offset) & ((1 << width) - 1)
+        length = plane_bytes(columns, width)
+        plane = codes.new_zeros(rows, length)
+        for position in range(8 // width):
+            run = part[:, position * length : (position + 1) * length]
+            plane[:, : run.shape[1]] |= run << (width * position)
         planes.append(plane)
     return tuple(planes)
 
 
-def unpack(planes: Sequence[Tensor], bits: int, count: int) -> Tensor:
-    """Return the `count` codes that `pack` put into `planes`, flat, uint8."""
-    codes = torch.zeros(count, dtype=torch.uint8, device=planes[0].device)
-    for width, plane in zip(plane_widths(bits), planes, strict=True):
-        mask = (1 << width) - 1
-        codes <<= width if width < 8 else 0
-        for position in range(8 // width):
-            run = codes[position * plane.numel() : (position + 1) * plane.numel()]
-            run |= (plane[: run.numel()] >> (width * position)) & mask
+def unpack(planes: Sequence[Tensor], bits: int, columns: int) -> Tensor:
+    """Return the codes that `pack` put into `planes`, (rows, columns) uint8.
+
+    Eight bits are returned as they lie, without a copy.
+    """
+    if bits == 8:
+        return planes[0]
+    widths = plane_widths(bits)
+    codes = _unpack_plane(planes[0], widths[0], columns)
+    for width, plane in zip(widths[1:], planes[1:], strict=True):
+        codes <<= width
+        codes |= _unpack_plane(plane, width, columns)
     return codes
+
+
+def _unpack_plane(plane: Tensor, width: int, columns: int) -> Tensor:
+    rows, length = plane.shape
+    values = plane.new_empty(rows, columns)
+    mask = (1 << width) - 1
+    last = 8 // width - 1
+    for position in range(last + 1):
+        run = values[:, position * length : (position + 1) * length]
+        source = plane[:, : run.shape[1]]
+        # Written in place: temporary arrays of this size cost more than the arithmetic on them.
+        if position:
+            torch.bitwise_right_shift(source, width * position, out=run)
+        else:
+            run.copy_(source)
+        if position < last:
+            run &= mask
+    return values

@@ -27,17 +27,16 @@ def packed(rows=16, columns=96, bits=4, group_size=32, dtype=torch.float32, symm
 def test_codes_of_every_width_and_odd_length_survive_packing(bits, columns):
     codes = torch.randint(0, 1 << bits, (3, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     planes = pack(codes, bits)
-    assert torch.equal(unpack(planes, bits, codes.numel()).view_as(codes), codes)
+    assert torch.equal(unpack(planes, bits, columns), codes)
+    assert torch.equal(unpack([plane[1:2] for plane in planes], bits, columns), codes[1:2])
     assert all(plane.dtype == torch.uint8 for plane in planes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_n_bits_take_n_bits(bits):
-    count = 1024
+    codes = torch.zeros(4, 256, dtype=torch.uint8)
     assert sum(plane_widths(bits)) == bits
-    assert 8 * sum(plane.untyped_storage().nbytes() for plane in pack(torch.zeros(count, dtype=torch.uint8), bits)) == (
-        bits * count
-    )
+    assert 8 * sum(plane.untyped_storage().nbytes() for plane in pack(codes, bits)) == bits * codes.numel()
 
 
 @pytest.mark.parametrize("bits", [0, 9])
@@ -51,32 +50,33 @@ def test_columns_that_no_group_divides_are_padded_with_zeros_and_cut_off_again(c
     dense, layer = packed(columns=columns, group_size=128, bits=8)
     assert layer.padded_columns == -columns % 128
     assert layer.weight.shape == dense.weight.shape
-    assert (layer.weight - dense.weight).abs().max() <= layer.scale.max() / 2 + 1e-6
+    assert (layer.weight - dense.weight).abs().max() <= layer.quantized.scale.max() / 2 + 1e-6
     x = torch.randn(2, columns)
-    torch.testing.assert_close(layer(x), x @ layer.weight.T + dense.bias)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + dense.bias, rtol=1e-5, atol=1e-4)
 
 
 def test_one_group_per_row():
     _, layer = packed(columns=300, group_size=-1)
-    assert layer.scale.shape == (16, 1)
+    assert layer.quantized.scale.shape == (16, 1)
     assert layer.padded_columns == 0
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_reported_bytes_are_the_bytes_of_real_storages(bits, symmetric):
-    _, layer = packed(rows=384, columns=512, bits=bits, group_size=64, symmetric=symmetric, dtype=torch.bfloat16)
+    _, layer = packed(rows=384, columns=512, bits=bits, group_size=64, symmetric=symmetric)
     storages = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in layer.buffers()}
     groups = 384 * 512 // 64
-    assert layer.weight_bytes == sum(storages.values()) == 384 * 512 * bits // 8 + groups * (2 if symmetric else 3)
+    assert layer.weight_bytes == sum(storages.values()) == 384 * 512 * bits // 8 + groups * (4 if symmetric else 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_forward_is_a_linear_layer_with_the_dequantized_weight(dtype):
-    _, layer = packed(dtype=dtype, in_scale=torch.rand(96).to(dtype) + 0.5)
+    _, layer = packed(dtype=dtype, in_scale=torch.rand(96).to(dtype) + 0.5, bias=False)
     x = torch.randn(2, 5, 96).to(dtype)
-    expected = nn.functional.linear(x * layer.in_scale, layer.dequantize(dtype), layer.bias)
-    assert torch.equal(layer(x), expected)
+    expected = nn.functional.linear(x * layer.in_scale, layer.dequantize(dtype))
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    assert float((layer(x) - expected).float().norm() / expected.float().norm()) < tolerance
     assert layer(x).dtype == dtype
 
 
@@ -91,9 +91,9 @@ def test_codes_are_kept_when_the_dtype_changes():
     before = layer.quantized.codes.clone()
     half = copy.deepcopy(layer).to(torch.bfloat16)
     assert torch.equal(half.quantized.codes, before)
-    assert half.scale.dtype == half.bias.dtype == half.weight.dtype == torch.bfloat16
-    assert half.zero_point.dtype == torch.uint8
-    assert layer.scale.dtype == torch.float32, "a deep copy shares nothing"
+    assert half.quantized.scale.dtype == half.bias.dtype == half.weight.dtype == torch.bfloat16
+    assert half.quantized.zero_point.dtype == torch.uint8
+    assert layer.quantized.scale.dtype == torch.float32, "a deep copy shares nothing"
 
 
 @pytest.mark.parametrize("bits", [3, 4, 7])
@@ -102,7 +102,8 @@ def test_state_dict_round_trip(bits, kind):
     in_scale = torch.rand(96) + 0.5 if kind == "in_scale" else None
     _, layer = packed(bits=bits, symmetric=kind == "symmetric", in_scale=in_scale)
     if kind == "float_zero":
-        codes = layer.quantized._replace(zero_point=layer.zero_point.float() + 0.25)
+        codes = layer.quantized
+        codes = codes._replace(zero_point=codes.zero_point.float() + 0.25)
         layer = PackedLinear.from_codes(codes, layer.spec, 96, bias=layer.bias)
     empty = PackedLinear(
         96, 16, layer.spec, bias=True, float_zero_point=kind == "float_zero", with_in_scale=in_scale is not None

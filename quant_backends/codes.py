@@ -1,0 +1,62 @@
+"""A quantized weight in its canonical form: what quantizers make and every kernel's own layout is derived from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+
+class Codes(NamedTuple):
+    """A quantized weight in its canonical form: ``weight = (codes - zero_point) * scale``.
+
+    Attributes:
+        codes: (rows, groups, group_size) uint8 in [0, 2**bits); columns are padded with zeros of the
+            weight to a whole number of groups.
+        scale: (rows, groups), the dtype the layer computes in.
+        zero_point: (rows, groups), uint8, or the scale's dtype for a real-valued zero. None means
+            2**(bits - 1) everywhere.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def dequantize(self, bits: int, dtype: torch.dtype) -> Tensor:
+        """Return the weight as (rows, groups * group_size), computed in `dtype`.
+
+        Codes and integer zero points are exact in bfloat16, so their difference is too; the only
+        rounding is that of the product.
+        """
+        weight = self.codes.to(dtype)
+        if self.zero_point is None:
+            weight -= 1 << (bits - 1)
+        else:
+            weight -= self.zero_point.to(dtype).unsqueeze(-1)
+        weight *= self.scale.to(dtype).unsqueeze(-1)
+        return weight.flatten(-2)
+
+
+def rows_per_block(columns: int) -> int:
+    """Return how many rows of a weight to work on at once: about a million elements, and at least one row."""
+    return max(1, (1 << 20) // columns)
+
+
+def split_groups(weight: Tensor, group_size: int | None) -> Tensor:
+    """Cut the columns of a weight into groups, padding the last one with zeros.
+
+    Args:
+        weight: (rows, columns).
+        group_size: Columns per group, None for all of them.
+
+    Returns:
+        (rows, groups, group_size).
+    """
+    rows, columns = weight.shape
+    size = columns if group_size is None else group_size
+    padding = -columns % size
+    if padding:
+        weight = functional.pad(weight, (0, padding))
+    return weight.reshape(rows, -1, size)
