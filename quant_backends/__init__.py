@@ -23,6 +23,7 @@ BACKENDS: dict[str, str] = {
     "rtn": "lmms_plugin.quant_backends.rtn:RtnBackend",
     "hqq": "lmms_plugin.quant_backends.hqq:HqqBackend",
     "awq": "lmms_plugin.quant_backends.awq:AwqBackend",
+    "mbq": "lmms_plugin.quant_backends.mbq:MbqBackend",
     "gptq": "lmms_plugin.quant_backends.gptq:GptqBackend",
     "ptqtp": "lmms_plugin.quant_backends.ptqtp:PtqtpBackend",
     "ptqtp_weighted": "lmms_plugin.quant_backends.ptqtp:WeightedPtqtpBackend",

@@ -1,19 +1,16 @@
-"""What flows into linear layers: second moments of their inputs, with bounded memory."""
+"""What flows into linear layers: sums over their inputs, by role of the token where that is asked for."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from lmms_plugin.quant_backends.components import dense_linear
-from lmms_plugin.quant_backends.memory import statistics_budget
+from lmms_plugin.quant_backends.linear import QuantizedLinear, rows_per_block
 
 ROLES = ("image", "text", "answer")
 """What a position of a calibration sample can hold, in the order of the numbers that stand for them: an image feature,
@@ -34,11 +31,14 @@ class Sensitivity(NamedTuple):
 
     Attributes:
         image: Mean |gradient| over the elements at image positions, 0 or above.
-        answer: The same at answer positions.
+        answer: The same at answer positions, above 0.
+        ratio: What an image position weighs against an answer position: image / answer, or the median of like blocks
+            where that is more.
     """
 
     image: float
     answer: float
+    ratio: float
 
 
 @dataclass
@@ -117,6 +117,43 @@ class InputStatistics:
         """Mean |x| of each column, float32."""
         return (self.magnitude / self.rows).float()
 
+    @property
+    def sampled(self) -> Tensor:
+        """The sampled rows, (up to `SAMPLE_ROWS`, columns) float32.
+
+        Raises:
+            ValueError: No rows are kept.
+        """
+        if self.sample is None:
+            raise ValueError(f"{self.names[0]}: the sums of its inputs were kept, but no rows of them")
+        return self.sample.rows.float()
+
+    def expect_finite(self) -> None:
+        """Refuse inputs that no search can do justice to.
+
+        Raises:
+            ValueError: They hold NaN or infinite values; the message names the layer.
+        """
+        if not torch.isfinite(self.gram).all():
+            raise ValueError(f"{self.names[0]}: its calibration inputs hold NaN or infinite values")
+
+    def output_error(self, weight: Tensor, layer: QuantizedLinear) -> float:
+        """Return ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over all rows X, 0 where the outputs are all zero.
+
+        Args:
+            weight: W, dense, (rows, columns).
+            layer: Stands for Ŵ.
+        """
+        step = rows_per_block(weight.shape[1])
+        error = norm = 0.0
+        for start in range(0, len(weight), step):
+            dense = weight[start : start + step].float()
+            delta = layer.dense_rows(start, start + len(dense)).float() - dense
+            error += float(((delta @ self.gram) * delta).sum(dtype=torch.float64))
+            norm += float(((dense @ self.gram) * dense).sum(dtype=torch.float64))
+        # Rounding may leave a tiny negative error.
+        return math.sqrt(max(error, 0.0) / norm) if norm > 0 else 0.0
+
     def add(self, x: Tensor, roles: Tensor | None = None) -> None:
         """Add the rows of an input (..., columns).
 
@@ -139,144 +176,3 @@ class InputStatistics:
         self.gram.addmm_(x.T, x)
         self.magnitude += x.abs().sum(0, dtype=torch.float64)
         self.rows += x.shape[0]
-
-
-class _Finished(Exception):
-    """Every layer of interest has run: the rest of the forward pass is not needed."""
-
-
-def shared_inputs(model: nn.Module, names: Sequence[str], batch: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Find which layers are fed the very same tensor (query, key and value; gate and up).
-
-    Args:
-        model: In evaluation mode.
-        names: Linear layers of interest.
-        batch: Keyword arguments of one forward pass.
-
-    Returns:
-        Groups of names in the order in which they ran; layers that never ran are in none.
-    """
-    calls: dict[str, list[int]] = {}
-    last: list[tuple[int, Tensor]] = []
-
-    def note(name: str, x: Tensor) -> None:
-        if not last or last[0][1] is not x:
-            last[:] = [(last[0][0] + 1 if last else 0, x)]
-        calls.setdefault(name, []).append(last[0][0])
-
-    _forward(model, names, batch, note)
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, inputs in calls.items():
-        groups.setdefault(tuple(inputs), []).append(name)
-    return [tuple(group) for group in groups.values()]
-
-
-def capture(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Sequence[Mapping[str, Any]],
-    budget: int | None = None,
-) -> Iterator[list[InputStatistics]]:
-    """Gather input statistics of linear layers over calibration samples.
-
-    Layers are taken in the order in which they run, as many at a time as fit the budget; each such chunk
-    is one pass over all samples that ends where its last layer has run. The samples go through the model
-    one by one and every sum runs in the same order, so that the numbers depend neither on the budget nor
-    on any batch size.
-
-    Args:
-        model: The unquantized model, in evaluation mode.
-        names: Linear layers of interest.
-        batches: Keyword arguments of one forward pass each.
-        budget: Bytes for the statistics of one chunk; a single layer may exceed it. None for what is free.
-
-    Yields:
-        The statistics of one chunk.
-    """
-    groups = shared_inputs(model, names, batches[0])
-    expected: list[Counter[str]] | None = None
-    if budget is None:
-        budget = statistics_budget(dense_linear(model, names[0]).weight.device)
-    for chunk in _chunks(model, groups, budget):
-        statistics = []
-        for group in chunk:
-            weight = dense_linear(model, group[0]).weight
-            statistics.append(InputStatistics.empty(group, weight.shape[1], weight.device))
-        # The first pass runs every forward to its end and counts the calls, by which the later ones stop.
-        counts = _gather(model, names, statistics, batches, expected)
-        expected = expected or counts
-        yield statistics
-
-
-def _gather(
-    model: nn.Module,
-    names: Sequence[str],
-    statistics: Sequence[InputStatistics],
-    batches: Sequence[Mapping[str, Any]],
-    expected: Sequence[Counter[str]] | None,
-) -> list[Counter[str]]:
-    followers = {name: entry.names[0] for entry in statistics for name in entry.names}
-    leaders = {entry.names[0]: entry for entry in statistics}
-    watched = list(names) if expected is None else list(followers)
-    counts = []
-    for index, batch in enumerate(tqdm(batches, desc="Calibrating", leave=False, disable=None)):
-        seen: Counter[str] = Counter()
-        remaining = None if expected is None else sum(expected[index][name] for name in followers)
-        fed: dict[str, Tensor] = {}
-
-        def note(name: str, x: Tensor) -> None:
-            seen[name] += 1  # noqa: B023
-            leader = followers.get(name)
-            if leader == name:
-                leaders[name].add(x)
-                fed[name] = x  # noqa: B023
-            elif leader is not None and fed.get(leader) is not x:  # noqa: B023
-                raise RuntimeError(f"{name} shared its input with {leader} in the first sample, but not in this one")
-            if remaining is not None and seen.total() == remaining:  # noqa: B023
-                raise _Finished
-
-        _forward(model, watched, batch, note)
-        counts.append(seen)
-    return counts
-
-
-@torch.no_grad()
-def _forward(
-    model: nn.Module, names: Sequence[str], batch: Mapping[str, Any], note: Callable[[str, Tensor], None]
-) -> None:
-    with ExitStack() as hooks:
-        for name in names:
-            hooks.enter_context(_Hook(model.get_submodule(name), name, note))
-        try:
-            model(**batch)
-        except _Finished:
-            return
-
-
-class _Hook:
-    """A forward pre-hook for the time of a ``with`` block."""
-
-    def __init__(self, module: nn.Module, name: str, note: Callable[[str, Tensor], None]) -> None:
-        self.handle = module.register_forward_pre_hook(
-            lambda _, args, kwargs: note(name, args[0] if args else kwargs["input"]), with_kwargs=True
-        )
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-
-def _chunks(model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int) -> Iterator[list[tuple[str, ...]]]:
-    chunk: list[tuple[str, ...]] = []
-    used = 0
-    for group in groups:
-        size = InputStatistics.memory(dense_linear(model, group[0]).in_features)
-        if chunk and used + size > budget:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(group)
-        used += size
-    if chunk:
-        yield chunk

@@ -69,16 +69,20 @@ class Residence:
         self._names: tuple[str, ...] = ()
         self._at_home: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that come and go."""
+        return self._names
+
     def settle(self, model: nn.Module, names: Iterable[str]) -> None:
         """Bring onto the device what lies outside the named blocks; that stays there."""
         self._model, self._names = model, tuple(names)
         inside = {id(tensor) for name in self._names for tensor in _tensors(self._block(name))}
-        _move([tensor for tensor in _tensors(model) if id(tensor) not in inside], self.device)
+        self._bring(tensor for tensor in _tensors(model) if id(tensor) not in inside)
 
     def enter(self, name: str) -> None:
         """Bring a block onto the device."""
-        moved = _move(list(_tensors(self._block(name))), self.device)
-        self._at_home.setdefault(name, []).extend(moved)
+        self._at_home.setdefault(name, []).extend(self._bring(_tensors(self._block(name))))
 
     def leave(self, name: str) -> None:
         """Put back what `enter` brought; nothing is copied, since it never left host memory."""
@@ -120,6 +124,20 @@ class Residence:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def arrived(self, tensor: Tensor) -> Tensor | None:
+        """Return what a tensor holds, copied onto the device; None when it is there already."""
+        return None if self.device is None or tensor.device == self.device else tensor.data.to(self.device)
+
+    def _bring(self, tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Move tensors in place; return those that moved, each with what it held before."""
+        moved = []
+        for tensor in tensors:
+            here = self.arrived(tensor)
+            if here is not None:
+                moved.append((tensor, tensor.data))
+                tensor.data = here
+        return moved
 
     def _block(self, name: str) -> nn.Module:
         # Looked up each time: a block that is a layer itself is another one once it is quantized.
@@ -185,16 +203,6 @@ class Shelf:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _move(tensors: Iterable[Tensor], device: torch.device | None) -> list[tuple[Tensor, Tensor]]:
-    """Move tensors in place; return those that moved, each with what it held before."""
-    moved = []
-    for tensor in tensors:
-        if device is not None and tensor.device != device:
-            moved.append((tensor, tensor.data))
-            tensor.data = tensor.data.to(device)
-    return moved
 
 
 @contextmanager

@@ -6,29 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from lmms_plugin.quant_backends.activations import InputStatistics, capture, shared_inputs
-from lmms_plugin.quant_backends.awq import EXPONENTS, AwqBackend, candidates, search
+from lmms_plugin.quant_backends.activations import InputStatistics
+from lmms_plugin.quant_backends.awq import AwqBackend
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_to_nearest
+from lmms_plugin.quant_backends.scale_search import (
+    CLIPPING_RATIOS,
+    EXPONENTS,
+    GramError,
+    RowError,
+    candidates,
+    search_clipping,
+    search_scales,
+)
 
 COLUMNS = 64
-
-
-class Attention(nn.Module):
-    """Three layers fed one tensor, a fourth behind them, a fifth that never runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(COLUMNS, COLUMNS) for _ in range(3))
-        self.out = nn.Linear(COLUMNS, COLUMNS)
-        self.unused = nn.Linear(COLUMNS, COLUMNS)
-        self.after = 0
-
-    def forward(self, x):
-        mixed = torch.tanh(self.q(x)) * torch.tanh(self.k(x)) + self.v(x)
-        mixed = self.out(input=mixed)
-        self.after += 1
-        return mixed
 
 
 def inputs(count=6, outliers=0.0, seed=0):
@@ -46,10 +38,14 @@ def statistics(samples):
     return entry
 
 
+def search(weight, spec, entry):
+    return search_scales([weight], [spec], entry.mean_magnitude, GramError(entry.gram))
+
+
 @pytest.fixture
-def model():
+def layers():
     torch.manual_seed(0)
-    return Attention().eval()
+    return [nn.Linear(COLUMNS, rows) for rows in (64, 32, 32)]
 
 
 def output_error(weight, other, samples):
@@ -64,7 +60,7 @@ def test_the_output_error_is_never_above_rounding_and_below_it_where_channels_di
     weight = torch.randn(32, COLUMNS, generator=torch.Generator().manual_seed(1))
     samples = inputs(outliers=outliers)
     spec = QuantSpec(bits, 32, symmetric)
-    found = search([weight], [spec], statistics(samples))
+    found = search(weight, spec, statistics(samples))
     scaled = round_to_nearest(weight / found.in_scale, spec, torch.float32)
     calibrated = output_error(weight, scaled.dequantize(bits, torch.float32) * found.in_scale, samples)
     rounded = round_to_nearest(weight, spec, torch.float32).dequantize(bits, torch.float32)
@@ -75,17 +71,16 @@ def test_the_output_error_is_never_above_rounding_and_below_it_where_channels_di
         assert found.exponent > 0
 
 
-def test_the_reported_error_is_that_of_the_outputs():
-    weight = torch.randn(32, COLUMNS, generator=torch.Generator().manual_seed(1))
+@torch.no_grad()
+@pytest.mark.parametrize("clip", [False, True], ids=["scales", "scales and clipping"])
+def test_the_reported_error_is_that_of_the_outputs(clip):
+    linear = nn.Linear(COLUMNS, 32)
     samples = inputs(outliers=3)
-    spec = QuantSpec(3, 32)
-    found = search([weight], [spec], statistics(samples))
-    stored = (
-        round_to_nearest(weight / found.in_scale, spec, torch.float32).dequantize(3, torch.float32) * found.in_scale
-    )
+    (solution,) = AwqBackend(clip=clip).solve([linear], [QuantSpec(3, 32)], statistics(samples))
     x = torch.cat(samples)
-    expected = (x @ (weight - stored).T).norm() / (x @ weight.T).norm()
-    assert found.output_errors[0] == pytest.approx(float(expected), rel=1e-4)
+    exact = linear(x)
+    expected = (solution.layer(x) - exact).norm() / (exact - linear.bias).norm()
+    assert solution.output_error == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_candidate_scales_are_those_of_the_paper():
@@ -103,7 +98,7 @@ def test_a_channel_that_is_always_zero_breaks_nothing():
     samples = inputs()
     for x in samples:
         x[:, 5] = 0
-    found = search([torch.randn(8, COLUMNS)], [QuantSpec(3, 32)], statistics(samples))
+    found = search(torch.randn(8, COLUMNS), QuantSpec(3, 32), statistics(samples))
     assert torch.isfinite(found.in_scale).all()
 
 
@@ -111,100 +106,141 @@ def test_inputs_that_are_not_finite_name_the_layer():
     samples = inputs()
     samples[2][0, 0] = float("nan")
     with pytest.raises(ValueError, match="layer: its calibration inputs hold NaN"):
-        search([torch.randn(8, COLUMNS)], [QuantSpec(3, 32)], statistics(samples))
+        AwqBackend().solve([nn.Linear(COLUMNS, 8)], [QuantSpec(3, 32)], statistics(samples))
 
 
-def test_layers_fed_the_same_tensor_are_found(model):
-    names = ["unused", "out", "v", "k", "q"]
-    assert shared_inputs(model, names, {"x": inputs()[0]}) == [("q", "k", "v"), ("out",)]
+def solve(layers, samples, bits=3, **options):
+    entry = statistics(samples)
+    entry.names = tuple(f"layers.0.self_attn.{key}_proj" for key in "qkv")[: len(layers)]
+    return AwqBackend(**options).solve(layers, [QuantSpec(bits, 32)] * len(layers), entry)
 
 
-def test_statistics_are_sums_over_all_rows(model):
-    samples = inputs()
-    (chunk,) = capture(model, ["q", "k", "v", "out"], [{"x": x} for x in samples])
-    x = torch.cat(samples).double()
-    assert chunk[0].names == ("q", "k", "v")
-    torch.testing.assert_close(chunk[0].gram.double(), x.T @ x, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(chunk[0].mean_magnitude.double(), x.abs().mean(0), rtol=1e-6, atol=1e-6)
-    assert chunk[0].rows == len(x)
+def test_layers_of_one_group_share_their_scale_and_stay_as_they_are(layers):
+    before = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    solutions = solve(layers, inputs(outliers=5))
+    for layer, solution, state in zip(layers, solutions, before, strict=True):
+        assert torch.equal(solution.layer.in_scale, solutions[0].layer.in_scale)
+        assert 0 < solution.output_error < 1
+        assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+    alone = solve(layers[1:2], inputs(outliers=5, seed=1))
+    assert not torch.equal(alone[0].layer.in_scale, solutions[0].layer.in_scale)
 
 
-def test_the_memory_budget_changes_the_passes_but_not_the_numbers(model):
-    batches = [{"x": x} for x in inputs()]
-    names = ["q", "k", "v", "out"]
-    whole = [entry for chunk in capture(model, names, batches) for entry in chunk]
-    passes = model.after
-    chunks = list(capture(model, names, batches, budget=1))
-    assert [len(chunk) for chunk in chunks] == [1, 1]
-    # One pass to find shared inputs and the first chunk's run to the end; the last chunk's stops inside `out`.
-    assert model.after - passes == passes == 1 + len(batches)
-    for one, other in zip(whole, (entry for chunk in chunks for entry in chunk), strict=True):
-        assert torch.equal(one.gram, other.gram)
-        assert torch.equal(one.magnitude, other.magnitude)
+def test_the_same_inputs_give_the_same_codes(layers):
+    for one, other in zip(*(solve(copy.deepcopy(layers), inputs(outliers=5)) for _ in range(2)), strict=True):
+        for key, value in one.layer.state_dict().items():
+            assert torch.equal(value, other.layer.state_dict()[key])
 
 
-def test_no_hook_is_left_behind(model):
-    list(capture(model, ["q", "out"], [{"x": x} for x in inputs()], budget=1))
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_inputs_shared_in_one_sample_only_are_an_error(model):
-    def forward(x):
-        other = x if len(x) == 5 else x.clone()
-        return model.q(x) + model.k(other)
-
-    model.forward = forward
-    with pytest.raises(RuntimeError, match="k shared its input with q in the first sample"):
-        list(capture(model, ["q", "k"], [{"x": x} for x in inputs()]))
-
-
-def solved(model, batches, budget=1 << 30, bits=3):
-    spec, backend = QuantSpec(bits, 32), AwqBackend()
-    items = {}
-    for chunk in capture(model, ["q", "k", "v", "out", "unused"], batches, budget):
-        for entry in chunk:
-            layers = [getattr(model, name) for name in entry.names]
-            items |= zip(entry.names, backend.solve(layers, [spec] * len(layers), entry), strict=True)
-    return items
-
-
-def test_the_same_inputs_give_the_same_codes_whatever_the_budget(model):
-    batches = [{"x": x} for x in inputs(outliers=5)]
-    one, other = solved(model, batches), solved(copy.deepcopy(model), batches, budget=1)
-    for name in one:
-        for key, value in one[name].layer.state_dict().items():
-            assert torch.equal(value, other[name].layer.state_dict()[key]), f"{name}.{key}"
-
-
-def test_layers_of_one_group_share_their_scale_and_the_model_stays_as_it_is(model):
-    before = copy.deepcopy(model.state_dict())
-    items = solved(model, [{"x": x} for x in inputs(outliers=5)])
-    assert set(items) == {"q", "k", "v", "out"}
-    assert torch.equal(items["q"].layer.in_scale, items["v"].layer.in_scale)
-    assert not torch.equal(items["q"].layer.in_scale, items["out"].layer.in_scale)
-    assert 0 < items["q"].output_error < 1
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_a_layer_without_inputs_is_rounded_to_nearest(model):
-    layer = AwqBackend().without_inputs(model.unused, QuantSpec(3, 32))
-    rounded = round_to_nearest(model.unused.weight.detach(), QuantSpec(3, 32), torch.float32)
+def test_a_layer_without_inputs_is_rounded_to_nearest(layers):
+    layer = AwqBackend().without_inputs(layers[0], QuantSpec(3, 32))
+    rounded = round_to_nearest(layers[0].weight.detach(), QuantSpec(3, 32), torch.float32)
     assert torch.equal(layer.weight, rounded.dequantize(3, torch.float32))
     assert layer.in_scale is None
 
 
 @torch.no_grad()
-def test_the_group_keeps_its_outputs_better_than_rounding(model):
-    samples = inputs(outliers=10)
-    items = solved(model, [{"x": x} for x in samples])
-    for names in (("q", "k", "v"), ("out",)):
-        assert sum(items[name].output_error for name in names) < 1
+def test_the_group_keeps_its_outputs_better_than_rounding(layers):
+    samples, spec = inputs(outliers=10), QuantSpec(3, 32)
     x = torch.cat(samples)
-    spec = QuantSpec(3, 32)
     calibrated = plain = 0.0
-    for name in ("q", "k", "v"):
-        linear = getattr(model, name)
-        calibrated += float((items[name].layer(x) - linear(x)).square().sum())
-        rounded = round_to_nearest(linear.weight.detach(), spec, torch.float32).dequantize(3, torch.float32)
-        plain += output_error(linear.weight.detach(), rounded, samples)
+    for linear, solution in zip(layers, solve(layers, samples), strict=True):
+        calibrated += float((solution.layer(x) - linear(x)).square().sum())
+        rounded = round_to_nearest(linear.weight, spec, torch.float32).dequantize(3, torch.float32)
+        plain += output_error(linear.weight, rounded, samples)
     assert calibrated < 0.6 * plain
+
+
+def straightforward_search(weight, spec, samples, power):
+    """Return the exponent of the authors' loop: round, multiply, compare, one candidate after another."""
+    x = torch.cat(samples)
+    magnitude, exact = x.abs().mean(0), x @ weight.T
+    losses = []
+    for exponent in EXPONENTS:
+        scale = magnitude.pow(exponent).clamp(min=1e-4)
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        rounded = round_to_nearest(weight * scale, spec, torch.float32).dequantize(spec.bits, torch.float32)
+        losses.append(float(((x / scale) @ rounded.T - exact).abs().pow(power).sum()))
+    return EXPONENTS[losses.index(min(losses))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("power", [1, 2], ids=["absolute", "squared"])
+@pytest.mark.parametrize("outliers", [1.0, 5.0, 30.0])
+def test_the_search_finds_what_the_authors_loop_finds(outliers, power, seed):
+    weight = torch.randn(48, COLUMNS, generator=torch.Generator().manual_seed(seed))
+    samples, spec = inputs(outliers=outliers, seed=seed), QuantSpec(3, 16)
+    entry = statistics(samples)
+    x = torch.cat(samples)
+    objective = GramError(entry.gram) if power == 2 else RowError(x, torch.ones(len(x)), power)
+    found = search_scales([weight], [spec], entry.mean_magnitude, objective)
+    assert found.exponent == straightforward_search(weight, spec, samples, power)
+
+
+def test_gram_and_rows_measure_the_same_squared_error():
+    weight = torch.randn(16, COLUMNS, generator=torch.Generator().manual_seed(0))
+    samples = inputs(outliers=2)
+    x = torch.cat(samples)
+    rounded = torch.stack([(weight * 4).round() / 4, (weight * 2).round() / 2])
+    inverses = torch.stack([torch.ones(COLUMNS), torch.linspace(0.5, 2, COLUMNS)])
+    by_gram = GramError(x.T @ x).errors_of(weight)(rounded, inverses)
+    by_rows = RowError(x, torch.ones(len(x)), 2).errors_of(weight)(rounded, inverses)
+    torch.testing.assert_close(by_gram, by_rows, rtol=1e-4, atol=0)
+    expected = [((x @ (part * inverse - weight).T) ** 2).sum() for part, inverse in zip(rounded, inverses, strict=True)]
+    torch.testing.assert_close(by_rows.float(), torch.stack(expected), rtol=1e-4, atol=0)
+
+
+def row_errors(weight, kept, samples):
+    return (torch.cat(samples) @ (weight - kept).T).square().sum(0)
+
+
+@pytest.mark.parametrize("group_size", [16, 24, None], ids=["whole groups", "padded groups", "one group"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_clipping_raises_the_error_of_no_row(bits, symmetric, group_size):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(40, COLUMNS, generator=generator) * torch.rand(40, COLUMNS, generator=generator).exp()
+    samples, spec = inputs(outliers=4), QuantSpec(bits, group_size, symmetric)
+    x = torch.cat(samples)
+    codes = search_clipping(weight, spec, x.T @ x, torch.float32)
+    clipped = row_errors(weight, codes.dequantize(bits, torch.float32)[:, :COLUMNS], samples)
+    rounded = round_to_nearest(weight, spec, torch.float32).dequantize(bits, torch.float32)[:, :COLUMNS]
+    plain = row_errors(weight, rounded, samples)
+    assert (clipped <= plain * (1 + 1e-4)).all()
+    if bits <= 3:
+        assert clipped.sum() < 0.95 * plain.sum()
+
+
+def test_clipping_is_the_best_range_where_groups_do_not_meet():
+    """With uncorrelated inputs each group stands alone, and the best range is that of an exhaustive loop."""
+    weight = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(3, 16)
+    codes = search_clipping(weight, spec, torch.eye(32), torch.float32)
+    found = codes.dequantize(3, torch.float32)
+    for row in range(12):
+        for group in (slice(0, 16), slice(16, 32)):
+            part = weight[row : row + 1, group]
+            errors = []
+            for ratio in CLIPPING_RATIOS:
+                limit = part.abs().max() * ratio
+                kept = round_to_nearest(part.clamp(-limit, limit), spec, torch.float32).dequantize(3, torch.float32)
+                errors.append(float((kept - part).square().sum()))
+            assert float((found[row, group] - part[0]).square().sum()) == pytest.approx(min(errors), rel=1e-5)
+
+
+def test_clipping_does_not_depend_on_how_many_rows_are_taken_at_once(monkeypatch):
+    weight, spec = torch.randn(37, COLUMNS, generator=torch.Generator().manual_seed(0)), QuantSpec(3, 16)
+    x = torch.cat(inputs(outliers=3))
+    whole = search_clipping(weight, spec, x.T @ x, torch.float32)
+    monkeypatch.setattr("lmms_plugin.quant_backends.scale_search.SEARCH_ELEMENTS", 8 * COLUMNS * len(CLIPPING_RATIOS))
+    for one, other in zip(whole, search_clipping(weight, spec, x.T @ x, torch.float32), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_clipped_layers_keep_their_outputs_better_and_queries_and_keys_stay_as_they_are(layers):
+    samples = inputs(outliers=5)
+    plain, clipped = solve(layers, samples, bits=2), solve(layers, samples, bits=2, clip=True)
+    for index in (0, 1):
+        assert torch.equal(clipped[index].layer.weight, plain[index].layer.weight)
+    assert clipped[2].output_error < plain[2].output_error
+    assert torch.equal(clipped[2].layer.in_scale, plain[2].layer.in_scale)

@@ -1,0 +1,205 @@
+"""How much the answers' loss depends on image positions and on answer positions, block by block."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from lmms_plugin.quant_backends.activations import ROLES, TOKEN_ROLES, WEIGHED, Sensitivity
+from lmms_plugin.quant_backends.blocks import find_blocks, within
+from lmms_plugin.quant_backends.memory import Residence
+
+HALF_PRECISION_SCALE = 1024.0
+"""What the loss is multiplied by in float16, where the gradients at image positions (1e-8 to 1e-6) would underflow."""
+
+
+@torch.enable_grad()
+def measure_sensitivities(
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Sequence[Mapping[str, Any]],
+    residence: Residence | None = None,
+) -> dict[str, Sensitivity]:
+    """Measure the gradients of the answers' cross-entropy, as MBQ weighs modalities by them.
+
+    Of each part of a decoder block (its attention, its MLP) the gradient with respect to its output is taken: mean
+    magnitude over image positions and over answer positions, averaged over the samples. A part's image-to-answer
+    ratio counts with at least the median of like parts, as in the authors' code: in the last block hardly any
+    gradient reaches the image.
+
+    Every sample goes through the model's own forward, one at a time, so that positions and masks are the family's
+    own. Parameters get no gradients and each block is computed again on the way back: what is kept at one time are
+    the inputs of all blocks for one sample, and the inside of one block.
+
+    Args:
+        model: Dense or partly quantized, in evaluation mode.
+        layers: Layers fed the positions of the sequence.
+        batches: Keyword arguments of one forward pass each, with `TOKEN_ROLES`, one sample each.
+        residence: Where blocks lie while it is not their turn, settled; None when the model is on its device.
+
+    Returns:
+        Layer -> sensitivity of the part that it belongs to. A layer outside all blocks (the output projection) has
+        none.
+
+    Raises:
+        ValueError: A gradient is not finite, or no gradient reaches the answers.
+    """
+    blocks = find_blocks(model, layers)
+    if residence is None:
+        residence = Residence()
+        residence.settle(model, blocks)
+    part_of = {layer: part for layer in layers if (part := _part(layer, blocks)) is not None}
+    parts = sorted(set(part_of.values()))
+    sums = dict.fromkeys(parts, torch.zeros(len(WEIGHED), dtype=torch.float64))
+    with _frozen(model), _recomputing(model, residence):
+        for batch in tqdm(batches, desc="Weighing modalities", leave=False, disable=None):
+            for part, magnitudes in _gradients(model, parts, batch).items():
+                sums[part] = sums[part] + magnitudes
+    found = _with_ratios({part: (sums[part] / len(batches)).tolist() for part in parts})
+    return {layer: found[part] for layer, part in part_of.items()}
+
+
+def _part(layer: str, blocks: Collection[str]) -> str | None:
+    """Return the direct child of a block that the layer is or lies in: the block's attention or its MLP."""
+    block = next((block for block in blocks if within(layer, block)), None)
+    if block is None or layer == block:
+        return None
+    child = layer.removeprefix(f"{block}.").partition(".")[0]
+    return f"{block}.{child}"
+
+
+def _gradients(model: nn.Module, parts: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return mean |gradient| per role of `WEIGHED` at the output of each part, for one sample."""
+    inputs = {key: value for key, value in batch.items() if key not in (TOKEN_ROLES, "logits_to_keep")}
+    roles = batch[TOKEN_ROLES]
+    start = int((roles == ROLES.index("answer")).nonzero()[0])
+    found: dict[str, Tensor] = {}
+
+    def note(part: str, gradient: Tensor) -> None:
+        magnitude = gradient.abs().mean(-1, dtype=torch.float32).reshape(-1)
+        means = [magnitude[(roles == ROLES.index(role)).to(magnitude.device)].mean() for role in WEIGHED]
+        found[part] = torch.stack(means).double().cpu()
+
+    with ExitStack() as hooks:
+        for part in parts:
+            hooks.enter_context(_output_gradient(model.get_submodule(part), part, note))
+        loss = _answer_loss(model, inputs, start)
+        if loss.isfinite():
+            loss.backward()  # type: ignore[no-untyped-call]
+    missing = [part for part in parts if part not in found]
+    if missing:
+        raise ValueError(f"no gradient of the answers' loss (which is {loss.item():.3g}) reaches {missing[0]}")
+    return found
+
+
+def _answer_loss(model: nn.Module, inputs: Mapping[str, Any], start: int) -> Tensor:
+    """Return the mean cross-entropy of the positions from `start` on, each predicted from the one before it."""
+    answer = inputs["input_ids"][0, start:]
+    # Only these positions are projected onto the vocabulary, where the family allows it.
+    options = {"logits_to_keep": len(answer) + 1} if _keeps_logits(model) else {}
+    logits = model(**inputs, **options).logits[0, -len(answer) - 1 : -1].float()
+    loss = functional.cross_entropy(logits, answer.to(logits.device))
+    half = model.get_input_embeddings().weight.dtype == torch.float16  # type: ignore[operator]
+    return loss * HALF_PRECISION_SCALE if half else loss
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _with_ratios(magnitudes: Mapping[str, Sequence[float]]) -> dict[str, Sensitivity]:
+    ratios: dict[str, float] = {}
+    for part, (image, answer) in magnitudes.items():
+        if not (math.isfinite(image) and math.isfinite(answer) and answer > 0):
+            raise ValueError(
+                f"{part}: gradients should be finite and reach the answers, got mean magnitudes {image:.3g} at image "
+                f"and {answer:.3g} at answer positions"
+            )
+        ratios[part] = image / answer
+    kinds: dict[str, list[float]] = {}
+    for part, ratio in ratios.items():
+        kinds.setdefault(_kind(part), []).append(ratio)
+    return {
+        part: Sensitivity(*magnitudes[part], max(ratio, statistics.median(kinds[_kind(part)])))
+        for part, ratio in ratios.items()
+    }
+
+
+def _kind(part: str) -> str:
+    """Return what the like parts of all blocks have in common: the name without its numbers."""
+    return re.sub(r"\d+", "*", part)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let gradients begin at the token embeddings and stop there, none going to parameters."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A copy, because some families write image features into the embeddings in place, which a leaf forbids.
+    hook = model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
+        lambda _, __, output: output.detach().requires_grad_().clone()
+    )
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        hook.remove()
+        for parameter in trainable:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def _recomputing(model: nn.Module, residence: Residence) -> Iterator[None]:
+    """Let blocks forget their inside between forward and backward pass, and be on the device while they run."""
+    modules = {name: model.get_submodule(name) for name in residence.blocks}
+    own = {name: vars(module).get("forward") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.forward = _recomputed(name, module.forward, residence)
+        yield
+    finally:
+        for name, module in modules.items():
+            del module.forward
+            if own[name] is not None:
+                module.forward = own[name]
+
+
+def _recomputed(name: str, forward: Callable[..., Any], residence: Residence) -> Callable[..., Any]:
+    def present(*args: Any, **kwargs: Any) -> Any:
+        residence.enter(name)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            residence.leave(name)
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(present, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return recomputed
+
+
+@contextmanager
+def _output_gradient(module: nn.Module, name: str, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Tell `note` the gradient that reaches what a module puts out, its first output where there are several."""
+
+    def watch(_: nn.Module, __: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) else output
+        if first.requires_grad:
+            first.register_hook(lambda gradient: note(name, gradient))
+
+    handle = module.register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()
