@@ -75,10 +75,15 @@ class Residence:
         return self._names
 
     def settle(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Bring onto the device what lies outside the named blocks; that stays there."""
+        """Bring onto the device what lies outside the named blocks; that stays there.
+
+        An embedding that doubles as the output projection lies outside, since it is needed before any block.
+        """
         self._model, self._names = model, tuple(names)
-        inside = {id(tensor) for name in self._names for tensor in _tensors(self._block(name))}
-        self._bring(tensor for tensor in _tensors(model) if id(tensor) not in inside)
+        inside = {id(module) for name in self._names for module in self._block(name).modules()}
+        for module in model.modules():
+            if id(module) not in inside:
+                self._bring([*module.parameters(recurse=False), *module.buffers(recurse=False)])
 
     def enter(self, name: str) -> None:
         """Bring a block onto the device."""
