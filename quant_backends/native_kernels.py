@@ -14,8 +14,12 @@ from lmms_plugin.quant_backends.packing import plane_widths
 INT4_GROUPS = (256, 128, 64, 32)
 """Group sizes of the int4 kernels; a multiple of one is done as several groups of the same scale."""
 
-MOST_ROWS = 32
-"""Rows of activations up to which the CPU kernels beat dequantizing once and one float32 product (bench/decode.py)."""
+MOST_ROWS = {"torch CPU int4": 64, "torch CPU int8": 16, "torch CUDA int4": 16}
+"""Rows of activations up to which a kernel beats dequantizing once and one large product.
+
+Measured by `python -m bench.decode --rows` on an AVX2 processor; for CUDA it is what torch's own libraries assume. They
+are numbers and not timed on the spot, so that the same inputs give the same answers in every run.
+"""
 
 
 def kernel_group(group_size: int) -> int | None:
@@ -156,7 +160,7 @@ class CpuInt4(Int4Kernel):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T``, by the kernel for few rows of bfloat16."""
-        if x.shape[0] > MOST_ROWS or x.dtype != torch.bfloat16:
+        if x.shape[0] > MOST_ROWS[self.name] or x.dtype != torch.bfloat16:
             return self.dequantized_matmul(x)
         group, x = self.columns // self.scale_and_zero.shape[1], x.contiguous()
         products = [
@@ -278,7 +282,7 @@ class CpuInt8(Kernel):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T``, by the kernel for few rows of bfloat16."""
-        if x.shape[0] > MOST_ROWS or x.dtype != torch.bfloat16:
+        if x.shape[0] > MOST_ROWS[self.name] or x.dtype != torch.bfloat16:
             return self.dequantized_matmul(x)
         by_group = x.view(-1, self.groups, self.group_size).transpose(0, 1).contiguous()
         products = [
@@ -347,7 +351,7 @@ class CudaInt4(Int4Kernel):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T``, by the kernel for few rows of bfloat16."""
-        if x.shape[0] > MOST_ROWS or x.dtype != torch.bfloat16:
+        if x.shape[0] > MOST_ROWS[self.name] or x.dtype != torch.bfloat16:
             return self.dequantized_matmul(x)
         group = self.columns // self.scale_and_zero.shape[1]
         product: Tensor = torch.ops.aten._weight_int4pack_mm(x.contiguous(), self.tiles, group, self.scale_and_zero[0])
