@@ -5,9 +5,10 @@
 
 import math
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+
+from lmms_plugin.tasks import opencv as cv2
 
 Field = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]

@@ -23,11 +23,11 @@ from functools import lru_cache
 from numbers import Integral
 from types import MappingProxyType
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from lmms_plugin.tasks import opencv as cv2
 from lmms_plugin.tasks.channel_noise import sensor_channel, shot_channel
 from lmms_plugin.tasks.pixel_motion import one_sided_trail, shuffle_sources, smear
 from lmms_plugin.tasks.textures import ice_crop, plasma

@@ -7,9 +7,10 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+
+from lmms_plugin.tasks import opencv as cv2
 
 Field = npt.NDArray[np.float32]
 Points = npt.NDArray[np.float64]

@@ -1,0 +1,52 @@
+"""What every benchmark prints and writes: the machine, medians, and one row per case with a ratio."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Row = dict[str, Any]
+"""One case: at least its name (`case`) and `ratio`, baseline over ours; above 1 means that ours is faster or smaller.
+`ratio` is None where there is nothing to compare with."""
+
+
+def machine() -> str:
+    """Processor or accelerator, cores, load, and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else names[0]
+    return (
+        f"{device}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} torch threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+    )
+
+
+def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each call, after one of each that does not count.
+
+    The calls take turns, so that a disturbance of the machine meets all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def write(path: Path | None, rows: Sequence[Row]) -> None:
+    """Write rows as a JSON list, if there is a path."""
+    if path is not None:
+        path.write_text(json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
