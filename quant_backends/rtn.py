@@ -5,19 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import CodesBackend
-from lmms_plugin.quant_backends.linear import Codes, rows_per_block, split_groups
+from lmms_plugin.quant_backends.int8_linear import UNQUANTIZED, Int8Linear, check_act_bits
+from lmms_plugin.quant_backends.linear import Codes, PackedLinear, QuantizedLinear, rows_per_block, split_groups
 from lmms_plugin.quant_backends.plan import QuantSpec
 
 
 @dataclass(frozen=True)
 class RtnBackend(CodesBackend):
-    """Round-to-nearest weights, symmetric or asymmetric, in groups along the input."""
+    """Round-to-nearest weights, symmetric or asymmetric, in groups along the input.
+
+    Attributes:
+        act_bits: 8 rounds the inputs of the layers to 8 bits too, each token by its own largest magnitude, while they
+            run (W8A8, W4A8); 16 leaves them as they are.
+    """
 
     name = "rtn"
     bits = frozenset(range(2, 9))
+    act_bits: int = UNQUANTIZED
+
+    def __post_init__(self) -> None:
+        check_act_bits(self.act_bits)
+
+    def quantize_linear(self, weight: Tensor, bias: nn.Parameter | None, spec: QuantSpec) -> QuantizedLinear:
+        """Quantize one layer into a packed one."""
+        kind = PackedLinear if self.act_bits == UNQUANTIZED else Int8Linear
+        return kind.from_codes(self.quantize(weight, spec), spec, weight.shape[1], bias=bias)
 
     def quantize(self, weight: Tensor, spec: QuantSpec) -> Codes:
         """Round a weight (rows, columns) to the nearest codes."""
