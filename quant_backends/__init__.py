@@ -30,6 +30,7 @@ BACKENDS: dict[str, str] = {
     "quanto": "lmms_plugin.quant_backends.quanto:QuantoBackend",
     "bitsandbytes": "lmms_plugin.quant_backends.bitsandbytes:BitsAndBytesBackend",
     "torchao": "lmms_plugin.quant_backends.torchao:TorchaoBackend",
+    "prequantized": "lmms_plugin.quant_backends.prequantized:PrequantizedBackend",
 }
 """Built-in name -> ``module:Class``, imported only when asked for."""
 

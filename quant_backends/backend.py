@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.activations import InputStatistics
 from lmms_plugin.quant_backends.linear import Codes, PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -125,3 +128,59 @@ class CalibratedBackend(Backend):
     @abstractmethod
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Quantize a layer that no calibration input reached, as this method would if every input weighed the same."""
+
+
+class LoadedCheckpoint(NamedTuple):
+    """What a reader of quantized checkpoints makes of one.
+
+    Attributes:
+        model: Its quantized layers are `QuantizedLinear`.
+        info: What ``from_pretrained`` says about missing and unexpected weights.
+        label: How the checkpoint was quantized, as shown in the report.
+    """
+
+    model: PreTrainedModel
+    info: Mapping[str, Any]
+    label: str
+
+
+class CheckpointBackend(Backend):
+    """A reader of checkpoints that were quantized before; there is no plan."""
+
+    @abstractmethod
+    def load(self, path: str, config: Any, options: Mapping[str, Any]) -> LoadedCheckpoint:
+        """Load a quantized model.
+
+        Args:
+            path: Hub id or local folder.
+            config: The checkpoint's, which may be changed.
+            options: Keyword arguments of ``from_pretrained``.
+
+        Raises:
+            ValueError: The checkpoint is not quantized, or in a way that cannot be run faithfully.
+            ImportError: The library that runs its format is missing.
+        """
+
+
+class WholeModelBackend(Backend):
+    """A quantizer that must have the whole model and the calibration inputs to itself."""
+
+    @abstractmethod
+    def quantize_model(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        specs: Mapping[str, QuantSpec],
+        batches: Sequence[Mapping[str, Any]],
+    ) -> Iterator[tuple[str, QuantizedLinear]]:
+        """Quantize the named layers of a model.
+
+        Args:
+            model: Unquantized; its weights may be changed on the way, as each named layer is replaced in the end.
+            processor: Of the model.
+            specs: Module name -> spec.
+            batches: Keyword arguments of one forward pass each.
+
+        Yields:
+            Module name and quantized layer, one for each of `specs`.
+        """

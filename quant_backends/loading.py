@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lmms_plugin.dialects import Dialect, dialect_for
-from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend
+from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend
 from lmms_plugin.quant_backends.blocks import find_blocks
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches, fingerprint
 from lmms_plugin.quant_backends.journal import Journal, cache_folder, checkpoint_key
 from lmms_plugin.quant_backends.memory import Residence, explained_out_of_memory, read_peak, reset_peak
 from lmms_plugin.quant_backends.plan import QuantPlan
+from lmms_plugin.quant_backends.probe import expect_sound
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.report import CalibrationReport, QuantReport
 
@@ -91,6 +92,8 @@ def load_quantized(
     spec, samples = _calibration(backend, calibration, seed)
     reset_peak()
     config, processor = _describe(path, trust_remote_code, processor)
+    if not isinstance(backend, CheckpointBackend):
+        _expect_unquantized(path, config)
     calibrated = isinstance(backend, CalibratedBackend)
     residence = Residence(torch.device(device) if calibrated and not device_map else None)
     home = torch.device("cpu") if calibrated else torch.device(device)
@@ -107,6 +110,8 @@ def load_quantized(
         model, work = _load(
             path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
         )
+        if isinstance(backend, CheckpointBackend):
+            expect_sound(model, processor)
         if calibrated:
             journal = _journal(path, work, processor, spec) if resume else None
             seen = _calibrate(work, processor, spec, samples, asked, residence, journal)
@@ -128,14 +133,18 @@ def _describe(path: str, trust_remote_code: bool, processor: Any) -> tuple[Any, 
     from transformers import AutoConfig, AutoProcessor
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    existing = getattr(config, "quantization_config", None)
-    if existing is not None:
-        raise ValueError(
-            f"{path} is quantized already ({existing.get('quant_method')}); its weights cannot be quantized again"
-        )
     if processor is None:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     return config, processor
+
+
+def _expect_unquantized(path: str, config: Any) -> None:
+    existing = getattr(config, "quantization_config", None)
+    if existing is not None:
+        raise ValueError(
+            f"{path} is quantized already ({existing.get('quant_method')}); its weights cannot be quantized again, "
+            "quant_prequantized takes them as they are"
+        )
 
 
 def _load(
@@ -143,16 +152,26 @@ def _load(
 ) -> tuple[PreTrainedModel, Quantization]:
     from transformers import AutoModelForImageTextToText
 
+    if isinstance(backend, CheckpointBackend):
+        loaded = backend.load(path, config, options)
+        _expect_complete(path, loaded.model, loaded.info)
+        work = Quantization(loaded.model, backend, plan)
+        work.adopt(loaded.label)
+        return loaded.model, work
     if plan.specs:
         from lmms_plugin.quant_backends.hf_quantizer import PackedConfig
 
         options["quantization_config"] = PackedConfig(backend, plan)
     model, info = AutoModelForImageTextToText.from_pretrained(path, config=config, output_loading_info=True, **options)
+    _expect_complete(path, model, info)
+    work = model.hf_quantizer.work if plan.specs else Quantization(model, backend, plan)
+    return model, work
+
+
+def _expect_complete(path: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
-    work = model.hf_quantizer.work if plan.specs else Quantization(model, backend, plan)
-    return model, work
 
 
 def _journal(path: str, work: Quantization, processor: Any, spec: CalibrationSpec) -> Journal | None:

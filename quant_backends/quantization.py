@@ -95,7 +95,7 @@ class Quantization:
             return_freed_memory()
         tied = name in self.tied
         if tied:
-            _untie(self.model, name)
+            untie(self.model, name)
         self._done[name] = ModuleReport(
             name=name,
             component=self.components[name],
@@ -153,6 +153,34 @@ class Quantization:
             self.model, backend, specs, put, of_sequence, residence=residence or Residence(), journal=journal
         ).run(batches)
 
+    def adopt(self, label: str) -> None:
+        """Take every layer into the account that was quantized before it was loaded.
+
+        Its error is not known; the weight it stands for is counted in the dtype that the model computes in.
+
+        Args:
+            label: How they were quantized, as shown in the report.
+        """
+        size = torch.finfo(self.model.dtype).bits // 8
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, QuantizedLinear) and name in self.components:
+                rows, columns = layer.out_features, layer.in_features
+                self._done[name] = ModuleReport(
+                    name=name,
+                    component=self.components[name],
+                    shape=(rows, columns),
+                    method=label,
+                    bits=layer.bits,
+                    group_size=layer.group_size,
+                    padded_columns=layer.padded_columns,
+                    bytes_before=rows * columns * size,
+                    bytes_after=layer.weight_bytes,
+                    relative_error=None,
+                    output_error=None,
+                    kernel=layer.kernel,
+                    reason=None,
+                )
+
     def modules(self) -> tuple[ModuleReport, ...]:
         """Return the account of every weight with two or more dimensions, quantized or not."""
         part_of = splitter(self.model)
@@ -208,8 +236,10 @@ def _is_tied(model: PreTrainedModel, name: str) -> bool:
     return f"{name}.weight" in getattr(model, "all_tied_weights_keys", {})
 
 
-def _untie(model: PreTrainedModel, name: str) -> None:
-    """Tell transformers that the layer no longer shares the input embedding, which stays as it is."""
+def untie(model: PreTrainedModel, name: str) -> None:
+    """Tell transformers that a layer does not share the input embedding, or no longer, which stays as it is."""
+    if not _is_tied(model, name):
+        return
     model.all_tied_weights_keys.pop(f"{name}.weight")
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False

@@ -1,0 +1,260 @@
+"""How other tools store quantized linear layers, and the same weights in the canonical form of this package.
+
+Each format is told by its tensors: a layer is quantized where they are, whatever the checkpoint's own list of layers
+says (such lists name modules as they were called when the checkpoint was made, and silently match nothing today).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmms_plugin.quant_backends.codes import Codes
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""AWQ's "GEMM" packing: column k of eight lies in nibble AWQ_ORDER.index(k) of its word."""
+
+
+class StoredLinear(NamedTuple):
+    """A layer as read.
+
+    Attributes:
+        codes: Canonical form; its groups are runs of columns in the order of `order`.
+        bits: Bits per code.
+        order: (columns,) which input column each stored column belongs to; None for the natural order.
+    """
+
+    codes: Codes
+    bits: int
+    order: Tensor | None
+
+
+@dataclass(frozen=True)
+class StoredFormat(ABC):
+    """One way of storing quantized layers.
+
+    Attributes:
+        marker: The tensor that a layer in this format has and no other one does.
+        tensors: All that it may have besides the bias.
+        label: As shown in reports.
+    """
+
+    marker: ClassVar[str]
+    tensors: ClassVar[frozenset[str]]
+    label: str
+
+    @abstractmethod
+    def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:
+        """Convert one layer.
+
+        Args:
+            tensors: Name below the layer -> tensor.
+            columns: Width of the layer.
+
+        Raises:
+            ValueError: The tensors do not fit each other, or hold what the packed layer cannot.
+        """
+
+
+@dataclass(frozen=True)
+class CompressedTensors(StoredFormat):
+    """``pack-quantized`` of compressed-tensors (llm-compressor, vLLM): integer weights, packed along rows.
+
+    Attributes:
+        widths: The numbers of bits that the checkpoint's config names.
+    """
+
+    marker = "weight_packed"
+    tensors = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"})
+
+    widths: frozenset[int]
+
+    def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:
+        """Convert one layer."""
+        packed, scale = tensors["weight_packed"], tensors["weight_scale"]
+        rows = packed.shape[0]
+        shape = tensors.get("weight_shape")
+        if shape is not None and shape.tolist() != [rows, columns]:
+            raise ValueError(f"stored as {shape.tolist()}, the model has {[rows, columns]}")
+        bits, dense = self._layout(packed.shape[1], columns)
+        codes = _unpack(packed, bits, columns, dense=dense)
+        zeros = tensors.get("weight_zero_point")
+        if zeros is not None and zeros.dtype is torch.int32:
+            zeros = _unpack(zeros.T.contiguous(), bits, rows, dense=dense).T
+        elif zeros is not None:
+            zeros = (zeros.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+        # One scale for the whole weight is one for each of its rows.
+        scale = scale.reshape(-1, scale.shape[-1] if scale.dim() > 1 else 1).expand(rows, -1)
+        zeros = None if zeros is None else zeros.reshape(-1, zeros.shape[-1] if zeros.dim() > 1 else 1).expand(rows, -1)
+        return _group(codes, scale, zeros, bits, tensors.get("weight_g_idx"))
+
+    def _layout(self, words: int, columns: int) -> tuple[int, bool]:
+        """Return bits and whether codes run across the ends of words, as they do since compressed-tensors 0.20."""
+        for bits in sorted(self.widths):
+            if words == -(-columns * bits // 32):
+                return bits, True
+            if words == -(-columns // (32 // bits)):
+                return bits, False
+        raise ValueError(f"{words} words for {columns} columns do not hold {sorted(self.widths)} bits per weight")
+
+
+@dataclass(frozen=True)
+class Gptq(StoredFormat):
+    """GPTQ's format (AutoGPTQ, GPTQModel, auto-round): integer weights, packed along columns, transposed.
+
+    Attributes:
+        zero_offset: What has been taken off each stored zero point: 1 in version 1 of the format, 0 in version 2.
+    """
+
+    marker = "qweight"
+    tensors = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+
+    zero_offset: int
+
+    def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:
+        """Convert one layer."""
+        packed, scale = tensors["qweight"], tensors["scales"]
+        rows = scale.shape[1]
+        bits, rest = divmod(packed.shape[0] * 32, columns)
+        if rest or packed.shape[1] != rows or not 2 <= bits <= 8:
+            raise ValueError(
+                f"qweight {tuple(packed.shape)} and scales {tuple(scale.shape)} do not fit a width {columns}"
+            )
+        codes = _unpack(packed.T.contiguous(), bits, columns, dense=True)
+        zeros = _unpack(tensors["qzeros"], bits, rows, dense=True).T
+        # The offset wraps: a zero point of 0 is stored as the largest code.
+        zeros = ((zeros.to(torch.int16) + self.zero_offset) % (1 << bits)).to(torch.uint8)
+        return _group(codes, scale.T, zeros, bits, tensors.get("g_idx"))
+
+
+@dataclass(frozen=True)
+class Awq(StoredFormat):
+    """AWQ's "GEMM" format (AutoAWQ, llm-awq): 4-bit weights, eight outputs in a word, interleaved."""
+
+    marker = "qweight"
+    tensors = frozenset({"qweight", "qzeros", "scales"})
+
+    def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:
+        """Convert one layer."""
+        packed, scale = tensors["qweight"], tensors["scales"]
+        rows = scale.shape[1]
+        if packed.shape != (columns, rows // 8):
+            raise ValueError(f"qweight {tuple(packed.shape)}, expected {(columns, rows // 8)} of 4 bits per weight")
+        codes, zeros = _interleaved(packed).T, _interleaved(tensors["qzeros"]).T
+        return _group(codes, scale.T, zeros, 4, None)
+
+
+@dataclass(frozen=True)
+class Hqq(StoredFormat):
+    """What ``HQQLinear.state_dict()`` holds: the library's own packing, real-valued zeros."""
+
+    marker = "W_q"
+    tensors = frozenset(
+        {
+            *("W_q", "nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype"),
+            *("view_as_float", "compute_dtype", "quant_scale", "quant_zero", "offload_meta", "encoded_state_dict"),
+            *("stores_quant_config", "channel_wise", "optimize", "round_zero"),
+        }
+    )
+
+    def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:
+        """Convert one layer, unpacked by the library."""
+        from hqq.core.quantize import HQQLinear, Quantizer
+
+        scale = tensors["scale"]
+        layer = HQQLinear(None, None, compute_dtype=scale.dtype, device=str(scale.device), initialize=False)
+        layer.load_state_dict(dict(tensors))
+        meta = layer.meta
+        rows, width = meta["shape"]
+        group_size = meta["group_size"] or width
+        if meta["axis"] != 1 or width != columns or columns % group_size:
+            raise ValueError(
+                f"HQQ layer of {rows} x {width} in groups of {group_size} along axis {meta['axis']}: only groups along "
+                f"the rows (axis=1) that divide the width {columns} can be packed"
+            )
+        stored = layer.W_q.data
+        if meta["view_as_float"]:
+            stored = stored.view(meta["unpack_view_dtype"])
+        codes = Quantizer.unpack[meta["packing"]](stored, dtype=torch.uint8)
+        # Three bits are packed ten to a word, the last word padded.
+        codes = codes.flatten()[: rows * columns].view(rows, columns)
+        scale, zero = (meta[key].reshape(rows, -1) for key in ("scale", "zero"))
+        return _group(codes, scale, zero, int(meta["nbits"]), None)
+
+
+def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
+    """Return the format that a checkpoint's ``quantization_config`` names; None if it is none that is read here."""
+    method = config.get("quant_method")
+    if method == "compressed-tensors" and config.get("format") == "pack-quantized":
+        groups = config["config_groups"].values()
+        if any(group.get("input_activations") or group["weights"].get("type", "int") != "int" for group in groups):
+            return None
+        return CompressedTensors(method, frozenset(group["weights"]["num_bits"] for group in groups))
+    packing = str(config.get("packing_format", ""))
+    if method == "gptq" or (method == "auto-round" and not packing.endswith("awq")):
+        second = config.get("checkpoint_format") == "gptq_v2" or (
+            method == "auto-round" and ("gptq" not in packing or "gptqmodel" in packing)
+        )
+        return Gptq(str(method), zero_offset=0 if second else 1)
+    if (method == "awq" and str(config.get("version", "gemm")).lower() == "gemm") or method == "auto-round":
+        return Awq(str(method))
+    return Hqq("hqq") if method == "hqq" else None
+
+
+def _group(codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, index: Tensor | None) -> StoredLinear:
+    """Cut (rows, columns) codes into the groups of their scales, (rows, groups).
+
+    Args:
+        codes: (rows, columns) uint8.
+        scale: (rows, groups).
+        zeros: (rows, groups) or None.
+        bits: Bits per code.
+        index: (columns,) the group of each column, for columns that were grouped by activation order.
+    """
+    rows, columns = codes.shape
+    groups = scale.shape[1]
+    size = math.ceil(columns / groups)
+    order = None
+    if index is not None and not torch.equal(index.long().cpu(), torch.arange(columns) // size):
+        order = torch.argsort(index.long(), stable=True)
+        if not torch.equal(index.long()[order].cpu(), torch.arange(columns) // size):
+            raise ValueError(f"columns of a group are not {size} everywhere")
+        codes = codes[:, order]
+    codes = torch.nn.functional.pad(codes, (0, groups * size - columns))
+    zeros = None if zeros is None else zeros.contiguous()
+    return StoredLinear(Codes(codes.reshape(rows, groups, size).contiguous(), scale.contiguous(), zeros), bits, order)
+
+
+def _unpack(words: Tensor, bits: int, count: int, *, dense: bool) -> Tensor:
+    """Return the first `count` codes of each row of int32 words, (rows, count) uint8, lowest bits first.
+
+    Args:
+        words: (rows, words per row) int32.
+        bits: Bits per code.
+        count: Codes per row.
+        dense: Codes run across the ends of words; otherwise the top bits of a word that hold no whole code are unused.
+    """
+    rows = words.shape[0]
+    per_word = 32 // bits
+    if dense and 32 % bits:
+        places = torch.arange(32, dtype=torch.int32, device=words.device)
+        stream = ((words.unsqueeze(-1) >> places) & 1).to(torch.uint8).view(rows, -1)
+        stream = stream[:, : count * bits].view(rows, count, bits)
+        weights = (1 << torch.arange(bits, device=words.device)).to(torch.uint8)
+        return (stream * weights).sum(-1, dtype=torch.uint8)
+    places = bits * torch.arange(per_word, dtype=torch.int32, device=words.device)
+    codes = (words.unsqueeze(-1) >> places) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).view(rows, -1)[:, :count]
+
+
+def _interleaved(words: Tensor) -> Tensor:
+    """Unpack AWQ's words, (n, m) int32 -> (n, 8 m) uint8."""
+    nibbles = _unpack(words, 4, words.shape[1] * 8, dense=False).view(words.shape[0], -1, 8)
+    natural = [AWQ_ORDER.index(column) for column in range(8)]
+    return nibbles[:, :, natural].reshape(words.shape[0], -1)
