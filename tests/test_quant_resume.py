@@ -81,7 +81,7 @@ def counted(monkeypatch, owner, name):
 
 
 def test_a_calibration_that_was_killed_goes_on_at_the_last_finished_block(checkpoint, cache, monkeypatch):
-    path = checkpoint("qwen2_5_vl")
+    path = checkpoint("idefics3")
     # Sixteen groups of layers in four blocks; the fifteenth is in the last one.
     command = [sys.executable, "-P", "-c", KILLED, str(path), "15"]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
