@@ -6,8 +6,8 @@ Every measurement is a process of its own.
 
     list    `lmms-eval --tasks list`, with this package's entry point and, as the baseline, without it: wall clock
     import  `lmms-eval --model quant_none --tasks shapes_rec --limit 1` under ``-X importtime``: the baseline is what
-            lmms-eval's listing of tasks and a transformers model import anyway; ours is that and the modules that
-            only this package brings (its own and the libraries that nothing else asks for)
+            lmms-eval's listing of tasks and a transformers model import anyway; ours is that and what is imported
+            on behalf of this package beyond it (its own modules, and libraries that it was the first to ask for)
 
 A ratio is baseline over ours: 1 means that nothing was added, 0.9 that start-up takes a tenth longer.
 """
@@ -22,11 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.reporting import Row, machine, write
 
-IMPORTED = re.compile(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)$")
+PACKAGE = "lmms_plugin"
+IMPORTED = re.compile(r"^import time:\s+(\d+) \|\s+\d+ \|( +)(\S+)$")
 WITHOUT_PLUGIN = """
 from importlib.metadata import EntryPoints, entry_points
 import lmms_eval.models.registry_v2 as registry
@@ -55,13 +58,31 @@ def run(code: str, *arguments: str, importtime: bool = False) -> tuple[float, st
     return time.perf_counter() - start, done.stderr
 
 
-def imports(log: str) -> dict[str, float]:
-    """Return module -> seconds that its own body took, from a log of ``-X importtime``."""
-    found: dict[str, float] = {}
-    for line in log.splitlines():
-        match = IMPORTED.match(line)
-        if match:
-            found[match[2]] = found.get(match[2], 0.0) + int(match[1]) / 1e6
+class Import(NamedTuple):
+    """One line of ``-X importtime``.
+
+    Attributes:
+        name: Of the module.
+        seconds: Its own body took, without what it imports.
+        asked_by_us: Whether it or a module that was importing it belongs to this package.
+    """
+
+    name: str
+    seconds: float
+    asked_by_us: bool
+
+
+def imports(log: str) -> list[Import]:
+    """Read a log of ``-X importtime``, in which a module comes after all that it imports, which is indented."""
+    matches = [match for line in log.splitlines() if (match := IMPORTED.match(line))]
+    found: list[Import] = []
+    importing: dict[int, bool] = {}
+    for match in reversed(matches):
+        depth = len(match[2])
+        above = [ours for level, ours in importing.items() if level < depth]
+        ours = match[3].split(".")[0] == PACKAGE or any(above)
+        importing = {level: value for level, value in importing.items() if level < depth} | {depth: ours}
+        found.append(Import(match[3], int(match[1]) / 1e6, ours))
     return found
 
 
@@ -78,19 +99,21 @@ def listing(repeats: int) -> Row:
 def importing(repeats: int) -> list[Row]:
     """Import time of a run on the demo, and of that the part of this package's own modules."""
     shares: list[tuple[float, float, float]] = []
-    heaviest: dict[str, float] = {}
+    brought: list[Import] = []
     for _ in range(repeats):
         common = imports(run(WITHOUT_PLUGIN + COMMON + MAIN, "--tasks", "list", importtime=True)[1])
+        known = {module.name for module in common}
         with tempfile.TemporaryDirectory() as folder:
             arguments = ["--model", "quant_none", "--model_args", "pretrained=demo", "--tasks", "shapes_rec"]
             arguments += ["--limit", "1", "--output_path", folder]
-            ours = imports(run(MAIN, *arguments, importtime=True)[1])
-        own = sum(seconds for name, seconds in ours.items() if name.split(".")[0] == "lmms_plugin")
-        brought = _brought(ours, common)
-        heaviest = brought
-        shares.append((sum(common.values()), sum(brought.values()), own))
+            whole = imports(run(MAIN, *arguments, importtime=True)[1])
+        brought = [module for module in whole if module.asked_by_us and module.name not in known]
+        own = [module for module in brought if module.name.split(".")[0] == PACKAGE]
+        shares.append((_sum(common), _sum(brought), _sum(own)))
     common_s, brought_s, own_s = (statistics.median(column) for column in zip(*shares, strict=True))
-    print("brought by us:", ", ".join(f"{k} {1000 * v:.0f} ms" for k, v in _largest(heaviest)))
+    packages = sorted({module.name.split(".")[0] for module in brought})
+    by_package = {name: _sum([m for m in brought if m.name.split(".")[0] == name]) for name in packages}
+    print("on our behalf:", ", ".join(f"{name} {1000 * by_package[name]:.0f} ms" for name in _largest(by_package)))
     return [
         {
             "case": "import",
@@ -102,19 +125,12 @@ def importing(repeats: int) -> list[Row]:
     ]
 
 
-def _brought(ours: dict[str, float], common: dict[str, float]) -> dict[str, float]:
-    """Seconds by distribution of what a run imports beyond the common part: transformers' lazy modules are not ours."""
-    known = {name.split(".")[0] for name in common}
-    totals: dict[str, float] = {}
-    for name, seconds in ours.items():
-        package = name.split(".")[0]
-        if package not in known:
-            totals[package] = totals.get(package, 0.0) + seconds
-    return totals
+def _sum(modules: Sequence[Import]) -> float:
+    return sum(module.seconds for module in modules)
 
 
-def _largest(totals: dict[str, float]) -> list[tuple[str, float]]:
-    return sorted(totals.items(), key=lambda item: -item[1])[:6]
+def _largest(totals: dict[str, float]) -> list[str]:
+    return sorted(totals, key=lambda name: -totals[name])[:6]
 
 
 def main() -> None:
