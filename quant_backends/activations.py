@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -73,8 +72,8 @@ class InputStatistics:
         magnitude: (columns,) float64, Σ |x|.
         rows: How many rows were summed.
         sample: Some of the rows, for errors that no sum can tell; None unless roles are told apart.
-        roles: The same over the rows of each role of `WEIGHED` alone; empty unless roles are told apart. They hold no
-            rows where a layer is not fed the positions of the sequence, as in the vision tower.
+        roles: The same over the rows of each role of `WEIGHED` alone, as far as there are any: none unless roles are
+            told apart, and none where a layer is not fed the positions of the sequence, as in the vision tower.
         sensitivity: Of the loss to the block that the layers belong to; None where it is not known.
     """
 
@@ -83,7 +82,7 @@ class InputStatistics:
     magnitude: Tensor
     rows: int = 0
     sample: RowSample | None = None
-    roles: Mapping[str, InputStatistics] = field(default_factory=dict)
+    roles: dict[str, InputStatistics] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
 
     @classmethod
@@ -102,14 +101,11 @@ class InputStatistics:
         statistics = cls(names, gram, torch.zeros(columns, dtype=torch.float64, device=device))
         if by_role:
             statistics.sample = RowSample(torch.empty(0, columns, device=device))
-            statistics.roles = {role: cls.empty(names, columns, device) for role in WEIGHED}
-            for role in statistics.roles.values():
-                role.sample = RowSample(torch.empty(0, columns, device=device))
         return statistics
 
     @staticmethod
     def memory(columns: int, *, by_role: bool = False) -> int:
-        """Return the bytes that `empty` takes, sampled rows aside."""
+        """Return the most bytes that statistics take, sampled rows aside."""
         return 4 * columns**2 * (1 + len(WEIGHED) * by_role)
 
     @property
@@ -168,11 +164,19 @@ class InputStatistics:
         if roles is not None:
             if len(roles) != len(x):
                 raise ValueError(f"{self.names[0]} was fed {len(x)} rows, but the roles of {len(roles)} are given")
-            for name, part in self.roles.items():
-                part.add(x[(roles == ROLES.index(name)).to(x.device)])
+            for role in WEIGHED:
+                self._add_role(role, x[(roles == ROLES.index(role)).to(x.device)])
         if self.sample is not None:
             self.sample.add(x)
         x = x.float()
         self.gram.addmm_(x.T, x)
         self.magnitude += x.abs().sum(0, dtype=torch.float64)
         self.rows += x.shape[0]
+
+    def _add_role(self, role: str, x: Tensor) -> None:
+        if self.sample is None or not len(x):
+            return
+        if role not in self.roles:
+            self.roles[role] = InputStatistics.empty(self.names, x.shape[1], self.gram.device)
+            self.roles[role].sample = RowSample(x[:0])
+        self.roles[role].add(x)

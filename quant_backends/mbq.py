@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lmms_plugin.quant_backends.activations import InputStatistics
+from lmms_plugin.quant_backends.activations import WEIGHED, InputStatistics
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
 from lmms_plugin.quant_backends.int8_linear import UNQUANTIZED, Int8Linear, check_act_bits
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
@@ -102,10 +102,9 @@ class MbqBackend(CalibratedBackend):
 
 def _balanced(statistics: InputStatistics, loss: str) -> list[tuple[InputStatistics, float]]:
     """Return the parts of the inputs that count, and the weight of each of their rows."""
-    parts = statistics.roles
-    if statistics.sensitivity is None or any(part.rows == 0 for part in parts.values()):
+    if statistics.sensitivity is None or set(statistics.roles) != set(WEIGHED):
         return [(statistics, 1.0)]
-    image, answer = parts["image"], parts["answer"]
+    image, answer = (statistics.roles[role] for role in WEIGHED)
     ratio = statistics.sensitivity.ratio
     if loss == "mae":
         # Over one number of tokens for both, which changes no comparison.
