@@ -16,7 +16,6 @@ from lmms_plugin.quant_backends.gptq import (
     expect_damping,
     factorize,
     pass_on_errors,
-    relative_error,
     squared_errors,
 )
 from lmms_plugin.quant_backends.linear import rows_per_block, split_groups
@@ -98,8 +97,10 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
     ) -> list[Solution]:
         """Fit the planes of layers that are fed one tensor."""
         factor = factorize(statistics, damping=self.damping)
+        solved = [self._pack(layer, spec, factor, statistics.gram) for layer, spec in zip(layers, specs, strict=True)]
         return [
-            self._solve_one(layer, spec, factor, statistics.gram) for layer, spec in zip(layers, specs, strict=True)
+            Solution(packed, statistics.output_error(layer.weight, packed))
+            for packed, layer in zip(solved, layers, strict=True)
         ]
 
     @torch.no_grad()
@@ -107,7 +108,7 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
         """Fit with all columns weighing the same."""
         return TritPlaneLinear.from_planes(self.fit(layer.weight, spec), spec, layer.bias)
 
-    def _solve_one(self, layer: nn.Linear, spec: QuantSpec, factor: Factor, gram: Tensor) -> Solution:
+    def _pack(self, layer: nn.Linear, spec: QuantSpec, factor: Factor, gram: Tensor) -> TritPlaneLinear:
         weight = layer.weight
         weighted = self.fit(weight, spec, gram.diagonal())
         candidates = [self.fit(weight, spec), weighted]
@@ -118,8 +119,7 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
         best, rows = errors.argmin(0), torch.arange(len(weight), device=weight.device)
         planes = torch.stack([each.planes for each in candidates])[best, :, rows].transpose(0, 1)
         scale = torch.stack([each.scale for each in candidates])[best, rows]
-        packed = TritPlaneLinear.from_planes(TritPlanes(planes, scale), spec, layer.bias)
-        return Solution(packed, relative_error(errors.amin(0), weight, gram))
+        return TritPlaneLinear.from_planes(TritPlanes(planes, scale), spec, layer.bias)
 
 
 def fit_planes(
