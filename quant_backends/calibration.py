@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lmms_plugin.boxes import Box
 from lmms_plugin.quant_backends.synthetic import noise_image, scene, words
@@ -218,6 +218,7 @@ def _from_rows(spec: CalibrationSpec, path: str, split: str) -> list[Calibration
 
 def _open_rows(spec: CalibrationSpec, path: str, split: str) -> Any:
     import datasets
+    from pyarrow import parquet
 
     local = Path(path).expanduser()
     if not local.exists():
@@ -227,6 +228,8 @@ def _open_rows(spec: CalibrationSpec, path: str, split: str) -> Any:
     files = [local] if local.is_file() else _split_files(local, split)
     if not files:
         raise FileNotFoundError(f"no parquet file for split {split!r} in {path!r}")
+    if not sum(parquet.read_metadata(file).num_rows for file in files):
+        raise ValueError(f"calibration data {path!r} split {split!r} holds no rows")
     table = datasets.Dataset.from_parquet([str(file) for file in files])
     _expect_column(spec.image, table.column_names, path)
     drawn = random.Random(spec.seed).sample(range(len(table)), min(spec.samples, len(table)))
@@ -284,11 +287,16 @@ def _referring_sample(image: Image.Image, row: dict[str, Any], rng: random.Rando
 def _decode(value: Any, position: int) -> Image.Image:
     import datasets
 
+    # lmms-eval tells Pillow to fill up truncated images with grey; here they are errors like any other damage.
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         image = value if isinstance(value, Image.Image) else datasets.Image().decode_example(value)
         return image.convert("RGB")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    # For a broken PNG, Pillow's error is a SyntaxError.
+    except (OSError, SyntaxError, Image.DecompressionBombError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"calibration row {position} holds no readable image: {error}") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def _expect_column(column: str, present: list[str], path: str) -> None:

@@ -1,0 +1,182 @@
+"""What a user can get wrong, and what can go wrong underneath: one clear error each, and nothing half-written."""
+
+import io
+import json
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import lmms_plugin.model as models
+from lmms_plugin.quant_backends import journal
+from lmms_plugin.quant_backends.awq import AwqBackend
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(journal.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "calibration"
+
+
+@pytest.fixture
+def path(checkpoint):
+    return str(checkpoint("idefics3"))
+
+
+def run(model="QuantAwq", **arguments):
+    """Make the model that lmms-eval makes for `--model quant_awq --model_args ...`."""
+    return getattr(models, model)(**{"device": "cpu", "group_size": 32, **arguments})
+
+
+def png():
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def parquet(folder, images):
+    """Write rows with the given image files and return what names them."""
+    rows = [{"image": {"bytes": image, "path": None}, "caption": f"picture {i}"} for i, image in enumerate(images)]
+    whole = datasets.Dataset.from_list(rows or [{"image": {"bytes": b"", "path": None}, "caption": ""}])
+    whole.select(range(len(rows))).to_parquet(folder / "train.parquet")
+    return f"dataset:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 1}, "bits must be an integer from 2 to 8, or 16 for untouched, got 1"),
+        ({"bits": 9}, "bits must be an integer from 2 to 8"),
+        ({"bits": 4.5}, "bits"),
+        ({"bits": "four"}, "bits"),
+        ({"group_size": 0}, "group_size must be a positive integer, or -1 for one group per row, got 0"),
+        ({"group_size": -2}, "group_size must be a positive integer"),
+        ({"language_bits": 16}, "awq was asked to quantize nothing"),
+        ({"calibration_samples": 0}, "calibration_samples must be at least 1, got 0"),
+        ({"calibration": "none"}, "calibration=none gives it nothing to look at"),
+        ({"calibration": "self:tokens=0"}, "at least 1 token"),
+        ({"calibration": "dataset:./nowhere"}, "neither an existing path nor a hub id"),
+        ({"calibration": "dataset:some/where:split=test"}, "evaluation data"),
+        ({"bit": 4}, "bit"),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_arguments_that_make_no_sense_are_refused_before_a_checkpoint_is_looked_for(arguments, message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as failure:
+        run(**{"pretrained": "demo", "bits": 4, **arguments})
+    assert message in str(failure.value)
+
+
+def test_a_rule_that_matches_nothing_is_refused_before_weights_are_read(path, tmp_path, monkeypatch):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("rules:\n  - {match: 'layers\\.7\\.', bits: 8}\n")
+
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("lmms_plugin.quant_backends.loading.build_batches", read)
+    with pytest.raises(
+        ValueError, match=r"plan rule 'layers\\\\.7\\\\.' matches no linear layer \(layers are named like"
+    ):
+        run(pretrained=path, bits=4, plan=str(plan), calibration="noise")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "split 'train' holds no rows"),
+        ([png()], r"asks for 2 samples, but .* has 1"),
+        ([png(), b"no image at all"], r"calibration row [01] holds no readable image"),
+        ([png(), png()[:60]], r"calibration row [01] holds no readable image"),
+    ],
+    ids=["empty", "too few", "no image", "cut off"],
+)
+def test_calibration_data_is_checked_before_a_model_is_loaded(tmp_path, monkeypatch, path, images, message):
+    monkeypatch.setattr("lmms_plugin.quant_backends.loading._load", None)
+    with pytest.raises(ValueError, match=message):
+        run(pretrained=path, bits=4, calibration=parquet(tmp_path, images), calibration_samples=2)
+
+
+def edited(checkpoint, tmp_path, name, edit):
+    """Copy a checkpoint with one tensor changed."""
+    target = tmp_path / "edited"
+    target.mkdir()
+    for file in checkpoint("idefics3").iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(target / "model.safetensors")
+    (key,) = [key for key in tensors if key.endswith(name)]
+    edit(tensors[key])
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
+@pytest.mark.parametrize("model", ["QuantRtn", "QuantHqq", "QuantAwq", "QuantGptq"])
+def test_a_weight_that_is_nan_names_its_layer(checkpoint, tmp_path, model):
+    def poison(weight):
+        weight[2, 3] = torch.nan
+
+    path = edited(checkpoint, tmp_path, "text_model.layers.1.mlp.up_proj.weight", poison)
+    calibration = {"calibration": "noise", "calibration_samples": 1} if model in ("QuantAwq", "QuantGptq") else {}
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: the checkpoint's weight holds NaN or infinite"):
+        run(model, pretrained=path, bits=4, **calibration)
+
+
+def test_activations_that_overflow_name_layer_and_sample(checkpoint, tmp_path, cache):
+    """A norm that is not quantized blows them up, as float16 does with the outliers of some models."""
+
+    def blow_up(weight):
+        weight.fill_(1e38)
+
+    path = edited(checkpoint, tmp_path, "text_model.layers.1.post_attention_layernorm.weight", blow_up)
+    report = tmp_path / "report.json"
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.\w+: its inputs hold NaN or infinite .* sample 0"
+    ) as failure:
+        run(pretrained=path, bits=4, calibration="noise", calibration_samples=2, report=str(report))
+    assert "dtype=bfloat16" in str(failure.value)
+    assert not report.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["device", "host tensor", "host"],
+)
+def test_out_of_memory_in_the_middle_says_what_helps_and_keeps_what_is_done(path, tmp_path, monkeypatch, cache, error):
+    solve, calls = AwqBackend.solve, []
+
+    def exhausted(self, *args):
+        calls.append(args[2].names)
+        if len(calls) == 6:
+            raise error
+        return solve(self, *args)
+
+    report = tmp_path / "report.json"
+    arguments = {"pretrained": path, "bits": 4, "calibration": "noise", "calibration_samples": 1, "report": str(report)}
+    with monkeypatch.context() as patch:
+        patch.setattr(AwqBackend, "solve", exhausted)
+        with pytest.raises(torch.OutOfMemoryError) as failure:
+            run(**arguments)
+    assert "out of memory while loading for awq: device_map=auto" in str(failure.value)
+    assert "fewer calibration_samples" in str(failure.value)
+    assert not report.exists()
+    (finished,) = cache.rglob("*.block")
+    assert not list(cache.rglob("unfinished-*"))
+    assert run(**arguments).report.quantized
+    assert json.loads(report.read_text())["quantized_layers"] == 14
+    assert not finished.exists()
+
+
+def test_other_errors_of_the_runtime_stay_what_they_are(path, monkeypatch):
+    def broken(self, *args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(AwqBackend, "solve", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(pretrained=path, bits=4, calibration="noise", calibration_samples=1)
