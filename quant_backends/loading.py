@@ -106,7 +106,7 @@ def load_quantized(
     }
     asked = dialect_for(config.model_type, dialect or getattr(config, "grounding_dialect", None))
     seen = None
-    with explained_out_of_memory(backend.name):
+    with explained_out_of_memory(backend.name, calibrated=calibrated):
         model, work = _load(
             path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
         )
