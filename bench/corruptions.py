@@ -8,9 +8,6 @@ textures are made on first use and kept; `first use` says what that costs once p
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -19,11 +16,11 @@ from pathlib import Path
 from types import ModuleType
 
 import cv2
-import numpy as np
 import PIL
 import skimage.data
 from PIL import Image
 
+from bench.reporting import Row, machine, write
 from lmms_plugin.tasks import shifts, textures
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -31,8 +28,6 @@ import imagecorruptions_reference
 
 SEVERITY = 3
 BUDGET_S = 3.0
-
-Row = dict[str, float | str | None]
 
 
 def photograph() -> Image.Image:
@@ -84,20 +79,6 @@ def line(row: Row) -> str:
     return f"{row['case']:<18}" + "".join(cells)
 
 
-def machine() -> str:
-    """Processor, cores, load and library versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        if (cpuinfo.exists())
-        else [platform.processor()]
-    )
-    return (
-        f"{names[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
-        f"numpy {np.__version__}, OpenCV {cv2.__version__}, Pillow {PIL.__version__}"
-    )
-
-
 def main() -> None:
     """Prints the table; writes its rows where --json says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -106,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     image, theirs = photograph(), imagecorruptions_reference.load()
-    print(machine())
+    print(f"{machine()}, OpenCV {cv2.__version__}, Pillow {PIL.__version__}")
     print(f"first use of frost: {first_use():.0f} ms")
     print(f"{'case':<18}{'ms':>10}{'worst ms':>10}{'theirs ms':>10}{'ratio':>10}")
     rows = []
@@ -118,8 +99,7 @@ def main() -> None:
     print(line(rows[-1]))
     rows.append(total(shared) | {"case": "… without glass"})
     print(line(rows[-1]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    write(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ achievement.
 """
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +15,8 @@ import numpy as np
 import torch
 from torchmetrics.functional import classification as torchmetrics
 
+from bench.reporting import Row, interleaved, machine, write
 from lmms_plugin import metrics
-
-Measured = dict[str, float | str | None]
 
 
 def records(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,17 +24,6 @@ def records(n: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     confidence = np.minimum(rng.beta(6, 1.2, n), 0.999999)
     return confidence, (rng.random(n) < confidence**1.5).astype(np.float64)
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median time of one call, after one that is not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def pairs(
@@ -74,14 +59,19 @@ def pairs(
     }
 
 
-def measure(name: str, ours: Callable[[], float], theirs: Callable[[], float] | None, repeats: int) -> Measured:
+def measure(name: str, ours: Callable[[], float], theirs: Callable[[], float] | None, repeats: int) -> Row:
     """One line of the table."""
-    row: Measured = {"metric": name, "value": ours(), "ours_ms": 1e3 * seconds(ours, repeats)}
-    if theirs is None:
-        return row | {"theirs_ms": None, "ratio": None, "difference": None}
-    theirs_ms = 1e3 * seconds(theirs, repeats)
-    ratio = theirs_ms / row["ours_ms"]
-    return row | {"theirs_ms": theirs_ms, "ratio": ratio, "difference": abs(row["value"] - theirs())}
+    calls = {"ours": ours} if theirs is None else {"ours": ours, "theirs": theirs}
+    seconds = interleaved(calls, repeats)
+    value, baseline = ours(), seconds.get("theirs")
+    return {
+        "case": name,
+        "ratio": None if baseline is None else baseline / seconds["ours"],
+        "seconds": seconds["ours"],
+        "baseline_seconds": baseline,
+        "value": value,
+        "difference": None if theirs is None else abs(value - theirs()),
+    }
 
 
 def main() -> None:
@@ -94,17 +84,18 @@ def main() -> None:
 
     torch.set_num_threads(1)
     rows = []
-    print(f"{options.records:,} records, median of {options.repeats}")
+    print(f"{machine()}\n{options.records:,} records, median of {options.repeats}")
     print(f"{'metric':<20}{'value':>10}{'ours ms':>10}{'torch ms':>10}{'ratio':>8}{'difference':>12}")
     for name, (ours, theirs) in pairs(*records(options.records)).items():
         row = measure(name, ours, theirs, options.repeats)
         rows.append(row)
-        line = f"{name:<20}{row['value']:>10.5f}{row['ours_ms']:>10.1f}"
+        line = f"{name:<20}{row['value']:>10.5f}{1e3 * row['seconds']:>10.1f}"
         if theirs is not None:
-            line += f"{row['theirs_ms']:>10.1f}{row['ratio']:>8.2f}{row['difference']:>12.1e}"
+            line += f"{1e3 * row['baseline_seconds']:>10.1f}{row['ratio']:>8.2f}{row['difference']:>12.1e}"
         print(line, flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"records": options.records, "metrics": rows}, indent=2) + "\n")
+    total = sum(row["seconds"] for row in rows)
+    print(f"all of them: {total:.2f} s")
+    write(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,6 @@ import argparse
 import gc
 import importlib.util
 import io
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -38,6 +35,7 @@ import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
+from bench.reporting import Row, machine, write
 from lmms_plugin.tasks import grounding
 from lmms_plugin.tasks.expressions import ExpressionDocs
 
@@ -176,7 +174,7 @@ def run(model: Any, docs: ExpressionDocs) -> tuple[float, float, Answers]:
     return seconds, peak, [getattr(answer, "text", answer) for answer in found]
 
 
-def measure(models: dict[str, Any], images: int, expressions: int, repeats: int) -> list[dict[str, Any]]:
+def measure(models: dict[str, Any], images: int, expressions: int, repeats: int) -> list[Row]:
     """All ways over the same documents, interleaved; one row per way that ours is compared with."""
     docs = documents(images, expressions)
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -206,18 +204,6 @@ def measure(models: dict[str, Any], images: int, expressions: int, repeats: int)
     ]
 
 
-def machine(device: str, threads: int) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    accelerator = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "CPU"
-    return {
-        "device": accelerator,
-        "threads": threads,
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "torch": torch.__version__,
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table and optionally write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -231,8 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(options.threads)
     dtype = "bfloat16" if options.device.startswith("cuda") else "float32"
-    about = machine(options.device, options.threads)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_checkpoint(Path(folder))
         makers: dict[str, Callable[[], Any]] = {
@@ -244,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models = {name: model for name, make in makers.items() if (model := make()) is not None}
         for model in models.values():
             run(model, documents(1, 2))
-        print(f"{parameters / 1e6:.0f} M parameters, {dtype}, {options.images} images; {about}")
+        print(f"{parameters / 1e6:.0f} M parameters, {dtype}, {options.images} images; {machine()}")
         print(f"{'case':<22}{'ours/s':>10}{'theirs/s':>10}{'ratio':>8}{'same':>10}")
         for expressions in options.expressions:
             for row in measure(models, options.images, expressions, options.repeats):
@@ -254,8 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{row['ratio']:>8.2f}{row['same']:>6}/{row['expressions']}",
                     flush=True,
                 )
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write(options.json, rows)
 
 
 if __name__ == "__main__":
