@@ -18,7 +18,7 @@ from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
 
 FORMATS = ("nf4", "fp4")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_TENSOR_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_TENSOR_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class FourBitLinear(LibraryLinear):
 
     def __init__(self, packed: Tensor, state: Any, *, bias: nn.Parameter | None) -> None:
         fields = state.as_dict()
-        parts = {"packed": packed} | {name: fields[name] for name in _TENSOR_FIELDS if name in fields}
+        parts = {name: torch.as_tensor(fields[name]) for name in _TENSOR_FIELDS if name in fields}
         rows, columns = state.shape
-        super().__init__(columns, rows, parts, bias=bias, bits=4, group_size=state.blocksize)
+        super().__init__(columns, rows, {"packed": packed} | parts, bias=bias, bits=4, group_size=state.blocksize)
         self._constants = {name: value for name, value in fields.items() if name not in _TENSOR_FIELDS}
 
     def assemble(self, parts: Mapping[str, Tensor]) -> Any:

@@ -59,7 +59,7 @@ class LibraryLinear(QuantizedLinear):
 
     @property
     def stored(self) -> Any:
-        """The library's own object; assembled anew whenever a buffer has been replaced (moved, loaded)."""
+        """The library's own object; assembled anew whenever buffers have been moved or loaded."""
         parts = tuple(self._buffers.values())
         if self._assembled is None or any(old is not new for old, new in zip(self._assembled[0], parts, strict=True)):
             self._assembled = parts, self.assemble(dict(self.named_buffers(recurse=False)))
@@ -77,6 +77,10 @@ class LibraryLinear(QuantizedLinear):
         dense = self.dequantize() if self._dense is None or start == 0 else self._dense
         self._dense = dense if stop < self.out_features else None
         return dense[start:stop]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._assembled = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made from the buffers on demand."""
