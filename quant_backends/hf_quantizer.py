@@ -20,7 +20,7 @@ from lmms_plugin.quant_backends.backend import Backend, DataFreeBackend
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import Quantization
 
-QUANT_METHOD = "lmms_plugin"
+QUANT_METHOD = "lmms_plugin_packing"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -89,7 +89,7 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Packed models have no Hugging Face format of their own."""
+        """Packed models are written by `lmms_plugin.quant_backends.saving`, not by ``save_pretrained``."""
         return False
 
     @property

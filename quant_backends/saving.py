@@ -1,0 +1,246 @@
+"""Quantized models on disk: safetensors, config, processor and report in one folder, whole or not at all.
+
+Where it can hold the weights, the format is ``pack-quantized`` of compressed-tensors, which transformers and vLLM read
+without this package. Anything else that our own layers hold is written as their own tensors
+(`lmms_plugin.quant_backends.saved`). Either way codes and scales come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.report import QuantReport
+from lmms_plugin.quant_backends.saved import describe_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REPORT = "quant_report.json"
+SHARD_SIZE = "5GB"
+COMPRESSED_TENSORS = "compressed-tensors"
+COMPRESSED_TENSORS_VERSION = "0.20.0"
+"""The version whose packing of 3, 5, 6 and 7 bits is written; that of 2, 4 and 8 bits is the same in all."""
+
+
+class Saved(NamedTuple):
+    """What was written.
+
+    Attributes:
+        format: ``compressed-tensors`` or ``lmms_plugin``.
+        reason: Why it is not compressed-tensors; None when it is.
+        bytes: Of all files together.
+    """
+
+    format: str
+    reason: str | None
+    bytes: int
+
+
+def expect_free(folder: str | Path) -> Path:
+    """Return the folder to save to.
+
+    Raises:
+        ValueError: Something is there already, or the folder it is to lie in is missing.
+    """
+    path = Path(folder).expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"save_quantized: {path} is there already and not empty; name a new folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"save_quantized: there is no folder {path.parent}")
+    return path
+
+
+def expect_savable(model: nn.Module) -> None:
+    """Refuse models whose layers have no form on disk.
+
+    Raises:
+        ValueError: Nothing is quantized, or a layer holds what only its library can write.
+    """
+    if not _layers(model):
+        raise ValueError("save_quantized: nothing in this model is quantized; copy the checkpoint instead")
+    describe_layers(_layers(model))
+
+
+def save_quantized(
+    model: PreTrainedModel, processor: Any, report: QuantReport, folder: str | Path, *, shard_size: str = SHARD_SIZE
+) -> Saved:
+    """Write a quantized model.
+
+    Everything goes to a temporary folder beside `folder` first, which is renamed at the end: `folder` is either whole or
+    not there.
+
+    Args:
+        model: Quantized by this package.
+        processor: Of the same checkpoint.
+        report: Goes along as ``quant_report.json``.
+        folder: New or empty.
+        shard_size: Largest safetensors file, as in transformers.
+
+    Raises:
+        ValueError: The folder is taken, or the model cannot be saved (see `expect_savable`).
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    target = expect_free(folder)
+    expect_savable(model)
+    layers = _layers(model)
+    reason = next((why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None)
+    quantization = own_config(layers, report) if reason else compressed_tensors_config(model, layers)
+    tensors = _own_tensors(model) if reason else _compressed_tensors(model, layers)
+    with _whole_or_nothing(target) as unfinished:
+        save_torch_state_dict(tensors, unfinished, max_shard_size=shard_size, is_main_process=True)
+        _write_config(model, quantization, unfinished)
+        processor.save_pretrained(unfinished)
+        (unfinished / REPORT).write_text(report.to_json(), encoding="utf-8")
+        size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
+    return Saved(str(quantization["quant_method"]), reason, size)
+
+
+def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> dict[str, Any]:
+    """Return the ``quantization_config`` of our own format."""
+    from lmms_plugin.quant_backends.saved import FORMAT_VERSION, QUANT_METHOD
+
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "method": report.method,
+        "layers": describe_layers(layers),
+    }
+
+
+def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of compressed-tensors' packed integers.
+
+    One scheme for all layers names none of them, as vLLM likes it, which fuses some; several schemes list their layers.
+    Those that are left dense are named under ``ignore``. (transformers 5.23 refuses several schemes; `quant_prequantized`
+    and the compressed-tensors library read them.)
+    """
+    groups: dict[str, list[str]] = {}
+    schemes: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        scheme = _scheme(layer)
+        schemes.setdefault(str(scheme), scheme)
+        groups.setdefault(str(scheme), []).append(name)
+    targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "version": COMPRESSED_TENSORS_VERSION,
+        # transformers would otherwise pack and unpack at the first forward pass, and fails with images.
+        "dequantize": True,
+        "config_groups": {
+            f"group_{index}": {"targets": named, "weights": scheme, "input_activations": None}
+            for index, (named, scheme) in enumerate(zip(targets, schemes.values(), strict=True))
+        },
+        "ignore": dense,
+        "kv_cache_scheme": None,
+    }
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Pack rows of codes into 32-bit words, lowest bits first, codes running across the ends of words.
+
+    Args:
+        codes: (rows, columns) uint8 in [0, 2**bits).
+        bits: Bits per code.
+
+    Returns:
+        (rows, ceil(columns · bits / 32)) int32.
+    """
+    places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
+    rows = []
+    for part in codes.split(max(1, (1 << 20) // codes.shape[1])):
+        stream = ((part.unsqueeze(-1) >> places) & 1).flatten(1)
+        stream = nn.functional.pad(stream, (0, -stream.shape[1] % 32))
+        rows.append((stream.view(len(part), -1, 8) * weights).sum(-1, dtype=torch.uint8))
+    packed = torch.cat(rows)
+    # safetensors and the readers of this format are little-endian.
+    return (packed if sys.byteorder == "little" else packed.view(-1, 4).flip(1).view_as(packed)).view(torch.int32)
+
+
+def _layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
+    """Say why compressed-tensors cannot hold a layer; None if it can."""
+    if type(layer) is not PackedLinear:
+        return f"{name} is a {type(layer).__name__}"
+    if layer.in_scale is not None:
+        return f"{name} multiplies its input by a scale"
+    if layer.padded_columns:
+        return f"{name} has a width of {layer.in_features}, which its groups of {layer.group_size} do not divide"
+    zero = layer.packed.codes(0, 1).zero_point
+    return f"{name} has zero points that are no integers" if zero is not None and zero.is_floating_point() else None
+
+
+def _scheme(layer: QuantizedLinear) -> dict[str, Any]:
+    assert isinstance(layer, PackedLinear)
+    whole_row = layer.spec.group_size is None
+    return {
+        "num_bits": layer.bits,
+        "type": "int",
+        "symmetric": layer.spec.symmetric,
+        "strategy": "channel" if whole_row else "group",
+        "group_size": None if whole_row else layer.group_size,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+
+
+def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _compressed_tensors(model: PreTrainedModel, layers: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+    codes_of_layers = {f"{name}.packed" for name in layers}
+    tensors = {
+        name: tensor for name, tensor in _own_tensors(model).items() if name.rpartition(".")[0] not in codes_of_layers
+    }
+    for name, layer in layers.items():
+        assert isinstance(layer, PackedLinear)
+        codes, scale, zero = layer.quantized
+        tensors[f"{name}.weight_packed"] = pack_words(codes.flatten(1), layer.bits)
+        tensors[f"{name}.weight_scale"] = scale.contiguous()
+        tensors[f"{name}.weight_shape"] = torch.tensor([layer.out_features, layer.in_features])
+        if zero is not None:
+            tensors[f"{name}.weight_zero_point"] = pack_words(zero.T.contiguous(), layer.bits).T.contiguous()
+    return tensors
+
+
+def _write_config(model: PreTrainedModel, quantization: Mapping[str, Any], folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.quantization_config = dict(quantization)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+@contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target` to write to, which becomes `target` if all goes well and vanishes if not."""
+    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        # Replaces an empty folder, and fails if something has been put there meanwhile.
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
