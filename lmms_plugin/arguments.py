@@ -44,6 +44,7 @@ class ModelArguments:
         max_pixels: largest such area.
         max_num_frames: how many frames of a video are shown to the model, evenly spaced.
         report: file for the account of every layer, as JSON.
+        save_quantized: new folder for the quantized checkpoint, which `quant_prequantized` loads again.
         system_prompt: the system message, or a file that holds it.
         dialect: name of the grounding dialect, if not the one of the model's family.
         batch_size: images answered together (requests, where there is none), with all questions about each of them;
@@ -74,6 +75,7 @@ class ModelArguments:
     max_pixels: int | None = None
     max_num_frames: int = 32
     report: str | None = None
+    save_quantized: str | None = None
     system_prompt: str | None = None
     dialect: str | None = None
     batch_size: int | None = 1
@@ -91,6 +93,10 @@ class ModelArguments:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
         if self.report and not Path(self.report).absolute().parent.is_dir():
             raise ValueError(f"report: there is no folder {Path(self.report).absolute().parent}")
+        if self.save_quantized:
+            from lmms_plugin.quant_backends.saving import expect_free
+
+            expect_free(self.save_quantized)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 

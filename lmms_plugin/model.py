@@ -33,6 +33,7 @@ from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.loading import load_quantized
+from lmms_plugin.quant_backends.saving import save_quantized
 from lmms_plugin.registration import class_name
 from lmms_plugin.requests import Messages, read
 from lmms_plugin.response import Response
@@ -113,6 +114,9 @@ class QuantizedVLM(lmms):
             logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
             if self.arguments.report:
                 Path(self.arguments.report).write_text(self.report.to_json(), encoding="utf-8")
+            if self.arguments.save_quantized:
+                saved = save_quantized(model, self.chat.processor, self.report, self.arguments.save_quantized)
+                logger.info("Saved to {}: {}", self.arguments.save_quantized, saved)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> QuantizedVLM:

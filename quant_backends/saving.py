@@ -77,8 +77,8 @@ def save_quantized(
 ) -> Saved:
     """Write a quantized model.
 
-    Everything goes to a temporary folder beside `folder` first, which is renamed at the end: `folder` is either whole or
-    not there.
+    Everything goes to a temporary folder beside `folder` first, which is renamed at the end: `folder` is whole or not
+    there.
 
     Args:
         model: Quantized by this package.
@@ -123,8 +123,8 @@ def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLi
     """Return the ``quantization_config`` of compressed-tensors' packed integers.
 
     One scheme for all layers names none of them, as vLLM likes it, which fuses some; several schemes list their layers.
-    Those that are left dense are named under ``ignore``. (transformers 5.23 refuses several schemes; `quant_prequantized`
-    and the compressed-tensors library read them.)
+    Those that are left dense are named under ``ignore``. (transformers 5.23 refuses several schemes; the library and
+    `quant_prequantized` read them.)
     """
     groups: dict[str, list[str]] = {}
     schemes: dict[str, dict[str, Any]] = {}
