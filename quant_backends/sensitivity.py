@@ -159,29 +159,50 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_()
 
 
+class _Turns:
+    """Has one block at a time on the device: a block stays until the next one's turn, in either direction.
+
+    On the way back a block's weights are needed not only while it is computed again, but until the gradient has gone
+    through it, which is when the block before it has its turn.
+    """
+
+    def __init__(self, residence: Residence) -> None:
+        self._residence = residence
+        self._present: str | None = None
+
+    def take(self, name: str | None) -> None:
+        """Bring a block, None for no more, and send the one that is there away."""
+        if name == self._present:
+            return
+        if self._present is not None:
+            self._residence.leave(self._present)
+        if name is not None:
+            self._residence.enter(name)
+        self._present = name
+
+
 @contextmanager
 def _recomputing(model: nn.Module, residence: Residence) -> Iterator[None]:
-    """Let blocks forget their inside between forward and backward pass, and be on the device while they run."""
+    """Let blocks forget their inside between forward and backward pass, and be on the device for their turns."""
     modules = {name: model.get_submodule(name) for name in residence.blocks}
     own = {name: vars(module).get("forward") for name, module in modules.items()}
+    turns = _Turns(residence)
     try:
         for name, module in modules.items():
-            module.forward = _recomputed(name, module.forward, residence)
+            module.forward = _recomputed(name, module.forward, turns)
         yield
     finally:
+        turns.take(None)
         for name, module in modules.items():
             del module.forward
             if own[name] is not None:
                 module.forward = own[name]
 
 
-def _recomputed(name: str, forward: Callable[..., Any], residence: Residence) -> Callable[..., Any]:
+def _recomputed(name: str, forward: Callable[..., Any], turns: _Turns) -> Callable[..., Any]:
     def present(*args: Any, **kwargs: Any) -> Any:
-        residence.enter(name)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            residence.leave(name)
+        turns.take(name)
+        return forward(*args, **kwargs)
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(present, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

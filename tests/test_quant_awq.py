@@ -5,10 +5,15 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from lmms_plugin.dialects import dialect_for
 from lmms_plugin.quant_backends.activations import InputStatistics
 from lmms_plugin.quant_backends.awq import AwqBackend
-from lmms_plugin.quant_backends.plan import QuantSpec
+from lmms_plugin.quant_backends.calibration import CalibrationSpec
+from lmms_plugin.quant_backends.inputs import build_batches
+from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
+from lmms_plugin.quant_backends.quantization import quantize
 from lmms_plugin.quant_backends.rtn import round_to_nearest
 from lmms_plugin.quant_backends.scale_search import (
     CLIPPING_RATIOS,
@@ -244,3 +249,23 @@ def test_clipped_layers_keep_their_outputs_better_and_queries_and_keys_stay_as_t
         assert torch.equal(clipped[index].layer.weight, plain[index].layer.weight)
     assert clipped[2].output_error < plain[2].output_error
     assert torch.equal(clipped[2].layer.in_scale, plain[2].layer.in_scale)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
+def test_clipping_raises_the_output_error_of_no_layer_of_a_model(checkpoint, family):
+    plan = QuantPlan.from_arguments(bits=2, group_size=24, vision_bits=3)
+    errors = []
+    for clip in (False, True):
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint(family)).eval()
+        processor = AutoProcessor.from_pretrained(checkpoint(family))
+        spec = CalibrationSpec("noise", 2)
+        dialect = dialect_for(model.config.model_type)
+        drawn = [sample._replace(image=sample.image.resize((64, 48))) for sample in spec.load_samples()]
+        batches, _ = build_batches(model, processor, spec, drawn, dialect, keep_logits=False)
+        work = quantize(model, AwqBackend(clip=clip), plan, batches)
+        errors.append({entry.name: entry.output_error for entry in work.modules() if entry.output_error is not None})
+    plain, clipped = errors
+    assert plain.keys() == clipped.keys()
+    assert all(clipped[name] <= plain[name] * (1 + 1e-4) for name in plain)
+    assert sum(clipped.values()) < 0.95 * sum(plain.values())

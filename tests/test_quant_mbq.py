@@ -13,9 +13,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lmms_plugin.dialects import dialect_for
 from lmms_plugin.quant_backends.activations import ROLES, SAMPLE_ROWS, TOKEN_ROLES, InputStatistics, Sensitivity
 from lmms_plugin.quant_backends.awq import AwqBackend
+from lmms_plugin.quant_backends.blocks import find_blocks
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches
 from lmms_plugin.quant_backends.mbq import MbqBackend
+from lmms_plugin.quant_backends.memory import Residence
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_to_nearest
 from lmms_plugin.quant_backends.scale_search import EXPONENTS
@@ -125,7 +127,46 @@ def test_the_inside_of_a_block_is_not_kept_until_the_backward_pass(checkpoint):
     assert calls.count("lm_head") == 1
 
 
-def test_positions_on_several_axes_count(checkpoint, monkeypatch):
+class Elsewhere(Residence):
+    """Keeps blocks where they cannot be used: between their turns their weights are NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.turns = []
+        self._home = {}
+
+    def settle(self, model, names):
+        super().settle(model, names)
+        for name in self.blocks:
+            parameters = list(model.get_submodule(name).parameters())
+            self._home[name] = [(parameter, parameter.data) for parameter in parameters]
+            self.leave(name)
+
+    def enter(self, name):
+        self.turns.append(name)
+        for parameter, data in self._home[name]:
+            parameter.data = data
+
+    def leave(self, name):
+        for parameter, data in self._home[name]:
+            parameter.data = torch.full_like(data, float("nan"))
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_blocks_need_be_on_the_device_for_their_turns_only(checkpoint, family):
+    model, batches = load(checkpoint(family), samples=1)
+    layers = decoder_layers(model)
+    expected = measure_sensitivities(model, layers, batches)
+    residence = Elsewhere()
+    residence.settle(model, find_blocks(model, layers))
+    assert measure_sensitivities(model, layers, batches, residence) == expected
+    decoder = [name for name in residence.turns if any(layer.startswith(f"{name}.") for layer in layers)]
+    forth = list(dict.fromkeys(decoder))
+    assert decoder == [*forth, *forth[-2::-1]]
+    assert all(parameter.isnan().all() for name in forth for parameter in model.get_submodule(name).parameters())
+
+
+def test_positions_on_several_axes_count(checkpoint):
     """The samples go through the model's own forward: with positions along one axis the gradients are others."""
     model, batches = load(checkpoint("qwen2_5_vl"), samples=1)
     layers = decoder_layers(model)
