@@ -30,6 +30,7 @@ BACKENDS: dict[str, str] = {
     "quanto": "lmms_plugin.quant_backends.quanto:QuantoBackend",
     "bitsandbytes": "lmms_plugin.quant_backends.bitsandbytes:BitsAndBytesBackend",
     "torchao": "lmms_plugin.quant_backends.torchao:TorchaoBackend",
+    "autoround": "lmms_plugin.quant_backends.autoround:AutoRoundBackend",
     "prequantized": "lmms_plugin.quant_backends.prequantized:PrequantizedBackend",
 }
 """Built-in name -> ``module:Class``, imported only when asked for."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lmms_plugin.dialects import Dialect, dialect_for
-from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend
+from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
 from lmms_plugin.quant_backends.blocks import find_blocks
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches, fingerprint
@@ -94,9 +94,10 @@ def load_quantized(
     config, processor = _describe(path, trust_remote_code, processor)
     if not isinstance(backend, CheckpointBackend):
         _expect_unquantized(path, config)
-    calibrated = isinstance(backend, CalibratedBackend)
-    residence = Residence(torch.device(device) if calibrated and not device_map else None)
-    home = torch.device("cpu") if calibrated else torch.device(device)
+    blockwise = isinstance(backend, CalibratedBackend)
+    calibrated = blockwise or isinstance(backend, WholeModelBackend)
+    residence = Residence(torch.device(device) if blockwise and not device_map else None)
+    home = torch.device("cpu") if blockwise else torch.device(device)
     options = {
         "dtype": dtype,
         "device_map": dict(device_map) if isinstance(device_map, Mapping) else device_map or {"": home},
@@ -121,7 +122,7 @@ def load_quantized(
 def _calibration(
     backend: Backend, spec: CalibrationSpec | None, seed: int
 ) -> tuple[CalibrationSpec, list[CalibrationSample]]:
-    if not isinstance(backend, CalibratedBackend):
+    if not isinstance(backend, CalibratedBackend | WholeModelBackend):
         if spec is not None and spec.source != "none":
             raise ValueError(f"{backend.name} looks at weights alone and takes no calibration, got {spec}")
         return CalibrationSpec("none"), []
@@ -218,7 +219,7 @@ def _calibrate(
             model, processor, spec, samples, dialect, keep_logits=keep_logits, by_role=by_role, journal=journal
         )
     within = None if journal is None else journal.within({"inputs": fingerprint(batches)})
-    work.finish(batches, residence=residence, journal=within)
+    work.finish(batches, processor=processor, residence=residence, journal=within)
     if journal is not None:
         journal.remove()
     return report

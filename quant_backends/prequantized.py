@@ -109,7 +109,7 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
         # Otherwise weights would be dense from the first forward pass on, or fail to load at all.
         return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     if method == OWN:
-        import lmms_plugin.quant_backends.hf_quantizer  # noqa: F401
+        import lmms_plugin.quant_backends.saved  # noqa: F401
     return {}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend
+from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, WholeModelBackend
 from lmms_plugin.quant_backends.blockwise import Calibrator
 from lmms_plugin.quant_backends.components import components, dense_linear, expect_finite, splitter
 from lmms_plugin.quant_backends.journal import Journal, Solved
@@ -116,6 +116,7 @@ class Quantization:
         self,
         batches: Sequence[Mapping[str, Any]] = (),
         *,
+        processor: Any = None,
         residence: Residence | None = None,
         journal: Journal | None = None,
     ) -> None:
@@ -123,12 +124,15 @@ class Quantization:
 
         Args:
             batches: Calibration inputs, for a calibrated backend.
+            processor: Of the model, for a backend that takes the whole model.
             residence: Where its blocks lie while it is not their turn; None leaves them where they are.
             journal: Remembers its finished blocks; None forgets them.
         """
         remaining = {name: self.specs[name] for name in self.pending()}
         if isinstance(self.backend, CalibratedBackend) and remaining:
             self._calibrate(self.backend, remaining, batches, residence, journal)
+        elif isinstance(self.backend, WholeModelBackend) and remaining:
+            self._hand_over(self.backend, processor, remaining, batches)
         elif remaining:
             for name in remaining:
                 self.quantize(name, dense_linear(self.model, name).weight.detach())
@@ -152,6 +156,20 @@ class Quantization:
         Calibrator(
             self.model, backend, specs, put, of_sequence, residence=residence or Residence(), journal=journal
         ).run(batches)
+
+    def _hand_over(
+        self,
+        backend: WholeModelBackend,
+        processor: Any,
+        specs: Mapping[str, QuantSpec],
+        batches: Sequence[Mapping[str, Any]],
+    ) -> None:
+        # The backend may work on the weights in place, and the report compares with what they were.
+        weights = {name: dense_linear(self.model, name).weight.detach().clone() for name in specs}
+        for name, weight in weights.items():
+            expect_finite(name, weight)
+        for name, layer in backend.quantize_model(self.model, processor, specs, batches):
+            self.replace(name, layer, weights.pop(name))
 
     def adopt(self, label: str) -> None:
         """Take every layer into the account that was quantized before it was loaded.

@@ -1,4 +1,4 @@
-"""quanto, bitsandbytes, torchao and hqq: the same weights as the libraries' own layers, in layers whose bytes are true."""
+"""quanto, bitsandbytes, torchao and hqq: the weights of the libraries' own layers, in layers whose bytes are true."""
 
 import copy
 import subprocess
@@ -173,7 +173,7 @@ def test_hqq_equals_the_librarys_dequantized_weights(bits, dtype):
 
 
 def test_quanto_int8_survives_widths_that_crash_torchs_kernel():
-    """torch's int8 product for bfloat16 on the CPU reads out of bounds unless 16 divides the width (3420 in Qwen2.5-VL)."""
+    """torch's int8 product for bfloat16 reads out of bounds unless 16 divides the width (3420 in Qwen2.5-VL)."""
     layer = quantize("quanto", {}, weight(64, 3420, torch.bfloat16), QuantSpec(8, 128))
     assert (layer.padded_columns, layer.group_size) == (4, 3420)
     x = weight(20, 3420, torch.bfloat16, 1)
