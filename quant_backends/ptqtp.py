@@ -25,6 +25,10 @@ from lmms_plugin.quant_backends.trits import TritPlaneLinear, TritPlanes
 STARTS = 5
 """How many initial pairs of scales there are (see `_starts`)."""
 
+TRIAL_ITERATIONS = 12
+"""After so many only the first start and the best so far go on: errors are 0.1 % above what all of them would come to,
+in less than half the time."""
+
 
 @dataclass(frozen=True)
 class _TritPlaneBackend(Backend):
@@ -155,27 +159,42 @@ def fit_planes(
         groups = split_groups(block.float(), group_size)
         sums = _Sums.of(groups.abs().flatten(0, 1), counted.expand(groups.shape).flatten(0, 1))
         scale = _best_scales(sums, starts, max_iterations).view(*groups.shape[:2], 2).to(weight.dtype)
-        parts.append(TritPlanes(nearest_trits(groups, scale).flatten(2)[..., :columns], scale))
+        parts.append(TritPlanes(Grid.of(scale).nearest(groups).flatten(2)[..., :columns], scale))
     return TritPlanes(torch.cat([part.planes for part in parts], 1), torch.cat([part.scale for part in parts]))
 
 
-def nearest_trits(values: Tensor, scale: Tensor) -> Tensor:
-    """Choose for each value the two trits whose scaled sum, as the layer will compute it, is nearest.
+class Grid(NamedTuple):
+    """The nine values that pairs of scales make, as the layer will compute them.
 
-    Args:
-        values: (..., n) float32.
-        scale: (..., 2), the larger one first: n values share a pair.
-
-    Returns:
-        (2, ..., n) int8; of equally near sums the smaller one.
+    Attributes:
+        borders: (..., 4) float32, between the five magnitudes in rising order.
+        trits: (2, ..., 5) int8, of each magnitude.
     """
-    levels, trits = _levels(scale)
-    levels, magnitude = levels.float(), values.abs()
-    index = torch.zeros_like(magnitude, dtype=torch.int64)
-    for border in ((levels[..., 1:] + levels[..., :-1]) / 2).split(1, -1):
-        index += magnitude > border
-    sign = values.sign().to(torch.int8)
-    return torch.stack([trits[..., plane].to(torch.int8).gather(-1, index) * sign for plane in (0, 1)])
+
+    borders: Tensor
+    trits: Tensor
+
+    @classmethod
+    def of(cls, scale: Tensor) -> Grid:
+        """Return the grids of scales (..., 2), the larger one first."""
+        levels, trits = _levels(scale)
+        levels = levels.float()
+        return cls((levels[..., 1:] + levels[..., :-1]) / 2, trits.movedim(-1, 0).to(torch.int8))
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Choose the trits whose scaled sum is nearest to each value.
+
+        Args:
+            values: (..., n) float32, n for each grid.
+
+        Returns:
+            (2, ..., n) int8; of equally near sums the smaller one.
+        """
+        magnitude, level = values.abs(), torch.zeros_like(values, dtype=torch.int64)
+        for border in self.borders.split(1, -1):
+            level += magnitude > border
+        sign = values.sign().to(torch.int8)
+        return torch.stack([plane.gather(-1, level) * sign for plane in self.trits])
 
 
 def choose_with_feedback(weight: Tensor, scale: Tensor, group_size: int | None, factor: Factor) -> TritPlanes:
@@ -190,11 +209,16 @@ def choose_with_feedback(weight: Tensor, scale: Tensor, group_size: int | None, 
     rows, columns = weight.shape
     size = columns if group_size is None else group_size
     planes = torch.empty(columns, 2, rows, dtype=torch.int8, device=weight.device)
+    # One group at a time is contiguous.
+    scales = scale.permute(1, 2, 0).contiguous()
+    grids = Grid.of(scale.transpose(0, 1).contiguous())
 
     def choose(column: int, wanted: Tensor) -> Tensor:
-        pair = scale[:, column // size]
-        planes[column] = nearest_trits(wanted.unsqueeze(1), pair).squeeze(2)
-        return (planes[column].T * pair).sum(-1).float()
+        group = column // size
+        grid = Grid(grids.borders[group], grids.trits[:, group])
+        planes[column] = grid.nearest(wanted.unsqueeze(1)).squeeze(2)
+        first, second = planes[column] * scales[group]
+        return (first + second).float()
 
     pass_on_errors(weight, factor, choose)
     return TritPlanes(planes.permute(1, 2, 0), scale)
@@ -222,18 +246,35 @@ class _Sums(NamedTuple):
 
 
 def _best_scales(sums: _Sums, starts: int, max_iterations: int) -> Tensor:
-    """Return the scales with the smallest error that any start led to, (groups, 2) float64."""
-    scale = _starts(sums)[:, :starts]
-    best, least = scale, torch.full_like(scale[..., 0], torch.inf)
-    for _ in range(max_iterations + 1):
+    """Return the scales with the smallest error that was found, (groups, 2) float64."""
+    scale, error = _alternate(sums, _starts(sums)[:, :starts], min(TRIAL_ITERATIONS, max_iterations))
+    if starts > 1:
+        scale = torch.stack([scale[:, 0], _chosen(scale, error)], 1)
+    return _chosen(*_alternate(sums, scale, max_iterations - TRIAL_ITERATIONS))
+
+
+def _chosen(scale: Tensor, error: Tensor) -> Tensor:
+    """Return of scales (groups, starts, 2) those with the smallest error (groups, starts), the first of equals."""
+    return scale.gather(1, error.argmin(1).view(-1, 1, 1).expand(-1, 1, 2)).squeeze(1)
+
+
+def _alternate(sums: _Sums, scale: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Refit scales (groups, starts, 2) so many times; return the best ones seen and their errors (groups, starts)."""
+    best, least = scale.clone(), torch.full_like(scale[..., 0], torch.inf)
+    going = torch.arange(len(scale), device=scale.device)
+    for _ in range(iterations + 1):
         error, refitted = _refit(sums, scale)
-        least, best = torch.minimum(error, least), torch.where((error < least).unsqueeze(-1), scale, best)
-        # Once its trits stay the same a group's scales do too, to the last bit: the others may go on without it.
-        if torch.equal(refitted, scale):
+        better = error < least[going]
+        least[going] = torch.where(better, error, least[going])
+        best[going] = torch.where(better.unsqueeze(-1), scale, best[going])
+        # Once its trits stay the same a group's scales do too, to the last bit, and the others can go on without it.
+        moving = (refitted != scale).flatten(1).any(1)
+        if not moving.any():
             break
+        if 2 * int(moving.sum()) < len(moving):
+            going, refitted, sums = going[moving], refitted[moving], _Sums(*(part[moving] for part in sums))
         scale = refitted
-    winner = least.argmin(1).view(-1, 1, 1).expand(-1, 1, 2)
-    return best.gather(1, winner).squeeze(1)
+    return best, least
 
 
 def _starts(sums: _Sums) -> Tensor:

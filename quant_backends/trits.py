@@ -52,9 +52,10 @@ def unpack_trits(packed: Tensor, columns: int) -> Tensor:
     trits = torch.empty(rows, TRITS_PER_BYTE, length, dtype=torch.int8, device=packed.device)
     rest = packed.to(torch.int16)
     for position in range(TRITS_PER_BYTE):
-        rest = rest * 3
-        trits[:, position] = (rest >> 8) - 1
+        rest *= 3
+        trits[:, position] = rest >> 8
         rest &= 255
+    trits -= 1
     return trits.view(rows, -1)[:, :columns]
 
 
@@ -74,7 +75,7 @@ class TritPlanes(NamedTuple):
         first, second = (split_groups(plane.to(dtype), group_size) for plane in self.planes)
         scale = self.scale.to(dtype)
         # The products are exact, so that the only rounding is that of the sum.
-        weight = first * scale[..., :1] + second * scale[..., 1:]
+        weight = first.mul_(scale[..., :1]).addcmul_(second, scale[..., 1:])
         return weight.flatten(1)[:, : self.planes.shape[2]]
 
 
