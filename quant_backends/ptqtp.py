@@ -11,13 +11,7 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.activations import InputStatistics
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, Solution
-from lmms_plugin.quant_backends.gptq import (
-    Factor,
-    expect_damping,
-    factorize,
-    pass_on_errors,
-    squared_errors,
-)
+from lmms_plugin.quant_backends.gptq import Factor, expect_damping, factorize, pass_on_errors, squared_errors
 from lmms_plugin.quant_backends.linear import rows_per_block, split_groups
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.trits import TritPlaneLinear, TritPlanes
@@ -250,7 +244,7 @@ def _best_scales(sums: _Sums, starts: int, max_iterations: int) -> Tensor:
     scale, error = _alternate(sums, _starts(sums)[:, :starts], min(TRIAL_ITERATIONS, max_iterations))
     if starts > 1:
         scale = torch.stack([scale[:, 0], _chosen(scale, error)], 1)
-    return _chosen(*_alternate(sums, scale, max_iterations - TRIAL_ITERATIONS))
+    return _chosen(*_alternate(sums, scale, max(0, max_iterations - TRIAL_ITERATIONS)))
 
 
 def _chosen(scale: Tensor, error: Tensor) -> Tensor:

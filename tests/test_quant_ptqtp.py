@@ -192,19 +192,21 @@ class TestFit:
         for more in errors[1:]:
             # Up to the rounding of the scales to float32.
             assert (more <= errors[0] * (1 + 1e-5)).all()
-        totals = [float(each.sum()) for each in errors]
+        totals = [float(error.sum()) for error in errors]
         assert totals == sorted(totals, reverse=True)
         assert totals[-1] < 0.95 * totals[0]
 
-    def test_stopping_early_keeps_the_best_so_far(self):
+    @pytest.mark.parametrize("starts", [1, STARTS])
+    def test_stopping_early_keeps_the_best_so_far(self, starts):
         weight = normal(200, 128)
         errors = [
-            (fit_planes(weight, None, starts=1, max_iterations=limit).dequantize(None, torch.float32) - weight)
+            (fit_planes(weight, None, starts=starts, max_iterations=limit).dequantize(None, torch.float32) - weight)
             .square()
             .sum(1)
             for limit in (1, 2, 5, 50, 500)
         ]
         for earlier, later in itertools.pairwise(errors):
+            # Up to the rounding of the scales to float32.
             assert (later <= earlier * (1 + 1e-5)).all()
         assert errors[0].sum() > 1.05 * errors[-1].sum()
         assert torch.equal(errors[-1], errors[-2]), "50 iterations are enough here"
