@@ -50,6 +50,8 @@ class ModelArguments:
         batch_size: images answered together (requests, where there is none), with all questions about each of them;
             `auto` as many as fit.
         share_prefix: whether questions about one image are answered over one encoding of it.
+        static_cache: whether keys and values get a fixed place, with which transformers compiles decoding on a GPU; it
+            excludes shared prefixes and takes minutes before the first answer.
         trust_remote_code: whether code that comes with the checkpoint may run.
         use_safetensors: whether weights must come as safetensors.
         options: what the quantization backend alone understands, each given as an argument of its own.
@@ -80,6 +82,7 @@ class ModelArguments:
     dialect: str | None = None
     batch_size: int | None = 1
     share_prefix: bool = True
+    static_cache: bool = False
     trust_remote_code: bool = False
     use_safetensors: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -46,10 +46,32 @@ def demo(
     run.run(output, bits=bits, limit=limit)
 
 
+@app.command()
+def inspect(
+    model_args: Annotated[str, typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=awq.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON, layer by layer.")] = False,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Samples to compare outputs on with the dense model's; 0 for none.")
+    ] = 4,
+) -> None:
+    """Quantize a model and print the account of every layer, without evaluating anything."""
+    from loguru import logger
+    from transformers.utils import logging
+
+    from lmms_plugin import inspection
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{message}")
+    logging.disable_progress_bar()
+    with inspection.stdout_to_stderr():
+        report = inspection.inspect(model_args, held_out=held_out)
+    typer.echo(report.to_json() if json else report.table())
+
+
 def main() -> None:
     """Entry point: errors a user can cause become one line and exit status 2."""
     try:
         app()
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.echo(f"lmms-plugin: {error}", err=True)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        typer.echo(f"lmms-plugin: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

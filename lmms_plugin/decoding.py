@@ -78,15 +78,17 @@ class Decoder:
         tokenizer: its tokenizer.
         ends: ids of the tokens that end an answer.
         special: ids of the tokens that are no text.
+        static_cache: whether keys and values get a fixed place, with which transformers compiles decoding on a GPU.
     """
 
     model: Any
     tokenizer: Tokenizer
     ends: tuple[int, ...]
     special: frozenset[int]
+    static_cache: bool = False
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Tokenizer) -> Decoder:
+    def of(cls, model: Any, tokenizer: Tokenizer, *, static_cache: bool = False) -> Decoder:
         """Take over what a checkpoint says about ending and padding an answer, and nothing else.
 
         Sampling, penalties and lengths in its generation_config.json would silently join those of a task, so they go.
@@ -99,7 +101,7 @@ class Decoder:
         model.generation_config = GenerationConfig(pad_token_id=pad, bos_token_id=begin)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         # A copy of its own, because others encode on background threads meanwhile.
-        return cls(model, copy.deepcopy(tokenizer), tuple(sorted(ends)), frozenset(special | ends))
+        return cls(model, copy.deepcopy(tokenizer), tuple(sorted(ends)), frozenset(special | ends), static_cache)
 
     def generate(
         self, inputs: Mapping[str, Tensor], settings: Settings, seeds: Sequence[int] | None = None
@@ -159,6 +161,8 @@ class Decoder:
         processors: list[LogitsProcessor],
         recorder: _Recorder,
     ) -> Tensor:
+        if self.static_cache and "past_key_values" not in inputs:
+            config.cache_implementation = "static"
         with explaining_out_of_memory(len(inputs["input_ids"])):
             ids: Tensor = self.model.generate(
                 **inputs,

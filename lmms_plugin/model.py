@@ -100,7 +100,7 @@ class QuantizedVLM(lmms):
             processor=self.chat.processor,
             dialect=self.arguments.dialect,
         )
-        self.decoder = Decoder.of(model, self.chat.tokenizer)
+        self.decoder = Decoder.of(model, self.chat.tokenizer, static_cache=self.arguments.static_cache)
         self.runner = Runner.of(
             self.decoder,
             self.chat,

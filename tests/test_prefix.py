@@ -374,3 +374,12 @@ class TestSomethingWrong:
 
         with pytest.raises(RequestError, match=r"^task toy, document 7: TypeError: .*"):
             answers(smolvlm, messages=broken)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "smolvlm"])
+def test_a_static_cache_gives_the_same_answers_without_sharing(checkpoint, family):
+    vlm = load(checkpoint(family), static_cache=True)
+    with calls(vlm) as seen:
+        found = answers(vlm, 2)
+    assert all(with_image for _, with_image in seen)
+    assert_equal(found, answers(load(checkpoint(family), share_prefix=False), 2))
