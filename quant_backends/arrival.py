@@ -124,6 +124,8 @@ class ArrivalQuantizer(HfQuantizer):
         tensors = dict(arrived.named_buffers(recurse=False))
         try:
             codes, bits, order = self.stored.read(tensors, arrived.in_features)
+        except KeyError as error:
+            raise ValueError(f"{name} ({self.stored.label}): its {error.args[0]} is missing") from error
         except ValueError as error:
             raise ValueError(f"{name} ({self.stored.label}): {error}") from error
         rows, _, group_size = codes.codes.shape

@@ -137,11 +137,13 @@ class LoadedCheckpoint(NamedTuple):
         model: Its quantized layers are `QuantizedLinear`.
         info: What ``from_pretrained`` says about missing and unexpected weights.
         label: How the checkpoint was quantized, as shown in the report.
+        dense: Why its other linear layers are dense.
     """
 
     model: PreTrainedModel
     info: Mapping[str, Any]
     label: str
+    dense: str
 
 
 class CheckpointBackend(Backend):

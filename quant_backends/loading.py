@@ -114,7 +114,7 @@ def load_quantized(
         if isinstance(backend, CheckpointBackend):
             expect_sound(model, processor)
         if calibrated:
-            journal = _journal(path, work, processor, spec) if resume else None
+            journal = _journal(path, work, processor, spec, residence) if resume else None
             seen = _calibrate(work, processor, spec, samples, asked, residence, journal)
     return LoadedModel(model, processor, _report(work, seen, time.perf_counter() - started))
 
@@ -157,7 +157,7 @@ def _load(
         loaded = backend.load(path, config, options)
         _expect_complete(path, loaded.model, loaded.info)
         work = Quantization(loaded.model, backend, plan)
-        work.adopt(loaded.label)
+        work.adopt(loaded.label, loaded.dense)
         return loaded.model, work
     if plan.specs:
         from lmms_plugin.quant_backends.hf_quantizer import PackedConfig
@@ -175,7 +175,9 @@ def _expect_complete(path: str, model: PreTrainedModel, info: Mapping[str, Any])
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
 
 
-def _journal(path: str, work: Quantization, processor: Any, spec: CalibrationSpec) -> Journal | None:
+def _journal(
+    path: str, work: Quantization, processor: Any, spec: CalibrationSpec, residence: Residence
+) -> Journal | None:
     """Return the journal of a calibration whose outcome depends on all that is named here."""
     folder = cache_folder()
     if folder is None:
@@ -184,6 +186,7 @@ def _journal(path: str, work: Quantization, processor: Any, spec: CalibrationSpe
     key = {
         "checkpoint": checkpoint_key(path, model.config),
         "dtype": str(model.dtype),
+        "device": residence.device.type if residence.device is not None else "as mapped",
         "attention": model.config._attn_implementation,
         "method": repr(work.backend),
         "plan": work.plan.to_dict(),

@@ -70,7 +70,10 @@ class PrequantizedBackend(CheckpointBackend):
         )
         adopt_library_layers(model)
         _expect_quantized(path, str(method), model)
-        return LoadedCheckpoint(model, info, str(method))
+        dense = "the checkpoint has it dense"
+        if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            dense = f"{method} ({quantization.get('format')}) runs dense: values are rounded, memory is not saved"
+        return LoadedCheckpoint(model, info, str(method), dense)
 
 
 def _expect_quantized(path: str, method: str, model: nn.Module) -> None:
@@ -104,10 +107,8 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
         module, extra = RUNTIMES[method]
         require(module, extra=extra, user=f"{path} ({method})")
     if method == "compressed-tensors":
-        from transformers import CompressedTensorsConfig
-
         # Otherwise weights would be dense from the first forward pass on, or fail to load at all.
-        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        config.quantization_config = {**quantization, "dequantize": True}
     if method == OWN:
         import lmms_plugin.quant_backends.saved  # noqa: F401
     return {}
@@ -144,14 +145,15 @@ def _from_bitsandbytes(name: str, module: Any, dtype: torch.dtype) -> QuantizedL
     state = getattr(weight, "quant_state", None)
     if state is not None:
         return FourBitLinear(weight.data, state, bias=bias)
+    library = getattr(module, "state", None)
     scale = getattr(weight, "SCB", None)
-    scale = module.state.SCB if scale is None else scale
-    if weight.dtype is not torch.int8 or scale is None:
+    scale = getattr(library, "SCB", None) if scale is None else scale
+    if weight.dtype is not torch.int8 or scale is None or library is None:
         raise ValueError(
             f"{name} is dense in the checkpoint, but bitsandbytes expects it quantized: llm_int8_skip_modules of its "
             "config does not match the names of this model's layers"
         )
-    return Int8Linear(weight.data, scale, bias=bias, dtype=dtype, outlier_threshold=module.state.threshold)
+    return Int8Linear(weight.data, scale, bias=bias, dtype=dtype, outlier_threshold=library.threshold)
 
 
 def _from_torchao(name: str, module: nn.Linear) -> QuantizedLinear:

@@ -171,14 +171,16 @@ class Quantization:
         for name, layer in backend.quantize_model(self.model, processor, specs, batches):
             self.replace(name, layer, weights.pop(name))
 
-    def adopt(self, label: str) -> None:
+    def adopt(self, label: str, dense: str) -> None:
         """Take every layer into the account that was quantized before it was loaded.
 
         Its error is not known; the weight it stands for is counted in the dtype that the model computes in.
 
         Args:
             label: How they were quantized, as shown in the report.
+            dense: Why the other linear layers are not.
         """
+        self.reasons = dict.fromkeys(self.components, dense)
         size = torch.finfo(self.model.dtype).bits // 8
         for name, layer in self.model.named_modules():
             if isinstance(layer, QuantizedLinear) and name in self.components:

@@ -99,6 +99,7 @@ class CompressedTensors(StoredFormat):
         for bits in sorted(self.widths):
             if words == -(-columns * bits // 32):
                 return bits, True
+        for bits in sorted(self.widths):
             if words == -(-columns // (32 // bits)):
                 return bits, False
         raise ValueError(f"{words} words for {columns} columns do not hold {sorted(self.widths)} bits per weight")
