@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -26,6 +27,8 @@ class ModuleReport:
         output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs; None without calibration.
         kernel: What the layer runs on; None when left alone.
         reason: Why the weight was left alone; None when quantized.
+        held_out_error: ‖Y − Ŷ‖ / ‖Y‖ of the layer's outputs on inputs that no calibration saw; None where that was not
+            measured.
     """
 
     name: str
@@ -41,6 +44,7 @@ class ModuleReport:
     output_error: float | None
     kernel: str | None
     reason: str | None
+    held_out_error: float | None = None
 
     @property
     def weights(self) -> int:
@@ -122,6 +126,16 @@ class QuantReport:
         stored_once = [module for module in self.modules if module.bytes_before]
         return 8 * sum(module.bytes_after for module in self.modules) / sum(module.weights for module in stored_once)
 
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How many layers run on which kernel."""
+        return dict(Counter(module.kernel for module in self.quantized if module.kernel is not None))
+
+    def with_held_out_errors(self, errors: Mapping[str, float | None]) -> QuantReport:
+        """Return this report with the held-out errors of modules, by name."""
+        modules = (replace(module, held_out_error=errors.get(module.name)) for module in self.modules)
+        return replace(self, modules=tuple(modules))
+
     def totals(self) -> dict[str, float | int]:
         """Return the numbers worth logging beside results."""
         totals: dict[str, float | int] = {
@@ -139,7 +153,10 @@ class QuantReport:
         """Return everything as JSON-ready values: totals, quantized and skipped counts, and all modules."""
         return {
             "method": self.method,
+            "quantized": len(self.quantized),
+            "skipped": len(self.skipped),
             **self.totals(),
+            "kernels": self.kernels,
             "peak_source": self.peak_source,
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "plan": self.plan,
@@ -156,19 +173,23 @@ class QuantReport:
         for module in self.modules:
             key = (module.component, module.method or "-", str(module.bits or "-"))
             groups.setdefault(key, []).append(module)
-        lines = [f"{'component':<10} {'method':<6} {'bits':>4} {'weights':>7} {'MB before':>10} {'MB after':>9}  error"]
+        head = f"{'component':<10} {'method':<6} {'bits':>4} {'weights':>7} {'MB before':>10} {'MB after':>9}"
+        lines = [f"{head}  error   outputs"]
         for (component, method, bits), members in groups.items():
             before, after = (sum(getattr(m, key) for m in members) / 1e6 for key in ("bytes_before", "bytes_after"))
             name = f"{component:<10} {method:<6} {bits:>4} {len(members):>7}"
-            lines.append(f"{name} {before:>10.2f} {after:>9.2f}  {_mean_error(members)}")
+            errors = f"{_mean_error(members, 'relative_error'):<6}  {_mean_error(members, 'held_out_error')}"
+            lines.append(f"{name} {before:>10.2f} {after:>9.2f}  {errors}")
         lines.append(
             f"{self.method}: {self.bits_per_weight:.2f} bits per {'quantized ' if self.quantized else ''}weight, "
             f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, {self.seconds:.1f} s"
         )
+        if self.kernels:
+            lines.append("runs on " + ", ".join(f"{kernel} ({count})" for kernel, count in self.kernels.items()))
         padded = sum(bool(module.padded_columns) for module in self.modules)
         return "\n".join(lines + ([f"{padded} layers padded to whole groups"] if padded else []))
 
 
-def _mean_error(modules: Sequence[ModuleReport]) -> str:
-    errors = [module.relative_error for module in modules if module.relative_error is not None]
+def _mean_error(modules: Sequence[ModuleReport], field: str) -> str:
+    errors = [error for module in modules if (error := getattr(module, field)) is not None]
     return f"{sum(errors) / len(errors):.4f}" if errors else "-"

@@ -1,0 +1,106 @@
+"""The account of a quantized model without an evaluation: `lmms-plugin inspect`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.quant_backends import backend_class, get, names, option_types
+
+if TYPE_CHECKING:
+    from lmms_plugin.model import QuantizedVLM
+    from lmms_plugin.quant_backends.report import QuantReport
+
+
+def inspect(text: str, *, held_out: int) -> QuantReport:
+    """Load and quantize a model as an evaluation would, and return its report.
+
+    Args:
+        text: As after `--model_args`, and `method=` for what would follow `--model quant_`.
+        held_out: Samples on which outputs are compared with those of the dense model, which is loaded beside the
+            quantized one; 0 leaves that out.
+
+    Raises:
+        ValueError: An argument is unknown or impossible.
+    """
+    method, given = _parse(text)
+    arguments = ModelArguments.parse(given, option_types(method))
+    backend = get(method, **arguments.options)
+    backend.check(arguments.quant_plan(backend.default_bits))
+    arguments.find_checkpoint()
+
+    # Only now: what makes the model takes seconds to import.
+    import lmms_plugin.model as models
+    from lmms_plugin.registration import class_name
+
+    vlm: QuantizedVLM = getattr(models, class_name(method))(**given)
+    report = vlm.report
+    if held_out and report.quantized and not _is_checkpoint(method):
+        report = report.with_held_out_errors(_held_out(vlm, held_out))
+    return report
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to standard error what anything prints meanwhile, compilers started by libraries included."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    from lmms_eval.utils import simple_parse_args_string
+
+    wrong = [part for part in text.split(",") if "=" not in part]
+    if wrong:
+        raise ValueError(f"expected name=value,name=value,..., got {wrong[0]!r}")
+    given = dict(simple_parse_args_string(text))
+    method = str(given.pop("method", "")).removeprefix("quant_")
+    if not method:
+        raise ValueError(f"method= is missing: one of {', '.join(names())}")
+    return method, given
+
+
+def _is_checkpoint(method: str) -> bool:
+    from lmms_plugin.quant_backends.backend import CheckpointBackend
+
+    return issubclass(backend_class(method), CheckpointBackend)
+
+
+def _held_out(vlm: QuantizedVLM, samples: int) -> dict[str, float | None]:
+    from lmms_plugin.quant_backends.held_out import held_out_errors
+    from lmms_plugin.quant_backends.loading import load_quantized
+    from lmms_plugin.quant_backends.plan import QuantPlan
+
+    arguments, seen = vlm.arguments, vlm.report.calibration
+    dense = load_quantized(
+        arguments.find_checkpoint(),
+        backend=get("none"),
+        plan=QuantPlan(),
+        dtype=vlm.model.dtype,
+        device=vlm.device,
+        device_map=arguments.device_map,
+        attn_implementation=arguments.attn_implementation,
+        trust_remote_code=arguments.trust_remote_code,
+        use_safetensors=arguments.use_safetensors,
+        processor=vlm.chat.processor,
+    )
+    return held_out_errors(
+        dense.model,
+        vlm.model,
+        [module.name for module in vlm.report.quantized],
+        processor=vlm.chat.processor,
+        dialect=vlm.dialect,
+        samples=samples,
+        seed=(arguments.seed if seen is None else seen.seed) + 1,
+    )
