@@ -211,8 +211,8 @@ def choose_with_feedback(weight: Tensor, scale: Tensor, group_size: int | None, 
         group = column // size
         grid = Grid(grids.borders[group], grids.trits[:, group])
         planes[column] = grid.nearest(wanted.unsqueeze(1)).squeeze(2)
-        first, second = planes[column] * scales[group]
-        return (first + second).float()
+        # The sum of two exact products, rounded once, as in the layer.
+        return (planes[column] * scales[group]).sum(0).float()
 
     pass_on_errors(weight, factor, choose)
     return TritPlanes(planes.permute(1, 2, 0), scale)
@@ -235,8 +235,12 @@ class _Sums(NamedTuple):
         magnitude, importance = magnitude.double(), importance.gather(1, order)
         zero = magnitude.new_zeros(len(magnitude), 1)
         weighted = importance * magnitude
-        sums = [torch.cat([zero, part.cumsum(1)], 1) for part in (importance, weighted)]
-        return cls(magnitude, *sums, (weighted * magnitude).sum(1, keepdim=True))
+        return cls(
+            magnitude,
+            torch.cat([zero, importance.cumsum(1)], 1),
+            torch.cat([zero, weighted.cumsum(1)], 1),
+            (weighted * magnitude).sum(1, keepdim=True),
+        )
 
 
 def _best_scales(sums: _Sums, starts: int, max_iterations: int) -> Tensor:
