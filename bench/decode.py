@@ -5,55 +5,31 @@
 
 The model is a stack of the seven linear layers of a decoder block with random weights, of the shapes of a real language
 model and larger than the processor's cache, so that weights come from memory as they do in decoding; attention over the
-cache and norms, which quantization leaves alone, are left out. Dense and packed models take turns, and the ratio is the
-median over the turns, so that a busy machine slows both. `--rows` adds the time of one block against the rows of
-activations, by kernel and dequantized: where they cross is `MOST_ROWS` in `quant_backends/native_kernels.py`.
+cache and norms, which quantization leaves alone, are left out. Dense and packed models take turns; on a CPU with one
+thread it is the processor's time that counts. `--rows` adds the time of one block against the rows of activations, by
+kernel and dequantized: where they cross is `MOST_ROWS` in `quant_backends/native_kernels.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.kernels import arithmetic_dtype
+from bench.reporting import Row, interleaved, machine, write
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.native_kernels import MOST_ROWS
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_by_blocks
 
 ROWS = (1, 8, 16, 32, 64, 128, 512)
-
-
-class Result(NamedTuple):
-    """Decoding with one number of bits at one batch size.
-
-    Attributes:
-        bits: Of the packed weights.
-        batch: Sequences decoded together.
-        tokens_per_second: Of all sequences together; median.
-        dense_tokens_per_second: The same with dense weights.
-        ratio: Median of the ratios packed to dense; above 1 is faster.
-        kernels: What the layers ran on.
-        bytes: Of the packed weights.
-    """
-
-    bits: int
-    batch: int
-    tokens_per_second: float
-    dense_tokens_per_second: float
-    ratio: float
-    kernels: tuple[str, ...]
-    bytes: int
 
 
 class Block(nn.Module):
@@ -93,94 +69,85 @@ def dense(dtype: torch.dtype, device: str) -> Callable[[int, int], nn.Module]:
     return lambda columns, rows: nn.Linear(columns, rows, bias=False, dtype=dtype, device=device)
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Return the wall time of one run, on a GPU until its work is done."""
-    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - started
+def clock(device: str) -> Callable[[], float]:
+    """Return what tells the time: the processor's own on a CPU, a GPU's after its work is done."""
+    if device == "cpu":
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def after_work() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return after_work
 
 
 @torch.inference_mode()
-def compare(packed: nn.Module, plain: nn.Module, x: Tensor, repeats: int) -> tuple[float, float, float]:
-    """Return median seconds of both models and the median of plain / packed."""
-    pairs = []
-    for repeat in range(repeats + 1):
-        pair = tuple(seconds(lambda model=model: model(x), x.device.type) for model in (packed, plain))
-        if repeat:  # the first run chooses kernels
-            pairs.append(pair)
-    ratio = statistics.median(slow / fast for fast, slow in pairs)
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio
-
-
-@torch.inference_mode()
-def crossing(packed: nn.Module, plain: nn.Module, x: Tensor, repeats: int) -> dict[str, float]:
-    """Return the milliseconds of one block by kernel, dequantized and dense."""
-    milliseconds: dict[str, float] = {}
-    for name, most in (("kernel", 1 << 30), ("dequantize", 0)):
-        with patch.dict(MOST_ROWS, dict.fromkeys(MOST_ROWS, most)):
-            milliseconds[name] = 1e3 * min(seconds(lambda: packed(x), "cpu") for _ in range(repeats))
-    milliseconds["dense"] = 1e3 * min(seconds(lambda: plain(x), "cpu") for _ in range(repeats))
-    return milliseconds
-
-
-def machine(device: str) -> str:
-    """Describe what this ran on."""
-    if device != "cpu":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    native = arithmetic_dtype(torch.bfloat16, "cpu") == torch.bfloat16
-    return (
-        f"{names[0].partition(': ')[2] if names else platform.processor()}, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {'' if native else 'no '}bfloat16 arithmetic, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-
-
-def measure(arguments: argparse.Namespace) -> list[Result]:
-    """Run all cells and print a line for each."""
+def decode(arguments: argparse.Namespace) -> list[Row]:
+    """Return and print one row per number of bits and batch size."""
     dtype, device = getattr(torch, arguments.dtype), arguments.device
     plain = stack(arguments.hidden, arguments.layers, dense(dtype, device))
-    plain_bytes = sum(weight.numel() * weight.element_size() for weight in plain.parameters())
-    print(f"{len(plain)} blocks of hidden size {arguments.hidden}, {plain_bytes / 1e6:.0f} MB in {arguments.dtype}")
+    size = sum(weight.numel() * weight.element_size() for weight in plain.parameters())
+    print(f"{len(plain)} blocks of hidden size {arguments.hidden}, {size / 1e6:.0f} MB in {arguments.dtype}")
     print(f"{'bits':>4} {'batch':>5} {'tokens/s':>9} {'dense':>9} {'ratio':>6} {'MB':>7}  kernel")
-    results = []
+    rows = []
     for bits in arguments.bits:
         packed = stack(arguments.hidden, arguments.layers, packer(bits, arguments.group_size, dtype, device))
         layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
-        kernels = tuple(sorted({layer.kernel for layer in layers}))
-        size = sum(layer.weight_bytes for layer in layers)
+        kernels, packed_size = sorted({layer.kernel for layer in layers}), sum(layer.weight_bytes for layer in layers)
         for batch in arguments.batch:
             x = torch.randn(batch, arguments.hidden).to(device, dtype)
-            fast, slow, ratio = compare(packed, plain, x, arguments.repeats)
-            result = Result(bits, batch, batch / fast, batch / slow, ratio, kernels, size)
-            results.append(result)
+            calls = {"packed": partial(packed, x), "dense": partial(plain, x)}
+            seconds = interleaved(calls, arguments.repeats, clock(device))
+            row: Row = {
+                "case": f"{bits} bits, batch {batch}",
+                "ratio": seconds["dense"] / seconds["packed"],
+                "tokens_per_second": batch / seconds["packed"],
+                "dense_tokens_per_second": batch / seconds["dense"],
+                "kernels": kernels,
+                "bytes": packed_size,
+                "dense_bytes": size,
+            }
+            rows.append(row)
             print(
-                f"{bits:>4} {batch:>5} {result.tokens_per_second:>9.1f} {result.dense_tokens_per_second:>9.1f} "
-                f"{ratio:>6.2f} {size / 1e6:>7.1f}  {', '.join(kernels)}",
+                f"{bits:>4} {batch:>5} {row['tokens_per_second']:>9.1f} {row['dense_tokens_per_second']:>9.1f} "
+                f"{row['ratio']:>6.2f} {packed_size / 1e6:>7.1f}  {', '.join(kernels)}",
                 flush=True,
             )
-    return results
+    return rows
 
 
-def rows_table(arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Measure and print where kernel and dequantizing cross, at each number of bits."""
-    dtype = getattr(torch, arguments.dtype)
-    plain = stack(arguments.hidden, 1, dense(dtype, "cpu"))
+@torch.inference_mode()
+def crossing(arguments: argparse.Namespace) -> list[Row]:
+    """Return and print the time of one block by kernel and dequantized, for several numbers of rows of activations."""
+    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    plain = stack(arguments.hidden, 1, dense(dtype, device))
     table = []
     print(f"{'bits':>4} {'rows':>5} {'kernel ms':>10} {'dequantize ms':>14} {'dense ms':>9}")
     for bits in arguments.bits:
-        packed = stack(arguments.hidden, 1, packer(bits, arguments.group_size, dtype, "cpu"))
+        packed = stack(arguments.hidden, 1, packer(bits, arguments.group_size, dtype, device))
         for rows in ROWS:
-            row = crossing(packed, plain, torch.randn(rows, arguments.hidden).to(dtype), 3)
-            table.append({"bits": bits, "rows": rows} | row)
+            x = torch.randn(rows, arguments.hidden).to(device, dtype)
+            calls = {
+                "kernel": partial(_with_limit, packed, x, sys.maxsize),
+                "dequantize": partial(_with_limit, packed, x, 0),
+                "dense": partial(plain, x),
+            }
+            seconds = interleaved(calls, 3, clock(device))
+            row: Row = {"case": f"{bits} bits, {rows} rows", "ratio": seconds["dequantize"] / seconds["kernel"]}
+            table.append(row | {f"{name}_ms": 1e3 * value for name, value in seconds.items()})
             print(
-                f"{bits:>4} {rows:>5} {row['kernel']:>10.2f} {row['dequantize']:>14.2f} {row['dense']:>9.2f}",
+                f"{bits:>4} {rows:>5} "
+                + "{kernel:>10.2f} {dequantize:>14.2f} {dense:>9.2f}".format(
+                    **{name: 1e3 * value for name, value in seconds.items()}
+                ),
                 flush=True,
             )
     return table
+
+
+def _with_limit(model: nn.Module, x: Tensor, most_rows: int) -> None:
+    with patch.dict(MOST_ROWS, dict.fromkeys(MOST_ROWS, most_rows)):
+        model(x)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -195,25 +162,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--rows", action="store_true", help="also the time against rows of activations, on the CPU")
+    parser.add_argument("--rows", action="store_true", help="also the time against rows of activations")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    print(machine(arguments.device))
-    results = measure(arguments)
-    rows = rows_table(arguments) if arguments.rows else []
-    if arguments.json:
-        content = {
-            "machine": machine(arguments.device),
-            "hidden": arguments.hidden,
-            "layers": arguments.layers,
-            "group_size": arguments.group_size,
-            "dtype": arguments.dtype,
-            "decode": [result._asdict() for result in results],
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    print(machine())
+    write(arguments.json, decode(arguments) + (crossing(arguments) if arguments.rows else []))
 
 
 if __name__ == "__main__":
