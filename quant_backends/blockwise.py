@@ -145,7 +145,13 @@ class Calibrator:
             return {}
         from lmms_plugin.quant_backends.sensitivity import measure_sensitivities
 
-        return measure_sensitivities(self.model, layers, batches, self.residence)
+        known = None if self.journal is None else self.journal.noted("sensitivities")
+        if known is not None:
+            return {layer: Sensitivity(*values) for layer, values in known.items()}
+        found = measure_sensitivities(self.model, layers, batches, self.residence)
+        if self.journal is not None:
+            self.journal.note("sensitivities", found)
+        return found
 
     def _explore(self, blocks: Mapping[str, tuple[str, ...]], sample: Sample) -> Route:
         """Send one sample through the unquantized model to see which way it takes."""

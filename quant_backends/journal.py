@@ -68,6 +68,15 @@ class Journal:
         self._write(self._file(block), pickle.dumps((skeletons, save_tensors(tensors))))
 
     def _write(self, target: Path, content: bytes) -> None:
+        # Another process with the same calibration, in a parallel evaluation, may be done and remove the folder.
+        for _ in range(3):
+            try:
+                return self._replace(target, content)
+            except FileNotFoundError:
+                continue
+        raise FileNotFoundError(f"{self.folder} is removed each time that it is made")
+
+    def _replace(self, target: Path, content: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="unfinished-", delete=False) as file:
             file.write(content)
