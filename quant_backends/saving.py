@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.report import QuantReport
-from lmms_plugin.quant_backends.saved import describe_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +66,9 @@ def expect_savable(model: nn.Module) -> None:
     Raises:
         ValueError: Nothing is quantized, or a layer holds what only its library can write.
     """
+    # Imported where it is needed: it brings in transformers' quantizers, and folders are checked long before.
+    from lmms_plugin.quant_backends.saved import describe_layers
+
     if not _layers(model):
         raise ValueError("save_quantized: nothing in this model is quantized; copy the checkpoint instead")
     describe_layers(_layers(model))
@@ -109,7 +111,7 @@ def save_quantized(
 
 def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> dict[str, Any]:
     """Return the ``quantization_config`` of our own format."""
-    from lmms_plugin.quant_backends.saved import FORMAT_VERSION, QUANT_METHOD
+    from lmms_plugin.quant_backends.saved import FORMAT_VERSION, QUANT_METHOD, describe_layers
 
     return {
         "quant_method": QUANT_METHOD,
