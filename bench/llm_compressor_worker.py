@@ -4,7 +4,8 @@
 
 The job names a checkpoint of a Llama, a file of input embeddings (one tensor per sample), and cases. For each case the
 weights that the quantized layers stand for are written to a safetensors file, in terms of the unquantized model: scales
-that AWQ moved into the layer before are taken back.
+that AWQ moved into the layer before are taken back. Beside them, under `CHECK`, lie the last hidden states of the first
+sample as the quantized model itself computes them.
 """
 
 import json
@@ -27,6 +28,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 # AWQ pins host memory, which takes a GPU.
 IntermediatesCache._pin_intermediate = classmethod(lambda cls, intermediate: None)
 
+
+CHECK = "last_hidden_state"
 
 SCALES: list[tuple[list[str], str, torch.Tensor]] = []
 """What AWQ did in the case at hand: layers whose columns were scaled, the layer before them, by what."""
@@ -57,7 +60,7 @@ def recipe(case):
 
 
 def run(job, case):
-    """Quantize the checkpoint and return {layer: effective weight}."""
+    """Quantize the checkpoint and return {layer: effective weight}, and the hidden states."""
     model = LlamaForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.float32)
     model.config.use_cache = False
     samples = [{"inputs_embeds": embeds} for embeds in load_file(job["inputs"]).values()]
@@ -80,7 +83,8 @@ def run(job, case):
             found[name] = found[name] / scales
         if smooth in found:
             found[smooth] = found[smooth] * scales.unsqueeze(1)
-    return {name: weight.float().contiguous() for name, weight in found.items()}
+    found[CHECK] = model.model(**samples[0]).last_hidden_state[0]
+    return {name: tensor.float().contiguous() for name, tensor in found.items()}
 
 
 def main():

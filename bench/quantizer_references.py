@@ -221,7 +221,11 @@ def environment(folder: Path) -> Path:
 
 
 def theirs(python: Path, model: LlamaForCausalLM, inputs: Inputs, cases: list[Case]) -> Iterator[Weights]:
-    """Weights that llm-compressor's layers stand for, case by case."""
+    """Weights that llm-compressor's layers stand for, case by case.
+
+    Raises:
+        RuntimeError: It failed, or with these weights our model does not compute what its model computed.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder / "checkpoint")
@@ -238,7 +242,12 @@ def theirs(python: Path, model: LlamaForCausalLM, inputs: Inputs, cases: list[Ca
         if done.returncode:
             raise RuntimeError(f"llm-compressor failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
         for entry in jobs:
-            yield load_file(entry["output"])
+            found = load_file(entry["output"])
+            expected = found.pop("last_hidden_state")
+            states = hidden_states(model, inputs[:1], found)
+            if not torch.allclose(states, expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
+                raise RuntimeError(f"these weights are not those of llm-compressor's model: {entry}")
+            yield found
 
 
 def mean(errors: dict[str, float]) -> float:
