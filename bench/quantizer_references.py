@@ -105,13 +105,13 @@ def demo_model(samples: int) -> tuple[LlamaForCausalLM, Inputs]:
 
 
 def hard_model(samples: int) -> tuple[LlamaForCausalLM, Inputs]:
-    """A Llama of two layers, 512 wide, with heavy-tailed, correlated inputs of very different sizes."""
+    """A Llama of one layer, 512 wide, with heavy-tailed, correlated inputs of very different sizes."""
     generator = torch.Generator().manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=512,
         intermediate_size=1408,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=8,
         num_key_value_heads=8,
     )
@@ -285,7 +285,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", type=Path, default=ENVIRONMENT, help="with llm-compressor, or to be made")
-    parser.add_argument("--samples", type=int, default=32, help="for calibration, and as many others")
+    parser.add_argument("--samples", type=int, default=16, help="for calibration, and as many others")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--json", type=Path, help="write everything, layer by layer, to this file")
     arguments = parser.parse_args()
