@@ -122,7 +122,7 @@ def hard_model(samples: int) -> tuple[LlamaForCausalLM, Inputs]:
             parameter.data = torch.randn(512, generator=generator).exp()
             parameter.data[torch.randperm(512, generator=generator)[:6]] *= 30
         elif parameter.ndim == 2:
-            # Student's t with five degrees of freedom: about as heavy-tailed as trained weights are.
+            # Student's t with five degrees of freedom, heavier in its tails than a normal distribution.
             chi = torch.randn(5, *parameter.shape, generator=generator).square().mean(0).sqrt()
             parameter.data = torch.randn(parameter.shape, generator=generator) / chi / parameter.shape[1] ** 0.5
     mixing = torch.randn(64, 512, generator=generator) / 8
