@@ -110,7 +110,7 @@ class Residence:
 
         Where it does not fit, each block comes for the time of its forward pass and goes again, which is slow.
         """
-        if self._fits():
+        if self.fits():
             for name in self._names:
                 self.enter(name)
             try:
@@ -150,7 +150,8 @@ class Residence:
             raise RuntimeError("no model has settled here")
         return self._model.get_submodule(name)
 
-    def _fits(self) -> bool:
+    def fits(self) -> bool:
+        """Return whether all blocks have room on the device at one time."""
         if self.device is None or self.device.type != "cuda":
             return True
         tensors = {id(tensor): tensor for name in self._names for tensor in _tensors(self._block(name))}
@@ -179,15 +180,13 @@ class Shelf:
             key: Of the sample.
             waiting: Any nesting of lists, tuples and dictionaries; parameters in it stay where they are.
         """
-        tensors = {
-            id(leaf): leaf
-            for leaf in pytree.tree_leaves(waiting)
-            if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter) and leaf.device.type == "cuda"
-        }
+        leaves = (leaf for leaf in pytree.tree_leaves(waiting) if isinstance(leaf, Tensor))
+        tensors = {id(leaf): leaf for leaf in leaves if self.waits_on_device(leaf)}
         if not tensors:
             return
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self.budget is None:
+            # Only a CUDA device is ever short of room by this measure.
             free, _ = torch.cuda.mem_get_info(next(iter(tensors.values())).device)
             self.budget = free // 4
         if sum(self._here.values()) + size <= self.budget:
@@ -196,13 +195,25 @@ class Shelf:
         self._away[key] = [(tensor, tensor.device) for tensor in tensors.values()]
         for tensor in tensors.values():
             # The frames of the suspended pass hold this very object, so its contents are what has to move.
-            tensor.data = tensor.data.cpu()
+            tensor.data = self.sent_away(tensor.data)
 
     def take(self, key: int) -> None:
         """Bring a sample's tensors back to where they were."""
         self._here.pop(key, None)
         for tensor, device in self._away.pop(key, ()):
-            tensor.data = tensor.data.to(device)
+            tensor.data = self.brought_back(tensor.data, device)
+
+    def waits_on_device(self, tensor: Tensor) -> bool:
+        """Return whether a tensor takes room that is scarce; parameters have a place of their own."""
+        return tensor.device.type == "cuda" and not isinstance(tensor, nn.Parameter)
+
+    def sent_away(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor in host memory."""
+        return tensor.cpu()
+
+    def brought_back(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Return a copy of such a copy on the device."""
+        return tensor.to(device)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.components import components
 from lmms_plugin.quant_backends.inputs import build_batches
 from lmms_plugin.quant_backends.linear import PackedLinear
-from lmms_plugin.quant_backends.memory import Residence
+from lmms_plugin.quant_backends.memory import Residence, Shelf
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.quantization import Quantization, quantize
 from lmms_plugin.quant_backends.rtn import round_by_blocks
@@ -234,6 +234,72 @@ def test_no_more_than_one_dense_block_is_on_the_device(checkpoint, family):
     one, other = results
     assert set(one) == set(other)
     assert all(torch.equal(value, other[name][key]) for name in one for key, value in one[name].items())
+
+
+class Narrow(Elsewhere):
+    """A device that the model does not fit into."""
+
+    def fits(self):
+        return False
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("device", [Elsewhere, Narrow])
+@torch.no_grad()
+def test_the_whole_model_answers_on_a_device_whether_it_fits_or_not(checkpoint, family, device):
+    model, (batch, *_) = loaded(checkpoint, family, count=1)
+    batch = {key: value for key, value in batch.items() if key != "use_cache"}
+    options = {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**batch, **options)
+    blocks = find_blocks(model, tuple(components(model)))
+    residence = device()
+    residence.settle(model, blocks)
+    outside = residence.present(model)
+    most = []
+    watched = [model.get_submodule(name) for name in blocks if "layers" in name]
+    for block in watched:
+        block.register_forward_hook(lambda *_: most.append(residence.present(model) - outside))
+    with residence.whole():
+        assert torch.equal(model.generate(**batch, **options), expected)
+    assert residence.present(model) == outside
+    together = max(len({block for block in blocks for name in names if within(name, block)}) for names in most)
+    # A tied output projection is the embedding, which is there all the time.
+    movable = [block for block in blocks if block != "lm_head" or "lm_head.weight" not in outside]
+    assert together == (len(movable) if device is Elsewhere else 1)
+
+
+class AlwaysAway(Shelf):
+    """Sends everything away, and lets nobody read it meanwhile."""
+
+    def __init__(self):
+        super().__init__(budget=0)
+        self.trips = 0
+
+    def waits_on_device(self, tensor):
+        return True
+
+    def sent_away(self, tensor):
+        self.trips += 1
+        return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+    def brought_back(self, tensor, device):
+        return tensor.float() if tensor.dtype == torch.float64 else tensor.clone()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_waiting_activations_may_lie_elsewhere(checkpoint, family):
+    """While they wait they have another dtype, so that whoever touched them would show in the statistics."""
+    seen = []
+    for shelf in (AlwaysAway(), Shelf()):
+        model, batches = loaded(checkpoint, family, count=2)
+        backend = Recorder()
+        specs = dict.fromkeys(components(model), SPEC)
+        Calibrator(model, backend, specs, lambda name, entry: None, shelf=shelf).run(batches)
+        seen.append(backend.seen)
+        assert not shelf._away
+    assert seen[0].keys() == seen[1].keys()
+    for name, statistics in seen[0].items():
+        assert torch.equal(statistics.gram, seen[1][name].gram)
 
 
 def test_dense_weights_of_a_finished_block_are_freed(checkpoint):
