@@ -10,7 +10,7 @@ from torch import nn
 
 from lmms_plugin.quant_backends.activations import WEIGHED, InputStatistics
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
-from lmms_plugin.quant_backends.int8_linear import UNQUANTIZED, Int8Linear, check_act_bits
+from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, Int8InputLinear, check_act_bits
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_by_blocks
@@ -97,7 +97,7 @@ class MbqBackend(CalibratedBackend):
 
     @property
     def _kind(self) -> type[PackedLinear]:
-        return PackedLinear if self.act_bits == UNQUANTIZED else Int8Linear
+        return PackedLinear if self.act_bits == UNQUANTIZED else Int8InputLinear
 
 
 def _balanced(statistics: InputStatistics, loss: str) -> list[tuple[InputStatistics, float]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import CodesBackend
-from lmms_plugin.quant_backends.int8_linear import UNQUANTIZED, Int8Linear, check_act_bits
+from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, Int8InputLinear, check_act_bits
 from lmms_plugin.quant_backends.linear import Codes, PackedLinear, QuantizedLinear, rows_per_block, split_groups
 from lmms_plugin.quant_backends.plan import QuantSpec
 
@@ -31,7 +31,7 @@ class RtnBackend(CodesBackend):
 
     def quantize_linear(self, weight: Tensor, bias: nn.Parameter | None, spec: QuantSpec) -> QuantizedLinear:
         """Quantize one layer into a packed one."""
-        kind = PackedLinear if self.act_bits == UNQUANTIZED else Int8Linear
+        kind = PackedLinear if self.act_bits == UNQUANTIZED else Int8InputLinear
         return kind.from_codes(self.quantize(weight, spec), spec, weight.shape[1], bias=bias)
 
     def quantize(self, weight: Tensor, spec: QuantSpec) -> Codes:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lmms_plugin.quant_backends.int8_linear import UNQUANTIZED, round_inputs
+from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, round_inputs
 from lmms_plugin.quant_backends.linear import Codes
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_to_nearest

@@ -13,7 +13,7 @@ from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.activations import InputStatistics, Sensitivity
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches
-from lmms_plugin.quant_backends.int8_linear import EXACT_COLUMNS, Int8Linear, integer_product, round_inputs
+from lmms_plugin.quant_backends.int8_inputs import EXACT_COLUMNS, Int8InputLinear, integer_product, round_inputs
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.mbq import MbqBackend
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
@@ -66,7 +66,7 @@ def layer_of(bits, group_size, symmetric, *, columns=96, bias=True, in_scale=Non
     dense = dense.to(dtype)
     spec = QuantSpec(bits, group_size, symmetric)
     codes = round_to_nearest(dense.weight.float(), spec, dtype)
-    return dense, Int8Linear.from_codes(codes, spec, columns, bias=dense.bias, in_scale=in_scale)
+    return dense, Int8InputLinear.from_codes(codes, spec, columns, bias=dense.bias, in_scale=in_scale)
 
 
 def straightforward(layer, x):
@@ -142,7 +142,7 @@ def test_the_layer_survives_copying_and_its_state():
     other.load_state_dict(layer.state_dict())
     for twin in (copy.deepcopy(layer), other, layer.to(torch.float32)):
         assert torch.equal(twin(x), layer(x))
-        assert isinstance(twin, Int8Linear)
+        assert isinstance(twin, Int8InputLinear)
 
 
 @pytest.mark.parametrize("act_bits", [4, 0, 32])
@@ -182,7 +182,7 @@ def test_w8a8_and_w4a8_on_every_family(checkpoint, family):
         reports = [report for report in work.modules() if report.reason is None]
         assert {report.component for report in reports} == {"vision", "language"}
         assert all(report.kernel.startswith("8-bit inputs") for report in reports)
-        assert all(isinstance(quantized.get_submodule(report.name), Int8Linear) for report in reports)
+        assert all(isinstance(quantized.get_submodule(report.name), Int8InputLinear) for report in reports)
         logits = quantized(**inputs).logits
         assert torch.isfinite(logits).all()
         errors[bits] = float((logits - exact).norm() / exact.norm())
@@ -247,7 +247,7 @@ def test_the_search_sees_what_rounding_the_inputs_costs(seed, loss, bits):
     scale = torch.cat([image, answer]).abs().mean(0).pow(exponent)
     scale = scale / (scale.max() * scale.min()).sqrt()
     torch.testing.assert_close(found.layer.in_scale, 1 / scale)
-    assert isinstance(found.layer, Int8Linear)
+    assert isinstance(found.layer, Int8InputLinear)
     if bits == 8:
         # A column forty times louder than the rest takes the bits of all inputs: some of it must move to the weight.
         assert exponent > 0

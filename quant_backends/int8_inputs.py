@@ -50,7 +50,7 @@ def round_inputs(x: Tensor) -> RoundedInputs:
     return RoundedInputs((x / scale).round().to(torch.int8), scale)
 
 
-class Int8Linear(PackedLinear):
+class Int8InputLinear(PackedLinear):
     """A packed linear layer whose inputs are rounded to 8 bits, each token by its own largest magnitude.
 
     With one scale per row of the weight (``group_size=-1``) the product is one of integers: by torch's own where it is
