@@ -59,6 +59,11 @@ class ArrivingLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = dense.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """What transformers initialises in blocks of which it misses the weights: nothing."""
+        return torch.empty(self.out_features, self.in_features, device="meta")
+
 
 class OrderedLinear(PackedLinear):
     """A packed layer whose columns are stored in another order, as activation-ordered GPTQ groups them.

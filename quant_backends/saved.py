@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmms_plugin.quant_backends.components import dense_linear
-from lmms_plugin.quant_backends.int8_linear import Int8Linear
+from lmms_plugin.quant_backends.int8_inputs import Int8InputLinear
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.quantization import untie
@@ -25,7 +25,7 @@ QUANT_METHOD = "lmms_plugin"
 FORMAT_VERSION = 1
 KINDS: dict[str, type[PackedLinear] | type[TritPlaneLinear]] = {
     "packed": PackedLinear,
-    "packed, 8-bit inputs": Int8Linear,
+    "packed, 8-bit inputs": Int8InputLinear,
     "trits": TritPlaneLinear,
 }
 
