@@ -52,9 +52,7 @@ class AutoRoundBackend(WholeModelBackend):
         super().check(plan)
         for component in ("connector", "head"):
             if getattr(plan, component) is not None:
-                raise ValueError(
-                    f"autoround tunes the blocks of decoder and vision tower; {component} lies outside them"
-                )
+                raise ValueError(f"autoround tunes blocks of decoder and vision tower; {component} lies outside them")
         require("auto_round", extra="autoround", user="quant_autoround")
 
     def check_spec(self, spec: QuantSpec) -> None:
