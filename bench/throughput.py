@@ -1,6 +1,7 @@
 """Expressions per second of grounding evaluation, by the number of expressions per image.
 
-    python -m bench.throughput [--expressions 1 3 7 14] [--images N] [--repeats N] [--threads N] [--json FILE]
+    python -m bench.throughput [--expressions 1 3 7 14] [--images N] [--repeats N] [--threads N] [--size W H]
+                               [--json FILE]
 
 Ways through the same documents, in one process and interleaved: our model as it comes (`shared`), our model with
 share_prefix=False (`plain`), and lmms-eval's own `qwen2_5_vl` (`lmms_eval`, which needs `decord`). The checkpoint is a
@@ -12,7 +13,10 @@ about anew each time, in the generic words that every model gets; answers are 24
 
 A ratio above 1 means that ours is faster. `same` counts equal answers. lmms-eval's wrapper has qwen_vl_utils resize the
 photograph with Pillow before the processor sees it, ours leaves that to the processor (torchvision): pixels differ by a
-level here and there, and a random model answers otherwise. At 644×476, where nothing is resized, all answers are equal.
+level here and there, and a random model answers otherwise. With ``--size 644 476``, where nothing is resized, all answers are equal.
+
+`floor` is the least time that the arithmetic of our answers (counted by torch, matrix products and attention) could
+take at the rate which this machine reaches in a matrix product of 2048; its ratio is the share of it in the time taken.
 """
 
 from __future__ import annotations
@@ -34,8 +38,9 @@ import numpy as np
 import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench.reporting import Row, machine, write
+from bench.reporting import Row, interleaved, machine, write
 from lmms_plugin.tasks import grounding
 from lmms_plugin.tasks.expressions import ExpressionDocs
 
@@ -87,13 +92,13 @@ def write_checkpoint(folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def documents(images: int, expressions: int) -> ExpressionDocs:
+def documents(images: int, expressions: int, size: tuple[int, int] = SIZE) -> ExpressionDocs:
     """RefCOCO+ rows over photographs that compress and resize like real ones."""
     rng = np.random.default_rng(expressions)
     rows = []
     for number in range(images):
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
-            SIZE, Image.Resampling.BICUBIC
+            size, Image.Resampling.BICUBIC
         )
         buffer = io.BytesIO()
         coarse.save(buffer, "JPEG", quality=92)
@@ -174,9 +179,25 @@ def run(model: Any, docs: ExpressionDocs) -> tuple[float, float, Answers]:
     return seconds, peak, [getattr(answer, "text", answer) for answer in found]
 
 
-def measure(models: dict[str, Any], images: int, expressions: int, repeats: int) -> list[Row]:
+def floor_seconds(model: Any, docs: ExpressionDocs) -> float:
+    """Least time for the arithmetic of one pass at the rate of a large matrix product."""
+    with FlopCounterMode(display=False) as counter:
+        run(model, docs)
+    size, parameter = 2048, next(model.model.parameters())
+    one = torch.randn(size, size, dtype=parameter.dtype, device=parameter.device)
+
+    def product() -> None:
+        torch.mm(one, one)
+        if one.is_cuda:
+            torch.cuda.synchronize()
+
+    seconds = interleaved({"product": product}, repeats=5)["product"]
+    return float(counter.get_total_flops()) * seconds / (2 * size**3)
+
+
+def measure(models: dict[str, Any], images: int, expressions: int, repeats: int, size: tuple[int, int]) -> list[Row]:
     """All ways over the same documents, interleaved; one row per way that ours is compared with."""
-    docs = documents(images, expressions)
+    docs = documents(images, expressions, size)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     answers: dict[str, Answers] = {}
     peaks: dict[str, float] = {}
@@ -185,7 +206,8 @@ def measure(models: dict[str, Any], images: int, expressions: int, repeats: int)
             took, peaks[name], answers[name] = run(model, docs)
             seconds[name].append(took)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    return [
+    floor = floor_seconds(models["auto"], docs)
+    rows: list[Row] = [
         {
             "case": f"{'auto_' * (way == 'auto')}vs_{name}@{expressions}",
             "ratio": median[name] / median[way],
@@ -202,6 +224,8 @@ def measure(models: dict[str, Any], images: int, expressions: int, repeats: int)
         for name in models
         if name not in ("shared", "auto")
     ]
+    of_auto = {"ratio": floor / median["auto"], "seconds": median["auto"], "baseline_seconds": floor}
+    return [*rows, {"case": f"floor@{expressions}", **of_auto}]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -212,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, nargs=2, default=SIZE)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
 
@@ -232,8 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{parameters / 1e6:.0f} M parameters, {dtype}, {options.images} images; {machine()}")
         print(f"{'case':<22}{'ours/s':>10}{'theirs/s':>10}{'ratio':>8}{'same':>10}")
         for expressions in options.expressions:
-            for row in measure(models, options.images, expressions, options.repeats):
+            for row in measure(models, options.images, expressions, options.repeats, tuple(options.size)):
                 rows.append(row)
+                if row["case"].startswith("floor"):
+                    print(f"{row['case']:<22}{row['ratio']:>28.2f}", flush=True)
+                    continue
                 print(
                     f"{row['case']:<22}{row['expressions_per_s']:>10.3f}{row['baseline_expressions_per_s']:>10.3f}"
                     f"{row['ratio']:>8.2f}{row['same']:>6}/{row['expressions']}",
