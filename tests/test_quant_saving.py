@@ -90,6 +90,13 @@ def test_every_family_finds_its_tensors_again(checkpoint, tmp_path, family):
     assert torch.equal(logits(saved_again(tmp_path / "saved")), logits(first))
 
 
+@pytest.mark.parametrize("family", ["llava_onevision", "idefics3", "gemma3"])
+def test_our_own_format_in_other_families(checkpoint, tmp_path, family):
+    first = quantized(checkpoint(family), group_size=40, vision_bits=3)
+    assert save_quantized(first.model, first.processor, first.report, tmp_path / "saved").format == "lmms_plugin"
+    assert torch.equal(logits(saved_again(tmp_path / "saved")), logits(first))
+
+
 def test_files_hold_no_dense_weight_of_a_quantized_layer(checkpoint, tmp_path):
     loaded = quantized(checkpoint(FAMILY), "hqq", head_bits=4)
     saved = save_quantized(loaded.model, loaded.processor, loaded.report, tmp_path / "saved")
