@@ -13,7 +13,8 @@ about anew each time, in the generic words that every model gets; answers are 24
 
 A ratio above 1 means that ours is faster. `same` counts equal answers. lmms-eval's wrapper has qwen_vl_utils resize the
 photograph with Pillow before the processor sees it, ours leaves that to the processor (torchvision): pixels differ by a
-level here and there, and a random model answers otherwise. With ``--size 644 476``, where nothing is resized, all answers are equal.
+level here and there, and a random model answers otherwise. With ``--size 644 476``, where nothing is resized, all
+answers are equal.
 
 `floor` is the least time that the arithmetic of our answers (counted by torch, matrix products and attention) could
 take at the rate which this machine reaches in a matrix product of 2048; its ratio is the share of it in the time taken.
