@@ -211,7 +211,7 @@ def test_every_family(case, name, family):
 def test_a_connector_without_linear_layers_is_refused(case, name):
     one = case("gemma3")
     spec = spec_for(name, max(get(name).bits & {3, 4}))
-    with pytest.raises(ValueError, match="asks to quantize connector, but in this model it has no nn.Linear"):
+    with pytest.raises(ValueError, match=r"asks to quantize connector, but in this model it has no nn\.Linear"):
         Quantization(copy.deepcopy(one.model), get(name), QuantPlan(connector=spec))
 
 
