@@ -150,11 +150,11 @@ class CpuInt4(Int4Kernel):
         height = tile_height()
         assert height is not None
         first, last = start - start % height, min(self.rows, stop + -stop % height)
-        values = torch.zeros(last - first, self.columns, dtype=torch.uint8)
         per_row = self.columns // 2
-        for tiles, shift in zip(self._numbers(), self._shifts, strict=True):
-            values += from_tiles(tiles[first * per_row : last * per_row], self.columns) << shift
-        values -= _lift(self.bits & 3)
+        parts = [from_tiles(tiles[first * per_row : last * per_row], self.columns) for tiles in self._numbers()]
+        values = parts[-1].sub_(lift) if (lift := _lift(self.bits & 3)) else parts[-1]
+        if len(parts) == 2:
+            values |= parts[0].bitwise_left_shift_(self._shifts[0])
         kept = values[start - first : stop - first].view(-1, self.groups, self.group_size)
         return Codes(kept, self._scales(start, stop), self._zeros(start, stop))
 
