@@ -17,8 +17,8 @@ INT4_GROUPS = (256, 128, 64, 32)
 MOST_ROWS = {"torch CPU int4": 64, "torch CPU int8": 16, "torch CUDA int4": 16}
 """Rows of activations up to which a kernel beats dequantizing once and one large product.
 
-Measured by `python -m bench.decode --rows` on an AVX2 processor; for CUDA it is what torch's own libraries assume. They
-are numbers and not timed on the spot, so that the same inputs give the same answers in every run.
+Measured by `python -m bench.decode --rows` on an AVX2 processor; the one for CUDA is not measured. They are fixed and not
+timed on the spot, so that the same inputs give the same answers in every run.
 """
 
 
@@ -126,7 +126,7 @@ class CpuInt4(Int4Kernel):
         # The widest plane holds the highest bits above 4 bits, as everywhere; below, the lowest, which saves a shift.
         offset = 0 if bits < 4 else bits & 3
         for width in plane_widths(bits):
-            tiles = to_tiles((values >> offset) & ((1 << width) - 1))
+            tiles = to_tiles(values, offset, width)
             made.register_buffer(f"tiles_{width}", _squeeze(tiles, width))
             offset = 0 if width == 4 else width
         made._set_scale_and_zero(codes)
@@ -175,12 +175,15 @@ def _lift(bits: int) -> int:
     return 8 - (1 << (bits - 1)) if bits else 0
 
 
-def to_tiles(values: Tensor) -> Tensor:
-    """Return 4-bit values (rows, columns) as the CPU kernel's bytes, flat."""
+def to_tiles(values: Tensor, offset: int = 0, width: int = 4) -> Tensor:
+    """Return `width` bits of values (rows, columns), from bit `offset` on, as the CPU kernel's bytes, flat."""
     # The operator takes int32; few rows at a time keep that small. Tiles are at most 64 rows high.
     step = max(64, (1 << 22) // values.shape[1] // 64 * 64)
-    parts = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in values.split(step)]
-    return torch.cat([part.flatten() for part in parts])
+    parts = []
+    for block in values.split(step):
+        numbers = (block >> offset) & ((1 << width) - 1)
+        parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.int(), 1).flatten())
+    return torch.cat(parts)
 
 
 def from_tiles(tiles: Tensor, columns: int) -> Tensor:
