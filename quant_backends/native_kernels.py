@@ -17,7 +17,7 @@ INT4_GROUPS = (256, 128, 64, 32)
 MOST_ROWS = {"torch CPU int4": 64, "torch CPU int8": 16, "torch CUDA int4": 16}
 """Rows of activations up to which a kernel beats dequantizing once and one large product.
 
-Measured by `python -m bench.decode --rows` on an AVX2 processor; the one for CUDA is not measured. They are fixed and not
+Measured by `python -m bench.decode --rows` on an AVX2 processor; the one for CUDA is not measured. They are fixed, not
 timed on the spot, so that the same inputs give the same answers in every run.
 """
 
