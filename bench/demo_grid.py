@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends.plan import QuantSpec
 
 TASKS = ("shapes_rec", "shapes_shift_gaussian_noise_3")
 COMPONENTS = ("language", "vision", "connector", "all")
@@ -63,9 +64,17 @@ def cells(methods: Sequence[str] | None) -> Iterator[Cell]:
         if methods is not None and method not in methods:
             continue
         for component in COMPONENTS if method in EVERYWHERE else ("language",):
-            yield from (Cell(method, bits, component) for bits in (8, 4, 3, 2) if bits in get(method).bits)
+            yield from (Cell(method, bits, component) for bits in (8, 4, 3, 2) if _able(method, bits))
         if method in CALIBRATED:
             yield from (Cell(method, bits, "language", source) for bits in (3, 2) for source in CALIBRATIONS)
+
+
+def _able(method: str, bits: int) -> bool:
+    try:
+        get(method).check_spec(QuantSpec(bits))
+    except ValueError:
+        return False
+    return True
 
 
 def run(cell: Cell, manager: Any, limit: int | None) -> dict[str, Any]:
