@@ -21,6 +21,7 @@ from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.probe import expect_sound
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.report import CalibrationReport, QuantReport
+from lmms_plugin.quant_backends.stored_formats import quantization_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,8 +141,8 @@ def _describe(path: str, trust_remote_code: bool, processor: Any) -> tuple[Any, 
 
 
 def _expect_unquantized(path: str, config: Any) -> None:
-    existing = getattr(config, "quantization_config", None)
-    if existing is not None:
+    existing = quantization_of(config)
+    if existing:
         raise ValueError(
             f"{path} is quantized already ({existing.get('quant_method')}); its weights cannot be quantized again, "
             "quant_prequantized takes them as they are"

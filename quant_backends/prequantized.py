@@ -14,7 +14,7 @@ from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.library import TensorLinear
 from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
-from lmms_plugin.quant_backends.stored_formats import stored_format
+from lmms_plugin.quant_backends.stored_formats import quantization_of, stored_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class PrequantizedBackend(CheckpointBackend):
         """
         from transformers import AutoModelForImageTextToText
 
-        quantization = as_mapping(getattr(config, "quantization_config", None))
+        quantization = quantization_of(config)
         if not quantization:
             raise ValueError(
                 f"{path} is not quantized: its config has no quantization_config; use quant_none, quant_rtn, ..."
@@ -70,9 +70,8 @@ class PrequantizedBackend(CheckpointBackend):
         )
         adopt_library_layers(model)
         _expect_quantized(path, str(method), model)
-        dense = "the checkpoint has it dense"
-        if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
-            dense = f"{method} ({quantization.get('format')}) runs dense: values are rounded, memory is not saved"
+        packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
+        dense = "the checkpoint has it dense" if packed else _why_dense(quantization)
         return LoadedCheckpoint(model, info, str(method), dense)
 
 
@@ -87,11 +86,12 @@ def _expect_quantized(path: str, method: str, model: nn.Module) -> None:
     )
 
 
-def as_mapping(quantization: Any) -> dict[str, Any]:
-    """Return a ``quantization_config`` as a dictionary; empty if there is none."""
-    if quantization is None:
-        return {}
-    return dict(quantization) if isinstance(quantization, Mapping) else dict(quantization.to_dict())
+def _why_dense(quantization: Mapping[str, Any]) -> str:
+    name = f"{quantization['quant_method']} ({quantization.get('format')})"
+    groups = quantization.get("config_groups", {}).values()
+    inputs = any(isinstance(group, Mapping) and group.get("input_activations") for group in groups)
+    missing = "memory is not saved" + (" and inputs are not rounded, as it asks" if inputs else "")
+    return f"{name} runs dense: values are rounded, {missing}"
 
 
 def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +101,9 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
     if stored is not None:
         from lmms_plugin.quant_backends.arrival import ArrivalConfig
 
-        del config.quantization_config
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
         return {"quantization_config": ArrivalConfig(stored)}
     if method in RUNTIMES:
         module, extra = RUNTIMES[method]
@@ -109,6 +111,8 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
     if method == "compressed-tensors":
         # Otherwise weights would be dense from the first forward pass on, or fail to load at all.
         config.quantization_config = {**quantization, "dequantize": True}
+    elif getattr(config, "quantization_config", None) is None:
+        config.quantization_config = dict(quantization)
     if method == OWN:
         import lmms_plugin.quant_backends.saved  # noqa: F401
     return {}
@@ -157,6 +161,8 @@ def _from_bitsandbytes(name: str, module: Any, dtype: torch.dtype) -> QuantizedL
 
 
 def _from_torchao(name: str, module: nn.Linear) -> QuantizedLinear:
+    from lmms_plugin.quant_backends.torchao import Int4Linear
+
     weight: Any = module.weight.data
     if not type(weight).__module__.startswith("torchao."):
         raise ValueError(f"{name} has a weight of type {type(weight).__name__}, which is not known here")
@@ -164,9 +170,8 @@ def _from_torchao(name: str, module: nn.Linear) -> QuantizedLinear:
     if block is None or block[0] != 1:
         raise ValueError(f"{name}: torchao's {type(weight).__name__} in blocks of {block}, expected groups along rows")
     bits = _torchao_bits(weight)
-    return TensorLinear(
-        weight, module.in_features, bias=module.bias, bits=bits, group_size=block[-1], library="torchao"
-    )
+    kind = Int4Linear if bits == 4 and "Int4" in type(weight).__name__ else TensorLinear
+    return kind(weight, module.in_features, bias=module.bias, bits=bits, group_size=block[-1], library="torchao")
 
 
 def _torchao_bits(weight: Any) -> int:

@@ -193,8 +193,8 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
     """Return the format that a checkpoint's ``quantization_config`` names; None if it is none that is read here."""
     method = config.get("quant_method")
     if method == "compressed-tensors" and config.get("format") == "pack-quantized":
-        groups = config["config_groups"].values()
-        if any(group.get("input_activations") or group["weights"].get("type", "int") != "int" for group in groups):
+        groups = list(config["config_groups"].values())
+        if not all(_packs_weights_alone(group) for group in groups):
             return None
         return CompressedTensors(method, frozenset(group["weights"]["num_bits"] for group in groups))
     packing = str(config.get("packing_format", ""))
@@ -206,6 +206,25 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
     if (method == "awq" and str(config.get("version", "gemm")).lower() == "gemm") or method == "auto-round":
         return Awq(str(method))
     return Hqq("hqq") if method == "hqq" else None
+
+
+def quantization_of(config: Any) -> dict[str, Any]:
+    """Return a checkpoint's ``quantization_config``, of the whole or of its language model; empty if there is none."""
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+    return {}
+
+
+def _packs_weights_alone(group: Any) -> bool:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    return (
+        isinstance(weights, Mapping)
+        and weights.get("type", "int") == "int"
+        and weights.get("strategy") in ("tensor", "channel", "group")
+        and not group.get("input_activations")
+    )
 
 
 def _group(codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, index: Tensor | None) -> StoredLinear:

@@ -264,3 +264,18 @@ print([name for name in {heavy.split()} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("name", "options", "bits"), METHODS, ids=IDS)
+def test_on_the_gpu_the_kernel_multiplies_with_the_weight_that_the_layer_holds(name, options, bits):
+    dense, bias = weight(256, 1152, torch.bfloat16).cuda(), weight(1, 256, torch.bfloat16)[0].cuda()
+    layer = quantize(name, options, dense, QuantSpec(bits, 128), bias)
+    assert {tensor.device.type for tensor in layer.buffers()} == {"cuda"}
+    held = layer.weight
+    assert (held - dense).norm() < 4 / 2**bits * dense.norm()
+    for rows in (1, 40):
+        x = weight(rows, 1152, torch.bfloat16, rows).cuda() * 50
+        expected = functional.linear(x.float(), held.float(), bias.float())
+        assert (layer(x).float() - expected).norm() < 0.02 * expected.norm()

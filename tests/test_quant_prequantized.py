@@ -278,18 +278,20 @@ def compressed(plain, folder, bits, symmetric, processor):
     return folder, rounded
 
 
-def test_what_compressed_tensors_cannot_keep_packed_is_reported_as_dense(plain, processor, tmp_path):
-    """Eight-bit floats: transformers loads them through the library, dense, and the report says so."""
+@pytest.mark.parametrize("inputs", [None, "token"], ids=["weights", "weights and inputs"])
+def test_what_compressed_tensors_cannot_keep_packed_is_reported_as_dense(plain, processor, tmp_path, inputs):
+    """Eight-bit floats: transformers loads them through the library, dense, and the report says what is lost."""
     pytest.importorskip("compressed_tensors")
-    folder, rounded = float8(plain, tmp_path / "float8", processor)
+    folder, rounded = float8(plain, tmp_path / "float8", inputs)
     loaded = load(folder)
     expect_same(loaded, logits(rounded, processor), processor, tolerance=1e-3)
     assert loaded.report.quantized == ()
     reasons = {module.reason for module in loaded.report.skipped if "q_proj" in module.name}
-    assert reasons == {"compressed-tensors (float-quantized) runs dense: values are rounded, memory is not saved"}
+    expected = "compressed-tensors (float-quantized) runs dense: values are rounded, memory is not saved"
+    assert reasons == {expected + (" and inputs are not rounded, as it asks" if inputs else "")}
 
 
-def float8(plain, folder, processor):
+def float8(plain, folder, inputs):
     model, rounded = dense_model(plain), dense_model(plain)
     scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
     for path, layer in linears(rounded, but=("lm_head", "visual")):
@@ -303,7 +305,13 @@ def float8(plain, folder, processor):
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": scheme,
+                "input_activations": scheme | {"strategy": inputs, "dynamic": True} if inputs else None,
+            }
+        },
         "ignore": ["lm_head", "re:.*visual.*"],
     }
     return write(plain, folder, model, quantization), rounded
@@ -389,6 +397,18 @@ def test_what_this_package_saves(plain, processor, tmp_path, method, options, pl
     assert [(m.name, m.bits, m.bytes_after) for m in loaded.report.quantized] == [
         (m.name, m.bits, m.bytes_after) for m in first.report.quantized
     ]
+
+
+def test_a_quantization_config_of_the_language_model_counts(gptq, processor, tmp_path):
+    """Some tools put it beside the sizes of the part that they quantized."""
+    folder = tmp_path / "nested"
+    shutil.copytree(gptq, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert len(load(folder).report.quantized) == 14
+    with pytest.raises(ValueError, match=r"quantized already \(gptq\).*quant_prequantized"):
+        load_quantized(str(folder), backend=get("rtn"), plan=QuantPlan(language=QuantSpec(4)))
 
 
 # --- traps -----------------------------------------------------------------------------------------------------------
@@ -519,3 +539,8 @@ def test_formats_are_told_apart():
     assert stored_format({"quant_method": "gptq", "checkpoint_format": "gptq_v2"}) == Gptq("gptq", zero_offset=0)
     assert stored_format({"quant_method": "awq", "version": "gemv"}) is None
     assert stored_format({"quant_method": "fp8"}) is None
+    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    weights = {"num_bits": 4, "type": "int", "strategy": "group"}
+    assert stored_format(packed | {"config_groups": {"a": {"weights": weights}}}).widths == {4}
+    for other in (["Linear"], {"weights": None}, {"weights": weights | {"strategy": "block"}}):
+        assert stored_format(packed | {"config_groups": {"a": other}}) is None
