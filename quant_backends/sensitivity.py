@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lmms_plugin.quant_backends.activations import ROLES, TOKEN_ROLES, WEIGHED, Sensitivity
 from lmms_plugin.quant_backends.blocks import find_blocks, within
-from lmms_plugin.quant_backends.memory import Residence
+from lmms_plugin.quant_backends.memory import Residence, return_freed_memory
 
 HALF_PRECISION_SCALE = 1024.0
 """What the loss is multiplied by in float16, where the gradients at image positions (1e-8 to 1e-6) would underflow."""
@@ -179,6 +179,7 @@ class _Turns:
         if name is not None:
             self._residence.enter(name)
         self._present = name
+        return_freed_memory()
 
 
 @contextmanager
