@@ -1,19 +1,18 @@
 """Block by block: the same statistics as the whole model at once, one block in memory, any family's own way between."""
 
 import copy
-import gc
 import weakref
-from dataclasses import dataclass
 
 import pytest
 import torch
 from families import FAMILIES
+from recorder import SPEC, Recorder, plain_sums, rounded
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin.dialects import dialect_for
 from lmms_plugin.quant_backends import get
-from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
+from lmms_plugin.quant_backends.backend import Solution
 from lmms_plugin.quant_backends.blocks import find_blocks, within
 from lmms_plugin.quant_backends.blockwise import Calibrator
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
@@ -21,36 +20,10 @@ from lmms_plugin.quant_backends.components import components
 from lmms_plugin.quant_backends.inputs import build_batches
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.memory import Residence, Shelf
-from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
+from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import Quantization, quantize
-from lmms_plugin.quant_backends.rtn import round_by_blocks
 
-SPEC = QuantSpec(4, 32)
 EVERYTHING = QuantPlan(vision=SPEC, connector=SPEC, language=SPEC, head=SPEC)
-
-
-def rounded(layer, spec):
-    return PackedLinear.from_codes(round_by_blocks(layer.weight, spec), spec, layer.in_features, bias=layer.bias)
-
-
-@dataclass(frozen=True)
-class Recorder(CalibratedBackend):
-    """Rounds to nearest and keeps what it was shown; which model's inputs it saw is up to `sequential`."""
-
-    name = "recorder"
-    bits = frozenset(range(2, 9))
-
-    def __post_init__(self):
-        object.__setattr__(self, "seen", {})
-
-    def solve(self, layers, specs, statistics):
-        for name in statistics.names:
-            assert name not in self.seen
-            self.seen[name] = statistics
-        return [Solution(rounded(layer, spec), 0.0) for layer, spec in zip(layers, specs, strict=True)]
-
-    def without_inputs(self, layer, spec):
-        return rounded(layer, spec)
 
 
 class Sequential(Recorder):
@@ -69,25 +42,6 @@ def loaded(checkpoint, family, count=3):
     spec = CalibrationSpec("noise", samples=count)
     batches, _ = build_batches(model, processor, spec, spec.load_samples(), dialect_for(family), keep_logits=True)
     return model, batches
-
-
-@torch.no_grad()
-def plain_sums(model, names, batches):
-    """Return (XᵀX, Σ|x|, rows) of each layer's inputs over plain forward passes."""
-    sums, handles = {}, []
-    for name in names:
-
-        def add(_, args, name=name):
-            x = args[0].reshape(-1, args[0].shape[-1]).double()
-            gram, magnitude, rows = sums.get(name, (0, 0, 0))
-            sums[name] = (gram + x.T @ x, magnitude + x.abs().sum(0), rows + len(x))
-
-        handles.append(model.get_submodule(name).register_forward_pre_hook(add))
-    for batch in batches:
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    return sums
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -312,7 +266,6 @@ def test_dense_weights_of_a_finished_block_are_freed(checkpoint):
 
     class Watching(Recorder):
         def solve(self, layers, specs, statistics):
-            gc.collect()
             self.seen[statistics.names[0]] = None
             block = statistics.names[0].rpartition(".layers.")[2][0]
             done = [name for name in order if name.rpartition(".layers.")[2][0] != block]

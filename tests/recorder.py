@@ -1,0 +1,55 @@
+"""What calibrated backends are shown, kept for a look; and the same from plain forward passes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
+from lmms_plugin.quant_backends.linear import PackedLinear
+from lmms_plugin.quant_backends.plan import QuantSpec
+from lmms_plugin.quant_backends.rtn import round_by_blocks
+
+SPEC = QuantSpec(4, 32)
+
+
+def rounded(layer, spec):
+    return PackedLinear.from_codes(round_by_blocks(layer.weight, spec), spec, layer.in_features, bias=layer.bias)
+
+
+@dataclass(frozen=True)
+class Recorder(CalibratedBackend):
+    """Rounds to nearest and keeps what it was shown; which model's inputs it saw is up to `sequential`."""
+
+    name = "recorder"
+    bits = frozenset(range(2, 9))
+
+    def __post_init__(self):
+        object.__setattr__(self, "seen", {})
+
+    def solve(self, layers, specs, statistics):
+        for name in statistics.names:
+            assert name not in self.seen
+            self.seen[name] = statistics
+        return [Solution(rounded(layer, spec), 0.0) for layer, spec in zip(layers, specs, strict=True)]
+
+    def without_inputs(self, layer, spec):
+        return rounded(layer, spec)
+
+
+@torch.no_grad()
+def plain_sums(model, names, batches):
+    """Return (XᵀX, Σ|x|, rows) of each layer's inputs over plain forward passes."""
+    sums, handles = {}, []
+    for name in names:
+
+        def add(_, args, name=name):
+            x = args[0].reshape(-1, args[0].shape[-1]).double()
+            gram, magnitude, rows = sums.get(name, (0, 0, 0))
+            sums[name] = (gram + x.T @ x, magnitude + x.abs().sum(0), rows + len(x))
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(add))
+    for batch in batches:
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return sums
