@@ -50,10 +50,10 @@ def measure_sensitivities(
 
     Returns:
         Layer -> sensitivity of the part that it belongs to. A layer outside all blocks (the output projection) has
-        none.
+        none, nor has one in a part that no sample runs through.
 
     Raises:
-        ValueError: A gradient is not finite, or no gradient reaches the answers.
+        ValueError: A loss or a gradient is not finite, or no gradient reaches the answers.
     """
     blocks = find_blocks(model, layers)
     if residence is None:
@@ -61,13 +61,15 @@ def measure_sensitivities(
         residence.settle(model, blocks)
     part_of = {layer: part for layer in layers if (part := _part(layer, blocks)) is not None}
     parts = sorted(set(part_of.values()))
-    sums = dict.fromkeys(parts, torch.zeros(len(WEIGHED), dtype=torch.float64))
+    magnitudes: dict[str, list[Tensor]] = {}
     with _frozen(model), _recomputing(model, residence):
         for batch in tqdm(batches, desc="Weighing modalities", leave=False, disable=None):
-            for part, magnitudes in _gradients(model, parts, batch).items():
-                sums[part] = sums[part] + magnitudes
-    found = _with_ratios({part: (sums[part] / len(batches)).tolist() for part in parts})
-    return {layer: found[part] for layer, part in part_of.items()}
+            for part, means in _gradients(model, parts, batch).items():
+                magnitudes.setdefault(part, []).append(means)
+    if parts and not magnitudes:
+        raise ValueError(f"no gradient of the answers' loss reaches any of {len(parts)} parts, like {parts[0]}")
+    found = _with_ratios({part: torch.stack(means).mean(0).tolist() for part, means in magnitudes.items()})
+    return {layer: found[part] for layer, part in part_of.items() if part in found}
 
 
 def _part(layer: str, blocks: Collection[str]) -> str | None:
@@ -95,11 +97,9 @@ def _gradients(model: nn.Module, parts: Sequence[str], batch: Mapping[str, Any])
         for part in parts:
             hooks.enter_context(_output_gradient(model.get_submodule(part), part, note))
         loss = _answer_loss(model, inputs, start)
-        if loss.isfinite():
-            loss.backward()  # type: ignore[no-untyped-call]
-    missing = [part for part in parts if part not in found]
-    if missing:
-        raise ValueError(f"no gradient of the answers' loss (which is {loss.item():.3g}) reaches {missing[0]}")
+        if not loss.isfinite():
+            raise ValueError(f"the loss of a calibration answer is {loss.item():.3g}: it has no gradient to weigh by")
+        loss.backward()  # type: ignore[no-untyped-call]
     return found
 
 

@@ -189,8 +189,30 @@ def test_gradients_that_are_not_finite_are_an_error(checkpoint):
     model, batches = load(checkpoint("llava"), samples=1)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"no gradient of the answers' loss \(which is nan\)"):
+    with pytest.raises(ValueError, match="the loss of a calibration answer is nan"):
         measure_sensitivities(model, decoder_layers(model), batches)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradients_that_reach_nothing_are_an_error(checkpoint):
+    model, batches = load(checkpoint("llava"), samples=1)
+    layers = decoder_layers(model)
+    first = model.get_submodule(layers[0].partition(".self_attn")[0])
+    last = model.get_submodule(layers[-1].partition(".mlp")[0])
+    first.register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
+    last.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())
+    with pytest.raises(ValueError, match=r"no gradient of the answers' loss reaches any of 4 parts, like .*layers\.0"):
+        measure_sensitivities(model, layers, batches)
+
+
+def test_a_part_that_never_runs_has_no_sensitivity(checkpoint):
+    model, batches = load(checkpoint("llava"), samples=1)
+    expected = measure_sensitivities(model, decoder_layers(model), batches)
+    block = decoder_layers(model)[0].partition(".self_attn")[0]
+    model.get_submodule(block).spare = nn.Linear(64, 64)
+    layers = decoder_layers(model)
+    assert f"{block}.spare" in layers
+    assert measure_sensitivities(model, layers, batches) == expected
 
 
 def rows(count, seed, outliers=()):
