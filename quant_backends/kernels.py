@@ -24,7 +24,7 @@ AGREEMENT = 2**-5
 Rounding makes it about 2**-8; a kernel that misreads a layout is off by about 1.
 """
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 22}
+_BLOCK_ELEMENTS = {"cpu": 1 << 20}
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
