@@ -19,7 +19,7 @@ from lmms_plugin.metrics._ties import Ties, ties
 DEFAULT_BINS = 15
 """Bins of a calibration error unless told otherwise (Guo et al., ICML 2017)."""
 
-_SMOOTHING_CELLS = 8192
+SMOOTHING_CELLS = 8192
 """Cells of the grid on [0, 1] on which `smooth_ece` smooths residuals."""
 
 _SMOOTHING_STEPS = 40
@@ -98,7 +98,7 @@ def reliability_bins(
     c, y = paired(confidence, outcome)
     n_bins = positive_int("n_bins", n_bins)
     if not equal_mass:
-        return _bin_means(_equal_width(c, n_bins), np.ones_like(c), c, y)
+        return _bin_means(equal_width_index(c, n_bins), np.ones_like(c), c, y)
     blocks = ties(c, y)
     return _bin_means(_equal_mass(blocks, n_bins), blocks.records, blocks.confidence * blocks.records, blocks.outcome)
 
@@ -144,7 +144,7 @@ def squared_ce(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = 
         two records.
     """
     c, y = paired(confidence, outcome)
-    index = _equal_width(c, positive_int("n_bins", n_bins))
+    index = equal_width_index(c, positive_int("n_bins", n_bins))
     count = np.bincount(index).astype(np.float64)
     mean = np.bincount(index, weights=c - y) / np.maximum(count, 1)
     squares = np.bincount(index, weights=(c - y - mean[index]) ** 2)
@@ -204,7 +204,19 @@ def smooth_ece(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
     transform.
     """
     c, y = paired(confidence, outcome)
-    spectrum = np.fft.rfft(_residual_density(c, c - y))
+    cells, shares = smoothing_cells(c)
+    mass = np.bincount(cells.ravel(), weights=(shares * (c - y)).ravel(), minlength=SMOOTHING_CELLS)
+    return smooth_error(mass / c.size)
+
+
+def smooth_error(mass: Floats) -> float:
+    """The σ at which smECE_σ = σ, for residuals already summed onto the grid.
+
+    Args:
+        mass: Shape (SMOOTHING_CELLS,): Σ (confidence − outcome) / n of what each cell holds (`smoothing_cells`).
+    """
+    density = mass * SMOOTHING_CELLS
+    spectrum = np.fft.rfft(np.concatenate((density, density[::-1])))
     squared_frequency = (np.pi * np.arange(spectrum.size)) ** 2
 
     def smoothed_error(sigma: float) -> float:
@@ -242,7 +254,7 @@ def ece_floor(
     c = fractions("confidence", confidence)
     n_bins = positive_int("n_bins", n_bins)
     blocks = ties(c, np.zeros_like(c))
-    bins = _equal_mass(blocks, n_bins) if equal_mass else _equal_width(blocks.confidence, n_bins)
+    bins = _equal_mass(blocks, n_bins) if equal_mass else equal_width_index(blocks.confidence, n_bins)
     starts = _change_points(bins, (blocks.confidence / _FLOOR_CELL).astype(np.int64))
     count = np.add.reduceat(blocks.records, starts)
     mean = np.minimum(np.add.reduceat(blocks.records * blocks.confidence, starts) / count, 1.0)
@@ -255,7 +267,8 @@ def ece_floor(
     return EceFloor(float(errors.mean()), float(np.quantile(errors, 0.95)))
 
 
-def _equal_width(confidence: Floats, n_bins: int) -> npt.NDArray[np.intp]:
+def equal_width_index(confidence: Floats, n_bins: int) -> npt.NDArray[np.intp]:
+    """Index of the equal-width bin of each checked confidence, shape (n,)."""
     # k / n_bins is the double nearest to the edge, as a confidence written in decimals is; linspace can miss it by one.
     edges = np.arange(n_bins + 1) / n_bins
     edges[0] = -1.0
@@ -284,13 +297,9 @@ def _change_points(*keys: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
     return np.flatnonzero(np.concatenate(([True], changed)))
 
 
-def _residual_density(confidence: Floats, residual: Floats) -> Floats:
-    """Residuals as a density over the cells of [0, 1] followed by its mirror image, shape (2 · cells,)."""
-    cells = _SMOOTHING_CELLS
-    position = np.clip(confidence * cells - 0.5, 0.0, cells - 1.0)
-    left = np.minimum(position.astype(np.intp), cells - 2)
+def smoothing_cells(confidence: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
+    """The two grid cells that share each record's residual, and their shares; both of shape (2, n)."""
+    position = np.clip(confidence * SMOOTHING_CELLS - 0.5, 0.0, SMOOTHING_CELLS - 1.0)
+    left = np.minimum(position.astype(np.intp), SMOOTHING_CELLS - 2)
     share = position - left
-    mass = np.bincount(left, weights=residual * (1.0 - share), minlength=cells)
-    mass = mass + np.bincount(left + 1, weights=residual * share, minlength=cells)
-    density = mass * (cells / confidence.size)
-    return np.concatenate((density, density[::-1]))
+    return np.stack((left, left + 1)), np.stack((1.0 - share, share))
