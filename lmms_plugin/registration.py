@@ -150,7 +150,7 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
 def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     """The data error at the bottom of what lmms-eval raised while it loaded our tasks, None if there is none."""
     from lmms_plugin.tasks import refcocoplus
-    from lmms_plugin.tasks.expressions import DatasetError
+    from lmms_plugin.tasks.images import DatasetError
     from lmms_plugin.tasks.refcocoplus import SPLITS
 
     causes = list(_causes(error))

@@ -1,16 +1,14 @@
 """RefCOCO+ rows (one per object) as documents (one per expression); no image is decoded before it is asked for."""
 
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import datasets
-from PIL import Image, ImageFile
+from PIL import Image
 
+from lmms_plugin.tasks.images import DatasetError, opened
 from lmms_plugin.tasks.recent import Recent
 
 IMAGE = "image"
@@ -23,16 +21,11 @@ REFCOCOPLUS_SCHEMA: Mapping[str, str] = {
     "bbox": _LIST_OF_NUMBERS,
     "file_name": "a string",
 }
-_STRICT = Lock()
 _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
 
 
 # A row's expressions are asked for one after another, by a few threads at once.
 _DECODED: Recent[Image.Image] = Recent(8)
-
-
-class DatasetError(ValueError):
-    """A dataset that cannot be reached, or whose columns or values are not what the task documents."""
 
 
 class ExpressionDocs(Sequence[dict[str, Any]]):
@@ -113,18 +106,8 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
         return self._sizes[row]
 
     def _open(self, row: int, load: bool) -> Image.Image:
-        encoded = self._encoded[row][IMAGE]
-        if encoded is None:
-            raise DatasetError(f"row {row} ({self._rows[row]['file_name']}): column 'image' is empty")
-        try:
-            image = Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"])
-            if load:
-                with _strict():
-                    image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = self._rows[row]["file_name"]
-            raise DatasetError(f"row {row} ({name}): column 'image' cannot be decoded: {error}") from error
-        return image
+        where = f"row {row} ({self._rows[row]['file_name']})"
+        return opened(self._encoded[row][IMAGE], where, load=load)
 
 
 class Walk(Iterator[dict[str, Any]]):
@@ -134,24 +117,12 @@ class Walk(Iterator[dict[str, Any]]):
         documents: what is walked over; `lmms_plugin.dealing` asks for it.
     """
 
-    def __init__(self, documents: ExpressionDocs) -> None:
+    def __init__(self, documents: Sequence[dict[str, Any]]) -> None:
         self.documents = documents
         self._numbers = iter(range(len(documents)))
 
     def __next__(self) -> dict[str, Any]:
-        document: dict[str, Any] = self.documents[next(self._numbers)]
-        return document
-
-
-@contextmanager
-def _strict() -> Iterator[None]:
-    """Decode truncated images to an error: lmms-eval tells Pillow to fill them up with grey, process-wide."""
-    with _STRICT:
-        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+        return self.documents[next(self._numbers)]
 
 
 def image_id(file_name: str) -> str:

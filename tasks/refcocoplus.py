@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.tasks.expressions import DatasetError
+from lmms_plugin.tasks.images import DatasetError
 
 HUB_ID = "lmms-lab-encoder/RefCOCOplus"
 VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS"

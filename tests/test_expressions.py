@@ -4,7 +4,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from lmms_plugin.tasks import refcocoplus
-from lmms_plugin.tasks.expressions import DatasetError, ExpressionDocs, image_id
+from lmms_plugin.tasks.expressions import ExpressionDocs, image_id
+from lmms_plugin.tasks.images import DatasetError
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from lmms_eval.tasks import TaskManager
 
 from lmms_plugin import quant_backends, registration
 from lmms_plugin.tasks import catalogue, cells
-from lmms_plugin.tasks.expressions import DatasetError
+from lmms_plugin.tasks.images import DatasetError
 from lmms_plugin.tasks.shifts import SHIFTS
 
 
