@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import lmms_plugin.model as models
+from lmms_plugin import cli
 from lmms_plugin.quant_backends import journal
 from lmms_plugin.quant_backends.awq import AwqBackend
 
@@ -180,3 +181,50 @@ def test_other_errors_of_the_runtime_stay_what_they_are(path, monkeypatch):
     monkeypatch.setattr(AwqBackend, "solve", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(pretrained=path, bits=4, calibration="noise", calibration_samples=1)
+
+
+def inspect(monkeypatch, capsys, **arguments):
+    """Run `lmms-plugin inspect` in this process; return its exit status, standard output and standard error."""
+    named = {"method": "awq", "device": "cpu", "group_size": 32, "bits": 4, **arguments}
+    text = ",".join(f"{key}={value}" for key, value in named.items())
+    monkeypatch.setattr("sys.argv", ["lmms-plugin", "inspect", text, "--json"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    printed = capsys.readouterr()
+    return exit_.value.code, printed.out, printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 1}, "bits must be an integer from 2 to 8, or 16 for untouched, got 1"),
+        ({"group_size": 0}, "group_size must be a positive integer, or -1 for one group per row, got 0"),
+        ({"plan": "PLAN"}, "plan rule 'nowhere' matches no linear layer"),
+        ({"calibration": "EMPTY"}, "split 'train' holds no rows"),
+        ({"calibration": "BROKEN"}, "calibration row 0 holds no readable image"),
+        ({"error": torch.OutOfMemoryError("Tried to allocate 2 GiB")}, "out of memory while loading for awq"),
+    ],
+    ids=["bits", "group size", "rule", "empty", "corrupt", "out of memory"],
+)
+def test_the_command_gives_one_line_and_writes_nothing(path, tmp_path, monkeypatch, capsys, cache, arguments, message):
+    (tmp_path / "plan.yaml").write_text("rules: [{match: nowhere, bits: 8}]\n")
+    data = tmp_path / "data"
+    data.mkdir()
+    stand_ins = {
+        "PLAN": lambda: str(tmp_path / "plan.yaml"),
+        "EMPTY": lambda: parquet(data, []),
+        "BROKEN": lambda: parquet(data, [b"no image"]),
+    }
+    given = {key: stand_ins[value]() if value in stand_ins else value for key, value in arguments.items()}
+    if error := given.pop("error", None):
+        monkeypatch.setattr(AwqBackend, "solve", lambda *_: (_ for _ in ()).throw(error))
+    given = {"calibration": "noise", "calibration_samples": 1, **given}
+    before = {file for file in tmp_path.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    status, output, errors = inspect(monkeypatch, capsys, pretrained=path, report=tmp_path / "report.json", **given)
+    assert status == 2
+    assert not output
+    (line,) = [line for line in errors.splitlines() if line.startswith("lmms-plugin: ")]
+    assert message in line
+    assert errors.rstrip().endswith(line)
+    assert {file for file in tmp_path.rglob("*") if file.is_file()} == before
