@@ -3,11 +3,11 @@
     python -m bench.memory
     python -m bench.memory --methods awq --samples 16 --json memory.json
 
-The checkpoint is a Qwen2.5-VL of random bfloat16 weights in shards of 500 MB: a decoder of 462 M parameters, which is
-quantized, a vision tower of 0.3 billion and embeddings of 0.26, which stay as they are. What is measured is the
-anonymous resident memory of the process above what it had before loading, sampled every 5 ms: what the system cannot
-take back. Weights that stay dense, and those that still wait for their turn, are pages of the checkpoint's files, which
-it can; they are in `resident_mb`, too. The bound that is checked: a quarter of the dense model.
+The checkpoint is a Qwen2.5-VL of random bfloat16 weights in shards of 500 MB: a decoder of 255 M parameters, which is
+quantized; the family's own vision tower of 0.6 billion and embeddings of 0.2, which stay as they are. What is measured
+is the anonymous resident memory of the process above what it had before loading, sampled every 5 ms: what the system
+cannot take back. Weights that stay dense, and those that still wait for their turn, are pages of the checkpoint's
+files, which it can; they are in `resident_mb`, too. The bound that is checked: a quarter of the dense model.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def write_checkpoint(folder: Path) -> int:
 
     config, processor = BUILDERS["qwen2_5_vl"]()
     text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size = 1024, 2816, 36, 128_000
-    text.num_attention_heads = text.num_key_value_heads = 16
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size = 768, 2048, 36, 151_936
+    text.num_attention_heads = text.num_key_value_heads = 12
     text.tie_word_embeddings = config.tie_word_embeddings = False
     # Multi-axis rotary positions share half of a head's dimensions.
     text.rope_parameters = dict(text.rope_parameters) | {"mrope_section": [8, 12, 12]}
     text.layer_types = ["full_attention"] * text.num_hidden_layers
-    vision.hidden_size, vision.intermediate_size, vision.depth, vision.num_heads = 1024, 2816, 24, 16
-    vision.out_hidden_size, vision.fullatt_block_indexes = text.hidden_size, [7, 15, 23]
+    vision.hidden_size, vision.intermediate_size, vision.depth, vision.num_heads = 1280, 3420, 32, 16
+    vision.out_hidden_size, vision.fullatt_block_indexes = text.hidden_size, [7, 15, 23, 31]
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="500MB")
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=4, help="of noise, for calibrated methods")
+    parser.add_argument("--samples", type=int, default=2, help="of noise, for calibrated methods")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
