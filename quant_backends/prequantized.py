@@ -27,6 +27,9 @@ RUNTIMES = {
 }
 """Formats that transformers runs with a library: quant_method -> what to import and the extra that installs it."""
 
+ROTATIONS = ("transform_config", "rotation_config")
+"""What configs call Hadamard and other rotations that belong to the weights (SpinQuant, QuIP)."""
+
 
 @dataclass(frozen=True)
 class PrequantizedBackend(CheckpointBackend):
@@ -97,6 +100,9 @@ def _why_dense(quantization: Mapping[str, Any]) -> str:
 def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ``from_pretrained`` needs besides, and take out of `config` what would mislead it."""
     method = quantization.get("quant_method")
+    turned = next((key for key in ROTATIONS if quantization.get(key)), None)
+    if turned is not None:
+        raise ValueError(f"{path} ({method}) rotates inputs before its layers ({turned}), which cannot be done here")
     stored = stored_format(quantization)
     if stored is not None:
         from lmms_plugin.quant_backends.arrival import ArrivalConfig

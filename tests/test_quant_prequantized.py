@@ -520,6 +520,16 @@ def test_a_plain_checkpoint_is_refused(plain):
         load(plain)
 
 
+@pytest.mark.parametrize("key", ["transform_config", "rotation_config"])
+def test_rotated_weights_are_refused(gptq, tmp_path, key):
+    folder = tmp_path / "rotated"
+    shutil.copytree(gptq, folder)
+    config = json.loads((folder / "config.json").read_text())
+    edit_config(folder, config["quantization_config"] | {key: {"type": "hadamard"}})
+    with pytest.raises(ValueError, match=rf"rotates inputs before its layers \({key}\)"):
+        load(folder)
+
+
 def test_a_plan_is_refused_before_anything_is_read():
     with pytest.raises(ValueError, match="as the checkpoint has them, but the plan asks for 4 bits"):
         load_quantized("no/such", backend=get("prequantized"), plan=QuantPlan(language=QuantSpec(4)))
