@@ -15,7 +15,7 @@ from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, Check
 from lmms_plugin.quant_backends.blocks import find_blocks
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches, fingerprint
-from lmms_plugin.quant_backends.journal import Journal, cache_folder, checkpoint_key
+from lmms_plugin.quant_backends.journal import Journal, cache_folder, checkpoint_key, code_key
 from lmms_plugin.quant_backends.memory import Residence, explained_out_of_memory, read_peak, reset_peak
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.probe import expect_sound
@@ -194,6 +194,7 @@ def _journal(
         "calibration": [str(spec), spec.samples, spec.seed],
         "processor": repr(processor),
         "versions": {library: version(library) for library in libraries},
+        "code": code_key(),
     }
     return Journal(folder, key)
 

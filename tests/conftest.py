@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Calibrations that a test breaks off leave nothing in the user's cache.
+os.environ["LMMS_PLUGIN_CACHE"] = ""
 
 import pytest
 from hypothesis import settings

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
-from lmms_plugin.quant_backends import get, journal
+from lmms_plugin.quant_backends import backend_class, get, journal, names
 from lmms_plugin.quant_backends.awq import AwqBackend
+from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.inputs import Writer
 from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.loading import load_quantized
-from lmms_plugin.quant_backends.plan import QuantPlan
+from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
 
 PLAN = QuantPlan.from_arguments(bits=4, group_size=32, vision_bits=8)
 
@@ -153,6 +155,30 @@ def test_another_calibration_takes_nothing_over(checkpoint, monkeypatch, change)
     calls.clear()
     load(checkpoint(change.pop("checkpoint", "smolvlm")), **change)
     assert len(calls) == 16
+
+
+def calibrated_methods():
+    return [name for name in names() if issubclass(backend_class(name), CalibratedBackend)]
+
+
+@pytest.mark.parametrize("method", calibrated_methods())
+@torch.no_grad()
+def test_every_methods_layers_come_back_as_they_were(tmp_path, method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 48))
+    layer = get(method).without_inputs(model[0], QuantSpec(get(method).default_bits, 32))
+    x = torch.randn(3, 100)
+    record = journal.Journal(tmp_path, {})
+    expected = layer(x)
+    record.save("block", {"0": journal.Solved(layer, 0.25, "how")})
+    (entry,) = record.load("block", model).values()
+    assert entry[1:] == (0.25, "how")
+    assert type(entry.layer) is type(layer)
+    assert torch.equal(entry.layer(x), expected)
+    assert torch.equal(entry.layer.weight, layer.weight)
+    assert entry.layer.weight_bytes == layer.weight_bytes
+    assert entry.layer.bias is model[0].bias
+    assert record.load("another", model) is None
 
 
 def test_nothing_is_kept_where_the_cache_is_turned_off(checkpoint, cache, monkeypatch):
