@@ -15,7 +15,7 @@ from PIL import Image
 
 from lmms_plugin import metrics
 from lmms_plugin.boxes import Box, iou
-from lmms_plugin.confidence import coordinate_mask, estimate_all
+from lmms_plugin.confidence import coordinate_mask, estimate_all, place_values
 from lmms_plugin.dialects import DIALECTS
 from lmms_plugin.response import Response
 from lmms_plugin.tasks import shifts
@@ -133,7 +133,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
 def _confidences(response: Response, coordinates: Sequence[tuple[int, int]]) -> dict[str, float | None]:
     texts = [token.text for token in response.tokens]
     logprobs = np.array([token.logprob for token in response.tokens])
-    estimates = estimate_all(logprobs, coordinate_mask(texts, coordinates))
+    estimates = estimate_all(logprobs, coordinate_mask(texts, coordinates), place_values(texts, coordinates))
     return {name: None if math.isnan(value) else value for name, value in estimates.items()}
 
 

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmms_plugin.confidence import ESTIMATORS, coordinate_mask, estimate_all
+from lmms_plugin.confidence import ESTIMATORS, TEXT_ESTIMATORS, coordinate_mask, estimate_all, place_values
 
 PROBABILITIES = np.array([0.9, 0.5, 1.0, 0.8, 0.25])
 MASK = np.array([False, True, False, True, False])
+PLACES = np.array([0.0, 10.0, 0.0, 1.0, 0.0])
+EVERY = {**ESTIMATORS, **TEXT_ESTIMATORS}
 
 LOGPROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=20)
 
@@ -21,30 +23,56 @@ LOGPROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=20)
         ("joint", 0.9 * 0.5 * 0.8 * 0.25),
         ("mean", (0.9 * 0.5 * 0.8 * 0.25) ** (1 / 5)),
         ("min", 0.25),
+        ("first", 0.9),
         ("coordinate_joint", 0.5 * 0.8),
         ("coordinate_mean", math.sqrt(0.5 * 0.8)),
         ("coordinate_min", 0.5),
+        ("coordinate_first", 0.5),
+        ("coordinate_place", 0.5 ** (10 / 11) * 0.8 ** (1 / 11)),
+        ("word_joint", 0.5 * 0.8),
+        ("word_mean", math.sqrt(0.5 * 0.8)),
+        ("word_min", 0.5),
+        ("word_first", 0.5),
     ],
 )
 def test_closed_forms(name, expected):
-    assert ESTIMATORS[name](np.log(PROBABILITIES), MASK) == pytest.approx(expected)
+    assert EVERY[name](np.log(PROBABILITIES), MASK, PLACES) == pytest.approx(expected)
 
 
 def test_estimate_all_is_every_estimator():
     logprobs = np.log(PROBABILITIES)
-    assert estimate_all(logprobs, MASK) == {name: estimate(logprobs, MASK) for name, estimate in ESTIMATORS.items()}
-    assert all(type(value) is float for value in estimate_all(logprobs, MASK).values())
+    for estimators in (ESTIMATORS, TEXT_ESTIMATORS):
+        expected = {name: estimate(logprobs, MASK, PLACES) for name, estimate in estimators.items()}
+        assert estimate_all(logprobs, MASK, PLACES, estimators) == expected
+        assert all(type(value) is float for value in expected.values())
 
 
 def test_nothing_to_estimate_from_is_missing_not_zero():
     assert all(math.isnan(value) for value in estimate_all([], []).values())
-    without_box = estimate_all(np.log([0.5, 0.5]), [False, False])
+    without_box = estimate_all(np.log([0.5, 0.5]), [False, False], estimators=EVERY)
     for name, value in without_box.items():
-        assert math.isnan(value) == name.startswith("coordinate_")
+        assert math.isnan(value) == name.startswith(("coordinate_", "word_"))
+
+
+def test_coordinates_without_digits_have_no_place_weighted_confidence():
+    estimates = estimate_all(np.log([0.5, 0.5]), [True, True])
+    assert math.isnan(estimates.pop("coordinate_place"))
+    assert not any(map(math.isnan, estimates.values()))
+
+
+def test_place_weights_of_equal_numbers_in_one_token_each_are_no_weights():
+    estimates = estimate_all(np.log(PROBABILITIES), MASK, 1000.0 * MASK)
+    assert estimates["coordinate_place"] == pytest.approx(estimates["coordinate_mean"])
+
+
+@pytest.mark.parametrize("places", [[-1.0], [math.nan], [math.inf], [1.0, 1.0]], ids=str)
+def test_bad_place_values_are_named(places):
+    with pytest.raises(ValueError, match="place value"):
+        ESTIMATORS["coordinate_place"]([-0.1], [True], places)
 
 
 def test_impossible_token_gives_zero():
-    assert estimate_all([-math.inf, -0.1], [True, False]) == dict.fromkeys(ESTIMATORS, 0.0)
+    assert estimate_all([-math.inf, -0.1], [True, False], [1.0, 0.0], EVERY) == dict.fromkeys(EVERY, 0.0)
 
 
 def test_long_answers_underflow_to_zero_without_a_warning():
@@ -54,7 +82,7 @@ def test_long_answers_underflow_to_zero_without_a_warning():
 
 
 def test_rounding_above_zero_is_certainty():
-    assert estimate_all(np.float32([1e-7, 0.0]), [True, True]) == dict.fromkeys(ESTIMATORS, 1.0)
+    assert estimate_all(np.float32([1e-7, 0.0]), [True, True], [1.0, 1.0]) == dict.fromkeys(ESTIMATORS, 1.0)
 
 
 def test_structural_tokens_dilute_all_but_the_coordinate_family():
@@ -69,7 +97,9 @@ def test_structural_tokens_dilute_all_but_the_coordinate_family():
 def test_estimators_are_ordered_fractions(logprobs, random):
     mask = [random.random() < 0.5 for _ in logprobs]
     mask[0] = True
-    values = estimate_all(logprobs, mask)
+    values = estimate_all(logprobs, mask, [random.choice([0.0, 1.0, 10.0, 100.0]) for _ in mask])
+    place = values["coordinate_place"]
+    assert math.isnan(place) or values["coordinate_min"] <= place * (1 + 1e-9) <= 1 + 1e-9
     slack = 1 + 1e-9
     for prefix in ("", "coordinate_"):
         assert 0 <= values[prefix + "joint"] <= values[prefix + "min"] * slack
@@ -89,10 +119,10 @@ def test_estimators_are_ordered_fractions(logprobs, random):
     ],
     ids=["nan", "positive", "lengths", "2-D", "integer mask"],
 )
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@pytest.mark.parametrize("name", list(EVERY))
 def test_bad_input_is_named(name, logprobs, mask, message):
     with pytest.raises(ValueError, match=message):
-        ESTIMATORS[name](logprobs, mask)
+        EVERY[name](logprobs, mask, [1.0])
 
 
 # Which tokens write the box
@@ -139,3 +169,29 @@ def test_coordinate_mask_is_character_overlap(tokens, data):
 def test_spans_outside_the_text(span):
     with pytest.raises(ValueError, match="spans inside the 3 characters"):
         coordinate_mask(["ab", "c"], [span])
+
+
+# How much a token's digits move the box
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spans", "expected"),
+    [
+        (list("[123,45]"), [(1, 4), (5, 7)], [0, 100, 10, 1, 0, 10, 1, 0]),
+        (["[", "123", ",", "7", "]", ""], [(1, 4), (5, 6)], [0, 100, 0, 1, 0, 0]),
+        (list("0.57"), [(0, 4)], [1, 0, 0.1, 0.01]),
+        (list("-05.5"), [(0, 5)], [0, 10, 1, 0, 0.1]),
+        (["<loc0123>", "<loc1000>"], [(0, 9), (9, 18)], [1000, 1000]),
+        (["[1", "2,3", "4]"], [(1, 3), (4, 6)], [10, 10, 1]),
+        (["box 12"], [], [0]),
+        ([], [], []),
+    ],
+    ids=["digits", "numbers", "fraction", "sign", "location tokens", "straddling", "no span", "no tokens"],
+)
+def test_place_values(tokens, spans, expected):
+    assert place_values(tokens, spans).tolist() == pytest.approx(expected)
+
+
+def test_place_values_outside_the_text():
+    with pytest.raises(ValueError, match="spans inside the 1 characters"):
+        place_values(["1"], [(0, 2)])
