@@ -1,0 +1,177 @@
+"""Two runs on the same documents: exact and resampled tests, corrections for many of them, and equivalence."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest
+
+from lmms_plugin.metrics._inputs import Floats, fractions
+from lmms_plugin.metrics.bootstrap import Draws, Interval, Method, interval, p_value
+from lmms_plugin.metrics.weighted import METHODS
+
+
+class Flips(NamedTuple):
+    """Documents on which two runs differ.
+
+    Attributes:
+        lost: Right in the first run and wrong in the second.
+        won: Wrong in the first run and right in the second.
+    """
+
+    lost: int
+    won: int
+
+
+class Difference(NamedTuple):
+    """Second run − first run.
+
+    Attributes:
+        value: The difference.
+        low: Lower end of its interval; NaN where there is none.
+        high: Upper end of its interval.
+        p: Two-sided p-value of no difference; NaN where there is none.
+        equivalent: Whether the two are equivalent within the stated margin; None if none was stated.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    equivalent: bool | None
+
+
+def flips(first: npt.ArrayLike, second: npt.ArrayLike) -> Flips:
+    """Documents that changed sides between two runs.
+
+    Args:
+        first: Shape (n,), outcomes of the first run, each 0 or 1.
+        second: Shape (n,), outcomes of the second run on the same documents in the same order.
+
+    Raises:
+        ValueError: If they differ in length, are empty, or hold anything but 0 and 1.
+    """
+    a, b = _binary("first outcome", first), _binary("second outcome", second)
+    if a.size != b.size:
+        raise ValueError(f"expected outcomes of the same documents, got {a.size} and {b.size}")
+    return Flips(lost=int(np.sum(a > b)), won=int(np.sum(a < b)))
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Exact two-sided p-value of McNemar's test: is a document as likely to be lost as to be won?
+
+    The binomial test of the documents that changed sides (1 where none did). It takes them for independent; where
+    several belong to one image, prefer the p-value of `difference`.
+
+    Raises:
+        ValueError: If a count is negative.
+    """
+    if min(lost, won) < 0:
+        raise ValueError(f"expected counts of documents, got {lost} and {won}")
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+
+
+def difference(
+    first: Draws, second: Draws, name: str, *, level: float = 0.95, margin: float | None = None
+) -> Difference:
+    """Difference of one number between two runs, resampled together (`bootstrap` of both in one call).
+
+    Args:
+        first: Draws of the first run.
+        second: Draws of the second run, from the same call.
+        name: Which number.
+        level: Confidence level of the interval.
+        margin: Largest difference, either way, that counts as none; see `equivalent`.
+    """
+    (value_a, resampled_a), (value_b, resampled_b) = first.of(name), second.of(name)
+    return from_resamples(value_b - value_a, resampled_b - resampled_a, METHODS.get(name, "percentile"), level, margin)
+
+
+def interaction(
+    clean_first: Draws,
+    shifted_first: Draws,
+    clean_second: Draws,
+    shifted_second: Draws,
+    name: str,
+    *,
+    level: float = 0.95,
+    margin: float | None = None,
+) -> Difference:
+    """Difference in differences, (shifted − clean) of the second run − (shifted − clean) of the first.
+
+    With the 16-bit model first and the quantized one second: does quantization hurt more under shift than on clean
+    data? A negative value of something that should be high means that it does. All four from one call of `bootstrap`,
+    so that an image is drawn for all of them or for none.
+    """
+    pairs = [draws.of(name) for draws in (clean_first, shifted_first, clean_second, shifted_second)]
+    (a, a_drawn), (b, b_drawn), (c, c_drawn), (d, d_drawn) = pairs
+    method = METHODS.get(name, "percentile")
+    return from_resamples((d - c) - (b - a), (d_drawn - c_drawn) - (b_drawn - a_drawn), method, level, margin)
+
+
+def from_resamples(value: float, resampled: Floats, method: Method, level: float, margin: float | None) -> Difference:
+    """A difference with its interval, p-value and, given a margin, equivalence."""
+    low, high = interval(value, resampled, level=level, method=method)
+    # Two one-sided tests at 1 − level each: the interval of level 2·level − 1.
+    narrow = interval(value, resampled, level=2 * level - 1, method=method)
+    decided = None if margin is None else equivalent(narrow, margin)
+    return Difference(value, low, high, p_value(value, resampled, method=method), decided)
+
+
+def equivalent(inside: Interval, margin: float) -> bool:
+    """Whether an interval of level 1 − 2α lies inside (−margin, margin): two one-sided tests at α (Schuirmann 1987).
+
+    False means "not shown", not "different"; an undefined interval shows nothing.
+
+    Raises:
+        ValueError: If the margin is not above 0.
+    """
+    if not margin > 0.0:
+        raise ValueError(f"expected a margin above 0, got {margin}")
+    return bool(-margin < inside.low and inside.high < margin)
+
+
+def holm(p: npt.ArrayLike) -> Floats:
+    """Holm's adjusted p-values: with those below α called significant, any error at all has probability α at most.
+
+    However the tests depend on one another.
+
+    Args:
+        p: Shape (tests,), in [0, 1]. NaN is a test that could not be made: it stays NaN and does not count.
+    """
+    return _adjusted(p, lambda ranked: np.maximum.accumulate(ranked * np.arange(ranked.size, 0, -1)))
+
+
+def benjamini_hochberg(p: npt.ArrayLike) -> Floats:
+    """Benjamini and Hochberg's adjusted p-values: those below α have a false discovery rate of at most α.
+
+    For independent or positively dependent tests.
+
+    Args:
+        p: Shape (tests,), in [0, 1]. NaN is a test that could not be made: it stays NaN and does not count.
+    """
+
+    def adjust(ranked: Floats) -> Floats:
+        scaled = ranked * ranked.size / np.arange(1, ranked.size + 1)
+        adjusted: Floats = np.minimum.accumulate(scaled[::-1])[::-1]
+        return adjusted
+
+    return _adjusted(p, adjust)
+
+
+def _adjusted(p: npt.ArrayLike, adjust: Callable[[Floats], Floats]) -> Floats:
+    values = np.asarray(p, dtype=np.float64)
+    made = np.flatnonzero(~np.isnan(values))
+    adjusted = np.full(values.shape, np.nan)
+    if made.size:
+        order = made[np.argsort(fractions("p-value", values[made]), kind="stable")]
+        adjusted[order] = np.minimum(adjust(values[order]), 1.0)
+    return adjusted
+
+
+def _binary(name: str, values: npt.ArrayLike) -> Floats:
+    array = fractions(name, values)
+    if np.any((array != 0.0) & (array != 1.0)):
+        raise ValueError(f"expected every {name} to be 0 or 1, got {array[(array != 0.0) & (array != 1.0)][0]}")
+    return array

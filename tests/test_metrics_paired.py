@@ -1,0 +1,197 @@
+"""Paired comparison, corrections, equivalence and robustness: closed forms and independent implementations."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import false_discovery_control
+
+from lmms_plugin.metrics.bootstrap import Clusters, Interval, bootstrap
+from lmms_plugin.metrics.paired import (
+    benjamini_hochberg,
+    difference,
+    equivalent,
+    flips,
+    holm,
+    interaction,
+    mcnemar,
+)
+from lmms_plugin.metrics.robustness import (
+    added_per_severity,
+    corruption_errors,
+    lost_per_severity,
+    mean_corruption_error,
+    mean_under_corruption,
+    relative_mean_corruption_error,
+    retained,
+)
+from lmms_plugin.metrics.weighted import Binned, Means, Ranked
+
+P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 5), (3, 9), (10, 10), (40, 22), (1, 0)])
+def test_mcnemar_is_twice_the_binomial_tail(lost, won):
+    n, k = lost + won, min(lost, won)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    assert mcnemar(lost, won) == pytest.approx(min(1.0, 2 * tail))
+    assert mcnemar(lost, won) == mcnemar(won, lost)
+
+
+def test_mcnemar_without_changes_shows_nothing():
+    assert mcnemar(0, 0) == 1.0
+
+
+def test_flips_go_both_ways():
+    assert flips([1, 1, 1, 0, 0], [0, 0, 1, 1, 0]) == (2, 1)
+    assert flips([True, False], [False, False]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: flips([1, 0], [1]), "same documents"),
+        (lambda: flips([0.5], [1]), "0 or 1"),
+        (lambda: mcnemar(-1, 2), "counts"),
+        (lambda: equivalent(Interval(0, 0), 0), "margin"),
+        (lambda: holm([1.5]), "p-value"),
+        (lambda: corruption_errors([[0.1]], [[0.1, 0.2]]), "same cells"),
+        (lambda: mean_under_corruption([0.1]), "shape"),
+    ],
+    ids=["lengths", "soft", "negative", "no margin", "p above 1", "other cells", "no table"],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_holm_and_benjamini_hochberg_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert benjamini_hochberg([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.02, 0.04, 0.04, 0.02])
+
+
+@given(P_VALUES)
+def test_adjusted_p_values(p):
+    bonferroni, adjusted, discovered = np.minimum(np.array(p) * len(p), 1), holm(p), benjamini_hochberg(p)
+    assert np.all(np.array(p) <= discovered + 1e-15)
+    assert np.all(discovered <= adjusted + 1e-15)
+    assert np.all(adjusted <= bonferroni + 1e-15)
+    np.testing.assert_allclose(discovered, false_discovery_control(p))
+    # Holm by its definition: the k-th smallest is compared with α / (m − k + 1), stopping at the first that fails.
+    for alpha in (0.01, 0.05, 0.3):
+        rejected = set()
+        for k, index in enumerate(np.argsort(p, kind="stable")):
+            if p[index] * (len(p) - k) > alpha:
+                break
+            rejected.add(index)
+        assert {i for i in range(len(p)) if adjusted[i] <= alpha} >= rejected
+        assert all(p[i] in {p[j] for j in rejected} for i in range(len(p)) if adjusted[i] <= alpha)
+
+
+@given(P_VALUES, st.integers(0, 12))
+def test_tests_that_were_not_made_do_not_count(p, place):
+    place = min(place, len(p))
+    with_gap = [*p[:place], math.nan, *p[place:]]
+    for adjust in (holm, benjamini_hochberg):
+        adjusted = adjust(with_gap)
+        assert np.isnan(adjusted[place])
+        np.testing.assert_array_equal(np.delete(adjusted, place), adjust(p))
+
+
+def test_all_missing_stays_missing():
+    assert np.isnan(holm([math.nan, math.nan])).all()
+
+
+def test_equivalence_needs_the_whole_interval_inside():
+    assert equivalent(Interval(-0.009, 0.005), 0.01)
+    assert not equivalent(Interval(-0.011, 0.005), 0.01)
+    assert not equivalent(Interval(-0.01, 0.005), 0.01)
+    assert not equivalent(Interval(math.nan, math.nan), 0.01)
+
+
+def run(rng, images=400, skill=0.0, per_image=3):
+    sizes = np.full(images, per_image)
+    clusters = Clusters(np.repeat(np.arange(images), sizes), images)
+    confidence = np.clip(np.repeat(rng.beta(4, 2, images), sizes), 0.05, 0.95)
+    luck = rng.random(confidence.size)
+    return confidence, luck, (luck < confidence + skill).astype(float), clusters
+
+
+def test_a_run_does_not_differ_from_itself():
+    confidence, _, outcome, clusters = run(np.random.default_rng(0))
+    statistics = [Binned(confidence, outcome, clusters), Binned(confidence, outcome, clusters)]
+    first, second = bootstrap(statistics, clusters.count, resamples=100)
+    assert difference(first, second, "ece", margin=1e-6) == (0.0, 0.0, 0.0, 1.0, True)
+
+
+def test_pairing_finds_what_unpaired_intervals_hide():
+    """A quantizer that loses 2 points on documents the model otherwise answers alike."""
+    confidence, luck, outcome, clusters = run(np.random.default_rng(1))
+    worse = (luck < confidence - 0.02).astype(float)
+    first, second = bootstrap([Means({"acc": o}, clusters) for o in (outcome, worse)], clusters.count, resamples=500)
+    found = difference(first, second, "acc", margin=0.05)
+    assert found.value == pytest.approx(worse.mean() - outcome.mean())
+    assert found.high < 0 < found.p < 0.01
+    assert found.equivalent
+    unpaired = np.hypot(first.resampled.std(), second.resampled.std())
+    assert found.high - found.low < 0.5 * 3.92 * unpaired
+
+
+def test_equivalence_and_difference_can_both_fail_to_show():
+    rng = np.random.default_rng(2)
+    (c, _, y, clusters), (d, _, z, _) = run(rng, images=20), run(rng, images=20)
+    first, second = bootstrap([Ranked(c, y, clusters, ["aurc"]), Ranked(d, z, clusters, ["aurc"])], 20, resamples=200)
+    found = difference(first, second, "aurc", margin=0.01)
+    assert found.low < 0 < found.high
+    assert found.p > 0.05
+    assert found.equivalent is False
+
+
+def test_paired_p_values_are_uniform_under_no_difference():
+    rng, small, trials = np.random.default_rng(3), 0, 150
+    for _ in range(trials):
+        confidence, _, _, clusters = run(rng, images=120)
+        both = [(rng.random(confidence.size) < confidence).astype(float) for _ in range(2)]
+        first, second = bootstrap([Means({"acc": o}, clusters) for o in both], 120, resamples=150)
+        small += difference(first, second, "acc").p < 0.1
+    # 0.1 with three standard errors, and the resamples' own noise.
+    assert 0.03 < small / trials < 0.19
+
+
+def test_interaction_is_the_difference_in_differences():
+    rng = np.random.default_rng(4)
+    confidence, luck, _, clusters = run(rng, images=600)
+    accuracies = {"a clean": 0.0, "a shifted": -0.1, "b clean": -0.02, "b shifted": -0.3}
+    outcomes = {name: (luck < confidence + skill).astype(float) for name, skill in accuracies.items()}
+    draws = bootstrap([Means({"acc": outcome}, clusters) for outcome in outcomes.values()], 600, resamples=300)
+    found = interaction(*draws, "acc")
+    mean = {name: outcome.mean() for name, outcome in outcomes.items()}
+    expected = (mean["b shifted"] - mean["b clean"]) - (mean["a shifted"] - mean["a clean"])
+    assert found.value == pytest.approx(expected)
+    assert found.high < 0
+    additive = interaction(draws[0], draws[1], draws[0], draws[1], "acc")
+    assert additive[:4] == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_corruption_errors_by_hand():
+    error, reference = [[0.2, 0.4], [0.3, 0.3]], [[0.1, 0.2], [0.3, 0.3]]
+    assert corruption_errors(error, reference) == pytest.approx([2, 1])
+    assert mean_corruption_error(error, reference) == pytest.approx(1.5)
+    assert mean_corruption_error(reference, reference) == 1.0
+    relative = relative_mean_corruption_error(error, 0.1, reference, 0.05)
+    assert relative == pytest.approx(((0.4 / 0.2) + (0.4 / 0.5)) / 2)
+    # Worse everywhere by the same amount: hurt by shifts exactly as much as the reference.
+    shifted = np.array(reference) + 0.1
+    assert relative_mean_corruption_error(shifted, 0.15, reference, 0.05) == pytest.approx(1.0)
+    assert np.isnan(corruption_errors([[0.0]], [[0.0]])[0])
+
+
+def test_what_is_left_under_shift_by_hand():
+    coverage = [[0.4, 0.2], [0.2, 0.0]]
+    assert mean_under_corruption(coverage) == pytest.approx(0.2)
+    assert retained(coverage, 0.5) == pytest.approx(0.4)
+    assert lost_per_severity(coverage, 0.5) == pytest.approx([0.4, 0.8])
+    assert added_per_severity([[0.1, 0.2], [0.3, 0.2]], 0.05) == pytest.approx([0.15, 0.15])
+    assert np.isnan(retained([[0.0]], 0.0))
