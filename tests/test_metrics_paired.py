@@ -140,9 +140,11 @@ def test_pairing_finds_what_unpaired_intervals_hide():
 
 
 def test_equivalence_and_difference_can_both_fail_to_show():
+    """Two drawings of outcomes from the same few confidences."""
     rng = np.random.default_rng(2)
-    (c, _, y, clusters), (d, _, z, _) = run(rng, images=20), run(rng, images=20)
-    first, second = bootstrap([Ranked(c, y, clusters, ["aurc"]), Ranked(d, z, clusters, ["aurc"])], 20, resamples=200)
+    c, _, _, clusters = run(rng, images=20)
+    both = [Ranked(c, (rng.random(c.size) < c).astype(float), clusters, ["aurc"]) for _ in range(2)]
+    first, second = bootstrap(both, 20, resamples=200)
     found = difference(first, second, "aurc", margin=0.01)
     assert found.low < 0 < found.high
     assert found.p > 0.05

@@ -32,9 +32,9 @@ def fitted(kind, **more):
 def test_calibrates_records_it_has_not_seen(kind):
     confidence, outcome = records(seed=1)
     calibrated = fitted(kind).apply(confidence, images(4000, "test"))
-    if kind is not Temperature:  # which cannot move 0.5, and confidence² is 0.25 there
-        assert ece(calibrated, outcome) < 0.03
-    assert ece(calibrated, outcome) < 0.6 * ece(confidence, outcome)
+    assert ece(confidence, outcome) > 0.15
+    # A temperature cannot move 0.5, and confidence² is 0.25 there.
+    assert ece(calibrated, outcome) < (0.14 if kind is Temperature else 0.03)
     assert nll(calibrated, outcome) < nll(confidence, outcome)
 
 

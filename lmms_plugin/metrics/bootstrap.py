@@ -28,8 +28,8 @@ Method = Literal["percentile", "centred", "basic"]
 """How resamples become an interval (Davison & Hinkley 1997, §5.2).
 
 `percentile`: their quantiles. `centred`: those, moved so that the mean of the resamples is the value; for estimates
-that are unbiased themselves but not under resampling. `basic`: 2·value less their quantiles; for numbers that are biased
-upwards on the data and once more under resampling, as every calibration error is.
+that are unbiased themselves but not under resampling. `basic`: 2·value less their quantiles; for numbers that are
+biased upwards on the data and once more under resampling, as every calibration error is.
 """
 
 

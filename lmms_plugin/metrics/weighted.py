@@ -39,8 +39,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 """How the interval of a metric is made where it is not by percentiles.
 
-On simulated data of 150 and 1,000 images a nominal 90 % interval of an ECE of 0.05 to 0.12 holds it in 78–85 % of cases
-(by percentiles: 29–90 %). Near 0 no interval is to be trusted: compare with `ece_floor`. That of MCE is rough always.
+On simulated data of 150 and 1,000 images a nominal 90 % interval of an ECE of 0.05 to 0.12 holds it in 78 to 85 % of cases
+(by percentiles: 29 to 90 %). Near 0 no interval is to be trusted: compare with `ece_floor`. That of MCE is rough always.
 """
 
 _NLL_CLIP = 1e-6
@@ -233,12 +233,7 @@ class Gains:
     def __call__(self, counts: Floats) -> Floats:
         """Values of `names`, shape (resamples, names)."""
         sums, k = self._sums(counts), self._risks
-        total, answered, lost, earned = (
-            sums[:, :1],
-            sums[:, 1 : k + 1],
-            sums[:, k + 1 : 2 * k + 1],
-            sums[:, 2 * k + 1 :],
-        )
+        total, answered, lost, earned = np.split(sums, (1, k + 1, 2 * k + 1), axis=1)
         with np.errstate(invalid="ignore"):
             return np.concatenate((answered / total, lost / answered, earned / total), axis=1)
 
