@@ -40,6 +40,7 @@ from lmms_plugin.response import Response
 from lmms_plugin.running import Runner, Step
 from lmms_plugin.scheduling import Job
 from lmms_plugin.settings import Settings
+from lmms_plugin.token_texts import decode
 
 Result = TypeVar("Result")
 
@@ -108,6 +109,7 @@ class QuantizedVLM(lmms):
             batch_size=self.arguments.batch_size,
             share_prefix=self.arguments.share_prefix,
         )
+        self._special = frozenset(decode(self.decoder.tokenizer, [token]) for token in self.decoder.special)
         self._tokens, self._seconds = 0, 0.0
         self._warned = False
         if self.rank == 0:
@@ -144,8 +146,8 @@ class QuantizedVLM(lmms):
         """Answer every request.
 
         Returns:
-            Texts in the order of the requests. An answer to a message with the key "grounding" is an encoded
-            `Response`; any other is the plain text.
+            Texts in the order of the requests. An answer to a message with the key "grounding" or "log_probabilities"
+            is an encoded `Response`; any other is the plain text.
 
         Raises:
             RequestError: a document cannot be read or shown to this model; it is named.
@@ -247,11 +249,14 @@ class QuantizedVLM(lmms):
         return [(self._text(prompt, size, answer, job), len(answer.tokens)) for prompt, size, answer, job in rows]
 
     def _text(self, prompt: Prompt, model_size: tuple[int, int] | None, answer: Answer, job: Job) -> str:
-        if prompt.grounding is None:
+        if prompt.grounding is None and not prompt.log_probabilities:
             return answer.text
-        self._warn_if_unpublished()
         if job.settings.num_beams > 1:
             raise RequestError(f"{prompt.name}: log-probabilities of the answer are asked for; beam search has none")
+        if prompt.grounding is None:
+            tokens = tuple(token._replace(text="") if token.text in self._special else token for token in answer.tokens)
+            return Response("".join(token.text for token in tokens), tokens, model_size=model_size).encode()
+        self._warn_if_unpublished()
         if self.dialect.requires_model_size and model_size is None:
             raise RequestError(
                 f"{prompt.name}: dialect {self.dialect.name!r} counts pixels of the resized image, and "

@@ -40,7 +40,8 @@ class Prompt:
     Attributes:
         name: task and document, for messages to the user.
         messages: role and content as chat templates take them, every image decoded and RGB, videos as paths.
-        grounding: None for a request that wants nothing but an answer.
+        grounding: None for a request that wants no box.
+        log_probabilities: whether they are to come with an answer that is no box.
         raw: whether to pass the text as it stands, without chat template.
     """
 
@@ -48,6 +49,7 @@ class Prompt:
     messages: tuple[Message, ...]
     grounding: Grounding | None = None
     raw: bool = False
+    log_probabilities: bool = False
 
     @property
     def images(self) -> list[Image.Image]:
@@ -87,7 +89,8 @@ class PromptReader:
     def read(self, messages: Sequence[Mapping[str, Any]], name: str) -> Prompt:
         """Read the messages of one document.
 
-        A message with the key "grounding" keeps its images and gets the dialect's question for its text.
+        A message with the key "grounding" keeps its images and gets the dialect's question for its text. One with
+        "log_probabilities" is asked as it stands.
 
         Raises:
             RequestError: an image cannot be decoded, or a part is of a kind that is not supported.
@@ -101,7 +104,8 @@ class PromptReader:
             conversation = [system, *(message for message in conversation if message["role"] != "system")]
         grounding = _grounding(wishes[0], name) if wishes else None
         raw = self.raw or (grounding is not None and self.dialect.raw_prompt)
-        prompt = Prompt(name, tuple(conversation), grounding, raw)
+        log_probabilities = any(message.get("log_probabilities") for message in messages)
+        prompt = Prompt(name, tuple(conversation), grounding, raw, log_probabilities)
         if grounding is not None and len(prompt.images) != 1:
             raise RequestError(f"{name}: a box can be asked for in exactly one image, got {len(prompt.images)}")
         return prompt

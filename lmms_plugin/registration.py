@@ -149,7 +149,7 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     """The data error at the bottom of what lmms-eval raised while it loaded our tasks, None if there is none."""
-    from lmms_plugin.tasks import refcocoplus
+    from lmms_plugin.tasks import refcocoplus, vqa_sources
     from lmms_plugin.tasks.images import DatasetError
     from lmms_plugin.tasks.refcocoplus import SPLITS
 
@@ -157,14 +157,18 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     for cause in causes:
         if isinstance(cause, DatasetError):
             return DatasetError(f"{task_list}: {cause}")
-    asked = [task_list] if isinstance(task_list, str) else list(task_list or [])
-    if not any(str(name).startswith("refcocoplus_") for name in asked):
-        return None
-    source = refcocoplus.source()
-    if isinstance(error, KeyError) and error.args[0] in SPLITS:
-        return DatasetError(f"{task_list}: {source} has no split {error.args[0]!r}. {refcocoplus.HINT}")
     reason = (str(causes[-1]) or type(causes[-1]).__name__).splitlines()[0]
-    return DatasetError(f"{task_list}: cannot load {source}: {reason}. {refcocoplus.HINT}") if causes[1:] else None
+    asked = [task_list] if isinstance(task_list, str) else [str(name) for name in task_list or []]
+    if any(name.startswith("refcocoplus_") for name in asked):
+        source = refcocoplus.source()
+        if isinstance(error, KeyError) and error.args[0] in SPLITS:
+            return DatasetError(f"{task_list}: {source} has no split {error.args[0]!r}. {refcocoplus.HINT}")
+        problem = f"cannot load {source}: {reason}. {refcocoplus.HINT}"
+    elif any(name.startswith("reliable_") for name in asked):
+        problem = f"{reason}. {vqa_sources.HINT}"
+    else:
+        return None
+    return DatasetError(f"{task_list}: {problem}") if causes[1:] else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

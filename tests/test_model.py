@@ -162,6 +162,18 @@ class TestEveryFamily:
         assert prompt.grounding.expression == "the dog"
         assert any(token.text for token in response.tokens)
 
+    def test_a_plain_question_can_ask_for_log_probabilities(self, vlm):
+        asked = [{**message, "log_probabilities": True} for message in DOCUMENTS[0]]
+        vlm.task_dict = {"toy": {"test": [DOCUMENTS[0], asked]}}
+        plain, encoded = answer(vlm, [0, 1])
+        vlm.task_dict = {"toy": {"test": DOCUMENTS}}
+        response = Response.decode(encoded)
+        assert MARKER in encoded
+        assert response.text == plain
+        assert all(token.logprob <= 0 for token in response.tokens)
+        assert response.tokens
+        assert response.dialect is None
+
     def test_a_response_tells_sizes_and_dialect(self, vlm, family):
         response = Response.decode(answer(vlm, [5])[0])
         assert response.original_size == (200, 64)
@@ -550,6 +562,10 @@ class TestSettingsOfTheProcessor:
         with pytest.raises(RequestError, match=r"task toy, document 3: .*beam search has none"):
             answer(smolvlm, [3], num_beams=2)
         assert answer(smolvlm, [0], num_beams=2)[0]
+        smolvlm.task_dict = {"toy": {"test": [[message(photograph(0), log_probabilities=True)]]}}
+        with pytest.raises(RequestError, match=r"task toy, document 0: .*beam search has none"):
+            answer(smolvlm, [0], num_beams=2)
+        smolvlm.task_dict = {"toy": {"test": DOCUMENTS}}
 
 
 class TestPrompts:

@@ -35,6 +35,7 @@ def test_tasks_are_indexed_without_include_path(manager):
     listed = {task.name for task in catalogue.tasks(cells=True)}
     assert listed <= set(manager.all_tasks)
     assert {"refcocoplus_rec_testA", "refcocoplus_shift", "shapes_rec", "shapes_shift"} <= listed
+    assert {"reliable_vqa", "reliable_vqav2", "reliable_advqa", "reliable_vizwiz", "reliable_vqav2_advqa_10"} <= listed
     assert len([name for name in listed if name.startswith("refcocoplus_shift_testB_")]) == 5 * len(SHIFTS)
 
 
@@ -98,6 +99,22 @@ def test_missing_local_copy_is_one_clear_error(manager, monkeypatch):
     monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", "/nowhere")
     with pytest.raises(DatasetError, match=r"LMMS_PLUGIN_REFCOCOPLUS=/nowhere: there is no such folder"):
         manager.load_task_or_group(["refcocoplus_rec_testA"], "chat")
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        ("reliable_vqav2", r"reliable_vqav2.*LMMS_PLUGIN_VQAV2"),
+        ("reliable_advqa", r"AdVQA: no copy on the hub.*LMMS_PLUGIN_ADVQA"),
+        ("reliable_vqav2_advqa_33", r"reliable_vqav2_advqa_33.*LMMS_PLUGIN_VQAV2"),
+    ],
+)
+def test_vqa_that_cannot_be_reached_says_how_to_go_on(task, problem, manager, monkeypatch):
+    for dataset in ("VQAV2", "ADVQA"):
+        monkeypatch.delenv(f"LMMS_PLUGIN_{dataset}", raising=False)
+    monkeypatch.setattr("lmms_eval.api.task.ConfigurableTask.download.retry.sleep", lambda _: None)
+    with pytest.raises(DatasetError, match=problem):
+        manager.load_task_or_group([task], "chat")
 
 
 def test_changed_task_manager_is_left_alone_with_a_warning(monkeypatch, loguru_messages):

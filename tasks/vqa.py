@@ -1,0 +1,119 @@
+"""Visual question answering with confidence as lmms-eval functions: document → messages, answer → record → metric.
+
+One document is one question (`lmms_plugin.tasks.questions`). The target of every metric is the soft VQA accuracy of the
+answer, a fraction in [0, 1]; risk is 1 − accuracy. Metrics are those of the part `test`; what needs a threshold chosen
+elsewhere chooses it on the part `val`, both answered in the same run.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lmms_plugin.confidence import TEXT_ESTIMATORS, coordinate_mask, estimate_all
+from lmms_plugin.response import Response
+from lmms_plugin.tasks import grounding
+from lmms_plugin.tasks.vqa_accuracy import vqa_accuracy
+from lmms_plugin.tasks.vqa_metrics import NEEDS_HELD_OUT, ON_TEST, Scored
+from lmms_plugin.tasks.vqa_sources import SOURCES
+
+HELD_OUT, REPORTED = "val", "test"
+
+doc_to_visual = grounding.doc_to_visual
+
+
+def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:
+    """The question, followed by the task's or else the dataset's wish for a short answer."""
+    words = task or {}
+    post_prompt = words.get("post_prompt", SOURCES[doc["dataset"]].post_prompt)
+    return f"{words.get('pre_prompt', '')}{doc['question']}{post_prompt}"
+
+
+def doc_to_target(doc: Mapping[str, Any]) -> str:
+    """The answer that most people gave; among equals the first."""
+    return max(doc["answers"], key=doc["answers"].count)
+
+
+def doc_to_messages(
+    doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """One user turn: image and question.
+
+    The extra key `log_probabilities` tells a model of this package to return them with the answer; any other model
+    never sees it.
+    """
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "url": doc_to_visual(doc, lmms_eval_specific_kwargs)[0]},
+                {"type": "text", "text": doc_to_text(doc, lmms_eval_specific_kwargs)},
+            ],
+            "log_probabilities": True,
+        }
+    ]
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
+    """Score one answer.
+
+    Args:
+        doc: a document of `QuestionDocs`.
+        results: the model's answer, with or without the trailer of `lmms_plugin.response`.
+        estimator: the confidence estimator, of `TEXT_ESTIMATORS`, whose value the metrics use.
+
+    Returns:
+        One entry per metric that the document counts for; that of `accuracy` is the whole record, which so reaches the
+        log of samples, for every document. Records of the part `val` have no `score`, so that lmms-eval's standard
+        errors leave them out. Without a trailer (a model of another package) there is no
+        confidence: the answer counts as one without in `confidence_rate`, and all metrics that use confidence are
+        absent, not zero.
+    """
+    response = Response.decode(results[0])
+    identity = {"image": doc["image_id"], "id": doc["question_id"]}
+    accuracy = vqa_accuracy(response.text, doc["answers"])
+    verbatim = vqa_accuracy(response.text, doc["answers"], verbatim_if_unanimous=True)
+    confidences = _confidences(response)
+    record: dict[str, Any] = {
+        **identity,
+        "part": doc["part"],
+        "accuracy": accuracy,
+        "accuracy_reliable_vqa": verbatim,
+        "question": doc["question"],
+        "answer": response.text,
+        "answers": doc["answers"],
+        "confidence": confidences,
+    }
+    output: dict[str, Any] = {"accuracy": record}
+    confidence = confidences.get(estimator)
+    if doc["part"] != HELD_OUT:
+        record["score"] = accuracy
+        output["accuracy_reliable_vqa"] = {"score": verbatim, **identity}
+        output["confidence_rate"] = {"score": float(confidence is not None), **identity}
+    if confidence is not None:
+        scored = Scored(doc["part"], confidence, accuracy)
+        output |= dict.fromkeys(ON_TEST, scored) if doc["part"] == REPORTED else {}
+        output |= dict.fromkeys(NEEDS_HELD_OUT, scored) if doc["part"] in (HELD_OUT, REPORTED) else {}
+    return output
+
+
+def _confidences(response: Response) -> dict[str, float]:
+    """Every estimator on the answer; none without tokens."""
+    if not response.tokens:
+        return {}
+    texts = [token.text for token in response.tokens]
+    logprobs = np.array([token.logprob for token in response.tokens])
+    whole = "".join(texts)
+    words = (len(whole) - len(whole.lstrip()), len(whole.rstrip()))
+    mask = coordinate_mask(texts, [words] if words[0] < words[1] else [])
+    estimates = estimate_all(logprobs, mask, estimators=TEXT_ESTIMATORS)
+    return {name: value for name, value in estimates.items() if value == value}
+
+
+def __getattr__(name: str) -> Any:
+    """`process_results` by estimator, for a task's YAML to name: `!function lmms_plugin.tasks.vqa.scored_by_joint`."""
+    estimator = name.removeprefix("scored_by_")
+    if name == estimator or estimator not in TEXT_ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; estimators: {', '.join(TEXT_ESTIMATORS)}")
+    return partial(process_results, estimator=estimator)
