@@ -173,11 +173,11 @@ class QuantReport:
         for module in self.modules:
             key = (module.component, module.method or "-", str(module.bits or "-"))
             groups.setdefault(key, []).append(module)
-        head = f"{'component':<10} {'method':<6} {'bits':>4} {'weights':>7} {'MB before':>10} {'MB after':>9}"
+        head = f"{'component':<10} {'method':<14} {'bits':>4} {'weights':>7} {'MB before':>10} {'MB after':>9}"
         lines = [f"{head}  error   outputs"]
         for (component, method, bits), members in groups.items():
             before, after = (sum(getattr(m, key) for m in members) / 1e6 for key in ("bytes_before", "bytes_after"))
-            name = f"{component:<10} {method:<6} {bits:>4} {len(members):>7}"
+            name = f"{component:<10} {method:<14} {bits:>4} {len(members):>7}"
             errors = f"{_mean_error(members, 'relative_error'):<6}  {_mean_error(members, 'held_out_error')}"
             lines.append(f"{name} {before:>10.2f} {after:>9.2f}  {errors}")
         lines.append(
