@@ -71,7 +71,10 @@ class Source:
         if local:
             return "parquet", {"data_files": {self.split: self._files(Path(local))}}
         if self.hub_id is None:
-            raise DatasetError(f"{self.title}: no copy on the hub can be loaded by `datasets`. {self.hint}")
+            raise DatasetError(
+                f"{self.title}: no copy on the hub can be loaded by `datasets`. {self.hint} To make one of the "
+                "published files: python -m lmms_plugin.tasks.official_vqa --help"
+            )
         # The hub's copies hold splits without answers that are many times larger; their counts would be missed.
         return self.hub_id, {
             "data_files": {self.split: f"data/{self.split}-*"},
@@ -107,7 +110,8 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         source.name: source
         for source in (
             Source("vqav2", "VQAv2", "lmms-lab-encoder/VQAv2", "validation"),
-            # The hub's copy is a loading script, which `datasets` no longer runs.
+            # The hub's copy is a loading script, which `datasets` no longer runs; `lmms_plugin.tasks.official_vqa`
+            # makes a local copy of the published files.
             Source("advqa", "AdVQA", None, "validation"),
             Source(
                 "vizwiz",
