@@ -123,7 +123,7 @@ class Decoder:
         recorder = _Recorder(_RawLogits(), _Ends(self.tokenizer, self.ends, settings.until, prompt_length))
         processors: list[LogitsProcessor] = [recorder.raw]
         if settings.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+            processors.append(_RepetitionPenalty(settings.repetition_penalty, inputs["attention_mask"]))
         if settings.sampling is not None:
             if seeds is None:
                 raise ValueError("Sampling needs one seed per row")
@@ -178,10 +178,14 @@ class Decoder:
             eos_token_id=list(self.ends),
             do_sample=False,
             num_beams=settings.num_beams,
-            repetition_penalty=settings.repetition_penalty,
         )
+        processors = LogitsProcessorList()
+        if settings.repetition_penalty != 1:
+            of_beams = inputs["attention_mask"].repeat_interleave(settings.num_beams, dim=0)
+            processors.append(_RepetitionPenalty(settings.repetition_penalty, of_beams))
         with explaining_out_of_memory(len(inputs["input_ids"])):
-            ids = self.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+            ids = self.model.generate(**inputs, generation_config=config, logits_processor=processors)
+        ids = ids[:, inputs["input_ids"].shape[1] :]
         return [self._answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())]
 
     def _until_end(self, ids: list[int]) -> list[int]:
@@ -221,6 +225,21 @@ class _RawLogits(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.logits = scores
         return scores
+
+
+class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """Makes what a row has read or written less likely; transformers' own counts a prompt's padding as read."""
+
+    def __init__(self, penalty: float, attention_mask: Tensor) -> None:
+        super().__init__(penalty)
+        self.is_padding = attention_mask == 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        width = self.is_padding.shape[1]
+        # The last token of a prompt is never padding; once more it changes nothing.
+        prompt = torch.where(self.is_padding, input_ids[:, width - 1 : width], input_ids[:, :width])
+        penalised: Tensor = super().__call__(torch.cat([prompt, input_ids[:, width:]], dim=1), scores)
+        return penalised
 
 
 class _Forced(LogitsProcessor):

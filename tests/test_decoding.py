@@ -242,6 +242,27 @@ def test_a_repetition_penalty_changes_the_choice_and_not_its_log_probability(lan
         assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_repetition_penalty_does_not_take_padding_for_words(language_model, num_beams):
+    """Where padding is the very token that a row would write first, it must be no less likely for being padding."""
+    asked = Settings(max_new_tokens=12, num_beams=num_beams, repetition_penalty=3.0)
+    alone = language_model.generate(rows(language_model, "the dog"), asked)[0]
+    padded = rows(language_model, "the dog", "a much longer question about the dog")
+    ids, _ = plain_greedy(language_model, "the dog", 1)
+    padded["input_ids"][padded["attention_mask"] == 0] = ids[0]
+    assert ids[0] not in rows(language_model, "the dog")["input_ids"]
+    assert language_model.generate(padded, asked)[0].text == alone.text
+
+
+def test_a_repetition_penalty_without_padding_is_that_of_transformers(language_model):
+    inputs = rows(language_model, "the dog")
+    (answer,) = language_model.generate(inputs, Settings(max_new_tokens=12, num_beams=3, repetition_penalty=1.7))
+    ends = list(language_model.ends)
+    config = GenerationConfig(max_new_tokens=12, num_beams=3, repetition_penalty=1.7, eos_token_id=ends)
+    (ids,) = language_model.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+    assert answer.text == language_model.tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def test_beam_search_is_passed_on_and_reports_no_log_probabilities(language_model):
     inputs = rows(language_model, "the dog", "yes or no")
     answers = language_model.generate(inputs, Settings(max_new_tokens=6, num_beams=4))
