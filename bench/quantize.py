@@ -4,9 +4,10 @@
 
 The checkpoint is a Qwen2.5-VL of random bfloat16 weights in shards of 500 MB: a decoder of 255 M parameters, which is
 quantized (`--layers 36`); the family's own vision tower of 0.6 billion and embeddings of 0.2, which stay as they are.
-What is measured is the anonymous resident memory of the process above what it had before loading, sampled every 5 ms: what the system
-cannot take back. Weights that stay dense, and those that still wait for their turn, are pages of the checkpoint's
-files, which it can; they are in `resident_mb`, too. The bound that is checked: a quarter of the dense model.
+What is measured is the anonymous resident memory of the process above what it had before loading, sampled every 5 ms:
+what the system cannot take back. Weights that stay dense, and those that still wait for their turn, are pages of the
+checkpoint's files, which it can; they are in `resident_mb`, too. The bound that is checked: a quarter of the dense
+model.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class ModelArguments:
         option_types = option_types or {}
         # lmms-eval always passes this one along; it concerns its own search for a batch size.
         given = {name: value for name, value in given.items() if name != "max_batch_size"}
-        hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "options"} | option_types
+        hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "options"} | dict(option_types)
         unknown = sorted(set(given) - set(hints))
         if unknown:
             near = difflib.get_close_matches(unknown[0], hints, n=1)

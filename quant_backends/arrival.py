@@ -75,9 +75,9 @@ class OrderedLinear(PackedLinear):
     order: Tensor
 
     @classmethod
-    def from_codes(cls, *args: Any, order: Tensor, **kwargs: Any) -> OrderedLinear:
+    def in_order(cls, order: Tensor, *args: Any, **kwargs: Any) -> OrderedLinear:
         """Pack a weight in stored order (see `PackedLinear.from_codes`)."""
-        layer = super().from_codes(*args, **kwargs)
+        layer = cls.from_codes(*args, **kwargs)
         assert isinstance(layer, OrderedLinear)
         layer.register_buffer("order", order.to(torch.int32))
         return layer
@@ -119,9 +119,10 @@ class ArrivalQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        dtype: torch.dtype = model.dtype  # type: ignore[assignment]
         for name, module in list(model.named_modules()):
             if isinstance(module, ArrivingLinear):
-                model.set_submodule(name, self._packed(name, module, model.dtype))
+                model.set_submodule(name, self._packed(name, module, dtype))
         return model
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class ArrivalQuantizer(HfQuantizer):
         codes = codes._replace(scale=codes.scale.to(dtype), zero_point=zeros)
         spec = QuantSpec(bits, group_size, symmetric=zeros is None)
         if order is not None:
-            return OrderedLinear.from_codes(codes, spec, arrived.in_features, bias=arrived.bias, order=order)
+            return OrderedLinear.in_order(order, codes, spec, arrived.in_features, bias=arrived.bias)
         return PackedLinear.from_codes(codes, spec, arrived.in_features, bias=arrived.bias)
 
     def is_serializable(self) -> bool:
@@ -184,7 +185,9 @@ class _Places:
 
     def find(self, stored_name: str) -> str:
         """Return the module name of what the checkpoint calls `stored_name`."""
-        key, _ = rename_source_key(f"{stored_name}.weight", self.renamings, self.converters, self.prefix, self.tensors)
+        key: str = rename_source_key(
+            f"{stored_name}.weight", self.renamings, self.converters, self.prefix, self.tensors
+        )[0]
         if key not in self.tensors:
             raise ValueError(f"the checkpoint holds a quantized {stored_name}, for which the model has no place")
         return key.removesuffix(".weight")

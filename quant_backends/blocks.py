@@ -41,7 +41,7 @@ def _cut(module: nn.Module, name: str, layers: frozenset[str]) -> Iterator[tuple
             # A list of lists has no forward of its own to wait at.
             yield from _cut(element, child, layers) if isinstance(element, nn.ModuleList) else [(child, element)]
     elif any(isinstance(part, nn.ModuleList) for part in module.modules()):
-        for key, child in module.named_children():
-            yield from _cut(child, f"{name}.{key}".lstrip("."), layers)
+        for key, part in module.named_children():
+            yield from _cut(part, f"{name}.{key}".lstrip("."), layers)
     elif any(within(layer, name) for layer in layers):
         yield name, module

@@ -34,7 +34,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, as transformers writes them into config.json."""
-        options = dataclasses.asdict(self.backend)  # type: ignore[call-overload]
+        options = dataclasses.asdict(self.backend)
         plan = self.plan.to_dict()
         return {"quant_method": QUANT_METHOD, "method": self.backend.name, "options": options, "plan": plan}
 

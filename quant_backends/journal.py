@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.linear import QuantizedLinear
 
@@ -60,7 +60,8 @@ class Journal:
             block: Its name.
             solved: Layer name -> solution.
         """
-        skeletons, tensors = {}, {}
+        skeletons: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
         for name, entry in solved.items():
             state = {key: value for key, value in entry.layer.state_dict(keep_vars=True).items() if key != "bias"}
             tensors |= {f"{name}/{key}": value.detach().cpu().clone() for key, value in state.items()}

@@ -202,7 +202,8 @@ class PackedLinear(QuantizedLinear):
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         # What moves may need another kernel there.
         self._canonicalize()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._canonicalize()

@@ -163,7 +163,7 @@ class CpuInt4(Int4Kernel):
         if x.shape[0] > MOST_ROWS[self.name] or x.dtype != torch.bfloat16:
             return self.dequantized_matmul(x)
         group, x = self.columns // self.scale_and_zero.shape[1], x.contiguous()
-        products = [
+        products: list[Tensor] = [
             torch.ops.aten._weight_int4pack_mm_for_cpu(x, tiles.view(self.rows, -1), group, pair)
             for tiles, pair in zip(self._numbers(), self.scale_and_zero, strict=True)
         ]

@@ -99,7 +99,7 @@ def _gradients(model: nn.Module, parts: Sequence[str], batch: Mapping[str, Any])
         loss = _answer_loss(model, inputs, start)
         if not loss.isfinite():
             raise ValueError(f"the loss of a calibration answer is {loss.item():.3g}: it has no gradient to weigh by")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     return found
 
 
@@ -131,8 +131,8 @@ def _with_ratios(magnitudes: Mapping[str, Sequence[float]]) -> dict[str, Sensiti
     for part, ratio in ratios.items():
         kinds.setdefault(_kind(part), []).append(ratio)
     return {
-        part: Sensitivity(*magnitudes[part], max(ratio, statistics.median(kinds[_kind(part)])))
-        for part, ratio in ratios.items()
+        part: Sensitivity(image, answer, max(ratios[part], statistics.median(kinds[_kind(part)])))
+        for part, (image, answer) in magnitudes.items()
     }
 
 
@@ -186,7 +186,7 @@ class _Turns:
 def _recomputing(model: nn.Module, residence: Residence) -> Iterator[None]:
     """Let blocks forget their inside between forward and backward pass, and be on the device for their turns."""
     modules = {name: model.get_submodule(name) for name in residence.blocks}
-    own = {name: vars(module).get("forward") for name, module in modules.items()}
+    own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
     turns = _Turns(residence)
     try:
         for name, module in modules.items():
@@ -196,7 +196,7 @@ def _recomputing(model: nn.Module, residence: Residence) -> Iterator[None]:
         turns.take(None)
         for name, module in modules.items():
             del module.forward
-            if own[name] is not None:
+            if name in own:
                 module.forward = own[name]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 from PIL import Image as PillowImage
 
