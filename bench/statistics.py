@@ -58,9 +58,9 @@ def families(
     binned = {name: plain.get(name) or part(name) for name in Binned.names}
     localised = {name: getattr(metrics, name) for name in Localised.names}
     gained = {
-        "coverage_for_0.05": lambda c, y: metrics.at_threshold(c, y, 0.9).coverage,
-        "risk_for_0.05": lambda c, y: metrics.at_threshold(c, y, 0.9).risk,
-        "phi_10": partial(metrics.effective_reliability, cost=10, threshold=0.95),
+        "achieved_coverage@0.05": lambda c, y: metrics.at_threshold(c, y, 0.9).coverage,
+        "achieved_risk@0.05": lambda c, y: metrics.at_threshold(c, y, 0.9).risk,
+        "phi@10": partial(metrics.effective_reliability, cost=10, threshold=0.95),
     }
     single = {name: (partial(Ranked, c, y, clusters, [name]), {name: plain[name]}) for name in RANKED}
     return {

@@ -3,6 +3,7 @@
 Every error a user can cause is one line on standard error and a non-zero exit status.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +67,91 @@ def inspect(
     with inspection.stdout_to_stderr():
         report = inspection.inspect(model_args, held_out=held_out)
     typer.echo(report.to_json() if json else report.table())
+
+
+Estimator = Annotated[str | None, typer.Option(help="Confidence estimator; by default the one of the task.")]
+Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the resamples and of the held-out images.")]
+Level = Annotated[float, typer.Option(help="Confidence level of the intervals.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
+@app.command()
+def metrics(
+    results: Annotated[Path, typer.Argument(help="Results file of lmms-eval, or a folder with such files.")],
+    json: AsJson = False,
+    estimator: Estimator = None,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the images to choose thresholds and fit calibrators on.")
+    ] = 0.2,
+) -> None:
+    """Recompute every metric from the logs of samples, with intervals over images; no model is loaded."""
+    from lmms_plugin import reliability
+    from lmms_plugin.results import find, read
+
+    settings = reliability.Settings(estimator, resamples, seed, level, held_out, workers=os.cpu_count() or 1)
+    runs = [read(file) for file in find(results)]
+    found = [(run, reliability.measure(run, settings), reliability.robust(run, settings)) for run in runs]
+    if json:
+        names = ("run", "file", "limit", "metrics", "robustness")
+        rows = [(run.label, str(run.file), run.limit, numbers, robust) for run, numbers, robust in found]
+        _print_json([dict(zip(names, row, strict=True)) for row in rows])
+        return
+    for run, numbers, robust in found:
+        _print_tables(
+            reliability.table(numbers, run.label, level),
+            *(reliability.robustness_table(rows, split) for split, rows in robust.items()),
+        )
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Results file or folder of the run to compare with.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run in question, on the same documents.")],
+    json: AsJson = False,
+    margin: Annotated[
+        float | None, typer.Option(help="Largest difference that counts as none: adds a test of equivalence.")
+    ] = None,
+    estimator: Estimator = None,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
+) -> None:
+    """Compare two runs on the same documents: paired intervals, flips, corrected p-values, equivalence, shift."""
+    from lmms_plugin import comparison, reliability
+    from lmms_plugin.results import read_one
+
+    settings = reliability.Settings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
+    runs = read_one(first), read_one(second)
+    found = comparison.compare(*runs, settings, margin)
+    if json:
+        _print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})
+        return
+    typer.echo(f"first:  {runs[0].label}\nsecond: {runs[1].label}")
+    tables = [comparison.changes_table(found, settings, margin)]
+    tables += [comparison.flips_table(found.flips)] if found.flips else []
+    tables += [comparison.shifted_table(found)] if found.shifted else []
+    _print_tables(*tables)
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    from lmms_plugin.reliability import plain
+
+    typer.echo(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _print_tables(*tables: object) -> None:
+    from rich.console import Console
+
+    # Tables that go to a file or a pipe must not be cut to the 80 columns assumed for it.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    for table in tables:
+        console.print(table)
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ DEFAULT_BINS = 15
 SMOOTHING_CELLS = 8192
 """Cells of the grid on [0, 1] on which `smooth_ece` smooths residuals."""
 
-_SMOOTHING_STEPS = 40
-"""Bisection steps of `smooth_ece`: the bandwidth is found within 2⁻⁴⁰."""
+_SMOOTHING_TOLERANCE = 2.0**-40
+"""How close `smooth_ece` comes to the bandwidth that equals its error."""
 
 _FLOOR_CELL = 1e-3
 """Confidences of one bin closer together than this are simulated with their mean by `ece_floor`."""
@@ -223,11 +223,21 @@ def smooth_error(mass: Floats) -> float:
         density = np.fft.irfft(spectrum * np.exp(-0.5 * sigma**2 * squared_frequency))
         return float(np.abs(density).mean())
 
+    # Smoothing never makes the error larger, so error − σ falls at least as fast as σ rises: where it is within a
+    # tolerance of 0, σ is within that tolerance of the solution. False position with the Illinois weights.
     low, high = 0.0, 1.0
-    for _ in range(_SMOOTHING_STEPS):
-        sigma = (low + high) / 2
-        low, high = (sigma, high) if smoothed_error(sigma) > sigma else (low, sigma)
-    return high if high > 2.0**-_SMOOTHING_STEPS else 0.0
+    above, below = smoothed_error(low), smoothed_error(high) - high
+    sigma, excess = low, above
+    while abs(excess) > _SMOOTHING_TOLERANCE:
+        sigma = (low * below - high * above) / (below - above)
+        last, excess = excess, smoothed_error(sigma) - sigma
+        if excess > 0.0:
+            low, above = sigma, excess
+            below = below / 2 if last > 0.0 else below
+        else:
+            high, below = sigma, excess
+            above = above / 2 if last <= 0.0 else above
+    return sigma
 
 
 def ece_floor(

@@ -39,8 +39,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 """How the interval of a metric is made where it is not by percentiles.
 
-On simulated data of 150 and 1,000 images a nominal 90 % interval of an ECE of 0.05 to 0.12 holds it in 78 to 85 % of cases
-(by percentiles: 29 to 90 %). Near 0 no interval is to be trusted: compare with `ece_floor`. That of MCE is rough always.
+On simulated data of 150 and 1,000 images a nominal 90 % interval of an ECE of 0.05 to 0.12 holds it in 78 to 85 % of
+cases (by percentiles: 29 to 90 %). Near 0 no interval is to be trusted: compare with `ece_floor`. That of MCE is rough
+always.
 """
 
 _NLL_CLIP = 1e-6
@@ -208,9 +209,9 @@ class Gains:
         confidence: Shape (n,), in [0, 1].
         outcome: Shape (n,), in [0, 1].
         clusters: Of the n records.
-        at_risk: Risk r → the threshold chosen for it; gives `coverage_for_<r>` and `risk_for_<r>`, NaN if nothing is
-            answered.
-        at_cost: Cost c → the threshold chosen for it; gives `phi_<c>`.
+        at_risk: Risk r → the threshold chosen for it; gives `achieved_coverage@<r>` and `achieved_risk@<r>`,
+            the latter NaN if nothing is answered.
+        at_cost: Cost c → the threshold chosen for it; gives `phi@<c>`.
     """
 
     def __init__(
@@ -222,9 +223,9 @@ class Gains:
         at_cost: Mapping[float, float],
     ) -> None:
         c, y = paired(confidence, outcome)
-        coverage = tuple(f"coverage_for_{risk:g}" for risk in at_risk)
-        achieved = tuple(f"risk_for_{risk:g}" for risk in at_risk)
-        self.names = (*coverage, *achieved, *(f"phi_{cost:g}" for cost in at_cost))
+        coverage = tuple(f"achieved_coverage@{risk:g}" for risk in at_risk)
+        achieved = tuple(f"achieved_risk@{risk:g}" for risk in at_risk)
+        self.names = (*coverage, *achieved, *(f"phi@{cost:g}" for cost in at_cost))
         answered = [(c >= threshold).astype(np.float64) for threshold in at_risk.values()]
         earned = [np.where(c >= threshold, np.where(y > 0, y, -cost), 0.0) for cost, threshold in at_cost.items()]
         rows = [np.ones_like(c), *answered, *(mask * (1.0 - y) for mask in answered), *earned]

@@ -1,0 +1,332 @@
+"""Every metric of a finished run, from its log of samples: with the number of records, and intervals over images.
+
+Thresholds and calibrators need records that nothing else is measured on. A task that brings its own split has a part
+for that. For the others a share of the images is held out by a hash of their id, the same for clean and shifted data:
+what is chosen on clean held-out images is then applied to the other images, clean and shifted.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from lmms_plugin import metrics
+from lmms_plugin.metrics import robustness
+from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap, interval
+from lmms_plugin.metrics.posthoc import Platt
+from lmms_plugin.metrics.weighted import METHODS, RISKS, Binned, Gains, Localised, Means, Ranked, Smooth
+from lmms_plugin.results import HELD_OUT, REPORTED, Place, Run, TaskRecords
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+COSTS = (1.0, 10.0, 100.0)
+STRICTER = (0.75, 0.9)
+ADDED = ("ece", "aurc")
+LOST = ("accuracy", "coverage@0.01", "coverage@0.05")
+AFTER_PLATT = ("ece", "brier", "nll")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How intervals are made and records held out.
+
+    Attributes:
+        estimator: Confidence estimator; None for that of the kind of task.
+        resamples: Resamples of an interval.
+        seed: Seed of the resamples and of the choice of held-out images.
+        level: Confidence level of the intervals.
+        held_out: Share of the images on which thresholds are chosen and calibrators fitted, in (0, 1).
+        workers: Threads.
+    """
+
+    estimator: str | None = None
+    resamples: int = RESAMPLES
+    seed: int = 0
+    level: float = 0.95
+    held_out: float = 0.2
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.held_out < 1.0:
+            raise ValueError(f"expected the share of held-out images in (0, 1), got {self.held_out}")
+        if not 0.5 < self.level < 1.0:
+            raise ValueError(f"expected a confidence level in (0.5, 1), got {self.level}")
+
+
+class Number(NamedTuple):
+    """One metric of one task.
+
+    Attributes:
+        task: Name of the task.
+        metric: Name of the metric.
+        value: Its value; NaN where it is undefined.
+        low: Lower end of its interval; NaN where there is none.
+        high: Upper end.
+        records: On how many records.
+        images: Of how many images.
+    """
+
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    records: int
+    images: int
+
+
+class Robustness(NamedTuple):
+    """What shifts cost a run on one split of a dataset.
+
+    Attributes:
+        metric: Name of the metric.
+        clean: Its value on clean data.
+        mean: Mean over severities, then shifts (mPC for accuracy).
+        retained: That ÷ clean (rPC for accuracy); NaN for what should be low.
+        per_severity: Severity → share of the clean value lost there or, for what should be low, what is added.
+    """
+
+    metric: str
+    clean: float
+    mean: float
+    retained: float
+    per_severity: dict[int, float]
+
+
+def measure(run: Run, settings: Settings) -> list[Number]:
+    """All metrics of all tasks of a run.
+
+    Without confidences (a model of another package) calibration is absent, not zero. What no threshold or calibrator
+    can be chosen for, because the held-out records are all right or all wrong, is absent too.
+
+    Raises:
+        ValueError: If the run has no task of ours, or a task has fewer than 2 images.
+    """
+    _of_ours(run)
+    numbers: list[Number] = []
+    for records in run.tasks.values():
+        numbers += _measured(records, _everything(records, settings), reported(records), settings)
+        numbers += _floor(records, settings)
+        numbers += _beyond_held_out(run, records, settings)
+    return numbers
+
+
+def reported(records: TaskRecords) -> Mask:
+    """Which records results are reported on, shape (n,): all, unless the task brings a split of its own."""
+    return records.parts == REPORTED if np.any(records.parts != "") else np.ones(records.ids.size, dtype=np.bool_)
+
+
+def held_out(records: TaskRecords, settings: Settings) -> Mask:
+    """Which records thresholds are chosen on, shape (n,): of held-out images, whichever others there are."""
+    if np.any(records.parts != ""):
+        return records.parts == HELD_OUT
+    names, index = np.unique(records.images, return_inverse=True)
+    return np.array([_uniform(str(name), settings.seed) < settings.held_out for name in names])[index]
+
+
+def robust(run: Run, settings: Settings) -> dict[str, list[Robustness]]:
+    """Robustness by clean task, where a run has one and a full table of shifts × severities beside it."""
+    found = {}
+    for tasks in families(run.tasks.values()):
+        table = grid(tasks)
+        if table is None:
+            continue
+        clean, cells = table
+        at_clean = key_numbers(clean, settings)
+        values = {place: key_numbers(records, settings) for place, records in cells.items()}
+        found[clean.task] = [
+            _robustness(name, at_clean[name], values)._replace(metric=clean.kind.named(name)) for name in at_clean
+        ]
+    return found
+
+
+def families(tasks: Iterable[TaskRecords]) -> list[list[TaskRecords]]:
+    """Tasks grouped by dataset and split: the same documents under different shifts."""
+    groups: dict[tuple[str, str], list[TaskRecords]] = {}
+    for records in tasks:
+        groups.setdefault((records.place.dataset, records.place.split), []).append(records)
+    return list(groups.values())
+
+
+def grid(tasks: Sequence[TaskRecords]) -> tuple[TaskRecords, dict[tuple[str, int], TaskRecords]] | None:
+    """The clean task and the shifted ones by (shift, severity); None without a clean one or a full table."""
+    clean = [records for records in tasks if records.place.shift is None]
+    cells = {_cell(records.place): records for records in tasks if records.place.shift is not None}
+    shifts, severities = {shift for shift, _ in cells}, {severity for _, severity in cells}
+    if len(clean) != 1 or not cells or len(cells) != len(shifts) * len(severities):
+        return None
+    return clean[0], dict(sorted(cells.items()))
+
+
+def as_table(values: Mapping[tuple[str, int], float]) -> Floats:
+    """Values by (shift, severity) as an array of shape (shifts, severities), both sorted."""
+    severities = {severity for _, severity in values}
+    return np.array([values[cell] for cell in sorted(values)]).reshape(-1, len(severities))
+
+
+def key_numbers(records: TaskRecords, settings: Settings) -> dict[str, float]:
+    """Accuracy, ECE, AURC and coverage at risk of the reported records; NaN without confidences."""
+    keep = reported(records)
+    confidence, outcome = records.confidence_by(settings.estimator)[keep], records.outcome[keep]
+    known = ~np.isnan(confidence)
+    c, y = confidence[known], outcome[known]
+    numbers = {"accuracy": float(outcome.mean())}
+    numbers["ece"] = metrics.ece(c, y) if c.size else math.nan
+    numbers["aurc"] = metrics.aurc(c, y) if c.size else math.nan
+    for risk in (0.01, 0.05):
+        numbers[f"coverage@{risk:g}"] = metrics.coverage_at_risk(c, y, risk) if c.size else math.nan
+    return numbers
+
+
+def table(numbers: Sequence[Number], title: str, level: float) -> Table:
+    """Numbers for people to read."""
+    shown = Table(title=title)
+    for heading in ("task", "metric"):
+        shown.add_column(heading, no_wrap=True)
+    for heading in ("value", f"{100 * level:g} % interval", "records", "images"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for k, number in enumerate(numbers):
+        task = number.task if k == 0 or numbers[k - 1].task != number.task else ""
+        between = "" if math.isnan(number.low) else f"{number.low:.4f} … {number.high:.4f}"
+        row = (task, number.metric, f"{number.value:.4f}", between, str(number.records), str(number.images))
+        shown.add_row(*row)
+    return shown
+
+
+def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
+    """Robustness for people to read."""
+    severities = list(rows[0].per_severity)
+    shown = Table(title=title, caption="per severity: share lost (accuracy, coverage) or what is added (ece, aurc)")
+    shown.add_column("metric", no_wrap=True)
+    for heading in ("clean", "shifted", "retained", *(f"severity {severity}" for severity in severities)):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        values = (row.clean, row.mean, row.retained, *row.per_severity.values())
+        shown.add_row(row.metric, *("" if math.isnan(value) else f"{value:.4f}" for value in values))
+    return shown
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON can write it: named tuples as objects, NaN and infinities as null."""
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _of_ours(run: Run) -> None:
+    if not run.tasks:
+        raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")
+
+
+def _everything(records: TaskRecords, settings: Settings) -> list[Statistic]:
+    keep = reported(records)
+    clusters = Clusters.of(records.images[keep])
+    confidence = records.confidence_by(settings.estimator)[keep]
+    known = ~np.isnan(confidence)
+    score, outcome = records.score[keep], records.outcome[keep]
+    means: dict[str, npt.ArrayLike] = {records.kind.named("accuracy"): outcome}
+    if records.kind.right is not None:
+        means |= {f"acc@{t:g}": (score >= t).astype(np.float64) for t in STRICTER}
+        means |= {"mean_iou": score, "parse_rate": records.parsed[keep].astype(np.float64)}
+    statistics: list[Statistic] = [Means(means | {"confidence_rate": known.astype(np.float64)}, clusters)]
+    if known.any():
+        arrays = confidence[known], outcome[known], Clusters(clusters.index[known], clusters.count)
+        statistics += [Binned(*arrays), Smooth(*arrays), Ranked(*arrays)]
+        if records.kind.right is not None:
+            statistics.append(Localised(arrays[0], score[known], arrays[2]))
+    return statistics
+
+
+def _measured(
+    records: TaskRecords, statistics: Sequence[Statistic], keep: Mask, settings: Settings, suffix: str = ""
+) -> list[Number]:
+    confidence = records.confidence_by(settings.estimator)[keep]
+    images = records.images[keep]
+    count = np.unique(images).size
+    if count < 2:
+        raise ValueError(f"expected at least 2 images in task {records.task} to make intervals from, got {count}")
+    known = ~np.isnan(confidence)
+    sizes = (images.size, count), (int(known.sum()), np.unique(images[known]).size)
+    drawn = bootstrap(statistics, count, resamples=settings.resamples, seed=settings.seed, workers=settings.workers)
+    numbers = []
+    for statistic, draws in zip(statistics, drawn, strict=True):
+        n, m = sizes[0] if isinstance(statistic, Means) else sizes[1]
+        for name in draws.names:
+            value, resampled = draws.of(name)
+            method = METHODS.get(name, "percentile")
+            low, high = interval(value, resampled, level=settings.level, method=method)
+            if method == "basic" and low < 0.0:  # calibration errors, which never are
+                low = 0.0
+            numbers.append(Number(records.task, name + suffix, value, low, high, n, m))
+    return numbers
+
+
+def _floor(records: TaskRecords, settings: Settings) -> list[Number]:
+    keep = reported(records)
+    confidence = records.confidence_by(settings.estimator)
+    known = keep & ~np.isnan(confidence)
+    if not known.any():
+        return []
+    size = int(known.sum()), int(np.unique(records.images[known]).size)
+    numbers = []
+    for name, equal_mass in (("ece", False), ("adaptive_ece", True)):
+        floor = metrics.ece_floor(confidence[known], equal_mass=equal_mass, seed=settings.seed)
+        for part, value in zip(("floor", "floor_p95"), floor, strict=True):
+            numbers.append(Number(records.task, f"{name}_{part}", value, math.nan, math.nan, *size))
+    return numbers
+
+
+def _beyond_held_out(run: Run, records: TaskRecords, settings: Settings) -> list[Number]:
+    source = _clean_twin(run, records)
+    choosing = held_out(source, settings) & ~np.isnan(source.confidence_by(settings.estimator))
+    keep = reported(records) & ~held_out(records, settings) & ~np.isnan(records.confidence_by(settings.estimator))
+    if not keep.any() or not choosing.any() or not 0.0 < source.outcome[choosing].mean() < 1.0:
+        return []
+    c, y = source.confidence_by(settings.estimator)[choosing], source.outcome[choosing]
+    at_risk = {risk: metrics.threshold_at_risk(c, y, risk) for risk in RISKS}
+    at_cost = {cost: metrics.threshold_at_cost(c, y, cost) for cost in COSTS}
+    platt = Platt.fit(c, y, source.images[choosing].tolist(), split=f"{source.task}, held out")
+    confidence, outcome = records.confidence_by(settings.estimator)[keep], records.outcome[keep]
+    images = records.images[keep]
+    clusters = Clusters.of(images)
+    calibrated = platt.apply(confidence, images.tolist())
+    gains = _measured(records, [Gains(confidence, outcome, clusters, at_risk, at_cost)], keep, settings)
+    after = [Binned(calibrated, outcome, clusters)]
+    fitted = _measured(records, after, keep, settings, suffix="_after_platt")
+    wanted = {f"{name}_after_platt" for name in AFTER_PLATT}
+    return gains + [number for number in fitted if number.metric in wanted]
+
+
+def _clean_twin(run: Run, records: TaskRecords) -> TaskRecords:
+    """The task on the same documents without shift, or the task itself."""
+    place = records.place._replace(shift=None, severity=None)
+    return next((other for other in run.tasks.values() if other.place == place), records)
+
+
+def _robustness(name: str, clean: float, cells: Mapping[tuple[str, int], Mapping[str, float]]) -> Robustness:
+    values = as_table({cell: numbers[name] for cell, numbers in cells.items()})
+    severities = sorted({severity for _, severity in cells})
+    worse_is_more = name in ADDED
+    per_severity = (robustness.added_per_severity if worse_is_more else robustness.lost_per_severity)(values, clean)
+    kept = math.nan if worse_is_more else robustness.retained(values, clean)
+    changes = dict(zip(severities, per_severity.tolist(), strict=True))
+    return Robustness(name, clean, robustness.mean_under_corruption(values), kept, changes)
+
+
+def _cell(place: Place) -> tuple[str, int]:
+    return str(place.shift), int(place.severity or 0)
+
+
+def _uniform(image: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the image and the seed alone."""
+    digest = hashlib.blake2b(f"{seed}:{image}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2.0**64

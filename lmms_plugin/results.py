@@ -1,0 +1,305 @@
+"""Results folders of lmms-eval as arrays: what was asked, what was answered, how confident the model was.
+
+Reads the files alone (`<date>_results.json` and its `<date>_samples_<task>.jsonl`), without lmms-eval and without the
+model. Tasks whose log holds no record of ours are left out; a log that is damaged or incomplete is an error, because a
+metric of what happens to be left of a run is not one of the run.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Texts = npt.NDArray[np.str_]
+
+_RESULTS = "_results.json"
+HELD_OUT, REPORTED = "val", "test"
+"""Parts of a task that brings its own split: thresholds are chosen on the first and results reported on the second."""
+
+
+class Kind(NamedTuple):
+    """A kind of task, by what its records hold.
+
+    Attributes:
+        record: Key of the samples log under which the whole record stands.
+        score: Key of the record with its score, in [0, 1].
+        estimator: The confidence estimator used unless told otherwise.
+        right: Score from which an answer counts as right; None where the score itself is the (soft) outcome.
+    """
+
+    record: str
+    score: str
+    estimator: str
+    right: float | None
+
+    def named(self, metric: str) -> str:
+        """The metric as lmms-eval's table calls it: `acc@0.5` where right is a matter of a threshold."""
+        return f"acc@{self.right:g}" if metric == "accuracy" and self.right is not None else metric
+
+
+GROUNDING = Kind("mean_iou", "score", "coordinate_mean", 0.5)
+VQA = Kind("accuracy", "accuracy", "joint", None)
+KINDS = (GROUNDING, VQA)
+
+
+class Place(NamedTuple):
+    """What a task asks about: tasks that differ in shift and severity alone ask about the same documents.
+
+    Attributes:
+        dataset: Its dataset as the task names it.
+        split: Split of the dataset.
+        shift: Name of the corruption; None for clean images.
+        severity: Its severity; None for clean images.
+    """
+
+    dataset: str
+    split: str
+    shift: str | None
+    severity: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class TaskRecords:
+    """The n answers of one task, sorted by document id. All arrays have shape (n,).
+
+    Attributes:
+        task: Name of the task.
+        kind: What its records are.
+        place: What it asks about.
+        ids: Document ids, unique.
+        images: Ids of the images, the clusters of every interval.
+        asked: Question and true answer as text, by which runs are compared.
+        parts: Part of the split each document belongs to; "" where the task brings no split of its own.
+        score: IoU with the true box (0 without a box), or VQA accuracy, in [0, 1].
+        parsed: Whether the answer held a box; all True where no box was asked for.
+        confidence: Estimator → confidences in [0, 1], NaN where there was nothing to estimate from. Empty for a model
+            that tells no probabilities.
+    """
+
+    task: str
+    kind: Kind
+    place: Place
+    ids: Texts
+    images: Texts
+    asked: Texts
+    parts: Texts
+    score: Floats
+    parsed: npt.NDArray[np.bool_]
+    confidence: Mapping[str, Floats]
+
+    @property
+    def outcome(self) -> Floats:
+        """1 for right and 0 for wrong, or the soft score, shape (n,)."""
+        return self.score if self.kind.right is None else (self.score >= self.kind.right).astype(np.float64)
+
+    def confidence_by(self, estimator: str | None) -> Floats:
+        """Confidences of one estimator, shape (n,), NaN where missing; that of the kind of task if None.
+
+        Raises:
+            ValueError: If the log does not hold it; all are NaN if it holds no estimator at all.
+        """
+        if not self.confidence:
+            return np.full(self.ids.size, np.nan)
+        name = estimator or self.kind.estimator
+        if name not in self.confidence:
+            known = ", ".join(sorted(self.confidence))
+            raise ValueError(f"expected task {self.task} to log one of the estimators {known}, got {name!r}")
+        return self.confidence[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished run.
+
+    Attributes:
+        file: Its results file.
+        model: Name of the model in lmms-eval.
+        model_args: Its arguments, as text.
+        limit: Documents per task that the run was limited to; None for all.
+        tasks: Task name → records, for tasks of ours.
+        others: Tasks that log no records of ours.
+        results: Task name → metric → value of lmms-eval's table.
+    """
+
+    file: Path
+    model: str
+    model_args: str
+    limit: float | None
+    tasks: Mapping[str, TaskRecords]
+    others: tuple[str, ...]
+    results: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """Model and arguments in one line."""
+        return f"{self.model} {self.model_args}".strip()
+
+
+def find(path: Path) -> list[Path]:
+    """Results files at or under a path, oldest first.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if path.is_file():
+        return [path]
+    files = sorted(path.rglob(f"*{_RESULTS}"), key=lambda file: (file.name, str(file)))
+    if not files:
+        raise ValueError(f"expected a results file or a folder with *{_RESULTS} in it, got {path}")
+    return files
+
+
+def read_one(path: Path) -> Run:
+    """The only run at or under a path.
+
+    Raises:
+        ValueError: If there is none or more than one, or as `read`.
+    """
+    files = find(path)
+    if len(files) > 1:
+        listed = ", ".join(str(file.relative_to(path)) for file in files[:4])
+        raise ValueError(f"expected one run under {path}, got {len(files)}: {listed}; name the results file")
+    return read(files[0])
+
+
+def read(file: Path) -> Run:
+    """Read a results file and the logs of samples beside it.
+
+    Raises:
+        ValueError: If it is no results file, a task of ours has no log (the run was without --log_samples), or a log
+            is damaged, holds a document twice, or holds fewer or more documents than the run scored.
+    """
+    results = _json(file, file.read_text(encoding="utf-8"))
+    if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
+        raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
+    tasks, others = {}, []
+    for task, samples in results["n-samples"].items():
+        log = file.with_name(f"{file.name.removesuffix(_RESULTS)}_samples_{task}.jsonl")
+        records = _task(task, results["configs"][task], log)
+        if records is None:
+            others.append(task)
+            continue
+        if records.ids.size != samples["effective"]:
+            raise ValueError(f"expected {samples['effective']} documents in {log}, got {records.ids.size}")
+        tasks[task] = records
+    config = results.get("config", {})
+    return Run(
+        file,
+        str(config.get("model", "")),
+        str(config.get("model_args", "")),
+        config.get("limit"),
+        MappingProxyType(tasks),
+        tuple(others),
+        results["results"],
+    )
+
+
+def match(first: TaskRecords, second: TaskRecords) -> None:
+    """Check that two runs answered the same documents.
+
+    Raises:
+        ValueError: If they did not; says what differs.
+    """
+    task = first.task
+    for one, other, where in ((first, second, "second"), (second, first, "first")):
+        missing = np.setdiff1d(one.ids, other.ids)
+        if missing.size:
+            raise ValueError(
+                f"task {task}: expected the same documents in both runs, but the {where} lacks {missing.size} of"
+                f" {one.ids.size}, e.g. {missing[0]}"
+            )
+    for name in ("images", "asked", "parts"):
+        differ = np.flatnonzero(getattr(first, name) != getattr(second, name))
+        if differ.size:
+            k = differ[0]
+            raise ValueError(
+                f"task {task}: expected the same {name} in both runs, but {differ.size} documents differ, e.g."
+                f" {first.ids[k]}: {getattr(first, name)[k]} and {getattr(second, name)[k]}"
+            )
+
+
+def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None:
+    if not log.exists():
+        ours = {entry["metric"] for entry in config.get("metric_list") or ()}
+        if any(kind.record in ours for kind in KINDS) and "ece" in ours:
+            raise ValueError(f"expected the log of samples {log}: run lmms-eval with --log_samples")
+        return None
+    lines = log.read_text(encoding="utf-8").splitlines()
+    rows = [_json(f"{log}:{number}", line) for number, line in enumerate(lines, start=1)]
+    kind = next((kind for kind in KINDS if rows and _is_record(rows[0].get(kind.record))), None)
+    if kind is None:
+        return None
+    records = sorted((_record(row, kind, log) for row in rows), key=lambda record: str(record["id"]))
+    ids = _texts(record["id"] for record in records)
+    if twice := {str(a) for a, b in zip(ids[1:], ids[:-1], strict=True) if a == b}:
+        raise ValueError(f"expected every document once in {log}, got {min(twice)} twice")
+    return TaskRecords(
+        task=task,
+        kind=kind,
+        place=_place(config),
+        ids=ids,
+        images=_texts(record["image"] for record in records),
+        asked=_texts(_asked(record) for record in records),
+        parts=_texts(record.get("part", "") for record in records),
+        score=np.array([record[kind.score] for record in records], dtype=np.float64),
+        parsed=np.array([record["box"] is not None if "box" in record else True for record in records]),
+        confidence=_confidences(records, log),
+    )
+
+
+def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
+    logged = [record.get("confidence") or {} for record in records]
+    names = sorted(set().union(*logged))
+    for record, values in zip(records, logged, strict=True):
+        # One answer without probabilities among answers with them would silently drop out of every metric.
+        if missing := set(names) - set(values):
+            raise ValueError(f"expected estimators {', '.join(names)} for {record['id']} in {log}, no {min(missing)}")
+    return {name: np.array([_number(values[name]) for values in logged]) for name in names}
+
+
+def _place(config: Mapping[str, Any]) -> Place:
+    metadata = config.get("metadata") or {}
+    severity = metadata.get("severity")
+    place = str(config.get("dataset_path")), str(config.get("test_split"))
+    return Place(*place, metadata.get("shift"), None if severity is None else int(severity))
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and {"id", "image"} <= set(value)
+
+
+def _record(row: Mapping[str, Any], kind: Kind, log: Path) -> dict[str, Any]:
+    record = row.get(kind.record)
+    if not isinstance(record, dict) or not {"id", "image", kind.score} <= set(record):
+        raise ValueError(f"expected a record under {kind.record!r} for document {row.get('doc_id')} in {log}")
+    return record
+
+
+def _asked(record: Mapping[str, Any]) -> str:
+    question = record.get("expression", record.get("question"))
+    return json.dumps([question, record.get("target", record.get("answers"))])
+
+
+def _texts(values: Any) -> Texts:
+    return np.array([str(value) for value in values], dtype=np.str_)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _json(where: object, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected JSON in {where}, which is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object in {where}, got {text[:60]!r}")
+    return value
