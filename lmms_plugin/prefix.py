@@ -89,13 +89,16 @@ def _ids_of(chat: Chat, group: Sequence[Prompt], first: list[int]) -> list[list[
 
     Tokenizers never join text across a special token. So behind the last special token that all texts share, which is
     the image's own or a later one, tokens depend on the remaining text alone. The first prompt is the proof: put
-    together in this way it must come out as the processor made it, else every prompt goes through the processor.
+    together in this way it must come out as the processor made it, else every prompt goes through the processor. So
+    do they where a question holds a token that is no text, an image's placeholder perhaps, which processors refuse.
     """
     texts = [chat.text_of(prompt) for prompt in group]
     cut = _after_last_special(chat.tokenizer, texts[0][: _common(texts)])
     tails = [chat.ids(text[cut:]) for text in texts]
     head = first[: len(first) - len(tails[0])]
-    if cut and head + tails[0] == first:
+    added = chat.tokenizer.added_tokens_decoder
+    alike = len({tuple(token for token in tail if token in added) for tail in tails}) == 1
+    if cut and alike and head + tails[0] == first:
         return [head + tail for tail in tails]
     encoded = (chat.encode([prompt]).inputs["input_ids"][0].tolist() for prompt in group[1:])
     return [first, *encoded]

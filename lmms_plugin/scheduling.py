@@ -98,7 +98,7 @@ class Schedule:
     reader: PromptReader
     budget: Budget
     sharing: Callable[[], bool]
-    _image_tokens: dict[tuple[int, int], int] = field(default_factory=dict)
+    _image_tokens: dict[Hashable, int] = field(default_factory=dict)
 
     def batches(self, jobs: Sequence[Job]) -> Iterator[Prepared]:
         """Yield batches that together hold every job once.
@@ -144,12 +144,14 @@ class Schedule:
             raise RequestError(f"{name}: {type(error).__name__}: {error}") from error
 
     def _length(self, prompt: Prompt) -> int:
-        """Count tokens; how many an image takes depends on its size, and is found by encoding the first of a size."""
+        """Count tokens; how many images take depends on all their sizes, and is found by encoding the first of such."""
         text = len(self.chat.ids(self.chat.text_of(prompt)))
-        images = prompt.images
-        if len(images) == 1 and images[0].size not in self._image_tokens:
-            self._image_tokens[images[0].size] = self.chat.encode([prompt]).inputs["input_ids"].shape[1] - text
-        return text + sum(self._image_tokens.get(image.size, 0) for image in images)
+        if not prompt.images or prompt.videos:
+            return text
+        sizes = (prompt.raw, *(image.size for image in prompt.images))
+        if sizes not in self._image_tokens:
+            self._image_tokens[sizes] = self.chat.encode([prompt]).inputs["input_ids"].shape[1] - text
+        return text + self._image_tokens[sizes]
 
     def _plan(self, read: Iterable[list[Read]]) -> Iterator[list[list[Read]]]:
         """Collect a few batches' worth of images, group what is about one image, and pack."""

@@ -17,6 +17,7 @@ from lmms_plugin.packing import Budget
 from lmms_plugin.prefix import PrefixSharing
 from lmms_plugin.prompts import RequestError
 from lmms_plugin.response import Response
+from lmms_plugin.scheduling import Schedule
 
 LOGPROB = 1e-4
 PLAIN = ("paligemma", "gemma3")
@@ -243,6 +244,19 @@ class TestOneModel:
             smolvlm.task_dict = hinted
         assert sorted(seen) == [(1, True), (2, True), (7, False)]
 
+    @pytest.mark.parametrize(
+        ("family", "placeholder"), [("smolvlm", "<image>"), ("qwen2_5_vl", "<|image_pad|>"), ("llava", "<image>")]
+    )
+    def test_a_question_with_a_placeholder_in_it_is_refused_as_ever(self, checkpoint, family, placeholder):
+        questions = [(0, "dog"), (0, "cat"), (1, "dog"), (1, f"what {placeholder} means")]
+        for share in (False, True):
+            vlm = load(checkpoint(family), questions[:3], share_prefix=share)
+            answers(vlm)
+            assert vlm.runner.sharing.verified == share
+            vlm.task_dict = {"toy": {"test": Documents(questions)}}
+            with pytest.raises(RequestError, match="document 3: .* refuses this"):
+                answers(vlm)
+
     def test_images_that_only_share_a_name_are_told_apart(self, checkpoint, smolvlm):
         class Misled(Documents):
             def image_key(self, index):
@@ -255,6 +269,14 @@ class TestOneModel:
             assert_equal(answers(smolvlm), expected)
         finally:
             smolvlm.task_dict = hinted
+
+    def test_lengths_count_every_image_whatever_was_read_before(self, smolvlm):
+        schedule = Schedule(smolvlm.chat, smolvlm.reader, smolvlm.runner.budget, lambda: True)
+        for shown in (IMAGES[:2], IMAGES[:1], IMAGES[1:2], IMAGES[1::-1], IMAGES, IMAGES[:2], []):
+            for text in ("Where is it?", "And now?"):
+                content = [*({"type": "image", "url": one} for one in shown), {"type": "text", "text": text}]
+                prompt = smolvlm.reader.read([{"role": "user", "content": content}], "a prompt")
+                assert schedule._length(prompt) == smolvlm.chat.encode([prompt]).inputs["input_ids"].shape[1]
 
     def test_what_is_drawn_is_the_same(self, smolvlm):
         options = {"temperature": 1.0, "do_sample": True}
