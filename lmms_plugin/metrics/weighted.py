@@ -245,18 +245,26 @@ class Curve:
     Blocks that were not drawn stay as repeated points, which no metric notices.
 
     Attributes:
+        records: Shape (points,), records of each distinct confidence.
+        gained: Shape (points,), their outcomes summed.
         answered: Shape (points,), records at or above each confidence.
         right: Shape (points,), their outcomes summed.
     """
 
     def __init__(self, order: "_Order", weights: Floats) -> None:
         self._order, self._weights = order, weights
-        self.answered = order.at_ends(np.cumsum(weights))
-        self.right = order.at_ends(np.cumsum(weights * order.outcome))
+        self.records = order.by_block(weights)
+        self.gained = order.by_block(weights * order.outcome)
+        self.answered, self.right = np.cumsum(self.records), np.cumsum(self.gained)
+
+    @cached_property
+    def lost(self) -> Floats:
+        """Shape (points,), 1 − outcome summed over each block."""
+        return self.records - self.gained
 
     @cached_property
     def wrong(self) -> Floats:
-        """Shape (points,), 1 − outcome summed."""
+        """Shape (points,), 1 − outcome summed from the highest confidence down."""
         return self.answered - self.right
 
     @cached_property
@@ -267,25 +275,30 @@ class Curve:
     @cached_property
     def confidence(self) -> Floats:
         """Shape (points,), confidences summed."""
-        return self._order.at_ends(np.cumsum(self._weights * self._order.confidence))
+        return np.cumsum(self._order.by_block(self._weights * self._order.confidence))
 
     @cached_property
     def ideal(self) -> "Curve":
         """The same records in the best order: by outcome."""
         return Curve(self._order.by_outcome, self._weights[self._order.by_outcome.places])
 
+    @cached_property
+    def aurc(self) -> float:
+        """Area under the risk–coverage curve."""
+        mean = self.lost / np.maximum(self.records, 1.0)
+        # Σ over the records of a tied block of its cumulative risk, each step adding the block's mean loss.
+        before = self.wrong - self.lost - (self.answered - self.records) * mean
+        harmonic = _harmonic(self.answered)
+        inside = before[1:] @ (harmonic[1:] - harmonic[:-1]) + before[0] * harmonic[0]
+        return float((self.wrong[-1] + inside) / self.answered[-1])
+
 
 def _weighted_aurc(curve: Curve) -> float:
-    records, wrong = _steps(curve.answered), _steps(curve.wrong)
-    mean = wrong / np.maximum(records, 1.0)
-    harmonic = _harmonic(curve.answered)
-    # Σ over the records of a tied block of its cumulative risk, each step adding the block's mean loss.
-    inside = (curve.wrong - wrong - (curve.answered - records) * mean) @ _steps(harmonic)
-    return float((mean @ records + inside) / curve.answered[-1])
+    return curve.aurc
 
 
 def _weighted_e_aurc(curve: Curve) -> float:
-    return _weighted_aurc(curve) - _weighted_aurc(curve.ideal)
+    return curve.aurc - curve.ideal.aurc
 
 
 def _weighted_coverage(curve: Curve, risk: float) -> float:
@@ -296,17 +309,16 @@ def _weighted_coverage(curve: Curve, risk: float) -> float:
 
 def _weighted_auroc(curve: Curve) -> float:
     wrong = curve.wrong[-1]
-    below = wrong - curve.wrong + _steps(curve.wrong) / 2
-    return _ratio(_steps(curve.right) @ below, curve.right[-1] * wrong)
+    below = wrong * curve.right[-1] - curve.gained @ (curve.wrong - curve.lost / 2)
+    return _ratio(below, curve.right[-1] * wrong)
 
 
 def _weighted_aupr_error(curve: Curve) -> float:
     if min(curve.wrong[-1], curve.right[-1]) <= 0.0:
         return float("nan")
-    wrong = _steps(curve.wrong)
-    found = curve.wrong[-1] - curve.wrong + wrong
-    looked_at = curve.answered[-1] - curve.answered + _steps(curve.answered)
-    return float(wrong @ (found / np.maximum(looked_at, 1.0)) / curve.wrong[-1])
+    found = curve.wrong[-1] - curve.wrong + curve.lost
+    looked_at = curve.answered[-1] - curve.answered + curve.records
+    return float(curve.lost @ (found / np.maximum(looked_at, 1.0)) / curve.wrong[-1])
 
 
 def _weighted_fpr(curve: Curve, tpr: float = 0.95) -> float:
@@ -319,7 +331,7 @@ def _weighted_fpr(curve: Curve, tpr: float = 0.95) -> float:
 def _weighted_adaptive_ece(curve: Curve, n_bins: int = DEFAULT_BINS) -> float:
     # A block's middle rank from below, times 2: 2·total − 1 − its ends from above, of which the sum ascends.
     total = curve.answered[-1]
-    ends = 2 * curve.answered - _steps(curve.answered)
+    ends = 2 * curve.answered - curve.records
     lower = (2 * total - 1) * n_bins - 2 * total * np.arange(n_bins - 1, 0, -1)
     cuts = np.concatenate(([0], np.searchsorted(ends, lower / n_bins, side="right"), [ends.size]))
     residual = np.concatenate(([0.0], curve.confidence - curve.right))
@@ -378,11 +390,11 @@ class _Order:
         self.places = np.argsort(-key, kind="stable")
         self.confidence, self.outcome = confidence[self.places], outcome[self.places]
         ordered = key[self.places]
-        self._ends = np.flatnonzero(np.concatenate((ordered[1:] != ordered[:-1], [True])))
+        self._starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
 
-    def at_ends(self, cumulative: Floats) -> Floats:
-        """Values at the last record of each block of equal keys."""
-        return cumulative if self._ends.size == cumulative.size else cumulative[self._ends]
+    def by_block(self, values: Floats) -> Floats:
+        """Values summed over each block of records with equal keys."""
+        return values if self._starts.size == values.size else np.add.reduceat(values, self._starts)
 
     @cached_property
     def by_outcome(self) -> "_Order":
@@ -394,10 +406,6 @@ def _stacked(rows: Sequence[Floats], clusters: Clusters) -> _Sums:
     cells = np.repeat(np.arange(len(rows)), clusters.index.size)
     repeated = Clusters(np.tile(clusters.index, len(rows)), clusters.count)
     return _Sums(cells, np.concatenate(rows), repeated, len(rows))
-
-
-def _steps(cumulative: Floats) -> Floats:
-    return np.diff(cumulative, prepend=0.0)
 
 
 def _harmonic(whole: Floats) -> Floats:
