@@ -308,6 +308,8 @@ def _beyond_held_out(run: Run, records: TaskRecords, settings: Settings) -> list
 
 def _clean_twin(run: Run, records: TaskRecords) -> TaskRecords:
     """The task on the same documents without shift, or the task itself."""
+    if records.place.shift is None:
+        return records
     place = records.place._replace(shift=None, severity=None)
     return next((other for other in run.tasks.values() if other.place == place), records)
 

@@ -233,7 +233,9 @@ def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None
         return None
     lines = log.read_text(encoding="utf-8").splitlines()
     rows = [_json(f"{log}:{number}", line) for number, line in enumerate(lines, start=1)]
-    kind = next((kind for kind in KINDS if rows and _is_record(rows[0].get(kind.record))), None)
+    if not rows:
+        raise ValueError(f"expected documents in {log}, got an empty file")
+    kind = next((kind for kind in KINDS if _is_record(rows[0].get(kind.record), kind)), None)
     if kind is None:
         return None
     records = sorted((_record(row, kind, log) for row in rows), key=lambda record: str(record["id"]))
@@ -271,15 +273,15 @@ def _place(config: Mapping[str, Any]) -> Place:
     return Place(*place, metadata.get("shift"), None if severity is None else int(severity))
 
 
-def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and {"id", "image"} <= set(value)
+def _is_record(value: Any, kind: Kind) -> bool:
+    return isinstance(value, dict) and {"id", "image", kind.score} <= set(value)
 
 
 def _record(row: Mapping[str, Any], kind: Kind, log: Path) -> dict[str, Any]:
     record = row.get(kind.record)
-    if not isinstance(record, dict) or not {"id", "image", kind.score} <= set(record):
+    if not _is_record(record, kind):
         raise ValueError(f"expected a record under {kind.record!r} for document {row.get('doc_id')} in {log}")
-    return record
+    return dict(record or {})
 
 
 def _asked(record: Mapping[str, Any]) -> str:

@@ -114,6 +114,10 @@ def drop_line(folder):
     log.write_text("\n".join(log.read_text().splitlines()[:-1]))
 
 
+def empty_log(folder):
+    next(folder.glob("*_samples_rec.jsonl")).write_text("")
+
+
 def repeat_line(folder):
     log = next(folder.glob("*_samples_rec.jsonl"))
     lines = log.read_text().splitlines()
@@ -131,12 +135,13 @@ def drop_confidence(folder):
         (lambda folder: next(folder.glob("*.jsonl")).unlink(), "run lmms-eval with --log_samples"),
         (damage_line, r"jsonl:120, which is damaged"),
         (drop_line, "expected 120 documents .* got 119"),
+        (empty_log, "got an empty file"),
         (repeat_line, "got 000 twice"),
         (drop_confidence, "expected estimators coordinate_mean, joint for 000"),
         (lambda folder: next(folder.glob("*.json")).write_text("{}"), "expected a results file"),
         (lambda folder: next(folder.glob("*.json")).unlink(), "expected a results file or a folder"),
     ],
-    ids=["no log", "cut off", "incomplete", "twice", "lost confidence", "not results", "empty folder"],
+    ids=["no log", "cut off", "incomplete", "empty log", "twice", "lost confidence", "not results", "empty folder"],
 )
 @pytest.mark.parametrize("command", ["metrics", "compare"])
 def test_damaged_results_are_refused_in_one_line(tmp_path, monkeypatch, capsys, command, damage, message):
@@ -214,6 +219,14 @@ def test_thresholds_of_shifted_tasks_come_from_clean_images(tmp_path):
     achieved = metrics.at_threshold(c[~aside], shifted.outcome[~aside], threshold)
     assert numbers["rec_fog_3", "achieved_risk@0.2"] == pytest.approx(achieved.risk)
     assert numbers["rec_fog_3", "achieved_risk@0.2"] > numbers["rec", "achieved_risk@0.2"]
+
+
+def test_thresholds_never_come_from_another_task_on_the_same_split(tmp_path):
+    tasks = {"rec": answers(0.9), "rec_easy": answers(0.99)}
+    alone = results.read_one(write(tmp_path / "alone", {"rec_easy": answers(0.99)}))
+    both = reliability.measure(results.read_one(write(tmp_path / "both", tasks)), SETTINGS)
+    # As text, in which undefined numbers are equal.
+    assert [str(x) for x in both if x.task == "rec_easy"] == [str(x) for x in reliability.measure(alone, SETTINGS)]
 
 
 def test_robustness_per_severity(tmp_path):

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -118,7 +118,7 @@ class Calibrator(ABC):
 
     @classmethod
     @abstractmethod
-    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, float | tuple[float, ...]]:
+    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, Any]:
         """Parameters of the map, by the names of the dataclass fields."""
 
     @abstractmethod
@@ -133,7 +133,7 @@ class Temperature(Calibrator):
     temperature: float
 
     @classmethod
-    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, float | tuple[float, ...]]:
+    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, Any]:
         slope = _logistic(_logit(confidence)[:, None], outcome, [(1.0 / _STEEPEST, _STEEPEST)])
         return {"temperature": float(1.0 / slope[0])}
 
@@ -149,7 +149,7 @@ class Platt(Calibrator):
     intercept: float
 
     @classmethod
-    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, float | tuple[float, ...]]:
+    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, Any]:
         features = np.stack((_logit(confidence), np.ones_like(confidence)), axis=1)
         slope, intercept = _logistic(features, outcome, [(0.0, _STEEPEST), (None, None)])
         return {"slope": float(slope), "intercept": float(intercept)}
@@ -167,7 +167,7 @@ class Beta(Calibrator):
     intercept: float
 
     @classmethod
-    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, float | tuple[float, ...]]:
+    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, Any]:
         features = np.stack((*_logs(confidence), np.ones_like(confidence)), axis=1)
         a, b, intercept = _logistic(features, outcome, [(0.0, _STEEPEST), (0.0, _STEEPEST), (None, None)])
         return {"a": float(a), "b": float(b), "intercept": float(intercept)}
@@ -192,7 +192,7 @@ class Isotonic(Calibrator):
     values: tuple[float, ...]
 
     @classmethod
-    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, float | tuple[float, ...]]:
+    def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, Any]:
         blocks = ties(confidence, outcome)
         fitted = isotonic_regression(blocks.outcome / blocks.records, weights=blocks.records).x
         # Only the ends of each level are needed.
