@@ -261,9 +261,9 @@ def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
     names = sorted(set().union(*logged))
     for record, values in zip(records, logged, strict=True):
         # One answer without probabilities among answers with them would silently drop out of every metric.
-        if missing := set(names) - set(values):
-            raise ValueError(f"expected estimators {', '.join(names)} for {record['id']} in {log}, no {min(missing)}")
-    return {name: np.array([_number(values[name]) for values in logged]) for name in names}
+        if names and not values:
+            raise ValueError(f"expected a confidence by {', '.join(names)} for {record['id']} in {log}, got none")
+    return {name: np.array([_number(values.get(name)) for values in logged]) for name in names}
 
 
 def _place(config: Mapping[str, Any]) -> Place:

@@ -80,11 +80,13 @@ def test_records_come_as_arrays_in_the_order_of_their_ids(tmp_path):
 def test_soft_scores_and_parts_of_question_answering(tmp_path):
     def row(k, part):
         record = {"image": f"i{k}", "id": str(k), "part": part, "accuracy": 0.3, "question": "?", "answers": ["a"]}
-        return {"accuracy": record | {"confidence": {"joint": 0.4}}}
+        # An estimator without a value is left out of these records.
+        return {"accuracy": record | {"confidence": {"joint": 0.4} | ({"mean": 0.5} if k else {})}}
 
     lines = [row(0, "val"), row(1, "test"), row(2, "test"), row(3, "dev")]
     records = results.read_one(write(tmp_path, {"vqa": lines})).tasks["vqa"]
     assert records.outcome.tolist() == [0.3] * 4
+    np.testing.assert_array_equal(records.confidence["mean"], [np.nan, 0.5, 0.5, 0.5])
     assert reliability.reported(records).tolist() == [False, True, True, False]
     assert reliability.held_out(records, SETTINGS).tolist() == [True, False, False, False]
 
@@ -137,7 +139,7 @@ def drop_confidence(folder):
         (drop_line, "expected 120 documents .* got 119"),
         (empty_log, "got an empty file"),
         (repeat_line, "got 000 twice"),
-        (drop_confidence, "expected estimators coordinate_mean, joint for 000"),
+        (drop_confidence, "expected a confidence by coordinate_mean, joint for 000 .* got none"),
         (lambda folder: next(folder.glob("*.json")).write_text("{}"), "expected a results file"),
         (lambda folder: next(folder.glob("*.json")).unlink(), "expected a results file or a folder"),
     ],
