@@ -46,10 +46,12 @@ class Answer(NamedTuple):
         tokens: with the end-of-sequence token, if the model came to it, as the last; cut where `until` says.
             Their log-probabilities are NaN after a beam search, which reports none.
         text: the answer without special tokens.
+        ids: of all tokens that were generated, uncut.
     """
 
     tokens: tuple[Token, ...]
     text: str
+    ids: tuple[int, ...]
 
 
 class Score(NamedTuple):
@@ -197,7 +199,7 @@ class Decoder:
         texts = token_texts(self.tokenizer, ids[:-1] if ended else ids) + [""] * ended
         kept = cut(texts, until)
         text = "".join(text for text, token in zip(kept, ids, strict=False) if token not in self.special)
-        return Answer(tuple(map(Token, kept, logprobs)), text)
+        return Answer(tuple(map(Token, kept, logprobs)), text, tuple(ids))
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:
@@ -209,6 +211,8 @@ def explaining_out_of_memory(rows: int) -> Iterator[None]:
     """Turn the device's refusal into an error that says which arguments help."""
     try:
         yield
+    except OutOfMemory:
+        raise
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise

@@ -10,6 +10,8 @@ from typing import NamedTuple
 # Rows that a batch of several images may be padded by; beyond it a batch of its own is cheaper.
 MOST_PADDING = 0.2
 CPU_CACHE_BYTES = 2**30
+# Below it, room for keys and values is not what was short.
+LEAST_CACHE_BYTES = 2**26
 MOST_GROUPS = 256
 
 
@@ -64,6 +66,23 @@ def pack(groups: Sequence[Group], limits: Limits) -> list[list[Group]]:
     return sorted(batches, key=lambda batch: min(group.members for group in batch))
 
 
+def in_order(lengths: Sequence[int], limits: Limits) -> list[range]:
+    """Part requests of one kind, each to go alone, into batches that keep the limits; all stay in their order.
+
+    Args:
+        lengths: tokens of each request's prompt.
+        limits: of a batch; one of a single request may be larger.
+    """
+    parts = [range(0)]
+    for i, _ in enumerate(lengths):
+        longer = range(parts[-1].start, i + 1)
+        if len(longer) > limits.groups or max(lengths[j] for j in longer) * len(longer) > limits.tokens:
+            longer = range(i, i + 1)
+            parts.append(longer)
+        parts[-1] = longer
+    return [part for part in parts if part]
+
+
 def _fits(batch: Sequence[Group], limits: Limits) -> bool:
     if len(batch) > limits.groups or any(group.kind != batch[0].kind for group in batch):
         return False
@@ -113,10 +132,11 @@ class Budget:
         if self.growing and 2 * groups > self.limits.groups and self.limits.groups < MOST_GROUPS:
             self.limits = Limits(2 * self.limits.groups, 2 * self.limits.tokens)
 
-    def failed(self, groups: int) -> None:
-        """Note that a batch of so many groups did not fit."""
+    def failed(self, groups: int, *, shared: bool) -> None:
+        """Note that a batch of so many groups did not fit; `shared` means that it was one over shared prefixes."""
         self.growing = False
-        self.cache_bytes //= 2
+        if shared and self.cache_bytes > LEAST_CACHE_BYTES:
+            self.cache_bytes = max(LEAST_CACHE_BYTES, self.cache_bytes // 2)
         if self.automatic:
             limits = self.limits
             self.limits = Limits(max(1, min(limits.groups, groups) // 2), max(1, limits.tokens // 2))

@@ -15,9 +15,9 @@ out: see `PrefixSharing.verify`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,14 +26,26 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.chat import Batch, Chat
-from lmms_plugin.decoding import Answer, Decoder, explaining_out_of_memory
+from lmms_plugin.decoding import Answer, Decoder, Score, explaining_out_of_memory
 from lmms_plugin.prompts import Prompt
 from lmms_plugin.settings import Settings
 
-# Greatest difference of a log-probability between the two ways, and of the image's keys (relative norm), by the bits of
-# the arithmetic: rounding in another order of additions stays well below, a wrong position or mask far above.
-TOLERANCES = {torch.float64: (1e-6, 1e-6), torch.float32: (1e-3, 1e-3)}
-LOW_PRECISION_TOLERANCE = (0.35, 0.1)
+
+class Tolerances(NamedTuple):
+    """How far the two ways may be apart.
+
+    Attributes:
+        logprob: difference of a log-probability.
+        keys: difference of a prefix's keys, as a share of their norm.
+    """
+
+    logprob: float
+    keys: float
+
+
+# Rounding in another order of additions stays well below, a wrong position or mask far above.
+TOLERANCES = {torch.float64: Tolerances(1e-6, 1e-6), torch.float32: Tolerances(1e-3, 1e-3)}
+LOW_PRECISION_TOLERANCE = Tolerances(0.35, 0.1)
 VERIFIED_ROWS = 8
 VERIFIED_TOKENS = 32
 
@@ -68,6 +80,11 @@ class Encoded(NamedTuple):
 
     batch: Batch
     ids: list[list[list[int]]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every prompt, images included."""
+        return [len(ids) for group in self.ids for ids in group]
 
 
 def encode_groups(chat: Chat, groups: Sequence[Sequence[Prompt]]) -> Encoded:
@@ -222,7 +239,7 @@ class PrefixSharing:
         """
         assert self.image_token is not None
         shared = lay_out(encoded, self.image_token, int(self.decoder.model.generation_config.pad_token_id))
-        self._check_windows(shared.input_ids.shape[1] + settings.max_new_tokens)
+        self._check_windows(shared.input_ids.shape[1] + max(settings.max_new_tokens, VERIFIED_TOKENS))
         return shared
 
     def parts(self, shared: Shared, settings: Settings, cache_bytes: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
@@ -236,7 +253,7 @@ class PrefixSharing:
             cache_bytes: how large the keys and values of a part may be; a part is one row at least.
 
         Raises:
-            OutOfMemory: the prefixes do not fit.
+            OutOfMemory: the prefixes, or a part's copies of them, do not fit.
         """
         cache, deltas = self._run_prefix(shared.prefix)
         columns = shared.input_ids.shape[1] + settings.max_new_tokens
@@ -245,17 +262,19 @@ class PrefixSharing:
         parts = -(-rows // size)
         ends = [rows * part // parts for part in range(parts + 1)]
         for start, end in pairwise(ends):
-            owners = shared.owners[start:end].to(cache.layers[0].keys.device)
             for module, delta in deltas:
-                module.rope_deltas = delta[owners.to(delta.device)]
-            yield (
-                range(start, end),
-                {
-                    "input_ids": shared.input_ids[start:end],
-                    "attention_mask": shared.attention_mask[start:end],
-                    "past_key_values": self._expanded(cache, owners, columns),
-                },
-            )
+                module.rope_deltas = delta[shared.owners[start:end].to(delta.device)]
+            # No name for what is yielded: it would keep keys and values alive until the next part has its own.
+            yield range(start, end), self._continuing(shared, slice(start, end), cache, columns)
+
+    def _continuing(self, shared: Shared, part: slice, cache: DynamicCache, columns: int) -> dict[str, Any]:
+        owners = shared.owners[part].to(cache.layers[0].keys.device)
+        with explaining_out_of_memory(len(owners)):
+            return {
+                "input_ids": shared.input_ids[part],
+                "attention_mask": shared.attention_mask[part],
+                "past_key_values": self._expanded(cache, owners, columns),
+            }
 
     def _check_windows(self, columns: int) -> None:
         windows = [layer.sliding_window for layer in self._new_cache().layers if hasattr(layer, "sliding_window")]
@@ -286,43 +305,51 @@ class PrefixSharing:
                 expanded.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), index)
         return expanded
 
-    def verify(self, shared: Shared, plain: Mapping[str, Tensor], settings: Settings, cache_bytes: int) -> str | None:
-        """Answer a few prompts in both ways and compare; done once per run.
+    def verify(self, shared: Shared, plain: Iterable[Mapping[str, Tensor]], cache_bytes: int) -> str | None:
+        """Answer a few prompts in the plain way, and compare what the shared way makes of the same answers.
 
         Args:
             shared: on the model's device.
-            plain: the arguments of the plain way for the first rows of `shared`, on the device.
-            settings: of the task; compared are the beginnings of greedy answers.
+            plain: batches of the plain way for the first rows of `shared`, in order, on the device.
             cache_bytes: as in `parts`.
 
         Returns:
             None if the ways agree, else what differs.
 
         Raises:
-            NotShareable: the model looks ahead: the states of the prefix depend on what follows it.
+            NotShareable: the model looks ahead: what it keeps of an image depends on the question about it.
         """
-        rows = len(plain["input_ids"])
-        short = min(settings.max_new_tokens, VERIFIED_TOKENS)
-        settings = replace(settings, sampling=None, num_beams=1, max_new_tokens=short)
+        greedy = Settings(max_new_tokens=VERIFIED_TOKENS)
+        sizes = shared.prefix["attention_mask"].sum(1)[shared.owners.to(shared.input_ids.device)].tolist()
+        expected: list[Answer] = []
+        keys: list[Tensor] = []
+        for inputs in plain:
+            cache = self._new_cache()
+            answers = self.decoder.generate({**inputs, "past_key_values": cache}, greedy)
+            keys += _prefix_keys(cache, inputs["attention_mask"], sizes[len(expected) :])
+            expected += answers
+        tolerances = TOLERANCES.get(self.decoder.model.dtype, LOW_PRECISION_TOLERANCE)
         few = shared._replace(
-            owners=shared.owners[:rows],
-            input_ids=shared.input_ids[:rows],
-            attention_mask=shared.attention_mask[:rows],
+            owners=shared.owners[: len(expected)],
+            input_ids=shared.input_ids[: len(expected)],
+            attention_mask=shared.attention_mask[: len(expected)],
         )
-        cache = self._new_cache()
-        expected = self.decoder.generate({**plain, "past_key_values": cache}, settings)
-        logprob, keys = TOLERANCES.get(self.decoder.model.dtype, LOW_PRECISION_TOLERANCE)
-        found: list[Answer] = []
-        for part, inputs in self.parts(few, settings, cache_bytes):
-            if not part.start and (ahead := _drift(cache, plain, inputs["past_key_values"], few)) > keys:
-                raise NotShareable(
-                    "its attention looks ahead: what it keeps of an image depends on the question "
-                    f"(keys differ by {ahead:.2g})"
-                )
-            found += self.decoder.generate(inputs, settings)
+        if (ahead := _ahead(keys, few)) > tolerances.keys:
+            raise NotShareable(
+                "its attention looks ahead: what it keeps of an image depends on the question "
+                f"(keys differ by {ahead:.2g})"
+            )
+        for part, inputs in self.parts(few, greedy, cache_bytes):
+            found = _prefix_keys(inputs["past_key_values"], inputs["attention_mask"], sizes[part.start :])
+            apart = max(_apart(one, keys[row]) for row, one in zip(part, found, strict=True))
+            if not apart <= tolerances.keys:
+                return f"the keys of the prefix differ by {apart:.2g} of their norm (tolerance {tolerances.keys:g})"
+            scores = self.decoder.score(inputs, [expected[row].ids for row in part])
+            pairs = zip((expected[row] for row in part), scores, strict=True)
+            if difference := next(filter(None, (_difference(*pair, tolerances.logprob) for pair in pairs)), None):
+                return difference
             del inputs
-        differences = [_difference(a, b, logprob) for a, b in zip(expected, found, strict=True)]
-        return next((difference for difference in differences if difference), None)
+        return None
 
     def is_news(self, reason: str) -> bool:
         """Return whether a reason not to share has not been given before, whatever the numbers in it."""
@@ -366,33 +393,41 @@ def _bytes_per_token(cache: DynamicCache) -> int:
     )
 
 
-def _drift(plain: DynamicCache, inputs: Mapping[str, Tensor], shared: DynamicCache, layout: Shared) -> float:
-    """Return how far a whole prompt's last keys are from those of its prefix alone, as a share of their norm."""
-    full = [i for i, layer in enumerate(plain.layers) if layer.is_initialized and not layer.is_sliding]
-    if not full:
-        return 0.0
-    prefix_mask = layout.prefix["attention_mask"][layout.owners[0]].bool()
-    size, width = int(prefix_mask.sum()), len(prefix_mask)
-    start = int((inputs["attention_mask"][0] == 0).sum())
-    ours = shared.layers[full[-1]].keys[0, :, width - size : width].float()
-    theirs = plain.layers[full[-1]].keys[0, :, start : start + size].float()
-    return float((ours - theirs).norm() / theirs.norm())
+def _prefix_keys(cache: DynamicCache, mask: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Return a copy of each row's keys of its prefix, in the last layer that keeps them all; empty if none does.
 
-
-def _difference(expected: Answer, found: Answer, tolerance: float) -> str | None:
-    """Compare two answers up to the first token in which they differ.
-
-    There the two chosen tokens must be about equally likely: then rounding may decide between them.
+    Args:
+        cache: of rows that begin with padding and then their prefix.
+        mask: (rows, columns) attention mask.
+        sizes: tokens of each row's prefix; more than rows do not matter.
     """
-    pairs = zip(expected.tokens, found.tokens, strict=False)
-    for position, (a, b) in enumerate(pairs):
-        if not abs(a.logprob - b.logprob) <= tolerance:
+    full = [layer for layer in cache.layers if layer.is_initialized and not layer.is_sliding]
+    if not full:
+        return [torch.empty(0)] * len(mask)
+    starts = (mask != 0).int().argmax(1).tolist()
+    rows = zip(full[-1].keys, starts, sizes, strict=False)
+    return [keys[:, start : start + size].float().clone() for keys, start, size in rows]
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    """Return the norm of the difference as a share of the norm; 0 for nothing."""
+    return float((ours - theirs).norm() / theirs.norm()) if len(theirs) else 0.0
+
+
+def _ahead(keys: Sequence[Tensor], shared: Shared) -> float:
+    """Return how far the keys of a prefix are apart between two different questions; 0 if there are no such two."""
+    for i, j in combinations(range(len(keys)), 2):
+        if shared.owners[i] == shared.owners[j] and not torch.equal(shared.input_ids[i], shared.input_ids[j]):
+            return _apart(keys[i], keys[j])
+    return 0.0
+
+
+def _difference(expected: Answer, found: Score, tolerance: float) -> str | None:
+    """Say where the same answer has other log-probabilities."""
+    for position, (token, logprob) in enumerate(zip(expected.tokens, found.logprobs, strict=True)):
+        if not abs(token.logprob - logprob) <= tolerance:
             return (
-                f"token {position + 1} is {a.text!r} with log-probability {a.logprob:.6f} by the plain way and "
-                f"{b.text!r} with {b.logprob:.6f} over the shared prefix (tolerance {tolerance:g})"
+                f"token {position + 1}, {token.text!r}, has log-probability {token.logprob:.6f} by the plain way and "
+                f"{logprob:.6f} over the shared prefix (tolerance {tolerance:g})"
             )
-        if a.text != b.text:
-            return None
-    if len(expected.tokens) != len(found.tokens):
-        return f"answers {expected.text!r} and {found.text!r} differ in length"
     return None

@@ -13,8 +13,8 @@ from loguru import logger
 from torch import Tensor
 
 from lmms_plugin.chat import Batch, Chat
-from lmms_plugin.decoding import Decoder, OutOfMemory
-from lmms_plugin.packing import Budget
+from lmms_plugin.decoding import Decoder, OutOfMemory, explaining_out_of_memory
+from lmms_plugin.packing import Budget, in_order
 from lmms_plugin.prefix import VERIFIED_ROWS, Encoded, NotShareable, PrefixSharing, Shared
 from lmms_plugin.prompts import Prompt, PromptReader
 from lmms_plugin.scheduling import Job, Prepared, Schedule
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 # From a batch on the model's device, with its prompts and jobs, to one result per row.
 Step = Callable[[Batch, list[Prompt], list[Job]], list[Result]]
 # What a forward pass raises when it is called in a way its model does not foresee.
-_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
+_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 @dataclass
@@ -90,11 +90,12 @@ class Runner:
             self.budget.succeeded(len(prepared.groups))
             return done
         # Out of the handler, so that no traceback holds the tensors of the failed attempt any more.
-        self._make_room(len(prepared.groups))
+        self._make_room(prepared)
         return [one for half in schedule.halves(prepared) for one in self._do(half, jobs, step, schedule)]
 
-    def _make_room(self, groups: int) -> None:
-        self.budget.failed(groups)
+    def _make_room(self, prepared: Prepared) -> None:
+        shared = isinstance(prepared.encoded, Encoded) and self.sharing.off is None
+        self.budget.failed(len(prepared.groups), shared=shared)
         logger.warning("Out of memory: going on with smaller batches")
         gc.collect()
         if torch.cuda.is_available():
@@ -106,12 +107,11 @@ class Runner:
         shared = self._laid_out(prepared, prepared.encoded, jobs)
         if shared is not None:
             return self._shared(prepared, shared, jobs, step)
-        pairs = list(zip(prepared.members, prepared.flat_prompts, strict=True))
+        members, prompts = prepared.members, prepared.flat_prompts
         done: list[tuple[int, Result]] = []
-        for start in range(0, len(pairs), self.budget.limits.groups):
-            part = pairs[start : start + self.budget.limits.groups]
-            batch = self.chat.encode([prompt for _, prompt in part])
-            single = Prepared([[index] for index, _ in part], [[prompt] for _, prompt in part], batch)
+        for part in in_order(prepared.encoded.lengths, self.budget.limits):
+            batch = self.chat.encode([prompts[i] for i in part])
+            single = Prepared([[members[i]] for i in part], [[prompts[i]] for i in part], batch)
             done += self._plain(single, batch, jobs, step)
         return done
 
@@ -151,18 +151,19 @@ class Runner:
             return None
         shared = shared._replace(
             prefix=self._on_device(shared.prefix),
-            input_ids=shared.input_ids.to(self.decoder.model.device),
-            attention_mask=shared.attention_mask.to(self.decoder.model.device),
+            **self._on_device({"input_ids": shared.input_ids, "attention_mask": shared.attention_mask}),
         )
         if not self.sharing.verified:
-            self._verify(prepared, shared, jobs)
+            self._verify(prepared, encoded, shared)
         return shared if self.sharing.off is None else None
 
-    def _verify(self, prepared: Prepared, shared: Shared, jobs: Sequence[Job]) -> None:
-        plain = self._on_device(self.chat.encode(prepared.flat_prompts[:VERIFIED_ROWS]).inputs)
-        settings = jobs[prepared.members[0]].settings
+    def _verify(self, prepared: Prepared, encoded: Encoded, shared: Shared) -> None:
+        prompts = prepared.flat_prompts
+        parts = in_order(encoded.lengths[:VERIFIED_ROWS], self.budget.limits)
+        plain = [self.chat.encode([prompts[i] for i in part]).inputs for part in parts]
         try:
-            difference = self.sharing.verify(shared, plain, settings, self.budget.cache_bytes)
+            with explaining_out_of_memory(max(map(len, parts))):
+                difference = self.sharing.verify(shared, map(self._on_device, plain), self.budget.cache_bytes)
         except NotShareable as reason:
             self.sharing.off = str(reason)
             _say_off(str(reason))
@@ -182,10 +183,11 @@ class Runner:
 
     def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         model = self.decoder.model
-        return {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        with explaining_out_of_memory(len(inputs["input_ids"])):
+            return {
+                name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                for name, value in inputs.items()
+            }
 
 
 def _say_off(reason: str) -> None:

@@ -3,7 +3,18 @@ import sys
 import numpy as np
 import pytest
 
-from lmms_plugin.packing import FIRST_LIMITS, MOST_GROUPS, MOST_PADDING, Budget, Group, Limits, pack, waste
+from lmms_plugin.packing import (
+    FIRST_LIMITS,
+    LEAST_CACHE_BYTES,
+    MOST_GROUPS,
+    MOST_PADDING,
+    Budget,
+    Group,
+    Limits,
+    in_order,
+    pack,
+    waste,
+)
 
 
 def random_groups(rng):
@@ -40,11 +51,25 @@ def test_waste_is_the_share_of_padding():
     assert waste([Group((0, 1), (10, 5)), Group((2,), (5,))]) == pytest.approx(10 / 30)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "limits", "parts"),
+    [
+        ([], Limits(2, 100), []),
+        ([5] * 5, Limits(2, 100), [[0, 1], [2, 3], [4]]),
+        ([40, 40, 60, 20], Limits(9, 100), [[0, 1], [2], [3]]),
+        ([200, 1, 1, 200], Limits(9, 100), [[0], [1, 2], [3]]),
+    ],
+    ids=["nothing", "count", "tokens", "too long"],
+)
+def test_requests_that_go_alone_keep_order_and_limits(lengths, limits, parts):
+    assert [list(part) for part in in_order(lengths, limits)] == parts
+
+
 class TestBudget:
     def test_what_the_user_asks_for_stays(self):
         budget = Budget.of(4, None)
         budget.succeeded(4)
-        budget.failed(4)
+        budget.failed(4, shared=False)
         assert budget.limits.groups == 4
 
     def test_on_a_cpu_an_automatic_batch_is_fixed(self):
@@ -58,7 +83,7 @@ class TestBudget:
         for _ in range(2):
             budget.succeeded(budget.limits.groups)
         assert budget.limits.groups == 4 * FIRST_LIMITS.groups
-        budget.failed(budget.limits.groups)
+        budget.failed(budget.limits.groups, shared=False)
         assert budget.limits.groups == 2 * FIRST_LIMITS.groups
         budget.succeeded(budget.limits.groups)
         assert budget.limits.groups == 2 * FIRST_LIMITS.groups
@@ -77,5 +102,18 @@ class TestBudget:
     def test_failing_leaves_room_for_a_single_request(self):
         budget = Budget.of(None, 2**30)
         for _ in range(50):
-            budget.failed(1)
+            budget.failed(1, shared=True)
         assert budget.limits.groups == budget.limits.tokens == 1
+        assert budget.cache_bytes == LEAST_CACHE_BYTES
+
+    def test_keys_and_values_get_less_room_only_where_they_were_part_of_it(self):
+        budget = Budget.of(None, 2**32)
+        budget.failed(8, shared=False)
+        assert budget.cache_bytes == 2**30
+        budget.failed(8, shared=True)
+        assert budget.cache_bytes == 2**29
+
+    def test_room_for_keys_and_values_that_is_small_from_the_start_stays(self):
+        budget = Budget.of(None, 4 * 1000)
+        budget.failed(8, shared=True)
+        assert budget.cache_bytes == 1000

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from families import FAMILIES
 from lmms_eval.api.instance import Instance
 from loguru import logger
@@ -13,8 +14,8 @@ from PIL import Image
 
 from lmms_plugin import model as models
 from lmms_plugin.decoding import OutOfMemory
-from lmms_plugin.packing import Budget
-from lmms_plugin.prefix import PrefixSharing
+from lmms_plugin.packing import Budget, Limits
+from lmms_plugin.prefix import VERIFIED_ROWS, PrefixSharing
 from lmms_plugin.prompts import RequestError
 from lmms_plugin.response import Response
 from lmms_plugin.scheduling import Schedule
@@ -254,7 +255,7 @@ class TestOneModel:
             answers(vlm)
             assert vlm.runner.sharing.verified == share
             vlm.task_dict = {"toy": {"test": Documents(questions)}}
-            with pytest.raises(RequestError, match="document 3: .* refuses this"):
+            with pytest.raises(RequestError, match=r"document 3: .* refuses this"):
                 answers(vlm)
 
     def test_images_that_only_share_a_name_are_told_apart(self, checkpoint, smolvlm):
@@ -341,7 +342,7 @@ class TestSomethingWrong:
         with log("WARNING") as lines:
             assert_equal(answers(vlm, 2), expected)
         (line,) = lines
-        assert "token 1 is" in line
+        assert "token 1," in line
         assert "tolerance 0.001" in line
         assert line.count("log-probability") == 1
         with log("WARNING") as lines, calls(vlm) as seen:
@@ -349,7 +350,55 @@ class TestSomethingWrong:
         assert lines == []
         assert seen == [(1, True)] * len(QUESTIONS)
 
-    def test_a_model_that_refuses_a_prefix_gets_plain_requests(self, checkpoint, monkeypatch):
+    def test_decoding_is_compared_where_answers_are_one_token_long(self, checkpoint, monkeypatch):
+        def misplaced(self, *args):
+            for rows, inputs in original(self, *args):
+                for module in self.decoder.model.modules():
+                    if isinstance(getattr(module, "rope_deltas", None), torch.Tensor):
+                        module.rope_deltas = module.rope_deltas + 40
+                yield rows, inputs
+                del inputs
+
+        original = PrefixSharing.parts
+        monkeypatch.setattr(PrefixSharing, "parts", misplaced)
+        vlm = load(checkpoint("qwen2_5_vl"))
+        with log("WARNING") as lines:
+            answers(vlm, max_new_tokens=1)
+        assert len([line for line in lines if "are not those of the plain way" in line]) == 1
+
+    @pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
+    def test_in_bfloat16_values_a_tenth_too_small_are_told_from_rounding(self, checkpoint, monkeypatch, family):
+        def scaled(self, *args):
+            expanded = original(self, *args)
+            for layer in expanded.layers:
+                layer.values *= 0.9
+            return expanded
+
+        original = PrefixSharing._expanded
+        right = load(checkpoint(family), dtype="bfloat16")
+        answers(right)
+        assert right.runner.sharing.off is None
+        monkeypatch.setattr(PrefixSharing, "_expanded", scaled)
+        wrong = load(checkpoint(family), dtype="bfloat16")
+        answers(wrong)
+        assert "log-probability" in wrong.runner.sharing.off
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_another_image_is_a_mismatch_and_no_looking_ahead(self, checkpoint, monkeypatch, dtype):
+        def swapped(self, cache, owners, columns):
+            return original(self, cache, (owners + 1) % len(cache.layers[0].keys), columns)
+
+        original = PrefixSharing._expanded
+        monkeypatch.setattr(PrefixSharing, "_expanded", swapped)
+        vlm = load(checkpoint("smolvlm"), dtype=dtype)
+        with log("INFO") as lines:
+            answers(vlm, 3)
+        assert vlm.runner.sharing.off is not None
+        assert [line for line in lines if line.startswith("WARNING") and "keys of the prefix differ" in line]
+        assert not [line for line in lines if "looks ahead" in line]
+
+    @pytest.mark.parametrize("error", [ValueError, KeyError, AttributeError, AssertionError, FloatingPointError])
+    def test_a_model_that_refuses_a_prefix_gets_plain_requests(self, checkpoint, monkeypatch, error):
         vlm = load(checkpoint("smolvlm"))
         with plainly(vlm):
             expected = answers(vlm)
@@ -357,7 +406,7 @@ class TestSomethingWrong:
 
         def generate(*args, **kwargs):
             if "pixel_values" not in kwargs:
-                raise ValueError("images are required")
+                raise error("images are required")
             return original(*args, **kwargs)
 
         monkeypatch.setattr(vlm.model, "generate", generate)
@@ -381,6 +430,49 @@ class TestSomethingWrong:
             assert_equal(answers(smolvlm, batch_size), expected)
         assert lines
         assert all("smaller batches" in line for line in lines)
+
+    @pytest.mark.parametrize("verified", [False, True], ids=["first batch", "later batch"])
+    def test_copies_of_a_prefix_that_do_not_fit_lose_no_answer(self, checkpoint, smolvlm, monkeypatch, verified):
+        def expanded(self, cache, owners, columns):
+            if len(owners) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(self, cache, owners, columns)
+
+        expected, original = answers(smolvlm), PrefixSharing._expanded
+        vlm = load(checkpoint("smolvlm"))
+        if verified:
+            answers(vlm)
+        monkeypatch.setattr(PrefixSharing, "_expanded", expanded)
+        with log("WARNING") as lines:
+            assert_equal(answers(vlm, 8), expected)
+        assert vlm.runner.sharing.off is None
+        assert [line for line in lines if "smaller batches" in line]
+
+    def test_images_that_do_not_fit_lose_no_answer(self, smolvlm, monkeypatch):
+        def to(self, *args, **kwargs):
+            # (images of a batch, tiles, channels, height, width)
+            if self.ndim == 5 and len(self) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(self, *args, **kwargs)
+
+        expected, original = answers(smolvlm), torch.Tensor.to
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        assert_equal(answers(smolvlm, 8), expected)
+        assert smolvlm.runner.sharing.off is None
+
+    def test_comparing_takes_no_more_images_at_once_than_the_batch_size(self, checkpoint):
+        vlm = load(checkpoint("smolvlm"), [(0, word) for word in "abcdefghijkl"])
+        with calls(vlm) as seen:
+            answers(vlm, 1)
+        assert vlm.runner.sharing.verified
+        assert seen == [*[(1, True)] * VERIFIED_ROWS, (1, True), (VERIFIED_ROWS, False), (1, True), (12, False)]
+
+    def test_comparing_keeps_the_limit_of_tokens_too(self, checkpoint, monkeypatch):
+        vlm = load(checkpoint("smolvlm"), [(0, word) for word in "abcdefghijkl"])
+        monkeypatch.setattr("lmms_plugin.packing.FIRST_LIMITS", Limits(8, 1))
+        with calls(vlm) as seen:
+            answers(vlm, None)
+        assert {rows for rows, with_image in seen if with_image} == {1}
 
     def test_a_batch_size_that_was_asked_for_is_not_changed_behind_the_back(self, smolvlm, monkeypatch):
         def generate(self, inputs, *args):
