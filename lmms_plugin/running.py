@@ -79,18 +79,22 @@ class Runner:
     def _do(
         self, prepared: Prepared, jobs: Sequence[Job], step: Step[Result], schedule: Schedule
     ) -> list[tuple[int, Result]]:
+        done, fits = None, True
         try:
             done = self._attempt(prepared, jobs, step)
+        except NotShareable as reason:
+            self._say_once(reason)
         except OutOfMemory:
             shared = isinstance(prepared.encoded, Encoded)
             if len(prepared.members) == 1 or not (shared or self.budget.automatic):
                 raise
-            done = None
+            fits = False
         if done is not None:
             self.budget.succeeded(len(prepared.groups))
             return done
         # Out of the handler, so that no traceback holds the tensors of the failed attempt any more.
-        self._make_room(prepared)
+        if not fits:
+            self._make_room(prepared)
         return [one for half in schedule.halves(prepared) for one in self._do(half, jobs, step, schedule)]
 
     def _make_room(self, prepared: Prepared) -> None:
@@ -139,15 +143,20 @@ class Runner:
         return done
 
     def _laid_out(self, prepared: Prepared, encoded: Encoded, jobs: Sequence[Job]) -> Shared | None:
-        """Lay a batch out for sharing; the run's first is compared with the plain way. None means to take that."""
+        """Lay a batch out for sharing; the run's first is compared with the plain way. None means to take that.
+
+        Raises:
+            NotShareable: one of several groups cannot share, or not together with the others.
+        """
         if self.sharing.off is not None:
             return None
         settings = jobs[prepared.members[0]].settings
         try:
             shared = self.sharing.lay_out(encoded, settings)
         except NotShareable as reason:
-            if self.sharing.is_news(str(reason)):
-                logger.info("Some questions do not share the encoding of their image: {}", reason)
+            if len(prepared.groups) > 1:
+                raise
+            self._say_once(reason)
             return None
         shared = shared._replace(
             prefix=self._on_device(shared.prefix),
@@ -180,6 +189,10 @@ class Runner:
                 "question gets an encoding of its own, which is slower.",
                 difference,
             )
+
+    def _say_once(self, reason: NotShareable) -> None:
+        if self.sharing.is_news(str(reason)):
+            logger.info("Some questions do not share the encoding of their image: {}", reason)
 
     def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         model = self.decoder.model

@@ -308,6 +308,37 @@ class TestOneModel:
         assert len([line for line in lines if "differ before the image ends" in line]) == 1
         assert {images for _, images in seen} == {True}
 
+    def test_one_group_that_cannot_share_takes_nothing_from_its_batch(self, checkpoint):
+        def sometimes_last(doc):
+            user, *_ = ask(doc, with_box=False)
+            return [{**user, "content": user["content"][:: -1 if doc[0] == 1 else 1]}]
+
+        questions = [(shown, word) for shown in range(3) for word in ("dog", "cat", "a bird")]
+        vlm = load(checkpoint("qwen2_5_vl"), questions)
+        with plainly(vlm):
+            expected = answers(vlm, messages=sometimes_last)
+        limits = Budget.of(3, None).limits
+        with calls(vlm) as seen:
+            assert answers(vlm, 3, messages=sometimes_last) == expected
+        assert vlm.runner.sharing.verified
+        assert vlm.runner.budget.limits == limits
+        answered = [call for call in seen if call != (1, True)]
+        assert sum(rows for rows, with_image in answered if not with_image) >= 6
+
+    def test_questions_that_cannot_share_keep_the_limit_of_tokens(self, checkpoint):
+        def image_last(doc):
+            user, *_ = ask(doc, with_box=False)
+            return [{**user, "content": user["content"][::-1]}]
+
+        vlm = load(checkpoint("qwen2_5_vl"), [(0, word) for word in "abcdef"])
+        with plainly(vlm):
+            expected = answers(vlm, messages=image_last)
+        vlm.runner.budget = Budget(Limits(8, 1), 2**30, automatic=True, growing=False)
+        requests = [instance(i, image_last) for i in range(6)]
+        with calls(vlm) as seen:
+            assert vlm.generate_until(requests) == expected
+        assert seen == [(1, True)] * 6
+
     def test_keys_and_values_are_gone_when_their_group_is_done(self, smolvlm, monkeypatch):
         answers(smolvlm)
         made, alive, original = [], [], PrefixSharing._expanded
