@@ -2,8 +2,9 @@
 
 lmms-eval 0.7 deals documents round robin (`lmms_eval.utils.create_iterator`: every n-th), which scatters the questions
 about an image over all processes, each of which would encode it again. Here documents that know their images are dealt
-image by image instead. Documents keep their index, so that logs, response caches and results do not depend on how many
-processes there were.
+image by image instead. Documents keep their index, so that logs and response caches do not depend on how many processes
+there were; nor do results, up to the last digit of standard errors and the order of samples: lmms-eval puts the
+samples of one process behind those of another, and adds up in that order.
 """
 
 import inspect
@@ -70,6 +71,8 @@ def _by_image(original: Callable[..., Any]) -> Callable[..., Any]:
         if documents is None:
             rest: Iterator[Any] = original(raw_iterator, rank, world_size, limit, offset)
             return rest
+        # For its checks of limit and offset.
+        original(iter(()), rank, world_size, limit, offset)
         start = int(offset or 0)
         stop = len(documents) if limit is None else min(len(documents), start + int(limit))
         share = deal([documents.image_key(i) for i in range(start, stop)], int(world_size))[int(rank)]

@@ -47,6 +47,21 @@ class TestThroughTheHarness:
         first, second = ({doc["image_id"] for _, doc in share} for share in together)
         assert not first & second
 
+    @pytest.mark.parametrize(
+        ("limit", "offset", "message"),
+        [(-1, 0, "limit must be >= 0"), (2.5, 0, "fractional"), (None, -3, "offset must be >= 0")],
+    )
+    def test_limits_that_lmms_eval_refuses_stay_refused(self, docs, limit, offset, message):
+        with pytest.raises(ValueError, match=message):
+            utils.create_iterator(enumerate(docs), 0, 2, limit, offset)
+
+    @pytest.mark.parametrize(("limit", "offset"), [(0, 0), (1, 0), (3.0, 0), (None, 10_000)])
+    def test_processes_without_a_document_get_an_empty_share(self, docs, limit, offset):
+        shares = [list(utils.create_iterator(enumerate(docs), rank, 64, limit, offset)) for rank in range(64)]
+        alone = list(utils.create_iterator(enumerate(docs), 0, 1, None if limit is None else int(limit), offset))
+        assert sorted(i for share in shares for i, _ in share) == [i for i, _ in alone]
+        assert [] in shares
+
     def test_other_documents_are_dealt_as_ever(self):
         deal_by_image()
         assert list(utils.create_iterator(enumerate("abcde"), 1, 2)) == [(1, "b"), (3, "d")]
