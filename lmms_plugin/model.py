@@ -203,7 +203,14 @@ class QuantizedVLM(lmms):
 
     def scores(self, requests: Sequence[Any]) -> list[Score]:
         """Return the log-probabilities of every request's continuation, token by token."""
-        jobs = [Job(request.first, request, Settings()) for request in read(requests, self.task_dict)]
+        read_requests = read(requests, self.task_dict)
+        # Room for the longest: a token is a byte at least, and a tokenizer may put a space in front.
+        sizes = [len(request.target.encode()) + 1 for request in read_requests if isinstance(request.target, str)]
+        known, unknown = Settings(max_new_tokens=max(sizes, default=1)), Settings()
+        jobs = [
+            Job(request.first, request, known if isinstance(request.target, str) else unknown)
+            for request in read_requests
+        ]
         return self._run(jobs, self._score, "Scoring")
 
     def clean(self) -> None:

@@ -178,15 +178,7 @@ class TestFamiliesThatShare:
         assert sorted(seen) == sorted([(2, True), (1, True), *[(1, False)] * 7])
 
     def test_choices_score_the_same(self, vlm):
-        def show(doc):
-            return [IMAGES[doc[0]]]
-
-        metadata = {"task": "toy", "doc_id": 0, "repeats": 1}
-        requests = [
-            Instance("loglikelihood", (f"Is it {QUESTIONS[i][1]}?", text, show, i, "toy", "test"), 0, metadata=metadata)
-            for i in range(len(QUESTIONS))
-            for text in (" yes", " no, it is not")
-        ]
+        requests = choices()
         vlm.runner.budget = Budget.of(1, None)
         with plainly(vlm):
             expected = vlm.scores(requests)
@@ -196,6 +188,18 @@ class TestFamiliesThatShare:
         for one, other in zip(scores, expected, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=LOGPROB)
             assert one.is_greedy == other.is_greedy
+
+
+def choices(texts=(" yes", " no, it is not")):
+    def show(doc):
+        return [IMAGES[doc[0]]]
+
+    metadata = {"task": "toy", "doc_id": 0, "repeats": 1}
+    return [
+        Instance("loglikelihood", (f"Is it {QUESTIONS[i][1]}?", text, show, i, "toy", "test"), 0, metadata=metadata)
+        for i in range(len(QUESTIONS))
+        for text in texts
+    ]
 
 
 class TestFamiliesThatCannot:
@@ -213,18 +217,39 @@ class TestFamiliesThatCannot:
         assert_equal(found, answers(load(checkpoint(family), share_prefix=False), max_new_tokens=24))
 
 
-def test_gemma3_shares_where_its_window_holds_prompt_and_answer(checkpoint, tmp_path):
-    folder = tmp_path / "gemma3"
-    shutil.copytree(checkpoint("gemma3"), folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["sliding_window"] = 512
-    (folder / "config.json").write_text(json.dumps(config))
-    vlm = load(folder)
-    with plainly(vlm):
-        expected = answers(vlm)
-    with calls(vlm) as seen:
-        assert_equal(answers(vlm, 3), expected)
-    assert (7, False) in seen
+class TestWindows:
+    @pytest.fixture(scope="class")
+    def wide(self, checkpoint, tmp_path_factory):
+        """A Gemma 3 whose window holds prompts and short answers."""
+        folder = tmp_path_factory.mktemp("wide") / "gemma3"
+        shutil.copytree(checkpoint("gemma3"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["sliding_window"] = 512
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    def test_gemma3_shares_where_its_window_holds_prompt_and_answer(self, wide):
+        vlm = load(wide)
+        with plainly(vlm):
+            expected = answers(vlm)
+        with calls(vlm) as seen:
+            assert_equal(answers(vlm, 3), expected)
+        assert (7, False) in seen
+
+    def test_choices_take_no_more_of_the_window_than_they_are_long(self, wide):
+        vlm = load(wide)
+        vlm.runner.budget = Budget.of(1, None)
+        with calls(vlm) as seen:
+            vlm.scores(choices())
+        assert (8, False) in seen
+
+    def test_room_is_left_for_choices_whose_length_is_not_known(self, wide):
+        vlm = load(wide)
+        vlm.runner.budget = Budget.of(1, None)
+        with log("INFO") as lines, calls(vlm) as seen:
+            vlm.scores(choices([lambda doc: " yes", lambda doc: " no"]))
+        assert {with_image for _, with_image in seen} == {True}
+        assert [line for line in lines if "see the last 512 only" in line]
 
 
 class TestOneModel:
