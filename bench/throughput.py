@@ -163,12 +163,15 @@ def theirs(checkpoint: Path, device: str, dtype: str) -> Any:
     return wrapper
 
 
-def run(model: Any, docs: ExpressionDocs) -> tuple[float, float, Answers]:
-    """Return seconds, peak bytes on the device (NaN on a CPU) and answers of one pass."""
+def run(model: Any, docs: ExpressionDocs) -> tuple[float, int | None, Answers]:
+    """Return seconds, peak bytes on the GPU (other models' left out; None on a CPU) and answers of one pass."""
     model.task_dict = {"bench": {"test": docs}}
     gc.collect()
-    cuda = torch.cuda.is_available()
+    tensors = [*model.model.parameters(), *model.model.buffers()]
+    cuda = tensors[0].is_cuda
+    others = 0
     if cuda:
+        others = torch.cuda.memory_allocated() - sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -176,7 +179,7 @@ def run(model: Any, docs: ExpressionDocs) -> tuple[float, float, Answers]:
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    peak = float(torch.cuda.max_memory_allocated()) if cuda else float("nan")
+    peak = torch.cuda.max_memory_allocated() - others if cuda else None
     return seconds, peak, [getattr(answer, "text", answer) for answer in found]
 
 
@@ -201,7 +204,7 @@ def measure(models: dict[str, Any], images: int, expressions: int, repeats: int,
     docs = documents(images, expressions, size)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     answers: dict[str, Answers] = {}
-    peaks: dict[str, float] = {}
+    peaks: dict[str, int | None] = {}
     for _ in range(repeats):
         for name, model in models.items():
             took, peaks[name], answers[name] = run(model, docs)
