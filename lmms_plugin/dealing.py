@@ -86,6 +86,7 @@ def _documents(numbered: Any) -> Any:
     """Return the documents behind `enumerate(documents)`, if they know their images."""
     if not isinstance(numbered, enumerate):
         return None
-    _, (iterator, start) = numbered.__reduce__()
+    made_of: Any = numbered.__reduce__()
+    _, (iterator, start) = made_of
     documents = getattr(iterator, "documents", None)
     return documents if start == 0 and hasattr(documents, "image_key") else None

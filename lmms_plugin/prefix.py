@@ -375,7 +375,8 @@ class _RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if end > self._columns:
-            return super().update(key_states, value_states, *args, **kwargs)
+            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return grown
         self._keys[:, :, start:end] = key_states
         self._values[:, :, start:end] = value_states
         self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]

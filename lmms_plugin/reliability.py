@@ -118,13 +118,15 @@ def measure(run: Run, settings: Settings) -> list[Number]:
 
 def reported(records: TaskRecords) -> Mask:
     """Which records results are reported on, shape (n,): all, unless the task brings a split of its own."""
-    return records.parts == REPORTED if np.any(records.parts != "") else np.ones(records.ids.size, dtype=np.bool_)
+    if np.any(records.parts != ""):
+        return np.equal(records.parts, REPORTED)
+    return np.ones(records.ids.size, np.bool_)
 
 
 def held_out(records: TaskRecords, settings: Settings) -> Mask:
     """Which records thresholds are chosen on, shape (n,): of held-out images, whichever others there are."""
     if np.any(records.parts != ""):
-        return records.parts == HELD_OUT
+        return np.equal(records.parts, HELD_OUT)
     names, index = np.unique(records.images, return_inverse=True)
     return np.array([_uniform(str(name), settings.seed) < settings.held_out for name in names])[index]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class Read(NamedTuple):
         shares: equal for prompts that may share a prefix: those of the same images in the same order.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # a method of tuples, which nobody calls here
     prompt: Prompt
     length: int
     shares: Hashable
@@ -100,7 +100,7 @@ class Schedule:
     sharing: Callable[[], bool]
     _image_tokens: dict[Hashable, int] = field(default_factory=dict)
 
-    def batches(self, jobs: Sequence[Job]) -> Iterator[Prepared]:
+    def batches(self, jobs: Sequence[Job]) -> Generator[Prepared]:
         """Yield batches that together hold every job once.
 
         Raises:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.compute as pc
 from PIL import Image
 
 from lmms_plugin.tasks.expressions import Walk

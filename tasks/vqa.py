@@ -32,7 +32,8 @@ def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -
 
 def doc_to_target(doc: Mapping[str, Any]) -> str:
     """The answer that most people gave; among equals the first."""
-    return max(doc["answers"], key=doc["answers"].count)
+    answers: list[str] = doc["answers"]
+    return max(answers, key=answers.count)
 
 
 def doc_to_messages(

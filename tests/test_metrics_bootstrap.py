@@ -35,7 +35,10 @@ PLAIN = {
     "fpr_at_tpr": metrics.fpr_at_tpr,
     "adaptive_ece": metrics.adaptive_ece,
     **{f"coverage@{r:g}": partial(metrics.coverage_at_risk, risk=r) for r in RISKS},
-    **{f"achieved_coverage@{r:g}": lambda c, y, t=t: metrics.at_threshold(c, y, t).coverage for r, t in THRESHOLDS.items()},
+    **{
+        f"achieved_coverage@{r:g}": lambda c, y, t=t: metrics.at_threshold(c, y, t).coverage
+        for r, t in THRESHOLDS.items()
+    },
     **{f"achieved_risk@{r:g}": lambda c, y, t=t: metrics.at_threshold(c, y, t).risk for r, t in THRESHOLDS.items()},
     **{f"phi@{k:g}": partial(metrics.effective_reliability, cost=k, threshold=t) for k, t in GAINS.items()},
 }

@@ -52,8 +52,9 @@ class Clusters(NamedTuple):
         count: How many clusters there are.
     """
 
-    index: npt.NDArray[np.intp]
-    count: int
+    # Tuples have methods of these names, which nobody calls here.
+    index: npt.NDArray[np.intp]  # type: ignore[assignment]
+    count: int  # type: ignore[assignment]
 
     @classmethod
     def of(cls, labels: npt.ArrayLike) -> "Clusters":
