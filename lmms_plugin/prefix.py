@@ -328,7 +328,7 @@ class PrefixSharing:
             answers = self.decoder.generate({**inputs, "past_key_values": cache}, greedy)
             keys += _prefix_keys(cache, inputs["attention_mask"], sizes[len(expected) :])
             expected += answers
-        tolerances = TOLERANCES.get(self.decoder.model.dtype, LOW_PRECISION_TOLERANCE)
+        tolerances = self._tolerances()
         few = shared._replace(
             owners=shared.owners[: len(expected)],
             input_ids=shared.input_ids[: len(expected)],
@@ -350,6 +350,13 @@ class PrefixSharing:
                 return difference
             del inputs
         return None
+
+    def _tolerances(self) -> Tolerances:
+        model = self.decoder.model
+        # Activations of few bits turn the last bit of a sum into a whole step, whatever the precision around them.
+        if any(getattr(module, "act_bits", 16) < 16 for module in model.modules()):
+            return LOW_PRECISION_TOLERANCE
+        return TOLERANCES.get(model.dtype, LOW_PRECISION_TOLERANCE)
 
     def is_news(self, reason: str) -> bool:
         """Return whether a reason not to share has not been given before, whatever the numbers in it."""

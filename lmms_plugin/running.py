@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Decoder, OutOfMemory, explaining_out_of_memory
-from lmms_plugin.packing import Budget, in_order
+from lmms_plugin.packing import Budget, Limits, in_order
 from lmms_plugin.prefix import VERIFIED_ROWS, Encoded, NotShareable, PrefixSharing, Shared
 from lmms_plugin.prompts import Prompt, PromptReader
 from lmms_plugin.scheduling import Job, Prepared, Schedule
@@ -163,13 +163,14 @@ class Runner:
             **self._on_device({"input_ids": shared.input_ids, "attention_mask": shared.attention_mask}),
         )
         if not self.sharing.verified:
-            self._verify(prepared, encoded, shared)
+            self._verify(prepared, encoded, shared, self.budget.limits)
         return shared if self.sharing.off is None else None
 
-    def _verify(self, prepared: Prepared, encoded: Encoded, shared: Shared) -> None:
+    def _verify(self, prepared: Prepared, encoded: Encoded, shared: Shared, limits: Limits) -> None:
         prompts = prepared.flat_prompts
-        parts = in_order(encoded.lengths[:VERIFIED_ROWS], self.budget.limits)
+        parts = in_order(encoded.lengths[:VERIFIED_ROWS], limits)
         plain = [self.chat.encode([prompts[i] for i in part]).inputs for part in parts]
+        one_by_one = False
         try:
             with explaining_out_of_memory(max(map(len, parts))):
                 difference = self.sharing.verify(shared, map(self._on_device, plain), self.budget.cache_bytes)
@@ -178,9 +179,15 @@ class Runner:
             _say_off(str(reason))
             return
         except OutOfMemory:
-            raise
+            if max(map(len, parts)) == 1:
+                raise
+            # One image of a batch over shared prefixes is several of the plain way.
+            one_by_one = True
         except _REFUSALS as error:
             difference = f"the model cannot go on from a given prefix ({type(error).__name__}: {error})"
+        if one_by_one:
+            self._verify(prepared, encoded, shared, limits._replace(groups=1))
+            return
         self.sharing.verified = True
         if difference is not None:
             self.sharing.off = difference

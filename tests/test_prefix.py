@@ -523,6 +523,29 @@ class TestSomethingWrong:
         assert vlm.runner.sharing.verified
         assert seen == [*[(1, True)] * VERIFIED_ROWS, (1, True), (VERIFIED_ROWS, False), (1, True), (12, False)]
 
+    def test_where_comparing_does_not_fit_it_goes_one_by_one(self, checkpoint, monkeypatch):
+        def generate(*args, **kwargs):
+            if "pixel_values" in kwargs and len(kwargs["input_ids"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(*args, **kwargs)
+
+        vlm = load(checkpoint("smolvlm"), [(0, word) for word in "abcdefghijkl"])
+        original = vlm.model.generate
+        monkeypatch.setattr(vlm.model, "generate", generate)
+        with calls(vlm) as seen:
+            answers(vlm, 8)
+        assert vlm.runner.sharing.verified
+        assert (12, False) in seen
+
+    def test_activations_of_8_bits_are_given_their_rounding(self, checkpoint):
+        vlm = models.QuantRtn(
+            pretrained=str(checkpoint("smolvlm")), device="cpu", bits=8, group_size=32, act_bits=8, dtype="float32"
+        )
+        vlm.task_dict = {"toy": {"test": Documents(QUESTIONS)}}
+        answers(vlm)
+        assert vlm.runner.sharing.verified
+        assert vlm.runner.sharing.off is None
+
     def test_comparing_keeps_the_limit_of_tokens_too(self, checkpoint, monkeypatch):
         vlm = load(checkpoint("smolvlm"), [(0, word) for word in "abcdefghijkl"])
         monkeypatch.setattr("lmms_plugin.packing.FIRST_LIMITS", Limits(8, 1))
