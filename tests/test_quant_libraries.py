@@ -262,7 +262,7 @@ from lmms_plugin.quant_backends import names
 assert {{"quanto", "bitsandbytes", "torchao", "prequantized"}} <= set(names())
 print([name for name in {heavy.split()} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
