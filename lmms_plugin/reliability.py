@@ -19,15 +19,14 @@ from lmms_plugin import metrics
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap, interval
 from lmms_plugin.metrics.posthoc import Platt
-from lmms_plugin.metrics.weighted import METHODS, RISKS, Binned, Gains, Localised, Means, Ranked, Smooth
+from lmms_plugin.metrics.selective import COSTS, RISKS
+from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Localised, Means, Ranked, Smooth
 from lmms_plugin.results import HELD_OUT, REPORTED, Place, Run, TaskRecords
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-COSTS = (1.0, 10.0, 100.0)
 STRICTER = (0.75, 0.9)
 ADDED = ("ece", "aurc")
-LOST = ("accuracy", "coverage@0.01", "coverage@0.05")
 AFTER_PLATT = ("ece", "brier", "nll")
 
 

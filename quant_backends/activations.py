@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmms_plugin.quant_backends.linear import QuantizedLinear, rows_per_block
+from lmms_plugin.quant_backends.codes import rows_per_block
+from lmms_plugin.quant_backends.linear import QuantizedLinear
 
 ROLES = ("image", "text", "answer")
 """What a position of a calibration sample can hold, in the order of the numbers that stand for them: an image feature,

@@ -13,7 +13,7 @@ from lmms_plugin.quant_backends.activations import InputStatistics
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.rtn import round_by_blocks
+from lmms_plugin.quant_backends.rtn import nearest, round_by_blocks
 from lmms_plugin.quant_backends.scale_search import GramError, search_clipping, search_scales
 
 UNCLIPPED = re.compile(r"^(q_|k_|query|key|wqkv|qkv)", re.IGNORECASE)
@@ -61,8 +61,7 @@ class AwqBackend(CalibratedBackend):
 
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Round to nearest: no channel matters more than another."""
-        codes = round_by_blocks(layer.weight, spec)
-        return PackedLinear.from_codes(codes, spec, layer.in_features, bias=layer.bias)
+        return nearest(layer, spec)
 
     def _pack(self, layer: nn.Linear, name: str, spec: QuantSpec, in_scale: Tensor, gram: Tensor) -> PackedLinear:
         if self.clip and not UNCLIPPED.match(name.rpartition(".")[2]):

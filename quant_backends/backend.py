@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.activations import InputStatistics
-from lmms_plugin.quant_backends.linear import Codes, PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.codes import Codes
+from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
 
 if TYPE_CHECKING:

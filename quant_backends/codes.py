@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,13 @@ class Codes(NamedTuple):
     scale: Tensor
     zero_point: Tensor | None
 
+    @classmethod
+    def stacked(cls, parts: Sequence[Codes]) -> Codes:
+        """Return the weight whose rows are those of some parts, one below the other."""
+        codes, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale"))
+        zeros = [part.zero_point for part in parts if part.zero_point is not None]
+        return cls(codes, scale, torch.cat(zeros) if zeros else None)
+
     def dequantize(self, bits: int, dtype: torch.dtype) -> Tensor:
         """Return the weight as (rows, groups * group_size), computed in `dtype`.
 
@@ -44,6 +52,11 @@ def rows_per_block(columns: int) -> int:
     return max(1, (1 << 20) // columns)
 
 
+def columns_per_group(group_size: int | None, columns: int) -> int:
+    """Return the group size as a number: None means all columns of a weight."""
+    return columns if group_size is None else group_size
+
+
 def split_groups(weight: Tensor, group_size: int | None) -> Tensor:
     """Cut the columns of a weight into groups, padding the last one with zeros.
 
@@ -55,7 +68,7 @@ def split_groups(weight: Tensor, group_size: int | None) -> Tensor:
         (rows, groups, group_size).
     """
     rows, columns = weight.shape
-    size = columns if group_size is None else group_size
+    size = columns_per_group(group_size, columns)
     padding = -columns % size
     if padding:
         weight = functional.pad(weight, (0, padding))

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.activations import InputStatistics
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
-from lmms_plugin.quant_backends.linear import Codes, PackedLinear, QuantizedLinear, rows_per_block
+from lmms_plugin.quant_backends.codes import Codes, rows_per_block
+from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.rtn import round_by_blocks
+from lmms_plugin.quant_backends.rtn import nearest, round_by_blocks
 
 LARGEST_DAMPING = 10.0
 """Times the mean diagonal: beyond it the Hessian is all damping, and the result no better than rounding."""
@@ -79,18 +80,18 @@ class GptqBackend(CalibratedBackend):
     @torch.no_grad()
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Round to nearest: without inputs there are no correlations by which columns could make up for one another."""
-        return PackedLinear.from_codes(round_by_blocks(layer.weight, spec), spec, layer.in_features, bias=layer.bias)
+        return nearest(layer, spec)
 
     def _pack(self, layer: nn.Linear, spec: QuantSpec, factor: Factor, gram: Tensor) -> PackedLinear:
         weight = layer.weight
-        nearest = round_by_blocks(weight, spec)
-        corrected = round_with_feedback(weight, nearest, spec.bits, factor, self.block_size)
+        plain = round_by_blocks(weight, spec)
+        corrected = round_with_feedback(weight, plain, spec.bits, factor, self.block_size)
         before, after = (
             squared_errors(codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, gram)
-            for codes in (nearest, corrected)
+            for codes in (plain, corrected)
         )
         keep = (after <= before).view(-1, 1, 1)
-        codes = nearest._replace(codes=torch.where(keep, corrected.codes, nearest.codes))
+        codes = plain._replace(codes=torch.where(keep, corrected.codes, plain.codes))
         return PackedLinear.from_codes(codes, spec, layer.in_features, bias=layer.bias)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmms_plugin.quant_backends.backend import CodesBackend
-from lmms_plugin.quant_backends.linear import Codes, split_groups
+from lmms_plugin.quant_backends.codes import Codes, split_groups
 from lmms_plugin.quant_backends.plan import QuantSpec
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.codes import Codes, rows_per_block, split_groups
+from lmms_plugin.quant_backends.codes import Codes, columns_per_group, rows_per_block, split_groups
 from lmms_plugin.quant_backends.kernels import Dequantize, Kernel, fastest
 from lmms_plugin.quant_backends.plan import QuantSpec
 
@@ -99,7 +99,7 @@ class PackedLinear(QuantizedLinear):
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.bits = spec.bits
-        self.group_size = in_features if spec.group_size is None else spec.group_size
+        self.group_size = columns_per_group(spec.group_size, in_features)
         self.packed = Dequantize(
             spec.bits,
             out_features,

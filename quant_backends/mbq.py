@@ -13,7 +13,7 @@ from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
 from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, Int8InputLinear, check_act_bits
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.rtn import round_by_blocks
+from lmms_plugin.quant_backends.rtn import nearest, round_by_blocks
 from lmms_plugin.quant_backends.scale_search import GramError, Objective, RowError, search_scales
 
 POWERS = {"mae": 1, "mse": 2}
@@ -75,8 +75,7 @@ class MbqBackend(CalibratedBackend):
 
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Round to nearest: no channel matters more than another."""
-        codes = round_by_blocks(layer.weight, spec)
-        return self._kind.from_codes(codes, spec, layer.in_features, bias=layer.bias)
+        return nearest(layer, spec, self._kind)
 
     def objective(self, statistics: InputStatistics) -> Objective:
         """Return what candidates are compared by.

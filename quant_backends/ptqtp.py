@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.activations import InputStatistics
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, Solution
+from lmms_plugin.quant_backends.codes import columns_per_group, rows_per_block, split_groups
 from lmms_plugin.quant_backends.gptq import Factor, expect_damping, factorize, pass_on_errors, squared_errors
-from lmms_plugin.quant_backends.linear import rows_per_block, split_groups
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.trits import TritPlaneLinear, TritPlanes
 
@@ -201,7 +201,7 @@ def choose_with_feedback(weight: Tensor, scale: Tensor, group_size: int | None, 
         factor: Of the inputs' second moments.
     """
     rows, columns = weight.shape
-    size = columns if group_size is None else group_size
+    size = columns_per_group(group_size, columns)
     planes = torch.empty(columns, 2, rows, dtype=torch.int8, device=weight.device)
     # One group at a time is contiguous.
     scales = scale.permute(1, 2, 0).contiguous()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, WholeModelBackend
 from lmms_plugin.quant_backends.blockwise import Calibrator
+from lmms_plugin.quant_backends.codes import rows_per_block
 from lmms_plugin.quant_backends.components import components, dense_linear, expect_finite, splitter
 from lmms_plugin.quant_backends.journal import Journal, Solved
-from lmms_plugin.quant_backends.linear import QuantizedLinear, rows_per_block
+from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.memory import Residence, return_freed_memory
 from lmms_plugin.quant_backends.plan import Assignment, QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.report import ModuleReport
@@ -96,21 +97,8 @@ class Quantization:
         tied = name in self.tied
         if tied:
             untie(self.model, name)
-        self._done[name] = ModuleReport(
-            name=name,
-            component=self.components[name],
-            shape=tuple(weight.shape),
-            method=method or self.backend.name,
-            bits=layer.bits,
-            group_size=layer.group_size,
-            padded_columns=layer.padded_columns,
-            bytes_before=0 if tied else weight.numel() * weight.element_size(),
-            bytes_after=layer.weight_bytes,
-            relative_error=error,
-            output_error=output_error,
-            kernel=layer.kernel,
-            reason=None,
-        )
+        size = 0 if tied else weight.numel() * weight.element_size()
+        self._note(name, layer, method or self.backend.name, size, relative_error=error, output_error=output_error)
 
     def finish(
         self,
@@ -184,22 +172,33 @@ class Quantization:
         size = torch.finfo(self.model.dtype).bits // 8
         for name, layer in self.model.named_modules():
             if isinstance(layer, QuantizedLinear) and name in self.components:
-                rows, columns = layer.out_features, layer.in_features
-                self._done[name] = ModuleReport(
-                    name=name,
-                    component=self.components[name],
-                    shape=(rows, columns),
-                    method=label,
-                    bits=layer.bits,
-                    group_size=layer.group_size,
-                    padded_columns=layer.padded_columns,
-                    bytes_before=rows * columns * size,
-                    bytes_after=layer.weight_bytes,
-                    relative_error=None,
-                    output_error=None,
-                    kernel=layer.kernel,
-                    reason=None,
-                )
+                self._note(name, layer, label, layer.out_features * layer.in_features * size)
+
+    def _note(
+        self,
+        name: str,
+        layer: QuantizedLinear,
+        method: str,
+        bytes_before: int,
+        *,
+        relative_error: float | None = None,
+        output_error: float | None = None,
+    ) -> None:
+        self._done[name] = ModuleReport(
+            name=name,
+            component=self.components[name],
+            shape=(layer.out_features, layer.in_features),
+            method=method,
+            bits=layer.bits,
+            group_size=layer.group_size,
+            padded_columns=layer.padded_columns,
+            bytes_before=bytes_before,
+            bytes_after=layer.weight_bytes,
+            relative_error=relative_error,
+            output_error=output_error,
+            kernel=layer.kernel,
+            reason=None,
+        )
 
     def modules(self) -> tuple[ModuleReport, ...]:
         """Return the account of every weight with two or more dimensions, quantized or not."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import DataFreeBackend
+from lmms_plugin.quant_backends.codes import columns_per_group
 from lmms_plugin.quant_backends.library import TensorLinear, pad_columns
 from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
@@ -47,7 +48,7 @@ class QuantoBackend(DataFreeBackend):
             scale = AbsmaxOptimizer()(weight, qint8, axis=0)
             quantized = quantize_weight(weight, qint8, 0, scale)
             return TensorLinear(quantized, width, bias=bias, bits=8, group_size=width, library="quanto")
-        group_size = width if spec.group_size is None else min(spec.group_size, width)
+        group_size = min(columns_per_group(spec.group_size, width), width)
         weight = pad_columns(weight, group_size)
         group = None if group_size == weight.shape[1] else group_size
         qtype = qint4 if spec.bits == 4 else qint2

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import CodesBackend
+from lmms_plugin.quant_backends.codes import Codes, rows_per_block, split_groups
 from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, Int8InputLinear, check_act_bits
-from lmms_plugin.quant_backends.linear import Codes, PackedLinear, QuantizedLinear, rows_per_block, split_groups
+from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
 
 
@@ -39,6 +40,11 @@ class RtnBackend(CodesBackend):
         return round_by_blocks(weight, spec)
 
 
+def nearest(layer: nn.Linear, spec: QuantSpec, kind: type[PackedLinear] = PackedLinear) -> PackedLinear:
+    """Return a packed layer whose weight is that of a layer, rounded to nearest."""
+    return kind.from_codes(round_by_blocks(layer.weight, spec), spec, layer.in_features, bias=layer.bias)
+
+
 def round_by_blocks(weight: Tensor, spec: QuantSpec, in_scale: Tensor | None = None) -> Codes:
     """Quantize a weight a few rows at a time, so that float32 copies of it stay small.
 
@@ -51,9 +57,7 @@ def round_by_blocks(weight: Tensor, spec: QuantSpec, in_scale: Tensor | None = N
     for block in weight.split(rows_per_block(weight.shape[1])):
         dense = block.float() if in_scale is None else block.float() / in_scale.float()
         parts.append(round_to_nearest(dense, spec, weight.dtype))
-    codes, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale"))
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    return Codes(codes, scale, torch.cat(zeros) if zeros else None)
+    return Codes.stacked(parts)
 
 
 def round_to_nearest(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Codes:

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lmms_plugin.quant_backends.codes import Codes, columns_per_group
 from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, round_inputs
-from lmms_plugin.quant_backends.linear import Codes
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_to_nearest
 
@@ -160,10 +160,7 @@ def search_clipping(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: 
         scale_dtype: Of the returned scale.
     """
     step = max(1, SEARCH_ELEMENTS // (weight.shape[1] * len(CLIPPING_RATIOS)))
-    parts = [_clip(block, spec, gram, scale_dtype) for block in weight.split(step)]
-    codes, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale"))
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    return Codes(codes, scale, torch.cat(zeros) if zeros else None)
+    return Codes.stacked([_clip(block, spec, gram, scale_dtype) for block in weight.split(step)])
 
 
 def quadratic(delta: Tensor, gram: Tensor) -> Tensor:
@@ -186,7 +183,7 @@ def _candidate_errors(weight: Tensor, spec: QuantSpec, inverses: Tensor, objecti
 def _clip(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: torch.dtype) -> Codes:
     """Search the ranges of some rows, all groups in turn."""
     columns = weight.shape[1]
-    size = columns if spec.group_size is None else spec.group_size
+    size = columns_per_group(spec.group_size, columns)
     best = round_to_nearest(weight, spec, scale_dtype)
     delta = best.dequantize(spec.bits, torch.float32)[:, :columns] - weight
     for group, start in enumerate(range(0, columns, size)):

@@ -10,6 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import DataFreeBackend
+from lmms_plugin.quant_backends.codes import columns_per_group
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.library import TensorLinear, pad_columns
 from lmms_plugin.quant_backends.linear import QuantizedLinear
@@ -68,7 +69,7 @@ class TorchaoBackend(DataFreeBackend):
         from torchao.quantization import quantize_
 
         rows, width = weight.shape
-        group_size = width if spec.group_size is None else spec.group_size
+        group_size = columns_per_group(spec.group_size, width)
         if spec.bits == 8:
             group_size = min(group_size, width)
         # The library works on layers; all that it reads of this one is the weight.

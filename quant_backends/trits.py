@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.linear import QuantizedLinear, split_groups
+from lmms_plugin.quant_backends.codes import columns_per_group, split_groups
+from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
 
 TRITS_PER_BYTE = 5
@@ -112,7 +113,7 @@ class TritPlaneLinear(QuantizedLinear):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        self.group_size = in_features if spec.group_size is None else spec.group_size
+        self.group_size = columns_per_group(spec.group_size, in_features)
         groups = -(-in_features // self.group_size)
         shape = (2, out_features, trit_bytes(in_features))
         self.register_buffer("planes", torch.empty(shape, dtype=torch.uint8, device=device))

@@ -13,12 +13,11 @@ import numpy as np
 
 from lmms_plugin.confidence import TEXT_ESTIMATORS, coordinate_mask, estimate_all
 from lmms_plugin.response import Response
+from lmms_plugin.results import HELD_OUT, REPORTED
 from lmms_plugin.tasks import grounding
 from lmms_plugin.tasks.vqa_accuracy import vqa_accuracy
 from lmms_plugin.tasks.vqa_metrics import NEEDS_HELD_OUT, ON_TEST, Scored
 from lmms_plugin.tasks.vqa_sources import SOURCES
-
-HELD_OUT, REPORTED = "val", "test"
 
 doc_to_visual = grounding.doc_to_visual
 

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmms_plugin import metrics
-
-RISKS = (0.005, 0.01, 0.05, 0.1, 0.2)
-COSTS = (1, 10, 100)
+from lmms_plugin.metrics.selective import COSTS, RISKS
+from lmms_plugin.results import HELD_OUT, REPORTED
 
 
 class Scored(NamedTuple):
@@ -52,12 +51,12 @@ def _columns(records: Sequence[Scored], part: str) -> Columns:
 
 
 def _on_test(metric: Metric, records: Sequence[Scored]) -> float:
-    test = _columns(records, "test")
+    test = _columns(records, REPORTED)
     return metric(*test) if test.confidence.size else math.nan
 
 
 def _with_held_out(metric: Callable[[Columns, Columns], float], records: Sequence[Scored]) -> float:
-    held_out, test = _columns(records, "val"), _columns(records, "test")
+    held_out, test = _columns(records, HELD_OUT), _columns(records, REPORTED)
     return metric(held_out, test) if held_out.confidence.size and test.confidence.size else math.nan
 
 

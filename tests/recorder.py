@@ -5,15 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
-from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.rtn import round_by_blocks
+from lmms_plugin.quant_backends.rtn import nearest
 
 SPEC = QuantSpec(4, 32)
-
-
-def rounded(layer, spec):
-    return PackedLinear.from_codes(round_by_blocks(layer.weight, spec), spec, layer.in_features, bias=layer.bias)
 
 
 @dataclass(frozen=True)
@@ -30,10 +25,10 @@ class Recorder(CalibratedBackend):
         for name in statistics.names:
             assert name not in self.seen
             self.seen[name] = statistics
-        return [Solution(rounded(layer, spec), 0.0) for layer, spec in zip(layers, specs, strict=True)]
+        return [Solution(nearest(layer, spec), 0.0) for layer, spec in zip(layers, specs, strict=True)]
 
     def without_inputs(self, layer, spec):
-        return rounded(layer, spec)
+        return nearest(layer, spec)
 
 
 @torch.no_grad()

@@ -19,9 +19,8 @@ from lmms_plugin.metrics import (
     threshold_at_cost,
     threshold_at_risk,
 )
+from lmms_plugin.metrics.selective import COSTS, RISKS
 
-RISKS = [0.005, 0.01, 0.05, 0.1, 0.2]
-COSTS = [1, 10, 100]
 RANKING = [auroc, aupr_error, fpr_at_tpr]
 PAIRED = [
     at_threshold,

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from families import FAMILIES
-from recorder import SPEC, Recorder, plain_sums, rounded
+from recorder import SPEC, Recorder, plain_sums
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -22,6 +22,7 @@ from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.memory import Residence, Shelf
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import Quantization, quantize
+from lmms_plugin.quant_backends.rtn import nearest
 
 EVERYTHING = QuantPlan(vision=SPEC, connector=SPEC, language=SPEC, head=SPEC)
 
@@ -271,7 +272,7 @@ def test_dense_weights_of_a_finished_block_are_freed(checkpoint):
             done = [name for name in order if name.rpartition(".layers.")[2][0] != block]
             order.extend(statistics.names)
             peaks.append([name for name in done if alive[name]() is not None])
-            return [Solution(rounded(layer, spec), 0.0) for layer, spec in zip(layers, specs, strict=True)]
+            return [Solution(nearest(layer, spec), 0.0) for layer, spec in zip(layers, specs, strict=True)]
 
     order = []
     quantize(model, Watching(), QuantPlan(language=SPEC), batches)

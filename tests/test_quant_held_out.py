@@ -9,10 +9,9 @@ from torch import nn
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.held_out import held_out_errors, output_errors
 from lmms_plugin.quant_backends.inputs import build_batches
-from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
-from lmms_plugin.quant_backends.rtn import round_by_blocks
+from lmms_plugin.quant_backends.rtn import nearest
 
 
 class Model(nn.Module):
@@ -28,8 +27,7 @@ class Model(nn.Module):
 
 
 def packed(layer, bits):
-    spec = QuantSpec(bits, 32)
-    return PackedLinear.from_codes(round_by_blocks(layer.weight.detach(), spec), spec, 32, bias=layer.bias)
+    return nearest(layer, QuantSpec(bits, 32))
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lmms_plugin.quant_backends.linear import Codes, PackedLinear, split_groups
+from lmms_plugin.quant_backends.codes import Codes, split_groups
+from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.packing import pack, plane_widths, unpack
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_to_nearest

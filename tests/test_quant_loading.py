@@ -15,9 +15,10 @@ from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.backend import CodesBackend
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
+from lmms_plugin.quant_backends.codes import Codes
 from lmms_plugin.quant_backends.components import components
 from lmms_plugin.quant_backends.inputs import encode, to_model
-from lmms_plugin.quant_backends.linear import Codes, PackedLinear
+from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec, Rule
 from lmms_plugin.quant_backends.quantization import quantize

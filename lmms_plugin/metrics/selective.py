@@ -18,6 +18,12 @@ import numpy.typing as npt
 from lmms_plugin.metrics._inputs import Floats, one_fraction, paired
 from lmms_plugin.metrics._ties import ties
 
+RISKS: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.2)
+"""Tolerated risks at which coverage is reported."""
+
+COSTS: tuple[float, ...] = (1, 10, 100)
+"""Costs of a wrong answer for which effective reliability is reported."""
+
 _ROUNDING = 1e-12
 """Slack on a bound that sums of soft outcomes should meet exactly: in floating point 1 - 0.7 exceeds 0.3."""
 

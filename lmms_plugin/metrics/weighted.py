@@ -27,9 +27,7 @@ from lmms_plugin.metrics.calibration import (
     smoothing_cells,
 )
 from lmms_plugin.metrics.localisation import IOU_THRESHOLDS, LAECE_BINS
-
-RISKS = (0.005, 0.01, 0.05, 0.1, 0.2)
-"""Risks of coverage at risk."""
+from lmms_plugin.metrics.selective import RISKS
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
