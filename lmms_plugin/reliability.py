@@ -5,7 +5,6 @@ for that. For the others a share of the images is held out by a hash of their id
 what is chosen on clean held-out images is then applied to the other images, clean and shifted.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from lmms_plugin import metrics
+from lmms_plugin.chance import uniform
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap, interval
 from lmms_plugin.metrics.posthoc import Platt
@@ -127,7 +127,7 @@ def held_out(records: TaskRecords, settings: Settings) -> Mask:
     if np.any(records.parts != ""):
         return np.equal(records.parts, HELD_OUT)
     names, index = np.unique(records.images, return_inverse=True)
-    return np.array([_uniform(str(name), settings.seed) < settings.held_out for name in names])[index]
+    return np.array([uniform(f"{settings.seed}:{name}") < settings.held_out for name in names])[index]
 
 
 def robust(run: Run, settings: Settings) -> dict[str, list[Robustness]]:
@@ -327,9 +327,3 @@ def _robustness(name: str, clean: float, cells: Mapping[tuple[str, int], Mapping
 
 def _cell(place: Place) -> tuple[str, int]:
     return str(place.shift), int(place.severity or 0)
-
-
-def _uniform(image: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the image and the seed alone."""
-    digest = hashlib.blake2b(f"{seed}:{image}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2.0**64

@@ -1,17 +1,17 @@
 """RefCOCO+ rows (one per object) as documents (one per expression); no image is decoded before it is asked for."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 from PIL import Image
 
+from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
 from lmms_plugin.tasks.recent import Recent
 
-IMAGE = "image"
 _LIST_OF_STRINGS = "a list of strings"
 _LIST_OF_NUMBERS = "a list of four numbers [x, y, width, height] in pixels"
 REFCOCOPLUS_SCHEMA: Mapping[str, str] = {
@@ -28,12 +28,10 @@ _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
 _DECODED: Recent[Image.Image] = Recent(8)
 
 
-class ExpressionDocs(Sequence[dict[str, Any]]):
+class ExpressionDocs(Documents):
     """Documents over the rows of a dataset: row r with k expressions gives k documents.
 
-    Stands where lmms-eval expects a `datasets.Dataset`: it offers the members that the harness uses (`features`,
-    `remove_columns`, length, indexing, iteration). `Dataset.select` plus `add_column` would copy every image once per
-    expression.
+    `Dataset.select` plus `add_column` would copy every image once per expression.
 
     A document holds the row's columns and `expression` (str), `image_id` (str, equal for all objects of one
     photograph), `width` and `height` (pixels of the original image, read from the file header), and `image` (PIL)
@@ -44,12 +42,11 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
             not four finite numbers of positive size; on access, if an image cannot be decoded or a box leaves it.
     """
 
-    def __init__(self, rows: datasets.Dataset, keep_image: bool = True) -> None:
+    def __init__(self, rows: datasets.Dataset) -> None:
         _check_columns(rows.features)
         self._encoded = rows.select_columns([IMAGE]).cast_column(IMAGE, datasets.Image(decode=False))
         light = [name for name in rows.column_names if name not in (IMAGE, "segmentation")]
         self._rows: list[dict[str, Any]] = rows.select_columns(light).to_list()
-        self._keep_image = keep_image
         self._identity = object()
         self._sizes: dict[int, tuple[int, int]] = {}
         for number, row in enumerate(self._rows):
@@ -57,42 +54,25 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
         self._index = [(r, k) for r, row in enumerate(self._rows) for k in range(len(row["answer"]))]
         self.features = datasets.Features({name: rows.features[name] for name in light})
         self.features["expression"] = datasets.Value("string")
-        if keep_image:
-            self.features[IMAGE] = rows.features[IMAGE]
-
-    @property
-    def column_names(self) -> list[str]:
-        """Names of the columns a document has."""
-        return list(self.features)
-
-    def remove_columns(self, names: str | list[str]) -> "ExpressionDocs":
-        """The same documents without their image; no other column can be removed."""
-        if set([names] if isinstance(names, str) else names) != {IMAGE}:
-            raise ValueError(f"only {IMAGE!r} can be removed, got {names!r}")
-        view = object.__new__(ExpressionDocs)
-        view.__dict__.update(self.__dict__)
-        view._keep_image = False
-        view.features = datasets.Features({name: value for name, value in self.features.items() if name != IMAGE})
-        return view
+        self.features[IMAGE] = rows.features[IMAGE]
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return Walk(self)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def content(self, i: int) -> dict[str, Any]:
+        """Return a document without its image."""
         row, which = self._index[i]
         doc = dict(self._rows[row])
         doc["expression"] = doc["answer"][which]
         doc["expression_id"] = f"{doc['question_id']}/{which}"
         doc["image_id"] = image_id(doc["file_name"])
         doc["width"], doc["height"] = self._size(row)
-        if self._keep_image:
-            doc[IMAGE] = _DECODED.get((self._identity, row), lambda: self._open(row, load=True))
         return doc
+
+    def image(self, i: int) -> Image.Image:
+        """Return a document's image, decoded."""
+        row = self._index[i][0]
+        return _DECODED.get((self._identity, row), lambda: self._open(row, load=True))
 
     def image_key(self, i: int) -> str:
         """Return what documents on one photograph have in common, without looking at it."""
@@ -108,21 +88,6 @@ class ExpressionDocs(Sequence[dict[str, Any]]):
     def _open(self, row: int, load: bool) -> Image.Image:
         where = f"row {row} ({self._rows[row]['file_name']})"
         return opened(self._encoded[row][IMAGE], where, load=load)
-
-
-class Walk(Iterator[dict[str, Any]]):
-    """One pass over documents.
-
-    Attributes:
-        documents: what is walked over; `lmms_plugin.dealing` asks for it.
-    """
-
-    def __init__(self, documents: Sequence[dict[str, Any]]) -> None:
-        self.documents = documents
-        self._numbers = iter(range(len(documents)))
-
-    def __next__(self) -> dict[str, Any]:
-        return self.documents[next(self._numbers)]
 
 
 def image_id(file_name: str) -> str:

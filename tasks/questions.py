@@ -19,8 +19,7 @@ nothing else: it is the same in VQAv2 and AdVQA, which share photographs, and in
 are met up to chance (± 0.25 % of VQAv2's photographs), and the parts are not those of the published files.
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,14 +28,14 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
-from lmms_plugin.tasks.expressions import Walk
+from lmms_plugin.chance import uniform
+from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
 from lmms_plugin.tasks.recent import Recent
 from lmms_plugin.tasks.vqa_sources import SOURCES, Source
 
 SEED = 1234
 PARTS: Mapping[str, float] = {"dev": 0.4, "val": 0.1, "test": 0.5}
-IMAGE = "image"
 _ANSWERS = {True: "a list of structs with the field 'answer', a string", False: "a list of strings"}
 
 # The questions about a photograph are asked one after another, by a few threads at once.
@@ -54,8 +53,7 @@ def part_of(image_id: str) -> str:
 
 
 def _fraction(purpose: str, key: str) -> float:
-    digest = hashlib.blake2b(f"{SEED}/{purpose}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return uniform(f"{SEED}/{purpose}/{key}")
 
 
 class Pick(NamedTuple):
@@ -117,12 +115,11 @@ class Questions:
         return f"row {row} ({self.question_ids[row]})"
 
 
-class QuestionDocs(Sequence[dict[str, Any]]):
+class QuestionDocs(Documents):
     """Documents over rows of one or more datasets.
 
-    Stands where lmms-eval expects a `datasets.Dataset`. A document holds `dataset`, `question_id`, `image_id`, `part`,
-    `question` (all strings), `answers` (what people said, a list of strings), and `image` (PIL) unless that column was
-    removed.
+    A document holds `dataset`, `question_id`, `image_id`, `part`, `question` (all strings), `answers` (what people
+    said, a list of strings), and `image` (PIL) unless that column was removed.
     """
 
     features = datasets.Features(
@@ -137,33 +134,18 @@ class QuestionDocs(Sequence[dict[str, Any]]):
         self._tables = tables
         self._picks = picks
 
-    @property
-    def column_names(self) -> list[str]:
-        """Names of the columns a document has."""
-        return list(self.features)
-
-    def remove_columns(self, names: str | list[str]) -> "QuestionDocs":
-        """The same documents without their image; no other column can be removed."""
-        if set([names] if isinstance(names, str) else names) != {IMAGE}:
-            raise ValueError(f"only {IMAGE!r} can be removed, got {names!r}")
-        view = QuestionDocs(self._tables, self._picks)
-        view.features = datasets.Features({name: value for name, value in self.features.items() if name != IMAGE})
-        return view
-
     def __len__(self) -> int:
         return len(self._picks)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return Walk(self)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def content(self, i: int) -> dict[str, Any]:
+        """Return a document without its image."""
         table, row = self._picks[i]
-        doc = self._tables[table].document(row)
-        if IMAGE in self.features:
-            doc[IMAGE] = self._tables[table].image(row)
-        return doc
+        return self._tables[table].document(row)
+
+    def image(self, i: int) -> Image.Image:
+        """Return a document's image, decoded."""
+        table, row = self._picks[i]
+        return self._tables[table].image(row)
 
     def image_key(self, i: int) -> str:
         """Return what documents on one photograph have in common, without looking at it."""
