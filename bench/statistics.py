@@ -18,8 +18,9 @@ import numpy as np
 from bench.reporting import Row, machine, write
 from lmms_plugin import metrics
 from lmms_plugin.metrics.bootstrap import Clusters, Resampled, Statistic, bootstrap
+from lmms_plugin.metrics.ranked import RANKED, Ranked
 from lmms_plugin.metrics.selective import RISKS
-from lmms_plugin.metrics.weighted import RANKED, Binned, Gains, Localised, Means, Ranked, Smooth
+from lmms_plugin.metrics.weighted import Binned, Gains, Localised, Means, Smooth
 
 EXPRESSIONS = 7
 

@@ -22,7 +22,8 @@ from lmms_plugin.metrics.paired import (
     interaction,
     mcnemar,
 )
-from lmms_plugin.metrics.weighted import Binned, Means, Ranked
+from lmms_plugin.metrics.ranked import Ranked
+from lmms_plugin.metrics.weighted import Binned, Means
 from lmms_plugin.reliability import Settings, as_table, families, grid, reported
 from lmms_plugin.results import Run, TaskRecords, match
 

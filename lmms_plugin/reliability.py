@@ -19,8 +19,9 @@ from lmms_plugin.chance import uniform
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap, interval
 from lmms_plugin.metrics.posthoc import Platt
+from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.selective import COSTS, RISKS
-from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Localised, Means, Ranked, Smooth
+from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Localised, Means, Smooth
 from lmms_plugin.results import HELD_OUT, REPORTED, Place, Run, TaskRecords
 
 Floats = npt.NDArray[np.float64]

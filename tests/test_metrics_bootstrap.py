@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from lmms_plugin import metrics
 from lmms_plugin.metrics.bootstrap import Clusters, Resampled, bootstrap, interval, p_value
+from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.selective import RISKS
-from lmms_plugin.metrics.weighted import Binned, Gains, Localised, Means, Ranked, Smooth
+from lmms_plugin.metrics.weighted import Binned, Gains, Localised, Means, Smooth
 
 THRESHOLDS = {0.05: 0.7, 0.2: 0.4}
 GAINS = {1.0: 0.5, 10.0: 0.8}

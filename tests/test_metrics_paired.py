@@ -18,6 +18,7 @@ from lmms_plugin.metrics.paired import (
     interaction,
     mcnemar,
 )
+from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.robustness import (
     added_per_severity,
     corruption_errors,
@@ -27,7 +28,7 @@ from lmms_plugin.metrics.robustness import (
     relative_mean_corruption_error,
     retained,
 )
-from lmms_plugin.metrics.weighted import Binned, Means, Ranked
+from lmms_plugin.metrics.weighted import Binned, Means
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 

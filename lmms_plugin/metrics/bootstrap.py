@@ -2,7 +2,7 @@
 
 Expressions of one image are not independent, so images are resampled and bring all their records along. A resample is
 one row of counts: how often each cluster was drawn. Statistics take counts, not copies of records
-(`lmms_plugin.metrics.weighted`), so that 10⁶ records are sorted once and not once per resample.
+(`lmms_plugin.metrics.weighted` and `ranked`), so that 10⁶ records are sorted once and not once per resample.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +146,8 @@ def bootstrap(
     chunks = list(_chunks(positive_int("resamples", resamples), max(1, min(32, _COUNTS_AT_ONCE // clusters))))
 
     def evaluate(chunk: range) -> list[Floats]:
-        counts = np.stack([_counts(clusters, seed, resample) for resample in chunk])
+        # Column by column, as sparse products read them.
+        counts = np.asfortranarray(np.stack([_counts(clusters, seed, resample) for resample in chunk]))
         return [statistic(counts) for statistic in statistics]
 
     with ThreadPoolExecutor(positive_int("workers", workers)) as pool:

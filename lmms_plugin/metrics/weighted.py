@@ -1,21 +1,16 @@
 """The metrics as functions of how often each cluster of records counts, for `lmms_plugin.metrics.bootstrap`.
 
-Three kinds, by what they need of a resample:
-
-* `Binned`: sums over bins, which are linear in the counts, so all resamples are one product with a sparse matrix;
-* `Smooth`: smooth ECE, whose residuals on a grid are linear in the counts too;
-* `Ranked`: cumulative sums in the order of confidence, which is found once.
-
-With whole counts each equals the metric of the same name on the records repeated that often.
+Those here are made of sums over records or bins, which are linear in the counts: all resamples are one product with a
+sparse matrix. `lmms_plugin.metrics.ranked` has those that depend on the order of confidences. With whole counts each
+equals the metric of the same name on the records repeated that often.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache, partial
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array
 
 from lmms_plugin.metrics._inputs import Floats, fractions, paired
 from lmms_plugin.metrics.bootstrap import Clusters, Method
@@ -27,7 +22,6 @@ from lmms_plugin.metrics.calibration import (
     smoothing_cells,
 )
 from lmms_plugin.metrics.localisation import IOU_THRESHOLDS, LAECE_BINS
-from lmms_plugin.metrics.selective import RISKS
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -43,14 +37,14 @@ always.
 """
 
 _NLL_CLIP = 1e-6
-_ROUNDING = 1e-12
 
 
 class _Sums:
     """Sums of values over cells as a function of cluster counts: (resamples, clusters) → (resamples, cells)."""
 
     def __init__(self, cells: npt.NDArray[np.intp], values: Floats, clusters: Clusters, count: int) -> None:
-        self._matrix = csr_array((values, (cells, clusters.index)), shape=(count, clusters.count))
+        # By columns, so that counts are read once, in order, and the few sums stay in cache.
+        self._matrix = csc_array((values, (cells, clusters.index)), shape=(count, clusters.count))
 
     def __call__(self, counts: Floats) -> Floats:
         sums: Floats = (self._matrix @ np.ascontiguousarray(counts.T)).T
@@ -237,186 +231,7 @@ class Gains:
             return np.concatenate((answered / total, lost / answered, earned / total), axis=1)
 
 
-class Curve:
-    """Cumulative sums over the records of a resample, from the highest confidence down, at every distinct confidence.
-
-    Blocks that were not drawn stay as repeated points, which no metric notices.
-
-    Attributes:
-        records: Shape (points,), records of each distinct confidence.
-        gained: Shape (points,), their outcomes summed.
-        answered: Shape (points,), records at or above each confidence.
-        right: Shape (points,), their outcomes summed.
-    """
-
-    def __init__(self, order: "_Order", weights: Floats) -> None:
-        self._order, self._weights = order, weights
-        self.records = order.by_block(weights)
-        self.gained = order.by_block(weights * order.outcome)
-        self.answered, self.right = np.cumsum(self.records), np.cumsum(self.gained)
-
-    @cached_property
-    def lost(self) -> Floats:
-        """Shape (points,), 1 − outcome summed over each block."""
-        return self.records - self.gained
-
-    @cached_property
-    def wrong(self) -> Floats:
-        """Shape (points,), 1 − outcome summed from the highest confidence down."""
-        return self.answered - self.right
-
-    @cached_property
-    def risk(self) -> Floats:
-        """Shape (points,); 0 above the first record."""
-        return self.wrong / np.maximum(self.answered, 1.0)
-
-    @cached_property
-    def confidence(self) -> Floats:
-        """Shape (points,), confidences summed."""
-        return np.cumsum(self._order.by_block(self._weights * self._order.confidence))
-
-    @cached_property
-    def ideal(self) -> "Curve":
-        """The same records in the best order: by outcome."""
-        return Curve(self._order.by_outcome, self._weights[self._order.by_outcome.places])
-
-    @cached_property
-    def aurc(self) -> float:
-        """Area under the risk–coverage curve."""
-        mean = self.lost / np.maximum(self.records, 1.0)
-        # Σ over the records of a tied block of its cumulative risk, each step adding the block's mean loss.
-        before = self.wrong - self.lost - (self.answered - self.records) * mean
-        harmonic = _harmonic(self.answered)
-        inside = before[1:] @ (harmonic[1:] - harmonic[:-1]) + before[0] * harmonic[0]
-        return float((self.wrong[-1] + inside) / self.answered[-1])
-
-
-def _weighted_aurc(curve: Curve) -> float:
-    return curve.aurc
-
-
-def _weighted_e_aurc(curve: Curve) -> float:
-    return curve.aurc - curve.ideal.aurc
-
-
-def _weighted_coverage(curve: Curve, risk: float) -> float:
-    within = curve.risk[::-1] <= risk + _ROUNDING
-    last = int(within.argmax())
-    return float(curve.answered[::-1][last] / curve.answered[-1]) if within[last] else 0.0
-
-
-def _weighted_auroc(curve: Curve) -> float:
-    wrong = curve.wrong[-1]
-    below = wrong * curve.right[-1] - curve.gained @ (curve.wrong - curve.lost / 2)
-    return _ratio(below, curve.right[-1] * wrong)
-
-
-def _weighted_aupr_error(curve: Curve) -> float:
-    if min(curve.wrong[-1], curve.right[-1]) <= 0.0:
-        return float("nan")
-    found = curve.wrong[-1] - curve.wrong + curve.lost
-    looked_at = curve.answered[-1] - curve.answered + curve.records
-    return float(curve.lost @ (found / np.maximum(looked_at, 1.0)) / curve.wrong[-1])
-
-
-def _weighted_fpr(curve: Curve, tpr: float = 0.95) -> float:
-    if min(curve.wrong[-1], curve.right[-1]) <= 0.0:
-        return float("nan")
-    first = np.searchsorted(curve.right, (tpr - _ROUNDING) * curve.right[-1])
-    return float(curve.wrong[first] / curve.wrong[-1])
-
-
-def _weighted_adaptive_ece(curve: Curve, n_bins: int = DEFAULT_BINS) -> float:
-    # A block's middle rank from below, times 2: 2·total − 1 − its ends from above, of which the sum ascends.
-    total = curve.answered[-1]
-    ends = 2 * curve.answered - curve.records
-    lower = (2 * total - 1) * n_bins - 2 * total * np.arange(n_bins - 1, 0, -1)
-    cuts = np.concatenate(([0], np.searchsorted(ends, lower / n_bins, side="right"), [ends.size]))
-    residual = np.concatenate(([0.0], curve.confidence - curve.right))
-    return float(np.abs(np.diff(residual[cuts])).sum() / total)
-
-
-RANKED: Mapping[str, Callable[[Curve], float]] = MappingProxyType(
-    {
-        "aurc": _weighted_aurc,
-        "e_aurc": _weighted_e_aurc,
-        **{f"coverage@{risk:g}": partial(_weighted_coverage, risk=risk) for risk in RISKS},
-        "auroc": _weighted_auroc,
-        "aupr_error": _weighted_aupr_error,
-        "fpr_at_tpr": _weighted_fpr,
-        "adaptive_ece": _weighted_adaptive_ece,
-    }
-)
-"""Metrics that depend on the order of confidences, by name."""
-
-
-class Ranked:
-    """Metrics of `RANKED`: selective prediction, ranking, and calibration over bins of equal mass.
-
-    Args:
-        confidence: Shape (n,), in [0, 1].
-        outcome: Shape (n,), in [0, 1].
-        clusters: Of the n records.
-        names: Which of them; all by default. The cost of the cumulative sums is shared.
-    """
-
-    def __init__(
-        self,
-        confidence: npt.ArrayLike,
-        outcome: npt.ArrayLike,
-        clusters: Clusters,
-        names: Sequence[str] = tuple(RANKED),
-    ) -> None:
-        c, y = paired(confidence, outcome)
-        self.names = tuple(names)
-        self._order = _Order(c, y, c)
-        self._index = clusters.index[self._order.places]
-
-    def __call__(self, counts: Floats) -> Floats:
-        """Values of `names`, shape (resamples, names); NaN for a resample without records."""
-        return np.array([self._one(row) for row in counts])
-
-    def _one(self, counts: Floats) -> list[float]:
-        curve = Curve(self._order, counts[self._index])
-        return [RANKED[name](curve) if curve.answered[-1] else float("nan") for name in self.names]
-
-
-class _Order:
-    """Records sorted by a key, highest first; `places` leads from their former positions there."""
-
-    def __init__(self, confidence: Floats, outcome: Floats, key: Floats) -> None:
-        self.places = np.argsort(-key, kind="stable")
-        self.confidence, self.outcome = confidence[self.places], outcome[self.places]
-        ordered = key[self.places]
-        self._starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-
-    def by_block(self, values: Floats) -> Floats:
-        """Values summed over each block of records with equal keys."""
-        return values if self._starts.size == values.size else np.add.reduceat(values, self._starts)
-
-    @cached_property
-    def by_outcome(self) -> "_Order":
-        """The sorted records sorted once more, by outcome."""
-        return _Order(self.confidence, self.outcome, self.outcome)
-
-
 def _stacked(rows: Sequence[Floats], clusters: Clusters) -> _Sums:
     cells = np.repeat(np.arange(len(rows)), clusters.index.size)
     repeated = Clusters(np.tile(clusters.index, len(rows)), clusters.count)
     return _Sums(cells, np.concatenate(rows), repeated, len(rows))
-
-
-def _harmonic(whole: Floats) -> Floats:
-    """Harmonic numbers of whole numbers, shape (points,)."""
-    return _harmonic_table(1 << int(whole[-1]).bit_length())[whole.astype(np.intp)]
-
-
-@lru_cache(maxsize=4)
-def _harmonic_table(size: int) -> Floats:
-    table: Floats = np.concatenate(([0.0], np.cumsum(1.0 / np.arange(1, size))))
-    table.flags.writeable = False
-    return table
-
-
-def _ratio(above: float, below: float) -> float:
-    return float(above / below) if below > 0.0 else float("nan")
