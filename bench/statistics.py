@@ -1,106 +1,149 @@
 """Time of a 1,000-fold cluster bootstrap of every metric at 10⁶ records, beside a loop that resamples the records.
 
-    python -m bench.statistics [--records N] [--resamples N] [--loop N] [--json FILE]
+    python -m bench.statistics [--records N] [--resamples N] [--workers N] [--loop N] [--json FILE]
 
-Seven records per image on average. The loop draws the same images, gathers their records and calls the metric once per
+Seven records per image on average. First everything together on `--workers` threads, by the clock on the wall, then
+each kind of metric alone on one. The loop draws the same images, repeats their records and calls the metrics once per
 resample; it is run for a few resamples (`--loop`) on the same draws and scaled up, and what it finds is compared with
-ours: a fast wrong answer would be no achievement. Both use one thread; seconds are the processor's.
+ours: a fast wrong answer would be no achievement. Ratios are of processor seconds.
 """
 
 import argparse
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from bench.reporting import Row, machine, write
 from lmms_plugin import metrics
-from lmms_plugin.metrics.bootstrap import Clusters, Resampled, Statistic, bootstrap
+from lmms_plugin.metrics.bootstrap import Clusters, Draws, Statistic, bootstrap, draw
 from lmms_plugin.metrics.ranked import RANKED, Ranked
-from lmms_plugin.metrics.selective import RISKS
+from lmms_plugin.metrics.selective import COSTS, RISKS
 from lmms_plugin.metrics.weighted import Binned, Gains, Localised, Means, Smooth
 
 EXPRESSIONS = 7
+AT_RISK = {risk: 0.99 - risk for risk in RISKS}
+AT_COST = dict(zip(COSTS, (0.7, 0.9, 0.99), strict=True))
 
 
-def records(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Clusters]:
-    """Overconfident records of images: confidence, outcome, IoU, image."""
+class Records(NamedTuple):
+    """Confidence, outcome and IoU, each of shape (n,), and the images."""
+
+    confidence: np.ndarray
+    outcome: np.ndarray
+    iou: np.ndarray
+    images: Clusters
+
+
+class Case(NamedTuple):
+    """Metrics made for counts, and the same numbers in the same order from the plain ones."""
+
+    make: Callable[[Records], Statistic]
+    plain: Callable[[np.ndarray, np.ndarray, np.ndarray], Sequence[float]]
+
+
+def records(n: int) -> Records:
+    """Overconfident records."""
     rng = np.random.default_rng(0)
     confidence = rng.beta(6, 1.2, n)
     outcome = (rng.random(n) < confidence**1.5).astype(np.float64)
     iou = np.where(outcome > 0, rng.uniform(0.5, 1.0, n), rng.uniform(0.0, 0.5, n))
     images = max(n // EXPRESSIONS, 2)
-    return confidence, outcome, iou, Clusters(rng.integers(0, images, n), images)
+    return Records(confidence, outcome, iou, Clusters(rng.integers(0, images, n), images))
 
 
-def families(
-    c: np.ndarray, y: np.ndarray, u: np.ndarray, clusters: Clusters
-) -> dict[str, tuple[Callable[[], Statistic], dict[str, Callable[..., float]]]]:
-    """Case → (its statistic, the plain metrics that the loop calls for the same numbers)."""
-
-    def part(name: str) -> Callable[..., float]:
-        return lambda c, y: getattr(metrics.brier_parts(c, y), name.removeprefix("brier_"))
-
-    plain: dict[str, Callable[..., float]] = {
-        "ece": metrics.ece,
-        "mce": metrics.mce,
-        "squared_ce": metrics.squared_ce,
-        "brier": metrics.brier,
-        "nll": metrics.nll,
-        "aurc": metrics.aurc,
-        "e_aurc": metrics.e_aurc,
-        "auroc": metrics.auroc,
-        "aupr_error": metrics.aupr_error,
-        "fpr_at_tpr": metrics.fpr_at_tpr,
-        "adaptive_ece": metrics.adaptive_ece,
-        **{f"coverage@{risk:g}": partial(metrics.coverage_at_risk, risk=risk) for risk in RISKS},
-    }
-    binned = {name: plain.get(name) or part(name) for name in Binned.names}
-    localised = {name: getattr(metrics, name) for name in Localised.names}
-    gained = {
-        "achieved_coverage@0.05": lambda c, y: metrics.at_threshold(c, y, 0.9).coverage,
-        "achieved_risk@0.05": lambda c, y: metrics.at_threshold(c, y, 0.9).risk,
-        "phi@10": partial(metrics.effective_reliability, cost=10, threshold=0.95),
-    }
-    single = {name: (partial(Ranked, c, y, clusters, [name]), {name: plain[name]}) for name in RANKED}
-    return {
-        "accuracy": (lambda: Means({"accuracy": y}, clusters), {"accuracy": lambda c, y: float(y.mean())}),
-        "binned": (lambda: Binned(c, y, clusters), binned),
-        "localised": (lambda: Localised(c, u, clusters), localised),
-        "smooth_ece": (lambda: Smooth(c, y, clusters), {"smooth_ece": metrics.smooth_ece}),
-        "at thresholds": (lambda: Gains(c, y, clusters, {0.05: 0.9}, {10.0: 0.95}), gained),
-        **single,
-        "ranked, all": (lambda: Ranked(c, y, clusters), {name: plain[name] for name in RANKED}),
-    }
+def binned(c: np.ndarray, y: np.ndarray, _: np.ndarray) -> Sequence[float]:
+    """What `Binned` counts."""
+    parts = metrics.brier_parts(c, y)
+    return [
+        metrics.ece(c, y),
+        metrics.mce(c, y),
+        metrics.squared_ce(c, y),
+        metrics.brier(c, y),
+        *parts,
+        metrics.nll(c, y),
+    ]
 
 
-def timed(call: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Processor seconds of a call and what it returned."""
-    start = time.process_time()
-    result = call()
-    return time.process_time() - start, result
+def gained(c: np.ndarray, y: np.ndarray, _: np.ndarray) -> Sequence[float]:
+    """What `Gains` counts."""
+    points = [metrics.at_threshold(c, y, threshold) for threshold in AT_RISK.values()]
+    earned = [metrics.effective_reliability(c, y, cost, threshold) for cost, threshold in AT_COST.items()]
+    return [*(point.coverage for point in points), *(point.risk for point in points), *earned]
 
 
-def measure(case: str, n: int, resamples: int, loop: int) -> Row:
+def ranked(name: str) -> Case:
+    """One metric of `Ranked`."""
+    kind, _, risk = name.partition("@")
+    plain = partial(metrics.coverage_at_risk, risk=float(risk)) if kind == "coverage" else getattr(metrics, name)
+    return Case(lambda r: Ranked(r.confidence, r.outcome, r.images, [name]), lambda c, y, u: [plain(c, y)])
+
+
+ALONE = {name: ranked(name) for name in RANKED}
+TOGETHER = {
+    "means": Case(
+        lambda r: Means({"accuracy": r.outcome, "mean_iou": r.iou}, r.images), lambda c, y, u: [y.mean(), u.mean()]
+    ),
+    "binned": Case(lambda r: Binned(r.confidence, r.outcome, r.images), binned),
+    "localised": Case(
+        lambda r: Localised(r.confidence, r.iou, r.images),
+        lambda c, y, u: [metrics.laece_0(c, u), metrics.laace_0(c, u), metrics.mean_ece_over_iou(c, u)],
+    ),
+    "smooth_ece": Case(lambda r: Smooth(r.confidence, r.outcome, r.images), lambda c, y, u: [metrics.smooth_ece(c, y)]),
+    "at thresholds": Case(lambda r: Gains(r.confidence, r.outcome, r.images, AT_RISK, AT_COST), gained),
+    "ranked": Case(
+        lambda r: Ranked(r.confidence, r.outcome, r.images),
+        lambda c, y, u: [value for case in ALONE.values() for value in case.plain(c, y, u)],
+    ),
+}
+
+
+def ours(cases: Sequence[Case], data: Records, resamples: int, workers: int) -> tuple[np.ndarray, float, float]:
+    """Resamples of shape (resamples, metrics), seconds on the wall and of the processor, preparation included."""
+    wall, processor = time.perf_counter(), time.process_time()
+    statistics = [case.make(data) for case in cases]
+    drawn: list[Draws] = bootstrap(statistics, data.images.count, resamples=resamples, workers=workers)
+    seconds = time.perf_counter() - wall, time.process_time() - processor
+    return np.concatenate([draws.resampled for draws in drawn], axis=1), *seconds
+
+
+def looped(cases: Sequence[Case], data: Records, resamples: int) -> tuple[np.ndarray, float]:
+    """The same by repeating the records of each resample, and the seconds of the processor."""
+    start, found = time.process_time(), []
+    for resample in range(resamples):
+        times = draw(data.images.count, 0, resample)[data.images.index]
+        arrays = [np.repeat(array, times) for array in data[:3]]
+        found.append([value for case in cases for value in case.plain(*arrays)])
+    return np.array(found), time.process_time() - start
+
+
+def peak() -> float:
+    """MiB that were resident at most since the process started."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(name: str, cases: Sequence[Case], data: Records, resamples: int, loop: int, workers: int) -> Row:
     """One line of the table."""
-    c, y, u, clusters = records(n)
-    make, plain = families(c, y, u, clusters)[case]
-    seconds, ours = timed(lambda: bootstrap([make()], clusters.count, resamples=resamples)[0].resampled)
-    second = u if case == "localised" else y
-    naive = [Resampled(metric, (c, second), clusters, name) for name, metric in plain.items()]
-    loop_seconds, theirs = timed(
-        lambda: np.concatenate([d.resampled for d in bootstrap(naive, clusters.count, resamples=loop)], axis=1)
-    )
-    scaled = loop_seconds * resamples / loop
+    before = peak()
+    values, wall, seconds = ours(cases, data, resamples, workers)
+    highest = peak()
+    expected, loop_seconds = looped(cases, data, min(loop, resamples))
+    scaled = loop_seconds * resamples / len(expected)
     return {
-        "case": case,
+        "case": name,
         "ratio": scaled / seconds,
         "seconds": seconds,
+        "wall_seconds": wall,
+        "workers": workers,
+        "peak_mib": highest,
+        "peak_mib_before": before,
         "baseline_seconds": scaled,
-        "metrics": len(plain),
-        "difference": float(np.abs(ours[:loop] - theirs).max()),
+        "metrics": values.shape[1],
+        "difference": float(np.abs(values[: len(expected)] - expected).max()),
     }
 
 
@@ -109,22 +152,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=2, help="Threads of everything together.")
     parser.add_argument("--loop", type=int, default=5)
     parser.add_argument("--case", action="append", help="Only this case; may be given several times.")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
+    everything = {"everything": list(TOGETHER.values())}
+    known = everything | {name: [case] for name, case in (TOGETHER | ALONE).items()}
+    data = records(options.records)
     print(f"{machine()}\n{options.records:,} records, {options.resamples:,} resamples; the loop scaled up")
-    print(f"{'case':<20}{'metrics':>8}{'ours s':>9}{'loop s':>9}{'ratio':>8}{'difference':>12}")
+    print(
+        f"{'case':<16}{'metrics':>8}{'threads':>8}{'wall s':>8}{'processor s':>12}{'loop s':>9}{'ratio':>8}"
+        f"{'difference':>12}"
+    )
     rows = []
-    for case in options.case or families(*records(100)):
-        row = measure(case, options.records, options.resamples, options.loop)
+    for name in options.case or known:
+        workers = options.workers if name in everything else 1
+        row = measure(name, known[name], data, options.resamples, options.loop, workers)
         rows.append(row)
         print(
-            f"{case:<20}{row['metrics']:>8}{row['seconds']:>9.1f}{row['baseline_seconds']:>9.1f}"
-            f"{row['ratio']:>8.1f}{row['difference']:>12.1e}",
+            f"{name:<16}{row['metrics']:>8}{workers:>8}{row['wall_seconds']:>8.1f}{row['seconds']:>12.1f}"
+            f"{row['baseline_seconds']:>9.0f}{row['ratio']:>8.1f}{row['difference']:>12.1e}",
             flush=True,
         )
+        if name in everything:
+            print(
+                f"{'':<16}{row['peak_mib']:.0f} MiB resident at most, {row['peak_mib_before']:.0f} before", flush=True
+            )
     write(options.json, rows)
 
 

@@ -115,6 +115,29 @@ def test_means_are_weighted_means():
     assert np.isnan(statistic(np.zeros((1, 80)))).all()
 
 
+def test_counts_beyond_a_byte():
+    arrays = records(decimals=1)
+    for often in (300, 70_000):
+        counts = np.zeros(80, dtype=int)
+        counts[:2] = often, 1
+        assert counted(arrays, counts) == pytest.approx(repeated(arrays, counts), abs=1e-9, nan_ok=True)
+
+
+def test_ranked_metrics_take_whole_counts_only():
+    arrays = records()
+    for counts in (np.full((1, 80), 0.5), np.full((1, 80), -1.0), np.full((1, 80), np.nan)):
+        with pytest.raises(ValueError, match="whole counts"):
+            Ranked(*arrays)(counts)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["binary", "soft"])
+def test_result_is_the_same_whatever_the_number_of_threads(soft):
+    arrays = records(soft=soft, decimals=2)
+    one, several = (bootstrap(statistics(*arrays), 80, resamples=100, workers=workers) for workers in (1, 5))
+    for first, second in zip(one, several, strict=True):
+        np.testing.assert_array_equal(first.resampled, second.resampled)
+
+
 def test_result_depends_on_the_seed_alone():
     arrays = records()
     alone = bootstrap([Ranked(*arrays)], 80, resamples=70)[0]

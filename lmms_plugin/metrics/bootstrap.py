@@ -147,7 +147,7 @@ def bootstrap(
 
     def evaluate(chunk: range) -> list[Floats]:
         # Column by column, as sparse products read them.
-        counts = np.asfortranarray(np.stack([_counts(clusters, seed, resample) for resample in chunk]))
+        counts = np.asfortranarray(np.stack([draw(clusters, seed, resample) for resample in chunk]), np.float64)
         return [statistic(counts) for statistic in statistics]
 
     with ThreadPoolExecutor(positive_int("workers", workers)) as pool:
@@ -157,6 +157,12 @@ def bootstrap(
         Draws(statistic.names, statistic(once)[0], np.concatenate([values[k] for values in evaluated]))
         for k, statistic in enumerate(statistics)
     ]
+
+
+def draw(clusters: int, seed: int, resample: int) -> npt.NDArray[np.intp]:
+    """How often each cluster is drawn in one resample, shape (clusters,)."""
+    drawn = np.random.default_rng([seed, resample]).integers(0, clusters, clusters)
+    return np.bincount(drawn, minlength=clusters)
 
 
 def interval(value: float, resampled: Floats, *, level: float = 0.95, method: Method = "percentile") -> Interval:
@@ -202,8 +208,3 @@ def _moved(value: float, resampled: Floats, method: Method) -> Floats | None:
 
 def _chunks(total: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, total)) for start in range(0, total, size))
-
-
-def _counts(clusters: int, seed: int, resample: int) -> Floats:
-    drawn = np.random.default_rng([seed, resample]).integers(0, clusters, clusters)
-    return np.bincount(drawn, minlength=clusters).astype(np.float64)
