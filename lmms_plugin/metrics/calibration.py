@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.fft import dct, idct
 
 from lmms_plugin.metrics._inputs import Floats, fractions, paired, positive_int
 from lmms_plugin.metrics._ties import Ties, ties
@@ -24,6 +25,9 @@ SMOOTHING_CELLS = 8192
 
 _SMOOTHING_TOLERANCE = 2.0**-40
 """How close `smooth_ece` comes to the bandwidth that equals its error."""
+
+_INAUDIBLE = 10.0
+"""Product of bandwidth and frequency from which smoothing leaves less than exp(−50) of a cosine."""
 
 _FLOOR_CELL = 1e-3
 """Confidences of one bin closer together than this are simulated with their mean by `ece_floor`."""
@@ -215,18 +219,18 @@ def smooth_error(mass: Floats) -> float:
     Args:
         mass: Shape (SMOOTHING_CELLS,): Σ (confidence − outcome) / n of what each cell holds (`smoothing_cells`).
     """
-    density = mass * SMOOTHING_CELLS
-    spectrum = np.fft.rfft(np.concatenate((density, density[::-1])))
+    spectrum = dct(mass * SMOOTHING_CELLS)
     squared_frequency = (np.pi * np.arange(spectrum.size)) ** 2
 
     def smoothed_error(sigma: float) -> float:
-        density = np.fft.irfft(spectrum * np.exp(-0.5 * sigma**2 * squared_frequency))
+        heard = int(_INAUDIBLE / (np.pi * sigma)) + 1
+        density = idct(spectrum[:heard] * np.exp(-0.5 * sigma**2 * squared_frequency[:heard]), n=spectrum.size)
         return float(np.abs(density).mean())
 
     # Smoothing never makes the error larger, so error − σ falls at least as fast as σ rises: where it is within a
     # tolerance of 0, σ is within that tolerance of the solution. False position with the Illinois weights.
     low, high = 0.0, 1.0
-    above, below = smoothed_error(low), smoothed_error(high) - high
+    above, below = float(np.abs(mass).sum()), smoothed_error(high) - high
     sigma, excess = low, above
     while abs(excess) > _SMOOTHING_TOLERANCE:
         sigma = (low * below - high * above) / (below - above)
