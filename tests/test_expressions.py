@@ -4,8 +4,9 @@ import pytest
 from PIL import Image, ImageFile
 
 from lmms_plugin.tasks import refcocoplus
-from lmms_plugin.tasks.expressions import ExpressionDocs, image_id
+from lmms_plugin.tasks.expressions import ExpressionDocs
 from lmms_plugin.tasks.images import DatasetError
+from lmms_plugin.tasks.referring import image_id
 
 
 @pytest.fixture(scope="module")

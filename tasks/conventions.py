@@ -1,0 +1,112 @@
+"""How datasets write boxes: order and scale are declared and checked, never guessed."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_BETWEEN = re.compile(r"[\s,<>()\[\]{}]*")
+_CORNER = 0.15
+_ENOUGH = 24
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a dataset writes a box.
+
+    Attributes:
+        order: `xyxy` for left, top, right, bottom; `xywh` for left, top, width, height.
+        scale: None for pixels of the original image; else what its width and height are written as: 1 for fractions,
+            100 or 1000 for hundredths or thousandths.
+        flat: whether a box may have no width or no height, as rounding to hundredths makes it. It cannot be found.
+    """
+
+    order: Literal["xyxy", "xywh"]
+    scale: float | None = None
+    flat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.order not in ("xyxy", "xywh"):
+            raise ValueError(f"expected the order xyxy or xywh, got {self.order!r}")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"expected a scale above 0, or None for pixels, got {self.scale}")
+
+    def __str__(self) -> str:
+        names = "[x1, y1, x2, y2]" if self.order == "xyxy" else "[x, y, width, height]"
+        return f"{names} in {'pixels' if self.scale is None else f'0 to {self.scale:g} of the image'}"
+
+    def numbers(self, written: Any) -> list[float]:
+        """The four numbers of a box as it is written: a list of four, or a text that holds them.
+
+        Raises:
+            ValueError: there are not four finite numbers, or a side is negative or (unless `flat`) zero.
+        """
+        box = _in_text(written) if isinstance(written, str) else written
+        expected = f"expected a list of four numbers {self} of positive size, got {written!r}"
+        if not isinstance(box, Sequence) or len(box) != 4:
+            raise ValueError(expected)
+        if not all(isinstance(value, int | float) and abs(value) < 1e6 for value in box):
+            raise ValueError(expected)
+        width, height = self._sides(box)
+        if min(width, height) < 0 or (min(width, height) == 0 and not self.flat):
+            raise ValueError(expected)
+        return [float(value) for value in box]
+
+    def pixels(self, box: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Left, top, width and height in pixels of the original image.
+
+        Args:
+            box: as `numbers` returns it.
+            size: (width, height) of the original image in pixels.
+
+        Raises:
+            ValueError: the box leaves the image by more than rounding, or is a pixel's fraction, where pixels are
+                declared: a sign of another order or scale. The message says which others would fit.
+        """
+        if not self._fits(box, size):
+            others = [str(other) for other in _ALL if other._fits(box, size)]
+            hint = f" (it would fit as {' or '.join(others)})" if others else ""
+            raise ValueError(f"expected {self} inside the {size[0]}x{size[1]} image, got {list(box)}{hint}")
+        return self._xywh(box, size)
+
+    def reach(self, boxes: Iterable[tuple[Sequence[float], tuple[int, int]]]) -> None:
+        """Check that boxes of several images do not all lie in one corner, as those of a finer scale would.
+
+        Args:
+            boxes: of some images, each a box as `numbers` returns it, and the size of its image in pixels.
+
+        Raises:
+            ValueError: none of two dozen boxes or more reaches beyond 15 % of its image's width or height.
+        """
+        corners = []
+        for box, size in boxes:
+            x, y, width, height = self._xywh(box, size)
+            corners.append(max((x + width) / size[0], (y + height) / size[1]))
+        if len(corners) >= _ENOUGH and max(corners) < _CORNER:
+            raise ValueError(
+                f"expected {self}, but of {len(corners)} boxes none reaches beyond {max(corners):.2g} of its image: "
+                "the scale is another"
+            )
+
+    def _sides(self, box: Sequence[float]) -> tuple[float, float]:
+        return (box[2] - box[0], box[3] - box[1]) if self.order == "xyxy" else (box[2], box[3])
+
+    def _xywh(self, box: Sequence[float], size: tuple[int, int]) -> list[float]:
+        units = (1.0, 1.0) if self.scale is None else (size[0] / self.scale, size[1] / self.scale)
+        width, height = self._sides(box)
+        return [box[0] * units[0], box[1] * units[1], width * units[0], height * units[1]]
+
+    def _fits(self, box: Sequence[float], size: tuple[int, int]) -> bool:
+        x, y, width, height = self._xywh(box, size)
+        slack = max(2.0, 0.01 * max(size))
+        inside = min(x, y) >= -slack and x + width <= size[0] + slack and y + height <= size[1] + slack
+        return inside and min(width, height) >= 0 and (self.scale is not None or self.flat or max(box) > 1)
+
+
+_ALL = tuple(Convention(order, scale) for order in ("xyxy", "xywh") for scale in (None, 1.0, 1000.0))
+
+
+def _in_text(text: str) -> list[float]:
+    """The numbers of a text that holds nothing else but brackets and commas; none if it holds more."""
+    return [] if not _BETWEEN.fullmatch(_NUMBER.sub("", text)) else [float(n) for n in _NUMBER.findall(text)]

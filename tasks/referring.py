@@ -1,0 +1,294 @@
+"""Datasets of referring expressions, whatever their columns: declared, checked, and made into documents of one form.
+
+A document is what `lmms_plugin.tasks.grounding` scores, in RefCOCO+'s convention: `expression`, `expression_id`,
+`image_id` (equal for all documents on one photograph), `width` and `height` of the original image in pixels, `bbox`
+as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and `image`.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+from PIL import Image
+
+from lmms_plugin.tasks.conventions import Convention
+from lmms_plugin.tasks.documents import IMAGE, Documents
+from lmms_plugin.tasks.images import DatasetError, opened
+from lmms_plugin.tasks.origins import Origin
+from lmms_plugin.tasks.recent import Recent
+
+_COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
+_SAMPLED = 48
+_EXPRESSION = {"row": "a string", "expression": "a list of strings", "object": "a list of strings"}
+
+# A row's expressions are asked for one after another, by a few threads at once.
+_DECODED: Recent[Image.Image] = Recent(8)
+
+
+@dataclass(frozen=True)
+class ReferringSet(Origin):
+    """A dataset of referring expressions; called with its rows, it makes the documents of a task.
+
+    Columns inside a struct are named with a dot, `objects.bbox`.
+
+    Attributes:
+        expression: column of the expression.
+        box: column of the box; a list of four numbers, or a text that holds them.
+        convention: how a box is written.
+        per: what the rows are of: one `expression` string and one box (`row`); a list of expressions of one box
+            (`expression`); parallel lists of expressions and boxes (`object`).
+        boxes: whether a row has a list of boxes, of which those with exactly one are documents and those with none
+            are documents without a target.
+        nothing: column and value of it that tell documents without a target, whose box is not looked at.
+        rejection: whether documents without a target are kept; without, those with a target are all there is.
+        identity: column that tells rows apart; None for their number.
+        photograph: column that names the photograph; None for the bytes of the image.
+        size: columns of width and height in pixels, which must then be those of the image.
+        tags: columns that go to the log of samples, where the copy has them, to part results by.
+    """
+
+    expression: str
+    box: str
+    convention: Convention
+    per: Literal["row", "expression", "object"] = "row"
+    boxes: bool = False
+    nothing: tuple[str, Any] | None = None
+    rejection: bool = False
+    identity: str | None = None
+    photograph: str | None = None
+    size: tuple[str, str] | None = None
+    tags: tuple[str, ...] = ()
+    published: bool = False
+
+    def __call__(self, rows: datasets.Dataset) -> "ReferringDocs":
+        """Documents over the rows; see `ReferringDocs` for errors."""
+        return ReferringDocs(self, rows)
+
+    @property
+    def wanted(self) -> str:
+        """What a local copy holds, for messages to the user."""
+        return f"{super().wanted} with the columns {', '.join(self.schema())}"
+
+    @property
+    def made_by(self) -> str:
+        """How to make a local copy where the hub has none that can be loaded, for messages to the user."""
+        if not self.published:
+            return ""
+        return f"To make one of the published files: python -m lmms_plugin.tasks.published {self.name} --help"
+
+    def schema(self) -> dict[str, str]:
+        """Columns that must be there and what they must hold, in words."""
+        one = f"four numbers {self.convention}"
+        columns = {IMAGE: "an image", self.expression: _EXPRESSION[self.per]}
+        columns[self.box] = f"a list of boxes, each {one}" if self.boxes or self.per == "object" else one
+        columns |= dict.fromkeys(filter(None, (self.identity, self.photograph)), "a string or an integer")
+        columns |= dict.fromkeys(self.size or (), "an integer")
+        return columns | ({self.nothing[0]: "a string, an integer or a bool"} if self.nothing else {})
+
+
+class _Place(NamedTuple):
+    row: int
+    which: int
+    expression: str
+    box: list[float] | None
+
+
+class ReferringDocs(Documents):
+    """Documents over the rows of a dataset, in the rows' order.
+
+    Besides the columns of every document (see the module), one holds the row's own columns, without lists and structs
+    of its other objects, and `tags` (a dictionary).
+
+    Raises:
+        DatasetError: on construction, if a column is missing or of another type, a row has no expression or an empty
+            one, or a box is not four finite numbers of positive size, or some two dozen boxes cannot be in the scale
+            that is declared; on access, if an image cannot be decoded or is not of the size that is noted, or a box
+            leaves it. It names the row, the column and what was found there.
+    """
+
+    def __init__(self, source: ReferringSet, rows: datasets.Dataset) -> None:
+        _check_columns(source, rows.features)
+        self._source = source
+        self._identity = object()
+        self._encoded = rows.select_columns([IMAGE]).cast_column(IMAGE, datasets.Image(decode=False))
+        light = [name for name in rows.column_names if name not in (IMAGE, "segmentation")]
+        self._rows: list[dict[str, Any]] = rows.select_columns(light).to_list()
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._places = [place for row in range(len(self._rows)) for place in self._places_of(row)]
+        if not self._places:
+            raise DatasetError(f"{source.place()}: none of {len(self._rows)} rows makes a document")
+        lists = {source.expression.split(".")[0], source.box.split(".")[0]} if source.per == "object" else set()
+        self._light = [name for name in light if name not in lists]
+        self.features = datasets.Features({name: rows.features[name] for name in self._light})
+        self.features["expression"] = datasets.Value("string")
+        self.features[IMAGE] = rows.features[IMAGE]
+        self._check_reach()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def content(self, i: int) -> dict[str, Any]:
+        """Return a document without its image."""
+        place = self._places[i]
+        row = self._rows[place.row]
+        doc = {name: row[name] for name in self._light}
+        doc["expression"] = place.expression
+        name = str(_value(row, self._source.identity)) if self._source.identity else str(place.row)
+        doc["expression_id"] = name if self._source.per == "row" else f"{name}/{place.which}"
+        doc["image_id"] = self.image_key(i)
+        doc["width"], doc["height"] = size = self._size(place.row)
+        doc["bbox"] = None if place.box is None else self._pixels(place, size)
+        doc["tags"] = {tag: row[tag] for tag in self._source.tags if tag in row}
+        return doc
+
+    def image(self, i: int) -> Image.Image:
+        """Return a document's image, decoded."""
+        row = self._places[i].row
+        return _DECODED.get((self._identity, row), lambda: self._open(row, load=True))
+
+    def image_key(self, i: int) -> str:
+        """Return what documents on one photograph have in common, without looking at it."""
+        row = self._places[i].row
+        if self._source.photograph:
+            return image_id(str(_value(self._rows[row], self._source.photograph)))
+        encoded = self._encoded[row][IMAGE]
+        if encoded is None:
+            raise DatasetError(f"{self._where(row)}: column {IMAGE!r} is empty")
+        content = encoded["bytes"] or Path(encoded["path"]).read_bytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def _places_of(self, number: int) -> Iterator[_Place]:
+        source, row = self._source, self._rows[number]
+        if source.photograph and not _value(row, source.photograph):
+            raise DatasetError(f"row {number}: column {source.photograph!r} is empty")
+        texts, boxes = self._texts(number), self._boxes(number)
+        if boxes is None:
+            return
+        if source.per == "object" and len(texts) != len(boxes):
+            raise DatasetError(
+                f"{self._where(number)}: expected as many boxes in column {source.box!r} as expressions in column "
+                f"{source.expression!r}, got {len(boxes)} and {len(texts)}"
+            )
+        for which, text in enumerate(texts):
+            box = boxes[which if source.per == "object" else 0]
+            yield _Place(number, which, text, None if box is None else self._numbers(number, box))
+
+    def _texts(self, number: int) -> list[str]:
+        source = self._source
+        written = _value(self._rows[number], source.expression)
+        texts = [written] if source.per == "row" else written
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise DatasetError(
+                f"{self._where(number)}: column {source.expression!r} holds no expression or an empty one: {written}"
+            )
+        return list(texts)
+
+    def _boxes(self, number: int) -> list[Any] | None:
+        """Boxes as they are written; [None] where there is no target, None where the row is no document at all."""
+        source, row = self._source, self._rows[number]
+        written = _value(row, source.box)
+        if source.nothing and row[source.nothing[0]] == source.nothing[1]:
+            written, without = None, True
+        else:
+            without = source.boxes and not written
+        if without:
+            return [None] if source.rejection else None
+        if source.boxes:
+            return list(written) if len(written) == 1 else None
+        return list(written or []) if source.per == "object" else [written if written is not None else []]
+
+    def _numbers(self, number: int, written: Any) -> list[float]:
+        try:
+            return self._source.convention.numbers(written)
+        except ValueError as error:
+            raise DatasetError(f"{self._where(number)}: column {self._source.box!r}: {error}") from error
+
+    def _pixels(self, place: _Place, size: tuple[int, int]) -> list[float]:
+        try:
+            return self._source.convention.pixels(place.box or [], size)
+        except ValueError as error:
+            raise DatasetError(f"{self._where(place.row)}: column {self._source.box!r}: {error}") from error
+
+    def _check_reach(self) -> None:
+        boxes = [place for place in self._places if place.box is not None]
+        sampled = boxes[:: max(1, len(boxes) // _SAMPLED)]
+        try:
+            self._source.convention.reach((place.box or [], self._size(place.row)) for place in sampled)
+        except ValueError as error:
+            raise DatasetError(f"{self._source.place()}: column {self._source.box!r}: {error}") from error
+
+    def _size(self, number: int) -> tuple[int, int]:
+        if number not in self._sizes:
+            size = self._open(number, load=False).size
+            if self._source.size:
+                noted = tuple(_value(self._rows[number], name) for name in self._source.size)
+                if noted != size:
+                    names = " and ".join(map(repr, self._source.size))
+                    raise DatasetError(
+                        f"{self._where(number)}: columns {names}: expected {size[0]} and {size[1]}, the image's size, "
+                        f"got {noted[0]} and {noted[1]}"
+                    )
+            self._sizes[number] = size
+        return self._sizes[number]
+
+    def _open(self, number: int, load: bool) -> Image.Image:
+        return opened(self._encoded[number][IMAGE], self._where(number), load=load)
+
+    def _where(self, number: int) -> str:
+        known_by = self._source.photograph or self._source.identity
+        return f"row {number} ({_value(self._rows[number], known_by)})" if known_by else f"row {number}"
+
+
+def image_id(file_name: str) -> str:
+    """Name of the photograph a row was cut from.
+
+    RefCOCO+ appends the number of the annotation to COCO's file name (`COCO_train2014_000000581857_16.jpg`); two rows
+    on the same photograph must share seed of corruption and bootstrap cluster. Other names are taken as they are.
+    """
+    stem = Path(file_name).stem
+    coco = _COCO_FILE.match(stem)
+    return coco.group(1) if coco else stem
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    value: Any = row
+    for part in column.split("."):
+        value = value[part]
+    return value
+
+
+def _check_columns(source: ReferringSet, features: datasets.Features) -> None:
+    for column, expected in source.schema().items():
+        feature: Any = features
+        for part in column.split("."):
+            if not isinstance(feature, Mapping) or part not in feature:
+                known = sorted(feature) if isinstance(feature, Mapping) else feature
+                raise DatasetError(
+                    f"{source.place()}: column {column!r} is missing: expected {expected}; the columns are {known}"
+                )
+            feature = feature[part]
+        if not _is(feature, expected):
+            raise DatasetError(f"{source.place()}: column {column!r}: expected {expected}, got {feature}")
+
+
+def _is(feature: Any, expected: str) -> bool:
+    if expected == "an image":
+        return isinstance(feature, datasets.Image)
+    if expected.startswith("a list of boxes"):
+        return _is(getattr(feature, "feature", None), "four numbers")
+    if expected == "a list of strings":
+        return _is(getattr(feature, "feature", None), "a string")
+    if expected.startswith("four numbers"):
+        inner = getattr(feature, "feature", None)
+        return _is(feature, "a string") or _dtype(inner).startswith(("float", "int", "uint", "double"))
+    kinds = {"a string": ("string", "large_string"), "an integer": ("int", "uint"), "a bool": ("bool",)}
+    wanted = [prefix for kind, prefixes in kinds.items() if kind in expected for prefix in prefixes]
+    return _dtype(feature).startswith(tuple(wanted))
+
+
+def _dtype(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else ""
