@@ -45,6 +45,11 @@ class ModelArguments:
         max_num_frames: how many frames of a video are shown to the model, evenly spaced.
         report: file for the account of every layer, as JSON.
         save_quantized: new folder for the quantized checkpoint, which `quant_prequantized` loads again.
+        features: folder for what a learned confidence is trained on (see `lmms_plugin.features`); one per model.
+        feature_layer: which hidden states those are: -1 for the last, k for those that go into layer k; by default
+            the selector's or the last.
+        selector: file of a learned confidence (see `lmms_plugin.selector`).
+        selector_transfer: whether it may have been trained for another model or quantization.
         system_prompt: the system message, or a file that holds it.
         dialect: name of the grounding dialect, if not the one of the model's family.
         batch_size: images answered together (requests, where there is none), with all questions about each of them;
@@ -78,6 +83,10 @@ class ModelArguments:
     max_num_frames: int = 32
     report: str | None = None
     save_quantized: str | None = None
+    features: str | None = None
+    feature_layer: int | None = None
+    selector: str | None = None
+    selector_transfer: bool = False
     system_prompt: str | None = None
     dialect: str | None = None
     batch_size: int | None = 1
@@ -100,6 +109,10 @@ class ModelArguments:
             from lmms_plugin.quant_backends.saving import expect_free
 
             expect_free(self.save_quantized)
+        if self.feature_layer is not None and not (self.features or self.selector):
+            raise ValueError("feature_layer says nothing without features or selector")
+        if self.selector_transfer and not self.selector:
+            raise ValueError("selector_transfer says nothing without selector")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.video_utils import VideoMetadata, load_video
 
+from lmms_plugin.pooling import Pooled
 from lmms_plugin.prompts import Colour, Prompt, RequestError, mean_colour, naming
 from lmms_plugin.response import Size
 
@@ -24,10 +25,12 @@ class Batch(NamedTuple):
         inputs: keyword arguments of the model, one row per prompt, padded on the left.
         model_sizes: for each prompt (width, height) in pixels of its only image as the model sees it; None where the
             processor does not tell or there is not exactly one image.
+        read: what was pooled over the part of the prompts that has been read already; None where nothing was.
     """
 
     inputs: dict[str, Tensor]
     model_sizes: list[Size | None]
+    read: Pooled | None = None
 
 
 @dataclass(frozen=True)

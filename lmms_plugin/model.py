@@ -12,7 +12,7 @@ reference.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -30,6 +30,7 @@ from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
+from lmms_plugin.observing import Wanted
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.loading import load_quantized
@@ -81,6 +82,7 @@ class QuantizedVLM(lmms):
         self.arguments = ModelArguments.parse(arguments, option_types(self.method))
         backend = get(self.method, **self.arguments.options)
         plan, calibration = self.arguments.quant_plan(backend.default_bits), self.arguments.calibration_spec()
+        wanted = Wanted.read(self.arguments, backend)
         path = self.arguments.find_checkpoint()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -102,12 +104,14 @@ class QuantizedVLM(lmms):
             dialect=self.arguments.dialect,
         )
         self.decoder = Decoder.of(model, self.chat.tokenizer, static_cache=self.arguments.static_cache)
+        self.observer = wanted.observer(path, self.decoder, self.rank) if wanted else None
         self.runner = Runner.of(
             self.decoder,
             self.chat,
             self.reader,
             batch_size=self.arguments.batch_size,
             share_prefix=self.arguments.share_prefix,
+            pooling=self.observer.pooling if self.observer else None,
         )
         self._special = frozenset(decode(self.decoder.tokenizer, [token]) for token in self.decoder.special)
         self._tokens, self._seconds = 0, 0.0
@@ -225,11 +229,16 @@ class QuantizedVLM(lmms):
             avg_speed=self._tokens / self._seconds if self._seconds > 0 else 0.0,
             additional_metrics=self.report.totals(),
         )
-        del self.decoder, self.runner
+        del self.decoder, self.runner, self.observer
         super().clean()
 
     def _answer(self, jobs: Sequence[Job], title: str) -> list[str]:
-        return self._run(jobs, self._generate, title)
+        if self.observer is None:
+            return self._run(jobs, self._generate, title)
+        self.observer.expect_unseen(jobs)
+        answers = self._run(jobs, self._generate, title)
+        self.observer.finish()
+        return answers
 
     def _run(
         self,
@@ -251,18 +260,39 @@ class QuantizedVLM(lmms):
 
     def _generate(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[tuple[str, int]]:
         seeds = [job.request.seed(self.arguments.seed) for job in jobs]
-        answers = self.decoder.generate(batch.inputs, jobs[0].settings, seeds)
-        rows = zip(prompts, batch.model_sizes, answers, jobs, strict=True)
-        return [(self._text(prompt, size, answer, job), len(answer.tokens)) for prompt, size, answer, job in rows]
+        answers, learned = self._answers(batch, prompts, jobs, seeds)
+        rows = zip(prompts, batch.model_sizes, answers, learned, jobs, strict=True)
+        return [(self._text(*row), len(row[2].tokens)) for row in rows]
 
-    def _text(self, prompt: Prompt, model_size: tuple[int, int] | None, answer: Answer, job: Job) -> str:
+    def _answers(
+        self, batch: Batch, prompts: list[Prompt], jobs: list[Job], seeds: list[int]
+    ) -> tuple[list[Answer], list[Mapping[str, float]]]:
+        """Answer a batch; the second list holds learned confidences of the answers by name."""
+        settings = jobs[0].settings
+        # Beams are rows of their own, and their answers have no log-probabilities.
+        if self.observer is None or settings.num_beams > 1:
+            return self.decoder.generate(batch.inputs, settings, seeds), [{}] * len(prompts)
+        with self.observer.pooling.watching(batch.inputs) as found:
+            answers = self.decoder.generate(batch.inputs, settings, seeds)
+        pooled = found[0] if batch.read is None else batch.read.followed_by(found[0])
+        return answers, self.observer.observe(pooled, prompts, jobs, answers)
+
+    def _text(
+        self,
+        prompt: Prompt,
+        model_size: tuple[int, int] | None,
+        answer: Answer,
+        learned: Mapping[str, float],
+        job: Job,
+    ) -> str:
         if prompt.grounding is None and not prompt.log_probabilities:
             return answer.text
         if job.settings.num_beams > 1:
             raise RequestError(f"{prompt.name}: log-probabilities of the answer are asked for; beam search has none")
         if prompt.grounding is None:
             tokens = tuple(token._replace(text="") if token.text in self._special else token for token in answer.tokens)
-            return Response("".join(token.text for token in tokens), tokens, model_size=model_size).encode()
+            text = "".join(token.text for token in tokens)
+            return Response(text, tokens, model_size=model_size, confidence=learned).encode()
         self._warn_if_unpublished()
         if self.dialect.requires_model_size and model_size is None:
             raise RequestError(
@@ -270,7 +300,8 @@ class QuantizedVLM(lmms):
                 f"{type(self.chat.processor).__name__} does not tell its size"
             )
         raw = "".join(token.text for token in answer.tokens)
-        return Response(raw, answer.tokens, prompt.grounding.original_size, model_size, self.dialect.name).encode()
+        size = prompt.grounding.original_size
+        return Response(raw, answer.tokens, size, model_size, self.dialect.name, learned).encode()
 
     def _warn_if_unpublished(self) -> None:
         if not self.dialect.published and not self._warned and self.rank == 0:

@@ -16,6 +16,7 @@ out: see `PrefixSharing.verify`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score, explaining_out_of_memory
+from lmms_plugin.pooling import Pooled, Pooling
 from lmms_plugin.prompts import Prompt
 from lmms_plugin.settings import Settings
 
@@ -68,6 +70,20 @@ class Shared(NamedTuple):
     owners: Tensor
     input_ids: Tensor
     attention_mask: Tensor
+
+
+class Part(NamedTuple):
+    """Prompts whose prefix has been read.
+
+    Attributes:
+        rows: which of the prompts.
+        inputs: arguments of the model for them.
+        read: what was pooled over their prefixes; None if nothing was.
+    """
+
+    rows: range
+    inputs: dict[str, Any]
+    read: Pooled | None
 
 
 class Encoded(NamedTuple):
@@ -204,19 +220,21 @@ class PrefixSharing:
         image_token: id of the token that stands for a piece of image.
         verified: whether the answers were once compared with those of the plain way.
         off: why the plain way is taken; None while prefixes are shared.
+        pooling: of hidden states of the prefix; None if they are of no use.
     """
 
     decoder: Decoder
     image_token: int | None
+    pooling: Pooling | None = None
     verified: bool = False
     off: str | None = None
     _said: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, decoder: Decoder, wanted: bool = True) -> PrefixSharing:
+    def of(cls, decoder: Decoder, wanted: bool = True, pooling: Pooling | None = None) -> PrefixSharing:
         """Find out what can be found out without running the model."""
         token = getattr(decoder.model.config, "image_token_id", None)
-        sharing = cls(decoder, token)
+        sharing = cls(decoder, token, pooling)
         if not wanted:
             sharing.off = "share_prefix=False"
         elif decoder.static_cache:
@@ -242,7 +260,7 @@ class PrefixSharing:
         self._check_windows(shared.input_ids.shape[1] + max(settings.max_new_tokens, VERIFIED_TOKENS))
         return shared
 
-    def parts(self, shared: Shared, settings: Settings, cache_bytes: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
+    def parts(self, shared: Shared, settings: Settings, cache_bytes: int) -> Iterator[Part]:
         """Run the prefixes, and yield which rows to answer next with the arguments of the model for them.
 
         The keys and values of a part are the caller's; dropped before the next is asked for, they make room for it.
@@ -255,7 +273,7 @@ class PrefixSharing:
         Raises:
             OutOfMemory: the prefixes, or a part's copies of them, do not fit.
         """
-        cache, deltas = self._run_prefix(shared.prefix)
+        cache, deltas, read = self._run_prefix(shared.prefix)
         columns = shared.input_ids.shape[1] + settings.max_new_tokens
         rows = len(shared.owners)
         size = max(1, min(rows, cache_bytes // max(1, _bytes_per_token(cache) * columns)))
@@ -265,7 +283,11 @@ class PrefixSharing:
             for module, delta in deltas:
                 module.rope_deltas = delta[shared.owners[start:end].to(delta.device)]
             # No name for what is yielded: it would keep keys and values alive until the next part has its own.
-            yield range(start, end), self._continuing(shared, slice(start, end), cache, columns)
+            yield Part(
+                range(start, end),
+                self._continuing(shared, slice(start, end), cache, columns),
+                read.rows(shared.owners[start:end]) if read is not None else None,
+            )
 
     def _continuing(self, shared: Shared, part: slice, cache: DynamicCache, columns: int) -> dict[str, Any]:
         owners = shared.owners[part].to(cache.layers[0].keys.device)
@@ -287,13 +309,15 @@ class PrefixSharing:
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.decoder.model.config.get_text_config(decoder=True))
 
-    def _run_prefix(self, prefix: Mapping[str, Tensor]) -> tuple[DynamicCache, list[tuple[Any, Tensor]]]:
+    def _run_prefix(self, prefix: Mapping[str, Tensor]) -> tuple[DynamicCache, list[tuple[Any, Tensor]], Pooled | None]:
         cache = self._new_cache()
         config = GenerationConfig(max_new_tokens=1, do_sample=False)
-        with explaining_out_of_memory(len(prefix["input_ids"])):
+        pooled = nullcontext([None]) if self.pooling is None else self.pooling.watching(prefix)
+        with explaining_out_of_memory(len(prefix["input_ids"])), pooled as found:
             self.decoder.model.generate(**prefix, generation_config=config, past_key_values=cache)
         modules = self.decoder.model.modules()
-        return cache, [(m, m.rope_deltas) for m in modules if isinstance(getattr(m, "rope_deltas", None), Tensor)]
+        deltas = [(m, m.rope_deltas) for m in modules if isinstance(getattr(m, "rope_deltas", None), Tensor)]
+        return cache, deltas, found[0]
 
     def _expanded(self, cache: DynamicCache, owners: Tensor, columns: int) -> DynamicCache:
         expanded = self._new_cache()
@@ -339,7 +363,7 @@ class PrefixSharing:
                 "its attention looks ahead: what it keeps of an image depends on the question "
                 f"(keys differ by {ahead:.2g})"
             )
-        for part, inputs in self.parts(few, greedy, cache_bytes):
+        for part, inputs, _ in self.parts(few, greedy, cache_bytes):
             found = _prefix_keys(inputs["past_key_values"], inputs["attention_mask"], sizes[part.start :])
             apart = max(_apart(one, keys[row]) for row, one in zip(part, found, strict=True))
             if not apart <= tolerances.keys:

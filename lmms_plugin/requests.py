@@ -46,6 +46,7 @@ class Request:
 
     Attributes:
         name: task and document, for messages to the user.
+        place: task, and number of the document in it.
         options: the task's generation_kwargs; empty for a log-likelihood.
         target: the continuation to score, or a function from the document to it; None for generation.
         repeat: how many equal requests came before it in the same call.
@@ -53,6 +54,7 @@ class Request:
     """
 
     name: str
+    place: tuple[str, int]
     options: Mapping[str, Any]
     target: str | Callable[[Any], Any] | None
     repeat: int
@@ -114,12 +116,12 @@ def _read(arguments: tuple[Any, ...], documents: Mapping[str, Any], repeat: int)
     def document() -> Any:
         return documents[task][split][index]
 
-    name = f"task {task}, document {index}"
+    name, place = f"task {task}, document {index}", (task, index)
     image = _image(documents, task, split, index)
     context = rest[0]
     if len(rest) == 3 and isinstance(rest[2], Mapping):
         _, ask, options = rest
-        return Request(name, options, None, repeat, image, document, ask, ask)
+        return Request(name, place, options, None, repeat, image, document, ask, ask)
     show = rest[2]
 
     def first(doc: Any) -> Messages:
@@ -127,8 +129,8 @@ def _read(arguments: tuple[Any, ...], documents: Mapping[str, Any], repeat: int)
 
     if isinstance(rest[1], Mapping):
         again = rest[3] if len(rest) == 4 else None
-        return Request(name, rest[1], None, repeat, image, document, first, _rounds(again))
-    return Request(name, {}, rest[1], repeat, image, document, first, _rounds(None))
+        return Request(name, place, rest[1], None, repeat, image, document, first, _rounds(again))
+    return Request(name, place, {}, rest[1], repeat, image, document, first, _rounds(None))
 
 
 def _image(documents: Mapping[str, Any], task: str, split: str, index: int) -> Hashable | None:
@@ -140,6 +142,7 @@ def _unconditional(context: str, continuation: str, *, repeat: int) -> Request:
     """Read the request of a metric that wants a choice's probability without any question."""
     return Request(
         f"choice {continuation!r}",
+        ("", 0),
         {},
         continuation,
         repeat,

@@ -15,6 +15,7 @@ from torch import Tensor
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Decoder, OutOfMemory, explaining_out_of_memory
 from lmms_plugin.packing import Budget, Limits, in_order
+from lmms_plugin.pooling import Pooling
 from lmms_plugin.prefix import VERIFIED_ROWS, Encoded, NotShareable, PrefixSharing, Shared
 from lmms_plugin.prompts import Prompt, PromptReader
 from lmms_plugin.scheduling import Job, Prepared, Schedule
@@ -46,7 +47,14 @@ class Runner:
 
     @classmethod
     def of(
-        cls, decoder: Decoder, chat: Chat, reader: PromptReader, *, batch_size: int | None, share_prefix: bool
+        cls,
+        decoder: Decoder,
+        chat: Chat,
+        reader: PromptReader,
+        *,
+        batch_size: int | None,
+        share_prefix: bool,
+        pooling: Pooling | None = None,
     ) -> Runner:
         """Set up for a model that is loaded.
 
@@ -56,10 +64,11 @@ class Runner:
             reader: from messages to prompts.
             batch_size: images per batch; None for as many as fit.
             share_prefix: whether to share prefixes where that can be.
+            pooling: of hidden states of shared prefixes; None if they are of no use.
         """
         device = decoder.model.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-        sharing = PrefixSharing.of(decoder, wanted=share_prefix)
+        sharing = PrefixSharing.of(decoder, wanted=share_prefix, pooling=pooling)
         if share_prefix and sharing.off is not None:
             _say_off(sharing.off)
         return cls(decoder, chat, reader, sharing, Budget.of(batch_size, free))
@@ -134,8 +143,8 @@ class Runner:
         members, prompts = prepared.members, prepared.flat_prompts
         settings = jobs[members[0]].settings
         done: list[tuple[int, Result]] = []
-        for rows, inputs in self.sharing.parts(shared, settings, self.budget.cache_bytes):
-            batch = Batch(inputs, [sizes[owners[row]] for row in rows])
+        for rows, inputs, read in self.sharing.parts(shared, settings, self.budget.cache_bytes):
+            batch = Batch(inputs, [sizes[owners[row]] for row in rows], read)
             results = step(batch, [prompts[row] for row in rows], [jobs[members[row]] for row in rows])
             done += zip([members[row] for row in rows], results, strict=True)
             # The next part's keys and values are to take the place of these.

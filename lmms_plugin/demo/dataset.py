@@ -16,14 +16,16 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
 
 from lmms_plugin.demo.scenes import Pixels, scene
+from lmms_plugin.tasks.expressions import ExpressionDocs
 
 # lmms-lab/RefCOCOplus asks this of every row; tasks about expressions read `answer` instead.
 QUESTION = "Please carefully observe the area circled in the image and come up with a caption for the area."
 SCENES = {"test": 130, "val": 100}
+DEV_SCENES = 1000
 # Training goes up to four shapes, but the packaged checkpoint was tuned on up to three.
 MOST_OBJECTS = 3
 # Without the split names spelled out, `datasets` would call "val" "validation". FILES are listed by `write`.
@@ -85,6 +87,15 @@ def rows(split: str, count: int) -> Iterator[dict[str, Any]]:
                 "iscrowd": 0,
                 "file_name": file_name,
             }
+
+
+def dev(given: Dataset) -> ExpressionDocs:
+    """Scenes to train a learned confidence on, neither reported on nor seen by the checkpoint, drawn when asked for.
+
+    Args:
+        given: what lmms-eval loaded of the packaged data, which is of no use here.
+    """
+    return ExpressionDocs(Dataset.from_list(list(rows("dev", DEV_SCENES)), features=FEATURES))
 
 
 def write(folder: Path) -> None:

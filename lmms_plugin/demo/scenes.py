@@ -13,7 +13,7 @@ from lmms_plugin.demo.wording import COLOURS, FILLS, SHAPES, SIZES, Attributes, 
 
 SIDE = 112
 MAX_OBJECTS = 4
-SPLITS = {"train": 0, "val": 1, "test": 2}
+SPLITS = {"train": 0, "val": 1, "test": 2, "dev": 3}
 
 _RGB = {
     "red": (215, 35, 35),
@@ -194,7 +194,7 @@ def scene(split: str, index: int, *, seed: int = 0, max_objects: int = MAX_OBJEC
     """Return one scene of a split; splits never share a seed.
 
     Args:
-        split: "train", "val" or "test".
+        split: "train", "val", "test" or "dev".
         index: Which scene, from 0.
         seed: Another stream of the same split.
         max_objects: See `draw`.
