@@ -137,6 +137,36 @@ def compare(
     _print_tables(*tables)
 
 
+@app.command()
+def sensitivity(
+    results: Annotated[Path, typer.Argument(help="Folder with results files of runs that differ in bits.")],
+    metric: Annotated[list[str], typer.Option(help="Metric of lmms-eval's table; may be given again.")] = ["acc@0.5"],  # noqa: B006
+    figure: Annotated[Path | None, typer.Option(help="Folder to draw one picture per grid into.")] = None,
+    kind: Annotated[str, typer.Option(help="Of the pictures: png, svg or pdf.")] = "png",
+    json: AsJson = False,
+    resamples: Annotated[int, typer.Option(min=2, help="Resamples of the runs for the intervals.")] = 200,
+    seed: Seed = 0,
+) -> None:
+    """Say which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
+    from lmms_plugin import sensitivity as analysis
+
+    cells, left_out = analysis.read(results)
+    for line in left_out:
+        typer.echo(f"left out: {line}", err=True)
+    grids = list(analysis.grids(cells, metric))
+    if not grids:
+        raise ValueError(f"expected runs of quantized models with {' or '.join(metric)} under {results}, got none")
+    found = [analysis.analyse(grid, resamples=resamples, seed=seed, workers=os.cpu_count() or 1) for grid in grids]
+    if figure is not None:
+        figure.mkdir(parents=True, exist_ok=True)
+        for one in found:
+            analysis.draw(one, figure / f"{one.grid.file_name}.{kind}")
+    if json:
+        _print_json([one.to_dict() for one in found])
+        return
+    _print_tables(*(analysis.table(one) for one in found))
+
+
 def _print_json(value: object) -> None:
     import json
 
