@@ -167,6 +167,57 @@ def sensitivity(
     _print_tables(*(analysis.table(one) for one in found))
 
 
+selector = typer.Typer(no_args_is_help=True, help="Learned confidence from finished runs; no model is loaded.")
+app.add_typer(selector, name="selector")
+RunFolder = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results file or folder of one run.")]
+FeatureFolder = Annotated[Path, typer.Option(help="What --model_args features= of that run named.")]
+
+
+@selector.command("fit")
+def fit_selector(
+    results: RunFolder,
+    features: FeatureFolder,
+    output: Annotated[Path, typer.Option(help="File for the selector (.safetensors).")],
+    task: Annotated[list[str] | None, typer.Option(help="Task to train on; may be repeated; by default all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order, dropout and held-out images.")] = 0,
+    held_out: Annotated[float, typer.Option(help="Share of the images that decide when to stop.")] = 0.2,
+    hidden: Annotated[int, typer.Option(min=1, help="Units of each of the two hidden layers.")] = 768,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
+    epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 128,
+    patience: Annotated[int, typer.Option(min=1, help="Epochs without improvement before it stops.")] = 10,
+) -> None:
+    """Train a selector on a run's answers: never on images that results are reported on."""
+    from lmms_plugin import learning
+    from lmms_plugin.features import read
+    from lmms_plugin.results import read_one
+    from lmms_plugin.selector import Settings
+
+    settings = Settings(hidden=hidden, lr=lr, epochs=epochs, patience=patience, held_out=held_out, seed=seed)
+    trained = learning.train(read_one(results), read(features), settings, task or ())
+    trained.save(output)
+    for name, value in learning.summary(trained).items():
+        typer.echo(f"{name}: {value}")
+
+
+@selector.command("apply")
+def apply_selector(
+    results: RunFolder,
+    features: FeatureFolder,
+    selector: Annotated[Path, typer.Option(help="File written by `lmms-plugin selector fit`.")],
+    output: Annotated[Path, typer.Option(help="New folder for the run with the confidence in its logs.")],
+    transfer: Annotated[bool, typer.Option(help="Take a selector of another model or quantization; marked.")] = False,
+) -> None:
+    """Add a selector's confidence to the logs of a run that kept features, for `metrics` and `compare`."""
+    from lmms_plugin import learning
+    from lmms_plugin.features import read
+    from lmms_plugin.results import read_one
+    from lmms_plugin.selector import Selector
+
+    run, store = read_one(results), read(features)
+    name = learning.apply(run, store, Selector.load(selector), output, transfer=transfer)
+    typer.echo(f"{output}: use it as --estimator {name}")
+
+
 def _print_json(value: object) -> None:
     import json
 
