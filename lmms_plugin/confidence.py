@@ -1,55 +1,86 @@
-"""Confidence of an answer from the log-probabilities of its tokens.
+"""Confidence of an answer from what a model tells with it.
 
-An estimator takes three arrays of shape (n,): `logprobs`, the natural log-probability of each generated token;
-`selected`, which of them write what was asked for (the numbers of a box, the words of an answer); and `place_value`, by
-how much a change of the token's leading digit by one would move its number, 0 for tokens without a digit. It returns a
-value in [0, 1], or NaN where there is nothing to estimate from (no tokens; for an estimator of selected tokens, none
-selected; for one of digits, no digits): a missing confidence, to be left out of calibration and counted, never 0.
+An estimator takes the `Evidence` of one answer and returns a value in [0, 1], or NaN where there is nothing to estimate
+from (no tokens; for an estimator of selected tokens, none selected; for one of digits, no digits; a statement without
+a number): a missing confidence, to be left out of calibration and counted, never 0.
 
 Which estimators apply depends on what an answer is: `ESTIMATORS` are those of boxes, `TEXT_ESTIMATORS` those of free
-text. Names without a prefix use every token, the end-of-sequence token included.
+text. Names without a prefix use every token, the end-of-sequence token included. Some need evidence that is gathered
+only on request: `NEEDS` says which, and `HOW_TO_OBTAIN` how to ask for it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from lmms_plugin.agreement import Agreement
+from lmms_plugin.digits import AnsweredBox
+from lmms_plugin.digits import expected_iou as _expected_iou
+
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-Estimator = Callable[[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike], float]
 
 _LOGPROB_SLACK = 1e-4
 """How far above 0 a log-softmax in float32 may land by rounding."""
 
 
-def joint(logprobs: npt.ArrayLike, selected: npt.ArrayLike, place_value: npt.ArrayLike = ()) -> float:
+class Evidence(NamedTuple):
+    """What there is to judge one answer of n tokens by.
+
+    Attributes:
+        logprobs: Shape (n,), natural log-probability of each generated token; −∞ is a probability of 0.
+        selected: Shape (n,), boolean, True at the tokens that write what was asked for (`coordinate_mask`): the numbers
+            of a box, the words of an answer.
+        place_value: Shape (n,), by how much a change of the token's leading digit by one would move its number, 0 for
+            tokens without a digit (`place_values`); () where nothing is a number.
+        leading: Shape (n,), boolean, True at the tokens that begin a number (`leading_mask`); () likewise.
+        digits: The answered box with the model's distribution over each of its numbers; None if it was not recorded.
+        agreement: Of the answer with others sampled for the same question; None if none were.
+        stated: The model's own word on how sure it is, in [0, 1]; NaN where it named no number, None if it was not
+            asked.
+    """
+
+    logprobs: npt.ArrayLike
+    selected: npt.ArrayLike
+    place_value: npt.ArrayLike = ()
+    leading: npt.ArrayLike = ()
+    digits: AnsweredBox | None = None
+    agreement: Agreement | None = None
+    stated: float | None = None
+
+
+Estimator = Callable[[Evidence], float]
+
+
+def joint(evidence: Evidence) -> float:
     """Probability of the whole answer, exp(Σ log p): MaxProb of arXiv 2602.13289."""
-    values, _ = _checked(logprobs, selected)
+    values, _ = _checked(evidence)
     return _exp(values.sum()) if values.size else float("nan")
 
 
-def mean(logprobs: npt.ArrayLike, selected: npt.ArrayLike, place_value: npt.ArrayLike = ()) -> float:
+def mean(evidence: Evidence) -> float:
     """Length-normalised probability, exp(mean log p): the geometric mean over tokens."""
-    values, _ = _checked(logprobs, selected)
+    values, _ = _checked(evidence)
     return _exp(values.mean()) if values.size else float("nan")
 
 
-def minimum(logprobs: npt.ArrayLike, selected: npt.ArrayLike, place_value: npt.ArrayLike = ()) -> float:
+def minimum(evidence: Evidence) -> float:
     """Probability of the least likely token."""
-    values, _ = _checked(logprobs, selected)
+    values, _ = _checked(evidence)
     return _exp(values.min()) if values.size else float("nan")
 
 
-def first(logprobs: npt.ArrayLike, selected: npt.ArrayLike, place_value: npt.ArrayLike = ()) -> float:
+def first(evidence: Evidence) -> float:
     """Probability of the first token, where short answers are decided: "yes" or "no"."""
-    values, _ = _checked(logprobs, selected)
+    values, _ = _checked(evidence)
     return _exp(values[0]) if values.size else float("nan")
 
 
-def place_weighted(logprobs: npt.ArrayLike, selected: npt.ArrayLike, place_value: npt.ArrayLike = ()) -> float:
+def place_weighted(evidence: Evidence) -> float:
     """Mean of the selected tokens' log-probabilities weighted by place value, exp(Σ w·log p / Σ w).
 
     The units of a number in thousandths are nearly a guess and hardly move the box; here a digit counts by as much as
@@ -59,8 +90,8 @@ def place_weighted(logprobs: npt.ArrayLike, selected: npt.ArrayLike, place_value
     Raises:
         ValueError: Also if place values differ in number from the tokens, or one is negative or not finite.
     """
-    values, mask = _checked(logprobs, selected)
-    weights = np.asarray(place_value, dtype=np.float64)
+    values, mask = _checked(evidence)
+    weights = np.asarray(evidence.place_value, dtype=np.float64)
     if weights.shape != values.shape:
         raise ValueError(f"expected one place value per token, got shapes {weights.shape} and {values.shape}")
     if not np.all(np.isfinite(weights) & (weights >= 0.0)):
@@ -72,20 +103,73 @@ def place_weighted(logprobs: npt.ArrayLike, selected: npt.ArrayLike, place_value
 def of_selected(estimator: Estimator) -> Estimator:
     """The same estimator over the selected tokens alone: brackets and commas of probability 1 do not dilute it."""
 
-    def estimate(logprobs: npt.ArrayLike, selected: npt.ArrayLike, place_value: npt.ArrayLike = ()) -> float:
-        values, mask = _checked(logprobs, selected)
-        return estimator(values[mask], mask[mask], ())
+    def estimate(evidence: Evidence) -> float:
+        values, mask = _checked(evidence)
+        return estimator(Evidence(values[mask], mask[mask]))
 
     return estimate
 
 
+def leading(evidence: Evidence) -> float:
+    """Geometric mean probability of the tokens that begin a number: hundreds decide where a box is, units hardly do.
+
+    Raises:
+        ValueError: Also if `leading` differs in number from the tokens.
+    """
+    values, _ = _checked(evidence)
+    begins = np.asarray(evidence.leading, dtype=np.bool_)
+    if begins.shape != values.shape:
+        raise ValueError(f"expected one mark per token of those that begin a number, got shape {begins.shape}")
+    return _exp(values[begins].mean()) if begins.any() else float("nan")
+
+
+def expected_iou(evidence: Evidence) -> float:
+    """Expected IoU of the answered box with one drawn from the model's own distribution over its digits.
+
+    Σ_b p(b)·IoU(b, answered), where the numbers of b are taken for independent, each as `lmms_plugin.digits` describes;
+    whatever is no box counts 0. NaN where the answer holds no box.
+    """
+    return float("nan") if evidence.digits is None else _expected_iou(evidence.digits)
+
+
+def agreement(evidence: Evidence) -> float:
+    """Mean over k sampled answers of their agreement with the answer, (1/k)·Σ_i a(y_i, y).
+
+    For boxes a is the IoU, for free text 1 where both are the same answer; a sample without a box agrees with nothing.
+    After self-consistency (arXiv 2203.11171) and, for boxes, the spread of samples in SafeGround (arXiv 2602.02419).
+    NaN where the answer holds no box.
+    """
+    found = evidence.agreement
+    return float("nan") if found is None or not found.with_answer else float(np.mean(found.with_answer))
+
+
+def pairwise_agreement(evidence: Evidence) -> float:
+    """Mean agreement of the k sampled answers among themselves, 2/(k(k−1))·Σ_{i<j} a(y_i, y_j); NaN for k = 1."""
+    found = evidence.agreement
+    return float("nan") if found is None or not found.among_samples else float(np.mean(found.among_samples))
+
+
+def verbalised(evidence: Evidence) -> float:
+    """What the model says when it is asked in a second turn how sure it is (arXiv 2305.14975, 2306.13063)."""
+    return float("nan") if evidence.stated is None else evidence.stated
+
+
 _OF_ALL_TOKENS: Mapping[str, Estimator] = {"joint": joint, "mean": mean, "min": minimum, "first": first}
+
+_ON_REQUEST: Mapping[str, Estimator] = {
+    "agreement": agreement,
+    "agreement_pairwise": pairwise_agreement,
+    "verbalised": verbalised,
+}
 
 ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
     {
         **_OF_ALL_TOKENS,
         **{f"coordinate_{name}": of_selected(estimator) for name, estimator in _OF_ALL_TOKENS.items()},
         "coordinate_place": place_weighted,
+        "coordinate_leading": leading,
+        "expected_iou": expected_iou,
+        **_ON_REQUEST,
     }
 )
 """Every estimator of a box's confidence by the name under which it is logged and chosen."""
@@ -94,34 +178,63 @@ TEXT_ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
     {
         **_OF_ALL_TOKENS,
         **{f"word_{name}": of_selected(estimator) for name, estimator in _OF_ALL_TOKENS.items()},
+        **_ON_REQUEST,
     }
 )
 """Every estimator of a free answer's confidence; those named `word_` leave out the end of the sequence."""
 
+NEEDS: Mapping[str, str] = MappingProxyType(
+    {
+        "expected_iou": "digits",
+        "agreement": "agreement",
+        "agreement_pairwise": "agreement",
+        "verbalised": "stated",
+    }
+)
+"""Estimator → the part of the evidence that must have been gathered for it."""
 
-def estimate_all(
-    logprobs: npt.ArrayLike,
-    mask: npt.ArrayLike,
-    place_value: npt.ArrayLike | None = None,
-    estimators: Mapping[str, Estimator] = ESTIMATORS,
-) -> dict[str, float]:
+HOW_TO_OBTAIN: Mapping[str, str] = MappingProxyType(
+    {
+        "digits": "the run's own models record it for tasks that ask for boxes; a log without it is older",
+        "agreement": "run with --model_args samples=8",
+        "stated": "run with --model_args verbalised=True",
+    }
+)
+"""Part of the evidence → how to have it gathered."""
+
+
+def obtaining(estimator: str) -> str:
+    """How to obtain an estimator that a log lacks, as a clause that follows its name; "" if there is no such one."""
+    if estimator in LEARNED:
+        return " (run with --model_args selector=FILE)"
+    return f" ({HOW_TO_OBTAIN[NEEDS[estimator]]})" if estimator in NEEDS else ""
+
+
+LEARNED = ("selector", "selector_transferred")
+"""Names of a learned confidence, which comes with the answer; the second where the selector was trained for another
+model or another quantization."""
+
+
+def estimate_all(evidence: Evidence, estimators: Mapping[str, Estimator] = ESTIMATORS) -> dict[str, float]:
     """Several estimators on one answer.
 
     Args:
-        logprobs: Shape (n,), natural log-probabilities of the generated tokens; −∞ is a probability of 0.
-        mask: Shape (n,), boolean, True at the tokens that write what was asked for (`coordinate_mask`).
-        place_value: Shape (n,), at least 0 (`place_values`); None where the answer has no digits that count.
+        evidence: Of the answer.
         estimators: By name, `ESTIMATORS` or `TEXT_ESTIMATORS`.
 
     Returns:
-        Estimator name → confidence in [0, 1], or NaN where there is nothing to estimate from.
+        Estimator name → confidence in [0, 1], or NaN where there is nothing to estimate from. Estimators whose evidence
+        was not gathered at all (`NEEDS`) are left out.
 
     Raises:
         ValueError: If the arrays are not one-dimensional or differ in length, a log-probability is NaN or above 0, the
             mask is not boolean, or a place value is negative or not finite.
     """
-    places = np.zeros(np.shape(logprobs)) if place_value is None else place_value
-    return {name: estimator(logprobs, mask, places) for name, estimator in estimators.items()}
+    return {
+        name: estimator(evidence)
+        for name, estimator in estimators.items()
+        if name not in NEEDS or getattr(evidence, NEEDS[name]) is not None
+    }
 
 
 def coordinate_mask(token_texts: Sequence[str], spans: Sequence[tuple[int, int]]) -> Mask:
@@ -178,13 +291,33 @@ def place_values(token_texts: Sequence[str], spans: Sequence[tuple[int, int]]) -
     return np.array([values[start:end].max(initial=0.0) for start, end in pairwise(edges)], dtype=np.float64)
 
 
+def leading_mask(token_texts: Sequence[str], spans: Sequence[tuple[int, int]]) -> Mask:
+    """Which tokens write the first digit of any of the given numbers.
+
+    Args:
+        token_texts: The n texts whose concatenation is the answer.
+        spans: As in `coordinate_mask`, of one decimal number each; one without a digit has no first.
+
+    Returns:
+        Shape (n,), boolean.
+
+    Raises:
+        ValueError: If a span is reversed or reaches outside the concatenated text.
+    """
+    whole = "".join(token_texts)
+    firsts = (next((p for p in range(*span) if whole[p : p + 1].isdecimal()), None) for span in spans)
+    begins = coordinate_mask(token_texts, [(first, first + 1) for first in firsts if first is not None])
+    coordinate_mask(token_texts, spans)
+    return begins
+
+
 def _exp(logprob: np.float64) -> float:
     return float(np.exp(logprob))
 
 
-def _checked(logprobs: npt.ArrayLike, selected: npt.ArrayLike) -> tuple[Floats, Mask]:
-    values = np.asarray(logprobs, dtype=np.float64)
-    mask = np.asarray(selected)
+def _checked(evidence: Evidence) -> tuple[Floats, Mask]:
+    values = np.asarray(evidence.logprobs, dtype=np.float64)
+    mask = np.asarray(evidence.selected)
     if values.ndim != 1 or mask.shape != values.shape:
         raise ValueError(f"expected two arrays of shape (n,), got shapes {values.shape} and {mask.shape}")
     if mask.size and mask.dtype != np.bool_:

@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lmms_plugin.response import Token
+from lmms_plugin.number_tokens import DigitRecorder, NumberTokens
+from lmms_plugin.response import Alternatives, Token
 from lmms_plugin.settings import Sampling, Settings
 from lmms_plugin.token_texts import cut, decode, token_texts
 
@@ -105,8 +107,18 @@ class Decoder:
         # A copy of its own, because others encode on background threads meanwhile.
         return cls(model, copy.deepcopy(tokenizer), tuple(sorted(ends)), frozenset(special | ends), static_cache)
 
+    @cached_property
+    def number_tokens(self) -> NumberTokens:
+        """The tokens of digits."""
+        return NumberTokens(self.tokenizer)
+
     def generate(
-        self, inputs: Mapping[str, Tensor], settings: Settings, seeds: Sequence[int] | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        settings: Settings,
+        seeds: Sequence[int] | None = None,
+        *,
+        digits: bool = False,
     ) -> list[Answer]:
         """Generate one answer per row of the batch.
 
@@ -114,6 +126,7 @@ class Decoder:
             inputs: keyword arguments of the model, on its device; `input_ids` (rows, prompt length) padded on the left.
             settings: the same for all rows.
             seeds: one per row, for sampling: what is drawn for a row depends on its own seed and not on its batch.
+            digits: whether to record, for tokens of digits, how likely the others were (`Token.alternatives`).
 
         Raises:
             OutOfMemory: the batch does not fit; says what helps.
@@ -122,7 +135,9 @@ class Decoder:
         if settings.num_beams > 1:
             return self._search(inputs, settings)
         prompt_length = inputs["input_ids"].shape[1]
-        recorder = _Recorder(_RawLogits(), _Ends(self.tokenizer, self.ends, settings.until, prompt_length))
+        digit_recorder = DigitRecorder(self.number_tokens) if digits else None
+        ends = _Ends(self.tokenizer, self.ends, settings.until, prompt_length)
+        recorder = _Recorder(_RawLogits(), ends, digit_recorder)
         processors: list[LogitsProcessor] = [recorder.raw]
         if settings.repetition_penalty != 1:
             processors.append(_RepetitionPenalty(settings.repetition_penalty, inputs["attention_mask"]))
@@ -133,7 +148,11 @@ class Decoder:
         config = GenerationConfig(max_new_tokens=settings.max_new_tokens, eos_token_id=list(self.ends), do_sample=False)
         ids = self._run(inputs, config, processors, recorder)
         rows = zip(ids.tolist(), recorder.logprobs(), recorder.ends.lengths.tolist(), strict=True)
-        return [self._answer(row[:length], logprobs[:length], settings.until) for row, logprobs, length in rows]
+        answers = [self._answer(row[:length], logprobs[:length], settings.until) for row, logprobs, length in rows]
+        recorded = None if digit_recorder is None else digit_recorder.alternatives()
+        if recorded is None:
+            return answers
+        return [_with_alternatives(answer, row) for answer, row in zip(answers, recorded, strict=True)]
 
     def score(self, inputs: Mapping[str, Tensor], continuations: Sequence[Sequence[int]]) -> list[Score]:
         """Score one given continuation per row of the batch, by making the model generate it.
@@ -200,6 +219,11 @@ class Decoder:
         kept = cut(texts, until)
         text = "".join(text for text, token in zip(kept, ids, strict=False) if token not in self.special)
         return Answer(tuple(map(Token, kept, logprobs)), text, tuple(ids))
+
+
+def _with_alternatives(answer: Answer, recorded: Sequence[Alternatives | None]) -> Answer:
+    pairs = zip(answer.tokens, recorded, strict=False)
+    return answer._replace(tokens=tuple(token._replace(alternatives=alternatives) for token, alternatives in pairs))
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:
@@ -317,9 +341,10 @@ class _Ends:
 class _Recorder(StoppingCriteria):
     """Notes the log-probability of each chosen token, from the logits of that step alone."""
 
-    def __init__(self, raw: _RawLogits, ends: _Ends | None) -> None:
+    def __init__(self, raw: _RawLogits, ends: _Ends | None, digits: DigitRecorder | None = None) -> None:
         self.raw = raw
         self._ends = ends
+        self._digits = digits
         self._logprobs: list[Tensor] = []
         self._greedy: list[Tensor] = []
 
@@ -330,7 +355,10 @@ class _Recorder(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         logits, chosen = self.raw.logits, input_ids[:, -1:].to(self.raw.logits.device)
-        self._logprobs.append(logits.gather(1, chosen).squeeze(1) - logits.logsumexp(1))
+        total = logits.logsumexp(1)
+        self._logprobs.append(logits.gather(1, chosen).squeeze(1) - total)
+        if self._digits is not None:
+            self._digits.note(logits, total, chosen.squeeze(1))
         if self._ends is not None:
             return self._ends.update(input_ids)
         self._greedy.append(logits.argmax(1) == chosen.squeeze(1))

@@ -17,10 +17,14 @@ from enum import Enum
 from functools import cache
 from string import Formatter
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from lmms_plugin.boxes import OVERSHOOT, Box
 
+Floats = npt.NDArray[np.float64]
 Size = tuple[int, int]
 
 # Bounded repetition keeps the work per character constant: no answer, however long, makes the search backtrack far.
@@ -129,6 +133,11 @@ class Dialect:
         """Whether an answer means nothing without the size of the image as the model saw it."""
         return self.frame is Frame.RESIZED
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the numbers of one box, in the order in which they are written."""
+        return tuple(field for _, field, _, _ in Formatter().parse(self.box) if field)
+
     def ask(self, expression: str) -> str:
         """Return the text of the question, without image tokens and chat template."""
         return self.prompt.format(expression=expression)
@@ -154,6 +163,29 @@ class Dialect:
             return Parsed(None, 0, ())
         count = 1 + sum(1 for _ in matches)
         return Parsed(self._read(first, original_size, model_size), count, tuple(map(first.span, first.groupdict())))
+
+    def boxes(self, numbers: Floats, *, original_size: Size | None, model_size: Size | None) -> Floats:
+        """Read many boxes at once, by the rules of `parse`.
+
+        Args:
+            numbers: shape (n, len(fields)), in the order of `fields`.
+            original_size: as in `parse`.
+            model_size: as in `parse`.
+
+        Returns:
+            Shape (n, 4), xyxy fractions of the original image; NaN where the numbers make no box.
+        """
+        axes = self._axes(original_size, model_size)
+        if axes is None:
+            return np.full((len(numbers), 4), np.nan)
+        units, origin, extent = (np.array(column) for column in zip(*axes * 2, strict=True))
+        corners = self._corners_from_numbers(dict(zip(self.fields, numbers.T, strict=True)))
+        shares = np.stack(corners, axis=1) / units
+        boxes = np.clip(origin + extent * shares, 0.0, 1.0)
+        outside = ((shares < -OVERSHOOT) | (shares > 1 + OVERSHOOT)).any(axis=1)
+        empty = (boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])
+        none = outside | empty | (numbers > self.largest).any(axis=1)
+        return np.where(none[:, None], np.nan, boxes)
 
     def write(
         self, box: Box, *, original_size: Size | None = None, model_size: Size | None = None, expression: str = ""
@@ -207,7 +239,7 @@ class Dialect:
         x, y = (_Axis(self.scale, -((side - length) // 2) / length, side / length) for length in size)
         return x, y
 
-    def _corners_from_numbers(self, numbers: Mapping[str, float]) -> tuple[float, ...]:
+    def _corners_from_numbers(self, numbers: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(numbers[corner] + self.offset for corner in _CORNERS)
 
     def _numbers_from_corners(self, corners: list[float], limits: list[float]) -> dict[str, float]:
@@ -224,11 +256,11 @@ class PatchDialect(Dialect):
     The corners are the middles of the two cells; where these share a row or a column, the outer edges.
     """
 
-    def _corners_from_numbers(self, numbers: Mapping[str, float]) -> tuple[float, ...]:
+    def _corners_from_numbers(self, numbers: Mapping[str, Any]) -> tuple[Any, ...]:
         (top, left), (bottom, right) = (divmod(numbers[cell], self.scale) for cell in ("first", "last"))
-        if top == bottom or left == right:
-            return left, top, right + 1, bottom + 1
-        return left + 0.5, top + 0.5, right + 0.5, bottom + 0.5
+        inside = 0.5 * ((top != bottom) & (left != right))
+        outside = 1.0 - inside
+        return left + inside, top + inside, right + outside, bottom + outside
 
     def _numbers_from_corners(self, corners: list[float], limits: list[float]) -> dict[str, float]:
         cells = [math.floor(value) for value in corners[:2]] + [math.ceil(value) - 1 for value in corners[2:]]

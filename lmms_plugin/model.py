@@ -270,10 +270,11 @@ class QuantizedVLM(lmms):
         """Answer a batch; the second list holds learned confidences of the answers by name."""
         settings = jobs[0].settings
         # Beams are rows of their own, and their answers have no log-probabilities.
+        digits = any(prompt.grounding is not None and prompt.grounding.digits for prompt in prompts)
         if self.observer is None or settings.num_beams > 1:
-            return self.decoder.generate(batch.inputs, settings, seeds), [{}] * len(prompts)
+            return self.decoder.generate(batch.inputs, settings, seeds, digits=digits), [{}] * len(prompts)
         with self.observer.pooling.watching(batch.inputs) as found:
-            answers = self.decoder.generate(batch.inputs, settings, seeds)
+            answers = self.decoder.generate(batch.inputs, settings, seeds, digits=digits)
         pooled = found[0] if batch.read is None else batch.read.followed_by(found[0])
         return answers, self.observer.observe(pooled, prompts, jobs, answers)
 
@@ -300,8 +301,8 @@ class QuantizedVLM(lmms):
                 f"{type(self.chat.processor).__name__} does not tell its size"
             )
         raw = "".join(token.text for token in answer.tokens)
-        size = prompt.grounding.original_size
-        return Response(raw, answer.tokens, size, model_size, self.dialect.name, learned).encode()
+        size, digits = prompt.grounding.original_size, prompt.grounding.digits
+        return Response(raw, answer.tokens, size, model_size, self.dialect.name, learned, digits).encode()
 
     def _warn_if_unpublished(self) -> None:
         if not self.dialect.published and not self._warned and self.rank == 0:

@@ -27,10 +27,12 @@ class Grounding(NamedTuple):
     Attributes:
         expression: what to find.
         original_size: (width, height) of the image in pixels as the dataset has it.
+        digits: whether to tell for tokens of digits how likely the others were.
     """
 
     expression: str
     original_size: Size
+    digits: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class PromptReader:
 def _grounding(wish: Mapping[str, Any], name: str) -> Grounding:
     try:
         width, height = wish["original_size"]
-        return Grounding(str(wish["expression"]), (int(width), int(height)))
+        return Grounding(str(wish["expression"]), (int(width), int(height)), bool(wish.get("digits", False)))
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(
             f"{name}: 'grounding' must be {{'expression': ..., 'original_size': [width, height]}}, got {wish!r}"

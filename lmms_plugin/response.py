@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 MARKER = "<|lmms_plugin|>"
 Size = tuple[int, int]
 
 _FIELDS = {"tokens", "logprobs", "original_size", "model_size", "dialect"}
+_OPTIONAL = {"confidence", "digits", "samples", "statement"}
+
+
+class Alternatives(NamedTuple):
+    """What else a model could have written with a token of digits.
+
+    Attributes:
+        probabilities: digits -> probability of the tokens with these digits and otherwise the chosen token's text; the
+            likeliest ones, in decreasing order.
+        unlisted: probability of all other such tokens together. What is missing to 1 is of tokens of another kind.
+    """
+
+    probabilities: Mapping[str, float]
+    unlisted: float = 0.0
 
 
 class Token(NamedTuple):
@@ -25,10 +40,12 @@ class Token(NamedTuple):
             tokens that make one character.
         logprob: natural logarithm of its probability in the model's own distribution (before temperature, penalties
             and truncation of the sampling), at most 0.
+        alternatives: what could have stood in its place; None where it writes no digits or nobody asked.
     """
 
     text: str
     logprob: float
+    alternatives: Alternatives | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,10 @@ class Response:
         original_size: (width, height) of the image in pixels as the dataset has it; None if unknown.
         model_size: (width, height) of the image in pixels as the model saw it; None if unknown.
         dialect: name of the `Dialect` that the question was asked in; None if the model was asked in the task's words.
+        confidence: by estimator, what only the model's side can tell (a learned confidence), in [0, 1].
+        records_digits: whether alternatives of the tokens were recorded, be there digits in the answer or not.
+        samples: raw answers sampled for the same question; None where none were asked for.
+        statement: what the model said when asked how sure it is; None where it was not asked.
     """
 
     text: str
@@ -48,6 +69,10 @@ class Response:
     original_size: Size | None = None
     model_size: Size | None = None
     dialect: str | None = None
+    confidence: Mapping[str, float] = field(default_factory=dict)
+    records_digits: bool = False
+    samples: tuple[str, ...] | None = None
+    statement: str | None = None
 
     def __post_init__(self) -> None:
         written = "".join(token.text for token in self.tokens)
@@ -57,18 +82,27 @@ class Response:
     def encode(self) -> str:
         """Return the answer with its trailer.
 
-        Log-probabilities are rounded to six decimals.
+        Log-probabilities and confidences are rounded to six decimals, alternatives to five.
 
         Raises:
-            ValueError: a log-probability is not finite.
+            ValueError: a log-probability or a confidence is not finite.
         """
-        trailer = {
+        trailer: dict[str, Any] = {
             "tokens": [token.text for token in self.tokens],
             "logprobs": [round(token.logprob, 6) for token in self.tokens],
             "original_size": self.original_size,
             "model_size": self.model_size,
             "dialect": self.dialect,
         }
+        if self.confidence:
+            trailer["confidence"] = {name: round(value, 6) for name, value in self.confidence.items()}
+        if self.records_digits:
+            alternatives = {str(index): token.alternatives for index, token in enumerate(self.tokens)}
+            trailer["digits"] = {index: _written(value) for index, value in alternatives.items() if value is not None}
+        if self.samples is not None:
+            trailer["samples"] = self.samples
+        if self.statement is not None:
+            trailer["statement"] = self.statement
         line = json.dumps(trailer, separators=(",", ":"), allow_nan=False)
         # The last marker in the string must be the one written here, whatever the model wrote.
         return f"{self.text}\n{MARKER}" + line.replace("<", "\\u003c")
@@ -87,22 +121,61 @@ class Response:
             return cls(text=answer)
         try:
             trailer = json.loads(line)
-            if not isinstance(trailer, dict) or set(trailer) != _FIELDS:
+            if not isinstance(trailer, dict) or set(trailer) - _OPTIONAL != _FIELDS:
                 raise ValueError(f"expected an object with {sorted(_FIELDS)}")
             pairs = zip(trailer["tokens"], trailer["logprobs"], strict=True)
-            tokens = tuple(_token(text, logprob) for text, logprob in pairs)
+            digits = {int(index): _alternatives(value) for index, value in trailer.get("digits", {}).items()}
+            tokens = tuple(_token(*pair, digits.get(index)) for index, pair in enumerate(pairs))
             sizes = {name: _size(trailer[name]) for name in ("original_size", "model_size")}
-        except (TypeError, ValueError, RecursionError) as error:
+            confidence = {str(name): _share(value) for name, value in trailer.get("confidence", {}).items()}
+            samples = _texts(trailer["samples"]) if "samples" in trailer else None
+            (statement,) = _texts([trailer["statement"]]) if "statement" in trailer else (None,)
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"The trailer of an answer is damaged ({error}): {line[:200]!r}") from error
         written = "".join(token.text for token in tokens) if tokens else text.removesuffix("\n")
-        return cls(text=written, tokens=tokens, dialect=_name(trailer["dialect"]), **sizes)
+        return cls(
+            text=written,
+            tokens=tokens,
+            dialect=_name(trailer["dialect"]),
+            confidence=confidence,
+            records_digits="digits" in trailer,
+            samples=samples,
+            statement=statement,
+            **sizes,
+        )
 
 
-def _token(text: Any, logprob: Any) -> Token:
-    number = isinstance(logprob, int | float) and not isinstance(logprob, bool)
-    if not (isinstance(text, str) and number and math.isfinite(logprob)):
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _share(value: Any) -> float:
+    if not (_is_number(value) and 0.0 <= value <= 1.0):
+        raise ValueError(f"expected a confidence in [0, 1], got {value!r}")
+    return float(value)
+
+
+def _written(alternatives: Alternatives) -> tuple[dict[str, float], float]:
+    return {digits: round(p, 5) for digits, p in alternatives.probabilities.items()}, round(alternatives.unlisted, 5)
+
+
+def _alternatives(value: Any) -> Alternatives:
+    probabilities, unlisted = value
+    if not all(digits.isascii() and digits.isdecimal() for digits in probabilities):
+        raise ValueError(f"expected probabilities by digits, got {probabilities!r}")
+    return Alternatives({digits: _share(p) for digits, p in probabilities.items()}, _share(unlisted))
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        raise ValueError(f"expected texts, got {value!r}")
+    return tuple(value)
+
+
+def _token(text: Any, logprob: Any, alternatives: Alternatives | None = None) -> Token:
+    if not (isinstance(text, str) and _is_number(logprob)):
         raise ValueError(f"expected a text and a finite number for each token, got {text!r}, {logprob!r}")
-    return Token(text, float(logprob))
+    return Token(text, float(logprob), alternatives)
 
 
 def _size(value: Any) -> Size | None:

@@ -7,14 +7,17 @@ metric of what happens to be left of a run is not one of the run.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from lmms_plugin.confidence import obtaining
 
 Floats = npt.NDArray[np.float64]
 Texts = npt.NDArray[np.str_]
@@ -74,6 +77,7 @@ class TaskRecords:
         kind: What its records are.
         place: What it asks about.
         ids: Document ids, unique.
+        numbers: Numbers of the documents in lmms-eval; -1 where the log does not tell.
         images: Ids of the images, the clusters of every interval.
         asked: Question and true answer as text, by which runs are compared.
         parts: Part of the split each document belongs to; "" where the task brings no split of its own.
@@ -87,6 +91,7 @@ class TaskRecords:
     kind: Kind
     place: Place
     ids: Texts
+    numbers: npt.NDArray[np.int64]
     images: Texts
     asked: Texts
     parts: Texts
@@ -110,7 +115,9 @@ class TaskRecords:
         name = estimator or self.kind.estimator
         if name not in self.confidence:
             known = ", ".join(sorted(self.confidence))
-            raise ValueError(f"expected task {self.task} to log one of the estimators {known}, got {name!r}")
+            raise ValueError(
+                f"expected task {self.task} to log one of the estimators {known}, got {name!r}{obtaining(name)}"
+            )
         return self.confidence[name]
 
 
@@ -140,6 +147,14 @@ class Run:
     def label(self) -> str:
         """Model and arguments in one line."""
         return f"{self.model} {self.model_args}".strip()
+
+    def log(self, task: str) -> Path:
+        """The log of a task's samples."""
+        return _log(self.file, task)
+
+
+def _log(file: Path, task: str) -> Path:
+    return file.with_name(f"{file.name.removesuffix(_RESULTS)}_samples_{task}.jsonl")
 
 
 def find(path: Path) -> list[Path]:
@@ -174,20 +189,22 @@ def read(file: Path) -> Run:
 
     Raises:
         ValueError: If it is no results file, a task of ours has no log (the run was without --log_samples), or a log
-            is damaged, holds a document twice, or holds fewer or more documents than the run scored.
+            is damaged, holds a document twice, holds fewer or more documents than the run scored, or does not agree
+            with the table of results.
     """
-    results = _json(file, file.read_text(encoding="utf-8"))
+    results = _json(file, file.read_bytes())
     if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
         raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
     tasks, others = {}, []
     for task, samples in results["n-samples"].items():
-        log = file.with_name(f"{file.name.removesuffix(_RESULTS)}_samples_{task}.jsonl")
+        log = _log(file, task)
         records = _task(task, results["configs"][task], log)
         if records is None:
             others.append(task)
             continue
         if records.ids.size != samples["effective"]:
             raise ValueError(f"expected {samples['effective']} documents in {log}, got {records.ids.size}")
+        _agree(records, results["results"].get(task, {}), log)
         tasks[task] = records
     config = results.get("config", {})
     return Run(
@@ -225,20 +242,41 @@ def match(first: TaskRecords, second: TaskRecords) -> None:
             )
 
 
+def reported(records: TaskRecords) -> npt.NDArray[np.bool_]:
+    """Which records results are reported on, shape (n,): all, unless the task brings a split of its own."""
+    if np.any(records.parts != ""):
+        return np.equal(records.parts, REPORTED)
+    return np.ones(records.ids.size, np.bool_)
+
+
+def _agree(records: TaskRecords, table: Mapping[str, Any], log: Path) -> None:
+    """Refuse a log that is not the one of the results table: edited, or of another run."""
+    said, keep = table.get(f"{records.kind.record},none"), reported(records)
+    if not isinstance(said, float | int) or math.isnan(said) or not keep.any():
+        return
+    found = records.score[keep].mean()
+    if not math.isclose(said, found, abs_tol=1e-6):
+        raise ValueError(
+            f"expected the log of the same run in {log}, got a {records.kind.record} of {found:.6f} where the table of"
+            f" results says {said:.6f}"
+        )
+
+
 def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None:
     if not log.exists():
         ours = {entry["metric"] for entry in config.get("metric_list") or ()}
         if any(kind.record in ours for kind in KINDS) and "ece" in ours:
             raise ValueError(f"expected the log of samples {log}: run lmms-eval with --log_samples")
         return None
-    lines = log.read_text(encoding="utf-8").splitlines()
-    rows = [_json(f"{log}:{number}", line) for number, line in enumerate(lines, start=1)]
-    if not rows:
+    rows = _rows(log)
+    first = next(rows, None)
+    if first is None:
         raise ValueError(f"expected documents in {log}, got an empty file")
-    kind = next((kind for kind in KINDS if _is_record(rows[0].get(kind.record), kind)), None)
+    kind = next((kind for kind in KINDS if _is_record(first.get(kind.record), kind)), None)
     if kind is None:
         return None
-    records = sorted((_record(row, kind, log) for row in rows), key=lambda record: str(record["id"]))
+    # Everything but the records is let go at once: logs hold prompts and whole answers.
+    records = sorted((_record(row, kind, log) for row in chain((first,), rows)), key=lambda record: str(record["id"]))
     ids = _texts(record["id"] for record in records)
     if twice := {str(a) for a, b in zip(ids[1:], ids[:-1], strict=True) if a == b}:
         raise ValueError(f"expected every document once in {log}, got {min(twice)} twice")
@@ -247,13 +285,21 @@ def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None
         kind=kind,
         place=_place(config),
         ids=ids,
+        numbers=np.array([record["doc_id"] for record in records], dtype=np.int64),
         images=_texts(record["image"] for record in records),
         asked=_texts(_asked(record) for record in records),
         parts=_texts(record.get("part", "") for record in records),
-        score=np.array([record[kind.score] for record in records], dtype=np.float64),
+        score=_fractions(kind.score, [record[kind.score] for record in records], ids, log),
         parsed=np.array([record["box"] is not None if "box" in record else True for record in records]),
         confidence=_confidences(records, log),
     )
+
+
+def _rows(log: Path) -> Iterator[dict[str, Any]]:
+    # A file's own lines: str.splitlines would also part an answer at a separator that JSON leaves as it is.
+    with log.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield _json(f"{log}:{number}", line)
 
 
 def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
@@ -263,7 +309,20 @@ def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
         # One answer without probabilities among answers with them would silently drop out of every metric.
         if names and not values:
             raise ValueError(f"expected a confidence by {', '.join(names)} for {record['id']} in {log}, got none")
-    return {name: np.array([_number(values.get(name)) for values in logged]) for name in names}
+    ids = [record["id"] for record in records]
+    # A missing value is NaN here, and may have been written as such.
+    columns = {name: [math.nan if (x := values.get(name)) is None else x for values in logged] for name in names}
+    return {name: _fractions(f"confidence {name}", column, ids, log, missing=True) for name, column in columns.items()}
+
+
+def _fractions(name: str, values: list[Any], ids: Sequence[str], log: Path, *, missing: bool = False) -> Floats:
+    numbers = all(isinstance(value, float | int) for value in values)
+    array = np.array(values if numbers else [math.inf], dtype=np.float64)
+    bad = ~((array >= 0.0) & (array <= 1.0)) & ~(np.isnan(array) & missing)
+    if bad.any():
+        worst = int(bad.argmax()) if numbers else [isinstance(value, float | int) for value in values].index(False)
+        raise ValueError(f"expected {name} in [0, 1] for {ids[worst]} in {log}, got {values[worst]!r}")
+    return array
 
 
 def _place(config: Mapping[str, Any]) -> Place:
@@ -281,7 +340,7 @@ def _record(row: Mapping[str, Any], kind: Kind, log: Path) -> dict[str, Any]:
     record = row.get(kind.record)
     if not _is_record(record, kind):
         raise ValueError(f"expected a record under {kind.record!r} for document {row.get('doc_id')} in {log}")
-    return dict(record or {})
+    return {**(record or {}), "doc_id": row.get("doc_id", -1)}
 
 
 def _asked(record: Mapping[str, Any]) -> str:
@@ -293,14 +352,10 @@ def _texts(values: Any) -> Texts:
     return np.array([str(value) for value in values], dtype=np.str_)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _json(where: object, text: str) -> dict[str, Any]:
+def _json(where: object, text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"expected JSON in {where}, which is damaged: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object in {where}, got {text[:60]!r}")

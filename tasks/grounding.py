@@ -7,6 +7,7 @@ task's YAML names these functions; its shift and severity are data, in `lmms_eva
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,25 @@ from datasets import Dataset
 from PIL import Image
 
 from lmms_plugin import metrics
+from lmms_plugin.agreement import Agreement
 from lmms_plugin.boxes import Box, iou
-from lmms_plugin.confidence import coordinate_mask, estimate_all, place_values
-from lmms_plugin.dialects import DIALECTS
+from lmms_plugin.confidence import (
+    LEARNED,
+    NEEDS,
+    Evidence,
+    coordinate_mask,
+    estimate_all,
+    leading_mask,
+    obtaining,
+    place_values,
+)
+from lmms_plugin.dialects import DIALECTS, Dialect, Parsed
+from lmms_plugin.digits import AnsweredBox, numbers_of
 from lmms_plugin.response import Response
 from lmms_plugin.tasks import shifts
 from lmms_plugin.tasks.expressions import ExpressionDocs
 from lmms_plugin.tasks.recent import Recent
+from lmms_plugin.verbalised import stated_confidence
 
 Record = Mapping[str, Any]
 GENERIC = DIALECTS["fractions"]
@@ -61,7 +74,8 @@ def doc_to_messages(
     """One user turn: image and question.
 
     The extra key `grounding` tells a model of this package to ask in its own dialect and to return log-probabilities
-    with the answer; any other model never sees it and gets the generic question.
+    with the answer, for tokens of digits also those of other digits; any other model never sees it and gets the
+    generic question.
     """
     return [
         {
@@ -70,7 +84,11 @@ def doc_to_messages(
                 {"type": "image", "url": doc_to_visual(doc, lmms_eval_specific_kwargs)[0]},
                 {"type": "text", "text": doc_to_text(doc)},
             ],
-            "grounding": {"expression": doc["expression"], "original_size": [doc["width"], doc["height"]]},
+            "grounding": {
+                "expression": doc["expression"],
+                "original_size": [doc["width"], doc["height"]],
+                "digits": True,
+            },
         }
     ]
 
@@ -99,7 +117,11 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         no metric would stand in lmms-eval's results table as an empty list). An answer without a box has IoU 0 and
         shows in `parse_rate`. Without a trailer (a model of another package) there are no probabilities, and the
         calibration metrics are absent, not zero. An answer for which the estimator has no value (coordinates, where
-        there are none) is left out of them and shows in `confidence_rate`.
+        there are none) is left out of them and shows in `confidence_rate`. Estimators that need more than the answer's
+        log-probabilities (`NEEDS`, `LEARNED`) have metrics of their own, as far as the model brings what they need.
+
+    Raises:
+        ValueError: the model brings log-probabilities, but not what `estimator` needs; says how to obtain it.
     """
     response = Response.decode(results[0])
     dialect = DIALECTS[response.dialect] if response.dialect else GENERIC
@@ -122,19 +144,76 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     output: dict[str, Any] = {name: {"score": value, **identity} for name, value in scores.items()}
     output["mean_iou"] = record
     if response.tokens:
-        record["confidence"] = _confidences(response, parsed.coordinates)
-        confidence = record["confidence"][estimator]
+        evidence = _evidence(response, parsed, dialect, size)
+        record["confidence"] = logged(estimate_all(evidence) | dict(response.confidence))
+        record |= _gathered(response, evidence)
+        confidence = of(estimator, record["confidence"])
         output["confidence_rate"] = {"score": float(confidence is not None), **identity}
         calibrated = {"confidence": confidence, "correct": scores["acc@0.5"], **identity}
         output |= {name: calibrated for name in CALIBRATION}
+        for beside in record["confidence"].keys() & {*LEARNED, *NEEDS}:
+            scored = {**calibrated, "confidence": record["confidence"][beside]}
+            output |= {f"{name}_{beside}": scored for name in BESIDE}
+        if evidence.agreement is not None and response.samples:
+            usable = evidence.agreement.usable / len(response.samples)
+            output["sample_parse_rate"] = {"score": usable, **identity}
+        if evidence.stated is not None:
+            output["verbalised_rate"] = {"score": float(not math.isnan(evidence.stated)), **identity}
     return output
 
 
-def _confidences(response: Response, coordinates: Sequence[tuple[int, int]]) -> dict[str, float | None]:
+def _evidence(response: Response, parsed: Parsed, dialect: Dialect, size: tuple[int, int]) -> Evidence:
     texts = [token.text for token in response.tokens]
-    logprobs = np.array([token.logprob for token in response.tokens])
-    estimates = estimate_all(logprobs, coordinate_mask(texts, coordinates), place_values(texts, coordinates))
+    sizes = {"original_size": size, "model_size": response.model_size}
+    return Evidence(
+        logprobs=[token.logprob for token in response.tokens],
+        selected=coordinate_mask(texts, parsed.coordinates),
+        place_value=place_values(texts, parsed.coordinates),
+        leading=leading_mask(texts, parsed.coordinates),
+        digits=_answered_box(response, parsed, dialect, sizes) if response.records_digits else None,
+        agreement=_agreement(response, parsed.box, dialect, sizes),
+        stated=None if response.statement is None else stated_confidence(response.statement),
+    )
+
+
+def _answered_box(response: Response, parsed: Parsed, dialect: Dialect, sizes: Mapping[str, Any]) -> AnsweredBox:
+    found = numbers_of(response.tokens, parsed.coordinates, dialect.largest) if parsed.box else None
+    return AnsweredBox(found or (), partial(dialect.boxes, **sizes))
+
+
+def _agreement(response: Response, box: Box | None, dialect: Dialect, sizes: Mapping[str, Any]) -> Agreement | None:
+    if response.samples is None:
+        return None
+    return Agreement.of_boxes(box, [dialect.parse(sample, **sizes).box for sample in response.samples])
+
+
+def _gathered(response: Response, evidence: Evidence) -> dict[str, Any]:
+    """What was gathered beyond log-probabilities, for the log of samples."""
+    gathered: dict[str, Any] = {}
+    if evidence.agreement is not None and response.samples is not None:
+        gathered["samples"] = {"asked": len(response.samples), "usable": evidence.agreement.usable}
+    if response.statement is not None:
+        gathered["statement"] = response.statement
+    return gathered
+
+
+def logged(estimates: Mapping[str, float]) -> dict[str, float | None]:
+    """Estimates as the log of samples has them: None for a missing one."""
     return {name: None if math.isnan(value) else value for name, value in estimates.items()}
+
+
+def of(estimator: str, confidences: Mapping[str, float | None]) -> float | None:
+    """One answer's confidence by one estimator; None where that has no value.
+
+    Raises:
+        ValueError: the estimator is not among those that the model brought evidence for; says how to obtain it.
+    """
+    if estimator not in confidences:
+        raise ValueError(
+            f"expected the model to bring what the estimator {estimator!r} needs{obtaining(estimator)}, got evidence"
+            f" for {', '.join(confidences)}"
+        )
+    return confidences[estimator]
 
 
 def mean(records: Sequence[Record]) -> float:
@@ -160,4 +239,7 @@ ece = _over_records(metrics.ece)
 ace = _over_records(metrics.adaptive_ece)
 brier = _over_records(metrics.brier)
 auroc = _over_records(metrics.auroc)
+aurc = _over_records(metrics.aurc)
 CALIBRATION = ("ece", "ace", "brier", "auroc")
+BESIDE = ("ece", "auroc", "aurc")
+"""Metrics of estimators in need of more than log-probabilities, beside the task's own: `ece_expected_iou`."""

@@ -5,19 +5,20 @@ answer, a fraction in [0, 1]; risk is 1 − accuracy. Metrics are those of the p
 elsewhere chooses it on the part `val`, both answered in the same run.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from lmms_plugin.confidence import TEXT_ESTIMATORS, coordinate_mask, estimate_all
+from lmms_plugin.agreement import Agreement
+from lmms_plugin.confidence import LEARNED, NEEDS, TEXT_ESTIMATORS, Evidence, coordinate_mask, estimate_all, obtaining
 from lmms_plugin.response import Response
 from lmms_plugin.results import HELD_OUT, REPORTED
 from lmms_plugin.tasks import grounding
-from lmms_plugin.tasks.vqa_accuracy import vqa_accuracy
-from lmms_plugin.tasks.vqa_metrics import NEEDS_HELD_OUT, ON_TEST, Scored
+from lmms_plugin.tasks.vqa_accuracy import normalise, vqa_accuracy
+from lmms_plugin.tasks.vqa_metrics import BESIDE, NEEDS_HELD_OUT, ON_TEST, Scored
 from lmms_plugin.tasks.vqa_sources import SOURCES
+from lmms_plugin.verbalised import stated_confidence
 
 doc_to_visual = grounding.doc_to_visual
 
@@ -69,12 +70,22 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         errors leave them out. Without a trailer (a model of another package) there is no
         confidence: the answer counts as one without in `confidence_rate`, and all metrics that use confidence are
         absent, not zero.
+
+    Raises:
+        ValueError: the model brings log-probabilities, but not what `estimator` needs; says how to obtain it.
     """
     response = Response.decode(results[0])
     identity = {"image": doc["image_id"], "id": doc["question_id"]}
     accuracy = vqa_accuracy(response.text, doc["answers"])
     verbatim = vqa_accuracy(response.text, doc["answers"], verbatim_if_unanimous=True)
-    confidences = _confidences(response)
+    evidence = _evidence(response)
+    estimates = {} if evidence is None else estimate_all(evidence, TEXT_ESTIMATORS) | dict(response.confidence)
+    if estimates and estimator not in estimates:
+        raise ValueError(
+            f"expected the model to bring what the estimator {estimator!r} needs{obtaining(estimator)}, got evidence"
+            f" for {', '.join(estimates)}"
+        )
+    confidences = {name: value for name, value in estimates.items() if not math.isnan(value)}
     record: dict[str, Any] = {
         **identity,
         "part": doc["part"],
@@ -95,20 +106,37 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         scored = Scored(doc["part"], confidence, accuracy)
         output |= dict.fromkeys(ON_TEST, scored) if doc["part"] == REPORTED else {}
         output |= dict.fromkeys(NEEDS_HELD_OUT, scored) if doc["part"] in (HELD_OUT, REPORTED) else {}
+    for beside in confidences.keys() & {*LEARNED, *NEEDS} if doc["part"] == REPORTED else ():
+        scored = Scored(doc["part"], confidences[beside], accuracy)
+        output |= {f"{name}_{beside}": scored for name in BESIDE}
+    if evidence is not None and evidence.stated is not None:
+        record["statement"] = response.statement
+        if doc["part"] == REPORTED:
+            output["verbalised_rate"] = {"score": float(not math.isnan(evidence.stated)), **identity}
     return output
 
 
-def _confidences(response: Response) -> dict[str, float]:
-    """Every estimator on the answer; none without tokens."""
+def _evidence(response: Response) -> Evidence | None:
+    """What the answer can be judged by; None without tokens."""
     if not response.tokens:
-        return {}
+        return None
     texts = [token.text for token in response.tokens]
-    logprobs = np.array([token.logprob for token in response.tokens])
     whole = "".join(texts)
     words = (len(whole) - len(whole.lstrip()), len(whole.rstrip()))
-    mask = coordinate_mask(texts, [words] if words[0] < words[1] else [])
-    estimates = estimate_all(logprobs, mask, estimators=TEXT_ESTIMATORS)
-    return {name: value for name, value in estimates.items() if value == value}
+    return Evidence(
+        logprobs=[token.logprob for token in response.tokens],
+        selected=coordinate_mask(texts, [words] if words[0] < words[1] else []),
+        agreement=_agreement(response),
+        stated=None if response.statement is None else stated_confidence(response.statement),
+    )
+
+
+def _agreement(response: Response) -> Agreement | None:
+    """1 for samples that are the same answer by the normalisation of the score, else 0; an empty one is none."""
+    if response.samples is None:
+        return None
+    sampled = [normalise(sample) or None for sample in response.samples]
+    return Agreement.of(normalise(response.text) or None, sampled, lambda a, b: float(a == b))
 
 
 def __getattr__(name: str) -> Any:

@@ -105,6 +105,9 @@ def _held_out_aggregations() -> Iterator[tuple[str, Aggregation]]:
 ON_TEST: Mapping[str, Aggregation] = MappingProxyType(dict(_aggregations()))
 """Metrics of the part `test` alone."""
 
+BESIDE = ("ece", "auroc", "aurc", "coverage@0.01", "coverage@0.05")
+"""Those of them that estimators in need of more than log-probabilities get, beside the task's own: `ece_selector`."""
+
 NEEDS_HELD_OUT: Mapping[str, Aggregation] = MappingProxyType(dict(_held_out_aggregations()))
 """Metrics at a threshold chosen on the part `val`: effective reliability Φ_c and the share of questions it answers, and
 the risk where the threshold was to keep one."""

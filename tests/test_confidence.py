@@ -7,12 +7,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmms_plugin.confidence import ESTIMATORS, TEXT_ESTIMATORS, coordinate_mask, estimate_all, place_values
+from lmms_plugin.agreement import Agreement
+from lmms_plugin.confidence import (
+    ESTIMATORS,
+    NEEDS,
+    TEXT_ESTIMATORS,
+    Evidence,
+    coordinate_mask,
+    leading_mask,
+    obtaining,
+    place_values,
+)
+from lmms_plugin.confidence import estimate_all as estimate_evidence
 
 PROBABILITIES = np.array([0.9, 0.5, 1.0, 0.8, 0.25])
 MASK = np.array([False, True, False, True, False])
 PLACES = np.array([0.0, 10.0, 0.0, 1.0, 0.0])
 EVERY = {**ESTIMATORS, **TEXT_ESTIMATORS}
+
+LEADING = np.array([False, True, False, False, False])
+OF_TOKENS = {name: estimator for name, estimator in EVERY.items() if name not in NEEDS}
+
+
+def estimate_all(logprobs, mask, places=None, estimators=ESTIMATORS):
+    places = np.zeros(len(logprobs)) if places is None else places
+    return estimate_evidence(Evidence(logprobs, mask, places, mask), estimators)
+
 
 LOGPROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=20)
 
@@ -29,6 +49,7 @@ LOGPROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=20)
         ("coordinate_min", 0.5),
         ("coordinate_first", 0.5),
         ("coordinate_place", 0.5 ** (10 / 11) * 0.8 ** (1 / 11)),
+        ("coordinate_leading", 0.5),
         ("word_joint", 0.5 * 0.8),
         ("word_mean", math.sqrt(0.5 * 0.8)),
         ("word_min", 0.5),
@@ -36,15 +57,18 @@ LOGPROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=20)
     ],
 )
 def test_closed_forms(name, expected):
-    assert EVERY[name](np.log(PROBABILITIES), MASK, PLACES) == pytest.approx(expected)
+    evidence = Evidence(np.log(PROBABILITIES), MASK, PLACES, LEADING)
+    assert EVERY[name](evidence) == pytest.approx(expected)
 
 
-def test_estimate_all_is_every_estimator():
-    logprobs = np.log(PROBABILITIES)
+def test_estimate_all_is_every_estimator_that_there_is_evidence_for():
+    evidence = Evidence(np.log(PROBABILITIES), MASK, PLACES, LEADING)
     for estimators in (ESTIMATORS, TEXT_ESTIMATORS):
-        expected = {name: estimate(logprobs, MASK, PLACES) for name, estimate in estimators.items()}
-        assert estimate_all(logprobs, MASK, PLACES, estimators) == expected
+        expected = {name: estimate(evidence) for name, estimate in estimators.items() if name not in NEEDS}
+        assert estimate_evidence(evidence, estimators) == expected
         assert all(type(value) is float for value in expected.values())
+    everything = evidence._replace(agreement=Agreement((0.5,), (), 1), stated=0.25)
+    assert set(estimate_evidence(everything, TEXT_ESTIMATORS)) == set(TEXT_ESTIMATORS)
 
 
 def test_nothing_to_estimate_from_is_missing_not_zero():
@@ -68,21 +92,23 @@ def test_place_weights_of_equal_numbers_in_one_token_each_are_no_weights():
 @pytest.mark.parametrize("places", [[-1.0], [math.nan], [math.inf], [1.0, 1.0]], ids=str)
 def test_bad_place_values_are_named(places):
     with pytest.raises(ValueError, match="place value"):
-        ESTIMATORS["coordinate_place"]([-0.1], [True], places)
+        ESTIMATORS["coordinate_place"](Evidence([-0.1], [True], places))
 
 
 def test_impossible_token_gives_zero():
-    assert estimate_all([-math.inf, -0.1], [True, False], [1.0, 0.0], EVERY) == dict.fromkeys(EVERY, 0.0)
+    estimates = estimate_all([-math.inf, -0.1], [True, False], [1.0, 0.0], EVERY)
+    assert estimates == dict.fromkeys(OF_TOKENS, 0.0)
 
 
 def test_long_answers_underflow_to_zero_without_a_warning():
     with np.errstate(all="raise", under="ignore"):
-        assert ESTIMATORS["joint"](np.full(2000, -1.0), np.ones(2000, bool)) == 0.0
-    assert ESTIMATORS["mean"](np.full(2000, -1.0), np.ones(2000, bool)) == pytest.approx(math.exp(-1))
+        assert ESTIMATORS["joint"](Evidence(np.full(2000, -1.0), np.ones(2000, bool))) == 0.0
+    assert ESTIMATORS["mean"](Evidence(np.full(2000, -1.0), np.ones(2000, bool))) == pytest.approx(math.exp(-1))
 
 
 def test_rounding_above_zero_is_certainty():
-    assert estimate_all(np.float32([1e-7, 0.0]), [True, True], [1.0, 1.0]) == dict.fromkeys(ESTIMATORS, 1.0)
+    estimates = estimate_all(np.float32([1e-7, 0.0]), [True, True], [1.0, 1.0])
+    assert estimates == dict.fromkeys(ESTIMATORS.keys() - NEEDS.keys(), 1.0)
 
 
 def test_structural_tokens_dilute_all_but_the_coordinate_family():
@@ -119,10 +145,34 @@ def test_estimators_are_ordered_fractions(logprobs, random):
     ],
     ids=["nan", "positive", "lengths", "2-D", "integer mask"],
 )
-@pytest.mark.parametrize("name", list(EVERY))
+@pytest.mark.parametrize("name", list(OF_TOKENS))
 def test_bad_input_is_named(name, logprobs, mask, message):
     with pytest.raises(ValueError, match=message):
-        EVERY[name](logprobs, mask, [1.0])
+        EVERY[name](Evidence(logprobs, mask, [1.0], [True]))
+
+
+# Other evidence
+
+
+def test_agreement_is_the_mean_over_samples_and_over_their_pairs():
+    evidence = Evidence([], [], agreement=Agreement((1.0, 0.5, 0.0), (0.5, 0.0, 0.0), 2))
+    assert EVERY["agreement"](evidence) == pytest.approx(0.5)
+    assert EVERY["agreement_pairwise"](evidence) == pytest.approx(1 / 6)
+
+
+def test_without_an_answer_or_a_pair_there_is_no_agreement():
+    assert math.isnan(EVERY["agreement"](Evidence([], [], agreement=Agreement((), (0.5,), 2))))
+    assert math.isnan(EVERY["agreement_pairwise"](Evidence([], [], agreement=Agreement((0.5,), (), 1))))
+
+
+@pytest.mark.parametrize("name", [*NEEDS, "selector"])
+def test_what_was_not_gathered_is_said_how_to_obtain(name):
+    assert name not in estimate_all([-0.1], [True])
+    assert obtaining(name).startswith(" (")
+
+
+def test_for_an_unknown_estimator_there_is_no_way():
+    assert obtaining("guess") == ""
 
 
 # Which tokens write the box
@@ -195,3 +245,19 @@ def test_place_values(tokens, spans, expected):
 def test_place_values_outside_the_text():
     with pytest.raises(ValueError, match="spans inside the 1 characters"):
         place_values(["1"], [(0, 2)])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spans", "expected"),
+    [
+        (list("[12,34]"), [(1, 3), (4, 6)], [0, 1, 0, 0, 1, 0, 0]),
+        (list("-05.5"), [(0, 5)], [0, 1, 0, 0, 0]),
+        (["<loc0123>", "<loc1000>"], [(0, 9), (9, 18)], [1, 1]),
+        (["[1", "2,3", "4]"], [(1, 3), (4, 6)], [1, 1, 0]),
+        (["box"], [(0, 3)], [0]),
+        ([], [], []),
+    ],
+    ids=["digits", "sign", "location tokens", "straddling", "no digit", "no tokens"],
+)
+def test_leading_mask(tokens, spans, expected):
+    assert leading_mask(tokens, spans).tolist() == [bool(value) for value in expected]

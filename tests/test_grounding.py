@@ -5,8 +5,8 @@ import datasets
 import photographs
 import pytest
 
-from lmms_plugin.confidence import ESTIMATORS
-from lmms_plugin.response import Response, Token
+from lmms_plugin.confidence import ESTIMATORS, NEEDS
+from lmms_plugin.response import Alternatives, Response, Token
 from lmms_plugin.tasks import grounding, scored_by
 from lmms_plugin.tasks.expressions import ExpressionDocs
 
@@ -24,6 +24,13 @@ DOC = {
 def answer(text, dialect="qwen3_vl", logprob=-0.1, model_size=None):
     tokens = tuple(Token(character, logprob) for character in text)
     return Response(text, tokens, (200, 100), model_size, dialect).encode()
+
+
+def everything(text, samples=("[500, 0, 1000, 1000]", "[500, 0, 750, 1000]", "no idea"), statement="80"):
+    """An answer certain of its digits, with sampled answers and a stated confidence."""
+    tokens = tuple(Token(c, -0.1, Alternatives({c: 1.0}) if c.isdecimal() else None) for c in text)
+    more = {"records_digits": True, "samples": samples, "statement": statement}
+    return Response(text, tokens, (200, 100), None, "qwen3_vl", **more).encode()
 
 
 def score(text, estimator="joint"):
@@ -83,11 +90,50 @@ def test_without_a_box_coordinates_give_no_confidence_but_the_answer_has_one():
 def test_every_estimator_is_logged_and_the_named_one_is_used():
     text = "[500, 0, 1000, 1000]"
     for name in ESTIMATORS:
-        output = getattr(scored_by, name)(DOC, [answer(text)])
+        output = getattr(scored_by, name)(DOC, [everything(text)])
         assert set(output["mean_iou"]["confidence"]) == set(ESTIMATORS)
         assert output["ece"]["confidence"] == output["mean_iou"]["confidence"][name]
     with pytest.raises(AttributeError, match="no confidence estimator"):
         _ = scored_by.guess
+
+
+def test_evidence_beyond_log_probabilities_has_metrics_of_its_own():
+    output = score(everything("[500, 0, 1000, 1000]"))
+    confidence = output["mean_iou"]["confidence"]
+    assert confidence["expected_iou"] == 1.0
+    assert confidence["agreement"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert confidence["agreement_pairwise"] == pytest.approx(0.5 / 3)
+    assert confidence["verbalised"] == 0.8
+    for name in NEEDS:
+        assert output[f"auroc_{name}"]["confidence"] == confidence[name]
+    assert output["mean_iou"]["samples"] == {"asked": 3, "usable": 2}
+    assert output["sample_parse_rate"]["score"] == pytest.approx(2 / 3)
+    assert output["verbalised_rate"]["score"] == 1.0
+
+
+def test_a_statement_without_a_number_is_missing_and_counted():
+    output = score(everything("[500, 0, 1000, 1000]", statement="quite sure"))
+    assert output["mean_iou"]["confidence"]["verbalised"] is None
+    assert output["mean_iou"]["statement"] == "quite sure"
+    assert output["verbalised_rate"]["score"] == 0.0
+    assert math.isnan(grounding.auroc([output["auroc_verbalised"]]))
+
+
+def test_without_a_box_nothing_agrees_with_it():
+    output = score(everything("no idea"))
+    confidence = output["mean_iou"]["confidence"]
+    assert confidence["expected_iou"] is None
+    assert confidence["agreement"] is None
+    assert confidence["agreement_pairwise"] == pytest.approx(0.5 / 3)
+
+
+@pytest.mark.parametrize("name", list(NEEDS))
+def test_what_a_model_was_not_asked_for_is_absent_and_said_how_to_obtain(name):
+    output = score(answer("[500, 0, 1000, 1000]"))
+    assert name not in output["mean_iou"]["confidence"]
+    assert f"auroc_{name}" not in output
+    with pytest.raises(ValueError, match=r"needs \(.*\), got evidence for joint"):
+        score(answer("[500, 0, 1000, 1000]"), name)
 
 
 def test_models_that_are_not_ours_are_scored_and_their_calibration_is_missing():
@@ -140,7 +186,8 @@ def test_message_keeps_the_generic_question_for_other_models(docs):
     from lmms_eval.protocol import ChatMessages
 
     messages = grounding.doc_to_messages(docs[0])
-    assert messages[0]["grounding"] == {"expression": docs[0]["expression"], "original_size": [512, 512]}
+    wish = {"expression": docs[0]["expression"], "original_size": [512, 512], "digits": True}
+    assert messages[0]["grounding"] == wish
     text = ChatMessages(messages=messages).to_hf_messages()[0]["content"][1]["text"]
     assert docs[0]["expression"] in text
 

@@ -6,18 +6,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmms_plugin.response import MARKER, Response, Token
+from lmms_plugin.response import MARKER, Alternatives, Response, Token
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 sizes = st.none() | st.tuples(st.integers(1, 10**5), st.integers(1, 10**5))
 logprobs = st.floats(-1e4, 0.0).map(lambda value: round(value, 6))
 
 
+shares = st.floats(0.0, 1.0).map(lambda value: round(value, 5))
+digits = st.builds(Alternatives, st.dictionaries(st.text("0123456789", min_size=1, max_size=4), shares), shares)
+
+
 @st.composite
 def responses(draw: st.DrawFn) -> Response:
-    tokens = tuple(draw(st.lists(st.builds(Token, texts | st.just(MARKER), logprobs), max_size=8)))
-    text = "".join(token.text for token in tokens) if tokens else draw(texts)
-    return Response(text, tokens, draw(sizes), draw(sizes), draw(st.none() | texts))
+    recorded = draw(st.booleans())
+    token = st.builds(Token, texts | st.just(MARKER), logprobs, st.none() | digits if recorded else st.none())
+    tokens = tuple(draw(st.lists(token, max_size=8)))
+    return Response(
+        "".join(token.text for token in tokens) if tokens else draw(texts),
+        tokens,
+        draw(sizes),
+        draw(sizes),
+        draw(st.none() | texts),
+        draw(st.dictionaries(texts, shares, max_size=2)),
+        recorded,
+        draw(st.none() | st.lists(texts, max_size=3).map(tuple)),
+        draw(st.none() | texts),
+    )
 
 
 @given(responses())
@@ -85,6 +100,13 @@ GOOD = {"tokens": ["7"], "logprobs": [-0.5], "original_size": [640, 480], "model
         json.dumps({**GOOD, "original_size": [640.5, 480]}),
         json.dumps({**GOOD, "model_size": 640}),
         json.dumps({**GOOD, "extra": 1}),
+        json.dumps({**GOOD, "digits": {"0": {"7": 0.5}}}),
+        json.dumps({**GOOD, "digits": {"0": [{"seven": 0.5}, 0.0]}}),
+        json.dumps({**GOOD, "digits": {"0": [{"7": 1.5}, 0.0]}}),
+        json.dumps({**GOOD, "digits": {"one": [{}, 0.0]}}),
+        json.dumps({**GOOD, "samples": "7"}),
+        json.dumps({**GOOD, "samples": [7]}),
+        json.dumps({**GOOD, "statement": 7}),
         json.dumps(GOOD)[:-1],
     ],
 )

@@ -75,6 +75,15 @@ def test_records_come_as_arrays_in_the_order_of_their_ids(tmp_path):
     assert records.place == ("data", "test", "fog", 3)
     with pytest.raises(ValueError, match="one of the estimators joint, got 'coordinate_mean'"):
         records.confidence_by(None)
+    with pytest.raises(ValueError, match=r"got 'agreement' \(run with --model_args samples=8\)"):
+        records.confidence_by("agreement")
+
+
+def test_answers_may_hold_any_separator(tmp_path):
+    folder = write(tmp_path, {"rec": answers(0.8)})
+    log = next(folder.glob("*.jsonl"))
+    log.write_text(log.read_text().replace("thing 7", "thing\u2028of\x85seven"), encoding="utf-8")
+    assert results.read_one(folder).tasks["rec"].asked[7].startswith('["thing')
 
 
 def test_soft_scores_and_parts_of_question_answering(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ import vqa_copies
 import yaml
 
 from lmms_plugin import metrics, registration
-from lmms_plugin.confidence import TEXT_ESTIMATORS
+from lmms_plugin.confidence import LEARNED, NEEDS, TEXT_ESTIMATORS
 from lmms_plugin.response import Response, Token
 from lmms_plugin.tasks import questions, vqa, vqa_metrics
 from lmms_plugin.tasks.catalogue import _NameLoader
 from lmms_plugin.tasks.questions import PARTS, Parts
-from lmms_plugin.tasks.vqa_metrics import NEEDS_HELD_OUT, ON_TEST, Scored
+from lmms_plugin.tasks.vqa_metrics import BESIDE, NEEDS_HELD_OUT, ON_TEST, Scored
 
 DOC = {
     "dataset": "vqav2",
@@ -42,7 +43,7 @@ def test_an_answer_is_scored_with_every_confidence():
     record = score()["accuracy"]
     assert record["accuracy"] == record["score"] == 0.9
     assert record["answer"] == " Yes."
-    assert set(record["confidence"]) == set(TEXT_ESTIMATORS)
+    assert set(record["confidence"]) == set(TEXT_ESTIMATORS) - set(NEEDS)
     assert record["confidence"]["joint"] == pytest.approx(math.exp(-0.6))
     assert record["confidence"]["first"] == pytest.approx(math.exp(-0.1))
     assert record["confidence"]["word_joint"] == pytest.approx(math.exp(-0.3))
@@ -50,8 +51,25 @@ def test_an_answer_is_scored_with_every_confidence():
 
 @pytest.mark.parametrize("name", list(TEXT_ESTIMATORS))
 def test_the_named_estimator_is_used(name):
-    output = getattr(vqa, f"scored_by_{name}")(DOC, [YES])
+    response = replace(Response.decode(YES), samples=("yes", "no"), statement="75%")
+    output = getattr(vqa, f"scored_by_{name}")(DOC, [response.encode()])
     assert output["ece"].confidence == output["accuracy"]["confidence"][name]
+
+
+def test_samples_agree_where_they_are_the_same_answer_by_the_rules_of_the_score():
+    response = replace(Response.decode(YES), samples=("yes", "The yes!", "no", ""), statement="no idea")
+    output = vqa.scored_by_joint(DOC, [response.encode()])
+    confidence = output["accuracy"]["confidence"]
+    assert confidence["agreement"] == output["aurc_agreement"].confidence == 0.5
+    assert confidence["agreement_pairwise"] == pytest.approx(1 / 6)
+    assert "verbalised" not in confidence
+    assert output["verbalised_rate"]["score"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["agreement", "verbalised"])
+def test_what_a_model_was_not_asked_for_is_said_how_to_obtain(name):
+    with pytest.raises(ValueError, match=r"needs \(run with --model_args"):
+        getattr(vqa, f"scored_by_{name}")(DOC, [YES])
 
 
 def test_an_unknown_estimator_is_an_error_that_lists_them():
@@ -175,7 +193,12 @@ def test_nothing_is_made_up_where_a_part_is_missing():
 def test_the_yaml_lists_every_metric_under_its_own_function():
     path = Path(registration.tasks_folder()) / "reliable_vqa" / "_reliable_vqa.yaml"
     listed = {m["metric"]: m for m in yaml.load(path.read_text(), Loader=_NameLoader)["metric_list"]}
-    assert set(listed) == {"accuracy", "accuracy_reliable_vqa", "confidence_rate", *ON_TEST, *NEEDS_HELD_OUT}
+    beside = {f"{name}_{by}" for name in BESIDE for by in {*LEARNED, *NEEDS} - {"expected_iou"}}
+    counted = {"accuracy", "accuracy_reliable_vqa", "confidence_rate", "verbalised_rate"}
+    assert set(listed) == {*counted, *ON_TEST, *NEEDS_HELD_OUT, *beside}
+    for by in {*LEARNED, *NEEDS} - {"expected_iou"}:
+        for name in BESIDE:
+            assert listed[f"{name}_{by}"]["aggregation"] == listed[name]["aggregation"]
     for name, aggregate in {**ON_TEST, **NEEDS_HELD_OUT}.items():
         assert getattr(vqa_metrics, listed[name]["aggregation"].rpartition(".")[2]) is aggregate
 

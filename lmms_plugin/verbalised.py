@@ -1,0 +1,32 @@
+"""A model's own word on how sure it is: the question of a second turn, and how its answer is read."""
+
+import math
+import re
+
+QUESTION = (
+    "How sure are you that your answer is right? Answer with a number between 0 (certainly wrong) and 100 (certainly "
+    "right), and nothing else."
+)
+"""After "Just ask for calibration" (arXiv 2305.14975); a dialect may ask otherwise (`Dialect.doubt`)."""
+
+_OF_HUNDRED = re.compile(r"\s*(?:%|percent\b|/\s*100\b|out of 100\b)", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:[.,]\d+)?(?!\w)")
+
+
+def stated_confidence(statement: str) -> float:
+    """Read what a model says about its confidence.
+
+    The scale is the one that was asked for, and never guessed: exactly one number between 0 and 100, perhaps followed
+    by "%", "percent", "/100" or "out of 100". A range, a list, a number with a sign or above 100 is no confidence; nor
+    is a fraction below 1, which may be meant either way. Text up to the last `</think>` is reasoning and is skipped.
+
+    Returns:
+        In [0, 1]; NaN where the statement names no such number, to be counted apart and never taken for 0.
+    """
+    spoken = statement.rpartition("</think>")[2]
+    numbers = _NUMBER.findall(_OF_HUNDRED.sub(" ", spoken))
+    if len(numbers) != 1:
+        return math.nan
+    value = float(numbers[0].replace(",", "."))
+    unambiguous = value == 0.0 or 1.0 <= value <= 100.0
+    return value / 100.0 if unambiguous else math.nan
