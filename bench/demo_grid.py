@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.evaluating import Evaluator
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.plan import QuantSpec
 
@@ -77,20 +75,10 @@ def _able(method: str, bits: int) -> bool:
     return True
 
 
-def run(cell: Cell, manager: Any, limit: int | None) -> dict[str, Any]:
+def run(cell: Cell, evaluator: Evaluator, limit: int | None) -> dict[str, Any]:
     """Evaluate one cell."""
-    from lmms_eval.evaluator import simple_evaluate
-
     started = time.perf_counter()
-    results = simple_evaluate(
-        model=f"quant_{cell.method}",
-        model_args=cell.arguments,
-        tasks=list(TASKS),
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    results = evaluator.run(f"quant_{cell.method}", cell.arguments, TASKS, limit=limit)
     scores = results["results"]
     totals = results["throughput"]
     row: dict[str, Any] = asdict(cell)
@@ -140,19 +128,12 @@ def main() -> None:
     if options.table:
         print("\n".join(table(rows)))
         return
-    from lmms_eval.models import get_model
-    from lmms_eval.tasks import TaskManager
-
-    torch.set_num_threads(options.threads)
-    # Finding a model of ours is what makes lmms-eval see our tasks.
-    get_model("quant_none")
-    manager = TaskManager()
-    logging.disable(logging.INFO)
+    evaluator = Evaluator(options.threads)
     done = {(row["method"], row["bits"], row["component"], row["calibration"]) for row in rows}
     for cell in cells(options.methods):
         if (cell.method, cell.bits, cell.component, cell.calibration) in done:
             continue
-        row = run(cell, manager, options.limit)
+        row = run(cell, evaluator, options.limit)
         with options.output.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         print(f"{cell}: {row['acc@0.5 clean']:.3f} / {row['acc@0.5 shifted']:.3f}, {row['seconds']:.0f} s", flush=True)
