@@ -87,14 +87,21 @@ def metrics(
     held_out: Annotated[
         float, typer.Option(help="Share of the images to choose thresholds and fit calibrators on.")
     ] = 0.2,
+    calibrator: Annotated[str, typer.Option(help="temperature, platt, isotonic or beta.")] = "platt",
+    chosen_on: Annotated[
+        Path | None,
+        typer.Option(help="Run whose held-out images thresholds and calibrator come from, e.g. of the 16-bit model."),
+    ] = None,
 ) -> None:
     """Recompute every metric from the logs of samples, with intervals over images; no model is loaded."""
     from lmms_plugin import reliability
-    from lmms_plugin.results import find, read
+    from lmms_plugin.results import find, read, read_one
 
-    settings = reliability.Settings(estimator, resamples, seed, level, held_out, workers=os.cpu_count() or 1)
+    workers = os.cpu_count() or 1
+    settings = reliability.Settings(estimator, resamples, seed, level, held_out, calibrator, workers)
+    chosen = None if chosen_on is None else read_one(chosen_on)
     runs = [read(file) for file in find(results)]
-    found = [(run, reliability.measure(run, settings), reliability.robust(run, settings)) for run in runs]
+    found = [(run, reliability.measure(run, settings, chosen), reliability.robust(run, settings)) for run in runs]
     if json:
         names = ("run", "file", "limit", "metrics", "robustness")
         rows = [(run.label, str(run.file), run.limit, numbers, robust) for run, numbers, robust in found]

@@ -81,7 +81,7 @@ class Shifted(NamedTuple):
     """Does the second run lose more under shift than the first?
 
     Attributes:
-                task: The clean task.
+        task: The clean task.
         metric: Name of the metric.
         cells: Over how many shifted tasks the mean is taken.
         interaction: (shifted − clean) of the second run − (shifted − clean) of the first.
@@ -97,7 +97,7 @@ class CorruptionErrors(NamedTuple):
     """Errors of the second run under shift relative to the first.
 
     Attributes:
-                task: The clean task.
+        task: The clean task.
         mce: Mean corruption error, 1 where both make as many.
         relative_mce: The same of the errors beyond those on clean data.
     """
@@ -146,7 +146,8 @@ def changes_table(comparison: Comparison, settings: Settings, margin: float | No
     within = "" if margin is None else f"; equivalent: within ±{margin:g} at {100 * settings.level:g} %"
     tests = len({row.task for row in comparison.changes})
     least = min(1.0, 2 * tests / (settings.resamples + 1))
-    caption = f"Holm: {tests} tasks of a metric, {least:.2g} or more with {settings.resamples} resamples{within}"
+    least_p = f"with {settings.resamples} resamples no lower than {least:.2g}"
+    caption = f"p Holm: adjusted for {tests} task{'s' * (tests > 1)}, {least_p}{within}"
     shown = Table(title="Second run less first run", caption=caption)
 
     for heading in ("task", "metric"):
@@ -158,7 +159,7 @@ def changes_table(comparison: Comparison, settings: Settings, margin: float | No
         task = row.task if k == 0 or comparison.changes[k - 1].task != row.task else ""
         d = row.difference
         cells = [task, row.metric, *(_number(x) for x in (row.first, row.second)), _signed(d.value), _between(d)]
-        cells += [_number(d.p), _number(row.p_holm), str(row.records)]
+        cells += [_p(d.p), _p(row.p_holm), str(row.records)]
         shown.add_row(*cells, *([] if d.equivalent is None else ["yes" if d.equivalent else "not shown"]))
     return shown
 
@@ -171,7 +172,7 @@ def flips_table(rows: Sequence[Flipped]) -> Table:
     for heading in ("right → wrong", "wrong → right", "p McNemar", "records"):
         shown.add_column(heading, justify="right")
     for row in rows:
-        shown.add_row(row.task, str(row.lost), str(row.won), _number(row.p), str(row.records))
+        shown.add_row(row.task, str(row.lost), str(row.won), _p(row.p), str(row.records))
     return shown
 
 
@@ -189,7 +190,7 @@ def shifted_table(comparison: Comparison) -> Table:
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in comparison.shifted:
         d = row.interaction
-        shown.add_row(row.task, row.metric, str(row.cells), _signed(d.value), _between(d), _number(d.p))
+        shown.add_row(row.task, row.metric, str(row.cells), _signed(d.value), _between(d), _p(d.p))
     return shown
 
 
@@ -202,6 +203,8 @@ def _family(
 ) -> None:
     """Add the comparison of all tasks on one split, whose images are drawn together."""
     names = np.unique(np.concatenate([records.images[reported(records)] for records in tasks]))
+    if names.size < 2:
+        raise ValueError(f"expected at least 2 images in task {tasks[0].task} to make intervals from, got {names.size}")
     statistics: list[Statistic] = []
     parts: list[tuple[TaskRecords, int, int]] = []
     for records in tasks:
@@ -329,13 +332,16 @@ def _corrected(changes: Sequence[Change]) -> list[Change]:
 
 
 def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:z.4f}"
 
-    return "" if math.isnan(value) else f"{value:.4f}"
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 0.0001 else _number(value)
 
 
 def _signed(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:+.4f}"
+    return "" if math.isnan(value) else f"{value:+z.4f}"
 
 
 def _between(found: Difference) -> str:
-    return "" if math.isnan(found.low) else f"{found.low:+.4f} … {found.high:+.4f}"
+    return "" if math.isnan(found.low) else f"{found.low:+z.4f} … {found.high:+z.4f}"

@@ -18,17 +18,17 @@ from lmms_plugin import metrics
 from lmms_plugin.chance import uniform
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap, interval
-from lmms_plugin.metrics.posthoc import Platt
+from lmms_plugin.metrics.posthoc import CALIBRATORS
 from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.selective import COSTS, RISKS
 from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Localised, Means, Smooth
-from lmms_plugin.results import HELD_OUT, REPORTED, Place, Run, TaskRecords
+from lmms_plugin.results import HELD_OUT, Place, Run, TaskRecords, match, reported
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 STRICTER = (0.75, 0.9)
 ADDED = ("ece", "aurc")
-AFTER_PLATT = ("ece", "brier", "nll")
+CALIBRATED = ("ece", "brier", "nll")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Settings:
         seed: Seed of the resamples and of the choice of held-out images.
         level: Confidence level of the intervals.
         held_out: Share of the images on which thresholds are chosen and calibrators fitted, in (0, 1).
+        calibrator: Which post-hoc calibrator is fitted, of `lmms_plugin.metrics.posthoc.CALIBRATORS`.
         workers: Threads.
     """
 
@@ -49,6 +50,7 @@ class Settings:
     seed: int = 0
     level: float = 0.95
     held_out: float = 0.2
+    calibrator: str = "platt"
     workers: int = 1
 
     def __post_init__(self) -> None:
@@ -56,6 +58,8 @@ class Settings:
             raise ValueError(f"expected the share of held-out images in (0, 1), got {self.held_out}")
         if not 0.5 < self.level < 1.0:
             raise ValueError(f"expected a confidence level in (0.5, 1), got {self.level}")
+        if self.calibrator not in CALIBRATORS:
+            raise ValueError(f"expected a calibrator of {', '.join(CALIBRATORS)}, got {self.calibrator!r}")
 
 
 class Number(NamedTuple):
@@ -98,29 +102,29 @@ class Robustness(NamedTuple):
     per_severity: dict[int, float]
 
 
-def measure(run: Run, settings: Settings) -> list[Number]:
+def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[Number]:
     """All metrics of all tasks of a run.
 
-    Without confidences (a model of another package) calibration is absent, not zero. What no threshold or calibrator
-    can be chosen for, because the held-out records are all right or all wrong, is absent too.
+    Without confidences (a model of another package) calibration is absent, not zero. So is what needs held-out records
+    where there are none, and what needs a calibrator where they are all right or all wrong.
+
+    Args:
+        run: The run.
+        settings: Estimator, intervals and what is held out.
+        chosen_on: Run on whose held-out images thresholds are chosen and calibrators fitted, e.g. that of the 16-bit
+            model; None for the run itself. Results are of the other images all the same.
 
     Raises:
-        ValueError: If the run has no task of ours, or a task has fewer than 2 images.
+        ValueError: If the run has no task of ours, a task has fewer than 2 images, or `chosen_on` lacks one of the
+            tasks or has other documents in it.
     """
     _of_ours(run)
     numbers: list[Number] = []
     for records in run.tasks.values():
         numbers += _measured(records, _everything(records, settings), reported(records), settings)
         numbers += _floor(records, settings)
-        numbers += _beyond_held_out(run, records, settings)
+        numbers += _beyond_held_out(run if chosen_on is None else chosen_on, records, settings)
     return numbers
-
-
-def reported(records: TaskRecords) -> Mask:
-    """Which records results are reported on, shape (n,): all, unless the task brings a split of its own."""
-    if np.any(records.parts != ""):
-        return np.equal(records.parts, REPORTED)
-    return np.ones(records.ids.size, np.bool_)
 
 
 def held_out(records: TaskRecords, settings: Settings) -> Mask:
@@ -194,8 +198,9 @@ def table(numbers: Sequence[Number], title: str, level: float) -> Table:
         shown.add_column(heading, justify="right", no_wrap=True)
     for k, number in enumerate(numbers):
         task = number.task if k == 0 or numbers[k - 1].task != number.task else ""
-        between = "" if math.isnan(number.low) else f"{number.low:.4f} … {number.high:.4f}"
-        row = (task, number.metric, f"{number.value:.4f}", between, str(number.records), str(number.images))
+        between = "" if math.isnan(number.low) else f"{number.low:z.4f} … {number.high:z.4f}"
+        value = "undefined" if math.isnan(number.value) else f"{number.value:z.4f}"
+        row = (task, number.metric, value, between, str(number.records), str(number.images))
         shown.add_row(*row)
     return shown
 
@@ -209,7 +214,7 @@ def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
         shown.add_column(heading, justify="right")
     for row in rows:
         values = (row.clean, row.mean, row.retained, *row.per_severity.values())
-        shown.add_row(row.metric, *("" if math.isnan(value) else f"{value:.4f}" for value in values))
+        shown.add_row(row.metric, *("" if math.isnan(value) else f"{value:z.4f}" for value in values))
     return shown
 
 
@@ -266,8 +271,8 @@ def _measured(
             value, resampled = draws.of(name)
             method = METHODS.get(name, "percentile")
             low, high = interval(value, resampled, level=settings.level, method=method)
-            if method == "basic" and low < 0.0:  # calibration errors, which never are
-                low = 0.0
+            if method == "basic":  # calibration errors, which are never outside
+                low, high = np.clip((low, high), 0.0, 1.0).tolist()
             numbers.append(Number(records.task, name + suffix, value, low, high, n, m))
     return numbers
 
@@ -288,32 +293,49 @@ def _floor(records: TaskRecords, settings: Settings) -> list[Number]:
 
 
 def _beyond_held_out(run: Run, records: TaskRecords, settings: Settings) -> list[Number]:
+    """What thresholds and calibrators from a run's held-out images do on the other images of some records."""
     source = _clean_twin(run, records)
     choosing = held_out(source, settings) & ~np.isnan(source.confidence_by(settings.estimator))
     keep = reported(records) & ~held_out(records, settings) & ~np.isnan(records.confidence_by(settings.estimator))
-    if not keep.any() or not choosing.any() or not 0.0 < source.outcome[choosing].mean() < 1.0:
+    # Of a single image there is no interval.
+    if np.unique(records.images[keep]).size < 2 or not choosing.any():
         return []
     c, y = source.confidence_by(settings.estimator)[choosing], source.outcome[choosing]
+    confidence, outcome = records.confidence_by(settings.estimator)[keep], records.outcome[keep]
+    clusters = Clusters.of(records.images[keep])
     at_risk = {risk: metrics.threshold_at_risk(c, y, risk) for risk in RISKS}
     at_cost = {cost: metrics.threshold_at_cost(c, y, cost) for cost in COSTS}
-    platt = Platt.fit(c, y, source.images[choosing].tolist(), split=f"{source.task}, held out")
-    confidence, outcome = records.confidence_by(settings.estimator)[keep], records.outcome[keep]
-    images = records.images[keep]
-    clusters = Clusters.of(images)
-    calibrated = platt.apply(confidence, images.tolist())
     gains = _measured(records, [Gains(confidence, outcome, clusters, at_risk, at_cost)], keep, settings)
-    after = [Binned(calibrated, outcome, clusters)]
-    fitted = _measured(records, after, keep, settings, suffix="_after_platt")
-    wanted = {f"{name}_after_platt" for name in AFTER_PLATT}
-    return gains + [number for number in fitted if number.metric in wanted]
+    if not 0.0 < y.mean() < 1.0:
+        return gains
+    fit = CALIBRATORS[settings.calibrator].fit
+    fitted = fit(c, y, source.images[choosing].tolist(), split=f"{source.task}, held out")
+    after = [Binned(fitted.apply(confidence, records.images[keep].tolist()), outcome, clusters)]
+    suffix = f"_after_{settings.calibrator}"
+    wanted = {name + suffix for name in CALIBRATED}
+    return gains + [n for n in _measured(records, after, keep, settings, suffix) if n.metric in wanted]
 
 
 def _clean_twin(run: Run, records: TaskRecords) -> TaskRecords:
-    """The task on the same documents without shift, or the task itself."""
-    if records.place.shift is None:
-        return records
-    place = records.place._replace(shift=None, severity=None)
-    return next((other for other in run.tasks.values() if other.place == place), records)
+    """A run's task on the same documents without shift; else that of the same name.
+
+    Raises:
+        ValueError: If the run has neither, or other documents under that name.
+    """
+    clean = records.place._replace(shift=None, severity=None)
+    same = run.tasks.get(records.task)
+    if same is not None and same.place == clean:
+        return _same_documents(records, same)
+    twin = next((other for other in run.tasks.values() if other.place == clean), same)
+    if twin is None:
+        raise ValueError(f"expected task {records.task} or the same on clean images in {run.file}, got neither")
+    return twin if twin is not same else _same_documents(records, twin)
+
+
+def _same_documents(records: TaskRecords, other: TaskRecords) -> TaskRecords:
+    if other is not records:
+        match(records, other)
+    return other
 
 
 def _robustness(name: str, clean: float, cells: Mapping[tuple[str, int], Mapping[str, float]]) -> Robustness:

@@ -1,13 +1,16 @@
 """Results folders: reading, matching, and the metrics and comparisons made of them."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lmms_plugin import comparison, metrics, reliability, results
 from lmms_plugin.cli import main
+from lmms_plugin.metrics.posthoc import CALIBRATORS
 
 SETTINGS = reliability.Settings(resamples=60)
 CONFIG = {"dataset_path": "data", "test_split": "test", "metric_list": [{"metric": "mean_iou"}, {"metric": "ece"}]}
@@ -42,13 +45,18 @@ def answers(skill, severity=0, n=120):
     return [line(k, u, {"coordinate_mean": c, "joint": c**4}) for k, (u, c) in enumerate(both)]
 
 
+def table(lines):
+    scores = [line["mean_iou"]["score"] for line in lines if "mean_iou" in line]
+    return {"alias": "task"} | ({"mean_iou,none": float(np.mean(scores))} if scores else {})
+
+
 def write(folder, tasks, name="quant_none", date="20260101_000000", **configs):
     folder.mkdir(parents=True, exist_ok=True)
     for task, lines in tasks.items():
         log = folder / f"{date}_samples_{task}.jsonl"
         log.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     content = {
-        "results": {task: {} for task in tasks},
+        "results": {task: table(lines) for task, lines in tasks.items()},
         "configs": {task: CONFIG | configs.get(task, {}) for task in tasks},
         "n-samples": {task: {"original": len(lines), "effective": len(lines)} for task, lines in tasks.items()},
         "config": {"model": name, "model_args": "pretrained=demo", "limit": None},
@@ -135,6 +143,28 @@ def repeat_line(folder):
     log.write_text("\n".join([*lines[:-1], lines[0]]))
 
 
+def binary(folder):
+    log = next(folder.glob("*_samples_rec.jsonl"))
+    log.write_bytes(log.read_bytes() + b"\xff\xfe\n")
+
+
+def replace(before, after):
+    def damage(folder):
+        log = next(folder.glob("*_samples_rec.jsonl"))
+        text = log.read_text()
+        assert before in text
+        log.write_text(text.replace(before, after, 1))
+
+    return damage
+
+
+def edit_table(folder):
+    file = next(folder.glob("*_results.json"))
+    content = json.loads(file.read_text())
+    content["results"]["rec"]["mean_iou,none"] += 0.01
+    file.write_text(json.dumps(content))
+
+
 def drop_confidence(folder):
     log = next(folder.glob("*_samples_rec.jsonl"))
     log.write_text(log.read_text().replace('"confidence": {', '"was": {', 1))
@@ -148,11 +178,39 @@ def drop_confidence(folder):
         (drop_line, "expected 120 documents .* got 119"),
         (empty_log, "got an empty file"),
         (repeat_line, "got 000 twice"),
+        (binary, r"jsonl:121, which is damaged"),
+        (
+            replace('"score": 0.8', '"score": 0.7'),
+            "expected the log of the same run .* where the table of results says",
+        ),
+        (edit_table, "expected the log of the same run .* where the table of results says"),
+        (replace('"score": 0.8', '"score": 1.7'), r"expected score in \[0, 1\] for 000 in .*, got 1.7"),
+        (replace('"score": 0.8', '"score": NaN'), r"expected score in \[0, 1\] for 000 in .*, got nan"),
+        (replace('"score": 0.8', '"score": "good"'), r"expected score in \[0, 1\] for 000 in .*, got 'good'"),
+        (replace('"joint": 0.', '"joint": 1.'), r"expected confidence joint in \[0, 1\] for 000 in"),
+        (replace('"joint": 0.', '"joint": "high", "was": 0.'), r"expected confidence joint in \[0, 1\] .* got 'high'"),
         (drop_confidence, "expected a confidence by coordinate_mean, joint for 000 .* got none"),
         (lambda folder: next(folder.glob("*.json")).write_text("{}"), "expected a results file"),
         (lambda folder: next(folder.glob("*.json")).unlink(), "expected a results file or a folder"),
     ],
-    ids=["no log", "cut off", "incomplete", "empty log", "twice", "lost confidence", "not results", "empty folder"],
+    ids=[
+        "no log",
+        "cut off",
+        "incomplete",
+        "empty log",
+        "twice",
+        "binary",
+        "edited log",
+        "edited table",
+        "score above 1",
+        "score NaN",
+        "score text",
+        "confidence above 1",
+        "confidence text",
+        "lost confidence",
+        "not results",
+        "empty folder",
+    ],
 )
 @pytest.mark.parametrize("command", ["metrics", "compare"])
 def test_damaged_results_are_refused_in_one_line(tmp_path, monkeypatch, capsys, command, damage, message):
@@ -307,8 +365,13 @@ def test_json_holds_what_the_tables_show(tmp_path, monkeypatch, capsys, command)
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"held_out": 0.0}, "held-out"), ({"level": 95}, "confidence level"), ({"level": math.nan}, "confidence level")],
-    ids=["nothing held out", "percent", "nan"],
+    [
+        ({"calibrator": "histogram"}, "expected a calibrator of temperature, platt, isotonic, beta, got 'histogram'"),
+        ({"held_out": 0.0}, "held-out"),
+        ({"level": 95}, "confidence level"),
+        ({"level": math.nan}, "confidence level"),
+    ],
+    ids=["calibrator", "nothing held out", "percent", "nan"],
 )
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -319,3 +382,96 @@ def test_one_image_has_no_interval(tmp_path):
     run = results.read_one(write(tmp_path, {"rec": answers(0.8)[:4]}))
     with pytest.raises(ValueError, match="at least 2 images in task rec"):
         reliability.measure(run, SETTINGS)
+    with pytest.raises(ValueError, match="at least 2 images in task rec"):
+        comparison.compare(run, run, SETTINGS)
+
+
+def test_two_images_leave_none_to_hold_out(tmp_path):
+    lines = answers(0.8)[:8]
+    for seed in range(8):
+        run = results.read_one(write(tmp_path, {"rec": lines}))
+        settings = reliability.Settings(resamples=20, seed=seed, held_out=0.5)
+        numbers = {number.metric for number in reliability.measure(run, settings)}
+        # One of them or both are held out or none is: never are there two left to make an interval of.
+        assert "aurc" in numbers
+        assert "phi@10" not in numbers
+
+
+@pytest.mark.parametrize(("skill", "right"), [(2, True), (-1, False)], ids=["all right", "all wrong"])
+def test_thresholds_need_no_mixture_of_outcomes_and_calibrators_do(tmp_path, skill, right):
+    run = results.read_one(write(tmp_path, {"rec": answers(skill)}))
+    numbers = {number.metric: number.value for number in reliability.measure(run, SETTINGS)}
+    assert not [name for name in numbers if "after" in name]
+    # All right: the lowest held-out confidence is the threshold. All wrong: nothing may be answered.
+    assert (numbers["achieved_coverage@0.01"] > 0.9) if right else (numbers["achieved_coverage@0.01"] == 0.0)
+    assert math.isnan(numbers["auroc"])
+    shown = io.StringIO()
+    Console(file=shown, width=140).print(reliability.table(reliability.measure(run, SETTINGS), "", 0.95))
+    assert "undefined" in shown.getvalue()
+    assert "nan" not in shown.getvalue()
+    assert "-0.0000" not in shown.getvalue()
+
+
+def test_calibration_errors_and_their_intervals_stay_fractions(tmp_path):
+    for number in reliability.measure(results.read_one(write(tmp_path, {"rec": answers(0.8)})), SETTINGS):
+        if number.metric in ("ece", "mce", "adaptive_ece", "smooth_ece", "laece_0") and not math.isnan(number.low):
+            assert 0.0 <= number.low <= number.high <= 1.0
+
+
+@pytest.mark.parametrize("calibrator", ["temperature", "platt", "isotonic", "beta"])
+def test_every_calibrator_can_be_asked_for(tmp_path, calibrator):
+    run = results.read_one(write(tmp_path, {"rec": answers(0.8)}))
+    records, settings = run.tasks["rec"], reliability.Settings(resamples=20, calibrator=calibrator)
+    aside = reliability.held_out(records, settings)
+    c, y, images = records.confidence["coordinate_mean"], records.outcome, records.images
+    fitted = CALIBRATORS[calibrator].fit(c[aside], y[aside], images[aside].tolist(), split="held out")
+    after = metrics.brier(fitted.apply(c[~aside], images[~aside].tolist()), y[~aside])
+    numbers = {number.metric: number.value for number in reliability.measure(run, settings)}
+    assert numbers[f"brier_after_{calibrator}"] == pytest.approx(after)
+
+
+def test_thresholds_and_calibrators_of_another_run(tmp_path):
+    first, second = write_grid(tmp_path / "a", 0.95), write_grid(tmp_path / "b", 0.75)
+    numbers = {(n.task, n.metric): n.value for n in reliability.measure(second, SETTINGS, chosen_on=first)}
+    chosen, judged = first.tasks["rec"], second.tasks["rec_fog_1"]
+    aside, c = reliability.held_out(chosen, SETTINGS), chosen.confidence["coordinate_mean"]
+    threshold = metrics.threshold_at_cost(c[aside], chosen.outcome[aside], 10)
+    expected = metrics.effective_reliability(c[~aside], judged.outcome[~aside], 10, threshold)
+    assert numbers["rec_fog_1", "phi@10"] == pytest.approx(expected)
+    own = {(n.task, n.metric): n.value for n in reliability.measure(second, SETTINGS)}
+    assert own["rec", "aurc"] == numbers["rec", "aurc"]
+    assert own["rec", "brier_after_platt"] < numbers["rec", "brier_after_platt"]
+
+
+def test_the_command_takes_a_calibrator_and_another_run(tmp_path, monkeypatch, capsys):
+    paths = [write(tmp_path / name, {"rec": answers(skill)}) for name, skill in (("a", 0.95), ("b", 0.75))]
+    options = ["--calibrator", "beta", "--chosen-on", str(paths[0]), "--resamples", "20", "--json"]
+    monkeypatch.setattr("sys.argv", ["lmms-plugin", "metrics", str(paths[1]), *options])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    shown = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)[0]["metrics"]}
+    first, second = map(results.read_one, paths)
+    settings = reliability.Settings(resamples=20, calibrator="beta")
+    expected = {number.metric: number.value for number in reliability.measure(second, settings, chosen_on=first)}
+    for name in ("ece_after_beta", "phi@10"):
+        assert shown[name] == pytest.approx(expected[name])
+
+
+def test_another_run_has_to_have_the_task_and_its_documents(tmp_path):
+    run = results.read_one(write(tmp_path / "a", {"rec": answers(0.8)}))
+    fewer = results.read_one(write(tmp_path / "b", {"rec": answers(0.8)[:-4]}))
+    elsewhere = write(tmp_path / "c", {"other": answers(0.8)}, other={"test_split": "testB"})
+    with pytest.raises(ValueError, match="expected the same documents in both runs"):
+        reliability.measure(run, SETTINGS, chosen_on=fewer)
+    with pytest.raises(ValueError, match=r"expected task rec or the same on clean images in .*, got neither"):
+        reliability.measure(run, SETTINGS, chosen_on=results.read_one(elsewhere))
+
+
+def test_tiny_p_values_are_not_zero(tmp_path):
+    runs = [
+        results.read_one(write(tmp_path / name, {"rec": answers(skill)})) for name, skill in (("a", 0.95), ("b", 0.1))
+    ]
+    found = comparison.compare(*runs, SETTINGS)
+    shown = io.StringIO()
+    Console(file=shown, width=140).print(comparison.flips_table(found.flips))
+    assert "< 0.0001" in shown.getvalue()

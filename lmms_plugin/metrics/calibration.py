@@ -27,7 +27,7 @@ _SMOOTHING_TOLERANCE = 2.0**-40
 """How close `smooth_ece` comes to the bandwidth that equals its error."""
 
 _INAUDIBLE = 10.0
-"""Product of bandwidth and frequency from which smoothing leaves less than exp(−50) of a cosine."""
+"""Product of bandwidth and frequency from which smoothing leaves less than exp(-50) of a cosine."""
 
 _FLOOR_CELL = 1e-3
 """Confidences of one bin closer together than this are simulated with their mean by `ece_floor`."""
