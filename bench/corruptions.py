@@ -22,6 +22,7 @@ from PIL import Image
 
 from bench.reporting import Row, machine, write
 from lmms_plugin.tasks import shifts, textures
+from lmms_plugin.tasks.severities import SEVERITIES
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import imagecorruptions_reference
@@ -56,7 +57,7 @@ def first_use() -> float:
 
 def measure(name: str, image: Image.Image, theirs: ModuleType, repeats: int) -> Row:
     """One line of the table: ours at severity 3 and at the slowest severity, imagecorruptions at severity 3."""
-    by_severity = [milliseconds(lambda s=s: shifts.apply(image, name, s, 0), repeats) for s in shifts.SEVERITIES]
+    by_severity = [milliseconds(lambda s=s: shifts.apply(image, name, s, 0), repeats) for s in SEVERITIES]
     ours, baseline = by_severity[SEVERITY - 1], None
     if hasattr(theirs, name):
         baseline = milliseconds(

@@ -1,7 +1,7 @@
 """The names `lmms-eval --tasks` accepts from this package, without importing lmms-eval."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -42,6 +42,13 @@ def _generated(cells: bool) -> Iterator[Listed]:
         if entry.kind == "group":
             yield Listed(name, "group", f"{len(entry.overrides['task'])} members, e.g. {entry.overrides['task'][-1]}")
         elif cells:
-            place = entry.overrides["metadata"]
-            split = entry.overrides["test_split"]
-            yield Listed(name, "cell", f"split {split}, {place['shift']} at severity {place['severity']}")
+            yield Listed(name, "cell", f"split {entry.overrides['test_split']}, {_place(entry.overrides['metadata'])}")
+
+
+def _place(metadata: Mapping[str, Any]) -> str:
+    """What a cell does to image and expression, in words."""
+    parts = [metadata["mismatch"]] if "mismatch" in metadata else []
+    for shift, severity in (("shift", "severity"), ("text_shift", "text_severity")):
+        if shift in metadata:
+            parts.append(f"{metadata[shift]} at severity {metadata[severity]}")
+    return " and ".join(parts)

@@ -13,14 +13,11 @@ severity given to the decorator. It joins `SHIFTS` and the tests by being writte
 # OpenCV ships no types here and numpy types much arithmetic as Any.
 # mypy: disable-error-code="no-any-return"
 
-import difflib
-import hashlib
 import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Integral
 from types import MappingProxyType
 
 import numpy as np
@@ -30,13 +27,12 @@ from PIL import Image
 from lmms_plugin.tasks import opencv as cv2
 from lmms_plugin.tasks.channel_noise import sensor_channel, shot_channel
 from lmms_plugin.tasks.pixel_motion import one_sided_trail, shuffle_sources, smear
+from lmms_plugin.tasks.severities import SEVERITIES, checked, generator, named
 from lmms_plugin.tasks.textures import ice_crop, plasma
 
 Pixels = npt.NDArray[np.uint8]
 Field = npt.NDArray[np.float32]
 Corruption = Callable[..., Pixels]
-
-SEVERITIES = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -91,12 +87,9 @@ def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image
         ValueError: Unknown name (says the nearest), severity not an integer from 1 to 5, empty image, unfit mode.
         TypeError: A key that is neither text nor an integer.
     """
-    chosen = _named(name)
-    if isinstance(severity, bool) or not isinstance(severity, Integral) or severity not in SEVERITIES:
-        raise ValueError(f"severity of {name}: expected an integer from 1 to 5, got {severity!r}")
+    chosen, severity = named(name, SHIFTS), checked(severity, name)
     pixels = np.asarray(to_rgb(image))
-    level = chosen.levels[int(severity) - 1]
-    return Image.fromarray(chosen.function(pixels, _generator(key, name, int(severity)), *level))
+    return Image.fromarray(chosen.function(pixels, generator(key, name, severity), *chosen.levels[severity - 1]))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -125,20 +118,6 @@ def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"mode {image.mode}: expected values in 0 to 65535, got {values.min()} to {values.max()}")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-
-
-def _named(name: str) -> Shift:
-    if name not in SHIFTS:
-        nearest = difflib.get_close_matches(str(name), SHIFTS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown shift {name!r}; nearest is {nearest!r}; known: {', '.join(SHIFTS)}")
-    return SHIFTS[name]
-
-
-def _generator(key: str | int, name: str, severity: int) -> np.random.Generator:
-    if not isinstance(key, str | Integral):
-        raise TypeError(f"expected a key of type str or int, got {type(key).__name__}")
-    digest = hashlib.blake2b(f"{name}\0{severity}\0{key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
 
 
 def _floor(field: Field) -> Pixels:

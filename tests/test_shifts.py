@@ -14,7 +14,8 @@ from PIL import Image
 
 from lmms_plugin.tasks import channel_noise, shifts, textures
 from lmms_plugin.tasks.pixel_motion import shuffle_sources
-from lmms_plugin.tasks.shifts import SEVERITIES, SHIFTS, apply
+from lmms_plugin.tasks.severities import SEVERITIES
+from lmms_plugin.tasks.shifts import SHIFTS, apply
 
 NAMES = tuple(SHIFTS)
 DETERMINISTIC = (

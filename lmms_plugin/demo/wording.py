@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmms_plugin.tasks.lexicon import find
+
 
 class Attributes(NamedTuple):
     """What an expression may say about an object."""
@@ -27,26 +29,52 @@ FILLS = ("plain", "hollow")
 
 _SUBSETS = tuple(subset for n in range(1, 5) for subset in combinations(Attributes._fields, n))
 
-_NOUNS = {
+NOUNS = {
     "circle": ("circle", "circle", "disc"),
     "square": ("square",),
     "triangle": ("triangle",),
     "cross": ("cross", "cross", "plus sign"),
 }
-_SHAPED = {
+SHAPED = {
     "circle": "round",
     "square": "square",
     "triangle": "triangular",
     "cross": "cross-shaped",
 }
-_ADJECTIVES = {
+ADJECTIVES = {
     "small": ("small", "small", "little", "tiny"),
     "large": ("large", "big", "big"),
     "plain": ("plain", "solid"),
     "hollow": ("hollow", "outlined", "empty"),
 }
-_WITH = {"hollow": "with a hole", "plain": "without a hole"}
-_ANY = ("one", "one", "thing", "object", "shape")
+WITH = {"hollow": "with a hole", "plain": "without a hole"}
+ANY = ("one", "one", "thing", "object", "shape")
+
+
+_SAYS = {
+    **{word: ("colour", word) for word in COLOURS},
+    **{word: ("size", size) for size in SIZES for word in ADJECTIVES[size]},
+    **{word: ("fill", fill) for fill in FILLS for word in (*ADJECTIVES[fill], WITH[fill])},
+    **{word: ("shape", shape) for shape in SHAPES for word in (*NOUNS[shape], SHAPED[shape])},
+}
+_SAYS_NOTHING = frozenset(("the", "that", "is", "and", *ANY))
+
+
+def meaning(expression: str) -> dict[str, str]:
+    """Return what an expression says: attribute name → value, fields of `Attributes`.
+
+    Raises:
+        ValueError: A word is none of those that expressions here are made of.
+    """
+    said, rest = {}, expression
+    for span in reversed(find(expression, _SAYS)):
+        attribute, value = _SAYS[span.phrase]
+        said[attribute] = value
+        rest = rest[: span.start] + rest[span.stop :]
+    unknown = set(rest.split()) - _SAYS_NOTHING
+    if unknown:
+        raise ValueError(f"expected words of the demo's expressions, got {sorted(unknown)} in {expression!r}")
+    return said
 
 
 def identifying(target: Attributes, others: Sequence[Attributes]) -> list[tuple[str, ...]]:
@@ -79,20 +107,20 @@ def phrase(target: Attributes, named: Sequence[str], rng: np.random.Generator) -
     """
     before, after, adjectives = [], "", []
     if "size" in named:
-        adjectives.append(_pick(rng, _ADJECTIVES[target.size]))
+        adjectives.append(_pick(rng, ADJECTIVES[target.size]))
     if "fill" in named:
         if rng.random() < 0.3:
-            after = " " + _WITH[target.fill]
+            after = " " + WITH[target.fill]
         else:
-            adjectives.append(_pick(rng, _ADJECTIVES[target.fill]))
+            adjectives.append(_pick(rng, ADJECTIVES[target.fill]))
     if "colour" in named:
         adjectives.append(target.colour)
     if "shape" not in named:
-        noun = _pick(rng, _ANY)
+        noun = _pick(rng, ANY)
     elif rng.random() < 0.75:
-        noun = _pick(rng, _NOUNS[target.shape])
+        noun = _pick(rng, NOUNS[target.shape])
     else:
-        noun = f"{_SHAPED[target.shape]} {_pick(rng, _ANY)}"
+        noun = f"{SHAPED[target.shape]} {_pick(rng, ANY)}"
     if adjectives and not after and rng.random() < 0.15:
         after = " that is " + " and ".join(reversed(adjectives))
     else:
