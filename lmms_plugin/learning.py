@@ -122,11 +122,11 @@ def apply(run: Run, store: Store, selector: Selector, output: Path, *, transfer:
     output.mkdir(parents=True, exist_ok=True)
     for task, records in run.tasks.items():
         log = run.log(task)
-        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            row[records.kind.record]["confidence"][name] = confidences[task][row["doc_id"]]
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        (output / log.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with log.open(encoding="utf-8") as lines, (output / log.name).open("w", encoding="utf-8") as copy:
+            for line in lines:
+                row = json.loads(line)
+                row[records.kind.record]["confidence"][name] = confidences[task][row["doc_id"]]
+                copy.write(json.dumps(row) + "\n")
     shutil.copy(run.file, output)
     return name
 
