@@ -6,6 +6,7 @@ only if they look as they do in the version this was written against.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from functools import wraps
 from importlib.metadata import version
@@ -149,7 +150,7 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     """The data error at the bottom of what lmms-eval raised while it loaded our tasks, None if there is none."""
-    from lmms_plugin.tasks import refcocoplus, vqa_sources
+    from lmms_plugin.tasks import natural, refcocoplus, vqa_sources
     from lmms_plugin.tasks.images import DatasetError
     from lmms_plugin.tasks.refcocoplus import SPLITS
 
@@ -158,6 +159,10 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
         if isinstance(cause, DatasetError):
             return DatasetError(f"{task_list}: {cause}")
     reason = (str(causes[-1]) or type(causes[-1]).__name__).splitlines()[0]
+    said = " ".join(map(str, causes))
+    for source in natural.SETS.values():
+        if source.hub_id and re.search(rf"{re.escape(source.hub_id)}(?!\w)", said):
+            return DatasetError(f"{task_list}: cannot load {source.place()}: {reason}. {source.hint}")
     asked = [task_list] if isinstance(task_list, str) else [str(name) for name in task_list or []]
     if any(name.startswith("refcocoplus_") for name in asked):
         source = refcocoplus.source()

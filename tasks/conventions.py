@@ -42,11 +42,9 @@ class Convention:
         Raises:
             ValueError: there are not four finite numbers, or a side is negative or (unless `flat`) zero.
         """
-        box = _in_text(written) if isinstance(written, str) else written
+        box = numbers_in(written)
         expected = f"expected a list of four numbers {self} of positive size, got {written!r}"
-        if not isinstance(box, Sequence) or len(box) != 4:
-            raise ValueError(expected)
-        if not all(isinstance(value, int | float) and abs(value) < 1e6 for value in box):
+        if len(box) != 4 or not all(isinstance(value, int | float) and abs(value) < 1e6 for value in box):
             raise ValueError(expected)
         width, height = self._sides(box)
         if min(width, height) < 0 or (min(width, height) == 0 and not self.flat):
@@ -107,6 +105,8 @@ class Convention:
 _ALL = tuple(Convention(order, scale) for order in ("xyxy", "xywh") for scale in (None, 1.0, 1000.0))
 
 
-def _in_text(text: str) -> list[float]:
-    """The numbers of a text that holds nothing else but brackets and commas; none if it holds more."""
-    return [] if not _BETWEEN.fullmatch(_NUMBER.sub("", text)) else [float(n) for n in _NUMBER.findall(text)]
+def numbers_in(written: Any) -> Sequence[Any]:
+    """A list as it is; the numbers of a text that holds nothing else but brackets and commas; else nothing."""
+    if isinstance(written, str):
+        return [] if not _BETWEEN.fullmatch(_NUMBER.sub("", written)) else [float(n) for n in _NUMBER.findall(written)]
+    return written if isinstance(written, Sequence) else []

@@ -9,14 +9,12 @@ v1_mscoco_val2017_advqa_annotations.json, COCO's val2014 photographs). `LMMS_PLU
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from lmms_plugin.tasks import writing
 from lmms_plugin.tasks.images import DatasetError
 
 FEATURES = datasets.Features(
@@ -35,7 +33,6 @@ FEATURES = datasets.Features(
     }
 )
 _ANSWER = ("answer", "answer_confidence", "answer_id")
-_ROWS_AT_ONCE = 500
 
 
 def rows(questions: Path, annotations: Path, images: Path) -> Iterator[dict[str, Any]]:
@@ -72,15 +69,7 @@ def write(questions: Path, annotations: Path, images: Path, out: Path) -> int:
     Raises:
         DatasetError: see `rows`.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    # Questions about a photograph hold it once per page of a dictionary.
-    with pq.ParquetWriter(out, FEATURES.arrow_schema, compression="zstd", dictionary_pagesize_limit=1 << 25) as writer:
-        ordered = rows(questions, annotations, images)
-        while some := list(islice(ordered, _ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(some, schema=FEATURES.arrow_schema))
-            count += len(some)
-    return count
+    return writing.write(rows(questions, annotations, images), FEATURES, out)
 
 
 def _entries(path: Path, key: str, field: str) -> list[Mapping[str, Any]]:

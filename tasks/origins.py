@@ -19,12 +19,14 @@ class Origin:
         title: in messages to the user.
         hub_id: repository on the hub; None if there is none that `datasets` can load.
         split: named so on the hub and in file names of a local copy.
+        files: the split's files on the hub; None to let `datasets` find them.
     """
 
     name: str
     title: str
     hub_id: str | None
     split: str
+    files: str | None = "data/{split}-*"
 
     @property
     def variable(self) -> str:
@@ -64,9 +66,11 @@ class Origin:
             raise DatasetError(
                 f"{self.title}: no copy on the hub can be loaded by `datasets`. {self.hint} {self.made_by}".rstrip()
             )
+        if self.files is None:
+            return self.hub_id, {}
         # The hub's copies hold other splits that are many times larger; their counts would be missed.
         return self.hub_id, {
-            "data_files": {self.split: f"data/{self.split}-*"},
+            "data_files": {self.split: self.files.format(split=self.split)},
             "verification_mode": "no_checks",
         }
 

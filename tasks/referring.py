@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import datasets
 from PIL import Image
 
-from lmms_plugin.tasks.conventions import Convention
+from lmms_plugin.tasks.conventions import Convention, numbers_in
 from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
 from lmms_plugin.tasks.origins import Origin
@@ -29,7 +29,7 @@ _EXPRESSION = {"row": "a string", "expression": "a list of strings", "object": "
 _DECODED: Recent[Image.Image] = Recent(8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReferringSet(Origin):
     """A dataset of referring expressions; called with its rows, it makes the documents of a task.
 
@@ -47,8 +47,9 @@ class ReferringSet(Origin):
         rejection: whether documents without a target are kept; without, those with a target are all there is.
         identity: column that tells rows apart; None for their number.
         photograph: column that names the photograph; None for the bytes of the image.
-        size: columns of width and height in pixels, which must then be those of the image.
+        size: columns of width and height in pixels, or one column of both, which must then be those of the image.
         tags: columns that go to the log of samples, where the copy has them, to part results by.
+        published: whether `lmms_plugin.tasks.published` makes a local copy of the published files.
     """
 
     expression: str
@@ -60,7 +61,7 @@ class ReferringSet(Origin):
     rejection: bool = False
     identity: str | None = None
     photograph: str | None = None
-    size: tuple[str, str] | None = None
+    size: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     published: bool = False
 
@@ -86,7 +87,7 @@ class ReferringSet(Origin):
         columns = {IMAGE: "an image", self.expression: _EXPRESSION[self.per]}
         columns[self.box] = f"a list of boxes, each {one}" if self.boxes or self.per == "object" else one
         columns |= dict.fromkeys(filter(None, (self.identity, self.photograph)), "a string or an integer")
-        columns |= dict.fromkeys(self.size or (), "an integer")
+        columns |= dict.fromkeys(self.size, "an integer" if len(self.size) == 2 else "two numbers width, height")
         return columns | ({self.nothing[0]: "a string, an integer or a bool"} if self.nothing else {})
 
 
@@ -224,16 +225,19 @@ class ReferringDocs(Documents):
     def _size(self, number: int) -> tuple[int, int]:
         if number not in self._sizes:
             size = self._open(number, load=False).size
-            if self._source.size:
-                noted = tuple(_value(self._rows[number], name) for name in self._source.size)
-                if noted != size:
-                    names = " and ".join(map(repr, self._source.size))
-                    raise DatasetError(
-                        f"{self._where(number)}: columns {names}: expected {size[0]} and {size[1]}, the image's size, "
-                        f"got {noted[0]} and {noted[1]}"
-                    )
+            self._check_size(number, size)
             self._sizes[number] = size
         return self._sizes[number]
+
+    def _check_size(self, number: int, size: tuple[int, int]) -> None:
+        columns = self._source.size
+        noted = [_value(self._rows[number], column) for column in columns]
+        sides = numbers_in(noted[0]) if len(noted) == 1 else noted
+        if noted and tuple(sides) != size:
+            raise DatasetError(
+                f"{self._where(number)}: column {' and '.join(map(repr, columns))}: expected {size[0]} and {size[1]}, "
+                f"the image's size, got {' and '.join(map(str, noted))}"
+            )
 
     def _open(self, number: int, load: bool) -> Image.Image:
         return opened(self._encoded[number][IMAGE], self._where(number), load=load)
@@ -282,7 +286,7 @@ def _is(feature: Any, expected: str) -> bool:
         return _is(getattr(feature, "feature", None), "four numbers")
     if expected == "a list of strings":
         return _is(getattr(feature, "feature", None), "a string")
-    if expected.startswith("four numbers"):
+    if expected.startswith(("four numbers", "two numbers")):
         inner = getattr(feature, "feature", None)
         return _is(feature, "a string") or _dtype(inner).startswith(("float", "int", "uint", "double"))
     kinds = {"a string": ("string", "large_string"), "an integer": ("int", "uint"), "a bool": ("bool",)}

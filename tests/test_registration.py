@@ -117,6 +117,27 @@ def test_vqa_that_cannot_be_reached_says_how_to_go_on(task, problem, manager, mo
         manager.load_task_or_group([task], "chat")
 
 
+@pytest.mark.parametrize(
+    ("task", "hub_id", "variable"),
+    [
+        ("dior_rsvg", "danielz01/DIOR-RSVG", "DIOR_RSVG"),
+        ("groundingme_rejection", "lirang04/GroundingME", "GROUNDINGME"),
+        ("refcoco_rec", "lmms-lab-encoder/RefCOCO", "REFCOCO"),
+    ],
+)
+def test_a_natural_shift_that_cannot_be_reached_says_how_to_go_on(task, hub_id, variable, manager, monkeypatch):
+    monkeypatch.delenv(f"LMMS_PLUGIN_{variable}", raising=False)
+    monkeypatch.setattr("lmms_eval.api.task.ConfigurableTask.download.retry.sleep", lambda _: None)
+    with pytest.raises(DatasetError, match=rf"{task}.*cannot load {hub_id}: .*LMMS_PLUGIN_{variable} .*columns image"):
+        manager.load_task_or_group([task], "chat")
+
+
+def test_a_natural_shift_without_a_copy_on_the_hub_says_how_to_make_one(manager, monkeypatch):
+    monkeypatch.delenv("LMMS_PLUGIN_REFDRONE", raising=False)
+    with pytest.raises(DatasetError, match=r"RefDrone: no copy on the hub.*bboxes.*tasks\.published refdrone --help"):
+        manager.load_task_or_group(["refdrone_rejection"], "chat")
+
+
 def test_changed_task_manager_is_left_alone_with_a_warning(monkeypatch, loguru_messages):
     class Changed:
         def initialize_tasks(self, somewhere_else):
