@@ -50,6 +50,10 @@ class ModelArguments:
             the selector's or the last.
         selector: file of a learned confidence (see `lmms_plugin.selector`).
         selector_transfer: whether it may have been trained for another model or quantization.
+        samples: how many further answers are sampled for each question whose task asks for confidence (boxes, VQA),
+            for the estimators of agreement; 0 for none.
+        sample_temperature: at which they are drawn.
+        verbalised: whether the model is asked in a second turn how sure it is of such an answer.
         system_prompt: the system message, or a file that holds it.
         dialect: name of the grounding dialect, if not the one of the model's family.
         batch_size: images answered together (requests, where there is none), with all questions about each of them;
@@ -87,6 +91,9 @@ class ModelArguments:
     feature_layer: int | None = None
     selector: str | None = None
     selector_transfer: bool = False
+    samples: int = 0
+    sample_temperature: float = 1.0
+    verbalised: bool = False
     system_prompt: str | None = None
     dialect: str | None = None
     batch_size: int | None = 1
@@ -101,6 +108,10 @@ class ModelArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.samples < 0 or self.samples == 1:
+            raise ValueError(f"samples must be 0 or at least 2, which can agree, got {self.samples}")
+        if not self.sample_temperature > 0:
+            raise ValueError(f"sample_temperature must be above 0, got {self.sample_temperature}")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
         if self.report and not Path(self.report).absolute().parent.is_dir():

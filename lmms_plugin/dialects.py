@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmms_plugin.boxes import OVERSHOOT, Box
+from lmms_plugin.verbalised import QUESTION
 
 Floats = npt.NDArray[np.float64]
 Size = tuple[int, int]
@@ -109,6 +110,7 @@ class Dialect:
         offset: where in its bin a number lies: 0 its lower edge, 0.5 its middle.
         largest: the largest number that the format can write; a larger one is not a number of this dialect.
         frame: what the numbers are relative to.
+        confidence_prompt: the question of a second turn, how sure the model is of its answer.
         raw_prompt: the family has no chat template and wants the prompt as it stands, after its image tokens.
         published: False where the family publishes no grounding format and a generic one is used. Such a model is a
             control: nothing says that it was ever trained to ground.
@@ -125,6 +127,7 @@ class Dialect:
     offset: float = 0.0
     largest: float = math.inf
     frame: Frame = Frame.ORIGINAL
+    confidence_prompt: str = QUESTION
     raw_prompt: bool = False
     published: bool = True
 

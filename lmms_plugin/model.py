@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -37,10 +38,11 @@ from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.saving import save_quantized
 from lmms_plugin.registration import class_name
 from lmms_plugin.requests import Messages, read
-from lmms_plugin.response import Response
+from lmms_plugin.response import MARKER, Response
 from lmms_plugin.running import Runner, Step
 from lmms_plugin.scheduling import Job
-from lmms_plugin.settings import Settings
+from lmms_plugin.second_turn import second_turn
+from lmms_plugin.settings import Sampling, Settings
 from lmms_plugin.token_texts import decode
 
 Result = TypeVar("Result")
@@ -88,6 +90,8 @@ class QuantizedVLM(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = _device(self.arguments, self.accelerator)
         self.chat, self.reader = _chat(path, self.arguments)
+        if self.arguments.verbalised and (self.reader.raw or self.dialect.raw_prompt):
+            raise ValueError(f"verbalised: {path} is asked without chat template, and knows no second turn")
         model, _, self.report = load_quantized(
             path,
             backend=backend,
@@ -112,6 +116,7 @@ class QuantizedVLM(lmms):
             batch_size=self.arguments.batch_size,
             share_prefix=self.arguments.share_prefix,
             pooling=self.observer.pooling if self.observer else None,
+            repeated=self.arguments.samples > 0,
         )
         self._special = frozenset(decode(self.decoder.tokenizer, [token]) for token in self.decoder.special)
         self._tokens, self._seconds = 0, 0.0
@@ -233,6 +238,16 @@ class QuantizedVLM(lmms):
         super().clean()
 
     def _answer(self, jobs: Sequence[Job], title: str) -> list[str]:
+        answers = self._answered(jobs, title)
+        if not self.arguments.verbalised:
+            return answers
+        asked = {i: second_turn(jobs[i], answer, self.dialect) for i, answer in enumerate(answers) if MARKER in answer}
+        statements = self._run(list(asked.values()), self._state, f"{title}, and how sure")
+        for i, statement in zip(asked, statements, strict=True):
+            answers[i] = replace(Response.decode(answers[i]), statement=statement).encode()
+        return answers
+
+    def _answered(self, jobs: Sequence[Job], title: str) -> list[str]:
         if self.observer is None:
             return self._run(jobs, self._generate, title)
         self.observer.expect_unseen(jobs)
@@ -260,9 +275,39 @@ class QuantizedVLM(lmms):
 
     def _generate(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[tuple[str, int]]:
         seeds = [job.request.seed(self.arguments.seed) for job in jobs]
+        cache = batch.inputs.get("past_key_values")
+        columns = 0 if cache is None else cache.get_seq_length()
         answers, learned = self._answers(batch, prompts, jobs, seeds)
-        rows = zip(prompts, batch.model_sizes, answers, learned, jobs, strict=True)
+        sampled = self._sampled(batch, prompts, jobs, columns)
+        rows = zip(prompts, batch.model_sizes, answers, learned, sampled, jobs, strict=True)
         return [(self._text(*row), len(row[2].tokens)) for row in rows]
+
+    def _state(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[tuple[str, int]]:
+        answers = self.decoder.generate(batch.inputs, jobs[0].settings)
+        return [(answer.text, len(answer.tokens)) for answer in answers]
+
+    def _sampled(
+        self, batch: Batch, prompts: list[Prompt], jobs: list[Job], columns: int
+    ) -> list[tuple[str, ...] | None]:
+        """Sample further answers for a batch that was answered; None for prompts that want none.
+
+        Over a shared prefix, of so many columns, each costs no more than its decoding; else it reads the image again.
+        """
+        if not self.arguments.samples or not any(prompt.wants_confidence for prompt in prompts):
+            return [None] * len(prompts)
+        settings = replace(jobs[0].settings, sampling=Sampling(self.arguments.sample_temperature))
+        drawn: list[list[Answer]] = []
+        for sample in range(self.arguments.samples):
+            if columns:
+                self.runner.sharing.rewind(batch.inputs, columns)
+            seeds = [job.request.seed(self.arguments.seed, sample) for job in jobs]
+            drawn.append(self.decoder.generate(batch.inputs, settings, seeds))
+        rows = zip(prompts, zip(*drawn, strict=True), strict=True)
+        return [tuple(self._raw(prompt, answer) for answer in answers) for prompt, answers in rows]
+
+    def _raw(self, prompt: Prompt, answer: Answer) -> str:
+        """The answer as its task reads it: with special tokens, which may be coordinates, where a box is wanted."""
+        return answer.text if prompt.grounding is None else "".join(token.text for token in answer.tokens)
 
     def _answers(
         self, batch: Batch, prompts: list[Prompt], jobs: list[Job], seeds: list[int]
@@ -284,25 +329,26 @@ class QuantizedVLM(lmms):
         model_size: tuple[int, int] | None,
         answer: Answer,
         learned: Mapping[str, float],
+        samples: tuple[str, ...] | None,
         job: Job,
     ) -> str:
-        if prompt.grounding is None and not prompt.log_probabilities:
+        if not prompt.wants_confidence:
             return answer.text
         if job.settings.num_beams > 1:
             raise RequestError(f"{prompt.name}: log-probabilities of the answer are asked for; beam search has none")
         if prompt.grounding is None:
             tokens = tuple(token._replace(text="") if token.text in self._special else token for token in answer.tokens)
             text = "".join(token.text for token in tokens)
-            return Response(text, tokens, model_size=model_size, confidence=learned).encode()
+            return Response(text, tokens, model_size=model_size, confidence=learned, samples=samples).encode()
         self._warn_if_unpublished()
         if self.dialect.requires_model_size and model_size is None:
             raise RequestError(
                 f"{prompt.name}: dialect {self.dialect.name!r} counts pixels of the resized image, and "
                 f"{type(self.chat.processor).__name__} does not tell its size"
             )
-        raw = "".join(token.text for token in answer.tokens)
+        raw = self._raw(prompt, answer)
         size, digits = prompt.grounding.original_size, prompt.grounding.digits
-        return Response(raw, answer.tokens, size, model_size, self.dialect.name, learned, digits).encode()
+        return Response(raw, answer.tokens, size, model_size, self.dialect.name, learned, digits, samples).encode()
 
     def _warn_if_unpublished(self) -> None:
         if not self.dialect.published and not self._warned and self.rank == 0:

@@ -289,6 +289,17 @@ class PrefixSharing:
                 read.rows(shared.owners[start:end]) if read is not None else None,
             )
 
+    @staticmethod
+    def rewind(inputs: Mapping[str, Any], columns: int) -> None:
+        """Forget what was generated, so that the same arguments of the model generate anew.
+
+        Args:
+            inputs: of `parts`, with which answers were generated.
+            columns: length of their keys and values before.
+        """
+        cache = inputs["past_key_values"]
+        cache.crop(columns - cache.get_seq_length())
+
     def _continuing(self, shared: Shared, part: slice, cache: DynamicCache, columns: int) -> dict[str, Any]:
         owners = shared.owners[part].to(cache.layers[0].keys.device)
         with explaining_out_of_memory(len(owners)):

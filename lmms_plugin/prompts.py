@@ -54,6 +54,11 @@ class Prompt:
     log_probabilities: bool = False
 
     @property
+    def wants_confidence(self) -> bool:
+        """Whether the answer is to come with what confidence is estimated from."""
+        return self.grounding is not None or self.log_probabilities
+
+    @property
     def images(self) -> list[Image.Image]:
         """All images, in order."""
         return [part["image"] for part in self._parts("image")]

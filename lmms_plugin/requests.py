@@ -85,9 +85,15 @@ class Request:
         """Return the text to score."""
         return self.target if isinstance(self.target, str) else str(self.target(self._document()))  # type: ignore[misc]
 
-    def seed(self, seed: int) -> int:
-        """Return a seed of the request's own: the same whichever batch or process it falls into."""
-        digest = hashlib.sha256(f"{seed}\n{self.name}\n{self.repeat}".encode()).digest()
+    def seed(self, seed: int, sample: int | None = None) -> int:
+        """Return a seed of the request's own: the same whichever batch or process it falls into.
+
+        Args:
+            seed: of the run.
+            sample: number of a further answer to the same request; None for the answer itself.
+        """
+        drawn = "" if sample is None else f"\nsample {sample}"
+        digest = hashlib.sha256(f"{seed}\n{self.name}\n{self.repeat}{drawn}".encode()).digest()
         return int.from_bytes(digest[:8], "big")
 
 

@@ -37,6 +37,7 @@ class Runner:
         reader: from messages to prompts.
         sharing: how questions about one image share its encoding.
         budget: how much is done at once.
+        repeated: whether questions that want confidence are answered several times.
     """
 
     decoder: Decoder
@@ -44,6 +45,7 @@ class Runner:
     reader: PromptReader
     sharing: PrefixSharing
     budget: Budget
+    repeated: bool = False
 
     @classmethod
     def of(
@@ -55,6 +57,7 @@ class Runner:
         batch_size: int | None,
         share_prefix: bool,
         pooling: Pooling | None = None,
+        repeated: bool = False,
     ) -> Runner:
         """Set up for a model that is loaded.
 
@@ -65,13 +68,14 @@ class Runner:
             batch_size: images per batch; None for as many as fit.
             share_prefix: whether to share prefixes where that can be.
             pooling: of hidden states of shared prefixes; None if they are of no use.
+            repeated: whether questions that want confidence are answered several times.
         """
         device = decoder.model.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         sharing = PrefixSharing.of(decoder, wanted=share_prefix, pooling=pooling)
         if share_prefix and sharing.off is not None:
             _say_off(sharing.off)
-        return cls(decoder, chat, reader, sharing, Budget.of(batch_size, free))
+        return cls(decoder, chat, reader, sharing, Budget.of(batch_size, free), repeated)
 
     def run(self, jobs: Sequence[Job], step: Step[Result]) -> Iterator[tuple[int, Result]]:
         """Yield the index of a job with its result, in the order in which they are done.
@@ -80,7 +84,7 @@ class Runner:
             RequestError: a document cannot be read or shown to this model; it is named.
             OutOfMemory: even the smallest batch that the user's arguments allow does not fit.
         """
-        schedule = Schedule(self.chat, self.reader, self.budget, lambda: self.sharing.off is None)
+        schedule = Schedule(self.chat, self.reader, self.budget, lambda: self.sharing.off is None, self.repeated)
         with closing(schedule.batches(jobs)) as batches:
             for prepared in batches:
                 yield from self._do(prepared, jobs, step, schedule)

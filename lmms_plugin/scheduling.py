@@ -92,12 +92,15 @@ class Schedule:
         reader: turns messages into prompts.
         budget: how much goes into a batch; looked at whenever the next ones are planned.
         sharing: whether questions about one image share its prefix; asked likewise.
+        repeated: whether questions that want confidence are answered several times, so that a single one has a prefix
+            to share too.
     """
 
     chat: Chat
     reader: PromptReader
     budget: Budget
     sharing: Callable[[], bool]
+    repeated: bool = False
     _image_tokens: dict[Hashable, int] = field(default_factory=dict)
 
     def batches(self, jobs: Sequence[Job]) -> Generator[Prepared]:
@@ -127,7 +130,8 @@ class Schedule:
         )
 
     def _encode(self, groups: list[list[int]], prompts: list[list[Prompt]]) -> Prepared:
-        if any(len(group) > 1 for group in groups):
+        again = self.repeated and self.sharing() and all(_is_repeated(prompt) for group in prompts for prompt in group)
+        if again or any(len(group) > 1 for group in groups):
             return Prepared(groups, prompts, encode_groups(self.chat, prompts))
         return Prepared(groups, prompts, self.chat.encode([prompt for group in prompts for prompt in group]))
 
@@ -199,6 +203,10 @@ def _halved(items: list[Item]) -> list[list[Item]]:
 
 def _can_share(prompt: Prompt, job: Job) -> bool:
     return bool(prompt.images) and not prompt.videos and job.settings.num_beams == 1
+
+
+def _is_repeated(prompt: Prompt) -> bool:
+    return prompt.wants_confidence and bool(prompt.images) and not prompt.videos
 
 
 def _content(prompt: Prompt) -> tuple[Any, ...]:

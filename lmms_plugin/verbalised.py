@@ -7,10 +7,12 @@ QUESTION = (
     "How sure are you that your answer is right? Answer with a number between 0 (certainly wrong) and 100 (certainly "
     "right), and nothing else."
 )
-"""After "Just ask for calibration" (arXiv 2305.14975); a dialect may ask otherwise (`Dialect.doubt`)."""
+"""After "Just ask for calibration" (arXiv 2305.14975); a dialect may ask otherwise (`Dialect.confidence_prompt`)."""
 
 _OF_HUNDRED = re.compile(r"\s*(?:%|percent\b|/\s*100\b|out of 100\b)", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:[.,]\d+)?(?!\w)")
+_DIGITS = re.compile(r"\d+(?:\.\d+)?")
+# Not part of a word, a list, a date, or a number with a sign.
+_NUMBER = re.compile(rf"(?<![\w.,-]){_DIGITS.pattern}(?!\w|[.,-]\d)")
 
 
 def stated_confidence(statement: str) -> float:
@@ -24,9 +26,10 @@ def stated_confidence(statement: str) -> float:
         In [0, 1]; NaN where the statement names no such number, to be counted apart and never taken for 0.
     """
     spoken = statement.rpartition("</think>")[2]
-    numbers = _NUMBER.findall(_OF_HUNDRED.sub(" ", spoken))
-    if len(numbers) != 1:
+    text = _OF_HUNDRED.sub(" ", spoken)
+    numbers = _NUMBER.findall(text)
+    if len(numbers) != 1 or len(_DIGITS.findall(text)) != 1:
         return math.nan
-    value = float(numbers[0].replace(",", "."))
+    value = float(numbers[0])
     unambiguous = value == 0.0 or 1.0 <= value <= 100.0
     return value / 100.0 if unambiguous else math.nan

@@ -18,7 +18,7 @@ from lmms_plugin.verbalised import stated_confidence
         ("100", 1.0),
         ("1", 0.01),
         ("99.5", 0.995),
-        ("99,5 %", 0.995),
+        ("Yes, 85, I think.", 0.85),
         ("<think>is it 20 or 30?</think>\n70", 0.7),
     ],
 )
@@ -28,7 +28,22 @@ def test_one_number_on_the_scale_that_was_asked_for(statement, expected):
 
 @pytest.mark.parametrize(
     "statement",
-    ["", "very sure", "between 80 and 90", "80-90", "[12,34,56,78]", "101", "-5", "0.85", "B52", "1e2", "85 of 86"],
+    [
+        "",
+        "very sure",
+        "between 80 and 90",
+        "80-90",
+        "[12,34,56,78]",
+        "101",
+        "-5",
+        "0.85",
+        "B52",
+        "1e2",
+        "85 of 86",
+        ",,4,43]",
+        "99,5",
+        ",85",
+    ],
 )
 def test_anything_else_is_missing_not_zero(statement):
     assert math.isnan(stated_confidence(statement))

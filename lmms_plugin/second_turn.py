@@ -1,0 +1,34 @@
+"""The second turn in which a model is asked how sure it is of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lmms_plugin.dialects import Dialect
+from lmms_plugin.response import Response
+from lmms_plugin.scheduling import Job
+
+
+def second_turn(job: Job, answer: str, dialect: Dialect) -> Job:
+    """Return a job that continues a conversation: the same question, the answer, and how sure the model is of it.
+
+    It is answered greedily, at the same length as the first.
+
+    Args:
+        job: of the answer.
+        answer: an encoded `Response`.
+        dialect: of the model.
+    """
+    settings = replace(job.settings, sampling=None, until=())
+    return Job(partial(_messages, job, Response.decode(answer).text, dialect.confidence_prompt), job.request, settings)
+
+
+def _messages(job: Job, said: str, question: str) -> list[Mapping[str, Any]]:
+    return [
+        *job.messages(),
+        {"role": "assistant", "content": [{"type": "text", "text": said}]},
+        {"role": "user", "content": [{"type": "text", "text": question}]},
+    ]
