@@ -8,6 +8,8 @@ what is chosen on clean held-out images is then applied to the other images, cle
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +24,17 @@ from lmms_plugin.metrics.posthoc import CALIBRATORS
 from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.selective import COSTS, RISKS
 from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Localised, Means, Smooth
-from lmms_plugin.results import HELD_OUT, Place, Run, TaskRecords, match, reported
+from lmms_plugin.results import HELD_OUT, REJECTION, SHIFTED, Place, Run, TaskRecords, match, reported
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Grid = tuple[TaskRecords, dict[tuple[str, int], TaskRecords]]
 STRICTER = (0.75, 0.9)
 ADDED = ("ece", "aurc")
+REJECTED = ("auroc", "fpr_at_tpr")
 CALIBRATED = ("ece", "brier", "nll")
+PRINTED = MappingProxyType({"adaptive_ece": "ace", "fpr_at_tpr": "fpr@0.95"})
+"""Metrics that lmms-eval's table calls by another name."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,9 @@ def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[
     _of_ours(run)
     numbers: list[Number] = []
     for records in run.tasks.values():
+        if records.kind is REJECTION:
+            numbers += _rejection(records, settings)
+            continue
         numbers += _measured(records, _everything(records, settings), reported(records), settings)
         numbers += _floor(records, settings)
         numbers += _beyond_held_out(run if chosen_on is None else chosen_on, records, settings)
@@ -136,37 +145,60 @@ def held_out(records: TaskRecords, settings: Settings) -> Mask:
 
 
 def robust(run: Run, settings: Settings) -> dict[str, list[Robustness]]:
-    """Robustness by clean task, where a run has one and a full table of shifts × severities beside it."""
+    """Robustness by clean task, where a run has one and a full table of shifts × severities beside it.
+
+    Language shifts leave out what they cannot change: everything here is of the documents that all tasks of the table
+    have.
+    """
     found = {}
-    for tasks in families(run.tasks.values()):
-        table = grid(tasks)
-        if table is None:
-            continue
-        clean, cells = table
-        at_clean = key_numbers(clean, settings)
-        values = {place: key_numbers(records, settings) for place, records in cells.items()}
-        found[clean.task] = [
-            _robustness(name, at_clean[name], values)._replace(metric=clean.kind.named(name)) for name in at_clean
-        ]
+    for tasks in families(records for records in run.tasks.values() if records.kind is not REJECTION):
+        for title, (clean, cells) in grids(tasks).items():
+            clean, *shifted = shared((clean, *cells.values()))
+            at_clean = key_numbers(clean, settings)
+            values = {place: key_numbers(r, settings) for place, r in zip(cells, shifted, strict=True)}
+            found[title] = [
+                _robustness(name, at_clean[name], values)._replace(metric=clean.kind.named(name)) for name in at_clean
+            ]
     return found
 
 
 def families(tasks: Iterable[TaskRecords]) -> list[list[TaskRecords]]:
-    """Tasks grouped by dataset and split: the same documents under different shifts."""
-    groups: dict[tuple[str, str], list[TaskRecords]] = {}
+    """Tasks grouped by dataset, split and kind: the same documents under different shifts."""
+    groups: dict[tuple[str, str, str], list[TaskRecords]] = {}
     for records in tasks:
-        groups.setdefault((records.place.dataset, records.place.split), []).append(records)
+        groups.setdefault((records.place.dataset, records.place.split, records.kind.record), []).append(records)
     return list(groups.values())
 
 
-def grid(tasks: Sequence[TaskRecords]) -> tuple[TaskRecords, dict[tuple[str, int], TaskRecords]] | None:
-    """The clean task and the shifted ones by (shift, severity); None without a clean one or a full table."""
+def grids(tasks: Sequence[TaskRecords]) -> dict[str, Grid]:
+    """The clean task and the shifted ones by (shift, severity), for shifts of images, of language, and of both apart.
+
+    Returns:
+        By the clean task's name, and what is shifted unless that is the image; none without a clean task or a full
+        table.
+    """
     clean = [records for records in tasks if records.place.shift is None]
-    cells = {_cell(records.place): records for records in tasks if records.place.shift is not None}
-    shifts, severities = {shift for shift, _ in cells}, {severity for _, severity in cells}
-    if len(clean) != 1 or not cells or len(cells) != len(shifts) * len(severities):
-        return None
-    return clean[0], dict(sorted(cells.items()))
+    found = {}
+    for which in SHIFTED:
+        chosen = [r for r in tasks if r.place.shift is not None and r.place.shifts == which]
+        cells = {_cell(records.place): records for records in chosen}
+        shifts, severities = {shift for shift, _ in cells}, {severity for _, severity in cells}
+        if len(clean) == 1 and cells and len(cells) == len(shifts) * len(severities):
+            title = clean[0].task if which == SHIFTED[0] else f"{clean[0].task}, {which}"
+            found[title] = clean[0], dict(sorted(cells.items()))
+    return found
+
+
+def shared(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
+    """The same tasks restricted to the documents that all of them have.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    ids = reduce(np.intersect1d, (records.ids for records in tasks))
+    if not ids.size:
+        raise ValueError(f"expected documents that {', '.join(records.task for records in tasks)} share, got none")
+    return [records.only(np.isin(records.ids, ids)) for records in tasks]
 
 
 def as_table(values: Mapping[tuple[str, int], float]) -> Floats:
@@ -253,6 +285,34 @@ def _everything(records: TaskRecords, settings: Settings) -> list[Statistic]:
     return statistics
 
 
+def _rejection(records: TaskRecords, settings: Settings) -> list[Number]:
+    """How well confidence tells expressions that match something from others, and how often it falls within a pair."""
+    confidence, matches = records.confidence_by(settings.estimator), records.outcome
+    known = ~np.isnan(confidence)
+    true, changed = _pairs(records, known)
+    numbers = []
+    for name, side in (("true", matches == 1.0), ("changed" if true.size else "no_target", matches == 0.0)):
+        if side.any():
+            boxes = Means({f"box_rate_{name}": records.score[side]}, Clusters.of(records.images[side]))
+            numbers += _measured(records, [boxes], side, settings)
+    if known.any():
+        ranked = Ranked(confidence[known], matches[known], Clusters.of(records.images[known]), REJECTED)
+        numbers += _measured(records, [ranked], known, settings)
+    if true.size:
+        falls = (confidence[true] > confidence[changed]) + 0.5 * (confidence[true] == confidence[changed])
+        fallen = Means({"confidence_falls": falls}, Clusters.of(records.images[true]))
+        numbers += _measured(records, [fallen], np.isin(np.arange(known.size), true), settings)
+    return numbers
+
+
+def _pairs(records: TaskRecords, known: Mask) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Of each pair with both confidences the places of its true and of its changed expression, shape (pairs,)."""
+    sides = [np.flatnonzero(known & (records.outcome == side)) for side in (1.0, 0.0)]
+    pairs = [records.pairs[side] if records.pairs is not None else side for side in sides]
+    _, true, changed = np.intersect1d(*pairs, return_indices=True)
+    return sides[0][true], sides[1][changed]
+
+
 def _measured(
     records: TaskRecords, statistics: Sequence[Statistic], keep: Mask, settings: Settings, suffix: str = ""
 ) -> list[Number]:
@@ -273,7 +333,8 @@ def _measured(
             low, high = interval(value, resampled, level=settings.level, method=method)
             if method == "basic":  # calibration errors, which are never outside
                 low, high = np.clip((low, high), 0.0, 1.0).tolist()
-            numbers.append(Number(records.task, name + suffix, value, low, high, n, m))
+            printed = records.kind.named(PRINTED.get(name, name)) + suffix
+            numbers.append(Number(records.task, printed, value, low, high, n, m))
     return numbers
 
 
@@ -285,7 +346,7 @@ def _floor(records: TaskRecords, settings: Settings) -> list[Number]:
         return []
     size = int(known.sum()), int(np.unique(records.images[known]).size)
     numbers = []
-    for name, equal_mass in (("ece", False), ("adaptive_ece", True)):
+    for name, equal_mass in (("ece", False), ("ace", True)):
         floor = metrics.ece_floor(confidence[known], equal_mass=equal_mass, seed=settings.seed)
         for part, value in zip(("floor", "floor_p95"), floor, strict=True):
             numbers.append(Number(records.task, f"{name}_{part}", value, math.nan, math.nan, *size))
@@ -322,7 +383,7 @@ def _clean_twin(run: Run, records: TaskRecords) -> TaskRecords:
     Raises:
         ValueError: If the run has neither, or other documents under that name.
     """
-    clean = records.place._replace(shift=None, severity=None)
+    clean = records.place._replace(shift=None, severity=None, shifts=SHIFTED[0])
     same = run.tasks.get(records.task)
     if same is not None and same.place == clean:
         return _same_documents(records, same)

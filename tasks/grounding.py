@@ -6,15 +6,13 @@ task's YAML names these functions; its shift and severity are data, in `lmms_eva
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from lmms_plugin import metrics
 from lmms_plugin.agreement import Agreement
 from lmms_plugin.boxes import Box, iou
 from lmms_plugin.confidence import (
@@ -32,6 +30,7 @@ from lmms_plugin.digits import AnsweredBox, numbers_of
 from lmms_plugin.response import Response
 from lmms_plugin.tasks import shifts
 from lmms_plugin.tasks.expressions import ExpressionDocs
+from lmms_plugin.tasks.grounding_metrics import BESIDE, CALIBRATION, Judged
 from lmms_plugin.tasks.recent import Recent
 from lmms_plugin.verbalised import stated_confidence
 
@@ -149,11 +148,11 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         record |= _gathered(response, evidence)
         confidence = of(estimator, record["confidence"])
         output["confidence_rate"] = {"score": float(confidence is not None), **identity}
-        calibrated = {"confidence": confidence, "correct": scores["acc@0.5"], **identity}
-        output |= {name: calibrated for name in CALIBRATION}
+        judged = Judged(doc["expression_id"], confidence, scores["acc@0.5"], overlap)
+        output |= dict.fromkeys(CALIBRATION, judged)
         for beside in record["confidence"].keys() & {*LEARNED, *NEEDS}:
-            scored = {**calibrated, "confidence": record["confidence"][beside]}
-            output |= {f"{name}_{beside}": scored for name in BESIDE}
+            also = judged._replace(confidence=record["confidence"][beside])
+            output |= dict.fromkeys([f"{name}_{beside}" for name in BESIDE], also)
         if evidence.agreement is not None and response.samples:
             usable = evidence.agreement.usable / len(response.samples)
             output["sample_parse_rate"] = {"score": usable, **identity}
@@ -221,25 +220,4 @@ def mean(records: Sequence[Record]) -> float:
     return math.fsum(record["score"] for record in records) / len(records)
 
 
-def _over_records(metric: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Sequence[Record]], float]:
-    def aggregate(records: Sequence[Record]) -> float:
-        # Processes deliver records in their own order; sums of floats must not depend on it.
-        ordered = sorted((r for r in records if r["confidence"] is not None), key=lambda record: record["id"])
-        if not ordered:
-            # Shown as nan, so that a group's mean says that a part of it is missing.
-            return math.nan
-        confidence = np.array([record["confidence"] for record in ordered])
-        correct = np.array([record["correct"] for record in ordered])
-        return metric(confidence, correct)
-
-    return aggregate
-
-
-ece = _over_records(metrics.ece)
-ace = _over_records(metrics.adaptive_ece)
-brier = _over_records(metrics.brier)
-auroc = _over_records(metrics.auroc)
-aurc = _over_records(metrics.aurc)
-CALIBRATION = ("ece", "ace", "brier", "auroc")
-BESIDE = ("ece", "auroc", "aurc")
-"""Metrics of estimators in need of more than log-probabilities, beside the task's own: `ece_expected_iou`."""
+ece, ace, brier, auroc, aurc = (CALIBRATION[name] for name in ("ece", "ace", "brier", "auroc", "aurc"))

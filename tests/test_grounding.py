@@ -1,14 +1,19 @@
 import math
 import random
+from pathlib import Path
 
 import datasets
 import photographs
 import pytest
+import yaml
 
-from lmms_plugin.confidence import ESTIMATORS, NEEDS
+from lmms_plugin import metrics, registration
+from lmms_plugin.confidence import ESTIMATORS, LEARNED, NEEDS
 from lmms_plugin.response import Alternatives, Response, Token
-from lmms_plugin.tasks import grounding, scored_by
+from lmms_plugin.tasks import grounding, grounding_metrics, scored_by
+from lmms_plugin.tasks.catalogue import _NameLoader
 from lmms_plugin.tasks.expressions import ExpressionDocs
+from lmms_plugin.tasks.grounding_metrics import Judged
 
 # A 200 x 100 image whose object covers its right half.
 DOC = {
@@ -83,8 +88,8 @@ def test_without_a_box_coordinates_give_no_confidence_but_the_answer_has_one():
     output = score(text, "joint")
     assert output["confidence_rate"]["score"] == 1.0
     assert output["mean_iou"]["confidence"]["coordinate_mean"] is None
-    assert output["ece"]["confidence"] == pytest.approx(math.exp(-0.1 * len("no idea")), abs=1e-6)
-    assert output["ece"]["correct"] == 0.0
+    assert output["ece"].confidence == pytest.approx(math.exp(-0.1 * len("no idea")), abs=1e-6)
+    assert output["ece"].correct == 0.0
 
 
 def test_every_estimator_is_logged_and_the_named_one_is_used():
@@ -92,7 +97,7 @@ def test_every_estimator_is_logged_and_the_named_one_is_used():
     for name in ESTIMATORS:
         output = getattr(scored_by, name)(DOC, [everything(text)])
         assert set(output["mean_iou"]["confidence"]) == set(ESTIMATORS)
-        assert output["ece"]["confidence"] == output["mean_iou"]["confidence"][name]
+        assert output["ece"].confidence == output["mean_iou"]["confidence"][name]
     with pytest.raises(AttributeError, match="no confidence estimator"):
         _ = scored_by.guess
 
@@ -105,7 +110,7 @@ def test_evidence_beyond_log_probabilities_has_metrics_of_its_own():
     assert confidence["agreement_pairwise"] == pytest.approx(0.5 / 3)
     assert confidence["verbalised"] == 0.8
     for name in NEEDS:
-        assert output[f"auroc_{name}"]["confidence"] == confidence[name]
+        assert output[f"auroc_{name}"].confidence == confidence[name]
     assert output["mean_iou"]["samples"] == {"asked": 3, "usable": 2}
     assert output["sample_parse_rate"]["score"] == pytest.approx(2 / 3)
     assert output["verbalised_rate"]["score"] == 1.0
@@ -151,15 +156,42 @@ def test_answers_without_a_confidence_are_left_out_of_calibration_and_counted():
     assert math.isnan(grounding.ece([outputs[1]["ece"]]))
 
 
-def test_aggregation_does_not_depend_on_order():
+def judged(n=997):
     rng = random.Random(0)
-    records = [
-        {"score": rng.random(), "confidence": rng.random(), "correct": float(rng.random() < 0.7), "id": f"{i}/0"}
-        for i in range(997)
-    ]
-    shuffled = rng.sample(records, len(records))
-    for metric in (grounding.mean, grounding.ece, grounding.ace, grounding.brier, grounding.auroc):
-        assert metric(records) == metric(shuffled), metric
+    overlaps = [rng.random() for _ in range(n)]
+    return [Judged(f"{k}/0", rng.random(), float(overlap >= 0.5), overlap) for k, overlap in enumerate(overlaps)]
+
+
+def test_aggregation_does_not_depend_on_order():
+    records = judged()
+    shuffled = random.Random(1).sample(records, len(records))
+    for name, metric in grounding_metrics.CALIBRATION.items():
+        assert metric(records) == metric(shuffled), name
+    scores = [{"score": record.iou} for record in records]
+    assert grounding.mean(scores) == grounding.mean(scores[::-1])
+
+
+def test_table_metrics_are_those_of_the_records():
+    records = judged()
+    _, confidence, correct, overlap = map(list, zip(*records, strict=True))
+    for name, metric in {"smooth_ece": metrics.smooth_ece, "fpr@0.95": metrics.fpr_at_tpr}.items():
+        assert grounding_metrics.CALIBRATION[name](records) == pytest.approx(metric(confidence, correct))
+    assert grounding_metrics.coverage_at_0_2(records) == metrics.coverage_at_risk(confidence, correct, 0.2)
+    assert grounding_metrics.laece_0(records) == pytest.approx(metrics.laece_0(confidence, overlap))
+    assert grounding_metrics.ece_floor(records) == metrics.ece_floor(confidence).mean
+    with pytest.raises(AttributeError, match="no attribute 'coverage_at_0_3'"):
+        _ = grounding_metrics.coverage_at_0_3
+
+
+def test_the_yaml_lists_every_metric_under_its_own_function():
+    text = (Path(registration.tasks_folder()) / "_grounding.yaml").read_text(encoding="utf-8")
+    listed = {m["metric"]: m for m in yaml.load(text, Loader=_NameLoader)["metric_list"]}
+    for name, aggregate in grounding_metrics.CALIBRATION.items():
+        assert getattr(grounding_metrics, listed[name]["aggregation"].rpartition(".")[2]) is aggregate
+        assert listed[name]["higher_is_better"] is (name in ("auroc", "aupr_error") or name.startswith("coverage"))
+        for by in {*LEARNED, *NEEDS} if name in grounding_metrics.BESIDE else ():
+            beside = listed[f"{name}_{by}"]["aggregation"].rpartition(".")[2]
+            assert getattr(grounding_metrics, beside) is aggregate
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_records_come_as_arrays_in_the_order_of_their_ids(tmp_path):
     assert records.outcome.tolist() == [1.0, 0.0, 1.0]
     assert records.parsed.tolist() == [True, False, True]
     np.testing.assert_array_equal(records.confidence["joint"], [1.0, np.nan, 0.5])
-    assert records.place == ("data", "test", "fog", 3)
+    assert records.place == ("data", "test", "fog", 3, "image")
     with pytest.raises(ValueError, match="one of the estimators joint, got 'coordinate_mean'"):
         records.confidence_by(None)
     with pytest.raises(ValueError, match=r"got 'agreement' \(run with --model_args samples=8\)"):
@@ -414,7 +414,7 @@ def test_thresholds_need_no_mixture_of_outcomes_and_calibrators_do(tmp_path, ski
 
 def test_calibration_errors_and_their_intervals_stay_fractions(tmp_path):
     for number in reliability.measure(results.read_one(write(tmp_path, {"rec": answers(0.8)})), SETTINGS):
-        if number.metric in ("ece", "mce", "adaptive_ece", "smooth_ece", "laece_0") and not math.isnan(number.low):
+        if number.metric in ("ece", "mce", "ace", "smooth_ece", "laece_0") and not math.isnan(number.low):
             assert 0.0 <= number.low <= number.high <= 1.0
 
 

@@ -1,0 +1,88 @@
+"""The calibration metrics of a grounding task as lmms-eval's aggregations, by the name in the results table.
+
+A name with dots cannot stand after lmms-eval's `!function`, so `coverage@0.01` is found as `coverage_at_0_01`. Each is
+NaN where nothing can be computed from the records, so that a group's mean says that a part of it is missing. What
+needs a threshold chosen on held-out images is left to `lmms-plugin metrics`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lmms_plugin import metrics
+from lmms_plugin.metrics.selective import RISKS
+
+
+class Judged(NamedTuple):
+    """What metrics need of an answer; short, because the log of samples repeats it for each of them.
+
+    Attributes:
+        id: of the expression.
+        confidence: in [0, 1]; None where the estimator has no value.
+        correct: 1 for an IoU of at least 0.5, else 0.
+        iou: in [0, 1].
+    """
+
+    id: str
+    confidence: float | None
+    correct: float
+    iou: float
+
+
+Metric = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], float]
+Aggregation = Callable[[Sequence[Judged]], float]
+
+
+def _over(target: str, metric: Metric, records: Sequence[Judged]) -> float:
+    # Processes deliver records in their own order; sums of floats must not depend on it.
+    ordered = sorted((record for record in records if record.confidence is not None), key=lambda record: record.id)
+    if not ordered:
+        return math.nan
+    return metric(np.array([r.confidence for r in ordered]), np.array([getattr(r, target) for r in ordered]))
+
+
+OF_RIGHT: Mapping[str, Metric] = MappingProxyType(
+    {
+        "ece": metrics.ece,
+        "ece_floor": lambda confidence, _: metrics.ece_floor(confidence).mean,
+        "ace": metrics.adaptive_ece,
+        "mce": metrics.mce,
+        "smooth_ece": metrics.smooth_ece,
+        "brier": metrics.brier,
+        "nll": metrics.nll,
+        "auroc": metrics.auroc,
+        "aupr_error": metrics.aupr_error,
+        "fpr@0.95": metrics.fpr_at_tpr,
+        "aurc": metrics.aurc,
+        "e_aurc": metrics.e_aurc,
+        **{f"coverage@{risk:g}": partial(metrics.coverage_at_risk, risk=risk) for risk in RISKS},
+    }
+)
+"""Does confidence say which boxes are right, at an IoU of 0.5?"""
+
+OF_IOU: Mapping[str, Metric] = MappingProxyType(
+    {"laece_0": metrics.laece_0, "laace_0": metrics.laace_0, "mean_ece_over_iou": metrics.mean_ece_over_iou}
+)
+"""Does confidence say how well boxes fit?"""
+
+CALIBRATION: Mapping[str, Aggregation] = MappingProxyType(
+    {name: partial(_over, "correct", metric) for name, metric in OF_RIGHT.items()}
+    | {name: partial(_over, "iou", metric) for name, metric in OF_IOU.items()}
+)
+"""Every calibration metric of a grounding task."""
+
+BESIDE = ("ece", "auroc", "aurc")
+"""Metrics of estimators in need of more than log-probabilities, beside the task's own: `ece_expected_iou`."""
+
+_BY_FUNCTION = {name.replace("@", "_at_").replace(".", "_"): name for name in CALIBRATION}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _BY_FUNCTION:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return CALIBRATION[_BY_FUNCTION[name]]
