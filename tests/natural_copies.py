@@ -284,3 +284,22 @@ def write_reviewed(folder):
     for split in REFERENTS:
         (folder / f"refcoco+_{split}_reviewed.json").write_text(json.dumps(reviewed(split)))
     return folder
+
+
+def write_warehouse(folder):
+    """Write the dataset that the documentation adds."""
+    folder.mkdir()
+    rows = [
+        {
+            "image": image(thing),
+            "frame": file_name(thing),
+            "query": thing.expressions[0],
+            "target": [round(v) for v in xyxy(thing, 1000)],
+            "camera": "north",
+        }
+        for thing in THINGS
+    ]
+    kinds = {"image": datasets.Image(), "frame": TEXT, "query": TEXT, "camera": TEXT}
+    features = datasets.Features({**kinds, "target": datasets.List(INTEGER)})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "test.parquet")
+    return folder

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -9,11 +10,22 @@ import natural_copies
 import pytest
 from environments import run
 
+from lmms_plugin.registration import tasks_folder
 from lmms_plugin.tasks import catalogue
 from lmms_plugin.tasks.cells import FOLDER
 
 pytestmark = pytest.mark.slow
+PAGE = Path(__file__).parent.parent / "docs" / "adding_a_dataset.md"
+SHOWN = dict(re.findall(r"```(python|yaml)\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL))
 TASKS = {path.stem for path in (FOLDER / "natural").glob("*.yaml") if not path.name.startswith("_")}
+
+
+def add_a_dataset(folder):
+    """The two files that the documentation shows, with the one word that a reader replaces replaced."""
+    folder.mkdir()
+    (folder / "warehouse.py").write_text(SHOWN["python"])
+    (folder / "warehouse.yaml").write_text(SHOWN["yaml"].replace("TASKS", tasks_folder()))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +34,11 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("natural")
     environment = natural_copies.write(folder / "copies")
     environment["LMMS_PLUGIN_REFCOCOPLUS_REVIEWED"] = str(natural_copies.write_reviewed(folder / "reviewed"))
+    environment["LMMS_PLUGIN_WAREHOUSE"] = str(natural_copies.write_warehouse(folder / "warehouse"))
     command = [str(Path(sys.executable).parent / "lmms-eval"), "--model", "quant_rtn"]
     command += ["--model_args", "pretrained=demo,bits=4", "--batch_size", "8", "--log_samples"]
-    command += ["--tasks", "refcocoplus_shift_natural,refcocoplus_reviewed"]
+    command += ["--tasks", "refcocoplus_shift_natural,refcocoplus_reviewed,warehouse_rec"]
+    command += ["--include_path", str(add_a_dataset(folder / "added"))]
     printed = run([*command, "--output_path", str(folder / "out")], folder, **environment)
     files = list((folder / "out").rglob("*_results.json"))
     assert len(files) == 1, printed[-5000:]
@@ -85,3 +99,13 @@ def test_datasets_that_share_files_of_one_kind_are_told_apart(outcome):
 
     places = [(task, records.place) for task, records in read_one(outcome[2]).tasks.items() if task in TASKS]
     assert len({place for _, place in places}) == len(places) > 10
+
+
+def test_a_dataset_is_added_as_the_documentation_shows(outcome):
+    lines = [line for text in SHOWN.values() for line in text.splitlines() if line.strip()]
+    assert len(lines) <= 30
+    results, records, _ = outcome
+    logged = records["warehouse_rec"]
+    assert len(logged) == len(natural_copies.THINGS)
+    assert {record["tags"]["camera"] for record in logged} == {"north"}
+    assert results["results"]["warehouse_rec"]["parse_rate,none"] > 0.5
