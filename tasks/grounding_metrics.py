@@ -46,7 +46,7 @@ def _over(target: str, metric: Metric, records: Sequence[Judged]) -> float:
     return metric(np.array([r.confidence for r in ordered]), np.array([getattr(r, target) for r in ordered]))
 
 
-OF_RIGHT: Mapping[str, Metric] = MappingProxyType(
+OF_OUTCOME: Mapping[str, Metric] = MappingProxyType(
     {
         "ece": metrics.ece,
         "ece_floor": lambda confidence, _: metrics.ece_floor(confidence).mean,
@@ -63,7 +63,7 @@ OF_RIGHT: Mapping[str, Metric] = MappingProxyType(
         **{f"coverage@{risk:g}": partial(metrics.coverage_at_risk, risk=risk) for risk in RISKS},
     }
 )
-"""Does confidence say which boxes are right, at an IoU of 0.5?"""
+"""Does confidence say which answers are right: boxes at an IoU of 0.5, or questions by their VQA accuracy?"""
 
 OF_IOU: Mapping[str, Metric] = MappingProxyType(
     {"laece_0": metrics.laece_0, "laace_0": metrics.laace_0, "mean_ece_over_iou": metrics.mean_ece_over_iou}
@@ -71,7 +71,7 @@ OF_IOU: Mapping[str, Metric] = MappingProxyType(
 """Does confidence say how well boxes fit?"""
 
 CALIBRATION: Mapping[str, Aggregation] = MappingProxyType(
-    {name: partial(_over, "correct", metric) for name, metric in OF_RIGHT.items()}
+    {name: partial(_over, "correct", metric) for name, metric in OF_OUTCOME.items()}
     | {name: partial(_over, "iou", metric) for name, metric in OF_IOU.items()}
 )
 """Every calibration metric of a grounding task."""
@@ -79,7 +79,13 @@ CALIBRATION: Mapping[str, Aggregation] = MappingProxyType(
 BESIDE = ("ece", "auroc", "aurc")
 """Metrics of estimators in need of more than log-probabilities, beside the task's own: `ece_expected_iou`."""
 
-_BY_FUNCTION = {name.replace("@", "_at_").replace(".", "_"): name for name in CALIBRATION}
+
+def function_name(metric: str) -> str:
+    """What a metric is called after lmms-eval's `!function`."""
+    return metric.replace("@", "_at_").replace(".", "_")
+
+
+_BY_FUNCTION = {function_name(name): name for name in CALIBRATION}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from lmms_plugin import metrics
 from lmms_plugin.metrics.selective import COSTS, RISKS
 from lmms_plugin.results import HELD_OUT, REPORTED
+from lmms_plugin.tasks.grounding_metrics import OF_OUTCOME, function_name
 
 
 class Scored(NamedTuple):
@@ -73,27 +74,6 @@ def _achieved_risk(risk: float, held_out: Columns, test: Columns) -> float:
     return metrics.at_threshold(*test, metrics.threshold_at_risk(*held_out, risk)).risk
 
 
-def _aggregations() -> Iterator[tuple[str, Aggregation]]:
-    simple: dict[str, Metric] = {
-        "ece": metrics.ece,
-        "ece_floor": lambda confidence, _: metrics.ece_floor(confidence).mean,
-        "ace": metrics.adaptive_ece,
-        "mce": metrics.mce,
-        "smooth_ece": metrics.smooth_ece,
-        "brier": metrics.brier,
-        "nll": metrics.nll,
-        "auroc": metrics.auroc,
-        "aupr_error": metrics.aupr_error,
-        "fpr@0.95": metrics.fpr_at_tpr,
-        "aurc": metrics.aurc,
-        "e_aurc": metrics.e_aurc,
-    }
-    for name, metric in simple.items():
-        yield name, partial(_on_test, metric)
-    for risk in RISKS:
-        yield f"coverage@{risk:g}", partial(_on_test, partial(metrics.coverage_at_risk, risk=risk))
-
-
 def _held_out_aggregations() -> Iterator[tuple[str, Aggregation]]:
     for cost in COSTS:
         yield f"phi@{cost}", partial(_with_held_out, partial(_effective_reliability, cost))
@@ -102,7 +82,9 @@ def _held_out_aggregations() -> Iterator[tuple[str, Aggregation]]:
         yield f"achieved_risk@{risk:g}", partial(_with_held_out, partial(_achieved_risk, risk))
 
 
-ON_TEST: Mapping[str, Aggregation] = MappingProxyType(dict(_aggregations()))
+ON_TEST: Mapping[str, Aggregation] = MappingProxyType(
+    {name: partial(_on_test, metric) for name, metric in OF_OUTCOME.items()}
+)
 """Metrics of the part `test` alone."""
 
 BESIDE = ("ece", "auroc", "aurc", "coverage@0.01", "coverage@0.05")
@@ -123,7 +105,7 @@ def mean(records: Sequence[Mapping[str, Any]]) -> float:
     return math.fsum(record["score"] for record in records) / len(records) if records else math.nan
 
 
-_BY_FUNCTION = {name.replace("@", "_at_").replace(".", "_"): name for name in (*ON_TEST, *NEEDS_HELD_OUT)}
+_BY_FUNCTION = {function_name(name): name for name in (*ON_TEST, *NEEDS_HELD_OUT)}
 
 
 def __getattr__(name: str) -> Any:

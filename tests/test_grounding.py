@@ -183,8 +183,9 @@ def test_table_metrics_are_those_of_the_records():
         _ = grounding_metrics.coverage_at_0_3
 
 
-def test_the_yaml_lists_every_metric_under_its_own_function():
-    text = (Path(registration.tasks_folder()) / "_grounding.yaml").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", ["_grounding.yaml", "refcocoplus/_reviewed.yaml"])
+def test_the_yaml_lists_every_metric_under_its_own_function(file):
+    text = (Path(registration.tasks_folder()) / file).read_text(encoding="utf-8")
     listed = {m["metric"]: m for m in yaml.load(text, Loader=_NameLoader)["metric_list"]}
     for name, aggregate in grounding_metrics.CALIBRATION.items():
         assert getattr(grounding_metrics, listed[name]["aggregation"].rpartition(".")[2]) is aggregate
