@@ -33,8 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from lmms_plugin.quant_backends import get
-from lmms_plugin.quant_backends.activations import InputStatistics
-from lmms_plugin.quant_backends.gptq import squared_errors
+from lmms_plugin.quant_backends.activations import InputStatistics, squared_errors
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import round_by_blocks
 

@@ -22,6 +22,9 @@ WEIGHED = ("image", "answer")
 TOKEN_ROLES = "token_roles"
 """Key under which a calibration sample says the role of each of its positions, beside the model's own inputs."""
 
+SYMMETRIC_COLUMNS = 256
+"""Columns of a symmetric matrix that are multiplied at once: fewer leave out more, but fill a processor less well."""
+
 SAMPLE_ROWS = 512
 """Rows kept of each role, as many as AWQ's authors look at."""
 
@@ -39,6 +42,31 @@ class Sensitivity(NamedTuple):
     image: float
     answer: float
     ratio: float
+
+
+def squared_errors(delta: Tensor, gram: Tensor) -> Tensor:
+    """Return δ G δᵀ = Σ (x · δ)² over the inputs x for each row δ of a weight's error.
+
+    Products and sums over some columns are taken in float32, by which sums over a layer were off by a millionth at
+    most, also with inputs of very different sizes.
+
+    Args:
+        delta: (rows, columns) float32.
+        gram: (columns, columns) float32, G = Σ x xᵀ.
+
+    Returns:
+        (rows,) float64.
+    """
+    total = torch.zeros(len(delta), dtype=torch.float64, device=delta.device)
+    for start in range(0, len(gram), SYMMETRIC_COLUMNS):
+        stop = min(start + SYMMETRIC_COLUMNS, len(gram))
+        part = delta[:, start:stop]
+        # G is symmetric: what columns have to do with those before them counts twice, and is computed once.
+        fed = torch.mm(part, gram[start:stop, start:stop])
+        if start:
+            fed.addmm_(delta[:, :start], gram[:start, start:stop], alpha=2)
+        total += fed.mul_(part).sum(1)
+    return total
 
 
 @dataclass
@@ -146,8 +174,8 @@ class InputStatistics:
         for start in range(0, len(weight), step):
             dense = weight[start : start + step].float()
             delta = layer.dense_rows(start, start + len(dense)).float() - dense
-            error += float(((delta @ self.gram) * delta).sum(dtype=torch.float64))
-            norm += float(((dense @ self.gram) * dense).sum(dtype=torch.float64))
+            error += float(squared_errors(delta, self.gram).sum())
+            norm += float(squared_errors(dense, self.gram).sum())
         # Rounding may leave a tiny negative error.
         return math.sqrt(max(error, 0.0) / norm) if norm > 0 else 0.0
 

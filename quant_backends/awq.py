@@ -50,13 +50,9 @@ class AwqBackend(CalibratedBackend):
         statistics.expect_finite()
         weights = [layer.weight for layer in layers]
         found = search_scales(weights, specs, statistics.mean_magnitude, GramError(statistics.gram))
-        packed = [
-            self._pack(layer, name, spec, found.in_scale, statistics.gram)
-            for layer, name, spec in zip(layers, statistics.names, specs, strict=True)
-        ]
         return [
-            Solution(layer, statistics.output_error(weight, layer))
-            for layer, weight in zip(packed, weights, strict=True)
+            Solution(self._pack(layer, name, spec, found.in_scale, statistics.gram))
+            for layer, name, spec in zip(layers, statistics.names, specs, strict=True)
         ]
 
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:

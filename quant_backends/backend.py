@@ -89,11 +89,14 @@ class Solution(NamedTuple):
 
     Attributes:
         layer: It takes the place of the dense one.
-        output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs X.
+        method: How it was quantized, where that differs from the backend's name.
+        plain_rows: Rows that keep what needs no calibration, since the backend's own result does worse in them on the
+            calibration inputs.
     """
 
     layer: QuantizedLinear
-    output_error: float
+    method: str | None = None
+    plain_rows: int = 0
 
 
 class CalibratedBackend(Backend):

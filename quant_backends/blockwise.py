@@ -304,8 +304,8 @@ class Calibrator:
                 dense = [dense_linear(self.model, name) for name in statistics.names]
                 found = self.backend.solve(dense, [self.specs[name] for name in statistics.names], statistics)
                 solved |= {
-                    name: Solved(solution.layer, solution.output_error, None)
-                    for name, solution in zip(statistics.names, found, strict=True)
+                    name: Solved(layer, statistics.output_error(linear.weight, layer), method, plain_rows)
+                    for name, linear, (layer, method, plain_rows) in zip(statistics.names, dense, found, strict=True)
                 }
         return solved
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.activations import InputStatistics
 from lmms_plugin.quant_backends.components import dense_linear
 from lmms_plugin.quant_backends.suspension import Call
+from lmms_plugin.quant_backends.wide_products import WideProducts
 
 Note = Callable[[str, Tensor], None]
 Groups = list[tuple[str, ...]]
@@ -48,7 +49,7 @@ def observe(model: nn.Module, names: Collection[str], forward: Callable[..., Any
     """
     if call.name in names:
         note(call.name, _first(call.args, call.kwargs))
-    with watching(model, (name for name in names if name != call.name), note):
+    with WideProducts(), watching(model, (name for name in names if name != call.name), note):
         return forward(*call.args, **call.kwargs)
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.activations import InputStatistics
+from lmms_plugin.quant_backends.activations import InputStatistics, squared_errors
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
-from lmms_plugin.quant_backends.codes import Codes, rows_per_block
+from lmms_plugin.quant_backends.codes import Codes
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import nearest, round_by_blocks
@@ -44,7 +45,8 @@ class GptqBackend(CalibratedBackend):
     stay fixed: codes lie in the columns' own order whatever the order of rounding, which costs nothing at run time.
 
     Rows in which this does worse than plain rounding on the calibration inputs (possible where grids are so coarse
-    that a correction is clipped) keep their rounded codes, so that no output's error is above round-to-nearest.
+    that a correction is clipped) keep their rounded codes, so that no output's error is above round-to-nearest; the
+    report counts them.
 
     Attributes:
         act_order: Round the columns with the largest inputs first, while there are others left to correct them.
@@ -71,18 +73,14 @@ class GptqBackend(CalibratedBackend):
     ) -> list[Solution]:
         """Round the weights of layers that are fed one tensor."""
         factor = factorize(statistics, self.act_order, self.damping)
-        solved = [self._pack(layer, spec, factor, statistics.gram) for layer, spec in zip(layers, specs, strict=True)]
-        return [
-            Solution(packed, statistics.output_error(layer.weight, packed))
-            for packed, layer in zip(solved, layers, strict=True)
-        ]
+        return [self._solve(layer, spec, factor, statistics.gram) for layer, spec in zip(layers, specs, strict=True)]
 
     @torch.no_grad()
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Round to nearest: without inputs there are no correlations by which columns could make up for one another."""
         return nearest(layer, spec)
 
-    def _pack(self, layer: nn.Linear, spec: QuantSpec, factor: Factor, gram: Tensor) -> PackedLinear:
+    def _solve(self, layer: nn.Linear, spec: QuantSpec, factor: Factor, gram: Tensor) -> Solution:
         weight = layer.weight
         plain = round_by_blocks(weight, spec)
         corrected = round_with_feedback(weight, plain, spec.bits, factor, self.block_size)
@@ -90,9 +88,10 @@ class GptqBackend(CalibratedBackend):
             squared_errors(codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, gram)
             for codes in (plain, corrected)
         )
-        keep = (after <= before).view(-1, 1, 1)
-        codes = plain._replace(codes=torch.where(keep, corrected.codes, plain.codes))
-        return PackedLinear.from_codes(codes, spec, layer.in_features, bias=layer.bias)
+        better = after <= before
+        codes = plain._replace(codes=torch.where(better.view(-1, 1, 1), corrected.codes, plain.codes))
+        packed = PackedLinear.from_codes(codes, spec, layer.in_features, bias=layer.bias)
+        return Solution(packed, plain_rows=int((~better).sum()))
 
 
 def expect_damping(backend: str, damping: float) -> None:
@@ -135,12 +134,18 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
     mean = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
     # A column that is always zero is tied to no other one; any positive number lets it be rounded on its own.
     diagonal = torch.where(diagonal == 0, mean, diagonal)
+    asked = damping
     while damping <= LARGEST_DAMPING:
         hessian.diagonal().copy_(diagonal + damping * mean)
         lower, info = torch.linalg.cholesky_ex(hessian)
         if int(info) == 0:
             # Row i of M is column n - 1 - i of `lower` read backwards, its diagonal element at the end.
             del hessian
+            if damping > asked:
+                logger.warning(
+                    f"{statistics.names[0]}: its {statistics.rows} calibration inputs take more damping than "
+                    f"{asked:g}: {damping:g} was added; damping={damping:g} or more calibration_samples spare the search"
+                )
             lower /= lower.diagonal().clone()
             return Factor(order, lower.T.flip(0, 1).float(), damping)
         damping = max(10 * damping, 1e-6)
@@ -202,16 +207,6 @@ def round_with_feedback(weight: Tensor, nearest: Codes, bits: int, factor: Facto
 
     pass_on_errors(weight, factor, choose, block_size)
     return nearest._replace(codes=codes.T.reshape(nearest.codes.shape))
-
-
-def squared_errors(delta: Tensor, gram: Tensor) -> Tensor:
-    """Return Σ (x · δ)² over the inputs x for each row δ of a weight's error (rows, columns), (rows,) float64.
-
-    Products are taken in float32, by which sums over a layer were off by a millionth at most, also with inputs of very
-    different sizes.
-    """
-    blocks = delta.split(rows_per_block(delta.shape[1]))
-    return torch.cat([((block @ gram) * block).sum(1, dtype=torch.float64) for block in blocks])
 
 
 def _zero_points(codes: Codes, bits: int) -> Tensor:

@@ -19,6 +19,7 @@ from lmms_plugin.quant_backends.activations import ROLES, TOKEN_ROLES, WEIGHED
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.journal import Journal
 from lmms_plugin.quant_backends.report import CalibrationReport
+from lmms_plugin.quant_backends.wide_products import WideProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,7 +129,8 @@ class Writer:
 
     def _write(self, image: Image.Image, prompt: str, tokens: int) -> str:
         batch = to_model(encode(self.processor, image, prompt), self.model)
-        written = self.model.generate(**batch, max_new_tokens=tokens, do_sample=False)
+        with WideProducts():
+            written = self.model.generate(**batch, max_new_tokens=tokens, do_sample=False)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text: str = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return text

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loguru import logger
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -32,13 +33,15 @@ class Solved(NamedTuple):
 
     Attributes:
         layer: It takes the place of the dense one.
-        output_error: As in `Solution`; None where no calibration input reached the layer.
-        method: How it was quantized, where that differs from the backend's name.
+        output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs X; None where none of them reached the layer.
+        method: As in `Solution`.
+        plain_rows: As in `Solution`.
     """
 
     layer: QuantizedLinear
     output_error: float | None
     method: str | None
+    plain_rows: int = 0
 
 
 class Journal:
@@ -75,15 +78,23 @@ class Journal:
                 return self._replace(target, content)
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                # A full disk here is no reason to give up hours of work.
+                logger.warning(f"{target.stem} is not kept in {self.folder} ({error}): interrupted, it is done again")
+                return None
         raise FileNotFoundError(f"{self.folder} is removed each time that it is made")
 
     def _replace(self, target: Path, content: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="unfinished-", delete=False) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, target)
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, target)
+            except OSError:
+                Path(file.name).unlink(missing_ok=True)
+                raise
 
     def load(self, block: str, model: nn.Module) -> dict[str, Solved] | None:
         """Read a finished block.

@@ -13,7 +13,7 @@ from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
 from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, Int8InputLinear, check_act_bits
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.rtn import nearest, round_by_blocks
+from lmms_plugin.quant_backends.rtn import nearest
 from lmms_plugin.quant_backends.scale_search import GramError, Objective, RowError, search_scales
 
 POWERS = {"mae": 1, "mse": 2}
@@ -37,7 +37,7 @@ class MbqBackend(CalibratedBackend):
     ever above that of round-to-nearest.
 
     Layers whose inputs cannot be told apart, those of the vision tower and the connector, or that no gradient is known
-    for, are compared over all of their inputs alike. With mse that is AWQ.
+    for, are compared over all of their inputs alike; the report calls them unbalanced. With mse that is AWQ.
 
     Attributes:
         loss: mae or mse.
@@ -64,14 +64,11 @@ class MbqBackend(CalibratedBackend):
         statistics.expect_finite()
         weights = [layer.weight for layer in layers]
         found = search_scales(weights, specs, statistics.mean_magnitude, self.objective(statistics))
-        solutions = []
-        for layer, spec in zip(layers, specs, strict=True):
-            codes = round_by_blocks(layer.weight, spec, found.in_scale)
-            packed = self._kind.from_codes(
-                codes, spec, layer.in_features, bias=layer.bias, in_scale=found.in_scale.clone()
-            )
-            solutions.append(Solution(packed, statistics.output_error(layer.weight, packed)))
-        return solutions
+        method = None if _is_balanced(statistics) else f"{self.name}, unbalanced"
+        return [
+            Solution(nearest(layer, spec, self._kind, in_scale=found.in_scale.clone()), method)
+            for layer, spec in zip(layers, specs, strict=True)
+        ]
 
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Round to nearest: no channel matters more than another."""
@@ -99,9 +96,13 @@ class MbqBackend(CalibratedBackend):
         return PackedLinear if self.act_bits == UNQUANTIZED else Int8InputLinear
 
 
+def _is_balanced(statistics: InputStatistics) -> bool:
+    return statistics.sensitivity is not None and set(statistics.roles) == set(WEIGHED)
+
+
 def _balanced(statistics: InputStatistics, loss: str) -> list[tuple[InputStatistics, float]]:
     """Return the parts of the inputs that count, and the weight of each of their rows."""
-    if statistics.sensitivity is None or set(statistics.roles) != set(WEIGHED):
+    if statistics.sensitivity is None or not _is_balanced(statistics):
         return [(statistics, 1.0)]
     image, answer = (statistics.roles[role] for role in WEIGHED)
     ratio = statistics.sensitivity.ratio

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.activations import InputStatistics
+from lmms_plugin.quant_backends.activations import InputStatistics, squared_errors
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, Solution
 from lmms_plugin.quant_backends.codes import columns_per_group, rows_per_block, split_groups
-from lmms_plugin.quant_backends.gptq import Factor, expect_damping, factorize, pass_on_errors, squared_errors
+from lmms_plugin.quant_backends.gptq import Factor, expect_damping, factorize, pass_on_errors
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.trits import TritPlaneLinear, TritPlanes
 
@@ -73,7 +73,8 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
 
     Scales are fitted with each column weighed by the mean square of its input. With `feedback` the trits are then
     chosen column after column as in GPTQ, each making up for the errors before it. Every row keeps whichever it is of
-    these and the unweighted fit that has the smallest output error on the calibration inputs.
+    these and the unweighted fit that has the smallest output error on the calibration inputs; the report counts the
+    rows that keep the latter.
 
     Attributes:
         feedback: Let later columns make up for the errors of earlier ones.
@@ -95,18 +96,14 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
     ) -> list[Solution]:
         """Fit the planes of layers that are fed one tensor."""
         factor = factorize(statistics, damping=self.damping)
-        solved = [self._pack(layer, spec, factor, statistics.gram) for layer, spec in zip(layers, specs, strict=True)]
-        return [
-            Solution(packed, statistics.output_error(layer.weight, packed))
-            for packed, layer in zip(solved, layers, strict=True)
-        ]
+        return [self._solve(layer, spec, factor, statistics.gram) for layer, spec in zip(layers, specs, strict=True)]
 
     @torch.no_grad()
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> TritPlaneLinear:
         """Fit with all columns weighing the same."""
         return TritPlaneLinear.from_planes(self.fit(layer.weight, spec), spec, layer.bias)
 
-    def _pack(self, layer: nn.Linear, spec: QuantSpec, factor: Factor, gram: Tensor) -> TritPlaneLinear:
+    def _solve(self, layer: nn.Linear, spec: QuantSpec, factor: Factor, gram: Tensor) -> Solution:
         weight = layer.weight
         weighted = self.fit(weight, spec, gram.diagonal())
         candidates = [self.fit(weight, spec), weighted]
@@ -117,7 +114,8 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
         best, rows = errors.argmin(0), torch.arange(len(weight), device=weight.device)
         planes = torch.stack([each.planes for each in candidates])[best, :, rows].transpose(0, 1)
         scale = torch.stack([each.scale for each in candidates])[best, rows]
-        return TritPlaneLinear.from_planes(TritPlanes(planes, scale), spec, layer.bias)
+        packed = TritPlaneLinear.from_planes(TritPlanes(planes, scale), spec, layer.bias)
+        return Solution(packed, plain_rows=int((best == 0).sum()))
 
 
 def fit_planes(

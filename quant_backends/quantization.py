@@ -73,6 +73,7 @@ class Quantization:
         *,
         output_error: float | None = None,
         method: str | None = None,
+        plain_rows: int = 0,
     ) -> None:
         """Put a quantized layer in the place of a dense one and note what it cost.
 
@@ -82,6 +83,7 @@ class Quantization:
             weight: The dense weight.
             output_error: Relative, over calibration inputs; None without calibration.
             method: How the layer was quantized, where that differs from the backend's name.
+            plain_rows: As in `lmms_plugin.quant_backends.backend.Solution`.
 
         Raises:
             ValueError: The quantized layer holds values that are not finite.
@@ -98,7 +100,15 @@ class Quantization:
         if tied:
             untie(self.model, name)
         size = 0 if tied else weight.numel() * weight.element_size()
-        self._note(name, layer, method or self.backend.name, size, relative_error=error, output_error=output_error)
+        self._note(
+            name,
+            layer,
+            method or self.backend.name,
+            size,
+            relative_error=error,
+            output_error=output_error,
+            plain_rows=plain_rows,
+        )
 
     def finish(
         self,
@@ -138,7 +148,8 @@ class Quantization:
     ) -> None:
         def put(name: str, solved: Solved) -> None:
             weight = dense_linear(self.model, name).weight.detach()
-            self.replace(name, solved.layer, weight, output_error=solved.output_error, method=solved.method)
+            layer, output_error, method, plain_rows = solved
+            self.replace(name, layer, weight, output_error=output_error, method=method, plain_rows=plain_rows)
 
         of_sequence = frozenset(name for name, part in self.components.items() if part in ("language", "head"))
         Calibrator(
@@ -183,6 +194,7 @@ class Quantization:
         *,
         relative_error: float | None = None,
         output_error: float | None = None,
+        plain_rows: int = 0,
     ) -> None:
         self._done[name] = ModuleReport(
             name=name,
@@ -198,6 +210,7 @@ class Quantization:
             output_error=output_error,
             kernel=layer.kernel,
             reason=None,
+            plain_rows=plain_rows,
         )
 
     def modules(self) -> tuple[ModuleReport, ...]:

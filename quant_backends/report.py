@@ -29,6 +29,8 @@ class ModuleReport:
         reason: Why the weight was left alone; None when quantized.
         held_out_error: ‖Y − Ŷ‖ / ‖Y‖ of the layer's outputs on inputs that no calibration saw; None where that was not
             measured.
+        plain_rows: Rows of the weight in which a calibrated method did worse on its own inputs than without them, and
+            which therefore stay as they are without calibration.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ModuleReport:
     kernel: str | None
     reason: str | None
     held_out_error: float | None = None
+    plain_rows: int = 0
 
     @property
     def weights(self) -> int:
@@ -173,11 +176,11 @@ class QuantReport:
         for module in self.modules:
             key = (module.component, module.method or "-", str(module.bits or "-"))
             groups.setdefault(key, []).append(module)
-        head = f"{'component':<10} {'method':<14} {'bits':>4} {'weights':>7} {'MB before':>10} {'MB after':>9}"
+        head = f"{'component':<10} {'method':<17} {'bits':>4} {'weights':>7} {'MB before':>10} {'MB after':>9}"
         lines = [f"{head}  error   outputs"]
         for (component, method, bits), members in groups.items():
             before, after = (sum(getattr(m, key) for m in members) / 1e6 for key in ("bytes_before", "bytes_after"))
-            name = f"{component:<10} {method:<14} {bits:>4} {len(members):>7}"
+            name = f"{component:<10} {method:<17} {bits:>4} {len(members):>7}"
             errors = f"{_mean_error(members, 'relative_error'):<6}  {_mean_error(members, 'held_out_error')}"
             lines.append(f"{name} {before:>10.2f} {after:>9.2f}  {errors}")
         lines.append(
@@ -186,8 +189,12 @@ class QuantReport:
         )
         if self.kernels:
             lines.append("runs on " + ", ".join(f"{kernel} ({count})" for kernel, count in self.kernels.items()))
-        padded = sum(bool(module.padded_columns) for module in self.modules)
-        return "\n".join(lines + ([f"{padded} layers padded to whole groups"] if padded else []))
+        if padded := sum(bool(module.padded_columns) for module in self.modules):
+            lines.append(f"{padded} layers padded to whole groups")
+        if plain := sum(module.plain_rows for module in self.quantized):
+            rows = sum(module.shape[0] for module in self.quantized)
+            lines.append(f"{plain} of {rows} rows kept as without calibration, which is nearer on these inputs")
+        return "\n".join(lines)
 
 
 def _mean_error(modules: Sequence[ModuleReport], field: str) -> str:

@@ -40,9 +40,19 @@ class RtnBackend(CodesBackend):
         return round_by_blocks(weight, spec)
 
 
-def nearest(layer: nn.Linear, spec: QuantSpec, kind: type[PackedLinear] = PackedLinear) -> PackedLinear:
-    """Return a packed layer whose weight is that of a layer, rounded to nearest."""
-    return kind.from_codes(round_by_blocks(layer.weight, spec), spec, layer.in_features, bias=layer.bias)
+def nearest(
+    layer: nn.Linear, spec: QuantSpec, kind: type[PackedLinear] = PackedLinear, *, in_scale: Tensor | None = None
+) -> PackedLinear:
+    """Return a packed layer whose weight is that of a layer, rounded to nearest.
+
+    Args:
+        layer: Dense.
+        spec: Bits, group size, symmetry.
+        kind: Of the packed layer.
+        in_scale: (columns,), what the packed layer multiplies its input with: columns are divided by it first.
+    """
+    codes = round_by_blocks(layer.weight, spec, in_scale)
+    return kind.from_codes(codes, spec, layer.in_features, bias=layer.bias, in_scale=in_scale)
 
 
 def round_by_blocks(weight: Tensor, spec: QuantSpec, in_scale: Tensor | None = None) -> Codes:
@@ -74,17 +84,36 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) 
             would clip the ends of the range.
     """
     groups = split_groups(weight, spec.group_size)
+    scale, zero = _grid(groups, spec, scale_dtype)
+    codes = _nearest_codes(groups / scale.float().unsqueeze(-1), zero, spec.bits).to(torch.uint8)
+    return Codes(codes, scale, None if spec.symmetric else zero.to(torch.uint8))
+
+
+def nearest_values(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Tensor:
+    """Return what `round_to_nearest` makes of a weight, (rows, columns) float32; overwrites the weight."""
+    groups = split_groups(weight, spec.group_size)
+    grid = _grid(groups, spec, scale_dtype)
+    scale, zero = grid[0].float().unsqueeze(-1), grid[1]
+    values = _nearest_codes(groups.div_(scale), zero, spec.bits).sub_(zero.unsqueeze(-1)).mul_(scale)
+    return values.flatten(1)[:, : weight.shape[1]]
+
+
+def _grid(groups: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the scale of each group, in `scale_dtype`, and its zero point, a whole number in float32."""
     highest = (1 << spec.bits) - 1
+    low, high = groups.aminmax(dim=-1)
     if spec.symmetric:
-        scale = _round_up(groups.abs().amax(-1) * (2 / highest), scale_dtype)
-        zero = torch.full_like(scale, 1 << (spec.bits - 1), dtype=torch.float32)
+        scale = _round_up(torch.maximum(-low, high) * (2 / highest), scale_dtype)
+        zero = torch.full_like(low, 1 << (spec.bits - 1))
     else:
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        low, high = low.clamp(max=0), high.clamp(min=0)
         scale = _round_up((high - low) / highest, scale_dtype)
         zero = (-low / scale.float()).round().clamp(0, highest)
-    codes = (groups / scale.float().unsqueeze(-1)).round_() + zero.unsqueeze(-1)
-    codes = codes.clamp_(0, highest).to(torch.uint8)
-    return Codes(codes, scale, None if spec.symmetric else zero.to(torch.uint8))
+    return scale, zero
+
+
+def _nearest_codes(steps: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return steps.round_().add_(zero.unsqueeze(-1)).clamp_(0, (1 << bits) - 1)
 
 
 def _round_up(step: Tensor, dtype: torch.dtype) -> Tensor:

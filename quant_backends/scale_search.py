@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lmms_plugin.quant_backends.codes import Codes, columns_per_group
+from lmms_plugin.quant_backends.activations import squared_errors
+from lmms_plugin.quant_backends.codes import Codes, columns_per_group, rows_per_block
 from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, round_inputs
 from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.rtn import round_to_nearest
+from lmms_plugin.quant_backends.rtn import nearest_values, round_to_nearest
 
 EXPONENTS = tuple(step / 20 for step in range(20))
 """The grid of scales, as in the authors' code. 0 is round-to-nearest."""
@@ -23,18 +24,25 @@ EXPONENTS = tuple(step / 20 for step in range(20))
 CLIPPING_RATIOS = tuple(1 - step / 20 for step in range(10))
 """The grid of clipping ranges, as in the authors' code: parts of a group's largest magnitude, down to about a half."""
 
-SEARCH_ELEMENTS = 1 << 22
-"""Weights in flight while candidates of one layer are compared."""
+SEARCH_ELEMENTS = {"cpu": 1 << 20}
+"""Weights in flight while candidates of one layer are compared, by device: on a CPU what its caches hold."""
+
+SEARCH_ELEMENTS_ELSEWHERE = 1 << 24
 
 Errors = Callable[[Tensor, Tensor], Tensor]
-"""From W·s rounded (candidates, rows, columns) and 1/s (candidates, columns) to errors (candidates,), float64."""
+"""From W·s rounded (candidates, rows, columns), which may be overwritten, and W (rows, columns), both float32 and of
+some rows of a layer, to errors (candidates,) float64."""
 
 
 class Objective(Protocol):
-    """What a search makes small."""
+    """What a search makes small: a sum over the rows of the weights."""
 
-    def errors_of(self, weight: Tensor) -> Errors:
-        """Return the function that compares candidates for a weight (rows, columns), float32."""
+    @property
+    def at_once(self) -> int:
+        """How many candidates it compares at once."""
+
+    def errors_of(self, inverses: Tensor) -> Errors:
+        """Return the function that compares candidates, given 1/s (candidates, columns)."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,14 @@ class GramError:
     """
 
     gram: Tensor
+    at_once: ClassVar[int] = len(EXPONENTS)
 
-    def errors_of(self, weight: Tensor) -> Errors:
-        """Compare candidates for a weight."""
+    def errors_of(self, inverses: Tensor) -> Errors:
+        """Compare candidates by the second moments of the inputs."""
 
-        def errors(rounded: Tensor, inverses: Tensor) -> Tensor:
-            delta = (rounded * inverses.unsqueeze(1)).sub_(weight)
-            return torch.stack([quadratic(part, self.gram).sum() for part in delta])
+        def errors(rounded: Tensor, weight: Tensor) -> Tensor:
+            delta = _changes(rounded, inverses, weight)
+            return squared_errors(delta, self.gram).view(len(inverses), -1).sum(1)
 
         return errors
 
@@ -73,27 +82,36 @@ class RowError:
     power: int
     act_bits: int = UNQUANTIZED
 
-    def errors_of(self, weight: Tensor) -> Errors:
-        """Compare candidates for a weight."""
-        exact = self.rows @ weight.T
+    @property
+    def at_once(self) -> int:
+        """All candidates, or a few where each takes the inputs rounded in its own way."""
+        return len(EXPONENTS) if self.act_bits == UNQUANTIZED else 5
 
-        def errors(rounded: Tensor, inverses: Tensor) -> Tensor:
-            return torch.stack(
-                [
-                    (self.shares @ (self._inputs(inverse) @ part.T - exact).abs().pow(self.power)).sum(
-                        dtype=torch.float64
-                    )
-                    for part, inverse in zip(rounded, inverses, strict=True)
-                ]
-            )
-
-        return errors
-
-    def _inputs(self, inverse: Tensor) -> Tensor:
-        scaled = self.rows * inverse
+    def errors_of(self, inverses: Tensor) -> Errors:
+        """Compare candidates by the outputs for a sample of the inputs."""
         if self.act_bits == UNQUANTIZED:
-            return scaled
-        codes, scale = round_inputs(scaled)
+
+            def errors(rounded: Tensor, weight: Tensor) -> Tensor:
+                blocks = _changes(rounded, inverses, weight).split(rows_per_block(len(self.rows)))
+                costs = torch.cat([self._costs(self.rows @ block.T) for block in blocks])
+                return costs.view(len(inverses), -1).sum(1, dtype=torch.float64)
+
+            return errors
+        inputs = [self._rounded_inputs(inverse) for inverse in inverses]
+
+        def errors_of_rounded_inputs(rounded: Tensor, weight: Tensor) -> Tensor:
+            exact = self.rows @ weight.T
+            costs = [self._costs(x @ part.T - exact) for x, part in zip(inputs, rounded, strict=True)]
+            return torch.stack(costs).sum(1, dtype=torch.float64)
+
+        return errors_of_rounded_inputs
+
+    def _costs(self, outputs: Tensor) -> Tensor:
+        """Return what each output contributes, given how it changes for each input; overwrites `outputs`."""
+        return self.shares @ outputs.abs_().pow_(self.power)
+
+    def _rounded_inputs(self, inverse: Tensor) -> Tensor:
+        codes, scale = round_inputs(self.rows * inverse)
         return codes.float() * scale
 
 
@@ -159,25 +177,38 @@ def search_clipping(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: 
         gram: (columns, columns) float32, Σ x xᵀ of what this weight is fed (x / s).
         scale_dtype: Of the returned scale.
     """
-    step = max(1, SEARCH_ELEMENTS // (weight.shape[1] * len(CLIPPING_RATIOS)))
-    return Codes.stacked([_clip(block, spec, gram, scale_dtype) for block in weight.split(step)])
-
-
-def quadratic(delta: Tensor, gram: Tensor) -> Tensor:
-    """Return δ G δᵀ of each row of delta (rows, columns), (rows,) float64."""
-    return ((delta @ gram) * delta).sum(-1, dtype=torch.float64)
+    widest = max(weight.shape[1], columns_per_group(spec.group_size, weight.shape[1]) * len(CLIPPING_RATIOS))
+    blocks = weight.split(max(1, _in_flight(weight) // widest))
+    return Codes.stacked([_clip(block, spec, gram, scale_dtype) for block in blocks])
 
 
 def _candidate_errors(weight: Tensor, spec: QuantSpec, inverses: Tensor, objective: Objective) -> Tensor:
-    dense = weight.float()
-    rows, columns = dense.shape
-    errors = objective.errors_of(dense)
     found = []
-    for piece in inverses.split(max(1, SEARCH_ELEMENTS // dense.numel())):
-        scaled = (dense / piece.unsqueeze(1)).reshape(-1, columns)
-        rounded = round_to_nearest(scaled, spec, weight.dtype).dequantize(spec.bits, torch.float32)
-        found.append(errors(rounded[:, :columns].view(-1, rows, columns), piece))
+    for piece in inverses.split(objective.at_once):
+        errors = objective.errors_of(piece)
+        blocks = weight.split(max(1, _in_flight(weight) // (weight.shape[1] * len(piece))))
+        # One place for all blocks, one after another: what is allocated and freed in turns leaves holes on the heap.
+        place = piece.new_empty(len(piece), *blocks[0].shape)
+        found.append(torch.stack([_block_errors(block, spec, piece, errors, place) for block in blocks]).sum(0))
     return torch.cat(found)
+
+
+def _block_errors(block: Tensor, spec: QuantSpec, inverses: Tensor, errors: Errors, place: Tensor) -> Tensor:
+    dense, rows = block.float(), len(block)
+    # Only the last block is smaller than the place.
+    scaled = place if rows == place.shape[1] else place[:, :rows].clone()
+    torch.div(dense, inverses.unsqueeze(1), out=scaled)
+    rounded = nearest_values(scaled.flatten(0, 1), spec, block.dtype)
+    return errors(rounded.view(len(inverses), *dense.shape), dense)
+
+
+def _changes(rounded: Tensor, inverses: Tensor, weight: Tensor) -> Tensor:
+    """Return Ŵ − W, one candidate below the other, (candidates · rows, columns); overwrites `rounded`."""
+    return rounded.mul_(inverses.unsqueeze(1)).sub_(weight).flatten(0, 1)
+
+
+def _in_flight(weight: Tensor) -> int:
+    return SEARCH_ELEMENTS.get(weight.device.type, SEARCH_ELEMENTS_ELSEWHERE)
 
 
 def _clip(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: torch.dtype) -> Codes:

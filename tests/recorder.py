@@ -25,7 +25,7 @@ class Recorder(CalibratedBackend):
         for name in statistics.names:
             assert name not in self.seen
             self.seen[name] = statistics
-        return [Solution(nearest(layer, spec), 0.0) for layer, spec in zip(layers, specs, strict=True)]
+        return [Solution(nearest(layer, spec)) for layer, spec in zip(layers, specs, strict=True)]
 
     def without_inputs(self, layer, spec):
         return nearest(layer, spec)

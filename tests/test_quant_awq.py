@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin.dialects import dialect_for
-from lmms_plugin.quant_backends.activations import InputStatistics
+from lmms_plugin.quant_backends.activations import InputStatistics, squared_errors
 from lmms_plugin.quant_backends.awq import AwqBackend
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches
@@ -18,6 +18,7 @@ from lmms_plugin.quant_backends.rtn import round_to_nearest
 from lmms_plugin.quant_backends.scale_search import (
     CLIPPING_RATIOS,
     EXPONENTS,
+    SEARCH_ELEMENTS,
     GramError,
     RowError,
     candidates,
@@ -81,11 +82,12 @@ def test_the_output_error_is_never_above_rounding_and_below_it_where_channels_di
 def test_the_reported_error_is_that_of_the_outputs(clip):
     linear = nn.Linear(COLUMNS, 32)
     samples = inputs(outliers=3)
-    (solution,) = AwqBackend(clip=clip).solve([linear], [QuantSpec(3, 32)], statistics(samples))
+    entry = statistics(samples)
+    (solution,) = AwqBackend(clip=clip).solve([linear], [QuantSpec(3, 32)], entry)
     x = torch.cat(samples)
     exact = linear(x)
     expected = (solution.layer(x) - exact).norm() / (exact - linear.bias).norm()
-    assert solution.output_error == pytest.approx(float(expected), rel=1e-4)
+    assert entry.output_error(linear.weight, solution.layer) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_candidate_scales_are_those_of_the_paper():
@@ -125,7 +127,7 @@ def test_layers_of_one_group_share_their_scale_and_stay_as_they_are(layers):
     solutions = solve(layers, inputs(outliers=5))
     for layer, solution, state in zip(layers, solutions, before, strict=True):
         assert torch.equal(solution.layer.in_scale, solutions[0].layer.in_scale)
-        assert 0 < solution.output_error < 1
+        assert 0 < statistics(inputs(outliers=5)).output_error(layer.weight, solution.layer) < 1
         assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
     alone = solve(layers[1:2], inputs(outliers=5, seed=1))
     assert not torch.equal(alone[0].layer.in_scale, solutions[0].layer.in_scale)
@@ -188,11 +190,20 @@ def test_gram_and_rows_measure_the_same_squared_error():
     x = torch.cat(samples)
     rounded = torch.stack([(weight * 4).round() / 4, (weight * 2).round() / 2])
     inverses = torch.stack([torch.ones(COLUMNS), torch.linspace(0.5, 2, COLUMNS)])
-    by_gram = GramError(x.T @ x).errors_of(weight)(rounded, inverses)
-    by_rows = RowError(x, torch.ones(len(x)), 2).errors_of(weight)(rounded, inverses)
+    objectives = GramError(x.T @ x), RowError(x, torch.ones(len(x)), 2)
+    by_gram, by_rows = (objective.errors_of(inverses)(rounded.clone(), weight) for objective in objectives)
     torch.testing.assert_close(by_gram, by_rows, rtol=1e-4, atol=0)
     expected = [((x @ (part * inverse - weight).T) ** 2).sum() for part, inverse in zip(rounded, inverses, strict=True)]
     torch.testing.assert_close(by_rows.float(), torch.stack(expected), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("columns", [1, 255, 256, 257, 700])
+def test_squared_errors_are_those_of_the_outputs(columns):
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(900, columns, generator=generator) * torch.rand(columns, generator=generator).exp()
+    delta = torch.randn(9, columns, generator=generator)
+    exact = (x.double() @ delta.double().T).square().sum(0)
+    torch.testing.assert_close(squared_errors(delta, x.T @ x), exact, rtol=1e-5, atol=0)
 
 
 def row_errors(weight, kept, samples):
@@ -237,7 +248,7 @@ def test_clipping_does_not_depend_on_how_many_rows_are_taken_at_once(monkeypatch
     weight, spec = torch.randn(37, COLUMNS, generator=torch.Generator().manual_seed(0)), QuantSpec(3, 16)
     x = torch.cat(inputs(outliers=3))
     whole = search_clipping(weight, spec, x.T @ x, torch.float32)
-    monkeypatch.setattr("lmms_plugin.quant_backends.scale_search.SEARCH_ELEMENTS", 8 * COLUMNS * len(CLIPPING_RATIOS))
+    monkeypatch.setitem(SEARCH_ELEMENTS, "cpu", 8 * COLUMNS * len(CLIPPING_RATIOS))
     for one, other in zip(whole, search_clipping(weight, spec, x.T @ x, torch.float32), strict=True):
         assert torch.equal(one, other)
 
@@ -247,7 +258,9 @@ def test_clipped_layers_keep_their_outputs_better_and_queries_and_keys_stay_as_t
     plain, clipped = solve(layers, samples, bits=2), solve(layers, samples, bits=2, clip=True)
     for index in (0, 1):
         assert torch.equal(clipped[index].layer.weight, plain[index].layer.weight)
-    assert clipped[2].output_error < plain[2].output_error
+    entry = statistics(samples)
+    errors = [entry.output_error(layers[2].weight, solutions[2].layer) for solutions in (clipped, plain)]
+    assert errors[0] < errors[1]
     assert torch.equal(clipped[2].layer.in_scale, plain[2].layer.in_scale)
 
 

@@ -272,7 +272,7 @@ def test_dense_weights_of_a_finished_block_are_freed(checkpoint):
             done = [name for name in order if name.rpartition(".layers.")[2][0] != block]
             order.extend(statistics.names)
             peaks.append([name for name in done if alive[name]() is not None])
-            return [Solution(nearest(layer, spec), 0.0) for layer, spec in zip(layers, specs, strict=True)]
+            return [Solution(nearest(layer, spec)) for layer, spec in zip(layers, specs, strict=True)]
 
     order = []
     quantize(model, Watching(), QuantPlan(language=SPEC), batches)

@@ -8,7 +8,7 @@ from torch import nn
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
-from lmms_plugin.quant_backends.rtn import round_to_nearest
+from lmms_plugin.quant_backends.rtn import nearest_values, round_to_nearest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,6 +35,15 @@ def test_rounding_errs_by_at_most_half_a_step(bits, symmetric, dtype):
     half_step = codes.scale.float().unsqueeze(-1) / 2
     assert (error <= half_step * (1 + 1e-4)).all()
     assert int(codes.codes.max()) == (1 << bits) - 1, "the grid reaches the top code somewhere"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [64, 48, None], ids=["whole groups", "padded groups", "one group"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_values_on_the_grid_are_those_of_the_codes(symmetric, group_size, dtype):
+    spec, matrix = QuantSpec(3, group_size, symmetric), weight().to(dtype).float()
+    codes = round_to_nearest(matrix, spec, dtype)
+    assert torch.equal(nearest_values(matrix.clone(), spec, dtype), codes.dequantize(3, torch.float32)[:, :256])
 
 
 def test_a_weight_on_the_grid_is_kept_exactly():
