@@ -225,6 +225,43 @@ def apply_selector(
     typer.echo(f"{output}: use it as --estimator {name}")
 
 
+@app.command()
+def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
+    """Measure how strong shifts are by the model's own view of the images, beside what they cost; no label is used."""
+    from lmms_plugin import strength as measuring
+    from lmms_plugin.features import read
+    from lmms_plugin.reliability import Settings
+    from lmms_plugin.results import read_one
+
+    store = read(features)
+    found = measuring.strengths(read_one(results), store, Settings(estimator))
+    if json:
+        _print_json(found)
+        return
+    _print_tables(measuring.table(found, store))
+
+
+@app.command()
+def estimators(
+    results: Annotated[Path, typer.Argument(help="Results file of lmms-eval, or a folder with such files.")],
+    json: AsJson = False,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
+) -> None:
+    """Compare the confidence estimators of a run: AUROC, AURC and ECE of every one that its log holds."""
+    from lmms_plugin import estimators as judging
+    from lmms_plugin.reliability import Settings
+    from lmms_plugin.results import find, read
+
+    settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    found = [(run, judging.judge(run, settings)) for run in map(read, find(results))]
+    if json:
+        _print_json([{"run": run.label, "file": str(run.file), "estimators": judged} for run, judged in found])
+        return
+    _print_tables(*(judging.table(judged, run.label, level) for run, judged in found))
+
+
 def _print_json(value: object) -> None:
     import json
 
