@@ -24,12 +24,13 @@ from lmms_plugin.metrics.paired import (
 )
 from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.weighted import Binned, Means
-from lmms_plugin.reliability import Settings, as_table, families, grid, reported
-from lmms_plugin.results import Run, TaskRecords, match
+from lmms_plugin.reliability import PRINTED, REJECTED, Grid, Settings, as_table, families, grids, reported
+from lmms_plugin.results import REJECTION, Kind, Run, TaskRecords, match
 
 MEANS = ("accuracy", "mean_iou", "parse_rate")
 BINNED = ("ece", "brier")
 RANKED = ("aurc", "coverage@0.01", "coverage@0.05")
+BOXES = "box_rate"
 INTERACTIONS = ("accuracy", "ece", "aurc", "coverage@0.01")
 
 
@@ -81,7 +82,7 @@ class Shifted(NamedTuple):
     """Does the second run lose more under shift than the first?
 
     Attributes:
-        task: The clean task.
+        task: The clean task, and what is shifted unless that is the image.
         metric: Name of the metric.
         cells: Over how many shifted tasks the mean is taken.
         interaction: (shifted − clean) of the second run − (shifted − clean) of the first.
@@ -221,9 +222,16 @@ def _family(
         halves[records.task] = first, second
         _changes(records, first, second, known, images, settings, margin, found)
         _flips(records, others[records.task], found)
-    table = grid(tasks)
-    if table is not None:
-        _interactions(table, halves, settings, found)
+    for title, table in grids(_on_the_same_documents(tasks)).items():
+        if tasks[0].kind is not REJECTION:
+            _interactions(title, table, halves, settings, found)
+
+
+def _on_the_same_documents(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
+    """The clean tasks and those shifted ones that ask all their documents: language shifts leave some out."""
+    clean = [records for records in tasks if records.place.shift is None]
+    ids = [records.ids for records in clean]
+    return clean + [r for r in tasks if r.place.shift is not None and any(np.array_equal(r.ids, i) for i in ids)]
 
 
 def _both(
@@ -239,13 +247,22 @@ def _both(
     for records, confidence in zip((one, other), confidences, strict=True):
         outcome, score = records.outcome[keep], records.score[keep]
         means = {"accuracy": outcome, "mean_iou": score, "parse_rate": records.parsed[keep].astype(np.float64)}
-        statistics.append(Means(means if one.kind.right is not None else {"accuracy": outcome}, clusters))
+        means[BOXES] = score
+        wanted, ranked = set(_names(one.kind)), REJECTED if one.kind is REJECTION else RANKED
+        statistics.append(Means({name: values for name, values in means.items() if name in wanted}, clusters))
         if known.any():
             arrays = confidence[known], outcome[known], inside
-            statistics += [Binned(*arrays), Ranked(*arrays, RANKED)]
+            statistics += [Binned(*arrays), Ranked(*arrays, ranked)]
         else:
-            statistics += [_Missing(BINNED), _Missing(RANKED)]
+            statistics += [_Missing(BINNED), _Missing(ranked)]
     return statistics, int(known.sum()), int(np.unique(inside.index).size)
+
+
+def _names(kind: Kind) -> tuple[str, ...]:
+    """What is compared of a kind of task."""
+    if kind is REJECTION:
+        return (BOXES, *REJECTED)
+    return (*(MEANS if kind.right is not None else MEANS[:1]), *BINNED, *RANKED)
 
 
 class _Missing:
@@ -276,14 +293,14 @@ def _changes(
 ) -> None:
     keep = reported(records)
     everything = int(keep.sum()), int(np.unique(records.images[keep]).size)
-    for name in (*MEANS, *BINNED, *RANKED):
-        if name not in first.names:
-            continue
-        size = everything if name in MEANS else (known, images)
+    for name in _names(records.kind):
+        size = everything if name in (*MEANS, BOXES) else (known, images)
         changed = difference(first, second, name, level=settings.level, margin=margin)
         values = first.of(name)[0], second.of(name)[0]
         found.changes.append(
-            Change(records.task, records.kind.named(name), *values, changed, math.nan, math.nan, *size)
+            Change(
+                records.task, records.kind.named(PRINTED.get(name, name)), *values, changed, math.nan, math.nan, *size
+            )
         )
 
 
@@ -296,7 +313,8 @@ def _flips(one: TaskRecords, other: TaskRecords, found: Comparison) -> None:
 
 
 def _interactions(
-    table: tuple[TaskRecords, dict[tuple[str, int], TaskRecords]],
+    title: str,
+    table: Grid,
     halves: Mapping[str, tuple[Draws, Draws]],
     settings: Settings,
     found: Comparison,
@@ -307,12 +325,12 @@ def _interactions(
     for name in INTERACTIONS:
         means = [_mean([pair[k] for pair in shifted.values()], name) for k in (0, 1)]
         hurt = interaction(clean_first, means[0], clean_second, means[1], name, level=settings.level)
-        found.shifted.append(Shifted(clean.task, clean.kind.named(name), len(cells), hurt))
+        found.shifted.append(Shifted(title, clean.kind.named(name), len(cells), hurt))
     errors = [as_table({cell: 1.0 - pair[k].of("accuracy")[0] for cell, pair in shifted.items()}) for k in (0, 1)]
     at_clean = [1.0 - draws.of("accuracy")[0] for draws in (clean_first, clean_second)]
     mce = robustness.mean_corruption_error(errors[1], errors[0])
     relative = robustness.relative_mean_corruption_error(errors[1], at_clean[1], errors[0], at_clean[0])
-    found.corruption_errors.append(CorruptionErrors(clean.task, mce, relative))
+    found.corruption_errors.append(CorruptionErrors(title, mce, relative))
 
 
 def _mean(cells: Sequence[Draws], name: str) -> Draws:

@@ -8,7 +8,7 @@ metric of what happens to be left of a run is not one of the run.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -35,21 +35,32 @@ class Kind(NamedTuple):
         score: Key of the record with its score, in [0, 1].
         estimator: The confidence estimator used unless told otherwise.
         right: Score from which an answer counts as right; None where the score itself is the (soft) outcome.
+        outcome: Key of the record with the outcome that confidence is to tell, 1 or 0; None where that is the score.
     """
 
     record: str
     score: str
     estimator: str
     right: float | None
+    outcome: str | None = None
 
     def named(self, metric: str) -> str:
         """The metric as lmms-eval's table calls it: `acc@0.5` where right is a matter of a threshold."""
+        if self.outcome is not None:
+            return f"rejection_{metric}" if metric in ("auroc", "fpr@0.95") else metric
         return f"acc@{self.right:g}" if metric == "accuracy" and self.right is not None else metric
 
 
 GROUNDING = Kind("mean_iou", "score", "coordinate_mean", 0.5)
 VQA = Kind("accuracy", "accuracy", "joint", None)
-KINDS = (GROUNDING, VQA)
+REJECTION = Kind("box_rate", "score", "coordinate_mean", None, outcome="matches")
+"""Expressions that match something and others that match nothing: confidence is to tell them apart."""
+KINDS = (GROUNDING, VQA, REJECTION)
+
+
+SHIFTED = ("image", "language", "image and language")
+"""What a shift may shift: means over shifts are taken for each of these apart."""
+_SHIFT_KEYS = (("shift", "severity"), ("text_shift", "text_severity"))
 
 
 class Place(NamedTuple):
@@ -58,14 +69,16 @@ class Place(NamedTuple):
     Attributes:
         dataset: Its dataset as the task names it.
         split: Split of the dataset.
-        shift: Name of the corruption; None for clean images.
-        severity: Its severity; None for clean images.
+        shift: Name of the corruption, of the language shift, or of both; None for neither.
+        severity: Its severity; None without a shift.
+        shifts: What is shifted, of `SHIFTED`; `image` also without a shift.
     """
 
     dataset: str
     split: str
     shift: str | None
     severity: int | None
+    shifts: str = "image"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +94,9 @@ class TaskRecords:
         images: Ids of the images, the clusters of every interval.
         asked: Question and true answer as text, by which runs are compared.
         parts: Part of the split each document belongs to; "" where the task brings no split of its own.
-        score: IoU with the true box (0 without a box), or VQA accuracy, in [0, 1].
+        score: IoU with the true box (0 without a box), VQA accuracy, or whether there was a box, in [0, 1].
+        matches: Whether the expression matches something in its image, 1 or 0; None where all do.
+        pairs: Id of the true expression that a document belongs to; None where documents are no pairs.
         parsed: Whether the answer held a box; all True where no box was asked for.
         confidence: Estimator → confidences in [0, 1], NaN where there was nothing to estimate from. Empty for a model
             that tells no probabilities.
@@ -98,11 +113,21 @@ class TaskRecords:
     score: Floats
     parsed: npt.NDArray[np.bool_]
     confidence: Mapping[str, Floats]
+    matches: Floats | None = None
+    pairs: Texts | None = None
 
     @property
     def outcome(self) -> Floats:
-        """1 for right and 0 for wrong, or the soft score, shape (n,)."""
+        """What confidence is to tell: 1 for right (or matching) and 0 for wrong, or the soft score, shape (n,)."""
+        if self.matches is not None:
+            return self.matches
         return self.score if self.kind.right is None else (self.score >= self.kind.right).astype(np.float64)
+
+    def only(self, keep: npt.NDArray[np.bool_]) -> "TaskRecords":
+        """The records of a mask of shape (n,)."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {name: array[keep] for name, array in arrays.items() if isinstance(array, np.ndarray)}
+        return replace(self, **kept, confidence={name: values[keep] for name, values in self.confidence.items()})
 
     def confidence_by(self, estimator: str | None) -> Floats:
         """Confidences of one estimator, shape (n,), NaN where missing; that of the kind of task if None.
@@ -265,7 +290,7 @@ def _agree(records: TaskRecords, table: Mapping[str, Any], log: Path) -> None:
 def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None:
     if not log.exists():
         ours = {entry["metric"] for entry in config.get("metric_list") or ()}
-        if any(kind.record in ours for kind in KINDS) and "ece" in ours:
+        if any(kind.record in ours for kind in KINDS) and {"ece", "rejection_auroc"} & ours:
             raise ValueError(f"expected the log of samples {log}: run lmms-eval with --log_samples")
         return None
     rows = _rows(log)
@@ -292,6 +317,8 @@ def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None
         score=_fractions(kind.score, [record[kind.score] for record in records], ids, log),
         parsed=np.array([record["box"] is not None if "box" in record else True for record in records]),
         confidence=_confidences(records, log),
+        matches=_fractions(kind.outcome, [r[kind.outcome] for r in records], ids, log) if kind.outcome else None,
+        pairs=_texts(record["pair"] for record in records) if kind.outcome else None,
     )
 
 
@@ -327,13 +354,22 @@ def _fractions(name: str, values: list[Any], ids: Sequence[str], log: Path, *, m
 
 def _place(config: Mapping[str, Any]) -> Place:
     metadata = config.get("metadata") or {}
-    severity = metadata.get("severity")
-    place = str(config.get("dataset_path")), str(config.get("test_split"))
-    return Place(*place, metadata.get("shift"), None if severity is None else int(severity))
+    # Local copies of all datasets are loaded as "parquet".
+    dataset = metadata.get("dataset") or config.get("dataset_path")
+    place = str(dataset), str(config.get("test_split"))
+    kinds = [(metadata[key], int(metadata[of])) for key, of in _SHIFT_KEYS if metadata.get(key) is not None]
+    if not kinds:
+        return Place(*place, None, None)
+    name, severity = "_and_".join(name for name, _ in kinds), kinds[0][1]
+    if severity != kinds[-1][1]:
+        name += f"_{kinds[-1][1]}"
+    which = SHIFTED[2] if len(kinds) == 2 else SHIFTED["text_shift" in metadata]
+    return Place(*place, name, severity, which)
 
 
 def _is_record(value: Any, kind: Kind) -> bool:
-    return isinstance(value, dict) and {"id", "image", kind.score} <= set(value)
+    keys = {"id", "image", kind.score} | ({kind.outcome} if kind.outcome else set())
+    return isinstance(value, dict) and keys <= set(value)
 
 
 def _record(row: Mapping[str, Any], kind: Kind, log: Path) -> dict[str, Any]:
