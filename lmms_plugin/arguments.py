@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -34,6 +35,9 @@ class ModelArguments:
         calibration: where a calibrated method's inputs come from: `self` (the model writes them itself), `noise`,
             `demo` or `dataset:...`; `self` if nothing is said. An error for methods that take none.
         calibration_samples: how many of them.
+        resume: whether an interrupted calibration goes on at its last finished block when it is called for again.
+        resume_folder: where finished blocks are kept until a calibration is over; by default below the environment
+            variable `LMMS_PLUGIN_CACHE`, or beside the Hugging Face cache.
         seed: of calibration and sampling.
         dtype: of the weights that are not quantized and of the arithmetic; `auto` is bfloat16 on a GPU, else float32.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
@@ -77,6 +81,8 @@ class ModelArguments:
     plan: str | None = None
     calibration: str | None = None
     calibration_samples: int | None = None
+    resume: bool = True
+    resume_folder: str | None = None
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -114,18 +120,29 @@ class ModelArguments:
             raise ValueError(f"sample_temperature must be above 0, got {self.sample_temperature}")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
-        if self.report and not Path(self.report).absolute().parent.is_dir():
-            raise ValueError(f"report: there is no folder {Path(self.report).absolute().parent}")
-        if self.save_quantized:
-            from lmms_plugin.quant_backends.saving import expect_free
-
-            expect_free(self.save_quantized)
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or above, got {self.seed}")
         if self.feature_layer is not None and not (self.features or self.selector):
             raise ValueError("feature_layer says nothing without features or selector")
         if self.selector_transfer and not self.selector:
             raise ValueError("selector_transfer says nothing without selector")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        self._expect_places()
+
+    def _expect_places(self) -> None:
+        if self.resume_folder:
+            if not self.resume:
+                raise ValueError(f"resume=False keeps nothing, but resume_folder names {self.resume_folder}")
+            if Path(self.resume_folder).expanduser().is_file():
+                raise ValueError(f"resume_folder: {self.resume_folder} is a file")
+        if self.report:
+            _expect_writable("report", Path(self.report))
+        if self.save_quantized:
+            _expect_writable("save_quantized", Path(self.save_quantized).expanduser().parent / "a new folder")
+            from lmms_plugin.quant_backends.saving import expect_free
+
+            expect_free(self.save_quantized)
 
     @classmethod
     def parse(cls, given: Mapping[str, Any], option_types: Mapping[str, Any] | None = None) -> ModelArguments:
@@ -177,6 +194,7 @@ class ModelArguments:
 
         Raises:
             FileNotFoundError: `pretrained` is written like a path, and no checkpoint is there.
+            ValueError: one of its files is damaged.
         """
         if self.pretrained == DEMO:
             from lmms_plugin.demo import CHECKPOINT
@@ -188,6 +206,8 @@ class ModelArguments:
         written_as_path = self.pretrained.startswith(("/", ".", "~")) or self.pretrained.count("/") > 1
         if written_as_path and not folder.is_dir():
             raise FileNotFoundError(f"pretrained: there is no folder {folder}")
+        if folder.is_dir():
+            _expect_whole(folder)
         return str(folder) if folder.is_dir() else self.pretrained
 
     def read_system_prompt(self) -> str | None:
@@ -197,6 +217,29 @@ class ModelArguments:
         if len(self.system_prompt) < 256 and Path(self.system_prompt).is_file():
             return Path(self.system_prompt).read_text(encoding="utf-8").strip()
         return self.system_prompt.replace("\\n", "\n")
+
+
+def _expect_whole(folder: Path) -> None:
+    """Refuse weights of which a part is missing, which a download or a copy that broke off leaves behind."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"pretrained: {file} is damaged or cut off ({error})") from error
+
+
+def _expect_writable(name: str, file: Path) -> None:
+    """Refuse a place for results that would only turn out to be none after hours of work."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{name}: there is no folder {folder}")
+    if file.is_dir():
+        raise ValueError(f"{name}: {file} is a folder, expected the name of a file")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise ValueError(f"{name}: {file if file.exists() else folder} cannot be written to")
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

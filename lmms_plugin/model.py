@@ -106,6 +106,8 @@ class QuantizedVLM(lmms):
             use_safetensors=self.arguments.use_safetensors,
             processor=self.chat.processor,
             dialect=self.arguments.dialect,
+            resume=self.arguments.resume,
+            resume_folder=self.arguments.resume_folder,
         )
         self.decoder = Decoder.of(model, self.chat.tokenizer, static_cache=self.arguments.static_cache)
         self.observer = wanted.observer(path, self.decoder, self.rank) if wanted else None

@@ -144,7 +144,7 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
             if damping > asked:
                 logger.warning(
                     f"{statistics.names[0]}: its {statistics.rows} calibration inputs take more damping than "
-                    f"{asked:g}: {damping:g} was added; damping={damping:g} or more calibration_samples spare the search"
+                    f"{asked:g}: {damping:g} was added; damping={damping:g} or more samples spare trying"
                 )
             lower /= lower.diagonal().clone()
             return Factor(order, lower.T.flip(0, 1).float(), damping)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ def load_quantized(
     processor: Any = None,
     dialect: str | None = None,
     resume: bool = True,
+    resume_folder: str | Path | None = None,
 ) -> LoadedModel:
     """Load an image-text-to-text checkpoint and quantize it.
 
@@ -83,6 +85,7 @@ def load_quantized(
             the checkpoint declares, or else its family's.
         resume: Keep finished blocks of a calibration on disk until it is over, so that the same call goes on where
             an interrupted one was (see `lmms_plugin.quant_backends.journal`).
+        resume_folder: Where they are kept; None for `lmms_plugin.quant_backends.journal.cache_folder`.
 
     Raises:
         ValueError: The method cannot do the plan, the plan does not fit the model, weights are missing or not
@@ -115,7 +118,8 @@ def load_quantized(
         if isinstance(backend, CheckpointBackend):
             expect_sound(model, processor)
         if calibrated:
-            journal = _journal(path, work, processor, spec, residence) if resume else None
+            folder = (Path(resume_folder).expanduser() if resume_folder else cache_folder()) if resume else None
+            journal = None if folder is None else _journal(folder, path, work, processor, spec, residence)
             seen = _calibrate(work, processor, spec, samples, asked, residence, journal)
     return LoadedModel(model, processor, _report(work, seen, time.perf_counter() - started))
 
@@ -177,12 +181,9 @@ def _expect_complete(path: str, model: PreTrainedModel, info: Mapping[str, Any])
 
 
 def _journal(
-    path: str, work: Quantization, processor: Any, spec: CalibrationSpec, residence: Residence
-) -> Journal | None:
-    """Return the journal of a calibration whose outcome depends on all that is named here."""
-    folder = cache_folder()
-    if folder is None:
-        return None
+    folder: Path, path: str, work: Quantization, processor: Any, spec: CalibrationSpec, residence: Residence
+) -> Journal:
+    """Return the journal of a calibration whose outcome depends on all that is named here, `folder` aside."""
     model, libraries = work.model, ("lmms-plugin", "torch", "transformers", "tokenizers")
     key = {
         "checkpoint": checkpoint_key(path, model.config),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.quant_backends import backend_class, get, journal, names
 from lmms_plugin.quant_backends.awq import AwqBackend
 from lmms_plugin.quant_backends.backend import CalibratedBackend
@@ -52,9 +53,9 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "calibration"
 
 
-def load(path, backend=None, samples=2, **options):
-    calibration = CalibrationSpec("self", samples=samples, **options)
-    return load_quantized(str(path), backend=backend or get("awq"), plan=PLAN, calibration=calibration)
+def load(path, backend=None, samples=2, seed=0, **options):
+    calibration = CalibrationSpec("self", samples=samples, seed=seed)
+    return load_quantized(str(path), backend=backend or get("awq"), plan=PLAN, calibration=calibration, **options)
 
 
 def states(loaded):
@@ -80,6 +81,21 @@ def counted(monkeypatch, owner, name):
 
     monkeypatch.setattr(owner, name, method)
     return calls
+
+
+def interrupt(path, backend, calls, monkeypatch, **options):
+    """Press a key when nine groups of layers have been solved, the ninth of them in the third block."""
+    original = AwqBackend.solve
+
+    def interrupted(self, *args):
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AwqBackend, "solve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load(path, backend, **options)
 
 
 def test_a_calibration_that_was_killed_goes_on_at_the_last_finished_block(checkpoint, cache, monkeypatch):
@@ -117,17 +133,7 @@ def test_an_interrupt_from_the_keyboard(checkpoint, cache, monkeypatch, backend)
     undisturbed = load(path, backend)
     total = len(calls)
     calls.clear()
-    original = AwqBackend.solve
-
-    def interrupted(self, *args):
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AwqBackend, "solve", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            load(path, backend)
+    interrupt(path, backend, calls, monkeypatch)
     calls.clear()
     resumed = load(path, backend)
     # Four groups to a block: the two finished ones are not solved again.
@@ -141,17 +147,7 @@ def test_an_interrupt_from_the_keyboard(checkpoint, cache, monkeypatch, backend)
 )
 def test_another_calibration_takes_nothing_over(checkpoint, monkeypatch, change):
     calls = counted(monkeypatch, AwqBackend, "solve")
-    original = AwqBackend.solve
-
-    def interrupted(self, *args):
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AwqBackend, "solve", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            load(checkpoint("smolvlm"))
+    interrupt(checkpoint("smolvlm"), None, calls, monkeypatch)
     calls.clear()
     load(checkpoint(change.pop("checkpoint", "smolvlm")), **change)
     assert len(calls) == 16
@@ -186,6 +182,37 @@ def test_nothing_is_kept_where_the_cache_is_turned_off(checkpoint, cache, monkey
     assert journal.cache_folder() is None
     load(checkpoint("smolvlm"))
     assert not cache.exists()
+
+
+def test_the_folder_can_be_named_and_nothing_kept(checkpoint, tmp_path, cache, monkeypatch):
+    path, named = checkpoint("smolvlm"), tmp_path / "named"
+    calls = counted(monkeypatch, AwqBackend, "solve")
+    interrupt(path, None, calls, monkeypatch, resume_folder=named)
+    assert len(list(named.rglob("*.block"))) == 2
+    assert not cache.exists()
+    calls.clear()
+    load(path, resume_folder=named)
+    assert len(calls) == 8
+    assert not any(named.iterdir())
+    calls.clear()
+    interrupt(path, None, calls, monkeypatch, resume=False)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"resume": False, "resume_folder": "somewhere"},
+            "resume=False keeps nothing, but resume_folder names somewhere",
+        ),
+        ({"resume_folder": __file__}, "resume_folder: .* is a file"),
+    ],
+    ids=["nothing to keep", "a file"],
+)
+def test_arguments_that_cannot_be_meant_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArguments.parse(given)
 
 
 def test_a_changed_file_is_another_checkpoint(tmp_path):
