@@ -102,13 +102,18 @@ class CalibrationSpec:
             hint = f", did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"unknown calibration source {source!r}{hint} (known: {', '.join(SOURCES)})")
         known = COMMON_OPTIONS | (DATASET_OPTIONS if source == "dataset" else set())
-        options: dict[str, Any] = {"samples": samples, "seed": seed}
+        given: dict[str, Any] = {}
         while rest and re.match(r"\w+=", rest[-1]):
             key, _, value = rest.pop().partition("=")
             if key not in known or source == "none":
                 able = "none" if source == "none" else ", ".join(sorted(known))
-                raise ValueError(f"unknown calibration option {key!r} (known for {source!r}: {able})")
-            options["samples" if key == "n" else key] = _value(key, value)
+                near = difflib.get_close_matches(key, known, n=1) if source != "none" else []
+                hint = f", did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown calibration option {key!r}{hint} (known for {source!r}: {able})")
+            if key in given:
+                raise ValueError(f"calibration option {key} is given twice in {text!r}")
+            given[key] = _value(key, value)
+        options = {"samples": given.pop("n", samples), "seed": seed} | given
         if rest and source != "dataset":
             raise ValueError(f"calibration source {source!r} takes no path, got {text!r}")
         spec = cls(source, path=":".join(rest) or None, **options)
@@ -134,7 +139,9 @@ class CalibrationSpec:
         if self.source == "none":
             return
         if not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"calibration needs at least 1 sample, got calibration_samples={self.samples!r}")
+            raise ValueError(f"calibration needs at least 1 sample, got {self.samples!r} (calibration_samples= or :n=)")
+        if self.seed < 0:
+            raise ValueError(f"the seed of a calibration must be 0 or above, got {self.seed}")
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"calibration needs at least 1 token, got tokens={self.tokens!r}")
         if self.source != "dataset":
@@ -178,6 +185,8 @@ def _value(key: str, text: str) -> Any:
             raise ValueError(f"calibration option {key} must be a whole number, got {text!r}")
         return int(text)
     if key != "force":
+        if not text:
+            raise ValueError(f"calibration option {key} is empty")
         return text
     if text.lower() not in ("true", "false"):
         raise ValueError(f"calibration option force must be true or false, got {text!r}")
