@@ -7,14 +7,14 @@ v1_mscoco_val2017_advqa_annotations.json, COCO's val2014 photographs). `LMMS_PLU
 """
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from lmms_plugin.tasks import writing
+from lmms_plugin.tasks.annotations import entries
 from lmms_plugin.tasks.images import DatasetError
 
 FEATURES = datasets.Features(
@@ -32,6 +32,7 @@ FEATURES = datasets.Features(
         ),
     }
 )
+_IDS = ("question_id", "image_id")
 _ANSWER = ("answer", "answer_confidence", "answer_id")
 
 
@@ -42,8 +43,8 @@ def rows(questions: Path, annotations: Path, images: Path) -> Iterator[dict[str,
         DatasetError: a file is not in the challenge's form, a question has no annotation or another photograph there,
             or its photograph is missing.
     """
-    annotated = {entry["question_id"]: entry for entry in _entries(annotations, "annotations", "answers")}
-    for question in _entries(questions, "questions", "question"):
+    annotated = {entry["question_id"]: entry for entry in entries(annotations, "annotations", {*_IDS, "answers"})}
+    for question in entries(questions, "questions", {*_IDS, "question"}):
         number = question["question_id"]
         annotation = annotated.get(number)
         if annotation is None:
@@ -70,18 +71,6 @@ def write(questions: Path, annotations: Path, images: Path, out: Path) -> int:
         DatasetError: see `rows`.
     """
     return writing.write(rows(questions, annotations, images), FEATURES, out)
-
-
-def _entries(path: Path, key: str, field: str) -> list[Mapping[str, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    entries = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise DatasetError(f"{path}: expected an object with a list {key!r}, got {str(content)[:80]}")
-    for entry in entries:
-        missing = {"question_id", "image_id", field} - set(entry)
-        if missing:
-            raise DatasetError(f"{path}: expected {sorted(missing)} in every entry of {key!r}, got {str(entry)[:80]}")
-    return entries
 
 
 def _photograph(folder: Path, number: int) -> Path:

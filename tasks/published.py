@@ -18,6 +18,7 @@ import datasets
 import pyarrow.parquet as pq
 
 from lmms_plugin.tasks import writing
+from lmms_plugin.tasks.annotations import entries
 from lmms_plugin.tasks.images import DatasetError
 
 _TEXT, _INTEGER, _NUMBER = datasets.Value("string"), datasets.Value("int64"), datasets.Value("float64")
@@ -76,24 +77,14 @@ def _mdetr(path: Path) -> Rows:
     """One row per entry of `images`, which are expressions, with its boxes gathered from `annotations`."""
     content = json.loads(path.read_text(encoding="utf-8"))
     boxes: defaultdict[int, list[list[float]]] = defaultdict(list)
-    for entry in _entries(path, content, "annotations", ("image_id", "empty", "bbox")):
+    for entry in entries(path, "annotations", ("image_id", "empty", "bbox"), content):
         if not entry["empty"]:
             boxes[entry["image_id"]].append(entry["bbox"])
-    expressions = _entries(path, content, "images", ("id", "caption", "file_name", "width", "height"))
+    expressions = entries(path, "images", ("id", "caption", "file_name", "width", "height"), content)
     if unknown := boxes.keys() - {entry["id"] for entry in expressions}:
         raise DatasetError(f"{path}: 'annotations' refer to {sorted(unknown)[:3]}, which are no 'id' of 'images'")
     for entry in expressions:
         yield {**entry, "bboxes": boxes[entry["id"]]}
-
-
-def _entries(path: Path, content: Any, key: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    entries = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise DatasetError(f"{path}: expected an object with a list {key!r}, got {str(content)[:80]}")
-    for entry in entries:
-        if missing := set(fields) - set(entry):
-            raise DatasetError(f"{path}: expected {sorted(missing)} in every entry of {key!r}, got {str(entry)[:80]}")
-    return entries
 
 
 def _questions(path: Path) -> Rows:

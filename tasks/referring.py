@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
 import datasets
@@ -119,6 +119,7 @@ class ReferringDocs(Documents):
         light = [name for name in rows.column_names if name not in (IMAGE, "segmentation")]
         self._rows: list[dict[str, Any]] = rows.select_columns(light).to_list()
         self._sizes: dict[int, tuple[int, int]] = {}
+        self._keys: dict[int, str] = {}
         self._places = [place for row in range(len(self._rows)) for place in self._places_of(row)]
         if not self._places:
             raise DatasetError(f"{source.place()}: none of {len(self._rows)} rows makes a document")
@@ -156,15 +157,17 @@ class ReferringDocs(Documents):
         row = self._places[i].row
         if self._source.photograph:
             return image_id(str(_value(self._rows[row], self._source.photograph)))
-        encoded = self._encoded[row][IMAGE]
-        if encoded is None:
-            raise DatasetError(f"{self._where(row)}: column {IMAGE!r} is empty")
-        content = encoded["bytes"] or Path(encoded["path"]).read_bytes()
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
+        if row not in self._keys:
+            encoded = self._encoded[row][IMAGE]
+            if encoded is None:
+                raise DatasetError(f"{self._where(row)}: column {IMAGE!r} is empty")
+            content = encoded["bytes"] or Path(encoded["path"]).read_bytes()
+            self._keys[row] = hashlib.blake2b(content, digest_size=16).hexdigest()
+        return self._keys[row]
 
     def _places_of(self, number: int) -> Iterator[_Place]:
         source, row = self._source, self._rows[number]
-        if source.photograph and not _value(row, source.photograph):
+        if source.photograph and _value(row, source.photograph) in (None, ""):
             raise DatasetError(f"row {number}: column {source.photograph!r} is empty")
         texts, boxes = self._texts(number), self._boxes(number)
         if boxes is None:
@@ -192,15 +195,12 @@ class ReferringDocs(Documents):
         """Boxes as they are written; [None] where there is no target, None where the row is no document at all."""
         source, row = self._source, self._rows[number]
         written = _value(row, source.box)
-        if source.nothing and row[source.nothing[0]] == source.nothing[1]:
-            written, without = None, True
-        else:
-            without = source.boxes and not written
-        if without:
+        nothing = source.nothing and _value(row, source.nothing[0]) == source.nothing[1]
+        if nothing or (source.boxes and not written):
             return [None] if source.rejection else None
-        if source.boxes:
-            return list(written) if len(written) == 1 else None
-        return list(written or []) if source.per == "object" else [written if written is not None else []]
+        boxes = written or [] if source.boxes or source.per == "object" else [written]
+        # None stands for no target; where a box is missing, there are no four numbers.
+        return None if source.boxes and len(boxes) != 1 else [[] if box is None else box for box in boxes]
 
     def _numbers(self, number: int, written: Any) -> list[float]:
         try:
@@ -217,8 +217,9 @@ class ReferringDocs(Documents):
     def _check_reach(self) -> None:
         boxes = [place for place in self._places if place.box is not None]
         sampled = boxes[:: max(1, len(boxes) // _SAMPLED)]
+        in_images = [(place.box or [], self._size(place.row)) for place in sampled]
         try:
-            self._source.convention.reach((place.box or [], self._size(place.row)) for place in sampled)
+            self._source.convention.reach(in_images)
         except ValueError as error:
             raise DatasetError(f"{self._source.place()}: column {self._source.box!r}: {error}") from error
 
@@ -251,11 +252,12 @@ def image_id(file_name: str) -> str:
     """Name of the photograph a row was cut from.
 
     RefCOCO+ appends the number of the annotation to COCO's file name (`COCO_train2014_000000581857_16.jpg`); two rows
-    on the same photograph must share seed of corruption and bootstrap cluster. Other names are taken as they are.
+    on the same photograph must share seed of corruption and bootstrap cluster. Other names are taken as they are,
+    with their folder.
     """
-    stem = Path(file_name).stem
-    coco = _COCO_FILE.match(stem)
-    return coco.group(1) if coco else stem
+    path = PurePath(file_name)
+    coco = _COCO_FILE.match(path.stem)
+    return coco.group(1) if coco else str(path.with_suffix(""))
 
 
 def _value(row: Mapping[str, Any], column: str) -> Any:

@@ -25,6 +25,7 @@ import datasets
 
 from lmms_plugin.confidence import ESTIMATORS
 from lmms_plugin.tasks import grounding
+from lmms_plugin.tasks.annotations import entries
 from lmms_plugin.tasks.expressions import ExpressionDocs
 from lmms_plugin.tasks.images import DatasetError
 from lmms_plugin.tasks.refcocoplus import SPLITS
@@ -54,10 +55,10 @@ class Review:
 
     def __init__(self, path: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
-        entries = {key: _entries(path, content, key) for key in _FIELDS}
-        expressions = {entry["id"]: entry for entry in entries["images"]}
+        images, annotations = (entries(path, key, fields, content) for key, fields in _FIELDS.items())
+        expressions = {entry["id"]: entry for entry in images}
         self._said: defaultdict[int, list[tuple[Box, str, bool]]] = defaultdict(list)
-        for entry in entries["annotations"]:
+        for entry in annotations:
             if entry["caption_quality"] not in (0, 1):
                 raise DatasetError(f"{path}: expected 'caption_quality' 0 or 1, got {entry['caption_quality']!r}")
             expression = expressions.get(entry["image_id"])
@@ -158,17 +159,6 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     if clean is not None:
         again["clean_rate"] = {"score": float(clean), **identity}
     return {**output, **again, "reviewed_rate": {"score": float(clean is not None), **identity}}
-
-
-def _entries(path: Path, content: Any, key: str) -> list[Mapping[str, Any]]:
-    entries = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
-        found = sorted(content) if isinstance(content, dict) else str(content)[:80]
-        raise DatasetError(f"{path}: expected an object with a list {key!r}, got {found}")
-    for entry in entries:
-        if missing := set(_FIELDS[key]) - set(entry):
-            raise DatasetError(f"{path}: expected {sorted(missing)} in every entry of {key!r}, got {str(entry)[:120]}")
-    return entries
 
 
 def _photograph(file_name: str) -> int:

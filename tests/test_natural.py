@@ -123,6 +123,10 @@ def twice_the_captions(row):
     return {"objects": {**row["objects"], "captions": row["objects"]["captions"] * 2}}
 
 
+def a_box_less(row):
+    return {"objects": {**row["objects"], "bbox": [None, *row["objects"]["bbox"][1:]]}}
+
+
 BROKEN = [
     ("ref_l4_test", renamed("caption", "text"), r"column 'caption' is missing: expected a string; .*'text'"),
     ("ref_l4_test", changed(as_xyxy), r"row \d+ \(\w+\.jpg\): column 'bbox': expected \[x, y, width, height\] in pix"),
@@ -141,6 +145,7 @@ BROKEN = [
         changed(twice_the_captions),
         r"row 0 \(astr.*boxes in column 'objects.bbox' .*captions', got 2 and 4",
     ),
+    ("dior_rsvg", changed(a_box_less), r"row 0 .*column 'objects.bbox': expected a list of four numbers"),
     ("dior_rsvg", renamed("objects", "items"), r"column 'objects.captions' is missing.*'items'"),
     ("vrsbench", with_value(ground_truth="{<10><20><30>}"), r"column 'ground_truth': expected .*0 to 100"),
     ("vrsbench", with_value(ground_truth="{<100><200><900><950>}"), r"'ground_truth': .*would fit as .*1000"),
