@@ -24,8 +24,8 @@ from lmms_plugin.metrics.paired import (
 )
 from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.weighted import Binned, Means
-from lmms_plugin.reliability import PRINTED, REJECTED, Grid, Settings, as_table, families, grids, reported
-from lmms_plugin.results import REJECTION, Kind, Run, TaskRecords, match
+from lmms_plugin.reliability import PRINTED, REJECTED, Grid, Settings, as_table, families, grids
+from lmms_plugin.results import REJECTION, Kind, Run, TaskRecords, match, reported
 
 MEANS = ("accuracy", "mean_iou", "parse_rate")
 BINNED = ("ece", "brier")
