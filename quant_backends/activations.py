@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmms_plugin.quant_backends.codes import rows_per_block
+from lmms_plugin.quant_backends.codes import all_finite, rows_per_block
 from lmms_plugin.quant_backends.linear import QuantizedLinear
 
 ROLES = ("image", "text", "answer")
@@ -159,7 +159,7 @@ class InputStatistics:
         Raises:
             ValueError: They hold NaN or infinite values; the message names the layer.
         """
-        if not torch.isfinite(self.gram).all():
+        if not all_finite(self.gram):
             raise ValueError(f"{self.names[0]}: its calibration inputs hold NaN or infinite values")
 
     def output_error(self, weight: Tensor, layer: QuantizedLinear) -> float:

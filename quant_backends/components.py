@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
+from lmms_plugin.quant_backends.codes import all_finite
 from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plan import Component
 
@@ -73,7 +73,7 @@ def dense_linear(model: nn.Module, name: str) -> nn.Linear:
 
 def expect_finite(name: str, weight: Tensor) -> None:
     """Refuse weights that no quantizer can do justice to."""
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ValueError(f"{name}: the checkpoint's weight holds NaN or infinite values")
 
 

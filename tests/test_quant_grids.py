@@ -6,6 +6,7 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 
 from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends.codes import all_finite
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.rtn import nearest_values, round_to_nearest
@@ -58,6 +59,17 @@ def test_symmetric_grid_by_hand():
     # Step 2·3/3 = 2: levels -4, -2, 0, 2; 3 is clipped to 2 and -3 ties to the even level -4.
     assert codes.scale.tolist() == [[2.0]]
     assert codes.dequantize(2, torch.float32).tolist() == [[-4.0, 0.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_value_that_is_not_finite_is_found(dtype):
+    matrix = weight().to(dtype)
+    assert all_finite(matrix)
+    assert all_finite(matrix[:0])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        damaged = matrix.clone()
+        damaged[3, 5] = value
+        assert not all_finite(damaged)
 
 
 def test_a_group_of_zeros_stays_zero():
