@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from bench.reporting import Row, machine, write
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.activations import InputStatistics, squared_errors
 from lmms_plugin.quant_backends.plan import QuantSpec
@@ -254,8 +255,8 @@ def mean(errors: dict[str, float]) -> float:
     return (sum(error**2 for error in errors.values()) / len(errors)) ** 0.5
 
 
-def compare(name: str, python: Path, samples: int) -> Iterator[dict[str, Any]]:
-    """All cases on one model."""
+def compare(name: str, python: Path, samples: int) -> Iterator[Row]:
+    """All cases on one model; ratios of errors are ours / theirs here, as in the table."""
     model, inputs = MODELS[name](samples)
     calibration, held_out = inputs[:samples], inputs[samples:]
     statistics, others = gather(model, calibration), gather(model, held_out)
@@ -269,6 +270,7 @@ def compare(name: str, python: Path, samples: int) -> Iterator[dict[str, Any]]:
         whole = {who: float((changed - exact).norm() / exact.norm()) for who, changed in states.items()}
         ratios = {layer: errors["ours"][layer] / errors["theirs"][layer] for layer in own}
         yield {
+            "case": f"{name}, {case.method}",
             "inputs": name,
             **case._asdict(),
             **{who: mean(errors[who]) for who in found},
@@ -291,6 +293,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     python = environment(arguments.environment)
+    print(machine())
     print(f"{'inputs':6} {'method':16} {'bits':>4} {'group':>5} {'grid':4} {'rtn':>7} {'theirs':>7}", end="")
     print(f" {'ours':>7} {'ratio':>6} {'worst layer':>11} {'held out':>8} {'model':>6}")
     rows = []
@@ -302,8 +305,7 @@ def main() -> None:
                 print(f"{name:6} {row['method']:16} {row['bits']:4} {row['group_size']:5} {grid:4}", end="")
                 print(f" {row['rtn']:7.4f} {row['theirs']:7.4f} {row['ours']:7.4f} {row['ratio']:6.3f}", end="")
                 print(f" {row['worst_layer']:11.3f} {row['held_out']:8.3f} {row['model']:6.3f}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2))
+    write(arguments.json, rows)
     above = sum(row["ratio"] > LIMIT for row in rows)
     print(f"{len(rows)} cases, {above} with a ratio above {LIMIT}")
 

@@ -53,6 +53,7 @@ class Kernel(nn.Module, ABC):
 
     Attributes:
         name: Of the kernel, as reports show it.
+        scales: Name of the buffer that holds the scales.
         bits: Bits per code.
         rows: Of the weight.
         columns: Padding included.
@@ -60,6 +61,7 @@ class Kernel(nn.Module, ABC):
     """
 
     name: ClassVar[str]
+    scales: ClassVar[str] = "scale"
     bits: int
     rows: int
     columns: int
@@ -93,14 +95,14 @@ class Kernel(nn.Module, ABC):
         return self.columns // self.group_size
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the scales: what the layer computes in."""
+        return self.get_buffer(self.scales).dtype
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Where the weight lies."""
+        return self.get_buffer(self.scales).device
 
     @property
     def shape(self) -> Shape:
@@ -212,16 +214,6 @@ class Dequantize(Kernel):
     def matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T``."""
         return self.dequantized_matmul(x)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the scales."""
-        return self.scale.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the buffers live."""
-        return self.scale.device
 
     def canonical(self) -> Dequantize:
         """Return itself."""

@@ -36,6 +36,7 @@ class Int4Kernel(Kernel):
     Zero points are read back from them where that is exact, and kept beside them where it is not.
     """
 
+    scales = "scale_and_zero"
     scale_and_zero: Tensor
     zero_point: Tensor | None
 
@@ -82,16 +83,6 @@ class Int4Kernel(Kernel):
         repeated = self.scale_and_zero.shape[1] // self.groups
         offset = self.scale_and_zero[:, ::repeated, start:stop, 1].float().sum(0).T
         return (self._middle - offset / self._scales(start, stop).float()).round().clamp(0, 255).to(torch.uint8)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The bfloat16 of scales and activations."""
-        return self.scale_and_zero.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight lies."""
-        return self.scale_and_zero.device
 
 
 class CpuInt4(Int4Kernel):
@@ -297,16 +288,6 @@ class CpuInt8(Kernel):
             offset = self.scale.float() * (128 - self.zero_point.float())
             total.addmm_(group_sums(x.float(), self.groups), offset)
         return total.to(x.dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The bfloat16 of scales and activations."""
-        return self.scale.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight lies."""
-        return self.scale.device
 
 
 class CudaInt4(Int4Kernel):
