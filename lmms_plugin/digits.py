@@ -134,7 +134,8 @@ def _endings(head: int, count: int) -> Floats:
     """Return numbers that begin with `head` and go on with `count` more digits, evenly spaced."""
     number = 10**count
     shown = min(number, _ENDINGS)
-    return head * float(number) + (np.arange(shown) + 0.5) * (number / shown) - 0.5
+    endings: Floats = (np.arange(shown) + 0.5) * (number / shown) - 0.5
+    return endings + head * float(number)
 
 
 def expected_iou(answered: AnsweredBox, *, points: int = POINTS, exact: int = EXACT) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from lmms_plugin import metrics
-from lmms_plugin.metrics.bootstrap import Clusters, Interval, bootstrap, interval
+from lmms_plugin.metrics.bootstrap import Clusters, Interval, Statistic, bootstrap, interval
 from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.weighted import METHODS, Binned
 from lmms_plugin.reliability import Settings
@@ -26,11 +26,11 @@ class Judged(NamedTuple):
         missing: How many it has none for, left out of what follows.
         accuracy: Of the records with a value.
         auroc: Of telling right from wrong answers; NaN where all are one or the other.
-        auroc_interval: Its interval over images.
         aurc: Area under the risk-coverage curve.
-        aurc_interval: Its interval over images.
         ece: Expected calibration error.
-        ece_interval: Its interval over images.
+        auroc_interval: Over images.
+        aurc_interval: Over images.
+        ece_interval: Over images.
         ece_floor: The ECE that a perfectly calibrated model would have, on average, with these confidences.
     """
 
@@ -40,10 +40,10 @@ class Judged(NamedTuple):
     missing: int
     accuracy: float
     auroc: float
-    auroc_interval: Interval
     aurc: float
-    aurc_interval: Interval
     ece: float
+    auroc_interval: Interval
+    aurc_interval: Interval
     ece_interval: Interval
     ece_floor: float
 
@@ -71,19 +71,25 @@ def _judge(records: TaskRecords, name: str, settings: Settings) -> Judged:
     known = keep & ~np.isnan(records.confidence[name])
     confidence, outcome = records.confidence[name][known], records.outcome[known]
     clusters = Clusters.of(records.images[known])
-    statistics = [Ranked(confidence, outcome, clusters), Binned(confidence, outcome, clusters)]
+    statistics: list[Statistic] = [Ranked(confidence, outcome, clusters), Binned(confidence, outcome, clusters)]
     ranked, binned = bootstrap(
         statistics, clusters.count, resamples=settings.resamples, seed=settings.seed, workers=settings.workers
     )
-    found = {}
-    for metric, draws in (("auroc", ranked), ("aurc", ranked), ("ece", binned)):
-        value, resampled = draws.of(metric)
-        found[metric] = value
-        method = METHODS.get(metric, "percentile")
-        found[f"{metric}_interval"] = interval(value, resampled, level=settings.level, method=method)
-    floor = metrics.ece_floor(confidence, seed=settings.seed)[0]
-    missing = int(keep.sum() - known.sum())
-    return Judged(records.task, name, confidence.size, missing, float(outcome.mean()), **found, ece_floor=floor)
+    auroc, aurc, ece = ranked.of("auroc"), ranked.of("aurc"), binned.of("ece")
+    return Judged(
+        records.task,
+        name,
+        records=confidence.size,
+        missing=int(keep.sum() - known.sum()),
+        accuracy=float(outcome.mean()),
+        auroc=auroc[0],
+        aurc=aurc[0],
+        ece=ece[0],
+        auroc_interval=interval(*auroc, level=settings.level),
+        aurc_interval=interval(*aurc, level=settings.level),
+        ece_interval=interval(*ece, level=settings.level, method=METHODS["ece"]),
+        ece_floor=metrics.ece_floor(confidence, seed=settings.seed)[0],
+    )
 
 
 def table(judged: list[Judged], title: str, level: float) -> Table:

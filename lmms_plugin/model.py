@@ -277,7 +277,7 @@ class QuantizedVLM(lmms):
 
     def _generate(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[tuple[str, int]]:
         seeds = [job.request.seed(self.arguments.seed) for job in jobs]
-        cache = batch.inputs.get("past_key_values")
+        cache: Any = batch.inputs.get("past_key_values")
         columns = 0 if cache is None else cache.get_seq_length()
         answers, learned = self._answers(batch, prompts, jobs, seeds)
         sampled = self._sampled(batch, prompts, jobs, columns)
