@@ -101,6 +101,8 @@ def metrics(
     settings = reliability.Settings(estimator, resamples, seed, level, held_out, calibrator, workers)
     chosen = None if chosen_on is None else read_one(chosen_on)
     runs = [read(file) for file in find(results)]
+    for line in (line for run in runs for line in reliability.without_grid(run)):
+        typer.echo(line, err=True)
     found = [(run, reliability.measure(run, settings, chosen), reliability.robust(run, settings)) for run in runs]
     if json:
         names = ("run", "file", "limit", "metrics", "robustness")
@@ -133,6 +135,8 @@ def compare(
 
     settings = reliability.Settings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
     runs = read_one(first), read_one(second)
+    for line in reliability.without_grid(runs[0]):
+        typer.echo(line, err=True)
     found = comparison.compare(*runs, settings, margin)
     if json:
         _print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})

@@ -6,9 +6,10 @@ what is chosen on clean held-out images is then applied to the other images, cle
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ from lmms_plugin.results import HELD_OUT, REJECTION, SHIFTED, Place, Run, TaskRe
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-Grid = tuple[TaskRecords, dict[tuple[str, int], TaskRecords]]
+Cells = dict[tuple[str, int], TaskRecords]
+Grid = tuple[TaskRecords, Cells]
 STRICTER = (0.75, 0.9)
 ADDED = ("ece", "aurc")
 REJECTED = ("auroc", "fpr_at_tpr")
@@ -177,16 +179,40 @@ def grids(tasks: Sequence[TaskRecords]) -> dict[str, Grid]:
         By the clean task's name, and what is shifted unless that is the image; none without a clean task or a full
         table.
     """
-    clean = [records for records in tasks if records.place.shift is None]
     found = {}
-    for which in SHIFTED:
-        chosen = [r for r in tasks if r.place.shift is not None and r.place.shifts == which]
-        cells = {_cell(records.place): records for records in chosen}
-        shifts, severities = {shift for shift, _ in cells}, {severity for _, severity in cells}
-        if len(clean) == 1 and cells and len(cells) == len(shifts) * len(severities):
+    for which, clean, cells in _by_shift(tasks):
+        if not _lacking(clean, cells):
             title = clean[0].task if which == SHIFTED[0] else f"{clean[0].task}, {which}"
             found[title] = clean[0], dict(sorted(cells.items()))
     return found
+
+
+def without_grid(run: Run) -> list[str]:
+    """Shifted tasks of which no robustness can be told, and why not, one line for each dataset and kind of shift."""
+    lines = []
+    for tasks in families(records for records in run.tasks.values() if records.kind is not REJECTION):
+        for which, clean, cells in _by_shift(tasks):
+            if why := _lacking(clean, cells):
+                first = next(iter(cells.values())).task
+                lines.append(f"{run.file}: no robustness to shifts of {which} from {first} (of {len(cells)}): {why}")
+    return lines
+
+
+def _by_shift(tasks: Sequence[TaskRecords]) -> Iterator[tuple[str, list[TaskRecords], Cells]]:
+    clean = [records for records in tasks if records.place.shift is None]
+    for which in SHIFTED:
+        chosen = [r for r in tasks if r.place.shift is not None and r.place.shifts == which]
+        if chosen:
+            yield which, clean, {_cell(records.place): records for records in chosen}
+
+
+def _lacking(clean: Sequence[TaskRecords], cells: Cells) -> str:
+    """What keeps tasks from being a table of shifts × severities beside a clean task; "" if nothing does."""
+    if len(clean) != 1:
+        return f"expected one clean task on the same split, got {', '.join(r.task for r in clean) or 'none'}"
+    shifts, severities = ({cell[k] for cell in cells} for k in (0, 1))
+    missing = [f"{shift} {severity}" for shift, severity in sorted(set(product(shifts, severities)) - set(cells))]
+    return f"a mean over shifts and severities lacks {', '.join(missing[:4])} (of {len(missing)})" if missing else ""
 
 
 def shared(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
@@ -309,7 +335,7 @@ def _pairs(records: TaskRecords, known: Mask) -> tuple[npt.NDArray[np.intp], npt
     """Of each pair with both confidences the places of its true and of its changed expression, shape (pairs,)."""
     sides = [np.flatnonzero(known & (records.outcome == side)) for side in (1.0, 0.0)]
     pairs = [records.pairs[side] if records.pairs is not None else side for side in sides]
-    _, true, changed = np.intersect1d(*pairs, return_indices=True)
+    _, true, changed = np.intersect1d(pairs[0], pairs[1], return_indices=True)
     return sides[0][true], sides[1][changed]
 
 

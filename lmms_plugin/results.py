@@ -126,7 +126,7 @@ class TaskRecords:
     def only(self, keep: npt.NDArray[np.bool_]) -> "TaskRecords":
         """The records of a mask of shape (n,)."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        kept = {name: array[keep] for name, array in arrays.items() if isinstance(array, np.ndarray)}
+        kept: dict[str, Any] = {name: array[keep] for name, array in arrays.items() if isinstance(array, np.ndarray)}
         return replace(self, **kept, confidence={name: values[keep] for name, values in self.confidence.items()})
 
     def confidence_by(self, estimator: str | None) -> Floats:
@@ -342,7 +342,7 @@ def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
     return {name: _fractions(f"confidence {name}", column, ids, log, missing=True) for name, column in columns.items()}
 
 
-def _fractions(name: str, values: list[Any], ids: Sequence[str], log: Path, *, missing: bool = False) -> Floats:
+def _fractions(name: str, values: list[Any], ids: Sequence[str] | Texts, log: Path, *, missing: bool = False) -> Floats:
     numbers = all(isinstance(value, float | int) for value in values)
     array = np.array(values if numbers else [math.inf], dtype=np.float64)
     bad = ~((array >= 0.0) & (array <= 1.0)) & ~(np.isnan(array) & missing)

@@ -1,8 +1,10 @@
 """Results folders: reading, matching, and the metrics and comparisons made of them."""
 
+import dataclasses
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -306,6 +308,20 @@ def test_robustness_per_severity(tmp_path):
     assert 0 < accuracy.per_severity[1] < accuracy.per_severity[3]
     # Confidence says nothing about these answers, so the area under the risk grows with the errors.
     assert 0 < rows["aurc"].per_severity[1] < rows["aurc"].per_severity[3]
+
+
+def test_what_keeps_robustness_from_being_told_is_said(tmp_path):
+    whole = write_grid(tmp_path / "whole", 0.9)
+    assert reliability.without_grid(whole) == []
+    for lost, why in (
+        ("rec", "expected one clean task on the same split, got none"),
+        ("rec_fog_3", r"a mean over shifts and severities lacks fog 3 \(of 1\)"),
+    ):
+        tasks = {name: records for name, records in whole.tasks.items() if name != lost}
+        run = dataclasses.replace(whole, tasks=tasks)
+        (line,) = reliability.without_grid(run)
+        assert re.search(f"no robustness to shifts of image from rec_fog_1 .*: {why}", line)
+        assert reliability.robust(run, SETTINGS) == {}
 
 
 def test_comparison_with_itself_finds_nothing(tmp_path):

@@ -278,7 +278,7 @@ def _starts(ordered: npt.NDArray[np.generic]) -> Places:
 
 def _cumulative(drawn: Whole, total: int) -> Whole:
     """Sums of the first 0, 1, … n, shape (n + 1,); numpy adds 32-bit integers up several times as fast as others."""
-    sums = np.empty(drawn.size + 1, np.int32 if total <= _SMALL else np.int64)
+    sums: Whole = np.empty(drawn.size + 1, np.int32 if total <= _SMALL else np.int64)
     sums[0] = 0
     np.cumsum(drawn, dtype=sums.dtype, out=sums[1:])
     return sums
