@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 def components(model: PreTrainedModel) -> dict[str, Component]:
     """Say for every linear layer of a model which component it belongs to.
 
-    The vision tower, the decoder and the output projection are those the transformers model itself
-    names; a merger inside the vision tower and everything outside all three is the connector.
+    The vision tower, the decoder, the output projection and an audio tower are those the transformers model itself
+    names. Any other part that takes pixels (a second tower for details or for video) is vision too; a merger inside a
+    vision tower and everything outside of all these is the connector.
 
     Args:
         model: A transformers model; it may lie on the meta device and may be quantized already.
@@ -44,23 +45,39 @@ def splitter(model: PreTrainedModel) -> Callable[[str], Component]:
     paths = {id(module): name for name, module in model.named_modules()}
     vision = paths.get(id(model.get_encoder(modality="image")), "")
     language = paths.get(id(model.get_decoder()), "")
-    head = paths.get(id(model.get_output_embeddings()), "")
+    audio = paths.get(id(model.get_encoder(modality="audio")), "")
+    heads = _heads(model, paths)
     if not vision or not language or _within(vision, language) or _within(language, vision):
         raise ValueError(
             f"cannot split {type(model).__name__} into vision tower and decoder "
             f"(found {vision or 'none'!r} and {language or 'none'!r}) in\n{module_tree(model)}"
         )
+    towers = [vision, *(tower for tower in _takers_of_pixels(paths, model) if not _within(language, tower))]
 
     def component_of(name: str) -> Component:
-        if head and _within(name, head):
+        if any(_within(name, head) for head in heads):
             return "head"
         if _within(name, language):
             return "language"
-        if _within(name, vision) and "merger" not in name.removeprefix(vision):
+        tower = next((tower for tower in towers if _within(name, tower)), None)
+        if tower is not None and "merger" not in name.removeprefix(tower):
             return "vision"
-        return "connector"
+        return "audio" if tower is None and audio and _within(name, audio) else "connector"
 
     return component_of
+
+
+def _heads(model: PreTrainedModel, paths: Mapping[int, str]) -> list[str]:
+    """Return the output projections: a whole model within does not always hand its own on to the outermost one."""
+    found = [part.get_output_embeddings() for part in model.modules() if hasattr(part, "get_output_embeddings")]
+    heads = {id(head): head for head in found if isinstance(head, nn.Linear | QuantizedLinear)}
+    return [paths[key] for key in heads if key in paths]
+
+
+def _takers_of_pixels(paths: Mapping[int, str], model: PreTrainedModel) -> Iterator[str]:
+    for module in model.modules():
+        if getattr(module, "main_input_name", None) == "pixel_values" and paths[id(module)]:
+            yield paths[id(module)]
 
 
 def dense_linear(model: nn.Module, name: str) -> nn.Linear:

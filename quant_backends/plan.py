@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
-Component = Literal["vision", "connector", "language", "head"]
+Component = Literal["vision", "connector", "language", "head", "audio"]
 
-COMPONENTS: tuple[Component, ...] = get_args(Component)
+COMPONENTS: tuple[Component, ...] = ("vision", "connector", "language", "head")
+"""What a plan can ask for. Layers of an audio tower, which no image passes, are touched by rules alone."""
+
 UNTOUCHED_BITS = 16
 """The number of bits that means: leave these weights as the checkpoint has them."""
 
@@ -180,9 +182,12 @@ class QuantPlan:
         specs: dict[str, Any] = dict(components) | {
             name: _read_spec(entry, default, f"{path}: {name}") for name, entry in named.items()
         }
-        rules = tuple(_read_rule(entry, default, str(path)) for entry in content.get("rules") or ())
-        skip = content.get("skip") or ()
-        if isinstance(skip, str) or not all(isinstance(pattern, str) for pattern in skip):
+        entries = content.get("rules") or []
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: rules must be a list of mappings, got {entries!r}")
+        rules = tuple(_read_rule(entry, default, str(path)) for entry in entries)
+        skip = content.get("skip") or []
+        if not isinstance(skip, list) or not all(isinstance(pattern, str) for pattern in skip):
             raise ValueError(f"{path}: skip must be a list of regular expressions, got {skip!r}")
         return cls(**specs, rules=rules, skip=tuple(skip))
 
@@ -229,7 +234,7 @@ class QuantPlan:
             if rule.matches(name):
                 touched = rule.spec is not None and not rule.spec.untouched
                 return (rule.spec if touched else None), f"the plan leaves {rule.pattern!r} at 16 bits"
-        return getattr(self, component), f"the plan leaves {component} at 16 bits"
+        return getattr(self, component, None), f"the plan leaves {component} at 16 bits"
 
     def _expect_matches(self, names: Iterable[str]) -> None:
         names = list(names)

@@ -114,7 +114,10 @@ def test_plan_file(plan_file):
         ("rules: [{match: '(', bits: 4}]", "not a regular expression"),
         ("rules: [{match: a, skip: true, bits: 4}]", "both skips and sets bits"),
         ("rules: [{match: a, bites: 4}]", "unknown key 'bites'"),
+        ("rules: {match: a, bits: 4}", "rules must be a list"),
+        ("rules: 5", "rules must be a list"),
         ("skip: lm_head", "skip must be a list"),
+        ("skip: {lm_head: true}", "skip must be a list"),
         ("a: [", "not YAML"),
     ],
 )
