@@ -1,6 +1,7 @@
 """Kernels of packed layers: the same weight in another layout, the same product, and nothing held twice."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -177,6 +178,15 @@ class Broken(Dequantize):
         raise RuntimeError("no such operator")
 
 
+class Missing(Dequantize):
+    """A kernel that this build of torch lacks."""
+
+    name = "missing"
+
+    def matmul(self, x):
+        return torch.ops.aten._no_such_kernel(x)
+
+
 class Forgetful(Dequantize):
     """A kernel whose layout loses a code."""
 
@@ -189,8 +199,13 @@ class Forgetful(Dequantize):
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [(Wrong, "wrong is 1 away"), (Broken, "no such operator"), (Forgetful, "does not give codes back")],
-    ids=["product", "error", "layout"],
+    [
+        (Wrong, "wrong is 1 away"),
+        (Broken, "broken fails: no such operator"),
+        (Missing, "missing fails: .*_no_such_kernel"),
+        (Forgetful, "does not give codes back"),
+    ],
+    ids=["product", "error", "missing", "layout"],
 )
 def test_a_kernel_that_disagrees_is_not_used_and_a_warning_says_so_once(monkeypatch, kind, says):
     monkeypatch.setattr(native_kernels, "NATIVE_KERNELS", (kind,))
@@ -203,7 +218,40 @@ def test_a_kernel_that_disagrees_is_not_used_and_a_warning_says_so_once(monkeypa
         logger.remove(sink)
     assert [kernel.name for kernel in chosen] == ["dequantize"] * 2
     assert len(messages) == 1
-    assert says in messages[0]
+    assert re.search(says, messages[0])
+
+
+@pytest.mark.parametrize(
+    ("capability", "bits", "dtype", "taken"),
+    [
+        ((9, 0), 4, torch.bfloat16, True),
+        ((8, 0), 4, torch.bfloat16, True),
+        ((7, 5), 4, torch.bfloat16, False),
+        ((9, 0), 3, torch.bfloat16, False),
+        ((9, 0), 4, torch.float16, False),
+    ],
+    ids=["Hopper", "Ampere", "Turing", "3 bits", "float16"],
+)
+def test_which_weights_the_int4_kernel_of_a_gpu_takes(monkeypatch, capability, bits, dtype, taken):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    shape = kernels.Shape(bits, 64, 256, 64, dtype, "cuda")
+    assert [kind for kind in native_kernels.NATIVE_KERNELS if kind.takes(shape)] == ([CudaInt4] if taken else [])
+
+
+def test_a_gpu_whose_kernel_fails_goes_on_with_dense_products_and_says_so(monkeypatch):
+    # Here no weight can lie on a GPU: the kernel is made to believe so, and torch refuses its operator.
+    monkeypatch.setattr(CudaInt4, "takes", classmethod(lambda cls, shape: True))
+    monkeypatch.setattr(native_kernels, "NATIVE_KERNELS", (CudaInt4,))
+    monkeypatch.setattr(kernels, "_FAILED", set())
+    messages = []
+    sink = logger.add(messages.append, level="WARNING", format="{message}")
+    layer = PackedLinear.from_codes(weight(4), QuantSpec(4, 64), 256)
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = layer(x)
+    logger.remove(sink)
+    assert layer.kernel == "dequantize"
+    assert relative(y, exact_product(x, weight(4), 4)) < 0.01
+    assert "Kernel torch CUDA int4 fails" in messages[0]
 
 
 def test_large_weights_are_dequantized_a_few_rows_at_a_time(monkeypatch):

@@ -22,6 +22,7 @@ from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec, Rule
 from lmms_plugin.quant_backends.quantization import quantize
+from lmms_plugin.quant_backends.report import QuantReport
 from lmms_plugin.quant_backends.synthetic import scene
 
 WHOLE = QuantPlan.from_arguments(bits=4, group_size=32, vision_bits=8)
@@ -340,11 +341,18 @@ def test_fused_experts_are_listed_and_not_forgotten():
     work = quantize(
         AutoModelForImageTextToText.from_config(config), get("rtn"), QuantPlan.from_arguments(group_size=32)
     )
-    experts = [module for module in work.modules() if "experts" in module.name]
+    modules = work.modules()
+    experts = [module for module in modules if "experts" in module.name]
     assert [len(module.shape) for module in experts] == [3, 3]
     assert all(
         module.component == "language" and "not the weight of an nn.Linear" in module.reason for module in experts
     )
+    report = QuantReport("rtn", modules, 0, 0, 0.0, None, None, None, {})
+    share, first = report.out_of_reach["language"]
+    language = [module for module in modules if module.component == "language"]
+    assert share == sum(module.weights for module in experts) / sum(module.weights for module in language)
+    assert f"{share:.0%} of the weights of language are not quantized: they lie in no linear layer" in report.table()
+    assert first in report.table()
 
 
 def test_out_of_memory_says_what_helps(checkpoint, monkeypatch):
@@ -372,3 +380,25 @@ def test_no_more_than_one_dense_layer_exists_while_loading(checkpoint, monkeypat
     load(checkpoint("llava"))
     assert len(dense) == 26
     assert not any(dense)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+def test_a_device_map_changes_nothing_but_the_place(checkpoint, device_map):
+    options = {"plan": WHOLE, "calibration": CalibrationSpec("noise", samples=1)}
+    mapped = load(checkpoint("qwen2_5_vl"), "awq", device_map=device_map, **options)
+    plain = load(checkpoint("qwen2_5_vl"), "awq", **options)
+    before, after = packed_layers(plain.model), packed_layers(mapped.model)
+    assert list(before) == list(after)
+    assert all(torch.equal(layer.weight, after[name].weight) for name, layer in before.items())
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_layers_on_disk_are_refused(checkpoint, method):
+    device_map = {"model.visual": "cpu", "model.language_model": "disk", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match="cannot be offloaded to disk; use a device_map without 'disk'"):
+        load(
+            checkpoint("qwen2_5_vl"),
+            method,
+            device_map=device_map,
+            calibration=CalibrationSpec("noise", samples=1) if method == "awq" else None,
+        )
