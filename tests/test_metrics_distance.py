@@ -24,6 +24,20 @@ def test_mmd_is_unbiased_for_equal_distributions():
     assert min(draws) < 0
 
 
+def test_mmd_of_pairs_is_unbiased_though_they_are_alike():
+    draws = []
+    for seed in range(400):
+        x, noise = np.random.default_rng(seed).normal(size=(2, 25, 3))
+        # The same distribution, and strongly correlated row by row.
+        draws.append(mmd(x, 0.8 * x + 0.6 * noise, 1.5, paired=True))
+    assert abs(np.mean(draws)) < 3 * np.std(draws) / 20
+
+
+def test_pairs_need_a_partner():
+    with pytest.raises(ValueError, match="40 and 30"):
+        mmd(X, Y, paired=True)
+
+
 def test_mmd_of_far_points_is_two():
     near = np.array([[0.0], [1e-9]])
     assert mmd(near, near + 100, 1.0) == pytest.approx(2.0)
