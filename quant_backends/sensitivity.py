@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lmms_plugin.quant_backends.activations import ROLES, TOKEN_ROLES, WEIGHED, Sensitivity
 from lmms_plugin.quant_backends.blocks import find_blocks, within
 from lmms_plugin.quant_backends.memory import Residence, return_freed_memory
+from lmms_plugin.quant_backends.wide_products import WideProducts
 
 HALF_PRECISION_SCALE = 1024.0
 """What the loss is multiplied by in float16, where the gradients at image positions (1e-8 to 1e-6) would underflow."""
@@ -203,7 +204,9 @@ def _recomputing(model: nn.Module, residence: Residence) -> Iterator[None]:
 def _recomputed(name: str, forward: Callable[..., Any], turns: _Turns) -> Callable[..., Any]:
     def present(*args: Any, **kwargs: Any) -> Any:
         turns.take(name)
-        return forward(*args, **kwargs)
+        # Entered here, since modes are not in force within the call of ``backward`` that computes the block again.
+        with WideProducts():
+            return forward(*args, **kwargs)
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(present, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -31,8 +31,22 @@ def test_the_product_is_that_of_float32_rounded_once(monkeypatch, dtype, bias):
 
 
 @pytest.mark.usefixtures("emulated")
-def test_under_gradients_nothing_changes(monkeypatch):
-    monkeypatch.setattr(wide_products, "_linear", None)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_go_through_frozen_layers_as_in_float32(monkeypatch, dtype):
+    monkeypatch.setattr(wide_products, "rows_per_block", lambda columns: 7)
+    layer = nn.Linear(96, 40).to(dtype).requires_grad_(requires_grad=False)
+    x = torch.randn(2, 5, 96).to(dtype).requires_grad_()
+    gradient = torch.randn(2, 5, 40).to(dtype)
+    with WideProducts():
+        layer(x).backward(gradient)
+    exact = gradient.double() @ layer.weight.double()
+    step = torch.finfo(dtype).eps * exact.abs() / 2
+    assert ((x.grad.double() - exact).abs() <= step + 1e-5).all()
+
+
+@pytest.mark.usefixtures("emulated")
+def test_weights_that_want_gradients_get_them(monkeypatch):
+    monkeypatch.setattr(wide_products, "_WideLinear", None)
     layer = nn.Linear(8, 4).bfloat16()
     with WideProducts():
         layer(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
@@ -41,7 +55,7 @@ def test_under_gradients_nothing_changes(monkeypatch):
 
 @torch.no_grad()
 def test_float32_and_processors_with_16_bit_arithmetic_are_left_alone(monkeypatch):
-    monkeypatch.setattr(wide_products, "_linear", None)
+    monkeypatch.setattr(wide_products, "_WideLinear", None)
     x = torch.randn(3, 8)
     layer = nn.Linear(8, 4)
     with WideProducts():
