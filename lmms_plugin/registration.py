@@ -160,9 +160,9 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
             return DatasetError(f"{task_list}: {cause}")
     reason = (str(causes[-1]) or type(causes[-1]).__name__).splitlines()[0]
     said = " ".join(map(str, causes))
-    for source in natural.SETS.values():
-        if source.hub_id and re.search(rf"{re.escape(source.hub_id)}(?!\w)", said):
-            return DatasetError(f"{task_list}: cannot load {source.place()}: {reason}. {source.hint}")
+    for shifted in natural.SETS.values():
+        if shifted.hub_id and re.search(rf"{re.escape(shifted.hub_id)}(?!\w)", said):
+            return DatasetError(f"{task_list}: cannot load {shifted.place()}: {reason}. {shifted.hint}")
     asked = [task_list] if isinstance(task_list, str) else [str(name) for name in task_list or []]
     if any(name.startswith("refcocoplus_") for name in asked):
         source = refcocoplus.source()
