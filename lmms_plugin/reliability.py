@@ -266,7 +266,8 @@ def table(numbers: Sequence[Number], title: str, level: float) -> Table:
 def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
     """Robustness for people to read."""
     severities = list(rows[0].per_severity)
-    shown = Table(title=f"{title} under shift", caption="per severity: share lost (accuracy, coverage) or what is added (ece, aurc)")
+    caption = "per severity: share lost (accuracy, coverage) or what is added (ece, aurc)"
+    shown = Table(title=f"{title} under shift", caption=caption)
     shown.add_column("metric", no_wrap=True)
     for heading in ("clean", "shifted", "retained", *(f"severity {severity}" for severity in severities)):
         shown.add_column(heading, justify="right")
