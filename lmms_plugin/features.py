@@ -8,16 +8,17 @@ before an answer is handed over: whatever a response cache holds has its feature
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+Read = TypeVar("Read")
 METADATA = "features"
 PORTION_BYTES = 2**26
 LAST_LAYER = -1
@@ -113,7 +114,7 @@ class Store(NamedTuple):
     """
 
     origin: Origin
-    index: Mapping[str, int]
+    index: Mapping[str, int]  # type: ignore[assignment]  # a method of tuples, which nobody calls here
     features: Features
 
 
@@ -218,7 +219,7 @@ def _read_file(file: Path) -> tuple[Origin, list[str], Features]:
     return _opened(file, contents)
 
 
-def _opened(file: Path, read: Any) -> Any:
+def _opened(file: Path, read: Callable[[Any], Read]) -> Read:
     try:
         with safe_open(file, framework="pt") as opened:
             return read(opened)

@@ -157,7 +157,7 @@ class Observer:
         Raises:
             RequestError: a prompt shows no image, or its text is not behind it.
         """
-        asked = [row for row, prompt in enumerate(prompts) if prompt.grounding or prompt.log_probabilities]
+        asked = [row for row, prompt in enumerate(prompts) if prompt.wants_confidence]
         confidences: list[Mapping[str, float]] = [{} for _ in prompts]
         if not asked:
             return confidences
@@ -181,4 +181,5 @@ class Observer:
 
 def _features(pooled: Pooled, answers: Sequence[Answer]) -> Features:
     logprobs = [math.fsum(token.logprob for token in answer.tokens) for answer in answers]
-    return Features(*(part.cpu() for part in pooled), torch.tensor(logprobs, dtype=torch.float32))
+    image, question, first = (part.cpu() for part in pooled)
+    return Features(image, question, first, torch.tensor(logprobs, dtype=torch.float32))
