@@ -58,8 +58,8 @@ def rows_per_block(columns: int) -> int:
 
 
 def columns_per_group(group_size: int | None, columns: int) -> int:
-    """Return the group size as a number: None means all columns of a weight."""
-    return columns if group_size is None else group_size
+    """Return the group size as a number: all columns of a weight if it is None, and never more than there are."""
+    return columns if group_size is None else min(group_size, columns)
 
 
 def split_groups(weight: Tensor, group_size: int | None) -> Tensor:

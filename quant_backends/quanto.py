@@ -48,7 +48,7 @@ class QuantoBackend(DataFreeBackend):
             scale = AbsmaxOptimizer()(weight, qint8, axis=0)
             quantized = quantize_weight(weight, qint8, 0, scale)
             return TensorLinear(quantized, width, bias=bias, bits=8, group_size=width, library="quanto")
-        group_size = min(columns_per_group(spec.group_size, width), width)
+        group_size = columns_per_group(spec.group_size, width)
         weight = pad_columns(weight, group_size)
         group = None if group_size == weight.shape[1] else group_size
         qtype = qint4 if spec.bits == 4 else qint2

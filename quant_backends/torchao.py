@@ -69,9 +69,9 @@ class TorchaoBackend(DataFreeBackend):
         from torchao.quantization import quantize_
 
         rows, width = weight.shape
-        group_size = columns_per_group(spec.group_size, width)
-        if spec.bits == 8:
-            group_size = min(group_size, width)
+        # The int4 kernels have a few sizes of groups, to which narrow layers are padded.
+        group_size = spec.group_size if spec.bits == 4 else columns_per_group(spec.group_size, width)
+        assert group_size is not None
         # The library works on layers; all that it reads of this one is the weight.
         linear = nn.Linear(1, rows, bias=False, device="meta")
         linear.weight = nn.Parameter(pad_columns(weight, group_size), requires_grad=False)

@@ -186,7 +186,7 @@ def test_columns_of_padding_stay_zero_and_disturb_nothing(columns, group_size):
     layer, x = linear(columns=columns), correlated(columns)
     spec = QuantSpec(4, group_size)
     packed = GptqBackend().solve([layer], [spec], statistics(x))[0].layer
-    assert packed.padded_columns == -columns % group_size
+    assert packed.padded_columns == -columns % min(columns, group_size)
     stored = packed.quantized
     padding = stored.codes.flatten(1)[:, columns:]
     assert torch.equal(padding, stored.zero_point[:, -1:].expand_as(padding))

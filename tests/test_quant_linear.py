@@ -56,6 +56,16 @@ def test_columns_that_no_group_divides_are_padded_with_zeros_and_cut_off_again(c
     torch.testing.assert_close(layer(x), x @ layer.weight.T + dense.bias, rtol=1e-5, atol=1e-4)
 
 
+def test_a_group_is_never_wider_than_the_row():
+    """A width of 64 in groups of 128 would be padded to twice its size."""
+    dense, layer = packed(columns=64, group_size=128, bits=4)
+    assert (layer.group_size, layer.padded_columns) == (64, 0)
+    rows = dense.weight.shape[0]
+    assert layer.weight_bytes == rows * (32 + 4 + 1)
+    whole = packed(columns=64, group_size=-1, bits=4)[1]
+    assert torch.equal(layer.weight, whole.weight)
+
+
 def test_one_group_per_row():
     _, layer = packed(columns=300, group_size=-1)
     assert layer.quantized.scale.shape == (16, 1)
