@@ -130,6 +130,22 @@ class QuantReport:
         return 8 * sum(module.bytes_after for module in self.modules) / sum(module.weights for module in stored_once)
 
     @property
+    def out_of_reach(self) -> dict[str, tuple[float, str]]:
+        """By component that was quantized: the share of its weights in no linear layer, and the name of the first one.
+
+        Fused experts and convolutions are such weights; embeddings do not count. Components of which this is less than
+        a tenth are left out.
+        """
+        found = {}
+        for component in dict.fromkeys(module.component for module in self.quantized):
+            members = [module for module in self.modules if module.component == component]
+            stacked = [module for module in members if module.reason is not None and len(module.shape) > 2]
+            share = sum(module.weights for module in stacked) / sum(module.weights for module in members)
+            if share >= 0.1:
+                found[component] = share, stacked[0].name
+        return found
+
+    @property
     def kernels(self) -> dict[str, int]:
         """How many layers run on which kernel."""
         return dict(Counter(module.kernel for module in self.quantized if module.kernel is not None))
@@ -187,6 +203,11 @@ class QuantReport:
             f"{self.method}: {self.bits_per_weight:.2f} bits per {'quantized ' if self.quantized else ''}weight, "
             f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, {self.seconds:.1f} s"
         )
+        lines += [
+            f"{share:.0%} of the weights of {component} are not quantized: they lie in no linear layer, but in stacks "
+            f"such as {name}"
+            for component, (share, name) in self.out_of_reach.items()
+        ]
         if self.kernels:
             lines.append("runs on " + ", ".join(f"{kernel} ({count})" for kernel, count in self.kernels.items()))
         if padded := sum(bool(module.padded_columns) for module in self.modules):
