@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import os
+import tempfile
 import types
 import typing
 from collections.abc import Mapping
@@ -238,8 +238,12 @@ def _expect_writable(name: str, file: Path) -> None:
         raise ValueError(f"{name}: there is no folder {folder}")
     if file.is_dir():
         raise ValueError(f"{name}: {file} is a folder, expected the name of a file")
-    if not os.access(file if file.exists() else folder, os.W_OK):
-        raise ValueError(f"{name}: {file if file.exists() else folder} cannot be written to")
+    try:
+        # Rights alone do not tell: a folder may lie on a file system that takes no files.
+        with tempfile.TemporaryFile(dir=folder) if not file.exists() else file.open("ab"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name}: cannot write to {folder} ({error.strerror})") from error
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

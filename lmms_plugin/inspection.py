@@ -31,6 +31,7 @@ def inspect(text: str, *, held_out: int) -> QuantReport:
     arguments = ModelArguments.parse(given, option_types(method))
     backend = get(method, **arguments.options)
     backend.check(arguments.quant_plan(backend.default_bits))
+    arguments.calibration_spec()
     arguments.find_checkpoint()
 
     # Only now: what makes the model takes seconds to import.

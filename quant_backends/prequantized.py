@@ -115,6 +115,8 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
         module, extra = RUNTIMES[method]
         require(module, extra=extra, user=f"{path} ({method})")
     if method == "compressed-tensors":
+        if not quantization.get("config_groups"):
+            raise ValueError(f"{path} says {method}, but its config names no config_groups: nothing in it is quantized")
         # Otherwise weights would be dense from the first forward pass on, or fail to load at all.
         config.quantization_config = {**quantization, "dequantize": True}
     elif getattr(config, "quantization_config", None) is None:

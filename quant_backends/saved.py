@@ -97,8 +97,16 @@ class SavedConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, version: int, layers: Mapping[str, Mapping[str, Any]], method: str, quant_method: str = QUANT_METHOD
+        self,
+        version: int = FORMAT_VERSION,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        method: str = "",
+        quant_method: str = QUANT_METHOD,
     ) -> None:
+        if not layers:
+            raise ValueError(
+                f"a checkpoint in the format {QUANT_METHOD} should list its quantized layers, got {layers!r}"
+            )
         if version > FORMAT_VERSION:
             raise ValueError(f"saved in version {version} of the format, this package reads up to {FORMAT_VERSION}")
         self.quant_method = quant_method
@@ -123,7 +131,13 @@ class SavedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         layers: Mapping[str, Mapping[str, Any]] = self.quantization_config.layers
         for name, description in layers.items():
-            model.set_submodule(name, empty_layer(description, dense_linear(model, name)))
+            try:
+                layer = empty_layer(description, dense_linear(model, name))
+            except (AttributeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{name}: the description of a quantized layer does not fit the model ({error})"
+                ) from error
+            model.set_submodule(name, layer)
             untie(model, name)
         return model
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
@@ -244,5 +245,7 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
         yield unfinished
         # Replaces an empty folder, and fails if something has been put there meanwhile.
         unfinished.rename(target)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"save_quantized: {target} could not be written ({error}); nothing is left of it") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -193,8 +193,8 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
     """Return the format that a checkpoint's ``quantization_config`` names; None if it is none that is read here."""
     method = config.get("quant_method")
     if method == "compressed-tensors" and config.get("format") == "pack-quantized":
-        groups = list(config["config_groups"].values())
-        if not all(_packs_weights_alone(group) for group in groups):
+        groups = list((config.get("config_groups") or {}).values())
+        if not groups or not all(_packs_weights_alone(group) for group in groups):
             return None
         return CompressedTensors(method, frozenset(group["weights"]["num_bits"] for group in groups))
     packing = str(config.get("packing_format", ""))

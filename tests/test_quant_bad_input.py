@@ -1,11 +1,16 @@
 """What a user can get wrong, and what can go wrong underneath: one clear error each, and nothing half-written."""
 
+import errno
 import io
 import json
+import resource
+import signal
+from contextlib import contextmanager
 
 import datasets
 import pytest
 import torch
+from loguru import logger
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -61,6 +66,11 @@ def parquet(folder, images):
         ({"calibration": "dataset:./nowhere"}, "neither an existing path nor a hub id"),
         ({"calibration": "dataset:some/where:split=test"}, "evaluation data"),
         ({"bit": 4}, "bit"),
+        ({"seed": -1}, "seed must be 0 or above, got -1"),
+        ({"report": "."}, "report: . is a folder, expected the name of a file"),
+        ({"report": "nowhere/report.json"}, "report: there is no folder"),
+        ({"report": "/proc/report.json"}, "report: cannot write to /proc"),
+        ({"save_quantized": "/proc/saved"}, "save_quantized: cannot write to /proc"),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -111,6 +121,61 @@ def edited(checkpoint, tmp_path, name, edit):
     edit(tensors[key])
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return str(target)
+
+
+@pytest.mark.parametrize("model", ["QuantRtn", "QuantAwq", "QuantPrequantized"])
+def test_a_file_that_is_cut_off_is_named(checkpoint, tmp_path, model):
+    path = edited(checkpoint, tmp_path, "text_model.norm.weight", lambda weight: None)
+    file = tmp_path / "edited" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"pretrained: .*model\.safetensors is damaged or cut off"):
+        getattr(models, model)(pretrained=path, device="cpu")
+
+
+@contextmanager
+def files_up_to(size):
+    """Let no file grow beyond so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("model", ["QuantRtn", "QuantPtqtp"], ids=["compressed-tensors", "own format"])
+def test_a_full_disk_leaves_nothing_of_a_checkpoint(path, tmp_path, model):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    with (
+        files_up_to(100_000),
+        pytest.raises(OSError, match=r"save_quantized: .*saved could not be written .*too large"),
+    ):
+        run(model, pretrained=path, save_quantized=str(folder / "saved"))
+    assert not list(folder.iterdir())
+
+
+def test_a_full_disk_does_not_end_a_calibration(path, cache, monkeypatch):
+    """What is lost is only the way back to where it was."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    warnings = []
+    sink = logger.add(warnings.append, level="WARNING", format="{message}")
+    arguments = {"pretrained": path, "bits": 4, "calibration": "noise", "calibration_samples": 1}
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(journal.os, "fsync", full)
+            tried = run(**arguments).report
+    finally:
+        logger.remove(sink)
+    assert len(warnings) == 2
+    assert all("is not kept in" in warning and "interrupted, it is done again" in warning for warning in warnings)
+    assert not list(cache.rglob("unfinished-*"))
+    assert tried.modules == run(**arguments).report.modules
 
 
 @pytest.mark.parametrize("model", ["QuantRtn", "QuantHqq", "QuantAwq", "QuantGptq"])

@@ -520,6 +520,26 @@ def test_a_plain_checkpoint_is_refused(plain):
         load(plain)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "compressed-tensors"}, "names no config_groups: nothing in it is quantized"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "names no config_groups"),
+        ({"quant_method": "lmms_plugin"}, "should list its quantized layers, got None"),
+        ({"quant_method": "lmms_plugin", "layers": {"nowhere": {}}}, "nowhere: the description .* does not fit"),
+        ({"quant_method": "something new"}, "no layer that transformers made of it is known to be quantized"),
+    ],
+    ids=str,
+)
+def test_a_config_that_says_too_little_is_refused(plain, tmp_path, quantization, message):
+    pytest.importorskip("compressed_tensors")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(plain, folder)
+    edit_config(folder, quantization)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
 @pytest.mark.parametrize("key", ["transform_config", "rotation_config"])
 def test_rotated_weights_are_refused(gptq, tmp_path, key):
     folder = tmp_path / "rotated"
