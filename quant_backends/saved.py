@@ -103,12 +103,12 @@ class SavedConfig(QuantizationConfigMixin):
         method: str = "",
         quant_method: str = QUANT_METHOD,
     ) -> None:
+        if version > FORMAT_VERSION:
+            raise ValueError(f"saved in version {version} of the format, this package reads up to {FORMAT_VERSION}")
         if not layers:
             raise ValueError(
                 f"a checkpoint in the format {QUANT_METHOD} should list its quantized layers, got {layers!r}"
             )
-        if version > FORMAT_VERSION:
-            raise ValueError(f"saved in version {version} of the format, this package reads up to {FORMAT_VERSION}")
         self.quant_method = quant_method
         self.version, self.layers, self.method = version, layers, method
 
