@@ -8,6 +8,7 @@ from lmms_plugin import quant_backends, registration
 from lmms_plugin.tasks import catalogue, cells
 from lmms_plugin.tasks.images import DatasetError
 from lmms_plugin.tasks.shifts import SHIFTS
+from lmms_plugin.tasks.text_shifts import TEXT_SHIFTS
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,10 @@ def test_tasks_are_indexed_without_include_path(manager):
     assert listed <= set(manager.all_tasks)
     assert {"refcocoplus_rec_testA", "refcocoplus_shift", "shapes_rec", "shapes_shift"} <= listed
     assert {"reliable_vqa", "reliable_vqav2", "reliable_advqa", "reliable_vizwiz", "reliable_vqav2_advqa_10"} <= listed
-    assert len([name for name in listed if name.startswith("refcocoplus_shift_testB_")]) == 5 * len(SHIFTS)
+    count = 5 * (len(SHIFTS) + len(TEXT_SHIFTS) + len(SHIFTS) * len(TEXT_SHIFTS))
+    assert len([name for name in listed if name.startswith("refcocoplus_shift_testB_")]) == count
+    assert {"refcocoplus_shift_testA_casing_5", "shapes_shift_fog_and_synonyms_1", "shapes_rejection"} <= listed
+    assert {"refcocoplus_rejection_val_absent_object", "shapes_rejection_attribute_swap_fog_3"} <= listed
 
 
 def test_no_name_collides_with_a_built_in_task(manager):
@@ -64,6 +68,24 @@ def test_a_cell_is_its_template_and_four_keys(manager, monkeypatch):
     assert different == {"task", "lmms_eval_specific_kwargs", "metadata"}
     assert cell["test_split"] == clean["test_split"] == "testB"
     assert cell["lmms_eval_specific_kwargs"]["default"] == {"shift": "gaussian_noise", "severity": 3}
+
+
+def test_a_joint_cell_shifts_image_and_language(manager, monkeypatch):
+    monkeypatch.delenv("LMMS_PLUGIN_REFCOCOPLUS", raising=False)
+    clean = manager._get_config("refcocoplus_rec_testB")
+    cell = manager._get_config("refcocoplus_shift_testB_fog_and_casing_2")
+    different = {key for key in cell if key not in clean or _comparable(cell[key]) != _comparable(clean[key])}
+    assert different == {"task", "lmms_eval_specific_kwargs", "metadata", "process_docs", "process_results"}
+    place = {"shift": "fog", "severity": 2, "text_shift": "casing", "text_severity": 2}
+    assert cell["metadata"] == {"version": 1.0, **place}
+    assert cell["process_docs"] == cells.Reworded("casing", 2)
+
+
+def test_a_rejection_task_has_its_own_metrics(manager):
+    cell = manager._get_config("shapes_rejection_attribute_swap_fog_3")
+    assert cell["lmms_eval_specific_kwargs"]["default"]["shift"] == "fog"
+    assert {"rejection_auroc", "confidence_falls"} <= {entry["metric"] for entry in cell["metric_list"]}
+    assert "mean_iou" not in {entry["metric"] for entry in cell["metric_list"]}
 
 
 def test_group_members_exist(manager):
