@@ -129,7 +129,7 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
     backwards = order.flip(0)
     # float64: at the usual damping float32 finds the same codes, but at a hundredth of it errors 1 % larger. The factor
     # is computed once for all layers that share their inputs, and takes less time than rounding them.
-    hessian = gram[backwards][:, backwards].double()
+    hessian = gram[backwards.unsqueeze(1), backwards].double()
     diagonal = diagonal[backwards]
     mean = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
     # A column that is always zero is tied to no other one; any positive number lets it be rounded on its own.
@@ -139,7 +139,6 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
         hessian.diagonal().copy_(diagonal + damping * mean)
         lower, info = torch.linalg.cholesky_ex(hessian)
         if int(info) == 0:
-            # Row i of M is column n - 1 - i of `lower` read backwards, its diagonal element at the end.
             del hessian
             if damping > asked:
                 logger.warning(
@@ -147,7 +146,9 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
                     f"{asked:g}: {damping:g} was added; damping={damping:g} or more samples spare trying"
                 )
             lower /= lower.diagonal().clone()
-            return Factor(order, lower.T.flip(0, 1).float(), damping)
+            # Row i of M is column n - 1 - i of `lower` read backwards, its diagonal element at the end.
+            lower = lower.float()
+            return Factor(order, lower.T.flip(0, 1), damping)
         damping = max(10 * damping, 1e-6)
     raise ValueError(
         f"{statistics.names[0]}: the second moments of its calibration inputs have no Cholesky factor, even with "
