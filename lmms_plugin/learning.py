@@ -140,7 +140,7 @@ def summary(selector: Selector) -> dict[str, Any]:
         **record.data,
         "images to train on": record.images[0],
         "images to stop by": record.images[1],
-        "epochs": f"{len(record.epochs)}, number {record.best + 1} kept",
+        "epochs": f"{len(record.epochs) - 1}, number {record.best} kept (0 is the probability alone)",
         "cross-entropy": f"{best.training:.4f} in training, {best.held_out:.4f} on held-out images",
         "feature layer": record.origin.layer,
         "model": record.origin.model,

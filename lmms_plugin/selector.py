@@ -4,7 +4,8 @@ The Selector of arXiv 2602.13289, after Whitehead et al. (arXiv 2204.13631) and,
 Dancette et al. (arXiv 2306.08751): largest values of the hidden states over the image and over the question, the state
 from which the first token of the answer comes, and the answer's log-probability go through two hidden layers. The
 target is the score of the answer in [0, 1] (right or wrong, or a soft accuracy), the loss its cross-entropy; the model
-itself stays as it is. Here inputs are standardised, and training stops when the loss on held-out images has not fallen
+itself stays as it is. Here inputs are standardised, training begins at what the probability alone tells (Platt scaling
+of MaxProb; the network adds to that, at first nothing), and it stops when the loss on held-out images has not fallen
 for a while (theirs: the area under the risk–coverage curve, which does not see miscalibration).
 """
 
@@ -31,6 +32,7 @@ from lmms_plugin.features import Features, Origin
 
 Floats = npt.NDArray[np.float64]
 METADATA = "selector"
+NEWTON_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Record:
         data: Where its answers come from: tasks, run, counts, hash of the documents.
         settings: Of the training.
         images: Of training and held-out images, how many.
-        epochs: Every epoch's losses.
+        epochs: Every epoch's losses; the first are those of the answer's probability alone, before training.
         best: Which of them is kept, from 0.
         versions: Of this package and of torch.
     """
@@ -103,7 +105,7 @@ class Record:
 
 
 class Network(nn.Module):
-    """Standardised features → logit."""
+    """Standardised features → logit: that of the answer's probability alone (Platt), and what the rest adds to it."""
 
     mean: Tensor
     scale: Tensor
@@ -121,6 +123,9 @@ class Network(nn.Module):
             nn.ReLU(),
             nn.Linear(hidden, 1),
         )
+        self.start = nn.Linear(1, 1)
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
 
     def standardise(self, matrix: Tensor) -> None:
         """Take over mean and spread of training inputs (n, inputs); what is constant there is only centred."""
@@ -130,8 +135,22 @@ class Network(nn.Module):
 
     def forward(self, matrix: Tensor) -> Tensor:
         """Logits (n,) of inputs (n, inputs)."""
-        logits: Tensor = self.layers((matrix - self.mean) / self.scale).squeeze(1)
+        standard = (matrix - self.mean) / self.scale
+        logits: Tensor = (self.layers(standard) + self.start(standard[:, -1:])).squeeze(1)
         return logits
+
+    @torch.no_grad()
+    def start_from_probability(self, matrix: Tensor, scores: Tensor) -> None:
+        """Fit the part of the log-probability, the last input, to scores by Newton's method."""
+        design = torch.ones(len(matrix), 2, dtype=torch.float64)
+        design[:, 0] = (matrix[:, -1] - self.mean[-1]) / self.scale[-1]
+        weights, ridge = torch.zeros(2, dtype=torch.float64), 1e-3
+        for _ in range(NEWTON_STEPS):
+            chance = torch.sigmoid(design @ weights)
+            curvature = design.T @ (design * (chance * (1 - chance))[:, None]) + ridge * torch.eye(2)
+            weights += torch.linalg.solve(curvature, design.T @ (scores.double() - chance) - ridge * weights)
+        self.start.weight.copy_(weights[:1, None])
+        self.start.bias.copy_(weights[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +252,7 @@ def fit(
         torch.manual_seed(settings.seed)
         network = Network(matrix.shape[1], settings.hidden, settings.dropout)
         network.standardise(matrix[inside])
+        network.start_from_probability(matrix[inside], scores[inside])
         best, state, epochs = 0, copy.deepcopy(network.state_dict()), list[Epoch]()
         for epoch in _epochs(network, (matrix[inside], scores[inside]), (matrix[outside], scores[outside]), settings):
             epochs.append(epoch)
@@ -290,6 +310,8 @@ def _epochs(
 ) -> Iterator[Epoch]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     matrix, scores = training
+    network.eval()
+    yield Epoch(_loss(network, *training), _loss(network, *held_out))
     for _ in range(settings.epochs):
         total = 0.0
         network.train()
@@ -301,9 +323,12 @@ def _epochs(
             optimizer.step()
             total += loss.item() * len(batch)
         network.eval()
-        with torch.no_grad():
-            outside = functional.binary_cross_entropy_with_logits(network(held_out[0]), held_out[1])
-        yield Epoch(total / len(matrix), outside.item())
+        yield Epoch(total / len(matrix), _loss(network, *held_out))
+
+
+@torch.no_grad()
+def _loss(network: Network, matrix: Tensor, scores: Tensor) -> float:
+    return functional.binary_cross_entropy_with_logits(network(matrix), scores).item()
 
 
 def _record(values: Mapping[str, Any]) -> Record:

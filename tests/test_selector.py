@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 
 from lmms_plugin import metrics
 from lmms_plugin.features import Features, Origin
@@ -49,6 +51,22 @@ def test_soft_scores_are_regressed_not_rounded():
     features, _, images, chance = planted()
     confidence = train((features, chance, images, None)).confidence(planted(seed=1)[0])
     assert np.abs(confidence - planted(seed=1)[3]).mean() < 0.06
+
+
+def test_training_begins_at_the_probability_scaled_after_platt():
+    """With nothing to learn from hidden states and few answers, the probability still ranks as it did."""
+    features, _, images, _ = planted(n=160)
+    chance = 1 / (1 + np.exp(-8 * (features.logprob.numpy() + 0.5)))
+    right = (np.random.default_rng(0).random(160) < chance).astype(float)
+    selector = train((features, right, images, None), Settings(hidden=64, lr=1e-2))
+    inside = ~held_out_rows(images, Settings()).numpy()
+    logprob = features.logprob.numpy()[:, None]
+    alone = LogisticRegression(C=np.inf).fit(logprob[inside], right[inside])
+    first = selector.record.epochs[0]
+    for part, loss in ((inside, first.training), (~inside, first.held_out)):
+        assert loss == pytest.approx(log_loss(right[part], alone.predict_proba(logprob[part])[:, 1]), abs=1e-3)
+    assert selector.record.epochs[selector.record.best].held_out <= first.held_out
+    assert metrics.auroc(selector.confidence(features), right) > metrics.auroc(logprob[:, 0] + 1, right) - 0.02
 
 
 def test_the_same_seed_makes_the_same_file_and_another_one_another(tmp_path, trained):
