@@ -79,10 +79,10 @@ def _is(phrase: str, *supercategories: str) -> bool:
 
 
 def _having(text: str) -> Iterator[Rebuilding]:
-    """`man with` → `man who has`, `cup with` → `cup that has`."""
+    """`man with` → `man who has`, `cup with` → `cup that has`; what a shirt is worn with is not the shirt's."""
     for span in find(text, categories().of):
         match = _WITH.match(text, span.stop)
-        if match:
+        if match and not _is(span.phrase, "other"):
             link = "who" if _is(span.phrase, _PERSON) else "that"
             has = "have" if span.phrase in categories().plurals else "has"
             yield Rebuilding(match.start(), match.end(), f" {link} {has} ")

@@ -1,6 +1,7 @@
 """Language shifts: what they keep, what they change, and how much."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import photographs
@@ -254,3 +255,11 @@ def test_a_key_is_text_or_a_number():
 def test_a_shift_needs_five_levels():
     with pytest.raises(ValueError, match="expected 5 levels, got 1"):
         text_shifts.text_shift((1,))
+
+
+def test_the_examples_of_the_documentation_are_what_the_code_makes():
+    page = (Path(__file__).parent.parent / "docs" / "language_shift.md").read_text(encoding="utf-8")
+    rows = [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    shown = {row[0]: row[1:] for row in rows if len(row) == 4 and row[0] in TEXT_SHIFTS}
+    text = "The man in a red shirt with the striped umbrella"
+    assert shown == {name: [apply(text, name, severity, "docs") for severity in (1, 3, 5)] for name in TEXT_SHIFTS}
