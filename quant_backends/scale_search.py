@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from lmms_plugin.quant_backends.activations import squared_errors
@@ -220,7 +221,7 @@ def _clip(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: torch.dtyp
     for group, start in enumerate(range(0, columns, size)):
         inside = slice(start, min(start + size, columns))
         block, part = gram[inside, inside], weight[:, inside]
-        tried = _clipped(part, spec, scale_dtype)
+        tried = _clipped(functional.pad(part, (0, size - part.shape[1])), spec, scale_dtype)
         change = tried.dequantize(spec.bits, torch.float32).view(len(CLIPPING_RATIOS), len(weight), -1)
         change = change[..., : part.shape[1]] - part
         others = delta @ gram[:, inside] - delta[:, inside] @ block
@@ -235,7 +236,7 @@ def _clip(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: torch.dtyp
 
 
 def _clipped(part: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Codes:
-    """Round a group of each row after clipping it to every range of the grid, (ranges · rows, columns of the group)."""
+    """Round a group of each row after clipping it to every range of the grid, (ranges · rows, 1, group size)."""
     ratios = torch.tensor(CLIPPING_RATIOS, device=part.device).view(-1, 1, 1)
     limits = part.abs().amax(1, keepdim=True) * ratios
     clipped = torch.minimum(torch.maximum(part, -limits), limits)
