@@ -114,6 +114,7 @@ class Network(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("scale", torch.ones(inputs))
+        adding = nn.Linear(hidden, 1)
         self.layers = nn.Sequential(
             nn.Linear(inputs, hidden),
             nn.Dropout(dropout),
@@ -121,11 +122,11 @@ class Network(nn.Module):
             nn.Linear(hidden, hidden),
             nn.Dropout(dropout),
             nn.ReLU(),
-            nn.Linear(hidden, 1),
+            adding,
         )
         self.start = nn.Linear(1, 1)
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        nn.init.zeros_(adding.weight)
+        nn.init.zeros_(adding.bias)
 
     def standardise(self, matrix: Tensor) -> None:
         """Take over mean and spread of training inputs (n, inputs); what is constant there is only centred."""
