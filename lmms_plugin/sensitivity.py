@@ -286,7 +286,7 @@ def _cell(results: Mapping[str, Any]) -> Cell:
         raise ValueError("a checkpoint that is quantized already does not say its bits per component")
     plan = arguments.quant_plan(get(backend).default_bits)
     specs = {name: getattr(plan, name) for name in COMPONENTS}
-    bits = {name: UNTOUCHED_BITS if spec is None else spec.bits for name, spec in specs.items()}
+    bits: dict[str, int] = {name: UNTOUCHED_BITS if spec is None else spec.bits for name, spec in specs.items()}
     settings = {name: getattr(arguments, name) for name in _OF_THE_METHOD} | dict(arguments.options)
     quantized = any(count != UNTOUCHED_BITS for count in bits.values())
     scores = {
@@ -338,7 +338,8 @@ def _shares(bits: npt.NDArray[np.int64], scores: Floats, seed: int) -> Floats:
     explained = shap.TreeExplainer(forest).shap_values(bits)
     measured = np.stack([forest.feature_importances_, permuted.clip(0.0), np.abs(explained).mean(0)])
     total = measured.sum(1, keepdims=True)
-    return np.divide(100.0 * measured, total, out=np.full_like(measured, np.nan), where=total > 0)
+    shares: Floats = np.divide(100.0 * measured, total, out=np.full_like(measured, np.nan), where=total > 0)
+    return shares
 
 
 def _r2(grid: Grid, seed: int) -> float:
