@@ -22,7 +22,7 @@ from lmms_plugin.tasks.mismatches import Mismatch, one_of
 class Pick(NamedTuple):
     """One document: which of the dataset's, and what is different in it."""
 
-    index: int
+    number: int
     fields: Mapping[str, Any]
 
 
@@ -52,17 +52,17 @@ class RewordedDocs(Documents):
 
     def content(self, i: int) -> dict[str, Any]:
         """Return a document without its image."""
-        index, fields = self._picks[i]
-        doc = self._source.content(index)
+        number, fields = self._picks[i]
+        doc = self._source.content(number)
         return {**doc, "original_expression": doc["expression"], "shifted_rate": self._rate, **fields}
 
     def image(self, i: int) -> Image.Image:
         """Return a document's image, decoded."""
-        return self._source.image(self._picks[i].index)
+        return self._source.image(self._picks[i].number)
 
     def image_key(self, i: int) -> str:
         """Return what documents on one photograph have in common, without looking at it."""
-        return self._source.image_key(self._picks[i].index)
+        return self._source.image_key(self._picks[i].number)
 
 
 def shifted(source: Documents, name: str, severity: int) -> RewordedDocs:
