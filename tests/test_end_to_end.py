@@ -9,10 +9,13 @@ import lmms_eval
 import pytest
 from environments import run
 
+from lmms_plugin.features import read
+
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 LMMS_EVAL = (str(BIN / "lmms-eval"),)
-TWO_PROCESSES = (str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2", "-m", "lmms_eval")
+# On a CPU `accelerate launch` starts one process whatever it is told.
+TWO_PROCESSES = (str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "lmms_eval")
 
 
 @pytest.fixture
@@ -66,10 +69,14 @@ def test_second_run_answers_from_the_cache_with_identical_metrics(evaluate, tmp_
     )
 
 
-def test_two_processes_give_the_same_results_as_one(evaluate):
-    args = ("pretrained=demo,bits=4", "shapes_rec,shapes_shift_snow_3", "--limit", "25", "--batch_size", "4")
-    one = evaluate("quant_rtn", *args, name="one")
-    two = evaluate("quant_rtn", *args, launcher=TWO_PROCESSES, name="two")
+def test_two_processes_give_the_same_results_as_one(evaluate, tmp_path):
+    args = ("shapes_rec,shapes_shift_snow_3", "--limit", "25", "--batch_size", "4")
+    model, features = "pretrained=demo,bits=4", tmp_path / "features"
+    one = evaluate("quant_rtn", model, *args, name="one")
+    two = evaluate("quant_rtn", f"{model},features={features}", *args, launcher=TWO_PROCESSES, name="two")
+    processes = {file.stem.rpartition("-")[2] for file in features.iterdir()}
+    assert len(processes) == 2
+    assert len(read(features).index) == 50
     for task, samples in one["samples"].items():
         answers = [sample["mean_iou"]["answer"] for sample in samples]
         assert answers == [sample["mean_iou"]["answer"] for sample in two["samples"][task]]
