@@ -76,12 +76,15 @@ def test_two_processes_give_the_same_results_as_one(evaluate, tmp_path):
     two = evaluate("quant_rtn", f"{model},features={features}", *args, launcher=TWO_PROCESSES, name="two")
     processes = {file.stem.rpartition("-")[2] for file in features.iterdir()}
     assert len(processes) == 2
-    assert len(read(features).index) == 50
+    # lmms-eval hands some requests out twice, so that all processes have as many.
+    assert {f"{task}/{document}" for task in one["samples"] for document in range(25)} <= set(read(features).index)
     for task, samples in one["samples"].items():
         answers = [sample["mean_iou"]["answer"] for sample in samples]
         assert answers == [sample["mean_iou"]["answer"] for sample in two["samples"][task]]
         for key, value in one["results"]["results"][task].items():
-            assert two["results"]["results"][task][key] == (pytest.approx(value) if type(value) is float else value)
+            # Batches hold other images, and their padding changes the order of additions.
+            near = pytest.approx(value, rel=1e-3) if type(value) is float else value
+            assert two["results"]["results"][task][key] == near
 
 
 def test_built_in_grounding_task_gets_plain_answers(evaluate, local_copy, tmp_path):
