@@ -166,7 +166,7 @@ def test_an_answer_that_ends_at_once_is_empty_and_not_an_error(language_model):
     decoder = Decoder(language_model.model, language_model.tokenizer, (first,), frozenset({first}))
     (answer,) = decoder.generate(rows(decoder, "Where"), Settings())
     assert answer.text == ""
-    assert answer.tokens == (("", pytest.approx(logprob, abs=1e-4)),)
+    assert answer.tokens == (("", pytest.approx(logprob, abs=1e-4), None),)
 
 
 def test_until_cuts_the_answer_where_the_string_begins_whatever_its_neighbours_do(language_model):

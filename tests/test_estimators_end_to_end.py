@@ -51,7 +51,9 @@ def test_every_estimator_is_in_the_table_and_the_log(results):
 
 def test_answers_are_the_same_whatever_else_is_gathered(results):
     for metric in ("acc@0.5", "mean_iou", "ece", "aurc_expected_iou"):
-        assert table_of(results / "all")[f"{metric},none"] == table_of(results / "plain")[f"{metric},none"]
+        both = (table_of(results / name)[f"{metric},none"] for name in ("all", "plain"))
+        # Answers are the same; on their way, other batches add in another order.
+        assert next(both) == pytest.approx(next(both), rel=1e-4)
     assert not any("agreement" in name or "verbalised" in name for name in table_of(results / "plain"))
 
 

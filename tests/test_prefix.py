@@ -476,10 +476,10 @@ class TestSomethingWrong:
         expected = answers(smolvlm)
         original = type(smolvlm.decoder).generate
 
-        def generate(self, inputs, *args):
+        def generate(self, inputs, *args, **kwargs):
             if len(inputs["input_ids"]) > 2:
                 raise OutOfMemory("no room")
-            return original(self, inputs, *args)
+            return original(self, inputs, *args, **kwargs)
 
         monkeypatch.setattr(type(smolvlm.decoder), "generate", generate)
         with log("WARNING") as lines:
@@ -554,7 +554,7 @@ class TestSomethingWrong:
         assert {rows for rows, with_image in seen if with_image} == {1}
 
     def test_a_batch_size_that_was_asked_for_is_not_changed_behind_the_back(self, smolvlm, monkeypatch):
-        def generate(self, inputs, *args):
+        def generate(self, inputs, *args, **kwargs):
             raise OutOfMemory("no room")
 
         monkeypatch.setattr(type(smolvlm.decoder), "generate", generate)
