@@ -52,8 +52,9 @@ def test_columns_that_no_group_divides_are_padded_with_zeros_and_cut_off_again(c
     assert layer.padded_columns == -columns % 128
     assert layer.weight.shape == dense.weight.shape
     assert (layer.weight - dense.weight).abs().max() <= layer.quantized.scale.max() / 2 + 1e-6
-    x = torch.randn(2, columns)
-    torch.testing.assert_close(layer(x), x @ layer.weight.T + dense.bias, rtol=1e-5, atol=1e-4)
+    x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    # Thousands of float32 products are added in another order.
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + dense.bias, rtol=1e-4, atol=1e-3)
 
 
 def test_a_group_is_never_wider_than_the_row():
