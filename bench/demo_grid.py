@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evaluating import Evaluator
+from bench.reporting import markdown
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.plan import QuantSpec
 
@@ -99,8 +100,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     baseline = next(row for row in rows if row["method"] == "none")
     columns = ("acc@0.5 clean", "ece clean", "acc@0.5 shifted", "ece shifted")
     heads = ("method", "bits", "component", "calibration", *columns, "bpw", "MB", "seconds", "ratio")
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{'---|' * len(heads)}"
+    lines = []
     for row in rows:
         names = (row["method"], str(row["bits"]), row["component"], row["calibration"] or "")
         numbers = (f"{row[column]:.3f}" for column in columns)
@@ -110,7 +110,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{row['quantize_seconds']:.1f}",
             f"{row['tokens_per_second'] / baseline['tokens_per_second']:.2f}",
         )
-        yield f"| {' | '.join((*names, *numbers, *rest))} |"
+        lines.append((*names, *numbers, *rest))
+    return markdown(heads, lines)
 
 
 def main() -> None:

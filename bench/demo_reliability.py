@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from bench.evaluating import Evaluator
+from bench.reporting import markdown
 from lmms_plugin import features, learning, reliability
 from lmms_plugin.confidence import ESTIMATORS, NEEDS
 from lmms_plugin.metrics import auroc
@@ -91,13 +92,13 @@ def rows(name: str, folder: Path, store: features.Store, selector: Selector) -> 
 def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Markdown, one line per model, task and confidence."""
     heads = ("model", "data", "confidence", "acc@0.5", "ECE (floor)", "AURC", "C@5%", "Φ₁₀")
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{'---|' * len(heads)}"
+    lines = []
     for row in found:
         numbers = [_text(row[metric]) for metric in COLUMNS]
         numbers[1] += f" ({row['ece_floor'][0]:.3f})" if row["ece_floor"] else ""
         data = "clean" if row["task"] == CLEAN else "shifted"
-        yield f"| {' | '.join((row['model'], data, row['confidence'], *numbers))} |"
+        lines.append((row["model"], data, row["confidence"], *numbers))
+    return markdown(heads, lines)
 
 
 def main() -> None:

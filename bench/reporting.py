@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ def interleaved(
             if repeat:
                 times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def markdown(heads: Sequence[str], cells: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A table, line by line."""
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * len(heads)}"
+    yield from (f"| {' | '.join(row)} |" for row in cells)
 
 
 def write(path: Path | None, rows: Sequence[Row]) -> None:

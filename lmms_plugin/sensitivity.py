@@ -306,11 +306,12 @@ def _cell(results: Mapping[str, Any]) -> Cell:
 def _given(model_args: Any) -> Mapping[str, Any]:
     if isinstance(model_args, Mapping):
         return model_args
-    pairs = [part.partition("=") for part in str(model_args or "").split(",") if part]
-    return {name: _READ.get(value, value) for name, _, value in pairs}
+    # Only where a run was given them as text: importing lmms-eval takes seconds.
+    from lmms_eval.utils import simple_parse_args_string
+
+    return dict(simple_parse_args_string(str(model_args or "")))
 
 
-_READ = MappingProxyType({"True": True, "False": False})
 _DEFAULTS = MappingProxyType({field.name: field.default for field in fields(ModelArguments)})
 
 

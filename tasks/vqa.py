@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from lmms_plugin.agreement import Agreement
-from lmms_plugin.confidence import LEARNED, NEEDS, TEXT_ESTIMATORS, Evidence, coordinate_mask, estimate_all, obtaining
+from lmms_plugin.confidence import LEARNED, NEEDS, TEXT_ESTIMATORS, Evidence, coordinate_mask, estimate_all
 from lmms_plugin.response import Response
 from lmms_plugin.results import HELD_OUT, REPORTED
 from lmms_plugin.tasks import grounding
@@ -80,11 +80,8 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     verbatim = vqa_accuracy(response.text, doc["answers"], verbatim_if_unanimous=True)
     evidence = _evidence(response)
     estimates = {} if evidence is None else estimate_all(evidence, TEXT_ESTIMATORS) | dict(response.confidence)
-    if estimates and estimator not in estimates:
-        raise ValueError(
-            f"expected the model to bring what the estimator {estimator!r} needs{obtaining(estimator)}, got evidence"
-            f" for {', '.join(estimates)}"
-        )
+    if estimates:
+        grounding.of(estimator, estimates)
     confidences = {name: value for name, value in estimates.items() if not math.isnan(value)}
     record: dict[str, Any] = {
         **identity,
