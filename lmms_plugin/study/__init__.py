@@ -1,0 +1,1 @@
+"""Studies: a grid of questions, run cell by cell, and what its answers say together."""
