@@ -33,7 +33,7 @@ class ModelArguments:
         symmetric: whether zero points are fixed in the middle.
         plan: YAML file with rules per module; replaces the above.
         calibration: where a calibrated method's inputs come from: `self` (the model writes them itself), `noise`,
-            `demo` or `dataset:...`; `self` if nothing is said. An error for methods that take none.
+            `demo`, `photographs` or `dataset:...`; `self` if nothing is said. An error for methods that take none.
         calibration_samples: how many of them.
         resume: whether an interrupted calibration goes on at its last finished block when it is called for again.
         resume_folder: where finished blocks are kept until a calibration is over; by default below the environment

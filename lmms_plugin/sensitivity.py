@@ -234,7 +234,6 @@ def draw(found: Sensitivity, file: Path) -> None:
     Raises:
         ImportError: matplotlib is missing; says how to install it.
     """
-    require("matplotlib", extra="sensitivity", user="lmms-plugin sensitivity --figure")
     from matplotlib.figure import Figure
 
     k = len(found.importances)

@@ -13,9 +13,12 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from lmms_plugin.boxes import Box
+from lmms_plugin.quant_backends import photographs
 from lmms_plugin.quant_backends.synthetic import noise_image, scene, words
 
-SOURCES = ("none", "noise", "self", "demo", "dataset")
+SOURCES = ("none", "noise", "self", "demo", "photographs", "dataset")
+REAL = ("demo", "photographs", "dataset")
+"""Sources whose images show something, so that a shift of them means something."""
 DEFAULT_SAMPLES = 64
 EVALUATION_SPLIT = re.compile(r"(^|[_.-])(val|dev|test)", re.IGNORECASE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -66,6 +69,8 @@ class CalibrationSpec:
         text: Its text column; None to take RefCOCO+'s schema or the first usual name.
         prompt: Its column of questions, to which `text` holds the answers; None to ask for a description.
         force: Accept an evaluation split, which the report then says.
+        shift: Corruption of the images, as ``gaussian_noise_3``: a name of `lmms_plugin.tasks.shifts.SHIFTS` and a
+            severity; for `REAL` sources alone. None to take them as they are.
     """
 
     source: str
@@ -78,17 +83,20 @@ class CalibrationSpec:
     prompt: str | None = None
     force: bool = False
     tokens: int | None = None
+    shift: str | None = None
 
     @classmethod
     def parse(cls, text: str, *, samples: int = DEFAULT_SAMPLES, seed: int = 0) -> CalibrationSpec:
         """Read a calibration source from one word of the command line.
 
         ``none``, ``noise`` (noise images, random words), ``self`` (zero-shot: about images made up here the model
-        writes expressions and questions, and answers them), ``demo`` (the embedded demo's validation scenes), or
-        ``dataset:PATH``, a hub id, a folder of parquet files or one such file.
+        writes expressions and questions, and answers them), ``demo`` (the embedded demo's validation scenes),
+        ``photographs`` (captioned parts of the two that scikit-learn ships), or ``dataset:PATH``, a hub id, a folder of
+        parquet files or one such file.
 
         Options follow behind further colons, because lmms-eval parts arguments at commas. For every source: ``n``
-        (instead of `samples`), ``seed`` and ``tokens`` (stop at so many sequence positions). For a dataset also
+        (instead of `samples`), ``seed`` and ``tokens`` (stop at so many sequence positions). For real images also
+        ``shift``, which corrupts them (``demo:shift=gaussian_noise_3``). For a dataset also
         ``split``, the columns ``image``, ``text`` and ``prompt``, and ``force``:
         ``dataset:my-org/my-set:split=train:image=image:text=caption:tokens=65536``. An evaluation split (val, dev or
         test in its name) needs ``:force=true``.
@@ -101,7 +109,8 @@ class CalibrationSpec:
             nearest = difflib.get_close_matches(source, SOURCES, n=1)
             hint = f", did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"unknown calibration source {source!r}{hint} (known: {', '.join(SOURCES)})")
-        known = COMMON_OPTIONS | (DATASET_OPTIONS if source == "dataset" else set())
+        known = COMMON_OPTIONS | ({"shift"} if source in REAL else set())
+        known |= DATASET_OPTIONS if source == "dataset" else set()
         given: dict[str, Any] = {}
         while rest and re.match(r"\w+=", rest[-1]):
             key, _, value = rest.pop().partition("=")
@@ -125,7 +134,7 @@ class CalibrationSpec:
         named: dict[str, Any] = {}
         if self.source == "dataset":
             named = {"split": self.split, "image": self.image, "text": self.text, "prompt": self.prompt}
-        named |= {"tokens": self.tokens, "force": "true" if self.force else None}
+        named |= {"shift": self.shift, "tokens": self.tokens, "force": "true" if self.force else None}
         options = [f"{key}={value}" for key, value in named.items() if value is not None]
         return ":".join([self.source, *([self.path] if self.path else []), *options])
 
@@ -133,7 +142,7 @@ class CalibrationSpec:
         """Check what can be checked without opening any data.
 
         Raises:
-            ValueError: No samples asked for, no path, or an evaluation split.
+            ValueError: No samples asked for, no path, an evaluation split, or an unknown shift or severity.
             FileNotFoundError: The path can only be a local one, and it does not exist.
         """
         if self.source == "none":
@@ -144,6 +153,8 @@ class CalibrationSpec:
             raise ValueError(f"the seed of a calibration must be 0 or above, got {self.seed}")
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"calibration needs at least 1 token, got tokens={self.tokens!r}")
+        if self.shift is not None:
+            _shift(self.shift)
         if self.source != "dataset":
             return
         if not self.path:
@@ -174,9 +185,35 @@ class CalibrationSpec:
             return [_noise(self.seed, index) for index in range(self.samples)]
         if self.source == "self":
             return [_question(self.seed, index) for index in range(self.samples)]
+        return self._shifted(self._real())
+
+    def _real(self) -> list[CalibrationSample]:
         if self.source == "demo":
             return _demo(self)
+        if self.source == "photographs":
+            return _photographs(self)
         return _from_rows(self, self.path or "", self.split)
+
+    def _shifted(self, samples: list[CalibrationSample]) -> list[CalibrationSample]:
+        if self.shift is None:
+            return samples
+        from lmms_plugin.tasks.shifts import apply
+
+        name, severity = _shift(self.shift)
+        return [
+            sample._replace(image=apply(sample.image, name, severity, f"calibration/{self.seed}/{position}"))
+            for position, sample in enumerate(samples)
+        ]
+
+
+def _shift(text: str) -> tuple[str, int]:
+    from lmms_plugin.tasks.severities import checked, named
+    from lmms_plugin.tasks.shifts import SHIFTS
+
+    name, _, severity = text.rpartition("_")
+    if not severity.isdigit():
+        raise ValueError(f"calibration option shift must be a corruption and its severity, as fog_3, got {text!r}")
+    return named(name, SHIFTS).name, checked(int(severity), name)
 
 
 def _value(key: str, text: str) -> Any:
@@ -205,6 +242,12 @@ def _question(seed: int, index: int) -> CalibrationSample:
     image, expression = scene(rng)
     wanted = "question" if index // 2 % 2 else "expression"
     return CalibrationSample(noise_image(rng) if index % 2 else image, expression=expression, wanted=wanted)
+
+
+def _photographs(spec: CalibrationSpec) -> list[CalibrationSample]:
+    loaded = photographs.load()
+    crops = [photographs.crop(loaded, np.random.default_rng([spec.seed, index])) for index in range(spec.samples)]
+    return [CalibrationSample(image, prompt=DESCRIBE, answer=caption) for image, caption in crops]
 
 
 def _demo(spec: CalibrationSpec) -> list[CalibrationSample]:

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from lmms_plugin.boxes import Box
+from lmms_plugin.quant_backends import photographs
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.inputs import _model_size, encode, question, written_answer
+from lmms_plugin.tasks.shifts import apply
 
 
 def png(index, size=(40, 30)):
@@ -38,7 +40,7 @@ def referring(count):
     ]
 
 
-@pytest.mark.parametrize("source", ["none", "noise", "self", "demo"])
+@pytest.mark.parametrize("source", ["none", "noise", "self", "demo", "photographs"])
 def test_plain_sources(source):
     spec = CalibrationSpec.parse(source, samples=3, seed=7)
     assert (spec.source, spec.samples, spec.seed, str(spec)) == (source, 3, 7, source)
@@ -81,6 +83,10 @@ def test_a_path_may_hold_colons(tmp_path):
         ("dataset:a/b:split=testA", 4, "evaluation data"),
         ("dataset:a/b:split=val", 4, "evaluation data"),
         ("noise", 0, "at least 1 sample"),
+        ("noise:shift=fog_3", 4, "unknown calibration option 'shift'"),
+        ("demo:shift=fog", 4, "shift must be a corruption and its severity, as fog_3, got 'fog'"),
+        ("demo:shift=fgo_3", 4, "unknown shift 'fgo'; nearest is 'fog'"),
+        ("demo:shift=fog_6", 4, "severity of fog: expected an integer from 1 to 5, got 6"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(text, samples, message):
@@ -99,7 +105,7 @@ def test_no_source_means_nothing_to_look_at():
         CalibrationSpec.parse("none").load_samples()
 
 
-@pytest.mark.parametrize("source", ["noise", "self"])
+@pytest.mark.parametrize("source", ["noise", "self", "photographs"])
 def test_made_up_samples_depend_on_the_seed_alone(source):
     one, again = (CalibrationSpec(source, samples=4, seed=1).load_samples() for _ in range(2))
     assert all(a.image.tobytes() == b.image.tobytes() and a[1:] == b[1:] for a, b in zip(one, again, strict=True))
@@ -107,6 +113,39 @@ def test_made_up_samples_depend_on_the_seed_alone(source):
     assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(one, other, strict=True))
     longer = CalibrationSpec(source, samples=6, seed=1).load_samples()
     assert [sample[1:] for sample in longer[:4]] == [sample[1:] for sample in one]
+
+
+def test_shifted_images_are_those_of_the_source_under_that_corruption():
+    plain, again = (CalibrationSpec.parse("demo", samples=3, seed=4).load_samples() for _ in range(2))
+    spec = CalibrationSpec.parse("demo:shift=gaussian_noise_3", samples=3, seed=4)
+    assert str(spec) == "demo:shift=gaussian_noise_3"
+    shifted = spec.load_samples()
+    for index, (one, same, other) in enumerate(zip(plain, again, shifted, strict=True)):
+        assert one.image.tobytes() == same.image.tobytes()
+        assert other[1:] == one[1:]
+        expected = apply(one.image, "gaussian_noise", 3, f"calibration/4/{index}")
+        assert other.image.tobytes() == expected.tobytes()
+
+
+def test_photographs_are_parts_of_real_ones_with_captions():
+    whole = [pixels for pixels, _ in photographs.load()]
+    for sample in CalibrationSpec("photographs", samples=6).load_samples():
+        part = np.asarray(sample.image)
+        assert sample.prompt
+        assert sample.answer in {caption for captions in photographs.CAPTIONS.values() for caption in captions}
+        height, width = part.shape[:2]
+        assert any(_holds(pixels, part) for pixels in whole), (height, width)
+
+
+def _holds(pixels, part):
+    """Whether an image is somewhere in another, as it is or mirrored."""
+    height, width = part.shape[:2]
+    for candidate in (part, part[:, ::-1]):
+        corner = candidate[0, 0]
+        for top, left in zip(*np.where((pixels == corner).all(axis=2)), strict=True):
+            if np.array_equal(pixels[top : top + height, left : left + width], candidate):
+                return True
+    return False
 
 
 def test_self_asks_for_boxes_and_noise_does_not():
