@@ -1,0 +1,359 @@
+"""What a study's cells say together: method × shift, with intervals, equivalence bounds and a verdict in words.
+
+A study file asks for it:
+
+    analysis:
+      question: Does ... ?
+      clean: shapes_rec
+      shifted: [shapes_shift_gaussian_noise_1, shapes_shift_gaussian_noise_3]
+      margin: 0.02
+      arms:
+        zero-shot: {method: [awq, mbq], calibration: [noise, self]}
+        data-free: {method: [rtn, hqq]}
+      contrasts: [[zero-shot, data-free]]
+
+For every contrast and every number of bits, two things are asked of accuracy. *Under shift*: is the first arm right
+more often on shifted data? *Interaction*: does it lose less from clean to shifted data, (shifted − clean) of the first
+arm − (shifted − clean) of the second? The first says which to use, the second whether it is robustness that makes the
+difference. p-values are adjusted by Holm over all contrasts and bits, for each of the two questions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmms_plugin.metrics.bootstrap import RESAMPLES
+from lmms_plugin.metrics.paired import Difference, holm
+from lmms_plugin.reliability import plain
+from lmms_plugin.study.arms import (
+    UNTOUCHED,
+    Axes,
+    Cell,
+    Drawn,
+    Resampled,
+    by_seed,
+    flipped,
+    parse_rate,
+    read_cells,
+    select,
+)
+
+BROKEN = 0.5
+"""An arm is broken where it keeps less than this share of the unquantized model's clean accuracy."""
+FILES = ("verdict.json", "verdict.md")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a study.
+
+    Attributes:
+        question: In words.
+        clean: Task without shift.
+        shifted: Tasks with shift, on the same documents; numbers are means over them.
+        arms: Name → axis → value or values; which cells belong together.
+        contrasts: Pairs of arms, the first less the second.
+        margin: Largest difference of accuracies, either way, that counts as none.
+        level: Confidence level of intervals; 1 − level is the error rate of the tests.
+        resamples: Of the images and seeds.
+        seed: Of the resamples.
+        estimator: Confidence estimator; None for that of the kind of task.
+    """
+
+    question: str
+    clean: str
+    shifted: tuple[str, ...]
+    arms: Mapping[str, Mapping[str, Any]]
+    contrasts: tuple[tuple[str, str], ...]
+    margin: float = 0.02
+    level: float = 0.95
+    resamples: int = RESAMPLES
+    seed: int = 0
+    estimator: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.shifted:
+            raise ValueError("analysis: expected at least one shifted task")
+        for name, wanted in self.arms.items():
+            if unknown := set(wanted) - set(Axes._fields):
+                raise ValueError(
+                    f"analysis: arm {name!r}: unknown axis {min(unknown)!r}; known: {', '.join(Axes._fields)}"
+                )
+        for pair in self.contrasts:
+            if len(pair) != 2 or set(pair) - set(self.arms):
+                raise ValueError(f"analysis: expected a contrast of two of {', '.join(self.arms)}, got {list(pair)}")
+        if not self.margin > 0.0 or not 0.5 < self.level < 1.0:
+            raise ValueError(f"analysis: expected margin > 0 and level in (0.5, 1), got {self.margin} and {self.level}")
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Question:
+        """Read the `analysis` of a study file.
+
+        Raises:
+            ValueError: Something is missing, unknown or of the wrong kind.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"analysis: unknown {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        needed = {"question", "clean", "shifted", "arms", "contrasts"}
+        if missing := sorted(needed - set(given)):
+            raise ValueError(f"analysis: expected {', '.join(sorted(needed))}, got no {missing[0]}")
+        shapes = {"shifted": list, "arms": dict, "contrasts": list}
+        for name, kind in shapes.items():
+            if not isinstance(given[name], kind):
+                wanted = "a list" if kind is list else "a mapping"
+                raise ValueError(f"analysis: {name} should be {wanted}, got {given[name]!r}")
+        if bad := [name for name, wanted in given["arms"].items() if not isinstance(wanted, dict)]:
+            raise ValueError(f"analysis: arm {bad[0]!r} should map axes to values, got {given['arms'][bad[0]]!r}")
+        contrasts = tuple(tuple(pair) if isinstance(pair, list) else (pair,) for pair in given["contrasts"])
+        return cls(**{**given, "shifted": tuple(given["shifted"]), "contrasts": contrasts})
+
+
+class Contrast(NamedTuple):
+    """Two arms at the same bits.
+
+    Attributes:
+        first: The arm in question.
+        second: The arm it is compared with.
+        bits: Bits per weight of both.
+        clean: First − second on clean data.
+        under_shift: The same on shifted data, mean over shifted tasks.
+        interaction: under_shift − clean: what the first keeps more from clean to shifted data.
+        by_severity: Severity → interaction with the shifted tasks of that severity.
+        retained: Difference of shifted ÷ clean accuracy.
+        p_under_shift: p of `under_shift`, adjusted by Holm over all contrasts.
+        p_interaction: p of `interaction`, adjusted by Holm over all contrasts.
+        calibration_error: Interaction of ECE; above 0 where the first becomes less calibrated under shift.
+        broken: Arms that keep less than half of the unquantized model's clean accuracy.
+    """
+
+    first: str
+    second: str
+    bits: int
+    clean: Difference
+    under_shift: Difference
+    interaction: Difference
+    by_severity: Mapping[int, Difference]
+    retained: Difference
+    p_under_shift: float
+    p_interaction: float
+    calibration_error: Difference
+    broken: tuple[str, ...]
+
+
+class Row(NamedTuple):
+    """One method with one source of calibration data at one number of bits, mean over seeds.
+
+    Attributes:
+        method: Backend.
+        calibration: Source of its calibration data; None where it takes none.
+        bits: Per weight; None for the unquantized model.
+        seeds: How many cells.
+        clean: Accuracy on clean data.
+        shifted: Accuracy on shifted data, mean over tasks.
+        spread: Standard deviation of `shifted` between seeds; NaN for one seed.
+        lost_more: (shifted − clean) − (shifted − clean) of the unquantized model; below 0 where quantization hurts more
+            under shift.
+        ece_clean: ECE on clean data.
+        ece_shifted: ECE on shifted data.
+        flips_clean: Answers lost and won against the unquantized model, as shares of the documents.
+        flips_shifted: The same on shifted data.
+        parsed: Share of shifted answers that hold a box.
+    """
+
+    method: str
+    calibration: str | None
+    bits: int | None
+    seeds: int
+    clean: float
+    shifted: float
+    spread: float
+    lost_more: Difference | None
+    ece_clean: float
+    ece_shifted: float
+    flips_clean: tuple[float, float] | None
+    flips_shifted: tuple[float, float] | None
+    parsed: float
+
+
+class Analysis(NamedTuple):
+    """Everything found for one model.
+
+    Attributes:
+        model: What `pretrained` says.
+        question: What was asked.
+        contrasts: Arms compared.
+        rows: Every method and source of calibration data.
+        documents: Task → documents.
+        images: Images they belong to.
+        limit: Documents per task that the runs were limited to; None for all.
+    """
+
+    model: str
+    question: Question
+    contrasts: list[Contrast]
+    rows: list[Row]
+    documents: Mapping[str, int]
+    images: int
+    limit: float | None
+
+
+def analyse(study: Path, question: Question, *, workers: int = 1) -> list[Analysis]:
+    """Answer a question from a study's finished cells, for each of its models.
+
+    Raises:
+        ValueError: An arm of a contrast has no cell at some bits that the other one has, there is no cell with the
+            unquantized model, or cells answered different documents.
+    """
+    cells = read_cells(study)
+    models = dict.fromkeys(cell.axes.model for cell in cells)
+    return [_of_one_model(select(cells, {"model": model}), question, workers) for model in models]
+
+
+def write(found: Sequence[Analysis], folder: Path) -> str:
+    """Write `verdict.json` and `verdict.md` into a folder and return the latter."""
+    from lmms_plugin.study.verdict import sentences, tables, text
+
+    said = {
+        "sentences": [line for one in found for line in sentences(one)],
+        "tables": [table for one in found for table in tables(one)],
+        "analysis": [plain(one._asdict() | {"question": asdict(one.question)}) for one in found],
+    }
+    (folder / FILES[0]).write_text(json.dumps(said, indent=1), encoding="utf-8")
+    words = "\n".join(text(one) for one in found)
+    (folder / FILES[1]).write_text(words, encoding="utf-8")
+    return words
+
+
+def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Analysis:
+    references = select(cells, {"method": UNTOUCHED})
+    if len(references) != 1:
+        raise ValueError(
+            f"expected one cell with the unquantized model (method {UNTOUCHED}) for {cells[0].axes.model}, got"
+            f" {len(references)}"
+        )
+    chosen = [cell for name in question.arms for cell in _arm(cells, name, question)]
+    members = list({cell.name: cell for cell in (*references, *chosen)}.values())
+    tasks = (question.clean, *question.shifted)
+    drawn = Resampled(
+        members,
+        tasks,
+        estimator=question.estimator,
+        resamples=question.resamples,
+        seed=question.seed,
+        workers=workers,
+    )
+    contrasts = [
+        _contrast(pair, bits, cells, references[0], drawn, question)
+        for pair in question.contrasts
+        for bits in _shared_bits(cells, pair, question)
+    ]
+    rows = [_row(group, references[0], drawn, question) for group in by_seed(members)]
+    limits = {cell.run.limit for cell in members}
+    if len(limits) > 1:
+        raise ValueError(f"expected all cells with the same --limit, got {sorted(map(str, limits))}")
+    return Analysis(
+        cells[0].axes.model, question, _adjusted(contrasts), rows, drawn.documents, drawn.images, limits.pop()
+    )
+
+
+def _arm(cells: Sequence[Cell], name: str, question: Question) -> list[Cell]:
+    found = select(cells, question.arms[name])
+    if not found:
+        raise ValueError(f"analysis: no finished cell belongs to arm {name!r} ({dict(question.arms[name])})")
+    return found
+
+
+def _shared_bits(cells: Sequence[Cell], pair: tuple[str, str], question: Question) -> list[int]:
+    bits = [{cell.axes.bits for cell in _arm(cells, name, question)} for name in pair]
+    if bits[0] != bits[1]:
+        told = [", ".join(map(str, sorted(each, key=str))) for each in bits]
+        raise ValueError(
+            f"analysis: expected the same bits in {pair[0]!r} and {pair[1]!r}, got {told[0]} and {told[1]}: are cells"
+            " missing?"
+        )
+    return sorted((one for one in bits[0] if one is not None), reverse=True)
+
+
+def _contrast(
+    pair: tuple[str, str], bits: int, cells: Sequence[Cell], reference: Cell, drawn: Resampled, question: Question
+) -> Contrast:
+    arms = [select(_arm(cells, name, question), {"bits": bits}) for name in pair]
+
+    def judged(value: Drawn, number: str = "accuracy", margin: float | None = question.margin) -> Difference:
+        return value.judged(level=question.level, margin=margin, number=number)
+
+    def gain(tasks: Sequence[str], number: str = "accuracy") -> Drawn:
+        return drawn.over(arms[0], tasks, number) - drawn.over(arms[1], tasks, number)
+
+    clean, shifted = gain([question.clean]), gain(question.shifted)
+    kept = [drawn.over(arm, question.shifted) / drawn.over(arm, [question.clean]) for arm in arms]
+    floor = BROKEN * drawn.of(reference, question.clean).value
+    return Contrast(
+        *pair,
+        bits=bits,
+        clean=judged(clean),
+        under_shift=judged(shifted),
+        interaction=judged(shifted - clean),
+        by_severity={
+            severity: judged(gain(tasks) - clean) for severity, tasks in _by_severity(reference, question).items()
+        },
+        retained=judged(kept[0] - kept[1], margin=None),
+        p_under_shift=math.nan,
+        p_interaction=math.nan,
+        calibration_error=judged(gain(question.shifted, "ece") - gain([question.clean], "ece"), "ece", None),
+        broken=tuple(
+            name for name, arm in zip(pair, arms, strict=True) if drawn.over(arm, [question.clean]).value < floor
+        ),
+    )
+
+
+def _by_severity(reference: Cell, question: Question) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for task in question.shifted:
+        found.setdefault(int(reference.run.tasks[task].place.severity or 0), []).append(task)
+    return dict(sorted(found.items()))
+
+
+def _row(cells: Sequence[Cell], reference: Cell, drawn: Resampled, question: Question) -> Row:
+    axes = cells[0].axes
+    untouched = axes.method == UNTOUCHED
+    shifted = [float(np.mean([drawn.of(cell, task).value for task in question.shifted])) for cell in cells]
+
+    def lost(group: Sequence[Cell]) -> Drawn:
+        return drawn.over(group, question.shifted) - drawn.over(group, [question.clean])
+
+    more = None
+    if not untouched:
+        more = (lost(cells) - lost([reference])).judged(level=question.level, margin=question.margin)
+    return Row(
+        axes.method,
+        axes.calibration,
+        None if untouched else axes.bits,
+        len(cells),
+        drawn.over(cells, [question.clean]).value,
+        drawn.over(cells, question.shifted).value,
+        float(np.std(shifted, ddof=1)) if len(cells) > 1 else math.nan,
+        more,
+        drawn.over(cells, [question.clean], "ece").value,
+        drawn.over(cells, question.shifted, "ece").value,
+        None if untouched else flipped(cells, reference, [question.clean]),
+        None if untouched else flipped(cells, reference, question.shifted),
+        parse_rate(cells, question.shifted),
+    )
+
+
+def _adjusted(contrasts: Sequence[Contrast]) -> list[Contrast]:
+    shifted = holm([one.under_shift.p for one in contrasts])
+    kept = holm([one.interaction.p for one in contrasts])
+    return [
+        one._replace(p_under_shift=float(p), p_interaction=float(q))
+        for one, p, q in zip(contrasts, shifted, kept, strict=True)
+    ]

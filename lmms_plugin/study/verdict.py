@@ -1,0 +1,257 @@
+"""An analysis in words and tables: what was shown, what was shown to make no difference, and what was not shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lmms_plugin.metrics.paired import Difference
+from lmms_plugin.study.analysis import Analysis, Contrast, Row
+
+SHOWN, REVERSE, EQUIVALENT, OPEN = "shown", "the opposite shown", "no difference", "not shown"
+
+
+class Words(NamedTuple):
+    """How the findings about one number are told; `{by}` is the difference, `{within}` the margin.
+
+    Attributes:
+        shown: The first arm has more.
+        reverse: It has less.
+        equivalent: The difference lies within the margin.
+        open: Neither a difference nor its absence was shown.
+    """
+
+    shown: str
+    reverse: str
+    equivalent: str
+    open: str
+
+
+UNDER_SHIFT = Words(
+    "{first} is more often right than {second} on shifted images, {by}",
+    "{first} is less often right than {second} on shifted images, {by}",
+    "{first} and {second} are equally often right on shifted images, within {within} ({by})",
+    "no difference on shifted images between {first} and {second} was shown, nor that there is none ({by})",
+)
+INTERACTION = Words(
+    "{first} loses less than {second} from clean to shifted images, {by}",
+    "{first} loses more than {second} from clean to shifted images, {by}",
+    "both lose equally much from clean to shifted images, within {within} ({by})",
+    "whether one of them loses more from clean to shifted images was not shown ({by})",
+)
+
+
+def finding(difference: Difference, p: float, level: float) -> str:
+    """What a test shows: a difference (adjusted p), its absence (equivalence), or neither.
+
+    A difference that is significant and yet lies within the margin is too small to count: no difference.
+    """
+    if difference.equivalent:
+        return EQUIVALENT
+    if p < 1.0 - level:
+        return SHOWN if difference.value > 0.0 else REVERSE
+    return OPEN
+
+
+def sentences(found: Analysis) -> list[str]:
+    """The verdict: the answer to the question, then what it rests on, contrast by contrast."""
+    lines = [*_answer(found), _scope(found)]
+    for one in found.contrasts:
+        lines.append(f"{_bits(one)}: {_told(one, found)}.{_warning(one, found)}")
+    return lines
+
+
+def tables(found: Analysis) -> list[dict[str, Any]]:
+    """Tables as {"title", "columns", "rows"}, all cells text."""
+    severities = sorted({severity for one in found.contrasts for severity in one.by_severity})
+    return [
+        {
+            "title": f"{found.model}: arms compared, accuracy in points",
+            "columns": [
+                "bits",
+                "first",
+                "second",
+                "clean",
+                "under shift",
+                "p (Holm)",
+                "interaction",
+                "p (Holm)",
+                "finding",
+                *(f"severity {severity}" for severity in severities),
+                "retained",
+                "ECE interaction",
+            ],
+            "rows": [_contrast_row(one, found, severities) for one in found.contrasts],
+        },
+        {
+            "title": f"{found.model}: every method and source of calibration data",
+            "columns": [
+                "bits",
+                "method",
+                "calibration",
+                "seeds",
+                "clean",
+                "shifted",
+                "sd of seeds",
+                "more lost under shift than by the 16-bit model",
+                "ECE clean",
+                "ECE shifted",
+                "lost / won clean",
+                "lost / won shifted",
+                "answers with a box",
+            ],
+            "rows": [_row(row) for row in sorted(found.rows, key=_order)],
+        },
+    ]
+
+
+def text(found: Analysis) -> str:
+    """All of it as Markdown."""
+    parts = [f"## {found.question.question}", ""]
+    parts += [f"{'- ' if k > 1 else ''}{line}" + ("\n" if k < 2 else "") for k, line in enumerate(sentences(found))]
+    for table in tables(found):
+        rule = ["---"] * len(table["columns"])
+        lines = [table["columns"], rule, *table["rows"]]
+        parts += ["", f"### {table['title']}", "", *(f"| {' | '.join(line)} |" for line in lines)]
+    parts += ["", _legend(found), ""]
+    return "\n".join(parts)
+
+
+def _answer(found: Analysis) -> list[str]:
+    """For each contrast one line: at which bits robustness was shown, shown to be the same, or left open."""
+    lines = []
+    for pair in found.question.contrasts:
+        of_pair = [one for one in found.contrasts if (one.first, one.second) == pair]
+        level = found.question.level
+        told = []
+        for kind in (SHOWN, REVERSE, EQUIVALENT, OPEN):
+            bits = [str(one.bits) for one in of_pair if finding(one.interaction, one.p_interaction, level) == kind]
+            if bits:
+                told.append(f"{kind} at {' and '.join(bits)} bits")
+        lines.append(f"{pair[0]} more robust to shift than {pair[1]}: {'; '.join(told)}")
+    return [f"{found.model}: {'. '.join(lines)}."]
+
+
+def _scope(found: Analysis) -> str:
+    question = found.question
+    count = found.documents[question.clean]
+    limited = "" if found.limit is None else f" (limited to the first {found.limit:g} of each task)"
+    tasks = ", ".join(question.shifted)
+    return (
+        f"{count} documents of {found.images} images{limited}; clean: {question.clean}; shifted, mean of: {tasks}."
+        f" {100 * question.level:g} % intervals over images and calibration seeds; equivalent means within"
+        f" ±{_points(question.margin, signed=False)} points."
+    )
+
+
+def _told(one: Contrast, found: Analysis) -> str:
+    level = found.question.level
+    told = []
+    for words, difference, p in (
+        (UNDER_SHIFT, one.under_shift, one.p_under_shift),
+        (INTERACTION, one.interaction, one.p_interaction),
+    ):
+        kinds = {SHOWN: words.shown, REVERSE: words.reverse, EQUIVALENT: words.equivalent, OPEN: words.open}
+        told.append(
+            kinds[finding(difference, p, level)].format(
+                first=one.first,
+                second=one.second,
+                by=f"by {_interval(difference)} points, p {_p(p)}",
+                within=f"±{_points(found.question.margin, signed=False)} points",
+            )
+        )
+    return "; ".join(told)
+
+
+def _warning(one: Contrast, found: Analysis) -> str:
+    if not one.broken:
+        return ""
+    arms = " and ".join(one.broken)
+    verb = "keep" if len(one.broken) > 1 else "keeps"
+    return (
+        f" Beware: {arms} {verb} less than half of the unquantized model's clean accuracy; what is lost already on"
+        " clean images cannot be lost again under shift, so that interaction says little about robustness."
+    )
+
+
+def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> list[str]:
+    by_severity: Mapping[int, Difference] = one.by_severity
+    told = finding(one.interaction, one.p_interaction, found.question.level)
+    return [
+        str(one.bits),
+        one.first,
+        one.second,
+        _interval(one.clean),
+        _interval(one.under_shift),
+        _p(one.p_under_shift),
+        _interval(one.interaction),
+        _p(one.p_interaction),
+        f"{told}{' (broken)' if one.broken else ''}",
+        *(_interval(by_severity[severity]) if severity in by_severity else "" for severity in severities),
+        _interval(one.retained),
+        _interval(one.calibration_error),
+    ]
+
+
+def _row(row: Row) -> list[str]:
+    return [
+        "16" if row.bits is None else str(row.bits),
+        row.method,
+        row.calibration or "",
+        str(row.seeds),
+        f"{row.clean:.3f}",
+        f"{row.shifted:.3f}",
+        _number(row.spread),
+        "" if row.lost_more is None else _interval(row.lost_more),
+        _number(row.ece_clean),
+        _number(row.ece_shifted),
+        _flips(row.flips_clean),
+        _flips(row.flips_shifted),
+        f"{row.parsed:.3f}",
+    ]
+
+
+def _order(row: Row) -> tuple[int, str, str]:
+    return -(row.bits or 16), row.method, row.calibration or ""
+
+
+def _legend(found: Analysis) -> str:
+    return (
+        "Differences in points of accuracy, first arm less second, with"
+        f" {100 * found.question.level:g} % intervals. Interaction: what the first keeps more from clean to shifted"
+        " data, difference under shift less difference on clean data; by severity: the same with the shifted tasks of"
+        " that severity alone. Retained: difference of shifted ÷ clean accuracy. ECE interaction: above 0 where the"
+        " first becomes less calibrated under shift than the second. p adjusted by Holm over all rows of the table, for"
+        " each question. Lost / won: answers that were right, or wrong, without quantization and are not any more, in"
+        " points."
+    )
+
+
+def _bits(one: Contrast) -> str:
+    return f"{one.bits} bits"
+
+
+def _points(value: float, *, signed: bool = True) -> str:
+    return f"{100 * value:+.1f}" if signed else f"{100 * value:g}"
+
+
+def _interval(difference: Difference) -> str:
+    if math.isnan(difference.value):
+        return "undefined"
+    inside = "" if math.isnan(difference.low) else f" [{_points(difference.low)}, {_points(difference.high)}]"
+    return f"{_points(difference.value)}{inside}"
+
+
+def _flips(shares: tuple[float, float] | None) -> str:
+    return "" if shares is None else f"{100 * shares[0]:.1f} / {100 * shares[1]:.1f}"
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return "undefined"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
