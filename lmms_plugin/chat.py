@@ -40,10 +40,12 @@ class Chat:
     Attributes:
         processor: of any image-text-to-text checkpoint.
         max_num_frames: of a video.
+        answers_apart: whether an answer is no continuation of the prompt, as with an encoder-decoder.
     """
 
     processor: Any
     max_num_frames: int = 32
+    answers_apart: bool = False
     # A fast tokenizer sets its padding anew for each call, which another thread must not see halfway.
     _lock: Any = field(default_factory=RLock, init=False, repr=False, compare=False)
 
@@ -61,6 +63,11 @@ class Chat:
     def has_template(self) -> bool:
         """Whether the checkpoint brings a chat template; without one prompts are passed as they stand."""
         return getattr(self.processor, "chat_template", None) is not None
+
+    @property
+    def places_images(self) -> bool:
+        """Whether the processor itself puts an image's tokens in front of the text, as those of BLIP-2 do."""
+        return hasattr(self.processor, "num_query_tokens")
 
     @property
     def background(self) -> Colour:
@@ -138,6 +145,8 @@ class Chat:
             last: its last token.
             continuation: the text to follow it.
         """
+        if self.answers_apart:
+            return self.ids(continuation.lstrip(" "))
         before = self.text_of(prompt)
         if self.tokenizer.decode([last])[-1:].isspace():
             continuation = continuation.lstrip(" ")
@@ -204,6 +213,8 @@ class Chat:
         return frames, metadata
 
     def _raw(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        if self.places_images:
+            return self._placed(prompts)
         texts = [self._raw_text(prompt) for prompt in prompts]
         if prompts[0].videos:
             raise RequestError(f"{prompts[0].name}: a prompt without chat template cannot hold a video")
@@ -217,8 +228,22 @@ class Chat:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         return inputs
 
+    def _placed(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        for prompt in prompts:
+            if prompt.videos or len(prompt.images) > 1:
+                raise RequestError(
+                    f"{prompt.name}: {type(self.processor).__name__} shows its model one image, got "
+                    f"{len(prompt.images)} and {len(prompt.videos)} videos"
+                )
+        texts = [prompt.text for prompt in prompts]
+        if not prompts[0].images:
+            return dict(self.tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
+        images = [prompt.images[0] for prompt in prompts]
+        return _padded_left(dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt")))
+
     def _raw_text(self, prompt: Prompt) -> str:
-        return getattr(self.processor, "image_token", "") * len(prompt.images) + prompt.text
+        token = getattr(self.processor, "image_token", "")
+        return getattr(token, "content", token) * len(prompt.images) + prompt.text
 
     def _model_sizes(self, prompts: Sequence[Prompt], inputs: dict[str, Tensor]) -> list[Size | None]:
         if "image_grid_thw" not in inputs:
@@ -227,6 +252,14 @@ class Chat:
         grids = iter(inputs["image_grid_thw"].tolist())
         sizes = [[next(grids) for _ in prompt.images] for prompt in prompts]
         return [(mine[0][2] * patch, mine[0][1] * patch) if len(mine) == 1 else None for mine in sizes]
+
+
+def _padded_left(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move padding from between image and text to the left, where it moves no token away from the others."""
+    mask = inputs["attention_mask"]
+    order = mask.argsort(dim=1, stable=True)
+    moved = {name: value.gather(1, order) for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    return inputs | moved
 
 
 def kind(prompt: Prompt) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ log-probabilities of a generated answer.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,12 +98,18 @@ class Decoder:
 
         Sampling, penalties and lengths in its generation_config.json would silently join those of a task, so they go.
         """
-        ends = _ids(model.generation_config.eos_token_id) | _ids(tokenizer.eos_token_id)
+        # A language model within may be one that generates on its own, by a configuration of its own.
+        parts = [
+            part for part in model.modules() if isinstance(getattr(part, "generation_config", None), GenerationConfig)
+        ]
+        ends = _ids(tokenizer.eos_token_id).union(*(_ids(part.generation_config.eos_token_id) for part in parts))
         if not ends:
             raise ValueError("Neither generation_config.json nor the tokenizer of this checkpoint names an eos token")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-        begin = model.generation_config.bos_token_id
-        model.generation_config = GenerationConfig(pad_token_id=pad, bos_token_id=begin)
+        for part in parts:
+            given = part.generation_config
+            kept = {"bos_token_id": given.bos_token_id, "decoder_start_token_id": given.decoder_start_token_id}
+            part.generation_config = GenerationConfig(pad_token_id=pad, **kept)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         # A copy of its own, because others encode on background threads meanwhile.
         return cls(model, copy.deepcopy(tokenizer), tuple(sorted(ends)), frozenset(special | ends), static_cache)
@@ -134,13 +141,13 @@ class Decoder:
         """
         if settings.num_beams > 1:
             return self._search(inputs, settings)
-        prompt_length = inputs["input_ids"].shape[1]
+        prompt_length = self.read(inputs).shape[1]
         digit_recorder = DigitRecorder(self.number_tokens) if digits else None
         ends = _Ends(self.tokenizer, self.ends, settings.until, prompt_length)
         recorder = _Recorder(_RawLogits(), ends, digit_recorder)
         processors: list[LogitsProcessor] = [recorder.raw]
         if settings.repetition_penalty != 1:
-            processors.append(_RepetitionPenalty(settings.repetition_penalty, inputs["attention_mask"]))
+            processors.append(_RepetitionPenalty(settings.repetition_penalty, self.read(inputs)))
         if settings.sampling is not None:
             if seeds is None:
                 raise ValueError("Sampling needs one seed per row")
@@ -169,11 +176,38 @@ class Decoder:
         if longest == 0:
             return [Score((), True) for _ in continuations]
         recorder = _Recorder(_RawLogits(), None)
-        forced = _Forced(continuations, inputs["input_ids"].shape[1], inputs["input_ids"].device)
+        forced = _Forced(continuations, self.read(inputs).shape[1], inputs["input_ids"].device)
         config = GenerationConfig(max_new_tokens=longest, do_sample=False)
         self._run(inputs, config, [recorder.raw, forced], recorder)
         rows = zip(recorder.logprobs(), recorder.greedy(), continuations, strict=True)
         return [Score(tuple(logprobs[: len(given)]), all(greedy[: len(given)])) for logprobs, greedy, given in rows]
+
+    @property
+    def answers_apart(self) -> bool:
+        """Whether an answer is no continuation of the prompt, as with an encoder-decoder."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the mask, 1 at tokens and 0 at padding, of what `generate` returns in front of its answers.
+
+        That is the prompt, or of an encoder-decoder the one token that every answer begins with.
+        """
+        mask = inputs["attention_mask"]
+        return torch.ones_like(mask[:, :1]) if self.answers_apart else mask
+
+    def writer(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Return what generates: the model, or the language model within it.
+
+        That is where no image is left to read, and `generate` of the whole model demands one.
+        """
+        if "pixel_values" in inputs or not self._demands_image:
+            return self.model
+        return self.model.language_model
+
+    @cached_property
+    def _demands_image(self) -> bool:
+        given = inspect.signature(self.model.generate).parameters.get("pixel_values")
+        return given is not None and given.default is given.empty
 
     def _run(
         self,
@@ -185,13 +219,13 @@ class Decoder:
         if self.static_cache and "past_key_values" not in inputs:
             config.cache_implementation = "static"
         with explaining_out_of_memory(len(inputs["input_ids"])):
-            ids: Tensor = self.model.generate(
+            ids: Tensor = self.writer(inputs).generate(
                 **inputs,
                 generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([recorder]),
             )
-        return ids[:, inputs["input_ids"].shape[1] :]
+        return ids[:, self.read(inputs).shape[1] :]
 
     def _search(self, inputs: Mapping[str, Tensor], settings: Settings) -> list[Answer]:
         config = GenerationConfig(
@@ -202,11 +236,11 @@ class Decoder:
         )
         processors = LogitsProcessorList()
         if settings.repetition_penalty != 1:
-            of_beams = inputs["attention_mask"].repeat_interleave(settings.num_beams, dim=0)
+            of_beams = self.read(inputs).repeat_interleave(settings.num_beams, dim=0)
             processors.append(_RepetitionPenalty(settings.repetition_penalty, of_beams))
         with explaining_out_of_memory(len(inputs["input_ids"])):
-            ids = self.model.generate(**inputs, generation_config=config, logits_processor=processors)
-        ids = ids[:, inputs["input_ids"].shape[1] :]
+            ids = self.writer(inputs).generate(**inputs, generation_config=config, logits_processor=processors)
+        ids = ids[:, self.read(inputs).shape[1] :]
         return [self._answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())]
 
     def _until_end(self, ids: list[int]) -> list[int]:

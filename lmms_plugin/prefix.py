@@ -239,6 +239,8 @@ class PrefixSharing:
             sharing.off = "share_prefix=False"
         elif decoder.static_cache:
             sharing.off = "static_cache=True, where nothing can be put in front of a prompt"
+        elif decoder.answers_apart:
+            sharing.off = "an encoder-decoder reads the whole prompt before it answers, the question with the image"
         elif token is None:
             sharing.off = f"the configuration of {type(decoder.model).__name__} does not name its image token"
         elif strange := {type(layer).__name__ for layer in sharing._new_cache().layers} - _KNOWN_LAYERS:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageFile
 
 from lmms_plugin.dialects import Dialect, Frame
+from lmms_plugin.plain_prompts import PlainTemplate
 from lmms_plugin.response import Size
 
 Message = dict[str, Any]
@@ -86,12 +87,14 @@ class PromptReader:
         system_prompt: replaces the task's own, if any; None leaves it.
         background: colour around an image that the dialect wants padded to a square.
         raw: whether the model has no chat template at all.
+        plain: the words in which such a model is asked; None passes a task's own.
     """
 
     dialect: Dialect
     system_prompt: str | None = None
     background: Colour = (127, 127, 127)
     raw: bool = False
+    plain: PlainTemplate | None = None
 
     def read(self, messages: Sequence[Mapping[str, Any]], name: str) -> Prompt:
         """Read the messages of one document.
@@ -109,6 +112,8 @@ class PromptReader:
         if self.system_prompt:
             system = {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}
             conversation = [system, *(message for message in conversation if message["role"] != "system")]
+        if self.plain is not None:
+            conversation = [_in_words_of(self.plain, conversation, name)]
         grounding = _grounding(wishes[0], name) if wishes else None
         raw = self.raw or (grounding is not None and self.dialect.raw_prompt)
         log_probabilities = any(message.get("log_probabilities") for message in messages)
@@ -129,6 +134,16 @@ class PromptReader:
 
     def _framed(self, part: dict[str, Any]) -> dict[str, Any]:
         return {**part, "image": framed(part["image"], self.dialect, self.background)}
+
+
+def _in_words_of(plain: PlainTemplate, conversation: Sequence[Message], name: str) -> Message:
+    if any(message["role"] != "user" for message in conversation):
+        roles = ", ".join(message["role"] for message in conversation)
+        raise RequestError(f"{name}: a model without chat template is asked one question in one turn, got {roles}")
+    parts = [part for message in conversation for part in message["content"]]
+    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+    shown = [part for part in parts if part["type"] != "text"]
+    return {"role": "user", "content": [*shown, {"type": "text", "text": plain.write(text)}]}
 
 
 def _grounding(wish: Mapping[str, Any], name: str) -> Grounding:

@@ -384,6 +384,78 @@ def _gemma3() -> tuple[Any, Any]:
     return config, processor
 
 
+def _blip2(text: Mapping[str, Any], tokenizer: hf.PreTrainedTokenizerFast) -> tuple[Any, Any]:
+    config = hf.Blip2Config(
+        text_config=dict(text),
+        vision_config=_vision(),
+        qformer_config=_vision(encoder_hidden_size=64, vocab_size=64),
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    images = hf.BlipImageProcessor(size=_square())
+    return config, hf.Blip2Processor(image_processor=images, tokenizer=tokenizer, num_query_tokens=4)
+
+
+def _framing(tokenizer: hf.PreTrainedTokenizerFast, single: str) -> hf.PreTrainedTokenizerFast:
+    """Let a tokenizer put `</s>` where `single` says, as the tokenizers of OPT and T5 do."""
+    end = [("</s>", tokenizer.convert_tokens_to_ids("</s>"))]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=end)
+    return tokenizer
+
+
+def _blip2_opt() -> tuple[Any, Any]:
+    roles = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = _framing(byte_level_tokenizer(("</s>", "<pad>", "<image>"), **roles), "</s> $A")
+    # In the published checkpoints, too, an answer ends with its line and not with the tokenizer's token.
+    text = _text(tokenizer, ffn_dim=128, word_embed_proj_dim=64, eos_token_id=tokenizer.convert_tokens_to_ids("Ċ"))
+    return _blip2({"model_type": "opt", **text}, tokenizer)
+
+
+def _blip2_t5() -> tuple[Any, Any]:
+    roles = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = sentencepiece_tokenizer(("<pad>", "</s>", "<image>"), prefix_space=True, **roles)
+    tokenizer = _framing(tokenizer, "$A </s>")
+    sizes = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4}
+    changes = {"decoder_start_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False}
+    text = _text(tokenizer, feed_forward_proj="gated-gelu", **sizes, **changes)
+    return _blip2({"model_type": "t5", **text}, tokenizer)
+
+
+def _qwen3_vl_moe() -> tuple[Any, Any]:
+    """Three blocks: dense, then two with eight experts, two of them for each token."""
+    config, processor = _qwen3_vl()
+    text = config.text_config.to_dict() | {"num_hidden_layers": 3, "mlp_only_layers": [0], "num_experts": 8}
+    text |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    vision = config.vision_config.to_dict()
+    for part in (text, vision):
+        del part["model_type"]
+    return hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_qwen_ids(processor.tokenizer)), processor
+
+
+def _deepseek_vl2() -> tuple[Any, Any]:
+    """DeepSeek-VL2's decoder (DeepSeek-V2: latent attention, a shared expert, a dense first block) behind SigLIP."""
+    special = ("<|begin|>", "<|end|>", "<|pad|>", "<image>")
+    roles = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    tokenizer = byte_level_tokenizer(special, extra_special_tokens={"image_token": "<image>"}, **roles)
+    experts = {"n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    latent = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    text = _text(tokenizer, num_hidden_layers=3, num_key_value_heads=4, first_k_dense_replace=1, **experts, **latent)
+    config = hf.DeepseekVLConfig(
+        text_config={"model_type": "deepseek_v2", **text},
+        vision_config={"model_type": "siglip_vision_model", **_vision(vision_use_head=False)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=False,
+        grounding_dialect="deepseek_vl2",
+    )
+    processor = hf.DeepseekVLProcessor(
+        image_processor=hf.DeepseekVLImageProcessor(size=_square()),
+        tokenizer=tokenizer,
+        chat_template=LLAVA_TEMPLATE,
+        num_image_tokens=(IMAGE_SIZE // PATCH) ** 2,
+    )
+    return config, processor
+
+
 BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
@@ -395,8 +467,13 @@ BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "internvl": _internvl,
     "paligemma": _paligemma,
     "gemma3": _gemma3,
+    "blip2_opt": _blip2_opt,
+    "blip2_t5": _blip2_t5,
 }
-FAMILIES: tuple[str, ...] = tuple(BUILDERS)
+WITHOUT_BOXES = ("blip2_opt", "blip2_t5")
+"""Families that were never taught to write one, nor to follow a chat template."""
+
+FAMILIES: tuple[str, ...] = tuple(family for family in BUILDERS if family not in WITHOUT_BOXES)
 VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llava_onevision", "internvl")
 
 
@@ -404,11 +481,11 @@ def build(family: str, directory: str | Path, *, seed: int = 0) -> Path:
     """Write a tiny checkpoint of `family` into `directory` and return the directory.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `FAMILIES` or `MIXTURES`.
         directory: made if missing.
         seed: of the weights.
     """
-    config, processor = BUILDERS[family]()
+    config, processor = {**BUILDERS, **MIXTURES}[family]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -429,11 +506,13 @@ def widen(model: Any) -> None:
     """
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
-        if name.endswith("language_model.norm.weight") and tied:
+        if name.endswith(("language_model.norm.weight", "decoder.final_layer_norm.weight")) and tied:
             parameter.fill_(4.0)
         elif name.endswith(("q_norm.weight", "k_norm.weight", "post_feedforward_layernorm.weight")):
             parameter.fill_(1.0)
-        elif "embed_tokens" in name or "lm_head" in name:
+        elif "embed_tokens" in name or "lm_head" in name or name.endswith("shared.weight"):
             parameter.normal_(std=0.1 if tied else 0.4)
         elif parameter.ndim > 1:
-            parameter.normal_(std=1.5 / math.sqrt(parameter.numel() // parameter.shape[0]))
+            # Stacks of experts hold one matrix after another, all with their inputs in columns.
+            columns = parameter.shape[-1] if "experts" in name else parameter.numel() // parameter.shape[0]
+            parameter.normal_(std=1.5 / math.sqrt(columns))

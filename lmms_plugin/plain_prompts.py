@@ -1,0 +1,63 @@
+"""How families without a chat template are asked, each with its source.
+
+Tasks write for chat models: a question, and then "Answer the question using a single word or phrase." A model that was
+never taught to follow instructions continues such a text in its own way, so the question goes into the words its
+authors evaluated it with, and a request for a caption becomes the beginning of one. Which request is one for a caption
+is declared, too (`CAPTION_REQUESTS`); everything else counts as a question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+CAPTION_REQUESTS = frozenset(
+    {
+        # coco2014_cap_*, coco2017_cap_*, flickr30k_test, nocaps_* of lmms-eval, and this package's own tasks.
+        "Provide a one-sentence caption for the provided image.",
+        # coco_karpathy_* of lmms-eval.
+        "Describe the image briefly.",
+    }
+)
+
+
+@dataclass(frozen=True)
+class PlainTemplate:
+    """The words of a family.
+
+    Attributes:
+        question: holds `{question}`.
+        caption: what a caption begins with; the answer is what follows.
+        source: where the words come from.
+    """
+
+    question: str
+    caption: str
+    source: str
+
+    def write(self, request: str) -> str:
+        """Return what the model reads beside its image.
+
+        Args:
+            request: a task's text.
+        """
+        if request.strip() in CAPTION_REQUESTS:
+            return self.caption
+        return self.question.format(question=request.removesuffix(SHORT_ANSWER).strip())
+
+
+_BLIP2 = PlainTemplate(
+    question="Question: {question} Short answer:",
+    caption="a photo of",
+    source="salesforce/LAVIS, lavis/projects/blip2/eval and configs/models/blip2; BLIP-2, arXiv 2301.12597",
+)
+_INSTRUCTBLIP = PlainTemplate(
+    question="Question: {question} Short answer:",
+    caption="A short image description.",
+    source="InstructBLIP, arXiv 2305.06500, appendix on evaluation prompts",
+)
+
+TEMPLATES: Mapping[str, PlainTemplate] = MappingProxyType({"blip-2": _BLIP2, "instructblip": _INSTRUCTBLIP})
+"""Every such family by its model type."""
