@@ -474,6 +474,11 @@ WITHOUT_BOXES = ("blip2_opt", "blip2_t5")
 """Families that were never taught to write one, nor to follow a chat template."""
 
 FAMILIES: tuple[str, ...] = tuple(family for family in BUILDERS if family not in WITHOUT_BOXES)
+MIXTURES: Mapping[str, Callable[[], tuple[Any, Any]]] = {
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    "deepseek_vl2": _deepseek_vl2,
+}
+"""Families with experts, which have tests of their own."""
 VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llava_onevision", "internvl")
 
 
