@@ -8,7 +8,7 @@ import pytest
 from study_folders import CLEAN, SHIFTED, outcomes, write_cell
 
 from lmms_plugin.metrics.bootstrap import draw
-from lmms_plugin.study import analysis, verdict
+from lmms_plugin.study import analysis, conclusions, published, verdict
 from lmms_plugin.study.analysis import Question
 from lmms_plugin.study.arms import Axes, Resampled, read_cells
 
@@ -148,14 +148,43 @@ def test_seeds_widen_intervals_by_their_variance(tmp_path):
 
 def test_the_verdict_is_written_for_people_and_programs(tmp_path):
     folder = study(tmp_path, [("rtn", 4, None, None, (360, 300, 260)), ("awq", 4, "self", 0, (360, 300, 260))])
-    words = analysis.write([analysed(folder)], folder)
-    assert (folder / "verdict.md").read_text() == words
+    (found,) = conclusions.conclude(folder, ASKED)
+    words = (folder / "verdict.md").read_text()
+    assert words == conclusions.markdown(found)
+    assert found.sentences[0] in words
     said = json.loads((folder / "verdict.json").read_text())
-    assert said["sentences"][0] in words
+    assert said["sentences"] == found.sentences
     for table in said["tables"]:
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
         assert all(isinstance(cell, str) for row in table["rows"] for cell in row)
-    assert said["analysis"][0]["contrasts"][0]["interaction"]["value"] == 0.0
+    assert said["details"][0]["contrasts"][0]["interaction"]["value"] == 0.0
+
+
+def test_every_cell_against_the_unquantized_model(tmp_path):
+    folder = study(tmp_path, [("hqq", 4, None, None, (300, 240, 200)), ("awq", 4, "self", 0, (380, 340, 300))])
+    asked = {"kind": "against_reference", "question": "What does it cost?", "metrics": ["acc@0.5", "ece"]}
+    (found,) = conclusions.conclude(folder, asked | {"resamples": 200, "tasks": [CLEAN]})
+    assert len(found.tables) == 1
+    same, _, hurt, _ = found.tables[0]["rows"]
+    assert hurt[:4] == ["hqq 4 bits", "acc@0.5", "0.9500", "0.7500"]
+    assert hurt[4].startswith("-0.2000 [-")
+    assert same[:5] == ["awq 4 bits self", "acc@0.5", "0.9500", "0.9500", "+0.0000 [+0.0000, +0.0000]"]
+    assert found.sentences[0] == (
+        "rec, acc@0.5: changed by hqq 4 bits -0.2000; no change was shown for awq 4 bits self."
+    )
+
+
+def test_published_numbers_stand_beside_ours_where_the_model_is_the_same():
+    found = published.score("Qwen/Qwen2-VL-7B-Instruct", "reliable_vqav2", "mbq", 3, "coverage@0.01")
+    assert found.value == pytest.approx(0.377)
+    assert "2602.13289" in found.source
+    assert published.score("Qwen/Qwen2-VL-7B-Instruct", "reliable_vqav2", "none", None, "accuracy").value == 0.83
+    for other in (("demo", "reliable_vqav2"), ("Qwen/Qwen2-VL-7B-Instruct", "reliable_advqa")):
+        assert published.score(*other, "mbq", 3, "accuracy") is None
+    assert published.score("Salesforce/blip2-opt-2.7b", "coco2017_cap_val", "awq", 4, "CIDEr", "all").value == 1.1819
+    assert published.score("Salesforce/blip2-opt-2.7b", "coco2017_cap_val", "awq", 4, "CIDEr", "language") is None
+    shares = published.importances("llava-hf/llava-1.5-7b-hf", "gqa", "awq").shares
+    assert shares == {"vision": 5.38, "language": 94.62}
 
 
 def test_cells_that_are_missing_are_told(tmp_path):
@@ -181,6 +210,24 @@ def test_cells_with_other_documents_are_refused(tmp_path):
 def test_a_folder_without_cells_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"finished cells below .*, got none"):
         read_cells(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"kind": "methods_by_shift"}, "unknown kind 'methods_by_shift'; known: method_by_shift, against_reference"),
+        ({"kind": "components", "question": "?"}, "expected metrics, question, got no metrics"),
+        (
+            {"kind": "against_reference", "question": "?", "metrics": "ece"},
+            "metrics should be a list of names, got 'ece'",
+        ),
+        ({"kind": "against_reference", "question": "?", "metrics": ["ece"], "level": 2}, "confidence level"),
+        ({"kind": "components", "question": "?", "metrics": ["ece"], "metric": 1}, "unknown 'metric'"),
+    ],
+)
+def test_bad_analyses_are_refused_before_anything_runs(asked, message):
+    with pytest.raises(ValueError, match=message):
+        conclusions.check(asked)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ difference. p-values are adjusted by Holm over all contrasts and bits, for each 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -31,7 +30,6 @@ import numpy as np
 
 from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
-from lmms_plugin.reliability import plain
 from lmms_plugin.study.arms import (
     UNTOUCHED,
     Axes,
@@ -44,10 +42,11 @@ from lmms_plugin.study.arms import (
     read_cells,
     select,
 )
+from lmms_plugin.study.asked import expect_names
+from lmms_plugin.study.conclusions import Conclusion
 
 BROKEN = 0.5
 """An arm is broken where it keeps less than this share of the unquantized model's clean accuracy."""
-FILES = ("verdict.json", "verdict.md")
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,8 @@ class Question:
         Raises:
             ValueError: Something is missing, unknown or of the wrong kind.
         """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(given) - known):
-            raise ValueError(f"analysis: unknown {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        needed = {"question", "clean", "shifted", "arms", "contrasts"}
-        if missing := sorted(needed - set(given)):
-            raise ValueError(f"analysis: expected {', '.join(sorted(needed))}, got no {missing[0]}")
+        needed = ("question", "clean", "shifted", "arms", "contrasts")
+        expect_names(given, {field.name for field in fields(cls)}, needed)
         shapes = {"shifted": list, "arms": dict, "contrasts": list}
         for name, kind in shapes.items():
             if not isinstance(given[name], kind):
@@ -205,6 +200,26 @@ class Analysis(NamedTuple):
     limit: float | None
 
 
+def conclude(study: Path, question: Question, workers: int) -> list[Conclusion]:
+    """Answer a question from a study's finished cells, in words and tables, for each of its models.
+
+    Raises:
+        ValueError: As `analyse`.
+    """
+    from lmms_plugin.study import verdict
+
+    return [
+        Conclusion(
+            f"{question.question} {one.model}",
+            verdict.sentences(one),
+            verdict.tables(one),
+            [verdict.legend(question)],
+            one._asdict() | {"question": asdict(question)},
+        )
+        for one in analyse(study, question, workers=workers)
+    ]
+
+
 def analyse(study: Path, question: Question, *, workers: int = 1) -> list[Analysis]:
     """Answer a question from a study's finished cells, for each of its models.
 
@@ -215,21 +230,6 @@ def analyse(study: Path, question: Question, *, workers: int = 1) -> list[Analys
     cells = read_cells(study)
     models = dict.fromkeys(cell.axes.model for cell in cells)
     return [_of_one_model(select(cells, {"model": model}), question, workers) for model in models]
-
-
-def write(found: Sequence[Analysis], folder: Path) -> str:
-    """Write `verdict.json` and `verdict.md` into a folder and return the latter."""
-    from lmms_plugin.study.verdict import sentences, tables, text
-
-    said = {
-        "sentences": [line for one in found for line in sentences(one)],
-        "tables": [table for one in found for table in tables(one)],
-        "analysis": [plain(one._asdict() | {"question": asdict(one.question)}) for one in found],
-    }
-    (folder / FILES[0]).write_text(json.dumps(said, indent=1), encoding="utf-8")
-    words = "\n".join(text(one) for one in found)
-    (folder / FILES[1]).write_text(words, encoding="utf-8")
-    return words
 
 
 def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Analysis:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lmms_plugin.metrics.paired import Difference
-from lmms_plugin.study.analysis import Analysis, Contrast, Row
+from lmms_plugin.study.analysis import Analysis, Contrast, Question, Row
 
 SHOWN, REVERSE, EQUIVALENT, OPEN = "shown", "the opposite shown", "no difference", "not shown"
 
@@ -106,16 +106,17 @@ def tables(found: Analysis) -> list[dict[str, Any]]:
     ]
 
 
-def text(found: Analysis) -> str:
-    """All of it as Markdown."""
-    parts = [f"## {found.question.question}", ""]
-    parts += [f"{'- ' if k > 1 else ''}{line}" + ("\n" if k < 2 else "") for k, line in enumerate(sentences(found))]
-    for table in tables(found):
-        rule = ["---"] * len(table["columns"])
-        lines = [table["columns"], rule, *table["rows"]]
-        parts += ["", f"### {table['title']}", "", *(f"| {' | '.join(line)} |" for line in lines)]
-    parts += ["", _legend(found), ""]
-    return "\n".join(parts)
+def legend(question: Question) -> str:
+    """How the tables are to be read."""
+    return (
+        "Differences in points of accuracy, first arm less second, with"
+        f" {100 * question.level:g} % intervals. Interaction: what the first keeps more from clean to shifted"
+        " data, difference under shift less difference on clean data; by severity: the same with the shifted tasks of"
+        " that severity alone. Retained: difference of shifted ÷ clean accuracy. ECE interaction: above 0 where the"
+        " first becomes less calibrated under shift than the second. p adjusted by Holm over all rows of the table, for"
+        " each question. Lost / won: answers that were right, or wrong, without quantization and are not any more, in"
+        " points."
+    )
 
 
 def _answer(found: Analysis) -> list[str]:
@@ -214,18 +215,6 @@ def _row(row: Row) -> list[str]:
 
 def _order(row: Row) -> tuple[int, str, str]:
     return -(row.bits or 16), row.method, row.calibration or ""
-
-
-def _legend(found: Analysis) -> str:
-    return (
-        "Differences in points of accuracy, first arm less second, with"
-        f" {100 * found.question.level:g} % intervals. Interaction: what the first keeps more from clean to shifted"
-        " data, difference under shift less difference on clean data; by severity: the same with the shifted tasks of"
-        " that severity alone. Retained: difference of shifted ÷ clean accuracy. ECE interaction: above 0 where the"
-        " first becomes less calibrated under shift than the second. p adjusted by Holm over all rows of the table, for"
-        " each question. Lost / won: answers that were right, or wrong, without quantization and are not any more, in"
-        " points."
-    )
 
 
 def _bits(one: Contrast) -> str:

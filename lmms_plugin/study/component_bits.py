@@ -1,0 +1,100 @@
+"""Which component's bits decide a score of a study's cells, with published importances beside.
+
+analysis:
+kind: components
+question: Which component does quantization hurt most?
+metrics: [acc@0.5]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lmms_plugin import sensitivity
+from lmms_plugin.study import published
+from lmms_plugin.study.asked import expect_names, texts
+from lmms_plugin.study.conclusions import Conclusion
+
+FIGURES = "figures"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a study.
+
+    Attributes:
+        question: In words.
+        metrics: As in lmms-eval's table.
+        tasks: Which; empty for all.
+        resamples: Of the cells, for intervals.
+        seed: Of forests, permutations and resamples.
+    """
+
+    question: str
+    metrics: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    resamples: int = sensitivity.RESAMPLES
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Question:
+        """Read the `analysis` of a study file.
+
+        Raises:
+            ValueError: Something is missing, unknown or of the wrong kind.
+        """
+        expect_names(given, {field.name for field in fields(cls)}, ("question", "metrics"))
+        lists = {name: texts(given, name) for name in ("metrics", "tasks") if name in given}
+        return cls(**{**given, **lists})
+
+
+def conclude(study: Path, question: Question, workers: int) -> list[Conclusion]:
+    """Importances of the components for every model, method, task and metric; each is also drawn below `figures/`.
+
+    Raises:
+        ValueError: There are no cells, or too few that differ in bits.
+    """
+    cells, left_out = sensitivity.read(study / "cells")
+    if left_out:
+        raise ValueError(left_out[0])
+    wanted = [grid for grid in sensitivity.grids(cells, question.metrics) if _is_asked(grid, question)]
+    if not wanted:
+        raise ValueError(f"analysis: no task has one of the metrics {', '.join(question.metrics)}")
+    (study / FIGURES).mkdir(exist_ok=True)
+    return [_concluded(grid, study, question, workers) for grid in wanted]
+
+
+def _is_asked(grid: sensitivity.Grid, question: Question) -> bool:
+    return not question.tasks or grid.name.split(", ")[-1].split(" ")[0] in question.tasks
+
+
+def _concluded(grid: sensitivity.Grid, study: Path, question: Question, workers: int) -> Conclusion:
+    found = sensitivity.analyse(grid, resamples=question.resamples, seed=question.seed, workers=workers)
+    sensitivity.draw(found, study / FIGURES / f"components_{grid.file_name}.png")
+    method, _, rest = grid.name.partition(" ")
+    known = published.importances(rest, grid.name.split(", ")[-1], method)
+    ranked = sorted(found.importances, key=lambda one: -one.consensus)
+    shares = ", ".join(f"{one.component} {one.consensus:.0f} % [{one.low:.0f}, {one.high:.0f}]" for one in ranked)
+    sentence = f"{grid.name}: {shares} of what varies over the grid ({grid.described()})."
+    if found.r2 <= 0.5:
+        sentence += f" The forest predicts unseen cells badly (R² {found.r2:.2f}): do not rely on these shares."
+    return Conclusion(
+        question.question,
+        [sentence],
+        [_table(found, known.shares if known else {})],
+        [f"Published: {known.source}."] if known else [],
+        {"question": asdict(question), **found.to_dict()},
+    )
+
+
+def _table(found: sensitivity.Sensitivity, known: Mapping[str, float]) -> dict[str, Any]:
+    columns = ["component", *sensitivity.MEASURES, "consensus", "95 % interval", *(["published"] if known else [])]
+    rows = []
+    for one in found.importances:
+        shares = [f"{share:.1f} %" for share in (one.forest, one.permutation, one.shap, one.consensus)]
+        cells = [one.component, *shares, f"{one.low:.1f} to {one.high:.1f}"]
+        rows.append(cells + ([f"{known[one.component]:g} %" if one.component in known else ""] if known else []))
+    return {"title": found.grid.name, "columns": columns, "rows": rows}

@@ -1,0 +1,110 @@
+"""The analysis a study file asks for: read and checked before anything runs, written when everything has run.
+
+`kind` says which: `method_by_shift` (`lmms_plugin.study.analysis`; also without a kind), `against_reference` (every
+cell against the unquantized model, with published numbers beside) or `components` (which component's bits decide a
+score).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from lmms_plugin.reliability import plain
+
+DEFAULT = "method_by_shift"
+JSON, MARKDOWN = "verdict.json", "verdict.md"
+
+
+class Conclusion(NamedTuple):
+    """What a study says.
+
+    Attributes:
+        title: The question.
+        sentences: The verdict, the most important sentence first.
+        tables: As {"title", "columns", "rows"}, all cells text.
+        notes: How the tables are to be read.
+        details: Everything in numbers.
+    """
+
+    title: str
+    sentences: list[str]
+    tables: list[dict[str, Any]]
+    notes: list[str]
+    details: Any
+
+
+class Kind(NamedTuple):
+    """A kind of analysis.
+
+    Attributes:
+        parse: Reads the `analysis` of a study file; raises ValueError.
+        conclude: Study's folder, what was parsed, threads → what the study says; raises ValueError.
+    """
+
+    parse: Callable[[Mapping[str, Any]], Any]
+    conclude: Callable[[Path, Any, int], list[Conclusion]]
+
+
+def check(asked: Mapping[str, Any]) -> None:
+    """Refuse an `analysis` that could not be made.
+
+    Raises:
+        ValueError: Something in it is unknown, missing or of the wrong kind.
+    """
+    _parsed(asked)
+
+
+def conclude(study: Path, asked: Mapping[str, Any], *, workers: int = 1) -> list[Conclusion]:
+    """Analyse a study's finished cells and write `verdict.json` and `verdict.md` into its folder.
+
+    Raises:
+        ValueError: The analysis is not as it has to be, or cells that it needs are missing.
+    """
+    kind, question = _parsed(asked)
+    found = kind.conclude(study, question, workers)
+    (study / MARKDOWN).write_text("\n".join(map(markdown, found)), encoding="utf-8")
+    said = {
+        "sentences": [line for one in found for line in one.sentences],
+        "tables": [table for one in found for table in one.tables],
+        "notes": list(dict.fromkeys(note for one in found for note in one.notes)),
+        "details": [plain(one.details) for one in found],
+    }
+    (study / JSON).write_text(json.dumps(said, indent=1, allow_nan=False), encoding="utf-8")
+    return found
+
+
+def markdown(found: Conclusion) -> str:
+    """All of a conclusion but the numbers behind it, as Markdown."""
+    parts = [f"## {found.title}", ""]
+    parts += [f"- {line}" for line in found.sentences]
+    for table in found.tables:
+        lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+        parts += ["", f"### {table['title']}", "", *(f"| {' | '.join(line)} |" for line in lines)]
+    for note in found.notes:
+        parts += ["", note]
+    return "\n".join([*parts, ""])
+
+
+def _parsed(asked: Mapping[str, Any]) -> tuple[Kind, Any]:
+    kinds = _kinds()
+    given = dict(asked)
+    name = given.pop("kind", DEFAULT)
+    if name not in kinds:
+        raise ValueError(f"analysis: unknown kind {name!r}; known: {', '.join(kinds)}")
+    return kinds[name], kinds[name].parse(given)
+
+
+def _kinds() -> Mapping[str, Kind]:
+    from lmms_plugin.study import against_reference, analysis, component_bits
+
+    return MappingProxyType(
+        {
+            DEFAULT: Kind(analysis.Question.parse, analysis.conclude),
+            "against_reference": Kind(against_reference.Question.parse, against_reference.conclude),
+            "components": Kind(component_bits.Question.parse, component_bits.conclude),
+        }
+    )
