@@ -10,7 +10,10 @@ from typing import Annotated
 
 import typer
 
+from lmms_plugin.study.commands import app as study
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(study, name="study")
 
 
 @app.command()

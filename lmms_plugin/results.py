@@ -183,17 +183,22 @@ def _log(file: Path, task: str) -> Path:
 
 
 def find(path: Path) -> list[Path]:
-    """Results files at or under a path, oldest first.
+    """Results files at or under a path, oldest first; those in hidden folders are unfinished or put aside.
 
     Raises:
         ValueError: If there are none.
     """
     if path.is_file():
         return [path]
-    files = sorted(path.rglob(f"*{_RESULTS}"), key=lambda file: (file.name, str(file)))
+    below = (file for file in path.rglob(f"*{_RESULTS}") if not _hidden(file.relative_to(path)))
+    files = sorted(below, key=lambda file: (file.name, str(file)))
     if not files:
         raise ValueError(f"expected a results file or a folder with *{_RESULTS} in it, got {path}")
     return files
+
+
+def _hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
 
 
 def read_one(path: Path) -> Run:

@@ -1,0 +1,195 @@
+"""One attempt at a cell: the lmms-eval process, and the judgement of what it left."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lmms_plugin import results
+from lmms_plugin.study.folder import LOG
+from lmms_plugin.study.grid import Cell
+from lmms_plugin.study.identity import Keyed
+from lmms_plugin.study.tasks import known
+
+REPORT = "quant_report.json"
+_TAIL_LINES, _TAIL_LETTERS = 40, 6000
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+class Outcome(NamedTuple):
+    """What became of an attempt.
+
+    Attributes:
+        problem: Why it failed; None if it is finished.
+        returncode: Of the process.
+        done: When, how long and where it ran.
+    """
+
+    problem: str | None
+    returncode: int
+    done: Mapping[str, Any]
+
+
+def command(cell: Cell, gpus: int) -> tuple[str, ...]:
+    """The command of a cell, to be run in its folder.
+
+    Args:
+        cell: What is asked.
+        gpus: How many GPUs it has.
+    """
+    processes = cell.resources.processes
+    start: tuple[str, ...] = ("lmms-eval",)
+    if processes > 1:
+        # On a CPU accelerate starts one process whatever it is told.
+        launcher = ("accelerate", "launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no")
+        launcher += ("--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", str(processes))
+        start = launcher if gpus else ("torchrun", "--standalone", "--nproc_per_node", str(processes))
+        start += ("-m", "lmms_eval")
+    limit = () if cell.limit is None else ("--limit", str(cell.limit))
+    asked = ("--model", cell.model, "--model_args", f"{cell.model_args},report={REPORT}", "--tasks")
+    asked += (",".join(cell.tasks), "--batch_size", str(cell.batch_size), *limit)
+    return (*start, *asked, "--log_samples", "--output_path", ".")
+
+
+def about(keyed: Keyed, gpus: int) -> dict[str, Any]:
+    """What `cell.json` says of a cell."""
+    cell = keyed.cell
+    return {
+        "id": keyed.id,
+        "key": keyed.key,
+        "model": cell.model,
+        "model_args": dict(cell.arguments),
+        "tasks": list(cell.tasks),
+        "limit": cell.limit,
+        "batch_size": cell.batch_size,
+        "processes": cell.resources.processes,
+        "axes": cell.axes.to_dict(),
+        "command": list(command(cell, gpus)),
+        "versions": dict(keyed.versions),
+        "depends_on": dict(keyed.parts),
+    }
+
+
+@dataclass
+class Attempt:
+    """A process that works on a cell.
+
+    Attributes:
+        keyed: The cell.
+        folder: It works in.
+        process: Its guard.
+        started: Seconds since the epoch.
+    """
+
+    keyed: Keyed
+    folder: Path
+    process: subprocess.Popen[bytes]
+    started: float
+
+    @classmethod
+    def start(
+        cls,
+        keyed: Keyed,
+        folder: Path,
+        *,
+        gpus: Sequence[str],
+        threads: int | None = None,
+        inherited: Sequence[int] = (),
+    ) -> Attempt:
+        """Start lmms-eval in a folder, with its output in the log there.
+
+        Args:
+            keyed: The cell.
+            folder: Empty.
+            gpus: Of the machine, as CUDA counts them; none for the CPU.
+            threads: Threads of each process; None for what the environment says.
+            inherited: File descriptors that the guard keeps open.
+        """
+        first, *rest = command(keyed.cell, len(gpus))
+        guarded = [sys.executable, "-P", "-m", "lmms_plugin.study.guard", _installed(first), *rest]
+        with (folder / LOG).open("wb") as log:
+            process = subprocess.Popen(
+                guarded,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=_environment(gpus, threads),
+                start_new_session=True,
+                pass_fds=tuple(inherited),
+            )
+        return cls(keyed, folder, process, time.time())
+
+    @property
+    def over(self) -> bool:
+        """Whether the process has ended."""
+        return self.process.poll() is not None
+
+    def end(self) -> None:
+        """End the process and everything it started, and wait until that is so."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def outcome(self) -> Outcome:
+        """Judge what a process that is over left; lmms-eval's exit status tells nothing."""
+        self.end()
+        finished = time.time()
+        status = self.process.returncode
+        done = {
+            "seconds": round(finished - self.started, 3),
+            "started": _moment(self.started),
+            "finished": _moment(finished),
+            "host": socket.gethostname(),
+        }
+        return Outcome(_problem(self.keyed.cell, self.folder, status), status, done)
+
+    def tail(self) -> str:
+        """The end of the log."""
+        text = _COLOURS.sub("", (self.folder / LOG).read_text(encoding="utf-8", errors="replace"))
+        lines = [line.rsplit("\r", 1)[-1] for line in text.splitlines()]
+        return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_LETTERS:]
+
+
+def _problem(cell: Cell, folder: Path, status: int) -> str | None:
+    """Why a folder does not hold the whole results of a cell; None if it does."""
+    if status:
+        return f"lmms-eval ended with status {status}"
+    try:
+        run = results.read_one(folder)
+    except ValueError as error:
+        return str(error)
+    missing = [name for task in known(cell.tasks).values() for name in task.tasks if name not in run.results]
+    if missing:
+        return f"expected results of {missing[0]}, got {', '.join(run.results)}"
+    return None if (folder / REPORT).is_file() else f"expected {REPORT}, got none"
+
+
+def _environment(gpus: Sequence[str], threads: int | None) -> dict[str, str]:
+    environment = dict(os.environ)
+    # The process works in a folder of its own.
+    for name, value in environment.items():
+        if name.startswith("LMMS_PLUGIN_") and value and not os.path.isabs(value) and os.path.exists(value):
+            environment[name] = os.path.abspath(value)
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    return environment
+
+
+def _installed(name: str) -> str:
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else name
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

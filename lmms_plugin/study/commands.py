@@ -1,0 +1,50 @@
+"""The commands of studies: `lmms-plugin study plan` and `lmms-plugin study run`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
+StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (docs/studies.md).")]
+
+
+@app.command("plan")
+def plan_study(
+    file: StudyFile,
+    output: Annotated[Path | None, typer.Option(help="Folder of the study: what is done there, what it took.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Print the cells of a study, what is done of them, and what the rest will cost; runs nothing."""
+    from json import dumps
+
+    from rich.console import Console
+
+    from lmms_plugin.study import planning
+    from lmms_plugin.study.reading import read
+
+    found = planning.plan(read(file), output)
+    if json:
+        typer.echo(dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(planning.table(found))
+    typer.echo(planning.summary(found))
+
+
+@app.command("run")
+def run_study(
+    file: StudyFile,
+    output: Annotated[Path, typer.Option(help="Folder of the study; what is finished there is not run again.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try cells again that failed before.")] = False,
+) -> None:
+    """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
+    from lmms_plugin.study import engine, planning
+
+    finished = engine.run(file, output, jobs=jobs, retry_failed=retry_failed)
+    typer.echo(planning.summary(finished.plan))
+    for cell, problem in finished.problems.items():
+        typer.echo(f"failed: {cell}: {' '.join(problem.split())} (see {output / 'failed' / cell})", err=True)
+    if not finished.complete:
+        raise typer.Exit(1)

@@ -1,0 +1,68 @@
+"""Runs a study: what is missing of it, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lmms_plugin.study.folder import FAILED, StudyFolder, read_json
+from lmms_plugin.study.local import LocalRunner, visible_gpus
+from lmms_plugin.study.planning import Plan, Planned, keys, plan
+from lmms_plugin.study.progress import Display
+from lmms_plugin.study.reading import read
+
+
+class Finished(NamedTuple):
+    """A study after a run.
+
+    Attributes:
+        plan: Its cells, with what became of them.
+        problems: Cell that failed → why.
+        analysis: What the analysis made of it; None without one, or while cells are missing.
+    """
+
+    plan: Plan
+    problems: dict[str, str]
+    analysis: Any = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell is finished."""
+        return all(one.state == "done" for one in self.plan.cells)
+
+
+def run(file: Path, output: Path, *, jobs: int = 1, retry_failed: bool = False) -> Finished:
+    """Run the cells of a study that are not finished.
+
+    Args:
+        file: Study file.
+        output: Folder of the study.
+        jobs: Cells at a time.
+        retry_failed: Whether cells that failed before are tried again.
+
+    Raises:
+        ValueError: If something in the file cannot be done, before anything is run, or the folder is of something else.
+    """
+    study = read(file)
+    gpus = visible_gpus()
+    before = plan(study, output, len(gpus))
+    folder = StudyFolder(output)
+    folder.open(file)
+    wanted = [one for one in before.cells if _wanted(one, retry_failed)]
+    expected = {one.keyed.id: one.seconds.value for one in wanted}
+    with Display(expected, len(before.cells) - len(wanted), jobs) as display:
+        runner = LocalRunner(folder, display, jobs, gpus, keys(len(gpus)))
+        runner.run([one.keyed.cell for one in wanted])
+    after = plan(study, output, len(gpus))
+    failed = [one.keyed.id for one in after.cells if one.state == "failed"]
+    problems = {cell: read_json(folder.failed_path(cell) / FAILED)["problem"] for cell in failed}
+    return _analysed(Finished(after, problems), folder)
+
+
+def _wanted(one: Planned, retry_failed: bool) -> bool:
+    return one.state in ("missing", "running") or (one.state == "failed" and retry_failed)
+
+
+def _analysed(finished: Finished, folder: StudyFolder) -> Finished:
+    """The one place where the analysis that the file asks for is to be called, once every cell is finished."""
+    return finished

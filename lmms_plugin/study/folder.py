@@ -1,0 +1,268 @@
+"""A study's folder: what is finished, what failed, what is under way, safe against being killed at any moment.
+
+A cell is finished when its folder stands below `cells/`, which it gets to by one rename of a complete folder. Work
+happens below `.running/`, under a lock that the system takes away from a process that ends in whatever manner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CELL, DONE, FAILED, LOG = "cell.json", "done.json", "failed.json", "log.txt"
+_LOCK = ".lock"
+
+
+@dataclass
+class Lock:
+    """The right to work on one cell, until `release` or the end of the process (and of those it was handed to).
+
+    Attributes:
+        path: Of the lock's file.
+        descriptor: Of the open file, which child processes may inherit.
+    """
+
+    path: Path
+    descriptor: int
+
+    @classmethod
+    def take(cls, path: Path) -> Lock | None:
+        """Take a lock; None if someone else has it."""
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            # Its last owner may have removed the file between our opening and our locking it.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return cls(path, descriptor)
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Give it back."""
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The folder of a study.
+
+    Attributes:
+        path: Of the folder.
+    """
+
+    path: Path
+
+    @property
+    def running(self) -> Path:
+        """Where unfinished work lies."""
+        return self.path / ".running"
+
+    @property
+    def superseded(self) -> Path:
+        """Where finished cells lie that were run again with other code, data or versions."""
+        return self.path / ".superseded"
+
+    def done_path(self, cell: str) -> Path:
+        """Where a cell lies when it is finished."""
+        return self.path / "cells" / cell
+
+    def failed_path(self, cell: str) -> Path:
+        """Where the account of a cell that failed lies."""
+        return self.path / "failed" / cell
+
+    def is_done(self, cell: str) -> bool:
+        """Whether a cell is finished."""
+        return (self.done_path(cell) / DONE).is_file()
+
+    def has_failed(self, cell: str) -> bool:
+        """Whether the last attempt at a cell failed."""
+        return (self.failed_path(cell) / FAILED).is_file() and not self.is_done(cell)
+
+    def is_running(self, cell: str) -> bool:
+        """Whether someone works on a cell now."""
+        path = self.running / f"{cell}{_LOCK}"
+        if not path.exists():
+            return False
+        lock = Lock.take(path)
+        if lock is not None:
+            lock.release()
+        return lock is None
+
+    def open(self, study_file: Path) -> None:
+        """Make the folder, keep the study file in it, and clear away what killed runners left.
+
+        Raises:
+            ValueError: If the folder holds something else than a study.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"expected a folder for the study, got the file {self.path}")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "study.yaml").is_file():
+            raise ValueError(f"expected an empty folder or one of a study (with study.yaml in it), got {self.path}")
+        for folder in (self.path / "cells", self.path / "failed", self.running):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._write(self.path / "study.yaml", study_file.read_text(encoding="utf-8"))
+        for left in sorted(self.running.iterdir()):
+            self._clear(left)
+
+    def _clear(self, left: Path) -> None:
+        if left.name.endswith(_LOCK) or left.name.startswith("."):
+            return
+        lock = self.lock(left.name)
+        if lock is not None:
+            _remove(left)
+            lock.release()
+
+    def lock(self, cell: str) -> Lock | None:
+        """Take the right to work on a cell; None if another runner has it."""
+        return Lock.take(self.running / f"{cell}{_LOCK}")
+
+    def begin(self, cell: str) -> Path:
+        """An empty folder to work on a cell in, whose lock the caller has."""
+        path = self.running / cell
+        _remove(path)
+        path.mkdir()
+        return path
+
+    def discard(self, cell: str) -> None:
+        """Drop the work on a cell, whose lock the caller has."""
+        _remove(self.running / cell)
+
+    def finish(self, cell: str, about: Mapping[str, Any], done: Mapping[str, Any]) -> None:
+        """Turn the work on a cell into a finished cell, by one rename.
+
+        Args:
+            cell: Its id.
+            about: What goes into `cell.json`.
+            done: What goes into `done.json`, together with the hashes of all files.
+        """
+        work = self.running / cell
+        write_json(work / CELL, about)
+        write_json(work / DONE, {**done, "files": hashes(work)})
+        _sync(work)
+        self._supersede(cell, about)
+        os.rename(work, self.done_path(cell))
+        _sync_folder(self.path / "cells")
+        _remove(self.failed_path(cell))
+
+    def fail(self, cell: str, about: Mapping[str, Any], failed: Mapping[str, Any]) -> None:
+        """Record that a cell failed; of its work only the log stays."""
+        work = self.running / cell
+        for left in work.iterdir():
+            if left.name != LOG:
+                _remove(left)
+        write_json(work / CELL, about)
+        write_json(work / FAILED, failed)
+        _sync(work)
+        _remove(self.failed_path(cell))
+        os.rename(work, self.failed_path(cell))
+
+    def restore(self, cell: str) -> bool:
+        """Take back a finished cell that was superseded; returns whether there was one."""
+        if not (self.superseded / cell / DONE).is_file():
+            return False
+        self._supersede(cell, self.about(self.superseded / cell))
+        os.rename(self.superseded / cell, self.done_path(cell))
+        return True
+
+    def _supersede(self, cell: str, about: Mapping[str, Any]) -> None:
+        """Put aside finished cells that answered the same question with other code, data or versions."""
+        for other in self.finished():
+            if other != cell and asks_the_same(self.about(self.done_path(other)), about):
+                self.superseded.mkdir(exist_ok=True)
+                _remove(self.superseded / other)
+                os.rename(self.done_path(other), self.superseded / other)
+
+    def finished(self) -> list[str]:
+        """Ids of all finished cells, those of other plans included."""
+        folder = self.path / "cells"
+        return sorted(one.name for one in folder.iterdir() if (one / DONE).is_file()) if folder.is_dir() else []
+
+    @staticmethod
+    def about(folder: Path) -> dict[str, Any]:
+        """What `cell.json` says."""
+        return read_json(folder / CELL)
+
+    def done(self, cell: str) -> dict[str, Any]:
+        """What `done.json` of a finished cell says."""
+        return read_json(self.done_path(cell) / DONE)
+
+    def _write(self, path: Path, text: str) -> None:
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            return
+        beside = self.running / f".{path.name}.{os.getpid()}"
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+
+
+_QUESTION = ("model", "model_args", "tasks", "limit", "batch_size", "processes", "axes")
+
+
+def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two cells differ only in what answered them."""
+    return all(one.get(name) == other.get(name) for name in _QUESTION)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping as JSON."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected JSON in {path}, which is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object in {path}, got {value!r:.60}")
+    return value
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its path relative to that."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    found = {}
+    for file in files:
+        with file.open("rb") as stream:
+            found[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's files to the disk, so that what is renamed is whole even after a power cut."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

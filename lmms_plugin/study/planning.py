@@ -1,0 +1,150 @@
+"""What a study comes to: its cells, what is done of them, and what the rest will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from lmms_plugin.study import cost
+from lmms_plugin.study.attempt import command
+from lmms_plugin.study.expansion import cells
+from lmms_plugin.study.folder import StudyFolder
+from lmms_plugin.study.grid import Cell, Study
+from lmms_plugin.study.identity import Keyed, keyed
+from lmms_plugin.study.local import visible_gpus
+from lmms_plugin.study.progress import duration
+
+
+class Planned(NamedTuple):
+    """A cell of a plan.
+
+    Attributes:
+        keyed: The cell.
+        state: `done`, `failed`, `running` or `missing`.
+        seconds: It took, or what it will take.
+        gpus: It runs on.
+    """
+
+    keyed: Keyed
+    state: str
+    seconds: cost.Seconds
+    gpus: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `study plan --json` prints it."""
+        cell = self.keyed.cell
+        return {
+            "id": self.keyed.id,
+            "key": self.keyed.key,
+            "model": cell.model,
+            "model_args": dict(cell.arguments),
+            "tasks": list(cell.tasks),
+            "limit": cell.limit,
+            "axes": cell.axes.to_dict(),
+            "state": self.state,
+            "seconds": self.seconds.value,
+            "seconds_from": self.seconds.basis,
+            "gpus": self.gpus,
+            "command": list(command(cell, self.gpus)),
+        }
+
+
+class Plan(NamedTuple):
+    """A study with its cells.
+
+    Attributes:
+        study: As its file says.
+        cells: In the order of the file.
+        others: Finished cells of the folder that are not of this plan.
+    """
+
+    study: Study
+    cells: tuple[Planned, ...]
+    others: tuple[str, ...]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What the cells that are not done will take one after the other; None where nothing tells."""
+        left = [one.seconds.value for one in self.cells if one.state != "done"]
+        return None if None in left else sum(value or 0.0 for value in left)
+
+    def counts(self) -> dict[str, int]:
+        """State → number of cells."""
+        return {
+            state: sum(one.state == state for one in self.cells) for state in ("done", "failed", "running", "missing")
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `study plan --json` prints it."""
+        return {
+            "study": self.study.name,
+            "file": self.study.file,
+            "cells": [one.to_dict() for one in self.cells],
+            "counts": self.counts(),
+            "seconds_left": self.seconds_left,
+            "others": list(self.others),
+            "analysis": self.study.analysis,
+        }
+
+
+def keys(gpus: int) -> Callable[[Cell], Keyed]:
+    """How keys are computed where there are so many GPUs."""
+    return lambda cell: keyed(cell, cuda=gpus > 0 if cell.resources.gpus is None else cell.resources.gpus > 0)
+
+
+def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> Plan:
+    """Plan a study.
+
+    Args:
+        study: As its file says.
+        output: Its folder; None to take nothing for done.
+        gpus: GPUs that there are; None to look on this machine.
+
+    Raises:
+        ValueError: If something in the file cannot be done.
+    """
+    folder = StudyFolder(output) if output is not None and output.is_dir() else None
+    past, there = cost.past(folder), len(visible_gpus()) if gpus is None else gpus
+    key = keys(there)
+    found = []
+    for cell in cells(study):
+        one = key(cell)
+        state = "missing" if folder is None else _state(folder, one.id)
+        took = cost.seconds(cell, past)
+        if folder is not None and state == "done":
+            took = cost.Seconds(folder.done(one.id)["seconds"], "measured")
+        needed = min(1, there) * cell.resources.processes if cell.resources.gpus is None else cell.resources.gpus
+        found.append(Planned(one, state, took, needed))
+    planned = {one.keyed.id for one in found}
+    others = () if folder is None else tuple(one for one in folder.finished() if one not in planned)
+    return Plan(study, tuple(found), others)
+
+
+def _state(folder: StudyFolder, cell: str) -> str:
+    if folder.is_done(cell):
+        return "done"
+    if folder.is_running(cell):
+        return "running"
+    return "failed" if folder.has_failed(cell) else "missing"
+
+
+def table(found: Plan) -> Table:
+    """A plan for people."""
+    shown = Table(title=found.study.name)
+    for heading in ("cell", "tasks", "state", "seconds"):
+        shown.add_column(heading, justify="right" if heading == "seconds" else "left", overflow="fold")
+    for one in found.cells:
+        seconds = "unknown" if one.seconds.value is None else f"{one.seconds.value:.0f}"
+        shown.add_row(one.keyed.id, ", ".join(one.keyed.cell.tasks), one.state, seconds)
+    return shown
+
+
+def summary(found: Plan) -> str:
+    """A plan in one line."""
+    counts = ", ".join(f"{number} {state}" for state, number in found.counts().items() if number)
+    left = "unknown (no finished cell tells)" if found.seconds_left is None else duration(found.seconds_left)
+    others = f"; {len(found.others)} finished cells in the folder are not of this plan" if found.others else ""
+    return f"{len(found.cells)} cells: {counts}; time left, one at a time: {left}{others}"
