@@ -239,7 +239,7 @@ class Chat:
         if not prompts[0].images:
             return dict(self.tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
         images = [prompt.images[0] for prompt in prompts]
-        return _padded_left(dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt")))
+        return _aligned(dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt")))
 
     def _raw_text(self, prompt: Prompt) -> str:
         token = getattr(self.processor, "image_token", "")
@@ -254,12 +254,21 @@ class Chat:
         return [(mine[0][2] * patch, mine[0][1] * patch) if len(mine) == 1 else None for mine in sizes]
 
 
-def _padded_left(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move padding from between image and text to the left, where it moves no token away from the others."""
-    mask = inputs["attention_mask"]
-    order = mask.argsort(dim=1, stable=True)
-    moved = {name: value.gather(1, order) for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-    return inputs | moved
+def _aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move padding to where it moves no token away from the others.
+
+    In a language model's prompt that is the left, and not the place between image and text. A Q-Former that reads the
+    question is a BERT, which counts positions from the first column.
+    """
+    aligned = inputs | _moved(inputs, "input_ids", "attention_mask", to_right=False)
+    if "qformer_input_ids" in inputs:
+        aligned |= _moved(inputs, "qformer_input_ids", "qformer_attention_mask", to_right=True)
+    return aligned
+
+
+def _moved(inputs: dict[str, Tensor], ids: str, mask: str, *, to_right: bool) -> dict[str, Tensor]:
+    order = inputs[mask].argsort(dim=1, descending=to_right, stable=True)
+    return {name: inputs[name].gather(1, order) for name in (ids, mask)}
 
 
 def kind(prompt: Prompt) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.observing import Wanted
-from lmms_plugin.plain_prompts import TEMPLATES
+from lmms_plugin.plain_prompts import TEMPLATES, template_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.loading import load_quantized
@@ -396,16 +396,17 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
     remote = {"trust_remote_code": arguments.trust_remote_code}
     config = AutoConfig.from_pretrained(path, **remote)
-    plain = TEMPLATES.get(config.model_type)
-    apart = bool(getattr(config, "is_encoder_decoder", False))
-    if apart and plain is None:
-        raise ValueError(
-            f"{path} is an encoder-decoder ({config.model_type}); of these only {', '.join(TEMPLATES)} are supported"
-        )
     declared = arguments.dialect or getattr(config, "grounding_dialect", None)
     dialect = dialect_for(config.model_type, declared)
-    chat = Chat(AutoProcessor.from_pretrained(path, **remote), arguments.max_num_frames, answers_apart=apart)
-    if chat.places_images and None in (chat.processor.num_query_tokens, config.image_token_id):
+    processor = AutoProcessor.from_pretrained(path, **remote)
+    plain, apart = template_for(processor), bool(getattr(config, "is_encoder_decoder", False))
+    if apart and plain is None:
+        raise ValueError(
+            f"{path} is an encoder-decoder ({config.model_type}), none of those that are supported: "
+            f"{', '.join(TEMPLATES)}"
+        )
+    chat = Chat(processor, arguments.max_num_frames, answers_apart=apart)
+    if chat.places_images and None in (processor.num_query_tokens, config.image_token_id):
         raise ValueError(
             f"{path} is of the time before processors put images into prompts: expected num_query_tokens in its "
             "processor_config.json and image_token_index in its config.json"
@@ -414,9 +415,7 @@ def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
     system_prompt = arguments.read_system_prompt()
     if system_prompt:
         chat.expect_system_prompts()
-    if chat.has_template:
-        plain = None
-    elif system_prompt and plain is not None:
+    if system_prompt and plain is not None:
         raise ValueError(f"system_prompt: {path} has no chat template, and its family knows no system message")
     return chat, PromptReader(dialect, system_prompt, chat.background, raw=not chat.has_template, plain=plain)
 

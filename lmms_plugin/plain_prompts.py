@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 CAPTION_REQUESTS = frozenset(
@@ -59,5 +60,14 @@ _INSTRUCTBLIP = PlainTemplate(
     source="InstructBLIP, arXiv 2305.06500, appendix on evaluation prompts",
 )
 
-TEMPLATES: Mapping[str, PlainTemplate] = MappingProxyType({"blip-2": _BLIP2, "instructblip": _INSTRUCTBLIP})
-"""Every such family by its model type."""
+TEMPLATES: Mapping[str, PlainTemplate] = MappingProxyType(
+    {"Blip2Processor": _BLIP2, "InstructBlipProcessor": _INSTRUCTBLIP}
+)
+"""Every such family by the class of its processor."""
+
+
+def template_for(processor: Any) -> PlainTemplate | None:
+    """Return how a model is asked; None if by its chat template, or in a task's own words."""
+    if getattr(processor, "chat_template", None) is not None:
+        return None
+    return TEMPLATES.get(type(processor).__name__)

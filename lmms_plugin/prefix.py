@@ -15,6 +15,7 @@ out: see `PrefixSharing.verify`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -241,6 +242,8 @@ class PrefixSharing:
             sharing.off = "static_cache=True, where nothing can be put in front of a prompt"
         elif decoder.answers_apart:
             sharing.off = "an encoder-decoder reads the whole prompt before it answers, the question with the image"
+        elif "qformer_input_ids" in inspect.signature(decoder.model.forward).parameters:
+            sharing.off = "its Q-Former reads the question together with the image"
         elif token is None:
             sharing.off = f"the configuration of {type(decoder.model).__name__} does not name its image token"
         elif strange := {type(layer).__name__ for layer in sharing._new_cache().layers} - _KNOWN_LAYERS:

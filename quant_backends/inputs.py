@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lmms_plugin.dialects import Dialect
+from lmms_plugin.plain_prompts import template_for
 from lmms_plugin.prompts import framed, mean_colour
 from lmms_plugin.quant_backends.activations import ROLES, TOKEN_ROLES, WEIGHED
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
@@ -66,17 +67,28 @@ def encode(processor: Any, image: Image.Image, prompt: str, answer: str | None =
                 return_tensors="pt",
             )
         )
-    token = getattr(processor, "image_token", "<image>")
-    given: dict[str, Any] = {"text": f"{token}{prompt}"}
+    plain = template_for(processor)
+    # A processor of which templates are declared places its image tokens itself.
+    token = getattr(processor, "image_token", "<image>") if plain is None else ""
+    given: dict[str, Any] = {"text": f"{token}{prompt}" if plain is None else plain.write(prompt)}
     if answer is not None and "suffix" in inspect.signature(processor.__call__).parameters:
         # PaliGemma reads its prompt in both directions but its answer in one, and its processor marks which is which.
         given["suffix"] = answer
     elif answer is not None:
-        given["text"] += f"\n{answer}"
+        given["text"] += f"\n{answer}" if plain is None else f" {answer}"
     batch = dict(processor(**given, images=image, return_tensors="pt"))
     # PaliGemma's processor adds training labels, which would make the model compute a loss.
     batch.pop("labels", None)
     return batch
+
+
+def answered(model: PreTrainedModel, processor: Any, image: Image.Image, prompt: str, answer: str) -> dict[str, Any]:
+    """Return the model inputs of one question with its answer, which an encoder-decoder reads apart from it."""
+    if not model.config.is_encoder_decoder:
+        return encode(processor, image, prompt, answer)
+    written = processor.tokenizer(answer, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    begin = torch.tensor([[model.config.get_text_config(decoder=True).decoder_start_token_id]])
+    return encode(processor, image, prompt) | {"decoder_input_ids": torch.cat([begin, written], dim=1)}
 
 
 class Writer:
@@ -132,7 +144,8 @@ class Writer:
         with WideProducts():
             written = self.model.generate(**batch, max_new_tokens=tokens, do_sample=False)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        text: str = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        start = 1 if self.model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        text: str = tokenizer.decode(written[0, start:], skip_special_tokens=True)
         return text
 
 
@@ -228,7 +241,7 @@ def build_batches(
             digest.update(part if isinstance(part, bytes) else part.encode())
             digest.update(b"\0")
         image = shown(sample, dialect, processor)
-        batch = encode(processor, image, prompt, answer)
+        batch = answered(model, processor, image, prompt, answer)
         if by_role:
             batch[TOKEN_ROLES] = token_roles(batch, encode(processor, image, prompt), model.config)
         batches.append(to_model(batch, model) | {"use_cache": False})

@@ -456,6 +456,21 @@ def _deepseek_vl2() -> tuple[Any, Any]:
     return config, processor
 
 
+def _instructblip() -> tuple[Any, Any]:
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = sentencepiece_tokenizer(("<pad>", "<s>", "</s>", "<image>"), prefix_space=True, **roles)
+    reading = byte_level_tokenizer(("[PAD]", "[SEP]"), pad_token="[PAD]", eos_token="[SEP]")
+    config = hf.InstructBlipConfig(
+        text_config={"model_type": "llama", **_text(tokenizer)},
+        vision_config=_vision(),
+        qformer_config=_vision(encoder_hidden_size=64, vocab_size=384),
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    images = hf.BlipImageProcessor(size=_square())
+    return config, hf.InstructBlipProcessor(images, tokenizer, reading, num_query_tokens=4)
+
+
 BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
@@ -469,8 +484,9 @@ BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "gemma3": _gemma3,
     "blip2_opt": _blip2_opt,
     "blip2_t5": _blip2_t5,
+    "instructblip": _instructblip,
 }
-WITHOUT_BOXES = ("blip2_opt", "blip2_t5")
+WITHOUT_BOXES = ("blip2_opt", "blip2_t5", "instructblip")
 """Families that were never taught to write one, nor to follow a chat template."""
 
 FAMILIES: tuple[str, ...] = tuple(family for family in BUILDERS if family not in WITHOUT_BOXES)

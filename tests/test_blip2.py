@@ -3,7 +3,7 @@
 import pytest
 from families import WITHOUT_BOXES
 from test_prefix import IMAGES, QUESTIONS, answers, assert_equal, calls, instance, load, plainly
-from transformers import AutoProcessor, Blip2ForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin import model as models
 from lmms_plugin.plain_prompts import CAPTION_REQUESTS, TEMPLATES
@@ -40,12 +40,12 @@ def opt(checkpoint):
     ],
 )
 def test_requests_are_put_in_the_words_of_the_family(request_text, read):
-    assert TEMPLATES["blip-2"].write(request_text) == read
+    assert TEMPLATES["Blip2Processor"].write(request_text) == read
 
 
 def test_answers_are_those_of_transformers_alone(vlm, checkpoint):
     path = vlm.arguments.pretrained
-    model, processor = Blip2ForConditionalGeneration.from_pretrained(path), AutoProcessor.from_pretrained(path)
+    model, processor = AutoModelForImageTextToText.from_pretrained(path), AutoProcessor.from_pretrained(path)
     for (image, question), ours in zip(QUESTIONS[:4], answers(vlm, messages=ask), strict=False):
         text = f"Question: {question} Short answer:"
         inputs = processor(images=IMAGES[image], text=text, return_tensors="pt")
@@ -62,14 +62,16 @@ def test_answers_depend_neither_on_their_batch_nor_on_sharing(vlm):
     assert_equal(answers(vlm, 2, messages=ask), expected)
 
 
-def test_a_decoder_shares_the_image_and_an_encoder_decoder_says_why_not(vlm):
+def test_the_image_is_shared_or_it_is_said_why_not(vlm):
     answers(vlm, messages=ask)
     with calls(vlm) as seen:
         answers(vlm, messages=ask)
-    if vlm.decoder.answers_apart:
-        assert "encoder-decoder" in vlm.runner.sharing.off
+    if vlm.runner.sharing.off is not None:
+        reason = "encoder-decoder" if vlm.decoder.answers_apart else "Q-Former reads the question"
+        assert reason in vlm.runner.sharing.off
         assert seen == [(1, True)] * len(QUESTIONS)
     else:
+        assert vlm.arguments.pretrained.endswith("blip2_opt0")
         assert vlm.runner.sharing.verified
         # One run per image: the questions go to the language model within.
         assert seen == [(1, True)] * 3
@@ -98,11 +100,18 @@ def test_components_are_vision_tower_connector_and_language_model(vlm):
     }
 
 
-@pytest.mark.parametrize("family", WITHOUT_BOXES)
-def test_every_component_is_quantized_as_asked(family, checkpoint):
-    vlm = models.QuantRtn(
-        pretrained=str(checkpoint(family)), device="cpu", bits=4, vision_bits=8, connector_bits=3, group_size=32
-    )
+@pytest.mark.parametrize(
+    ("family", "method", "more"),
+    [
+        ("blip2_opt", "Gptq", {"calibration_samples": 2}),
+        ("blip2_t5", "Awq", {"calibration_samples": 2}),
+        ("instructblip", "Rtn", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_component_is_quantized_as_asked(family, method, more, checkpoint):
+    bits = {"bits": 4, "vision_bits": 8, "connector_bits": 3, "group_size": 32}
+    vlm = getattr(models, f"Quant{method}")(pretrained=str(checkpoint(family)), device="cpu", **bits, **more)
     bits = {module.component: module.bits for module in vlm.report.modules if module.bits is not None}
     assert bits == {"vision": 8, "connector": 3, "language": 4}
     vlm.task_dict = {"toy": {"test": QUESTIONS}}
