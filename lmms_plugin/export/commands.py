@@ -1,0 +1,156 @@
+"""The commands `lmms-plugin export` and `lmms-plugin leaderboard`."""
+
+from __future__ import annotations
+
+import os
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lmms_plugin.export.every_eval_ever import Source
+    from lmms_plugin.export.measured import Measured
+
+
+class Format(StrEnum):
+    """What a run can be exported as."""
+
+    SUBMISSION = "submission"
+    EVERY_EVAL_EVER = "every-eval-ever"
+    EVAL_RESULTS = "eval-results"
+    MODEL_INDEX = "model-index"
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands."""
+    app.command()(export)
+    app.command()(leaderboard)
+
+
+def export(
+    results: Annotated[Path, typer.Argument(help="Results file or folder of one run.")],
+    formats: Annotated[list[Format], typer.Option("--format", help="May be given again.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; for a submission a new one.")],
+    model_id: Annotated[
+        str | None, typer.Option(help="Id of the model, organization/name; by default the checkpoint's, if on the hub.")
+    ] = None,
+    organization: Annotated[str | None, typer.Option(help="Organization that ran the evaluation.")] = None,
+    relationship: Annotated[
+        str | None, typer.Option(help="Of it to the model: first_party, third_party, collaborative or other.")
+    ] = None,
+    collection: Annotated[str, typer.Option(help="Under which Every Eval Ever files the records.")] = "lmms-plugin",
+    archive: Annotated[bool, typer.Option("--zip", help="Also pack the submission as a zip.")] = False,
+    dataset_id: Annotated[str | None, typer.Option(help="The benchmark's dataset on the hub.")] = None,
+    task_id: Annotated[str | None, typer.Option(help="Its task in that dataset's eval.yaml.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of the run whose number goes to the hub.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric whose value goes to the hub.")] = None,
+    percent: Annotated[bool, typer.Option("--percent", help="Write that value in percent.")] = False,
+    source_url: Annotated[str | None, typer.Option(help="Where the evaluation can be looked at.")] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
+    level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
+) -> None:
+    """Write a run for leaderboards; its answers are scored anew first, and every record is validated."""
+    from lmms_plugin.export import every_eval_ever, hub, submission
+    from lmms_plugin.export.measured import measured
+    from lmms_plugin.reliability import Settings
+    from lmms_plugin.results import read_one
+
+    run = read_one(results)
+    entry = hub.Entry(
+        _named(dataset_id, "--dataset-id", "the benchmark's dataset on the hub"),
+        _named(task_id, "--task-id", "the task in that dataset's eval.yaml"),
+        task,
+        _named(metric, "--metric", "the metric that this benchmark ranks by"),
+        100.0 if percent else 1.0,
+        source_url,
+    ) if Format.EVAL_RESULTS in formats else None  # fmt: skip
+    found = measured(run, Settings(None, resamples, seed, level, workers=os.cpu_count() or 1))
+    needs_source = {Format.SUBMISSION, Format.EVERY_EVAL_EVER} & {*formats}
+    source = _source(found, model_id, organization, relationship, collection) if needs_source else None
+    if source is not None and Format.SUBMISSION in formats:
+        submission.build(found, source, output)
+        typer.echo(f"{output}: a submission of {', '.join(found.tasks)}")
+        if archive:
+            typer.echo(str(submission.pack(output)))
+    elif source is not None:
+        typer.echo(str(output / every_eval_ever.write(found, source, output).aggregate))
+    if entry is not None:
+        typer.echo(str(hub.write_eval_results(found, entry, output)))
+    if Format.MODEL_INDEX in formats:
+        name = _model_id(found, model_id).partition("/")[2]
+        typer.echo(str(hub.write_model_index(found, name, dataset_id, output)))
+
+
+def leaderboard(
+    submissions: Annotated[list[Path], typer.Argument(help="Submissions, each a folder or a zip.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the JSON and the CSV.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="Results of your own whose documents all submissions must have answered.")
+    ] = None,
+    datasets: Annotated[
+        bool, typer.Option("--datasets", help="Load the tasks' datasets: submissions must have answered all of them.")
+    ] = False,
+) -> None:
+    """Verify submissions and build a leaderboard of those that hold; exit status 1 if one does not."""
+    from loguru import logger
+
+    from lmms_plugin.export import board
+    from lmms_plugin.export.datasets import true_documents
+    from lmms_plugin.export.verification import Refused, Verified, agreeing, documents, verify
+    from lmms_plugin.results import find, read
+
+    known = {
+        task: documents(records)
+        for run in (map(read, find(reference)) if reference else ())
+        for task, records in run.tasks.items()
+    }
+    checked = [verify(path, os.cpu_count() or 1) for path in submissions]
+    verified = [one for one in checked if isinstance(one, Verified)]
+    refused = [one for one in checked if isinstance(one, Refused)]
+    if datasets:
+        logger.disable("lmms_eval")
+        known |= true_documents(dict.fromkeys(task for one in verified for task in one.tasks))
+    verified, others = agreeing(verified, known)
+    refused += others
+    board.write(board.tables(verified), refused, output)
+    for one in refused:
+        typer.echo(f"refused: {one.name}: {one.reason}", err=True)
+    typer.echo(f"{output / 'leaderboard.html'}: {len(verified)} verified, {len(refused)} refused")
+    if refused:
+        raise typer.Exit(1)
+
+
+def _source(
+    found: Measured, model_id: str | None, organization: str | None, relationship: str | None, collection: str
+) -> Source:
+    from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, Source
+
+    return Source(
+        _model_id(found, model_id),
+        _named(organization, "--organization", "the organization that ran the evaluation"),
+        _named(relationship, "--relationship", f"its relationship to the model, {', '.join(RELATIONSHIPS)}"),
+        collection,
+        int(time.time()),
+    )
+
+
+def _model_id(found: Measured, given: str | None) -> str:
+    """The model's id: as given, else that of a checkpoint on the hub."""
+    from lmms_plugin.export import facts
+    from lmms_plugin.export.every_eval_ever import HUB_ID
+
+    checkpoint = facts.checkpoint(found.run) or ""
+    # A relative path looks like an id of the hub, too.
+    on_hub = HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists()
+    what = f"the model's id, organization/name; the run used {checkpoint!r}"
+    return given or (checkpoint if on_hub else _named(None, "--model-id", what))
+
+
+def _named(value: str | None, option: str, what: str) -> str:
+    if not value:
+        raise ValueError(f"{option} is missing: {what}")
+    return value

@@ -1,0 +1,92 @@
+"""What a run was of, as far as its folder tells: quantization, versions, size and speed, all as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmms_plugin.results import Run
+
+CELL, REPORT = "cell.json", "quant_report.json"
+_FROM_TABLE = {
+    "avg_bits_per_weight": "quantization_bits_per_weight",
+    "avg_bits_per_model_weight": "bits_per_model_weight",
+    "avg_bytes_before": "bytes_before",
+    "avg_bytes_after": "bytes_after",
+    "avg_quantized_layers": "quantization_layers",
+    "avg_skipped_layers": "quantization_layers_left_alone",
+}
+"""lmms-eval's names of what a model of this package reports of itself → ours."""
+
+
+def beside(file: Path, name: str) -> Path | None:
+    """A file of this name in the folder of a results file or in the one above it, where studies keep it."""
+    return next((path for folder in file.parents[:2] if (path := folder / name).is_file()), None)
+
+
+def quantization(run: Run, results: Mapping[str, Any]) -> dict[str, str]:
+    """How a model was quantized and what that did to its size, every value as text.
+
+    From the cell of a study if the run is one, else from the name of the model and its arguments. What no source tells
+    is not there.
+
+    Args:
+        run: The run.
+        results: Content of its results file.
+    """
+    found = {"quantization_method": run.model.removeprefix("quant_")} if run.model.startswith("quant_") else {}
+    found |= {f"quantization_{name}": value for name, value in _arguments(run).items()}
+    found |= {f"quantization_{name}": str(value) for name, value in _axes(run.file).items() if value is not None}
+    reported = results.get("throughput") or {}
+    found |= {ours: f"{reported[name]:.10g}" for name, ours in _FROM_TABLE.items() if name in reported}
+    return found | {"model_args": run.model_args, "lmms_eval_model": run.model}
+
+
+def checkpoint(run: Run) -> str | None:
+    """The checkpoint that the arguments name; None if they do not."""
+    return _given(run).get("pretrained")
+
+
+def command(run: Run) -> str | None:
+    """The command that made the run, where a study recorded it."""
+    cell = beside(run.file, CELL)
+    return " ".join(json.loads(cell.read_text(encoding="utf-8")).get("command", ())) or None if cell else None
+
+
+def versions(run: Run) -> dict[str, str]:
+    """Versions of the libraries, where a study recorded them."""
+    cell = beside(run.file, CELL)
+    content = json.loads(cell.read_text(encoding="utf-8")) if cell else {}
+    return {str(name): str(version) for name, version in content.get("versions", {}).items()}
+
+
+def _axes(file: Path) -> dict[str, Any]:
+    cell = beside(file, CELL)
+    axes = json.loads(cell.read_text(encoding="utf-8")).get("axes", {}) if cell else {}
+    return {name: value for name, value in axes.items() if name != "model"}
+
+
+def _arguments(run: Run) -> dict[str, str]:
+    names = ("bits", "group_size", "vision_bits", "connector_bits", "language_bits", "symmetric", "calibration", "seed")
+    given = _given(run)
+    found = {name: given[name] for name in names if name in given}
+    if "bits" not in found and (bits := _default_bits(run)) is not None:
+        found["bits"] = str(bits)
+    return found
+
+
+def _given(run: Run) -> dict[str, str]:
+    pairs = (part.partition("=") for part in run.model_args.split(",") if "=" in part)
+    return {name.strip(): value for name, _, value in pairs}
+
+
+def _default_bits(run: Run) -> int | None:
+    from lmms_plugin.quant_backends import backend_class, names
+
+    backend = run.model.removeprefix("quant_")
+    # A checkpoint that is quantized already has bits of its own.
+    if run.model == backend or backend not in names() or backend == "prequantized":
+        return None
+    return backend_class(backend).default_bits

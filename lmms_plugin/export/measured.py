@@ -1,0 +1,79 @@
+"""A run with everything that exports say of it: its answers scored anew, and every metric with its interval."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lmms_plugin.export.rescoring import Rescored, rescore
+from lmms_plugin.reliability import Number, Settings, measure
+from lmms_plugin.results import Run
+
+
+class Score(NamedTuple):
+    """One metric of one task.
+
+    Attributes:
+        value: In the metric's own unit.
+        low: Lower end of its interval; NaN where there is none.
+        high: Upper end.
+        records: Documents it is of.
+        images: Images these are of.
+    """
+
+    value: float
+    low: float
+    high: float
+    records: int
+    images: int
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A run whose log and table agree.
+
+    Attributes:
+        run: As read.
+        results: Content of its results file.
+        tasks: Task name → answers scored anew.
+        scores: Task name → metric → score, of all metrics of lmms-eval's table that are defined on the answers.
+        settings: Of the intervals.
+    """
+
+    run: Run
+    results: Mapping[str, Any]
+    tasks: Mapping[str, Rescored]
+    scores: Mapping[str, Mapping[str, Score]]
+    settings: Settings
+
+
+def measured(run: Run, settings: Settings) -> Measured:
+    """Score a run's answers anew and make intervals.
+
+    Raises:
+        ValueError: If log and table do not agree, or the run has no task of this package.
+    """
+    if not run.tasks:
+        raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")
+    tasks = {task: rescore(run, task) for task in run.tasks}
+    numbers: dict[str, dict[str, Number]] = {task: {} for task in tasks}
+    for number in measure(run, settings):
+        numbers[number.task][number.metric] = number
+    scores = {task: _scores(rescored, numbers[task]) for task, rescored in tasks.items()}
+    return Measured(run, json.loads(run.file.read_bytes()), tasks, scores, settings)
+
+
+def _scores(rescored: Rescored, numbers: Mapping[str, Number]) -> dict[str, Score]:
+    scores = {}
+    for metric, value in rescored.metrics.items():
+        number = numbers.get(metric)
+        # The same name may stand for another sample elsewhere: an interval is only taken with its own value.
+        if number is not None and math.isclose(number.value, value, abs_tol=1e-9):
+            scores[metric] = Score(value, *number[3:])
+        elif not math.isnan(value):
+            images = rescored.images[metric]
+            scores[metric] = Score(value, math.nan, math.nan, len(images), len(set(images)))
+    return scores

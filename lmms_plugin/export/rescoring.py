@@ -1,0 +1,196 @@
+"""Logged answers scored anew: what a run claims is compared with what its own answers are worth.
+
+The log of samples holds the model's answer as it came, with the log-probabilities of its tokens. So everything behind
+it can be made again by the task's own functions: the box, its overlap with the true one, whether it counts as right,
+every confidence, and from these every metric of the table of results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lmms_plugin.export.definitions import Definition, definition
+from lmms_plugin.response import Response
+from lmms_plugin.results import GROUNDING, REJECTION, Kind, Run
+
+_TOLERANCE = 1e-9
+_NOT_METRICS = ("alias", "samples")
+_LOGGED = frozenset(
+    {
+        *("doc_id", "target", "filtered_resps", "resps", "token_counts", "doc_hash", "input_media", "input"),
+        *("doc", "arguments", "filter", "reasoning_token_counts"),
+    }
+)
+"""Keys of a line of the log that lmms-eval writes itself; all others are metrics."""
+
+
+class Sample(NamedTuple):
+    """One line of a log whose scores were made again and are the same.
+
+    Attributes:
+        number: Of the document in lmms-eval.
+        record: The whole record of the document.
+        response: The answer.
+        prompt: What lmms-eval logged as the question; "" where it did not.
+        target: The true answer as text.
+    """
+
+    number: int
+    record: Mapping[str, Any]
+    response: Response
+    prompt: str
+    target: str
+
+
+class Rescored(NamedTuple):
+    """A task of a run whose claims hold.
+
+    Attributes:
+        samples: Of all documents, in the log's order.
+        metrics: Metric → value, of all metrics of lmms-eval's table.
+        images: Metric → images of the documents that count for it, one entry per document.
+        definition: The task.
+    """
+
+    samples: tuple[Sample, ...]
+    metrics: Mapping[str, float]
+    images: Mapping[str, Sequence[str]]
+    definition: Definition
+
+
+def rescore(run: Run, task: str) -> Rescored:
+    """Score the answers of a task of a run anew.
+
+    Raises:
+        ValueError: If a line of the log or the table of results says something else; names document and metric.
+    """
+    log, found = run.log(task), definition(task)
+    samples: list[Sample] = []
+    entries: defaultdict[str, list[Any]] = defaultdict(list)
+    images: defaultdict[str, list[str]] = defaultdict(list)
+    for row in _rows(log):
+        sample, output = _scored(row, run.tasks[task].kind, found, log)
+        samples.append(sample)
+        for metric, entry in output.items():
+            entries[metric].append(entry)
+            # An answer that an estimator has no value for is in none of its metrics.
+            if getattr(entry, "confidence", 0.0) is not None:
+                images[metric].append(str(sample.record["image"]))
+    unknown = entries.keys() - found.aggregations.keys()
+    if unknown:
+        raise ValueError(f"task {task}: expected an aggregation for every metric, got none for {sorted(unknown)}")
+    metrics = {name: float(found.aggregations[name](entries[name])) for name in found.aggregations if name in entries}
+    _expect_table(run, task, metrics)
+    return Rescored(tuple(samples), metrics, images, found)
+
+
+def claimed(run: Run, task: str) -> dict[str, float]:
+    """The metrics of a task in the table of results, standard errors left out."""
+    table = {}
+    for key, value in run.results.get(task, {}).items():
+        metric, _, _ = key.partition(",")
+        if metric not in _NOT_METRICS and "_stderr" not in metric:
+            table[metric] = value
+    return table
+
+
+def _rows(log: Path) -> Iterator[dict[str, Any]]:
+    with log.open("rb") as lines:
+        for line in lines:
+            row: dict[str, Any] = json.loads(line)
+            yield row
+
+
+def _scored(row: Mapping[str, Any], kind: Kind, definition: Definition, log: Path) -> tuple[Sample, Mapping[str, Any]]:
+    record, answer = row[kind.record], row.get("filtered_resps")
+    if not isinstance(answer, str):
+        raise ValueError(f"{log}: expected one answer for {record['id']}, got {str(answer)[:80]}")
+    response = Response.decode(answer)
+    doc = _document(record, row, response, kind, definition)
+    output = definition.score(doc, [answer])
+    logged = {key: value for key, value in row.items() if key not in _LOGGED}
+    differs = difference(output, logged)
+    if differs:
+        raise ValueError(f"{log}: the answer to {record['id']}, scored anew, is not what the log says: {differs}")
+    target = definition.target(doc) if kind is not REJECTION else str(row.get("target", ""))
+    if str(row.get("target", target)) != target:
+        raise ValueError(f"{log}: expected the target {target} for {record['id']}, got {row['target']}")
+    prompt = row.get("input")
+    return Sample(row["doc_id"], record, response, prompt if isinstance(prompt, str) else "", target), output
+
+
+def _document(
+    record: Mapping[str, Any], row: Mapping[str, Any], response: Response, kind: Kind, definition: Definition
+) -> dict[str, Any]:
+    """The document as far as scores depend on it, from what the log keeps of it."""
+    if kind is GROUNDING or kind is REJECTION:
+        return _expression(record, row, response, kind, definition)
+    names = ("part", "question", "answers")
+    return {name: record[name] for name in names} | {"image_id": record["image"], "question_id": record["id"]}
+
+
+def _expression(
+    record: Mapping[str, Any], row: Mapping[str, Any], response: Response, kind: Kind, definition: Definition
+) -> dict[str, Any]:
+    # Without a trailer the answer is read in fractions, for which any size will do.
+    width, height = response.original_size or (1, 1)
+    doc = {
+        "image_id": record["image"],
+        "expression_id": record["id"],
+        "expression": record["expression"],
+        "width": width,
+        "height": height,
+    }
+    optional = ("original_expression", "pair", "matches", "change", "tags")
+    doc |= {name: record[name] for name in optional if name in record}
+    doc["clean"] = (record.get("tags") or {}).get("clean")
+    if "shifted_rate" in row:
+        doc["shifted_rate"] = row["shifted_rate"]["score"]
+    if kind is REJECTION:
+        whole = [0.0, 0.0, float(width), float(height)]
+        # Documents without a target have no box where a benchmark brings them, and one of their pair's elsewhere.
+        without = not record["matches"] and "box_rate_no_target" in definition.aggregations
+        return doc | {"bbox": None if without else whole}
+    x1, y1, x2, y2 = record["target"]
+    return doc | {"bbox": [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]}
+
+
+def difference(expected: Any, found: Any, where: str = "") -> str | None:
+    """Where two JSON-like values differ, in words; None where they are the same but for rounding."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for key in sorted(expected.keys() | found.keys(), key=str):
+            if key not in expected or key not in found:
+                return f"{where}{key} is {'missing' if key in expected else 'unknown'}"
+            if differs := difference(expected[key], found[key], f"{where}{key}: "):
+                return differs
+        return None
+    if _is_list(expected) and _is_list(found) and len(expected) == len(found):
+        parts = (difference(a, b, where) for a, b in zip(expected, found, strict=True))
+        return next((part for part in parts if part), None)
+    return None if _same(expected, found) else f"{where}expected {expected!r}, got {found!r}"
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _same(expected: Any, found: Any) -> bool:
+    if _is_number(expected) and _is_number(found):
+        both_nan = math.isnan(expected) and math.isnan(found)
+        return both_nan or math.isclose(expected, found, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return bool(expected == found) and isinstance(expected, bool) == isinstance(found, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _expect_table(run: Run, task: str, metrics: Mapping[str, float]) -> None:
+    differs = difference(dict(metrics), claimed(run, task))
+    if differs:
+        raise ValueError(f"{run.file}: the table of results is not that of the log of {task}: {differs}")

@@ -1,0 +1,228 @@
+"""What must hold before a submission stands on a leaderboard.
+
+Everything that can be made again from the answers is made again: scores of documents, metrics, intervals and the
+records of Every Eval Ever. What cannot be told from files alone is whether the model gave these answers at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmms_plugin.export import every_eval_ever, facts, submission
+from lmms_plugin.export.every_eval_ever import Source
+from lmms_plugin.export.measured import Measured, Score, measured
+from lmms_plugin.export.rescoring import difference
+from lmms_plugin.export.schema import expect_aggregate, expect_instances
+from lmms_plugin.export.submission import Manifest
+from lmms_plugin.results import Kind, Run, TaskRecords, read
+
+
+class Answered(NamedTuple):
+    """A task of a submission that holds.
+
+    Attributes:
+        kind: What it asks for.
+        scores: Metric → score.
+        higher_is_better: Metric → whether more of it is better.
+        count: Documents answered.
+        images: Images these are of.
+        documents: SHA-256 of ids, images, questions and true answers.
+    """
+
+    kind: Kind
+    scores: Mapping[str, Score]
+    higher_is_better: Mapping[str, bool]
+    count: int  # type: ignore[assignment]
+    images: int
+    documents: str
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """A submission of which everything holds that it can show by itself.
+
+    Attributes:
+        name: Of its folder or zip.
+        source: Who says so.
+        digest: SHA-256 of the manifest, and so of every file.
+        answers: SHA-256 of the logs of samples.
+        facts: What the run says of quantization, as text.
+        tasks: By name.
+    """
+
+    name: str
+    source: Source
+    digest: str
+    answers: str
+    facts: Mapping[str, str]
+    tasks: Mapping[str, Answered]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A submission that does not hold.
+
+    Attributes:
+        name: Of its folder or zip.
+        reason: What was expected and what came.
+    """
+
+    name: str
+    reason: str
+
+
+def verify(path: Path, workers: int = 1) -> Verified | Refused:
+    """Check one submission by itself."""
+    try:
+        with submission.opened(path) as folder:
+            return _verified(path, folder, workers)
+    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError | OSError) else f"damaged: {error!r}"
+        return Refused(path.name, reason)
+
+
+def agreeing(found: Sequence[Verified], reference: Mapping[str, str]) -> tuple[list[Verified], list[Refused]]:
+    """Keep submissions that answered the same documents.
+
+    Args:
+        found: Verified one by one.
+        reference: Task → documents that are known to be the right ones; for other tasks those count that more than
+            half of the submissions agree on.
+
+    Returns:
+        Those that agree, and those that do not.
+    """
+    right = _majority(found) | dict(reference)
+    kept, refused = [], []
+    for one in found:
+        wrong = [task for task, answered in one.tasks.items() if right.get(task) != answered.documents]
+        if not wrong:
+            kept.append(one)
+            continue
+        known = "the reference" if wrong[0] in reference else "most submissions"
+        none = wrong[0] not in right
+        expected = (
+            "documents that most submissions agree on, got none; name a --reference"
+            if none
+            else (f"the documents of {known}, got others")
+        )
+        refused.append(Refused(one.name, f"task {wrong[0]}: expected {expected}"))
+    return kept, refused
+
+
+def documents(records: TaskRecords) -> str:
+    """SHA-256 of what a task asked: ids, images, questions with true answers, and parts of the split."""
+    names = ("ids", "images", "asked", "parts")
+    columns = [getattr(records, name).tolist() for name in names]
+    columns += [[] if records.matches is None else records.matches.tolist()]
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
+
+
+def expect_whole(run: Run, results: Mapping[str, Any]) -> None:
+    """Check that a run answered all documents of its tasks.
+
+    Raises:
+        ValueError: If it did not, as far as the files tell.
+    """
+    config = results.get("config", {})
+    if run.limit is not None or config.get("offset"):
+        raise ValueError(
+            f"expected a run of all documents, got --limit {run.limit}, --offset {config.get('offset') or 0}"
+        )
+    for task, records in run.tasks.items():
+        size = results["n-samples"][task]
+        if not size["original"] == size["effective"] == records.ids.size:
+            raise ValueError(
+                f"task {task}: expected all {size['original']} documents, got {size['effective']} scored and"
+                f" {records.ids.size} logged"
+            )
+        if not np.array_equal(np.sort(records.numbers), np.arange(records.ids.size)):
+            raise ValueError(f"task {task}: expected documents numbered 0 to {records.ids.size - 1}, each once")
+
+
+def _verified(path: Path, folder: Path, workers: int) -> Verified:
+    manifest = Manifest.read(folder)
+    _expect_files(folder, manifest)
+    run = read(submission.results_file(folder))
+    results = submission.content_of(run.file)
+    expect_whole(run, results)
+    found = measured(run, replace(manifest.settings, workers=workers))
+    _expect_records(folder, manifest, found)
+    in_log = re.compile(rf"{submission.RESULTS}/.*_samples_.*\.jsonl")
+    logs = [digest for name, digest in sorted(manifest.files.items()) if in_log.fullmatch(name)]
+    return Verified(
+        name=path.name.removesuffix(".zip"),
+        source=manifest.source,
+        digest=hashlib.sha256((folder / submission.MANIFEST).read_bytes()).hexdigest(),
+        answers=hashlib.sha256("".join(logs).encode()).hexdigest(),
+        facts=facts.quantization(run, results),
+        tasks={task: _answered(found, task) for task in found.tasks},
+    )
+
+
+def _answered(found: Measured, task: str) -> Answered:
+    records = found.run.tasks[task]
+    return Answered(
+        kind=records.kind,
+        scores=found.scores[task],
+        higher_is_better=found.tasks[task].definition.higher_is_better,
+        count=records.ids.size,
+        images=np.unique(records.images).size,
+        documents=documents(records),
+    )
+
+
+def _expect_files(folder: Path, manifest: Manifest) -> None:
+    found = submission.digests(folder)
+    for name in sorted(manifest.files.keys() - found.keys()):
+        raise ValueError(f"{name} is missing")
+    for name in sorted(found.keys() - manifest.files.keys()):
+        raise ValueError(f"{name} is not in {submission.MANIFEST}")
+    for name, digest in found.items():
+        if digest != manifest.files[name]:
+            raise ValueError(f"{name} was changed: expected SHA-256 {manifest.files[name]}, got {digest}")
+
+
+def _expect_records(folder: Path, manifest: Manifest, found: Measured) -> None:
+    """Both records must be valid and be those that this package makes of the answers."""
+    files = every_eval_ever.paths(found, manifest.source)
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{file.as_posix()} is missing")
+    lines = (folder / files.instances).read_bytes()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    expect_instances(rows, files.instances.name)
+    made = list(every_eval_ever.instances(found, manifest.source))
+    _expect_same(made, rows, files.instances)
+    whole = submission.content_of(folder / files.aggregate)
+    expect_aggregate(whole, files.aggregate.name)
+    made_whole = every_eval_ever.aggregate(found, manifest.source, files, lines, len(made))
+    # What another version of this package calls itself is no claim.
+    made_whole["eval_library"]["additional_details"]["lmms_plugin"] = manifest.lmms_plugin
+    _expect_same(made_whole, whole, files.aggregate)
+
+
+def _expect_same(made: Any, found: Any, file: Path) -> None:
+    if isinstance(made, list) and len(made) != len(found):
+        raise ValueError(f"{file.name}: expected {len(made)} records, got {len(found)}")
+    if differs := difference(made, found):
+        raise ValueError(f"{file.name}: it is not what the answers give: {differs}")
+
+
+def _majority(found: Sequence[Verified]) -> dict[str, str]:
+    right = {}
+    for task in dict.fromkeys(task for one in found for task in one.tasks):
+        counts = Counter(one.tasks[task].documents for one in found if task in one.tasks)
+        digest, count = counts.most_common(1)[0]
+        if 2 * count > counts.total():
+            right[task] = digest
+    return right
