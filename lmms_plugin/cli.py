@@ -11,11 +11,13 @@ from typing import Annotated
 import typer
 
 from lmms_plugin.export import commands as export_commands
+from lmms_plugin.report.commands import report
 from lmms_plugin.study.commands import app as study
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 export_commands.register(app)
 app.add_typer(study, name="study")
+app.command()(report)
 
 
 @app.command()

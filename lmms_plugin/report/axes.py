@@ -1,0 +1,182 @@
+"""Where a run stands in a study: model, method, bits, group size, components, calibration, seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DENSE_BITS = 16
+_OURS = "quant_"
+_COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
+# Arguments that have an axis of their own, or that say how a run is done and not what is measured.
+_NO_OPTIONS = frozenset(
+    (
+        *("pretrained", "bits", "group_size", "language_bits", *_COMPONENT_BITS.values(), "calibration", "seed"),
+        *("batch_size", "max_batch_size", "device", "device_map", "report", "save_quantized", "features", "resume"),
+        *("resume_folder", "share_prefix", "static_cache", "trust_remote_code", "use_safetensors"),
+    )
+)
+
+
+class Config(NamedTuple):
+    """What runs of one line of a table have in common: everything but the seed.
+
+    Attributes:
+        model: Checkpoint.
+        method: Quantizer, `none` for the 16-bit model; another package's model goes by its name.
+        bits: Nominal bits per weight; None where unknown.
+        group_size: Columns that share a scale; None where that does not apply.
+        components: What is quantized, "" for nothing.
+        calibration: Source of calibration inputs; "" where none is named.
+        options: Other arguments that matter, as text.
+    """
+
+    model: str
+    method: str
+    bits: int | None
+    group_size: int | None
+    components: str
+    calibration: str
+    options: str
+
+    @property
+    def dense(self) -> bool:
+        """Whether this is the model that quantized ones are compared with."""
+        return self.method == "none"
+
+    @property
+    def label(self) -> str:
+        """Method and bits: `awq 4`, `16 bit`."""
+        return f"{DENSE_BITS} bit" if self.dense else f"{self.method} {self.bits}".removesuffix(" None")
+
+    @property
+    def details(self) -> str:
+        """Everything else that is set, in one line."""
+        group = f"group {self.group_size}" if self.group_size is not None else ""
+        components = "" if self.components in ("", "language") else self.components
+        calibration = f"calibration {self.calibration}" if self.calibration else ""
+        return ", ".join(part for part in (group, components, calibration, self.options) if part)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where one run stands.
+
+    Attributes:
+        config: All but the seed.
+        seed: Seed of calibration; None where there is none.
+        cell: Id of the study's cell; "" outside of a study.
+        folder: Folder with the cell's files, or of the results file.
+        command: The command that made the run, if the cell tells; else empty.
+        versions: Package → version, as far as told.
+    """
+
+    config: Config
+    seed: int | None
+    cell: str
+    folder: Path
+    command: tuple[str, ...]
+    versions: Mapping[str, str]
+
+
+def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
+    """The axes of a results file: from the `cell.json` above it, else from model and arguments.
+
+    Raises:
+        ValueError: If `cell.json` is damaged.
+    """
+    config = results.get("config") or {}
+    model = str(config.get("model", ""))
+    args = given(config.get("model_args"))
+    versions = {"lmms_eval": str(results.get("lmms_eval_version", ""))}
+    folder = _cell_folder(file, root)
+    if folder is None:
+        seed = args.get("seed")
+        return Axes(_from_arguments(model, args), None if seed is None else int(float(seed)), "", file.parent, (), {})
+    try:
+        cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        axes = cell["axes"]
+        own = Config(
+            str(axes["model"]),
+            str(axes["method"]),
+            axes.get("bits"),
+            axes.get("group_size"),
+            str(axes.get("components") or ""),
+            str(axes.get("calibration") or ""),
+            _options(cell.get("model_args") or {}),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected the axes of a study's cell in {folder / 'cell.json'}: {error!r}") from error
+    command = tuple(map(str, cell.get("command") or ()))
+    return Axes(
+        own, axes.get("seed"), str(cell.get("id", "")), folder, command, versions | (cell.get("versions") or {})
+    )
+
+
+def given(model_args: object) -> dict[str, Any]:
+    """Arguments as lmms-eval logs them: a mapping, or text `name=value,name=value`."""
+    if isinstance(model_args, Mapping):
+        return dict(model_args)
+    found: dict[str, Any] = {}
+    last = None
+    for part in str(model_args or "").split(","):
+        name, equals, value = part.partition("=")
+        if equals:
+            found[name.strip()], last = value.strip(), name.strip()
+        elif last is not None:
+            # A value with a comma in it, such as a list.
+            found[last] += f",{part}"
+    return found
+
+
+def _cell_folder(file: Path, root: Path) -> Path | None:
+    # A single results file may be named: its cell then lies above what was asked for.
+    top = root.parent.parent if root.is_file() else root
+    for folder in file.parents:
+        if (folder / "cell.json").is_file():
+            return folder
+        if folder == top:
+            break
+    return None
+
+
+def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
+    name = str(args.get("pretrained") or args.get("model") or ("default" if model.startswith(_OURS) else model))
+    if not model.startswith(_OURS):
+        return Config(name, model if name != model else "none", None, None, "", "", _options(args))
+    method = model.removeprefix(_OURS)
+    if method == "none":
+        return Config(name, method, DENSE_BITS, None, "", "", _options(args))
+    bits = _whole(args.get("language_bits", args.get("bits")))
+    bits = _default_bits(method) if bits is None else bits
+    parts = {"language": bits} | {part: _whole(args.get(key)) for part, key in _COMPONENT_BITS.items()}
+    components = "+".join(
+        part if count == bits else f"{part}:{count}"
+        for part, count in parts.items()
+        if count is not None and count != DENSE_BITS
+    )
+    return Config(
+        name, method, bits, _whole(args.get("group_size", 128)), components, _text(args, "calibration"), _options(args)
+    )
+
+
+def _default_bits(method: str) -> int | None:
+    # Only where a run did not say: the backends import torch.
+    from lmms_plugin.quant_backends import get, names
+
+    return get(method).default_bits if method in names() else None
+
+
+def _whole(value: object) -> int | None:
+    return None if value is None else int(float(str(value)))
+
+
+def _text(args: Mapping[str, Any], name: str) -> str:
+    return str(args.get(name) or "")
+
+
+def _options(args: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(args.items()) if name not in _NO_OPTIONS)

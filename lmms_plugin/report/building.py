@@ -1,0 +1,52 @@
+"""From a folder of results to the page and its files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lmms_plugin.reliability import Settings
+from lmms_plugin.report import contents, page, svg
+from lmms_plugin.report import figures as drawing
+from lmms_plugin.report.reading import default_workers, read_folder
+from lmms_plugin.report.summary import Summary, summarise
+
+__all__ = ["build", "default_workers"]
+_DPI = 200
+
+
+def build(
+    results: Path, output: Path, settings: Settings, *, title: str | None, figures: Path | None, pictures: int
+) -> Iterator[str]:
+    """Write the page and, if asked for, figures and tables as files; yields what was done, line by line.
+
+    Args:
+        results: Study, folder of results, or one results file.
+        output: The page.
+        settings: Estimator, intervals, processes.
+        title: Of the page; None for the folder's name.
+        figures: Folder for files; None for none.
+        pictures: Expressions in the gallery.
+
+    Raises:
+        ValueError: As `lmms_plugin.report.reading.read_folder`.
+    """
+    summary = summarise(read_folder(results, settings), settings.level)
+    heading = title or results.resolve().name.removesuffix("_results.json")
+    html = page.render(summary, heading, page.read_verdict(results), None, str(results))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(html, encoding="utf-8")
+    yield f"{output}: {len(summary.runs)} runs, {len(html.encode()) / 1e6:.1f} MB"
+    if figures is not None:
+        yield from _files(summary, figures)
+
+
+def _files(summary: Summary, folder: Path) -> Iterator[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [one for section in drawing.every(summary).values() for one in section]
+    for one in drawn:
+        (folder / f"{one.name}.svg").write_text(svg.svg(one.figure), encoding="utf-8")
+        one.figure.savefig(folder / f"{one.name}.png", dpi=_DPI, facecolor="white")
+    tables = [*contents.every(summary), *(one.table for one in drawn)]
+    for table in tables:
+        (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+        (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
+    yield f"{folder}: {len(drawn)} figures, {len(tables)} tables"

@@ -1,0 +1,237 @@
+"""What the report says in tables: the leader table, what is on the Pareto front, flips, costs, runs."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from lmms_plugin.report import tables
+from lmms_plugin.report.summary import Line, Summary
+from lmms_plugin.report.tables import Cell, Column, Table, number, text, whole
+
+_OBJECTIVES = (("accuracy", -1.0), ("aurc", 1.0))
+
+
+def leader(summary: Summary) -> Table:
+    """Every configuration under every condition, best accuracy first."""
+    columns = (
+        Column("Model", "Quantizer and nominal bits per weight; below, everything else that is set", numeric=False),
+        Column("Task", "Dataset and condition; a shifted value is the mean over all shifted tasks", numeric=False),
+        Column("n", "Answers, and below them images; intervals are over images"),
+        Column("Accuracy", "Share of right answers (box: IoU of at least 0.5)", better="high"),
+        Column("Δ 16 bit", "Accuracy less that of the 16-bit model, paired by image", better="high"),
+        Column("ECE", "Expected calibration error, 15 bins", better="low"),
+        Column("AURC", "Area under the risk-coverage curve", better="low"),
+        Column("C@1%", "Largest share answered at a risk of at most 1 %", better="high"),
+        Column("C@5%", "Largest share answered at a risk of at most 5 %", better="high"),
+        Column(
+            "Φ1", "Effective reliability, a wrong answer costing 1; threshold from held-out clean images", better="high"
+        ),
+        Column("No box", "Share of answers without a box; they count as wrong", better="low"),
+        Column("Bits/w", "Bits per quantized weight, scales and zero points counted", better="low"),
+        Column("MB", "All weights and buffers of the model, in 10⁶ bytes", better="low"),
+        Column("Tokens/s", "Generated tokens per second on the machine of the run", better="high"),
+    )
+    lines = [line for scope in summary.scopes for name in scope.conditions for line in scope.under(name)]
+    lines.sort(key=lambda line: -line.group.of("accuracy"))
+    return Table(
+        "leader",
+        "All configurations",
+        columns,
+        tables.rows_of([_leading(line, titles(summary)[line.config.model, line.family], summary) for line in lines]),
+        tuple(_attributes(line, titles(summary)[line.config.model, line.family]) for line in lines),
+    )
+
+
+def titles(summary: Summary) -> dict[tuple[str, object], str]:
+    """Model and dataset → how that is called."""
+    return {(scope.model, scope.family): scope.title for scope in summary.scopes}
+
+
+def _leading(line: Line, title: str, summary: Summary) -> list[Cell]:
+    group, level, cost = line.group, summary.level, line.cost
+    delta = line.versus.get("accuracy")
+    runs = f" \u00d7 {len(line.runs)} runs" if len(line.runs) > 1 else ""
+    count = whole(group.records)._replace(note=f"{group.images} images{runs}")
+    limited = " (limited)" if line.limited else ""
+    return [
+        Cell(line.config.label, line.config.label, note=line.config.details),
+        text(title, line.condition + limited),
+        count,
+        *(number(group.of(m), group.interval(m, level)) for m in ("accuracy",)),
+        number(delta.value, delta.interval, signed=True) if delta else Cell(tables.NOTHING, None),
+        *(
+            number(group.of(m), group.interval(m, level))
+            for m in ("ece", "aurc", "coverage@0.01", "coverage@0.05", "phi@1")
+        ),
+        number(line.unparsed),
+        number(cost.bits_per_weight, digits=2),
+        number(None if cost.bytes is None else cost.bytes / 1e6, digits=2 if (cost.bytes or 0) < 1e8 else 0),
+        number(cost.tokens_per_second, digits=0),
+    ]
+
+
+def _attributes(line: Line, title: str) -> dict[str, str]:
+    return {
+        "method": "16 bit" if line.config.dense else line.config.method,
+        "bits": "" if line.config.bits is None else str(line.config.bits),
+        "task": f"{title}: {line.condition}",
+    }
+
+
+def front(summary: Summary) -> Table:
+    """What no other configuration beats in accuracy, reliability, memory and speed at once."""
+    columns = (
+        Column("Model", numeric=False),
+        Column("Task", numeric=False),
+        Column("Accuracy", better="high"),
+        Column("AURC", better="low"),
+        Column("MB", better="low"),
+        Column("Tokens/s", better="high"),
+    )
+    rows = []
+    for scope in summary.scopes:
+        for condition in scope.conditions:
+            kept = not_dominated(scope.under(condition))
+            rows += [_of_front(line, scope.title, summary) for line in kept]
+    return Table("pareto", "Not beaten in accuracy, AURC, memory and speed at once", columns, tables.rows_of(rows))
+
+
+def _of_front(line: Line, title: str, summary: Summary) -> list[Cell]:
+    group, cost = line.group, line.cost
+    return [
+        Cell(line.config.label, line.config.label, note=line.config.details),
+        text(title, line.condition),
+        *(number(group.of(m), group.interval(m, summary.level)) for m in ("accuracy", "aurc")),
+        number(None if cost.bytes is None else cost.bytes / 1e6, digits=2),
+        number(cost.tokens_per_second, digits=0),
+    ]
+
+
+def not_dominated(lines: Sequence[Line]) -> list[Line]:
+    """Lines that no other line beats or equals in everything while beating it in something.
+
+    A number that is missing anywhere is left out of the comparison for all.
+    """
+    points = [_objectives(line) for line in lines]
+    used = [k for k in range(4) if all(not math.isnan(point[k]) for point in points)]
+    kept = []
+    for line, point in zip(lines, points, strict=True):
+        mine = [point[k] for k in used]
+        others = [[other[k] for k in used] for other in points]
+        if not any(all(a <= b for a, b in zip(o, mine, strict=True)) and o != mine for o in others):
+            kept.append(line)
+    return sorted(kept, key=lambda line: -line.group.of("accuracy"))
+
+
+def _objectives(line: Line) -> tuple[float, ...]:
+    """All to be low."""
+    cost = line.cost
+    values = [sign * line.group.of(metric) for metric, sign in _OBJECTIVES]
+    values.append(math.nan if cost.bytes is None else cost.bytes)
+    values.append(math.nan if cost.tokens_per_second is None else -cost.tokens_per_second)
+    return tuple(values)
+
+
+def flips(summary: Summary) -> Table:
+    """Answers that changed sides against the 16-bit model, most net losses first."""
+    columns = (
+        Column("Model", numeric=False),
+        Column("Task", numeric=False),
+        Column("Answers", "Answers compared, over tasks and runs"),
+        Column("Right → wrong", "Right with 16 bits, wrong here", better="low"),
+        Column("Wrong → right", "Wrong with 16 bits, right here", better="high"),
+        Column("Changed", "Share of answers that changed sides", better="low"),
+        Column("Δ accuracy", "Accuracy less that of the 16-bit model, paired by image", better="high"),
+    )
+    found = [
+        (scope.title, line)
+        for scope in summary.scopes
+        for name in scope.conditions
+        for line in scope.under(name)
+        if line.flips is not None
+    ]
+    found.sort(key=lambda pair: _changed(pair[1]), reverse=True)
+    rows = tables.rows_of([_flipped(line, title) for title, line in found])
+    return Table("flips", "Answers that changed sides against the 16-bit model", columns, rows)
+
+
+def _changed(line: Line) -> float:
+    return (line.flips.lost + line.flips.won) / line.flips.records if line.flips else 0.0
+
+
+def _flipped(line: Line, title: str) -> list[Cell]:
+    if line.flips is None:
+        raise ValueError(f"expected flips of {line.config.label}, got none")
+    lost, won, records = line.flips
+    delta = line.versus["accuracy"]
+    return [
+        Cell(line.config.label, line.config.label, note=line.config.details),
+        text(title, line.condition),
+        whole(records),
+        whole(lost),
+        whole(won),
+        number(_changed(line)),
+        number(delta.value, delta.interval, signed=True),
+    ]
+
+
+def unparsed(summary: Summary) -> Table:
+    """Tasks in which some answers held no box or no confidence; empty where all did."""
+    columns = (
+        Column("Model", numeric=False),
+        Column("Task", numeric=False),
+        Column("Answers"),
+        Column("No box", "Answers without a box: they count as wrong", better="low"),
+        Column("No confidence", "Answers without a confidence: left out of calibration", better="low"),
+    )
+    rows = [
+        [
+            Cell(run.axes.config.label, run.axes.config.label, note=_seeded(run.axes.config.details, run.axes.seed)),
+            text(task.task),
+            whole(task.records),
+            whole(task.unparsed),
+            whole(task.unsure),
+        ]
+        for run in summary.runs
+        for task in run.measured.tasks.values()
+        if task.unparsed or task.unsure
+    ]
+    rows.sort(key=lambda row: -float(row[3].value or 0))
+    return Table("unparsed", "Answers without a box or without a confidence", columns, tables.rows_of(rows))
+
+
+def _seeded(details: str, seed: int | None) -> str:
+    return ", ".join(part for part in (details, "" if seed is None else f"seed {seed}") if part)
+
+
+def runs(summary: Summary) -> Table:
+    """Every run: where it lies, how it was made."""
+    columns = (
+        Column("Model", numeric=False),
+        Column("Arguments", numeric=False),
+        Column("Tasks"),
+        Column("Answers"),
+        Column("Limit", "Documents per task that the run was limited to"),
+        Column("Quantizing s", "Loading, calibration and quantization together"),
+        Column("Date", numeric=False),
+        Column("File", numeric=False),
+    )
+    rows = [
+        [
+            text(run.model, run.axes.cell),
+            text(run.model_args),
+            whole(len(run.measured.tasks)),
+            whole(sum(task.records for task in run.measured.tasks.values())),
+            Cell("all", None) if run.limit is None else whole(int(run.limit)),
+            number(run.cost.seconds_to_quantize, digits=0),
+            text(run.date),
+            text(run.file.name if run.file.parent == run.axes.folder else str(run.file.relative_to(run.axes.folder))),
+        ]
+        for run in summary.runs
+    ]
+    return Table("runs", "All runs", columns, tables.rows_of(rows))
+
+
+def every(summary: Summary) -> Iterable[Table]:
+    """All tables, for files."""
+    found = (leader(summary), front(summary), flips(summary), unparsed(summary), runs(summary))
+    return [table for table in found if table.rows]

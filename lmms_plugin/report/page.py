@@ -1,0 +1,199 @@
+"""The page: one HTML file with everything in it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lmms_plugin import __version__
+from lmms_plugin.report import contents, figures, svg
+from lmms_plugin.report.figures import Drawn
+from lmms_plugin.report.palette import TONES
+from lmms_plugin.report.summary import Summary
+from lmms_plugin.report.tables import Cell, Column, Table, text
+
+WIDE, NARROW = 4, 2
+ROWS_AT_FIRST = 20
+_STYLE, _SCRIPT = "style.css", "script.js"
+
+
+class Shown(NamedTuple):
+    """A figure on the page.
+
+    Attributes:
+        drawn: The figure.
+        wide: For wide windows and print, as SVG.
+        narrow: For narrow windows.
+    """
+
+    drawn: Drawn
+    wide: Markup
+    narrow: Markup
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a study's analysis says in words.
+
+    Attributes:
+        sentences: In order.
+        tables: That support them.
+        text: Of a `verdict.md` where there is no `verdict.json`.
+    """
+
+    sentences: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    text: str = ""
+
+
+def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Any, source: str) -> str:
+    """The whole page as HTML.
+
+    Args:
+        summary: What to show.
+        title: Its heading.
+        verdict: To stand on top; None where there is none.
+        gallery: Pictures with boxes (`lmms_plugin.report.gallery`).
+        source: The folder, as the user named it.
+    """
+    environment = Environment(
+        loader=PackageLoader("lmms_plugin.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = _shown(figures.every(summary, WIDE), figures.every(summary, NARROW))
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        source=source,
+        version=__version__,
+        style=Markup(_read(_STYLE)),
+        script=Markup(_read(_SCRIPT)),
+        tones=TONES,
+        verdict=verdict,
+        summary=summary,
+        warnings=list(warnings(summary)),
+        facts=facts(summary),
+        figures=shown,
+        tables={table.name: table for table in contents.every(summary)},
+        first_rows=ROWS_AT_FIRST,
+        gallery=gallery,
+        commands=list(commands(summary)),
+        versions=versions(summary),
+    )
+
+
+def facts(summary: Summary) -> dict[str, str]:
+    """What was read, in numbers."""
+    answers = sum(task.records for run in summary.runs for task in run.measured.tasks.values())
+    tasks = {task for run in summary.runs for task in run.measured.tasks}
+    configs = {run.axes.config for run in summary.runs}
+    dates = sorted(run.date[:8] for run in summary.runs if run.date)
+    when = dict.fromkeys(f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in (dates[0], dates[-1])) if dates else {}
+    return {
+        "runs": f"{len(summary.runs):,}",
+        "configurations": f"{len(configs):,}",
+        "tasks": f"{len(tasks):,}",
+        "answers": f"{answers:,}",
+        **({"date" if len(when) == 1 else "dates": " to ".join(when)} if when else {}),
+    }
+
+
+def warnings(summary: Summary) -> Iterator[str]:
+    """What a reader must know before believing a number."""
+    runs = summary.runs
+    if limited := [run for run in runs if run.limit is not None]:
+        yield (
+            f"{len(limited)} of {len(runs)} runs were stopped early with --limit (e.g. {limited[0].axes.config.label},"
+            f" limit {limited[0].limit:g}): their numbers are of the first documents only and stand for nothing else."
+        )
+    if failed := summary.folder.failed:
+        named = "; ".join(f"{one.cell}: {one.tail or 'no log'}" for one in failed[:5])
+        yield f"{len(failed)} cells of the study failed and are missing here. {named}"
+    models = {run.axes.config.model for run in runs}
+    lacking = sorted(models - {run.axes.config.model for run in runs if run.axes.config.dense})
+    if lacking:
+        yield f"No 16-bit run (quant_none) of {', '.join(lacking)}: flips and differences from it cannot be told."
+    unsure = {task.task for run in runs for task in run.measured.tasks.values() if task.unsure == task.records}
+    if unsure:
+        yield f"No confidence in {len(unsure)} tasks, e.g. {min(unsure)}: calibration is not known there."
+    if summary.superseded:
+        yield f"{summary.superseded} older runs of the same configuration and seed were left out."
+    yield from summary.folder.left_out
+
+
+def commands(summary: Summary) -> Iterator[str]:
+    """The exact command of each run: as the study logged it, else what lmms-eval logged of it."""
+    for run in summary.runs:
+        if run.axes.command:
+            yield " ".join(run.axes.command)
+            continue
+        parts = ["lmms-eval", "--model", run.model, "--model_args", run.model_args, "--tasks"]
+        parts += [",".join((*run.measured.tasks, *run.others)), "--log_samples"]
+        parts += ["--limit", f"{run.limit:g}"] if run.limit is not None else []
+        yield " ".join(parts)
+
+
+def versions(summary: Summary) -> dict[str, str]:
+    """Package → versions that occur in the runs."""
+    found: dict[str, set[str]] = {}
+    for run in summary.runs:
+        for package, version in run.axes.versions.items():
+            if version:
+                found.setdefault(package, set()).add(version)
+    return {package: ", ".join(sorted(these)) for package, these in sorted(found.items())}
+
+
+def read_verdict(path: Path) -> Verdict | None:
+    """The verdict of a study's folder; None where there is none.
+
+    Raises:
+        ValueError: `verdict.json` is not what a verdict is.
+    """
+    folder = path if path.is_dir() else path.parent
+    file, words = folder / "verdict.json", folder / "verdict.md"
+    if not file.is_file():
+        return Verdict(text=words.read_text(encoding="utf-8")) if words.is_file() else None
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        tables = tuple(_table(f"verdict-{k}", one) for k, one in enumerate(told.get("tables") or (), start=1))
+        return Verdict(tuple(map(str, told["sentences"])), tables)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'expected {{"sentences": [...], "tables": [...]}} in {file}: {error!r}') from error
+
+
+def _table(name: str, told: Mapping[str, Any]) -> Table:
+    rows = tuple(tuple(_cell(value) for value in row) for row in told["rows"])
+    numeric = [all(isinstance(row[k].value, float) for row in rows) for k in range(len(told["columns"]))]
+    columns = tuple(Column(str(head), numeric=n) for head, n in zip(told["columns"], numeric, strict=True))
+    return Table(name, str(told["title"]), columns, rows)
+
+
+def _cell(value: object) -> Cell:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return text("" if value is None else str(value))
+    return Cell(f"{value:,}" if isinstance(value, int) else f"{value:.4g}".replace("-", "\u2212"), float(value))
+
+
+def _shown(wide: Mapping[str, Sequence[Drawn]], narrow: Mapping[str, Sequence[Drawn]]) -> dict[str, list[Shown]]:
+    return {
+        section: [
+            Shown(one, _inline(one, one.name), _inline(other, f"{other.name}-n"))
+            for one, other in zip(drawn, narrow[section], strict=True)
+        ]
+        for section, drawn in wide.items()
+    }
+
+
+def _inline(drawn: Drawn, name: str) -> Markup:
+    return Markup(svg.inline(drawn.figure, name, drawn.title, drawn.says))
+
+
+def _read(name: str) -> str:
+    return files("lmms_plugin.report").joinpath("templates", name).read_text(encoding="utf-8")

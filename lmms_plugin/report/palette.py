@@ -1,0 +1,72 @@
+"""Colours and marks of the figures: a quantizer looks alike in every figure, on paper and on a dark screen.
+
+Figures are drawn in the light colours. On the page each becomes a variable of the style sheet, so that one drawing
+serves light, dark and print. Every colour has a contrast of at least 3 : 1 with its background, and lines differ in
+mark as well, so that nothing is told by colour alone.
+"""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Tone(NamedTuple):
+    """One colour on light and on dark ground."""
+
+    light: str
+    dark: str
+
+
+INK = "#1a2027"
+MUTED = "#58626e"
+RULE = "#d5dbe2"
+GOOD = "#2f7fb5"
+BAD = "#cf5b2e"
+BAND_ALPHA = 0.16
+
+TONES: Mapping[str, Tone] = MappingProxyType(
+    {
+        "ink": Tone(INK, "#e8ebef"),
+        "muted": Tone(MUTED, "#a3adb9"),
+        "rule": Tone(RULE, "#343c46"),
+        "good": Tone(GOOD, "#3f8fc6"),
+        "bad": Tone(BAD, "#c2552b"),
+        "s0": Tone("#4a525c", "#c3cad3"),
+        "s1": Tone("#0b6bab", "#63b3ee"),
+        "s2": Tone("#b8510d", "#f19a5b"),
+        "s3": Tone("#0e7f5f", "#4fcfa5"),
+        "s4": Tone("#a23d7f", "#ea92c6"),
+        "s5": Tone("#7a5d00", "#dcb93f"),
+        "s6": Tone("#5b4db0", "#aba0f5"),
+        "s7": Tone("#9a2f3b", "#f2858f"),
+        "s8": Tone("#2b7a86", "#6cc9d6"),
+        "s9": Tone("#6b6f1d", "#c3c85e"),
+        "s10": Tone("#7b4a2a", "#d3a07c"),
+        "s11": Tone("#3f6f2a", "#94cd7a"),
+    }
+)
+
+_KNOWN = (
+    *("none", "rtn", "hqq", "awq", "mbq", "gptq", "ptqtp", "ptqtp_weighted"),
+    *("quanto", "bitsandbytes", "torchao", "autoround"),
+)
+_MARKS = ("s", "o", "^", "D", "v", "P", "X", "<", ">", "h", "p", "d")
+DENSE = "none"
+
+
+class Look(NamedTuple):
+    """How a quantizer is drawn."""
+
+    colour: str
+    mark: str
+
+
+def looks(methods: Iterable[str]) -> dict[str, Look]:
+    """Method → how it is drawn; those of other packages take the places that the known ones leave."""
+    found, places = {}, {name: k for k, name in enumerate(_KNOWN)}
+    wanted = list(dict.fromkeys(methods))
+    free = [k for k in range(1, len(_KNOWN)) if _KNOWN[k] not in wanted] or list(range(1, len(_KNOWN)))
+    for method in wanted:
+        place = places[method] if method in places else free[len([m for m in found if m not in places]) % len(free)]
+        found[method] = Look(TONES[f"s{place}"].light, _MARKS[place])
+    return found

@@ -1,0 +1,277 @@
+"""A folder of results, read and measured by several processes, one results file at a time."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from lmms_plugin import results
+from lmms_plugin.reliability import Settings
+from lmms_plugin.report import axes, columns
+from lmms_plugin.report.axes import Axes
+from lmms_plugin.report.columns import Answers, UnusualLogError
+from lmms_plugin.report.measuring import Measured, measure
+
+UNFINISHED = (".running", "failed")
+_ONE_PROCESS = 64 << 20
+"""Bytes of logs below which starting processes takes longer than reading."""
+
+
+class Layer(NamedTuple):
+    """What quantization did to one layer.
+
+    Attributes:
+        name: Module.
+        component: vision, connector, language or head.
+        bits: Per code.
+        relative_error: Of the weight.
+        output_error: Of the outputs on calibration inputs; None without.
+        held_out_error: Of the outputs on other inputs; None where not measured.
+    """
+
+    name: str
+    component: str
+    bits: int | None
+    relative_error: float
+    output_error: float | None
+    held_out_error: float | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes; None where the files do not tell.
+
+    Attributes:
+        bits_per_weight: Of quantized weights, scales and zero points counted.
+        bits_per_model_weight: Of all weights.
+        bytes: Of all parameters and buffers.
+        tokens_per_second: Generated tokens over the time of generating.
+        seconds_to_quantize: Loading, calibration and quantization.
+        peak_bytes: Highest memory in use while quantizing.
+    """
+
+    bits_per_weight: float | None = None
+    bits_per_model_weight: float | None = None
+    bytes: float | None = None
+    tokens_per_second: float | None = None
+    seconds_to_quantize: float | None = None
+    peak_bytes: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished run.
+
+    Attributes:
+        file: Its results file.
+        axes: Where it stands.
+        model: Name of the model in lmms-eval.
+        model_args: Its arguments as text.
+        limit: Documents per task that it was limited to; None for all.
+        date: When it ran, as lmms-eval writes it.
+        cost: What it takes.
+        layers: What quantization did to each layer; empty without a report.
+        measured: Its numbers.
+        others: Tasks that log no records of ours.
+        slow: Why logs had to be read slowly; empty where they were not.
+    """
+
+    file: Path
+    axes: Axes
+    model: str
+    model_args: str
+    limit: float | None
+    date: str
+    cost: Cost
+    layers: tuple[Layer, ...]
+    measured: Measured
+    others: tuple[str, ...] = ()
+    slow: tuple[str, ...] = field(default=())
+
+
+class Failed(NamedTuple):
+    """A cell of a study without results.
+
+    Attributes:
+        cell: Its id.
+        returncode: Of its process.
+        tail: Last line of its log.
+    """
+
+    cell: str
+    returncode: int | None
+    tail: str
+
+
+class Folder(NamedTuple):
+    """Everything at or under a path.
+
+    Attributes:
+        runs: Finished runs, oldest first.
+        failed: Cells of a study that failed.
+        documents: Fingerprint of documents → their ids.
+        left_out: Results files that hold nothing of ours, and why.
+    """
+
+    runs: list[Run]
+    failed: list[Failed]
+    documents: dict[str, pa.Array]
+    left_out: list[str]
+
+
+def read_folder(path: Path, settings: Settings) -> Folder:
+    """Read and measure every run at or under a path.
+
+    Raises:
+        ValueError: If there is none, or a log is damaged or incomplete.
+    """
+    files = [file for file in results.find(path) if not set(UNFINISHED) & set(_below(file, path))]
+    runs, documents, left_out = [], {}, []
+    for run in _in_processes(files, partial(read_run, root=path, settings=settings), settings.workers):
+        documents |= run.measured.documents
+        run.measured.documents.clear()
+        if run.measured.tasks:
+            runs.append(run)
+        else:
+            left_out.append(f"{run.file}: no task of this package, but {', '.join(run.others) or 'none'}")
+    if not runs:
+        raise ValueError(f"expected runs with tasks of this package under {path}, got {'; '.join(left_out) or 'none'}")
+    return Folder(runs, list(_failed(path)), documents, left_out)
+
+
+def read_run(file: Path, root: Path, settings: Settings) -> Run:
+    """Read and measure one results file.
+
+    Raises:
+        ValueError: As `lmms_plugin.results.read`.
+    """
+    table = _results(file)
+    answers, others, slow = _answers(file, table, settings)
+    config = table.get("config") or {}
+    where = axes.of(file, root, table)
+    account = _account(where.folder)
+    return Run(
+        file,
+        where,
+        str(config.get("model", "")),
+        str(config.get("model_args", "")),
+        config.get("limit"),
+        str(table.get("date", "")),
+        _cost(table.get("throughput") or {}, account),
+        _layers(account),
+        measure(answers, settings),
+        others,
+        slow,
+    )
+
+
+def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Run]:
+    if workers == 1 or len(files) == 1 or sum(_log_bytes(file) for file in files) < _ONE_PROCESS:
+        yield from map(work, files)
+        return
+    # Forking a process that has threads (BLAS, pyarrow) may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(files)), mp_context=context) as pool:
+        yield from pool.map(work, files, chunksize=max(1, min(8, len(files) // (4 * workers))))
+
+
+def _log_bytes(file: Path) -> int:
+    date = file.name.removesuffix("_results.json")
+    return sum(log.stat().st_size for log in file.parent.glob(f"{date}_samples_*.jsonl"))
+
+
+def _below(file: Path, path: Path) -> tuple[str, ...]:
+    return file.relative_to(path).parts if file != path else ()
+
+
+def _results(file: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {file}, which is damaged: {error}") from error
+    if not isinstance(table, dict) or not {"configs", "n-samples", "results"} <= set(table):
+        raise ValueError(f"expected a results file of lmms-eval, got {file}")
+    return table
+
+
+def _answers(
+    file: Path, table: Mapping[str, Any], settings: Settings
+) -> tuple[list[Answers], tuple[str, ...], tuple[str, ...]]:
+    """Answers by task, tasks of others, and why logs were read slowly."""
+    found, others = [], []
+    try:
+        for task, samples in table["n-samples"].items():
+            numbers = table["results"].get(task, {})
+            said = numbers.get("mean_iou,none", numbers.get("accuracy,none"))
+            log = results._log(file, task)
+            one = columns.read(task, table["configs"][task], log, settings.estimator, samples["effective"], said)
+            others += [task] if one is None else []
+            found += [] if one is None else [one]
+    except UnusualLogError as error:
+        run = results.read(file)
+        kept = [columns.of(records, settings.estimator) for records in run.tasks.values()]
+        return kept, run.others, (str(error),)
+    return found, tuple(others), ()
+
+
+def _account(folder: Path) -> dict[str, Any]:
+    file = folder / "quant_report.json"
+    if not file.is_file():
+        return {}
+    try:
+        account: dict[str, Any] = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"expected the account of every layer in {file}, which is damaged: {error}") from error
+    return account
+
+
+def _cost(throughput: Mapping[str, Any], account: Mapping[str, Any]) -> Cost:
+    def told(name: str) -> float | None:
+        value = account.get(name, throughput.get(f"avg_{name}"))
+        return float(value) if isinstance(value, int | float) else None
+
+    tokens, seconds = throughput.get("total_gen_tokens"), throughput.get("total_elapsed_time")
+    return Cost(
+        told("bits_per_weight"),
+        told("bits_per_model_weight"),
+        told("bytes_after"),
+        tokens / seconds if tokens and seconds else None,
+        told("seconds"),
+        told("peak_bytes"),
+    )
+
+
+def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
+    return tuple(
+        Layer(
+            module["name"],
+            module["component"],
+            module["bits"],
+            module["relative_error"],
+            module.get("output_error"),
+            module.get("held_out_error"),
+        )
+        for module in account.get("modules") or ()
+        if module.get("relative_error") is not None
+    )
+
+
+def _failed(path: Path) -> Iterator[Failed]:
+    folder = path / "failed"
+    for file in sorted(folder.glob("*/failed.json")) if folder.is_dir() else ():
+        told = json.loads(file.read_text(encoding="utf-8"))
+        tail = told.get("tail") or ""
+        lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
+        yield Failed(file.parent.name, told.get("returncode"), lines[-1] if lines else "")
+
+
+def default_workers() -> int:
+    """As many processes as there are processors."""
+    return os.cpu_count() or 1

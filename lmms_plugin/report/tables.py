@@ -1,0 +1,165 @@
+"""Tables of the report: for the page, as CSV and as LaTeX."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lmms_plugin.metrics.bootstrap import Interval
+
+NOTHING = "\u2013"
+
+
+class Cell(NamedTuple):
+    """One entry.
+
+    Attributes:
+        text: As people read it.
+        value: What it is sorted by and written to CSV as; None for nothing.
+        low: Lower end of its interval; NaN where there is none.
+        high: Upper end.
+        note: Small print below.
+    """
+
+    text: str
+    value: float | str | None
+    low: float = math.nan
+    high: float = math.nan
+    note: str = ""
+
+
+class Column(NamedTuple):
+    """One column.
+
+    Attributes:
+        title: Its heading.
+        meaning: What it holds, in a sentence.
+        numeric: Whether its entries are numbers.
+        better: `high`, `low`, or "" where neither is better.
+    """
+
+    title: str
+    meaning: str = ""
+    numeric: bool = True
+    better: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        name: For files and anchors.
+        caption: What it shows.
+        columns: Its columns; the first holds the headings of the rows.
+        rows: Its rows, one cell per column.
+        attributes: Per row what filters ask for; empty without filters.
+    """
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    attributes: tuple[Mapping[str, str], ...] = field(default=())
+
+    def csv(self) -> str:
+        """Comma-separated, intervals in columns of their own."""
+        ranged = [any(not math.isnan(row[k].low) for row in self.rows) for k in range(len(self.columns))]
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        heads = zip(self.columns, ranged, strict=True)
+        writer.writerow(
+            [name for c, r in heads for name in ((c.title, f"{c.title} low", f"{c.title} high") if r else (c.title,))]
+        )
+        for row in self.rows:
+            written: list[object] = []
+            for cell, has in zip(row, ranged, strict=True):
+                written.append(_plain(cell))
+                written += [_number(cell.low), _number(cell.high)] if has else []
+            writer.writerow(written)
+        return out.getvalue()
+
+    def latex(self) -> str:
+        """A booktabs table."""
+        kinds = "".join("r" if column.numeric else "l" for column in self.columns)
+        lines = [
+            r"\begin{table}",
+            r"\centering\small",
+            rf"\caption{{{_tex(self.caption)}}}",
+            rf"\label{{tab:{self.name}}}",
+        ]
+        lines += [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule"]
+        lines += [" & ".join(_tex(column.title) for column in self.columns) + r" \\", r"\midrule"]
+        lines += [" & ".join(map(_tex_cell, row)) + r" \\" for row in self.rows]
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def number(value: float | None, interval: Interval | None = None, *, digits: int = 3, signed: bool = False) -> Cell:
+    """A cell of a number, with its interval if there is one."""
+    if value is None or math.isnan(value):
+        return Cell(NOTHING, None)
+    low, high = interval or (math.nan, math.nan)
+    form = f"{'+' if signed else ''}.{digits}f"
+    note = "" if math.isnan(low) else f"{shown(low, form)} to {shown(high, form)}"
+    return Cell(shown(value, form), value, low, high, note)
+
+
+def shown(value: float, form: str) -> str:
+    """A number with a true minus sign, and none before zero."""
+    return (
+        f"{value:z{form}}".replace("-", "\u2212") if "+" not in form else f"{value:+z{form[1:]}}".replace("-", "\u2212")
+    )
+
+
+def text(value: str, note: str = "") -> Cell:
+    """A cell of text."""
+    return Cell(value, value, note=note)
+
+
+def whole(value: int | None) -> Cell:
+    """A cell of a count."""
+    return Cell(NOTHING, None) if value is None else Cell(f"{value:,}".replace(",", "\u202f"), float(value))
+
+
+def rows_of(rows: Sequence[Sequence[Cell]]) -> tuple[tuple[Cell, ...], ...]:
+    """Rows as a table keeps them."""
+    return tuple(tuple(row) for row in rows)
+
+
+def _plain(cell: Cell) -> object:
+    if isinstance(cell.value, float | int):
+        return _number(cell.value)
+    return f"{cell.value or ''}{f' ({cell.note})' if cell.note else ''}"
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+_ESCAPES = str.maketrans(
+    {
+        **{c: f"\\{c}" for c in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "\u2212": r"$-$",
+        "\u2013": "--",
+        "\u2011": "-",
+        "\u202f": r"\,",
+        "Φ": r"$\Phi$",
+        "Δ": r"$\Delta$",
+        "\u00d7": r"$\times$",
+        "→": r"$\to$",
+    }
+)
+
+
+def _tex(words: str) -> str:
+    return words.translate(_ESCAPES)
+
+
+def _tex_cell(cell: Cell) -> str:
+    note = rf" {{\scriptsize {_tex(cell.note)}}}" if cell.note else ""
+    return f"{_tex(cell.text)}{note}"
