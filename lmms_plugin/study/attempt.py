@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin import results
+from lmms_plugin.study import identity
 from lmms_plugin.study.folder import LOG
 from lmms_plugin.study.grid import Cell
 from lmms_plugin.study.identity import Keyed
@@ -32,11 +33,15 @@ class Outcome(NamedTuple):
         problem: Why it failed; None if it is finished.
         returncode: Of the process.
         done: When, how long and where it ran.
+        tail: End of the log.
+        changed: Parts of its key that changed while it ran; it may have run with either.
     """
 
     problem: str | None
     returncode: int
     done: Mapping[str, Any]
+    tail: str
+    changed: tuple[str, ...]
 
 
 def command(cell: Cell, gpus: int) -> tuple[str, ...]:
@@ -86,12 +91,14 @@ class Attempt:
     Attributes:
         keyed: The cell.
         folder: It works in.
+        gpus: It runs on.
         process: Its guard.
         started: Seconds since the epoch.
     """
 
     keyed: Keyed
     folder: Path
+    gpus: tuple[str, ...]
     process: subprocess.Popen[bytes]
     started: float
 
@@ -127,7 +134,7 @@ class Attempt:
                 start_new_session=True,
                 pass_fds=tuple(inherited),
             )
-        return cls(keyed, folder, process, time.time())
+        return cls(keyed, folder, tuple(gpus), process, time.time())
 
     @property
     def over(self) -> bool:
@@ -143,18 +150,20 @@ class Attempt:
     def outcome(self) -> Outcome:
         """Judge what a process that is over left; lmms-eval's exit status tells nothing."""
         self.end()
-        finished = time.time()
-        status = self.process.returncode
+        finished, status = time.time(), self.process.returncode
         done = {
             "seconds": round(finished - self.started, 3),
             "started": _moment(self.started),
             "finished": _moment(finished),
             "host": socket.gethostname(),
         }
-        return Outcome(_problem(self.keyed.cell, self.folder, status), status, done)
+        identity.forget()
+        changed = self.keyed.differences(identity.keyed(self.keyed.cell, cuda=bool(self.gpus)).parts)
+        problem = f"{' and '.join(changed)} changed while it ran" if changed else None
+        problem = problem or _problem(self.keyed.cell, self.folder, status)
+        return Outcome(problem, status, done, self._tail(), tuple(changed))
 
-    def tail(self) -> str:
-        """The end of the log."""
+    def _tail(self) -> str:
         text = _COLOURS.sub("", (self.folder / LOG).read_text(encoding="utf-8", errors="replace"))
         lines = [line.rsplit("\r", 1)[-1] for line in text.splitlines()]
         return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_LETTERS:]

@@ -38,11 +38,18 @@ def run_study(
     output: Annotated[Path, typer.Option(help="Folder of the study; what is finished there is not run again.")],
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try cells again that failed before.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster: auto, host:6379.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Copy finished cells there, and take from there: s3://..., a path."),
+    ] = None,
 ) -> None:
     """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
     from lmms_plugin.study import engine, planning
 
-    finished = engine.run(file, output, jobs=jobs, retry_failed=retry_failed)
+    finished = engine.run(file, output, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
         typer.echo(f"failed: {cell}: {' '.join(problem.split())} (see {output / 'failed' / cell})", err=True)

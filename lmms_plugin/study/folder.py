@@ -150,6 +150,28 @@ class StudyFolder:
         work = self.running / cell
         write_json(work / CELL, about)
         write_json(work / DONE, {**done, "files": hashes(work)})
+        self._move_to_finished(cell, about)
+
+    def adopt(self, cell: str) -> None:
+        """Turn a copy of a finished cell, made where cells are worked on, into a finished cell.
+
+        Raises:
+            ValueError: If a file is missing or is not as its hash says.
+        """
+        work = self.running / cell
+        expected, found = read_json(work / DONE)["files"], hashes(work)
+        for name, digest in expected.items():
+            if found.get(name) != digest:
+                raise ValueError(f"expected {name} of {cell} as it was finished, got another or none in {work}")
+        self._move_to_finished(cell, self.about(work))
+
+    @staticmethod
+    def listed(folder: Path) -> list[str]:
+        """Files that `done.json` of a folder lists."""
+        return list(read_json(folder / DONE)["files"])
+
+    def _move_to_finished(self, cell: str, about: Mapping[str, Any]) -> None:
+        work = self.running / cell
         _sync(work)
         self._supersede(cell, about)
         os.rename(work, self.done_path(cell))

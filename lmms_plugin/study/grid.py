@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class At(NamedTuple, Generic[T]):
@@ -229,3 +227,14 @@ class Cell:
         parts = [axes.model, axes.method, bits, group, components, axes.calibration, seed]
         words = "_".join(part for part in parts if part is not None)
         return "".join(c if c.isalnum() or c in "._+-" else "-" for c in words)[:100]
+
+
+def gpus_needed(cell: Cell, there: int) -> int:
+    """GPUs that a cell takes.
+
+    Args:
+        cell: What is asked.
+        there: GPUs of the machine or cluster.
+    """
+    resources = cell.resources
+    return (resources.processes if there else 0) if resources.gpus is None else resources.gpus

@@ -12,7 +12,7 @@ from lmms_plugin.study import cost
 from lmms_plugin.study.attempt import command
 from lmms_plugin.study.expansion import cells
 from lmms_plugin.study.folder import StudyFolder
-from lmms_plugin.study.grid import Cell, Study
+from lmms_plugin.study.grid import Cell, Study, gpus_needed
 from lmms_plugin.study.identity import Keyed, keyed
 from lmms_plugin.study.local import visible_gpus
 from lmms_plugin.study.progress import duration
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
 
 def keys(gpus: int) -> Callable[[Cell], Keyed]:
     """How keys are computed where there are so many GPUs."""
-    return lambda cell: keyed(cell, cuda=gpus > 0 if cell.resources.gpus is None else cell.resources.gpus > 0)
+    return lambda cell: keyed(cell, cuda=gpus_needed(cell, gpus) > 0)
 
 
 def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> Plan:
@@ -116,8 +116,7 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
         took = cost.seconds(cell, past)
         if folder is not None and state == "done":
             took = cost.Seconds(folder.done(one.id)["seconds"], "measured")
-        needed = min(1, there) * cell.resources.processes if cell.resources.gpus is None else cell.resources.gpus
-        found.append(Planned(one, state, took, needed))
+        found.append(Planned(one, state, took, gpus_needed(cell, there)))
     planned = {one.keyed.id for one in found}
     others = () if folder is None else tuple(one for one in folder.finished() if one not in planned)
     return Plan(study, tuple(found), others)
