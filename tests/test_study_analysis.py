@@ -207,6 +207,16 @@ def test_cells_with_other_documents_are_refused(tmp_path):
         analysed(tmp_path)
 
 
+def test_cells_of_an_earlier_version_do_not_count(tmp_path):
+    folder = study(tmp_path, [("rtn", 4, None, None, (360, 300, 260)), ("awq", 4, "self", 0, (360, 300, 260))])
+    write_cell(folder, "rtn-old", {"method": "rtn", "bits": 4}, outcomes(N, 1, 1, 1))
+    with pytest.raises(ValueError, match="one cell for each place of the study, got rtn-1 and rtn-old"):
+        analysed(folder)
+    question = Question.parse(ASKED)
+    (found,) = analysis.analyse(folder, question, only=("none-0", "rtn-1", "awq-2"))
+    assert found.contrasts[0].interaction.value == 0.0
+
+
 def test_a_folder_without_cells_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"finished cells below .*, got none"):
         read_cells(tmp_path)

@@ -9,7 +9,7 @@ metrics: [accuracy, ece, aurc, coverage@0.01]
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,13 +82,13 @@ class Row(NamedTuple):
     published_reference: published.Published | None
 
 
-def conclude(study: Path, question: Question, workers: int) -> list[Conclusion]:
+def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:
     """Compare every cell with the unquantized model of its checkpoint.
 
     Raises:
         ValueError: A checkpoint has no cell without quantization, or cells have other tasks or documents than it.
     """
-    cells = read_cells(study)
+    cells = read_cells(study, only)
     models = dict.fromkeys(cell.axes.model for cell in cells)
     return [_of_one_model(select(cells, {"model": model}), question, workers) for model in models]
 

@@ -21,7 +21,7 @@ difference. p-values are adjusted by Holm over all contrasts and bits, for each 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,7 +200,7 @@ class Analysis(NamedTuple):
     limit: float | None
 
 
-def conclude(study: Path, question: Question, workers: int) -> list[Conclusion]:
+def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:
     """Answer a question from a study's finished cells, in words and tables, for each of its models.
 
     Raises:
@@ -216,18 +216,20 @@ def conclude(study: Path, question: Question, workers: int) -> list[Conclusion]:
             [verdict.legend(question)],
             one._asdict() | {"question": asdict(question)},
         )
-        for one in analyse(study, question, workers=workers)
+        for one in analyse(study, question, only, workers=workers)
     ]
 
 
-def analyse(study: Path, question: Question, *, workers: int = 1) -> list[Analysis]:
+def analyse(
+    study: Path, question: Question, only: Collection[str] | None = None, *, workers: int = 1
+) -> list[Analysis]:
     """Answer a question from a study's finished cells, for each of its models.
 
     Raises:
         ValueError: An arm of a contrast has no cell at some bits that the other one has, there is no cell with the
             unquantized model, or cells answered different documents.
     """
-    cells = read_cells(study)
+    cells = read_cells(study, only)
     models = dict.fromkeys(cell.axes.model for cell in cells)
     return [_of_one_model(select(cells, {"model": model}), question, workers) for model in models]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,20 +100,41 @@ def mean(parts: Sequence[Drawn]) -> Drawn:
     return Drawn(float(np.mean([part.value for part in parts])), np.mean([part.resampled for part in parts], axis=0))
 
 
-def read_cells(study: Path) -> list[Cell]:
-    """The finished cells of a study's folder, by name.
+def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
+    """Folders of a study's finished cells, by name.
+
+    Args:
+        study: Its folder.
+        only: Ids of the cells that count; None for all. A folder may also hold those of an earlier version of the study.
 
     Raises:
-        ValueError: There are none, or one does not read.
+        ValueError: There are none.
     """
-    found = []
-    for file in sorted((study / "cells").glob("*/cell.json")):
-        axes = json.loads(file.read_text(encoding="utf-8"))["axes"]
-        found.append(
-            Cell(file.parent.name, Axes(**{name: axes.get(name) for name in Axes._fields}), read_one(file.parent))
-        )
+    found = sorted(file.parent for file in (study / "cells").glob("*/cell.json"))
+    found = [folder for folder in found if only is None or folder.name in only]
     if not found:
         raise ValueError(f"expected finished cells below {study / 'cells'}, got none: run the study first")
+    return found
+
+
+def read_cells(study: Path, only: Collection[str] | None = None) -> list[Cell]:
+    """The finished cells of a study, by name; arguments as of `folders`.
+
+    Raises:
+        ValueError: There are none, one does not read, or two stand at the same place of the study.
+    """
+    found: list[Cell] = []
+    places: dict[Axes, str] = {}
+    for folder in folders(study, only):
+        given = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["axes"]
+        axes = Axes(**{name: given.get(name) for name in Axes._fields})
+        if axes in places:
+            raise ValueError(
+                f"expected one cell for each place of the study, got {places[axes]} and {folder.name}, which differ in"
+                " what they ran (see their cell.json): name the study file, or remove one of them"
+            )
+        places[axes] = folder.name
+        found.append(Cell(folder.name, axes, read_one(folder)))
     return found
 
 

@@ -8,13 +8,14 @@ metrics: [acc@0.5]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lmms_plugin import sensitivity
 from lmms_plugin.study import published
+from lmms_plugin.study.arms import folders
 from lmms_plugin.study.asked import expect_names, texts
 from lmms_plugin.study.conclusions import Conclusion
 
@@ -51,15 +52,18 @@ class Question:
         return cls(**{**given, **lists})
 
 
-def conclude(study: Path, question: Question, workers: int) -> list[Conclusion]:
+def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:
     """Importances of the components for every model, method, task and metric; each is also drawn below `figures/`.
 
     Raises:
         ValueError: There are no cells, or too few that differ in bits.
     """
-    cells, left_out = sensitivity.read(study / "cells")
-    if left_out:
-        raise ValueError(left_out[0])
+    cells: list[sensitivity.Cell] = []
+    for folder in folders(study, only):
+        read, left_out = sensitivity.read(folder)
+        if left_out:
+            raise ValueError(left_out[0])
+        cells += read
     wanted = [grid for grid in sensitivity.grids(cells, question.metrics) if _is_asked(grid, question)]
     if not wanted:
         raise ValueError(f"analysis: no task has one of the metrics {', '.join(question.metrics)}")

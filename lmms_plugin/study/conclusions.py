@@ -8,7 +8,7 @@ score).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -42,11 +42,12 @@ class Kind(NamedTuple):
 
     Attributes:
         parse: Reads the `analysis` of a study file; raises ValueError.
-        conclude: Study's folder, what was parsed, threads → what the study says; raises ValueError.
+        conclude: Study's folder, what was parsed, ids of the cells that count (None for all), threads → what the study
+            says; raises ValueError.
     """
 
     parse: Callable[[Mapping[str, Any]], Any]
-    conclude: Callable[[Path, Any, int], list[Conclusion]]
+    conclude: Callable[[Path, Any, Collection[str] | None, int], list[Conclusion]]
 
 
 def check(asked: Mapping[str, Any]) -> None:
@@ -58,14 +59,22 @@ def check(asked: Mapping[str, Any]) -> None:
     _parsed(asked)
 
 
-def conclude(study: Path, asked: Mapping[str, Any], *, workers: int = 1) -> list[Conclusion]:
+def conclude(
+    study: Path, asked: Mapping[str, Any], only: Collection[str] | None = None, *, workers: int = 1
+) -> list[Conclusion]:
     """Analyse a study's finished cells and write `verdict.json` and `verdict.md` into its folder.
+
+    Args:
+        study: Its folder.
+        asked: The `analysis` of the study file.
+        only: Ids of the cells that count; None for all in the folder.
+        workers: Threads.
 
     Raises:
         ValueError: The analysis is not as it has to be, or cells that it needs are missing.
     """
     kind, question = _parsed(asked)
-    found = kind.conclude(study, question, workers)
+    found = kind.conclude(study, question, only, workers)
     (study / MARKDOWN).write_text("\n".join(map(markdown, found)), encoding="utf-8")
     said = {
         "sentences": [line for one in found for line in one.sentences],
