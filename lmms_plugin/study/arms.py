@@ -105,7 +105,7 @@ def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
 
     Args:
         study: Its folder.
-        only: Ids of the cells that count; None for all. A folder may also hold those of an earlier version of the study.
+        only: Ids of the cells that count; None for all. A folder may also hold cells of an earlier version of a study.
 
     Raises:
         ValueError: There are none.
