@@ -31,14 +31,15 @@ from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
-from lmms_plugin.observing import Wanted
+from lmms_plugin.matching import Matcher, is_matcher
+from lmms_plugin.observing import Observer, Wanted
 from lmms_plugin.plain_prompts import TEMPLATES, template_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.saving import save_quantized
 from lmms_plugin.registration import class_name
-from lmms_plugin.requests import Messages, read
+from lmms_plugin.requests import Messages, Request, candidates_of, read
 from lmms_plugin.response import MARKER, Response
 from lmms_plugin.running import Runner, Step
 from lmms_plugin.scheduling import Job
@@ -47,6 +48,8 @@ from lmms_plugin.settings import Sampling, Settings
 from lmms_plugin.token_texts import decode
 
 Result = TypeVar("Result")
+REQUESTS_AT_ONCE = 4
+"""Requests whose candidates are listed together: of each there may be thousands."""
 
 
 class Likelihood(NamedTuple):
@@ -110,8 +113,19 @@ class QuantizedVLM(lmms):
             resume=self.arguments.resume,
             resume_folder=self.arguments.resume_folder,
         )
+        self.observer: Observer | None = None
+        self._tokens, self._seconds = 0, 0.0
+        self._warned = False
+        self.matcher = Matcher(model, self.chat.processor) if is_matcher(model) else None
+        if self.matcher is None:
+            self._prepare_to_write(model, wanted)
+        elif wanted:
+            raise ValueError(f"features, selector: {path} is a retrieval checkpoint, which writes no answers")
+        self._account(model)
+
+    def _prepare_to_write(self, model: Any, wanted: Wanted | None) -> None:
         self.decoder = Decoder.of(model, self.chat.tokenizer, static_cache=self.arguments.static_cache)
-        self.observer = wanted.observer(path, self.decoder, self.rank) if wanted else None
+        self.observer = wanted.observer(self.arguments.find_checkpoint(), self.decoder, self.rank) if wanted else None
         self.runner = Runner.of(
             self.decoder,
             self.chat,
@@ -122,15 +136,17 @@ class QuantizedVLM(lmms):
             repeated=self.arguments.samples > 0,
         )
         self._special = frozenset(decode(self.decoder.tokenizer, [token]) for token in self.decoder.special)
-        self._tokens, self._seconds = 0, 0.0
-        self._warned = False
-        if self.rank == 0:
-            logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
-            if self.arguments.report:
-                Path(self.arguments.report).write_text(self.report.to_json(), encoding="utf-8")
-            if self.arguments.save_quantized:
-                saved = save_quantized(model, self.chat.processor, self.report, self.arguments.save_quantized)
-                logger.info("Saved to {}: {}", self.arguments.save_quantized, saved)
+
+    def _account(self, model: Any) -> None:
+        """Say, note and keep what became of the checkpoint, as far as the user asks for it."""
+        if self.rank != 0:
+            return
+        logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
+        if self.arguments.report:
+            Path(self.arguments.report).write_text(self.report.to_json(), encoding="utf-8")
+        if self.arguments.save_quantized:
+            saved = save_quantized(model, self.chat.processor, self.report, self.arguments.save_quantized)
+            logger.info("Saved to {}: {}", self.arguments.save_quantized, saved)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> QuantizedVLM:
@@ -142,12 +158,12 @@ class QuantizedVLM(lmms):
     @property
     def model(self) -> Any:
         """The Hugging Face model."""
-        return self.decoder.model
+        return self.decoder.model if self.matcher is None else self.matcher.model
 
     @property
     def batch_size(self) -> int:
         """Images answered together."""
-        return self.runner.budget.limits.groups
+        return self.runner.budget.limits.groups if self.matcher is None else self.matcher.batch_size
 
     @property
     def dialect(self) -> Dialect:
@@ -166,6 +182,11 @@ class QuantizedVLM(lmms):
             OutOfMemory: a batch does not fit; says what helps.
         """
         read_requests = read(requests, self.task_dict)
+        ranked = [request for request in read_requests if request.options.get("candidates")]
+        if ranked:
+            if len(ranked) < len(read_requests):
+                raise RequestError("requests with and without candidates came in one call")
+            return self._candidate_scores(ranked)
         jobs = [Job(request.first, request, Settings.from_kwargs(request.options)) for request in read_requests]
         return self._answer(jobs, "Answering")
 
@@ -225,6 +246,33 @@ class QuantizedVLM(lmms):
         ]
         return self._run(jobs, self._score, "Scoring")
 
+    def _candidate_scores(self, requests: Sequence[Request]) -> list[str]:
+        """Score the candidates that each request's message names, those of one request over one encoding of its image.
+
+        Returns:
+            For each request an encoded `Response` without text.
+        """
+        if self.matcher is not None:
+            return self.matcher.scores(requests, self.reader, self.world_size)
+        encoded = []
+        for start in range(0, len(requests), REQUESTS_AT_ONCE):
+            part = requests[start : start + REQUESTS_AT_ONCE]
+            asked = [candidates_of(request) for request in part]
+            longest = max(len(self.chat.ids(text)) for _, texts in asked for text in texts)
+            # In front of a text a tokenizer may put a token of its own.
+            settings = Settings(max_new_tokens=longest + 2)
+            jobs = [
+                Job(_giving(messages), replace(request, target=f" {text}"), settings)
+                for request, (messages, texts) in zip(part, asked, strict=True)
+                for text in texts
+            ]
+            scores = iter(self._run(jobs, self._score, f"Scoring candidates of {start + len(part)}/{len(requests)}"))
+            for _, texts in asked:
+                mine = [next(scores) for _ in texts]
+                totals, tokens = tuple(s.total for s in mine), tuple(len(s.logprobs) for s in mine)
+                encoded.append(Response("", scores={"logprob": totals, "tokens": tokens}).encode())
+        return encoded
+
     def clean(self) -> None:
         """Free the model; `report` stays.
 
@@ -237,7 +285,8 @@ class QuantizedVLM(lmms):
             avg_speed=self._tokens / self._seconds if self._seconds > 0 else 0.0,
             additional_metrics=self.report.totals(),
         )
-        del self.decoder, self.runner, self.observer
+        for name in ("decoder", "runner", "observer", "matcher"):
+            vars(self).pop(name, None)
         super().clean()
 
     def _answer(self, jobs: Sequence[Job], title: str) -> list[str]:
@@ -265,6 +314,11 @@ class QuantizedVLM(lmms):
         title: str,
     ) -> list[Result]:
         """Do jobs, questions about one image together; results come back in the order of the jobs."""
+        if self.matcher is not None and jobs:
+            raise RequestError(
+                f"{jobs[0].request.name}: {self.arguments.pretrained} is a retrieval checkpoint, which writes nothing; "
+                "it scores captions (flickr30k_retrieval)"
+            )
         results: dict[int, Result] = {}
         tokens, started = 0, time.perf_counter()
         for index, (result, count) in tqdm(

@@ -114,6 +114,19 @@ def read(instances: Iterable[Any], documents: Mapping[str, Any]) -> list[Request
     return requests
 
 
+def candidates_of(request: Request) -> tuple[Messages, list[str]]:
+    """Load a request that names candidates; return its messages and them.
+
+    Raises:
+        RequestError: the document cannot be read, or names none.
+    """
+    messages = request.first()
+    named = [message["candidates"] for message in messages if message.get("candidates")]
+    if len(named) != 1 or not all(isinstance(text, str) and text.strip() for text in named[0]):
+        raise RequestError(f"{request.name}: expected one message with a list of texts under 'candidates'")
+    return messages, list(named[0])
+
+
 def _read(arguments: tuple[Any, ...], documents: Mapping[str, Any], repeat: int) -> Request:
     if len(arguments) == 2:
         return _unconditional(*arguments, repeat=repeat)

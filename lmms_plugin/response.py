@@ -16,7 +16,7 @@ MARKER = "<|lmms_plugin|>"
 Size = tuple[int, int]
 
 _FIELDS = {"tokens", "logprobs", "original_size", "model_size", "dialect"}
-_OPTIONAL = {"confidence", "digits", "samples", "statement"}
+_OPTIONAL = {"confidence", "digits", "samples", "statement", "scores"}
 
 
 class Alternatives(NamedTuple):
@@ -62,6 +62,9 @@ class Response:
         records_digits: whether alternatives of the tokens were recorded, be there digits in the answer or not.
         samples: raw answers sampled for the same question; None where none were asked for.
         statement: what the model said when asked how sure it is; None where it was not asked.
+        scores: by name, what the model says of each candidate that it was to score and not to write, all of the same
+            length, None for what was not computed: `logprob` of a caption in nats and its `tokens`, or a retrieval
+            checkpoint's `itc` (cosine) and `itm` (logit).
     """
 
     text: str
@@ -73,6 +76,7 @@ class Response:
     records_digits: bool = False
     samples: tuple[str, ...] | None = None
     statement: str | None = None
+    scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         written = "".join(token.text for token in self.tokens)
@@ -103,6 +107,8 @@ class Response:
             trailer["samples"] = self.samples
         if self.statement is not None:
             trailer["statement"] = self.statement
+        if self.scores:
+            trailer["scores"] = {name: [_rounded(value) for value in row] for name, row in self.scores.items()}
         line = json.dumps(trailer, separators=(",", ":"), allow_nan=False)
         # The last marker in the string must be the one written here, whatever the model wrote.
         return f"{self.text}\n{MARKER}" + line.replace("<", "\\u003c")
@@ -129,6 +135,7 @@ class Response:
             sizes = {name: _size(trailer[name]) for name in ("original_size", "model_size")}
             confidence = {str(name): _share(value) for name, value in trailer.get("confidence", {}).items()}
             samples = _texts(trailer["samples"]) if "samples" in trailer else None
+            scores = {str(name): _numbers(row) for name, row in trailer.get("scores", {}).items()}
             (statement,) = _texts([trailer["statement"]]) if "statement" in trailer else (None,)
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"The trailer of an answer is damaged ({error}): {line[:200]!r}") from error
@@ -141,6 +148,7 @@ class Response:
             records_digits="digits" in trailer,
             samples=samples,
             statement=statement,
+            scores=scores,
             **sizes,
         )
 
@@ -164,6 +172,16 @@ def _alternatives(value: Any) -> Alternatives:
     if not all(digits.isascii() and digits.isdecimal() for digits in probabilities):
         raise ValueError(f"expected probabilities by digits, got {probabilities!r}")
     return Alternatives({digits: _share(p) for digits, p in probabilities.items()}, _share(unlisted))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _numbers(values: Any) -> tuple[float | None, ...]:
+    if not all(value is None or _is_number(value) for value in values):
+        raise ValueError(f"expected a finite number for each candidate, got {values!r}")
+    return tuple(values)
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ def components(model: PreTrainedModel) -> dict[str, Component]:
 
     The vision tower, the decoder, the output projection and an audio tower are those the transformers model itself
     names. Any other part that takes pixels (a second tower for details or for video) is vision too; a merger inside a
-    vision tower and everything outside of all these is the connector.
+    vision tower and everything outside of all these is the connector. A retrieval model has no decoder: its heads are
+    the linear layers that no part of it holds, and the rest, which reads the text, is the connector.
 
     Args:
         model: A transformers model; it may lie on the meta device and may be quantized already.
@@ -44,20 +45,25 @@ def splitter(model: PreTrainedModel) -> Callable[[str], Component]:
     """Return the function that maps a module or parameter name of `model` to its component."""
     paths = {id(module): name for name, module in model.named_modules()}
     vision = paths.get(id(model.get_encoder(modality="image")), "")
-    language = paths.get(id(model.get_decoder()), "")
+    decoder = model.get_decoder()
+    language = paths.get(id(decoder), "")
     audio = paths.get(id(model.get_encoder(modality="audio")), "")
     heads = _heads(model, paths)
-    if not vision or not language or _within(vision, language) or _within(language, vision):
+    if vision and decoder is model and not model.can_generate():
+        # It writes nothing; what it ends in are the linear layers that belong to no part of it.
+        heads += [name for name, module in model.named_children() if isinstance(module, nn.Linear | QuantizedLinear)]
+    elif not vision or not language or _within(vision, language) or _within(language, vision):
         raise ValueError(
             f"cannot split {type(model).__name__} into vision tower and decoder "
             f"(found {vision or 'none'!r} and {language or 'none'!r}) in\n{module_tree(model)}"
         )
-    towers = [vision, *(tower for tower in _takers_of_pixels(paths, model) if not _within(language, tower))]
+    pixels = (tower for tower in _takers_of_pixels(paths, model) if not language or not _within(language, tower))
+    towers = [vision, *pixels]
 
     def component_of(name: str) -> Component:
         if any(_within(name, head) for head in heads):
             return "head"
-        if _within(name, language):
+        if language and _within(name, language):
             return "language"
         tower = next((tower for tower in towers if _within(name, tower)), None)
         if tower is not None and "merger" not in name.removeprefix(tower):

@@ -99,6 +99,11 @@ def load_quantized(
     if not isinstance(backend, CheckpointBackend):
         _expect_unquantized(path, config)
     blockwise = isinstance(backend, CalibratedBackend)
+    if _writes_nothing(config) and isinstance(backend, CalibratedBackend | WholeModelBackend | CheckpointBackend):
+        raise ValueError(
+            f"{path} is a retrieval checkpoint: {backend.name} is calibrated with answers, which it cannot write; "
+            "methods that look at weights alone (rtn, hqq, ...) quantize it"
+        )
     calibrated = blockwise or isinstance(backend, WholeModelBackend)
     residence = Residence(torch.device(device) if blockwise and not device_map else None)
     home = torch.device("cpu") if blockwise else torch.device(device)
@@ -156,8 +161,6 @@ def _expect_unquantized(path: str, config: Any) -> None:
 def _load(
     path: str, config: Any, backend: Backend, plan: QuantPlan, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, Quantization]:
-    from transformers import AutoModelForImageTextToText
-
     if isinstance(backend, CheckpointBackend):
         loaded = backend.load(path, config, options)
         _expect_complete(path, loaded.model, loaded.info)
@@ -168,10 +171,21 @@ def _load(
         from lmms_plugin.quant_backends.hf_quantizer import PackedConfig
 
         options["quantization_config"] = PackedConfig(backend, plan)
-    model, info = AutoModelForImageTextToText.from_pretrained(path, config=config, output_loading_info=True, **options)
+    model, info = _class_of(config).from_pretrained(path, config=config, output_loading_info=True, **options)
     _expect_complete(path, model, info)
     work = model.hf_quantizer.work if plan.specs else Quantization(model, backend, plan)
     return model, work
+
+
+def _class_of(config: Any) -> Any:
+    from transformers import AutoModelForImageTextToText, Blip2ForImageTextRetrieval
+
+    return Blip2ForImageTextRetrieval if _writes_nothing(config) else AutoModelForImageTextToText
+
+
+def _writes_nothing(config: Any) -> bool:
+    # Its type is that of the models that do write.
+    return "Blip2ForImageTextRetrieval" in (config.architectures or ())
 
 
 def _expect_complete(path: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:

@@ -384,11 +384,13 @@ def _gemma3() -> tuple[Any, Any]:
     return config, processor
 
 
-def _blip2(text: Mapping[str, Any], tokenizer: hf.PreTrainedTokenizerFast) -> tuple[Any, Any]:
+def _blip2(
+    text: Mapping[str, Any], tokenizer: hf.PreTrainedTokenizerFast, **reading: Any
+) -> tuple[hf.Blip2Config, hf.Blip2Processor]:
     config = hf.Blip2Config(
         text_config=dict(text),
         vision_config=_vision(),
-        qformer_config=_vision(encoder_hidden_size=64, vocab_size=64),
+        qformer_config=_vision(encoder_hidden_size=64, **{"vocab_size": 64, **reading}),
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
@@ -456,6 +458,16 @@ def _deepseek_vl2() -> tuple[Any, Any]:
     return config, processor
 
 
+def _blip2_itm() -> tuple[Any, Any]:
+    roles = {"pad_token": "[PAD]", "eos_token": "[SEP]"}
+    tokenizer = byte_level_tokenizer(("[PAD]", "[CLS]", "[SEP]", "<image>"), **roles)
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=ends
+    )
+    return _blip2({"model_type": "opt", **_text(tokenizer)}, tokenizer, vocab_size=384, use_qformer_text_input=True)
+
+
 def _instructblip() -> tuple[Any, Any]:
     roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     tokenizer = sentencepiece_tokenizer(("<pad>", "<s>", "</s>", "<image>"), prefix_space=True, **roles)
@@ -485,11 +497,15 @@ BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "blip2_opt": _blip2_opt,
     "blip2_t5": _blip2_t5,
     "instructblip": _instructblip,
+    "blip2_itm": _blip2_itm,
 }
 WITHOUT_BOXES = ("blip2_opt", "blip2_t5", "instructblip")
 """Families that were never taught to write one, nor to follow a chat template."""
 
-FAMILIES: tuple[str, ...] = tuple(family for family in BUILDERS if family not in WITHOUT_BOXES)
+WITHOUT_ANSWERS = ("blip2_itm",)
+"""Retrieval checkpoints: they score captions and write none."""
+
+FAMILIES: tuple[str, ...] = tuple(family for family in BUILDERS if family not in WITHOUT_BOXES + WITHOUT_ANSWERS)
 MIXTURES: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "qwen3_vl_moe": _qwen3_vl_moe,
     "deepseek_vl2": _deepseek_vl2,
@@ -509,7 +525,10 @@ def build(family: str, directory: str | Path, *, seed: int = 0) -> Path:
     config, processor = {**BUILDERS, **MIXTURES}[family]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        if family in WITHOUT_ANSWERS:
+            model = hf.Blip2ForImageTextRetrieval(config)
+        else:
+            model = hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         widen(model)
     directory = Path(directory)
     model.save_pretrained(directory)
@@ -525,7 +544,8 @@ def widen(model: Any) -> None:
     Where the head is the input embedding, a large embedding would make every token predict itself: there the
     embedding is small and the final norm makes up for it.
     """
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
         if name.endswith(("language_model.norm.weight", "decoder.final_layer_norm.weight")) and tied:
             parameter.fill_(4.0)
