@@ -13,6 +13,7 @@ from typing import Any
 
 from lmms_plugin import __version__
 from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.demo import DATA
 from lmms_plugin.quant_backends import backend_class, option_types
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.study.contents import Code, code, digest, of_path, of_value, revision
@@ -106,7 +107,8 @@ def _checkpoint(cell: Cell) -> Mapping[str, Any]:
 def _calibration_data(cell: Cell) -> Mapping[str, Any] | None:
     if "calibration" not in cell.arguments:
         return None
-    path = CalibrationSpec.parse(cell.arguments["calibration"]).path
+    spec = CalibrationSpec.parse(cell.arguments["calibration"])
+    path = DATA if spec.source == "demo" else spec.path
     if path is None:
         return None
     local = Path(path).expanduser()

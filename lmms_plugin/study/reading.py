@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lmms_plugin.quant_backends import names
+from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.quant_backends import names, option_types
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.plan import COMPONENTS, QuantSpec
 from lmms_plugin.study.grid import At, Calibration, Components, Exclusion, Grid, Method, Model, Resources, Study
@@ -31,7 +33,10 @@ _SETTINGS = ("limit", "batch_size", "model_args", "resources")
 _OF_GRID = (*_SINGULAR, *_SETTINGS, "exclude")
 _OF_CELL = (*_SINGULAR.values(), *_SETTINGS)
 _OF_STUDY = ("name", *_OF_GRID, "grids", "cells", "analysis")
-_TAKEN = ("bits", "group_size", "calibration", "calibration_samples", "seed", "batch_size", "report")
+_TAKEN = (
+    *("bits", *(f"{part}_bits" for part in COMPONENTS), "group_size"),
+    *("calibration", "calibration_samples", "seed", "batch_size", "report"),
+)
 _AXES = ("model", "method", "bits", "group_size", "components", "calibration", "seed")
 
 
@@ -122,8 +127,9 @@ def _model(entry: Entry) -> Model:
     if not entry.is_mapping:
         name = entry.text()
         return Model(name.rstrip("/").rsplit("/", 1)[-1], {"pretrained": _argument(entry)})
-    given = _free(entry.fields(None, required=("pretrained",)))
-    arguments = {name: _argument(value) for name, value in given.items() if name != "name"}
+    given = entry.fields(None, required=("pretrained",))
+    of_model = {name: value for name, value in given.items() if name != "name"}
+    arguments = {name: _argument(value) for name, value in _free(of_model).items()}
     fallback = str(arguments["pretrained"]).rstrip("/").rsplit("/", 1)[-1]
     return Model(given["name"].text() if "name" in given else fallback, arguments)
 
@@ -134,7 +140,8 @@ def _method(entry: Entry) -> Method:
         return Method(name, name)
     given = entry.fields(None, required=("method",))
     backend = given["method"].one_of(names(), "a method")
-    options = {name: _argument(value) for name, value in given.items() if name not in ("method", "name")}
+    of_backend = {name: value for name, value in given.items() if name not in ("method", "name")}
+    options = {name: _argument(value) for name, value in _free(of_backend, option_types(backend)).items()}
     fallback = "+".join([backend, *(f"{name}={value}" for name, value in options.items())])
     return Method(given["name"].text() if "name" in given else fallback, backend, options)
 
@@ -209,11 +216,19 @@ def _arguments(entry: Entry) -> dict[str, Any]:
     return {name: _argument(value) for name, value in _free(entry.fields(None)).items()}
 
 
-def _free(given: dict[str, Entry]) -> dict[str, Entry]:
-    """Refuse model arguments that have a place of their own in the study."""
+def _free(given: dict[str, Entry], options: Collection[str] = ()) -> dict[str, Entry]:
+    """Refuse names that are no model argument, or that have a place of their own in the study.
+
+    Args:
+        given: Name → value.
+        options: Further names, of a method.
+    """
+    known = [*(field.name for field in fields(ModelArguments) if field.name not in (*_TAKEN, "options")), *options]
     for name, value in given.items():
-        if name in _TAKEN or name in {f"{part}_bits" for part in COMPONENTS}:
+        if name in _TAKEN:
             raise value.wrong("a model argument that is no axis of the study and no file of its own", repr(name))
+        if name not in known:
+            raise value.wrong("a model argument or an option of a method", f"{name!r}{near(name, known)}")
     return given
 
 

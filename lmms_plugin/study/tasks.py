@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -54,7 +55,8 @@ def describe(name: str) -> Described:
     found = dict(_single(name, ours)) if name in ours else _of_lmms_eval(name)
     modules = {module for config in found.values() for module in _modules(config)}
     described = {task: _resolved(config) for task, config in found.items()}
-    return Described(digest(described), frozenset(modules), tuple(found))
+    single = tuple(task for task, config in found.items() if not isinstance(config.get("task"), list))
+    return Described(digest(described), frozenset(modules), single)
 
 
 class _Source(NamedTuple):
@@ -75,14 +77,15 @@ def _ours() -> dict[str, _Source]:
     return found
 
 
-def _merged(file: Path) -> dict[str, Any]:
+@cache
+def _merged(file: Path) -> Mapping[str, Any]:
     """A YAML with what it includes, as lmms-eval merges them."""
     config = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     include = config.pop("include", [])
     merged: dict[str, Any] = {}
     for other in reversed([include] if isinstance(include, str) else include):
         merged |= _merged(file.parent / other)
-    return merged | config
+    return MappingProxyType(merged | config)
 
 
 def _single(name: str, ours: Mapping[str, _Source]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,0 +1,216 @@
+"""The study file: what it comes to, and where its errors point."""
+
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lmms_plugin.study.expansion import cells
+from lmms_plugin.study.grid import Axes, Cell
+from lmms_plugin.study.reading import read
+
+Write = Callable[[str], Path]
+SHARED = "models: [demo]\ntasks: [shapes_rec]\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def _write(text: str) -> Path:
+        file = tmp_path / "study.yaml"
+        file.write_text(textwrap.dedent(text), encoding="utf-8")
+        return file
+
+    return _write
+
+
+def planned(file: Path) -> list[Cell]:
+    return list(cells(read(file)))
+
+
+def test_axes_that_do_not_apply_collapse(write: Write) -> None:
+    found = planned(
+        write(
+            SHARED
+            + """
+methods: [none, rtn, awq]
+bits: [4, 3]
+calibration: [noise, demo]
+seeds: [0, 1, 2]
+"""
+        )
+    )
+    assert [cell.axes for cell in found if cell.backend == "none"] == [Axes("demo", "none", 16, None, None, None, None)]
+    assert [cell.axes for cell in found if cell.backend == "rtn"] == [
+        Axes("demo", "rtn", bits, 128, "language", None, None) for bits in (4, 3)
+    ]
+    assert len([cell for cell in found if cell.backend == "awq"]) == 2 * 2 * 3
+    assert len({cell.question for cell in found}) == len(found) == 1 + 2 + 12
+
+
+def test_a_cell_of_two_grids_is_planned_once(write: Write) -> None:
+    found = planned(write(SHARED + "grids: [{methods: [none, rtn]}, {methods: [none, hqq]}]"))
+    assert [cell.axes.method for cell in found] == ["none", "rtn", "hqq"]
+
+
+def test_seeds_of_sampling_apply_without_calibration(write: Write) -> None:
+    found = planned(write(SHARED + "methods: [none, rtn]\nseeds: [3, 5]\nmodel_args: {samples: 4}"))
+    assert [(cell.axes.method, cell.axes.seed) for cell in found] == [("none", 3), ("none", 5), ("rtn", 3), ("rtn", 5)]
+    assert all(cell.arguments["seed"] == cell.axes.seed for cell in found)
+
+
+def test_grids_say_otherwise_than_the_top_of_the_file(write: Write) -> None:
+    found = planned(
+        write(
+            SHARED
+            + """
+bits: [8, 4]
+limit: 7
+grids:
+  - methods: [rtn]
+  - {methods: [hqq], bits: [3], limit: null, tasks: [shapes_rec, shapes_shift]}
+cells:
+  - {method: awq, bits: 2, calibration: noise, seed: 9}
+"""
+        )
+    )
+    assert [(cell.axes.method, cell.axes.bits, cell.limit) for cell in found] == [
+        ("rtn", 8, 7),
+        ("rtn", 4, 7),
+        ("hqq", 3, None),
+        ("awq", 2, 7),
+    ]
+    assert found[2].tasks == ("shapes_rec", "shapes_shift")
+    assert found[3].axes.seed == 9
+    assert found[3].axes.calibration == "noise"
+
+
+@pytest.mark.parametrize(
+    ("components", "name", "arguments"),
+    [
+        ("language", "language", {"bits": 3}),
+        ("vision", "vision", {"bits": 3, "vision_bits": 3, "language_bits": 16}),
+        ("all", "all", {"bits": 3, "vision_bits": 3, "connector_bits": 3}),
+        ("language+head", "language+head", {"bits": 3, "head_bits": 3}),
+        (
+            "{vision: 4, connector: 16, language: 8}",
+            "vision4-connector16-language8",
+            {"vision_bits": 4, "connector_bits": 16, "language_bits": 8, "head_bits": 16},
+        ),
+    ],
+)
+def test_components(write: Write, components: str, name: str, arguments: dict[str, int]) -> None:
+    (cell,) = planned(write(SHARED + f"methods: [rtn]\nbits: [3]\ncomponents: [{components!s}]"))
+    assert cell.axes.components == name
+    assert {key: value for key, value in cell.arguments.items() if key.endswith("bits")} == arguments
+    assert cell.axes.bits == (None if ":" in components else 3)
+
+
+def test_components_with_bits_of_their_own_take_none_of_the_axis(write: Write) -> None:
+    found = planned(write(SHARED + "methods: [rtn]\nbits: [8, 4]\ncomponents: [language, {vision: 4, language: 8}]"))
+    assert [cell.axes.bits for cell in found] == [8, 4, None]
+
+
+def test_exclusions_drop_cells_or_tasks(write: Write) -> None:
+    found = planned(
+        write(
+            """
+models: [demo]
+tasks: [shapes_rec, shapes_shift]
+methods: [quanto, rtn]
+bits: [4, 3]
+exclude:
+  - {method: quanto, bits: 3}
+  - {method: rtn, bits: [3, 2], task: shapes_shift}
+"""
+        )
+    )
+    assert [(cell.axes.method, cell.axes.bits, cell.tasks) for cell in found] == [
+        ("quanto", 4, ("shapes_rec", "shapes_shift")),
+        ("rtn", 4, ("shapes_rec", "shapes_shift")),
+        ("rtn", 3, ("shapes_rec",)),
+    ]
+
+
+def test_lists_of_tasks_are_processes_of_their_own(write: Write) -> None:
+    found = planned(write("models: [demo]\nmethods: [none]\ntasks: [[shapes_rec], [shapes_shift, shapes_shift_text]]"))
+    assert [cell.tasks for cell in found] == [("shapes_rec",), ("shapes_shift", "shapes_shift_text")]
+
+
+def test_options_and_names_of_methods_and_models(write: Write) -> None:
+    found = planned(
+        write(
+            """
+models: [{name: small, pretrained: demo, max_pixels: 4096}]
+tasks: [shapes_rec]
+methods: [{method: awq, clip: true}, {method: awq, name: clipped, clip: true}]
+calibration: [{name: few, source: noise, samples: 4}]
+analysis: {margin: 0.02, of: [a, b]}
+"""
+        )
+    )
+    assert [cell.axes.method for cell in found] == ["awq+clip=True", "clipped"]
+    assert found[0].axes.model == "small"
+    assert found[0].axes.calibration == "few"
+    assert found[0].model_args == (
+        "pretrained=demo,max_pixels=4096,clip=True,bits=4,group_size=128,calibration=noise,calibration_samples=4,seed=0"
+    )
+
+
+def test_the_analysis_is_passed_on_as_it_is(write: Write) -> None:
+    study = read(write(SHARED + "methods: [none]\nanalysis: {margin: 0.02, of: [a, {b: 1}]}"))
+    assert study.analysis == {"margin": 0.02, "of": ["a", {"b": 1}]}
+
+
+def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("skip: ['head$']\n")
+    monkeypatch.chdir(tmp_path)
+    (cell,) = planned(write(SHARED + "methods: [rtn]\nmodel_args: {plan: plan.yaml}"))
+    assert cell.arguments["plan"] == str(plan)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ("", "1:1", "an empty file"),
+        ("models: [demo\n", "2:1", "expected YAML"),
+        ("modles: [demo]", "1:1", "did you mean 'models'?"),
+        ("models: [demo]\nmodels: [demo]", "2:1", "'models' twice"),
+        ("models: [demo]\ntasks: [shapes_rec]", "1:1", "'methods'"),
+        (SHARED + "methods: [rtn, aqw]", "3:16", "did you mean 'awq'?"),
+        (SHARED + "methods: [rtn]\nbits: [4, 9]", "4:11", "bits must be an integer from 2 to 8"),
+        (SHARED + "methods: [rtn]\nbits: [4, 4]", "4:11", "twice"),
+        (SHARED + "methods: [rtn]\nbits: []", "4:7", "an empty list"),
+        (SHARED + "methods: [quanto]\nbits: [4, 3]", "4:11", "quanto cannot quantize to 3 bits"),
+        (SHARED + "methods: [rtn]\ngroup_sizes: [0]", "4:15", "a whole number of columns"),
+        (SHARED + "methods: [rtn]\ncomponents: [visoin]", "4:14", "did you mean 'vision'?"),
+        (SHARED + "methods: [rtn]\ncomponents: [{visoin: 4}]", "4:15", "did you mean 'vision'?"),
+        (SHARED + "methods: [awq]\ncalibration: [nose]", "4:15", "did you mean 'noise'?"),
+        (SHARED + "methods: [awq]\ncalibration: [none]", "4:15", "a source of calibration inputs"),
+        (SHARED + "methods: [awq]\nseeds: [0, -1]", "4:12", "a whole number from 0, got -1"),
+        (SHARED + "methods: [rtn]\nlimit: 0", "4:8", "a whole number from 1, got 0"),
+        (SHARED + "methods: [rtn]\nmodel_args: {bits: 3}", "4:20", "no axis of the study"),
+        (SHARED + "methods: [rtn]\nmodel_args: {system_prompt: 'a, b'}", "4:29", "without commas"),
+        (SHARED + "methods: [{method: awq, clap: 1}]", "3:31", "did you mean 'clip'?"),
+        (SHARED + "methods: [{method: rtn, clip: 1}]", "3:31", "an option of a method"),
+        (SHARED + "methods: [rtn]\nmodel_args: {max_pixls: 3}", "4:25", "did you mean 'max_pixels'?"),
+        (SHARED + "methods: [rtn]\nmodel_args: {samples: x}", "", "samples must be a whole number"),
+        (SHARED + "methods: [rtn]\nexclude: [{method: awq}]", "4:11", "got none that fits"),
+        (SHARED + "methods: [rtn]\nexclude: [{method: rtn}]", "", "at least one cell"),
+        (SHARED + "methods: [rtn]\nresources: {gpus: 3, processes: 2}", "4:19", "as many GPUs"),
+        (SHARED + "cells: [{method: [rtn, awq]}]", "3:18", "one value in a cell"),
+        ("models: [./nowhere/at/all]\ntasks: [shapes_rec]\nmethods: [rtn]", "", "there is no folder"),
+    ],
+)
+def test_errors_point_at_their_place(write: Write, text: str, place: str, said: str) -> None:
+    file = write(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        planned(file)
+    assert str(caught.value).startswith(f"{file}:{place}")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read(tmp_path / "nothing.yaml")

@@ -1,0 +1,180 @@
+"""A study's folder: finished means whole, and one runner per cell."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmms_plugin.study import guard
+from lmms_plugin.study.folder import CELL, DONE, FAILED, StudyFolder, read_json
+from lmms_plugin.study.storage import Storage
+
+ABOUT = {"model": "quant_rtn", "model_args": {"bits": 4}, "tasks": ["t"], "limit": None, "axes": {"bits": 4}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StudyFolder:
+    file = tmp_path / "s.yaml"
+    file.write_text("models: [demo]\n")
+    found = StudyFolder(tmp_path / "study")
+    found.open(file)
+    return found
+
+
+def work(folder: StudyFolder, cell: str, text: str = "r") -> None:
+    path = folder.begin(cell) / "demo"
+    path.mkdir()
+    (path / "1_results.json").write_text(text)
+
+
+def test_a_cell_is_finished_by_one_rename(folder: StudyFolder) -> None:
+    work(folder, "a-1")
+    assert not folder.is_done("a-1")
+    folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    assert folder.is_done("a-1")
+    assert folder.finished() == ["a-1"]
+    done = folder.done("a-1")
+    assert set(done["files"]) == {CELL, "demo/1_results.json"}
+    assert done["files"]["demo/1_results.json"] == "454349e422f05297191ead13e21d3db520e5abef52055e4964b82fb213f593a1"
+    assert not (folder.running / "a-1").exists()
+
+
+def test_a_failure_keeps_the_log_alone_and_success_removes_it(folder: StudyFolder) -> None:
+    work(folder, "a-1")
+    (folder.running / "a-1" / "log.txt").write_text("why")
+    folder.fail("a-1", ABOUT, {"problem": "p", "returncode": 1, "tail": "why", "seconds": 1.0})
+    assert folder.has_failed("a-1")
+    assert sorted(file.name for file in folder.failed_path("a-1").rglob("*")) == [CELL, FAILED, "log.txt"]
+    work(folder, "a-1")
+    folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    assert not folder.failed_path("a-1").exists()
+
+
+def test_a_newer_answer_to_the_same_question_supersedes_and_can_be_taken_back(folder: StudyFolder) -> None:
+    for cell, about in (("a-1", ABOUT), ("b-1", {**ABOUT, "tasks": ["u"]}), ("a-2", ABOUT)):
+        work(folder, cell)
+        folder.finish(cell, about, {"seconds": 3.0})
+    assert folder.finished() == ["a-2", "b-1"]
+    assert folder.restore("a-1")
+    assert folder.finished() == ["a-1", "b-1"]
+    assert not folder.restore("c-1")
+
+
+def test_what_killed_runners_left_is_cleared_but_not_what_others_work_on(folder: StudyFolder, tmp_path: Path) -> None:
+    work(folder, "left-1")
+    held = folder.lock("busy-1")
+    assert held is not None
+    work(folder, "busy-1")
+    folder.open(tmp_path / "s.yaml")
+    assert not (folder.running / "left-1").exists()
+    assert (folder.running / "busy-1").exists()
+    assert folder.lock("busy-1") is None
+    assert folder.is_running("busy-1")
+    held.release()
+    assert not folder.is_running("busy-1")
+
+
+def test_a_lock_ends_with_the_process_that_held_it(folder: StudyFolder) -> None:
+    program = f"""
+import sys, time
+from pathlib import Path
+from lmms_plugin.study.folder import StudyFolder
+lock = StudyFolder(Path({str(folder.path)!r})).lock("a-1")
+print("held", flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert folder.lock("a-1") is None
+        other.kill()
+    mine = folder.lock("a-1")
+    assert mine is not None
+    mine.release()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"empty folder or one of a study"):
+        StudyFolder(tmp_path).open(tmp_path / "thesis.tex")
+
+
+def test_storage_gives_back_what_was_put(folder: StudyFolder, tmp_path: Path) -> None:
+    storage = Storage.at(f"file://{tmp_path / 'shared'}")
+    work(folder, "a-1")
+    folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    storage.put("a-1", folder)
+    other = StudyFolder(tmp_path / "elsewhere")
+    other.open(tmp_path / "s.yaml")
+    assert storage.fetch("a-1", other)
+    assert other.done("a-1") == folder.done("a-1")
+    assert not storage.fetch("a-2", other)
+
+
+@pytest.mark.parametrize("damage", ["edited", "missing"])
+def test_storage_that_was_tampered_with_is_refused(folder: StudyFolder, tmp_path: Path, damage: str) -> None:
+    storage = Storage.at("memory://study")
+    work(folder, "a-1")
+    folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    storage.put("a-1", folder)
+    path = "/study/cells/a-1/demo/1_results.json"
+    if damage == "edited":
+        storage.system.pipe_file(path, b"x")
+    else:
+        done = json.loads(storage.system.cat_file("/study/cells/a-1/done.json"))
+        done["files"]["demo/2_results.json"] = "0" * 64
+        storage.system.pipe_file("/study/cells/a-1/done.json", json.dumps(done).encode())
+    other = StudyFolder(tmp_path / "elsewhere")
+    other.open(tmp_path / "s.yaml")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"as it was finished|2_results"):
+        storage.fetch("a-1", other)
+    assert not other.is_done("a-1")
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / DONE).write_text('{"seconds": ')
+    with pytest.raises(ValueError, match=r"expected JSON in .*done\.json"):
+        read_json(tmp_path / DONE)
+
+
+def test_the_guard_passes_the_status_on() -> None:
+    command = [sys.executable, "-m", guard.__name__, sys.executable, "-c", "raise SystemExit(7)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert process.wait() == 7
+
+
+@pytest.mark.parametrize("which", ["runner", "guard"])
+def test_nothing_outlives_a_killed_runner(tmp_path: Path, which: str) -> None:
+    grandchild = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    child = "import os, subprocess, sys; print(os.getpid(), flush=True); "
+    child += f"subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    runner = f"""
+import subprocess, sys
+guard = subprocess.Popen([sys.executable, "-m", {guard.__name__!r}, sys.executable, "-c", {child!r}],
+                         stdin=subprocess.PIPE, start_new_session=True)
+print(guard.pid, flush=True)
+guard.wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", runner], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(process.stdout.readline()) for _ in range(3)]
+        os.kill(process.pid if which == "runner" else pids[0], signal.SIGKILL)
+        # A guard that is killed takes its command with it; what that started itself is the system's to end.
+        expected = pids if which == "runner" else pids[:2]
+        while any(_lives(pid) for pid in expected):
+            time.sleep(0.05)
+        if which == "guard":
+            os.kill(pids[2], signal.SIGKILL)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        # A process that is over but not yet waited for still has its number.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

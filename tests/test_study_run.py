@@ -1,0 +1,172 @@
+"""`lmms-plugin study` through the real lmms-eval: what is missing is run, failures are told, kills cost nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmms_plugin import results
+from lmms_plugin.study.folder import DONE, hashes, read_json
+
+PLUGIN = Path(sys.executable).parent / "lmms-plugin"
+STUDY = """
+models: [demo]
+tasks: [shapes_rec]
+limit: 2
+batch_size: 2
+resources: {gpus: 0}
+grids:
+  - {methods: [none, rtn], bits: [3]}
+"""
+# Offline there is no RefCOCO+; lmms-eval says so in its log and ends with status 0.
+FAILING = "cells: [{method: none, tasks: [refcocoplus_rec_val]}]\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "study.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def start(file: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    command = [str(PLUGIN), "study", "run", str(file), "--output", str(output), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=output.parent)
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if words in line:
+            return
+    raise AssertionError(f"expected {words!r} in {''.join(seen)}")
+
+
+def table(output: Path) -> dict[str, Any]:
+    """Model arguments → answers of every document, their scores and confidences."""
+    runs = [results.read(file) for file in results.find(output)]
+    return {
+        run.label: {
+            name: (records.ids.tolist(), records.score.tolist(), {k: v.tolist() for k, v in records.confidence.items()})
+            for name, records in run.tasks.items()
+        }
+        for run in runs
+    }
+
+
+def finished(output: Path) -> dict[str, int]:
+    """Finished cells, each with the moment it was finished; all of them are whole."""
+    found = {}
+    for cell in sorted((output / "cells").iterdir()):
+        expected = read_json(cell / DONE)["files"]
+        assert {name: value for name, value in hashes(cell).items() if name != DONE} == expected
+        found[cell.name] = (cell / DONE).stat().st_mtime_ns
+    return found
+
+
+def working_in(output: Path) -> list[int]:
+    """Processes whose working directory is below a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            where = os.readlink(process / "cwd")
+        except OSError:
+            continue
+        if where.startswith(str(output)):
+            found.append(int(process.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(write(folder, STUDY + FAILING), folder / "out")
+    said, _ = process.communicate()
+    assert process.returncode == 1, said
+    assert "FAILED" in said
+    return folder / "out"
+
+
+@pytest.mark.slow
+def test_cells_are_kept_as_they_are_documented(undisturbed: Path) -> None:
+    cells = {cell.name.rpartition("-")[0]: cell for cell in (undisturbed / "cells").iterdir()}
+    assert set(cells) == {"demo_none_16bit", "demo_rtn_3bit_g128"}
+    about = read_json(cells["demo_rtn_3bit_g128"] / "cell.json")
+    assert about["axes"] == {
+        "model": "demo",
+        "method": "rtn",
+        "bits": 3,
+        "group_size": 128,
+        "components": "language",
+        "calibration": None,
+        "seed": None,
+    }
+    assert about["id"].endswith(about["key"][:12])
+    assert about["command"][:3] == ["lmms-eval", "--model", "quant_rtn"]
+    assert read_json(cells["demo_rtn_3bit_g128"] / "quant_report.json")
+    assert not any((undisturbed / ".running").iterdir())
+
+
+@pytest.mark.slow
+def test_a_failure_is_recorded_with_the_end_of_its_log(undisturbed: Path) -> None:
+    (failed,) = (undisturbed / "failed").iterdir()
+    said = read_json(failed / "failed.json")
+    assert said["returncode"] == 0
+    assert "RefCOCOplus" in said["tail"]
+    assert sorted(file.name for file in failed.iterdir()) == ["cell.json", "failed.json", "log.txt"]
+
+
+@pytest.mark.slow
+def test_a_rerun_does_nothing_that_is_done_and_leaves_failures_alone(undisturbed: Path) -> None:
+    before = finished(undisturbed)
+    plan = subprocess.run(
+        [str(PLUGIN), "study", "plan", "study.yaml", "--output", "out", "--json"],
+        cwd=undisturbed.parent,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    states = [cell["state"] for cell in json.loads(plan.stdout)["cells"]]
+    assert states == ["done", "done", "failed"]
+    process = start(undisturbed.parent / "study.yaml", undisturbed)
+    said, _ = process.communicate()
+    assert process.returncode == 1
+    assert "start" not in said
+    assert finished(undisturbed) == before
+
+
+@pytest.mark.slow
+def test_kills_cost_nothing_that_was_finished_and_change_no_number(undisturbed: Path, tmp_path: Path) -> None:
+    file, output = write(tmp_path, STUDY), tmp_path / "out"
+    moments = random.Random(7)
+    before: dict[str, int] = {}
+    for words in ("start", "done"):
+        process = start(file, output)
+        read_until(process, words)
+        time.sleep(moments.uniform(0.0, 6.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        while working_in(output):
+            time.sleep(0.1)
+        after = finished(output)
+        assert before.items() <= after.items()
+        before = after
+    # Two runners at once share what is left.
+    runners = [start(file, output) for _ in range(2)]
+    said = [runner.communicate()[0] for runner in runners]
+    assert [runner.returncode for runner in runners] == [0, 0], said
+    assert before.items() <= finished(output).items()
+    assert len(finished(output)) == 2
+    assert not any((output / ".running").iterdir())
+    expected, found = table(undisturbed), table(output)
+    assert expected.keys() == found.keys()
+    for label, tasks in expected.items():
+        np.testing.assert_equal(found[label], tasks)
