@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,33 +14,9 @@ import pytest
 from lmms_plugin import quant_backends, registration
 from lmms_plugin.quant_backends.backend import Backend
 
-BACKEND = '''
-"""A quantizer of one file: signs times the mean magnitude of each group, kept as 2-bit codes."""
-
-from dataclasses import dataclass
-
-import torch
-
-from lmms_plugin.quant_backends.backend import CodesBackend
-from lmms_plugin.quant_backends.codes import Codes, split_groups
-
-
-@dataclass(frozen=True)
-class SignBackend(CodesBackend):
-    """Signs and a step, with an option of its own."""
-
-    name = "signs"
-    bits = frozenset({2})
-    default_bits = 2
-
-    strength: float = 1.0
-
-    def quantize(self, weight, spec):
-        groups = split_groups(weight.float(), spec.group_size)
-        scale = self.strength * groups.abs().mean(-1)
-        codes = torch.where(groups < 0, 1, 3).to(torch.uint8)
-        return Codes(codes, scale.to(weight.dtype), torch.full_like(scale, 2, dtype=torch.uint8))
-'''
+# The page that shows how to add a quantizer is what is tested.
+PAGE = Path(__file__).parent.parent / "docs" / "adding.md"
+BACKEND = next(code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "Backend" in code)
 PYPROJECT = """
 [build-system]
 requires = ["setuptools>=68"]
