@@ -26,11 +26,18 @@ from lmms_plugin.quant_backends.activations import TOKEN_ROLES, Sensitivity
 from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.quant_backends.blocks import find_blocks
 from lmms_plugin.quant_backends.components import dense_linear, expect_finite
+from lmms_plugin.quant_backends.experts import expert_of
 from lmms_plugin.quant_backends.gathering import Gathering, Groups, Note, Sharing, chunks, observe, watching
 from lmms_plugin.quant_backends.journal import Journal, Solved
 from lmms_plugin.quant_backends.memory import Residence, Shelf, return_freed_memory, statistics_budget
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.suspension import Call, Suspended, doors, in_a_pass
+
+UNCALIBRATED = "uncalibrated"
+"""What follows a method's name where too few inputs reached a layer."""
+
+FEWEST_ROWS = 32
+"""Rows below which an expert is quantized as if it had none."""
 
 WHOLE_MODEL = ""
 """The name of the one block of a model that cannot be cut."""
@@ -300,6 +307,9 @@ class Calibrator:
                 gathering.expect_finite(sample.index)
             while gathering.statistics:
                 statistics = gathering.statistics.pop(0)
+                if statistics.rows < FEWEST_ROWS and expert_of(self.model, statistics.names[0]) is not None:
+                    # `_solve` sees to the layers that are missing here.
+                    continue
                 statistics.sensitivity = self._sensitivities.get(statistics.names[0])
                 dense = [dense_linear(self.model, name) for name in statistics.names]
                 found = self.backend.solve(dense, [self.specs[name] for name in statistics.names], statistics)
@@ -313,7 +323,7 @@ class Calibrator:
         dense = dense_linear(self.model, name)
         expect_finite(name, dense.weight)
         layer = self.backend.without_inputs(dense, self.specs[name])
-        return Solved(layer, None, f"{self.backend.name}, uncalibrated")
+        return Solved(layer, None, f"{self.backend.name}, {UNCALIBRATED}")
 
     def _pass_on(self, forward: Callable[..., Any], samples: Sequence[Sample]) -> None:
         for sample in samples:

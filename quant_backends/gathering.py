@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.activations import InputStatistics
 from lmms_plugin.quant_backends.components import dense_linear
+from lmms_plugin.quant_backends.experts import expert_of
 from lmms_plugin.quant_backends.suspension import Call
 from lmms_plugin.quant_backends.wide_products import WideProducts
 
@@ -93,6 +94,7 @@ class Gathering:
             weight = dense_linear(model, group[0]).weight
             self.statistics.append(InputStatistics.empty(group, weight.shape[1], weight.device, by_role=by_role))
         self._leader_of = {name: entry.names[0] for entry in self.statistics for name in entry.names}
+        self._experts = {name: expert_of(model, name) for name in self._leader_of}
         self._entries = {entry.names[0]: entry for entry in self.statistics}
 
     @property
@@ -112,7 +114,7 @@ class Gathering:
             leader = self._leader_of[name]
             if leader == name:
                 rows = x.numel() // x.shape[-1]
-                role = roles.get(name)
+                role = self._role_of_rows(name, roles.get(name))
                 # Layers that look at image features past the sequence (cross attention) have rows of their own.
                 self._entries[name].add(x, role if role is not None and len(role) == rows else None)
                 fed[name] = x
@@ -120,6 +122,13 @@ class Gathering:
                 raise RuntimeError(f"{name} shared its input with {leader} in the first sample, but not in this one")
 
         return note
+
+    def _role_of_rows(self, name: str, roles: Tensor | None) -> Tensor | None:
+        """Return the roles of those positions that are sent to the layer's expert, if it belongs to one."""
+        expert = self._experts[name]
+        if roles is None or expert is None or expert.fed is None:
+            return roles
+        return roles.reshape(-1)[expert.fed.rows.cpu()] if expert.fed.total == roles.numel() else None
 
     def expect_finite(self, sample: int) -> None:
         """Refuse inputs that are NaN or infinite, as soon as one sample brings them.

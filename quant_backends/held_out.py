@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lmms_plugin.dialects import Dialect
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.components import dense_linear
+from lmms_plugin.quant_backends.experts import SplitExperts, split_experts
 from lmms_plugin.quant_backends.inputs import build_batches
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def output_errors(
     Outputs are those of the layers as they run, with their kernel, bias and rounded inputs.
 
     Args:
-        dense: The unquantized model.
+        dense: The unquantized model; experts that are apart in the other one are taken apart.
         quantized: The same model with some layers replaced, on the same device.
         names: Of those layers.
         batches: Keyword arguments of one forward pass each.
@@ -53,6 +54,7 @@ def output_errors(
         Module name -> relative error; None for a layer that no input reached.
     """
     sums = {name: _Sums(quantized.get_submodule(name)) for name in names}
+    split_experts(dense, [name for name, module in quantized.named_modules() if isinstance(module, SplitExperts)])
     with ExitStack() as hooks:
         for name, sum_of_layer in sums.items():
             handle = dense_linear(dense, name).register_forward_hook(sum_of_layer)

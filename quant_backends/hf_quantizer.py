@@ -7,6 +7,7 @@ with a data-free backend no more than one dense layer exists at a time.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ class PackedQuantizer(HfQuantizer):
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Return bytes per weight once it is packed, so that transformers does not reserve dense memory."""
+        if self._is_expert(param_name):
+            # Its stack is counted.
+            return 0
+        if self._is_stack(param_name):
+            return self._stack_element_size(param_name, param)
         spec = self.work.specs.get(param_name.removesuffix(".weight"))
         on_arrival = spec is not None and self.param_needs_quantization(model, param_name)
         return spec.bits / 8 if spec is not None and on_arrival else param.element_size()
@@ -65,12 +71,30 @@ class PackedQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Return whether this tensor is the weight of a layer to pack on arrival."""
         name, _, key = param_name.rpartition(".")
-        return (
+        return self._is_stack(param_name) or (
             key == "weight"
             and isinstance(self.backend, DataFreeBackend)
             and name in self.work.specs
             and name not in self.work.tied
         )
+
+    def _is_stack(self, param_name: str) -> bool:
+        """Return whether a parameter is a stack of experts that is taken apart when it arrives."""
+        name, _, key = param_name.rpartition(".")
+        return name in self.work.split and "." not in key
+
+    def _is_expert(self, param_name: str) -> bool:
+        place = self.work.places.get(param_name.rpartition(".")[0])
+        return place is not None and place.experts in self.work.split
+
+    def _stack_element_size(self, param_name: str, param: Tensor) -> float:
+        name, _, key = param_name.rpartition(".")
+        layers = [f"{name}.{index}.{key}" for index in range(self.work.split[name].num_experts)]
+        dense = param.element_size()
+        if not isinstance(self.backend, DataFreeBackend):
+            return dense
+        specs = [self.work.specs.get(layer) for layer in layers]
+        return sum(dense if spec is None else spec.bits / 8 for spec in specs) / len(specs)
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that packs one arriving weight."""
@@ -114,18 +138,23 @@ class PackOnArrival(ConversionOps):
             if not self.quantizer.param_needs_quantization(self.quantizer.work.model, name):
                 dense[name] = weight
                 continue
-            self._pack(name.removesuffix(".weight"), weight)
+            arrived = self._pack(name, weight)
             if missing_keys is not None:
-                missing_keys.discard(name)
+                missing_keys -= {name, *arrived}
         return dense
 
     @torch.no_grad()
-    def _pack(self, module_name: str, weight: Tensor) -> None:
+    def _pack(self, name: str, weight: Tensor) -> Iterable[str]:
+        """Pack the weight of a layer or the stack of many; return the names of the parameters that a stack became."""
         # transformers turns an error raised here into a log entry and a general RuntimeError at the
         # end; the first one is kept and raised as it is once loading is over.
+        work = self.quantizer.work
         if self.quantizer.failure is not None:
-            return
+            return ()
         try:
-            self.quantizer.work.quantize(module_name, weight)
+            if name.rpartition(".")[0] in work.split:
+                return work.take_stack(name, weight)
+            work.quantize(name.removesuffix(".weight"), weight)
         except (ValueError, RuntimeError) as error:
             self.quantizer.failure = error
+        return ()

@@ -260,4 +260,5 @@ def _report(work: Quantization, calibration: CalibrationReport | None, seconds: 
         peak_source=peak.source,
         calibration=calibration,
         plan=work.plan.to_dict(),
+        experts=work.expert_use,
     )

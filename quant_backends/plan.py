@@ -10,46 +10,15 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from lmms_plugin.quant_backends.role_plan import ROUTER_REASON, Place, RolePlan, read_roles
+from lmms_plugin.quant_backends.specs import UNTOUCHED_BITS, QuantSpec, expect_keys, read_spec, write_spec
+
+__all__ = ["COMPONENTS", "UNTOUCHED_BITS", "Assignment", "Component", "QuantPlan", "QuantSpec", "Rule"]
+
 Component = Literal["vision", "connector", "language", "head", "audio"]
 
 COMPONENTS: tuple[Component, ...] = ("vision", "connector", "language", "head")
 """What a plan can ask for. Layers of an audio tower, which no image passes, are touched by rules alone."""
-
-UNTOUCHED_BITS = 16
-"""The number of bits that means: leave these weights as the checkpoint has them."""
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """How the weights of one linear layer are stored.
-
-    Attributes:
-        bits: Bits per weight, 2 to 8; 16 leaves the layer as it is.
-        group_size: Consecutive input columns of one row that share a scale. None (or -1) means one
-            scale for the whole row.
-        symmetric: Zero point fixed in the middle of the code range instead of fitted to each group.
-    """
-
-    bits: int
-    group_size: int | None = 128
-    symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        if not _is_int(self.bits) or not (2 <= self.bits <= 8 or self.bits == UNTOUCHED_BITS):
-            raise ValueError(f"bits must be an integer from 2 to 8, or 16 for untouched, got {self.bits!r}")
-        if self.group_size == -1:
-            object.__setattr__(self, "group_size", None)
-        if self.group_size is not None and (not _is_int(self.group_size) or self.group_size < 1):
-            raise ValueError(
-                f"group_size must be a positive integer, or -1 for one group per row, got {self.group_size!r}"
-            )
-        if not isinstance(self.symmetric, bool):
-            raise ValueError(f"symmetric must be True or False, got {self.symmetric!r}")
-
-    @property
-    def untouched(self) -> bool:
-        """Whether a layer with this spec keeps its weights."""
-        return self.bits == UNTOUCHED_BITS
 
 
 @dataclass(frozen=True)
@@ -91,8 +60,8 @@ class Assignment(NamedTuple):
 class QuantPlan:
     """Which spec each linear layer of a model gets.
 
-    A component that is None is left untouched. `skip` patterns win over `rules`; the first matching
-    rule wins over the component.
+    A component that is None is left untouched. `skip` patterns win over `rules`, the first matching rule over
+    `roles`, and a role over the component. Routers are never quantized.
     """
 
     vision: QuantSpec | None = None
@@ -101,6 +70,7 @@ class QuantPlan:
     head: QuantSpec | None = None
     rules: tuple[Rule, ...] = ()
     skip: tuple[str, ...] = ()
+    roles: RolePlan | None = None
     _skips: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -134,7 +104,7 @@ class QuantPlan:
             connector_bits: Bits of the projector between vision and language.
             language_bits: Bits of the decoder layers; None means `bits`.
             head_bits: Bits of the output projection.
-            plan: YAML file with ``components``, ``rules`` and ``skip`` (see `from_yaml`); what it says
+            plan: YAML file with ``components``, ``roles``, ``rules`` and ``skip`` (see `from_yaml`); what it says
                 replaces the other arguments.
 
         Raises:
@@ -157,9 +127,13 @@ class QuantPlan:
     def from_yaml(cls, path: str | Path, *, default: QuantSpec, **components: QuantSpec) -> QuantPlan:
         r"""Read a plan file.
 
-        The file holds up to three keys; numbers that an entry leaves out come from `default`::
+        The file holds up to four keys; numbers that an entry leaves out come from `default`::
 
             components: {vision: 8, language: {bits: 4, group_size: 64}}
+            roles:
+              attention: 8
+              routed_experts: {frequent: 4, rare: 2, share: 0.25}
+              first_blocks: {count: 2, bits: 8}
             rules:
               - {match: 'layers\.0\.', bits: 8}
               - {match: 'o_proj$', skip: true}
@@ -176,11 +150,11 @@ class QuantPlan:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"plan file {path} is not YAML: {error}") from error
-        _expect_keys(content, {"components", "rules", "skip"}, str(path))
+        expect_keys(content, {"components", "roles", "rules", "skip"}, str(path))
         named = content.get("components") or {}
-        _expect_keys(named, set(COMPONENTS), f"{path}: components")
+        expect_keys(named, set(COMPONENTS), f"{path}: components")
         specs: dict[str, Any] = dict(components) | {
-            name: _read_spec(entry, default, f"{path}: {name}") for name, entry in named.items()
+            name: read_spec(entry, default, f"{path}: {name}") for name, entry in named.items()
         }
         entries = content.get("rules") or []
         if not isinstance(entries, list):
@@ -189,33 +163,51 @@ class QuantPlan:
         skip = content.get("skip") or []
         if not isinstance(skip, list) or not all(isinstance(pattern, str) for pattern in skip):
             raise ValueError(f"{path}: skip must be a list of regular expressions, got {skip!r}")
-        return cls(**specs, rules=rules, skip=tuple(skip))
+        roles = read_roles(content["roles"], default, path) if content.get("roles") else None
+        return cls(**specs, rules=rules, skip=tuple(skip), roles=roles)
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
         """Every spec below 16 bits that the plan names."""
         named = [getattr(self, component) for component in COMPONENTS] + [rule.spec for rule in self.rules]
+        named += () if self.roles is None else self.roles.named
         return tuple(spec for spec in named if spec is not None and not spec.untouched)
 
     def spec_for(self, module_name: str, component: Component) -> QuantSpec | None:
         """Return the spec of one linear layer, None when it is left untouched."""
         return self._decide(module_name, component)[0]
 
-    def assign(self, components: Mapping[str, Component]) -> Assignment:
+    @property
+    def counts_use(self) -> bool:
+        """Whether specs depend on which experts the calibration tokens are sent to."""
+        return self.roles is not None and self.roles.routed is not None and self.roles.routed.counted is None
+
+    def assign(
+        self,
+        components: Mapping[str, Component],
+        places: Mapping[str, Place] | None = None,
+        use: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Assignment:
         """Apply the plan to a model's linear layers.
 
         Args:
             components: Module name -> component, of every linear layer.
+            places: Module name -> place, of the decoder's layers.
+            use: Module name -> tokens sent to each of its experts; None as long as they are not counted, when experts
+                whose spec depends on it get the finer one.
 
         Raises:
-            ValueError: A rule or skip pattern matches no layer, a component that the plan asks for has
-                no layer left to quantize, or nothing at all would be quantized.
+            ValueError: A rule or skip pattern matches no layer, no layer plays a role, a component that the plan asks
+                for has no layer left to quantize, or nothing at all would be quantized.
         """
-        self._expect_matches(components)
+        places = places or {}
+        self._expect_matches(name for name in components if name not in places or places[name].role != "router")
+        if self.roles is not None:
+            self.roles.expect_roles(places)
         specs: dict[str, QuantSpec] = {}
         reasons: dict[str, str] = {}
         for name, component in components.items():
-            spec, reason = self._decide(name, component)
+            spec, reason = self._decide(name, component, places.get(name), use)
             if spec is None:
                 reasons[name] = reason
             else:
@@ -225,16 +217,28 @@ class QuantPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values."""
-        components = {name: _write_spec(getattr(self, name)) for name in COMPONENTS}
-        rules = [{"match": rule.pattern, "spec": _write_spec(rule.spec)} for rule in self.rules]
-        return components | {"rules": rules, "skip": list(self.skip)}
+        components = {name: write_spec(getattr(self, name)) for name in COMPONENTS}
+        rules = [{"match": rule.pattern, "spec": write_spec(rule.spec)} for rule in self.rules]
+        roles = {} if self.roles is None else {"roles": self.roles.to_dict()}
+        return components | roles | {"rules": rules, "skip": list(self.skip)}
 
-    def _decide(self, name: str, component: Component) -> tuple[QuantSpec | None, str]:
+    def _decide(
+        self,
+        name: str,
+        component: Component,
+        place: Place | None = None,
+        use: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> tuple[QuantSpec | None, str]:
+        if place is not None and place.role == "router":
+            return None, ROUTER_REASON
         for rule in (*self._skips, *self.rules):
             if rule.matches(name):
                 touched = rule.spec is not None and not rule.spec.untouched
                 return (rule.spec if touched else None), f"the plan leaves {rule.pattern!r} at 16 bits"
-        return getattr(self, component, None), f"the plan leaves {component} at 16 bits"
+        spec, entry = getattr(self, component, None), None
+        if place is not None and self.roles is not None:
+            spec, entry = self.roles.decide(place, spec, use)
+        return spec, f"the plan leaves {entry or component} at 16 bits"
 
     def _expect_matches(self, names: Iterable[str]) -> None:
         names = list(names)
@@ -256,34 +260,8 @@ class QuantPlan:
             raise ValueError("the plan quantizes nothing: every component is at 16 bits and no rule asks for less")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _expect_keys(entry: object, known: set[str], where: str) -> None:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected a mapping with {', '.join(sorted(known))}, got {entry!r}")
-    unknown = sorted(str(key) for key in entry if key not in known)
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r} (known: {', '.join(sorted(known))})")
-
-
-def _read_spec(entry: object, default: QuantSpec, where: str) -> QuantSpec:
-    entry = {"bits": entry} if isinstance(entry, int) else entry
-    _expect_keys(entry, {"bits", "group_size", "symmetric"}, where)
-    assert isinstance(entry, dict)
-    try:
-        return QuantSpec(
-            entry.get("bits", default.bits),
-            entry.get("group_size", default.group_size),
-            entry.get("symmetric", default.symmetric),
-        )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
 def _read_rule(entry: object, default: QuantSpec, where: str) -> Rule:
-    _expect_keys(entry, {"match", "skip", "bits", "group_size", "symmetric"}, f"{where}: rule")
+    expect_keys(entry, {"match", "skip", "bits", "group_size", "symmetric"}, f"{where}: rule")
     assert isinstance(entry, dict)
     if not isinstance(entry.get("match"), str):
         raise ValueError(f"{where}: rule {entry!r} needs a regular expression under 'match'")
@@ -292,10 +270,4 @@ def _read_rule(entry: object, default: QuantSpec, where: str) -> Rule:
         if rest:
             raise ValueError(f"{where}: rule {entry['match']!r} both skips and sets {', '.join(rest)}")
         return Rule(entry["match"], None)
-    return Rule(entry["match"], _read_spec(rest, default, f"{where}: rule {entry['match']!r}"))
-
-
-def _write_spec(spec: QuantSpec | None) -> dict[str, Any] | None:
-    if spec is None:
-        return None
-    return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+    return Rule(entry["match"], read_spec(rest, default, f"{where}: rule {entry['match']!r}"))

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, WholeModelBackend
-from lmms_plugin.quant_backends.blockwise import Calibrator
+from lmms_plugin.quant_backends.blocks import within
+from lmms_plugin.quant_backends.blockwise import UNCALIBRATED, Calibrator
 from lmms_plugin.quant_backends.codes import rows_per_block
 from lmms_plugin.quant_backends.components import components, dense_linear, expect_finite, splitter
+from lmms_plugin.quant_backends.expert_use import ExpertUse
+from lmms_plugin.quant_backends.experts import join_experts, own_weight, split_experts
 from lmms_plugin.quant_backends.journal import Journal, Solved
 from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.memory import Residence, return_freed_memory
 from lmms_plugin.quant_backends.plan import Assignment, QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.report import ModuleReport
+from lmms_plugin.quant_backends.roles import find_places
+from lmms_plugin.quant_backends.routing import count_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,14 +42,68 @@ class Quantization:
 
     def __init__(self, model: PreTrainedModel, backend: Backend, plan: QuantPlan) -> None:
         self.model, self.backend, self.plan = model, backend, plan
+        self.split = split_experts(model) if plan.specs else {}
         self.components = components(model)
-        fixed = {name: reason for name in self.components if (reason := _untouchable(model.get_submodule(name)))}
-        free = {name: part for name, part in self.components.items() if name not in fixed}
-        baseline = Assignment({}, dict.fromkeys(free, "quantization was not asked for"))
-        self.specs, self.reasons = plan.assign(free) if plan.specs else baseline
-        self.reasons |= fixed
+        self.places = find_places(model, self.components)
+        self.specs, self.reasons = self._assign()
+        self._join_untouched()
         self.tied = {name for name in self.specs if _is_tied(model, name)}
         self._done: dict[str, ModuleReport] = {}
+        self._use: dict[str, tuple[int, ...]] = {}
+
+    def _assign(self, use: Mapping[str, tuple[int, ...]] | None = None) -> Assignment:
+        fixed = {name: reason for name in self.components if (reason := _untouchable(self.model.get_submodule(name)))}
+        free = {name: part for name, part in self.components.items() if name not in fixed}
+        if self.plan.specs:
+            specs, reasons = self.plan.assign(free, self.places, use)
+        else:
+            specs, reasons = {}, dict.fromkeys(free, "quantization was not asked for")
+        return Assignment(specs, reasons | fixed)
+
+    def _join_untouched(self) -> None:
+        """Put fused experts back together of which nothing is quantized; let go of the stacks of all others."""
+        inside = {name: [layer for layer in self.components if within(layer, name)] for name in self.split}
+        untouched = [name for name, layers in inside.items() if self.specs.keys().isdisjoint(layers)]
+        join_experts(self.model, self.split, untouched)
+        for name in untouched:
+            self.reasons[name] = self.reasons[inside[name][0]]
+            for layer in inside[name]:
+                del self.reasons[layer], self.components[layer]
+        for name, experts in self.split.items():
+            # Of a model that is still to be read, the stacks stay until they arrive.
+            if not any(stack.is_meta for stack in experts.fused.parameters(recurse=False)):
+                experts.release()
+            self._own_dense(name)
+
+    def _own_dense(self, experts: str) -> None:
+        """Give experts that stay dense weights of their own: views of a stack would keep all of it in memory."""
+        for layer in self.components:
+            if within(layer, experts) and layer not in self.specs:
+                own_weight(dense_linear(self.model, layer))
+
+    def take_stack(self, parameter: str, values: Tensor) -> list[str]:
+        """Take in a stack of experts that has been read from a checkpoint, and quantize what can be right away.
+
+        Args:
+            parameter: Name of the fused parameter.
+            values: What it holds.
+
+        Returns:
+            Names of the parameters that it has become.
+        """
+        name, _, stack = parameter.rpartition(".")
+        experts = self.split[name]
+        arrived = list(experts.take(stack, values))
+        experts.forget_stack(stack)
+        if stack.endswith("_bias"):
+            return [f"{name}.{layer}.bias" for layer, _ in arrived]
+        for layer, weight in arrived:
+            full = f"{name}.{layer}"
+            if full not in self.specs:
+                own_weight(dense_linear(self.model, full))
+            elif isinstance(self.backend, DataFreeBackend):
+                self.quantize(full, weight.contiguous())
+        return [f"{name}.{layer}.weight" for layer, _ in arrived]
 
     def pending(self) -> Iterator[str]:
         """Yield the layers of the plan that are still dense."""
@@ -108,6 +167,7 @@ class Quantization:
             relative_error=error,
             output_error=output_error,
             plain_rows=plain_rows,
+            outlier_score=find_outlier_score(weight),
         )
 
     def finish(
@@ -126,6 +186,8 @@ class Quantization:
             residence: Where its blocks lie while it is not their turn; None leaves them where they are.
             journal: Remembers its finished blocks; None forgets them.
         """
+        if isinstance(self.backend, CalibratedBackend | WholeModelBackend):
+            self._count_use(batches, residence, journal)
         remaining = {name: self.specs[name] for name in self.pending()}
         if isinstance(self.backend, CalibratedBackend) and remaining:
             self._calibrate(self.backend, remaining, batches, residence, journal)
@@ -137,6 +199,35 @@ class Quantization:
         missed = list(self.pending())
         if missed:
             raise ValueError(f"{self.backend.name} left {len(missed)} layers of the plan dense, first {missed[0]}")
+
+    def _count_use(
+        self, batches: Sequence[Mapping[str, Any]], residence: Residence | None, journal: Journal | None
+    ) -> None:
+        """Count which experts the calibration tokens are sent to, and settle the specs that depend on it."""
+        known = None if journal is None else journal.noted("expert use")
+        if known is None:
+            known = count_tokens(self.model, batches, residence or Residence())
+            if journal is not None and known:
+                journal.note("expert use", known)
+        self._use = {name: tuple(tokens) for name, tokens in known.items()}
+        if self.plan.counts_use:
+            self.specs, reasons = self._assign(self._use)
+            self.reasons |= reasons
+            for name in self.split:
+                self._own_dense(name)
+
+    @property
+    def expert_use(self) -> tuple[ExpertUse, ...]:
+        """Use of the experts of each layer, over the calibration inputs; empty without such inputs or experts."""
+        bare = {name for name, module in self._done.items() if (module.method or "").endswith(UNCALIBRATED)}
+        without: dict[str, set[int]] = {}
+        for name in bare & self.places.keys():
+            place = self.places[name]
+            if place.experts is not None and place.expert is not None:
+                without.setdefault(place.experts, set()).add(place.expert)
+        return tuple(
+            ExpertUse(name, tokens, tuple(sorted(without.get(name, ())))) for name, tokens in self._use.items()
+        )
 
     def _calibrate(
         self,
@@ -195,10 +286,12 @@ class Quantization:
         relative_error: float | None = None,
         output_error: float | None = None,
         plain_rows: int = 0,
+        outlier_score: float | None = None,
     ) -> None:
         self._done[name] = ModuleReport(
             name=name,
             component=self.components[name],
+            role=self.places[name].role if name in self.places else None,
             shape=(layer.out_features, layer.in_features),
             method=method,
             bits=layer.bits,
@@ -211,6 +304,7 @@ class Quantization:
             kernel=layer.kernel,
             reason=None,
             plain_rows=plain_rows,
+            outlier_score=outlier_score,
         )
 
     def modules(self) -> tuple[ModuleReport, ...]:
@@ -245,6 +339,21 @@ def relative_error(weight: Tensor, layer: QuantizedLinear) -> float:
         error += float((dense - kept.float()).square_().sum(1).sum(dtype=torch.float64))
         norm += float(dense.square().sum(1).sum(dtype=torch.float64))
     return math.sqrt(error / norm) if norm else math.sqrt(error)
+
+
+def find_outlier_score(weight: Tensor) -> float:
+    """Return max_j max|W_:j| / mean|W_:j| over the columns j of a weight that are not all zero (arXiv:2406.08155).
+
+    1 where all weights of a column are alike in size; large where one sticks out, which takes its group's range.
+    """
+    largest = weight.new_zeros(weight.shape[1], dtype=torch.float32)
+    total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
+    for block in weight.split(rows_per_block(weight.shape[1])):
+        magnitude = block.float().abs()
+        largest = torch.maximum(largest, magnitude.amax(0))
+        total += magnitude.sum(0, dtype=torch.float64)
+    scores = largest[total > 0].double() * len(weight) / total[total > 0]
+    return float(scores.max()) if len(scores) else 1.0
 
 
 def tensor_bytes(model: nn.Module) -> int:

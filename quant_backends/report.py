@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lmms_plugin.quant_backends.expert_use import ExpertUse, summary
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -31,6 +33,9 @@ class ModuleReport:
             measured.
         plain_rows: Rows of the weight in which a calibrated method did worse on its own inputs than without them, and
             which therefore stay as they are without calibration.
+        role: What a layer of the decoder does (`lmms_plugin.quant_backends.role_plan.ROLES`); None for all others.
+        outlier_score: How far single weights stick out of their input column (arXiv:2406.08155), 1 or above; None
+            when left alone, or quantized before it was loaded.
     """
 
     name: str
@@ -48,6 +53,8 @@ class ModuleReport:
     reason: str | None
     held_out_error: float | None = None
     plain_rows: int = 0
+    role: str | None = None
+    outlier_score: float | None = None
 
     @property
     def weights(self) -> int:
@@ -95,6 +102,8 @@ class QuantReport:
         peak_source: What `peak_bytes` counts.
         calibration: The calibration inputs; None for methods without.
         plan: The plan as JSON-ready values.
+        experts: How often the experts of each layer were used; empty without experts, and for methods without
+            calibration.
     """
 
     method: str
@@ -106,6 +115,7 @@ class QuantReport:
     peak_source: str | None
     calibration: CalibrationReport | None
     plan: dict[str, Any]
+    experts: tuple[ExpertUse, ...] = ()
 
     @property
     def quantized(self) -> tuple[ModuleReport, ...]:
@@ -179,6 +189,7 @@ class QuantReport:
             "peak_source": self.peak_source,
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "plan": self.plan,
+            "experts": [layer.to_dict() for layer in self.experts],
             "modules": [asdict(module) | {"shape": list(module.shape)} for module in self.modules],
         }
 
@@ -210,6 +221,8 @@ class QuantReport:
         ]
         if self.kernels:
             lines.append("runs on " + ", ".join(f"{kernel} ({count})" for kernel, count in self.kernels.items()))
+        if self.experts:
+            lines.append(summary(self.experts))
         if padded := sum(bool(module.padded_columns) for module in self.modules):
             lines.append(f"{padded} layers padded to whole groups")
         if plain := sum(module.plain_rows for module in self.quantized):

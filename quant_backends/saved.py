@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lmms_plugin.quant_backends.blocks import within
 from lmms_plugin.quant_backends.components import dense_linear
+from lmms_plugin.quant_backends.experts import is_fused, split_experts
 from lmms_plugin.quant_backends.int8_inputs import Int8InputLinear
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
@@ -130,6 +133,10 @@ class SavedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         layers: Mapping[str, Mapping[str, Any]] = self.quantization_config.layers
+        fused = {name for name, module in model.named_modules() if is_fused(module)}
+        split = split_experts(model, [name for name in fused if any(within(layer, name) for layer in layers)])
+        for experts in split.values():
+            experts.release()
         for name, description in layers.items():
             try:
                 layer = empty_layer(description, dense_linear(model, name))
@@ -140,6 +147,10 @@ class SavedQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
             untie(model, name)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Return the renamings alone: weights were written as the model has them, so that nothing is to be stacked."""
+        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model

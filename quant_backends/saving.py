@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.report import QuantReport
+from lmms_plugin.quant_backends.roles import find_mixtures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +99,9 @@ def save_quantized(
     target = expect_free(folder)
     expect_savable(model)
     layers = _layers(model)
-    reason = next((why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None)
+    reason = _stacked(model) or next(
+        (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
+    )
     quantization = own_config(layers, report) if reason else compressed_tensors_config(model, layers)
     tensors = _own_tensors(model) if reason else _compressed_tensors(model, layers)
     with _whole_or_nothing(target) as unfinished:
@@ -177,6 +180,14 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 def _layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def _stacked(model: nn.Module) -> str | None:
+    """Say why compressed-tensors cannot hold a model with experts; None if there are none."""
+    # Its readers expect an expert's gate and up projection apart, and whatever is dense in the layout of the original
+    # checkpoint.
+    name = next(iter(find_mixtures(model)), None)
+    return None if name is None else f"{name} holds experts"
 
 
 def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:

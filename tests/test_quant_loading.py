@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
+from transformers import AutoModelForImageTextToText, Llama4Config
 
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.backend import CodesBackend
@@ -331,18 +331,19 @@ def test_a_checkpoint_quantized_elsewhere_is_refused(checkpoint, tmp_path):
         load(path)
 
 
-def test_fused_experts_are_listed_and_not_forgotten():
-    """Mixture-of-experts weights are 3-D parameters that no walk over linear layers sees."""
-    text = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 32}
-    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0}}
-    vision = {"depth": 1, "hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
-    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+def test_stacks_that_cannot_be_taken_apart_are_listed_and_not_forgotten():
+    """Llama 4 feeds all experts at once and does not declare how its stacks are laid out."""
+    text = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "intermediate_size_mlp": 64, "head_dim": 16}
+    text |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "projector_input_dim": 64, "projector_output_dim": 64}
+    vision |= {"vision_output_dim": 64}
+    config = Llama4Config(text_config=text, vision_config=vision)
     work = quantize(
         AutoModelForImageTextToText.from_config(config), get("rtn"), QuantPlan.from_arguments(group_size=32)
     )
     modules = work.modules()
-    experts = [module for module in modules if "experts" in module.name]
+    experts = [module for module in modules if ".experts." in module.name]
     assert [len(module.shape) for module in experts] == [3, 3]
     assert all(
         module.component == "language" and "not the weight of an nn.Linear" in module.reason for module in experts
