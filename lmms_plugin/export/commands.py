@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from lmms_plugin.export.every_eval_ever import Source
-    from lmms_plugin.export.measured import Measured
+    from lmms_plugin.results import Run
 
 
 class Format(StrEnum):
@@ -60,17 +60,20 @@ def export(
     from lmms_plugin.results import read_one
 
     run = read_one(results)
-    entry = hub.Entry(
-        _named(dataset_id, "--dataset-id", "the benchmark's dataset on the hub"),
-        _named(task_id, "--task-id", "the task in that dataset's eval.yaml"),
-        task,
-        _named(metric, "--metric", "the metric that this benchmark ranks by"),
-        100.0 if percent else 1.0,
-        source_url,
-    ) if Format.EVAL_RESULTS in formats else None  # fmt: skip
+    # What only the user can say is asked for before minutes are spent on intervals.
+    source = entry = None
+    if {Format.SUBMISSION, Format.EVERY_EVAL_EVER} & {*formats}:
+        source = _source(run, model_id, organization, relationship, collection)
+    if Format.EVAL_RESULTS in formats:
+        ids = _named(dataset_id, "--dataset-id", "the benchmark's dataset on the hub")
+        its_task = _named(task_id, "--task-id", "the task in that dataset's eval.yaml")
+        ranked_by = _named(metric, "--metric", "the metric that this benchmark ranks by")
+        entry = hub.Entry(ids, its_task, task, ranked_by, 100.0 if percent else 1.0, source_url)
+    name = ""
+    if Format.MODEL_INDEX in formats:
+        name = _model_id(run, model_id).partition("/")[2]
+        hub.expect_datasets(run, dataset_id)
     found = measured(run, Settings(None, resamples, seed, level, workers=os.cpu_count() or 1))
-    needs_source = {Format.SUBMISSION, Format.EVERY_EVAL_EVER} & {*formats}
-    source = _source(found, model_id, organization, relationship, collection) if needs_source else None
     if source is not None and Format.SUBMISSION in formats:
         submission.build(found, source, output)
         typer.echo(f"{output}: a submission of {', '.join(found.tasks)}")
@@ -80,8 +83,7 @@ def export(
         typer.echo(str(output / every_eval_ever.write(found, source, output).aggregate))
     if entry is not None:
         typer.echo(str(hub.write_eval_results(found, entry, output)))
-    if Format.MODEL_INDEX in formats:
-        name = _model_id(found, model_id).partition("/")[2]
+    if name:
         typer.echo(str(hub.write_model_index(found, name, dataset_id, output)))
 
 
@@ -125,12 +127,12 @@ def leaderboard(
 
 
 def _source(
-    found: Measured, model_id: str | None, organization: str | None, relationship: str | None, collection: str
+    run: Run, model_id: str | None, organization: str | None, relationship: str | None, collection: str
 ) -> Source:
     from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, Source
 
     return Source(
-        _model_id(found, model_id),
+        _model_id(run, model_id),
         _named(organization, "--organization", "the organization that ran the evaluation"),
         _named(relationship, "--relationship", f"its relationship to the model, {', '.join(RELATIONSHIPS)}"),
         collection,
@@ -138,12 +140,12 @@ def _source(
     )
 
 
-def _model_id(found: Measured, given: str | None) -> str:
+def _model_id(run: Run, given: str | None) -> str:
     """The model's id: as given, else that of a checkpoint on the hub."""
     from lmms_plugin.export import facts
     from lmms_plugin.export.every_eval_ever import HUB_ID
 
-    checkpoint = facts.checkpoint(found.run) or ""
+    checkpoint = facts.checkpoint(run) or ""
     # A relative path looks like an id of the hub, too.
     on_hub = HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists()
     what = f"the model's id, organization/name; the run used {checkpoint!r}"

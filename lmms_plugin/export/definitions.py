@@ -64,6 +64,11 @@ def definition(task: str) -> Definition:
     )
 
 
+def is_ours(task: str) -> bool:
+    """Whether a task is one of this package's."""
+    return task in _files()
+
+
 @cache
 def _files() -> Mapping[str, Path]:
     """Every task's YAML; what the generated cells of a template differ in does not bear on scores."""

@@ -16,7 +16,7 @@ from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
 from lmms_plugin.export.every_eval_ever import HUB_ID
 from lmms_plugin.export.measured import Measured
-from lmms_plugin.results import VQA
+from lmms_plugin.results import VQA, Run, TaskRecords
 
 TASK_TYPES = {VQA: "visual-question-answering"}
 _OTHER_TASK_TYPE = "image-text-to-text"
@@ -83,9 +83,7 @@ def write_model_index(measured: Measured, model_name: str, dataset_id: str | Non
     results = []
     for task, scores in measured.scores.items():
         records = measured.run.tasks[task]
-        dataset = records.place.dataset if HUB_ID.fullmatch(records.place.dataset) else dataset_id
-        if dataset is None:
-            raise ValueError(f"task {task} names no dataset on the hub: name it with --dataset-id")
+        dataset = _dataset(records, dataset_id)
         for metric, score in scores.items():
             results.append(
                 EvalResult(
@@ -104,6 +102,26 @@ def write_model_index(measured: Measured, model_name: str, dataset_id: str | Non
     card = ModelCardData(model_name=model_name, eval_results=results)
     note = f"Evaluated with lmms-eval and lmms-plugin as `{measured.run.label}`."
     return _write(folder / "README.md", f"---\n{card.to_yaml()}\n---\n\n{note}\n")
+
+
+def expect_datasets(run: Run, dataset_id: str | None) -> None:
+    """Check that every task has a dataset on the hub, its own or the one the user named.
+
+    Raises:
+        ValueError: If one has none.
+    """
+    for records in run.tasks.values():
+        _dataset(records, dataset_id)
+
+
+def _dataset(records: TaskRecords, dataset_id: str | None) -> str:
+    if HUB_ID.fullmatch(records.place.dataset):
+        return records.place.dataset
+    if dataset_id is None or not HUB_ID.fullmatch(dataset_id):
+        raise ValueError(
+            f"task {records.task} names no dataset on the hub: name it with --dataset-id, got {dataset_id!r}"
+        )
+    return dataset_id
 
 
 def _interval(low: float, high: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmms_plugin.export import every_eval_ever, facts, submission
+from lmms_plugin.export.definitions import is_ours
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import Measured, Score, measured
 from lmms_plugin.export.rescoring import difference
@@ -138,6 +139,8 @@ def expect_whole(run: Run, results: Mapping[str, Any]) -> None:
         raise ValueError(
             f"expected a run of all documents, got --limit {run.limit}, --offset {config.get('offset') or 0}"
         )
+    for task in filter(is_ours, run.others):
+        raise ValueError(f"task {task}: expected its log of samples, which is missing")
     for task, records in run.tasks.items():
         size = results["n-samples"][task]
         if not size["original"] == size["effective"] == records.ids.size:
