@@ -53,12 +53,12 @@ class Config(NamedTuple):
         return f"{DENSE_BITS} bit" if self.dense else f"{self.method} {self.bits}".removesuffix(" None")
 
     @property
-    def details(self) -> str:
-        """Everything else that is set, in one line."""
+    def parts(self) -> tuple[str, ...]:
+        """Everything else that is set."""
         group = f"group {self.group_size}" if self.group_size is not None else ""
         components = "" if self.components in ("", "language") else self.components
         calibration = f"calibration {self.calibration}" if self.calibration else ""
-        return ", ".join(part for part in (group, components, calibration, self.options) if part)
+        return tuple(part for part in (group, components, calibration, *self.options.split(", ")) if part)
 
 
 @dataclass(frozen=True)

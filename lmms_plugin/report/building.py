@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmms_plugin.reliability import Settings
-from lmms_plugin.report import contents, page, svg
+from lmms_plugin.report import contents, gallery, page, svg
 from lmms_plugin.report import figures as drawing
 from lmms_plugin.report.reading import default_workers, read_folder
 from lmms_plugin.report.summary import Summary, summarise
@@ -31,7 +31,7 @@ def build(
     """
     summary = summarise(read_folder(results, settings), settings.level)
     heading = title or results.resolve().name.removesuffix("_results.json")
-    html = page.render(summary, heading, page.read_verdict(results), None, str(results))
+    html = page.render(summary, heading, page.read_verdict(results), gallery.build(summary, pictures), str(results))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(html, encoding="utf-8")
     yield f"{output}: {len(summary.runs)} runs, {len(html.encode()) / 1e6:.1f} MB"

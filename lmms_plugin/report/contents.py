@@ -14,8 +14,6 @@ def leader(summary: Summary) -> Table:
     """Every configuration under every condition, best accuracy first."""
     columns = (
         Column("Model", "Quantizer and nominal bits per weight; below, everything else that is set", numeric=False),
-        Column("Task", "Dataset and condition; a shifted value is the mean over all shifted tasks", numeric=False),
-        Column("n", "Answers, and below them images; intervals are over images"),
         Column("Accuracy", "Share of right answers (box: IoU of at least 0.5)", better="high"),
         Column("Δ 16 bit", "Accuracy less that of the 16-bit model, paired by image", better="high"),
         Column("ECE", "Expected calibration error, 15 bins", better="low"),
@@ -29,6 +27,8 @@ def leader(summary: Summary) -> Table:
         Column("Bits/w", "Bits per quantized weight, scales and zero points counted", better="low"),
         Column("MB", "All weights and buffers of the model, in 10⁶ bytes", better="low"),
         Column("Tokens/s", "Generated tokens per second on the machine of the run", better="high"),
+        Column("n", "Answers, and below them images; intervals are over images"),
+        Column("Task", "Dataset and condition; a shifted value is the mean over all shifted tasks", numeric=False),
     )
     lines = [line for scope in summary.scopes for name in scope.conditions for line in scope.under(name)]
     lines.sort(key=lambda line: -line.group.of("accuracy"))
@@ -53,10 +53,8 @@ def _leading(line: Line, title: str, summary: Summary) -> list[Cell]:
     count = whole(group.records)._replace(note=f"{group.images} images{runs}")
     limited = " (limited)" if line.limited else ""
     return [
-        Cell(line.config.label, line.config.label, note=line.config.details),
-        text(title, line.condition + limited),
-        count,
-        *(number(group.of(m), group.interval(m, level)) for m in ("accuracy",)),
+        Cell(line.config.label, line.config.label, note=summary.details(line.config)),
+        number(group.of("accuracy"), group.interval("accuracy", level)),
         number(delta.value, delta.interval, signed=True) if delta else Cell(tables.NOTHING, None),
         *(
             number(group.of(m), group.interval(m, level))
@@ -66,6 +64,8 @@ def _leading(line: Line, title: str, summary: Summary) -> list[Cell]:
         number(cost.bits_per_weight, digits=2),
         number(None if cost.bytes is None else cost.bytes / 1e6, digits=2 if (cost.bytes or 0) < 1e8 else 0),
         number(cost.tokens_per_second, digits=0),
+        count,
+        text(title, line.condition + limited),
     ]
 
 
@@ -98,7 +98,7 @@ def front(summary: Summary) -> Table:
 def _of_front(line: Line, title: str, summary: Summary) -> list[Cell]:
     group, cost = line.group, line.cost
     return [
-        Cell(line.config.label, line.config.label, note=line.config.details),
+        Cell(line.config.label, line.config.label, note=summary.details(line.config)),
         text(title, line.condition),
         *(number(group.of(m), group.interval(m, summary.level)) for m in ("accuracy", "aurc")),
         number(None if cost.bytes is None else cost.bytes / 1e6, digits=2),
@@ -150,7 +150,7 @@ def flips(summary: Summary) -> Table:
         if line.flips is not None
     ]
     found.sort(key=lambda pair: _changed(pair[1]), reverse=True)
-    rows = tables.rows_of([_flipped(line, title) for title, line in found])
+    rows = tables.rows_of([_flipped(line, title, summary) for title, line in found])
     return Table("flips", "Answers that changed sides against the 16-bit model", columns, rows)
 
 
@@ -158,13 +158,13 @@ def _changed(line: Line) -> float:
     return (line.flips.lost + line.flips.won) / line.flips.records if line.flips else 0.0
 
 
-def _flipped(line: Line, title: str) -> list[Cell]:
+def _flipped(line: Line, title: str, summary: Summary) -> list[Cell]:
     if line.flips is None:
         raise ValueError(f"expected flips of {line.config.label}, got none")
     lost, won, records = line.flips
     delta = line.versus["accuracy"]
     return [
-        Cell(line.config.label, line.config.label, note=line.config.details),
+        Cell(line.config.label, line.config.label, note=summary.details(line.config)),
         text(title, line.condition),
         whole(records),
         whole(lost),
@@ -185,7 +185,11 @@ def unparsed(summary: Summary) -> Table:
     )
     rows = [
         [
-            Cell(run.axes.config.label, run.axes.config.label, note=_seeded(run.axes.config.details, run.axes.seed)),
+            Cell(
+                run.axes.config.label,
+                run.axes.config.label,
+                note=_seeded(summary.details(run.axes.config), run.axes.seed),
+            ),
             text(task.task),
             whole(task.records),
             whole(task.unparsed),

@@ -1,6 +1,7 @@
 """The page: one HTML file with everything in it."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,12 +13,12 @@ from markupsafe import Markup
 
 from lmms_plugin import __version__
 from lmms_plugin.report import contents, figures, svg
-from lmms_plugin.report.figures import Drawn
+from lmms_plugin.report.drawing import Drawn
+from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.palette import TONES
 from lmms_plugin.report.summary import Summary
-from lmms_plugin.report.tables import Cell, Column, Table, text
+from lmms_plugin.report.tables import Cell, Column, Table
 
-WIDE, NARROW = 4, 2
 ROWS_AT_FIRST = 20
 _STYLE, _SCRIPT = "style.css", "script.js"
 
@@ -43,22 +44,24 @@ class Verdict:
     Attributes:
         sentences: In order.
         tables: That support them.
+        notes: How the tables are to be read.
         text: Of a `verdict.md` where there is no `verdict.json`.
     """
 
     sentences: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
     text: str = ""
 
 
-def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Any, source: str) -> str:
+def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Gallery, source: str) -> str:
     """The whole page as HTML.
 
     Args:
         summary: What to show.
         title: Its heading.
         verdict: To stand on top; None where there is none.
-        gallery: Pictures with boxes (`lmms_plugin.report.gallery`).
+        gallery: Pictures with boxes.
         source: The folder, as the user named it.
     """
     environment = Environment(
@@ -68,7 +71,7 @@ def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Any, 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = _shown(figures.every(summary, WIDE), figures.every(summary, NARROW))
+    shown = _shown(figures.every(summary), figures.every(summary, figures.PHONE))
     return environment.get_template("page.html.j2").render(
         title=title,
         source=source,
@@ -84,9 +87,17 @@ def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Any, 
         tables={table.name: table for table in contents.every(summary)},
         first_rows=ROWS_AT_FIRST,
         gallery=gallery,
+        common=", ".join(summary.common),
+        leading=_leading(summary),
         commands=list(commands(summary)),
         versions=versions(summary),
     )
+
+
+def _leading(summary: Summary) -> str:
+    """The task that the leader table shows at first."""
+    scope = summary.scopes[0]
+    return f"{scope.title}: {scope.conditions[0]}"
 
 
 def facts(summary: Summary) -> dict[str, str]:
@@ -163,22 +174,30 @@ def read_verdict(path: Path) -> Verdict | None:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         tables = tuple(_table(f"verdict-{k}", one) for k, one in enumerate(told.get("tables") or (), start=1))
-        return Verdict(tuple(map(str, told["sentences"])), tables)
+        return Verdict(tuple(map(str, told["sentences"])), tables, tuple(map(str, told.get("notes") or ())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'expected {{"sentences": [...], "tables": [...]}} in {file}: {error!r}') from error
 
 
+_NUMBERS = re.compile(r"[-+\u2212]?\d[\d.,]*( ?%)?|")
+
+
 def _table(name: str, told: Mapping[str, Any]) -> Table:
     rows = tuple(tuple(_cell(value) for value in row) for row in told["rows"])
-    numeric = [all(isinstance(row[k].value, float) for row in rows) for k in range(len(told["columns"]))]
-    columns = tuple(Column(str(head), numeric=n) for head, n in zip(told["columns"], numeric, strict=True))
+    columns = tuple(
+        Column(str(head), numeric=all(_NUMBERS.fullmatch(row[k].text) for row in rows))
+        for k, head in enumerate(told["columns"])
+    )
     return Table(name, str(told["title"]), columns, rows)
 
 
 def _cell(value: object) -> Cell:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return text("" if value is None else str(value))
-    return Cell(f"{value:,}" if isinstance(value, int) else f"{value:.4g}".replace("-", "\u2212"), float(value))
+    """A number, also where it is written as text, is sorted as one."""
+    written = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not written or not _NUMBERS.fullmatch(written):
+        return Cell(written, written or None)
+    plain = written.replace("\u2212", "-").replace(",", "").rstrip(" %")
+    return Cell(written.replace("-", "\u2212"), float(plain))
 
 
 def _shown(wide: Mapping[str, Sequence[Drawn]], narrow: Mapping[str, Sequence[Drawn]]) -> dict[str, list[Shown]]:

@@ -120,6 +120,7 @@ class Summary:
         superseded: How many older runs of the same configuration and seed were left out.
         scopes: By model and dataset.
         level: Of all intervals.
+        common: What is set alike in all quantized runs.
     """
 
     folder: Folder
@@ -127,6 +128,11 @@ class Summary:
     superseded: int
     scopes: tuple[Scope, ...]
     level: float
+    common: tuple[str, ...]
+
+    def details(self, config: Config) -> str:
+        """What is set besides method and bits, and not alike everywhere, in one line."""
+        return ", ".join(part for part in config.parts if part not in self.common)
 
 
 def summarise(folder: Folder, level: float) -> Summary:
@@ -136,6 +142,7 @@ def summarise(folder: Folder, level: float) -> Summary:
         tasks = tuple(sorted(run.measured.tasks))
         newest[run.axes.config, run.axes.seed, run.axes.cell, tasks] = run
     runs = tuple(newest.values())
+    common = _common(runs)
     by_config: dict[Config, list[Run]] = {}
     for run in sorted(runs, key=lambda run: _order(run.axes.config)):
         by_config.setdefault(run.axes.config, []).append(run)
@@ -145,7 +152,13 @@ def summarise(folder: Folder, level: float) -> Summary:
         for config, members in by_config.items()
         for family, condition in dict.fromkeys(key for run in members for key in run.measured.groups)
     ]
-    return Summary(folder, runs, len(folder.runs) - len(runs), tuple(_scopes(lines)), level)
+    return Summary(folder, runs, len(folder.runs) - len(runs), tuple(_scopes(lines)), level, common)
+
+
+def _common(runs: Sequence[Run]) -> tuple[str, ...]:
+    quantized = [set(run.axes.config.parts) for run in runs if not run.axes.config.dense]
+    first = next((run.axes.config.parts for run in runs if not run.axes.config.dense), ())
+    return tuple(part for part in first if all(part in parts for parts in quantized))
 
 
 def _order(config: Config) -> tuple[object, ...]:

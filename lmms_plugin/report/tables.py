@@ -102,7 +102,9 @@ def number(value: float | None, interval: Interval | None = None, *, digits: int
         return Cell(NOTHING, None)
     low, high = interval or (math.nan, math.nan)
     form = f"{'+' if signed else ''}.{digits}f"
-    note = "" if math.isnan(low) else f"{shown(low, form)} to {shown(high, form)}"
+    # A dash between two numbers of which one may have a minus sign would be hard to read.
+    between = " to " if signed else "\u2013"
+    note = "" if math.isnan(low) else f"{shown(low, form)}{between}{shown(high, form)}"
     return Cell(shown(value, form), value, low, high, note)
 
 

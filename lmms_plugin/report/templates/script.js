@@ -24,7 +24,8 @@
     let everything = false;
 
     const show = () => {
-      const wanted = panel ? [...panel.querySelectorAll("[data-by]")].map((field) => [field.dataset.by, field.value.trim().toLowerCase()]) : [];
+      const wanted = panel ? [...panel.querySelectorAll("[data-by]")].map((field) =>
+        [field.dataset.by, ("value" in field ? field.value : field.querySelector("input:checked").value).trim().toLowerCase()]) : [];
       const matching = [...body.rows].filter((row) => wanted.every(([by, value]) => !value ||
         (by === "text" ? row.textContent.toLowerCase().includes(value) : row.dataset[by].toLowerCase() === value)));
       const kept = new Set(everything ? matching : matching.slice(0, limit));

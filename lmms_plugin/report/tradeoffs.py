@@ -1,0 +1,154 @@
+"""Accuracy and reliability against memory and speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lmms_plugin.report import drawing
+from lmms_plugin.report.contents import not_dominated
+from lmms_plugin.report.drawing import NARROW, WIDE, Drawn, Margins, slug
+from lmms_plugin.report.palette import INK, MUTED, Look, looks
+from lmms_plugin.report.summary import Line, Scope, Summary
+from lmms_plugin.report.tables import Cell, Column, Table, number, rows_of, text
+
+_LABELLED = 14
+"""Marks per panel up to which each is labelled with its bits; above, those on the front alone."""
+_PLAIN = 60
+"""Marks from which intervals are left out."""
+_UP, _DOWN = "\u2191", "\u2193"
+
+
+class Axis(NamedTuple):
+    """What a panel is drawn over.
+
+    Attributes:
+        field: Of `Cost`.
+        label: With its unit.
+        factor: From the field's unit.
+        more: Whether more is better.
+    """
+
+    field: str
+    label: str
+    factor: float
+    more: bool
+
+
+class Goal(NamedTuple):
+    """What a panel shows."""
+
+    metric: str
+    label: str
+    high: bool
+
+
+_AXES = (
+    Axis("bytes", "\u2190 weights (MB)", 1e-6, False),
+    Axis("tokens_per_second", "tokens per second \u2192", 1.0, True),
+)
+_GOALS = (Goal("accuracy", "accuracy", True), Goal("aurc", "AURC", False))
+
+
+def draw(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
+    """One figure per model and dataset, clean and shifted below one another."""
+    chosen = [(condition, lines) for condition in scope.conditions if (lines := scope.under(condition))]
+    axes = [axis for axis in _AXES if sum(_cost(line, axis) is not None for line in chosen[0][1]) > 1]
+    if not axes:
+        return
+    goals = [
+        goal for goal in _GOALS if any(not math.isnan(line.group.of(goal.metric)) for _, ls in chosen for line in ls)
+    ]
+    cases = [(condition, lines, goal, axis) for condition, lines in chosen for axis in axes for goal in goals]
+    columns = min(across, len(axes) * len(goals))
+    rows = math.ceil(len(cases) / columns)
+    styles = looks(line.config.method for line in scope.lines)
+    handles = drawing.method_handles(styles, line=False)
+    margins = Margins(across=0.55, down=0.72)
+    width = WIDE if across > 2 else NARROW
+    figure, grid = drawing.panels(rows, columns, width, 1.9 * rows, handles, margins, sharex=False, sharey=False)
+    for place, (condition, lines, goal, axis) in enumerate(cases):
+        panel = grid.ravel()[place]
+        _panel(panel, lines, goal, axis, styles, summary.level)
+        panel.set_title(f"{goal.label} {_UP if goal.high else _DOWN} {condition}", fontsize=9)
+    for panel in grid.ravel()[len(cases) :]:
+        panel.set_visible(False)
+    name = f"pareto-{slug(scope.title)}"
+    yield Drawn(
+        name,
+        scope.title,
+        "Each mark is one configuration, with its bits beside it; a line joins those that nothing beats in both of a"
+        " panel's measures, a thin bar is the interval over images, arrows point to what is better. Not beaten in"
+        f" accuracy, AURC, memory and speed at once, {_unbeaten(chosen)}.",
+        figure,
+        _table(name, scope, chosen, summary),
+    )
+
+
+def _unbeaten(chosen: Sequence[tuple[str, Sequence[Line]]]) -> str:
+    return "; ".join(
+        f"{condition}: {drawing.listed(line.config.label for line in not_dominated(lines))}"
+        for condition, lines in chosen
+    )
+
+
+def _panel(panel: Any, lines: Sequence[Line], goal: Goal, axis: Axis, styles: Mapping[str, Look], level: float) -> None:
+    points = [
+        (cost * axis.factor, line.group.of(goal.metric), line)
+        for line in lines
+        if (cost := _cost(line, axis)) is not None and not math.isnan(line.group.of(goal.metric))
+    ]
+    front = _front([(x, y) for x, y, _ in points], high=goal.high, more=axis.more)
+    for x, y, line in points:
+        look = styles[line.config.method]
+        low, high = line.group.interval(goal.metric, level)
+        if len(points) < _PLAIN and not math.isnan(low):
+            panel.plot([x, x], [low, high], color=look.colour, alpha=0.4, linewidth=1.0, zorder=2)
+        panel.plot(x, y, look.mark, color=look.colour, zorder=3, alpha=1.0 if len(points) < _PLAIN else 0.6)
+        if len(points) <= _LABELLED or (x, y) in front:
+            bits = "" if line.config.bits is None else str(line.config.bits)
+            panel.annotate(bits, (x, y), (4, 3), textcoords="offset points", fontsize=7, color=MUTED)
+    if len(front) > 1:
+        panel.plot(*zip(*front, strict=True), color=INK, linewidth=0.9, alpha=0.6, zorder=1)
+    panel.set_xlabel(axis.label)
+    panel.margins(0.1)
+
+
+def _cost(line: Line, axis: Axis) -> float | None:
+    value: float | None = getattr(line.cost, axis.field)
+    return value
+
+
+def _front(points: Sequence[tuple[float, float]], *, high: bool, more: bool) -> list[tuple[float, float]]:
+    """Points that no other beats in both, by x; `high`: whether y, and `more`: whether x should be high."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(
+        set(points), key=lambda point: (-point[0] if more else point[0], -point[1] if high else point[1])
+    ):
+        if not kept or (y > kept[-1][1] if high else y < kept[-1][1]):
+            kept.append((x, y))
+    return sorted(kept)
+
+
+def _table(name: str, scope: Scope, chosen: Sequence[tuple[str, Sequence[Line]]], summary: Summary) -> Table:
+    columns = (
+        Column("Model", numeric=False),
+        Column("Condition", numeric=False),
+        Column("Accuracy", better="high"),
+        Column("AURC", better="low"),
+        Column("MB", better="low"),
+        Column("Tokens/s", better="high"),
+    )
+    rows = [
+        [
+            Cell(line.config.label, line.config.label, note=summary.details(line.config)),
+            text(condition),
+            *(number(line.group.of(m), line.group.interval(m, summary.level)) for m in ("accuracy", "aurc")),
+            number(None if line.cost.bytes is None else line.cost.bytes / 1e6, digits=2),
+            number(line.cost.tokens_per_second, digits=0),
+        ]
+        for condition, lines in chosen
+        for line in lines
+    ]
+    return Table(name, f"Accuracy, reliability and cost on {scope.title}", columns, rows_of(rows))
