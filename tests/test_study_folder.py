@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lmms_plugin.study import guard
-from lmms_plugin.study.folder import CELL, DONE, FAILED, StudyFolder, read_json
+from lmms_plugin.study.folder import CELL, DONE, FAILED, Lock, StudyFolder, read_json
+from lmms_plugin.study.recording import Recorder, Taken
 from lmms_plugin.study.storage import Storage
 
 ABOUT = {"model": "quant_rtn", "model_args": {"bits": 4}, "tasks": ["t"], "limit": None, "axes": {"bits": 4}}
@@ -178,3 +180,59 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+class Told:
+    """Keeps what a watcher is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[Any, ...]] = []
+
+    def started(self, cell: str) -> None:
+        self.lines.append(("started", cell))
+
+    def done(self, cell: str, seconds: float | None) -> None:
+        self.lines.append(("done", cell, seconds))
+
+    def failed(self, cell: str, problem: str) -> None:
+        self.lines.append(("failed", cell, problem))
+
+    def waiting(self, cell: str, reason: str) -> None:
+        self.lines.append(("waiting", cell, reason))
+
+    def tick(self) -> None:
+        pass
+
+
+def fail(folder: StudyFolder, cell: str, moment: float) -> None:
+    folder.begin(cell)
+    folder.fail(cell, ABOUT, {"problem": "p", "returncode": 1, "tail": "", "seconds": moment})
+
+
+def test_a_failure_of_another_runner_is_not_tried_again_but_one_from_before_is(folder: StudyFolder) -> None:
+    told = Told()
+    recorder = Recorder(folder, told)
+    fail(folder, "a-1", 1.0)
+    lock = recorder.claim("a-1")
+    assert isinstance(lock, Lock)
+    lock.release()
+    other = folder.lock("a-1")
+    assert other is not None
+    assert recorder.claim("a-1") is Taken.ELSEWHERE
+    fail(folder, "a-1", 2.0)
+    other.release()
+    assert recorder.claim("a-1") is Taken.SETTLED
+    assert told.lines == [("failed", "a-1", "p")]
+
+
+def test_what_another_runner_finished_is_taken_for_done(folder: StudyFolder) -> None:
+    told = Told()
+    recorder = Recorder(folder, told)
+    other = folder.lock("a-1")
+    assert other is not None
+    assert recorder.claim("a-1") is Taken.ELSEWHERE
+    work(folder, "a-1")
+    folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    other.release()
+    assert recorder.claim("a-1") is Taken.SETTLED
+    assert told.lines == [("done", "a-1", None)]

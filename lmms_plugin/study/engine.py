@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin.study import on_ray
-from lmms_plugin.study.folder import FAILED, StudyFolder, read_json
+from lmms_plugin.study.folder import StudyFolder
 from lmms_plugin.study.grid import gpus_needed
 from lmms_plugin.study.local import LocalRunner, visible_gpus
 from lmms_plugin.study.planning import Plan, Planned, keys, plan
@@ -74,8 +74,8 @@ def run(
         else:
             on_ray.RayRunner(recorder, keys(gpus), lambda cell: gpus_needed(cell, gpus)).run(cells)
     after = plan(study, output, gpus)
-    failed = [one.keyed.id for one in after.cells if one.state == "failed"]
-    problems = {cell: read_json(folder.failed_path(cell) / FAILED)["problem"] for cell in failed}
+    failures = {one.keyed.id: folder.failure(one.keyed.id) for one in after.cells}
+    problems = {cell: failure["problem"] for cell, failure in failures.items() if failure is not None}
     return _analysed(Finished(after, problems), folder)
 
 

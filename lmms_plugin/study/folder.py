@@ -90,6 +90,10 @@ class StudyFolder:
         """Whether the last attempt at a cell failed."""
         return (self.failed_path(cell) / FAILED).is_file() and not self.is_done(cell)
 
+    def failure(self, cell: str) -> dict[str, Any] | None:
+        """What `failed.json` of a cell says; None where it has not failed."""
+        return read_json(self.failed_path(cell) / FAILED) if self.has_failed(cell) else None
+
     def is_running(self, cell: str) -> bool:
         """Whether someone works on a cell now."""
         path = self.running / f"{cell}{_LOCK}"

@@ -14,7 +14,7 @@ from lmms_plugin.study.attempt import Attempt
 from lmms_plugin.study.folder import Lock
 from lmms_plugin.study.grid import Cell, gpus_needed
 from lmms_plugin.study.identity import Keyed
-from lmms_plugin.study.recording import Recorder
+from lmms_plugin.study.recording import Recorder, Taken
 
 POLL_SECONDS = 0.2
 ELSEWHERE_SECONDS = 2.0
@@ -79,14 +79,11 @@ class LocalRunner:
                 waiting.appendleft(cell)
                 return
             keyed = self.key(cell)
-            lock = self.recorder.folder.lock(keyed.id)
-            if lock is None:
+            claim = self.recorder.claim(keyed.id)
+            if claim is Taken.ELSEWHERE:
                 elsewhere.append(cell)
-            elif self.recorder.has(keyed.id):
-                self.recorder.watcher.done(keyed.id, None)
-                lock.release()
-            else:
-                self._working.append(self._start(keyed, lock))
+            elif isinstance(claim, Lock):
+                self._working.append(self._start(keyed, claim))
 
     def _start(self, keyed: Keyed, lock: Lock) -> _Work:
         taken = {gpu for work in self._working for gpu in work.gpus}

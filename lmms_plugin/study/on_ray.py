@@ -24,7 +24,7 @@ from lmms_plugin.study.attempt import Attempt, Outcome
 from lmms_plugin.study.folder import LOG, Lock
 from lmms_plugin.study.grid import Cell
 from lmms_plugin.study.identity import Keyed
-from lmms_plugin.study.recording import Recorder
+from lmms_plugin.study.recording import Recorder, Taken
 
 RETRIES = 3
 POLL_SECONDS = 0.5
@@ -149,17 +149,15 @@ class RayRunner:
         elsewhere = deque[Cell]()
         for cell in cells:
             keyed = self.key(cell)
-            lock = self.recorder.folder.lock(keyed.id)
-            if lock is None:
+            claim = self.recorder.claim(keyed.id)
+            if claim is Taken.ELSEWHERE:
                 elsewhere.append(cell)
-            elif self.recorder.has(keyed.id):
-                lock.release()
-            else:
+            elif isinstance(claim, Lock):
                 gpus = self.needed(cell)
                 # Ray tries again what a lost worker was doing; an error in our own code would only come again.
                 options = {"max_retries": RETRIES, "retry_exceptions": False, "name": keyed.id}
                 task = ray.remote(evaluate).options(num_cpus=_cpus(cell), num_gpus=gpus, **options)
-                self._working[task.remote(keyed, gpus, starts.add)] = _Work(keyed, lock)
+                self._working[task.remote(keyed, gpus, starts.add)] = _Work(keyed, claim)
         return elsewhere
 
     def _settle(self, ray: Any, starts: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
 
 from lmms_plugin.study.attempt import Outcome, about
-from lmms_plugin.study.folder import StudyFolder
+from lmms_plugin.study.folder import Lock, StudyFolder
 from lmms_plugin.study.identity import Keyed
 from lmms_plugin.study.storage import Storage
 
@@ -30,6 +31,13 @@ class Watcher(Protocol):
         """Time has passed."""
 
 
+class Taken(Enum):
+    """Why a cell is not to be worked on here."""
+
+    ELSEWHERE = "another runner works on it"
+    SETTLED = "it is finished, or another runner has just failed at it"
+
+
 @dataclass(frozen=True)
 class Recorder:
     """Keeps what cells come to.
@@ -43,14 +51,31 @@ class Recorder:
     folder: StudyFolder
     watcher: Watcher
     storage: Storage | None = None
+    _failures: dict[str, dict[str, Any] | None] = field(default_factory=dict, repr=False)
 
-    def has(self, cell: str) -> bool:
-        """Whether a cell, whose lock the caller has, is finished, here or in the storage; then that is told."""
-        fetched = self.storage is not None and not self.folder.is_done(cell) and self.storage.fetch(cell, self.folder)
-        if not (self.folder.is_done(cell) or fetched or self.folder.restore(cell)):
-            return False
-        self.watcher.done(cell, None)
-        return True
+    def claim(self, cell: str) -> Lock | Taken:
+        """Take the right to work on a cell, unless that is not to be done here."""
+        before = self.folder.failure(cell)
+        lock = self.folder.lock(cell)
+        if lock is None:
+            self._failures.setdefault(cell, before)
+            return Taken.ELSEWHERE
+        failure = self.folder.failure(cell)
+        failed_elsewhere = failure is not None and failure != self._failures.get(cell, failure)
+        if failed_elsewhere or self._has(cell):
+            lock.release()
+            if failure is not None and failed_elsewhere:
+                self.watcher.failed(cell, failure["problem"])
+            else:
+                self.watcher.done(cell, None)
+            return Taken.SETTLED
+        return lock
+
+    def _has(self, cell: str) -> bool:
+        """Whether a cell is finished, here or in the storage."""
+        if self.folder.is_done(cell):
+            return True
+        return (self.storage is not None and self.storage.fetch(cell, self.folder)) or self.folder.restore(cell)
 
     def record(self, keyed: Keyed, outcome: Outcome, gpus: int) -> None:
         """Keep what the work on a cell, whose lock the caller has, came to."""
