@@ -26,11 +26,13 @@ class Backend(ABC):
         name: The registered name, as in ``quant_<name>``.
         bits: The bits per weight that it can do.
         default_bits: The bits per weight of the language model when the user names none.
+        unsaved: Why its layers cannot be written to disk at all; None if they can, or if only its layers tell.
     """
 
     name: ClassVar[str]
     bits: ClassVar[frozenset[int]]
     default_bits: ClassVar[int] = 4
+    unsaved: ClassVar[str | None] = None
 
     def check(self, plan: QuantPlan) -> None:
         """Refuse what this backend cannot do, before any model is loaded.
@@ -40,8 +42,18 @@ class Backend(ABC):
         """
         if not plan.specs:
             raise ValueError(f"{self.name} was asked to quantize nothing: every component is at 16 bits")
+        if plan.counts_use and isinstance(self, DataFreeBackend):
+            raise ValueError(
+                f"the plan's bits depend on how often experts are used, but {self.name} looks at no inputs that could "
+                "be counted: name the report of a calibrated run under routed_experts: {use: FILE}"
+            )
         for spec in plan.specs:
             self.check_spec(spec)
+
+    @property
+    def uncompressed(self) -> str | None:
+        """Why compressed-tensors cannot hold its layers, as far as that is known before any is made; None if it can."""
+        return self.unsaved
 
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse one spec, as `check` does for all of a plan."""

@@ -61,11 +61,14 @@ class SplitExperts(nn.Module):
         fused: It is left as it is.
     """
 
+    fused: Any
+    num_experts: int
+
     def __init__(self, fused: Any) -> None:
         super().__init__()
         # Not as a submodule: its stacks are to go once the experts have their own weights.
         object.__setattr__(self, "fused", fused)
-        self.num_experts: int = fused.num_experts
+        self.num_experts = fused.num_experts
         self._transposed: bool = fused.is_transposed
         for name, child in fused.named_children():
             self.add_module(name, child)
@@ -147,10 +150,12 @@ class SplitExperts(nn.Module):
     def _run(self, expert: Expert, hidden_states: Tensor, rows: Tensor) -> Tensor:
         expert.fed = Fed(rows, len(hidden_states))
         try:
-            output = expert(hidden_states[rows], self._activate)
+            output: Tensor = expert(hidden_states[rows], self._activate)
         finally:
             expert.fed = None
-        return self.post_expert_norm(output) if self.fused.has_post_expert_norm else output
+        if self.fused.has_post_expert_norm:
+            output = self.fused.post_expert_norm(output)
+        return output
 
     def _activate(self, projected: Tensor) -> Tensor:
         activated: Tensor = (self.fused._apply_gate if self.fused.has_gate else self.fused.act_fn)(projected)

@@ -21,7 +21,7 @@ from lmms_plugin.quant_backends.linear import QuantizedLinear
 from lmms_plugin.quant_backends.memory import Residence, return_freed_memory
 from lmms_plugin.quant_backends.plan import Assignment, QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.report import ModuleReport
-from lmms_plugin.quant_backends.roles import find_places
+from lmms_plugin.quant_backends.roles import find_mixtures, find_places
 from lmms_plugin.quant_backends.routing import count_tokens
 
 if TYPE_CHECKING:
@@ -54,11 +54,22 @@ class Quantization:
     def _assign(self, use: Mapping[str, tuple[int, ...]] | None = None) -> Assignment:
         fixed = {name: reason for name in self.components if (reason := _untouchable(self.model.get_submodule(name)))}
         free = {name: part for name, part in self.components.items() if name not in fixed}
+        if self.plan.counts_use:
+            self._expect_countable()
         if self.plan.specs:
             specs, reasons = self.plan.assign(free, self.places, use)
         else:
             specs, reasons = {}, dict.fromkeys(free, "quantization was not asked for")
         return Assignment(specs, reasons | fixed)
+
+    def _expect_countable(self) -> None:
+        experts = {place.experts for place in self.places.values() if place.experts is not None}
+        uncounted = sorted(experts - find_mixtures(self.model).keys())
+        if uncounted:
+            raise ValueError(
+                f"the plan's bits depend on how often experts are used, which {uncounted[0]} does not tell: it is a "
+                "list of modules that the model calls by itself"
+            )
 
     def _join_untouched(self) -> None:
         """Put fused experts back together of which nothing is quantized; let go of the stacks of all others."""

@@ -128,11 +128,11 @@ class RolePlan:
             use: Module name -> tokens of each of its experts. None where they are not counted yet: experts then get
                 the finer of their two specs.
         """
-        spec, entry = default, None
+        spec, entry = default, None if place.role not in self.asked else str(place.role)
         if place.role == "routed_experts" and self.routed is not None:
-            spec, entry = self._by_use(place, use), place.role
+            spec = self._by_use(place, use)
         elif place.role in self.specs:
-            spec, entry = self.specs[place.role], place.role
+            spec = self.specs[place.role]
         first = self.first_blocks
         if first is not None and place.block < first.count and bits_of(spec) < bits_of(first.spec):
             return first.spec, "first_blocks"

@@ -84,7 +84,7 @@ def _mixtures(model: nn.Module, block: str) -> Iterator[tuple[str, int]]:
     """Yield name and number of the experts of each mixture in a block."""
     for name, module in model.get_submodule(block).named_modules(prefix=block):
         if isinstance(module, SplitExperts) or is_fused(module):
-            yield name, int(module.num_experts)  # type: ignore[arg-type]
+            yield name, int(module.num_experts)
         elif isinstance(module, nn.ModuleList) and _has_router(model.get_submodule(_parent(name)), len(module)):
             yield name, len(module)
 

@@ -23,6 +23,7 @@ from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.memory import Residence
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec, Rule
 from lmms_plugin.quant_backends.quantization import find_outlier_score, quantize, tensor_bytes
+from lmms_plugin.quant_backends.report import QuantReport
 from lmms_plugin.quant_backends.roles import find_mixtures, find_places
 from lmms_plugin.quant_backends.routing import count_tokens
 from lmms_plugin.quant_backends.saving import save_quantized
@@ -268,7 +269,7 @@ def test_statistics_of_an_expert_are_those_of_its_own_tokens(mixture):
     assert checked
 
 
-@pytest.mark.parametrize("method", ["rtn", "hqq", "awq"])
+@pytest.mark.parametrize("method", ["hqq", "awq"])
 def test_saved_and_loaded_again_the_answers_are_the_same(mixture, method, tmp_path):
     calibration = CalibrationSpec("noise", samples=2) if method in CALIBRATED else None
     plan = QuantPlan(
@@ -280,7 +281,11 @@ def test_saved_and_loaded_again_the_answers_are_the_same(mixture, method, tmp_pa
     assert saved.format == "lmms_plugin"
     assert saved.reason.endswith("holds experts")
     again = load_quantized(str(tmp_path / "saved"), backend=get("prequantized"), plan=QuantPlan())
-    assert torch.equal(mixture.answer(again.model), expected)
+    weights, back = loaded.model.state_dict(), again.model.state_dict()
+    assert weights.keys() == back.keys()
+    assert all(torch.equal(weights[name], back[name]) for name in weights)
+    # Products in float32 depend on where in memory their factors begin.
+    torch.testing.assert_close(mixture.answer(again.model), expected, rtol=1e-4, atol=1e-5)
     assert again.report.bytes_after == loaded.report.bytes_after
     assert len(again.report.quantized) == len(loaded.report.quantized)
 
@@ -360,3 +365,158 @@ def test_roles_are_found_by_structure(mixtures, family, expected):
         if place.role == "routed_experts":
             assert name.startswith(f"{place.experts}.{place.expert}.")
     assert found == expected
+
+
+def bits_by_layer(work):
+    return {module.name: module.bits or 16 for module in work.modules() if module.role is not None}
+
+
+def roles_plan(tmp_path, text, **arguments):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    return QuantPlan.from_arguments(**{"bits": 4, "group_size": GROUP, "plan": path} | arguments)
+
+
+def test_bits_by_role(mixtures, tmp_path):
+    plan = roles_plan(
+        tmp_path,
+        "roles: {attention: 8, mlp: 6, shared_expert: 5, routed_experts: {bits: 3, group_size: 16}, router: 16}",
+    )
+    work = mixtures["deepseek_vl2"].quantize("rtn", plan)
+    wanted = {"attention": 8, "mlp": 6, "shared_expert": 5, "routed_experts": 3}
+    found = {module.role: set() for module in work.modules() if module.role}
+    for module in work.modules():
+        if module.role:
+            found[module.role].add((module.bits, module.group_size))
+    assert found == {role: {(bits, 16 if bits == 3 else GROUP)} for role, bits in wanted.items()}
+
+
+def test_rules_win_over_roles_and_the_first_blocks_raise_but_never_lower(mixtures, tmp_path):
+    plan = roles_plan(
+        tmp_path,
+        """
+        roles: {attention: 8, shared_expert: 16, routed_experts: 3, first_blocks: {count: 2, bits: 6}}
+        rules: [{match: 'layers.1.mlp.experts.5', bits: 2}]
+        skip: ['layers.2.self_attn.o_proj']
+        """,
+    )
+    bits = bits_by_layer(mixtures["deepseek_vl2"].quantize("rtn", plan))
+    prefix = "model.language_model.layers"
+    assert bits[f"{prefix}.0.mlp.up_proj"] == 6
+    assert bits[f"{prefix}.1.mlp.experts.0.down_proj"] == 6
+    assert bits[f"{prefix}.2.mlp.experts.0.down_proj"] == 3
+    assert bits[f"{prefix}.1.self_attn.o_proj"] == 8
+    assert bits[f"{prefix}.1.mlp.experts.5.down_proj"] == 2
+    assert f"{prefix}.2.self_attn.o_proj" not in bits
+    assert f"{prefix}.1.mlp.shared_experts.up_proj" not in bits
+
+
+BY_USE = "roles: {routed_experts: {frequent: 6, rare: 2, share: 0.25%s}}"
+
+
+def test_bits_by_use(mixture, tmp_path):
+    """The fourth of each layer's experts that most tokens are sent to; rtn takes the counts from a report."""
+    work = mixture.quantize("gptq", roles_plan(tmp_path, BY_USE % ""))
+    counted = count_tokens(mixture.model, mixture.batches, Residence())
+    expected = {}
+    for name, tokens in counted.items():
+        frequent = sorted(range(len(tokens)), key=lambda expert: (-tokens[expert], expert))[
+            : math.ceil(len(tokens) / 4)
+        ]
+        for expert in range(len(tokens)):
+            for layer in ("gate_up_proj", "down_proj"):
+                expected[f"{name}.{expert}.{layer}"] = 6 if expert in frequent else 2
+    got = bits_by_layer(work)
+    assert {name: bits for name, bits in got.items() if ".experts." in name} == expected
+    report = QuantReport("gptq", work.modules(), 0, 0, 0.0, None, None, None, {}, work.expert_use)
+    (tmp_path / "report.json").write_text(report.to_json())
+    plan = roles_plan(tmp_path, BY_USE % ", use: report.json")
+    loaded = load_quantized(str(mixture.path), backend=get("rtn"), plan=plan)
+    assert {m.name: m.bits for m in loaded.report.modules if m.role == "routed_experts"} == expected
+    assert "experts of 2 layers: " in report.table()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("roles: {atention: 8}", r"plan.yaml: roles: unknown key 'atention'"),
+        ("roles: [8]", r"plan.yaml: roles: expected a mapping"),
+        ("roles: {attention: 1}", r"plan.yaml: roles: attention: bits must be"),
+        ("roles: {router: 4}", r"plan.yaml: roles: router must be 16, got 4: a router decides"),
+        ("roles: {routed_experts: {frequent: 4}}", r"roles: routed_experts: rare is missing"),
+        ("roles: {routed_experts: {frequent: 4, rare: 2, share: 2}}", r"routed_experts: share must be a fraction"),
+        ("roles: {routed_experts: {frequent: 9, rare: 2, share: 0.5}}", r"routed_experts: frequent: bits must be"),
+        ("roles: {routed_experts: {frequent: 4, rare: 2, share: 0.5, use: 3}}", r"use must name a report's file"),
+        ("roles: {first_blocks: 2}", r"roles: first_blocks: expected a mapping"),
+        ("roles: {first_blocks: {count: 2}}", r"roles: first_blocks: bits is missing"),
+        ("roles: {first_blocks: {count: 0, bits: 8}}", r"roles: first_blocks: count must be a positive integer"),
+    ],
+)
+def test_mistakes_in_roles_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        roles_plan(tmp_path, text)
+
+
+def test_reports_without_counts_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"use: there is no report .*gone\.json"):
+        roles_plan(tmp_path, BY_USE % ", use: gone.json")
+    (tmp_path / "empty.json").write_text('{"experts": []}')
+    with pytest.raises(ValueError, match=r"empty\.json counts no experts; expected the report of a calibrated method"):
+        roles_plan(tmp_path, BY_USE % ", use: empty.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("roles: {shared_expert: 8}", r"roles name shared_expert, but this model's layers are: attention, mlp, routed"),
+        ("roles: {first_blocks: {count: 4, bits: 8}}", r"first_blocks are 4, this decoder has 3 blocks"),
+        ("rules: [{match: 'mlp.gate$', bits: 4}]", r"plan rule 'mlp.gate\$' matches no linear layer"),
+    ],
+)
+def test_plans_that_do_not_fit_the_model_are_refused(mixtures, tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        mixtures["qwen3_vl_moe"].quantize("rtn", roles_plan(tmp_path, text))
+
+
+def test_by_use_without_inputs_to_count_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"rtn looks at no inputs that could be counted: name the report"):
+        get("rtn").check(roles_plan(tmp_path, BY_USE % ""))
+
+
+def test_routers_and_shared_gates_that_are_linear_layers_are_left_alone():
+    """Qwen3.5-MoE gates its shared expert by a linear layer with one output; experts in lists have linear routers."""
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.down_proj(self.up_proj(x))
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(8, 8)
+
+        def forward(self, x, attention_mask=None):
+            return self.q_proj(x)
+
+    block = nn.Module()
+    block.self_attn, block.mlp = Attention(), Mlp()
+    block.mlp.gate, block.mlp.shared_expert_gate = nn.Linear(8, 5), nn.Linear(8, 1)
+    block.mlp.experts, block.mlp.shared_expert = nn.ModuleList(Mlp() for _ in range(5)), Mlp()
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    layers = {name: "language" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    places = find_places(model, layers)
+    roles = {name.removeprefix("layers.0."): place.role for name, place in places.items()}
+    assert roles["mlp.gate"] == roles["mlp.shared_expert_gate"] == "router"
+    assert roles["mlp.shared_expert.up_proj"] == "shared_expert"
+    assert roles["self_attn.q_proj"] == "attention"
+    assert places["layers.0.mlp.experts.3.up_proj"] == ("routed_experts", 0, "layers.0.mlp.experts", 3)
+    plan = QuantPlan(language=QuantSpec(4, 8))
+    specs, reasons = plan.assign(layers, places)
+    assert set(reasons) == {"layers.0.mlp.gate", "layers.0.mlp.shared_expert_gate"}
+    assert all("decides which experts run" in reason for reason in reasons.values())
+    assert len(specs) == len(layers) - 2
