@@ -96,7 +96,7 @@ class Matcher:
             yield Response("", scores={"itc": tuple(cosines), "itm": itm})
 
     def similarity(self, seen: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
-        """Return the cosine of every pair, shape (images, texts): that of a text and the image's query nearest to it."""
+        """Return the cosine of every pair, shape (images, texts): of a text and the image's query nearest to it."""
         texts = torch.cat([self._text_feature(ids) for ids in read])
         rows = []
         for start in range(0, len(seen), self.batch_size):

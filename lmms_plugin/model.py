@@ -175,20 +175,21 @@ class QuantizedVLM(lmms):
 
         Returns:
             Texts in the order of the requests. An answer to a message with the key "grounding" or "log_probabilities"
-            is an encoded `Response`; any other is the plain text.
+            is an encoded `Response`, and so are the scores where the generation options say `candidates`; any other is
+            the plain text.
 
         Raises:
             RequestError: a document cannot be read or shown to this model; it is named.
             OutOfMemory: a batch does not fit; says what helps.
         """
         read_requests = read(requests, self.task_dict)
-        ranked = [request for request in read_requests if request.options.get("candidates")]
-        if ranked:
-            if len(ranked) < len(read_requests):
-                raise RequestError("requests with and without candidates came in one call")
-            return self._candidate_scores(ranked)
-        jobs = [Job(request.first, request, Settings.from_kwargs(request.options)) for request in read_requests]
-        return self._answer(jobs, "Answering")
+        ranked = [i for i, request in enumerate(read_requests) if request.options.get("candidates")]
+        written = sorted(set(range(len(read_requests))) - set(ranked))
+        jobs = [Job(r.first, r, Settings.from_kwargs(r.options)) for r in (read_requests[i] for i in written)]
+        answers = dict(zip(written, self._answer(jobs, "Answering") if jobs else [], strict=True))
+        scored = self._candidate_scores([read_requests[i] for i in ranked]) if ranked else []
+        answers.update(zip(ranked, scored, strict=True))
+        return [answers[i] for i in range(len(read_requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
         """Answer tasks that ask again with earlier answers at hand, all requests one round at a time.

@@ -2,9 +2,9 @@
 
 A document is one photograph with candidates, the captions of its pool. The model is not asked to write: it says of
 every candidate how well it fits. Both directions come from the same scores: captions are ranked for each photograph
-(text retrieval), and the photographs of a pool for each caption (image retrieval). Pools are parts of the dataset, drawn
-by a hash of the photograph's name and `SEED`; with one pool of all this is the published protocol, with small ones a
-cheaper and easier one, whose numbers mean nothing beside published ones.
+(text retrieval), and the photographs of a pool for each caption (image retrieval). Pools are parts of the dataset,
+drawn by a hash of the photograph's name and `SEED`; with one pool of all this is the published protocol, with small
+ones a cheaper and easier one, whose numbers mean nothing beside published ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -278,7 +278,7 @@ def image_r_at_10(rows: Sequence[Mapping[str, Any]]) -> float:
     return image_r_at(rows, 10)
 
 
-def _bounds(hits: npt.NDArray[np.float64]) -> tuple[float, float]:
+def bounds(hits: npt.NDArray[np.float64]) -> tuple[float, float]:
     """95 % interval of a mean over photographs, which are drawn with replacement while the candidates stay."""
     if hits.size < 2:
         return float("nan"), float("nan")
@@ -294,22 +294,22 @@ def _text_hits(records: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:
 
 def text_low(records: Sequence[Mapping[str, Any]]) -> float:
     """Lower end of the interval of text retrieval at 1."""
-    return _bounds(_text_hits(records))[0]
+    return bounds(_text_hits(records))[0]
 
 
 def text_high(records: Sequence[Mapping[str, Any]]) -> float:
     """Upper end of the interval of text retrieval at 1."""
-    return _bounds(_text_hits(records))[1]
+    return bounds(_text_hits(records))[1]
 
 
 def image_low(rows: Sequence[Mapping[str, Any]]) -> float:
     """Lower end of the interval of image retrieval at 1."""
-    return _bounds(_image_hits(rows, 1))[0]
+    return bounds(_image_hits(rows, 1))[0]
 
 
 def image_high(rows: Sequence[Mapping[str, Any]]) -> float:
     """Upper end of the interval of image retrieval at 1."""
-    return _bounds(_image_hits(rows, 1))[1]
+    return bounds(_image_hits(rows, 1))[1]
 
 
 # Columns and the number of rows as the repository's card says; the copy with all of Flickr30k under lmms-eval's name

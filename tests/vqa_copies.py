@@ -67,7 +67,7 @@ def _structured(dataset: str, images: int) -> Iterator[dict[str, object]]:
                 "answer_type": "other",
                 "question_id": 1000 * image + number,
                 "question": question,
-                "image": {"bytes": _jpeg(image), "path": None},
+                "image": {"bytes": jpeg(image), "path": None},
             }
 
 
@@ -76,7 +76,7 @@ def _plain(dataset: str, images: int) -> Iterator[dict[str, object]]:
         question, answers = QUESTIONS[image % 3]
         yield {
             "question_id": f"VizWiz_val_{image:08d}.jpg",
-            "image": {"bytes": _jpeg(image), "path": None},
+            "image": {"bytes": jpeg(image), "path": None},
             "question": question,
             "answers": answers,
             "category": "other",
@@ -93,7 +93,7 @@ def write(folder: Path) -> dict[str, str]:
     return environment
 
 
-def _jpeg(image: int) -> bytes:
+def jpeg(image: int) -> bytes:
     corner = 8 * (image // len(NAMES))
     buffer = io.BytesIO()
     photograph = photographs.photograph(NAMES[image % len(NAMES)])
