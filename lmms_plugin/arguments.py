@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tempfile
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
-from lmms_plugin.quant_backends.plan import QuantPlan
+from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
+
+if TYPE_CHECKING:
+    from lmms_plugin.quant_backends.backend import Backend
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEMO = "demo"
@@ -217,6 +222,41 @@ class ModelArguments:
         if len(self.system_prompt) < 256 and Path(self.system_prompt).is_file():
             return Path(self.system_prompt).read_text(encoding="utf-8").strip()
         return self.system_prompt.replace("\\n", "\n")
+
+
+def read_arguments(text: str) -> dict[str, Any]:
+    """Read `name=value,name=value,...` as lmms-eval does.
+
+    Raises:
+        ValueError: a part has no `=`, or a name comes twice, of which lmms-eval would silently take the last.
+    """
+    from lmms_eval.utils import simple_parse_args_string
+
+    # Commas within quotes and brackets part nothing.
+    parts = [part.strip() for part in re.sub(r"'[^']*'|\"[^\"]*\"|\{.*\}|\[.*\]", "", text).split(",")]
+    wrong = [part for part in parts if part and "=" not in part]
+    if wrong:
+        raise ValueError(f"expected name=value,name=value,..., got {wrong[0]!r}")
+    names = Counter(part.partition("=")[0] for part in parts if part)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given {names[twice[0]]} times; say it once")
+    return dict(simple_parse_args_string(text))
+
+
+def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:
+    """Refuse arguments about weights for a method that leaves all of them as the checkpoint has them.
+
+    Args:
+        given: name -> value, as the user gave them.
+        backend: the method.
+
+    Raises:
+        ValueError: one of them would have no effect.
+    """
+    useless = [name for name in ("group_size", "symmetric") if name in given]
+    if useless and backend.default_bits == UNTOUCHED_BITS:
+        raise ValueError(f"{backend.name} takes weights as the checkpoint has them: leave out {useless[0]}")
 
 
 def _expect_whole(folder: Path) -> None:

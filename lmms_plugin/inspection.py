@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.quant_backends import backend_class, get, names, option_types
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def inspect(text: str, *, held_out: int) -> QuantReport:
     method, given = _parse(text)
     arguments = ModelArguments.parse(given, option_types(method))
     backend = get(method, **arguments.options)
+    expect_effect(given, backend)
     backend.check(arguments.quant_plan(backend.default_bits))
     arguments.calibration_spec()
     arguments.find_checkpoint()
@@ -60,12 +61,7 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    from lmms_eval.utils import simple_parse_args_string
-
-    wrong = [part for part in text.split(",") if "=" not in part]
-    if wrong:
-        raise ValueError(f"expected name=value,name=value,..., got {wrong[0]!r}")
-    given = dict(simple_parse_args_string(text))
+    given = read_arguments(text)
     method = str(given.pop("method", "")).removeprefix("quant_")
     if not method:
         raise ValueError(f"method= is missing: one of {', '.join(names())}")

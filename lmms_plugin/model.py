@@ -22,12 +22,11 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
-from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
@@ -87,6 +86,7 @@ class QuantizedVLM(lmms):
         super().__init__()
         self.arguments = ModelArguments.parse(arguments, option_types(self.method))
         backend = get(self.method, **self.arguments.options)
+        expect_effect(arguments, backend)
         plan, calibration = self.arguments.quant_plan(backend.default_bits), self.arguments.calibration_spec()
         wanted = Wanted.read(self.arguments, backend)
         path = self.arguments.find_checkpoint()
@@ -151,7 +151,7 @@ class QuantizedVLM(lmms):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> QuantizedVLM:
         """Take `--model_args`, which win over what lmms-eval's command adds to them (`batch_size`, `device`)."""
-        given = simple_parse_args_string(arg_string)
+        given = read_arguments(arg_string)
         added = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**added, **given})
 

@@ -661,3 +661,30 @@ def test_model_args_win_over_what_the_command_adds(checkpoint):
     cls = models.QuantNone
     arguments = f"pretrained={checkpoint('idefics3')},batch_size=3"
     assert cls.create_from_arg_string(arguments, {"batch_size": 1, "device": None}).batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pretrained=demo,bits=4,bits=8", "bits is given 2 times; say it once"),
+        ("pretrained=demo,bits=4, bits=4", "bits is given 2 times"),
+        ("pretrained=demo,four", "expected name=value,name=value,..., got 'four'"),
+    ],
+)
+def test_what_lmms_eval_would_silently_overwrite_or_trip_over_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        models.QuantRtn.create_from_arg_string(text)
+
+
+def test_commas_within_a_value_repeat_nothing():
+    from lmms_plugin.arguments import read_arguments
+
+    assert read_arguments("pretrained=demo,system_prompt='say a=1, a=2',bits=4")["bits"] == 4
+    assert read_arguments("") == {}
+
+
+@pytest.mark.parametrize("given", [{"group_size": 64}, {"symmetric": True}])
+@pytest.mark.parametrize("method", ["QuantNone", "QuantPrequantized"])
+def test_arguments_that_would_have_no_effect_are_refused(method, given):
+    with pytest.raises(ValueError, match=f"as the checkpoint has them: leave out {next(iter(given))}"):
+        getattr(models, method)(pretrained="demo", **given)
