@@ -36,6 +36,7 @@ class BitsAndBytesBackend(DataFreeBackend):
 
     name = "bitsandbytes"
     bits = frozenset({4, 8})
+    unsaved = "bitsandbytes keeps weights in a form of its own"
 
     format: str = "nf4"
     double_quant: bool = False

@@ -24,6 +24,11 @@ class HqqBackend(CodesBackend):
     name = "hqq"
     bits = frozenset({2, 3, 4, 5, 6, 8})
 
+    @property
+    def uncompressed(self) -> str | None:
+        """The library's zero points need this package's own format."""
+        return "its zero points are no integers"
+
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse symmetric grids besides unsupported bits: the zero point is what HQQ optimises."""
         super().check_spec(spec)

@@ -42,6 +42,11 @@ def check_act_bits(act_bits: int) -> None:
         raise ValueError(f"act_bits must be 8, or 16 to leave activations as they are, got {act_bits!r}")
 
 
+def rounded_inputs_apart(act_bits: int) -> str | None:
+    """Return why compressed-tensors' packed weights cannot hold such layers; None if they can."""
+    return None if act_bits == UNQUANTIZED else "it rounds inputs while the model runs (act_bits)"
+
+
 def round_inputs(x: Tensor) -> RoundedInputs:
     """Round each row of x (rows, columns) to 8 bits: symmetric, its largest magnitude becoming 127."""
     x = x.float()

@@ -56,6 +56,11 @@ class MbqBackend(CalibratedBackend):
             raise ValueError(f"mbq's loss must be mae or mse, got {self.loss!r}")
         check_act_bits(self.act_bits)
 
+    @property
+    def uncompressed(self) -> str | None:
+        """Input scales need this package's own format."""
+        return "its layers multiply their inputs by a scale"
+
     @torch.no_grad()
     def solve(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics

@@ -15,6 +15,7 @@ class NoneBackend(Backend):
     name = "none"
     bits = frozenset()
     default_bits = UNTOUCHED_BITS
+    unsaved = "it quantizes nothing; copy the checkpoint instead"
 
     def check(self, plan: QuantPlan) -> None:
         """Refuse a plan that asks for quantization, which would silently not happen."""

@@ -46,6 +46,11 @@ class _TritPlaneBackend(Backend):
         if self.max_iterations < 1:
             raise ValueError(f"{self.name}: max_iterations must be a positive integer, got {self.max_iterations!r}")
 
+    @property
+    def uncompressed(self) -> str | None:
+        """Trits need this package's own format."""
+        return "its weights are sums of two planes of trits"
+
     def fit(self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> TritPlanes:
         """Fit two planes to a weight with this backend's options (see `fit_planes`)."""
         return fit_planes(weight, spec.group_size, importance, starts=self.starts, max_iterations=self.max_iterations)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import CodesBackend
 from lmms_plugin.quant_backends.codes import Codes, rows_per_block, split_groups
-from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, Int8InputLinear, check_act_bits
+from lmms_plugin.quant_backends.int8_inputs import UNQUANTIZED, Int8InputLinear, check_act_bits, rounded_inputs_apart
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
 
@@ -29,6 +29,11 @@ class RtnBackend(CodesBackend):
 
     def __post_init__(self) -> None:
         check_act_bits(self.act_bits)
+
+    @property
+    def uncompressed(self) -> str | None:
+        """Rounded inputs need this package's own format."""
+        return rounded_inputs_apart(self.act_bits)
 
     def quantize_linear(self, weight: Tensor, bias: nn.Parameter | None, spec: QuantSpec) -> QuantizedLinear:
         """Quantize one layer into a packed one."""

@@ -27,9 +27,14 @@ from lmms_plugin.quant_backends.roles import find_mixtures
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lmms_plugin.quant_backends.backend import Backend
+
 REPORT = "quant_report.json"
 SHARD_SIZE = "5GB"
 COMPRESSED_TENSORS = "compressed-tensors"
+AUTO, OWN = "auto", "own"
+FORMS = (AUTO, COMPRESSED_TENSORS, OWN)
+"""What a user may ask for: `auto` is compressed-tensors where that can hold the weights, else our own format."""
 COMPRESSED_TENSORS_VERSION = "0.20.0"
 """The version whose packing of 3, 5, 6 and 7 bits is written; that of 2, 4 and 8 bits is the same in all."""
 
@@ -41,11 +46,15 @@ class Saved(NamedTuple):
         format: ``compressed-tensors`` or ``lmms_plugin``.
         reason: Why it is not compressed-tensors; None when it is.
         bytes: Of all files together.
+        bits: Of the quantized layers, each number once.
+        group_sizes: Of the quantized layers, each number once.
     """
 
     format: str
     reason: str | None
     bytes: int
+    bits: tuple[int, ...] = ()
+    group_sizes: tuple[int, ...] = ()
 
 
 def expect_free(folder: str | Path) -> Path:
@@ -60,6 +69,24 @@ def expect_free(folder: str | Path) -> Path:
     if not path.parent.is_dir():
         raise ValueError(f"save_quantized: there is no folder {path.parent}")
     return path
+
+
+def expect_storable(backend: Backend, form: str = AUTO) -> None:
+    """Refuse, before anything is loaded, to write what a method makes.
+
+    Args:
+        backend: The method with its options.
+        form: Of `FORMS`.
+
+    Raises:
+        ValueError: Its layers cannot be written at all, or not in this form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"expected a format of {', '.join(FORMS)}, got {form!r}")
+    if backend.unsaved is not None:
+        raise ValueError(f"{backend.name} cannot be saved: {backend.unsaved}")
+    if form == COMPRESSED_TENSORS and backend.uncompressed is not None:
+        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold what {backend.name} makes: {backend.uncompressed}")
 
 
 def expect_savable(model: nn.Module) -> None:
@@ -77,9 +104,18 @@ def expect_savable(model: nn.Module) -> None:
 
 
 def save_quantized(
-    model: PreTrainedModel, processor: Any, report: QuantReport, folder: str | Path, *, shard_size: str = SHARD_SIZE
+    model: PreTrainedModel,
+    processor: Any,
+    report: QuantReport,
+    folder: str | Path,
+    *,
+    shard_size: str = SHARD_SIZE,
+    form: str = AUTO,
 ) -> Saved:
     """Write a quantized model.
+
+    Input scales that are powers of two are handed over to the layers before on the way, which changes no output by a
+    bit (`lmms_plugin.quant_backends.folding`).
 
     Everything goes to a temporary folder beside `folder` first, which is renamed at the end: `folder` is whole or not
     there.
@@ -90,18 +126,24 @@ def save_quantized(
         report: Goes along as ``quant_report.json``.
         folder: New or empty.
         shard_size: Largest safetensors file, as in transformers.
+        form: Of `FORMS`.
 
     Raises:
-        ValueError: The folder is taken, or the model cannot be saved (see `expect_savable`).
+        ValueError: The folder is taken, or the model cannot be saved (see `expect_savable`), or not in this form.
     """
     from huggingface_hub import save_torch_state_dict
 
     target = expect_free(folder)
     expect_savable(model)
+    if form != OWN:
+        _fold(model, processor)
     layers = _layers(model)
     reason = _stacked(model) or next(
         (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
     )
+    if reason and form == COMPRESSED_TENSORS:
+        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold this model: {reason}")
+    reason = "it was asked for" if form == OWN else reason
     quantization = own_config(layers, report) if reason else compressed_tensors_config(model, layers)
     tensors = _own_tensors(model) if reason else _compressed_tensors(model, layers)
     with _whole_or_nothing(target) as unfinished:
@@ -110,7 +152,8 @@ def save_quantized(
         processor.save_pretrained(unfinished)
         (unfinished / REPORT).write_text(report.to_json(), encoding="utf-8")
         size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
-    return Saved(str(quantization["quant_method"]), reason, size)
+    bits, groups = (tuple(sorted({getattr(layer, k) for layer in layers.values()})) for k in ("bits", "group_size"))
+    return Saved(str(quantization["quant_method"]), reason, size, bits, groups)
 
 
 def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> dict[str, Any]:
@@ -190,12 +233,28 @@ def _stacked(model: nn.Module) -> str | None:
     return None if name is None else f"{name} holds experts"
 
 
+def _fold(model: PreTrainedModel, processor: Any) -> None:
+    """Hand input scales over to the layers before, if they are powers of two, all of them."""
+    scales = [layer.in_scale for layer in _layers(model).values() if isinstance(layer, PackedLinear)]
+    scales = [scale for scale in scales if scale is not None]
+    if not scales or not all(bool((scale.frexp().mantissa == 0.5).all()) for scale in scales):
+        return
+    import numpy as np
+
+    from lmms_plugin.quant_backends.folding import fold
+    from lmms_plugin.quant_backends.inputs import encode, to_model
+    from lmms_plugin.quant_backends.synthetic import scene
+
+    image, expression = scene(np.random.default_rng(0))
+    fold(model, {**to_model(encode(processor, image, f"Where is {expression}?"), model), "use_cache": False})
+
+
 def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
     """Say why compressed-tensors cannot hold a layer; None if it can."""
     if type(layer) is not PackedLinear:
         return f"{name} is a {type(layer).__name__}"
     if layer.in_scale is not None:
-        return f"{name} multiplies its input by a scale"
+        return f"{name} multiplies its input by a scale, which no layer before it could take over exactly"
     if layer.padded_columns:
         return f"{name} has a width of {layer.in_features}, which its groups of {layer.group_size} do not divide"
     zero = layer.packed.codes(0, 1).zero_point

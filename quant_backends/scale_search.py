@@ -129,7 +129,12 @@ class Scales(NamedTuple):
 
 
 def search_scales(
-    weights: Sequence[Tensor], specs: Sequence[QuantSpec], mean_magnitude: Tensor, objective: Objective
+    weights: Sequence[Tensor],
+    specs: Sequence[QuantSpec],
+    mean_magnitude: Tensor,
+    objective: Objective,
+    *,
+    powers_of_two: bool = False,
 ) -> Scales:
     """Find the input scale that layers share.
 
@@ -138,8 +143,9 @@ def search_scales(
         specs: One per weight.
         mean_magnitude: (columns,), mean |x| of these inputs.
         objective: Its errors are summed over the weights.
+        powers_of_two: Round every scale to the nearest power of two.
     """
-    inverses = candidates(mean_magnitude, weights[0].dtype)
+    inverses = candidates(mean_magnitude, weights[0].dtype, powers_of_two=powers_of_two)
     errors = torch.zeros(len(inverses), dtype=torch.float64, device=inverses.device)
     for weight, spec in zip(weights, specs, strict=True):
         errors += _candidate_errors(weight, spec, inverses, objective)
@@ -148,13 +154,14 @@ def search_scales(
     return Scales(inverses[best].to(weights[0].dtype), EXPONENTS[best])
 
 
-def candidates(mean_magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+def candidates(mean_magnitude: Tensor, dtype: torch.dtype, *, powers_of_two: bool = False) -> Tensor:
     """Return 1/s for every exponent of the grid.
 
     Args:
         mean_magnitude: (columns,), mean |x|.
         dtype: What the layer computes in; the inverses are rounded to it before they are used, so that
             the error that is measured is the one that is got.
+        powers_of_two: Round every scale to the nearest power of two.
 
     Returns:
         (exponents, columns) float32.
@@ -162,6 +169,8 @@ def candidates(mean_magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     exponents = torch.tensor(EXPONENTS, device=mean_magnitude.device).unsqueeze(1)
     scale = mean_magnitude.clamp(min=torch.finfo(torch.float32).tiny).pow(exponents).clamp(min=1e-4)
     scale = scale / (scale.amax(1, keepdim=True) * scale.amin(1, keepdim=True)).sqrt()
+    if powers_of_two:
+        scale = scale.log2().round().exp2()
     return (1 / scale).to(dtype).float()
 
 

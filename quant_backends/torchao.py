@@ -36,6 +36,7 @@ class TorchaoBackend(DataFreeBackend):
 
     name = "torchao"
     bits = frozenset({4, 8})
+    unsaved = "torchao keeps weights in a form of its own"
 
     solver: str = "tinygemm"
 
