@@ -396,7 +396,9 @@ class PrefixSharing:
         # Activations of few bits turn the last bit of a sum into a whole step, whatever the precision around them.
         if any(getattr(module, "act_bits", 16) < 16 for module in model.modules()):
             return LOW_PRECISION_TOLERANCE
-        return TOLERANCES.get(model.dtype, LOW_PRECISION_TOLERANCE)
+        # A few parameters may be kept in float32 where the rest is not.
+        dtypes = {model.dtype, *(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())}
+        return max(TOLERANCES.get(dtype, LOW_PRECISION_TOLERANCE) for dtype in dtypes)
 
     def is_news(self, reason: str) -> bool:
         """Return whether a reason not to share has not been given before, whatever the numbers in it."""
