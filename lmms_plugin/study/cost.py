@@ -1,4 +1,4 @@
-"""What a cell will cost: seconds like those of finished cells, and bytes of weights from the checkpoint's own files."""
+"""What a cell will take: as long as finished cells that are like it, or by a model of three numbers that it states."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import Any, NamedTuple
 
 from lmms_plugin.study.folder import StudyFolder
 from lmms_plugin.study.grid import Cell
+from lmms_plugin.study.tasks import known
+
+START = 20.0
+"""Seconds until lmms-eval answers its first question, measured on one idle core of a server's processor."""
+TOKENS = 512
+"""Of an image, a question and an answer together."""
+CPU_RATE, GPU_RATE = 2e10, 1e14
+"""Operations per second that are reached on one core of a CPU in float32, and on a data-centre GPU in bfloat16."""
 
 
 class Seconds(NamedTuple):
@@ -42,11 +50,18 @@ def past(folder: StudyFolder | None) -> list[Past]:
     return [Past(folder.about(folder.done_path(one)), folder.done(one)["seconds"]) for one in found]
 
 
-def seconds(cell: Cell, finished: Iterable[Past]) -> Seconds:
+def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None, *, cuda: bool = False) -> Seconds:
     """Estimate how long a cell takes: the median of the finished cells that are most like it.
 
-    Cells count as alike by model, tasks and limit; among these the same method and bits are preferred, then the same
-    method. There is no estimate from cells of another model, task or limit.
+    Cells count as alike by model, tasks and limit; among these the same method, bits and calibration are preferred,
+    then the same method. Without such cells, and where a limit tells the number of documents, it is the time to start
+    and that of the multiplications.
+
+    Args:
+        cell: What is asked.
+        finished: Cells of the same folder.
+        parameters: Of the model; None where it is not known.
+        cuda: Whether it runs on a GPU.
     """
     asked = {"tasks": list(cell.tasks), "limit": cell.limit, "processes": cell.resources.processes}
     alike = [one for one in finished if _named(one, asked) and one.about["axes"]["model"] == cell.axes.model]
@@ -55,7 +70,13 @@ def seconds(cell: Cell, finished: Iterable[Past]) -> Seconds:
         if same:
             what = " and ".join(("model", "tasks", *axes))
             return Seconds(median(one.seconds for one in same), f"median of {len(same)} finished cells of equal {what}")
-    return Seconds(None, "unknown: no cell of this model with these tasks is finished")
+    if cell.limit is None or parameters is None:
+        missing = "number of documents" if cell.limit is None else "size of the model"
+        return Seconds(None, f"unknown: no cell like it is finished, and the {missing} is not known")
+    documents = cell.limit * sum(len(task.tasks) for task in known(cell.tasks).values())
+    rate = GPU_RATE if cuda else CPU_RATE
+    basis = f"{START:.0f} s and {documents} documents of {TOKENS} tokens at {rate:.0e} operations per second"
+    return Seconds(START + documents * TOKENS * 2 * parameters / rate, f"stated model, not measured: {basis}")
 
 
 def _named(one: Past, asked: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.table import Table
 
@@ -16,6 +16,15 @@ from lmms_plugin.study.grid import Cell, Study, gpus_needed
 from lmms_plugin.study.identity import Keyed, keyed
 from lmms_plugin.study.local import visible_gpus
 from lmms_plugin.study.progress import duration
+from lmms_plugin.study.weights import Size, size
+
+_HEADINGS: dict[str, Literal["left", "right"]] = {
+    "cell": "left",
+    "tasks": "left",
+    "state": "left",
+    "seconds": "right",
+    "weights, MiB": "right",
+}
 
 
 class Planned(NamedTuple):
@@ -25,12 +34,14 @@ class Planned(NamedTuple):
         keyed: The cell.
         state: `done`, `failed`, `running` or `missing`.
         seconds: It took, or what it will take.
+        size: Of its model.
         gpus: It runs on.
     """
 
     keyed: Keyed
     state: str
     seconds: cost.Seconds
+    size: Size
     gpus: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,6 +58,9 @@ class Planned(NamedTuple):
             "state": self.state,
             "seconds": self.seconds.value,
             "seconds_from": self.seconds.basis,
+            "parameters": self.size.parameters,
+            "weight_bytes": self.size.bytes,
+            "weight_bytes_from": self.size.basis,
             "gpus": self.gpus,
             "command": list(command(cell, self.gpus)),
         }
@@ -113,10 +127,12 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
     for cell in cells(study):
         one = key(cell)
         state = "missing" if folder is None else _state(folder, one.id)
-        took = cost.seconds(cell, past)
+        needed = gpus_needed(cell, there)
+        large = size(cell, cuda=needed > 0)
+        took = cost.seconds(cell, past, large.parameters, cuda=needed > 0)
         if folder is not None and state == "done":
             took = cost.Seconds(folder.done(one.id)["seconds"], "measured")
-        found.append(Planned(one, state, took, gpus_needed(cell, there)))
+        found.append(Planned(one, state, took, large, needed))
     planned = {one.keyed.id for one in found}
     others = () if folder is None else tuple(one for one in folder.finished() if one not in planned)
     return Plan(study, tuple(found), others)
@@ -133,11 +149,12 @@ def _state(folder: StudyFolder, cell: str) -> str:
 def table(found: Plan) -> Table:
     """A plan for people."""
     shown = Table(title=found.study.name)
-    for heading in ("cell", "tasks", "state", "seconds"):
-        shown.add_column(heading, justify="right" if heading == "seconds" else "left", overflow="fold")
+    for heading, justify in _HEADINGS.items():
+        shown.add_column(heading, justify=justify, overflow="fold")
     for one in found.cells:
         seconds = "unknown" if one.seconds.value is None else f"{one.seconds.value:.0f}"
-        shown.add_row(one.keyed.id, ", ".join(one.keyed.cell.tasks), one.state, seconds)
+        weights = "unknown" if one.size.bytes is None else f"{one.size.bytes / 2**20:,.1f}"
+        shown.add_row(one.keyed.id, ", ".join(one.keyed.cell.tasks), one.state, seconds, weights)
     return shown
 
 

@@ -1,0 +1,83 @@
+"""What a study is expected to take: by finished cells, and by the checkpoint's configuration."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lmms_plugin.quant_backends.quantization import tensor_bytes
+from lmms_plugin.study import cost
+from lmms_plugin.study.grid import Axes, Cell, Resources
+from lmms_plugin.study.weights import size
+
+CELL = Cell(
+    Axes("demo", "rtn", 4, 128, "language", None, None),
+    "rtn",
+    {"pretrained": "demo", "bits": 4, "group_size": 128},
+    ("shapes_rec",),
+    None,
+    1,
+    Resources(gpus=0),
+)
+
+
+def past(
+    seconds: float, method: str = "rtn", bits: int = 4, model: str = "demo", limit: int | None = None
+) -> cost.Past:
+    axes = {**CELL.axes.to_dict(), "method": method, "bits": bits, "model": model}
+    return cost.Past({"axes": axes, "tasks": ["shapes_rec"], "limit": limit, "processes": 1}, seconds)
+
+
+@pytest.mark.parametrize(
+    ("finished", "expected"),
+    [
+        ([past(10), past(30), past(50), past(1000, bits=3), past(9, "awq")], 30),
+        ([past(20, bits=3), past(40, bits=2), past(9, "awq")], 30),
+        ([past(9, "awq"), past(11, "hqq")], 10),
+        ([past(9, model="other"), past(9, limit=3)], None),
+        ([], None),
+    ],
+    ids=["same bits", "same method", "same tasks", "none alike", "none"],
+)
+def test_seconds_are_those_of_the_cells_most_alike(finished: list[cost.Past], expected: float | None) -> None:
+    assert cost.seconds(CELL, finished).value == expected
+
+
+def test_without_finished_cells_the_model_that_counts_is_stated() -> None:
+    one = cost.seconds(replace(CELL, limit=100), [], 10**9)
+    other = cost.seconds(replace(CELL, limit=300), [], 10**9)
+    assert one.value is not None
+    assert other.value is not None
+    assert other.value - cost.START == pytest.approx(3 * (one.value - cost.START))
+    assert "not measured" in one.basis
+    assert cost.seconds(CELL, [], 10**9).value is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "parts"),
+    [(16, {}), (4, {}), (3, {"vision_bits": 3, "connector_bits": 3})],
+    ids=["none", "language", "all"],
+)
+def test_weights_take_what_loading_them_takes(bits: int, parts: dict[str, int]) -> None:
+    from lmms_plugin.demo import CHECKPOINT
+    from lmms_plugin.quant_backends import get
+    from lmms_plugin.quant_backends.loading import load_quantized
+    from lmms_plugin.quant_backends.plan import QuantPlan
+
+    method = "none" if bits == 16 else "rtn"
+    arguments = {"pretrained": "demo"} | ({} if bits == 16 else {"bits": bits, **parts})
+    axes = replace(CELL.axes, method=method, bits=bits)
+    found = size(replace(CELL, axes=axes, backend=method, arguments=arguments), cuda=False)
+    loaded = load_quantized(
+        CHECKPOINT, backend=get(method), plan=QuantPlan.from_arguments(bits=bits, **parts), calibration=None, seed=0
+    )
+    assert found.parameters == 1_898_624
+    assert found.bytes == pytest.approx(tensor_bytes(loaded[0]), rel=0.03)
+
+
+def test_a_checkpoint_that_is_not_here_is_of_unknown_size(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_thing"}))
+    found = size(replace(CELL, arguments={"pretrained": str(tmp_path), "bits": 4}), cuda=False)
+    assert found.bytes is None
+    assert found.basis.startswith("unknown: ")
