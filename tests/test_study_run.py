@@ -36,8 +36,8 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-def start(file: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    command = [str(PLUGIN), "study", "run", str(file), "--output", str(output), *more]
+def start(file: Path, output: Path) -> subprocess.Popen[str]:
+    command = [str(PLUGIN), "study", "run", str(file), "--output", str(output), "--jobs", "2"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=output.parent)
 
 

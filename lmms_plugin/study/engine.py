@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lmms_plugin.study import on_ray
+from lmms_plugin.study import conclusions, on_ray
+from lmms_plugin.study.conclusions import Conclusion
 from lmms_plugin.study.folder import StudyFolder
 from lmms_plugin.study.grid import gpus_needed
 from lmms_plugin.study.local import LocalRunner, visible_gpus
@@ -22,12 +24,12 @@ class Finished(NamedTuple):
     Attributes:
         plan: Its cells, with what became of them.
         problems: Cell that failed → why.
-        analysis: What the analysis made of it; None without one, or while cells are missing.
+        conclusions: What the analysis that the file asks for says; None without one, or while cells are missing.
     """
 
     plan: Plan
     problems: dict[str, str]
-    analysis: Any = None
+    conclusions: list[Conclusion] | None = None
 
     @property
     def complete(self) -> bool:
@@ -59,30 +61,36 @@ def run(
         ImportError: If Ray is asked for and not installed; names the command.
     """
     study = read(file)
-    gpus = len(visible_gpus()) if ray is None else on_ray.connect(ray)
+    asked = study.analysis
+    cluster = None if ray is None else on_ray.connect(ray)
+    gpus = len(visible_gpus()) if cluster is None else cluster.gpus
     before = plan(study, output, gpus)
+    if asked is not None:
+        conclusions.expect(asked, [one.keyed.cell for one in before.cells])
     folder, shared = StudyFolder(output), None if storage is None else Storage.at(storage)
     folder.open(file)
     if shared is not None:
         shared.put_study(folder)
     wanted = [one for one in before.cells if _wanted(one, retry_failed)]
     expected = {one.keyed.id: one.seconds.value for one in wanted}
-    with Display(expected, len(before.cells) - len(wanted), jobs) as display:
-        recorder, cells = Recorder(folder, display, shared), [one.keyed.cell for one in wanted]
-        if ray is None:
+    cells = [one.keyed.cell for one in wanted]
+    at_once = jobs if cluster is None else cluster.at_once(cells)
+    with Display(expected, len(before.cells) - len(wanted), at_once) as display:
+        recorder = Recorder(folder, display, shared)
+        if cluster is None:
             LocalRunner(recorder, jobs, visible_gpus(), keys(gpus)).run(cells)
         else:
             on_ray.RayRunner(recorder, keys(gpus), lambda cell: gpus_needed(cell, gpus)).run(cells)
     after = plan(study, output, gpus)
     failures = {one.keyed.id: folder.failure(one.keyed.id) for one in after.cells}
     problems = {cell: failure["problem"] for cell, failure in failures.items() if failure is not None}
-    return _analysed(Finished(after, problems), folder)
+    finished = Finished(after, problems)
+    if asked is None or not finished.complete:
+        return finished
+    only = [one.keyed.id for one in after.cells]
+    said = conclusions.conclude(folder.path, asked, only, workers=os.cpu_count() or 1)
+    return finished._replace(conclusions=said)
 
 
 def _wanted(one: Planned, retry_failed: bool) -> bool:
     return one.state in ("missing", "running") or (one.state == "failed" and retry_failed)
-
-
-def _analysed(finished: Finished, folder: StudyFolder) -> Finished:
-    """The one place where the analysis that the file asks for is to be called, once every cell is finished."""
-    return finished

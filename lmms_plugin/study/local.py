@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from lmms_plugin.study import identity
 from lmms_plugin.study.attempt import Attempt
 from lmms_plugin.study.folder import Lock
 from lmms_plugin.study.grid import Cell, gpus_needed
@@ -78,6 +79,7 @@ class LocalRunner:
             if gpus_needed(cell, len(self.gpus)) > len(self.gpus) - sum(len(work.gpus) for work in self._working):
                 waiting.appendleft(cell)
                 return
+            identity.forget()
             keyed = self.key(cell)
             claim = self.recorder.claim(keyed.id)
             if claim is Taken.ELSEWHERE:

@@ -182,14 +182,30 @@ class RayRunner:
         self.recorder.record(keyed, delivered.outcome, self.needed(keyed.cell))
 
 
-def connect(address: str) -> int:
+class Cluster(NamedTuple):
+    """What a cluster has.
+
+    Attributes:
+        gpus: In all.
+        cpus: In all.
+    """
+
+    gpus: int
+    cpus: int
+
+    def at_once(self, cells: Sequence[Cell]) -> int:
+        """How many such cells it works on at a time."""
+        return max(1, self.cpus // max(map(_cpus, cells), default=1))
+
+
+def connect(address: str) -> Cluster:
     """Join a Ray cluster.
 
     Args:
         address: As `ray.init` takes it: `auto`, `host:6379`, `ray://host:10001`.
 
     Returns:
-        How many GPUs the cluster has.
+        What it has.
 
     Raises:
         ImportError: If Ray is not installed; names the command.
@@ -198,7 +214,8 @@ def connect(address: str) -> int:
     ray = require("ray", extra="ray", user="study run --ray")
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": _forwarded(os.environ)})
-    return int(ray.cluster_resources().get("GPU", 0))
+    has = ray.cluster_resources()
+    return Cluster(int(has.get("GPU", 0)), int(has.get("CPU", 0)))
 
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:

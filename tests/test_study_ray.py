@@ -1,0 +1,121 @@
+"""Studies on a Ray cluster of two machines, one of which is lost on the way."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmms_plugin import results
+from lmms_plugin.study import engine, on_ray
+from lmms_plugin.study.folder import DONE
+from lmms_plugin.study.local import visible_gpus
+
+STUDY = """
+models: [demo]
+tasks: [shapes_rec]
+limit: 2
+batch_size: 2
+resources: {gpus: 0}
+methods: [none, rtn]
+bits: [3]
+"""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that runs nothing and two machines with one core each, which are processes of this one."""
+    ray = pytest.importorskip("ray")
+    utils = pytest.importorskip("ray.cluster_utils")
+    # Ray's workers step back behind everything else that runs, which takes them ages where tests run beside them.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    memory = {"object_store_memory": 80 * 2**20}
+    head = {"num_cpus": 0, "include_dashboard": False, **memory}
+    found = utils.Cluster(initialize_head=True, head_node_args=head)
+    yield found, [found.add_node(num_cpus=1, **memory) for _ in range(2)]
+    ray.shutdown()
+    found.shutdown()
+
+
+def table(output: Path) -> dict[str, Any]:
+    runs = [results.read(file) for file in results.find(output)]
+    records = {run.label: run.tasks["shapes_rec"] for run in runs}
+    return {label: (one.ids.tolist(), one.score.tolist(), dict(one.confidence)) for label, one in records.items()}
+
+
+def lose_when_busy(cluster: Any, nodes: list[Any], lost: list[str]) -> None:
+    """Kill the machine on which lmms-eval first runs, as soon as it does."""
+    while not lost:
+        for node in nodes:
+            session = {process.pid for kind in node.all_processes.values() for process in (one.process for one in kind)}
+            if any(_descends(int(entry.name), session) for entry in _evaluations()):
+                lost.append(node.unique_id)
+                cluster.remove_node(node, allow_graceful=False)
+                return
+        time.sleep(0.2)
+
+
+def _evaluations() -> list[Path]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"lmms_plugin.study.guard" in command:
+            found.append(process)
+    return found
+
+
+def _descends(pid: int, ancestors: set[int]) -> bool:
+    while pid > 1:
+        if pid in ancestors:
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return False
+
+
+@pytest.mark.slow
+def test_a_lost_machine_changes_no_number(cluster: Any, tmp_path: Path) -> None:
+    machines, nodes = cluster
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY, encoding="utf-8")
+    here = engine.run(file, tmp_path / "here")
+    assert here.complete, here.problems
+    lost: list[str] = []
+    threading.Thread(target=lose_when_busy, args=(machines, nodes, lost), daemon=True).start()
+    there = engine.run(file, tmp_path / "there", ray=machines.address, storage=f"file://{tmp_path / 'shared'}")
+    assert lost
+    assert there.complete, there.problems
+    assert not there.problems
+    expected, found = table(tmp_path / "here"), table(tmp_path / "there")
+    assert expected.keys() == found.keys()
+    np.testing.assert_equal(found, expected)
+    stored = sorted(done.parent.name for done in (tmp_path / "shared" / "cells").glob(f"*/{DONE}"))
+    assert stored == sorted(one.keyed.id for one in there.plan.cells)
+    assert not any((tmp_path / "there" / ".running").iterdir())
+
+
+def test_a_missing_ray_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ImportError, match=r'study run --ray needs ray, .*pip install "lmms-plugin\[ray\]"'):
+        on_ray.connect("auto")
+
+
+def test_secrets_stay_here() -> None:
+    environment = {"HF_TOKEN": "hf_x", "LMMS_PLUGIN_REFCOCOPLUS": "/data", "HF_HUB_OFFLINE": "1", "PATH": os.defpath}
+    assert on_ray._forwarded(environment) == {"LMMS_PLUGIN_REFCOCOPLUS": "/data", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize(("variable", "gpus"), [("", []), ("-1", []), ("0,3", ["0", "3"])])
+def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch, variable: str, gpus: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert visible_gpus() == gpus
