@@ -286,8 +286,8 @@ class QuantizedVLM(lmms):
             avg_speed=self._tokens / self._seconds if self._seconds > 0 else 0.0,
             additional_metrics=self.report.totals(),
         )
-        for name in ("decoder", "runner", "observer", "matcher"):
-            vars(self).pop(name, None)
+        for name in {"decoder", "runner", "observer", "matcher"} & self.__dict__.keys():
+            delattr(self, name)
         super().clean()
 
     def _answer(self, jobs: Sequence[Job], title: str) -> list[str]:

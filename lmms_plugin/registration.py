@@ -152,6 +152,7 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     """The data error at the bottom of what lmms-eval raised while it loaded our tasks, None if there is none."""
     from lmms_plugin.tasks import captions, natural, refcocoplus, retrieval, vqa_sources
     from lmms_plugin.tasks.images import DatasetError
+    from lmms_plugin.tasks.origins import Origin
     from lmms_plugin.tasks.refcocoplus import SPLITS
 
     causes = list(_causes(error))
@@ -161,8 +162,7 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     reason = (str(causes[-1]) or type(causes[-1]).__name__).splitlines()[0]
     said = " ".join(map(str, causes))
     asked = [task_list] if isinstance(task_list, str) else [str(name) for name in task_list or []]
-    # lmms-eval's own tasks read the same copies of COCO's captions.
-    own = [retrieval.flickr30k] if any(name.startswith("flickr30k_retrieval") for name in asked) else []
+    own: list[Origin] = [retrieval.flickr30k] if any(name.startswith("flickr30k_retrieval") for name in asked) else []
     own += captions.SETS.values() if any(name.startswith("coco_caption_") for name in asked) else []
     for shifted in (*natural.SETS.values(), *own):
         if shifted.hub_id and re.search(rf"{re.escape(shifted.hub_id)}(?!\w)", said):
