@@ -94,14 +94,14 @@ def read(
         if kind is REJECTION:
             raise UnusualLogError(f"{log}: records of rejection are few, and read slowly")
         name = estimator or kind.estimator
-        confident = name in (first[kind.record].get("confidence") or {})
-        if not confident and first[kind.record].get("confidence"):
+        told = first[kind.record].get("confidence")
+        if told and name not in told:
             raise UnusualLogError(f"{log}: no estimator {name}")
         lines.seek(0)
-        table = _table(lines, kind, first, _schema(kind, first[kind.record], name if confident else None), log)
+        table = _table(lines, kind, first, _schema(kind, first[kind.record], name), log)
     if table.num_rows != records:
         raise UnusualLogError(f"{log}: {table.num_rows} rows of {records}")
-    return _answers(task, config, kind, _sorted(table, log), name if confident else None, said, log)
+    return _answers(task, config, kind, _sorted(table, log), name, said, log)
 
 
 def of(records: TaskRecords, estimator: str | None) -> Answers:
@@ -138,7 +138,7 @@ def _first(line: bytes, log: Path) -> dict[str, Any]:
     return row
 
 
-def _schema(kind: Kind, record: Mapping[str, Any], estimator: str | None) -> pa.Schema:
+def _schema(kind: Kind, record: Mapping[str, Any], estimator: str) -> pa.Schema:
     number, text = pa.float64(), pa.string()
     fields = {"id": text, "image": text, kind.score: number}
     if kind is GROUNDING:
@@ -146,8 +146,7 @@ def _schema(kind: Kind, record: Mapping[str, Any], estimator: str | None) -> pa.
     if kind is VQA:
         truths = record.get("answers")
         fields |= {"question": text, "answers": pa.list_(text) if isinstance(truths, list) else text, "part": text}
-    if estimator:
-        fields["confidence"] = pa.struct([(estimator, number)])
+    fields["confidence"] = pa.struct([(estimator, number)])
     return pa.schema(list(fields.items()))
 
 
@@ -201,12 +200,12 @@ def _sorted(table: pa.Table, log: Path) -> pa.Table:
 
 
 def _answers(
-    task: str, config: Mapping[str, Any], kind: Kind, table: pa.Table, estimator: str | None, said: object, log: Path
+    task: str, config: Mapping[str, Any], kind: Kind, table: pa.Table, estimator: str, said: object, log: Path
 ) -> Answers:
     score = _fractions(table[kind.score], log)
     confidence = np.full(score.size, np.nan)
-    if estimator:
-        told = table["confidence"].combine_chunks()
+    told = table["confidence"].combine_chunks()
+    if told.null_count < len(told):
         if told.null_count:
             raise UnusualLogError(f"{log}: answers without confidence")
         confidence = _fractions(told.field(estimator), log)

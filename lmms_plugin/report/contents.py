@@ -48,7 +48,7 @@ def titles(summary: Summary) -> dict[tuple[str, object], str]:
 
 def _leading(line: Line, title: str, summary: Summary) -> list[Cell]:
     group, level, cost = line.group, summary.level, line.cost
-    delta = line.versus.get("accuracy")
+    delta = line.delta
     runs = f" \u00d7 {len(line.runs)} runs" if len(line.runs) > 1 else ""
     count = whole(group.records)._replace(note=f"{group.images} images{runs}")
     limited = " (limited)" if line.limited else ""
@@ -162,7 +162,7 @@ def _flipped(line: Line, title: str, summary: Summary) -> list[Cell]:
     if line.flips is None:
         raise ValueError(f"expected flips of {line.config.label}, got none")
     lost, won, records = line.flips
-    delta = line.versus["accuracy"]
+    delta = line.delta
     return [
         Cell(line.config.label, line.config.label, note=summary.details(line.config)),
         text(title, line.condition),
@@ -170,7 +170,7 @@ def _flipped(line: Line, title: str, summary: Summary) -> list[Cell]:
         whole(lost),
         whole(won),
         number(_changed(line)),
-        number(delta.value, delta.interval, signed=True),
+        number(delta.value, delta.interval, signed=True) if delta else Cell(tables.NOTHING, None),
     ]
 
 

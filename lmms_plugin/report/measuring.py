@@ -5,7 +5,7 @@ difference of two runs have paired intervals (as in `lmms_plugin.comparison`).
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -34,7 +34,6 @@ METRICS = (
 CLEAN = "clean"
 GRID = np.arange(1, 101) / 100
 """Coverages at which curves of risk by coverage are kept."""
-FLOOR_SIMULATIONS = 200
 
 
 class Family(NamedTuple):
@@ -71,7 +70,6 @@ class Task:
         high: Upper ends.
         bins: Records, mean confidence and mean outcome per equal-width bin, shape (3, bins); mean 0 in empty bins.
         risk: Risk at each coverage of `GRID`; NaN without confidences.
-        floor: ECE that perfect calibration would have by chance; NaN where not computed.
         score: Of every reported record, in the order of their ids, shape (records,).
         outcome: Their outcomes.
     """
@@ -89,7 +87,6 @@ class Task:
     high: Floats
     bins: Floats
     risk: Floats
-    floor: float
     score: npt.NDArray[np.float32]
     outcome: npt.NDArray[np.float32]
 
@@ -256,8 +253,7 @@ def _numbers(
     if inside.any():
         arrays = one.confidence[inside], outcome[inside], Clusters(places[inside].astype(np.intp), images)
         statistics += [Binned(*arrays), Selective(*arrays), *_gains(one, inside, places, clean, settings, images)]
-    for statistic in statistics:
-        values = evaluate(statistic, rows)
+    for statistic, values in zip(statistics, evaluate(statistics, rows), strict=True):
         found |= {name: values[:, k] for k, name in enumerate(statistic.names) if name in found}
     return np.stack([found[name] for name in METRICS], axis=1)
 
@@ -294,9 +290,6 @@ def _task(key: Family, one: Answers, keep: Bools, numbers: Floats, settings: Set
     c, y = confidence[known], outcome[known]
     intervals = [between(name, numbers[0, k], numbers[1:, k], settings.level) for k, name in enumerate(METRICS)]
     low, high = np.array(intervals).T
-    floor = float("nan")
-    if c.size and one.place.shift is None:
-        floor = metrics.ece_floor(c, simulations=FLOOR_SIMULATIONS, seed=settings.seed).mean
     return Task(
         one.task,
         key,
@@ -311,7 +304,6 @@ def _task(key: Family, one: Answers, keep: Bools, numbers: Floats, settings: Set
         high,
         _bins(c, y),
         _risk(c, y),
-        floor,
         one.score[keep].astype(np.float32),
         outcome.astype(np.float32),
     )
@@ -337,8 +329,3 @@ def mean_bins(tasks: Sequence[Task]) -> Floats:
     records = np.sum([task.bins[0] for task in tasks], axis=0)
     sums = [np.sum([task.bins[0] * task.bins[k] for task in tasks], axis=0) for k in (1, 2)]
     return np.stack([records, *(total / np.maximum(records, 1) for total in sums)])
-
-
-def named(values: Floats) -> Mapping[str, float]:
-    """Metric → value."""
-    return dict(zip(METRICS, values.tolist(), strict=True))

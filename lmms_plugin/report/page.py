@@ -15,7 +15,7 @@ from lmms_plugin import __version__
 from lmms_plugin.report import contents, figures, svg
 from lmms_plugin.report.drawing import Drawn
 from lmms_plugin.report.gallery import Gallery
-from lmms_plugin.report.palette import TONES
+from lmms_plugin.report.palette import SURFACES, TONES
 from lmms_plugin.report.summary import Summary
 from lmms_plugin.report.tables import Cell, Column, Table
 
@@ -78,7 +78,7 @@ def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Galle
         version=__version__,
         style=Markup(_read(_STYLE)),
         script=Markup(_read(_SCRIPT)),
-        tones=TONES,
+        tones={**SURFACES, **TONES},
         verdict=verdict,
         summary=summary,
         warnings=list(warnings(summary)),

@@ -46,6 +46,16 @@ TONES: Mapping[str, Tone] = MappingProxyType(
     }
 )
 
+SURFACES: Mapping[str, Tone] = MappingProxyType(
+    {
+        "paper": Tone("#fdfdfc", "#14181d"),
+        "tint": Tone("#f1f3f5", "#1d2229"),
+        "edge": Tone("#7d8793", "#76828f"),
+        "badtext": Tone("#a83f17", "#f0915f"),
+    }
+)
+"""Colours of the page that figures do not have."""
+
 _KNOWN = (
     *("none", "rtn", "hqq", "awq", "mbq", "gptq", "ptqtp", "ptqtp_weighted"),
     *("quanto", "bitsandbytes", "torchao", "autoround"),

@@ -5,8 +5,9 @@ resamples of a task are rows of one array, because a study has thousands of smal
 resamples would cost more than the arithmetic.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from lmms_plugin.metrics.bootstrap import Clusters, Statistic, draw
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.uint16]
+Whole = npt.NDArray[np.int32]
 
 RISKS = (0.01, 0.05)
 COSTS = (1, 10, 100)
@@ -32,15 +34,17 @@ def draws(clusters: int, resamples: int, seed: int) -> Counts:
     return counts
 
 
-def evaluate(statistic: Statistic, counts: Counts) -> Floats:
-    """Values of a statistic, shape (1 + resamples, names)."""
-    return np.concatenate([statistic(rows) for rows in _chunks(counts, counts.shape[1])])
-
-
-def _chunks(counts: Counts, width: int) -> Iterator[Floats]:
-    step = max(1, _AT_ONCE // max(width, 1))
-    # Column by column, as sparse products read them.
-    return (np.asfortranarray(counts[k : k + step], np.float64) for k in range(0, len(counts), step))
+def evaluate(statistics: Sequence[Statistic], counts: Counts) -> list[Floats]:
+    """Values of each statistic, shape (1 + resamples, names)."""
+    step = max(1, _AT_ONCE // max(counts.shape[1], 1))
+    found: list[list[Floats]] = [[] for _ in statistics]
+    for start in range(0, len(counts), step):
+        rows = counts[start : start + step]
+        # Column by column, as sparse products read them.
+        columns = np.asfortranarray(rows, np.float64)
+        for values, statistic in zip(found, statistics, strict=True):
+            values.append(statistic(rows if isinstance(statistic, Selective) else columns))
+    return [np.concatenate(values) for values in found]
 
 
 class Selective:
@@ -65,6 +69,7 @@ class Selective:
         ends = np.append(starts[1:], ordered.size)
         self._wrong = np.flatnonzero(loss > 0.0)
         self._loss = loss[self._wrong]
+        self._hard = bool(np.all(self._loss == 1.0))
         # Curves change their course only at confidences that a wrong answer has: everything is read off there.
         block = np.searchsorted(ends, self._wrong, side="right")
         first = np.flatnonzero(np.r_[True, block[1:] != block[:-1]]) if block.size else block
@@ -72,19 +77,18 @@ class Selective:
         self._bounds = np.append(first, self._wrong.size)
         self._width = ordered.size
 
-    def __call__(self, counts: Floats) -> Floats:
+    def __call__(self, counts: npt.NDArray[np.generic]) -> Floats:
         """Values of `names`, shape (resamples, names); NaN where undefined."""
         step = max(1, _AT_ONCE // max(self._width, 1))
-        whole = np.ascontiguousarray(counts, np.uint16)
+        # Sums of 32-bit integers from the same are added up several times as fast as from others.
+        whole = np.ascontiguousarray(counts, np.int32)
         return np.concatenate([self._rows(whole[k : k + step]) for k in range(0, len(whole), step)])
 
-    def _rows(self, times: Counts) -> Floats:
-        drawn = times[:, self._index]
-        answered = np.zeros((len(times), self._width + 1), np.int32)
-        np.cumsum(drawn, axis=1, dtype=np.int32, out=answered[:, 1:])
-        lost = np.zeros((len(times), self._wrong.size + 1))
-        np.cumsum(drawn[:, self._wrong] * self._loss, axis=1, out=lost[:, 1:])
-        lost = lost[:, self._bounds]
+    def _rows(self, times: Whole) -> Floats:
+        drawn = times.take(self._index, axis=1)
+        errors = drawn.take(self._wrong, axis=1)
+        answered = _sums(drawn)
+        lost = _sums(errors if self._hard else errors * self._loss).take(self._bounds, axis=1).astype(np.float64)
         before, after, total = answered[:, self._starts], answered[:, self._ends], answered[:, -1]
         wrong = lost[:, -1]
         values = [_aurc(before, after, np.diff(lost, axis=1), total)]
@@ -96,7 +100,14 @@ class Selective:
         return found
 
 
-def _aurc(before: Counts, after: Counts, lost: Floats, total: Counts) -> Floats:
+def _sums(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Sums of the first 0, 1, … of each row."""
+    sums = np.zeros((len(values), values.shape[1] + 1), values.dtype)
+    np.cumsum(values, axis=1, dtype=values.dtype, out=sums[:, 1:])
+    return sums
+
+
+def _aurc(before: Whole, after: Whole, lost: Floats, total: Whole) -> Floats:
     # A record at rank k adds its loss to the risk at every rank from there on: loss · (H(total) − H(k − 1)).
     sums = _harmonic_sums(1 << int(total.max()).bit_length())
     records = (after - before).astype(np.float64)
@@ -107,7 +118,7 @@ def _aurc(before: Counts, after: Counts, lost: Floats, total: Counts) -> Floats:
     return found
 
 
-def _coverage(before: Counts, risk_before: Floats, wrong: Floats, total: Counts, risk: float) -> Floats:
+def _coverage(before: Whole, risk_before: Floats, wrong: Floats, total: Whole, risk: float) -> Floats:
     n = np.maximum(total, 1)
     if not before.shape[1]:
         return np.ones(len(n))
@@ -118,7 +129,7 @@ def _coverage(before: Counts, risk_before: Floats, wrong: Floats, total: Counts,
     return found
 
 
-def _auroc(before: Counts, after: Counts, lost: Floats, total: Counts) -> Floats:
+def _auroc(before: Whole, after: Whole, lost: Floats, total: Whole) -> Floats:
     here, above = np.diff(lost, axis=1), lost[:, :-1]
     wrong = lost[:, -1]
     right = total - wrong

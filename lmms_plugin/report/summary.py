@@ -1,6 +1,6 @@
 """Runs put together: one line per configuration and condition, seeds averaged, each beside its 16-bit model."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import numpy as np
 from lmms_plugin.metrics.bootstrap import Interval, interval
 from lmms_plugin.metrics.weighted import METHODS
 from lmms_plugin.report.axes import Config
-from lmms_plugin.report.measuring import CLEAN, METRICS, Family, Group, Task, between
+from lmms_plugin.report.measuring import CLEAN, Family, Group, Task, between
 from lmms_plugin.report.reading import Cost, Folder, Run
 
 
@@ -51,7 +51,7 @@ class Line:
         runs: With which seeds; the numbers are means over them.
         group: The numbers.
         unparsed: Share of answers without a box.
-        versus: Metric → difference from the 16-bit model; empty for that itself and where it is missing.
+        delta: Accuracy less that of the 16-bit model; None for that itself and where there is nothing to compare.
         flips: Against the 16-bit model; None where there is nothing to compare.
     """
 
@@ -61,7 +61,7 @@ class Line:
     runs: tuple[Run, ...]
     group: Group
     unparsed: float
-    versus: Mapping[str, Difference]
+    delta: Difference | None
     flips: Flips | None
 
     @property
@@ -195,13 +195,12 @@ def _line(
     tasks = [run.measured.tasks[name] for run in members for name in run.measured.groups[key].tasks]
     unparsed = sum(task.unparsed for task in tasks) / sum(task.records for task in tasks)
     others = [run for run in dense if key in run.measured.groups]
-    versus: dict[str, Difference] = {}
-    flips = None
+    delta, flips = None, None
     if others and not config.dense:
         base = _mean([run.measured.groups[key] for run in others])
-        versus = {metric: found for metric in METRICS if (found := _difference(group, base, metric, level))}
+        delta = _difference(group, base, "accuracy", level)
         flips = _flips(members, others[-1], key)
-    return Line(config, family, condition, tuple(members), group, unparsed, versus, flips)
+    return Line(config, family, condition, tuple(members), group, unparsed, delta, flips)
 
 
 def _mean(groups: Sequence[Group]) -> Group:

@@ -1,0 +1,311 @@
+"""The report's numbers: read fast, measured as `lmms-plugin metrics` does, and never silently wrong."""
+
+import csv
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import report_study
+
+from lmms_plugin import comparison, reliability, results
+from lmms_plugin.cli import main
+from lmms_plugin.metrics.bootstrap import Clusters, Interval
+from lmms_plugin.metrics.ranked import Ranked
+from lmms_plugin.report import columns, contents, figures, page, palette, reading, resampling, svg, tables
+from lmms_plugin.report.measuring import CLEAN, METRICS
+from lmms_plugin.report.summary import summarise
+
+SETTINGS = reliability.Settings(resamples=60)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return report_study.write_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def summary(study):
+    return summarise(reading.read_folder(study, SETTINGS), SETTINGS.level)
+
+
+def line_of(summary, label, condition=CLEAN):
+    return next(line for line in summary.scopes[0].under(condition) if line.config.label == label)
+
+
+def run_of(study, cell):
+    return results.read_one(study / "cells" / cell)
+
+
+def test_the_fast_reader_reads_what_the_slow_one_does(study):
+    slow = run_of(study, "rtn-2")
+    table = json.loads(slow.file.read_text())
+    for task, records in slow.tasks.items():
+        size, said = table["n-samples"][task]["effective"], table["results"][task]["mean_iou,none"]
+        fast = columns.read(task, table["configs"][task], slow.log(task), None, size, said)
+        other = columns.of(records, None)
+        assert fast.ids.to_pylist() == records.ids.tolist()
+        assert np.array(fast.names.to_pylist())[fast.images].tolist() == records.images.tolist()
+        assert fast.place == records.place
+        assert fast.documents == other.documents
+        assert not records.parsed.all()
+        for name in ("score", "outcome", "parsed", "confidence", "images"):
+            np.testing.assert_array_equal(getattr(fast, name), getattr(other, name))
+
+
+def test_fingerprints_tell_other_questions_and_other_truths_apart(study, tmp_path):
+    file = run_of(study, "none").file
+    table = json.loads(file.read_text())
+    log = results._log(file, "shapes_rec")
+    prints = set()
+    for old, new in (("", ""), ('"expression": "', '"expression": "not '), ('"target": [0.', '"target": [0.1')):
+        changed = tmp_path / "log.jsonl"
+        changed.write_text(log.read_text().replace(old, new, 1))
+        prints.add(columns.read("shapes_rec", table["configs"]["shapes_rec"], changed, None, 90, None).documents)
+    assert len(prints) == 3
+
+
+def truncate(text):
+    return text[:-400]
+
+
+def lose_a_row(text):
+    return text[text.index("\n") + 1 :]
+
+
+def edit_a_score(text):
+    return re.sub(r'("mean_iou": \{.{0,200}?"score": )[\d.]+', r"\g<1>0.123", text, count=1)
+
+
+def repeat_a_document(text):
+    first, _, *rest = text.splitlines(keepends=True)
+    return "".join([first, first, *rest])
+
+
+def lose_a_confidence(text):
+    return re.sub(r', "confidence": \{[^}]*\}', "", text, count=1)
+
+
+def leave_the_unit_interval(text):
+    return re.sub(r'("coordinate_mean": )[\d.]+', r"\g<1>1.5", text, count=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (truncate, "damaged"),
+        (lose_a_row, "expected 20 documents"),
+        (edit_a_score, "expected the log of the same run"),
+        (repeat_a_document, "once"),
+        (lose_a_confidence, "expected a confidence"),
+        (leave_the_unit_interval, r"in \[0, 1\]"),
+    ],
+)
+def test_a_log_that_is_not_that_of_the_run_is_refused(tmp_path, damage, complaint):
+    file = report_study.write_run(tmp_path, report_study.documents(20), 0.8, tasks={"shapes_rec": None})
+    log = results._log(file, "shapes_rec")
+    log.write_text(damage(log.read_text()), encoding="utf-8")
+    with pytest.raises(ValueError, match=complaint):
+        reading.read_folder(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("levels", [0, 4], ids=["distinct", "ties"])
+@pytest.mark.parametrize("accuracy", [0.0, 0.7, 1.0, "soft"])
+def test_all_resamples_at_once_give_what_one_after_the_other_does(levels, accuracy):
+    rng = np.random.default_rng(1)
+    confidence, index = rng.random(300), rng.integers(0, 40, 300)
+    if levels:
+        confidence = np.round(levels * confidence) / levels
+    outcome = rng.random(300).round(1) if accuracy == "soft" else (rng.random(300) < accuracy).astype(float)
+    clusters = Clusters(index, 40)
+    drawn = resampling.draws(40, 30, 7)
+    ours = resampling.evaluate([resampling.Selective(confidence, outcome, clusters)], drawn)[0]
+    theirs = resampling.evaluate([Ranked(confidence, outcome, clusters, resampling.SELECTIVE)], drawn)[0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def test_values_and_intervals_are_those_of_the_metrics_command(study, summary):
+    numbers = {n.metric: n for n in reliability.measure(run_of(study, "none"), SETTINGS) if n.task == "shapes_rec"}
+    group = line_of(summary, "16 bit").group
+    names = {"accuracy": "acc@0.5"} | {m: m for m in ("mean_iou", "parse_rate", "ece", "brier", "aurc", "auroc")}
+    names |= {m: m for m in ("coverage@0.01", "coverage@0.05", "phi@1", "phi@10", "phi@100")}
+    for metric, printed in names.items():
+        number = numbers[printed]
+        assert group.of(metric) == pytest.approx(number.value, abs=1e-12), metric
+        if metric.startswith("phi"):
+            # Images without a record outside of what is held out are drawn, too, so that lines stay paired.
+            continue
+        assert group.interval(metric, 0.95) == pytest.approx((number.low, number.high), abs=1e-6), metric
+    assert (group.records, group.images) == (numbers["acc@0.5"].records, numbers["acc@0.5"].images)
+
+
+def test_differences_and_flips_are_those_of_the_compare_command(study, summary):
+    found = comparison.compare(run_of(study, "none"), run_of(study, "rtn-2"), SETTINGS)
+    line = line_of(summary, "rtn 2")
+    changes = {change.metric: change for change in found.changes if change.task == "shapes_rec"}
+    theirs = changes["acc@0.5"].difference
+    assert line.delta.value == pytest.approx(theirs.value, abs=1e-12)
+    assert line.delta.interval == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+    flips = next(row for row in found.flips if row.task == "shapes_rec")
+    assert line.flips == (flips.lost, flips.won, flips.records)
+
+
+def test_a_shifted_line_is_the_mean_over_shifted_tasks_and_seeds(study, summary):
+    line = line_of(summary, "awq 3", "shifted")
+    assert [run.axes.seed for run in line.runs] == [0, 1]
+    means = [
+        reliability.key_numbers(records, SETTINGS)["accuracy"]
+        for seed in (0, 1)
+        for task, records in run_of(study, f"awq-3-{seed}").tasks.items()
+        if task != "shapes_rec"
+    ]
+    assert len(means) == 6
+    assert line.group.of("accuracy") == pytest.approx(np.mean(means))
+    low, high = line.group.interval("accuracy", 0.95)
+    assert low < line.group.of("accuracy") < high
+
+
+def test_nothing_is_compared_across_different_documents(tmp_path):
+    docs = report_study.documents(40)
+    report_study.write_cell(tmp_path, "none", docs[:20], report_study.axes(), 0.9)
+    report_study.write_cell(tmp_path, "rtn", docs[20:], report_study.axes("rtn", 3), 0.9)
+    found = summarise(reading.read_folder(tmp_path, SETTINGS), 0.95)
+    line = line_of(found, "rtn 3")
+    assert line.flips is None
+    assert math.isnan(line.delta.interval.low)
+
+
+def test_processes_do_not_change_a_number(study, summary, monkeypatch):
+    monkeypatch.setattr(reading, "_ONE_PROCESS", 0)
+    other = reading.read_folder(study, reliability.Settings(resamples=60, workers=2))
+    for one, same in zip(summary.folder.runs, other.runs, strict=True):
+        assert one.file == same.file
+        for key, group in one.measured.groups.items():
+            np.testing.assert_array_equal(group.value, same.measured.groups[key].value)
+            np.testing.assert_array_equal(group.resampled, same.measured.groups[key].resampled)
+
+
+def test_runs_outside_of_a_study_have_axes_from_their_arguments(tmp_path):
+    docs = report_study.documents(20)
+    report_study.write_run(tmp_path / "a", docs, 0.9)
+    arguments = "pretrained=demo,bits=3,vision_bits=4,group_size=-1,calibration=demo,act_order=True,seed=5"
+    report_study.write_run(tmp_path / "b", docs, 0.7, 1, "quant_gptq", arguments)
+    report_study.write_run(tmp_path / "c", docs, 0.7, 1, "quant_rtn", limit=20)
+    dense, gptq, rtn = (run.axes for run in reading.read_folder(tmp_path, SETTINGS).runs)
+    assert dense.config.dense
+    assert gptq.config == ("demo", "gptq", 3, -1, "language+vision:4", "demo", "act_order=True")
+    assert gptq.seed == 5
+    # The default of the backend, since nothing was said.
+    assert rtn.config.bits == 4
+
+
+def test_the_front_holds_what_nothing_beats(summary):
+    lines = summary.scopes[0].under(CLEAN)
+    kept = contents.not_dominated(lines)
+    for line in lines:
+        mine = contents._objectives(line)
+        better = [
+            other for other in kept if all(a <= b for a, b in zip(contents._objectives(other), mine, strict=True))
+        ]
+        assert better, line.config.label
+        assert (line in kept) == all(contents._objectives(other) == mine for other in better)
+
+
+def test_tables_as_csv_and_latex(tmp_path):
+    columns_ = (tables.Column("a_b & c", numeric=False), tables.Column("x"))
+    rows = tables.rows_of([[tables.text("5 %"), tables.number(-0.5, Interval(-0.75, -0.25))]])
+    table = tables.Table("t", "Caption", columns_, rows)
+    assert list(csv.reader(io.StringIO(table.csv()))) == [
+        ["a_b & c", "x", "x low", "x high"],
+        ["5 %", "-0.5", "-0.75", "-0.25"],
+    ]
+    assert r"a\_b \& c & x \\" in table.latex()
+    assert r"5 \% & $-$0.500" in table.latex()
+    assert table.latex().count(r"\toprule") == table.latex().count(r"\bottomrule") == 1
+
+
+def test_figures_take_their_colours_from_the_page_and_their_ids_from_their_name(summary):
+    drawn = [one for section in figures.every(summary).values() for one in section]
+    assert {one.name.split("-")[0] for one in drawn} == {*figures.SECTIONS, "layers"}
+    for one in drawn[:3]:
+        body = svg.inline(one.figure, one.name, one.title, one.says)
+        assert not any(tone.light in body for tone in palette.TONES.values())
+        assert all(name.startswith(one.name) for name in re.findall(r'\bid="([^"]+)"', body))
+        assert re.search(r'role="img" aria-labelledby="\S+-title" aria-describedby="\S+-desc"', body)
+        assert svg.svg(one.figure) == svg.svg(one.figure)
+
+
+def luminance(colour):
+    channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("ground", ["light", "dark"])
+def test_colours_stand_out(ground):
+    papers = [getattr(palette.SURFACES[name], ground) for name in ("paper", "tint")]
+    for name, tone in {**palette.TONES, **palette.SURFACES}.items():
+        if name in ("rule", "paper", "tint"):
+            continue
+        least = 4.5 if name in ("ink", "muted", "badtext", "s1") else 3.0
+        assert min(contrast(getattr(tone, ground), paper) for paper in papers) >= least, name
+    assert len({tone.light for tone in palette.TONES.values()}) == len(palette.TONES)
+
+
+def test_every_quantizer_looks_different_and_the_same_everywhere():
+    both = palette.looks(["awq", "rtn", "mine", "none"])
+    assert len(set(both.values())) == 4
+    assert both["awq"] == palette.looks(["awq"])["awq"]
+
+
+def test_the_command_writes_page_figures_and_tables(study, tmp_path, monkeypatch, capsys):
+    (study / "verdict.json").write_text(
+        json.dumps({"sentences": ["Nothing was shown."], "tables": [{"title": "T", "columns": ["a"], "rows": [["1"]]}]})
+    )
+    out, folder = tmp_path / "report.html", tmp_path / "figures"
+    arguments = ["report", str(study), "-o", str(out), "--figures", str(folder), "--resamples", "20", "--pictures", "3"]
+    monkeypatch.setattr("sys.argv", ["lmms-plugin", *arguments, "--workers", "1"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    html = out.read_text(encoding="utf-8")
+    assert "Nothing was shown." in html
+    assert "1 cells of the study failed" in html
+    assert "ValueError: out of luck" in html
+    assert html.count("lmms-eval --model quant_awq --model_args pretrained=demo") == 2
+    assert html.count("data:image/jpeg;base64,") == 3
+    # Everything is in the page: nothing is loaded from anywhere.
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"|url\((?!#|&quot;#)|@import', html)
+    names = {path.stem for path in folder.glob("*.png")}
+    assert names == {path.stem for path in folder.glob("*.svg")}
+    assert {"leader", "flips", "runs", *names} <= {path.stem for path in folder.glob("*.csv")}
+    with (folder / "leader.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 2
+    assert all(float(row["Accuracy low"]) <= float(row["Accuracy"]) <= float(row["Accuracy high"]) for row in rows)
+
+
+def test_a_reader_is_warned_of_limits_and_missing_baselines(tmp_path):
+    report_study.write_run(
+        tmp_path, report_study.documents(20), 0.7, 1, "quant_rtn", "pretrained=demo,bits=3", limit=20
+    )
+    found = list(page.warnings(summarise(reading.read_folder(tmp_path, SETTINGS), 0.95)))
+    assert any("--limit" in line and "limit 20" in line for line in found)
+    assert any("No 16-bit run" in line for line in found)
+
+
+def test_a_damaged_verdict_is_refused(tmp_path):
+    (tmp_path / "verdict.json").write_text('{"tables": []}')
+    with pytest.raises(ValueError, match=r"expected .*sentences"):
+        page.read_verdict(tmp_path)
+
+
+def test_all_metrics_have_a_place(summary):
+    assert line_of(summary, "16 bit").group.value.shape == (len(METRICS),)
+    assert not np.isnan(line_of(summary, "16 bit").group.value).any()
