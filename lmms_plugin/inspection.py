@@ -6,14 +6,61 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.quant_backends import backend_class, get, names, option_types
 
 if TYPE_CHECKING:
     from lmms_plugin.model import QuantizedVLM
+    from lmms_plugin.quant_backends.backend import Backend
+    from lmms_plugin.quant_backends.plan import QuantPlan
     from lmms_plugin.quant_backends.report import QuantReport
+
+
+class Asked(NamedTuple):
+    """A model and what is to be done to it, checked before anything is loaded.
+
+    Attributes:
+        method: What would follow `--model quant_`.
+        given: Arguments of the model.
+        arguments: The same, read.
+        backend: The method with its options.
+        plan: What it is to quantize.
+    """
+
+    method: str
+    given: dict[str, Any]
+    arguments: ModelArguments
+    backend: Backend
+    plan: QuantPlan
+
+    @classmethod
+    def parse(cls, text: str) -> Asked:
+        """Read a text as after `--model_args`, with `method=` for what would follow `--model quant_`.
+
+        Raises:
+            ValueError: An argument is unknown or impossible.
+            FileNotFoundError: There is no such checkpoint.
+        """
+        method, given = _parse(text)
+        arguments = ModelArguments.parse(given, option_types(method))
+        backend = get(method, **arguments.options)
+        expect_effect(given, backend)
+        plan = arguments.quant_plan(backend.default_bits)
+        backend.check(plan)
+        arguments.calibration_spec()
+        arguments.find_checkpoint()
+        return cls(method, given, arguments, backend, plan)
+
+    def load(self) -> QuantizedVLM:
+        """Load and quantize the model, as an evaluation would."""
+        # Only now: what makes the model takes seconds to import.
+        import lmms_plugin.model as models
+        from lmms_plugin.registration import class_name
+
+        vlm: QuantizedVLM = getattr(models, class_name(self.method))(**self.given)
+        return vlm
 
 
 def inspect(text: str, *, held_out: int) -> QuantReport:
@@ -27,21 +74,10 @@ def inspect(text: str, *, held_out: int) -> QuantReport:
     Raises:
         ValueError: An argument is unknown or impossible.
     """
-    method, given = _parse(text)
-    arguments = ModelArguments.parse(given, option_types(method))
-    backend = get(method, **arguments.options)
-    expect_effect(given, backend)
-    backend.check(arguments.quant_plan(backend.default_bits))
-    arguments.calibration_spec()
-    arguments.find_checkpoint()
-
-    # Only now: what makes the model takes seconds to import.
-    import lmms_plugin.model as models
-    from lmms_plugin.registration import class_name
-
-    vlm: QuantizedVLM = getattr(models, class_name(method))(**given)
+    asked = Asked.parse(text)
+    vlm = asked.load()
     report = vlm.report
-    if held_out and report.quantized and not _is_checkpoint(method):
+    if held_out and report.quantized and not _is_checkpoint(asked.method):
         report = report.with_held_out_errors(_held_out(vlm, held_out))
     return report
 

@@ -36,7 +36,7 @@ from lmms_plugin.plain_prompts import TEMPLATES, template_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.loading import load_quantized
-from lmms_plugin.quant_backends.saving import save_quantized
+from lmms_plugin.quant_backends.saving import expect_storable, save_quantized
 from lmms_plugin.registration import class_name
 from lmms_plugin.requests import Messages, Request, candidates_of, read
 from lmms_plugin.response import MARKER, Response
@@ -87,6 +87,8 @@ class QuantizedVLM(lmms):
         self.arguments = ModelArguments.parse(arguments, option_types(self.method))
         backend = get(self.method, **self.arguments.options)
         expect_effect(arguments, backend)
+        if self.arguments.save_quantized:
+            expect_storable(backend)
         plan, calibration = self.arguments.quant_plan(backend.default_bits), self.arguments.calibration_spec()
         wanted = Wanted.read(self.arguments, backend)
         path = self.arguments.find_checkpoint()

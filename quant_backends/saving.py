@@ -47,14 +47,16 @@ class Saved(NamedTuple):
         reason: Why it is not compressed-tensors; None when it is.
         bytes: Of all files together.
         bits: Of the quantized layers, each number once.
-        group_sizes: Of the quantized layers, each number once.
+        group_sizes: Columns that share a scale, each number once; None for whole rows.
+        schemes: Of how many kinds the quantized layers are.
     """
 
     format: str
     reason: str | None
     bytes: int
-    bits: tuple[int, ...] = ()
-    group_sizes: tuple[int, ...] = ()
+    bits: tuple[int, ...]
+    group_sizes: tuple[int | None, ...]
+    schemes: int
 
 
 def expect_free(folder: str | Path) -> Path:
@@ -152,8 +154,10 @@ def save_quantized(
         processor.save_pretrained(unfinished)
         (unfinished / REPORT).write_text(report.to_json(), encoding="utf-8")
         size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
-    bits, groups = (tuple(sorted({getattr(layer, k) for layer in layers.values()})) for k in ("bits", "group_size"))
-    return Saved(str(quantization["quant_method"]), reason, size, bits, groups)
+    kinds = {(layer.bits, _group_size(layer)) for layer in layers.values()}
+    bits, groups = (tuple(sorted({kind[k] for kind in kinds}, key=lambda n: n or 0)) for k in (0, 1))
+    schemes = len(quantization.get("config_groups", kinds))
+    return Saved(str(quantization["quant_method"]), reason, size, bits, groups, schemes)
 
 
 def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> dict[str, Any]:
@@ -259,6 +263,10 @@ def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
         return f"{name} has a width of {layer.in_features}, which its groups of {layer.group_size} do not divide"
     zero = layer.packed.codes(0, 1).zero_point
     return f"{name} has zero points that are no integers" if zero is not None and zero.is_floating_point() else None
+
+
+def _group_size(layer: QuantizedLinear) -> int | None:
+    return None if layer.group_size == layer.in_features else layer.group_size
 
 
 def _scheme(layer: QuantizedLinear) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The commands `lmms-plugin export` and `lmms-plugin leaderboard`."""
+"""The commands `lmms-plugin export`, `lmms-plugin leaderboard` and `lmms-plugin quantize`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Format(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    """Add both commands."""
-    app.command()(export)
-    app.command()(leaderboard)
+    """Add the commands."""
+    for command in (export, leaderboard, quantize):
+        app.command()(command)
 
 
 def export(
@@ -124,6 +124,34 @@ def leaderboard(
     typer.echo(f"{output / 'leaderboard.html'}: {len(verified)} verified, {len(refused)} refused")
     if refused:
         raise typer.Exit(1)
+
+
+def quantize(
+    model_args: Annotated[str, typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=rtn.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
+    form: Annotated[
+        str, typer.Option("--format", help="auto, compressed-tensors, or own: this package's, which holds everything.")
+    ] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON what was written.")] = False,
+) -> None:
+    """Quantize a model and write a checkpoint for serving; says who can load it."""
+    import json as writing
+
+    from loguru import logger
+
+    from lmms_plugin.export import checkpoint
+    from lmms_plugin.inspection import stdout_to_stderr
+
+    logger.remove()
+    with stdout_to_stderr():
+        saved = checkpoint.quantize(model_args, output, form)
+    lines = list(checkpoint.readers(saved))
+    if json:
+        typer.echo(writing.dumps({**saved._asdict(), "readers": lines}, indent=1))
+        return
+    typer.echo(f"{output}: {saved.format}, {saved.bytes / 1e6:.1f} MB; loaded by")
+    for line in lines:
+        typer.echo(f"- {line}")
 
 
 def _source(

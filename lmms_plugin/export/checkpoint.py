@@ -1,0 +1,103 @@
+"""Quantized checkpoints for serving: what was written, and who can load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lmms_plugin.inspection import Asked
+from lmms_plugin.quant_backends.components import components
+from lmms_plugin.quant_backends.saving import (
+    COMPRESSED_TENSORS,
+    Saved,
+    expect_free,
+    expect_storable,
+    save_quantized,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)
+"""What vLLM's kernels for packed integer weights take, as its sources say; whole rows they take, too."""
+
+
+def quantize(text: str, folder: Path, form: str) -> Saved:
+    """Quantize a model and write it.
+
+    Args:
+        text: As after `--model_args`, and `method=` for what would follow `--model quant_`.
+        folder: New or empty.
+        form: Of `lmms_plugin.quant_backends.saving.FORMS`.
+
+    Raises:
+        ValueError: An argument is impossible, the folder is taken, or the method's result cannot be written in this
+            form; as far as that can be known, before any weight is read.
+    """
+    asked = Asked.parse(text)
+    expect_storable(asked.backend, form)
+    expect_free(folder)
+    if form == COMPRESSED_TENSORS:
+        _expect_whole_groups(asked)
+    vlm = asked.load()
+    return save_quantized(vlm.model, vlm.chat.processor, vlm.report, folder, form=form)
+
+
+def readers(saved: Saved) -> Iterator[str]:
+    """Who loads what was written, one line each."""
+    yield "lmms-eval --model quant_prequantized --model_args pretrained=DIR"
+    if saved.format != COMPRESSED_TENSORS:
+        yield f"nothing without this package: it is in this package's own format, because {saved.reason}"
+        return
+    if saved.schemes > 1:
+        yield "not transformers, which refuses several kinds of layers in one checkpoint (5.23)"
+    else:
+        yield "transformers with compressed-tensors installed; it makes the weights dense while loading"
+    yield f"vLLM: {_vllm(saved)}"
+
+
+def _vllm(saved: Saved) -> str:
+    odd = [bits for bits in saved.bits if bits not in VLLM_BITS]
+    groups = [size for size in saved.group_sizes if size not in (*VLLM_GROUPS, None)]
+    if odd or groups:
+        kind = f"{odd[0]} bits" if odd else f"groups of {groups[0]}"
+        able = f"{_listed(VLLM_BITS)} bits in groups of {_listed(VLLM_GROUPS)} or whole rows"
+        return f"no, its kernels take {able}, not {kind}"
+    return "by its format, if it knows the architecture; never run with this package"
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
+
+
+def _expect_whole_groups(asked: Asked) -> None:
+    """Refuse groups that do not divide the width of a layer, by the model's shapes alone."""
+    model = _without_weights(asked)
+    if model is None:
+        return
+    for name, component in components(model).items():
+        layer = model.get_submodule(name)
+        spec = asked.plan.spec_for(name, component)
+        if not isinstance(layer, nn.Linear) or spec is None or spec.group_size is None:
+            continue
+        if layer.in_features % min(spec.group_size, layer.in_features):
+            raise ValueError(
+                f"{COMPRESSED_TENSORS} cannot hold {name}: groups of {spec.group_size} do not divide its width of"
+                f" {layer.in_features}; name another group_size"
+            )
+
+
+def _without_weights(asked: Asked) -> PreTrainedModel | None:
+    """The model without values; None where that takes code of the checkpoint's own."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    if asked.arguments.trust_remote_code:
+        return None
+    config = AutoConfig.from_pretrained(asked.arguments.find_checkpoint())
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    return model
