@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lmms_plugin.study import conclusions
 from lmms_plugin.study.expansion import cells
 from lmms_plugin.study.grid import Axes, Cell
 from lmms_plugin.study.reading import read
@@ -146,7 +147,7 @@ models: [{name: small, pretrained: demo, max_pixels: 4096}]
 tasks: [shapes_rec]
 methods: [{method: awq, clip: true}, {method: awq, name: clipped, clip: true}]
 calibration: [{name: few, source: noise, samples: 4}]
-analysis: {margin: 0.02, of: [a, b]}
+analysis: {kind: components, question: Which one, metrics: [ece]}
 """
         )
     )
@@ -158,9 +159,61 @@ analysis: {margin: 0.02, of: [a, b]}
     )
 
 
-def test_the_analysis_is_passed_on_as_it_is(write: Write) -> None:
-    study = read(write(SHARED + "methods: [none]\nanalysis: {margin: 0.02, of: [a, {b: 1}]}"))
-    assert study.analysis == {"margin": 0.02, "of": ["a", {"b": 1}]}
+def test_the_analysis_is_checked_where_it_stands(write: Write) -> None:
+    study = read(write(SHARED + "methods: [none]\nanalysis: {kind: components, question: Which one, metrics: [ece]}"))
+    assert study.analysis == {"kind": "components", "question": "Which one", "metrics": ["ece"]}
+    with pytest.raises(ValueError, match=r"study\.yaml:\d+:\d+: analysis: unknown 'metric'"):
+        read(write(SHARED + "methods: [none]\nanalysis: {kind: components, question: Which one, metric: [ece]}"))
+
+
+def test_lists_of_bits_by_component_are_multiplied(write: Write) -> None:
+    bits = "{vision: [4, 16], connector: 8, language: [3, 16]}"
+    found = planned(write(SHARED + f"methods: [rtn]\ncomponents: [{bits}]"))
+    names = ["vision4-connector8-language3", "vision4-connector8-language16"]
+    names += ["vision16-connector8-language3", "vision16-connector8-language16"]
+    assert [cell.axes.components for cell in found] == names
+    # Without quantization the method is none: the corner of 16 bits everywhere is no cell of rtn.
+    corner = planned(write(SHARED + "methods: [rtn]\ncomponents: [{vision: [4, 16], language: [16]}]"))
+    assert [cell.axes.components for cell in corner] == ["vision4-language16"]
+    with pytest.raises(ValueError, match="without quantization the method is none"):
+        planned(write(SHARED + "methods: [rtn]\ncomponents: [{vision: 16}]"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("methods: [none]", "methods: [hqq]"), r"one cell with the unquantized model \(method none\) for demo, got 0"),
+        (("plain: {method: rtn}", "plain: {method: hqq}"), "no cell belongs to arm 'plain'"),
+        (("bits: [4]", "bits: [4, 3]"), "same bits in 'aware' and 'plain', got 4 and 3, 4"),
+        (
+            ("shifted: [shapes_shift_fog_3]", "shifted: [shapes_shift_fog_5]"),
+            "expected task shapes_shift_fog_5 in every",
+        ),
+    ],
+)
+def test_an_analysis_that_the_study_cannot_answer_is_refused_before_it_runs(write, change, message) -> None:
+    text = """models: [demo]
+tasks: [shapes_rec, shapes_shift_fog_3]
+grids:
+  - methods: [none]
+  - methods: [rtn]
+    bits: [4]
+  - methods: [awq]
+    bits: [ 4 ]
+analysis:
+  question: Which?
+  clean: shapes_rec
+  shifted: [shapes_shift_fog_3]
+  arms:
+    aware: {method: awq}
+    plain: {method: rtn}
+  contrasts: [[aware, plain]]
+"""
+    good = read(write(text))
+    conclusions.expect(good.analysis, planned(write(text)))
+    bad = write(text.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        conclusions.expect(read(bad).analysis, planned(bad))
 
 
 def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
 from lmms_plugin.reliability import Settings
 from lmms_plugin.study import published
-from lmms_plugin.study.arms import UNTOUCHED, Axes, Cell, read_cells, select
+from lmms_plugin.study.arms import UNTOUCHED, Axes, Cell, one_reference, read_cells, select
 from lmms_plugin.study.asked import expect_names, texts
-from lmms_plugin.study.conclusions import Conclusion
+from lmms_plugin.study.conclusions import Conclusion, Planned
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,16 @@ class Row(NamedTuple):
     published_reference: published.Published | None
 
 
+def expect(question: Question, cells: Sequence[Planned]) -> None:
+    """Refuse a study that will lack the unquantized model of one of its checkpoints.
+
+    Raises:
+        ValueError: Names the checkpoint.
+    """
+    for model in dict.fromkeys(cell.axes.model for cell in cells):
+        one_reference(select(cells, {"model": model}))
+
+
 def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:
     """Compare every cell with the unquantized model of its checkpoint.
 
@@ -94,16 +104,12 @@ def conclude(study: Path, question: Question, only: Collection[str] | None, work
 
 
 def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Conclusion:
-    references = select(cells, {"method": UNTOUCHED})
-    if len(references) != 1:
-        raise ValueError(
-            f"expected one cell with the unquantized model of {cells[0].axes.model}, got {len(references)}"
-        )
+    reference = one_reference(cells)
     rows: list[Row] = []
     for cell in cells:
-        if cell is references[0]:
+        if cell is reference:
             continue
-        found = comparison.compare(references[0].run, cell.run, question.settings(workers), question.margin)
+        found = comparison.compare(reference.run, cell.run, question.settings(workers), question.margin)
         asked = [one for one in found.changes if one.metric in question.metrics]
         rows += [_row(cell.axes, one) for one in asked if not question.tasks or one.task in question.tasks]
     if not rows:

@@ -35,15 +35,18 @@ from lmms_plugin.study.arms import (
     Axes,
     Cell,
     Drawn,
+    Placed,
     Resampled,
     by_seed,
     flipped,
+    one_reference,
     parse_rate,
     read_cells,
     select,
 )
 from lmms_plugin.study.asked import expect_names
-from lmms_plugin.study.conclusions import Conclusion
+from lmms_plugin.study.conclusions import Conclusion, Planned
+from lmms_plugin.study.tasks import known
 
 BROKEN = 0.5
 """An arm is broken where it keeps less than this share of the unquantized model's clean accuracy."""
@@ -220,6 +223,25 @@ def conclude(study: Path, question: Question, only: Collection[str] | None, work
     ]
 
 
+def expect(question: Question, cells: Sequence[Planned]) -> None:
+    """Refuse a study that will lack cells or tasks of the question.
+
+    Raises:
+        ValueError: An arm has no cell, two arms of a contrast differ in bits, the unquantized model is missing, or a
+            cell of an arm does not answer a task.
+    """
+    for model in dict.fromkeys(cell.axes.model for cell in cells):
+        own = select(cells, {"model": model})
+        needed = [one_reference(own), *(cell for name in question.arms for cell in _arm(own, name, question))]
+        for cell in needed:
+            answered = {task for described in known(cell.tasks).values() for task in described.tasks}
+            for task in (question.clean, *question.shifted):
+                if task not in answered:
+                    raise ValueError(f"analysis: expected task {task} in every cell, got {', '.join(cell.tasks)}")
+        for pair in question.contrasts:
+            _shared_bits(own, pair, question)
+
+
 def analyse(
     study: Path, question: Question, only: Collection[str] | None = None, *, workers: int = 1
 ) -> list[Analysis]:
@@ -235,14 +257,9 @@ def analyse(
 
 
 def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Analysis:
-    references = select(cells, {"method": UNTOUCHED})
-    if len(references) != 1:
-        raise ValueError(
-            f"expected one cell with the unquantized model (method {UNTOUCHED}) for {cells[0].axes.model}, got"
-            f" {len(references)}"
-        )
+    reference = one_reference(cells)
     chosen = [cell for name in question.arms for cell in _arm(cells, name, question)]
-    members = list({cell.name: cell for cell in (*references, *chosen)}.values())
+    members = list({cell.name: cell for cell in (reference, *chosen)}.values())
     tasks = (question.clean, *question.shifted)
     drawn = Resampled(
         members,
@@ -253,11 +270,11 @@ def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> An
         workers=workers,
     )
     contrasts = [
-        _contrast(pair, bits, cells, references[0], drawn, question)
+        _contrast(pair, bits, cells, reference, drawn, question)
         for pair in question.contrasts
         for bits in _shared_bits(cells, pair, question)
     ]
-    rows = [_row(group, references[0], drawn, question) for group in by_seed(members)]
+    rows = [_row(group, reference, drawn, question) for group in by_seed(members)]
     limits = {cell.run.limit for cell in members}
     if len(limits) > 1:
         raise ValueError(f"expected all cells with the same --limit, got {sorted(map(str, limits))}")
@@ -266,14 +283,14 @@ def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> An
     )
 
 
-def _arm(cells: Sequence[Cell], name: str, question: Question) -> list[Cell]:
+def _arm(cells: Sequence[Placed], name: str, question: Question) -> list[Placed]:
     found = select(cells, question.arms[name])
     if not found:
-        raise ValueError(f"analysis: no finished cell belongs to arm {name!r} ({dict(question.arms[name])})")
+        raise ValueError(f"analysis: no cell belongs to arm {name!r} ({dict(question.arms[name])})")
     return found
 
 
-def _shared_bits(cells: Sequence[Cell], pair: tuple[str, str], question: Question) -> list[int]:
+def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: Question) -> list[int]:
     bits = [{cell.axes.bits for cell in _arm(cells, name, question)} for name in pair]
     if bits[0] != bits[1]:
         told = [", ".join(map(str, sorted(each, key=str))) for each in bits]

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,15 @@ class Cell:
     name: str
     axes: Axes
     run: Run
+
+
+class _HasAxes(Protocol):
+    @property
+    def axes(self) -> Any:
+        """Where it stands in the study."""
+
+
+Placed = TypeVar("Placed", bound=_HasAxes)
 
 
 @dataclass(frozen=True)
@@ -247,7 +256,22 @@ def parse_rate(cells: Sequence[Cell], tasks: Sequence[str]) -> float:
     return float(np.mean([r.parsed[reported(r)].mean() for r in records]))
 
 
-def select(cells: Sequence[Cell], wanted: Mapping[str, Any]) -> list[Cell]:
+def one_reference(cells: Sequence[Placed]) -> Placed:
+    """The cell with the unquantized model.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    found = select(cells, {"method": UNTOUCHED})
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one cell with the unquantized model (method {UNTOUCHED}) for {cells[0].axes.model}, got"
+            f" {len(found)}"
+        )
+    return found[0]
+
+
+def select(cells: Sequence[Placed], wanted: Mapping[str, Any]) -> list[Placed]:
     """Cells whose axes have one of the values wanted of each."""
     return [cell for cell in cells if all(_is_in(getattr(cell.axes, axis), values) for axis, values in wanted.items())]
 

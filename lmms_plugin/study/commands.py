@@ -1,5 +1,6 @@
-"""The commands of studies: `lmms-plugin study plan` and `lmms-plugin study run`."""
+"""The commands of studies: `lmms-plugin study plan`, `run` and `analyse`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -55,3 +56,23 @@ def run_study(
         typer.echo(f"failed: {cell}: {' '.join(problem.split())} (see {output / 'failed' / cell})", err=True)
     if not finished.complete:
         raise typer.Exit(1)
+    for line in (line for one in finished.conclusions or () for line in one.sentences):
+        typer.echo(line)
+
+
+@app.command("analyse")
+def analyse_study(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study, with all of its cells.")],
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Study file with another analysis; by default the one as run.")
+    ] = None,
+) -> None:
+    """Make the analysis again that the study file asks for, of the finished cells, whatever code made them."""
+    from lmms_plugin.study import conclusions
+    from lmms_plugin.study.reading import read
+
+    asked = read(file or folder / "study.yaml").analysis
+    if asked is None:
+        raise ValueError(f"expected an analysis in {file or folder / 'study.yaml'}, got none")
+    for one in conclusions.conclude(folder, asked, workers=os.cpu_count() or 1):
+        typer.echo(conclusions.markdown(one))

@@ -8,10 +8,10 @@ score).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from lmms_plugin.reliability import plain
 
@@ -37,6 +37,18 @@ class Conclusion(NamedTuple):
     details: Any
 
 
+class Planned(Protocol):
+    """A cell that will run."""
+
+    @property
+    def axes(self) -> Any:
+        """Where it stands in the study."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks and groups that it answers."""
+
+
 class Kind(NamedTuple):
     """A kind of analysis.
 
@@ -44,10 +56,13 @@ class Kind(NamedTuple):
         parse: Reads the `analysis` of a study file; raises ValueError.
         conclude: Study's folder, what was parsed, ids of the cells that count (None for all), threads → what the study
             says; raises ValueError.
+        expect: Question, cells that will run → ValueError where some that it needs are not among them; None where any
+            will do.
     """
 
     parse: Callable[[Mapping[str, Any]], Any]
     conclude: Callable[[Path, Any, Collection[str] | None, int], list[Conclusion]]
+    expect: Callable[[Any, Sequence[Planned]], None] | None = None
 
 
 def check(asked: Mapping[str, Any]) -> None:
@@ -57,6 +72,17 @@ def check(asked: Mapping[str, Any]) -> None:
         ValueError: Something in it is unknown, missing or of the wrong kind.
     """
     _parsed(asked)
+
+
+def expect(asked: Mapping[str, Any], cells: Sequence[Planned]) -> None:
+    """Refuse an analysis for which a study, when all of it has run, would lack cells or tasks.
+
+    Raises:
+        ValueError: Says what is missing.
+    """
+    kind, question = _parsed(asked)
+    if kind.expect is not None:
+        kind.expect(question, cells)
 
 
 def conclude(
@@ -112,8 +138,10 @@ def _kinds() -> Mapping[str, Kind]:
 
     return MappingProxyType(
         {
-            DEFAULT: Kind(analysis.Question.parse, analysis.conclude),
-            "against_reference": Kind(against_reference.Question.parse, against_reference.conclude),
+            DEFAULT: Kind(analysis.Question.parse, analysis.conclude, analysis.expect),
+            "against_reference": Kind(
+                against_reference.Question.parse, against_reference.conclude, against_reference.expect
+            ),
             "components": Kind(component_bits.Question.parse, component_bits.conclude),
         }
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.quant_backends import names, option_types
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
-from lmms_plugin.quant_backends.plan import COMPONENTS, QuantSpec
+from lmms_plugin.quant_backends.plan import COMPONENTS, UNTOUCHED_BITS, QuantSpec
+from lmms_plugin.study import conclusions
 from lmms_plugin.study.grid import At, Calibration, Components, Exclusion, Grid, Method, Model, Resources, Study
 from lmms_plugin.study.located import Entry, load, near
 
@@ -61,6 +63,10 @@ def read(file: Path) -> Study:
     analysis = given.get("analysis")
     if analysis is not None:
         analysis.fields(None)
+        try:
+            conclusions.check(analysis.plain())
+        except ValueError as error:
+            raise ValueError(f"{analysis.where}: {error}") from error
     name = given["name"].text() if "name" in given else file.stem
     return Study(name, str(file), tuple(grids), None if analysis is None else analysis.plain())
 
@@ -97,9 +103,12 @@ def _of_fields(entry: Entry, given: Mapping[str, Entry], exclude: tuple[Exclusio
             raise entry.wrong(f"{axis!r} for this grid", f"{', '.join(given) or 'nothing'} alone")
 
     def axis(name: str, read_one: Callable[[Entry], T], default: T) -> tuple[At[T], ...]:
+        return expanded(name, lambda one: [read_one(one)], default)
+
+    def expanded(name: str, read_some: Callable[[Entry], list[T]], default: T) -> tuple[At[T], ...]:
         if name not in given:
             return (At(default, entry.where),)
-        found = [At(read_one(one), one.where) for one in given[name].items()]
+        found = [At(value, one.where) for one in given[name].items() for value in read_some(one)]
         for position, one in enumerate(found):
             if any(one.value == other.value for other in found[:position]):
                 raise ValueError(f"{one.where}: expected every value of {name} once, got this one twice")
@@ -110,7 +119,7 @@ def _of_fields(entry: Entry, given: Mapping[str, Entry], exclude: tuple[Exclusio
         methods=axis("methods", _method, Method("", "")),
         bits=axis("bits", _bits, None),
         group_sizes=axis("group_sizes", _group_size, 128),
-        components=axis("components", _components, Components("language", ("language",))),
+        components=expanded("components", _components, Components("language", ("language",))),
         calibration=axis("calibration", _calibration, Calibration("self", "self")),
         seeds=axis("seeds", lambda one: one.whole(0), 0),
         tasks=_tasks(given["tasks"]),
@@ -161,21 +170,33 @@ def _group_size(entry: Entry) -> int:
     return size
 
 
-def _components(entry: Entry) -> Components:
+def _components(entry: Entry) -> list[Components]:
+    """One choice of components; where they have lists of bits, one for each combination that quantizes anything."""
     if entry.is_mapping:
-        given = {name: _bits(value) for name, value in entry.fields(COMPONENTS).items()}
-        bits = {name: 16 if given.get(name) is None else int(given[name] or 16) for name in COMPONENTS}
-        return Components("-".join(f"{name}{given[name]}" for name in given), bits=bits)
+        given = {
+            name: [_bits(one) or UNTOUCHED_BITS for one in value.items()]
+            for name, value in entry.fields(COMPONENTS).items()
+        }
+        combinations = [dict(zip(given, bits, strict=True)) for bits in product(*given.values())]
+        quantized = [bits for bits in combinations if set(bits.values()) != {UNTOUCHED_BITS}]
+        if not quantized:
+            raise entry.wrong("a component with less than 16 bits", "none: without quantization the method is none")
+        return [_with_names(bits) for bits in quantized]
     name = entry.text()
     if name == "all":
-        return Components(name, ALL)
+        return [Components(name, ALL)]
     chosen = tuple(name.split("+"))
     for part in chosen:
         if part not in COMPONENTS or chosen.count(part) > 1:
             known = (*COMPONENTS, "all")
             expected = f"{', '.join(known)}, several joined by +, or a mapping from component to bits"
             raise entry.wrong(expected, f"{name!r}{near(part, known)}")
-    return Components(name, chosen)
+    return [Components(name, chosen)]
+
+
+def _with_names(bits: Mapping[str, int]) -> Components:
+    everything = {name: bits.get(name, UNTOUCHED_BITS) for name in COMPONENTS}
+    return Components("-".join(f"{name}{count}" for name, count in bits.items()), bits=everything)
 
 
 def _calibration(entry: Entry) -> Calibration:
