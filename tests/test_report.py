@@ -276,7 +276,7 @@ def test_the_command_writes_page_figures_and_tables(study, tmp_path, monkeypatch
         main()
     html = out.read_text(encoding="utf-8")
     assert "Nothing was shown." in html
-    assert "1 cells of the study failed" in html
+    assert "cells 1 failed and are missing" in html
     assert "ValueError: out of luck" in html
     assert html.count("lmms-eval --model quant_awq --model_args pretrained=demo") == 2
     assert html.count("data:image/jpeg;base64,") == 3

@@ -267,7 +267,7 @@ def _gains(
     if not choosing.any() or np.unique(one.images[rest]).size < 2:
         return []
     c, y = clean.confidence[choosing], clean.outcome[choosing]
-    thresholds = {cost: metrics.threshold_at_cost(c, y, cost) for cost in COSTS}
+    thresholds = {float(cost): metrics.threshold_at_cost(c, y, cost) for cost in COSTS}
     clusters = Clusters(places[rest].astype(np.intp), images)
     return [Gains(one.confidence[rest], one.outcome[rest], clusters, {}, thresholds)]
 
@@ -321,7 +321,8 @@ def _risk(confidence: Floats, outcome: Floats) -> Floats:
     if not confidence.size:
         return np.full(GRID.size, np.nan)
     curve = metrics.risk_coverage(confidence, outcome)
-    return curve.risk[np.searchsorted(curve.coverage, GRID - 1e-12).clip(max=curve.risk.size - 1)]
+    risk: Floats = curve.risk[np.searchsorted(curve.coverage, GRID - 1e-12).clip(max=curve.risk.size - 1)]
+    return risk
 
 
 def mean_bins(tasks: Sequence[Task]) -> Floats:

@@ -126,7 +126,7 @@ def warnings(summary: Summary) -> Iterator[str]:
         )
     if failed := summary.folder.failed:
         named = "; ".join(f"{one.cell}: {one.tail or 'no log'}" for one in failed[:5])
-        yield f"{len(failed)} cells of the study failed and are missing here. {named}"
+        yield f"Of the study's cells {len(failed)} failed and are missing here. {named}"
     models = {run.axes.config.model for run in runs}
     lacking = sorted(models - {run.axes.config.model for run in runs if run.axes.config.dense})
     if lacking:

@@ -73,7 +73,8 @@ class Look(NamedTuple):
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
     """Method → how it is drawn; those of other packages take the places that the known ones leave."""
-    found, places = {}, {name: k for k, name in enumerate(_KNOWN)}
+    found: dict[str, Look] = {}
+    places = {name: k for k, name in enumerate(_KNOWN)}
     wanted = list(dict.fromkeys(methods))
     free = [k for k in range(1, len(_KNOWN)) if _KNOWN[k] not in wanted] or list(range(1, len(_KNOWN)))
     for method in wanted:

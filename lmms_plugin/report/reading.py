@@ -29,19 +29,11 @@ class Layer(NamedTuple):
 
     Attributes:
         name: Module.
-        component: vision, connector, language or head.
-        bits: Per code.
         relative_error: Of the weight.
-        output_error: Of the outputs on calibration inputs; None without.
-        held_out_error: Of the outputs on other inputs; None where not measured.
     """
 
     name: str
-    component: str
-    bits: int | None
     relative_error: float
-    output_error: float | None
-    held_out_error: float | None
 
 
 @dataclass(frozen=True)
@@ -50,19 +42,15 @@ class Cost:
 
     Attributes:
         bits_per_weight: Of quantized weights, scales and zero points counted.
-        bits_per_model_weight: Of all weights.
         bytes: Of all parameters and buffers.
         tokens_per_second: Generated tokens over the time of generating.
         seconds_to_quantize: Loading, calibration and quantization.
-        peak_bytes: Highest memory in use while quantizing.
     """
 
     bits_per_weight: float | None = None
-    bits_per_model_weight: float | None = None
     bytes: float | None = None
     tokens_per_second: float | None = None
     seconds_to_quantize: float | None = None
-    peak_bytes: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +121,9 @@ def read_folder(path: Path, settings: Settings) -> Folder:
         ValueError: If there is none, or a log is damaged or incomplete.
     """
     files = [file for file in results.find(path) if not set(UNFINISHED) & set(_below(file, path))]
-    runs, documents, left_out = [], {}, []
+    runs: list[Run] = []
+    left_out: list[str] = []
+    documents: dict[str, pa.Array] = {}
     for run in _in_processes(files, partial(read_run, root=path, settings=settings), settings.workers):
         documents |= run.measured.documents
         run.measured.documents.clear()
@@ -240,24 +230,15 @@ def _cost(throughput: Mapping[str, Any], account: Mapping[str, Any]) -> Cost:
     tokens, seconds = throughput.get("total_gen_tokens"), throughput.get("total_elapsed_time")
     return Cost(
         told("bits_per_weight"),
-        told("bits_per_model_weight"),
         told("bytes_after"),
         tokens / seconds if tokens and seconds else None,
         told("seconds"),
-        told("peak_bytes"),
     )
 
 
 def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
     return tuple(
-        Layer(
-            module["name"],
-            module["component"],
-            module["bits"],
-            module["relative_error"],
-            module.get("output_error"),
-            module.get("held_out_error"),
-        )
+        Layer(module["name"], module["relative_error"])
         for module in account.get("modules") or ()
         if module.get("relative_error") is not None
     )

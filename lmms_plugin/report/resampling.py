@@ -43,7 +43,8 @@ def evaluate(statistics: Sequence[Statistic], counts: Counts) -> list[Floats]:
         # Column by column, as sparse products read them.
         columns = np.asfortranarray(rows, np.float64)
         for values, statistic in zip(found, statistics, strict=True):
-            values.append(statistic(rows if isinstance(statistic, Selective) else columns))
+            # Whole numbers stay what they are for those that add them up.
+            values.append(statistic(rows) if isinstance(statistic, Selective) else statistic(columns))
     return [np.concatenate(values) for values in found]
 
 

@@ -41,7 +41,8 @@ def inline(figure: Figure, name: str, title: str, description: str) -> str:
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     return (
         f'<svg class="figure" viewBox="0 0 {width:.0f} {height:.0f}" style="--w:{width:.0f}" role="img"'
-        f' aria-labelledby="{name}-title" aria-describedby="{name}-desc"><title id="{name}-title">{escape(title)}</title>'
+        f' aria-labelledby="{name}-title" aria-describedby="{name}-desc">'
+        f'<title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-desc">{escape(description)}</desc>{body}</svg>'
     )
 
