@@ -23,7 +23,7 @@ from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
 from lmms_plugin.tasks.origins import Origin
 from lmms_plugin.tasks.recent import Recent
-from lmms_plugin.tasks.retrieval import REQUEST, bounds
+from lmms_plugin.tasks.retrieval import REQUEST, bounds, check_columns
 
 METRICS = ("CIDEr", "METEOR", "Bleu_4", "ROUGE_L")
 _EXPECTED = {IMAGE: "an image", "question_id": "a string", "answer": "a list of strings"}
@@ -60,7 +60,7 @@ class CaptionDocs(Documents):
             raise DatasetError(
                 f"{source.title}: CIDEr and METEOR need Java (PTB tokenizer, METEOR 1.5); no `java` is on the PATH"
             )
-        _check_columns(source, rows.features)
+        check_columns(source, rows.features, _EXPECTED)
         self._names = [str(name).rpartition(".")[0] or str(name) for name in rows["question_id"]]
         self._captions = list(rows["answer"])
         empty = next((i for i, captions in enumerate(self._captions) if not captions), None)
@@ -90,19 +90,6 @@ class CaptionDocs(Documents):
     def image_key(self, i: int) -> str:
         """Return the photograph's name."""
         return self._names[i]
-
-
-def _check_columns(source: CaptionSet, features: datasets.Features) -> None:
-    for name, expected in _EXPECTED.items():
-        if name not in features:
-            raise DatasetError(
-                f"{source.place()}: column {name!r} is missing: expected {expected}; the columns are {sorted(features)}"
-            )
-        feature = features[name]
-        text = getattr(feature, "feature", None) if expected == "a list of strings" else feature
-        fits = isinstance(feature, datasets.Image) if name == IMAGE else "string" in str(getattr(text, "dtype", ""))
-        if not fits:
-            raise DatasetError(f"{source.place()}: column {name!r}: expected {expected}, got {feature}")
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:

@@ -66,7 +66,7 @@ class RetrievalDocs(Documents):
     """
 
     def __init__(self, source: CaptionedSet, rows: datasets.Dataset) -> None:
-        _check_columns(source, rows.features)
+        check_columns(source, rows.features, _EXPECTED)
         light = rows.select_columns([name for name in rows.column_names if name != IMAGE])
         chosen = _of_test_split(source, light)
         table: list[dict[str, Any]] = light.select(chosen).to_list()
@@ -135,17 +135,29 @@ def _of_test_split(source: CaptionedSet, light: datasets.Dataset) -> list[int]:
     return list(range(len(light)))
 
 
-def _check_columns(source: CaptionedSet, features: datasets.Features) -> None:
-    for name, expected in _EXPECTED.items():
+def check_columns(source: Origin, features: datasets.Features, expected: Mapping[str, str]) -> None:
+    """Refuse a dataset that lacks a column or has another kind of values in it.
+
+    Args:
+        source: for the message.
+        features: of the dataset.
+        expected: for each column "an image", "a string" or "a list of strings".
+
+    Raises:
+        DatasetError: names the column, what was expected and what is there.
+    """
+    for name, kind in expected.items():
         if name not in features:
             raise DatasetError(
-                f"{source.place()}: column {name!r} is missing: expected {expected}; the columns are {sorted(features)}"
+                f"{source.place()}: column {name!r} is missing: expected {kind}; the columns are {sorted(features)}"
             )
         feature = features[name]
-        text = getattr(feature, "feature", None) if expected == "a list of strings" else feature
-        fits = isinstance(feature, datasets.Image) if name == IMAGE else "string" in str(getattr(text, "dtype", ""))
+        text = getattr(feature, "feature", None) if kind == "a list of strings" else feature
+        fits = (
+            isinstance(feature, datasets.Image) if kind == "an image" else "string" in str(getattr(text, "dtype", ""))
+        )
         if not fits:
-            raise DatasetError(f"{source.place()}: column {name!r}: expected {expected}, got {feature}")
+            raise DatasetError(f"{source.place()}: column {name!r}: expected {kind}, got {feature}")
 
 
 def _check_captions(source: CaptionedSet, table: Sequence[Mapping[str, Any]]) -> None:
