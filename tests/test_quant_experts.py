@@ -1,13 +1,16 @@
 """Mixtures of experts: fused stacks are quantized expert by expert, and routed as before."""
 
 import copy
+import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from families import MIXTURES
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
@@ -17,6 +20,8 @@ from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.components import components
 from lmms_plugin.quant_backends.experts import SplitExperts, is_fused, join_experts, split_experts
+from lmms_plugin.quant_backends.held_out import output_errors
+from lmms_plugin.quant_backends.hf_quantizer import PackedQuantizer
 from lmms_plugin.quant_backends.inputs import build_batches, encode, to_model
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.loading import load_quantized
@@ -33,6 +38,13 @@ GROUP = 32
 FOUR = QuantPlan(language=QuantSpec(4, GROUP))
 CALIBRATED = ("awq", "gptq", "mbq")
 DATA_FREE = ("rtn", "hqq")
+OTHERS = {
+    "ptqtp": (3, {"starts": 1, "max_iterations": 5}),
+    "quanto": (8, {}),
+    "bitsandbytes": (8, {}),
+    "torchao": (8, {}),
+}
+"""Further methods: bits and options."""
 
 
 class Mixture:
@@ -141,6 +153,20 @@ def test_every_expert_is_quantized_and_bytes_shrink(mixture, method):
     assert torch.isfinite(mixture.answer(work.model)).all()
 
 
+@pytest.mark.parametrize("method", OTHERS)
+def test_so_does_every_other_method(mixtures, method):
+    pytest.importorskip({"quanto": "optimum.quanto"}.get(method, method if method != "ptqtp" else "torch"))
+    mixture, (bits, options) = mixtures["deepseek_vl2"], OTHERS[method]
+    work = mixture.quantize(
+        method, QuantPlan(language=QuantSpec(bits, GROUP, symmetric=method == "torchao")), **options
+    )
+    inside = [module for module in work.modules() if module.role == "routed_experts"]
+    assert len(inside) == 24
+    assert {module.bits for module in inside} == {bits}
+    assert all(module.bytes_after < module.bytes_before / 2 for module in inside)
+    assert torch.isfinite(mixture.answer(work.model)).all()
+
+
 def test_a_quantized_layer_is_its_dequantized_experts_under_the_same_routing(mixture):
     """The reference is transformers' own fused module, with each expert's dequantized weight in its stacks."""
     work = mixture.quantize("rtn", QuantPlan(language=QuantSpec(3, GROUP)))
@@ -169,6 +195,52 @@ def test_quantizing_while_loading_gives_what_quantizing_afterwards_gives(mixture
     assert torch.equal(mixture.answer(loaded.model), mixture.answer(afterwards.model))
     assert loaded.report.modules == tuple(afterwards.modules())
     assert loaded.report.bytes_after == tensor_bytes(loaded.model) < loaded.report.bytes_before
+
+
+def test_devices_chosen_by_size_are_chosen_by_packed_size(mixtures):
+    """transformers asks how large each weight will be; an expert counts once, in its stack."""
+    mixture, sizes = mixtures["qwen3_vl_moe"], {}
+    kind = PackedQuantizer.param_element_size
+
+    def spy(self, model, name, param):
+        sizes[name] = kind(self, model, name, param) * param.numel()
+        return kind(self, model, name, param)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedQuantizer, "param_element_size", spy)
+        plan = QuantPlan(language=QuantSpec(4, GROUP), rules=(Rule(r"experts\.[01]\.", None),))
+        load_quantized(str(mixture.path), backend=get("rtn"), plan=plan, device_map="auto")
+    stack = mixture.model.get_parameter("model.language_model.layers.1.mlp.experts.gate_up_proj")
+    # Six of eight experts in half a byte per weight, two in four.
+    assert sizes["model.language_model.layers.1.mlp.experts.gate_up_proj"] == stack.numel() * (6 * 0.5 + 2 * 4) / 8
+    assert {size for name, size in sizes.items() if re.search(r"experts\.\d", name)} == {0}
+
+
+def test_outputs_of_experts_are_compared_with_the_dense_model(mixtures):
+    mixture = mixtures["qwen3_vl_moe"]
+    work = mixture.quantize("rtn")
+    names = [module.name for module in work.modules() if module.role == "routed_experts"]
+    batches = [{key: value for key, value in batch.items() if key != "token_roles"} for batch in mixture.batches]
+    errors = output_errors(copy.deepcopy(mixture.model), work.model, names, batches)
+    counted = count_tokens(mixture.model, mixture.batches, Residence())
+    for name, error in errors.items():
+        experts, expert, _ = re.fullmatch(r"(.*)\.(\d+)\.(\w+)", name).groups()
+        assert (error is None) == (counted[experts][int(expert)] == 0)
+        assert error is None or 0 < error < 0.5
+
+
+def test_checkpoints_of_other_tools_with_quantized_experts_are_refused(mixture, tmp_path):
+    folder = tmp_path / "gptq"
+    shutil.copytree(mixture.path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.language_model.layers.1.mlp.experts.0.gate_proj"
+    tensors[f"{name}.qweight"] = torch.zeros(8, 32, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"holds a quantized {name}, for which the model has no place"):
+        load_quantized(str(folder), backend=get("prequantized"), plan=QuantPlan())
 
 
 def test_weights_that_wait_for_calibration_are_those_of_the_checkpoint(mixture):
