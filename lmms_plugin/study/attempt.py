@@ -55,10 +55,19 @@ def command(cell: Cell, gpus: int) -> tuple[str, ...]:
     start: tuple[str, ...] = ("lmms-eval",)
     if processes > 1:
         # On a CPU accelerate starts one process whatever it is told.
-        launcher = ("accelerate", "launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no")
-        launcher += ("--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", str(processes))
-        start = launcher if gpus else ("torchrun", "--standalone", "--nproc_per_node", str(processes))
-        start += ("-m", "lmms_eval")
+        settled = (
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        )
+        on_gpus = ("accelerate", "launch", "--multi_gpu", *settled, "--num_processes", str(processes))
+        on_cpu = ("torchrun", "--standalone", "--nproc_per_node", str(processes))
+        start = (*(on_gpus if gpus else on_cpu), "-m", "lmms_eval")
     limit = () if cell.limit is None else ("--limit", str(cell.limit))
     asked = ("--model", cell.model, "--model_args", f"{cell.model_args},report={REPORT}", "--tasks")
     asked += (",".join(cell.tasks), "--batch_size", str(cell.batch_size), *limit)

@@ -74,7 +74,8 @@ def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[Axes,
     """Values of the other axes that make a difference to a method: axes, model arguments, place in the file."""
     name, kind = method.value.name, backend_class(method.value.backend)
     samples = bool(grid.model_args.get("samples"))
-    seeded = [(seed.value, {"seed": seed.value}) for seed in grid.seeds] if samples else [(None, {})]
+    seeds: list[int | None] = [seed.value for seed in grid.seeds] if samples else [None]
+    seeded = [(seed, {} if seed is None else {"seed": seed}) for seed in seeds]
     if issubclass(kind, NoneBackend | CheckpointBackend):
         bits = UNTOUCHED_BITS if issubclass(kind, NoneBackend) else None
         for seed, chosen in seeded:
