@@ -70,13 +70,13 @@ class Matcher:
             seen.append(self._see(images[0]))
             pools.setdefault(tuple(texts), []).append(index)
         encoded = [""] * len(requests)
-        for texts, members in pools.items():
-            if processes > 1 and len(texts) > self.nearest:
+        for pool, members in pools.items():
+            if processes > 1 and len(pool) > self.nearest:
                 raise RequestError(
                     f"{requests[members[0]].name}: the nearest photographs of a caption are looked for among all of "
                     f"them, which {processes} processes share: run one, or pools of at most {self.nearest} captions"
                 )
-            for index, response in zip(members, self._of_pool([seen[i] for i in members], texts), strict=True):
+            for index, response in zip(members, self._of_pool([seen[i] for i in members], pool), strict=True):
                 encoded[index] = response.encode()
         return encoded
 

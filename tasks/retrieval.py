@@ -115,7 +115,7 @@ class RetrievalDocs(Documents):
 
     def image_key(self, i: int) -> str:
         """Return the photograph's name."""
-        return self._names[i]
+        return str(self._names[i])
 
 
 def _of_test_split(source: CaptionedSet, light: datasets.Dataset) -> list[int]:
