@@ -126,12 +126,12 @@ def _fed_by_norm(name: str, calls: Mapping[str, list[Call]], model: nn.Module) -
 def _into_norm(model: nn.Module, name: str, calls: Mapping[str, list[Call]]) -> list[Undo]:
     """Hand the scale of all layers behind a norm to it; nothing if they differ or the norm would round."""
     norm, made = model.get_submodule(name), calls[name]
-    names = _fed(model, made[0].output, calls)
-    layers = [model.get_submodule(fed) for fed in names]
-    if len(made) != 1 or not layers or not all(map(_is_scaled, layers)):
+    fed = [model.get_submodule(fed) for fed in _fed(model, made[0].output, calls)]
+    layers = [layer for layer in fed if isinstance(layer, PackedLinear) and layer.in_scale is not None]
+    if len(made) != 1 or not layers or len(layers) != len(fed):
         return []
     scale: Any = layers[0].in_scale
-    if scale.shape != norm.weight.shape or not all(torch.equal(layer.in_scale, scale) for layer in layers):
+    if scale.shape != norm.weight.shape or not all(_same_scale(layer, scale) for layer in layers):
         return []
     parameters = {key: value for key, value in norm.named_parameters(recurse=False) if value.shape == scale.shape}
     kept = {key: value.detach().clone() for key, value in parameters.items()}
@@ -151,6 +151,10 @@ def _into_norm(model: nn.Module, name: str, calls: Mapping[str, list[Call]]) -> 
         return [undo]
     undo()
     return []
+
+
+def _same_scale(layer: PackedLinear, scale: Tensor) -> bool:
+    return layer.in_scale is not None and torch.equal(layer.in_scale, scale)
 
 
 def _into_sibling(model: nn.Module, name: str, calls: Mapping[str, list[Call]]) -> list[Undo]:

@@ -155,7 +155,8 @@ def save_quantized(
         (unfinished / REPORT).write_text(report.to_json(), encoding="utf-8")
         size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
     kinds = {(layer.bits, _group_size(layer)) for layer in layers.values()}
-    bits, groups = (tuple(sorted({kind[k] for kind in kinds}, key=lambda n: n or 0)) for k in (0, 1))
+    bits = tuple(sorted({kind[0] for kind in kinds}))
+    groups = tuple(sorted({kind[1] for kind in kinds}, key=lambda size: size or 0))
     schemes = len(quantization.get("config_groups", kinds))
     return Saved(str(quantization["quant_method"]), reason, size, bits, groups, schemes)
 
@@ -239,8 +240,8 @@ def _stacked(model: nn.Module) -> str | None:
 
 def _fold(model: PreTrainedModel, processor: Any) -> None:
     """Hand input scales over to the layers before, if they are powers of two, all of them."""
-    scales = [layer.in_scale for layer in _layers(model).values() if isinstance(layer, PackedLinear)]
-    scales = [scale for scale in scales if scale is not None]
+    packed = [layer for layer in _layers(model).values() if isinstance(layer, PackedLinear)]
+    scales = [layer.in_scale for layer in packed if layer.in_scale is not None]
     if not scales or not all(bool((scale.frexp().mantissa == 0.5).all()) for scale in scales):
         return
     import numpy as np

@@ -132,7 +132,7 @@ def _task(measured: Measured, task: str | None) -> str:
     known = list(measured.scores)
     if task is None and len(known) == 1:
         return known[0]
-    if task not in measured.scores:
+    if task is None or task not in measured.scores:
         raise ValueError(f"expected one of the run's tasks {', '.join(known)} as --task, got {task!r}")
     return task
 
