@@ -98,9 +98,9 @@ def _cell(entry: Entry, shared: Mapping[str, Entry]) -> Grid:
 
 
 def _of_fields(entry: Entry, given: Mapping[str, Entry], exclude: tuple[Exclusion, ...]) -> Grid:
-    for axis in ("models", "methods", "tasks"):
-        if axis not in given:
-            raise entry.wrong(f"{axis!r} for this grid", f"{', '.join(given) or 'nothing'} alone")
+    for needed in ("models", "methods", "tasks"):
+        if needed not in given:
+            raise entry.wrong(f"{needed!r} for this grid", f"{', '.join(given) or 'nothing'} alone")
 
     def axis(name: str, read_one: Callable[[Entry], T], default: T) -> tuple[At[T], ...]:
         return expanded(name, lambda one: [read_one(one)], default)
