@@ -24,6 +24,7 @@ from lmms_plugin.requests import Request, candidates_of
 from lmms_plugin.response import Response
 
 NEAREST = 128
+AT_ONCE = 16
 TEXT_TOKENS = 35
 WORDS = 50
 
@@ -41,7 +42,7 @@ class Matcher:
 
     model: Any
     processor: Any
-    batch_size: int = 16
+    batch_size: int = AT_ONCE
     nearest: int = NEAREST
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
-from lmms_plugin.matching import Matcher, is_matcher
+from lmms_plugin.matching import AT_ONCE, Matcher, is_matcher
 from lmms_plugin.observing import Observer, Wanted
 from lmms_plugin.plain_prompts import TEMPLATES, template_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
@@ -118,7 +118,8 @@ class QuantizedVLM(lmms):
         self.observer: Observer | None = None
         self._tokens, self._seconds = 0, 0.0
         self._warned = False
-        self.matcher = Matcher(model, self.chat.processor) if is_matcher(model) else None
+        size = self.arguments.batch_size or AT_ONCE
+        self.matcher = Matcher(model, self.chat.processor, size) if is_matcher(model) else None
         if self.matcher is None:
             self._prepare_to_write(model, wanted)
         elif wanted:
