@@ -9,7 +9,8 @@ import dataclasses
 import difflib
 import importlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,13 @@ def backend_class(name: str) -> type[Backend]:
 
 
 def _entry_points() -> EntryPoints:
-    return entry_points(group=ENTRY_POINTS)
+    return _found_by(entry_points)
+
+
+@cache
+def _found_by(find: Callable[..., EntryPoints]) -> EntryPoints:
+    # This reads the metadata of every installed package, which the plan of a study would do thousands of times.
+    return find(group=ENTRY_POINTS)
 
 
 def _expect_one(name: str, from_others: Sequence[EntryPoint]) -> None:
