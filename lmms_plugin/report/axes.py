@@ -91,11 +91,15 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     config = results.get("config") or {}
     model = str(config.get("model", ""))
     args = given(config.get("model_args"))
-    versions = {"lmms_eval": str(results.get("lmms_eval_version", ""))}
+    limit = config.get("limit")
+    version = str(results.get("lmms_eval_version") or "")
+    # Outside of a git checkout lmms-eval writes that it does not know.
+    versions = {} if "unknown" in version else {"lmms_eval": version}
     folder = _cell_folder(file, root)
     if folder is None:
         seed = args.get("seed")
-        return Axes(_from_arguments(model, args), None if seed is None else int(float(seed)), "", file.parent, (), {})
+        own = _limited(_from_arguments(model, args), limit)
+        return Axes(own, None if seed is None else int(float(seed)), "", file.parent, (), versions)
     try:
         cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
         axes = cell["axes"]
@@ -111,9 +115,15 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected the axes of a study's cell in {folder / 'cell.json'}: {error!r}") from error
     command = tuple(map(str, cell.get("command") or ()))
-    return Axes(
-        own, axes.get("seed"), str(cell.get("id", "")), folder, command, versions | (cell.get("versions") or {})
-    )
+    versions |= cell.get("versions") or {}
+    return Axes(_limited(own, limit), axes.get("seed"), str(cell.get("id", "")), folder, command, versions)
+
+
+def _limited(config: Config, limit: float | None) -> Config:
+    """A run of the first documents only is never put together with a whole one."""
+    if limit is None:
+        return config
+    return config._replace(options=", ".join(filter(None, (config.options, f"limit={limit:g}"))))
 
 
 def given(model_args: object) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Answers:
 def read(
     task: str, config: Mapping[str, Any], log: Path, estimator: str | None, records: int, said: object
 ) -> Answers | None:
-    """The answers of one task of a run; None for a task that logs no records of ours.
+    """The answers of one task of a run; None for a task of rejection, or one that logs no records of ours.
 
     Args:
         task: Name of the task.
@@ -89,10 +89,9 @@ def read(
     with log.open("rb", buffering=1 << 20) as lines:
         first = _first(lines.readline(), log)
         kind = next((kind for kind in KINDS if results._is_record(first.get(kind.record), kind)), None)
-        if kind is None:
+        # Whether an expression was rejected is not a right or wrong answer.
+        if kind is None or kind is REJECTION:
             return None
-        if kind is REJECTION:
-            raise UnusualLogError(f"{log}: records of rejection are few, and read slowly")
         name = estimator or kind.estimator
         told = first[kind.record].get("confidence")
         if told and name not in told:

@@ -212,7 +212,7 @@ def _conditions(members: Sequence[Answers]) -> dict[str, list[Answers]]:
     chosen: dict[str, list[Answers]] = {}
     for one in members:
         if one.place.shift is None:
-            chosen.setdefault(CLEAN, [one])
+            chosen.setdefault(CLEAN, []).append(one)
             continue
         which = "shifted" if one.place.shifts == SHIFTED[0] else f"shifted {one.place.shifts}"
         chosen.setdefault(which, []).append(one)

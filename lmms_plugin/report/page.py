@@ -134,6 +134,9 @@ def warnings(summary: Summary) -> Iterator[str]:
     unsure = {task.task for run in runs for task in run.measured.tasks.values() if task.unsure == task.records}
     if unsure:
         yield f"No confidence in {len(unsure)} tasks, e.g. {min(unsure)}: calibration is not known there."
+    if others := sorted({task for run in runs for task in run.others}):
+        named = ", ".join(others[:5])
+        yield f"{len(others)} tasks are not on this page (see lmms-plugin metrics): {named}{' …' * (len(others) > 5)}"
     if summary.superseded:
         yield f"{summary.superseded} older runs of the same configuration and seed were left out."
     yield from summary.folder.left_out

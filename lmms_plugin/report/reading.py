@@ -67,7 +67,7 @@ class Run:
         cost: What it takes.
         layers: What quantization did to each layer; empty without a report.
         measured: Its numbers.
-        others: Tasks that log no records of ours.
+        others: Tasks that log no answers that are right or wrong.
         slow: Why logs had to be read slowly; empty where they were not.
     """
 
@@ -206,8 +206,9 @@ def _answers(
             found += [] if one is None else [one]
     except UnusualLogError as error:
         run = results.read(file)
-        kept = [columns.of(records, settings.estimator) for records in run.tasks.values()]
-        return kept, run.others, (str(error),)
+        kept = [records for records in run.tasks.values() if records.kind is not results.REJECTION]
+        left = (*run.others, *(records.task for records in run.tasks.values() if records.kind is results.REJECTION))
+        return [columns.of(records, settings.estimator) for records in kept], left, (str(error),)
     return found, tuple(others), ()
 
 

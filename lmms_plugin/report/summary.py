@@ -19,7 +19,7 @@ class Difference(NamedTuple):
 
     Attributes:
         value: The difference.
-        interval: Over images drawn for both; NaN where the two did not answer about the same images.
+        interval: Over images, drawn for both.
     """
 
     value: float
@@ -146,7 +146,10 @@ def summarise(folder: Folder, level: float) -> Summary:
     by_config: dict[Config, list[Run]] = {}
     for run in sorted(runs, key=lambda run: _order(run.axes.config)):
         by_config.setdefault(run.axes.config, []).append(run)
-    dense = {config.model: members for config, members in by_config.items() if config.dense}
+    dense: dict[str, list[Run]] = {}
+    for config, members in by_config.items():
+        if config.dense:
+            dense.setdefault(config.model, []).extend(members)
     lines = [
         _line(config, family, condition, members, dense.get(config.model, []), level)
         for config, members in by_config.items()
@@ -194,7 +197,7 @@ def _line(
     group = _mean([run.measured.groups[key] for run in members])
     tasks = [run.measured.tasks[name] for run in members for name in run.measured.groups[key].tasks]
     unparsed = sum(task.unparsed for task in tasks) / sum(task.records for task in tasks)
-    others = [run for run in dense if key in run.measured.groups]
+    others = [run for run in dense if _paired(run.measured.groups.get(key), group)]
     delta, flips = None, None
     if others and not config.dense:
         base = _mean([run.measured.groups[key] for run in others])
@@ -217,13 +220,15 @@ def _mean(groups: Sequence[Group]) -> Group:
     return Group(first.tasks, first.drawn if paired else "", first.records, first.images, value, resampled)
 
 
+def _paired(base: Group | None, group: Group) -> bool:
+    """Whether two means are over the same tasks and images, so that their resamples are paired."""
+    return base is not None and bool(base.drawn) and (base.drawn, base.tasks) == (group.drawn, group.tasks)
+
+
 def _difference(group: Group, base: Group, metric: str, level: float) -> Difference | None:
-    """None where the two are means over other tasks, or undefined."""
     value = group.of(metric) - base.of(metric)
-    if group.tasks != base.tasks or np.isnan(value):
+    if np.isnan(value):
         return None
-    if not group.drawn or group.drawn != base.drawn:
-        return Difference(value, Interval(float("nan"), float("nan")))
     resampled = group.column(metric) - base.column(metric)
     return Difference(value, interval(value, resampled, level=level, method=METHODS.get(metric, "percentile")))
 

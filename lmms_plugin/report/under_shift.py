@@ -122,7 +122,7 @@ def _losses(scope: Scope) -> tuple[dict[Key, dict[str, list[float]]], dict[str, 
             if line.config.dense:
                 continue
             for task in tasks_of([line]):
-                if task.task in dense:
+                if task.task in dense and dense[task.task].documents == task.documents:
                     shift = task.place.shift or CLEAN
                     row = found.setdefault((line.config.method, line.config.bits), {})
                     row.setdefault(shift, []).append(float(task.value[0] - dense[task.task].value[0]))
