@@ -29,6 +29,7 @@ from lmms_plugin.study.recording import Recorder, Taken
 RETRIES = 3
 POLL_SECONDS = 0.5
 ELSEWHERE_SECONDS = 5.0
+_SHOWN_SECONDS = 2.0
 _FORWARDED = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -121,7 +122,7 @@ class RayRunner:
         """
         ray = require("ray", extra="ray", user="study run --ray")
         self._expect_room(ray, cells)
-        starts = ray.remote(_Starts).options(num_cpus=0, scheduling_strategy=_here(ray)).remote()
+        starts = ray.remote(_Starts).options(num_cpus=0, max_restarts=-1, scheduling_strategy=_here(ray)).remote()
         waiting, asked = deque(cells), time.monotonic()
         try:
             elsewhere = self._submit(ray, waiting, starts)
@@ -162,7 +163,7 @@ class RayRunner:
 
     def _settle(self, ray: Any, starts: Any) -> None:
         over, _ = ray.wait(list(self._working), timeout=POLL_SECONDS) if self._working else ([], [])
-        for cell, _host in ray.get(starts.take.remote()):
+        for cell, _host in _new(ray, starts):
             self.recorder.watcher.started(cell)
         for reference in over:
             work = self._working[reference]
@@ -180,6 +181,15 @@ class RayRunner:
         with tarfile.open(fileobj=io.BytesIO(delivered.archive)) as archive:
             archive.extractall(folder, filter="data")
         self.recorder.record(keyed, delivered.outcome, self.needed(keyed.cell))
+
+
+def _new(ray: Any, starts: Any) -> list[tuple[str, str]]:
+    """Cells that began to be worked on; none when the machine that collects them is lost, for they are only shown."""
+    try:
+        new: list[tuple[str, str]] = ray.get(starts.take.remote(), timeout=_SHOWN_SECONDS)
+    except ray.exceptions.RayError:
+        return []
+    return new
 
 
 class Cluster(NamedTuple):
