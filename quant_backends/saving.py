@@ -25,7 +25,7 @@ from lmms_plugin.quant_backends.report import QuantReport
 from lmms_plugin.quant_backends.roles import find_mixtures
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
     from lmms_plugin.quant_backends.backend import Backend
 
@@ -151,6 +151,8 @@ def save_quantized(
     with _whole_or_nothing(target) as unfinished:
         save_torch_state_dict(tensors, unfinished, max_shard_size=shard_size, is_main_process=True)
         _write_config(model, quantization, unfinished)
+        if model.can_generate():
+            _generation_config(model, processor).save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         (unfinished / REPORT).write_text(report.to_json(), encoding="utf-8")
         size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
@@ -311,8 +313,24 @@ def _write_config(model: PreTrainedModel, quantization: Mapping[str, Any], folde
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+
+
+def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConfig:
+    """The checkpoint's own, which answering takes apart, ending where answers end in an evaluation."""
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(model.config.name_or_path)
+    except OSError:
+        config = copy.deepcopy(model.generation_config)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ends = {*_ids(config.eos_token_id), *_ids(model.generation_config.eos_token_id), *_ids(tokenizer.eos_token_id)}
+    config.eos_token_id = sorted(ends) or None
+    return config
+
+
+def _ids(given: int | list[int] | None) -> list[int]:
+    return [] if given is None else [given] if isinstance(given, int) else list(given)
 
 
 @contextmanager
