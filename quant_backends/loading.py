@@ -18,6 +18,7 @@ from lmms_plugin.quant_backends.calibration import CalibrationSample, Calibratio
 from lmms_plugin.quant_backends.inputs import build_batches, fingerprint
 from lmms_plugin.quant_backends.journal import Journal, cache_folder, checkpoint_key, code_key
 from lmms_plugin.quant_backends.memory import Residence, explained_out_of_memory, read_peak, reset_peak
+from lmms_plugin.quant_backends.model_class import class_of, writes_nothing
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.quant_backends.probe import expect_sound
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
@@ -99,7 +100,7 @@ def load_quantized(
     if not isinstance(backend, CheckpointBackend):
         _expect_unquantized(path, config)
     blockwise = isinstance(backend, CalibratedBackend)
-    if _writes_nothing(config) and isinstance(backend, CalibratedBackend | WholeModelBackend | CheckpointBackend):
+    if writes_nothing(config) and isinstance(backend, CalibratedBackend | WholeModelBackend):
         raise ValueError(
             f"{path} is a retrieval checkpoint: {backend.name} is calibrated with answers, which it cannot write; "
             "methods that look at weights alone (rtn, hqq, ...) quantize it"
@@ -171,21 +172,10 @@ def _load(
         from lmms_plugin.quant_backends.hf_quantizer import PackedConfig
 
         options["quantization_config"] = PackedConfig(backend, plan)
-    model, info = _class_of(config).from_pretrained(path, config=config, output_loading_info=True, **options)
+    model, info = class_of(config).from_pretrained(path, config=config, output_loading_info=True, **options)
     _expect_complete(path, model, info)
     work = model.hf_quantizer.work if plan.specs else Quantization(model, backend, plan)
     return model, work
-
-
-def _class_of(config: Any) -> Any:
-    from transformers import AutoModelForImageTextToText, Blip2ForImageTextRetrieval
-
-    return Blip2ForImageTextRetrieval if _writes_nothing(config) else AutoModelForImageTextToText
-
-
-def _writes_nothing(config: Any) -> bool:
-    # Its type is that of the models that do write.
-    return "Blip2ForImageTextRetrieval" in (config.architectures or ())
 
 
 def _expect_complete(path: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:

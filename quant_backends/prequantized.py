@@ -13,6 +13,7 @@ from lmms_plugin.quant_backends.backend import CheckpointBackend, LoadedCheckpoi
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.library import TensorLinear
 from lmms_plugin.quant_backends.linear import QuantizedLinear
+from lmms_plugin.quant_backends.model_class import class_of
 from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
 from lmms_plugin.quant_backends.stored_formats import quantization_of, stored_format
 
@@ -59,8 +60,6 @@ class PrequantizedBackend(CheckpointBackend):
             ValueError: The checkpoint is not quantized, or in a way that cannot be run faithfully.
             ImportError: The library that runs its format is missing; the message holds the install command.
         """
-        from transformers import AutoModelForImageTextToText
-
         quantization = quantization_of(config)
         if not quantization:
             raise ValueError(
@@ -68,7 +67,7 @@ class PrequantizedBackend(CheckpointBackend):
             )
         method = quantization.get("quant_method")
         extra = _prepare(path, config, quantization)
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        model, info = class_of(config).from_pretrained(
             path, config=config, output_loading_info=True, **options, **extra
         )
         adopt_library_layers(model)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lmms_plugin.quant_backends.inputs import encode, to_model
+from lmms_plugin.quant_backends.inputs import answered, to_model
 from lmms_plugin.quant_backends.quantization import tensor_bytes
 from lmms_plugin.quant_backends.synthetic import scene
 
@@ -27,7 +27,10 @@ def expect_sound(model: PreTrainedModel, processor: Any) -> None:
     """
     image, expression = scene(np.random.default_rng(0))
     before = tensor_bytes(model)
-    logits = model(**to_model(encode(processor, image, f"Where is {expression}?"), model)).logits
+    asked = answered(model, processor, image, f"Where is {expression}?", "There.")
+    output = model(**to_model(asked, model))
+    # A retrieval model has scores of pairs instead.
+    logits = output.logits if "logits" in output else output.logits_per_image
     if not torch.isfinite(logits).all():
         bad = int((~torch.isfinite(logits)).sum())
         raise ValueError(
