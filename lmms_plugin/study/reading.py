@@ -195,7 +195,7 @@ def _components(entry: Entry) -> list[Components]:
 
 
 def _with_names(bits: Mapping[str, int]) -> Components:
-    everything = {name: bits.get(name, UNTOUCHED_BITS) for name in COMPONENTS}
+    everything: dict[str, int] = {name: bits.get(name, UNTOUCHED_BITS) for name in COMPONENTS}
     return Components("-".join(f"{name}{count}" for name, count in bits.items()), bits=everything)
 
 

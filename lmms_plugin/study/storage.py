@@ -31,7 +31,7 @@ class Storage:
             ValueError: If fsspec knows no such kind of place.
             ImportError: If the library for it is missing.
         """
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+        from fsspec.core import url_to_fs
 
         return cls(*url_to_fs(url))
 
