@@ -39,7 +39,7 @@ def main() -> None:
         bits = dict(zip(COMPONENTS, combination, strict=True))
         quantized = any(count != UNTOUCHED for count in combination)
         named = [f"{component}_bits={count}" for component, count in bits.items()] if quantized else []
-        arguments = ",".join(["pretrained=demo", "dtype=bfloat16", "batch_size=64", *named])
+        arguments = ",".join(["pretrained=demo", "batch_size=64", *named])
         model = f"quant_{options.method}" if quantized else "quant_none"
         started = time.perf_counter()
         results = evaluator.run(model, arguments, [options.task], limit=options.limit, folder=folder)
