@@ -49,8 +49,9 @@ def test_planted_interaction_is_found_with_its_size(tmp_path):
     assert {severity: d.value for severity, d in one.by_severity.items()} == pytest.approx({1: 60 / N, 3: 120 / N})
     assert one.retained.value == pytest.approx(330 / 360 - 240 / 360)
     assert verdict.finding(one.interaction, one.p_interaction, 0.95) == verdict.SHOWN
-    first, scope, told = verdict.sentences(found)
-    assert first == "demo: robust more robust to shift than plain: shown at 4 bits."
+    first, scope = verdict.sentences(found)
+    (told,) = verdict.findings(found)
+    assert first == "demo, is robust more robust to shift than plain? Shown at 4 bits."
     assert "400 documents of 100 images" in scope
     assert "robust loses less than plain" in told
     assert not one.broken
@@ -73,14 +74,14 @@ def test_a_small_sample_shows_neither_difference_nor_equivalence(tmp_path):
     found = analysed(tmp_path, margin=0.01)
     (one,) = found.contrasts
     assert verdict.finding(one.interaction, one.p_interaction, 0.95) == verdict.OPEN
-    assert "was not shown" in verdict.sentences(found)[2]
+    assert "was not shown" in verdict.findings(found)[0]
 
 
 def test_broken_arms_are_named(tmp_path):
     cells = [("awq", 2, "self", 0, (360, 300, 260)), ("rtn", 2, None, None, (100, 90, 80))]
     found = analysed(study(tmp_path, cells))
     assert found.contrasts[0].broken == ("plain",)
-    assert "Beware: plain keeps less than half" in verdict.sentences(found)[2]
+    assert "Beware: plain keeps less than half" in verdict.findings(found)[0]
 
 
 def test_p_values_are_adjusted_for_all_contrasts_and_bits(tmp_path):
@@ -154,6 +155,7 @@ def test_the_verdict_is_written_for_people_and_programs(tmp_path):
     assert found.sentences[0] in words
     said = json.loads((folder / "verdict.json").read_text())
     assert said["sentences"] == found.sentences
+    assert said["findings"] == found.findings
     for table in said["tables"]:
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
         assert all(isinstance(cell, str) for row in table["rows"] for cell in row)

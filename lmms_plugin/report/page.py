@@ -43,12 +43,14 @@ class Verdict:
 
     Attributes:
         sentences: In order.
+        findings: What they rest on, one by one.
         tables: That support them.
         notes: How the tables are to be read.
         text: Of a `verdict.md` where there is no `verdict.json`.
     """
 
     sentences: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     text: str = ""
@@ -177,7 +179,8 @@ def read_verdict(path: Path) -> Verdict | None:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         tables = tuple(_table(f"verdict-{k}", one) for k, one in enumerate(told.get("tables") or (), start=1))
-        return Verdict(tuple(map(str, told["sentences"])), tables, tuple(map(str, told.get("notes") or ())))
+        findings, notes = (tuple(map(str, told.get(name) or ())) for name in ("findings", "notes"))
+        return Verdict(tuple(map(str, told["sentences"])), findings, tables, notes)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'expected {{"sentences": [...], "tables": [...]}} in {file}: {error!r}') from error
 

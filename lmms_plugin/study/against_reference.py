@@ -122,6 +122,7 @@ def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Co
             _told(task, metric, rows, question)
             for task, metric in dict.fromkeys((r.change.task, r.change.metric) for r in rows)
         ],
+        [],
         [_table(task, rows, question) for task in dict.fromkeys(row.change.task for row in rows)],
         [
             f"Differences from the unquantized model with {100 * question.level:g} % intervals over images; p adjusted"

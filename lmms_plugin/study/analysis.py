@@ -215,6 +215,7 @@ def conclude(study: Path, question: Question, only: Collection[str] | None, work
         Conclusion(
             f"{question.question} {one.model}",
             verdict.sentences(one),
+            verdict.findings(one),
             verdict.tables(one),
             [verdict.legend(question)],
             one._asdict() | {"question": asdict(question)},

@@ -88,6 +88,7 @@ def _concluded(grid: sensitivity.Grid, study: Path, question: Question, workers:
     return Conclusion(
         question.question,
         [sentence],
+        [],
         [_table(found, known.shares if known else {})],
         [f"Published: {known.source}."] if known else [],
         {"question": asdict(question), **found.to_dict()},

@@ -25,6 +25,7 @@ class Conclusion(NamedTuple):
     Attributes:
         title: The question.
         sentences: The verdict, the most important sentence first.
+        findings: What it rests on, one by one.
         tables: As {"title", "columns", "rows"}, all cells text.
         notes: How the tables are to be read.
         details: Everything in numbers.
@@ -32,6 +33,7 @@ class Conclusion(NamedTuple):
 
     title: str
     sentences: list[str]
+    findings: list[str]
     tables: list[dict[str, Any]]
     notes: list[str]
     details: Any
@@ -104,6 +106,7 @@ def conclude(
     (study / MARKDOWN).write_text("\n".join(map(markdown, found)), encoding="utf-8")
     said = {
         "sentences": [line for one in found for line in one.sentences],
+        "findings": [line for one in found for line in one.findings],
         "tables": [table for one in found for table in one.tables],
         "notes": list(dict.fromkeys(note for one in found for note in one.notes)),
         "details": [plain(one.details) for one in found],
@@ -116,6 +119,8 @@ def markdown(found: Conclusion) -> str:
     """All of a conclusion but the numbers behind it, as Markdown."""
     parts = [f"## {found.title}", ""]
     parts += [f"- {line}" for line in found.sentences]
+    if found.findings:
+        parts += ["", "### Finding by finding", "", *(f"- {line}" for line in found.findings)]
     for table in found.tables:
         lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
         parts += ["", f"### {table['title']}", "", *(f"| {' | '.join(line)} |" for line in lines)]

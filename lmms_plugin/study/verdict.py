@@ -55,11 +55,13 @@ def finding(difference: Difference, p: float, level: float) -> str:
 
 
 def sentences(found: Analysis) -> list[str]:
-    """The verdict: the answer to the question, then what it rests on, contrast by contrast."""
-    lines = [*_answer(found), _scope(found)]
-    for one in found.contrasts:
-        lines.append(f"{_bits(one)}: {_told(one, found)}.{_warning(one, found)}")
-    return lines
+    """The verdict: for each pair of arms the answer to the question, then what it is an answer about."""
+    return [*_answers(found), _scope(found)]
+
+
+def findings(found: Analysis) -> list[str]:
+    """What the verdict rests on, contrast by contrast."""
+    return [f"{one.bits} bits: {_told(one, found)}.{_warning(one, found)}" for one in found.contrasts]
 
 
 def tables(found: Analysis) -> list[dict[str, Any]]:
@@ -119,19 +121,32 @@ def legend(question: Question) -> str:
     )
 
 
-def _answer(found: Analysis) -> list[str]:
-    """For each contrast one line: at which bits robustness was shown, shown to be the same, or left open."""
+def _answers(found: Analysis) -> list[str]:
+    """For each pair one line: at which bits robustness was shown, shown to be the same, or left open."""
     lines = []
     for pair in found.question.contrasts:
         of_pair = [one for one in found.contrasts if (one.first, one.second) == pair]
-        level = found.question.level
         told = []
         for kind in (SHOWN, REVERSE, EQUIVALENT, OPEN):
-            bits = [str(one.bits) for one in of_pair if finding(one.interaction, one.p_interaction, level) == kind]
-            if bits:
-                told.append(f"{kind} at {' and '.join(bits)} bits")
-        lines.append(f"{pair[0]} more robust to shift than {pair[1]}: {'; '.join(told)}")
-    return [f"{found.model}: {'. '.join(lines)}."]
+            same = [one for one in of_pair if _robustness(one, found) == kind]
+            if same:
+                told.append(f"{kind} at {_listed([_with_warning(one) for one in same])} bits")
+        lines.append(
+            f"{found.model}, is {pair[0]} more robust to shift than {pair[1]}? {'; '.join(told).capitalize()}."
+        )
+    return lines
+
+
+def _robustness(one: Contrast, found: Analysis) -> str:
+    return finding(one.interaction, one.p_interaction, found.question.level)
+
+
+def _with_warning(one: Contrast) -> str:
+    return f"{one.bits} (broken models)" if one.broken else str(one.bits)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _scope(found: Analysis) -> str:
@@ -178,7 +193,7 @@ def _warning(one: Contrast, found: Analysis) -> str:
 
 def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> list[str]:
     by_severity: Mapping[int, Difference] = one.by_severity
-    told = finding(one.interaction, one.p_interaction, found.question.level)
+    told = _robustness(one, found)
     return [
         str(one.bits),
         one.first,
@@ -215,10 +230,6 @@ def _row(row: Row) -> list[str]:
 
 def _order(row: Row) -> tuple[int, str, str]:
     return -(row.bits or 16), row.method, row.calibration or ""
-
-
-def _bits(one: Contrast) -> str:
-    return f"{one.bits} bits"
 
 
 def _points(value: float, *, signed: bool = True) -> str:
