@@ -130,7 +130,7 @@ def _answers(found: Analysis) -> list[str]:
         for kind in (SHOWN, REVERSE, EQUIVALENT, OPEN):
             same = [one for one in of_pair if _robustness(one, found) == kind]
             if same:
-                told.append(f"{kind} at {_listed([_with_warning(one) for one in same])} bits")
+                told.append(f"{kind} at {_listed([_with_warning(one) for one in same])}")
         lines.append(
             f"{found.model}, is {pair[0]} more robust to shift than {pair[1]}? {'; '.join(told).capitalize()}."
         )
@@ -142,7 +142,7 @@ def _robustness(one: Contrast, found: Analysis) -> str:
 
 
 def _with_warning(one: Contrast) -> str:
-    return f"{one.bits} (broken models)" if one.broken else str(one.bits)
+    return f"{one.bits} bits{' (broken models)' if one.broken else ''}"
 
 
 def _listed(words: Sequence[str]) -> str:
