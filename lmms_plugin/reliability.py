@@ -7,7 +7,7 @@ what is chosen on clean held-out images is then applied to the other images, cle
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import reduce
 from itertools import product
 from types import MappingProxyType
@@ -278,9 +278,11 @@ def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON can write it: named tuples as objects, NaN and infinities as null."""
+    """The same as JSON can write it: named tuples and dataclasses as objects, NaN and infinities as null."""
     if hasattr(value, "_asdict"):
         return plain(value._asdict())
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -175,10 +175,11 @@ class Run:
 
     def log(self, task: str) -> Path:
         """The log of a task's samples."""
-        return _log(self.file, task)
+        return log_of(self.file, task)
 
 
-def _log(file: Path, task: str) -> Path:
+def log_of(file: Path, task: str) -> Path:
+    """The log of a task's samples that belongs to a results file."""
     return file.with_name(f"{file.name.removesuffix(_RESULTS)}_samples_{task}.jsonl")
 
 
@@ -227,7 +228,7 @@ def read(file: Path) -> Run:
         raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
     tasks, others = {}, []
     for task, samples in results["n-samples"].items():
-        log = _log(file, task)
+        log = log_of(file, task)
         records = _task(task, results["configs"][task], log)
         if records is None:
             others.append(task)
@@ -302,7 +303,7 @@ def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None
     first = next(rows, None)
     if first is None:
         raise ValueError(f"expected documents in {log}, got an empty file")
-    kind = next((kind for kind in KINDS if _is_record(first.get(kind.record), kind)), None)
+    kind = next((kind for kind in KINDS if is_record(first.get(kind.record), kind)), None)
     if kind is None:
         return None
     # Everything but the records is let go at once: logs hold prompts and whole answers.
@@ -313,7 +314,7 @@ def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None
     return TaskRecords(
         task=task,
         kind=kind,
-        place=_place(config),
+        place=place_of(config),
         ids=ids,
         numbers=np.array([record["doc_id"] for record in records], dtype=np.int64),
         images=_texts(record["image"] for record in records),
@@ -357,7 +358,8 @@ def _fractions(name: str, values: list[Any], ids: Sequence[str] | Texts, log: Pa
     return array
 
 
-def _place(config: Mapping[str, Any]) -> Place:
+def place_of(config: Mapping[str, Any]) -> Place:
+    """What a task asks about, by its configuration in a results file."""
     metadata = config.get("metadata") or {}
     # Local copies of all datasets are loaded as "parquet".
     dataset = metadata.get("dataset") or config.get("dataset_path")
@@ -372,14 +374,15 @@ def _place(config: Mapping[str, Any]) -> Place:
     return Place(*place, name, severity, which)
 
 
-def _is_record(value: Any, kind: Kind) -> bool:
+def is_record(value: Any, kind: Kind) -> bool:
+    """Whether a value of a log is a record of that kind."""
     keys = {"id", "image", kind.score} | ({kind.outcome} if kind.outcome else set())
     return isinstance(value, dict) and keys <= set(value)
 
 
 def _record(row: Mapping[str, Any], kind: Kind, log: Path) -> dict[str, Any]:
     record = row.get(kind.record)
-    if not _is_record(record, kind):
+    if not is_record(record, kind):
         raise ValueError(f"expected a record under {kind.record!r} for document {row.get('doc_id')} in {log}")
     return {**(record or {}), "doc_id": row.get("doc_id", -1)}
 

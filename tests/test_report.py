@@ -57,7 +57,7 @@ def test_the_fast_reader_reads_what_the_slow_one_does(study):
 def test_fingerprints_tell_other_questions_and_other_truths_apart(study, tmp_path):
     file = run_of(study, "none").file
     table = json.loads(file.read_text())
-    log = results._log(file, "shapes_rec")
+    log = results.log_of(file, "shapes_rec")
     prints = set()
     for old, new in (("", ""), ('"expression": "', '"expression": "not '), ('"target": [0.', '"target": [0.1')):
         changed = tmp_path / "log.jsonl"
@@ -104,7 +104,7 @@ def leave_the_unit_interval(text):
 )
 def test_a_log_that_is_not_that_of_the_run_is_refused(tmp_path, damage, complaint):
     file = report_study.write_run(tmp_path, report_study.documents(20), 0.8, tasks={"shapes_rec": None})
-    log = results._log(file, "shapes_rec")
+    log = results.log_of(file, "shapes_rec")
     log.write_text(damage(log.read_text()), encoding="utf-8")
     with pytest.raises(ValueError, match=complaint):
         reading.read_folder(tmp_path, SETTINGS)

@@ -10,7 +10,7 @@ from study_folders import CLEAN, SHIFTED, outcomes, write_cell
 from lmms_plugin.metrics.bootstrap import draw
 from lmms_plugin.study import analysis, conclusions, published, verdict
 from lmms_plugin.study.analysis import Question
-from lmms_plugin.study.arms import Axes, Resampled, read_cells
+from lmms_plugin.study.arms import Resampled, read_cells
 
 N = 400
 ASKED = {
@@ -265,7 +265,3 @@ def test_bad_questions_are_refused(changed, message):
 def test_a_question_needs_its_parts():
     with pytest.raises(ValueError, match="got no clean"):
         Question.parse({key: value for key, value in ASKED.items() if key != "clean"})
-
-
-def test_axes_are_those_of_the_cells():
-    assert Axes._fields == ("model", "method", "bits", "group_size", "components", "calibration", "seed")

@@ -88,7 +88,7 @@ def read(
         raise UnusualLogError(f"no log {log}")
     with log.open("rb", buffering=1 << 20) as lines:
         first = _first(lines.readline(), log)
-        kind = next((kind for kind in KINDS if results._is_record(first.get(kind.record), kind)), None)
+        kind = next((kind for kind in KINDS if results.is_record(first.get(kind.record), kind)), None)
         # Whether an expression was rejected is not a right or wrong answer.
         if kind is None or kind is REJECTION:
             return None
@@ -220,7 +220,7 @@ def _answers(
     return Answers(
         task,
         kind,
-        results._place(config),
+        results.place_of(config),
         _fingerprint(*map(_joined, (table["id"], table["image"], table[question])), _truths(table[truth])),
         table["id"].combine_chunks(),
         index,

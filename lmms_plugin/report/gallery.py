@@ -148,7 +148,7 @@ def _losses(task: str, dense: Run, runs: Sequence[Run]) -> np.ndarray:
 
 def _cases(chosen: _Chosen, count: int) -> list[Case]:
     records = {
-        name: _records(results._log(run.file, chosen.task), set(chosen.ids)) for name, run in chosen.runs.items()
+        name: _records(results.log_of(run.file, chosen.task), set(chosen.ids)) for name, run in chosen.runs.items()
     }
     records = {name: found for name, found in records.items() if found}
     base = next(iter(records.values()), {})

@@ -200,7 +200,7 @@ def _answers(
         for task, samples in table["n-samples"].items():
             numbers = table["results"].get(task, {})
             said = numbers.get("mean_iou,none", numbers.get("accuracy,none"))
-            log = results._log(file, task)
+            log = results.log_of(file, task)
             one = columns.read(task, table["configs"][task], log, settings.estimator, samples["effective"], said)
             others += [task] if one is None else []
             found += [] if one is None else [one]

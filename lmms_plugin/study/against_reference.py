@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,10 @@ from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
 from lmms_plugin.reliability import Settings
 from lmms_plugin.study import published
-from lmms_plugin.study.arms import UNTOUCHED, Axes, Cell, one_reference, read_cells, select
+from lmms_plugin.study.arms import UNTOUCHED, Cell, one_reference, read_cells, select
 from lmms_plugin.study.asked import expect_names, texts
 from lmms_plugin.study.conclusions import Conclusion, Planned
+from lmms_plugin.study.grid import Axes
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Co
             " by Holm over all cells and tasks of a metric.",
             *(f"Published: {source}." for source in sources),
         ],
-        {"question": asdict(question), "model": cells[0].axes.model, "rows": rows},
+        {"question": question, "model": cells[0].axes.model, "rows": rows},
     )
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,8 @@ import numpy as np
 from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
 from lmms_plugin.study.arms import (
+    AXES,
     UNTOUCHED,
-    Axes,
     Cell,
     Drawn,
     Placed,
@@ -84,10 +84,8 @@ class Question:
         if not self.shifted:
             raise ValueError("analysis: expected at least one shifted task")
         for name, wanted in self.arms.items():
-            if unknown := set(wanted) - set(Axes._fields):
-                raise ValueError(
-                    f"analysis: arm {name!r}: unknown axis {min(unknown)!r}; known: {', '.join(Axes._fields)}"
-                )
+            if unknown := set(wanted) - set(AXES):
+                raise ValueError(f"analysis: arm {name!r}: unknown axis {min(unknown)!r}; known: {', '.join(AXES)}")
         for pair in self.contrasts:
             if len(pair) != 2 or set(pair) - set(self.arms):
                 raise ValueError(f"analysis: expected a contrast of two of {', '.join(self.arms)}, got {list(pair)}")
@@ -218,7 +216,7 @@ def conclude(study: Path, question: Question, only: Collection[str] | None, work
             verdict.findings(one),
             verdict.tables(one),
             [verdict.legend(question)],
-            one._asdict() | {"question": asdict(question)},
+            one,
         )
         for one in analyse(study, question, only, workers=workers)
     ]

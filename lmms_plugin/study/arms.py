@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootst
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
 from lmms_plugin.metrics.weighted import METHODS, Binned, Means
 from lmms_plugin.results import REJECTION, Run, TaskRecords, match, read_one, reported
+from lmms_plugin.study.grid import Axes
 
 Floats = npt.NDArray[np.float64]
 NUMBERS = ("accuracy", "mean_iou", "ece")
@@ -30,26 +31,7 @@ UNTOUCHED = "none"
 """Method of the cell with the unquantized model."""
 
 
-class Axes(NamedTuple):
-    """Where a cell stands in its study; None where an axis does not apply.
-
-    Attributes:
-        model: What `pretrained` says.
-        method: Backend.
-        bits: Per weight of the quantized components.
-        group_size: Columns that share a scale.
-        components: Which are quantized.
-        calibration: Source of the calibration data.
-        seed: Of the calibration.
-    """
-
-    model: str
-    method: str
-    bits: int | None
-    group_size: int | None
-    components: str | None
-    calibration: str | None
-    seed: int | None
+AXES = tuple(field.name for field in fields(Axes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +118,7 @@ def read_cells(study: Path, only: Collection[str] | None = None) -> list[Cell]:
     places: dict[Axes, str] = {}
     for folder in folders(study, only):
         given = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["axes"]
-        axes = Axes(**{name: given.get(name) for name in Axes._fields})
+        axes = Axes(**{name: given.get(name) for name in AXES})
         if axes in places:
             raise ValueError(
                 f"expected one cell for each place of the study, got {places[axes]} and {folder.name}, which differ in"
@@ -229,7 +211,7 @@ def by_seed(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Cells that differ in their seed alone, together."""
     groups: dict[Axes, list[Cell]] = defaultdict(list)
     for cell in cells:
-        groups[cell.axes._replace(seed=None)].append(cell)
+        groups[replace(cell.axes, seed=None)].append(cell)
     return [sorted(group, key=lambda cell: cell.axes.seed or 0) for group in groups.values()]
 
 

@@ -9,7 +9,7 @@ metrics: [acc@0.5]
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def _concluded(grid: sensitivity.Grid, study: Path, question: Question, workers:
         [],
         [_table(found, known.shares if known else {})],
         [f"Published: {known.source}."] if known else [],
-        {"question": asdict(question), **found.to_dict()},
+        {"question": question, **found.to_dict()},
     )
 
 
