@@ -6,6 +6,7 @@ needs to be shared but the checkpoints and data that the cells read; the runner 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -223,7 +224,10 @@ def connect(address: str) -> Cluster:
     """
     ray = require("ray", extra="ray", user="study run --ray")
     if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": _forwarded(os.environ)})
+        environment = {"env_vars": _forwarded(os.environ)}
+        # Workers look for modules first in the folder where Ray is joined, and a checkout would hide what is installed.
+        with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
+            ray.init(address=address, log_to_driver=False, runtime_env=environment)
     has = ray.cluster_resources()
     return Cluster(int(has.get("GPU", 0)), int(has.get("CPU", 0)))
 
