@@ -5,7 +5,7 @@
 
 Each cell is one run of lmms-eval's evaluator, in this process, on `shapes_rec` (clean) and
 `shapes_shift_gaussian_noise_3`, in bfloat16. Cells are appended to the output as they finish; a rerun does only what is
-missing. `ratio` is the speed of the whole run (answered tokens per second) over that of the unquantized model.
+missing. `speed` is that of the whole run (answered tokens per second) over that of the unquantized model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,20 @@ COMPONENTS = ("language", "vision", "connector", "all")
 # Our own methods go through every component, the others through the language model.
 EVERYWHERE = ("rtn", "hqq", "awq", "mbq", "gptq")
 LANGUAGE_ONLY = ("ptqtp", "quanto", "bitsandbytes", "torchao", "autoround")
-CALIBRATIONS = ("noise", "self", "demo")
 CALIBRATED = ("awq", "mbq", "gptq")
+# The first is their default.
+CALIBRATIONS = ("self", "noise", "demo")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration; `calibration` is None for the method's default."""
+    """One configuration; `calibration` is None for methods without, `option` an argument of the method."""
 
     method: str
     bits: int
     component: str = "language"
     calibration: str | None = None
+    option: str | None = None
 
     @property
     def arguments(self) -> str:
@@ -49,6 +51,8 @@ class Cell:
             parts += [f"{name}_bits={bits}" for name, bits in self._component_bits().items()]
         if self.calibration is not None:
             parts.append(f"calibration={self.calibration}")
+        if self.option is not None:
+            parts.append(self.option)
         return ",".join(parts)
 
     def _component_bits(self) -> dict[str, int]:
@@ -62,10 +66,13 @@ def cells(methods: Sequence[str] | None) -> Iterator[Cell]:
     for method in (*EVERYWHERE, *LANGUAGE_ONLY):
         if methods is not None and method not in methods:
             continue
+        default = CALIBRATIONS[0] if method in CALIBRATED else None
         for component in COMPONENTS if method in EVERYWHERE else ("language",):
-            yield from (Cell(method, bits, component) for bits in (8, 4, 3, 2) if _able(method, bits))
+            yield from (Cell(method, bits, component, default) for bits in (8, 4, 3, 2) if _able(method, bits))
         if method in CALIBRATED:
-            yield from (Cell(method, bits, "language", source) for bits in (3, 2) for source in CALIBRATIONS)
+            yield from (Cell(method, bits, "language", source) for bits in (3, 2) for source in CALIBRATIONS[1:])
+        if method == "awq":
+            yield from (Cell(method, bits, "language", default, "clip=True") for bits in (4, 3, 2))
 
 
 def _able(method: str, bits: int) -> bool:
@@ -83,7 +90,7 @@ def run(cell: Cell, evaluator: Evaluator, limit: int | None) -> dict[str, Any]:
     scores = results["results"]
     totals = results["throughput"]
     row: dict[str, Any] = asdict(cell)
-    for task, when in zip(TASKS, ("clean", "shifted"), strict=True):
+    for task, when in zip(TASKS, ("clean", "noise"), strict=True):
         row |= {f"{name} {when}": scores[task][f"{name},none"] for name in ("acc@0.5", "ece", "parse_rate")}
     return row | {
         "bits_per_weight": totals["avg_bits_per_weight"],
@@ -98,11 +105,12 @@ def run(cell: Cell, evaluator: Evaluator, limit: int | None) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Markdown, one line per cell."""
     baseline = next(row for row in rows if row["method"] == "none")
-    columns = ("acc@0.5 clean", "ece clean", "acc@0.5 shifted", "ece shifted")
-    heads = ("method", "bits", "component", "calibration", *columns, "bpw", "MB", "seconds", "ratio")
+    columns = ("acc@0.5 clean", "ece clean", "parse_rate clean", "acc@0.5 noise", "ece noise")
+    heads = ("method", "bits", "component", "calibration", *columns, "bpw", "MB", "quantize s", "speed")
     lines = []
     for row in rows:
-        names = (row["method"], str(row["bits"]), row["component"], row["calibration"] or "")
+        method = " ".join(filter(None, (row["method"], row["option"])))
+        names = (method, str(row["bits"]), row["component"], row["calibration"] or "")
         numbers = (f"{row[column]:.3f}" for column in columns)
         rest = (
             f"{row['bits_per_weight']:.2f}",
@@ -130,14 +138,14 @@ def main() -> None:
         print("\n".join(table(rows)))
         return
     evaluator = Evaluator(options.threads)
-    done = {(row["method"], row["bits"], row["component"], row["calibration"]) for row in rows}
+    done = {Cell(**{field.name: row[field.name] for field in fields(Cell)}) for row in rows}
     for cell in cells(options.methods):
-        if (cell.method, cell.bits, cell.component, cell.calibration) in done:
+        if cell in done:
             continue
         row = run(cell, evaluator, options.limit)
         with options.output.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
-        print(f"{cell}: {row['acc@0.5 clean']:.3f} / {row['acc@0.5 shifted']:.3f}, {row['seconds']:.0f} s", flush=True)
+        print(f"{cell}: {row['acc@0.5 clean']:.3f} / {row['acc@0.5 noise']:.3f}, {row['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

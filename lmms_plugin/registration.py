@@ -162,7 +162,9 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     reason = (str(causes[-1]) or type(causes[-1]).__name__).splitlines()[0]
     said = " ".join(map(str, causes))
     asked = [task_list] if isinstance(task_list, str) else [str(name) for name in task_list or []]
-    own: list[Origin] = [retrieval.flickr30k] if any(name.startswith("flickr30k_retrieval") for name in asked) else []
+    own: list[Origin] = (
+        [retrieval.SETS["flickr30k"]] if any(name.startswith("flickr30k_retrieval") for name in asked) else []
+    )
     own += captions.SETS.values() if any(name.startswith("coco_caption_") for name in asked) else []
     for shifted in (*natural.SETS.values(), *own):
         if shifted.hub_id and re.search(rf"{re.escape(shifted.hub_id)}(?!\w)", said):

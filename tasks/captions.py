@@ -21,7 +21,7 @@ from lmms_plugin.response import Response
 from lmms_plugin.tasks import grounding
 from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
-from lmms_plugin.tasks.origins import Origin
+from lmms_plugin.tasks.origins import Origin, attributes
 from lmms_plugin.tasks.recent import Recent
 from lmms_plugin.tasks.retrieval import REQUEST, bounds, check_columns
 
@@ -206,12 +206,4 @@ _COCO2017 = CaptionSet(
 SETS: Mapping[str, CaptionSet] = {"val2014": _COCO2014, "val2017": _COCO2017}
 """What tasks are made of, by name."""
 
-
-def __getattr__(name: str) -> Any:
-    if name in SETS:
-        return SETS[name]
-    key, _, wanted = name.partition("_")
-    if key not in SETS or wanted not in ("PATH", "KWARGS"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    path, arguments = SETS[key].load_arguments()
-    return path if wanted == "PATH" else arguments
+__getattr__ = attributes(__name__, SETS)

@@ -10,10 +10,10 @@ whatever a copy holds instead is an error that names the column and what was fou
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 from lmms_plugin.tasks.conventions import Convention
 from lmms_plugin.tasks.expressions import REFCOCOPLUS
+from lmms_plugin.tasks.origins import attributes
 from lmms_plugin.tasks.referring import ReferringSet
 
 # The same repository layout as RefCOCO+'s. Its split `val` of RefCOCO and of RefCOCOg holds the Google partition, too,
@@ -163,12 +163,4 @@ SETS: Mapping[str, ReferringSet] = MappingProxyType(
 )
 """What tasks are made of, by name."""
 
-
-def __getattr__(name: str) -> Any:
-    if name in SETS:
-        return SETS[name]
-    key, _, wanted = name.rpartition("_")
-    if key not in SETS or wanted not in ("PATH", "KWARGS"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    path, arguments = SETS[key].load_arguments()
-    return path if wanted == "PATH" else arguments
+__getattr__ = attributes(__name__, SETS)

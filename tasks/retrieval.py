@@ -8,7 +8,7 @@ ones a cheaper and easier one, whose numbers mean nothing beside published ones.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -21,7 +21,7 @@ from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
 from lmms_plugin.response import Response
 from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
-from lmms_plugin.tasks.origins import Origin
+from lmms_plugin.tasks.origins import Origin, attributes
 from lmms_plugin.tasks.recent import Recent
 
 SEED = 1234
@@ -327,12 +327,7 @@ def image_high(rows: Sequence[Mapping[str, Any]]) -> float:
 # Columns and the number of rows as the repository's card says; the copy with all of Flickr30k under lmms-eval's name
 # (31,783 rows, all of them called "test") does not tell which are Karpathy's.
 _FLICKR30K = CaptionedSet(name="flickr30k", title="Flickr30k", hub_id="umaru97/flickr30k_train_val_test", split="test")
-flickr30k = _FLICKR30K
-flickr30k_pool20 = CaptionedSet(**{**vars(_FLICKR30K), "pool": 20})
+SETS: Mapping[str, CaptionedSet] = {"flickr30k": _FLICKR30K, "flickr30k_pool20": replace(_FLICKR30K, pool=20)}
+"""What tasks are made of, by name."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in ("flickr30k_PATH", "flickr30k_KWARGS"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    path, arguments = _FLICKR30K.load_arguments()
-    return path if name.endswith("PATH") else arguments
+__getattr__ = attributes(__name__, SETS)

@@ -7,9 +7,8 @@ loaded and not when this module is imported.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
-from lmms_plugin.tasks.origins import Origin
+from lmms_plugin.tasks.origins import Origin, attributes
 
 SHORT = "\nAnswer the question using a single word or phrase."
 OR_UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
@@ -72,11 +71,4 @@ HINT = (
     + ": parquet files named by split, in the columns that lmms_plugin.tasks.questions lists."
 )
 
-
-def __getattr__(name: str) -> Any:
-    dataset, _, wanted = name.partition("_")
-    source = SOURCES.get(dataset.lower())
-    if source is None or wanted not in ("PATH", "KWARGS"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    path, arguments = source.load_arguments()
-    return path if wanted == "PATH" else arguments
+__getattr__ = attributes(__name__, {name.upper(): source for name, source in SOURCES.items()})

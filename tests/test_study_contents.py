@@ -6,22 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from small_studies import CELL
 
 from lmms_plugin.demo import CHECKPOINT
 from lmms_plugin.study import contents
-from lmms_plugin.study.grid import Axes, Cell, Resources
+from lmms_plugin.study.grid import Resources
 from lmms_plugin.study.identity import keyed
 from lmms_plugin.study.tasks import describe
-
-CELL = Cell(
-    Axes("demo", "rtn", 4, 128, "language", None, None),
-    "rtn",
-    {"pretrained": "demo", "bits": 4, "group_size": 128},
-    ("shapes_rec",),
-    None,
-    1,
-    Resources(gpus=0),
-)
 
 
 def test_a_folder_is_told_by_its_files_not_its_place(tmp_path: Path) -> None:

@@ -5,21 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_studies import CELL
 
 from lmms_plugin.quant_backends.quantization import tensor_bytes
 from lmms_plugin.study import cost
-from lmms_plugin.study.grid import Axes, Cell, Resources
 from lmms_plugin.study.weights import size
-
-CELL = Cell(
-    Axes("demo", "rtn", 4, 128, "language", None, None),
-    "rtn",
-    {"pretrained": "demo", "bits": 4, "group_size": 128},
-    ("shapes_rec",),
-    None,
-    1,
-    Resources(gpus=0),
-)
 
 
 def past(

@@ -9,21 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_studies import STUDY
 
 from lmms_plugin import results
 from lmms_plugin.study import engine, on_ray
 from lmms_plugin.study.folder import DONE
 from lmms_plugin.study.local import visible_gpus
-
-STUDY = """
-models: [demo]
-tasks: [shapes_rec]
-limit: 2
-batch_size: 2
-resources: {gpus: 0}
-methods: [none, rtn]
-bits: [3]
-"""
 
 
 @pytest.fixture

@@ -12,20 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_studies import STUDY
 
 from lmms_plugin import results
 from lmms_plugin.study.folder import DONE, hashes, read_json
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
-STUDY = """
-models: [demo]
-tasks: [shapes_rec]
-limit: 2
-batch_size: 2
-resources: {gpus: 0}
-grids:
-  - {methods: [none, rtn], bits: [3]}
-"""
 # Offline there is no RefCOCO+; lmms-eval says so in its log and ends with status 0.
 FAILING = "cells: [{method: none, tasks: [refcocoplus_rec_val]}]\n"
 

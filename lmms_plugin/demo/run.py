@@ -6,7 +6,6 @@ Everything shown is read back from the files lmms-eval wrote, so the table is wh
 import json
 import math
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lmms_plugin import installed
 from lmms_plugin.demo import pictures
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.plan import QuantPlan
@@ -87,7 +87,9 @@ def _evaluate(method: str, output: Path, bits: int, limit: int | None) -> Run:
     started = time.time()
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as stream:
-        subprocess.run([_installed(command[0]), *command[1:]], stdout=stream, stderr=subprocess.STDOUT, check=False)
+        subprocess.run(
+            [installed.command(command[0]), *command[1:]], stdout=stream, stderr=subprocess.STDOUT, check=False
+        )
     fresh = [path for path in folder.rglob("*_results.json") if path.stat().st_mtime >= started - 1]
     if len(fresh) != 1:
         errors = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "Error" in line]
@@ -95,11 +97,6 @@ def _evaluate(method: str, output: Path, bits: int, limit: int | None) -> Run:
     results = json.loads(fresh[0].read_text(encoding="utf-8"))
     print(f"  {time.time() - started:.0f} s", flush=True)
     return Run(model, tuple(command), fresh[0], results)
-
-
-def _installed(command: str) -> str:
-    beside = Path(sys.executable).parent / command
-    return str(beside) if beside.exists() else command
 
 
 def _cells(one: Run) -> list[str]:

@@ -79,31 +79,44 @@ def _attributes(line: Line, title: str) -> dict[str, str]:
 
 def front(summary: Summary) -> Table:
     """What no other configuration beats in accuracy, reliability, memory and speed at once."""
+    rows = [
+        (text(scope.title, line.condition), line)
+        for scope in summary.scopes
+        for condition in scope.conditions
+        for line in not_dominated(scope.under(condition))
+    ]
+    return costs("pareto", "Not beaten in accuracy, AURC, memory and speed at once", "Task", rows, summary)
+
+
+def costs(name: str, title: str, place: str, rows: Iterable[tuple[Cell, Line]], summary: Summary) -> Table:
+    """Accuracy and reliability of configurations beside what they cost.
+
+    Args:
+        name: Of the table's file.
+        title: Above the table.
+        place: Heading of the column that tells where a line was measured.
+        rows: What that column says, and the line.
+        summary: What the lines are from.
+    """
     columns = (
         Column("Model", numeric=False),
-        Column("Task", numeric=False),
+        Column(place, numeric=False),
         Column("Accuracy", better="high"),
         Column("AURC", better="low"),
         Column("MB", better="low"),
         Column("Tokens/s", better="high"),
     )
-    rows = []
-    for scope in summary.scopes:
-        for condition in scope.conditions:
-            kept = not_dominated(scope.under(condition))
-            rows += [_of_front(line, scope.title, summary) for line in kept]
-    return Table("pareto", "Not beaten in accuracy, AURC, memory and speed at once", columns, tables.rows_of(rows))
-
-
-def _of_front(line: Line, title: str, summary: Summary) -> list[Cell]:
-    group, cost = line.group, line.cost
-    return [
-        Cell(line.config.label, line.config.label, note=summary.details(line.config)),
-        text(title, line.condition),
-        *(number(group.of(m), group.interval(m, summary.level)) for m in ("accuracy", "aurc")),
-        number(None if cost.bytes is None else cost.bytes / 1e6, digits=2),
-        number(cost.tokens_per_second, digits=0),
+    cells = [
+        [
+            Cell(line.config.label, line.config.label, note=summary.details(line.config)),
+            where,
+            *(number(line.group.of(m), line.group.interval(m, summary.level)) for m in ("accuracy", "aurc")),
+            number(None if line.cost.bytes is None else line.cost.bytes / 1e6, digits=2),
+            number(line.cost.tokens_per_second, digits=0),
+        ]
+        for where, line in rows
     ]
+    return Table(name, title, columns, tables.rows_of(cells))
 
 
 def not_dominated(lines: Sequence[Line]) -> list[Line]:

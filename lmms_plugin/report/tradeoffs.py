@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lmms_plugin.report import drawing
-from lmms_plugin.report.contents import not_dominated
+from lmms_plugin.report.contents import costs, not_dominated
 from lmms_plugin.report.drawing import NARROW, WIDE, Drawn, Margins, slug
 from lmms_plugin.report.palette import INK, MUTED, Look, looks
 from lmms_plugin.report.summary import Line, Scope, Summary
-from lmms_plugin.report.tables import Cell, Column, Table, number, rows_of, text
+from lmms_plugin.report.tables import Cell, text
 
 _LABELLED = 14
 """Marks per panel up to which each is labelled with its bits; above, those on the front alone."""
@@ -82,7 +82,7 @@ def draw(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
         " panel's measures, a thin bar is the interval over images, arrows point to what is better. Not beaten in"
         f" accuracy, AURC, memory and speed at once, {_unbeaten(chosen)}.",
         figure,
-        _table(name, scope, chosen, summary),
+        costs(name, f"Accuracy, reliability and cost on {scope.title}", "Condition", _rows(chosen), summary),
     )
 
 
@@ -131,24 +131,5 @@ def _front(points: Sequence[tuple[float, float]], *, high: bool, more: bool) -> 
     return sorted(kept)
 
 
-def _table(name: str, scope: Scope, chosen: Sequence[tuple[str, Sequence[Line]]], summary: Summary) -> Table:
-    columns = (
-        Column("Model", numeric=False),
-        Column("Condition", numeric=False),
-        Column("Accuracy", better="high"),
-        Column("AURC", better="low"),
-        Column("MB", better="low"),
-        Column("Tokens/s", better="high"),
-    )
-    rows = [
-        [
-            Cell(line.config.label, line.config.label, note=summary.details(line.config)),
-            text(condition),
-            *(number(line.group.of(m), line.group.interval(m, summary.level)) for m in ("accuracy", "aurc")),
-            number(None if line.cost.bytes is None else line.cost.bytes / 1e6, digits=2),
-            number(line.cost.tokens_per_second, digits=0),
-        ]
-        for condition, lines in chosen
-        for line in lines
-    ]
-    return Table(name, f"Accuracy, reliability and cost on {scope.title}", columns, rows_of(rows))
+def _rows(chosen: Sequence[tuple[str, Sequence[Line]]]) -> list[tuple[Cell, Line]]:
+    return [(text(condition), line) for condition, lines in chosen for line in lines]

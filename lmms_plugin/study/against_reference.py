@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from lmms_plugin.metrics.paired import Difference, holm
 from lmms_plugin.reliability import Settings
 from lmms_plugin.study import published
 from lmms_plugin.study.arms import UNTOUCHED, Cell, one_reference, read_cells, select
-from lmms_plugin.study.asked import expect_names, texts
+from lmms_plugin.study.asked import about_metrics
 from lmms_plugin.study.conclusions import Conclusion, Planned
 from lmms_plugin.study.grid import Axes
 
@@ -56,9 +56,7 @@ class Question:
         Raises:
             ValueError: Something is missing, unknown or of the wrong kind.
         """
-        expect_names(given, {field.name for field in fields(cls)}, ("question", "metrics"))
-        lists = {name: texts(given, name) for name in ("metrics", "tasks") if name in given}
-        question = cls(**{**given, **lists})
+        question = about_metrics(cls, given)
         question.settings(1)
         return question
 
@@ -172,12 +170,7 @@ def _table(task: str, rows: Sequence[Row], question: Question) -> dict[str, Any]
         if one.task != task:
             continue
         cells = [_label(row.axes), one.metric, _number(one.first), _number(one.second)]
-        interval = (
-            ""
-            if math.isnan(one.difference.low)
-            else f" [{_signed(one.difference.low)}, {_signed(one.difference.high)}]"
-        )
-        cells += [f"{_signed(one.difference.value)}{interval}", _number(one.p_holm), str(one.records)]
+        cells += [_with_interval(one.difference), _number(one.p_holm), str(one.records)]
         if with_published:
             cells += [_published(row.published_reference), _published(row.published)]
         body.append(cells)
@@ -190,7 +183,7 @@ def _label(axes: Axes) -> str:
     return " ".join(str(part) for part in parts if part is not None)
 
 
-def _interval(difference: Difference) -> str:
+def _with_interval(difference: Difference) -> str:
     inside = "" if math.isnan(difference.low) else f" [{_signed(difference.low)}, {_signed(difference.high)}]"
     return f"{_signed(difference.value)}{inside}"
 

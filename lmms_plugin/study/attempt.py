@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin import results
+from lmms_plugin import installed, results
 from lmms_plugin.study import identity
 from lmms_plugin.study.folder import LOG
 from lmms_plugin.study.grid import Cell
@@ -131,7 +131,7 @@ class Attempt:
             inherited: File descriptors that the guard keeps open.
         """
         first, *rest = command(keyed.cell, len(gpus))
-        guarded = [sys.executable, "-P", "-m", "lmms_plugin.study.guard", _installed(first), *rest]
+        guarded = [sys.executable, "-P", "-m", "lmms_plugin.study.guard", installed.command(first), *rest]
         with (folder / LOG).open("wb") as log:
             process = subprocess.Popen(
                 guarded,
@@ -202,11 +202,6 @@ def _environment(gpus: Sequence[str], threads: int | None) -> dict[str, str]:
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     return environment
-
-
-def _installed(name: str) -> str:
-    beside = Path(sys.executable).parent / name
-    return str(beside) if beside.exists() else name
 
 
 def _moment(seconds: float) -> str:

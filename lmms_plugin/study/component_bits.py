@@ -9,14 +9,14 @@ metrics: [acc@0.5]
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lmms_plugin import sensitivity
 from lmms_plugin.study import published
 from lmms_plugin.study.arms import folders
-from lmms_plugin.study.asked import expect_names, texts
+from lmms_plugin.study.asked import about_metrics
 from lmms_plugin.study.conclusions import Conclusion
 
 FIGURES = "figures"
@@ -47,9 +47,7 @@ class Question:
         Raises:
             ValueError: Something is missing, unknown or of the wrong kind.
         """
-        expect_names(given, {field.name for field in fields(cls)}, ("question", "metrics"))
-        lists = {name: texts(given, name) for name in ("metrics", "tasks") if name in given}
-        return cls(**{**given, **lists})
+        return about_metrics(cls, given)
 
 
 def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin.fingerprint import BLOCK, BLOCKS
+from lmms_plugin.fingerprint import BLOCK, BLOCKS, blocks
 
 PACKAGE = "lmms_plugin"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -54,15 +54,9 @@ def _hidden(path: Path) -> bool:
 
 
 def _sample(file: Path) -> tuple[int, str]:
-    # A file that is short is read whole; the blocks of a long one are those of `lmms_plugin.fingerprint`.
     size, found = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as stream:
-        if size <= BLOCKS * BLOCK:
-            found.update(stream.read())
-        else:
-            for block in range(BLOCKS):
-                stream.seek((size - BLOCK) * block // (BLOCKS - 1))
-                found.update(stream.read(BLOCK))
+    for part in [file.read_bytes()] if size <= BLOCKS * BLOCK else blocks(file):
+        found.update(part)
     return size, found.hexdigest()
 
 
