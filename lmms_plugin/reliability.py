@@ -130,7 +130,7 @@ def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[
     numbers: list[Number] = []
     for records in run.tasks.values():
         if records.kind is REJECTION:
-            numbers += _rejection(records, settings)
+            numbers += rejection(records, settings)
             continue
         numbers += _measured(records, _everything(records, settings), reported(records), settings)
         numbers += _floor(records, settings)
@@ -314,8 +314,16 @@ def _everything(records: TaskRecords, settings: Settings) -> list[Statistic]:
     return statistics
 
 
-def _rejection(records: TaskRecords, settings: Settings) -> list[Number]:
-    """How well confidence tells expressions that match something from others, and how often it falls within a pair."""
+def rejection(records: TaskRecords, settings: Settings) -> list[Number]:
+    """How well confidence tells expressions that match something from others, and how often it falls within a pair.
+
+    Args:
+        records: Of a task of rejection.
+        settings: Estimator and intervals.
+
+    Raises:
+        ValueError: If there are fewer than 2 images.
+    """
     confidence, matches = records.confidence_by(settings.estimator), records.outcome
     known = ~np.isnan(confidence)
     true, changed = _pairs(records, known)

@@ -227,16 +227,12 @@ def read(file: Path) -> Run:
     if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
         raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
     tasks, others = {}, []
-    for task, samples in results["n-samples"].items():
-        log = log_of(file, task)
-        records = _task(task, results["configs"][task], log)
+    for task in results["n-samples"]:
+        records = read_task(file, results, task)
         if records is None:
             others.append(task)
-            continue
-        if records.ids.size != samples["effective"]:
-            raise ValueError(f"expected {samples['effective']} documents in {log}, got {records.ids.size}")
-        _agree(records, results["results"].get(task, {}), log)
-        tasks[task] = records
+        else:
+            tasks[task] = records
     config = results.get("config", {})
     return Run(
         file,
@@ -247,6 +243,28 @@ def read(file: Path) -> Run:
         tuple(others),
         results["results"],
     )
+
+
+def read_task(file: Path, results: Mapping[str, Any], task: str) -> TaskRecords | None:
+    """One task of a run; None if its log holds no record of ours.
+
+    Args:
+        file: Results file of the run.
+        results: What is in it.
+        task: Name of the task.
+
+    Raises:
+        ValueError: As `read`.
+    """
+    log = log_of(file, task)
+    records = _task(task, results["configs"][task], log)
+    if records is None:
+        return None
+    expected = results["n-samples"][task]["effective"]
+    if records.ids.size != expected:
+        raise ValueError(f"expected {expected} documents in {log}, got {records.ids.size}")
+    _agree(records, results["results"].get(task, {}), log)
+    return records
 
 
 def match(first: TaskRecords, second: TaskRecords) -> None:

@@ -8,12 +8,14 @@ import re
 import numpy as np
 import pytest
 import report_study
+import test_results
+import test_results_language
 
 from lmms_plugin import comparison, reliability, results
 from lmms_plugin.cli import main
 from lmms_plugin.metrics.bootstrap import Clusters, Interval
 from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.report import columns, contents, figures, page, palette, reading, resampling, svg, tables
+from lmms_plugin.report import columns, contents, figures, gallery, page, palette, reading, resampling, svg, tables
 from lmms_plugin.report.measuring import CLEAN, METRICS
 from lmms_plugin.report.summary import summarise
 
@@ -310,3 +312,24 @@ def test_a_damaged_verdict_is_refused(tmp_path):
 def test_all_metrics_have_a_place(summary):
     assert line_of(summary, "16 bit").group.value.shape == (len(METRICS),)
     assert not np.isnan(line_of(summary, "16 bit").group.value).any()
+
+
+def test_what_is_to_be_rejected_has_a_table_of_its_own(tmp_path):
+    lines = test_results_language.pairs(0.1)
+    run = results.read_one(test_results.write(tmp_path / "run", {"rejection": lines}))
+    numbers = {number.metric: number for number in reliability.measure(run, SETTINGS)}
+    alone = summarise(reading.read_folder(tmp_path, SETTINGS), SETTINGS.level)
+    table = contents.rejection(alone)
+    ours = ["rejection_auroc", "rejection_fpr@0.95", "confidence_falls", "box_rate_true", "box_rate_changed"]
+    assert [column.title for column in table.columns[2:-1]] == [
+        *("AUROC", "FPR@95", "Falls", "Box if true", "Box if changed")
+    ]
+    (row,) = table.rows
+    assert [(cell.value, cell.low, cell.high) for cell in row[2:-1]] == [
+        (numbers[name].value, numbers[name].low, numbers[name].high) for name in ours
+    ]
+    assert (row[1].text, row[-1].value, row[-1].note) == ("rejection", 120, "15 images")
+    html = page.render(alone, "Rejection", None, gallery.build(alone, 4), "run")
+    assert 'id="rejection"' in html
+    assert 'id="leader"' not in html
+    assert page.facts(alone)["answers"] == "120"

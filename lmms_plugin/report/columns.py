@@ -71,7 +71,7 @@ class Answers:
 def read(
     task: str, config: Mapping[str, Any], log: Path, estimator: str | None, records: int, said: object
 ) -> Answers | None:
-    """The answers of one task of a run; None for a task of rejection, or one that logs no records of ours.
+    """The answers of one task of a run; None for a task of rejection, and one that logs no records of ours.
 
     Args:
         task: Name of the task.

@@ -2,8 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 
+from lmms_plugin.metrics.bootstrap import Interval
+from lmms_plugin.reliability import Number
 from lmms_plugin.report import tables
+from lmms_plugin.report.reading import Run
 from lmms_plugin.report.summary import Line, Summary
 from lmms_plugin.report.tables import Cell, Column, Table, number, text, whole
 
@@ -198,11 +202,7 @@ def unparsed(summary: Summary) -> Table:
     )
     rows = [
         [
-            Cell(
-                run.axes.config.label,
-                run.axes.config.label,
-                note=_seeded(summary.details(run.axes.config), run.axes.seed),
-            ),
+            _of_run(run, summary),
             text(task.task),
             whole(task.records),
             whole(task.unparsed),
@@ -214,6 +214,73 @@ def unparsed(summary: Summary) -> Table:
     ]
     rows.sort(key=lambda row: -float(row[3].value or 0))
     return Table("unparsed", "Answers without a box or without a confidence", columns, tables.rows_of(rows))
+
+
+_REJECTION = MappingProxyType(
+    {
+        "rejection_auroc": Column(
+            "AUROC",
+            "Chance that an expression that matches something gets more confidence than one that does not",
+            better="high",
+        ),
+        "rejection_fpr@0.95": Column(
+            "FPR@95",
+            "Share of expressions that match nothing, at a threshold that accepts 95 % of the others",
+            better="low",
+        ),
+        "confidence_falls": Column(
+            "Falls",
+            "Share of pairs in which the changed expression gets less confidence than the true one",
+            better="high",
+        ),
+        "box_rate_true": Column("Box if true", "Share of expressions that match something answered with a box"),
+        "box_rate_changed": Column("Box if changed", "Share of changed expressions answered with a box", better="low"),
+        "box_rate_no_target": Column(
+            "Box if absent", "Share of expressions that match nothing answered with a box", better="low"
+        ),
+    }
+)
+
+
+def rejection(summary: Summary) -> Table:
+    """Tasks in which expressions match nothing and are to be rejected, run by run; empty where there are none."""
+    found = [
+        (run, task, {number.metric: number for number in run.rejection if number.task == task})
+        for run in summary.runs
+        for task in dict.fromkeys(number.task for number in run.rejection)
+    ]
+    present = [metric for metric in _REJECTION if any(metric in numbers for _, _, numbers in found)]
+    columns = (
+        Column("Model", numeric=False),
+        Column("Task", numeric=False),
+        *(_REJECTION[metric] for metric in present),
+        Column("n", "Answers, and below them images; intervals are over images"),
+    )
+    rows = [
+        [
+            _of_run(run, summary),
+            text(task),
+            *(_of_number(numbers.get(metric)) for metric in present),
+            _count(numbers.values()),
+        ]
+        for run, task, numbers in found
+    ]
+    return Table("rejection", "Expressions that match nothing", columns, tables.rows_of(rows))
+
+
+def _of_number(found: Number | None) -> Cell:
+    return Cell(tables.NOTHING, None) if found is None else number(found.value, Interval(found.low, found.high))
+
+
+def _count(numbers: Iterable[Number]) -> Cell:
+    # Numbers of one side are of its answers alone.
+    most = max(numbers, key=lambda one: one.records)
+    return whole(most.records)._replace(note=f"{most.images} images")
+
+
+def _of_run(run: Run, summary: Summary) -> Cell:
+    config = run.axes.config
+    return Cell(config.label, config.label, note=_seeded(summary.details(config), run.axes.seed))
 
 
 def _seeded(details: str, seed: int | None) -> str:
@@ -236,8 +303,8 @@ def runs(summary: Summary) -> Table:
         [
             text(run.model, run.axes.cell),
             text(run.model_args),
-            whole(len(run.measured.tasks)),
-            whole(sum(task.records for task in run.measured.tasks.values())),
+            whole(len(run.tasks)),
+            whole(run.answers),
             Cell("all", None) if run.limit is None else whole(int(run.limit)),
             number(run.cost.seconds_to_quantize, digits=0),
             text(run.date),
@@ -250,5 +317,5 @@ def runs(summary: Summary) -> Table:
 
 def every(summary: Summary) -> Iterable[Table]:
     """All tables, for files."""
-    found = (leader(summary), front(summary), flips(summary), unparsed(summary), runs(summary))
+    found = (leader(summary), front(summary), flips(summary), rejection(summary), unparsed(summary), runs(summary))
     return [table for table in found if table.rows]

@@ -98,14 +98,13 @@ def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Galle
 
 def _leading(summary: Summary) -> str:
     """The task that the leader table shows at first."""
-    scope = summary.scopes[0]
-    return f"{scope.title}: {scope.conditions[0]}"
+    return next((f"{scope.title}: {scope.conditions[0]}" for scope in summary.scopes), "")
 
 
 def facts(summary: Summary) -> dict[str, str]:
     """What was read, in numbers."""
-    answers = sum(task.records for run in summary.runs for task in run.measured.tasks.values())
-    tasks = {task for run in summary.runs for task in run.measured.tasks}
+    answers = sum(run.answers for run in summary.runs)
+    tasks = {task for run in summary.runs for task in run.tasks}
     configs = {run.axes.config for run in summary.runs}
     dates = sorted(run.date[:8] for run in summary.runs if run.date)
     when = dict.fromkeys(f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in (dates[0], dates[-1])) if dates else {}
@@ -151,7 +150,7 @@ def commands(summary: Summary) -> Iterator[str]:
             yield " ".join(run.axes.command)
             continue
         parts = ["lmms-eval", "--model", run.model, "--model_args", run.model_args, "--tasks"]
-        parts += [",".join((*run.measured.tasks, *run.others)), "--log_samples"]
+        parts += [",".join((*run.tasks, *run.others)), "--log_samples"]
         parts += ["--limit", f"{run.limit:g}"] if run.limit is not None else []
         yield " ".join(parts)
 

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from lmms_plugin import results
-from lmms_plugin.reliability import Settings
+from lmms_plugin import reliability, results
+from lmms_plugin.reliability import Number, Settings
 from lmms_plugin.report import axes, columns
 from lmms_plugin.report.axes import Axes
 from lmms_plugin.report.columns import Answers, UnusualLogError
 from lmms_plugin.report.measuring import Measured, measure
+from lmms_plugin.results import TaskRecords
 
 UNFINISHED = (".running", "failed")
 _ONE_PROCESS = 64 << 20
@@ -67,7 +68,8 @@ class Run:
         cost: What it takes.
         layers: What quantization did to each layer; empty without a report.
         measured: Its numbers.
-        others: Tasks that log no answers that are right or wrong.
+        others: Tasks that log no records of ours.
+    rejection: Numbers of tasks in which nothing is right or wrong, but expressions are to be rejected.
         slow: Why logs had to be read slowly; empty where they were not.
     """
 
@@ -81,7 +83,21 @@ class Run:
     layers: tuple[Layer, ...]
     measured: Measured
     others: tuple[str, ...] = ()
+    rejection: tuple[Number, ...] = ()
     slow: tuple[str, ...] = field(default=())
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """Tasks with numbers on the page, and how many answers each is of."""
+        found = {task.task: task.records for task in self.measured.tasks.values()}
+        for number in self.rejection:
+            found[number.task] = max(number.records, found.get(number.task, 0))
+        return found
+
+    @property
+    def answers(self) -> int:
+        """Answers of all these tasks."""
+        return sum(self.tasks.values())
 
 
 class Failed(NamedTuple):
@@ -127,7 +143,7 @@ def read_folder(path: Path, settings: Settings) -> Folder:
     for run in _in_processes(files, partial(read_run, root=path, settings=settings), settings.workers):
         documents |= run.measured.documents
         run.measured.documents.clear()
-        if run.measured.tasks:
+        if run.tasks:
             runs.append(run)
         else:
             left_out.append(f"{run.file}: no task of this package, but {', '.join(run.others) or 'none'}")
@@ -143,7 +159,7 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
         ValueError: As `lmms_plugin.results.read`.
     """
     table = _results(file)
-    answers, others, slow = _answers(file, table, settings)
+    read = _answers(file, table, settings)
     config = table.get("config") or {}
     where = axes.of(file, root, table)
     account = _account(where.folder)
@@ -156,9 +172,10 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
         str(table.get("date", "")),
         _cost(table.get("throughput") or {}, account),
         _layers(account),
-        measure(answers, settings),
-        others,
-        slow,
+        measure(read.answers, settings),
+        read.others,
+        tuple(number for records in read.rejection for number in reliability.rejection(records, settings)),
+        read.slow,
     )
 
 
@@ -191,25 +208,35 @@ def _results(file: Path) -> dict[str, Any]:
     return table
 
 
-def _answers(
-    file: Path, table: Mapping[str, Any], settings: Settings
-) -> tuple[list[Answers], tuple[str, ...], tuple[str, ...]]:
-    """Answers by task, tasks of others, and why logs were read slowly."""
-    found, others = [], []
+class _Read(NamedTuple):
+    answers: list[Answers]
+    rejection: list[TaskRecords]
+    others: tuple[str, ...]
+    slow: tuple[str, ...] = ()
+
+
+def _answers(file: Path, table: Mapping[str, Any], settings: Settings) -> _Read:
+    found: list[Answers] = []
+    rejection, others = [], []
     try:
         for task, samples in table["n-samples"].items():
             numbers = table["results"].get(task, {})
             said = numbers.get("mean_iou,none", numbers.get("accuracy,none"))
             log = results.log_of(file, task)
             one = columns.read(task, table["configs"][task], log, settings.estimator, samples["effective"], said)
-            others += [task] if one is None else []
-            found += [] if one is None else [one]
+            if one is not None:
+                found.append(one)
+            elif records := results.read_task(file, table, task):
+                rejection.append(records)
+            else:
+                others.append(task)
     except UnusualLogError as error:
         run = results.read(file)
+        rejection = [records for records in run.tasks.values() if records.kind is results.REJECTION]
         kept = [records for records in run.tasks.values() if records.kind is not results.REJECTION]
-        left = (*run.others, *(records.task for records in run.tasks.values() if records.kind is results.REJECTION))
-        return [columns.of(records, settings.estimator) for records in kept], left, (str(error),)
-    return found, tuple(others), ()
+        answers = [columns.of(records, settings.estimator) for records in kept]
+        return _Read(answers, rejection, run.others, (str(error),))
+    return _Read(found, rejection, tuple(others))
 
 
 def _account(folder: Path) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def summarise(folder: Folder, level: float) -> Summary:
     """Put the runs of a folder together."""
     newest: dict[tuple[object, ...], Run] = {}
     for run in folder.runs:
-        tasks = tuple(sorted(run.measured.tasks))
+        tasks = tuple(sorted(run.tasks))
         newest[run.axes.config, run.axes.seed, run.axes.cell, tasks] = run
     runs = tuple(newest.values())
     common = _common(runs)
