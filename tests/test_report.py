@@ -15,7 +15,19 @@ from lmms_plugin import comparison, reliability, results
 from lmms_plugin.cli import main
 from lmms_plugin.metrics.bootstrap import Clusters, Interval
 from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.report import columns, contents, figures, gallery, page, palette, reading, resampling, svg, tables
+from lmms_plugin.report import (
+    columns,
+    contents,
+    figures,
+    gallery,
+    inlined,
+    page,
+    palette,
+    reading,
+    resampling,
+    svg,
+    tables,
+)
 from lmms_plugin.report.measuring import CLEAN, METRICS
 from lmms_plugin.report.summary import summarise
 
@@ -186,6 +198,20 @@ def test_processes_do_not_change_a_number(study, summary, monkeypatch):
         for key, group in one.measured.groups.items():
             np.testing.assert_array_equal(group.value, same.measured.groups[key].value)
             np.testing.assert_array_equal(group.resampled, same.measured.groups[key].resampled)
+
+
+def test_figures_drawn_by_two_processes_are_the_same(summary, monkeypatch):
+    monkeypatch.setattr(inlined, "_ONE_PROCESS", 0)
+    one, two = inlined.shown(summary, 1), inlined.shown(summary, 2)
+    assert [(section, figure.wide, figure.narrow) for section, drawn in one.items() for figure in drawn] == [
+        (section, figure.wide, figure.narrow) for section, drawn in two.items() for figure in drawn
+    ]
+
+
+def test_a_large_study_gets_fewer_resamples(study, monkeypatch):
+    assert reading.default_resamples(study) == 500
+    monkeypatch.setattr(reading, "_MANY", 4)
+    assert reading.default_resamples(study) == 200
 
 
 def test_runs_outside_of_a_study_have_axes_from_their_arguments(tmp_path):

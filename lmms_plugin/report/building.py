@@ -6,10 +6,10 @@ from pathlib import Path
 from lmms_plugin.reliability import Settings
 from lmms_plugin.report import contents, gallery, page, svg
 from lmms_plugin.report import figures as drawing
-from lmms_plugin.report.reading import default_workers, read_folder
+from lmms_plugin.report.reading import default_resamples, default_workers, read_folder
 from lmms_plugin.report.summary import Summary, summarise
 
-__all__ = ["build", "default_workers"]
+__all__ = ["build", "default_resamples", "default_workers"]
 _DPI = 200
 
 
@@ -31,7 +31,8 @@ def build(
     """
     summary = summarise(read_folder(results, settings), settings.level)
     heading = title or results.resolve().name.removesuffix("_results.json")
-    html = page.render(summary, heading, page.read_verdict(results), gallery.build(summary, pictures), str(results))
+    shown = gallery.build(summary, pictures)
+    html = page.render(summary, heading, page.read_verdict(results), shown, str(results), settings.workers)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(html, encoding="utf-8")
     yield f"{output}: {len(summary.runs)} runs, {len(html.encode()) / 1e6:.1f} MB"

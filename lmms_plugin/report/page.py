@@ -2,18 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lmms_plugin import __version__
-from lmms_plugin.report import contents, figures, svg
-from lmms_plugin.report.drawing import Drawn
+from lmms_plugin.report import contents, inlined
 from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.palette import SURFACES, TONES
 from lmms_plugin.report.summary import Summary
@@ -21,20 +20,6 @@ from lmms_plugin.report.tables import Cell, Column, Table
 
 ROWS_AT_FIRST = 20
 _STYLE, _SCRIPT = "style.css", "script.js"
-
-
-class Shown(NamedTuple):
-    """A figure on the page.
-
-    Attributes:
-        drawn: The figure.
-        wide: For wide windows and print, as SVG.
-        narrow: For narrow windows.
-    """
-
-    drawn: Drawn
-    wide: Markup
-    narrow: Markup
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,9 @@ class Verdict:
     text: str = ""
 
 
-def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Gallery, source: str) -> str:
+def render(
+    summary: Summary, title: str, verdict: Verdict | None, gallery: Gallery, source: str, workers: int = 1
+) -> str:
     """The whole page as HTML.
 
     Args:
@@ -65,6 +52,7 @@ def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Galle
         verdict: To stand on top; None where there is none.
         gallery: Pictures with boxes.
         source: The folder, as the user named it.
+        workers: Processes there may be.
     """
     environment = Environment(
         loader=PackageLoader("lmms_plugin.report"),
@@ -73,7 +61,6 @@ def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Galle
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = _shown(figures.every(summary), figures.every(summary, figures.PHONE))
     return environment.get_template("page.html.j2").render(
         title=title,
         source=source,
@@ -85,7 +72,7 @@ def render(summary: Summary, title: str, verdict: Verdict | None, gallery: Galle
         summary=summary,
         warnings=list(warnings(summary)),
         facts=facts(summary),
-        figures=shown,
+        figures=inlined.shown(summary, workers),
         tables={table.name: table for table in contents.every(summary)},
         first_rows=ROWS_AT_FIRST,
         gallery=gallery,
@@ -203,20 +190,6 @@ def _cell(value: object) -> Cell:
         return Cell(written, written or None)
     plain = written.replace("\u2212", "-").replace(",", "").rstrip(" %")
     return Cell(written.replace("-", "\u2212"), float(plain))
-
-
-def _shown(wide: Mapping[str, Sequence[Drawn]], narrow: Mapping[str, Sequence[Drawn]]) -> dict[str, list[Shown]]:
-    return {
-        section: [
-            Shown(one, _inline(one, one.name), _inline(other, f"{other.name}-n"))
-            for one, other in zip(drawn, narrow[section], strict=True)
-        ]
-        for section, drawn in wide.items()
-    }
-
-
-def _inline(drawn: Drawn, name: str) -> Markup:
-    return Markup(svg.inline(drawn.figure, name, drawn.title, drawn.says))
 
 
 def _read(name: str) -> str:

@@ -21,6 +21,7 @@ from lmms_plugin.report.measuring import Measured, measure
 from lmms_plugin.results import TaskRecords
 
 UNFINISHED = (".running", "failed")
+_MANY = 200
 _ONE_PROCESS = 64 << 20
 """Bytes of logs below which starting processes takes longer than reading."""
 
@@ -122,12 +123,14 @@ class Folder(NamedTuple):
         failed: Cells of a study that failed.
         documents: Fingerprint of documents → their ids.
         left_out: Results files that hold nothing of ours, and why.
+    resamples: Of the images, for every interval.
     """
 
     runs: list[Run]
     failed: list[Failed]
     documents: dict[str, pa.Array]
     left_out: list[str]
+    resamples: int
 
 
 def read_folder(path: Path, settings: Settings) -> Folder:
@@ -149,7 +152,7 @@ def read_folder(path: Path, settings: Settings) -> Folder:
             left_out.append(f"{run.file}: no task of this package, but {', '.join(run.others) or 'none'}")
     if not runs:
         raise ValueError(f"expected runs with tasks of this package under {path}, got {'; '.join(left_out) or 'none'}")
-    return Folder(runs, list(_failed(path)), documents, left_out)
+    return Folder(runs, list(_failed(path)), documents, left_out, settings.resamples)
 
 
 def read_run(file: Path, root: Path, settings: Settings) -> Run:
@@ -279,6 +282,15 @@ def _failed(path: Path) -> Iterator[Failed]:
         tail = told.get("tail") or ""
         lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
         yield Failed(file.parent.name, told.get("returncode"), lines[-1] if lines else "")
+
+
+def default_resamples(path: Path) -> int:
+    """Resamples that do not keep a reader waiting: fewer for a large study, whose ends of intervals are rougher.
+
+    Raises:
+        ValueError: If there are no results files at or under the path.
+    """
+    return 500 if len(results.find(path)) <= _MANY else 200
 
 
 def default_workers() -> int:
