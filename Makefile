@@ -14,7 +14,7 @@ demo: $(VENV)/.package
 	$(BIN)/lmms-plugin demo --output demo_output
 
 test: $(VENV)/.dev $(VENV)/.package
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Types are checked on the installed package: mypy cannot follow setup.cfg's folder mapping in a checkout.
 check: $(VENV)/.dev $(VENV)/.package

@@ -39,6 +39,9 @@ def test_demo_writes_table_report_and_pictures(tmp_path):
     for picture in tmp_path.glob("*.png"):
         assert picture.name in report
     assert len(list(tmp_path.glob("*.png"))) == 2
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("--limit 2") == 4
+    assert "shapes_shift_fog_3" in page
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,12 @@
 """The report's page in a browser: quiet, narrow, by keyboard, dark and on paper."""
 
-import shutil
+from functools import partial
 
 import pytest
 import report_study
 
 from lmms_plugin.reliability import Settings
 from lmms_plugin.report import building
-
-pytest.importorskip("playwright", reason="playwright drives the browser")
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
-pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 
 
 @pytest.fixture(scope="module")
@@ -23,35 +17,10 @@ def written(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.fixture
-def opened(browser, written):
-    """Opens the page in a window of its own; anything it says or asks for fails the test."""
-    said, contexts = [], []
-
-    def open_(width=1280, **options):
-        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: said.append(request.url) if not request.url.startswith("data:") else None)
-        page.goto(written.as_uri())
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    assert set(said) <= {written.as_uri()}
+def opened(browse, written):
+    """Opens the page in a window of its own."""
+    return partial(browse, written)
 
 
 def background(page):

@@ -19,11 +19,14 @@ from lmms_plugin import installed
 from lmms_plugin.demo import pictures
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.plan import QuantPlan
+from lmms_plugin.reliability import Settings
+from lmms_plugin.report import building
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED = "shapes_rec", "shapes_shift"
 COLUMNS = ("acc@0.5", "mean_iou", "ece")
 PICTURED = (CLEAN, "shapes_shift_gaussian_noise_3")
+_PICTURES = 12
 HEADINGS = ("model", "bits per weight", *(f"{column} {when}" for when in ("clean", "shifted") for column in COLUMNS))
 
 
@@ -53,7 +56,7 @@ class Run:
 
 
 def run(output: Path, bits: int, limit: int | None = None) -> list[Run]:
-    """Run all methods, print the table, and write `report.md` and pictures into the folder `output`.
+    """Run all methods, print the table, and write `report.html`, `report.md` and pictures into the folder `output`.
 
     Args:
         output: folder to write into; each run has a sub-folder with lmms-eval's own files and its log.
@@ -72,7 +75,10 @@ def run(output: Path, bits: int, limit: int | None = None) -> list[Run]:
     Console().print(_table(runs))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
     (output / "report.md").write_text(_report(runs, images, limit), encoding="utf-8")
-    print(f"Report: {output / 'report.md'}; pictures: {', '.join(str(path) for path in images)}")
+    page = output / "report.html"
+    settings = Settings(resamples=building.default_resamples(output), workers=building.default_workers())
+    list(building.build(output, page, settings, title="Embedded demo", figures=None, pictures=_PICTURES))
+    print(f"Report: {page}, {output / 'report.md'}; pictures: {', '.join(str(path) for path in images)}")
     return runs
 
 
