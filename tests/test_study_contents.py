@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from small_studies import CELL
 
 from lmms_plugin.demo import CHECKPOINT
@@ -38,6 +39,20 @@ def test_a_file_is_told_by_its_content(tmp_path: Path, size: int) -> None:
     assert contents.of_path(file) != before
     file.write_bytes(bytes(size + 1))
     assert contents.of_path(file) != before
+
+
+def test_without_the_hub_the_copy_here_tells_the_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reference = tmp_path / "models--somebody--model" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_text("0123abcd\n")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Nothing listens there.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    contents.revision.cache_clear()
+    assert contents.revision("somebody/model", "model") == "0123abcd"
+    assert contents.revision("somebody/other", "model") is None
+    contents.revision.cache_clear()
 
 
 def test_functions_are_named_and_paths_looked_into(tmp_path: Path) -> None:

@@ -75,8 +75,9 @@ def revision(repository: str, kind: str) -> str | None:
         try:
             found: str | None = HfApi().repo_info(repository, repo_type=kind, timeout=_HUB_SECONDS).sha
             return found
-        # Without a network the copy on this machine is what is read.
-        except (HfHubHTTPError, OSError):
+        # Without a network the copy on this machine is what is read. The bases are OSError and the error of the HTTP
+        # library, which is another one from version to version.
+        except HfHubHTTPError.__bases__:
             pass
     reference = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
