@@ -4,12 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 from small_studies import CELL
 
 from lmms_plugin.quant_backends.quantization import tensor_bytes
 from lmms_plugin.study import cost
+from lmms_plugin.study.tasks import describe
 from lmms_plugin.study.weights import size
+
+DOCUMENTS = 488
 
 
 def past(
@@ -41,7 +45,39 @@ def test_without_finished_cells_the_model_that_counts_is_stated() -> None:
     assert other.value is not None
     assert other.value - cost.START == pytest.approx(3 * (one.value - cost.START))
     assert "not measured" in one.basis
-    assert cost.seconds(CELL, [], 10**9).value is None
+    # The demo's test split has 488 expressions, which a limit does not make more.
+    assert f"{DOCUMENTS} documents" in cost.seconds(CELL, [], 10**9).basis
+    assert cost.seconds(replace(CELL, limit=10_000), [], 10**9) == cost.seconds(CELL, [], 10**9)
+    assert cost.seconds(replace(CELL, tasks=("shapes_rejection_attribute_swap",)), [], 10**9).value is None
+
+
+def test_documents_are_counted_here_or_as_published(local_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LMMS_PLUGIN_REFCOCOPLUS", raising=False)
+    describe.cache_clear()
+    assert describe("refcocoplus_shift_testA_fog_3").documents == (5726,)
+    monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(local_copy))
+    describe.cache_clear()
+    rows = datasets.load_dataset("parquet", data_files=str(local_copy / "testA-*.parquet"), split="train")
+    assert describe("refcocoplus_rec_testA").documents == (sum(len(answers) for answers in rows["answer"]),)
+    describe.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3),
+        ("OpenGVLab/InternVL3_5-8B-HF", 8),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", 3),
+        ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 2.2),
+        ("google/gemma-3-4b-it", 4),
+        ("Salesforce/blip2-opt-2.7b", 2.7),
+        ("somebody/model-4bit", None),
+    ],
+)
+def test_a_name_tells_how_many_parameters_work(name: str, billions: float | None) -> None:
+    found = size(replace(CELL, arguments={"pretrained": name, "bits": 4}), cuda=False)
+    assert found.parameters == (None if billions is None else round(billions * 1e9))
+    assert found.bytes is None
 
 
 @pytest.mark.parametrize(

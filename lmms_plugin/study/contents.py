@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lmms_plugin.fingerprint import BLOCK, BLOCKS, blocks
 
@@ -71,13 +71,14 @@ def revision(repository: str, kind: str) -> str | None:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
+    # OSError and the error of the HTTP library, which is another one from version to version.
+    unreachable = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     if not constants.HF_HUB_OFFLINE:
         try:
             found: str | None = HfApi().repo_info(repository, repo_type=kind, timeout=_HUB_SECONDS).sha
             return found
-        # Without a network the copy on this machine is what is read. The bases are OSError and the error of the HTTP
-        # library, which is another one from version to version.
-        except HfHubHTTPError.__bases__:
+        # Without a network the copy on this machine is what is read.
+        except unreachable:
             pass
     reference = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None

@@ -17,6 +17,8 @@ TOKENS = 512
 CPU_RATE, GPU_RATE = 2e10, 1e14
 """Operations per second that are reached on one core of a CPU in float32, and on a data-centre GPU in bfloat16."""
 
+STATED = "stated model, not measured"
+
 
 class Seconds(NamedTuple):
     """How long a cell will take.
@@ -54,8 +56,8 @@ def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None,
     """Estimate how long a cell takes: the median of the finished cells that are most like it.
 
     Cells count as alike by model, tasks and limit; among these the same method, bits and calibration are preferred,
-    then the same method. Without such cells, and where a limit tells the number of documents, it is the time to start
-    and that of the multiplications.
+    then the same method. Without such cells, and where the number of documents is known, it is the time to start and
+    that of the multiplications.
 
     Args:
         cell: What is asked.
@@ -70,13 +72,20 @@ def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None,
         if same:
             what = " and ".join(("model", "tasks", *axes))
             return Seconds(median(one.seconds for one in same), f"median of {len(same)} finished cells of equal {what}")
-    if cell.limit is None or parameters is None:
-        missing = "number of documents" if cell.limit is None else "size of the model"
+    documents = _documents(cell)
+    if documents is None or parameters is None:
+        missing = "number of documents" if documents is None else "size of the model"
         return Seconds(None, f"unknown: no cell like it is finished, and the {missing} is not known")
-    documents = cell.limit * sum(len(task.tasks) for task in known(cell.tasks).values())
     rate = GPU_RATE if cuda else CPU_RATE
     basis = f"{START:.0f} s and {documents} documents of {TOKENS} tokens at {rate:.0e} operations per second"
-    return Seconds(START + documents * TOKENS * 2 * parameters / rate, f"stated model, not measured: {basis}")
+    return Seconds(START + documents * TOKENS * 2 * parameters / rate, f"{STATED}: {basis}")
+
+
+def _documents(cell: Cell) -> int | None:
+    """Of all tasks, at most; None where one does not tell and there is no limit."""
+    several = [count for task in known(cell.tasks).values() for count in task.documents]
+    limited = [count if cell.limit is None else min(cell.limit, count or cell.limit) for count in several]
+    return None if None in limited else sum(count for count in limited if count is not None)
 
 
 def _named(one: Past, asked: Mapping[str, Any]) -> bool:

@@ -162,5 +162,7 @@ def summary(found: Plan) -> str:
     """A plan in one line."""
     counts = ", ".join(f"{number} {state}" for state, number in found.counts().items() if number)
     left = "unknown (no finished cell tells)" if found.seconds_left is None else duration(found.seconds_left)
+    if any(one.state != "done" and one.seconds.basis.startswith(cost.STATED) for one in found.cells):
+        left += " (by parameters and documents, not measured)"
     others = f"; {len(found.others)} finished cells in the folder are not of this plan" if found.others else ""
     return f"{len(found.cells)} cells: {counts}; time left, one at a time: {left}{others}"

@@ -6,12 +6,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 import yaml
+from pyarrow import parquet
 
+from lmms_plugin.results import GROUNDING, REJECTION
 from lmms_plugin.study.contents import HUB_ID, attribute, digest, of_path, of_value, revision
 from lmms_plugin.study.located import near
 from lmms_plugin.tasks import cells as generated
@@ -24,11 +28,13 @@ class Described(NamedTuple):
         fingerprint: Of the configurations of all its tasks and of their data.
         modules: Modules whose functions they name.
         tasks: Names of the single tasks.
+        documents: How many documents each has, at most; None where that is not known.
     """
 
     fingerprint: str
     modules: frozenset[str]
     tasks: tuple[str, ...]
+    documents: tuple[int | None, ...]
 
 
 class _Function(str):
@@ -55,8 +61,41 @@ def describe(name: str) -> Described:
     found = dict(_single(name, ours)) if name in ours else _of_lmms_eval(name)
     modules = {module for config in found.values() for module in _modules(config)}
     described = {task: _resolved(config) for task, config in found.items()}
-    single = tuple(task for task, config in found.items() if not isinstance(config.get("task"), list))
-    return Described(digest(described), frozenset(modules), single)
+    single = [task for task, config in found.items() if not isinstance(config.get("task"), list)]
+    documents = tuple(_documents(found[task]) for task in single)
+    return Described(digest(described), frozenset(modules), tuple(single), documents)
+
+
+def _documents(config: Mapping[str, Any]) -> int | None:
+    """Counted where the dataset is on this machine, else as published."""
+    metrics = {entry["metric"] for entry in config.get("metric_list") or ()}
+    # Tasks of rejection ask each expression that can be changed twice, which nothing here tells.
+    if REJECTION.record in metrics:
+        return None
+    path, arguments = (_looked_up(config.get(name)) for name in ("dataset_path", "dataset_kwargs"))
+    split = config.get("test_split")
+    local = (arguments or {}).get("data_files", {}).get(split) if path == "parquet" else None
+    if local is None and isinstance(path, str) and Path(path).is_dir():
+        local = sorted(map(str, Path(path).glob(f"{split}*.parquet")))
+    if local:
+        return sum(_rows(file, expressions=GROUNDING.record in metrics) for file in local)
+    found: int | None = _published_sizes().get(path, {}).get(split)
+    return found
+
+
+def _rows(file: str, *, expressions: bool) -> int:
+    """Rows of a file, or what they ask for in RefCOCO+'s schema, where a row is an object with several expressions."""
+    stored = parquet.ParquetFile(file)
+    if not expressions or "answer" not in stored.schema_arrow.names:
+        return int(stored.metadata.num_rows)
+    return int(pc.sum(pc.list_value_length(stored.read(["answer"])["answer"])).as_py() or 0)
+
+
+@cache
+def _published_sizes() -> Mapping[Any, Mapping[Any, int]]:
+    file = files("lmms_plugin.study").joinpath("documents.yaml")
+    found: dict[Any, dict[Any, int]] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return found
 
 
 class _Source(NamedTuple):
@@ -141,14 +180,17 @@ def _modules(value: Any) -> Iterator[str]:
 def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     resolved = {}
     for name, value in config.items():
-        if name in ("dataset_path", "dataset_kwargs"):
-            value = attribute(value) if isinstance(value, _Function) else value
-            value = value() if callable(value) else value
-        resolved[name] = of_value(value)
+        looked_up = _looked_up(value) if name in ("dataset_path", "dataset_kwargs") else value
+        resolved[name] = of_value(looked_up)
     path = resolved.get("dataset_path")
     if isinstance(path, str) and HUB_ID.fullmatch(path):
         resolved["dataset_revision"] = revision(path, "dataset")
     return resolved
+
+
+def _looked_up(value: Any) -> Any:
+    found = attribute(value) if isinstance(value, _Function) else value
+    return found() if callable(found) else found
 
 
 def local_copies(environment: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
@@ -23,8 +24,9 @@ class Size(NamedTuple):
     """How large a cell's model is.
 
     Attributes:
-        parameters: Their number; None where the configuration cannot be read.
-        bytes: That its weights will take, without activations, caches and what calibration needs; None likewise.
+        parameters: Their number, by the name where the configuration cannot be read; None where neither tells.
+        bytes: That its weights will take, without activations, caches and what calibration needs; None where the
+            configuration cannot be read.
         basis: What says so, in words.
     """
 
@@ -56,10 +58,17 @@ def size(cell: Cell, *, cuda: bool) -> Size:
         specs = plan.assign(layers.components).specs if plan.specs else {}
     # Whatever a configuration lacks, it is the estimate that is missing and not the cell that is wrong.
     except (OSError, ValueError, AttributeError, NotImplementedError) as error:
-        return Size(None, None, f"unknown: {' '.join(str(error).split())[:_LONGEST]}")
+        return Size(_by_name(arguments.pretrained), None, f"unknown: {' '.join(str(error).split())[:_LONGEST]}")
     dense = _BYTES.get(arguments.dtype, 2 if cuda else 4)
     saved = sum(_saved(spec, *layers.shapes[name], dense) for name, spec in specs.items())
     return Size(layers.parameters, layers.parameters * dense - saved, "weights alone, by the configuration")
+
+
+def _by_name(checkpoint: str) -> int | None:
+    """Parameters that take part in an answer, as the checkpoint's name tells: 7B, or 30B-A3B where 3 are active."""
+    told = re.findall(r"(?<![A-Za-z\d.])(A?)(\d+(?:\.\d+)?)[Bb](?![A-Za-z])", checkpoint.rpartition("/")[2])
+    billions = next((number for active, number in told if active), told[0][1] if told else None)
+    return None if billions is None else round(float(billions) * 1e9)
 
 
 def _saved(spec: QuantSpec, rows: int, columns: int, dense: int) -> int:
