@@ -420,6 +420,71 @@ def test_limited_runs_make_no_submission(rows, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def damaged_zip(path):
+    """Compressed data that cannot be unpacked, in a zip whose directory is whole."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("manifest.json", "{}" * 400)
+    content = bytearray(path.read_bytes())
+    start = 30 + len("manifest.json")
+    content[start : start + 4] = b"\xff" * 4
+    path.write_bytes(content)
+    return path
+
+
+def shapeless_config(folder):
+    edit(table_of(folder), lambda content: content["configs"][TASK].update(metadata="x"))
+
+
+def shapeless_samples(folder):
+    edit(table_of(folder), lambda content: content.update({"n-samples": {TASK: None}}))
+
+
+def shapeless_cell(folder):
+    (folder / "results" / "cell.json").write_text("[]")
+
+
+def nested_table(folder):
+    table_of(folder).write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "reason"),
+    [
+        (shapeless_config, "damaged: AttributeError: 'str' object has no attribute 'get'"),
+        (shapeless_samples, "damaged: TypeError: 'NoneType' object is not subscriptable"),
+        (shapeless_cell, "damaged: AttributeError: 'list' object has no attribute 'get'"),
+        (nested_table, "damaged: RecursionError: maximum recursion depth exceeded"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_unexpected_shapes_are_refused(copy, tamper, reason):
+    tamper(copy)
+    seal(copy)
+    refused = verify(copy)
+    assert isinstance(refused, Refused)
+    assert refused.reason.startswith(reason)
+
+
+def test_one_bad_submission_does_not_keep_the_others_from_the_page(honest, copy, tmp_path, monkeypatch, capsys):
+    shapeless_config(copy)
+    seal(copy)
+    given = [damaged_zip(tmp_path / "bad.zip"), honest, copy]
+    lmms_plugin(monkeypatch, "leaderboard", *given, "-o", tmp_path / "board", code=1)
+    content = json.loads((tmp_path / "board" / "leaderboard.json").read_text())
+    assert [row["submission"] for row in content["tasks"][0]["rows"]] == ["honest"]
+    reasons = {one["submission"]: one["reason"] for one in content["refused"]}
+    assert reasons.keys() == {"bad.zip", "copy"}
+    assert reasons["bad.zip"].startswith("damaged: zlib.error: Error -3 while decompressing data")
+    assert f"refused: bad.zip: {reasons['bad.zip']}" in capsys.readouterr().err
+
+
+def test_reasons_are_short_and_print_on_one_line(copy):
+    edit(copy / "manifest.json", lambda content: content.update(format="\x1b[2J\n\u202e" + "x" * 10_000))
+    refused = verify(copy)
+    assert refused.reason.isprintable()
+    assert len(refused.reason) < 1_000
+
+
 # --- Across submissions ----------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from traceback import format_exception_only
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ from lmms_plugin.export.rescoring import difference
 from lmms_plugin.export.schema import expect_aggregate, expect_instances
 from lmms_plugin.export.submission import Manifest
 from lmms_plugin.results import Kind, Run, TaskRecords, read
+
+LONGEST_REASON = 600
+"""Characters of a reason that are shown: it may quote what a stranger wrote."""
 
 
 class Answered(NamedTuple):
@@ -82,13 +86,14 @@ class Refused:
 
 
 def verify(path: Path, workers: int = 1) -> Verified | Refused:
-    """Check one submission by itself."""
+    """Check one submission by itself; whatever is wrong with it, it is refused and nothing is raised."""
     try:
         with submission.opened(path) as folder:
             return _verified(path, folder, workers)
-    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError | OSError) else f"damaged: {error!r}"
-        return Refused(path.name, reason)
+    except Exception as error:
+        # Strangers write submissions: what a damaged zip or JSON of an unexpected shape raises cannot be listed, and
+        # one of them must not keep the others from the page.
+        return Refused(path.name, _reason(error))
 
 
 def agreeing(found: Sequence[Verified], reference: Mapping[str, str]) -> tuple[list[Verified], list[Refused]]:
@@ -150,6 +155,13 @@ def expect_whole(run: Run, results: Mapping[str, Any]) -> None:
             )
         if not np.array_equal(np.sort(records.numbers), np.arange(records.ids.size)):
             raise ValueError(f"task {task}: expected documents numbered 0 to {records.ids.size - 1}, each once")
+
+
+def _reason(error: Exception) -> str:
+    """Why a submission was refused: our own words where the error is ours, else its type, too."""
+    text = str(error) if type(error) is ValueError else "damaged: " + "".join(format_exception_only(error)).strip()
+    readable = "".join(character if character.isprintable() else " " for character in text)
+    return readable if len(readable) <= LONGEST_REASON else f"{readable[:LONGEST_REASON]} …"
 
 
 def _verified(path: Path, folder: Path, workers: int) -> Verified:
