@@ -220,6 +220,13 @@ def test_cells_of_an_earlier_version_do_not_count(tmp_path):
     assert found.contrasts[0].interaction.value == 0.0
 
 
+def test_half_a_cell_does_not_count(tmp_path):
+    for name, method in (("a", "none"), ("b", "rtn")):
+        write_cell(tmp_path, name, {"method": method}, outcomes(N, 3, 2, 1))
+    (tmp_path / "cells" / "b" / "done.json").unlink()
+    assert [cell.name for cell in read_cells(tmp_path)] == ["a"]
+
+
 def test_a_folder_without_cells_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"finished cells below .*, got none"):
         read_cells(tmp_path)

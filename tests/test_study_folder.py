@@ -67,6 +67,25 @@ def test_a_newer_answer_to_the_same_question_supersedes_and_can_be_taken_back(fo
     assert not folder.restore("c-1")
 
 
+@pytest.mark.parametrize("how", ["finished", "restored"])
+def test_half_a_cell_in_the_place_of_a_finished_one_is_put_aside(folder: StudyFolder, how: str) -> None:
+    if how == "restored":
+        for cell in ("a-1", "a-2"):
+            work(folder, cell)
+            folder.finish(cell, ABOUT, {"seconds": 3.0})
+    folder.done_path("a-1").mkdir()
+    (folder.done_path("a-1") / CELL).write_text("{}")
+    assert not folder.is_done("a-1")
+    if how == "restored":
+        assert folder.restore("a-1")
+    else:
+        work(folder, "a-1")
+        folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    assert folder.finished() == ["a-1"]
+    assert (folder.done_path("a-1") / "demo" / "1_results.json").is_file()
+    assert (folder.superseded / "a-1.unfinished" / CELL).is_file()
+
+
 def test_what_killed_runners_left_is_cleared_but_not_what_others_work_on(folder: StudyFolder, tmp_path: Path) -> None:
     work(folder, "left-1")
     held = folder.lock("busy-1")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CELL, DONE, FAILED, LOG = "cell.json", "done.json", "failed.json", "log.txt"
-_LOCK = ".lock"
+_LOCK, _UNFINISHED = ".lock", ".unfinished"
 
 
 @dataclass
@@ -177,7 +177,7 @@ class StudyFolder:
     def _move_to_finished(self, cell: str, about: Mapping[str, Any]) -> None:
         work = self.running / cell
         _sync(work)
-        self._supersede(cell, about)
+        self._make_room(cell, about)
         os.rename(work, self.done_path(cell))
         _sync_folder(self.path / "cells")
         _remove(self.failed_path(cell))
@@ -198,17 +198,22 @@ class StudyFolder:
         """Take back a finished cell that was superseded; returns whether there was one."""
         if not (self.superseded / cell / DONE).is_file():
             return False
-        self._supersede(cell, self.about(self.superseded / cell))
+        self._make_room(cell, self.about(self.superseded / cell))
         os.rename(self.superseded / cell, self.done_path(cell))
         return True
 
-    def _supersede(self, cell: str, about: Mapping[str, Any]) -> None:
-        """Put aside finished cells that answered the same question with other code, data or versions."""
+    def _make_room(self, cell: str, about: Mapping[str, Any]) -> None:
+        """Put aside finished cells that answered the same question otherwise, and what is in the place of this one."""
         for other in self.finished():
             if other != cell and asks_the_same(self.about(self.done_path(other)), about):
-                self.superseded.mkdir(exist_ok=True)
-                _remove(self.superseded / other)
-                os.rename(self.done_path(other), self.superseded / other)
+                self._put_aside(other, other)
+        if self.done_path(cell).exists():
+            self._put_aside(cell, f"{cell}{_UNFINISHED}")
+
+    def _put_aside(self, cell: str, name: str) -> None:
+        self.superseded.mkdir(exist_ok=True)
+        _remove(self.superseded / name)
+        os.rename(self.done_path(cell), self.superseded / name)
 
     def finished(self) -> list[str]:
         """Ids of all finished cells, those of other plans included."""
