@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmms_plugin.study import guard
+from lmms_plugin.study import cost, guard
 from lmms_plugin.study.folder import CELL, DONE, FAILED, Lock, StudyFolder, read_json
 from lmms_plugin.study.recording import Recorder, Taken
 from lmms_plugin.study.storage import Storage
@@ -123,6 +124,85 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"empty folder or one of a study"):
         StudyFolder(tmp_path).open(tmp_path / "thesis.tex")
+
+
+def test_a_folder_in_which_a_runner_was_killed_at_its_start_is_taken(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("models: [demo]\n")
+    study = tmp_path / "study"
+    for name in ("cells", "failed", ".running"):
+        (study / name).mkdir(parents=True)
+    (study / ".study.yaml.1").write_text("mod")
+    StudyFolder(study).open(file)
+    assert (study / "study.yaml").read_text() == "models: [demo]\n"
+    (study / "study.yaml").unlink()
+    (study / "cells" / "holidays.jpg").write_text("x")
+    with pytest.raises(ValueError, match=r"empty folder or one of a study"):
+        StudyFolder(study).open(file)
+
+
+def test_the_study_file_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes second finds a folder with a study file in it, or an empty one."""
+    file, study, made = tmp_path / "s.yaml", tmp_path / "study", []
+    file.write_text("models: [demo]\n")
+    mkdir = Path.mkdir
+
+    def noted(path: Path, *arguments: Any, **named: Any) -> None:
+        made.append((path.name, (study / "study.yaml").is_file()))
+        mkdir(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "mkdir", noted)
+    StudyFolder(study).open(file)
+    assert made == [("study", False), ("cells", True), ("failed", True), (".running", True)]
+
+
+class Vanishing(StudyFolder):
+    """Lists a cell that another runner has just put aside."""
+
+    def finished(self) -> list[str]:
+        return [*super().finished(), "gone-1"]
+
+    def is_done(self, cell: str) -> bool:
+        return cell in self.finished()
+
+    def has_failed(self, cell: str) -> bool:
+        return not self.is_done(cell)
+
+
+def test_a_cell_that_vanishes_meanwhile_stops_nobody(folder: StudyFolder) -> None:
+    other = Vanishing(folder.path)
+    work(other, "a-1")
+    other.finish("a-1", ABOUT, {"seconds": 3.0})
+    work(other, "a-2")
+    other.finish("a-2", ABOUT, {"seconds": 4.0})
+    assert folder.finished() == ["a-2"]
+    assert [one.seconds for one in cost.past(other)] == [4.0]
+    assert other.failure("b-1") is None
+
+
+def test_putting_aside_leaves_what_another_runner_put_there(folder: StudyFolder) -> None:
+    work(folder, "a-1")
+    folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    shutil.copytree(folder.done_path("a-1"), folder.superseded / "a-1")
+    before = (folder.superseded / "a-1" / DONE).stat().st_ino
+    work(folder, "a-2")
+    folder.finish("a-2", ABOUT, {"seconds": 3.0})
+    assert folder.finished() == ["a-2"]
+    assert (folder.superseded / "a-1" / DONE).stat().st_ino == before
+
+
+def test_what_is_removed_stops_counting_first(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner that is killed while it removes a cell leaves nothing that looks whole."""
+    work(folder, "a-1")
+    (folder.begin("a-1") / DONE).write_text("{}")
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.discard("a-1")
+    assert not (folder.running / "a-1" / DONE).exists()
 
 
 def test_storage_gives_back_what_was_put(folder: StudyFolder, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -46,10 +47,12 @@ class Past(NamedTuple):
 
 def past(folder: StudyFolder | None) -> list[Past]:
     """Finished cells of a folder; none without a folder."""
-    if folder is None:
-        return []
-    found = folder.finished()
-    return [Past(folder.about(folder.done_path(one)), folder.done(one)["seconds"]) for one in found]
+    found = []
+    for one in () if folder is None else folder.finished():
+        # Another runner may put it aside at the same time.
+        with suppress(FileNotFoundError):
+            found.append(Past(folder.about(folder.done_path(one)), folder.done(one)["seconds"]))
+    return found
 
 
 def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None, *, cuda: bool = False) -> Seconds:

@@ -7,6 +7,7 @@ happens below `.running/`, under a lock that the system takes away from a proces
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,8 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-CELL, DONE, FAILED, LOG = "cell.json", "done.json", "failed.json", "log.txt"
+STUDY, CELL, DONE, FAILED, LOG = "study.yaml", "cell.json", "done.json", "failed.json", "log.txt"
 _LOCK, _UNFINISHED = ".lock", ".unfinished"
 
 
@@ -44,8 +46,9 @@ class Lock:
                 os.close(descriptor)
                 return None
             # Its last owner may have removed the file between our opening and our locking it.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return cls(path, descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return cls(path, descriptor)
             os.close(descriptor)
 
     def release(self) -> None:
@@ -92,7 +95,9 @@ class StudyFolder:
 
     def failure(self, cell: str) -> dict[str, Any] | None:
         """What `failed.json` of a cell says; None where it has not failed."""
-        return read_json(self.failed_path(cell) / FAILED) if self.has_failed(cell) else None
+        with contextlib.suppress(FileNotFoundError):
+            return None if self.is_done(cell) else read_json(self.failed_path(cell) / FAILED)
+        return None
 
     def is_running(self, cell: str) -> bool:
         """Whether someone works on a cell now."""
@@ -112,13 +117,27 @@ class StudyFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"expected a folder for the study, got the file {self.path}")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "study.yaml").is_file():
+        if self._is_of_something_else():
             raise ValueError(f"expected an empty folder or one of a study (with study.yaml in it), got {self.path}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.path / STUDY, study_file.read_text(encoding="utf-8"))
         for folder in (self.path / "cells", self.path / "failed", self.running):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._write(self.path / "study.yaml", study_file.read_text(encoding="utf-8"))
+            folder.mkdir(exist_ok=True)
         for left in sorted(self.running.iterdir()):
             self._clear(left)
+
+    def _is_of_something_else(self) -> bool:
+        """Whether the folder holds what no study's has; a runner that is starting may not have come to its file yet."""
+        if not self.path.is_dir():
+            return False
+        ours = ("cells", "failed", self.running.name)
+        foreign = [
+            one
+            for one in self.path.iterdir()
+            if not one.name.startswith(f".{STUDY}.")
+            and not (one.name in ours and one.is_dir() and not any(one.iterdir()))
+        ]
+        return bool(foreign) and not (self.path / STUDY).is_file()
 
     def _clear(self, left: Path) -> None:
         if left.name.endswith(_LOCK) or left.name.startswith("."):
@@ -203,22 +222,34 @@ class StudyFolder:
         return True
 
     def _make_room(self, cell: str, about: Mapping[str, Any]) -> None:
-        """Put aside finished cells that answered the same question otherwise, and what is in the place of this one."""
+        """Put aside finished cells that answered the same question otherwise, and what is in the place of this one.
+
+        Another runner may be doing the same.
+        """
         for other in self.finished():
-            if other != cell and asks_the_same(self.about(self.done_path(other)), about):
-                self._put_aside(other, other)
-        if self.done_path(cell).exists():
+            with contextlib.suppress(FileNotFoundError):
+                if other != cell and asks_the_same(self.about(self.done_path(other)), about):
+                    self._put_aside(other, other)
+        with contextlib.suppress(FileNotFoundError):
             self._put_aside(cell, f"{cell}{_UNFINISHED}")
 
     def _put_aside(self, cell: str, name: str) -> None:
+        aside = self.superseded / name
         self.superseded.mkdir(exist_ok=True)
-        _remove(self.superseded / name)
-        os.rename(self.done_path(cell), self.superseded / name)
+        try:
+            os.rename(self.done_path(cell), aside)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if (aside / DONE).is_file():
+                _remove(self.done_path(cell))
+                return
+            _remove(aside)
+            os.rename(self.done_path(cell), aside)
 
     def finished(self) -> list[str]:
         """Ids of all finished cells, those of other plans included."""
-        folder = self.path / "cells"
-        return sorted(one.name for one in folder.iterdir() if (one / DONE).is_file()) if folder.is_dir() else []
+        return sorted(file.parent.name for file in (self.path / "cells").glob(f"*/{DONE}"))
 
     @staticmethod
     def about(folder: Path) -> dict[str, Any]:
@@ -229,13 +260,6 @@ class StudyFolder:
         """What `done.json` of a finished cell says."""
         return read_json(self.done_path(cell) / DONE)
 
-    def _write(self, path: Path, text: str) -> None:
-        if path.is_file() and path.read_text(encoding="utf-8") == text:
-            return
-        beside = self.running / f".{path.name}.{os.getpid()}"
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-
 
 _QUESTION = ("model", "model_args", "tasks", "limit", "batch_size", "processes", "axes")
 
@@ -243,6 +267,19 @@ _QUESTION = ("model", "model_args", "tasks", "limit", "batch_size", "processes",
 def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two cells differ only in what answered them."""
     return all(one.get(name) == other.get(name) for name in _QUESTION)
+
+
+def _write(path: Path, text: str) -> None:
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    replace_text(path, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that at every moment is as it was before or as it is to be."""
+    beside = path.with_name(f".{path.name}.{uuid4().hex}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -295,5 +332,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or a folder, first of all what says that a cell is whole, should this be killed on the way."""
     with contextlib.suppress(FileNotFoundError):
+        for end in (DONE, FAILED) if path.is_dir() else ():
+            (path / end).unlink(missing_ok=True)
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -126,21 +127,25 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
     found = []
     for cell in cells(study):
         one = key(cell)
-        state = "missing" if folder is None else _state(folder, one.id)
+        measured = None if folder is None else _measured(folder, one.id)
+        state = "done" if measured else "missing" if folder is None else _state(folder, one.id)
         needed = gpus_needed(cell, there)
         large = size(cell, cuda=needed > 0)
-        took = cost.seconds(cell, past, large.parameters, cuda=needed > 0)
-        if folder is not None and state == "done":
-            took = cost.Seconds(folder.done(one.id)["seconds"], "measured")
+        took = measured or cost.seconds(cell, past, large.parameters, cuda=needed > 0)
         found.append(Planned(one, state, took, large, needed))
     planned = {one.keyed.id for one in found}
     others = () if folder is None else tuple(one for one in folder.finished() if one not in planned)
     return Plan(study, tuple(found), others)
 
 
+def _measured(folder: StudyFolder, cell: str) -> cost.Seconds | None:
+    """What a finished cell took; None where it is not finished, or another runner has just put it aside."""
+    with suppress(FileNotFoundError):
+        return cost.Seconds(folder.done(cell)["seconds"], "measured")
+    return None
+
+
 def _state(folder: StudyFolder, cell: str) -> str:
-    if folder.is_done(cell):
-        return "done"
     if folder.is_running(cell):
         return "running"
     return "failed" if folder.has_failed(cell) else "missing"

@@ -6,7 +6,7 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any
 
-from lmms_plugin.study.folder import DONE, StudyFolder
+from lmms_plugin.study.folder import DONE, STUDY, StudyFolder
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Storage:
     def put_study(self, folder: StudyFolder) -> None:
         """Copy the study file there."""
         self.system.makedirs(self.root, exist_ok=True)
-        self.system.put_file(str(folder.path / "study.yaml"), posixpath.join(self.root, "study.yaml"))
+        self.system.put_file(str(folder.path / STUDY), posixpath.join(self.root, STUDY))
 
     def _path(self, cell: str, name: str) -> str:
         return posixpath.join(self.root, "cells", cell, name)
