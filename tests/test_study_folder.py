@@ -58,6 +58,17 @@ def test_a_failure_keeps_the_log_alone_and_success_removes_it(folder: StudyFolde
     assert not folder.failed_path("a-1").exists()
 
 
+def test_success_removes_failures_under_other_keys_but_not_those_of_other_cells(folder: StudyFolder) -> None:
+    others = {"a-1": ABOUT, "a-2": {**ABOUT, "batch_size": 8}, "b-1": {**ABOUT, "tasks": ["u"]}}
+    for cell, about in others.items():
+        folder.begin(cell)
+        folder.fail(cell, about, {"problem": "p", "returncode": 1, "tail": "", "seconds": 1.0})
+    work(folder, "a-3")
+    folder.finish("a-3", ABOUT, {"seconds": 3.0})
+    assert [cell for cell in others if folder.has_failed(cell)] == ["b-1"]
+    assert not folder.failed_path("a-1").exists()
+
+
 def test_a_newer_answer_to_the_same_question_supersedes_and_can_be_taken_back(folder: StudyFolder) -> None:
     for cell, about in (("a-1", ABOUT), ("b-1", {**ABOUT, "tasks": ["u"]}), ("a-2", ABOUT)):
         work(folder, cell)

@@ -199,7 +199,7 @@ class StudyFolder:
         self._make_room(cell, about)
         os.rename(work, self.done_path(cell))
         _sync_folder(self.path / "cells")
-        _remove(self.failed_path(cell))
+        self._forget_failures(about)
 
     def fail(self, cell: str, about: Mapping[str, Any], failed: Mapping[str, Any]) -> None:
         """Record that a cell failed; of its work only the log stays."""
@@ -217,9 +217,18 @@ class StudyFolder:
         """Take back a finished cell that was superseded; returns whether there was one."""
         if not (self.superseded / cell / DONE).is_file():
             return False
-        self._make_room(cell, self.about(self.superseded / cell))
+        about = self.about(self.superseded / cell)
+        self._make_room(cell, about)
         os.rename(self.superseded / cell, self.done_path(cell))
+        self._forget_failures(about)
         return True
+
+    def _forget_failures(self, about: Mapping[str, Any]) -> None:
+        """Remove accounts of failures at what is finished now, whatever code, data or settings they were with."""
+        for file in (self.path / "failed").glob(f"*/{CELL}"):
+            with contextlib.suppress(FileNotFoundError):
+                if stands_at(read_json(file)) == stands_at(about):
+                    _remove(file.parent)
 
     def _make_room(self, cell: str, about: Mapping[str, Any]) -> None:
         """Put aside finished cells that answered the same question otherwise, and what is in the place of this one.
@@ -262,6 +271,11 @@ class StudyFolder:
 
 
 _QUESTION = ("model", "model_args", "tasks", "limit", "batch_size", "processes", "axes")
+
+
+def stands_at(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What tells a cell from the others of its study, of what `cell.json` says."""
+    return {name: about.get(name) for name in ("axes", "tasks", "limit")}
 
 
 def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
