@@ -189,6 +189,68 @@ def test_nothing_is_invented(honest, tmp_path, monkeypatch, capsys, arguments, m
     assert not (tmp_path / "out").exists()
 
 
+# --- Runs of some documents only -------------------------------------------------------------------------------------
+
+
+def by_config(folder, rows):
+    return write_run(folder, rows, limit=12)
+
+
+def by_share(folder, rows):
+    return write_run(folder, rows, limit=0.5)
+
+
+def by_offset(folder, rows):
+    return write_run(folder, rows, offset=3)
+
+
+def by_command_line(folder, rows):
+    return write_run(folder, rows, resolved_cli_args={"limit": 12})
+
+
+def by_cell(folder, rows):
+    write_run(folder, rows)
+    (folder / "cell.json").write_text(json.dumps({"limit": 12}))
+    return folder
+
+
+def by_count(folder, rows):
+    write_run(folder, rows)
+    edit(folder / "run_results.json", lambda content: content["n-samples"][TASK].update(original=48))
+    return folder
+
+
+def by_numbers(folder, rows):
+    return write_run(folder, [row | {"doc_id": row["doc_id"] + 3} for row in rows])
+
+
+@pytest.mark.parametrize("form", ["submission", "every-eval-ever", "eval-results", "model-index"])
+@pytest.mark.parametrize(
+    ("limited_by", "message"),
+    [
+        (by_config, "expected a run of all documents, got one with --limit 12"),
+        (by_share, "expected a run of all documents, got one with --limit 0.5"),
+        (by_offset, "expected a run of all documents, got one with --offset 3"),
+        (by_command_line, "expected a run of all documents, got one with --limit 12"),
+        (by_cell, "expected a run of all documents, got one with --limit 12"),
+        (by_count, f"expected all 48 documents, got {DOCUMENTS} scored and {DOCUMENTS} logged"),
+        (by_numbers, f"expected documents numbered 0 to {DOCUMENTS - 1}, each once"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_runs_of_some_documents_are_not_exported(rows, tmp_path, monkeypatch, capsys, form, limited_by, message):
+    run = limited_by(tmp_path / "run", rows)
+    ids = ["--dataset-id", "a/b", "--task-id", "t", "--metric", "acc@0.5", "--model-id", "a/b"]
+    who = ["--organization", "a laboratory", "--relationship", "other"]
+    lmms_plugin(monkeypatch, "export", run, "--format", form, *ids, *who, "-o", tmp_path / "out", code=2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_of_minus_one_is_none(rows, tmp_path):
+    assert measured(read_one(write_run(tmp_path / "run", rows, limit=-1, offset=0)), SETTINGS).scores[TASK]
+
+
 # --- Submissions -----------------------------------------------------------------------------------------------------
 
 
@@ -363,8 +425,8 @@ def damaged_log(folder):
         (in_record("target", [0.0, 0.0, 0.5, 0.5]), "scored anew, is not what the log says"),
         (in_record("id", "another"), "scored anew, is not what the log says"),
         (surer, "scored anew, is not what the log says: .*joint"),
-        (limited, "got --limit 24"),
-        (started_late, "--offset 10"),
+        (limited, "got one with --limit 24"),
+        (started_late, "got one with --offset 10"),
         (other_version, "expected schema_version 0.3.0, got '0.2.2'"),
         (unknown_field, "Additional properties are not allowed"),
         (missing_records, "is missing"),
@@ -411,13 +473,6 @@ def test_a_zip_cannot_write_elsewhere(tmp_path):
     assert isinstance(refused, Refused)
     assert "paths inside the submission" in refused.reason
     assert not (tmp_path.parent / "outside.txt").exists()
-
-
-def test_limited_runs_make_no_submission(rows, tmp_path):
-    run = write_run(tmp_path / "run", rows, limit=24)
-    with pytest.raises(ValueError, match="got --limit 24"):
-        submit(run, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def damaged_zip(path):

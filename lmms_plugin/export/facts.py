@@ -49,23 +49,25 @@ def checkpoint(run: Run) -> str | None:
     return _given(run).get("pretrained")
 
 
+def cell(file: Path) -> Mapping[str, Any]:
+    """What a study recorded of the run of a results file; empty if it is none of a study."""
+    found = beside(file, CELL)
+    content: Mapping[str, Any] = json.loads(found.read_text(encoding="utf-8")) if found else {}
+    return content
+
+
 def command(run: Run) -> str | None:
     """The command that made the run, where a study recorded it."""
-    cell = beside(run.file, CELL)
-    return " ".join(json.loads(cell.read_text(encoding="utf-8")).get("command", ())) or None if cell else None
+    return " ".join(cell(run.file).get("command", ())) or None
 
 
 def versions(run: Run) -> dict[str, str]:
     """Versions of the libraries, where a study recorded them."""
-    cell = beside(run.file, CELL)
-    content = json.loads(cell.read_text(encoding="utf-8")) if cell else {}
-    return {str(name): str(version) for name, version in content.get("versions", {}).items()}
+    return {str(name): str(version) for name, version in cell(run.file).get("versions", {}).items()}
 
 
 def _axes(file: Path) -> dict[str, Any]:
-    cell = beside(file, CELL)
-    axes = json.loads(cell.read_text(encoding="utf-8")).get("axes", {}) if cell else {}
-    return {name: value for name, value in axes.items() if name != "model"}
+    return {name: value for name, value in cell(file).get("axes", {}).items() if name != "model"}
 
 
 def _arguments(run: Run) -> dict[str, str]:

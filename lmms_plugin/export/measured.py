@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lmms_plugin.export.rescoring import Rescored, rescore
+from lmms_plugin.export.whole import expect_whole
 from lmms_plugin.reliability import Number, Settings, measure
 from lmms_plugin.results import Run
 
@@ -54,8 +55,11 @@ def measured(run: Run, settings: Settings) -> Measured:
     """Score a run's answers anew and make intervals.
 
     Raises:
-        ValueError: If log and table do not agree, or the run has no task of this package.
+        ValueError: If log and table do not agree, the run has no task of this package, or it did not use all documents
+            of its tasks.
     """
+    results = json.loads(run.file.read_bytes())
+    expect_whole(run, results)
     if not run.tasks:
         raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")
     tasks = {task: rescore(run, task) for task in run.tasks}
@@ -63,7 +67,7 @@ def measured(run: Run, settings: Settings) -> Measured:
     for number in measure(run, settings):
         numbers[number.task][number.metric] = number
     scores = {task: _scores(rescored, numbers[task]) for task, rescored in tasks.items()}
-    return Measured(run, json.loads(run.file.read_bytes()), tasks, scores, settings)
+    return Measured(run, results, tasks, scores, settings)
 
 
 def _scores(rescored: Rescored, numbers: Mapping[str, Number]) -> dict[str, Score]:

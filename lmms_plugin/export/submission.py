@@ -91,12 +91,10 @@ def build(measured: Measured, source: Source, folder: Path) -> Manifest:
     """Write a submission to a new folder.
 
     Raises:
-        ValueError: If the folder is there already, the run was limited, or a record is not valid.
+        ValueError: If the folder is there already, or a record is not valid.
     """
     if folder.exists():
         raise ValueError(f"expected a new folder for the submission, {folder} is there already")
-    if measured.run.limit is not None:
-        raise ValueError(f"{measured.run.file}: expected a run of all documents, got --limit {measured.run.limit:g}")
     results = folder / RESULTS
     results.mkdir(parents=True)
     run = measured.run

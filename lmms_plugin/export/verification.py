@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmms_plugin.export import every_eval_ever, facts, submission
-from lmms_plugin.export.definitions import is_ours
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import Measured, Score, measured
 from lmms_plugin.export.rescoring import difference
 from lmms_plugin.export.schema import expect_aggregate, expect_instances
 from lmms_plugin.export.submission import Manifest
-from lmms_plugin.results import Kind, Run, TaskRecords, read
+from lmms_plugin.results import Kind, TaskRecords, read
 
 LONGEST_REASON = 600
 """Characters of a reason that are shown: it may quote what a stranger wrote."""
@@ -133,30 +132,6 @@ def documents(records: TaskRecords) -> str:
     return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 
-def expect_whole(run: Run, results: Mapping[str, Any]) -> None:
-    """Check that a run answered all documents of its tasks.
-
-    Raises:
-        ValueError: If it did not, as far as the files tell.
-    """
-    config = results.get("config", {})
-    if run.limit is not None or config.get("offset"):
-        raise ValueError(
-            f"expected a run of all documents, got --limit {run.limit}, --offset {config.get('offset') or 0}"
-        )
-    for task in filter(is_ours, run.others):
-        raise ValueError(f"task {task}: expected its log of samples, which is missing")
-    for task, records in run.tasks.items():
-        size = results["n-samples"][task]
-        if not size["original"] == size["effective"] == records.ids.size:
-            raise ValueError(
-                f"task {task}: expected all {size['original']} documents, got {size['effective']} scored and"
-                f" {records.ids.size} logged"
-            )
-        if not np.array_equal(np.sort(records.numbers), np.arange(records.ids.size)):
-            raise ValueError(f"task {task}: expected documents numbered 0 to {records.ids.size - 1}, each once")
-
-
 def _reason(error: Exception) -> str:
     """Why a submission was refused: our own words where the error is ours, else its type, too."""
     text = str(error) if type(error) is ValueError else "damaged: " + "".join(format_exception_only(error)).strip()
@@ -169,7 +144,6 @@ def _verified(path: Path, folder: Path, workers: int) -> Verified:
     _expect_files(folder, manifest)
     run = read(submission.results_file(folder))
     results = submission.content_of(run.file)
-    expect_whole(run, results)
     found = measured(run, replace(manifest.settings, workers=workers))
     _expect_records(folder, manifest, found)
     in_log = re.compile(rf"{submission.RESULTS}/.*_samples_.*\.jsonl")
