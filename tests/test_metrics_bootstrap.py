@@ -235,6 +235,12 @@ def test_undefined_resamples_are_left_out_up_to_one_percent():
     assert np.isnan(interval(np.nan, resampled)).all()
 
 
+@pytest.mark.parametrize("method", ["percentile", "basic", "centred"])
+def test_without_resamples_nothing_is_known_of_the_spread(method):
+    assert np.isnan(interval(0.5, np.empty(0), method=method)).all()
+    assert np.isnan(p_value(0.5, np.empty(0), method=method))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -222,12 +222,12 @@ def test_runs_outside_of_a_study_have_axes_from_their_arguments(tmp_path):
     report_study.write_run(tmp_path / "c", docs, 0.7, 1, "quant_rtn", limit=20)
     dense, gptq, rtn = (run.axes for run in reading.read_folder(tmp_path, SETTINGS).runs)
     assert dense.config.dense
-    assert gptq.config == ("demo", "gptq", 3, -1, "language+vision:4", "demo", "act_order=True")
+    assert gptq.config == ("demo", "gptq", 3, -1, "language+vision:4", "demo", ("act_order=True",))
     assert gptq.seed == 5
     # The default of the backend, since nothing was said.
     assert rtn.config.bits == 4
     # Runs of the first documents only are told apart.
-    assert rtn.config.options == "limit=20"
+    assert rtn.config.options == ("limit=20",)
 
 
 def test_the_front_holds_what_nothing_beats(summary):

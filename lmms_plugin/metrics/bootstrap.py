@@ -175,7 +175,7 @@ def interval(value: float, resampled: Floats, *, level: float = 0.95, method: Me
         method: How resamples become an interval (see `Method`).
 
     Returns:
-        The interval; NaN where the value is undefined or more than 1 % of its resamples are.
+        The interval; NaN where there are no resamples, or the value is undefined or more than 1 % of its resamples are.
     """
     one_fraction("level", level)
     moved = _moved(value, resampled, method)
@@ -199,7 +199,8 @@ def p_value(value: float, resampled: Floats, *, method: Method = "percentile") -
 
 def _moved(value: float, resampled: Floats, method: Method) -> Floats | None:
     defined = resampled[~np.isnan(resampled)]
-    if np.isnan(value) or defined.size < (1 - _UNDEFINED) * resampled.size:
+    # Nothing is resampled where all records are of one cluster.
+    if np.isnan(value) or not defined.size or defined.size < (1 - _UNDEFINED) * resampled.size:
         return None
     if method == "basic":
         return 2 * value - defined

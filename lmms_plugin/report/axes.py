@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 DENSE_BITS = 16
 _OURS = "quant_"
+_DENSE, _READY = "quant_none", "quant_prequantized"
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
+_ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit")
+"""Arguments that change what a model is asked or shown."""
 # Arguments that have an axis of their own, or that say how a run is done and not what is measured.
 _NO_OPTIONS = frozenset(
     (
@@ -31,7 +34,7 @@ class Config(NamedTuple):
         group_size: Columns that share a scale; None where that does not apply.
         components: What is quantized, "" for nothing.
         calibration: Source of calibration inputs; "" where none is named.
-        options: Other arguments that matter, as text.
+        options: Other arguments that matter, as `name=value`, sorted.
     """
 
     model: str
@@ -40,7 +43,7 @@ class Config(NamedTuple):
     group_size: int | None
     components: str
     calibration: str
-    options: str
+    options: tuple[str, ...]
 
     @property
     def dense(self) -> bool:
@@ -58,7 +61,18 @@ class Config(NamedTuple):
         group = f"group {self.group_size}" if self.group_size is not None else ""
         components = "" if self.components in ("", "language") else self.components
         calibration = f"calibration {self.calibration}" if self.calibration else ""
-        return tuple(part for part in (group, components, calibration, *self.options.split(", ")) if part)
+        return tuple(part for part in (group, components, calibration, *self.options) if part)
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """Options that change what the model is asked or shown: answers to other questions are never compared."""
+        return frozenset(option for option in self.options if option.partition("=")[0] in _ASKED)
+
+    def nearest(self, others: Iterable[Config]) -> Config | None:
+        """The one of the same model that was asked the same and is set most alike otherwise; None if there is none."""
+        alike = [other for other in others if (other.model, other.asked) == (self.model, self.asked)]
+        own = set(self.options)
+        return min(alike, key=lambda other: (len(own ^ set(other.options)), other.options), default=None)
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,8 @@ class Axes:
 
     Attributes:
         config: All but the seed.
+        checkpoint: What was loaded; the model's name in a study need not tell.
+        ready: Whether the checkpoint came quantized.
         seed: Seed of calibration; None where there is none.
         cell: Id of the study's cell; "" outside of a study.
         folder: Folder with the cell's files, or of the results file.
@@ -75,6 +91,8 @@ class Axes:
     """
 
     config: Config
+    checkpoint: str
+    ready: bool
     seed: int | None
     cell: str
     folder: Path
@@ -98,32 +116,58 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     folder = _cell_folder(file, root)
     if folder is None:
         seed = args.get("seed")
+        seed = None if seed is None else int(float(seed))
         own = _limited(_from_arguments(model, args), limit)
-        return Axes(own, None if seed is None else int(float(seed)), "", file.parent, (), versions)
+        return Axes(own, own.model, model == _READY, seed, "", file.parent, (), versions)
     try:
         cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
         axes = cell["axes"]
+        cell_args = cell.get("model_args") or {}
         own = Config(
             str(axes["model"]),
-            str(axes["method"]),
+            # A study may call the 16-bit model as it likes.
+            "none" if cell.get("model") == _DENSE else str(axes["method"]),
             axes.get("bits"),
             axes.get("group_size"),
             str(axes.get("components") or ""),
             str(axes.get("calibration") or ""),
-            _options(cell.get("model_args") or {}),
+            _options(cell_args),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected the axes of a study's cell in {folder / 'cell.json'}: {error!r}") from error
     command = tuple(map(str, cell.get("command") or ()))
     versions |= cell.get("versions") or {}
-    return Axes(_limited(own, limit), axes.get("seed"), str(cell.get("id", "")), folder, command, versions)
+    name = str(cell.get("id", ""))
+    checkpoint = str(cell_args.get("pretrained") or own.model)
+    ready = cell.get("model") == _READY
+    return Axes(_limited(own, limit), checkpoint, ready, axes.get("seed"), name, folder, command, versions)
+
+
+def told_apart(found: Sequence[Axes]) -> list[Axes]:
+    """The same, with the checkpoint named wherever one name stands for several of them."""
+    of: dict[tuple[str, str], set[str]] = {}
+    for one in found:
+        of.setdefault(_named(one), set()).add(one.checkpoint)
+    return [replace(one, config=_with_checkpoint(one)) if len(of[_named(one)]) > 1 else one for one in found]
+
+
+def _named(one: Axes) -> tuple[str, str]:
+    # A checkpoint that is quantized already is never that of the 16-bit model.
+    return one.config.model, one.config.method if one.ready else ""
+
+
+def _with_checkpoint(one: Axes) -> Config:
+    config = one.config
+    if one.ready:
+        return config._replace(options=tuple(sorted((*config.options, f"pretrained={one.checkpoint}"))))
+    return config._replace(model=f"{config.model} ({one.checkpoint})")
 
 
 def _limited(config: Config, limit: float | None) -> Config:
     """A run of the first documents only is never put together with a whole one."""
     if limit is None:
         return config
-    return config._replace(options=", ".join(filter(None, (config.options, f"limit={limit:g}"))))
+    return config._replace(options=(*config.options, f"limit={limit:g}"))
 
 
 def given(model_args: object) -> dict[str, Any]:
@@ -154,12 +198,12 @@ def _cell_folder(file: Path, root: Path) -> Path | None:
 
 
 def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
-    name = str(args.get("pretrained") or args.get("model") or ("default" if model.startswith(_OURS) else model))
-    if not model.startswith(_OURS):
-        return Config(name, model if name != model else "none", None, None, "", "", _options(args))
+    name = str(args.get("pretrained") or args.get("model") or (_default_model() if model.startswith(_OURS) else model))
     method = model.removeprefix(_OURS)
-    if method == "none":
+    if model == _DENSE:
         return Config(name, method, DENSE_BITS, None, "", "", _options(args))
+    if model == _READY or not model.startswith(_OURS):
+        return Config(name, method, None, None, "", "", _options(args))
     bits = _whole(args.get("language_bits", args.get("bits")))
     bits = _default_bits(method) if bits is None else bits
     parts = {"language": bits} | {part: _whole(args.get(key)) for part, key in _COMPONENT_BITS.items()}
@@ -171,6 +215,13 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
     return Config(
         name, method, bits, _whole(args.get("group_size", 128)), components, _text(args, "calibration"), _options(args)
     )
+
+
+def _default_model() -> str:
+    # As below.
+    from lmms_plugin.arguments import ModelArguments
+
+    return ModelArguments.pretrained
 
 
 def _default_bits(method: str) -> int | None:
@@ -188,5 +239,5 @@ def _text(args: Mapping[str, Any], name: str) -> str:
     return str(args.get(name) or "")
 
 
-def _options(args: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sorted(args.items()) if name not in _NO_OPTIONS)
+def _options(args: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{name}={value}" for name, value in sorted(args.items()) if name not in _NO_OPTIONS)

@@ -67,6 +67,13 @@ class Answers:
     parsed: Bools
     confidence: Floats
 
+    @property
+    def reported(self) -> Bools:
+        """Which answers results are reported on: all, unless the task brings a split of its own."""
+        if np.any(self.parts != ""):
+            return np.equal(self.parts, results.REPORTED)
+        return np.ones(self.score.size, np.bool_)
+
 
 def read(
     task: str, config: Mapping[str, Any], log: Path, estimator: str | None, records: int, said: object
@@ -227,12 +234,9 @@ def _answers(
     if "part" in table.column_names:
         parts = np.array(pc.fill_null(table["part"], "").to_pylist(), np.str_)
     parsed = table["box"].is_valid().to_numpy() if kind is GROUNDING else np.ones(score.size, np.bool_)
-    keep = parts == results.REPORTED if np.any(parts != "") else np.ones(score.size, np.bool_)
-    if isinstance(said, float | int) and keep.any() and not math.isclose(said, score[keep].mean(), abs_tol=1e-6):
-        raise UnusualLogError(f"{log}: not the log of the results table")
     question, truth = ("expression", "target") if kind is GROUNDING else ("question", "answers")
     index, names = _coded(table["image"])
-    return Answers(
+    found = Answers(
         task,
         kind,
         results.place_of(config),
@@ -246,6 +250,10 @@ def _answers(
         np.asarray(parsed, np.bool_),
         confidence,
     )
+    counted = score[found.reported]
+    if isinstance(said, float | int) and counted.size and not math.isclose(said, counted.mean(), abs_tol=1e-6):
+        raise UnusualLogError(f"{log}: not the log of the results table")
+    return found
 
 
 def _fractions(column: pa.ChunkedArray | pa.Array, log: Path) -> Floats:
@@ -270,7 +278,7 @@ def _truths(column: pa.ChunkedArray | pa.Array) -> bytes:
     """True answers, boxes or texts, one after the other."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     values = array.flatten() if pa.types.is_list(array.type) else array
-    if pa.types.is_floating(values.type):
+    if pa.types.is_floating(values.type) or pa.types.is_integer(values.type):
         return np.asarray(values.to_numpy(zero_copy_only=False), np.float64).tobytes()
     return _joined(values)
 

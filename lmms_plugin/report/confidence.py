@@ -13,7 +13,7 @@ from lmms_plugin.report import drawing
 from lmms_plugin.report.drawing import BAND, NARROW, WIDE, Drawn, Floats, Key, Margins, label, slug
 from lmms_plugin.report.measuring import CLEAN, GRID, mean_bins
 from lmms_plugin.report.palette import BAD, BAND_ALPHA, DENSE, GOOD, MUTED, Look, looks
-from lmms_plugin.report.summary import Line, Scope, Summary, series, tasks_of
+from lmms_plugin.report.summary import Line, Scope, Summary, series
 from lmms_plugin.report.tables import Column, Table, number, rows_of, text, whole
 
 PANELS_AT_FIRST = 12
@@ -89,7 +89,7 @@ def _diagram(axis: Any, counts: Any, members: Sequence[Line]) -> None:
         if not lines:
             continue
         errors.append(f"{np.mean([line.group.of('ece') for line in lines]):.3f}")
-        records, confidence, outcome = mean_bins(tasks_of(lines))
+        records, confidence, outcome = mean_bins([task for line in lines for task in line.tasks])
         filled = records > 0
         axis.plot(confidence[filled], outcome[filled], color=colour, linewidth=0.9, alpha=0.8, clip_on=False)
         sizes = 5 + 50 * records[filled] / max(records.max(), 1)
@@ -120,7 +120,7 @@ def _bins_table(name: str, scope: Scope, groups: Sequence[_Group]) -> Table:
     rows = []
     for key, members in groups:
         for condition in dict.fromkeys(line.condition for line in members):
-            bins = mean_bins(tasks_of([line for line in members if line.condition == condition]))
+            bins = mean_bins([task for line in members if line.condition == condition for task in line.tasks])
             count = bins.shape[1]
             rows += [
                 [
@@ -168,8 +168,7 @@ def _curves(lines: Sequence[Line]) -> Floats:
     found = []
     for line in lines:
         for run in line.runs:
-            tasks = run.measured.groups[line.family, line.condition].tasks
-            found.append(np.mean([run.measured.tasks[name].risk for name in tasks], axis=0))
+            found.append(np.mean([run.measured.tasks[name].risk for name in line.group.tasks], axis=0))
     return np.stack(found)
 
 

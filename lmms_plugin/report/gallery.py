@@ -20,7 +20,7 @@ from lmms_plugin import results
 from lmms_plugin.report.drawing import label
 from lmms_plugin.report.measuring import CLEAN, Task
 from lmms_plugin.report.reading import Run
-from lmms_plugin.report.summary import Scope, Summary, series
+from lmms_plugin.report.summary import Line, Scope, Summary, series
 from lmms_plugin.results import GROUNDING
 
 if TYPE_CHECKING:
@@ -124,13 +124,14 @@ def _chosen(scope: Scope, summary: Summary, count: int) -> list[_Chosen]:
     found = []
     for condition in scope.conditions:
         lines = scope.under(condition)
-        runs = {label(key): members[0].runs[-1] for key, members in series(lines).items()}
-        dense = next((line.runs[-1] for line in lines if line.config.dense), None)
-        if dense is None or len(runs) < 2:
+        base = _most_compared(lines)
+        if base is None:
             continue
-        runs = dict(list(runs.items())[: MODELS + 1])
-        tasks = dense.measured.groups[scope.family, condition].tasks
-        losses = {task: _losses(task, dense, list(runs.values())) for task in tasks}
+        dense = base.runs[-1]
+        beside = series(line for line in lines if line.base is base)
+        quantized = {label(key): members[0].runs[-1] for key, members in list(beside.items())[:MODELS]}
+        runs = {base.config.label: dense, **quantized}
+        losses = {task: _losses(task, dense, list(quantized.values())) for task in base.group.tasks}
         task = max(losses, key=lambda name: float(losses[name].clip(0).mean()))
         order = np.argsort(-losses[task], kind="stable")[: count * _CANDIDATES]
         ids = summary.folder.documents[dense.measured.tasks[task].documents].take(order).to_pylist()
@@ -138,11 +139,16 @@ def _chosen(scope: Scope, summary: Summary, count: int) -> list[_Chosen]:
     return found
 
 
+def _most_compared(lines: Sequence[Line]) -> Line | None:
+    """The 16-bit line with which most are compared, the first of equals; None if nothing is compared."""
+    bases = [line.base for line in lines if line.base is not None]
+    return max(bases, key=lambda base: sum(other is base for other in bases), default=None)
+
+
 def _losses(task: str, dense: Run, runs: Sequence[Run]) -> np.ndarray:
     """What quantization costs each expression in IoU, over all models; below 0 where 16 bits were wrong already."""
     base: Task = dense.measured.tasks[task]
-    others = [one for run in runs if (one := run.measured.tasks.get(task)) and one.documents == base.documents]
-    lost = np.sum([base.score - one.score for one in others], axis=0)
+    lost = np.sum([base.score - run.measured.tasks[task].score for run in runs], axis=0)
     return np.where(base.outcome > 0, lost, -1.0)
 
 

@@ -23,7 +23,7 @@ from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Means
 from lmms_plugin.reliability import Settings
 from lmms_plugin.report.columns import Answers, Bools, Floats
 from lmms_plugin.report.resampling import COSTS, SELECTIVE, Counts, Selective, draws, evaluate
-from lmms_plugin.results import HELD_OUT, REPORTED, SHIFTED, Place
+from lmms_plugin.results import HELD_OUT, SHIFTED, Place
 
 METRICS = (
     *("accuracy", "mean_iou", "parse_rate", "confidence_rate", "ece", "brier"),
@@ -187,7 +187,7 @@ def _family(key: Family, members: Sequence[Answers], settings: Settings, found: 
     clean = next((one for one in members if one.place.shift is None), None)
     values: dict[str, Floats] = {}
     for one in members:
-        keep = one.parts == REPORTED if np.any(one.parts != "") else np.ones(one.score.size, np.bool_)
+        keep = one.reported
         numbers = _numbers(one, keep, places[one.task], clean or one, counts, settings, len(names))
         values[one.task] = numbers
         found.tasks[one.task] = _task(key, one, keep, numbers, settings)

@@ -119,6 +119,13 @@ def warnings(summary: Summary) -> Iterator[str]:
     lacking = sorted(models - {run.axes.config.model for run in runs if run.axes.config.dense})
     if lacking:
         yield f"No 16-bit run (quant_none) of {', '.join(lacking)}: flips and differences from it cannot be told."
+    alone = (line.config for line in summary.lines if line.base is None and not line.config.dense)
+    if found := dict.fromkeys(config for config in alone if config.model not in lacking):
+        first = next(iter(found))
+        yield (
+            f"No 16-bit run was asked all the questions of {len(found)} configurations (e.g."
+            f" {', '.join((first.label, *first.parts))}): their flips and differences cannot be told there."
+        )
     unsure = {task.task for run in runs for task in run.measured.tasks.values() if task.unsure == task.records}
     if unsure:
         yield f"No confidence in {len(unsure)} tasks, e.g. {min(unsure)}: calibration is not known there."
@@ -127,6 +134,8 @@ def warnings(summary: Summary) -> Iterator[str]:
         yield f"{len(others)} tasks are not on this page (see lmms-plugin metrics): {named}{' …' * (len(others) > 5)}"
     if summary.superseded:
         yield f"{summary.superseded} older runs of the same configuration and seed were left out."
+    for condition, tasks in summary.partial.items():
+        yield f"Runs differ in their tasks: {condition} is the mean over {', '.join(tasks)} alone."
     yield from summary.folder.left_out
 
 

@@ -1,7 +1,8 @@
 """Runs put together: one line per configuration and condition, seeds averaged, each beside its 16-bit model."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -9,9 +10,12 @@ import numpy as np
 
 from lmms_plugin.metrics.bootstrap import Interval, interval
 from lmms_plugin.metrics.weighted import METHODS
-from lmms_plugin.report.axes import Config
+from lmms_plugin.report.axes import Config, told_apart
 from lmms_plugin.report.measuring import CLEAN, Family, Group, Task, between
 from lmms_plugin.report.reading import Cost, Folder, Run
+
+_NAMED = 3
+"""Tasks up to which a condition is named with all of them."""
 
 
 class Difference(NamedTuple):
@@ -19,7 +23,7 @@ class Difference(NamedTuple):
 
     Attributes:
         value: The difference.
-        interval: Over images, drawn for both.
+        interval: Over images, drawn for both; NaN where runs were not on the same images.
     """
 
     value: float
@@ -47,27 +51,36 @@ class Line:
     Attributes:
         config: What was run.
         family: On what.
-        condition: `clean`, `shifted`, `shifted, severity 3` …
+        condition: `clean`, `shifted`, `shifted, severity 3` …; where runs differ in their tasks, with those.
         runs: With which seeds; the numbers are means over them.
-        group: The numbers.
+        groups: The numbers of each run, of the same tasks on the same documents.
+        group: Their mean.
         unparsed: Share of answers without a box.
-        delta: Accuracy less that of the 16-bit model; None for that itself and where there is nothing to compare.
-        flips: Against the 16-bit model; None where there is nothing to compare.
+        base: The line of the 16-bit model that it is compared with; None for that itself and where there is none.
+        delta: Accuracy less that of `base`; None where there is nothing to compare.
+        flips: Against `base`; None likewise.
     """
 
     config: Config
     family: Family
     condition: str
     runs: tuple[Run, ...]
+    groups: tuple[Group, ...]
     group: Group
     unparsed: float
-    delta: Difference | None
-    flips: Flips | None
+    base: "Line | None" = None
+    delta: Difference | None = None
+    flips: Flips | None = None
 
     @property
     def limited(self) -> bool:
         """Whether a run of it was stopped early by --limit."""
         return any(run.limit is not None for run in self.runs)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Tasks of all runs."""
+        return [run.measured.tasks[name] for run in self.runs for name in self.group.tasks]
 
     @property
     def cost(self) -> Cost:
@@ -118,6 +131,7 @@ class Summary:
         folder: The runs.
         runs: Those that count: the newest of each configuration and seed.
         superseded: How many older runs of the same configuration and seed were left out.
+        partial: Conditions that are named with their tasks, since others are means over other tasks → those tasks.
         scopes: By model and dataset.
         level: Of all intervals.
         common: What is set alike in all quantized runs.
@@ -126,9 +140,15 @@ class Summary:
     folder: Folder
     runs: tuple[Run, ...]
     superseded: int
+    partial: Mapping[str, tuple[str, ...]]
     scopes: tuple[Scope, ...]
     level: float
     common: tuple[str, ...]
+
+    @property
+    def lines(self) -> list[Line]:
+        """All lines."""
+        return [line for scope in self.scopes for line in scope.lines]
 
     def details(self, config: Config) -> str:
         """What is set besides method and bits, and not alike everywhere, in one line."""
@@ -137,25 +157,65 @@ class Summary:
 
 def summarise(folder: Folder, level: float) -> Summary:
     """Put the runs of a folder together."""
+    apart = told_apart([run.axes for run in folder.runs])
     newest: dict[tuple[object, ...], Run] = {}
-    for run in folder.runs:
-        tasks = tuple(sorted(run.tasks))
-        newest[run.axes.config, run.axes.seed, run.axes.cell, tasks] = run
+    for run, axes in zip(folder.runs, apart, strict=True):
+        newest[axes.config, axes.seed, tuple(sorted(run.tasks))] = replace(run, axes=axes)
     runs = tuple(newest.values())
-    common = _common(runs)
-    by_config: dict[Config, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: _order(run.axes.config)):
-        by_config.setdefault(run.axes.config, []).append(run)
-    dense: dict[str, list[Run]] = {}
-    for config, members in by_config.items():
-        if config.dense:
-            dense.setdefault(config.model, []).extend(members)
-    lines = [
-        _line(config, family, condition, members, dense.get(config.model, []), level)
-        for config, members in by_config.items()
-        for family, condition in dict.fromkeys(key for run in members for key in run.measured.groups)
-    ]
-    return Summary(folder, runs, len(folder.runs) - len(runs), tuple(_scopes(lines)), level, common)
+    together = _together(runs)
+    names = _conditions(together)
+    lines = [_line(place, names[place.where], tuple(members.values())) for place, members in together.items()]
+    lines = _compared(lines, level)
+    partial = {names[place.where]: place.tasks for place in together if names[place.where] != place.condition}
+    left_out = len(folder.runs) - len(runs)
+    return Summary(folder, runs, left_out, partial, tuple(_scopes(lines)), level, _common(runs))
+
+
+class _Place(NamedTuple):
+    """What runs have in common whose mean is taken: no mean is over unequal tasks or documents."""
+
+    config: Config
+    family: Family
+    condition: str
+    tasks: tuple[str, ...]
+    documents: tuple[str, ...]
+
+    @property
+    def where(self) -> tuple[str, Family, str, tuple[str, ...]]:
+        """What has a name of its own."""
+        return self.config.model, self.family, self.condition, self.tasks
+
+
+def _together(runs: Iterable[Run]) -> dict[_Place, dict[int | None, Run]]:
+    """The newest run of each seed, for everything that is a line."""
+    found: dict[_Place, dict[int | None, Run]] = {}
+    for run in runs:
+        for (family, condition), group in run.measured.groups.items():
+            documents = tuple(run.measured.tasks[name].documents for name in group.tasks)
+            place = _Place(run.axes.config, family, condition, group.tasks, documents)
+            found.setdefault(place, {})[run.axes.seed] = run
+    return found
+
+
+def _conditions(
+    together: Mapping[_Place, Mapping[int | None, Run]],
+) -> dict[tuple[str, Family, str, tuple[str, ...]], str]:
+    """What each condition is called: with its tasks, where most runs have others under the same name."""
+    counts: dict[tuple[str, Family, str], Counter[tuple[str, ...]]] = {}
+    for place, members in together.items():
+        counts.setdefault(place.where[:3], Counter())[place.tasks] += len(members)
+    names = {}
+    for where, tasks in counts.items():
+        usual = max(tasks, key=lambda some: (tasks[some], len(some), some))
+        for some in tasks:
+            names[*where, some] = where[2] if some == usual else _over(where[2], some)
+    return names
+
+
+def _over(condition: str, tasks: Sequence[str]) -> str:
+    which, comma, severity = condition.partition(", severity ")
+    named = ", ".join(tasks) if len(tasks) <= _NAMED else f"{len(tasks)} tasks from {tasks[0]} to {tasks[-1]}"
+    return f"{which} over {named}{comma}{severity}"
 
 
 def _common(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -184,26 +244,37 @@ def _scopes(lines: Iterable[Line]) -> Iterator[Scope]:
         yield Scope(model, family, title, tuple(kept))
 
 
-def _line(
-    config: Config,
-    family: Family,
-    condition: str,
-    runs: Sequence[Run],
-    dense: Sequence[Run],
-    level: float,
-) -> Line:
-    key = family, condition
-    members = [run for run in runs if key in run.measured.groups]
-    group = _mean([run.measured.groups[key] for run in members])
-    tasks = [run.measured.tasks[name] for run in members for name in run.measured.groups[key].tasks]
+def _line(place: _Place, name: str, runs: tuple[Run, ...]) -> Line:
+    groups = tuple(run.measured.groups[place.family, place.condition] for run in runs)
+    group = _mean(groups)
+    tasks = [run.measured.tasks[task] for run in runs for task in place.tasks]
     unparsed = sum(task.unparsed for task in tasks) / sum(task.records for task in tasks)
-    others = [run for run in dense if _paired(run.measured.groups.get(key), group)]
-    delta, flips = None, None
-    if others and not config.dense:
-        base = _mean([run.measured.groups[key] for run in others])
-        delta = _difference(group, base, "accuracy", level)
-        flips = _flips(members, others[-1], key)
-    return Line(config, family, condition, tuple(members), group, unparsed, delta, flips)
+    return Line(place.config, place.family, name, runs, groups, group, unparsed)
+
+
+def _compared(lines: Sequence[Line], level: float) -> list[Line]:
+    """The same, each quantized one beside the 16-bit line of the same questions that it is nearest to."""
+    dense: dict[tuple[object, ...], dict[Config, Line]] = {}
+    for line in lines:
+        if line.config.dense:
+            dense.setdefault(_asked(line), {})[line.config] = line
+    found = []
+    for line in lines:
+        of = {} if line.config.dense else dense.get(_asked(line), {})
+        nearest = line.config.nearest(of)
+        found.append(line if nearest is None else _beside(line, of[nearest], level))
+    return found
+
+
+def _asked(line: Line) -> tuple[object, ...]:
+    """Condition, tasks and documents."""
+    tasks = line.runs[0].measured.tasks
+    return line.family, line.condition, *((name, tasks[name].documents) for name in line.group.tasks)
+
+
+def _beside(line: Line, base: Line, level: float) -> Line:
+    delta = _difference(line.group, base.group, "accuracy", level)
+    return replace(line, base=base, delta=delta, flips=_flips(line, base))
 
 
 def _mean(groups: Sequence[Group]) -> Group:
@@ -220,28 +291,24 @@ def _mean(groups: Sequence[Group]) -> Group:
     return Group(first.tasks, first.drawn if paired else "", first.records, first.images, value, resampled)
 
 
-def _paired(base: Group | None, group: Group) -> bool:
-    """Whether two means are over the same tasks and images, so that their resamples are paired."""
-    return base is not None and bool(base.drawn) and (base.drawn, base.tasks) == (group.drawn, group.tasks)
-
-
 def _difference(group: Group, base: Group, metric: str, level: float) -> Difference | None:
     value = group.of(metric) - base.of(metric)
     if np.isnan(value):
         return None
-    resampled = group.column(metric) - base.column(metric)
+    # Resamples are paired only where the same images were drawn.
+    paired = group.drawn and group.drawn == base.drawn and group.resampled.shape == base.resampled.shape
+    resampled = group.column(metric) - base.column(metric) if paired else np.empty(0)
     return Difference(value, interval(value, resampled, level=level, method=METHODS.get(metric, "percentile")))
 
 
-def _flips(runs: Sequence[Run], dense: Run, key: tuple[Family, str]) -> Flips | None:
+def _flips(line: Line, base: Line) -> Flips | None:
     lost = won = records = 0
-    for run in runs:
-        for name in run.measured.groups[key].tasks:
-            one, base = run.measured.tasks[name], dense.measured.tasks.get(name)
-            if base is None or one.documents != base.documents or not (_binary(one) and _binary(base)):
-                continue
-            lost += int(np.sum(one.outcome < base.outcome))
-            won += int(np.sum(one.outcome > base.outcome))
+    for one in line.tasks:
+        # Seeds say nothing about the 16-bit model: its newest run is that of all.
+        other = base.runs[-1].measured.tasks[one.task]
+        if _binary(one) and _binary(other):
+            lost += int(np.sum(one.outcome < other.outcome))
+            won += int(np.sum(one.outcome > other.outcome))
             records += one.records
     return Flips(lost, won, records) if records else None
 
@@ -252,7 +319,7 @@ def _binary(task: Task) -> bool:
 
 def spread(lines: Sequence[Line], metric: str, level: float) -> tuple[float, float, float]:
     """Mean over runs, and a band: lowest to highest run where there are several, else the interval over images."""
-    runs = [run.measured.groups[line.family, line.condition] for line in lines for run in line.runs]
+    runs = [group for line in lines for group in line.groups]
     values = np.array([group.of(metric) for group in runs])
     values = values[~np.isnan(values)]
     if not values.size:
@@ -269,13 +336,3 @@ def series(lines: Iterable[Line]) -> dict[tuple[str, int | None], list[Line]]:
     for line in lines:
         found.setdefault((line.config.method, line.config.bits), []).append(line)
     return found
-
-
-def tasks_of(lines: Iterable[Line]) -> list[Task]:
-    """Tasks of all runs of some lines."""
-    return [
-        run.measured.tasks[name]
-        for line in lines
-        for run in line.runs
-        for name in run.measured.groups[line.family, line.condition].tasks
-    ]

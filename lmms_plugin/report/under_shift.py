@@ -14,7 +14,7 @@ from lmms_plugin.report import drawing
 from lmms_plugin.report.drawing import BAND, Drawn, Floats, Key, Margins, label, slug
 from lmms_plugin.report.measuring import CLEAN
 from lmms_plugin.report.palette import BAD, BAND_ALPHA, GOOD, INK, looks
-from lmms_plugin.report.summary import Line, Scope, Summary, series, spread, tasks_of
+from lmms_plugin.report.summary import Line, Scope, Summary, series, spread
 from lmms_plugin.report.tables import Column, Table, number, rows_of, text, whole
 
 _MEASURED = (("accuracy", "accuracy"), ("ece", "ECE"), ("aurc", "AURC"))
@@ -116,21 +116,18 @@ def _losses(scope: Scope) -> tuple[dict[Key, dict[str, list[float]]], dict[str, 
     found: dict[Key, dict[str, list[float]]] = {}
     sizes: dict[str, int] = {}
     for condition in scope.conditions:
-        lines = scope.under(condition)
-        dense = {task.task: task for task in tasks_of([line for line in lines if line.config.dense])}
+        lines = [line for line in scope.under(condition) if line.base]
         for line in lines:
-            if line.config.dense:
-                continue
-            for task in tasks_of([line]):
-                if task.task in dense and dense[task.task].documents == task.documents:
-                    shift = task.place.shift or CLEAN
-                    row = found.setdefault((line.config.method, line.config.bits), {})
-                    row.setdefault(shift, []).append(float(task.value[0] - dense[task.task].value[0]))
-        for task in dense.values():
+            dense = {task.task: task for task in (line.base.tasks if line.base else ())}
+            row = found.setdefault((line.config.method, line.config.bits), {})
+            for task in line.tasks:
+                difference = float(task.value[0] - dense[task.task].value[0])
+                row.setdefault(task.place.shift or CLEAN, []).append(difference)
+        answered = {task.task: task for line in lines for task in line.tasks}
+        for task in answered.values():
             shift = task.place.shift or CLEAN
             sizes[shift] = sizes.get(shift, 0) + task.records
-    kept = {shift for row in found.values() for shift in row}
-    return found, {shift: count for shift, count in sizes.items() if shift in kept}
+    return found, sizes
 
 
 def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
