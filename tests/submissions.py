@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 
 from lmms_plugin.demo import DATA
-from lmms_plugin.export import submission
+from lmms_plugin.export import submission, verification
 from lmms_plugin.export.definitions import definition
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import measured
@@ -78,9 +78,13 @@ def entries(name, rows):
     return [Judged(*row[name]) if isinstance(row[name], list) else row[name] for row in rows]
 
 
-def submit(run_folder, folder, source=SOURCE):
-    submission.build(measured(read_one(run_folder), SETTINGS), source, folder)
+def submit(run_folder, folder, source=SOURCE, settings=SETTINGS):
+    submission.build(measured(read_one(run_folder), settings), source, folder)
     return folder
+
+
+def verify(path, settings=SETTINGS):
+    return verification.verify(path, settings)
 
 
 def seal(folder):

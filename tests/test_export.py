@@ -15,12 +15,13 @@ import pytest
 import yaml
 from environments import run as call
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from submissions import SETTINGS, SOURCE, TASK, answered, scored_as, seal, submit, write_run
+from submissions import SETTINGS, SOURCE, TASK, answered, scored_as, seal, submit, verify, write_run
 
 from lmms_plugin.cli import main
 from lmms_plugin.export import board, every_eval_ever, hub, schema, submission
 from lmms_plugin.export.measured import measured
-from lmms_plugin.export.verification import Refused, Verified, agreeing, verify
+from lmms_plugin.export.verification import Refused, Verified, agreeing
+from lmms_plugin.reliability import plain
 from lmms_plugin.results import read_one
 
 BIN = Path(sys.executable).parent
@@ -610,12 +611,60 @@ def test_page_needs_no_network_and_runs_nothing_it_is_given(honest):
     evil = "<script>alert(1)</script>"
     one = verify(honest)
     told = replace(one, name=evil, source=replace(one.source, organization=evil), facts={"quantization_method": evil})
-    text = board.page(board.tables([told]), [Refused(evil, evil)])
+    text = board.page(board.tables([told]), [Refused(evil, evil)], SETTINGS)
     assert evil not in text
     assert "&lt;script&gt;" in text
     assert "http://" not in text
     assert "https://" not in text
     assert text.count("<script>") == 1
+
+
+@pytest.mark.parametrize("chosen", [{"level": 0.6}, {"resamples": 5}, {"seed": 3}], ids=str)
+def test_all_intervals_of_a_board_are_made_in_its_own_way(honest, rows, tmp_path, chosen):
+    """Whoever claims intervals at a level of 0.6 looks surer than the others."""
+    submit(write_run(tmp_path / "run", rows), tmp_path / "other", settings=replace(SETTINGS, **chosen))
+    usual, other = verify(honest), verify(tmp_path / "other")
+    assert isinstance(other, Verified)
+    assert usual.tasks[TASK].scores["acc@0.5"].low < usual.tasks[TASK].scores["acc@0.5"].high
+    assert plain(other.tasks[TASK].scores) == plain(usual.tasks[TASK].scores)
+
+
+def test_page_and_files_say_how_intervals_were_made(honest, tmp_path, monkeypatch):
+    chosen = ["--level", 0.9, "--resamples", 30, "--seed", 7]
+    lmms_plugin(monkeypatch, "leaderboard", honest, "-o", tmp_path, *chosen, code=0)
+    made = {"level": 0.9, "resamples": 30, "seed": 7, "method": "bootstrap over images"}
+    content = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert content["intervals"] == made
+    page = " ".join((tmp_path / "leaderboard.html").read_text().split())
+    assert "its 90 % interval by bootstrap over images (30 resamples, seed 7)" in page
+    with (tmp_path / "leaderboard.csv").open() as stream:
+        lines = list(csv.DictReader(stream))
+    assert {(line["level"], line["resamples"], line["seed"]) for line in lines} == {("0.9", "30", "7")}
+    own = verify(honest, replace(SETTINGS, level=0.9, resamples=30, seed=7)).tasks[TASK].scores["mean_iou"]
+    shown = next(line for line in lines if line["metric"] == "mean_iou")
+    assert (float(shown["low"]), float(shown["high"])) == (own.low, own.high)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"resamples": 10**12}, "expected 1 to 10000 resamples"),
+        ({"estimator": "joint"}, "expected the settings resamples, seed"),
+        ({"level": 7}, r"confidence level in \(0.5, 1\)"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_submission_are_checked(copy, chosen, message):
+    edit(copy / "manifest.json", lambda content: content["settings"].update(chosen))
+    refused = verify(copy)
+    assert isinstance(refused, Refused)
+    assert re.search(message, refused.reason), refused.reason
+
+
+def test_too_many_resamples_make_no_submission(honest, tmp_path, monkeypatch, capsys):
+    who = ["--model-id", "a/b", "--organization", "x", "--relationship", "other", "--resamples", 20_000]
+    lmms_plugin(monkeypatch, "export", honest / "results", "--format", "submission", *who, "-o", tmp_path / "o", code=2)
+    assert "expected 1 to 10000 resamples in a submission" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,10 +3,10 @@
 from functools import partial
 
 import pytest
-from submissions import answered, scored_as, submit, write_run
+from submissions import SETTINGS, answered, scored_as, submit, verify, write_run
 
 from lmms_plugin.export import board
-from lmms_plugin.export.verification import Refused, Verified, verify
+from lmms_plugin.export.verification import Refused, Verified
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def written(tmp_path_factory):
     found = [verify(submit(write_run(folder / f"run {k}", r), folder / k)) for k, r in (("one", rows), ("two", better))]
     assert all(isinstance(one, Verified) for one in found), found
     file = folder / "leaderboard.html"
-    file.write_text(board.page(board.tables(found), [Refused("three", "it was changed")]), encoding="utf-8")
+    file.write_text(board.page(board.tables(found), [Refused("three", "it was changed")], SETTINGS), encoding="utf-8")
     return file
 
 

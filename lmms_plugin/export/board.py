@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lmms_plugin import __version__
 from lmms_plugin.export.measured import Score
 from lmms_plugin.export.verification import Refused, Verified
-from lmms_plugin.reliability import plain
+from lmms_plugin.reliability import Settings, plain
 from lmms_plugin.results import GROUNDING, REJECTION, VQA, Kind
 
 COLUMNS: Mapping[Kind, tuple[str, ...]] = {
@@ -80,22 +80,26 @@ def tables(verified: Sequence[Verified]) -> list[Table]:
     return [_table(task, [one for one in verified if task in one.tasks]) for task in names]
 
 
-def write(found: Sequence[Table], refused: Sequence[Refused], folder: Path) -> None:
-    """Write `leaderboard.html`, `leaderboard.json` and `leaderboard.csv` into a folder."""
+def write(found: Sequence[Table], refused: Sequence[Refused], settings: Settings, folder: Path) -> None:
+    """Write `leaderboard.html`, `leaderboard.json` and `leaderboard.csv` into a folder.
+
+    Each of them says how intervals were made.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "lmms_plugin": __version__,
+        "intervals": _intervals(settings) | {"method": "bootstrap over images"},
         "tasks": [table._asdict() for table in found],
         "refused": [{"submission": one.name, "reason": one.reason} for one in refused],
     }
     text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "leaderboard.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "leaderboard.html").write_text(page(found, refused), encoding="utf-8")
+    (folder / "leaderboard.html").write_text(page(found, refused, settings), encoding="utf-8")
     with (folder / "leaderboard.csv").open("w", encoding="utf-8", newline="") as stream:
-        _write_csv(found, csv.writer(stream))
+        _write_csv(found, settings, csv.writer(stream))
 
 
-def page(found: Sequence[Table], refused: Sequence[Refused]) -> str:
+def page(found: Sequence[Table], refused: Sequence[Refused], settings: Settings) -> str:
     """The page: one file that needs no network."""
     from jinja2 import Environment, StrictUndefined
 
@@ -103,8 +107,18 @@ def page(found: Sequence[Table], refused: Sequence[Refused]) -> str:
     environment.filters |= {"number": _number, "between": _between, "known": _known}
     source = (files("lmms_plugin.export") / "templates" / "leaderboard.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(
-        tables=found, refused=refused, facts=_FACTS, version=__version__, submissions=_submissions(found)
+        tables=found,
+        refused=refused,
+        facts=_FACTS,
+        intervals=_intervals(settings),
+        version=__version__,
+        submissions=_submissions(found),
     )
+
+
+def _intervals(settings: Settings) -> dict[str, float]:
+    """How all intervals of a leaderboard are made."""
+    return {name: getattr(settings, name) for name in ("level", "resamples", "seed")}
 
 
 def _submissions(found: Sequence[Table]) -> int:
@@ -133,16 +147,18 @@ def _row(task: str, one: Verified, rank: int, verified: Sequence[Verified]) -> R
     return Row(*about, answered.scores, answered.count, answered.images, one.digest, same)
 
 
-def _write_csv(found: Sequence[Table], writer: Any) -> None:
+def _write_csv(found: Sequence[Table], settings: Settings, writer: Any) -> None:
     head = ("task", "rank", "submission", "model", "organization", *_FACTS)
-    writer.writerow((*head, "metric", "value", "low", "high", "records", "images", "manifest_sha256"))
+    made = _intervals(settings)
+    writer.writerow((*head, "metric", "value", "low", "high", *made, "records", "images", "manifest_sha256"))
     for table in found:
         for row in table.rows:
             known = [row.facts.get(name, "") for name in _FACTS]
             for metric, score in row.scores.items():
                 ends = ["" if math.isnan(end) else repr(end) for end in (score.low, score.high)]
                 place = (table.task, row.rank, row.submission, row.model, row.organization, *known)
-                writer.writerow((*place, metric, repr(score.value), *ends, score.records, score.images, row.digest))
+                counts = (*made.values(), score.records, score.images)
+                writer.writerow((*place, metric, repr(score.value), *ends, *counts, row.digest))
 
 
 def _number(score: Score | None) -> str:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from lmms_plugin.export.every_eval_ever import Source
     from lmms_plugin.results import Run
 
+Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the resamples.")]
+Level = Annotated[float, typer.Option(help="Confidence level of the intervals.")]
+
 
 class Format(StrEnum):
     """What a run can be exported as."""
@@ -49,9 +53,9 @@ def export(
     metric: Annotated[str | None, typer.Option(help="Metric whose value goes to the hub.")] = None,
     percent: Annotated[bool, typer.Option("--percent", help="Write that value in percent.")] = False,
     source_url: Annotated[str | None, typer.Option(help="Where the evaluation can be looked at.")] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
-    level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
 ) -> None:
     """Write a run for leaderboards; its answers are scored anew first, and every record is validated."""
     from lmms_plugin.export import every_eval_ever, hub, submission
@@ -73,7 +77,10 @@ def export(
     if Format.MODEL_INDEX in formats:
         name = _model_id(run, model_id).partition("/")[2]
         hub.expect_datasets(run, dataset_id)
-    found = measured(run, Settings(None, resamples, seed, level, workers=os.cpu_count() or 1))
+    settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    if Format.SUBMISSION in formats:
+        submission.expect_checkable(settings)
+    found = measured(run, settings)
     if source is not None and Format.SUBMISSION in formats:
         submission.build(found, source, output)
         typer.echo(f"{output}: a submission of {', '.join(found.tasks)}")
@@ -96,6 +103,9 @@ def leaderboard(
     datasets: Annotated[
         bool, typer.Option("--datasets", help="Load the tasks' datasets: submissions must have answered all of them.")
     ] = False,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
 ) -> None:
     """Verify submissions and build a leaderboard of those that hold; exit status 1 if one does not."""
     from loguru import logger
@@ -103,14 +113,16 @@ def leaderboard(
     from lmms_plugin.export import board
     from lmms_plugin.export.datasets import true_documents
     from lmms_plugin.export.verification import Refused, Verified, agreeing, documents, verify
+    from lmms_plugin.reliability import Settings
     from lmms_plugin.results import find, read
 
+    settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
     known = {
         task: documents(records)
         for run in (map(read, find(reference)) if reference else ())
         for task, records in run.tasks.items()
     }
-    checked = [verify(path, os.cpu_count() or 1) for path in submissions]
+    checked = [verify(path, settings) for path in submissions]
     verified = [one for one in checked if isinstance(one, Verified)]
     refused = [one for one in checked if isinstance(one, Refused)]
     if datasets:
@@ -118,7 +130,7 @@ def leaderboard(
         known |= true_documents(dict.fromkeys(task for one in verified for task in one.tasks))
     verified, others = agreeing(verified, known)
     refused += others
-    board.write(board.tables(verified), refused, output)
+    board.write(board.tables(verified), refused, settings, output)
     for one in refused:
         typer.echo(f"refused: {one.name}: {one.reason}", err=True)
     typer.echo(f"{output / 'leaderboard.html'}: {len(verified)} verified, {len(refused)} refused")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lmms_plugin.export.rescoring import Rescored, rescore
@@ -50,6 +50,12 @@ class Measured:
     scores: Mapping[str, Mapping[str, Score]]
     settings: Settings
 
+    def at(self, settings: Settings) -> Measured:
+        """The same with intervals made in another way."""
+        if settings == self.settings:
+            return self
+        return replace(self, scores=_intervals(self.run, self.tasks, settings), settings=settings)
+
 
 def measured(run: Run, settings: Settings) -> Measured:
     """Score a run's answers anew and make intervals.
@@ -63,11 +69,14 @@ def measured(run: Run, settings: Settings) -> Measured:
     if not run.tasks:
         raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")
     tasks = {task: rescore(run, task) for task in run.tasks}
+    return Measured(run, results, tasks, _intervals(run, tasks, settings), settings)
+
+
+def _intervals(run: Run, tasks: Mapping[str, Rescored], settings: Settings) -> dict[str, dict[str, Score]]:
     numbers: dict[str, dict[str, Number]] = {task: {} for task in tasks}
     for number in measure(run, settings):
         numbers[number.task][number.metric] = number
-    scores = {task: _scores(rescored, numbers[task]) for task, rescored in tasks.items()}
-    return Measured(run, results, tasks, scores, settings)
+    return {task: _scores(rescored, numbers[task]) for task, rescored in tasks.items()}
 
 
 def _scores(rescored: Rescored, numbers: Mapping[str, Number]) -> dict[str, Score]:

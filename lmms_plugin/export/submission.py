@@ -33,7 +33,11 @@ FORMAT, FORMAT_VERSION = "lmms-plugin submission", 1
 RESULTS = "results"
 MOST_BYTES = 20 * 2**30
 """Unpacked size from which a zip is refused."""
+MOST_RESAMPLES = 10_000
+"""From which on making a submission's intervals again would take whoever checks it too long."""
 _BLOCK = 1 << 20
+_CHOSEN = ("resamples", "seed", "level", "held_out", "calibrator")
+"""What is told of how intervals were made; the confidence is always that of the kind of task."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """As it is written."""
-        chosen = ("resamples", "seed", "level", "held_out", "calibrator")
         content = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "lmms_plugin": self.lmms_plugin,
             "source": asdict(self.source),
-            "settings": {name: getattr(self.settings, name) for name in chosen},
+            "settings": {name: getattr(self.settings, name) for name in _CHOSEN},
             "files": dict(self.files),
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -81,7 +84,7 @@ class Manifest:
             if found != (FORMAT, FORMAT_VERSION):
                 raise ValueError(f"expected {FORMAT} {FORMAT_VERSION}, got {found[0]} {found[1]}")
             files = {str(name): str(digest) for name, digest in content["files"].items()}
-            source, settings = Source(**content["source"]), Settings(**content["settings"])
+            source, settings = Source(**content["source"]), _settings(content["settings"])
             return cls(str(content["lmms_plugin"]), source, settings, files)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{MANIFEST} is damaged: {error}") from error
@@ -162,6 +165,16 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
+def expect_checkable(settings: Settings) -> None:
+    """Check that others can afford to make the intervals again.
+
+    Raises:
+        ValueError: If that would take too many resamples.
+    """
+    if not 1 <= settings.resamples <= MOST_RESAMPLES:
+        raise ValueError(f"expected 1 to {MOST_RESAMPLES} resamples in a submission, got {settings.resamples}")
+
+
 def results_file(folder: Path) -> Path:
     """The one results file of a submission.
 
@@ -172,6 +185,14 @@ def results_file(folder: Path) -> Path:
     if len(files) != 1:
         raise ValueError(f"expected one results file in {RESULTS}/, got {len(files)}")
     return files[0]
+
+
+def _settings(content: Mapping[str, Any]) -> Settings:
+    if content.keys() != {*_CHOSEN}:
+        raise ValueError(f"expected the settings {', '.join(_CHOSEN)}, got {', '.join(content)}")
+    settings = Settings(**content)
+    expect_checkable(settings)
+    return settings
 
 
 def _digest(path: Path) -> str:

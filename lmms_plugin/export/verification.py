@@ -24,6 +24,7 @@ from lmms_plugin.export.measured import Measured, Score, measured
 from lmms_plugin.export.rescoring import difference
 from lmms_plugin.export.schema import expect_aggregate, expect_instances
 from lmms_plugin.export.submission import Manifest
+from lmms_plugin.reliability import Settings
 from lmms_plugin.results import Kind, TaskRecords, read
 
 LONGEST_REASON = 600
@@ -84,11 +85,16 @@ class Refused:
     reason: str
 
 
-def verify(path: Path, workers: int = 1) -> Verified | Refused:
-    """Check one submission by itself; whatever is wrong with it, it is refused and nothing is raised."""
+def verify(path: Path, settings: Settings) -> Verified | Refused:
+    """Check one submission by itself; whatever is wrong with it, it is refused and nothing is raised.
+
+    Args:
+        path: Its folder or zip.
+        settings: Of the leaderboard's intervals. A submission's own are checked as it made them, and not shown.
+    """
     try:
         with submission.opened(path) as folder:
-            return _verified(path, folder, workers)
+            return _verified(path, folder, settings)
     except Exception as error:
         # Strangers write submissions: what a damaged zip or JSON of an unexpected shape raises cannot be listed, and
         # one of them must not keep the others from the page.
@@ -139,13 +145,14 @@ def _reason(error: Exception) -> str:
     return readable if len(readable) <= LONGEST_REASON else f"{readable[:LONGEST_REASON]} …"
 
 
-def _verified(path: Path, folder: Path, workers: int) -> Verified:
+def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
     manifest = Manifest.read(folder)
     _expect_files(folder, manifest)
     run = read(submission.results_file(folder))
     results = submission.content_of(run.file)
-    found = measured(run, replace(manifest.settings, workers=workers))
-    _expect_records(folder, manifest, found)
+    claimed = measured(run, replace(manifest.settings, workers=settings.workers))
+    _expect_records(folder, manifest, claimed)
+    found = claimed.at(settings)
     in_log = re.compile(rf"{submission.RESULTS}/.*_samples_.*\.jsonl")
     logs = [digest for name, digest in sorted(manifest.files.items()) if in_log.fullmatch(name)]
     return Verified(
