@@ -26,7 +26,8 @@ def write_cell(study, name, axes, outcomes, confidence=0.9, limit=None):
     }
     (folder / f"{stem}_results.json").write_text(json.dumps(content))
     full = dict.fromkeys(_AXES) | {"model": "demo"} | axes
-    (folder / "cell.json").write_text(json.dumps({"id": name, "key": name, "axes": full, "limit": limit}))
+    about = {"id": name, "key": name, "axes": full, "tasks": list(outcomes), "limit": limit}
+    (folder / "cell.json").write_text(json.dumps(about))
     (folder / "done.json").write_text(json.dumps({"seconds": 1.0, "files": {}}))
     return folder
 

@@ -19,7 +19,9 @@ from lmms_plugin.study.folder import DONE, hashes, read_json
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 # Offline there is no RefCOCO+; lmms-eval says so in its log and ends with status 0.
-FAILING = "cells: [{method: none, tasks: [refcocoplus_rec_val]}]\n"
+FAILING = """cells: [{method: none, tasks: [refcocoplus_rec_val]}]
+analysis: {kind: components, question: Which one?, metrics: [ece]}
+"""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -81,10 +83,16 @@ def working_in(output: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "out").mkdir()
+    for name in ("study.yaml", "verdict.json", "verdict.md"):
+        (folder / "out" / name).write_text("Of an earlier study.", encoding="utf-8")
     process = start(write(folder, STUDY + FAILING), folder / "out")
     said, _ = process.communicate()
     assert process.returncode == 1, said
     assert "FAILED" in said
+    assert "The analysis was not made: of 3 cells 1 failed." in said
+    assert f"study analyse {folder / 'out'} --partial" in said
+    assert not list((folder / "out").glob("verdict.*"))
     return folder / "out"
 
 

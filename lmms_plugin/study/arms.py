@@ -100,13 +100,15 @@ def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
         only: Ids of the cells that count; None for all. A folder may also hold cells of an earlier version of a study.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or one that counts is not finished.
     """
-    found = sorted(file.parent for file in (study / "cells").glob(f"*/{DONE}"))
-    found = [folder for folder in found if only is None or folder.name in only]
-    if not found:
+    there = {file.parent.name: file.parent for file in (study / "cells").glob(f"*/{DONE}")}
+    wanted = sorted(there if only is None else only)
+    if not wanted:
         raise ValueError(f"expected finished cells below {study / 'cells'}, got none: run the study first")
-    return found
+    if missing := [name for name in wanted if name not in there]:
+        raise ValueError(f"expected the finished cell {missing[0]} below {study / 'cells'}, got none")
+    return [there[name] for name in wanted]
 
 
 def read_cells(study: Path, only: Collection[str] | None = None) -> list[Cell]:

@@ -1,6 +1,5 @@
 """The commands of studies: `lmms-plugin study plan`, `run` and `analyse`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +54,8 @@ def run_study(
     for cell, problem in finished.problems.items():
         typer.echo(f"failed: {cell}: {' '.join(problem.split())} (see {output / 'failed' / cell})", err=True)
     if not finished.complete:
+        if finished.plan.study.analysis is not None:
+            typer.echo(planning.without_analysis(finished.plan, output), err=True)
         raise typer.Exit(1)
     for line in (line for one in finished.conclusions or () for line in one.sentences):
         typer.echo(line)
@@ -66,13 +67,10 @@ def analyse_study(
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Study file with another analysis; by default the one as run.")
     ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Analyse what is there though cells are missing.")] = False,
 ) -> None:
     """Make the analysis again that the study file asks for, of the finished cells, whatever code made them."""
-    from lmms_plugin.study import conclusions
-    from lmms_plugin.study.reading import read
+    from lmms_plugin.study import completeness, conclusions
 
-    asked = read(file or folder / "study.yaml").analysis
-    if asked is None:
-        raise ValueError(f"expected an analysis in {file or folder / 'study.yaml'}, got none")
-    for one in conclusions.conclude(folder, asked, workers=os.cpu_count() or 1):
+    for one in completeness.analyse(folder, file, partial=partial):
         typer.echo(conclusions.markdown(one))

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from lmms_plugin.reliability import plain
+from lmms_plugin.study.folder import replace_text
 
 DEFAULT = "method_by_shift"
 JSON, MARKDOWN = "verdict.json", "verdict.md"
@@ -88,7 +89,12 @@ def expect(asked: Mapping[str, Any], cells: Sequence[Planned]) -> None:
 
 
 def conclude(
-    study: Path, asked: Mapping[str, Any], only: Collection[str] | None = None, *, workers: int = 1
+    study: Path,
+    asked: Mapping[str, Any],
+    only: Collection[str] | None = None,
+    *,
+    workers: int = 1,
+    missing: str | None = None,
 ) -> list[Conclusion]:
     """Analyse a study's finished cells and write `verdict.json` and `verdict.md` into its folder.
 
@@ -97,13 +103,15 @@ def conclude(
         asked: The `analysis` of the study file.
         only: Ids of the cells that count; None for all in the folder.
         workers: Threads.
+        missing: What is missing of the study, in words; None where nothing is.
 
     Raises:
         ValueError: The analysis is not as it has to be, or cells that it needs are missing.
     """
     kind, question = _parsed(asked)
     found = kind.conclude(study, question, only, workers)
-    (study / MARKDOWN).write_text("\n".join(map(markdown, found)), encoding="utf-8")
+    if missing is not None:
+        found = _partial(found, missing)
     said = {
         "sentences": [line for one in found for line in one.sentences],
         "findings": [line for one in found for line in one.findings],
@@ -111,8 +119,24 @@ def conclude(
         "notes": list(dict.fromkeys(note for one in found for note in one.notes)),
         "details": [plain(one.details) for one in found],
     }
-    (study / JSON).write_text(json.dumps(said, indent=1, allow_nan=False), encoding="utf-8")
+    replace_text(study / MARKDOWN, "\n".join(map(markdown, found)))
+    replace_text(study / JSON, json.dumps(said, indent=1, allow_nan=False))
     return found
+
+
+def withdraw(study: Path) -> None:
+    """Remove the verdict of a study whose cells will not be those that it is about."""
+    for name in (JSON, MARKDOWN):
+        (study / name).unlink(missing_ok=True)
+
+
+def _partial(found: Sequence[Conclusion], missing: str) -> list[Conclusion]:
+    note = f"Partial: {missing}. Differences, intervals and p-values may be others when they are finished."
+    noted = [one._replace(notes=[note, *one.notes]) for one in found]
+    first = noted[0]._replace(
+        sentences=["Partial, cells of the study are missing (see the notes).", *noted[0].sentences]
+    )
+    return [first, *noted[1:]]
 
 
 def markdown(found: Conclusion) -> str:

@@ -72,6 +72,8 @@ def run(
     if shared is not None:
         shared.put_study(folder)
     wanted = [one for one in before.cells if _wanted(one, retry_failed)]
+    if wanted:
+        conclusions.withdraw(output)
     expected = {one.keyed.id: one.seconds.value for one in wanted}
     cells = [one.keyed.cell for one in wanted]
     at_once = jobs if cluster is None else cluster.at_once(cells)

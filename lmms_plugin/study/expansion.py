@@ -19,15 +19,19 @@ _PATHS = ("pretrained", "plan", "selector", "system_prompt")
 _LONGEST = 1024
 
 
-def cells(study: Study) -> tuple[Cell, ...]:
+def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
     """All cells of a study in the order of its file, each once.
+
+    Args:
+        study: As its file says.
+        runnable: Whether to refuse what could not be run on this machine.
 
     Raises:
         ValueError: If a method cannot do what a cell asks of it and the cell is not excluded, a model argument is
             unknown, an exclusion speaks about no cell, or nothing is left; says where in the file.
     """
     used: set[str] = set()
-    found = {cell.question: cell for grid in study.grids for cell in _cells(grid, used)}
+    found = {cell.question: cell for grid in study.grids for cell in _cells(grid, used, runnable)}
     for exclusion in (exclusion for grid in study.grids for exclusion in grid.exclude):
         if exclusion.where not in used:
             raise ValueError(f"{exclusion.where}: expected to exclude a cell of the study, got none that fits")
@@ -36,13 +40,13 @@ def cells(study: Study) -> tuple[Cell, ...]:
     return tuple(found.values())
 
 
-def _cells(grid: Grid, used: set[str]) -> Iterator[Cell]:
+def _cells(grid: Grid, used: set[str], runnable: bool) -> Iterator[Cell]:
     for model, method in product(grid.models, grid.methods):
         for axes, choice, where in _choices(grid, model.value.name, method):
             tasks = [_left(grid, axes, one.value, used) for one in grid.tasks]
             named = {**model.value.arguments, **grid.model_args, **method.value.options, **choice}
             given = {name: _located(name, value) for name, value in named.items()}
-            if any(tasks):
+            if runnable and any(tasks):
                 _check(method, given, where)
             for some in filter(None, tasks):
                 yield Cell(axes, method.value.backend, given, some, grid.limit, grid.batch_size, grid.resources)

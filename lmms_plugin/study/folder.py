@@ -227,7 +227,7 @@ class StudyFolder:
         """Remove accounts of failures at what is finished now, whatever code, data or settings they were with."""
         for file in (self.path / "failed").glob(f"*/{CELL}"):
             with contextlib.suppress(FileNotFoundError):
-                if stands_at(read_json(file)) == stands_at(about):
+                if place(read_json(file)) == place(about):
                     _remove(file.parent)
 
     def _make_room(self, cell: str, about: Mapping[str, Any]) -> None:
@@ -273,9 +273,9 @@ class StudyFolder:
 _QUESTION = ("model", "model_args", "tasks", "limit", "batch_size", "processes", "axes")
 
 
-def stands_at(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What tells a cell from the others of its study, of what `cell.json` says."""
-    return {name: about.get(name) for name in ("axes", "tasks", "limit")}
+def place(about: Mapping[str, Any]) -> str:
+    """What tells a cell from the others of its study, of what `cell.json` says: axes, tasks and limit."""
+    return json.dumps([about.get(name) for name in ("axes", "tasks", "limit")], sort_keys=True)
 
 
 def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -171,3 +171,13 @@ def summary(found: Plan) -> str:
         left += " (by parameters and documents, not measured)"
     others = f"; {len(found.others)} finished cells in the folder are not of this plan" if found.others else ""
     return f"{len(found.cells)} cells: {counts}; time left, one at a time: {left}{others}"
+
+
+def without_analysis(found: Plan, output: Path) -> str:
+    """Why a study that was run has no analysis, and how to get one all the same."""
+    counts = found.counts()
+    left = ", ".join(f"{counts[state]} {state}" for state in ("failed", "running", "missing") if counts[state])
+    return (
+        f"The analysis was not made: of {len(found.cells)} cells {left}. Without them:"
+        f" lmms-plugin study analyse {output} --partial"
+    )

@@ -1,0 +1,84 @@
+"""Which cells of a study are finished, whatever code made them, and the analysis of no less than all of them."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lmms_plugin.study import conclusions
+from lmms_plugin.study.conclusions import Conclusion
+from lmms_plugin.study.expansion import cells
+from lmms_plugin.study.folder import STUDY, StudyFolder, place
+from lmms_plugin.study.grid import Cell
+from lmms_plugin.study.reading import read
+
+_NAMED = 3
+
+
+class Coverage(NamedTuple):
+    """How much of a study is finished.
+
+    Attributes:
+        finished: Ids of the cells that count, one for each place of the study that has any.
+        missing: Cells that are not finished.
+    """
+
+    finished: tuple[str, ...]
+    missing: tuple[Cell, ...]
+
+    @property
+    def told(self) -> str:
+        """In words: how many are finished, how many are missing, and the first of these."""
+        first = "; ".join(f"{cell.slug} ({', '.join(cell.tasks)})" for cell in self.missing[:_NAMED])
+        more = f"; and {len(self.missing) - _NAMED} more" if len(self.missing) > _NAMED else ""
+        total = len(self.finished) + len(self.missing)
+        return f"{len(self.finished)} of {total} cells are finished, {len(self.missing)} are missing: {first}{more}"
+
+
+def coverage(folder: StudyFolder, planned: Sequence[Cell]) -> Coverage:
+    """Match finished cells to those planned by axes, tasks and limit, the newest where several answer to that.
+
+    Not by key: code, data or versions may be others now than when the study was run.
+    """
+    there: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for one in folder.finished():
+        # Another runner may put it aside at the same time.
+        with suppress(FileNotFoundError):
+            moment = str(folder.done(one).get("finished", ""))
+            there[place(folder.about(folder.done_path(one)))].append((moment, one))
+    found = [(cell, there.get(place(_about(cell)))) for cell in planned]
+    return Coverage(
+        tuple(max(answers)[1] for _, answers in found if answers),
+        tuple(cell for cell, answers in found if not answers),
+    )
+
+
+def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) -> list[Conclusion]:
+    """Make the analysis of a study that was run, and write it into its folder.
+
+    Args:
+        folder: Of the study; which cells there have to be is said by the study file in it.
+        file: Study file whose analysis is made; None for the one in the folder.
+        partial: Whether cells may be missing; the verdict then begins with that.
+
+    Raises:
+        FileNotFoundError: The folder holds no study file.
+        ValueError: No analysis is asked for, it cannot be made, or cells are missing.
+    """
+    study = read(folder / STUDY)
+    asked = (study if file is None else read(file)).analysis
+    if asked is None:
+        raise ValueError(f"expected an analysis in {file or folder / STUDY}, got none")
+    found = coverage(StudyFolder(folder), cells(study, runnable=False))
+    if found.missing and not partial:
+        raise ValueError(f"expected all cells of {folder / STUDY}, but {found.told} (--partial analyses what is there)")
+    told = found.told if found.missing else None
+    return conclusions.conclude(folder, asked, found.finished, workers=os.cpu_count() or 1, missing=told)
+
+
+def _about(cell: Cell) -> dict[str, Any]:
+    return {"axes": cell.axes.to_dict(), "tasks": list(cell.tasks), "limit": cell.limit}
