@@ -105,7 +105,7 @@ def test_rows_tell_flips_seeds_and_what_shift_costs_beyond_the_16_bit_model(tmp_
     found = analysed(study(tmp_path, [*cells, ("rtn", 3, None, None, (390, 320, 280))]))
     rows = {row.method: row for row in found.rows}
     awq, rtn = rows["awq"], rows["rtn"]
-    assert (awq.seeds, awq.bits, rtn.seeds, rows["none"].bits) == (3, 3, 1, None)
+    assert (awq.seeds, awq.bits, rtn.seeds, rows["none"].bits) == (3, 3, 1, 16)
     assert awq.clean == pytest.approx(360 / N)
     assert awq.spread == pytest.approx(np.std([300, 290, 280], ddof=1) / N)
     # (shifted − clean) of 290 − 360 against 320 − 380 of the unquantized model.
@@ -194,6 +194,20 @@ def test_cells_that_are_missing_are_told(tmp_path):
     folder = study(tmp_path, [("rtn", 4, None, None, (360, 300, 260)), ("awq", 3, "self", 0, (360, 300, 260))])
     with pytest.raises(ValueError, match="same bits in 'robust' and 'plain', got 3 and 4: are cells missing"):
         analysed(folder)
+
+
+def test_arms_without_a_number_of_bits_are_refused(tmp_path):
+    folder = study(tmp_path, [("rtn", None, None, None, (360, 300, 260)), ("awq", None, "self", 0, (360, 300, 260))])
+    with pytest.raises(ValueError, match="one number of bits in arm 'robust', got awq: checkpoints that"):
+        analysed(folder)
+
+
+def test_what_is_quantized_without_a_number_of_bits_is_not_called_16_bit(tmp_path):
+    cells = [("rtn", 4, None, None, (360, 300, 260)), ("awq", 4, "self", 0, (360, 300, 260))]
+    folder = study(tmp_path, [*cells, ("prequantized", None, None, None, (350, 290, 250))])
+    found = analysed(folder, arms=ASKED["arms"] | {"shipped": {"method": "prequantized"}})
+    table = verdict.tables(found)[1]
+    assert {row[1]: row[0] for row in table["rows"]} == {"none": "16", "rtn": "4", "awq": "4", "prequantized": ""}
 
 
 def test_without_the_unquantized_model_there_is_no_verdict(tmp_path):

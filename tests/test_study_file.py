@@ -184,6 +184,10 @@ def test_lists_of_bits_by_component_are_multiplied(write: Write) -> None:
     [
         (("methods: [none]", "methods: [hqq]"), r"one cell with the unquantized model \(method none\) for demo, got 0"),
         (("plain: {method: rtn}", "plain: {method: hqq}"), "no cell belongs to arm 'plain'"),
+        (
+            ("bits: [4]", "components: [{vision: 4, language: 8}]"),
+            "one number of bits in arm 'plain', got rtn of vision4-language8",
+        ),
         (("bits: [4]", "bits: [4, 3]"), "same bits in 'aware' and 'plain', got 4 and 3, 4"),
         (
             ("shifted: [shapes_shift_fog_3]", "shifted: [shapes_shift_fog_5]"),

@@ -150,7 +150,7 @@ class Row(NamedTuple):
     Attributes:
         method: Backend.
         calibration: Source of its calibration data; None where it takes none.
-        bits: Per weight; None for the unquantized model.
+        bits: Per weight, 16 for the unquantized model; None where there is no one number.
         seeds: How many cells.
         clean: Accuracy on clean data.
         shifted: Accuracy on shifted data, mean over tasks.
@@ -290,14 +290,27 @@ def _arm(cells: Sequence[Placed], name: str, question: Question) -> list[Placed]
 
 
 def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: Question) -> list[int]:
-    bits = [{cell.axes.bits for cell in _arm(cells, name, question)} for name in pair]
+    bits = [_bits(_arm(cells, name, question), name) for name in pair]
     if bits[0] != bits[1]:
-        told = [", ".join(map(str, sorted(each, key=str))) for each in bits]
+        told = [", ".join(map(str, sorted(each))) for each in bits]
         raise ValueError(
             f"analysis: expected the same bits in {pair[0]!r} and {pair[1]!r}, got {told[0]} and {told[1]}: are cells"
             " missing?"
         )
-    return sorted((one for one in bits[0] if one is not None), reverse=True)
+    return sorted(bits[0], reverse=True)
+
+
+def _bits(cells: Sequence[Placed], arm: str) -> set[int]:
+    """Bits of an arm's cells, at which it is compared with another one."""
+    if without := [cell.axes for cell in cells if cell.axes.bits is None]:
+        one = without[0]
+        told = one.method if one.components is None else f"{one.method} of {one.components}"
+        raise ValueError(
+            f"analysis: expected cells with one number of bits in arm {arm!r}, got {told}: checkpoints that came"
+            " quantized and components with bits of their own cannot be compared at equal bits"
+            " (kind against_reference compares them with the unquantized model)"
+        )
+    return {cell.axes.bits for cell in cells}
 
 
 def _contrast(
@@ -354,7 +367,7 @@ def _row(cells: Sequence[Cell], reference: Cell, drawn: Resampled, question: Que
     return Row(
         axes.method,
         axes.calibration,
-        None if untouched else axes.bits,
+        axes.bits,
         len(cells),
         drawn.over(cells, [question.clean]).value,
         drawn.over(cells, question.shifted).value,

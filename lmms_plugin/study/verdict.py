@@ -212,7 +212,7 @@ def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> 
 
 def _row(row: Row) -> list[str]:
     return [
-        "16" if row.bits is None else str(row.bits),
+        "" if row.bits is None else str(row.bits),
         row.method,
         row.calibration or "",
         str(row.seeds),
@@ -229,7 +229,7 @@ def _row(row: Row) -> list[str]:
 
 
 def _order(row: Row) -> tuple[int, str, str]:
-    return -(row.bits or 16), row.method, row.calibration or ""
+    return -(row.bits or 0), row.method, row.calibration or ""
 
 
 def _points(value: float, *, signed: bool = True) -> str:
