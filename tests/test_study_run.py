@@ -20,7 +20,7 @@ from lmms_plugin.study.folder import DONE, hashes, read_json
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 # Offline there is no RefCOCO+; lmms-eval says so in its log and ends with status 0.
 FAILING = """cells: [{method: none, tasks: [refcocoplus_rec_val]}]
-analysis: {kind: components, question: Which one?, metrics: [ece]}
+analysis: {kind: components, question: Which one, metrics: [ece]}
 """
 
 
