@@ -220,6 +220,23 @@ analysis:
         conclusions.expect(read(bad).analysis, planned(bad))
 
 
+def test_a_mapping_says_otherwise_than_what_it_takes_over(write: Write) -> None:
+    found = planned(
+        write(
+            SHARED
+            + """
+grids:
+  - &rtn {methods: [rtn], bits: [4], group_sizes: [64]}
+  - &hqq {<<: *rtn, methods: [hqq]}
+  - {bits: [3], <<: [*hqq, {group_sizes: [32], limit: 5}]}
+analysis: {kind: components, question: Which one, metrics: [ece]}
+"""
+        )
+    )
+    axes = [(cell.axes.method, cell.axes.bits, cell.axes.group_size, cell.limit) for cell in found]
+    assert axes == [("rtn", 4, 64, None), ("hqq", 4, 64, None), ("hqq", 3, 64, 5)]
+
+
 def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("skip: ['head$']\n")
@@ -235,6 +252,8 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
         ("models: [demo\n", "2:1", "expected YAML"),
         ("modles: [demo]", "1:1", "did you mean 'models'?"),
         ("models: [demo]\nmodels: [demo]", "2:1", "'models' twice"),
+        (SHARED + "grids: [&a {methods: [rtn]}, {<<: *a, bits: [3], bits: [4]}]", "3:50", "'bits' twice"),
+        (SHARED + "grids: [{<<: 3, methods: [rtn]}]", "3:14", "a mapping or list of mappings for merging"),
         ("models: [demo]\ntasks: [shapes_rec]", "1:1", "'methods'"),
         (SHARED + "methods: [rtn, aqw]", "3:16", "did you mean 'awq'?"),
         (SHARED + "methods: [rtn]\nbits: [4, 9]", "4:11", "bits must be an integer from 2 to 8"),

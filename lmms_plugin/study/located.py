@@ -76,19 +76,16 @@ class Entry:
             required: Names that it must have.
 
         Raises:
-            ValueError: If it is no mapping, or a name is unknown, missing or there twice.
+            ValueError: If it is no mapping, or a name is unknown or missing.
         """
         if not isinstance(self.node, yaml.MappingNode):
             raise self.wrong(f"a mapping with {', '.join(known)}" if known else "a mapping")
-        yaml.SafeLoader("").flatten_mapping(self.node)
         found: dict[str, Entry] = {}
         for key_node, value_node in self.node.value:
             key = Entry(key_node, self.file)
             name = key.text()
             if known is not None and name not in known:
                 raise key.wrong(f"one of {', '.join(known)}", f"{name!r}{near(name, known)}")
-            if name in found:
-                raise key.wrong("every name once", f"{name!r} twice")
             found[name] = Entry(value_node, self.file)
         missing = [name for name in required if name not in found]
         if missing:
@@ -141,17 +138,41 @@ def load(file: Path) -> Entry:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is empty or no YAML; says where.
+        ValueError: If it is empty or no YAML, or a name is there twice; says where.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     try:
         node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if node is None:
+            raise ValueError(f"{file}:1:1: expected a mapping, got an empty file")
+        _merge(node, str(file), set())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _not_yaml(error, str(file)) from error
-    if node is None:
-        raise ValueError(f"{file}:1:1: expected a mapping, got an empty file")
     return Entry(node, str(file))
+
+
+def _merge(node: yaml.Node, file: str, seen: set[int]) -> None:
+    """Put what mappings take over by `<<` into them, wherever they do not say otherwise themselves."""
+    if id(node) in seen or isinstance(node, yaml.ScalarNode):
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for one in node.value:
+            _merge(one, file, seen)
+        return
+    names: set[tuple[str, str]] = set()
+    for key, value in node.value:
+        _merge(value, file, seen)
+        if _name(key) in names:
+            raise Entry(key, file).wrong("every name once", f"{key.value!r} twice")
+        names.add(_name(key))
+    yaml.SafeLoader("").flatten_mapping(node)
+    node.value = list({_name(key): (key, value) for key, value in node.value}.values())
+
+
+def _name(key: yaml.Node) -> tuple[str, str]:
+    return key.tag, str(key.value)
 
 
 def _not_yaml(error: Exception, file: str) -> ValueError:
