@@ -11,7 +11,7 @@ from lmms_plugin.export.definitions import definition
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import measured
 from lmms_plugin.reliability import Settings
-from lmms_plugin.response import Response, Token
+from lmms_plugin.response import MARKER, Response, Token
 from lmms_plugin.results import read_one
 from lmms_plugin.tasks.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding_metrics import Judged
@@ -52,6 +52,12 @@ def scored_as(row, answer=None, target=None):
     doc = {"image_id": record["image"], "expression_id": record["id"], "expression": record["expression"]}
     doc |= {"width": 1, "height": 1, "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]]}
     return scored(row["doc_id"], doc, answer or row["filtered_resps"])
+
+
+def retold(row, **told):
+    """A line of the log whose answer says something else of itself, and all scores as they then are."""
+    text, marker, trailer = row["filtered_resps"].rpartition(MARKER)
+    return scored_as(row, answer=text + marker + json.dumps(json.loads(trailer) | told))
 
 
 def write_run(folder, rows, model="quant_rtn", model_args="pretrained=demo,bits=4", **config):

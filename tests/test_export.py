@@ -15,7 +15,7 @@ import pytest
 import yaml
 from environments import run as call
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from submissions import SETTINGS, SOURCE, TASK, answered, scored_as, seal, submit, verify, write_run
+from submissions import SETTINGS, SOURCE, TASK, answered, retold, scored_as, seal, submit, verify, write_run
 
 from lmms_plugin.cli import main
 from lmms_plugin.export import board, every_eval_ever, hub, schema, submission
@@ -539,6 +539,23 @@ def test_reasons_are_short_and_print_on_one_line(copy):
     refused = verify(copy)
     assert refused.reason.isprintable()
     assert len(refused.reason) < 1_000
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"confidence": {"coordinate_mean": 1.0}}, "expected no confidence of an answer's own .* got coordinate_mean"),
+        ({"dialect": "fractions"}, "expected answers in one dialect, got demo, fractions"),
+        ({"original_size": [224, 112]}, "expected one size of image .* got .*224, 112"),
+        ({"model_size": [56, 56]}, "expected one size of image .* got .*56, 56"),
+        ({"original_size": [-112, 112]}, "expected sizes of at least 1 pixel"),
+    ],
+    ids=str,
+)
+def test_what_an_answer_says_of_itself_is_checked_though_scores_follow_from_it(rows, tmp_path, told, message):
+    run = write_run(tmp_path / "run", [*rows[:-1], retold(rows[-1], **told)])
+    with pytest.raises(ValueError, match=message):
+        measured(read_one(run), SETTINGS)
 
 
 # --- Across submissions ----------------------------------------------------------------------------------------------

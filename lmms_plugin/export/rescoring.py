@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmms_plugin.export.consistency import expect_one_model, expect_told
 from lmms_plugin.export.definitions import Definition, definition
 from lmms_plugin.response import Response
 from lmms_plugin.results import GROUNDING, REJECTION, Kind, Run
@@ -81,6 +82,7 @@ def rescore(run: Run, task: str) -> Rescored:
             # An answer that an estimator has no value for is in none of its metrics.
             if getattr(entry, "confidence", 0.0) is not None:
                 images[metric].append(str(sample.record["image"]))
+    expect_one_model(task, samples)
     unknown = entries.keys() - found.aggregations.keys()
     if unknown:
         raise ValueError(f"task {task}: expected an aggregation for every metric, got none for {sorted(unknown)}")
@@ -111,6 +113,7 @@ def _scored(row: Mapping[str, Any], kind: Kind, definition: Definition, log: Pat
     if not isinstance(answer, str):
         raise ValueError(f"{log}: expected one answer for {record['id']}, got {str(answer)[:80]}")
     response = Response.decode(answer)
+    expect_told(response)
     doc = _document(record, row, response, kind, definition)
     output = definition.score(doc, [answer])
     logged = {key: value for key, value in row.items() if key not in _LOGGED}
