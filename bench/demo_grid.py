@@ -110,7 +110,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     lines = []
     for row in rows:
         method = " ".join(filter(None, (row["method"], row["option"])))
-        names = (method, str(row["bits"]), row["component"], row["calibration"] or "")
+        where = (str(row["bits"]), row["component"]) if row is not baseline else ("", "")
+        names = (method, *where, row["calibration"] or "")
         numbers = (f"{row[column]:.3f}" for column in columns)
         rest = (
             f"{row['bits_per_weight']:.2f}",

@@ -30,9 +30,9 @@ FAILURES = ("Calibration forward pass failed", "Insufficient number of samples")
 class AutoRoundBackend(WholeModelBackend):
     """AutoRound (Cheng et al., 2024), by Intel's library, for the blocks of decoder and vision tower.
 
-    The library tunes rounding and clipping of a whole block against its output; what it finds is stored in this
-    package's packed layer, exactly. It needs the dense model, a copy of the weights to be quantized, and the gradients
-    of one block.
+    The library tunes rounding and clipping of a whole block against its output; its codes are stored in this package's
+    packed layer, with scales in the model's dtype. It needs the dense model, a copy of the weights to be quantized (of
+    all weights, on devices for which it chooses another dtype than the model's), and the gradients of one block.
 
     Attributes:
         iters: Steps of signed gradient descent per block; 0 for the library's rounding without tuning.
@@ -71,13 +71,16 @@ class AutoRoundBackend(WholeModelBackend):
         """Tune all layers, then hand them out.
 
         Raises:
-            ValueError: The library left a layer of the plan alone, or could not use a calibration sample.
+            ValueError: The library left a layer of the plan alone, rebuilt the model, or could not use a calibration
+                sample.
         """
         from auto_round import AutoRound
 
         parts = components(model)
         kept = {"bits": 16, "act_bits": 16, "data_type": "float", "act_data_type": "float"}
         first = next(iter(specs.values()))
+        dtypes = {name: dense_linear(model, name).weight.dtype for name in specs}
+        others = {name: tensor.data for name, tensor in _others(model, specs)}
         # The library writes into the working directory even where nothing is to be saved.
         with tempfile.TemporaryDirectory() as folder, _no_sample_lost(), torch.enable_grad():
             tuner = AutoRound(
@@ -98,8 +101,21 @@ class AutoRoundBackend(WholeModelBackend):
             )
             tuner.compress_context.output_dir = folder
             tuner.quantize()
+        # It casts the whole model to a dtype of its own choosing.
+        for name, tensor in _others(model, specs):
+            if name not in others:
+                raise ValueError(f"expected auto-round to leave the model's structure alone, got a new tensor {name}")
+            tensor.data = others[name]
         for name, spec in specs.items():
-            yield name, _packed(name, dense_linear(model, name), spec)
+            yield name, _packed(name, dense_linear(model, name), spec, dtypes[name])
+
+
+def _others(model: nn.Module, specs: Mapping[str, QuantSpec]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a model but the weights that are quantized."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        owner, _, kind = name.rpartition(".")
+        if owner not in specs or kind == "bias":
+            yield name, tensor
 
 
 def _scheme(spec: QuantSpec) -> dict[str, Any]:
@@ -130,7 +146,7 @@ def _no_sample_lost() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _packed(name: str, tuned: nn.Linear, spec: QuantSpec) -> PackedLinear:
+def _packed(name: str, tuned: nn.Linear, spec: QuantSpec, dtype: torch.dtype) -> PackedLinear:
     """Pack a layer whose weight lies on the library's grid."""
     scale, zero = getattr(tuned, "scale", None), getattr(tuned, "zp", None)
     if not isinstance(scale, Tensor):
@@ -147,7 +163,7 @@ def _packed(name: str, tuned: nn.Linear, spec: QuantSpec) -> PackedLinear:
     if codes.min() < 0 or codes.max() >= 1 << spec.bits:
         raise ValueError(f"{name}: auto-round's weights do not lie on a grid of {spec.bits} bits")
     if zeros is not None:
-        zeros = zeros.to(torch.uint8) if torch.equal(zeros, zeros.round()) else zeros.to(weight.dtype)
-    stored = Codes(codes.to(torch.uint8), scale.to(weight.dtype), zeros)
+        zeros = zeros.to(torch.uint8) if torch.equal(zeros, zeros.round()) else zeros.to(dtype)
+    stored = Codes(codes.to(torch.uint8), scale.to(dtype), zeros)
     spec = QuantSpec(spec.bits, groups.shape[2], spec.symmetric)
     return PackedLinear.from_codes(stored, spec, tuned.in_features, bias=tuned.bias)

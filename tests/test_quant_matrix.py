@@ -250,6 +250,24 @@ def test_autoround(case):
     expect_works(one, one.quantize("autoround", plan, iters=2), plan)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autoround_leaves_the_rest_of_the_model_as_it_was(case, dtype):
+    """The library computes in a dtype that it chooses by the device, and casts the whole model to it."""
+    available("autoround")
+    one = case("idefics3")
+    model = copy.deepcopy(one.model).to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    work = Quantization(model, get("autoround", iters=1), QuantPlan(language=QuantSpec(4, GROUP)))
+    work.finish(one.batches, processor=one.processor)
+    after = model.state_dict()
+    same = before.keys() & after.keys()
+    assert len(same) > 20
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in same)
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert {layer.dense_rows(0, 1).dtype for layer in layers} == {dtype}
+
+
 @pytest.mark.parametrize("component", ["connector", "head"])
 def test_autoround_refuses_what_lies_outside_of_blocks(component):
     with pytest.raises(ValueError, match=f"tunes blocks of decoder and vision tower; {component} lies outside"):
