@@ -225,6 +225,14 @@ def test_interval_and_p_value_of_known_resamples():
     assert p_value(0.5, resampled - 0.1) == pytest.approx(2 * 101 / 1001)
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 200])
+@pytest.mark.parametrize("level", [0.0, 0.5, 0.95, 1.0])
+def test_ends_of_intervals_are_quantiles(size, level):
+    resampled = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    expected = np.quantile(resampled.astype(np.float64), [(1 - level) / 2, (1 + level) / 2])
+    assert interval(0.5, resampled, level=level) == pytest.approx(tuple(expected), abs=1e-7)
+
+
 def test_undefined_resamples_are_left_out_up_to_one_percent():
     resampled = np.linspace(0, 1, 1000)
     few, many = resampled.copy(), resampled.copy()

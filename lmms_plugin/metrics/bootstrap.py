@@ -181,7 +181,9 @@ def interval(value: float, resampled: Floats, *, level: float = 0.95, method: Me
     moved = _moved(value, resampled, method)
     if moved is None:
         return Interval(float("nan"), float("nan"))
-    low, high = np.quantile(moved, ((1 - level) / 2, (1 + level) / 2))
+    # np.quantile gives the same and takes ten times as long for so few numbers, of which a report has many thousands.
+    places = np.array([(1 - level) / 2, (1 + level) / 2]) * (moved.size - 1)
+    low, high = np.interp(places, np.arange(moved.size), np.sort(moved))
     return Interval(float(low), float(high))
 
 
