@@ -558,6 +558,32 @@ def test_what_an_answer_says_of_itself_is_checked_though_scores_follow_from_it(r
         measured(read_one(run), SETTINGS)
 
 
+def shifted_too(folder, **metadata):
+    """Adds a task with shifted images to a run, with the answers to the images as they are."""
+    other = "shapes_shift_gaussian_noise_3"
+    shutil.copyfile(folder / f"run_samples_{TASK}.jsonl", folder / f"run_samples_{other}.jsonl")
+
+    def add(content):
+        for part in ("results", "configs", "n-samples"):
+            content[part][other] = dict(content[part][TASK])
+        content["configs"][other]["metadata"] = metadata
+
+    edit(folder / "run_results.json", add)
+    return folder
+
+
+def test_answers_to_clean_images_are_none_to_shifted_ones(rows, tmp_path):
+    run = shifted_too(write_run(tmp_path / "run", rows), shift="gaussian_noise", severity=3)
+    with pytest.raises(ValueError, match=f"{TASK} and shapes_shift_gaussian_noise_3: .* the same"):
+        measured(read_one(run), SETTINGS)
+
+
+def test_a_shift_is_that_of_the_tasks_definition(rows, tmp_path):
+    run = shifted_too(write_run(tmp_path / "run", rows), shift="fog", severity=1)
+    with pytest.raises(ValueError, match=r"expected the shift, .* \('gaussian_noise', 3, 'image'\), got \('fog', 1"):
+        measured(read_one(run), SETTINGS)
+
+
 # --- Across submissions ----------------------------------------------------------------------------------------------
 
 

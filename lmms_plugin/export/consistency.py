@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lmms_plugin.confidence import LEARNED
 from lmms_plugin.response import Response
+from lmms_plugin.results import Place, Run, TaskRecords
 
 if TYPE_CHECKING:
     from lmms_plugin.export.rescoring import Sample
@@ -20,6 +23,39 @@ def expect_told(response: Response) -> None:
     """
     if claimed := sorted(response.confidence.keys() - {*LEARNED}):
         raise ValueError(f"expected no confidence of an answer's own but {', '.join(LEARNED)}, got {claimed[0]}")
+
+
+def expect_place(records: TaskRecords, place: Place) -> None:
+    """Check that a results file says of a task's shift what the task's own definition does.
+
+    Raises:
+        ValueError: If it says something else.
+    """
+    said, known = records.place[2:], place[2:]
+    if said != known:
+        raise ValueError(f"task {records.task}: expected the shift, severity and what is shifted {known}, got {said}")
+
+
+def expect_shifted(run: Run, samples: Mapping[str, Sequence[Sample]]) -> None:
+    """Check that no two tasks with differently shifted images were answered by the very same log.
+
+    Raises:
+        ValueError: If they were, to the last digit of every log-probability.
+    """
+    seen: dict[str, str] = {}
+    for task, answered in samples.items():
+        # A language shift may leave every expression of a small dataset as it is.
+        if run.tasks[task].place.shifts == "language" or not any(sample.response.tokens for sample in answered):
+            continue
+        other = seen.setdefault(digest(answered), task)
+        if run.tasks[other].place[2:] != run.tasks[task].place[2:]:
+            raise ValueError(f"tasks {other} and {task}: expected answers to differently shifted images, got the same")
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """SHA-256 of documents and answers with their log-probabilities, however the log wrote them."""
+    answers = sorted((str(sample.record["id"]), repr(sample.response)) for sample in samples)
+    return hashlib.sha256(json.dumps(answers).encode()).hexdigest()
 
 
 def expect_one_model(task: str, samples: Sequence[Sample]) -> None:

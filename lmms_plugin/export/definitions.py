@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from lmms_plugin.results import Place, place_of
+
 Aggregation = Callable[[Sequence[Any]], float]
 
 
@@ -25,6 +27,7 @@ class Definition:
         aggregations: Metric → from what it needs of all documents to its value.
         higher_is_better: Metric → whether more of it is better.
         max_new_tokens: Longest answer; None where the task does not say.
+        place: What it asks about.
     """
 
     task: str
@@ -33,6 +36,7 @@ class Definition:
     aggregations: Mapping[str, Aggregation]
     higher_is_better: Mapping[str, bool]
     max_new_tokens: int | None
+    place: Place
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,7 +56,7 @@ def definition(task: str) -> Definition:
     files = _files()
     if task not in files:
         raise ValueError(f"task {task}: expected a task of this package (`lmms-plugin tasks --cells` lists them)")
-    config = _merged(files[task])
+    config = _merged(files[task]) | _cells().get(task, {})
     metrics = config["metric_list"]
     return Definition(
         task=task,
@@ -61,6 +65,7 @@ def definition(task: str) -> Definition:
         aggregations={entry["metric"]: _function(entry["aggregation"]) for entry in metrics},
         higher_is_better={entry["metric"]: entry["higher_is_better"] for entry in metrics},
         max_new_tokens=config.get("generation_kwargs", {}).get("max_new_tokens"),
+        place=place_of(config),
     )
 
 
@@ -70,8 +75,16 @@ def is_ours(task: str) -> bool:
 
 
 @cache
+def _cells() -> Mapping[str, Mapping[str, Any]]:
+    """What sets each generated cell apart from its template, its shift and severity among it."""
+    from lmms_plugin.tasks import cells
+
+    return {name: entry.overrides for name, entry in cells.entries().items()}
+
+
+@cache
 def _files() -> Mapping[str, Path]:
-    """Every task's YAML; what the generated cells of a template differ in does not bear on scores."""
+    """Every task's YAML."""
     from lmms_plugin.tasks import cells
 
     found = {name: entry.yaml for name, entry in cells.entries().items() if entry.kind == "task"}

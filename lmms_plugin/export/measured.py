@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from lmms_plugin.export.consistency import expect_shifted
 from lmms_plugin.export.rescoring import Rescored, rescore
 from lmms_plugin.export.whole import expect_whole
 from lmms_plugin.reliability import Number, Settings, measure
@@ -69,6 +70,7 @@ def measured(run: Run, settings: Settings) -> Measured:
     if not run.tasks:
         raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")
     tasks = {task: rescore(run, task) for task in run.tasks}
+    expect_shifted(run, {task: rescored.samples for task, rescored in tasks.items()})
     return Measured(run, results, tasks, _intervals(run, tasks, settings), settings)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin.export.consistency import expect_one_model, expect_told
+from lmms_plugin.export.consistency import expect_one_model, expect_place, expect_told
 from lmms_plugin.export.definitions import Definition, definition
 from lmms_plugin.response import Response
 from lmms_plugin.results import GROUNDING, REJECTION, Kind, Run
@@ -71,6 +71,7 @@ def rescore(run: Run, task: str) -> Rescored:
         ValueError: If a line of the log or the table of results says something else; names document and metric.
     """
     log, found = run.log(task), definition(task)
+    expect_place(run.tasks[task], found.place)
     samples: list[Sample] = []
     entries: defaultdict[str, list[Any]] = defaultdict(list)
     images: defaultdict[str, list[str]] = defaultdict(list)
