@@ -466,6 +466,29 @@ def test_files_are_those_of_the_manifest(copy, tamper, message):
     assert re.search(message, refused.reason), refused.reason
 
 
+def test_what_nothing_reads_belongs_to_no_submission(copy):
+    (copy / "results" / "setup.py").write_text("print('hello')")
+    seal(copy)
+    assert verify(copy).reason == f"results/setup.py belongs to no submission of {TASK}"
+
+
+def test_a_zip_cannot_fill_the_disk(tmp_path):
+    archive = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("manifest.json", bytes(10_000_000))
+    assert re.match(r"expected at most 10000 files and \d+ bytes unpacked", verify(archive).reason)
+
+
+@pytest.mark.parametrize(("name", "unit"), [("cell.json", "file"), (f"run_samples_{TASK}.jsonl", "line")])
+def test_nothing_too_long_for_memory_is_read(copy, monkeypatch, name, unit):
+    monkeypatch.setattr(submission, "LONGEST_JSON", 1_000_000)
+    monkeypatch.setattr(submission, "LONGEST_LINE", 1_000_000)
+    assert isinstance(verify(copy), Verified)
+    (copy / "results" / name).write_text(" " * 1_000_001)
+    seal(copy)
+    assert verify(copy).reason == f"{name}: expected at most 1000000 bytes in a {unit}, got more"
+
+
 def test_a_zip_cannot_write_elsewhere(tmp_path):
     archive = tmp_path / "evil.zip"
     with zipfile.ZipFile(archive, "w") as packed:
@@ -648,6 +671,13 @@ def test_same_answers_are_said_and_equal_scores_share_a_rank(honest, invented):
     (table,) = board.tables([one, replace(one, name="again"), invented])
     assert [(row.rank, row.submission) for row in table.rows] == [(1, "invented"), (2, "again"), (2, "honest")]
     assert [row.same_answers for row in table.rows] == [(), ("honest",), ("again",)]
+
+
+def test_the_same_answers_are_found_in_a_log_written_otherwise(honest, rows, tmp_path):
+    spaced = write_run(tmp_path / "run", [dict(reversed(row.items())) for row in reversed(rows)])
+    one, other = verify(honest), verify(submit(spaced, tmp_path / "other"))
+    assert isinstance(other, Verified)
+    assert one.answers == other.answers
 
 
 def test_page_needs_no_network_and_runs_nothing_it_is_given(honest):

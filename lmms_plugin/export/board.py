@@ -39,7 +39,7 @@ class Row(NamedTuple):
         documents: Documents answered.
         images: Images these are of.
         digest: SHA-256 of the manifest.
-        same_answers: Other submissions whose logs are the same, byte by byte.
+        same_answers: Other submissions with the same answers and log-probabilities.
     """
 
     rank: int

@@ -33,6 +33,10 @@ FORMAT, FORMAT_VERSION = "lmms-plugin submission", 1
 RESULTS = "results"
 MOST_BYTES = 20 * 2**30
 """Unpacked size from which a zip is refused."""
+MOST_FILES, MOST_TIMES = 10_000, 200
+"""Entries of a zip, and how many times its own size it may unpack to; logs do so about ten times."""
+LONGEST_JSON, LONGEST_LINE = 64 * 2**20, 4 * 2**20
+"""Bytes of a JSON file and of a line of a log: more would take too much memory to read."""
 MOST_RESAMPLES = 10_000
 """From which on making a submission's intervals again would take whoever checks it too long."""
 _BLOCK = 1 << 20
@@ -210,15 +214,40 @@ def _unpack(path: Path, folder: Path) -> None:
             names = [entry.filename for entry in entries]
             if len(set(names)) != len(names):
                 raise ValueError("expected every file once in the zip")
-            if sum(entry.file_size for entry in entries) > MOST_BYTES:
-                raise ValueError(f"expected at most {MOST_BYTES} bytes unpacked")
+            most = min(MOST_BYTES, MOST_TIMES * path.stat().st_size)
+            if len(entries) > MOST_FILES or sum(entry.file_size for entry in entries) > most:
+                raise ValueError(f"expected at most {MOST_FILES} files and {most} bytes unpacked")
             for name in names:
-                place = PurePosixPath(name)
-                if place.is_absolute() or ".." in place.parts or "\\" in name or ":" in name:
-                    raise ValueError(f"expected paths inside the submission, got {name!r}")
+                _expect_inside(name)
             archive.extractall(folder)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"expected a zip that can be read: {error}") from error
+
+
+def _expect_inside(name: str) -> None:
+    place = PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts or "\\" in name or ":" in name:
+        raise ValueError(f"expected paths inside the submission, got {name!r}")
+
+
+def expect_readable(folder: Path) -> None:
+    """Check that nothing in a submission is too long to be read into memory, before anything is.
+
+    Raises:
+        ValueError: If a JSON file or a line of a log is.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".jsonl" and path.is_file():
+            _expect_short_lines(path)
+        elif path.is_file() and path.stat().st_size > LONGEST_JSON:
+            raise ValueError(f"{path.name}: expected at most {LONGEST_JSON} bytes in a file, got more")
+
+
+def _expect_short_lines(path: Path) -> None:
+    with path.open("rb") as stream:
+        while line := stream.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{path.name}: expected at most {LONGEST_LINE} bytes in a line, got more")
 
 
 def content_of(path: Path) -> Any:

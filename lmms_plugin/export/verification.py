@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmms_plugin.export import every_eval_ever, facts, submission
+from lmms_plugin.export import consistency, every_eval_ever, facts, submission
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import Measured, Score, measured
 from lmms_plugin.export.rescoring import difference
@@ -59,7 +58,7 @@ class Verified:
         name: Of its folder or zip.
         source: Who says so.
         digest: SHA-256 of the manifest, and so of every file.
-        answers: SHA-256 of the logs of samples.
+        answers: SHA-256 of all answers with their log-probabilities.
         facts: What the run says of quantization, as text.
         tasks: By name.
     """
@@ -146,20 +145,21 @@ def _reason(error: Exception) -> str:
 
 
 def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
+    submission.expect_readable(folder)
     manifest = Manifest.read(folder)
     _expect_files(folder, manifest)
     run = read(submission.results_file(folder))
     results = submission.content_of(run.file)
     claimed = measured(run, replace(manifest.settings, workers=settings.workers))
+    _expect_nothing_else(folder, manifest, claimed)
     _expect_records(folder, manifest, claimed)
     found = claimed.at(settings)
-    in_log = re.compile(rf"{submission.RESULTS}/.*_samples_.*\.jsonl")
-    logs = [digest for name, digest in sorted(manifest.files.items()) if in_log.fullmatch(name)]
+    answers = {task: consistency.digest(rescored.samples) for task, rescored in sorted(found.tasks.items())}
     return Verified(
         name=path.name.removesuffix(".zip"),
         source=manifest.source,
         digest=hashlib.sha256((folder / submission.MANIFEST).read_bytes()).hexdigest(),
-        answers=hashlib.sha256("".join(logs).encode()).hexdigest(),
+        answers=hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
         facts=facts.quantization(run, results),
         tasks={task: _answered(found, task) for task in found.tasks},
     )
@@ -186,6 +186,16 @@ def _expect_files(folder: Path, manifest: Manifest) -> None:
     for name, digest in found.items():
         if digest != manifest.files[name]:
             raise ValueError(f"{name} was changed: expected SHA-256 {manifest.files[name]}, got {digest}")
+
+
+def _expect_nothing_else(folder: Path, manifest: Manifest, found: Measured) -> None:
+    """A file that nothing reads is checked by nobody."""
+    read = {found.run.file, *map(found.run.log, found.run.tasks)}
+    read |= {found.run.file.with_name(name) for name in (facts.CELL, facts.REPORT)}
+    read |= {folder / file for file in every_eval_ever.paths(found, manifest.source)}
+    for name in sorted(manifest.files):
+        if folder / name not in read:
+            raise ValueError(f"{name} belongs to no submission of {', '.join(found.tasks)}")
 
 
 def _expect_records(folder: Path, manifest: Manifest, found: Measured) -> None:
