@@ -249,14 +249,14 @@ def test_a_folder_without_cells_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"kind": "methods_by_shift"}, "unknown kind 'methods_by_shift'; known: method_by_shift, against_reference"),
-        ({"kind": "components", "question": "?"}, "expected metrics, question, got no metrics"),
-        (
-            {"kind": "against_reference", "question": "?", "metrics": "ece"},
-            "metrics should be a list of names, got 'ece'",
-        ),
-        ({"kind": "against_reference", "question": "?", "metrics": ["ece"], "level": 2}, "confidence level"),
-        ({"kind": "components", "question": "?", "metrics": ["ece"], "metric": 1}, "unknown 'metric'"),
+        ({"kind": "methods_by_shift"}, "kind: expected one of method_by_shift, against_reference, components, got"),
+        ({"kind": ["a"]}, r"kind: expected one of .*, got \['a'\]"),
+        ({"kind": "components", "question": "?"}, "metrics: expected metrics, question, got none"),
+        ({"kind": "components", "question": "?", "metrics": ["ece"], "metric": 1}, "did you mean 'metrics'"),
+        ({"kind": "components", "question": "?", "metrics": ["ece"], "resamples": 0}, "a whole number from 1, got 0"),
+        ({"kind": "against_reference", "question": "?", "metrics": "ece"}, "a list of names, got 'ece'"),
+        ({"kind": "against_reference", "question": "?", "metrics": ["cider"]}, "metrics that are compared .*'cider'"),
+        ({"kind": "against_reference", "question": "?", "metrics": ["ece"], "level": 2}, "level: expected a number in"),
     ],
 )
 def test_bad_analyses_are_refused_before_anything_runs(asked, message):
@@ -267,15 +267,26 @@ def test_bad_analyses_are_refused_before_anything_runs(asked, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"margins": 1}, "unknown 'margins'; known: arms, clean"),
-        ({"shifted": []}, "at least one shifted task"),
-        ({"shifted": "rec_fog_1"}, "shifted should be a list, got 'rec_fog_1'"),
-        ({"arms": {"a": ["awq"]}}, "arm 'a' should map axes to values"),
+        ({"margins": 1}, "margins: unknown; known: arms, clean"),
+        ({"question": 7}, "question: expected a text, got 7"),
+        ({"clean": ["rec"]}, r"clean: expected the name of a task, got \['rec'\]"),
+        ({"shifted": []}, "a list of at least one task"),
+        ({"shifted": "rec_fog_1"}, "a list of at least one task, got 'rec_fog_1'"),
+        ({"arms": {"a": ["awq"]}}, "arms: expected a mapping from names to mappings"),
         ({"arms": {"a": {"methd": "awq"}}}, "unknown axis 'methd'; known: model, method"),
-        ({"contrasts": [["robust", "simple"]]}, "a contrast of two of robust, plain, got"),
-        ({"contrasts": ["robust"]}, "a contrast of two of robust, plain, got"),
-        ({"margin": 0}, "margin > 0"),
-        ({"level": 95}, r"level in \(0.5, 1\), got 0.05 and 95"),
+        ({"contrasts": [["robust", "simple"]]}, "contrasts: expected two of robust, plain, got"),
+        ({"contrasts": ["robust"]}, "contrasts: expected a list of pairs of arms"),
+        ({"contrasts": [["robust", ["plain"]]]}, "contrasts: expected a list of pairs of arms"),
+        ({"margin": 0}, "margin: expected a number above 0, got 0"),
+        ({"margin": "a lot"}, "margin: expected a number above 0, got 'a lot'"),
+        ({"margin": None}, "margin: expected a number above 0, got None"),
+        ({"level": 95}, r"level: expected a number in \(0.5, 1\), got 95"),
+        ({"level": 0}, r"level: expected a number in \(0.5, 1\), got 0"),
+        ({"resamples": 0}, "resamples: expected a whole number from 1, got 0"),
+        ({"resamples": 2.5}, "resamples: expected a whole number from 1, got 2.5"),
+        ({"seed": -1}, "seed: expected a whole number from 0"),
+        ({"estimator": "join"}, "estimator: .* got 'join', did you mean 'joint'"),
+        ({"estimator": ["joint"]}, r"estimator: expected an estimator of .*, got \['joint'\]"),
     ],
 )
 def test_bad_questions_are_refused(changed, message):
@@ -284,5 +295,5 @@ def test_bad_questions_are_refused(changed, message):
 
 
 def test_a_question_needs_its_parts():
-    with pytest.raises(ValueError, match="got no clean"):
+    with pytest.raises(ValueError, match=r"clean: expected .*, got none"):
         Question.parse({key: value for key, value in ASKED.items() if key != "clean"})

@@ -7,13 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from lmms_plugin.study import conclusions
+from lmms_plugin.study import conclusions, planning
 from lmms_plugin.study.expansion import cells
 from lmms_plugin.study.grid import Axes, Cell
 from lmms_plugin.study.reading import read
+from lmms_plugin.study.tasks import describe
 
 Write = Callable[[str], Path]
 SHARED = "models: [demo]\ntasks: [shapes_rec]\n"
+ASKED = (
+    SHARED
+    + """methods: [none, rtn]
+analysis:
+  question: Which one
+  kind: against_reference
+  metrics: [ece]
+"""
+)
 
 
 @pytest.fixture
@@ -162,8 +172,35 @@ analysis: {kind: components, question: Which one, metrics: [ece]}
 def test_the_analysis_is_checked_where_it_stands(write: Write) -> None:
     study = read(write(SHARED + "methods: [none]\nanalysis: {kind: components, question: Which one, metrics: [ece]}"))
     assert study.analysis == {"kind": "components", "question": "Which one", "metrics": ["ece"]}
-    with pytest.raises(ValueError, match=r"study\.yaml:\d+:\d+: analysis: unknown 'metric'"):
+    with pytest.raises(ValueError, match=r"study\.yaml:4:59: analysis: metric: unknown"):
         read(write(SHARED + "methods: [none]\nanalysis: {kind: components, question: Which one, metric: [ece]}"))
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "said"),
+    [
+        (("metrics: [ece]", "metrics: [ece]\n  tasks: [shape_rec]"), "8:10", "did you mean 'shapes_rec'?"),
+        (("metrics: [ece]", "metrics: [rejection_auroc]"), "7:12", "a metric of the tasks, got 'rejection_auroc'"),
+        (("tasks: [shapes_rec]", "tasks: [[shapes_rec], [shapes_shift_fog_3]]"), "5:3", "that answers all tasks"),
+        (("tasks: [shapes_rec]", "tasks: [shapes_rec, reliable_advqa]"), "2:8", "set LMMS_PLUGIN_ADVQA"),
+        (("methods: [none, rtn]", "methods: [rtn]"), "5:3", "one cell with the unquantized model"),
+        (
+            ("methods: [none, rtn]", "methods: [none, rtn]\nexclude: [{method: rtn, task: shapes_shift_fog_3}]"),
+            "6:3",
+            "expected the tasks of the unquantized model in every cell",
+        ),
+    ],
+)
+def test_a_plan_says_where_something_is_asked_that_there_is_not(
+    write: Write, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str], place: str, said: str
+) -> None:
+    monkeypatch.delenv("LMMS_PLUGIN_ADVQA", raising=False)
+    describe.cache_clear()
+    text = ASKED if "exclude" not in change[1] else ASKED.replace("[shapes_rec]", "[shapes_rec, shapes_shift_fog_3]")
+    file = write(text.replace(*change))
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        planning.plan(read(file))
+    assert str(caught.value).startswith(f"{file}:{place}: ")
 
 
 def test_lists_of_bits_by_component_are_multiplied(write: Write) -> None:
@@ -183,6 +220,7 @@ def test_lists_of_bits_by_component_are_multiplied(write: Write) -> None:
     ("change", "message"),
     [
         (("methods: [none]", "methods: [hqq]"), r"one cell with the unquantized model \(method none\) for demo, got 0"),
+        (("plain: {method: rtn}", "plain: {method: [rtn, hqq]}"), "'plain': expected method of a cell .*, got 'hqq'"),
         (("plain: {method: rtn}", "plain: {method: hqq}"), "no cell belongs to arm 'plain'"),
         (
             ("bits: [4]", "components: [{vision: 4, language: 8}]"),
@@ -277,6 +315,25 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
         (SHARED + "methods: [rtn]\nexclude: [{method: rtn}]", "", "at least one cell"),
         (SHARED + "methods: [rtn]\nresources: {gpus: 3, processes: 2}", "4:19", "as many GPUs"),
         (SHARED + "cells: [{method: [rtn, awq]}]", "3:18", "one value in a cell"),
+        (SHARED + "methods: [rtn]\nmodel_args: {plan: 5}", "4:20", "a text, got 5"),
+        ("models: [{pretrained: 7}]\ntasks: [shapes_rec]\nmethods: [rtn]", "1:23", "a text, got 7"),
+        ("models: [a/demo, b/demo]\ntasks: [shapes_rec]\nmethods: [rtn]", "1:18", "two called 'demo'"),
+        (
+            SHARED + "methods: [awq]\ncalibration: [{source: self, samples: 16}, {source: self, samples: 128}]",
+            "4:44",
+            "two called 'self'",
+        ),
+        (
+            SHARED + "grids: [{methods: [rtn]}, {methods: [rtn], model_args: {max_pixels: 4096}}]",
+            "3:27",
+            "differ in axes, tasks or limit",
+        ),
+        (ASKED + "  resamples: 0", "8:14", "a whole number from 1, got 0"),
+        (ASKED + "  level: 1.5", "8:10", "a number in (0.5, 1), got 1.5"),
+        (ASKED + "  margin: a lot", "8:11", "a number above 0, got 'a lot'"),
+        (ASKED + "  estimator: nonsense", "8:14", "an estimator of"),
+        (ASKED.replace("[ece]", "[nonsense]"), "7:12", "got 'nonsense'"),
+        (ASKED.replace("against_reference", "[a]"), "6:9", "expected one of method_by_shift"),
         ("models: [./nowhere/at/all]\ntasks: [shapes_rec]\nmethods: [rtn]", "", "there is no folder"),
     ],
 )

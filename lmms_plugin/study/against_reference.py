@@ -15,14 +15,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin import comparison
+from lmms_plugin.comparison import BINNED, BOXES, MEANS, RANKED
 from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
-from lmms_plugin.reliability import Settings
+from lmms_plugin.reliability import PRINTED, REJECTED, Settings
+from lmms_plugin.results import KINDS, REJECTION
 from lmms_plugin.study import published
-from lmms_plugin.study.arms import UNTOUCHED, Cell, one_reference, read_cells, select
-from lmms_plugin.study.asked import about_metrics
+from lmms_plugin.study.arms import UNTOUCHED, Cell, expect_places, one_reference, read_cells, select
+from lmms_plugin.study.asked import AskedError, expect_metrics, parse
 from lmms_plugin.study.conclusions import Conclusion, Planned
 from lmms_plugin.study.grid import Axes
+
+COMPARED = frozenset(
+    kind.named(PRINTED.get(name, name))
+    for kind in KINDS
+    for name in ((BOXES, *REJECTED) if kind is REJECTION else (*MEANS, *BINNED, *RANKED))
+)
+"""Metrics of `lmms-plugin compare`."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,10 @@ class Question:
         Raises:
             ValueError: Something is missing, unknown or of the wrong kind.
         """
-        question = about_metrics(cls, given)
-        question.settings(1)
+        question = parse(cls, given, ("question", "metrics"))
+        if unknown := [metric for metric in question.metrics if metric not in COMPARED]:
+            known = ", ".join(sorted(COMPARED))
+            raise AskedError("metrics", f"expected metrics that are compared ({known}), got {unknown[0]!r}")
         return question
 
     def settings(self, workers: int) -> Settings:
@@ -82,13 +93,21 @@ class Row(NamedTuple):
 
 
 def expect(question: Question, cells: Sequence[Planned]) -> None:
-    """Refuse a study that will lack the unquantized model of one of its checkpoints.
+    """Refuse a study that will lack tasks, metrics or the unquantized model of one of its checkpoints.
 
     Raises:
-        ValueError: Names the checkpoint.
+        ValueError: Names what is missing.
     """
+    expect_places(cells)
+    expect_metrics(question.metrics, question.tasks, [cell.tasks for cell in cells])
     for model in dict.fromkeys(cell.axes.model for cell in cells):
-        one_reference(select(cells, {"model": model}))
+        own = select(cells, {"model": model})
+        expected = sorted(one_reference(own).tasks)
+        if other := [cell for cell in own if sorted(cell.tasks) != expected]:
+            raise ValueError(
+                f"analysis: expected the tasks of the unquantized model in every cell ({', '.join(expected)}), got"
+                f" {', '.join(other[0].tasks)}"
+            )
 
 
 def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,13 +38,14 @@ from lmms_plugin.study.arms import (
     Placed,
     Resampled,
     by_seed,
+    expect_places,
     flipped,
     one_reference,
     parse_rate,
     read_cells,
     select,
 )
-from lmms_plugin.study.asked import expect_names
+from lmms_plugin.study.asked import AskedError, parse
 from lmms_plugin.study.conclusions import Conclusion, Planned
 from lmms_plugin.study.tasks import known
 
@@ -81,16 +82,12 @@ class Question:
     estimator: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.shifted:
-            raise ValueError("analysis: expected at least one shifted task")
         for name, wanted in self.arms.items():
             if unknown := set(wanted) - set(AXES):
-                raise ValueError(f"analysis: arm {name!r}: unknown axis {min(unknown)!r}; known: {', '.join(AXES)}")
+                raise AskedError("arms", f"{name!r}: unknown axis {min(map(str, unknown))!r}; known: {', '.join(AXES)}")
         for pair in self.contrasts:
-            if len(pair) != 2 or set(pair) - set(self.arms):
-                raise ValueError(f"analysis: expected a contrast of two of {', '.join(self.arms)}, got {list(pair)}")
-        if not self.margin > 0.0 or not 0.5 < self.level < 1.0:
-            raise ValueError(f"analysis: expected margin > 0 and level in (0.5, 1), got {self.margin} and {self.level}")
+            if set(pair) - set(self.arms):
+                raise AskedError("contrasts", f"expected two of {', '.join(map(str, self.arms))}, got {list(pair)}")
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Question:
@@ -99,17 +96,7 @@ class Question:
         Raises:
             ValueError: Something is missing, unknown or of the wrong kind.
         """
-        needed = ("question", "clean", "shifted", "arms", "contrasts")
-        expect_names(given, {field.name for field in fields(cls)}, needed)
-        shapes = {"shifted": list, "arms": dict, "contrasts": list}
-        for name, kind in shapes.items():
-            if not isinstance(given[name], kind):
-                wanted = "a list" if kind is list else "a mapping"
-                raise ValueError(f"analysis: {name} should be {wanted}, got {given[name]!r}")
-        if bad := [name for name, wanted in given["arms"].items() if not isinstance(wanted, dict)]:
-            raise ValueError(f"analysis: arm {bad[0]!r} should map axes to values, got {given['arms'][bad[0]]!r}")
-        contrasts = tuple(tuple(pair) if isinstance(pair, list) else (pair,) for pair in given["contrasts"])
-        return cls(**{**given, "shifted": tuple(given["shifted"]), "contrasts": contrasts})
+        return parse(cls, given, ("question", "clean", "shifted", "arms", "contrasts"))
 
 
 class Contrast(NamedTuple):
@@ -229,6 +216,7 @@ def expect(question: Question, cells: Sequence[Planned]) -> None:
         ValueError: An arm has no cell, two arms of a contrast differ in bits, the unquantized model is missing, or a
             cell of an arm does not answer a task.
     """
+    expect_places(cells)
     for model in dict.fromkeys(cell.axes.model for cell in cells):
         own = select(cells, {"model": model})
         needed = [one_reference(own), *(cell for name in question.arms for cell in _arm(own, name, question))]
@@ -236,9 +224,20 @@ def expect(question: Question, cells: Sequence[Planned]) -> None:
             answered = {task for described in known(cell.tasks).values() for task in described.tasks}
             for task in (question.clean, *question.shifted):
                 if task not in answered:
-                    raise ValueError(f"analysis: expected task {task} in every cell, got {', '.join(cell.tasks)}")
+                    name = "clean" if task == question.clean else "shifted"
+                    raise AskedError(name, f"expected task {task} in every cell, got {', '.join(cell.tasks)}")
         for pair in question.contrasts:
             _shared_bits(own, pair, question)
+    _expect_values(question, cells)
+
+
+def _expect_values(question: Question, cells: Sequence[Planned]) -> None:
+    """Refuse values of an arm that no cell has: it would be another arm than its author thinks."""
+    for name, wanted in question.arms.items():
+        for axis, values in wanted.items():
+            there = {getattr(cell.axes, axis) for cell in cells}
+            if missing := [value for value in (values if isinstance(values, list) else [values]) if value not in there]:
+                raise AskedError("arms", f"{name!r}: expected {axis} of a cell of the study, got {missing[0]!r}")
 
 
 def analyse(
@@ -285,7 +284,7 @@ def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> An
 def _arm(cells: Sequence[Placed], name: str, question: Question) -> list[Placed]:
     found = select(cells, question.arms[name])
     if not found:
-        raise ValueError(f"analysis: no cell belongs to arm {name!r} ({dict(question.arms[name])})")
+        raise AskedError("arms", f"no cell belongs to arm {name!r} ({dict(question.arms[name])})")
     return found
 
 
@@ -293,9 +292,9 @@ def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: Quest
     bits = [_bits(_arm(cells, name, question), name) for name in pair]
     if bits[0] != bits[1]:
         told = [", ".join(map(str, sorted(each))) for each in bits]
-        raise ValueError(
-            f"analysis: expected the same bits in {pair[0]!r} and {pair[1]!r}, got {told[0]} and {told[1]}: are cells"
-            " missing?"
+        raise AskedError(
+            "contrasts",
+            f"expected the same bits in {pair[0]!r} and {pair[1]!r}, got {told[0]} and {told[1]}: are cells missing?",
         )
     return sorted(bits[0], reverse=True)
 
@@ -305,10 +304,11 @@ def _bits(cells: Sequence[Placed], arm: str) -> set[int]:
     if without := [cell.axes for cell in cells if cell.axes.bits is None]:
         one = without[0]
         told = one.method if one.components is None else f"{one.method} of {one.components}"
-        raise ValueError(
-            f"analysis: expected cells with one number of bits in arm {arm!r}, got {told}: checkpoints that came"
+        raise AskedError(
+            "arms",
+            f"expected cells with one number of bits in arm {arm!r}, got {told}: checkpoints that came"
             " quantized and components with bits of their own cannot be compared at equal bits"
-            " (kind against_reference compares them with the unquantized model)"
+            " (kind against_reference compares them with the unquantized model)",
         )
     return {cell.axes.bits for cell in cells}
 

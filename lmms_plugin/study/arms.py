@@ -10,7 +10,7 @@ stretched by √(n/(n − 1)) to make up for it (Rao & Wu 1988, JASA 83).
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -254,6 +254,17 @@ def one_reference(cells: Sequence[Placed]) -> Placed:
             f" {len(found)}"
         )
     return found[0]
+
+
+def expect_places(cells: Sequence[Placed]) -> None:
+    """Refuse several cells at one place of the study, such as lists of tasks for processes of their own.
+
+    Raises:
+        ValueError: Names the place.
+    """
+    (axes, count), *_ = Counter(cell.axes for cell in cells).most_common(1)
+    if count > 1:
+        raise ValueError(f"analysis: expected one cell that answers all tasks for each place, got {count} of {axes}")
 
 
 def select(cells: Sequence[Placed], wanted: Mapping[str, Any]) -> list[Placed]:

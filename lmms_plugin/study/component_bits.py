@@ -8,7 +8,7 @@ metrics: [acc@0.5]
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from lmms_plugin import sensitivity
 from lmms_plugin.study import published
 from lmms_plugin.study.arms import folders
-from lmms_plugin.study.asked import about_metrics
-from lmms_plugin.study.conclusions import Conclusion
+from lmms_plugin.study.asked import expect_metrics, parse
+from lmms_plugin.study.conclusions import Conclusion, Planned
 
 FIGURES = "figures"
 
@@ -47,7 +47,16 @@ class Question:
         Raises:
             ValueError: Something is missing, unknown or of the wrong kind.
         """
-        return about_metrics(cls, given)
+        return parse(cls, given, ("question", "metrics"))
+
+
+def expect(question: Question, cells: Sequence[Planned]) -> None:
+    """Refuse a study that will lack tasks or metrics of the question.
+
+    Raises:
+        ValueError: Names what is missing.
+    """
+    expect_metrics(question.metrics, question.tasks, [cell.tasks for cell in cells])
 
 
 def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:

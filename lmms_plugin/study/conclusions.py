@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from lmms_plugin.reliability import plain
+from lmms_plugin.study.asked import AskedError
 from lmms_plugin.study.folder import replace_text
 
 DEFAULT = "method_by_shift"
@@ -59,13 +60,12 @@ class Kind(NamedTuple):
         parse: Reads the `analysis` of a study file; raises ValueError.
         conclude: Study's folder, what was parsed, ids of the cells that count (None for all), threads → what the study
             says; raises ValueError.
-        expect: Question, cells that will run → ValueError where some that it needs are not among them; None where any
-            will do.
+        expect: Question, cells that will run → ValueError where some that it needs are not among them.
     """
 
     parse: Callable[[Mapping[str, Any]], Any]
     conclude: Callable[[Path, Any, Collection[str] | None, int], list[Conclusion]]
-    expect: Callable[[Any, Sequence[Planned]], None] | None = None
+    expect: Callable[[Any, Sequence[Planned]], None]
 
 
 def check(asked: Mapping[str, Any]) -> None:
@@ -84,8 +84,7 @@ def expect(asked: Mapping[str, Any], cells: Sequence[Planned]) -> None:
         ValueError: Says what is missing.
     """
     kind, question = _parsed(asked)
-    if kind.expect is not None:
-        kind.expect(question, cells)
+    kind.expect(question, cells)
 
 
 def conclude(
@@ -157,8 +156,8 @@ def _parsed(asked: Mapping[str, Any]) -> tuple[Kind, Any]:
     kinds = _kinds()
     given = dict(asked)
     name = given.pop("kind", DEFAULT)
-    if name not in kinds:
-        raise ValueError(f"analysis: unknown kind {name!r}; known: {', '.join(kinds)}")
+    if not isinstance(name, str) or name not in kinds:
+        raise AskedError("kind", f"expected one of {', '.join(kinds)}, got {name!r}")
     return kinds[name], kinds[name].parse(given)
 
 
@@ -171,6 +170,6 @@ def _kinds() -> Mapping[str, Kind]:
             "against_reference": Kind(
                 against_reference.Question.parse, against_reference.conclude, against_reference.expect
             ),
-            "components": Kind(component_bits.Question.parse, component_bits.conclude),
+            "components": Kind(component_bits.Question.parse, component_bits.conclude, component_bits.expect),
         }
     )

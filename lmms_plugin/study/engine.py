@@ -61,12 +61,9 @@ def run(
         ImportError: If Ray is asked for and not installed; names the command.
     """
     study = read(file)
-    asked = study.analysis
     cluster = None if ray is None else on_ray.connect(ray)
     gpus = len(visible_gpus()) if cluster is None else cluster.gpus
     before = plan(study, output, gpus)
-    if asked is not None:
-        conclusions.expect(asked, [one.keyed.cell for one in before.cells])
     folder, shared = StudyFolder(output), None if storage is None else Storage.at(storage)
     folder.open(file)
     if shared is not None:
@@ -87,10 +84,10 @@ def run(
     failures = {one.keyed.id: folder.failure(one.keyed.id) for one in after.cells}
     problems = {cell: failure["problem"] for cell, failure in failures.items() if failure is not None}
     finished = Finished(after, problems)
-    if asked is None or not finished.complete:
+    if study.analysis is None or not finished.complete:
         return finished
     only = [one.keyed.id for one in after.cells]
-    said = conclusions.conclude(folder.path, asked, only, workers=os.cpu_count() or 1)
+    said = conclusions.conclude(folder.path, study.analysis, only, workers=os.cpu_count() or 1)
     return finished._replace(conclusions=said)
 
 

@@ -15,7 +15,7 @@ from lmms_plugin.quant_backends.none import NoneBackend
 from lmms_plugin.quant_backends.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.study.grid import At, Axes, Calibration, Cell, Components, Grid, Method, Study
 
-_PATHS = ("pretrained", "plan", "selector", "system_prompt")
+PATHS = ("pretrained", "plan", "selector", "system_prompt")
 _LONGEST = 1024
 
 
@@ -28,16 +28,28 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
 
     Raises:
         ValueError: If a method cannot do what a cell asks of it and the cell is not excluded, a model argument is
-            unknown, an exclusion speaks about no cell, or nothing is left; says where in the file.
+            unknown, two cells stand at one place, an exclusion speaks about no cell, or nothing is left; says where in
+            the file.
     """
     used: set[str] = set()
-    found = {cell.question: cell for grid in study.grids for cell in _cells(grid, used, runnable)}
+    found: dict[tuple[Any, ...], Cell] = {}
+    for grid in study.grids:
+        for cell in _cells(grid, used, runnable):
+            _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, grid)
     for exclusion in (exclusion for grid in study.grids for exclusion in grid.exclude):
         if exclusion.where not in used:
             raise ValueError(f"{exclusion.where}: expected to exclude a cell of the study, got none that fits")
     if not found:
         raise ValueError(f"{study.file}: expected at least one cell, got none that is not excluded")
     return tuple(found.values())
+
+
+def _expect_a_place_of_its_own(there: Cell, cell: Cell, grid: Grid) -> None:
+    if there.question != cell.question:
+        raise ValueError(
+            f"{grid.where}: expected cells that differ in axes, tasks or limit, got two of {cell.slug} with different"
+            " arguments, batch size or resources: give a model, method or calibration a name of its own"
+        )
 
 
 def _cells(grid: Grid, used: set[str], runnable: bool) -> Iterator[Cell]:
@@ -59,7 +71,7 @@ def _located(name: str, value: Any) -> Any:
         local = None if spec.path is None else Path(spec.path).expanduser()
         found = local is not None and local.exists()
         return value.replace(str(spec.path), str(local.absolute()), 1) if local is not None and found else value
-    if name in _PATHS and value != DEMO and len(str(value)) < _LONGEST and Path(value).expanduser().exists():
+    if name in PATHS and value != DEMO and len(str(value)) < _LONGEST and Path(value).expanduser().exists():
         return str(Path(value).expanduser().absolute())
     return value
 

@@ -154,12 +154,14 @@ class Study:
         file: Where it was read.
         grids: What is run.
         analysis: What the analysis is to do, as the file says it; None for no analysis.
+        asked_at: Name of each entry of `analysis` → its place in the file; "" → where the `analysis` stands.
     """
 
     name: str
     file: str
     grids: tuple[Grid, ...]
     analysis: Mapping[str, Any] | None
+    asked_at: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,11 @@ class Cell:
     def question(self) -> tuple[Any, ...]:
         """What it asks, whatever code, data and versions answer it."""
         return (self.axes, self.model, self.model_args, self.tasks, self.limit, self.batch_size, self.resources)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What tells it from the other cells of its study."""
+        return (self.axes, self.tasks, self.limit)
 
     @property
     def slug(self) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rich.table import Table
 
-from lmms_plugin.study import cost
+from lmms_plugin.study import conclusions, cost
+from lmms_plugin.study.asked import located
 from lmms_plugin.study.attempt import command
 from lmms_plugin.study.expansion import cells
 from lmms_plugin.study.folder import StudyFolder
@@ -17,6 +18,7 @@ from lmms_plugin.study.grid import Cell, Study, gpus_needed
 from lmms_plugin.study.identity import Keyed, keyed
 from lmms_plugin.study.local import visible_gpus
 from lmms_plugin.study.progress import duration
+from lmms_plugin.study.tasks import known
 from lmms_plugin.study.weights import Size, size
 
 _HEADINGS: dict[str, Literal["left", "right"]] = {
@@ -125,7 +127,10 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
     past, there = cost.past(folder), len(visible_gpus()) if gpus is None else gpus
     key = keys(there)
     found = []
-    for cell in cells(study):
+    planned = cells(study)
+    _expect_tasks(study)
+    _expect_what_is_asked(study, planned)
+    for cell in planned:
         one = key(cell)
         measured = None if folder is None else _measured(folder, one.id)
         state = "done" if measured else "missing" if folder is None else _state(folder, one.id)
@@ -133,9 +138,28 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
         large = size(cell, cuda=needed > 0)
         took = measured or cost.seconds(cell, past, large.parameters, cuda=needed > 0)
         found.append(Planned(one, state, took, large, needed))
-    planned = {one.keyed.id for one in found}
-    others = () if folder is None else tuple(one for one in folder.finished() if one not in planned)
+    ids = {one.keyed.id for one in found}
+    others = () if folder is None else tuple(one for one in folder.finished() if one not in ids)
     return Plan(study, tuple(found), others)
+
+
+def _expect_tasks(study: Study) -> None:
+    """Refuse tasks that are not known here, at their place in the file."""
+    for tasks in (tasks for grid in study.grids for tasks in grid.tasks):
+        try:
+            known(tasks.value)
+        except ValueError as error:
+            raise ValueError(f"{tasks.where}: {error}") from error
+
+
+def _expect_what_is_asked(study: Study, planned: Sequence[Cell]) -> None:
+    """Refuse an analysis that these cells would not be enough for, at its place in the file."""
+    if study.analysis is None:
+        return
+    try:
+        conclusions.expect(study.analysis, planned)
+    except ValueError as error:
+        raise located(error, study.asked_at) from error
 
 
 def _measured(folder: StudyFolder, cell: str) -> cost.Seconds | None:

@@ -13,6 +13,8 @@ from lmms_plugin.quant_backends import names, option_types
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.plan import COMPONENTS, UNTOUCHED_BITS, QuantSpec
 from lmms_plugin.study import conclusions
+from lmms_plugin.study.asked import located
+from lmms_plugin.study.expansion import PATHS
 from lmms_plugin.study.grid import At, Calibration, Components, Exclusion, Grid, Method, Model, Resources, Study
 from lmms_plugin.study.located import Entry, load, near
 
@@ -60,15 +62,20 @@ def read(file: Path) -> Study:
     grids += [_cell(entry, shared) for entry in _entries(given.get("cells"))]
     if not grids:
         grids = [_of_fields(top, shared, exclude)]
-    analysis = given.get("analysis")
-    if analysis is not None:
-        analysis.fields(None)
-        try:
-            conclusions.check(analysis.plain())
-        except ValueError as error:
-            raise ValueError(f"{analysis.where}: {error}") from error
     name = given["name"].text() if "name" in given else file.stem
-    return Study(name, str(file), tuple(grids), None if analysis is None else analysis.plain())
+    return Study(name, str(file), tuple(grids), *_analysis(given.get("analysis")))
+
+
+def _analysis(entry: Entry | None) -> tuple[Mapping[str, Any] | None, Mapping[str, str]]:
+    """What the file asks for, and where each entry of it stands."""
+    if entry is None:
+        return None, {}
+    places = {"": entry.where, **{name: one.where for name, one in entry.fields(None).items()}}
+    try:
+        conclusions.check(entry.plain())
+    except ValueError as error:
+        raise located(error, places) from error
+    return entry.plain(), places
 
 
 def _entries(entry: Entry | None) -> list[Entry]:
@@ -112,6 +119,9 @@ def _of_fields(entry: Entry, given: Mapping[str, Entry], exclude: tuple[Exclusio
         for position, one in enumerate(found):
             if any(one.value == other.value for other in found[:position]):
                 raise ValueError(f"{one.where}: expected every value of {name} once, got this one twice")
+            if any(_named_alike(one.value, other.value) for other in found[:position]):
+                problem = f"expected {name} with a name each, got two called {_name_of(one.value)!r}: name one of them"
+                raise ValueError(f"{one.where}: {problem} ({{name: ..., ...}})")
         return tuple(found)
 
     return Grid(
@@ -130,6 +140,14 @@ def _of_fields(entry: Entry, given: Mapping[str, Entry], exclude: tuple[Exclusio
         exclude=exclude,
         where=entry.where,
     )
+
+
+def _name_of(value: Any) -> str | None:
+    return getattr(value, "name", None)
+
+
+def _named_alike(one: Any, other: Any) -> bool:
+    return _name_of(one) is not None and _name_of(one) == _name_of(other)
 
 
 def _model(entry: Entry) -> Model:
@@ -250,6 +268,8 @@ def _free(given: dict[str, Entry], options: Collection[str] = ()) -> dict[str, E
             raise value.wrong("a model argument that is no axis of the study and no file of its own", repr(name))
         if name not in known:
             raise value.wrong("a model argument or an option of a method", f"{name!r}{near(name, known)}")
+        if name in PATHS:
+            value.text()
     return given
 
 

@@ -29,12 +29,14 @@ class Described(NamedTuple):
         modules: Modules whose functions they name.
         tasks: Names of the single tasks.
         documents: How many documents each has, at most; None where that is not known.
+        metrics: Of each task, as in lmms-eval's table.
     """
 
     fingerprint: str
     modules: frozenset[str]
     tasks: tuple[str, ...]
     documents: tuple[int | None, ...]
+    metrics: Mapping[str, tuple[str, ...]]
 
 
 class _Function(str):
@@ -63,7 +65,8 @@ def describe(name: str) -> Described:
     described = {task: _resolved(config) for task, config in found.items()}
     single = [task for task, config in found.items() if not isinstance(config.get("task"), list)]
     documents = tuple(_documents(found[task]) for task in single)
-    return Described(digest(described), frozenset(modules), tuple(single), documents)
+    metrics = {task: tuple(entry["metric"] for entry in found[task].get("metric_list") or ()) for task in single}
+    return Described(digest(described), frozenset(modules), tuple(single), documents, metrics)
 
 
 def _documents(config: Mapping[str, Any]) -> int | None:
