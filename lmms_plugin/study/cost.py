@@ -47,8 +47,10 @@ class Past(NamedTuple):
 
 def past(folder: StudyFolder | None) -> list[Past]:
     """Finished cells of a folder; none without a folder."""
-    found = []
-    for one in () if folder is None else folder.finished():
+    found: list[Past] = []
+    if folder is None:
+        return found
+    for one in folder.finished():
         # Another runner may put it aside at the same time.
         with suppress(FileNotFoundError):
             found.append(Past(folder.about(folder.done_path(one)), folder.done(one)["seconds"]))

@@ -154,12 +154,13 @@ def load(file: Path) -> Entry:
 
 def _merge(node: yaml.Node, file: str, seen: set[int]) -> None:
     """Put what mappings take over by `<<` into them, wherever they do not say otherwise themselves."""
-    if id(node) in seen or isinstance(node, yaml.ScalarNode):
+    if id(node) in seen:
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for one in node.value:
             _merge(one, file, seen)
+    if not isinstance(node, yaml.MappingNode):
         return
     names: set[tuple[str, str]] = set()
     for key, value in node.value:
