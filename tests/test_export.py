@@ -19,6 +19,7 @@ from submissions import SETTINGS, SOURCE, TASK, answered, retold, scored_as, sea
 
 from lmms_plugin.cli import main
 from lmms_plugin.export import board, every_eval_ever, hub, schema, submission
+from lmms_plugin.export.documents import documents
 from lmms_plugin.export.measured import measured
 from lmms_plugin.export.verification import Refused, Verified, agreeing
 from lmms_plugin.reliability import plain
@@ -645,6 +646,19 @@ def test_other_documents_than_most_submissions_are_refused(honest, fewer, kinder
         assert [(r.name, r.reason) for r in refused] == [
             (odd.name, f"task {TASK}: expected the documents of most submissions, got others")
         ]
+
+
+@pytest.mark.parametrize("told", [{"tags": {"clean": False}}, {"change": "colour"}, {"matches": 0}], ids=str)
+def test_all_that_scores_depend_on_is_of_the_documents(rows, tmp_path, told):
+    """A document called unclean would be left out of the metrics of clean ones."""
+    record = rows[0]["mean_iou"]
+    described = [rows[0] | {"mean_iou": record | told}, *rows[1:]]
+    answers = [*rows[:-1], scored_as(rows[-1], answer=rows[0]["filtered_resps"])]
+    usual, odd, other = (
+        documents(read_one(write_run(tmp_path / name, given)), TASK)
+        for name, given in (("usual", rows), ("odd", described), ("other", answers))
+    )
+    assert usual == other != odd
 
 
 def test_without_a_majority_a_reference_decides(honest, fewer):

@@ -112,15 +112,14 @@ def leaderboard(
 
     from lmms_plugin.export import board
     from lmms_plugin.export.datasets import true_documents
-    from lmms_plugin.export.verification import Refused, Verified, agreeing, documents, verify
+    from lmms_plugin.export.documents import documents
+    from lmms_plugin.export.verification import Refused, Verified, agreeing, verify
     from lmms_plugin.reliability import Settings
     from lmms_plugin.results import find, read
 
     settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
     known = {
-        task: documents(records)
-        for run in (map(read, find(reference)) if reference else ())
-        for task, records in run.tasks.items()
+        task: documents(run, task) for run in (map(read, find(reference)) if reference else ()) for task in run.tasks
     }
     checked = [verify(path, settings) for path in submissions]
     verified = [one for one in checked if isinstance(one, Verified)]

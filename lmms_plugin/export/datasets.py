@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lmms_plugin.export.definitions import definition
-from lmms_plugin.export.verification import documents
+from lmms_plugin.export.documents import documents
 from lmms_plugin.results import KINDS, read
 
 
@@ -33,7 +33,8 @@ def _documents(task: str, loaded: Any) -> str:
     score = definition(task).score
     rows = [{"doc_id": number, **score(doc, [""])} for number, doc in enumerate(loaded.eval_docs_no_media)]
     kind = next(kind for kind in KINDS if kind.record in rows[0])
-    logged = [{"doc_id": row["doc_id"], kind.record: row[kind.record]} for row in rows]
+    kept = ("doc_id", kind.record, "shifted_rate")
+    logged = [{name: row[name] for name in kept if name in row} for row in rows]
     results = {
         "configs": {task: {}},
         "n-samples": {task: {"original": len(rows), "effective": len(rows)}},
@@ -43,4 +44,4 @@ def _documents(task: str, loaded: Any) -> str:
         file = Path(folder, "run_results.json")
         file.write_text(json.dumps(results), encoding="utf-8")
         file.with_name(f"run_samples_{task}.jsonl").write_text("\n".join(map(json.dumps, logged)), encoding="utf-8")
-        return documents(read(file).tasks[task])
+        return documents(read(file), task)

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmms_plugin.export import consistency, every_eval_ever, facts, submission
+from lmms_plugin.export.documents import documents
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import Measured, Score, measured
 from lmms_plugin.export.rescoring import difference
 from lmms_plugin.export.schema import expect_aggregate, expect_instances
 from lmms_plugin.export.submission import Manifest
 from lmms_plugin.reliability import Settings
-from lmms_plugin.results import Kind, TaskRecords, read
+from lmms_plugin.results import Kind, read
 
 LONGEST_REASON = 600
 """Characters of a reason that are shown: it may quote what a stranger wrote."""
@@ -39,7 +40,7 @@ class Answered(NamedTuple):
         higher_is_better: Metric → whether more of it is better.
         count: Documents answered.
         images: Images these are of.
-        documents: SHA-256 of ids, images, questions and true answers.
+        documents: SHA-256 of what was asked.
     """
 
     kind: Kind
@@ -129,14 +130,6 @@ def agreeing(found: Sequence[Verified], reference: Mapping[str, str]) -> tuple[l
     return kept, refused
 
 
-def documents(records: TaskRecords) -> str:
-    """SHA-256 of what a task asked: ids, images, questions with true answers, and parts of the split."""
-    names = ("ids", "images", "asked", "parts")
-    columns = [getattr(records, name).tolist() for name in names]
-    columns += [[] if records.matches is None else records.matches.tolist()]
-    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
-
-
 def _reason(error: Exception) -> str:
     """Why a submission was refused: our own words where the error is ours, else its type, too."""
     text = str(error) if type(error) is ValueError else "damaged: " + "".join(format_exception_only(error)).strip()
@@ -173,7 +166,7 @@ def _answered(found: Measured, task: str) -> Answered:
         higher_is_better=found.tasks[task].definition.higher_is_better,
         count=records.ids.size,
         images=np.unique(records.images).size,
-        documents=documents(records),
+        documents=documents(found.run, task),
     )
 
 
