@@ -136,6 +136,10 @@ def test_bounds_hold_every_score(honest):
         ("model_id", "demo"),
         ("model_id", "../demo"),
         ("organization", " "),
+        ("organization", "a laboratory\u202e"),
+        ("organization", "x" * 201),
+        ("timestamp", -1),
+        ("timestamp", "now"),
         ("relationship", "friend"),
         ("collection", "a/b"),
         ("collection", "data"),
@@ -752,6 +756,15 @@ def test_too_many_resamples_make_no_submission(honest, tmp_path, monkeypatch, ca
     who = ["--model-id", "a/b", "--organization", "x", "--relationship", "other", "--resamples", 20_000]
     lmms_plugin(monkeypatch, "export", honest / "results", "--format", "submission", *who, "-o", tmp_path / "o", code=2)
     assert "expected 1 to 10000 resamples in a submission" in capsys.readouterr().err
+
+
+def test_no_spreadsheet_takes_a_claim_for_a_formula(honest, tmp_path):
+    one = verify(honest)
+    told = replace(one, source=replace(one.source, organization='=HYPERLINK("x")'), facts={"quantization_bits": "@x"})
+    board.write(board.tables([told]), [], SETTINGS, tmp_path)
+    with (tmp_path / "leaderboard.csv").open() as stream:
+        line = next(csv.DictReader(stream))
+    assert (line["organization"], line["quantization_bits"]) == ('\'=HYPERLINK("x")', "'@x")
 
 
 @pytest.mark.slow

@@ -156,9 +156,15 @@ def _write_csv(found: Sequence[Table], settings: Settings, writer: Any) -> None:
             known = [row.facts.get(name, "") for name in _FACTS]
             for metric, score in row.scores.items():
                 ends = ["" if math.isnan(end) else repr(end) for end in (score.low, score.high)]
-                place = (table.task, row.rank, row.submission, row.model, row.organization, *known)
+                claimed = map(_inert, (row.submission, row.model, row.organization, *known))
+                place = (table.task, row.rank, *claimed)
                 counts = (*made.values(), score.records, score.images)
                 writer.writerow((*place, metric, repr(score.value), *ends, *counts, row.digest))
+
+
+def _inert(text: str) -> str:
+    """What a stranger wrote, so that no spreadsheet takes it for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _number(score: Score | None) -> str:

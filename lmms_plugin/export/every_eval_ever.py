@@ -24,6 +24,7 @@ from lmms_plugin.export.schema import VERSION, expect_aggregate, expect_instance
 from lmms_plugin.results import GROUNDING, REJECTION, VQA, Kind, TaskRecords
 
 RELATIONSHIPS = ("first_party", "third_party", "collaborative", "other")
+LONGEST_NAME = 200
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DATE = re.compile(r"(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)")
 _COMPONENT = re.compile(r"[A-Za-z0-9][\w.-]*[\w-]|[A-Za-z0-9]")
@@ -59,6 +60,11 @@ class Source:
             raise ValueError(f"expected letters, digits, '.', '-' and '_' as collection, got {self.collection!r}")
         if not self.organization.strip():
             raise ValueError("expected the organization that ran the evaluation, got none")
+        # Characters that change direction or clear a terminal would make it look like another.
+        if not self.organization.isprintable() or len(self.organization) > LONGEST_NAME:
+            raise ValueError(f"expected at most {LONGEST_NAME} printable characters, got {self.organization!r}")
+        if type(self.timestamp) is not int or self.timestamp < 0:
+            raise ValueError(f"expected a timestamp in whole seconds since 1970, got {self.timestamp!r}")
         if self.relationship not in RELATIONSHIPS:
             raise ValueError(f"expected a relationship of {', '.join(RELATIONSHIPS)}, got {self.relationship!r}")
 
