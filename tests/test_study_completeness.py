@@ -117,6 +117,14 @@ def test_cells_count_by_their_place_and_the_newest_of_several(tmp_path: Path, pl
     assert planned[2] in found.missing
 
 
+def test_the_order_of_tasks_does_not_matter(incomplete: Path, planned: tuple[Cell, ...]) -> None:
+    write(incomplete, planned[-1], "last")
+    file = incomplete / "study.yaml"
+    file.write_text(STUDY.replace(f"tasks: [{CLEAN}, {', '.join(SHIFTED)}]", f"tasks: [{', '.join(SHIFTED)}, {CLEAN}]"))
+    assert read(file).grids[0].tasks[0].value == (*SHIFTED, CLEAN)
+    assert not coverage(StudyFolder(incomplete), cells(read(file))).missing
+
+
 def test_a_study_can_be_analysed_where_it_could_not_be_run(incomplete: Path, planned: tuple[Cell, ...]) -> None:
     file = incomplete / "study.yaml"
     file.write_text(STUDY.replace("models: [demo]", "models: [/nowhere/at/all/demo]"))

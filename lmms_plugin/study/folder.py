@@ -274,8 +274,8 @@ _QUESTION = ("model", "model_args", "tasks", "limit", "batch_size", "processes",
 
 
 def place(about: Mapping[str, Any]) -> str:
-    """What tells a cell from the others of its study, of what `cell.json` says: axes, tasks and limit."""
-    return json.dumps([about.get(name) for name in ("axes", "tasks", "limit")], sort_keys=True)
+    """What tells a cell from the others of its study, of what `cell.json` says: axes, tasks in any order, limit."""
+    return json.dumps([about.get("axes"), sorted(about.get("tasks", ())), about.get("limit")], sort_keys=True)
 
 
 def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
