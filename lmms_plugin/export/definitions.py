@@ -75,7 +75,7 @@ def is_ours(task: str) -> bool:
 
 
 @cache
-def _cells() -> Mapping[str, Mapping[str, Any]]:
+def _cells() -> Mapping[str, dict[str, Any]]:
     """What sets each generated cell apart from its template, its shift and severity among it."""
     from lmms_plugin.tasks import cells
 
