@@ -1,6 +1,7 @@
 """An analysis is of all cells of a study, or says first of all that it is not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def incomplete(tmp_path: Path, planned: tuple[Cell, ...]) -> Path:
 
 
 def test_an_incomplete_study_has_no_verdict(incomplete: Path) -> None:
-    said = r"5 of 6 cells are finished, 1 are missing: demo_awq_4bit_g128_self_seed1 \(rec, rec_fog_1, rec_fog_3\)"
+    said = r"5 of 6 cells are finished, missing: demo_awq_4bit_g128_self_seed1 \(--partial"
     with pytest.raises(ValueError, match=said):
         analyse(incomplete)
     assert not list(incomplete.glob("verdict.*"))
@@ -61,10 +62,8 @@ def test_an_incomplete_study_has_no_verdict(incomplete: Path) -> None:
 def test_a_partial_verdict_says_so_first(incomplete: Path) -> None:
     (found,) = analyse(incomplete, partial=True)
     said = json.loads((incomplete / conclusions.JSON).read_text())
-    assert said["notes"][0].startswith(
-        "Partial: 5 of 6 cells are finished, 1 are missing: demo_awq_4bit_g128_self_seed1"
-    )
-    assert said["sentences"][0].startswith("Partial")
+    assert said["notes"][0].startswith("Partial: 5 of 6 cells are finished, missing: demo_awq_4bit_g128_self_seed1. ")
+    assert said["sentences"][0] == "Partial: 5 of 6 cells are finished (see the notes)."
     assert said["notes"][0] in (incomplete / conclusions.MARKDOWN).read_text()
     assert found.notes[0] == said["notes"][0]
 
@@ -98,11 +97,15 @@ def test_the_command_ends_with_an_error_and_takes_partial(incomplete: Path) -> N
 
 
 def test_many_missing_cells_are_counted_and_the_first_named(tmp_path: Path, planned: tuple[Cell, ...]) -> None:
-    told = coverage(StudyFolder(tmp_path), planned).told
-    assert told.startswith(
-        "0 of 6 cells are finished, 6 are missing: demo_none_16bit (rec, rec_fog_1, rec_fog_3); demo_rtn"
+    found = coverage(StudyFolder(tmp_path), planned).partial
+    assert found == (
+        "0 of 6 cells are finished",
+        "demo_none_16bit, demo_rtn_4bit_g128, demo_awq_4bit_g128_noise_seed0 and 3 more",
     )
-    assert told.endswith("; and 3 more")
+    both = (planned[0], replace(planned[0], tasks=(CLEAN,)))
+    found = coverage(StudyFolder(tmp_path), both).partial
+    assert found is not None
+    assert found.missing == "demo_none_16bit (rec, rec_fog_1, rec_fog_3), demo_none_16bit (rec)"
 
 
 def test_cells_count_by_their_place_and_the_newest_of_several(tmp_path: Path, planned: tuple[Cell, ...]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin.study import conclusions
-from lmms_plugin.study.conclusions import Conclusion
+from lmms_plugin.study.conclusions import Conclusion, Partial
 from lmms_plugin.study.expansion import cells
 from lmms_plugin.study.folder import STUDY, StudyFolder, place
 from lmms_plugin.study.grid import Cell
@@ -31,12 +31,16 @@ class Coverage(NamedTuple):
     missing: tuple[Cell, ...]
 
     @property
-    def told(self) -> str:
-        """In words: how many are finished, how many are missing, and the first of these."""
-        first = "; ".join(f"{cell.slug} ({', '.join(cell.tasks)})" for cell in self.missing[:_NAMED])
-        more = f"; and {len(self.missing) - _NAMED} more" if len(self.missing) > _NAMED else ""
+    def partial(self) -> Partial | None:
+        """How many are finished and which are missing, the first few by name; None where all are finished."""
+        if not self.missing:
+            return None
+        # Their tasks are named where they tell them apart.
+        by_tasks = len({cell.tasks for cell in self.missing}) > 1
+        first = [f"{one.slug} ({', '.join(one.tasks)})" if by_tasks else one.slug for one in self.missing[:_NAMED]]
+        more = f" and {len(self.missing) - _NAMED} more" if len(self.missing) > _NAMED else ""
         total = len(self.finished) + len(self.missing)
-        return f"{len(self.finished)} of {total} cells are finished, {len(self.missing)} are missing: {first}{more}"
+        return Partial(f"{len(self.finished)} of {total} cells are finished", f"{', '.join(first)}{more}")
 
 
 def coverage(folder: StudyFolder, planned: Sequence[Cell]) -> Coverage:
@@ -74,10 +78,12 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
     if asked is None:
         raise ValueError(f"expected an analysis in {file or folder / STUDY}, got none")
     found = coverage(StudyFolder(folder), cells(study, runnable=False))
-    if found.missing and not partial:
-        raise ValueError(f"expected all cells of {folder / STUDY}, but {found.told} (--partial analyses what is there)")
-    told = found.told if found.missing else None
-    return conclusions.conclude(folder, asked, found.finished, workers=os.cpu_count() or 1, missing=told)
+    if found.partial is not None and not partial:
+        raise ValueError(
+            f"expected all cells of {folder / STUDY}, but {found.partial.finished}, missing: {found.partial.missing}"
+            " (--partial analyses what is there)"
+        )
+    return conclusions.conclude(folder, asked, found.finished, workers=os.cpu_count() or 1, partial=found.partial)
 
 
 def _about(cell: Cell) -> dict[str, Any]:

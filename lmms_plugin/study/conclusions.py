@@ -41,6 +41,21 @@ class Conclusion(NamedTuple):
     details: Any
 
 
+class Partial(NamedTuple):
+    """Of how much of a study an analysis is, in words.
+
+    Attributes:
+        finished: How many cells.
+        missing: Which are missing.
+    """
+
+    finished: str
+    missing: str
+
+    def __str__(self) -> str:
+        return f"Partial: {self.finished}, missing: {self.missing}"
+
+
 class Planned(Protocol):
     """A cell that will run."""
 
@@ -93,7 +108,7 @@ def conclude(
     only: Collection[str] | None = None,
     *,
     workers: int = 1,
-    missing: str | None = None,
+    partial: Partial | None = None,
 ) -> list[Conclusion]:
     """Analyse a study's finished cells and write `verdict.json` and `verdict.md` into its folder.
 
@@ -102,15 +117,15 @@ def conclude(
         asked: The `analysis` of the study file.
         only: Ids of the cells that count; None for all in the folder.
         workers: Threads.
-        missing: What is missing of the study, in words; None where nothing is.
+        partial: What is missing of the study; None where nothing is.
 
     Raises:
         ValueError: The analysis is not as it has to be, or cells that it needs are missing.
     """
     kind, question = _parsed(asked)
     found = kind.conclude(study, question, only, workers)
-    if missing is not None:
-        found = _partial(found, missing)
+    if partial is not None:
+        found = _said_of(partial, found)
     said = {
         "sentences": [line for one in found for line in one.sentences],
         "findings": [line for one in found for line in one.findings],
@@ -129,13 +144,11 @@ def withdraw(study: Path) -> None:
         (study / name).unlink(missing_ok=True)
 
 
-def _partial(found: Sequence[Conclusion], missing: str) -> list[Conclusion]:
-    note = f"Partial: {missing}. Differences, intervals and p-values may be others when they are finished."
+def _said_of(partial: Partial, found: Sequence[Conclusion]) -> list[Conclusion]:
+    note = f"{partial}. Differences, intervals and p-values may be others when all are."
     noted = [one._replace(notes=[note, *one.notes]) for one in found]
-    first = noted[0]._replace(
-        sentences=["Partial, cells of the study are missing (see the notes).", *noted[0].sentences]
-    )
-    return [first, *noted[1:]]
+    sentence = f"Partial: {partial.finished} (see the notes)."
+    return [noted[0]._replace(sentences=[sentence, *noted[0].sentences]), *noted[1:]]
 
 
 def markdown(found: Conclusion) -> str:
