@@ -70,7 +70,12 @@ def test_success_removes_failures_under_other_keys_but_not_those_of_other_cells(
 
 
 def test_a_newer_answer_to_the_same_question_supersedes_and_can_be_taken_back(folder: StudyFolder) -> None:
-    for cell, about in (("a-1", ABOUT), ("b-1", {**ABOUT, "tasks": ["u"]}), ("a-2", ABOUT)):
+    several = {**ABOUT, "tasks": ["t", "v"]}
+    for cell, about in (
+        ("a-1", several),
+        ("b-1", {**ABOUT, "tasks": ["u"]}),
+        ("a-2", {**several, "tasks": ["v", "t"]}),
+    ):
         work(folder, cell)
         folder.finish(cell, about, {"seconds": 3.0})
     assert folder.finished() == ["a-2", "b-1"]

@@ -270,9 +270,6 @@ class StudyFolder:
         return read_json(self.done_path(cell) / DONE)
 
 
-_QUESTION = ("model", "model_args", "tasks", "limit", "batch_size", "processes", "axes")
-
-
 def place(about: Mapping[str, Any]) -> str:
     """What tells a cell from the others of its study, of what `cell.json` says: axes, tasks in any order, limit."""
     return json.dumps([about.get("axes"), sorted(about.get("tasks", ())), about.get("limit")], sort_keys=True)
@@ -280,7 +277,8 @@ def place(about: Mapping[str, Any]) -> str:
 
 def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two cells differ only in what answered them."""
-    return all(one.get(name) == other.get(name) for name in _QUESTION)
+    settings = ("model", "model_args", "batch_size", "processes")
+    return place(one) == place(other) and all(one.get(name) == other.get(name) for name in settings)
 
 
 def _write(path: Path, text: str) -> None:
