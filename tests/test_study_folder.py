@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from lmms_plugin.study import cost, guard
-from lmms_plugin.study.folder import CELL, DONE, FAILED, Lock, StudyFolder, read_json
+from lmms_plugin.study.durable import read_json
+from lmms_plugin.study.folder import CELL, DONE, FAILED, Lock, StudyFolder
 from lmms_plugin.study.recording import Recorder, Taken
 from lmms_plugin.study.storage import Storage
 

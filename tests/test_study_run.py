@@ -15,7 +15,8 @@ import pytest
 from small_studies import STUDY
 
 from lmms_plugin import results
-from lmms_plugin.study.folder import DONE, hashes, read_json
+from lmms_plugin.study.durable import hashes, read_json
+from lmms_plugin.study.folder import DONE
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 # Offline there is no RefCOCO+; lmms-eval says so in its log and ends with status 0.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lmms_plugin.reliability import plain
 from lmms_plugin.study.asked import AskedError
-from lmms_plugin.study.folder import replace_text
+from lmms_plugin.study.durable import replace_text
 
 DEFAULT = "method_by_shift"
 JSON, MARKDOWN = "verdict.json", "verdict.md"

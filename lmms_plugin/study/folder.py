@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+
+from lmms_plugin.study.durable import hashes, read_json, replace_text, sync, sync_folder, write_json
 
 STUDY, CELL, DONE, FAILED, LOG = "study.yaml", "cell.json", "done.json", "failed.json", "log.txt"
 _LOCK, _UNFINISHED = ".lock", ".unfinished"
@@ -195,10 +195,10 @@ class StudyFolder:
 
     def _move_to_finished(self, cell: str, about: Mapping[str, Any]) -> None:
         work = self.running / cell
-        _sync(work)
+        sync(work)
         self._make_room(cell, about)
         os.rename(work, self.done_path(cell))
-        _sync_folder(self.path / "cells")
+        sync_folder(self.path / "cells")
         self._forget_failures(about)
 
     def fail(self, cell: str, about: Mapping[str, Any], failed: Mapping[str, Any]) -> None:
@@ -209,7 +209,7 @@ class StudyFolder:
                 _remove(left)
         write_json(work / CELL, about)
         write_json(work / FAILED, failed)
-        _sync(work)
+        sync(work)
         _remove(self.failed_path(cell))
         os.rename(work, self.failed_path(cell))
 
@@ -285,62 +285,6 @@ def _write(path: Path, text: str) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
     replace_text(path, text)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that at every moment is as it was before or as it is to be."""
-    beside = path.with_name(f".{path.name}.{uuid4().hex}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected JSON in {path}, which is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object in {path}, got {value!r:.60}")
-    return value
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path relative to that."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    found = {}
-    for file in files:
-        with file.open("rb") as stream:
-            found[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's files to the disk, so that what is renamed is whole even after a power cut."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
