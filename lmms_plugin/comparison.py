@@ -248,7 +248,7 @@ def _both(
         outcome, score = records.outcome[keep], records.score[keep]
         means = {"accuracy": outcome, "mean_iou": score, "parse_rate": records.parsed[keep].astype(np.float64)}
         means[BOXES] = score
-        wanted, ranked = set(_names(one.kind)), REJECTED if one.kind is REJECTION else RANKED
+        wanted, ranked = set(compared(one.kind)), REJECTED if one.kind is REJECTION else RANKED
         statistics.append(Means({name: values for name, values in means.items() if name in wanted}, clusters))
         if known.any():
             arrays = confidence[known], outcome[known], inside
@@ -258,7 +258,7 @@ def _both(
     return statistics, int(known.sum()), int(np.unique(inside.index).size)
 
 
-def _names(kind: Kind) -> tuple[str, ...]:
+def compared(kind: Kind) -> tuple[str, ...]:
     """What is compared of a kind of task."""
     if kind is REJECTION:
         return (BOXES, *REJECTED)
@@ -293,7 +293,7 @@ def _changes(
 ) -> None:
     keep = reported(records)
     everything = int(keep.sum()), int(np.unique(records.images[keep]).size)
-    for name in _names(records.kind):
+    for name in compared(records.kind):
         size = everything if name in (*MEANS, BOXES) else (known, images)
         changed = difference(first, second, name, level=settings.level, margin=margin)
         values = first.of(name)[0], second.of(name)[0]

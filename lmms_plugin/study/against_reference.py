@@ -15,22 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin import comparison
-from lmms_plugin.comparison import BINNED, BOXES, MEANS, RANKED
 from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
-from lmms_plugin.reliability import PRINTED, REJECTED, Settings
-from lmms_plugin.results import KINDS, REJECTION
+from lmms_plugin.reliability import PRINTED, Settings
+from lmms_plugin.results import KINDS
 from lmms_plugin.study import published
 from lmms_plugin.study.arms import UNTOUCHED, Cell, expect_places, one_reference, read_cells, select
 from lmms_plugin.study.asked import AskedError, expect_metrics, parse
 from lmms_plugin.study.conclusions import Conclusion, Planned
 from lmms_plugin.study.grid import Axes
 
-COMPARED = frozenset(
-    kind.named(PRINTED.get(name, name))
-    for kind in KINDS
-    for name in ((BOXES, *REJECTED) if kind is REJECTION else (*MEANS, *BINNED, *RANKED))
-)
+COMPARED = frozenset(kind.named(PRINTED.get(name, name)) for kind in KINDS for name in comparison.compared(kind))
 """Metrics of `lmms-plugin compare`."""
 
 
