@@ -7,7 +7,6 @@ reads slowly, and says what is wrong if anything is.
 """
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,8 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 _ROWS_AT_ONCE = 20_000
-_BLOCK = 1 << 24
+_SLACK = 512
+"""Bytes by which records are looked for before where the last one was."""
 
 
 class UnusualLogError(ValueError):
@@ -167,9 +167,12 @@ def _table(lines: Iterator[bytes], kind: Kind, first: Mapping[str, Any], schema:
     stop = f'}}, "{keys[place + 1]}": '.encode()
     opening, skip = f'{{"{keys[0]}": '.encode(), len(start) - 1
     key = f'"{schema.field("confidence").type.field(0).name}": '.encode()
-    tables, found = [], []
+    tables, found, rest = [], [], 0
     for line in lines:
-        begin = line.find(start)
+        # What follows the record has nearly the same length in every row, what comes before it is long.
+        begin = line.find(start, max(0, len(line) - rest - _SLACK))
+        begin = line.find(start) if begin < 0 else begin
+        rest = len(line) - begin
         end = line.find(stop, begin)
         if begin < 0 or end < 0 or not line.startswith(opening) or line[-2:] != b"}\n":
             raise UnusualLogError(f"{log}: a row without {kind.record}")
@@ -197,10 +200,11 @@ def _one_confidence(record: bytes, key: bytes) -> bytes:
 
 
 def _parsed(found: Sequence[bytes], schema: pa.Schema, log: Path) -> pa.Table:
+    joined = b"\n".join(found)
     try:
         table = pj.read_json(
-            io.BytesIO(b"\n".join(found)),
-            read_options=pj.ReadOptions(use_threads=False, block_size=_BLOCK),
+            pa.BufferReader(joined),
+            read_options=pj.ReadOptions(use_threads=False, block_size=len(joined) + 1),
             parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
         )
     except pa.ArrowInvalid as error:

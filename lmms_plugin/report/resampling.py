@@ -21,7 +21,8 @@ Whole = npt.NDArray[np.int32]
 RISKS = (0.01, 0.05)
 COSTS = (1, 10, 100)
 SELECTIVE = ("aurc", *(f"coverage@{risk:g}" for risk in RISKS), "auroc")
-_AT_ONCE = 4_000_000
+_AT_ONCE = 100_000
+"""Numbers per array: larger ones are given back to the system every time, and fetched anew."""
 _ROUNDING = 1e-12
 
 
