@@ -139,6 +139,15 @@ def test_no_mean_is_taken_over_runs_with_unequal_tasks(tmp_path):
     assert any("shifted over shapes_shift_fog_3 is the mean over" in said for said in page.warnings(summary))
 
 
+def test_the_order_of_tasks_makes_no_difference(tmp_path):
+    for seed, tasks in enumerate((BOTH, dict(reversed(BOTH.items())))):
+        write_cell(tmp_path, f"awq-{seed}", report_study.axes("awq", 4, seed), 0.8, 1 + seed, tasks=tasks)
+    summary = summary_of(tmp_path)
+    (shifted,) = lines_of(summary, "awq", "shifted")
+    assert len(shifted.runs) == 2
+    assert not summary.partial
+
+
 def test_a_second_run_with_more_tasks_does_not_count_twice(tmp_path):
     first = report_study.axes("awq", 4, 0)
     write_cell(tmp_path, "awq-a", first, 0.8, 1)

@@ -193,7 +193,8 @@ def _family(key: Family, members: Sequence[Answers], settings: Settings, found: 
         found.tasks[one.task] = _task(key, one, keep, numbers, settings)
         if one.documents not in found.documents:
             found.documents[one.documents] = one.ids.filter(pa.array(keep))
-    for condition, chosen in _conditions(members).items():
+    # In one order, whatever order they were run in: runs are compared by their tasks.
+    for condition, chosen in _conditions(sorted(members, key=lambda one: one.task)).items():
         several = np.stack([values[one.task] for one in chosen])
         mean = several.mean(axis=0)
         tasks = [found.tasks[one.task] for one in chosen]

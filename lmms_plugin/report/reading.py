@@ -19,6 +19,8 @@ from lmms_plugin.report.axes import Axes
 from lmms_plugin.report.columns import Answers, UnusualLogError
 from lmms_plugin.report.measuring import Measured, measure
 from lmms_plugin.results import TaskRecords
+from lmms_plugin.study.durable import read_json
+from lmms_plugin.study.folder import place
 
 UNFINISHED = (".running", "failed")
 _MANY = 200
@@ -283,22 +285,16 @@ def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 def _failed(path: Path) -> Iterator[Failed]:
     folder = path / "failed"
-    finished = [_question(file) for file in path.glob("cells/*/cell.json")] if folder.is_dir() else []
+    finished = {place(read_json(file)) for file in path.glob("cells/*/cell.json")} if folder.is_dir() else set()
     for file in sorted(folder.glob("*/failed.json")) if folder.is_dir() else ():
         about = file.with_name("cell.json")
         # Mended code gives a cell another id: what failed under the old one has been finished since.
-        if about.is_file() and _question(about) in finished:
+        if about.is_file() and place(read_json(about)) in finished:
             continue
         told = json.loads(file.read_text(encoding="utf-8"))
         tail = told.get("tail") or ""
         lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
         yield Failed(file.parent.name, told.get("returncode"), lines[-1] if lines else "")
-
-
-def _question(file: Path) -> tuple[Any, ...]:
-    """What a cell asks, whatever the code that answers it."""
-    told = json.loads(file.read_text(encoding="utf-8"))
-    return told.get("axes"), told.get("tasks"), told.get("limit")
 
 
 def default_resamples(path: Path) -> int:
