@@ -229,11 +229,7 @@ def table(found: Sensitivity) -> Table:
 
 
 def draw(found: Sensitivity, file: Path) -> None:
-    """Draw importances with their intervals, and beside them the scores by the bits of each component.
-
-    Raises:
-        ImportError: matplotlib is missing; says how to install it.
-    """
+    """Draw importances with their intervals, and beside them the scores by the bits of each component."""
     from matplotlib.figure import Figure
 
     k = len(found.importances)
