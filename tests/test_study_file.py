@@ -65,6 +65,12 @@ def test_a_cell_of_two_grids_is_planned_once(write: Write) -> None:
     assert [cell.axes.method for cell in found] == ["none", "rtn", "hqq"]
 
 
+def test_a_cell_is_planned_once_whatever_the_order_of_its_tasks(write: Write) -> None:
+    tasks = "[[shapes_rec, shapes_shift_fog_3], [shapes_shift_fog_3, shapes_rec], [shapes_rec]]"
+    found = planned(write(f"models: [demo]\nmethods: [rtn]\ntasks: {tasks}\n"))
+    assert [cell.tasks for cell in found] == [("shapes_rec", "shapes_shift_fog_3"), ("shapes_rec",)]
+
+
 def test_seeds_of_sampling_apply_without_calibration(write: Write) -> None:
     found = planned(write(SHARED + "methods: [none, rtn]\nseeds: [3, 5]\nmodel_args: {samples: 4}"))
     assert [(cell.axes.method, cell.axes.seed) for cell in found] == [("none", 3), ("none", 5), ("rtn", 3), ("rtn", 5)]

@@ -20,7 +20,7 @@ from lmms_plugin.report.columns import Answers, UnusualLogError
 from lmms_plugin.report.measuring import Measured, measure
 from lmms_plugin.results import TaskRecords
 from lmms_plugin.study.durable import read_json
-from lmms_plugin.study.folder import place
+from lmms_plugin.study.grid import place
 
 UNFINISHED = (".running", "failed")
 _MANY = 200
@@ -72,7 +72,7 @@ class Run:
         layers: What quantization did to each layer; empty without a report.
         measured: Its numbers.
         others: Tasks that log no records of ours.
-    rejection: Numbers of tasks in which nothing is right or wrong, but expressions are to be rejected.
+        rejection: Numbers of tasks in which nothing is right or wrong, but expressions are to be rejected.
         slow: Why logs had to be read slowly; empty where they were not.
     """
 
@@ -125,7 +125,7 @@ class Folder(NamedTuple):
         failed: Cells of a study that failed.
         documents: Fingerprint of documents → their ids.
         left_out: Results files that hold nothing of ours, and why.
-    resamples: Of the images, for every interval.
+        resamples: Of the images, for every interval.
     """
 
     runs: list[Run]
@@ -284,14 +284,14 @@ def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 
 def _failed(path: Path) -> Iterator[Failed]:
-    folder = path / "failed"
-    finished = {place(read_json(file)) for file in path.glob("cells/*/cell.json")} if folder.is_dir() else set()
-    for file in sorted(folder.glob("*/failed.json")) if folder.is_dir() else ():
+    files = sorted(path.glob("failed/*/failed.json"))
+    finished = {place(read_json(file)) for file in path.glob("cells/*/cell.json")} if files else set()
+    for file in files:
         about = file.with_name("cell.json")
         # Mended code gives a cell another id: what failed under the old one has been finished since.
         if about.is_file() and place(read_json(about)) in finished:
             continue
-        told = json.loads(file.read_text(encoding="utf-8"))
+        told = read_json(file)
         tail = told.get("tail") or ""
         lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
         yield Failed(file.parent.name, told.get("returncode"), lines[-1] if lines else "")

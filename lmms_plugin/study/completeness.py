@@ -7,13 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lmms_plugin.study import conclusions
 from lmms_plugin.study.conclusions import Conclusion, Partial
 from lmms_plugin.study.expansion import cells
-from lmms_plugin.study.folder import STUDY, StudyFolder, place
-from lmms_plugin.study.grid import Cell
+from lmms_plugin.study.folder import STUDY, StudyFolder
+from lmms_plugin.study.grid import Cell, place
 from lmms_plugin.study.reading import read
 
 _NAMED = 3
@@ -54,7 +54,7 @@ def coverage(folder: StudyFolder, planned: Sequence[Cell]) -> Coverage:
         with suppress(FileNotFoundError):
             moment = str(folder.done(one).get("finished", ""))
             there[place(folder.about(folder.done_path(one)))].append((moment, one))
-    found = [(cell, there.get(place(_about(cell)))) for cell in planned]
+    found = [(cell, there.get(cell.place)) for cell in planned]
     return Coverage(
         tuple(max(answers)[1] for _, answers in found if answers),
         tuple(cell for cell, answers in found if not answers),
@@ -84,7 +84,3 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
             " (--partial analyses what is there)"
         )
     return conclusions.conclude(folder, asked, found.finished, workers=os.cpu_count() or 1, partial=found.partial)
-
-
-def _about(cell: Cell) -> dict[str, Any]:
-    return {"axes": cell.axes.to_dict(), "tasks": list(cell.tasks), "limit": cell.limit}

@@ -32,7 +32,7 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
             the file.
     """
     used: set[str] = set()
-    found: dict[tuple[Any, ...], Cell] = {}
+    found: dict[str, Cell] = {}
     for grid in study.grids:
         for cell in _cells(grid, used, runnable):
             _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, grid)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.study.durable import hashes, read_json, replace_text, sync, sync_folder, write_json
+from lmms_plugin.study.grid import place
 
 STUDY, CELL, DONE, FAILED, LOG = "study.yaml", "cell.json", "done.json", "failed.json", "log.txt"
 _LOCK, _UNFINISHED = ".lock", ".unfinished"
@@ -268,11 +268,6 @@ class StudyFolder:
     def done(self, cell: str) -> dict[str, Any]:
         """What `done.json` of a finished cell says."""
         return read_json(self.done_path(cell) / DONE)
-
-
-def place(about: Mapping[str, Any]) -> str:
-    """What tells a cell from the others of its study, of what `cell.json` says: axes, tasks in any order, limit."""
-    return json.dumps([about.get("axes"), sorted(about.get("tasks", ())), about.get("limit")], sort_keys=True)
 
 
 def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -216,12 +217,12 @@ class Cell:
     @property
     def question(self) -> tuple[Any, ...]:
         """What it asks, whatever code, data and versions answer it."""
-        return (self.axes, self.model, self.model_args, self.tasks, self.limit, self.batch_size, self.resources)
+        return (self.place, self.model, self.model_args, self.batch_size, self.resources)
 
     @property
-    def place(self) -> tuple[Any, ...]:
+    def place(self) -> str:
         """What tells it from the other cells of its study."""
-        return (self.axes, self.tasks, self.limit)
+        return place({"axes": self.axes.to_dict(), "tasks": self.tasks, "limit": self.limit})
 
     @property
     def slug(self) -> str:
@@ -245,3 +246,8 @@ def gpus_needed(cell: Cell, there: int) -> int:
     """
     resources = cell.resources
     return (resources.processes if there else 0) if resources.gpus is None else resources.gpus
+
+
+def place(about: Mapping[str, Any]) -> str:
+    """What tells a cell from the others of its study, of what `cell.json` says: axes, tasks in any order, limit."""
+    return json.dumps([about.get("axes"), sorted(about.get("tasks", ())), about.get("limit")], sort_keys=True)

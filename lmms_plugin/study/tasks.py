@@ -65,13 +65,13 @@ def describe(name: str) -> Described:
     described = {task: _resolved(config) for task, config in found.items()}
     single = [task for task, config in found.items() if not isinstance(config.get("task"), list)]
     documents = tuple(_documents(found[task]) for task in single)
-    metrics = {task: tuple(entry["metric"] for entry in found[task].get("metric_list") or ()) for task in single}
+    metrics = {task: _metrics(found[task]) for task in single}
     return Described(digest(described), frozenset(modules), tuple(single), documents, metrics)
 
 
 def _documents(config: Mapping[str, Any]) -> int | None:
     """Counted where the dataset is on this machine, else as published."""
-    metrics = {entry["metric"] for entry in config.get("metric_list") or ()}
+    metrics = _metrics(config)
     # Tasks of rejection ask each expression that can be changed twice, which nothing here tells.
     if REJECTION.record in metrics:
         return None
@@ -84,6 +84,10 @@ def _documents(config: Mapping[str, Any]) -> int | None:
         return sum(_rows(file, expressions=GROUNDING.record in metrics) for file in local)
     found: int | None = _published_sizes().get(path, {}).get(split)
     return found
+
+
+def _metrics(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(entry["metric"] for entry in config.get("metric_list") or ())
 
 
 def _rows(file: str, *, expressions: bool) -> int:
