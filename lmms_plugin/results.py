@@ -292,10 +292,15 @@ def match(first: TaskRecords, second: TaskRecords) -> None:
 
 
 def reported(records: TaskRecords) -> npt.NDArray[np.bool_]:
-    """Which records results are reported on, shape (n,): all, unless the task brings a split of its own."""
-    if np.any(records.parts != ""):
-        return np.equal(records.parts, REPORTED)
-    return np.ones(records.ids.size, np.bool_)
+    """Which records results are reported on, shape (n,)."""
+    return reported_parts(records.parts)
+
+
+def reported_parts(parts: Texts) -> npt.NDArray[np.bool_]:
+    """Which of n records results are reported on, by the part of each: all, unless the task brings its own split."""
+    if np.any(parts != ""):
+        return np.equal(parts, REPORTED)
+    return np.ones(parts.size, np.bool_)
 
 
 def _agree(records: TaskRecords, table: Mapping[str, Any], log: Path) -> None:

@@ -27,8 +27,6 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 _ROWS_AT_ONCE = 20_000
-_SLACK = 512
-"""Bytes by which records are looked for before where the last one was."""
 
 
 class UnusualLogError(ValueError):
@@ -69,10 +67,8 @@ class Answers:
 
     @property
     def reported(self) -> Bools:
-        """Which answers results are reported on: all, unless the task brings a split of its own."""
-        if np.any(self.parts != ""):
-            return np.equal(self.parts, results.REPORTED)
-        return np.ones(self.score.size, np.bool_)
+        """Which answers results are reported on."""
+        return results.reported_parts(self.parts)
 
 
 def read(
@@ -167,12 +163,9 @@ def _table(lines: Iterator[bytes], kind: Kind, first: Mapping[str, Any], schema:
     stop = f'}}, "{keys[place + 1]}": '.encode()
     opening, skip = f'{{"{keys[0]}": '.encode(), len(start) - 1
     key = f'"{schema.field("confidence").type.field(0).name}": '.encode()
-    tables, found, rest = [], [], 0
+    tables, found = [], []
     for line in lines:
-        # What follows the record has nearly the same length in every row, what comes before it is long.
-        begin = line.find(start, max(0, len(line) - rest - _SLACK))
-        begin = line.find(start) if begin < 0 else begin
-        rest = len(line) - begin
+        begin = line.find(start)
         end = line.find(stop, begin)
         if begin < 0 or end < 0 or not line.startswith(opening) or line[-2:] != b"}\n":
             raise UnusualLogError(f"{log}: a row without {kind.record}")

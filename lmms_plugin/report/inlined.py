@@ -35,7 +35,7 @@ def shown(summary: Summary, workers: int) -> dict[str, list[Shown]]:
         summary: What to draw.
         workers: Processes there may be.
     """
-    if workers == 1 or sum(len(scope.lines) for scope in summary.scopes) < _ONE_PROCESS:
+    if workers == 1 or len(summary.lines) < _ONE_PROCESS:
         wide, narrow = _wide(summary), _narrow(summary)
     else:
         # Forking a process that has threads (BLAS, pyarrow) may hang.

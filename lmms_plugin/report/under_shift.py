@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report import drawing
 from lmms_plugin.report.drawing import BAND, Drawn, Floats, Key, Margins, label, slug
-from lmms_plugin.report.measuring import CLEAN
+from lmms_plugin.report.measuring import CLEAN, Task
 from lmms_plugin.report.palette import BAD, BAND_ALPHA, GOOD, INK, looks
 from lmms_plugin.report.summary import Line, Scope, Summary, series, spread
 from lmms_plugin.report.tables import Column, Table, number, rows_of, text, whole
@@ -116,14 +116,16 @@ def _losses(scope: Scope) -> tuple[dict[Key, dict[str, list[float]]], dict[str, 
     found: dict[Key, dict[str, list[float]]] = {}
     sizes: dict[str, int] = {}
     for condition in scope.conditions:
-        lines = [line for line in scope.under(condition) if line.base]
-        for line in lines:
-            dense = {task.task: task for task in (line.base.tasks if line.base else ())}
+        answered: dict[str, Task] = {}
+        for line in scope.under(condition):
+            if line.base is None:
+                continue
+            dense = {task.task: task for task in line.base.tasks}
             row = found.setdefault((line.config.method, line.config.bits), {})
             for task in line.tasks:
                 difference = float(task.value[0] - dense[task.task].value[0])
                 row.setdefault(task.place.shift or CLEAN, []).append(difference)
-        answered = {task.task: task for line in lines for task in line.tasks}
+                answered[task.task] = task
         for task in answered.values():
             shift = task.place.shift or CLEAN
             sizes[shift] = sizes.get(shift, 0) + task.records
