@@ -275,6 +275,12 @@ def test_an_honest_submission_holds_as_folder_and_as_zip(honest):
     assert folder.tasks[TASK].count == DOCUMENTS
 
 
+def why_refused(path):
+    refused = verify(path)
+    assert isinstance(refused, Refused)
+    return refused.reason
+
+
 def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
@@ -447,9 +453,7 @@ def test_what_does_not_hold_is_refused_though_the_hashes_do(copy, tamper, messag
     tamper(copy)
     if tamper is not linked:
         seal(copy)
-    refused = verify(copy)
-    assert isinstance(refused, Refused)
-    assert re.search(message, refused.reason), refused.reason
+    assert re.search(message, reason := why_refused(copy)), reason
 
 
 @pytest.mark.parametrize(
@@ -466,9 +470,7 @@ def test_what_does_not_hold_is_refused_though_the_hashes_do(copy, tamper, messag
 )
 def test_files_are_those_of_the_manifest(copy, tamper, message):
     tamper(copy)
-    refused = verify(copy)
-    assert isinstance(refused, Refused)
-    assert re.search(message, refused.reason), refused.reason
+    assert re.search(message, reason := why_refused(copy)), reason
 
 
 def test_what_nothing_reads_belongs_to_no_submission(copy):
@@ -498,9 +500,7 @@ def test_a_zip_cannot_write_elsewhere(tmp_path):
     archive = tmp_path / "evil.zip"
     with zipfile.ZipFile(archive, "w") as packed:
         packed.writestr("../outside.txt", "x")
-    refused = verify(archive)
-    assert isinstance(refused, Refused)
-    assert "paths inside the submission" in refused.reason
+    assert "paths inside the submission" in why_refused(archive)
     assert not (tmp_path.parent / "outside.txt").exists()
 
 
@@ -544,9 +544,7 @@ def nested_table(folder):
 def test_unexpected_shapes_are_refused(copy, tamper, reason):
     tamper(copy)
     seal(copy)
-    refused = verify(copy)
-    assert isinstance(refused, Refused)
-    assert refused.reason.startswith(reason)
+    assert why_refused(copy).startswith(reason)
 
 
 def test_one_bad_submission_does_not_keep_the_others_from_the_page(honest, copy, tmp_path, monkeypatch, capsys):
@@ -564,9 +562,9 @@ def test_one_bad_submission_does_not_keep_the_others_from_the_page(honest, copy,
 
 def test_reasons_are_short_and_print_on_one_line(copy):
     edit(copy / "manifest.json", lambda content: content.update(format="\x1b[2J\n\u202e" + "x" * 10_000))
-    refused = verify(copy)
-    assert refused.reason.isprintable()
-    assert len(refused.reason) < 1_000
+    reason = why_refused(copy)
+    assert reason.isprintable()
+    assert len(reason) < 1_000
 
 
 @pytest.mark.parametrize(
@@ -747,9 +745,7 @@ def test_page_and_files_say_how_intervals_were_made(honest, tmp_path, monkeypatc
 )
 def test_settings_of_a_submission_are_checked(copy, chosen, message):
     edit(copy / "manifest.json", lambda content: content["settings"].update(chosen))
-    refused = verify(copy)
-    assert isinstance(refused, Refused)
-    assert re.search(message, refused.reason), refused.reason
+    assert re.search(message, reason := why_refused(copy)), reason
 
 
 def test_too_many_resamples_make_no_submission(honest, tmp_path, monkeypatch, capsys):

@@ -142,7 +142,6 @@ def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
     manifest = Manifest.read(folder)
     _expect_files(folder, manifest)
     run = read(submission.results_file(folder))
-    results = submission.content_of(run.file)
     claimed = measured(run, replace(manifest.settings, workers=settings.workers))
     _expect_nothing_else(folder, manifest, claimed)
     _expect_records(folder, manifest, claimed)
@@ -153,7 +152,7 @@ def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
         source=manifest.source,
         digest=hashlib.sha256((folder / submission.MANIFEST).read_bytes()).hexdigest(),
         answers=hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
-        facts=facts.quantization(run, results),
+        facts=facts.quantization(run, claimed.results),
         tasks={task: _answered(found, task) for task in found.tasks},
     )
 
