@@ -5,6 +5,7 @@ model. Tasks whose log holds no record of ours are left out; a log that is damag
 metric of what happens to be left of a run is not one of the run.
 """
 
+import glob
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -180,7 +181,18 @@ class Run:
 
 def log_of(file: Path, task: str) -> Path:
     """The log of a task's samples that belongs to a results file."""
-    return file.with_name(f"{file.name.removesuffix(_RESULTS)}_samples_{task}.jsonl")
+    return _beside(file, f"samples_{task}.jsonl")
+
+
+def logs_of(file: Path) -> list[Path]:
+    """All logs of samples that belong to a results file, by name."""
+    start = _beside(file, "samples_").name
+    return sorted(file.parent.glob(f"{glob.escape(start)}*.jsonl"))
+
+
+def _beside(file: Path, name: str) -> Path:
+    """A file of the same run, which the beginning of its name tells."""
+    return file.with_name(f"{file.name.removesuffix(_RESULTS)}_{name}")
 
 
 def find(path: Path) -> list[Path]:

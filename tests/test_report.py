@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -191,6 +192,7 @@ def test_nothing_is_compared_across_different_documents(tmp_path):
 
 
 def test_processes_do_not_change_a_number(study, summary, monkeypatch):
+    shutil.rmtree(study / ".measured")
     monkeypatch.setattr(reading, "_ONE_PROCESS", 0)
     other = reading.read_folder(study, reliability.Settings(resamples=60, workers=2))
     for one, same in zip(summary.folder.runs, other.runs, strict=True):

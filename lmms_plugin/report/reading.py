@@ -1,24 +1,25 @@
 """A folder of results, read and measured by several processes, one results file at a time."""
 
+from __future__ import annotations
+
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from lmms_plugin import reliability, results
+from lmms_plugin import results
 from lmms_plugin.reliability import Number, Settings
-from lmms_plugin.report import axes, columns
+from lmms_plugin.report import axes, kept, numbers
 from lmms_plugin.report.axes import Axes
-from lmms_plugin.report.columns import Answers, UnusualLogError
-from lmms_plugin.report.measuring import Measured, measure
-from lmms_plugin.results import TaskRecords
+from lmms_plugin.report.measuring import Measured
+from lmms_plugin.report.numbers import Numbers
 from lmms_plugin.study.durable import read_json
 from lmms_plugin.study.grid import place
 
@@ -73,7 +74,6 @@ class Run:
         measured: Its numbers.
         others: Tasks that log no records of ours.
         rejection: Numbers of tasks in which nothing is right or wrong, but expressions are to be rejected.
-        slow: Why logs had to be read slowly; empty where they were not.
     """
 
     file: Path
@@ -87,7 +87,6 @@ class Run:
     measured: Measured
     others: tuple[str, ...] = ()
     rejection: tuple[Number, ...] = ()
-    slow: tuple[str, ...] = field(default=())
 
     @property
     def tasks(self) -> dict[str, int]:
@@ -145,7 +144,8 @@ def read_folder(path: Path, settings: Settings) -> Folder:
     runs: list[Run] = []
     left_out: list[str] = []
     documents: dict[str, pa.Array] = {}
-    for run in _in_processes(files, partial(read_run, root=path, settings=settings), settings.workers):
+    work = partial(read_run, root=path, settings=settings, made_by=kept.code())
+    for run in _in_processes(files, work, settings.workers):
         documents |= run.measured.documents
         run.measured.documents.clear()
         if run.tasks:
@@ -157,16 +157,23 @@ def read_folder(path: Path, settings: Settings) -> Folder:
     return Folder(runs, list(_failed(path)), documents, left_out, settings.resamples)
 
 
-def read_run(file: Path, root: Path, settings: Settings) -> Run:
-    """Read and measure one results file.
+def read_run(file: Path, root: Path, settings: Settings, made_by: str) -> Run:
+    """Read and measure one results file, or take what was measured of it before.
+
+    Args:
+        file: The results file.
+        root: Path that the report is on.
+        settings: Estimator, intervals.
+        made_by: The code that measures, as `lmms_plugin.report.kept.code` tells it.
 
     Raises:
         ValueError: As `lmms_plugin.results.read`.
     """
     table = _results(file)
-    read = _answers(file, table, settings)
-    config = table.get("config") or {}
     where = axes.of(file, root, table)
+    path = kept.path_of(where.folder) if where.cell else None
+    measured, rejection, others = _numbers(file, table, settings, made_by, path)
+    config = table.get("config") or {}
     account = _account(where.folder)
     return Run(
         file,
@@ -177,11 +184,50 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
         str(table.get("date", "")),
         _cost(table.get("throughput") or {}, account),
         _layers(account),
-        measure(read.answers, settings),
-        read.others,
-        tuple(number for records in read.rejection for number in reliability.rejection(records, settings)),
-        read.slow,
+        measured,
+        others,
+        rejection,
     )
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a report on a study is going to measure its cells.
+
+    Attributes:
+        settings: Of the report.
+        made_by: The code that measures.
+    """
+
+    settings: Settings
+    made_by: str
+
+    @classmethod
+    def by_default(cls, cells: int) -> Measuring:
+        """For a report with default settings on so many cells."""
+        return cls(Settings(resamples=resamples_for(cells)), kept.code())
+
+    def keep(self, cell: Path) -> None:
+        """Measure a finished cell, and keep its numbers in the study's folder.
+
+        Raises:
+            ValueError: As `lmms_plugin.results.read`.
+        """
+        for file in results.find(cell):
+            read_run(file, cell, self.settings, self.made_by)
+
+
+def _numbers(file: Path, table: Mapping[str, Any], settings: Settings, made_by: str, path: Path | None) -> Numbers:
+    # Only a study's folder is ours to write into.
+    if path is None:
+        return numbers.of(file, table, settings)
+    stamp = kept.stamp(settings, made_by)
+    found = kept.load(path, file, stamp)
+    if found is None:
+        made_of = kept.sources(file)
+        found = numbers.of(file, table, settings)
+        kept.save(path, stamp, made_of, found)
+    return found
 
 
 def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Run]:
@@ -195,8 +241,7 @@ def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Ru
 
 
 def _log_bytes(file: Path) -> int:
-    date = file.name.removesuffix("_results.json")
-    return sum(log.stat().st_size for log in file.parent.glob(f"{date}_samples_*.jsonl"))
+    return sum(log.stat().st_size for log in results.logs_of(file))
 
 
 def _below(file: Path, path: Path) -> tuple[str, ...]:
@@ -211,43 +256,6 @@ def _results(file: Path) -> dict[str, Any]:
     if not isinstance(table, dict) or not {"configs", "n-samples", "results"} <= set(table):
         raise ValueError(f"expected a results file of lmms-eval, got {file}")
     return table
-
-
-class _Read(NamedTuple):
-    answers: list[Answers]
-    rejection: list[TaskRecords]
-    others: tuple[str, ...]
-    slow: tuple[str, ...] = ()
-
-
-def _answers(file: Path, table: Mapping[str, Any], settings: Settings) -> _Read:
-    found: list[Answers] = []
-    rejection, others = [], []
-    try:
-        for task, samples in table["n-samples"].items():
-            numbers = table["results"].get(task, {})
-            said = numbers.get("mean_iou,none", numbers.get("accuracy,none"))
-            log = results.log_of(file, task)
-            one = columns.read(task, table["configs"][task], log, settings.estimator, samples["effective"], said)
-            if one is not None:
-                found.append(one)
-            elif records := results.read_task(file, table, task):
-                rejection.append(records)
-            else:
-                others.append(task)
-    except UnusualLogError as error:
-        run = results.read(file)
-        rejection = [records for records in run.tasks.values() if records.kind is results.REJECTION]
-        kept = [records for records in run.tasks.values() if records.kind is not results.REJECTION]
-        answers = [columns.of(records, settings.estimator) for records in kept]
-        return _read(answers, rejection, run.others, str(error))
-    return _read(found, rejection, others)
-
-
-def _read(answers: Sequence[Answers], rejection: list[TaskRecords], others: Iterable[str], *slow: str) -> _Read:
-    # A run of the first documents of a task that brings its own split may hold none that are reported on.
-    empty = [one.task for one in answers if not one.reported.any()]
-    return _Read([one for one in answers if one.task not in empty], rejection, (*others, *empty), slow)
 
 
 def _account(folder: Path) -> dict[str, Any]:
@@ -303,7 +311,12 @@ def default_resamples(path: Path) -> int:
     Raises:
         ValueError: If there are no results files at or under the path.
     """
-    return 500 if len(results.find(path)) <= _MANY else 200
+    return resamples_for(len(results.find(path)))
+
+
+def resamples_for(runs: int) -> int:
+    """The same for so many runs."""
+    return 500 if runs <= _MANY else 200
 
 
 def default_workers() -> int:

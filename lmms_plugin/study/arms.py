@@ -23,7 +23,7 @@ from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootst
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
 from lmms_plugin.metrics.weighted import METHODS, Binned, Means
 from lmms_plugin.results import REJECTION, Run, TaskRecords, match, read_one, reported
-from lmms_plugin.study.folder import DONE
+from lmms_plugin.study.folder import CELLS, DONE
 from lmms_plugin.study.grid import Axes
 
 Floats = npt.NDArray[np.float64]
@@ -102,7 +102,7 @@ def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
     Raises:
         ValueError: There are none, or one that counts is not finished.
     """
-    there = {file.parent.name: file.parent for file in (study / "cells").glob(f"*/{DONE}")}
+    there = {file.parent.name: file.parent for file in (study / CELLS).glob(f"*/{DONE}")}
     wanted = sorted(there if only is None else only)
     if not wanted:
         raise ValueError(f"expected finished cells below {study / 'cells'}, got none: run the study first")

@@ -13,9 +13,18 @@ from uuid import uuid4
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file that at every moment is as it was before or as it is to be."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """The same of bytes."""
     beside = path.with_name(f".{path.name}.{uuid4().hex}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

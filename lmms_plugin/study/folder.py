@@ -20,6 +20,7 @@ from lmms_plugin.study.durable import hashes, read_json, replace_text, sync, syn
 from lmms_plugin.study.grid import place
 
 STUDY, CELL, DONE, FAILED, LOG = "study.yaml", "cell.json", "done.json", "failed.json", "log.txt"
+CELLS, MEASURED = "cells", ".measured"
 _LOCK, _UNFINISHED = ".lock", ".unfinished"
 
 
@@ -79,7 +80,7 @@ class StudyFolder:
 
     def done_path(self, cell: str) -> Path:
         """Where a cell lies when it is finished."""
-        return self.path / "cells" / cell
+        return self.path / CELLS / cell
 
     def failed_path(self, cell: str) -> Path:
         """Where the account of a cell that failed lies."""
@@ -121,20 +122,23 @@ class StudyFolder:
             raise ValueError(f"expected an empty folder or one of a study (with study.yaml in it), got {self.path}")
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / STUDY, study_file.read_text(encoding="utf-8"))
-        for folder in (self.path / "cells", self.path / "failed", self.running):
+        for folder in (self.path / CELLS, self.path / "failed", self.running):
             folder.mkdir(exist_ok=True)
         for left in sorted(self.running.iterdir()):
             self._clear(left)
+        for numbers in (self.path / MEASURED).glob("*"):
+            if not self.done_path(numbers.stem).exists():
+                numbers.unlink(missing_ok=True)
 
     def _is_of_something_else(self) -> bool:
         """Whether the folder holds what no study's has; a runner that is starting may not have come to its file yet."""
         if not self.path.is_dir():
             return False
-        ours = ("cells", "failed", self.running.name)
+        ours = (CELLS, "failed", self.running.name)
         foreign = [
             one
             for one in self.path.iterdir()
-            if not one.name.startswith(f".{STUDY}.")
+            if not one.name.startswith((f".{STUDY}.", MEASURED))
             and not (one.name in ours and one.is_dir() and not any(one.iterdir()))
         ]
         return bool(foreign) and not (self.path / STUDY).is_file()
@@ -198,7 +202,7 @@ class StudyFolder:
         sync(work)
         self._make_room(cell, about)
         os.rename(work, self.done_path(cell))
-        sync_folder(self.path / "cells")
+        sync_folder(self.path / CELLS)
         self._forget_failures(about)
 
     def fail(self, cell: str, about: Mapping[str, Any], failed: Mapping[str, Any]) -> None:
@@ -258,7 +262,7 @@ class StudyFolder:
 
     def finished(self) -> list[str]:
         """Ids of all finished cells, those of other plans included."""
-        return sorted(file.parent.name for file in (self.path / "cells").glob(f"*/{DONE}"))
+        return sorted(file.parent.name for file in (self.path / CELLS).glob(f"*/{DONE}"))
 
     @staticmethod
     def about(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any
 
-from lmms_plugin.study.folder import DONE, STUDY, StudyFolder
+from lmms_plugin.study.folder import CELLS, DONE, STUDY, StudyFolder
 
 
 @dataclass(frozen=True)
@@ -69,4 +69,4 @@ class Storage:
         self.system.put_file(str(folder.path / STUDY), posixpath.join(self.root, STUDY))
 
     def _path(self, cell: str, name: str) -> str:
-        return posixpath.join(self.root, "cells", cell, name)
+        return posixpath.join(self.root, CELLS, cell, name)
