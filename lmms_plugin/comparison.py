@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from rich.table import Table
 
 from lmms_plugin.metrics import robustness
-from lmms_plugin.metrics.bootstrap import Clusters, Draws, Statistic, bootstrap
+from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic, bootstrap, interval
 from lmms_plugin.metrics.paired import (
     Difference,
     benjamini_hochberg,
@@ -101,11 +102,15 @@ class CorruptionErrors(NamedTuple):
         task: The clean task.
         mce: Mean corruption error, 1 where both make as many.
         relative_mce: The same of the errors beyond those on clean data.
+        mce_interval: Interval of the first over images, both ends NaN where there is none.
+        relative_mce_interval: Of the second.
     """
 
     task: str
     mce: float
     relative_mce: float
+    mce_interval: Interval
+    relative_mce_interval: Interval
 
 
 class Comparison(NamedTuple):
@@ -180,7 +185,8 @@ def flips_table(rows: Sequence[Flipped]) -> Table:
 def shifted_table(comparison: Comparison) -> Table:
     """Interaction of the change with shift, for people to read."""
     errors = "; ".join(
-        f"mCE {row.mce:.3f}, relative mCE {row.relative_mce:.3f} against the first run"
+        f"mCE {row.mce:.3f}{_ends(row.mce_interval)}, relative mCE {row.relative_mce:.3f}"
+        f"{_ends(row.relative_mce_interval)} against the first run"
         for row in comparison.corruption_errors
     )
     shown = Table(
@@ -326,11 +332,29 @@ def _interactions(
         means = [_mean([pair[k] for pair in shifted.values()], name) for k in (0, 1)]
         hurt = interaction(clean_first, means[0], clean_second, means[1], name, level=settings.level)
         found.shifted.append(Shifted(title, clean.kind.named(name), len(cells), hurt))
-    errors = [as_table({cell: 1.0 - pair[k].of("accuracy")[0] for cell, pair in shifted.items()}) for k in (0, 1)]
-    at_clean = [1.0 - draws.of("accuracy")[0] for draws in (clean_first, clean_second)]
-    mce = robustness.mean_corruption_error(errors[1], errors[0])
-    relative = robustness.relative_mean_corruption_error(errors[1], at_clean[1], errors[0], at_clean[0])
-    found.corruption_errors.append(CorruptionErrors(title, mce, relative))
+    found.corruption_errors.append(_corruption_errors(title, (clean_first, clean_second), shifted, settings.level))
+
+
+def _corruption_errors(
+    title: str, clean: tuple[Draws, Draws], shifted: Mapping[tuple[str, int], tuple[Draws, Draws]], level: float
+) -> CorruptionErrors:
+    at_clean = [_errors(draws) for draws in clean]
+    cells = {cell: [_errors(draws) for draws in pair] for cell, pair in shifted.items()}
+    both = []
+    for k in range(at_clean[0].size):
+        first, second = (as_table({cell: pair[run][k] for cell, pair in cells.items()}) for run in (0, 1))
+        relative = robustness.relative_mean_corruption_error(second, at_clean[1][k], first, at_clean[0][k])
+        both.append((robustness.mean_corruption_error(second, first), relative))
+    # The first is of the data. Where a resample has a reference without errors it says nothing of how many there are.
+    values, resampled = np.array(both[0]), np.where(np.isfinite(both[1:]), both[1:], np.nan)
+    intervals = [interval(float(value), draws, level=level) for value, draws in zip(values, resampled.T, strict=True)]
+    return CorruptionErrors(title, float(values[0]), float(values[1]), intervals[0], intervals[1])
+
+
+def _errors(draws: Draws) -> npt.NDArray[np.float64]:
+    """Share of wrong answers on the data and on every resample, shape (1 + resamples,)."""
+    value, resampled = draws.of("accuracy")
+    return 1.0 - np.concatenate(([value], resampled))
 
 
 def _mean(cells: Sequence[Draws], name: str) -> Draws:
@@ -359,6 +383,10 @@ def _p(value: float) -> str:
 
 def _signed(value: float) -> str:
     return "" if math.isnan(value) else f"{value:+z.4f}"
+
+
+def _ends(found: Interval) -> str:
+    return "" if math.isnan(found.low) else f" [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _between(found: Difference) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lmms_plugin import comparison, metrics, reliability, results
 from lmms_plugin.cli import main
+from lmms_plugin.metrics import bootstrap
 from lmms_plugin.metrics.posthoc import CALIBRATORS
 
 SETTINGS = reliability.Settings(resamples=60)
@@ -358,6 +359,41 @@ def test_interaction_tells_additive_from_amplified_loss(tmp_path):
         assert errors.mce > 1
     assert interactions["amplified"].high < 0
     assert interactions["additive"].low < 0 < interactions["additive"].high
+
+
+def test_mean_corruption_error_with_its_interval(tmp_path):
+    first, second = write_grid(tmp_path / "a", 0.9), write_grid(tmp_path / "b", 0.75)
+    (errors,) = comparison.compare(first, second, reliability.Settings(resamples=300)).corruption_errors
+
+    def by_hand(times):
+        # Records are repeated as often as their image was drawn.
+        def wrong(run, task):
+            records = run.tasks[task]
+            _, index = np.unique(records.images, return_inverse=True)
+            return 1.0 - np.average(records.outcome, weights=times[index])
+
+        shifts = {task: place for task, place in CELLS.items() if place}
+        ratios, relative = [], []
+        for shift in {place[0] for place in shifts.values()}:
+            tasks = [task for task, place in shifts.items() if place[0] == shift]
+            sums = [sum(wrong(run, task) for task in tasks) for run in (second, first)]
+            more = [total - len(tasks) * wrong(run, "rec") for total, run in zip(sums, (second, first), strict=True)]
+            ratios.append(sums[0] / sums[1])
+            relative.append(more[0] / more[1])
+        return np.mean(ratios), np.mean(relative)
+
+    images = np.unique(first.tasks["rec"].images).size
+    assert (errors.mce, errors.relative_mce) == pytest.approx(by_hand(np.ones(images)))
+    drawn = np.array([by_hand(bootstrap.draw(images, 0, k)) for k in range(300)])
+    assert errors.mce_interval == pytest.approx(np.quantile(drawn[:, 0], [0.025, 0.975]))
+    assert errors.relative_mce_interval == pytest.approx(np.quantile(drawn[:, 1], [0.025, 0.975]))
+    assert 1 < errors.mce_interval.low < errors.mce < errors.mce_interval.high
+
+
+def test_without_errors_to_compare_with_there_is_no_interval(tmp_path):
+    perfect = write_grid(tmp_path / "a", 1.0, 0.0)
+    (errors,) = comparison.compare(perfect, perfect, SETTINGS).corruption_errors
+    assert np.isnan([errors.mce, *errors.mce_interval, *errors.relative_mce_interval]).all()
 
 
 @pytest.mark.parametrize("command", ["metrics", "compare"])

@@ -15,6 +15,8 @@ import pytest
 from small_studies import STUDY
 
 from lmms_plugin import results
+from lmms_plugin.reliability import Settings
+from lmms_plugin.report import numbers, reading
 from lmms_plugin.study.durable import hashes, read_json
 from lmms_plugin.study.folder import DONE
 
@@ -115,6 +117,13 @@ def test_cells_are_kept_as_they_are_documented(undisturbed: Path) -> None:
     assert about["command"][:3] == ["lmms-eval", "--model", "quant_rtn"]
     assert read_json(cells["demo_rtn_3bit_g128"] / "quant_report.json")
     assert not any((undisturbed / ".running").iterdir())
+
+
+@pytest.mark.slow
+def test_finished_cells_need_no_measuring_for_the_report(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(numbers, "of")
+    settings = Settings(resamples=reading.default_resamples(undisturbed))
+    assert len(reading.read_folder(undisturbed, settings).runs) == 2
 
 
 @pytest.mark.slow
