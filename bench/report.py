@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from bench import reporting
-from lmms_plugin.report.reading import Measuring
+from lmms_plugin.report import reading
 
 METHODS = ("rtn", "hqq", "awq", "mbq", "gptq", "ptqtp", "quanto", "autoround")
 BITS, GROUPS, SOURCES, SEEDS = (8, 4, 3, 2), (64, 128), ("noise", "self", "demo"), range(6)
@@ -53,7 +53,9 @@ def main() -> None:
         plain = plain_loop(folder, max(1, arguments.cells // 50)) * arguments.cells
         page = Path(temporary) / "report.html"
         shutil.rmtree(folder / ".measured", ignore_errors=True)
-        keep(folder, arguments.cells)
+        # As `study run` does with every cell that it finishes.
+        for cell in sorted((folder / "cells").iterdir()):
+            reading.keep(cell)
         rows = [{"case": "measured by study run", **measure(folder, page, plain)}]
         shutil.rmtree(folder / ".measured")
         rows.append({"case": "logs alone", **measure(folder, page, plain)})
@@ -75,13 +77,6 @@ def make(folder: Path, template: Path, cells: int, samples: int, distinct: int) 
         _cell(
             folder / "cells" / f"cell-{place:04}", axes, table, made / str(place % len(logs)), logs[place % len(logs)]
         )
-
-
-def keep(folder: Path, cells: int) -> None:
-    """Measure every cell as `study run` does when it is finished."""
-    measuring = Measuring.by_default(cells)
-    for cell in sorted((folder / "cells").iterdir()):
-        measuring.keep(cell)
 
 
 def measure(folder: Path, page: Path, plain: float) -> reporting.Row:

@@ -210,12 +210,6 @@ def test_figures_drawn_by_two_processes_are_the_same(summary, monkeypatch):
     ]
 
 
-def test_a_large_study_gets_fewer_resamples(study, monkeypatch):
-    assert reading.default_resamples(study) == 500
-    monkeypatch.setattr(reading, "_MANY", 4)
-    assert reading.default_resamples(study) == 200
-
-
 def test_runs_outside_of_a_study_have_axes_from_their_arguments(tmp_path):
     docs = report_study.documents(20)
     report_study.write_run(tmp_path / "a", docs, 0.9)

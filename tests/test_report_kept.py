@@ -1,5 +1,6 @@
 """Numbers that are kept of a study's cells: the same as those of the logs, and never those of other logs."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ import test_results_language
 from small_studies import CELL
 
 from lmms_plugin import reliability, results
-from lmms_plugin.report import building, kept, numbers, reading
-from lmms_plugin.report.reading import Measuring
+from lmms_plugin.report import building, kept, numbers, packed, reading
+from lmms_plugin.report.kept import Kept, Source
+from lmms_plugin.study import contents, durable
 from lmms_plugin.study.attempt import Outcome
 from lmms_plugin.study.folder import StudyFolder
 from lmms_plugin.study.identity import Keyed
@@ -22,6 +24,14 @@ from lmms_plugin.study.recording import Recorder
 from lmms_plugin.study.storage import Storage
 
 SETTINGS = reliability.Settings(resamples=20)
+DEFAULT = reliability.Settings(resamples=reading.RESAMPLES)
+CELLS = ["awq-3-0", "awq-3-1", "none", "rtn-2", "rtn-3"]
+FILES = len(CELLS) * (1 + len(report_study.TASKS))
+
+
+@pytest.fixture(autouse=True)
+def times_are_trusted_at_once(monkeypatch):
+    monkeypatch.setattr(kept, "_SETTLED_NANOSECONDS", -1)
 
 
 @pytest.fixture
@@ -35,45 +45,67 @@ def page_of(study, settings=SETTINGS):
     return page.read_text()
 
 
-def kept_files(study):
-    return sorted(file.name for file in (study / ".measured").iterdir())
+def kept_of(study):
+    return sorted(folder.name for folder in (study / ".measured").iterdir() if any(folder.glob("*.bin")))
 
 
-def taken(study, settings=SETTINGS):
-    """Runs, and the files that were measured anew."""
-    measured, real = [], numbers.of
+def log_of(study, cell="rtn-3"):
+    return next((study / "cells" / cell).rglob("*_samples_shapes_rec.jsonl"))
 
-    def of(file, table, given):
-        measured.append(file)
-        return real(file, table, given)
+
+def rewrite(log, change):
+    """Change every record of a log."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:
+        change(row["mean_iou"])
+    log.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def measured(study, settings=SETTINGS):
+    """Cells that a report on a study measures anew."""
+    found, real = [], numbers.of
+
+    def of(file, given):
+        found.append(file.parents[1].name)
+        return real(file, given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numbers, "of", of)
-        return reading.read_folder(study, settings).runs, measured
+        reading.read_folder(study, settings)
+    return sorted(found)
+
+
+def hashed(study):
+    """How many files a report that measures nothing reads to tell that they are the same."""
+    found, real = [], Source.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Source, "of", lambda file: found.append(file) or real(file))
+        assert measured(study) == []
+    return len(found)
 
 
 def test_a_page_from_kept_numbers_is_that_from_the_logs(study):
     first = page_of(study)
-    assert kept_files(study) == ["awq-3-0.bin", "awq-3-1.bin", "none.bin", "rtn-2.bin", "rtn-3.bin"]
+    assert kept_of(study) == CELLS
+    assert measured(study) == []
     assert page_of(study) == first
-    assert taken(study)[1] == []
 
 
 def test_every_kind_of_number_comes_back(tmp_path):
-    cell = tmp_path / "cells" / "all"
-    (run,) = results.find(test_results.write(cell / "run", {"rejection": test_results_language.pairs(0.1)}))
+    (rejection,) = results.find(test_results.write(tmp_path / "a", {"rejection": test_results_language.pairs(0.1)}))
     # One image leaves nothing to draw, and so no resamples.
-    docs = report_study.documents(1)
-    single = report_study.write_run(cell / "single", docs, 0.9, tasks={"shapes_rec": None})
-    several = report_study.write_run(cell / "several", report_study.documents(12), 0.6, 1)
-    code = kept.code()
-    for file in (run, single, several):
-        table = json.loads(file.read_text())
-        fresh = numbers.of(file, table, SETTINGS)
-        assert file is not single or all(not len(group.resampled) for group in fresh.measured.groups.values())
-        path, stamp = cell / "kept", kept.stamp(SETTINGS, code)
-        kept.save(path, stamp, kept.sources(file), fresh)
-        assert_same(kept.load(path, file, stamp), fresh)
+    single = report_study.write_run(tmp_path / "b", report_study.documents(1), 0.9, tasks={"shapes_rec": None})
+    # Language shifts leave documents out: theirs are a set of their own. And there is a task of somebody else.
+    tasks = {"rec": test_results.answers(0.8), "rec_typos_3": test_results.answers(0.7)[:80], "other": [{"doc_id": 0}]}
+    metadata = {"metadata": {"shift": "typos", "severity": 3, "shifts": "text"}}
+    (several,) = results.find(test_results.write(tmp_path / "c", tasks, rec_typos_3=metadata))
+    found = [numbers.of(file, SETTINGS) for file in (rejection, single, several)]
+    assert found[0].rejection
+    assert all(not len(group.resampled) for group in found[1].measured.groups.values())
+    assert found[2].others == ("other",)
+    assert len(found[2].measured.documents) == 2
+    for one in found:
+        assert_same(packed.unpack(packed.pack(one)), one)
 
 
 def assert_same(one, other):
@@ -85,6 +117,7 @@ def assert_same(one, other):
         for key, value in mine.items():
             np.testing.assert_equal(vars(value), vars(others[key]))
             for member, array in vars(value).items():
+                assert type(array) is type(getattr(others[key], member))
                 if isinstance(array, np.ndarray):
                     assert array.dtype == getattr(others[key], member).dtype
     assert {name: ids.to_pylist() for name, ids in one.measured.documents.items()} == {
@@ -93,177 +126,247 @@ def assert_same(one, other):
 
 
 def test_a_log_that_changed_is_measured_anew(study):
-    taken(study)
-    log = next((study / "cells" / "rtn-3").rglob("*_samples_shapes_rec.jsonl"))
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    for row in rows:
-        confidence = row["mean_iou"]["confidence"]
-        row["mean_iou"]["confidence"] = dict.fromkeys(confidence, 0.25)
-    log.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    runs, measured = taken(study)
-    assert [file.parents[1].name for file in measured] == ["rtn-3"]
-    (run,) = (run for run in runs if run.axes.cell == "rtn-3")
+    reading.read_folder(study, SETTINGS)
+    rewrite(log_of(study), lambda record: record.update(confidence=dict.fromkeys(record["confidence"], 0.25)))
+    assert measured(study) == ["rtn-3"]
+    (run,) = (run for run in reading.read_folder(study, SETTINGS).runs if run.axes.cell == "rtn-3")
     task = run.measured.tasks["shapes_rec"]
     # All confidences lie in the bin of 0.25.
     assert np.flatnonzero(task.bins[0]).size == 1
     assert task.bins[1].max() == 0.25
 
 
+def test_a_results_file_that_changed_is_measured_anew(study):
+    reading.read_folder(study, SETTINGS)
+    (file,) = (study / "cells" / "rtn-3").rglob("*_results.json")
+    file.write_text(file.read_text().replace('"severity": 5', '"severity": 4'))
+    assert measured(study) == ["rtn-3"]
+
+
 def test_a_log_that_was_cut_is_refused_although_its_numbers_are_kept(study):
-    taken(study)
-    log = next((study / "cells" / "rtn-3").rglob("*_samples_shapes_rec.jsonl"))
+    reading.read_folder(study, SETTINGS)
+    log = log_of(study)
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ValueError, match=r"shapes_rec.jsonl"):
-        taken(study)
+        reading.read_folder(study, SETTINGS)
 
 
 def test_a_change_that_leaves_size_and_time_is_seen(study):
-    taken(study)
-    log = next((study / "cells" / "rtn-3").rglob("*_samples_shapes_rec.jsonl"))
+    reading.read_folder(study, SETTINGS)
+    log = log_of(study)
     before = log.stat()
     log.write_bytes(log.read_bytes().replace(b'"expression": "', b'"expression": "T', 1)[:-2] + b"\n")
     os.utime(log, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (log.stat().st_size, log.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     with pytest.raises(ValueError, match=r"shapes_rec.jsonl"):
-        taken(study)
+        reading.read_folder(study, SETTINGS)
 
 
-def test_a_copy_of_the_study_needs_no_measuring(study, tmp_path, monkeypatch):
-    taken(study)
-    read, real = [], kept._content
-    monkeypatch.setattr(kept, "_content", lambda file: read.append(file) or real(file))
-    assert taken(study)[1] == []
-    # What was not touched is not even read.
-    assert read == []
-    shutil.copytree(study, tmp_path / "copy")
-    assert taken(tmp_path / "copy")[1] == []
-    assert len(read) == 5 * (1 + len(report_study.TASKS))
+def test_times_of_a_file_that_has_just_changed_are_not_trusted(study, monkeypatch):
+    monkeypatch.setattr(kept, "_SETTLED_NANOSECONDS", 3_600_000_000_000)
+    reading.read_folder(study, SETTINGS)
+    assert hashed(study) == hashed(study) == FILES
+    monkeypatch.setattr(kept, "_SETTLED_NANOSECONDS", -1)
+    assert (hashed(study), hashed(study)) == (FILES, 0)
+
+
+def test_a_copy_is_hashed_once_and_not_measured(study, tmp_path):
+    reading.read_folder(study, SETTINGS)
+    assert hashed(study) == 0
+    copy = shutil.copytree(study, tmp_path / "copy")
+    assert (hashed(copy), hashed(copy)) == (FILES, 0)
+
+
+def test_a_log_that_changes_while_it_is_measured_is_measured_anew(study, monkeypatch):
+    real = numbers.of
+
+    def of(file, settings):
+        found = real(file, settings)
+        rewrite(log_of(study), lambda record: record.update(expression="Another"))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(numbers, "of", of)
+        reading.keep(study / "cells" / "rtn-3")
+    assert "rtn-3" in measured(study, DEFAULT)
+
+
+def test_a_log_that_changes_while_it_is_hashed_is_measured_anew(study, monkeypatch):
+    log, real = log_of(study), kept.hashlib.file_digest
+
+    def file_digest(stream, digest):
+        found = real(stream, digest)
+        if stream.name == str(log):
+            rewrite(log, lambda record: record.update(expression="Another"))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.hashlib, "file_digest", file_digest)
+        reading.keep(study / "cells" / "rtn-3")
+    assert "rtn-3" in measured(study, DEFAULT)
 
 
 @pytest.mark.parametrize("added", [True, False])
 def test_another_log_measures_anew(study, added):
-    taken(study)
-    log = next((study / "cells" / "rtn-3").rglob("*_samples_shapes_rec.jsonl"))
+    reading.read_folder(study, SETTINGS)
+    log = log_of(study)
     other = log.with_name(log.name.replace("shapes_rec", "shapes_more"))
     if added:
         shutil.copy(log, other)
-        assert [file.parents[1].name for file in taken(study)[1]] == ["rtn-3"]
+        assert measured(study) == ["rtn-3"]
     else:
         log.rename(other)
         with pytest.raises(ValueError, match=r"shapes_rec.jsonl"):
-            taken(study)
+            reading.read_folder(study, SETTINGS)
 
 
-@pytest.mark.parametrize("change", [{"resamples": 21}, {"seed": 1}, {"level": 0.9}, {"held_out": 0.3}])
-def test_other_settings_are_measured_anew(study, change):
-    taken(study)
-    assert len(taken(study, replace(SETTINGS, **change))[1]) == 5
+@pytest.mark.parametrize(
+    "change", [{"resamples": 21}, {"seed": 1}, {"level": 0.9}, {"held_out": 0.3}, {"estimator": "joint"}]
+)
+def test_other_settings_have_numbers_of_their_own(study, change):
+    reading.read_folder(study, SETTINGS)
+    other = replace(SETTINGS, **change)
+    assert measured(study, other) == CELLS
+    assert measured(study, other) == measured(study) == []
 
 
 def test_processes_are_no_other_settings(study):
-    taken(study)
-    assert taken(study, replace(SETTINGS, workers=2))[1] == []
+    reading.read_folder(study, SETTINGS)
+    assert measured(study, replace(SETTINGS, workers=2)) == []
 
 
 def test_other_code_measures_anew(study, monkeypatch):
-    taken(study)
-    monkeypatch.setattr(kept, "code", lambda: "of tomorrow")
-    assert len(taken(study)[1]) == 5
+    reading.read_folder(study, SETTINGS)
+    monkeypatch.setattr(kept, "CODE", "of tomorrow")
+    assert measured(study) == CELLS
 
 
-def test_what_measures_is_part_of_the_code(monkeypatch):
-    seen = []
-    monkeypatch.setattr(kept, "digest", seen.append)
-    kept.code()
-    files, versions = seen[0]
-    assert {f"lmms_plugin.{name}" for name in ("results", "metrics.weighted", "report.measuring", "report.kept")} <= {
-        *files
-    }
+def test_what_measures_is_part_of_the_code():
+    files, versions = contents.code((numbers.__name__, packed.__name__))
+    needed = ("results", "reliability", "metrics.weighted", "report.columns", "report.measuring", "report.packed")
+    assert {f"lmms_plugin.{name}" for name in needed} <= {*files}
     assert {"numpy", "scipy", "pyarrow"} <= {*versions}
+    # What is edited for other reasons is not.
+    assert not {"lmms_plugin.study.grid", "lmms_plugin.study.folder", "lmms_plugin.quant_backends"} & {*files}
 
 
 @pytest.mark.parametrize("place", [0, 15, 16, 200, -1])
 def test_a_damaged_file_is_measured_anew(study, place):
-    taken(study)
-    path = study / ".measured" / "none.bin"
+    reading.read_folder(study, SETTINGS)
+    (path,) = (study / ".measured" / "none").iterdir()
     whole = path.read_bytes()
     for damaged in (whole[:place], bytes(byte ^ (k == place % len(whole)) for k, byte in enumerate(whole))):
         path.write_bytes(damaged)
-        assert [file.parents[1].name for file in taken(study)[1]] == ["none"]
+        assert measured(study) == ["none"]
         assert path.read_bytes() == whole
 
 
-def test_a_folder_that_may_not_be_written_to_is_reported_on(study):
-    # A file in the place of the folder, which permissions would not keep the superuser from making.
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ESTALE])
+def test_where_nothing_can_be_written_the_report_is_made_and_nothing_stays(study, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "replace", refuse)
+        reading.read_folder(study, SETTINGS)
+    assert not [file for file in (study / ".measured").rglob("*") if file.is_file()]
+    (study / ".measured").chmod(0o755)
+    shutil.rmtree(study / ".measured")
     (study / ".measured").write_text("")
-    assert len(taken(study)[1]) == 5
+    assert measured(study) == CELLS
 
 
-def test_nothing_is_written_outside_of_a_study(tmp_path):
-    docs = report_study.documents(12)
-    report_study.write_run(tmp_path / "runs" / "a", docs, 0.9)
-    before = sorted(tmp_path.rglob("*"))
-    page_of(tmp_path / "runs")
-    assert sorted({*tmp_path.rglob("*")} - {*before}) == [tmp_path / "page.html"]
+@pytest.mark.parametrize("folder", ["runs", "cells"])
+def test_nothing_is_written_where_there_are_no_cells(tmp_path, folder):
+    report_study.write_run(tmp_path / folder / "a", report_study.documents(12), 0.9)
+    before = {*tmp_path.rglob("*")}
+    reading.read_folder(tmp_path, SETTINGS)
+    assert {*tmp_path.rglob("*")} == before
+    assert Kept.of(tmp_path / folder / "a", next(tmp_path.rglob("*_results.json")), SETTINGS) is None
 
 
-def test_numbers_go_with_their_cell(study, tmp_path):
-    taken(study)
-    source = tmp_path / "study.yaml"
+def test_two_runs_in_a_cell_do_not_displace_each_other(study):
+    cell = study / "cells" / "rtn-3"
+    for file in sorted((cell / "demo").iterdir()):
+        shutil.copy(file, file.with_name(file.name.replace(report_study.DATE, "20270102_030405")))
+    reading.read_folder(study, SETTINGS)
+    assert measured(study) == []
+
+
+def open_folder(path):
+    source = path.with_name("study.yaml")
     source.write_text("models: [demo]")
+    folder = StudyFolder(path)
+    folder.open(source)
+    return folder
+
+
+def test_numbers_go_with_their_cell_and_nothing_else_does(study):
+    reading.read_folder(study, SETTINGS)
+    theirs = study / ".measured" / "rtn-3" / "notes.txt"
+    theirs.write_text("precious")
+    (study / ".measured" / "stray.txt").write_text("precious")
     shutil.rmtree(study / "cells")
     shutil.rmtree(study / "failed")
     # What was measured does not make the folder one of something else.
-    StudyFolder(study).open(source)
-    assert kept_files(study) == []
+    open_folder(study)
+    assert kept_of(study) == []
+    assert [file.name for file in sorted((study / ".measured").rglob("*.txt"))] == ["notes.txt", "stray.txt"]
+
+
+def test_a_folder_with_a_name_like_ours_is_of_something_else(tmp_path):
+    (tmp_path / "study" / ".measured-by-hand").mkdir(parents=True)
+    with pytest.raises(ValueError, match="expected an empty folder"):
+        open_folder(tmp_path / "study")
 
 
 def finish(folder, recorder, name):
-    """Let a runner finish the cell that lies in a folder of that name."""
+    """Let a runner finish the cell that lies in a folder."""
     work = recorder.folder.begin(name)
     shutil.copytree(folder, work, dirs_exist_ok=True)
-    keyed = Keyed(CELL, {"key": name}, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Keyed, "id", name)
-        recorder.record(keyed, Outcome(None, 0, {"seconds": 1.0}, "", ()), 0)
+        recorder.record(Keyed(CELL, {"key": name}, {}), Outcome(None, 0, {"seconds": 1.0}, "", ()), 0)
 
 
 class Silent:
-    """Is told, and says nothing."""
+    """Is told, and remembers who was done."""
 
-    def done(self, cell, seconds):
-        pass
+    def __init__(self):
+        self.finished = []
+
+    def done(self, cell, _seconds):
+        self.finished.append(cell)
 
 
-def test_a_runner_keeps_numbers_of_what_it_finishes_or_fetches(study, tmp_path):
-    source = tmp_path / "study.yaml"
-    source.write_text("models: [demo]")
+def test_a_runner_measures_what_it_finishes_fetches_or_takes_back(study, tmp_path):
     storage = Storage.at(str(tmp_path / "shared"))
-    for name in ("here", "there"):
-        folder = StudyFolder(tmp_path / name)
-        folder.open(source)
-        recorder = Recorder(folder, Silent(), storage, Measuring(SETTINGS, kept.code()))
-        if name == "here":
-            finish(study / "cells" / "rtn-3", recorder, "rtn-3")
-        else:
-            recorder.claim("rtn-3")
-        assert kept_files(folder.path) == ["rtn-3.bin"]
-        # The runner's own `cell.json` tells other axes, but not other numbers.
-        assert taken(folder.path)[1] == []
+    here = open_folder(tmp_path / "here")
+    finish(study / "cells" / "rtn-3", Recorder(here, Silent(), storage), "rtn-3")
+    assert kept_of(here.path) == ["rtn-3"]
+    assert measured(here.path, DEFAULT) == []
+
+    there = open_folder(tmp_path / "there")
+    Recorder(there, Silent(), storage).claim("rtn-3")
+    assert kept_of(there.path) == ["rtn-3"]
+
+    there.superseded.mkdir(exist_ok=True)
+    there.done_path("rtn-3").rename(there.superseded / "rtn-3")
+    there.open(there.path / "study.yaml")
+    assert kept_of(there.path) == []
+    Recorder(there, Silent()).claim("rtn-3")
+    assert kept_of(there.path) == ["rtn-3"]
 
 
-def test_a_cell_that_cannot_be_measured_is_finished_all_the_same(study, tmp_path):
-    source = tmp_path / "study.yaml"
-    source.write_text("models: [demo]")
-    folder = StudyFolder(tmp_path / "here")
-    folder.open(source)
-    next((study / "cells" / "rtn-3").rglob("*_samples_shapes_rec.jsonl")).unlink()
-    finish(study / "cells" / "rtn-3", Recorder(folder, Silent(), None, Measuring(SETTINGS, kept.code())), "rtn-3")
+@pytest.mark.parametrize(
+    "error", [ValueError("no log"), OSError(errno.ESTALE, "stale"), KeyError("name"), AttributeError("get")]
+)
+def test_a_cell_that_cannot_be_measured_is_finished_all_the_same(study, tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(numbers, "of", refuse)
+    folder, watcher = open_folder(tmp_path / "here"), Silent()
+    finish(study / "cells" / "rtn-3", Recorder(folder, watcher), "rtn-3")
     assert folder.is_done("rtn-3")
-
-
-def test_a_study_is_measured_as_its_report_will_by_default(study):
-    measuring = Measuring.by_default(5)
-    for cell in (study / "cells").iterdir():
-        measuring.keep(cell)
-    assert taken(study, reliability.Settings(resamples=reading.default_resamples(study)))[1] == []
+    assert watcher.finished == ["rtn-3"]

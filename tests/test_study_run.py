@@ -122,8 +122,7 @@ def test_cells_are_kept_as_they_are_documented(undisturbed: Path) -> None:
 @pytest.mark.slow
 def test_finished_cells_need_no_measuring_for_the_report(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(numbers, "of")
-    settings = Settings(resamples=reading.default_resamples(undisturbed))
-    assert len(reading.read_folder(undisturbed, settings).runs) == 2
+    assert len(reading.read_folder(undisturbed, Settings(resamples=reading.RESAMPLES)).runs) == 2
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def run(output: Path, bits: int, limit: int | None = None) -> list[Run]:
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
     (output / "report.md").write_text(_report(runs, images, limit), encoding="utf-8")
     page = output / "report.html"
-    settings = Settings(resamples=building.default_resamples(output), workers=building.default_workers())
+    settings = Settings(resamples=building.RESAMPLES, workers=building.default_workers())
     list(building.build(output, page, settings, title="Embedded demo", figures=None, pictures=_PICTURES))
     print(f"Report: {page}, {output / 'report.md'}; pictures: {', '.join(str(path) for path in images)}")
     return runs

@@ -6,10 +6,10 @@ from pathlib import Path
 from lmms_plugin.reliability import Settings
 from lmms_plugin.report import contents, gallery, page, svg
 from lmms_plugin.report import figures as drawing
-from lmms_plugin.report.reading import default_resamples, default_workers, read_folder
+from lmms_plugin.report.reading import RESAMPLES, default_workers, read_folder
 from lmms_plugin.report.summary import Summary, summarise
 
-__all__ = ["build", "default_resamples", "default_workers"]
+__all__ = ["RESAMPLES", "build", "default_workers"]
 _DPI = 200
 
 

@@ -15,10 +15,7 @@ def report(
     title: Annotated[str | None, typer.Option(help="Heading of the page; by default the folder's name.")] = None,
     estimator: Annotated[str | None, typer.Option(help="Confidence estimator; by default that of the task.")] = None,
     resamples: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Resamples of the images for every interval; by default 500, or 200 for over 200 runs."
-        ),
+        int | None, typer.Option(min=1, help="Resamples of the images for every interval; by default 500.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples and of the held-out images.")] = 0,
     level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
@@ -29,7 +26,7 @@ def report(
     from lmms_plugin.reliability import Settings
     from lmms_plugin.report import building
 
-    draws = resamples or building.default_resamples(results)
+    draws = resamples or building.RESAMPLES
     settings = Settings(estimator, draws, seed, level, workers=workers or building.default_workers())
     for line in building.build(results, output, settings, title=title, figures=figures, pictures=pictures):
         typer.echo(line)

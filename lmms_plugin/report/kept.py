@@ -7,56 +7,32 @@ time. A file whose size and times of change are as they were is the same; of any
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
-from itertools import pairwise
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import xxhash
 
-from lmms_plugin.reliability import Number, Settings
-from lmms_plugin.report.measuring import Family, Group, Measured, Task
+from lmms_plugin.reliability import Settings
+from lmms_plugin.report import numbers, packed
 from lmms_plugin.report.numbers import Numbers
-from lmms_plugin.results import Place, logs_of
-from lmms_plugin.study import contents
-from lmms_plugin.study.contents import digest
+from lmms_plugin.results import logs_of
+from lmms_plugin.study.contents import code, digest
 from lmms_plugin.study.durable import replace_bytes
-from lmms_plugin.study.folder import CELLS, MEASURED
+from lmms_plugin.study.folder import CELL, CELLS, MEASURED
 
-_ROOTS = ("lmms_plugin.report.numbers", __name__)
+# Taken when the code is loaded: what a file says later is not what this process does.
+CODE = digest([code((numbers.__name__, packed.__name__)), sys.version_info[:2]])
+"""Fingerprint of the code that measures, with the versions of the libraries that it imports."""
+
+_SETTLED_NANOSECONDS = 2_000_000_000
+"""Some file systems count time in steps of two seconds: within one, a second change leaves no trace."""
 _SEAL_BYTES = 16
-_PER_TASK = ("value", "low", "high", "bins", "risk")
-_PER_RECORD = ("score", "outcome")
-
-
-def path_of(cell: Path) -> Path | None:
-    """Where the numbers of a study's cell are kept, in a folder beside `cells/`; None for any other folder."""
-    return cell.parent.with_name(MEASURED) / f"{cell.name}.bin" if cell.parent.name == CELLS else None
-
-
-def code() -> str:
-    """Fingerprint of the code that makes numbers, with the versions of the libraries that it imports."""
-    return digest(contents.code(_ROOTS))
-
-
-def stamp(settings: Settings, made_by: str) -> str:
-    """Fingerprint of what numbers depend on beside their files.
-
-    Args:
-        settings: Of the report.
-        made_by: The code, as `code` tells it.
-    """
-    told = asdict(settings)
-    # Threads change nothing.
-    del told["workers"]
-    return digest([made_by, told])
 
 
 class State(NamedTuple):
@@ -72,116 +48,115 @@ class State(NamedTuple):
     modified: int
     changed: int
 
-    @classmethod
-    def of(cls, file: Path) -> State:
-        """Of a file as it is now."""
-        now = file.stat()
-        return cls(now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-
 
 class Source(NamedTuple):
     """A file that numbers are made of.
 
     Attributes:
-        state: As it was before it was read.
+        state: As it was before its bytes were read; None if it had just changed, and may have changed again.
         content: Hash of its bytes.
     """
 
-    state: State
+    state: State | None
     content: str
 
-
-def sources(file: Path) -> dict[str, Source]:
-    """A results file and its logs, by name."""
-    return {one.name: Source(State.of(one), _content(one)) for one in (file, *logs_of(file))}
-
-
-def load(path: Path, file: Path, wanted: str) -> Numbers | None:
-    """Kept numbers of a results file; None if there are none of that stamp and of these files, or they are damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    seal, archive = content[:_SEAL_BYTES], content[_SEAL_BYTES:]
-    if seal != _seal(wanted, archive):
-        return None
-    with np.load(io.BytesIO(archive), allow_pickle=False) as arrays:
-        told = json.loads(arrays["told"].tobytes())
-        same = _unchanged(file, {name: Source(State(*state), of) for name, (state, of) in told["sources"].items()})
-        return _numbers(told, arrays) if same else None
+    @classmethod
+    def of(cls, file: Path) -> Source:
+        """A file as it is now."""
+        state = _state(file)
+        settled = time.time_ns() - max(state.modified, state.changed) > _SETTLED_NANOSECONDS
+        with file.open("rb") as stream:
+            # It is to tell changes, not forgeries, and takes a fifth of the time of SHA-256 for gigabytes of logs.
+            content = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+        return cls(state if settled else None, content)
 
 
-def _unchanged(file: Path, before: Mapping[str, Source]) -> bool:
-    now = {one.name: one for one in (file, *logs_of(file))}
-    return now.keys() == before.keys() and all(
-        State.of(one) == before[name].state or _content(one) == before[name].content for name, one in now.items()
-    )
+@dataclass(frozen=True)
+class Kept:
+    """The place where the numbers of one results file are kept.
+
+    Attributes:
+        file: The results file.
+        settings: Of the report.
+        path: Where its numbers are, those of other settings beside them.
+    """
+
+    file: Path
+    settings: Settings
+    path: Path
+
+    @classmethod
+    def of(cls, cell: Path, file: Path, settings: Settings) -> Kept | None:
+        """The place for a results file of a study's cell; None for any other folder, which is not ours to write into.
+
+        Args:
+            cell: Folder of the cell.
+            file: The results file.
+            settings: Of the report.
+        """
+        if cell.parent.name != CELLS or not (cell / CELL).is_file():
+            return None
+        folder = cell.parent.with_name(MEASURED) / cell.name
+        return cls(file, settings, folder / f"{file.stem}-{_asked(settings)[:8]}.bin")
+
+    def numbers(self) -> Numbers:
+        """The numbers, measured now if those that are kept are of other files, code or settings, or damaged.
+
+        Raises:
+            ValueError: As `lmms_plugin.results.read`.
+        """
+        found = self._load()
+        if found is None:
+            # Before anything is read: what changes meanwhile is another file.
+            sources = {one.name: Source.of(one) for one in self._files()}
+            found = numbers.of(self.file, self.settings)
+            self._save(sources, packed.pack(found))
+        return found
+
+    def _files(self) -> tuple[Path, ...]:
+        return self.file, *logs_of(self.file)
+
+    def _load(self) -> Numbers | None:
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            return None
+        seal, body = content[:_SEAL_BYTES], content[_SEAL_BYTES:]
+        if seal != self._seal(body):
+            return None
+        head, _, archive = body.partition(b"\n")
+        before = {name: Source(state and State(*state), of) for name, (state, of) in json.loads(head).items()}
+        files = {one.name: one for one in self._files()}
+        if files.keys() != before.keys():
+            return None
+        now = {
+            name: before[name] if _state(one) == before[name].state else Source.of(one) for name, one in files.items()
+        }
+        if any(now[name].content != before[name].content for name in now):
+            return None
+        if now != before:
+            self._save(now, archive)
+        return packed.unpack(archive)
+
+    def _save(self, sources: Mapping[str, Source], archive: bytes) -> None:
+        body = json.dumps(sources).encode() + b"\n" + archive
+        # Without them the next report takes longer, and nothing else.
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_bytes(self.path, self._seal(body) + body)
+
+    def _seal(self, body: bytes) -> bytes:
+        """Ties bytes to code and settings: with others, or if a bit is lost, it is another one."""
+        return xxhash.xxh3_128_digest(f"{CODE} {_asked(self.settings)} ".encode() + body)
 
 
-def _content(file: Path) -> str:
-    with file.open("rb") as stream:
-        # It is to tell changes, not forgeries, and takes a fifth of the time of SHA-256 for gigabytes of logs.
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+def _asked(settings: Settings) -> str:
+    told = asdict(settings)
+    # Threads change nothing.
+    del told["workers"]
+    return digest(told)
 
 
-def save(path: Path, made_with: str, made_of: Mapping[str, Source], numbers: Numbers) -> None:
-    """Keep numbers of that stamp and of these files, where that is allowed."""
-    measured = numbers.measured
-    tasks, groups = list(measured.tasks.values()), list(measured.groups.items())
-    told = {
-        "sources": made_of,
-        "tasks": [
-            (one.task, one.family, one.place, one.documents, one.records, one.images, one.unparsed, one.unsure)
-            for one in tasks
-        ],
-        "groups": [
-            (family, condition, one.tasks, one.drawn, one.records, one.images, len(one.resampled))
-            for (family, condition), one in groups
-        ],
-        "documents": {name: ids.to_pylist() for name, ids in measured.documents.items()},
-        "rejection": numbers.rejection,
-        "others": numbers.others,
-    }
-    arrays: dict[str, Any] = {name: _stacked([getattr(one, name) for one in tasks]) for name in _PER_TASK}
-    arrays |= {name: _joined([getattr(one, name) for one in tasks]) for name in _PER_RECORD}
-    arrays |= {"group": _stacked([one.value for _, one in groups])}
-    arrays |= {"resampled": _joined([one.resampled for _, one in groups])}
-    written = io.BytesIO()
-    np.savez(written, allow_pickle=False, told=np.frombuffer(json.dumps(told).encode(), np.uint8), **arrays)
-    # Without them the next report takes longer, and nothing else.
-    with suppress(OSError):
-        path.parent.mkdir(exist_ok=True)
-        replace_bytes(path, _seal(made_with, written.getvalue()) + written.getvalue())
-
-
-def _seal(stamp: str, archive: bytes) -> bytes:
-    """Ties an archive to its stamp: of another stamp, and of damaged bytes, it is another one."""
-    return xxhash.xxh3_128_digest(stamp.encode() + archive)
-
-
-def _numbers(told: dict[str, Any], arrays: Any) -> Numbers:
-    found = Measured({}, {}, {name: pa.array(ids, pa.string()) for name, ids in told["documents"].items()})
-    per_task = zip(*(arrays[name] for name in _PER_TASK), strict=True)
-    per_record = zip(*(_parted(arrays[name], [one[4] for one in told["tasks"]]) for name in _PER_RECORD), strict=True)
-    for (task, family, where, *rest), values, records in zip(told["tasks"], per_task, per_record, strict=True):
-        found.tasks[task] = Task(task, Family(*family), Place(*where), *rest, *values, *records)
-    resampled = _parted(arrays["resampled"], [one[-1] for one in told["groups"]])
-    for group, value, rows in zip(told["groups"], arrays["group"], resampled, strict=True):
-        family, condition, tasks, drawn, records, images, _ = group
-        found.groups[Family(*family), condition] = Group(tuple(tasks), drawn, records, images, value, rows)
-    return Numbers(found, tuple(Number(*one) for one in told["rejection"]), tuple(told["others"]))
-
-
-def _stacked(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    return np.stack(arrays) if arrays else np.empty(0)
-
-
-def _joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    return np.concatenate(arrays) if arrays else np.empty(0)
-
-
-def _parted(array: npt.NDArray[Any], lengths: Iterable[int]) -> list[npt.NDArray[Any]]:
-    ends = np.cumsum([0, *lengths])
-    if ends[-1] != len(array):
-        raise ValueError(f"expected {ends[-1]} numbers, got {len(array)}")
-    return [array[start:end] for start, end in pairwise(ends)]
+def _state(file: Path) -> State:
+    now = file.stat()
+    return State(now.st_size, now.st_mtime_ns, now.st_ctime_ns)

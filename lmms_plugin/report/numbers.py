@@ -10,6 +10,7 @@ from lmms_plugin.report import columns
 from lmms_plugin.report.columns import Answers, UnusualLogError
 from lmms_plugin.report.measuring import Measured, measure
 from lmms_plugin.results import TaskRecords
+from lmms_plugin.study.durable import read_json
 
 
 class Numbers(NamedTuple):
@@ -26,18 +27,17 @@ class Numbers(NamedTuple):
     others: tuple[str, ...]
 
 
-def of(file: Path, table: Mapping[str, Any], settings: Settings) -> Numbers:
+def of(file: Path, settings: Settings) -> Numbers:
     """Read and measure the logs of a run.
 
     Args:
         file: Its results file.
-        table: What that says.
         settings: Estimator, intervals.
 
     Raises:
         ValueError: As `lmms_plugin.results.read`.
     """
-    read = _read(file, table, settings)
+    read = _read(file, table(file), settings)
     # A run of the first documents of a task that brings its own split may hold none that are reported on.
     empty = [one.task for one in read.answers if not one.reported.any()]
     return Numbers(
@@ -47,15 +47,27 @@ def of(file: Path, table: Mapping[str, Any], settings: Settings) -> Numbers:
     )
 
 
+def table(file: Path) -> dict[str, Any]:
+    """What a results file says.
+
+    Raises:
+        ValueError: If it is damaged, or none of lmms-eval.
+    """
+    found = read_json(file)
+    if not {"configs", "n-samples", "results"} <= set(found):
+        raise ValueError(f"expected a results file of lmms-eval, got {file}")
+    return found
+
+
 class _Read(NamedTuple):
     answers: list[Answers]
     rejection: list[TaskRecords]
     others: tuple[str, ...]
 
 
-def _read(file: Path, table: Mapping[str, Any], settings: Settings) -> _Read:
+def _read(file: Path, said: Mapping[str, Any], settings: Settings) -> _Read:
     try:
-        return _by_columns(file, table, settings)
+        return _by_columns(file, said, settings)
     except UnusualLogError:
         run = results.read(file)
         rejection = [records for records in run.tasks.values() if records.kind is results.REJECTION]
@@ -63,18 +75,17 @@ def _read(file: Path, table: Mapping[str, Any], settings: Settings) -> _Read:
         return _Read([columns.of(records, settings.estimator) for records in kept], rejection, run.others)
 
 
-def _by_columns(file: Path, table: Mapping[str, Any], settings: Settings) -> _Read:
+def _by_columns(file: Path, said: Mapping[str, Any], settings: Settings) -> _Read:
     found: list[Answers] = []
     rejection: list[TaskRecords] = []
     others: list[str] = []
-    for task, samples in table["n-samples"].items():
-        numbers = table["results"].get(task, {})
-        said = numbers.get("mean_iou,none", numbers.get("accuracy,none"))
-        log = results.log_of(file, task)
-        one = columns.read(task, table["configs"][task], log, settings.estimator, samples["effective"], said)
+    for task, samples in said["n-samples"].items():
+        scores, log = said["results"].get(task, {}), results.log_of(file, task)
+        mean = scores.get("mean_iou,none", scores.get("accuracy,none"))
+        one = columns.read(task, said["configs"][task], log, settings.estimator, samples["effective"], mean)
         if one is not None:
             found.append(one)
-        elif records := results.read_task(file, table, task):
+        elif records := results.read_task(file, said, task):
             rejection.append(records)
         else:
             others.append(task)

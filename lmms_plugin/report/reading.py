@@ -1,8 +1,5 @@
 """A folder of results, read and measured by several processes, one results file at a time."""
 
-from __future__ import annotations
-
-import json
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +13,16 @@ import pyarrow as pa
 
 from lmms_plugin import results
 from lmms_plugin.reliability import Number, Settings
-from lmms_plugin.report import axes, kept, numbers
+from lmms_plugin.report import axes, numbers
 from lmms_plugin.report.axes import Axes
+from lmms_plugin.report.kept import Kept
 from lmms_plugin.report.measuring import Measured
-from lmms_plugin.report.numbers import Numbers
 from lmms_plugin.study.durable import read_json
 from lmms_plugin.study.grid import place
 
 UNFINISHED = (".running", "failed")
-_MANY = 200
+RESAMPLES = 500
+"""Of the images for every interval, unless told otherwise: half as many as elsewhere, for a page has many intervals."""
 _ONE_PROCESS = 64 << 20
 """Bytes of logs below which starting processes takes longer than reading."""
 
@@ -144,7 +142,7 @@ def read_folder(path: Path, settings: Settings) -> Folder:
     runs: list[Run] = []
     left_out: list[str] = []
     documents: dict[str, pa.Array] = {}
-    work = partial(read_run, root=path, settings=settings, made_by=kept.code())
+    work = partial(read_run, root=path, settings=settings)
     for run in _in_processes(files, work, settings.workers):
         documents |= run.measured.documents
         run.measured.documents.clear()
@@ -157,22 +155,16 @@ def read_folder(path: Path, settings: Settings) -> Folder:
     return Folder(runs, list(_failed(path)), documents, left_out, settings.resamples)
 
 
-def read_run(file: Path, root: Path, settings: Settings, made_by: str) -> Run:
-    """Read and measure one results file, or take what was measured of it before.
-
-    Args:
-        file: The results file.
-        root: Path that the report is on.
-        settings: Estimator, intervals.
-        made_by: The code that measures, as `lmms_plugin.report.kept.code` tells it.
+def read_run(file: Path, root: Path, settings: Settings) -> Run:
+    """Read and measure one results file; of a study's cell, numbers are kept and taken from what was kept.
 
     Raises:
         ValueError: As `lmms_plugin.results.read`.
     """
-    table = _results(file)
+    table = numbers.table(file)
     where = axes.of(file, root, table)
-    path = kept.path_of(where.folder) if where.cell else None
-    measured, rejection, others = _numbers(file, table, settings, made_by, path)
+    place = Kept.of(where.folder, file, settings)
+    measured, rejection, others = numbers.of(file, settings) if place is None else place.numbers()
     config = table.get("config") or {}
     account = _account(where.folder)
     return Run(
@@ -190,44 +182,15 @@ def read_run(file: Path, root: Path, settings: Settings, made_by: str) -> Run:
     )
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """How a report on a study is going to measure its cells.
+def keep(cell: Path) -> None:
+    """Measure a study's finished cell as a report with default settings does, and keep its numbers.
 
-    Attributes:
-        settings: Of the report.
-        made_by: The code that measures.
+    Raises:
+        ValueError: As `lmms_plugin.results.read`.
     """
-
-    settings: Settings
-    made_by: str
-
-    @classmethod
-    def by_default(cls, cells: int) -> Measuring:
-        """For a report with default settings on so many cells."""
-        return cls(Settings(resamples=resamples_for(cells)), kept.code())
-
-    def keep(self, cell: Path) -> None:
-        """Measure a finished cell, and keep its numbers in the study's folder.
-
-        Raises:
-            ValueError: As `lmms_plugin.results.read`.
-        """
-        for file in results.find(cell):
-            read_run(file, cell, self.settings, self.made_by)
-
-
-def _numbers(file: Path, table: Mapping[str, Any], settings: Settings, made_by: str, path: Path | None) -> Numbers:
-    # Only a study's folder is ours to write into.
-    if path is None:
-        return numbers.of(file, table, settings)
-    stamp = kept.stamp(settings, made_by)
-    found = kept.load(path, file, stamp)
-    if found is None:
-        made_of = kept.sources(file)
-        found = numbers.of(file, table, settings)
-        kept.save(path, stamp, made_of, found)
-    return found
+    for file in results.find(cell):
+        if place := Kept.of(cell, file, Settings(resamples=RESAMPLES)):
+            place.numbers()
 
 
 def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Run]:
@@ -248,25 +211,9 @@ def _below(file: Path, path: Path) -> tuple[str, ...]:
     return file.relative_to(path).parts if file != path else ()
 
 
-def _results(file: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {file}, which is damaged: {error}") from error
-    if not isinstance(table, dict) or not {"configs", "n-samples", "results"} <= set(table):
-        raise ValueError(f"expected a results file of lmms-eval, got {file}")
-    return table
-
-
 def _account(folder: Path) -> dict[str, Any]:
     file = folder / "quant_report.json"
-    if not file.is_file():
-        return {}
-    try:
-        account: dict[str, Any] = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"expected the account of every layer in {file}, which is damaged: {error}") from error
-    return account
+    return read_json(file) if file.is_file() else {}
 
 
 def _cost(throughput: Mapping[str, Any], account: Mapping[str, Any]) -> Cost:
@@ -303,20 +250,6 @@ def _failed(path: Path) -> Iterator[Failed]:
         tail = told.get("tail") or ""
         lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
         yield Failed(file.parent.name, told.get("returncode"), lines[-1] if lines else "")
-
-
-def default_resamples(path: Path) -> int:
-    """Resamples that do not keep a reader waiting: fewer for a large study, whose ends of intervals are rougher.
-
-    Raises:
-        ValueError: If there are no results files at or under the path.
-    """
-    return resamples_for(len(results.find(path)))
-
-
-def resamples_for(runs: int) -> int:
-    """The same for so many runs."""
-    return 500 if runs <= _MANY else 200
 
 
 def default_workers() -> int:

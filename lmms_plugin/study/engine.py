@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from lmms_plugin.report.reading import Measuring
 from lmms_plugin.study import conclusions, on_ray
 from lmms_plugin.study.conclusions import Conclusion
 from lmms_plugin.study.folder import StudyFolder
@@ -76,7 +75,7 @@ def run(
     cells = [one.keyed.cell for one in wanted]
     at_once = jobs if cluster is None else cluster.at_once(cells)
     with Display(expected, len(before.cells) - len(wanted), at_once) as display:
-        recorder = Recorder(folder, display, shared, Measuring.by_default(len(before.cells)))
+        recorder = Recorder(folder, display, shared)
         if cluster is None:
             LocalRunner(recorder, jobs, visible_gpus(), keys(gpus)).run(cells)
         else:

@@ -126,9 +126,9 @@ class StudyFolder:
             folder.mkdir(exist_ok=True)
         for left in sorted(self.running.iterdir()):
             self._clear(left)
-        for numbers in (self.path / MEASURED).glob("*"):
-            if not self.done_path(numbers.stem).exists():
-                numbers.unlink(missing_ok=True)
+        for measured in (self.path / MEASURED).glob("*/"):
+            if not self.done_path(measured.name).exists():
+                _forget(measured)
 
     def _is_of_something_else(self) -> bool:
         """Whether the folder holds what no study's has; a runner that is starting may not have come to its file yet."""
@@ -138,7 +138,8 @@ class StudyFolder:
         foreign = [
             one
             for one in self.path.iterdir()
-            if not one.name.startswith((f".{STUDY}.", MEASURED))
+            if one.name != MEASURED
+            and not one.name.startswith(f".{STUDY}.")
             and not (one.name in ours and one.is_dir() and not any(one.iterdir()))
         ]
         return bool(foreign) and not (self.path / STUDY).is_file()
@@ -272,6 +273,14 @@ class StudyFolder:
     def done(self, cell: str) -> dict[str, Any]:
         """What `done.json` of a finished cell says."""
         return read_json(self.done_path(cell) / DONE)
+
+
+def _forget(measured: Path) -> None:
+    """Remove what was measured of a cell, where that is allowed; nothing depends on it."""
+    with contextlib.suppress(OSError):
+        for file in measured.glob("*.bin"):
+            file.unlink()
+        measured.rmdir()
 
 
 def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-from lmms_plugin.report.reading import Measuring
+from lmms_plugin.report import reading
 from lmms_plugin.study.attempt import Outcome, about
 from lmms_plugin.study.folder import Lock, StudyFolder
 from lmms_plugin.study.identity import Keyed
@@ -48,13 +48,11 @@ class Recorder:
         folder: Of the study.
         watcher: Is told about everything.
         storage: Where finished cells are copied to; None for nowhere.
-        measuring: How finished cells are measured, so that a report need not; None not to.
     """
 
     folder: StudyFolder
     watcher: Watcher
     storage: Storage | None = None
-    measuring: Measuring | None = None
     _failures: dict[str, dict[str, Any] | None] = field(default_factory=dict, repr=False)
 
     def claim(self, cell: str) -> Lock | Taken:
@@ -79,16 +77,16 @@ class Recorder:
         """Whether a cell is finished, here or in the storage."""
         if self.folder.is_done(cell):
             return True
-        if self.storage is not None and self.storage.fetch(cell, self.folder):
+        fetched = self.storage is not None and self.storage.fetch(cell, self.folder)
+        if fetched or self.folder.restore(cell):
             self._measure(cell)
             return True
-        return self.folder.restore(cell)
+        return False
 
     def _measure(self, cell: str) -> None:
-        # A report says what is wrong with a cell that cannot be measured.
-        with suppress(ValueError):
-            if self.measuring is not None:
-                self.measuring.keep(self.folder.done_path(cell))
+        """Spare a report the logs; the cell is finished whatever comes of it, and a report says what is wrong."""
+        with suppress(Exception):
+            reading.keep(self.folder.done_path(cell))
 
     def record(self, keyed: Keyed, outcome: Outcome, gpus: int) -> None:
         """Keep what the work on a cell, whose lock the caller has, came to."""
