@@ -28,6 +28,7 @@ import numpy as np
 
 from bench import reporting
 from lmms_plugin.report import reading
+from lmms_plugin.study.folder import CELLS, MEASURED
 
 METHODS = ("rtn", "hqq", "awq", "mbq", "gptq", "ptqtp", "quanto", "autoround")
 BITS, GROUPS, SOURCES, SEEDS = (8, 4, 3, 2), (64, 128), ("noise", "self", "demo"), range(6)
@@ -52,12 +53,12 @@ def main() -> None:
             make(folder, arguments.template, arguments.cells, arguments.samples, arguments.distinct)
         plain = plain_loop(folder, max(1, arguments.cells // 50)) * arguments.cells
         page = Path(temporary) / "report.html"
-        shutil.rmtree(folder / ".measured", ignore_errors=True)
+        shutil.rmtree(folder / MEASURED, ignore_errors=True)
         # As `study run` does with every cell that it finishes.
-        for cell in sorted((folder / "cells").iterdir()):
+        for cell in sorted((folder / CELLS).iterdir()):
             reading.keep(cell)
         rows = [{"case": "measured by study run", **measure(folder, page, plain)}]
-        shutil.rmtree(folder / ".measured")
+        shutil.rmtree(folder / MEASURED)
         rows.append({"case": "logs alone", **measure(folder, page, plain)})
     print(reporting.machine())
     for line in reporting.markdown(list(rows[0]), [[_shown(value) for value in row.values()] for row in rows]):

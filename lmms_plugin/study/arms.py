@@ -105,9 +105,9 @@ def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
     there = {file.parent.name: file.parent for file in (study / CELLS).glob(f"*/{DONE}")}
     wanted = sorted(there if only is None else only)
     if not wanted:
-        raise ValueError(f"expected finished cells below {study / 'cells'}, got none: run the study first")
+        raise ValueError(f"expected finished cells below {study / CELLS}, got none: run the study first")
     if missing := [name for name in wanted if name not in there]:
-        raise ValueError(f"expected the finished cell {missing[0]} below {study / 'cells'}, got none")
+        raise ValueError(f"expected the finished cell {missing[0]} below {study / CELLS}, got none")
     return [there[name] for name in wanted]
 
 
