@@ -227,6 +227,18 @@ def read_one(path: Path) -> Run:
     return read(files[0])
 
 
+def table(file: Path) -> dict[str, Any]:
+    """What a results file says.
+
+    Raises:
+        ValueError: If it is damaged, or none of lmms-eval.
+    """
+    results = _json(file, file.read_bytes())
+    if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
+        raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
+    return results
+
+
 def read(file: Path) -> Run:
     """Read a results file and the logs of samples beside it.
 
@@ -235,9 +247,7 @@ def read(file: Path) -> Run:
             is damaged, holds a document twice, holds fewer or more documents than the run scored, or does not agree
             with the table of results.
     """
-    results = _json(file, file.read_bytes())
-    if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
-        raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
+    results = table(file)
     tasks, others = {}, []
     for task in results["n-samples"]:
         records = read_task(file, results, task)

@@ -10,7 +10,6 @@ from lmms_plugin.report import columns
 from lmms_plugin.report.columns import Answers, UnusualLogError
 from lmms_plugin.report.measuring import Measured, measure
 from lmms_plugin.results import TaskRecords
-from lmms_plugin.study.durable import read_json
 
 
 class Numbers(NamedTuple):
@@ -37,7 +36,7 @@ def of(file: Path, settings: Settings) -> Numbers:
     Raises:
         ValueError: As `lmms_plugin.results.read`.
     """
-    read = _read(file, table(file), settings)
+    read = _read(file, results.table(file), settings)
     # A run of the first documents of a task that brings its own split may hold none that are reported on.
     empty = [one.task for one in read.answers if not one.reported.any()]
     return Numbers(
@@ -45,18 +44,6 @@ def of(file: Path, settings: Settings) -> Numbers:
         tuple(number for records in read.rejection for number in reliability.rejection(records, settings)),
         (*read.others, *empty),
     )
-
-
-def table(file: Path) -> dict[str, Any]:
-    """What a results file says.
-
-    Raises:
-        ValueError: If it is damaged, or none of lmms-eval.
-    """
-    found = read_json(file)
-    if not {"configs", "n-samples", "results"} <= set(found):
-        raise ValueError(f"expected a results file of lmms-eval, got {file}")
-    return found
 
 
 class _Read(NamedTuple):

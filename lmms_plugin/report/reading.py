@@ -161,7 +161,7 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
     Raises:
         ValueError: As `lmms_plugin.results.read`.
     """
-    table = numbers.table(file)
+    table = results.table(file)
     where = axes.of(file, root, table)
     place = Kept.of(where.folder, file, settings)
     measured, rejection, others = numbers.of(file, settings) if place is None else place.numbers()
