@@ -1,14 +1,18 @@
-# make demo   creates .venv, installs, runs the main job on the embedded demo, writes demo_output/
-# make test   creates .venv, installs what the tests need, runs them against the installed package
+# make demo   creates .venv, installs what is locked, runs the main job on the embedded demo, writes demo_output/
+#             (FULL=1: all corruptions)
+# make test   creates .venv, installs what is locked for the tests, runs them against the installed package
 # make check  formatting, lint and types
+# make fresh  installs the wheel without the lock into an environment of its own, and runs the main command there
+# make lock   resolves everything anew and writes constraints.txt
+# make dist   builds wheel and source distribution and checks them
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find lmms_plugin quant_backends tasks -type f -not -path '*/__pycache__/*' 2>/dev/null)
-CODE := lmms_plugin quant_backends tasks tests bench
+CODE := lmms_plugin quant_backends tasks tests bench demo_training .ci
 
-.PHONY: demo test check format clean
+.PHONY: demo test check fresh lock dist format clean
 
 demo: $(VENV)/.package
 	$(BIN)/lmms-plugin demo --output demo_output
@@ -21,6 +25,17 @@ check: $(VENV)/.dev $(VENV)/.package
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	cd $(VENV) && bin/mypy --config-file $(CURDIR)/setup.cfg -p lmms_plugin
+
+fresh:
+	$(PYTHON) .ci/fresh.py
+
+lock:
+	$(PYTHON) .ci/lock.py
+
+dist: $(VENV)/.dev
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format $(CODE)
@@ -37,11 +52,10 @@ $(VENV)/.core: $(BIN)/python setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt .
 	touch $@
 
-# imagecorruptions, an oracle of the tests, asks for a second OpenCV that would overwrite the headless one.
-$(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml constraints.txt
+$(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml constraints.txt tests/requirements.txt
 	rm -rf build
 	$(BIN)/pip install --constraint constraints.txt ".[dev]"
-	$(BIN)/pip install --no-deps --constraint constraints.txt imagecorruptions
+	$(BIN)/pip install --no-deps --constraint constraints.txt --requirement tests/requirements.txt
 	touch $@ $(VENV)/.core
 
 # A stale build/ would carry deleted modules into the wheel.

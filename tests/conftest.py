@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Calibrations that a test breaks off leave nothing in the user's cache.
 os.environ["LMMS_PLUGIN_CACHE"] = ""
+# Benchmarks and the demo's training are not installed; behind everything else, so that what is installed is tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 import pytest
 from hypothesis import settings

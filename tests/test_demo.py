@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from demo_training import dataset
+from demo_training.architecture import build_model
+from demo_training.dataset import SCENES
+from demo_training.evaluate import Question, about_split, conversation, generate, overlaps
 from lmms_plugin.boxes import Box, iou
-from lmms_plugin.demo import CHECKPOINT, DATA, dataset
-from lmms_plugin.demo.architecture import build_model
-from lmms_plugin.demo.dataset import FEATURES, SCENES, rows
-from lmms_plugin.demo.evaluate import Question, about_split, conversation, generate, overlaps
+from lmms_plugin.demo import CHECKPOINT, DATA
+from lmms_plugin.demo.dataset import FEATURES, rows
 from lmms_plugin.demo.scenes import _RGB, SIDE, draw, scene
 from lmms_plugin.demo.wording import COLOURS, FILLS, SHAPES, SIZES, Attributes, expressions, identifying
 

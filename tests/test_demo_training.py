@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from demo_training.architecture import CELLS, DIALECT, prompt_ids, sine_positions
+from demo_training.evaluate import conversation
+from demo_training.muon import Muon, orthogonalise
+from demo_training.packing import IGNORED, PROBE, answer, cell_labels, look, pack, visible
+from demo_training.train import LESSONS, LISTEN, LOOK, Pointer, Run, image_features, objects_at, read, schedule
+from demo_training.tune import FIRST_SCENE, Tuning
 from lmms_plugin.boxes import Box, iou
 from lmms_plugin.demo import CHECKPOINT
-from lmms_plugin.demo.architecture import CELLS, DIALECT, prompt_ids, sine_positions
-from lmms_plugin.demo.evaluate import conversation
-from lmms_plugin.demo.muon import Muon, orthogonalise
-from lmms_plugin.demo.packing import IGNORED, PROBE, answer, cell_labels, look, pack, visible
 from lmms_plugin.demo.scenes import MAX_OBJECTS, SIDE, scene
-from lmms_plugin.demo.train import LESSONS, LISTEN, LOOK, Pointer, Run, image_features, objects_at, read, schedule
-from lmms_plugin.demo.tune import FIRST_SCENE, Tuning
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def test_nothing_is_imported_by_a_short_or_relative_name():
 
 def test_no_top_level_tasks_reaches_site_packages(installed):
     names = {entry.name for entry in installed.site.iterdir()}
-    assert not names & {"tasks", "quant_backends", "tests", "bench"}
+    assert not names & {"tasks", "quant_backends", "tests", "bench", "demo_training"}
     out = installed.python(
         "-c", "import importlib.util as u; print(u.find_spec('tasks'), u.find_spec('quant_backends'))"
     )

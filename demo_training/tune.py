@@ -1,8 +1,8 @@
 """Second stage of the demo's training: with eyes that see, learn to tell which shape is meant.
 
-    python -m lmms_plugin.demo.tune --state runs/demo/state.pt --out runs/tuned --steps 760
+    python -m demo_training.tune --state runs/demo/state.pt --out runs/tuned --steps 760
 
-Takes up the averaged weights of a run of `lmms_plugin.demo.train`, freezes vision tower and connector, and goes on
+Takes up the averaged weights of a run of `demo_training.train`, freezes vision tower and connector, and goes on
 reading about scenes of two, then three shapes. A run is a function of (state, seed, steps); with --minutes the learning
 rate follows the clock instead.
 """
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmms_plugin.demo.architecture import build_tokenizer
-from lmms_plugin.demo.evaluate import about_scenes, overlaps
-from lmms_plugin.demo.muon import Muon
-from lmms_plugin.demo.packing import look, pack
+from demo_training.architecture import build_tokenizer
+from demo_training.evaluate import about_scenes, overlaps
+from demo_training.muon import Muon
+from demo_training.packing import look, pack
+from demo_training.train import Run, corpus, image_features, read
 from lmms_plugin.demo.scenes import Scene, scene
-from lmms_plugin.demo.train import Run, corpus, image_features, read
 
 BATCH = 24
 LR = 2e-3
@@ -36,7 +36,7 @@ class Tuning:
     """The language model of a finished first stage, and what changes it.
 
     Args:
-        state: `state.pt` of a run of `lmms_plugin.demo.train`.
+        state: `state.pt` of a run of `demo_training.train`.
         seed: Of that run.
     """
 
@@ -100,7 +100,7 @@ def _fall(progress: float) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Tune, score on held-out scenes, and write the checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m lmms_plugin.demo.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m demo_training.tune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--steps", type=int, help="length of the run in steps (reproducible)")

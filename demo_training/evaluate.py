@@ -1,6 +1,6 @@
 """Score a demo checkpoint through its own processor and `generate`, as any user would.
 
-    python -m lmms_plugin.demo.evaluate
+    python -m demo_training.evaluate
 
 The command scores every expression of the packaged test split. The tasks of this package measure the same and more;
 this module is what training looks at, and free of lmms-eval.
@@ -21,9 +21,9 @@ from transformers import (
     Idefics3Processor,
 )
 
+from demo_training.architecture import DIALECT
 from lmms_plugin.boxes import Box, iou
 from lmms_plugin.demo import CHECKPOINT, DATA
-from lmms_plugin.demo.architecture import DIALECT
 from lmms_plugin.demo.scenes import Scene
 
 
@@ -93,7 +93,7 @@ def overlaps(
 
 def main(argv: list[str] | None = None) -> None:
     """Print accuracy at three thresholds and mean IoU on a packaged split."""
-    parser = argparse.ArgumentParser(prog="python -m lmms_plugin.demo.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m demo_training.evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="folder (default: the packaged one)")
     parser.add_argument("--split", default="test", choices=("test", "val"), help="(default: %(default)s)")

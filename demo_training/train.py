@@ -1,6 +1,6 @@
 """Train the demo checkpoint from scratch on one CPU core.
 
-    python -m lmms_plugin.demo.train --out runs/demo --steps 3600
+    python -m demo_training.train --out runs/demo --steps 3600
 
 Scenes are drawn on the fly from the split "train", so no scene is seen twice: first scenes of up to four objects
 only to look at, then scenes of one, two, three and four objects to answer questions about. The questions about one
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
 
-from lmms_plugin.demo.architecture import DIALECT, WIDTH, build_model, build_processor, build_tokenizer
-from lmms_plugin.demo.evaluate import about_scenes, overlaps
-from lmms_plugin.demo.muon import Muon
-from lmms_plugin.demo.packing import IGNORED, PROBE, Questions, look, pack, visible
+from demo_training.architecture import DIALECT, WIDTH, build_model, build_processor, build_tokenizer
+from demo_training.evaluate import about_scenes, overlaps
+from demo_training.muon import Muon
+from demo_training.packing import IGNORED, PROBE, Questions, look, pack, visible
 from lmms_plugin.demo.scenes import MAX_OBJECTS, scene
 
 # Share of the steps in which only the eyes learn, on LOOK_AT times as many scenes, without the cost of text.
@@ -236,7 +236,7 @@ def objects_at(progress: float) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lmms_plugin.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m demo_training.train", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--steps", type=int, help="length of the run in steps (reproducible)")

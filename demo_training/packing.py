@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from demo_training.architecture import CELLS, DIALECT, END, PATCH, SHUFFLE, prompt_ids
 from lmms_plugin.boxes import Box
-from lmms_plugin.demo.architecture import CELLS, DIALECT, END, PATCH, SHUFFLE, prompt_ids
 from lmms_plugin.demo.scenes import MAX_OBJECTS, SIDE, Scene, SceneObject
 from lmms_plugin.demo.wording import COLOURS, FILLS, SHAPES, SIZES
 
