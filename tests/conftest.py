@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return built[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def every_eval_ever(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the unpacked package of Every Eval Ever, fetched for the Python that it asks for; it is not installed."""
+    from lmms_plugin.export.records import VERSION
+
+    folder = tmp_path_factory.mktemp("every_eval_ever")
+    if not _fetch(f"every-eval-ever=={VERSION}", folder):
+        if not _fetch("pip", tmp_path_factory.mktemp("any")):
+            pytest.skip("no package index can be reached, from which Every Eval Ever's schema would be fetched")
+        pytest.fail(f"the package index has no every-eval-ever {VERSION} for Python 3.12")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def _fetch(package: str, folder: Path) -> bool:
+    """Download a package's wheel and nothing that it needs; return whether that could be done."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", "3.12", "--retries", "1", "--timeout", "20", "--dest", str(folder), package]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,13 @@ import os
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 if TYPE_CHECKING:
     from lmms_plugin.export.every_eval_ever import Source
+    from lmms_plugin.export.records import Relationship
     from lmms_plugin.results import Run
 
 Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
@@ -82,12 +83,15 @@ def export(
         submission.expect_checkable(settings)
     found = measured(run, settings)
     if source is not None and Format.SUBMISSION in formats:
-        submission.build(found, source, output)
+        checked = submission.build(found, source, output)
         typer.echo(f"{output}: a submission of {', '.join(found.tasks)}")
         if archive:
             typer.echo(str(submission.pack(output)))
+        typer.echo(checked, err=True)
     elif source is not None:
-        typer.echo(str(output / every_eval_ever.write(found, source, output).aggregate))
+        files, checked = every_eval_ever.write(found, source, output)
+        typer.echo(str(output / files.aggregate))
+        typer.echo(checked, err=True)
     if entry is not None:
         typer.echo(str(hub.write_eval_results(found, entry, output)))
     if name:
@@ -170,13 +174,12 @@ def _source(
 ) -> Source:
     from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, Source
 
-    return Source(
-        _model_id(run, model_id),
-        _named(organization, "--organization", "the organization that ran the evaluation"),
-        _named(relationship, "--relationship", f"its relationship to the model, {', '.join(RELATIONSHIPS)}"),
-        collection,
-        int(time.time()),
-    )
+    model = _model_id(run, model_id)
+    who = _named(organization, "--organization", "the organization that ran the evaluation")
+    what = f"its relationship to the model, {', '.join(RELATIONSHIPS)}"
+    # Whether it is one of these, Source checks.
+    stands = cast("Relationship", _named(relationship, "--relationship", what))
+    return Source(model, who, stands, collection, int(time.time()))
 
 
 def _model_id(run: Run, given: str | None) -> str:

@@ -14,16 +14,16 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from lmms_plugin import __version__
-from lmms_plugin.export import facts
+from lmms_plugin.export import facts, records, validator
 from lmms_plugin.export.measured import Measured, Score
+from lmms_plugin.export.records import SAMPLES, VERSION, Bound, DocumentRecord, Relationship, RunRecord, refused
 from lmms_plugin.export.rescoring import Sample
-from lmms_plugin.export.schema import VERSION, expect_aggregate, expect_instances
 from lmms_plugin.results import GROUNDING, REJECTION, VQA, Kind, TaskRecords
 
-RELATIONSHIPS = ("first_party", "third_party", "collaborative", "other")
+RELATIONSHIPS: tuple[Relationship, ...] = get_args(Relationship)
 LONGEST_NAME = 200
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DATE = re.compile(r"(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)")
@@ -49,7 +49,7 @@ class Source:
 
     model_id: str
     organization: str
-    relationship: str
+    relationship: Relationship
     collection: str
     timestamp: int
 
@@ -81,34 +81,43 @@ class Files(NamedTuple):
     instances: Path
 
 
+class Written(NamedTuple):
+    """Where records were written, relative to the folder of the export, and who checked them, in a line."""
+
+    files: Files
+    checked: str
+
+
 def paths(measured: Measured, source: Source) -> Files:
     """Where the records of a run lie; named by the content of its results file."""
     digest = hashlib.sha256(measured.run.file.read_bytes()).digest()
     name = uuid.UUID(bytes=digest[:16], version=4)
     folder = Path("data", source.collection, *source.model_id.split("/"))
-    return Files(folder / f"{name}.json", folder / f"{name}_samples.jsonl")
+    return Files(folder / f"{name}.json", folder / f"{name}{SAMPLES}")
 
 
-def write(measured: Measured, source: Source, folder: Path) -> Files:
-    """Write both records below a folder, validated.
+def write(measured: Measured, source: Source, folder: Path) -> Written:
+    """Write both records below a folder, and have them checked by the validator of Every Eval Ever where there is one.
 
     Raises:
-        ValueError: If one is not valid.
+        ValueError: If a value is none that the format can hold, or the validator refuses a file; then neither is left.
     """
     files = paths(measured, source)
-    rows = list(instances(measured, source))
-    expect_instances(rows, files.instances)
-    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    whole = aggregate(measured, source, files, lines.encode(), len(rows))
-    expect_aggregate(whole, files.aggregate)
+    rows = [record.line() + "\n" for record in instances(measured, source)]
+    lines = "".join(rows).encode()
+    whole = aggregate(measured, source, files, lines, len(rows))
     (folder / files.aggregate).parent.mkdir(parents=True, exist_ok=True)
-    (folder / files.instances).write_bytes(lines.encode())
-    text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / files.aggregate).write_text(text + "\n", encoding="utf-8")
-    return files
+    (folder / files.instances).write_bytes(lines)
+    (folder / files.aggregate).write_text(whole.file(), encoding="utf-8")
+    try:
+        return Written(files, validator.check(folder, *files))
+    except ValueError:
+        for file in files:
+            (folder / file).unlink()
+        raise
 
 
-def aggregate(measured: Measured, source: Source, files: Files, lines: bytes, rows: int) -> dict[str, Any]:
+def aggregate(measured: Measured, source: Source, files: Files, lines: bytes, rows: int) -> RunRecord:
     """The record of the run.
 
     Args:
@@ -117,45 +126,55 @@ def aggregate(measured: Measured, source: Source, files: Files, lines: bytes, ro
         files: Where the records will lie.
         lines: The records of single documents as they are written.
         rows: How many these are.
+
+    Raises:
+        ValueError: If a value is none that the format can hold.
     """
     started = _evaluated(measured.results)
-    return {
-        "schema_version": VERSION,
-        "evaluation_id": source.evaluation_id,
-        **({"evaluation_timestamp": started} if started else {}),
-        "retrieved_timestamp": str(source.timestamp),
-        "source_metadata": {
-            "source_name": "lmms-plugin",
-            "source_type": "evaluation_run",
-            "source_organization_name": source.organization,
-            "evaluator_relationship": source.relationship,
-        },
-        "eval_library": {
-            "name": "lmms_eval",
-            "version": _lmms_eval_version(measured),
-            "additional_details": {"lmms_plugin": __version__} | facts.versions(measured.run),
-        },
-        "model_info": _model(measured, source),
-        "evaluation_results": list(_results(measured)),
-        "detailed_evaluation_results": {
-            "format": "jsonl",
-            "file_path": files.instances.as_posix(),
-            "hash_algorithm": "sha256",
-            "checksum": hashlib.sha256(lines).hexdigest(),
-            "total_rows": rows,
-        },
-    }
+    with refused(files.aggregate):
+        return RunRecord(
+            schema_version=VERSION,
+            evaluation_id=source.evaluation_id,
+            **({"evaluation_timestamp": started} if started else {}),
+            retrieved_timestamp=str(source.timestamp),
+            source_metadata=records.Origin(
+                source_name="lmms-plugin",
+                source_type="evaluation_run",
+                source_organization_name=source.organization,
+                evaluator_relationship=source.relationship,
+            ),
+            eval_library=records.Library(
+                name="lmms_eval",
+                version=_lmms_eval_version(measured),
+                additional_details={"lmms_plugin": __version__} | facts.versions(measured.run),
+            ),
+            model_info=_model(measured, source),
+            evaluation_results=tuple(_results(measured)),
+            detailed_evaluation_results=records.Documents(
+                format="jsonl",
+                file_path=files.instances.as_posix(),
+                hash_algorithm="sha256",
+                checksum=hashlib.sha256(lines).hexdigest(),
+                total_rows=rows,
+            ),
+        )
 
 
-def instances(measured: Measured, source: Source) -> Iterator[dict[str, Any]]:
-    """The record of each document, task by task, in the log's order."""
+def instances(measured: Measured, source: Source) -> Iterator[DocumentRecord]:
+    """The record of each document, task by task, in the log's order.
+
+    Raises:
+        ValueError: If a value is none that the format can hold.
+    """
     for task, rescored in measured.tasks.items():
         kind = measured.run.tasks[task].kind
         for sample in rescored.samples:
-            yield _instance(task, kind, sample, source)
+            with refused(f"task {task}, document {sample.record['id']}"):
+                record = _instance(task, kind, sample, source)
+            yield record
 
 
-def metric_bounds(metric: str) -> tuple[float, float | str]:
+def metric_bounds(metric: str) -> tuple[float, Bound]:
     """Smallest and largest value a metric can have, as the schema writes them."""
     if metric in ("nll", "boxes_per_answer"):
         return 0.0, "Infinity"
@@ -163,118 +182,122 @@ def metric_bounds(metric: str) -> tuple[float, float | str]:
     return (-float(cost), 1.0) if name == "phi" else (0.0, 1.0)
 
 
-def _results(measured: Measured) -> Iterator[dict[str, Any]]:
+def _results(measured: Measured) -> Iterator[records.Result]:
     for task, scores in measured.scores.items():
-        rescored, records = measured.tasks[task], measured.run.tasks[task]
+        rescored, answered = measured.tasks[task], measured.run.tasks[task]
         for metric, score in scores.items():
-            yield {
-                "evaluation_result_id": f"{task}/{metric}",
-                "evaluation_name": task,
-                "source_data": _data(records),
-                "metric_config": _metric(metric, rescored.definition.higher_is_better[metric], records),
-                "score_details": _score(score, measured),
-                "generation_config": _generation(measured, task),
-            }
+            yield records.Result(
+                evaluation_result_id=f"{task}/{metric}",
+                evaluation_name=task,
+                source_data=_data(answered),
+                metric_config=_metric(metric, rescored.definition.higher_is_better[metric], answered),
+                score_details=_score(score, measured),
+                generation_config=_generation(measured, task),
+            )
 
 
-def _metric(metric: str, higher_is_better: bool, records: TaskRecords) -> dict[str, Any]:
+def _metric(metric: str, higher_is_better: bool, answered: TaskRecords) -> records.Metric:
     low, high = metric_bounds(metric)
-    return {
-        "evaluation_description": f"{metric} of {records.task}, by lmms-plugin",
-        "metric_id": metric,
-        "metric_name": metric,
-        "metric_kind": metric.partition("@")[0],
-        "metric_unit": {"nll": "nats", "boxes_per_answer": "boxes"}.get(metric, "proportion"),
-        "lower_is_better": not higher_is_better,
-        "score_type": "continuous",
-        "min_score": low,
-        "max_score": high,
-        "additional_details": {"confidence_estimator": records.kind.estimator},
-    }
+    return records.Metric(
+        evaluation_description=f"{metric} of {answered.task}, by lmms-plugin",
+        metric_id=metric,
+        metric_name=metric,
+        metric_kind=metric.partition("@")[0],
+        metric_unit={"nll": "nats", "boxes_per_answer": "boxes"}.get(metric, "proportion"),
+        lower_is_better=not higher_is_better,
+        score_type="continuous",
+        min_score=low,
+        max_score=high,
+        additional_details={"confidence_estimator": answered.kind.estimator},
+    )
 
 
-def _score(score: Score, measured: Measured) -> dict[str, Any]:
+def _score(score: Score, measured: Measured) -> records.ScoreDetails:
     details = {"images": str(score.images), "records": str(score.records)}
     if math.isnan(score.low):
-        return {"score": score.value, "details": details, "uncertainty": {"num_samples": score.records}}
-    interval = {
-        "lower": score.low,
-        "upper": score.high,
-        "confidence_level": measured.settings.level,
-        "method": f"bootstrap over images, seed {measured.settings.seed}",
-    }
-    uncertainty = {
-        "confidence_interval": interval,
-        "num_samples": score.records,
-        "num_bootstrap_samples": measured.settings.resamples,
-    }
-    return {"score": score.value, "details": details, "uncertainty": uncertainty}
+        uncertainty = records.Uncertainty(num_samples=score.records)
+    else:
+        interval = records.Interval(
+            lower=score.low,
+            upper=score.high,
+            confidence_level=measured.settings.level,
+            method=f"bootstrap over images, seed {measured.settings.seed}",
+        )
+        uncertainty = records.Uncertainty(
+            confidence_interval=interval,
+            num_samples=score.records,
+            num_bootstrap_samples=measured.settings.resamples,
+        )
+    return records.ScoreDetails(score=score.value, details=details, uncertainty=uncertainty)
 
 
-def _data(records: TaskRecords) -> dict[str, Any]:
-    place = records.place
-    details = {"documents": str(records.ids.size), "images": str(len(set(records.images.tolist())))}
+def _data(answered: TaskRecords) -> records.HubData | records.OtherData:
+    place = answered.place
+    details = {"documents": str(answered.ids.size), "images": str(len(set(answered.images.tolist())))}
     if place.shift is not None:
         details |= {"shift": place.shift, "severity": str(place.severity), "shifted": place.shifts}
     if not HUB_ID.fullmatch(place.dataset):
         # A folder of this machine says nothing to anybody else.
-        name = records.task if "/" in place.dataset else place.dataset
-        return {
-            "dataset_name": name,
-            "source_type": "other",
-            "additional_details": details | {"split": place.split},
-        }
-    return {
-        "dataset_name": place.dataset,
-        "source_type": "hf_dataset",
-        "hf_repo": place.dataset,
-        "hf_split": place.split,
-        "samples_number": int(records.ids.size),
-        "additional_details": details,
-    }
+        name = answered.task if "/" in place.dataset else place.dataset
+        return records.OtherData(
+            dataset_name=name, source_type="other", additional_details=details | {"split": place.split}
+        )
+    return records.HubData(
+        dataset_name=place.dataset,
+        source_type="hf_dataset",
+        hf_repo=place.dataset,
+        hf_split=place.split,
+        samples_number=int(answered.ids.size),
+        additional_details=details,
+    )
 
 
-def _generation(measured: Measured, task: str) -> dict[str, Any]:
+def _generation(measured: Measured, task: str) -> records.Generation:
     longest, command = measured.tasks[task].definition.max_new_tokens, facts.command(measured.run)
     given = measured.results.get("config", {}).get("gen_kwargs")
     # Tasks of this package decode greedily, unless the user said something else.
-    arguments: dict[str, Any] = {"temperature": 0.0} if not given else {}
-    arguments |= {} if longest is None or given else {"max_tokens": longest}
-    arguments |= {} if command is None else {"execution_command": command}
-    return {"generation_args": arguments} | ({"additional_details": {"gen_kwargs": str(given)}} if given else {})
+    told: dict[str, Any] = {"temperature": 0.0} if not given else {}
+    told |= {} if longest is None or given else {"max_tokens": longest}
+    told |= {} if command is None else {"execution_command": command}
+    details = {"additional_details": {"gen_kwargs": str(given)}} if given else {}
+    return records.Generation(generation_args=records.GenerationArguments(**told), **details)
 
 
-def _model(measured: Measured, source: Source) -> dict[str, Any]:
-    details = {"deployment_type": "self_deployed", "model_availability": "unknown"}
+def _model(measured: Measured, source: Source) -> records.Model:
+    organization, _, name = source.model_id.partition("/")
     engine = facts.versions(measured.run).get("transformers")
-    return {
-        "name": source.model_id.partition("/")[2],
-        "id": source.model_id,
-        "developer": source.model_id.partition("/")[0],
-        "inference_engine": {"name": "transformers"} | ({"version": engine} if engine else {}),
-        "additional_details": details | facts.quantization(measured.run, measured.results),
-    }
+    return records.Model(
+        name=name,
+        id=source.model_id,
+        developer=organization,
+        inference_engine=records.Engine(name="transformers", **({"version": engine} if engine else {})),
+        additional_details=records.ModelDetails(
+            deployment_type="self_deployed",
+            model_availability="unknown",
+            **facts.quantization(measured.run, measured.results),
+        ),
+    )
 
 
-def _instance(task: str, kind: Kind, sample: Sample, source: Source) -> dict[str, Any]:
+def _instance(task: str, kind: Kind, sample: Sample, source: Source) -> DocumentRecord:
     record, asked = sample.record, str(sample.record.get("expression", sample.record.get("question")))
-    reference = list(record["answers"]) if kind is VQA else [sample.target]
+    reference = tuple(record["answers"]) if kind is VQA else (sample.target,)
     score = float(record["score"] >= (kind.right or 0.0)) if kind is GROUNDING else float(record[kind.score])
-    return {
-        "schema_version": VERSION,
-        "evaluation_id": source.evaluation_id,
-        "model_id": source.model_id,
-        "evaluation_name": task,
-        "evaluation_result_id": f"{task}/{_PRIMARY[kind]}",
-        "sample_id": str(record["id"]),
-        "sample_hash": hashlib.sha256("".join([asked, *reference]).encode()).hexdigest(),
-        "interaction_type": "single_turn",
-        "input": {"raw": asked, "formatted": sample.prompt or None, "reference": reference},
-        "output": {"raw": [sample.response.text]},
-        "answer_attribution": [_attribution(record, kind)],
-        "evaluation": {"score": score, "is_correct": _is_correct(record, kind)},
-        "metadata": _metadata(record, kind),
-    }
+    return DocumentRecord(
+        schema_version=VERSION,
+        evaluation_id=source.evaluation_id,
+        model_id=source.model_id,
+        evaluation_name=task,
+        evaluation_result_id=f"{task}/{_PRIMARY[kind]}",
+        sample_id=str(record["id"]),
+        sample_hash=hashlib.sha256("".join([asked, *reference]).encode()).hexdigest(),
+        interaction_type="single_turn",
+        input=records.Input(raw=asked, formatted=sample.prompt or None, reference=reference),
+        output=records.Output(raw=(sample.response.text,)),
+        answer_attribution=(_attribution(record, kind),),
+        evaluation=records.Evaluation(score=score, is_correct=_is_correct(record, kind)),
+        metadata=_metadata(record, kind),
+    )
 
 
 def _is_correct(record: Mapping[str, Any], kind: Kind) -> bool:
@@ -284,15 +307,15 @@ def _is_correct(record: Mapping[str, Any], kind: Kind) -> bool:
     return bool(record[kind.score] >= (0.5 if kind.right is None else kind.right))
 
 
-def _attribution(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+def _attribution(record: Mapping[str, Any], kind: Kind) -> records.Attribution:
     box = record.get("box")
-    return {
-        "turn_idx": 0,
-        "source": "output.raw",
-        "extracted_value": record["answer"] if kind is VQA else json.dumps(box) if box else "",
-        "extraction_method": "exact_match" if kind is VQA else "regex",
-        "is_terminal": True,
-    }
+    return records.Attribution(
+        turn_idx=0,
+        source="output.raw",
+        extracted_value=record["answer"] if kind is VQA else json.dumps(box) if box else "",
+        extraction_method="exact_match" if kind is VQA else "regex",
+        is_terminal=True,
+    )
 
 
 def _metadata(record: Mapping[str, Any], kind: Kind) -> dict[str, str]:

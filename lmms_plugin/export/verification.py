@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmms_plugin.export import consistency, every_eval_ever, facts, submission
+from lmms_plugin.export import consistency, every_eval_ever, facts, records, submission
 from lmms_plugin.export.documents import documents
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import Measured, Score, measured
 from lmms_plugin.export.rescoring import difference
-from lmms_plugin.export.schema import expect_aggregate, expect_instances
 from lmms_plugin.export.submission import Manifest
 from lmms_plugin.reliability import Settings
 from lmms_plugin.results import Kind, read
@@ -158,13 +157,13 @@ def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
 
 
 def _answered(found: Measured, task: str) -> Answered:
-    records = found.run.tasks[task]
+    answered = found.run.tasks[task]
     return Answered(
-        kind=records.kind,
+        kind=answered.kind,
         scores=found.scores[task],
         higher_is_better=found.tasks[task].definition.higher_is_better,
-        count=records.ids.size,
-        images=np.unique(records.images).size,
+        count=answered.ids.size,
+        images=np.unique(answered.images).size,
         documents=documents(found.run, task),
     )
 
@@ -198,12 +197,13 @@ def _expect_records(folder: Path, manifest: Manifest, found: Measured) -> None:
             raise ValueError(f"{file.as_posix()} is missing")
     lines = (folder / files.instances).read_bytes()
     rows = [json.loads(line) for line in lines.splitlines()]
-    expect_instances(rows, files.instances.name)
-    made = list(every_eval_ever.instances(found, manifest.source))
+    for number, row in enumerate(rows, start=1):
+        records.read(records.DocumentRecord, row, f"{files.instances.name}, record {number}")
+    made = [record.content() for record in every_eval_ever.instances(found, manifest.source)]
     _expect_same(made, rows, files.instances)
     whole = submission.content_of(folder / files.aggregate)
-    expect_aggregate(whole, files.aggregate.name)
-    made_whole = every_eval_ever.aggregate(found, manifest.source, files, lines, len(made))
+    records.read(records.RunRecord, whole, files.aggregate.name)
+    made_whole = every_eval_ever.aggregate(found, manifest.source, files, lines, len(made)).content()
     # What another version of this package calls itself is no claim.
     made_whole["eval_library"]["additional_details"]["lmms_plugin"] = manifest.lmms_plugin
     _expect_same(made_whole, whole, files.aggregate)
