@@ -13,11 +13,10 @@ from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import measured
 from lmms_plugin.reliability import Settings
 from lmms_plugin.response import MARKER, Response, Token
-from lmms_plugin.results import read_one
+from lmms_plugin.results import HELD_OUT, REPORTED, read_one
 from lmms_plugin.tasks import rejection
 from lmms_plugin.tasks.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding_metrics import Judged
-from lmms_plugin.tasks.questions import part_of
 from lmms_plugin.tasks.vqa_metrics import Scored
 
 TASK, REJECTION_TASK, VQA_TASK = "shapes_rec", "shapes_rejection_absent_object", "reliable_vqav2"
@@ -45,8 +44,8 @@ def questioned(count, word="two"):
     rng = np.random.default_rng(0)
     rows = []
     for number in range(count):
-        image, text = str(number // 2), word if number % 3 else "no"
-        doc = {"image_id": image, "question_id": str(number), "part": part_of(image), "dataset": "vqav2"}
+        image, text = number // 2, word if number % 3 else "no"
+        doc = {"image_id": str(image), "question_id": str(number), "part": (REPORTED, HELD_OUT)[image % 2]}
         doc |= {"question": "How many are there?", "answers": [word] * 9 + ["no"]}
         tokens = (Token(text, float(np.log(rng.uniform(0.3, 1.0)))),)
         rows.append(scored(number, doc, Response(text, tokens, None, None, None).encode(), VQA_TASK))
