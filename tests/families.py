@@ -30,58 +30,81 @@ CORPUS = (
     "What is shown here? Answer yes or no. The answer is 0 1 2 3 4 5 6 7 8 9 10 20 30 40 50 60 70 80 90 100.",
 )
 
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content %}"
-    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+def chat_template(
+    opening: str, closing: str, reply: str, *, start: str = "", turns: str = "", grouped: bool = False, **parts: str
+) -> str:
+    """A chat template in Jinja.
+
+    Args:
+        opening: what opens a turn.
+        closing: what closes it.
+        reply: what asks for an answer.
+        start: what stands before all turns.
+        turns: which of them are written, as a condition; all by default.
+        grouped: whether all parts of one kind stand before those of the next.
+        parts: kind of a part → what is written for it.
+    """
+    if grouped:
+        body = "".join(
+            f"{{% for part in parts if part.type == '{kind}' %}}{piece}{{% endfor %}}" for kind, piece in parts.items()
+        )
+    else:
+        pieces = (f"{{% if part.type == '{kind}' %}}{piece}{{% endif %}}" for kind, piece in parts.items())
+        body = f"{{% for part in parts %}}{''.join(pieces)}{{% endfor %}}"
+    as_parts = "[{'type': 'text', 'text': turn.content}] if turn.content is string else turn.content"
+    turn = f"{{% set parts = {as_parts} %}}{opening}{body}{closing}"
+    ask = f"{{% if add_generation_prompt %}}{reply}{{% endif %}}"
+    return f"{start}{{% for turn in messages {turns} %}}{turn}{{% endfor %}}{ask}"
+
+
+TEXT = "{{ part.text }}"
+ASSISTANT = "<|im_start|>assistant\n"
+QWEN_OPENING, QWEN_CLOSING = "<|im_start|>{{ turn.role }}\n", "<|im_end|>\n"
+UNTOLD = (
+    "{% if loop.first and turn.role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
 )
-QWEN3_TEMPLATE = QWEN_TEMPLATE.replace(
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}",
+QWEN_PARTS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")} | {"text": TEXT}
+QWEN_TEMPLATE = chat_template(UNTOLD + QWEN_OPENING, QWEN_CLOSING, ASSISTANT, **QWEN_PARTS)
+QWEN3_TEMPLATE = chat_template(QWEN_OPENING, QWEN_CLOSING, ASSISTANT, **QWEN_PARTS)
+INTERNVL_TEMPLATE = chat_template(
+    QWEN_OPENING, QWEN_CLOSING, ASSISTANT, image="<IMG_CONTEXT>\n", video="<video>\n", text=TEXT
+)
+ONEVISION_TEMPLATE = chat_template(
+    "<|im_start|>{{ turn.role }} ",
+    "<|im_end|>",
+    ASSISTANT,
+    grouped=True,
+    image="<image>",
+    video="<video>",
+    text="{{ '\n' ~ part.text }}",
+)
+LLAVA_TEMPLATE = chat_template(
+    "{{ turn.role | upper ~ ': ' if turn.role != 'system' }}",
     "",
+    "ASSISTANT:",
+    grouped=True,
+    image="<image>\n",
+    text="{{ part.text ~ ' ' }}",
 )
-IDEFICS_TEMPLATE = (
-    "%s{%% for message in messages %%}{{ message['role'] | capitalize }}"
-    "{%% if message['content'][0]['type'] == 'image' %%}{{ ':' }}{%% else %%}{{ ': ' }}{%% endif %%}"
-    "{%% for line in message['content'] %%}{%% if line['type'] == 'text' %%}{{ line['text'] }}"
-    "{%% elif line['type'] == 'image' %%}{{ '<image>' }}{%% elif line['type'] == 'video' %%}"
-    "{{ '<video>' }}{%% endif %%}{%% endfor %%}<end_of_utterance>\n{%% endfor %%}"
-    "{%% if add_generation_prompt %%}{{ 'Assistant:' }}{%% endif %%}"
+GEMMA_TEMPLATE = chat_template(
+    "<start_of_turn>{{ 'model' if turn.role == 'assistant' else turn.role }}\n"
+    "{% if loop.first and messages[0].role == 'system' %}{{ messages[0].content[0].text ~ '\n\n' }}{% endif %}",
+    "<end_of_turn>\n",
+    "<start_of_turn>model\n",
+    start="{{ bos_token }}",
+    turns="if turn.role != 'system'",
+    image="<start_of_image>",
+    text="{{ part.text | trim }}",
 )
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-ONEVISION_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
-    "{% endfor %}{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-INTERNVL_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}{% elif content['type'] == 'text' %}"
-    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-GEMMA_TEMPLATE = (
-    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
-    "{%- set prefix = messages[0]['content'][0]['text'] + '\n\n' -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}{%- set prefix = '' -%}{%- set turns = messages -%}{%- endif -%}{%- for message in turns -%}"
-    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
-    "{{ '<start_of_turn>' + role + '\n' + (prefix if loop.first else '') }}{%- for item in message['content'] -%}"
-    "{%- if item['type'] == 'image' -%}{{ '<start_of_image>' }}{%- elif item['type'] == 'text' -%}"
-    "{{ item['text'] | trim }}{%- endif -%}{%- endfor -%}{{ '<end_of_turn>\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
-)
+
+
+def idefics_template(start: str) -> str:
+    opening = "{{ turn.role | capitalize }}:{{ ' ' if parts[0].type != 'image' }}"
+    parts = {"text": TEXT, "image": "<image>", "video": "<video>"}
+    return chat_template(opening, "<end_of_utterance>\n", "Assistant:", start=start, **parts)
 
 
 def byte_level_tokenizer(special: Sequence[str], **roles: Any) -> hf.PreTrainedTokenizerFast:
@@ -242,7 +265,7 @@ def _idefics3() -> tuple[Any, Any]:
         ),
         tokenizer=tokenizer,
         image_seq_len=4,
-        chat_template=IDEFICS_TEMPLATE % "<|begin_of_text|>",
+        chat_template=idefics_template("<|begin_of_text|>"),
     )
     return config, processor
 
@@ -269,7 +292,7 @@ def _smolvlm() -> tuple[Any, Any]:
             video_sampling={"fps": 1, "max_frames": 8, "video_size": {"longest_edge": IMAGE_SIZE}},
         ),
         image_seq_len=4,
-        chat_template=IDEFICS_TEMPLATE % "<|im_start|>",
+        chat_template=idefics_template("<|im_start|>"),
     )
     return config, processor
 
