@@ -266,16 +266,14 @@ def _generation(measured: Measured, task: str) -> records.Generation:
 def _model(measured: Measured, source: Source) -> records.Model:
     organization, _, name = source.model_id.partition("/")
     engine = facts.versions(measured.run).get("transformers")
+    details = {"deployment_type": "self_deployed", "model_availability": "unknown"}
+    details |= facts.quantization(measured.run, measured.results)
     return records.Model(
         name=name,
         id=source.model_id,
         developer=organization,
         inference_engine=records.Engine(name="transformers", **({"version": engine} if engine else {})),
-        additional_details=records.ModelDetails(
-            deployment_type="self_deployed",
-            model_availability="unknown",
-            **facts.quantization(measured.run, measured.results),
-        ),
+        additional_details=records.ModelDetails.model_validate(details),
     )
 
 
