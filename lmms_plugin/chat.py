@@ -13,9 +13,12 @@ from transformers.video_utils import VideoMetadata, load_video
 
 from lmms_plugin.pooling import Pooled
 from lmms_plugin.prompts import Colour, Prompt, RequestError, mean_colour, naming
+from lmms_plugin.reasoning import left_open
 from lmms_plugin.response import Size
 
 _PROBE = "a system message of no other use"
+_TURN_HEADER = 64
+"""Characters at the end of a prompt within which a template opens reasoning, where its last words are not found."""
 
 
 class Batch(NamedTuple):
@@ -127,6 +130,16 @@ class Chat:
             return self._raw_text(prompt)
         text: str = self.processor.apply_chat_template(list(prompt.messages), add_generation_prompt=True)
         return text
+
+    def opened_by(self, prompt: Prompt) -> str:
+        """Return the tag of a reasoning that the template opens behind a prompt's last words; "" if it opens none."""
+        if prompt.raw:
+            return ""
+        text = self.text_of(prompt)
+        words = prompt.last_words
+        asked = text.rfind(words) if words else -1
+        # Whatever the words themselves say of tags opens nothing.
+        return left_open(text[asked + len(words) :] if asked >= 0 else text[-_TURN_HEADER:])
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a text, nothing added."""
