@@ -26,6 +26,7 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
+from lmms_plugin import chat_templates
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
@@ -490,12 +491,24 @@ def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
     dialect = dialect_for(config.model_type, declared)
     processor = AutoProcessor.from_pretrained(path, **remote)
     plain, apart = template_for(processor), bool(getattr(config, "is_encoder_decoder", False))
+    templated = chat_templates.is_for(processor, dialect)
+    chat_templates.adopt(processor, dialect, path)
     if apart and plain is None:
         raise ValueError(
             f"{path} is an encoder-decoder ({config.model_type}), none of those that are supported: "
             f"{', '.join(TEMPLATES)}"
         )
-    chat = Chat(processor, arguments.max_num_frames, answers_apart=apart)
+    variables = arguments.template_variables
+    chat_templates.expect_variables(processor, variables, path)
+    chat = Chat(processor, arguments.max_num_frames, answers_apart=apart, template_variables=variables)
+    if templated and chat.has_template:
+        chat_templates.expect_images_shown(processor, variables, path)
+    elif templated:
+        logger.warning(
+            "{} brings no chat template: it is asked in plain words behind the tokens of its images. If it was "
+            "taught to chat, its answers say little; put its template into the folder as chat_template.jinja",
+            path,
+        )
     if chat.places_images and None in (processor.num_query_tokens, config.image_token_id):
         raise ValueError(
             f"{path} is of the time before processors put images into prompts: expected num_query_tokens in its "
