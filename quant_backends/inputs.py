@@ -137,22 +137,22 @@ class Writer:
     def _question(self, sample: CalibrationSample) -> str | None:
         if sample.wanted is None or self._failures >= PATIENCE:
             return None
-        text, opened = self._write(sample.image, REQUESTS[sample.wanted], QUESTION_TOKENS)
-        return wording(separate(text, opened).answer_text, self.dialect)
+        text = self._write(sample.image, REQUESTS[sample.wanted], QUESTION_TOKENS)
+        return wording(separate(text).answer_text, self.dialect)
 
     def _answer(self, sample: CalibrationSample) -> str:
         image = shown(sample, self.dialect, self.processor)
-        return self._write(image, question(sample, self.dialect), ANSWER_TOKENS)[0]
+        return self._write(image, question(sample, self.dialect), ANSWER_TOKENS)
 
-    def _write(self, image: Image.Image, prompt: str, tokens: int) -> tuple[str, str]:
-        """Return what the model writes, and the tag of a reasoning that the prompt opened."""
+    def _write(self, image: Image.Image, prompt: str, tokens: int) -> str:
+        """Return what the model writes, behind the tag of a reasoning that the prompt opened."""
         batch = to_model(encode(self.processor, image, prompt), self.model)
         with WideProducts():
             written = self.model.generate(**batch, max_new_tokens=tokens, do_sample=False)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         start = 1 if self.model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         text: str = tokenizer.decode(written[0, start:], skip_special_tokens=True)
-        return text, left_open(tokenizer.decode(batch["input_ids"][0, -_TURN_HEADER:]))
+        return left_open(tokenizer.decode(batch["input_ids"][0, -_TURN_HEADER:])) + text
 
 
 def wording(text: str, dialect: Dialect) -> str | None:
