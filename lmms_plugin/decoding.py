@@ -114,8 +114,8 @@ class Decoder:
             kept = {"bos_token_id": given.bos_token_id, "decoder_start_token_id": given.decoder_start_token_id}
             part.generation_config = GenerationConfig(pad_token_id=pad, **kept)
         added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        kept = tokens_among([token.content for token in added.values()], (*REASONING, *ANSWER))
-        marks = frozenset(index for index, token in added.items() if token.content in kept)
+        tags = tokens_among([token.content for token in added.values()], (*REASONING, *ANSWER))
+        marks = frozenset(index for index, token in added.items() if token.content in tags)
         special = frozenset({*added} | ends)
         # A copy of its own, because others encode on background threads meanwhile.
         return cls(model, copy.deepcopy(tokenizer), tuple(sorted(ends)), special, marks, static_cache)
