@@ -95,7 +95,7 @@ def expect_images_shown(processor: Any, variables: Mapping[str, Any], name: str)
         )
     except (TypeError, ValueError, TemplateError) as error:
         raise ValueError(f"{name}: its chat template takes no image with a text ({error}); {_REMEDY}") from error
-    if _WORDS not in shown or "'type'" in shown:
+    if _WORDS not in shown.casefold() or "'type'" in shown:
         raise ValueError(f"{name}: its chat template is for texts alone, and prints a list of parts; {_REMEDY}")
     if shown == bare:
         raise ValueError(f"{name}: its chat template drops images; {_REMEDY}")

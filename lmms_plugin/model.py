@@ -442,7 +442,7 @@ class QuantizedVLM(lmms):
         if response.parts.finished or self._warned_unfinished or self.rank != 0:
             return
         self._warned_unfinished = True
-        logger.warning("{}: an answer came to no end of its reasoning; {}", self.arguments.pretrained, REMEDY)
+        logger.warning("{}: an answer ends inside its reasoning, {}", self.arguments.pretrained, REMEDY)
 
     def _warn_if_unpublished(self) -> None:
         if not self.dialect.published and not self._warned and self.rank == 0:

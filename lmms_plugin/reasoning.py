@@ -13,7 +13,7 @@ from collections.abc import Collection
 from functools import cache
 from typing import NamedTuple
 
-REMEDY = "answers that end inside their reasoning are no answers: give them room with --gen_kwargs max_new_tokens=2048"
+REMEDY = "which is no answer: give it room with --gen_kwargs max_new_tokens=2048"
 Span = tuple[int, int]
 
 

@@ -239,7 +239,7 @@ def unfinished(records: Sequence[Record]) -> float:
     """Share of answers that end inside their reasoning; more than none is said, with the remedy."""
     share = mean(records)
     if share > 0.0:
-        logger.warning("{:.1%} of {} answers: {}", share, len(records), REMEDY)
+        logger.warning("{:.1%} of {} answers end inside their reasoning, {}", share, len(records), REMEDY)
     return share
 
 
