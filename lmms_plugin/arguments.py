@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tempfile
 import types
@@ -64,6 +65,8 @@ class ModelArguments:
         sample_temperature: at which they are drawn.
         verbalised: whether the model is asked in a second turn how sure it is of such an answer.
         system_prompt: the system message, or a file that holds it.
+        enable_thinking: whether the model reasons first, where its chat template lets one choose; None leaves it.
+        template_args: further variables of the chat template, as JSON: `template_args={"thinking_budget": 512}`.
         dialect: name of the grounding dialect, if not the one of the model's family.
         batch_size: images answered together (requests, where there is none), with all questions about each of them;
             `auto` as many as fit.
@@ -106,6 +109,8 @@ class ModelArguments:
     sample_temperature: float = 1.0
     verbalised: bool = False
     system_prompt: str | None = None
+    enable_thinking: bool | None = None
+    template_args: Mapping[str, Any] | None = None
     dialect: str | None = None
     batch_size: int | None = 1
     share_prefix: bool = True
@@ -131,6 +136,8 @@ class ModelArguments:
             raise ValueError("feature_layer says nothing without features or selector")
         if self.selector_transfer and not self.selector:
             raise ValueError("selector_transfer says nothing without selector")
+        if self.enable_thinking is not None and "enable_thinking" in (self.template_args or {}):
+            raise ValueError("enable_thinking is given twice, by itself and in template_args; say it once")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         self._expect_places()
@@ -215,6 +222,12 @@ class ModelArguments:
             _expect_whole(folder)
         return str(folder) if folder.is_dir() else self.pretrained
 
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Every variable that the chat template is handed."""
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {**(self.template_args or {}), **thinking}
+
     def read_system_prompt(self) -> str | None:
         r"""Return the system message, read from its file if it names one; `\n` stands for a line break."""
         if not self.system_prompt:
@@ -292,6 +305,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if value == "auto":
             return None
         hint = int
+    if name == "template_args":
+        return _variables(name, value)
     optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if optional else [hint]
     # `calibration=none` says something else than nothing: a calibrated method refuses it.
@@ -308,6 +323,17 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         or_auto = " or 'auto'" if name == "batch_size" else ""
         raise ValueError(f"{name} must be {_WORDS[kinds[0]]}{or_auto}, got {value!r}")
     return value
+
+
+def _variables(name: str, value: Any) -> Mapping[str, Any] | None:
+    """Read variables by name from JSON, or take them as they are."""
+    try:
+        read = json.loads(value) if isinstance(value, str) and value else value or None
+    except json.JSONDecodeError:
+        read = value
+    if read is not None and not isinstance(read, Mapping):
+        raise ValueError(f'{name} must be a JSON object such as {{"thinking_budget": 512}}, got {value!r}')
+    return read
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any, NamedTuple
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor
 from transformers.video_utils import VideoMetadata, load_video
 
+from lmms_plugin import chat_templates
 from lmms_plugin.pooling import Pooled
-from lmms_plugin.prompts import Colour, Prompt, RequestError, mean_colour, naming
+from lmms_plugin.prompts import Colour, Message, Prompt, RequestError, mean_colour, naming
+from lmms_plugin.reasoning import left_open
 from lmms_plugin.response import Size
 
 _PROBE = "a system message of no other use"
+_TURN_HEADER = 64
+"""Characters at the end of a prompt within which a template opens reasoning, where its last words are not found."""
 
 
 class Batch(NamedTuple):
@@ -41,11 +46,13 @@ class Chat:
         processor: of any image-text-to-text checkpoint.
         max_num_frames: of a video.
         answers_apart: whether an answer is no continuation of the prompt, as with an encoder-decoder.
+        template_variables: what the chat template is handed besides the messages.
     """
 
     processor: Any
     max_num_frames: int = 32
     answers_apart: bool = False
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     # A fast tokenizer sets its padding anew for each call, which another thread must not see halfway.
     _lock: Any = field(default_factory=RLock, init=False, repr=False, compare=False)
 
@@ -62,7 +69,7 @@ class Chat:
     @property
     def has_template(self) -> bool:
         """Whether the checkpoint brings a chat template; without one prompts are passed as they stand."""
-        return getattr(self.processor, "chat_template", None) is not None
+        return chat_templates.text_of(self.processor) is not None
 
     @property
     def places_images(self) -> bool:
@@ -100,7 +107,7 @@ class Chat:
             return
         system = {"role": "system", "content": [{"type": "text", "text": _PROBE}]}
         user = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
-        if _PROBE not in self.processor.apply_chat_template([system, user], add_generation_prompt=True):
+        if _PROBE not in self._rendered([system, user]):
             raise ValueError("system_prompt: the chat template of this checkpoint drops system messages")
 
     def encode(self, prompts: Sequence[Prompt]) -> Batch:
@@ -119,14 +126,48 @@ class Chat:
             raise RequestError(f"{names}: {type(self.processor).__name__} refuses this: {error}") from error
         # PaliGemma's processor adds labels, with which the model would compute a loss.
         inputs.pop("labels", None)
+        self._expect_images(prompts, inputs)
         return Batch(inputs, self._model_sizes(prompts, inputs))
+
+    def _expect_images(self, prompts: Sequence[Prompt], inputs: dict[str, Tensor]) -> None:
+        """Check that every prompt holds the tokens that its images take."""
+        token = getattr(self.processor, "image_token_id", None)
+        if token is None or not prompts[0].images or prompts[0].videos:
+            return
+        grids = iter(inputs["image_grid_thw"].tolist()) if "image_grid_thw" in inputs else None
+        merged = getattr(self.processor.image_processor, "merge_size", 1) ** 2
+        for prompt, row in zip(prompts, inputs["input_ids"], strict=True):
+            held = int((row == token).sum())
+            # Where the processor does not tell how many tokens an image takes, it is one at least.
+            images = len(prompt.images)
+            takes = images if grids is None else sum(math.prod(next(grids)) // merged for _ in prompt.images)
+            if held < takes or (grids is not None and held > takes):
+                raise RequestError(
+                    f"{prompt.name}: the prompt holds {held} image tokens where its {images} images take {takes}: "
+                    "the chat template does not show them all"
+                )
 
     def text_of(self, prompt: Prompt) -> str:
         """Return the prompt as the model reads it, with one placeholder per image."""
         if prompt.raw:
             return self._raw_text(prompt)
-        text: str = self.processor.apply_chat_template(list(prompt.messages), add_generation_prompt=True)
+        return self._rendered(prompt.messages)
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        text: str = self.processor.apply_chat_template(
+            list(messages), add_generation_prompt=True, **self.template_variables
+        )
         return text
+
+    def opened_by(self, prompt: Prompt) -> str:
+        """Return the tag of a reasoning that the template opens behind a prompt's last words; "" if it opens none."""
+        if prompt.raw:
+            return ""
+        text = self.text_of(prompt)
+        words = prompt.last_words
+        asked = text.rfind(words) if words else -1
+        # Whatever the words themselves say of tags opens nothing.
+        return left_open(text[asked + len(words) :] if asked >= 0 else text[-_TURN_HEADER:])
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a text, nothing added."""
@@ -172,6 +213,7 @@ class Chat:
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs=options,
+                **self.template_variables,
             )
         )
 

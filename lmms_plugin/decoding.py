@@ -33,6 +33,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmms_plugin.number_tokens import DigitRecorder, NumberTokens
+from lmms_plugin.reasoning import ANSWER, REASONING, tokens_among
 from lmms_plugin.response import Alternatives, Token
 from lmms_plugin.settings import Sampling, Settings
 from lmms_plugin.token_texts import cut, decode, token_texts
@@ -48,7 +49,7 @@ class Answer(NamedTuple):
     Attributes:
         tokens: with the end-of-sequence token, if the model came to it, as the last; cut where `until` says.
             Their log-probabilities are NaN after a beam search, which reports none.
-        text: the answer without special tokens.
+        text: the answer without special tokens, but for those that part reasoning and answer.
         ids: of all tokens that were generated, uncut.
     """
 
@@ -83,6 +84,7 @@ class Decoder:
         tokenizer: its tokenizer.
         ends: ids of the tokens that end an answer.
         special: ids of the tokens that are no text.
+        marks: ids of those among them that part reasoning and answer.
         static_cache: whether keys and values get a fixed place, with which transformers compiles decoding on a GPU.
     """
 
@@ -90,6 +92,7 @@ class Decoder:
     tokenizer: Tokenizer
     ends: tuple[int, ...]
     special: frozenset[int]
+    marks: frozenset[int] = frozenset()
     static_cache: bool = False
 
     @classmethod
@@ -110,9 +113,12 @@ class Decoder:
             given = part.generation_config
             kept = {"bos_token_id": given.bos_token_id, "decoder_start_token_id": given.decoder_start_token_id}
             part.generation_config = GenerationConfig(pad_token_id=pad, **kept)
-        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        tags = tokens_among([token.content for token in added.values()], (*REASONING, *ANSWER))
+        marks = frozenset(index for index, token in added.items() if token.content in tags)
+        special = frozenset({*added} | ends)
         # A copy of its own, because others encode on background threads meanwhile.
-        return cls(model, copy.deepcopy(tokenizer), tuple(sorted(ends)), frozenset(special | ends), static_cache)
+        return cls(model, copy.deepcopy(tokenizer), tuple(sorted(ends)), special, marks, static_cache)
 
     @cached_property
     def number_tokens(self) -> NumberTokens:
@@ -251,7 +257,8 @@ class Decoder:
         ended = bool(ids) and ids[-1] in self.ends
         texts = token_texts(self.tokenizer, ids[:-1] if ended else ids) + [""] * ended
         kept = cut(texts, until)
-        text = "".join(text for text, token in zip(kept, ids, strict=False) if token not in self.special)
+        silent = self.special - self.marks
+        text = "".join(text for text, token in zip(kept, ids, strict=False) if token not in silent)
         return Answer(tuple(map(Token, kept, logprobs)), text, tuple(ids))
 
 

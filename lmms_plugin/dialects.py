@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmms_plugin.boxes import OVERSHOOT, Box
+from lmms_plugin.reasoning import separate
 from lmms_plugin.verbalised import QUESTION
 
 Floats = npt.NDArray[np.float64]
@@ -86,14 +87,6 @@ def _pattern(box: str, number: str) -> re.Pattern[str]:
     return re.compile(_SPACE.join(parts))
 
 
-def _written_boxes(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    """Find the boxes of the answer proper: what a model writes while it reasons is not its answer."""
-    reasoned = text.rfind("</think>")
-    if reasoned < 0 and "<think>" in text:
-        return iter(())
-    return pattern.finditer(text, max(reasoned, 0))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
     """A family's way of asking for a box and of writing it.
@@ -145,7 +138,7 @@ class Dialect:
         """Return the text of the question, without image tokens and chat template."""
         return self.prompt.format(expression=expression)
 
-    def parse(self, text: str, *, original_size: Size | None, model_size: Size | None) -> Parsed:
+    def parse(self, text: str, *, original_size: Size | None, model_size: Size | None, opened: str = "") -> Parsed:
         """Read the first box of an answer.
 
         Only the numbers and what stands between them is looked for: keys, labels, tags and fences may be missing, and a
@@ -153,14 +146,15 @@ class Dialect:
 
         Total: any text and any sizes give a result, in time linear in the length of the text. Numbers up to `OVERSHOOT`
         outside the frame are cut at the edge of the image; further ones are not in the declared scale and give no box.
-        Text up to the last `</think>` is reasoning and is skipped; reasoning that never ends holds no answer.
+        Reasoning is skipped, and reasoning that never ends holds no answer (`lmms_plugin.reasoning`).
 
         Args:
             text: the answer, with or without special tokens; Florence-2's location tokens are special, so keep them.
             original_size: (width, height) of the original image in pixels; used by the square frames alone.
             model_size: (width, height) in pixels of the image as the model saw it; used where `requires_model_size`.
+            opened: the tag of a reasoning that the prompt opened; "" if none.
         """
-        matches = _written_boxes(_pattern(self.box, self.number), text)
+        matches = _pattern(self.box, self.number).finditer(text, *separate(text, opened).said)
         first = next(matches, None)
         if first is None:
             return Parsed(None, 0, ())

@@ -30,8 +30,8 @@ class Features(NamedTuple):
     Attributes:
         image: (n, width) largest value of every hidden unit over the positions of the image.
         question: (n, width) the same over the words of the question.
-        first: (n, width) the hidden state from which the first token of the answer was predicted.
-        logprob: (n,) natural log-probability of the whole answer.
+        first: (n, width) the hidden state from which the first token that the model wrote was predicted.
+        logprob: (n,) natural log-probability of the whole answer, reasoning left out; NaN where that did not end.
     """
 
     image: Tensor

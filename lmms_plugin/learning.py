@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def features_of(records: TaskRecords, store: Store) -> Features:
     found = store.features.rows([store.index[name] for name in keys])
     logged, kept = records.confidence_by("joint"), np.exp(found.logprob.double().numpy())
     # Log-probabilities of tokens are logged with six decimals.
-    differ = np.flatnonzero(~np.isclose(kept, logged, rtol=1e-3, atol=1e-6))
+    differ = np.flatnonzero(~np.isclose(kept, logged, rtol=1e-3, atol=1e-6, equal_nan=True))
     if differ.size:
         k = differ[0]
         raise ValueError(
@@ -115,8 +116,9 @@ def apply(run: Run, store: Store, selector: Selector, output: Path, *, transfer:
     for task, records in run.tasks.items():
         if seen := selector.seen_among(records.images.tolist()):
             raise ValueError(f"expected images that the selector was not trained on, but {task} holds {len(seen)} such")
-        values = selector.confidence(features_of(records, store))
-        confidences[task] = dict(zip(records.numbers.tolist(), values.round(6).tolist(), strict=True))
+        values = selector.confidence(features_of(records, store)).round(6).tolist()
+        known = [None if math.isnan(value) else value for value in values]
+        confidences[task] = dict(zip(records.numbers.tolist(), known, strict=True))
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"expected a new folder, but {output} holds files")
     output.mkdir(parents=True, exist_ok=True)
@@ -156,7 +158,10 @@ def _to_learn_from(records: TaskRecords, store: Store) -> Answers:
     if not keep.any():
         held = ", ".join(sorted(set(records.parts.tolist())))
         raise ValueError(f"expected a part {TRAINED!r} of task {records.task} to train on, got {held}")
-    features = features_of(records, store).rows(np.flatnonzero(keep).tolist())
+    features = features_of(records, store)
+    # Where reasoning did not end there is no answer to learn from.
+    keep &= ~np.isnan(features.logprob.numpy())
+    features = features.rows(np.flatnonzero(keep).tolist())
     return Answers(features, records.outcome[keep], records.images[keep].tolist())
 
 

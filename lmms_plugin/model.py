@@ -26,6 +26,7 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
+from lmms_plugin import chat_templates
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
@@ -37,6 +38,7 @@ from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.saving import expect_storable, save_quantized
+from lmms_plugin.reasoning import ANSWER, REMEDY, tokens_among
 from lmms_plugin.registration import class_name
 from lmms_plugin.requests import Messages, Request, candidates_of, read
 from lmms_plugin.response import MARKER, Response
@@ -117,7 +119,7 @@ class QuantizedVLM(lmms):
         )
         self.observer: Observer | None = None
         self._tokens, self._seconds = 0, 0.0
-        self._warned = False
+        self._warned = self._warned_unfinished = False
         size = self.arguments.batch_size or AT_ONCE
         self.matcher = Matcher(model, self.chat.processor, size) if is_matcher(model) else None
         if self.matcher is None:
@@ -138,7 +140,10 @@ class QuantizedVLM(lmms):
             pooling=self.observer.pooling if self.observer else None,
             repeated=self.arguments.samples > 0,
         )
-        self._special = frozenset(decode(self.decoder.tokenizer, [token]) for token in self.decoder.special)
+        silent = self.decoder.special - self.decoder.marks
+        self._special = frozenset(decode(self.decoder.tokenizer, [token]) for token in silent)
+        marks = [decode(self.decoder.tokenizer, [token]) for token in self.decoder.marks]
+        self._answer_marks = tokens_among(marks, ANSWER)
 
     def _account(self, model: Any) -> None:
         """Say, note and keep what became of the checkpoint, as far as the user asks for it."""
@@ -297,10 +302,12 @@ class QuantizedVLM(lmms):
         answers = self._answered(jobs, title)
         if not self.arguments.verbalised:
             return answers
-        asked = {i: second_turn(jobs[i], answer, self.dialect) for i, answer in enumerate(answers) if MARKER in answer}
-        statements = self._run(list(asked.values()), self._state, f"{title}, and how sure")
-        for i, statement in zip(asked, statements, strict=True):
-            answers[i] = replace(Response.decode(answers[i]), statement=statement).encode()
+        responses = {i: Response.decode(answer) for i, answer in enumerate(answers) if MARKER in answer}
+        # Where reasoning did not end there is no answer to be sure of, and nothing is stated.
+        asked = {i: second_turn(jobs[i], one, self.dialect) for i, one in responses.items() if one.parts.finished}
+        stated = dict(zip(asked, self._run(list(asked.values()), self._state, f"{title}, and how sure"), strict=True))
+        for i, response in responses.items():
+            answers[i] = replace(response, statement=stated.get(i, "")).encode()
         return answers
 
     def _answered(self, jobs: Sequence[Job], title: str) -> list[str]:
@@ -382,7 +389,8 @@ class QuantizedVLM(lmms):
         with self.observer.pooling.watching(batch.inputs) as found:
             answers = self.decoder.generate(batch.inputs, settings, seeds, digits=digits)
         pooled = found[0] if batch.read is None else batch.read.followed_by(found[0])
-        return answers, self.observer.observe(pooled, prompts, jobs, answers)
+        spoken = [self._spoken(*pair) for pair in zip(prompts, answers, strict=True)]
+        return answers, self.observer.observe(pooled, prompts, jobs, spoken)
 
     def _text(
         self,
@@ -394,22 +402,47 @@ class QuantizedVLM(lmms):
         job: Job,
     ) -> str:
         if not prompt.wants_confidence:
-            return answer.text
+            return self._plain(answer)
         if job.settings.num_beams > 1:
             raise RequestError(f"{prompt.name}: log-probabilities of the answer are asked for; beam search has none")
+        response = replace(self._response(prompt, answer), model_size=model_size, confidence=learned, samples=samples)
+        self._warn_if_unfinished(response)
         if prompt.grounding is None:
-            tokens = tuple(token._replace(text="") if token.text in self._special else token for token in answer.tokens)
-            text = "".join(token.text for token in tokens)
-            return Response(text, tokens, model_size=model_size, confidence=learned, samples=samples).encode()
+            return response.encode()
         self._warn_if_unpublished()
         if self.dialect.requires_model_size and model_size is None:
             raise RequestError(
                 f"{prompt.name}: dialect {self.dialect.name!r} counts pixels of the resized image, and "
                 f"{type(self.chat.processor).__name__} does not tell its size"
             )
-        raw = self._raw(prompt, answer)
         size, digits = prompt.grounding.original_size, prompt.grounding.digits
-        return Response(raw, answer.tokens, size, model_size, self.dialect.name, learned, digits, samples).encode()
+        return replace(response, original_size=size, dialect=self.dialect.name, records_digits=digits).encode()
+
+    def _response(self, prompt: Prompt, answer: Answer) -> Response:
+        """The answer with its tokens, and with the reasoning that the prompt opened."""
+        tokens = answer.tokens
+        if prompt.grounding is None:
+            tokens = tuple(token._replace(text="") if token.text in self._special else token for token in tokens)
+        return Response("".join(token.text for token in tokens), tokens, opened=self.chat.opened_by(prompt))
+
+    def _spoken(self, prompt: Prompt, answer: Answer) -> Answer:
+        """The answer without the tokens of its reasoning."""
+        if not prompt.wants_confidence:
+            return answer
+        return answer._replace(tokens=self._response(prompt, answer).spoken.tokens)
+
+    def _plain(self, answer: Answer) -> str:
+        """The answer's text for a task of lmms-eval's own: with reasoning, which its `--reasoning_tags` take out."""
+        text = answer.text
+        for mark in self._answer_marks:
+            text = text.replace(mark, "")
+        return text
+
+    def _warn_if_unfinished(self, response: Response) -> None:
+        if response.parts.finished or self._warned_unfinished or self.rank != 0:
+            return
+        self._warned_unfinished = True
+        logger.warning("{}: an answer ends inside its reasoning, {}", self.arguments.pretrained, REMEDY)
 
     def _warn_if_unpublished(self) -> None:
         if not self.dialect.published and not self._warned and self.rank == 0:
@@ -458,12 +491,24 @@ def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
     dialect = dialect_for(config.model_type, declared)
     processor = AutoProcessor.from_pretrained(path, **remote)
     plain, apart = template_for(processor), bool(getattr(config, "is_encoder_decoder", False))
+    templated = chat_templates.is_for(processor, dialect)
+    chat_templates.adopt(processor, dialect, path)
     if apart and plain is None:
         raise ValueError(
             f"{path} is an encoder-decoder ({config.model_type}), none of those that are supported: "
             f"{', '.join(TEMPLATES)}"
         )
-    chat = Chat(processor, arguments.max_num_frames, answers_apart=apart)
+    variables = arguments.template_variables
+    chat_templates.expect_variables(processor, variables, path)
+    chat = Chat(processor, arguments.max_num_frames, answers_apart=apart, template_variables=variables)
+    if templated and chat.has_template:
+        chat_templates.expect_images_shown(processor, variables, path)
+    elif templated:
+        logger.warning(
+            "{} brings no chat template: it is asked in plain words behind the tokens of its images. If it was "
+            "taught to chat, its answers say little; put its template into the folder as chat_template.jinja",
+            path,
+        )
     if chat.places_images and None in (processor.num_query_tokens, config.image_token_id):
         raise ValueError(
             f"{path} is of the time before processors put images into prompts: expected num_query_tokens in its "

@@ -152,7 +152,8 @@ class Observer:
     ) -> list[Mapping[str, float]]:
         """Keep the features of a batch's answers, and return the learned confidence of each by its name.
 
-        Prompts that ask for no confidence are passed over.
+        Prompts that ask for no confidence are passed over; of an answer without tokens, whose reasoning did not end,
+        there is no probability to keep and no confidence.
 
         Raises:
             RequestError: a prompt shows no image, or its text is not behind it.
@@ -170,7 +171,7 @@ class Observer:
             self.writer.add([key(*request.place, request.repeat) for request in requests], features)
         if self.selector is not None:
             for row, value in zip(asked, self.selector.confidence(features).tolist(), strict=True):
-                confidences[row] = {self.name: value}
+                confidences[row] = {self.name: value} if answers[row].tokens else {}
         return confidences
 
     def finish(self) -> None:
@@ -180,6 +181,7 @@ class Observer:
 
 
 def _features(pooled: Pooled, answers: Sequence[Answer]) -> Features:
-    logprobs = [math.fsum(token.logprob for token in answer.tokens) for answer in answers]
+    sums = ((answer.tokens, math.fsum(token.logprob for token in answer.tokens)) for answer in answers)
+    logprobs = [total if tokens else math.nan for tokens, total in sums]
     image, question, first = (part.cpu() for part in pooled)
     return Features(image, question, first, torch.tensor(logprobs, dtype=torch.float32))

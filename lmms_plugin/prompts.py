@@ -74,6 +74,12 @@ class Prompt:
         """All text, one line per part."""
         return "\n".join(part["text"] for part in self._parts("text"))
 
+    @property
+    def last_words(self) -> str:
+        """The last text that is not empty, white space at its ends left out; "" if there is none."""
+        texts = (part["text"].strip() for part in self._parts("text"))
+        return next((text for text in reversed(list(texts)) if text), "")
+
     def _parts(self, kind: str) -> Iterator[dict[str, Any]]:
         return (part for message in self.messages for part in message["content"] if part["type"] == kind)
 

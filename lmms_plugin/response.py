@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
+
+from lmms_plugin.reasoning import Separated, expect_opening, separate
 
 MARKER = "<|lmms_plugin|>"
 Size = tuple[int, int]
 
 _FIELDS = {"tokens", "logprobs", "original_size", "model_size", "dialect"}
-_OPTIONAL = {"confidence", "digits", "samples", "statement", "scores"}
+_OPTIONAL = {"confidence", "digits", "samples", "statement", "scores", "opened"}
 
 
 class Alternatives(NamedTuple):
@@ -48,6 +53,18 @@ class Token(NamedTuple):
     alternatives: Alternatives | None = None
 
 
+class Spoken(NamedTuple):
+    """The tokens of an answer without those of its reasoning.
+
+    Attributes:
+        tokens: the end-of-sequence token included; () where reasoning does not end, or the model does not tell.
+        start: where the text of the first begins in the whole text, in characters.
+    """
+
+    tokens: tuple[Token, ...]
+    start: int
+
+
 @dataclass(frozen=True)
 class Response:
     """What a model answered to a grounding question.
@@ -65,6 +82,7 @@ class Response:
         scores: by name, what the model says of each candidate that it was to score and not to write, all of the same
             length, None for what was not computed: `logprob` of a caption in nats and its `tokens`, or a retrieval
             checkpoint's `itc` (cosine) and `itm` (logit).
+        opened: the tag of a reasoning that the prompt opened, and that the text goes on with; "" if none.
     """
 
     text: str
@@ -77,11 +95,51 @@ class Response:
     samples: tuple[str, ...] | None = None
     statement: str | None = None
     scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    opened: str = ""
 
     def __post_init__(self) -> None:
+        if self.opened:
+            expect_opening(self.opened)
         written = "".join(token.text for token in self.tokens)
         if self.tokens and written != self.text:
             raise ValueError(f"The tokens' texts must add up to the answer {self.text!r}, got {written!r}")
+
+    @cached_property
+    def parts(self) -> Separated:
+        """Reasoning and answer apart."""
+        return separate(self.text, self.opened)
+
+    @property
+    def answer(self) -> str:
+        """The answer proper, without reasoning and the tags around it; "" where reasoning does not end."""
+        return self.parts.answer_text
+
+    @property
+    def sampled(self) -> tuple[str | None, ...] | None:
+        """The sampled answers proper, None for one whose reasoning does not end; None where none were asked for."""
+        if self.samples is None:
+            return None
+        parts = (separate(sample, self.opened) for sample in self.samples)
+        return tuple(part.answer_text if part.finished else None for part in parts)
+
+    @property
+    def stated(self) -> str | None:
+        """The statement without reasoning, "" where that does not end; None where the model was not asked."""
+        return None if self.statement is None else separate(self.statement, self.opened).answer_text
+
+    @cached_property
+    def spoken(self) -> Spoken:
+        """The tokens of the answer, those of its reasoning left out. A token that straddles the edge counts."""
+        if not self.parts.finished:
+            return Spoken((), len(self.text))
+        if not self.parts.reasoned:
+            return Spoken(self.tokens, 0)
+        edges = list(accumulate((len(token.text) for token in self.tokens), initial=0))
+        first = bisect_right(edges, self.parts.said[0], lo=1) - 1
+        # Tokens without text belong to the character that a later one completes, or end the answer.
+        while first > 0 and not self.tokens[first - 1].text:
+            first -= 1
+        return Spoken(self.tokens[first:], edges[first])
 
     def encode(self) -> str:
         """Return the answer with its trailer.
@@ -109,6 +167,8 @@ class Response:
             trailer["statement"] = self.statement
         if self.scores:
             trailer["scores"] = {name: [_rounded(value) for value in row] for name, row in self.scores.items()}
+        if self.opened:
+            trailer["opened"] = self.opened
         line = json.dumps(trailer, separators=(",", ":"), allow_nan=False)
         # The last marker in the string must be the one written here, whatever the model wrote.
         return f"{self.text}\n{MARKER}" + line.replace("<", "\\u003c")
@@ -137,6 +197,9 @@ class Response:
             samples = _texts(trailer["samples"]) if "samples" in trailer else None
             scores = {str(name): _numbers(row) for name, row in trailer.get("scores", {}).items()}
             (statement,) = _texts([trailer["statement"]]) if "statement" in trailer else (None,)
+            (opened,) = _texts([trailer.get("opened", "")])
+            if opened:
+                expect_opening(opened)
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"The trailer of an answer is damaged ({error}): {line[:200]!r}") from error
         written = "".join(token.text for token in tokens) if tokens else text.removesuffix("\n")
@@ -149,6 +212,7 @@ class Response:
             samples=samples,
             statement=statement,
             scores=scores,
+            opened=opened,
             **sizes,
         )
 

@@ -98,7 +98,7 @@ class TaskRecords:
         score: IoU with the true box (0 without a box), VQA accuracy, or whether there was a box, in [0, 1].
         matches: Whether the expression matches something in its image, 1 or 0; None where all do.
         pairs: Id of the true expression that a document belongs to; None where documents are no pairs.
-        parsed: Whether the answer held a box; all True where no box was asked for.
+        parsed: Whether the answer held a box; where no box was asked for, whether there was an answer at all.
         confidence: Estimator → confidences in [0, 1], NaN where there was nothing to estimate from. Empty for a model
             that tells no probabilities.
     """
@@ -366,7 +366,7 @@ def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None
         asked=_texts(_asked(record) for record in records),
         parts=_texts(record.get("part", "") for record in records),
         score=_fractions(kind.score, [record[kind.score] for record in records], ids, log),
-        parsed=np.array([record["box"] is not None if "box" in record else True for record in records]),
+        parsed=np.array([_is_answer(record) for record in records]),
         confidence=_confidences(records, log),
         matches=_fractions(kind.outcome, [r[kind.outcome] for r in records], ids, log) if kind.outcome else None,
         pairs=_texts(record["pair"] for record in records) if kind.outcome else None,
@@ -430,6 +430,10 @@ def _record(row: Mapping[str, Any], kind: Kind, log: Path) -> dict[str, Any]:
     if not is_record(record, kind):
         raise ValueError(f"expected a record under {kind.record!r} for document {row.get('doc_id')} in {log}")
     return {**(record or {}), "doc_id": row.get("doc_id", -1)}
+
+
+def _is_answer(record: Mapping[str, Any]) -> bool:
+    return record["box"] is not None if "box" in record else not record.get("unfinished", False)
 
 
 def _asked(record: Mapping[str, Any]) -> str:

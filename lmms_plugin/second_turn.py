@@ -12,18 +12,19 @@ from lmms_plugin.response import Response
 from lmms_plugin.scheduling import Job
 
 
-def second_turn(job: Job, answer: str, dialect: Dialect) -> Job:
+def second_turn(job: Job, answer: Response, dialect: Dialect) -> Job:
     """Return a job that continues a conversation: the same question, the answer, and how sure the model is of it.
 
-    It is answered greedily, at the same length as the first.
+    It is answered greedily, at the same length as the first. Of an answer with reasoning the latter is left out, as
+    chat templates do with all but the last turn.
 
     Args:
         job: of the answer.
-        answer: an encoded `Response`.
+        answer: whose reasoning, if there is some, came to its end.
         dialect: of the model.
     """
     settings = replace(job.settings, sampling=None, until=())
-    return Job(partial(_messages, job, Response.decode(answer).text, dialect.confidence_prompt), job.request, settings)
+    return Job(partial(_messages, job, answer.parts.said_text, dialect.confidence_prompt), job.request, settings)
 
 
 def _messages(job: Job, said: str, question: str) -> list[Mapping[str, Any]]:

@@ -16,17 +16,16 @@ _NUMBER = re.compile(rf"(?<![\w.,-]){_DIGITS.pattern}(?!\w|[.,-]\d)")
 
 
 def stated_confidence(statement: str) -> float:
-    """Read what a model says about its confidence.
+    """Read what a model says about its confidence, its reasoning left out (`Response.stated`).
 
     The scale is the one that was asked for, and never guessed: exactly one number between 0 and 100, perhaps followed
     by "%", "percent", "/100" or "out of 100". A range, a list, a number with a sign or above 100 is no confidence; nor
-    is a fraction below 1, which may be meant either way. Text up to the last `</think>` is reasoning and is skipped.
+    is a fraction below 1, which may be meant either way.
 
     Returns:
         In [0, 1]; NaN where the statement names no such number, to be counted apart and never taken for 0.
     """
-    spoken = statement.rpartition("</think>")[2]
-    text = _OF_HUNDRED.sub(" ", spoken)
+    text = _OF_HUNDRED.sub(" ", statement)
     numbers = _NUMBER.findall(text)
     if len(numbers) != 1 or len(_DIGITS.findall(text)) != 1:
         return math.nan

@@ -21,6 +21,7 @@ from lmms_plugin.quant_backends.calibration import CalibrationSample, Calibratio
 from lmms_plugin.quant_backends.journal import Journal
 from lmms_plugin.quant_backends.report import CalibrationReport
 from lmms_plugin.quant_backends.wide_products import WideProducts
+from lmms_plugin.reasoning import left_open, separate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,9 @@ LONGEST_QUESTION = 20
 
 PATIENCE = 4
 """Questions in a row that a model may fail to write before it is taken to speak nothing but its dialect."""
+
+_TURN_HEADER = 16
+"""Tokens at the end of a prompt within which a chat template opens reasoning."""
 
 REQUESTS = {
     "expression": (
@@ -133,20 +137,22 @@ class Writer:
     def _question(self, sample: CalibrationSample) -> str | None:
         if sample.wanted is None or self._failures >= PATIENCE:
             return None
-        return wording(self._write(sample.image, REQUESTS[sample.wanted], QUESTION_TOKENS), self.dialect)
+        text = self._write(sample.image, REQUESTS[sample.wanted], QUESTION_TOKENS)
+        return wording(separate(text).answer_text, self.dialect)
 
     def _answer(self, sample: CalibrationSample) -> str:
         image = shown(sample, self.dialect, self.processor)
         return self._write(image, question(sample, self.dialect), ANSWER_TOKENS)
 
     def _write(self, image: Image.Image, prompt: str, tokens: int) -> str:
+        """Return what the model writes, behind the tag of a reasoning that the prompt opened."""
         batch = to_model(encode(self.processor, image, prompt), self.model)
         with WideProducts():
             written = self.model.generate(**batch, max_new_tokens=tokens, do_sample=False)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         start = 1 if self.model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         text: str = tokenizer.decode(written[0, start:], skip_special_tokens=True)
-        return text
+        return left_open(tokenizer.decode(batch["input_ids"][0, -_TURN_HEADER:])) + text
 
 
 def wording(text: str, dialect: Dialect) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lmms_plugin.chat_templates import adopt
 from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
 from lmms_plugin.quant_backends.blocks import find_blocks
@@ -96,6 +97,7 @@ def load_quantized(
     backend.check(plan)
     spec, samples = _calibration(backend, calibration, seed)
     reset_peak()
+    adopting = processor is None
     config, processor = _describe(path, trust_remote_code, processor)
     if not isinstance(backend, CheckpointBackend):
         _expect_unquantized(path, config)
@@ -116,6 +118,8 @@ def load_quantized(
         "use_safetensors": use_safetensors,
     }
     asked = dialect_for(config.model_type, dialect or getattr(config, "grounding_dialect", None))
+    if adopting:
+        adopt(processor, asked, path)
     seen = None
     with explained_out_of_memory(backend.name, calibrated=calibrated):
         model, work = _load(

@@ -31,6 +31,7 @@ _EXPECTED = {IMAGE: "an image", "question_id": "a string", "answer": "a list of 
 _DECODED: Recent[Image.Image] = Recent(8)
 
 doc_to_visual = grounding.doc_to_visual
+unfinished = grounding.unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +117,17 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
     Returns:
         The same record for every metric: `image`, `caption`, `captions` (of people), and for models of this package
-        `confidence` by estimator.
+        `confidence` by estimator. Reasoning is no part of a caption; one that ends inside it is empty, and shows in
+        `unfinished_rate`.
     """
     response = Response.decode(results[0])
-    record = {"image": doc["image_id"], "caption": response.text.strip(), "captions": list(doc["captions"])}
+    record = {"image": doc["image_id"], "caption": response.answer.strip(), "captions": list(doc["captions"])}
+    record |= grounding.reasoned(response)
     rows: dict[str, Any] = dict.fromkeys((*METRICS, "CIDEr_low", "CIDEr_high"), record)
-    if response.tokens:
-        evidence = Evidence([token.logprob for token in response.tokens], [True] * len(response.tokens))
+    rows["unfinished_rate"] = {"score": float(not response.parts.finished), "image": doc["image_id"]}
+    if response.spoken.tokens:
+        tokens = response.spoken.tokens
+        evidence = Evidence([token.logprob for token in tokens], [True] * len(tokens))
         estimates = estimate_all(evidence, TEXT_ESTIMATORS)
         rows["CIDEr"] = {**record, "confidence": {name: value for name, value in estimates.items() if value == value}}
     return rows

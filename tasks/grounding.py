@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
+from loguru import logger
 from PIL import Image
 
 from lmms_plugin.agreement import Agreement
@@ -27,6 +28,7 @@ from lmms_plugin.confidence import (
 )
 from lmms_plugin.dialects import DIALECTS, Dialect, Parsed
 from lmms_plugin.digits import AnsweredBox, numbers_of
+from lmms_plugin.reasoning import REMEDY
 from lmms_plugin.response import Response
 from lmms_plugin.tasks import shifts
 from lmms_plugin.tasks.expressions import ExpressionDocs
@@ -113,11 +115,13 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
 
     Returns:
         One entry per metric; that of `mean_iou` is the whole record, which so reaches the log of samples (a key that is
-        no metric would stand in lmms-eval's results table as an empty list). An answer without a box has IoU 0 and
-        shows in `parse_rate`. Without a trailer (a model of another package) there are no probabilities, and the
-        calibration metrics are absent, not zero. An answer for which the estimator has no value (coordinates, where
-        there are none) is left out of them and shows in `confidence_rate`. Estimators that need more than the answer's
-        log-probabilities (`NEEDS`, `LEARNED`) have metrics of their own, as far as the model brings what they need.
+        no metric would stand in lmms-eval's results table as an empty list). What a model writes while it reasons is
+        not its answer. An answer without a box has IoU 0 and shows in `parse_rate`; so has one that ends inside its
+        reasoning, which also shows in `unfinished_rate` and has no confidence. Without a trailer (a model of another
+        package) there are no probabilities, and the calibration metrics are absent, not zero. An answer for which the
+        estimator has no value (coordinates, where there are none) is left out of them and shows in `confidence_rate`.
+        Estimators that need more than the answer's log-probabilities (`NEEDS`, `LEARNED`) have metrics of their own,
+        as far as the model brings what they need.
 
     Raises:
         ValueError: the model brings log-probabilities, but not what `estimator` needs; says how to obtain it.
@@ -125,26 +129,28 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     response = Response.decode(results[0])
     dialect = DIALECTS[response.dialect] if response.dialect else GENERIC
     size = (doc["width"], doc["height"])
-    parsed = dialect.parse(response.text, original_size=size, model_size=response.model_size)
+    parsed = dialect.parse(response.text, original_size=size, model_size=response.model_size, opened=response.opened)
     target = true_box(doc)
     overlap = iou(parsed.box, target) if parsed.box else 0.0
     identity = {"image": doc["image_id"], "id": doc["expression_id"]}
     scores = {f"acc@{t:g}": float(overlap >= t) for t in IOU_THRESHOLDS}
     scores |= {"parse_rate": float(parsed.box is not None), "boxes_per_answer": float(parsed.count)}
+    scores |= {"unfinished_rate": float(not response.parts.finished)}
     record: dict[str, Any] = {
         **identity,
         "score": overlap,
         "expression": doc["expression"],
-        "answer": response.text,
+        "answer": response.parts.said_text,
         "box": list(parsed.box) if parsed.box else None,
         "target": list(target),
         "boxes": parsed.count,
+        **reasoned(response),
     }
     output: dict[str, Any] = {name: {"score": value, **identity} for name, value in scores.items()}
     output["mean_iou"] = record
     if response.tokens:
         evidence = _evidence(response, parsed, dialect, size)
-        record["confidence"] = logged(estimate_all(evidence) | dict(response.confidence))
+        record["confidence"] = logged(estimate_all(evidence) | dict(response.confidence), response)
         record |= _gathered(response, evidence)
         confidence = of(estimator, record["confidence"])
         output["confidence_rate"] = {"score": float(confidence is not None), **identity}
@@ -162,16 +168,18 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
 
 
 def _evidence(response: Response, parsed: Parsed, dialect: Dialect, size: tuple[int, int]) -> Evidence:
-    texts = [token.text for token in response.tokens]
+    tokens, start = response.spoken
+    texts = [token.text for token in tokens]
+    coordinates = [(first - start, last - start) for first, last in parsed.coordinates]
     sizes = {"original_size": size, "model_size": response.model_size}
     return Evidence(
-        logprobs=[token.logprob for token in response.tokens],
-        selected=coordinate_mask(texts, parsed.coordinates),
-        place_value=place_values(texts, parsed.coordinates),
-        leading=leading_mask(texts, parsed.coordinates),
+        logprobs=[token.logprob for token in tokens],
+        selected=coordinate_mask(texts, coordinates),
+        place_value=place_values(texts, coordinates),
+        leading=leading_mask(texts, coordinates),
         digits=_answered_box(response, parsed, dialect, sizes) if response.records_digits else None,
         agreement=_agreement(response, parsed.box, dialect, sizes),
-        stated=None if response.statement is None else stated_confidence(response.statement),
+        stated=None if response.stated is None else stated_confidence(response.stated),
     )
 
 
@@ -183,7 +191,13 @@ def _answered_box(response: Response, parsed: Parsed, dialect: Dialect, sizes: M
 def _agreement(response: Response, box: Box | None, dialect: Dialect, sizes: Mapping[str, Any]) -> Agreement | None:
     if response.samples is None:
         return None
-    return Agreement.of_boxes(box, [dialect.parse(sample, **sizes).box for sample in response.samples])
+    boxes = [dialect.parse(sample, opened=response.opened, **sizes).box for sample in response.samples]
+    return Agreement.of_boxes(box, boxes)
+
+
+def reasoned(response: Response) -> dict[str, str]:
+    """An answer's reasoning, for its record; nothing where there is none."""
+    return {"reasoning": response.parts.reasoning_text} if response.parts.reasoned else {}
 
 
 def _gathered(response: Response, evidence: Evidence) -> dict[str, Any]:
@@ -196,9 +210,10 @@ def _gathered(response: Response, evidence: Evidence) -> dict[str, Any]:
     return gathered
 
 
-def logged(estimates: Mapping[str, float]) -> dict[str, float | None]:
-    """Estimates as the log of samples has them: None for a missing one."""
-    return {name: None if math.isnan(value) else value for name, value in estimates.items()}
+def logged(estimates: Mapping[str, float], response: Response) -> dict[str, float | None]:
+    """Estimates as the log of samples has them: None for a missing one, and where there is no answer to be sure of."""
+    missing = not response.parts.finished
+    return {name: None if missing or math.isnan(value) else value for name, value in estimates.items()}
 
 
 def of(estimator: str, confidences: Mapping[str, float | None]) -> float | None:
@@ -218,6 +233,14 @@ def of(estimator: str, confidences: Mapping[str, float | None]) -> float | None:
 def mean(records: Sequence[Record]) -> float:
     """Mean score. Exactly rounded, so that it does not depend on the order processes deliver records in."""
     return math.fsum(record["score"] for record in records) / len(records)
+
+
+def unfinished(records: Sequence[Record]) -> float:
+    """Share of answers that end inside their reasoning; more than none is said, with the remedy."""
+    share = mean(records)
+    if share > 0.0:
+        logger.warning("{:.1%} of {} answers end inside their reasoning, {}", share, len(records), REMEDY)
+    return share
 
 
 ece, ace, brier, auroc, aurc = (CALIBRATION[name] for name in ("ece", "ace", "brier", "auroc", "aurc"))

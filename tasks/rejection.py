@@ -17,7 +17,7 @@ from lmms_plugin import metrics
 from lmms_plugin.confidence import ESTIMATORS
 from lmms_plugin.tasks import grounding
 
-mean = grounding.mean
+mean, unfinished = grounding.mean, grounding.unfinished
 
 
 class Judged(NamedTuple):
@@ -45,9 +45,11 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     Returns:
         One entry per metric; that of `box_rate` is the whole record, which so reaches the log of samples. Without a
         trailer (a model of another package) there is no confidence, and only the rates of boxes are present. An answer
-        with a box for which the estimator has no value is left out and shows in `confidence_rate`.
+        with a box for which the estimator has no value is left out and shows in `confidence_rate`, and so is one that
+        ends inside its reasoning, which rejects nothing.
     """
-    found = grounding.process_results(doc, results, estimator)["mean_iou"]
+    scored = grounding.process_results(doc, results, estimator)
+    found, unfinished_rate = scored["mean_iou"], scored["unfinished_rate"]
     matches, has_box = float(doc["matches"]), found["box"] is not None
     identity = {"image": found["image"], "id": found["id"]}
     record: dict[str, Any] = {
@@ -60,12 +62,15 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         "change": doc.get("change"),
         "answer": found["answer"],
         "box": found["box"],
+        **{name: found[name] for name in ("reasoning",) if name in found},
     }
     output: dict[str, Any] = {"box_rate": record, "shifted_rate": {"score": doc["shifted_rate"], **identity}}
+    output["unfinished_rate"] = unfinished_rate
     output["box_rate_true" if matches else "box_rate_changed"] = {"score": float(has_box), **identity}
     if "confidence" in found:
-        # Probabilities of the words of a refusal are no confidence in a box.
-        record["confidence"] = found["confidence"] if has_box else dict.fromkeys(found["confidence"], 0.0)
+        # Probabilities of the words of a refusal are no confidence in a box; of no answer at all there is none.
+        is_refusal = not has_box and not unfinished_rate["score"]
+        record["confidence"] = dict.fromkeys(found["confidence"], 0.0) if is_refusal else found["confidence"]
         confidence = record["confidence"][estimator]
         output["confidence_rate"] = {"score": float(confidence is not None), **identity}
         if confidence is not None:

@@ -21,6 +21,7 @@ from lmms_plugin.tasks.vqa_sources import SOURCES
 from lmms_plugin.verbalised import stated_confidence
 
 doc_to_visual = grounding.doc_to_visual
+unfinished = grounding.unfinished
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:
@@ -69,29 +70,34 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         log of samples, for every document. Records of the part `val` have no `score`, so that lmms-eval's standard
         errors leave them out. Without a trailer (a model of another package) there is no
         confidence: the answer counts as one without in `confidence_rate`, and all metrics that use confidence are
-        absent, not zero.
+        absent, not zero. What a model writes while it reasons is not its answer; one that ends inside its reasoning is
+        none, has accuracy 0 and no confidence, and shows in `unfinished_rate`.
 
     Raises:
         ValueError: the model brings log-probabilities, but not what `estimator` needs; says how to obtain it.
     """
     response = Response.decode(results[0])
     identity = {"image": doc["image_id"], "id": doc["question_id"]}
-    accuracy = vqa_accuracy(response.text, doc["answers"])
-    verbatim = vqa_accuracy(response.text, doc["answers"], verbatim_if_unanimous=True)
+    finished = response.parts.finished
+    accuracy = vqa_accuracy(response.answer, doc["answers"]) if finished else 0.0
+    verbatim = vqa_accuracy(response.answer, doc["answers"], verbatim_if_unanimous=True) if finished else 0.0
     evidence = _evidence(response)
     estimates = {} if evidence is None else estimate_all(evidence, TEXT_ESTIMATORS) | dict(response.confidence)
     if estimates:
         grounding.of(estimator, estimates)
-    confidences = {name: value for name, value in estimates.items() if not math.isnan(value)}
+    confidences = {name: value for name, value in estimates.items() if finished and not math.isnan(value)}
     record: dict[str, Any] = {
         **identity,
         "part": doc["part"],
         "accuracy": accuracy,
         "accuracy_reliable_vqa": verbatim,
         "question": doc["question"],
-        "answer": response.text,
+        "answer": response.answer,
         "answers": doc["answers"],
-        "confidence": confidences,
+        # Of an answer that is none, every estimate is missing, and said to be.
+        "confidence": confidences if finished else dict.fromkeys(estimates),
+        **grounding.reasoned(response),
+        **({} if finished else {"unfinished": True}),
     }
     output: dict[str, Any] = {"accuracy": record}
     confidence = confidences.get(estimator)
@@ -99,6 +105,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         record["score"] = accuracy
         output["accuracy_reliable_vqa"] = {"score": verbatim, **identity}
         output["confidence_rate"] = {"score": float(confidence is not None), **identity}
+        output["unfinished_rate"] = {"score": float(not finished), **identity}
     if confidence is not None:
         scored = Scored(doc["part"], confidence, accuracy)
         output |= dict.fromkeys(ON_TEST, scored) if doc["part"] == REPORTED else {}
@@ -117,23 +124,24 @@ def _evidence(response: Response) -> Evidence | None:
     """What the answer can be judged by; None without tokens."""
     if not response.tokens:
         return None
-    texts = [token.text for token in response.tokens]
-    whole = "".join(texts)
-    words = (len(whole) - len(whole.lstrip()), len(whole.rstrip()))
+    tokens, start = response.spoken
+    first, last = response.parts.answer
+    answer = response.answer
+    words = (first + len(answer) - len(answer.lstrip()) - start, last - len(answer) + len(answer.rstrip()) - start)
     return Evidence(
-        logprobs=[token.logprob for token in response.tokens],
-        selected=coordinate_mask(texts, [words] if words[0] < words[1] else []),
+        logprobs=[token.logprob for token in tokens],
+        selected=coordinate_mask([token.text for token in tokens], [words] if words[0] < words[1] else []),
         agreement=_agreement(response),
-        stated=None if response.statement is None else stated_confidence(response.statement),
+        stated=None if response.stated is None else stated_confidence(response.stated),
     )
 
 
 def _agreement(response: Response) -> Agreement | None:
     """1 for samples that are the same answer by the normalisation of the score, else 0; an empty one is none."""
-    if response.samples is None:
+    if response.sampled is None:
         return None
-    sampled = [normalise(sample) or None for sample in response.samples]
-    return Agreement.of(normalise(response.text) or None, sampled, lambda a, b: float(a == b))
+    sampled = [normalise(sample or "") or None for sample in response.sampled]
+    return Agreement.of(normalise(response.answer) or None, sampled, lambda a, b: float(a == b))
 
 
 def __getattr__(name: str) -> Any:

@@ -59,6 +59,14 @@ def drawn(count):
     return CalibrationSpec("self", samples=count).load_samples()
 
 
+def test_what_a_model_considers_before_it_asks_is_no_question(plain_images):
+    writer = Scripted(["<think>Which one? The cat?</think>\n\na blue dog.", "<think>Okay, the user wants"])
+    first, second = (writer.complete(sample) for sample in drawn(2))
+    assert question(first, DIALECTS["demo"]) == "Locate a blue dog."
+    assert second.expression == drawn(2)[1].expression
+    assert writer.own == 1
+
+
 def test_expressions_are_asked_in_the_dialect_and_questions_as_they_are(plain_images):
     writer = Scripted(["a blue dog.", "grey noise", "How many dogs are there?", "Why?"])
     first, second, third, fourth = (writer.complete(sample) for sample in drawn(4))

@@ -66,7 +66,7 @@ def test_an_answer_without_a_box_has_no_confidence_at_all():
 
 def test_models_that_tell_no_probabilities_have_their_boxes_counted_alone():
     output = judged(DOC, "[0.5, 0.0, 1.0, 1.0]")
-    assert set(output) == {"box_rate", "box_rate_true", "shifted_rate"}
+    assert set(output) == {"box_rate", "box_rate_true", "shifted_rate", "unfinished_rate"}
     assert output["box_rate"]["score"] == 1.0
 
 

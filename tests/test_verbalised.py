@@ -19,7 +19,6 @@ from lmms_plugin.verbalised import stated_confidence
         ("1", 0.01),
         ("99.5", 0.995),
         ("Yes, 85, I think.", 0.85),
-        ("<think>is it 20 or 30?</think>\n70", 0.7),
     ],
 )
 def test_one_number_on_the_scale_that_was_asked_for(statement, expected):

@@ -194,7 +194,7 @@ def test_the_yaml_lists_every_metric_under_its_own_function():
     path = Path(registration.tasks_folder()) / "reliable_vqa" / "_reliable_vqa.yaml"
     listed = {m["metric"]: m for m in yaml.load(path.read_text(), Loader=_NameLoader)["metric_list"]}
     beside = {f"{name}_{by}" for name in BESIDE for by in {*LEARNED, *NEEDS} - {"expected_iou"}}
-    counted = {"accuracy", "accuracy_reliable_vqa", "confidence_rate", "verbalised_rate"}
+    counted = {"accuracy", "accuracy_reliable_vqa", "confidence_rate", "unfinished_rate", "verbalised_rate"}
     assert set(listed) == {*counted, *ON_TEST, *NEEDS_HELD_OUT, *beside}
     for by in {*LEARNED, *NEEDS} - {"expected_iou"}:
         for name in BESIDE:

@@ -59,9 +59,9 @@ def digest(samples: Sequence[Sample]) -> str:
 
 
 def expect_one_model(task: str, samples: Sequence[Sample]) -> None:
-    """Check that all answers are in one dialect, and that an image has one size, in pixels, wherever it is asked about.
+    """Check that all answers are in one dialect and after one opening of reasoning, and that an image has one size.
 
-    Boxes are read by dialect and sizes: chosen answer by answer, they would move boxes.
+    Boxes are read by dialect and sizes, in pixels, and behind reasoning: chosen one by one, they would move boxes.
 
     Raises:
         ValueError: If they are not.
@@ -69,6 +69,9 @@ def expect_one_model(task: str, samples: Sequence[Sample]) -> None:
     dialects = sorted({str(sample.response.dialect) for sample in samples})
     if len(dialects) > 1:
         raise ValueError(f"task {task}: expected answers in one dialect, got {', '.join(dialects)}")
+    openings = sorted({sample.response.opened for sample in samples})
+    if len(openings) > 1:
+        raise ValueError(f"task {task}: expected one opening of reasoning by the prompt, got {openings}")
     known: dict[str, object] = {}
     for sample in samples:
         image, response = str(sample.record["image"]), sample.response
