@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import DataFreeBackend
@@ -62,23 +64,27 @@ class BitsAndBytesBackend(DataFreeBackend):
 
     def quantize_linear(self, weight: Tensor, bias: nn.Parameter | None, spec: QuantSpec) -> QuantizedLinear:
         """Quantize one layer as ``Linear4bit`` and ``Linear8bitLt`` do."""
-        from bitsandbytes import functional
+        from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
         if spec.bits == 4:
             assert spec.group_size is not None
-            packed, state = functional.quantize_4bit(
+            packed, state = quantize_4bit(
                 weight.contiguous(),
                 blocksize=spec.group_size,
                 quant_type=self.format,
                 compress_statistics=self.double_quant,
             )
             return FourBitLinear(packed, state, bias=bias)
-        codes, scale, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        codes, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
         return Int8Linear(codes, scale, bias=bias, dtype=weight.dtype, outlier_threshold=self.outlier_threshold)
 
 
 class FourBitLinear(LibraryLinear):
-    """A linear layer over 4-bit blocks of bitsandbytes.
+    """A linear layer over 4-bit blocks of bitsandbytes, with the same weights and products on every processor.
+
+    On a CPU the library dequantizes and torch multiplies, in the dtype of the inputs. The library's own layer goes
+    another way where the processor has avx512_bf16: whatever its ``compute_dtype``, it multiplies in bfloat16 with
+    scales that are rounded to bfloat16, and repacks its weight in place for that. On a GPU the library multiplies.
 
     Args:
         packed: Two codes per byte, any shape.
@@ -102,16 +108,34 @@ class FourBitLinear(LibraryLinear):
 
     def dequantize(self) -> Tensor:
         """Return the dense weight, (out_features, in_features)."""
-        from bitsandbytes import functional
+        return self._decoded(self.stored.dtype)
 
-        # A first dimension of 1 makes the library transpose the result.
-        dense: Tensor = functional.dequantize_4bit(self.get_buffer("packed").view(-1, 1), self.stored)
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = copy.copy(self.stored)
+        # The library's AVX-512 code takes no account of blocks that run from one row into the next (0.50: weights are
+        # 20 % off), so that it is shown no row of the weight: a row is a block here, or all blocks.
+        size = self.out_features * self.in_features
+        blocks, rest = divmod(size, state.blocksize)
+        state.shape = torch.Size((1, size) if rest else (blocks, state.blocksize))
+        state.dtype = dtype
+        dense: Tensor = dequantize_4bit(self._column, state)
         return dense.view(self.out_features, self.in_features)
 
     @property
+    def _column(self) -> Tensor:
+        # A first dimension of 1 makes the library transpose the result.
+        return self.get_buffer("packed").view(-1, 1)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.get_buffer("packed").device.type == "cpu"
+
+    @property
     def kernel(self) -> str:
-        """The library and its format."""
-        return f"bitsandbytes {self._constants['quant_type']}"
+        """The library, its format, and who multiplies."""
+        return f"bitsandbytes {self._constants['quant_type']}" + (", dense products" if self._on_cpu else "")
 
     @property
     def padded_columns(self) -> int:
@@ -120,10 +144,12 @@ class FourBitLinear(LibraryLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self._on_cpu:
+            return functional.linear(x, self._decoded(x.dtype), bias)
         from bitsandbytes import matmul_4bit
 
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        product: Tensor = matmul_4bit(x, self.get_buffer("packed").view(-1, 1), self.stored, bias=bias)
+        product: Tensor = matmul_4bit(x, self._column, self.stored, bias=bias)
         return product
 
 
@@ -159,9 +185,9 @@ class Int8Linear(LibraryLinear):
 
     def dequantize(self) -> Tensor:
         """Return the dense weight, (out_features, in_features)."""
-        from bitsandbytes import functional
+        from bitsandbytes.functional import int8_vectorwise_dequant
 
-        dense: Tensor = functional.int8_vectorwise_dequant(self.get_buffer("codes"), self.get_buffer("scale"))
+        dense: Tensor = int8_vectorwise_dequant(self.get_buffer("codes"), self.get_buffer("scale"))
         return dense.to(self.dtype)
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import CheckpointBackend, LoadedCheckpoint
@@ -132,10 +133,19 @@ def adopt_library_layers(model: PreTrainedModel) -> None:
         ValueError: A library's layer holds a dense weight: the checkpoint has it dense, and its list of layers that are
             to stay so does not match this model.
     """
+    turned = 0
     for name, module in list(model.named_modules()):
+        turned += _turn_scales_back(module)
         layer = _adopted(name, module, model.dtype)
         if layer is not None:
             model.set_submodule(name, layer)
+    if turned:
+        logger.warning(
+            "bitsandbytes wrote the scales of {} layers transposed and rounded to bfloat16, as it does after a model "
+            "has run on a processor with avx512_bf16; they are read in the right order. Write the checkpoint again "
+            "before the model runs to have the scales unrounded",
+            turned,
+        )
 
 
 def _adopted(name: str, module: nn.Module, dtype: torch.dtype) -> QuantizedLinear | None:
@@ -147,6 +157,15 @@ def _adopted(name: str, module: nn.Module, dtype: torch.dtype) -> QuantizedLinea
     if isinstance(module, nn.Linear) and weight is not None and type(weight.data) is not Tensor:
         return _from_torchao(name, module)
     return None
+
+
+def _turn_scales_back(module: nn.Module) -> bool:
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    # Scales are one row of numbers but for the transposed ones, (columns / block size, rows) (bitsandbytes 0.50).
+    if state is None or state.absmax.ndim != 2:
+        return False
+    state.absmax = state.absmax.T.reshape(-1).to(torch.float32)
+    return True
 
 
 def _from_bitsandbytes(name: str, module: Any, dtype: torch.dtype) -> QuantizedLinear:

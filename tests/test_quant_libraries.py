@@ -132,10 +132,49 @@ def test_bitsandbytes_is_the_library(bits, options, dtype):
         theirs.weight = bnb.nn.Int8Params(dense.clone(), requires_grad=False, has_fp16_weights=False)
         spec = QuantSpec(8, 64)
     theirs = theirs.to("cpu").eval()
+    # With avx512_bf16 the library's layer would multiply in bfloat16, whatever its compute_dtype.
+    theirs.support_avx512bf16_for_cpu = False
     ours = quantize("bitsandbytes", options, dense, spec)
     with torch.no_grad():
-        # With avx512_bf16 the library repacks weights of its own layer at the first call, for another kernel.
-        assert torch.allclose(ours(x), theirs(x), rtol=0.02, atol=1e-3 if dtype is torch.float32 else 0.02)
+        assert torch.equal(ours(x), theirs(x))
+
+
+NF4 = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+]
+"""The sixteen values of the QLoRA paper (arXiv 2305.14314, appendix E)."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [32, 128, 1024])
+@pytest.mark.parametrize("shape", [(96, 320), (48, 64), (64, 300), (33, 70), (5, 48), (6, 4304)], ids=str)
+def test_nf4_weights_are_those_of_the_paper_where_blocks_cross_rows_too(shape, group_size, dtype):
+    """bitsandbytes' own AVX-512 code takes scales of other blocks there, and products with them."""
+    dense, x = weight(*shape, dtype), weight(7, shape[1], dtype, 1) * 50
+    blocks = functional.pad(dense.float().flatten(), (0, -dense.numel() % group_size)).view(-1, group_size)
+    scales = blocks.abs().amax(dim=1, keepdim=True)
+    table = torch.tensor(NF4)
+    nearest = (blocks / scales).unsqueeze(-1).sub(table).abs().argmin(dim=-1)
+    expected = (table[nearest] * scales).flatten()[: dense.numel()].view(shape)
+    layer = quantize("bitsandbytes", {}, dense, QuantSpec(4, group_size))
+    # Where a weight lies halfway between two values, either is right.
+    assert (layer.weight != expected.to(dtype)).float().mean() < 1e-3
+    product = functional.linear(x.float(), expected)
+    assert (layer(x).float() - product).norm() < 4 * torch.finfo(dtype).eps * product.norm()
+
+
+@pytest.mark.parametrize(("name", "options", "bits"), METHODS, ids=IDS)
+def test_a_forward_pass_leaves_what_is_stored_alone(name, options, bits):
+    layer = quantize(name, options, weight(96, 320), QuantSpec(bits, 64))
+    before, held = {key: value.clone() for key, value in layer.state_dict().items()}, layer.weight
+    layer.eval()(weight(5, 320, seed=1))
+    after = layer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[key].dtype is value.dtype and torch.equal(after[key], value) for key, value in before.items())
+    assert torch.equal(layer.weight, held)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

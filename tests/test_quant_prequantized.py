@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
@@ -354,12 +355,51 @@ def test_bitsandbytes(plain, processor, tmp_path, options, bits, count):
     pytest.importorskip("bitsandbytes")
     config = BitsAndBytesConfig(**options, llm_int8_skip_modules=["model.visual", "lm_head"])
     model = AutoModelForImageTextToText.from_pretrained(plain, quantization_config=config)
-    expected = logits(model, processor)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
+    for module in model.modules():
+        # With avx512_bf16 the library's layers would multiply in bfloat16, whatever their compute_dtype.
+        module.support_avx512bf16_for_cpu = False
+    expected = logits(model, processor)
     loaded = load(tmp_path)
     expect_same(loaded, expected, processor, tolerance=0)
     expect_accounted(loaded, bits=bits, count=count)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_written_after_a_run_with_avx512_bf16(plain, processor, tmp_path, kind):
+    """There the library's layers repack themselves, and come back with transposed scales in bfloat16."""
+    bnb = pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu as repack
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, llm_int8_skip_modules=["model.visual", "lm_head"]
+    )
+    model = AutoModelForImageTextToText.from_pretrained(plain, quantization_config=config)
+    model.save_pretrained(tmp_path / "before")
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # What Linear4bit.forward does on such a processor.
+            module.weight.data, module.weight.quant_state = repack(module.weight.data, module.weight.quant_state)
+    model.save_pretrained(tmp_path / "after")
+    assert any(
+        tensor.ndim == 2 for key, tensor in load_file(tmp_path / "after/model.safetensors").items() if "absmax" in key
+    )
+    for folder in ("before", "after"):
+        processor.save_pretrained(tmp_path / folder)
+    first = load(tmp_path / "before")
+    messages = []
+    sink = logger.add(messages.append, level="WARNING", format="{message}")
+    try:
+        second = load(tmp_path / "after")
+    finally:
+        logger.remove(sink)
+    assert any("14 layers transposed" in message for message in messages)
+    for module in first.report.quantized:
+        got, expected = (loaded.model.get_submodule(module.name).weight for loaded in (second, first))
+        # Scales have the 8 significant bits of bfloat16: each weight is off by half a unit of the last one at most.
+        assert ((got - expected).abs() <= 2**-8 * expected.abs()).all()
+    expect_accounted(second, bits=4, count=14)
 
 
 def test_torchao(plain, processor, tmp_path):
