@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -114,7 +115,14 @@ def has_integer_product(columns: int, rows: int, device: torch.device) -> bool:
     """Return whether torch multiplies int8 matrices fast there; its fallback for plain processors is slow."""
     if device.type == "cuda":
         return columns % 8 == 0 and rows % 8 == 0
-    return device.type == "cpu" and torch.cpu._is_vnni_supported()
+    return device.type == "cpu" and _cpu_product_is_exact()
+
+
+@cache
+def _cpu_product_is_exact() -> bool:
+    # oneDNN saturates sums of two products at 16 bits where it is kept from VNNI (ONEDNN_MAX_CPU_ISA).
+    largest = torch.full((32, 32), LARGEST, dtype=torch.int8)
+    return torch.cpu._is_vnni_supported() and bool((torch._int_mm(largest, largest) == 32 * LARGEST**2).all())
 
 
 def integer_product(inputs: Tensor, weight: Tensor, *, native: bool | None = None) -> Tensor:

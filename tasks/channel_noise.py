@@ -46,9 +46,12 @@ class Channel:
         """
         if matrix.shape != (LEVELS, LEVELS) or matrix.min() < 0 or not np.allclose(matrix.sum(1), 1):
             raise ValueError(f"expected a (256, 256) matrix of rows that sum to 1, got {matrix.shape}")
-        # In units of a cell. Each turn settles one column per row: what it lacks to fill its own cell is
-        # taken from the row's fullest column; a settled cell holds exactly 1 and is never picked again.
-        mass = matrix / matrix.sum(1, keepdims=True) * LEVELS
+        # In units of a cell, to 36 significant bits: which of two equally full columns comes first (a Poisson law of
+        # mean n has n - 1 as often as n) must not hang on the last bit of an exponential, which processors differ in.
+        digits, exponent = np.frexp(matrix / matrix.sum(1, keepdims=True) * LEVELS)
+        mass = np.ldexp(np.round(digits * 2**36) / 2**36, exponent)
+        # Each turn settles one column per row: what it lacks to fill its own cell is taken from the row's fullest
+        # column; a settled cell holds exactly 1 and is never picked again.
         share = np.ones_like(mass)
         alias = np.tile(np.arange(LEVELS, dtype=np.uint32), (LEVELS, 1))
         every = np.arange(LEVELS)
@@ -99,7 +102,9 @@ def shot_channel(photons: float) -> Channel:
     """
     counts = np.arange(math.ceil(photons) + 1)
     law = poisson(np.linspace(0, photons, LEVELS), len(counts))
-    law[:, -1] = np.maximum(1 - law[:, :-1].sum(1), 0)
+    rest = 1 - law[:, :-1].sum(1)
+    # A smaller rest is the rounding of the sum as much as it is a probability.
+    law[:, -1] = np.where(rest > 1e-9, rest, 0)
     return _collect(law, np.clip(counts / photons, 0, 1) * 255)
 
 

@@ -13,7 +13,13 @@ from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.activations import InputStatistics, Sensitivity
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.inputs import build_batches
-from lmms_plugin.quant_backends.int8_inputs import EXACT_COLUMNS, Int8InputLinear, integer_product, round_inputs
+from lmms_plugin.quant_backends.int8_inputs import (
+    EXACT_COLUMNS,
+    Int8InputLinear,
+    has_integer_product,
+    integer_product,
+    round_inputs,
+)
 from lmms_plugin.quant_backends.linear import PackedLinear
 from lmms_plugin.quant_backends.mbq import MbqBackend
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
@@ -47,6 +53,8 @@ def native(device):
 @pytest.mark.parametrize("columns", [8, EXACT_COLUMNS, 4304])
 @pytest.mark.parametrize("tokens", [1, 17, 24])
 def test_products_of_integers_are_exact(tokens, columns, own, device):
+    if own and not has_integer_product(columns, 16, torch.device(device)):
+        pytest.skip("torch's product is slow here, or not exact")
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8, generator=generator)
     weight = torch.randint(-128, 128, (16, columns), dtype=torch.int8, generator=generator)
