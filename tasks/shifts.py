@@ -75,7 +75,9 @@ def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image
     """Returns `image` under the shift `name`, as RGB of the same size.
 
     The random draws follow from (key, name, severity) alone, by hash: not from the process, the order of calls or the
-    platform. The bytes are identical for one build of numpy, OpenCV and Pillow.
+    platform. The bytes are identical for one build of numpy, OpenCV and Pillow on processors with the same
+    instructions; on others, values of blurs, frost and fog can differ by 1, where OpenCV's sums are whole numbers but
+    for rounding.
 
     Args:
         image: Any size of at least one pixel, any mode that `to_rgb` takes. Not changed.
