@@ -94,7 +94,8 @@ def _checked(name: str, value: str, parts: Iterable[Part]) -> Row:
         try:
             read.append(f"{part.name}: {part.check(files)}")
         except (ValueError, OSError, pa.ArrowException) as error:
-            return fail("local copies", f"{place}: {part.name}: {error}", "correct the copy, or unset the variable")
+            said = str(error).removeprefix(f"{place}: ")
+            return fail("local copies", f"{place}: {part.name}: {said}", "correct the copy, or unset the variable")
     if not read:
         return fail("local copies", absent[0][1], "correct the folder, or unset the variable")
     # Tasks may share a split.
