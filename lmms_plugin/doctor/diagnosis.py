@@ -1,4 +1,4 @@
-"""All checks, each in a process of its own."""
+"""All checks, in processes of their own."""
 
 from __future__ import annotations
 
@@ -8,26 +8,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from lmms_plugin.doctor.rows import Row, Status, fail
 
-CHECKS: dict[str, str] = {
-    "python": "packages:check_python",
-    "packages": "packages:check_bounds",
-    "lock": "packages:check_lock",
-    "lmms-eval": "harness:check_evaluator",
-    "models": "harness:check_models",
-    "tasks": "harness:check_tasks",
-    "gpu": "devices:check_gpus",
-    "kernels": "devices:check_kernels",
-    "hub": "hub:check_hub",
-    "folders": "places:check_folders",
-    "local copies": "copies:check_copies",
-    "programs": "places:check_programs",
-}
-"""Check -> ``module:function`` below this package, imported in the check's own process."""
+CHECKS: tuple[dict[str, str], ...] = (
+    {"python": "packages:check_python", "packages": "packages:check_bounds", "lock": "packages:check_lock"},
+    {"lmms-eval": "harness:check_evaluator", "models": "harness:check_models", "tasks": "harness:check_tasks"},
+    {"gpu": "devices:check_gpus", "kernels": "devices:check_kernels"},
+    {"hub": "hub:check_hub"},
+    {"folders": "places:check_folders", "programs": "places:check_programs"},
+    {"local copies": "copies:check_copies"},
+)
+"""For each process check -> ``module:function`` below this package; together are those that import the same."""
 
 EXTRA = "extra "
 CLOSING = (
@@ -41,7 +35,7 @@ _PROGRAM = "lmms_plugin.doctor"
 def diagnose() -> Iterator[Row]:
     """Run every check, a few at a time, and yield what they find in a fixed order."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for rows in pool.map(_apart, (*CHECKS, *_extras())):
+        for rows in pool.map(apart, (*map(tuple, CHECKS), *_extras())):
             yield from rows
 
 
@@ -50,49 +44,48 @@ def failed(rows: Iterable[Row]) -> bool:
     return any(row.status is Status.FAIL for row in rows)
 
 
-def _extras() -> list[str]:
+def _extras() -> list[tuple[str]]:
     try:
         from lmms_plugin.doctor.extras import extras
 
-        return [f"{EXTRA}{name}" for name in extras()]
+        return [(f"{EXTRA}{name}",) for name in extras()]
     except Exception:  # the check of packages says what is wrong with metadata
         return []
 
 
-def _apart(check: str) -> list[Row]:
+def apart(checks: Sequence[str]) -> list[Row]:
+    """Run some checks in a process of their own; if it does not come to its end, that is the last row."""
     # -P: a folder called like a library in the working directory would be imported in its place.
-    command = [sys.executable, "-P", "-m", _PROGRAM, check]
+    command = [sys.executable, "-P", "-m", _PROGRAM, *checks]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
-        return [fail(check, f"did not end within {_TIMEOUT} seconds")]
-    try:
-        return [Row(**row | {"status": Status(row["status"])}) for row in json.loads(done.stdout)]
-    except ValueError:
+        return [fail(", ".join(checks), f"did not end within {_TIMEOUT} seconds")]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [Row(**row | {"status": Status(row["status"])}) for row in found if row]
+    if not found or found[-1] is not None:
         last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
-        return [fail(check, f"the process that checked it {_end(done.returncode)}: {last}")]
+        rows.append(fail(", ".join(checks), f"the process that checks it {_end(done.returncode)}: {last}"))
+    return rows
 
 
 def _end(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
 
 
-def here(check: str) -> list[Row]:
+def here(check: str) -> Iterator[Row]:
     """Run one check in this process; whatever it raises is its last row."""
-    rows: list[Row] = []
     try:
-        for row in _function(check)():
-            rows.append(row)
+        yield from _function(check)()
     except (Exception, SystemExit) as error:
-        rows.append(_failure(check, error))
-    return rows
+        yield _failure(check, error)
 
 
 def _function(check: str) -> Callable[[], Iterable[Row]]:
     if check.startswith(EXTRA):
         module = importlib.import_module("lmms_plugin.doctor.extras")
         return lambda: module.check_extra(check.removeprefix(EXTRA))
-    name, _, attribute = CHECKS[check].partition(":")
+    name, _, attribute = next(checks[check] for checks in CHECKS if check in checks).partition(":")
     function: Callable[[], Iterable[Row]] = getattr(importlib.import_module(f"lmms_plugin.doctor.{name}"), attribute)
     return function
 
