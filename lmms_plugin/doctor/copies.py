@@ -63,11 +63,12 @@ def check_copies() -> Iterator[Row]:
 
 def known() -> dict[str, list[Part]]:
     """Return every variable that names a local copy, as the datasets' own declarations have it, with its parts."""
-    tables: list[tuple[Origin, Callable[[datasets.Dataset], object]]] = []
-    for declared in (*natural.SETS.values(), *captions.SETS.values(), *retrieval.SETS.values()):
-        tables.append((declared, declared))
-    for source in vqa_sources.SOURCES.values():
-        tables.append((source, _questions(source)))
+    tables: list[tuple[Origin, Callable[[datasets.Dataset], object]]] = [
+        *((one, one) for one in natural.SETS.values()),
+        *((one, one) for one in captions.SETS.values()),
+        *((one, one) for one in retrieval.SETS.values()),
+        *((one, _questions(one)) for one in vqa_sources.SOURCES.values()),
+    ]
     tables.sort(key=lambda pair: pair[0].variable)
     found = {
         name: [Part(origin.split, _files(origin), _reading(make)) for origin, make in pairs]

@@ -68,12 +68,12 @@ def installed() -> dict[str, Package]:
     found: dict[str, Package] = {}
     for one in metadata.distributions():
         about = one.metadata
-        if about is None or not about.get("Name"):
+        # Half-removed distributions leave folders without a name behind.
+        if about is None or "Name" not in about:
             continue
+        version, python = ((about.get_all(key) or [""])[0] for key in ("Version", "Requires-Python"))
         extras = tuple(about.get_all("Provides-Extra") or ())
-        package = Package(
-            about["Name"], about.get("Version", ""), tuple(one.requires or ()), about.get("Requires-Python", ""), extras
-        )
+        package = Package(about["Name"], version, tuple(one.requires or ()), python, extras)
         found.setdefault(canonicalize_name(package.name), package)
     return found
 
