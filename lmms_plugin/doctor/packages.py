@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+import lmms_plugin
 from lmms_plugin.doctor.rows import Row, fail, ok, warn
 
 OURS = "lmms-plugin"
@@ -142,9 +143,10 @@ def mending(name: str, found: Collection[Bound]) -> str:
 
 
 def lock_file() -> Path | None:
-    """Return the lock as installed; None where this installation has none."""
-    files = metadata.files(OURS) or ()
-    found = (Path(str(file.locate())).resolve() for file in files if str(file).endswith(LOCK))
+    """Return the lock as installed, or of the checkout that is installed as editable; None where there is neither."""
+    recorded = metadata.files(OURS) or ()
+    found = [Path(str(file.locate())).resolve() for file in recorded if str(file).endswith(LOCK)]
+    found.append(Path(lmms_plugin.__file__).resolve().parent.parent / Path(LOCK).name)
     return next((file for file in found if file.is_file()), None)
 
 
