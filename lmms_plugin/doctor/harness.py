@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator
 from importlib import metadata
 
-from lmms_plugin.doctor.imports import late_imports
+from lmms_plugin.doctor.imports import import_late
 from lmms_plugin.doctor.packages import OURS
 from lmms_plugin.doctor.rows import Row, fail, ok
 
@@ -21,8 +21,7 @@ TASKS = ("refcocoplus_shift", "refcocoplus_shift_testB_gaussian_noise_3")
 def check_evaluator() -> Iterator[Row]:
     """Import what a run imports, at its start and later."""
     for name in MODULES:
-        for statement in late_imports(importlib.import_module(name)):
-            exec(statement, {})
+        import_late(importlib.import_module(name))
     yield ok("lmms-eval", f"lmms-eval {metadata.version('lmms_eval')} can be imported")
 
 

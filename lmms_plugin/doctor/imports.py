@@ -38,21 +38,28 @@ def explained(error: BaseException) -> tuple[str, str | None]:
     return said, _remedy(top, culprit, read_lock())
 
 
-def late_imports(module: ModuleType) -> Iterator[str]:
-    """Yield the imports that a module makes only when its functions are called, as statements.
+def import_late(module: ModuleType) -> None:
+    """Make the imports of `late_imports` now, so that an error names their place."""
+    for statement in late_imports(module):
+        code = compile(ast.Module([statement], []), str(module.__file__), "exec")
+        exec(code, {"__name__": module.__name__, "__package__": module.__package__})
+
+
+def late_imports(module: ModuleType) -> Iterator[ast.stmt]:
+    """Yield the imports that a module makes only when its functions are called.
 
     Those in a ``try`` are left out: the module can do without them.
     """
     yield from _late(ast.parse(inspect.getsource(module)), within=False)
 
 
-def _late(node: ast.AST, *, within: bool) -> Iterator[str]:
+def _late(node: ast.AST, *, within: bool) -> Iterator[ast.stmt]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Try):
             continue
         if within and isinstance(child, ast.Import | ast.ImportFrom):
-            yield ast.unparse(child)
-        yield from _late(child, within=within or isinstance(child, ast.FunctionDef))
+            yield child
+        yield from _late(child, within=within or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def _place(frame: traceback.FrameSummary, packages: Mapping[str, Package]) -> str:
