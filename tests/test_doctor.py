@@ -136,6 +136,17 @@ def test_results_are_never_mixed_with_what_libraries_print(tmp_path, monkeypatch
     assert row.message.startswith("OSError: x")
 
 
+def test_an_installed_version_out_of_bounds_fails_with_the_command_that_mends_it(tmp_path):
+    about = tmp_path / "transformers-4.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0\n")
+    (row,) = asked("packages", tmp_path, PYTHONPATH=str(tmp_path))
+    assert row.status == Status.FAIL
+    assert "lmms-plugin 0.1.0 needs transformers>=5.17" in row.message
+    assert row.message.endswith("transformers 4.0 is installed")
+    assert re.match(r'pip install "transformers.*>=5\.17', row.remedy)
+
+
 def environment_of(*made):
     return {packages.canonicalize_name(package.name): package for package in made}
 
