@@ -161,9 +161,10 @@ def test_bounds_are_followed_through_extras_and_cycles():
 
 
 def test_the_remedy_is_a_version_that_everybody_allows():
-    ours = Package("ours", "1.0", ("a", "base>=1.2"))
-    found = packages.bounds(environment_of(ours, Package("a", "1", ("base<3",)), Package("base", "3.0")), "ours")
-    assert packages.mending("base", found) in ('pip install "base<3,>=1.2"', 'pip install "base>=1.2,<3"')
+    ours = Package("ours", "1.0", ("a", "base>=1.2,<10"))
+    a = Package("a", "1", ("base<3,>=1.10,!=2.0",))
+    found = packages.bounds(environment_of(ours, a, Package("base", "3.0")), "ours")
+    assert packages.mending("base", found) == 'pip install "base!=2.0,<3,>=1.10"'
 
 
 @pytest.mark.parametrize(("version", "wanted"), [("2.1.0+cu130", "==2.1.0"), ("3.0rc1", ">=2"), ("2.0.post1", ">=2")])

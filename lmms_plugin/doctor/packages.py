@@ -135,11 +135,16 @@ def explained(several: Collection[Bound]) -> str:
 
 def mending(name: str, found: Collection[Bound]) -> str:
     """Return the command that installs a version that all bounds on it allow."""
-    wanted = SpecifierSet()
-    for bound in found:
-        if canonicalize_name(bound.requirement.name) == canonicalize_name(name):
-            wanted &= bound.requirement.specifier
-    return f'pip install "{name}{wanted}"'
+    asked = [
+        bound.requirement for bound in found if canonicalize_name(bound.requirement.name) == canonicalize_name(name)
+    ]
+    every = {one for requirement in asked for one in requirement.specifier}
+    tightest = [
+        choose((one for one in every if one.operator == operator), key=lambda one: Version(one.version), default=None)
+        for operator, choose in (("<", min), (">=", max))
+    ]
+    others = [one for one in every if one.operator not in ("<", ">=")]
+    return f'pip install "{name}{",".join(sorted(map(str, filter(None, [*tightest, *others]))))}"'
 
 
 def lock_file() -> Path | None:
