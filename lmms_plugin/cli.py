@@ -67,11 +67,12 @@ def inspect(
     from transformers.utils import logging
 
     from lmms_plugin import inspection
+    from lmms_plugin.quiet import stdout_to_stderr
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
     logging.disable_progress_bar()
-    with inspection.stdout_to_stderr():
+    with stdout_to_stderr():
         report = inspection.inspect(model_args, held_out=held_out)
     typer.echo(report.to_json() if json else report.table())
 
@@ -183,6 +184,23 @@ def sensitivity(
         _print_json([one.to_dict() for one in found])
         return
     _print_tables(*(analysis.table(one) for one in found))
+
+
+@app.command()
+def doctor(json: AsJson = False) -> None:
+    """Check all that a run needs, and say what to do about what does not work; exit status 1 if anything fails."""
+    from json import dumps
+
+    from lmms_plugin.doctor import diagnosis
+
+    rows = []
+    for row in diagnosis.diagnose():
+        rows.append(row)
+        if not json:
+            typer.echo(row.line())
+    typer.echo(dumps([row.to_dict() for row in rows], indent=1, ensure_ascii=False) if json else diagnosis.CLOSING)
+    if diagnosis.failed(rows):
+        raise typer.Exit(1)
 
 
 selector = typer.Typer(no_args_is_help=True, help="Learned confidence from finished runs; no model is loaded.")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
@@ -80,20 +76,6 @@ def inspect(text: str, *, held_out: int) -> QuantReport:
     if held_out and report.quantized and not _is_checkpoint(asked.method):
         report = report.with_held_out_errors(_held_out(vlm, held_out))
     return report
-
-
-@contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """Send to standard error what anything prints meanwhile, compilers started by libraries included."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:

@@ -36,6 +36,7 @@ from lmms_plugin.observing import Observer, Wanted
 from lmms_plugin.plain_prompts import TEMPLATES, template_for
 from lmms_plugin.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.quant_backends import get, names, option_types
+from lmms_plugin.quant_backends.kernels import default_dtype
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.saving import expect_storable, save_quantized
 from lmms_plugin.reasoning import ANSWER, REMEDY, tokens_among
@@ -479,7 +480,7 @@ def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return default_dtype(device.type)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

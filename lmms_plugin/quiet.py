@@ -1,8 +1,12 @@
-"""Warnings of libraries to one another that nobody who runs an evaluation can do anything about."""
+"""What libraries say that belongs in no output of ours: warnings to one another, and whatever they print."""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class EnumsOfTorchao(logging.Filter):
@@ -27,3 +31,17 @@ def hush() -> None:
     logger = logging.getLogger("torch.utils._pytree")
     if not any(isinstance(known, EnumsOfTorchao) for known in logger.filters):
         logger.addFilter(EnumsOfTorchao())
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to standard error what anything prints meanwhile, compilers started by libraries included."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -23,9 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.linear import QuantizedLinear
-
-CACHE_VARIABLE = "LMMS_PLUGIN_CACHE"
-"""Environment variable with the folder of unfinished calibrations; set to nothing, none is kept."""
+from lmms_plugin.variables import CACHE
 
 
 class Solved(NamedTuple):
@@ -148,11 +146,11 @@ class Journal:
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of unfinished calibrations: `CACHE_VARIABLE`, or one beside the Hugging Face cache.
+    """Return the folder of unfinished calibrations: `$LMMS_PLUGIN_CACHE`, or one beside the Hugging Face cache.
 
     None when the variable is set to nothing.
     """
-    named = os.environ.get(CACHE_VARIABLE)
+    named = os.environ.get(CACHE)
     if named is not None:
         return Path(named).expanduser() / "calibration" if named else None
     from huggingface_hub.constants import HF_HOME

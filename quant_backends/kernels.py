@@ -223,6 +223,11 @@ class Dequantize(Kernel):
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
 
+def default_dtype(device: str) -> torch.dtype:
+    """Return the dtype of unquantized weights and of the arithmetic where none is asked for."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
 @functools.cache
 def arithmetic_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """Return the dtype in which a product of dense weights is quickest: float32 where 16 bits are emulated."""
@@ -279,17 +284,28 @@ _FAILED: set[tuple[str, Shape]] = set()
 
 def _made(kind: type[Kernel], weight: Kernel) -> Kernel | None:
     key = (kind.name, weight.shape)
-    try:
-        made = kind.from_codes(weight.codes(0, weight.rows), weight.bits)
-        fault = None if key in _AGREED else disagreement(made, weight)
-    except (RuntimeError, AttributeError) as error:  # torch lacks the operator, or it refuses these sizes
-        fault = f"fails: {error}"
+    made, fault = attempt(kind, weight, compared=key not in _AGREED)
     if fault is None:
         _AGREED.add(key)
         return made
     _FAILED.add(key)
     logger.warning("Kernel {} {} ({}); such layers are dequantized instead", kind.name, fault, weight.shape)
     return None
+
+
+def attempt(kind: type[Kernel], weight: Kernel, *, compared: bool = True) -> tuple[Kernel | None, str | None]:
+    """Bring a weight into a kernel's layout and say what is wrong with that kernel here; None if nothing is.
+
+    Args:
+        kind: Takes such weights.
+        weight: In any layout.
+        compared: Whether to compare products; see `disagreement`.
+    """
+    try:
+        made = kind.from_codes(weight.codes(0, weight.rows), weight.bits)
+        return made, disagreement(made, weight) if compared else None
+    except (RuntimeError, AttributeError) as error:  # torch lacks the operator, or it refuses these sizes
+        return None, f"fails: {error}"
 
 
 def disagreement(kernel: Kernel, weight: Kernel) -> str | None:

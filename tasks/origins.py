@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 
 from lmms_plugin.tasks.images import DatasetError
+from lmms_plugin.variables import PREFIX
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Origin:
     @property
     def variable(self) -> str:
         """The environment variable that names a local copy."""
-        return f"LMMS_PLUGIN_{self.name.upper()}"
+        return f"{PREFIX}{self.name.upper()}"
 
     @property
     def wanted(self) -> str:

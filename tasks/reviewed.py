@@ -69,6 +69,10 @@ class Review:
             said = (entry["bbox"], _words(expression["caption"]), bool(entry["caption_quality"]))
             self._said[int(expression["original_id"])].append(said)
 
+    def __len__(self) -> int:
+        """Number of expressions that were reviewed."""
+        return sum(map(len, self._said.values()))
+
     def clean(self, photograph: int, box: Box, expression: str) -> bool | None:
         """Whether an expression is without an error; None if it was not reviewed.
 

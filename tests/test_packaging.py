@@ -72,6 +72,13 @@ def test_data_files_are_installed(installed):
     assert any(name.endswith(".parquet") for name in names)
 
 
+def test_the_lock_is_installed_and_held_once(installed, checkout):
+    script = "from lmms_plugin.doctor import packages; print(packages.lock_file())"
+    assert Path(installed.python("-c", script).strip()).read_text() == (checkout / "constraints.txt").read_text()
+    copies = [path for path in checkout.rglob("constraints.txt") if "build" not in path.parts]
+    assert copies == [checkout / "constraints.txt"]
+
+
 def test_lmms_eval_lists_our_tasks(installed):
     out = installed.command("lmms-eval", "--tasks", "list", "--verbosity", "INFO")
     assert " - refcocoplus_shift_testB_gaussian_noise_3\n" in out

@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import lmms_plugin.model as models
-from lmms_plugin import cli
+from lmms_plugin import cli, variables
 from lmms_plugin.quant_backends import journal
 from lmms_plugin.quant_backends.awq import AwqBackend
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(journal.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(variables.CACHE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "calibration"
 
 

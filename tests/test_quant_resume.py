@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmms_plugin import variables
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.quant_backends import backend_class, get, journal, names
 from lmms_plugin.quant_backends.awq import AwqBackend
@@ -49,7 +50,7 @@ load_quantized(sys.argv[1], backend=get("awq"), plan=plan, calibration=Calibrati
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(journal.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(variables.CACHE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "calibration"
 
 
@@ -178,7 +179,7 @@ def test_every_methods_layers_come_back_as_they_were(tmp_path, method):
 
 
 def test_nothing_is_kept_where_the_cache_is_turned_off(checkpoint, cache, monkeypatch):
-    monkeypatch.setenv(journal.CACHE_VARIABLE, "")
+    monkeypatch.setenv(variables.CACHE, "")
     assert journal.cache_folder() is None
     load(checkpoint("smolvlm"))
     assert not cache.exists()

@@ -155,7 +155,7 @@ def quantize(
     from loguru import logger
 
     from lmms_plugin.export import checkpoint
-    from lmms_plugin.inspection import stdout_to_stderr
+    from lmms_plugin.quiet import stdout_to_stderr
 
     logger.remove()
     with stdout_to_stderr():

@@ -20,6 +20,7 @@ from lmms_plugin.study.folder import LOG
 from lmms_plugin.study.grid import Cell
 from lmms_plugin.study.identity import Keyed
 from lmms_plugin.study.tasks import known
+from lmms_plugin.variables import PREFIX
 
 REPORT = "quant_report.json"
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
@@ -196,7 +197,7 @@ def _environment(gpus: Sequence[str], threads: int | None) -> dict[str, str]:
     environment = dict(os.environ)
     # The process works in a folder of its own.
     for name, value in environment.items():
-        if name.startswith("LMMS_PLUGIN_") and value and not os.path.isabs(value) and os.path.exists(value):
+        if name.startswith(PREFIX) and value and not os.path.isabs(value) and os.path.exists(value):
             environment[name] = os.path.abspath(value)
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if threads is not None:

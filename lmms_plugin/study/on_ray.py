@@ -26,6 +26,7 @@ from lmms_plugin.study.folder import LOG, Lock
 from lmms_plugin.study.grid import Cell
 from lmms_plugin.study.identity import Keyed
 from lmms_plugin.study.recording import Recorder, Taken
+from lmms_plugin.variables import PREFIX
 
 RETRIES = 3
 POLL_SECONDS = 0.5
@@ -234,7 +235,7 @@ def connect(address: str) -> Cluster:
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables that workers need as they are here; secrets stay here."""
-    named = {name for name in environment if name.startswith("LMMS_PLUGIN_")} | set(_FORWARDED)
+    named = {name for name in environment if name.startswith(PREFIX)} | set(_FORWARDED)
     return {name: environment[name] for name in sorted(named) if name in environment}
 
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import yaml
 from pyarrow import parquet
 
+from lmms_plugin import variables
 from lmms_plugin.results import GROUNDING, REJECTION
 from lmms_plugin.study.contents import HUB_ID, attribute, digest, of_path, of_value, revision
 from lmms_plugin.study.located import near
@@ -202,10 +203,8 @@ def _looked_up(value: Any) -> Any:
 
 def local_copies(environment: Mapping[str, str]) -> dict[str, str]:
     """Fingerprints of the local copies of datasets that environment variables of this package name."""
-    named = {name: Path(value).expanduser() for name, value in environment.items() if name.startswith("LMMS_PLUGIN_")}
-    return {
-        name: of_path(path) for name, path in sorted(named.items()) if name != "LMMS_PLUGIN_CACHE" and path.exists()
-    }
+    named = {name: Path(value).expanduser() for name, value in environment.items() if name.startswith(variables.PREFIX)}
+    return {name: of_path(path) for name, path in sorted(named.items()) if name != variables.CACHE and path.exists()}
 
 
 def known(names: Iterable[str]) -> dict[str, Described]:
