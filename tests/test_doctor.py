@@ -289,6 +289,10 @@ def without_extras(tmp_path_factory):
         ("bitsandbytes", "warn", "bitsandbytes not installed", 'pip install "lmms-plugin[bitsandbytes]"'),
         ("torchao", "fail", "needs torchao>=0.18; torchao 0.1 is installed", 'pip install "torchao>=0.18"'),
         ("sensitivity", "fail", "No module named 'numba_of_another_year'", "pip install -c"),
+        pytest.param(
+            *("export", "warn", "none of its libraries is made for Python 3.11", "use another Python"),
+            marks=pytest.mark.skipif(sys.version_info >= (3, 12), reason="the library is made for this Python"),
+        ),
     ],
 )
 def test_extras(without_extras, extra, status, said, remedy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -27,6 +28,9 @@ def check_extra(extra: str) -> Iterator[Row]:
     added = [bound for bound in found if bound not in base]
     direct = [bound for bound in added if bound.by.name == packages[canonicalize_name(OURS)].name]
     check, command = f"extra {extra}", f'pip install "{OURS}[{extra}]"'
+    if not direct:
+        yield warn(check, f"none of its libraries is made for Python {platform.python_version()}", "use another Python")
+        return
     missing = [bound.requirement.name for bound in direct if bound.found is None]
     if missing:
         yield warn(check, f"{', '.join(missing)} not installed: what needs it cannot run", command)
