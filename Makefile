@@ -15,7 +15,7 @@ CODE := lmms_plugin quant_backends tasks tests bench demo_training .ci
 .PHONY: demo test check fresh lock dist format clean
 
 demo: $(VENV)/.package
-	$(BIN)/lmms-plugin demo --output demo_output
+	$(BIN)/lmms-plugin demo --output demo_output $(if $(FULL),--full)
 
 test: $(VENV)/.dev $(VENV)/.package
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -4,6 +4,7 @@ Every error a user can cause is one line on standard error and a non-zero exit s
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 export_commands.register(app)
 app.add_typer(study, name="study")
 app.command()(report)
+
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 @app.command()
@@ -47,11 +50,14 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for results, table and pictures.")] = Path("demo_output"),
     bits: Annotated[int, typer.Option(help="Bits per weight of the quantized models.")] = 3,
     limit: Annotated[int | None, typer.Option(help="Expressions per task; only for trying things out.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="All 18 corruptions instead of one noise, blur, weather and digital each.")
+    ] = False,
 ) -> None:
     """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and show one table."""
     from lmms_plugin.demo import run
 
-    run.run(output, bits=bits, limit=limit)
+    run.run(output, bits=bits, limit=limit, full=full)
 
 
 @app.command()
@@ -312,6 +318,11 @@ def main() -> None:
     """Entry point: errors a user can cause become one line and exit status 2."""
     try:
         app()
+    except SystemExit as status:
+        # What typer makes of an interrupt from the keyboard, without a word.
+        if status.code == _INTERRUPTED:
+            typer.echo("lmms-plugin: interrupted", err=True)
+        raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         typer.echo(f"lmms-plugin: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

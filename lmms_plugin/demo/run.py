@@ -5,29 +5,38 @@ Everything shown is read back from the files lmms-eval wrote, so the table is wh
 
 import json
 import math
+import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lmms_plugin import installed
+from lmms_plugin import harness_log, installed, results
 from lmms_plugin.demo import pictures
+from lmms_plugin.demo.progress import Pace, Progress
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.plan import QuantPlan
 from lmms_plugin.reliability import Settings
 from lmms_plugin.report import building
+from lmms_plugin.study import guard
+from lmms_plugin.tasks.shifts import SHIFTS
 
 METHODS = ("none", "rtn", "hqq", "awq")
-CLEAN, SHIFTED = "shapes_rec", "shapes_shift"
+CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3
+# Chosen for variety before any number was seen: the first of its kind (noise, blur, weather, digital) in ImageNet-C.
+QUICK = ("gaussian_noise", "defocus_blur", "snow", "contrast")
 COLUMNS = ("acc@0.5", "mean_iou", "ece")
-PICTURED = (CLEAN, "shapes_shift_gaussian_noise_3")
-_PICTURES = 12
+PICTURED = (CLEAN, f"{SHIFTED}_gaussian_noise_{SEVERITY}")
 HEADINGS = ("model", "bits per weight", *(f"{column} {when}" for when in ("clean", "shifted") for column in COLUMNS))
+_PICTURES = 12
+_POLL_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,20 @@ class Run:
     file: Path
     results: dict[str, Any]
 
-    def metric(self, task: str, name: str) -> float:
-        """A number of lmms-eval's results table; NaN where it is missing."""
+    def clean(self, name: str) -> float:
+        """A number of lmms-eval's results table for clean scenes; NaN where it is missing."""
+        return self._metric(CLEAN, name)
+
+    def shifted(self, name: str) -> float:
+        """The mean of a number over the corruptions that were run; NaN where one is missing."""
+        return math.fsum(self._metric(task, name) for task in self.corrupted) / len(self.corrupted)
+
+    @property
+    def corrupted(self) -> list[str]:
+        """Tasks of the corruptions that were run."""
+        return [task for name in SHIFTS if (task := f"{SHIFTED}_{name}_{SEVERITY}") in self.results["n-samples"]]
+
+    def _metric(self, task: str, name: str) -> float:
         return float(self.results["results"][task].get(f"{name},none", math.nan))
 
     @property
@@ -50,18 +71,18 @@ class Run:
 
     def records(self, task: str) -> list[dict[str, Any]]:
         """The logged grounding records of one task, in the order of its documents."""
-        # The folder may hold older runs; files of one run share their date.
-        path = self.file.with_name(self.file.name.replace("_results.json", f"_samples_{task}.jsonl"))
+        path = results.log_of(self.file, task)
         return [json.loads(line)["mean_iou"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(output: Path, bits: int, limit: int | None = None) -> list[Run]:
+def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False) -> list[Run]:
     """Run all methods, print the table, and write `report.html`, `report.md` and pictures into the folder `output`.
 
     Args:
         output: folder to write into; each run has a sub-folder with lmms-eval's own files and its log.
         bits: bits per weight of the quantized language model.
         limit: expressions per task, for trying things out; None for all.
+        full: whether to run all corruptions instead of one of each kind.
 
     Raises:
         ValueError: if a method cannot do these bits, before anything is run.
@@ -71,59 +92,113 @@ def run(output: Path, bits: int, limit: int | None = None) -> list[Run]:
         raise ValueError(f"limit must be at least 1, got {limit}")
     for method in METHODS[1:]:
         get(method).check(QuantPlan.from_arguments(bits=bits))
-    runs = [_evaluate(method, output, bits, limit) for method in METHODS]
-    Console().print(_table(runs))
+    # A folder of their own: the page is to show these runs and no earlier ones.
+    folder = output / "runs" / time.strftime("%Y%m%d_%H%M%S")
+    commands = {f"quant_{method}": _command(method, folder, bits, limit, full=full) for method in METHODS}
+    runs = _evaluate(commands, folder)
+    _print(_table(runs), _scope(runs[0]))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
     (output / "report.md").write_text(_report(runs, images, limit), encoding="utf-8")
     page = output / "report.html"
     settings = Settings(resamples=building.RESAMPLES, workers=building.default_workers())
-    list(building.build(output, page, settings, title="Embedded demo", figures=None, pictures=_PICTURES))
+    list(building.build(folder, page, settings, title="Embedded demo", figures=None, pictures=_PICTURES))
     print(f"Report: {page}, {output / 'report.md'}; pictures: {', '.join(str(path) for path in images)}")
     return runs
 
 
-def _evaluate(method: str, output: Path, bits: int, limit: int | None) -> Run:
-    model, folder = f"quant_{method}", output / f"quant_{method}"
-    folder.mkdir(parents=True, exist_ok=True)
+def _command(method: str, folder: Path, bits: int, limit: int | None, *, full: bool) -> tuple[str, ...]:
     arguments = "pretrained=demo" if method == "none" else f"pretrained=demo,bits={bits}"
-    command = ["lmms-eval", "--model", model, "--model_args", arguments, "--tasks", f"{CLEAN},{SHIFTED}"]
-    command += ["--batch_size", "64", "--log_samples", "--output_path", str(folder)]
-    command += ["--limit", str(limit)] if limit is not None else []
-    print(f"$ {' '.join(command)}", flush=True)
-    started = time.time()
-    log = folder / "log.txt"
-    with log.open("w", encoding="utf-8") as stream:
-        subprocess.run(
-            [installed.command(command[0]), *command[1:]], stdout=stream, stderr=subprocess.STDOUT, check=False
-        )
-    fresh = [path for path in folder.rglob("*_results.json") if path.stat().st_mtime >= started - 1]
-    if len(fresh) != 1:
-        errors = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "Error" in line]
-        raise RuntimeError(f"{model} left no results, see {log}{': ' + errors[-1] if errors else ''}")
-    results = json.loads(fresh[0].read_text(encoding="utf-8"))
-    print(f"  {time.time() - started:.0f} s", flush=True)
-    return Run(model, tuple(command), fresh[0], results)
+    tasks = (CLEAN, SHIFTED) if full else (CLEAN, *(f"{SHIFTED}_{name}_{SEVERITY}" for name in QUICK))
+    asked = ("--model", f"quant_{method}", "--model_args", arguments, "--tasks", ",".join(tasks))
+    kept = ("--batch_size", "64", "--log_samples", "--output_path", str(folder / f"quant_{method}"))
+    return ("lmms-eval", *asked, *kept, *(("--limit", str(limit)) if limit is not None else ()))
+
+
+def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run]:
+    """Run commands by the names of their models, as many at once as there are processors; an end of this ends all.
+
+    Raises:
+        RuntimeError: a run left no results.
+    """
+    # One thread each: they do not get in each other's way, and numbers do not depend on how many there are.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    # The last takes longest, for it calibrates.
+    waiting, running, done = deque(reversed(commands)), dict[str, tuple[subprocess.Popen[bytes], Pace]](), {}
+    with Progress(len(commands)) as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < building.default_workers():
+                    model = waiting.popleft()
+                    log = _log(folder, model)
+                    log.parent.mkdir(parents=True)
+                    program, *arguments = commands[model]
+                    pace = progress.start(model, " ".join(commands[model]))
+                    process = guard.start([installed.command(program), *arguments], log, environment=environment)
+                    running[model] = (process, pace)
+                time.sleep(_POLL_SECONDS)
+                for model, (process, pace) in list(running.items()):
+                    over = process.poll() is not None
+                    progress.see(pace, harness_log.share(_log(folder, model).read_text("utf-8", "replace")))
+                    if over:
+                        done[model] = _finished(model, commands[model], _log(folder, model), process.returncode)
+                        del running[model]
+                        progress.end(pace)
+                progress.tick()
+        finally:
+            for process, _ in running.values():
+                guard.end(process)
+    return [done[model] for model in commands]
+
+
+def _log(folder: Path, model: str) -> Path:
+    return folder / model / "log.txt"
+
+
+def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> Run:
+    try:
+        files = [] if status else results.find(log.parent)
+    except ValueError:
+        files = []
+    if not files:
+        told = harness_log.failure(log.read_text(encoding="utf-8", errors="replace"), status)
+        raise RuntimeError(f"{model}: {told}; its log: {log}")
+    return Run(model, command, files[0], results.table(files[0]))
 
 
 def _cells(one: Run) -> list[str]:
-    numbers = [one.metric(task, name) for task in (CLEAN, SHIFTED) for name in COLUMNS]
+    numbers = [number(name) for number in (one.clean, one.shifted) for name in COLUMNS]
     return [one.model, f"{one.bits_per_weight:.2f}", *(f"{number:.3f}" for number in numbers)]
 
 
 def _table(runs: Sequence[Run]) -> Table:
-    table = Table(title="Embedded demo: unquantized model against quantized language model")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for heading in HEADINGS:
-        named = heading == "model"
-        table.add_column(heading, justify="left" if named else "right", no_wrap=named, min_width=10 if named else None)
+        first, _, last = heading.rpartition(" ")
+        shown = "\n".join((first, last)) if first else last
+        table.add_column(shown, justify="right" if first else "left", vertical="bottom", no_wrap=True)
     for one in runs:
         table.add_row(*_cells(one))
     return table
 
 
+def _print(table: Table, caption: str) -> None:
+    console = Console()
+    # Wider than a narrow terminal rather than cut.
+    needed = Console(width=1000).measure(table).maximum
+    console.print("Embedded demo: unquantized model against quantized language model", highlight=False)
+    console.print(table, width=needed, crop=False, no_wrap=True, overflow="ignore")
+    console.print(caption, highlight=False)
+
+
+def _scope(one: Run) -> str:
+    """What was asked: how many expressions, under which corruptions."""
+    names = [task.removeprefix(f"{SHIFTED}_").removesuffix(f"_{SEVERITY}") for task in one.corrupted]
+    which = ", ".join(names) if len(names) < len(SHIFTS) else f"all {len(names)} corruptions"
+    expressions = one.results["n-samples"][CLEAN]["effective"]
+    return f"{expressions} expressions; shifted: mean over {which} at severity {SEVERITY}."
+
+
 def _report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> str:
-    samples = runs[0].results["n-samples"]
-    cells = [task for task in samples if task.startswith(SHIFTED)]
-    scope = f"{samples[CLEAN]['effective']} expressions; shifted: mean over {len(cells)} corruptions at severity 3."
     warning = ["", f"**Only the first {limit} expressions of each task were used.**"] if limit else []
     rows = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, runs)]
     table = [f"| {' | '.join(row)} |" for row in rows]
@@ -132,7 +207,7 @@ def _report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> s
     head = [
         "# Embedded demo",
         "",
-        scope,
+        _scope(runs[0]),
         "Synthetic scenes: the numbers stand for nothing beyond themselves.",
         *warning,
     ]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin import installed, results
-from lmms_plugin.study import identity
+from lmms_plugin import harness_log, installed, results
+from lmms_plugin.study import guard, identity
 from lmms_plugin.study.folder import LOG
 from lmms_plugin.study.grid import Cell
 from lmms_plugin.study.identity import Keyed
@@ -24,7 +22,6 @@ from lmms_plugin.variables import PREFIX
 
 REPORT = "quant_report.json"
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
-_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 class Outcome(NamedTuple):
@@ -132,18 +129,13 @@ class Attempt:
             inherited: File descriptors that the guard keeps open.
         """
         first, *rest = command(keyed.cell, len(gpus))
-        guarded = [sys.executable, "-P", "-m", "lmms_plugin.study.guard", installed.command(first), *rest]
-        with (folder / LOG).open("wb") as log:
-            process = subprocess.Popen(
-                guarded,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                env=_environment(gpus, threads),
-                start_new_session=True,
-                pass_fds=tuple(inherited),
-            )
+        process = guard.start(
+            [installed.command(first), *rest],
+            folder / LOG,
+            folder=folder,
+            environment=_environment(gpus, threads),
+            inherited=inherited,
+        )
         return cls(keyed, folder, tuple(gpus), process, time.time())
 
     @property
@@ -153,9 +145,7 @@ class Attempt:
 
     def end(self) -> None:
         """End the process and everything it started, and wait until that is so."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        guard.end(self.process)
 
     def outcome(self) -> Outcome:
         """Judge what a process that is over left; lmms-eval's exit status tells nothing."""
@@ -174,15 +164,22 @@ class Attempt:
         return Outcome(problem, status, done, self._tail(), tuple(changed))
 
     def _tail(self) -> str:
-        text = _COLOURS.sub("", (self.folder / LOG).read_text(encoding="utf-8", errors="replace"))
-        lines = [line.rsplit("\r", 1)[-1] for line in text.splitlines()]
+        lines = harness_log.lines(_log(self.folder).rstrip())
         return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_LETTERS:]
+
+
+def _log(folder: Path) -> str:
+    return (folder / LOG).read_text(encoding="utf-8", errors="replace")
 
 
 def _problem(cell: Cell, folder: Path, status: int) -> str | None:
     """Why a folder does not hold the whole results of a cell; None if it does."""
-    if status:
-        return f"lmms-eval ended with status {status}"
+    try:
+        files = [] if status else results.find(folder)
+    except ValueError:
+        files = []
+    if not files:
+        return harness_log.failure(_log(folder), status)
     try:
         run = results.read_one(folder)
     except ValueError as error:

@@ -48,11 +48,12 @@ def run_study(
 ) -> None:
     """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
     from lmms_plugin.study import engine, planning
+    from lmms_plugin.study.folder import LOG
 
     finished = engine.run(file, output, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
-        typer.echo(f"failed: {cell}: {' '.join(problem.split())} (see {output / 'failed' / cell})", err=True)
+        typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / 'failed' / cell / LOG})", err=True)
     if not finished.complete:
         if finished.plan.study.analysis is not None:
             typer.echo(planning.without_analysis(finished.plan, output), err=True)

@@ -11,9 +11,47 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+
+
+def start(
+    command: Sequence[str],
+    log: Path,
+    *,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    inherited: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a command under a guard, in a session of its own, which an interrupt from the keyboard does not reach.
+
+    Args:
+        command: With the path of its program.
+        log: File for its standard output and standard error.
+        folder: Where it works; None for here.
+        environment: Its variables; None for those of this process.
+        inherited: File descriptors that the guard keeps open.
+    """
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "lmms_plugin.study.guard", *command],
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+            pass_fds=tuple(inherited),
+        )
+
+
+def end(guarded: subprocess.Popen[bytes]) -> None:
+    """End a guarded command and everything it started, and wait until that is so."""
+    assert guarded.stdin is not None
+    guarded.stdin.close()
+    guarded.wait()
 
 
 def run(command: Sequence[str]) -> int:
