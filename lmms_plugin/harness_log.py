@@ -2,9 +2,10 @@
 
 import re
 import signal
+from itertools import pairwise
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_BAR = re.compile(r"(Answering|Postprocessing)[^:]*: *\d+%\|[^|]*\| *(\d+)/(\d+) ")
+_BAR = re.compile(r"(Answering|Postprocessing)[^:\r\n]*: *\d+%\|[^|\r\n]*\| *(\d+)/(\d+) ")
 _TOLD = re.compile(r"Error during evaluation: (.*?)(?:\.? Please set `--verbosity=DEBUG`.*)?$")
 _RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|OutOfMemory)(?:: .*)?$")
 _FROM_SIGNALS = 128
@@ -12,7 +13,7 @@ _FROM_SIGNALS = 128
 
 def lines(log: str) -> list[str]:
     """The lines of a log as a terminal would show them at last: without colours and overwritten progress bars."""
-    return [line.rsplit("\r", 1)[-1].rstrip() for line in _COLOURS.sub("", log).split("\n")]
+    return [line.rstrip().rsplit("\r", 1)[-1] for line in _COLOURS.sub("", log).split("\n")]
 
 
 def share(log: str) -> float | None:
@@ -20,18 +21,15 @@ def share(log: str) -> float | None:
 
     The work is to answer every request and then to score every document, one request each; both count the same.
     """
-    answered = scored = total = 0
-    # A bar begins at 0 and is drawn again and again: what it reached is the last number before the next begins.
-    for piece in re.split(r"[\r\n]", log):
-        found = _BAR.search(piece)
-        if found is None:
-            continue
-        done, of = int(found[2]), int(found[3])
-        if found[1] == "Answering":
-            answered, total = done, of
-        elif done == of:
-            scored += done
-    return min(1.0, (answered + scored) / (2 * total)) if answered else None
+    found = [(bar[1], int(bar[2]), int(bar[3])) for bar in _BAR.finditer(log)]
+    answering = [(done, total) for title, done, total in found if title == "Answering"]
+    if not answering or not answering[-1][0]:
+        return None
+    answered, total = answering[-1]
+    # There is one bar of this title for every task; each is drawn again and again, from 0 on.
+    scoring = [done for title, done, _ in found if title != "Answering"]
+    scored = sum(now for now, then in pairwise([*scoring, 0]) if then < now)
+    return min(1.0, (answered + scored) / (2 * total))
 
 
 def last_error(log: str) -> str | None:

@@ -30,12 +30,13 @@ from lmms_plugin.tasks.shifts import SHIFTS
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3
-# Chosen for variety before any number was seen: the first of its kind (noise, blur, weather, digital) in ImageNet-C.
+# Chosen for variety before their numbers were seen: ImageNet-C's first noise, blur, weather and digital corruption.
 QUICK = ("gaussian_noise", "defocus_blur", "snow", "contrast")
 COLUMNS = ("acc@0.5", "mean_iou", "ece")
 PICTURED = (CLEAN, f"{SHIFTED}_gaussian_noise_{SEVERITY}")
 HEADINGS = ("model", "bits per weight", *(f"{column} {when}" for when in ("clean", "shifted") for column in COLUMNS))
 _PICTURES = 12
+_UNLIMITED = 1000
 _POLL_SECONDS = 0.3
 
 
@@ -183,10 +184,10 @@ def _table(runs: Sequence[Run]) -> Table:
 
 def _print(table: Table, caption: str) -> None:
     console = Console()
-    # Wider than a narrow terminal rather than cut.
-    needed = Console(width=1000).measure(table).maximum
+    # A terminal that is narrower than the table wraps it; rich would cut it.
+    needed = Console(width=_UNLIMITED).measure(table).maximum
     console.print("Embedded demo: unquantized model against quantized language model", highlight=False)
-    console.print(table, width=needed, crop=False, no_wrap=True, overflow="ignore")
+    Console(width=max(console.width, needed)).print(table)
     console.print(caption, highlight=False)
 
 
