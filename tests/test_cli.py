@@ -41,7 +41,10 @@ def test_demo_writes_table_report_and_pictures(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 2
     page = (tmp_path / "report.html").read_text()
     assert page.count("--limit 2") == 4
-    assert "shapes_shift_fog_3" in page
+    assert "shapes_shift_snow_3" in page
+    assert "shapes_shift_fog_3" not in page
+    for shown in (printed, report):
+        assert "mean over gaussian_noise, defocus_blur, snow, contrast at severity 3" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

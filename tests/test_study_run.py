@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_studies import STUDY
+from small_studies import CELL, STUDY
 
 from lmms_plugin import results
 from lmms_plugin.reliability import Settings
 from lmms_plugin.report import numbers, reading
+from lmms_plugin.study import attempt
 from lmms_plugin.study.durable import hashes, read_json
-from lmms_plugin.study.folder import DONE
+from lmms_plugin.study.folder import DONE, LOG
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 # Offline there is no RefCOCO+; lmms-eval says so in its log and ends with status 0.
@@ -130,8 +131,39 @@ def test_a_failure_is_recorded_with_the_end_of_its_log(undisturbed: Path) -> Non
     (failed,) = (undisturbed / "failed").iterdir()
     said = read_json(failed / "failed.json")
     assert said["returncode"] == 0
+    assert said["problem"].startswith("lmms-eval left no results (it exits with 0 after an error); last error: ")
+    assert "RefCOCOplus" in said["problem"]
     assert "RefCOCOplus" in said["tail"]
     assert sorted(file.name for file in failed.iterdir()) == ["cell.json", "failed.json", "log.txt"]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (0, "left no results (it exits with 0 after an error)"),
+        (137, "was ended by SIGKILL"),
+        (1, "ended with status 1"),
+    ],
+)
+def test_a_failure_quotes_the_last_error(tmp_path: Path, status: int, words: str) -> None:
+    (tmp_path / LOG).write_text("Traceback\nRuntimeError: why\nbye\n")
+    problem = attempt._problem(CELL, tmp_path, status)
+    assert problem is not None
+    assert problem.startswith(f"lmms-eval {words}")
+    assert problem.endswith("; last error: RuntimeError: why")
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_cells_and_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    process = start(write(tmp_path, STUDY), tmp_path / "out")
+    read_until(process, "start")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    lines = [line for line in said.splitlines() if "start" not in line]
+    assert lines == ["lmms-plugin: interrupted"]
+    assert not working_in(tmp_path / "out")
 
 
 @pytest.mark.slow
