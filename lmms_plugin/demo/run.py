@@ -38,6 +38,8 @@ HEADINGS = ("model", "bits per weight", *(f"{column} {when}" for when in ("clean
 _PICTURES = 12
 _UNLIMITED = 1000
 _POLL_SECONDS = 0.3
+# Each takes 1.4 GB of memory.
+_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _command(method: str, folder: Path, bits: int, limit: int | None, *, full: b
 
 
 def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run]:
-    """Run commands by the names of their models, as many at once as there are processors; an end of this ends all.
+    """Run commands by the names of their models, two at once where there are two processors; an end of this ends all.
 
     Raises:
         RuntimeError: a run left no results.
@@ -124,11 +126,14 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
     # One thread each: they do not get in each other's way, and numbers do not depend on how many there are.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # The last takes longest, for it calibrates.
-    waiting, running, done = deque(reversed(commands)), dict[str, tuple[subprocess.Popen[bytes], Pace]](), {}
+    waiting = deque(reversed(list(commands)))
+    running: dict[str, tuple[subprocess.Popen[bytes], Pace]] = {}
+    done: dict[str, Run] = {}
+    at_once = min(_AT_ONCE, building.default_workers())
     with Progress(len(commands)) as progress:
         try:
             while waiting or running:
-                while waiting and len(running) < building.default_workers():
+                while waiting and len(running) < at_once:
                     model = waiting.popleft()
                     log = _log(folder, model)
                     log.parent.mkdir(parents=True)
@@ -141,6 +146,7 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
                     over = process.poll() is not None
                     progress.see(pace, harness_log.share(_log(folder, model).read_text("utf-8", "replace")))
                     if over:
+                        guard.end(process)
                         done[model] = _finished(model, commands[model], _log(folder, model), process.returncode)
                         del running[model]
                         progress.end(pace)
