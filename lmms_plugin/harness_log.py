@@ -35,7 +35,8 @@ def share(log: str) -> float | None:
 def last_error(log: str) -> str | None:
     """The last error that a log tells of, in one line; its last line where none looks like one; None if it is empty."""
     written = [line.strip() for line in lines(log) if line.strip()]
-    for line in reversed(written):
+    # What tenacity raises after the last try names no reason; what it was raised from is told above it.
+    for line in reversed([line for line in written if "RetryError[" not in line]):
         if told := _TOLD.search(line):
             return told[1]
         if _RAISED.match(line):

@@ -78,6 +78,12 @@ def test_a_log_reads_as_a_terminal_shows_it() -> None:
             " more information.\x1b[0m\n",
             "no room",
         ),
+        (
+            "NotADirectoryError: [Errno 20] Not a directory: '/x'\n\nTraceback (most recent call last):\n"
+            "tenacity.RetryError: RetryError[<Future>]\n"
+            "ERROR | Error during evaluation: RetryError[<Future>]. Please set `--verbosity=DEBUG`\n",
+            "NotADirectoryError: [Errno 20] Not a directory: '/x'",
+        ),
     ],
 )
 def test_the_last_error_of_a_log(log: str, said: str | None) -> None:
@@ -225,7 +231,13 @@ def begin(folder: Path, **environment: str) -> tuple[subprocess.Popen[str], list
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     command = [str(PLUGIN), "demo", "--output", str(folder), "--limit", "2"]
     process = subprocess.Popen(
-        command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has its background jobs ignore interrupts, and the tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("$ lmms-eval")

@@ -36,7 +36,15 @@ def write(folder: Path, text: str) -> Path:
 
 def start(file: Path, output: Path) -> subprocess.Popen[str]:
     command = [str(PLUGIN), "study", "run", str(file), "--output", str(output), "--jobs", "2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=output.parent)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=output.parent,
+        # A shell has its background jobs ignore interrupts, and the tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def read_until(process: subprocess.Popen[str], words: str) -> None:
