@@ -15,10 +15,10 @@ from lmms_plugin.quant_backends.specs import UNTOUCHED_BITS, QuantSpec, expect_k
 
 __all__ = ["COMPONENTS", "UNTOUCHED_BITS", "Assignment", "Component", "QuantPlan", "QuantSpec", "Rule"]
 
-Component = Literal["vision", "connector", "language", "head", "audio"]
+Component = Literal["vision", "connector", "language", "head", "audio", "unused"]
 
 COMPONENTS: tuple[Component, ...] = ("vision", "connector", "language", "head")
-"""What a plan can ask for. Layers of an audio tower, which no image passes, are touched by rules alone."""
+"""What a plan can ask for. An audio tower and unused layers, which neither image nor answer passes, need rules."""
 
 
 @dataclass(frozen=True)

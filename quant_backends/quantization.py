@@ -382,6 +382,8 @@ def _untouchable(module: nn.Module) -> str | None:
         return "it is quantized already"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads this weight past the layer's forward"
+    if type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} does more than multiply by its weight"
     return None
 
 

@@ -48,9 +48,16 @@ def find_mixtures(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _decoder_blocks(model: nn.Module, layers: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Return the blocks that come one after another, each with its layers; a part outside of a list is none."""
+    """Return the blocks that come one after another, each with its layers.
+
+    A part outside of a list is none, nor is a layer that is an element of a list by itself.
+    """
     blocks = find_blocks(model, layers)
-    return {name: inside for name, inside in blocks.items() if inside and name.rpartition(".")[2].isdigit()}
+    return {
+        name: inside
+        for name, inside in blocks.items()
+        if inside and name not in inside and name.rpartition(".")[2].isdigit()
+    }
 
 
 def _place(model: nn.Module, block: str, number: int, layer: str, mixtures: Mapping[str, int]) -> Place:

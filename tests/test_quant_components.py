@@ -4,8 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.components import components, splitter
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec, Rule
+from lmms_plugin.quant_backends.quantization import Quantization
+from lmms_plugin.quant_backends.roles import find_places
 
 PARTS = {
     "blip": {
@@ -47,6 +50,51 @@ PARTS = {
         "language_model.model.decoder.layers": "language",
         "language_model.lm_head": "head",
     },
+    "janus": {
+        "model.vision_model": "vision",
+        "model.aligner": "connector",
+        "model.generation_aligner": "unused",
+        "model.generation_head": "unused",
+        "model.language_model": "language",
+        "lm_head": "head",
+    },
+    "ovis2": {
+        "model.vision_tower.transformer": "vision",
+        "model.vision_tower.head_linear": "connector",
+        "model.language_model": "language",
+        "lm_head": "head",
+    },
+    "granite_docling": {
+        "model.vision_model.encoder": "vision",
+        "model.vision_model.connector": "connector",
+        "model.text_model": "language",
+        "lm_head": "head",
+    },
+    "llama4": {
+        "vision_model.model": "vision",
+        "vision_model.vision_adapter": "connector",
+        "multi_modal_projector": "connector",
+        "language_model.model": "language",
+        "language_model.lm_head": "head",
+    },
+    "mllama": {
+        "model.vision_model.transformer": "vision",
+        "model.vision_model.global_transformer": "vision",
+        "model.multi_modal_projector": "connector",
+        "model.language_model": "language",
+        "lm_head": "head",
+    },
+    "lfm2_vl": {
+        "model.vision_tower.head": "vision",
+        "model.multi_modal_projector": "connector",
+        "model.language_model": "language",
+        "lm_head": "head",
+    },
+    "fuyu": {
+        "model.vision_embed_tokens": "connector",
+        "model.language_model": "language",
+        "lm_head": "head",
+    },
 }
 """Family -> beginning of module names -> component."""
 
@@ -70,14 +118,25 @@ def test_every_layer_is_in_the_part_that_its_family_means(parts, expected):
     assert set(expected.values()) == set(parts.values())
 
 
-@pytest.mark.parametrize("family", ["fuyu", "idefics"])
-def test_a_family_that_cannot_be_split_is_shown_as_a_tree(family):
-    """The first has no vision tower, the other one has it within what it calls its decoder."""
-    with pytest.raises(ValueError, match=r"cannot split \w+ into vision tower and decoder") as failure:
+@pytest.mark.parametrize("family", ["idefics", "git", "pi0", "mistral4", "udop"])
+def test_a_family_that_cannot_be_split_is_refused_in_a_line_that_names_its_parts(family):
+    """The vision tower lies within what is called the decoder, or there is none."""
+    with pytest.raises(ValueError, match=r"cannot split \w+ into vision tower and decoder .* among .*: \w+") as failure:
         splitter(built(family))
-    lines = str(failure.value).splitlines()
-    assert "  model: " in lines[2]
-    assert any(line.startswith("    ") for line in lines)
+    assert "\n" not in str(failure.value)
+
+
+def test_elements_of_a_list_that_are_layers_are_no_blocks():
+    """Gemma 3n keeps projections in lists, as it keeps its blocks."""
+    model = built("gemma3n")
+    parts = components(model)
+    places = find_places(model, parts)
+    alone = [name for name in parts if name.startswith("model.language_model.altup_projections.")]
+    assert alone
+    assert not set(alone) & set(places)
+    assert {place.block for place in places.values()} == set(range(model.config.text_config.num_hidden_layers))
+    work = Quantization(model, get("none"), QuantPlan())
+    assert set(work.reasons) == set(parts)
 
 
 def test_an_audio_tower_is_touched_by_rules_alone():
