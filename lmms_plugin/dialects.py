@@ -416,6 +416,23 @@ _TABLE: tuple[Dialect, ...] = (
         answer="<|begin_of_box|>[{box}]<|end_of_box|>",
         scale=1000,
     ),
+    # Three digits are the decimals of a fraction that is clamped to 0.999.
+    Dialect(
+        name="perception_lm",
+        prompt=(
+            "Provide a bounding box of the region this sentence describes: '{expression}'.\n"
+            "Use the format [x1, y1, x2, y2]."
+        ),
+        source=(
+            "facebookresearch/perception_models apps/plm/notebook_demos/image_grounding.ipynb (prompt, scale) and "
+            "core/transforms/region_transform.py (training format)"
+        ),
+        model_types=("perception_lm",),
+        number="{:03.0f}",
+        box="[{x1},{y1},{x2},{y2}]",
+        scale=1000,
+        largest=999,
+    ),
     *(
         Dialect(name=family, prompt=_FRACTIONS, source=_NONE_PUBLISHED, model_types=(family,), published=False)
         for family in ("idefics3", "smolvlm", "gemma3")

@@ -141,6 +141,9 @@ GLM_BOX = (0.094, 0.598, 0.177, 0.991)
         pytest.param("glm4v", GLM, GLM_BOX, 1, id="glm-4.6v"),
         pytest.param("glm4v", "<think>maybe [[1,2,3,4]]</think>" + GLM, GLM_BOX, 1, id="glm-4.6v-thinking"),
         pytest.param("glm4v", "<|begin_of_box|><94,598,177,991><|end_of_box|>", GLM_BOX, 1, id="glm-4.5v-angles"),
+        # The answer of the notebook that publishes prompt and format, and one that spaces its numbers.
+        pytest.param("perception_lm", "[040,482,112,576]", (0.04, 0.482, 0.112, 0.576), 1, id="perception-lm"),
+        pytest.param("perception_lm", "[123, 456, 789, 912]", (0.123, 0.456, 0.789, 0.912), 1, id="perception-lm-2"),
         pytest.param("idefics3", " [0.2, 0.3, 0.4, 0.5]", (0.2, 0.3, 0.4, 0.5), 1, id="idefics3"),
         pytest.param("smolvlm", " [0.2, 0.3, 0.4, 0.5]", (0.2, 0.3, 0.4, 0.5), 1, id="smolvlm"),
         pytest.param("gemma3", "```\n[0.2, 0.3, 0.4, 0.5]\n```", (0.2, 0.3, 0.4, 0.5), 1, id="gemma3"),
@@ -166,6 +169,11 @@ def test_published_answer(name, text, box, count):
         ("florence2", "<CAPTION_TO_PHRASE_GROUNDING>red car"),
         ("kosmos2", "<grounding><phrase> red car</phrase>"),
         ("deepseek_vl2", "<|ref|>red car<|/ref|>."),
+        (
+            "perception_lm",
+            "Provide a bounding box of the region this sentence describes: 'red car'.\n"
+            "Use the format [x1, y1, x2, y2].",
+        ),
     ],
 )
 def test_published_question(name, question):
@@ -437,6 +445,7 @@ def test_square_frames_are_what_the_llava_processor_shows(name, do_pad, size):
         ("internvl", "internvl"),
         ("kosmos-2", "kosmos2"),
         ("smolvlm", "smolvlm"),
+        ("perception_lm", "perception_lm"),
         ("a model of tomorrow", "fractions"),
     ],
 )
