@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from transformers.video_utils import VideoMetadata, load_video
 
 from lmms_plugin import chat_templates
 from lmms_plugin.pooling import Pooled
-from lmms_plugin.prompts import Colour, Message, Prompt, RequestError, mean_colour, naming
+from lmms_plugin.prompts import Colour, Message, Prompt, RequestError, mean_colour, naming, placeholder
 from lmms_plugin.reasoning import left_open
 from lmms_plugin.response import Size
 
@@ -284,8 +285,12 @@ class Chat:
         return _aligned(dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt")))
 
     def _raw_text(self, prompt: Prompt) -> str:
-        token = getattr(self.processor, "image_token", "")
-        return getattr(token, "content", token) * len(prompt.images) + prompt.text
+        return self._placeholder * len(prompt.images) + prompt.text if prompt.images else prompt.text
+
+    @cached_property
+    def _placeholder(self) -> str:
+        with self._lock:
+            return placeholder(self.processor)
 
     def _model_sizes(self, prompts: Sequence[Prompt], inputs: dict[str, Tensor]) -> list[Size | None]:
         if "image_grid_thw" not in inputs:

@@ -11,16 +11,17 @@ import copy
 import inspect
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -101,6 +102,11 @@ class Decoder:
 
         Sampling, penalties and lengths in its generation_config.json would silently join those of a task, so they go.
         """
+        if not isinstance(model, GenerationMixin):
+            raise ValueError(
+                f"{type(model).__name__} does not write token by token (it has no generate of transformers' "
+                "GenerationMixin): its answers have no probabilities, and this family is not supported"
+            )
         # A language model within may be one that generates on its own, by a configuration of its own.
         parts = [
             part for part in model.modules() if isinstance(getattr(part, "generation_config", None), GenerationConfig)
@@ -225,7 +231,7 @@ class Decoder:
         if self.static_cache and "past_key_values" not in inputs:
             config.cache_implementation = "static"
         with explaining_out_of_memory(len(inputs["input_ids"])):
-            ids: Tensor = self.writer(inputs).generate(
+            ids: Tensor = generate_of(self.writer(inputs))(
                 **inputs,
                 generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
@@ -245,7 +251,7 @@ class Decoder:
             of_beams = self.read(inputs).repeat_interleave(settings.num_beams, dim=0)
             processors.append(_RepetitionPenalty(settings.repetition_penalty, of_beams))
         with explaining_out_of_memory(len(inputs["input_ids"])):
-            ids = self.writer(inputs).generate(**inputs, generation_config=config, logits_processor=processors)
+            ids = generate_of(self.writer(inputs))(**inputs, generation_config=config, logits_processor=processors)
         ids = ids[:, self.read(inputs).shape[1] :]
         return [self._answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())]
 
@@ -260,6 +266,19 @@ class Decoder:
         silent = self.special - self.marks
         text = "".join(text for text, token in zip(kept, ids, strict=False) if token not in silent)
         return Answer(tuple(map(Token, kept, logprobs)), text, tuple(ids))
+
+
+def generate_of(model: Any) -> Callable[..., Tensor]:
+    """Return what generates text.
+
+    A `generate` of a model's own that takes logits processors apart has another use for them than text (Janus draws
+    with them, and drops them where it writes); there it is the one that it overrides.
+    """
+    own = type(model).generate
+    if own is not GenerationMixin.generate and "logits_processor" in inspect.signature(own).parameters:
+        return partial(GenerationMixin.generate, model)
+    generate: Callable[..., Tensor] = model.generate
+    return generate
 
 
 def _with_alternatives(answer: Answer, recorded: Sequence[Alternatives | None]) -> Answer:
@@ -290,6 +309,8 @@ def explaining_out_of_memory(rows: int) -> Iterator[None]:
 
 class _RawLogits(LogitsProcessor):
     """Holds the logits of the current step, before anything changes them."""
+
+    logits: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.logits = scores
@@ -395,7 +416,10 @@ class _Recorder(StoppingCriteria):
         return self._ends
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        logits, chosen = self.raw.logits, input_ids[:, -1:].to(self.raw.logits.device)
+        logits = self.raw.logits
+        if logits is None:
+            raise RuntimeError("this model's generate drops logits processors, so that no probability can be recorded")
+        chosen = input_ids[:, -1:].to(logits.device)
         total = logits.logsumexp(1)
         self._logprobs.append(logits.gather(1, chosen).squeeze(1) - total)
         if self._digits is not None:

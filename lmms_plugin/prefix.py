@@ -27,28 +27,13 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lmms_plugin.agreeing import difference, tolerances_of
 from lmms_plugin.chat import Batch, Chat
-from lmms_plugin.decoding import Answer, Decoder, Score, explaining_out_of_memory
+from lmms_plugin.decoding import Answer, Decoder, explaining_out_of_memory, generate_of
 from lmms_plugin.pooling import Pooled, Pooling
 from lmms_plugin.prompts import Prompt
 from lmms_plugin.settings import Settings
 
-
-class Tolerances(NamedTuple):
-    """How far the two ways may be apart.
-
-    Attributes:
-        logprob: difference of a log-probability.
-        keys: difference of a prefix's keys, as a share of their norm.
-    """
-
-    logprob: float
-    keys: float
-
-
-# Rounding in another order of additions stays well below, a wrong position or mask far above.
-TOLERANCES = {torch.float64: Tolerances(1e-6, 1e-6), torch.float32: Tolerances(1e-3, 1e-3)}
-LOW_PRECISION_TOLERANCE = Tolerances(0.35, 0.1)
 VERIFIED_ROWS = 8
 VERIFIED_TOKENS = 32
 
@@ -330,7 +315,7 @@ class PrefixSharing:
         config = GenerationConfig(max_new_tokens=1, do_sample=False)
         pooled = nullcontext([None]) if self.pooling is None else self.pooling.watching(prefix)
         with explaining_out_of_memory(len(prefix["input_ids"])), pooled as found:
-            self.decoder.model.generate(**prefix, generation_config=config, past_key_values=cache)
+            generate_of(self.decoder.model)(**prefix, generation_config=config, past_key_values=cache)
         modules = self.decoder.model.modules()
         deltas = [(m, m.rope_deltas) for m in modules if isinstance(getattr(m, "rope_deltas", None), Tensor)]
         return cache, deltas, found[0]
@@ -368,7 +353,7 @@ class PrefixSharing:
             answers = self.decoder.generate({**inputs, "past_key_values": cache}, greedy)
             keys += _prefix_keys(cache, inputs["attention_mask"], sizes[len(expected) :])
             expected += answers
-        tolerances = self._tolerances()
+        tolerances = tolerances_of(self.decoder.model)
         few = shared._replace(
             owners=shared.owners[: len(expected)],
             input_ids=shared.input_ids[: len(expected)],
@@ -386,19 +371,13 @@ class PrefixSharing:
                 return f"the keys of the prefix differ by {apart:.2g} of their norm (tolerance {tolerances.keys:g})"
             scores = self.decoder.score(inputs, [expected[row].ids for row in part])
             pairs = zip((expected[row] for row in part), scores, strict=True)
-            if difference := next(filter(None, (_difference(*pair, tolerances.logprob) for pair in pairs)), None):
-                return difference
+            ways = ("by the plain way", "over the shared prefix")
+            if found_difference := next(
+                filter(None, (difference(*pair, tolerances.logprob, ways) for pair in pairs)), None
+            ):
+                return found_difference
             del inputs
         return None
-
-    def _tolerances(self) -> Tolerances:
-        model = self.decoder.model
-        # Activations of few bits turn the last bit of a sum into a whole step, whatever the precision around them.
-        if any(getattr(module, "act_bits", 16) < 16 for module in model.modules()):
-            return LOW_PRECISION_TOLERANCE
-        # A few parameters may be kept in float32 where the rest is not.
-        dtypes = {model.dtype, *(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())}
-        return max(TOLERANCES.get(dtype, LOW_PRECISION_TOLERANCE) for dtype in dtypes)
 
     def is_news(self, reason: str) -> bool:
         """Return whether a reason not to share has not been given before, whatever the numbers in it."""
@@ -470,14 +449,3 @@ def _ahead(keys: Sequence[Tensor], shared: Shared) -> float:
         if shared.owners[i] == shared.owners[j] and not torch.equal(shared.input_ids[i], shared.input_ids[j]):
             return _apart(keys[i], keys[j])
     return 0.0
-
-
-def _difference(expected: Answer, found: Score, tolerance: float) -> str | None:
-    """Say where the same answer has other log-probabilities."""
-    for position, (token, logprob) in enumerate(zip(expected.tokens, found.logprobs, strict=True)):
-        if not abs(token.logprob - logprob) <= tolerance:
-            return (
-                f"token {position + 1}, {token.text!r}, has log-probability {token.logprob:.6f} by the plain way and "
-                f"{logprob:.6f} over the shared prefix (tolerance {tolerance:g})"
-            )
-    return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageFile
 
 from lmms_plugin.dialects import Dialect, Frame
@@ -212,10 +213,26 @@ def naming(name: str, problem: str, *more: type[Exception]) -> Iterator[None]:
 
 
 def mean_colour(processor: Any) -> Colour:
-    """Return the image processor's mean colour, which it turns into zeros."""
-    mean = getattr(processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
-    red, green, blue = (int(channel * 255) for channel in mean)
-    return red, green, blue
+    """Return the image processor's mean colour, which it turns into zeros; one number stands for all channels."""
+    mean = getattr(processor.image_processor, "image_mean", None)
+    red, green, blue = np.broadcast_to(0.5 if mean is None else mean, 3).tolist()
+    return int(red * 255), int(green * 255), int(blue * 255)
+
+
+def placeholder(processor: Any) -> str:
+    """Return what stands for an image in a prompt without chat template; nothing where the processor adds it itself."""
+    token = getattr(processor, "image_token", "")
+    token = str(getattr(token, "content", token))
+    lay_out = getattr(processor, "prepare_inputs_layout", None)
+    if not token or lay_out is None:
+        return token
+    grey = Image.new("RGB", (32, 32), (127, 127, 127))
+    try:
+        texts = lay_out(images=[[grey]], text=[f"{token}?"])[1]
+    except (TypeError, ValueError, LookupError, AttributeError):
+        # It takes more than images and texts, and says nothing about tokens.
+        return token
+    return token if texts[0].count(token) == 1 else ""
 
 
 def framed(image: Image.Image, dialect: Dialect, background: Colour) -> Image.Image:

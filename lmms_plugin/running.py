@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from loguru import logger
 from torch import Tensor
 
-from lmms_plugin.chat import Batch, Chat
+from lmms_plugin.agreeing import padded_difference
+from lmms_plugin.chat import Batch, Chat, kind
 from lmms_plugin.decoding import Decoder, OutOfMemory, explaining_out_of_memory
 from lmms_plugin.packing import Budget, Limits, in_order
 from lmms_plugin.pooling import Pooling
@@ -38,6 +39,7 @@ class Runner:
         sharing: how questions about one image share its encoding.
         budget: how much is done at once.
         repeated: whether questions that want confidence are answered several times.
+        batched: for each kind of prompt whether it may be answered in padded batches, once that was tried.
     """
 
     decoder: Decoder
@@ -46,6 +48,7 @@ class Runner:
     sharing: PrefixSharing
     budget: Budget
     repeated: bool = False
+    batched: dict[Hashable, bool] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -124,20 +127,50 @@ class Runner:
         shared = self._laid_out(prepared, prepared.encoded, jobs)
         if shared is not None:
             return self._shared(prepared, shared, jobs, step)
-        members, prompts = prepared.members, prepared.flat_prompts
+        prompts = prepared.flat_prompts
         done: list[tuple[int, Result]] = []
         for part in in_order(prepared.encoded.lengths, self.budget.limits):
             batch = self.chat.encode([prompts[i] for i in part])
-            single = Prepared([[members[i]] for i in part], [[prompts[i]] for i in part], batch)
-            done += self._plain(single, batch, jobs, step)
+            done += self._plain(_some(prepared, part, batch), batch, jobs, step)
         return done
 
     def _plain(
         self, prepared: Prepared, batch: Batch, jobs: Sequence[Job], step: Step[Result]
     ) -> list[tuple[int, Result]]:
+        prompts = prepared.flat_prompts
+        if not self._may_batch(prompts, batch):
+            alone = [self.chat.encode([prompt]) for prompt in prompts]
+            parts = [_some(prepared, range(i, i + 1), one) for i, one in enumerate(alone)]
+            return [one for part, row in zip(parts, alone, strict=True) for one in self._plain(part, row, jobs, step)]
         batch = batch._replace(inputs=self._on_device(batch.inputs))
-        done = step(batch, prepared.flat_prompts, [jobs[i] for i in prepared.members])
+        done = step(batch, prompts, [jobs[i] for i in prepared.members])
         return list(zip(prepared.members, done, strict=True))
+
+    def _may_batch(self, prompts: list[Prompt], batch: Batch) -> bool:
+        """Return whether a batch may be answered as it is; the first that is padded is compared with its rows alone."""
+        lengths = batch.inputs["attention_mask"].sum(1).tolist()
+        if min(lengths) == max(lengths):
+            return True
+        sort = kind(prompts[0])
+        if sort not in self.batched:
+            # The most padded row and the one that it is padded for.
+            ends = [lengths.index(min(lengths)), lengths.index(max(lengths))]
+            try:
+                alone = [self._on_device(self.chat.encode([prompts[i]]).inputs) for i in ends]
+                together = self._on_device(self.chat.encode([prompts[i] for i in ends]).inputs)
+                difference = padded_difference(self.decoder, alone, together)
+            except OutOfMemory:
+                # The batch, which is no smaller, will say so and be dealt with.
+                return True
+            self.batched[sort] = difference is None
+            if difference is not None:
+                logger.warning(
+                    "Answers in a padded batch are not those that {} gives to each question alone: {}. In this run "
+                    "questions of different length go one at a time, which is slower.",
+                    type(self.decoder.model).__name__,
+                    difference,
+                )
+        return self.batched[sort]
 
     def _shared(
         self, prepared: Prepared, shared: Shared, jobs: Sequence[Job], step: Step[Result]
@@ -182,7 +215,12 @@ class Runner:
     def _verify(self, prepared: Prepared, encoded: Encoded, shared: Shared, limits: Limits) -> None:
         prompts = prepared.flat_prompts
         parts = in_order(encoded.lengths[:VERIFIED_ROWS], limits)
-        plain = [self.chat.encode([prompts[i] for i in part]).inputs for part in parts]
+        batches = [self.chat.encode([prompts[i] for i in part]) for part in parts]
+        pairs = zip(parts, batches, strict=True)
+        if not all(self._may_batch([prompts[i] for i in part], batch) for part, batch in pairs):
+            parts = [range(i, i + 1) for part in parts for i in part]
+            batches = [self.chat.encode([prompts[i] for i in part]) for part in parts]
+        plain = [batch.inputs for batch in batches]
         one_by_one = False
         try:
             with explaining_out_of_memory(max(map(len, parts))):
@@ -221,6 +259,12 @@ class Runner:
                 name: value.to(model.device, model.dtype if value.is_floating_point() else None)
                 for name, value in inputs.items()
             }
+
+
+def _some(prepared: Prepared, part: range, batch: Batch) -> Prepared:
+    """Return those jobs of a batch that `part` counts out, each a group of its own, as they were encoded together."""
+    members, prompts = prepared.members, prepared.flat_prompts
+    return Prepared([[members[i]] for i in part], [[prompts[i]] for i in part], batch)
 
 
 def _say_off(reason: str) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lmms_plugin.dialects import Dialect
 from lmms_plugin.plain_prompts import template_for
-from lmms_plugin.prompts import framed, mean_colour
+from lmms_plugin.prompts import framed, mean_colour, placeholder
 from lmms_plugin.quant_backends.activations import ROLES, TOKEN_ROLES, WEIGHED
 from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.journal import Journal
@@ -73,7 +73,7 @@ def encode(processor: Any, image: Image.Image, prompt: str, answer: str | None =
         )
     plain = template_for(processor)
     # A processor of which templates are declared places its image tokens itself.
-    token = getattr(processor, "image_token", "<image>") if plain is None else ""
+    token = placeholder(processor) if plain is None else ""
     given: dict[str, Any] = {"text": f"{token}{prompt}" if plain is None else plain.write(prompt)}
     if answer is not None and "suffix" in inspect.signature(processor.__call__).parameters:
         # PaliGemma reads its prompt in both directions but its answer in one, and its processor marks which is which.

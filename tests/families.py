@@ -506,6 +506,38 @@ def _instructblip() -> tuple[Any, Any]:
     return config, hf.InstructBlipProcessor(images, tokenizer, reading, num_query_tokens=4)
 
 
+def _kosmos2() -> tuple[Any, Any]:
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = sentencepiece_tokenizer(("<s>", "<pad>", "</s>"), prefix_space=True, **roles)
+    processor = hf.Kosmos2Processor(hf.CLIPImageProcessor(size=_square(), crop_size=_square()), tokenizer)
+    sizes = {"embed_dim": 64, "layers": 2, "ffn_dim": 128, "attention_heads": 4, "max_position_embeddings": 4096}
+    ids = {key: _text(tokenizer)[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    config = hf.Kosmos2Config(text_config={**sizes, **ids}, vision_config=_vision(), latent_query_num=64)
+    return config, processor
+
+
+def _janus() -> tuple[Any, Any]:
+    media = {"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    special = ("<s>", "</s>", "<pad>", *media.values())
+    tokenizer = sentencepiece_tokenizer(special, prefix_space=False, extra_special_tokens=media, **roles)
+    drawing = {"base_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1, 1], "latent_channels": 32}
+    drawing |= {"embed_dim": 8, "num_embeddings": 64, "image_token_embed_dim": 64, "projection_dim": 64}
+    config = hf.JanusConfig(
+        text_config={"model_type": "llama", **_text(tokenizer)},
+        vision_config={**_vision(projection_dim=64), "depth": 2},
+        vq_config=drawing,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    processor = hf.JanusProcessor(
+        image_processor=hf.JanusImageProcessor(size=_square(), min_size=PATCH),
+        tokenizer=tokenizer,
+        chat_template=LLAVA_TEMPLATE,
+        num_image_tokens=(IMAGE_SIZE // PATCH) ** 2,
+    )
+    return config, processor
+
+
 BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
@@ -522,6 +554,9 @@ BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "instructblip": _instructblip,
     "blip2_itm": _blip2_itm,
 }
+OTHERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {"kosmos2": _kosmos2, "janus": _janus}
+"""Families with a way of their own each, which have tests of their own."""
+
 WITHOUT_BOXES = ("blip2_opt", "blip2_t5", "instructblip")
 """Families that were never taught to write one, nor to follow a chat template."""
 
@@ -541,11 +576,11 @@ def build(family: str, directory: str | Path, *, seed: int = 0) -> Path:
     """Write a tiny checkpoint of `family` into `directory` and return the directory.
 
     Args:
-        family: one of `FAMILIES` or `MIXTURES`.
+        family: one of `BUILDERS`, `MIXTURES` or `OTHERS`.
         directory: made if missing.
         seed: of the weights.
     """
-    config, processor = {**BUILDERS, **MIXTURES}[family]()
+    config, processor = {**BUILDERS, **MIXTURES, **OTHERS}[family]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family in WITHOUT_ANSWERS:
