@@ -388,6 +388,11 @@ class _Ends:
         if input_ids.shape[1] == self.prompt_length + 1:
             self.done = torch.zeros_like(last, dtype=torch.bool)
             self.lengths = torch.zeros_like(last)
+        if not hasattr(self, "done"):
+            raise RuntimeError(
+                f"this model's generate puts other tokens in front of its answer than the {self.prompt_length} of its "
+                "prompt, so that the answer cannot be told apart; this family is not supported"
+            )
         self.lengths += (~self.done).long()
         self.done |= torch.isin(last, torch.tensor(self.ends, device=last.device))
         if self.until:

@@ -206,6 +206,8 @@ def split_experts(model: nn.Module, names: Collection[str] | None = None) -> dic
     split = {name: SplitExperts(module) for name, module in found.items() if names is None or name in names}
     for name, experts in split.items():
         model.set_submodule(name, experts)
+        # Some models draw stacks anew from the block that holds them, before their weights are there or are known.
+        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         for stack, values in list(found[name].named_parameters(recurse=False)):
             if values.is_meta:
                 experts.expect_stacks()
