@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,9 @@ def difference(expected: Answer, found: Score, tolerance: float, ways: tuple[str
     return None
 
 
-def padded_difference(decoder: Decoder, alone: list[Mapping[str, Tensor]], padded: Mapping[str, Tensor]) -> str | None:
+def padded_difference(
+    decoder: Decoder, alone: Sequence[Mapping[str, Tensor]], padded: Mapping[str, Tensor]
+) -> str | None:
     """Say what a padded batch makes of answers that each row gets alone; None if the same, up to rounding.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from types import CodeType
 from typing import TYPE_CHECKING
 
@@ -117,7 +116,6 @@ def _unused(model: nn.Module, language: str) -> Iterator[str]:
         yield from (f"{holder}.{name}".lstrip(".") for name, _ in owner.named_children() if name not in named)
 
 
-@cache
 def _names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
     """Return every name that the forward pass of a class speaks of, itself or in methods that it calls."""
     found: set[str] = set()
