@@ -86,7 +86,7 @@ class CaptionDocs(Documents):
     def image(self, i: int) -> Image.Image:
         """Return a document's photograph, decoded."""
         where = f"row {i} ({self._names[i]})"
-        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], where, load=True))
+        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], where))
 
     def image_key(self, i: int) -> str:
         """Return the photograph's name."""

@@ -109,7 +109,7 @@ class Questions:
     def image(self, row: int) -> Image.Image:
         """The decoded photograph."""
         key = (self._identity, self.image_ids[row])
-        return _DECODED.get(key, lambda: opened(self._encoded[row][IMAGE], self._where(row), load=True))
+        return _DECODED.get(key, lambda: opened(self._encoded[row][IMAGE], self._where(row)))
 
     def _where(self, row: int) -> str:
         return f"row {row} ({self.question_ids[row]})"

@@ -2,14 +2,15 @@
 
 A document is what `lmms_plugin.tasks.grounding` scores, in RefCOCO+'s convention: `expression`, `expression_id`,
 `image_id` (equal for all documents on one photograph), `width` and `height` of the original image in pixels, `bbox`
-as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and `image`.
+as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and `image`. The
+original image is the upright one, after its EXIF orientation: boxes and sizes of every dataset are read in that frame.
 """
 
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 import datasets
@@ -17,12 +18,17 @@ from PIL import Image
 
 from lmms_plugin.tasks.conventions import Convention, numbers_in
 from lmms_plugin.tasks.documents import IMAGE, Documents
-from lmms_plugin.tasks.images import DatasetError, opened
+from lmms_plugin.tasks.images import DatasetError, content, header, opened
 from lmms_plugin.tasks.origins import Origin
 from lmms_plugin.tasks.recent import Recent
+from lmms_plugin.utils.images import Header
 
 _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
 _SAMPLED = 48
+_AS_STORED = (
+    ", its size as stored, before its EXIF orientation: boxes in that frame would be scored against another picture; "
+    "store the pixels upright, or remove the orientation from the file if it is wrong"
+)
 _EXPRESSION = {"row": "a string", "expression": "a list of strings", "object": "a list of strings"}
 
 # A row's expressions are asked for one after another, by a few threads at once.
@@ -47,7 +53,7 @@ class ReferringSet(Origin):
         rejection: whether documents without a target are kept; without, those with a target are all there is.
         identity: column that tells rows apart; None for their number.
         photograph: column that names the photograph; None for the bytes of the image.
-        size: columns of width and height in pixels, or one column of both, which must then be those of the image.
+        size: columns of width and height in pixels, or one column of both, those of the upright image.
         tags: columns that go to the log of samples, where the copy has them, to part results by.
         published: whether `lmms_plugin.tasks.published` makes a local copy of the published files.
     """
@@ -150,7 +156,7 @@ class ReferringDocs(Documents):
     def image(self, i: int) -> Image.Image:
         """Return a document's image, decoded."""
         row = self._places[i].row
-        return _DECODED.get((self._identity, row), lambda: self._open(row, load=True))
+        return _DECODED.get((self._identity, row), lambda: opened(*self._encoded_image(row)))
 
     def image_key(self, i: int) -> str:
         """Return what documents on one photograph have in common, without looking at it."""
@@ -158,11 +164,7 @@ class ReferringDocs(Documents):
         if self._source.photograph:
             return image_id(str(_value(self._rows[row], self._source.photograph)))
         if row not in self._keys:
-            encoded = self._encoded[row][IMAGE]
-            if encoded is None:
-                raise DatasetError(f"{self._where(row)}: column {IMAGE!r} is empty")
-            content = encoded["bytes"] or Path(encoded["path"]).read_bytes()
-            self._keys[row] = hashlib.blake2b(content, digest_size=16).hexdigest()
+            self._keys[row] = hashlib.blake2b(content(*self._encoded_image(row)), digest_size=16).hexdigest()
         return self._keys[row]
 
     def _places_of(self, number: int) -> Iterator[_Place]:
@@ -225,23 +227,25 @@ class ReferringDocs(Documents):
 
     def _size(self, number: int) -> tuple[int, int]:
         if number not in self._sizes:
-            size = self._open(number, load=False).size
-            self._check_size(number, size)
-            self._sizes[number] = size
+            found = header(*self._encoded_image(number))
+            self._check_size(number, found)
+            self._sizes[number] = found.size
         return self._sizes[number]
 
-    def _check_size(self, number: int, size: tuple[int, int]) -> None:
+    def _check_size(self, number: int, found: Header) -> None:
         columns = self._source.size
         noted = [_value(self._rows[number], column) for column in columns]
         sides = numbers_in(noted[0]) if len(noted) == 1 else noted
-        if noted and tuple(sides) != size:
+        if noted and tuple(sides) != found.size:
+            as_stored = found.turned and tuple(sides) == found.size[::-1]
             raise DatasetError(
-                f"{self._where(number)}: column {' and '.join(map(repr, columns))}: expected {size[0]} and {size[1]}, "
-                f"the image's size, got {' and '.join(map(str, noted))}"
+                f"{self._where(number)}: column {' and '.join(map(repr, columns))}: expected {found.size[0]} and "
+                f"{found.size[1]}, the image's size{' upright' if found.turned else ''}, got "
+                f"{' and '.join(map(str, noted))}{_AS_STORED if as_stored else ''}"
             )
 
-    def _open(self, number: int, load: bool) -> Image.Image:
-        return opened(self._encoded[number][IMAGE], self._where(number), load=load)
+    def _encoded_image(self, number: int) -> tuple[Any, str]:
+        return self._encoded[number][IMAGE], self._where(number)
 
     def _where(self, number: int) -> str:
         known_by = self._source.photograph or self._source.identity

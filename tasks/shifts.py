@@ -29,6 +29,7 @@ from lmms_plugin.tasks.channel_noise import sensor_channel, shot_channel
 from lmms_plugin.tasks.pixel_motion import one_sided_trail, shuffle_sources, smear
 from lmms_plugin.tasks.severities import SEVERITIES, checked, generator, named
 from lmms_plugin.tasks.textures import ice_crop, plasma
+from lmms_plugin.utils.images import to_rgb
 
 Pixels = npt.NDArray[np.uint8]
 Field = npt.NDArray[np.float32]
@@ -72,7 +73,7 @@ def shift(*levels: tuple[float, ...], moves_boxes: bool = False) -> Callable[[Co
 
 
 def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image.Image:
-    """Returns `image` under the shift `name`, as RGB of the same size.
+    """Returns `image`, upright, under the shift `name`, as RGB of the same size.
 
     The random draws follow from (key, name, severity) alone, by hash: not from the process, the order of calls or the
     platform. The bytes are identical for one build of numpy, OpenCV and Pillow on processors with the same
@@ -80,7 +81,7 @@ def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image
     for rounding.
 
     Args:
-        image: Any size of at least one pixel, any mode that `to_rgb` takes. Not changed.
+        image: Any size of at least one pixel, any mode that `lmms_plugin.utils.images.to_rgb` takes. Not changed.
         name: A key of `SHIFTS`.
         severity: 1 to 5.
         key: What the randomness belongs to, usually the image's id. 7 and "7" are the same key.
@@ -92,34 +93,6 @@ def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image
     chosen, severity = named(name, SHIFTS), checked(severity, name)
     pixels = np.asarray(to_rgb(image))
     return Image.fromarray(chosen.function(pixels, generator(key, name, severity), *chosen.levels[severity - 1]))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns `image` in mode RGB, as the shifts see it; an RGB image is returned as it is.
-
-    Transparency is composited on white (viewers' page colour; dropping alpha would show pixels nobody has seen). 16-bit
-    grey is scaled to 8 bits; mode I counts as 16-bit, which is what Pillow decodes 16-bit PNGs to.
-
-    Raises:
-        ValueError: No pixels; mode F, which has no defined white; a mode-I image with values outside 0 to 65535.
-    """
-    if 0 in image.size:
-        raise ValueError(f"expected an image of at least 1x1 pixels, got {image.width}x{image.height}")
-    if image.mode == "F":
-        raise ValueError("expected an image of integers, got mode F (float), which has no defined white")
-    if image.mode.startswith("I"):
-        return _sixteen_bit_to_rgb(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"mode {image.mode}: expected values in 0 to 65535, got {values.min()} to {values.max()}")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 
 def _floor(field: Field) -> Pixels:
