@@ -87,7 +87,8 @@ def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image
         key: What the randomness belongs to, usually the image's id. 7 and "7" are the same key.
 
     Raises:
-        ValueError: Unknown name (says the nearest), severity not an integer from 1 to 5, empty image, unfit mode.
+        ValueError: Unknown name (says the nearest), severity not an integer from 1 to 5, empty image, unfit mode, a
+            side too long for `jpeg_compression`.
         TypeError: A key that is neither text nor an integer.
     """
     chosen, severity = named(name, SHIFTS), checked(severity, name)
@@ -271,15 +272,25 @@ def _enlarged(field: Field, zoom: float, height: int, width: int) -> Field:
     return cv2.warpAffine(field, grid, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
+# A square cloud stays below it up to an aspect ratio of 4, and grey values of the fog with it.
+_LARGEST_CLOUD = 16
+
+
 @shift((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))
 def fog(image: Pixels, rng: np.random.Generator, thickness: float, decay: float) -> Pixels:
     """Adds a plasma cloud up to `thickness` times white, then scales back to the image's own maximum."""
     height, width = image.shape[:2]
-    size = 1 << max(1, (max(height, width) - 1).bit_length())
-    cloud = plasma(size, decay, rng)[:height, :width]
+    cloud = plasma(*_cloud_size(height, width), decay, rng)[:height, :width]
     brightest = float(image.max())
     share = brightest / (brightest + 255 * thickness)
     return _floor(cv2.addWeighted(image, share, _grey(cloud), 255 * thickness * share, 0, dtype=cv2.CV_32F))
+
+
+def _cloud_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the cloud: the original's square, or a strip where that is far larger than the canvas."""
+    rows, columns = (1 << max(1, (side - 1).bit_length()) for side in (height, width))
+    square = max(rows, columns)
+    return (square, square) if square**2 <= _LARGEST_CLOUD * height * width else (rows, columns)
 
 
 @shift(
@@ -381,9 +392,20 @@ def pixelate(image: Pixels, _: np.random.Generator, scale: float) -> Pixels:
     return np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
 
 
+# libjpeg's JPEG_MAX_DIMENSION.
+_LONGEST_JPEG = 65500
+
+
 @shift((25,), (18,), (15,), (10,), (7,))
 def jpeg_compression(image: Pixels, _: np.random.Generator, quality: int) -> Pixels:
-    """JPEG at `quality`, with Pillow's own chroma subsampling."""
+    """JPEG at `quality`, with Pillow's own chroma subsampling.
+
+    Raises:
+        ValueError: A side is longer than JPEG files can be.
+    """
+    height, width = image.shape[:2]
+    if max(height, width) > _LONGEST_JPEG:
+        raise ValueError(f"jpeg_compression: expected sides of at most {_LONGEST_JPEG} pixels, got {width}x{height}")
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer))
