@@ -291,9 +291,17 @@ def _open_rows(spec: CalibrationSpec, path: str, split: str) -> Any:
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """Return the parquet files with the split's name as a whole word in their path below the folder."""
+    """Return the parquet files with the split's name as a whole word in their path below the folder.
+
+    Raises:
+        ValueError: They hold the split twice.
+    """
+    from lmms_plugin.tasks.copies import expect_one_copy
+
     word = re.compile(rf"(^|[^A-Za-z0-9]){re.escape(split)}([^A-Za-z0-9]|$)")
-    return sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
+    files = sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
+    expect_one_copy(files)
+    return files
 
 
 def _open_hub(path: str, split: str) -> Any:

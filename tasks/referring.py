@@ -17,6 +17,7 @@ import datasets
 from PIL import Image
 
 from lmms_plugin.tasks.conventions import Convention, numbers_in
+from lmms_plugin.tasks.copies import expect_once
 from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, content, header, opened
 from lmms_plugin.tasks.origins import Origin
@@ -25,6 +26,8 @@ from lmms_plugin.utils.images import Header
 
 _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
 _SAMPLED = 48
+# A benchmark without identifiers may itself hold a few rows twice.
+_MOST_REPEATED = 0.05
 _AS_STORED = (
     ", its size as stored, before its EXIF orientation: boxes in that frame would be scored against another picture; "
     "store the pixels upright, or remove the orientation from the file if it is wrong"
@@ -51,7 +54,8 @@ class ReferringSet(Origin):
             are documents without a target.
         nothing: column and value of it that tell documents without a target, whose box is not looked at.
         rejection: whether documents without a target are kept; without, those with a target are all there is.
-        identity: column that tells rows apart; None for their number.
+        identity: column that tells rows apart, of which no two have the same; None for their number. Without one, rows
+            of the same photograph, expression and box are the same.
         photograph: column that names the photograph; None for the bytes of the image.
         size: columns of width and height in pixels, or one column of both, those of the upright image.
         tags: columns that go to the log of samples, where the copy has them, to part results by.
@@ -112,9 +116,9 @@ class ReferringDocs(Documents):
 
     Raises:
         DatasetError: on construction, if a column is missing or of another type, a row has no expression or an empty
-            one, or a box is not four finite numbers of positive size, or some two dozen boxes cannot be in the scale
-            that is declared; on access, if an image cannot be decoded or is not of the size that is noted, or a box
-            leaves it. It names the row, the column and what was found there.
+            one, a row is there twice, a box is not four finite numbers of positive size, or some two dozen boxes
+            cannot be in the scale that is declared; on access, if an image cannot be decoded or is not of the size
+            that is noted, or a box leaves it. It names the row, the column and what was found there.
     """
 
     def __init__(self, source: ReferringSet, rows: datasets.Dataset) -> None:
@@ -129,6 +133,7 @@ class ReferringDocs(Documents):
         self._places = [place for row in range(len(self._rows)) for place in self._places_of(row)]
         if not self._places:
             raise DatasetError(f"{source.place()}: none of {len(self._rows)} rows makes a document")
+        self._check_once()
         lists = {source.expression.split(".")[0], source.box.split(".")[0]} if source.per == "object" else set()
         self._light = [name for name in light if name not in lists]
         self.features = datasets.Features({name: rows.features[name] for name in self._light})
@@ -215,6 +220,24 @@ class ReferringDocs(Documents):
             return self._source.convention.pixels(place.box or [], size)
         except ValueError as error:
             raise DatasetError(f"{self._where(place.row)}: column {self._source.box!r}: {error}") from error
+
+    def _check_once(self) -> None:
+        source = self._source
+        if source.identity:
+            column = source.identity
+            return expect_once(source.place(), column, (_value(row, column) for row in self._rows))
+        alike: dict[tuple[str, str], list[int]] = {}
+        for number, place in enumerate(self._places):
+            alike.setdefault((place.expression, str(place.box)), []).append(number)
+        # Photographs may have to be told apart by their bytes: only where the rest is the same.
+        several = [numbers for numbers in alike.values() if len(numbers) > 1]
+        again = sum(len(numbers) - len({self.image_key(number) for number in numbers}) for numbers in several)
+        if again > _MOST_REPEATED * len(self):
+            raise DatasetError(
+                f"{source.place()}: expected every row once, but of {len(self)} expressions {again} repeat photograph, "
+                f"expression and box of another; keep one copy of the split in the folder"
+            )
+        return None
 
     def _check_reach(self) -> None:
         boxes = [place for place in self._places if place.box is not None]

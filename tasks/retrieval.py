@@ -19,6 +19,7 @@ from PIL import Image
 from lmms_plugin.chance import uniform
 from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
 from lmms_plugin.response import Response
+from lmms_plugin.tasks.copies import expect_once
 from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
 from lmms_plugin.tasks.origins import Origin, attributes
@@ -73,8 +74,7 @@ class RetrievalDocs(Documents):
         table: list[dict[str, Any]] = light.select(chosen).to_list()
         _check_captions(source, table)
         names = [row["filename"] for row in table]
-        if len(set(names)) < len(names):
-            raise DatasetError(f"{source.place()}: column 'filename' names {len(names) - len(set(names))} rows twice")
+        expect_once(source.place(), "filename", names)
         by_chance = sorted(range(len(names)), key=lambda i: uniform(f"{SEED}/pool/{names[i]}"))
         parts = np.array_split(by_chance, max(1, len(names) // source.pool) if source.pool else 1)
         order = [int(i) for part in parts for i in part]
