@@ -25,6 +25,7 @@ from demo_training.architecture import DIALECT
 from lmms_plugin.boxes import Box, iou
 from lmms_plugin.demo import CHECKPOINT, DATA
 from lmms_plugin.demo.scenes import Scene
+from lmms_plugin.utils.images import opened
 
 
 class Question(NamedTuple):
@@ -49,8 +50,9 @@ def about_scenes(scenes: Iterable[Scene]) -> list[Question]:
 def about_split(split: str, folder: str = DATA) -> list[Question]:
     """Every expression of a split of the packaged data, in order."""
     return [
-        Question(row["image"].convert("RGB"), expression, Box.from_xywh(row["bbox"], row["image"].size))
+        Question(image, expression, Box.from_xywh(row["bbox"], image.size))
         for row in datasets.load_dataset(folder, split=split)
+        for image in [opened(row["image"])]
         for expression in row["answer"]
     ]
 

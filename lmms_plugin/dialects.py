@@ -55,7 +55,7 @@ class Parsed(NamedTuple):
 
     Attributes:
         box: the first box; None where the answer holds none, or where the first one is no box: inverted corners, no
-            area, numbers outside the declared scale, or a size that its frame needs is unknown.
+            area, numbers outside the declared scale or in fractions of it, or a size that its frame needs is unknown.
         count: how many times the answer writes a box, valid or not. 0 means that nothing could be parsed;
             `box is None` with count > 0 means that something was written and it is not a box.
         coordinates: (start, end) of each number of the first box in the text, in text order; where a number is a
@@ -85,6 +85,11 @@ def _pattern(box: str, number: str) -> re.Pattern[str]:
         if field:
             parts.append(f"(?P<{field}>{before}{_NUMBER}{after})")
     return re.compile(_SPACE.join(parts))
+
+
+def _in_unit_square(numbers: Floats) -> Any:
+    """Whether all numbers, along the last axis, are fractions of 1 or overshoot them by rounding."""
+    return ((numbers >= -OVERSHOOT) & (numbers <= 1 + OVERSHOOT)).all(axis=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +135,11 @@ class Dialect:
         return self.frame is Frame.RESIZED
 
     @property
+    def whole(self) -> bool:
+        """Whether the format writes whole numbers: pixels, thousandths, cells."""
+        return ".0f}" in self.number
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Names of the numbers of one box, in the order in which they are written."""
         return tuple(field for _, field, _, _ in Formatter().parse(self.box) if field)
@@ -146,6 +156,7 @@ class Dialect:
 
         Total: any text and any sizes give a result, in time linear in the length of the text. Numbers up to `OVERSHOOT`
         outside the frame are cut at the edge of the image; further ones are not in the declared scale and give no box.
+        Neither do fractions of 1 where whole numbers are declared: the answer is counted as written, and not read.
         Reasoning is skipped, and reasoning that never ends holds no answer (`lmms_plugin.reasoning`).
 
         Args:
@@ -162,7 +173,7 @@ class Dialect:
         return Parsed(self._read(first, original_size, model_size), count, tuple(map(first.span, first.groupdict())))
 
     def boxes(self, numbers: Floats, *, original_size: Size | None, model_size: Size | None) -> Floats:
-        """Read many boxes at once, by the rules of `parse`.
+        """Read many boxes at once, by the rules of `parse`; what is a fraction shows in its value alone.
 
         Args:
             numbers: shape (n, len(fields)), in the order of `fields`.
@@ -181,7 +192,8 @@ class Dialect:
         boxes = np.clip(origin + extent * shares, 0.0, 1.0)
         outside = ((shares < -OVERSHOOT) | (shares > 1 + OVERSHOOT)).any(axis=1)
         empty = (boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])
-        none = outside | empty | (numbers > self.largest).any(axis=1)
+        fractions = (numbers % 1 != 0).any(axis=1) & _in_unit_square(numbers)
+        none = outside | empty | (numbers > self.largest).any(axis=1) | (self.whole & fractions)
         return np.where(none[:, None], np.nan, boxes)
 
     def write(
@@ -216,6 +228,8 @@ class Dialect:
         numbers = {field: float(raw[len(before) : len(raw) - len(after)]) for field, raw in match.groupdict().items()}
         axes = self._axes(original_size, model_size)
         if axes is None or max(numbers.values()) > self.largest:
+            return None
+        if self.whole and "." in "".join(match.groups()) and _in_unit_square(np.array(list(numbers.values()))):
             return None
         pairs = list(zip(self._corners_from_numbers(numbers), axes * 2, strict=True))
         if any(not -OVERSHOOT <= value / axis.units <= 1 + OVERSHOOT for value, axis in pairs):

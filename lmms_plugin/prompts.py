@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
 from lmms_plugin.dialects import Dialect, Frame
 from lmms_plugin.plain_prompts import PlainTemplate
 from lmms_plugin.response import Size
+from lmms_plugin.utils import images
 
 Message = dict[str, Any]
 Colour = tuple[int, int, int]
@@ -43,7 +44,7 @@ class Prompt:
 
     Attributes:
         name: task and document, for messages to the user.
-        messages: role and content as chat templates take them, every image decoded and RGB, videos as paths.
+        messages: role and content as chat templates take them, every image decoded, upright and RGB, videos as paths.
         grounding: None for a request that wants no box.
         log_probabilities: whether they are to come with an answer that is no box.
         raw: whether to pass the text as it stands, without chat template.
@@ -176,13 +177,10 @@ def _part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _image(source: Any, name: str) -> Image.Image:
     with naming(name, "its image cannot be decoded"):
-        if isinstance(source, str | Path):
-            source = Image.open(source)
-        if not isinstance(source, Image.Image):
+        if not isinstance(source, str | Path | Image.Image):
             raise RequestError(f"{name}: an image must be a PIL image or a path, got {type(source).__name__}")
         # Not copied where nothing changes: questions about one image then hold it once.
-        source.load()
-        return source if source.mode == "RGB" else source.convert("RGB")
+        return images.opened(source)
 
 
 def _video(part: Mapping[str, Any], name: str) -> str:
@@ -200,16 +198,17 @@ def _video(part: Mapping[str, Any], name: str) -> str:
 def naming(name: str, problem: str, *more: type[Exception]) -> Iterator[None]:
     """Name task and document in the errors of undecodable files (for a broken PNG, Pillow's is a SyntaxError).
 
-    lmms-eval tells Pillow to fill up truncated images with grey; here they are errors like any other damage.
+    Truncated images are errors like any other damage, also where a task's own code decodes them.
     """
-    damage: tuple[type[Exception], ...] = (OSError, SyntaxError, Image.DecompressionBombError, *more)
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    except damage as error:
-        raise RequestError(f"{name}: {problem}: {error}") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+    damage: tuple[type[Exception], ...] = (
+        *(images.ImageError, OSError, SyntaxError, Image.DecompressionBombError),
+        *more,
+    )
+    with images.strict():
+        try:
+            yield
+        except damage as error:
+            raise RequestError(f"{name}: {problem}: {error}") from error
 
 
 def mean_colour(processor: Any) -> Colour:

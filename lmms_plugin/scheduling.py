@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from PIL import ImageFile
-
 from lmms_plugin.chat import Batch, Chat, kind
 from lmms_plugin.packing import Budget, Group, pack
 from lmms_plugin.pipeline import ahead
@@ -111,7 +109,7 @@ class Schedule:
         """
         readers = max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1))
         # The processor has threads of its own, and one caller at a time.
-        with _strict_about_images(), _pool(readers) as reading, _pool(1) as encoding:
+        with _pool(readers) as reading, _pool(1) as encoding:
             units = _by_image(jobs)
             read = ahead(reading, lambda unit: [self._read(jobs[i], i) for i in unit], units, readers + 1)
             yield from ahead(encoding, self._prepare, self._plan(read), BATCHES_AHEAD)
@@ -221,13 +219,3 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _strict_about_images() -> Iterator[None]:
-    """Let truncated images be errors for a whole run: lmms-eval sets this flag of Pillow, which all threads share."""
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
 from lmms_plugin.boxes import Box
 from lmms_plugin.quant_backends import photographs
 from lmms_plugin.quant_backends.synthetic import noise_image, scene, words
+from lmms_plugin.utils import images
 
 SOURCES = ("none", "noise", "self", "demo", "photographs", "dataset")
 REAL = ("demo", "photographs", "dataset")
@@ -276,7 +278,7 @@ def _open_rows(spec: CalibrationSpec, path: str, split: str) -> Any:
     if not local.exists():
         remote = _open_hub(path, split)
         _expect_column(spec.image, remote.column_names or [], path)
-        return remote.shuffle(seed=spec.seed, buffer_size=10 * spec.samples).take(spec.samples)
+        return _undecoded(remote, spec.image).shuffle(seed=spec.seed, buffer_size=10 * spec.samples).take(spec.samples)
     files = [local] if local.is_file() else _split_files(local, split)
     if not files:
         raise FileNotFoundError(f"no parquet file for split {split!r} in {path!r}")
@@ -285,13 +287,21 @@ def _open_rows(spec: CalibrationSpec, path: str, split: str) -> Any:
     table = datasets.Dataset.from_parquet([str(file) for file in files])
     _expect_column(spec.image, table.column_names, path)
     drawn = random.Random(spec.seed).sample(range(len(table)), min(spec.samples, len(table)))
-    return table.select(drawn)
+    return _undecoded(table, spec.image).select(drawn)
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """Return the parquet files with the split's name as a whole word in their path below the folder."""
+    """Return the parquet files with the split's name as a whole word in their path below the folder.
+
+    Raises:
+        ValueError: They hold the split twice.
+    """
+    from lmms_plugin.tasks.copies import expect_one_copy
+
     word = re.compile(rf"(^|[^A-Za-z0-9]){re.escape(split)}([^A-Za-z0-9]|$)")
-    return sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
+    files = sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
+    expect_one_copy(files)
+    return files
 
 
 def _open_hub(path: str, split: str) -> Any:
@@ -337,18 +347,36 @@ def _referring_sample(image: Image.Image, row: dict[str, Any], rng: random.Rando
 
 
 def _decode(value: Any, position: int) -> Image.Image:
+    try:
+        if not isinstance(value, Image.Image | Mapping | str):
+            raise images.ImageError(f"expected an image, got {type(value).__name__}")
+        return images.opened(_fetched(value))
+    except images.ImageError as error:
+        raise ValueError(f"calibration row {position} holds no readable image: {error}") from error
+
+
+def _fetched(value: Any) -> Any:
+    """Decode what lies elsewhere with `datasets`, which knows how to get it."""
     import datasets
 
-    # lmms-eval tells Pillow to fill up truncated images with grey; here they are errors like any other damage.
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(value, Image.Image) or "://" not in str(path) or (isinstance(value, Mapping) and value.get("bytes")):
+        return value
     try:
-        image = value if isinstance(value, Image.Image) else datasets.Image().decode_example(value)
-        return image.convert("RGB")
-    # For a broken PNG, Pillow's error is a SyntaxError.
-    except (OSError, SyntaxError, Image.DecompressionBombError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"calibration row {position} holds no readable image: {error}") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+        with images.strict():
+            return datasets.Image().decode_example({"path": str(path), "bytes": None})
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise images.ImageError(str(error) or type(error).__name__) from error
+
+
+def _undecoded(rows: Any, column: str) -> Any:
+    """The same rows, whose images are decoded by `_decode`, which names the row where that fails."""
+    import datasets
+
+    features = rows.features
+    if features is None or not isinstance(features.get(column), datasets.Image):
+        return rows
+    return rows.cast_column(column, datasets.Image(decode=False))
 
 
 def _expect_column(column: str, present: list[str], path: str) -> None:

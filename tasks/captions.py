@@ -19,6 +19,7 @@ from PIL import Image
 from lmms_plugin.confidence import TEXT_ESTIMATORS, Evidence, estimate_all
 from lmms_plugin.response import Response
 from lmms_plugin.tasks import grounding
+from lmms_plugin.tasks.copies import expect_once
 from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
 from lmms_plugin.tasks.origins import Origin, attributes
@@ -52,8 +53,8 @@ class CaptionDocs(Documents):
     """One document per photograph: `image_id`, the column `question_id` without its ending, and `captions`.
 
     Raises:
-        DatasetError: on construction, if there is no Java, a column is missing or of another type, or a photograph has
-            no captions; on access, if an image cannot be decoded.
+        DatasetError: on construction, if there is no Java, a column is missing or of another type, a photograph is
+            there twice or has no captions; on access, if an image cannot be decoded.
     """
 
     def __init__(self, source: CaptionSet, rows: datasets.Dataset) -> None:
@@ -63,6 +64,7 @@ class CaptionDocs(Documents):
             )
         check_columns(source, rows.features, _EXPECTED)
         self._names = [str(name).rpartition(".")[0] or str(name) for name in rows["question_id"]]
+        expect_once(source.place(), "question_id", self._names)
         self._captions = list(rows["answer"])
         empty = next((i for i, captions in enumerate(self._captions) if not captions), None)
         if empty is not None:
@@ -86,7 +88,7 @@ class CaptionDocs(Documents):
     def image(self, i: int) -> Image.Image:
         """Return a document's photograph, decoded."""
         where = f"row {i} ({self._names[i]})"
-        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], where, load=True))
+        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], where))
 
     def image_key(self, i: int) -> str:
         """Return the photograph's name."""

@@ -34,6 +34,7 @@ from lmms_plugin.tasks import shifts
 from lmms_plugin.tasks.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding_metrics import BESIDE, CALIBRATION, Judged
 from lmms_plugin.tasks.recent import Recent
+from lmms_plugin.utils.images import to_rgb
 from lmms_plugin.verbalised import stated_confidence
 
 Record = Mapping[str, Any]
@@ -52,7 +53,7 @@ def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None)
     """The document's image under the task's shift, as RGB on the original canvas."""
     name = (task or {}).get("shift")
     if name is None:
-        return [shifts.to_rgb(doc["image"])]
+        return [to_rgb(doc["image"])]
     image, severity, key = doc["image"], int((task or {})["severity"]), doc["image_id"]
     content = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
     known_by = (content, image.mode, image.size, key, name, severity)

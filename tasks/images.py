@@ -1,49 +1,71 @@
-"""Images out of datasets, undamaged or not at all."""
+"""Images out of datasets, undamaged or not at all: `lmms_plugin.utils.images` with the row in its errors."""
 
-import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
 
-from PIL import Image, ImageFile
+from PIL import Image
 
-_STRICT = Lock()
+from lmms_plugin.utils import images
+
+Encoded = Mapping[str, Any] | None
 
 
 class DatasetError(ValueError):
     """A dataset that cannot be reached, or whose columns or values are not what the task documents."""
 
 
-def opened(encoded: Mapping[str, Any] | None, where: str, *, load: bool) -> Image.Image:
-    """Open an image as `datasets` keeps it undecoded.
+def opened(encoded: Encoded, where: str) -> Image.Image:
+    """Decode an image that `datasets` keeps undecoded: upright, on white, RGB.
 
     Args:
         encoded: bytes or path of the image file.
         where: the row, for the message of an error.
-        load: whether to decode the pixels, too, instead of the header alone.
 
     Raises:
         DatasetError: there is no image, or it cannot be decoded completely.
     """
+    with _of(where):
+        return images.opened(_given(encoded, where))
+
+
+def header(encoded: Encoded, where: str) -> images.Header:
+    """Read the size of an image without decoding its pixels.
+
+    Args:
+        encoded: as `opened`.
+        where: as `opened`.
+
+    Raises:
+        DatasetError: as `opened`, as far as it shows without the pixels.
+    """
+    with _of(where):
+        return images.header(_given(encoded, where))
+
+
+def content(encoded: Encoded, where: str) -> bytes:
+    """Return the bytes of an image file.
+
+    Args:
+        encoded: as `opened`.
+        where: as `opened`.
+
+    Raises:
+        DatasetError: there is no file, or nothing in it.
+    """
+    with _of(where):
+        return images.content(_given(encoded, where))
+
+
+def _given(encoded: Encoded, where: str) -> Mapping[str, Any]:
     if encoded is None:
         raise DatasetError(f"{where}: column 'image' is empty")
-    try:
-        image: Image.Image = Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"])
-        if load:
-            with _strict():
-                image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{where}: column 'image' cannot be decoded: {error}") from error
-    return image
+    return encoded
 
 
 @contextmanager
-def _strict() -> Iterator[None]:
-    """Decode truncated images to an error: lmms-eval tells Pillow to fill them up with grey, process-wide."""
-    with _STRICT:
-        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+def _of(where: str) -> Iterator[None]:
+    try:
+        yield
+    except images.ImageError as error:
+        raise DatasetError(f"{where}: column 'image' cannot be decoded: {error}") from error

@@ -13,6 +13,8 @@ from lmms_plugin.confidence import ESTIMATORS
 from lmms_plugin.tasks import grounding, rejection
 
 NO_TARGET = "none"
+# Far above what rounding moves a fraction by, far below a pixel of any image.
+_ROUNDING = 1e-9
 
 
 def scored(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
@@ -40,8 +42,9 @@ def centre(box: Box) -> tuple[float, float]:
 
 
 def holds(box: Box, point: tuple[float, float]) -> bool:
-    """Whether a point of the same frame lies in a box or on its edge."""
-    return box.x1 <= point[0] <= box.x2 and box.y1 <= point[1] <= box.y2
+    """Whether a point of the same frame lies in a box or, within the rounding of fractions, on its edge."""
+    x, y = point
+    return box.x1 - _ROUNDING <= x <= box.x2 + _ROUNDING and box.y1 - _ROUNDING <= y <= box.y2 + _ROUNDING
 
 
 def judged(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:

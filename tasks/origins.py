@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 
+from lmms_plugin.tasks.copies import files_of
 from lmms_plugin.tasks.images import DatasetError
 from lmms_plugin.variables import PREFIX
 
@@ -59,7 +60,8 @@ class Origin:
         """Path and keyword arguments for `datasets.load_dataset`, of this split alone.
 
         Raises:
-            DatasetError: the local copy does not exist or lacks the split, or there is no other source.
+            DatasetError: the local copy does not exist, lacks the split or holds it twice, or there is no other
+                source.
         """
         local = os.environ.get(self.variable)
         if local:
@@ -93,7 +95,7 @@ class Origin:
         if not folder.is_dir():
             raise DatasetError(f"{self.variable}={folder}: there is no such folder. {self.hint}")
         files = sorted(folder.rglob("*.parquet"))
-        own = [str(f) for f in files if f.name.startswith((f"{self.split}.", f"{self.split}-", f"{self.split}_"))]
+        own = files_of(files, self.split)
         if not own:
             names = ", ".join(f.name for f in files[:5]) or "no parquet file"
             raise DatasetError(f"{self.variable}={folder}: expected {self.split}*.parquet, found {names}. {self.hint}")

@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from lmms_plugin.chance import uniform
+from lmms_plugin.tasks.copies import expect_once
 from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
 from lmms_plugin.tasks.recent import Recent
@@ -72,8 +73,8 @@ class Questions:
         question_ids: shape (rows,), unique across datasets.
 
     Raises:
-        DatasetError: on construction, if a column is missing or of another type, or a row has no question or fewer
-            than two answers; on access, if an image cannot be decoded.
+        DatasetError: on construction, if a column is missing or of another type, a question is there twice, or a row
+            has no question or fewer than two answers; on access, if an image cannot be decoded.
     """
 
     def __init__(self, source: Source, rows: datasets.Dataset) -> None:
@@ -84,6 +85,7 @@ class Questions:
         self._light = rows.select_columns(["question", "answers"])
         _check_rows(source, self._light)
         keys = rows.select_columns(list({"question_id", source.image_column})).with_format("arrow")[:]
+        expect_once(source.place(), "question_id", keys["question_id"].to_pylist())
         self.question_ids = [f"{source.name}/{key}" for key in keys["question_id"].to_pylist()]
         self.image_ids = [f"{source.photographs}/{key}" for key in keys[source.image_column].to_pylist()]
 
@@ -109,7 +111,7 @@ class Questions:
     def image(self, row: int) -> Image.Image:
         """The decoded photograph."""
         key = (self._identity, self.image_ids[row])
-        return _DECODED.get(key, lambda: opened(self._encoded[row][IMAGE], self._where(row), load=True))
+        return _DECODED.get(key, lambda: opened(self._encoded[row][IMAGE], self._where(row)))
 
     def _where(self, row: int) -> str:
         return f"row {row} ({self.question_ids[row]})"

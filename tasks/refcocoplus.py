@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lmms_plugin.tasks.copies import files_of
 from lmms_plugin.tasks.images import DatasetError
 
 HUB_ID = "lmms-lab-encoder/RefCOCOplus"
@@ -28,18 +29,15 @@ def source() -> str:
 def local_files(folder: Path) -> dict[str, list[str]]:
     """Parquet files of a local copy by split: `{split: [paths]}`, for the splits it has.
 
-    A split's files are those whose name is the split's, or starts with it and `-`, `_` or `.`, at any depth.
+    Files are looked for at any depth and told by their names, as `copies.files_of` does.
 
     Raises:
-        DatasetError: if the folder does not exist or holds no split of RefCOCO+.
+        DatasetError: if the folder does not exist, holds no split of RefCOCO+ or one of them twice.
     """
     if not folder.is_dir():
         raise DatasetError(f"{VARIABLE}={folder}: there is no such folder. {HINT}")
     files = sorted(folder.rglob("*.parquet"))
-    found = {
-        split: [str(f) for f in files if f.name.startswith((f"{split}.", f"{split}-", f"{split}_"))] for split in SPLITS
-    }
-    found = {split: paths for split, paths in found.items() if paths}
+    found = {split: paths for split in SPLITS if (paths := files_of(files, split))}
     if not found:
         names = ", ".join(f.name for f in files[:5]) or "no parquet file"
         raise DatasetError(f"{VARIABLE}={folder}: expected files such as testA.parquet, found {names}. {HINT}")

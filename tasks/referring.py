@@ -2,27 +2,36 @@
 
 A document is what `lmms_plugin.tasks.grounding` scores, in RefCOCO+'s convention: `expression`, `expression_id`,
 `image_id` (equal for all documents on one photograph), `width` and `height` of the original image in pixels, `bbox`
-as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and `image`.
+as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and `image`. The
+original image is the upright one, after its EXIF orientation: boxes and sizes of every dataset are read in that frame.
 """
 
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 import datasets
 from PIL import Image
 
 from lmms_plugin.tasks.conventions import Convention, numbers_in
+from lmms_plugin.tasks.copies import expect_once
 from lmms_plugin.tasks.documents import IMAGE, Documents
-from lmms_plugin.tasks.images import DatasetError, opened
+from lmms_plugin.tasks.images import DatasetError, content, header, opened
 from lmms_plugin.tasks.origins import Origin
 from lmms_plugin.tasks.recent import Recent
+from lmms_plugin.utils.images import Header
 
 _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
 _SAMPLED = 48
+# A benchmark without identifiers may itself hold a few rows twice.
+_MOST_REPEATED = 0.05
+_AS_STORED = (
+    ", its size as stored, before its EXIF orientation: boxes in that frame would be scored against another picture; "
+    "store the pixels upright, or remove the orientation from the file if it is wrong"
+)
 _EXPRESSION = {"row": "a string", "expression": "a list of strings", "object": "a list of strings"}
 
 # A row's expressions are asked for one after another, by a few threads at once.
@@ -45,9 +54,10 @@ class ReferringSet(Origin):
             are documents without a target.
         nothing: column and value of it that tell documents without a target, whose box is not looked at.
         rejection: whether documents without a target are kept; without, those with a target are all there is.
-        identity: column that tells rows apart; None for their number.
+        identity: column that tells rows apart, of which no two have the same; None for their number. Without one, rows
+            of the same photograph, expression and box are the same.
         photograph: column that names the photograph; None for the bytes of the image.
-        size: columns of width and height in pixels, or one column of both, which must then be those of the image.
+        size: columns of width and height in pixels, or one column of both, those of the upright image.
         tags: columns that go to the log of samples, where the copy has them, to part results by.
         published: whether `lmms_plugin.tasks.published` makes a local copy of the published files.
     """
@@ -106,9 +116,9 @@ class ReferringDocs(Documents):
 
     Raises:
         DatasetError: on construction, if a column is missing or of another type, a row has no expression or an empty
-            one, or a box is not four finite numbers of positive size, or some two dozen boxes cannot be in the scale
-            that is declared; on access, if an image cannot be decoded or is not of the size that is noted, or a box
-            leaves it. It names the row, the column and what was found there.
+            one, a row is there twice, a box is not four finite numbers of positive size, or some two dozen boxes
+            cannot be in the scale that is declared; on access, if an image cannot be decoded or is not of the size
+            that is noted, or a box leaves it. It names the row, the column and what was found there.
     """
 
     def __init__(self, source: ReferringSet, rows: datasets.Dataset) -> None:
@@ -123,6 +133,7 @@ class ReferringDocs(Documents):
         self._places = [place for row in range(len(self._rows)) for place in self._places_of(row)]
         if not self._places:
             raise DatasetError(f"{source.place()}: none of {len(self._rows)} rows makes a document")
+        self._check_once()
         lists = {source.expression.split(".")[0], source.box.split(".")[0]} if source.per == "object" else set()
         self._light = [name for name in light if name not in lists]
         self.features = datasets.Features({name: rows.features[name] for name in self._light})
@@ -150,7 +161,7 @@ class ReferringDocs(Documents):
     def image(self, i: int) -> Image.Image:
         """Return a document's image, decoded."""
         row = self._places[i].row
-        return _DECODED.get((self._identity, row), lambda: self._open(row, load=True))
+        return _DECODED.get((self._identity, row), lambda: opened(*self._encoded_image(row)))
 
     def image_key(self, i: int) -> str:
         """Return what documents on one photograph have in common, without looking at it."""
@@ -158,11 +169,7 @@ class ReferringDocs(Documents):
         if self._source.photograph:
             return image_id(str(_value(self._rows[row], self._source.photograph)))
         if row not in self._keys:
-            encoded = self._encoded[row][IMAGE]
-            if encoded is None:
-                raise DatasetError(f"{self._where(row)}: column {IMAGE!r} is empty")
-            content = encoded["bytes"] or Path(encoded["path"]).read_bytes()
-            self._keys[row] = hashlib.blake2b(content, digest_size=16).hexdigest()
+            self._keys[row] = hashlib.blake2b(content(*self._encoded_image(row)), digest_size=16).hexdigest()
         return self._keys[row]
 
     def _places_of(self, number: int) -> Iterator[_Place]:
@@ -214,6 +221,24 @@ class ReferringDocs(Documents):
         except ValueError as error:
             raise DatasetError(f"{self._where(place.row)}: column {self._source.box!r}: {error}") from error
 
+    def _check_once(self) -> None:
+        source = self._source
+        if source.identity:
+            column = source.identity
+            return expect_once(source.place(), column, (_value(row, column) for row in self._rows))
+        alike: dict[tuple[str, str], list[int]] = {}
+        for number, place in enumerate(self._places):
+            alike.setdefault((place.expression, str(place.box)), []).append(number)
+        # Photographs may have to be told apart by their bytes: only where the rest is the same.
+        several = [numbers for numbers in alike.values() if len(numbers) > 1]
+        again = sum(len(numbers) - len({self.image_key(number) for number in numbers}) for numbers in several)
+        if again > _MOST_REPEATED * len(self):
+            raise DatasetError(
+                f"{source.place()}: expected every row once, but of {len(self)} expressions {again} repeat photograph, "
+                f"expression and box of another; keep one copy of the split in the folder"
+            )
+        return None
+
     def _check_reach(self) -> None:
         boxes = [place for place in self._places if place.box is not None]
         sampled = boxes[:: max(1, len(boxes) // _SAMPLED)]
@@ -225,23 +250,25 @@ class ReferringDocs(Documents):
 
     def _size(self, number: int) -> tuple[int, int]:
         if number not in self._sizes:
-            size = self._open(number, load=False).size
-            self._check_size(number, size)
-            self._sizes[number] = size
+            found = header(*self._encoded_image(number))
+            self._check_size(number, found)
+            self._sizes[number] = found.size
         return self._sizes[number]
 
-    def _check_size(self, number: int, size: tuple[int, int]) -> None:
+    def _check_size(self, number: int, found: Header) -> None:
         columns = self._source.size
         noted = [_value(self._rows[number], column) for column in columns]
         sides = numbers_in(noted[0]) if len(noted) == 1 else noted
-        if noted and tuple(sides) != size:
+        if noted and tuple(sides) != found.size:
+            as_stored = found.turned and tuple(sides) == found.size[::-1]
             raise DatasetError(
-                f"{self._where(number)}: column {' and '.join(map(repr, columns))}: expected {size[0]} and {size[1]}, "
-                f"the image's size, got {' and '.join(map(str, noted))}"
+                f"{self._where(number)}: column {' and '.join(map(repr, columns))}: expected {found.size[0]} and "
+                f"{found.size[1]}, the image's size{' upright' if found.turned else ''}, got "
+                f"{' and '.join(map(str, noted))}{_AS_STORED if as_stored else ''}"
             )
 
-    def _open(self, number: int, load: bool) -> Image.Image:
-        return opened(self._encoded[number][IMAGE], self._where(number), load=load)
+    def _encoded_image(self, number: int) -> tuple[Any, str]:
+        return self._encoded[number][IMAGE], self._where(number)
 
     def _where(self, number: int) -> str:
         known_by = self._source.photograph or self._source.identity

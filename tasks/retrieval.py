@@ -19,10 +19,12 @@ from PIL import Image
 from lmms_plugin.chance import uniform
 from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
 from lmms_plugin.response import Response
+from lmms_plugin.tasks.copies import expect_once
 from lmms_plugin.tasks.documents import IMAGE, Documents
 from lmms_plugin.tasks.images import DatasetError, opened
 from lmms_plugin.tasks.origins import Origin, attributes
 from lmms_plugin.tasks.recent import Recent
+from lmms_plugin.utils.images import to_rgb
 
 SEED = 1234
 CAPTIONS = 5
@@ -72,8 +74,7 @@ class RetrievalDocs(Documents):
         table: list[dict[str, Any]] = light.select(chosen).to_list()
         _check_captions(source, table)
         names = [row["filename"] for row in table]
-        if len(set(names)) < len(names):
-            raise DatasetError(f"{source.place()}: column 'filename' names {len(names) - len(set(names))} rows twice")
+        expect_once(source.place(), "filename", names)
         by_chance = sorted(range(len(names)), key=lambda i: uniform(f"{SEED}/pool/{names[i]}"))
         parts = np.array_split(by_chance, max(1, len(names) // source.pool) if source.pool else 1)
         order = [int(i) for part in parts for i in part]
@@ -111,7 +112,7 @@ class RetrievalDocs(Documents):
     def image(self, i: int) -> Image.Image:
         """Return a document's photograph, decoded."""
         name = self._names[i]
-        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], name, load=True))
+        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], name))
 
     def image_key(self, i: int) -> str:
         """Return the photograph's name."""
@@ -171,7 +172,7 @@ def _check_captions(source: CaptionedSet, table: Sequence[Mapping[str, Any]]) ->
 
 def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> list[Image.Image]:
     """The photograph."""
-    return [doc[IMAGE].convert("RGB")]
+    return [to_rgb(doc[IMAGE])]
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:

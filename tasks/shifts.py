@@ -29,6 +29,7 @@ from lmms_plugin.tasks.channel_noise import sensor_channel, shot_channel
 from lmms_plugin.tasks.pixel_motion import one_sided_trail, shuffle_sources, smear
 from lmms_plugin.tasks.severities import SEVERITIES, checked, generator, named
 from lmms_plugin.tasks.textures import ice_crop, plasma
+from lmms_plugin.utils.images import to_rgb
 
 Pixels = npt.NDArray[np.uint8]
 Field = npt.NDArray[np.float32]
@@ -72,7 +73,7 @@ def shift(*levels: tuple[float, ...], moves_boxes: bool = False) -> Callable[[Co
 
 
 def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image.Image:
-    """Returns `image` under the shift `name`, as RGB of the same size.
+    """Returns `image`, upright, under the shift `name`, as RGB of the same size.
 
     The random draws follow from (key, name, severity) alone, by hash: not from the process, the order of calls or the
     platform. The bytes are identical for one build of numpy, OpenCV and Pillow on processors with the same
@@ -80,46 +81,19 @@ def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image
     for rounding.
 
     Args:
-        image: Any size of at least one pixel, any mode that `to_rgb` takes. Not changed.
+        image: Any size of at least one pixel, any mode that `lmms_plugin.utils.images.to_rgb` takes. Not changed.
         name: A key of `SHIFTS`.
         severity: 1 to 5.
         key: What the randomness belongs to, usually the image's id. 7 and "7" are the same key.
 
     Raises:
-        ValueError: Unknown name (says the nearest), severity not an integer from 1 to 5, empty image, unfit mode.
+        ValueError: Unknown name (says the nearest), severity not an integer from 1 to 5, empty image, unfit mode, a
+            side too long for `jpeg_compression`.
         TypeError: A key that is neither text nor an integer.
     """
     chosen, severity = named(name, SHIFTS), checked(severity, name)
     pixels = np.asarray(to_rgb(image))
     return Image.fromarray(chosen.function(pixels, generator(key, name, severity), *chosen.levels[severity - 1]))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns `image` in mode RGB, as the shifts see it; an RGB image is returned as it is.
-
-    Transparency is composited on white (viewers' page colour; dropping alpha would show pixels nobody has seen). 16-bit
-    grey is scaled to 8 bits; mode I counts as 16-bit, which is what Pillow decodes 16-bit PNGs to.
-
-    Raises:
-        ValueError: No pixels; mode F, which has no defined white; a mode-I image with values outside 0 to 65535.
-    """
-    if 0 in image.size:
-        raise ValueError(f"expected an image of at least 1x1 pixels, got {image.width}x{image.height}")
-    if image.mode == "F":
-        raise ValueError("expected an image of integers, got mode F (float), which has no defined white")
-    if image.mode.startswith("I"):
-        return _sixteen_bit_to_rgb(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"mode {image.mode}: expected values in 0 to 65535, got {values.min()} to {values.max()}")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 
 def _floor(field: Field) -> Pixels:
@@ -298,15 +272,25 @@ def _enlarged(field: Field, zoom: float, height: int, width: int) -> Field:
     return cv2.warpAffine(field, grid, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
+# A square cloud stays below it up to an aspect ratio of 4, and grey values of the fog with it.
+_LARGEST_CLOUD = 16
+
+
 @shift((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))
 def fog(image: Pixels, rng: np.random.Generator, thickness: float, decay: float) -> Pixels:
     """Adds a plasma cloud up to `thickness` times white, then scales back to the image's own maximum."""
     height, width = image.shape[:2]
-    size = 1 << max(1, (max(height, width) - 1).bit_length())
-    cloud = plasma(size, decay, rng)[:height, :width]
+    cloud = plasma(*_cloud_size(height, width), decay, rng)[:height, :width]
     brightest = float(image.max())
     share = brightest / (brightest + 255 * thickness)
     return _floor(cv2.addWeighted(image, share, _grey(cloud), 255 * thickness * share, 0, dtype=cv2.CV_32F))
+
+
+def _cloud_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the cloud: the original's square, or a strip where that is far larger than the canvas."""
+    rows, columns = (1 << max(1, (side - 1).bit_length()) for side in (height, width))
+    square = max(rows, columns)
+    return (square, square) if square**2 <= _LARGEST_CLOUD * height * width else (rows, columns)
 
 
 @shift(
@@ -408,9 +392,20 @@ def pixelate(image: Pixels, _: np.random.Generator, scale: float) -> Pixels:
     return np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
 
 
+# libjpeg's JPEG_MAX_DIMENSION.
+_LONGEST_JPEG = 65500
+
+
 @shift((25,), (18,), (15,), (10,), (7,))
 def jpeg_compression(image: Pixels, _: np.random.Generator, quality: int) -> Pixels:
-    """JPEG at `quality`, with Pillow's own chroma subsampling."""
+    """JPEG at `quality`, with Pillow's own chroma subsampling.
+
+    Raises:
+        ValueError: A side is longer than JPEG files can be.
+    """
+    height, width = image.shape[:2]
+    if max(height, width) > _LONGEST_JPEG:
+        raise ValueError(f"jpeg_compression: expected sides of at most {_LONGEST_JPEG} pixels, got {width}x{height}")
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer))

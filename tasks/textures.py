@@ -17,35 +17,39 @@ Points = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
 
 
-def plasma(size: int, decay: float, rng: np.random.Generator) -> Field:
-    """Returns a diamond-square fractal on a torus, (size, size) in [0, 1].
+def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> Field:
+    """Returns a diamond-square fractal on a torus, (height, width) in [0, 1].
 
-    Follows Fournier, Fussell & Carpenter (1982) as parametrised by Hendrycks & Dietterich (2019): the random
+    A strip is as coarse and as rough along its longer side as a square of that side, without the square's memory. It
+    follows Fournier, Fussell & Carpenter (1982) as parametrised by Hendrycks & Dietterich (2019): the random
     displacement is uniform in ±a², and a falls from 100 by `decay` with every halving of the grid.
 
     Args:
-        size: Side in pixels, a power of two, at least 2.
+        height: In pixels, a power of two, at least 2.
+        width: Likewise.
         decay: Above 1; smaller means rougher.
-        rng: Source of size² - 1 uniform draws.
+        rng: Source of height · width - 1 uniform draws for a square, of less than twice as many for a strip.
     """
     grid = np.zeros((1, 1), np.float32)
     amplitude = 100.0
-    while len(grid) < size:
-        grid = _refine(grid, amplitude**2, rng)
+    cell = max(height, width)
+    while cell > 1:
+        cell //= 2
+        grid = _refine(grid, amplitude**2, rng)[: max(1, height // cell), : max(1, width // cell)]
         amplitude /= decay
     grid -= grid.min()
     return grid / grid.max()
 
 
 def _refine(corners: Field, amplitude: float, rng: np.random.Generator) -> Field:
-    """One diamond-square step on a torus: (n, n) → (2n, 2n)."""
-    n = len(corners)
-    wobble = rng.random((3, n, n), dtype=np.float32)
+    """One diamond-square step on a torus: (n, m) → (2n, 2m)."""
+    n, m = corners.shape
+    wobble = rng.random((3, n, m), dtype=np.float32)
     wobble -= 0.5
     wobble *= 2 * amplitude
     right, down = np.roll(corners, -1, axis=1), np.roll(corners, -1, axis=0)
     centres = (corners + right + down + np.roll(right, -1, axis=0)) / 4 + wobble[0]
-    fine = np.empty((2 * n, 2 * n), np.float32)
+    fine = np.empty((2 * n, 2 * m), np.float32)
     fine[0::2, 0::2] = corners
     fine[1::2, 1::2] = centres
     fine[0::2, 1::2] = (corners + right + centres + np.roll(centres, 1, axis=0)) / 4 + wobble[1]
@@ -121,7 +125,7 @@ def _standard(field: Field) -> Field:
 
 def _cloud(rng: np.random.Generator) -> Field:
     """Slow variation of the ice's thickness, (ICE_HEIGHT, ICE_WIDTH)."""
-    return plasma(1024, 1.7, rng)[:ICE_HEIGHT, :ICE_WIDTH]
+    return plasma(1024, 1024, 1.7, rng)[:ICE_HEIGHT, :ICE_WIDTH]
 
 
 def _grain(rng: np.random.Generator) -> Field:

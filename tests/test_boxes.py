@@ -1,6 +1,8 @@
 """Boxes: closed forms, bad input, and agreement with torchvision."""
 
 import math
+import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -39,6 +41,78 @@ def test_iou_closed_form(a, b, expected):
 def test_iou_is_a_symmetric_fraction(a, b):
     assert 0 <= iou(a, b) <= 1
     assert iou(a, b) == iou(b, a)
+
+
+def corners_of(side):
+    return [(a, b) for a in range(side) for b in range(a + 1, side + 1)]
+
+
+def as_fractions(box, size):
+    x1, y1, x2, y2 = box
+    return Box(x1 / size[0], y1 / size[1], x2 / size[0], y2 / size[1])
+
+
+def taken_apart(box, size):
+    """A box that was written as corner and sides in pixels and read again, as when a log is scored anew."""
+    width, height = size
+    x, y, w, h = box.x1 * width, box.y1 * height, (box.x2 - box.x1) * width, (box.y2 - box.y1) * height
+    return Box(x / width, y / height, (x + w) / width, (y + h) / height)
+
+
+def exact_iou(a, b):
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return Fraction(width * height, sum(areas) - width * height)
+
+
+THRESHOLDS = (Fraction(1, 2), Fraction(3, 4), Fraction(9, 10))
+
+
+@pytest.mark.parametrize("size", [(6, 4), (10, 2), (7, 3)], ids=str)
+def test_every_pair_of_pixel_boxes_is_decided_as_in_whole_numbers(size):
+    boxes = [(x1, y1, x2, y2) for x1, x2 in corners_of(size[0]) for y1, y2 in corners_of(size[1])]
+    ties = 0
+    for a in boxes:
+        for b in boxes:
+            exact = exact_iou(a, b)
+            found = iou(as_fractions(a, size), as_fractions(b, size))
+            assert found == pytest.approx(float(exact), abs=1e-12)
+            for threshold in THRESHOLDS:
+                assert (found >= float(threshold)) == (exact >= threshold), (a, b, size)
+            ties += exact in THRESHOLDS
+    assert ties > 100
+
+
+@pytest.mark.parametrize(
+    "size", [(640, 480), (333, 500), (1000, 667), (1920, 1079), (7680, 4321), (65535, 1361)], ids=str
+)
+@pytest.mark.parametrize("threshold", THRESHOLDS, ids=str)
+def test_ties_and_their_nearest_neighbours_in_images_of_every_size(size, threshold):
+    """A box and the same without a tenth, a quarter or a half of its width, everywhere; and a pixel more or less."""
+    rng = random.Random(str((size, threshold)))
+    for _ in range(3000):
+        whole = threshold.denominator * rng.randint(1, size[0] // threshold.denominator)
+        x, y1 = rng.randint(0, size[0] - whole), rng.randint(0, size[1] - 1)
+        y2 = rng.randint(y1 + 1, size[1])
+        part = whole * threshold.numerator // threshold.denominator
+        a = (x, y1, x + whole, y2)
+        for more in (-1, 0, 1):
+            b = (x, y1, x + part + more, y2)
+            if not x < b[2] <= a[2]:
+                continue
+            expected = exact_iou(a, b) >= threshold
+            one, other = as_fractions(a, size), as_fractions(b, size)
+            for found in (iou(one, other), iou(other, one), iou(taken_apart(one, size), other)):
+                assert (found >= float(threshold)) == expected, (a, b, size)
+
+
+@pytest.mark.parametrize("side", [3, 101, 9461, 30001])
+def test_one_pixel_too_few_is_no_tie(side):
+    """Of an odd square, (side² - 1) / 2 pixels: no pixel boxes come closer to one half. 9461² is Pillow's limit."""
+    size, whole, part = (side, side), (0, 0, side, side), (0, 0, side - 1, (side + 1) // 2)
+    assert exact_iou(whole, part) == Fraction(1, 2) - Fraction(1, 2 * side**2)
+    assert iou(as_fractions(whole, size), as_fractions(part, size)) < 0.5
 
 
 def test_iou_agrees_with_torchvision():

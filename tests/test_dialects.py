@@ -230,8 +230,47 @@ def test_first_box_that_is_none_is_counted_and_not_replaced(name, text):
     assert parsed.coordinates
 
 
+WHOLE = sorted(name for name, dialect in DIALECTS.items() if dialect.whole)
+
+
+def test_which_formats_are_of_whole_numbers():
+    assert {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "glm4v", "deepseek_vl2", "paligemma"} < set(WHOLE)
+    assert not {"fractions", "llava", "shikra", "idefics3", "gemma3"} & set(WHOLE)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        ("0.12", "0.2", "0.5", "0.61"),
+        ("0.0", "0.0", "1.0", "1.0"),
+        ("0", "0.25", "1", "1"),
+        ("-0.01", "0.2", "0.5", "1.02"),
+    ],
+    ids=" ".join,
+)
+def test_fractions_are_no_box_where_whole_numbers_are_declared(name, numbers):
+    dialect = DIALECTS[name]
+    before, after = dialect.number.split("{")[0], dialect.number.split("}")[1]
+    written = dict(zip(dialect.fields, (f"{before}{number}{after}" for number in numbers), strict=False))
+    parsed = parse(name, dialect.answer.format(box=dialect.box.format(**written), expression="it"))
+    assert parsed.box is None
+    assert parsed.count == 1
+    assert len(parsed.coordinates) == len(dialect.fields)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_box_of_few_units_or_with_decimals_is_one(name):
+    if "x1" not in DIALECTS[name].fields:
+        return
+    for corners in ((0, 0, 1, 1), (0.5, 1, 2, 1.5), (10.5, 20.25, 30, 40)):
+        before, after = DIALECTS[name].number.split("{")[0], DIALECTS[name].number.split("}")[1]
+        numbers = dict(zip(("x1", "y1", "x2", "y2"), (f"{before}{c}{after}" for c in corners), strict=True))
+        assert parse(name, DIALECTS[name].box.format(**numbers)).box is not None
+
+
 def test_declared_scale_is_never_guessed_from_the_numbers():
-    assert parse("qwen3_vl", "[0.12, 0.3, 0.6, 0.9]").box == pytest.approx((0.00012, 0.0003, 0.0006, 0.0009))
+    assert parse("qwen3_vl", "[12, 30, 60, 90]").box == pytest.approx((0.012, 0.03, 0.06, 0.09))
     assert parse("qwen2_5_vl", "[100, 100, 600, 400]").box == pytest.approx(
         (100 / 644, 100 / 476, 600 / 644, 400 / 476)
     )

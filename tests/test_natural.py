@@ -228,6 +228,18 @@ def test_the_edge_of_a_box_belongs_to_it():
     assert natural_scores.centre(box) == pytest.approx((0.3, 0.4))
 
 
+@pytest.mark.parametrize("width", [640, 1000, 1079])
+def test_a_click_on_the_edge_in_pixels_hits(width):
+    """The middle of the answer is the right edge of the true box, whatever rounding makes of the two fractions."""
+    for edge in range(2, width // 2):
+        for reach in (1, edge - 1):
+            answered = Box((edge - reach) / width, 0.2, (edge + reach) / width, 0.4)
+            true = Box(0.0, 0.0, edge / width, 1.0)
+            assert natural_scores.holds(true, natural_scores.centre(answered))
+            short = Box(0.0, 0.0, (edge - 0.5) / width, 1.0)
+            assert not natural_scores.holds(short, natural_scores.centre(answered))
+
+
 def test_rejection_ranks_documents_by_whether_they_have_a_target():
     docs = list(documents("groundingme_rejection"))
     outputs = []

@@ -31,6 +31,7 @@ from lmms_plugin.report import (
 )
 from lmms_plugin.report.measuring import CLEAN, METRICS
 from lmms_plugin.report.summary import summarise
+from lmms_plugin.utils.spreadsheets import comma_separated
 
 SETTINGS = reliability.Settings(resamples=60)
 
@@ -249,6 +250,23 @@ def test_tables_as_csv_and_latex(tmp_path):
     assert r"a\_b \& c & x \\" in table.latex()
     assert r"5 \% & $-$0.500" in table.latex()
     assert table.latex().count(r"\toprule") == table.latex().count(r"\bottomrule") == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1+1"]
+)
+def test_no_spreadsheet_runs_what_a_table_says(said):
+    columns_ = (tables.Column(said, numeric=False), tables.Column("x"), tables.Column("y"))
+    row = [tables.text(said, note="note"), tables.number(-0.5), tables.Cell("-1", "-1")]
+    written = tables.Table("t", "Caption", columns_, tables.rows_of([row])).csv()
+    head, line = csv.reader(io.StringIO(written, newline=""))
+    shown = said.replace("\r", "\n")
+    assert head == [f"'{shown}", "x", "y"]
+    assert line == [f"'{shown} (note)", "-0.5", "-1"]
+
+
+def test_a_carriage_return_begins_no_line_of_its_own():
+    assert list(csv.reader(io.StringIO(comma_separated([["a\r=1+1", "b"]]), newline=""))) == [["a\n=1+1", "b"]]
 
 
 def test_figures_take_their_colours_from_the_page_and_their_ids_from_their_name(summary):

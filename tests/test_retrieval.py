@@ -56,7 +56,10 @@ def test_photographs_of_other_splits_are_left_out():
         (lambda: caption_copies.flickr30k(3).remove_columns("caption"), "column 'caption' is missing: expected a list"),
         (lambda: caption_copies.flickr30k(3).rename_column("filename", "file"), "column 'filename' is missing"),
         (lambda: caption_copies.flickr30k(3, caption=["a", "b"]), "expected 5 captions, got"),
-        (lambda: caption_copies.flickr30k(3, filename="same.jpg"), "names 2 rows twice"),
+        (
+            lambda: caption_copies.flickr30k(3, filename="same.jpg"),
+            "column 'filename': expected every row once, got 'same.jpg' in rows 0 and 1",
+        ),
         (lambda: caption_copies.flickr30k(3, split="train"), "expected rows of 'test', got"),
         (lambda: wide(caption_copies.flickr30k(1)), "more than the 1000 of Karpathy's test split"),
     ],

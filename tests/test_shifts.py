@@ -1,6 +1,7 @@
 import importlib.util
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -10,12 +11,15 @@ import imagecorruptions_reference
 import numpy as np
 import pytest
 import skimage.data
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from lmms_plugin.tasks import channel_noise, shifts, textures
 from lmms_plugin.tasks.pixel_motion import shuffle_sources
 from lmms_plugin.tasks.severities import SEVERITIES
 from lmms_plugin.tasks.shifts import SHIFTS, apply
+from lmms_plugin.utils.images import to_rgb
 
 NAMES = tuple(SHIFTS)
 DETERMINISTIC = (
@@ -416,11 +420,34 @@ def test_any_mode_comes_out_as_rgb(name, mode):
     assert (corrupted.mode, corrupted.size) == ("RGB", (33, 20))
 
 
+@pytest.mark.parametrize("size", [(20000, 1), (1, 20000), (9000, 3), (3, 9000), (4100, 150), (1, 1), (2, 3)], ids=str)
+@every_shift
+def test_memory_is_bounded_by_the_area_of_the_image(name, size):
+    """NumPy's and OpenCV's arrays: at most 200 bytes per pixel and a megabyte, whatever the shape."""
+    image = photo().resize(size)
+    apply(photo().resize((9, 9)), name, 5, 0)  # textures and tables that are kept
+    for severity in (1, 3, 5):
+        apply(photo().resize((9, 9)), name, severity, 0)
+        tracemalloc.start()
+        try:
+            corrupted = apply(image, name, severity, 0)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert corrupted.size == size
+        assert peak < 200 * size[0] * size[1] + 2**20
+
+
+def test_a_side_that_no_jpeg_can_have_is_said():
+    with pytest.raises(ValueError, match="at most 65500 pixels, got 1x65501"):
+        apply(Image.new("RGB", (1, 65501)), "jpeg_compression", 1, 0)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "I", "I;16"])
 def test_opaque_modes_lose_nothing(mode):
     grey = photo().convert("L")
-    assert np.array_equal(shifts.to_rgb(as_mode(mode, photo().size)).convert("L"), grey) or mode == "RGBA"
-    assert np.array_equal(shifts.to_rgb(photo().convert("RGBA")), photo())
+    assert np.array_equal(to_rgb(as_mode(mode, photo().size)).convert("L"), grey) or mode == "RGBA"
+    assert np.array_equal(to_rgb(photo().convert("RGBA")), photo())
 
 
 def test_transparency_shows_white_paper():
@@ -428,13 +455,13 @@ def test_transparency_shows_white_paper():
     half.putpixel((1, 0), (0, 0, 0, 255))
     palette = Image.new("P", (1, 1), 0)
     palette.info["transparency"] = 0
-    assert list(shifts.to_rgb(half).tobytes()) == [255, 255, 255, 0, 0, 0]
-    assert list(shifts.to_rgb(palette).tobytes()) == [255, 255, 255]
+    assert list(to_rgb(half).tobytes()) == [255, 255, 255, 0, 0, 0]
+    assert list(to_rgb(palette).tobytes()) == [255, 255, 255]
 
 
 def test_sixteen_bits_are_scaled_not_cut():
     image = Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16))
-    assert np.asarray(shifts.to_rgb(image))[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_the_image_is_not_changed():
@@ -508,11 +535,47 @@ def test_ice_covers_any_canvas(size):
     assert textures.ice_crop(*size, np.random.default_rng(0)).shape == (*size, 3)
 
 
+def square_plasma(size, decay, rng):
+    """Diamond-square on a torus as it was drawn before there were strips: every step on the whole square."""
+    grid, amplitude = np.zeros((1, 1), np.float32), 100.0
+    while len(grid) < size:
+        grid = textures._refine(grid, amplitude**2, rng)
+        amplitude /= decay
+    grid -= grid.min()
+    return grid / grid.max()
+
+
+def test_a_square_cloud_is_the_same_to_the_bit():
+    for size in (2, 64, 512):
+        made = textures.plasma(size, size, 1.7, np.random.default_rng(1))
+        assert np.array_equal(made, square_plasma(size, 1.7, np.random.default_rng(1)))
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_the_cloud_is_the_originals_square_on_every_usual_canvas(height, width):
+    rows, columns = shifts._cloud_size(height, width)
+    assert rows >= height
+    assert columns >= width
+    assert rows * columns <= max(16 * height * width, 4)
+    if max(height, width) <= 4 * min(height, width) and height * width > 1:
+        assert rows == columns
+        assert rows < max(2 * max(height, width), 3)
+
+
+def test_a_strip_varies_along_its_whole_length_as_a_square_does():
+    rough = [textures.plasma(size, 1024, 1.7, np.random.default_rng(2))[0] for size in (2, 1024)]
+    assert [(line.min() >= 0, line.max() <= 1, len(line)) for line in rough] == [(True, True, 1024)] * 2
+    halves = rough[0].reshape(2, 512)
+    assert np.abs(halves[0] - halves[1]).mean() > 0.05
+    steps = [np.abs(np.diff(line)).mean() / np.ptp(line) for line in rough]
+    assert steps[0] == pytest.approx(steps[1], rel=0.5)
+
+
 def test_plasma_wraps_fills_its_range_and_is_rougher_for_a_smaller_decay():
     def steps(field):
         return np.abs(np.diff(field, axis=0)).mean()
 
-    smooth, rough = (textures.plasma(128, decay, np.random.default_rng(3)) for decay in (3.0, 1.4))
+    smooth, rough = (textures.plasma(128, 128, decay, np.random.default_rng(3)) for decay in (3.0, 1.4))
     assert smooth.shape == (128, 128)
     assert (smooth.min(), smooth.max()) == (0, 1)
     assert steps(rough) > 2 * steps(smooth)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lmms_plugin import __version__
 from lmms_plugin.export.measured import Score
 from lmms_plugin.export.verification import Refused, Verified
 from lmms_plugin.reliability import Settings, plain
 from lmms_plugin.results import GROUNDING, REJECTION, VQA, Kind
+from lmms_plugin.utils.spreadsheets import comma_separated
 
 COLUMNS: Mapping[Kind, tuple[str, ...]] = {
     GROUNDING: ("acc@0.5", "mean_iou", "parse_rate", "ece", "brier", "auroc", "aurc", "coverage@0.05"),
@@ -95,8 +95,8 @@ def write(found: Sequence[Table], refused: Sequence[Refused], settings: Settings
     text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "leaderboard.json").write_text(text + "\n", encoding="utf-8")
     (folder / "leaderboard.html").write_text(page(found, refused, settings), encoding="utf-8")
-    with (folder / "leaderboard.csv").open("w", encoding="utf-8", newline="") as stream:
-        _write_csv(found, settings, csv.writer(stream))
+    lines = comma_separated(_lines(found, settings))
+    (folder / "leaderboard.csv").write_text(lines, encoding="utf-8", newline="")
 
 
 def page(found: Sequence[Table], refused: Sequence[Refused], settings: Settings) -> str:
@@ -147,24 +147,18 @@ def _row(task: str, one: Verified, rank: int, verified: Sequence[Verified]) -> R
     return Row(*about, answered.scores, answered.count, answered.images, one.digest, same)
 
 
-def _write_csv(found: Sequence[Table], settings: Settings, writer: Any) -> None:
+def _lines(found: Sequence[Table], settings: Settings) -> Iterator[Sequence[object]]:
     head = ("task", "rank", "submission", "model", "organization", *_FACTS)
     made = _intervals(settings)
-    writer.writerow((*head, "metric", "value", "low", "high", *made, "records", "images", "manifest_sha256"))
+    yield (*head, "metric", "value", "low", "high", *made, "records", "images", "manifest_sha256")
     for table in found:
         for row in table.rows:
             known = [row.facts.get(name, "") for name in _FACTS]
             for metric, score in row.scores.items():
                 ends = ["" if math.isnan(end) else repr(end) for end in (score.low, score.high)]
-                claimed = map(_inert, (row.submission, row.model, row.organization, *known))
-                place = (table.task, row.rank, *claimed)
+                place = (table.task, row.rank, row.submission, row.model, row.organization, *known)
                 counts = (*made.values(), score.records, score.images)
-                writer.writerow((*place, metric, repr(score.value), *ends, *counts, row.digest))
-
-
-def _inert(text: str) -> str:
-    """What a stranger wrote, so that no spreadsheet takes it for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+                yield (*place, metric, repr(score.value), *ends, *counts, row.digest)
 
 
 def _number(score: Score | None) -> str:

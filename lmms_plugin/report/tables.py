@@ -1,13 +1,12 @@
 """Tables of the report: for the page, as CSV and as LaTeX."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lmms_plugin.metrics.bootstrap import Interval
+from lmms_plugin.utils.spreadsheets import comma_separated
 
 NOTHING = "\u2013"
 
@@ -67,19 +66,17 @@ class Table:
     def csv(self) -> str:
         """Comma-separated, intervals in columns of their own."""
         ranged = [any(not math.isnan(row[k].low) for row in self.rows) for k in range(len(self.columns))]
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
         heads = zip(self.columns, ranged, strict=True)
-        writer.writerow(
+        lines: list[list[object]] = [
             [name for c, r in heads for name in ((c.title, f"{c.title} low", f"{c.title} high") if r else (c.title,))]
-        )
+        ]
         for row in self.rows:
             written: list[object] = []
             for cell, has in zip(row, ranged, strict=True):
                 written.append(_plain(cell))
                 written += [_number(cell.low), _number(cell.high)] if has else []
-            writer.writerow(written)
-        return out.getvalue()
+            lines.append(written)
+        return comma_separated(lines)
 
     def latex(self) -> str:
         """A booktabs table."""
