@@ -6,7 +6,6 @@ says (such lists name modules as they were called when the checkpoint was made, 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +14,26 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lmms_plugin.quant_backends.codes import Codes
+from lmms_plugin.quant_backends.codes import Codes, columns_per_group
+from lmms_plugin.quant_backends.specs import is_int
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AWQ's "GEMM" packing: column k of eight lies in nibble AWQ_ORDER.index(k) of its word."""
+
+UNNAMED_GROUP_SIZE = 128
+"""What transformers takes for the group size of GPTQ, AWQ and auto-round where a config names none."""
+
+
+class Scheme(NamedTuple):
+    """How a config says that some layers are stored.
+
+    Attributes:
+        bits: Bits per weight.
+        group_size: Columns that share a scale; None for whole rows.
+    """
+
+    bits: int
+    group_size: int | None
 
 
 class StoredLinear(NamedTuple):
@@ -67,13 +82,13 @@ class CompressedTensors(StoredFormat):
     """``pack-quantized`` of compressed-tensors (llm-compressor, vLLM): integer weights, packed along rows.
 
     Attributes:
-        widths: The numbers of bits that the checkpoint's config names.
+        schemes: Those that the checkpoint's config names.
     """
 
     marker = "weight_packed"
     tensors = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"})
 
-    widths: frozenset[int]
+    schemes: frozenset[Scheme]
 
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:
         """Convert one layer."""
@@ -82,27 +97,31 @@ class CompressedTensors(StoredFormat):
         shape = tensors.get("weight_shape")
         if shape is not None and shape.tolist() != [rows, columns]:
             raise ValueError(f"stored as {shape.tolist()}, the model has {[rows, columns]}")
-        bits, dense = self._layout(packed.shape[1], columns)
+        # One scale for the whole weight is one for each of its rows.
+        scale = scale.reshape(-1, scale.shape[-1] if scale.dim() > 1 else 1).expand(rows, -1)
+        bits, dense = self._layout(packed.shape[1], scale.shape[1], columns)
         codes = _unpack(packed, bits, columns, dense=dense)
         zeros = tensors.get("weight_zero_point")
         if zeros is not None and zeros.dtype is torch.int32:
             zeros = _unpack(zeros.T.contiguous(), bits, rows, dense=dense).T
         elif zeros is not None:
             zeros = (zeros.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-        # One scale for the whole weight is one for each of its rows.
-        scale = scale.reshape(-1, scale.shape[-1] if scale.dim() > 1 else 1).expand(rows, -1)
         zeros = None if zeros is None else zeros.reshape(-1, zeros.shape[-1] if zeros.dim() > 1 else 1).expand(rows, -1)
-        return _group(codes, scale, zeros, bits, tensors.get("weight_g_idx"))
+        sizes = frozenset(scheme.group_size for scheme in self.schemes if scheme.bits == bits)
+        return _group(codes, scale, zeros, bits, sizes, tensors.get("weight_g_idx"))
 
-    def _layout(self, words: int, columns: int) -> tuple[int, bool]:
+    def _layout(self, words: int, groups: int, columns: int) -> tuple[int, bool]:
         """Return bits and whether codes run across the ends of words, as they do since compressed-tensors 0.20."""
-        for bits in sorted(self.widths):
-            if words == -(-columns * bits // 32):
-                return bits, True
-        for bits in sorted(self.widths):
-            if words == -(-columns // (32 // bits)):
-                return bits, False
-        raise ValueError(f"{words} words for {columns} columns do not hold {sorted(self.widths)} bits per weight")
+        widths = {scheme.bits for scheme in self.schemes if _groups(scheme.group_size, columns) == groups}
+        across = {bits for bits in widths if words == -(-columns * bits // 32)}
+        within = {bits for bits in widths if words == -(-columns // (32 // bits))}
+        fitting = sorted(across or within)
+        if len(fitting) != 1:
+            raise ValueError(
+                f"{words} words and {groups} groups for {columns} columns fit {len(fitting)} of the schemes that its "
+                f"config names ({_listed(self.schemes)}); one was expected"
+            )
+        return fitting[0], bool(across)
 
 
 @dataclass(frozen=True)
@@ -111,12 +130,14 @@ class Gptq(StoredFormat):
 
     Attributes:
         zero_offset: What has been taken off each stored zero point: 1 in version 1 of the format, 0 in version 2.
+        group_sizes: Those that the checkpoint's config names, None for whole rows.
     """
 
     marker = "qweight"
     tensors = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
     zero_offset: int
+    group_sizes: frozenset[int | None]
 
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:
         """Convert one layer."""
@@ -131,15 +152,21 @@ class Gptq(StoredFormat):
         zeros = _unpack(tensors["qzeros"], bits, rows, dense=True).T
         # The offset wraps: a zero point of 0 is stored as the largest code.
         zeros = ((zeros.to(torch.int16) + self.zero_offset) % (1 << bits)).to(torch.uint8)
-        return _group(codes, scale.T, zeros, bits, tensors.get("g_idx"))
+        return _group(codes, scale.T, zeros, bits, self.group_sizes, tensors.get("g_idx"))
 
 
 @dataclass(frozen=True)
 class Awq(StoredFormat):
-    """AWQ's "GEMM" format (AutoAWQ, llm-awq): 4-bit weights, eight outputs in a word, interleaved."""
+    """AWQ's "GEMM" format (AutoAWQ, llm-awq): 4-bit weights, eight outputs in a word, interleaved.
+
+    Attributes:
+        group_sizes: Those that the checkpoint's config names, None for whole rows.
+    """
 
     marker = "qweight"
     tensors = frozenset({"qweight", "qzeros", "scales"})
+
+    group_sizes: frozenset[int | None]
 
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:
         """Convert one layer."""
@@ -148,7 +175,7 @@ class Awq(StoredFormat):
         if packed.shape != (columns, rows // 8):
             raise ValueError(f"qweight {tuple(packed.shape)}, expected {(columns, rows // 8)} of 4 bits per weight")
         codes, zeros = _interleaved(packed).T, _interleaved(tensors["qzeros"]).T
-        return _group(codes, scale.T, zeros, 4, None)
+        return _group(codes, scale.T, zeros, 4, self.group_sizes)
 
 
 @dataclass(frozen=True)
@@ -186,25 +213,29 @@ class Hqq(StoredFormat):
         # Three bits are packed ten to a word, the last word padded.
         codes = codes.flatten()[: rows * columns].view(rows, columns)
         scale, zero = (meta[key].reshape(rows, -1) for key in ("scale", "zero"))
-        return _group(codes, scale, zero, int(meta["nbits"]), None)
+        return _group(codes, scale, zero, int(meta["nbits"]), frozenset({group_size}))
 
 
 def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
-    """Return the format that a checkpoint's ``quantization_config`` names; None if it is none that is read here."""
+    """Return the format that a checkpoint's ``quantization_config`` names; None if it is none that is read here.
+
+    Raises:
+        ValueError: It names a format that is read here, but not the group size that this takes.
+    """
     method = config.get("quant_method")
     if method == "compressed-tensors" and config.get("format") == "pack-quantized":
         groups = list((config.get("config_groups") or {}).values())
         if not groups or not all(_packs_weights_alone(group) for group in groups):
             return None
-        return CompressedTensors(method, frozenset(group["weights"]["num_bits"] for group in groups))
+        return CompressedTensors(method, frozenset(_scheme(group["weights"]) for group in groups))
     packing = str(config.get("packing_format", ""))
     if method == "gptq" or (method == "auto-round" and not packing.endswith("awq")):
         second = config.get("checkpoint_format") == "gptq_v2" or (
             method == "auto-round" and ("gptq" not in packing or "gptqmodel" in packing)
         )
-        return Gptq(str(method), zero_offset=0 if second else 1)
+        return Gptq(str(method), 0 if second else 1, _group_sizes(config))
     if (method == "awq" and str(config.get("version", "gemm")).lower() == "gemm") or method == "auto-round":
-        return Awq(str(method))
+        return Awq(str(method), _group_sizes(config))
     return Hqq("hqq") if method == "hqq" else None
 
 
@@ -227,7 +258,40 @@ def _packs_weights_alone(group: Any) -> bool:
     )
 
 
-def _group(codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, index: Tensor | None) -> StoredLinear:
+def _scheme(weights: Mapping[str, Any]) -> Scheme:
+    if weights["strategy"] != "group":
+        return Scheme(weights["num_bits"], None)
+    size = weights.get("group_size")
+    if not is_int(size) or size < 1:
+        raise ValueError(f"compressed-tensors: strategy 'group' should name a group_size of at least 1, got {size!r}")
+    return Scheme(weights["num_bits"], size)
+
+
+def _group_sizes(config: Mapping[str, Any]) -> frozenset[int | None]:
+    """Return the group sizes that a config of GPTQ, AWQ or auto-round names, for all layers or for single ones."""
+    # Exceptions: GPTQModel's by regular expression, auto-round's by name.
+    exceptions = [*(config.get("dynamic") or {}).values(), *(config.get("extra_config") or {}).values()]
+    named = [config.get("group_size", UNNAMED_GROUP_SIZE)]
+    named += [entry["group_size"] for entry in exceptions if isinstance(entry, Mapping) and "group_size" in entry]
+    wrong = [size for size in named if size is not None and not is_int(size)]
+    if wrong:
+        raise ValueError(f"{config.get('quant_method')}: group_size should be a whole number, got {wrong[0]!r}")
+    return frozenset(size if size is not None and size > 0 else None for size in named)
+
+
+def _groups(size: int | None, columns: int) -> int:
+    """Return how many groups a row has; the last one may be narrower."""
+    return -(-columns // columns_per_group(size, columns))
+
+
+def _group(
+    codes: Tensor,
+    scale: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    sizes: frozenset[int | None],
+    index: Tensor | None = None,
+) -> StoredLinear:
     """Cut (rows, columns) codes into the groups of their scales, (rows, groups).
 
     Args:
@@ -235,20 +299,45 @@ def _group(codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, index:
         scale: (rows, groups).
         zeros: (rows, groups) or None.
         bits: Bits per code.
+        sizes: Columns per group that the checkpoint's config names. The number of groups does not tell: two of them
+            in 192 columns are of 96 or of 128, the last one narrower.
         index: (columns,) the group of each column, for columns that were grouped by activation order.
+
+    Raises:
+        ValueError: None of the sizes fits, or more than one does.
     """
     rows, columns = codes.shape
     groups = scale.shape[1]
-    size = math.ceil(columns / groups)
+    fitting = {columns_per_group(size, columns) for size in sizes if _groups(size, columns) == groups}
     order = None
-    if index is not None and not torch.equal(index.long().cpu(), torch.arange(columns) // size):
+    # llm-compressor writes -1 where columns are in their own order.
+    if index is not None and not bool((index < 0).any()):
         order = torch.argsort(index.long(), stable=True)
-        if not torch.equal(index.long()[order].cpu(), torch.arange(columns) // size):
-            raise ValueError(f"columns of a group are not {size} everywhere")
-        codes = codes[:, order]
+        found = index.long()[order].cpu()
+        fitting = {size for size in fitting if torch.equal(found, torch.arange(columns) // size)}
+    if len(fitting) != 1:
+        raise ValueError(
+            f"its {columns} columns in {groups} groups{'' if order is None else ' by g_idx'} fit {len(fitting)} of the "
+            f"group sizes that its config names ({_listed(sizes)}); one was expected"
+        )
+    size = fitting.pop()
+    if order is not None:
+        if torch.equal(order.cpu(), torch.arange(columns)):
+            order = None
+        else:
+            codes = codes[:, order]
     codes = torch.nn.functional.pad(codes, (0, groups * size - columns))
     zeros = None if zeros is None else zeros.contiguous()
     return StoredLinear(Codes(codes.reshape(rows, groups, size).contiguous(), scale.contiguous(), zeros), bits, order)
+
+
+def _listed(named: frozenset[int | None] | frozenset[Scheme]) -> str:
+    def shown(entry: int | Scheme | None) -> str:
+        if isinstance(entry, Scheme):
+            return f"{entry.bits} bits in {shown(entry.group_size)}"
+        return "whole rows" if entry is None else str(entry)
+
+    return ", ".join(sorted(map(shown, named)))
 
 
 def _unpack(words: Tensor, bits: int, count: int, *, dense: bool) -> Tensor:

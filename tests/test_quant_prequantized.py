@@ -20,7 +20,8 @@ from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.probe import expect_sound
 from lmms_plugin.quant_backends.rtn import round_to_nearest
-from lmms_plugin.quant_backends.stored_formats import Gptq, stored_format
+from lmms_plugin.quant_backends.saving import pack_words
+from lmms_plugin.quant_backends.stored_formats import Gptq, Scheme, stored_format
 from lmms_plugin.quant_backends.synthetic import scene
 
 FAMILY = "qwen2_5_vl"
@@ -218,6 +219,113 @@ def test_columns_grouped_by_activation_order(plain, processor, tmp_path):
         assert type(layer).__name__ == "OrderedLinear"
     expect_same(loaded, logits(rounded, processor), processor)
     expect_accounted(loaded, bits=4, count=14)
+
+
+# --- groups that do not divide the width: how many there are does not say how wide they are ---------------------------
+
+
+def _stored(kind, columns, group_size, *, ordered=False, rows=16, bits=4):
+    """Return (config, tensors, weight) of a layer whose last group may be narrower, written by this test alone."""
+    generator = torch.Generator().manual_seed(columns)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    groups = -(-columns // group_size)
+    scale = torch.rand(rows, groups, generator=generator) + 0.5
+    group_of = torch.arange(columns) // group_size
+    if ordered:
+        group_of = group_of[torch.randperm(columns, generator=generator)]
+    weight = (codes.float() - 8) * scale[:, group_of]
+    if kind == "compressed-tensors":
+        tensors = {"weight_packed": pack_words(codes, bits), "weight_scale": scale}
+        tensors |= {"weight_g_idx": group_of.int()} if ordered else {}
+        scheme = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
+        groups_of_layers = {"group_0": {"targets": ["Linear"], "weights": scheme}}
+        return {"format": "pack-quantized", "config_groups": groups_of_layers}, tensors, weight
+    zeros = torch.full((groups, rows), 8, dtype=torch.uint8)
+    if kind == "awq":
+        packed = {"qweight": _interleave(codes.T), "qzeros": _interleave(zeros)}
+    else:
+        # One is taken off each zero point in version 1 of the format.
+        packed = {"qweight": pack_words(codes, bits).T, "qzeros": pack_words(zeros - 1, bits), "g_idx": group_of.int()}
+    return {"bits": bits, "group_size": group_size}, packed | {"scales": scale.T}, weight
+
+
+def _interleave(values):
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    return pack_words(values.reshape(len(values), -1, 8)[:, :, order].reshape(len(values), -1).contiguous(), 4)
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["in order", "g_idx"])
+@pytest.mark.parametrize("columns", [192, 576, 960, 4304, 96, 256])
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors", "awq"])
+def test_groups_are_as_wide_as_the_config_says(kind, columns, ordered):
+    if kind == "awq" and ordered:
+        pytest.skip("the format has no order")
+    config, tensors, weight = _stored(kind, columns, 128, ordered=ordered)
+    read = stored_format({"quant_method": kind} | config).read(tensors, columns)
+    assert read.codes.codes.shape[2] == min(128, columns)
+    dense = read.codes.dequantize(read.bits, torch.float32)[:, :columns]
+    assert torch.equal(dense if read.order is None else dense[:, torch.argsort(read.order)], weight)
+
+
+def test_a_checkpoint_with_narrower_last_groups_computes_with_the_right_weights(plain, processor, tmp_path):
+    """Groups of 48 in widths of 64 and 96 columns: two are of 48, or of 32, by their number."""
+    model, rounded = dense_model(plain), dense_model(plain)
+    for path, layer in linears(model, but=("lm_head", "visual")):
+        _, tensors, weight = _stored("gptq", layer.in_features, 48, rows=layer.out_features)
+        weight = weight / 100
+        rounded.get_submodule(path).weight.data = weight
+        packed = nn.Module()
+        for name, tensor in (tensors | {"scales": tensors["scales"] / 100}).items():
+            packed.register_buffer(name, tensor)
+        packed.bias = layer.bias
+        model.set_submodule(path, packed)
+    quantization = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 48}
+    loaded = load(write(plain, tmp_path / "narrow", model, quantization, legacy))
+    for path, layer in linears(rounded, but=("lm_head", "visual")):
+        torch.testing.assert_close(loaded.model.get_submodule(path).weight, layer.weight.data)
+    expect_same(loaded, logits(rounded, processor), processor)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"group_size": 64}, r"192 columns in 2 groups fit 0 of the group sizes .* \(64\)"),
+        ({"dynamic": {"+:.*down.*": {"group_size": 96}}}, r"fit 2 of the group sizes .* \(128, 96\)"),
+        ({"extra_config": {"a": {"group_size": -1}}}, None),
+        ({"group_size": "128"}, "group_size should be a whole number, got '128'"),
+    ],
+    ids=["none fits", "two fit", "another layer's", "no number"],
+)
+def test_a_group_size_is_taken_from_the_config_or_not_at_all(config, message):
+    given, tensors, weight = _stored("gptq", 192, 128)
+    del tensors["g_idx"]
+    config = {"quant_method": "gptq"} | given | config
+    if message is None:
+        assert torch.equal(stored_format(config).read(tensors, 192).codes.dequantize(4, torch.float32)[:, :192], weight)
+        return
+    with pytest.raises(ValueError, match=message):
+        stored_format(config).read(tensors, 192)
+
+
+def test_schemes_of_compressed_tensors_are_told_apart_by_bits_and_groups_together():
+    config, tensors, weight = _stored("compressed-tensors", 192, 128)
+    scheme = config["config_groups"]["group_0"]["weights"]
+    others = {"other": {"weights": scheme | {"num_bits": 8, "group_size": 96}}}
+    stored = stored_format(
+        {"quant_method": "compressed-tensors"} | config | {"config_groups": others | config["config_groups"]}
+    )
+    assert torch.equal(stored.read(tensors, 192).codes.dequantize(4, torch.float32)[:, :192], weight)
+    config["config_groups"]["group_0"]["weights"] = scheme | {"group_size": None}
+    with pytest.raises(ValueError, match="strategy 'group' should name a group_size of at least 1, got None"):
+        stored_format({"quant_method": "compressed-tensors"} | config)
+
+
+def test_a_g_idx_of_minus_one_says_that_columns_are_in_order():
+    config, tensors, weight = _stored("compressed-tensors", 192, 128)
+    tensors["weight_g_idx"] = torch.full((192,), -1, dtype=torch.int32)
+    read = stored_format({"quant_method": "compressed-tensors"} | config).read(tensors, 192)
+    assert read.order is None
+    assert torch.equal(read.codes.dequantize(4, torch.float32)[:, :192], weight)
 
 
 def _unpack_nibbles(words):
@@ -605,12 +713,13 @@ def test_pickled_weights_are_refused(gptq, tmp_path):
 
 
 def test_formats_are_told_apart():
-    assert stored_format({"quant_method": "gptq"}) == Gptq("gptq", zero_offset=1)
-    assert stored_format({"quant_method": "gptq", "checkpoint_format": "gptq_v2"}) == Gptq("gptq", zero_offset=0)
+    sizes = frozenset({128})
+    assert stored_format({"quant_method": "gptq"}) == Gptq("gptq", 1, sizes)
+    assert stored_format({"quant_method": "gptq", "checkpoint_format": "gptq_v2"}) == Gptq("gptq", 0, sizes)
     assert stored_format({"quant_method": "awq", "version": "gemv"}) is None
     assert stored_format({"quant_method": "fp8"}) is None
     packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    weights = {"num_bits": 4, "type": "int", "strategy": "group"}
-    assert stored_format(packed | {"config_groups": {"a": {"weights": weights}}}).widths == {4}
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}
+    assert stored_format(packed | {"config_groups": {"a": {"weights": weights}}}).schemes == {Scheme(4, 64)}
     for other in (["Linear"], {"weights": None}, {"weights": weights | {"strategy": "block"}}):
         assert stored_format(packed | {"config_groups": {"a": other}}) is None
