@@ -194,11 +194,15 @@ class ModelArguments:
             plan=self.plan,
         )
 
-    def calibration_spec(self) -> CalibrationSpec | None:
-        """Return where calibration inputs come from; None leaves the choice to the method."""
+    def calibration_spec(self, default_samples: int = DEFAULT_SAMPLES) -> CalibrationSpec | None:
+        """Return where calibration inputs come from; None leaves the choice to the method.
+
+        Args:
+            default_samples: how many of them if the user named no number.
+        """
         if self.calibration is None and self.calibration_samples is None:
             return None
-        samples = self.calibration_samples or DEFAULT_SAMPLES
+        samples = self.calibration_samples or default_samples
         return CalibrationSpec.parse(self.calibration or "self", samples=samples, seed=self.seed)
 
     def find_checkpoint(self) -> str:

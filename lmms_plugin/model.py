@@ -92,7 +92,8 @@ class QuantizedVLM(lmms):
         expect_effect(arguments, backend)
         if self.arguments.save_quantized:
             expect_storable(backend)
-        plan, calibration = self.arguments.quant_plan(backend.default_bits), self.arguments.calibration_spec()
+        plan = self.arguments.quant_plan(backend.default_bits)
+        calibration = self.arguments.calibration_spec(backend.default_samples)
         wanted = Wanted.read(self.arguments, backend)
         path = self.arguments.find_checkpoint()
         self.accelerator = Accelerator()

@@ -99,7 +99,9 @@ def quantization(arguments: ModelArguments, backend: Backend) -> dict[str, objec
     """Return what a quantized model depends on besides the checkpoint, as JSON-ready values."""
     calibration = None
     if isinstance(backend, CalibratedBackend | WholeModelBackend):
-        calibration = asdict(arguments.calibration_spec() or CalibrationSpec("self", seed=arguments.seed))
+        samples = backend.default_samples
+        given = arguments.calibration_spec(samples)
+        calibration = asdict(given or CalibrationSpec("self", samples=samples, seed=arguments.seed))
     depends_on = {
         "method": backend.name,
         "options": asdict(backend),

@@ -25,6 +25,9 @@ TOKEN_ROLES = "token_roles"
 SYMMETRIC_COLUMNS = 256
 """Columns of a symmetric matrix that are multiplied at once: fewer leave out more, but fill a processor less well."""
 
+HELD_BACK = 4
+"""One calibration row in so many is held back from fitting where a method judges its result by rows it has not seen."""
+
 SAMPLE_ROWS = 512
 """Rows kept of each role, as many as AWQ's authors look at."""
 
@@ -42,6 +45,17 @@ class Sensitivity(NamedTuple):
     image: float
     answer: float
     ratio: float
+
+
+def held_back_rows(sample: int, samples: int) -> slice:
+    """Return which input rows of one of several calibration samples are held back from fitting.
+
+    The rows of one sample resemble one another, so whole samples are held back, every fourth one; of fewer than four
+    samples every fourth row.
+    """
+    if samples < HELD_BACK:
+        return slice(HELD_BACK - 1, None, HELD_BACK)
+    return slice(None) if sample % HELD_BACK == HELD_BACK - 1 else slice(0)
 
 
 def squared_errors(delta: Tensor, gram: Tensor) -> Tensor:
@@ -104,6 +118,8 @@ class InputStatistics:
         roles: The same over the rows of each role of `WEIGHED` alone, as far as there are any: none unless roles are
             told apart, and none where a layer is not fed the positions of the sequence, as in the vision tower.
         sensitivity: Of the loss to the block that the layers belong to; None where it is not known.
+        held_back: The same over those rows alone by which a result is to be judged; None unless the method holds any
+            back. All other sums include them.
     """
 
     names: tuple[str, ...]
@@ -113,10 +129,17 @@ class InputStatistics:
     sample: RowSample | None = None
     roles: dict[str, InputStatistics] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
+    held_back: InputStatistics | None = None
 
     @classmethod
     def empty(
-        cls, names: tuple[str, ...], columns: int, device: torch.device, *, by_role: bool = False
+        cls,
+        names: tuple[str, ...],
+        columns: int,
+        device: torch.device,
+        *,
+        by_role: bool = False,
+        holds_back: bool = False,
     ) -> InputStatistics:
         """Return statistics of nothing.
 
@@ -125,17 +148,30 @@ class InputStatistics:
             columns: Width of their input.
             device: Where the sums are kept.
             by_role: Also keep rows, and sum those of each role apart.
+            holds_back: Also sum the rows apart that are held back.
         """
         gram = torch.zeros(columns, columns, device=device)
         statistics = cls(names, gram, torch.zeros(columns, dtype=torch.float64, device=device))
         if by_role:
             statistics.sample = RowSample(torch.empty(0, columns, device=device))
+        if holds_back:
+            statistics.held_back = cls.empty(names, columns, device)
         return statistics
 
     @staticmethod
-    def memory(columns: int, *, by_role: bool = False) -> int:
+    def memory(columns: int, *, by_role: bool = False, holds_back: bool = False) -> int:
         """Return the most bytes that statistics take, sampled rows aside."""
-        return 4 * columns**2 * (1 + len(WEIGHED) * by_role)
+        return 4 * columns**2 * (1 + len(WEIGHED) * by_role + holds_back)
+
+    @property
+    def fitting_gram(self) -> Tensor:
+        """Σ x xᵀ over the rows that are not held back, (columns, columns) float32."""
+        return self.gram if self.held_back is None else self.gram - self.held_back.gram
+
+    @property
+    def judging_gram(self) -> Tensor:
+        """Σ x xᵀ over the rows that are held back, or over all of them where none are."""
+        return self.gram if self.held_back is None else self.held_back.gram
 
     @property
     def mean_magnitude(self) -> Tensor:
@@ -179,12 +215,13 @@ class InputStatistics:
         # Rounding may leave a tiny negative error.
         return math.sqrt(max(error, 0.0) / norm) if norm > 0 else 0.0
 
-    def add(self, x: Tensor, roles: Tensor | None = None) -> None:
+    def add(self, x: Tensor, roles: Tensor | None = None, held_back: slice = slice(0)) -> None:
         """Add the rows of an input (..., columns).
 
         Args:
             x: What the layers are fed.
             roles: (rows,), the place in `ROLES` of each row's role; None where rows are no positions of the sequence.
+            held_back: Which of the rows are held back; of no effect where none are told apart.
 
         Raises:
             ValueError: Not as many roles as rows.
@@ -197,6 +234,8 @@ class InputStatistics:
                 self._add_role(role, x[(roles == ROLES.index(role)).to(x.device)])
         if self.sample is not None:
             self.sample.add(x)
+        if self.held_back is not None:
+            self.held_back.add(x[held_back])
         x = x.float()
         self.gram.addmm_(x.T, x)
         self.magnitude += x.abs().sum(0, dtype=torch.float64)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.activations import InputStatistics
+from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES
 from lmms_plugin.quant_backends.codes import Codes
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
@@ -26,12 +27,14 @@ class Backend(ABC):
         name: The registered name, as in ``quant_<name>``.
         bits: The bits per weight that it can do.
         default_bits: The bits per weight of the language model when the user names none.
+        default_samples: Calibration samples when the user names no number.
         unsaved: Why its layers cannot be written to disk at all; None if they can, or if only its layers tell.
     """
 
     name: ClassVar[str]
     bits: ClassVar[frozenset[int]]
     default_bits: ClassVar[int] = 4
+    default_samples: ClassVar[int] = DEFAULT_SAMPLES
     unsaved: ClassVar[str | None] = None
 
     def check(self, plan: QuantPlan) -> None:
@@ -102,8 +105,8 @@ class Solution(NamedTuple):
     Attributes:
         layer: It takes the place of the dense one.
         method: How it was quantized, where that differs from the backend's name.
-        plain_rows: Rows that keep what needs no calibration, since the backend's own result does worse in them on the
-            calibration inputs.
+        plain_rows: Rows that keep what needs no calibration, since the backend's own result does no better in them on
+            the calibration inputs, those that were held back where some are.
     """
 
     layer: QuantizedLinear
@@ -116,11 +119,15 @@ class CalibratedBackend(Backend):
 
     Attributes:
         by_role: Whether it needs the statistics of image, prompt and answer tokens apart.
+        holds_back: Whether it judges what it makes of the inputs by some that it holds back.
+        rows_per_column: Inputs that it takes for each column of a layer to be sure of its result; fewer are warned of.
         sequential: Whether a layer is to see what the quantized blocks before its own make of the samples, rather than
             the inputs that it has in the unquantized model.
     """
 
     by_role: ClassVar[bool] = False
+    holds_back: ClassVar[bool] = False
+    rows_per_column: ClassVar[int] = 0
     sequential: ClassVar[bool] = False
 
     @abstractmethod

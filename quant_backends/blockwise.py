@@ -11,6 +11,7 @@ each block then makes up for some of the error of the ones before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lmms_plugin.quant_backends.activations import TOKEN_ROLES, Sensitivity
+from lmms_plugin.quant_backends.activations import TOKEN_ROLES, InputStatistics, Sensitivity, held_back_rows
 from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.quant_backends.blocks import find_blocks
 from lmms_plugin.quant_backends.components import dense_linear, expect_finite
@@ -109,6 +110,8 @@ class Calibrator:
     journal: Journal | None = None
     budget: int | None = None
     _sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict, init=False, repr=False)
+    _count: int = field(default=0, init=False, repr=False)
+    _scarce: list[tuple[float, str, int, int]] = field(default_factory=list, init=False, repr=False)
 
     @torch.no_grad()
     def run(self, batches: Sequence[Mapping[str, Any]]) -> None:
@@ -123,6 +126,7 @@ class Calibrator:
         """
         if not batches:
             raise ValueError(f"{self.backend.name} was given no calibration sample")
+        self._count = len(batches)
         samples = [self._sample(index, batch) for index, batch in enumerate(batches)]
         blocks = find_blocks(self.model, tuple(self.specs))
         self.residence.settle(self.model, blocks)
@@ -142,6 +146,7 @@ class Calibrator:
         else:
             self._run_blocks(blocks, route, samples)
         self.residence.enter_all()
+        self._warn_of_scarce_rows()
         if self.journal is not None:
             self.journal.remove()
 
@@ -299,14 +304,15 @@ class Calibrator:
             return solved
         device = dense_linear(self.model, groups[0][0]).weight.device
         budget = statistics_budget(device) if self.budget is None else self.budget
-        lots = list(chunks(self.model, groups, budget, by_role=self.backend.by_role))
+        kept = {"by_role": self.backend.by_role, "holds_back": self.backend.holds_back}
+        lots = list(chunks(self.model, groups, budget, **kept))
         for number, lot in enumerate(lots, start=1):
-            gathering = Gathering(self.model, lot, by_role=self.backend.by_role)
+            gathering = Gathering(self.model, lot, **kept)
             # With the last statistics at hand, samples go on at once: all that lies between here and the next block
             # stays as it is.
             onward = number == len(lots) and not self.backend.sequential
             for sample in samples:
-                note = gathering.noting(sample.roles)
+                note = gathering.noting(sample.roles, held_back_rows(sample.index, self._count))
                 self._through(sample, gathering.names, forward, note, onward=onward)
                 gathering.expect_finite(sample.index)
             while gathering.statistics:
@@ -314,6 +320,7 @@ class Calibrator:
                 if statistics.rows < FEWEST_ROWS and expert_of(self.model, statistics.names[0]) is not None:
                     # `_solve` sees to the layers that are missing here.
                     continue
+                self._note_rows(statistics)
                 statistics.sensitivity = self._sensitivities.get(statistics.names[0])
                 dense = [dense_linear(self.model, name) for name in statistics.names]
                 found = self.backend.solve(dense, [self.specs[name] for name in statistics.names], statistics)
@@ -322,6 +329,23 @@ class Calibrator:
                     for name, linear, (layer, method, plain_rows) in zip(statistics.names, dense, found, strict=True)
                 }
         return solved
+
+    def _note_rows(self, statistics: InputStatistics) -> None:
+        columns = len(statistics.gram)
+        if statistics.rows < self.backend.rows_per_column * columns:
+            self._scarce.append((statistics.rows / columns, statistics.names[0], statistics.rows, columns))
+
+    def _warn_of_scarce_rows(self) -> None:
+        if not self._scarce:
+            return
+        ratio, name, rows, columns = min(self._scarce)
+        wanted = self.backend.rows_per_column
+        enough = math.ceil(self._count * wanted / max(ratio, 1e-9))
+        logger.warning(
+            f"{self.backend.name} wants {wanted} calibration inputs for each column of a layer; {len(self._scarce)} "
+            f"groups of layers have fewer and may come out little better than rounded, above all {name} ({rows} for "
+            f"{columns} columns): {self._count} samples were given, calibration_samples={enough} would do"
+        )
 
     def _without_inputs(self, name: str) -> Solved:
         dense = dense_linear(self.model, name)

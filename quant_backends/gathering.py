@@ -86,13 +86,15 @@ class Gathering:
         model: The whole model.
         groups: What to gather.
         by_role: Whether image, prompt and answer tokens are told apart.
+        holds_back: Whether some rows are held back.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, *, by_role: bool = False) -> None:
+    def __init__(self, model: nn.Module, groups: Groups, *, by_role: bool = False, holds_back: bool = False) -> None:
         self.statistics: list[InputStatistics] = []
         for group in groups:
             weight = dense_linear(model, group[0]).weight
-            self.statistics.append(InputStatistics.empty(group, weight.shape[1], weight.device, by_role=by_role))
+            entry = InputStatistics.empty(group, weight.shape[1], weight.device, by_role=by_role, holds_back=holds_back)
+            self.statistics.append(entry)
         self._leader_of = {name: entry.names[0] for entry in self.statistics for name in entry.names}
         self._experts = {name: expert_of(model, name) for name in self._leader_of}
         self._entries = {entry.names[0]: entry for entry in self.statistics}
@@ -102,11 +104,12 @@ class Gathering:
         """All layers of all groups."""
         return tuple(self._leader_of)
 
-    def noting(self, roles: Mapping[str, Tensor]) -> Note:
+    def noting(self, roles: Mapping[str, Tensor], held_back: slice = slice(0)) -> Note:
         """Return what takes note of one sample's inputs.
 
         Args:
             roles: Layer -> role of each position of the sample, for layers fed the positions of the sequence.
+            held_back: Which rows of each input are held back.
         """
         fed: dict[str, Tensor] = {}
 
@@ -116,7 +119,7 @@ class Gathering:
                 rows = x.numel() // x.shape[-1]
                 role = self._role_of_rows(name, roles.get(name))
                 # Layers that look at image features past the sequence (cross attention) have rows of their own.
-                self._entries[name].add(x, role if role is not None and len(role) == rows else None)
+                self._entries[name].add(x, role if role is not None and len(role) == rows else None, held_back)
                 fed[name] = x
             elif fed.get(leader) is not x:
                 raise RuntimeError(f"{name} shared its input with {leader} in the first sample, but not in this one")
@@ -145,12 +148,15 @@ class Gathering:
                 )
 
 
-def chunks(model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int, *, by_role: bool) -> Iterator[Groups]:
+def chunks(
+    model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int, *, by_role: bool, holds_back: bool
+) -> Iterator[Groups]:
     """Deal groups out so that the statistics of each lot fit the budget, or are those of a single group."""
     chunk: Groups = []
     used = 0
     for group in groups:
-        size = InputStatistics.memory(dense_linear(model, group[0]).in_features, by_role=by_role)
+        columns = dense_linear(model, group[0]).in_features
+        size = InputStatistics.memory(columns, by_role=by_role, holds_back=holds_back)
         if chunk and used + size > budget:
             yield chunk
             chunk, used = [], 0

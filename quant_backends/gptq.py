@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,9 @@ from lmms_plugin.quant_backends.codes import Codes
 from lmms_plugin.quant_backends.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.rtn import nearest, round_by_blocks
+
+DAMPINGS = (0.01, 0.1, 1.0)
+"""Fractions of the mean diagonal that are tried on the inputs held back; the first one is GPTQ's own."""
 
 LARGEST_DAMPING = 10.0
 """Times the mean diagonal: beyond it the Hessian is all damping, and the result no better than rounding."""
@@ -44,23 +47,28 @@ class GptqBackend(CalibratedBackend):
     taken into account, so that ‖X(W − Ŵ)ᵀ‖ is small rather than ‖W − Ŵ‖. Grids are those of the dense weight and
     stay fixed: codes lie in the columns' own order whatever the order of rounding, which costs nothing at run time.
 
-    Rows in which this does worse than plain rounding on the calibration inputs (possible where grids are so coarse
-    that a correction is clipped) keep their rounded codes, so that no output's error is above round-to-nearest; the
-    report counts them.
+    Correlations among a few inputs are not those among others: with fewer inputs than columns some correction fits
+    whatever was seen. So a quarter of the calibration inputs is held back. Rows in which plain rounding does no worse
+    on these keep their rounded codes, and so do all rows of a layer in which it does no worse altogether: no output's
+    error there is above round-to-nearest. The report counts such rows.
 
     Attributes:
         act_order: Round the columns with the largest inputs first, while there are others left to correct them.
         damping: Fraction of the mean diagonal that is added to the diagonal of the Hessian XᵀX: how much to distrust
-            correlations seen in the calibration inputs. When the factorization still fails, ten times as much is tried.
+            correlations seen in the calibration inputs. None for the one of `DAMPINGS` that does best on the inputs
+            held back. When the factorization still fails, ten times as much is tried.
         block_size: Columns per block; between blocks errors are passed on by one matrix product. Only for speed.
     """
 
     act_order: bool = True
-    damping: float = 0.01
+    damping: float | None = None
     block_size: int = 128
 
     name = "gptq"
     bits = frozenset(range(2, 9))
+    holds_back = True
+    rows_per_column = 8
+    default_samples = 128
 
     def __post_init__(self) -> None:
         expect_damping(self.name, self.damping)
@@ -72,36 +80,83 @@ class GptqBackend(CalibratedBackend):
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> list[Solution]:
         """Round the weights of layers that are fed one tensor."""
-        factor = factorize(statistics, self.act_order, self.damping)
-        return [self._solve(layer, spec, factor, statistics.gram) for layer, spec in zip(layers, specs, strict=True)]
+        plain = [round_by_blocks(layer.weight, spec) for layer, spec in zip(layers, specs, strict=True)]
+        rounding = sum_of_squares(
+            layer.weight - codes.dequantize(spec.bits, layer.weight.dtype)[:, : layer.in_features]
+            for layer, spec, codes in zip(layers, specs, plain, strict=True)
+        )
+        factor = choose_factor(statistics, rounding, self.act_order, self.damping)
+        return [
+            self._solve(layer, spec, codes, factor, statistics.judging_gram)
+            for layer, spec, codes in zip(layers, specs, plain, strict=True)
+        ]
 
     @torch.no_grad()
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Round to nearest: without inputs there are no correlations by which columns could make up for one another."""
         return nearest(layer, spec)
 
-    def _solve(self, layer: nn.Linear, spec: QuantSpec, factor: Factor, gram: Tensor) -> Solution:
+    def _solve(self, layer: nn.Linear, spec: QuantSpec, plain: Codes, factor: Factor, gram: Tensor) -> Solution:
         weight = layer.weight
-        plain = round_by_blocks(weight, spec)
         corrected = round_with_feedback(weight, plain, spec.bits, factor, self.block_size)
         before, after = (
             squared_errors(codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, gram)
             for codes in (plain, corrected)
         )
-        better = after <= before
+        # What all rows have in common shows in their sum long before single rows tell it from chance. Where nothing was
+        # held back, or nothing but zeros, there is no reason to trust a correction either.
+        better = (after < before) & (after.sum() < before.sum())
+        moved = (corrected.codes != plain.codes).flatten(1).any(1)
         codes = plain._replace(codes=torch.where(better.view(-1, 1, 1), corrected.codes, plain.codes))
         packed = PackedLinear.from_codes(codes, spec, layer.in_features, bias=layer.bias)
-        return Solution(packed, plain_rows=int((~better).sum()))
+        return Solution(packed, plain_rows=int((moved & ~better).sum()))
 
 
-def expect_damping(backend: str, damping: float) -> None:
+def expect_damping(backend: str, damping: float | None) -> None:
     """Refuse a fraction that `factorize` cannot start from.
 
     Raises:
         ValueError: It is negative, NaN or above `LARGEST_DAMPING`.
     """
-    if not 0 <= damping <= LARGEST_DAMPING:
+    if damping is not None and not 0 <= damping <= LARGEST_DAMPING:
         raise ValueError(f"{backend}: damping must be a number from 0 to {LARGEST_DAMPING:g}, got {damping!r}")
+
+
+def choose_factor(
+    statistics: InputStatistics, rounding: Tensor, act_order: bool = True, damping: float | None = None
+) -> Factor:
+    """Factorize with the damping under which errors are expected to be smallest on the inputs held back.
+
+    With F the feedback, rounding errors ε leave the weights' errors δ where F δ = ε. Were ε independent, as it nearly
+    is, ‖X δ‖² would have the mean Σ_i var(ε_i) (F⁻ᵀ XᵀX F⁻¹)_ii: a damping is judged without rounding anything.
+
+    Args:
+        statistics: Of the layer's inputs.
+        rounding: (columns,) float64, what stands for the variance: squared errors of plain rounding, summed over rows.
+        act_order: As in `factorize`.
+        damping: None to choose among `DAMPINGS`; the first of them where no input is held back.
+
+    Raises:
+        ValueError: As in `factorize`.
+    """
+    held_back = statistics.held_back
+    if damping is not None or held_back is None or not held_back.rows:
+        return factorize(statistics, act_order, DAMPINGS[0] if damping is None else damping)
+    factors = [factorize(statistics, act_order, each) for each in DAMPINGS]
+    # All have one order.
+    order = factors[0].order
+    gram, variance = held_back.gram[order.unsqueeze(1), order], rounding[order]
+    identity = torch.eye(len(gram), device=gram.device)
+    expected = []
+    for factor in factors:
+        spread = torch.linalg.solve_triangular(factor.feedback, identity, upper=False, unitriangular=True)
+        expected.append(float(squared_errors(spread.T, gram) @ variance))
+    return factors[expected.index(min(expected))]
+
+
+def sum_of_squares(errors: Iterable[Tensor]) -> Tensor:
+    """Return the squares of each column of some matrices (rows, columns), summed over all rows, (columns,) float64."""
+    return torch.stack([error.float().square().sum(0, dtype=torch.float64) for error in errors]).sum(0)
 
 
 def factorize(statistics: InputStatistics, act_order: bool = True, damping: float = 0.01) -> Factor:
@@ -113,7 +168,8 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
     of two and an inverse. M is the flipped Cholesky factor of the flipped H.
 
     Args:
-        statistics: Of the layer's inputs; any positive multiple of `gram` gives the same result.
+        statistics: Of the layer's inputs, of which those held back are left out; any positive multiple of the moments
+            gives the same result.
         act_order: Order columns by falling mean square of their input; ties by their position.
         damping: First fraction of the mean diagonal to add.
 
@@ -121,7 +177,7 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
         ValueError: The moments are not finite or those of no real input, or no damping helps.
     """
     statistics.expect_finite()
-    gram = statistics.gram
+    gram = statistics.fitting_gram
     diagonal = gram.diagonal().double()
     order = torch.arange(len(gram), device=gram.device)
     if act_order:

@@ -141,7 +141,7 @@ def _calibration(
         if spec is not None and spec.source != "none":
             raise ValueError(f"{backend.name} looks at weights alone and takes no calibration, got {spec}")
         return CalibrationSpec("none"), []
-    spec = CalibrationSpec("self", seed=seed) if spec is None else spec
+    spec = CalibrationSpec("self", samples=backend.default_samples, seed=seed) if spec is None else spec
     return spec, spec.load_samples()
 
 

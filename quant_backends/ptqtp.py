@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.activations import InputStatistics, squared_errors
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, Solution
 from lmms_plugin.quant_backends.codes import columns_per_group, rows_per_block, split_groups
-from lmms_plugin.quant_backends.gptq import Factor, expect_damping, factorize, pass_on_errors
+from lmms_plugin.quant_backends.gptq import (
+    Factor,
+    GptqBackend,
+    choose_factor,
+    expect_damping,
+    pass_on_errors,
+    sum_of_squares,
+)
 from lmms_plugin.quant_backends.plan import QuantSpec
 from lmms_plugin.quant_backends.trits import TritPlaneLinear, TritPlanes
 
@@ -78,8 +85,8 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
 
     Scales are fitted with each column weighed by the mean square of its input. With `feedback` the trits are then
     chosen column after column as in GPTQ, each making up for the errors before it. Every row keeps whichever it is of
-    these and the unweighted fit that has the smallest output error on the calibration inputs; the report counts the
-    rows that keep the latter.
+    these and the unweighted fit that has the smallest output error on the calibration inputs held back from fitting, as
+    in GPTQ; the report counts the rows that keep the latter.
 
     Attributes:
         feedback: Let later columns make up for the errors of earlier ones.
@@ -87,9 +94,12 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
     """
 
     feedback: bool = True
-    damping: float = 0.01
+    damping: float | None = None
 
     name = "ptqtp_weighted"
+    holds_back = True
+    rows_per_column = GptqBackend.rows_per_column
+    default_samples = GptqBackend.default_samples
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,18 +110,28 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> list[Solution]:
         """Fit the planes of layers that are fed one tensor."""
-        factor = factorize(statistics, damping=self.damping)
-        return [self._solve(layer, spec, factor, statistics.gram) for layer, spec in zip(layers, specs, strict=True)]
+        plain = [self.fit(layer.weight, spec) for layer, spec in zip(layers, specs, strict=True)]
+        rounding = sum_of_squares(
+            layer.weight - fit.dequantize(spec.group_size, layer.weight.dtype)
+            for layer, spec, fit in zip(layers, specs, plain, strict=True)
+        )
+        factor = choose_factor(statistics, rounding, damping=self.damping)
+        return [
+            self._solve(layer, spec, fit, factor, statistics)
+            for layer, spec, fit in zip(layers, specs, plain, strict=True)
+        ]
 
     @torch.no_grad()
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> TritPlaneLinear:
         """Fit with all columns weighing the same."""
         return TritPlaneLinear.from_planes(self.fit(layer.weight, spec), spec, layer.bias)
 
-    def _solve(self, layer: nn.Linear, spec: QuantSpec, factor: Factor, gram: Tensor) -> Solution:
-        weight = layer.weight
-        weighted = self.fit(weight, spec, gram.diagonal())
-        candidates = [self.fit(weight, spec), weighted]
+    def _solve(
+        self, layer: nn.Linear, spec: QuantSpec, plain: TritPlanes, factor: Factor, statistics: InputStatistics
+    ) -> Solution:
+        weight, gram = layer.weight, statistics.judging_gram
+        weighted = self.fit(weight, spec, statistics.fitting_gram.diagonal())
+        candidates = [plain, weighted]
         if self.feedback:
             candidates.append(choose_with_feedback(weight, weighted.scale, spec.group_size, factor))
         stored = (each.dequantize(spec.group_size, weight.dtype) for each in candidates)

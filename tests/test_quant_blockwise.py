@@ -1,11 +1,13 @@
 """Block by block: the same statistics as the whole model at once, one block in memory, any family's own way between."""
 
 import copy
+import math
 import weakref
 
 import pytest
 import torch
 from families import FAMILIES
+from loguru import logger
 from recorder import SPEC, Recorder, plain_sums
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -63,6 +65,39 @@ def test_statistics_are_those_of_plain_forward_passes_of_the_whole_model(checkpo
     # Vision layers that the model never runs (LLaVA takes the last layer but one) are rounded, and it says so.
     missed = {module.name for module in work.modules() if module.method == "recorder, uncalibrated"}
     assert missed == set(work.specs) - set(expected)
+
+
+class Judging(Recorder):
+    holds_back = True
+    rows_per_column = 8
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_rows_are_held_back_sample_by_sample_and_too_few_are_warned_of_once(checkpoint, count):
+    model, batches = loaded(checkpoint, "qwen2_5_vl", count=count)
+    names = list(components(model))
+    expected = plain_sums(copy.deepcopy(model), names, batches[3::4])
+    everything = plain_sums(copy.deepcopy(model), names, batches)
+    backend, said = Judging(), []
+    handler = logger.add(said.append, level="WARNING", format="{message}")
+    quantize(model, backend, plan_of(model), batches)
+    logger.remove(handler)
+    for name, (gram, _, rows) in everything.items():
+        found = backend.seen[name]
+        close = {"rtol": 1e-4, "atol": 1e-5 * float(gram.abs().max()), "msg": name}
+        torch.testing.assert_close(found.gram.double(), gram, **close)
+        torch.testing.assert_close(found.fitting_gram + found.judging_gram, found.gram, **close)
+        if count < 4:
+            assert rows / 4 - count <= found.held_back.rows <= rows / 4
+        else:
+            assert found.held_back.rows == expected[name][2]
+            torch.testing.assert_close(found.judging_gram.double(), expected[name][0], **close)
+    scarce = {entry.names[0] for entry in backend.seen.values() if entry.rows < 8 * len(entry.gram)}
+    assert scarce
+    assert len(said) == 1
+    assert f"recorder wants 8 calibration inputs for each column of a layer; {len(scarce)} groups of layers" in said[0]
+    fewest = min(entry.rows / len(entry.gram) for entry in backend.seen.values())
+    assert f"{count} samples were given, calibration_samples={math.ceil(8 * count / fewest)} would do" in said[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
