@@ -39,6 +39,9 @@ from lmms_plugin.response import Alternatives, Token
 from lmms_plugin.settings import Sampling, Settings
 from lmms_plugin.token_texts import cut, decode, token_texts
 
+NO_TOKEN = 2**31 - 1
+"""An id that no vocabulary has."""
+
 
 class OutOfMemory(RuntimeError):
     """The device has no room for a batch."""
@@ -107,24 +110,20 @@ class Decoder:
                 f"{type(model).__name__} does not write token by token (it has no generate of transformers' "
                 "GenerationMixin): its answers have no probabilities, and this family is not supported"
             )
-        # A language model within may be one that generates on its own, by a configuration of its own.
-        parts = [
-            part for part in model.modules() if isinstance(getattr(part, "generation_config", None), GenerationConfig)
-        ]
-        ends = _ids(tokenizer.eos_token_id).union(*(_ids(part.generation_config.eos_token_id) for part in parts))
+        ends = end_tokens(model, tokenizer)
         if not ends:
             raise ValueError("Neither generation_config.json nor the tokenizer of this checkpoint names an eos token")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-        for part in parts:
+        for part in _writers(model):
             given = part.generation_config
             kept = {"bos_token_id": given.bos_token_id, "decoder_start_token_id": given.decoder_start_token_id}
-            part.generation_config = GenerationConfig(pad_token_id=pad, **kept)
+            part.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=list(ends), **kept)
         added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         tags = tokens_among([token.content for token in added.values()], (*REASONING, *ANSWER))
         marks = frozenset(index for index, token in added.items() if token.content in tags)
-        special = frozenset({*added} | ends)
+        special = frozenset({*added, *ends})
         # A copy of its own, because others encode on background threads meanwhile.
-        return cls(model, copy.deepcopy(tokenizer), tuple(sorted(ends)), special, marks, static_cache)
+        return cls(model, copy.deepcopy(tokenizer), ends, special, marks, static_cache)
 
     @cached_property
     def number_tokens(self) -> NumberTokens:
@@ -189,7 +188,8 @@ class Decoder:
             return [Score((), True) for _ in continuations]
         recorder = _Recorder(_RawLogits(), None)
         forced = _Forced(continuations, self.read(inputs).shape[1], inputs["input_ids"].device)
-        config = GenerationConfig(max_new_tokens=longest, do_sample=False)
+        # Text that is scored may go on behind an end token.
+        config = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=NO_TOKEN)
         self._run(inputs, config, [recorder.raw, forced], recorder)
         rows = zip(recorder.logprobs(), recorder.greedy(), continuations, strict=True)
         return [Score(tuple(logprobs[: len(given)]), all(greedy[: len(given)])) for logprobs, greedy, given in rows]
@@ -284,6 +284,24 @@ def generate_of(model: Any) -> Callable[..., Tensor]:
 def _with_alternatives(answer: Answer, recorded: Sequence[Alternatives | None]) -> Answer:
     pairs = zip(answer.tokens, recorded, strict=False)
     return answer._replace(tokens=tuple(token._replace(alternatives=alternatives) for token, alternatives in pairs))
+
+
+def end_tokens(model: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an answer, by the configuration of all that writes in a model and by its tokenizer."""
+    configured = (_ids(part.generation_config.eos_token_id) for part in _writers(model))
+    return tuple(sorted(_ids(tokenizer.eos_token_id).union(*configured)))
+
+
+def keep_ends(model: Any, tokenizer: Tokenizer) -> None:
+    """Let plain ``generate`` of a model end where its answers do in an evaluation."""
+    ends = end_tokens(model, tokenizer)
+    for part in _writers(model):
+        part.generation_config.eos_token_id = list(ends) or None
+
+
+def _writers(model: Any) -> list[Any]:
+    # A language model within may be one that generates on its own, by a configuration of its own.
+    return [part for part in model.modules() if isinstance(getattr(part, "generation_config", None), GenerationConfig)]
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lmms_plugin.chat_templates import adopt
+from lmms_plugin.decoding import keep_ends
 from lmms_plugin.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
 from lmms_plugin.quant_backends.blocks import find_blocks
@@ -125,6 +126,7 @@ def load_quantized(
         model, work = _load(
             path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
         )
+        keep_ends(model, getattr(processor, "tokenizer", processor))
         if isinstance(backend, CheckpointBackend):
             expect_sound(model, processor)
         if calibrated:

@@ -319,18 +319,15 @@ def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConf
     """The checkpoint's own, which answering takes apart, ending where answers end in an evaluation."""
     from transformers import GenerationConfig
 
+    from lmms_plugin.decoding import end_tokens
+
     try:
         config = GenerationConfig.from_pretrained(model.config.name_or_path)
     except OSError:
         config = copy.deepcopy(model.generation_config)
     tokenizer = getattr(processor, "tokenizer", processor)
-    ends = {*_ids(config.eos_token_id), *_ids(model.generation_config.eos_token_id), *_ids(tokenizer.eos_token_id)}
-    config.eos_token_id = sorted(ends) or None
+    config.eos_token_id = list(end_tokens(model, tokenizer)) or None
     return config
-
-
-def _ids(given: int | list[int] | None) -> list[int]:
-    return [] if given is None else [given] if isinstance(given, int) else list(given)
 
 
 @contextmanager

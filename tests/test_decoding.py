@@ -120,6 +120,22 @@ def language_model():
     return Decoder.of(model, tokenizer)
 
 
+def test_plain_generate_of_the_model_ends_where_answers_do(language_model):
+    """Whoever takes the model out of an evaluation: sampling and lengths of the checkpoint are gone, its end is not."""
+    assert language_model.model.generation_config.eos_token_id == list(language_model.ends)
+    inputs = rows(language_model, "the dog")
+    ids = language_model.model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :].tolist()
+    end = ids[2]
+    decoder = Decoder.of(language_model.model, language_model.tokenizer)
+    kept, decoder.model.generation_config.eos_token_id = decoder.model.generation_config.eos_token_id, [end]
+    try:
+        again = Decoder.of(decoder.model, decoder.tokenizer)
+        stopped = again.model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :].tolist()
+    finally:
+        decoder.model.generation_config.eos_token_id = kept
+    assert stopped == ids[: ids.index(end) + 1]
+
+
 def rows(decoder, *texts):
     return dict(decoder.tokenizer(list(texts), padding=True, padding_side="left", return_tensors="pt"))
 

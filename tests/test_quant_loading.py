@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, Llama4Config
 
+from lmms_plugin.demo import CHECKPOINT
+from lmms_plugin.dialects import DIALECTS
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.backend import CodesBackend
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
@@ -23,6 +26,7 @@ from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec, Rule
 from lmms_plugin.quant_backends.quantization import quantize
 from lmms_plugin.quant_backends.report import QuantReport
+from lmms_plugin.quant_backends.saving import save_quantized
 from lmms_plugin.quant_backends.synthetic import scene
 
 WHOLE = QuantPlan.from_arguments(bits=4, group_size=32, vision_bits=8)
@@ -49,6 +53,32 @@ def quiet():
 
 def load(path, method="rtn", plan=WHOLE, **options):
     return load_quantized(str(path), backend=get(method), plan=plan, **options)
+
+
+@pytest.mark.parametrize("named", ["everywhere", "by the tokenizer alone"])
+def test_plain_generate_ends_and_so_does_that_of_a_saved_checkpoint(tmp_path, named):
+    """A checkpoint may name its end token in its tokenizer alone; generate then wrote on to the last token allowed."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, folder)
+    if named != "everywhere":
+        (folder / "generation_config.json").unlink()
+        config = json.loads((folder / "config.json").read_text())
+        for part in (config, config["text_config"]):
+            part.pop("eos_token_id", None)
+        (folder / "config.json").write_text(json.dumps(config))
+    plan = QuantPlan.from_arguments(bits=8)
+    loaded = load(folder, plan=plan)
+    save_quantized(loaded.model, loaded.processor, loaded.report, tmp_path / "saved")
+    again = load(tmp_path / "saved", "prequantized", QuantPlan())
+    image, expression = scene(np.random.default_rng(0))
+    batch = encode(loaded.processor, image, DIALECTS["demo"].ask(expression))
+    end = loaded.processor.tokenizer.eos_token_id
+    for model in (loaded.model, again.model):
+        written = model.generate(**batch, max_new_tokens=100, do_sample=False)[0, batch["input_ids"].shape[1] :]
+        assert int(written[-1]) == end
+        assert 5 < len(written) < 60
+    stored = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert stored["eos_token_id"] == [end]
 
 
 def packed_layers(model):
