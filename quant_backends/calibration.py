@@ -26,6 +26,8 @@ EVALUATION_SPLIT = re.compile(r"(^|[_.-])(val|dev|test)", re.IGNORECASE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 COMMON_OPTIONS = {"n", "seed", "tokens"}
 DATASET_OPTIONS = {"split", "image", "text", "prompt", "force"}
+ALLOW, REFUSE = "allow", "refuse"
+"""What may become of answers that a model wrote itself and that are mostly empty or loops."""
 TEXT_COLUMNS = ("expression", "caption", "text", "sentence", "description")
 DESCRIBE = "Describe this image."
 
@@ -73,6 +75,7 @@ class CalibrationSpec:
         force: Accept an evaluation split, which the report then says.
         shift: Corruption of the images, as ``gaussian_noise_3``: a name of `lmms_plugin.tasks.shifts.SHIFTS` and a
             severity; for `REAL` sources alone. None to take them as they are.
+        degenerate: `REFUSE` or `ALLOW` answers of which most are empty, blank or loops; for ``self`` alone.
     """
 
     source: str
@@ -86,6 +89,7 @@ class CalibrationSpec:
     force: bool = False
     tokens: int | None = None
     shift: str | None = None
+    degenerate: str = REFUSE
 
     @classmethod
     def parse(cls, text: str, *, samples: int = DEFAULT_SAMPLES, seed: int = 0) -> CalibrationSpec:
@@ -97,7 +101,8 @@ class CalibrationSpec:
         parquet files or one such file.
 
         Options follow behind further colons, because lmms-eval parts arguments at commas. For every source: ``n``
-        (instead of `samples`), ``seed`` and ``tokens`` (stop at so many sequence positions). For real images also
+        (instead of `samples`), ``seed`` and ``tokens`` (stop at so many sequence positions). For ``self`` also
+        ``degenerate=allow``, which takes the model's answers even if most are empty or loops. For real images also
         ``shift``, which corrupts them (``demo:shift=gaussian_noise_3``). For a dataset also
         ``split``, the columns ``image``, ``text`` and ``prompt``, and ``force``:
         ``dataset:my-org/my-set:split=train:image=image:text=caption:tokens=65536``. An evaluation split (val, dev or
@@ -112,6 +117,7 @@ class CalibrationSpec:
             hint = f", did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"unknown calibration source {source!r}{hint} (known: {', '.join(SOURCES)})")
         known = COMMON_OPTIONS | ({"shift"} if source in REAL else set())
+        known |= {"degenerate"} if source == "self" else set()
         known |= DATASET_OPTIONS if source == "dataset" else set()
         given: dict[str, Any] = {}
         while rest and re.match(r"\w+=", rest[-1]):
@@ -136,6 +142,7 @@ class CalibrationSpec:
         named: dict[str, Any] = {}
         if self.source == "dataset":
             named = {"split": self.split, "image": self.image, "text": self.text, "prompt": self.prompt}
+        named |= {"degenerate": None if self.degenerate == REFUSE else self.degenerate}
         named |= {"shift": self.shift, "tokens": self.tokens, "force": "true" if self.force else None}
         options = [f"{key}={value}" for key, value in named.items() if value is not None]
         return ":".join([self.source, *([self.path] if self.path else []), *options])
@@ -223,6 +230,10 @@ def _value(key: str, text: str) -> Any:
         if not re.fullmatch(r"-?\d+", text):
             raise ValueError(f"calibration option {key} must be a whole number, got {text!r}")
         return int(text)
+    if key == "degenerate":
+        if text not in (ALLOW, REFUSE):
+            raise ValueError(f"calibration option degenerate must be {ALLOW} or {REFUSE}, got {text!r}")
+        return text
     if key != "force":
         if not text:
             raise ValueError(f"calibration option {key} is empty")

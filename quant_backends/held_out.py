@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmms_plugin.dialects import Dialect
-from lmms_plugin.quant_backends.calibration import CalibrationSpec
+from lmms_plugin.quant_backends.calibration import ALLOW, CalibrationSpec
 from lmms_plugin.quant_backends.components import dense_linear
 from lmms_plugin.quant_backends.experts import SplitExperts, split_experts
 from lmms_plugin.quant_backends.inputs import build_batches
@@ -86,6 +86,6 @@ def held_out_errors(
         samples: How many images.
         seed: Another one than that of the calibration.
     """
-    spec = CalibrationSpec("self", samples=samples, seed=seed)
+    spec = CalibrationSpec("self", samples=samples, seed=seed, degenerate=ALLOW)
     batches, _ = build_batches(dense, processor, spec, spec.load_samples(), dialect, keep_logits=True)
     return output_errors(dense, quantized, names, batches)

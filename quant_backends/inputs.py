@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
+from lmms_plugin.decoding import end_tokens
 from lmms_plugin.dialects import Dialect
 from lmms_plugin.plain_prompts import template_for
 from lmms_plugin.prompts import framed, mean_colour, placeholder
 from lmms_plugin.quant_backends.activations import ROLES, TOKEN_ROLES, WEIGHED
-from lmms_plugin.quant_backends.calibration import CalibrationSample, CalibrationSpec
+from lmms_plugin.quant_backends.calibration import REFUSE, CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.journal import Journal
 from lmms_plugin.quant_backends.report import CalibrationReport
 from lmms_plugin.quant_backends.wide_products import WideProducts
@@ -38,6 +40,12 @@ PATIENCE = 4
 
 _TURN_HEADER = 16
 """Tokens at the end of a prompt within which a chat template opens reasoning."""
+
+LOOPING_UNITS = 12
+"""Words and marks below which an answer that repeats itself is no loop: a box of one number has seven."""
+
+LOOPING_TIMES = 4
+"""How often the same must follow upon itself."""
 
 REQUESTS = {
     "expression": (
@@ -95,6 +103,25 @@ def answered(model: PreTrainedModel, processor: Any, image: Image.Image, prompt:
     return encode(processor, image, prompt) | {"decoder_input_ids": torch.cat([begin, written], dim=1)}
 
 
+class Written(NamedTuple):
+    """What a model wrote.
+
+    Attributes:
+        text: Without special tokens.
+        finished: Whether it ended by itself.
+        opened: The tag of a reasoning that the prompt opened; empty for none.
+    """
+
+    text: str
+    finished: bool
+    opened: str = ""
+
+    @property
+    def whole(self) -> str:
+        """The text behind the tag that it belongs to."""
+        return self.opened + self.text
+
+
 class Writer:
     """Lets a model write the questions and answers that calibration samples lack, greedily, one by one.
 
@@ -110,13 +137,15 @@ class Writer:
 
     Attributes:
         own: How many questions and expressions are the model's own.
+        answers: That it has written.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, dialect: Dialect, journal: Journal | None) -> None:
         self.model, self.processor, self.dialect, self.journal = model, processor, dialect, journal
         self.own = 0
+        self.answers: list[Written] = []
         self._failures = 0
-        self._written: list[list[str | None]] = [] if journal is None else journal.noted("written") or []
+        self._written: list[list[Any]] = [] if journal is None else journal.noted("written") or []
         self._next = 0
 
     def complete(self, sample: CalibrationSample) -> CalibrationSample:
@@ -124,35 +153,88 @@ class Writer:
         if not sample.unanswered:
             return sample
         if self._next == len(self._written):
-            self._written.append([self._question(sample), None])
-            self._written[-1][1] = self._answer(_asking(sample, self._written[-1][0]))
+            asked = self._question(sample)
+            self._written.append([asked, *self._answer(_asking(sample, asked))])
             if self.journal is not None:
                 self.journal.note("written", self._written)
-        asked, answer = self._written[self._next]
+        asked, *answer = self._written[self._next]
+        self.answers.append(Written(*answer))
         self._next += 1
         self.own += asked is not None
         self._failures = 0 if asked is not None else self._failures + 1
-        return _asking(sample, asked)._replace(answer=answer)
+        return _asking(sample, asked)._replace(answer=self.answers[-1].whole)
 
     def _question(self, sample: CalibrationSample) -> str | None:
         if sample.wanted is None or self._failures >= PATIENCE:
             return None
-        text = self._write(sample.image, REQUESTS[sample.wanted], QUESTION_TOKENS)
+        text = self._write(sample.image, REQUESTS[sample.wanted], QUESTION_TOKENS).whole
         return wording(separate(text).answer_text, self.dialect)
 
-    def _answer(self, sample: CalibrationSample) -> str:
+    def _answer(self, sample: CalibrationSample) -> Written:
         image = shown(sample, self.dialect, self.processor)
         return self._write(image, question(sample, self.dialect), ANSWER_TOKENS)
 
-    def _write(self, image: Image.Image, prompt: str, tokens: int) -> str:
-        """Return what the model writes, behind the tag of a reasoning that the prompt opened."""
+    def _write(self, image: Image.Image, prompt: str, tokens: int) -> Written:
         batch = to_model(encode(self.processor, image, prompt), self.model)
         with WideProducts():
             written = self.model.generate(**batch, max_new_tokens=tokens, do_sample=False)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         start = 1 if self.model.config.is_encoder_decoder else batch["input_ids"].shape[1]
-        text: str = tokenizer.decode(written[0, start:], skip_special_tokens=True)
-        return left_open(tokenizer.decode(batch["input_ids"][0, -_TURN_HEADER:])) + text
+        ids = written[0, start:]
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        finished = len(ids) < tokens or int(ids[-1]) in end_tokens(self.model, tokenizer)
+        return Written(text, finished, left_open(tokenizer.decode(batch["input_ids"][0, -_TURN_HEADER:])))
+
+
+def degenerate(text: str) -> str | None:
+    """Say what is wrong with an answer that says nothing: ``empty``, ``blank`` or ``looping``; None if it is none.
+
+    It loops if the same words and marks follow upon one another `LOOPING_TIMES` or more, over more than half of it.
+
+    >>> degenerate("the cat and the dog and the cat")
+    >>> degenerate("A cat. " + "It is a cat. " * 9)
+    'looping'
+    """
+    if not text.strip():
+        return "blank" if text else "empty"
+    units = re.findall(r"\w+|[^\w\s]", text)
+    for period in range(1, len(units) // LOOPING_TIMES + 1):
+        run = longest = 0
+        for one, other in zip(units, units[period:], strict=False):
+            run = run + 1 if one == other else 0
+            longest = max(longest, run)
+        repeated = longest + period
+        if repeated >= max(LOOPING_UNITS, LOOPING_TIMES * period) and 2 * repeated > len(units):
+            return "looping"
+    return None
+
+
+def expect_answers(answers: Sequence[Written], spec: CalibrationSpec) -> dict[str, int]:
+    """Count the degenerate ones among the answers that a model wrote itself, and tell of them.
+
+    Returns:
+        Kind -> how many.
+
+    Raises:
+        ValueError: They are more than half of the answers, and `spec` does not allow it.
+    """
+    kinds = [degenerate(answer.text) for answer in answers]
+    count = dict(Counter(kind for kind in kinds if kind is not None))
+    if not count:
+        return count
+    first = next(answer.text for answer, kind in zip(answers, kinds, strict=True) if kind is not None)
+    kinds_named = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items()))
+    found = (
+        f"{sum(count.values())} of {len(answers)} answers that the model wrote itself for calibration say nothing "
+        f"({kinds_named}), as {first[:60]!r}"
+    )
+    if 2 * sum(count.values()) > len(answers) and spec.degenerate == REFUSE:
+        raise ValueError(
+            f"{found}: it cannot calibrate itself; take calibration=photographs, noise or dataset:PATH, or these "
+            "answers all the same with calibration=self:degenerate=allow"
+        )
+    logger.warning(found)
+    return count
 
 
 def wording(text: str, dialect: Dialect) -> str | None:
@@ -232,7 +314,8 @@ def build_batches(
         Keyword arguments for the model, and the account of them.
 
     Raises:
-        ValueError: `by_role`, and a sample holds no position for its image or for its answer.
+        ValueError: `by_role`, and a sample holds no position for its image or for its answer; or most of what the model
+            wrote itself says nothing.
     """
     writer = Writer(model, processor, dialect, journal)
     digest = hashlib.sha256()
@@ -259,7 +342,18 @@ def build_batches(
         )
     if not keep_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
         batches = [batch | {"logits_to_keep": 1} for batch in batches]
-    report = CalibrationReport(str(spec), len(batches), tokens, spec.seed, digest.hexdigest(), spec.force, writer.own)
+    report = CalibrationReport(
+        str(spec),
+        len(batches),
+        tokens,
+        spec.seed,
+        digest.hexdigest(),
+        spec.force,
+        writer.own,
+        len(writer.answers),
+        expect_answers(writer.answers, spec),
+        sum(not answer.finished for answer in writer.answers),
+    )
     return batches, report
 
 

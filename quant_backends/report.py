@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lmms_plugin.quant_backends.expert_use import ExpertUse, summary
@@ -31,8 +31,8 @@ class ModuleReport:
         reason: Why the weight was left alone; None when quantized.
         held_out_error: ‖Y − Ŷ‖ / ‖Y‖ of the layer's outputs on inputs that no calibration saw; None where that was not
             measured.
-        plain_rows: Rows of the weight in which a calibrated method did worse on its own inputs than without them, and
-            which therefore stay as they are without calibration.
+        plain_rows: Rows of the weight in which a calibrated method did no better than without calibration on the inputs
+            that it held back, and which therefore stay as they are without.
         role: What a layer of the decoder does (`lmms_plugin.quant_backends.role_plan.ROLES`); None for all others.
         outlier_score: How far single weights stick out of their input column (arXiv:2406.08155), 1 or above; None
             when left alone, or quantized before it was loaded.
@@ -77,6 +77,9 @@ class CalibrationReport:
         sha256: Fingerprint of all images, prompts and answers in order.
         forced: Whether samples come from an evaluation split because the user insisted.
         own_questions: How many of the questions and expressions the model wrote itself.
+        own_answers: How many of the answers.
+        degenerate: Kind (``empty``, ``blank``, ``looping``) -> how many of these are of it.
+        unfinished: How many of these were cut off at the longest length.
     """
 
     source: str
@@ -86,6 +89,9 @@ class CalibrationReport:
     sha256: str
     forced: bool
     own_questions: int = 0
+    own_answers: int = 0
+    degenerate: Mapping[str, int] = field(default_factory=dict)
+    unfinished: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,13 @@ class QuantReport:
             lines.append(f"{padded} layers padded to whole groups")
         if plain := sum(module.plain_rows for module in self.quantized):
             rows = sum(module.shape[0] for module in self.quantized)
-            lines.append(f"{plain} of {rows} rows kept as without calibration, which is nearer on these inputs")
+            lines.append(f"{plain} of {rows} rows kept as without calibration, which is as near on inputs held back")
+        if (seen := self.calibration) is not None and (seen.degenerate or seen.unfinished):
+            useless = sum(seen.degenerate.values())
+            lines.append(
+                f"of {seen.own_answers} answers that the model wrote for calibration, {useless} say nothing and "
+                f"{seen.unfinished} were cut off"
+            )
         return "\n".join(lines)
 
 

@@ -68,7 +68,11 @@ def test_a_path_may_hold_colons(tmp_path):
     ("text", "samples", "message"),
     [
         ("nose", 4, "did you mean 'noise'"),
-        ("self:split=train", 4, r"unknown calibration option 'split' \(known for 'self': n, seed, tokens\)"),
+        (
+            "self:split=train",
+            4,
+            r"unknown calibration option 'split' \(known for 'self': degenerate, n, seed, tokens\)",
+        ),
         ("none:n=3", 4, "unknown calibration option 'n'"),
         ("noise:images", 4, "takes no path"),
         ("noise:n=many", 4, "n must be a whole number, got 'many'"),

@@ -1,17 +1,21 @@
 """Zero-shot calibration: what a model writes itself is used where it is a question, and what it saw is told."""
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin.demo import CHECKPOINT
 from lmms_plugin.dialects import DIALECTS, dialect_for
-from lmms_plugin.quant_backends.calibration import CalibrationSpec
+from lmms_plugin.quant_backends.calibration import ALLOW, CalibrationSpec
 from lmms_plugin.quant_backends.inputs import (
     LONGEST_QUESTION,
     PATIENCE,
     REQUESTS,
     Writer,
+    Written,
     build_batches,
+    degenerate,
+    expect_answers,
     fingerprint,
     question,
     wording,
@@ -47,7 +51,7 @@ class Scripted(Writer):
 
     def _write(self, image, prompt, tokens):
         self.asked.append(prompt)
-        return next(self.replies) if prompt in REQUESTS.values() else f"answer {len(self.asked)}"
+        return Written(next(self.replies) if prompt in REQUESTS.values() else f"answer {len(self.asked)}", True)
 
 
 @pytest.fixture
@@ -121,7 +125,8 @@ def prepared(demo, text, samples=6):
 
 def test_the_demo_model_speaks_its_dialect_alone(demo):
     _, report = prepared(demo, "self")
-    assert (report.samples, report.own_questions) == (6, 0)
+    assert (report.samples, report.own_questions, report.own_answers) == (6, 0, 6)
+    assert (report.degenerate, report.unfinished) == ({}, 0)
 
 
 def test_a_budget_of_tokens_ends_the_samples(demo):
@@ -149,12 +154,79 @@ def test_a_budget_that_is_not_reached_is_told(demo):
     assert f"2 calibration samples hold {report.tokens} tokens, fewer than the 1000000 asked for" in messages[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("", "empty"),
+        ("\n \n\n", "blank"),
+        ("the cat " * 9, "looping"),
+        ("A cat. " + "It is a cat. " * 5, "looping"),
+        ("!" * 40, "looping"),
+        ("7,7,7,7,7,7,7,7,7,7,7,7", "looping"),
+        ("[12,34,56,78]", None),
+        ("[50,50,50,50]", None),
+        ("A red circle, a red square and a red triangle on a white wall.", None),
+        ("no no no", None),
+        (
+            "It goes na na na na na na na, then the verse tells how the two of them met in a small town by the sea.",
+            None,
+        ),
+    ],
+)
+def test_answers_that_say_nothing(text, kind):
+    assert degenerate(text) == kind
+
+
+def written(texts, finished=True):
+    return [Written(text, finished) for text in texts]
+
+
+def test_a_model_that_mostly_says_nothing_is_refused_and_told_what_helps():
+    spec = CalibrationSpec.parse("self")
+    assert expect_answers(written(["a dog", "the wall"]), spec) == {}
+    assert expect_answers([], spec) == {}
+    assert expect_answers(written(["a dog", "\n\n"]), spec) == {"blank": 1}
+    mostly = written(["a dog", "\n\n", "", "cat " * 20])
+    message = r"3 of 4 answers .* \(1 blank, 1 empty, 1 looping\), as '\\n\\n': .*photographs.*self:degenerate=allow"
+    with pytest.raises(ValueError, match=message):
+        expect_answers(mostly, spec)
+    allowed = CalibrationSpec.parse("self:degenerate=allow")
+    assert expect_answers(mostly, allowed) == {"blank": 1, "empty": 1, "looping": 1}
+    # Long answers are cut off, which is no fault.
+    assert expect_answers(written(["a dog", "a wall"], finished=False), spec) == {}
+
+
+def test_degenerate_answers_may_be_allowed_for_self_alone():
+    assert str(CalibrationSpec.parse("self:degenerate=allow")) == "self:degenerate=allow"
+    assert str(CalibrationSpec.parse("self:degenerate=refuse")) == "self"
+    with pytest.raises(ValueError, match="degenerate must be allow or refuse, got 'yes'"):
+        CalibrationSpec.parse("self:degenerate=yes")
+    with pytest.raises(ValueError, match="unknown calibration option 'degenerate'"):
+        CalibrationSpec.parse("noise:degenerate=allow")
+
+
+def test_a_model_that_loops_is_refused_before_anything_is_fitted_to_it(checkpoint):
+    """Random weights write the same over and over."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint("qwen3_vl"))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    processor = AutoProcessor.from_pretrained(checkpoint("qwen3_vl"))
+
+    def build(text):
+        spec = CalibrationSpec.parse(text, samples=3)
+        return build_batches(model, processor, spec, spec.load_samples(), dialect_for("qwen3_vl"), keep_logits=False)
+
+    with pytest.raises(ValueError, match=r"3 of 3 answers that the model wrote itself .* say nothing \(3 looping\)"):
+        build("self")
+    _, report = build("self:degenerate=allow")
+    assert (report.own_answers, report.degenerate, report.unfinished) == (3, {"looping": 3}, 3)
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "paligemma"])
 def test_any_family_asks_itself(checkpoint, family):
     """Of random weights one can only say that what they write reaches the model again, the same way each time."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint(family))
     processor = AutoProcessor.from_pretrained(checkpoint(family))
-    spec = CalibrationSpec("self", samples=3)
+    spec = CalibrationSpec("self", samples=3, degenerate=ALLOW)
     one, other = (
         build_batches(model, processor, spec, spec.load_samples(), dialect_for(family), keep_logits=False)
         for _ in range(2)
