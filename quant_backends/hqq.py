@@ -19,7 +19,13 @@ class HqqBackend(CodesBackend):
     Equal to the library's own ``HQQLinear`` with ``axis=1``, bit for bit in the same compute dtype.
     Where the group does not divide the width, the library lets groups run across rows; here rows are
     padded with zeros instead.
+
+    Attributes:
+        round_zero: Start from zero points that are whole numbers, as round-to-nearest has them, so that weights near
+            zero stay near it. The library does so at 4 bits alone.
     """
+
+    round_zero: bool = True
 
     name = "hqq"
     bits = frozenset({2, 3, 4, 5, 6, 8})
@@ -47,8 +53,7 @@ class HqqBackend(CodesBackend):
             channel_wise=True,
             group_size=groups.shape[-1],
             optimize=True,
-            # The library's own default for each number of bits (hqq_base_quant_config).
-            round_zero=spec.bits == 4,
+            round_zero=self.round_zero,
             axis=1,
             bitpack=False,
             device=str(weight.device),

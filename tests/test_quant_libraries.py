@@ -201,9 +201,9 @@ def test_hqq_equals_the_librarys_dequantized_weights(bits, dtype):
     linear = nn.Linear(384, 96, bias=True, dtype=dtype)
     linear.weight.data = weight(96, 384, dtype)
     dense = linear.weight.data.clone()
-    theirs = HQQLinear(
-        copy.deepcopy(linear), BaseQuantizeConfig(nbits=bits, group_size=64, axis=1), compute_dtype=dtype, device="cpu"
-    )
+    config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+    config["weight_quant_params"]["round_zero"] = True
+    theirs = HQQLinear(copy.deepcopy(linear), config, compute_dtype=dtype, device="cpu")
     ours = get("hqq").quantize_linear(dense, linear.bias, QuantSpec(bits, 64))
     assert torch.equal(ours.weight, theirs.dequantize())
     x = weight(5, 384, dtype, 1)
