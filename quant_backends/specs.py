@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 UNTOUCHED_BITS = 16
 """The number of bits that means: leave these weights as the checkpoint has them."""
@@ -42,7 +42,7 @@ class QuantSpec:
         return self.bits == UNTOUCHED_BITS
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Return whether a value is a whole number, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
