@@ -142,16 +142,23 @@ def choose_factor(
     held_back = statistics.held_back
     if damping is not None or held_back is None or not held_back.rows:
         return factorize(statistics, act_order, DAMPINGS[0] if damping is None else damping)
-    factors = [factorize(statistics, act_order, each) for each in DAMPINGS]
-    # All have one order.
-    order = factors[0].order
-    gram, variance = held_back.gram[order.unsqueeze(1), order], rounding[order]
+    best = factorize(statistics, act_order, DAMPINGS[0])
+    least = _expected_error(best, held_back.gram, rounding)
+    # One after another: in wide layers each takes more than a gigabyte.
+    for each in DAMPINGS[1:]:
+        factor = factorize(statistics, act_order, each)
+        expected = _expected_error(factor, held_back.gram, rounding)
+        if expected < least:
+            best, least = factor, expected
+    return best
+
+
+def _expected_error(factor: Factor, gram: Tensor, rounding: Tensor) -> float:
+    """Return Σ_i var(ε_i) (F⁻ᵀ G F⁻¹)_ii for the feedback F of a factor."""
+    order = factor.order
     identity = torch.eye(len(gram), device=gram.device)
-    expected = []
-    for factor in factors:
-        spread = torch.linalg.solve_triangular(factor.feedback, identity, upper=False, unitriangular=True)
-        expected.append(float(squared_errors(spread.T, gram) @ variance))
-    return factors[expected.index(min(expected))]
+    spread = torch.linalg.solve_triangular(factor.feedback, identity, upper=False, unitriangular=True)
+    return float(squared_errors(spread.T, gram[order.unsqueeze(1), order]) @ rounding[order])
 
 
 def sum_of_squares(errors: Iterable[Tensor]) -> Tensor:

@@ -44,7 +44,7 @@ _TURN_HEADER = 16
 LOOPING_UNITS = 12
 """Words and marks below which an answer that repeats itself is no loop: a box of one number has seven."""
 
-LOOPING_TIMES = 4
+LOOPING_TIMES = 3
 """How often the same must follow upon itself."""
 
 REQUESTS = {

@@ -162,6 +162,8 @@ def test_a_budget_that_is_not_reached_is_told(demo):
         ("the cat " * 9, "looping"),
         ("A cat. " + "It is a cat. " * 5, "looping"),
         ("!" * 40, "looping"),
+        ("There is a red circle in the upper left corner. " * 3, "looping"),
+        ("There is a red circle in the upper left corner. " * 2, None),
         ("7,7,7,7,7,7,7,7,7,7,7,7", "looping"),
         ("[12,34,56,78]", None),
         ("[50,50,50,50]", None),
