@@ -147,8 +147,9 @@ def test_quantizing_while_loading_gives_the_codes_of_quantizing_afterwards(check
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_awq_on_every_family(checkpoint, family):
-    """With zero-shot calibration, vision included; its answers come from the model itself."""
-    loaded = load(checkpoint(family), "awq", calibration=CalibrationSpec("self", samples=2))
+    """With zero-shot calibration, vision included; its answers come from the model itself, whatever random weights say."""
+    calibration = CalibrationSpec("self", samples=2, degenerate="allow")
+    loaded = load(checkpoint(family), "awq", calibration=calibration)
     assert torch.isfinite(logits(loaded.model, loaded.processor)).all()
     assert {module.method for module in loaded.report.quantized} == {"awq"}
     assert all(0 < module.output_error < 1 for module in loaded.report.quantized)
