@@ -147,7 +147,7 @@ def test_quantizing_while_loading_gives_the_codes_of_quantizing_afterwards(check
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_awq_on_every_family(checkpoint, family):
-    """With zero-shot calibration, vision included; its answers come from the model itself, whatever random weights say."""
+    """With zero-shot calibration, vision included; its answers are the model's own, whatever random weights say."""
     calibration = CalibrationSpec("self", samples=2, degenerate="allow")
     loaded = load(checkpoint(family), "awq", calibration=calibration)
     assert torch.isfinite(logits(loaded.model, loaded.processor)).all()
