@@ -120,6 +120,7 @@ class CalibratedBackend(Backend):
     Attributes:
         by_role: Whether it needs the statistics of image, prompt and answer tokens apart.
         holds_back: Whether it judges what it makes of the inputs by some that it holds back.
+        fits_correlations: Whether it fits correlations among inputs, which are others in noise than elsewhere.
         rows_per_column: Inputs that it takes for each column of a layer to be sure of its result; fewer are warned of.
         sequential: Whether a layer is to see what the quantized blocks before its own make of the samples, rather than
             the inputs that it has in the unquantized model.
@@ -127,6 +128,7 @@ class CalibratedBackend(Backend):
 
     by_role: ClassVar[bool] = False
     holds_back: ClassVar[bool] = False
+    fits_correlations: ClassVar[bool] = False
     rows_per_column: ClassVar[int] = 0
     sequential: ClassVar[bool] = False
 

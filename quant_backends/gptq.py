@@ -67,6 +67,7 @@ class GptqBackend(CalibratedBackend):
     name = "gptq"
     bits = frozenset(range(2, 9))
     holds_back = True
+    fits_correlations = True
     rows_per_column = 8
     default_samples = 128
 

@@ -98,6 +98,7 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
 
     name = "ptqtp_weighted"
     holds_back = True
+    fits_correlations = True
     rows_per_column = GptqBackend.rows_per_column
     default_samples = GptqBackend.default_samples
 

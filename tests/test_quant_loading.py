@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
+from loguru import logger
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, Llama4Config
@@ -156,6 +157,17 @@ def test_awq_on_every_family(checkpoint, family):
     assert all(layer.in_scale is not None for layer in packed_layers(loaded.model).values())
     assert loaded.report.calibration.samples == 2
     assert loaded.report.calibration.tokens > 20
+
+
+@pytest.mark.parametrize(
+    ("method", "source", "warned"), [("gptq", "noise", 1), ("gptq", "demo", 0), ("awq", "noise", 0)]
+)
+def test_what_fits_correlations_is_warned_of_noise(checkpoint, method, source, warned):
+    said = []
+    handler = logger.add(said.append, level="WARNING", format="{message}")
+    load(checkpoint("smolvlm"), method, calibration=CalibrationSpec(source, samples=2))
+    logger.remove(handler)
+    assert sum("those of noise are not those of text and images" in text for text in said) == warned
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "paligemma"])
