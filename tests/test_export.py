@@ -477,7 +477,7 @@ def test_a_zip_cannot_write_elsewhere(tmp_path):
     archive = tmp_path / "evil.zip"
     with zipfile.ZipFile(archive, "w") as packed:
         packed.writestr("../outside.txt", "x")
-    assert "paths inside the submission" in why_refused(archive)
+    assert "inside the folder" in why_refused(archive)
     assert not (tmp_path.parent / "outside.txt").exists()
 
 
@@ -513,7 +513,7 @@ def nested_table(folder):
     [
         (shapeless_config, "damaged: AttributeError: 'str' object has no attribute 'get'"),
         (shapeless_samples, "damaged: TypeError: 'NoneType' object is not subscriptable"),
-        (shapeless_cell, "damaged: AttributeError: 'list' object has no attribute 'get'"),
+        (shapeless_cell, "expected a JSON object in "),
         (nested_table, "damaged: RecursionError: maximum recursion depth exceeded"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

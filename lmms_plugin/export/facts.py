@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lmms_plugin.results import Run
+from lmms_plugin.study import accounts
 
 CELL, REPORT = "cell.json", "quant_report.json"
 _FROM_TABLE = {
@@ -52,8 +52,7 @@ def checkpoint(run: Run) -> str | None:
 def cell(file: Path) -> Mapping[str, Any]:
     """What a study recorded of the run of a results file; empty if it is none of a study."""
     found = beside(file, CELL)
-    content: Mapping[str, Any] = json.loads(found.read_text(encoding="utf-8")) if found else {}
-    return content
+    return accounts.read(found, accounts.About) if found else {}
 
 
 def command(run: Run) -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lmms_plugin.study import accounts
 
 DENSE_BITS = 16
 _OURS = "quant_"
@@ -120,7 +121,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
         own = _limited(_from_arguments(model, args), limit)
         return Axes(own, own.model, model == _READY, seed, "", file.parent, (), versions)
     try:
-        cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        cell = accounts.read(folder / "cell.json", accounts.About)
         axes = cell["axes"]
         cell_args = cell.get("model_args") or {}
         own = Config(

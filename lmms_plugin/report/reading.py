@@ -17,6 +17,7 @@ from lmms_plugin.report import axes, numbers
 from lmms_plugin.report.axes import Axes
 from lmms_plugin.report.kept import Kept
 from lmms_plugin.report.measuring import Measured
+from lmms_plugin.study import accounts
 from lmms_plugin.study.durable import read_json
 from lmms_plugin.study.grid import place
 
@@ -240,13 +241,15 @@ def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 def _failed(path: Path) -> Iterator[Failed]:
     files = sorted(path.glob("failed/*/failed.json"))
-    finished = {place(read_json(file)) for file in path.glob("cells/*/cell.json")} if files else set()
+    finished = (
+        {place(accounts.read(file, accounts.About)) for file in path.glob("cells/*/cell.json")} if files else set()
+    )
     for file in files:
         about = file.with_name("cell.json")
         # Mended code gives a cell another id: what failed under the old one has been finished since.
-        if about.is_file() and place(read_json(about)) in finished:
+        if about.is_file() and place(accounts.read(about, accounts.About)) in finished:
             continue
-        told = read_json(file)
+        told = accounts.read(file, accounts.Failed)
         tail = told.get("tail") or ""
         lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
         yield Failed(file.parent.name, told.get("returncode"), lines[-1] if lines else "")

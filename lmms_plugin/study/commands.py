@@ -29,6 +29,8 @@ def plan_study(
         return
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(planning.table(found))
+    for line in planning.damages(found):
+        typer.echo(line, err=True)
     typer.echo(planning.summary(found))
 
 
