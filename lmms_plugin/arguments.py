@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from lmms_plugin.located import text_of
 from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
 
@@ -233,7 +234,7 @@ class ModelArguments:
         if not self.system_prompt:
             return None
         if len(self.system_prompt) < 256 and Path(self.system_prompt).is_file():
-            return Path(self.system_prompt).read_text(encoding="utf-8").strip()
+            return text_of(Path(self.system_prompt)).strip()
         return self.system_prompt.replace("\\n", "\n")
 
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from lmms_plugin.confidence import ESTIMATORS, LEARNED, TEXT_ESTIMATORS
-from lmms_plugin.study.located import near
+from lmms_plugin.located import near
 from lmms_plugin.study.tasks import known
 
 Question = TypeVar("Question")

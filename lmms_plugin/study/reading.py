@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.located import Entry, load, near
 from lmms_plugin.quant_backends import names, option_types
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.plan import COMPONENTS, UNTOUCHED_BITS, QuantSpec
@@ -16,7 +17,6 @@ from lmms_plugin.study import conclusions
 from lmms_plugin.study.asked import located
 from lmms_plugin.study.expansion import PATHS
 from lmms_plugin.study.grid import At, Calibration, Components, Exclusion, Grid, Method, Model, Resources, Study
-from lmms_plugin.study.located import Entry, load, near
 
 T = TypeVar("T")
 

@@ -16,9 +16,9 @@ import yaml
 from pyarrow import parquet
 
 from lmms_plugin import variables
+from lmms_plugin.located import near
 from lmms_plugin.results import GROUNDING, REJECTION
 from lmms_plugin.study.contents import HUB_ID, attribute, digest, of_path, of_value, revision
-from lmms_plugin.study.located import near
 from lmms_plugin.tasks import cells as generated
 
 
