@@ -17,12 +17,18 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from lmms_plugin.located import text_of
 from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
+from lmms_plugin.study.durable import expect_inside, read_json
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEMO = "demo"
+_TOLD = (
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+"""What a checkpoint says of itself; each is a JSON object."""
 
 
 @dataclass(frozen=True)
@@ -277,12 +283,29 @@ def _expect_whole(folder: Path) -> None:
     """Refuse weights of which a part is missing, which a download or a copy that broke off leaves behind."""
     from safetensors import SafetensorError, safe_open
 
+    for file in (folder / name for name in _TOLD if (folder / name).is_file()):
+        try:
+            read_json(file)
+        except ValueError as error:
+            raise ValueError(f"pretrained: {error}") from error
+    for file in sorted(folder.glob("*.safetensors.index.json")):
+        _expect_shards(file)
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy"):
                 pass
         except SafetensorError as error:
             raise ValueError(f"pretrained: {file} is damaged or cut off ({error})") from error
+
+
+def _expect_shards(index: Path) -> None:
+    """Refuse an index of weights that names none, or files that are not there."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(f"pretrained: expected the file of each weight under weight_map in {index}")
+    for shard in sorted(set(shards.values())):
+        if not (index.parent / expect_inside(shard)).is_file():
+            raise ValueError(f"pretrained: {index} names {shard}, which is not there")
 
 
 def _expect_writable(name: str, file: Path) -> None:

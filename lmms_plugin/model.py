@@ -40,6 +40,7 @@ from lmms_plugin.quant_backends.kernels import default_dtype
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.saving import expect_storable, save_quantized
 from lmms_plugin.reasoning import ANSWER, REMEDY, tokens_among
+from lmms_plugin.readable import readable
 from lmms_plugin.registration import class_name
 from lmms_plugin.requests import Messages, Request, candidates_of, read
 from lmms_plugin.response import MARKER, Response
@@ -487,10 +488,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
     remote = {"trust_remote_code": arguments.trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **remote)
+    with readable(f"{path}: config.json"):
+        config = AutoConfig.from_pretrained(path, **remote)
     declared = arguments.dialect or getattr(config, "grounding_dialect", None)
     dialect = dialect_for(config.model_type, declared)
-    processor = AutoProcessor.from_pretrained(path, **remote)
+    with readable(f"{path}: its processor or tokenizer"):
+        processor = AutoProcessor.from_pretrained(path, **remote)
     plain, apart = template_for(processor), bool(getattr(config, "is_encoder_decoder", False))
     templated = chat_templates.is_for(processor, dialect)
     chat_templates.adopt(processor, dialect, path)

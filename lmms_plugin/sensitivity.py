@@ -9,7 +9,6 @@ seen: importances of a forest that predicts nothing mean nothing.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from lmms_plugin.quant_backends import get, option_types
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.results import find
+from lmms_plugin.results import table as results_table
 
 Floats = npt.NDArray[np.float64]
 
@@ -185,7 +185,7 @@ def read(path: Path) -> tuple[list[Cell], list[str]]:
     """
     cells, left_out = [], []
     for file in find(path):
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = results_table(file)
         try:
             cells.append(_cell(results))
         except ValueError as error:
@@ -288,7 +288,7 @@ def _cell(results: Mapping[str, Any]) -> Cell:
         (task, key.partition(",")[0]): float(value)
         for task, values in results["results"].items()
         for key, value in values.items()
-        if isinstance(value, int | float) and "stderr" not in key
+        if isinstance(value, int | float) and abs(value) < 2**63 and "stderr" not in key
     }
     return Cell(
         _different({name: getattr(arguments, name) for name in _OF_THE_MODEL}) or "the default model",

@@ -511,17 +511,17 @@ def nested_table(folder):
 @pytest.mark.parametrize(
     ("tamper", "reason"),
     [
-        (shapeless_config, "damaged: AttributeError: 'str' object has no attribute 'get'"),
-        (shapeless_samples, "damaged: TypeError: 'NoneType' object is not subscriptable"),
+        (shapeless_config, "expected a mapping as metadata of a task, got 'x'"),
+        (shapeless_samples, f"n-samples.{TASK}: Input should be a valid dictionary"),
         (shapeless_cell, "expected a JSON object in "),
-        (nested_table, "damaged: RecursionError: maximum recursion depth exceeded"),
+        (nested_table, "which is damaged: maximum recursion depth exceeded"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_unexpected_shapes_are_refused(copy, tamper, reason):
     tamper(copy)
     seal(copy)
-    assert why_refused(copy).startswith(reason)
+    assert reason in why_refused(copy)
 
 
 def test_one_bad_submission_does_not_keep_the_others_from_the_page(honest, copy, tmp_path, monkeypatch, capsys):

@@ -40,7 +40,9 @@ def quantization(run: Run, results: Mapping[str, Any]) -> dict[str, str]:
     found |= {f"quantization_{name}": value for name, value in _arguments(run).items()}
     found |= {f"quantization_{name}": str(value) for name, value in _axes(run.file).items() if value is not None}
     reported = results.get("throughput") or {}
-    found |= {ours: f"{reported[name]:.10g}" for name, ours in _FROM_TABLE.items() if name in reported}
+    found |= {
+        ours: f"{reported[name]:.10g}" for name, ours in _FROM_TABLE.items() if type(reported.get(name)) in (int, float)
+    }
     return found | {"model_args": run.model_args, "lmms_eval_model": run.model}
 
 

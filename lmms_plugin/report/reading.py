@@ -18,7 +18,6 @@ from lmms_plugin.report.axes import Axes
 from lmms_plugin.report.kept import Kept
 from lmms_plugin.report.measuring import Measured
 from lmms_plugin.study import accounts
-from lmms_plugin.study.durable import read_json
 from lmms_plugin.study.grid import place
 
 UNFINISHED = (".running", "failed")
@@ -214,21 +213,25 @@ def _below(file: Path, path: Path) -> tuple[str, ...]:
 
 def _account(folder: Path) -> dict[str, Any]:
     file = folder / "quant_report.json"
-    return read_json(file) if file.is_file() else {}
+    return accounts.read(file, accounts.Quantized) if file.is_file() else {}
 
 
 def _cost(throughput: Mapping[str, Any], account: Mapping[str, Any]) -> Cost:
     def told(name: str) -> float | None:
         value = account.get(name, throughput.get(f"avg_{name}"))
-        return float(value) if isinstance(value, int | float) else None
+        return _number(value)
 
-    tokens, seconds = throughput.get("total_gen_tokens"), throughput.get("total_elapsed_time")
+    tokens, seconds = (_number(throughput.get(name)) for name in ("total_gen_tokens", "total_elapsed_time"))
     return Cost(
         told("bits_per_weight"),
         told("bytes_after"),
         tokens / seconds if tokens and seconds else None,
         told("seconds"),
     )
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else None
 
 
 def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:

@@ -63,6 +63,22 @@ class Failed(_Account):
     tail: str | list[str] = ""
 
 
+class Module(_Account):
+    """One layer in an account of quantization."""
+
+    name: str
+    relative_error: float | None = None
+
+
+class Quantized(_Account):
+    """`quant_report.json`: what quantization did."""
+
+    bits_per_weight: float | None = None
+    bytes_after: float | None = None
+    seconds: float | None = None
+    modules: list[Module] | None = None
+
+
 def read(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
     """Read one of these files.
 
