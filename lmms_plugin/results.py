@@ -25,6 +25,8 @@ Floats = npt.NDArray[np.float64]
 Texts = npt.NDArray[np.str_]
 
 _RESULTS = "_results.json"
+ALL = (None, 0, -1)
+"""What lmms-eval takes as `--limit` and `--offset` for all documents."""
 HELD_OUT, REPORTED = "val", "test"
 """Parts of a task that brings its own split: thresholds are chosen on the first and results reported on the second."""
 
@@ -156,7 +158,7 @@ class Run:
         file: Its results file.
         model: Name of the model in lmms-eval.
         model_args: Its arguments, as text.
-        limit: Documents per task that the run was limited to; None for all.
+        limit: Documents per task that the run was limited to, or the share of them below 1; None for all.
         tasks: Task name → records, for tasks of ours.
         others: Tasks that log no records of ours.
         results: Task name → metric → value of lmms-eval's table.
@@ -238,7 +240,7 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
     model: str | None = None
-    limit: float | None = None
+    limit: float | None = Field(None, allow_inf_nan=False)
 
 
 class _Table(BaseModel):
@@ -294,11 +296,17 @@ def read(file: Path) -> Run:
         file,
         str(config.get("model") or ""),
         str(config.get("model_args", "")),
-        config.get("limit"),
+        limit_of(config),
         MappingProxyType(tasks),
         tuple(others),
         results["results"],
     )
+
+
+def limit_of(config: Mapping[str, Any]) -> float | None:
+    """Documents per task, or their share below 1, that a run was limited to; None for all, however that was said."""
+    limit: float | None = config.get("limit")
+    return None if limit in ALL else limit
 
 
 def read_task(file: Path, results: Mapping[str, Any], task: str) -> TaskRecords | None:

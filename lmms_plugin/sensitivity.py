@@ -230,10 +230,17 @@ def table(found: Sensitivity) -> Table:
 
 def draw(found: Sensitivity, file: Path) -> None:
     """Draw importances with their intervals, and beside them the scores by the bits of each component."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # Names are data: a dollar sign begins no formula.
+    with rc_context({"text.parse_math": False}):
+        _figure(found, Figure).savefig(file, dpi=150)
+
+
+def _figure(found: Sensitivity, make: Any) -> Any:
     k = len(found.importances)
-    figure = Figure(figsize=(3.2 * (k + 1), 3.4), layout="constrained")
+    figure = make(figsize=(3.2 * (k + 1), 3.4), layout="constrained")
     axes = figure.subplots(1, k + 1)
     names = [one.component for one in found.importances]
     consensus = np.array([one.consensus for one in found.importances])
@@ -250,7 +257,7 @@ def draw(found: Sensitivity, file: Path) -> None:
         axis.set(title=f"{name} bits", xlabel="bits per weight")
     axes[1].set_ylabel(found.grid.name.rpartition(" ")[2])
     figure.suptitle(f"{found.grid.name}; R² on unseen runs {found.r2:.2f}", fontsize=9)
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmms_plugin.results import limit_of
 from lmms_plugin.study import accounts
 
 DENSE_BITS = 16
@@ -110,7 +111,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     config = results.get("config") or {}
     model = str(config.get("model", ""))
     args = given(config.get("model_args"))
-    limit = config.get("limit")
+    limit = limit_of(config)
     version = str(results.get("lmms_eval_version") or "")
     # Outside of a git checkout lmms-eval writes that it does not know.
     versions = {} if "unknown" in version else {"lmms_eval": version}

@@ -172,7 +172,7 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
         where,
         str(config.get("model", "")),
         str(config.get("model_args", "")),
-        config.get("limit"),
+        results.limit_of(config),
         str(table.get("date", "")),
         _cost(table.get("throughput") or {}, account),
         _layers(account),

@@ -40,7 +40,7 @@ class About(_Account):
     model_args: dict[str, str | int | float | bool | None] = {}
     axes: Place = Place()
     tasks: list[str] = []
-    limit: float | None = None
+    limit: float | None = Field(None, allow_inf_nan=False)
     batch_size: int | str = 1
     processes: int = 1
     command: list[str] = []

@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+_LONGEST = 200
+"""Bytes of a name that leave room for what tells files apart that are being written; systems take 255."""
 _SETTLED_NANOSECONDS = 2_000_000_000
 """Some file systems count time in steps of two seconds: within one, a second change leaves no trace."""
 
@@ -71,13 +73,25 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """The same of bytes."""
-    beside = path.with_name(f".{path.name}.{uuid4().hex}")
+    replace_all({path: content})
+
+
+def replace_all(contents: Mapping[Path, bytes]) -> None:
+    """The same of several files; none is replaced before all are written beside their places."""
+    beside = {path: path.with_name(f".{path.name[:_LONGEST]}.{uuid4().hex}") for path in contents}
     try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+        for path, content in contents.items():
+            beside[path].write_bytes(content)
+        for path, written in beside.items():
+            os.replace(written, path)
+    finally:
+        for written in beside.values():
+            written.unlink(missing_ok=True)
+
+
+def encoded(text: str) -> bytes:
+    """A text in UTF-8; halves of surrogate pairs, which names of files may hold, as escapes."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
