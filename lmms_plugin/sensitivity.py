@@ -23,6 +23,7 @@ from joblib import Parallel, delayed
 from rich.table import Table
 
 from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.metrics.bootstrap import affordable
 from lmms_plugin.quant_backends import get, option_types
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.plan import COMPONENTS, UNTOUCHED_BITS
@@ -154,6 +155,7 @@ def analyse(grid: Grid, *, resamples: int = RESAMPLES, seed: int = 0, workers: i
     Raises:
         ValueError: The grid is too small, a score is not finite, or the score is the same everywhere.
     """
+    affordable(resamples)
     n = len(grid.scores)
     if n < LEAST_CELLS or not grid.components:
         raise ValueError(f"{grid.name}: expected at least {LEAST_CELLS} runs that differ in bits, got {n}")

@@ -282,12 +282,13 @@ def _argument(entry: Entry) -> Any:
 
 
 def _resources(entry: Entry) -> Resources:
-    given = entry.fields(("gpus", "processes", "cpus"))
+    given = entry.fields(("gpus", "processes", "cpus", "timeout"))
     gpus = given["gpus"].whole(0) if "gpus" in given and given["gpus"].scalar() != "auto" else None
     processes = given["processes"].whole(1) if "processes" in given else 1
     if gpus and gpus % processes:
         raise given["gpus"].wrong(f"as many GPUs for each of the {processes} processes")
-    return Resources(gpus, processes, given["cpus"].whole(1) if "cpus" in given else None)
+    cpus, timeout = (given[name].whole(1) if name in given else None for name in ("cpus", "timeout"))
+    return Resources(gpus, processes, cpus, timeout)
 
 
 def _exclusion(entry: Entry) -> Exclusion:
