@@ -31,6 +31,7 @@ from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
+from lmms_plugin.ending import ends_the_command
 from lmms_plugin.matching import AT_ONCE, Matcher, is_matcher
 from lmms_plugin.observing import Observer, Wanted
 from lmms_plugin.plain_prompts import TEMPLATES, template_for
@@ -161,9 +162,10 @@ class QuantizedVLM(lmms):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> QuantizedVLM:
         """Take `--model_args`, which win over what lmms-eval's command adds to them (`batch_size`, `device`)."""
-        given = read_arguments(arg_string)
-        added = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        return cls(**{**added, **given})
+        with ends_the_command():
+            given = read_arguments(arg_string)
+            added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+            return cls(**{**added, **given})
 
     @property
     def model(self) -> Any:
