@@ -22,7 +22,7 @@ test: $(VENV)/.dev $(VENV)/.package
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.dev $(VENV)/.package
-	$(BIN)/python -P tests/fuzz.py
+	$(BIN)/python tests/fuzz.py
 
 # Types are checked on the installed package: mypy cannot follow setup.cfg's folder mapping in a checkout.
 check: $(VENV)/.dev $(VENV)/.package

@@ -41,13 +41,13 @@ class Entry:
 
     def wrong(self, expected: str, got: str | None = None) -> ValueError:
         """The error that says what was expected here and what stands here instead."""
-        return ValueError(f"{self.where}: expected {expected}, got {self.shown if got is None else got}")
+        return ValueError(f"{self.where}: expected {expected}, got {self.shown if got is None else got:.200}")
 
     @property
     def shown(self) -> str:
         """The value as a message shows it."""
         if isinstance(self.node, yaml.ScalarNode):
-            return repr(self.plain())
+            return f"{self.plain()!r:.200}"
         return "a list" if isinstance(self.node, yaml.SequenceNode) else "a mapping"
 
     def plain(self) -> Any:

@@ -40,8 +40,8 @@ from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.kernels import default_dtype
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.saving import expect_storable, save_quantized
-from lmms_plugin.reasoning import ANSWER, REMEDY, tokens_among
 from lmms_plugin.readable import readable
+from lmms_plugin.reasoning import ANSWER, REMEDY, tokens_among
 from lmms_plugin.registration import class_name
 from lmms_plugin.requests import Messages, Request, candidates_of, read
 from lmms_plugin.response import MARKER, Response
