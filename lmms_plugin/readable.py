@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
+
 _OWN_WORDS = (OSError, ImportError, MemoryError, RuntimeError)
 """Errors that are none of damage (memory that runs out on a GPU is a `RuntimeError`), or that name the file."""
-_LONGEST = 300
+_LONGEST, _LONGEST_PART = 300, 80
+
+
+def problem(error: ValidationError) -> str:
+    """The first of pydantic's refusals in one short line: entry, what it should be, what it is."""
+    first = error.errors(include_url=False)[0]
+    entry = ".".join(f"{part!s:.{_LONGEST_PART}}" for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{entry}: {message[:_LONGEST]}, got {first['input']!r:.{_LONGEST_PART}}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ metric of what happens to be left of a run is not one of the run.
 import glob
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -20,11 +20,13 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmms_plugin.confidence import obtaining
+from lmms_plugin.readable import problem
 
 Floats = npt.NDArray[np.float64]
 Texts = npt.NDArray[np.str_]
 
 _RESULTS = "_results.json"
+_MOST_DIGITS = 18
 ALL = (None, 0, -1)
 """What lmms-eval takes as `--limit` and `--offset` for all documents."""
 HELD_OUT, REPORTED = "val", "test"
@@ -261,17 +263,15 @@ def table(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is damaged, or none of lmms-eval.
     """
-    results = _json(file, file.read_bytes())
+    results = _json(file, file.read_bytes(), _bounded)
     if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
         raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
     try:
         _Table.model_validate(results)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        entry = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{file} is damaged: {entry}: {first['msg']}, got {first['input']!r:.80}") from error
+        raise ValueError(f"{file} is damaged: {problem(error)}") from error
     if lacking := [task for task in results["n-samples"] if task not in results["configs"]]:
-        raise ValueError(f"{file} is damaged: expected the configuration of {lacking[0]}, got none")
+        raise ValueError(f"{file} is damaged: expected the configuration of {lacking[0]!r:.80}, got none")
     return results
 
 
@@ -515,9 +515,16 @@ def _texts(values: Any) -> Texts:
     return np.array([str(value) for value in values], dtype=np.str_)
 
 
-def _json(where: object, text: bytes) -> dict[str, Any]:
+def _bounded(digits: str) -> int:
+    """A whole number that any number of a table can be computed with."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"expected at most {_MOST_DIGITS} digits, got {digits[:_MOST_DIGITS]}...")
+    return int(digits)
+
+
+def _json(where: object, text: bytes, whole: Callable[[str], int] | None = None) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=whole)
     # Python parses by recursion, and no integer of more than 4,300 digits.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {where}, which is damaged: {error}") from error

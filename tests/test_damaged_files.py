@@ -60,6 +60,8 @@ IN_TABLES = {
     "severity": lambda told: told["configs"]["rec"].update(metadata={"shift": "fog", "severity": None}),
     "settings": lambda told: told.update(config=[]),
     "a limit": lambda told: told["config"].update(limit="8"),
+    "a number without end": lambda told: told["results"]["rec"].update({"mean_iou,none": 10**400}),
+    "a long name": lambda told: told["results"].update({"x" * 5000: None}),
     "throughput": lambda told: told.update(throughput=[1]),
 }
 
@@ -71,6 +73,7 @@ def test_a_results_file_with_something_else_than_a_mapping_is_named(cell, change
         with pytest.raises(ValueError, match=r"damaged|expected") as refused:
             read(table_of(cell))
         assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 1000
 
 
 def test_what_may_be_null_in_a_results_file_may_be(cell):

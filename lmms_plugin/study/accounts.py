@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from lmms_plugin.readable import problem
 from lmms_plugin.study.durable import expect_inside, read_json
 
 _Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -100,7 +101,4 @@ def expect(content: Mapping[str, Any], schema: type[BaseModel], where: object) -
     try:
         schema.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        entry = ".".join(map(str, first["loc"]))
-        message = f"{first['msg'].removeprefix('Value error, ')}, got {first['input']!r:.80}"
-        raise ValueError(f"{where} is damaged: {entry}: {message}") from error
+        raise ValueError(f"{where} is damaged: {problem(error)}") from error
