@@ -339,13 +339,14 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         return None
     if kinds == [int] and isinstance(value, float | str) and _is_whole(value):
         value = int(float(value))
-    if kinds == [float] and isinstance(value, int) and not isinstance(value, bool):
+    # A text of digits may stand for more than any float.
+    if kinds == [float] and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
     if kinds == [str] and isinstance(value, int | float | Path) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, kinds[0]) or (kinds == [int] and isinstance(value, bool)):
         or_auto = " or 'auto'" if name == "batch_size" else ""
-        raise ValueError(f"{name} must be {_WORDS[kinds[0]]}{or_auto}, got {value!r}")
+        raise ValueError(f"{name} must be {_WORDS[kinds[0]]}{or_auto}, got {value!r:.200}")
     return value
 
 
@@ -353,7 +354,7 @@ def _variables(name: str, value: Any) -> Mapping[str, Any] | None:
     """Read variables by name from JSON, or take them as they are."""
     try:
         read = json.loads(value) if isinstance(value, str) and value else value or None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         read = value
     if read is not None and not isinstance(read, Mapping):
         raise ValueError(f'{name} must be a JSON object such as {{"thinking_budget": 512}}, got {value!r}')

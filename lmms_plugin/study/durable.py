@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-_LONGEST = 200
-"""Bytes of a name that leave room for what tells files apart that are being written; systems take 255."""
+_LONGEST, _LONGEST_PART = 200, 255
+"""Bytes of a name that leave room for what tells files apart that are being written, and those that systems take."""
 _SETTLED_NANOSECONDS = 2_000_000_000
 """Some file systems count time in steps of two seconds: within one, a second change leaves no trace."""
 
@@ -50,7 +50,8 @@ def expect_inside(name: str) -> str:
     """
     place = PurePosixPath(name)
     outside = place.is_absolute() or ".." in place.parts or bool(PureWindowsPath(name).drive)
-    if outside or not place.parts or "\\" in name or "\0" in name:
+    too_long = any(len(encoded(part)) > _LONGEST_PART for part in place.parts)
+    if outside or too_long or not place.parts or "\\" in name or "\0" in name:
         raise ValueError(f"expected the path of a file inside the folder, got {name!r:.200}")
     return name
 
