@@ -1,6 +1,7 @@
 # make demo   creates .venv, installs what is locked, runs the main job on the embedded demo, writes demo_output/
 #             (FULL=1: all corruptions)
 # make test   creates .venv, installs what is locked for the tests, runs them against the installed package
+# make fuzz   damaged and made-up files for everything that reads files (FUZZ_MINUTES=10)
 # make check  formatting, lint and types
 # make fresh  installs the wheel without the lock into an environment of its own, and runs the main command there
 # make lock   resolves everything anew and writes constraints.txt
@@ -12,13 +13,16 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find lmms_plugin quant_backends tasks -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CODE := lmms_plugin quant_backends tasks tests bench demo_training .ci
 
-.PHONY: demo test check fresh lock dist format clean
+.PHONY: demo test fuzz check fresh lock dist format clean
 
 demo: $(VENV)/.package
 	$(BIN)/lmms-plugin demo --output demo_output $(if $(FULL),--full)
 
 test: $(VENV)/.dev $(VENV)/.package
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.dev $(VENV)/.package
+	$(BIN)/python tests/fuzz.py
 
 # Types are checked on the installed package: mypy cannot follow setup.cfg's folder mapping in a checkout.
 check: $(VENV)/.dev $(VENV)/.package

@@ -14,14 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from lmms_plugin.located import text_of
 from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
+from lmms_plugin.study.durable import expect_inside, read_json
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEMO = "demo"
+_TOLD = (
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+"""What a checkpoint says of itself; each is a JSON object."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +244,7 @@ class ModelArguments:
         if not self.system_prompt:
             return None
         if len(self.system_prompt) < 256 and Path(self.system_prompt).is_file():
-            return Path(self.system_prompt).read_text(encoding="utf-8").strip()
+            return text_of(Path(self.system_prompt)).strip()
         return self.system_prompt.replace("\\n", "\n")
 
 
@@ -280,12 +287,29 @@ def _expect_whole(folder: Path) -> None:
     """Refuse weights of which a part is missing, which a download or a copy that broke off leaves behind."""
     from safetensors import SafetensorError, safe_open
 
+    for file in (folder / name for name in _TOLD if (folder / name).is_file()):
+        try:
+            read_json(file)
+        except ValueError as error:
+            raise ValueError(f"pretrained: {error}") from error
+    for file in sorted(folder.glob("*.safetensors.index.json")):
+        _expect_shards(file)
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy"):
                 pass
         except SafetensorError as error:
             raise ValueError(f"pretrained: {file} is damaged or cut off ({error})") from error
+
+
+def _expect_shards(index: Path) -> None:
+    """Refuse an index of weights that names none, or files that are not there."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(f"pretrained: expected the file of each weight under weight_map in {index}")
+    for shard in sorted(set(shards.values())):
+        if not (index.parent / expect_inside(shard)).is_file():
+            raise ValueError(f"pretrained: {index} names {shard}, which is not there")
 
 
 def _expect_writable(name: str, file: Path) -> None:
@@ -319,13 +343,14 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         return None
     if kinds == [int] and isinstance(value, float | str) and _is_whole(value):
         value = int(float(value))
-    if kinds == [float] and isinstance(value, int) and not isinstance(value, bool):
+    # A text of digits may stand for more than any float.
+    if kinds == [float] and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
     if kinds == [str] and isinstance(value, int | float | Path) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, kinds[0]) or (kinds == [int] and isinstance(value, bool)):
         or_auto = " or 'auto'" if name == "batch_size" else ""
-        raise ValueError(f"{name} must be {_WORDS[kinds[0]]}{or_auto}, got {value!r}")
+        raise ValueError(f"{name} must be {_WORDS[kinds[0]]}{or_auto}, got {value!r:.200}")
     return value
 
 
@@ -333,7 +358,7 @@ def _variables(name: str, value: Any) -> Mapping[str, Any] | None:
     """Read variables by name from JSON, or take them as they are."""
     try:
         read = json.loads(value) if isinstance(value, str) and value else value or None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         read = value
     if read is not None and not isinstance(read, Mapping):
         raise ValueError(f'{name} must be a JSON object such as {{"thinking_budget": 512}}, got {value!r}')

@@ -14,6 +14,7 @@ import typer
 from lmms_plugin.export import commands as export_commands
 from lmms_plugin.report.commands import report
 from lmms_plugin.study.commands import app as study
+from lmms_plugin.terminal import write_anything
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 export_commands.register(app)
@@ -306,16 +307,16 @@ def _print_json(value: object) -> None:
 
 
 def _print_tables(*tables: object) -> None:
-    from rich.console import Console
+    from lmms_plugin.terminal import console
 
-    # Tables that go to a file or a pipe must not be cut to the 80 columns assumed for it.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    terminal = console()
     for table in tables:
-        console.print(table)
+        terminal.print(table)
 
 
 def main() -> None:
     """Entry point: errors a user can cause become one line and exit status 2."""
+    write_anything()
     try:
         app()
     except SystemExit as status:

@@ -223,5 +223,8 @@ def _opened(file: Path, read: Callable[[Any], Read]) -> Read:
     try:
         with safe_open(file, framework="pt") as opened:
             return read(opened)
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except OSError:
+        raise
+    # Its metadata may say anything.
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error

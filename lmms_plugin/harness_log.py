@@ -4,6 +4,8 @@ import re
 import signal
 from itertools import pairwise
 
+from lmms_plugin import ending
+
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _BAR = re.compile(r"(Answering|Postprocessing)[^:\r\n]*: *\d+%\|[^|\r\n]*\| *(\d+)/(\d+) ")
 _TOLD = re.compile(r"Error during evaluation: (.*?)(?:\.? Please set `--verbosity=DEBUG`.*)?$")
@@ -37,7 +39,7 @@ def last_error(log: str) -> str | None:
     written = [line.strip() for line in lines(log) if line.strip()]
     # What tenacity raises after the last try names no reason; what it was raised from is told above it.
     for line in reversed([line for line in written if "RetryError[" not in line]):
-        if told := _TOLD.search(line):
+        if told := _TOLD.search(line) or ending.LINE.match(line):
             return told[1]
         if _RAISED.match(line):
             return line

@@ -31,6 +31,7 @@ from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.chat import Batch, Chat
 from lmms_plugin.decoding import Answer, Decoder, Score
 from lmms_plugin.dialects import Dialect, dialect_for
+from lmms_plugin.ending import ends_the_command
 from lmms_plugin.matching import AT_ONCE, Matcher, is_matcher
 from lmms_plugin.observing import Observer, Wanted
 from lmms_plugin.plain_prompts import TEMPLATES, template_for
@@ -39,6 +40,7 @@ from lmms_plugin.quant_backends import get, names, option_types
 from lmms_plugin.quant_backends.kernels import default_dtype
 from lmms_plugin.quant_backends.loading import load_quantized
 from lmms_plugin.quant_backends.saving import expect_storable, save_quantized
+from lmms_plugin.readable import readable
 from lmms_plugin.reasoning import ANSWER, REMEDY, tokens_among
 from lmms_plugin.registration import class_name
 from lmms_plugin.requests import Messages, Request, candidates_of, read
@@ -161,9 +163,10 @@ class QuantizedVLM(lmms):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> QuantizedVLM:
         """Take `--model_args`, which win over what lmms-eval's command adds to them (`batch_size`, `device`)."""
-        given = read_arguments(arg_string)
-        added = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        return cls(**{**added, **given})
+        with ends_the_command():
+            given = read_arguments(arg_string)
+            added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+            return cls(**{**added, **given})
 
     @property
     def model(self) -> Any:
@@ -488,10 +491,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
     remote = {"trust_remote_code": arguments.trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **remote)
+    with readable(f"{path}: config.json"):
+        config = AutoConfig.from_pretrained(path, **remote)
     declared = arguments.dialect or getattr(config, "grounding_dialect", None)
     dialect = dialect_for(config.model_type, declared)
-    processor = AutoProcessor.from_pretrained(path, **remote)
+    with readable(f"{path}: its processor or tokenizer"):
+        processor = AutoProcessor.from_pretrained(path, **remote)
     plain, apart = template_for(processor), bool(getattr(config, "is_encoder_decoder", False))
     templated = chat_templates.is_for(processor, dialect)
     chat_templates.adopt(processor, dialect, path)

@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.dealing import deal_by_image
+from lmms_plugin.ending import ends_the_command
 from lmms_plugin.quant_backends import names
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def make_tasks_visible() -> None:
 
     If lmms-eval's methods are not those expected, warns and names `--include_path` instead of patching blindly.
     """
+    from lmms_eval.api.task import ConfigurableTask
     from lmms_eval.tasks import TaskManager
 
     if getattr(TaskManager.initialize_tasks, _MARK, False):
@@ -96,6 +98,8 @@ def make_tasks_visible() -> None:
     _wrap(TaskManager, "initialize_tasks", _indexing_ours)
     _wrap(TaskManager, "_get_config", _filling_in_cells)
     _wrap(TaskManager, "load_task_or_group", _explaining_data_errors)
+    if list(inspect.signature(ConfigurableTask.set_config).parameters) == ["self", "key", "value", "update"]:
+        _wrap(ConfigurableTask, "set_config", _refusing_examples)
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -136,16 +140,36 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_task_or_group(self: Any, task_list: Any = None, task_type: str = "simple") -> dict[str, Any]:
         from tenacity import RetryError
 
+        from lmms_plugin.tasks.images import DatasetError
+
         try:
             loaded: dict[str, Any] = original(self, task_list, task_type)
+        except DatasetError:
+            with ends_the_command():
+                raise
         except (RetryError, ImportError, KeyError) as error:
             explained = _data_error(error, task_list)
             if explained is None:
                 raise
-            raise explained from error
+            with ends_the_command():
+                raise explained from error
         return loaded
 
     return load_task_or_group
+
+
+def _refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
+    def set_config(self: Any, key: str, value: Any, update: bool = False) -> None:
+        scoring = self.config.process_results
+        module = getattr(getattr(scoring, "func", scoring), "__module__", None) or ""
+        if key == "num_fewshot" and value and module.startswith("lmms_plugin."):
+            with ends_the_command():
+                raise ValueError(
+                    f"--num_fewshot: expected 0 or nothing, got {value}: {self.config.task} takes no examples"
+                )
+        original(self, key, value, update)
+
+    return set_config
 
 
 def _data_error(error: BaseException, task_list: Any) -> Exception | None:

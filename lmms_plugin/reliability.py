@@ -20,7 +20,7 @@ from rich.table import Table
 from lmms_plugin import metrics
 from lmms_plugin.chance import uniform
 from lmms_plugin.metrics import robustness
-from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap, interval
+from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, affordable, bootstrap, interval
 from lmms_plugin.metrics.posthoc import CALIBRATORS
 from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.selective import COSTS, RISKS
@@ -62,6 +62,7 @@ class Settings:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        affordable(self.resamples)
         if not 0.0 < self.held_out < 1.0:
             raise ValueError(f"expected the share of held-out images in (0, 1), got {self.held_out}")
         if not 0.5 < self.level < 1.0:

@@ -8,7 +8,7 @@ metric of what happens to be left of a run is not one of the run.
 import glob
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -17,13 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmms_plugin.confidence import obtaining
+from lmms_plugin.readable import problem
 
 Floats = npt.NDArray[np.float64]
 Texts = npt.NDArray[np.str_]
 
 _RESULTS = "_results.json"
+_MOST_DIGITS = 18
+ALL = (None, 0, -1)
+"""What lmms-eval takes as `--limit` and `--offset` for all documents."""
 HELD_OUT, REPORTED = "val", "test"
 """Parts of a task that brings its own split: thresholds are chosen on the first and results reported on the second."""
 
@@ -155,7 +160,7 @@ class Run:
         file: Its results file.
         model: Name of the model in lmms-eval.
         model_args: Its arguments, as text.
-        limit: Documents per task that the run was limited to; None for all.
+        limit: Documents per task that the run was limited to, or the share of them below 1; None for all.
         tasks: Task name → records, for tasks of ours.
         others: Tasks that log no records of ours.
         results: Task name → metric → value of lmms-eval's table.
@@ -227,15 +232,46 @@ def read_one(path: Path) -> Run:
     return read(files[0])
 
 
+class _Counts(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    effective: int
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    model: str | None = None
+    limit: float | None = Field(None, allow_inf_nan=False)
+
+
+class _Table(BaseModel):
+    """What is read of a results file; strict, for no number is a text."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    results: dict[str, dict[str, Any]]
+    configs: dict[str, dict[str, Any]]
+    counts: dict[str, _Counts] = Field(alias="n-samples")
+    config: _Asked | None = None
+    throughput: dict[str, Any] | None = None
+
+
 def table(file: Path) -> dict[str, Any]:
     """What a results file says.
 
     Raises:
         ValueError: If it is damaged, or none of lmms-eval.
     """
-    results = _json(file, file.read_bytes())
+    results = _json(file, file.read_bytes(), _bounded)
     if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
         raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
+    try:
+        _Table.model_validate(results)
+    except ValidationError as error:
+        raise ValueError(f"{file} is damaged: {problem(error)}") from error
+    if lacking := [task for task in results["n-samples"] if task not in results["configs"]]:
+        raise ValueError(f"{file} is damaged: expected the configuration of {lacking[0]!r:.80}, got none")
     return results
 
 
@@ -255,16 +291,22 @@ def read(file: Path) -> Run:
             others.append(task)
         else:
             tasks[task] = records
-    config = results.get("config", {})
+    config = results.get("config") or {}
     return Run(
         file,
-        str(config.get("model", "")),
+        str(config.get("model") or ""),
         str(config.get("model_args", "")),
-        config.get("limit"),
+        limit_of(config),
         MappingProxyType(tasks),
         tuple(others),
         results["results"],
     )
+
+
+def limit_of(config: Mapping[str, Any]) -> float | None:
+    """Documents per task, or their share below 1, that a run was limited to; None for all, however that was said."""
+    limit: float | None = config.get("limit")
+    return None if limit in ALL else limit
 
 
 def read_task(file: Path, results: Mapping[str, Any], task: str) -> TaskRecords | None:
@@ -340,8 +382,7 @@ def _agree(records: TaskRecords, table: Mapping[str, Any], log: Path) -> None:
 
 def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None:
     if not log.exists():
-        ours = {entry["metric"] for entry in config.get("metric_list") or ()}
-        if any(kind.record in ours for kind in KINDS) and {"ece", "rejection_auroc"} & ours:
+        if _is_ours(config):
             raise ValueError(f"expected the log of samples {log}: run lmms-eval with --log_samples")
         return None
     rows = _rows(log)
@@ -349,6 +390,8 @@ def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None
     if first is None:
         raise ValueError(f"expected documents in {log}, got an empty file")
     kind = next((kind for kind in KINDS if is_record(first.get(kind.record), kind)), None)
+    if kind is None and _is_ours(config):
+        raise ValueError(f"expected a record of this package in the first line of {log}, got none")
     if kind is None:
         return None
     # Everything but the records is let go at once: logs hold prompts and whole answers.
@@ -373,6 +416,14 @@ def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None
     )
 
 
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether a task logs records of ours, by its configuration; tasks of others may say their metrics in any way."""
+    listed = config.get("metric_list")
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    metrics = {str(entry.get("metric")) for entry in entries}
+    return any(kind.record in metrics for kind in KINDS) and bool({"ece", "rejection_auroc"} & metrics)
+
+
 def _rows(log: Path) -> Iterator[dict[str, Any]]:
     # A file's own lines: str.splitlines would also part an answer at a separator that JSON leaves as it is.
     with log.open("rb") as lines:
@@ -395,21 +446,25 @@ def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
 
 def _fractions(name: str, values: list[Any], ids: Sequence[str] | Texts, log: Path, *, missing: bool = False) -> Floats:
     numbers = all(isinstance(value, float | int) for value in values)
-    array = np.array(values if numbers else [math.inf], dtype=np.float64)
+    # JSON's whole numbers may be larger than any that numpy takes.
+    bounded = [math.inf if isinstance(value, int) and not 0 <= value <= 1 else value for value in values]
+    array = np.array(bounded if numbers else [math.inf], dtype=np.float64)
     bad = ~((array >= 0.0) & (array <= 1.0)) & ~(np.isnan(array) & missing)
     if bad.any():
         worst = int(bad.argmax()) if numbers else [isinstance(value, float | int) for value in values].index(False)
-        raise ValueError(f"expected {name} in [0, 1] for {ids[worst]} in {log}, got {values[worst]!r}")
+        raise ValueError(f"expected {name} in [0, 1] for {ids[worst]} in {log}, got {values[worst]!r:.80}")
     return array
 
 
 def place_of(config: Mapping[str, Any]) -> Place:
     """What a task asks about, by its configuration in a results file."""
     metadata = config.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"expected a mapping as metadata of a task, got {metadata!r:.80}")
     # Local copies of all datasets are loaded as "parquet".
     dataset = metadata.get("dataset") or config.get("dataset_path")
     place = str(dataset), str(config.get("test_split"))
-    kinds = [(metadata[key], int(metadata[of])) for key, of in _SHIFT_KEYS if metadata.get(key) is not None]
+    kinds = [_shift(metadata, key, of) for key, of in _SHIFT_KEYS if metadata.get(key) is not None]
     if not kinds:
         return Place(*place, None, None)
     name, severity = "_and_".join(name for name, _ in kinds), kinds[0][1]
@@ -417,6 +472,13 @@ def place_of(config: Mapping[str, Any]) -> Place:
         name += f"_{kinds[-1][1]}"
     which = SHIFTED[2] if len(kinds) == 2 else SHIFTED["text_shift" in metadata]
     return Place(*place, name, severity, which)
+
+
+def _shift(metadata: Mapping[str, Any], key: str, of: str) -> tuple[str, int]:
+    name, severity = metadata[key], metadata.get(of)
+    if not isinstance(name, str) or not isinstance(severity, int):
+        raise ValueError(f"expected a name as {key} and a whole number as {of}, got {name!r:.80} and {severity!r:.80}")
+    return name, severity
 
 
 def is_record(value: Any, kind: Kind) -> bool:
@@ -429,7 +491,15 @@ def _record(row: Mapping[str, Any], kind: Kind, log: Path) -> dict[str, Any]:
     record = row.get(kind.record)
     if not is_record(record, kind):
         raise ValueError(f"expected a record under {kind.record!r} for document {row.get('doc_id')} in {log}")
-    return {**(record or {}), "doc_id": row.get("doc_id", -1)}
+    number, confidence = row.get("doc_id", -1), (record or {}).get("confidence")
+    wrong = not isinstance(number, int) or abs(number) >= 2**63
+    if (
+        wrong
+        or not (confidence is None or isinstance(confidence, dict))
+        or (kind.outcome and "pair" not in (record or {}))
+    ):
+        raise ValueError(f"expected a whole record under {kind.record!r} for document {number!r:.80} in {log}")
+    return {**(record or {}), "doc_id": number}
 
 
 def _is_answer(record: Mapping[str, Any]) -> bool:
@@ -445,10 +515,18 @@ def _texts(values: Any) -> Texts:
     return np.array([str(value) for value in values], dtype=np.str_)
 
 
-def _json(where: object, text: bytes) -> dict[str, Any]:
+def _bounded(digits: str) -> int:
+    """A whole number that any number of a table can be computed with."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"expected at most {_MOST_DIGITS} digits, got {digits[:_MOST_DIGITS]}...")
+    return int(digits)
+
+
+def _json(where: object, text: bytes, whole: Callable[[str], int] | None = None) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(text, parse_int=whole)
+    # Python parses by recursion, and no integer of more than 4,300 digits.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {where}, which is damaged: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object in {where}, got {text[:60]!r}")

@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from lmms_plugin.chance import uniform
 from lmms_plugin.features import Features, Origin
+from lmms_plugin.readable import readable
 
 Floats = npt.NDArray[np.float64]
 METADATA = "selector"
@@ -213,10 +214,11 @@ class Selector:
             raise ValueError(f"selector: {path} is damaged: {error}") from error
         if METADATA not in metadata:
             raise ValueError(f"selector: {path} was not written by `lmms-plugin selector fit`")
-        record = _record(json.loads(metadata[METADATA]))
-        seen = frozenset(tensors.pop("seen").tolist())
-        network = Network(tensors["mean"].numel(), record.settings.hidden, record.settings.dropout)
-        network.load_state_dict(tensors)
+        with readable(f"selector: {path}"):
+            record = _record(json.loads(metadata[METADATA]))
+            seen = frozenset(tensors.pop("seen").tolist())
+            network = Network(tensors["mean"].numel(), record.settings.hidden, record.settings.dropout)
+            network.load_state_dict(tensors)
         return cls(network.eval(), record, seen)
 
 

@@ -9,7 +9,6 @@ seen: importances of a forest that predicts nothing mean nothing.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,10 +23,12 @@ from joblib import Parallel, delayed
 from rich.table import Table
 
 from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.metrics.bootstrap import affordable
 from lmms_plugin.quant_backends import get, option_types
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.results import find
+from lmms_plugin.results import table as results_table
 
 Floats = npt.NDArray[np.float64]
 
@@ -154,6 +155,7 @@ def analyse(grid: Grid, *, resamples: int = RESAMPLES, seed: int = 0, workers: i
     Raises:
         ValueError: The grid is too small, a score is not finite, or the score is the same everywhere.
     """
+    affordable(resamples)
     n = len(grid.scores)
     if n < LEAST_CELLS or not grid.components:
         raise ValueError(f"{grid.name}: expected at least {LEAST_CELLS} runs that differ in bits, got {n}")
@@ -185,7 +187,7 @@ def read(path: Path) -> tuple[list[Cell], list[str]]:
     """
     cells, left_out = [], []
     for file in find(path):
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = results_table(file)
         try:
             cells.append(_cell(results))
         except ValueError as error:
@@ -230,10 +232,17 @@ def table(found: Sensitivity) -> Table:
 
 def draw(found: Sensitivity, file: Path) -> None:
     """Draw importances with their intervals, and beside them the scores by the bits of each component."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # Names are data: a dollar sign begins no formula.
+    with rc_context({"text.parse_math": False}):
+        _figure(found, Figure).savefig(file, dpi=150)
+
+
+def _figure(found: Sensitivity, make: Any) -> Any:
     k = len(found.importances)
-    figure = Figure(figsize=(3.2 * (k + 1), 3.4), layout="constrained")
+    figure = make(figsize=(3.2 * (k + 1), 3.4), layout="constrained")
     axes = figure.subplots(1, k + 1)
     names = [one.component for one in found.importances]
     consensus = np.array([one.consensus for one in found.importances])
@@ -250,7 +259,7 @@ def draw(found: Sensitivity, file: Path) -> None:
         axis.set(title=f"{name} bits", xlabel="bits per weight")
     axes[1].set_ylabel(found.grid.name.rpartition(" ")[2])
     figure.suptitle(f"{found.grid.name}; R² on unseen runs {found.r2:.2f}", fontsize=9)
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -288,7 +297,7 @@ def _cell(results: Mapping[str, Any]) -> Cell:
         (task, key.partition(",")[0]): float(value)
         for task, values in results["results"].items()
         for key, value in values.items()
-        if isinstance(value, int | float) and "stderr" not in key
+        if isinstance(value, int | float) and abs(value) < 2**63 and "stderr" not in key
     }
     return Cell(
         _different({name: getattr(arguments, name) for name in _OF_THE_MODEL}) or "the default model",

@@ -70,7 +70,7 @@ def read_use(path: Path) -> dict[str, tuple[int, ...]]:
         raise FileNotFoundError(f"use: there is no report {str(path)!r}")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"use: {path} is not JSON: {error}") from error
     layers = report.get("experts") if isinstance(report, dict) else None
     if not layers:

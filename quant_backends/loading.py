@@ -27,6 +27,7 @@ from lmms_plugin.quant_backends.probe import expect_sound
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.report import CalibrationReport, QuantReport
 from lmms_plugin.quant_backends.stored_formats import quantization_of
+from lmms_plugin.readable import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,9 +158,11 @@ def _calibration(
 def _describe(path: str, trust_remote_code: bool, processor: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoProcessor
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with readable(f"{path}: config.json"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if processor is None:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with readable(f"{path}: its processor or tokenizer"):
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     return config, processor
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
+import regex
 
+from lmms_plugin.located import load
 from lmms_plugin.quant_backends.role_plan import ROUTER_REASON, Place, RolePlan, read_roles
 from lmms_plugin.quant_backends.specs import UNTOUCHED_BITS, QuantSpec, expect_keys, read_spec, write_spec
 
@@ -19,6 +19,9 @@ Component = Literal["vision", "connector", "language", "head", "audio", "unused"
 
 COMPONENTS: tuple[Component, ...] = ("vision", "connector", "language", "head")
 """What a plan can ask for. An audio tower and unused layers, which neither image nor answer passes, need rules."""
+
+MOST_LETTERS, MOST_SECONDS = 1000, 2.0
+"""Of a rule's regular expression, and of its search in one name."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,26 @@ class Rule:
     spec: QuantSpec | None
 
     def __post_init__(self) -> None:
+        if len(self.pattern) > MOST_LETTERS:
+            raise ValueError(f"plan rule {self.pattern[:60]!r}... is longer than {MOST_LETTERS} letters")
         try:
-            re.compile(self.pattern)
-        except re.error as error:
+            regex.compile(self.pattern)
+        except (regex.error, OverflowError, RecursionError, MemoryError) as error:
             raise ValueError(f"plan rule {self.pattern!r} is not a regular expression: {error}") from error
 
     def matches(self, module_name: str) -> bool:
-        """Return whether the rule speaks about this module."""
-        return re.search(self.pattern, module_name) is not None
+        """Return whether the rule speaks about this module.
+
+        Raises:
+            ValueError: Nested repetitions make the search take too long.
+        """
+        try:
+            return regex.search(self.pattern, module_name, timeout=MOST_SECONDS) is not None
+        except TimeoutError as error:
+            raise ValueError(
+                f"plan rule {self.pattern!r} took more than {MOST_SECONDS:g} s on {module_name!r}: expected a regular"
+                " expression without repetitions of repetitions"
+            ) from error
 
 
 class Assignment(NamedTuple):
@@ -146,10 +161,7 @@ class QuantPlan:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"plan file {str(path)!r} does not exist")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"plan file {path} is not YAML: {error}") from error
+        content = load(path).plain()
         expect_keys(content, {"components", "roles", "rules", "skip"}, str(path))
         named = content.get("components") or {}
         expect_keys(named, set(COMPONENTS), f"{path}: components")
@@ -158,11 +170,11 @@ class QuantPlan:
         }
         entries = content.get("rules") or []
         if not isinstance(entries, list):
-            raise ValueError(f"{path}: rules must be a list of mappings, got {entries!r}")
+            raise ValueError(f"{path}: rules must be a list of mappings, got {entries!r:.200}")
         rules = tuple(_read_rule(entry, default, str(path)) for entry in entries)
         skip = content.get("skip") or []
         if not isinstance(skip, list) or not all(isinstance(pattern, str) for pattern in skip):
-            raise ValueError(f"{path}: skip must be a list of regular expressions, got {skip!r}")
+            raise ValueError(f"{path}: skip must be a list of regular expressions, got {skip!r:.200}")
         roles = read_roles(content["roles"], default, path) if content.get("roles") else None
         return cls(**specs, rules=rules, skip=tuple(skip), roles=roles)
 
@@ -264,7 +276,7 @@ def _read_rule(entry: object, default: QuantSpec, where: str) -> Rule:
     expect_keys(entry, {"match", "skip", "bits", "group_size", "symmetric"}, f"{where}: rule")
     assert isinstance(entry, dict)
     if not isinstance(entry.get("match"), str):
-        raise ValueError(f"{where}: rule {entry!r} needs a regular expression under 'match'")
+        raise ValueError(f"{where}: rule {entry!r:.200} needs a regular expression under 'match'")
     rest = {key: value for key, value in entry.items() if key not in ("match", "skip")}
     if entry.get("skip"):
         if rest:

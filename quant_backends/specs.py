@@ -26,15 +26,15 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if not is_int(self.bits) or not (2 <= self.bits <= 8 or self.bits == UNTOUCHED_BITS):
-            raise ValueError(f"bits must be an integer from 2 to 8, or 16 for untouched, got {self.bits!r}")
+            raise ValueError(f"bits must be an integer from 2 to 8, or 16 for untouched, got {self.bits!r:.200}")
         if self.group_size == -1:
             object.__setattr__(self, "group_size", None)
         if self.group_size is not None and (not is_int(self.group_size) or self.group_size < 1):
             raise ValueError(
-                f"group_size must be a positive integer, or -1 for one group per row, got {self.group_size!r}"
+                f"group_size must be a positive integer, or -1 for one group per row, got {self.group_size!r:.200}"
             )
         if not isinstance(self.symmetric, bool):
-            raise ValueError(f"symmetric must be True or False, got {self.symmetric!r}")
+            raise ValueError(f"symmetric must be True or False, got {self.symmetric!r:.200}")
 
     @property
     def untouched(self) -> bool:
@@ -50,7 +50,7 @@ def is_int(value: object) -> TypeGuard[int]:
 def expect_keys(entry: object, known: set[str], where: str) -> None:
     """Refuse an entry of a plan file that is no mapping, or holds other keys than `known`."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected a mapping with {', '.join(sorted(known))}, got {entry!r}")
+        raise ValueError(f"{where}: expected a mapping with {', '.join(sorted(known))}, got {entry!r:.200}")
     unknown = sorted(str(key) for key in entry if key not in known)
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r} (known: {', '.join(sorted(known))})")

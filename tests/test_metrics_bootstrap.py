@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmms_plugin import metrics
+from lmms_plugin import metrics, reliability, sensitivity
 from lmms_plugin.metrics.bootstrap import Clusters, Resampled, bootstrap, interval, p_value
 from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.selective import RISKS
 from lmms_plugin.metrics.weighted import Binned, Gains, Localised, Means, Smooth
+from lmms_plugin.study import against_reference
 
 THRESHOLDS = {0.05: 0.7, 0.2: 0.4}
 GAINS = {1.0: 0.5, 10.0: 0.8}
@@ -270,3 +271,16 @@ def test_clusters_of_labels():
     clusters = Clusters.of(["b", "a", "b"])
     assert clusters.index.tolist() == [1, 0, 1]
     assert clusters.count == 2
+
+
+def test_more_resamples_than_anyone_can_wait_for_are_refused():
+    made = (
+        lambda count: bootstrap([], 6, resamples=count),
+        lambda count: reliability.Settings(resamples=count),
+        lambda count: sensitivity.analyse(None, resamples=count),
+        lambda count: against_reference.Question.parse({"question": "q", "metrics": ["ece"], "resamples": count}),
+    )
+    for make in made:
+        for count in (10**14, 1_000_001, 0, -1):
+            with pytest.raises(ValueError, match="resamples"):
+                make(count)

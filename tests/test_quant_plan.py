@@ -118,7 +118,7 @@ def test_plan_file(plan_file):
         ("rules: 5", "rules must be a list"),
         ("skip: lm_head", "skip must be a list"),
         ("skip: {lm_head: true}", "skip must be a list"),
-        ("a: [", "not YAML"),
+        ("a: [", "expected YAML"),
     ],
 )
 def test_bad_plan_files_name_file_and_entry(plan_file, text, message):

@@ -31,7 +31,7 @@ FILES = len(CELLS) * (1 + len(report_study.TASKS))
 
 @pytest.fixture(autouse=True)
 def times_are_trusted_at_once(monkeypatch):
-    monkeypatch.setattr(kept, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", -1)
 
 
 @pytest.fixture
@@ -163,10 +163,10 @@ def test_a_change_that_leaves_size_and_time_is_seen(study):
 
 
 def test_times_of_a_file_that_has_just_changed_are_not_trusted(study, monkeypatch):
-    monkeypatch.setattr(kept, "_SETTLED_NANOSECONDS", 3_600_000_000_000)
+    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", 3_600_000_000_000)
     reading.read_folder(study, SETTINGS)
     assert hashed(study) == hashed(study) == FILES
-    monkeypatch.setattr(kept, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", -1)
     assert (hashed(study), hashed(study)) == (FILES, 0)
 
 

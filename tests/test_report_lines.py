@@ -1,13 +1,14 @@
 """Which runs the report takes together, and which 16-bit run it compares them with."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 import report_study
 import test_results
 
 from lmms_plugin import reliability
-from lmms_plugin.report import page, reading
+from lmms_plugin.report import building, contents, drawing, page, reading
 from lmms_plugin.report.axes import Config
 from lmms_plugin.report.measuring import CLEAN
 from lmms_plugin.report.summary import summarise
@@ -198,3 +199,48 @@ def test_a_task_of_which_only_the_held_out_part_was_run_is_left_out(tmp_path):
     test_results.write(tmp_path / "run", {"rec": test_results.answers(0.8), "vqa": [answered(k) for k in range(12)]})
     (run,) = reading.read_folder(tmp_path, SETTINGS).runs
     assert (list(run.tasks), run.others) == (["rec"], ("vqa",))
+
+
+LONG = "bitsandbytes+bnb_4bit_quant_type=nf4+bnb_4bit_use_double_quant=True"
+"""A study's own name for a method with two options."""
+
+
+@pytest.mark.parametrize("name", [LONG, "$x", r"$\frac{$", "a$b$c", "m" * 400, "a\x00b\ud800", "[/x]", "<b>&amp;"])
+def test_any_name_can_be_drawn(tmp_path, name):
+    study = tmp_path / "study"
+    tasks = {"shapes_rec": None, "shapes_shift_fog_3": ("fog", 3)}
+    write_cell(study, "none", report_study.axes(model=name), tasks=tasks)
+    given = report_study.axes("rtn", 4, model=name) | {"method": name}
+    write_cell(study, "rtn", given, skill=0.6, model="quant_rtn", tasks=tasks)
+    (study / "cells" / "rtn" / "quant_report.json").write_text(
+        json.dumps({"modules": [{"name": name, "relative_error": 0.1}]})
+    )
+    output, figures = tmp_path / "page.html", tmp_path / "figures"
+    for _ in building.build(study, output, SETTINGS, title=None, figures=figures, pictures=0):
+        pass
+    assert output.read_bytes().decode().count("<svg class") > 5
+    for file in figures.glob("*.svg"):
+        ElementTree.parse(file)
+    assert len([*figures.glob("*.png")]) == len([*figures.glob("*.svg")]) > 5
+
+
+def test_a_short_name_keeps_what_tells_it_apart():
+    names = [LONG, LONG.replace("True", "False"), LONG.replace("nf4", "fp4")]
+    assert all(len(drawing.short(name)) == 30 for name in names)
+    assert drawing.short(names[0]) != drawing.short(names[1])
+    assert drawing.short("awq 4") == "awq 4"
+    assert drawing.slug("m" * 400) != drawing.slug("m" * 401)
+    assert len(drawing.slug("m" * 400)) == 69
+
+
+@pytest.mark.parametrize(
+    ("limit", "shown", "warned"), [(None, "all", False), (-1, "all", False), (0, "all", False), (0.01, "1 %", True)]
+)
+def test_all_documents_are_no_limit_and_a_share_is_one(tmp_path, limit, shown, warned):
+    write(tmp_path, "run", 0.8, "quant_none", "pretrained=demo", limit=limit)
+    summary = summary_of(tmp_path)
+    assert [row[4].text for row in contents.runs(summary).rows] == [shown]
+    assert any("stopped early" in line for line in page.warnings(summary)) == warned
+    assert summary.lines[0].limited == warned
+    options = summary.runs[0].axes.config.options
+    assert options == (("limit=0.01",) if warned else ())

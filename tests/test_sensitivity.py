@@ -77,6 +77,8 @@ def test_what_cannot_be_analysed_is_refused(grid, message):
 def write(folder, model, arguments, score, name):
     folder.mkdir(exist_ok=True)
     content = {
+        "configs": {},
+        "n-samples": {},
         "results": {"gqa": {"alias": "gqa", "exact_match,none": score, "exact_match_stderr,none": 0.1}},
         "config": {"model": model, "model_args": arguments},
     }

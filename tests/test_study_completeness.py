@@ -111,7 +111,7 @@ def test_many_missing_cells_are_counted_and_the_first_named(tmp_path: Path, plan
 def test_cells_count_by_their_place_and_the_newest_of_several(tmp_path: Path, planned: tuple[Cell, ...]) -> None:
     for name, moment in (("new", "2026-02-01"), ("old", "2026-01-01")):
         write(tmp_path, planned[1], name)
-        (tmp_path / "cells" / name / DONE).write_text(json.dumps({"finished": moment}))
+        (tmp_path / "cells" / name / DONE).write_text(json.dumps({"seconds": 1.0, "finished": moment, "files": {}}))
     write_cell(tmp_path, "limited", planned[0].axes.to_dict(), outcomes(40, 9, 8, 7), limit=40)
     write_cell(tmp_path, "other-tasks", planned[2].axes.to_dict(), {CLEAN: outcomes(40, 9, 8, 7)[CLEAN]})
     found = coverage(StudyFolder(tmp_path), planned)

@@ -2,11 +2,16 @@
 
 import re
 import textwrap
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from lmms_plugin.located import load
+from lmms_plugin.quant_backends import plan as plan_module
+from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec, Rule
 from lmms_plugin.study import conclusions, planning
 from lmms_plugin.study.expansion import cells
 from lmms_plugin.study.grid import Axes, Cell
@@ -297,7 +302,7 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
         ("modles: [demo]", "1:1", "did you mean 'models'?"),
         ("models: [demo]\nmodels: [demo]", "2:1", "'models' twice"),
         (SHARED + "grids: [&a {methods: [rtn]}, {<<: *a, bits: [3], bits: [4]}]", "3:50", "'bits' twice"),
-        (SHARED + "grids: [{<<: 3, methods: [rtn]}]", "3:14", "a mapping or list of mappings for merging"),
+        (SHARED + "grids: [{<<: 3, methods: [rtn]}]", "3:14", "a mapping to take over"),
         ("models: [demo]\ntasks: [shapes_rec]", "1:1", "'methods'"),
         (SHARED + "methods: [rtn, aqw]", "3:16", "did you mean 'awq'?"),
         (SHARED + "methods: [rtn]\nbits: [4, 9]", "4:11", "bits must be an integer from 2 to 8"),
@@ -310,7 +315,7 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
         (SHARED + "methods: [awq]\ncalibration: [nose]", "4:15", "did you mean 'noise'?"),
         (SHARED + "methods: [awq]\ncalibration: [none]", "4:15", "a source of calibration inputs"),
         (SHARED + "methods: [awq]\nseeds: [0, -1]", "4:12", "a whole number from 0, got -1"),
-        (SHARED + "methods: [rtn]\nlimit: 0", "4:8", "a whole number from 1, got 0"),
+        (SHARED + "methods: [rtn]\nlimit: 0", "4:8", "a whole number from 1 to 1000000, got 0"),
         (SHARED + "methods: [rtn]\nmodel_args: {bits: 3}", "4:20", "no axis of the study"),
         (SHARED + "methods: [rtn]\nmodel_args: {system_prompt: 'a, b'}", "4:29", "without commas"),
         (SHARED + "methods: [{method: awq, clap: 1}]", "3:31", "did you mean 'clip'?"),
@@ -334,7 +339,7 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
             "3:27",
             "differ in axes, tasks or limit",
         ),
-        (ASKED + "  resamples: 0", "8:14", "a whole number from 1, got 0"),
+        (ASKED + "  resamples: 0", "8:14", "a whole number from 1 to 1000000, got 0"),
         (ASKED + "  level: 1.5", "8:10", "a number in (0.5, 1), got 1.5"),
         (ASKED + "  margin: a lot", "8:11", "a number above 0, got 'a lot'"),
         (ASKED + "  estimator: nonsense", "8:14", "an estimator of"),
@@ -353,3 +358,77 @@ def test_errors_point_at_their_place(write: Write, text: str, place: str, said: 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read(tmp_path / "nothing.yaml")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefghij")
+)
+READERS = {
+    "study": read,
+    "plan": lambda file: QuantPlan.from_yaml(file, default=QuantSpec(4)),
+    "any": lambda file: load(file).plain(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("rules: [{match: a, bits: 4}]\nrules: [{match: b, bits: 4}]", "2:1: .*'rules' twice"),
+        ("rules: [{match: a, match: b}]", "1:20: .*'match' twice"),
+        ("yes: 1\ntrue: 2", "2:1: .*twice"),
+        (BOMB, "at most 100000 values"),
+        ("a: &a [x]\n? *a\n: 1", "2:3: expected a name|1:4: expected a name"),
+        ("? [a, b]\n: 1", "1:3: expected a name"),
+        ("a: &a [*a]", "hold itself"),
+        ("a: &a {b: *a}", "hold itself"),
+        ("[" * 5000, "deep"),
+        ("a: " + "[" * 101 + "]" * 101, "nested at most 100 deep"),
+        ("a: !!bool x", "1:4: expected a value of the type bool, got 'x'"),
+        ("b: 1\na: [!!int '']", "2:5: expected a value of the type int, got ''"),
+        ("a: !!timestamp x", "1:4: expected a value of the type timestamp, got 'x'"),
+        ("a: !!float x", "1:4: expected a value of the type float, got 'x'"),
+        ("a: 2024-99-99", "1:4: expected a value of the type timestamp"),
+        ("a: " + "9" * 5000, "1:4: expected a value of the type int"),
+        ("a: !!python/object:os.system x", "1:4: expected YAML: could not determine a constructor"),
+        ("a: !thing x", "1:4: expected YAML: could not determine a constructor"),
+        ("{<<: 3}", "1:6: expected a mapping to take over, or a list of mappings, got 3"),
+        ("a: 1\n---\nb: 2", "2:1: expected YAML"),
+        ("a: \x00", "expected YAML: unacceptable character"),
+        ("rules:\n".encode("utf-16"), "expected text in UTF-8, got invalid start byte at byte 0"),
+        ("a: ü".encode("latin-1"), "expected text in UTF-8"),
+        (b"#" * (5 << 20), "at most 4194304 bytes"),
+        ("", "1:1: expected a mapping, got an empty file"),
+    ],
+)
+def test_every_yaml_is_read_by_one_reader_that_refuses_in_one_short_line(tmp_path, reader, content, told):
+    file = tmp_path / "file.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=told) as refused:
+        reader(file)
+    message = str(refused.value)
+    assert message.startswith(str(file))
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+def test_aliases_and_merges_of_moderate_size_are_taken(tmp_path):
+    file = tmp_path / "file.yaml"
+    file.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: [*a, {z: 4}]}\n")
+    found = load(file).plain()
+    assert found["b"] == {"x": 1, "y": 3}
+    assert found["c"] == {"x": 1, "y": 2, "z": 4}
+
+
+@pytest.mark.parametrize("pattern", ["(a|aa)+$", "^(a|aa|aaa)+$"])
+def test_a_pattern_that_backtracks_for_ever_is_refused_in_time(monkeypatch, pattern):
+    monkeypatch.setattr(plan_module, "MOST_SECONDS", 0.1)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"took more than 0.1 s on 'aaa"):
+        Rule(pattern, None).matches("a" * 60 + "b")
+    assert time.monotonic() - began < 20
+
+
+def test_a_pattern_is_no_book():
+    with pytest.raises(ValueError, match="longer than 1000 letters"):
+        Rule("a" * 1001, None)

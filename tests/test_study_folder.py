@@ -1,7 +1,9 @@
 """A study's folder: finished means whole, and one runner per cell."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from lmms_plugin.study import cost, guard
+from lmms_plugin.study import cost, durable, guard
+from lmms_plugin.study import folder as folder_module
 from lmms_plugin.study.durable import read_json
 from lmms_plugin.study.folder import CELL, DONE, FAILED, Lock, StudyFolder
 from lmms_plugin.study.recording import Recorder, Taken
@@ -252,6 +255,128 @@ def test_storage_that_was_tampered_with_is_refused(folder: StudyFolder, tmp_path
     with pytest.raises((ValueError, FileNotFoundError), match=r"as it was finished|2_results"):
         storage.fetch("a-1", other)
     assert not other.is_done("a-1")
+
+
+@pytest.mark.parametrize("damage", ["gone", "emptied", "truncated", "changed in place", "another's link"])
+@pytest.mark.parametrize("name", ["demo/1_results.json", CELL])
+def test_a_cell_whose_files_are_not_as_they_were_is_run_again(folder: StudyFolder, name: str, damage: str) -> None:
+    work(folder, "a-1", "what was measured")
+    folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    assert folder.is_done("a-1")
+    assert folder.damaged() == {}
+    file = folder.done_path("a-1") / name
+    content = file.read_bytes()
+    if damage in ("gone", "another's link"):
+        file.unlink()
+    else:
+        file.write_bytes({"emptied": b"", "truncated": content[:-3]}.get(damage, content.replace(b"a", b"b")))
+    if damage == "another's link":
+        (folder.path / "copy").write_bytes(content)
+        file.symlink_to(folder.path / "copy")
+    assert not folder.is_done("a-1")
+    assert folder.finished() == []
+    assert Path(name).name in (folder.damage("a-1") or "")
+    assert "a-1" in (folder.damage("a-1") or "")
+    assert cost.past(folder) == []
+    recorder = Recorder(folder, Told())
+    lock = recorder.claim("a-1")
+    assert isinstance(lock, Lock)
+    work(folder, "a-1", "measured again")
+    folder.finish("a-1", ABOUT, {"seconds": 4.0})
+    lock.release()
+    assert folder.finished() == ["a-1"]
+    assert folder.done("a-1")["seconds"] == 4.0
+
+
+def test_files_that_are_as_they_were_are_hashed_once(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    work(folder, "a-1")
+    folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", -1)
+    assert folder.is_done("a-1")
+    hashed: list[Path] = []
+    monkeypatch.setattr(folder_module, "sha256", lambda file: hashed.append(file) or durable.sha256(file))
+    assert folder.is_done("a-1")
+    assert hashed == []
+    (folder.done_path("a-1") / "demo" / "1_results.json").write_text("x")
+    assert not folder.is_done("a-1")
+    assert [file.name for file in hashed] == ["1_results.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (DONE, "{}", "seconds"),
+        (DONE, "[]", "JSON object"),
+        (DONE, '{"seconds": "long", "files": {}}', "seconds"),
+        (DONE, '{"seconds": 1, "files": {"../../x": "%s"}}' % ("0" * 64), r"inside the folder, got '../../x'"),
+        (DONE, '{"seconds": %s, "files": {}}' % ("9" * 5000), "damaged"),
+        (DONE, "[" * 100_000, "damaged"),
+        (CELL, '{"axes": {"bits": "four"}}', r"axes\.bits"),
+        (CELL, '{"axes": {"seed": {}}}', r"axes\.seed"),
+        (CELL, '{"axes": null}', "axes"),
+    ],
+)
+def test_one_cell_with_nonsense_in_its_accounts_stops_no_other(
+    folder: StudyFolder, name: str, content: str, told: str
+) -> None:
+    for cell in ("a-1", "b-1"):
+        work(folder, cell)
+        folder.finish(cell, {**ABOUT, "tasks": [cell]}, {"seconds": 3.0})
+    (folder.done_path("a-1") / name).write_text(content)
+    assert folder.finished() == ["b-1"]
+    damage = folder.damage("a-1") or ""
+    assert re.search(told, damage)
+    assert name in damage
+    assert "\n" not in damage
+    assert [one.seconds for one in cost.past(folder)] == [3.0]
+
+
+def test_a_failure_whose_account_is_damaged_is_still_one(folder: StudyFolder) -> None:
+    folder.begin("a-1")
+    folder.fail("a-1", ABOUT, {"problem": "p", "returncode": 1, "tail": "", "seconds": 1.0})
+    (folder.failed_path("a-1") / FAILED).write_text("")
+    assert folder.has_failed("a-1")
+    assert FAILED in (folder.failure("a-1") or {})["problem"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../../victim/.bashrc", "/victim/.bashrc", "demo/../../../x", "C:x", "..\\x", ""]
+)
+def test_storage_writes_nothing_outside_of_the_cell(folder: StudyFolder, tmp_path: Path, name: str) -> None:
+    storage = Storage.at("memory://outside")
+    work(folder, "a-1")
+    folder.finish("a-1", ABOUT, {"seconds": 3.0})
+    storage.put("a-1", folder)
+    done = json.loads(storage.system.cat_file("/outside/cells/a-1/done.json"))
+    done["files"][name] = "0" * 64
+    storage.system.pipe_file("/outside/cells/a-1/done.json", json.dumps(done).encode())
+    other = StudyFolder(tmp_path / "elsewhere")
+    other.open(tmp_path / "s.yaml")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="inside the folder"):
+        storage.fetch("a-1", other)
+    assert {file.name for file in {*tmp_path.rglob("*")} - {*before}} <= {"a-1", DONE}
+
+
+@pytest.mark.parametrize("place", [".running", ".running/a-1", "failed/a-1", "cells/a-1", ".measured/a-1", "cells"])
+def test_nothing_behind_a_link_is_removed(folder: StudyFolder, tmp_path: Path, place: str) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in (DONE, FAILED, "files.json", "x.bin", "photo.jpg"):
+        (precious / name).write_text("{}")
+    link = folder.path / place
+    if link.is_dir():
+        link.rmdir()
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(precious, target_is_directory=True)
+    with contextlib.suppress(ValueError):
+        folder.open(tmp_path / "s.yaml")
+        folder.discard("a-1")
+        work(folder, "a-1")
+        folder.finish("a-1", ABOUT, {"seconds": 3.0})
+        folder.begin("a-1")
+        folder.fail("a-1", ABOUT, {"problem": "p", "returncode": 1, "tail": "", "seconds": 1.0})
+    assert len([*precious.iterdir()]) == 5
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:

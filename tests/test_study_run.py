@@ -18,11 +18,15 @@ from lmms_plugin import results
 from lmms_plugin.reliability import Settings
 from lmms_plugin.report import numbers, reading
 from lmms_plugin.study import attempt
+from lmms_plugin.study.attempt import Attempt
 from lmms_plugin.study.durable import hashes, read_json
+from lmms_plugin.study.expansion import cells
 from lmms_plugin.study.folder import DONE, LOG
+from lmms_plugin.study.identity import Keyed
+from lmms_plugin.study.reading import read
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
-# Offline there is no RefCOCO+; lmms-eval says so in its log and ends with status 0.
+# Offline there is no RefCOCO+; the last line of the log says so.
 FAILING = """cells: [{method: none, tasks: [refcocoplus_rec_val]}]
 analysis: {kind: components, question: Which one, metrics: [ece]}
 """
@@ -138,10 +142,10 @@ def test_finished_cells_need_no_measuring_for_the_report(undisturbed: Path, monk
 def test_a_failure_is_recorded_with_the_end_of_its_log(undisturbed: Path) -> None:
     (failed,) = (undisturbed / "failed").iterdir()
     said = read_json(failed / "failed.json")
-    assert said["returncode"] == 0
-    assert said["problem"].startswith("lmms-eval left no results (it exits with 0 after an error); last error: ")
+    assert said["returncode"] == 2
+    assert said["problem"].startswith("lmms-eval ended with status 2; last error: ")
     assert "RefCOCOplus" in said["problem"]
-    assert "RefCOCOplus" in said["tail"]
+    assert "RefCOCOplus" in said["tail"].splitlines()[-1]
     assert sorted(file.name for file in failed.iterdir()) == ["cell.json", "failed.json", "log.txt"]
 
 
@@ -219,3 +223,46 @@ def test_kills_cost_nothing_that_was_finished_and_change_no_number(undisturbed: 
     assert expected.keys() == found.keys()
     for label, tasks in expected.items():
         np.testing.assert_equal(found[label], tasks)
+
+
+@pytest.mark.parametrize("timeout", [1, None])
+def test_a_cell_that_takes_longer_than_its_timeout_has_failed(tmp_path, monkeypatch, timeout):
+    (tmp_path / "study.yaml").write_text(
+        "models: [demo]\ntasks: [shapes_rec]\nmethods: [none]\nlimit: 2\n"
+        + ("" if timeout is None else f"resources: {{timeout: {timeout}}}\n")
+    )
+    (cell,) = cells(read(tmp_path / "study.yaml"))
+    assert cell.resources.timeout == timeout
+    program = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(attempt, "command", lambda *_: program)
+    monkeypatch.setattr(attempt.installed, "command", lambda first: first)
+    keyed = Keyed(cell, {}, {})
+    monkeypatch.setattr(attempt.identity, "keyed", lambda *_, **__: keyed)
+    work = tmp_path / "work"
+    work.mkdir()
+    one = Attempt.start(keyed, work, gpus=())
+    one.expire()
+    assert not one.over
+    deadline = time.monotonic() + 3
+    while not one.over and time.monotonic() < deadline:
+        time.sleep(0.1)
+        one.expire()
+    assert one.over == one.timed_out == (timeout is not None)
+    outcome = one.outcome()
+    assert ("timeout of 1 s" in (outcome.problem or "")) == (timeout is not None)
+    assert 1 <= outcome.done["seconds"] < 30
+
+
+def test_a_clock_that_is_set_back_changes_no_duration(tmp_path, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
+    process.wait()
+    keyed = Keyed(cells(read(_study_of_one(tmp_path)))[0], {}, {})
+    monkeypatch.setattr(attempt.identity, "keyed", lambda *_, **__: keyed)
+    (tmp_path / "log.txt").write_text("")
+    one = Attempt(keyed, tmp_path, (), process, time.time() + 3600)
+    assert 0 <= one.outcome().done["seconds"] < 60
+
+
+def _study_of_one(folder):
+    (folder / "study.yaml").write_text("models: [demo]\ntasks: [shapes_rec]\nmethods: [none]\nlimit: 2\n")
+    return folder / "study.yaml"

@@ -14,6 +14,7 @@ from lmms_plugin.export.measured import Score
 from lmms_plugin.export.verification import Refused, Verified
 from lmms_plugin.reliability import Settings, plain
 from lmms_plugin.results import GROUNDING, REJECTION, VQA, Kind
+from lmms_plugin.study.durable import encoded, replace_all
 from lmms_plugin.utils.spreadsheets import comma_separated
 
 COLUMNS: Mapping[Kind, tuple[str, ...]] = {
@@ -83,7 +84,7 @@ def tables(verified: Sequence[Verified]) -> list[Table]:
 def write(found: Sequence[Table], refused: Sequence[Refused], settings: Settings, folder: Path) -> None:
     """Write `leaderboard.html`, `leaderboard.json` and `leaderboard.csv` into a folder.
 
-    Each of them says how intervals were made.
+    Each of them says how intervals were made. All three are written, or none is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -93,10 +94,9 @@ def write(found: Sequence[Table], refused: Sequence[Refused], settings: Settings
         "refused": [{"submission": one.name, "reason": one.reason} for one in refused],
     }
     text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "leaderboard.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "leaderboard.html").write_text(page(found, refused, settings), encoding="utf-8")
     lines = comma_separated(_lines(found, settings))
-    (folder / "leaderboard.csv").write_text(lines, encoding="utf-8", newline="")
+    made = {"json": text + "\n", "html": page(found, refused, settings), "csv": lines}
+    replace_all({folder / f"leaderboard.{ending}": encoded(content) for ending, content in made.items()})
 
 
 def page(found: Sequence[Table], refused: Sequence[Refused], settings: Settings) -> str:

@@ -18,6 +18,7 @@ from lmms_plugin.quant_backends.saving import (
     expect_storable,
     save_quantized,
 )
+from lmms_plugin.readable import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +98,9 @@ def _without_weights(asked: Asked) -> PreTrainedModel | None:
 
     if asked.arguments.trust_remote_code:
         return None
-    config = AutoConfig.from_pretrained(asked.arguments.find_checkpoint())
+    path = asked.arguments.find_checkpoint()
+    with readable(f"{path}: config.json"):
+        config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     return model

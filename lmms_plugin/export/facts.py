@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lmms_plugin.results import Run
+from lmms_plugin.study import accounts
 
 CELL, REPORT = "cell.json", "quant_report.json"
 _FROM_TABLE = {
@@ -40,7 +40,9 @@ def quantization(run: Run, results: Mapping[str, Any]) -> dict[str, str]:
     found |= {f"quantization_{name}": value for name, value in _arguments(run).items()}
     found |= {f"quantization_{name}": str(value) for name, value in _axes(run.file).items() if value is not None}
     reported = results.get("throughput") or {}
-    found |= {ours: f"{reported[name]:.10g}" for name, ours in _FROM_TABLE.items() if name in reported}
+    found |= {
+        ours: f"{reported[name]:.10g}" for name, ours in _FROM_TABLE.items() if type(reported.get(name)) in (int, float)
+    }
     return found | {"model_args": run.model_args, "lmms_eval_model": run.model}
 
 
@@ -52,8 +54,7 @@ def checkpoint(run: Run) -> str | None:
 def cell(file: Path) -> Mapping[str, Any]:
     """What a study recorded of the run of a results file; empty if it is none of a study."""
     found = beside(file, CELL)
-    content: Mapping[str, Any] = json.loads(found.read_text(encoding="utf-8")) if found else {}
-    return content
+    return accounts.read(found, accounts.About) if found else {}
 
 
 def command(run: Run) -> str | None:

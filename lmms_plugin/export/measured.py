@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from lmms_plugin.export.consistency import expect_shifted
 from lmms_plugin.export.rescoring import Rescored, rescore
 from lmms_plugin.export.whole import expect_whole
 from lmms_plugin.reliability import Number, Settings, measure
-from lmms_plugin.results import Run
+from lmms_plugin.results import Run, table
 
 
 class Score(NamedTuple):
@@ -65,7 +64,7 @@ def measured(run: Run, settings: Settings) -> Measured:
         ValueError: If log and table do not agree, the run has no task of this package, or it did not use all documents
             of its tasks.
     """
-    results = json.loads(run.file.read_bytes())
+    results = table(run.file)
     expect_whole(run, results)
     if not run.tasks:
         raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")

@@ -11,6 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,7 +177,7 @@ def difference(expected: Any, found: Any, where: str = "") -> str | None:
     if _is_list(expected) and _is_list(found) and len(expected) == len(found):
         parts = (difference(a, b, where) for a, b in zip(expected, found, strict=True))
         return next((part for part in parts if part), None)
-    return None if _same(expected, found) else f"{where}expected {expected!r}, got {found!r}"
+    return None if _same(expected, found) else f"{where}expected {expected!r:.200}, got {found!r:.200}"
 
 
 def _is_list(value: Any) -> bool:
@@ -185,8 +186,11 @@ def _is_list(value: Any) -> bool:
 
 def _same(expected: Any, found: Any) -> bool:
     if _is_number(expected) and _is_number(found):
-        both_nan = math.isnan(expected) and math.isnan(found)
-        return both_nan or math.isclose(expected, found, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        # JSON's whole numbers may be larger than any float.
+        with suppress(OverflowError):
+            both_nan = math.isnan(expected) and math.isnan(found)
+            return both_nan or math.isclose(expected, found, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        return False
     return bool(expected == found) and isinstance(expected, bool) == isinstance(found, bool)
 
 

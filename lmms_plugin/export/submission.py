@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -27,6 +27,7 @@ from lmms_plugin.export import every_eval_ever, facts
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import Measured
 from lmms_plugin.reliability import Settings
+from lmms_plugin.study.durable import expect_inside
 
 MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "lmms-plugin submission", 1
@@ -221,16 +222,10 @@ def _unpack(path: Path, folder: Path) -> None:
             if len(entries) > MOST_FILES or sum(entry.file_size for entry in entries) > most:
                 raise ValueError(f"expected at most {MOST_FILES} files and {most} bytes unpacked")
             for name in names:
-                _expect_inside(name)
+                expect_inside(name)
             archive.extractall(folder)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"expected a zip that can be read: {error}") from error
-
-
-def _expect_inside(name: str) -> None:
-    place = PurePosixPath(name)
-    if place.is_absolute() or ".." in place.parts or "\\" in name or ":" in name:
-        raise ValueError(f"expected paths inside the submission, got {name!r}")
 
 
 def expect_readable(folder: Path) -> None:

@@ -29,6 +29,9 @@ from lmms_plugin.results import Kind, read
 LONGEST_REASON = 600
 """Characters of a reason that are shown: it may quote what a stranger wrote."""
 
+LONGEST_FACT, LONGEST_ARGUMENTS = 200, 4000
+"""Characters of what a submission says of itself, and of the arguments of its model."""
+
 
 class Answered(NamedTuple):
     """A task of a submission that holds.
@@ -97,7 +100,7 @@ def verify(path: Path, settings: Settings) -> Verified | Refused:
     except Exception as error:
         # Strangers write submissions: what a damaged zip or JSON of an unexpected shape raises cannot be listed, and
         # one of them must not keep the others from the page.
-        return Refused(path.name, _reason(error))
+        return Refused(_readable(path.name)[:LONGEST_FACT], _reason(error))
 
 
 def agreeing(found: Sequence[Verified], reference: Mapping[str, str]) -> tuple[list[Verified], list[Refused]]:
@@ -132,16 +135,25 @@ def agreeing(found: Sequence[Verified], reference: Mapping[str, str]) -> tuple[l
 def _reason(error: Exception) -> str:
     """Why a submission was refused: our own words where the error is ours, else its type, too."""
     text = str(error) if type(error) is ValueError else "damaged: " + "".join(format_exception_only(error)).strip()
-    readable = "".join(character if character.isprintable() else " " for character in text)
+    readable = _readable(text)
     return readable if len(readable) <= LONGEST_REASON else f"{readable[:LONGEST_REASON]} …"
+
+
+def _readable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
     submission.expect_readable(folder)
+    _expect_shown("name", path.name, LONGEST_FACT)
     manifest = Manifest.read(folder)
     _expect_files(folder, manifest)
     run = read(submission.results_file(folder))
     claimed = measured(run, replace(manifest.settings, workers=settings.workers))
+    told = facts.quantization(run, claimed.results)
+    for name, value in told.items():
+        _expect_shown(f"fact {name!r:.80}", name, LONGEST_FACT)
+        _expect_shown(f"fact {name!r:.80}", value, LONGEST_ARGUMENTS if name == "model_args" else LONGEST_FACT)
     _expect_nothing_else(folder, manifest, claimed)
     _expect_records(folder, manifest, claimed)
     found = claimed.at(settings)
@@ -151,9 +163,15 @@ def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
         source=manifest.source,
         digest=hashlib.sha256((folder / submission.MANIFEST).read_bytes()).hexdigest(),
         answers=hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
-        facts=facts.quantization(run, claimed.results),
+        facts=told,
         tasks={task: _answered(found, task) for task in found.tasks},
     )
+
+
+def _expect_shown(what: str, text: str, most: int) -> None:
+    """What stands on the page must be fit to be shown: characters that change direction would show something else."""
+    if not text.isprintable() or len(text) > most:
+        raise ValueError(f"{what}: expected at most {most} printable characters, got {text!r:.80}")
 
 
 def _answered(found: Measured, task: str) -> Answered:

@@ -9,10 +9,10 @@ import numpy as np
 
 from lmms_plugin.export import facts
 from lmms_plugin.export.definitions import is_ours
-from lmms_plugin.results import Run, TaskRecords
+from lmms_plugin.results import ALL, Run, TaskRecords
 
-LIMITS, ALL = ("limit", "offset"), (None, 0, -1)
-"""Options of lmms-eval that leave documents out, and their values that leave none out."""
+LIMITS = ("limit", "offset")
+"""Options of lmms-eval that leave documents out."""
 
 
 def expect_whole(run: Run, results: Mapping[str, Any]) -> None:
@@ -25,7 +25,7 @@ def expect_whole(run: Run, results: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If it did not, as far as the files tell.
     """
-    config = results.get("config", {})
+    config = results.get("config") or {}
     for told in (config, config.get("resolved_cli_args") or {}, facts.cell(run.file)):
         given = [f"--{name} {told[name]:g}" for name in LIMITS if told.get(name) not in ALL]
         if given:
@@ -38,9 +38,9 @@ def expect_whole(run: Run, results: Mapping[str, Any]) -> None:
 
 def _expect_all(records: TaskRecords, size: Mapping[str, int]) -> None:
     logged = records.ids.size
-    if not size["original"] == size["effective"] == logged:
+    if not size.get("original") == size["effective"] == logged:
         raise ValueError(
-            f"task {records.task}: expected all {size['original']} documents, got {size['effective']} scored and"
+            f"task {records.task}: expected all {size.get('original')} documents, got {size['effective']} scored and"
             f" {logged} logged"
         )
     if not np.array_equal(np.sort(records.numbers), np.arange(logged)):

@@ -17,6 +17,8 @@ from lmms_plugin.metrics._inputs import Floats, one_fraction, positive_int
 RESAMPLES = 1000
 """Resamples of an interval unless told otherwise."""
 
+MOST_RESAMPLES = 1_000_000
+"""From which on an interval takes more time and memory than its last digits are worth."""
 _COUNTS_AT_ONCE = 4_000_000
 """Counts held in memory at a time by one worker: 32 MB."""
 
@@ -122,6 +124,17 @@ class Resampled:
         return self._metric(*(np.repeat(array, times) for array in self._arrays))
 
 
+def affordable(resamples: int) -> int:
+    """A number of resamples that can be drawn.
+
+    Raises:
+        ValueError: If it is none from 1 to `MOST_RESAMPLES`.
+    """
+    if positive_int("resamples", resamples) > MOST_RESAMPLES:
+        raise ValueError(f"expected at most {MOST_RESAMPLES:,} resamples, got {resamples:,}")
+    return resamples
+
+
 def bootstrap(
     statistics: Sequence[Statistic], clusters: int, *, resamples: int = RESAMPLES, seed: int = 0, workers: int = 1
 ) -> list[Draws]:
@@ -139,11 +152,12 @@ def bootstrap(
         workers: Threads.
 
     Raises:
-        ValueError: If there are fewer than 2 clusters, of which nothing can be learnt about their spread.
+        ValueError: If there are fewer than 2 clusters, of which nothing can be learnt about their spread, or too many
+            resamples.
     """
     if clusters < 2:
         raise ValueError(f"expected at least 2 clusters to resample, got {clusters}")
-    chunks = list(_chunks(positive_int("resamples", resamples), max(1, min(32, _COUNTS_AT_ONCE // clusters))))
+    chunks = list(_chunks(affordable(resamples), max(1, min(32, _COUNTS_AT_ONCE // clusters))))
 
     def evaluate(chunk: range) -> list[Floats]:
         # Column by column, as sparse products read them.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lmms_plugin.results import limit_of
+from lmms_plugin.study import accounts
 
 DENSE_BITS = 16
 _OURS = "quant_"
@@ -109,7 +111,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     config = results.get("config") or {}
     model = str(config.get("model", ""))
     args = given(config.get("model_args"))
-    limit = config.get("limit")
+    limit = limit_of(config)
     version = str(results.get("lmms_eval_version") or "")
     # Outside of a git checkout lmms-eval writes that it does not know.
     versions = {} if "unknown" in version else {"lmms_eval": version}
@@ -120,7 +122,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
         own = _limited(_from_arguments(model, args), limit)
         return Axes(own, own.model, model == _READY, seed, "", file.parent, (), versions)
     try:
-        cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        cell = accounts.read(folder / "cell.json", accounts.About)
         axes = cell["axes"]
         cell_args = cell.get("model_args") or {}
         own = Config(

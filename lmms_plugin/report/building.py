@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from matplotlib import rc_context
+
 from lmms_plugin.reliability import Settings
 from lmms_plugin.report import contents, gallery, page, svg
 from lmms_plugin.report import figures as drawing
 from lmms_plugin.report.reading import RESAMPLES, default_workers, read_folder
 from lmms_plugin.report.summary import Summary, summarise
+from lmms_plugin.study.durable import encoded, replace_bytes
 
 __all__ = ["RESAMPLES", "build", "default_workers"]
 _DPI = 200
@@ -34,8 +37,9 @@ def build(
     shown = gallery.build(summary, pictures)
     html = page.render(summary, heading, page.read_verdict(results), shown, str(results), settings.workers)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(html, encoding="utf-8")
-    yield f"{output}: {len(summary.runs)} runs, {len(html.encode()) / 1e6:.1f} MB"
+    content = encoded(html)
+    replace_bytes(output, content)
+    yield f"{output}: {len(summary.runs)} runs, {len(content) / 1e6:.1f} MB"
     if figures is not None:
         yield from _files(summary, figures)
 
@@ -44,10 +48,11 @@ def _files(summary: Summary, folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [one for section in drawing.every(summary).values() for one in section]
     for one in drawn:
-        (folder / f"{one.name}.svg").write_text(svg.svg(one.figure), encoding="utf-8")
-        one.figure.savefig(folder / f"{one.name}.png", dpi=_DPI, facecolor="white")
+        replace_bytes(folder / f"{one.name}.svg", encoded(svg.svg(one.figure)))
+        with rc_context({"text.parse_math": False}):
+            one.figure.savefig(folder / f"{one.name}.png", dpi=_DPI, facecolor="white")
     tables = [*contents.every(summary), *(one.table for one in drawn)]
     for table in tables:
-        (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
-        (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
+        replace_bytes(folder / f"{table.name}.csv", encoded(table.csv()))
+        replace_bytes(folder / f"{table.name}.tex", encoded(table.latex()))
     yield f"{folder}: {len(drawn)} figures, {len(tables)} tables"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmms_plugin.report import drawing
-from lmms_plugin.report.drawing import NARROW, WIDE, Drawn, Floats, Key, Margins, label, slug
+from lmms_plugin.report.drawing import NARROW, WIDE, Drawn, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.palette import BAD, GOOD, INK, MUTED, looks
 from lmms_plugin.report.reading import Run
 from lmms_plugin.report.summary import Scope, Summary, series
@@ -57,7 +57,7 @@ def _shares(scope: Scope, condition: str) -> _Shares:
 
 def _bars(found: dict[str, _Shares], across: int) -> Any:
     keys = list(dict.fromkeys(key for shares in found.values() for key in shares))
-    margins = Margins(left=0.25 + 0.072 * max(len(label(key)) for key in keys), bottom=0.35, across=0.25)
+    margins = Margins(left=0.25 + 0.072 * max(len(short(label(key))) for key in keys), bottom=0.35, across=0.25)
     width = min(WIDE if across > 2 else NARROW, margins.left + 3.2 * len(found))
     handles = [drawing.bar_handle(BAD, "right \u2192 wrong"), drawing.bar_handle(GOOD, "wrong \u2192 right")]
     figure, grid = drawing.panels(1, len(found), width, 0.21 * len(keys) + 0.1, handles, margins)
@@ -67,7 +67,7 @@ def _bars(found: dict[str, _Shares], across: int) -> Any:
         axis.barh(places, -lost, 0.72, color=BAD)
         axis.barh(places, won, 0.72, color=GOOD)
         axis.axvline(0, color=MUTED, linewidth=0.8)
-        axis.set_yticks(places, [label(key) for key in keys], color=INK)
+        axis.set_yticks(places, [short(label(key)) for key in keys], color=INK)
         axis.set(title=condition, ylim=(len(keys) - 0.4, -0.6))
         axis.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
         axis.grid(axis="y", visible=False)

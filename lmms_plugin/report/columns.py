@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from lmms_plugin import results
+from lmms_plugin.readable import readable
 from lmms_plugin.results import GROUNDING, KINDS, REJECTION, VQA, Kind, Place, TaskRecords
 
 Floats = npt.NDArray[np.float64]
@@ -112,7 +113,8 @@ def of(records: TaskRecords, estimator: str | None) -> Answers:
     index, names = _coded(images)
     asked = [json.loads(text) for text in records.asked.tolist()]
     questions = pa.array([None if question is None else str(question) for question, _ in asked], pa.string())
-    truths = pa.array([truth for _, truth in asked])
+    with readable(f"task {records.task}: its true answers"):
+        truths = pa.array([truth for _, truth in asked])
     ids = pa.array(records.ids.tolist(), pa.string())
     return Answers(
         records.task,

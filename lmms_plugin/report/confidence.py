@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from lmms_plugin.report import drawing
-from lmms_plugin.report.drawing import BAND, NARROW, WIDE, Drawn, Floats, Key, Margins, label, slug
+from lmms_plugin.report.drawing import BAND, NARROW, WIDE, Drawn, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.measuring import CLEAN, GRID, mean_bins
 from lmms_plugin.report.palette import BAD, BAND_ALPHA, DENSE, GOOD, MUTED, Look, looks
 from lmms_plugin.report.summary import Line, Scope, Summary, series
@@ -98,7 +98,7 @@ def _diagram(axis: Any, counts: Any, members: Sequence[Line]) -> None:
         width = 0.42 / records.size
         counts.bar(edges + (0.27 + 0.46 * place) / records.size, records, width, color=colour)
     axis.set(xlim=(0, 1), ylim=(0, 1))
-    axis.set_title(label((members[0].config.method, members[0].config.bits)))
+    axis.set_title(short(label((members[0].config.method, members[0].config.bits))))
     axis.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
     axis.annotate(
         f"ECE {' / '.join(errors)}", (1.0, 1.04), xycoords="axes fraction", fontsize=7, ha="right", color=MUTED

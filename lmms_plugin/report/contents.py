@@ -294,7 +294,7 @@ def runs(summary: Summary) -> Table:
         Column("Arguments", numeric=False),
         Column("Tasks"),
         Column("Answers"),
-        Column("Limit", "Documents per task that the run was limited to"),
+        Column("Limit", "Documents per task that the run was limited to, or the share of them"),
         Column("Quantizing s", "Loading, calibration and quantization together"),
         Column("Date", numeric=False),
         Column("File", numeric=False),
@@ -305,7 +305,7 @@ def runs(summary: Summary) -> Table:
             text(run.model_args),
             whole(len(run.tasks)),
             whole(run.answers),
-            Cell("all", None) if run.limit is None else whole(int(run.limit)),
+            _limit(run.limit),
             number(run.cost.seconds_to_quantize, digits=0),
             text(run.date),
             text(run.file.name if run.file.parent == run.axes.folder else str(run.file.relative_to(run.axes.folder))),
@@ -313,6 +313,12 @@ def runs(summary: Summary) -> Table:
         for run in summary.runs
     ]
     return Table("runs", "All runs", columns, tables.rows_of(rows))
+
+
+def _limit(limit: float | None) -> Cell:
+    if limit is None:
+        return Cell("all", None)
+    return whole(int(limit)) if limit >= 1 else Cell(f"{100 * limit:g} %", limit)
 
 
 def every(summary: Summary) -> Iterable[Table]:

@@ -16,6 +16,7 @@ from lmms_plugin.report.axes import DENSE_BITS
 from lmms_plugin.report.palette import DENSE, INK, MUTED, RULE, Look
 from lmms_plugin.report.summary import Line, series
 from lmms_plugin.report.tables import Table
+from lmms_plugin.study.contents import digest
 
 Floats = npt.NDArray[np.float64]
 Key = tuple[str, int | None]
@@ -53,7 +54,11 @@ STYLE: Mapping[str, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "svg.fonttype": "none",
+    # Names are data: a dollar sign begins no formula.
+    "text.parse_math": False,
 }
+_ROOM, _LONGEST_SLUG = 30, 60
+"""Characters of a name in a figure, and in the name of a file."""
 WIDE, NARROW = 9.4, 4.6
 """Widths of figures in inches, for a page and for a phone."""
 BAND = "A band reaches from the lowest to the highest run where a line is the mean of several."
@@ -207,12 +212,12 @@ def method_handles(styles: Mapping[str, Look], *, line: bool = True) -> list[Any
 
 def handle(colour: str, mark: str, label: str, *, line: bool = True) -> Any:
     """One entry of a legend."""
-    return Line2D([], [], color=colour, marker=mark, label=label, linestyle="-" if line else "none")
+    return Line2D([], [], color=colour, marker=mark, label=short(label), linestyle="-" if line else "none")
 
 
 def bar_handle(colour: str, label: str) -> Any:
     """One entry of a legend of bars."""
-    return Patch(color=colour, label=label)
+    return Patch(color=colour, label=short(label))
 
 
 def method_name(method: str) -> str:
@@ -226,9 +231,16 @@ def label(key: Key) -> str:
     return method_name(method) if method == DENSE or bits is None else f"{method} {bits}"
 
 
+def short(words: str) -> str:
+    """A name as figures have room for: its beginning and its end, in characters that can be drawn."""
+    drawn = "".join(c if c.isprintable() else "\ufffd" for c in words)
+    return drawn if len(drawn) <= _ROOM else f"{drawn[: _ROOM // 2]}…{drawn[len(drawn) - (_ROOM - 1) // 2 :]}"
+
+
 def slug(words: str) -> str:
-    """For files and anchors."""
-    return "-".join("".join(c if c.isalnum() else " " for c in words.lower()).split())
+    """For files and anchors; a long one ends with what tells it from others."""
+    found = "-".join("".join(c if c.isalnum() else " " for c in words.lower()).split())
+    return found if len(found) <= _LONGEST_SLUG else f"{found[:_LONGEST_SLUG]}-{digest(words)[:8]}"
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,30 +22,14 @@ from lmms_plugin.report import numbers, packed
 from lmms_plugin.report.numbers import Numbers
 from lmms_plugin.results import logs_of
 from lmms_plugin.study.contents import code, digest
-from lmms_plugin.study.durable import replace_bytes
+from lmms_plugin.study.durable import State, replace_bytes
 from lmms_plugin.study.folder import CELL, CELLS, MEASURED
 
 # Taken when the code is loaded: what a file says later is not what this process does.
 CODE = digest([code((numbers.__name__, packed.__name__)), sys.version_info[:2]])
 """Fingerprint of the code that measures, with the versions of the libraries that it imports."""
 
-_SETTLED_NANOSECONDS = 2_000_000_000
-"""Some file systems count time in steps of two seconds: within one, a second change leaves no trace."""
 _SEAL_BYTES = 16
-
-
-class State(NamedTuple):
-    """What tells without reading it that a file is as it was. Copies that keep one time do not keep the other.
-
-    Attributes:
-        size: In bytes.
-        modified: Its content, in nanoseconds since the epoch.
-        changed: Anything about it, likewise.
-    """
-
-    size: int
-    modified: int
-    changed: int
 
 
 class Source(NamedTuple):
@@ -63,12 +46,11 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, file: Path) -> Source:
         """A file as it is now."""
-        state = _state(file)
-        settled = time.time_ns() - max(state.modified, state.changed) > _SETTLED_NANOSECONDS
+        state = State.of(file)
         with file.open("rb") as stream:
             # It is to tell changes, not forgeries, and takes a fifth of the time of SHA-256 for gigabytes of logs.
             content = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
-        return cls(state if settled else None, content)
+        return cls(state if state.settled else None, content)
 
 
 @dataclass(frozen=True)
@@ -130,7 +112,7 @@ class Kept:
         if files.keys() != before.keys():
             return None
         now = {
-            name: before[name] if _state(one) == before[name].state else Source.of(one) for name, one in files.items()
+            name: before[name] if State.of(one) == before[name].state else Source.of(one) for name, one in files.items()
         }
         if any(now[name].content != before[name].content for name in now):
             return None
@@ -155,8 +137,3 @@ def _asked(settings: Settings) -> str:
     # Threads change nothing.
     del told["workers"]
     return digest(told)
-
-
-def _state(file: Path) -> State:
-    now = file.stat()
-    return State(now.st_size, now.st_mtime_ns, now.st_ctime_ns)

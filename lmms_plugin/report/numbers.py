@@ -55,7 +55,8 @@ class _Read(NamedTuple):
 def _read(file: Path, said: Mapping[str, Any], settings: Settings) -> _Read:
     try:
         return _by_columns(file, said, settings)
-    except UnusualLogError:
+    # Whatever stops the fast reader, the other one reads it or names what is wrong.
+    except (UnusualLogError, ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
         run = results.read(file)
         rejection = [records for records in run.tasks.values() if records.kind is results.REJECTION]
         kept = [records for records in run.tasks.values() if records.kind is not results.REJECTION]

@@ -17,7 +17,7 @@ from lmms_plugin.report import axes, numbers
 from lmms_plugin.report.axes import Axes
 from lmms_plugin.report.kept import Kept
 from lmms_plugin.report.measuring import Measured
-from lmms_plugin.study.durable import read_json
+from lmms_plugin.study import accounts
 from lmms_plugin.study.grid import place
 
 UNFINISHED = (".running", "failed")
@@ -172,7 +172,7 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
         where,
         str(config.get("model", "")),
         str(config.get("model_args", "")),
-        config.get("limit"),
+        results.limit_of(config),
         str(table.get("date", "")),
         _cost(table.get("throughput") or {}, account),
         _layers(account),
@@ -213,21 +213,25 @@ def _below(file: Path, path: Path) -> tuple[str, ...]:
 
 def _account(folder: Path) -> dict[str, Any]:
     file = folder / "quant_report.json"
-    return read_json(file) if file.is_file() else {}
+    return accounts.read(file, accounts.Quantized) if file.is_file() else {}
 
 
 def _cost(throughput: Mapping[str, Any], account: Mapping[str, Any]) -> Cost:
     def told(name: str) -> float | None:
         value = account.get(name, throughput.get(f"avg_{name}"))
-        return float(value) if isinstance(value, int | float) else None
+        return _number(value)
 
-    tokens, seconds = throughput.get("total_gen_tokens"), throughput.get("total_elapsed_time")
+    tokens, seconds = (_number(throughput.get(name)) for name in ("total_gen_tokens", "total_elapsed_time"))
     return Cost(
         told("bits_per_weight"),
         told("bytes_after"),
         tokens / seconds if tokens and seconds else None,
         told("seconds"),
     )
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else None
 
 
 def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
@@ -240,13 +244,15 @@ def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 def _failed(path: Path) -> Iterator[Failed]:
     files = sorted(path.glob("failed/*/failed.json"))
-    finished = {place(read_json(file)) for file in path.glob("cells/*/cell.json")} if files else set()
+    finished = (
+        {place(accounts.read(file, accounts.About)) for file in path.glob("cells/*/cell.json")} if files else set()
+    )
     for file in files:
         about = file.with_name("cell.json")
         # Mended code gives a cell another id: what failed under the old one has been finished since.
-        if about.is_file() and place(read_json(about)) in finished:
+        if about.is_file() and place(accounts.read(about, accounts.About)) in finished:
             continue
-        told = read_json(file)
+        told = accounts.read(file, accounts.Failed)
         tail = told.get("tail") or ""
         lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
         yield Failed(file.parent.name, told.get("returncode"), lines[-1] if lines else "")

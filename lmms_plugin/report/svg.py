@@ -50,6 +50,6 @@ def inline(figure: Figure, name: str, title: str, description: str) -> str:
 def svg(figure: Figure) -> str:
     """The figure as a file of its own; equal figures give equal files."""
     out = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lmms-plugin"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lmms-plugin", "text.parse_math": False}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": "lmms-plugin"})
     return out.getvalue()

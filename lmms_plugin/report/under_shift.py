@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report import drawing
-from lmms_plugin.report.drawing import BAND, Drawn, Floats, Key, Margins, label, slug
+from lmms_plugin.report.drawing import BAND, Drawn, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.measuring import CLEAN, Task
 from lmms_plugin.report.palette import BAD, BAND_ALPHA, GOOD, INK, looks
 from lmms_plugin.report.summary import Line, Scope, Summary, series, spread
@@ -134,6 +134,7 @@ def _losses(scope: Scope) -> tuple[dict[Key, dict[str, list[float]]], dict[str, 
 
 def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
     rows, columns = values.shape
+    labels, shifts = ([short(name) for name in names] for names in (labels, shifts))
     margins = Margins(
         left=0.25 + 0.072 * max(map(len, labels)), right=0.75, top=0.15 + 0.055 * max(map(len, shifts)), bottom=0.1
     )

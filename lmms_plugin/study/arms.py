@@ -9,7 +9,6 @@ stretched by √(n/(n − 1)) to make up for it (Rao & Wu 1988, JASA 83).
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,7 +22,7 @@ from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootst
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
 from lmms_plugin.metrics.weighted import METHODS, Binned, Means
 from lmms_plugin.results import REJECTION, Run, TaskRecords, match, read_one, reported
-from lmms_plugin.study.folder import CELLS, DONE
+from lmms_plugin.study.folder import CELLS, DONE, StudyFolder
 from lmms_plugin.study.grid import Axes
 
 Floats = npt.NDArray[np.float64]
@@ -120,7 +119,7 @@ def read_cells(study: Path, only: Collection[str] | None = None) -> list[Cell]:
     found: list[Cell] = []
     places: dict[Axes, str] = {}
     for folder in folders(study, only):
-        given = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["axes"]
+        given = StudyFolder.about(folder).get("axes", {})
         axes = Axes(**{name: given.get(name) for name in AXES})
         if axes in places:
             raise ValueError(

@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from lmms_plugin.confidence import ESTIMATORS, LEARNED, TEXT_ESTIMATORS
-from lmms_plugin.study.located import near
+from lmms_plugin.located import near
+from lmms_plugin.metrics.bootstrap import MOST_RESAMPLES
 from lmms_plugin.study.tasks import known
 
 Question = TypeVar("Question")
@@ -82,7 +83,10 @@ _CHECKS: Mapping[str, _Check] = MappingProxyType(
         "contrasts": _Check(_are_pairs, "a list of pairs of arms"),
         "margin": _Check(lambda value: _is_number(value) and value > 0, "a number above 0"),
         "level": _Check(lambda value: _is_number(value) and 0.5 < value < 1, "a number in (0.5, 1)"),
-        "resamples": _Check(lambda value: _is_whole(value) and value >= 1, "a whole number from 1"),
+        "resamples": _Check(
+            lambda value: _is_whole(value) and 1 <= value <= MOST_RESAMPLES,
+            f"a whole number from 1 to {MOST_RESAMPLES}",
+        ),
         "seed": _Check(lambda value: _is_whole(value) and value >= 0, "a whole number from 0"),
         "estimator": _Check(_is_estimator, "an estimator of `lmms-plugin estimators`"),
     }

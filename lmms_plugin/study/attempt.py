@@ -7,7 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +101,8 @@ class Attempt:
         gpus: It runs on.
         process: Its guard.
         started: Seconds since the epoch.
+        began: Likewise, by a clock that nobody sets.
+        timed_out: Whether it was ended because it took too long.
     """
 
     keyed: Keyed
@@ -108,6 +110,8 @@ class Attempt:
     gpus: tuple[str, ...]
     process: subprocess.Popen[bytes]
     started: float
+    began: float = field(default_factory=time.monotonic)
+    timed_out: bool = False
 
     @classmethod
     def start(
@@ -143,6 +147,13 @@ class Attempt:
         """Whether the process has ended."""
         return self.process.poll() is not None
 
+    def expire(self) -> None:
+        """End a process that has run for as long as its cell may."""
+        most = self.keyed.cell.resources.timeout
+        if most is not None and not self.over and time.monotonic() - self.began >= most:
+            self.timed_out = True
+            self.end()
+
     def end(self) -> None:
         """End the process and everything it started, and wait until that is so."""
         guard.end(self.process)
@@ -150,16 +161,18 @@ class Attempt:
     def outcome(self) -> Outcome:
         """Judge what a process that is over left; lmms-eval's exit status tells nothing."""
         self.end()
-        finished, status = time.time(), self.process.returncode
+        status, seconds = self.process.returncode, time.monotonic() - self.began
         done = {
-            "seconds": round(finished - self.started, 3),
+            "seconds": round(seconds, 3),
             "started": _moment(self.started),
-            "finished": _moment(finished),
+            "finished": _moment(self.started + seconds),
             "host": socket.gethostname(),
         }
         identity.forget()
         changed = self.keyed.differences(identity.keyed(self.keyed.cell, cuda=bool(self.gpus)).parts)
         problem = f"{' and '.join(changed)} changed while it ran" if changed else None
+        if self.timed_out:
+            problem = problem or f"it took longer than its timeout of {self.keyed.cell.resources.timeout} s"
         problem = problem or _problem(self.keyed.cell, self.folder, status)
         return Outcome(problem, status, done, self._tail(), tuple(changed))
 

@@ -18,17 +18,17 @@ def plan_study(
     """Print the cells of a study, what is done of them, and what the rest will cost; runs nothing."""
     from json import dumps
 
-    from rich.console import Console
-
     from lmms_plugin.study import planning
     from lmms_plugin.study.reading import read
+    from lmms_plugin.terminal import console
 
     found = planning.plan(read(file), output)
     if json:
         typer.echo(dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
         return
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(planning.table(found))
+    console().print(planning.table(found))
+    for line in planning.damages(found):
+        typer.echo(line, err=True)
     typer.echo(planning.summary(found))
 
 

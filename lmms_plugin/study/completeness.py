@@ -79,8 +79,9 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
         raise ValueError(f"expected an analysis in {file or folder / STUDY}, got none")
     found = coverage(StudyFolder(folder), cells(study, runnable=False))
     if found.partial is not None and not partial:
+        damaged = "".join(f"; {damage}" for damage in StudyFolder(folder).damaged().values())
         raise ValueError(
             f"expected all cells of {folder / STUDY}, but {found.partial.finished}, missing: {found.partial.missing}"
-            " (--partial analyses what is there)"
+            f"{damaged} (--partial analyses what is there)"
         )
     return conclusions.conclude(folder, asked, found.finished, workers=os.cpu_count() or 1, partial=found.partial)

@@ -5,10 +5,66 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
 from uuid import uuid4
+
+_LONGEST, _LONGEST_PART = 200, 255
+"""Bytes of a name that leave room for what tells files apart that are being written, and those that systems take."""
+_SETTLED_NANOSECONDS = 2_000_000_000
+"""Some file systems count time in steps of two seconds: within one, a second change leaves no trace."""
+
+
+class State(NamedTuple):
+    """What tells without reading it that a file is as it was. Copies that keep one time do not keep the other.
+
+    Attributes:
+        size: In bytes.
+        modified: Its content, in nanoseconds since the epoch.
+        changed: Anything about it, likewise.
+    """
+
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, file: Path) -> State:
+        """A file as it is now."""
+        now = file.stat()
+        return cls(now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+    @property
+    def settled(self) -> bool:
+        """Whether any later change leaves a trace in it."""
+        return time.time_ns() - max(self.modified, self.changed) > _SETTLED_NANOSECONDS
+
+
+def expect_inside(name: str) -> str:
+    """A path that was read from a file, if it leads to something below the folder that it is relative to.
+
+    Raises:
+        ValueError: If it is absolute, climbs out, or is no path.
+    """
+    place = PurePosixPath(name)
+    outside = place.is_absolute() or ".." in place.parts or bool(PureWindowsPath(name).drive)
+    too_long = any(len(encoded(part)) > _LONGEST_PART for part in place.parts)
+    if outside or too_long or not place.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"expected the path of a file inside the folder, got {name!r:.200}")
+    return name
+
+
+def is_plain(folder: Path, name: str) -> bool:
+    """Whether a path below a folder leads to a file there, through no link.
+
+    Raises:
+        ValueError: If it leads out of the folder.
+    """
+    path = folder / expect_inside(name)
+    linked = any(one.is_symlink() for one in (path, *path.parents) if one != folder and one.is_relative_to(folder))
+    return path.is_file() and not linked
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -18,13 +74,25 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """The same of bytes."""
-    beside = path.with_name(f".{path.name}.{uuid4().hex}")
+    replace_all({path: content})
+
+
+def replace_all(contents: Mapping[Path, bytes]) -> None:
+    """The same of several files; none is replaced before all are written beside their places."""
+    beside = {path: path.with_name(f".{path.name[:_LONGEST]}.{uuid4().hex}") for path in contents}
     try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+        for path, content in contents.items():
+            beside[path].write_bytes(content)
+        for path, written in beside.items():
+            os.replace(written, path)
+    finally:
+        for written in beside.values():
+            written.unlink(missing_ok=True)
+
+
+def encoded(text: str) -> bytes:
+    """A text in UTF-8; halves of surrogate pairs, which names of files may hold, as escapes."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -40,7 +108,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # Python parses by recursion, and no integer of more than 4,300 digits.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {path}, which is damaged: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object in {path}, got {value!r:.60}")
@@ -48,13 +117,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path relative to that."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    found = {}
-    for file in files:
-        with file.open("rb") as stream:
-            found[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    """SHA-256 of every file below a folder, by its path relative to that; links do not count."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(folder: Path) -> None:

@@ -75,6 +75,9 @@ def run(
     cells = [one.keyed.cell for one in wanted]
     at_once = jobs if cluster is None else cluster.at_once(cells)
     with Display(expected, len(before.cells) - len(wanted), at_once) as display:
+        for one in wanted:
+            if one.damage is not None:
+                display.waiting(one.keyed.id, one.damage)
         recorder = Recorder(folder, display, shared)
         if cluster is None:
             LocalRunner(recorder, jobs, visible_gpus(), keys(gpus)).run(cells)

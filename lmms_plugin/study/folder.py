@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,12 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.study.durable import hashes, read_json, replace_text, sync, sync_folder, write_json
+from lmms_plugin.study import accounts
+from lmms_plugin.study.durable import (
+    State,
+    hashes,
+    is_plain,
+    read_json,
+    replace_text,
+    sha256,
+    sync,
+    sync_folder,
+    write_json,
+)
 from lmms_plugin.study.grid import place
 
 STUDY, CELL, DONE, FAILED, LOG = "study.yaml", "cell.json", "done.json", "failed.json", "log.txt"
 CELLS, MEASURED = "cells", ".measured"
-_LOCK, _UNFINISHED = ".lock", ".unfinished"
+_LOCK, _UNFINISHED, _STATES = ".lock", ".unfinished", "files.json"
 
 
 @dataclass
@@ -87,8 +99,53 @@ class StudyFolder:
         return self.path / "failed" / cell
 
     def is_done(self, cell: str) -> bool:
-        """Whether a cell is finished."""
-        return (self.done_path(cell) / DONE).is_file()
+        """Whether a cell is finished, and all its files are as they were then."""
+        return (self.done_path(cell) / DONE).is_file() and self.damage(cell) is None
+
+    def damage(self, cell: str) -> str | None:
+        """What is wrong with the files of a cell that was finished; None if nothing is, or it never was.
+
+        A file is the same if its size and times are as they were when it was last hashed; of any other, all bytes are.
+        """
+        folder = self.done_path(cell)
+        try:
+            done, _ = self.done(cell), self.about(folder)
+        except FileNotFoundError:
+            return f"{CELL} of {cell} is gone" if (folder / DONE).exists() else None
+        except ValueError as error:
+            return str(error)
+        return self._damaged(cell, done["files"])
+
+    def _damaged(self, cell: str, files: Mapping[str, str]) -> str | None:
+        folder, remembered = self.done_path(cell), self.path / MEASURED / cell / _STATES
+        before = _states(remembered)
+        now: dict[str, tuple[State, str]] = {}
+        for name, digest in files.items():
+            try:
+                if not is_plain(folder, name):
+                    return f"{name} of {cell} is gone"
+                state = State.of(folder / name)
+                hashed = digest if before.get(name) == [*state, digest] else sha256(folder / name)
+            except FileNotFoundError:
+                return f"{name} of {cell} is gone"
+            except OSError as error:
+                return f"{name} of {cell} cannot be read: {error.strerror}"
+            if hashed != digest:
+                return f"{name} of {cell} is not as it was when the cell was finished"
+            if state.settled:
+                now[name] = state, digest
+        told = {name: [*state, digest] for name, (state, digest) in now.items()}
+        if told != before:
+            # Without it the next look takes longer, and nothing else.
+            with contextlib.suppress(OSError):
+                remembered.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(remembered, json.dumps(told))
+        return None
+
+    def damaged(self) -> dict[str, str]:
+        """Cells that were finished and are not whole any more, and what is wrong with each."""
+        found = {cell: self.damage(cell) for cell in self._moved()}
+        return {cell: damage for cell, damage in found.items() if damage is not None}
 
     def has_failed(self, cell: str) -> bool:
         """Whether the last attempt at a cell failed."""
@@ -96,9 +153,14 @@ class StudyFolder:
 
     def failure(self, cell: str) -> dict[str, Any] | None:
         """What `failed.json` of a cell says; None where it has not failed."""
-        with contextlib.suppress(FileNotFoundError):
-            return None if self.is_done(cell) else read_json(self.failed_path(cell) / FAILED)
-        return None
+        if self.is_done(cell):
+            return None
+        try:
+            return {"problem": "unknown"} | accounts.read(self.failed_path(cell) / FAILED, accounts.Failed)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            return {"problem": str(error), "returncode": None, "tail": ""}
 
     def is_running(self, cell: str) -> bool:
         """Whether someone works on a cell now."""
@@ -114,12 +176,15 @@ class StudyFolder:
         """Make the folder, keep the study file in it, and clear away what killed runners left.
 
         Raises:
-            ValueError: If the folder holds something else than a study.
+            ValueError: If the folder holds something else than a study, or a link where work is removed.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"expected a folder for the study, got the file {self.path}")
         if self._is_of_something_else():
             raise ValueError(f"expected an empty folder or one of a study (with study.yaml in it), got {self.path}")
+        for ours in (CELLS, "failed", self.running.name, self.superseded.name, MEASURED):
+            if (self.path / ours).is_symlink():
+                raise ValueError(f"expected a folder of the study itself, got the link {self.path / ours}")
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / STUDY, study_file.read_text(encoding="utf-8"))
         for folder in (self.path / CELLS, self.path / "failed", self.running):
@@ -187,16 +252,20 @@ class StudyFolder:
             ValueError: If a file is missing or is not as its hash says.
         """
         work = self.running / cell
-        expected, found = read_json(work / DONE)["files"], hashes(work)
+        expected, found = self.done_in(work)["files"], hashes(work)
         for name, digest in expected.items():
             if found.get(name) != digest:
                 raise ValueError(f"expected {name} of {cell} as it was finished, got another or none in {work}")
         self._move_to_finished(cell, self.about(work))
 
-    @staticmethod
-    def listed(folder: Path) -> list[str]:
-        """Files that `done.json` of a folder lists."""
-        return list(read_json(folder / DONE)["files"])
+    @classmethod
+    def listed(cls, folder: Path) -> list[str]:
+        """Files that `done.json` of a folder lists.
+
+        Raises:
+            ValueError: If it is damaged, or lists one that would lie elsewhere.
+        """
+        return list(cls.done_in(folder)["files"])
 
     def _move_to_finished(self, cell: str, about: Mapping[str, Any]) -> None:
         work = self.running / cell
@@ -219,10 +288,15 @@ class StudyFolder:
         os.rename(work, self.failed_path(cell))
 
     def restore(self, cell: str) -> bool:
-        """Take back a finished cell that was superseded; returns whether there was one."""
-        if not (self.superseded / cell / DONE).is_file():
+        """Take back a finished cell that was superseded, if it is whole; returns whether there was one."""
+        aside = self.superseded / cell
+        try:
+            files, about = self.done_in(aside)["files"], self.about(aside)
+        except (FileNotFoundError, ValueError):
             return False
-        about = self.about(self.superseded / cell)
+        found = hashes(aside)
+        if any(found.get(name) != digest for name, digest in files.items()):
+            return False
         self._make_room(cell, about)
         os.rename(self.superseded / cell, self.done_path(cell))
         self._forget_failures(about)
@@ -231,8 +305,8 @@ class StudyFolder:
     def _forget_failures(self, about: Mapping[str, Any]) -> None:
         """Remove accounts of failures at what is finished now, whatever code, data or settings they were with."""
         for file in (self.path / "failed").glob(f"*/{CELL}"):
-            with contextlib.suppress(FileNotFoundError):
-                if place(read_json(file)) == place(about):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                if place(self.about(file.parent)) == place(about):
                     _remove(file.parent)
 
     def _make_room(self, cell: str, about: Mapping[str, Any]) -> None:
@@ -240,8 +314,9 @@ class StudyFolder:
 
         Another runner may be doing the same.
         """
-        for other in self.finished():
-            with contextlib.suppress(FileNotFoundError):
+        for other in self._moved():
+            # Nothing is known of what a damaged one answered.
+            with contextlib.suppress(FileNotFoundError, ValueError):
                 if other != cell and asks_the_same(self.about(self.done_path(other)), about):
                     self._put_aside(other, other)
         with contextlib.suppress(FileNotFoundError):
@@ -262,25 +337,50 @@ class StudyFolder:
             os.rename(self.done_path(cell), aside)
 
     def finished(self) -> list[str]:
-        """Ids of all finished cells, those of other plans included."""
+        """Ids of all finished cells that are whole, those of other plans included."""
+        return [cell for cell in self._moved() if self.damage(cell) is None]
+
+    def _moved(self) -> list[str]:
         return sorted(file.parent.name for file in (self.path / CELLS).glob(f"*/{DONE}"))
 
     @staticmethod
     def about(folder: Path) -> dict[str, Any]:
-        """What `cell.json` says."""
-        return read_json(folder / CELL)
+        """What `cell.json` says.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        return accounts.read(folder / CELL, accounts.About)
+
+    @staticmethod
+    def done_in(folder: Path) -> dict[str, Any]:
+        """What `done.json` says.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        return accounts.read(folder / DONE, accounts.Done)
 
     def done(self, cell: str) -> dict[str, Any]:
         """What `done.json` of a finished cell says."""
-        return read_json(self.done_path(cell) / DONE)
+        return self.done_in(self.done_path(cell))
 
 
 def _forget(measured: Path) -> None:
     """Remove what was measured of a cell, where that is allowed; nothing depends on it."""
+    if measured.is_symlink():
+        return
     with contextlib.suppress(OSError):
-        for file in measured.glob("*.bin"):
-            file.unlink()
+        for file in (*measured.glob("*.bin"), measured / _STATES):
+            file.unlink(missing_ok=True)
         measured.rmdir()
+
+
+def _states(file: Path) -> dict[str, Any]:
+    """Name → size, times and SHA-256 of a file when it was last hashed; empty where nothing, or nonsense, is kept."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(file)
+    return {}
 
 
 def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -296,8 +396,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder, first of all what says that a cell is whole, should this be killed on the way."""
+    """Remove a file, a link or a folder, first of all what says that a cell is whole, should this be killed on the way.
+
+    What a link leads to is left alone.
+    """
+    folder = path.is_dir() and not path.is_symlink()
     with contextlib.suppress(FileNotFoundError):
-        for end in (DONE, FAILED) if path.is_dir() else ():
+        for end in (DONE, FAILED) if folder else ():
             (path / end).unlink(missing_ok=True)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if folder else path.unlink()

@@ -83,11 +83,13 @@ class Resources:
         gpus: How many it has to itself; 0 runs on the CPU even where there is one; None for one where there is any.
         processes: Processes that share the documents of one cell, each on GPUs of its own.
         cpus: Cores, which a cluster sets apart; None for one per process.
+        timeout: Seconds after which a cell is ended and has failed; None to wait as long as it takes.
     """
 
     gpus: int | None = None
     processes: int = 1
     cpus: int | None = None
+    timeout: int | None = None
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,8 @@ class LocalRunner:
         return _Work(attempt, lock, gpus)
 
     def _settle(self, waiting: deque[Cell]) -> None:
+        for work in self._working:
+            work.attempt.expire()
         for work in [work for work in self._working if work.attempt.over]:
             self._record(work, waiting)
             self._working.remove(work)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import socket
+import subprocess
 import tarfile
 import tempfile
 import time
@@ -65,7 +66,9 @@ def evaluate(planned: Keyed, gpus: int, started: Any) -> Delivered:
             text = f"expected the {' and '.join(other)} of the runner on {socket.gethostname()}, got other"
             return _refused(text, folder)
         attempt = Attempt.start(planned, folder, gpus=devices)
-        attempt.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            attempt.process.wait(planned.cell.resources.timeout)
+        attempt.expire()
         outcome = attempt.outcome()
         return Delivered(outcome, _packed(folder))
 

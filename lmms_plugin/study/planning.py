@@ -39,6 +39,7 @@ class Planned(NamedTuple):
         seconds: It took, or what it will take.
         size: Of its model.
         gpus: It runs on.
+        damage: What became of its files since it was finished, for which it is run again; None if nothing did.
     """
 
     keyed: Keyed
@@ -46,6 +47,7 @@ class Planned(NamedTuple):
     seconds: cost.Seconds
     size: Size
     gpus: int
+    damage: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As `study plan --json` prints it."""
@@ -59,6 +61,7 @@ class Planned(NamedTuple):
             "limit": cell.limit,
             "axes": cell.axes.to_dict(),
             "state": self.state,
+            "damage": self.damage,
             "seconds": self.seconds.value,
             "seconds_from": self.seconds.basis,
             "parameters": self.size.parameters,
@@ -132,12 +135,13 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
     _expect_what_is_asked(study, planned)
     for cell in planned:
         one = key(cell)
-        measured = None if folder is None else _measured(folder, one.id)
+        damage = None if folder is None else folder.damage(one.id)
+        measured = None if folder is None or damage else _measured(folder, one.id)
         state = "done" if measured else "missing" if folder is None else _state(folder, one.id)
         needed = gpus_needed(cell, there)
         large = size(cell, cuda=needed > 0)
         took = measured or cost.seconds(cell, past, large.parameters, cuda=needed > 0)
-        found.append(Planned(one, state, took, large, needed))
+        found.append(Planned(one, state, took, large, needed, damage))
     ids = {one.keyed.id for one in found}
     others = () if folder is None else tuple(one for one in folder.finished() if one not in ids)
     return Plan(study, tuple(found), others)
@@ -185,6 +189,11 @@ def table(found: Plan) -> Table:
         weights = "unknown" if one.size.bytes is None else f"{one.size.bytes / 2**20:,.1f}"
         shown.add_row(one.keyed.id, ", ".join(one.keyed.cell.tasks), one.state, seconds, weights)
     return shown
+
+
+def damages(found: Plan) -> list[str]:
+    """A line on every cell that was finished and has to be run again, for its files are not as they were."""
+    return [f"not whole, to be run again: {one.keyed.id}: {one.damage}" for one in found.cells if one.damage]
 
 
 def summary(found: Plan) -> str:

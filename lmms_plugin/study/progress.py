@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from lmms_plugin.terminal import console
+
 
 def duration(seconds: float) -> str:
     """Seconds as people read them: `45 s`, `12 min`, `3 h 5 min`."""
@@ -35,7 +37,7 @@ class Display:
     expected: dict[str, float | None]
     before: int
     jobs: int
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=console)
 
     def __post_init__(self) -> None:
         self._running: dict[str, float] = {}

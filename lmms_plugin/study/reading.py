@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.located import Entry, load, near
 from lmms_plugin.quant_backends import names, option_types
 from lmms_plugin.quant_backends.calibration import CalibrationSpec
 from lmms_plugin.quant_backends.plan import COMPONENTS, UNTOUCHED_BITS, QuantSpec
@@ -16,7 +17,6 @@ from lmms_plugin.study import conclusions
 from lmms_plugin.study.asked import located
 from lmms_plugin.study.expansion import PATHS
 from lmms_plugin.study.grid import At, Calibration, Components, Exclusion, Grid, Method, Model, Resources, Study
-from lmms_plugin.study.located import Entry, load, near
 
 T = TypeVar("T")
 
@@ -282,12 +282,13 @@ def _argument(entry: Entry) -> Any:
 
 
 def _resources(entry: Entry) -> Resources:
-    given = entry.fields(("gpus", "processes", "cpus"))
+    given = entry.fields(("gpus", "processes", "cpus", "timeout"))
     gpus = given["gpus"].whole(0) if "gpus" in given and given["gpus"].scalar() != "auto" else None
     processes = given["processes"].whole(1) if "processes" in given else 1
     if gpus and gpus % processes:
         raise given["gpus"].wrong(f"as many GPUs for each of the {processes} processes")
-    return Resources(gpus, processes, given["cpus"].whole(1) if "cpus" in given else None)
+    cpus, timeout = (given[name].whole(1) if name in given else None for name in ("cpus", "timeout"))
+    return Resources(gpus, processes, cpus, timeout)
 
 
 def _exclusion(entry: Entry) -> Exclusion:

@@ -16,9 +16,10 @@ import yaml
 from pyarrow import parquet
 
 from lmms_plugin import variables
+from lmms_plugin.located import near
+from lmms_plugin.readable import readable
 from lmms_plugin.results import GROUNDING, REJECTION
 from lmms_plugin.study.contents import HUB_ID, attribute, digest, of_path, of_value, revision
-from lmms_plugin.study.located import near
 from lmms_plugin.tasks import cells as generated
 
 
@@ -93,10 +94,11 @@ def _metrics(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _rows(file: str, *, expressions: bool) -> int:
     """Rows of a file, or what they ask for in RefCOCO+'s schema, where a row is an object with several expressions."""
-    stored = parquet.ParquetFile(file)
-    if not expressions or "answer" not in stored.schema_arrow.names:
-        return int(stored.metadata.num_rows)
-    return int(pc.sum(pc.list_value_length(stored.read(["answer"])["answer"])).as_py() or 0)
+    with readable(file):
+        stored = parquet.ParquetFile(file)
+        if not expressions or "answer" not in stored.schema_arrow.names:
+            return int(stored.metadata.num_rows)
+        return int(pc.sum(pc.list_value_length(stored.read(["answer"])["answer"])).as_py() or 0)
 
 
 @cache

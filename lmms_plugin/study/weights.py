@@ -13,6 +13,7 @@ from lmms_plugin.quant_backends import backend_class, option_types
 from lmms_plugin.quant_backends.backend import CheckpointBackend
 from lmms_plugin.quant_backends.components import components
 from lmms_plugin.quant_backends.plan import Component, QuantSpec
+from lmms_plugin.readable import readable
 from lmms_plugin.study.grid import Cell
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -81,7 +82,8 @@ def _layers(checkpoint: str, trust_remote_code: bool) -> _Layers:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
+    with readable(f"{checkpoint}: config.json"):
+        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     found = components(model)

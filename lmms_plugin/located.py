@@ -10,6 +10,10 @@ from typing import Any
 
 import yaml
 
+MOST_BYTES, MOST_VALUES, MOST_DEEP = 4 << 20, 100_000, 100
+"""Bounds of a file that people write, and of what its aliases come to."""
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 def near(word: str, known: Iterable[str]) -> str:
     """The known name that a word was probably meant to be, as the end of a message; empty where there is none."""
@@ -37,13 +41,13 @@ class Entry:
 
     def wrong(self, expected: str, got: str | None = None) -> ValueError:
         """The error that says what was expected here and what stands here instead."""
-        return ValueError(f"{self.where}: expected {expected}, got {self.shown if got is None else got}")
+        return ValueError(f"{self.where}: expected {expected}, got {self.shown if got is None else got:.200}")
 
     @property
     def shown(self) -> str:
         """The value as a message shows it."""
         if isinstance(self.node, yaml.ScalarNode):
-            return repr(self.plain())
+            return f"{self.plain()!r:.200}"
         return "a list" if isinstance(self.node, yaml.SequenceNode) else "a mapping"
 
     def plain(self) -> Any:
@@ -52,11 +56,7 @@ class Entry:
         Raises:
             ValueError: If YAML cannot make a plain value of it, such as an unknown tag.
         """
-        loader = yaml.SafeLoader("")
-        try:
-            return loader.construct_document(self.node)
-        except yaml.YAMLError as error:
-            raise _not_yaml(error, self.file) from error
+        return _constructed(self.node, self.file)
 
     @property
     def is_mapping(self) -> bool:
@@ -138,18 +138,93 @@ def load(file: Path) -> Entry:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is empty or no YAML, or a name is there twice; says where.
+        ValueError: If it is empty, too large, no YAML, or of another encoding than UTF-8, a name is there twice, or a
+            value is none of its type; says where.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
+    if file.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{file}: expected at most {MOST_BYTES} bytes of YAML, got {file.stat().st_size}")
+    text = text_of(file)
     try:
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        if node is None:
-            raise ValueError(f"{file}:1:1: expected a mapping, got an empty file")
-        _merge(node, str(file), set())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
         raise _not_yaml(error, str(file)) from error
+    except RecursionError as error:
+        raise ValueError(f"{file}: expected YAML, got lists or mappings nested too deep") from error
+    if node is None:
+        raise ValueError(f"{file}:1:1: expected a mapping, got an empty file")
+    _expect_bounded(node, str(file), {}, 0)
+    _merge(node, str(file), set())
     return Entry(node, str(file))
+
+
+def text_of(file: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is of another encoding; names it.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8, got {error.reason} at byte {error.start}") from error
+
+
+def _expect_bounded(node: yaml.Node, file: str, sizes: dict[int, int], depth: int) -> int:
+    """Refuse what would take for ever or no end of memory to write out, since aliases stand for other values.
+
+    Args:
+        node: Of the file.
+        file: Its name.
+        sizes: Id of a node → values it stands for; 0 for one that is being counted.
+        depth: Of the node.
+
+    Returns:
+        How many values the node stands for.
+    """
+    if id(node) in sizes and sizes[id(node)]:
+        return sizes[id(node)]
+    if id(node) in sizes:
+        raise Entry(node, file).wrong("a value that does not hold itself")
+    if depth > MOST_DEEP:
+        raise Entry(node, file).wrong(f"lists and mappings nested at most {MOST_DEEP} deep")
+    sizes[id(node)] = 0
+    size = 1
+    if isinstance(node, yaml.ScalarNode):
+        _constructed(node, file)
+    elif isinstance(node, yaml.SequenceNode):
+        size += sum(_expect_bounded(one, file, sizes, depth + 1) for one in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise Entry(key, file).wrong("a name")
+            size += sum(_expect_bounded(one, file, sizes, depth + 1) for one in (key, value))
+    if size > MOST_VALUES:
+        raise Entry(node, file).wrong(f"at most {MOST_VALUES} values, aliases written out", "more")
+    sizes[id(node)] = size
+    return size
+
+
+def _constructed(node: yaml.Node, file: str) -> Any:
+    """The plain value of a node.
+
+    Raises:
+        ValueError: If YAML cannot make one of it; says where.
+    """
+    # What a merge takes over is in the mappings already; the key itself is a name like any other.
+    if node.tag == _MERGE:
+        return "<<"
+    try:
+        return yaml.SafeLoader("").construct_document(node)
+    except yaml.YAMLError as error:
+        raise _not_yaml(error, file) from error
+    # The constructors of `!!bool x`, `!!int ""` and `!!timestamp x` raise whatever comes.
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        tag = node.tag.removeprefix("tag:yaml.org,2002:")
+        got = f"{node.value!r:.60}" if isinstance(node, yaml.ScalarNode) else None
+        raise Entry(node, file).wrong(f"a value of the type {tag}", got or f"what is none ({error})") from error
 
 
 def _merge(node: yaml.Node, file: str, seen: set[int]) -> None:
@@ -162,21 +237,38 @@ def _merge(node: yaml.Node, file: str, seen: set[int]) -> None:
             _merge(one, file, seen)
     if not isinstance(node, yaml.MappingNode):
         return
-    names: set[tuple[str, str]] = set()
+    found: dict[tuple[str, Hashable], tuple[yaml.Node, yaml.Node]] = {}
+    taken: list[tuple[yaml.Node, yaml.Node]] = []
     for key, value in node.value:
         _merge(value, file, seen)
-        if _name(key) in names:
+        name = _name(key, file)
+        if name in found:
             raise Entry(key, file).wrong("every name once", f"{key.value!r} twice")
-        names.add(_name(key))
-    yaml.SafeLoader("").flatten_mapping(node)
-    node.value = list({_name(key): (key, value) for key, value in node.value}.values())
+        found[name] = key, value
+        if key.tag == _MERGE:
+            taken = [pair for one in _merged(value, file) for pair in one.value]
+    # Of several mappings that are taken over, the first one counts.
+    for key, value in taken:
+        found.setdefault(_name(key, file), (key, value))
+    node.value = [pair for name, pair in found.items() if name[0] != _MERGE]
 
 
-def _name(key: yaml.Node) -> tuple[str, str]:
-    return key.tag, str(key.value)
+def _merged(value: yaml.Node, file: str) -> list[yaml.MappingNode]:
+    """The mappings that `<<` takes over."""
+    several = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    for one in several:
+        if not isinstance(one, yaml.MappingNode):
+            raise Entry(one, file).wrong("a mapping to take over, or a list of mappings")
+    return list(several)
+
+
+def _name(key: yaml.Node, file: str) -> tuple[str, Hashable]:
+    """What tells a name from others: `yes` and `true` are one."""
+    return key.tag, _constructed(key, file)
 
 
 def _not_yaml(error: Exception, file: str) -> ValueError:
     mark = getattr(error, "problem_mark", None)
     where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark is not None else file
-    return ValueError(f"{where}: expected YAML: {getattr(error, 'problem', None) or error}")
+    problem = " ".join(str(getattr(error, "problem", None) or error).split())
+    return ValueError(f"{where}: expected YAML: {problem}")

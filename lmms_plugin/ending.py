@@ -1,0 +1,46 @@
+"""How a run of lmms-eval ends on an error that its user can mend: one last line and exit status 2.
+
+By itself lmms-eval prints a traceback, goes on and exits with status 0, which to whoever started it means success.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STATUS = 2
+_BEFORE, _BEHIND = "lmms-plugin: ", " (--verbosity DEBUG shows where)"
+LINE = re.compile(rf"{_BEFORE}(.*?){re.escape(_BEHIND)}$")
+"""The last line, with what was wrong as its first group."""
+_COMMANDS = ("lmms-eval", "lmms_eval")
+
+
+@contextmanager
+def ends_the_command() -> Iterator[None]:
+    """End lmms-eval's command on an error within; whoever calls lmms-eval from Python gets the error itself.
+
+    So does the command if several evaluations are configured, of which others may go well, or if it is told to show
+    everything (`--verbosity DEBUG`).
+
+    Raises:
+        SystemExit: In the command, after the line was written to standard error.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if not _in_command(sys.argv):
+            raise
+        sys.stdout.flush()
+        line = " ".join(str(error).split())
+        print(f"{_BEFORE}{line}{_BEHIND}", file=sys.stderr, flush=True)
+        raise SystemExit(STATUS) from error
+
+
+def _in_command(argv: list[str]) -> bool:
+    program = Path(argv[0]) if argv else Path()
+    named = program.name if program.name != "__main__.py" else program.parent.name
+    told = " ".join(argv[1:]).replace("=", " ")
+    return named in _COMMANDS and "--verbosity DEBUG" not in told and "--config" not in told.split()

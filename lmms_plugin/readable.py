@@ -1,0 +1,42 @@
+"""Files that libraries read for us: what these raise about damaged ones, as errors that name the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pydantic import ValidationError
+
+_OWN_WORDS = (OSError, ImportError, MemoryError, RuntimeError)
+"""Errors that are none of damage (memory that runs out on a GPU is a `RuntimeError`), or that name the file."""
+_LONGEST, _LONGEST_PART = 300, 80
+
+
+def problem(error: ValidationError) -> str:
+    """The first of pydantic's refusals in one short line: entry, what it should be, what it is."""
+    first = error.errors(include_url=False)[0]
+    entry = ".".join(f"{part!s:.{_LONGEST_PART}}" for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{entry}: {message[:_LONGEST]}, got {first['input']!r:.{_LONGEST_PART}}"
+
+
+@contextmanager
+def readable(what: object) -> Iterator[None]:
+    """Name what is read in every error about it; libraries raise plain `Exception`, `KeyError` and such of damage.
+
+    Args:
+        what: Is read, as an error is to call it.
+
+    Raises:
+        ValueError: It cannot be read; one line.
+    """
+    try:
+        yield
+    except _OWN_WORDS:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, ValueError) and str(what) in text:
+            raise
+        said = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        raise ValueError(f"{what} cannot be read, it may be damaged: {said[:_LONGEST]}") from error
