@@ -98,8 +98,8 @@ class Robustness(NamedTuple):
     Attributes:
         metric: Name of the metric.
         clean: Its value on clean data.
-        mean: Mean over severities, then shifts (mPC for accuracy).
-        retained: That ÷ clean (rPC for accuracy); NaN for what should be low.
+        mean: Mean over severities, then shifts.
+        retained: That ÷ clean; NaN for what should be low.
         per_severity: Severity → share of the clean value lost there or, for what should be low, what is added.
     """
 
@@ -266,7 +266,10 @@ def table(numbers: Sequence[Number], title: str, level: float) -> Table:
 def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
     """Robustness for people to read."""
     severities = list(rows[0].per_severity)
-    caption = "per severity: share lost (accuracy, coverage) or what is added (ece, aurc)"
+    caption = (
+        "shifted: plain mean over the shifts at these severities; retained: that ÷ clean;"
+        " per severity: share lost (accuracy, coverage) or what is added (ece, aurc)"
+    )
     shown = Table(title=f"{title} under shift", caption=caption)
     shown.add_column("metric", no_wrap=True)
     for heading in ("clean", "shifted", "retained", *(f"severity {severity}" for severity in severities)):
