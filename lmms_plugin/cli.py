@@ -104,7 +104,9 @@ def metrics(
     calibrator: Annotated[str, typer.Option(help="temperature, platt, isotonic or beta.")] = "platt",
     chosen_on: Annotated[
         Path | None,
-        typer.Option(help="Run whose held-out images thresholds and calibrator come from, e.g. of the 16-bit model."),
+        typer.Option(
+            help="Run whose held-out images thresholds and calibrator come from, e.g. of the unquantized model."
+        ),
     ] = None,
 ) -> None:
     """Recompute every metric from the logs of samples, with intervals over images; no model is loaded."""

@@ -119,8 +119,8 @@ def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[
     Args:
         run: The run.
         settings: Estimator, intervals and what is held out.
-        chosen_on: Run on whose held-out images thresholds are chosen and calibrators fitted, e.g. that of the 16-bit
-            model; None for the run itself. Results are of the other images all the same.
+        chosen_on: Run on whose held-out images thresholds are chosen and calibrators fitted, e.g. that of the
+            unquantized model; None for the run itself. Results are of the other images all the same.
 
     Raises:
         ValueError: If the run has no task of ours, a task has fewer than 2 images, or `chosen_on` lacks one of the

@@ -28,6 +28,7 @@ from lmms_plugin.report import (
     resampling,
     svg,
     tables,
+    tradeoffs,
 )
 from lmms_plugin.report.measuring import CLEAN, METRICS
 from lmms_plugin.report.summary import summarise
@@ -143,7 +144,7 @@ def test_all_resamples_at_once_give_what_one_after_the_other_does(levels, accura
 
 def test_values_and_intervals_are_those_of_the_metrics_command(study, summary):
     numbers = {n.metric: n for n in reliability.measure(run_of(study, "none"), SETTINGS) if n.task == "shapes_rec"}
-    group = line_of(summary, "16 bit").group
+    group = line_of(summary, "unquantized").group
     names = {"accuracy": "acc@0.5"} | {m: m for m in ("mean_iou", "parse_rate", "ece", "brier", "aurc", "auroc")}
     names |= {m: m for m in ("coverage@0.01", "coverage@0.05", "phi@1", "phi@10", "phi@100")}
     for metric, printed in names.items():
@@ -237,6 +238,38 @@ def test_the_front_holds_what_nothing_beats(summary):
         ]
         assert better, line.config.label
         assert (line in kept) == all(contents._objectives(other) == mine for other in better)
+
+
+def test_lmms_eval_is_not_called_by_the_commit_of_the_working_directory(tmp_path):
+    file = report_study.write_run(tmp_path / "alone", report_study.documents(12), 0.9)
+    cell = report_study.write_cell(tmp_path / "study", "none", report_study.documents(12), report_study.axes(), 0.9)
+    for one in (file, cell):
+        one.write_text(json.dumps(json.loads(one.read_text()) | {"lmms_eval_version": "main@0b608b4"}))
+    told = json.loads((cell.parents[1] / "cell.json").read_text())
+    told["versions"]["lmms_eval"] = "0.7.3"
+    (cell.parents[1] / "cell.json").write_text(json.dumps(told))
+
+    def versions(folder):
+        return page.versions(summarise(reading.read_folder(folder, SETTINGS), SETTINGS.level))
+
+    assert versions(tmp_path / "alone") == {results.GIT_STATE: "main@0b608b4"}
+    assert versions(tmp_path / "study") == {
+        "lmms_eval": "0.7.3",
+        "torch": "2.15.0",
+        results.GIT_STATE: "main@0b608b4",
+    }
+
+
+def test_the_front_is_told_only_where_something_is_beaten(summary):
+    chosen = [(condition, summary.scopes[0].under(condition)) for condition in summary.scopes[0].conditions]
+    alone = [(condition, contents.not_dominated(lines)) for condition, lines in chosen]
+    assert tradeoffs.unbeaten(alone) == (
+        "No configuration is beaten by another one in accuracy, AURC, memory and speed at once."
+    )
+    some = [condition for (condition, lines), (_, kept) in zip(chosen, alone, strict=True) if len(kept) < len(lines)]
+    told = tradeoffs.unbeaten(chosen)
+    assert [condition for condition, _ in chosen if f"{condition}: " in told] == some
+    assert len(contents.front(summary).rows) == sum(len(kept) for condition, kept in alone if condition in some)
 
 
 def test_tables_as_csv_and_latex(tmp_path):
@@ -340,7 +373,7 @@ def test_a_reader_is_warned_of_limits_and_missing_baselines(tmp_path):
     )
     found = list(page.warnings(summarise(reading.read_folder(tmp_path, SETTINGS), 0.95)))
     assert any("--limit" in line and "limit 20" in line for line in found)
-    assert any("No 16-bit run" in line for line in found)
+    assert any("No unquantized run" in line for line in found)
 
 
 def test_a_damaged_verdict_is_refused(tmp_path):
@@ -350,8 +383,8 @@ def test_a_damaged_verdict_is_refused(tmp_path):
 
 
 def test_all_metrics_have_a_place(summary):
-    assert line_of(summary, "16 bit").group.value.shape == (len(METRICS),)
-    assert not np.isnan(line_of(summary, "16 bit").group.value).any()
+    assert line_of(summary, "unquantized").group.value.shape == (len(METRICS),)
+    assert not np.isnan(line_of(summary, "unquantized").group.value).any()
 
 
 def test_what_is_to_be_rejected_has_a_table_of_its_own(tmp_path):

@@ -227,7 +227,7 @@ def test_what_is_quantized_without_a_number_of_bits_is_not_called_16_bit(tmp_pat
     folder = study(tmp_path, [*cells, ("prequantized", None, None, None, (350, 290, 250))])
     found = analysed(folder, arms=ASKED["arms"] | {"shipped": {"method": "prequantized"}})
     table = verdict.tables(found)[1]
-    assert {row[1]: row[0] for row in table["rows"]} == {"none": "16", "rtn": "4", "awq": "4", "prequantized": ""}
+    assert {row[1]: row[0] for row in table["rows"]} == {"none": "", "rtn": "4", "awq": "4", "prequantized": ""}
 
 
 def test_without_the_unquantized_model_there_is_no_verdict(tmp_path):

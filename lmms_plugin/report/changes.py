@@ -39,8 +39,8 @@ def flips(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
     yield Drawn(
         name,
         scope.title,
-        "Share of answers that changed sides against the 16-bit model. Two models of equal accuracy may still disagree"
-        " on many answers.",
+        "Share of answers that changed sides against the unquantized model. Two models of equal accuracy may still"
+        " disagree on many answers.",
         _bars(found, across),
         Table(name, f"Answers that changed sides on {scope.title}", columns, rows_of(rows)),
     )

@@ -79,18 +79,24 @@ def draw(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
         name,
         scope.title,
         "Each mark is one configuration, with its bits beside it; a line joins those that nothing beats in both of a"
-        " panel's measures, a thin bar is the interval over images, arrows point to what is better. Not beaten in"
-        f" accuracy, AURC, memory and speed at once, {_unbeaten(chosen)}.",
+        " panel's measures, a thin bar is the interval over images, arrows point to what is better. "
+        f" {unbeaten(chosen)}",
         figure,
         costs(name, f"Accuracy, reliability and cost on {scope.title}", "Condition", _rows(chosen), summary),
     )
 
 
-def _unbeaten(chosen: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    return "; ".join(
-        f"{condition}: {drawing.listed(line.config.label for line in not_dominated(lines))}"
-        for condition, lines in chosen
-    )
+def unbeaten(chosen: Sequence[tuple[str, Sequence[Line]]]) -> str:
+    """Which are not beaten in everything at once; that all of them are not says little, and is said shortly."""
+    told = []
+    for condition, lines in chosen:
+        kept = not_dominated(lines)
+        if len(kept) < len(lines):
+            told.append(f"{condition}: {drawing.listed(line.config.label for line in kept)}")
+    if not told:
+        return "No configuration is beaten by another one in accuracy, AURC, memory and speed at once."
+    rest = "; under the other conditions none is" if len(told) < len(chosen) else ""
+    return f"Not beaten in accuracy, AURC, memory and speed at once, {'; '.join(told)}{rest}."
 
 
 def _panel(panel: Any, lines: Sequence[Line], goal: Goal, axis: Axis, styles: Mapping[str, Look], level: float) -> None:

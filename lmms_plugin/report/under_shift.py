@@ -84,7 +84,7 @@ def _ranged(value: tuple[float, float, float]) -> Any:
 
 
 def heat(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
-    """What each quantizer loses under each shift against the 16-bit model."""
+    """What each quantizer loses under each shift against the unquantized model."""
     del summary, across
     losses, sizes = _losses(scope)
     shifts = sorted(sizes, key=lambda name: (name != CLEAN, name))
@@ -99,12 +99,12 @@ def heat(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
     yield Drawn(
         name,
         scope.title,
-        "Accuracy less that of the 16-bit model on the same task, in percentage points, mean over severities and runs."
-        " Orange cells lost, blue cells gained.",
+        "Accuracy less that of the unquantized model on the same task, in percentage points, mean over severities and"
+        " runs. Orange cells lost, blue cells gained.",
         _heat(values, labels, words),
         Table(
             name,
-            f"Accuracy less that of the 16-bit model on {scope.title}",
+            f"Accuracy less that of the unquantized model on {scope.title}",
             (Column("Model", numeric=False), *map(Column, words)),
             rows_of([*rows, counts]),
         ),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lmms_plugin.metrics.paired import Difference
 from lmms_plugin.study.analysis import Analysis, Contrast, Question, Row
+from lmms_plugin.study.arms import UNTOUCHED
 
 SHOWN, REVERSE, EQUIVALENT, OPEN = "shown", "the opposite shown", "no difference", "not shown"
 NOT_JUDGED = "not judged (broken)"
@@ -110,12 +111,12 @@ def tables(found: Analysis) -> list[dict[str, Any]]:
                 "clean",
                 "shifted",
                 "sd of seeds",
-                "more lost under shift than by the 16-bit model",
+                "more lost under shift than by the unquantized model",
                 "ECE clean",
                 "ECE shifted",
                 "lost / won clean",
                 "lost / won shifted",
-                "answers with a box",
+                "shifted answers with a box",
             ],
             "rows": [_row(row) for row in sorted(found.rows, key=_order)],
         },
@@ -254,7 +255,7 @@ def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> 
 
 def _row(row: Row) -> list[str]:
     return [
-        "" if row.bits is None else str(row.bits),
+        "" if row.bits is None or row.method == UNTOUCHED else str(row.bits),
         row.method,
         row.calibration or "",
         str(row.seeds),
