@@ -314,6 +314,7 @@ def _print_tables(*tables: object) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=160)
     for table in tables:
         console.print(table)
+    console.print("What each number means: docs/metrics.md", style="dim")
 
 
 def main() -> None:

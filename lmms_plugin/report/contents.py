@@ -317,6 +317,16 @@ def runs(summary: Summary) -> Table:
     return Table("runs", "All runs", columns, tables.rows_of(rows))
 
 
+def meanings(summary: Summary) -> dict[str, str]:
+    """Heading → what it means, of all tables that are shown: what is told on hovering is to be read on paper, too."""
+    found: dict[str, str] = {}
+    for shown in every(summary):
+        for column in shown.columns:
+            if column.meaning:
+                found.setdefault(column.title, column.meaning)
+    return found
+
+
 def every(summary: Summary) -> Iterable[Table]:
     """All tables, for files."""
     found = (leader(summary), front(summary), flips(summary), rejection(summary), unparsed(summary), runs(summary))

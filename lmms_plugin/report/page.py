@@ -76,6 +76,7 @@ def render(
         facts=facts(summary),
         figures=inlined.shown(summary, workers),
         tables={table.name: table for table in contents.every(summary)},
+        meanings=contents.meanings(summary),
         first_rows=ROWS_AT_FIRST,
         gallery=gallery,
         common=", ".join(summary.common),
