@@ -353,7 +353,7 @@ def _corruption_errors(
     # The first is of the data. Where a resample has a reference without errors it says nothing of how many there are.
     values, resampled = np.array(both[0]), np.where(np.isfinite(both[1:]), both[1:], np.nan)
     intervals = [interval(float(value), draws, level=level) for value, draws in zip(values, resampled.T, strict=True)]
-    shifts, severities = ({cell[k] for cell in cells} for k in (0, 1))
+    shifts, severities = {shift for shift, _ in cells}, {severity for _, severity in cells}
     return CorruptionErrors(
         title, len(shifts), tuple(sorted(severities)), float(values[0]), float(values[1]), intervals[0], intervals[1]
     )

@@ -77,7 +77,7 @@ def _leading(line: Line, title: str, summary: Summary) -> list[Cell]:
 def _attributes(line: Line, title: str) -> dict[str, str]:
     return {
         "method": UNQUANTIZED if line.config.dense else line.config.method,
-        "bits": "" if line.config.bits is None else str(line.config.bits),
+        "bits": "" if line.config.dense or line.config.bits is None else str(line.config.bits),
         "task": f"{title}: {line.condition}",
     }
 
