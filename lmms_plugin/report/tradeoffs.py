@@ -19,8 +19,8 @@ _PLAIN = 60
 """Marks from which intervals are left out."""
 _BESIDE = ((4, 3), (4, -8), (-9, 3), (-9, -8), (4, 11), (4, -16))
 """Where a label may stand, in points from its mark, the best first."""
-_SAME = 7
-"""Points from a mark to a label of the same text that does for it, too."""
+_SAME = 5
+"""Points between marks up to which they share a label, if theirs are the same."""
 _UP, _DOWN = "\u2191", "\u2193"
 
 
@@ -136,14 +136,15 @@ def _label_marks(panel: Any, marks: Sequence[tuple[float, float, str]]) -> None:
         marks: Place in data, and text.
     """
     points = panel.transData.transform([(x, y) for x, y, _ in marks]) * 72 / panel.figure.dpi if marks else []
-    placed: list[tuple[float, float, str]] = []
+    placed: list[tuple[float, float]] = []
+    labelled: list[tuple[float, float, str]] = []
     for (x, y, written), (left, up) in zip(marks, points, strict=True):
-        if not written or any(abs(left - a) + abs(up - b) < _SAME and written == said for a, b, said in placed):
+        if not written or any(math.dist((left, up), at) < _SAME and written == said for *at, said in labelled):
             continue
-        taken = [place[:2] for place in placed]
-        free = (at for at in _BESIDE if all(abs(left + at[0] - a) > 8 or abs(up + at[1] - b) > 7 for a, b in taken))
+        free = (at for at in _BESIDE if all(abs(left + at[0] - a) > 8 or abs(up + at[1] - b) > 7 for a, b in placed))
         right, above = next(free, _BESIDE[0])
-        placed.append((left + right, up + above, written))
+        placed.append((left + right, up + above))
+        labelled.append((left, up, written))
         panel.annotate(written, (x, y), (right, above), textcoords="offset points", fontsize=7, color=MUTED)
 
 
