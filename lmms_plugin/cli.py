@@ -105,7 +105,9 @@ def metrics(
     calibrator: Annotated[str, typer.Option(help="temperature, platt, isotonic or beta.")] = "platt",
     chosen_on: Annotated[
         Path | None,
-        typer.Option(help="Run whose held-out images thresholds and calibrator come from, e.g. of the 16-bit model."),
+        typer.Option(
+            help="Run whose held-out images thresholds and calibrator come from, e.g. of the unquantized model."
+        ),
     ] = None,
 ) -> None:
     """Recompute every metric from the logs of samples, with intervals over images; no model is loaded."""
@@ -312,6 +314,7 @@ def _print_tables(*tables: object) -> None:
     terminal = console()
     for table in tables:
         terminal.print(table)
+    terminal.print("What each number means: docs/metrics.md", style="dim")
 
 
 def main() -> None:

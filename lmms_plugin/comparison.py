@@ -96,21 +96,25 @@ class Shifted(NamedTuple):
 
 
 class CorruptionErrors(NamedTuple):
-    """Errors of the second run under shift relative to the first.
+    """Errors of the second run under shift ÷ those of the first, mean over shifts.
 
     Attributes:
         task: The clean task.
-        mce: Mean corruption error, 1 where both make as many.
-        relative_mce: The same of the errors beyond those on clean data.
-        mce_interval: Interval of the first over images, both ends NaN where there is none.
-        relative_mce_interval: Of the second.
+        shifts: Over how many shifts the mean is taken.
+        severities: At which severities.
+        error_ratio: 1 where both make as many errors.
+        added_error_ratio: The same of the errors beyond those on clean data.
+        error_ratio_interval: Interval of the first over images, both ends NaN where there is none.
+        added_error_ratio_interval: Of the second.
     """
 
     task: str
-    mce: float
-    relative_mce: float
-    mce_interval: Interval
-    relative_mce_interval: Interval
+    shifts: int
+    severities: tuple[int, ...]
+    error_ratio: float
+    added_error_ratio: float
+    error_ratio_interval: Interval
+    added_error_ratio_interval: Interval
 
 
 class Comparison(NamedTuple):
@@ -126,7 +130,7 @@ def compare(first: Run, second: Run, settings: Settings, margin: float | None = 
     """Compare two runs, task by task.
 
     Args:
-        first: The run to compare with, usually the 16-bit model.
+        first: The run to compare with, usually the unquantized model.
         second: The run in question.
         settings: Estimator, resamples, seed and level.
         margin: Largest difference, either way, that counts as none, for equivalence; None to leave that out.
@@ -185,8 +189,9 @@ def flips_table(rows: Sequence[Flipped]) -> Table:
 def shifted_table(comparison: Comparison) -> Table:
     """Interaction of the change with shift, for people to read."""
     errors = "; ".join(
-        f"mCE {row.mce:.3f}{_ends(row.mce_interval)}, relative mCE {row.relative_mce:.3f}"
-        f"{_ends(row.relative_mce_interval)} against the first run"
+        f"errors under shift ÷ those of the first run, mean over {row.shifts} shifts at severity"
+        f" {', '.join(map(str, row.severities))}: {row.error_ratio:.3f}{_ends(row.error_ratio_interval)}; of the errors"
+        f" beyond those on clean data: {row.added_error_ratio:.3f}{_ends(row.added_error_ratio_interval)}"
         for row in comparison.corruption_errors
     )
     shown = Table(
@@ -348,7 +353,10 @@ def _corruption_errors(
     # The first is of the data. Where a resample has a reference without errors it says nothing of how many there are.
     values, resampled = np.array(both[0]), np.where(np.isfinite(both[1:]), both[1:], np.nan)
     intervals = [interval(float(value), draws, level=level) for value, draws in zip(values, resampled.T, strict=True)]
-    return CorruptionErrors(title, float(values[0]), float(values[1]), intervals[0], intervals[1])
+    shifts, severities = {shift for shift, _ in cells}, {severity for _, severity in cells}
+    return CorruptionErrors(
+        title, len(shifts), tuple(sorted(severities)), float(values[0]), float(values[1]), intervals[0], intervals[1]
+    )
 
 
 def _errors(draws: Draws) -> npt.NDArray[np.float64]:

@@ -7,10 +7,13 @@ only if they look as they do in the version this was written against.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.dealing import deal_by_image
@@ -123,9 +126,26 @@ def _indexing_ours(original: Callable[..., Any]) -> Callable[..., Any]:
             index.setdefault(
                 name, {"type": entry.kind, "yaml_path": str(entry.yaml), "overrides": entry.overrides, **subtasks}
             )
+        _refuse_folders(index)
         return index
 
     return initialize_tasks
+
+
+def _refuse_folders(index: Mapping[str, Any]) -> None:
+    """Refuse `--tasks NAME` where a folder of that name hides the task: lmms-eval takes it for a folder of YAML files.
+
+    Raises:
+        ValueError: There is such a folder.
+    """
+    given = [value.partition("=")[2] for value in sys.argv if value.startswith("--tasks=")]
+    given += [value for flag, value in pairwise(sys.argv) if flag == "--tasks"]
+    for name in given:
+        if name in index and Path(name).is_dir():
+            raise ValueError(
+                f"--tasks {name}: expected the task, but lmms-eval would read the folder {Path(name).resolve()} of the"
+                " same name instead; rename it or start elsewhere"
+            )
 
 
 def _filling_in_cells(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,8 +99,8 @@ class Robustness(NamedTuple):
     Attributes:
         metric: Name of the metric.
         clean: Its value on clean data.
-        mean: Mean over severities, then shifts (mPC for accuracy).
-        retained: That ÷ clean (rPC for accuracy); NaN for what should be low.
+        mean: Mean over severities, then shifts.
+        retained: That ÷ clean; NaN for what should be low.
         per_severity: Severity → share of the clean value lost there or, for what should be low, what is added.
     """
 
@@ -120,8 +120,8 @@ def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[
     Args:
         run: The run.
         settings: Estimator, intervals and what is held out.
-        chosen_on: Run on whose held-out images thresholds are chosen and calibrators fitted, e.g. that of the 16-bit
-            model; None for the run itself. Results are of the other images all the same.
+        chosen_on: Run on whose held-out images thresholds are chosen and calibrators fitted, e.g. that of the
+            unquantized model; None for the run itself. Results are of the other images all the same.
 
     Raises:
         ValueError: If the run has no task of ours, a task has fewer than 2 images, or `chosen_on` lacks one of the
@@ -267,7 +267,10 @@ def table(numbers: Sequence[Number], title: str, level: float) -> Table:
 def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
     """Robustness for people to read."""
     severities = list(rows[0].per_severity)
-    caption = "per severity: share lost (accuracy, coverage) or what is added (ece, aurc)"
+    caption = (
+        "shifted: plain mean over the shifts at these severities; retained: that ÷ clean;"
+        " per severity: share lost (accuracy, coverage) or what is added (ece, aurc)"
+    )
     shown = Table(title=f"{title} under shift", caption=caption)
     shown.add_column("metric", no_wrap=True)
     for heading in ("clean", "shifted", "retained", *(f"severity {severity}" for severity in severities)):

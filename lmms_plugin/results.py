@@ -33,6 +33,19 @@ HELD_OUT, REPORTED = "val", "test"
 """Parts of a task that brings its own split: thresholds are chosen on the first and results reported on the second."""
 
 
+GIT_STATE = "git checkout of the working directory"
+"""What that is called which lmms-eval logs as its version."""
+
+
+def git_state(results: Mapping[str, Any]) -> str | None:
+    """Branch and commit that lmms-eval logs as its version; None outside of a checkout.
+
+    They are of the folder in which it was started, not of lmms-eval, whose version it does not log.
+    """
+    said = str(results.get("lmms_eval_version") or "")
+    return None if not said or "unknown" in said else said
+
+
 class Kind(NamedTuple):
     """A kind of task, by what its records hold.
 

@@ -328,6 +328,9 @@ def _grid(name: str, cells: Sequence[Cell], score: tuple[str, str]) -> Grid:
     bits = np.array([[cell.bits[component] for component in COMPONENTS] for cell in cells])
     varying = [k for k in range(len(COMPONENTS)) if np.unique(bits[:, k]).size > 1]
     scores = np.array([cell.scores[score] for cell in cells])
+    # A forest draws runs by their places: these must not depend on what files and folders are called.
+    order = np.lexsort((scores, *bits.T[::-1]))
+    bits, scores = bits[order], scores[order]
     return Grid(name, tuple(COMPONENTS[k] for k in varying), bits[:, varying], scores)
 
 

@@ -40,9 +40,19 @@ def _from_files() -> Iterator[Listed]:
 def _generated(cells: bool) -> Iterator[Listed]:
     for name, entry in generated.entries().items():
         if entry.kind == "group":
-            yield Listed(name, "group", f"{len(entry.overrides['task'])} members, e.g. {entry.overrides['task'][-1]}")
+            yield Listed(name, "group", _of_group(entry))
         elif cells:
             yield Listed(name, "cell", f"split {entry.overrides['test_split']}, {_place(entry.overrides['metadata'])}")
+
+
+def _of_group(entry: generated.Entry) -> str:
+    """What a generated group holds, and whether its line in the table is a mean."""
+    members = entry.overrides["task"]
+    if entry.yaml.name.startswith("_mean_over"):
+        severities = sorted({member.rpartition("_")[2] for member in members})
+        several = "severities" if len(severities) > 1 else "severity"
+        return f"plain mean over {len(members)} cells at {several} {', '.join(severities)}, e.g. {members[-1]}"
+    return f"{len(members)} members without a mean, e.g. {members[-1]}"
 
 
 def _place(metadata: Mapping[str, Any]) -> str:

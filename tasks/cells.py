@@ -164,7 +164,10 @@ def _means(dataset: Dataset, split: str) -> Iterator[tuple[str, Entry]]:
 def _mean_over_cells(
     name: str, prefix: str, shifts: Iterable[str], severities: Sequence[int], template: str = "_mean_over_cells.yaml"
 ) -> tuple[str, Entry]:
-    """A group whose line in the table is the mean over its cells: mPC of Michaelis et al. (arXiv 1907.07484)."""
+    """A group whose line in the table is the mean over its cells, each with the same weight.
+
+    Not the mPC of Michaelis et al. (arXiv 1907.07484), which is over fifteen corruptions at five severities.
+    """
     tasks = [f"{prefix}_{shift}_{severity}" for shift, severity in product(shifts, severities)]
     return name, Entry("group", FOLDER / template, {"group": name, "task": tasks})
 

@@ -174,18 +174,27 @@ def alternatives() -> Alternatives:
     of: dict[str, Alternative] = {}
     like: dict[str, frozenset[str]] = {}
     for section, line in _lines("alternatives.txt"):
-        kind, sides = section.removeprefix(f"{NOUNS}: "), [_items(side) for side in line.split("->")]
-        if kind != section:
-            numbers = [list(zip(*map(noun, side), strict=True)) for side in sides]
-            group = frozenset(phrase for number in numbers[0] for phrase in number)
-            pairs = list(zip(*numbers, strict=True))
-        else:
-            group, pairs = frozenset(sides[0]), [(tuple(sides[0]), tuple(sides[1]))]
-        like |= dict.fromkeys(group, group)
-        for left, right in pairs:
-            # Where singular and plural are one word, it is a plural to its replacements.
-            of |= dict.fromkeys(left, Alternative(kind, right))
+        kind, sides = section.removeprefix(f"{NOUNS}: "), [side.split(";") for side in line.split("->")]
+        parts = [[_items(part) for part in side] for side in sides]
+        group: set[str] = set()
+        for left, right in zip(*parts, strict=True):
+            if kind != section:
+                numbers = [list(zip(*map(noun, side), strict=True)) for side in (left, right)]
+                pairs = list(zip(*numbers, strict=True))
+            else:
+                pairs = [(tuple(left), tuple(right))]
+            for words_of, replacements in pairs:
+                group.update(words_of)
+                # Where singular and plural are one word, it is a plural to its replacements.
+                of |= dict.fromkeys(words_of, Alternative(kind, replacements))
+        like |= dict.fromkeys(group, frozenset(group))
     return Alternatives(MappingProxyType(of), MappingProxyType(like))
+
+
+@lru_cache(maxsize=1)
+def compounds() -> frozenset[str]:
+    """The names of `compounds.txt`, singular and plural, in which no word is exchanged."""
+    return frozenset(form for item in plain("compounds") for form in noun(item))
 
 
 @lru_cache(maxsize=1)

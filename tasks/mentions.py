@@ -14,7 +14,7 @@ from datasets import Dataset
 from lmms_plugin.tasks.documents import Documents
 from lmms_plugin.tasks.expressions import ExpressionDocs
 from lmms_plugin.tasks.lexicon import Category, alternatives, categories, find
-from lmms_plugin.tasks.mismatches import Mismatch, absent_objects, attribute_swaps
+from lmms_plugin.tasks.mismatches import Mismatch, absent_objects, swaps_about_photographs
 from lmms_plugin.tasks.reworded import RewordedDocs, asked_both_ways
 
 _OTHER = "other"
@@ -42,7 +42,7 @@ class Mentions:
     def attribute_swaps(self, expression: str, image: str) -> list[Mismatch]:
         """The expression with an attribute or noun swapped for one that nothing about the photograph mentions."""
         like, mentioned = alternatives().like, self._attributes[image]
-        swaps = attribute_swaps(expression, alternatives())
+        swaps = swaps_about_photographs(expression)
         said = ({swap.new} | {p for span in find(swap.new, like) for p in like[span.phrase]} for swap in swaps)
         return [swap for swap, phrases in zip(swaps, said, strict=True) if not phrases & mentioned]
 

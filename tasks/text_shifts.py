@@ -17,6 +17,7 @@ import numpy as np
 
 from lmms_plugin.tasks import lexicon, phrasing
 from lmms_plugin.tasks.lexicon import Span, find, replace, words
+from lmms_plugin.tasks.negation import negators
 from lmms_plugin.tasks.severities import SEVERITIES, checked, generator, named
 
 Rewording = Callable[..., str | None]
@@ -191,14 +192,16 @@ def fillers(text: str, rng: np.random.Generator, count: int) -> str | None:
 def dropped_words(text: str, rng: np.random.Generator, share: float) -> str | None:
     """Leaves out that share of the words, as in a telegram: function words first, then any; one word stays.
 
-    What is left may mean several objects: accuracy under this shift has no ceiling of 1.
+    What is left may mean several objects: accuracy under this shift has no ceiling of 1. Words that negate stay,
+    because without them it would mean the others.
     """
     tokens = text.split()
-    if len(tokens) < 2:
-        return None
     function_words = lexicon.plain("function_words")
-    order = sorted(rng.permutation(len(tokens)), key=lambda k: tokens[k].lower() not in function_words)
-    gone = set(order[: min(len(tokens) - 1, max(1, round(share * len(tokens))))])
+    order = [k for k in rng.permutation(len(tokens)) if not negators(tokens[k])]
+    if len(order) < 2:
+        return None
+    order.sort(key=lambda k: tokens[k].lower() not in function_words)
+    gone = set(order[: min(len(order) - 1, max(1, round(share * len(tokens))))])
     return " ".join(token for k, token in enumerate(tokens) if k not in gone)
 
 

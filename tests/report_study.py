@@ -106,7 +106,7 @@ def write_cell(study, name, docs, given, skill, seed=0, **more):
 
 
 def write_study(study, count=90):
-    """A 16-bit model and three quantized ones, one of them with two seeds, and a cell that failed."""
+    """An unquantized model and three quantized ones, one of them with two seeds, and a cell that failed."""
     docs = documents(count)
     write_cell(study, "none", docs, axes(), 0.9)
     write_cell(study, "rtn-3", docs, axes("rtn", 3), 0.8, seed=1)

@@ -1,8 +1,10 @@
 """What docs/adding.md shows works as it stands there; its quantizer is tested in test_quant_third_party."""
 
 import re
+import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,3 +49,25 @@ def test_a_task_is_a_few_lines(tmp_path):
     task = manager.load_task_or_group("shapes_rec_joint")["shapes_rec_joint"]
     assert len(task.eval_docs) == 488
     assert task.config.process_results.keywords == {"estimator": "joint"}
+
+
+def test_photographs_and_a_table_become_a_dataset(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "adding_a_dataset.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (script,) = (code for code in blocks if "labels.csv" in code)
+    (declared,) = (code for code in blocks if "SET =" in code)
+    monkeypatch.chdir(tmp_path)
+    Path("photographs").mkdir()
+    Image.new("RGB", (200, 100), "red").save("photographs/dock.jpg")
+    Path("labels.csv").write_text(
+        "frame,query,left,top,right,bottom,camera\ndock.jpg,the forklift,100,200,500,800,north\n", encoding="utf-8"
+    )
+    exec(script, {})
+    shutil.rmtree("photographs")
+    monkeypatch.setenv("LMMS_PLUGIN_WAREHOUSE", str(tmp_path / "warehouse"))
+    names = {}
+    exec(declared, names)
+    rows = datasets.load_dataset(names["PATH"], split="test", **names["KWARGS"])
+    (doc,) = names["SET"](rows)
+    assert (doc["expression"], doc["image"].size) == ("the forklift", (200, 100))
+    assert doc["bbox"] == pytest.approx([20, 20, 80, 60]), "xywh in pixels"

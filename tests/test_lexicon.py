@@ -107,8 +107,15 @@ class TestAlternatives:
         assert kinds == {"colour", "pattern", "hair", "material", "shape", "people", "animals", "clothing"}
 
     def test_number_is_kept(self):
-        assert set(alternatives().of["women"].replacements) == {"men", "boys"}
-        assert set(alternatives().of["woman"].replacements) == {"man", "boy"}
+        assert set(alternatives().of["women"].replacements) == {"men"}
+        assert set(alternatives().of["helmets"].replacements) == {"crowns", "turbans", "top hats"}
+
+    def test_parts_are_replaced_by_their_own_and_of_like_meaning(self):
+        of, like = alternatives().of, alternatives().like
+        assert (of["woman"].replacements, of["girl"].replacements) == (("man",), ("boy",))
+        assert "girl" in like["woman"], "a photograph with a girl has a woman, as far as is known"
+        assert of["blonde hair"].replacements == ("green hair", "pink hair")
+        assert of["blonde"].replacements == ("green haired", "pink haired")
 
     @pytest.mark.parametrize("common", ["black", "white", "grey", "gray"])
     def test_colours_that_everything_has_are_never_put_in(self, common):

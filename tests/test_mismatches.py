@@ -12,7 +12,14 @@ from lmms_plugin.tasks.expressions import ExpressionDocs
 from lmms_plugin.tasks.images import DatasetError
 from lmms_plugin.tasks.lexicon import alternatives, categories
 from lmms_plugin.tasks.mentions import Mentions
-from lmms_plugin.tasks.mismatches import absent_objects, attribute_swaps, head_noun, one_of
+from lmms_plugin.tasks.mismatches import (
+    absent_objects,
+    attribute_swaps,
+    head_noun,
+    one_of,
+    swaps_about_photographs,
+)
+from lmms_plugin.tasks.negation import negators
 
 
 @pytest.mark.parametrize(
@@ -43,6 +50,106 @@ def test_swaps_change_one_word_and_keep_the_rest():
     for swap in swaps:
         assert swap.new in swap.expression.lower()
         assert swap.expression.lower().replace(swap.new, swap.old, 1) == "man in red shirt"
+
+
+# How people write in RefCOCO+: short, without punctuation, often without apostrophes.
+NEGATED = {
+    "man without glasses": {"man"},
+    "man w/o hat in red": {"man"},
+    "guy with no shirt": {"guy"},
+    "not the red one": set(),
+    "the one that is not red": set(),
+    "kid in blue, not the girl in red": {"blue"},
+    "not red, green or blue": set(),
+    "guy who isn't wearing red": {"guy"},
+    "guy who isn\u2019t wearing red": {"guy"},
+    "guy isnt wearing a hat": {"guy"},
+    "boy that doesnt have a helmet": {"boy"},
+    "shirt that was never red": {"shirt"},
+    "everyone except the man": set(),
+    "everyone but the man in red": set(),
+    "all but the red one": set(),
+    "person other than the girl": set(),
+    "non-striped shirt": set(),
+    "non striped shirt": set(),
+    "guy with his shirt off": {"guy"},
+    "zebra minus the bird": {"zebra"},
+    "not the girl but the guy in red": {"guy", "red"},
+    "man in front": {"man"},
+    "giant cow with a plant": {"cow"},
+    "man holding knot": {"man"},
+}
+
+
+@pytest.mark.parametrize("expression", NEGATED)
+def test_what_is_negated_is_not_swapped(expression):
+    assert {swap.old for swap in swaps_about_photographs(expression)} == NEGATED[expression]
+
+
+@pytest.mark.parametrize("expression", ["not the man", "the one without a hat", "no dog", "everyone but the woman"])
+def test_no_absent_object_is_put_where_it_is_denied(expression):
+    assert absent_objects(expression, categories(), categories().all) == []
+
+
+def test_words_that_negate():
+    assert [found.phrase for found in negators("Not a knot, can't notice none")] == ["not", "can't", "none"]
+
+
+# What each word of the expression becomes; nothing where a swap would leave nonsense.
+WRITTEN = {
+    "ice cream cone": set(),
+    "the orange with a sticker": set(),
+    "orange cut in half": set(),
+    "orange": set(),
+    "orange cat": {"purple cat", "green cat", "orange rabbit", "orange fox", "orange penguin"},
+    "one in orange": {"one in purple", "one in green"},
+    "polo player": set(),
+    "polo shirt": {"ball gown", "spacesuit", "kimono"},
+    "baseball cap": {"crown", "turban", "gas mask"},
+    "ski boot": {"roller skate", "flipper", "clog"},
+    "jeans": {"lederhosen", "waders"},
+    "sunglasses": {"binoculars", "earmuffs"},
+    "wine glasses": set(),
+    "the blonde": set(),
+    "blonde hair": {"green hair", "pink hair"},
+    "brunette kid": {"green haired kid", "pink haired kid"},
+    "kid in plaid": set(),
+    "piece of wood": {"piece of marble", "piece of wicker"},
+    "wooden chair": {"marble chair", "inflatable chair"},
+    "elderly man": {"elderly woman"},
+    "baby boy": set(),
+    "little boy": {"little girl"},
+    "mom elephant": {"mom camel", "mom hippo", "mom cow"},
+    "white guy": {"white woman"},
+    "hot dog": set(),
+    "teddy bear": set(),
+    "pony tail": set(),
+    "navy blue truck": {"orange truck", "yellow truck", "pink truck"},
+    "teal blue truck": set(),
+    "tie dye": set(),
+}
+
+
+@pytest.mark.parametrize("expression", WRITTEN)
+def test_swaps_leave_english(expression):
+    assert {swap.expression for swap in swaps_about_photographs(expression)} == WRITTEN[expression]
+
+
+@pytest.mark.parametrize(
+    ("expression", "changed"),
+    [
+        ("baseball player", "zebra"),
+        ("tennis player in white", "zebra in white"),
+        ("cup of coffee", "zebra"),
+        ("glass of something", None),
+        ("red shirt guy", "red zebra"),
+        ("life jacket", "zebra"),
+        ("snow man", "zebra"),
+    ],
+)
+def test_an_absent_object_replaces_the_whole_name(expression, changed):
+    zebra = [category for category in categories().all if category.name == "zebra"]
+    assert [m.expression for m in absent_objects(expression, categories(), zebra)] == ([changed] if changed else [])
 
 
 def test_an_absent_object_takes_the_number_of_the_one_it_replaces():

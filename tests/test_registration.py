@@ -54,6 +54,24 @@ def test_simple_evaluate_users_may_name_the_folder_too():
     assert "shapes_rec" in index
 
 
+@pytest.mark.parametrize("arguments", [["--tasks", "shapes_rec"], ["--tasks=shapes_shift_fog_3"]], ids=["rec", "cell"])
+def test_a_folder_that_hides_a_task_is_refused(tmp_path, monkeypatch, arguments):
+    name = arguments[-1].removeprefix("--tasks=")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lmms-eval", "--model", "quant_none", *arguments])
+    TaskManager(include_defaults=False)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"--tasks {name}: expected the task, but .* the folder {tmp_path / name}"):
+        TaskManager(include_defaults=False)
+
+
+def test_a_folder_of_tasks_is_no_task(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lmms-eval", "--tasks", "mine"])
+    TaskManager(include_defaults=False)
+
+
 def test_registering_twice_wraps_once():
     before = TaskManager.initialize_tasks
     registration.make_tasks_visible()

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
@@ -11,6 +12,10 @@ import pytest
 import report_study
 import test_results
 import test_results_language
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lmms_plugin import comparison, reliability, results
 from lmms_plugin.cli import main
@@ -19,6 +24,7 @@ from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.report import (
     columns,
     contents,
+    drawing,
     figures,
     gallery,
     inlined,
@@ -28,9 +34,12 @@ from lmms_plugin.report import (
     resampling,
     svg,
     tables,
+    tradeoffs,
+    under_shift,
 )
 from lmms_plugin.report.measuring import CLEAN, METRICS
 from lmms_plugin.report.summary import summarise
+from lmms_plugin.tasks.shifts import SHIFTS
 from lmms_plugin.utils.spreadsheets import comma_separated
 
 SETTINGS = reliability.Settings(resamples=60)
@@ -143,7 +152,7 @@ def test_all_resamples_at_once_give_what_one_after_the_other_does(levels, accura
 
 def test_values_and_intervals_are_those_of_the_metrics_command(study, summary):
     numbers = {n.metric: n for n in reliability.measure(run_of(study, "none"), SETTINGS) if n.task == "shapes_rec"}
-    group = line_of(summary, "16 bit").group
+    group = line_of(summary, "unquantized").group
     names = {"accuracy": "acc@0.5"} | {m: m for m in ("mean_iou", "parse_rate", "ece", "brier", "aurc", "auroc")}
     names |= {m: m for m in ("coverage@0.01", "coverage@0.05", "phi@1", "phi@10", "phi@100")}
     for metric, printed in names.items():
@@ -237,6 +246,98 @@ def test_the_front_holds_what_nothing_beats(summary):
         ]
         assert better, line.config.label
         assert (line in kept) == all(contents._objectives(other) == mine for other in better)
+
+
+def test_lmms_eval_is_not_called_by_the_commit_of_the_working_directory(tmp_path):
+    file = report_study.write_run(tmp_path / "alone", report_study.documents(12), 0.9)
+    cell = report_study.write_cell(tmp_path / "study", "none", report_study.documents(12), report_study.axes(), 0.9)
+    for one in (file, cell):
+        one.write_text(json.dumps(json.loads(one.read_text()) | {"lmms_eval_version": "main@0b608b4"}))
+    told = json.loads((cell.parents[1] / "cell.json").read_text())
+    told["versions"]["lmms_eval"] = "0.7.3"
+    (cell.parents[1] / "cell.json").write_text(json.dumps(told))
+
+    def versions(folder):
+        return page.versions(summarise(reading.read_folder(folder, SETTINGS), SETTINGS.level))
+
+    assert versions(tmp_path / "alone") == {results.GIT_STATE: "main@0b608b4"}
+    assert versions(tmp_path / "study") == {
+        "lmms_eval": "0.7.3",
+        "torch": "2.15.0",
+        results.GIT_STATE: "main@0b608b4",
+    }
+
+
+def test_the_front_is_told_only_where_something_is_beaten(summary):
+    chosen = [(condition, summary.scopes[0].under(condition)) for condition in summary.scopes[0].conditions]
+    alone = [(condition, contents.not_dominated(lines)) for condition, lines in chosen]
+    assert tradeoffs.unbeaten(alone) == (
+        "No configuration is beaten by another one in accuracy, AURC, memory and speed at once."
+    )
+    some = [condition for (condition, lines), (_, kept) in zip(chosen, alone, strict=True) if len(kept) < len(lines)]
+    told = tradeoffs.unbeaten(chosen)
+    assert [condition for condition, _ in chosen if f"{condition}: " in told] == some
+    assert len(contents.front(summary).rows) == sum(len(kept) for condition, kept in alone if condition in some)
+
+
+def extents(figure):
+    """Text → its box in pixels, of all that is drawn inside the limits of its panel; and the figure's size."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    ticks = {
+        id(tick.label1 if tick.label1.get_text() else tick.label2): axis
+        for panel in figure.axes
+        for axis in (panel.xaxis, panel.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    }
+    texts = [one for one in figure.findobj(Text) if one.get_text() and one.get_visible() and id(one) not in ticks]
+    shown = [one for one in texts if one.axes is None or one.axes.get_visible()]
+    return [(one.get_text(), one.get_window_extent(canvas.get_renderer())) for one in shown], figure.bbox
+
+
+def is_cut(box, page_box):
+    return box.x0 < 0 or box.y0 < 0 or box.x1 > page_box.width or box.y1 > page_box.height
+
+
+@pytest.mark.parametrize("models", [1, 6, 8, 13])
+def test_a_heat_map_for_a_phone_can_be_read(models):
+    labels = [
+        f"{name} {bits}" for bits in (4, 3) for name in ("ptqtp_weighted", "rtn", "awq", "hqq", "gptq", "mbq", "x")
+    ]
+    values = np.random.default_rng(0).uniform(-0.9, 0.1, (models, len(SHIFTS)))
+    with rc_context(dict(drawing.STYLE)):
+        figure = under_shift._tall_heat(values, labels[:models], [name.replace("_", " ") for name in SHIFTS])
+        texts, page_box = extents(figure)
+    assert figure.get_figwidth() == drawing.NARROW, "shown without shrinking it"
+    assert sum(len(panel.texts) for panel in figure.axes) == values.size
+    assert min(one.get_fontsize() for panel in figure.axes for one in panel.texts) >= 9
+    for said, box in texts:
+        assert not is_cut(box, page_box), said
+    for panel in figure.axes:
+        inside = sorted((one.get_window_extent() for one in panel.texts), key=lambda box: (box.y0, box.x0))
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(inside))
+
+
+@pytest.mark.parametrize("across", [figures.PAGE, figures.PHONE])
+def test_no_label_of_a_figure_is_cut(summary, across):
+    for several in figures.every(summary, across).values():
+        for drawn in several:
+            texts, page_box = extents(drawn.figure)
+            assert not [said for said, box in texts if is_cut(box, page_box)], drawn.name
+
+
+def test_labels_of_marks_stand_apart():
+    figure = Figure(figsize=(2, 2))
+    panel = figure.subplots()
+    panel.set(xlim=(0, 1), ylim=(0, 1))
+    tradeoffs._label_marks(
+        panel, [(0.5, 0.5, "4"), (0.51, 0.51, "3"), (0.5, 0.52, "2"), (0.505, 0.5, "4"), (0.9, 0.9, "")]
+    )
+    FigureCanvasAgg(figure).draw()
+    assert sorted(one.get_text() for one in panel.texts) == ["2", "3", "4"]
+    boxes = [one.get_window_extent() for one in panel.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_tables_as_csv_and_latex(tmp_path):
@@ -340,7 +441,7 @@ def test_a_reader_is_warned_of_limits_and_missing_baselines(tmp_path):
     )
     found = list(page.warnings(summarise(reading.read_folder(tmp_path, SETTINGS), 0.95)))
     assert any("--limit" in line and "limit 20" in line for line in found)
-    assert any("No 16-bit run" in line for line in found)
+    assert any("No unquantized run" in line for line in found)
 
 
 def test_a_damaged_verdict_is_refused(tmp_path):
@@ -350,8 +451,8 @@ def test_a_damaged_verdict_is_refused(tmp_path):
 
 
 def test_all_metrics_have_a_place(summary):
-    assert line_of(summary, "16 bit").group.value.shape == (len(METRICS),)
-    assert not np.isnan(line_of(summary, "16 bit").group.value).any()
+    assert line_of(summary, "unquantized").group.value.shape == (len(METRICS),)
+    assert not np.isnan(line_of(summary, "unquantized").group.value).any()
 
 
 def test_what_is_to_be_rejected_has_a_table_of_its_own(tmp_path):

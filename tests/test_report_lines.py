@@ -1,4 +1,4 @@
-"""Which runs the report takes together, and which 16-bit run it compares them with."""
+"""Which runs the report takes together, and which unquantized run it compares them with."""
 
 import json
 from xml.etree import ElementTree
@@ -82,7 +82,7 @@ def test_each_model_is_compared_with_the_16_bit_model_of_its_own_question(tmp_pa
         assert line.delta.value == pytest.approx(line.group.of("accuracy") - line.base.group.of("accuracy"))
         assert line.flips.won - line.flips.lost == round(line.delta.value * line.flips.records)
     assert of["max_pixels=5",].base is None
-    assert any("No 16-bit run was asked" in said and "max_pixels=5" in said for said in page.warnings(summary))
+    assert any("No unquantized run was asked" in said and "max_pixels=5" in said for said in page.warnings(summary))
 
 
 def test_of_cells_that_ask_the_same_the_newest_counts(tmp_path):
@@ -135,7 +135,7 @@ def test_no_mean_is_taken_over_runs_with_unequal_tasks(tmp_path):
     assert (shifted.group.records, shifted.flips.records) == (2 * 30, 2 * 2 * 30)
     (fog,) = lines_of(summary, "awq", "shifted over shapes_shift_fog_3")
     assert [run.axes.seed for run in fog.runs] == [2]
-    # The 16-bit run has no mean over fog alone.
+    # The unquantized run has no mean over fog alone.
     assert fog.base is None
     assert any("shifted over shapes_shift_fog_3 is the mean over" in said for said in page.warnings(summary))
 

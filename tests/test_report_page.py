@@ -116,7 +116,7 @@ def test_pictures_show_both_boxes(opened):
     tile = page.locator(".tiles li").first
     assert tile.locator("rect.true").count() == 1
     assert tile.locator("rect.said").count() == 1
-    assert tile.locator("b").inner_text() == "16 bit"
+    assert tile.locator("b").inner_text() == "unquantized"
     box = tile.locator("svg").bounding_box()
     assert box["width"] > 80
     assert box["height"] > 40

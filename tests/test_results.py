@@ -356,7 +356,7 @@ def test_interaction_tells_additive_from_amplified_loss(tmp_path):
         found = comparison.compare(first, write_grid(tmp_path / name, 0.85, per_severity), settings)
         (interactions[name],) = [row.interaction for row in found.shifted if row.metric == "acc@0.5"]
         (errors,) = found.corruption_errors
-        assert errors.mce > 1
+        assert errors.error_ratio > 1
     assert interactions["amplified"].high < 0
     assert interactions["additive"].low < 0 < interactions["additive"].high
 
@@ -383,17 +383,18 @@ def test_mean_corruption_error_with_its_interval(tmp_path):
         return np.mean(ratios), np.mean(relative)
 
     images = np.unique(first.tasks["rec"].images).size
-    assert (errors.mce, errors.relative_mce) == pytest.approx(by_hand(np.ones(images)))
+    assert (errors.error_ratio, errors.added_error_ratio) == pytest.approx(by_hand(np.ones(images)))
     drawn = np.array([by_hand(bootstrap.draw(images, 0, k)) for k in range(300)])
-    assert errors.mce_interval == pytest.approx(np.quantile(drawn[:, 0], [0.025, 0.975]))
-    assert errors.relative_mce_interval == pytest.approx(np.quantile(drawn[:, 1], [0.025, 0.975]))
-    assert 1 < errors.mce_interval.low < errors.mce < errors.mce_interval.high
+    assert errors.error_ratio_interval == pytest.approx(np.quantile(drawn[:, 0], [0.025, 0.975]))
+    assert errors.added_error_ratio_interval == pytest.approx(np.quantile(drawn[:, 1], [0.025, 0.975]))
+    assert (errors.shifts, errors.severities) == (len({p[0] for p in CELLS.values() if p}), (1, 3))
+    assert 1 < errors.error_ratio_interval.low < errors.error_ratio < errors.error_ratio_interval.high
 
 
 def test_without_errors_to_compare_with_there_is_no_interval(tmp_path):
     perfect = write_grid(tmp_path / "a", 1.0, 0.0)
     (errors,) = comparison.compare(perfect, perfect, SETTINGS).corruption_errors
-    assert np.isnan([errors.mce, *errors.mce_interval, *errors.relative_mce_interval]).all()
+    assert np.isnan([errors.error_ratio, *errors.error_ratio_interval, *errors.added_error_ratio_interval]).all()
 
 
 @pytest.mark.parametrize("command", ["metrics", "compare"])

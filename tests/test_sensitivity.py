@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -113,6 +114,20 @@ def test_runs_are_read_from_lmms_evals_files(folder):
         "plan_results.json",
         "theirs_results.json",
     ]
+
+
+def test_names_of_files_and_folders_change_nothing(folder, tmp_path_factory):
+    renamed = tmp_path_factory.mktemp("renamed")
+    for k, file in enumerate(sorted(folder.glob("*_results.json"), reverse=True)):
+        (renamed / f"run{k}").mkdir()
+        shutil.copy(file, renamed / f"run{k}" / f"{k:02d}_results.json")
+    one, other = (list(grids(read(where)[0], ["exact_match"])) for where in (folder, renamed))
+    assert [grid.name for grid in one] == [grid.name for grid in other]
+    first, second = (next(grid for grid in found if "group_size" not in grid.name) for found in (one, other))
+    assert first.bits.tolist() == second.bits.tolist()
+    assert first.scores.tolist() == second.scores.tolist()
+    shares = [analyse(grid, resamples=2).to_dict() for grid in (first, second)]
+    assert shares[0] == shares[1]
 
 
 def test_the_command_prints_the_grid_and_draws(folder, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import cv2
 import imagecorruptions_reference
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from bench import corruptions
 from lmms_plugin.tasks import channel_noise, shifts, textures
 from lmms_plugin.tasks.pixel_motion import shuffle_sources
 from lmms_plugin.tasks.severities import SEVERITIES
@@ -166,6 +168,26 @@ def test_motion_blur_has_the_extent_and_the_spread_of_the_original_but_no_displa
     (shift, spread), (their_shift, their_spread) = np.mean(ours, axis=0), np.mean(theirs, axis=0)
     assert shift < 0.4 < their_shift
     assert spread == pytest.approx(their_spread, rel=0.15)
+
+
+@pytest.mark.parametrize("severity", [1, 3, 5])
+@pytest.mark.parametrize("name", ["motion_blur", "glass_blur"])
+def test_what_is_milder_than_the_original_is_its_displacement_alone(reference, name, severity):
+    row = corruptions.strength(name, severity, reference)
+    assert row["ours"] == pytest.approx(row["theirs_in_place"], rel=0.05)
+    assert row["ours"] < 0.95 * row["theirs"]
+    said = [float(cell.split(" / ")[(1, 3, 5).index(severity)]) for cell in documented()[name]]
+    assert [row[column] for column in ("theirs", "theirs_in_place", "ours")] == pytest.approx(said, abs=0.3)
+
+
+def test_every_corruption_is_in_the_documented_table():
+    assert tuple(documented()) == NAMES
+
+
+def documented():
+    page = (Path(__file__).parent.parent / "docs" / "corruptions.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    return {name: cells for name, *cells in rows[2:]}
 
 
 # Severity

@@ -51,7 +51,10 @@ def test_planted_interaction_is_found_with_its_size(tmp_path):
     assert verdict.finding(one.interaction, one.p_interaction, 0.95) == verdict.SHOWN
     first, scope = verdict.sentences(found)
     (told,) = verdict.findings(found)
-    assert first == "demo, is robust more robust to shift than plain? Shown at 4 bits."
+    assert first == (
+        "demo, robust against plain on shifted images: more often right at 4 bits."
+        " From clean to shifted images it loses less at 4 bits."
+    )
     assert "400 documents of 100 images" in scope
     assert "robust loses less than plain" in told
     assert not one.broken
@@ -77,11 +80,28 @@ def test_a_small_sample_shows_neither_difference_nor_equivalence(tmp_path):
     assert "was not shown" in verdict.findings(found)[0]
 
 
+def test_a_broken_arm_is_never_more_robust(tmp_path):
+    # It has little left to lose: the interaction is for it, and it is right less often on clean and shifted images.
+    ruined = [("awq", 2, source, seed, (60, 55, 50)) for source in ("noise", "self") for seed in (0, 1, 2)]
+    found = analysed(study(tmp_path, [*ruined, ("rtn", 2, None, None, (330, 200, 120))]))
+    (one,) = found.contrasts
+    assert verdict.finding(one.interaction, one.p_interaction, 0.95) == verdict.SHOWN
+    first, _ = verdict.sentences(found)
+    assert first == (
+        "demo, robust against plain on shifted images: less often right at 2 bits. At 2 bits robust keeps less than"
+        " half of the unquantized model's clean accuracy: robustness is not judged there."
+    )
+    (told,) = verdict.findings(found)
+    assert "loses less" not in told
+    assert "robustness is not judged (interaction +" in told
+    assert verdict.tables(found)[0]["rows"][0][8] == "not judged (broken)"
+
+
 def test_broken_arms_are_named(tmp_path):
     cells = [("awq", 2, "self", 0, (360, 300, 260)), ("rtn", 2, None, None, (100, 90, 80))]
     found = analysed(study(tmp_path, cells))
     assert found.contrasts[0].broken == ("plain",)
-    assert "Beware: plain keeps less than half" in verdict.findings(found)[0]
+    assert "plain keeps less than half" in verdict.findings(found)[0]
 
 
 def test_p_values_are_adjusted_for_all_contrasts_and_bits(tmp_path):
@@ -207,7 +227,7 @@ def test_what_is_quantized_without_a_number_of_bits_is_not_called_16_bit(tmp_pat
     folder = study(tmp_path, [*cells, ("prequantized", None, None, None, (350, 290, 250))])
     found = analysed(folder, arms=ASKED["arms"] | {"shipped": {"method": "prequantized"}})
     table = verdict.tables(found)[1]
-    assert {row[1]: row[0] for row in table["rows"]} == {"none": "16", "rtn": "4", "awq": "4", "prequantized": ""}
+    assert {row[1]: row[0] for row in table["rows"]} == {"none": "", "rtn": "4", "awq": "4", "prequantized": ""}
 
 
 def test_without_the_unquantized_model_there_is_no_verdict(tmp_path):

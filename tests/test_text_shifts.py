@@ -172,6 +172,17 @@ def test_a_telegram_loses_its_articles_first():
     }
 
 
+@every_severity
+@pytest.mark.parametrize("text", ["man without a hat", "the one that is not red", "guy who isn't in blue"])
+def test_a_telegram_keeps_what_negates(text, severity):
+    kept = {apply(text, "dropped_words", severity, key) for key in range(20)}
+    assert all(any(word in shifted.split() for word in ("without", "not", "isn't")) for shifted in kept)
+
+
+def test_of_a_negation_and_one_word_nothing_is_dropped():
+    assert apply("no hat", "dropped_words", 5, 0) is None
+
+
 def test_caps_lock_on_every_word():
     assert apply("Man in red", "casing", 5, key=0) == "mAN IN RED"
 

@@ -21,7 +21,7 @@ from lmms_plugin.export import facts, records, validator
 from lmms_plugin.export.measured import Measured, Score
 from lmms_plugin.export.records import SAMPLES, VERSION, Bound, DocumentRecord, Relationship, RunRecord, refused
 from lmms_plugin.export.rescoring import Sample
-from lmms_plugin.results import GROUNDING, REJECTION, VQA, Kind, TaskRecords
+from lmms_plugin.results import GIT_STATE, GROUNDING, REJECTION, VQA, Kind, TaskRecords, git_state
 
 RELATIONSHIPS: tuple[Relationship, ...] = get_args(Relationship)
 LONGEST_NAME = 200
@@ -145,8 +145,8 @@ def aggregate(measured: Measured, source: Source, files: Files, lines: bytes, ro
             ),
             eval_library=records.Library(
                 name="lmms_eval",
-                version=_lmms_eval_version(measured),
-                additional_details={"lmms_plugin": __version__} | facts.versions(measured.run),
+                version=facts.versions(measured.run).get("lmms_eval", "unknown"),
+                additional_details=_library_details(measured),
             ),
             model_info=_model(measured, source),
             evaluation_results=tuple(_results(measured)),
@@ -337,6 +337,7 @@ def _evaluated(results: Mapping[str, Any]) -> str | None:
     return "{}-{}-{}T{}:{}:{}".format(*found.groups()) if found else None
 
 
-def _lmms_eval_version(measured: Measured) -> str:
-    said = facts.versions(measured.run).get("lmms_eval") or str(measured.results.get("lmms_eval_version", ""))
-    return said if said and not said.startswith("unknown") else "unknown"
+def _library_details(measured: Measured) -> dict[str, str]:
+    state = git_state(measured.results)
+    told = {} if state is None else {GIT_STATE: state}
+    return {"lmms_plugin": __version__} | told | facts.versions(measured.run)

@@ -100,7 +100,7 @@ def interaction(
 ) -> Difference:
     """Difference in differences, (shifted − clean) of the second run − (shifted − clean) of the first.
 
-    With the 16-bit model first and the quantized one second: does quantization hurt more under shift than on clean
+    With the unquantized model first and the quantized one second: does quantization hurt more under shift than on clean
     data? A negative value of something that should be high means that it does. All four from one call of `bootstrap`,
     so that an image is drawn for all of them or for none.
     """

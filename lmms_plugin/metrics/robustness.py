@@ -12,7 +12,8 @@ from lmms_plugin.metrics._inputs import Floats
 def corruption_errors(error: npt.ArrayLike, reference: npt.ArrayLike) -> Floats:
     """CE of each shift, shape (shifts,): Σ over severities of the error ÷ that of the reference model.
 
-    Hendrycks & Dietterich, ICLR 2019. With the 16-bit model as reference, 1.1 is a tenth more errors than it makes.
+    The formula of Hendrycks & Dietterich, ICLR 2019, over any shifts and severities; their CE takes five severities and
+    AlexNet as the reference. With the unquantized model as reference, 1.1 is a tenth more errors than it makes.
     NaN or ∞ where the reference makes none.
 
     Args:
@@ -26,16 +27,19 @@ def corruption_errors(error: npt.ArrayLike, reference: npt.ArrayLike) -> Floats:
 
 
 def mean_corruption_error(error: npt.ArrayLike, reference: npt.ArrayLike) -> float:
-    """Mean CE over shifts (mCE); 1 is as robust as the reference. See `corruption_errors`."""
+    """Mean of `corruption_errors` over the given shifts; 1 where it makes as many errors as the reference.
+
+    The mCE of ImageNet-C is this over its fifteen corruptions with AlexNet as the reference.
+    """
     return float(corruption_errors(error, reference).mean())
 
 
 def relative_mean_corruption_error(
     error: npt.ArrayLike, clean_error: float, reference: npt.ArrayLike, clean_reference: float
 ) -> float:
-    """Relative mCE: as mCE, of the errors beyond those on clean data.
+    """As `mean_corruption_error`, of the errors beyond those on clean data (relative mCE of ImageNet-C).
 
-    Hendrycks & Dietterich, ICLR 2019. Above 1, the model loses more to shifts than the reference does, whatever they
+    Above 1, the model loses more to shifts than the reference does, whatever they
     make of clean data. A ratio of differences: unstable, of either sign or undefined where the reference loses little;
     `lmms_plugin.metrics.paired.interaction` is the same question with an interval.
     """
@@ -44,12 +48,19 @@ def relative_mean_corruption_error(
 
 
 def mean_under_corruption(value: npt.ArrayLike) -> float:
-    """Mean over severities, then shifts: mPC of Michaelis et al. (arXiv 1907.07484) of a performance."""
+    """Mean over severities, then shifts.
+
+    Of an average precision under their fifteen corruptions at five severities it is the mPC of Michaelis et al. (arXiv
+    1907.07484).
+    """
     return float(_table("values", value).mean(axis=1).mean())
 
 
 def retained(value: npt.ArrayLike, clean: float) -> float:
-    """Share of the clean value that left under shift: rPC of Michaelis et al.; NaN or ∞ where the clean value is 0."""
+    """Share of the clean value that is left under shift, `mean_under_corruption` ÷ clean.
+
+    NaN or ∞ where the clean value is 0.
+    """
     return _ratio(mean_under_corruption(value), clean)
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin.results import limit_of
+from lmms_plugin.results import GIT_STATE, git_state, limit_of
 from lmms_plugin.study import accounts
 
 DENSE_BITS = 16
+UNQUANTIZED = "unquantized"
+"""What the model is called that is compared with: it ran in 16 or in 32 bits, whatever its `dtype` said."""
 _OURS = "quant_"
 _DENSE, _READY = "quant_none", "quant_prequantized"
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
@@ -31,7 +33,7 @@ class Config(NamedTuple):
 
     Attributes:
         model: Checkpoint.
-        method: Quantizer, `none` for the 16-bit model; another package's model goes by its name.
+        method: Quantizer, `none` for the unquantized model; another package's model goes by its name.
         bits: Nominal bits per weight; None where unknown.
         group_size: Columns that share a scale; None where that does not apply.
         components: What is quantized, "" for nothing.
@@ -54,8 +56,8 @@ class Config(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Method and bits: `awq 4`, `16 bit`."""
-        return f"{DENSE_BITS} bit" if self.dense else f"{self.method} {self.bits}".removesuffix(" None")
+        """Method and bits: `awq 4`, `unquantized`."""
+        return UNQUANTIZED if self.dense else f"{self.method} {self.bits}".removesuffix(" None")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -112,9 +114,8 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     model = str(config.get("model", ""))
     args = given(config.get("model_args"))
     limit = limit_of(config)
-    version = str(results.get("lmms_eval_version") or "")
-    # Outside of a git checkout lmms-eval writes that it does not know.
-    versions = {} if "unknown" in version else {"lmms_eval": version}
+    state = git_state(results)
+    versions = {} if state is None else {GIT_STATE: state}
     folder = _cell_folder(file, root)
     if folder is None:
         seed = args.get("seed")
@@ -127,7 +128,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
         cell_args = cell.get("model_args") or {}
         own = Config(
             str(axes["model"]),
-            # A study may call the 16-bit model as it likes.
+            # A study may call the unquantized model as it likes.
             "none" if cell.get("model") == _DENSE else str(axes["method"]),
             axes.get("bits"),
             axes.get("group_size"),
@@ -154,7 +155,7 @@ def told_apart(found: Sequence[Axes]) -> list[Axes]:
 
 
 def _named(one: Axes) -> tuple[str, str]:
-    # A checkpoint that is quantized already is never that of the 16-bit model.
+    # A checkpoint that is quantized already is never that of the unquantized model.
     return one.config.model, one.config.method if one.ready else ""
 
 

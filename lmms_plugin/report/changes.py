@@ -39,8 +39,8 @@ def flips(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
     yield Drawn(
         name,
         scope.title,
-        "Share of answers that changed sides against the 16-bit model. Two models of equal accuracy may still disagree"
-        " on many answers.",
+        "Share of answers that changed sides against the unquantized model. Two models of equal accuracy may still"
+        " disagree on many answers.",
         _bars(found, across),
         Table(name, f"Answers that changed sides on {scope.title}", columns, rows_of(rows)),
     )
@@ -57,7 +57,9 @@ def _shares(scope: Scope, condition: str) -> _Shares:
 
 def _bars(found: dict[str, _Shares], across: int) -> Any:
     keys = list(dict.fromkeys(key for shares in found.values() for key in shares))
-    margins = Margins(left=0.25 + 0.072 * max(len(short(label(key))) for key in keys), bottom=0.35, across=0.25)
+    left = 0.25 + 0.072 * max(len(short(label(key))) for key in keys)
+    # Half of a label may stand beyond the last tick.
+    margins = Margins(left=left, right=0.28, bottom=0.35, across=0.35)
     width = min(WIDE if across > 2 else NARROW, margins.left + 3.2 * len(found))
     handles = [drawing.bar_handle(BAD, "right \u2192 wrong"), drawing.bar_handle(GOOD, "wrong \u2192 right")]
     figure, grid = drawing.panels(1, len(found), width, 0.21 * len(keys) + 0.1, handles, margins)

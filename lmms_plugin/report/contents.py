@@ -7,6 +7,7 @@ from types import MappingProxyType
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.reliability import Number
 from lmms_plugin.report import tables
+from lmms_plugin.report.axes import UNQUANTIZED
 from lmms_plugin.report.reading import Run
 from lmms_plugin.report.summary import Line, Summary
 from lmms_plugin.report.tables import Cell, Column, Table, number, text, whole
@@ -19,7 +20,7 @@ def leader(summary: Summary) -> Table:
     columns = (
         Column("Model", "Quantizer and nominal bits per weight; below, everything else that is set", numeric=False),
         Column("Accuracy", "Share of right answers (box: IoU of at least 0.5)", better="high"),
-        Column("Δ 16 bit", "Accuracy less that of the 16-bit model, paired by image", better="high"),
+        Column("Δ unquantized", "Accuracy less that of the unquantized model, paired by image", better="high"),
         Column("ECE", "Expected calibration error, 15 bins", better="low"),
         Column("AURC", "Area under the risk-coverage curve", better="low"),
         Column("C@1%", "Largest share answered at a risk of at most 1 %", better="high"),
@@ -75,19 +76,20 @@ def _leading(line: Line, title: str, summary: Summary) -> list[Cell]:
 
 def _attributes(line: Line, title: str) -> dict[str, str]:
     return {
-        "method": "16 bit" if line.config.dense else line.config.method,
-        "bits": "" if line.config.bits is None else str(line.config.bits),
+        "method": UNQUANTIZED if line.config.dense else line.config.method,
+        "bits": "" if line.config.dense or line.config.bits is None else str(line.config.bits),
         "task": f"{title}: {line.condition}",
     }
 
 
 def front(summary: Summary) -> Table:
-    """What no other configuration beats in accuracy, reliability, memory and speed at once."""
+    """What no other configuration beats in accuracy, reliability, memory and speed at once, where some are beaten."""
     rows = [
         (text(scope.title, line.condition), line)
         for scope in summary.scopes
         for condition in scope.conditions
-        for line in not_dominated(scope.under(condition))
+        if len(kept := not_dominated(lines := scope.under(condition))) < len(lines)
+        for line in kept
     ]
     return costs("pareto", "Not beaten in accuracy, AURC, memory and speed at once", "Task", rows, summary)
 
@@ -149,15 +151,15 @@ def _objectives(line: Line) -> tuple[float, ...]:
 
 
 def flips(summary: Summary) -> Table:
-    """Answers that changed sides against the 16-bit model, most net losses first."""
+    """Answers that changed sides against the unquantized model, most net losses first."""
     columns = (
         Column("Model", numeric=False),
         Column("Task", numeric=False),
         Column("Answers", "Answers compared, over tasks and runs"),
-        Column("Right → wrong", "Right with 16 bits, wrong here", better="low"),
-        Column("Wrong → right", "Wrong with 16 bits, right here", better="high"),
+        Column("Right → wrong", "Right without quantization, wrong here", better="low"),
+        Column("Wrong → right", "Wrong without quantization, right here", better="high"),
         Column("Changed", "Share of answers that changed sides", better="low"),
-        Column("Δ accuracy", "Accuracy less that of the 16-bit model, paired by image", better="high"),
+        Column("Δ accuracy", "Accuracy less that of the unquantized model, paired by image", better="high"),
     )
     found = [
         (scope.title, line)
@@ -168,7 +170,7 @@ def flips(summary: Summary) -> Table:
     ]
     found.sort(key=lambda pair: _changed(pair[1]), reverse=True)
     rows = tables.rows_of([_flipped(line, title, summary) for title, line in found])
-    return Table("flips", "Answers that changed sides against the 16-bit model", columns, rows)
+    return Table("flips", "Answers that changed sides against the unquantized model", columns, rows)
 
 
 def _changed(line: Line) -> float:
@@ -319,6 +321,16 @@ def _limit(limit: float | None) -> Cell:
     if limit is None:
         return Cell("all", None)
     return whole(int(limit)) if limit >= 1 else Cell(f"{100 * limit:g} %", limit)
+
+
+def meanings(summary: Summary) -> dict[str, str]:
+    """Heading → what it means, of all tables that are shown: what is told on hovering is to be read on paper, too."""
+    found: dict[str, str] = {}
+    for shown in every(summary):
+        for column in shown.columns:
+            if column.meaning:
+                found.setdefault(column.title, column.meaning)
+    return found
 
 
 def every(summary: Summary) -> Iterable[Table]:

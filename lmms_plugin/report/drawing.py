@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lmms_plugin.report.axes import DENSE_BITS
+from lmms_plugin.report.axes import DENSE_BITS, UNQUANTIZED
 from lmms_plugin.report.palette import DENSE, INK, MUTED, RULE, Look
 from lmms_plugin.report.summary import Line, series
 from lmms_plugin.report.tables import Table
@@ -190,7 +190,7 @@ def small_multiples(
 
 
 def by_bits(lines: Iterable[Line]) -> dict[int | None, list[Key]]:
-    """Number of bits → series of its panel, the 16-bit model in each."""
+    """Number of bits → series of its panel, the unquantized model in each."""
     return keys_by_bits(series(lines))
 
 
@@ -222,7 +222,7 @@ def bar_handle(colour: str, label: str) -> Any:
 
 def method_name(method: str) -> str:
     """As people call it."""
-    return f"{DENSE_BITS} bit" if method == DENSE else method
+    return UNQUANTIZED if method == DENSE else method
 
 
 def label(key: Key) -> str:

@@ -59,7 +59,7 @@ class Case(NamedTuple):
         width: Of the image, in pixels.
         height: Likewise.
         target: The true box, as in `Tile`.
-        tiles: Answers, of the 16-bit model first.
+        tiles: Answers, of the unquantized model first.
         lost: How many of the quantized models got it wrong.
     """
 
@@ -100,7 +100,9 @@ def build(summary: Summary, count: int) -> Gallery:
     chosen = [one for scope in summary.scopes for one in _chosen(scope, summary, count)] if count else []
     if not chosen:
         why = (
-            "no pictures were asked for" if not count else "no answers with boxes beside a 16-bit run of the same model"
+            "no pictures were asked for"
+            if not count
+            else "no answers with boxes beside an unquantized run of the same model"
         )
         return Gallery((), (why,))
     cases: list[Case] = []
@@ -140,13 +142,13 @@ def _chosen(scope: Scope, summary: Summary, count: int) -> list[_Chosen]:
 
 
 def _most_compared(lines: Sequence[Line]) -> Line | None:
-    """The 16-bit line with which most are compared, the first of equals; None if nothing is compared."""
+    """The unquantized line with which most are compared, the first of equals; None if nothing is compared."""
     bases = [line.base for line in lines if line.base is not None]
     return max(bases, key=lambda base: sum(other is base for other in bases), default=None)
 
 
 def _losses(task: str, dense: Run, runs: Sequence[Run]) -> np.ndarray:
-    """What quantization costs each expression in IoU, over all models; below 0 where 16 bits were wrong already."""
+    """What quantization costs each expression in IoU, over all models; below 0 where it was wrong without."""
     base: Task = dense.measured.tasks[task]
     lost = np.sum([base.score - run.measured.tasks[task].score for run in runs], axis=0)
     return np.where(base.outcome > 0, lost, -1.0)

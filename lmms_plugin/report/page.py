@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def render(
         title=title,
         source=source,
         version=__version__,
+        lmms_eval=metadata.version("lmms-eval"),
         style=Markup(_read(_STYLE)),
         script=Markup(_read(_SCRIPT)),
         tones={**SURFACES, **TONES},
@@ -74,6 +76,7 @@ def render(
         facts=facts(summary),
         figures=inlined.shown(summary, workers),
         tables={table.name: table for table in contents.every(summary)},
+        meanings=contents.meanings(summary),
         first_rows=ROWS_AT_FIRST,
         gallery=gallery,
         common=", ".join(summary.common),
@@ -118,12 +121,12 @@ def warnings(summary: Summary) -> Iterator[str]:
     models = {run.axes.config.model for run in runs}
     lacking = sorted(models - {run.axes.config.model for run in runs if run.axes.config.dense})
     if lacking:
-        yield f"No 16-bit run (quant_none) of {', '.join(lacking)}: flips and differences from it cannot be told."
+        yield f"No unquantized run (quant_none) of {', '.join(lacking)}: flips and differences from it cannot be told."
     alone = (line.config for line in summary.lines if line.base is None and not line.config.dense)
     if found := dict.fromkeys(config for config in alone if config.model not in lacking):
         first = next(iter(found))
         yield (
-            f"No 16-bit run was asked all the questions of {len(found)} configurations (e.g."
+            f"No unquantized run was asked all the questions of {len(found)} configurations (e.g."
             f" {', '.join((first.label, *first.parts))}): their flips and differences cannot be told there."
         )
     unsure = {task.task for run in runs for task in run.measured.tasks.values() if task.unsure == task.records}

@@ -1,4 +1,4 @@
-"""Runs put together: one line per configuration and condition, seeds averaged, each beside its 16-bit model."""
+"""Runs put together: one line per configuration and condition, seeds averaged, each beside its unquantized model."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ _NAMED = 3
 
 
 class Difference(NamedTuple):
-    """A line less its 16-bit model, on the same images.
+    """A line less its unquantized model, on the same images.
 
     Attributes:
         value: The difference.
@@ -31,11 +31,11 @@ class Difference(NamedTuple):
 
 
 class Flips(NamedTuple):
-    """Answers that changed sides against the 16-bit model, summed over tasks and runs.
+    """Answers that changed sides against the unquantized model, summed over tasks and runs.
 
     Attributes:
-        lost: Right with 16 bits, wrong here.
-        won: Wrong with 16 bits, right here.
+        lost: Right without quantization, wrong here.
+        won: Wrong without quantization, right here.
         records: Answers compared.
     """
 
@@ -56,7 +56,7 @@ class Line:
         groups: The numbers of each run, of the same tasks on the same documents.
         group: Their mean.
         unparsed: Share of answers without a box.
-        base: The line of the 16-bit model that it is compared with; None for that itself and where there is none.
+        base: The line of the unquantized model that it is compared with; None for that itself and where there is none.
         delta: Accuracy less that of `base`; None where there is nothing to compare.
         flips: Against `base`; None likewise.
     """
@@ -107,7 +107,7 @@ class Scope:
     lines: tuple[Line, ...]
 
     def under(self, condition: str) -> list[Line]:
-        """Lines of one condition, 16 bits first."""
+        """Lines of one condition, the unquantized first."""
         return [line for line in self.lines if line.condition == condition]
 
     @property
@@ -253,7 +253,7 @@ def _line(place: _Place, name: str, runs: tuple[Run, ...]) -> Line:
 
 
 def _compared(lines: Sequence[Line], level: float) -> list[Line]:
-    """The same, each quantized one beside the 16-bit line of the same questions that it is nearest to."""
+    """The same, each quantized one beside the unquantized line of the same questions that it is nearest to."""
     dense: dict[tuple[object, ...], dict[Config, Line]] = {}
     for line in lines:
         if line.config.dense:
@@ -304,7 +304,7 @@ def _difference(group: Group, base: Group, metric: str, level: float) -> Differe
 def _flips(line: Line, base: Line) -> Flips | None:
     lost = won = records = 0
     for one in line.tasks:
-        # Seeds say nothing about the 16-bit model: its newest run is that of all.
+        # Seeds say nothing about the unquantized model: its newest run is that of all.
         other = base.runs[-1].measured.tasks[one.task]
         if _binary(one) and _binary(other):
             lost += int(np.sum(one.outcome < other.outcome))

@@ -17,6 +17,10 @@ _LABELLED = 14
 """Marks per panel up to which each is labelled with its bits; above, those on the front alone."""
 _PLAIN = 60
 """Marks from which intervals are left out."""
+_BESIDE = ((4, 3), (4, -8), (-9, 3), (-9, -8), (4, 11), (4, -16))
+"""Where a label may stand, in points from its mark, the best first."""
+_SAME = 5
+"""Points between marks up to which they share a label, if theirs are the same."""
 _UP, _DOWN = "\u2191", "\u2193"
 
 
@@ -79,18 +83,24 @@ def draw(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
         name,
         scope.title,
         "Each mark is one configuration, with its bits beside it; a line joins those that nothing beats in both of a"
-        " panel's measures, a thin bar is the interval over images, arrows point to what is better. Not beaten in"
-        f" accuracy, AURC, memory and speed at once, {_unbeaten(chosen)}.",
+        " panel's measures, a thin bar is the interval over images, arrows point to what is better. "
+        f" {unbeaten(chosen)}",
         figure,
         costs(name, f"Accuracy, reliability and cost on {scope.title}", "Condition", _rows(chosen), summary),
     )
 
 
-def _unbeaten(chosen: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    return "; ".join(
-        f"{condition}: {drawing.listed(line.config.label for line in not_dominated(lines))}"
-        for condition, lines in chosen
-    )
+def unbeaten(chosen: Sequence[tuple[str, Sequence[Line]]]) -> str:
+    """Which are not beaten in everything at once; that all of them are not says little, and is said shortly."""
+    told = []
+    for condition, lines in chosen:
+        kept = not_dominated(lines)
+        if len(kept) < len(lines):
+            told.append(f"{condition}: {drawing.listed(line.config.label for line in kept)}")
+    if not told:
+        return "No configuration is beaten by another one in accuracy, AURC, memory and speed at once."
+    rest = "; under the other conditions none is" if len(told) < len(chosen) else ""
+    return f"Not beaten in accuracy, AURC, memory and speed at once, {'; '.join(told)}{rest}."
 
 
 def _panel(panel: Any, lines: Sequence[Line], goal: Goal, axis: Axis, styles: Mapping[str, Look], level: float) -> None:
@@ -106,13 +116,36 @@ def _panel(panel: Any, lines: Sequence[Line], goal: Goal, axis: Axis, styles: Ma
         if len(points) < _PLAIN and not math.isnan(low):
             panel.plot([x, x], [low, high], color=look.colour, alpha=0.4, linewidth=1.0, zorder=2)
         panel.plot(x, y, look.mark, color=look.colour, zorder=3, alpha=1.0 if len(points) < _PLAIN else 0.6)
-        if len(points) <= _LABELLED or (x, y) in front:
-            bits = "" if line.config.bits is None else str(line.config.bits)
-            panel.annotate(bits, (x, y), (4, 3), textcoords="offset points", fontsize=7, color=MUTED)
     if len(front) > 1:
         panel.plot(*zip(*front, strict=True), color=INK, linewidth=0.9, alpha=0.6, zorder=1)
     panel.set_xlabel(axis.label)
     panel.margins(0.1)
+    _label_marks(panel, [(x, y, _bits(line)) for x, y, line in points if len(points) <= _LABELLED or (x, y) in front])
+
+
+def _bits(line: Line) -> str:
+    """What stands beside a mark: nothing beside the unquantized model, which ran in 16 or in 32 bits."""
+    return "" if line.config.dense or line.config.bits is None else str(line.config.bits)
+
+
+def _label_marks(panel: Any, marks: Sequence[tuple[float, float, str]]) -> None:
+    """Write beside each mark where no other label stands; marks on one another share a label.
+
+    Args:
+        panel: With its limits set.
+        marks: Place in data, and text.
+    """
+    points = panel.transData.transform([(x, y) for x, y, _ in marks]) * 72 / panel.figure.dpi if marks else []
+    placed: list[tuple[float, float]] = []
+    labelled: list[tuple[float, float, str]] = []
+    for (x, y, written), (left, up) in zip(marks, points, strict=True):
+        if not written or any(math.dist((left, up), at) < _SAME and written == said for *at, said in labelled):
+            continue
+        free = (at for at in _BESIDE if all(abs(left + at[0] - a) > 8 or abs(up + at[1] - b) > 7 for a, b in placed))
+        right, above = next(free, _BESIDE[0])
+        placed.append((left + right, up + above))
+        labelled.append((left, up, written))
+        panel.annotate(written, (x, y), (right, above), textcoords="offset points", fontsize=7, color=MUTED)
 
 
 def _cost(line: Line, axis: Axis) -> float | None:

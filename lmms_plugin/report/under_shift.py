@@ -20,6 +20,8 @@ from lmms_plugin.report.tables import Column, Table, number, rows_of, text, whol
 _MEASURED = (("accuracy", "accuracy"), ("ece", "ECE"), ("aurc", "AURC"))
 _STRONGEST = 0.8
 _CELL, _ROW = 0.56, 0.25
+_ABREAST, _TALL_ROW = 6, 0.27
+"""On a phone: models side by side, and the height of a row."""
 
 
 def severity(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
@@ -84,8 +86,8 @@ def _ranged(value: tuple[float, float, float]) -> Any:
 
 
 def heat(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
-    """What each quantizer loses under each shift against the 16-bit model."""
-    del summary, across
+    """What each quantizer loses under each shift against the unquantized model."""
+    del summary
     losses, sizes = _losses(scope)
     shifts = sorted(sizes, key=lambda name: (name != CLEAN, name))
     if not losses or len(shifts) < 2:
@@ -99,12 +101,12 @@ def heat(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
     yield Drawn(
         name,
         scope.title,
-        "Accuracy less that of the 16-bit model on the same task, in percentage points, mean over severities and runs."
-        " Orange cells lost, blue cells gained.",
-        _heat(values, labels, words),
+        "Accuracy less that of the unquantized model on the same task, in percentage points, mean over severities and"
+        " runs. Orange cells lost, blue cells gained.",
+        (_heat if across > 2 else _tall_heat)(values, labels, words),
         Table(
             name,
-            f"Accuracy less that of the 16-bit model on {scope.title}",
+            f"Accuracy less that of the unquantized model on {scope.title}",
             (Column("Model", numeric=False), *map(Column, words)),
             rows_of([*rows, counts]),
         ),
@@ -133,6 +135,7 @@ def _losses(scope: Scope) -> tuple[dict[Key, dict[str, list[float]]], dict[str, 
 
 
 def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
+    """Models below one another, shifts side by side."""
     rows, columns = values.shape
     labels, shifts = ([short(name) for name in names] for names in (labels, shifts))
     margins = Margins(
@@ -140,8 +143,38 @@ def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
     )
     width = margins.left + margins.right + _CELL * columns
     figure, grid = drawing.panels(1, 1, width, _ROW * rows, margins=margins)
-    axis = grid[0][0]
-    strongest = max(float(np.nanmax(np.abs(values))), 0.01)
+    _cells(grid[0][0], values, labels, shifts, _strongest(values), 7.5)
+    return figure
+
+
+def _tall_heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
+    """For a phone: shifts below one another, a few models side by side, the others in further blocks below."""
+    parts = [slice(k, k + _ABREAST) for k in range(0, len(labels), _ABREAST)]
+    top = 0.15 + 0.07 * max(map(len, labels))
+    margins = Margins(
+        left=0.2 + 0.072 * max(map(len, shifts)),
+        right=max(0.2, 0.06 * max(map(len, labels))),
+        top=top,
+        bottom=0.1,
+        down=top + 0.15,
+    )
+    height = _TALL_ROW * len(shifts) * len(parts)
+    figure, grid = drawing.panels(len(parts), 1, drawing.NARROW, height, margins=margins, sharex=False, sharey=False)
+    for panel, part in zip(grid.ravel(), parts, strict=True):
+        _cells(panel, values[part].T, shifts, labels[part], _strongest(values), 9.0)
+        # The last block's cells are as wide as the others'.
+        panel.set_xlim(0, min(_ABREAST, len(labels)))
+    return figure
+
+
+def _strongest(values: Floats) -> float:
+    return max(float(np.nanmax(np.abs(values))), 0.01)
+
+
+def _cells(
+    axis: Any, values: Floats, down: Sequence[str], across: Sequence[str], strongest: float, size: float
+) -> None:
+    rows, columns = values.shape
     for (row, column), value in np.ndenumerate(values):
         if math.isnan(value):
             continue
@@ -151,11 +184,10 @@ def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
         axis.add_patch(Rectangle((column + 0.02, row + 0.04), 0.96, 0.92, facecolor=face, alpha=alpha, linewidth=0))
         shown = f"{100 * value:+z.0f}".replace("-", "\u2212")
         written = "0" if shown in ("+0", "\u22120") else shown
-        axis.text(column + 0.5, row + 0.5, written, ha="center", va="center_baseline", fontsize=7.5)
+        axis.text(column + 0.5, row + 0.5, written, ha="center", va="center_baseline", fontsize=size)
     axis.set(xlim=(0, columns), ylim=(rows, 0))
-    axis.set_yticks(np.arange(rows) + 0.5, labels, color=INK)
-    axis.set_xticks(np.arange(columns) + 0.5, shifts, rotation=40, ha="left", rotation_mode="anchor", color=INK)
+    axis.set_yticks(np.arange(rows) + 0.5, down, color=INK)
+    axis.set_xticks(np.arange(columns) + 0.5, across, rotation=40, ha="left", rotation_mode="anchor", color=INK)
     axis.xaxis.tick_top()
     axis.grid(visible=False)
     axis.spines[:].set_visible(False)
-    return figure

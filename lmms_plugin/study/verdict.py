@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lmms_plugin.metrics.paired import Difference
 from lmms_plugin.study.analysis import Analysis, Contrast, Question, Row
+from lmms_plugin.study.arms import UNTOUCHED
 
 SHOWN, REVERSE, EQUIVALENT, OPEN = "shown", "the opposite shown", "no difference", "not shown"
+NOT_JUDGED = "not judged (broken)"
 
 
 class Words(NamedTuple):
@@ -41,6 +43,19 @@ INTERACTION = Words(
     "whether one of them loses more from clean to shifted images was not shown ({by})",
 )
 
+RIGHT = {
+    SHOWN: "more often right",
+    REVERSE: "less often right",
+    EQUIVALENT: "equally often right",
+    OPEN: "no difference shown",
+}
+LOST = {
+    SHOWN: "loses less",
+    REVERSE: "loses more",
+    EQUIVALENT: "loses as much",
+    OPEN: "was not shown to lose less or more",
+}
+
 
 def finding(difference: Difference, p: float, level: float) -> str:
     """What a test shows: a difference (adjusted p), its absence (equivalence), or neither.
@@ -55,7 +70,7 @@ def finding(difference: Difference, p: float, level: float) -> str:
 
 
 def sentences(found: Analysis) -> list[str]:
-    """The verdict: for each pair of arms the answer to the question, then what it is an answer about."""
+    """The verdict: for each pair of arms who is right more often under shift, what explains it, and of what data."""
     return [*_answers(found), _scope(found)]
 
 
@@ -79,7 +94,7 @@ def tables(found: Analysis) -> list[dict[str, Any]]:
                 "p (Holm)",
                 "interaction",
                 "p (Holm)",
-                "finding",
+                "finding of the interaction",
                 *(f"severity {severity}" for severity in severities),
                 "retained",
                 "ECE interaction",
@@ -96,12 +111,12 @@ def tables(found: Analysis) -> list[dict[str, Any]]:
                 "clean",
                 "shifted",
                 "sd of seeds",
-                "more lost under shift than by the 16-bit model",
+                "more lost under shift than by the unquantized model",
                 "ECE clean",
                 "ECE shifted",
                 "lost / won clean",
                 "lost / won shifted",
-                "answers with a box",
+                "shifted answers with a box",
             ],
             "rows": [_row(row) for row in sorted(found.rows, key=_order)],
         },
@@ -122,27 +137,57 @@ def legend(question: Question) -> str:
 
 
 def _answers(found: Analysis) -> list[str]:
-    """For each pair one line: at which bits robustness was shown, shown to be the same, or left open."""
+    """For each pair one line: accuracy under shift first, at which bits; then what is lost from clean to shifted data.
+
+    What is lost says nothing where an arm is broken: it is not told there.
+    """
     lines = []
     for pair in found.question.contrasts:
         of_pair = [one for one in found.contrasts if (one.first, one.second) == pair]
-        told = []
-        for kind in (SHOWN, REVERSE, EQUIVALENT, OPEN):
-            same = [one for one in of_pair if _robustness(one, found) == kind]
-            if same:
-                told.append(f"{kind} at {_listed([_with_warning(one) for one in same])}")
-        lines.append(
-            f"{found.model}, is {pair[0]} more robust to shift than {pair[1]}? {'; '.join(told).capitalize()}."
-        )
+        under_shift = _at(of_pair, _under_shift, RIGHT, found)
+        told = [
+            f"{found.model}, {pair[0]} against {pair[1]} on shifted images: {under_shift}.",
+            f"From clean to shifted images it {_at(of_pair, _robustness, LOST, found)}.",
+        ]
+        broken = [one for one in of_pair if one.broken]
+        if len(broken) == len(of_pair):
+            told.pop()
+        told += [
+            f"At {one.bits} bits {_keep(one.broken)} less than half of the unquantized model's clean accuracy:"
+            " robustness is not judged there."
+            for one in broken
+        ]
+        lines.append(" ".join(told))
     return lines
 
 
+def _at(
+    contrasts: Sequence[Contrast],
+    judge: Callable[[Contrast, Analysis], str],
+    words: Mapping[str, str],
+    found: Analysis,
+) -> str:
+    """Each finding in words with the bits at which it was made."""
+    told = []
+    for kind, said in words.items():
+        same = [f"{one.bits} bits" for one in contrasts if judge(one, found) == kind]
+        if same:
+            told.append(f"{said} at {_listed(same)}")
+    return "; ".join(told)
+
+
+def _under_shift(one: Contrast, found: Analysis) -> str:
+    return finding(one.under_shift, one.p_under_shift, found.question.level)
+
+
 def _robustness(one: Contrast, found: Analysis) -> str:
+    if one.broken:
+        return NOT_JUDGED
     return finding(one.interaction, one.p_interaction, found.question.level)
 
 
-def _with_warning(one: Contrast) -> str:
-    return f"{one.bits} bits{' (broken models)' if one.broken else ''}"
+def _keep(arms: Sequence[str]) -> str:
+    return f"{_listed(arms)} {'keep' if len(arms) > 1 else 'keeps'}"
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -164,10 +209,10 @@ def _scope(found: Analysis) -> str:
 def _told(one: Contrast, found: Analysis) -> str:
     level = found.question.level
     told = []
-    for words, difference, p in (
-        (UNDER_SHIFT, one.under_shift, one.p_under_shift),
-        (INTERACTION, one.interaction, one.p_interaction),
-    ):
+    judged = [(UNDER_SHIFT, one.under_shift, one.p_under_shift)]
+    if not one.broken:
+        judged.append((INTERACTION, one.interaction, one.p_interaction))
+    for words, difference, p in judged:
         kinds = {SHOWN: words.shown, REVERSE: words.reverse, EQUIVALENT: words.equivalent, OPEN: words.open}
         told.append(
             kinds[finding(difference, p, level)].format(
@@ -183,17 +228,15 @@ def _told(one: Contrast, found: Analysis) -> str:
 def _warning(one: Contrast, found: Analysis) -> str:
     if not one.broken:
         return ""
-    arms = " and ".join(one.broken)
-    verb = "keep" if len(one.broken) > 1 else "keeps"
     return (
-        f" Beware: {arms} {verb} less than half of the unquantized model's clean accuracy; what is lost already on"
-        " clean images cannot be lost again under shift, so that interaction says little about robustness."
+        f" Beware: {_keep(one.broken)} less than half of the unquantized model's clean accuracy; what is lost already"
+        " on clean images cannot be lost again under shift, so robustness is not judged (interaction"
+        f" {_interval(one.interaction)} points, p {_p(one.p_interaction)})."
     )
 
 
 def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> list[str]:
     by_severity: Mapping[int, Difference] = one.by_severity
-    told = _robustness(one, found)
     return [
         str(one.bits),
         one.first,
@@ -203,7 +246,7 @@ def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> 
         _p(one.p_under_shift),
         _interval(one.interaction),
         _p(one.p_interaction),
-        f"{told}{' (broken)' if one.broken else ''}",
+        _robustness(one, found),
         *(_interval(by_severity[severity]) if severity in by_severity else "" for severity in severities),
         _interval(one.retained),
         _interval(one.calibration_error),
@@ -212,7 +255,7 @@ def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> 
 
 def _row(row: Row) -> list[str]:
     return [
-        "" if row.bits is None else str(row.bits),
+        "" if row.bits is None or row.method == UNTOUCHED else str(row.bits),
         row.method,
         row.calibration or "",
         str(row.seeds),
