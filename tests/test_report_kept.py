@@ -98,7 +98,8 @@ def test_every_kind_of_number_comes_back(tmp_path):
     # Language shifts leave documents out: theirs are a set of their own. And there is a task of somebody else.
     tasks = {"rec": test_results.answers(0.8), "rec_typos_3": test_results.answers(0.7)[:80], "other": [{"doc_id": 0}]}
     metadata = {"metadata": {"shift": "typos", "severity": 3, "shifts": "text"}}
-    (several,) = results.find(test_results.write(tmp_path / "c", tasks, rec_typos_3=metadata))
+    theirs = {"metric_list": [{"metric": "exact_match"}]}
+    (several,) = results.find(test_results.write(tmp_path / "c", tasks, rec_typos_3=metadata, other=theirs))
     found = [numbers.of(file, SETTINGS) for file in (rejection, single, several)]
     assert found[0].rejection
     assert all(not len(group.resampled) for group in found[1].measured.groups.values())

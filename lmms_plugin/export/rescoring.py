@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from lmms_plugin.export.consistency import expect_one_model, expect_place, expect_told
 from lmms_plugin.export.definitions import Definition, definition
+from lmms_plugin.readable import readable
 from lmms_plugin.response import Response
 from lmms_plugin.results import GROUNDING, REJECTION, Kind, Run
 
@@ -77,7 +78,9 @@ def rescore(run: Run, task: str) -> Rescored:
     entries: defaultdict[str, list[Any]] = defaultdict(list)
     images: defaultdict[str, list[str]] = defaultdict(list)
     for row in _rows(log):
-        sample, output = _scored(row, run.tasks[task].kind, found, log)
+        # A true box may be none, a prompt a number.
+        with readable(f"{log}: document {row.get('doc_id')!r:.20}"):
+            sample, output = _scored(row, run.tasks[task].kind, found, log)
         samples.append(sample)
         for metric, entry in output.items():
             entries[metric].append(entry)
@@ -170,8 +173,8 @@ def difference(expected: Any, found: Any, where: str = "") -> str | None:
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         for key in sorted(expected.keys() | found.keys(), key=str):
             if key not in expected or key not in found:
-                return f"{where}{key} is {'missing' if key in expected else 'unknown'}"
-            if differs := difference(expected[key], found[key], f"{where}{key}: "):
+                return f"{where}{key!s:.80} is {'missing' if key in expected else 'unknown'}"
+            if differs := difference(expected[key], found[key], f"{where}{key!s:.80}: "):
                 return differs
         return None
     if _is_list(expected) and _is_list(found) and len(expected) == len(found):
