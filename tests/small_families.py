@@ -343,13 +343,17 @@ def examine(family: str, folder: Path) -> Row:
 
 
 def load(folder: Path, method: str) -> Any:
-    """Load a tiny checkpoint as a user's would be, but for its processor."""
-    plan = QuantPlan() if method == "none" else PLAN
-    return load_quantized(str(folder), backend=get(method), plan=plan, dtype=torch.float32, processor=object()).model
+    """Load a tiny checkpoint as a user's would be, but for its processor, of which a tokenizer takes the place."""
+    plan, given = QuantPlan() if method == "none" else PLAN, _tokenizer()
+    return load_quantized(str(folder), backend=get(method), plan=plan, dtype=torch.float32, processor=given).model
+
+
+def _tokenizer() -> Any:
+    return byte_level_tokenizer(("</s>", "<pad>"), eos_token="</s>", pad_token="<pad>")
 
 
 def _decoder(tiny: Tiny) -> Decoder:
-    return Decoder.of(tiny.model, byte_level_tokenizer(("</s>", "<pad>"), eos_token="</s>", pad_token="<pad>"))
+    return Decoder.of(tiny.model, _tokenizer())
 
 
 def _batched(tiny: Tiny, alone: list[dict[str, torch.Tensor]], together: dict[str, torch.Tensor]) -> str | None:
