@@ -315,7 +315,7 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
         (SHARED + "methods: [awq]\ncalibration: [nose]", "4:15", "did you mean 'noise'?"),
         (SHARED + "methods: [awq]\ncalibration: [none]", "4:15", "a source of calibration inputs"),
         (SHARED + "methods: [awq]\nseeds: [0, -1]", "4:12", "a whole number from 0, got -1"),
-        (SHARED + "methods: [rtn]\nlimit: 0", "4:8", "a whole number from 1 to 1000000, got 0"),
+        (SHARED + "methods: [rtn]\nlimit: 0", "4:8", "a whole number from 1, got 0"),
         (SHARED + "methods: [rtn]\nmodel_args: {bits: 3}", "4:20", "no axis of the study"),
         (SHARED + "methods: [rtn]\nmodel_args: {system_prompt: 'a, b'}", "4:29", "without commas"),
         (SHARED + "methods: [{method: awq, clap: 1}]", "3:31", "did you mean 'clip'?"),

@@ -103,7 +103,7 @@ def heat(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
         scope.title,
         "Accuracy less that of the unquantized model on the same task, in percentage points, mean over severities and"
         " runs. Orange cells lost, blue cells gained.",
-        (_heat if across > 2 else _tall_heat)(values, labels, words),
+        (_heat if across > 2 else _tall_heat)(values, list(map(short, labels)), list(map(short, words))),
         Table(
             name,
             f"Accuracy less that of the unquantized model on {scope.title}",
@@ -137,7 +137,6 @@ def _losses(scope: Scope) -> tuple[dict[Key, dict[str, list[float]]], dict[str, 
 def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
     """Models below one another, shifts side by side."""
     rows, columns = values.shape
-    labels, shifts = ([short(name) for name in names] for names in (labels, shifts))
     margins = Margins(
         left=0.25 + 0.072 * max(map(len, labels)), right=0.75, top=0.15 + 0.055 * max(map(len, shifts)), bottom=0.1
     )
