@@ -53,10 +53,16 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
     "num_key_value_heads": 2,
+    "conf_num_hidden_layers": LAYERS,
+    "conf_num_attention_heads": 4,
     "head_dim": 16,
     "d_kv": 16,
     "vocab_size": VOCABULARY,
     "unpadded_vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "mm_embed_dim": 64,
+    "output_proj_dims": 64,
     "num_kv_shared_layers": 0,
 }
 """What an attribute of that name becomes wherever it occurs."""
@@ -72,7 +78,7 @@ def parts_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     """Make a configuration tiny, in place."""
-    ids: dict[int, int] = {}
+    ids: dict[int | None, int] = {}
     for part in parts_of(config):
         layers = next((vars(part)[name] for name in ("num_hidden_layers", "depth") if name in vars(part)), None)
         kinds = list(dict.fromkeys(vars(part).get("layer_types") or ()))
@@ -84,7 +90,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
                 if name == "num_key_value_heads" and not grouped:
                     size = SIZES["num_attention_heads"]
                 setattr(part, name, size)
-            elif re.search(r"_token_(id|index)$|_id$", name) and isinstance(value, int) and value >= VOCABULARY:
+            elif _is_id_to_change(name, value):
                 setattr(part, name, ids.setdefault(value, VOCABULARY - 1 - len(ids)))
             elif (
                 name == "image_size"
@@ -93,7 +99,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
             ):
                 part.image_size = min(value, 8 * patch)
             elif isinstance(value, list) and len(value) == layers:
-                setattr(part, name, [*kinds, *value][:kept] if name == "layer_types" else value[:kept])
+                setattr(part, name, _shortened(name, [*kinds, *value] if name == "layer_types" else value, kept))
             elif name == "rope_parameters" and isinstance(value, dict):
                 for rope in (value, *(inner for inner in value.values() if isinstance(inner, dict))):
                     if "mrope_section" in rope and "qk_rope_head_dim" not in vars(part):
@@ -101,6 +107,17 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
         if kinds:
             part.num_hidden_layers = kept
     return config
+
+
+def _is_id_to_change(name: str, value: Any) -> bool:
+    """Tell whether an attribute is a token's id beyond the vocabulary, or that of an image's token left open."""
+    if value is None:
+        return name in ("image_token_id", "image_token_index")
+    return isinstance(value, int) and value >= VOCABULARY and re.search(r"_token_(id|index)$|_id$", name) is not None
+
+
+def _shortened(name: str, values: list[Any], kept: int) -> list[Any]:
+    return [min(each, SIZES[name]) if name in SIZES else each for each in values[:kept]]
 
 
 def small_config(family: str) -> PreTrainedConfig:
@@ -164,7 +181,8 @@ class Tiny:
     def row(self, tail: int, start: int = 20) -> list[int]:
         """Return the token ids of a prompt with one image and so many tokens behind it."""
         self.image(0)
-        return [9, 10, *[self.image_token] * self._count, *(start + 7 * i % 200 for i in range(tail))]
+        before = [token for token in (9, 10, 11) if token != self.image_token][:2]
+        return [*before, *[self.image_token] * self._count, *(start + 7 * i % 200 for i in range(tail))]
 
     def batch(self, rows: Sequence[list[int]], seeds: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return the arguments of the model for prompts, padded on the left, each about the image of its seed."""
@@ -172,12 +190,16 @@ class Tiny:
         ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         images = [self.image(seed) for seed in seeds]
-        inputs = {name: torch.cat([image[name] for image in images]) for name in images[0]}
+        inputs = {name: torch.cat([image[name] for image in images], self._side_by_side(name)) for name in images[0]}
         marks = (ids == self.image_token).long()
         marked = {name: marks for name in ("mm_token_type_ids", "token_type_ids") if name in self.arguments}
         if "image_embeds_position_mask" in self.arguments:
             marked["image_embeds_position_mask"] = marks.bool()
         return {"input_ids": ids, "attention_mask": mask, **inputs, **marked}
+
+    def _side_by_side(self, name: str) -> int:
+        """Return the dimension along which images stand: the last for one long strip of patches, else the first."""
+        return -1 if name == "pixel_values" and "target_sizes" in self.arguments else 0
 
     @torch.no_grad()
     def _tokens(self, image: Mapping[str, torch.Tensor]) -> int:
@@ -186,7 +208,8 @@ class Tiny:
         if reader is None:
             return 0
         features = reader.get_image_features(**image)
-        features = getattr(features, "pooler_output", features)
+        pooled = getattr(features, "pooler_output", None)
+        features = getattr(features, "last_hidden_state", features) if pooled is None else pooled
         if isinstance(features, list | tuple):
             features = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
         return int(features.reshape(-1, features.shape[-1]).shape[0])
@@ -198,10 +221,13 @@ class Tiny:
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=random)
 
-        vision = getattr(self.model.config, "vision_config", None)
+        config = self.model.config
+        vision = next((part for part in parts_of(config) if hasattr(part, "patch_size") and part is not config), None)
+        vision = getattr(config, "vision_config", None) or vision
         patch = getattr(vision, "patch_size", None)
         side = getattr(vision, "image_size", None) or IMAGE_SIZE
         side = side if isinstance(side, int) else side[0]
+        high_side = getattr(getattr(config, "high_res_vision_config", None), "image_size", side)
         ways: list[dict[str, torch.Tensor]] = []
         if self.family in IMAGES:
             ways.append(IMAGES[self.family](draw, self.model.config))
@@ -219,18 +245,69 @@ class Tiny:
             {"pixel_values": tiles, "image_sizes": size},
             {"pixel_values": picture[:, None]},
             {"pixel_values_images": picture},
+            {"pixel_values": picture[:, None], "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)},
+            {"pixel_values": picture, "qformer_input_ids": torch.tensor([[5, 6, 7]])},
+            {"pixel_values": picture, "high_res_pixel_values": draw(1, CHANNELS, high_side, high_side)},
         ]
+        if isinstance(patch, int):
+            flat, places = draw(16, CHANNELS * patch**2), torch.cartesian_prod(torch.arange(6), torch.arange(6))
+            merged = patch * getattr(vision, "spatial_merge_size", 1)
+            frames = getattr(vision, "patch_temporal", 1)
+            ways += [
+                {"pixel_values": draw(4, merged, merged, CHANNELS), "image_grid_thw": torch.tensor([[1, 2, 2]])},
+                {"pixel_values": flat, "image_grid_thw": grid, "image_merge_sizes": torch.tensor([2])},
+                {"pixel_values": flat, "image_grid_hw": grid[:, 1:]},
+                {"pixel_values": draw(1, 36, CHANNELS * patch**2), "image_position_ids": places[None]},
+                {"flattened_patches": torch.cat([1 + places[None], draw(1, 36, CHANNELS * patch**2)], dim=-1)},
+                {"pixel_values": draw(1, CHANNELS, patch, 64 * patch), "target_sizes": torch.tensor([[8, 8]])},
+                {"pixel_values": draw(16, CHANNELS * frames * patch**2), "image_grid_thw": grid},
+            ]
         yield from (way for way in ways if set(way) <= self.arguments)
 
 
 Draw = Callable[..., torch.Tensor]
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 PARTS: Mapping[str, Mapping[str, Any]] = {
     "gemma4": {"vision_config": {}},
     "gemma4_unified": {"vision_config": {}},
+    "gemma3n": {"vision_config": {"model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 2}}},
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": 64,
+                "depth": LAYERS,
+                "num_heads": 4,
+                "img_size": [IMAGE_SIZE, IMAGE_SIZE],
+                "ref_feat_shape": [4, 4],
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+                "init_values": 0.1,
+            },
+        }
+    },
+    "chameleon": {
+        "vocabulary_map": {
+            "<image>": VOCABULARY - 1,
+            **{f"IMGIMG{digit}Z": 300 + i for i, digit in enumerate("ABCDEFGH")},
+        },
+        "vq_config": {
+            "embed_dim": 32,
+            "num_embeddings": 8,
+            "latent_channels": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 1, 1, 1],
+            "num_res_blocks": 1,
+        },
+    },
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
+    "deepseek_ocr2": {
+        "text_config": {"num_hidden_layers": LAYERS, "mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
 }
-"""Family -> parts of its configuration that have no default."""
+"""Family -> parts of its configuration that have no default, or none that sizes by name make small."""
 
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     **{
         family: {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
@@ -239,7 +316,20 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "glm4v_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
     **{key: {"vision_config.image_size": 256} for key in ("idefics3", "smolvlm")},
     **{key: {"mm_tokens_per_image": 4} for key in ("gemma3", "shieldgemma2")},
-    **{key: {"vision_start_token_id": 400} for key in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 400},
+    "qwen2_5_omni_thinker": {
+        "vision_start_token_id": 400,
+        "text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]},
+    },
+    "gemma3n": {"vision_soft_tokens_per_image": 4, "vision_config.hidden_size": 2048},
+    "vipllava": {"vision_feature_layer": [-2, -1]},
+    "aria": {"projector_patch_to_query_dict": {49: 8}},
+    "mllama": {
+        "text_config.cross_attention_layers": [1],
+        "vision_config.num_global_layers": LAYERS,
+        "vision_config.intermediate_layers_indices": [0, 1],
+        "vision_config.vision_output_dim": 3 * 64,
+    },
     **{
         key: {"image_grid_pinpoints": [[112, 112], [112, 224]]}
         for key in ("llava_next", "llava_next_video", "llava_onevision")
@@ -267,10 +357,18 @@ def _shaped(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def _mllama(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
+    vision = config.vision_config
+    tiles = draw(1, 1, vision.max_num_tiles, CHANNELS, vision.image_size, vision.image_size)
+    mask = torch.ones(1, 1, vision.max_num_tiles, dtype=torch.long)
+    return {"pixel_values": tiles, "aspect_ratio_ids": torch.tensor([[6]]), "aspect_ratio_mask": mask}
+
+
 IMAGES: Mapping[str, Callable[[Draw, Any], dict[str, torch.Tensor]]] = {
     **dict.fromkeys(("idefics3", "smolvlm"), _idefics),
     "fuyu": _fuyu,
     "lfm2_vl": _shaped,
+    "mllama": _mllama,
 }
 """Family -> how it is given an image, where that is a way of its own."""
 
