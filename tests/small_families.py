@@ -206,13 +206,14 @@ class Tiny:
         """Return how many positions of a prompt an image takes."""
         reader = next((part for part in self.model.modules() if hasattr(part, "get_image_features")), None)
         if reader is None:
-            return 0
+            return int(hasattr(self.model.config, "image_token_id"))
         features = reader.get_image_features(**image)
         pooled = getattr(features, "pooler_output", None)
         features = getattr(features, "last_hidden_state", features) if pooled is None else pooled
         if isinstance(features, list | tuple):
             features = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
-        return int(features.reshape(-1, features.shape[-1]).shape[0])
+        queries = getattr(self.model.config, "num_query_tokens", None)
+        return queries or int(features.reshape(-1, features.shape[-1]).shape[0])
 
     def _ways(self, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the ways in which families are given an image, likeliest first."""
@@ -270,6 +271,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 PARTS: Mapping[str, Mapping[str, Any]] = {
     "gemma4": {"vision_config": {}},
     "gemma4_unified": {"vision_config": {}},
+    "aria": {"projector_patch_to_query_dict": {49: 8}},
     "gemma3n": {"vision_config": {"model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 2}}},
     "perception_lm": {
         "vision_config": {
@@ -323,7 +325,6 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma3n": {"vision_soft_tokens_per_image": 4, "vision_config.hidden_size": 2048},
     "vipllava": {"vision_feature_layer": [-2, -1]},
-    "aria": {"projector_patch_to_query_dict": {49: 8}},
     "mllama": {
         "text_config.cross_attention_layers": [1],
         "vision_config.num_global_layers": LAYERS,
