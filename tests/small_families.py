@@ -212,8 +212,7 @@ class Tiny:
         features = getattr(features, "last_hidden_state", features) if pooled is None else pooled
         if isinstance(features, list | tuple):
             features = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
-        queries = getattr(self.model.config, "num_query_tokens", None)
-        return queries or int(features.reshape(-1, features.shape[-1]).shape[0])
+        return int(features.reshape(-1, features.shape[-1]).shape[0])
 
     def _ways(self, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the ways in which families are given an image, likeliest first."""
