@@ -24,7 +24,7 @@ MODELS = {"quant_none": "pretrained=demo", "quant_awq": "pretrained=demo,bits=4"
 INSTALLERS = {"pip", "wheel"}
 COMMANDS = """
 import typer
-from lmms_plugin.cli import app
+from lmms_plugin.cli.main import app
 
 def walk(command, words):
     print(*words)

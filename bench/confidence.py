@@ -22,15 +22,15 @@ import torch
 
 from bench.reporting import Row, interleaved, machine, write
 from bench.throughput import ANSWER_TOKENS, SIZE, documents, ours, write_checkpoint
-from lmms_plugin.response import Response
-from lmms_plugin.settings import Settings
-from lmms_plugin.tasks import grounding
+from lmms_plugin.protocol.response import Response
+from lmms_plugin.tasks.grounding import comprehension
+from lmms_plugin.vlm.settings import Settings
 
 
 def batch(vlm: Any, rows: int) -> dict[str, Any]:
     """Prompts about one photograph, as the model takes them."""
     docs = documents(1, rows)
-    prompts = [vlm.reader.read(grounding.doc_to_messages(docs[index]), f"bench/{index}") for index in range(rows)]
+    prompts = [vlm.reader.read(comprehension.doc_to_messages(docs[index]), f"bench/{index}") for index in range(rows)]
     inputs = vlm.chat.encode(prompts).inputs
     device = vlm.model.device
     return {

@@ -28,11 +28,11 @@ import skimage.data
 from PIL import Image
 
 from bench.reporting import Row, machine, write
-from lmms_plugin.tasks import shifts, textures
-from lmms_plugin.tasks.severities import SEVERITIES
+from lmms_plugin.shifts.image import corruptions, textures
+from lmms_plugin.shifts.severities import SEVERITIES
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import imagecorruptions_reference
+from helpers import imagecorruptions_reference
 
 SEVERITY = 3
 BUDGET_S = 3.0
@@ -73,7 +73,7 @@ def first_use() -> float:
 
 def measure(name: str, image: Image.Image, theirs: ModuleType, repeats: int) -> Row:
     """One line of the table: ours at severity 3 and at the slowest severity, imagecorruptions at severity 3."""
-    by_severity = [milliseconds(lambda s=s: shifts.apply(image, name, s, 0), repeats) for s in SEVERITIES]
+    by_severity = [milliseconds(lambda s=s: corruptions.apply(image, name, s, 0), repeats) for s in SEVERITIES]
     ours, baseline = by_severity[SEVERITY - 1], None
     if hasattr(theirs, name):
         baseline = milliseconds(
@@ -105,7 +105,9 @@ def strength(name: str, severity: int, theirs: ModuleType) -> Row:
         clean = np.asarray(image).astype(float)
         for draw in range(draws := DRAWS.get(name, 1)):
             seed = key * draws + draw
-            found["ours"].append(difference(np.asarray(shifts.apply(image, name, severity, seed)).astype(float), clean))
+            found["ours"].append(
+                difference(np.asarray(corruptions.apply(image, name, severity, seed)).astype(float), clean)
+            )
             if hasattr(theirs, name):
                 other = imagecorruptions_reference.corrupt(theirs, image, name, severity, seed).astype(float)
                 found["theirs"].append(difference(other, clean))
@@ -119,7 +121,7 @@ def strengths(theirs: ModuleType) -> list[Row]:
     columns = ("theirs", "theirs_in_place", "ours")
     print("| corruption | original, severity 1 / 3 / 5 | original, put back in its place | here |\n|---|---|---|---|")
     rows: list[Row] = []
-    for name in shifts.SHIFTS:
+    for name in corruptions.SHIFTS:
         rows += (of_name := [strength(name, severity, theirs) for severity in STRENGTHS])
         cells = (
             " / ".join("-" if row[column] is None else f"{row[column]:.1f}" for row in of_name) for column in columns
@@ -157,7 +159,7 @@ def main() -> None:
     print(f"first use of frost: {first_use():.0f} ms")
     print(f"{'case':<18}{'ms':>10}{'worst ms':>10}{'theirs ms':>10}{'ratio':>10}")
     rows = []
-    for name in shifts.SHIFTS:
+    for name in corruptions.SHIFTS:
         rows.append(measure(name, image, theirs, arguments.repeats))
         print(line(rows[-1]), flush=True)
     shared = [row for row in rows if row["case"] != "glass_blur"]

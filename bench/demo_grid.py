@@ -21,7 +21,7 @@ from typing import Any
 from bench.evaluating import Evaluator
 from bench.reporting import markdown
 from lmms_plugin.quant_backends import get
-from lmms_plugin.quant_backends.plan import QuantSpec
+from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 TASKS = ("shapes_rec", "shapes_shift_gaussian_noise_3")
 COMPONENTS = ("language", "vision", "connector", "all")

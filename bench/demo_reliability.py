@@ -27,12 +27,13 @@ import numpy as np
 
 from bench.evaluating import Evaluator
 from bench.reporting import markdown
-from lmms_plugin import features, learning, reliability
-from lmms_plugin.confidence import ESTIMATORS, NEEDS
+from lmms_plugin.analysis import reliability
+from lmms_plugin.analysis.results import Run, TaskRecords, read_one
+from lmms_plugin.confidence.estimators import ESTIMATORS, NEEDS
 from lmms_plugin.metrics import auroc
 from lmms_plugin.metrics.posthoc import Platt
-from lmms_plugin.results import Run, TaskRecords, read_one
-from lmms_plugin.selector import Selector, Settings
+from lmms_plugin.selector import features, training
+from lmms_plugin.selector.network import Selector, Settings
 
 DEV, CLEAN = "shapes_rec_dev", "shapes_rec"
 METHODS = ("rtn", "hqq", "awq", "gptq")
@@ -68,7 +69,7 @@ def with_learned(run: Run, selector: Selector, store: features.Store, best: str)
         there = ~np.isnan(confidence)
         calibrated = confidence.copy()
         calibrated[there] = platt.apply(confidence[there], records.images[there].tolist())
-        learned = selector.confidence(learning.features_of(records, store))
+        learned = selector.confidence(training.features_of(records, store))
         # Compared are confidences of the same answers: those with a box.
         learned = np.where(there, learned, np.nan)
         added = {"selector": learned, f"{best}, Platt": calibrated}
@@ -125,7 +126,7 @@ def main() -> None:
             asked = f"{arguments},features={kept}"
             evaluator.run(f"quant_{method}", asked, tasks, limit=options.limit, folder=folder)
         store = features.read(kept)
-        selector = learning.train(read_one(folder), store, Settings(), (DEV,))
+        selector = training.train(read_one(folder), store, Settings(), (DEV,))
         selector.save(options.output / f"{name}.safetensors")
         found += rows(name, folder, store, selector)
         print(name, flush=True)

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from bench.reporting import Row, interleaved, machine, write
-from lmms_plugin.tasks.expressions import ExpressionDocs
+from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 
 SIZE = (640, 480)
 

@@ -60,7 +60,7 @@ class MemoryWatch:
 def write_checkpoint(folder: Path, layers: int) -> int:
     """Write the random checkpoint; return its number of parameters."""
     import torch
-    from families import BUILDERS
+    from helpers.families import BUILDERS
     from transformers import AutoModelForImageTextToText
 
     config, processor = BUILDERS["qwen2_5_vl"]()
@@ -87,9 +87,9 @@ def measure(folder: str, method: str, bits: int, group_size: int, samples: int) 
 
     from lmms_plugin.quant_backends import get
     from lmms_plugin.quant_backends.backend import CalibratedBackend
-    from lmms_plugin.quant_backends.calibration import CalibrationSpec
-    from lmms_plugin.quant_backends.loading import load_quantized
-    from lmms_plugin.quant_backends.plan import QuantPlan
+    from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
+    from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
+    from lmms_plugin.quant_backends.plans.plan import QuantPlan
 
     if method == "hqq":
         import hqq.core.quantize  # noqa: F401

@@ -34,9 +34,9 @@ from transformers.utils import logging
 
 from bench.reporting import Row, machine, write
 from lmms_plugin.quant_backends import get
-from lmms_plugin.quant_backends.activations import InputStatistics, squared_errors
-from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.rtn import round_by_blocks
+from lmms_plugin.quant_backends.methods.rtn import round_by_blocks
+from lmms_plugin.quant_backends.plans.plan import QuantSpec
+from lmms_plugin.quant_backends.statistics import InputStatistics, squared_errors
 
 LLM_COMPRESSOR = "llmcompressor==0.14.0.1"
 WORKER = Path(__file__).with_name("llm_compressor_worker.py")
@@ -80,9 +80,9 @@ def demo_model(samples: int) -> tuple[LlamaForCausalLM, Inputs]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from lmms_plugin.demo import CHECKPOINT
-    from lmms_plugin.dialects import dialect_for
-    from lmms_plugin.quant_backends.calibration import CalibrationSpec
-    from lmms_plugin.quant_backends.inputs import build_batches
+    from lmms_plugin.protocol.dialects import dialect_for
+    from lmms_plugin.quant_backends.calibration.inputs import build_batches
+    from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 
     whole = AutoModelForImageTextToText.from_pretrained(CHECKPOINT).eval()
     spec = CalibrationSpec("demo", samples=2 * samples)

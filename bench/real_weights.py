@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.reporting import Row, machine, write
-from lmms_plugin.inspection import Asked
+from lmms_plugin.quantize import Asked
 
 LENGTH = 512
 """Tokens that are read together."""

@@ -28,7 +28,7 @@ import numpy as np
 
 from bench import reporting
 from lmms_plugin.report import reading
-from lmms_plugin.study.folder import CELLS, MEASURED
+from lmms_plugin.study.store.folder import CELLS, MEASURED
 
 METHODS = ("rtn", "hqq", "awq", "mbq", "gptq", "ptqtp", "quanto", "autoround")
 BITS, GROUPS, SOURCES, SEEDS = (8, 4, 3, 2), (64, 128), ("noise", "self", "demo"), range(6)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from bench.reporting import Row, interleaved, machine, write
-from lmms_plugin.quant_backends.activations import InputStatistics
-from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.scale_search import EXPONENTS, GramError, search_scales
+from lmms_plugin.quant_backends.methods.scale_search import EXPONENTS, GramError, search_scales
+from lmms_plugin.quant_backends.plans.plan import QuantSpec
+from lmms_plugin.quant_backends.statistics import InputStatistics
 
 
 class Group(NamedTuple):

@@ -42,11 +42,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.reporting import Row, interleaved, machine, write
-from lmms_plugin.tasks import grounding
-from lmms_plugin.tasks.expressions import ExpressionDocs
+from lmms_plugin.tasks.grounding import comprehension
+from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from families import BUILDERS, widen
+from helpers.families import BUILDERS, widen
 
 ANSWER_TOKENS = 24
 SIZE = (640, 480)
@@ -126,7 +126,7 @@ def documents(images: int, expressions: int, size: tuple[int, int] = SIZE) -> Ex
 
 def messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
     """The task's messages without the wish for our own dialect, so that all models read the same words."""
-    return [{key: value for key, value in m.items() if key != "grounding"} for m in grounding.doc_to_messages(doc)]
+    return [{key: value for key, value in m.items() if key != "grounding"} for m in comprehension.doc_to_messages(doc)]
 
 
 def requests(docs: ExpressionDocs) -> list[Instance]:
@@ -145,7 +145,7 @@ def requests(docs: ExpressionDocs) -> list[Instance]:
 
 def ours(checkpoint: Path, device: str, dtype: str, **arguments: Any) -> Any:
     """Our model without quantization."""
-    from lmms_plugin.model import QuantizedVLM
+    from lmms_plugin.vlm.wrapper import QuantizedVLM
 
     return QuantizedVLM(pretrained=str(checkpoint), device=device, dtype=dtype, **arguments)
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lmms_plugin.demo.scenes import SIDE
-from lmms_plugin.dialects import DIALECTS
+from lmms_plugin.protocol.dialects import DIALECTS
 
 DIALECT = DIALECTS["demo"]
 PATCH = 16

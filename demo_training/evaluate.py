@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from demo_training.architecture import DIALECT
-from lmms_plugin.boxes import Box, iou
 from lmms_plugin.demo import CHECKPOINT, DATA
 from lmms_plugin.demo.scenes import Scene
+from lmms_plugin.protocol.boxes import Box, iou
 from lmms_plugin.utils.images import opened
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from demo_training.architecture import CELLS, DIALECT, END, PATCH, SHUFFLE, prompt_ids
-from lmms_plugin.boxes import Box
 from lmms_plugin.demo.scenes import MAX_OBJECTS, SIDE, Scene, SceneObject
 from lmms_plugin.demo.wording import COLOURS, FILLS, SHAPES, SIZES
+from lmms_plugin.protocol.boxes import Box
 
 QUESTIONS = 6
 _CELL = PATCH * SHUFFLE

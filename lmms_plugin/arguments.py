@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from lmms_plugin.located import text_of
-from lmms_plugin.quant_backends.calibration import DEFAULT_SAMPLES, CalibrationSpec
-from lmms_plugin.quant_backends.plan import UNTOUCHED_BITS, QuantPlan
-from lmms_plugin.study.durable import expect_inside, read_json
+from lmms_plugin.quant_backends.calibration.sources import DEFAULT_SAMPLES, CalibrationSpec
+from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
+from lmms_plugin.utils.files import expect_inside, read_json
+from lmms_plugin.utils.located import text_of
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
@@ -62,10 +62,10 @@ class ModelArguments:
         max_num_frames: how many frames of a video are shown to the model, evenly spaced.
         report: file for the account of every layer, as JSON.
         save_quantized: new folder for the quantized checkpoint, which `quant_prequantized` loads again.
-        features: folder for what a learned confidence is trained on (see `lmms_plugin.features`); one per model.
+        features: folder for what a learned confidence is trained on (see `lmms_plugin.selector.features`); one per model.
         feature_layer: which hidden states those are: -1 for the last, k for those that go into layer k; by default
             the selector's or the last.
-        selector: file of a learned confidence (see `lmms_plugin.selector`).
+        selector: file of a learned confidence (see `lmms_plugin.selector.network`).
         selector_transfer: whether it may have been trained for another model or quantization.
         samples: how many further answers are sampled for each question whose task asks for confidence (boxes, VQA),
             for the estimators of agreement; 0 for none.
@@ -159,7 +159,7 @@ class ModelArguments:
             _expect_writable("report", Path(self.report))
         if self.save_quantized:
             _expect_writable("save_quantized", Path(self.save_quantized).expanduser().parent / "a new folder")
-            from lmms_plugin.quant_backends.saving import expect_free
+            from lmms_plugin.quant_backends.checkpoints.saving import expect_free
 
             expect_free(self.save_quantized)
 

@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmms_plugin.dealing import deal_by_image
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.quant_backends import names
+from lmms_plugin.vlm.sharding import deal_by_image
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
@@ -56,13 +56,13 @@ def manifests() -> "list[ModelManifest]":
 
 
 def class_name(backend: str) -> str:
-    """The class in `lmms_plugin.model` that runs a backend: `QuantAwq` for `awq`."""
+    """The class in `lmms_plugin.vlm.wrapper` that runs a backend: `QuantAwq` for `awq`."""
     return "".join(part.capitalize() for part in model_name(backend).split("_"))
 
 
 def _manifest(make: "type[ModelManifest]", backend: str) -> "ModelManifest":
     """The chat class, and beside it the one for lmms-eval's --force_simple, which multiple-choice tasks need."""
-    path = f"lmms_plugin.model.{class_name(backend)}"
+    path = f"lmms_plugin.vlm.wrapper.{class_name(backend)}"
     return make(model_id=model_name(backend), chat_class_path=path, simple_class_path=f"{path}Simple")
 
 
@@ -114,7 +114,7 @@ def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable
 
 def _indexing_ours(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_tasks(self: Any, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
-        from lmms_plugin.tasks import cells
+        from lmms_plugin.tasks.registry import cells
 
         paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
         if tasks_folder() not in paths:
@@ -160,7 +160,7 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_task_or_group(self: Any, task_list: Any = None, task_type: str = "simple") -> dict[str, Any]:
         from tenacity import RetryError
 
-        from lmms_plugin.tasks.images import DatasetError
+        from lmms_plugin.tasks.sources.images import DatasetError
 
         try:
             loaded: dict[str, Any] = original(self, task_list, task_type)
@@ -194,10 +194,13 @@ def _refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     """The data error at the bottom of what lmms-eval raised while it loaded our tasks, None if there is none."""
-    from lmms_plugin.tasks import captions, natural, refcocoplus, retrieval, vqa_sources
-    from lmms_plugin.tasks.images import DatasetError
-    from lmms_plugin.tasks.origins import Origin
-    from lmms_plugin.tasks.refcocoplus import SPLITS
+    from lmms_plugin.tasks.captions import captioning
+    from lmms_plugin.tasks.grounding import natural, refcocoplus
+    from lmms_plugin.tasks.grounding.refcocoplus import SPLITS
+    from lmms_plugin.tasks.retrieval import matching
+    from lmms_plugin.tasks.sources.images import DatasetError
+    from lmms_plugin.tasks.sources.origins import Origin
+    from lmms_plugin.tasks.vqa import datasets
 
     causes = list(_causes(error))
     for cause in causes:
@@ -207,9 +210,9 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     said = " ".join(map(str, causes))
     asked = [task_list] if isinstance(task_list, str) else [str(name) for name in task_list or []]
     own: list[Origin] = (
-        [retrieval.SETS["flickr30k"]] if any(name.startswith("flickr30k_retrieval") for name in asked) else []
+        [matching.SETS["flickr30k"]] if any(name.startswith("flickr30k_retrieval") for name in asked) else []
     )
-    own += captions.SETS.values() if any(name.startswith("coco_caption_") for name in asked) else []
+    own += captioning.SETS.values() if any(name.startswith("coco_caption_") for name in asked) else []
     for shifted in (*natural.SETS.values(), *own):
         if shifted.hub_id and re.search(rf"{re.escape(shifted.hub_id)}(?!\w)", said):
             return DatasetError(f"{task_list}: cannot load {shifted.place()}: {reason}. {shifted.hint}")
@@ -219,7 +222,7 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
             return DatasetError(f"{task_list}: {source} has no split {error.args[0]!r}. {refcocoplus.HINT}")
         problem = f"cannot load {source}: {reason}. {refcocoplus.HINT}"
     elif any(name.startswith("reliable_") for name in asked):
-        problem = f"{reason}. {vqa_sources.HINT}"
+        problem = f"{reason}. {datasets.HINT}"
     else:
         return None
     return DatasetError(f"{task_list}: {problem}") if causes[1:] else None

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "ENTRY_POINTS", "backend_class", "get", "names", "option_types"]
 
 BACKENDS: dict[str, str] = {
-    "none": "lmms_plugin.quant_backends.none:NoneBackend",
-    "rtn": "lmms_plugin.quant_backends.rtn:RtnBackend",
-    "hqq": "lmms_plugin.quant_backends.hqq:HqqBackend",
-    "awq": "lmms_plugin.quant_backends.awq:AwqBackend",
-    "mbq": "lmms_plugin.quant_backends.mbq:MbqBackend",
-    "gptq": "lmms_plugin.quant_backends.gptq:GptqBackend",
-    "ptqtp": "lmms_plugin.quant_backends.ptqtp:PtqtpBackend",
-    "ptqtp_weighted": "lmms_plugin.quant_backends.ptqtp:WeightedPtqtpBackend",
-    "quanto": "lmms_plugin.quant_backends.quanto:QuantoBackend",
-    "bitsandbytes": "lmms_plugin.quant_backends.bitsandbytes:BitsAndBytesBackend",
-    "torchao": "lmms_plugin.quant_backends.torchao:TorchaoBackend",
-    "autoround": "lmms_plugin.quant_backends.autoround:AutoRoundBackend",
-    "prequantized": "lmms_plugin.quant_backends.prequantized:PrequantizedBackend",
+    "none": "lmms_plugin.quant_backends.methods.none:NoneBackend",
+    "rtn": "lmms_plugin.quant_backends.methods.rtn:RtnBackend",
+    "hqq": "lmms_plugin.quant_backends.methods.hqq:HqqBackend",
+    "awq": "lmms_plugin.quant_backends.methods.awq:AwqBackend",
+    "mbq": "lmms_plugin.quant_backends.methods.mbq:MbqBackend",
+    "gptq": "lmms_plugin.quant_backends.methods.gptq:GptqBackend",
+    "ptqtp": "lmms_plugin.quant_backends.methods.ptqtp:PtqtpBackend",
+    "ptqtp_weighted": "lmms_plugin.quant_backends.methods.ptqtp:WeightedPtqtpBackend",
+    "quanto": "lmms_plugin.quant_backends.methods.quanto:QuantoBackend",
+    "bitsandbytes": "lmms_plugin.quant_backends.methods.bitsandbytes:BitsAndBytesBackend",
+    "torchao": "lmms_plugin.quant_backends.methods.torchao:TorchaoBackend",
+    "autoround": "lmms_plugin.quant_backends.methods.autoround:AutoRoundBackend",
+    "prequantized": "lmms_plugin.quant_backends.checkpoints.external:PrequantizedBackend",
 }
 """Built-in name -> ``module:Class``, imported only when asked for."""
 

@@ -46,7 +46,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function from the name of a family to the directory of its tiny checkpoint, built on first use."""
-    from families import build
+    from helpers.families import build
 
     built: dict[str, Path] = {}
 
@@ -121,6 +121,6 @@ def browse(browser: Any) -> Iterator[Callable[..., Any]]:
 @pytest.fixture(scope="session")
 def local_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder that holds a small RefCOCO+ of real photographs, as a user's local copy would lie there."""
-    import photographs
+    from helpers import photographs
 
     return photographs.write(tmp_path_factory.mktemp("refcocoplus"))

@@ -19,24 +19,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import study_folders
-import submissions
+from helpers import study_folders, submissions
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from lmms_plugin import demo, results
+from lmms_plugin import demo
+from lmms_plugin.analysis import results
+from lmms_plugin.analysis.reliability import Settings
 from lmms_plugin.arguments import ModelArguments, read_arguments
-from lmms_plugin.dialects import DIALECTS
 from lmms_plugin.export.measured import measured
-from lmms_plugin.export.verification import Refused, Verified
-from lmms_plugin.quant_backends.calibration import CalibrationSpec
-from lmms_plugin.quant_backends.plan import QuantPlan, QuantSpec
-from lmms_plugin.reliability import Settings
+from lmms_plugin.leaderboard.verification import Refused, Verified
+from lmms_plugin.protocol.dialects import DIALECTS
+from lmms_plugin.protocol.response import Response
+from lmms_plugin.protocol.verbalised import stated_confidence
+from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
+from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.report import reading as report
-from lmms_plugin.response import Response
-from lmms_plugin.study import reading as study
-from lmms_plugin.study.folder import StudyFolder
-from lmms_plugin.verbalised import stated_confidence
+from lmms_plugin.study.file import reading as study
+from lmms_plugin.study.store.folder import StudyFolder
 
 TOLD = (ValueError, OSError, RuntimeError, ImportError)
 """What `lmms-plugin` makes a line of; a recursion without end is a `RuntimeError` and none of them."""

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
 
 from lmms_plugin.demo.scenes import Pixels, scene
-from lmms_plugin.tasks.expressions import ExpressionDocs
+from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 
 # lmms-lab/RefCOCOplus asks this of every row; tasks about expressions read `answer` instead.
 QUESTION = "Please carefully observe the area circled in the image and come up with a caption for the area."

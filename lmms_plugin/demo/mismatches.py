@@ -10,11 +10,11 @@ from datasets import Dataset
 from lmms_plugin.demo.dataset import MOST_OBJECTS
 from lmms_plugin.demo.scenes import SceneObject, scene
 from lmms_plugin.demo.wording import ADJECTIVES, ANY, COLOURS, FILLS, NOUNS, SHAPED, SHAPES, SIZES, WITH, meaning
-from lmms_plugin.tasks.expressions import ExpressionDocs
-from lmms_plugin.tasks.images import DatasetError
-from lmms_plugin.tasks.lexicon import Alternative, Alternatives
-from lmms_plugin.tasks.mismatches import Mismatch, attribute_swaps
-from lmms_plugin.tasks.reworded import RewordedDocs, asked_both_ways
+from lmms_plugin.shifts.language.lexicon import Alternative, Alternatives
+from lmms_plugin.shifts.language.mismatches import Mismatch, attribute_swaps
+from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
+from lmms_plugin.tasks.grounding.reworded import RewordedDocs, asked_both_ways
+from lmms_plugin.tasks.sources.images import DatasetError
 
 _NAME = re.compile(r"shapes_([a-z]+)_(\d+)\.jpg")
 _SHAPE = "shape"

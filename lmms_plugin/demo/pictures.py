@@ -67,14 +67,15 @@ def _images(task: str, wanted: set[str]) -> dict[str, Image.Image]:
     """The images of the wanted expressions, by expression id, under the task's shift."""
     import datasets
 
-    from lmms_plugin.tasks import cells, grounding
+    from lmms_plugin.tasks.grounding import comprehension
+    from lmms_plugin.tasks.registry import cells
 
     entry = cells.entries().get(task)
     kwargs = entry.overrides["lmms_eval_specific_kwargs"]["default"] if entry else None
-    docs = grounding.process_docs(datasets.load_dataset(demo.DATA, split="test"))
+    docs = comprehension.process_docs(datasets.load_dataset(demo.DATA, split="test"))
     names = docs.remove_columns("image")
     found = [index for index, doc in enumerate(names) if doc["expression_id"] in wanted]
-    return {names[i]["expression_id"]: grounding.doc_to_visual(docs[i], kwargs)[0] for i in found}
+    return {names[i]["expression_id"]: comprehension.doc_to_visual(docs[i], kwargs)[0] for i in found}
 
 
 def _with_boxes(image: Image.Image, record: Mapping[str, Any]) -> Image.Image:

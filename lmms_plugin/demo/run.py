@@ -18,15 +18,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lmms_plugin import harness_log, installed, results
+from lmms_plugin import harness_log
+from lmms_plugin.analysis import results
+from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.cli.demo_progress import Pace, Progress
 from lmms_plugin.demo import pictures
-from lmms_plugin.demo.progress import Pace, Progress
 from lmms_plugin.quant_backends import get
-from lmms_plugin.quant_backends.plan import QuantPlan
-from lmms_plugin.reliability import Settings
+from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
-from lmms_plugin.study import guard
-from lmms_plugin.tasks.shifts import SHIFTS
+from lmms_plugin.shifts.image.corruptions import SHIFTS
+from lmms_plugin.utils import guard, installed
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3

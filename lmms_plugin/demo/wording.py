@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmms_plugin.tasks.lexicon import find
+from lmms_plugin.shifts.language.lexicon import find
 
 
 class Attributes(NamedTuple):

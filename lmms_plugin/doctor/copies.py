@@ -13,13 +13,16 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
-from lmms_plugin import variables
 from lmms_plugin.doctor.rows import Row, fail, ok, warn
-from lmms_plugin.tasks import captions, natural, refcocoplus, retrieval, reviewed, vqa_sources
-from lmms_plugin.tasks.expressions import ExpressionDocs
-from lmms_plugin.tasks.images import DatasetError
-from lmms_plugin.tasks.origins import Origin
-from lmms_plugin.tasks.questions import Questions
+from lmms_plugin.tasks.captions import captioning
+from lmms_plugin.tasks.grounding import natural, refcocoplus, reviewed
+from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
+from lmms_plugin.tasks.retrieval import matching
+from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.tasks.sources.origins import Origin
+from lmms_plugin.tasks.vqa import datasets as vqa_sources
+from lmms_plugin.tasks.vqa.questions import Questions
+from lmms_plugin.utils import variables
 
 WHOLE = 512 << 20
 """Bytes of files up to which all rows are read; of larger copies a sample."""
@@ -65,8 +68,8 @@ def known() -> dict[str, list[Part]]:
     """Return every variable that names a local copy, as the datasets' own declarations have it, with its parts."""
     tables: list[tuple[Origin, Callable[[datasets.Dataset], object]]] = [
         *((one, one) for one in natural.SETS.values()),
-        *((one, one) for one in captions.SETS.values()),
-        *((one, one) for one in retrieval.SETS.values()),
+        *((one, one) for one in captioning.SETS.values()),
+        *((one, one) for one in matching.SETS.values()),
         *((one, _questions(one)) for one in vqa_sources.SOURCES.values()),
     ]
     tables.sort(key=lambda pair: pair[0].variable)

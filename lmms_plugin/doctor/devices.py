@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as functional
 
 from lmms_plugin.doctor.rows import Row, ok, warn
-from lmms_plugin.quant_backends.kernels import AGREEMENT, Dequantize, Kernel, arithmetic_dtype, attempt, default_dtype
-from lmms_plugin.quant_backends.native_kernels import NATIVE_KERNELS
-from lmms_plugin.quant_backends.plan import QuantSpec
-from lmms_plugin.quant_backends.rtn import round_to_nearest
-from lmms_plugin.quant_backends.wide_products import WideProducts
+from lmms_plugin.quant_backends.layers.kernels import (
+    AGREEMENT,
+    Dequantize,
+    Kernel,
+    arithmetic_dtype,
+    attempt,
+    default_dtype,
+)
+from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
+from lmms_plugin.quant_backends.layers.wide_products import WideProducts
+from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
+from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _ROWS, _COLUMNS, _GROUP = 64, 256, 128

@@ -9,7 +9,7 @@ from huggingface_hub.constants import ENDPOINT, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 
 from lmms_plugin.doctor.rows import Row, fail, ok, warn
-from lmms_plugin.tasks.refcocoplus import HUB_ID
+from lmms_plugin.tasks.grounding.refcocoplus import HUB_ID
 
 TIMEOUT = 10.0
 """Seconds to wait for an answer."""

@@ -19,7 +19,7 @@ def check_folders() -> Iterator[Row]:
     """Try the caches of Hugging Face, the folder of calibrations, and that of temporary files."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
-    from lmms_plugin.variables import CACHE
+    from lmms_plugin.utils.variables import CACHE
 
     datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
     calibrations = os.environ.get(CACHE)

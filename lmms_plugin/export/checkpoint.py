@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lmms_plugin.inspection import Asked
-from lmms_plugin.quant_backends.components import components
-from lmms_plugin.quant_backends.saving import (
+from lmms_plugin.quant_backends.checkpoints.saving import (
     COMPRESSED_TENSORS,
     Saved,
     expect_free,
     expect_storable,
     save_quantized,
 )
-from lmms_plugin.readable import readable
+from lmms_plugin.quant_backends.structure.components import components
+from lmms_plugin.quantize import Asked
+from lmms_plugin.utils.readable import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ def quantize(text: str, folder: Path, form: str) -> Saved:
     Args:
         text: As after `--model_args`, and `method=` for what would follow `--model quant_`.
         folder: New or empty.
-        form: Of `lmms_plugin.quant_backends.saving.FORMS`.
+        form: Of `lmms_plugin.quant_backends.checkpoints.saving.FORMS`.
 
     Raises:
         ValueError: An argument is impossible, the folder is taken, or the method's result cannot be written in this

@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lmms_plugin.confidence import LEARNED
-from lmms_plugin.response import Response
-from lmms_plugin.results import Place, Run, TaskRecords
+from lmms_plugin.analysis.results import Place, Run, TaskRecords
+from lmms_plugin.confidence.estimators import LEARNED
+from lmms_plugin.protocol.response import Response
 
 if TYPE_CHECKING:
     from lmms_plugin.export.rescoring import Sample

@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lmms_plugin.analysis.results import KINDS, read
 from lmms_plugin.export.definitions import definition
 from lmms_plugin.export.documents import documents
-from lmms_plugin.results import KINDS, read
 
 
 def true_documents(tasks: Iterable[str]) -> dict[str, str]:

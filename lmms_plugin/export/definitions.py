@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lmms_plugin.results import Place, place_of
+from lmms_plugin.analysis.results import Place, place_of
 
 Aggregation = Callable[[Sequence[Any]], float]
 
@@ -77,7 +77,7 @@ def is_ours(task: str) -> bool:
 @cache
 def _cells() -> Mapping[str, dict[str, Any]]:
     """What sets each generated cell apart from its template, its shift and severity among it."""
-    from lmms_plugin.tasks import cells
+    from lmms_plugin.tasks.registry import cells
 
     return {name: entry.overrides for name, entry in cells.entries().items()}
 
@@ -85,7 +85,7 @@ def _cells() -> Mapping[str, dict[str, Any]]:
 @cache
 def _files() -> Mapping[str, Path]:
     """Every task's YAML."""
-    from lmms_plugin.tasks import cells
+    from lmms_plugin.tasks.registry import cells
 
     found = {name: entry.yaml for name, entry in cells.entries().items() if entry.kind == "task"}
     for path in cells.FOLDER.rglob("*.yaml"):

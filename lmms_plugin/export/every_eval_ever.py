@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from lmms_plugin import __version__
+from lmms_plugin.analysis.results import GIT_STATE, GROUNDING, REJECTION, VQA, Kind, TaskRecords, git_state
 from lmms_plugin.export import facts, records, validator
 from lmms_plugin.export.measured import Measured, Score
 from lmms_plugin.export.records import SAMPLES, VERSION, Bound, DocumentRecord, Relationship, RunRecord, refused
 from lmms_plugin.export.rescoring import Sample
-from lmms_plugin.results import GIT_STATE, GROUNDING, REJECTION, VQA, Kind, TaskRecords, git_state
 
 RELATIONSHIPS: tuple[Relationship, ...] = get_args(Relationship)
 LONGEST_NAME = 200

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.results import Run
-from lmms_plugin.study import accounts
+from lmms_plugin.analysis import accounts
+from lmms_plugin.analysis.results import Run
 
 CELL, REPORT = "cell.json", "quant_report.json"
 _FROM_TABLE = {

@@ -14,9 +14,9 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
+from lmms_plugin.analysis.results import VQA, Run, TaskRecords
 from lmms_plugin.export.every_eval_ever import HUB_ID
 from lmms_plugin.export.measured import Measured
-from lmms_plugin.results import VQA, Run, TaskRecords
 
 TASK_TYPES = {VQA: "visual-question-answering"}
 _OTHER_TASK_TYPE = "image-text-to-text"

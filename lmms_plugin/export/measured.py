@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from lmms_plugin.analysis.reliability import Number, Settings, measure
+from lmms_plugin.analysis.results import Run, table
 from lmms_plugin.export.consistency import expect_shifted
 from lmms_plugin.export.rescoring import Rescored, rescore
 from lmms_plugin.export.whole import expect_whole
-from lmms_plugin.reliability import Number, Settings, measure
-from lmms_plugin.results import Run, table
 
 
 class Score(NamedTuple):

@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmms_plugin.analysis.results import GROUNDING, REJECTION, Kind, Run
 from lmms_plugin.export.consistency import expect_one_model, expect_place, expect_told
 from lmms_plugin.export.definitions import Definition, definition
-from lmms_plugin.readable import readable
-from lmms_plugin.response import Response
-from lmms_plugin.results import GROUNDING, REJECTION, Kind, Run
+from lmms_plugin.protocol.response import Response
+from lmms_plugin.utils.readable import readable
 
 _TOLERANCE = 1e-9
 _NOT_METRICS = ("alias", "samples")

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lmms_plugin.analysis.results import ALL, Run, TaskRecords
 from lmms_plugin.export import facts
 from lmms_plugin.export.definitions import is_ours
-from lmms_plugin.results import ALL, Run, TaskRecords
 
 LIMITS = ("limit", "offset")
 """Options of lmms-eval that leave documents out."""

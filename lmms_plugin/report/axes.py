@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin.results import GIT_STATE, git_state, limit_of
-from lmms_plugin.study import accounts
+from lmms_plugin.analysis import accounts
+from lmms_plugin.analysis.results import GIT_STATE, git_state, limit_of
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from lmms_plugin.reliability import Settings
-from lmms_plugin.report import contents, gallery, page, svg
-from lmms_plugin.report import figures as drawing
+from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.report import contents, gallery, page
+from lmms_plugin.report.figures import all_figures as drawing
+from lmms_plugin.report.figures import svg
 from lmms_plugin.report.reading import RESAMPLES, default_workers, read_folder
 from lmms_plugin.report.summary import Summary, summarise
-from lmms_plugin.study.durable import encoded, replace_bytes
+from lmms_plugin.utils.files import encoded, replace_bytes
 
 __all__ = ["RESAMPLES", "build", "default_workers"]
 _DPI = 200

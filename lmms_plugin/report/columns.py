@@ -2,7 +2,7 @@
 
 A row of a log holds prompt, answer, probabilities and one copy of the confidence per metric; what counts is one object
 in the middle. That object is cut out of the line and pyarrow parses nothing else, which takes a twentieth of the time
-of parsing rows. Whatever is not exactly as lmms-eval and our tasks write it is left to `lmms_plugin.results`, which
+of parsing rows. Whatever is not exactly as lmms-eval and our tasks write it is left to `lmms_plugin.analysis.results`, which
 reads slowly, and says what is wrong if anything is.
 """
 
@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from lmms_plugin import results
-from lmms_plugin.readable import readable
-from lmms_plugin.results import GROUNDING, KINDS, REJECTION, VQA, Kind, Place, TaskRecords
+from lmms_plugin.analysis import results
+from lmms_plugin.analysis.results import GROUNDING, KINDS, REJECTION, VQA, Kind, Place, TaskRecords
+from lmms_plugin.utils.readable import readable
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lmms_plugin import results
-from lmms_plugin.report.drawing import label
+from lmms_plugin.analysis import results
+from lmms_plugin.analysis.results import GROUNDING
+from lmms_plugin.report.figures.drawing import label
 from lmms_plugin.report.measuring import CLEAN, Task
 from lmms_plugin.report.reading import Run
 from lmms_plugin.report.summary import Line, Scope, Summary, series
-from lmms_plugin.results import GROUNDING
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -221,7 +221,7 @@ def _records(log: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
 
 def _source(task: str) -> Callable[[], Any] | None:
     """What loads the rows of a task's dataset, if that is at hand."""
-    from lmms_plugin.tasks import refcocoplus
+    from lmms_plugin.tasks.grounding import refcocoplus
 
     if task == "shapes_rec" or task.startswith("shapes_shift_"):
         return _demo_rows
@@ -232,7 +232,7 @@ def _source(task: str) -> Callable[[], Any] | None:
 
 
 def _why(chosen: _Chosen) -> str:
-    from lmms_plugin.tasks import refcocoplus
+    from lmms_plugin.tasks.grounding import refcocoplus
 
     if chosen.task.startswith("refcocoplus"):
         return f"its images are not at hand; set {refcocoplus.VARIABLE} to a local copy of RefCOCO+"
@@ -250,7 +250,7 @@ def _demo_rows() -> Any:
 def _refcocoplus_rows(split: str) -> Any:
     import datasets
 
-    from lmms_plugin.tasks import refcocoplus
+    from lmms_plugin.tasks.grounding import refcocoplus
 
     files = refcocoplus.local_files(Path(os.environ[refcocoplus.VARIABLE]))
     return datasets.load_dataset("parquet", data_files=files, split=split)
@@ -261,11 +261,12 @@ def _images(task: str, wanted: set[str]) -> dict[str, Image.Image]:
     rows = _source(task)
     if rows is None or not wanted:
         return {}
-    from lmms_plugin.tasks import cells, grounding
+    from lmms_plugin.tasks.grounding import comprehension
+    from lmms_plugin.tasks.registry import cells
 
     entry = cells.entries().get(task)
     kwargs = entry.overrides["lmms_eval_specific_kwargs"]["default"] if entry else None
-    docs = grounding.process_docs(rows())
+    docs = comprehension.process_docs(rows())
     names = docs.remove_columns("image")
     places = [k for k, doc in enumerate(names) if doc["expression_id"] in wanted]
-    return {names[k]["expression_id"]: grounding.doc_to_visual(docs[k], kwargs)[0] for k in places}
+    return {names[k]["expression_id"]: comprehension.doc_to_visual(docs[k], kwargs)[0] for k in places}

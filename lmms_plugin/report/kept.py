@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import xxhash
 
-from lmms_plugin.reliability import Settings
+from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis.results import logs_of
 from lmms_plugin.report import numbers, packed
 from lmms_plugin.report.numbers import Numbers
-from lmms_plugin.results import logs_of
-from lmms_plugin.study.contents import code, digest
-from lmms_plugin.study.durable import State, replace_bytes
-from lmms_plugin.study.folder import CELL, CELLS, MEASURED
+from lmms_plugin.study.file.fingerprints import code, digest
+from lmms_plugin.study.store.folder import CELL, CELLS, MEASURED
+from lmms_plugin.utils.files import State, replace_bytes
 
 # Taken when the code is loaded: what a file says later is not what this process does.
 CODE = digest([code((numbers.__name__, packed.__name__)), sys.version_info[:2]])
@@ -85,7 +85,7 @@ class Kept:
         """The numbers, measured now if those that are kept are of other files, code or settings, or damaged.
 
         Raises:
-            ValueError: As `lmms_plugin.results.read`.
+            ValueError: As `lmms_plugin.analysis.results.read`.
         """
         found = self._load()
         if found is None:

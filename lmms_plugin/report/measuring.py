@@ -1,7 +1,7 @@
 """The numbers of one run: per task, and as means over clean and shifted tasks, with resamples over images.
 
 Images are drawn once for all tasks of a dataset, and alike for all runs on it, so that a mean over shifts and the
-difference of two runs have paired intervals (as in `lmms_plugin.comparison`).
+difference of two runs have paired intervals (as in `lmms_plugin.analysis.comparison`).
 """
 
 import hashlib
@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lmms_plugin import metrics
-from lmms_plugin.chance import uniform
+from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis.results import HELD_OUT, SHIFTED, Place
 from lmms_plugin.metrics.bootstrap import Clusters, Interval, Statistic, interval
 from lmms_plugin.metrics.calibration import DEFAULT_BINS, equal_width_index
 from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Means
-from lmms_plugin.reliability import Settings
 from lmms_plugin.report.columns import Answers, Bools, Floats
 from lmms_plugin.report.resampling import COSTS, SELECTIVE, Counts, Selective, draws, evaluate
-from lmms_plugin.results import HELD_OUT, SHIFTED, Place
+from lmms_plugin.utils.chance import uniform
 
 METRICS = (
     *("accuracy", "mean_iou", "parse_rate", "confidence_rate", "ece", "brier"),
@@ -274,7 +274,7 @@ def _gains(
 
 
 def _held_out(one: Answers, settings: Settings) -> Bools:
-    """As `lmms_plugin.reliability.held_out`."""
+    """As `lmms_plugin.analysis.reliability.held_out`."""
     if np.any(one.parts != ""):
         return np.equal(one.parts, HELD_OUT)
     return _held_out_images(tuple(one.names.to_pylist()), settings.seed, settings.held_out)[one.images]

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin import reliability, results
-from lmms_plugin.reliability import Number, Settings
+from lmms_plugin.analysis import reliability, results
+from lmms_plugin.analysis.reliability import Number, Settings
+from lmms_plugin.analysis.results import TaskRecords
 from lmms_plugin.report import columns
 from lmms_plugin.report.columns import Answers, UnusualLogError
 from lmms_plugin.report.measuring import Measured, measure
-from lmms_plugin.results import TaskRecords
 
 
 class Numbers(NamedTuple):
@@ -34,7 +34,7 @@ def of(file: Path, settings: Settings) -> Numbers:
         settings: Estimator, intervals.
 
     Raises:
-        ValueError: As `lmms_plugin.results.read`.
+        ValueError: As `lmms_plugin.analysis.results.read`.
     """
     read = _read(file, results.table(file), settings)
     # A run of the first documents of a task that brings its own split may hold none that are reported on.

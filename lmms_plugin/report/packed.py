@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lmms_plugin.reliability import Number
+from lmms_plugin.analysis.reliability import Number
+from lmms_plugin.analysis.results import Place
 from lmms_plugin.report.measuring import Family, Group, Measured, Task
 from lmms_plugin.report.numbers import Numbers
-from lmms_plugin.results import Place
 
 _PER_TASK = ("value", "low", "high", "bins", "risk")
 _PER_RECORD = ("score", "outcome")

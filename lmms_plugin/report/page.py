@@ -13,9 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lmms_plugin import __version__
-from lmms_plugin.report import contents, inlined
+from lmms_plugin.report import contents
+from lmms_plugin.report.figures import inlined
+from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
-from lmms_plugin.report.palette import SURFACES, TONES
 from lmms_plugin.report.summary import Summary
 from lmms_plugin.report.tables import Cell, Column, Table
 

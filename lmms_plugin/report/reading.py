@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from lmms_plugin import results
-from lmms_plugin.reliability import Number, Settings
+from lmms_plugin.analysis import accounts, results
+from lmms_plugin.analysis.reliability import Number, Settings
 from lmms_plugin.report import axes, numbers
 from lmms_plugin.report.axes import Axes
 from lmms_plugin.report.kept import Kept
 from lmms_plugin.report.measuring import Measured
-from lmms_plugin.study import accounts
-from lmms_plugin.study.grid import place
+from lmms_plugin.study.file.grid import place
 
 UNFINISHED = (".running", "failed")
 RESAMPLES = 500
@@ -159,7 +158,7 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
     """Read and measure one results file; of a study's cell, numbers are kept and taken from what was kept.
 
     Raises:
-        ValueError: As `lmms_plugin.results.read`.
+        ValueError: As `lmms_plugin.analysis.results.read`.
     """
     table = results.table(file)
     where = axes.of(file, root, table)
@@ -186,7 +185,7 @@ def keep(cell: Path) -> None:
     """Measure a study's finished cell as a report with default settings does, and keep its numbers.
 
     Raises:
-        ValueError: As `lmms_plugin.results.read`.
+        ValueError: As `lmms_plugin.analysis.results.read`.
     """
     for file in results.find(cell):
         if place := Kept.of(cell, file, Settings(resamples=RESAMPLES)):

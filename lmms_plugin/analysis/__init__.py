@@ -1,0 +1,1 @@
+"""Logs of finished runs: read once, measured once, for every command, page and export."""

@@ -1,0 +1,401 @@
+"""Two runs on the same documents: what changed, with paired intervals over images, and what that shows.
+
+Images are drawn once for both runs and for all shifts of a split, so differences, and differences of differences, are
+paired image by image.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from lmms_plugin.analysis.reliability import PRINTED, REJECTED, Grid, Settings, as_table, families, grids
+from lmms_plugin.analysis.results import REJECTION, Kind, Run, TaskRecords, match, reported
+from lmms_plugin.metrics import robustness
+from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic, bootstrap, interval
+from lmms_plugin.metrics.paired import (
+    Difference,
+    benjamini_hochberg,
+    difference,
+    flips,
+    holm,
+    interaction,
+    mcnemar,
+)
+from lmms_plugin.metrics.ranked import Ranked
+from lmms_plugin.metrics.weighted import Binned, Means
+
+MEANS = ("accuracy", "mean_iou", "parse_rate")
+BINNED = ("ece", "brier")
+RANKED = ("aurc", "coverage@0.01", "coverage@0.05")
+BOXES = "box_rate"
+INTERACTIONS = ("accuracy", "ece", "aurc", "coverage@0.01")
+
+
+class Change(NamedTuple):
+    """One metric of one task in both runs.
+
+    Attributes:
+        task: Name of the task.
+        metric: Name of the metric.
+        first: Its value in the first run.
+        second: Its value in the second run, on the same records.
+        difference: Second − first with interval, p-value and equivalence.
+        p_holm: The p-value adjusted for all tasks of this metric (family-wise error rate).
+        p_bh: The same by Benjamini and Hochberg (false discovery rate).
+        records: On how many records.
+        images: Of how many images.
+    """
+
+    task: str
+    metric: str
+    first: float
+    second: float
+    difference: Difference
+    p_holm: float
+    p_bh: float
+    records: int
+    images: int
+
+
+class Flipped(NamedTuple):
+    """Answers that changed sides; absent for soft outcomes.
+
+    Attributes:
+        task: Name of the task.
+        lost: Right in the first run, wrong in the second.
+        won: Wrong in the first run, right in the second.
+        p: Exact McNemar test, which takes records for independent.
+        records: Of how many records.
+    """
+
+    task: str
+    lost: int
+    won: int
+    p: float
+    records: int
+
+
+class Shifted(NamedTuple):
+    """Does the second run lose more under shift than the first?
+
+    Attributes:
+        task: The clean task, and what is shifted unless that is the image.
+        metric: Name of the metric.
+        cells: Over how many shifted tasks the mean is taken.
+        interaction: (shifted − clean) of the second run − (shifted − clean) of the first.
+    """
+
+    task: str
+    metric: str
+    cells: int
+    interaction: Difference
+
+
+class CorruptionErrors(NamedTuple):
+    """Errors of the second run under shift ÷ those of the first, mean over shifts.
+
+    Attributes:
+        task: The clean task.
+        shifts: Over how many shifts the mean is taken.
+        severities: At which severities.
+        error_ratio: 1 where both make as many errors.
+        added_error_ratio: The same of the errors beyond those on clean data.
+        error_ratio_interval: Interval of the first over images, both ends NaN where there is none.
+        added_error_ratio_interval: Of the second.
+    """
+
+    task: str
+    shifts: int
+    severities: tuple[int, ...]
+    error_ratio: float
+    added_error_ratio: float
+    error_ratio_interval: Interval
+    added_error_ratio_interval: Interval
+
+
+class Comparison(NamedTuple):
+    """Everything `compare` finds."""
+
+    changes: list[Change]
+    flips: list[Flipped]
+    shifted: list[Shifted]
+    corruption_errors: list[CorruptionErrors]
+
+
+def compare(first: Run, second: Run, settings: Settings, margin: float | None = None) -> Comparison:
+    """Compare two runs, task by task.
+
+    Args:
+        first: The run to compare with, usually the unquantized model.
+        second: The run in question.
+        settings: Estimator, resamples, seed and level.
+        margin: Largest difference, either way, that counts as none, for equivalence; None to leave that out.
+
+    Raises:
+        ValueError: If the runs have different tasks or documents, none of ours, or a split has fewer than 2 images.
+    """
+    if set(first.tasks) != set(second.tasks) or not first.tasks:
+        only = [", ".join(sorted(set(a.tasks) - set(b.tasks))) or "none" for a, b in ((first, second), (second, first))]
+        raise ValueError(f"expected the same tasks in both runs; the first alone has {only[0]}, the second {only[1]}")
+    for task, records in first.tasks.items():
+        match(records, second.tasks[task])
+    if margin is not None and not margin > 0.0:
+        raise ValueError(f"expected a margin above 0, got {margin}")
+    found = Comparison([], [], [], [])
+    for tasks in families(first.tasks.values()):
+        _family(tasks, second.tasks, settings, margin, found)
+    return found._replace(changes=_corrected(found.changes))
+
+
+def changes_table(comparison: Comparison, settings: Settings, margin: float | None) -> Table:
+    """Changes for people to read."""
+    within = "" if margin is None else f"; equivalent: within ±{margin:g} at {100 * settings.level:g} %"
+    tests = len({row.task for row in comparison.changes})
+    least = min(1.0, 2 * tests / (settings.resamples + 1))
+    least_p = f"with {settings.resamples} resamples no lower than {least:.2g}"
+    caption = f"p Holm: adjusted for {tests} task{'s' * (tests > 1)}, {least_p}{within}"
+    shown = Table(title="Second run less first run", caption=caption)
+
+    for heading in ("task", "metric"):
+        shown.add_column(heading, no_wrap=True)
+    headings = ["first", "second", "difference", f"{100 * settings.level:g} % interval", "p", "p Holm", "records"]
+    for heading in headings + ([] if margin is None else ["equivalent"]):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for k, row in enumerate(comparison.changes):
+        task = row.task if k == 0 or comparison.changes[k - 1].task != row.task else ""
+        d = row.difference
+        cells = [task, row.metric, *(_number(x) for x in (row.first, row.second)), _signed(d.value), _between(d)]
+        cells += [_p(d.p), _p(row.p_holm), str(row.records)]
+        shown.add_row(*cells, *([] if d.equivalent is None else ["yes" if d.equivalent else "not shown"]))
+    return shown
+
+
+def flips_table(rows: Sequence[Flipped]) -> Table:
+    """Flips for people to read."""
+    caption = "McNemar's p takes the expressions of an image for independent"
+    shown = Table(title="Answers that changed sides", caption=caption)
+    shown.add_column("task", no_wrap=True)
+    for heading in ("right → wrong", "wrong → right", "p McNemar", "records"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        shown.add_row(row.task, str(row.lost), str(row.won), _p(row.p), str(row.records))
+    return shown
+
+
+def shifted_table(comparison: Comparison) -> Table:
+    """Interaction of the change with shift, for people to read."""
+    errors = "; ".join(
+        f"errors under shift ÷ those of the first run, mean over {row.shifts} shifts at severity"
+        f" {', '.join(map(str, row.severities))}: {row.error_ratio:.3f}{_ends(row.error_ratio_interval)}; of the errors"
+        f" beyond those on clean data: {row.added_error_ratio:.3f}{_ends(row.added_error_ratio_interval)}"
+        for row in comparison.corruption_errors
+    )
+    shown = Table(
+        title="Does the second run lose more under shift? (shifted less clean), second less first", caption=errors
+    )
+    shown.add_column("task", no_wrap=True)
+    for heading in ("metric", "shifted tasks", "interaction", "interval", "p"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in comparison.shifted:
+        d = row.interaction
+        shown.add_row(row.task, row.metric, str(row.cells), _signed(d.value), _between(d), _p(d.p))
+    return shown
+
+
+def _family(
+    tasks: Sequence[TaskRecords],
+    others: Mapping[str, TaskRecords],
+    settings: Settings,
+    margin: float | None,
+    found: Comparison,
+) -> None:
+    """Add the comparison of all tasks on one split, whose images are drawn together."""
+    names = np.unique(np.concatenate([records.images[reported(records)] for records in tasks]))
+    if names.size < 2:
+        raise ValueError(f"expected at least 2 images in task {tasks[0].task} to make intervals from, got {names.size}")
+    statistics: list[Statistic] = []
+    parts: list[tuple[TaskRecords, int, int]] = []
+    for records in tasks:
+        made, known, images = _both(records, others[records.task], names, settings)
+        statistics += made
+        parts.append((records, known, images))
+    drawn = bootstrap(
+        statistics, names.size, resamples=settings.resamples, seed=settings.seed, workers=settings.workers
+    )
+    halves = {}
+    # Of each task: means, calibration and selective prediction of the first run, then the same of the second.
+    for k, (records, known, images) in enumerate(parts):
+        first, second = _joined(drawn[6 * k : 6 * k + 3]), _joined(drawn[6 * k + 3 : 6 * k + 6])
+        halves[records.task] = first, second
+        _changes(records, first, second, known, images, settings, margin, found)
+        _flips(records, others[records.task], found)
+    for title, table in grids(_on_the_same_documents(tasks)).items():
+        if tasks[0].kind is not REJECTION:
+            _interactions(title, table, halves, settings, found)
+
+
+def _on_the_same_documents(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
+    """The clean tasks and those shifted ones that ask all their documents: language shifts leave some out."""
+    clean = [records for records in tasks if records.place.shift is None]
+    ids = [records.ids for records in clean]
+    return clean + [r for r in tasks if r.place.shift is not None and any(np.array_equal(r.ids, i) for i in ids)]
+
+
+def _both(
+    one: TaskRecords, other: TaskRecords, names: np.ndarray, settings: Settings
+) -> tuple[list[Statistic], int, int]:
+    """Statistics of both runs on the records that count; those of confidence where both runs have one."""
+    keep = reported(one)
+    clusters = Clusters(np.searchsorted(names, one.images[keep]), names.size)
+    confidences = [records.confidence_by(settings.estimator)[keep] for records in (one, other)]
+    known = ~np.isnan(confidences[0]) & ~np.isnan(confidences[1])
+    inside = Clusters(clusters.index[known], clusters.count)
+    statistics: list[Statistic] = []
+    for records, confidence in zip((one, other), confidences, strict=True):
+        outcome, score = records.outcome[keep], records.score[keep]
+        means = {"accuracy": outcome, "mean_iou": score, "parse_rate": records.parsed[keep].astype(np.float64)}
+        means[BOXES] = score
+        wanted, ranked = set(compared(one.kind)), REJECTED if one.kind is REJECTION else RANKED
+        statistics.append(Means({name: values for name, values in means.items() if name in wanted}, clusters))
+        if known.any():
+            arrays = confidence[known], outcome[known], inside
+            statistics += [Binned(*arrays), Ranked(*arrays, ranked)]
+        else:
+            statistics += [_Missing(BINNED), _Missing(ranked)]
+    return statistics, int(known.sum()), int(np.unique(inside.index).size)
+
+
+def compared(kind: Kind) -> tuple[str, ...]:
+    """What is compared of a kind of task."""
+    if kind is REJECTION:
+        return (BOXES, *REJECTED)
+    return (*(MEANS if kind.right is not None else MEANS[:1]), *BINNED, *RANKED)
+
+
+class _Missing:
+    """Numbers that cannot be computed, as a statistic: NaN on every resample."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        return np.full((len(counts), len(self.names)), np.nan)
+
+
+def _joined(parts: Sequence[Draws]) -> Draws:
+    names = tuple(name for part in parts for name in part.names)
+    values = np.concatenate([part.value for part in parts])
+    return Draws(names, values, np.concatenate([part.resampled for part in parts], axis=1))
+
+
+def _changes(
+    records: TaskRecords,
+    first: Draws,
+    second: Draws,
+    known: int,
+    images: int,
+    settings: Settings,
+    margin: float | None,
+    found: Comparison,
+) -> None:
+    keep = reported(records)
+    everything = int(keep.sum()), int(np.unique(records.images[keep]).size)
+    for name in compared(records.kind):
+        size = everything if name in (*MEANS, BOXES) else (known, images)
+        changed = difference(first, second, name, level=settings.level, margin=margin)
+        values = first.of(name)[0], second.of(name)[0]
+        found.changes.append(
+            Change(
+                records.task, records.kind.named(PRINTED.get(name, name)), *values, changed, math.nan, math.nan, *size
+            )
+        )
+
+
+def _flips(one: TaskRecords, other: TaskRecords, found: Comparison) -> None:
+    if one.kind.right is None:
+        return
+    keep = reported(one)
+    lost, won = flips(one.outcome[keep], other.outcome[keep])
+    found.flips.append(Flipped(one.task, lost, won, mcnemar(lost, won), int(keep.sum())))
+
+
+def _interactions(
+    title: str,
+    table: Grid,
+    halves: Mapping[str, tuple[Draws, Draws]],
+    settings: Settings,
+    found: Comparison,
+) -> None:
+    clean, cells = table
+    clean_first, clean_second = halves[clean.task]
+    shifted = {cell: halves[records.task] for cell, records in cells.items()}
+    for name in INTERACTIONS:
+        means = [_mean([pair[k] for pair in shifted.values()], name) for k in (0, 1)]
+        hurt = interaction(clean_first, means[0], clean_second, means[1], name, level=settings.level)
+        found.shifted.append(Shifted(title, clean.kind.named(name), len(cells), hurt))
+    found.corruption_errors.append(_corruption_errors(title, (clean_first, clean_second), shifted, settings.level))
+
+
+def _corruption_errors(
+    title: str, clean: tuple[Draws, Draws], shifted: Mapping[tuple[str, int], tuple[Draws, Draws]], level: float
+) -> CorruptionErrors:
+    at_clean = [_errors(draws) for draws in clean]
+    cells = {cell: [_errors(draws) for draws in pair] for cell, pair in shifted.items()}
+    both = []
+    for k in range(at_clean[0].size):
+        first, second = (as_table({cell: pair[run][k] for cell, pair in cells.items()}) for run in (0, 1))
+        relative = robustness.relative_mean_corruption_error(second, at_clean[1][k], first, at_clean[0][k])
+        both.append((robustness.mean_corruption_error(second, first), relative))
+    # The first is of the data. Where a resample has a reference without errors it says nothing of how many there are.
+    values, resampled = np.array(both[0]), np.where(np.isfinite(both[1:]), both[1:], np.nan)
+    intervals = [interval(float(value), draws, level=level) for value, draws in zip(values, resampled.T, strict=True)]
+    shifts, severities = {shift for shift, _ in cells}, {severity for _, severity in cells}
+    return CorruptionErrors(
+        title, len(shifts), tuple(sorted(severities)), float(values[0]), float(values[1]), intervals[0], intervals[1]
+    )
+
+
+def _errors(draws: Draws) -> npt.NDArray[np.float64]:
+    """Share of wrong answers on the data and on every resample, shape (1 + resamples,)."""
+    value, resampled = draws.of("accuracy")
+    return 1.0 - np.concatenate(([value], resampled))
+
+
+def _mean(cells: Sequence[Draws], name: str) -> Draws:
+    pairs = [cell.of(name) for cell in cells]
+    value = np.array([np.mean([value for value, _ in pairs])])
+    return Draws((name,), value, np.mean([resampled for _, resampled in pairs], axis=0)[:, None])
+
+
+def _corrected(changes: Sequence[Change]) -> list[Change]:
+    corrected = list(changes)
+    for metric in {change.metric for change in changes}:
+        rows = [k for k, change in enumerate(changes) if change.metric == metric]
+        p = [changes[k].difference.p for k in rows]
+        for k, family, discovery in zip(rows, holm(p), benjamini_hochberg(p), strict=True):
+            corrected[k] = changes[k]._replace(p_holm=float(family), p_bh=float(discovery))
+    return corrected
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:z.4f}"
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 0.0001 else _number(value)
+
+
+def _signed(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:+z.4f}"
+
+
+def _ends(found: Interval) -> str:
+    return "" if math.isnan(found.low) else f" [{found.low:.3f}, {found.high:.3f}]"
+
+
+def _between(found: Difference) -> str:
+    return "" if math.isnan(found.low) else f"{found.low:+z.4f} … {found.high:+z.4f}"

@@ -1,0 +1,360 @@
+"""Which component's bits decide a score: from a grid of runs to the importance of vision, connector and language.
+
+The method of Das et al. (arXiv 2601.15287): a random forest predicts the score from the bits of each component, and its
+impurity importance, permutation importance and mean |SHAP| value, each normalised to 100 %, are averaged to a
+consensus. Importances are a statement about the grid as much as about the model: one 2-bit row that breaks the model
+outweighs everything else. So the grid is part of the result, and so is how well the forest predicts cells it has not
+seen: importances of a forest that predicts nothing mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from joblib import Parallel, delayed
+from rich.table import Table
+
+from lmms_plugin.analysis.results import find
+from lmms_plugin.analysis.results import table as results_table
+from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.metrics.bootstrap import affordable
+from lmms_plugin.quant_backends import get, option_types
+from lmms_plugin.quant_backends.extras import require
+from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
+
+Floats = npt.NDArray[np.float64]
+
+MEASURES = ("forest", "permutation", "shap")
+TREES = 100
+REPEATS = 5
+FOLDS = 5
+LEAST_CELLS = 8
+RESAMPLES = 200
+
+# What makes a run another grid; arguments that only say how it is run, or what is varied, do not.
+_OF_THE_METHOD = ("group_size", "symmetric", "calibration", "calibration_samples")
+_OF_THE_MODEL = ("pretrained", "dtype", "min_pixels", "max_pixels", "max_num_frames", "system_prompt", "dialect")
+
+
+class Cell(NamedTuple):
+    """One run: bits per component and the scores it reached.
+
+    Attributes:
+        model: Model and revision-defining arguments, as text.
+        method: Backend and its settings, as text; "" for a run without quantization.
+        bits: Component → bits per weight, 16 for untouched.
+        scores: (task, metric) → value of lmms-eval's table.
+    """
+
+    model: str
+    method: str
+    bits: Mapping[str, int]
+    scores: Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Scores of one metric over the bits of the components.
+
+    Attributes:
+        name: Method, model, task and metric, as text.
+        components: The k components whose bits vary.
+        bits: (n, k) bits per weight.
+        scores: (n,) the metric.
+    """
+
+    name: str
+    components: tuple[str, ...]
+    bits: npt.NDArray[np.int64]
+    scores: Floats
+
+    @property
+    def levels(self) -> dict[str, list[int]]:
+        """Component → bits that occur."""
+        return {name: np.unique(self.bits[:, k]).tolist() for k, name in enumerate(self.components)}
+
+    @property
+    def combinations(self) -> int:
+        """How many combinations of those bits there are."""
+        return math.prod(len(levels) for levels in self.levels.values())
+
+    @property
+    def file_name(self) -> str:
+        """The name with everything but letters, digits, dots and dashes made an underscore."""
+        return re.sub(r"[^\w.-]+", "_", self.name)
+
+    def described(self) -> str:
+        """The grid in one line."""
+        each = " x ".join(f"{name} {{{', '.join(map(str, levels))}}}" for name, levels in self.levels.items())
+        different = len(np.unique(self.bits, axis=0))
+        return f"{each}: {different} of {self.combinations} combinations in {len(self.scores)} runs"
+
+
+class Importance(NamedTuple):
+    """How much of a score's variation over a grid is due to one component, in percent.
+
+    Attributes:
+        component: Its name.
+        forest: Decrease of impurity in the trees.
+        permutation: Loss of R² when its column is shuffled.
+        shap: Mean |SHAP| value.
+        consensus: Mean of the three.
+        low: Lower end of the 95 % interval of the consensus, over resamples of the runs.
+        high: Upper end.
+    """
+
+    component: str
+    forest: float
+    permutation: float
+    shap: float
+    consensus: float
+    low: float
+    high: float
+
+
+class Sensitivity(NamedTuple):
+    """The importances of one grid.
+
+    Attributes:
+        grid: The grid.
+        r2: R² of the forest on cells it was not fitted on; its importances mean little where this is low.
+        importances: One per component, summing to 100 % in every measure.
+    """
+
+    grid: Grid
+    r2: float
+    importances: tuple[Importance, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values, the grid included."""
+        runs = [
+            {"bits": dict(zip(self.grid.components, bits, strict=True)), "score": score}
+            for bits, score in zip(self.grid.bits.tolist(), self.grid.scores.tolist(), strict=True)
+        ]
+        importances = [one._asdict() for one in self.importances]
+        return {"grid": self.grid.name, "r2": self.r2, "importances": importances, "runs": runs}
+
+
+def analyse(grid: Grid, *, resamples: int = RESAMPLES, seed: int = 0, workers: int = 1) -> Sensitivity:
+    """Importance of each component, by three measures and their mean.
+
+    Args:
+        grid: At least 8 runs in which at least one component's bits vary.
+        resamples: Of the runs, for the intervals.
+        seed: Of forest, permutations, folds and resamples.
+        workers: Threads that share the resamples; the result is the same for any number.
+
+    Raises:
+        ValueError: The grid is too small, a score is not finite, or the score is the same everywhere.
+    """
+    affordable(resamples)
+    n = len(grid.scores)
+    if n < LEAST_CELLS or not grid.components:
+        raise ValueError(f"{grid.name}: expected at least {LEAST_CELLS} runs that differ in bits, got {n}")
+    if not np.isfinite(grid.scores).all():
+        raise ValueError(f"{grid.name}: expected finite scores, got {grid.scores[~np.isfinite(grid.scores)][0]}")
+    if np.ptp(grid.scores) == 0.0:
+        raise ValueError(f"{grid.name}: every run scores {grid.scores[0]:g}, so no component matters more than another")
+    shares = _shares(grid.bits, grid.scores, seed)
+    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    tasks = (delayed(_shares)(grid.bits[rows], grid.scores[rows], seed) for rows in drawn)
+    resampled = np.stack(Parallel(n_jobs=workers, prefer="threads")(tasks)).mean(1)
+    # A resample in which the score does not vary tells nothing about what makes it vary.
+    low, high = np.nanpercentile(resampled, (2.5, 97.5), axis=0)
+    consensus = shares.mean(0)
+    # A forest finds a little importance in anything, and more so in a resample, which repeats runs.
+    ends = np.stack([np.minimum(low, consensus), np.maximum(high, consensus)])
+    importances = tuple(
+        Importance(name, *map(float, (*shares[:, k], consensus[k], *ends[:, k])))
+        for k, name in enumerate(grid.components)
+    )
+    return Sensitivity(grid, _r2(grid, seed), importances)
+
+
+def read(path: Path) -> tuple[list[Cell], list[str]]:
+    """Runs of our models at or under a path, and why others are left out.
+
+    Raises:
+        ValueError: There is no results file.
+    """
+    cells, left_out = [], []
+    for file in find(path):
+        results = results_table(file)
+        try:
+            cells.append(_cell(results))
+        except ValueError as error:
+            left_out.append(f"{file}: {error}")
+    return cells, left_out
+
+
+def grids(cells: Iterable[Cell], metrics: Sequence[str]) -> Iterator[Grid]:
+    """One grid per model, method, task and metric; runs without quantization are a corner of each.
+
+    Args:
+        cells: The runs.
+        metrics: Names of metrics, as in lmms-eval's table; a task that lacks one gives no grid of it.
+    """
+    cells = list(cells)
+    methods = sorted({(cell.model, cell.method) for cell in cells if cell.method})
+    for model, method in methods:
+        own = [cell for cell in cells if cell.model == model and cell.method in (method, "")]
+        tasks = sorted({task for cell in own for task, _ in cell.scores})
+        for task in tasks:
+            for metric in metrics:
+                known = [cell for cell in own if (task, metric) in cell.scores]
+                if any(cell.method for cell in known):
+                    yield _grid(f"{method} {model}, {task} {metric}", known, (task, metric))
+
+
+def table(found: Sensitivity) -> Table:
+    """Importances for people to read, with the grid they hold for."""
+    shown = Table(
+        title=found.grid.name,
+        caption=f"Grid: {found.grid.described()}.\nR² of the forest on unseen runs: {found.r2:.2f}."
+        + ("" if found.r2 > 0.5 else " Too low for its importances to mean much."),
+    )
+    shown.add_column("component", no_wrap=True)
+    for heading in (*MEASURES, "consensus", "95 % interval"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for one in found.importances:
+        shares = (one.forest, one.permutation, one.shap, one.consensus)
+        shown.add_row(one.component, *(f"{share:.1f} %" for share in shares), f"{one.low:.1f} … {one.high:.1f}")
+    return shown
+
+
+def draw(found: Sensitivity, file: Path) -> None:
+    """Draw importances with their intervals, and beside them the scores by the bits of each component."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # Names are data: a dollar sign begins no formula.
+    with rc_context({"text.parse_math": False}):
+        _figure(found, Figure).savefig(file, dpi=150)
+
+
+def _figure(found: Sensitivity, make: Any) -> Any:
+    k = len(found.importances)
+    figure = make(figsize=(3.2 * (k + 1), 3.4), layout="constrained")
+    axes = figure.subplots(1, k + 1)
+    names = [one.component for one in found.importances]
+    consensus = np.array([one.consensus for one in found.importances])
+    reach = np.array([[one.consensus - one.low, one.high - one.consensus] for one in found.importances]).T
+    axes[0].bar(names, consensus, yerr=reach.clip(0), color=_COLOURS[:k], capsize=4)
+    for offset, measure in zip((-0.2, 0.0, 0.2), MEASURES, strict=True):
+        values = [getattr(one, measure) for one in found.importances]
+        places = np.arange(k) + offset
+        axes[0].scatter(places, values, marker=_MARKERS[measure], color="black", s=22, label=measure, zorder=3)
+    axes[0].set(ylabel="importance (%)", ylim=(0, 105), title="consensus, with 95 % interval")
+    axes[0].legend(fontsize=8)
+    for column, (axis, name) in enumerate(zip(axes[1:], names, strict=True)):
+        _draw_levels(axis, found.grid, column)
+        axis.set(title=f"{name} bits", xlabel="bits per weight")
+    axes[1].set_ylabel(found.grid.name.rpartition(" ")[2])
+    figure.suptitle(f"{found.grid.name}; R² on unseen runs {found.r2:.2f}", fontsize=9)
+    return figure
+
+
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+_MARKERS = MappingProxyType({"forest": "o", "permutation": "s", "shap": "^"})
+
+
+def _draw_levels(axis: Any, grid: Grid, column: int) -> None:
+    """Every run as a dot, and the mean at each number of bits; bits are spaced evenly."""
+    levels = np.unique(grid.bits[:, column])
+    places = np.searchsorted(levels, grid.bits[:, column])
+    # Runs with the same bits stand side by side instead of on one another.
+    spread = np.linspace(-0.2, 0.2, len(places))
+    axis.scatter(places + spread, grid.scores, s=8, alpha=0.5, color=_COLOURS[column % len(_COLOURS)])
+    means = [grid.scores[places == place].mean() for place in range(len(levels))]
+    axis.plot(range(len(levels)), means, color="black", marker="_", markersize=14)
+    axis.set_xticks(range(len(levels)), [str(level) for level in levels])
+
+
+def _cell(results: Mapping[str, Any]) -> Cell:
+    config = results.get("config") or {}
+    backend = str(config.get("model", "")).removeprefix("quant_")
+    if f"quant_{backend}" != config.get("model"):
+        raise ValueError(f"expected a model of this package (quant_...), got {config.get('model')!r}")
+    arguments = ModelArguments.parse(_given(config.get("model_args")), option_types(backend))
+    if arguments.plan is not None:
+        raise ValueError("a plan file's rules have no place in a grid of bits per component")
+    if backend == "prequantized":
+        raise ValueError("a checkpoint that is quantized already does not say its bits per component")
+    plan = arguments.quant_plan(get(backend).default_bits)
+    specs = {name: getattr(plan, name) for name in COMPONENTS}
+    bits: dict[str, int] = {name: UNTOUCHED_BITS if spec is None else spec.bits for name, spec in specs.items()}
+    settings = {name: getattr(arguments, name) for name in _OF_THE_METHOD} | dict(arguments.options)
+    quantized = any(count != UNTOUCHED_BITS for count in bits.values())
+    scores = {
+        (task, key.partition(",")[0]): float(value)
+        for task, values in results["results"].items()
+        for key, value in values.items()
+        if isinstance(value, int | float) and abs(value) < 2**63 and "stderr" not in key
+    }
+    return Cell(
+        _different({name: getattr(arguments, name) for name in _OF_THE_MODEL}) or "the default model",
+        f"{backend} {_different(settings)}".strip() if quantized else "",
+        bits,
+        scores,
+    )
+
+
+def _given(model_args: Any) -> Mapping[str, Any]:
+    if isinstance(model_args, Mapping):
+        return model_args
+    # Only where a run was given them as text: importing lmms-eval takes seconds.
+    from lmms_eval.utils import simple_parse_args_string
+
+    return dict(simple_parse_args_string(str(model_args or "")))
+
+
+_DEFAULTS = MappingProxyType({field.name: field.default for field in fields(ModelArguments)})
+
+
+def _different(values: Mapping[str, Any]) -> str:
+    """What is not at its default, as text."""
+    return ",".join(f"{name}={value}" for name, value in values.items() if value != _DEFAULTS.get(name))
+
+
+def _grid(name: str, cells: Sequence[Cell], score: tuple[str, str]) -> Grid:
+    bits = np.array([[cell.bits[component] for component in COMPONENTS] for cell in cells])
+    varying = [k for k in range(len(COMPONENTS)) if np.unique(bits[:, k]).size > 1]
+    scores = np.array([cell.scores[score] for cell in cells])
+    # A forest draws runs by their places: these must not depend on what files and folders are called.
+    order = np.lexsort((scores, *bits.T[::-1]))
+    bits, scores = bits[order], scores[order]
+    return Grid(name, tuple(COMPONENTS[k] for k in varying), bits[:, varying], scores)
+
+
+def _shares(bits: npt.NDArray[np.int64], scores: Floats, seed: int) -> Floats:
+    """Importances by the three measures in percent, shape (3, k); NaN where the score does not vary."""
+    require("shap", extra="sensitivity", user="lmms-plugin sensitivity")
+    import shap
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+
+    forest = RandomForestRegressor(TREES, random_state=seed).fit(bits, scores)
+    permuted = permutation_importance(forest, bits, scores, n_repeats=REPEATS, random_state=seed).importances_mean
+    explained = shap.TreeExplainer(forest).shap_values(bits)
+    measured = np.stack([forest.feature_importances_, permuted.clip(0.0), np.abs(explained).mean(0)])
+    total = measured.sum(1, keepdims=True)
+    shares: Floats = np.divide(100.0 * measured, total, out=np.full_like(measured, np.nan), where=total > 0)
+    return shares
+
+
+def _r2(grid: Grid, seed: int) -> float:
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.metrics import r2_score
+    from sklearn.model_selection import KFold, cross_val_predict
+
+    folds = KFold(min(FOLDS, len(grid.scores)), shuffle=True, random_state=seed)
+    forest = RandomForestRegressor(TREES, random_state=seed)
+    return float(r2_score(grid.scores, cross_val_predict(forest, grid.bits, grid.scores, cv=folds)))

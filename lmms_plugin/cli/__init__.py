@@ -1,0 +1,1 @@
+"""The `lmms-plugin` command: options, tables and displays; the only place that writes to a terminal."""

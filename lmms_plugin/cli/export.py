@@ -1,0 +1,201 @@
+"""The commands `lmms-plugin export`, `lmms-plugin leaderboard` and `lmms-plugin quantize`."""
+
+from __future__ import annotations
+
+import os
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from lmms_plugin.analysis.results import Run
+    from lmms_plugin.export.every_eval_ever import Source
+    from lmms_plugin.export.records import Relationship
+
+Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the resamples.")]
+Level = Annotated[float, typer.Option(help="Confidence level of the intervals.")]
+
+
+class Format(StrEnum):
+    """What a run can be exported as."""
+
+    SUBMISSION = "submission"
+    EVERY_EVAL_EVER = "every-eval-ever"
+    EVAL_RESULTS = "eval-results"
+    MODEL_INDEX = "model-index"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (export, leaderboard, quantize):
+        app.command()(command)
+
+
+def export(
+    results: Annotated[Path, typer.Argument(help="Results file or folder of one run.")],
+    formats: Annotated[list[Format], typer.Option("--format", help="May be given again.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; for a submission a new one.")],
+    model_id: Annotated[
+        str | None, typer.Option(help="Id of the model, organization/name; by default the checkpoint's, if on the hub.")
+    ] = None,
+    organization: Annotated[str | None, typer.Option(help="Organization that ran the evaluation.")] = None,
+    relationship: Annotated[
+        str | None, typer.Option(help="Of it to the model: first_party, third_party, collaborative or other.")
+    ] = None,
+    collection: Annotated[str, typer.Option(help="Under which Every Eval Ever files the records.")] = "lmms-plugin",
+    archive: Annotated[bool, typer.Option("--zip", help="Also pack the submission as a zip.")] = False,
+    dataset_id: Annotated[str | None, typer.Option(help="The benchmark's dataset on the hub.")] = None,
+    task_id: Annotated[str | None, typer.Option(help="Its task in that dataset's eval.yaml.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of the run whose number goes to the hub.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric whose value goes to the hub.")] = None,
+    percent: Annotated[bool, typer.Option("--percent", help="Write that value in percent.")] = False,
+    source_url: Annotated[str | None, typer.Option(help="Where the evaluation can be looked at.")] = None,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
+) -> None:
+    """Write a run for leaderboards; its answers are scored anew first, and every record is validated."""
+    from lmms_plugin.analysis.reliability import Settings
+    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.export import every_eval_ever, hub
+    from lmms_plugin.export.measured import measured
+    from lmms_plugin.leaderboard import submission
+
+    run = read_one(results)
+    # What only the user can say is asked for before minutes are spent on intervals.
+    source = entry = None
+    if {Format.SUBMISSION, Format.EVERY_EVAL_EVER} & {*formats}:
+        source = _source(run, model_id, organization, relationship, collection)
+    if Format.EVAL_RESULTS in formats:
+        ids = _named(dataset_id, "--dataset-id", "the benchmark's dataset on the hub")
+        its_task = _named(task_id, "--task-id", "the task in that dataset's eval.yaml")
+        ranked_by = _named(metric, "--metric", "the metric that this benchmark ranks by")
+        entry = hub.Entry(ids, its_task, task, ranked_by, 100.0 if percent else 1.0, source_url)
+    name = ""
+    if Format.MODEL_INDEX in formats:
+        name = _model_id(run, model_id).partition("/")[2]
+        hub.expect_datasets(run, dataset_id)
+    settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    if Format.SUBMISSION in formats:
+        submission.expect_checkable(settings)
+    found = measured(run, settings)
+    if source is not None and Format.SUBMISSION in formats:
+        checked = submission.build(found, source, output)
+        typer.echo(f"{output}: a submission of {', '.join(found.tasks)}")
+        if archive:
+            typer.echo(str(submission.pack(output)))
+        typer.echo(checked, err=True)
+    elif source is not None:
+        files, checked = every_eval_ever.write(found, source, output)
+        typer.echo(str(output / files.aggregate))
+        typer.echo(checked, err=True)
+    if entry is not None:
+        typer.echo(str(hub.write_eval_results(found, entry, output)))
+    if name:
+        typer.echo(str(hub.write_model_index(found, name, dataset_id, output)))
+
+
+def leaderboard(
+    submissions: Annotated[list[Path], typer.Argument(help="Submissions, each a folder or a zip.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the JSON and the CSV.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="Results of your own whose documents all submissions must have answered.")
+    ] = None,
+    datasets: Annotated[
+        bool, typer.Option("--datasets", help="Load the tasks' datasets: submissions must have answered all of them.")
+    ] = False,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
+) -> None:
+    """Verify submissions and build a leaderboard of those that hold; exit status 1 if one does not."""
+    from loguru import logger
+
+    from lmms_plugin.analysis.reliability import Settings
+    from lmms_plugin.analysis.results import find, read
+    from lmms_plugin.export.datasets import true_documents
+    from lmms_plugin.export.documents import documents
+    from lmms_plugin.leaderboard import board
+    from lmms_plugin.leaderboard.verification import Refused, Verified, agreeing, verify
+
+    settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    known = {
+        task: documents(run, task) for run in (map(read, find(reference)) if reference else ()) for task in run.tasks
+    }
+    checked = [verify(path, settings) for path in submissions]
+    verified = [one for one in checked if isinstance(one, Verified)]
+    refused = [one for one in checked if isinstance(one, Refused)]
+    if datasets:
+        logger.disable("lmms_eval")
+        known |= true_documents(dict.fromkeys(task for one in verified for task in one.tasks))
+    verified, others = agreeing(verified, known)
+    refused += others
+    board.write(board.tables(verified), refused, settings, output)
+    for one in refused:
+        typer.echo(f"refused: {one.name}: {one.reason}", err=True)
+    typer.echo(f"{output / 'leaderboard.html'}: {len(verified)} verified, {len(refused)} refused")
+    if refused:
+        raise typer.Exit(1)
+
+
+def quantize(
+    model_args: Annotated[str, typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=rtn.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
+    form: Annotated[
+        str, typer.Option("--format", help="auto, compressed-tensors, or own: this package's, which holds everything.")
+    ] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON what was written.")] = False,
+) -> None:
+    """Quantize a model and write a checkpoint for serving; says who can load it."""
+    import json as writing
+
+    from loguru import logger
+
+    from lmms_plugin.export import checkpoint
+    from lmms_plugin.utils.quiet import stdout_to_stderr
+
+    logger.remove()
+    with stdout_to_stderr():
+        saved = checkpoint.quantize(model_args, output, form)
+    lines = list(checkpoint.readers(saved))
+    if json:
+        typer.echo(writing.dumps({**saved._asdict(), "readers": lines}, indent=1))
+        return
+    typer.echo(f"{output}: {saved.format}, {saved.bytes / 1e6:.1f} MB; loaded by")
+    for line in lines:
+        typer.echo(f"- {line}")
+
+
+def _source(
+    run: Run, model_id: str | None, organization: str | None, relationship: str | None, collection: str
+) -> Source:
+    from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, Source
+
+    model = _model_id(run, model_id)
+    who = _named(organization, "--organization", "the organization that ran the evaluation")
+    what = f"its relationship to the model, {', '.join(RELATIONSHIPS)}"
+    # Whether it is one of these, Source checks.
+    stands = cast("Relationship", _named(relationship, "--relationship", what))
+    return Source(model, who, stands, collection, int(time.time()))
+
+
+def _model_id(run: Run, given: str | None) -> str:
+    """The model's id: as given, else that of a checkpoint on the hub."""
+    from lmms_plugin.export import facts
+    from lmms_plugin.export.every_eval_ever import HUB_ID
+
+    checkpoint = facts.checkpoint(run) or ""
+    # A relative path looks like an id of the hub, too.
+    on_hub = HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists()
+    what = f"the model's id, organization/name; the run used {checkpoint!r}"
+    return given or (checkpoint if on_hub else _named(None, "--model-id", what))
+
+
+def _named(value: str | None, option: str, what: str) -> str:
+    if not value:
+        raise ValueError(f"{option} is missing: {what}")
+    return value

@@ -1,0 +1,332 @@
+"""The `lmms-plugin` command: what this package adds to lmms-eval, and the jobs lmms-eval has no command for.
+
+Every error a user can cause is one line on standard error and a non-zero exit status.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmms_plugin.cli import export as export_commands
+from lmms_plugin.cli.report import report
+from lmms_plugin.cli.study import app as study
+from lmms_plugin.cli.terminal import write_anything
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+export_commands.register(app)
+app.add_typer(study, name="study")
+app.command()(report)
+
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+@app.command()
+def models() -> None:
+    """List the models this package adds to lmms-eval (`lmms-eval models` lists built-in ones only)."""
+    from lmms_plugin.quant_backends import get, names
+    from lmms_plugin.registration import model_name
+
+    for backend in names():
+        summary = (get(backend).__doc__ or "").split("\n", 1)[0]
+        typer.echo(f"{model_name(backend):24} {summary}")
+
+
+@app.command()
+def tasks(
+    cells: Annotated[bool, typer.Option(help="Also list every single cell of the shift grids.")] = False,
+) -> None:
+    """List the tasks and groups this package adds to lmms-eval (`lmms-eval tasks list` never asks for plugins)."""
+    from lmms_plugin.tasks.registry import catalogue
+
+    for task in catalogue.tasks(cells=cells):
+        typer.echo(f"{task.name:44} {task.kind:6} {task.summary}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for results, table and pictures.")] = Path("demo_output"),
+    bits: Annotated[int, typer.Option(help="Bits per weight of the quantized models.")] = 3,
+    limit: Annotated[int | None, typer.Option(help="Expressions per task; only for trying things out.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="All 18 corruptions instead of one noise, blur, weather and digital each.")
+    ] = False,
+) -> None:
+    """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and show one table."""
+    from lmms_plugin.demo import run
+
+    run.run(output, bits=bits, limit=limit, full=full)
+
+
+@app.command()
+def inspect(
+    model_args: Annotated[str, typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=awq.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON, layer by layer.")] = False,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Samples to compare outputs on with the dense model's; 0 for none.")
+    ] = 4,
+) -> None:
+    """Quantize a model and print the account of every layer, without evaluating anything."""
+    from loguru import logger
+    from transformers.utils import logging
+
+    from lmms_plugin import quantize
+    from lmms_plugin.utils.quiet import stdout_to_stderr
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{message}")
+    logging.disable_progress_bar()
+    with stdout_to_stderr():
+        report = quantize.inspect(model_args, held_out=held_out)
+    typer.echo(report.to_json() if json else report.table())
+
+
+Estimator = Annotated[str | None, typer.Option(help="Confidence estimator; by default the one of the task.")]
+Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the resamples and of the held-out images.")]
+Level = Annotated[float, typer.Option(help="Confidence level of the intervals.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
+@app.command()
+def metrics(
+    results: Annotated[Path, typer.Argument(help="Results file of lmms-eval, or a folder with such files.")],
+    json: AsJson = False,
+    estimator: Estimator = None,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the images to choose thresholds and fit calibrators on.")
+    ] = 0.2,
+    calibrator: Annotated[str, typer.Option(help="temperature, platt, isotonic or beta.")] = "platt",
+    chosen_on: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run whose held-out images thresholds and calibrator come from, e.g. of the unquantized model."
+        ),
+    ] = None,
+) -> None:
+    """Recompute every metric from the logs of samples, with intervals over images; no model is loaded."""
+    from lmms_plugin.analysis import reliability
+    from lmms_plugin.analysis.results import find, read, read_one
+
+    workers = os.cpu_count() or 1
+    settings = reliability.Settings(estimator, resamples, seed, level, held_out, calibrator, workers)
+    chosen = None if chosen_on is None else read_one(chosen_on)
+    runs = [read(file) for file in find(results)]
+    for line in (line for run in runs for line in reliability.without_grid(run)):
+        typer.echo(line, err=True)
+    found = [(run, reliability.measure(run, settings, chosen), reliability.robust(run, settings)) for run in runs]
+    if json:
+        names = ("run", "file", "limit", "metrics", "robustness")
+        rows = [(run.label, str(run.file), run.limit, numbers, robust) for run, numbers, robust in found]
+        _print_json([dict(zip(names, row, strict=True)) for row in rows])
+        return
+    for run, numbers, robust in found:
+        _print_tables(
+            reliability.table(numbers, run.label, level),
+            *(reliability.robustness_table(rows, split) for split, rows in robust.items()),
+        )
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Results file or folder of the run to compare with.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run in question, on the same documents.")],
+    json: AsJson = False,
+    margin: Annotated[
+        float | None, typer.Option(help="Largest difference that counts as none: adds a test of equivalence.")
+    ] = None,
+    estimator: Estimator = None,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
+) -> None:
+    """Compare two runs on the same documents: paired intervals, flips, corrected p-values, equivalence, shift."""
+    from lmms_plugin.analysis import comparison, reliability
+    from lmms_plugin.analysis.results import read_one
+
+    settings = reliability.Settings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
+    runs = read_one(first), read_one(second)
+    for line in reliability.without_grid(runs[0]):
+        typer.echo(line, err=True)
+    found = comparison.compare(*runs, settings, margin)
+    if json:
+        _print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})
+        return
+    typer.echo(f"first:  {runs[0].label}\nsecond: {runs[1].label}")
+    tables = [comparison.changes_table(found, settings, margin)]
+    tables += [comparison.flips_table(found.flips)] if found.flips else []
+    tables += [comparison.shifted_table(found)] if found.shifted else []
+    _print_tables(*tables)
+
+
+@app.command()
+def sensitivity(
+    results: Annotated[Path, typer.Argument(help="Folder with results files of runs that differ in bits.")],
+    metric: Annotated[list[str], typer.Option(help="Metric of lmms-eval's table; may be given again.")] = ["acc@0.5"],  # noqa: B006
+    figure: Annotated[Path | None, typer.Option(help="Folder to draw one picture per grid into.")] = None,
+    kind: Annotated[str, typer.Option(help="Of the pictures: png, svg or pdf.")] = "png",
+    json: AsJson = False,
+    resamples: Annotated[int, typer.Option(min=2, help="Resamples of the runs for the intervals.")] = 200,
+    seed: Seed = 0,
+) -> None:
+    """Say which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
+    from lmms_plugin.analysis import component_importance as analysis
+
+    cells, left_out = analysis.read(results)
+    for line in left_out:
+        typer.echo(f"left out: {line}", err=True)
+    grids = list(analysis.grids(cells, metric))
+    if not grids:
+        raise ValueError(f"expected runs of quantized models with {' or '.join(metric)} under {results}, got none")
+    found = [analysis.analyse(grid, resamples=resamples, seed=seed, workers=os.cpu_count() or 1) for grid in grids]
+    if figure is not None:
+        figure.mkdir(parents=True, exist_ok=True)
+        for one in found:
+            analysis.draw(one, figure / f"{one.grid.file_name}.{kind}")
+    if json:
+        _print_json([one.to_dict() for one in found])
+        return
+    _print_tables(*(analysis.table(one) for one in found))
+
+
+@app.command()
+def doctor(json: AsJson = False) -> None:
+    """Check all that a run needs, and say what to do about what does not work; exit status 1 if anything fails."""
+    from json import dumps
+
+    from lmms_plugin.doctor import diagnosis
+
+    rows = []
+    for row in diagnosis.diagnose():
+        rows.append(row)
+        if not json:
+            typer.echo(row.line())
+    typer.echo(dumps([row.to_dict() for row in rows], indent=1, ensure_ascii=False) if json else diagnosis.CLOSING)
+    if diagnosis.failed(rows):
+        raise typer.Exit(1)
+
+
+selector = typer.Typer(no_args_is_help=True, help="Learned confidence from finished runs; no model is loaded.")
+app.add_typer(selector, name="selector")
+RunFolder = Annotated[Path, typer.Argument(metavar="RESULTS", help="Results file or folder of one run.")]
+FeatureFolder = Annotated[Path, typer.Option(help="What --model_args features= of that run named.")]
+
+
+@selector.command("fit")
+def fit_selector(
+    results: RunFolder,
+    features: FeatureFolder,
+    output: Annotated[Path, typer.Option(help="File for the selector (.safetensors).")],
+    task: Annotated[list[str] | None, typer.Option(help="Task to train on; may be repeated; by default all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order, dropout and held-out images.")] = 0,
+    held_out: Annotated[float, typer.Option(help="Share of the images that decide when to stop.")] = 0.2,
+    hidden: Annotated[int, typer.Option(min=1, help="Units of each of the two hidden layers.")] = 768,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
+    epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 128,
+    patience: Annotated[int, typer.Option(min=1, help="Epochs without improvement before it stops.")] = 10,
+) -> None:
+    """Train a selector on a run's answers: never on images that results are reported on."""
+    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.selector import training
+    from lmms_plugin.selector.features import read
+    from lmms_plugin.selector.network import Settings
+
+    settings = Settings(hidden=hidden, lr=lr, epochs=epochs, patience=patience, held_out=held_out, seed=seed)
+    trained = training.train(read_one(results), read(features), settings, task or ())
+    trained.save(output)
+    for name, value in training.summary(trained).items():
+        typer.echo(f"{name}: {value}")
+
+
+@selector.command("apply")
+def apply_selector(
+    results: RunFolder,
+    features: FeatureFolder,
+    selector: Annotated[Path, typer.Option(help="File written by `lmms-plugin selector fit`.")],
+    output: Annotated[Path, typer.Option(help="New folder for the run with the confidence in its logs.")],
+    transfer: Annotated[bool, typer.Option(help="Take a selector of another model or quantization; marked.")] = False,
+) -> None:
+    """Add a selector's confidence to the logs of a run that kept features, for `metrics` and `compare`."""
+    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.selector import training
+    from lmms_plugin.selector.features import read
+    from lmms_plugin.selector.network import Selector
+
+    run, store = read_one(results), read(features)
+    name = training.apply(run, store, Selector.load(selector), output, transfer=transfer)
+    typer.echo(f"{output}: use it as --estimator {name}")
+
+
+@app.command()
+def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
+    """Measure how strong shifts are by the model's own view of the images, beside what they cost; no label is used."""
+    from lmms_plugin.analysis.reliability import Settings
+    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.selector import shift_strength as measuring
+    from lmms_plugin.selector.features import read
+
+    store = read(features)
+    found = measuring.strengths(read_one(results), store, Settings(estimator))
+    if json:
+        _print_json(found)
+        return
+    _print_tables(measuring.table(found, store))
+
+
+@app.command()
+def estimators(
+    results: Annotated[Path, typer.Argument(help="Results file of lmms-eval, or a folder with such files.")],
+    json: AsJson = False,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    level: Level = 0.95,
+) -> None:
+    """Compare the confidence estimators of a run: AUROC, AURC and ECE of every one that its log holds."""
+    from lmms_plugin.analysis import estimators as judging
+    from lmms_plugin.analysis.reliability import Settings
+    from lmms_plugin.analysis.results import find, read
+
+    settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    found = [(run, judging.judge(run, settings)) for run in map(read, find(results))]
+    if json:
+        _print_json([{"run": run.label, "file": str(run.file), "estimators": judged} for run, judged in found])
+        return
+    _print_tables(*(judging.table(judged, run.label, level) for run, judged in found))
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    from lmms_plugin.analysis.reliability import plain
+
+    typer.echo(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _print_tables(*tables: object) -> None:
+    from lmms_plugin.cli.terminal import console
+
+    terminal = console()
+    for table in tables:
+        terminal.print(table)
+    terminal.print("What each number means: docs/metrics.md", style="dim")
+
+
+def main() -> None:
+    """Entry point: errors a user can cause become one line and exit status 2."""
+    write_anything()
+    try:
+        app()
+    except SystemExit as status:
+        # What typer makes of an interrupt from the keyboard, without a word.
+        if status.code == _INTERRUPTED:
+            typer.echo("lmms-plugin: interrupted", err=True)
+        raise
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        typer.echo(f"lmms-plugin: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)

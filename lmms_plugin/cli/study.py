@@ -1,0 +1,78 @@
+"""The commands of studies: `lmms-plugin study plan`, `run` and `analyse`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
+StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (docs/studies.md).")]
+
+
+@app.command("plan")
+def plan_study(
+    file: StudyFile,
+    output: Annotated[Path | None, typer.Option(help="Folder of the study: what is done there, what it took.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Print the cells of a study, what is done of them, and what the rest will cost; runs nothing."""
+    from json import dumps
+
+    from lmms_plugin.cli.terminal import console
+    from lmms_plugin.study.file.reading import read
+    from lmms_plugin.study.run import planning
+
+    found = planning.plan(read(file), output)
+    if json:
+        typer.echo(dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    console().print(planning.table(found))
+    for line in planning.damages(found):
+        typer.echo(line, err=True)
+    typer.echo(planning.summary(found))
+
+
+@app.command("run")
+def run_study(
+    file: StudyFile,
+    output: Annotated[Path, typer.Option(help="Folder of the study; what is finished there is not run again.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try cells again that failed before.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster: auto, host:6379.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Copy finished cells there, and take from there: s3://..., a path."),
+    ] = None,
+) -> None:
+    """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
+    from lmms_plugin.study.run import engine, planning
+    from lmms_plugin.study.store.folder import LOG
+
+    finished = engine.run(file, output, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
+    typer.echo(planning.summary(finished.plan))
+    for cell, problem in finished.problems.items():
+        typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / 'failed' / cell / LOG})", err=True)
+    if not finished.complete:
+        if finished.plan.study.analysis is not None:
+            typer.echo(planning.without_analysis(finished.plan, output), err=True)
+        raise typer.Exit(1)
+    for line in (line for one in finished.conclusions or () for line in one.sentences):
+        typer.echo(line)
+
+
+@app.command("analyse")
+def analyse_study(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study, with all of its cells.")],
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Study file with another analysis; by default the one as run.")
+    ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Analyse what is there though cells are missing.")] = False,
+) -> None:
+    """Make the analysis again that the study file asks for, of the finished cells, whatever code made them."""
+    from lmms_plugin.study.store import completeness
+    from lmms_plugin.study.verdicts import conclusions
+
+    for one in completeness.analyse(folder, file, partial=partial):
+        typer.echo(conclusions.markdown(one))

@@ -1,0 +1,1 @@
+"""Confidence of an answer from what a model tells with it."""

@@ -1,0 +1,177 @@
+"""The leaderboard: verified submissions as one page, as JSON and as CSV, and what was refused with its reason."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from lmms_plugin import __version__
+from lmms_plugin.analysis.reliability import Settings, plain
+from lmms_plugin.analysis.results import GROUNDING, REJECTION, VQA, Kind
+from lmms_plugin.export.measured import Score
+from lmms_plugin.leaderboard.verification import Refused, Verified
+from lmms_plugin.utils.files import encoded, replace_all
+from lmms_plugin.utils.spreadsheets import comma_separated
+
+COLUMNS: Mapping[Kind, tuple[str, ...]] = {
+    GROUNDING: ("acc@0.5", "mean_iou", "parse_rate", "ece", "brier", "auroc", "aurc", "coverage@0.05"),
+    VQA: ("accuracy", "ece", "brier", "auroc", "aurc", "coverage@0.05", "phi@10"),
+    REJECTION: ("rejection_auroc", "rejection_fpr@0.95", "confidence_falls", "box_rate"),
+}
+"""Metrics shown by kind of task; the first one ranks. `leaderboard.json` has all."""
+MISSING = "n/a"
+_FACTS = ("quantization_method", "quantization_bits", "quantization_group_size", "quantization_bits_per_weight")
+
+
+class Row(NamedTuple):
+    """One submission in the table of one task.
+
+    Attributes:
+        rank: From 1, by the task's first metric; equal values share a rank.
+        submission: Name of the folder or zip.
+        model: Its id.
+        organization: That ran the evaluation.
+        facts: What the run says of quantization, as text.
+        scores: All metrics.
+        documents: Documents answered.
+        images: Images these are of.
+        digest: SHA-256 of the manifest.
+        same_answers: Other submissions with the same answers and log-probabilities.
+    """
+
+    rank: int
+    submission: str
+    model: str
+    organization: str
+    facts: Mapping[str, str]
+    scores: Mapping[str, Score]
+    documents: int
+    images: int
+    digest: str
+    same_answers: tuple[str, ...]
+
+
+class Table(NamedTuple):
+    """One task.
+
+    Attributes:
+        task: Its name.
+        columns: Metrics shown.
+        higher_is_better: Metric → whether more of it is better.
+        estimator: Whose confidence the metrics are of.
+        documents: SHA-256 of the documents all answered.
+        rows: By rank.
+    """
+
+    task: str
+    columns: tuple[str, ...]
+    higher_is_better: Mapping[str, bool]
+    estimator: str
+    documents: str
+    rows: tuple[Row, ...]
+
+
+def tables(verified: Sequence[Verified]) -> list[Table]:
+    """A table for every task that some submission answered, by name."""
+    names = sorted({task for one in verified for task in one.tasks})
+    return [_table(task, [one for one in verified if task in one.tasks]) for task in names]
+
+
+def write(found: Sequence[Table], refused: Sequence[Refused], settings: Settings, folder: Path) -> None:
+    """Write `leaderboard.html`, `leaderboard.json` and `leaderboard.csv` into a folder.
+
+    Each of them says how intervals were made. All three are written, or none is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "lmms_plugin": __version__,
+        "intervals": _intervals(settings) | {"method": "bootstrap over images"},
+        "tasks": [table._asdict() for table in found],
+        "refused": [{"submission": one.name, "reason": one.reason} for one in refused],
+    }
+    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    lines = comma_separated(_lines(found, settings))
+    made = {"json": text + "\n", "html": page(found, refused, settings), "csv": lines}
+    replace_all({folder / f"leaderboard.{ending}": encoded(content) for ending, content in made.items()})
+
+
+def page(found: Sequence[Table], refused: Sequence[Refused], settings: Settings) -> str:
+    """The page: one file that needs no network."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "between": _between, "known": _known}
+    source = (files("lmms_plugin.leaderboard") / "templates" / "leaderboard.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        tables=found,
+        refused=refused,
+        facts=_FACTS,
+        intervals=_intervals(settings),
+        version=__version__,
+        submissions=_submissions(found),
+    )
+
+
+def _intervals(settings: Settings) -> dict[str, float]:
+    """How all intervals of a leaderboard are made."""
+    return {name: getattr(settings, name) for name in ("level", "resamples", "seed")}
+
+
+def _submissions(found: Sequence[Table]) -> int:
+    return len({row.digest for table in found for row in table.rows})
+
+
+def _table(task: str, verified: Sequence[Verified]) -> Table:
+    first = verified[0].tasks[task]
+    present = {metric for one in verified for metric in one.tasks[task].scores}
+    columns = tuple(metric for metric in COLUMNS[first.kind] if metric in present)
+    ranked_by, sign = columns[0], -1.0 if first.higher_is_better[columns[0]] else 1.0
+    ranking = [one.tasks[task].scores.get(ranked_by) for one in verified]
+    values = [math.inf if score is None else sign * score.value for score in ranking]
+    rows = [
+        _row(task, one, 1 + sum(other < value for other in values), verified)
+        for one, value in zip(verified, values, strict=True)
+    ]
+    ordered = tuple(sorted(rows, key=lambda row: (row.rank, row.submission)))
+    return Table(task, columns, first.higher_is_better, first.kind.estimator, first.documents, ordered)
+
+
+def _row(task: str, one: Verified, rank: int, verified: Sequence[Verified]) -> Row:
+    answered, source = one.tasks[task], one.source
+    same = tuple(other.name for other in verified if other is not one and other.answers == one.answers)
+    about = (rank, one.name, source.model_id, source.organization, one.facts)
+    return Row(*about, answered.scores, answered.count, answered.images, one.digest, same)
+
+
+def _lines(found: Sequence[Table], settings: Settings) -> Iterator[Sequence[object]]:
+    head = ("task", "rank", "submission", "model", "organization", *_FACTS)
+    made = _intervals(settings)
+    yield (*head, "metric", "value", "low", "high", *made, "records", "images", "manifest_sha256")
+    for table in found:
+        for row in table.rows:
+            known = [row.facts.get(name, "") for name in _FACTS]
+            for metric, score in row.scores.items():
+                ends = ["" if math.isnan(end) else repr(end) for end in (score.low, score.high)]
+                place = (table.task, row.rank, row.submission, row.model, row.organization, *known)
+                counts = (*made.values(), score.records, score.images)
+                yield (*place, metric, repr(score.value), *ends, *counts, row.digest)
+
+
+def _number(score: Score | None) -> str:
+    return MISSING if score is None else f"{score.value:z.3f}"
+
+
+def _between(score: Score | None) -> str:
+    return "" if score is None or math.isnan(score.low) else f"{score.low:z.3f} … {score.high:z.3f}"
+
+
+def _known(text: str | None) -> str:
+    """A fact as the table shows it: numbers with two decimals."""
+    try:
+        return MISSING if text is None else f"{float(text):.2f}".removesuffix(".00")
+    except ValueError:
+        return str(text)

@@ -1,0 +1,101 @@
+"""Which chat template a checkpoint is asked by, and whether it shows the model what it is asked about."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lmms_plugin.protocol.dialects import Dialect
+from lmms_plugin.protocol.plain_prompts import template_for
+
+DEFAULT = "default"
+_WORDS = "some words of no other use"
+_REMEDY = "put the template of its family into the folder as chat_template.jinja"
+
+
+def is_for(processor: Any, dialect: Dialect) -> bool:
+    """Whether a family is one that a chat template is expected of; others are asked in plain words."""
+    return template_for(processor) is None and not dialect.raw_prompt
+
+
+def adopt(processor: Any, dialect: Dialect, name: str) -> None:
+    """Let a processor that has no chat template use its tokenizer's, which it does not look at itself.
+
+    Args:
+        processor: of any image-text-to-text checkpoint. Families that are asked in plain words stay as they are: their
+            tokenizer's template is that of its language model.
+        dialect: of the checkpoint.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: there are several templates and none of them is the default.
+    """
+    if not is_for(processor, dialect):
+        return
+    own = getattr(processor, "chat_template", None)
+    found = own or getattr(getattr(processor, "tokenizer", None), "chat_template", None)
+    if isinstance(found, Mapping) and DEFAULT not in found:
+        if len(found) != 1:
+            raise ValueError(f"{name}: expected a chat template named {DEFAULT!r} among several, got {sorted(found)}")
+        (found,) = found.values()
+    if found is not own:
+        processor.chat_template = found
+
+
+def text_of(processor: Any) -> str | None:
+    """Return the template that is used; None where there is none."""
+    template = getattr(processor, "chat_template", None)
+    return template[DEFAULT] if isinstance(template, Mapping) else template
+
+
+def expect_variables(processor: Any, variables: Mapping[str, Any], name: str) -> None:
+    """Check that a chat template knows the variables that it is to be handed.
+
+    Args:
+        processor: of the checkpoint.
+        variables: by name.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: there is no template, it does not speak of one of them, or one is not for the user to set.
+    """
+    template = text_of(processor)
+    taken = {"messages", *inspect.signature(processor.apply_chat_template).parameters}
+    for variable in variables:
+        if template is None:
+            raise ValueError(f"{variable}: {name} is asked without a chat template")
+        if variable in taken:
+            raise ValueError(f"template_args: {variable} is not for the user to set")
+        if not re.search(rf"\b{re.escape(variable)}\b", template):
+            raise ValueError(f"{variable}: the chat template of {name} knows no such variable")
+
+
+def expect_images_shown(processor: Any, variables: Mapping[str, Any], name: str) -> None:
+    """Check that a chat template turns an image into a placeholder, and words into themselves.
+
+    A language model's own template takes texts alone: of a message with an image it makes an error, a printed list, or
+    the words without the image.
+
+    Raises:
+        ValueError: it does something else.
+    """
+    words = {"type": "text", "text": _WORDS}
+    try:
+        shown, bare = (
+            str(
+                processor.apply_chat_template(
+                    [{"role": "user", "content": content}], add_generation_prompt=True, **variables
+                )
+            )
+            for content in ([{"type": "image"}, words], [words])
+        )
+    except (TypeError, ValueError, TemplateError) as error:
+        raise ValueError(f"{name}: its chat template takes no image with a text ({error}); {_REMEDY}") from error
+    if _WORDS not in shown.casefold() or "'type'" in shown:
+        raise ValueError(f"{name}: its chat template is for texts alone, and prints a list of parts; {_REMEDY}")
+    if shown == bare:
+        raise ValueError(f"{name}: its chat template drops images; {_REMEDY}")

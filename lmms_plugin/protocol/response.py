@@ -1,0 +1,273 @@
+"""An answer with its tokens' log-probabilities, and the string in which lmms-eval carries it from model to task.
+
+lmms-eval hands a task nothing but the answer's text: response cache, filters and sample logs know strings only. So what
+a task needs beyond the text travels behind it, after a marker, as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from lmms_plugin.protocol.reasoning import Separated, expect_opening, separate
+
+MARKER = "<|lmms_plugin|>"
+Size = tuple[int, int]
+
+_FIELDS = {"tokens", "logprobs", "original_size", "model_size", "dialect"}
+_OPTIONAL = {"confidence", "digits", "samples", "statement", "scores", "opened"}
+
+
+class Alternatives(NamedTuple):
+    """What else a model could have written with a token of digits.
+
+    Attributes:
+        probabilities: digits -> probability of the tokens with these digits and otherwise the chosen token's text; the
+            likeliest ones, in decreasing order.
+        unlisted: probability of all other such tokens together. What is missing to 1 is of tokens of another kind.
+    """
+
+    probabilities: Mapping[str, float]
+    unlisted: float = 0.0
+
+
+class Token(NamedTuple):
+    """A generated token.
+
+    Attributes:
+        text: its share of the answer's text; "" for the end-of-sequence token, and for all but the last of several
+            tokens that make one character.
+        logprob: natural logarithm of its probability in the model's own distribution (before temperature, penalties
+            and truncation of the sampling), at most 0.
+        alternatives: what could have stood in its place; None where it writes no digits or nobody asked.
+    """
+
+    text: str
+    logprob: float
+    alternatives: Alternatives | None = None
+
+
+class Spoken(NamedTuple):
+    """The tokens of an answer without those of its reasoning.
+
+    Attributes:
+        tokens: the end-of-sequence token included; () where reasoning does not end, or the model does not tell.
+        start: where the text of the first begins in the whole text, in characters.
+    """
+
+    tokens: tuple[Token, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model answered to a grounding question.
+
+    Attributes:
+        text: the raw answer, special tokens included. Where there are tokens it is their concatenated text.
+        tokens: the generated tokens, the end-of-sequence token included; empty where the model does not tell.
+        original_size: (width, height) of the image in pixels as the dataset has it; None if unknown.
+        model_size: (width, height) of the image in pixels as the model saw it; None if unknown.
+        dialect: name of the `Dialect` that the question was asked in; None if the model was asked in the task's words.
+        confidence: by estimator, what only the model's side can tell (a learned confidence), in [0, 1].
+        records_digits: whether alternatives of the tokens were recorded, be there digits in the answer or not.
+        samples: raw answers sampled for the same question; None where none were asked for.
+        statement: what the model said when asked how sure it is; None where it was not asked.
+        scores: by name, what the model says of each candidate that it was to score and not to write, all of the same
+            length, None for what was not computed: `logprob` of a caption in nats and its `tokens`, or a retrieval
+            checkpoint's `itc` (cosine) and `itm` (logit).
+        opened: the tag of a reasoning that the prompt opened, and that the text goes on with; "" if none.
+    """
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    original_size: Size | None = None
+    model_size: Size | None = None
+    dialect: str | None = None
+    confidence: Mapping[str, float] = field(default_factory=dict)
+    records_digits: bool = False
+    samples: tuple[str, ...] | None = None
+    statement: str | None = None
+    scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    opened: str = ""
+
+    def __post_init__(self) -> None:
+        if self.opened:
+            expect_opening(self.opened)
+        written = "".join(token.text for token in self.tokens)
+        if self.tokens and written != self.text:
+            raise ValueError(f"The tokens' texts must add up to the answer {self.text!r}, got {written!r}")
+
+    @cached_property
+    def parts(self) -> Separated:
+        """Reasoning and answer apart."""
+        return separate(self.text, self.opened)
+
+    @property
+    def answer(self) -> str:
+        """The answer proper, without reasoning and the tags around it; "" where reasoning does not end."""
+        return self.parts.answer_text
+
+    @property
+    def sampled(self) -> tuple[str | None, ...] | None:
+        """The sampled answers proper, None for one whose reasoning does not end; None where none were asked for."""
+        if self.samples is None:
+            return None
+        parts = (separate(sample, self.opened) for sample in self.samples)
+        return tuple(part.answer_text if part.finished else None for part in parts)
+
+    @property
+    def stated(self) -> str | None:
+        """The statement without reasoning, "" where that does not end; None where the model was not asked."""
+        return None if self.statement is None else separate(self.statement, self.opened).answer_text
+
+    @cached_property
+    def spoken(self) -> Spoken:
+        """The tokens of the answer, those of its reasoning left out. A token that straddles the edge counts."""
+        if not self.parts.finished:
+            return Spoken((), len(self.text))
+        if not self.parts.reasoned:
+            return Spoken(self.tokens, 0)
+        edges = list(accumulate((len(token.text) for token in self.tokens), initial=0))
+        first = bisect_right(edges, self.parts.said[0], lo=1) - 1
+        # Tokens without text belong to the character that a later one completes, or end the answer.
+        while first > 0 and not self.tokens[first - 1].text:
+            first -= 1
+        return Spoken(self.tokens[first:], edges[first])
+
+    def encode(self) -> str:
+        """Return the answer with its trailer.
+
+        Log-probabilities and confidences are rounded to six decimals, alternatives to five.
+
+        Raises:
+            ValueError: a log-probability or a confidence is not finite.
+        """
+        trailer: dict[str, Any] = {
+            "tokens": [token.text for token in self.tokens],
+            "logprobs": [round(token.logprob, 6) for token in self.tokens],
+            "original_size": self.original_size,
+            "model_size": self.model_size,
+            "dialect": self.dialect,
+        }
+        if self.confidence:
+            trailer["confidence"] = {name: round(value, 6) for name, value in self.confidence.items()}
+        if self.records_digits:
+            alternatives = {str(index): token.alternatives for index, token in enumerate(self.tokens)}
+            trailer["digits"] = {index: _written(value) for index, value in alternatives.items() if value is not None}
+        if self.samples is not None:
+            trailer["samples"] = self.samples
+        if self.statement is not None:
+            trailer["statement"] = self.statement
+        if self.scores:
+            trailer["scores"] = {name: [_rounded(value) for value in row] for name, row in self.scores.items()}
+        if self.opened:
+            trailer["opened"] = self.opened
+        line = json.dumps(trailer, separators=(",", ":"), allow_nan=False)
+        # The last marker in the string must be the one written here, whatever the model wrote.
+        return f"{self.text}\n{MARKER}" + line.replace("<", "\\u003c")
+
+    @classmethod
+    def decode(cls, answer: str) -> Response:
+        """Read what `encode` wrote; lmms-eval strips white space from both ends on the way, which does no harm.
+
+        An answer without the marker comes from a model that is not ours: it decodes to its text alone.
+
+        Raises:
+            ValueError: there is a marker and what follows it is not a trailer.
+        """
+        text, marker, line = answer.rpartition(MARKER)
+        if not marker:
+            return cls(text=answer)
+        try:
+            trailer = json.loads(line)
+            if not isinstance(trailer, dict) or set(trailer) - _OPTIONAL != _FIELDS:
+                raise ValueError(f"expected an object with {sorted(_FIELDS)}")
+            pairs = zip(trailer["tokens"], trailer["logprobs"], strict=True)
+            digits = {int(index): _alternatives(value) for index, value in trailer.get("digits", {}).items()}
+            tokens = tuple(_token(*pair, digits.get(index)) for index, pair in enumerate(pairs))
+            sizes = {name: _size(trailer[name]) for name in ("original_size", "model_size")}
+            confidence = {str(name): _share(value) for name, value in trailer.get("confidence", {}).items()}
+            samples = _texts(trailer["samples"]) if "samples" in trailer else None
+            scores = {str(name): _numbers(row) for name, row in trailer.get("scores", {}).items()}
+            (statement,) = _texts([trailer["statement"]]) if "statement" in trailer else (None,)
+            (opened,) = _texts([trailer.get("opened", "")])
+            if opened:
+                expect_opening(opened)
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"The trailer of an answer is damaged ({error}): {line[:200]!r}") from error
+        written = "".join(token.text for token in tokens) if tokens else text.removesuffix("\n")
+        return cls(
+            text=written,
+            tokens=tokens,
+            dialect=_name(trailer["dialect"]),
+            confidence=confidence,
+            records_digits="digits" in trailer,
+            samples=samples,
+            statement=statement,
+            scores=scores,
+            opened=opened,
+            **sizes,
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _share(value: Any) -> float:
+    if not (_is_number(value) and 0.0 <= value <= 1.0):
+        raise ValueError(f"expected a confidence in [0, 1], got {value!r}")
+    return float(value)
+
+
+def _written(alternatives: Alternatives) -> tuple[dict[str, float], float]:
+    return {digits: round(p, 5) for digits, p in alternatives.probabilities.items()}, round(alternatives.unlisted, 5)
+
+
+def _alternatives(value: Any) -> Alternatives:
+    probabilities, unlisted = value
+    if not all(digits.isascii() and digits.isdecimal() for digits in probabilities):
+        raise ValueError(f"expected probabilities by digits, got {probabilities!r}")
+    return Alternatives({digits: _share(p) for digits, p in probabilities.items()}, _share(unlisted))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _numbers(values: Any) -> tuple[float | None, ...]:
+    if not all(value is None or _is_number(value) for value in values):
+        raise ValueError(f"expected a finite number for each candidate, got {values!r}")
+    return tuple(values)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        raise ValueError(f"expected texts, got {value!r}")
+    return tuple(value)
+
+
+def _token(text: Any, logprob: Any, alternatives: Alternatives | None = None) -> Token:
+    if not (isinstance(text, str) and _is_number(logprob)):
+        raise ValueError(f"expected a text and a finite number for each token, got {text!r}, {logprob!r}")
+    return Token(text, float(logprob), alternatives)
+
+
+def _size(value: Any) -> Size | None:
+    if value is None:
+        return None
+    width, height = value
+    if not (isinstance(width, int) and isinstance(height, int)):
+        raise ValueError(f"expected a size as [width, height] in pixels, got {value!r}")
+    return width, height
+
+
+def _name(value: Any) -> str | None:
+    return None if value is None else str(value)

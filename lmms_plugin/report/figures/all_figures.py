@@ -1,0 +1,40 @@
+"""All figures of the report, section by section."""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+
+from matplotlib import rc_context
+
+from lmms_plugin.report.figures import changes, reliability, tradeoffs, under_shift
+from lmms_plugin.report.figures.drawing import STYLE, Drawn
+from lmms_plugin.report.summary import Scope, Summary
+
+SECTIONS: Mapping[str, Callable[[Scope, Summary, int], Iterator[Drawn]]] = MappingProxyType(
+    {
+        "pareto": tradeoffs.draw,
+        "reliability": reliability.reliability,
+        "risk": reliability.risk_coverage,
+        "severity": under_shift.severity,
+        "heat": under_shift.heat,
+        "flips": changes.flips,
+    }
+)
+"""Section → what draws it, for one model on one dataset."""
+PAGE, PHONE = 4, 2
+"""Panels side by side."""
+
+
+def every(summary: Summary, across: int = PAGE) -> dict[str, list[Drawn]]:
+    """All figures by section, those with nothing to show left out.
+
+    Args:
+        summary: What to draw.
+        across: Panels side by side.
+    """
+    with rc_context(dict(STYLE)):
+        found = {
+            section: [drawn for scope in summary.scopes for drawn in draw(scope, summary, across)]
+            for section, draw in SECTIONS.items()
+        }
+        found["layers"] = list(changes.layers(summary, across))
+    return found

@@ -1,0 +1,1 @@
+"""A learned confidence, and what it looks at."""

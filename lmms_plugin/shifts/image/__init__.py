@@ -1,0 +1,1 @@
+"""Corruptions of images that leave every object where it is."""

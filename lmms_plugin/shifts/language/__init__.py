@@ -1,0 +1,1 @@
+"""Other wordings of an expression, and expressions that match nothing."""

@@ -1,0 +1,1 @@
+"""What a study file asks, as checked values, and the keys of its cells."""

@@ -1,0 +1,147 @@
+"""From grids to cells: axes that do not apply to a method collapse, and nothing is planned twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lmms_plugin.arguments import DEMO, ModelArguments
+from lmms_plugin.quant_backends import backend_class, get, option_types
+from lmms_plugin.quant_backends.backend import CheckpointBackend, DataFreeBackend
+from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
+from lmms_plugin.quant_backends.methods.none import NoneBackend
+from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
+from lmms_plugin.study.file.grid import At, Axes, Calibration, Cell, Components, Grid, Method, Study
+
+PATHS = ("pretrained", "plan", "selector", "system_prompt")
+_LONGEST = 1024
+
+
+def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
+    """All cells of a study in the order of its file, each once.
+
+    Args:
+        study: As its file says.
+        runnable: Whether to refuse what could not be run on this machine.
+
+    Raises:
+        ValueError: If a method cannot do what a cell asks of it and the cell is not excluded, a model argument is
+            unknown, two cells stand at one place, an exclusion speaks about no cell, or nothing is left; says where in
+            the file.
+    """
+    used: set[str] = set()
+    found: dict[str, Cell] = {}
+    for grid in study.grids:
+        for cell in _cells(grid, used, runnable):
+            _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, grid)
+    for exclusion in (exclusion for grid in study.grids for exclusion in grid.exclude):
+        if exclusion.where not in used:
+            raise ValueError(f"{exclusion.where}: expected to exclude a cell of the study, got none that fits")
+    if not found:
+        raise ValueError(f"{study.file}: expected at least one cell, got none that is not excluded")
+    return tuple(found.values())
+
+
+def _expect_a_place_of_its_own(there: Cell, cell: Cell, grid: Grid) -> None:
+    if there.question != cell.question:
+        raise ValueError(
+            f"{grid.where}: expected cells that differ in axes, tasks or limit, got two of {cell.slug} with different"
+            " arguments, batch size or resources: give a model, method or calibration a name of its own"
+        )
+
+
+def _cells(grid: Grid, used: set[str], runnable: bool) -> Iterator[Cell]:
+    for model, method in product(grid.models, grid.methods):
+        for axes, choice, where in _choices(grid, model.value.name, method):
+            tasks = [_left(grid, axes, one.value, used) for one in grid.tasks]
+            named = {**model.value.arguments, **grid.model_args, **method.value.options, **choice}
+            given = {name: _located(name, value) for name, value in named.items()}
+            if runnable and any(tasks):
+                _check(method, given, where)
+            for some in filter(None, tasks):
+                yield Cell(axes, method.value.backend, given, some, grid.limit, grid.batch_size, grid.resources)
+
+
+def _located(name: str, value: Any) -> Any:
+    """A model argument in which what lies on this machine is named in full, since cells run in folders of their own."""
+    if name == "calibration":
+        spec = CalibrationSpec.parse(value)
+        local = None if spec.path is None else Path(spec.path).expanduser()
+        found = local is not None and local.exists()
+        return value.replace(str(spec.path), str(local.absolute()), 1) if local is not None and found else value
+    if name in PATHS and value != DEMO and len(str(value)) < _LONGEST and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().absolute())
+    return value
+
+
+def _left(grid: Grid, axes: Axes, tasks: tuple[str, ...], used: set[str]) -> tuple[str, ...]:
+    """The tasks of a cell that are not excluded."""
+    for exclusion in grid.exclude:
+        gone = [task for task in tasks if not exclusion.tasks or task in exclusion.tasks]
+        if gone and exclusion.matches(axes):
+            used.add(exclusion.where)
+            tasks = tuple(task for task in tasks if task not in gone)
+    return tasks
+
+
+def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[Axes, Mapping[str, Any], str]]:
+    """Values of the other axes that make a difference to a method: axes, model arguments, place in the file."""
+    name, kind = method.value.name, backend_class(method.value.backend)
+    samples = bool(grid.model_args.get("samples"))
+    seeds: list[int | None] = [seed.value for seed in grid.seeds] if samples else [None]
+    seeded = [(seed, {} if seed is None else {"seed": seed}) for seed in seeds]
+    if issubclass(kind, NoneBackend | CheckpointBackend):
+        bits = UNTOUCHED_BITS if issubclass(kind, NoneBackend) else None
+        for seed, chosen in seeded:
+            yield Axes(model, name, bits, None, None, None, seed), chosen, method.where
+        return
+    if issubclass(kind, DataFreeBackend):
+        sources: Iterable[tuple[str | None, int | None, Mapping[str, Any]]] = [(None, *one) for one in seeded]
+    else:
+        sources = [
+            (source.value.name, seed.value, {**_calibration(source.value), "seed": seed.value})
+            for source, seed in product(grid.calibration, grid.seeds)
+        ]
+    for (bits, components, stored, where), group_size, (source, seed, chosen) in product(
+        _stored(grid, kind.default_bits), grid.group_sizes, sources
+    ):
+        axes = Axes(model, name, bits, group_size.value, components, source, seed)
+        yield axes, {**stored, "group_size": group_size.value, **chosen}, where
+
+
+def _calibration(source: Calibration) -> dict[str, Any]:
+    samples = {} if source.samples is None else {"calibration_samples": source.samples}
+    return {"calibration": source.source, **samples}
+
+
+def _stored(grid: Grid, default_bits: int) -> Iterator[tuple[int | None, str, Mapping[str, Any], str]]:
+    """Bits and components: a component with bits of its own takes none of the axis."""
+    for components in grid.components:
+        if components.value.bits:
+            given = {f"{part}_bits": bits for part, bits in components.value.bits.items()}
+            yield None, components.value.name, given, components.where
+            continue
+        for bits in grid.bits:
+            number = default_bits if bits.value is None else bits.value
+            yield number, components.value.name, _with_bits(components.value, number), bits.where
+
+
+def _with_bits(components: Components, bits: int) -> dict[str, int]:
+    others = {f"{part}_bits": bits for part in COMPONENTS if part in components.chosen and part != "language"}
+    untouched = {} if "language" in components.chosen else {"language_bits": UNTOUCHED_BITS}
+    return {"bits": bits, **others, **untouched}
+
+
+def _check(method: At[Method], given: Mapping[str, Any], where: str) -> None:
+    backend = method.value.backend
+    try:
+        arguments = ModelArguments.parse(given, option_types(backend))
+        quantizer = get(backend, **arguments.options)
+        if not isinstance(quantizer, NoneBackend | CheckpointBackend):
+            quantizer.check(arguments.quant_plan(quantizer.default_bits))
+        arguments.calibration_spec()
+        arguments.find_checkpoint()
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{where}: {error} (method {method.value.name}; exclude what cannot be done)") from error

@@ -1,0 +1,115 @@
+"""The key of a cell: a hash of everything that its results depend on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lmms_plugin import __version__
+from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.demo import DATA
+from lmms_plugin.quant_backends import backend_class, option_types
+from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
+from lmms_plugin.study.file.fingerprints import Code, code, digest, of_path, of_value, revision
+from lmms_plugin.study.file.grid import Cell
+from lmms_plugin.study.file.tasks import known, local_copies
+
+VERSIONS = ("lmms_eval", "torch", "transformers")
+_ROOTS = ("lmms_plugin.vlm.wrapper", "lmms_plugin.registration")
+_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """A cell with its key.
+
+    Attributes:
+        cell: What is asked.
+        parts: What the key is a hash of, so that two keys can be told apart by name.
+        versions: Of the libraries that matter most.
+    """
+
+    cell: Cell
+    parts: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the parts."""
+        return digest(self.parts)
+
+    @property
+    def id(self) -> str:
+        """Name of its folder: readable, and as unique as the beginning of its key."""
+        return f"{self.cell.slug}-{self.key[:_LENGTH]}"
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Names of the parts that are not those of another key."""
+        return [name for name in sorted({*self.parts, *other}) if self.parts.get(name) != other.get(name)]
+
+
+def keyed(cell: Cell, *, cuda: bool) -> Keyed:
+    """Compute the key of a cell from what lies on this machine now.
+
+    Args:
+        cell: What is asked.
+        cuda: Whether it runs on a GPU, where numbers differ in their last digits.
+
+    Raises:
+        ValueError: If lmms-eval knows no task of that name.
+        FileNotFoundError: If the checkpoint is not there.
+    """
+    tasks = known(cell.tasks)
+    backend = backend_class(cell.backend).__module__
+    reached = _code(frozenset((*_ROOTS, backend, *(name for task in tasks.values() for name in task.modules))))
+    versions = {"lmms-plugin": __version__, **{name: version(name) for name in VERSIONS}}
+    parts = {
+        "model": cell.model,
+        "model_args": {name: of_value(value) for name, value in cell.arguments.items() if name != "pretrained"},
+        "checkpoint": _checkpoint(cell),
+        "calibration": _calibration_data(cell),
+        "tasks": {name: task.fingerprint for name, task in tasks.items()},
+        "local copies": local_copies(os.environ),
+        "limit": cell.limit,
+        "batch_size": cell.batch_size,
+        "processes": cell.resources.processes,
+        "device": "cuda" if cuda else "cpu",
+        "versions": {**reached.versions, **versions, "python": ".".join(platform.python_version_tuple()[:2])},
+        "code": dict(reached.files),
+    }
+    return Keyed(cell, parts, versions)
+
+
+@cache
+def _code(roots: frozenset[str]) -> Code:
+    return code(sorted(roots))
+
+
+def forget() -> None:
+    """Look at the code anew when the next key is computed."""
+    _code.cache_clear()
+
+
+def _checkpoint(cell: Cell) -> Mapping[str, Any]:
+    arguments = ModelArguments.parse(cell.arguments, option_types(cell.backend))
+    path = arguments.find_checkpoint()
+    if Path(path).is_dir():
+        return {"files": of_path(Path(path))}
+    return {"repository": path, "revision": revision(path, "model")}
+
+
+def _calibration_data(cell: Cell) -> Mapping[str, Any] | None:
+    if "calibration" not in cell.arguments:
+        return None
+    spec = CalibrationSpec.parse(cell.arguments["calibration"])
+    path = DATA if spec.source == "demo" else spec.path
+    if path is None:
+        return None
+    local = Path(path).expanduser()
+    return {"files": of_path(local)} if local.exists() else {"repository": path, "revision": revision(path, "dataset")}

@@ -1,0 +1,218 @@
+"""What a task is: its configuration and its data, as far as answers and scores depend on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pyarrow.compute as pc
+import yaml
+from pyarrow import parquet
+
+from lmms_plugin.analysis.results import GROUNDING, REJECTION
+from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, digest, of_path, of_value, revision
+from lmms_plugin.tasks.registry import cells as generated
+from lmms_plugin.utils import variables
+from lmms_plugin.utils.located import near
+from lmms_plugin.utils.readable import readable
+
+
+class Described(NamedTuple):
+    """A task or group.
+
+    Attributes:
+        fingerprint: Of the configurations of all its tasks and of their data.
+        modules: Modules whose functions they name.
+        tasks: Names of the single tasks.
+        documents: How many documents each has, at most; None where that is not known.
+        metrics: Of each task, as in lmms-eval's table.
+    """
+
+    fingerprint: str
+    modules: frozenset[str]
+    tasks: tuple[str, ...]
+    documents: tuple[int | None, ...]
+    metrics: Mapping[str, tuple[str, ...]]
+
+
+class _Function(str):
+    """The long name of a function in a task's YAML."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a task's YAML without importing the functions it names."""
+
+
+_Loader.add_constructor("!function", lambda _, node: _Function(node.value))
+
+
+@cache
+def describe(name: str) -> Described:
+    """Describe a task or a group.
+
+    Tasks of this package are read from their YAML; only for others lmms-eval is asked, which takes half a minute.
+
+    Raises:
+        ValueError: If lmms-eval knows no such task; names the nearest.
+    """
+    ours = _ours()
+    found = dict(_single(name, ours)) if name in ours else _of_lmms_eval(name)
+    modules = {module for config in found.values() for module in _modules(config)}
+    described = {task: _resolved(config) for task, config in found.items()}
+    single = [task for task, config in found.items() if not isinstance(config.get("task"), list)]
+    documents = tuple(_documents(found[task]) for task in single)
+    metrics = {task: _metrics(found[task]) for task in single}
+    return Described(digest(described), frozenset(modules), tuple(single), documents, metrics)
+
+
+def _documents(config: Mapping[str, Any]) -> int | None:
+    """Counted where the dataset is on this machine, else as published."""
+    metrics = _metrics(config)
+    # Tasks of rejection ask each expression that can be changed twice, which nothing here tells.
+    if REJECTION.record in metrics:
+        return None
+    path, arguments = (_looked_up(config.get(name)) for name in ("dataset_path", "dataset_kwargs"))
+    split = config.get("test_split")
+    local = (arguments or {}).get("data_files", {}).get(split) if path == "parquet" else None
+    if local is None and isinstance(path, str) and Path(path).is_dir():
+        local = sorted(map(str, Path(path).glob(f"{split}*.parquet")))
+    if local:
+        return sum(_rows(file, expressions=GROUNDING.record in metrics) for file in local)
+    found: int | None = _published_sizes().get(path, {}).get(split)
+    return found
+
+
+def _metrics(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(entry["metric"] for entry in config.get("metric_list") or ())
+
+
+def _rows(file: str, *, expressions: bool) -> int:
+    """Rows of a file, or what they ask for in RefCOCO+'s schema, where a row is an object with several expressions."""
+    with readable(file):
+        stored = parquet.ParquetFile(file)
+        if not expressions or "answer" not in stored.schema_arrow.names:
+            return int(stored.metadata.num_rows)
+        return int(pc.sum(pc.list_value_length(stored.read(["answer"])["answer"])).as_py() or 0)
+
+
+@cache
+def _published_sizes() -> Mapping[Any, Mapping[Any, int]]:
+    file = files("lmms_plugin.study.file").joinpath("documents.yaml")
+    found: dict[Any, dict[Any, int]] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return found
+
+
+class _Source(NamedTuple):
+    file: Path
+    overrides: Mapping[str, Any]
+
+
+@cache
+def _ours() -> dict[str, _Source]:
+    found = {}
+    for file in sorted(generated.FOLDER.rglob("*.yaml")):
+        config = _merged(file)
+        name = config.get("group", config.get("task"))
+        if isinstance(name, str):
+            found[name] = _Source(file, {})
+    for name, entry in generated.entries().items():
+        found.setdefault(name, _Source(entry.yaml, entry.overrides))
+    return found
+
+
+@cache
+def _merged(file: Path) -> Mapping[str, Any]:
+    """A YAML with what it includes, as lmms-eval merges them."""
+    config = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    include = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for other in reversed([include] if isinstance(include, str) else include):
+        merged |= _merged(file.parent / other)
+    return MappingProxyType(merged | config)
+
+
+def _single(name: str, ours: Mapping[str, _Source]) -> Iterator[tuple[str, dict[str, Any]]]:
+    source = ours[name]
+    config = {**_merged(source.file), **source.overrides}
+    members = config.get("task")
+    yield name, config
+    if isinstance(members, list):
+        for member in members:
+            if isinstance(member, str) and member in ours:
+                yield from _single(member, ours)
+
+
+def _of_lmms_eval(name: str) -> dict[str, dict[str, Any]]:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        manager = _manager()
+        if name not in manager.task_index:
+            raise ValueError(f"unknown task {name!r}{near(name, manager.all_tasks)}")
+        return dict(_foreign(manager, name))
+
+
+def _foreign(manager: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    members = manager.task_index[name].get("task")
+    config = {} if manager._name_is_tag(name) else dict(manager._get_config(name))
+    yield name, config
+    for member in manager._get_tasklist(name) if members == -1 or isinstance(members, list) else []:
+        known = member if isinstance(member, str) else member.get("task")
+        if isinstance(known, str) and known in manager.task_index:
+            yield from _foreign(manager, known)
+
+
+@cache
+def _manager() -> Any:
+    import lmms_eval.models  # noqa: F401  Its import makes the tasks of plugins known.
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager("ERROR")
+
+
+def _modules(value: Any) -> Iterator[str]:
+    if isinstance(value, _Function):
+        yield value.rpartition(".")[0]
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _modules(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _modules(one)
+    elif hasattr(value, "__module__") and isinstance(value.__module__, str):
+        yield value.__module__
+
+
+def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    resolved = {}
+    for name, value in config.items():
+        looked_up = _looked_up(value) if name in ("dataset_path", "dataset_kwargs") else value
+        resolved[name] = of_value(looked_up)
+    path = resolved.get("dataset_path")
+    if isinstance(path, str) and HUB_ID.fullmatch(path):
+        resolved["dataset_revision"] = revision(path, "dataset")
+    return resolved
+
+
+def _looked_up(value: Any) -> Any:
+    found = attribute(value) if isinstance(value, _Function) else value
+    return found() if callable(found) else found
+
+
+def local_copies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Fingerprints of the local copies of datasets that environment variables of this package name."""
+    named = {name: Path(value).expanduser() for name, value in environment.items() if name.startswith(variables.PREFIX)}
+    return {name: of_path(path) for name, path in sorted(named.items()) if name != variables.CACHE and path.exists()}
+
+
+def known(names: Iterable[str]) -> dict[str, Described]:
+    """Describe several tasks or groups by name.
+
+    Raises:
+        ValueError: As `describe`.
+    """
+    return {name: describe(name) for name in names}

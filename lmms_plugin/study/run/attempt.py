@@ -1,0 +1,221 @@
+"""One attempt at a cell: the lmms-eval process, and the judgement of what it left."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lmms_plugin import harness_log
+from lmms_plugin.analysis import results
+from lmms_plugin.study.file import identity
+from lmms_plugin.study.file.grid import Cell
+from lmms_plugin.study.file.identity import Keyed
+from lmms_plugin.study.file.tasks import known
+from lmms_plugin.study.store.folder import LOG
+from lmms_plugin.utils import guard, installed
+from lmms_plugin.utils.variables import PREFIX
+
+REPORT = "quant_report.json"
+_TAIL_LINES, _TAIL_LETTERS = 40, 6000
+
+
+class Outcome(NamedTuple):
+    """What became of an attempt.
+
+    Attributes:
+        problem: Why it failed; None if it is finished.
+        returncode: Of the process.
+        done: When, how long and where it ran.
+        tail: End of the log.
+        changed: Parts of its key that changed while it ran; it may have run with either.
+    """
+
+    problem: str | None
+    returncode: int
+    done: Mapping[str, Any]
+    tail: str
+    changed: tuple[str, ...]
+
+
+def command(cell: Cell, gpus: int) -> tuple[str, ...]:
+    """The command of a cell, to be run in its folder.
+
+    Args:
+        cell: What is asked.
+        gpus: How many GPUs it has.
+    """
+    processes = cell.resources.processes
+    start: tuple[str, ...] = ("lmms-eval",)
+    if processes > 1:
+        # On a CPU accelerate starts one process whatever it is told.
+        settled = (
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        )
+        on_gpus = ("accelerate", "launch", "--multi_gpu", *settled, "--num_processes", str(processes))
+        on_cpu = ("torchrun", "--standalone", "--nproc_per_node", str(processes))
+        start = (*(on_gpus if gpus else on_cpu), "-m", "lmms_eval")
+    limit = () if cell.limit is None else ("--limit", str(cell.limit))
+    asked = ("--model", cell.model, "--model_args", f"{cell.model_args},report={REPORT}", "--tasks")
+    asked += (",".join(cell.tasks), "--batch_size", str(cell.batch_size), *limit)
+    return (*start, *asked, "--log_samples", "--output_path", ".")
+
+
+def about(keyed: Keyed, gpus: int) -> dict[str, Any]:
+    """What `cell.json` says of a cell."""
+    cell = keyed.cell
+    return {
+        "id": keyed.id,
+        "key": keyed.key,
+        "model": cell.model,
+        "model_args": dict(cell.arguments),
+        "tasks": list(cell.tasks),
+        "limit": cell.limit,
+        "batch_size": cell.batch_size,
+        "processes": cell.resources.processes,
+        "axes": cell.axes.to_dict(),
+        "command": list(command(cell, gpus)),
+        "versions": dict(keyed.versions),
+        "depends_on": dict(keyed.parts),
+    }
+
+
+@dataclass
+class Attempt:
+    """A process that works on a cell.
+
+    Attributes:
+        keyed: The cell.
+        folder: It works in.
+        gpus: It runs on.
+        process: Its guard.
+        started: Seconds since the epoch.
+        began: Likewise, by a clock that nobody sets.
+        timed_out: Whether it was ended because it took too long.
+    """
+
+    keyed: Keyed
+    folder: Path
+    gpus: tuple[str, ...]
+    process: subprocess.Popen[bytes]
+    started: float
+    began: float = field(default_factory=time.monotonic)
+    timed_out: bool = False
+
+    @classmethod
+    def start(
+        cls,
+        keyed: Keyed,
+        folder: Path,
+        *,
+        gpus: Sequence[str],
+        threads: int | None = None,
+        inherited: Sequence[int] = (),
+    ) -> Attempt:
+        """Start lmms-eval in a folder, with its output in the log there.
+
+        Args:
+            keyed: The cell.
+            folder: Empty.
+            gpus: Of the machine, as CUDA counts them; none for the CPU.
+            threads: Threads of each process; None for what the environment says.
+            inherited: File descriptors that the guard keeps open.
+        """
+        first, *rest = command(keyed.cell, len(gpus))
+        process = guard.start(
+            [installed.command(first), *rest],
+            folder / LOG,
+            folder=folder,
+            environment=_environment(gpus, threads),
+            inherited=inherited,
+        )
+        return cls(keyed, folder, tuple(gpus), process, time.time())
+
+    @property
+    def over(self) -> bool:
+        """Whether the process has ended."""
+        return self.process.poll() is not None
+
+    def expire(self) -> None:
+        """End a process that has run for as long as its cell may."""
+        most = self.keyed.cell.resources.timeout
+        if most is not None and not self.over and time.monotonic() - self.began >= most:
+            self.timed_out = True
+            self.end()
+
+    def end(self) -> None:
+        """End the process and everything it started, and wait until that is so."""
+        guard.end(self.process)
+
+    def outcome(self) -> Outcome:
+        """Judge what a process that is over left; lmms-eval's exit status tells nothing."""
+        self.end()
+        status, seconds = self.process.returncode, time.monotonic() - self.began
+        done = {
+            "seconds": round(seconds, 3),
+            "started": _moment(self.started),
+            "finished": _moment(self.started + seconds),
+            "host": socket.gethostname(),
+        }
+        identity.forget()
+        changed = self.keyed.differences(identity.keyed(self.keyed.cell, cuda=bool(self.gpus)).parts)
+        problem = f"{' and '.join(changed)} changed while it ran" if changed else None
+        if self.timed_out:
+            problem = problem or f"it took longer than its timeout of {self.keyed.cell.resources.timeout} s"
+        problem = problem or _problem(self.keyed.cell, self.folder, status)
+        return Outcome(problem, status, done, self._tail(), tuple(changed))
+
+    def _tail(self) -> str:
+        lines = harness_log.lines(_log(self.folder).rstrip())
+        return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_LETTERS:]
+
+
+def _log(folder: Path) -> str:
+    return (folder / LOG).read_text(encoding="utf-8", errors="replace")
+
+
+def _problem(cell: Cell, folder: Path, status: int) -> str | None:
+    """Why a folder does not hold the whole results of a cell; None if it does."""
+    try:
+        files = [] if status else results.find(folder)
+    except ValueError:
+        files = []
+    if not files:
+        return harness_log.failure(_log(folder), status)
+    try:
+        run = results.read_one(folder)
+    except ValueError as error:
+        return str(error)
+    missing = [name for task in known(cell.tasks).values() for name in task.tasks if name not in run.results]
+    if missing:
+        return f"expected results of {missing[0]}, got {', '.join(run.results)}"
+    return None if (folder / REPORT).is_file() else f"expected {REPORT}, got none"
+
+
+def _environment(gpus: Sequence[str], threads: int | None) -> dict[str, str]:
+    environment = dict(os.environ)
+    # The process works in a folder of its own.
+    for name, value in environment.items():
+        if name.startswith(PREFIX) and value and not os.path.isabs(value) and os.path.exists(value):
+            environment[name] = os.path.abspath(value)
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    return environment
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,97 @@
+"""What a cell will take: as long as finished cells that are like it, or by a model of three numbers that it states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from statistics import median
+from typing import Any, NamedTuple
+
+from lmms_plugin.study.file.grid import Cell
+from lmms_plugin.study.file.tasks import known
+from lmms_plugin.study.store.folder import StudyFolder
+
+START = 20.0
+"""Seconds until lmms-eval answers its first question, measured on one idle core of a server's processor."""
+TOKENS = 512
+"""Of an image, a question and an answer together."""
+CPU_RATE, GPU_RATE = 2e10, 1e14
+"""Operations per second that are reached on one core of a CPU in float32, and on a data-centre GPU in bfloat16."""
+
+STATED = "stated model, not measured"
+
+
+class Seconds(NamedTuple):
+    """How long a cell will take.
+
+    Attributes:
+        value: Seconds; None where nothing tells.
+        basis: What says so, in words.
+    """
+
+    value: float | None
+    basis: str
+
+
+class Past(NamedTuple):
+    """A finished cell of the same folder.
+
+    Attributes:
+        about: Its `cell.json`.
+        seconds: It took.
+    """
+
+    about: Mapping[str, Any]
+    seconds: float
+
+
+def past(folder: StudyFolder | None) -> list[Past]:
+    """Finished cells of a folder; none without a folder."""
+    found: list[Past] = []
+    if folder is None:
+        return found
+    for one in folder.finished():
+        # Another runner may put it aside at the same time.
+        with suppress(FileNotFoundError):
+            found.append(Past(folder.about(folder.done_path(one)), folder.done(one)["seconds"]))
+    return found
+
+
+def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None, *, cuda: bool = False) -> Seconds:
+    """Estimate how long a cell takes: the median of the finished cells that are most like it.
+
+    Cells count as alike by model, tasks and limit; among these the same method, bits and calibration are preferred,
+    then the same method. Without such cells, and where the number of documents is known, it is the time to start and
+    that of the multiplications.
+
+    Args:
+        cell: What is asked.
+        finished: Cells of the same folder.
+        parameters: Of the model; None where it is not known.
+        cuda: Whether it runs on a GPU.
+    """
+    asked = {"tasks": list(cell.tasks), "limit": cell.limit, "processes": cell.resources.processes}
+    alike = [one for one in finished if _named(one, asked) and one.about["axes"]["model"] == cell.axes.model]
+    for axes in (("method", "bits", "calibration"), ("method",), ()):
+        same = [one for one in alike if all(one.about["axes"][axis] == getattr(cell.axes, axis) for axis in axes)]
+        if same:
+            what = " and ".join(("model", "tasks", *axes))
+            return Seconds(median(one.seconds for one in same), f"median of {len(same)} finished cells of equal {what}")
+    documents = _documents(cell)
+    if documents is None or parameters is None:
+        missing = "number of documents" if documents is None else "size of the model"
+        return Seconds(None, f"unknown: no cell like it is finished, and the {missing} is not known")
+    rate = GPU_RATE if cuda else CPU_RATE
+    basis = f"{START:.0f} s and {documents} documents of {TOKENS} tokens at {rate:.0e} operations per second"
+    return Seconds(START + documents * TOKENS * 2 * parameters / rate, f"{STATED}: {basis}")
+
+
+def _documents(cell: Cell) -> int | None:
+    """Of all tasks, at most; None where one does not tell and there is no limit."""
+    several = [count for task in known(cell.tasks).values() for count in task.documents]
+    limited = [count if cell.limit is None else min(cell.limit, count or cell.limit) for count in several]
+    return None if None in limited else sum(count for count in limited if count is not None)
+
+
+def _named(one: Past, asked: Mapping[str, Any]) -> bool:
+    return all(one.about.get(name) == value for name, value in asked.items())

@@ -1,0 +1,91 @@
+"""How large a checkpoint is and will be, from its configuration alone: layers are made without numbers in them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
+
+from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.quant_backends import backend_class, option_types
+from lmms_plugin.quant_backends.backend import CheckpointBackend
+from lmms_plugin.quant_backends.plans.plan import Component, QuantSpec
+from lmms_plugin.quant_backends.structure.components import components
+from lmms_plugin.study.file.grid import Cell
+from lmms_plugin.utils.readable import readable
+
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_SCALE_AND_ZERO = 2
+_LONGEST = 200
+
+
+class Size(NamedTuple):
+    """How large a cell's model is.
+
+    Attributes:
+        parameters: Their number, by the name where the configuration cannot be read; None where neither tells.
+        bytes: That its weights will take, without activations, caches and what calibration needs; None where the
+            configuration cannot be read.
+        basis: What says so, in words.
+    """
+
+    parameters: int | None
+    bytes: int | None
+    basis: str
+
+
+class _Layers(NamedTuple):
+    parameters: int
+    components: Mapping[str, Component]
+    shapes: Mapping[str, tuple[int, int]]
+
+
+def size(cell: Cell, *, cuda: bool) -> Size:
+    """Estimate the size of a cell's model; nothing is downloaded.
+
+    Args:
+        cell: What is asked.
+        cuda: Whether it runs on a GPU, where `dtype=auto` is bfloat16.
+    """
+    arguments = ModelArguments.parse(cell.arguments, option_types(cell.backend))
+    kind = backend_class(cell.backend)
+    if issubclass(kind, CheckpointBackend):
+        return Size(None, None, "unknown: the checkpoint came quantized")
+    try:
+        layers = _layers(arguments.find_checkpoint(), arguments.trust_remote_code)
+        plan = arguments.quant_plan(kind.default_bits)
+        specs = plan.assign(layers.components).specs if plan.specs else {}
+    # Whatever a configuration lacks, it is the estimate that is missing and not the cell that is wrong.
+    except (OSError, ValueError, AttributeError, NotImplementedError) as error:
+        return Size(_by_name(arguments.pretrained), None, f"unknown: {' '.join(str(error).split())[:_LONGEST]}")
+    dense = _BYTES.get(arguments.dtype, 2 if cuda else 4)
+    saved = sum(_saved(spec, *layers.shapes[name], dense) for name, spec in specs.items())
+    return Size(layers.parameters, layers.parameters * dense - saved, "weights alone, by the configuration")
+
+
+def _by_name(checkpoint: str) -> int | None:
+    """Parameters that take part in an answer, as the checkpoint's name tells: 7B, or 30B-A3B where 3 are active."""
+    told = re.findall(r"(?<![A-Za-z\d.])(A?)(\d+(?:\.\d+)?)[Bb](?![A-Za-z])", checkpoint.rpartition("/")[2])
+    billions = next((number for active, number in told if active), told[0][1] if told else None)
+    return None if billions is None else round(float(billions) * 1e9)
+
+
+def _saved(spec: QuantSpec, rows: int, columns: int, dense: int) -> int:
+    groups = rows * math.ceil(columns / (spec.group_size or columns))
+    return rows * columns * dense - math.ceil(rows * columns * spec.bits / 8) - groups * _SCALE_AND_ZERO * dense
+
+
+@cache
+def _layers(checkpoint: str, trust_remote_code: bool) -> _Layers:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with readable(f"{checkpoint}: config.json"):
+        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    found = components(model)
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in found}
+    return _Layers(sum(one.numel() for one in model.parameters()), found, shapes)

@@ -1,0 +1,214 @@
+"""Every cell of a study against the unquantized model on the same documents, with published numbers beside.
+
+analysis:
+kind: against_reference
+question: Does quantization cost reliability before it costs accuracy?
+metrics: [accuracy, ece, aurc, coverage@0.01]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lmms_plugin.analysis import comparison
+from lmms_plugin.analysis.reliability import PRINTED, Settings
+from lmms_plugin.analysis.results import KINDS
+from lmms_plugin.metrics.bootstrap import RESAMPLES
+from lmms_plugin.metrics.paired import Difference, holm
+from lmms_plugin.study.file.asked import AskedError, expect_metrics, parse
+from lmms_plugin.study.file.grid import Axes
+from lmms_plugin.study.verdicts import published
+from lmms_plugin.study.verdicts.arms import UNTOUCHED, Cell, expect_places, one_reference, read_cells, select
+from lmms_plugin.study.verdicts.conclusions import Conclusion, Planned
+
+COMPARED = frozenset(kind.named(PRINTED.get(name, name)) for kind in KINDS for name in comparison.compared(kind))
+"""Metrics of `lmms-plugin compare`."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a study.
+
+    Attributes:
+        question: In words.
+        metrics: As in `lmms-plugin compare`.
+        tasks: Which; empty for all of ours.
+        margin: Largest difference that counts as none; None to leave equivalence out.
+        level: Confidence level of the intervals.
+        resamples: Of the images.
+        seed: Of the resamples.
+        estimator: Confidence estimator; None for that of the kind of task.
+    """
+
+    question: str
+    metrics: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    margin: float | None = None
+    level: float = 0.95
+    resamples: int = RESAMPLES
+    seed: int = 0
+    estimator: str | None = None
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Question:
+        """Read the `analysis` of a study file.
+
+        Raises:
+            ValueError: Something is missing, unknown or of the wrong kind.
+        """
+        question = parse(cls, given, ("question", "metrics"))
+        if unknown := [metric for metric in question.metrics if metric not in COMPARED]:
+            known = ", ".join(sorted(COMPARED))
+            raise AskedError("metrics", f"expected metrics that are compared ({known}), got {unknown[0]!r}")
+        return question
+
+    def settings(self, workers: int) -> Settings:
+        """As the comparison takes them."""
+        return Settings(self.estimator, self.resamples, self.seed, self.level, workers=workers)
+
+
+class Row(NamedTuple):
+    """One metric of one task of one cell.
+
+    Attributes:
+        axes: Where the cell stands.
+        change: What changed against the unquantized model; p adjusted by Holm over all cells and tasks of the metric.
+        published: What was published of it; None where nothing was.
+        published_reference: The same of the unquantized model.
+    """
+
+    axes: Axes
+    change: comparison.Change
+    published: published.Published | None
+    published_reference: published.Published | None
+
+
+def expect(question: Question, cells: Sequence[Planned]) -> None:
+    """Refuse a study that will lack tasks, metrics or the unquantized model of one of its checkpoints.
+
+    Raises:
+        ValueError: Names what is missing.
+    """
+    expect_places(cells)
+    expect_metrics(question.metrics, question.tasks, [cell.tasks for cell in cells])
+    for model in dict.fromkeys(cell.axes.model for cell in cells):
+        own = select(cells, {"model": model})
+        expected = sorted(one_reference(own).tasks)
+        if other := [cell for cell in own if sorted(cell.tasks) != expected]:
+            raise ValueError(
+                f"analysis: expected the tasks of the unquantized model in every cell ({', '.join(expected)}), got"
+                f" {', '.join(other[0].tasks)}"
+            )
+
+
+def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:
+    """Compare every cell with the unquantized model of its checkpoint.
+
+    Raises:
+        ValueError: A checkpoint has no cell without quantization, or cells have other tasks or documents than it.
+    """
+    cells = read_cells(study, only)
+    models = dict.fromkeys(cell.axes.model for cell in cells)
+    return [_of_one_model(select(cells, {"model": model}), question, workers) for model in models]
+
+
+def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Conclusion:
+    reference = one_reference(cells)
+    rows: list[Row] = []
+    for cell in cells:
+        if cell is reference:
+            continue
+        found = comparison.compare(reference.run, cell.run, question.settings(workers), question.margin)
+        asked = [one for one in found.changes if one.metric in question.metrics]
+        rows += [_row(cell.axes, one) for one in asked if not question.tasks or one.task in question.tasks]
+    if not rows:
+        raise ValueError(f"analysis: no task has one of the metrics {', '.join(question.metrics)}")
+    rows = _adjusted(rows)
+    sources = sorted({row.published.source for row in rows if row.published})
+    return Conclusion(
+        f"{question.question} {cells[0].axes.model}",
+        [
+            _told(task, metric, rows, question)
+            for task, metric in dict.fromkeys((r.change.task, r.change.metric) for r in rows)
+        ],
+        [],
+        [_table(task, rows, question) for task in dict.fromkeys(row.change.task for row in rows)],
+        [
+            f"Differences from the unquantized model with {100 * question.level:g} % intervals over images; p adjusted"
+            " by Holm over all cells and tasks of a metric.",
+            *(f"Published: {source}." for source in sources),
+        ],
+        {"question": question, "model": cells[0].axes.model, "rows": rows},
+    )
+
+
+def _row(axes: Axes, change: comparison.Change) -> Row:
+    def known(method: str) -> published.Published | None:
+        return published.score(axes.model, change.task, method, axes.bits, change.metric, axes.components)
+
+    return Row(axes, change, known(axes.method), known(UNTOUCHED))
+
+
+def _adjusted(rows: Sequence[Row]) -> list[Row]:
+    adjusted = list(rows)
+    for metric in {row.change.metric for row in rows}:
+        places = [k for k, row in enumerate(rows) if row.change.metric == metric]
+        for k, p in zip(places, holm([rows[k].change.difference.p for k in places]), strict=True):
+            adjusted[k] = rows[k]._replace(change=rows[k].change._replace(p_holm=float(p)))
+    return adjusted
+
+
+def _told(task: str, metric: str, rows: Sequence[Row], question: Question) -> str:
+    of_metric = [row for row in rows if (row.change.task, row.change.metric) == (task, metric)]
+    shown = [row for row in of_metric if row.change.p_holm < 1 - question.level]
+    none = [row for row in of_metric if row not in shown]
+    lines = [f"{_label(row.axes)} {_signed(row.change.difference.value)}" for row in shown]
+    told = f"{task}, {metric}: " + (f"changed by {', '.join(lines)}" if lines else "no change was shown")
+    if lines and none:
+        told += f"; no change was shown for {', '.join(_label(row.axes) for row in none)}"
+    return told + "."
+
+
+def _table(task: str, rows: Sequence[Row], question: Question) -> dict[str, Any]:
+    columns = ["method", "metric", "unquantized", "quantized", "difference", "p (Holm)", "records"]
+    with_published = any(row.published for row in rows if row.change.task == task)
+    if with_published:
+        columns += ["published unquantized", "published quantized"]
+    body = []
+    for row in rows:
+        one = row.change
+        if one.task != task:
+            continue
+        cells = [_label(row.axes), one.metric, _number(one.first), _number(one.second)]
+        cells += [_with_interval(one.difference), _number(one.p_holm), str(one.records)]
+        if with_published:
+            cells += [_published(row.published_reference), _published(row.published)]
+        body.append(cells)
+    return {"title": f"{task}: against the unquantized model", "columns": columns, "rows": body}
+
+
+def _label(axes: Axes) -> str:
+    parts = [axes.method, f"{axes.bits} bits", axes.components, axes.calibration]
+    parts += [f"seed {axes.seed}"] if axes.seed else []
+    return " ".join(str(part) for part in parts if part is not None)
+
+
+def _with_interval(difference: Difference) -> str:
+    inside = "" if math.isnan(difference.low) else f" [{_signed(difference.low)}, {_signed(difference.high)}]"
+    return f"{_signed(difference.value)}{inside}"
+
+
+def _published(found: published.Published | None) -> str:
+    return "" if found is None else f"{found.value:.4g}"
+
+
+def _signed(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:+.4f}"
+
+
+def _number(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,295 @@
+"""Accuracy of groups of cells under shift, resampled over images and calibration seeds at once.
+
+An arm is a set of cells that answer a question together: AWQ and MBQ with synthetic calibration data, say. All cells
+answer the same documents, so images are drawn once for all of them, and every difference is paired image by image. A
+calibrated method is also a draw of calibration samples: its seeds are drawn too, the same ones for all methods and bits
+that saw the same samples. With n seeds, drawing them with replacement shows (n − 1)/n of their variance; deviations are
+stretched by √(n/(n − 1)) to make up for it (Rao & Wu 1988, JASA 83).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lmms_plugin.analysis.results import REJECTION, Run, TaskRecords, match, read_one, reported
+from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap
+from lmms_plugin.metrics.paired import Difference, flips, from_resamples
+from lmms_plugin.metrics.weighted import METHODS, Binned, Means
+from lmms_plugin.study.file.grid import Axes
+from lmms_plugin.study.store.folder import CELLS, DONE, StudyFolder
+
+Floats = npt.NDArray[np.float64]
+NUMBERS = ("accuracy", "mean_iou", "ece")
+UNTOUCHED = "none"
+"""Method of the cell with the unquantized model."""
+
+
+AXES = tuple(field.name for field in fields(Axes))
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A finished cell.
+
+    Attributes:
+        name: Id of the cell.
+        axes: Where it stands.
+        run: What lmms-eval wrote.
+    """
+
+    name: str
+    axes: Axes
+    run: Run
+
+
+class _HasAxes(Protocol):
+    @property
+    def axes(self) -> Any:
+        """Where it stands in the study."""
+
+
+Placed = TypeVar("Placed", bound=_HasAxes)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A number and its values on every resample; adding and scaling keep them paired.
+
+    Attributes:
+        value: On the data themselves.
+        resampled: Shape (resamples,).
+    """
+
+    value: float
+    resampled: Floats = field(repr=False)
+
+    def __sub__(self, other: Drawn) -> Drawn:
+        return Drawn(self.value - other.value, self.resampled - other.resampled)
+
+    def __truediv__(self, other: Drawn) -> Drawn:
+        """The ratio; NaN where the other is 0."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return Drawn(
+                self.value / other.value if other.value else float("nan"),
+                np.where(other.resampled == 0.0, np.nan, self.resampled / other.resampled),
+            )
+
+    def judged(self, *, level: float, margin: float | None, number: str = "accuracy") -> Difference:
+        """As a difference from 0, with interval, p-value and, given a margin, equivalence."""
+        return from_resamples(self.value, self.resampled, METHODS.get(number, "percentile"), level, margin)
+
+
+def mean(parts: Sequence[Drawn]) -> Drawn:
+    """The mean of some numbers, resample by resample."""
+    return Drawn(float(np.mean([part.value for part in parts])), np.mean([part.resampled for part in parts], axis=0))
+
+
+def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
+    """Folders of a study's finished cells, by name.
+
+    Args:
+        study: Its folder.
+        only: Ids of the cells that count; None for all. A folder may also hold cells of an earlier version of a study.
+
+    Raises:
+        ValueError: There are none, or one that counts is not finished.
+    """
+    there = {file.parent.name: file.parent for file in (study / CELLS).glob(f"*/{DONE}")}
+    wanted = sorted(there if only is None else only)
+    if not wanted:
+        raise ValueError(f"expected finished cells below {study / CELLS}, got none: run the study first")
+    if missing := [name for name in wanted if name not in there]:
+        raise ValueError(f"expected the finished cell {missing[0]} below {study / CELLS}, got none")
+    return [there[name] for name in wanted]
+
+
+def read_cells(study: Path, only: Collection[str] | None = None) -> list[Cell]:
+    """The finished cells of a study, by name; arguments as of `folders`.
+
+    Raises:
+        ValueError: There are none, one does not read, or two stand at the same place of the study.
+    """
+    found: list[Cell] = []
+    places: dict[Axes, str] = {}
+    for folder in folders(study, only):
+        given = StudyFolder.about(folder).get("axes", {})
+        axes = Axes(**{name: given.get(name) for name in AXES})
+        if axes in places:
+            raise ValueError(
+                f"expected one cell for each place of the study, got {places[axes]} and {folder.name}, which differ in"
+                " what they ran (see their cell.json): name the study file, or remove one of them"
+            )
+        places[axes] = folder.name
+        found.append(Cell(folder.name, axes, read_one(folder)))
+    return found
+
+
+class Resampled:
+    """Numbers of many cells on the same documents, resampled together.
+
+    Args:
+        cells: The cells.
+        tasks: Tasks that all of them answered.
+        estimator: Confidence estimator; None for that of the kind of task.
+        resamples: How many.
+        seed: Of the resamples.
+        workers: Threads.
+
+    Raises:
+        ValueError: A cell lacks a task, or answered other documents than the others.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        tasks: Sequence[str],
+        *,
+        estimator: str | None = None,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+        workers: int = 1,
+    ) -> None:
+        self._seed, self._resamples = seed, resamples
+        self._weights: dict[tuple[str | None, tuple[int | None, ...]], Floats] = {}
+        first = {task: _records(cells[0], task) for task in tasks}
+        for cell in cells[1:]:
+            for task in tasks:
+                match(first[task], _records(cell, task))
+        names = np.unique(np.concatenate([r.images[reported(r)] for r in first.values()]))
+        self.images = int(names.size)
+        self.documents = {task: int(reported(records).sum()) for task, records in first.items()}
+        statistics: list[Statistic] = []
+        places: list[tuple[str, str]] = []
+        for cell in cells:
+            for task in tasks:
+                made = _statistics(_records(cell, task), names, estimator)
+                statistics += made
+                places += [(cell.name, task)] * len(made)
+        drawn = bootstrap(statistics, self.images, resamples=resamples, seed=seed, workers=workers)
+        self._numbers = {
+            (*place, name): Drawn(*draws.of(name))
+            for place, draws in zip(places, drawn, strict=True)
+            for name in draws.names
+            if name in NUMBERS
+        }
+
+    def of(self, cell: Cell, task: str, number: str = "accuracy") -> Drawn:
+        """A number of one cell on one task; NaN where the cell tells no confidence."""
+        missing = Drawn(float("nan"), np.full(self._resamples, np.nan))
+        return self._numbers.get((cell.name, task, number), missing)
+
+    def over(self, cells: Sequence[Cell], tasks: Sequence[str], number: str = "accuracy") -> Drawn:
+        """The mean over tasks, seeds, and then everything else that tells the cells apart."""
+        return mean([mean([self._over_seeds(seeds, task, number) for task in tasks]) for seeds in by_seed(cells)])
+
+    def _over_seeds(self, cells: Sequence[Cell], task: str, number: str) -> Drawn:
+        drawn = [self.of(cell, task, number) for cell in cells]
+        weights = self._seed_weights(cells[0].axes.calibration, tuple(cell.axes.seed for cell in cells))
+        resampled = np.einsum("sr,sr->r", weights, np.stack([one.resampled for one in drawn]))
+        return Drawn(float(np.mean([one.value for one in drawn])), resampled)
+
+    def _seed_weights(self, calibration: str | None, seeds: tuple[int | None, ...]) -> Floats:
+        """How much each seed counts on each resample, shape (seeds, resamples); sums to 1."""
+        key = calibration, seeds
+        if key not in self._weights:
+            n = len(seeds)
+            drawn = np.full((n, self._resamples), 1.0)
+            if n > 1:
+                rng = np.random.default_rng([self._seed, *f"{calibration}".encode()])
+                drawn = rng.multinomial(n, np.full(n, 1 / n), size=self._resamples).T.astype(np.float64)
+                drawn = 1.0 + np.sqrt(n / (n - 1)) * (drawn - 1.0)
+            self._weights[key] = drawn / n
+        return self._weights[key]
+
+
+def by_seed(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that differ in their seed alone, together."""
+    groups: dict[Axes, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[replace(cell.axes, seed=None)].append(cell)
+    return [sorted(group, key=lambda cell: cell.axes.seed or 0) for group in groups.values()]
+
+
+def flipped(cells: Sequence[Cell], reference: Cell, tasks: Sequence[str]) -> tuple[float, float] | None:
+    """Answers lost and won against the reference as shares of all documents, mean over cells and tasks.
+
+    None for tasks without right and wrong.
+    """
+    shares = []
+    for task in tasks:
+        base = _records(reference, task)
+        if base.kind.right is None:
+            return None
+        keep = reported(base)
+        for cell in cells:
+            shares.append(np.array(flips(base.outcome[keep], _records(cell, task).outcome[keep])) / keep.sum())
+    lost, won = np.mean(shares, axis=0)
+    return float(lost), float(won)
+
+
+def parse_rate(cells: Sequence[Cell], tasks: Sequence[str]) -> float:
+    """Share of answers that hold a box, mean over cells and tasks."""
+    records = [_records(cell, task) for cell in cells for task in tasks]
+    return float(np.mean([r.parsed[reported(r)].mean() for r in records]))
+
+
+def one_reference(cells: Sequence[Placed]) -> Placed:
+    """The cell with the unquantized model.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    found = select(cells, {"method": UNTOUCHED})
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one cell with the unquantized model (method {UNTOUCHED}) for {cells[0].axes.model}, got"
+            f" {len(found)}"
+        )
+    return found[0]
+
+
+def expect_places(cells: Sequence[Placed]) -> None:
+    """Refuse several cells at one place of the study, such as lists of tasks for processes of their own.
+
+    Raises:
+        ValueError: Names the place.
+    """
+    (axes, count), *_ = Counter(cell.axes for cell in cells).most_common(1)
+    if count > 1:
+        raise ValueError(f"analysis: expected one cell that answers all tasks for each place, got {count} of {axes}")
+
+
+def select(cells: Sequence[Placed], wanted: Mapping[str, Any]) -> list[Placed]:
+    """Cells whose axes have one of the values wanted of each."""
+    return [cell for cell in cells if all(_is_in(getattr(cell.axes, axis), values) for axis, values in wanted.items())]
+
+
+def _is_in(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, list | tuple) else value == wanted
+
+
+def _records(cell: Cell, task: str) -> TaskRecords:
+    if task not in cell.run.tasks:
+        answered = ", ".join(sorted(cell.run.tasks)) or "none of ours"
+        raise ValueError(f"expected task {task} in cell {cell.name}, got {answered}")
+    return cell.run.tasks[task]
+
+
+def _statistics(records: TaskRecords, names: npt.NDArray[np.str_], estimator: str | None) -> list[Statistic]:
+    if records.kind is REJECTION:
+        raise ValueError(f"expected a task with right and wrong answers, got {records.task}, which is about rejection")
+    keep = reported(records)
+    clusters = Clusters(np.searchsorted(names, records.images[keep]), names.size)
+    confidence, outcome = records.confidence_by(estimator)[keep], records.outcome[keep]
+    made: list[Statistic] = [Means({"accuracy": outcome, "mean_iou": records.score[keep]}, clusters)]
+    known = ~np.isnan(confidence)
+    if known.any():
+        made.append(Binned(confidence[known], outcome[known], Clusters(clusters.index[known], clusters.count)))
+    return made

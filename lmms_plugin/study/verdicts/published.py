@@ -1,0 +1,80 @@
+"""Numbers that papers report, for printing beside a study's own where it runs the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import yaml
+
+
+class Published(NamedTuple):
+    """A published number.
+
+    Attributes:
+        value: The number, a share where it was given in percent.
+        source: Where from, and what is known of how it was made.
+    """
+
+    value: float
+    source: str
+
+
+class Importances(NamedTuple):
+    """Published importances of components.
+
+    Attributes:
+        shares: Component → percent of the score's variation; a component the model lacks is left out.
+        source: Where from.
+    """
+
+    shares: Mapping[str, float]
+    source: str
+
+
+def score(
+    model: str, task: str, method: str, bits: int | None, metric: str, components: str | None = None
+) -> Published | None:
+    """What was published of a metric; None where nothing was.
+
+    Args:
+        model: What `pretrained` says.
+        task: Name of the task.
+        method: Backend.
+        bits: Per weight; 16 or None without quantization.
+        metric: As in lmms-eval's table.
+        components: What is quantized; asked only where the source says what it quantized.
+    """
+    for table in _tables()["scores"]:
+        if not _same(table, model, task) or metric not in table["columns"]:
+            continue
+        if method != "none" and table.get("components", components) != components:
+            continue
+        for row in table["rows"]:
+            if row["method"] == method and (method == "none" or row["bits"] == bits):
+                value = row["values"][table["columns"].index(metric)]
+                return Published(value / 100 if table["percent"] else value, table["source"])
+    return None
+
+
+def importances(model: str, task: str, method: str) -> Importances | None:
+    """What was published about a model's components; None where nothing was. Arguments as of `score`."""
+    for table in _tables()["importances"]:
+        for row in table["rows"]:
+            if _same(row, model, task) and row["method"] == method:
+                named = zip(table["columns"], row["values"], strict=True)
+                return Importances({name: share for name, share in named if share is not None}, table["source"])
+    return None
+
+
+def _same(entry: Mapping[str, Any], model: str, task: str) -> bool:
+    return entry["model"].lower() in model.lower() and task.startswith(entry["task"])
+
+
+@cache
+def _tables() -> dict[str, list[dict[str, Any]]]:
+    text = files("lmms_plugin.study.verdicts").joinpath("published.yaml").read_text(encoding="utf-8")
+    tables: dict[str, list[dict[str, Any]]] = yaml.safe_load(text)
+    return tables

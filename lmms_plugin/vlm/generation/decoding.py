@@ -1,0 +1,467 @@
+"""Token by token decoding that keeps the log-probability of what was chosen, and nothing else of the vocabulary.
+
+Both ways of decoding here, generating an answer and scoring a given one, go through `model.generate`: positions, caches
+and attention masks are then those of the model's own code, for every architecture, and a score means the same as the
+log-probabilities of a generated answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lmms_plugin.protocol.reasoning import ANSWER, REASONING, tokens_among
+from lmms_plugin.protocol.response import Alternatives, Token
+from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
+from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
+from lmms_plugin.vlm.settings import Sampling, Settings
+
+NO_TOKEN = 2**31 - 1
+"""An id that no vocabulary has."""
+
+
+class OutOfMemory(RuntimeError):
+    """The device has no room for a batch."""
+
+
+class Answer(NamedTuple):
+    """A generated answer.
+
+    Attributes:
+        tokens: with the end-of-sequence token, if the model came to it, as the last; cut where `until` says.
+            Their log-probabilities are NaN after a beam search, which reports none.
+        text: the answer without special tokens, but for those that part reasoning and answer.
+        ids: of all tokens that were generated, uncut.
+    """
+
+    tokens: tuple[Token, ...]
+    text: str
+    ids: tuple[int, ...]
+
+
+class Score(NamedTuple):
+    """How a model judges a given continuation.
+
+    Attributes:
+        logprobs: natural logarithm of the probability of each of its tokens.
+        is_greedy: whether greedy decoding would have produced it.
+    """
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole continuation."""
+        return math.fsum(self.logprobs)
+
+
+@dataclass
+class Decoder:
+    """A model with its tokenizer, ready to generate.
+
+    Attributes:
+        model: any Hugging Face model with `generate`.
+        tokenizer: its tokenizer.
+        ends: ids of the tokens that end an answer.
+        special: ids of the tokens that are no text.
+        marks: ids of those among them that part reasoning and answer.
+        static_cache: whether keys and values get a fixed place, with which transformers compiles decoding on a GPU.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    ends: tuple[int, ...]
+    special: frozenset[int]
+    marks: frozenset[int] = frozenset()
+    static_cache: bool = False
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Tokenizer, *, static_cache: bool = False) -> Decoder:
+        """Take over what a checkpoint says about ending and padding an answer, and nothing else.
+
+        Sampling, penalties and lengths in its generation_config.json would silently join those of a task, so they go.
+        """
+        if not isinstance(model, GenerationMixin):
+            raise ValueError(
+                f"{type(model).__name__} does not write token by token (it has no generate of transformers' "
+                "GenerationMixin): its answers have no probabilities, and this family is not supported"
+            )
+        ends = end_tokens(model, tokenizer)
+        if not ends:
+            raise ValueError("Neither generation_config.json nor the tokenizer of this checkpoint names an eos token")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+        for part in _writers(model):
+            given = part.generation_config
+            kept = {"bos_token_id": given.bos_token_id, "decoder_start_token_id": given.decoder_start_token_id}
+            part.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=list(ends), **kept)
+        added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        tags = tokens_among([token.content for token in added.values()], (*REASONING, *ANSWER))
+        marks = frozenset(index for index, token in added.items() if token.content in tags)
+        special = frozenset({*added, *ends})
+        # A copy of its own, because others encode on background threads meanwhile.
+        return cls(model, copy.deepcopy(tokenizer), ends, special, marks, static_cache)
+
+    @cached_property
+    def number_tokens(self) -> NumberTokens:
+        """The tokens of digits."""
+        return NumberTokens(self.tokenizer)
+
+    def generate(
+        self,
+        inputs: Mapping[str, Tensor],
+        settings: Settings,
+        seeds: Sequence[int] | None = None,
+        *,
+        digits: bool = False,
+    ) -> list[Answer]:
+        """Generate one answer per row of the batch.
+
+        Args:
+            inputs: keyword arguments of the model, on its device; `input_ids` (rows, prompt length) padded on the left.
+            settings: the same for all rows.
+            seeds: one per row, for sampling: what is drawn for a row depends on its own seed and not on its batch.
+            digits: whether to record, for tokens of digits, how likely the others were (`Token.alternatives`).
+
+        Raises:
+            OutOfMemory: the batch does not fit; says what helps.
+            FloatingPointError: the model's logits are not numbers.
+        """
+        if settings.num_beams > 1:
+            return self._search(inputs, settings)
+        prompt_length = self.read(inputs).shape[1]
+        digit_recorder = DigitRecorder(self.number_tokens) if digits else None
+        ends = _Ends(self.tokenizer, self.ends, settings.until, prompt_length)
+        recorder = _Recorder(_RawLogits(), ends, digit_recorder)
+        processors: list[LogitsProcessor] = [recorder.raw]
+        if settings.repetition_penalty != 1:
+            processors.append(_RepetitionPenalty(settings.repetition_penalty, self.read(inputs)))
+        if settings.sampling is not None:
+            if seeds is None:
+                raise ValueError("Sampling needs one seed per row")
+            processors.append(_Drawn(settings.sampling, seeds))
+        config = GenerationConfig(max_new_tokens=settings.max_new_tokens, eos_token_id=list(self.ends), do_sample=False)
+        ids = self._run(inputs, config, processors, recorder)
+        rows = zip(ids.tolist(), recorder.logprobs(), recorder.ends.lengths.tolist(), strict=True)
+        answers = [self._answer(row[:length], logprobs[:length], settings.until) for row, logprobs, length in rows]
+        recorded = None if digit_recorder is None else digit_recorder.alternatives()
+        if recorded is None:
+            return answers
+        return [_with_alternatives(answer, row) for answer, row in zip(answers, recorded, strict=True)]
+
+    def score(self, inputs: Mapping[str, Tensor], continuations: Sequence[Sequence[int]]) -> list[Score]:
+        """Score one given continuation per row of the batch, by making the model generate it.
+
+        Args:
+            inputs: as in `generate`.
+            continuations: token ids, may be empty.
+
+        Raises:
+            OutOfMemory: the batch does not fit; says what helps.
+            FloatingPointError: the model's logits are not numbers.
+        """
+        longest = max(map(len, continuations))
+        if longest == 0:
+            return [Score((), True) for _ in continuations]
+        recorder = _Recorder(_RawLogits(), None)
+        forced = _Forced(continuations, self.read(inputs).shape[1], inputs["input_ids"].device)
+        # Text that is scored may go on behind an end token.
+        config = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=NO_TOKEN)
+        self._run(inputs, config, [recorder.raw, forced], recorder)
+        rows = zip(recorder.logprobs(), recorder.greedy(), continuations, strict=True)
+        return [Score(tuple(logprobs[: len(given)]), all(greedy[: len(given)])) for logprobs, greedy, given in rows]
+
+    @property
+    def answers_apart(self) -> bool:
+        """Whether an answer is no continuation of the prompt, as with an encoder-decoder."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the mask, 1 at tokens and 0 at padding, of what `generate` returns in front of its answers.
+
+        That is the prompt, or of an encoder-decoder the one token that every answer begins with.
+        """
+        mask = inputs["attention_mask"]
+        return torch.ones_like(mask[:, :1]) if self.answers_apart else mask
+
+    def writer(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Return what generates: the model, or the language model within it.
+
+        That is where no image is left to read, and `generate` of the whole model demands one.
+        """
+        if "pixel_values" in inputs or not self._demands_image:
+            return self.model
+        return self.model.language_model
+
+    @cached_property
+    def _demands_image(self) -> bool:
+        given = inspect.signature(self.model.generate).parameters.get("pixel_values")
+        return given is not None and given.default is given.empty
+
+    def _run(
+        self,
+        inputs: Mapping[str, Tensor],
+        config: GenerationConfig,
+        processors: list[LogitsProcessor],
+        recorder: _Recorder,
+    ) -> Tensor:
+        if self.static_cache and "past_key_values" not in inputs:
+            config.cache_implementation = "static"
+        with explaining_out_of_memory(len(inputs["input_ids"])):
+            ids: Tensor = generate_of(self.writer(inputs))(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=StoppingCriteriaList([recorder]),
+            )
+        return ids[:, self.read(inputs).shape[1] :]
+
+    def _search(self, inputs: Mapping[str, Tensor], settings: Settings) -> list[Answer]:
+        config = GenerationConfig(
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=list(self.ends),
+            do_sample=False,
+            num_beams=settings.num_beams,
+        )
+        processors = LogitsProcessorList()
+        if settings.repetition_penalty != 1:
+            of_beams = self.read(inputs).repeat_interleave(settings.num_beams, dim=0)
+            processors.append(_RepetitionPenalty(settings.repetition_penalty, of_beams))
+        with explaining_out_of_memory(len(inputs["input_ids"])):
+            ids = generate_of(self.writer(inputs))(**inputs, generation_config=config, logits_processor=processors)
+        ids = ids[:, self.read(inputs).shape[1] :]
+        return [self._answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())]
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        end = next((position for position, token in enumerate(ids) if token in self.ends), len(ids) - 1)
+        return ids[: end + 1]
+
+    def _answer(self, ids: list[int], logprobs: list[float], until: Sequence[str]) -> Answer:
+        ended = bool(ids) and ids[-1] in self.ends
+        texts = token_texts(self.tokenizer, ids[:-1] if ended else ids) + [""] * ended
+        kept = cut(texts, until)
+        silent = self.special - self.marks
+        text = "".join(text for text, token in zip(kept, ids, strict=False) if token not in silent)
+        return Answer(tuple(map(Token, kept, logprobs)), text, tuple(ids))
+
+
+def generate_of(model: Any) -> Callable[..., Tensor]:
+    """Return what generates text.
+
+    A `generate` of a model's own that takes logits processors apart has another use for them than text (Janus draws
+    with them, and drops them where it writes); there it is the one that it overrides.
+    """
+    own = type(model).generate
+    if own is not GenerationMixin.generate and "logits_processor" in inspect.signature(own).parameters:
+        return partial(GenerationMixin.generate, model)
+    generate: Callable[..., Tensor] = model.generate
+    return generate
+
+
+def _with_alternatives(answer: Answer, recorded: Sequence[Alternatives | None]) -> Answer:
+    pairs = zip(answer.tokens, recorded, strict=False)
+    return answer._replace(tokens=tuple(token._replace(alternatives=alternatives) for token, alternatives in pairs))
+
+
+def end_tokens(model: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an answer, by the configuration of all that writes in a model and by its tokenizer."""
+    configured = (_ids(part.generation_config.eos_token_id) for part in _writers(model))
+    return tuple(sorted(_ids(tokenizer.eos_token_id).union(*configured)))
+
+
+def keep_ends(model: Any, tokenizer: Tokenizer) -> None:
+    """Let plain ``generate`` of a model end where its answers do in an evaluation."""
+    ends = end_tokens(model, tokenizer)
+    for part in _writers(model):
+        part.generation_config.eos_token_id = list(ends) or None
+
+
+def _writers(model: Any) -> list[Any]:
+    # A language model within may be one that generates on its own, by a configuration of its own.
+    return [part for part in model.modules() if isinstance(getattr(part, "generation_config", None), GenerationConfig)]
+
+
+def _ids(value: int | Sequence[int] | None) -> set[int]:
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+@contextmanager
+def explaining_out_of_memory(rows: int) -> Iterator[None]:
+    """Turn the device's refusal into an error that says which arguments help."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        first = f"batch_size (now {rows} requests), " if rows > 1 else ""
+        raise OutOfMemory(
+            f"Out of memory. What helps: a smaller {first}max_pixels, bits or vision_bits, max_new_tokens; "
+            f"dtype=bfloat16; device_map=auto to spread the model over several devices. ({error})"
+        ) from error
+
+
+class _RawLogits(LogitsProcessor):
+    """Holds the logits of the current step, before anything changes them."""
+
+    logits: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits = scores
+        return scores
+
+
+class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """Makes what a row has read or written less likely; transformers' own counts a prompt's padding as read."""
+
+    def __init__(self, penalty: float, attention_mask: Tensor) -> None:
+        super().__init__(penalty)
+        self.is_padding = attention_mask == 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        width = self.is_padding.shape[1]
+        # The last token of a prompt is never padding; once more it changes nothing.
+        prompt = torch.where(self.is_padding, input_ids[:, width - 1 : width], input_ids[:, :width])
+        penalised: Tensor = super().__call__(torch.cat([prompt, input_ids[:, width:]], dim=1), scores)
+        return penalised
+
+
+class _Forced(LogitsProcessor):
+    """Leaves one token to choose: the next one of a given continuation."""
+
+    def __init__(self, continuations: Sequence[Sequence[int]], prompt_length: int, device: torch.device) -> None:
+        longest = max(map(len, continuations))
+        padded = [[*given, *[0] * (longest - len(given))] for given in continuations]
+        self.ids = torch.tensor(padded, device=device)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt_length
+        return _only(self.ids[:, step : step + 1], scores)
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves one token to choose: the one drawn for the row by its own random numbers."""
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        self.streams = [random.Random(seed) for seed in seeds]
+        self.warpers = LogitsProcessorList()
+        if sampling.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = self.warpers(input_ids, scores).softmax(1).cumsum(1)
+        uniform = torch.tensor([[stream.random()] for stream in self.streams], device=scores.device)
+        # 1 - uniform is in (0, 1], so that a token of probability 0 is never the first to reach it.
+        drawn = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:])
+        return _only(drawn, scores)
+
+
+def _only(chosen: Tensor, scores: Tensor) -> Tensor:
+    return torch.full_like(scores, -torch.inf).scatter_(1, chosen.to(scores.device), 0.0)
+
+
+class _Ends:
+    """Knows for each row whether its answer has ended, and after how many tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: Sequence[int], until: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.until = until
+        self.prompt_length = prompt_length
+        # A token is at least one byte, so a string that has just been completed lies within this many tokens, but for
+        # tokens without text of their own; the final cut looks at the whole answer.
+        self.window = max((len(string.encode()) for string in until), default=0) + 8
+
+    def update(self, input_ids: Tensor) -> Tensor:
+        last = input_ids[:, -1]
+        if input_ids.shape[1] == self.prompt_length + 1:
+            self.done = torch.zeros_like(last, dtype=torch.bool)
+            self.lengths = torch.zeros_like(last)
+        if not hasattr(self, "done"):
+            raise RuntimeError(
+                f"this model's generate puts other tokens in front of its answer than the {self.prompt_length} of its "
+                "prompt, so that the answer cannot be told apart; this family is not supported"
+            )
+        self.lengths += (~self.done).long()
+        self.done |= torch.isin(last, torch.tensor(self.ends, device=last.device))
+        if self.until:
+            self.done |= torch.tensor(self._has_string(input_ids), device=last.device)
+        return self.done
+
+    def _has_string(self, input_ids: Tensor) -> list[bool]:
+        tails = input_ids[:, self.prompt_length :][:, -self.window :].tolist()
+        texts = (decode(self.tokenizer, tail) for tail in tails)
+        return [any(string in text for string in self.until) for text in texts]
+
+
+class _Recorder(StoppingCriteria):
+    """Notes the log-probability of each chosen token, from the logits of that step alone."""
+
+    def __init__(self, raw: _RawLogits, ends: _Ends | None, digits: DigitRecorder | None = None) -> None:
+        self.raw = raw
+        self._ends = ends
+        self._digits = digits
+        self._logprobs: list[Tensor] = []
+        self._greedy: list[Tensor] = []
+
+    @property
+    def ends(self) -> _Ends:
+        assert self._ends is not None
+        return self._ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        logits = self.raw.logits
+        if logits is None:
+            raise RuntimeError("this model's generate drops logits processors, so that no probability can be recorded")
+        chosen = input_ids[:, -1:].to(logits.device)
+        total = logits.logsumexp(1)
+        self._logprobs.append(logits.gather(1, chosen).squeeze(1) - total)
+        if self._digits is not None:
+            self._digits.note(logits, total, chosen.squeeze(1))
+        if self._ends is not None:
+            return self._ends.update(input_ids)
+        self._greedy.append(logits.argmax(1) == chosen.squeeze(1))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def logprobs(self) -> list[list[float]]:
+        """Return the log-probabilities, one list per row, padding after an answer's end included."""
+        logprobs = torch.stack(self._logprobs, dim=1).clamp(max=0.0)
+        if logprobs.isnan().any():
+            raise FloatingPointError(
+                "The model's logits are not numbers (NaN). A checkpoint or quantization is broken, or its activations "
+                "overflow: compare with quant_none and dtype=float32."
+            )
+        return logprobs.tolist()
+
+    def greedy(self) -> list[list[bool]]:
+        """Return whether each forced token was the likeliest, one list per row."""
+        return torch.stack(self._greedy, dim=1).tolist()

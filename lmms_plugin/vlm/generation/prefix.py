@@ -1,0 +1,451 @@
+"""Questions about one image answered over one encoding of it.
+
+The prompts of such questions begin alike: system message, image, and often the first words. That prefix goes through
+vision tower and language model once; its keys and values are then given to every question, and `generate` continues
+from there with what is left of the prompts. Rows look like this, columns being those of the attention mask:
+
+    0 0 prefix of image A | 0 0 rest of question 1
+    0 0 prefix of image A | rest of question 2 ...
+    prefix of image B ... | 0 rest of question 3
+
+Nothing here knows an architecture by name. The prefix is run by `generate` itself, so that positions (three-dimensional
+ones too) and masks are those of the model's own code. Whether a model's answers may be computed in this way is found
+out: see `PrefixSharing.verify`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lmms_plugin.protocol.prompts import Prompt
+from lmms_plugin.vlm.generation.decoding import Answer, Decoder, explaining_out_of_memory, generate_of
+from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
+from lmms_plugin.vlm.generation.self_check import difference, tolerances_of
+from lmms_plugin.vlm.processor import Batch, Chat
+from lmms_plugin.vlm.settings import Settings
+
+VERIFIED_ROWS = 8
+VERIFIED_TOKENS = 32
+
+
+class NotShareable(Exception):
+    """Prompts or a model for which sharing is no way; the message completes "because ..."."""
+
+
+class Shared(NamedTuple):
+    """Prompts of several images, encoded for sharing, still on the CPU.
+
+    Attributes:
+        prefix: keyword arguments of the model, one row per image, padded on the left.
+        owners: (rows,) for each prompt the row of its image in `prefix`.
+        input_ids: (rows, columns) all prompts, laid out as the module's docstring shows.
+        attention_mask: (rows, columns) 1 at tokens, 0 at padding.
+    """
+
+    prefix: dict[str, Tensor]
+    owners: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class Part(NamedTuple):
+    """Prompts whose prefix has been read.
+
+    Attributes:
+        rows: which of the prompts.
+        inputs: arguments of the model for them.
+        read: what was pooled over their prefixes; None if nothing was.
+    """
+
+    rows: range
+    inputs: dict[str, Any]
+    read: Pooled | None
+
+
+class Encoded(NamedTuple):
+    """Groups of prompts, each about the images of its first.
+
+    Attributes:
+        batch: the first prompt of each group, encoded in full.
+        ids: token ids of every prompt of every group.
+    """
+
+    batch: Batch
+    ids: list[list[list[int]]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every prompt, images included."""
+        return [len(ids) for group in self.ids for ids in group]
+
+
+def encode_groups(chat: Chat, groups: Sequence[Sequence[Prompt]]) -> Encoded:
+    """Encode prompts while looking at the images of each group once.
+
+    Raises:
+        RequestError: the processor refuses a prompt.
+    """
+    batch = chat.encode([group[0] for group in groups])
+    rows = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True)
+    ]
+    return Encoded(batch, [_ids_of(chat, group, first) for group, first in zip(groups, rows, strict=True)])
+
+
+def _ids_of(chat: Chat, group: Sequence[Prompt], first: list[int]) -> list[list[int]]:
+    """Return the token ids of a group's prompts, given those of its first with the image's many placeholders.
+
+    Tokenizers never join text across a special token. So behind the last special token that all texts share, which is
+    the image's own or a later one, tokens depend on the remaining text alone. The first prompt is the proof: put
+    together in this way it must come out as the processor made it, else every prompt goes through the processor. So
+    do they where a question holds a token that is no text, an image's placeholder perhaps, which processors refuse.
+    """
+    texts = [chat.text_of(prompt) for prompt in group]
+    cut = _after_last_special(chat.tokenizer, texts[0][: _common(texts)])
+    tails = [chat.ids(text[cut:]) for text in texts]
+    head = first[: len(first) - len(tails[0])]
+    added = chat.tokenizer.added_tokens_decoder
+    alike = len({tuple(token for token in tail if token in added) for tail in tails}) == 1
+    if cut and alike and head + tails[0] == first:
+        return [head + tail for tail in tails]
+    encoded = (chat.encode([prompt]).inputs["input_ids"][0].tolist() for prompt in group[1:])
+    return [first, *encoded]
+
+
+def _after_last_special(tokenizer: Any, text: str) -> int:
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [position + len(token) for token in special if (position := text.rfind(token)) >= 0]
+    return max(ends, default=0)
+
+
+def _common(rows: Sequence[Sequence[Any]]) -> int:
+    """Return how many leading elements all rows share."""
+    shortest = min(map(len, rows))
+    first = rows[0][:shortest]
+    for row in rows[1:]:
+        while first != row[: len(first)]:
+            # Bisecting would be faster and is not needed: prompts of one task part ways in one place.
+            first = first[: _differ(first, row)]
+    return len(first)
+
+
+def _differ(first: Sequence[Any], second: Sequence[Any]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def lay_out(encoded: Encoded, image_token: int, pad: int) -> Shared:
+    """Part encoded prompts into what a group shares and the rest.
+
+    Args:
+        encoded: the prompts.
+        image_token: id of the token that stands for a piece of image.
+        pad: id that fills rows up.
+
+    Raises:
+        NotShareable: the images of a group lie behind text in which its prompts differ.
+    """
+    sizes = [_shared_length(rows, image_token) for rows in encoded.ids]
+    prefix = _prefixes(encoded.batch.inputs, sizes, pad)
+    width = max(sizes)
+    rests = [(g, ids[size:]) for g, (rows, size) in enumerate(zip(encoded.ids, sizes, strict=True)) for ids in rows]
+    longest = max(len(rest) for _, rest in rests)
+    owners = torch.tensor([owner for owner, _ in rests])
+    tails = torch.tensor([[pad] * (longest - len(rest)) + rest for _, rest in rests])
+    masks = torch.tensor([[0] * (longest - len(rest)) + [1] * len(rest) for _, rest in rests])
+    assert prefix["input_ids"].shape[1] == width
+    return Shared(
+        prefix,
+        owners,
+        torch.cat([prefix["input_ids"][owners], tails], dim=1),
+        torch.cat([prefix["attention_mask"][owners], masks], dim=1),
+    )
+
+
+def _shared_length(rows: Sequence[list[int]], image_token: int) -> int:
+    # At least one token is left over: its logits choose the first token of the answer.
+    size = min(_common(rows), min(map(len, rows)) - 1)
+    positions = [position for position, token in enumerate(rows[0]) if token == image_token]
+    if not positions or positions[-1] >= size:
+        raise NotShareable("the prompts differ before the image ends")
+    return size
+
+
+def _prefixes(inputs: Mapping[str, Tensor], sizes: Sequence[int], pad: int) -> dict[str, Tensor]:
+    """Cut every row to its prefix and pad on the left again; what is not one value per token stays as it is."""
+    mask = inputs["attention_mask"].bool()
+    width = max(sizes)
+    prefix = {}
+    for name, value in inputs.items():
+        if value.shape != mask.shape:
+            prefix[name] = value
+            continue
+        prefix[name] = value.new_full((len(sizes), width), pad if name == "input_ids" else 0)
+        for row, size in enumerate(sizes):
+            prefix[name][row, width - size :] = value[row, mask[row]][:size]
+    return prefix
+
+
+@dataclass
+class PrefixSharing:
+    """Answers prompts over shared prefixes, for one model.
+
+    Attributes:
+        decoder: the model.
+        image_token: id of the token that stands for a piece of image.
+        verified: whether the answers were once compared with those of the plain way.
+        off: why the plain way is taken; None while prefixes are shared.
+        pooling: of hidden states of the prefix; None if they are of no use.
+    """
+
+    decoder: Decoder
+    image_token: int | None
+    pooling: Pooling | None = None
+    verified: bool = False
+    off: str | None = None
+    _said: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, decoder: Decoder, wanted: bool = True, pooling: Pooling | None = None) -> PrefixSharing:
+        """Find out what can be found out without running the model."""
+        token = getattr(decoder.model.config, "image_token_id", None)
+        sharing = cls(decoder, token, pooling)
+        if not wanted:
+            sharing.off = "share_prefix=False"
+        elif decoder.static_cache:
+            sharing.off = "static_cache=True, where nothing can be put in front of a prompt"
+        elif decoder.answers_apart:
+            sharing.off = "an encoder-decoder reads the whole prompt before it answers, the question with the image"
+        elif "qformer_input_ids" in inspect.signature(decoder.model.forward).parameters:
+            sharing.off = "its Q-Former reads the question together with the image"
+        elif token is None:
+            sharing.off = f"the configuration of {type(decoder.model).__name__} does not name its image token"
+        elif strange := {type(layer).__name__ for layer in sharing._new_cache().layers} - _KNOWN_LAYERS:
+            sharing.off = f"its cache is not made of keys and values alone ({', '.join(sorted(strange))})"
+        return sharing
+
+    def lay_out(self, encoded: Encoded, settings: Settings) -> Shared:
+        """Part prompts into what is shared and the rest.
+
+        Args:
+            encoded: the prompts.
+            settings: of the generation to follow.
+
+        Raises:
+            NotShareable: not in the case of these prompts.
+        """
+        assert self.image_token is not None
+        shared = lay_out(encoded, self.image_token, int(self.decoder.model.generation_config.pad_token_id))
+        self._check_windows(shared.input_ids.shape[1] + max(settings.max_new_tokens, VERIFIED_TOKENS))
+        return shared
+
+    def parts(self, shared: Shared, settings: Settings, cache_bytes: int) -> Iterator[Part]:
+        """Run the prefixes, and yield which rows to answer next with the arguments of the model for them.
+
+        The keys and values of a part are the caller's; dropped before the next is asked for, they make room for it.
+
+        Args:
+            shared: on the model's device.
+            settings: of the generation to follow.
+            cache_bytes: how large the keys and values of a part may be; a part is one row at least.
+
+        Raises:
+            OutOfMemory: the prefixes, or a part's copies of them, do not fit.
+        """
+        cache, deltas, read = self._run_prefix(shared.prefix)
+        columns = shared.input_ids.shape[1] + settings.max_new_tokens
+        rows = len(shared.owners)
+        size = max(1, min(rows, cache_bytes // max(1, _bytes_per_token(cache) * columns)))
+        parts = -(-rows // size)
+        ends = [rows * part // parts for part in range(parts + 1)]
+        for start, end in pairwise(ends):
+            for module, delta in deltas:
+                module.rope_deltas = delta[shared.owners[start:end].to(delta.device)]
+            # No name for what is yielded: it would keep keys and values alive until the next part has its own.
+            yield Part(
+                range(start, end),
+                self._continuing(shared, slice(start, end), cache, columns),
+                read.rows(shared.owners[start:end]) if read is not None else None,
+            )
+
+    @staticmethod
+    def rewind(inputs: Mapping[str, Any], columns: int) -> None:
+        """Forget what was generated, so that the same arguments of the model generate anew.
+
+        Args:
+            inputs: of `parts`, with which answers were generated.
+            columns: length of their keys and values before.
+        """
+        cache = inputs["past_key_values"]
+        cache.crop(columns - cache.get_seq_length())
+
+    def _continuing(self, shared: Shared, part: slice, cache: DynamicCache, columns: int) -> dict[str, Any]:
+        owners = shared.owners[part].to(cache.layers[0].keys.device)
+        with explaining_out_of_memory(len(owners)):
+            return {
+                "input_ids": shared.input_ids[part],
+                "attention_mask": shared.attention_mask[part],
+                "past_key_values": self._expanded(cache, owners, columns),
+            }
+
+    def _check_windows(self, columns: int) -> None:
+        windows = [layer.sliding_window for layer in self._new_cache().layers if hasattr(layer, "sliding_window")]
+        # Padding between prefix and rest would push tokens out of a window in which the plain way keeps them.
+        if windows and columns > min(windows):
+            raise NotShareable(
+                f"prompt and answer may take {columns} tokens, and some layers see the last {min(windows)} only"
+            )
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.decoder.model.config.get_text_config(decoder=True))
+
+    def _run_prefix(self, prefix: Mapping[str, Tensor]) -> tuple[DynamicCache, list[tuple[Any, Tensor]], Pooled | None]:
+        cache = self._new_cache()
+        config = GenerationConfig(max_new_tokens=1, do_sample=False)
+        pooled = nullcontext([None]) if self.pooling is None else self.pooling.watching(prefix)
+        with explaining_out_of_memory(len(prefix["input_ids"])), pooled as found:
+            generate_of(self.decoder.model)(**prefix, generation_config=config, past_key_values=cache)
+        modules = self.decoder.model.modules()
+        deltas = [(m, m.rope_deltas) for m in modules if isinstance(getattr(m, "rope_deltas", None), Tensor)]
+        return cache, deltas, found[0]
+
+    def _expanded(self, cache: DynamicCache, owners: Tensor, columns: int) -> DynamicCache:
+        expanded = self._new_cache()
+        for index, layer in enumerate(cache.layers):
+            if layer.is_initialized:
+                if not layer.is_sliding:
+                    expanded.layers[index] = _RoomyLayer(columns)
+                rows = owners.to(layer.keys.device)
+                expanded.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), index)
+        return expanded
+
+    def verify(self, shared: Shared, plain: Iterable[Mapping[str, Tensor]], cache_bytes: int) -> str | None:
+        """Answer a few prompts in the plain way, and compare what the shared way makes of the same answers.
+
+        Args:
+            shared: on the model's device.
+            plain: batches of the plain way for the first rows of `shared`, in order, on the device.
+            cache_bytes: as in `parts`.
+
+        Returns:
+            None if the ways agree, else what differs.
+
+        Raises:
+            NotShareable: the model looks ahead: what it keeps of an image depends on the question about it.
+        """
+        greedy = Settings(max_new_tokens=VERIFIED_TOKENS)
+        sizes = shared.prefix["attention_mask"].sum(1)[shared.owners.to(shared.input_ids.device)].tolist()
+        expected: list[Answer] = []
+        keys: list[Tensor] = []
+        for inputs in plain:
+            cache = self._new_cache()
+            answers = self.decoder.generate({**inputs, "past_key_values": cache}, greedy)
+            keys += _prefix_keys(cache, inputs["attention_mask"], sizes[len(expected) :])
+            expected += answers
+        tolerances = tolerances_of(self.decoder.model)
+        few = shared._replace(
+            owners=shared.owners[: len(expected)],
+            input_ids=shared.input_ids[: len(expected)],
+            attention_mask=shared.attention_mask[: len(expected)],
+        )
+        if (ahead := _ahead(keys, few)) > tolerances.keys:
+            raise NotShareable(
+                "its attention looks ahead: what it keeps of an image depends on the question "
+                f"(keys differ by {ahead:.2g})"
+            )
+        for part, inputs, _ in self.parts(few, greedy, cache_bytes):
+            found = _prefix_keys(inputs["past_key_values"], inputs["attention_mask"], sizes[part.start :])
+            apart = max(_apart(one, keys[row]) for row, one in zip(part, found, strict=True))
+            if not apart <= tolerances.keys:
+                return f"the keys of the prefix differ by {apart:.2g} of their norm (tolerance {tolerances.keys:g})"
+            scores = self.decoder.score(inputs, [expected[row].ids for row in part])
+            pairs = zip((expected[row] for row in part), scores, strict=True)
+            ways = ("by the plain way", "over the shared prefix")
+            if found_difference := next(
+                filter(None, (difference(*pair, tolerances.logprob, ways) for pair in pairs)), None
+            ):
+                return found_difference
+            del inputs
+        return None
+
+    def is_news(self, reason: str) -> bool:
+        """Return whether a reason not to share has not been given before, whatever the numbers in it."""
+        words = "".join(letter for letter in reason if not letter.isdigit())
+        is_news = words not in self._said
+        self._said.add(words)
+        return is_news
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for the answer: a new token is written behind the others, which stay in place."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self._columns = columns
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, _ = key_states.shape
+            self._keys = key_states.new_empty(rows, heads, self._columns, key_states.shape[3])
+            self._values = value_states.new_empty(rows, heads, self._columns, value_states.shape[3])
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if end > self._columns:
+            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return grown
+        self._keys[:, :, start:end] = key_states
+        self._values[:, :, start:end] = value_states
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys, self.values
+
+
+_KNOWN_LAYERS = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+
+
+def _bytes_per_token(cache: DynamicCache) -> int:
+    """Return the bytes of one token's keys and values in all layers."""
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(
+        states[0, :, 0].numel() * states.element_size() for layer in layers for states in (layer.keys, layer.values)
+    )
+
+
+def _prefix_keys(cache: DynamicCache, mask: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Return a copy of each row's keys of its prefix, in the last layer that keeps them all; empty if none does.
+
+    Args:
+        cache: of rows that begin with padding and then their prefix.
+        mask: (rows, columns) attention mask.
+        sizes: tokens of each row's prefix; more than rows do not matter.
+    """
+    full = [layer for layer in cache.layers if layer.is_initialized and not layer.is_sliding]
+    if not full:
+        return [torch.empty(0)] * len(mask)
+    starts = (mask != 0).int().argmax(1).tolist()
+    rows = zip(full[-1].keys, starts, sizes, strict=False)
+    return [keys[:, start : start + size].float().clone() for keys, start, size in rows]
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    """Return the norm of the difference as a share of the norm; 0 for nothing."""
+    return float((ours - theirs).norm() / theirs.norm()) if len(theirs) else 0.0
+
+
+def _ahead(keys: Sequence[Tensor], shared: Shared) -> float:
+    """Return how far the keys of a prefix are apart between two different questions; 0 if there are no such two."""
+    for i, j in combinations(range(len(keys)), 2):
+        if shared.owners[i] == shared.owners[j] and not torch.equal(shared.input_ids[i], shared.input_ids[j]):
+            return _apart(keys[i], keys[j])
+    return 0.0

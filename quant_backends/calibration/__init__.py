@@ -1,0 +1,1 @@
+"""Calibration: where inputs come from, and what is measured on them block by block."""

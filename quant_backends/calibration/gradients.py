@@ -1,0 +1,230 @@
+"""How much the answers' loss depends on image positions and on answer positions, block by block."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from lmms_plugin.quant_backends.calibration.memory import Residence, return_freed_memory
+from lmms_plugin.quant_backends.layers.wide_products import WideProducts
+from lmms_plugin.quant_backends.statistics import ROLES, TOKEN_ROLES, WEIGHED, Sensitivity
+from lmms_plugin.quant_backends.structure.blocks import find_blocks, within
+
+HALF_PRECISION_SCALE = 1024.0
+"""What the loss is multiplied by in float16, where the gradients at image positions (1e-8 to 1e-6) would underflow."""
+
+
+@torch.enable_grad()
+def measure_sensitivities(
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Sequence[Mapping[str, Any]],
+    residence: Residence | None = None,
+) -> dict[str, Sensitivity]:
+    """Measure the gradients of the answers' cross-entropy, as MBQ weighs modalities by them.
+
+    Of each part of a decoder block (its attention, its MLP) the gradient with respect to its output is taken: mean
+    magnitude over image positions and over answer positions, averaged over the samples. A part's image-to-answer
+    ratio counts with at least the median of like parts, as in the authors' code: in the last block hardly any
+    gradient reaches the image.
+
+    Every sample goes through the model's own forward, one at a time, so that positions and masks are the family's
+    own. Parameters get no gradients and each block is computed again on the way back: what is kept at one time are
+    the inputs of all blocks for one sample, and the inside of one block.
+
+    Args:
+        model: Dense or partly quantized, in evaluation mode.
+        layers: Layers fed the positions of the sequence.
+        batches: Keyword arguments of one forward pass each, with `TOKEN_ROLES`, one sample each.
+        residence: Where blocks lie while it is not their turn, settled; None when the model is on its device.
+
+    Returns:
+        Layer -> sensitivity of the part that it belongs to. A layer outside all blocks (the output projection) has
+        none, nor has one in a part that no sample runs through.
+
+    Raises:
+        ValueError: A loss or a gradient is not finite, or no gradient reaches the answers.
+    """
+    blocks = find_blocks(model, layers)
+    if residence is None:
+        residence = Residence()
+        residence.settle(model, blocks)
+    part_of = {layer: part for layer in layers if (part := _part(layer, blocks)) is not None}
+    parts = sorted(set(part_of.values()))
+    magnitudes: dict[str, list[Tensor]] = {}
+    with _frozen(model), _recomputing(model, residence):
+        for batch in tqdm(batches, desc="Weighing modalities", leave=False, disable=None):
+            for part, means in _gradients(model, parts, batch).items():
+                magnitudes.setdefault(part, []).append(means)
+    if parts and not magnitudes:
+        raise ValueError(f"no gradient of the answers' loss reaches any of {len(parts)} parts, like {parts[0]}")
+    found = _with_ratios({part: torch.stack(means).mean(0).tolist() for part, means in magnitudes.items()})
+    return {layer: found[part] for layer, part in part_of.items() if part in found}
+
+
+def _part(layer: str, blocks: Collection[str]) -> str | None:
+    """Return the direct child of a block that the layer is or lies in: the block's attention or its MLP."""
+    block = next((block for block in blocks if within(layer, block)), None)
+    if block is None or layer == block:
+        return None
+    child = layer.removeprefix(f"{block}.").partition(".")[0]
+    return f"{block}.{child}"
+
+
+def _gradients(model: nn.Module, parts: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return mean |gradient| per role of `WEIGHED` at the output of each part, for one sample."""
+    inputs = {key: value for key, value in batch.items() if key not in (TOKEN_ROLES, "logits_to_keep")}
+    roles = batch[TOKEN_ROLES]
+    start = int((roles == ROLES.index("answer")).nonzero()[0])
+    found: dict[str, Tensor] = {}
+
+    def note(part: str, gradient: Tensor) -> None:
+        magnitude = gradient.abs().mean(-1, dtype=torch.float32).reshape(-1)
+        means = [magnitude[(roles == ROLES.index(role)).to(magnitude.device)].mean() for role in WEIGHED]
+        found[part] = torch.stack(means).double().cpu()
+
+    with ExitStack() as hooks:
+        for part in parts:
+            hooks.enter_context(_output_gradient(model.get_submodule(part), part, note))
+        loss = _answer_loss(model, inputs, start)
+        if not loss.isfinite():
+            raise ValueError(f"the loss of a calibration answer is {loss.item():.3g}: it has no gradient to weigh by")
+        loss.backward()
+    return found
+
+
+def _answer_loss(model: nn.Module, inputs: Mapping[str, Any], start: int) -> Tensor:
+    """Return the mean cross-entropy of the positions from `start` on, each predicted from the one before it."""
+    answer = inputs["input_ids"][0, start:]
+    # Only these positions are projected onto the vocabulary, where the family allows it.
+    options = {"logits_to_keep": len(answer) + 1} if _keeps_logits(model) else {}
+    logits = model(**inputs, **options).logits[0, -len(answer) - 1 : -1].float()
+    loss = functional.cross_entropy(logits, answer.to(logits.device))
+    half = model.get_input_embeddings().weight.dtype == torch.float16  # type: ignore[operator]
+    return loss * HALF_PRECISION_SCALE if half else loss
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _with_ratios(magnitudes: Mapping[str, Sequence[float]]) -> dict[str, Sensitivity]:
+    ratios: dict[str, float] = {}
+    for part, (image, answer) in magnitudes.items():
+        if not (math.isfinite(image) and math.isfinite(answer) and answer > 0):
+            raise ValueError(
+                f"{part}: gradients should be finite and reach the answers, got mean magnitudes {image:.3g} at image "
+                f"and {answer:.3g} at answer positions"
+            )
+        ratios[part] = image / answer
+    kinds: dict[str, list[float]] = {}
+    for part, ratio in ratios.items():
+        kinds.setdefault(_kind(part), []).append(ratio)
+    return {
+        part: Sensitivity(image, answer, max(ratios[part], statistics.median(kinds[_kind(part)])))
+        for part, (image, answer) in magnitudes.items()
+    }
+
+
+def _kind(part: str) -> str:
+    """Return what the like parts of all blocks have in common: the name without its numbers."""
+    return re.sub(r"\d+", "*", part)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let gradients begin at the token embeddings and stop there, none going to parameters."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A copy, because some families write image features into the embeddings in place, which a leaf forbids.
+    hook = model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
+        lambda _, __, output: output.detach().requires_grad_().clone()
+    )
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        hook.remove()
+        for parameter in trainable:
+            parameter.requires_grad_()
+
+
+class _Turns:
+    """Has one block at a time on the device: a block stays until the next one's turn, in either direction.
+
+    On the way back a block's weights are needed not only while it is computed again, but until the gradient has gone
+    through it, which is when the block before it has its turn.
+    """
+
+    def __init__(self, residence: Residence) -> None:
+        self._residence = residence
+        self._present: str | None = None
+
+    def take(self, name: str | None) -> None:
+        """Bring a block, None for no more, and send the one that is there away."""
+        if name == self._present:
+            return
+        if self._present is not None:
+            self._residence.leave(self._present)
+        if name is not None:
+            self._residence.enter(name)
+        self._present = name
+        return_freed_memory()
+
+
+@contextmanager
+def _recomputing(model: nn.Module, residence: Residence) -> Iterator[None]:
+    """Let blocks forget their inside between forward and backward pass, and be on the device for their turns."""
+    modules = {name: model.get_submodule(name) for name in residence.blocks}
+    own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
+    turns = _Turns(residence)
+    try:
+        for name, module in modules.items():
+            module.forward = _recomputed(name, module.forward, turns)
+        yield
+    finally:
+        turns.take(None)
+        for name, module in modules.items():
+            del module.forward
+            if name in own:
+                module.forward = own[name]
+
+
+def _recomputed(name: str, forward: Callable[..., Any], turns: _Turns) -> Callable[..., Any]:
+    def present(*args: Any, **kwargs: Any) -> Any:
+        turns.take(name)
+        # Entered here, since modes are not in force within the call of ``backward`` that computes the block again.
+        with WideProducts():
+            return forward(*args, **kwargs)
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(present, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return recomputed
+
+
+@contextmanager
+def _output_gradient(module: nn.Module, name: str, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Tell `note` the gradient that reaches what a module puts out, its first output where there are several."""
+
+    def watch(_: nn.Module, __: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) else output
+        if first.requires_grad:
+            first.register_hook(lambda gradient: note(name, gradient))
+
+    handle = module.register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,377 @@
+"""Calibrated quantization block by block: statistics, solutions and memory of one block at a time.
+
+All calibration samples stand still before the same block (`lmms_plugin.quant_backends.calibration.suspension`). The block comes
+onto the device, every sample goes through it, its layers are solved and packed, and it is the next block's turn.
+
+Every layer is calibrated on the inputs that it has in the unquantized model, unless the backend is `sequential`: then
+on those that the quantized blocks before its own make of the samples. The former is what the authors of AWQ and MBQ
+do; it makes the result for a layer independent of what else the plan quantizes. The latter is what those of GPTQ do;
+each block then makes up for some of the error of the ones before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lmms_plugin.quant_backends.backend import CalibratedBackend
+from lmms_plugin.quant_backends.calibration.capture import Gathering, Groups, Note, Sharing, chunks, observe, watching
+from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
+from lmms_plugin.quant_backends.calibration.memory import Residence, Shelf, return_freed_memory, statistics_budget
+from lmms_plugin.quant_backends.calibration.suspension import Call, Suspended, doors, in_a_pass
+from lmms_plugin.quant_backends.plans.plan import QuantSpec
+from lmms_plugin.quant_backends.statistics import TOKEN_ROLES, InputStatistics, Sensitivity, held_back_rows
+from lmms_plugin.quant_backends.structure.blocks import find_blocks
+from lmms_plugin.quant_backends.structure.components import dense_linear, expect_finite
+from lmms_plugin.quant_backends.structure.experts import expert_of
+
+UNCALIBRATED = "uncalibrated"
+"""What follows a method's name where too few inputs reached a layer."""
+
+FEWEST_ROWS = 32
+"""Rows below which an expert is quantized as if it had none.
+
+On made-up inputs of 512 columns AWQ at 4 bits did better than rounding on unseen rows from 4 rows on; GPTQ needs more
+than 128, and with fewer the rows that it holds back say so.
+"""
+
+WHOLE_MODEL = ""
+"""The name of the one block of a model that cannot be cut."""
+
+
+class Route(NamedTuple):
+    """The way of a sample through a model.
+
+    Attributes:
+        groups: Block -> its layers to quantize, those fed one tensor together; blocks in the order of their turns.
+        strays: Layers to quantize that were called without their block.
+        repeated: Blocks with such layers that were called more than once.
+    """
+
+    groups: dict[str, Groups]
+    strays: tuple[str, ...]
+    repeated: tuple[str, ...]
+
+
+@dataclass
+class Sample:
+    """One calibration sample on its way through the model.
+
+    Attributes:
+        index: Its place among the samples.
+        roles: Layer -> role of each position; empty where nobody asks.
+        suspended: Its pass; None where the model is one block, which it enters with `inputs`.
+        inputs: Keyword arguments of the model.
+    """
+
+    index: int
+    roles: Mapping[str, Tensor]
+    inputs: Mapping[str, Any]
+    suspended: Suspended | None = None
+
+    @property
+    def call(self) -> Call | None:
+        """The call that the sample waits for; None when it is through."""
+        return Call(WHOLE_MODEL, (), dict(self.inputs)) if self.suspended is None else self.suspended.call
+
+
+@dataclass
+class Calibrator:
+    """Quantizes the layers of one model with a calibrated backend.
+
+    Attributes:
+        model: Unquantized, in evaluation mode.
+        backend: Solves groups of layers.
+        specs: Module name -> spec.
+        replace: Puts a layer into the model, called with its name and what it is.
+        of_sequence: Layers whose input rows are the positions of the sequence.
+        residence: Where blocks lie while it is not their turn.
+        shelf: Where activations lie that wait for theirs.
+        journal: Remembers finished blocks; None forgets them.
+        budget: Bytes for the statistics gathered at one time; a single layer may exceed it. None for what is free.
+    """
+
+    model: nn.Module
+    backend: CalibratedBackend
+    specs: Mapping[str, QuantSpec]
+    replace: Callable[[str, Solved], None]
+    of_sequence: frozenset[str] = frozenset()
+    residence: Residence = field(default_factory=Residence)
+    shelf: Shelf = field(default_factory=Shelf)
+    journal: Journal | None = None
+    budget: int | None = None
+    _sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict, init=False, repr=False)
+    _count: int = field(default=0, init=False, repr=False)
+    _scarce: list[tuple[float, str, int, int]] = field(default_factory=list, init=False, repr=False)
+
+    @torch.no_grad()
+    def run(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Quantize every layer.
+
+        Args:
+            batches: Keyword arguments of one forward pass each, one calibration sample each.
+
+        Raises:
+            ValueError: There is no sample, or weights or inputs of a layer are not finite; the message names the layer.
+            RuntimeError: A sample takes a way through the model that differs from the first one's.
+        """
+        if not batches:
+            raise ValueError(f"{self.backend.name} was given no calibration sample")
+        self._count = len(batches)
+        samples = [self._sample(index, batch) for index, batch in enumerate(batches)]
+        blocks = find_blocks(self.model, tuple(self.specs))
+        self.residence.settle(self.model, blocks)
+        route = self._explore(blocks, samples[0])
+        if route.strays:
+            blocks = _cut_out(blocks, route.strays)
+            self.residence.settle(self.model, blocks)
+            route = self._explore(blocks, samples[0])
+        self._sensitivities = self._weigh_roles(batches)
+        if route.repeated:
+            logger.warning(
+                f"{route.repeated[0]} runs more than once in one pass: {type(self.model).__name__} is calibrated as a "
+                "whole, which takes the memory of all its blocks"
+            )
+            self.residence.enter_all()
+            self._solve(WHOLE_MODEL, tuple(self.specs), [], self.model, samples)
+        else:
+            self._run_blocks(blocks, route, samples)
+        self.residence.enter_all()
+        self._warn_of_scarce_rows()
+        if self.journal is not None:
+            self.journal.remove()
+
+    def _sample(self, index: int, batch: Mapping[str, Any]) -> Sample:
+        inputs = {key: value for key, value in batch.items() if key != TOKEN_ROLES}
+        roles = dict.fromkeys(self.of_sequence, batch[TOKEN_ROLES]) if TOKEN_ROLES in batch else {}
+        return Sample(index, roles, inputs)
+
+    def _weigh_roles(self, batches: Sequence[Mapping[str, Any]]) -> Mapping[str, Sensitivity]:
+        layers = [name for name in self.specs if name in self.of_sequence]
+        if not self.backend.by_role or not layers:
+            return {}
+        from lmms_plugin.quant_backends.calibration.gradients import measure_sensitivities
+
+        known = None if self.journal is None else self.journal.noted("sensitivities")
+        if known is not None:
+            return {layer: Sensitivity(*values) for layer, values in known.items()}
+        found = measure_sensitivities(self.model, layers, batches, self.residence)
+        if self.journal is not None:
+            self.journal.note("sensitivities", found)
+        return found
+
+    def _explore(self, blocks: Mapping[str, tuple[str, ...]], sample: Sample) -> Route:
+        """Send one sample through the unquantized model to see which way it takes."""
+        groups: dict[str, Groups] = {}
+        strays: list[str] = []
+        repeated: list[str] = []
+
+        def note_stray(name: str, _: Tensor) -> None:
+            if in_a_pass() and name not in blocks:
+                strays.append(name)
+
+        with self._passes(blocks, [sample]) as forwards, watching(self.model, self.specs, note_stray):
+            while (call := sample.call) is not None:
+                name = call.name
+                if name in groups and blocks[name]:
+                    repeated.append(name)
+                del call
+                self.residence.enter(name)
+                for layer in blocks[name]:
+                    expect_finite(layer, dense_linear(self.model, layer).weight)
+                sharing = Sharing()
+                self._through(sample, blocks[name], forwards[name], sharing.note)
+                groups[name] = sharing.groups
+                del sharing
+                self.residence.leave(name)
+        return Route(groups, tuple(dict.fromkeys(strays)), tuple(repeated))
+
+    @contextmanager
+    def _passes(
+        self, blocks: Mapping[str, tuple[str, ...]], samples: Sequence[Sample]
+    ) -> Iterator[dict[str, Callable[..., Any]]]:
+        """Start the passes of some samples, and end them come what may."""
+        with doors({name: self.model.get_submodule(name) for name in blocks}) as forwards:
+            try:
+                for sample in samples:
+                    sample.suspended = Suspended(partial(self.model, **sample.inputs))
+                    self._onward(sample, None)
+                yield forwards
+            finally:
+                for sample in samples:
+                    if sample.suspended is not None:
+                        sample.suspended.close()
+                    sample.suspended = None
+
+    def _through(
+        self, sample: Sample, names: Sequence[str], forward: Callable[..., Any], note: Note, *, onward: bool = True
+    ) -> None:
+        """Send a sample through the block that it waits for, and on to the next one unless it is needed here again."""
+        self.shelf.take(sample.index)
+        call = sample.call
+        if call is None:
+            raise RuntimeError(f"calibration sample {sample.index} waits for no block")
+        output = observe(self.model, names, forward, call, note)
+        if onward:
+            del call
+            self._onward(sample, output)
+        else:
+            self.shelf.put(sample.index, call[1:])
+
+    def _onward(self, sample: Sample, output: Any) -> None:
+        if sample.suspended is not None:
+            call = sample.suspended.advance(output)
+            if call is not None:
+                self.shelf.put(sample.index, call[1:])
+
+    def _run_blocks(self, blocks: Mapping[str, tuple[str, ...]], route: Route, samples: Sequence[Sample]) -> None:
+        # A block that the first sample never saw has its turn before all others that wait: theirs comes later.
+        turn = {name: index for index, name in enumerate(route.groups)}
+        unsolved = {name for name, layers in blocks.items() if layers}
+        solved: set[str] = set()
+        progress = tqdm(total=len(unsolved), desc="Quantizing blocks", leave=False, disable=None)
+        with self._passes(blocks, samples) as forwards, progress:
+            while unsolved and (waiting := {sample.call.name for sample in samples if sample.call is not None}):
+                name = min(waiting, key=lambda name: turn.get(name, -1))
+                if name in solved:
+                    raise RuntimeError(f"a calibration sample came to {name} after it was quantized")
+                present = [sample for sample in samples if sample.call is not None and sample.call.name == name]
+                self.residence.enter(name)
+                if blocks[name]:
+                    self._solve(name, blocks[name], route.groups.get(name, []), forwards[name], present)
+                    unsolved.discard(name)
+                    solved.add(name)
+                    progress.update()
+                else:
+                    self._pass_on(forwards[name], present)
+                self.residence.stay(name)
+                return_freed_memory()
+        for name in sorted(unsolved):
+            self.residence.enter(name)
+            self._put({layer: self._without_inputs(layer) for layer in blocks[name]})
+            self.residence.stay(name)
+
+    def _solve(
+        self,
+        block: str,
+        layers: tuple[str, ...],
+        groups: Groups,
+        forward: Callable[..., Any],
+        samples: Sequence[Sample],
+    ) -> None:
+        """Quantize the layers of one block and send the samples on."""
+        solved = None if self.journal is None else self.journal.load(block, self.model)
+        if solved is None:
+            groups = self._completed(groups, layers, forward, samples)
+            solved = self._solutions(groups, forward, samples)
+            solved |= {name: self._without_inputs(name) for name in layers if name not in solved}
+            if self.journal is not None:
+                self.journal.save(block, solved)
+        elif not self.backend.sequential:
+            self._pass_on(forward, samples)
+        self._put(solved)
+        if self.backend.sequential:
+            self._pass_on(forward, samples)
+
+    def _completed(
+        self, groups: Groups, layers: tuple[str, ...], forward: Callable[..., Any], samples: Sequence[Sample]
+    ) -> Groups:
+        """Add the groups of layers that the first sample does not call, like experts that few tokens are sent to."""
+        groups = list(groups)
+        missing = [name for name in layers if not any(name in group for group in groups)]
+        for sample in samples:
+            if not missing:
+                break
+            sharing = Sharing()
+            self._through(sample, missing, forward, sharing.note, onward=False)
+            groups += sharing.groups
+            missing = [name for name in missing if not any(name in group for group in sharing.groups)]
+        return groups
+
+    def _solutions(self, groups: Groups, forward: Callable[..., Any], samples: Sequence[Sample]) -> dict[str, Solved]:
+        """Gather statistics, as many at a time as fit the budget, and solve."""
+        solved: dict[str, Solved] = {}
+        if not groups:
+            return solved
+        device = dense_linear(self.model, groups[0][0]).weight.device
+        budget = statistics_budget(device) if self.budget is None else self.budget
+        kept = {"by_role": self.backend.by_role, "holds_back": self.backend.holds_back}
+        lots = list(chunks(self.model, groups, budget, **kept))
+        for number, lot in enumerate(lots, start=1):
+            gathering = Gathering(self.model, lot, **kept)
+            # With the last statistics at hand, samples go on at once: all that lies between here and the next block
+            # stays as it is.
+            onward = number == len(lots) and not self.backend.sequential
+            for sample in samples:
+                note = gathering.noting(sample.roles, held_back_rows(sample.index, self._count))
+                self._through(sample, gathering.names, forward, note, onward=onward)
+                gathering.expect_finite(sample.index)
+            while gathering.statistics:
+                statistics = gathering.statistics.pop(0)
+                if statistics.rows < FEWEST_ROWS and expert_of(self.model, statistics.names[0]) is not None:
+                    # `_solve` sees to the layers that are missing here.
+                    continue
+                self._note_rows(statistics)
+                statistics.sensitivity = self._sensitivities.get(statistics.names[0])
+                dense = [dense_linear(self.model, name) for name in statistics.names]
+                found = self.backend.solve(dense, [self.specs[name] for name in statistics.names], statistics)
+                solved |= {
+                    name: Solved(layer, statistics.output_error(linear.weight, layer), method, plain_rows)
+                    for name, linear, (layer, method, plain_rows) in zip(statistics.names, dense, found, strict=True)
+                }
+        return solved
+
+    def _note_rows(self, statistics: InputStatistics) -> None:
+        columns = len(statistics.gram)
+        if statistics.rows < self.backend.rows_per_column * columns:
+            self._scarce.append((statistics.rows / columns, statistics.names[0], statistics.rows, columns))
+
+    def _warn_of_scarce_rows(self) -> None:
+        if not self._scarce:
+            return
+        ratio, name, rows, columns = min(self._scarce)
+        wanted = self.backend.rows_per_column
+        enough = math.ceil(self._count * wanted / max(ratio, 1e-9))
+        logger.warning(
+            f"{self.backend.name} wants {wanted} calibration inputs for each column of a layer; {len(self._scarce)} "
+            f"groups of layers have fewer and may come out little better than rounded, above all {name} ({rows} for "
+            f"{columns} columns): {self._count} samples were given, calibration_samples={enough} would do"
+        )
+
+    def _without_inputs(self, name: str) -> Solved:
+        dense = dense_linear(self.model, name)
+        expect_finite(name, dense.weight)
+        layer = self.backend.without_inputs(dense, self.specs[name])
+        return Solved(layer, None, f"{self.backend.name}, {UNCALIBRATED}")
+
+    def _pass_on(self, forward: Callable[..., Any], samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            self._through(sample, (), forward, _ignore)
+
+    def _put(self, solved: Mapping[str, Solved]) -> None:
+        for name, entry in solved.items():
+            self.replace(name, entry)
+
+
+def _ignore(name: str, x: Tensor) -> None:
+    """Take no note."""
+
+
+def _cut_out(blocks: Mapping[str, tuple[str, ...]], strays: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Make each layer of a block whose layers are called without it a block of its own."""
+    cut: dict[str, tuple[str, ...]] = {}
+    for block, layers in blocks.items():
+        if set(layers).isdisjoint(strays):
+            cut[block] = layers
+        else:
+            cut |= {layer: (layer,) for layer in layers}
+    return cut

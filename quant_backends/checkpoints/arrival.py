@@ -1,0 +1,193 @@
+"""Loading of checkpoints that other tools quantized: their tensors arrive, packed layers leave.
+
+transformers can run most such formats only with libraries that do not install beside lmms-eval, or turns the weights
+dense at the first forward pass. Here it does what it is good at, finding each tensor its place in the model; what the
+tensors mean is told by `lmms_plugin.quant_backends.checkpoints.compressors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lmms_plugin.quant_backends.checkpoints.compressors import StoredFormat
+from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.plans.plan import QuantSpec
+from lmms_plugin.quant_backends.quantization import untie
+
+QUANT_METHOD = "lmms_plugin_arrival"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES = FLOATS | INTEGERS | {"BOOL": torch.bool}
+"""As safetensors writes them."""
+
+
+@register_quantization_config(QUANT_METHOD)
+class ArrivalConfig(QuantizationConfigMixin):
+    """Carries the format of a checkpoint through ``from_pretrained``."""
+
+    def __init__(self, stored: StoredFormat) -> None:
+        self.quant_method = QUANT_METHOD
+        self.stored = stored
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return {"quant_method": QUANT_METHOD, "format": self.stored.label}
+
+
+class ArrivingLinear(nn.Module):
+    """Holds a layer's stored tensors, under their own names, until they are all there.
+
+    Args:
+        dense: The layer that the model has.
+        tensors: Name -> an empty tensor for it.
+    """
+
+    def __init__(self, dense: nn.Linear, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.bias = dense.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """What transformers initialises in blocks of which it misses the weights: nothing."""
+        return torch.empty(self.out_features, self.in_features, device="meta")
+
+
+class OrderedLinear(PackedLinear):
+    """A packed layer whose columns are stored in another order, as activation-ordered GPTQ groups them.
+
+    Attributes:
+        order: (columns,) int32, which input column each stored column belongs to.
+    """
+
+    order: Tensor
+
+    @classmethod
+    def in_order(cls, order: Tensor, *args: Any, **kwargs: Any) -> OrderedLinear:
+        """Pack a weight in stored order (see `PackedLinear.from_codes`)."""
+        layer = cls.from_codes(*args, **kwargs)
+        assert isinstance(layer, OrderedLinear)
+        layer.register_buffer("order", order.to(torch.int32))
+        return layer
+
+    def dense_rows(self, start: int, stop: int) -> Tensor:
+        """Return rows of the weight in the order of the input, (stop - start, in_features)."""
+        return super().dense_rows(start, stop)[:, torch.argsort(self.order)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
+        return super().forward(x.index_select(-1, self.order))
+
+
+@register_quantizer(QUANT_METHOD)
+class ArrivalQuantizer(HfQuantizer):
+    """Makes room for stored tensors before transformers loads them, and packed layers of them afterwards."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: ArrivalConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.stored: StoredFormat = quantization_config.stored
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Iterable[str] = (), **kwargs: Any
+    ) -> nn.Module:
+        found = _find(model, self.stored, checkpoint_files)
+        if not found:
+            raise ValueError(
+                f"its config says {self.stored.label}, but no file holds a tensor called {self.stored.marker}: nothing "
+                "in this checkpoint is quantized"
+            )
+        for name, tensors in found.items():
+            dense = model.get_submodule(name)
+            if not isinstance(dense, nn.Linear):
+                raise ValueError(f"{name} is stored quantized ({self.stored.label}), but is no nn.Linear: {dense}")
+            model.set_submodule(name, ArrivingLinear(dense, tensors))
+            untie(model, name)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+        for name, module in list(model.named_modules()):
+            if isinstance(module, ArrivingLinear):
+                model.set_submodule(name, self._packed(name, module, dtype))
+        return model
+
+    @torch.no_grad()
+    def _packed(self, name: str, arrived: ArrivingLinear, dtype: torch.dtype) -> QuantizedLinear:
+        tensors = dict(arrived.named_buffers(recurse=False))
+        try:
+            codes, bits, order = self.stored.read(tensors, arrived.in_features)
+        except KeyError as error:
+            raise ValueError(f"{name} ({self.stored.label}): its {error.args[0]} is missing") from error
+        except ValueError as error:
+            raise ValueError(f"{name} ({self.stored.label}): {error}") from error
+        rows, _, group_size = codes.codes.shape
+        if rows != arrived.out_features:
+            raise ValueError(f"{name} ({self.stored.label}): has {rows} rows, the model wants {arrived.out_features}")
+        zeros = codes.zero_point
+        if zeros is not None and zeros.is_floating_point():
+            zeros = zeros.to(dtype)
+        codes = codes._replace(scale=codes.scale.to(dtype), zero_point=zeros)
+        spec = QuantSpec(bits, group_size, symmetric=zeros is None)
+        if order is not None:
+            return OrderedLinear.in_order(order, codes, spec, arrived.in_features, bias=arrived.bias)
+        return PackedLinear.from_codes(codes, spec, arrived.in_features, bias=arrived.bias)
+
+    def is_serializable(self) -> bool:
+        """Not in the format that was read."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+
+def _find(model: nn.Module, stored: StoredFormat, files: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Return module -> tensor name -> an empty tensor, for every layer that the files hold in a format."""
+    placed = _Places(model)
+    found: dict[str, dict[str, Tensor]] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file} is no safetensors file; quantized checkpoints are read from safetensors alone")
+        with safe_open(file, framework="pt") as content:
+            for key in content.keys():  # noqa: SIM118
+                prefix, _, tensor = key.rpartition(".")
+                if tensor in stored.tensors:
+                    part = content.get_slice(key)
+                    empty = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+                    found.setdefault(placed.find(prefix), {})[tensor] = empty
+    return {name: tensors for name, tensors in found.items() if stored.marker in tensors}
+
+
+class _Places:
+    """Where transformers puts what a checkpoint calls by another name."""
+
+    def __init__(self, model: Any) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self.converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self.prefix = model.base_model_prefix
+        self.tensors = {f"{name}.weight": True for name, _ in model.named_modules()}
+
+    def find(self, stored_name: str) -> str:
+        """Return the module name of what the checkpoint calls `stored_name`."""
+        key: str = rename_source_key(
+            f"{stored_name}.weight", self.renamings, self.converters, self.prefix, self.tensors
+        )[0]
+        if key not in self.tensors:
+            raise ValueError(f"the checkpoint holds a quantized {stored_name}, for which the model has no place")
+        return key.removesuffix(".weight")

@@ -1,0 +1,270 @@
+"""From a checkpoint on disk to a quantized model with its processor and its account."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from loguru import logger
+
+from lmms_plugin.protocol.chat_templates import adopt
+from lmms_plugin.protocol.dialects import Dialect, dialect_for
+from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
+from lmms_plugin.quant_backends.calibration.inputs import build_batches, fingerprint
+from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder, checkpoint_key, code_key
+from lmms_plugin.quant_backends.calibration.memory import Residence, explained_out_of_memory, read_peak, reset_peak
+from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, CalibrationSpec
+from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
+from lmms_plugin.quant_backends.checkpoints.probe import expect_sound
+from lmms_plugin.quant_backends.plans.plan import QuantPlan
+from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport, QuantReport
+from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
+from lmms_plugin.quant_backends.structure.blocks import find_blocks
+from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
+from lmms_plugin.utils.readable import readable
+from lmms_plugin.vlm.generation.decoding import keep_ends
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LoadedModel(NamedTuple):
+    """A model ready to run.
+
+    Attributes:
+        model: In evaluation mode, on its device.
+        processor: Of the same checkpoint.
+        report: What was quantized and what was not.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    report: QuantReport
+
+
+def load_quantized(
+    path: str,
+    *,
+    backend: Backend,
+    plan: QuantPlan,
+    calibration: CalibrationSpec | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    device_map: str | Mapping[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    use_safetensors: bool = True,
+    processor: Any = None,
+    dialect: str | None = None,
+    resume: bool = True,
+    resume_folder: str | Path | None = None,
+) -> LoadedModel:
+    """Load an image-text-to-text checkpoint and quantize it.
+
+    Arguments, plan and calibration data are checked before any weight is read. Weights come shard by
+    shard; a data-free method packs each layer as soon as its weight is on the device. For a calibrated
+    method the dense model stays on disk, mapped into host memory, and its blocks come onto the device one
+    by one, to be packed there; with a `device_map` they are where that puts them.
+
+    Args:
+        path: Hub id or local folder.
+        backend: From `lmms_plugin.quant_backends.get`.
+        plan: What to quantize; an empty plan for ``none``.
+        calibration: Inputs for a calibrated method. None means ``self``: the model answers questions about
+            made-up images, which needs no data.
+        dtype: Of the dense weights, scales and activations; "auto" for the checkpoint's own.
+        device: Where everything goes, unless `device_map` says otherwise.
+        device_map: As in ``from_pretrained``.
+        attn_implementation: As in ``from_pretrained``.
+        trust_remote_code: Run code that comes with the checkpoint.
+        seed: Of the default calibration.
+        use_safetensors: Refuse pickled weights.
+        processor: One already built; None loads the checkpoint's own.
+        dialect: Name of the grounding dialect in which calibration questions are asked; None for the one that
+            the checkpoint declares, or else its family's.
+        resume: Keep finished blocks of a calibration on disk until it is over, so that the same call goes on where
+            an interrupted one was (see `lmms_plugin.quant_backends.calibration.journal`).
+        resume_folder: Where they are kept; None for `lmms_plugin.quant_backends.calibration.journal.cache_folder`.
+
+    Raises:
+        ValueError: The method cannot do the plan, the plan does not fit the model, weights are missing or not
+            finite, or calibration data is unusable.
+    """
+    started = time.perf_counter()
+    backend.check(plan)
+    spec, samples = _calibration(backend, calibration, seed)
+    reset_peak()
+    adopting = processor is None
+    config, processor = _describe(path, trust_remote_code, processor)
+    if not isinstance(backend, CheckpointBackend):
+        _expect_unquantized(path, config)
+    blockwise = isinstance(backend, CalibratedBackend)
+    if writes_nothing(config) and isinstance(backend, CalibratedBackend | WholeModelBackend):
+        raise ValueError(
+            f"{path} is a retrieval checkpoint: {backend.name} is calibrated with answers, which it cannot write; "
+            "methods that look at weights alone (rtn, hqq, ...) quantize it"
+        )
+    calibrated = blockwise or isinstance(backend, WholeModelBackend)
+    residence = Residence(torch.device(device) if blockwise and not device_map else None)
+    home = torch.device("cpu") if blockwise else torch.device(device)
+    options = {
+        "dtype": dtype,
+        "device_map": dict(device_map) if isinstance(device_map, Mapping) else device_map or {"": home},
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": use_safetensors,
+    }
+    asked = dialect_for(config.model_type, dialect or getattr(config, "grounding_dialect", None))
+    if adopting:
+        adopt(processor, asked, path)
+    seen = None
+    with explained_out_of_memory(backend.name, calibrated=calibrated):
+        model, work = _load(
+            path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
+        )
+        keep_ends(model, getattr(processor, "tokenizer", processor))
+        if isinstance(backend, CheckpointBackend):
+            expect_sound(model, processor)
+        if calibrated:
+            folder = (Path(resume_folder).expanduser() if resume_folder else cache_folder()) if resume else None
+            journal = None if folder is None else _journal(folder, path, work, processor, spec, residence)
+            seen = _calibrate(work, processor, spec, samples, asked, residence, journal)
+    return LoadedModel(model, processor, _report(work, seen, time.perf_counter() - started))
+
+
+def _calibration(
+    backend: Backend, spec: CalibrationSpec | None, seed: int
+) -> tuple[CalibrationSpec, list[CalibrationSample]]:
+    if not isinstance(backend, CalibratedBackend | WholeModelBackend):
+        if spec is not None and spec.source != "none":
+            raise ValueError(f"{backend.name} looks at weights alone and takes no calibration, got {spec}")
+        return CalibrationSpec("none"), []
+    spec = CalibrationSpec("self", samples=backend.default_samples, seed=seed) if spec is None else spec
+    if spec.source == "noise" and isinstance(backend, CalibratedBackend) and backend.fits_correlations:
+        logger.warning(
+            f"{backend.name} makes up for errors by correlations among its inputs, and those of noise are not those of "
+            "text and images: on real weights it came out worse than plain rounding; calibration=dataset:PATH or "
+            "photographs gives it real ones"
+        )
+    return spec, spec.load_samples()
+
+
+def _describe(path: str, trust_remote_code: bool, processor: Any) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoProcessor
+
+    with readable(f"{path}: config.json"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if processor is None:
+        with readable(f"{path}: its processor or tokenizer"):
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return config, processor
+
+
+def _expect_unquantized(path: str, config: Any) -> None:
+    existing = quantization_of(config)
+    if existing:
+        raise ValueError(
+            f"{path} is quantized already ({existing.get('quant_method')}); its weights cannot be quantized again, "
+            "quant_prequantized takes them as they are"
+        )
+
+
+def _load(
+    path: str, config: Any, backend: Backend, plan: QuantPlan, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Quantization]:
+    if isinstance(backend, CheckpointBackend):
+        loaded = backend.load(path, config, options)
+        _expect_complete(path, loaded.model, loaded.info)
+        work = Quantization(loaded.model, backend, plan)
+        work.adopt(loaded.label, loaded.dense)
+        return loaded.model, work
+    if plan.specs:
+        from lmms_plugin.quant_backends.checkpoints.hf_quantizer import PackedConfig
+
+        options["quantization_config"] = PackedConfig(backend, plan)
+    model, info = class_of(config).from_pretrained(path, config=config, output_loading_info=True, **options)
+    _expect_complete(path, model, info)
+    work = model.hf_quantizer.work if plan.specs else Quantization(model, backend, plan)
+    return model, work
+
+
+def _expect_complete(path: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
+
+
+def _journal(
+    folder: Path, path: str, work: Quantization, processor: Any, spec: CalibrationSpec, residence: Residence
+) -> Journal:
+    """Return the journal of a calibration whose outcome depends on all that is named here, `folder` aside."""
+    model, libraries = work.model, ("lmms-plugin", "torch", "transformers", "tokenizers")
+    key = {
+        "checkpoint": checkpoint_key(path, model.config),
+        "dtype": str(model.dtype),
+        "device": residence.device.type if residence.device is not None else "as mapped",
+        "attention": model.config._attn_implementation,
+        "method": repr(work.backend),
+        "plan": work.plan.to_dict(),
+        "calibration": [str(spec), spec.samples, spec.seed],
+        "processor": repr(processor),
+        "versions": {library: version(library) for library in libraries},
+        "code": code_key(),
+    }
+    return Journal(folder, key)
+
+
+@torch.no_grad()
+def _calibrate(
+    work: Quantization,
+    processor: Any,
+    spec: CalibrationSpec,
+    samples: list[CalibrationSample],
+    dialect: Dialect,
+    residence: Residence,
+    journal: Journal | None,
+) -> CalibrationReport:
+    model = work.model
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"device_map leaves {away} on disk or in host memory, out of reach of {work.backend.name}; without "
+            "device_map blocks come onto the device one by one"
+        )
+    residence.settle(model, find_blocks(model, tuple(work.specs)))
+    keep_logits = any(work.components[name] == "head" for name in work.specs)
+    by_role = isinstance(work.backend, CalibratedBackend) and work.backend.by_role
+    with residence.whole() if any(sample.unanswered for sample in samples) else nullcontext():
+        batches, report = build_batches(
+            model, processor, spec, samples, dialect, keep_logits=keep_logits, by_role=by_role, journal=journal
+        )
+    within = None if journal is None else journal.within({"inputs": fingerprint(batches)})
+    work.finish(batches, processor=processor, residence=residence, journal=within)
+    if journal is not None:
+        journal.remove()
+    return report
+
+
+def _report(work: Quantization, calibration: CalibrationReport | None, seconds: float) -> QuantReport:
+    modules = work.modules()
+    after = tensor_bytes(work.model)
+    saved = sum(module.bytes_before - module.bytes_after for module in modules)
+    peak = read_peak()
+    return QuantReport(
+        method=work.backend.name,
+        modules=modules,
+        bytes_before=after + saved,
+        bytes_after=after,
+        seconds=seconds,
+        peak_bytes=peak.bytes,
+        peak_source=peak.source,
+        calibration=calibration,
+        plan=work.plan.to_dict(),
+        experts=work.expert_use,
+    )

@@ -1,0 +1,169 @@
+"""Our own format on disk: each layer's tensors under their own names, and in the config what makes the empty layer.
+
+It holds what others cannot: input scales, padded groups, real-valued zero points, trits, rounded inputs. Importing this
+module makes the format known to transformers' ``from_pretrained``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lmms_plugin.quant_backends.layers.int8_inputs import Int8InputLinear
+from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.layers.ternary import TritPlaneLinear
+from lmms_plugin.quant_backends.plans.plan import QuantSpec
+from lmms_plugin.quant_backends.quantization import untie
+from lmms_plugin.quant_backends.structure.blocks import within
+from lmms_plugin.quant_backends.structure.components import dense_linear
+from lmms_plugin.quant_backends.structure.experts import is_fused, split_experts
+
+QUANT_METHOD = "lmms_plugin"
+FORMAT_VERSION = 1
+KINDS: dict[str, type[PackedLinear] | type[TritPlaneLinear]] = {
+    "packed": PackedLinear,
+    "packed, 8-bit inputs": Int8InputLinear,
+    "trits": TritPlaneLinear,
+}
+
+
+def describe_layers(layers: Mapping[str, QuantizedLinear]) -> dict[str, dict[str, Any]]:
+    """Return for each layer what `empty_layer` needs, JSON-ready.
+
+    Raises:
+        ValueError: A layer is of a kind that only its library can write.
+    """
+    return {name: _describe(name, layer) for name, layer in layers.items()}
+
+
+def empty_layer(description: Mapping[str, Any], dense: nn.Linear) -> QuantizedLinear:
+    """Return a layer without values on the meta device, of the sizes of the dense one it replaces.
+
+    Args:
+        description: From `describe_layers`.
+        dense: On the meta device.
+    """
+    spec = QuantSpec(description["bits"], description["group_size"], description["symmetric"])
+    kind = KINDS[description["kind"]]
+    sizes: dict[str, Any] = {
+        "in_features": dense.in_features,
+        "out_features": dense.out_features,
+        "spec": spec,
+        "bias": dense.bias is not None,
+        "dtype": dense.weight.dtype,
+        "device": "meta",
+    }
+    if kind is TritPlaneLinear:
+        return TritPlaneLinear(**sizes)
+    extra = {key: description[key] for key in ("float_zero_point", "with_in_scale")}
+    return kind(**sizes, **extra)
+
+
+def _describe(name: str, layer: QuantizedLinear) -> dict[str, Any]:
+    kind = next((kind for kind, known in KINDS.items() if type(layer) is known), None)
+    if kind is None:
+        raise ValueError(
+            f"save_quantized: {name} is a {type(layer).__name__} ({layer.kernel}), whose weight is in a library's own "
+            "form; methods that store it in this package's layers (rtn, hqq, awq, ...) can be saved"
+        )
+    assert isinstance(layer, PackedLinear | TritPlaneLinear)
+    described = {
+        "kind": kind,
+        "bits": layer.spec.bits,
+        "group_size": layer.spec.group_size,
+        "symmetric": layer.spec.symmetric,
+    }
+    if isinstance(layer, PackedLinear):
+        zero = layer.packed.codes(0, 1).zero_point
+        described["float_zero_point"] = zero is not None and zero.is_floating_point()
+        described["with_in_scale"] = layer.in_scale is not None
+    return described
+
+
+@register_quantization_config(QUANT_METHOD)
+class SavedConfig(QuantizationConfigMixin):
+    """What ``config.json`` says about a model in our own format.
+
+    Args:
+        version: Of the format.
+        layers: Module name -> description.
+        method: What quantized it.
+
+    Raises:
+        ValueError: The format is newer than this package.
+    """
+
+    def __init__(
+        self,
+        version: int = FORMAT_VERSION,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        method: str = "",
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        if version > FORMAT_VERSION:
+            raise ValueError(f"saved in version {version} of the format, this package reads up to {FORMAT_VERSION}")
+        if not layers:
+            raise ValueError(
+                f"a checkpoint in the format {QUANT_METHOD} should list its quantized layers, got {layers!r}"
+            )
+        self.quant_method = quant_method
+        self.version, self.layers, self.method = version, layers, method
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return {
+            "quant_method": self.quant_method,
+            "version": self.version,
+            "method": self.method,
+            "layers": {name: dict(description) for name, description in self.layers.items()},
+        }
+
+
+@register_quantizer(QUANT_METHOD)
+class SavedQuantizer(HfQuantizer):
+    """Puts empty layers into a model before transformers fills them from the files: no dense weight is ever made."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        layers: Mapping[str, Mapping[str, Any]] = self.quantization_config.layers
+        fused = {name for name, module in model.named_modules() if is_fused(module)}
+        split = split_experts(model, [name for name in fused if any(within(layer, name) for layer in layers)])
+        for experts in split.values():
+            experts.release()
+        for name, description in layers.items():
+            try:
+                layer = empty_layer(description, dense_linear(model, name))
+            except (AttributeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{name}: the description of a quantized layer does not fit the model ({error})"
+                ) from error
+            model.set_submodule(name, layer)
+            untie(model, name)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Return the renamings alone: weights were written as the model has them, so that nothing is to be stacked."""
+        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Return the bytes of an element: what is in the files is what is loaded."""
+        return param.element_size()
+
+    def is_serializable(self) -> bool:
+        """Only `save_quantized` writes this format."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False

@@ -1,0 +1,345 @@
+"""Quantized models on disk: safetensors, config, processor and report in one folder, whole or not at all.
+
+Where it can hold the weights, the format is ``pack-quantized`` of compressed-tensors, which transformers and vLLM read
+without this package. Anything else that our own layers hold is written as their own tensors
+(`lmms_plugin.quant_backends.checkpoints.own_format`). Either way codes and scales come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.plans.quant_report import QuantReport
+from lmms_plugin.quant_backends.structure.roles import find_mixtures
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+    from lmms_plugin.quant_backends.backend import Backend
+
+REPORT = "quant_report.json"
+SHARD_SIZE = "5GB"
+COMPRESSED_TENSORS = "compressed-tensors"
+AUTO, OWN = "auto", "own"
+FORMS = (AUTO, COMPRESSED_TENSORS, OWN)
+"""What a user may ask for: `auto` is compressed-tensors where that can hold the weights, else our own format."""
+COMPRESSED_TENSORS_VERSION = "0.20.0"
+"""The version whose packing of 3, 5, 6 and 7 bits is written; that of 2, 4 and 8 bits is the same in all."""
+
+
+class Saved(NamedTuple):
+    """What was written.
+
+    Attributes:
+        format: ``compressed-tensors`` or ``lmms_plugin``.
+        reason: Why it is not compressed-tensors; None when it is.
+        bytes: Of all files together.
+        bits: Of the quantized layers, each number once.
+        group_sizes: Columns that share a scale, each number once; None for whole rows.
+        schemes: Of how many kinds the quantized layers are.
+    """
+
+    format: str
+    reason: str | None
+    bytes: int
+    bits: tuple[int, ...]
+    group_sizes: tuple[int | None, ...]
+    schemes: int
+
+
+def expect_free(folder: str | Path) -> Path:
+    """Return the folder to save to.
+
+    Raises:
+        ValueError: Something is there already, or the folder it is to lie in is missing.
+    """
+    path = Path(folder).expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"save_quantized: {path} is there already and not empty; name a new folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"save_quantized: there is no folder {path.parent}")
+    return path
+
+
+def expect_storable(backend: Backend, form: str = AUTO) -> None:
+    """Refuse, before anything is loaded, to write what a method makes.
+
+    Args:
+        backend: The method with its options.
+        form: Of `FORMS`.
+
+    Raises:
+        ValueError: Its layers cannot be written at all, or not in this form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"expected a format of {', '.join(FORMS)}, got {form!r}")
+    if backend.unsaved is not None:
+        raise ValueError(f"{backend.name} cannot be saved: {backend.unsaved}")
+    if form == COMPRESSED_TENSORS and backend.uncompressed is not None:
+        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold what {backend.name} makes: {backend.uncompressed}")
+
+
+def expect_savable(model: nn.Module) -> None:
+    """Refuse models whose layers have no form on disk.
+
+    Raises:
+        ValueError: Nothing is quantized, or a layer holds what only its library can write.
+    """
+    # Imported where it is needed: it brings in transformers' quantizers, and folders are checked long before.
+    from lmms_plugin.quant_backends.checkpoints.own_format import describe_layers
+
+    if not _layers(model):
+        raise ValueError("save_quantized: nothing in this model is quantized; copy the checkpoint instead")
+    describe_layers(_layers(model))
+
+
+def save_quantized(
+    model: PreTrainedModel,
+    processor: Any,
+    report: QuantReport,
+    folder: str | Path,
+    *,
+    shard_size: str = SHARD_SIZE,
+    form: str = AUTO,
+) -> Saved:
+    """Write a quantized model.
+
+    Input scales that are powers of two are handed over to the layers before on the way, which changes no output by a
+    bit (`lmms_plugin.quant_backends.checkpoints.folding`).
+
+    Everything goes to a temporary folder beside `folder` first, which is renamed at the end: `folder` is whole or not
+    there.
+
+    Args:
+        model: Quantized by this package.
+        processor: Of the same checkpoint.
+        report: Goes along as ``quant_report.json``.
+        folder: New or empty.
+        shard_size: Largest safetensors file, as in transformers.
+        form: Of `FORMS`.
+
+    Raises:
+        ValueError: The folder is taken, or the model cannot be saved (see `expect_savable`), or not in this form.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    target = expect_free(folder)
+    expect_savable(model)
+    if form != OWN:
+        _fold(model, processor)
+    layers = _layers(model)
+    reason = _stacked(model) or next(
+        (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
+    )
+    if reason and form == COMPRESSED_TENSORS:
+        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold this model: {reason}")
+    reason = "it was asked for" if form == OWN else reason
+    quantization = own_config(layers, report) if reason else compressed_tensors_config(model, layers)
+    tensors = _own_tensors(model) if reason else _compressed_tensors(model, layers)
+    with _whole_or_nothing(target) as unfinished:
+        save_torch_state_dict(tensors, unfinished, max_shard_size=shard_size, is_main_process=True)
+        _write_config(model, quantization, unfinished)
+        if model.can_generate():
+            _generation_config(model, processor).save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        (unfinished / REPORT).write_text(report.to_json(), encoding="utf-8")
+        size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
+    kinds = {(layer.bits, _group_size(layer)) for layer in layers.values()}
+    bits = tuple(sorted({kind[0] for kind in kinds}))
+    groups = tuple(sorted({kind[1] for kind in kinds}, key=lambda size: size or 0))
+    schemes = len(quantization.get("config_groups", kinds))
+    return Saved(str(quantization["quant_method"]), reason, size, bits, groups, schemes)
+
+
+def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> dict[str, Any]:
+    """Return the ``quantization_config`` of our own format."""
+    from lmms_plugin.quant_backends.checkpoints.own_format import FORMAT_VERSION, QUANT_METHOD, describe_layers
+
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "method": report.method,
+        "layers": describe_layers(layers),
+    }
+
+
+def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of compressed-tensors' packed integers.
+
+    One scheme for all layers names none of them, as vLLM likes it, which fuses some; several schemes list their layers.
+    Those that are left dense are named under ``ignore``. (transformers 5.23 refuses several schemes; the library and
+    `quant_prequantized` read them.)
+    """
+    groups: dict[str, list[str]] = {}
+    schemes: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        scheme = _scheme(layer)
+        schemes.setdefault(str(scheme), scheme)
+        groups.setdefault(str(scheme), []).append(name)
+    targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "version": COMPRESSED_TENSORS_VERSION,
+        # transformers would otherwise pack and unpack at the first forward pass, and fails with images.
+        "dequantize": True,
+        "config_groups": {
+            f"group_{index}": {"targets": named, "weights": scheme, "input_activations": None}
+            for index, (named, scheme) in enumerate(zip(targets, schemes.values(), strict=True))
+        },
+        "ignore": dense,
+        "kv_cache_scheme": None,
+    }
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Pack rows of codes into 32-bit words, lowest bits first, codes running across the ends of words.
+
+    Args:
+        codes: (rows, columns) uint8 in [0, 2**bits).
+        bits: Bits per code.
+
+    Returns:
+        (rows, ceil(columns · bits / 32)) int32.
+    """
+    places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
+    rows = []
+    for part in codes.split(max(1, (1 << 20) // codes.shape[1])):
+        stream = ((part.unsqueeze(-1) >> places) & 1).flatten(1)
+        stream = nn.functional.pad(stream, (0, -stream.shape[1] % 32))
+        rows.append((stream.view(len(part), -1, 8) * weights).sum(-1, dtype=torch.uint8))
+    packed = torch.cat(rows)
+    # safetensors and the readers of this format are little-endian.
+    return (packed if sys.byteorder == "little" else packed.view(-1, 4).flip(1).view_as(packed)).view(torch.int32)
+
+
+def _layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def _stacked(model: nn.Module) -> str | None:
+    """Say why compressed-tensors cannot hold a model with experts; None if there are none."""
+    # Its readers expect an expert's gate and up projection apart, and whatever is dense in the layout of the original
+    # checkpoint.
+    name = next(iter(find_mixtures(model)), None)
+    return None if name is None else f"{name} holds experts"
+
+
+def _fold(model: PreTrainedModel, processor: Any) -> None:
+    """Hand input scales over to the layers before, if they are powers of two, all of them."""
+    packed = [layer for layer in _layers(model).values() if isinstance(layer, PackedLinear)]
+    scales = [layer.in_scale for layer in packed if layer.in_scale is not None]
+    if not scales or not all(bool((scale.frexp().mantissa == 0.5).all()) for scale in scales):
+        return
+    import numpy as np
+
+    from lmms_plugin.quant_backends.calibration.inputs import encode, to_model
+    from lmms_plugin.quant_backends.calibration.synthetic import scene
+    from lmms_plugin.quant_backends.checkpoints.folding import fold
+
+    image, expression = scene(np.random.default_rng(0))
+    fold(model, {**to_model(encode(processor, image, f"Where is {expression}?"), model), "use_cache": False})
+
+
+def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
+    """Say why compressed-tensors cannot hold a layer; None if it can."""
+    if type(layer) is not PackedLinear:
+        return f"{name} is a {type(layer).__name__}"
+    if layer.in_scale is not None:
+        return f"{name} multiplies its input by a scale, which no layer before it could take over exactly"
+    if layer.padded_columns:
+        return f"{name} has a width of {layer.in_features}, which its groups of {layer.group_size} do not divide"
+    zero = layer.packed.codes(0, 1).zero_point
+    return f"{name} has zero points that are no integers" if zero is not None and zero.is_floating_point() else None
+
+
+def _group_size(layer: QuantizedLinear) -> int | None:
+    return None if layer.group_size == layer.in_features else layer.group_size
+
+
+def _scheme(layer: QuantizedLinear) -> dict[str, Any]:
+    assert isinstance(layer, PackedLinear)
+    whole_row = layer.spec.group_size is None
+    return {
+        "num_bits": layer.bits,
+        "type": "int",
+        "symmetric": layer.spec.symmetric,
+        "strategy": "channel" if whole_row else "group",
+        "group_size": None if whole_row else layer.group_size,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+
+
+def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _compressed_tensors(model: PreTrainedModel, layers: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+    codes_of_layers = {f"{name}.packed" for name in layers}
+    tensors = {
+        name: tensor for name, tensor in _own_tensors(model).items() if name.rpartition(".")[0] not in codes_of_layers
+    }
+    for name, layer in layers.items():
+        assert isinstance(layer, PackedLinear)
+        codes, scale, zero = layer.quantized
+        tensors[f"{name}.weight_packed"] = pack_words(codes.flatten(1), layer.bits)
+        tensors[f"{name}.weight_scale"] = scale.contiguous()
+        tensors[f"{name}.weight_shape"] = torch.tensor([layer.out_features, layer.in_features])
+        if zero is not None:
+            tensors[f"{name}.weight_zero_point"] = pack_words(zero.T.contiguous(), layer.bits).T.contiguous()
+    return tensors
+
+
+def _write_config(model: PreTrainedModel, quantization: Mapping[str, Any], folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.quantization_config = dict(quantization)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+
+
+def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConfig:
+    """The checkpoint's own, which answering takes apart, ending where answers end in an evaluation."""
+    from transformers import GenerationConfig
+
+    from lmms_plugin.vlm.generation.decoding import end_tokens
+
+    try:
+        config = GenerationConfig.from_pretrained(model.config.name_or_path)
+    except OSError:
+        config = copy.deepcopy(model.generation_config)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    config.eos_token_id = list(end_tokens(model, tokenizer)) or None
+    return config
+
+
+@contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target` to write to, which becomes `target` if all goes well and vanishes if not."""
+    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        # Replaces an empty folder, and fails if something has been put there meanwhile.
+        unfinished.rename(target)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"save_quantized: {target} could not be written ({error}); nothing is left of it") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

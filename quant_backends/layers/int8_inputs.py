@@ -1,0 +1,149 @@
+"""Packed linear layers that round their inputs to 8 bits as well."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from lmms_plugin.quant_backends.layers.linear import PackedLinear
+
+UNQUANTIZED = 16
+"""Bits of activations that mean: leave them as they are."""
+
+LARGEST = 127
+"""Of an 8-bit code of an input; -128 is not used, so that codes are symmetric."""
+
+EXACT_COLUMNS = 1024
+"""So many products of two 8-bit codes add up to less than 2²⁴: float32 holds every partial sum exactly."""
+
+
+class RoundedInputs(NamedTuple):
+    """Inputs x ≈ codes · scale.
+
+    Attributes:
+        codes: (rows, columns) int8, -127 to 127.
+        scale: (rows, 1) float32.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+def check_act_bits(act_bits: int) -> None:
+    """Refuse numbers of bits that inputs cannot be rounded to.
+
+    Raises:
+        ValueError: Neither 8 nor 16.
+    """
+    if act_bits not in (8, UNQUANTIZED):
+        raise ValueError(f"act_bits must be 8, or 16 to leave activations as they are, got {act_bits!r}")
+
+
+def rounded_inputs_apart(act_bits: int) -> str | None:
+    """Return why compressed-tensors' packed weights cannot hold such layers; None if they can."""
+    return None if act_bits == UNQUANTIZED else "it rounds inputs while the model runs (act_bits)"
+
+
+def round_inputs(x: Tensor) -> RoundedInputs:
+    """Round each row of x (rows, columns) to 8 bits: symmetric, its largest magnitude becoming 127."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True) / LARGEST
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return RoundedInputs((x / scale).round().to(torch.int8), scale)
+
+
+class Int8InputLinear(PackedLinear):
+    """A packed linear layer whose inputs are rounded to 8 bits, each token by its own largest magnitude.
+
+    With one scale per row of the weight (``group_size=-1``) the product is one of integers: by torch's own where it is
+    fast (CUDA; processors with VNNI), and elsewhere in float32, in pieces so short that every sum is exact. Both give
+    the same integers. Scales per group keep integers from being summed across groups; the rounded inputs then meet
+    the dequantized weight in float32.
+    """
+
+    act_bits = 8
+
+    def choose_kernel(self) -> None:
+        """Stay in the canonical layout, which the products here read."""
+
+    @property
+    def kernel(self) -> str:
+        """What the forward pass runs on."""
+        if self.group_size < self.in_features:
+            return "8-bit inputs, dequantize"
+        device = next(self.buffers()).device
+        native = has_integer_product(self.in_features, self.out_features, device)
+        return f"8-bit inputs, {'torch._int_mm' if native else 'integers in float32'}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``round(x) @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
+        rows = x.reshape(-1, self.in_features).float()
+        if self.in_scale is not None:
+            rows = rows * self.in_scale.float()
+        codes, scale = round_inputs(rows)
+        if self.group_size < self.in_features:
+            y = self.packed.dequantized_matmul(functional.pad(codes.float(), (0, self.padded_columns)))
+        else:
+            y = self._integer_outputs(codes)
+        y = y * scale
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        return f"{super().extra_repr()}, act_bits={self.act_bits}"
+
+    def _integer_outputs(self, inputs: Tensor) -> Tensor:
+        """Return Σ input code · (weight code − zero point) · weight scale, (rows, out_features) float32."""
+        stored = self.quantized
+        middle = 1 << (self.bits - 1)
+        # uint8 wraps around, which is what the int8 of the same bits stands for.
+        weight = (stored.codes.flatten(1)[:, : self.in_features] - middle).view(torch.int8)
+        product = integer_product(inputs, weight)
+        if stored.zero_point is not None:
+            offset = middle - stored.zero_point[:, 0].to(torch.int32)
+            product += inputs.sum(1, keepdim=True, dtype=torch.int32) * offset
+        return product.float() * stored.scale[:, 0].float()
+
+
+def has_integer_product(columns: int, rows: int, device: torch.device) -> bool:
+    """Return whether torch multiplies int8 matrices fast there; its fallback for plain processors is slow."""
+    if device.type == "cuda":
+        return columns % 8 == 0 and rows % 8 == 0
+    return device.type == "cpu" and _cpu_product_is_exact()
+
+
+@cache
+def _cpu_product_is_exact() -> bool:
+    # oneDNN saturates sums of two products at 16 bits where it is kept from VNNI (ONEDNN_MAX_CPU_ISA).
+    largest = torch.full((32, 32), LARGEST, dtype=torch.int8)
+    return torch.cpu._is_vnni_supported() and bool((torch._int_mm(largest, largest) == 32 * LARGEST**2).all())
+
+
+def integer_product(inputs: Tensor, weight: Tensor, *, native: bool | None = None) -> Tensor:
+    """Return inputs · weightᵀ without any rounding.
+
+    Args:
+        inputs: (tokens, columns) int8.
+        weight: (rows, columns) int8, with no more than 2¹⁶ columns.
+        native: Whether to use torch's product of integers; None where it is fast.
+
+    Returns:
+        (tokens, rows) int32.
+    """
+    if native is None:
+        native = has_integer_product(weight.shape[1], weight.shape[0], weight.device)
+    if native:
+        # cuBLAS wants more than 16 rows, in multiples of 8.
+        missing = max(24 - len(inputs), -len(inputs) % 8) if weight.device.type == "cuda" else 0
+        padded = functional.pad(inputs, (0, 0, 0, missing))
+        return torch._int_mm(padded, weight.T)[: len(inputs)]
+    product = torch.zeros(len(inputs), len(weight), dtype=torch.int32, device=weight.device)
+    for one, other in zip(inputs.split(EXACT_COLUMNS, 1), weight.split(EXACT_COLUMNS, 1), strict=True):
+        product += (one.float() @ other.float().T).to(torch.int32)
+    return product

@@ -1,0 +1,278 @@
+"""GPTQ: weights are rounded one input column after another, each making up for the errors of those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
+from lmms_plugin.quant_backends.layers.codes import Codes
+from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.methods.rtn import nearest, round_by_blocks
+from lmms_plugin.quant_backends.plans.plan import QuantSpec
+from lmms_plugin.quant_backends.statistics import InputStatistics, squared_errors
+
+DAMPINGS = (0.01, 0.1, 1.0)
+"""Fractions of the mean diagonal that are tried on the inputs held back; the first one is GPTQ's own."""
+
+LARGEST_DAMPING = 10.0
+"""Times the mean diagonal: beyond it the Hessian is all damping, and the result no better than rounding."""
+
+
+class Factor(NamedTuple):
+    """How rounding errors of one column are made up for by later ones.
+
+    Attributes:
+        order: (columns,) int64, the columns in the order in which they are rounded.
+        feedback: (columns, columns) float32, lower triangular with a diagonal of ones. Row i, in that order: how
+            far column i moves against each unit of error in the columns before it.
+        damping: The fraction of the mean diagonal that was added to the Hessian.
+    """
+
+    order: Tensor
+    feedback: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class GptqBackend(CalibratedBackend):
+    """GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323) on the grid of round-to-nearest.
+
+    Each weight is rounded to the point of its group's grid that is nearest once the errors already made in its row are
+    taken into account, so that ‖X(W − Ŵ)ᵀ‖ is small rather than ‖W − Ŵ‖. Grids are those of the dense weight and
+    stay fixed: codes lie in the columns' own order whatever the order of rounding, which costs nothing at run time.
+
+    Correlations among a few inputs are not those among others: with fewer inputs than columns some correction fits
+    whatever was seen. So a quarter of the calibration inputs is held back. Rows in which plain rounding does no worse
+    on these keep their rounded codes, and so do all rows of a layer in which it does no worse altogether: no output's
+    error there is above round-to-nearest. The report counts such rows.
+
+    Attributes:
+        act_order: Round the columns with the largest inputs first, while there are others left to correct them.
+        damping: Fraction of the mean diagonal that is added to the diagonal of the Hessian XᵀX: how much to distrust
+            correlations seen in the calibration inputs. None for the one of `DAMPINGS` that does best on the inputs
+            held back. When the factorization still fails, ten times as much is tried.
+        block_size: Columns per block; between blocks errors are passed on by one matrix product. Only for speed.
+    """
+
+    act_order: bool = True
+    damping: float | None = None
+    block_size: int = 128
+
+    name = "gptq"
+    bits = frozenset(range(2, 9))
+    holds_back = True
+    fits_correlations = True
+    rows_per_column = 8
+    default_samples = 128
+
+    def __post_init__(self) -> None:
+        expect_damping(self.name, self.damping)
+        if self.block_size < 1:
+            raise ValueError(f"gptq: block_size must be a positive integer, got {self.block_size!r}")
+
+    @torch.no_grad()
+    def solve(
+        self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
+    ) -> list[Solution]:
+        """Round the weights of layers that are fed one tensor."""
+        plain = [round_by_blocks(layer.weight, spec) for layer, spec in zip(layers, specs, strict=True)]
+        rounding = sum_of_squares(
+            layer.weight - codes.dequantize(spec.bits, layer.weight.dtype)[:, : layer.in_features]
+            for layer, spec, codes in zip(layers, specs, plain, strict=True)
+        )
+        factor = choose_factor(statistics, rounding, self.act_order, self.damping)
+        return [
+            self._solve(layer, spec, codes, factor, statistics.judging_gram)
+            for layer, spec, codes in zip(layers, specs, plain, strict=True)
+        ]
+
+    @torch.no_grad()
+    def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
+        """Round to nearest: without inputs there are no correlations by which columns could make up for one another."""
+        return nearest(layer, spec)
+
+    def _solve(self, layer: nn.Linear, spec: QuantSpec, plain: Codes, factor: Factor, gram: Tensor) -> Solution:
+        weight = layer.weight
+        corrected = round_with_feedback(weight, plain, spec.bits, factor, self.block_size)
+        before, after = (
+            squared_errors(codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, gram)
+            for codes in (plain, corrected)
+        )
+        # What all rows have in common shows in their sum long before single rows tell it from chance. Where nothing was
+        # held back, or nothing but zeros, there is no reason to trust a correction either.
+        better = (after < before) & (after.sum() < before.sum())
+        moved = (corrected.codes != plain.codes).flatten(1).any(1)
+        codes = plain._replace(codes=torch.where(better.view(-1, 1, 1), corrected.codes, plain.codes))
+        packed = PackedLinear.from_codes(codes, spec, layer.in_features, bias=layer.bias)
+        return Solution(packed, plain_rows=int((moved & ~better).sum()))
+
+
+def expect_damping(backend: str, damping: float | None) -> None:
+    """Refuse a fraction that `factorize` cannot start from.
+
+    Raises:
+        ValueError: It is negative, NaN or above `LARGEST_DAMPING`.
+    """
+    if damping is not None and not 0 <= damping <= LARGEST_DAMPING:
+        raise ValueError(f"{backend}: damping must be a number from 0 to {LARGEST_DAMPING:g}, got {damping!r}")
+
+
+def choose_factor(
+    statistics: InputStatistics, rounding: Tensor, act_order: bool = True, damping: float | None = None
+) -> Factor:
+    """Factorize with the damping under which errors are expected to be smallest on the inputs held back.
+
+    With F the feedback, rounding errors ε leave the weights' errors δ where F δ = ε. Were ε independent, as it nearly
+    is, ‖X δ‖² would have the mean Σ_i var(ε_i) (F⁻ᵀ XᵀX F⁻¹)_ii: a damping is judged without rounding anything.
+
+    Args:
+        statistics: Of the layer's inputs.
+        rounding: (columns,) float64, what stands for the variance: squared errors of plain rounding, summed over rows.
+        act_order: As in `factorize`.
+        damping: None to choose among `DAMPINGS`; the first of them where no input is held back.
+
+    Raises:
+        ValueError: As in `factorize`.
+    """
+    held_back = statistics.held_back
+    if damping is not None or held_back is None or not held_back.rows:
+        return factorize(statistics, act_order, DAMPINGS[0] if damping is None else damping)
+    best = factorize(statistics, act_order, DAMPINGS[0])
+    least = _expected_error(best, held_back.gram, rounding)
+    # One after another: in wide layers each takes more than a gigabyte.
+    for each in DAMPINGS[1:]:
+        factor = factorize(statistics, act_order, each)
+        expected = _expected_error(factor, held_back.gram, rounding)
+        if expected < least:
+            best, least = factor, expected
+    return best
+
+
+def _expected_error(factor: Factor, gram: Tensor, rounding: Tensor) -> float:
+    """Return Σ_i var(ε_i) (F⁻ᵀ G F⁻¹)_ii for the feedback F of a factor."""
+    order = factor.order
+    identity = torch.eye(len(gram), device=gram.device)
+    spread = torch.linalg.solve_triangular(factor.feedback, identity, upper=False, unitriangular=True)
+    return float(squared_errors(spread.T, gram[order.unsqueeze(1), order]) @ rounding[order])
+
+
+def sum_of_squares(errors: Iterable[Tensor]) -> Tensor:
+    """Return the squares of each column of some matrices (rows, columns), summed over all rows, (columns,) float64."""
+    return torch.stack([error.float().square().sum(0, dtype=torch.float64) for error in errors]).sum(0)
+
+
+def factorize(statistics: InputStatistics, act_order: bool = True, damping: float = 0.01) -> Factor:
+    """Turn second moments of inputs into what each column owes to the errors of the columns before it.
+
+    With H = MᵀM and M lower triangular, ‖X δ‖² = Σ_i (M_ii δ_i + Σ_{j<i} M_ij δ_j)² for the error δ of one row, taken
+    in rounding order: column i is best rounded from w_i − Σ_{j<i} (M_ij / M_ii) δ_j. In exact arithmetic these are the
+    updates of GPTQ by way of the inverse Hessian's Cholesky factor (arXiv:2507.18553), for one factorization instead
+    of two and an inverse. M is the flipped Cholesky factor of the flipped H.
+
+    Args:
+        statistics: Of the layer's inputs, of which those held back are left out; any positive multiple of the moments
+            gives the same result.
+        act_order: Order columns by falling mean square of their input; ties by their position.
+        damping: First fraction of the mean diagonal to add.
+
+    Raises:
+        ValueError: The moments are not finite or those of no real input, or no damping helps.
+    """
+    statistics.expect_finite()
+    gram = statistics.fitting_gram
+    diagonal = gram.diagonal().double()
+    order = torch.arange(len(gram), device=gram.device)
+    if act_order:
+        order = diagonal.argsort(descending=True, stable=True)
+    backwards = order.flip(0)
+    # float64: at the usual damping float32 finds the same codes, but at a hundredth of it errors 1 % larger. The factor
+    # is computed once for all layers that share their inputs, and takes less time than rounding them.
+    hessian = gram[backwards.unsqueeze(1), backwards].double()
+    diagonal = diagonal[backwards]
+    mean = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
+    # A column that is always zero is tied to no other one; any positive number lets it be rounded on its own.
+    diagonal = torch.where(diagonal == 0, mean, diagonal)
+    asked = damping
+    while damping <= LARGEST_DAMPING:
+        hessian.diagonal().copy_(diagonal + damping * mean)
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        if int(info) == 0:
+            del hessian
+            if damping > asked:
+                logger.warning(
+                    f"{statistics.names[0]}: its {statistics.rows} calibration inputs take more damping than "
+                    f"{asked:g}: {damping:g} was added; damping={damping:g} or more samples spare trying"
+                )
+            lower /= lower.diagonal().clone()
+            # Row i of M is column n - 1 - i of `lower` read backwards, its diagonal element at the end.
+            lower = lower.float()
+            return Factor(order, lower.T.flip(0, 1), damping)
+        damping = max(10 * damping, 1e-6)
+    raise ValueError(
+        f"{statistics.names[0]}: the second moments of its calibration inputs have no Cholesky factor, even with "
+        f"{LARGEST_DAMPING:g} times their mean diagonal added; they cannot come from real inputs"
+    )
+
+
+def pass_on_errors(
+    weight: Tensor, factor: Factor, choose: Callable[[int, Tensor], Tensor], block_size: int = 128
+) -> None:
+    """Go through the columns of a weight, asking for each to be stored as near as possible to what would be best.
+
+    Args:
+        weight: (rows, columns), any float dtype.
+        factor: From `factorize`.
+        choose: Is told a column's position in the weight and the values (rows,) that would make up for all errors so
+            far, float32; returns the values that are stored, float32.
+        block_size: Columns between two matrix products.
+    """
+    # Transposed, so that what one step reads and writes is contiguous. float32: sums of at most some ten thousand
+    # products decide between steps of a grid of at most 256.
+    dense = weight.T[factor.order].float()
+    error = torch.zeros_like(dense)
+    positions = factor.order.tolist()
+    for start in range(0, len(dense), block_size):
+        stop = min(start + block_size, len(dense))
+        wanted = dense[start:stop] - factor.feedback[start:stop, :start] @ error[:start]
+        for step in range(start, stop):
+            moved = wanted[step - start] - error[start:step].T @ factor.feedback[step, start:step]
+            error[step] = choose(positions[step], moved) - dense[step]
+
+
+def round_with_feedback(weight: Tensor, nearest: Codes, bits: int, factor: Factor, block_size: int = 128) -> Codes:
+    """Round a weight column by column onto a given grid.
+
+    Args:
+        weight: (rows, columns), any float dtype.
+        nearest: Its codes by round-to-nearest, whose scales and zero points are used.
+        bits: Of the codes.
+        factor: From `factorize`.
+        block_size: Columns between two matrix products.
+
+    Returns:
+        Codes with the same scales and zero points; columns of padding keep theirs.
+    """
+    dtype, size = nearest.scale.dtype, nearest.codes.shape[-1]
+    scales = nearest.scale.T.float().contiguous()
+    zeros = _zero_points(nearest, bits).T.float().contiguous()
+    codes = nearest.codes.flatten(1).T.clone(memory_format=torch.contiguous_format)
+
+    def choose(column: int, wanted: Tensor) -> Tensor:
+        scale, zero = scales[column // size], zeros[column // size]
+        code = ((wanted / scale).round_() + zero).clamp_(0, (1 << bits) - 1)
+        codes[column] = code
+        # What the layer will compute with, including the rounding of the product to its dtype.
+        return ((code - zero) * scale).to(dtype).float()
+
+    pass_on_errors(weight, factor, choose, block_size)
+    return nearest._replace(codes=codes.T.reshape(nearest.codes.shape))
+
+
+def _zero_points(codes: Codes, bits: int) -> Tensor:
+    return torch.full_like(codes.scale, 1 << (bits - 1)) if codes.zero_point is None else codes.zero_point

@@ -1,0 +1,1 @@
+"""What is quantized, how finely, and what became of it."""

@@ -1,0 +1,285 @@
+"""What is quantized, and how finely: frozen values, pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import regex
+
+from lmms_plugin.quant_backends.plans.role_plan import ROUTER_REASON, Place, RolePlan, read_roles
+from lmms_plugin.quant_backends.plans.specs import UNTOUCHED_BITS, QuantSpec, expect_keys, read_spec, write_spec
+from lmms_plugin.utils.located import load
+
+__all__ = ["COMPONENTS", "UNTOUCHED_BITS", "Assignment", "Component", "QuantPlan", "QuantSpec", "Rule"]
+
+Component = Literal["vision", "connector", "language", "head", "audio", "unused"]
+
+COMPONENTS: tuple[Component, ...] = ("vision", "connector", "language", "head")
+"""What a plan can ask for. An audio tower and unused layers, which neither image nor answer passes, need rules."""
+
+MOST_LETTERS, MOST_SECONDS = 1000, 2.0
+"""Of a rule's regular expression, and of its search in one name."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One exception to the plan of a component, chosen by module name.
+
+    Attributes:
+        pattern: Regular expression searched in the full module name (anchor it with ``^`` and ``$``).
+        spec: How such modules are stored; None leaves them untouched.
+    """
+
+    pattern: str
+    spec: QuantSpec | None
+
+    def __post_init__(self) -> None:
+        if len(self.pattern) > MOST_LETTERS:
+            raise ValueError(f"plan rule {self.pattern[:60]!r}... is longer than {MOST_LETTERS} letters")
+        try:
+            regex.compile(self.pattern)
+        except (regex.error, OverflowError, RecursionError, MemoryError) as error:
+            raise ValueError(f"plan rule {self.pattern!r} is not a regular expression: {error}") from error
+
+    def matches(self, module_name: str) -> bool:
+        """Return whether the rule speaks about this module.
+
+        Raises:
+            ValueError: Nested repetitions make the search take too long.
+        """
+        try:
+            return regex.search(self.pattern, module_name, timeout=MOST_SECONDS) is not None
+        except TimeoutError as error:
+            raise ValueError(
+                f"plan rule {self.pattern!r} took more than {MOST_SECONDS:g} s on {module_name!r}: expected a regular"
+                " expression without repetitions of repetitions"
+            ) from error
+
+
+class Assignment(NamedTuple):
+    """The plan applied to the linear layers of one model.
+
+    Attributes:
+        specs: Module name -> spec, for the layers to quantize.
+        reasons: Module name -> why it is left alone, for all the others.
+    """
+
+    specs: dict[str, QuantSpec]
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Which spec each linear layer of a model gets.
+
+    A component that is None is left untouched. `skip` patterns win over `rules`, the first matching rule over
+    `roles`, and a role over the component. Routers are never quantized.
+    """
+
+    vision: QuantSpec | None = None
+    connector: QuantSpec | None = None
+    language: QuantSpec | None = None
+    head: QuantSpec | None = None
+    rules: tuple[Rule, ...] = ()
+    skip: tuple[str, ...] = ()
+    roles: RolePlan | None = None
+    _skips: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for component in COMPONENTS:
+            spec = getattr(self, component)
+            if spec is not None and spec.untouched:
+                object.__setattr__(self, component, None)
+        object.__setattr__(self, "_skips", tuple(Rule(pattern, None) for pattern in self.skip))
+
+    @classmethod
+    def from_arguments(
+        cls,
+        *,
+        bits: int = 4,
+        group_size: int | None = 128,
+        symmetric: bool = False,
+        vision_bits: int = UNTOUCHED_BITS,
+        connector_bits: int = UNTOUCHED_BITS,
+        language_bits: int | None = None,
+        head_bits: int = UNTOUCHED_BITS,
+        plan: str | Path | None = None,
+    ) -> QuantPlan:
+        """Build a plan from the model arguments of the command line.
+
+        Args:
+            bits: Bits of the language model unless `language_bits` says otherwise, and of plan rules
+                that name none.
+            group_size: Columns per scale, for every component; -1 or None for one group per row.
+            symmetric: Whether zero points are fixed.
+            vision_bits: Bits of the vision tower; 16 leaves it untouched, here and below.
+            connector_bits: Bits of the projector between vision and language.
+            language_bits: Bits of the decoder layers; None means `bits`.
+            head_bits: Bits of the output projection.
+            plan: YAML file with ``components``, ``roles``, ``rules`` and ``skip`` (see `from_yaml`); what it says
+                replaces the other arguments.
+
+        Raises:
+            ValueError: A number or the file's content is not valid.
+            FileNotFoundError: `plan` names no file.
+        """
+        default = QuantSpec(bits, group_size, symmetric)
+        asked = {
+            "vision": vision_bits,
+            "connector": connector_bits,
+            "language": bits if language_bits is None else language_bits,
+            "head": head_bits,
+        }
+        components: dict[str, Any] = {name: QuantSpec(n, group_size, symmetric) for name, n in asked.items()}
+        if plan is None:
+            return cls(**components)
+        return cls.from_yaml(plan, default=default, **components)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *, default: QuantSpec, **components: QuantSpec) -> QuantPlan:
+        r"""Read a plan file.
+
+        The file holds up to four keys; numbers that an entry leaves out come from `default`::
+
+            components: {vision: 8, language: {bits: 4, group_size: 64}}
+            roles:
+              attention: 8
+              routed_experts: {frequent: 4, rare: 2, share: 0.25}
+              first_blocks: {count: 2, bits: 8}
+            rules:
+              - {match: 'layers\.0\.', bits: 8}
+              - {match: 'o_proj$', skip: true}
+            skip: ['^model\.visual\.merger']
+
+        Raises:
+            ValueError: Unknown keys, or values that are no spec; the message names file and entry.
+            FileNotFoundError: There is no such file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"plan file {str(path)!r} does not exist")
+        content = load(path).plain()
+        expect_keys(content, {"components", "roles", "rules", "skip"}, str(path))
+        named = content.get("components") or {}
+        expect_keys(named, set(COMPONENTS), f"{path}: components")
+        specs: dict[str, Any] = dict(components) | {
+            name: read_spec(entry, default, f"{path}: {name}") for name, entry in named.items()
+        }
+        entries = content.get("rules") or []
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: rules must be a list of mappings, got {entries!r:.200}")
+        rules = tuple(_read_rule(entry, default, str(path)) for entry in entries)
+        skip = content.get("skip") or []
+        if not isinstance(skip, list) or not all(isinstance(pattern, str) for pattern in skip):
+            raise ValueError(f"{path}: skip must be a list of regular expressions, got {skip!r:.200}")
+        roles = read_roles(content["roles"], default, path) if content.get("roles") else None
+        return cls(**specs, rules=rules, skip=tuple(skip), roles=roles)
+
+    @property
+    def specs(self) -> tuple[QuantSpec, ...]:
+        """Every spec below 16 bits that the plan names."""
+        named = [getattr(self, component) for component in COMPONENTS] + [rule.spec for rule in self.rules]
+        named += () if self.roles is None else self.roles.named
+        return tuple(spec for spec in named if spec is not None and not spec.untouched)
+
+    def spec_for(self, module_name: str, component: Component) -> QuantSpec | None:
+        """Return the spec of one linear layer, None when it is left untouched."""
+        return self._decide(module_name, component)[0]
+
+    @property
+    def counts_use(self) -> bool:
+        """Whether specs depend on which experts the calibration tokens are sent to."""
+        return self.roles is not None and self.roles.routed is not None and self.roles.routed.counted is None
+
+    def assign(
+        self,
+        components: Mapping[str, Component],
+        places: Mapping[str, Place] | None = None,
+        use: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Assignment:
+        """Apply the plan to a model's linear layers.
+
+        Args:
+            components: Module name -> component, of every linear layer.
+            places: Module name -> place, of the decoder's layers.
+            use: Module name -> tokens sent to each of its experts; None as long as they are not counted, when experts
+                whose spec depends on it get the finer one.
+
+        Raises:
+            ValueError: A rule or skip pattern matches no layer, no layer plays a role, a component that the plan asks
+                for has no layer left to quantize, or nothing at all would be quantized.
+        """
+        places = places or {}
+        self._expect_matches(name for name in components if name not in places or places[name].role != "router")
+        if self.roles is not None:
+            self.roles.expect_roles(places)
+        specs: dict[str, QuantSpec] = {}
+        reasons: dict[str, str] = {}
+        for name, component in components.items():
+            spec, reason = self._decide(name, component, places.get(name), use)
+            if spec is None:
+                reasons[name] = reason
+            else:
+                specs[name] = spec
+        self._expect_coverage(components, specs)
+        return Assignment(specs, reasons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready values."""
+        components = {name: write_spec(getattr(self, name)) for name in COMPONENTS}
+        rules = [{"match": rule.pattern, "spec": write_spec(rule.spec)} for rule in self.rules]
+        roles = {} if self.roles is None else {"roles": self.roles.to_dict()}
+        return components | roles | {"rules": rules, "skip": list(self.skip)}
+
+    def _decide(
+        self,
+        name: str,
+        component: Component,
+        place: Place | None = None,
+        use: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> tuple[QuantSpec | None, str]:
+        if place is not None and place.role == "router":
+            return None, ROUTER_REASON
+        for rule in (*self._skips, *self.rules):
+            if rule.matches(name):
+                touched = rule.spec is not None and not rule.spec.untouched
+                return (rule.spec if touched else None), f"the plan leaves {rule.pattern!r} at 16 bits"
+        spec, entry = getattr(self, component, None), None
+        if place is not None and self.roles is not None:
+            spec, entry = self.roles.decide(place, spec, use)
+        return spec, f"the plan leaves {entry or component} at 16 bits"
+
+    def _expect_matches(self, names: Iterable[str]) -> None:
+        names = list(names)
+        for rule in (*self._skips, *self.rules):
+            if not any(rule.matches(name) for name in names):
+                examples = ", ".join(names[:3])
+                raise ValueError(
+                    f"plan rule {rule.pattern!r} matches no linear layer (layers are named like {examples})"
+                )
+
+    def _expect_coverage(self, components: Mapping[str, Component], specs: Mapping[str, QuantSpec]) -> None:
+        covered = {components[name] for name in specs}
+        for component in COMPONENTS:
+            if getattr(self, component) is not None and component not in covered:
+                present = component in components.values()
+                why = "skip and rules leave none of its layers" if present else "it has no nn.Linear"
+                raise ValueError(f"the plan asks to quantize {component}, but in this model {why}")
+        if not specs:
+            raise ValueError("the plan quantizes nothing: every component is at 16 bits and no rule asks for less")
+
+
+def _read_rule(entry: object, default: QuantSpec, where: str) -> Rule:
+    expect_keys(entry, {"match", "skip", "bits", "group_size", "symmetric"}, f"{where}: rule")
+    assert isinstance(entry, dict)
+    if not isinstance(entry.get("match"), str):
+        raise ValueError(f"{where}: rule {entry!r:.200} needs a regular expression under 'match'")
+    rest = {key: value for key, value in entry.items() if key not in ("match", "skip")}
+    if entry.get("skip"):
+        if rest:
+            raise ValueError(f"{where}: rule {entry['match']!r} both skips and sets {', '.join(rest)}")
+        return Rule(entry["match"], None)
+    return Rule(entry["match"], read_spec(rest, default, f"{where}: rule {entry['match']!r}"))

@@ -1,0 +1,248 @@
+"""What quantization did to a model: every weight accounted for, nothing silent."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lmms_plugin.quant_backends.structure.expert_use import ExpertUse, summary
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One weight of two or more dimensions: quantized, or left alone for a reason.
+
+    Attributes:
+        name: Module name; for a bare parameter the parameter's own name.
+        component: vision, connector, language or head.
+        shape: Of the dense weight.
+        method: The quantizer; None when left alone.
+        bits: Bits per code; None when left alone.
+        group_size: Columns per scale (the width itself for one group per row); None when left alone.
+        padded_columns: Columns added to make groups whole.
+        bytes_before: Of the dense weight, 0 when it shares its storage with another one.
+        bytes_after: Of codes, scales, zero points and input scale; the dense weight when left alone.
+        relative_error: ‖W − Ŵ‖ / ‖W‖ in the dtype the layer computes in; None when left alone.
+        output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs; None without calibration.
+        kernel: What the layer runs on; None when left alone.
+        reason: Why the weight was left alone; None when quantized.
+        held_out_error: ‖Y − Ŷ‖ / ‖Y‖ of the layer's outputs on inputs that no calibration saw; None where that was not
+            measured.
+        plain_rows: Rows of the weight in which a calibrated method did no better than without calibration on the inputs
+            that it held back, and which therefore stay as they are without.
+        role: What a layer of the decoder does (`lmms_plugin.quant_backends.plans.role_plan.ROLES`); None for all others.
+        outlier_score: How far single weights stick out of their input column (arXiv:2406.08155), 1 or above; None
+            when left alone, or quantized before it was loaded.
+    """
+
+    name: str
+    component: str
+    shape: tuple[int, ...]
+    method: str | None
+    bits: int | None
+    group_size: int | None
+    padded_columns: int
+    bytes_before: int
+    bytes_after: int
+    relative_error: float | None
+    output_error: float | None
+    kernel: str | None
+    reason: str | None
+    held_out_error: float | None = None
+    plain_rows: int = 0
+    role: str | None = None
+    outlier_score: float | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """The inputs that a calibrated method saw.
+
+    Attributes:
+        source: As given by the user, for instance ``self`` or ``dataset:PATH:split=train``.
+        samples: Number of samples.
+        tokens: Sequence positions in all samples together, image tokens included.
+        seed: Of the drawing of samples.
+        sha256: Fingerprint of all images, prompts and answers in order.
+        forced: Whether samples come from an evaluation split because the user insisted.
+        own_questions: How many of the questions and expressions the model wrote itself.
+        own_answers: How many of the answers.
+        degenerate: Kind (``empty``, ``blank``, ``looping``) -> how many of these are of it.
+        unfinished: How many of these were cut off at the longest length.
+    """
+
+    source: str
+    samples: int
+    tokens: int
+    seed: int
+    sha256: str
+    forced: bool
+    own_questions: int = 0
+    own_answers: int = 0
+    degenerate: Mapping[str, int] = field(default_factory=dict)
+    unfinished: int = 0
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """The account of one quantized model.
+
+    Attributes:
+        method: Name of the backend.
+        modules: One entry per weight of two or more dimensions, in module order.
+        bytes_before: Of all parameters and buffers before quantization.
+        bytes_after: Of all parameters and buffers now: what the weights take on the device.
+        seconds: Loading, calibration and quantization together, wall clock.
+        peak_bytes: Highest memory in use up to the end of quantization; None where it is not known.
+        peak_source: What `peak_bytes` counts.
+        calibration: The calibration inputs; None for methods without.
+        plan: The plan as JSON-ready values.
+        experts: How often the experts of each layer were used; empty without experts, and for methods without
+            calibration.
+    """
+
+    method: str
+    modules: tuple[ModuleReport, ...]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    peak_bytes: int | None
+    peak_source: str | None
+    calibration: CalibrationReport | None
+    plan: dict[str, Any]
+    experts: tuple[ExpertUse, ...] = ()
+
+    @property
+    def quantized(self) -> tuple[ModuleReport, ...]:
+        """The weights that were quantized."""
+        return tuple(module for module in self.modules if module.reason is None)
+
+    @property
+    def skipped(self) -> tuple[ModuleReport, ...]:
+        """The weights that were left alone, each with its reason."""
+        return tuple(module for module in self.modules if module.reason is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per quantized weight, scales and zero points counted; of all weights when none is quantized."""
+        modules = self.quantized or tuple(module for module in self.modules if module.bytes_before)
+        return 8 * sum(module.bytes_after for module in modules) / sum(module.weights for module in modules)
+
+    @property
+    def bits_per_model_weight(self) -> float:
+        """Bits per weight over the whole model, embeddings and untouched layers included."""
+        stored_once = [module for module in self.modules if module.bytes_before]
+        return 8 * sum(module.bytes_after for module in self.modules) / sum(module.weights for module in stored_once)
+
+    @property
+    def out_of_reach(self) -> dict[str, tuple[float, str]]:
+        """By component that was quantized: the share of its weights in no linear layer, and the name of the first one.
+
+        Fused experts and convolutions are such weights; embeddings do not count. Components of which this is less than
+        a tenth are left out.
+        """
+        found = {}
+        for component in dict.fromkeys(module.component for module in self.quantized):
+            members = [module for module in self.modules if module.component == component]
+            stacked = [module for module in members if module.reason is not None and len(module.shape) > 2]
+            share = sum(module.weights for module in stacked) / sum(module.weights for module in members)
+            if share >= 0.1:
+                found[component] = share, stacked[0].name
+        return found
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How many layers run on which kernel."""
+        return dict(Counter(module.kernel for module in self.quantized if module.kernel is not None))
+
+    def with_held_out_errors(self, errors: Mapping[str, float | None]) -> QuantReport:
+        """Return this report with the held-out errors of modules, by name."""
+        modules = (replace(module, held_out_error=errors.get(module.name)) for module in self.modules)
+        return replace(self, modules=tuple(modules))
+
+    def totals(self) -> dict[str, float | int]:
+        """Return the numbers worth logging beside results."""
+        totals: dict[str, float | int] = {
+            "bits_per_weight": self.bits_per_weight,
+            "bits_per_model_weight": self.bits_per_model_weight,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "quantized_layers": len(self.quantized),
+            "skipped_layers": len(self.skipped),
+            "seconds": self.seconds,
+        }
+        return totals if self.peak_bytes is None else totals | {"peak_bytes": self.peak_bytes}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values: totals, quantized and skipped counts, and all modules."""
+        return {
+            "method": self.method,
+            "quantized": len(self.quantized),
+            "skipped": len(self.skipped),
+            **self.totals(),
+            "kernels": self.kernels,
+            "peak_source": self.peak_source,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "plan": self.plan,
+            "experts": [layer.to_dict() for layer in self.experts],
+            "modules": [asdict(module) | {"shape": list(module.shape)} for module in self.modules],
+        }
+
+    def to_json(self) -> str:
+        """Return `to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self) -> str:
+        """Return a few lines for the terminal: one per component and number of bits, then totals."""
+        groups: dict[tuple[str, str, str], list[ModuleReport]] = {}
+        for module in self.modules:
+            key = (module.component, module.method or "-", str(module.bits or "-"))
+            groups.setdefault(key, []).append(module)
+        head = f"{'component':<10} {'method':<17} {'bits':>4} {'weights':>7} {'MB before':>10} {'MB after':>9}"
+        lines = [f"{head}  error   outputs"]
+        for (component, method, bits), members in groups.items():
+            before, after = (sum(getattr(m, key) for m in members) / 1e6 for key in ("bytes_before", "bytes_after"))
+            name = f"{component:<10} {method:<17} {bits:>4} {len(members):>7}"
+            errors = f"{_mean_error(members, 'relative_error'):<6}  {_mean_error(members, 'held_out_error')}"
+            lines.append(f"{name} {before:>10.2f} {after:>9.2f}  {errors}")
+        lines.append(
+            f"{self.method}: {self.bits_per_weight:.2f} bits per {'quantized ' if self.quantized else ''}weight, "
+            f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, {self.seconds:.1f} s"
+        )
+        lines += [
+            f"{share:.0%} of the weights of {component} are not quantized: they lie in no linear layer, but in stacks "
+            f"such as {name}"
+            for component, (share, name) in self.out_of_reach.items()
+        ]
+        if self.kernels:
+            lines.append("runs on " + ", ".join(f"{kernel} ({count})" for kernel, count in self.kernels.items()))
+        if self.experts:
+            lines.append(summary(self.experts))
+        if padded := sum(bool(module.padded_columns) for module in self.modules):
+            lines.append(f"{padded} layers padded to whole groups")
+        if plain := sum(module.plain_rows for module in self.quantized):
+            rows = sum(module.shape[0] for module in self.quantized)
+            lines.append(f"{plain} of {rows} rows kept as without calibration, which is as near on inputs held back")
+        if (seen := self.calibration) is not None and (seen.degenerate or seen.unfinished):
+            useless = sum(seen.degenerate.values())
+            lines.append(
+                f"of {seen.own_answers} answers that the model wrote for calibration, {useless} say nothing and "
+                f"{seen.unfinished} were cut off"
+            )
+        return "\n".join(lines)
+
+
+def _mean_error(modules: Sequence[ModuleReport], field: str) -> str:
+    errors = [error for module in modules if (error := getattr(module, field)) is not None]
+    return f"{sum(errors) / len(errors):.4f}" if errors else "-"

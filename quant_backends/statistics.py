@@ -1,0 +1,250 @@
+"""What flows into linear layers: sums over their inputs, by role of the token where that is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmms_plugin.quant_backends.layers.codes import all_finite, rows_per_block
+from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
+
+ROLES = ("image", "text", "answer")
+"""What a position of a calibration sample can hold, in the order of the numbers that stand for them: an image feature,
+the rest of the prompt, the answer to it."""
+
+WEIGHED = ("image", "answer")
+"""The roles whose rows are summed apart."""
+
+TOKEN_ROLES = "token_roles"
+"""Key under which a calibration sample says the role of each of its positions, beside the model's own inputs."""
+
+SYMMETRIC_COLUMNS = 256
+"""Columns of a symmetric matrix that are multiplied at once: fewer leave out more, but fill a processor less well."""
+
+HELD_BACK = 4
+"""One calibration row in so many is held back from fitting where a method judges its result by rows it has not seen."""
+
+SAMPLE_ROWS = 512
+"""Rows kept of each role, as many as AWQ's authors look at."""
+
+
+class Sensitivity(NamedTuple):
+    """How strongly the loss of the answers reacts to what a block puts out.
+
+    Attributes:
+        image: Mean |gradient| over the elements at image positions, 0 or above.
+        answer: The same at answer positions, above 0.
+        ratio: What an image position weighs against an answer position: image / answer, or the median of like blocks
+            where that is more.
+    """
+
+    image: float
+    answer: float
+    ratio: float
+
+
+def held_back_rows(sample: int, samples: int) -> slice:
+    """Return which input rows of one of several calibration samples are held back from fitting.
+
+    The rows of one sample resemble one another, so whole samples are held back, every fourth one; of fewer than four
+    samples every fourth row.
+    """
+    if samples < HELD_BACK:
+        return slice(HELD_BACK - 1, None, HELD_BACK)
+    return slice(None) if sample % HELD_BACK == HELD_BACK - 1 else slice(0)
+
+
+def squared_errors(delta: Tensor, gram: Tensor) -> Tensor:
+    """Return δ G δᵀ = Σ (x · δ)² over the inputs x for each row δ of a weight's error.
+
+    Products and sums over some columns are taken in float32, by which sums over a layer were off by a millionth at
+    most, also with inputs of very different sizes.
+
+    Args:
+        delta: (rows, columns) float32.
+        gram: (columns, columns) float32, G = Σ x xᵀ.
+
+    Returns:
+        (rows,) float64.
+    """
+    total = torch.zeros(len(delta), dtype=torch.float64, device=delta.device)
+    for start in range(0, len(gram), SYMMETRIC_COLUMNS):
+        stop = min(start + SYMMETRIC_COLUMNS, len(gram))
+        part = delta[:, start:stop]
+        # G is symmetric: what columns have to do with those before them counts twice, and is computed once.
+        fed = torch.mm(part, gram[start:stop, start:stop])
+        if start:
+            fed.addmm_(delta[:, :start], gram[:start, start:stop], alpha=2)
+        total += fed.mul_(part).sum(1)
+    return total
+
+
+@dataclass
+class RowSample:
+    """Rows drawn with equal chances from a stream of unknown length, the same ones each time.
+
+    Attributes:
+        rows: (up to `limit`, columns), in the order in which they came and in their own dtype.
+        limit: How many to keep.
+    """
+
+    rows: Tensor
+    limit: int = SAMPLE_ROWS
+    _lots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64), repr=False)
+    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
+
+    def add(self, x: Tensor) -> None:
+        """Let the rows of x (rows, columns) take part: those that draw the lowest lots stay."""
+        lots = torch.cat([self._lots, torch.rand(len(x), dtype=torch.float64, generator=self._generator)])
+        kept = lots.argsort()[: self.limit].sort().values
+        self.rows = torch.cat([self.rows.to(x.dtype), x])[kept.to(x.device)]
+        self._lots = lots[kept]
+
+
+@dataclass
+class InputStatistics:
+    """Sums over every input row x that a group of layers was given.
+
+    Attributes:
+        names: The layers, all fed the very same tensors.
+        gram: (columns, columns) float32, Σ x xᵀ.
+        magnitude: (columns,) float64, Σ |x|.
+        rows: How many rows were summed.
+        sample: Some of the rows, for errors that no sum can tell; None unless roles are told apart.
+        roles: The same over the rows of each role of `WEIGHED` alone, as far as there are any: none unless roles are
+            told apart, and none where a layer is not fed the positions of the sequence, as in the vision tower.
+        sensitivity: Of the loss to the block that the layers belong to; None where it is not known.
+        held_back: The same over those rows alone by which a result is to be judged; None unless the method holds any
+            back. All other sums include them.
+    """
+
+    names: tuple[str, ...]
+    gram: Tensor
+    magnitude: Tensor
+    rows: int = 0
+    sample: RowSample | None = None
+    roles: dict[str, InputStatistics] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    held_back: InputStatistics | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        names: tuple[str, ...],
+        columns: int,
+        device: torch.device,
+        *,
+        by_role: bool = False,
+        holds_back: bool = False,
+    ) -> InputStatistics:
+        """Return statistics of nothing.
+
+        Args:
+            names: The layers.
+            columns: Width of their input.
+            device: Where the sums are kept.
+            by_role: Also keep rows, and sum those of each role apart.
+            holds_back: Also sum the rows apart that are held back.
+        """
+        gram = torch.zeros(columns, columns, device=device)
+        statistics = cls(names, gram, torch.zeros(columns, dtype=torch.float64, device=device))
+        if by_role:
+            statistics.sample = RowSample(torch.empty(0, columns, device=device))
+        if holds_back:
+            statistics.held_back = cls.empty(names, columns, device)
+        return statistics
+
+    @staticmethod
+    def memory(columns: int, *, by_role: bool = False, holds_back: bool = False) -> int:
+        """Return the most bytes that statistics take, sampled rows aside."""
+        return 4 * columns**2 * (1 + len(WEIGHED) * by_role + holds_back)
+
+    @property
+    def fitting_gram(self) -> Tensor:
+        """Σ x xᵀ over the rows that are not held back, (columns, columns) float32."""
+        return self.gram if self.held_back is None else self.gram - self.held_back.gram
+
+    @property
+    def judging_gram(self) -> Tensor:
+        """Σ x xᵀ over the rows that are held back, or over all of them where none are."""
+        return self.gram if self.held_back is None else self.held_back.gram
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """Mean |x| of each column, float32."""
+        return (self.magnitude / self.rows).float()
+
+    @property
+    def sampled(self) -> Tensor:
+        """The sampled rows, (up to `SAMPLE_ROWS`, columns) float32.
+
+        Raises:
+            ValueError: No rows are kept.
+        """
+        if self.sample is None:
+            raise ValueError(f"{self.names[0]}: the sums of its inputs were kept, but no rows of them")
+        return self.sample.rows.float()
+
+    def expect_finite(self) -> None:
+        """Refuse inputs that no search can do justice to.
+
+        Raises:
+            ValueError: They hold NaN or infinite values; the message names the layer.
+        """
+        if not all_finite(self.gram):
+            raise ValueError(f"{self.names[0]}: its calibration inputs hold NaN or infinite values")
+
+    def output_error(self, weight: Tensor, layer: QuantizedLinear) -> float:
+        """Return ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over all rows X, 0 where the outputs are all zero.
+
+        Args:
+            weight: W, dense, (rows, columns).
+            layer: Stands for Ŵ.
+        """
+        step = rows_per_block(weight.shape[1])
+        error = norm = 0.0
+        for start in range(0, len(weight), step):
+            dense = weight[start : start + step].float()
+            delta = layer.dense_rows(start, start + len(dense)).float() - dense
+            error += float(squared_errors(delta, self.gram).sum())
+            norm += float(squared_errors(dense, self.gram).sum())
+        # Rounding may leave a tiny negative error.
+        return math.sqrt(max(error, 0.0) / norm) if norm > 0 else 0.0
+
+    def add(self, x: Tensor, roles: Tensor | None = None, held_back: slice = slice(0)) -> None:
+        """Add the rows of an input (..., columns).
+
+        Args:
+            x: What the layers are fed.
+            roles: (rows,), the place in `ROLES` of each row's role; None where rows are no positions of the sequence.
+            held_back: Which of the rows are held back; of no effect where none are told apart.
+
+        Raises:
+            ValueError: Not as many roles as rows.
+        """
+        x = x.detach().reshape(-1, x.shape[-1])
+        if roles is not None:
+            if len(roles) != len(x):
+                raise ValueError(f"{self.names[0]} was fed {len(x)} rows, but the roles of {len(roles)} are given")
+            for role in WEIGHED:
+                self._add_role(role, x[(roles == ROLES.index(role)).to(x.device)])
+        if self.sample is not None:
+            self.sample.add(x)
+        if self.held_back is not None:
+            self.held_back.add(x[held_back])
+        x = x.float()
+        self.gram.addmm_(x.T, x)
+        self.magnitude += x.abs().sum(0, dtype=torch.float64)
+        self.rows += x.shape[0]
+
+    def _add_role(self, role: str, x: Tensor) -> None:
+        if self.sample is None or not len(x):
+            return
+        if role not in self.roles:
+            self.roles[role] = InputStatistics.empty(self.names, x.shape[1], self.gram.device)
+            self.roles[role].sample = RowSample(x[:0])
+        self.roles[role].add(x)

@@ -1,0 +1,1 @@
+"""Captions: documents, scores and YAML."""

@@ -1,0 +1,1 @@
+"""Referring expressions: datasets, scores and YAML."""

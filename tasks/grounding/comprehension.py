@@ -1,0 +1,247 @@
+"""Referring-expression comprehension as lmms-eval functions: document → messages, answer → record → metric.
+
+One document is one expression (`lmms_plugin.tasks.grounding.expressions`). Boxes are xyxy fractions of the original image. A
+task's YAML names these functions; its shift and severity are data, in `lmms_eval_specific_kwargs`.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from datasets import Dataset
+from loguru import logger
+from PIL import Image
+
+from lmms_plugin.confidence.agreement import Agreement
+from lmms_plugin.confidence.digits import AnsweredBox, numbers_of
+from lmms_plugin.confidence.estimators import (
+    LEARNED,
+    NEEDS,
+    Evidence,
+    coordinate_mask,
+    estimate_all,
+    leading_mask,
+    obtaining,
+    place_values,
+)
+from lmms_plugin.protocol.boxes import Box, iou
+from lmms_plugin.protocol.dialects import DIALECTS, Dialect, Parsed
+from lmms_plugin.protocol.reasoning import REMEDY
+from lmms_plugin.protocol.response import Response
+from lmms_plugin.protocol.verbalised import stated_confidence
+from lmms_plugin.shifts.image import corruptions
+from lmms_plugin.tasks.grounding.aggregations import BESIDE, CALIBRATION, Judged
+from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
+from lmms_plugin.tasks.sources.recent import Recent
+from lmms_plugin.utils.images import to_rgb
+
+Record = Mapping[str, Any]
+GENERIC = DIALECTS["fractions"]
+IOU_THRESHOLDS = (0.5, 0.75, 0.9)
+# Every expression about an image asks for it under the same shift.
+_SHIFTED: Recent[Image.Image] = Recent(8)
+
+
+def process_docs(rows: Dataset) -> ExpressionDocs:
+    """One document per expression of RefCOCO+-shaped rows; see `ExpressionDocs` for columns and errors."""
+    return ExpressionDocs(rows)
+
+
+def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> list[Image.Image]:
+    """The document's image under the task's shift, as RGB on the original canvas."""
+    name = (task or {}).get("shift")
+    if name is None:
+        return [to_rgb(doc["image"])]
+    image, severity, key = doc["image"], int((task or {})["severity"]), doc["image_id"]
+    content = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+    known_by = (content, image.mode, image.size, key, name, severity)
+    return [_SHIFTED.get(known_by, lambda: corruptions.apply(image, name, severity, key=key))]
+
+
+def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:
+    """The question in words any model can answer: a box in fractions of the image."""
+    return GENERIC.ask(doc["expression"])
+
+
+def doc_to_target(doc: Mapping[str, Any]) -> str:
+    """The true box, written as the generic question asks for it."""
+    return GENERIC.write(true_box(doc))
+
+
+def doc_to_messages(
+    doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """One user turn: image and question.
+
+    The extra key `grounding` tells a model of this package to ask in its own dialect and to return log-probabilities
+    with the answer, for tokens of digits also those of other digits; any other model never sees it and gets the
+    generic question.
+    """
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "url": doc_to_visual(doc, lmms_eval_specific_kwargs)[0]},
+                {"type": "text", "text": doc_to_text(doc)},
+            ],
+            "grounding": {
+                "expression": doc["expression"],
+                "original_size": [doc["width"], doc["height"]],
+                "digits": True,
+            },
+        }
+    ]
+
+
+def true_box(doc: Mapping[str, Any]) -> Box:
+    """The annotated box as xyxy fractions of the original image, clipped to it."""
+    x, y, width, height = doc["bbox"]
+    return Box(
+        max(x / doc["width"], 0.0),
+        max(y / doc["height"], 0.0),
+        min((x + width) / doc["width"], 1.0),
+        min((y + height) / doc["height"], 1.0),
+    )
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
+    """Score one answer; the first box counts, and its reading never depends on the true box.
+
+    Args:
+        doc: a document of `ExpressionDocs`.
+        results: the model's answer, with or without the trailer of `lmms_plugin.protocol.response`.
+        estimator: the confidence estimator whose value the calibration metrics use.
+
+    Returns:
+        One entry per metric; that of `mean_iou` is the whole record, which so reaches the log of samples (a key that is
+        no metric would stand in lmms-eval's results table as an empty list). What a model writes while it reasons is
+        not its answer. An answer without a box has IoU 0 and shows in `parse_rate`; so has one that ends inside its
+        reasoning, which also shows in `unfinished_rate` and has no confidence. Without a trailer (a model of another
+        package) there are no probabilities, and the calibration metrics are absent, not zero. An answer for which the
+        estimator has no value (coordinates, where there are none) is left out of them and shows in `confidence_rate`.
+        Estimators that need more than the answer's log-probabilities (`NEEDS`, `LEARNED`) have metrics of their own,
+        as far as the model brings what they need.
+
+    Raises:
+        ValueError: the model brings log-probabilities, but not what `estimator` needs; says how to obtain it.
+    """
+    response = Response.decode(results[0])
+    dialect = DIALECTS[response.dialect] if response.dialect else GENERIC
+    size = (doc["width"], doc["height"])
+    parsed = dialect.parse(response.text, original_size=size, model_size=response.model_size, opened=response.opened)
+    target = true_box(doc)
+    overlap = iou(parsed.box, target) if parsed.box else 0.0
+    identity = {"image": doc["image_id"], "id": doc["expression_id"]}
+    scores = {f"acc@{t:g}": float(overlap >= t) for t in IOU_THRESHOLDS}
+    scores |= {"parse_rate": float(parsed.box is not None), "boxes_per_answer": float(parsed.count)}
+    scores |= {"unfinished_rate": float(not response.parts.finished)}
+    record: dict[str, Any] = {
+        **identity,
+        "score": overlap,
+        "expression": doc["expression"],
+        "answer": response.parts.said_text,
+        "box": list(parsed.box) if parsed.box else None,
+        "target": list(target),
+        "boxes": parsed.count,
+        **reasoned(response),
+    }
+    output: dict[str, Any] = {name: {"score": value, **identity} for name, value in scores.items()}
+    output["mean_iou"] = record
+    if response.tokens:
+        evidence = _evidence(response, parsed, dialect, size)
+        record["confidence"] = logged(estimate_all(evidence) | dict(response.confidence), response)
+        record |= _gathered(response, evidence)
+        confidence = of(estimator, record["confidence"])
+        output["confidence_rate"] = {"score": float(confidence is not None), **identity}
+        judged = Judged(doc["expression_id"], confidence, scores["acc@0.5"], overlap)
+        output |= dict.fromkeys(CALIBRATION, judged)
+        for beside in record["confidence"].keys() & {*LEARNED, *NEEDS}:
+            also = judged._replace(confidence=record["confidence"][beside])
+            output |= dict.fromkeys([f"{name}_{beside}" for name in BESIDE], also)
+        if evidence.agreement is not None and response.samples:
+            usable = evidence.agreement.usable / len(response.samples)
+            output["sample_parse_rate"] = {"score": usable, **identity}
+        if evidence.stated is not None:
+            output["verbalised_rate"] = {"score": float(not math.isnan(evidence.stated)), **identity}
+    return output
+
+
+def _evidence(response: Response, parsed: Parsed, dialect: Dialect, size: tuple[int, int]) -> Evidence:
+    tokens, start = response.spoken
+    texts = [token.text for token in tokens]
+    coordinates = [(first - start, last - start) for first, last in parsed.coordinates]
+    sizes = {"original_size": size, "model_size": response.model_size}
+    return Evidence(
+        logprobs=[token.logprob for token in tokens],
+        selected=coordinate_mask(texts, coordinates),
+        place_value=place_values(texts, coordinates),
+        leading=leading_mask(texts, coordinates),
+        digits=_answered_box(response, parsed, dialect, sizes) if response.records_digits else None,
+        agreement=_agreement(response, parsed.box, dialect, sizes),
+        stated=None if response.stated is None else stated_confidence(response.stated),
+    )
+
+
+def _answered_box(response: Response, parsed: Parsed, dialect: Dialect, sizes: Mapping[str, Any]) -> AnsweredBox:
+    found = numbers_of(response.tokens, parsed.coordinates, dialect.largest) if parsed.box else None
+    return AnsweredBox(found or (), partial(dialect.boxes, **sizes))
+
+
+def _agreement(response: Response, box: Box | None, dialect: Dialect, sizes: Mapping[str, Any]) -> Agreement | None:
+    if response.samples is None:
+        return None
+    boxes = [dialect.parse(sample, opened=response.opened, **sizes).box for sample in response.samples]
+    return Agreement.of_boxes(box, boxes)
+
+
+def reasoned(response: Response) -> dict[str, str]:
+    """An answer's reasoning, for its record; nothing where there is none."""
+    return {"reasoning": response.parts.reasoning_text} if response.parts.reasoned else {}
+
+
+def _gathered(response: Response, evidence: Evidence) -> dict[str, Any]:
+    """What was gathered beyond log-probabilities, for the log of samples."""
+    gathered: dict[str, Any] = {}
+    if evidence.agreement is not None and response.samples is not None:
+        gathered["samples"] = {"asked": len(response.samples), "usable": evidence.agreement.usable}
+    if response.statement is not None:
+        gathered["statement"] = response.statement
+    return gathered
+
+
+def logged(estimates: Mapping[str, float], response: Response) -> dict[str, float | None]:
+    """Estimates as the log of samples has them: None for a missing one, and where there is no answer to be sure of."""
+    missing = not response.parts.finished
+    return {name: None if missing or math.isnan(value) else value for name, value in estimates.items()}
+
+
+def of(estimator: str, confidences: Mapping[str, float | None]) -> float | None:
+    """One answer's confidence by one estimator; None where that has no value.
+
+    Raises:
+        ValueError: the estimator is not among those that the model brought evidence for; says how to obtain it.
+    """
+    if estimator not in confidences:
+        raise ValueError(
+            f"expected the model to bring what the estimator {estimator!r} needs{obtaining(estimator)}, got evidence"
+            f" for {', '.join(confidences)}"
+        )
+    return confidences[estimator]
+
+
+def mean(records: Sequence[Record]) -> float:
+    """Mean score. Exactly rounded, so that it does not depend on the order processes deliver records in."""
+    return math.fsum(record["score"] for record in records) / len(records)
+
+
+def unfinished(records: Sequence[Record]) -> float:
+    """Share of answers that end inside their reasoning; more than none is said, with the remedy."""
+    share = mean(records)
+    if share > 0.0:
+        logger.warning("{:.1%} of {} answers end inside their reasoning, {}", share, len(records), REMEDY)
+    return share
+
+
+ece, ace, brier, auroc, aurc = (CALIBRATION[name] for name in ("ece", "ace", "brier", "auroc", "aurc"))

@@ -1,0 +1,32 @@
+"""RefCOCO+ rows (one per object) as documents (one per expression); no image is decoded before it is asked for."""
+
+import datasets
+
+from lmms_plugin.tasks.grounding.refcocoplus import HUB_ID
+from lmms_plugin.tasks.grounding.referring import ReferringDocs, ReferringSet
+from lmms_plugin.tasks.sources.conventions import Convention
+
+REFCOCOPLUS = ReferringSet(
+    name="refcocoplus",
+    title="RefCOCO+",
+    hub_id=HUB_ID,
+    split="testA",
+    expression="answer",
+    box="bbox",
+    convention=Convention("xywh"),
+    per="expression",
+    identity="question_id",
+    photograph="file_name",
+)
+"""The schema of RefCOCO+ and its siblings on the hub: one row per object with all its expressions."""
+
+
+class ExpressionDocs(ReferringDocs):
+    """Documents over rows in RefCOCO+'s schema: row r with k expressions gives k documents.
+
+    `Dataset.select` plus `add_column` would copy every image once per expression. For columns and errors see
+    `ReferringDocs`.
+    """
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        super().__init__(REFCOCOPLUS, rows)

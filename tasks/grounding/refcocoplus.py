@@ -1,0 +1,53 @@
+"""Where RefCOCO+ comes from: the hub, or a local copy that `LMMS_PLUGIN_REFCOCOPLUS` names.
+
+The two names lmms-eval's YAML refers to, `DATASET_PATH` and `DATASET_KWARGS`, are read from the environment when a
+task is loaded and not when this module is imported.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lmms_plugin.tasks.sources.copies import files_of
+from lmms_plugin.tasks.sources.images import DatasetError
+
+HUB_ID = "lmms-lab-encoder/RefCOCOplus"
+VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS"
+SPLITS = ("val", "testA", "testB")
+HINT = (
+    f"To use a local copy, set {VARIABLE} to a folder of parquet files in RefCOCO+'s schema, named by split "
+    "(testA*.parquet); to try the package without any download, run --tasks shapes_rec with pretrained=demo."
+)
+
+
+def source() -> str:
+    """The dataset as messages to the user name it: the hub's, or the variable and the folder it names."""
+    local = os.environ.get(VARIABLE)
+    return f"{VARIABLE}={local}" if local else HUB_ID
+
+
+def local_files(folder: Path) -> dict[str, list[str]]:
+    """Parquet files of a local copy by split: `{split: [paths]}`, for the splits it has.
+
+    Files are looked for at any depth and told by their names, as `copies.files_of` does.
+
+    Raises:
+        DatasetError: if the folder does not exist, holds no split of RefCOCO+ or one of them twice.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"{VARIABLE}={folder}: there is no such folder. {HINT}")
+    files = sorted(folder.rglob("*.parquet"))
+    found = {split: paths for split in SPLITS if (paths := files_of(files, split))}
+    if not found:
+        names = ", ".join(f.name for f in files[:5]) or "no parquet file"
+        raise DatasetError(f"{VARIABLE}={folder}: expected files such as testA.parquet, found {names}. {HINT}")
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    local = os.environ.get(VARIABLE)
+    if name == "DATASET_PATH":
+        return "parquet" if local else HUB_ID
+    if name == "DATASET_KWARGS":
+        return {"data_files": local_files(Path(local))} if local else {}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

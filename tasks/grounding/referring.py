@@ -1,0 +1,327 @@
+"""Datasets of referring expressions, whatever their columns: declared, checked, and made into documents of one form.
+
+A document is what `lmms_plugin.tasks.grounding.comprehension` scores, in RefCOCO+'s convention: `expression`, `expression_id`,
+`image_id` (equal for all documents on one photograph), `width` and `height` of the original image in pixels, `bbox`
+as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and `image`. The
+original image is the upright one, after its EXIF orientation: boxes and sizes of every dataset are read in that frame.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, Literal, NamedTuple
+
+import datasets
+from PIL import Image
+
+from lmms_plugin.tasks.sources.conventions import Convention, numbers_in
+from lmms_plugin.tasks.sources.copies import expect_once
+from lmms_plugin.tasks.sources.documents import IMAGE, Documents
+from lmms_plugin.tasks.sources.images import DatasetError, content, header, opened
+from lmms_plugin.tasks.sources.origins import Origin
+from lmms_plugin.tasks.sources.recent import Recent
+from lmms_plugin.utils.images import Header
+
+_COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
+_SAMPLED = 48
+# A benchmark without identifiers may itself hold a few rows twice.
+_MOST_REPEATED = 0.05
+_AS_STORED = (
+    ", its size as stored, before its EXIF orientation: boxes in that frame would be scored against another picture; "
+    "store the pixels upright, or remove the orientation from the file if it is wrong"
+)
+_EXPRESSION = {"row": "a string", "expression": "a list of strings", "object": "a list of strings"}
+
+# A row's expressions are asked for one after another, by a few threads at once.
+_DECODED: Recent[Image.Image] = Recent(8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferringSet(Origin):
+    """A dataset of referring expressions; called with its rows, it makes the documents of a task.
+
+    Columns inside a struct are named with a dot, `objects.bbox`.
+
+    Attributes:
+        expression: column of the expression.
+        box: column of the box; a list of four numbers, or a text that holds them.
+        convention: how a box is written.
+        per: what the rows are of: one `expression` string and one box (`row`); a list of expressions of one box
+            (`expression`); parallel lists of expressions and boxes (`object`).
+        boxes: whether a row has a list of boxes, of which those with exactly one are documents and those with none
+            are documents without a target.
+        nothing: column and value of it that tell documents without a target, whose box is not looked at.
+        rejection: whether documents without a target are kept; without, those with a target are all there is.
+        identity: column that tells rows apart, of which no two have the same; None for their number. Without one, rows
+            of the same photograph, expression and box are the same.
+        photograph: column that names the photograph; None for the bytes of the image.
+        size: columns of width and height in pixels, or one column of both, those of the upright image.
+        tags: columns that go to the log of samples, where the copy has them, to part results by.
+        published: whether `lmms_plugin.tasks.sources.published` makes a local copy of the published files.
+    """
+
+    expression: str
+    box: str
+    convention: Convention
+    per: Literal["row", "expression", "object"] = "row"
+    boxes: bool = False
+    nothing: tuple[str, Any] | None = None
+    rejection: bool = False
+    identity: str | None = None
+    photograph: str | None = None
+    size: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    published: bool = False
+
+    def __call__(self, rows: datasets.Dataset) -> "ReferringDocs":
+        """Documents over the rows; see `ReferringDocs` for errors."""
+        return ReferringDocs(self, rows)
+
+    @property
+    def wanted(self) -> str:
+        """What a local copy holds, for messages to the user."""
+        return f"{super().wanted} with the columns {', '.join(self.schema())}"
+
+    @property
+    def made_by(self) -> str:
+        """How to make a local copy where the hub has none that can be loaded, for messages to the user."""
+        if not self.published:
+            return ""
+        return f"To make one of the published files: python -m lmms_plugin.tasks.sources.published {self.name} --help"
+
+    def schema(self) -> dict[str, str]:
+        """Columns that must be there and what they must hold, in words."""
+        one = f"four numbers {self.convention}"
+        columns = {IMAGE: "an image", self.expression: _EXPRESSION[self.per]}
+        columns[self.box] = f"a list of boxes, each {one}" if self.boxes or self.per == "object" else one
+        columns |= dict.fromkeys(filter(None, (self.identity, self.photograph)), "a string or an integer")
+        columns |= dict.fromkeys(self.size, "an integer" if len(self.size) == 2 else "two numbers width, height")
+        return columns | ({self.nothing[0]: "a string, an integer or a bool"} if self.nothing else {})
+
+
+class _Place(NamedTuple):
+    row: int
+    which: int
+    expression: str
+    box: list[float] | None
+
+
+class ReferringDocs(Documents):
+    """Documents over the rows of a dataset, in the rows' order.
+
+    Besides the columns of every document (see the module), one holds the row's own columns, without lists and structs
+    of its other objects, and `tags` (a dictionary).
+
+    Raises:
+        DatasetError: on construction, if a column is missing or of another type, a row has no expression or an empty
+            one, a row is there twice, a box is not four finite numbers of positive size, or some two dozen boxes
+            cannot be in the scale that is declared; on access, if an image cannot be decoded or is not of the size
+            that is noted, or a box leaves it. It names the row, the column and what was found there.
+    """
+
+    def __init__(self, source: ReferringSet, rows: datasets.Dataset) -> None:
+        _check_columns(source, rows.features)
+        self._source = source
+        self._identity = object()
+        self._encoded = rows.select_columns([IMAGE]).cast_column(IMAGE, datasets.Image(decode=False))
+        light = [name for name in rows.column_names if name not in (IMAGE, "segmentation")]
+        self._rows: list[dict[str, Any]] = rows.select_columns(light).to_list()
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._keys: dict[int, str] = {}
+        self._places = [place for row in range(len(self._rows)) for place in self._places_of(row)]
+        if not self._places:
+            raise DatasetError(f"{source.place()}: none of {len(self._rows)} rows makes a document")
+        self._check_once()
+        lists = {source.expression.split(".")[0], source.box.split(".")[0]} if source.per == "object" else set()
+        self._light = [name for name in light if name not in lists]
+        self.features = datasets.Features({name: rows.features[name] for name in self._light})
+        self.features["expression"] = datasets.Value("string")
+        self.features[IMAGE] = rows.features[IMAGE]
+        self._check_reach()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def content(self, i: int) -> dict[str, Any]:
+        """Return a document without its image."""
+        place = self._places[i]
+        row = self._rows[place.row]
+        doc = {name: row[name] for name in self._light}
+        doc["expression"] = place.expression
+        name = str(_value(row, self._source.identity)) if self._source.identity else str(place.row)
+        doc["expression_id"] = name if self._source.per == "row" else f"{name}/{place.which}"
+        doc["image_id"] = self.image_key(i)
+        doc["width"], doc["height"] = size = self._size(place.row)
+        doc["bbox"] = None if place.box is None else self._pixels(place, size)
+        doc["tags"] = {tag: row[tag] for tag in self._source.tags if tag in row}
+        return doc
+
+    def image(self, i: int) -> Image.Image:
+        """Return a document's image, decoded."""
+        row = self._places[i].row
+        return _DECODED.get((self._identity, row), lambda: opened(*self._encoded_image(row)))
+
+    def image_key(self, i: int) -> str:
+        """Return what documents on one photograph have in common, without looking at it."""
+        row = self._places[i].row
+        if self._source.photograph:
+            return image_id(str(_value(self._rows[row], self._source.photograph)))
+        if row not in self._keys:
+            self._keys[row] = hashlib.blake2b(content(*self._encoded_image(row)), digest_size=16).hexdigest()
+        return self._keys[row]
+
+    def _places_of(self, number: int) -> Iterator[_Place]:
+        source, row = self._source, self._rows[number]
+        if source.photograph and _value(row, source.photograph) in (None, ""):
+            raise DatasetError(f"row {number}: column {source.photograph!r} is empty")
+        texts, boxes = self._texts(number), self._boxes(number)
+        if boxes is None:
+            return
+        if source.per == "object" and len(texts) != len(boxes):
+            raise DatasetError(
+                f"{self._where(number)}: expected as many boxes in column {source.box!r} as expressions in column "
+                f"{source.expression!r}, got {len(boxes)} and {len(texts)}"
+            )
+        for which, text in enumerate(texts):
+            box = boxes[which if source.per == "object" else 0]
+            yield _Place(number, which, text, None if box is None else self._numbers(number, box))
+
+    def _texts(self, number: int) -> list[str]:
+        source = self._source
+        written = _value(self._rows[number], source.expression)
+        texts = [written] if source.per == "row" else written
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise DatasetError(
+                f"{self._where(number)}: column {source.expression!r} holds no expression or an empty one: {written}"
+            )
+        return list(texts)
+
+    def _boxes(self, number: int) -> list[Any] | None:
+        """Boxes as they are written; [None] where there is no target, None where the row is no document at all."""
+        source, row = self._source, self._rows[number]
+        written = _value(row, source.box)
+        nothing = source.nothing and _value(row, source.nothing[0]) == source.nothing[1]
+        if nothing or (source.boxes and not written):
+            return [None] if source.rejection else None
+        boxes = written or [] if source.boxes or source.per == "object" else [written]
+        # None stands for no target; where a box is missing, there are no four numbers.
+        return None if source.boxes and len(boxes) != 1 else [[] if box is None else box for box in boxes]
+
+    def _numbers(self, number: int, written: Any) -> list[float]:
+        try:
+            return self._source.convention.numbers(written)
+        except ValueError as error:
+            raise DatasetError(f"{self._where(number)}: column {self._source.box!r}: {error}") from error
+
+    def _pixels(self, place: _Place, size: tuple[int, int]) -> list[float]:
+        try:
+            return self._source.convention.pixels(place.box or [], size)
+        except ValueError as error:
+            raise DatasetError(f"{self._where(place.row)}: column {self._source.box!r}: {error}") from error
+
+    def _check_once(self) -> None:
+        source = self._source
+        if source.identity:
+            column = source.identity
+            return expect_once(source.place(), column, (_value(row, column) for row in self._rows))
+        alike: dict[tuple[str, str], list[int]] = {}
+        for number, place in enumerate(self._places):
+            alike.setdefault((place.expression, str(place.box)), []).append(number)
+        # Photographs may have to be told apart by their bytes: only where the rest is the same.
+        several = [numbers for numbers in alike.values() if len(numbers) > 1]
+        again = sum(len(numbers) - len({self.image_key(number) for number in numbers}) for numbers in several)
+        if again > _MOST_REPEATED * len(self):
+            raise DatasetError(
+                f"{source.place()}: expected every row once, but of {len(self)} expressions {again} repeat photograph, "
+                f"expression and box of another; keep one copy of the split in the folder"
+            )
+        return None
+
+    def _check_reach(self) -> None:
+        boxes = [place for place in self._places if place.box is not None]
+        sampled = boxes[:: max(1, len(boxes) // _SAMPLED)]
+        in_images = [(place.box or [], self._size(place.row)) for place in sampled]
+        try:
+            self._source.convention.reach(in_images)
+        except ValueError as error:
+            raise DatasetError(f"{self._source.place()}: column {self._source.box!r}: {error}") from error
+
+    def _size(self, number: int) -> tuple[int, int]:
+        if number not in self._sizes:
+            found = header(*self._encoded_image(number))
+            self._check_size(number, found)
+            self._sizes[number] = found.size
+        return self._sizes[number]
+
+    def _check_size(self, number: int, found: Header) -> None:
+        columns = self._source.size
+        noted = [_value(self._rows[number], column) for column in columns]
+        sides = numbers_in(noted[0]) if len(noted) == 1 else noted
+        if noted and tuple(sides) != found.size:
+            as_stored = found.turned and tuple(sides) == found.size[::-1]
+            raise DatasetError(
+                f"{self._where(number)}: column {' and '.join(map(repr, columns))}: expected {found.size[0]} and "
+                f"{found.size[1]}, the image's size{' upright' if found.turned else ''}, got "
+                f"{' and '.join(map(str, noted))}{_AS_STORED if as_stored else ''}"
+            )
+
+    def _encoded_image(self, number: int) -> tuple[Any, str]:
+        return self._encoded[number][IMAGE], self._where(number)
+
+    def _where(self, number: int) -> str:
+        known_by = self._source.photograph or self._source.identity
+        return f"row {number} ({_value(self._rows[number], known_by)})" if known_by else f"row {number}"
+
+
+def image_id(file_name: str) -> str:
+    """Name of the photograph a row was cut from.
+
+    RefCOCO+ appends the number of the annotation to COCO's file name (`COCO_train2014_000000581857_16.jpg`); two rows
+    on the same photograph must share seed of corruption and bootstrap cluster. Other names are taken as they are,
+    with their folder.
+    """
+    path = PurePath(file_name)
+    coco = _COCO_FILE.match(path.stem)
+    return coco.group(1) if coco else str(path.with_suffix(""))
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    value: Any = row
+    for part in column.split("."):
+        value = value[part]
+    return value
+
+
+def _check_columns(source: ReferringSet, features: datasets.Features) -> None:
+    for column, expected in source.schema().items():
+        feature: Any = features
+        for part in column.split("."):
+            if not isinstance(feature, Mapping) or part not in feature:
+                known = sorted(feature) if isinstance(feature, Mapping) else feature
+                raise DatasetError(
+                    f"{source.place()}: column {column!r} is missing: expected {expected}; the columns are {known}"
+                )
+            feature = feature[part]
+        if not _is(feature, expected):
+            raise DatasetError(f"{source.place()}: column {column!r}: expected {expected}, got {feature}")
+
+
+def _is(feature: Any, expected: str) -> bool:
+    if expected == "an image":
+        return isinstance(feature, datasets.Image)
+    if expected.startswith("a list of boxes"):
+        return _is(getattr(feature, "feature", None), "four numbers")
+    if expected == "a list of strings":
+        return _is(getattr(feature, "feature", None), "a string")
+    if expected.startswith(("four numbers", "two numbers")):
+        inner = getattr(feature, "feature", None)
+        return _is(feature, "a string") or _dtype(inner).startswith(("float", "int", "uint", "double"))
+    kinds = {"a string": ("string", "large_string"), "an integer": ("int", "uint"), "a bool": ("bool",)}
+    wanted = [prefix for kind, prefixes in kinds.items() if kind in expected for prefix in prefixes]
+    return _dtype(feature).startswith(tuple(wanted))
+
+
+def _dtype(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else ""

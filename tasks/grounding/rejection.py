@@ -1,0 +1,126 @@
+"""Does a model tell expressions that match nothing from true ones? Scored by its confidence, never by its boxes.
+
+Each true expression is asked beside a changed one that matches nothing in the picture (`lmms_plugin.tasks.grounding.reworded`).
+A model should be less confident of the second, or give no box at all: an answer without a box counts as confidence 0,
+because it is the plainest way to reject.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmms_plugin import metrics
+from lmms_plugin.confidence.estimators import ESTIMATORS
+from lmms_plugin.tasks.grounding import comprehension
+
+mean, unfinished = comprehension.mean, comprehension.unfinished
+
+
+class Judged(NamedTuple):
+    """What metrics need of an answer; short, because the log of samples repeats it for each of them.
+
+    Attributes:
+        pair: id of the true expression.
+        matches: 1 for the true expression, 0 for the changed one.
+        confidence: in [0, 1].
+    """
+
+    pair: str
+    matches: float
+    confidence: float
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
+    """Take one answer's confidence.
+
+    Args:
+        doc: a document of `reworded.asked_both_ways`.
+        results: the model's answer, with or without the trailer of `lmms_plugin.protocol.response`.
+        estimator: the confidence estimator whose value the metrics use.
+
+    Returns:
+        One entry per metric; that of `box_rate` is the whole record, which so reaches the log of samples. Without a
+        trailer (a model of another package) there is no confidence, and only the rates of boxes are present. An answer
+        with a box for which the estimator has no value is left out and shows in `confidence_rate`, and so is one that
+        ends inside its reasoning, which rejects nothing.
+    """
+    scored = comprehension.process_results(doc, results, estimator)
+    found, unfinished_rate = scored["mean_iou"], scored["unfinished_rate"]
+    matches, has_box = float(doc["matches"]), found["box"] is not None
+    identity = {"image": found["image"], "id": found["id"]}
+    record: dict[str, Any] = {
+        **identity,
+        "score": float(has_box),
+        "pair": doc["pair"],
+        "matches": matches,
+        "expression": doc["expression"],
+        "original_expression": doc["original_expression"],
+        "change": doc.get("change"),
+        "answer": found["answer"],
+        "box": found["box"],
+        **{name: found[name] for name in ("reasoning",) if name in found},
+    }
+    output: dict[str, Any] = {"box_rate": record, "shifted_rate": {"score": doc["shifted_rate"], **identity}}
+    output["unfinished_rate"] = unfinished_rate
+    output["box_rate_true" if matches else "box_rate_changed"] = {"score": float(has_box), **identity}
+    if "confidence" in found:
+        # Probabilities of the words of a refusal are no confidence in a box; of no answer at all there is none.
+        is_refusal = not has_box and not unfinished_rate["score"]
+        record["confidence"] = dict.fromkeys(found["confidence"], 0.0) if is_refusal else found["confidence"]
+        confidence = record["confidence"][estimator]
+        output["confidence_rate"] = {"score": float(confidence is not None), **identity}
+        if confidence is not None:
+            output |= dict.fromkeys(REJECTION, Judged(doc["pair"], matches, confidence))
+    return output
+
+
+def auroc(records: Sequence[Judged]) -> float:
+    """Probability that a true expression gets more confidence than one that matches nothing; ties count half.
+
+    NaN without records of both sorts.
+    """
+    return _ranked(metrics.auroc, records)
+
+
+def fpr_at_0_95(records: Sequence[Judged]) -> float:
+    """Share of expressions that match nothing among those accepted, at a threshold that accepts 95 % of the true ones.
+
+    NaN without records of both sorts.
+    """
+    return _ranked(metrics.fpr_at_tpr, records)
+
+
+def _ranked(metric: Callable[..., float], records: Sequence[Judged]) -> float:
+    ordered = sorted(records)
+    confidence = np.array([record.confidence for record in ordered])
+    matches = np.array([record.matches for record in ordered])
+    return metric(confidence, matches) if records else math.nan
+
+
+def confidence_falls(records: Sequence[Judged]) -> float:
+    """Share of pairs of which the changed expression got less confidence than the true one; ties count half.
+
+    Pairs of which one answer is missing do not count; NaN without pairs.
+    """
+    pairs: defaultdict[str, dict[float, float]] = defaultdict(dict)
+    for pair, matches, confidence in records:
+        pairs[pair][matches] = confidence
+    complete = [(sides[1.0], sides[0.0]) for sides in pairs.values() if len(sides) == 2]
+    falls = [float(true > changed) + 0.5 * float(true == changed) for true, changed in complete]
+    return math.fsum(falls) / len(falls) if falls else math.nan
+
+
+REJECTION = ("rejection_auroc", "rejection_fpr@0.95", "confidence_falls")
+"""The metrics that take `Judged`, as the results table calls them."""
+
+
+def __getattr__(name: str) -> Any:
+    """`process_results` by estimator, for a task's YAML to name: `scored_by_coordinate_mean`."""
+    estimator = name.removeprefix("scored_by_")
+    if estimator == name or estimator not in ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; estimators: {', '.join(ESTIMATORS)}")
+    return partial(process_results, estimator=estimator)

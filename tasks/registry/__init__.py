@@ -1,0 +1,1 @@
+"""The names that lmms-eval finds, and the YAML behind them."""

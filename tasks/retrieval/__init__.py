@@ -1,0 +1,1 @@
+"""Retrieval of captions and photographs: documents, scores and YAML."""

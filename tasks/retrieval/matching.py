@@ -1,0 +1,334 @@
+"""Which caption belongs to a photograph, and which photograph to a caption: documents, scores and R@k.
+
+A document is one photograph with candidates, the captions of its pool. The model is not asked to write: it says of
+every candidate how well it fits. Both directions come from the same scores: captions are ranked for each photograph
+(text retrieval), and the photographs of a pool for each caption (image retrieval). Pools are parts of the dataset,
+drawn by a hash of the photograph's name and `SEED`; with one pool of all this is the published protocol, with small
+ones a cheaper and easier one, whose numbers mean nothing beside published ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
+from lmms_plugin.protocol.response import Response
+from lmms_plugin.tasks.sources.copies import expect_once
+from lmms_plugin.tasks.sources.documents import IMAGE, Documents
+from lmms_plugin.tasks.sources.images import DatasetError, opened
+from lmms_plugin.tasks.sources.origins import Origin, attributes
+from lmms_plugin.tasks.sources.recent import Recent
+from lmms_plugin.utils.chance import uniform
+from lmms_plugin.utils.images import to_rgb
+
+SEED = 1234
+CAPTIONS = 5
+KARPATHY_TEST = 1000
+REQUEST = "Provide a one-sentence caption for the provided image."
+_EXPECTED = {IMAGE: "an image", "caption": "a list of strings", "filename": "a string"}
+
+_DECODED: Recent[Image.Image] = Recent(8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedSet(Origin):
+    """Photographs with five captions each; called with its rows, it makes the documents of a task.
+
+    Attributes:
+        pool: photographs that are candidates for one another; None for all.
+    """
+
+    pool: int | None = None
+
+    def __call__(self, rows: datasets.Dataset) -> "RetrievalDocs":
+        """Documents over the rows; see `RetrievalDocs` for errors."""
+        return RetrievalDocs(self, rows)
+
+    @property
+    def wanted(self) -> str:
+        """What a local copy holds, for messages to the user."""
+        return f"{super().wanted} with the columns {', '.join(_EXPECTED)}, and split unless it is the test split alone"
+
+
+class RetrievalDocs(Documents):
+    """One document per photograph, pool by pool.
+
+    Attributes:
+        pools: shape (photographs,), of each document its pool.
+
+    Raises:
+        DatasetError: on construction, if a column is missing or of another type, a photograph has not five captions or
+            an empty one, or nothing tells which photographs are those of the test split; on access, if an image cannot
+            be decoded.
+    """
+
+    def __init__(self, source: CaptionedSet, rows: datasets.Dataset) -> None:
+        check_columns(source, rows.features, _EXPECTED)
+        light = rows.select_columns([name for name in rows.column_names if name != IMAGE])
+        chosen = _of_test_split(source, light)
+        table: list[dict[str, Any]] = light.select(chosen).to_list()
+        _check_captions(source, table)
+        names = [row["filename"] for row in table]
+        expect_once(source.place(), "filename", names)
+        by_chance = sorted(range(len(names)), key=lambda i: uniform(f"{SEED}/pool/{names[i]}"))
+        parts = np.array_split(by_chance, max(1, len(names) // source.pool) if source.pool else 1)
+        order = [int(i) for part in parts for i in part]
+        self.pools = [number for number, part in enumerate(parts) for _ in part]
+        self._starts = [sum(len(part) for part in parts[:number]) for number in range(len(parts))]
+        self._sizes = [len(part) for part in parts]
+        self._names = [names[i] for i in order]
+        self._captions = [table[i]["caption"] for i in order]
+        self._encoded = (
+            rows.select_columns([IMAGE])
+            .cast_column(IMAGE, datasets.Image(decode=False))
+            .select([chosen[i] for i in order])
+        )
+        self._identity = object()
+        self.features = datasets.Features(
+            {"filename": datasets.Value("string"), "caption": rows.features["caption"], IMAGE: rows.features[IMAGE]}
+        )
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def content(self, i: int) -> dict[str, Any]:
+        """Return a document without its image: name, pool, place in it, its captions, and all candidates."""
+        start = self._starts[self.pools[i]]
+        size = self._sizes[self.pools[i]]
+        return {
+            "filename": self._names[i],
+            "caption": self._captions[i],
+            "pool": self.pools[i],
+            "pool_size": size,
+            "place": i - start,
+            "candidates": [text for captions in self._captions[start : start + size] for text in captions],
+        }
+
+    def image(self, i: int) -> Image.Image:
+        """Return a document's photograph, decoded."""
+        name = self._names[i]
+        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], name))
+
+    def image_key(self, i: int) -> str:
+        """Return the photograph's name."""
+        return str(self._names[i])
+
+
+def _of_test_split(source: CaptionedSet, light: datasets.Dataset) -> list[int]:
+    if "split" in light.column_names:
+        splits = light["split"]
+        chosen = [i for i, split in enumerate(splits) if split == source.split]
+        if not chosen:
+            raise DatasetError(
+                f"{source.place()}: column 'split': expected rows of {source.split!r}, got {sorted(set(splits))}"
+            )
+        return chosen
+    if len(light) > KARPATHY_TEST:
+        raise DatasetError(
+            f"{source.place()}: column 'split' is missing: {len(light)} photographs are more than the {KARPATHY_TEST} "
+            f"of Karpathy's test split, and nothing tells which those are; the columns are {sorted(light.column_names)}"
+        )
+    return list(range(len(light)))
+
+
+def check_columns(source: Origin, features: datasets.Features, expected: Mapping[str, str]) -> None:
+    """Refuse a dataset that lacks a column or has another kind of values in it.
+
+    Args:
+        source: for the message.
+        features: of the dataset.
+        expected: for each column "an image", "a string" or "a list of strings".
+
+    Raises:
+        DatasetError: names the column, what was expected and what is there.
+    """
+    for name, kind in expected.items():
+        if name not in features:
+            raise DatasetError(
+                f"{source.place()}: column {name!r} is missing: expected {kind}; the columns are {sorted(features)}"
+            )
+        feature = features[name]
+        text = getattr(feature, "feature", None) if kind == "a list of strings" else feature
+        fits = (
+            isinstance(feature, datasets.Image) if kind == "an image" else "string" in str(getattr(text, "dtype", ""))
+        )
+        if not fits:
+            raise DatasetError(f"{source.place()}: column {name!r}: expected {kind}, got {feature}")
+
+
+def _check_captions(source: CaptionedSet, table: Sequence[Mapping[str, Any]]) -> None:
+    for row in table:
+        captions = row["caption"]
+        if len(captions) != CAPTIONS or not all(caption and caption.strip() for caption in captions):
+            raise DatasetError(
+                f"{source.place()}: {row['filename']}: column 'caption': expected {CAPTIONS} captions, got {captions}"
+            )
+
+
+def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> list[Image.Image]:
+    """The photograph."""
+    return [to_rgb(doc[IMAGE])]
+
+
+def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:
+    """The request that a caption would be the answer to."""
+    return REQUEST
+
+
+def doc_to_target(doc: Mapping[str, Any]) -> str:
+    """The first of its captions."""
+    return str(doc["caption"][0])
+
+
+def doc_to_messages(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """One user turn; the extra key `candidates` holds what the model is to score as answers."""
+    content = [{"type": "image", "url": doc_to_visual(doc)[0]}, {"type": "text", "text": REQUEST}]
+    return [{"role": "user", "content": content, "candidates": doc["candidates"]}]
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Rank the candidates of one photograph.
+
+    Args:
+        doc: a document of `RetrievalDocs`.
+        results: the model's scores in the trailer of `lmms_plugin.protocol.response`.
+
+    Returns:
+        Text retrieval at 1, 5 and 10: whether one of the photograph's captions is among the first k of its pool, a
+        candidate of the same score standing before it. Image retrieval: the scores, for what photographs make together.
+
+    Raises:
+        ValueError: the model does not score candidates, which models of other packages cannot.
+    """
+    given = Response.decode(results[0]).scores
+    if not given:
+        raise ValueError(f"{doc['filename']}: retrieval needs a model that scores candidates (quant_*), got an answer")
+    own = range(CAPTIONS * doc["place"], CAPTIONS * (doc["place"] + 1))
+    identity = {"image": doc["filename"], "pool": doc["pool"]}
+    scores = ranking_scores(given)
+    row = {**identity, "pool_size": doc["pool_size"], "place": doc["place"], "scores": scores.tolist()}
+    output: dict[str, Any] = {}
+    for k in (1, 5, 10):
+        output[f"text_r@{k}"] = {"score": float(_rank(scores, own) < k), **identity}
+        output[f"image_r@{k}"] = row
+    for name in ("text_r@1_low", "text_r@1_high"):
+        output[name] = output["text_r@1"]
+    for name in ("image_r@1_low", "image_r@1_high"):
+        output[name] = row
+    if "logprob" in given:
+        unnormalised = _rank(np.array(given["logprob"], dtype=np.float64), own)
+        output["text_r@1_sum"] = {"score": float(unnormalised < 1), **identity}
+    output["candidates"] = {"score": float(len(scores)), **identity}
+    return output
+
+
+def ranking_scores(given: Mapping[str, Sequence[float | None]]) -> npt.NDArray[np.float64]:
+    """Scores by which candidates are ranked, shape (candidates,), larger for a better fit.
+
+    Of a language model the mean log-probability of a caption's tokens: without division by their number, short captions
+    would win. Of a retrieval checkpoint the logit of its matching head plus the similarity of its projections, and for
+    pairs that were not shown to the head, which come after all others, that similarity alone.
+    """
+    if "logprob" in given:
+        return np.array(given["logprob"], dtype=np.float64) / np.array(given["tokens"], dtype=np.float64)
+    similarity = np.array(given["itc"], dtype=np.float64)
+    matching = np.array([np.nan if value is None else value for value in given["itm"]], dtype=np.float64)
+    # Similarities are cosines, so that nothing that was shown to the head falls behind what was not.
+    last = np.nanmin(matching) - 4.0 if not np.isnan(matching).all() else 0.0
+    return similarity + np.where(np.isnan(matching), last, matching)
+
+
+def _rank(scores: npt.NDArray[np.float64], own: range) -> int:
+    """How many candidates stand before the best of one's own; of equal scores, others first."""
+    best = scores[own.start : own.stop].max()
+    others = np.delete(scores, np.arange(own.start, own.stop))
+    return int(np.count_nonzero(others >= best))
+
+
+def _image_hits(rows: Sequence[Mapping[str, Any]], k: int) -> npt.NDArray[np.float64]:
+    """Of every photograph the share of its captions for which it is among the first k of its pool, shape (images,).
+
+    Photographs of pools that were not asked in full (`--limit`) are left out: they had fewer rivals.
+    """
+    by_pool: dict[int, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_pool.setdefault(row["pool"], {})[row["place"]] = row
+    hits = []
+    for _, members in sorted(by_pool.items()):
+        if len(members) < next(iter(members.values()))["pool_size"]:
+            continue
+        matrix = np.array([members[place]["scores"] for place in sorted(members)], dtype=np.float64)
+        for place in range(len(matrix)):
+            captions = matrix[:, CAPTIONS * place : CAPTIONS * (place + 1)]
+            rivals = np.delete(captions, place, axis=0)
+            hits.append(float(((rivals >= captions[place]).sum(0) < k).mean()))
+    return np.array(hits, dtype=np.float64)
+
+
+def image_r_at(rows: Sequence[Mapping[str, Any]], k: int) -> float:
+    """Image retrieval at k, a fraction in [0, 1]; NaN where no pool was asked in full."""
+    hits = _image_hits(rows, k)
+    return float(hits.mean()) if hits.size else float("nan")
+
+
+def image_r_at_1(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Image retrieval at 1."""
+    return image_r_at(rows, 1)
+
+
+def image_r_at_5(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Image retrieval at 5."""
+    return image_r_at(rows, 5)
+
+
+def image_r_at_10(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Image retrieval at 10."""
+    return image_r_at(rows, 10)
+
+
+def bounds(hits: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of a mean over photographs, which are drawn with replacement while the candidates stay."""
+    if hits.size < 2:
+        return float("nan"), float("nan")
+    resampled = np.array([draw(hits.size, 0, number) @ hits / hits.size for number in range(RESAMPLES)])
+    found = interval(float(hits.mean()), resampled)
+    return found.low, found.high
+
+
+def _text_hits(records: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:
+    ordered = sorted(records, key=lambda record: str(record["image"]))
+    return np.array([record["score"] for record in ordered], dtype=np.float64)
+
+
+def text_low(records: Sequence[Mapping[str, Any]]) -> float:
+    """Lower end of the interval of text retrieval at 1."""
+    return bounds(_text_hits(records))[0]
+
+
+def text_high(records: Sequence[Mapping[str, Any]]) -> float:
+    """Upper end of the interval of text retrieval at 1."""
+    return bounds(_text_hits(records))[1]
+
+
+def image_low(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Lower end of the interval of image retrieval at 1."""
+    return bounds(_image_hits(rows, 1))[0]
+
+
+def image_high(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Upper end of the interval of image retrieval at 1."""
+    return bounds(_image_hits(rows, 1))[1]
+
+
+# Columns and the number of rows as the repository's card says; the copy with all of Flickr30k under lmms-eval's name
+# (31,783 rows, all of them called "test") does not tell which are Karpathy's.
+_FLICKR30K = CaptionedSet(name="flickr30k", title="Flickr30k", hub_id="umaru97/flickr30k_train_val_test", split="test")
+SETS: Mapping[str, CaptionedSet] = {"flickr30k": _FLICKR30K, "flickr30k_pool20": replace(_FLICKR30K, pool=20)}
+"""What tasks are made of, by name."""
+
+__getattr__ = attributes(__name__, SETS)

@@ -1,0 +1,1 @@
+"""Where datasets come from and how they are read."""

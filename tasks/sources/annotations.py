@@ -1,0 +1,31 @@
+"""Annotation files in COCO's form: an object with lists of entries."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lmms_plugin.tasks.sources.images import DatasetError
+
+
+def entries(path: Path, key: str, fields: Collection[str], content: Any = None) -> list[dict[str, Any]]:
+    """The entries of one list.
+
+    Args:
+        path: JSON file.
+        key: which list.
+        fields: what every entry must have.
+        content: of the file, if it has been read.
+
+    Raises:
+        DatasetError: there is no such list, it is empty, or an entry lacks a field.
+    """
+    content = json.loads(path.read_text(encoding="utf-8")) if content is None else content
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list) or not found:
+        seen = sorted(content) if isinstance(content, dict) else str(content)[:80]
+        raise DatasetError(f"{path}: expected an object with a list {key!r}, got {seen}")
+    for entry in found:
+        if missing := set(fields) - set(entry):
+            raise DatasetError(f"{path}: expected {sorted(missing)} in every entry of {key!r}, got {str(entry)[:120]}")
+    return found

@@ -1,0 +1,1 @@
+"""Visual question answering with confidence: datasets, scores and YAML."""

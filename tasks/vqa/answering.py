@@ -1,0 +1,152 @@
+"""Visual question answering with confidence as lmms-eval functions: document → messages, answer → record → metric.
+
+One document is one question (`lmms_plugin.tasks.vqa.questions`). The target of every metric is the soft VQA accuracy of the
+answer, a fraction in [0, 1]; risk is 1 − accuracy. Metrics are those of the part `test`; what needs a threshold chosen
+elsewhere chooses it on the part `val`, both answered in the same run.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from lmms_plugin.analysis.results import HELD_OUT, REPORTED
+from lmms_plugin.confidence.agreement import Agreement
+from lmms_plugin.confidence.estimators import LEARNED, NEEDS, TEXT_ESTIMATORS, Evidence, coordinate_mask, estimate_all
+from lmms_plugin.protocol.response import Response
+from lmms_plugin.protocol.verbalised import stated_confidence
+from lmms_plugin.tasks.grounding import comprehension
+from lmms_plugin.tasks.vqa.accuracy import normalise, vqa_accuracy
+from lmms_plugin.tasks.vqa.aggregations import BESIDE, NEEDS_HELD_OUT, ON_TEST, Scored
+from lmms_plugin.tasks.vqa.datasets import SOURCES
+
+doc_to_visual = comprehension.doc_to_visual
+unfinished = comprehension.unfinished
+
+
+def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:
+    """The question, followed by the task's or else the dataset's wish for a short answer."""
+    words = task or {}
+    post_prompt = words.get("post_prompt", SOURCES[doc["dataset"]].post_prompt)
+    return f"{words.get('pre_prompt', '')}{doc['question']}{post_prompt}"
+
+
+def doc_to_target(doc: Mapping[str, Any]) -> str:
+    """The answer that most people gave; among equals the first."""
+    answers: list[str] = doc["answers"]
+    return max(answers, key=answers.count)
+
+
+def doc_to_messages(
+    doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """One user turn: image and question.
+
+    The extra key `log_probabilities` tells a model of this package to return them with the answer; any other model
+    never sees it.
+    """
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "url": doc_to_visual(doc, lmms_eval_specific_kwargs)[0]},
+                {"type": "text", "text": doc_to_text(doc, lmms_eval_specific_kwargs)},
+            ],
+            "log_probabilities": True,
+        }
+    ]
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
+    """Score one answer.
+
+    Args:
+        doc: a document of `QuestionDocs`.
+        results: the model's answer, with or without the trailer of `lmms_plugin.protocol.response`.
+        estimator: the confidence estimator, of `TEXT_ESTIMATORS`, whose value the metrics use.
+
+    Returns:
+        One entry per metric that the document counts for; that of `accuracy` is the whole record, which so reaches the
+        log of samples, for every document. Records of the part `val` have no `score`, so that lmms-eval's standard
+        errors leave them out. Without a trailer (a model of another package) there is no
+        confidence: the answer counts as one without in `confidence_rate`, and all metrics that use confidence are
+        absent, not zero. What a model writes while it reasons is not its answer; one that ends inside its reasoning is
+        none, has accuracy 0 and no confidence, and shows in `unfinished_rate`.
+
+    Raises:
+        ValueError: the model brings log-probabilities, but not what `estimator` needs; says how to obtain it.
+    """
+    response = Response.decode(results[0])
+    identity = {"image": doc["image_id"], "id": doc["question_id"]}
+    finished = response.parts.finished
+    accuracy = vqa_accuracy(response.answer, doc["answers"]) if finished else 0.0
+    verbatim = vqa_accuracy(response.answer, doc["answers"], verbatim_if_unanimous=True) if finished else 0.0
+    evidence = _evidence(response)
+    estimates = {} if evidence is None else estimate_all(evidence, TEXT_ESTIMATORS) | dict(response.confidence)
+    if estimates:
+        comprehension.of(estimator, estimates)
+    confidences = {name: value for name, value in estimates.items() if finished and not math.isnan(value)}
+    record: dict[str, Any] = {
+        **identity,
+        "part": doc["part"],
+        "accuracy": accuracy,
+        "accuracy_reliable_vqa": verbatim,
+        "question": doc["question"],
+        "answer": response.answer,
+        "answers": doc["answers"],
+        # Of an answer that is none, every estimate is missing, and said to be.
+        "confidence": confidences if finished else dict.fromkeys(estimates),
+        **comprehension.reasoned(response),
+        **({} if finished else {"unfinished": True}),
+    }
+    output: dict[str, Any] = {"accuracy": record}
+    confidence = confidences.get(estimator)
+    if doc["part"] != HELD_OUT:
+        record["score"] = accuracy
+        output["accuracy_reliable_vqa"] = {"score": verbatim, **identity}
+        output["confidence_rate"] = {"score": float(confidence is not None), **identity}
+        output["unfinished_rate"] = {"score": float(not finished), **identity}
+    if confidence is not None:
+        scored = Scored(doc["part"], confidence, accuracy)
+        output |= dict.fromkeys(ON_TEST, scored) if doc["part"] == REPORTED else {}
+        output |= dict.fromkeys(NEEDS_HELD_OUT, scored) if doc["part"] in (HELD_OUT, REPORTED) else {}
+    for beside in confidences.keys() & {*LEARNED, *NEEDS} if doc["part"] == REPORTED else ():
+        scored = Scored(doc["part"], confidences[beside], accuracy)
+        output |= {f"{name}_{beside}": scored for name in BESIDE}
+    if evidence is not None and evidence.stated is not None:
+        record["statement"] = response.statement
+        if doc["part"] == REPORTED:
+            output["verbalised_rate"] = {"score": float(not math.isnan(evidence.stated)), **identity}
+    return output
+
+
+def _evidence(response: Response) -> Evidence | None:
+    """What the answer can be judged by; None without tokens."""
+    if not response.tokens:
+        return None
+    tokens, start = response.spoken
+    first, last = response.parts.answer
+    answer = response.answer
+    words = (first + len(answer) - len(answer.lstrip()) - start, last - len(answer) + len(answer.rstrip()) - start)
+    return Evidence(
+        logprobs=[token.logprob for token in tokens],
+        selected=coordinate_mask([token.text for token in tokens], [words] if words[0] < words[1] else []),
+        agreement=_agreement(response),
+        stated=None if response.stated is None else stated_confidence(response.stated),
+    )
+
+
+def _agreement(response: Response) -> Agreement | None:
+    """1 for samples that are the same answer by the normalisation of the score, else 0; an empty one is none."""
+    if response.sampled is None:
+        return None
+    sampled = [normalise(sample or "") or None for sample in response.sampled]
+    return Agreement.of(normalise(response.answer) or None, sampled, lambda a, b: float(a == b))
+
+
+def __getattr__(name: str) -> Any:
+    """`process_results` by estimator, for a task's YAML to name: `!function lmms_plugin.tasks.vqa.answering.scored_by_joint`."""
+    estimator = name.removeprefix("scored_by_")
+    if name == estimator or estimator not in TEXT_ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; estimators: {', '.join(TEXT_ESTIMATORS)}")
+    return partial(process_results, estimator=estimator)

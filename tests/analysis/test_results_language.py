@@ -1,0 +1,91 @@
+"""Logs of language shifts and of rejection, read, measured and compared."""
+
+import math
+
+import numpy as np
+import pytest
+from test_results import SETTINGS, answers, write
+
+from lmms_plugin import metrics
+from lmms_plugin.analysis import comparison, reliability, results
+
+TYPOS = {"metadata": {"text_shift": "casing", "text_severity": 3}}
+
+
+def judged(k, matches, confidence):
+    record = {"image": f"image{k // 4}", "id": f"{k:03d}/{matches:g}", "pair": f"{k:03d}", "matches": matches}
+    record |= {"score": float(confidence > 0), "expression": f"thing {k} {matches:g}", "answer": "", "box": None}
+    return {"doc_id": 2 * k + int(matches == 0), "box_rate": record | {"confidence": {"coordinate_mean": confidence}}}
+
+
+def pairs(gap, n=60):
+    """Pairs of which the changed side has `gap` less confidence on average, and none in every tenth."""
+    rng = np.random.default_rng(1)
+    true = rng.uniform(0.4, 0.9, n)
+    changed = np.clip(true - gap + rng.normal(0, 0.1, n), 0.01, 1.0)
+    changed[::10] = 0.0
+    sides = zip(true.tolist(), changed.tolist(), strict=True)
+    return [judged(k, m, c) for k, (t, f) in enumerate(sides) for m, c in ((1.0, t), (0.0, f))]
+
+
+def rejection(folder, gap):
+    return results.read_one(write(folder, {"rejection": pairs(gap)}))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "place"),
+    [
+        ({}, (None, None, "image")),
+        ({"shift": "fog", "severity": 2}, ("fog", 2, "image")),
+        ({"text_shift": "casing", "text_severity": 4}, ("casing", 4, "language")),
+        (
+            {"shift": "fog", "severity": 2, "text_shift": "casing", "text_severity": 2},
+            ("fog_and_casing", 2, "image and language"),
+        ),
+        (
+            {"shift": "fog", "severity": 2, "text_shift": "casing", "text_severity": 5},
+            ("fog_and_casing_5", 2, "image and language"),
+        ),
+    ],
+    ids=["clean", "image", "language", "both", "both, unequal"],
+)
+def test_place(tmp_path, metadata, place):
+    run = results.read_one(write(tmp_path, {"rec": answers(0.8)}, rec={"metadata": metadata}))
+    assert run.tasks["rec"].place == ("data", "test", *place)
+
+
+def test_robustness_to_language_is_of_the_documents_that_both_tasks_have(tmp_path):
+    clean, shifted = answers(0.9), answers(0.9, 3)[40:]
+    run = results.read_one(write(tmp_path, {"rec": clean, "rec_casing_3": shifted}, rec_casing_3=TYPOS))
+    rows = {row.metric: row for row in reliability.robust(run, SETTINGS)["rec, language"]}
+    assert rows["acc@0.5"].clean == np.mean([line["mean_iou"]["score"] >= 0.5 for line in clean[40:]])
+    assert rows["acc@0.5"].mean == np.mean([line["mean_iou"]["score"] >= 0.5 for line in shifted])
+
+
+def test_rejection_is_measured_by_ranking_and_by_pairs(tmp_path):
+    run = rejection(tmp_path, 0.1)
+    lines = [line["box_rate"] for line in pairs(0.1)]
+    confidence = [line["confidence"]["coordinate_mean"] for line in lines]
+    matches = [line["matches"] for line in lines]
+    numbers = {number.metric: number for number in reliability.measure(run, SETTINGS)}
+    names = {"box_rate_true", "box_rate_changed", "rejection_auroc", "rejection_fpr@0.95", "confidence_falls"}
+    assert set(numbers) == names
+    assert numbers["rejection_auroc"].value == pytest.approx(metrics.auroc(confidence, matches))
+    assert numbers["rejection_fpr@0.95"].value == pytest.approx(metrics.fpr_at_tpr(confidence, matches))
+    falls = [confidence[2 * k] > confidence[2 * k + 1] for k in range(60)]
+    assert numbers["confidence_falls"].value == pytest.approx(np.mean(falls))
+    assert (numbers["confidence_falls"].records, numbers["rejection_auroc"].records) == (60, 120)
+    assert numbers["box_rate_true"].value == 1.0
+    assert numbers["box_rate_changed"].value == pytest.approx(0.9)
+    for name in ("rejection_auroc", "confidence_falls"):
+        assert numbers[name].low <= numbers[name].value <= numbers[name].high
+
+
+def test_two_runs_are_compared_by_how_well_they_reject(tmp_path):
+    found = comparison.compare(rejection(tmp_path / "a", 0.3), rejection(tmp_path / "b", 0.0), SETTINGS)
+    rows = {row.metric: row for row in found.changes}
+    assert set(rows) == {"box_rate", "rejection_auroc", "rejection_fpr@0.95"}
+    assert rows["rejection_auroc"].difference.high < 0
+    assert not found.flips
+    assert not found.shifted
+    assert not math.isnan(rows["box_rate"].first)

@@ -1,0 +1,441 @@
+"""`lmms-plugin doctor`: what it says of machines that are as they should be, and of broken ones."""
+
+import ast
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import caption_copies, natural_copies, photographs, vqa_copies
+from helpers.environments import ROOT, Environment, run
+
+from lmms_plugin.doctor import copies, devices, diagnosis, imports, packages, places
+from lmms_plugin.doctor.packages import Package
+from lmms_plugin.doctor.rows import Row, Status
+from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
+from lmms_plugin.utils import variables
+
+COMMAND = str(Path(sys.executable).parent / "lmms-plugin")
+
+
+def asked(check, tmp_path, **environment):
+    """Rows of one check, as the command runs it."""
+    printed = run([sys.executable, "-P", "-m", "lmms_plugin.doctor", check], tmp_path, **environment)
+    return [Row(**row) for row in rows_of(printed)]
+
+
+def rows_of(printed):
+    return [json.loads(line) for line in printed.splitlines() if line.startswith('{"check"')]
+
+
+def doctor(folder, *arguments, **environment):
+    """Exit status and standard output of the real command."""
+    try:
+        return 0, run([COMMAND, "doctor", *arguments], folder, **environment)
+    except RuntimeError as error:
+        first, _, printed = str(error).partition("\n")
+        return int(first.split("exited with ")[1].rstrip(":")), printed
+
+
+@pytest.mark.slow
+def test_where_everything_is_as_it_should_be_nothing_fails(tmp_path):
+    status, printed = doctor(tmp_path, "--json")
+    rows = json.loads(printed)
+    assert status == 0, [row for row in rows if row["status"] == "fail"]
+    assert all(row.keys() == {"check", "status", "message", "remedy"} for row in rows)
+    by_check = {row["check"]: row for row in rows}
+    for check in ("python", "packages", "lmms-eval", "models", "tasks", "gpu", "kernels", "hub", "local copies"):
+        assert by_check[check]["status"] == "ok", by_check[check]
+    assert {"lock", "dtype", "token", "java", "compiler", "folder of models"} <= by_check.keys()
+    assert "all 13 models" in by_check["models"]["message"]
+    assert "offline" in by_check["hub"]["message"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def filelock_4(tmp_path):
+    """A folder for PYTHONPATH with a filelock that works, but keeps nothing in `filelock._api`, as of its version 4."""
+    folder = tmp_path / "front"
+    import filelock
+
+    shutil.copytree(Path(filelock.__file__).parent, folder / "filelock", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "filelock" / "_api.py").rename(folder / "filelock" / "_interface.py")
+    for file in (folder / "filelock").rglob("*.py"):
+        file.write_text(re.sub(r"(?<=[ .])_api\b", "_interface", file.read_text()))
+    about = folder / "filelock-4.0.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: filelock\nVersion: 4.0.0\n")
+    (about / "top_level.txt").write_text("filelock\n")
+    run([sys.executable, "-c", "import filelock; filelock.FileLock('x')"], tmp_path, PYTHONPATH=str(folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_an_import_that_lmms_eval_makes_only_while_it_runs_is_found_broken(tmp_path, filelock_4):
+    status, printed = doctor(tmp_path, PYTHONPATH=str(filelock_4))
+    assert status == 1
+    lines = printed.splitlines()
+    (line,) = [line for line in lines if line.startswith("fail  lmms-eval: ")]
+    assert "No module named 'filelock._api'" in line
+    assert "lmms_eval 0.7.3" in line
+    assert "filelock 4.0.0 is installed" in line
+    assert re.search(r'-> pip install "filelock(<4|==3)', line)
+    assert any(line.startswith("ok    models: ") for line in lines)
+    assert "exits with status 0 even after an error" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise ImportError('libcudart.so.99: cannot open shared object file')", "libcudart.so.99"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
+        ("raise SystemExit('no')", "SystemExit: no"),
+        ("print('[]'); import no_such_library", "No module named 'no_such_library'"),
+    ],
+    ids=["not importable", "takes the process down", "ends the process", "lacks a library"],
+)
+def test_a_torch_that_cannot_be_imported_is_a_row_and_keeps_nothing_else_from_running(
+    tmp_path, monkeypatch, code, said
+):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rows = diagnosis.apart(("python", "gpu", "packages"))
+    assert (rows[0].check, rows[0].status) == ("python", Status.OK)
+    (row,) = [row for row in rows if row.status is Status.FAIL]
+    assert said in row.message
+    assert "gpu" in row.check
+    (row,) = diagnosis.apart(("lmms-eval",))
+    assert row.status is Status.FAIL
+    assert said in row.message
+    assert (rows[-1].check == "packages") == ("SIGSEGV" not in said)
+
+
+def test_the_command_itself_imports_neither_torch_nor_lmms_eval():
+    code = "import sys, lmms_plugin.cli.main, lmms_plugin.doctor.diagnosis; print(*sys.modules)"
+    loaded = {name.partition(".")[0] for name in run([sys.executable, "-c", code], ROOT.parent).split()}
+    assert not loaded & {"torch", "transformers", "lmms_eval", "numpy", "datasets", "huggingface_hub", "packaging"}
+
+
+def test_results_are_never_mixed_with_what_libraries_print(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os; print('[1]'); os.system('echo [2]'); raise OSError('x')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (row,) = diagnosis.apart(("gpu",))
+    assert row.message.startswith("OSError: x")
+
+
+def test_an_installed_version_out_of_bounds_fails_with_the_command_that_mends_it(tmp_path):
+    about = tmp_path / "transformers-4.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0\n")
+    (row,) = asked("packages", tmp_path, PYTHONPATH=str(tmp_path))
+    assert row.status == Status.FAIL
+    assert re.match(r"lmms-plugin \S+ needs transformers\S*>=5\.17", row.message)
+    assert row.message.endswith("transformers 4.0 is installed")
+    assert re.match(r'pip install "transformers.*>=5\.17', row.remedy)
+
+
+def environment_of(*made):
+    return {packages.canonicalize_name(package.name): package for package in made}
+
+
+def test_bounds_are_followed_through_extras_and_cycles():
+    ours = Package("ours", "1.0", ("middle[fast]>=2", "absent; python_version < '3'"))
+    middle = Package("Middle", "2.0", ("base<3", "ours", "quick>=5 ; extra == 'fast'", "slow>=5 ; extra == 'slow'"))
+    found = packages.unmet(packages.bounds(environment_of(ours, middle, Package("base", "3.1")), "ours"))
+    assert found.keys() == {"base", "quick"}
+    assert packages.explained(found["base"]) == "Middle 2.0 needs base<3; base 3.1 is installed"
+    assert packages.explained(found["quick"]) == "Middle 2.0 needs quick>=5; it is not installed"
+
+
+def test_the_remedy_is_a_version_that_everybody_allows():
+    ours = Package("ours", "1.0", ("a", "base>=1.2,<10"))
+    a = Package("a", "1", ("base<3,>=1.10,!=2.0",))
+    found = packages.bounds(environment_of(ours, a, Package("base", "3.0")), "ours")
+    assert packages.mending("base", found) == 'pip install "base!=2.0,<3,>=1.10"'
+
+
+@pytest.mark.parametrize(("version", "wanted"), [("2.1.0+cu130", "==2.1.0"), ("3.0rc1", ">=2"), ("2.0.post1", ">=2")])
+def test_local_and_prerelease_versions_count_as_pip_counts_them(version, wanted):
+    assert packages.fits(version, packages.SpecifierSet(wanted))
+    assert not packages.fits(version, packages.SpecifierSet("<1"))
+    assert not packages.fits("", packages.SpecifierSet(wanted))
+
+
+def test_the_lock_is_that_of_this_machine():
+    text = (
+        "# comment\n--extra-index-url x\na==1.0 ; python_version >= '3'\n    # via ours\n"
+        "b==2.0 ; sys_platform == 'never'\nC_d==3.0  # via a\n"
+    )
+    lock = packages.locked(text)
+    assert {name: str(one.specifier) for name, one in lock.items()} == {"a": "==1.0", "c-d": "==3.0"}
+    there = environment_of(Package("A", "1.1"), Package("c.d", "3.0"))
+    assert packages.compared_with_lock(there, lock) == ["A 1.1 (locked 1.0)"]
+
+
+def test_the_lock_of_the_repository_can_be_read():
+    lock = packages.locked((ROOT / "constraints.txt").read_text())
+    assert {"torch", "transformers", "lmms-eval"} <= lock.keys()
+    assert all(str(one.specifier).startswith("==") for one in lock.values())
+    assert lock == packages.read_lock()
+
+
+def test_imports_within_functions_are_found_unless_something_catches_them(tmp_path, monkeypatch):
+    source = (
+        "import os\ndef f():\n    import a.b as c\n    try:\n        import d\n    except ImportError:\n        pass\n"
+    )
+    (tmp_path / "later.py").write_text(source + "    def g():\n        from e import h\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import later
+
+    assert list(map(ast.unparse, imports.late_imports(later))) == ["import a.b as c", "from e import h"]
+    with pytest.raises(ModuleNotFoundError, match="No module named 'a'") as failure:
+        imports.import_late(later)
+    assert (Path(failure.traceback[-1].path), failure.traceback[-1].lineno + 1) == (tmp_path / "later.py", 3)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the hub answers to anybody, and to the one whose token is `right`."""
+
+    def do_GET(self):
+        token = self.headers.get("Authorization")
+        if self.path.startswith("/api/datasets/") and token is None:
+            self.answer(200, {"id": "lmms-lab-encoder/RefCOCOplus", "siblings": [], "tags": []})
+        elif self.path.startswith("/api/whoami-v2") and token == "Bearer right":
+            self.answer(200, {"type": "user", "name": "somebody", "auth": {}})
+        else:
+            self.answer(401, {"error": "Invalid user token."})
+
+    def answer(self, status, content):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("token", "status", "said"),
+    [
+        ("right", Status.OK, "of somebody"),
+        ("wrong", Status.FAIL, "refuses the token"),
+        ("", Status.OK, "there is none"),
+    ],
+)
+def test_token(tmp_path, hub, token, status, said):
+    given = {"HF_TOKEN": token, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"}
+    reached, row = asked("hub", tmp_path, **given)
+    assert (reached.status, row.status) == (Status.OK, status)
+    assert said in row.message
+    assert "right" not in row.message
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "https://no-such-host.invalid"])
+def test_no_network_is_a_warning_that_says_how_to_go_on(tmp_path, endpoint):
+    rows = asked("hub", tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
+    assert [row.status for row in rows] == [Status.WARN, Status.OK]
+    assert endpoint in rows[0].message
+    assert "HF_HUB_OFFLINE=1" in rows[0].remedy
+
+
+@pytest.fixture(scope="module")
+def without_extras(tmp_path_factory):
+    """An environment with this package in which three libraries of extras are missing, too old and broken."""
+    environment = Environment(tmp_path_factory.mktemp("doctor") / "venv")
+    source = tmp_path_factory.mktemp("source") / "repository"
+    skip = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, ignore=skip)
+    environment.install(str(source))
+    libraries = environment.folder / "libraries"
+    for entry in [*libraries.glob("bitsandbytes*"), *libraries.glob("torchao*"), *libraries.glob("shap*")]:
+        entry.unlink()
+    for name, version, code in (("torchao", "0.1", ""), ("shap", "99.0", "import numba_of_another_year")):
+        (libraries / name).mkdir()
+        (libraries / name / "__init__.py").write_text(code)
+        about = libraries / f"{name}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (about / "top_level.txt").write_text(f"{name}\n")
+    return environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "status", "said", "remedy"),
+    [
+        ("bitsandbytes", "warn", "bitsandbytes not installed", 'pip install "lmms-plugin[bitsandbytes]"'),
+        ("torchao", "fail", "needs torchao>=0.18; torchao 0.1 is installed", 'pip install "torchao>=0.18"'),
+        ("sensitivity", "fail", "No module named 'numba_of_another_year'", "pip install -c"),
+        pytest.param(
+            *("export", "warn", "none of its libraries is made for Python 3.11", "use another Python"),
+            marks=pytest.mark.skipif(sys.version_info >= (3, 12), reason="the library is made for this Python"),
+        ),
+    ],
+)
+def test_extras(without_extras, extra, status, said, remedy):
+    printed = without_extras.python("-P", "-m", "lmms_plugin.doctor", f"extra {extra}")
+    (row,) = rows_of(printed)
+    assert row["status"] == status
+    assert said in row["message"]
+    assert row["remedy"].startswith(remedy)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of half a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_fails(tmp_path, tiny_disk):
+    rows = asked("folders", tmp_path, HF_HOME=str(tiny_disk / "hf"), LMMS_PLUGIN_CACHE="")
+    assert [(row.check, row.status) for row in rows[:2]] == [
+        ("folder of models", Status.FAIL),
+        ("folder of datasets", Status.FAIL),
+    ]
+    assert "No space left on device" in rows[0].message
+    assert "HF_HOME" in rows[0].remedy
+    assert not list(tiny_disk.iterdir())
+
+
+def test_a_folder_where_a_file_lies_fails(tmp_path):
+    (tmp_path / "file").touch()
+    rows = asked("folders", tmp_path, HF_HOME=str(tmp_path / "file" / "hf"), TMPDIR=str(tmp_path))
+    assert [row.status for row in rows if row.check != "folder of temporary files"] == [Status.FAIL] * 3
+
+
+def test_little_space_is_a_warning(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=places.GIB // 2))
+    row = places.written("models", tmp_path / "not" / "yet", places.GIB, "clean up")
+    assert (row.status, row.remedy) == (Status.WARN, "clean up")
+    assert "0.5 GiB free" in row.message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def good_copies(tmp_path_factory):
+    """Environment that names a good local copy of every dataset."""
+    folder = tmp_path_factory.mktemp("copies")
+    captions = caption_copies.write(folder / "captions")
+    return {
+        **natural_copies.write(folder / "natural"),
+        **vqa_copies.write(folder / "vqa"),
+        **captions,
+        "LMMS_PLUGIN_COCO_CAPTION2017": captions["LMMS_PLUGIN_COCO_CAPTION2014"],
+        "LMMS_PLUGIN_REFCOCOPLUS_REVIEWED": str(natural_copies.write_reviewed(folder / "reviewed")),
+    }
+
+
+def checked(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return list(copies.check_copies())
+
+
+def test_good_copies_of_every_dataset_are_good(monkeypatch, good_copies):
+    rows = checked(monkeypatch, good_copies)
+    assert len(rows) == len(good_copies)
+    assert good_copies.keys() == copies.known().keys()
+    assert [row for row in rows if row.status is Status.FAIL] == []
+    warned = {row.message.split("=")[0]: row.message for row in rows if row.status is Status.WARN}
+    assert warned == {}
+
+
+def test_of_a_large_copy_rows_from_all_over_it_are_read(monkeypatch, good_copies):
+    monkeypatch.setattr(copies, "WHOLE", 0)
+    monkeypatch.setattr(copies, "_ROWS", 2)
+    rows = checked(monkeypatch, {"LMMS_PLUGIN_VQAV2": good_copies["LMMS_PLUGIN_VQAV2"]})
+    assert [row.status for row in rows] == [Status.OK]
+    assert "2 of 120 rows looked at" in rows[0].message
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "said"),
+    [
+        ("bbox", lambda rows: rows.rename_column("bbox", "box"), "column 'bbox' is missing"),
+        ("answer", lambda rows: rows.map(lambda row: {"answer": "one"}), "column 'answer': expected a list of strings"),
+        ("bbox", lambda rows: rows.map(lambda row: {"bbox": [1, 2, 0, 0]}), "column 'bbox'"),
+    ],
+    ids=["missing", "of another type", "a box without size"],
+)
+def test_a_copy_with_a_wrong_column_fails_and_names_it(tmp_path, column, change, said):
+    folder = photographs.write(tmp_path / "copy")
+    rows = photographs.rows("testB")
+    if said.startswith("column 'answer'"):
+        rows = rows.remove_columns("answer").add_column("answer", ["one"] * len(rows))
+    else:
+        rows = change(rows)
+    rows.to_parquet(folder / "testB-00000-of-00001.parquet")
+    (row,) = asked("local copies", tmp_path, LMMS_PLUGIN_REFCOCOPLUS=str(folder))
+    assert row.status == Status.FAIL
+    assert f"{folder}: testB: " in row.message
+    assert said in row.message
+
+
+def test_a_copy_that_is_not_there_or_of_one_split_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(tmp_path / "nowhere"))
+    (row,) = copies.check_copies()
+    assert (row.status, "there is no such folder" in row.message) == (Status.FAIL, True)
+    folder = photographs.write(tmp_path / "copy")
+    (folder / "val-00000-of-00001.parquet").unlink()
+    monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(folder))
+    (row,) = copies.check_copies()
+    assert (row.status, row.remedy) == (Status.WARN, "tasks on val cannot run")
+    (folder / "testA-00000-of-00001.parquet").write_bytes(b"no parquet")
+    (row,) = copies.check_copies()
+    assert (row.status, "testA" in row.message) == (Status.FAIL, True)
+
+
+def test_a_variable_that_nobody_reads_is_a_warning_with_the_nearest_name(monkeypatch):
+    monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLSU", "/data")
+    row = next(copies.check_copies())
+    assert row.status is Status.WARN
+    assert "LMMS_PLUGIN_REFCOCOPLSU" in row.message
+    assert "did you mean LMMS_PLUGIN_REFCOCOPLUS?" in row.remedy
+
+
+def test_every_variable_of_the_documentation_is_known():
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    named = {name for text in texts for name in re.findall(r"LMMS_PLUGIN_[A-Z0-9_]+", text.read_text())}
+    # The documentation's own example of a dataset that a user adds.
+    assert named == {*copies.known(), variables.CACHE, "LMMS_PLUGIN_WAREHOUSE"}
+
+
+def test_a_kernel_with_wrong_products_is_a_warning(monkeypatch):
+    kind = next(kind for kind in NATIVE_KERNELS if kind.name == "torch CPU int8")
+    before = {row.message for row in devices.check_kernels() if row.status is Status.OK}
+    assert any("torch CPU int8 gives the dense product" in message for message in before)
+    monkeypatch.setattr(kind, "matmul", lambda self, x: torch.zeros(len(x), self.rows, dtype=x.dtype))
+    (row,) = [row for row in devices.check_kernels() if row.status is Status.WARN]
+    assert "torch CPU int8 is 1 away from the dequantized product for bits 8" in row.message
+
+
+def test_rows_are_one_line_whatever_libraries_say():
+    row = Row("x", Status.FAIL, "several\n  lines", "do\nthis")
+    assert row.line() == "fail  x: several lines -> do this"

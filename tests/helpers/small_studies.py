@@ -1,0 +1,22 @@
+"""A study small enough to be run by a test, and a cell of it."""
+
+from lmms_plugin.study.file.grid import Axes, Cell, Resources
+
+STUDY = """
+models: [demo]
+tasks: [shapes_rec]
+limit: 2
+batch_size: 2
+resources: {gpus: 0}
+grids:
+  - {methods: [none, rtn], bits: [3]}
+"""
+CELL = Cell(
+    Axes("demo", "rtn", 4, 128, "language", None, None),
+    "rtn",
+    {"pretrained": "demo", "bits": 4, "group_size": 128},
+    ("shapes_rec",),
+    None,
+    1,
+    Resources(gpus=0),
+)

@@ -1,0 +1,75 @@
+"""What docs/adding.md shows works as it stands there; its quantizer is tested in test_quant_third_party."""
+
+import re
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from lmms_plugin.protocol.boxes import Box
+from lmms_plugin.registration import tasks_folder
+from lmms_plugin.shifts.image import corruptions
+
+PAGE = (Path(__file__).parents[2] / "docs" / "adding.md").read_text(encoding="utf-8")
+
+
+def snippet(language, holding):
+    (found,) = (code for code in re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL) if holding in code)
+    return found
+
+
+def test_a_shift_is_one_function(monkeypatch):
+    monkeypatch.setattr(corruptions, "_SHIFTS", dict(corruptions._SHIFTS))
+    monkeypatch.setattr(corruptions, "SHIFTS", corruptions._SHIFTS)
+    exec(snippet("python", "@shift"), {})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    levels = [
+        len(np.unique(np.asarray(corruptions.apply(image, "posterize", severity, "x")))) for severity in (1, 3, 5)
+    ]
+    assert levels[0] > levels[1] > levels[2] == 4
+    assert not corruptions.SHIFTS["posterize"].moves_boxes
+
+
+def test_a_family_is_one_entry():
+    names = {}
+    exec(snippet("python", "Dialect("), names)
+    robot = names["ROBOT"]
+    sizes = {"original_size": (640, 480), "model_size": None}
+    assert robot.parse("<box>100 250 500 750</box>", **sizes).box == pytest.approx(Box(0.25, 0.1, 0.75, 0.5))
+    assert robot.parse(robot.write(Box(0.1, 0.2, 0.3, 0.4)), **sizes).box == pytest.approx(Box(0.1, 0.2, 0.3, 0.4))
+
+
+def test_a_task_is_a_few_lines(tmp_path):
+    from lmms_eval.tasks import TaskManager
+
+    text = snippet("yaml", "shapes_rec_joint").replace("TASKS", str(tasks_folder()))
+    (tmp_path / "shapes_rec_joint.yaml").write_text(text)
+    manager = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
+    task = manager.load_task_or_group("shapes_rec_joint")["shapes_rec_joint"]
+    assert len(task.eval_docs) == 488
+    assert task.config.process_results.keywords == {"estimator": "joint"}
+
+
+def test_photographs_and_a_table_become_a_dataset(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "adding_a_dataset.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (script,) = (code for code in blocks if "labels.csv" in code)
+    (declared,) = (code for code in blocks if "SET =" in code)
+    monkeypatch.chdir(tmp_path)
+    Path("photographs").mkdir()
+    Image.new("RGB", (200, 100), "red").save("photographs/dock.jpg")
+    Path("labels.csv").write_text(
+        "frame,query,left,top,right,bottom,camera\ndock.jpg,the forklift,100,200,500,800,north\n", encoding="utf-8"
+    )
+    exec(script, {})
+    shutil.rmtree("photographs")
+    monkeypatch.setenv("LMMS_PLUGIN_WAREHOUSE", str(tmp_path / "warehouse"))
+    names = {}
+    exec(declared, names)
+    rows = datasets.load_dataset(names["PATH"], split="test", **names["KWARGS"])
+    (doc,) = names["SET"](rows)
+    assert (doc["expression"], doc["image"].size) == ("the forklift", (200, 100))
+    assert doc["bbox"] == pytest.approx([20, 20, 80, 60]), "xywh in pixels"

@@ -1,0 +1,90 @@
+"""The `lmms-plugin` command as installed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.environments import run
+
+from lmms_plugin.cli.main import main
+
+COMMAND = str(Path(sys.executable).parent / "lmms-plugin")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--bits", "1"), "bits"), (("--bits", "7"), "7"), (("--limit", "0"), "limit must be at least 1")],
+    ids=["bits out of range", "bits that hqq cannot do", "no limit"],
+)
+def test_bad_arguments_give_one_line_and_write_nothing(tmp_path, arguments, message):
+    with pytest.raises(RuntimeError, match=r"exited with 2") as failure:
+        run([COMMAND, "demo", "--output", str(tmp_path / "out"), *arguments], tmp_path)
+    lines = str(failure.value).splitlines()[1:]
+    assert len(lines) == 1
+    assert lines[0].startswith("lmms-plugin: ")
+    assert message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_demo_writes_table_report_and_pictures(tmp_path):
+    printed = run([COMMAND, "demo", "--output", str(tmp_path), "--limit", "2", "--bits", "2"], tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    for model in ("quant_none", "quant_rtn", "quant_hqq", "quant_awq"):
+        assert model in printed
+        assert f"| {model} |" in report
+    assert "Only the first 2 expressions" in report
+    for picture in tmp_path.glob("*.png"):
+        assert picture.name in report
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("--limit 2") == 4
+    assert "shapes_shift_snow_3" in page
+    assert "shapes_shift_fog_3" not in page
+    for shown in (printed, report):
+        assert "mean over gaussian_noise, defocus_blur, snow, contrast at severity 3" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pretrained=demo,method=awq,bits=1", "bits must be an integer from 2 to 8"),
+        ("pretrained=demo,method=rtn,bist=4", "did you mean 'bits'"),
+        ("pretrained=demo,method=awqq", "did you mean 'awq'"),
+        ("pretrained=demo", "method= is missing: one of none, rtn"),
+        ("pretrained=/nowhere/at/all,method=rtn", "there is no folder /nowhere/at/all"),
+        ("pretrained=demo,method=awq,calibration=dataset:/nowhere", "neither an existing path nor a hub id"),
+    ],
+    ids=["impossible bits", "unknown argument", "unknown method", "no method", "no checkpoint", "no calibration data"],
+)
+def test_inspect_refuses_in_one_line(monkeypatch, capfd, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["lmms-plugin", "inspect", arguments, "--json"])
+    with pytest.raises(SystemExit) as exit_status:
+        main()
+    assert exit_status.value.code == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("lmms-plugin: ")
+    assert message in line
+
+
+@pytest.mark.slow
+def test_inspect_prints_nothing_but_the_report(tmp_path):
+    arguments = "pretrained=demo,method=rtn,bits=4,dtype=bfloat16"
+    command = [COMMAND, "inspect", arguments, "--json", "--held-out", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    modules = [module for module in report["modules"] if module["reason"] is None]
+    assert report["method"] == "rtn"
+    assert report["quantized"] == len(modules) == 28
+    assert report["quantized"] + report["skipped"] == len(report["modules"])
+    assert 4 < report["bits_per_weight"] < 4.5
+    assert report["bytes_after"] < report["bytes_before"]
+    assert report["seconds"] > 0
+    assert sum(report["kernels"].values()) == 28
+    # Weights and outputs are off by about as much; neither is exact at 4 bits.
+    assert all(0.02 < module["relative_error"] < 0.3 for module in modules)
+    assert all(0.01 < module["held_out_error"] < 0.5 for module in modules)

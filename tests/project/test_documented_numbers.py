@@ -1,0 +1,111 @@
+"""docs/metrics.md has every number that a command or a results table can hold."""
+
+import re
+from pathlib import Path
+
+import pytest
+import test_results
+import test_results_language
+import yaml
+from helpers import report_study
+
+from lmms_plugin.analysis import comparison, component_importance, estimators, reliability
+from lmms_plugin.cli.main import main
+from lmms_plugin.confidence.estimators import ESTIMATORS
+from lmms_plugin.metrics.posthoc import CALIBRATORS
+from lmms_plugin.quant_backends.plans.quant_report import ModuleReport, QuantReport
+from lmms_plugin.registration import tasks_folder
+from lmms_plugin.report import contents, page, reading
+from lmms_plugin.report.gallery import Gallery
+from lmms_plugin.report.summary import summarise
+from lmms_plugin.selector import shift_strength
+
+PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+SETTINGS = reliability.Settings(resamples=20)
+
+
+def entries():
+    """What stands in backticks in the first cell of a row."""
+    rows = re.findall(r"^\| (`[^|]*) \|", PAGE, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def undocumented(names):
+    known = entries()
+    endings = sorted((name for name in known if name.startswith("_")), key=len, reverse=True)
+
+    def has_entry(name):
+        return name in known or any(name.endswith(end) and has_entry(name.removesuffix(end)) for end in endings)
+
+    return sorted(name for name in names if not has_entry(name))
+
+
+def test_the_page_is_read():
+    assert {"ece", "nll", "coverage@0.01", "_verbalised", "C@1%", "Stderr_CLT"} <= entries()
+    assert undocumented(["ece_after_platt", "coverage@0.05_selector", "new_number"]) == ["new_number"]
+
+
+def test_metrics_of_every_task():
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda _, node: node.value)
+    files = [yaml.load(file.read_text("utf-8"), Loader) for file in Path(tasks_folder()).rglob("*.yaml")]
+    of_tasks = [entry["metric"] for file in files for entry in file.get("metric_list", [])]
+    of_groups = [entry["metric"] for file in files for entry in file.get("aggregate_metric_list", [])]
+    assert len(set(of_tasks)) > 90
+    assert undocumented([*of_tasks, *of_groups]) == []
+
+
+def test_what_metrics_and_compare_print(tmp_path):
+    first, second = (test_results.write_grid(tmp_path / name, skill) for name, skill in (("a", 0.9), ("b", 0.8)))
+    measured = {number.metric for number in reliability.measure(first, SETTINGS)}
+    assert {"smooth_ece", "e_aurc", "brier_within_bin", "ece_after_platt", "achieved_risk@0.01"} <= measured
+    assert undocumented(measured) == []
+    found = comparison.compare(first, second, SETTINGS)
+    assert undocumented({row.metric for row in (*found.changes, *found.shifted)}) == []
+    named = {name for name in found.corruption_errors[0]._fields if name.endswith("ratio")}
+    assert undocumented(named) == []
+
+
+def test_what_is_printed_of_rejection(tmp_path):
+    measured = reliability.measure(test_results_language.rejection(tmp_path, 0.1), SETTINGS)
+    assert undocumented({number.metric for number in measured}) == []
+
+
+def test_columns_of_the_report(tmp_path):
+    summary = summarise(reading.read_folder(report_study.write_study(tmp_path, 30), SETTINGS), SETTINGS.level)
+    numbers = {column.title for column in contents.leader(summary).columns if column.numeric}
+    assert {"C@1%", "Φ1", "Δ unquantized"} <= numbers
+    assert undocumented(numbers) == []
+    said = contents.meanings(summary)
+    assert numbers - set(said) == set(), "explained on the page itself"
+    shown = page.render(summary, "", None, Gallery((), ()), "here")
+    assert all(f"<dt>{name}</dt><dd>{said[name]}" in shown for name in ("C@5%", "Φ1", "AURC"))
+
+
+def test_tables_say_where_their_numbers_are_explained(tmp_path, monkeypatch, capsys):
+    test_results.write_grid(tmp_path, 0.9)
+    monkeypatch.setattr("sys.argv", ["lmms-plugin", "estimators", str(tmp_path), "--resamples", "20"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert capsys.readouterr().out.endswith("What each number means: docs/metrics.md\n")
+
+
+def test_headings_of_the_other_tables(tmp_path):
+    run = test_results.write_grid(tmp_path, 0.9)
+    judged = estimators.table(estimators.judge(run, SETTINGS), "", 0.95)
+    names = [str(column.header) for column in judged.columns]
+    assert undocumented({name.replace(" ", "_") for name in names} - {"task", "estimator"}) == []
+    assert undocumented({*shift_strength.SCORES, *component_importance.MEASURES, "consensus", "MMD²", "Fréchet"}) == []
+
+
+def test_endings_are_those_there_are():
+    assert undocumented([f"ece_after_{name}" for name in CALIBRATORS]) == []
+    assert {"expected_iou", "agreement", "verbalised"} <= set(ESTIMATORS)
+
+
+def test_what_a_quantized_model_adds_to_the_results():
+    layer = ModuleReport("layer", "language", (8, 8), "rtn", 4, 8, 0, 128, 40, 0.1, None, "dense", None)
+    report = QuantReport("rtn", (layer,), 128, 40, 1.0, 20, "", None, {}, ())
+    assert undocumented({f"avg_{name}" for name in report.totals()}) == []

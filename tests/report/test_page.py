@@ -1,0 +1,122 @@
+"""The report's page in a browser: quiet, narrow, by keyboard, dark and on paper."""
+
+from functools import partial
+
+import pytest
+from helpers import report_study
+
+from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.report import building
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    study = report_study.write_study(tmp_path_factory.mktemp("study"), count=60)
+    file = study / "report.html"
+    list(building.build(study, file, Settings(resamples=20), title="A study", figures=None, pictures=6))
+    return file
+
+
+@pytest.fixture
+def opened(browse, written):
+    """Opens the page in a window of its own."""
+    return partial(browse, written)
+
+
+def background(page):
+    return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+def shown(page, column=None):
+    """Visible rows of the leader table: their text, or that of one column."""
+    rows = page.locator("#t-leader tbody tr:visible")
+    cells = rows.locator(f"> :nth-child({column})") if column else rows
+    return [text.split("\n")[0] for text in cells.all_inner_texts()]
+
+
+@pytest.mark.parametrize("width", [400, 800, 1280])
+def test_only_tables_scroll_sideways(opened, width):
+    page = opened(width)
+    page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_every_section_has_its_figure_and_every_picture_a_name(opened):
+    page = opened()
+    for section in ("pareto", "reliability", "risk", "severity", "heat", "flips", "layers"):
+        assert page.locator(f"#{section} .wide svg").count(), section
+    unnamed = page.evaluate("""[...document.querySelectorAll('svg[role=img]')].filter((one) => {
+        const by = (one.getAttribute('aria-labelledby') || '').split(' ').filter(Boolean);
+        return !one.getAttribute('aria-label') && !by.some((id) => document.getElementById(id).textContent);
+    }).length""")
+    assert unnamed == 0
+    assert page.evaluate("new Set([...document.querySelectorAll('[id]')].map((one) => one.id)).size") == page.evaluate(
+        "document.querySelectorAll('[id]').length"
+    )
+
+
+def test_sorting_by_keyboard(opened):
+    page = opened()
+    head = page.locator("#t-leader thead th", has_text="ECE")
+    head.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    up = [float(text) for text in shown(page, 4)]
+    assert up == sorted(up)
+    page.keyboard.press("Space")
+    assert head.get_attribute("aria-sort") == "descending"
+    down = [float(text) for text in shown(page, 4)]
+    assert down == sorted(up, reverse=True)
+    assert page.locator("#t-leader thead th[aria-sort]").count() == 1
+
+
+def test_filters_by_keyboard(opened):
+    page = opened()
+    assert len(shown(page)) == 4
+    page.get_by_label("Search").focus()
+    page.keyboard.type("awq")
+    assert shown(page, 1) == ["awq 3"]
+    assert page.get_by_role("status").inner_text().startswith("1 of 1 rows")
+    page.get_by_label("Search").fill("")
+    page.locator("select[data-by=bits]").select_option("3")
+    assert sorted(shown(page, 1)) == ["awq 3", "rtn 3"]
+    page.get_by_label("shapes_rec: clean").focus()
+    page.keyboard.press("ArrowRight")
+    assert all(text.endswith("shifted") for text in page.locator("#t-leader tbody tr:visible").all_inner_texts())
+
+
+def test_dark_and_light(opened):
+    light, dark = background(opened()), background(opened(color_scheme="dark"))
+    assert light != dark
+    page = opened()
+    page.get_by_role("button", name="Show in dark colours").press("Enter")
+    assert background(page) == dark
+    page.get_by_role("button", name="Show in light colours").press("Enter")
+    assert background(page) == light
+
+
+def test_paper_is_white_and_has_no_controls(opened):
+    page = opened(color_scheme="dark")
+    page.emulate_media(media="print")
+    assert background(page) == background(opened())
+    for control in ("nav", ".filters", "button.theme"):
+        assert not page.locator(control).is_visible()
+    assert page.locator("#t-leader").is_visible()
+    assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
+
+
+def test_everything_is_there_without_scripts(opened):
+    page = opened(java_script_enabled=False)
+    assert len(shown(page)) == 8
+    assert not page.locator(".filters").is_visible()
+
+
+def test_pictures_show_both_boxes(opened):
+    page = opened()
+    tile = page.locator(".tiles li").first
+    assert tile.locator("rect.true").count() == 1
+    assert tile.locator("rect.said").count() == 1
+    assert tile.locator("b").inner_text() == "unquantized"
+    box = tile.locator("svg").bounding_box()
+    assert box["width"] > 80
+    assert box["height"] > 40

@@ -1,0 +1,109 @@
+"""What a study is expected to take: by finished cells, and by the checkpoint's configuration."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+from helpers.small_studies import CELL
+
+from lmms_plugin.quant_backends.quantization import tensor_bytes
+from lmms_plugin.study.file.tasks import describe
+from lmms_plugin.study.run import cost
+from lmms_plugin.study.run.weights import size
+
+DOCUMENTS = 488
+
+
+def past(
+    seconds: float, method: str = "rtn", bits: int = 4, model: str = "demo", limit: int | None = None
+) -> cost.Past:
+    axes = {**CELL.axes.to_dict(), "method": method, "bits": bits, "model": model}
+    return cost.Past({"axes": axes, "tasks": ["shapes_rec"], "limit": limit, "processes": 1}, seconds)
+
+
+@pytest.mark.parametrize(
+    ("finished", "expected"),
+    [
+        ([past(10), past(30), past(50), past(1000, bits=3), past(9, "awq")], 30),
+        ([past(20, bits=3), past(40, bits=2), past(9, "awq")], 30),
+        ([past(9, "awq"), past(11, "hqq")], 10),
+        ([past(9, model="other"), past(9, limit=3)], None),
+        ([], None),
+    ],
+    ids=["same bits", "same method", "same tasks", "none alike", "none"],
+)
+def test_seconds_are_those_of_the_cells_most_alike(finished: list[cost.Past], expected: float | None) -> None:
+    assert cost.seconds(CELL, finished).value == expected
+
+
+def test_without_finished_cells_the_model_that_counts_is_stated() -> None:
+    one = cost.seconds(replace(CELL, limit=100), [], 10**9)
+    other = cost.seconds(replace(CELL, limit=300), [], 10**9)
+    assert one.value is not None
+    assert other.value is not None
+    assert other.value - cost.START == pytest.approx(3 * (one.value - cost.START))
+    assert "not measured" in one.basis
+    # The demo's test split has 488 expressions, which a limit does not make more.
+    assert f"{DOCUMENTS} documents" in cost.seconds(CELL, [], 10**9).basis
+    assert cost.seconds(replace(CELL, limit=10_000), [], 10**9) == cost.seconds(CELL, [], 10**9)
+    assert cost.seconds(replace(CELL, tasks=("shapes_rejection_attribute_swap",)), [], 10**9).value is None
+
+
+def test_documents_are_counted_here_or_as_published(local_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LMMS_PLUGIN_REFCOCOPLUS", raising=False)
+    describe.cache_clear()
+    assert describe("refcocoplus_shift_testA_fog_3").documents == (5726,)
+    monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(local_copy))
+    describe.cache_clear()
+    rows = datasets.load_dataset("parquet", data_files=str(local_copy / "testA-*.parquet"), split="train")
+    assert describe("refcocoplus_rec_testA").documents == (sum(len(answers) for answers in rows["answer"]),)
+    describe.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3),
+        ("OpenGVLab/InternVL3_5-8B-HF", 8),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", 3),
+        ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 2.2),
+        ("google/gemma-3-4b-it", 4),
+        ("Salesforce/blip2-opt-2.7b", 2.7),
+        ("somebody/model-4bit", None),
+    ],
+)
+def test_a_name_tells_how_many_parameters_work(name: str, billions: float | None) -> None:
+    found = size(replace(CELL, arguments={"pretrained": name, "bits": 4}), cuda=False)
+    assert found.parameters == (None if billions is None else round(billions * 1e9))
+    assert found.bytes is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "parts"),
+    [(16, {}), (4, {}), (3, {"vision_bits": 3, "connector_bits": 3})],
+    ids=["none", "language", "all"],
+)
+def test_weights_take_what_loading_them_takes(bits: int, parts: dict[str, int]) -> None:
+    from lmms_plugin.demo import CHECKPOINT
+    from lmms_plugin.quant_backends import get
+    from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
+    from lmms_plugin.quant_backends.plans.plan import QuantPlan
+
+    method = "none" if bits == 16 else "rtn"
+    arguments = {"pretrained": "demo"} | ({} if bits == 16 else {"bits": bits, **parts})
+    axes = replace(CELL.axes, method=method, bits=bits)
+    found = size(replace(CELL, axes=axes, backend=method, arguments=arguments), cuda=False)
+    loaded = load_quantized(
+        CHECKPOINT, backend=get(method), plan=QuantPlan.from_arguments(bits=bits, **parts), calibration=None, seed=0
+    )
+    assert found.parameters == 1_898_624
+    assert found.bytes == pytest.approx(tensor_bytes(loaded[0]), rel=0.03)
+
+
+def test_a_checkpoint_that_is_not_here_is_of_unknown_size(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_thing"}))
+    found = size(replace(CELL, arguments={"pretrained": str(tmp_path), "bits": 4}), cuda=False)
+    assert found.bytes is None
+    assert found.basis.startswith("unknown: ")

@@ -1,0 +1,126 @@
+"""Families whose code is like no other's: a generate of its own, routers that are layers, padding that counts."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers as hf
+from helpers.families import BUILDERS, byte_level_tokenizer
+from test_prefix import answers, assert_equal, load, log
+
+from lmms_plugin.protocol.prompts import mean_colour, placeholder
+from lmms_plugin.protocol.response import Response
+from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends.plans.plan import QuantPlan
+from lmms_plugin.quant_backends.quantization import quantize
+
+PADDING = "Answers in a padded batch are not those that "
+
+
+def warnings_of(lines):
+    return [line for line in lines if line.startswith("WARNING") and PADDING in line]
+
+
+class TestPaddedBatches:
+    def test_positions_that_count_padding_make_questions_go_alone(self, checkpoint):
+        """transformers drops Kosmos-2's positions, so that a new token's would be those of the padded row."""
+        path = checkpoint("kosmos2")
+        expected = answers(load(path), 1)
+        vlm = load(path)
+        with log("WARNING") as lines:
+            found = answers(vlm, 4)
+        assert_equal(found, expected)
+        assert len(warnings_of(lines)) == 1
+        assert "Kosmos2ForConditionalGeneration gives to each question alone: token 2" in warnings_of(lines)[0]
+        assert list(vlm.runner.batched.values()) == [False]
+
+    def test_a_family_that_pads_well_is_compared_once_and_stays_in_batches(self, checkpoint):
+        vlm = load(checkpoint("llava"), share_prefix=False)
+        rows, original = [], vlm.decoder.generate
+
+        def generate(inputs, *args, **kwargs):
+            rows.append(len(inputs["input_ids"]))
+            return original(inputs, *args, **kwargs)
+
+        vlm.decoder.generate = generate
+        with log("WARNING") as lines:
+            answers(vlm, 4)
+        assert list(vlm.runner.batched.values()) == [True]
+        assert not warnings_of(lines)
+        # Two rows alone, and then all eight questions.
+        assert rows.count(1) == 2
+        assert sum(rows) == 2 + 8
+        rows.clear()
+        answers(vlm, 4)
+        assert 1 not in rows
+
+
+def test_a_generate_of_its_own_that_drops_processors_is_passed_by(checkpoint):
+    """Janus's writes without the logits processors that it is given, which record probabilities here."""
+    vlm = load(checkpoint("janus"))
+    found = [Response.decode(answer) for answer in answers(vlm, 4)]
+    assert vlm.runner.sharing.verified
+    assert vlm.runner.sharing.off is None
+    assert all(token.logprob < 0 for response in found for token in response.tokens)
+    assert_equal(answers(load(checkpoint("janus"), share_prefix=False), 1), [response.encode() for response in found])
+
+
+def test_parts_that_draw_are_left_alone(checkpoint, tmp_path):
+    report = tmp_path / "report.json"
+    load(checkpoint("janus"), report=str(report))
+    modules = json.loads(report.read_text())["modules"]
+    unused = {module["name"].split(".")[1] for module in modules if module["component"] == "unused"}
+    assert unused == {"vqmodel", "generation_embeddings", "generation_aligner", "generation_head"}
+
+
+def test_a_diffusion_model_is_refused_in_one_line():
+    from lmms_plugin.vlm.generation.decoding import Decoder
+
+    tokenizer = byte_level_tokenizer(("</s>",), eos_token="</s>", pad_token="</s>")
+    with torch.device("meta"):
+        model = object.__new__(hf.DiffusionGemmaForBlockDiffusion)
+        torch.nn.Module.__init__(model)
+    with pytest.raises(ValueError, match=r"DiffusionGemmaForBlockDiffusion does not write token by token") as failure:
+        Decoder.of(model, tokenizer)
+    assert "\n" not in str(failure.value)
+
+
+class TestProcessors:
+    def test_fuyu_names_one_mean_for_all_channels(self):
+        special = ("|ENDOFTEXT|", "|SPEAKER|", "|NEWLINE|", "<0x04>", "<s>")
+        roles = {"bos_token": "<s>", "eos_token": "|ENDOFTEXT|", "pad_token": "|ENDOFTEXT|"}
+        processor = hf.FuyuProcessor(hf.FuyuImageProcessor(), byte_level_tokenizer(special, **roles))
+        assert processor.image_processor.image_mean == 0.5
+        assert mean_colour(processor) == (127, 127, 127)
+        # Its processor puts the image's token in front of a prompt itself and refuses a second one.
+        assert placeholder(processor) == ""
+
+    @pytest.mark.parametrize(("family", "expected"), [("paligemma", "<image>"), ("llava", "<image>")])
+    def test_others_are_given_the_token(self, family, expected):
+        assert placeholder(BUILDERS[family]()[1]) == expected
+
+
+def test_a_router_that_is_a_linear_layer_and_more_is_left_alone():
+    """Llama 4's returns scores and logits, which a packed layer in its place would not.
+
+    Only the decoder is run: the whole model's forward pass of transformers 5.24 asks it for image outputs.
+    """
+    text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    text |= {"num_local_experts": 4, "num_experts_per_tok": 1, "pad_token_id": 0}
+    vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "image_size": 56}
+    torch.manual_seed(0)
+    model = hf.Llama4ForConditionalGeneration(hf.Llama4Config(text_config=text, vision_config=vision)).eval()
+    inputs = {"input_ids": torch.arange(1, 41)[None], "attention_mask": torch.ones(1, 40, dtype=torch.long)}
+    with torch.no_grad():
+        expected = model.language_model(**inputs).logits
+        quantized = copy.deepcopy(model)
+        work = quantize(quantized, get("rtn"), QuantPlan.from_arguments(bits=8, group_size=32))
+        found = quantized.language_model(**inputs).logits
+    routers = [name for name in work.components if name.endswith(".router")]
+    assert len(routers) == 2
+    assert {work.reasons[name] for name in routers} == {"Llama4Router does more than multiply by its weight"}
+    assert torch.isfinite(found).all()
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
