@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,28 +16,43 @@ STATUS = 2
 _BEFORE, _BEHIND = "lmms-plugin: ", " (--verbosity DEBUG shows where)"
 LINE = re.compile(rf"{_BEFORE}(.*?){re.escape(_BEHIND)}$")
 """The last line, with what was wrong as its first group."""
+USER_ERRORS = (ValueError, OSError, ImportError)
+"""What is raised of arguments, files and libraries that cannot be used."""
 _COMMANDS = ("lmms-eval", "lmms_eval")
 
 
 @contextmanager
-def ends_the_command() -> Iterator[None]:
+def ends_the_command(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """End lmms-eval's command on an error within; whoever calls lmms-eval from Python gets the error itself.
 
     So does the command if several evaluations are configured, of which others may go well, or if it is told to show
-    everything (`--verbosity DEBUG`).
+    everything (`--verbosity DEBUG`); and on a thread whoever waits for it, since only the main one ends the process.
+
+    Args:
+        kinds: Errors that end it.
 
     Raises:
         SystemExit: In the command, after the line was written to standard error.
     """
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        if not _in_command(sys.argv):
+    except kinds as error:
+        if threading.current_thread() is not threading.main_thread() or not _in_command(sys.argv):
             raise
         sys.stdout.flush()
+        _close_bars()
         line = " ".join(str(error).split())
         print(f"{_BEFORE}{line}{_BEHIND}", file=sys.stderr, flush=True)
         raise SystemExit(STATUS) from error
+
+
+def _close_bars() -> None:
+    """End every progress bar now: each is drawn once more when it ends, which would be below the last line."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
 
 
 def _in_command(argv: list[str]) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -18,14 +21,19 @@ from lmms_plugin.tasks.captions import captioning
 from lmms_plugin.tasks.grounding import natural, refcocoplus, reviewed
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.retrieval import matching
+from lmms_plugin.tasks.sources.copies import AbsentSplitError
+from lmms_plugin.tasks.sources.documents import Documents
 from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.tasks.sources.origins import Origin
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
-from lmms_plugin.tasks.vqa.questions import Questions
+from lmms_plugin.tasks.vqa.questions import PARTS, Parts
 from lmms_plugin.utils import variables
 
-WHOLE = 512 << 20
-"""Bytes of files up to which all rows are read; of larger copies a sample."""
+WHOLE = 8 << 30
+"""Bytes of files up to which all rows are read, if the folder of temporary files has room; of larger ones a sample."""
+
+DECODED = 16
+"""Documents of each split whose image is decoded: the first, the last, and others from all over it."""
 
 _ROW_GROUPS, _ROWS = 16, 16
 
@@ -66,19 +74,19 @@ def check_copies() -> Iterator[Row]:
 
 def known() -> dict[str, list[Part]]:
     """Return every variable that names a local copy, as the datasets' own declarations have it, with its parts."""
-    tables: list[tuple[Origin, Callable[[datasets.Dataset], object]]] = [
+    tables: list[tuple[Origin, Callable[[datasets.Dataset], Documents]]] = [
         *((one, one) for one in natural.SETS.values()),
         *((one, one) for one in captioning.SETS.values()),
         *((one, one) for one in matching.SETS.values()),
-        *((one, _questions(one)) for one in vqa_sources.SOURCES.values()),
+        *((one, Parts(one.name, tuple(PARTS))) for one in vqa_sources.SOURCES.values()),
     ]
     tables.sort(key=lambda pair: pair[0].variable)
     found = {
-        name: [Part(origin.split, _files(origin), _reading(make)) for origin, make in pairs]
+        name: [Part(origin.split, _files(origin), _reading(origin.split, make)) for origin, make in pairs]
         for name, pairs in groupby(tables, key=lambda pair: pair[0].variable)
     }
     found[refcocoplus.VARIABLE] = [
-        Part(split, _refcocoplus(split), _reading(ExpressionDocs)) for split in refcocoplus.SPLITS
+        Part(split, _refcocoplus(split), _reading(split, ExpressionDocs)) for split in refcocoplus.SPLITS
     ]
     found[reviewed.VARIABLE] = [
         Part(split, _review(split), lambda files: str(len(reviewed.Review(Path(files[0])))) + " reviews")
@@ -92,13 +100,16 @@ def _checked(name: str, value: str, parts: Iterable[Part]) -> Row:
     for part in parts:
         try:
             files = part.files()
-        except DatasetError as error:
+        except AbsentSplitError as error:
             absent.append((part.name, str(error)))
             continue
+        except DatasetError as error:
+            said = str(error).removeprefix(f"{place}: ")
+            return fail("local copies", f"{place}: {said}", "correct the copy, or unset the variable")
         try:
             read.append(f"{part.name}: {part.check(files)}")
         except (ValueError, OSError, pa.ArrowException) as error:
-            said = str(error).removeprefix(f"{place}: ")
+            said = str(error).removeprefix(f"{place}: ").removeprefix(f"{part.name}: ")
             return fail("local copies", f"{place}: {part.name}: {said}", "correct the copy, or unset the variable")
     if not read:
         return fail("local copies", absent[0][1], "correct the folder, or unset the variable")
@@ -121,10 +132,9 @@ def _files(origin: Origin) -> Callable[[], Sequence[str]]:
 
 def _refcocoplus(split: str) -> Callable[[], Sequence[str]]:
     def files() -> Sequence[str]:
-        folder = Path(os.environ[refcocoplus.VARIABLE])
-        found = refcocoplus.local_files(folder)
+        found = refcocoplus.local_files()
         if split not in found:
-            raise DatasetError(f"{refcocoplus.VARIABLE}={folder}: there is no split {split}")
+            raise AbsentSplitError(f"{refcocoplus.source()}: there is no split {split}")
         return found[split]
 
     return files
@@ -134,48 +144,85 @@ def _review(split: str) -> Callable[[], Sequence[str]]:
     return lambda: [str(reviewed.Reviewed(split).file())]
 
 
-def _questions(source: vqa_sources.Source) -> Callable[[datasets.Dataset], object]:
-    return lambda rows: Questions(source, rows)
-
-
-def _reading(make: Callable[[datasets.Dataset], object]) -> Callable[[Sequence[str]], str]:
+def _reading(split: str, make: Callable[[datasets.Dataset], Documents]) -> Callable[[Sequence[str]], str]:
     def read(files: Sequence[str]) -> str:
-        rows, total = sampled(files)
-        make(rows)
-        return f"{total} rows" if len(rows) == total else f"{len(rows)} of {total} rows looked at"
+        with opened(files, split) as (rows, total):
+            docs = make(rows)
+            # What a run reads of every document before it answers the first.
+            for number in range(len(docs)):
+                docs.content(number)
+            decoded = spread(len(docs), DECODED)
+            for number in decoded:
+                docs.image(number)
+            whole = f"{total} rows" if len(rows) == total else f"{len(rows)} of {total} rows looked at"
+            return f"{whole}, images of {len(decoded)} documents decoded"
 
     return read
 
 
-def sampled(files: Sequence[str]) -> tuple[datasets.Dataset, int]:
-    """Read parquet files as `datasets` does, but into memory and without leaving anything in its cache.
+def spread(count: int, most: int) -> list[int]:
+    """Return at most so many numbers below `count`, the first and the last and others evenly between them."""
+    if count <= most:
+        return list(range(count))
+    return [round(number * (count - 1) / (most - 1)) for number in range(most)]
+
+
+@contextmanager
+def opened(files: Sequence[str], split: str) -> Iterator[tuple[datasets.Dataset, int]]:
+    """Read parquet files as `datasets` does, but without leaving anything in its cache.
 
     Args:
         files: Of one split.
+        split: Its name.
 
-    Returns:
-        All rows, or of files above `WHOLE` bytes some from all over them; and how many rows there are.
+    Yields:
+        All rows, or of files above `WHOLE` bytes, or of more than there is room for, some from all over them; and how
+        many rows there are.
 
     Raises:
-        DatasetError: There are no rows, or files differ in their columns.
+        DatasetError: There are no rows, a file is damaged, or files differ in their columns.
     """
-    opened = [parquet.ParquetFile(file) for file in files]
-    groups = [(file, number) for file in opened for number in range(file.num_row_groups)]
-    total = sum(file.metadata.num_rows for file in opened)
+    stored = [_Stored(file) for file in files]
+    total = sum(one.parquet.metadata.num_rows for one in stored)
     if not total:
         raise DatasetError(f"{files[0]}: there are no rows")
-    if sum(os.path.getsize(file) for file in files) <= WHOLE:
-        tables = [file.read_row_group(number) for file, number in groups]
-    else:
-        chosen = groups[:: max(1, len(groups) // _ROW_GROUPS)]
-        tables = [_spread(file.read_row_group(number)) for file, number in chosen]
-    features = datasets.Features.from_arrow_schema(opened[0].schema_arrow)
+    groups = [(one, number) for one in stored for number in range(one.parquet.num_row_groups)]
+    features = datasets.Features.from_arrow_schema(stored[0].parquet.schema_arrow)
+    with TemporaryDirectory() as folder:
+        size = sum(os.path.getsize(file) for file in files)
+        if size <= min(WHOLE, shutil.disk_usage(folder).free // 2):
+            tables = (one.group(number) for one, number in groups)
+        else:
+            tables = (_some(one.group(number)) for one, number in groups[:: max(1, len(groups) // _ROW_GROUPS)])
+        # Mapped from a file, a large copy takes no memory.
+        file = Path(folder) / "rows.arrow"
+        with pa.ipc.new_stream(file, features.arrow_schema) as writer:
+            for table in tables:
+                writer.write_table(_cast(table, features, Path(files[0]).parent))
+        info = datasets.DatasetInfo(features=features)
+        yield datasets.Dataset.from_file(str(file), info=info, split=datasets.NamedSplit(split)), total
+
+
+class _Stored:
+    """A parquet file whose damage is told with its name."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.parquet = parquet.ParquetFile(file)
+
+    def group(self, number: int) -> pa.Table:
+        try:
+            return self.parquet.read_row_group(number)
+        except (pa.ArrowException, OSError) as error:
+            raise DatasetError(f"{self.file}: row group {number} cannot be read: {error}; fetch it again") from error
+
+
+def _cast(table: pa.Table, features: datasets.Features, folder: Path) -> pa.Table:
     try:
-        table = pa.concat_tables(tables).cast(features.arrow_schema)
-    except (pa.ArrowException, ValueError) as error:
-        raise DatasetError(f"{Path(files[0]).parent}: files differ in their columns: {error}") from error
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features)), total
+        return table.select(features.arrow_schema.names).cast(features.arrow_schema)
+    except (pa.ArrowException, ValueError, KeyError) as error:
+        raise DatasetError(f"{folder}: files differ in their columns: {error}") from error
 
 
-def _spread(table: Any) -> Any:
-    return table.take(list(range(0, table.num_rows, max(1, table.num_rows // _ROWS)))[:_ROWS])
+def _some(table: pa.Table) -> pa.Table:
+    return table.take(spread(table.num_rows, _ROWS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.constants import ENDPOINT, is_offline_mode
+from huggingface_hub.constants import ENDPOINT, HF_TOKEN_PATH, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 
 from lmms_plugin.doctor.rows import Row, fail, ok, warn
@@ -17,7 +17,12 @@ TIMEOUT = 10.0
 
 def check_hub() -> Iterator[Row]:
     """Ask the hub for RefCOCO+'s entry, and who the token belongs to."""
-    token = get_token()
+    try:
+        token = get_token()
+    except OSError as error:
+        remedy = "set HF_TOKEN_PATH to another file, or HF_HOME to another folder"
+        yield fail("token", f"{HF_TOKEN_PATH} cannot be read: {error.strerror or error}", remedy)
+        return
     if is_offline_mode():
         yield ok("hub", "offline, as HF_HUB_OFFLINE says: what is in the cache, local folders and the demo can be used")
         yield ok("token", "not looked at while offline")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmms_plugin.doctor.rows import Row, fail, ok, warn
+from lmms_plugin.utils import variables
 
 GIB = 1 << 30
 _TRIED = 1 << 20
@@ -19,22 +20,27 @@ def check_folders() -> Iterator[Row]:
     """Try the caches of Hugging Face, the folder of calibrations, and that of temporary files."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
-    from lmms_plugin.utils.variables import CACHE
-
     datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
-    calibrations = os.environ.get(CACHE)
     # What a checkpoint of seven billion parameters takes; RefCOCO+'s three splits; the blocks of such a checkpoint.
     yield written("models", Path(HF_HUB_CACHE), 16 * GIB, "set HF_HUB_CACHE or HF_HOME to another folder")
     yield written("datasets", datasets, 4 * GIB, "set HF_DATASETS_CACHE or HF_HOME to another folder")
-    if calibrations != "":
-        folder = Path(calibrations).expanduser() if calibrations else Path(HF_HOME) / "lmms_plugin"
-        yield written("calibrations", folder, 4 * GIB, f"set {CACHE} to another folder, or to nothing to keep none")
+    if os.environ.get(variables.CACHE) != "":
+        yield _calibrations(Path(HF_HOME) / "lmms_plugin")
     try:
         temporary = Path(tempfile.gettempdir())
     except FileNotFoundError as error:
         yield fail("temporary files", str(error), "set TMPDIR to another folder")
         return
     yield written("temporary files", temporary, GIB, "set TMPDIR to another folder")
+
+
+def _calibrations(default: Path) -> Row:
+    remedy = f"set {variables.CACHE} to another folder, or to nothing to keep none"
+    try:
+        folder = variables.folder(variables.CACHE) or default
+    except ValueError as error:
+        return fail("folder of calibrations", str(error), remedy)
+    return written("calibrations", folder, 4 * GIB, remedy)
 
 
 def written(what: str, folder: Path, wanted: int, remedy: str) -> Row:
@@ -56,7 +62,8 @@ def written(what: str, folder: Path, wanted: int, remedy: str) -> Row:
             os.fsync(file.fileno())
         free = shutil.disk_usage(there).free
     except OSError as error:
-        return fail(check, f"{folder}: nothing can be written there: {error.strerror or error}", remedy)
+        reason = f"{there} is a file, no folder" if there.is_file() else error.strerror or error
+        return fail(check, f"{folder}: nothing can be written there: {reason}", remedy)
     message = f"{folder}: {free / GIB:.1f} GiB free"
     return ok(check, message) if free >= wanted else warn(check, f"{message}, below {wanted / GIB:.0f}", remedy)
 

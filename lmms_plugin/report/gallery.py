@@ -252,7 +252,7 @@ def _refcocoplus_rows(split: str) -> Any:
 
     from lmms_plugin.tasks.grounding import refcocoplus
 
-    files = refcocoplus.local_files(Path(os.environ[refcocoplus.VARIABLE]))
+    files = refcocoplus.local_files()
     return datasets.load_dataset("parquet", data_files=files, split=split)
 
 

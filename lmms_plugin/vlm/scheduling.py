@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
+from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.vlm.batching import Budget, Group, pack
 from lmms_plugin.vlm.generation.prefix import Encoded, encode_groups
 from lmms_plugin.vlm.pipeline import ahead
@@ -141,6 +142,8 @@ class Schedule:
             return Read(index, prompt, self._length(prompt), shares)
         except RequestError:
             raise
+        except DatasetError as error:
+            raise RequestError(f"{name}: {error}") from error
         except Exception as error:
             # Whatever a task's own code raises on a thread would otherwise not say what it was working on.
             raise RequestError(f"{name}: {type(error).__name__}: {error}") from error

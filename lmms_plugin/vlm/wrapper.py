@@ -337,11 +337,11 @@ class QuantizedVLM(lmms):
             )
         results: dict[int, Result] = {}
         tokens, started = 0, time.perf_counter()
-        for index, (result, count) in tqdm(
-            self.runner.run(jobs, step), total=len(jobs), desc=title, disable=self.rank != 0
-        ):
-            results[index] = result
-            tokens += count
+        done = tqdm(self.runner.run(jobs, step), total=len(jobs), desc=title, disable=self.rank != 0)
+        with ends_the_command((RequestError,)):
+            for index, (result, count) in done:
+                results[index] = result
+                tokens += count
         self._tokens += tokens
         self._seconds += time.perf_counter() - started
         return [results[i] for i in range(len(jobs))]

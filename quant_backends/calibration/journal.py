@@ -23,7 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
-from lmms_plugin.utils.variables import CACHE
+from lmms_plugin.utils import variables
 
 
 class Solved(NamedTuple):
@@ -149,10 +149,15 @@ def cache_folder() -> Path | None:
     """Return the folder of unfinished calibrations: `$LMMS_PLUGIN_CACHE`, or one beside the Hugging Face cache.
 
     None when the variable is set to nothing.
+
+    Raises:
+        ValueError: The variable names the home folder of somebody who has none here.
     """
-    named = os.environ.get(CACHE)
+    named = variables.folder(variables.CACHE)
     if named is not None:
-        return Path(named).expanduser() / "calibration" if named else None
+        return named / "calibration"
+    if variables.CACHE in os.environ:
+        return None
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME) / "lmms_plugin" / "calibration"

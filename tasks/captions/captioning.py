@@ -20,7 +20,7 @@ from lmms_plugin.confidence.estimators import TEXT_ESTIMATORS, Evidence, estimat
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.retrieval.matching import REQUEST, bounds, check_columns
-from lmms_plugin.tasks.sources.copies import expect_once
+from lmms_plugin.tasks.sources.copies import expect_different, expect_once
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.images import DatasetError, opened
 from lmms_plugin.tasks.sources.origins import Origin, attributes
@@ -69,10 +69,13 @@ class CaptionDocs(Documents):
         empty = next((i for i, captions in enumerate(self._captions) if not captions), None)
         if empty is not None:
             raise DatasetError(
-                f"{source.place()}: row {empty} ({self._names[empty]}): column 'answer' holds no caption; is this a "
-                "split without answers?"
+                f"{source.row(rows, empty, self._names[empty])}: column 'answer' holds no caption; is this a split "
+                "without answers?"
             )
         self._encoded = rows.select_columns([IMAGE]).cast_column(IMAGE, datasets.Image(decode=False))
+        self._source = source
+        said = [tuple(captions) for captions in self._captions]
+        expect_different(source.place(), "photograph and captions", said, self._encoded, self._where)
         self._identity = object()
         self.features = datasets.Features(
             {"image_id": datasets.Value("string"), "captions": rows.features["answer"], IMAGE: rows.features[IMAGE]}
@@ -87,12 +90,14 @@ class CaptionDocs(Documents):
 
     def image(self, i: int) -> Image.Image:
         """Return a document's photograph, decoded."""
-        where = f"row {i} ({self._names[i]})"
-        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], where))
+        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], self._where(i)))
 
     def image_key(self, i: int) -> str:
         """Return the photograph's name."""
         return self._names[i]
+
+    def _where(self, i: int) -> str:
+        return self._source.row(self._encoded, i, self._names[i])
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:

@@ -5,11 +5,9 @@ task is loaded and not when this module is imported.
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
-from lmms_plugin.tasks.sources.copies import files_of
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.tasks.sources.copies import AbsentSplitError, files_of, local_folder
 
 HUB_ID = "lmms-lab-encoder/RefCOCOplus"
 VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS"
@@ -26,21 +24,22 @@ def source() -> str:
     return f"{VARIABLE}={local}" if local else HUB_ID
 
 
-def local_files(folder: Path) -> dict[str, list[str]]:
-    """Parquet files of a local copy by split: `{split: [paths]}`, for the splits it has.
+def local_files() -> dict[str, list[str]]:
+    """Parquet files of the local copy by split: `{split: [paths]}`, for the splits it has; of none where there is none.
 
     Files are looked for at any depth and told by their names, as `copies.files_of` does.
 
     Raises:
-        DatasetError: if the folder does not exist, holds no split of RefCOCO+ or one of them twice.
+        DatasetError: if the folder does not exist, holds no split of RefCOCO+, or one of them in part or twice.
     """
-    if not folder.is_dir():
-        raise DatasetError(f"{VARIABLE}={folder}: there is no such folder. {HINT}")
+    folder = local_folder(VARIABLE, HINT)
+    if folder is None:
+        return {}
     files = sorted(folder.rglob("*.parquet"))
     found = {split: paths for split in SPLITS if (paths := files_of(files, split))}
     if not found:
         names = ", ".join(f.name for f in files[:5]) or "no parquet file"
-        raise DatasetError(f"{VARIABLE}={folder}: expected files such as testA.parquet, found {names}. {HINT}")
+        raise AbsentSplitError(f"{VARIABLE}={folder}: expected files such as testA.parquet, found {names}. {HINT}")
     return found
 
 
@@ -49,5 +48,5 @@ def __getattr__(name: str) -> Any:
     if name == "DATASET_PATH":
         return "parquet" if local else HUB_ID
     if name == "DATASET_KWARGS":
-        return {"data_files": local_files(Path(local))} if local else {}
+        return {"data_files": local_files()} if local else {}
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ original image is the upright one, after its EXIF orientation: boxes and sizes o
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ import datasets
 from PIL import Image
 
 from lmms_plugin.tasks.sources.conventions import Convention, numbers_in
-from lmms_plugin.tasks.sources.copies import expect_once
+from lmms_plugin.tasks.sources.copies import expect_different, expect_once
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.images import DatasetError, content, header, opened
 from lmms_plugin.tasks.sources.origins import Origin
@@ -26,8 +26,6 @@ from lmms_plugin.utils.images import Header
 
 _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
 _SAMPLED = 48
-# A benchmark without identifiers may itself hold a few rows twice.
-_MOST_REPEATED = 0.05
 _AS_STORED = (
     ", its size as stored, before its EXIF orientation: boxes in that frame would be scored against another picture; "
     "store the pixels upright, or remove the orientation from the file if it is wrong"
@@ -54,8 +52,7 @@ class ReferringSet(Origin):
             are documents without a target.
         nothing: column and value of it that tell documents without a target, whose box is not looked at.
         rejection: whether documents without a target are kept; without, those with a target are all there is.
-        identity: column that tells rows apart, of which no two have the same; None for their number. Without one, rows
-            of the same photograph, expression and box are the same.
+        identity: column that tells rows apart, of which no two have the same; None for their number.
         photograph: column that names the photograph; None for the bytes of the image.
         size: columns of width and height in pixels, or one column of both, those of the upright image.
         tags: columns that go to the log of samples, where the copy has them, to part results by.
@@ -175,7 +172,8 @@ class ReferringDocs(Documents):
     def _places_of(self, number: int) -> Iterator[_Place]:
         source, row = self._source, self._rows[number]
         if source.photograph and _value(row, source.photograph) in (None, ""):
-            raise DatasetError(f"row {number}: column {source.photograph!r} is empty")
+            where = source.row(self._encoded, number)
+            raise DatasetError(f"{where}: column {source.photograph!r} is empty")
         texts, boxes = self._texts(number), self._boxes(number)
         if boxes is None:
             return
@@ -224,20 +222,13 @@ class ReferringDocs(Documents):
     def _check_once(self) -> None:
         source = self._source
         if source.identity:
-            column = source.identity
-            return expect_once(source.place(), column, (_value(row, column) for row in self._rows))
-        alike: dict[tuple[str, str], list[int]] = {}
-        for number, place in enumerate(self._places):
-            alike.setdefault((place.expression, str(place.box)), []).append(number)
-        # Photographs may have to be told apart by their bytes: only where the rest is the same.
-        several = [numbers for numbers in alike.values() if len(numbers) > 1]
-        again = sum(len(numbers) - len({self.image_key(number) for number in numbers}) for numbers in several)
-        if again > _MOST_REPEATED * len(self):
-            raise DatasetError(
-                f"{source.place()}: expected every row once, but of {len(self)} expressions {again} repeat photograph, "
-                f"expression and box of another; keep one copy of the split in the folder"
-            )
-        return None
+            expect_once(source.place(), source.identity, (_value(row, source.identity) for row in self._rows))
+        said: list[tuple[Hashable, ...] | None] = [None] * len(self._rows)
+        for place in self._places:
+            said[place.row] = (*(said[place.row] or ()), place.expression, place.box and tuple(place.box))
+        names = [image_id(str(_value(row, source.photograph))) for row in self._rows] if source.photograph else None
+        what = "photograph, expression and box"
+        expect_different(source.place(), what, said, self._encoded, self._where, names)
 
     def _check_reach(self) -> None:
         boxes = [place for place in self._places if place.box is not None]
@@ -272,7 +263,8 @@ class ReferringDocs(Documents):
 
     def _where(self, number: int) -> str:
         known_by = self._source.photograph or self._source.identity
-        return f"row {number} ({_value(self._rows[number], known_by)})" if known_by else f"row {number}"
+        name = _value(self._rows[number], known_by) if known_by else None
+        return self._source.row(self._encoded, number, name)
 
 
 def image_id(file_name: str) -> str:

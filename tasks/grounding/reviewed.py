@@ -12,7 +12,6 @@ names a local folder of them. A review is that of the same words on the same box
 """
 
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.refcocoplus import SPLITS
 from lmms_plugin.tasks.grounding.referring import image_id
 from lmms_plugin.tasks.sources.annotations import entries
+from lmms_plugin.tasks.sources.copies import AbsentSplitError, local_folder
 from lmms_plugin.tasks.sources.images import DatasetError
 
 VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS_REVIEWED"
@@ -130,11 +130,12 @@ class Reviewed:
             DatasetError: it is not there, or the hub cannot be reached.
         """
         name = f"refcoco+_{self.split}_reviewed.json"
-        local = os.environ.get(VARIABLE)
-        if local:
-            path = Path(local) / name
+        folder = local_folder(VARIABLE, f"Set it to a folder that holds {name}.")
+        if folder is not None:
+            path = folder / name
             if not path.is_file():
-                raise DatasetError(f"{VARIABLE}={local}: expected {name}, found {_listing(Path(local))}")
+                found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+                raise AbsentSplitError(f"{VARIABLE}={folder}: expected {name}, found {found}")
             return path
         from huggingface_hub import hf_hub_download
 
@@ -178,10 +179,6 @@ def _words(text: str) -> str:
 
 def _same(box: Box, other: Box) -> bool:
     return len(box) == len(other) and all(abs(a - b) <= _SAME_BOX for a, b in zip(box, other, strict=True))
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,9 @@
 """The names `lmms-eval --tasks` accepts from this package, without importing lmms-eval."""
 
 from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -16,11 +19,26 @@ class Listed(NamedTuple):
     summary: str
 
 
+class FunctionName(str):
+    """The long name of a function in a task's YAML."""
+
+
 class _NameLoader(yaml.SafeLoader):
     """Reads a task's YAML without importing the functions it names."""
 
 
-_NameLoader.add_constructor("!function", lambda _, node: node.value)
+_NameLoader.add_constructor("!function", lambda _, node: FunctionName(node.value))
+
+
+@cache
+def merged(file: Path) -> Mapping[str, Any]:
+    """A YAML with what it includes, as lmms-eval merges them."""
+    config = yaml.load(file.read_text(encoding="utf-8"), Loader=_NameLoader)
+    include = config.pop("include", [])
+    found: dict[str, Any] = {}
+    for other in reversed([include] if isinstance(include, str) else include):
+        found |= merged(file.parent / other)
+    return MappingProxyType(found | config)
 
 
 def tasks(cells: bool = False) -> list[Listed]:
@@ -30,9 +48,9 @@ def tasks(cells: bool = False) -> list[Listed]:
 
 def _from_files() -> Iterator[Listed]:
     for path in sorted(generated.FOLDER.rglob("*.yaml")):
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_NameLoader)
+        config = merged(path)
         if isinstance(config.get("task"), str):
-            yield Listed(config["task"], "task", f"{path.parent.name}, split {config.get('test_split')}")
+            yield Listed(config["task"], "task", f"{path.parent.name}, split {config['test_split']}")
         elif "group" in config:
             yield Listed(config["group"], "group", f"{len(config['task'])} tasks: {', '.join(config['task'])}")
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
 from lmms_plugin.protocol.response import Response
-from lmms_plugin.tasks.sources.copies import expect_once
+from lmms_plugin.tasks.sources.copies import expect_different, expect_once
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.images import DatasetError, opened
 from lmms_plugin.tasks.sources.origins import Origin, attributes
@@ -82,12 +82,12 @@ class RetrievalDocs(Documents):
         self._starts = [sum(len(part) for part in parts[:number]) for number in range(len(parts))]
         self._sizes = [len(part) for part in parts]
         self._names = [names[i] for i in order]
+        self._rows = [chosen[i] for i in order]
         self._captions = [table[i]["caption"] for i in order]
-        self._encoded = (
-            rows.select_columns([IMAGE])
-            .cast_column(IMAGE, datasets.Image(decode=False))
-            .select([chosen[i] for i in order])
-        )
+        self._encoded = rows.select_columns([IMAGE]).cast_column(IMAGE, datasets.Image(decode=False)).select(self._rows)
+        self._source = source
+        said = [tuple(captions) for captions in self._captions]
+        expect_different(source.place(), "photograph and captions", said, self._encoded, self._where)
         self._identity = object()
         self.features = datasets.Features(
             {"filename": datasets.Value("string"), "caption": rows.features["caption"], IMAGE: rows.features[IMAGE]}
@@ -111,12 +111,14 @@ class RetrievalDocs(Documents):
 
     def image(self, i: int) -> Image.Image:
         """Return a document's photograph, decoded."""
-        name = self._names[i]
-        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], name))
+        return _DECODED.get((self._identity, i), lambda: opened(self._encoded[i][IMAGE], self._where(i)))
 
     def image_key(self, i: int) -> str:
         """Return the photograph's name."""
         return str(self._names[i])
+
+    def _where(self, i: int) -> str:
+        return self._source.row(self._encoded, self._rows[i], self._names[i])
 
 
 def _of_test_split(source: CaptionedSet, light: datasets.Dataset) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from lmms_plugin.tasks.sources.copies import files_of
+from lmms_plugin.tasks.sources.copies import AbsentSplitError, files_of, local_folder
 from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.utils.variables import PREFIX
 
@@ -56,16 +56,21 @@ class Origin:
         local = os.environ.get(self.variable)
         return f"{self.variable}={local}" if local else self.hub_id or self.title
 
+    def row(self, rows: datasets.Dataset, number: int, name: object = None) -> str:
+        """A row as messages to the user name it: dataset, split, number and, where it has one, its own name."""
+        split = "" if rows.split is None else f"{rows.split}: "
+        return f"{self.place()}: {split}row {number}" + ("" if name is None else f" ({name})")
+
     def load_arguments(self) -> tuple[str, dict[str, Any]]:
         """Path and keyword arguments for `datasets.load_dataset`, of this split alone.
 
         Raises:
-            DatasetError: the local copy does not exist, lacks the split or holds it twice, or there is no other
-                source.
+            DatasetError: the local copy does not exist, lacks the split or holds it in part or twice, or there is no
+                other source.
         """
-        local = os.environ.get(self.variable)
-        if local:
-            return "parquet", {"data_files": {self.split: self._files(Path(local))}}
+        folder = local_folder(self.variable, self.hint)
+        if folder is not None:
+            return "parquet", {"data_files": {self.split: self._files(folder)}}
         if self.hub_id is None:
             raise DatasetError(
                 f"{self.title}: no copy on the hub can be loaded by `datasets`. {self.hint} {self.made_by}".rstrip()
@@ -92,13 +97,13 @@ class Origin:
             raise DatasetError(f"cannot load {self.place()}: {reason}. {self.hint}") from error
 
     def _files(self, folder: Path) -> list[str]:
-        if not folder.is_dir():
-            raise DatasetError(f"{self.variable}={folder}: there is no such folder. {self.hint}")
         files = sorted(folder.rglob("*.parquet"))
         own = files_of(files, self.split)
         if not own:
             names = ", ".join(f.name for f in files[:5]) or "no parquet file"
-            raise DatasetError(f"{self.variable}={folder}: expected {self.split}*.parquet, found {names}. {self.hint}")
+            raise AbsentSplitError(
+                f"{self.variable}={folder}: expected {self.split}*.parquet, found {names}. {self.hint}"
+            )
         return own
 
 

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from lmms_plugin.tasks.sources.copies import expect_once
+from lmms_plugin.tasks.sources.copies import expect_different, expect_once
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.images import DatasetError, opened
 from lmms_plugin.tasks.sources.recent import Recent
@@ -86,6 +87,10 @@ class Questions:
         _check_rows(source, self._light)
         keys = rows.select_columns(list({"question_id", source.image_column})).with_format("arrow")[:]
         expect_once(source.place(), "question_id", keys["question_id"].to_pylist())
+        photographs = None if source.image_column == "question_id" else keys[source.image_column].to_pylist()
+        said = list(zip(self._light["question"], _joined(self._light), strict=True))
+        what = "photograph, question and answers"
+        expect_different(source.place(), what, said, self._encoded, self._numbered, photographs)
         self.question_ids = [f"{source.name}/{key}" for key in keys["question_id"].to_pylist()]
         self.image_ids = [f"{source.photographs}/{key}" for key in keys[source.image_column].to_pylist()]
 
@@ -114,7 +119,10 @@ class Questions:
         return _DECODED.get(key, lambda: opened(self._encoded[row][IMAGE], self._where(row)))
 
     def _where(self, row: int) -> str:
-        return f"row {row} ({self.question_ids[row]})"
+        return self.source.row(self._encoded, row, self.question_ids[row])
+
+    def _numbered(self, row: int) -> str:
+        return self.source.row(self._encoded, row)
 
 
 class QuestionDocs(Documents):
@@ -259,15 +267,27 @@ def _is(feature: Any, kind: str) -> bool:
     return "string" in feature.dtype or (kind != "a string" and "int" in feature.dtype)
 
 
+def _joined(light: datasets.Dataset) -> list[str | None]:
+    """Of each row its answers as one text; None where one is missing."""
+    answers = light.with_format("arrow")[:]["answers"]
+    lengths = pc.fill_null(pc.list_value_length(answers), 0).to_numpy()
+    flat = pc.list_flatten(answers)
+    texts = pc.struct_field(flat, "answer") if pa.types.is_struct(flat.type) else flat
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
+    lists = pa.LargeListArray.from_arrays(offsets, pa.concat_arrays(texts.chunks))
+    joined: list[str | None] = pc.binary_join(lists, "\n").to_pylist()
+    return joined
+
+
 def _check_rows(source: Source, light: datasets.Dataset) -> None:
     columns = light.with_format("arrow")[:]
     counts = pc.fill_null(pc.list_value_length(columns["answers"]), 0).to_numpy()
     few = np.flatnonzero(counts < 2)
     if few.size:
         raise DatasetError(
-            f"{source.place()}: row {few[0]}: column 'answers': expected the answers of several people, got "
+            f"{source.row(light, few[0])}: column 'answers': expected the answers of several people, got "
             f"{light[int(few[0])]['answers']} ({few.size} such rows); is this a split without answers?"
         )
     for row, question in enumerate(columns["question"].to_pylist()):
         if not question or not question.strip():
-            raise DatasetError(f"{source.place()}: row {row}: column 'question' is empty")
+            raise DatasetError(f"{source.row(light, row)}: column 'question' is empty")

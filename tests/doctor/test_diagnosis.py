@@ -2,6 +2,7 @@
 
 import ast
 import http.server
+import io
 import json
 import re
 import shutil
@@ -10,15 +11,19 @@ import sys
 import threading
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from helpers import caption_copies, natural_copies, photographs, vqa_copies
 from helpers.environments import ROOT, Environment, run
+from PIL import Image
 
 from lmms_plugin.doctor import copies, devices, diagnosis, imports, packages, places
 from lmms_plugin.doctor.packages import Package
 from lmms_plugin.doctor.rows import Row, Status
 from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
+from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
+from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.utils import variables
 
 COMMAND = str(Path(sys.executable).parent / "lmms-plugin")
@@ -329,6 +334,27 @@ def test_a_folder_where_a_file_lies_fails(tmp_path):
     assert [row.status for row in rows if row.check != "folder of temporary files"] == [Status.FAIL] * 3
 
 
+def test_a_file_in_place_of_the_home_of_hugging_face_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    rows = asked("folders", tmp_path, HF_HOME=str(tmp_path / "file"), TMPDIR=str(tmp_path))
+    failures = [row for row in rows if row.status == Status.FAIL]
+    assert [row.check for row in failures] == ["folder of models", "folder of datasets", "folder of calibrations"]
+    assert all(f"{tmp_path}/file is a file, no folder" in row.message and row.remedy for row in failures)
+    (row,) = asked("hub", tmp_path, HF_HOME=str(tmp_path / "file"))
+    assert row.status == Status.FAIL
+    assert f"{tmp_path}/file/token cannot be read: Not a directory" in row.message
+    assert "HF_HOME" in row.remedy
+
+
+def test_a_home_folder_of_nobody_fails_and_keeps_nothing_else_from_being_looked_at(tmp_path):
+    rows = asked("folders", tmp_path, LMMS_PLUGIN_CACHE="~nosuchuser/y")
+    (row,) = [row for row in rows if row.status == Status.FAIL]
+    assert row.check == "folder of calibrations"
+    assert "LMMS_PLUGIN_CACHE=~nosuchuser/y: expected a folder, but ~nosuchuser has no home folder here" in row.message
+    assert "LMMS_PLUGIN_CACHE" in row.remedy
+    assert rows[-1].check == "folder of temporary files"
+
+
 def test_little_space_is_a_warning(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=places.GIB // 2))
@@ -396,6 +422,87 @@ def test_a_copy_with_a_wrong_column_fails_and_names_it(tmp_path, column, change,
     assert row.status == Status.FAIL
     assert f"{folder}: testB: " in row.message
     assert said in row.message
+
+
+def damaged(row, change):
+    """A row of RefCOCO+ that no run gets through."""
+    image = row["image"]["bytes"]
+    if change == "truncated":
+        image = image[: len(image) // 2]
+    elif change == "float":
+        buffer = io.BytesIO()
+        Image.new("F", (512, 512)).save(buffer, "TIFF")
+        image = buffer.getvalue()
+    box = [5000.0, 5.0, 50.0, 50.0] if change == "outside" else row["bbox"]
+    return {**row, "image": None if change == "absent" else {"bytes": image, "path": None}, "bbox": box}
+
+
+@pytest.mark.parametrize("number", [0, 3, 5])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("truncated", "column 'image' cannot be decoded: image file is truncated"),
+        ("float", "column 'image' cannot be decoded: expected an image of integers, got mode F"),
+        ("absent", "column 'image' is empty"),
+        ("outside", r"column 'bbox': expected \[x, y, width, height\] in pixels inside the"),
+    ],
+)
+def test_a_copy_with_a_row_that_a_run_refuses_fails_and_names_it(tmp_path, monkeypatch, change, said, number):
+    rows = photographs.rows("testB").cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[number] = damaged(rows[number], change)
+    folder = photographs.write(tmp_path / "copy")
+    file = folder / "testB-00000-of-00001.parquet"
+    datasets.Dataset.from_list(rows, features=photographs.FEATURES).to_parquet(file)
+    monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(folder))
+    (row,) = copies.check_copies()
+    assert row.status is Status.FAIL
+    assert re.match(rf"LMMS_PLUGIN_REFCOCOPLUS={folder}: testB: row {number} \(\S+\): {said}", row.message)
+    # It is what the task itself says.
+    loaded = datasets.load_dataset("parquet", data_files={"testB": str(file)}, split="testB", cache_dir=tmp_path / "c")
+    with pytest.raises(DatasetError) as failure:
+        list(ExpressionDocs(loaded))
+    assert str(failure.value) == row.message
+
+
+def test_the_first_and_the_last_image_and_a_sample_are_decoded(monkeypatch, good_copies):
+    assert copies.spread(5, 16) == [0, 1, 2, 3, 4]
+    chosen = copies.spread(1000, copies.DECODED)
+    assert (len(chosen), chosen[0], chosen[-1]) == (16, 0, 999)
+    (row,) = checked(monkeypatch, {"LMMS_PLUGIN_VQAV2": good_copies["LMMS_PLUGIN_VQAV2"]})
+    assert row.message.endswith("validation: 120 rows, images of 16 documents decoded")
+
+
+@pytest.mark.parametrize("name", ["LMMS_PLUGIN_REFCOCO", "LMMS_PLUGIN_VIZWIZ", "LMMS_PLUGIN_FLICKR30K"])
+def test_copies_in_part_or_with_rows_again_fail_whatever_the_dataset(tmp_path, monkeypatch, good_copies, name):
+    folder = shutil.copytree(good_copies[name], tmp_path / "copy")
+    file = max(folder.rglob("*.parquet"))
+    split = file.name.partition("-")[0].removesuffix(".parquet")
+    whole = file.rename(file.with_name(f"{split}-00000-of-00002.parquet"))
+    (row,) = checked(monkeypatch, {name: str(folder)})
+    assert row.status is Status.FAIL
+    assert f"{split}-00001-of-00002.parquet is missing" in row.message
+    rows = datasets.Dataset.from_parquet(str(whole), cache_dir=str(tmp_path / "cache"))
+    identity = "filename" if "filename" in rows.column_names else "question_id"
+    again = rows.cast_column("image", datasets.Image(decode=False)).to_list()
+    again = [{**one, identity: f"new-{one[identity]}"} for one in again]
+    second = whole.with_name(f"{split}-00001-of-00002.parquet")
+    datasets.Dataset.from_list(again, features=rows.features).to_parquet(second)
+    (row,) = copies.check_copies()
+    assert row.status is Status.FAIL
+    assert f"{split}: expected every row once, but of {2 * len(rows)} rows {len(rows)} repeat" in row.message
+
+
+def test_a_damaged_file_is_named(tmp_path, monkeypatch):
+    folder = photographs.write(tmp_path / "copy")
+    file = folder / "testA-00000-of-00001.parquet"
+    whole = file.read_bytes()
+    monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(folder))
+    for content in (b"", whole[: len(whole) // 2], whole[:4] + bytes(len(whole) // 2) + whole[len(whole) // 2 + 4 :]):
+        file.write_bytes(content)
+        (row,) = copies.check_copies()
+        assert row.status is Status.FAIL
+        assert str(file) in row.message
+        assert "fetch it again" in row.message
 
 
 def test_a_copy_that_is_not_there_or_of_one_split_only(tmp_path, monkeypatch):

@@ -43,6 +43,15 @@ def test_tasks_are_indexed_without_include_path(manager):
     assert {"refcocoplus_rejection_val_absent_object", "shapes_rejection_attribute_swap_fog_3"} <= listed
 
 
+def test_every_listed_task_tells_the_split_that_is_read(manager):
+    summaries = {task.name: task.summary for task in catalogue.tasks() if task.kind == "task"}
+    told = {name: summary.rpartition("split ")[2] for name, summary in summaries.items()}
+    assert told == {name: manager._get_config(name)["test_split"] for name in summaries}
+    assert told["coco_caption_val2017_fog_3"] == "val"
+    assert told["flickr30k_retrieval_pool20"] == "test"
+    assert summaries["coco_caption_val2017"] == "coco_caption, split val"
+
+
 def test_no_name_collides_with_a_built_in_task(manager):
     ours = {task.name for task in catalogue.tasks(cells=True)}
     for name in ours:

@@ -120,19 +120,22 @@ def test_corrupt_image_names_the_row(rows, monkeypatch):
 
 
 class TestLocalCopy:
-    def test_files_are_found_by_split(self, tmp_path):
-        files = refcocoplus.local_files(photographs.write(tmp_path / "data"))
+    def test_files_are_found_by_split(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(refcocoplus.VARIABLE, str(photographs.write(tmp_path / "data")))
+        files = refcocoplus.local_files()
         assert set(files) == {"val", "testA", "testB"}
         assert all(len(paths) == 1 for paths in files.values())
 
-    def test_missing_folder_says_how_to_go_on(self, tmp_path):
+    def test_missing_folder_says_how_to_go_on(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(refcocoplus.VARIABLE, str(tmp_path / "nowhere"))
         with pytest.raises(DatasetError, match=r"no such folder.*shapes_rec"):
-            refcocoplus.local_files(tmp_path / "nowhere")
+            refcocoplus.local_files()
 
-    def test_folder_without_splits_says_what_it_found(self, tmp_path):
+    def test_folder_without_splits_says_what_it_found(self, tmp_path, monkeypatch):
         (tmp_path / "train.parquet").touch()
+        monkeypatch.setenv(refcocoplus.VARIABLE, str(tmp_path))
         with pytest.raises(DatasetError, match=r"expected files such as testA.parquet, found train.parquet"):
-            refcocoplus.local_files(tmp_path)
+            refcocoplus.local_files()
 
     def test_variable_is_read_when_a_task_loads(self, tmp_path, monkeypatch):
         monkeypatch.delenv(refcocoplus.VARIABLE, raising=False)

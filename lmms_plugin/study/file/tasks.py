@@ -8,7 +8,6 @@ from contextlib import redirect_stdout
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
@@ -18,6 +17,7 @@ from pyarrow import parquet
 from lmms_plugin.analysis.results import GROUNDING, REJECTION
 from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, digest, of_path, of_value, revision
 from lmms_plugin.tasks.registry import cells as generated
+from lmms_plugin.tasks.registry.catalogue import FunctionName, merged
 from lmms_plugin.utils import variables
 from lmms_plugin.utils.located import near
 from lmms_plugin.utils.readable import readable
@@ -39,17 +39,6 @@ class Described(NamedTuple):
     tasks: tuple[str, ...]
     documents: tuple[int | None, ...]
     metrics: Mapping[str, tuple[str, ...]]
-
-
-class _Function(str):
-    """The long name of a function in a task's YAML."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads a task's YAML without importing the functions it names."""
-
-
-_Loader.add_constructor("!function", lambda _, node: _Function(node.value))
 
 
 @cache
@@ -117,7 +106,7 @@ class _Source(NamedTuple):
 def _ours() -> dict[str, _Source]:
     found = {}
     for file in sorted(generated.FOLDER.rglob("*.yaml")):
-        config = _merged(file)
+        config = merged(file)
         name = config.get("group", config.get("task"))
         if isinstance(name, str):
             found[name] = _Source(file, {})
@@ -126,20 +115,9 @@ def _ours() -> dict[str, _Source]:
     return found
 
 
-@cache
-def _merged(file: Path) -> Mapping[str, Any]:
-    """A YAML with what it includes, as lmms-eval merges them."""
-    config = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    include = config.pop("include", [])
-    merged: dict[str, Any] = {}
-    for other in reversed([include] if isinstance(include, str) else include):
-        merged |= _merged(file.parent / other)
-    return MappingProxyType(merged | config)
-
-
 def _single(name: str, ours: Mapping[str, _Source]) -> Iterator[tuple[str, dict[str, Any]]]:
     source = ours[name]
-    config = {**_merged(source.file), **source.overrides}
+    config = {**merged(source.file), **source.overrides}
     members = config.get("task")
     yield name, config
     if isinstance(members, list):
@@ -175,7 +153,7 @@ def _manager() -> Any:
 
 
 def _modules(value: Any) -> Iterator[str]:
-    if isinstance(value, _Function):
+    if isinstance(value, FunctionName):
         yield value.rpartition(".")[0]
     elif isinstance(value, Mapping):
         for one in value.values():
@@ -199,14 +177,15 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _looked_up(value: Any) -> Any:
-    found = attribute(value) if isinstance(value, _Function) else value
+    found = attribute(value) if isinstance(value, FunctionName) else value
     return found() if callable(found) else found
 
 
 def local_copies(environment: Mapping[str, str]) -> dict[str, str]:
     """Fingerprints of the local copies of datasets that environment variables of this package name."""
-    named = {name: Path(value).expanduser() for name, value in environment.items() if name.startswith(variables.PREFIX)}
-    return {name: of_path(path) for name, path in sorted(named.items()) if name != variables.CACHE and path.exists()}
+    named = sorted(environment.keys() - {variables.CACHE})
+    folders = {name: variables.folder(name, environment) for name in named if name.startswith(variables.PREFIX)}
+    return {name: of_path(path) for name, path in folders.items() if path is not None and path.exists()}
 
 
 def known(names: Iterable[str]) -> dict[str, Described]:
