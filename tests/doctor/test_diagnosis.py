@@ -475,8 +475,8 @@ def test_the_first_and_the_last_image_and_a_sample_are_decoded(monkeypatch, good
 @pytest.mark.parametrize("name", ["LMMS_PLUGIN_REFCOCO", "LMMS_PLUGIN_VIZWIZ", "LMMS_PLUGIN_FLICKR30K"])
 def test_copies_in_part_or_with_rows_again_fail_whatever_the_dataset(tmp_path, monkeypatch, good_copies, name):
     folder = shutil.copytree(good_copies[name], tmp_path / "copy")
-    file = max(folder.rglob("*.parquet"))
-    split = file.name.partition("-")[0].removesuffix(".parquet")
+    split = copies.known()[name][-1].name
+    (file,) = folder.rglob(f"{split}*.parquet")
     whole = file.rename(file.with_name(f"{split}-00000-of-00002.parquet"))
     (row,) = checked(monkeypatch, {name: str(folder)})
     assert row.status is Status.FAIL
