@@ -126,9 +126,9 @@ def test_what_is_wrong_with_a_dataset_is_named(change, message, vqav2):
 
 
 def test_a_photograph_that_cannot_be_decoded_is_named(vqav2):
-    encoded = vqav2.cast_column("image", datasets.Image(decode=False)).select(range(60))
-    cut = encoded.map(lambda row: {"image": {"bytes": row["image"]["bytes"][:400], "path": None}})
-    docs = Parts("vqav2", tuple(PARTS))(cut.cast_column("image", datasets.Image()))
+    rows = vqav2.cast_column("image", datasets.Image(decode=False)).select(range(60)).to_list()
+    rows[50]["image"]["bytes"] = rows[50]["image"]["bytes"][:400]
+    docs = Parts("vqav2", tuple(PARTS))(datasets.Dataset.from_list(rows, features=vqav2.features))
     with pytest.raises(DatasetError, match=r"row 50 \(vqav2/16002\): column 'image' cannot be decoded"):
         docs[50]
 
