@@ -225,7 +225,8 @@ class ReferringDocs(Documents):
             expect_once(source.place(), source.identity, (_value(row, source.identity) for row in self._rows))
         said: list[tuple[Hashable, ...] | None] = [None] * len(self._rows)
         for place in self._places:
-            said[place.row] = (*(said[place.row] or ()), place.expression, place.box and tuple(place.box))
+            box = None if place.box is None else tuple(place.box)
+            said[place.row] = (*(said[place.row] or ()), place.expression, box)
         names = [image_id(str(_value(row, source.photograph))) for row in self._rows] if source.photograph else None
         what = "photograph, expression and box"
         expect_different(source.place(), what, said, self._encoded, self._where, names)
