@@ -14,6 +14,7 @@ from PIL import Image
 
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
+from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.vlm import wrapper as models
 from lmms_plugin.vlm.batching import Budget, Limits
 from lmms_plugin.vlm.generation.decoding import OutOfMemory
@@ -567,6 +568,21 @@ class TestSomethingWrong:
 
         with pytest.raises(RequestError, match=r"^task toy, document 7: TypeError: .*"):
             answers(smolvlm, messages=broken)
+
+    def test_a_row_that_cannot_be_read_ends_the_command_in_one_line(self, smolvlm, monkeypatch, capsys):
+        def broken(doc):
+            if doc[1] == "yes":
+                raise DatasetError("testA: row 4: column 'image' is empty")
+            return ask(doc)
+
+        monkeypatch.setattr(sys, "argv", ["lmms-eval"])
+        with pytest.raises(SystemExit) as ended:
+            answers(smolvlm, messages=broken)
+        assert ended.value.code == 2
+        told = (
+            "lmms-plugin: task toy, document 7: testA: row 4: column 'image' is empty (--verbosity DEBUG shows where)"
+        )
+        assert capsys.readouterr().err.splitlines()[-1] == told
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "smolvlm"])

@@ -186,6 +186,15 @@ def test_nothing_is_kept_where_the_cache_is_turned_off(checkpoint, cache, monkey
     assert not cache.exists()
 
 
+def test_a_tilde_in_the_variable_is_the_home_folder_of_somebody(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(variables.CACHE, "~/kept")
+    assert journal.cache_folder() == tmp_path / "kept" / "calibration"
+    monkeypatch.setenv(variables.CACHE, "~nosuchuser/y")
+    with pytest.raises(ValueError, match=r"^LMMS_PLUGIN_CACHE=~nosuchuser/y: .* ~nosuchuser has no home folder here"):
+        journal.cache_folder()
+
+
 def test_the_folder_can_be_named_and_nothing_kept(checkpoint, tmp_path, cache, monkeypatch):
     path, named = checkpoint("smolvlm"), tmp_path / "named"
     calls = counted(monkeypatch, AwqBackend, "solve")
