@@ -155,7 +155,9 @@ class QuantizedVLM(lmms):
             return
         logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
         if self.arguments.report:
-            Path(self.arguments.report).write_text(self.report.to_json(), encoding="utf-8")
+            account = Path(self.arguments.report).expanduser()
+            account.parent.mkdir(parents=True, exist_ok=True)
+            account.write_text(self.report.to_json(), encoding="utf-8")
         if self.arguments.save_quantized:
             saved = save_quantized(model, self.chat.processor, self.report, self.arguments.save_quantized)
             logger.info("Saved to {}: {}", self.arguments.save_quantized, saved)

@@ -55,8 +55,32 @@ def bar(title: str, done: int, total: int) -> str:
         (bar("Answering", 8, 8) + 2 * bar("Postprocessing", 4, 4), 1.0),
     ],
 )
-def test_the_share_of_the_work_is_read_from_the_bars_of_a_log(log: str, share: float | None) -> None:
-    assert harness_log.share(log) == share
+@pytest.mark.parametrize("pieces", [1, 7, 10_000])
+def test_the_share_of_the_work_is_read_from_the_bars_of_a_log_as_it_grows(
+    tmp_path: Path, log: str, share: float | None, pieces: int
+) -> None:
+    file = tmp_path / "log.txt"
+    file.touch()
+    followed = harness_log.Followed(file)
+    content = log.encode()
+    step = max(1, len(content) // pieces)
+    for start in range(0, len(content), step):
+        with file.open("ab") as stream:
+            stream.write(content[start : start + step])
+        seen = followed.share()
+    assert (seen if content else followed.share()) == share
+
+
+def test_no_byte_of_a_log_is_read_twice(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    first = bar("Answering", 2, 8)
+    file.write_text(first)
+    followed = harness_log.Followed(file)
+    assert followed.share() == 2 / 16
+    # What was read is gone, and what is appended counts on.
+    file.write_text(" " * len(first.encode()) + bar("Answering", 8, 8))
+    assert followed.share() == 8 / 16
+    assert followed.share() == 8 / 16
 
 
 def test_a_log_reads_as_a_terminal_shows_it() -> None:

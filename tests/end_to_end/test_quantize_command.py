@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -145,8 +146,8 @@ def test_transformers_alone_gives_the_evaluated_answers(tmp_path, monkeypatch, c
 def test_who_can_load_it_is_told(saved, expected):
     import re
 
-    first, *lines = serving.readers(saved)
-    assert "quant_prequantized" in first
+    first, *lines = serving.readers(saved, Path("my $model"))
+    assert first == "lmms-eval --model quant_prequantized --model_args 'pretrained=my $model'"
     assert len(lines) == len(expected)
     for line, pattern in zip(lines, expected, strict=True):
         assert re.match(pattern, line), line

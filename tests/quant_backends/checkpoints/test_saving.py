@@ -180,8 +180,10 @@ def test_folders_that_are_taken_are_refused(tmp_path):
     for taken in ("file", "full"):
         with pytest.raises(ValueError, match=f"{taken} is there already and not empty"):
             expect_free(tmp_path / taken)
-    with pytest.raises(ValueError, match="there is no folder"):
-        expect_free(tmp_path / "nowhere" / "saved")
+    with pytest.raises(ValueError, match=f"--output: expected a folder, got the file {tmp_path}/file; name another"):
+        expect_free(tmp_path / "file" / "saved", "--output")
+    assert expect_free(tmp_path / "nowhere" / "saved") == tmp_path / "nowhere" / "saved"
+    assert not (tmp_path / "nowhere").exists()
     assert expect_free(tmp_path / "empty") == tmp_path / "empty"
     assert expect_free(tmp_path / "new") == tmp_path / "new"
 
