@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from lmms_plugin.quant_backends.calibration.sources import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
+from lmms_plugin.utils import checkpoints
 from lmms_plugin.utils.files import expect_inside, read_json
 from lmms_plugin.utils.located import text_of
 from lmms_plugin.utils.outputs import expect_file, expect_folder
@@ -218,21 +219,16 @@ class ModelArguments:
 
         Raises:
             FileNotFoundError: `pretrained` is written like a path, and no checkpoint is there.
-            ValueError: one of its files is damaged.
+            ValueError: it is neither a folder nor an id, or one of its files is damaged.
         """
         if self.pretrained == DEMO:
             from lmms_plugin.demo import CHECKPOINT
 
             return str(CHECKPOINT)
-        folder = Path(self.pretrained).expanduser()
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"pretrained: the folder {folder} holds no config.json")
-        written_as_path = self.pretrained.startswith(("/", ".", "~")) or self.pretrained.count("/") > 1
-        if written_as_path and not folder.is_dir():
-            raise FileNotFoundError(f"pretrained: there is no folder {folder}")
-        if folder.is_dir():
-            _expect_whole(folder)
-        return str(folder) if folder.is_dir() else self.pretrained
+        path = checkpoints.find(self.pretrained)
+        if Path(path).is_dir():
+            _expect_whole(Path(path))
+        return path
 
     @property
     def template_variables(self) -> dict[str, Any]:

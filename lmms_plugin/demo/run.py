@@ -28,7 +28,7 @@ from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.utils import guard, installed
-from lmms_plugin.utils.messages import command_line, count
+from lmms_plugin.utils.messages import command_line, counted
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3
@@ -200,7 +200,7 @@ def _scope(one: Run) -> str:
     names = [task.removeprefix(f"{SHIFTED}_").removesuffix(f"_{SEVERITY}") for task in one.corrupted]
     which = ", ".join(names) if len(names) < len(SHIFTS) else f"all {len(names)} corruptions"
     expressions = one.results["n-samples"][CLEAN]["effective"]
-    return f"{count(expressions, 'expression')}; shifted: mean over {which} at severity {SEVERITY}."
+    return f"{counted(expressions, 'expression')}; shifted: mean over {which} at severity {SEVERITY}."
 
 
 def _report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> str:

@@ -18,8 +18,8 @@ from lmms_plugin.quant_backends.checkpoints.saving import (
 )
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.quantize import Asked
+from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.messages import command_line
-from lmms_plugin.utils.readable import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,13 +96,11 @@ def _expect_whole_groups(asked: Asked) -> None:
 
 def _without_weights(asked: Asked) -> PreTrainedModel | None:
     """The model without values; None where that takes code of the checkpoint's own."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     if asked.arguments.trust_remote_code:
         return None
-    path = asked.arguments.find_checkpoint()
-    with readable(f"{path}: config.json"):
-        config = AutoConfig.from_pretrained(path)
+    config = config_of(asked.arguments.find_checkpoint())
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     return model

@@ -25,15 +25,15 @@ _REMEDIES: Mapping[int, str] = MappingProxyType(
 """What can be done about an error of the system at a path."""
 
 
-def count(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: `1 run`, `2 runs`, `2,000 boxes`.
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: `1 run`, `2 runs`.
 
     Args:
         number: How many.
         noun: What one of them is called.
         plural: What several are called; by default with an s.
     """
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def command_line(parts: Iterable[object]) -> str:
