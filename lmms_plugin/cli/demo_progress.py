@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lmms_plugin.cli.study_progress import duration
 from lmms_plugin.cli.terminal import InPlace
+from lmms_plugin.utils.messages import command_line
 
 QUIET_SECONDS = 15.0
 """Least time between two lines where they cannot be drawn over one another."""
@@ -95,9 +96,9 @@ class Progress(InPlace):
         self._runs: list[Pace] = []
         self._said = self.clock()
 
-    def start(self, name: str, command: str) -> Pace:
+    def start(self, name: str, command: Sequence[str]) -> Pace:
         """Show the command of a run that begins."""
-        self.say(f"$ {command}")
+        self.say(f"$ {command_line(command)}")
         self._runs.append(Pace(name, self.clock()))
         return self._runs[-1]
 

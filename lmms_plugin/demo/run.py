@@ -140,7 +140,7 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
                     log = harness_log.Followed(folder / model / "log.txt")
                     log.file.parent.mkdir(parents=True)
                     program, *arguments = commands[model]
-                    pace = progress.start(model, command_line(commands[model]))
+                    pace = progress.start(model, commands[model])
                     process = guard.start([installed.command(program), *arguments], log.file, environment=environment)
                     running[model] = (process, pace, log)
                 time.sleep(_POLL_SECONDS)

@@ -34,10 +34,11 @@ def build(
     Raises:
         ValueError: As `lmms_plugin.report.reading.read_folder`.
     """
+    verdict = page.read_verdict(results)
     summary = summarise(read_folder(results, settings), settings.level)
     heading = title or results.resolve().name.removesuffix("_results.json")
     shown = gallery.build(summary, pictures)
-    html = page.render(summary, heading, page.read_verdict(results), shown, str(results), settings.workers)
+    html = page.render(summary, heading, verdict, shown, str(results), settings.workers)
     output.parent.mkdir(parents=True, exist_ok=True)
     content = encoded(html)
     replace_bytes(output, content)

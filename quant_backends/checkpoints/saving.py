@@ -72,8 +72,9 @@ def expect_free(folder: str | Path, option: str = "save_quantized") -> Path:
         ValueError: Something is there already, or nothing can be written there.
     """
     path = Path(folder).expanduser().absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{option}: {path} is there already and not empty; name a new folder")
+    expect_folder(option, path)
     # What is written there is written beside it first.
     expect_folder(option, path.parent)
     return path

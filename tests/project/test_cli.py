@@ -161,7 +161,7 @@ class TestOutputs:
     [
         (["demo", "--bist", "3"], "No such option: --bist (Possible options: --bits, --limit); see 'lmms-plugin demo"),
         (["demo", "--bits", "many"], "Invalid value for '--bits': "),
-        (["demo", "extra"], "Got unexpected extra argument (extra)"),
+        (["demo", "extra"], "Got unexpected extra argument"),
         (["report"], "Missing argument 'results'; see 'lmms-plugin report --help'"),
         (["study", "run", "FILE"], "Missing option '--output'; see 'lmms-plugin study run --help'"),
         (["sensitivity", "R", "--kind", "gif"], "Invalid value for '--kind': 'gif' is not one of 'png', 'svg', 'pdf'"),

@@ -72,7 +72,7 @@ def parquet(folder, images):
         ({"report": "/etc/hostname/below/report.json"}, "report: expected a path below folders"),
         ({"report": "/proc/report.json"}, "report: cannot write to /proc"),
         ({"save_quantized": "/proc/saved"}, "save_quantized: cannot write to /proc"),
-        ({"save_quantized": "/etc/hostname/saved"}, "save_quantized: expected a folder, got the file /etc/hostname"),
+        ({"save_quantized": "/etc/hostname/saved"}, "save_quantized: expected a path below folders for"),
         ({"features": "/etc/hostname"}, "features: expected a folder, got the file /etc/hostname"),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
