@@ -38,7 +38,7 @@ def find(name: str) -> str:
             f"pretrained: there is no folder {folder}: read as a path, for an id on the hub is owner/name; {_REMEDIES}"
         )
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)

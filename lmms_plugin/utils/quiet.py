@@ -55,9 +55,9 @@ def no_bars() -> None:
     if sys.stderr.isatty():
         return
     import datasets
-    import huggingface_hub.utils
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as of_transformers
 
     of_transformers.disable_progress_bar()
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()
     datasets.disable_progress_bars()
