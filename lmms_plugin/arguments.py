@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import tempfile
 import types
 import typing
 from collections import Counter
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from lmms_plugin.quant_backends.calibration.sources import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
+from lmms_plugin.utils import checkpoints
 from lmms_plugin.utils.files import expect_inside, read_json
 from lmms_plugin.utils.located import text_of
+from lmms_plugin.utils.outputs import expect_file, expect_folder
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
@@ -156,9 +157,10 @@ class ModelArguments:
             if Path(self.resume_folder).expanduser().is_file():
                 raise ValueError(f"resume_folder: {self.resume_folder} is a file")
         if self.report:
-            _expect_writable("report", Path(self.report))
+            expect_file("report", Path(self.report).expanduser())
+        if self.features:
+            expect_folder("features", Path(self.features))
         if self.save_quantized:
-            _expect_writable("save_quantized", Path(self.save_quantized).expanduser().parent / "a new folder")
             from lmms_plugin.quant_backends.checkpoints.saving import expect_free
 
             expect_free(self.save_quantized)
@@ -217,21 +219,16 @@ class ModelArguments:
 
         Raises:
             FileNotFoundError: `pretrained` is written like a path, and no checkpoint is there.
-            ValueError: one of its files is damaged.
+            ValueError: it is neither a folder nor an id, or one of its files is damaged.
         """
         if self.pretrained == DEMO:
             from lmms_plugin.demo import CHECKPOINT
 
             return str(CHECKPOINT)
-        folder = Path(self.pretrained).expanduser()
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"pretrained: the folder {folder} holds no config.json")
-        written_as_path = self.pretrained.startswith(("/", ".", "~")) or self.pretrained.count("/") > 1
-        if written_as_path and not folder.is_dir():
-            raise FileNotFoundError(f"pretrained: there is no folder {folder}")
-        if folder.is_dir():
-            _expect_whole(folder)
-        return str(folder) if folder.is_dir() else self.pretrained
+        path = checkpoints.find(self.pretrained)
+        if Path(path).is_dir():
+            _expect_whole(Path(path))
+        return path
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -310,21 +307,6 @@ def _expect_shards(index: Path) -> None:
     for shard in sorted(set(shards.values())):
         if not (index.parent / expect_inside(shard)).is_file():
             raise ValueError(f"pretrained: {index} names {shard}, which is not there")
-
-
-def _expect_writable(name: str, file: Path) -> None:
-    """Refuse a place for results that would only turn out to be none after hours of work."""
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise ValueError(f"{name}: there is no folder {folder}")
-    if file.is_dir():
-        raise ValueError(f"{name}: {file} is a folder, expected the name of a file")
-    try:
-        # Rights alone do not tell: a folder may lie on a file system that takes no files.
-        with tempfile.TemporaryFile(dir=folder) if not file.exists() else file.open("ab"):
-            pass
-    except OSError as error:
-        raise ValueError(f"{name}: cannot write to {folder} ({error.strerror})") from error
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lmms_plugin.utils.messages import one_line
+
 STATUS = 2
 _BEFORE, _BEHIND = "lmms-plugin: ", " (--verbosity DEBUG shows where)"
 LINE = re.compile(rf"{_BEFORE}(.*?){re.escape(_BEHIND)}$")
@@ -41,8 +43,7 @@ def ends_the_command(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterat
             raise
         sys.stdout.flush()
         _close_bars()
-        line = " ".join(str(error).split())
-        print(f"{_BEFORE}{line}{_BEHIND}", file=sys.stderr, flush=True)
+        print(f"{_BEFORE}{one_line(error)}{_BEHIND}", file=sys.stderr, flush=True)
         raise SystemExit(STATUS) from error
 
 

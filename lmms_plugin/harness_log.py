@@ -1,8 +1,10 @@
 """What lmms-eval's log tells: how far a run is, and why it failed, which its exit status does not."""
 
+import codecs
 import re
 import signal
-from itertools import pairwise
+from dataclasses import dataclass
+from pathlib import Path
 
 from lmms_plugin import ending
 
@@ -18,20 +20,61 @@ def lines(log: str) -> list[str]:
     return [line.rstrip().rsplit("\r", 1)[-1] for line in _COLOURS.sub("", log).split("\n")]
 
 
-def share(log: str) -> float | None:
-    """How much of a run's work is done, from 0 to 1, by lmms-eval's bars; None before the first request is answered.
+@dataclass
+class Bars:
+    """How much of a run's work is done by lmms-eval's bars, as far as its log was read.
 
     The work is to answer every request and then to score every document, one request each; both count the same.
     """
-    found = [(bar[1], int(bar[2]), int(bar[3])) for bar in _BAR.finditer(log)]
-    answering = [(done, total) for title, done, total in found if title == "Answering"]
-    if not answering or not answering[-1][0]:
-        return None
-    answered, total = answering[-1]
-    # There is one bar of this title for every task; each is drawn again and again, from 0 on.
-    scoring = [done for title, done, _ in found if title != "Answering"]
-    scored = sum(now for now, then in pairwise([*scoring, 0]) if then < now)
-    return min(1.0, (answered + scored) / (2 * total))
+
+    _rest: str = ""
+    _answered: tuple[int, int] = (0, 0)
+    _scored: int = 0
+    _scoring: int = 0
+
+    def read(self, text: str) -> None:
+        """Go on reading where the last piece of the log ended."""
+        text = self._rest + text
+        end = 0
+        for bar in _BAR.finditer(text):
+            end, done = bar.end(), int(bar[2])
+            if bar[1] == "Answering":
+                self._answered = done, int(bar[3])
+                continue
+            # There is one bar of this title for every task; each is drawn again and again, from 0 on.
+            if done < self._scoring:
+                self._scored += self._scoring
+            self._scoring = done
+        # The last bar may have been read in part.
+        self._rest = text[max(end, text.rfind("\r"), text.rfind("\n")) :]
+
+    @property
+    def share(self) -> float | None:
+        """From 0 to 1; None before the first request is answered."""
+        answered, total = self._answered
+        return min(1.0, (answered + self._scored + self._scoring) / (2 * total)) if answered else None
+
+
+class Followed:
+    """A log that is being written, of which every byte is read once.
+
+    Attributes:
+        file: Of the log; need not be there yet.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._bars, self._read = Bars(), 0
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def share(self) -> float | None:
+        """How much of the run's work is done now, as `Bars.share`."""
+        with self.file.open("rb") as stream:
+            stream.seek(self._read)
+            added = stream.read()
+        self._read += len(added)
+        self._bars.read(self._decode(added))
+        return self._bars.share
 
 
 def last_error(log: str) -> str | None:

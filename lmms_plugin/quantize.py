@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.quant_backends import backend_class, get, names, option_types
+from lmms_plugin.utils import checkpoints
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
@@ -36,8 +37,8 @@ class Asked(NamedTuple):
         """Read a text as after `--model_args`, with `method=` for what would follow `--model quant_`.
 
         Raises:
-            ValueError: An argument is unknown or impossible.
-            FileNotFoundError: There is no such checkpoint.
+            ValueError: An argument is unknown or impossible, or the checkpoint cannot be fetched.
+            FileNotFoundError: There is no such folder.
         """
         method, given = _parse(text)
         arguments = ModelArguments.parse(given, option_types(method))
@@ -46,7 +47,7 @@ class Asked(NamedTuple):
         plan = arguments.quant_plan(backend.default_bits)
         backend.check(plan)
         arguments.calibration_spec()
-        arguments.find_checkpoint()
+        checkpoints.expect_there(arguments.find_checkpoint())
         return cls(method, given, arguments, backend, plan)
 
     def load(self) -> QuantizedVLM:

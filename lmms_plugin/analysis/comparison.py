@@ -27,6 +27,7 @@ from lmms_plugin.metrics.paired import (
 )
 from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.metrics.weighted import Binned, Means
+from lmms_plugin.utils.messages import counted
 
 MEANS = ("accuracy", "mean_iou", "parse_rate")
 BINNED = ("ece", "brier")
@@ -156,7 +157,7 @@ def changes_table(comparison: Comparison, settings: Settings, margin: float | No
     within = "" if margin is None else f"; equivalent: within ±{margin:g} at {100 * settings.level:g} %"
     tests = len({row.task for row in comparison.changes})
     least = min(1.0, 2 * tests / (settings.resamples + 1))
-    least_p = f"with {settings.resamples} resamples no lower than {least:.2g}"
+    least_p = f"with {counted(settings.resamples, 'resample')} no lower than {least:.2g}"
     caption = f"p Holm: adjusted for {tests} task{'s' * (tests > 1)}, {least_p}{within}"
     shown = Table(title="Second run less first run", caption=caption)
 

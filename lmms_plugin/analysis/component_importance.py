@@ -29,6 +29,7 @@ from lmms_plugin.metrics.bootstrap import affordable
 from lmms_plugin.quant_backends import get, option_types
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
+from lmms_plugin.utils.messages import counted
 
 Floats = npt.NDArray[np.float64]
 
@@ -95,7 +96,9 @@ class Grid:
         """The grid in one line."""
         each = " x ".join(f"{name} {{{', '.join(map(str, levels))}}}" for name, levels in self.levels.items())
         different = len(np.unique(self.bits, axis=0))
-        return f"{each}: {different} of {self.combinations} combinations in {len(self.scores)} runs"
+        return (
+            f"{each}: {different} of {counted(self.combinations, 'combination')} in {counted(len(self.scores), 'run')}"
+        )
 
 
 class Importance(NamedTuple):

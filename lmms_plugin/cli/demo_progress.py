@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
+from typing import ClassVar
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
 from lmms_plugin.cli.study_progress import duration
+from lmms_plugin.cli.terminal import InPlace
+from lmms_plugin.utils.messages import command_line
 
 QUIET_SECONDS = 15.0
 """Least time between two lines where they cannot be drawn over one another."""
@@ -77,7 +78,7 @@ def seconds_left(runs: Sequence[Pace], waiting: int, now: float) -> float | None
 
 
 @dataclass
-class Progress:
+class Progress(InPlace):
     """One line on what runs and how long is left: drawn in place on a terminal, said now and then elsewhere.
 
     Attributes:
@@ -89,26 +90,15 @@ class Progress:
     total: int
     console: Console = field(default_factory=Console)
     clock: Callable[[], float] = time.monotonic
+    wiped: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._runs: list[Pace] = []
         self._said = self.clock()
-        self._live = Live(console=self.console, get_renderable=self._text, refresh_per_second=4, transient=True)
 
-    def __enter__(self) -> Progress:
-        if self.console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self._live.stop()
-
-    def start(self, name: str, command: str) -> Pace:
+    def start(self, name: str, command: Sequence[str]) -> Pace:
         """Show the command of a run that begins."""
-        self.say(f"$ {command}")
+        self.say(f"$ {command_line(command)}")
         self._runs.append(Pace(name, self.clock()))
         return self._runs[-1]
 
@@ -141,5 +131,6 @@ class Progress:
         told = "time left not known yet" if left is None else f"about {duration(left)} left"
         return "; ".join([f"{over} of {self.total} done", *([", ".join(states)] if states else []), told])
 
-    def _text(self) -> Text:
+    def drawn(self) -> Text:
+        """The line, which terminals get in place."""
         return Text(self.line())

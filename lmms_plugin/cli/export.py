@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from lmms_plugin.utils.outputs import expect_folder
+
 if TYPE_CHECKING:
     from lmms_plugin.analysis.results import Run
     from lmms_plugin.export.every_eval_ever import Source
@@ -65,6 +67,7 @@ def export(
     from lmms_plugin.export.measured import measured
     from lmms_plugin.leaderboard import submission
 
+    expect_folder("--output", output)
     run = read_one(results)
     # What only the user can say is asked for before minutes are spent on intervals.
     source = entry = None
@@ -122,6 +125,7 @@ def leaderboard(
     from lmms_plugin.leaderboard import board
     from lmms_plugin.leaderboard.verification import Refused, Verified, agreeing, verify
 
+    expect_folder("--output", output)
     settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
     known = {
         task: documents(run, task) for run in (map(read, find(reference)) if reference else ()) for task in run.tasks
@@ -156,12 +160,13 @@ def quantize(
     from loguru import logger
 
     from lmms_plugin.export import checkpoint
-    from lmms_plugin.utils.quiet import stdout_to_stderr
+    from lmms_plugin.utils.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
+    no_bars()
     with stdout_to_stderr():
-        saved = checkpoint.quantize(model_args, output, form)
-    lines = list(checkpoint.readers(saved))
+        saved = checkpoint.quantize(model_args, output, form, "--output")
+    lines = list(checkpoint.readers(saved, output))
     if json:
         typer.echo(writing.dumps({**saved._asdict(), "readers": lines}, indent=1))
         return

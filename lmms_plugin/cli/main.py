@@ -6,15 +6,19 @@ Every error a user can cause is one line on standard error and a non-zero exit s
 import os
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import TyperException
 
 from lmms_plugin.cli import export as export_commands
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.study import app as study
 from lmms_plugin.cli.terminal import write_anything
+from lmms_plugin.utils.messages import one_line
+from lmms_plugin.utils.outputs import expect_file, expect_folder
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 export_commands.register(app)
@@ -58,6 +62,7 @@ def demo(
     """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and show one table."""
     from lmms_plugin.demo import run
 
+    expect_folder("--output", output)
     run.run(output, bits=bits, limit=limit, full=full)
 
 
@@ -71,14 +76,13 @@ def inspect(
 ) -> None:
     """Quantize a model and print the account of every layer, without evaluating anything."""
     from loguru import logger
-    from transformers.utils import logging
 
     from lmms_plugin import quantize
-    from lmms_plugin.utils.quiet import stdout_to_stderr
+    from lmms_plugin.utils.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
-    logging.disable_progress_bar()
+    no_bars()
     with stdout_to_stderr():
         report = quantize.inspect(model_args, held_out=held_out)
     typer.echo(report.to_json() if json else report.table())
@@ -165,12 +169,20 @@ def compare(
     _print_tables(*tables)
 
 
+class Kind(StrEnum):
+    """What a picture is written as."""
+
+    PNG = "png"
+    SVG = "svg"
+    PDF = "pdf"
+
+
 @app.command()
 def sensitivity(
     results: Annotated[Path, typer.Argument(help="Folder with results files of runs that differ in bits.")],
     metric: Annotated[list[str], typer.Option(help="Metric of lmms-eval's table; may be given again.")] = ["acc@0.5"],  # noqa: B006
     figure: Annotated[Path | None, typer.Option(help="Folder to draw one picture per grid into.")] = None,
-    kind: Annotated[str, typer.Option(help="Of the pictures: png, svg or pdf.")] = "png",
+    kind: Annotated[Kind, typer.Option(help="Of the pictures.")] = Kind.PNG,
     json: AsJson = False,
     resamples: Annotated[int, typer.Option(min=2, help="Resamples of the runs for the intervals.")] = 200,
     seed: Seed = 0,
@@ -178,6 +190,8 @@ def sensitivity(
     """Say which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
     from lmms_plugin.analysis import component_importance as analysis
 
+    if figure is not None:
+        expect_folder("--figure", figure)
     cells, left_out = analysis.read(results)
     for line in left_out:
         typer.echo(f"left out: {line}", err=True)
@@ -237,6 +251,7 @@ def fit_selector(
     from lmms_plugin.selector.features import read
     from lmms_plugin.selector.network import Settings
 
+    expect_file("--output", output)
     settings = Settings(hidden=hidden, lr=lr, epochs=epochs, patience=patience, held_out=held_out, seed=seed)
     trained = training.train(read_one(results), read(features), settings, task or ())
     trained.save(output)
@@ -258,6 +273,7 @@ def apply_selector(
     from lmms_plugin.selector.features import read
     from lmms_plugin.selector.network import Selector
 
+    expect_folder("--output", output)
     run, store = read_one(results), read(features)
     name = training.apply(run, store, Selector.load(selector), output, transfer=transfer)
     typer.echo(f"{output}: use it as --estimator {name}")
@@ -321,12 +337,33 @@ def main() -> None:
     """Entry point: errors a user can cause become one line and exit status 2."""
     write_anything()
     try:
-        app()
-    except SystemExit as status:
-        # What typer makes of an interrupt from the keyboard, without a word.
-        if status.code == _INTERRUPTED:
-            typer.echo("lmms-plugin: interrupted", err=True)
-        raise
+        # Of an interrupt from the keyboard typer makes a status, without a word.
+        status = app(standalone_mode=False) or 0
+    except TyperException as error:
+        status = _misused(error)
+    except typer.Abort:
+        _say("interrupted")
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        typer.echo(f"lmms-plugin: {' '.join(str(error).split())}", err=True)
+        _say(one_line(error))
         sys.exit(2)
+    if status == _INTERRUPTED:
+        _say("interrupted")
+    sys.exit(status)
+
+
+def _misused(error: TyperException) -> int:
+    """Say what is wrong with the command line, or show the help where there was nothing on it; returns the status."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        # Where rich is installed, typer has printed it by now.
+        typer.echo(error.format_message(), err=True, nl=bool(error.format_message()))
+    else:
+        path = "lmms-plugin" if context is None else context.command_path
+        said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+        _say(f"error: {said}; see '{path} --help'")
+    return error.exit_code
+
+
+def _say(line: str) -> None:
+    typer.echo(f"lmms-plugin: {line}", err=True)

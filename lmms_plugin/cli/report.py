@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lmms_plugin.utils.outputs import expect_file, expect_folder
+
 
 def report(
     results: Annotated[Path, typer.Argument(help="Study, folder with results files of lmms-eval, or one such file.")],
@@ -26,6 +28,9 @@ def report(
     from lmms_plugin.analysis.reliability import Settings
     from lmms_plugin.report import building
 
+    expect_file("--output", output)
+    if figures is not None:
+        expect_folder("--figures", figures)
     draws = resamples or building.RESAMPLES
     settings = Settings(estimator, draws, seed, level, workers=workers or building.default_workers())
     for line in building.build(results, output, settings, title=title, figures=figures, pictures=pictures):

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lmms_plugin.utils.outputs import expect_folder
+
 app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (docs/studies.md).")]
 
@@ -50,6 +52,7 @@ def run_study(
     from lmms_plugin.study.run import engine, planning
     from lmms_plugin.study.store.folder import LOG
 
+    expect_folder("--output", output)
     finished = engine.run(file, output, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from lmms_plugin.cli.terminal import console
+from lmms_plugin.cli.terminal import InPlace, console
 
 
 def duration(seconds: float) -> str:
@@ -24,7 +22,7 @@ def duration(seconds: float) -> str:
 
 
 @dataclass
-class Display:
+class Display(InPlace):
     """Shows cells done, running and failed, and the time left.
 
     Attributes:
@@ -45,18 +43,6 @@ class Display:
         self._failed: dict[str, str] = {}
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=self.console)
         self._task = self._bar.add_task("cells", total=len(self.expected) + self.before, completed=self.before)
-        self._live = Live(console=self.console, refresh_per_second=4, get_renderable=self._render)
-
-    def __enter__(self) -> Display:
-        if self.console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self._live.stop()
 
     def started(self, cell: str) -> None:
         """A cell is being worked on."""
@@ -108,7 +94,8 @@ class Display:
         left = "" if self.left is None else f", {duration(self.left)} left"
         print(f"{time.strftime('%H:%M:%S')} {over} {line}{left}", flush=True, file=self.console.file)
 
-    def _render(self) -> Group:
+    def drawn(self) -> Group:
+        """Bar, counts and running cells, which terminals get in place."""
         left = "unknown" if self.left is None else duration(self.left)
         ok = self.before + len(self._over) - len(self._failed)
         state = f"done {ok} · running {len(self._running)} · failed {len(self._failed)} · time left {left}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.live import Live
 
 _WIDTH = 160
 
@@ -27,3 +29,36 @@ def write_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class InPlace:
+    """A context within which something is drawn again and again at the bottom of a terminal, and nowhere else.
+
+    Attributes:
+        console: Where to.
+        wiped: Whether it vanishes at the end.
+    """
+
+    console: Console
+    wiped: ClassVar[bool] = False
+    _live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(
+                console=self.console, get_renderable=self.drawn, refresh_per_second=4, transient=self.wiped
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def drawn(self) -> RenderableType:
+        """What to draw, as things stand."""
+        raise NotImplementedError

@@ -28,6 +28,7 @@ from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.utils import guard, installed
+from lmms_plugin.utils.messages import command_line, counted
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3
@@ -128,7 +129,7 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # The last takes longest, for it calibrates.
     waiting = deque(reversed(list(commands)))
-    running: dict[str, tuple[subprocess.Popen[bytes], Pace]] = {}
+    running: dict[str, tuple[subprocess.Popen[bytes], Pace, harness_log.Followed]] = {}
     done: dict[str, Run] = {}
     at_once = min(_AT_ONCE, building.default_workers())
     with Progress(len(commands)) as progress:
@@ -136,30 +137,26 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
             while waiting or running:
                 while waiting and len(running) < at_once:
                     model = waiting.popleft()
-                    log = _log(folder, model)
-                    log.parent.mkdir(parents=True)
+                    log = harness_log.Followed(folder / model / "log.txt")
+                    log.file.parent.mkdir(parents=True)
                     program, *arguments = commands[model]
-                    pace = progress.start(model, " ".join(commands[model]))
-                    process = guard.start([installed.command(program), *arguments], log, environment=environment)
-                    running[model] = (process, pace)
+                    pace = progress.start(model, commands[model])
+                    process = guard.start([installed.command(program), *arguments], log.file, environment=environment)
+                    running[model] = (process, pace, log)
                 time.sleep(_POLL_SECONDS)
-                for model, (process, pace) in list(running.items()):
+                for model, (process, pace, log) in list(running.items()):
                     over = process.poll() is not None
-                    progress.see(pace, harness_log.share(_log(folder, model).read_text("utf-8", "replace")))
+                    progress.see(pace, log.share())
                     if over:
                         guard.end(process)
-                        done[model] = _finished(model, commands[model], _log(folder, model), process.returncode)
+                        done[model] = _finished(model, commands[model], log.file, process.returncode)
                         del running[model]
                         progress.end(pace)
                 progress.tick()
         finally:
-            for process, _ in running.values():
+            for process, *_ in running.values():
                 guard.end(process)
     return [done[model] for model in commands]
-
-
-def _log(folder: Path, model: str) -> Path:
-    return folder / model / "log.txt"
 
 
 def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> Run:
@@ -203,15 +200,16 @@ def _scope(one: Run) -> str:
     names = [task.removeprefix(f"{SHIFTED}_").removesuffix(f"_{SEVERITY}") for task in one.corrupted]
     which = ", ".join(names) if len(names) < len(SHIFTS) else f"all {len(names)} corruptions"
     expressions = one.results["n-samples"][CLEAN]["effective"]
-    return f"{expressions} expressions; shifted: mean over {which} at severity {SEVERITY}."
+    return f"{counted(expressions, 'expression')}; shifted: mean over {which} at severity {SEVERITY}."
 
 
 def _report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> str:
-    warning = ["", f"**Only the first {limit} expressions of each task were used.**"] if limit else []
+    first = "expression" if limit == 1 else f"{limit} expressions"
+    warning = ["", f"**Only the first {first} of each task {'was' if limit == 1 else 'were'} used.**"] if limit else []
     rows = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, runs)]
     table = [f"| {' | '.join(row)} |" for row in rows]
     shown = [f"![Predicted (red) and true (green) boxes: {path.stem}]({path.name})" for path in images]
-    commands = ["```", *(" ".join(one.command) for one in runs), "```"]
+    commands = ["```", *(command_line(one.command) for one in runs), "```"]
     head = [
         "# Embedded demo",
         "",

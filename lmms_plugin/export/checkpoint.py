@@ -18,7 +18,8 @@ from lmms_plugin.quant_backends.checkpoints.saving import (
 )
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.quantize import Asked
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.checkpoints import config_of
+from lmms_plugin.utils.messages import command_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,13 +28,14 @@ VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)
 """What vLLM's kernels for packed integer weights take, as its sources say; whole rows they take, too."""
 
 
-def quantize(text: str, folder: Path, form: str) -> Saved:
+def quantize(text: str, folder: Path, form: str, option: str) -> Saved:
     """Quantize a model and write it.
 
     Args:
         text: As after `--model_args`, and `method=` for what would follow `--model quant_`.
         folder: New or empty.
         form: Of `lmms_plugin.quant_backends.checkpoints.saving.FORMS`.
+        option: By which the user named the folder, for messages.
 
     Raises:
         ValueError: An argument is impossible, the folder is taken, or the method's result cannot be written in this
@@ -41,16 +43,16 @@ def quantize(text: str, folder: Path, form: str) -> Saved:
     """
     asked = Asked.parse(text)
     expect_storable(asked.backend, form)
-    expect_free(folder)
+    expect_free(folder, option)
     if form == COMPRESSED_TENSORS:
         _expect_whole_groups(asked)
     vlm = asked.load()
-    return save_quantized(vlm.model, vlm.chat.processor, vlm.report, folder, form=form)
+    return save_quantized(vlm.model, vlm.chat.processor, vlm.report, folder, form=form, option=option)
 
 
-def readers(saved: Saved) -> Iterator[str]:
-    """Who loads what was written, one line each."""
-    yield "lmms-eval --model quant_prequantized --model_args pretrained=DIR"
+def readers(saved: Saved, folder: Path) -> Iterator[str]:
+    """Who loads what was written to a folder, one line each."""
+    yield command_line(("lmms-eval", "--model", "quant_prequantized", "--model_args", f"pretrained={folder}"))
     if saved.format != COMPRESSED_TENSORS:
         yield f"nothing without this package: it is in this package's own format, because {saved.reason}"
         return
@@ -94,13 +96,11 @@ def _expect_whole_groups(asked: Asked) -> None:
 
 def _without_weights(asked: Asked) -> PreTrainedModel | None:
     """The model without values; None where that takes code of the checkpoint's own."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     if asked.arguments.trust_remote_code:
         return None
-    path = asked.arguments.find_checkpoint()
-    with readable(f"{path}: config.json"):
-        config = AutoConfig.from_pretrained(path)
+    config = config_of(asked.arguments.find_checkpoint())
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     return model

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.results import Run
+from lmms_plugin.utils.messages import command_line
 
 CELL, REPORT = "cell.json", "quant_report.json"
 _FROM_TABLE = {
@@ -59,7 +60,7 @@ def cell(file: Path) -> Mapping[str, Any]:
 
 def command(run: Run) -> str | None:
     """The command that made the run, where a study recorded it."""
-    return " ".join(cell(run.file).get("command", ())) or None
+    return command_line(cell(run.file).get("command", ())) or None
 
 
 def versions(run: Run) -> dict[str, str]:

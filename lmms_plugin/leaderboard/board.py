@@ -15,6 +15,7 @@ from lmms_plugin.analysis.results import GROUNDING, REJECTION, VQA, Kind
 from lmms_plugin.export.measured import Score
 from lmms_plugin.leaderboard.verification import Refused, Verified
 from lmms_plugin.utils.files import encoded, replace_all
+from lmms_plugin.utils.messages import counted
 from lmms_plugin.utils.spreadsheets import comma_separated
 
 COLUMNS: Mapping[Kind, tuple[str, ...]] = {
@@ -109,6 +110,7 @@ def page(found: Sequence[Table], refused: Sequence[Refused], settings: Settings)
     return environment.from_string(source).render(
         tables=found,
         refused=refused,
+        counted=counted,
         facts=_FACTS,
         intervals=_intervals(settings),
         version=__version__,

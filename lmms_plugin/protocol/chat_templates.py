@@ -67,11 +67,14 @@ def expect_variables(processor: Any, variables: Mapping[str, Any], name: str) ->
     taken = {"messages", *inspect.signature(processor.apply_chat_template).parameters}
     for variable in variables:
         if template is None:
-            raise ValueError(f"{variable}: {name} is asked without a chat template")
+            raise ValueError(f"{variable}: {name} is asked without a chat template, which alone reads it; leave it out")
         if variable in taken:
-            raise ValueError(f"template_args: {variable} is not for the user to set")
+            raise ValueError(f"template_args: {variable} is set by this package; leave it out")
         if not re.search(rf"\b{re.escape(variable)}\b", template):
-            raise ValueError(f"{variable}: the chat template of {name} knows no such variable")
+            raise ValueError(
+                f"{variable}: the chat template of {name} knows no such variable; leave it out, or name a model whose "
+                "template does"
+            )
 
 
 def expect_images_shown(processor: Any, variables: Mapping[str, Any], name: str) -> None:

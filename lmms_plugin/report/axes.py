@@ -122,22 +122,21 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
         seed = None if seed is None else int(float(seed))
         own = _limited(_from_arguments(model, args), limit)
         return Axes(own, own.model, model == _READY, seed, "", file.parent, (), versions)
-    try:
-        cell = accounts.read(folder / "cell.json", accounts.About)
-        axes = cell["axes"]
-        cell_args = cell.get("model_args") or {}
-        own = Config(
-            str(axes["model"]),
-            # A study may call the unquantized model as it likes.
-            "none" if cell.get("model") == _DENSE else str(axes["method"]),
-            axes.get("bits"),
-            axes.get("group_size"),
-            str(axes.get("components") or ""),
-            str(axes.get("calibration") or ""),
-            _options(cell_args),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected the axes of a study's cell in {folder / 'cell.json'}: {error!r}") from error
+    cell = accounts.read(folder / "cell.json", accounts.About)
+    axes = cell.get("axes", {})
+    if lacking := [name for name in ("model", "method") if axes.get(name) is None]:
+        raise ValueError(f"{folder / 'cell.json'} is damaged: axes.{lacking[0]}: expected a text, got none")
+    cell_args = cell.get("model_args") or {}
+    own = Config(
+        str(axes["model"]),
+        # A study may call the unquantized model as it likes.
+        "none" if cell.get("model") == _DENSE else str(axes["method"]),
+        axes.get("bits"),
+        axes.get("group_size"),
+        str(axes.get("components") or ""),
+        str(axes.get("calibration") or ""),
+        _options(cell_args),
+    )
     command = tuple(map(str, cell.get("command") or ()))
     versions |= cell.get("versions") or {}
     name = str(cell.get("id", ""))

@@ -12,6 +12,7 @@ from lmms_plugin.report.figures import svg
 from lmms_plugin.report.reading import RESAMPLES, default_workers, read_folder
 from lmms_plugin.report.summary import Summary, summarise
 from lmms_plugin.utils.files import encoded, replace_bytes
+from lmms_plugin.utils.messages import counted
 
 __all__ = ["RESAMPLES", "build", "default_workers"]
 _DPI = 200
@@ -33,14 +34,15 @@ def build(
     Raises:
         ValueError: As `lmms_plugin.report.reading.read_folder`.
     """
+    verdict = page.read_verdict(results)
     summary = summarise(read_folder(results, settings), settings.level)
     heading = title or results.resolve().name.removesuffix("_results.json")
     shown = gallery.build(summary, pictures)
-    html = page.render(summary, heading, page.read_verdict(results), shown, str(results), settings.workers)
+    html = page.render(summary, heading, verdict, shown, str(results), settings.workers)
     output.parent.mkdir(parents=True, exist_ok=True)
     content = encoded(html)
     replace_bytes(output, content)
-    yield f"{output}: {len(summary.runs)} runs, {len(content) / 1e6:.1f} MB"
+    yield f"{output}: {counted(len(summary.runs), 'run')}, {len(content) / 1e6:.1f} MB"
     if figures is not None:
         yield from _files(summary, figures)
 
@@ -56,4 +58,4 @@ def _files(summary: Summary, folder: Path) -> Iterator[str]:
     for table in tables:
         replace_bytes(folder / f"{table.name}.csv", encoded(table.csv()))
         replace_bytes(folder / f"{table.name}.tex", encoded(table.latex()))
-    yield f"{folder}: {len(drawn)} figures, {len(tables)} tables"
+    yield f"{folder}: {counted(len(drawn), 'figure')}, {counted(len(tables), 'table')}"

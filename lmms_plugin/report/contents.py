@@ -11,6 +11,7 @@ from lmms_plugin.report.axes import UNQUANTIZED
 from lmms_plugin.report.reading import Run
 from lmms_plugin.report.summary import Line, Summary
 from lmms_plugin.report.tables import Cell, Column, Table, number, text, whole
+from lmms_plugin.utils.messages import counted
 
 _OBJECTIVES = (("accuracy", -1.0), ("aurc", 1.0))
 
@@ -54,8 +55,8 @@ def titles(summary: Summary) -> dict[tuple[str, object], str]:
 def _leading(line: Line, title: str, summary: Summary) -> list[Cell]:
     group, level, cost = line.group, summary.level, line.cost
     delta = line.delta
-    runs = f" \u00d7 {len(line.runs)} runs" if len(line.runs) > 1 else ""
-    count = whole(group.records)._replace(note=f"{group.images} images{runs}")
+    runs = f" \u00d7 {counted(len(line.runs), 'run')}" if len(line.runs) > 1 else ""
+    count = whole(group.records)._replace(note=f"{counted(group.images, 'image')}{runs}")
     limited = " (limited)" if line.limited else ""
     return [
         Cell(line.config.label, line.config.label, note=summary.details(line.config)),
@@ -277,7 +278,7 @@ def _of_number(found: Number | None) -> Cell:
 def _count(numbers: Iterable[Number]) -> Cell:
     # Numbers of one side are of its answers alone.
     most = max(numbers, key=lambda one: one.records)
-    return whole(most.records)._replace(note=f"{most.images} images")
+    return whole(most.records)._replace(note=counted(most.images, "image"))
 
 
 def _of_run(run: Run, summary: Summary) -> Cell:

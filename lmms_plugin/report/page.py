@@ -1,8 +1,7 @@
 """The page: one HTML file with everything in it."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.resources import files
@@ -11,14 +10,17 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from lmms_plugin import __version__
+from lmms_plugin.analysis import accounts
 from lmms_plugin.report import contents
 from lmms_plugin.report.figures import inlined
 from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.summary import Summary
 from lmms_plugin.report.tables import Cell, Column, Table
+from lmms_plugin.utils.messages import command_line, counted
 
 ROWS_AT_FIRST = 20
 _STYLE, _SCRIPT = "style.css", "script.js"
@@ -41,6 +43,34 @@ class Verdict:
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     text: str = ""
+
+
+class _ToldTable(BaseModel):
+    """A table as `verdict.json` holds it."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+    @model_validator(mode="after")
+    def _rows_are_as_long_as_the_columns(self) -> "_ToldTable":
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"expected {counted(len(self.columns), 'value')} in every row, got {len(row)}")
+        return self
+
+
+class _Told(BaseModel):
+    """What `verdict.json` holds."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    sentences: list[str]
+    findings: list[str] | None = None
+    tables: list[_ToldTable] | None = None
+    notes: list[str] | None = None
 
 
 def render(
@@ -73,6 +103,7 @@ def render(
         tones={**SURFACES, **TONES},
         verdict=verdict,
         summary=summary,
+        counted=counted,
         warnings=list(warnings(summary)),
         facts=facts(summary),
         figures=inlined.shown(summary, workers),
@@ -113,8 +144,9 @@ def warnings(summary: Summary) -> Iterator[str]:
     runs = summary.runs
     if limited := [run for run in runs if run.limit is not None]:
         yield (
-            f"{len(limited)} of {len(runs)} runs were stopped early with --limit (e.g. {limited[0].axes.config.label},"
-            f" limit {limited[0].limit:g}): their numbers are of the first documents only and stand for nothing else."
+            f"{len(limited)} of {counted(len(runs), 'run')} stopped early with --limit (e.g."
+            f" {limited[0].axes.config.label}, limit {limited[0].limit:g}): their numbers are of the first"
+            " documents only and stand for nothing else."
         )
     if failed := summary.folder.failed:
         named = "; ".join(f"{one.cell}: {one.tail or 'no log'}" for one in failed[:5])
@@ -127,17 +159,17 @@ def warnings(summary: Summary) -> Iterator[str]:
     if found := dict.fromkeys(config for config in alone if config.model not in lacking):
         first = next(iter(found))
         yield (
-            f"No unquantized run was asked all the questions of {len(found)} configurations (e.g."
+            f"No unquantized run was asked all the questions of {counted(len(found), 'configuration')} (e.g."
             f" {', '.join((first.label, *first.parts))}): their flips and differences cannot be told there."
         )
     unsure = {task.task for run in runs for task in run.measured.tasks.values() if task.unsure == task.records}
     if unsure:
-        yield f"No confidence in {len(unsure)} tasks, e.g. {min(unsure)}: calibration is not known there."
+        yield f"No confidence in {counted(len(unsure), 'task')}, e.g. {min(unsure)}: calibration is not known there."
     if others := sorted({task for run in runs for task in run.others}):
-        named = ", ".join(others[:5])
-        yield f"{len(others)} tasks are not on this page (see lmms-plugin metrics): {named}{' …' * (len(others) > 5)}"
+        named = ", ".join(others[:5]) + " …" * (len(others) > 5)
+        yield f"{counted(len(others), 'task')} not on this page (see lmms-plugin metrics): {named}"
     if summary.superseded:
-        yield f"{summary.superseded} older runs of the same configuration and seed were left out."
+        yield f"{counted(summary.superseded, 'older run')} of the same configuration and seed left out."
     for condition, tasks in summary.partial.items():
         yield f"Runs differ in their tasks: {condition} is the mean over {', '.join(tasks)} alone."
     yield from summary.folder.left_out
@@ -147,12 +179,13 @@ def commands(summary: Summary) -> Iterator[str]:
     """The exact command of each run: as the study logged it, else what lmms-eval logged of it."""
     for run in summary.runs:
         if run.axes.command:
-            yield " ".join(run.axes.command)
+            yield command_line(run.axes.command)
             continue
         parts = ["lmms-eval", "--model", run.model, "--model_args", run.model_args, "--tasks"]
         parts += [",".join((*run.tasks, *run.others)), "--log_samples"]
+        parts += ["--batch_size", run.batch_size] if run.batch_size else []
         parts += ["--limit", f"{run.limit:g}"] if run.limit is not None else []
-        yield " ".join(parts)
+        yield command_line(parts)
 
 
 def versions(summary: Summary) -> dict[str, str]:
@@ -175,25 +208,21 @@ def read_verdict(path: Path) -> Verdict | None:
     file, words = folder / "verdict.json", folder / "verdict.md"
     if not file.is_file():
         return Verdict(text=words.read_text(encoding="utf-8")) if words.is_file() else None
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        tables = tuple(_table(f"verdict-{k}", one) for k, one in enumerate(told.get("tables") or (), start=1))
-        findings, notes = (tuple(map(str, told.get(name) or ())) for name in ("findings", "notes"))
-        return Verdict(tuple(map(str, told["sentences"])), findings, tables, notes)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'expected {{"sentences": [...], "tables": [...]}} in {file}: {error!r}') from error
+    told = _Told.model_validate(accounts.read(file, _Told))
+    tables = tuple(_table(f"verdict-{k}", one) for k, one in enumerate(told.tables or (), start=1))
+    return Verdict(tuple(told.sentences), tuple(told.findings or ()), tables, tuple(told.notes or ()))
 
 
 _NUMBERS = re.compile(r"[-+\u2212]?\d[\d.,]*( ?%)?|")
 
 
-def _table(name: str, told: Mapping[str, Any]) -> Table:
-    rows = tuple(tuple(_cell(value) for value in row) for row in told["rows"])
+def _table(name: str, told: _ToldTable) -> Table:
+    rows = tuple(tuple(_cell(value) for value in row) for row in told.rows)
     columns = tuple(
-        Column(str(head), numeric=all(_NUMBERS.fullmatch(row[k].text) for row in rows))
-        for k, head in enumerate(told["columns"])
+        Column(head, numeric=all(_NUMBERS.fullmatch(row[k].text) for row in rows))
+        for k, head in enumerate(told.columns)
     )
-    return Table(name, str(told["title"]), columns, rows)
+    return Table(name, told.title, columns, rows)
 
 
 def _cell(value: object) -> Cell:

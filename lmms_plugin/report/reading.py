@@ -71,6 +71,7 @@ class Run:
         measured: Its numbers.
         others: Tasks that log no records of ours.
         rejection: Numbers of tasks in which nothing is right or wrong, but expressions are to be rejected.
+        batch_size: What lmms-eval was told; "" where that was not logged.
     """
 
     file: Path
@@ -84,6 +85,7 @@ class Run:
     measured: Measured
     others: tuple[str, ...] = ()
     rejection: tuple[Number, ...] = ()
+    batch_size: str = ""
 
     @property
     def tasks(self) -> dict[str, int]:
@@ -178,6 +180,7 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
         measured,
         others,
         rejection,
+        "" if config.get("batch_size") is None else str(config["batch_size"]),
     )
 
 

@@ -192,6 +192,7 @@ class Selector:
         marks = torch.tensor(sorted(self.seen), dtype=torch.int64)
         # One entry, because safetensors writes several in no fixed order.
         metadata = {METADATA: json.dumps(asdict(self.record), sort_keys=True)}
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.unfinished")
         save_file({**self.network.state_dict(), "seen": marks}, unfinished, metadata=metadata)
         os.replace(unfinished, path)

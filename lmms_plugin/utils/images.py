@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 _TURNED = frozenset({5, 6, 7, 8})
 _LATE_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
@@ -156,7 +156,14 @@ def _explained() -> Iterator[None]:
 
 
 def _image(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        # Pillow names the buffer that it was handed, which tells nobody anything.
+        begun = data[:16]
+        raise ImageError(
+            f"it is no image of a format that Pillow knows (JPEG, PNG, ...); it begins {begun!r}"
+        ) from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ImageError(f"expected at most {limit:,} pixels, Pillow's limit, got {image.width}x{image.height}")

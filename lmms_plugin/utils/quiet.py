@@ -45,3 +45,19 @@ def stdout_to_stderr() -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def no_bars() -> None:
+    """Have libraries draw no progress bars where standard error is no terminal; pipes would hold each of their states.
+
+    Our own bars keep to that by themselves.
+    """
+    if sys.stderr.isatty():
+        return
+    import datasets
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    disable_progress_bars()
+    datasets.disable_progress_bars()

@@ -24,7 +24,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.ending import ends_the_command
@@ -39,6 +39,7 @@ from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.checkpoints.saving import expect_storable, save_quantized
 from lmms_plugin.quant_backends.layers.kernels import default_dtype
 from lmms_plugin.registration import class_name
+from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.readable import readable
 from lmms_plugin.vlm.generation.decoding import Answer, Decoder, Score
 from lmms_plugin.vlm.generation.observer import Observer, Wanted
@@ -103,7 +104,9 @@ class QuantizedVLM(lmms):
         self.device = _device(self.arguments, self.accelerator)
         self.chat, self.reader = _chat(path, self.arguments)
         if self.arguments.verbalised and (self.reader.raw or self.dialect.raw_prompt):
-            raise ValueError(f"verbalised: {path} is asked without chat template, and knows no second turn")
+            raise ValueError(
+                f"verbalised: {self.arguments.pretrained} is asked without chat template, and knows no second turn"
+            )
         model, _, self.report = load_quantized(
             path,
             backend=backend,
@@ -129,7 +132,9 @@ class QuantizedVLM(lmms):
         if self.matcher is None:
             self._prepare_to_write(model, wanted)
         elif wanted:
-            raise ValueError(f"features, selector: {path} is a retrieval checkpoint, which writes no answers")
+            raise ValueError(
+                f"features, selector: {self.arguments.pretrained} is a retrieval checkpoint, which writes no answers"
+            )
         self._account(model)
 
     def _prepare_to_write(self, model: Any, wanted: Wanted | None) -> None:
@@ -155,7 +160,9 @@ class QuantizedVLM(lmms):
             return
         logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
         if self.arguments.report:
-            Path(self.arguments.report).write_text(self.report.to_json(), encoding="utf-8")
+            account = Path(self.arguments.report).expanduser()
+            account.parent.mkdir(parents=True, exist_ok=True)
+            account.write_text(self.report.to_json(), encoding="utf-8")
         if self.arguments.save_quantized:
             saved = save_quantized(model, self.chat.processor, self.report, self.arguments.save_quantized)
             logger.info("Saved to {}: {}", self.arguments.save_quantized, saved)
@@ -490,35 +497,35 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
+    name = arguments.pretrained
     remote = {"trust_remote_code": arguments.trust_remote_code}
-    with readable(f"{path}: config.json"):
-        config = AutoConfig.from_pretrained(path, **remote)
+    config = config_of(path, **remote)
     declared = arguments.dialect or getattr(config, "grounding_dialect", None)
     dialect = dialect_for(config.model_type, declared)
     with readable(f"{path}: its processor or tokenizer"):
         processor = AutoProcessor.from_pretrained(path, **remote)
     plain, apart = template_for(processor), bool(getattr(config, "is_encoder_decoder", False))
     templated = chat_templates.is_for(processor, dialect)
-    chat_templates.adopt(processor, dialect, path)
+    chat_templates.adopt(processor, dialect, name)
     if apart and plain is None:
         raise ValueError(
-            f"{path} is an encoder-decoder ({config.model_type}), none of those that are supported: "
+            f"{name} is an encoder-decoder ({config.model_type}), none of those that are supported: "
             f"{', '.join(TEMPLATES)}"
         )
     variables = arguments.template_variables
-    chat_templates.expect_variables(processor, variables, path)
+    chat_templates.expect_variables(processor, variables, name)
     chat = Chat(processor, arguments.max_num_frames, answers_apart=apart, template_variables=variables)
     if templated and chat.has_template:
-        chat_templates.expect_images_shown(processor, variables, path)
+        chat_templates.expect_images_shown(processor, variables, name)
     elif templated:
         logger.warning(
             "{} brings no chat template: it is asked in plain words behind the tokens of its images. If it was "
             "taught to chat, its answers say little; put its template into the folder as chat_template.jinja",
-            path,
+            name,
         )
     if chat.places_images and None in (processor.num_query_tokens, config.image_token_id):
         raise ValueError(
-            f"{path} is of the time before processors put images into prompts: expected num_query_tokens in its "
+            f"{name} is of the time before processors put images into prompts: expected num_query_tokens in its "
             "processor_config.json and image_token_index in its config.json"
         )
     chat.set_pixel_limits(arguments.min_pixels, arguments.max_pixels)
@@ -526,7 +533,7 @@ def _chat(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
     if system_prompt:
         chat.expect_system_prompts()
     if system_prompt and plain is not None:
-        raise ValueError(f"system_prompt: {path} has no chat template, and its family knows no system message")
+        raise ValueError(f"system_prompt: {name} has no chat template, and its family knows no system message")
     return chat, PromptReader(dialect, system_prompt, chat.background, raw=not chat.has_template, plain=plain)
 
 

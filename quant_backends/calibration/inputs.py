@@ -23,6 +23,7 @@ from lmms_plugin.quant_backends.calibration.sources import REFUSE, CalibrationSa
 from lmms_plugin.quant_backends.layers.wide_products import WideProducts
 from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport
 from lmms_plugin.quant_backends.statistics import ROLES, TOKEN_ROLES, WEIGHED
+from lmms_plugin.utils.messages import counted
 from lmms_plugin.vlm.generation.decoding import end_tokens
 
 if TYPE_CHECKING:
@@ -336,8 +337,10 @@ def build_batches(
         batches.append(to_model(batch, model) | {"use_cache": False})
         tokens += batch["input_ids"].shape[1]
     if spec.tokens is not None and tokens < spec.tokens:
+        hold = "holds" if len(batches) == 1 else "hold"
         logger.warning(
-            f"{len(batches)} calibration samples hold {tokens} tokens, fewer than the {spec.tokens} asked for; "
+            f"{counted(len(batches), 'calibration sample')} {hold} {counted(tokens, 'token')}, fewer than the "
+            f"{spec.tokens} asked for; "
             "raise calibration_samples to get them"
         )
     if not keep_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:

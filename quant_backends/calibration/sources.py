@@ -17,6 +17,7 @@ from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.quant_backends.calibration import photographs
 from lmms_plugin.quant_backends.calibration.synthetic import noise_image, scene, words
 from lmms_plugin.utils import images
+from lmms_plugin.utils.messages import counted
 
 SOURCES = ("none", "noise", "self", "demo", "photographs", "dataset")
 REAL = ("demo", "photographs", "dataset")
@@ -275,7 +276,7 @@ def _from_rows(spec: CalibrationSpec, path: str, split: str) -> list[Calibration
     samples = [_sample(spec, row, position) for position, row in enumerate(rows)]
     if len(samples) < spec.samples:
         raise ValueError(
-            f"calibration asks for {spec.samples} samples, but {path!r} split {split!r} has {len(samples)}; "
+            f"calibration asks for {counted(spec.samples, 'sample')}, but {path!r} split {split!r} has {len(samples)}; "
             "lower calibration_samples"
         )
     return samples

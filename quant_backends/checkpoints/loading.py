@@ -26,6 +26,7 @@ from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport, Qua
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
+from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.readable import readable
 from lmms_plugin.vlm.generation.decoding import keep_ends
 
@@ -156,10 +157,9 @@ def _calibration(
 
 
 def _describe(path: str, trust_remote_code: bool, processor: Any) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoProcessor
 
-    with readable(f"{path}: config.json"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = config_of(path, trust_remote_code=trust_remote_code)
     if processor is None:
         with readable(f"{path}: its processor or tokenizer"):
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 from lmms_plugin.quant_backends.structure.roles import find_mixtures
+from lmms_plugin.utils.messages import one_line
+from lmms_plugin.utils.outputs import expect_folder
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -59,17 +61,22 @@ class Saved(NamedTuple):
     schemes: int
 
 
-def expect_free(folder: str | Path) -> Path:
-    """Return the folder to save to.
+def expect_free(folder: str | Path, option: str = "save_quantized") -> Path:
+    """Return the folder to save to; it and those above it are made when there is something to save.
+
+    Args:
+        folder: As the user named it.
+        option: By which, for messages.
 
     Raises:
-        ValueError: Something is there already, or the folder it is to lie in is missing.
+        ValueError: Something is there already, or nothing can be written there.
     """
     path = Path(folder).expanduser().absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"save_quantized: {path} is there already and not empty; name a new folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"save_quantized: there is no folder {path.parent}")
+    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{option}: {path} is there already and not empty; name a new folder")
+    expect_folder(option, path)
+    # What is written there is written beside it first.
+    expect_folder(option, path.parent)
     return path
 
 
@@ -113,6 +120,7 @@ def save_quantized(
     *,
     shard_size: str = SHARD_SIZE,
     form: str = AUTO,
+    option: str = "save_quantized",
 ) -> Saved:
     """Write a quantized model.
 
@@ -129,13 +137,14 @@ def save_quantized(
         folder: New or empty.
         shard_size: Largest safetensors file, as in transformers.
         form: Of `FORMS`.
+        option: By which the user named the folder, for messages.
 
     Raises:
         ValueError: The folder is taken, or the model cannot be saved (see `expect_savable`), or not in this form.
     """
     from huggingface_hub import save_torch_state_dict
 
-    target = expect_free(folder)
+    target = expect_free(folder, option)
     expect_savable(model)
     if form != OWN:
         _fold(model, processor)
@@ -148,7 +157,7 @@ def save_quantized(
     reason = "it was asked for" if form == OWN else reason
     quantization = own_config(layers, report) if reason else compressed_tensors_config(model, layers)
     tensors = _own_tensors(model) if reason else _compressed_tensors(model, layers)
-    with _whole_or_nothing(target) as unfinished:
+    with _whole_or_nothing(target, option) as unfinished:
         save_torch_state_dict(tensors, unfinished, max_shard_size=shard_size, is_main_process=True)
         _write_config(model, quantization, unfinished)
         if model.can_generate():
@@ -331,15 +340,16 @@ def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConf
 
 
 @contextmanager
-def _whole_or_nothing(target: Path) -> Iterator[Path]:
+def _whole_or_nothing(target: Path, option: str) -> Iterator[Path]:
     """Give a folder beside `target` to write to, which becomes `target` if all goes well and vanishes if not."""
     unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
     try:
+        unfinished.mkdir(parents=True)
         yield unfinished
         # Replaces an empty folder, and fails if something has been put there meanwhile.
         unfinished.rename(target)
     except (SafetensorError, OSError) as error:
-        raise OSError(f"save_quantized: {target} could not be written ({error}); nothing is left of it") from error
+        said = one_line(error)
+        raise OSError(f"{option}: {target} could not be written ({said}); nothing is left of it") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lmms_plugin.quant_backends.structure.expert_use import ExpertUse, summary
+from lmms_plugin.utils.messages import counted
 
 
 @dataclass(frozen=True)
@@ -230,10 +231,12 @@ class QuantReport:
         if self.experts:
             lines.append(summary(self.experts))
         if padded := sum(bool(module.padded_columns) for module in self.modules):
-            lines.append(f"{padded} layers padded to whole groups")
+            lines.append(f"{counted(padded, 'layer')} padded to whole groups")
         if plain := sum(module.plain_rows for module in self.quantized):
             rows = sum(module.shape[0] for module in self.quantized)
-            lines.append(f"{plain} of {rows} rows kept as without calibration, which is as near on inputs held back")
+            lines.append(
+                f"{plain} of {counted(rows, 'row')} kept as without calibration, which is as near on inputs held back"
+            )
         if (seen := self.calibration) is not None and (seen.degenerate or seen.unfinished):
             useless = sum(seen.degenerate.values())
             lines.append(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmms_plugin.utils.messages import counted
+
 
 @dataclass(frozen=True)
 class ExpertUse:
@@ -85,7 +87,7 @@ def summary(layers: Sequence[ExpertUse]) -> str:
     """Return one line about all layers."""
     tokens = [count for layer in layers for count in layer.tokens]
     entropies = [layer.entropy for layer in layers if not math.isnan(layer.entropy)]
-    line = f"experts of {len(layers)} layers: {min(tokens)} to {max(tokens)} calibration tokens each"
+    line = f"experts of {counted(len(layers), 'layer')}: {min(tokens)} to {max(tokens)} calibration tokens each"
     if entropies:
         line += f", entropy {min(entropies):.2f} to {max(entropies):.2f} of an even spread"
     bare = sum(len(layer.uncalibrated) for layer in layers)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lmms_plugin.tasks.registry import cells as generated
+from lmms_plugin.utils.messages import counted
 
 
 class Listed(NamedTuple):
@@ -52,7 +53,9 @@ def _from_files() -> Iterator[Listed]:
         if isinstance(config.get("task"), str):
             yield Listed(config["task"], "task", f"{path.parent.name}, split {config['test_split']}")
         elif "group" in config:
-            yield Listed(config["group"], "group", f"{len(config['task'])} tasks: {', '.join(config['task'])}")
+            yield Listed(
+                config["group"], "group", f"{counted(len(config['task']), 'task')}: {', '.join(config['task'])}"
+            )
 
 
 def _generated(cells: bool) -> Iterator[Listed]:
@@ -69,8 +72,10 @@ def _of_group(entry: generated.Entry) -> str:
     if entry.yaml.name.startswith("_mean_over"):
         severities = sorted({member.rpartition("_")[2] for member in members})
         several = "severities" if len(severities) > 1 else "severity"
-        return f"plain mean over {len(members)} cells at {several} {', '.join(severities)}, e.g. {members[-1]}"
-    return f"{len(members)} members without a mean, e.g. {members[-1]}"
+        return (
+            f"plain mean over {counted(len(members), 'cell')} at {several} {', '.join(severities)}, e.g. {members[-1]}"
+        )
+    return f"{counted(len(members), 'member')} without a mean, e.g. {members[-1]}"
 
 
 def _place(metadata: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import datasets
 from lmms_plugin.tasks.sources import writing
 from lmms_plugin.tasks.sources.annotations import entries
 from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.messages import counted
 
 FEATURES = datasets.Features(
     {
@@ -87,7 +88,8 @@ def main() -> None:
     for name in ("questions", "annotations", "images", "out"):
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
-    print(f"{write(given.questions, given.annotations, given.images, given.out)} questions written to {given.out}")
+    written = write(given.questions, given.annotations, given.images, given.out)
+    print(f"{counted(written, 'question')} written to {given.out}")
 
 
 if __name__ == "__main__":

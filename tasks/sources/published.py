@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from lmms_plugin.tasks.sources import writing
 from lmms_plugin.tasks.sources.annotations import entries
 from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.messages import counted
 
 _TEXT, _INTEGER, _NUMBER = datasets.Value("string"), datasets.Value("int64"), datasets.Value("float64")
 _BOX = datasets.List(_NUMBER)
@@ -150,7 +151,8 @@ def main() -> None:
     for name in ("annotations", "images", "out"):
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
-    print(f"{write(given.name, given.annotations, given.images, given.out)} expressions written to {given.out}")
+    written = write(given.name, given.annotations, given.images, given.out)
+    print(f"{counted(written, 'expression')} written to {given.out}")
 
 
 if __name__ == "__main__":

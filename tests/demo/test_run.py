@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,8 +56,32 @@ def bar(title: str, done: int, total: int) -> str:
         (bar("Answering", 8, 8) + 2 * bar("Postprocessing", 4, 4), 1.0),
     ],
 )
-def test_the_share_of_the_work_is_read_from_the_bars_of_a_log(log: str, share: float | None) -> None:
-    assert harness_log.share(log) == share
+@pytest.mark.parametrize("pieces", [1, 7, 10_000])
+def test_the_share_of_the_work_is_read_from_the_bars_of_a_log_as_it_grows(
+    tmp_path: Path, log: str, share: float | None, pieces: int
+) -> None:
+    file = tmp_path / "log.txt"
+    file.touch()
+    followed = harness_log.Followed(file)
+    content = log.encode()
+    step = max(1, len(content) // pieces)
+    for start in range(0, len(content), step):
+        with file.open("ab") as stream:
+            stream.write(content[start : start + step])
+        seen = followed.share()
+    assert (seen if content else followed.share()) == share
+
+
+def test_no_byte_of_a_log_is_read_twice(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    first = bar("Answering", 2, 8)
+    file.write_text(first)
+    followed = harness_log.Followed(file)
+    assert followed.share() == 2 / 16
+    # What was read is gone, and what is appended counts on.
+    file.write_text(" " * len(first.encode()) + bar("Answering", 8, 8))
+    assert followed.share() == 8 / 16
+    assert followed.share() == 8 / 16
 
 
 def test_a_log_reads_as_a_terminal_shows_it() -> None:
@@ -142,7 +167,7 @@ class TestTimeLeft:
 def test_without_a_terminal_the_line_comes_now_and_then() -> None:
     stream, moments = io.StringIO(), itertools.count()
     with Progress(4, Console(file=stream, width=80), clock=lambda: float(next(moments))) as progress:
-        one = progress.start("quant_awq", "lmms-eval --model quant_awq")
+        one = progress.start("quant_awq", ("lmms-eval", "--model", "quant_awq"))
         for k in range(60):
             progress.see(one, None if k < 20 else (k - 19) / 80)
             progress.tick()
@@ -158,7 +183,7 @@ def test_on_a_terminal_the_line_is_drawn_in_place() -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=80, force_terminal=True)
     with Progress(4, console) as progress:
-        one = progress.start("quant_awq", "lmms-eval")
+        one = progress.start("quant_awq", ("lmms-eval",))
         progress.see(one, 0.25)
         progress.tick()
     assert "0 of 4 done; quant_awq 25 %" in stream.getvalue()
@@ -176,6 +201,25 @@ def a_run(model: str, tasks: tuple[str, ...]) -> demo.Run:
     samples = {task: {"original": 488, "effective": 488} for task in reversed(tasks)}
     results = {"results": table, "n-samples": samples, "throughput": {"avg_bits_per_weight": 32.0}}
     return demo.Run(model, ("lmms-eval",), Path("x_results.json"), results)
+
+
+def test_commands_of_the_demo_can_be_pasted() -> None:
+    folder = Path("it's $HOME/my runs")
+    command = demo._command("rtn", folder, 3, 2, full=False)
+    one = demo.Run("quant_rtn", command, Path("x"), a_run("quant_rtn", QUICK).results)
+    stream = io.StringIO()
+    Progress(1, Console(file=stream, width=80)).start("quant_rtn", command)
+    shown = stream.getvalue().removeprefix("$ ")
+    (kept,) = [line for line in demo._report([one], [], 2).splitlines() if line.startswith("lmms-eval ")]
+    assert shlex.split(shown) == shlex.split(kept) == list(command)
+    assert str(folder / "quant_rtn") in command
+
+
+def test_one_expression_is_one() -> None:
+    one = a_run("quant_none", QUICK)
+    one.results["n-samples"][demo.CLEAN]["effective"] = 1
+    assert demo._scope(one).startswith("1 expression; ")
+    assert "**Only the first expression of each task was used.**" in demo._report([one], [], 1)
 
 
 QUICK = (demo.CLEAN, *(f"shapes_shift_{name}_3" for name in demo.QUICK))

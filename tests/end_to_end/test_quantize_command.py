@@ -1,8 +1,10 @@
 """`lmms-plugin quantize`: refused early, and read back by a process that cannot import this package."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -145,8 +147,20 @@ def test_transformers_alone_gives_the_evaluated_answers(tmp_path, monkeypatch, c
 def test_who_can_load_it_is_told(saved, expected):
     import re
 
-    first, *lines = serving.readers(saved)
-    assert "quant_prequantized" in first
+    first, *lines = serving.readers(saved, Path("my $model"))
+    assert first == "lmms-eval --model quant_prequantized --model_args 'pretrained=my $model'"
     assert len(lines) == len(expected)
     for line, pattern in zip(lines, expected, strict=True):
         assert re.match(pattern, line), line
+
+
+@pytest.mark.slow
+def test_a_pipe_gets_no_bars_and_folders_above_are_made(tmp_path):
+    folder = tmp_path / "not there" / "$saved"
+    command = [str(Path(sys.executable).parent / "lmms-plugin"), "quantize", "pretrained=demo,method=rtn,bits=4"]
+    done = subprocess.run([*command, "-o", str(folder)], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "config.json").is_file()
+    first, how, *_ = done.stdout.splitlines()
+    assert first.startswith(f"{folder}: ")
+    assert shlex.split(how.removeprefix("- "))[-1] == f"pretrained={folder}"

@@ -88,3 +88,100 @@ def test_inspect_prints_nothing_but_the_report(tmp_path):
     # Weights and outputs are off by about as much; neither is exact at 4 bits.
     assert all(0.02 < module["relative_error"] < 0.3 for module in modules)
     assert all(0.01 < module["held_out_error"] < 0.5 for module in modules)
+
+
+def refused(monkeypatch, capfd, *arguments):
+    """The one line that a command refuses its arguments with."""
+    monkeypatch.setattr(sys, "argv", ["lmms-plugin", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_status:
+        main()
+    assert exit_status.value.code == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("lmms-plugin: ")
+    return line
+
+
+FILES = [("report", "RESULTS", "--output"), ("selector", "fit", "RESULTS", "--features", "F", "--output")]
+FOLDERS = [
+    ("demo", "--output"),
+    ("report", "RESULTS", "--figures"),
+    ("sensitivity", "RESULTS", "--figure"),
+    ("export", "RESULTS", "--format", "submission", "--output"),
+    ("leaderboard", "SUBMISSION", "--output"),
+    ("quantize", "pretrained=demo,method=rtn", "--output"),
+    ("selector", "apply", "RESULTS", "--features", "F", "--selector", "S", "--output"),
+    ("study", "run", "FILE", "--output"),
+]
+
+
+class TestOutputs:
+    """Where nothing can be written is told first: nothing that is to be read is there, and nobody gets to notice."""
+
+    @pytest.mark.parametrize("command", FILES, ids=" ".join)
+    def test_a_folder_is_no_file(self, tmp_path, monkeypatch, capfd, command):
+        line = refused(monkeypatch, capfd, *command, tmp_path)
+        expected = f"{command[-1]}: expected the name of a file, got the folder {tmp_path}; name a file in it"
+        assert line == f"lmms-plugin: {expected}"
+
+    @pytest.mark.parametrize("command", FOLDERS, ids=" ".join)
+    def test_a_file_is_no_folder(self, tmp_path, monkeypatch, capfd, command):
+        (tmp_path / "file").write_text("kept")
+        line = refused(monkeypatch, capfd, *command, tmp_path / "file")
+        assert line.startswith(f"lmms-plugin: {command[-1]}: ")
+        assert f"{tmp_path / 'file'}" in line
+        assert "; name a" in line
+        assert (tmp_path / "file").read_text() == "kept"
+
+    @pytest.mark.parametrize("command", [*FILES, *FOLDERS], ids=" ".join)
+    @pytest.mark.parametrize("below", ["file/x", "file/x/y"])
+    def test_nothing_lies_below_a_file(self, tmp_path, monkeypatch, capfd, command, below):
+        (tmp_path / "file").write_text("kept")
+        line = refused(monkeypatch, capfd, *command, tmp_path / below)
+        assert line.startswith(f"lmms-plugin: {command[-1]}: expected ")
+        assert line.endswith(f"got the file {tmp_path / 'file'}; name another place")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="writes below /proc")
+    @pytest.mark.parametrize("command", [*FILES, *FOLDERS], ids=" ".join)
+    def test_some_places_take_nothing(self, monkeypatch, capfd, command):
+        line = refused(monkeypatch, capfd, *command, "/proc/x")
+        assert line.startswith(f"lmms-plugin: {command[-1]}: cannot write to /proc (")
+        assert line.endswith("); name another place")
+
+    @pytest.mark.parametrize("command", [*FILES, *FOLDERS], ids=" ".join)
+    def test_names_may_be_too_long(self, tmp_path, monkeypatch, capfd, command):
+        line = refused(monkeypatch, capfd, *command, tmp_path / ("x" * 300))
+        assert line.startswith(f"lmms-plugin: {command[-1]}: cannot write to {tmp_path}/xxx")
+        assert "(file name too long); name another place" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--bist", "3"], "No such option: --bist (Possible options: --bits, --limit); see 'lmms-plugin demo"),
+        (["demo", "--bits", "many"], "Invalid value for '--bits': "),
+        (["demo", "extra"], "Got unexpected extra argument"),
+        (["report"], "Missing argument 'results'; see 'lmms-plugin report --help'"),
+        (["study", "run", "FILE"], "Missing option '--output'; see 'lmms-plugin study run --help'"),
+        (["sensitivity", "R", "--kind", "gif"], "Invalid value for '--kind': 'gif' is not one of 'png', 'svg', 'pdf'"),
+        (["export", "R", "-o", "x", "--format", "csv"], "'csv' is not one of 'submission', "),
+        (["nonsense"], "No such command 'nonsense'; see 'lmms-plugin --help'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_is_told_in_one_line(monkeypatch, capfd, arguments, said):
+    line = refused(monkeypatch, capfd, *arguments)
+    assert line.startswith("lmms-plugin: error: ")
+    assert said in line
+    assert line.endswith(" --help'")
+
+
+def test_without_arguments_there_is_help(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["lmms-plugin", "study"])
+    with pytest.raises(SystemExit) as exit_status:
+        main()
+    assert exit_status.value.code == 2
+    printed = capfd.readouterr()
+    assert "analyse" in printed.out + printed.err
+    assert "error" not in printed.out + printed.err

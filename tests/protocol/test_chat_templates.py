@@ -144,9 +144,15 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "problem"),
         [
-            ({"enable_thinking": False}, "enable_thinking: the chat template of .* knows no such variable"),
-            ({"template_args": {"add_generation_prompt": False}}, "add_generation_prompt is not for the user to set"),
-            ({"template_args": {"messages": []}}, "messages is not for the user to set"),
+            (
+                {"enable_thinking": False},
+                "enable_thinking: the chat template of .* knows no such variable; leave it out",
+            ),
+            (
+                {"template_args": {"add_generation_prompt": False}},
+                "add_generation_prompt is set by this package; leave it out",
+            ),
+            ({"template_args": {"messages": []}}, "messages is set by this package; leave it out"),
         ],
     )
     def test_a_variable_without_effect_is_an_error(self, copied, arguments, problem):
@@ -154,7 +160,7 @@ class TestArguments:
             load(copied("qwen2_5_vl", QWEN_TEMPLATE), **arguments)
 
     def test_without_a_template_there_is_nothing_to_set(self, checkpoint):
-        with pytest.raises(ValueError, match="is asked without a chat template"):
+        with pytest.raises(ValueError, match=r"is asked without a chat template, .*; leave it out"):
             load(checkpoint("paligemma"), enable_thinking=False)
 
 

@@ -1,6 +1,8 @@
 """Which runs the report takes together, and which unquantized run it compares them with."""
 
 import json
+import re
+import shlex
 from xml.etree import ElementTree
 
 import pytest
@@ -245,3 +247,35 @@ def test_all_documents_are_no_limit_and_a_share_is_one(tmp_path, limit, shown, w
     assert summary.lines[0].limited == warned
     options = summary.runs[0].axes.config.options
     assert options == (("limit=0.01",) if warned else ())
+
+
+def test_commands_can_be_pasted_and_say_all_that_was_told(tmp_path):
+    folder = tmp_path / "it's $HOME"
+    file = write(folder, "one", 0.8, "quant_rtn", "pretrained=my models/$x,bits=3", limit=20)
+    content = json.loads(file.read_text())
+    content["config"]["batch_size"] = "64"
+    file.write_text(json.dumps(content))
+    write(folder, "two", 0.7, "quant_none", "pretrained=demo")
+    commands = [shlex.split(line) for line in page.commands(summary_of(folder))]
+    head = ["lmms-eval", "--model"]
+    assert [
+        *head,
+        "quant_none",
+        "--model_args",
+        "pretrained=demo",
+        "--tasks",
+        "shapes_rec",
+        "--log_samples",
+    ] in commands
+    given = [*head, "quant_rtn", "--model_args", "pretrained=my models/$x,bits=3", "--tasks", "shapes_rec"]
+    assert [*given, "--log_samples", "--batch_size", "64", "--limit", "20"] in commands
+
+
+def test_one_is_one_on_the_page(tmp_path):
+    write(tmp_path, "one", 0.8, "quant_rtn", "pretrained=demo,bits=3", count=1, limit=1)
+    lines = building.build(tmp_path, tmp_path / "page.html", SETTINGS, title=None, figures=None, pictures=0)
+    assert next(lines).startswith(f"{tmp_path / 'page.html'}: 1 run, ")
+    html = (tmp_path / "page.html").read_text()
+    assert "1 command<" in html
+    assert "1 of 1 run stopped early" in html
+    assert re.findall(r"\b1 (?:runs|images|commands|rows|tasks|configurations)\b", html) == []

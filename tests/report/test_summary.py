@@ -431,10 +431,27 @@ def test_a_reader_is_warned_of_limits_and_missing_baselines(tmp_path):
     assert any("No unquantized run" in line for line in found)
 
 
-def test_a_damaged_verdict_is_refused(tmp_path):
-    (tmp_path / "verdict.json").write_text('{"tables": []}')
-    with pytest.raises(ValueError, match=r"expected .*sentences"):
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [
+        ('{"tables": []}', "sentences: Field required"),
+        ("{", "expected JSON in"),
+        ('{"sentences": "one"}', "sentences: Input should be a valid list, got 'one'"),
+        ('{"sentences": [], "tables": [{"title": "T", "columns": ["a"]}]}', "tables.0.rows: Field required"),
+        (
+            '{"sentences": [], "tables": [{"title": "T", "columns": ["a"], "rows": [[1, 2]]}]}',
+            "tables.0: expected 1 value in every row, got 2",
+        ),
+    ],
+)
+def test_a_damaged_verdict_is_refused(tmp_path, told, problem):
+    (tmp_path / "verdict.json").write_text(told)
+    with pytest.raises(ValueError, match=r"verdict\.json") as refused:
         page.read_verdict(tmp_path)
+    line = str(refused.value)
+    assert problem in line
+    assert "Error(" not in line
+    assert "\n" not in line
 
 
 def test_all_metrics_have_a_place(summary):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.store.folder import StudyFolder
+from lmms_plugin.utils.messages import counted
 
 START = 20.0
 """Seconds until lmms-eval answers its first question, measured on one idle core of a server's processor."""
@@ -76,13 +77,15 @@ def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None,
         same = [one for one in alike if all(one.about["axes"][axis] == getattr(cell.axes, axis) for axis in axes)]
         if same:
             what = " and ".join(("model", "tasks", *axes))
-            return Seconds(median(one.seconds for one in same), f"median of {len(same)} finished cells of equal {what}")
+            return Seconds(
+                median(one.seconds for one in same), f"median of {counted(len(same), 'finished cell')} of equal {what}"
+            )
     documents = _documents(cell)
     if documents is None or parameters is None:
         missing = "number of documents" if documents is None else "size of the model"
         return Seconds(None, f"unknown: no cell like it is finished, and the {missing} is not known")
     rate = GPU_RATE if cuda else CPU_RATE
-    basis = f"{START:.0f} s and {documents} documents of {TOKENS} tokens at {rate:.0e} operations per second"
+    basis = f"{START:.0f} s and {counted(documents, 'document')} of {TOKENS} tokens at {rate:.0e} operations per second"
     return Seconds(START + documents * TOKENS * 2 * parameters / rate, f"{STATED}: {basis}")
 
 

@@ -21,6 +21,7 @@ from lmms_plugin.study.run.local import visible_gpus
 from lmms_plugin.study.run.weights import Size, size
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.verdicts import conclusions
+from lmms_plugin.utils.messages import command_line, counted
 
 _HEADINGS: dict[str, Literal["left", "right"]] = {
     "cell": "left",
@@ -203,8 +204,11 @@ def summary(found: Plan) -> str:
     left = "unknown (no finished cell tells)" if found.seconds_left is None else duration(found.seconds_left)
     if any(one.state != "done" and one.seconds.basis.startswith(cost.STATED) for one in found.cells):
         left += " (by parameters and documents, not measured)"
-    others = f"; {len(found.others)} finished cells in the folder are not of this plan" if found.others else ""
-    return f"{len(found.cells)} cells: {counts}; time left, one at a time: {left}{others}"
+    verb = "is" if len(found.others) == 1 else "are"
+    others = (
+        f"; {counted(len(found.others), 'finished cell')} in the folder {verb} not of this plan" if found.others else ""
+    )
+    return f"{counted(len(found.cells), 'cell')}: {counts}; time left, one at a time: {left}{others}"
 
 
 def without_analysis(found: Plan, output: Path) -> str:
@@ -212,6 +216,6 @@ def without_analysis(found: Plan, output: Path) -> str:
     counts = found.counts()
     left = ", ".join(f"{counts[state]} {state}" for state in ("failed", "running", "missing") if counts[state])
     return (
-        f"The analysis was not made: of {len(found.cells)} cells {left}. Without them:"
-        f" lmms-plugin study analyse {output} --partial"
+        f"The analysis was not made: of {counted(len(found.cells), 'cell')} {left}. Without them:"
+        f" {command_line(('lmms-plugin', 'study', 'analyse', output, '--partial'))}"
     )

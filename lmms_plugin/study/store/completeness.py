@@ -15,6 +15,7 @@ from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.store.folder import STUDY, StudyFolder
 from lmms_plugin.study.verdicts import conclusions
 from lmms_plugin.study.verdicts.conclusions import Conclusion, Partial
+from lmms_plugin.utils.messages import counted
 
 _NAMED = 3
 
@@ -39,8 +40,10 @@ class Coverage(NamedTuple):
         by_tasks = len({cell.tasks for cell in self.missing}) > 1
         first = [f"{one.slug} ({', '.join(one.tasks)})" if by_tasks else one.slug for one in self.missing[:_NAMED]]
         more = f" and {len(self.missing) - _NAMED} more" if len(self.missing) > _NAMED else ""
-        total = len(self.finished) + len(self.missing)
-        return Partial(f"{len(self.finished)} of {total} cells are finished", f"{', '.join(first)}{more}")
+        done, total = len(self.finished), len(self.finished) + len(self.missing)
+        return Partial(
+            f"{done} of {counted(total, 'cell')} {'is' if done == 1 else 'are'} finished", f"{', '.join(first)}{more}"
+        )
 
 
 def coverage(folder: StudyFolder, planned: Sequence[Cell]) -> Coverage:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from lmms_plugin.metrics.paired import Difference
 from lmms_plugin.study.verdicts.arms import UNTOUCHED
 from lmms_plugin.study.verdicts.contrasts import Analysis, Contrast, Question, Row
+from lmms_plugin.utils.messages import counted
 
 SHOWN, REVERSE, EQUIVALENT, OPEN = "shown", "the opposite shown", "no difference", "not shown"
 NOT_JUDGED = "not judged (broken)"
@@ -196,11 +197,11 @@ def _listed(words: Sequence[str]) -> str:
 
 def _scope(found: Analysis) -> str:
     question = found.question
-    count = found.documents[question.clean]
+    size = f"{counted(found.documents[question.clean], 'document')} of {counted(found.images, 'image')}"
     limited = "" if found.limit is None else f" (limited to the first {found.limit:g} of each task)"
     tasks = ", ".join(question.shifted)
     return (
-        f"{count} documents of {found.images} images{limited}; clean: {question.clean}; shifted, mean of: {tasks}."
+        f"{size}{limited}; clean: {question.clean}; shifted, mean of: {tasks}."
         f" {100 * question.level:g} % intervals over images and calibration seeds; equivalent means within"
         f" ±{_points(question.margin, signed=False)} points."
     )

@@ -180,8 +180,12 @@ def test_folders_that_are_taken_are_refused(tmp_path):
     for taken in ("file", "full"):
         with pytest.raises(ValueError, match=f"{taken} is there already and not empty"):
             expect_free(tmp_path / taken)
-    with pytest.raises(ValueError, match="there is no folder"):
-        expect_free(tmp_path / "nowhere" / "saved")
+    with pytest.raises(
+        ValueError, match=f"--output: expected a path below .*, got the file {tmp_path}/file; name another"
+    ):
+        expect_free(tmp_path / "file" / "saved", "--output")
+    assert expect_free(tmp_path / "nowhere" / "saved") == tmp_path / "nowhere" / "saved"
+    assert not (tmp_path / "nowhere").exists()
     assert expect_free(tmp_path / "empty") == tmp_path / "empty"
     assert expect_free(tmp_path / "new") == tmp_path / "new"
 
@@ -226,8 +230,11 @@ def test_a_model_that_has_run_is_saved_like_one_that_has_not(checkpoint, tmp_pat
 def test_the_model_argument_saves_what_quant_prequantized_loads(tmp_path):
     import lmms_plugin.vlm.wrapper as models
 
-    first = models.QuantRtn(pretrained="demo", bits=4, save_quantized=str(tmp_path / "saved"))
-    second = models.QuantPrequantized(pretrained=str(tmp_path / "saved"))
+    # Folders above are made, too.
+    folder, account = tmp_path / "new" / "saved", tmp_path / "reports" / "report.json"
+    first = models.QuantRtn(pretrained="demo", bits=4, save_quantized=str(folder), report=str(account))
+    assert account.read_text() == first.report.to_json()
+    second = models.QuantPrequantized(pretrained=str(folder))
     assert second.dialect.name == first.dialect.name == "demo"
     assert second.report.bytes_after == first.report.bytes_after
     pairs = zip(first.model.modules(), second.model.modules(), strict=True)
