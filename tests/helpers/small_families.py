@@ -36,6 +36,8 @@ FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 VOCABULARY, PAD = 512, 0
 CHANNELS, IMAGE_SIZE = 3, 56
 LAYERS = 2
+VIDEO_DIMENSIONS = 5
+"""Of pixels that are (videos, frames, channels, height, width)."""
 LARGEST = 13_000_000
 """Parameters above which a family is not run."""
 
@@ -52,7 +54,14 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(("decoder_attention_heads", "num_global_heads", "heads"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
-    "num_key_value_heads": 2,
+    **dict.fromkeys(("hidden_sizes", "projector_input_dim", "moe_hidden_size"), 64),
+    **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size", "projection_intermediate_size"), 128),
+    **dict.fromkeys(("swa_num_attention_heads", "linear_num_heads", "index_n_heads"), 4),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "num_sliding_attention_heads"), 4),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "base_channels", "latent_channels"), 32),
+    **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads"), 2),
+    "num_res_blocks": 1,
+    "swa_head_dim": 16,
     "conf_num_hidden_layers": LAYERS,
     "conf_num_attention_heads": 4,
     "head_dim": 16,
@@ -83,8 +92,11 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
         layers = next((vars(part)[name] for name in ("num_hidden_layers", "depth") if name in vars(part)), None)
         kinds = list(dict.fromkeys(vars(part).get("layer_types") or ()))
         kept = max(LAYERS, len(kinds))
-        grouped = getattr(part, "num_key_value_heads", None) not in (None, getattr(part, "num_attention_heads", None))
+        grouped = vars(part).get("num_key_value_heads") not in (None, vars(part).get("num_attention_heads"))
         for name, value in list(vars(part).items()):
+            if name == "head_dim" and "qk_rope_head_dim" in vars(part):
+                # Of latent attention it is the size of what turns with the position, which keeps its own.
+                continue
             if name in SIZES and isinstance(value, int) and not isinstance(value, bool):
                 size = min(value, SIZES[name])
                 if name == "num_key_value_heads" and not grouped:
@@ -98,8 +110,10 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
                 and isinstance(patch := vars(part).get("patch_size"), int)
             ):
                 part.image_size = min(value, 8 * patch)
-            elif isinstance(value, list) and len(value) == layers:
+            elif isinstance(value, list | tuple) and len(value) == layers:
                 setattr(part, name, _shortened(name, [*kinds, *value] if name == "layer_types" else value, kept))
+            elif isinstance(value, list | tuple) and name in SIZES:
+                setattr(part, name, _shortened(name, value, len(value)))
             elif name == "rope_parameters" and isinstance(value, dict):
                 for rope in (value, *(inner for inner in value.values() if isinstance(inner, dict))):
                     if "mrope_section" in rope and "qk_rope_head_dim" not in vars(part):
@@ -116,7 +130,7 @@ def _is_id_to_change(name: str, value: Any) -> bool:
     return isinstance(value, int) and value >= VOCABULARY and re.search(r"_token_(id|index)$|_id$", name) is not None
 
 
-def _shortened(name: str, values: list[Any], kept: int) -> list[Any]:
+def _shortened(name: str, values: Sequence[Any], kept: int) -> list[Any]:
     return [min(each, SIZES[name]) if name in SIZES else each for each in values[:kept]]
 
 
@@ -173,10 +187,18 @@ class Tiny:
         """Names of the arguments of the forward pass."""
         return frozenset(inspect.signature(self.model.forward).parameters)
 
+    @cached_property
+    def _demanded(self) -> frozenset[str]:
+        """Names of the arguments about images without which there is no forward pass."""
+        given = inspect.signature(self.model.forward).parameters.values()
+        demanded = {one.name for one in given if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+        return frozenset(demanded - {"input_ids", "attention_mask"})
+
     @property
     def image_token(self) -> int:
         """Id of the token that stands for a piece of an image."""
-        return int(getattr(self.model.config, "image_token_id", None) or VOCABULARY - 1)
+        named = (getattr(self.model.config, name, None) for name in ("image_token_id", "video_token_id"))
+        return int(next(filter(None, named), VOCABULARY - 1))
 
     def row(self, tail: int, start: int = 20) -> list[int]:
         """Return the token ids of a prompt with one image and so many tokens behind it."""
@@ -205,9 +227,12 @@ class Tiny:
     def _tokens(self, image: Mapping[str, torch.Tensor]) -> int:
         """Return how many positions of a prompt an image takes."""
         reader = next((part for part in self.model.modules() if hasattr(part, "get_image_features")), None)
-        if reader is None:
+        features = None if reader is None else reader.get_image_features(**image)
+        if (queries := getattr(self.model.config, "num_query_tokens", None)) is not None:
+            pixels = image["pixel_values"]
+            return int(queries) * (pixels.shape[1] if pixels.ndim == VIDEO_DIMENSIONS else 1)
+        if features is None:
             return int(hasattr(self.model.config, "image_token_id"))
-        features = reader.get_image_features(**image)
         pooled = getattr(features, "pooler_output", None)
         features = getattr(features, "last_hidden_state", features) if pooled is None else pooled
         if isinstance(features, list | tuple):
@@ -262,14 +287,59 @@ class Tiny:
                 {"pixel_values": draw(1, CHANNELS, patch, 64 * patch), "target_sizes": torch.tensor([[8, 8]])},
                 {"pixel_values": draw(16, CHANNELS * frames * patch**2), "image_grid_thw": grid},
             ]
-        yield from (way for way in ways if set(way) <= self.arguments)
+        yield from (way for way in ways if self._demanded <= set(way) <= self.arguments)
 
 
 Draw = Callable[..., torch.Tensor]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_GEMMA = {
+    "num_hidden_layers": LAYERS,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "per_layer_config": {1: {"head_dim": 32}},
+}
 PARTS: Mapping[str, Mapping[str, Any]] = {
-    "gemma4": {"vision_config": {}},
-    "gemma4_unified": {"vision_config": {}},
+    **{key: {"text_config": _GEMMA, "vision_config": {}} for key in ("gemma4", "gemma4_unified")},
+    "diffusion_gemma": {"text_config": {**_GEMMA, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "dots3_note": {
+        "text_config": {
+            "num_hidden_layers": LAYERS,
+            "layer_types": ["indexed_attention", "sliding_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+        }
+    },
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 4,
+            "indexer_kv_heads": 2,
+            "indexer_head_dim": 16,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 4,
+        }
+    },
+    "granite4_vision": {
+        "downsample_rate": "4/8",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [0, 1, 0, 1],
+        "image_grid_pinpoints": [[64, 64]],
+        "vision_config": {"image_size": 64, "patch_size": 8},
+    },
+    "inkling_mm_model": {"vision_config": {"n_layers": LAYERS, "patch_size": 8}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "fast_vlm": {
+        "vision_config": {
+            "architecture": "fastvit_mci3",
+            "hidden_size": 64,
+            "model_args": {"layers": [1] * 5, "embed_dims": [16, 16, 32, 32, 64], "inference_mode": True},
+        }
+    },
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": VOCABULARY - 1,
+            "<|extra_200|>": 400,
+            **{f"<|visual token {code:06}|>": 300 + code for code in range(8)},
+        },
+        "vq_config": {"codebook_size": 8, "channel_multiplier": [1, 1, 1, 1]},
+    },
     "aria": {"projector_patch_to_query_dict": {49: 8}},
     "gemma3n": {"vision_config": {"model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 2}}},
     "perception_lm": {
@@ -314,6 +384,15 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         family: {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
         for family in ("glm4v", "glm46v", "glmga", "glm_ocr", "qwen2_vl", "qwen2_5_vl", "paddleocr_vl")
     },
+    "llama4": {"vision_config.intermediate_size": 256},
+    "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0, 1]},
+    **{key: {"vision_config.sam_config.downsample_channels": [64, 64]} for key in ("deepseek_ocr2", "unlimited_ocr")},
+    **{key: {"out_hidden_size": 4 * 64} for key in ("muse_glimmer", "muse_spark")},
+    "t5gemma2": {"encoder.mm_tokens_per_image": 4},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
+    "step3p7": {"vision_config.mlp_ratio": 2.0},
+    "minimax_m3_vl": {"merged_hidden_size": 4 * 64},
+    "hunyuan_vl": {"text_config.head_dim": 16},
     "glm4v_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
     **{key: {"vision_config.image_size": 256} for key in ("idefics3", "smolvlm")},
     **{key: {"mm_tokens_per_image": 4} for key in ("gemma3", "shieldgemma2")},
@@ -357,6 +436,11 @@ def _shaped(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def _instructblipvideo(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
+    side = config.vision_config.image_size
+    return {"pixel_values": draw(1, 4, CHANNELS, side, side), "qformer_input_ids": torch.tensor([[5, 6, 7]])}
+
+
 def _mllama(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
     vision = config.vision_config
     tiles = draw(1, 1, vision.max_num_tiles, CHANNELS, vision.image_size, vision.image_size)
@@ -369,6 +453,7 @@ IMAGES: Mapping[str, Callable[[Draw, Any], dict[str, torch.Tensor]]] = {
     "fuyu": _fuyu,
     "lfm2_vl": _shaped,
     "mllama": _mllama,
+    "instructblipvideo": _instructblipvideo,
 }
 """Family -> how it is given an image, where that is a way of its own."""
 
