@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
 from helpers.families import byte_level_tokenizer, widen
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -54,12 +55,15 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(("decoder_attention_heads", "num_global_heads", "heads"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
-    **dict.fromkeys(("hidden_sizes", "projector_input_dim", "moe_hidden_size"), 64),
+    **dict.fromkeys(("hidden_sizes", "projector_input_dim", "moe_hidden_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size", "projection_intermediate_size"), 128),
     **dict.fromkeys(("swa_num_attention_heads", "linear_num_heads", "index_n_heads"), 4),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "num_sliding_attention_heads"), 4),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "base_channels", "latent_channels"), 32),
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads"), 2),
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "downsample_hidden_size"), 64),
+    **dict.fromkeys(("hc_lowrank", "shared_experts_intermediate_size"), 32),
+    "num_filters": 8,
     "num_res_blocks": 1,
     "swa_head_dim": 16,
     "conf_num_hidden_layers": LAYERS,
@@ -126,7 +130,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 def _is_id_to_change(name: str, value: Any) -> bool:
     """Tell whether an attribute is a token's id beyond the vocabulary, or that of an image's token left open."""
     if value is None:
-        return name in ("image_token_id", "image_token_index")
+        return name in ("image_token_id", "image_token_index", "video_token_index")
     return isinstance(value, int) and value >= VOCABULARY and re.search(r"_token_(id|index)$|_id$", name) is not None
 
 
@@ -202,6 +206,8 @@ class Tiny:
 
     def row(self, tail: int, start: int = 20) -> list[int]:
         """Return the token ids of a prompt with one image and so many tokens behind it."""
+        if "input_ids" not in self.arguments:
+            raise ValueError(f"{type(self.model).__name__} reads no prompt")
         self.image(0)
         before = [token for token in (9, 10, 11) if token != self.image_token][:2]
         return [*before, *[self.image_token] * self._count, *(start + 7 * i % 200 for i in range(tail))]
@@ -219,6 +225,11 @@ class Tiny:
             marked["image_embeds_position_mask"] = marks.bool()
         return {"input_ids": ids, "attention_mask": mask, **inputs, **marked}
 
+    @property
+    def answer(self) -> dict[str, torch.Tensor]:
+        """The beginning of an answer, where that is not read behind the prompt."""
+        return {"decoder_input_ids": torch.tensor([[5, 6]])} if self.model.config.is_encoder_decoder else {}
+
     def _side_by_side(self, name: str) -> int:
         """Return the dimension along which images stand: the last for one long strip of patches, else the first."""
         return -1 if name == "pixel_values" and "target_sizes" in self.arguments else 0
@@ -234,6 +245,9 @@ class Tiny:
         if features is None:
             return int(hasattr(self.model.config, "image_token_id"))
         pooled = getattr(features, "pooler_output", None)
+        if pooled is None and (levels := getattr(features, "deepstack_features", None)) is not None:
+            # Each level, behind the number of its layer, takes the same positions.
+            pooled = levels[0][1]
         features = getattr(features, "last_hidden_state", features) if pooled is None else pooled
         if isinstance(features, list | tuple):
             features = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
@@ -283,7 +297,6 @@ class Tiny:
                 {"pixel_values": flat, "image_grid_thw": grid, "image_merge_sizes": torch.tensor([2])},
                 {"pixel_values": flat, "image_grid_hw": grid[:, 1:]},
                 {"pixel_values": draw(1, 36, CHANNELS * patch**2), "image_position_ids": places[None]},
-                {"flattened_patches": torch.cat([1 + places[None], draw(1, 36, CHANNELS * patch**2)], dim=-1)},
                 {"pixel_values": draw(1, CHANNELS, patch, 64 * patch), "target_sizes": torch.tensor([[8, 8]])},
                 {"pixel_values": draw(16, CHANNELS * frames * patch**2), "image_grid_thw": grid},
             ]
@@ -310,10 +323,11 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "qwen4_exp": {
         "text_config": {
             "indexer_n_heads": 4,
-            "indexer_kv_heads": 2,
+            "indexer_kv_heads": 1,
             "indexer_head_dim": 16,
             "indexer_budget": 64,
             "indexer_compress_ratio": 4,
+            "head_dim": 16,
         }
     },
     "granite4_vision": {
@@ -332,13 +346,19 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
             "model_args": {"layers": [1] * 5, "embed_dims": [16, 16, 32, 32, 64], "inference_mode": True},
         }
     },
+    "apertus1p5": {
+        "vision_config": {"codebook_size": 64},
+        "audio_config": {"codebook_size": 64, "codebook_dim": 64},
+        "image_token_offset": 256,
+        "audio_token_offset": 320,
+    },
     "emu3": {
         "vocabulary_map": {
             "<image>": VOCABULARY - 1,
             "<|extra_200|>": 400,
             **{f"<|visual token {code:06}|>": 300 + code for code in range(8)},
         },
-        "vq_config": {"codebook_size": 8, "channel_multiplier": [1, 1, 1, 1]},
+        "vq_config": {"codebook_size": 8, "hidden_size": 32, "channel_multiplier": [1, 1, 1, 1]},
     },
     "aria": {"projector_patch_to_query_dict": {49: 8}},
     "gemma3n": {"vision_config": {"model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 2}}},
@@ -390,9 +410,12 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     **{key: {"out_hidden_size": 4 * 64} for key in ("muse_glimmer", "muse_spark")},
     "t5gemma2": {"encoder.mm_tokens_per_image": 4},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
-    "step3p7": {"vision_config.mlp_ratio": 2.0},
+    "step3p7": {"vision_config.mlp_ratio": 2.0, "text_config.sliding_window": 64},
     "minimax_m3_vl": {"merged_hidden_size": 4 * 64},
-    "hunyuan_vl": {"text_config.head_dim": 16},
+    "hunyuan_vl": {
+        "text_config.head_dim": 16,
+        "text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]},
+    },
     "glm4v_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
     **{key: {"vision_config.image_size": 256} for key in ("idefics3", "smolvlm")},
     **{key: {"mm_tokens_per_image": 4} for key in ("gemma3", "shieldgemma2")},
@@ -436,6 +459,29 @@ def _shaped(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def _flattened(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
+    """Patches behind their row and column, from 1."""
+    places = 1 + torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    patches = draw(1, 36, config.vision_config.patch_embed_hidden_size)
+    return {"flattened_patches": torch.cat([places[None], patches], dim=-1)}
+
+
+def _inkling(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
+    vision = config.vision_config
+    return {"pixel_values": draw(4, vision.temporal_patch_size, vision.patch_size, vision.patch_size, CHANNELS)}
+
+
+def _molmo2(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
+    """Four tokens of four patches each, from a picture in low resolution alone."""
+    vision = config.vision_config
+    return {
+        "pixel_values": draw(1, vision.num_position_embeddings, CHANNELS * vision.patch_size**2),
+        "image_token_pooling": torch.arange(16).reshape(4, 4),
+        "image_grids": torch.tensor([[2, 2, 0, 0]]),
+        "image_num_crops": torch.tensor([1]),
+    }
+
+
 def _instructblipvideo(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
     side = config.vision_config.image_size
     return {"pixel_values": draw(1, 4, CHANNELS, side, side), "qformer_input_ids": torch.tensor([[5, 6, 7]])}
@@ -453,6 +499,9 @@ IMAGES: Mapping[str, Callable[[Draw, Any], dict[str, torch.Tensor]]] = {
     "fuyu": _fuyu,
     "lfm2_vl": _shaped,
     "mllama": _mllama,
+    "kosmos-2.5": _flattened,
+    "inkling_mm_model": _inkling,
+    "molmo2": _molmo2,
     "instructblipvideo": _instructblipvideo,
 }
 """Family -> how it is given an image, where that is a way of its own."""
@@ -513,11 +562,11 @@ def examine(family: str, folder: Path) -> Row:
         rows = [tiny.row(tail, 20 + tail) for tail in TAILS]
         alone = [tiny.batch([one], [seed]) for seed, one in enumerate(rows)]
         together = tiny.batch(rows, range(len(rows)))
+        forced = [inputs | tiny.answer | {"use_cache": False} for inputs in alone]
         with torch.no_grad():
-            tiny.model(**alone[0])
+            tiny.model(**forced[0])
     except Exception as error:
         return row._replace(awq=f"not tried: {_line(error)}")
-    forced = [inputs | {"use_cache": False} for inputs in alone]
     return row._replace(
         awq=_outcome(lambda: quantize(loaded, get("awq"), PLAN, forced)),
         batch=_outcome(lambda: _batched(tiny, alone, together)),
@@ -569,8 +618,15 @@ def _outcome(attempt: Callable[[], Any]) -> str:
 
 def _line(error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error) else ""
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}{_raised_in(error)}: "
     return re.sub(r"\s+", " ", kind + re.sub(r"\S*/(tmp|pytest)\S*", "the checkpoint", text))[:200].replace("|", "/")
+
+
+def _raised_in(error: Exception) -> str:
+    """Say which part of a model of transformers raised an error; "" if none did."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    parts = [type(part).__name__ for frame in frames if isinstance(part := frame.f_locals.get("self"), PreTrainedModel)]
+    return f" in {parts[-1]}" if parts else ""
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
