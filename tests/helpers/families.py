@@ -538,6 +538,21 @@ def _janus() -> tuple[Any, Any]:
     return config, processor
 
 
+def _fuyu() -> tuple[Any, Any]:
+    roles = {"bos_token": "<s>", "eos_token": "|ENDOFTEXT|", "pad_token": "|ENDOFTEXT|", "unk_token": "<unk>"}
+    special = ("<s>", "|ENDOFTEXT|", *(f"<0x0{digit}>" for digit in range(5)))
+    tokenizer = sentencepiece_tokenizer(special, prefix_space=True, **roles)
+    # A space begins every text, also one that begins with an image's token; the processor counts on it.
+    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in ("|SPEAKER|", "|NEWLINE|")])
+    images = hf.FuyuImageProcessor(size=_square(), patch_size={"height": PATCH, "width": PATCH})
+    config = hf.FuyuConfig(
+        text_config={"model_type": "persimmon", **_text(tokenizer)},
+        patch_size=PATCH,
+        image_token_id=tokenizer.convert_tokens_to_ids("|SPEAKER|"),
+    )
+    return config, hf.FuyuProcessor(images, tokenizer)
+
+
 BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
@@ -554,7 +569,7 @@ BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "instructblip": _instructblip,
     "blip2_itm": _blip2_itm,
 }
-OTHERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {"kosmos2": _kosmos2, "janus": _janus}
+OTHERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {"kosmos2": _kosmos2, "janus": _janus, "fuyu": _fuyu}
 """Families with a way of their own each, which have tests of their own."""
 
 WITHOUT_BOXES = ("blip2_opt", "blip2_t5", "instructblip")

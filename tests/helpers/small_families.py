@@ -504,6 +504,14 @@ def _molmo2(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def _merged(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
+    places = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    return {
+        "pixel_values": draw(1, 4, CHANNELS * config.vision_config.model_patch_size**2),
+        "image_position_ids": places[None],
+    }
+
+
 def _instructblipvideo(draw: Draw, config: Any) -> dict[str, torch.Tensor]:
     side = config.vision_config.image_size
     return {"pixel_values": draw(1, 4, CHANNELS, side, side), "qformer_input_ids": torch.tensor([[5, 6, 7]])}
@@ -521,6 +529,7 @@ IMAGES: Mapping[str, Callable[[Draw, Any], dict[str, torch.Tensor]]] = {
     "fuyu": _fuyu,
     "lfm2_vl": _shaped,
     "mllama": _mllama,
+    "gemma4_unified": _merged,
     "kosmos-2.5": _flattened,
     "inkling_mm_model": _inkling,
     "molmo2": _molmo2,
@@ -646,10 +655,10 @@ def _line(error: Exception) -> str:
 
 
 def _raised_in(error: Exception) -> str:
-    """Say which part of a model of transformers raised an error; "" if none did."""
-    frames = (frame for frame, _ in walk_tb(error.__traceback__))
-    parts = [type(part).__name__ for frame in frames if isinstance(part := frame.f_locals.get("self"), PreTrainedModel)]
-    return f" in {parts[-1]}" if parts else ""
+    """Say which part of a model raised an error; "" if none did."""
+    frames = [frame.f_locals for frame, _ in walk_tb(error.__traceback__)]
+    raiser = frames[-1].get("self") if frames else None
+    return f" in {type(raiser).__name__}" if isinstance(raiser, PreTrainedModel) else ""
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
