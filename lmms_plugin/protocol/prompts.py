@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -233,19 +232,6 @@ def placeholder(processor: Any) -> str:
         # It takes more than images and texts, and says nothing about tokens.
         return token
     return token if texts[0].count(token) == 1 else ""
-
-
-def encoded(processor: Any, **given: Any) -> dict[str, Any]:
-    """Return what a processor makes of images and texts as tensors, under the names that its model reads.
-
-    Args:
-        processor: of transformers.
-        given: its keyword arguments.
-    """
-    # Fuyu's writes `image_patches` unless told not to, which its model takes and does not look at.
-    if "return_legacy_image_output" in inspect.signature(processor.__call__).parameters:
-        given["return_legacy_image_output"] = False
-    return dict(processor(**given, return_tensors="pt"))
 
 
 def framed(image: Image.Image, dialect: Dialect, background: Colour) -> Image.Image:

@@ -14,16 +14,7 @@ from torch import Tensor
 from transformers.video_utils import VideoMetadata, load_video
 
 from lmms_plugin.protocol import chat_templates
-from lmms_plugin.protocol.prompts import (
-    Colour,
-    Message,
-    Prompt,
-    RequestError,
-    encoded,
-    mean_colour,
-    naming,
-    placeholder,
-)
+from lmms_plugin.protocol.prompts import Colour, Message, Prompt, RequestError, mean_colour, naming, placeholder
 from lmms_plugin.protocol.reasoning import left_open
 from lmms_plugin.protocol.response import Size
 from lmms_plugin.vlm.generation.pooling import Pooled
@@ -272,7 +263,7 @@ class Chat:
             raise RequestError(f"{prompts[0].name}: a prompt without chat template cannot hold a video")
         if prompts[0].images:
             images = [prompt.images for prompt in prompts]
-            return encoded(self.processor, text=texts, images=images, padding=True)
+            return dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt"))
         begun = [(self.tokenizer.bos_token or "") + text for text in texts]
         inputs = dict(self.tokenizer(begun, add_special_tokens=False, padding=True, return_tensors="pt"))
         if "token_type_ids" in self.processor.model_input_names:
@@ -291,7 +282,7 @@ class Chat:
         if not prompts[0].images:
             return dict(self.tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
         images = [prompt.images[0] for prompt in prompts]
-        return _aligned(encoded(self.processor, text=texts, images=images, padding=True))
+        return _aligned(dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt")))
 
     def _raw_text(self, prompt: Prompt) -> str:
         return self._placeholder * len(prompt.images) + prompt.text if prompt.images else prompt.text

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.protocol.plain_prompts import template_for
-from lmms_plugin.protocol.prompts import encoded, framed, mean_colour, placeholder
+from lmms_plugin.protocol.prompts import framed, mean_colour, placeholder
 from lmms_plugin.protocol.reasoning import left_open, separate
 from lmms_plugin.quant_backends.calibration.journal import Journal
 from lmms_plugin.quant_backends.calibration.sources import REFUSE, CalibrationSample, CalibrationSpec
@@ -88,7 +88,7 @@ def encode(processor: Any, image: Image.Image, prompt: str, answer: str | None =
         given["suffix"] = answer
     elif answer is not None:
         given["text"] += f"\n{answer}" if plain is None else f" {answer}"
-    batch = encoded(processor, **given, images=image)
+    batch = dict(processor(**given, images=image, return_tensors="pt"))
     # PaliGemma's processor adds training labels, which would make the model compute a loss.
     batch.pop("labels", None)
     return batch

@@ -540,10 +540,13 @@ def _janus() -> tuple[Any, Any]:
 
 def _fuyu() -> tuple[Any, Any]:
     roles = {"bos_token": "<s>", "eos_token": "|ENDOFTEXT|", "pad_token": "|ENDOFTEXT|", "unk_token": "<unk>"}
-    special = ("<s>", "|ENDOFTEXT|", *(f"<0x0{digit}>" for digit in range(5)))
-    tokenizer = sentencepiece_tokenizer(special, prefix_space=True, **roles)
-    # A space begins every text, also one that begins with an image's token; the processor counts on it.
-    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in ("|SPEAKER|", "|NEWLINE|")])
+    # A space begins every text, and an image's tokens are pieces of text: the processor takes off the space in front.
+    pieces = [*_learn_pieces()[0], "|SPEAKER|", "|NEWLINE|"]
+    model = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = _with_special_tokens(backend, ("<s>", "|ENDOFTEXT|"), **roles)
     images = hf.FuyuImageProcessor(size=_square(), patch_size={"height": PATCH, "width": PATCH})
     config = hf.FuyuConfig(
         text_config={"model_type": "persimmon", **_text(tokenizer)},

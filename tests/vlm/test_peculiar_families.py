@@ -69,7 +69,6 @@ def test_a_generate_of_its_own_that_drops_processors_is_passed_by(checkpoint):
 
 
 def test_fuyu_is_shown_the_image_by_its_own_processor(checkpoint):
-    """Its processor names the patches otherwise, unless told not to, and the model looks past that name."""
     path = checkpoint("fuyu")
     vlm = load(path)
     expected = answers(vlm, 1)
