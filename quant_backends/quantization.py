@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +37,7 @@ class Quantization:
         plan: What to quantize; empty for the untouched baseline.
 
     Raises:
-        ValueError: The plan does not fit the model (see `QuantPlan.assign`).
+        ValueError: The plan does not fit the model (see `QuantPlan.assign`), or two of its layers share one weight.
     """
 
     def __init__(self, model: PreTrainedModel, backend: Backend, plan: QuantPlan) -> None:
@@ -48,6 +48,7 @@ class Quantization:
         self.specs, self.reasons = self._assign()
         self._join_untouched()
         self.tied = {name for name in self.specs if _is_tied(model, name)}
+        _expect_unshared(model, self.specs, self.components)
         self._done: dict[str, ModuleReport] = {}
         self._use: dict[str, tuple[int, ...]] = {}
 
@@ -389,6 +390,17 @@ def _untouchable(module: nn.Module) -> str | None:
 
 def _is_tied(model: PreTrainedModel, name: str) -> bool:
     return f"{name}.weight" in getattr(model, "all_tied_weights_keys", {})
+
+
+def _expect_unshared(model: PreTrainedModel, names: Collection[str], linear: Collection[str]) -> None:
+    """Refuse to quantize a layer whose weight another one takes: transformers would look for it in vain."""
+    for taker, source in getattr(model, "all_tied_weights_keys", {}).items():
+        layer, other = source.removesuffix(".weight"), taker.removesuffix(".weight")
+        if layer in names and other in linear:
+            raise ValueError(
+                f"{type(model).__name__}: {layer} and {other} share one weight, which quantized layers cannot; this "
+                "family is supported by method none alone"
+            )
 
 
 def untie(model: PreTrainedModel, name: str) -> None:

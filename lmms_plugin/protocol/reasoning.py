@@ -1,9 +1,9 @@
 """What of a model's text is reasoning and what is its answer.
 
 A model that reasons first writes its reasoning between tags, and its answer behind them. Which tags is a matter of the
-family; a chat template may open one itself, and then the text holds only what closes it. This is the one place that
-knows the tags: whatever reads an answer, be it a box, a word, a caption, a statement or the probability of a token,
-asks here.
+family; a chat template may open one itself, and then the text holds only what closes it. Some write labels instead
+("Thought: ... Answer: ..."), and some answer first and reason then. This is the one place that knows the tags: whatever
+reads an answer, be it a box, a word, a caption, a statement or the probability of a token, asks here.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ REASONING: tuple[Tags, ...] = (
     _element("thinking", "prompts of many models"),
     _element("thought", "prompts of many models"),
     _element("reasoning", "prompts of R1-like models; LLaVA-CoT, arXiv 2411.10440"),
+    _element("analysis", "prompts of many models"),
+    _element("reflection", "Reflection-Llama-3.1-70B, within its thinking; prompts of R1-like models"),
     _element("seed:think", "ByteDance-Seed/Seed-OSS-36B-Instruct, chat template"),
     _element("mm:think", "MiniMax M3"),
     _written("◁think▷", "◁/think▷", "moonshotai/Kimi-VL-A3B-Thinking"),
@@ -61,7 +63,7 @@ REASONING: tuple[Tags, ...] = (
         "Gemma 4, ai.google.dev/gemma/docs/core/prompt-formatting-gemma4",
     ),
     Tags(
-        r"<\|channel\|>\s{0,8}(?:analysis|commentary)[^<]{0,200}(?:<\|constrain\|>[^<]{0,40})?<\|message\|>",
+        r"(?:<\|start\|>assistant)?<\|channel\|>\s{0,8}(?:analysis|commentary)[^<]{0,200}(?:<\|constrain\|>[^<]{0,40})?<\|message\|>",
         r"<\|channel\|>\s{0,8}final[^<]{0,40}(?:<\|constrain\|>[^<]{0,40})?<\|message\|>",
         ("<|start|>", "<|channel|>", "<|message|>", "<|end|>"),
         "gpt-oss, the harmony response format",
@@ -83,6 +85,16 @@ _TAGS = re.compile("|".join(f"(?P<o{i}>{tags.opening})|(?P<c{i}>{tags.closing})"
 _BOXES = re.compile("|".join(f"(?P<o{i}>{tags.opening})" for i, tags in enumerate(ANSWER)))
 _CLOSED_BOX = tuple(re.compile(tags.closing) for tags in ANSWER)
 _TURN_ENDS = re.compile(r"(?:\s*<\|(?:end|return)\|>)+\s*\Z")
+_MARKDOWN = r"[ \t#*_]{0,8}"
+_LABELLED = re.compile(
+    rf"\s{{0,8}}{_MARKDOWN}(?:Thoughts?|THOUGHTS?|Reasoning|REASONING|Rationale|RATIONALE){_MARKDOWN}:"
+    rf".*?(?:^|(?<=[.!?;])[ \t]){_MARKDOWN}(?:Answer|ANSWER|Final [Aa]nswer|FINAL ANSWER){_MARKDOWN}:{_MARKDOWN}",
+    re.DOTALL | re.MULTILINE,
+)
+"""A label of reasoning at the beginning of what is said, up to a label of the answer where a line or sentence begins.
+
+Such words also stand in ordinary text, so that one label without the other, or anywhere else, separates nothing.
+"""
 
 
 class Separated(NamedTuple):
@@ -90,10 +102,12 @@ class Separated(NamedTuple):
 
     Attributes:
         text: all of it.
-        said: (start, end) of what is no reasoning; empty, at the end, where reasoning does not end.
+        said: (start, end) of what is no reasoning: what follows it or, where nothing does, what stands in front of it;
+            empty, at the end, where reasoning does not end.
         answer: (start, end) of the answer proper within it: what its own tags enclose where it has some.
         finished: whether reasoning, if there was some, came to its end.
         reasoned: whether there was reasoning, be it empty.
+        until: where reasoning begins behind what is said; the end of the text where none does.
     """
 
     text: str
@@ -101,11 +115,12 @@ class Separated(NamedTuple):
     answer: Span
     finished: bool
     reasoned: bool
+    until: int
 
     @property
     def reasoning_text(self) -> str:
-        """What stands in front of the answer, tags included; "" where the model did not reason."""
-        return self.text[: self.said[0]]
+        """What stands in front of the answer, and what reasoning behind it, tags included; "" without reasoning."""
+        return self.text[: self.said[0]] + self.text[self.until :]
 
     @property
     def said_text(self) -> str:
@@ -119,18 +134,28 @@ class Separated(NamedTuple):
 
 
 class _Scan(NamedTuple):
+    """What tags make of a text.
+
+    Attributes:
+        inside: index in `REASONING` of what is open at the end; None if nothing is.
+        opened: the tag that opened it.
+        outside: (start, end) of what stands outside of reasoning, in order; the last goes to the end of the text.
+        reasoned: whether there was a tag.
+    """
+
     inside: int | None
     opened: str
-    end: int
+    outside: tuple[Span, ...]
     reasoned: bool
 
 
 def separate(text: str, opened: str = "") -> Separated:
     """Separate reasoning from answer.
 
-    The answer is what follows the last reasoning. What opens is closed by its own tag alone, whatever stands between;
-    a tag that closes what nobody opened ends a reasoning that began before the text. Reasoning that does not end holds
-    no answer, and neither does what a model wrote before it.
+    The answer is what follows the last reasoning or, where nothing does, what was said last before it. What opens is
+    closed by its own tag alone, whatever stands between; a tag that closes what nobody opened ends a reasoning that
+    began before the text. Reasoning that does not end holds no answer, and neither does what a model wrote before it.
+    Labels separate where a text begins with one for reasoning and goes on to one for the answer.
 
     Args:
         text: what a model wrote, its special tokens included where tags are some.
@@ -142,13 +167,19 @@ def separate(text: str, opened: str = "") -> Separated:
     scan = _scanned(text, opened)
     if scan.inside is not None:
         nothing = (len(text), len(text))
-        return Separated(text, nothing, nothing, finished=False, reasoned=True)
-    start, end = scan.end, len(text)
-    if scan.reasoned:
-        start += len(text[start:]) - len(text[start:].lstrip())
-        ends = _TURN_ENDS.search(text, start)
+        return Separated(text, nothing, nothing, finished=False, reasoned=True, until=len(text))
+    spoken = [(start, end) for start, end in scan.outside if not text[start:end].isspace() and start < end]
+    start, until = (spoken or scan.outside)[-1]
+    end, reasoned = until, scan.reasoned
+    while (labelled := _LABELLED.match(text, start, end)) is not None:
+        start, reasoned = labelled.end(), True
+    if reasoned:
+        start += len(text[start:end]) - len(text[start:end].lstrip())
+        ends = _TURN_ENDS.search(text, start, end)
         end = end if ends is None else ends.start()
-    return Separated(text, (start, end), _unwrapped(text, start, end), finished=True, reasoned=scan.reasoned)
+    if until < len(text):
+        end = start + len(text[start:end].rstrip())
+    return Separated(text, (start, end), _unwrapped(text, start, end), finished=True, reasoned=reasoned, until=until)
 
 
 def left_open(text: str) -> str:
@@ -189,14 +220,19 @@ def _opening(tag: str) -> int | None:
 def _scanned(text: str, opened: str) -> _Scan:
     if opened:
         expect_opening(opened)
-    inside, end, reasoned = _opening(opened) if opened else None, 0, bool(opened)
+    inside, reasoned = _opening(opened) if opened else None, bool(opened)
+    outside: list[Span] = []
+    start = 0
     for match in _TAGS.finditer(text):
         kind, tags = (match.lastgroup or "")[0], int((match.lastgroup or "")[1:])
         if kind == "o" and inside is None:
+            outside.append((start, match.start()))
             inside, opened, reasoned = tags, match.group(), True
         elif kind == "c" and inside in (None, tags):
-            inside, opened, end, reasoned = None, "", match.end(), True
-    return _Scan(inside, opened, end, reasoned)
+            # What nobody opened began before the text: all of it so far is reasoning.
+            outside = [] if inside is None else outside
+            inside, opened, start, reasoned = None, "", match.end(), True
+    return _Scan(inside, opened, (*outside, (start, len(text))), reasoned)
 
 
 def _unwrapped(text: str, start: int, end: int) -> Span:

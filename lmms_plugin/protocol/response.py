@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -139,7 +139,8 @@ class Response:
         # Tokens without text belong to the character that a later one completes, or end the answer.
         while first > 0 and not self.tokens[first - 1].text:
             first -= 1
-        return Spoken(self.tokens[first:], edges[first])
+        last = bisect_left(edges, self.parts.until) if self.parts.until < len(self.text) else len(self.tokens)
+        return Spoken(self.tokens[first:last], edges[first])
 
     def encode(self) -> str:
         """Return the answer with its trailer.

@@ -538,6 +538,24 @@ def _janus() -> tuple[Any, Any]:
     return config, processor
 
 
+def _fuyu() -> tuple[Any, Any]:
+    roles = {"bos_token": "<s>", "eos_token": "|ENDOFTEXT|", "pad_token": "|ENDOFTEXT|", "unk_token": "<unk>"}
+    # A space begins every text, and an image's tokens are pieces of text: the processor takes off the space in front.
+    pieces = [*_learn_pieces()[0], "|SPEAKER|", "|NEWLINE|"]
+    model = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = _with_special_tokens(backend, ("<s>", "|ENDOFTEXT|"), **roles)
+    images = hf.FuyuImageProcessor(size=_square(), patch_size={"height": PATCH, "width": PATCH})
+    config = hf.FuyuConfig(
+        text_config={"model_type": "persimmon", **_text(tokenizer)},
+        patch_size=PATCH,
+        image_token_id=tokenizer.convert_tokens_to_ids("|SPEAKER|"),
+    )
+    return config, hf.FuyuProcessor(images, tokenizer)
+
+
 BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
@@ -554,7 +572,7 @@ BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "instructblip": _instructblip,
     "blip2_itm": _blip2_itm,
 }
-OTHERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {"kosmos2": _kosmos2, "janus": _janus}
+OTHERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {"kosmos2": _kosmos2, "janus": _janus, "fuyu": _fuyu}
 """Families with a way of their own each, which have tests of their own."""
 
 WITHOUT_BOXES = ("blip2_opt", "blip2_t5", "instructblip")

@@ -28,9 +28,11 @@ WRAPPED = [tags.tokens for tags in ANSWER]
 pair = st.sampled_from(PAIRS)
 # Text that can make no tag: every one needs one of the characters left out.
 plain = st.text(st.characters(codec="utf-8", exclude_characters="<>[]◁▷|"), max_size=20)
-soup = st.lists(st.sampled_from([tag for tags in [*PAIRS, *WRAPPED] for tag in tags] + ["no", " ", "[1,2]"])).map(
-    "".join
-)
+soup = st.lists(
+    st.sampled_from(
+        [tag for tags in [*PAIRS, *WRAPPED] for tag in tags] + ["no", " ", "[1,2]", "Thought:", "\nAnswer:"]
+    )
+).map("".join)
 
 
 @pytest.mark.parametrize(("opening", "closing"), PAIRS)
@@ -61,6 +63,71 @@ class TestTags:
         assert left_open(f"<|assistant|>\n{opening}\n") in (opening, opening.rstrip(), "<|channel>")
         assert left_open(f"<|assistant|>\n{opening}\n\n{closing}\n\n") == ""
         assert left_open("<|im_start|>assistant\n") == ""
+
+    def test_an_answer_that_nothing_follows_was_given_before(self, opening, closing):
+        for text in (
+            f"yes {opening}red{closing}",
+            f"yes\n{opening}red{closing}\n",
+            f"{opening}a{closing}yes{opening}b{closing} ",
+        ):
+            parts = separate(text)
+            assert (parts.said_text, parts.answer_text, parts.finished, parts.reasoned) == ("yes", "yes", True, True)
+            assert "yes" not in parts.reasoning_text
+        assert separate(f"Let me see. {opening}red{closing}blue").answer_text == "blue"
+        # What is not told to be over may still change the answer, and what stands before a closing tag is reasoning.
+        assert separate(f"yes {opening}red").answer_text == ""
+        assert separate(f"yes {closing}").answer_text == ""
+
+
+LABELLED = [
+    "Thought: the sign is red.\nAnswer: stop",
+    "Thought: the sign is red. Answer: stop",
+    "**Thought:** the sign is red,\n\n**Answer:** stop",
+    "### Reasoning: it is red\n### Final Answer: stop",
+    "\nTHOUGHT: The question: is there an Answer? Yes\nANSWER: stop",
+    "<think>a</think>Thought: b\nAnswer: stop",
+    "Thought: a\nAnswer: Thought: b\nAnswer: stop",
+    "Thought: a\nAnswer: <answer>stop</answer>",
+]
+UNLABELLED = [
+    "Thought: a bubble above the man",
+    "A sign that says Thought: think first.\nAnswer: later",
+    "Answer: stop",
+    "Answer: the bubble says Thought: hm",
+    "Thoughtful people answer: no",
+    "Thought: the label says the Answer: box is empty",
+    "the analysis of a reflection in the answer: none",
+    "Thoughts and reasoning.\nAnswer: stop",
+]
+
+
+@pytest.mark.parametrize("text", LABELLED)
+def test_labels_separate_as_tags_do(text):
+    parts = separate(text)
+    assert (parts.answer_text, parts.finished, parts.reasoned) == ("stop", True, True)
+    assert parts.reasoning_text + parts.said_text == text
+
+
+@pytest.mark.parametrize("text", UNLABELLED)
+def test_words_of_an_answer_are_no_labels(text):
+    parts = separate(text)
+    assert (parts.said_text, parts.answer_text, parts.reasoned) == (text, text, False)
+
+
+def test_a_model_that_answers_first_is_scored_by_its_answer():
+    given = response("", "yes", samples=("yes<think>red</think>",))
+    text = "<think>red, or blue</think>"
+    given = replace(
+        given, text=given.text + text, tokens=(*given.tokens[:-1], *(Token(c, -5.0) for c in text), Token("", -0.2))
+    )
+    record = answering.scored_by_joint(VQA_DOC, [given.encode()])["accuracy"]
+    assert (record["accuracy"], record["answer"], record["reasoning"]) == (1.0, "yes", text)
+    assert record["confidence"]["word_joint"] == pytest.approx(math.exp(-0.3))
+    assert record["confidence"]["agreement"] == 1.0
+    assert "".join(token.text for token in given.spoken.tokens) == "yes"
+    boxes = comprehension.process_results(BOX_DOC, [boxed("", RIGHT).encode()], "joint")["mean_iou"]
+    first = f"{RIGHT}\n<think>{WRONG}?</think>"
+    assert comprehension.process_results(BOX_DOC, [first], "joint")["mean_iou"]["answer"] == boxes["answer"]
 
 
 @pytest.mark.parametrize(("opening", "closing"), WRAPPED)
@@ -104,6 +171,8 @@ def test_reasoning_is_never_returned_as_answer(tags, thought, said, template):
     parts = separate(text, opening if template else "")
     assert parts.said_text == said.lstrip()
     assert parts.reasoning_text + parts.said_text == text
+    before = separate(f"{said}{opening}{thought}{closing}")
+    assert before.said_text == (said.rstrip() and said.strip())
     unfinished = separate(("" if template else opening) + thought, opening if template else "")
     assert (unfinished.answer_text, unfinished.finished) == ("", False)
 

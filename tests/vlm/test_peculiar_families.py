@@ -7,13 +7,15 @@ import pytest
 import torch
 import transformers as hf
 from helpers.families import BUILDERS, byte_level_tokenizer
+from PIL import Image
 from test_prefix import answers, assert_equal, load, log
 
-from lmms_plugin.protocol.prompts import mean_colour, placeholder
+from lmms_plugin.protocol.prompts import Prompt, mean_colour, placeholder
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import quantize
+from lmms_plugin.vlm.settings import Settings
 
 PADDING = "Answers in a padded batch are not those that "
 
@@ -64,6 +66,23 @@ def test_a_generate_of_its_own_that_drops_processors_is_passed_by(checkpoint):
     assert vlm.runner.sharing.off is None
     assert all(token.logprob < 0 for response in found for token in response.tokens)
     assert_equal(answers(load(checkpoint("janus"), share_prefix=False), 1), [response.encode() for response in found])
+
+
+def test_fuyu_is_shown_the_image_by_its_own_processor(checkpoint):
+    path = checkpoint("fuyu")
+    vlm = load(path)
+    expected = answers(vlm, 1)
+    assert_equal(answers(load(path), 4), expected)
+    found = [
+        vlm.decoder.generate(vlm.chat.encode([about(colour)]).inputs, Settings(max_new_tokens=8))[0].tokens
+        for colour in ("red", "blue")
+    ]
+    assert found[0] != found[1]
+
+
+def about(colour):
+    parts = [{"type": "image", "image": Image.new("RGB", (56, 56), colour)}, {"type": "text", "text": "What is it?"}]
+    return Prompt(colour, ({"role": "user", "content": parts},), raw=True)
 
 
 def test_parts_that_draw_are_left_alone(checkpoint, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers.recorder import SPEC, Recorder, plain_sums
+from helpers.small_families import Tiny, load
 from torch import nn
 
 from lmms_plugin.quant_backends.calibration.sequential import Calibrator
@@ -159,3 +160,11 @@ def test_every_layer_gets_the_statistics_of_plain_forward_passes(build):
         )
     # One by one, in as many blocks as there are transformer layers, connector and output projection.
     assert sum(bool(inside) for inside in find_blocks(model, tuple(names)).values()) >= 8
+
+
+def test_a_layer_that_gives_its_weight_to_another_is_refused(tmp_path):
+    tiny = Tiny("diffusion_gemma")
+    tiny.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\.\S+ and model\.encoder\S+ share one weight"):
+        load(tmp_path, "rtn")
+    assert type(load(tmp_path, "none")) is type(tiny.model)
