@@ -28,6 +28,7 @@ from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.utils import guard, installed
+from lmms_plugin.utils.files import replace_text
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3
@@ -102,7 +103,7 @@ def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False
     runs = _evaluate(commands, folder)
     _print(_table(runs), _scope(runs[0]))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
-    (output / "report.md").write_text(_report(runs, images, limit), encoding="utf-8")
+    replace_text(output / "report.md", _report(runs, images, limit))
     page = output / "report.html"
     settings = Settings(resamples=building.RESAMPLES, workers=building.default_workers())
     list(building.build(folder, page, settings, title="Embedded demo", figures=None, pictures=_PICTURES))

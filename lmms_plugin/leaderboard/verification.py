@@ -6,7 +6,6 @@ records of Every Eval Ever. What cannot be told from files alone is whether the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from lmms_plugin.export.measured import Measured, Score, measured
 from lmms_plugin.export.rescoring import difference
 from lmms_plugin.leaderboard import submission
 from lmms_plugin.leaderboard.submission import Manifest
+from lmms_plugin.utils import hashing
 
 LONGEST_REASON = 600
 """Characters of a reason that are shown: it may quote what a stranger wrote."""
@@ -162,8 +162,8 @@ def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
     return Verified(
         name=path.name.removesuffix(".zip"),
         source=manifest.source,
-        digest=hashlib.sha256((folder / submission.MANIFEST).read_bytes()).hexdigest(),
-        answers=hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
+        digest=hashing.of_file(folder / submission.MANIFEST),
+        answers=hashing.of_value(answers),
         facts=told,
         tasks={task: _answered(found, task) for task in found.tasks},
     )

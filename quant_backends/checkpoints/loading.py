@@ -16,7 +16,7 @@ from lmms_plugin.protocol.chat_templates import adopt
 from lmms_plugin.protocol.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
 from lmms_plugin.quant_backends.calibration.inputs import build_batches, fingerprint
-from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder, checkpoint_key, code_key
+from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder, code_key
 from lmms_plugin.quant_backends.calibration.memory import Residence, explained_out_of_memory, read_peak, reset_peak
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
@@ -26,6 +26,7 @@ from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport, Qua
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
+from lmms_plugin.utils import hashing
 from lmms_plugin.utils.readable import readable
 from lmms_plugin.vlm.generation.decoding import keep_ends
 
@@ -206,7 +207,7 @@ def _journal(
     """Return the journal of a calibration whose outcome depends on all that is named here, `folder` aside."""
     model, libraries = work.model, ("lmms-plugin", "torch", "transformers", "tokenizers")
     key = {
-        "checkpoint": checkpoint_key(path, model.config),
+        "checkpoint": hashing.of_source(path, lambda _: getattr(model.config, "_commit_hash", None)),
         "dtype": str(model.dtype),
         "device": residence.device.type if residence.device is not None else "as mapped",
         "attention": model.config._attn_implementation,

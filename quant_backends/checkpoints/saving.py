@@ -8,8 +8,6 @@ without this package. Anything else that our own layers hold is written as their
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 from lmms_plugin.quant_backends.structure.roles import find_mixtures
+from lmms_plugin.utils import files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -333,13 +332,8 @@ def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConf
 @contextmanager
 def _whole_or_nothing(target: Path) -> Iterator[Path]:
     """Give a folder beside `target` to write to, which becomes `target` if all goes well and vanishes if not."""
-    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
     try:
-        yield unfinished
-        # Replaces an empty folder, and fails if something has been put there meanwhile.
-        unfinished.rename(target)
+        with files.new_folder(target) as unfinished:
+            yield unfinished
     except (SafetensorError, OSError) as error:
         raise OSError(f"save_quantized: {target} could not be written ({error}); nothing is left of it") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -22,7 +22,7 @@ from lmms_plugin.study.run.attempt import Outcome
 from lmms_plugin.study.run.recording import Recorder
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.store.storage import Storage
-from lmms_plugin.utils import files as durable
+from lmms_plugin.utils import files
 
 SETTINGS = reliability.Settings(resamples=20)
 DEFAULT = reliability.Settings(resamples=reading.RESAMPLES)
@@ -32,7 +32,7 @@ FILES = len(CELLS) * (1 + len(report_study.TASKS))
 
 @pytest.fixture(autouse=True)
 def times_are_trusted_at_once(monkeypatch):
-    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", -1)
 
 
 @pytest.fixture
@@ -165,10 +165,10 @@ def test_a_change_that_leaves_size_and_time_is_seen(study):
 
 
 def test_times_of_a_file_that_has_just_changed_are_not_trusted(study, monkeypatch):
-    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", 3_600_000_000_000)
+    monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", 3_600_000_000_000)
     reading.read_folder(study, SETTINGS)
     assert hashed(study) == hashed(study) == FILES
-    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", -1)
     assert (hashed(study), hashed(study)) == (FILES, 0)
 
 
@@ -271,7 +271,7 @@ def test_where_nothing_can_be_written_the_report_is_made_and_nothing_stays(study
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "replace", refuse)
+        patch.setattr(files.os, "replace", refuse)
         reading.read_folder(study, SETTINGS)
     assert not [file for file in (study / ".measured").rglob("*") if file.is_file()]
     (study / ".measured").chmod(0o755)

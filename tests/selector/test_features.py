@@ -7,7 +7,7 @@ import torch
 
 from lmms_plugin.selector import features
 from lmms_plugin.selector.features import Features, FeatureWriter, Origin, key, read
-from lmms_plugin.utils.fingerprint import fingerprint
+from lmms_plugin.utils.hashing import of_weights
 
 ORIGIN = Origin("a" * 64, {"method": "rtn", "plan": {"language": {"bits": 4}}}, -1)
 
@@ -132,6 +132,6 @@ def test_a_fingerprint_knows_weights_and_not_where_they_lie(tmp_path):
         (tmp_path / name).mkdir()
         features.save_file({"weight": tensor}, tmp_path / name / "model.safetensors")
         (tmp_path / name / "config.json").write_text(name)
-    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "copy") != fingerprint(tmp_path / "tuned")
+    assert of_weights(tmp_path / "one") == of_weights(tmp_path / "copy") != of_weights(tmp_path / "tuned")
     with pytest.raises(FileNotFoundError, match="expected weights"):
-        fingerprint(tmp_path)
+        of_weights(tmp_path)

@@ -16,9 +16,9 @@ import yaml
 from pyarrow import parquet
 
 from lmms_plugin.analysis.results import GROUNDING, REJECTION
-from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, digest, of_path, of_value, revision
+from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, of_value, revision
 from lmms_plugin.tasks.registry import cells as generated
-from lmms_plugin.utils import variables
+from lmms_plugin.utils import hashing, variables
 from lmms_plugin.utils.readable import readable
 from lmms_plugin.utils.suggest import near
 
@@ -68,7 +68,7 @@ def describe(name: str) -> Described:
     single = [task for task, config in found.items() if not isinstance(config.get("task"), list)]
     documents = tuple(_documents(found[task]) for task in single)
     metrics = {task: _metrics(found[task]) for task in single}
-    return Described(digest(described), frozenset(modules), tuple(single), documents, metrics)
+    return Described(hashing.of_value(described), frozenset(modules), tuple(single), documents, metrics)
 
 
 def _documents(config: Mapping[str, Any]) -> int | None:
@@ -206,7 +206,8 @@ def _looked_up(value: Any) -> Any:
 def local_copies(environment: Mapping[str, str]) -> dict[str, str]:
     """Fingerprints of the local copies of datasets that environment variables of this package name."""
     named = {name: Path(value).expanduser() for name, value in environment.items() if name.startswith(variables.PREFIX)}
-    return {name: of_path(path) for name, path in sorted(named.items()) if name != variables.CACHE and path.exists()}
+    there = {name: path for name, path in sorted(named.items()) if name != variables.CACHE and path.exists()}
+    return {name: hashing.of_path(path) for name, path in there.items()}
 
 
 def known(names: Iterable[str]) -> dict[str, Described]:
