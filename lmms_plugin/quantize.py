@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
-from lmms_plugin.quant_backends import backend_class, get, names, option_types
+from lmms_plugin.quant_backends import backend_class, class_name, get, names, option_types
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
@@ -53,7 +53,6 @@ class Asked(NamedTuple):
         """Load and quantize the model, as an evaluation would."""
         # Only now: what makes the model takes seconds to import.
         import lmms_plugin.vlm.wrapper as models
-        from lmms_plugin.registration import class_name
 
         vlm: QuantizedVLM = getattr(models, class_name(self.method))(**self.given)
         return vlm

@@ -18,7 +18,7 @@ from lmms_plugin.utils import suggest
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
 
-__all__ = ["BACKENDS", "ENTRY_POINTS", "backend_class", "get", "names", "option_types"]
+__all__ = ["BACKENDS", "ENTRY_POINTS", "backend_class", "class_name", "get", "model_name", "names", "option_types"]
 
 BACKENDS: dict[str, str] = {
     "none": "lmms_plugin.quant_backends.methods.none:NoneBackend",
@@ -44,6 +44,16 @@ ENTRY_POINTS = "lmms_plugin.quant_backends"
 def names() -> tuple[str, ...]:
     """Return the names of all backends, built-in ones first; those of other packages are not imported for it."""
     return tuple(dict.fromkeys((*BACKENDS, *(point.name for point in _entry_points()))))
+
+
+def model_name(backend: str) -> str:
+    """Return what follows `--model` to evaluate with a backend: `quant_awq` for `awq`."""
+    return f"quant_{backend}"
+
+
+def class_name(backend: str) -> str:
+    """Return the name of the class that lmms-eval makes of a backend: `QuantAwq` for `awq`."""
+    return "".join(part.capitalize() for part in model_name(backend).split("_"))
 
 
 def get(name: str, **options: Any) -> Backend:

@@ -17,11 +17,11 @@ from lmms_plugin.tasks.captions import captioning
 from lmms_plugin.tasks.grounding import natural, refcocoplus, reviewed
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.retrieval import matching
-from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.tasks.sources.origins import Origin
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
 from lmms_plugin.tasks.vqa.questions import Questions
 from lmms_plugin.utils import suggest, variables
+from lmms_plugin.utils.copies import DatasetError
 
 WHOLE = 512 << 20
 """Bytes of files up to which all rows are read; of larger copies a sample."""

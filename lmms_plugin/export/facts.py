@@ -8,6 +8,7 @@ from typing import Any
 
 from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.results import Run
+from lmms_plugin.arguments import arguments_of, shown
 
 CELL, REPORT = "cell.json", "quant_report.json"
 _FROM_TABLE = {
@@ -48,7 +49,8 @@ def quantization(run: Run, results: Mapping[str, Any]) -> dict[str, str]:
 
 def checkpoint(run: Run) -> str | None:
     """The checkpoint that the arguments name; None if they do not."""
-    return _given(run).get("pretrained")
+    named = arguments_of(run.model_args).get("pretrained")
+    return None if named is None else shown(named)
 
 
 def cell(file: Path) -> Mapping[str, Any]:
@@ -73,16 +75,11 @@ def _axes(file: Path) -> dict[str, Any]:
 
 def _arguments(run: Run) -> dict[str, str]:
     names = ("bits", "group_size", "vision_bits", "connector_bits", "language_bits", "symmetric", "calibration", "seed")
-    given = _given(run)
-    found = {name: given[name] for name in names if name in given}
+    given = arguments_of(run.model_args)
+    found = {name: shown(given[name]) for name in names if name in given}
     if "bits" not in found and (bits := _default_bits(run)) is not None:
         found["bits"] = str(bits)
     return found
-
-
-def _given(run: Run) -> dict[str, str]:
-    pairs = (part.partition("=") for part in run.model_args.split(",") if "=" in part)
-    return {name.strip(): value for name, _, value in pairs}
 
 
 def _default_bits(run: Run) -> int | None:

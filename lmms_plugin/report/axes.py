@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.results import GIT_STATE, git_state, limit_of
+from lmms_plugin.arguments import ModelArguments, arguments_of, shown
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
@@ -112,7 +113,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     """
     config = results.get("config") or {}
     model = str(config.get("model", ""))
-    args = given(config.get("model_args"))
+    args = arguments_of(config.get("model_args"))
     limit = limit_of(config)
     state = git_state(results)
     versions = {} if state is None else {GIT_STATE: state}
@@ -173,22 +174,6 @@ def _limited(config: Config, limit: float | None) -> Config:
     return config._replace(options=(*config.options, f"limit={limit:g}"))
 
 
-def given(model_args: object) -> dict[str, Any]:
-    """Arguments as lmms-eval logs them: a mapping, or text `name=value,name=value`."""
-    if isinstance(model_args, Mapping):
-        return dict(model_args)
-    found: dict[str, Any] = {}
-    last = None
-    for part in str(model_args or "").split(","):
-        name, equals, value = part.partition("=")
-        if equals:
-            found[name.strip()], last = value.strip(), name.strip()
-        elif last is not None:
-            # A value with a comma in it, such as a list.
-            found[last] += f",{part}"
-    return found
-
-
 def _cell_folder(file: Path, root: Path) -> Path | None:
     # A single results file may be named: its cell then lies above what was asked for.
     top = root.parent.parent if root.is_file() else root
@@ -201,7 +186,9 @@ def _cell_folder(file: Path, root: Path) -> Path | None:
 
 
 def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
-    name = str(args.get("pretrained") or args.get("model") or (_default_model() if model.startswith(_OURS) else model))
+    name = str(
+        args.get("pretrained") or args.get("model") or (ModelArguments.pretrained if model.startswith(_OURS) else model)
+    )
     method = model.removeprefix(_OURS)
     if model == _DENSE:
         return Config(name, method, DENSE_BITS, None, "", "", _options(args))
@@ -220,13 +207,6 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
     )
 
 
-def _default_model() -> str:
-    # As below.
-    from lmms_plugin.arguments import ModelArguments
-
-    return ModelArguments.pretrained
-
-
 def _default_bits(method: str) -> int | None:
     # Only where a run did not say: the backends import torch.
     from lmms_plugin.quant_backends import get, names
@@ -243,4 +223,4 @@ def _text(args: Mapping[str, Any], name: str) -> str:
 
 
 def _options(args: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{name}={value}" for name, value in sorted(args.items()) if name not in _NO_OPTIONS)
+    return tuple(f"{name}={shown(value)}" for name, value in sorted(args.items()) if name not in _NO_OPTIONS)

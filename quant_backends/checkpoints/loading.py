@@ -17,7 +17,7 @@ from lmms_plugin.protocol.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
 from lmms_plugin.quant_backends.calibration.inputs import build_batches, fingerprint
 from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder, code_key
-from lmms_plugin.quant_backends.calibration.memory import Residence, explained_out_of_memory, read_peak, reset_peak
+from lmms_plugin.quant_backends.calibration.memory import Residence, read_peak, reset_peak
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
 from lmms_plugin.quant_backends.checkpoints.probe import expect_sound
@@ -27,8 +27,9 @@ from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
 from lmms_plugin.utils import hashing
+from lmms_plugin.utils.end_tokens import keep_ends
+from lmms_plugin.utils.out_of_memory import while_loading
 from lmms_plugin.utils.readable import readable
-from lmms_plugin.vlm.generation.decoding import keep_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +126,7 @@ def load_quantized(
     if adopting:
         adopt(processor, asked, path)
     seen = None
-    with explained_out_of_memory(backend.name, calibrated=calibrated):
+    with while_loading(backend.name, calibrated=calibrated):
         model, work = _load(
             path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
         )

@@ -318,7 +318,7 @@ def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConf
     """The checkpoint's own, which answering takes apart, ending where answers end in an evaluation."""
     from transformers import GenerationConfig
 
-    from lmms_plugin.vlm.generation.decoding import end_tokens
+    from lmms_plugin.utils.end_tokens import end_tokens
 
     try:
         config = GenerationConfig.from_pretrained(model.config.name_or_path)

@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.tasks.sources.copies import files_of
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError, files_of
 
 HUB_ID = "lmms-lab-encoder/RefCOCOplus"
 VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS"

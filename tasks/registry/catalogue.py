@@ -1,11 +1,9 @@
 """The names `lmms-eval --tasks` accepts from this package, without importing lmms-eval."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import yaml
-
-from lmms_plugin.tasks.registry import cells as generated
+from lmms_plugin.tasks.registry.task_files import Source, sources
 
 
 class Listed(NamedTuple):
@@ -16,39 +14,30 @@ class Listed(NamedTuple):
     summary: str
 
 
-class _NameLoader(yaml.SafeLoader):
-    """Reads a task's YAML without importing the functions it names."""
-
-
-_NameLoader.add_constructor("!function", lambda _, node: node.value)
-
-
 def tasks(cells: bool = False) -> list[Listed]:
     """All tasks and groups sorted by name; with `cells`, also every single cell split × shift × severity."""
-    return sorted([*_from_files(), *_generated(cells)])
+    return sorted(_listed(cells))
 
 
-def _from_files() -> Iterator[Listed]:
-    for path in sorted(generated.FOLDER.rglob("*.yaml")):
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_NameLoader)
-        if isinstance(config.get("task"), str):
-            yield Listed(config["task"], "task", f"{path.parent.name}, split {config.get('test_split')}")
-        elif "group" in config:
-            yield Listed(config["group"], "group", f"{len(config['task'])} tasks: {', '.join(config['task'])}")
-
-
-def _generated(cells: bool) -> Iterator[Listed]:
-    for name, entry in generated.entries().items():
-        if entry.kind == "group":
-            yield Listed(name, "group", _of_group(entry))
+def _listed(cells: bool) -> Iterator[Listed]:
+    for name, source in sources().items():
+        config = source.configuration
+        if source.kind == "group":
+            yield Listed(name, "group", _of_group(source) if source.generated else _members(config["task"]))
+        elif not source.generated:
+            yield Listed(name, "task", f"{source.file.parent.name}, split {config['test_split']}")
         elif cells:
-            yield Listed(name, "cell", f"split {entry.overrides['test_split']}, {_place(entry.overrides['metadata'])}")
+            yield Listed(name, "cell", f"split {config['test_split']}, {_place(config['metadata'])}")
 
 
-def _of_group(entry: generated.Entry) -> str:
+def _members(tasks: Sequence[str]) -> str:
+    return f"{len(tasks)} tasks: {', '.join(tasks)}"
+
+
+def _of_group(entry: Source) -> str:
     """What a generated group holds, and whether its line in the table is a mean."""
     members = entry.overrides["task"]
-    if entry.yaml.name.startswith("_mean_over"):
+    if entry.file.name.startswith("_mean_over"):
         severities = sorted({member.rpartition("_")[2] for member in members})
         several = "severities" if len(severities) > 1 else "severity"
         return f"plain mean over {len(members)} cells at {several} {', '.join(severities)}, e.g. {members[-1]}"

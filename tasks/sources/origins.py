@@ -8,8 +8,7 @@ from typing import Any
 
 import datasets
 
-from lmms_plugin.tasks.sources.copies import files_of
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError, files_of
 from lmms_plugin.utils.variables import PREFIX
 
 

@@ -1,5 +1,7 @@
 """The border to lmms-eval, with the real TaskManager and model registry."""
 
+from importlib import import_module
+
 import pytest
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.tasks import TaskManager
@@ -7,8 +9,8 @@ from lmms_eval.tasks import TaskManager
 from lmms_plugin import quant_backends, registration
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.shifts.language.rewording import TEXT_SHIFTS
-from lmms_plugin.tasks.registry import catalogue, cells
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.tasks.registry import catalogue, cells, task_files
+from lmms_plugin.utils.copies import DatasetError
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def loguru_messages():
 
 def test_every_backend_is_a_chat_model():
     for backend in quant_backends.names():
-        resolved = MODEL_REGISTRY_V2.resolve(registration.model_name(backend))
+        resolved = MODEL_REGISTRY_V2.resolve(quant_backends.model_name(backend))
         assert resolved.model_type == "chat"
 
 
@@ -41,6 +43,28 @@ def test_tasks_are_indexed_without_include_path(manager):
     assert len([name for name in listed if name.startswith("refcocoplus_shift_testB_")]) == count
     assert {"refcocoplus_shift_testA_casing_5", "shapes_shift_fog_and_synonyms_1", "shapes_rejection"} <= listed
     assert {"refcocoplus_rejection_val_absent_object", "shapes_rejection_attribute_swap_fog_3"} <= listed
+
+
+def named(value):
+    """A value with the functions that a task's YAML names in their places, and other functions by their names."""
+    if isinstance(value, task_files.Function):
+        module, _, attribute = value.rpartition(".")
+        value = getattr(import_module(module), attribute)
+    if isinstance(value, dict):
+        return {key: named(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [named(one) for one in value]
+    return f"{value.__module__}.{value.__name__}" if hasattr(value, "__name__") else value
+
+
+def test_task_files_say_what_lmms_eval_reads(manager):
+    generated = [name for name, source in task_files.sources().items() if source.generated]
+    names = [name for name in task_files.sources() if name not in set(generated)] + generated[::97]
+    assert {"refcocoplus_reviewed_testA", "coco_caption_val2017_fog_3"} <= set(names)
+    for name in names:
+        source = task_files.sources()[name]
+        assert manager.task_index[name]["type"] == source.kind
+        assert named(dict(source.configuration)) == named(manager._get_config(name)), name
 
 
 def test_no_name_collides_with_a_built_in_task(manager):

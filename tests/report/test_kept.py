@@ -346,19 +346,19 @@ class Silent:
 def test_a_runner_measures_what_it_finishes_fetches_or_takes_back(study, tmp_path):
     storage = Storage.at(str(tmp_path / "shared"))
     here = open_folder(tmp_path / "here")
-    finish(study / "cells" / "rtn-3", Recorder(here, Silent(), storage), "rtn-3")
+    finish(study / "cells" / "rtn-3", Recorder(here, Silent(), storage, reading.keep), "rtn-3")
     assert kept_of(here.path) == ["rtn-3"]
     assert measured(here.path, DEFAULT) == []
 
     there = open_folder(tmp_path / "there")
-    Recorder(there, Silent(), storage).claim("rtn-3")
+    Recorder(there, Silent(), storage, reading.keep).claim("rtn-3")
     assert kept_of(there.path) == ["rtn-3"]
 
     there.superseded.mkdir(exist_ok=True)
     there.done_path("rtn-3").rename(there.superseded / "rtn-3")
     there.open(there.path / "study.yaml")
     assert kept_of(there.path) == []
-    Recorder(there, Silent()).claim("rtn-3")
+    Recorder(there, Silent(), measure=reading.keep).claim("rtn-3")
     assert kept_of(there.path) == ["rtn-3"]
 
 
@@ -371,6 +371,6 @@ def test_a_cell_that_cannot_be_measured_is_finished_all_the_same(study, tmp_path
 
     monkeypatch.setattr(numbers, "of", refuse)
     folder, watcher = open_folder(tmp_path / "here"), Silent()
-    finish(study / "cells" / "rtn-3", Recorder(folder, watcher), "rtn-3")
+    finish(study / "cells" / "rtn-3", Recorder(folder, watcher, measure=reading.keep), "rtn-3")
     assert folder.is_done("rtn-3")
     assert watcher.finished == ["rtn-3"]

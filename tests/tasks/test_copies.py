@@ -7,14 +7,14 @@ import pytest
 from helpers import caption_copies, natural_copies, photographs, vqa_copies
 
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
+from lmms_plugin.tasks import copies
 from lmms_plugin.tasks.captions import captioning
 from lmms_plugin.tasks.grounding import refcocoplus
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.natural import SETS
 from lmms_plugin.tasks.retrieval import matching
-from lmms_plugin.tasks.sources import copies
-from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.tasks.vqa.questions import Parts
+from lmms_plugin.utils.copies import DatasetError
 
 
 def twice(rows):

@@ -8,7 +8,6 @@ from contextlib import redirect_stdout
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
@@ -17,7 +16,7 @@ from pyarrow import parquet
 
 from lmms_plugin.analysis.results import GROUNDING, REJECTION
 from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, of_value, revision
-from lmms_plugin.tasks.registry import cells as generated
+from lmms_plugin.tasks.registry import task_files
 from lmms_plugin.utils import hashing, variables
 from lmms_plugin.utils.readable import readable
 from lmms_plugin.utils.suggest import near
@@ -41,17 +40,6 @@ class Described(NamedTuple):
     metrics: Mapping[str, tuple[str, ...]]
 
 
-class _Function(str):
-    """The long name of a function in a task's YAML."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads a task's YAML without importing the functions it names."""
-
-
-_Loader.add_constructor("!function", lambda _, node: _Function(node.value))
-
-
 @cache
 def describe(name: str) -> Described:
     """Describe a task or a group.
@@ -61,7 +49,7 @@ def describe(name: str) -> Described:
     Raises:
         ValueError: If lmms-eval knows no such task; names the nearest.
     """
-    ours = _ours()
+    ours = task_files.sources()
     found = dict(_single(name, ours)) if name in ours else _of_lmms_eval(name)
     modules = {module for config in found.values() for module in _modules(config)}
     described = {task: _resolved(config) for task, config in found.items()}
@@ -108,38 +96,8 @@ def _published_sizes() -> Mapping[Any, Mapping[Any, int]]:
     return found
 
 
-class _Source(NamedTuple):
-    file: Path
-    overrides: Mapping[str, Any]
-
-
-@cache
-def _ours() -> dict[str, _Source]:
-    found = {}
-    for file in sorted(generated.FOLDER.rglob("*.yaml")):
-        config = _merged(file)
-        name = config.get("group", config.get("task"))
-        if isinstance(name, str):
-            found[name] = _Source(file, {})
-    for name, entry in generated.entries().items():
-        found.setdefault(name, _Source(entry.yaml, entry.overrides))
-    return found
-
-
-@cache
-def _merged(file: Path) -> Mapping[str, Any]:
-    """A YAML with what it includes, as lmms-eval merges them."""
-    config = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    include = config.pop("include", [])
-    merged: dict[str, Any] = {}
-    for other in reversed([include] if isinstance(include, str) else include):
-        merged |= _merged(file.parent / other)
-    return MappingProxyType(merged | config)
-
-
-def _single(name: str, ours: Mapping[str, _Source]) -> Iterator[tuple[str, dict[str, Any]]]:
-    source = ours[name]
-    config = {**_merged(source.file), **source.overrides}
+def _single(name: str, ours: Mapping[str, task_files.Source]) -> Iterator[tuple[str, dict[str, Any]]]:
+    config = ours[name].configuration
     members = config.get("task")
     yield name, config
     if isinstance(members, list):
@@ -175,7 +133,7 @@ def _manager() -> Any:
 
 
 def _modules(value: Any) -> Iterator[str]:
-    if isinstance(value, _Function):
+    if isinstance(value, task_files.Function):
         yield value.rpartition(".")[0]
     elif isinstance(value, Mapping):
         for one in value.values():
@@ -199,7 +157,7 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _looked_up(value: Any) -> Any:
-    found = attribute(value) if isinstance(value, _Function) else value
+    found = attribute(value) if isinstance(value, task_files.Function) else value
     return found() if callable(found) else found
 
 

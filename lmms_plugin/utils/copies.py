@@ -11,7 +11,10 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from lmms_plugin.tasks.sources.images import DatasetError
+
+class DatasetError(ValueError):
+    """A dataset that cannot be reached, or whose columns or values are not what the task documents."""
+
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\b")
 _REMEDY = "keep one copy of the split in the folder"
