@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
-from lmms_plugin.quant_backends import backend_class, class_name, get, names, option_types
+from lmms_plugin.quant_backends import backend_class, backend_name, class_name, get, names, option_types
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
@@ -79,7 +79,8 @@ def inspect(text: str, *, held_out: int) -> QuantReport:
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
     given = read_arguments(text)
-    method = str(given.pop("method", "")).removeprefix("quant_")
+    named = str(given.pop("method", ""))
+    method = backend_name(named) or named
     if not method:
         raise ValueError(f"method= is missing: one of {', '.join(names())}")
     return method, given

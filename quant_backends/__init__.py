@@ -18,7 +18,17 @@ from lmms_plugin.utils import suggest
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
 
-__all__ = ["BACKENDS", "ENTRY_POINTS", "backend_class", "class_name", "get", "model_name", "names", "option_types"]
+__all__ = [
+    "BACKENDS",
+    "ENTRY_POINTS",
+    "backend_class",
+    "backend_name",
+    "class_name",
+    "get",
+    "model_name",
+    "names",
+    "option_types",
+]
 
 BACKENDS: dict[str, str] = {
     "none": "lmms_plugin.quant_backends.methods.none:NoneBackend",
@@ -37,6 +47,7 @@ BACKENDS: dict[str, str] = {
 }
 """Built-in name -> ``module:Class``, imported only when asked for."""
 
+_PREFIX = "quant_"
 ENTRY_POINTS = "lmms_plugin.quant_backends"
 """Group of entry points by which other packages add backends: name -> a subclass of `Backend`."""
 
@@ -48,7 +59,12 @@ def names() -> tuple[str, ...]:
 
 def model_name(backend: str) -> str:
     """Return what follows `--model` to evaluate with a backend: `quant_awq` for `awq`."""
-    return f"quant_{backend}"
+    return f"{_PREFIX}{backend}"
+
+
+def backend_name(model: str) -> str | None:
+    """Return the backend that a model of this name evaluates: `awq` for `quant_awq`; None for models of others."""
+    return model.removeprefix(_PREFIX) if model.startswith(_PREFIX) else None
 
 
 def class_name(backend: str) -> str:

@@ -25,7 +25,7 @@ from lmms_plugin.analysis.results import find
 from lmms_plugin.analysis.results import table as results_table
 from lmms_plugin.arguments import ModelArguments, arguments_of
 from lmms_plugin.metrics.bootstrap import affordable
-from lmms_plugin.quant_backends import get, option_types
+from lmms_plugin.quant_backends import backend_name, get, option_types
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
 
@@ -263,8 +263,8 @@ def _draw_levels(axis: Any, grid: Grid, column: int) -> None:
 
 def _cell(results: Mapping[str, Any]) -> Cell:
     config = results.get("config") or {}
-    backend = str(config.get("model", "")).removeprefix("quant_")
-    if f"quant_{backend}" != config.get("model"):
+    backend = backend_name(str(config.get("model", "")))
+    if backend is None:
         raise ValueError(f"expected a model of this package (quant_...), got {config.get('model')!r}")
     arguments = ModelArguments.parse(arguments_of(config.get("model_args")), option_types(backend))
     if arguments.plan is not None:

@@ -20,7 +20,7 @@ from lmms_plugin.analysis.reliability import Settings
 from lmms_plugin.cli.demo_display import Progress, show
 from lmms_plugin.demo import pictures
 from lmms_plugin.demo.progress import Pace
-from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends import get, model_name
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
 from lmms_plugin.shifts.image.corruptions import SHIFTS
@@ -95,7 +95,7 @@ def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False
         get(method).check(QuantPlan.from_arguments(bits=bits))
     # A folder of their own: the page is to show these runs and no earlier ones.
     folder = output / "runs" / time.strftime("%Y%m%d_%H%M%S")
-    commands = {f"quant_{method}": _command(method, folder, bits, limit, full=full) for method in METHODS}
+    commands = {model_name(method): _command(method, folder, bits, limit, full=full) for method in METHODS}
     runs = _evaluate(commands, folder)
     show(HEADINGS, [_cells(one) for one in runs], _scope(runs[0]))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
@@ -110,8 +110,8 @@ def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False
 def _command(method: str, folder: Path, bits: int, limit: int | None, *, full: bool) -> tuple[str, ...]:
     arguments = "pretrained=demo" if method == "none" else f"pretrained=demo,bits={bits}"
     tasks = (CLEAN, SHIFTED) if full else (CLEAN, *(f"{SHIFTED}_{name}_{SEVERITY}" for name in QUICK))
-    asked = ("--model", f"quant_{method}", "--model_args", arguments, "--tasks", ",".join(tasks))
-    kept = ("--batch_size", "64", "--log_samples", "--output_path", str(folder / f"quant_{method}"))
+    asked = ("--model", model_name(method), "--model_args", arguments, "--tasks", ",".join(tasks))
+    kept = ("--batch_size", "64", "--log_samples", "--output_path", str(folder / model_name(method)))
     return ("lmms-eval", *asked, *kept, *(("--limit", str(limit)) if limit is not None else ()))
 
 

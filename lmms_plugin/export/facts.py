@@ -9,6 +9,7 @@ from typing import Any
 from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.results import Run
 from lmms_plugin.arguments import arguments_of, shown
+from lmms_plugin.quant_backends import backend_class, backend_name, names
 
 CELL, REPORT = "cell.json", "quant_report.json"
 _FROM_TABLE = {
@@ -37,7 +38,8 @@ def quantization(run: Run, results: Mapping[str, Any]) -> dict[str, str]:
         run: The run.
         results: Content of its results file.
     """
-    found = {"quantization_method": run.model.removeprefix("quant_")} if run.model.startswith("quant_") else {}
+    backend = backend_name(run.model)
+    found = {} if backend is None else {"quantization_method": backend}
     found |= {f"quantization_{name}": value for name, value in _arguments(run).items()}
     found |= {f"quantization_{name}": str(value) for name, value in _axes(run.file).items() if value is not None}
     reported = results.get("throughput") or {}
@@ -83,10 +85,8 @@ def _arguments(run: Run) -> dict[str, str]:
 
 
 def _default_bits(run: Run) -> int | None:
-    from lmms_plugin.quant_backends import backend_class, names
-
-    backend = run.model.removeprefix("quant_")
+    backend = backend_name(run.model)
     # A checkpoint that is quantized already has bits of its own.
-    if run.model == backend or backend not in names() or backend == "prequantized":
+    if backend is None or backend not in names() or backend == "prequantized":
         return None
     return backend_class(backend).default_bits

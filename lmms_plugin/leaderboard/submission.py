@@ -27,7 +27,7 @@ from lmms_plugin.export import every_eval_ever, facts
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import Measured
 from lmms_plugin.utils import hashing
-from lmms_plugin.utils.files import expect_inside, new_folder, replace_text
+from lmms_plugin.utils.files import expect_inside, json_object, new_folder, replace_text
 
 MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "lmms-plugin submission", 1
@@ -84,7 +84,7 @@ class Manifest:
         if not file.is_file():
             raise ValueError(f"expected {MANIFEST} in the submission, got none")
         try:
-            content = json.loads(file.read_bytes())
+            content = json_object(file.read_bytes(), MANIFEST)
             found = (content.get("format"), content.get("version"))
             if found != (FORMAT, FORMAT_VERSION):
                 raise ValueError(f"expected {FORMAT} {FORMAT_VERSION}, got {found[0]} {found[1]}")
@@ -239,15 +239,3 @@ def _expect_short_lines(path: Path) -> None:
         while line := stream.readline(LONGEST_LINE + 1):
             if len(line) > LONGEST_LINE:
                 raise ValueError(f"{path.name}: expected at most {LONGEST_LINE} bytes in a line, got more")
-
-
-def content_of(path: Path) -> Any:
-    """A JSON file's content.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error

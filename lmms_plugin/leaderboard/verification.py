@@ -26,6 +26,7 @@ from lmms_plugin.export.rescoring import difference
 from lmms_plugin.leaderboard import submission
 from lmms_plugin.leaderboard.submission import Manifest
 from lmms_plugin.utils import hashing
+from lmms_plugin.utils.files import json_object
 
 LONGEST_REASON = 600
 """Characters of a reason that are shown: it may quote what a stranger wrote."""
@@ -220,7 +221,7 @@ def _expect_records(folder: Path, manifest: Manifest, found: Measured) -> None:
         records.read(records.DocumentRecord, row, f"{files.instances.name}, record {number}")
     made = [record.content() for record in every_eval_ever.instances(found, manifest.source)]
     _expect_same(made, rows, files.instances)
-    whole = submission.content_of(folder / files.aggregate)
+    whole = json_object((folder / files.aggregate).read_bytes(), files.aggregate.name)
     records.read(records.RunRecord, whole, files.aggregate.name)
     made_whole = every_eval_ever.aggregate(found, manifest.source, files, lines, len(made)).content()
     # What another version of this package calls itself is no claim.

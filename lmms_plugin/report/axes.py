@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.results import GIT_STATE, git_state, limit_of
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
+from lmms_plugin.quant_backends import backend_name, model_name
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
 """What the model is called that is compared with: it ran in 16 or in 32 bits, whatever its `dtype` said."""
-_OURS = "quant_"
-_DENSE, _READY = "quant_none", "quant_prequantized"
+_DENSE, _READY = model_name("none"), model_name("prequantized")
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
 _ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit")
 """Arguments that change what a model is asked or shown."""
@@ -186,13 +186,12 @@ def _cell_folder(file: Path, root: Path) -> Path | None:
 
 
 def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
-    name = str(
-        args.get("pretrained") or args.get("model") or (ModelArguments.pretrained if model.startswith(_OURS) else model)
-    )
-    method = model.removeprefix(_OURS)
+    backend = backend_name(model)
+    name = str(args.get("pretrained") or args.get("model") or (model if backend is None else ModelArguments.pretrained))
+    method = model if backend is None else backend
     if model == _DENSE:
         return Config(name, method, DENSE_BITS, None, "", "", _options(args))
-    if model == _READY or not model.startswith(_OURS):
+    if model == _READY or backend is None:
         return Config(name, method, None, None, "", "", _options(args))
     bits = _whole(args.get("language_bits", args.get("bits")))
     bits = _default_bits(method) if bits is None else bits

@@ -1,6 +1,5 @@
 """The page: one HTML file with everything in it."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.summary import Summary
 from lmms_plugin.report.tables import Cell, Column, Table
+from lmms_plugin.utils.files import read_json
 
 ROWS_AT_FIRST = 20
 _STYLE, _SCRIPT = "style.css", "script.js"
@@ -176,7 +176,7 @@ def read_verdict(path: Path) -> Verdict | None:
     if not file.is_file():
         return Verdict(text=words.read_text(encoding="utf-8")) if words.is_file() else None
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
+        told = read_json(file)
         tables = tuple(_table(f"verdict-{k}", one) for k, one in enumerate(told.get("tables") or (), start=1))
         findings, notes = (tuple(map(str, told.get(name) or ())) for name in ("findings", "notes"))
         return Verdict(tuple(map(str, told["sentences"])), findings, tables, notes)

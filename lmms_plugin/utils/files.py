@@ -138,13 +138,26 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is damaged.
     """
+    return json_object(path.read_bytes(), str(path))
+
+
+def json_object(content: bytes, name: str) -> dict[str, Any]:
+    """The JSON object that bytes hold.
+
+    Args:
+        content: In UTF-8.
+        name: Of the file that they are of, for the message of an error.
+
+    Raises:
+        ValueError: If they are no JSON, or JSON of another kind.
+    """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     # Python parses by recursion, and no integer of more than 4,300 digits.
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {path}, which is damaged: {error}") from error
+        raise ValueError(f"expected JSON in {name}, which is damaged: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object in {path}, got {value!r:.60}")
+        raise ValueError(f"expected a JSON object in {name}, got {value!r:.60}")
     return value
 
 
