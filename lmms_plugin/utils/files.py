@@ -81,7 +81,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 def replace_all(contents: Mapping[Path, bytes]) -> None:
     """The same of several files; none is replaced before all are written beside their places."""
     with ExitStack() as stack:
-        # They take their places in the order in which they were begun.
+        # What is entered last ends first: files take their places in the order in which they are given.
         for path, content in reversed(list(contents.items())):
             stack.enter_context(replacing(path)).write_bytes(content)
 
@@ -119,7 +119,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:_LONGEST]}.unfinished-{uuid4().hex}")
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
+    return path.with_name(f".{name}.unfinished-{uuid4().hex}")
 
 
 def encoded(text: str) -> bytes:

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, strategies
 from lmms_eval.utils import simple_parse_args_string
 
+from lmms_plugin.analysis.results import Run
 from lmms_plugin.arguments import arguments_of, read_arguments, shown
+from lmms_plugin.export import facts
+from lmms_plugin.report import axes
 
 NAMES = strategies.sampled_from(["pretrained", "bits", "group_size", "system_prompt", "template_args", "lr"])
 VALUES = strategies.sampled_from(
@@ -74,3 +77,15 @@ def test_reading_arguments_does_not_wait_for_torch(tmp_path):
     script = "import sys, lmms_plugin.arguments; print(sorted({'torch', 'lmms_eval', 'transformers'} & {*sys.modules}))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout == "[]\n"
+
+
+def test_exports_and_reports_read_values_with_commas_whole(tmp_path):
+    text = 'pretrained=org/model,calibration=\'dataset:a,b\',template_args={"x": 1, "y": 2},group_size=-1,bits=3'
+    run = Run(tmp_path / "1_results.json", "quant_awq", text, None, {}, (), {})
+    assert facts.checkpoint(run) == "org/model"
+    told = facts.quantization(run, {})
+    assert (told["quantization_bits"], told["quantization_group_size"]) == ("3", "-1")
+    assert told["quantization_calibration"] == "'dataset:a,b'"
+    found = axes.of(run.file, tmp_path, {"config": {"model": "quant_awq", "model_args": text}}).config
+    assert (found.model, found.method, found.bits, found.group_size) == ("org/model", "awq", 3, -1)
+    assert found.options == ('template_args={"x": 1, "y": 2}',)
