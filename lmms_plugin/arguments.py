@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from lmms_plugin.quant_backends.calibration.sources import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
-from lmms_plugin.utils import checkpoints
+from lmms_plugin.utils import checkpoints, suggest
 from lmms_plugin.utils.files import expect_inside, read_json
 from lmms_plugin.utils.located import text_of
 from lmms_plugin.utils.outputs import expect_file, expect_folder
@@ -167,7 +165,7 @@ class ModelArguments:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any], option_types: Mapping[str, Any] | None = None) -> ModelArguments:
-        """Check names and types of arguments as lmms-eval hands them over (it turns `-1` into a float, for instance).
+        """Check names and types of arguments as lmms-eval hands them over.
 
         Args:
             given: name -> value.
@@ -183,9 +181,7 @@ class ModelArguments:
         hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "options"} | dict(option_types)
         unknown = sorted(set(given) - set(hints))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], hints, n=1)
-            guess = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"Unknown model argument {unknown[0]!r}{guess} Known: {', '.join(hints)}")
+            raise suggest.unknown("model argument", unknown[0], hints)
         values = {name: _convert(name, value, hints[name]) for name, value in given.items()}
         options = {name: values.pop(name) for name in option_types if name in values}
         return cls(**values, options=options)
@@ -246,23 +242,95 @@ class ModelArguments:
 
 
 def read_arguments(text: str) -> dict[str, Any]:
-    """Read `name=value,name=value,...` as lmms-eval does.
+    """Read `name=value,name=value,...` as a user gives it.
+
+    Commas within quotes and brackets part nothing. Values are numbers and truth values where they look like such.
 
     Raises:
-        ValueError: a part has no `=`, or a name comes twice, of which lmms-eval would silently take the last.
+        ValueError: a part has no `=`, a quote or bracket that is never closed swallows further parts, or a name comes
+            twice, of which lmms-eval would silently take the last.
     """
-    from lmms_eval.utils import simple_parse_args_string
-
-    # Commas within quotes and brackets part nothing.
-    parts = [part.strip() for part in re.sub(r"'[^']*'|\"[^\"]*\"|\{.*\}|\[.*\]", "", text).split(",")]
-    wrong = [part for part in parts if part and "=" not in part]
+    parts = _parts(text)
+    wrong = [part for part in parts if "=" not in part]
     if wrong:
         raise ValueError(f"expected name=value,name=value,..., got {wrong[0]!r}")
-    names = Counter(part.partition("=")[0] for part in parts if part)
+    if parts and _is_open(parts[-1]):
+        raise ValueError(
+            f"expected quotes and brackets that are closed before the next argument, got {parts[-1]!r:.200}"
+        )
+    names = Counter(part.partition("=")[0].strip() for part in parts)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]} is given {names[twice[0]]} times; say it once")
-    return dict(simple_parse_args_string(text))
+    return arguments_of(text)
+
+
+def arguments_of(logged: object) -> dict[str, Any]:
+    """Return the arguments of a finished run as its results file has them: as a mapping, as text, or none at all.
+
+    The text has been through lmms-eval, or another program that let more pass: what has no `=` of its own belongs to
+    the value before it, and of several values for one name the last one counts.
+    """
+    if isinstance(logged, Mapping):
+        return dict(logged)
+    found: dict[str, str] = {}
+    last = None
+    for part in _parts(str(logged or "")):
+        name, equals, value = part.partition("=")
+        if equals:
+            last = name.strip()
+            found[last] = value.strip()
+        elif last is not None:
+            found[last] += f",{part}"
+    return {name: _value(value) for name, value in found.items()}
+
+
+def shown(value: object) -> str:
+    """Write the value of an argument as one writes it after `--model_args`; -1.0 is -1."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _parts(text: str) -> list[str]:
+    """Part a text at its commas, but for those within quotes and brackets."""
+    parts, start = [], 0
+    for end in _commas(text):
+        parts.append(text[start:end].strip())
+        start = end + 1
+    return [part for part in (*parts, text[start:].strip()) if part]
+
+
+def _commas(text: str) -> Iterator[int]:
+    for place, character, depth, quote in _nested(text):
+        if character == "," and not depth and not quote:
+            yield place
+
+
+def _is_open(part: str) -> bool:
+    """Say whether a quote or bracket swallows commas because nothing closes it; an apostrophe alone swallows none."""
+    *_, (_, _, depth, quote) = _nested(part)
+    return bool(depth > 0 or quote) and "," in part
+
+
+def _nested(text: str) -> Iterator[tuple[int, str, int, str]]:
+    """Place and character, and how many brackets and which quote are open behind it."""
+    depth, quote = 0, ""
+    for place, character in enumerate(text):
+        if character in "\"'" and text[place - 1 : place] != "\\":
+            quote = "" if quote == character else quote or character
+        elif not quote:
+            depth += (character in "{[") - (character in "}]")
+        yield place, character, depth, quote
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
-from lmms_plugin.quant_backends import backend_class, get, names, option_types
+from lmms_plugin.quant_backends import backend_class, backend_name, class_name, get, names, option_types
 from lmms_plugin.utils import checkpoints
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ class Asked(NamedTuple):
         """Load and quantize the model, as an evaluation would."""
         # Only now: what makes the model takes seconds to import.
         import lmms_plugin.vlm.wrapper as models
-        from lmms_plugin.registration import class_name
 
         vlm: QuantizedVLM = getattr(models, class_name(self.method))(**self.given)
         return vlm
@@ -81,7 +80,8 @@ def inspect(text: str, *, held_out: int) -> QuantReport:
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
     given = read_arguments(text)
-    method = str(given.pop("method", "")).removeprefix("quant_")
+    named = str(given.pop("method", ""))
+    method = backend_name(named) or named
     if not method:
         raise ValueError(f"method= is missing: one of {', '.join(names())}")
     return method, given

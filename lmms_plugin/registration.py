@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
-from lmms_plugin.quant_backends import names
+from lmms_plugin.quant_backends import class_name, model_name, names
 from lmms_plugin.vlm.sharding import deal_by_image
 
 if TYPE_CHECKING:
@@ -37,11 +37,6 @@ def tasks_folder() -> str:
     return str(files("lmms_plugin.tasks"))
 
 
-def model_name(backend: str) -> str:
-    """The `--model` name of a quantization backend."""
-    return f"quant_{backend}"
-
-
 def manifests() -> "list[ModelManifest]":
     """One manifest per backend.
 
@@ -53,11 +48,6 @@ def manifests() -> "list[ModelManifest]":
     make_tasks_visible()
     deal_by_image()
     return [_manifest(ModelManifest, backend) for backend in names()]
-
-
-def class_name(backend: str) -> str:
-    """The class in `lmms_plugin.vlm.wrapper` that runs a backend: `QuantAwq` for `awq`."""
-    return "".join(part.capitalize() for part in model_name(backend).split("_"))
 
 
 def _manifest(make: "type[ModelManifest]", backend: str) -> "ModelManifest":
@@ -160,7 +150,7 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_task_or_group(self: Any, task_list: Any = None, task_type: str = "simple") -> dict[str, Any]:
         from tenacity import RetryError
 
-        from lmms_plugin.tasks.sources.images import DatasetError
+        from lmms_plugin.utils.copies import DatasetError
 
         try:
             loaded: dict[str, Any] = original(self, task_list, task_type)
@@ -198,9 +188,9 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     from lmms_plugin.tasks.grounding import natural, refcocoplus
     from lmms_plugin.tasks.grounding.refcocoplus import SPLITS
     from lmms_plugin.tasks.retrieval import matching
-    from lmms_plugin.tasks.sources.images import DatasetError
     from lmms_plugin.tasks.sources.origins import Origin
     from lmms_plugin.tasks.vqa import datasets
+    from lmms_plugin.utils.copies import DatasetError
 
     causes = list(_causes(error))
     for cause in causes:

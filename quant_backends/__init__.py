@@ -6,7 +6,6 @@ Importing this package is light (no torch): its names are listed before any mode
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import typing
 from collections.abc import Callable, Sequence
@@ -14,10 +13,22 @@ from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TYPE_CHECKING, Any
 
+from lmms_plugin.utils import suggest
+
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
 
-__all__ = ["BACKENDS", "ENTRY_POINTS", "backend_class", "get", "names", "option_types"]
+__all__ = [
+    "BACKENDS",
+    "ENTRY_POINTS",
+    "backend_class",
+    "backend_name",
+    "class_name",
+    "get",
+    "model_name",
+    "names",
+    "option_types",
+]
 
 BACKENDS: dict[str, str] = {
     "none": "lmms_plugin.quant_backends.methods.none:NoneBackend",
@@ -36,6 +47,7 @@ BACKENDS: dict[str, str] = {
 }
 """Built-in name -> ``module:Class``, imported only when asked for."""
 
+_PREFIX = "quant_"
 ENTRY_POINTS = "lmms_plugin.quant_backends"
 """Group of entry points by which other packages add backends: name -> a subclass of `Backend`."""
 
@@ -43,6 +55,21 @@ ENTRY_POINTS = "lmms_plugin.quant_backends"
 def names() -> tuple[str, ...]:
     """Return the names of all backends, built-in ones first; those of other packages are not imported for it."""
     return tuple(dict.fromkeys((*BACKENDS, *(point.name for point in _entry_points()))))
+
+
+def model_name(backend: str) -> str:
+    """Return what follows `--model` to evaluate with a backend: `quant_awq` for `awq`."""
+    return f"{_PREFIX}{backend}"
+
+
+def backend_name(model: str) -> str | None:
+    """Return the backend that a model of this name evaluates: `awq` for `quant_awq`; None for models of others."""
+    return model.removeprefix(_PREFIX) if model.startswith(_PREFIX) else None
+
+
+def class_name(backend: str) -> str:
+    """Return the name of the class that lmms-eval makes of a backend: `QuantAwq` for `awq`."""
+    return "".join(part.capitalize() for part in model_name(backend).split("_"))
 
 
 def get(name: str, **options: Any) -> Backend:
@@ -60,7 +87,7 @@ def get(name: str, **options: Any) -> Backend:
     known = option_types(name)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"{name} has no option {unknown[0]!r} (it has: {', '.join(known) or 'none'})")
+        raise suggest.unknown("option", unknown[0], known, name)
     return kind(**options)
 
 
@@ -106,10 +133,7 @@ def _expect_one(name: str, from_others: Sequence[EntryPoint]) -> None:
     if len(owners) > 1:
         raise ValueError(f"two quantization backends are called {name!r}: {' and '.join(owners)}")
     if not owners:
-        known = names()
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown quantization backend {name!r}{hint} (known: {', '.join(known)})")
+        raise suggest.unknown("quantization backend", name, names())
 
 
 def _checked(point: EntryPoint) -> type[Backend]:

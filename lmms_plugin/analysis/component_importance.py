@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from joblib import Parallel, delayed
-from rich.table import Table
 
 from lmms_plugin.analysis.results import find
 from lmms_plugin.analysis.results import table as results_table
-from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.arguments import ModelArguments, arguments_of
 from lmms_plugin.metrics.bootstrap import affordable
-from lmms_plugin.quant_backends import get, option_types
+from lmms_plugin.quant_backends import backend_name, get, option_types
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.utils.messages import counted
@@ -217,22 +216,6 @@ def grids(cells: Iterable[Cell], metrics: Sequence[str]) -> Iterator[Grid]:
                     yield _grid(f"{method} {model}, {task} {metric}", known, (task, metric))
 
 
-def table(found: Sensitivity) -> Table:
-    """Importances for people to read, with the grid they hold for."""
-    shown = Table(
-        title=found.grid.name,
-        caption=f"Grid: {found.grid.described()}.\nR² of the forest on unseen runs: {found.r2:.2f}."
-        + ("" if found.r2 > 0.5 else " Too low for its importances to mean much."),
-    )
-    shown.add_column("component", no_wrap=True)
-    for heading in (*MEASURES, "consensus", "95 % interval"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for one in found.importances:
-        shares = (one.forest, one.permutation, one.shap, one.consensus)
-        shown.add_row(one.component, *(f"{share:.1f} %" for share in shares), f"{one.low:.1f} … {one.high:.1f}")
-    return shown
-
-
 def draw(found: Sensitivity, file: Path) -> None:
     """Draw importances with their intervals, and beside them the scores by the bits of each component."""
     from matplotlib import rc_context
@@ -283,10 +266,10 @@ def _draw_levels(axis: Any, grid: Grid, column: int) -> None:
 
 def _cell(results: Mapping[str, Any]) -> Cell:
     config = results.get("config") or {}
-    backend = str(config.get("model", "")).removeprefix("quant_")
-    if f"quant_{backend}" != config.get("model"):
+    backend = backend_name(str(config.get("model", "")))
+    if backend is None:
         raise ValueError(f"expected a model of this package (quant_...), got {config.get('model')!r}")
-    arguments = ModelArguments.parse(_given(config.get("model_args")), option_types(backend))
+    arguments = ModelArguments.parse(arguments_of(config.get("model_args")), option_types(backend))
     if arguments.plan is not None:
         raise ValueError("a plan file's rules have no place in a grid of bits per component")
     if backend == "prequantized":
@@ -308,15 +291,6 @@ def _cell(results: Mapping[str, Any]) -> Cell:
         bits,
         scores,
     )
-
-
-def _given(model_args: Any) -> Mapping[str, Any]:
-    if isinstance(model_args, Mapping):
-        return model_args
-    # Only where a run was given them as text: importing lmms-eval takes seconds.
-    from lmms_eval.utils import simple_parse_args_string
-
-    return dict(simple_parse_args_string(str(model_args or "")))
 
 
 _DEFAULTS = MappingProxyType({field.name: field.default for field in fields(ModelArguments)})

@@ -18,12 +18,12 @@ import numpy.typing as npt
 from rich.table import Table
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis.results import HELD_OUT, REJECTION, SHIFTED, Place, Run, TaskRecords, match, reported
+from lmms_plugin.analysis.results import REJECTION, SHIFTED, Place, Run, TaskRecords, match, reported
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, affordable, bootstrap, interval
 from lmms_plugin.metrics.posthoc import CALIBRATORS
 from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.metrics.selective import COSTS, RISKS
+from lmms_plugin.metrics.selective import COSTS, HELD_OUT, RISKS
 from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Localised, Means, Smooth
 from lmms_plugin.utils.chance import uniform
 

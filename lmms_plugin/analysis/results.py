@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmms_plugin.confidence.estimators import obtaining
+from lmms_plugin.metrics.selective import REPORTED
 from lmms_plugin.utils.readable import problem
 
 Floats = npt.NDArray[np.float64]
@@ -29,8 +30,6 @@ _RESULTS = "_results.json"
 _MOST_DIGITS = 18
 ALL = (None, 0, -1)
 """What lmms-eval takes as `--limit` and `--offset` for all documents."""
-HELD_OUT, REPORTED = "val", "test"
-"""Parts of a task that brings its own split: thresholds are chosen on the first and results reported on the second."""
 
 
 GIT_STATE = "git checkout of the working directory"

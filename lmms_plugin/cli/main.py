@@ -31,8 +31,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 @app.command()
 def models() -> None:
     """List the models this package adds to lmms-eval (`lmms-eval models` lists built-in ones only)."""
-    from lmms_plugin.quant_backends import get, names
-    from lmms_plugin.registration import model_name
+    from lmms_plugin.quant_backends import get, model_name, names
 
     for backend in names():
         summary = (get(backend).__doc__ or "").split("\n", 1)[0]
@@ -189,6 +188,7 @@ def sensitivity(
 ) -> None:
     """Say which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
     from lmms_plugin.analysis import component_importance as analysis
+    from lmms_plugin.cli.tables import sensitivity_table
 
     if figure is not None:
         expect_folder("--figure", figure)
@@ -206,7 +206,7 @@ def sensitivity(
     if json:
         _print_json([one.to_dict() for one in found])
         return
-    _print_tables(*(analysis.table(one) for one in found))
+    _print_tables(*(sensitivity_table(one) for one in found))
 
 
 @app.command()
@@ -284,6 +284,7 @@ def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator =
     """Measure how strong shifts are by the model's own view of the images, beside what they cost; no label is used."""
     from lmms_plugin.analysis.reliability import Settings
     from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.cli.tables import strength_table
     from lmms_plugin.selector import shift_strength as measuring
     from lmms_plugin.selector.features import read
 
@@ -292,7 +293,7 @@ def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator =
     if json:
         _print_json(found)
         return
-    _print_tables(measuring.table(found, store))
+    _print_tables(strength_table(found, store))
 
 
 @app.command()

@@ -20,6 +20,7 @@ def plan_study(
     """Print the cells of a study, what is done of them, and what the rest will cost; runs nothing."""
     from json import dumps
 
+    from lmms_plugin.cli.study_display import plan_table
     from lmms_plugin.cli.terminal import console
     from lmms_plugin.study.file.reading import read
     from lmms_plugin.study.run import planning
@@ -28,7 +29,7 @@ def plan_study(
     if json:
         typer.echo(dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
         return
-    console().print(planning.table(found))
+    console().print(plan_table(found))
     for line in planning.damages(found):
         typer.echo(line, err=True)
     typer.echo(planning.summary(found))
@@ -49,11 +50,22 @@ def run_study(
     ] = None,
 ) -> None:
     """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
+    from lmms_plugin.cli.study_display import Display
+    from lmms_plugin.report import reading
     from lmms_plugin.study.run import engine, planning
     from lmms_plugin.study.store.folder import LOG
 
     expect_folder("--output", output)
-    finished = engine.run(file, output, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
+    finished = engine.run(
+        file,
+        output,
+        Display,
+        measure=reading.keep,
+        jobs=jobs,
+        retry_failed=retry_failed,
+        ray=ray,
+        storage=storage,
+    )
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
         typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / 'failed' / cell / LOG})", err=True)

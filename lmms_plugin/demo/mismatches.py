@@ -14,7 +14,7 @@ from lmms_plugin.shifts.language.lexicon import Alternative, Alternatives
 from lmms_plugin.shifts.language.mismatches import Mismatch, attribute_swaps
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.reworded import RewordedDocs, asked_both_ways
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 _NAME = re.compile(r"shapes_([a-z]+)_(\d+)\.jpg")
 _SHAPE = "shape"

@@ -14,20 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from lmms_plugin import harness_log
 from lmms_plugin.analysis import results
 from lmms_plugin.analysis.reliability import Settings
-from lmms_plugin.cli.demo_progress import Pace, Progress
+from lmms_plugin.cli.demo_display import Progress, show
 from lmms_plugin.demo import pictures
-from lmms_plugin.quant_backends import get
+from lmms_plugin.demo.progress import Pace
+from lmms_plugin.quant_backends import get, model_name
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.utils import guard, installed
+from lmms_plugin.utils.files import replace_text
 from lmms_plugin.utils.messages import command_line, counted
 
 METHODS = ("none", "rtn", "hqq", "awq")
@@ -38,7 +36,6 @@ COLUMNS = ("acc@0.5", "mean_iou", "ece")
 PICTURED = (CLEAN, f"{SHIFTED}_gaussian_noise_{SEVERITY}")
 HEADINGS = ("model", "bits per weight", *(f"{column} {when}" for when in ("clean", "shifted") for column in COLUMNS))
 _PICTURES = 12
-_UNLIMITED = 1000
 _POLL_SECONDS = 0.3
 # Each takes 1.4 GB of memory.
 _AT_ONCE = 2
@@ -99,11 +96,11 @@ def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False
         get(method).check(QuantPlan.from_arguments(bits=bits))
     # A folder of their own: the page is to show these runs and no earlier ones.
     folder = output / "runs" / time.strftime("%Y%m%d_%H%M%S")
-    commands = {f"quant_{method}": _command(method, folder, bits, limit, full=full) for method in METHODS}
+    commands = {model_name(method): _command(method, folder, bits, limit, full=full) for method in METHODS}
     runs = _evaluate(commands, folder)
-    _print(_table(runs), _scope(runs[0]))
+    show(HEADINGS, [_cells(one) for one in runs], _scope(runs[0]))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
-    (output / "report.md").write_text(_report(runs, images, limit), encoding="utf-8")
+    replace_text(output / "report.md", _report(runs, images, limit))
     page = output / "report.html"
     settings = Settings(resamples=building.RESAMPLES, workers=building.default_workers())
     list(building.build(folder, page, settings, title="Embedded demo", figures=None, pictures=_PICTURES))
@@ -114,8 +111,8 @@ def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False
 def _command(method: str, folder: Path, bits: int, limit: int | None, *, full: bool) -> tuple[str, ...]:
     arguments = "pretrained=demo" if method == "none" else f"pretrained=demo,bits={bits}"
     tasks = (CLEAN, SHIFTED) if full else (CLEAN, *(f"{SHIFTED}_{name}_{SEVERITY}" for name in QUICK))
-    asked = ("--model", f"quant_{method}", "--model_args", arguments, "--tasks", ",".join(tasks))
-    kept = ("--batch_size", "64", "--log_samples", "--output_path", str(folder / f"quant_{method}"))
+    asked = ("--model", model_name(method), "--model_args", arguments, "--tasks", ",".join(tasks))
+    kept = ("--batch_size", "64", "--log_samples", "--output_path", str(folder / model_name(method)))
     return ("lmms-eval", *asked, *kept, *(("--limit", str(limit)) if limit is not None else ()))
 
 
@@ -173,26 +170,6 @@ def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> R
 def _cells(one: Run) -> list[str]:
     numbers = [number(name) for number in (one.clean, one.shifted) for name in COLUMNS]
     return [one.model, f"{one.bits_per_weight:.2f}", *(f"{number:.3f}" for number in numbers)]
-
-
-def _table(runs: Sequence[Run]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for heading in HEADINGS:
-        first, _, last = heading.rpartition(" ")
-        shown = "\n".join((first, last)) if first else last
-        table.add_column(shown, justify="right" if first else "left", vertical="bottom", no_wrap=True)
-    for one in runs:
-        table.add_row(*_cells(one))
-    return table
-
-
-def _print(table: Table, caption: str) -> None:
-    console = Console()
-    # A terminal that is narrower than the table wraps it; rich would cut it.
-    needed = Console(width=_UNLIMITED).measure(table).maximum
-    console.print("Embedded demo: unquantized model against quantized language model", highlight=False)
-    Console(width=max(console.width, needed)).print(table)
-    console.print(caption, highlight=False)
 
 
 def _scope(one: Run) -> str:

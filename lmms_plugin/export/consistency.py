@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lmms_plugin.analysis.results import Place, Run, TaskRecords
 from lmms_plugin.confidence.estimators import LEARNED
 from lmms_plugin.protocol.response import Response
+from lmms_plugin.utils import hashing
 
 if TYPE_CHECKING:
     from lmms_plugin.export.rescoring import Sample
@@ -55,7 +54,7 @@ def expect_shifted(run: Run, samples: Mapping[str, Sequence[Sample]]) -> None:
 def digest(samples: Sequence[Sample]) -> str:
     """SHA-256 of documents and answers with their log-probabilities, however the log wrote them."""
     answers = sorted((str(sample.record["id"]), repr(sample.response)) for sample in samples)
-    return hashlib.sha256(json.dumps(answers).encode()).hexdigest()
+    return hashing.of_value(answers)
 
 
 def expect_one_model(task: str, samples: Sequence[Sample]) -> None:

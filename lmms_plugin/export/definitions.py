@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.analysis.results import Place, place_of
+
+if TYPE_CHECKING:
+    from lmms_plugin.tasks.registry.task_files import Source
 
 Aggregation = Callable[[Sequence[Any]], float]
 
@@ -39,13 +39,6 @@ class Definition:
     place: Place
 
 
-class _Loader(yaml.SafeLoader):
-    """Leaves `!function` as the name it gives: what is not asked for is not imported."""
-
-
-_Loader.add_constructor("!function", lambda _, node: node.value)
-
-
 @cache
 def definition(task: str) -> Definition:
     """A task by its name.
@@ -53,10 +46,9 @@ def definition(task: str) -> Definition:
     Raises:
         ValueError: If it is none of this package's.
     """
-    files = _files()
-    if task not in files:
+    if not is_ours(task):
         raise ValueError(f"task {task}: expected a task of this package (`lmms-plugin tasks --cells` lists them)")
-    config = _merged(files[task]) | _cells().get(task, {})
+    config = _sources()[task].configuration
     metrics = config["metric_list"]
     return Definition(
         task=task,
@@ -71,43 +63,14 @@ def definition(task: str) -> Definition:
 
 def is_ours(task: str) -> bool:
     """Whether a task is one of this package's."""
-    return task in _files()
+    return task in _sources() and _sources()[task].kind == "task"
 
 
-@cache
-def _cells() -> Mapping[str, dict[str, Any]]:
-    """What sets each generated cell apart from its template, its shift and severity among it."""
-    from lmms_plugin.tasks.registry import cells
+def _sources() -> Mapping[str, Source]:
+    # Only when a task is asked for: what a report is made of needs no task.
+    from lmms_plugin.tasks.registry import task_files
 
-    return {name: entry.overrides for name, entry in cells.entries().items()}
-
-
-@cache
-def _files() -> Mapping[str, Path]:
-    """Every task's YAML."""
-    from lmms_plugin.tasks.registry import cells
-
-    found = {name: entry.yaml for name, entry in cells.entries().items() if entry.kind == "task"}
-    for path in cells.FOLDER.rglob("*.yaml"):
-        name = _read(path).get("task")
-        if isinstance(name, str):
-            found[name] = path
-    return found
-
-
-def _merged(path: Path) -> dict[str, Any]:
-    """A task's configuration over those of the files it includes, key by key, as lmms-eval merges them."""
-    own = _read(path)
-    included = own.pop("include", [])
-    merged: dict[str, Any] = {}
-    for name in reversed([included] if isinstance(included, str) else included):
-        merged |= _merged((path.parent / name).resolve())
-    return merged | own
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    return content
+    return task_files.sources()
 
 
 def _function(name: str) -> Callable[..., Any]:

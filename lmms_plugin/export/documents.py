@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from lmms_plugin.analysis.results import Run
+from lmms_plugin.utils import hashing
 
 DESCRIBING = (
     *("id", "image", "part", "question", "answers", "expression", "target"),
@@ -21,7 +21,7 @@ def documents(run: Run, task: str) -> str:
     kind = run.tasks[task].kind
     with run.log(task).open("rb") as lines:
         told = sorted(_described(json.loads(line), kind.record) for line in lines)
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return hashing.of_value(told)
 
 
 def _described(row: Mapping[str, Any], key: str) -> str:

@@ -22,6 +22,8 @@ from lmms_plugin.export import facts, records, validator
 from lmms_plugin.export.measured import Measured, Score
 from lmms_plugin.export.records import SAMPLES, VERSION, Bound, DocumentRecord, Relationship, RunRecord, refused
 from lmms_plugin.export.rescoring import Sample
+from lmms_plugin.utils import hashing
+from lmms_plugin.utils.files import replace_all
 
 RELATIONSHIPS: tuple[Relationship, ...] = get_args(Relationship)
 LONGEST_NAME = 200
@@ -107,8 +109,7 @@ def write(measured: Measured, source: Source, folder: Path) -> Written:
     lines = "".join(rows).encode()
     whole = aggregate(measured, source, files, lines, len(rows))
     (folder / files.aggregate).parent.mkdir(parents=True, exist_ok=True)
-    (folder / files.instances).write_bytes(lines)
-    (folder / files.aggregate).write_text(whole.file(), encoding="utf-8")
+    replace_all({folder / files.instances: lines, folder / files.aggregate: whole.file().encode()})
     try:
         return Written(files, validator.check(folder, *files))
     except ValueError:
@@ -154,7 +155,7 @@ def aggregate(measured: Measured, source: Source, files: Files, lines: bytes, ro
                 format="jsonl",
                 file_path=files.instances.as_posix(),
                 hash_algorithm="sha256",
-                checksum=hashlib.sha256(lines).hexdigest(),
+                checksum=hashing.of_bytes(lines),
                 total_rows=rows,
             ),
         )
@@ -288,7 +289,7 @@ def _instance(task: str, kind: Kind, sample: Sample, source: Source) -> Document
         evaluation_name=task,
         evaluation_result_id=f"{task}/{_PRIMARY[kind]}",
         sample_id=str(record["id"]),
-        sample_hash=hashlib.sha256("".join([asked, *reference]).encode()).hexdigest(),
+        sample_hash=hashing.of_bytes("".join([asked, *reference]).encode()),
         interaction_type="single_turn",
         input=records.Input(raw=asked, formatted=sample.prompt or None, reference=reference),
         output=records.Output(raw=(sample.response.text,)),

@@ -8,6 +8,8 @@ from typing import Any
 
 from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.results import Run
+from lmms_plugin.arguments import arguments_of, shown
+from lmms_plugin.quant_backends import backend_class, backend_name, names
 from lmms_plugin.utils.messages import command_line
 
 CELL, REPORT = "cell.json", "quant_report.json"
@@ -37,7 +39,8 @@ def quantization(run: Run, results: Mapping[str, Any]) -> dict[str, str]:
         run: The run.
         results: Content of its results file.
     """
-    found = {"quantization_method": run.model.removeprefix("quant_")} if run.model.startswith("quant_") else {}
+    backend = backend_name(run.model)
+    found = {} if backend is None else {"quantization_method": backend}
     found |= {f"quantization_{name}": value for name, value in _arguments(run).items()}
     found |= {f"quantization_{name}": str(value) for name, value in _axes(run.file).items() if value is not None}
     reported = results.get("throughput") or {}
@@ -49,7 +52,8 @@ def quantization(run: Run, results: Mapping[str, Any]) -> dict[str, str]:
 
 def checkpoint(run: Run) -> str | None:
     """The checkpoint that the arguments name; None if they do not."""
-    return _given(run).get("pretrained")
+    named = arguments_of(run.model_args).get("pretrained")
+    return None if named is None else shown(named)
 
 
 def cell(file: Path) -> Mapping[str, Any]:
@@ -74,23 +78,16 @@ def _axes(file: Path) -> dict[str, Any]:
 
 def _arguments(run: Run) -> dict[str, str]:
     names = ("bits", "group_size", "vision_bits", "connector_bits", "language_bits", "symmetric", "calibration", "seed")
-    given = _given(run)
-    found = {name: given[name] for name in names if name in given}
+    given = arguments_of(run.model_args)
+    found = {name: shown(given[name]) for name in names if name in given}
     if "bits" not in found and (bits := _default_bits(run)) is not None:
         found["bits"] = str(bits)
     return found
 
 
-def _given(run: Run) -> dict[str, str]:
-    pairs = (part.partition("=") for part in run.model_args.split(",") if "=" in part)
-    return {name.strip(): value for name, _, value in pairs}
-
-
 def _default_bits(run: Run) -> int | None:
-    from lmms_plugin.quant_backends import backend_class, names
-
-    backend = run.model.removeprefix("quant_")
+    backend = backend_name(run.model)
     # A checkpoint that is quantized already has bits of its own.
-    if run.model == backend or backend not in names() or backend == "prequantized":
+    if backend is None or backend not in names() or backend == "prequantized":
         return None
     return backend_class(backend).default_bits

@@ -17,6 +17,7 @@ from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from lmms_plugin.analysis.results import VQA, Run, TaskRecords
 from lmms_plugin.export.every_eval_ever import HUB_ID
 from lmms_plugin.export.measured import Measured
+from lmms_plugin.utils.files import replace_text
 
 TASK_TYPES = {VQA: "visual-question-answering"}
 _OTHER_TASK_TYPE = "image-text-to-text"
@@ -141,5 +142,5 @@ def _write(path: Path, content: str) -> Path:
     if path.exists():
         raise ValueError(f"{path} is there already")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
+    replace_text(path, content)
     return path

@@ -11,7 +11,6 @@ What is in it:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import zipfile
@@ -27,7 +26,8 @@ from lmms_plugin.analysis.reliability import Settings
 from lmms_plugin.export import every_eval_ever, facts
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import Measured
-from lmms_plugin.utils.files import expect_inside
+from lmms_plugin.utils import hashing
+from lmms_plugin.utils.files import expect_inside, json_object, new_folder, replace_text
 
 MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "lmms-plugin submission", 1
@@ -84,7 +84,7 @@ class Manifest:
         if not file.is_file():
             raise ValueError(f"expected {MANIFEST} in the submission, got none")
         try:
-            content = json.loads(file.read_bytes())
+            content = json_object(file.read_bytes(), MANIFEST)
             found = (content.get("format"), content.get("version"))
             if found != (FORMAT, FORMAT_VERSION):
                 raise ValueError(f"expected {FORMAT} {FORMAT_VERSION}, got {found[0]} {found[1]}")
@@ -102,21 +102,22 @@ def build(measured: Measured, source: Source, folder: Path) -> str:
         Who checked its records, in a line.
 
     Raises:
-        ValueError: If the folder is there already, or a record is not valid.
+        ValueError: If the folder is there already, or a record is not valid; then nothing is left.
     """
     if folder.exists():
         raise ValueError(f"expected a new folder for the submission, {folder} is there already")
-    results = folder / RESULTS
-    results.mkdir(parents=True)
-    run = measured.run
-    for file in (run.file, *map(run.log, run.tasks)):
-        shutil.copyfile(file, results / file.name)
-    for name in (facts.CELL, facts.REPORT):
-        if (beside := facts.beside(run.file, name)) is not None:
-            shutil.copyfile(beside, results / name)
-    checked = every_eval_ever.write(measured, source, folder).checked
-    manifest = Manifest(__version__, source, measured.settings, digests(folder))
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    with new_folder(folder) as unfinished:
+        results = unfinished / RESULTS
+        results.mkdir()
+        run = measured.run
+        for file in (run.file, *map(run.log, run.tasks)):
+            shutil.copyfile(file, results / file.name)
+        for name in (facts.CELL, facts.REPORT):
+            if (beside := facts.beside(run.file, name)) is not None:
+                shutil.copyfile(beside, results / name)
+        checked = every_eval_ever.write(measured, source, unfinished).checked
+        manifest = Manifest(__version__, source, measured.settings, digests(unfinished))
+        replace_text(unfinished / MANIFEST, manifest.to_json())
     return checked
 
 
@@ -169,7 +170,7 @@ def digests(folder: Path) -> dict[str, str]:
             raise ValueError(f"expected plain files only, got {path.relative_to(folder)}")
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST:
-            found[name] = _digest(path)
+            found[name] = hashing.of_file(path)
     return found
 
 
@@ -201,14 +202,6 @@ def _settings(content: Mapping[str, Any]) -> Settings:
     settings = Settings(**content)
     expect_checkable(settings)
     return settings
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _unpack(path: Path, folder: Path) -> None:
@@ -246,15 +239,3 @@ def _expect_short_lines(path: Path) -> None:
         while line := stream.readline(LONGEST_LINE + 1):
             if len(line) > LONGEST_LINE:
                 raise ValueError(f"{path.name}: expected at most {LONGEST_LINE} bytes in a line, got more")
-
-
-def content_of(path: Path) -> Any:
-    """A JSON file's content.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error

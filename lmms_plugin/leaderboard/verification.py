@@ -6,7 +6,6 @@ records of Every Eval Ever. What cannot be told from files alone is whether the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,8 @@ from lmms_plugin.export.measured import Measured, Score, measured
 from lmms_plugin.export.rescoring import difference
 from lmms_plugin.leaderboard import submission
 from lmms_plugin.leaderboard.submission import Manifest
+from lmms_plugin.utils import hashing
+from lmms_plugin.utils.files import json_object
 
 LONGEST_REASON = 600
 """Characters of a reason that are shown: it may quote what a stranger wrote."""
@@ -162,8 +163,8 @@ def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
     return Verified(
         name=path.name.removesuffix(".zip"),
         source=manifest.source,
-        digest=hashlib.sha256((folder / submission.MANIFEST).read_bytes()).hexdigest(),
-        answers=hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
+        digest=hashing.of_file(folder / submission.MANIFEST),
+        answers=hashing.of_value(answers),
         facts=told,
         tasks={task: _answered(found, task) for task in found.tasks},
     )
@@ -220,7 +221,7 @@ def _expect_records(folder: Path, manifest: Manifest, found: Measured) -> None:
         records.read(records.DocumentRecord, row, f"{files.instances.name}, record {number}")
     made = [record.content() for record in every_eval_ever.instances(found, manifest.source)]
     _expect_same(made, rows, files.instances)
-    whole = submission.content_of(folder / files.aggregate)
+    whole = json_object((folder / files.aggregate).read_bytes(), files.aggregate.name)
     records.read(records.RunRecord, whole, files.aggregate.name)
     made_whole = every_eval_ever.aggregate(found, manifest.source, files, lines, len(made)).content()
     # What another version of this package calls itself is no claim.

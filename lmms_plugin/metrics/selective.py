@@ -24,6 +24,9 @@ RISKS: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.2)
 COSTS: tuple[float, ...] = (1, 10, 100)
 """Costs of a wrong answer for which effective reliability is reported."""
 
+HELD_OUT, REPORTED = "val", "test"
+"""Parts of a task that brings its own split: thresholds are chosen on the first and results reported on the second."""
+
 _ROUNDING = 1e-12
 """Slack on a bound that sums of soft outcomes should meet exactly: in floating point 1 - 0.7 exceeds 0.3."""
 

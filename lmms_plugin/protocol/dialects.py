@@ -8,7 +8,6 @@ A new family is one more `Dialect` in the table at the end of this file.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -24,10 +23,16 @@ import numpy.typing as npt
 
 from lmms_plugin.protocol.boxes import OVERSHOOT, Box
 from lmms_plugin.protocol.reasoning import separate
-from lmms_plugin.protocol.verbalised import QUESTION
+from lmms_plugin.utils import suggest
 
 Floats = npt.NDArray[np.float64]
 Size = tuple[int, int]
+
+CONFIDENCE_QUESTION = (
+    "How sure are you that your answer is right? Answer with a number between 0 (certainly wrong) and 100 (certainly "
+    "right), and nothing else."
+)
+"""After "Just ask for calibration" (arXiv 2305.14975); a dialect may ask otherwise (`Dialect.confidence_prompt`)."""
 
 # Bounded repetition keeps the work per character constant: no answer, however long, makes the search backtrack far.
 _NUMBER = r"-?[0-9]{1,6}(?:\.[0-9]{1,20})?"
@@ -125,7 +130,7 @@ class Dialect:
     offset: float = 0.0
     largest: float = math.inf
     frame: Frame = Frame.ORIGINAL
-    confidence_prompt: str = QUESTION
+    confidence_prompt: str = CONFIDENCE_QUESTION
     raw_prompt: bool = False
     published: bool = True
 
@@ -475,6 +480,5 @@ def dialect_for(model_type: str, declared: str | None = None) -> Dialect:
     if declared is None:
         return _BY_MODEL_TYPE.get(model_type, DIALECTS["fractions"])
     if declared not in DIALECTS:
-        near = difflib.get_close_matches(declared, DIALECTS, n=1, cutoff=0.0)
-        raise ValueError(f"Unknown dialect {declared!r}; did you mean {near[0]!r}? Known: {', '.join(DIALECTS)}")
+        raise suggest.unknown("dialect", declared, DIALECTS)
     return DIALECTS[declared]

@@ -1,13 +1,7 @@
-"""A model's own word on how sure it is: the question of a second turn, and how its answer is read."""
+"""A model's own word on how sure it is: how the answer to `lmms_plugin.protocol.dialects.CONFIDENCE_QUESTION` is read."""
 
 import math
 import re
-
-QUESTION = (
-    "How sure are you that your answer is right? Answer with a number between 0 (certainly wrong) and 100 (certainly "
-    "right), and nothing else."
-)
-"""After "Just ask for calibration" (arXiv 2305.14975); a dialect may ask otherwise (`Dialect.confidence_prompt`)."""
 
 _OF_HUNDRED = re.compile(r"\s*(?:%|percent\b|/\s*100\b|out of 100\b)", re.IGNORECASE)
 _DIGITS = re.compile(r"\d+(?:\.\d+)?")

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.results import GIT_STATE, git_state, limit_of
+from lmms_plugin.arguments import ModelArguments, arguments_of, shown
+from lmms_plugin.quant_backends import backend_name, model_name
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
 """What the model is called that is compared with: it ran in 16 or in 32 bits, whatever its `dtype` said."""
-_OURS = "quant_"
-_DENSE, _READY = "quant_none", "quant_prequantized"
+_DENSE, _READY = model_name("none"), model_name("prequantized")
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
 _ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit")
 """Arguments that change what a model is asked or shown."""
@@ -112,7 +113,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     """
     config = results.get("config") or {}
     model = str(config.get("model", ""))
-    args = given(config.get("model_args"))
+    args = arguments_of(config.get("model_args"))
     limit = limit_of(config)
     state = git_state(results)
     versions = {} if state is None else {GIT_STATE: state}
@@ -172,22 +173,6 @@ def _limited(config: Config, limit: float | None) -> Config:
     return config._replace(options=(*config.options, f"limit={limit:g}"))
 
 
-def given(model_args: object) -> dict[str, Any]:
-    """Arguments as lmms-eval logs them: a mapping, or text `name=value,name=value`."""
-    if isinstance(model_args, Mapping):
-        return dict(model_args)
-    found: dict[str, Any] = {}
-    last = None
-    for part in str(model_args or "").split(","):
-        name, equals, value = part.partition("=")
-        if equals:
-            found[name.strip()], last = value.strip(), name.strip()
-        elif last is not None:
-            # A value with a comma in it, such as a list.
-            found[last] += f",{part}"
-    return found
-
-
 def _cell_folder(file: Path, root: Path) -> Path | None:
     # A single results file may be named: its cell then lies above what was asked for.
     top = root.parent.parent if root.is_file() else root
@@ -200,11 +185,12 @@ def _cell_folder(file: Path, root: Path) -> Path | None:
 
 
 def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
-    name = str(args.get("pretrained") or args.get("model") or (_default_model() if model.startswith(_OURS) else model))
-    method = model.removeprefix(_OURS)
+    backend = backend_name(model)
+    name = str(args.get("pretrained") or args.get("model") or (model if backend is None else ModelArguments.pretrained))
+    method = model if backend is None else backend
     if model == _DENSE:
         return Config(name, method, DENSE_BITS, None, "", "", _options(args))
-    if model == _READY or not model.startswith(_OURS):
+    if model == _READY or backend is None:
         return Config(name, method, None, None, "", "", _options(args))
     bits = _whole(args.get("language_bits", args.get("bits")))
     bits = _default_bits(method) if bits is None else bits
@@ -217,13 +203,6 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
     return Config(
         name, method, bits, _whole(args.get("group_size", 128)), components, _text(args, "calibration"), _options(args)
     )
-
-
-def _default_model() -> str:
-    # As below.
-    from lmms_plugin.arguments import ModelArguments
-
-    return ModelArguments.pretrained
 
 
 def _default_bits(method: str) -> int | None:
@@ -242,4 +221,4 @@ def _text(args: Mapping[str, Any], name: str) -> str:
 
 
 def _options(args: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{name}={value}" for name, value in sorted(args.items()) if name not in _NO_OPTIONS)
+    return tuple(f"{name}={shown(value)}" for name, value in sorted(args.items()) if name not in _NO_OPTIONS)

@@ -21,9 +21,10 @@ from lmms_plugin.analysis.reliability import Settings
 from lmms_plugin.analysis.results import logs_of
 from lmms_plugin.report import numbers, packed
 from lmms_plugin.report.numbers import Numbers
-from lmms_plugin.study.file.fingerprints import code, digest
+from lmms_plugin.study.file.fingerprints import code
 from lmms_plugin.study.store.folder import CELL, CELLS, MEASURED
 from lmms_plugin.utils.files import State, replace_bytes
+from lmms_plugin.utils.hashing import of_value as digest
 
 # Taken when the code is loaded: what a file says later is not what this process does.
 CODE = digest([code((numbers.__name__, packed.__name__)), sys.version_info[:2]])

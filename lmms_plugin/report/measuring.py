@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 
 from lmms_plugin import metrics
 from lmms_plugin.analysis.reliability import Settings
-from lmms_plugin.analysis.results import HELD_OUT, SHIFTED, Place
+from lmms_plugin.analysis.results import SHIFTED, Place
 from lmms_plugin.metrics.bootstrap import Clusters, Interval, Statistic, interval
 from lmms_plugin.metrics.calibration import DEFAULT_BINS, equal_width_index
+from lmms_plugin.metrics.selective import HELD_OUT
 from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Means
 from lmms_plugin.report.columns import Answers, Bools, Floats
 from lmms_plugin.report.resampling import COSTS, SELECTIVE, Counts, Selective, draws, evaluate

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lmms_plugin.utils.files import replacing
+
 Read = TypeVar("Read")
 METADATA = "features"
 PORTION_BYTES = 2**26
@@ -155,9 +157,8 @@ class FeatureWriter:
         columns = {name: part.contiguous() for name, part in Features.joined(self._parts)._asdict().items()}
         # Names sort by time, so that of two features of one request the later is known.
         name = f"features-{time.time_ns():020d}-{os.getpid()}.safetensors"
-        unfinished = self.folder / f".{name}.unfinished"
-        save_file(columns, unfinished, metadata={METADATA: json.dumps(about)})
-        unfinished.replace(self.folder / name)
+        with replacing(self.folder / name) as unfinished:
+            save_file(columns, unfinished, metadata={METADATA: json.dumps(about)})
         self._keys, self._parts = [], []
 
 

@@ -12,7 +12,6 @@ for a while (theirs: the area under the risk–coverage curve, which does not se
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lmms_plugin.selector.features import Features, Origin
+from lmms_plugin.utils import files
 from lmms_plugin.utils.chance import uniform
 from lmms_plugin.utils.readable import readable
 
@@ -193,9 +193,8 @@ class Selector:
         # One entry, because safetensors writes several in no fixed order.
         metadata = {METADATA: json.dumps(asdict(self.record), sort_keys=True)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        save_file({**self.network.state_dict(), "seen": marks}, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
+        with files.replacing(path) as unfinished:
+            save_file({**self.network.state_dict(), "seen": marks}, unfinished, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> "Selector":

@@ -7,17 +7,16 @@ between those of the clean and of the shifted images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table
 
 from lmms_plugin.analysis.reliability import Settings, families, key_numbers
 from lmms_plugin.analysis.results import Run, TaskRecords
 from lmms_plugin.metrics.distance import frechet, mmd
-from lmms_plugin.selector.features import LAST_LAYER, Store
+from lmms_plugin.selector.features import Store
 from lmms_plugin.selector.training import features_of
 
 SCORES = ("accuracy", "ece", "aurc")
@@ -64,20 +63,6 @@ def strengths(run: Run, store: Store, settings: Settings) -> list[Strength]:
     if not found:
         raise ValueError(f"expected a clean task and shifted ones on the same documents in {run.file}")
     return found
-
-
-def table(found: Sequence[Strength], store: Store) -> Table:
-    """Strengths for people to read, weakest shift first."""
-    layer = store.origin.layer
-    seen = "after the last layer" if layer == LAST_LAYER else f"before layer {layer} of the language model"
-    shown = Table(title="Strength of shifts", caption=f"Features: image positions {seen}. First line: no shift.")
-    for heading in ("task", "MMD²", "Fréchet", "images", *SCORES):
-        shown.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=True)
-    for one in sorted(found, key=lambda one: one.mmd):
-        numbers = [one.mmd, one.frechet, *(one.scores[name] for name in SCORES)]
-        texts = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
-        shown.add_row(one.task, *texts[:2], str(one.images), *texts[2:])
-    return shown
 
 
 def _strength(

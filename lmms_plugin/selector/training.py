@@ -1,6 +1,5 @@
 """Learned confidence from finished runs: a results folder of lmms-eval joined with the features of its answers."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -15,6 +14,8 @@ from lmms_plugin.analysis.results import Run, TaskRecords
 from lmms_plugin.confidence.estimators import LEARNED
 from lmms_plugin.selector.features import Features, Store, key
 from lmms_plugin.selector.network import Selector, Settings, fit
+from lmms_plugin.utils import hashing
+from lmms_plugin.utils.files import new_folder
 
 TRAINED = "dev"
 """Part for training of a task that brings its own split."""
@@ -121,15 +122,15 @@ def apply(run: Run, store: Store, selector: Selector, output: Path, *, transfer:
         confidences[task] = dict(zip(records.numbers.tolist(), known, strict=True))
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"expected a new folder, but {output} holds files")
-    output.mkdir(parents=True, exist_ok=True)
-    for task, records in run.tasks.items():
-        log = run.log(task)
-        with log.open(encoding="utf-8") as lines, (output / log.name).open("w", encoding="utf-8") as copy:
-            for line in lines:
-                row = json.loads(line)
-                row[records.kind.record]["confidence"][name] = confidences[task][row["doc_id"]]
-                copy.write(json.dumps(row) + "\n")
-    shutil.copy(run.file, output)
+    with new_folder(output) as unfinished:
+        for task, records in run.tasks.items():
+            log = run.log(task)
+            with log.open(encoding="utf-8") as lines, (unfinished / log.name).open("w", encoding="utf-8") as copy:
+                for line in lines:
+                    row = json.loads(line)
+                    row[records.kind.record]["confidence"][name] = confidences[task][row["doc_id"]]
+                    copy.write(json.dumps(row) + "\n")
+        shutil.copy(run.file, unfinished)
     return name
 
 
@@ -182,4 +183,4 @@ def _digest(tasks: Sequence[TaskRecords]) -> str:
         for records in tasks
         for identifier, question in zip(records.ids.tolist(), records.asked.tolist(), strict=True)
     ]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    return hashing.of_value(asked)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -79,15 +80,47 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 def replace_all(contents: Mapping[Path, bytes]) -> None:
     """The same of several files; none is replaced before all are written beside their places."""
-    beside = {path: path.with_name(f".{path.name[:_LONGEST]}.{uuid4().hex}") for path in contents}
+    with ExitStack() as stack:
+        # What is entered last ends first: files take their places in the order in which they are given.
+        for path, content in reversed(list(contents.items())):
+            stack.enter_context(replacing(path)).write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a place beside a file to write to; what is there becomes the file if all goes well and vanishes if not."""
+    unfinished = _beside(path)
     try:
-        for path, content in contents.items():
-            beside[path].write_bytes(content)
-        for path, written in beside.items():
-            os.replace(written, path)
+        yield unfinished
+        _sync_file(unfinished)
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
     finally:
-        for written in beside.values():
-            written.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder beside another to write to; it becomes that folder if all goes well and vanishes if not.
+
+    Raises:
+        OSError: If there is something at `folder` by then, other than an empty folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _beside(folder)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        sync(unfinished)
+        unfinished.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
+    return path.with_name(f".{name}.unfinished-{uuid4().hex}")
 
 
 def encoded(text: str) -> bytes:
@@ -106,37 +139,42 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is damaged.
     """
+    return json_object(path.read_bytes(), str(path))
+
+
+def json_object(content: bytes, name: str) -> dict[str, Any]:
+    """The JSON object that bytes hold.
+
+    Args:
+        content: In UTF-8.
+        name: Of the file that they are of, for the message of an error.
+
+    Raises:
+        ValueError: If they are no JSON, or JSON of another kind.
+    """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     # Python parses by recursion, and no integer of more than 4,300 digits.
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {path}, which is damaged: {error}") from error
+        raise ValueError(f"expected JSON in {name}, which is damaged: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object in {path}, got {value!r:.60}")
+        raise ValueError(f"expected a JSON object in {name}, got {value!r:.60}")
     return value
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path relative to that; links do not count."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(folder: Path) -> None:
     """Bring a folder's files to the disk, so that what is renamed is whole even after a power cut."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            _sync_file(path)
         else:
             sync_folder(path)
     sync_folder(folder)
+
+
+def _sync_file(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:

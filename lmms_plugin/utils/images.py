@@ -6,6 +6,7 @@ EXIF orientation is applied. Of a file with several frames (GIF, APNG, WebP, TIF
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         straight = image.convert("LA") if image.mode == "La" else image
         return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def told_apart(image: Image.Image) -> tuple[str, tuple[int, int], str]:
+    """What tells apart images without palettes: mode, (width, height) and a hash of the pixels."""
+    return image.mode, image.size, hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
 
 
 _COUNT = Lock()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lmms_plugin.protocol.prompts import PromptReader, RequestError
 from lmms_plugin.protocol.response import Response
-from lmms_plugin.vlm.generation.decoding import explaining_out_of_memory
+from lmms_plugin.utils.out_of_memory import while_answering
 from lmms_plugin.vlm.requests import Request, candidates_of
 
 NEAREST = 128
@@ -115,7 +115,7 @@ class Matcher:
             ids[row, : len(text)], mask[row, : len(text)] = text, 1
         ids, mask = ids.to(embeds.device), mask.to(embeds.device)
         queries = self.model.query_tokens.expand(len(read), -1, -1)
-        with explaining_out_of_memory(len(read)):
+        with while_answering(len(read)):
             output = self.model.qformer(
                 query_embeds=self.model.embeddings(input_ids=ids, query_embeds=queries),
                 query_length=queries.shape[1],
@@ -130,7 +130,7 @@ class Matcher:
     def _see(self, image: Image.Image) -> Tensor:
         """Return what the vision tower makes of an image, shape (patches, width), on the CPU."""
         pixels = self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
-        with explaining_out_of_memory(1):
+        with while_answering(1):
             states: Tensor = self.model.vision_model(pixel_values=self._on_device(pixels)).last_hidden_state
         return states[0].cpu()
 
@@ -148,7 +148,7 @@ class Matcher:
     def _image_features(self, seen: Tensor) -> Tensor:
         embeds = self._on_device(seen)
         queries = self.model.query_tokens.expand(len(seen), -1, -1)
-        with explaining_out_of_memory(len(seen)):
+        with while_answering(len(seen)):
             states = self.model.qformer(
                 query_embeds=queries, encoder_hidden_states=embeds, encoder_attention_mask=_all_of(embeds)
             ).last_hidden_state

@@ -13,8 +13,9 @@ from loguru import logger
 from torch import Tensor
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader
+from lmms_plugin.utils.out_of_memory import OutOfMemory, while_answering
 from lmms_plugin.vlm.batching import Budget, Limits, in_order
-from lmms_plugin.vlm.generation.decoding import Decoder, OutOfMemory, explaining_out_of_memory
+from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.pooling import Pooling
 from lmms_plugin.vlm.generation.prefix import VERIFIED_ROWS, Encoded, NotShareable, PrefixSharing, Shared
 from lmms_plugin.vlm.generation.self_check import padded_difference
@@ -223,7 +224,7 @@ class Runner:
         plain = [batch.inputs for batch in batches]
         one_by_one = False
         try:
-            with explaining_out_of_memory(max(map(len, parts))):
+            with while_answering(max(map(len, parts))):
                 difference = self.sharing.verify(shared, map(self._on_device, plain), self.budget.cache_bytes)
         except NotShareable as reason:
             self.sharing.off = str(reason)
@@ -254,7 +255,7 @@ class Runner:
 
     def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         model = self.decoder.model
-        with explaining_out_of_memory(len(inputs["input_ids"])):
+        with while_answering(len(inputs["input_ids"])):
             return {
                 name: value.to(model.device, model.dtype if value.is_floating_point() else None)
                 for name, value in inputs.items()

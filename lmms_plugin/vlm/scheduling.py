@@ -6,7 +6,6 @@ ahead. What is in a batch depends on the jobs and the budget alone, never on whi
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
+from lmms_plugin.utils.images import told_apart
 from lmms_plugin.vlm.batching import Budget, Group, pack
 from lmms_plugin.vlm.generation.prefix import Encoded, encode_groups
 from lmms_plugin.vlm.pipeline import ahead
@@ -212,7 +212,7 @@ def _is_repeated(prompt: Prompt) -> bool:
 
 def _content(prompt: Prompt) -> tuple[Any, ...]:
     """Return what is equal for prompts that show the same pixels."""
-    return tuple((image.size, hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()) for image in prompt.images)
+    return tuple(map(told_apart, prompt.images))
 
 
 @contextmanager

@@ -34,11 +34,10 @@ from lmms_plugin.protocol.plain_prompts import TEMPLATES, template_for
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.protocol.reasoning import ANSWER, REMEDY, tokens_among
 from lmms_plugin.protocol.response import MARKER, Response
-from lmms_plugin.quant_backends import get, names, option_types
+from lmms_plugin.quant_backends import class_name, get, names, option_types
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.checkpoints.saving import expect_storable, save_quantized
 from lmms_plugin.quant_backends.layers.kernels import default_dtype
-from lmms_plugin.registration import class_name
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.readable import readable
 from lmms_plugin.vlm.generation.decoding import Answer, Decoder, Score

@@ -23,8 +23,8 @@ from lmms_plugin.quant_backends.calibration.sources import REFUSE, CalibrationSa
 from lmms_plugin.quant_backends.layers.wide_products import WideProducts
 from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport
 from lmms_plugin.quant_backends.statistics import ROLES, TOKEN_ROLES, WEIGHED
+from lmms_plugin.utils.end_tokens import end_tokens
 from lmms_plugin.utils.messages import counted
-from lmms_plugin.vlm.generation.decoding import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,12 +7,10 @@ of compiled code, its files are trusted.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import pickle
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +20,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from lmms_plugin import quant_backends
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
-from lmms_plugin.utils import variables
+from lmms_plugin.utils import files, hashing, variables
 
 
 class Solved(NamedTuple):
@@ -51,8 +50,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
-        text = json.dumps(key, sort_keys=True)
-        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.folder = folder / hashing.of_value(key)[:32]
 
     def save(self, block: str, solved: Mapping[str, Solved]) -> None:
         """Write a finished block: all of it or nothing.
@@ -73,7 +71,8 @@ class Journal:
         # Another process with the same calibration, in a parallel evaluation, may be done and remove the folder.
         for _ in range(3):
             try:
-                return self._replace(target, content)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                return files.replace_bytes(target, content)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -81,18 +80,6 @@ class Journal:
                 logger.warning(f"{target.stem} is not kept in {self.folder} ({error}): interrupted, it is done again")
                 return None
         raise FileNotFoundError(f"{self.folder} is removed each time that it is made")
-
-    def _replace(self, target: Path, content: bytes) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="unfinished-", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, target)
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
 
     def load(self, block: str, model: nn.Module) -> dict[str, Solved] | None:
         """Read a finished block.
@@ -163,24 +150,9 @@ def cache_folder() -> Path | None:
     return Path(HF_HOME) / "lmms_plugin" / "calibration"
 
 
-def checkpoint_key(path: str, config: Any) -> list[Any]:
-    """Return what tells one checkpoint from another: a hub commit, or size and date of every file of a local folder."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return [path, getattr(config, "_commit_hash", None)]
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [
-        str(folder.resolve()),
-        *([str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in files),
-    ]
-
-
 def code_key() -> str:
     """Return the SHA-256 of this package's quantizers: what another version of them began is not gone on with."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return hashing.of_code(Path(quant_backends.__file__).parent)
 
 
 def _skeleton(layer: QuantizedLinear) -> QuantizedLinear:

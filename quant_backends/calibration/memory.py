@@ -221,42 +221,6 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-@contextmanager
-def explained_out_of_memory(method: str, *, calibrated: bool = False) -> Iterator[None]:
-    """Say what helps when a device, or the host, is too small.
-
-    Args:
-        method: Name of the backend.
-        calibrated: Whether it looks at activations.
-
-    Raises:
-        torch.OutOfMemoryError: As it came, with advice; the host's own kinds of error become one, too.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _with_advice(method, calibrated, error) from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise _with_advice(method, calibrated, error) from error
-
-
-def _with_advice(method: str, calibrated: bool, error: BaseException) -> torch.OutOfMemoryError:
-    advice = "device_map=auto spreads the model over all devices, dtype=bfloat16 halves what stays dense"
-    if calibrated:
-        advice += (
-            "; fewer calibration_samples or smaller images (max_pixels) take less; with calibration=noise or "
-            "dataset:... the dense model need not write answers; blocks that are finished are kept for the next try; "
-            "rtn and hqq need no calibration"
-        )
-    elif method == "none":
-        advice += "; rtn and hqq need no dense model in memory"
-    return torch.OutOfMemoryError(
-        f"out of memory while loading for {method}: {advice} ({error or type(error).__name__})"
-    )
-
-
 def return_freed_memory() -> None:
     """Hand freed blocks back to the system, where the C library is glibc.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from PIL import Image
 from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.quant_backends.calibration import photographs
 from lmms_plugin.quant_backends.calibration.synthetic import noise_image, scene, words
-from lmms_plugin.utils import images
+from lmms_plugin.utils import images, suggest
 from lmms_plugin.utils.messages import counted
 
 SOURCES = ("none", "noise", "self", "demo", "photographs", "dataset")
@@ -114,20 +113,15 @@ class CalibrationSpec:
         """
         source, *rest = text.split(":")
         if source not in SOURCES:
-            nearest = difflib.get_close_matches(source, SOURCES, n=1)
-            hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown calibration source {source!r}{hint} (known: {', '.join(SOURCES)})")
-        known = COMMON_OPTIONS | ({"shift"} if source in REAL else set())
+            raise suggest.unknown("calibration source", source, SOURCES)
+        known: set[str] = set() if source == "none" else COMMON_OPTIONS | ({"shift"} if source in REAL else set())
         known |= {"degenerate"} if source == "self" else set()
         known |= DATASET_OPTIONS if source == "dataset" else set()
         given: dict[str, Any] = {}
         while rest and re.match(r"\w+=", rest[-1]):
             key, _, value = rest.pop().partition("=")
-            if key not in known or source == "none":
-                able = "none" if source == "none" else ", ".join(sorted(known))
-                near = difflib.get_close_matches(key, known, n=1) if source != "none" else []
-                hint = f", did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown calibration option {key!r}{hint} (known for {source!r}: {able})")
+            if key not in known:
+                raise suggest.unknown("calibration option", key, sorted(known), source)
             if key in given:
                 raise ValueError(f"calibration option {key} is given twice in {text!r}")
             given[key] = _value(key, value)
@@ -308,7 +302,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     Raises:
         ValueError: They hold the split twice.
     """
-    from lmms_plugin.tasks.sources.copies import expect_one_copy
+    from lmms_plugin.utils.copies import expect_one_copy
 
     word = re.compile(rf"(^|[^A-Za-z0-9]){re.escape(split)}([^A-Za-z0-9]|$)")
     files = sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
@@ -368,16 +362,16 @@ def _decode(value: Any, position: int) -> Image.Image:
 
 
 def _fetched(value: Any) -> Any:
-    """Decode what lies elsewhere with `datasets`, which knows how to get it."""
-    import datasets
+    """Fetch the bytes of what lies elsewhere: at any address that fsspec knows, as rows of the hub may name them."""
+    import fsspec
 
     path = value.get("path") if isinstance(value, Mapping) else value
     if isinstance(value, Image.Image) or "://" not in str(path) or (isinstance(value, Mapping) and value.get("bytes")):
         return value
     try:
-        with images.strict():
-            return datasets.Image().decode_example({"path": str(path), "bytes": None})
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with fsspec.open(str(path), "rb") as stream:
+            return {"bytes": stream.read(), "path": str(path)}
+    except (OSError, ValueError, ImportError) as error:
         raise images.ImageError(str(error) or type(error).__name__) from error
 
 

@@ -16,8 +16,8 @@ from lmms_plugin.protocol.chat_templates import adopt
 from lmms_plugin.protocol.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
 from lmms_plugin.quant_backends.calibration.inputs import build_batches, fingerprint
-from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder, checkpoint_key, code_key
-from lmms_plugin.quant_backends.calibration.memory import Residence, explained_out_of_memory, read_peak, reset_peak
+from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder, code_key
+from lmms_plugin.quant_backends.calibration.memory import Residence, read_peak, reset_peak
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
 from lmms_plugin.quant_backends.checkpoints.probe import expect_sound
@@ -26,9 +26,11 @@ from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport, Qua
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
+from lmms_plugin.utils import hashing
 from lmms_plugin.utils.checkpoints import config_of
+from lmms_plugin.utils.end_tokens import keep_ends
+from lmms_plugin.utils.out_of_memory import while_loading
 from lmms_plugin.utils.readable import readable
-from lmms_plugin.vlm.generation.decoding import keep_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +127,7 @@ def load_quantized(
     if adopting:
         adopt(processor, asked, path)
     seen = None
-    with explained_out_of_memory(backend.name, calibrated=calibrated):
+    with while_loading(backend.name, calibrated=calibrated):
         model, work = _load(
             path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
         )
@@ -206,7 +208,7 @@ def _journal(
     """Return the journal of a calibration whose outcome depends on all that is named here, `folder` aside."""
     model, libraries = work.model, ("lmms-plugin", "torch", "transformers", "tokenizers")
     key = {
-        "checkpoint": checkpoint_key(path, model.config),
+        "checkpoint": hashing.of_source(path, lambda _: getattr(model.config, "_commit_hash", None)),
         "dtype": str(model.dtype),
         "device": residence.device.type if residence.device is not None else "as mapped",
         "attention": model.config._attn_implementation,

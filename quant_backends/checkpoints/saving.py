@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 from lmms_plugin.quant_backends.structure.roles import find_mixtures
+from lmms_plugin.utils import files
 from lmms_plugin.utils.messages import one_line
 from lmms_plugin.utils.outputs import expect_folder
 
@@ -328,7 +328,7 @@ def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConf
     """The checkpoint's own, which answering takes apart, ending where answers end in an evaluation."""
     from transformers import GenerationConfig
 
-    from lmms_plugin.vlm.generation.decoding import end_tokens
+    from lmms_plugin.utils.end_tokens import end_tokens
 
     try:
         config = GenerationConfig.from_pretrained(model.config.name_or_path)
@@ -342,14 +342,9 @@ def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConf
 @contextmanager
 def _whole_or_nothing(target: Path, option: str) -> Iterator[Path]:
     """Give a folder beside `target` to write to, which becomes `target` if all goes well and vanishes if not."""
-    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        # Replaces an empty folder, and fails if something has been put there meanwhile.
-        unfinished.rename(target)
+        with files.new_folder(target) as unfinished:
+            yield unfinished
     except (SafetensorError, OSError) as error:
         said = one_line(error)
         raise OSError(f"{option}: {target} could not be written ({said}); nothing is left of it") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmms_plugin.utils.files import read_json
 from lmms_plugin.utils.messages import counted
 
 
@@ -71,10 +71,9 @@ def read_use(path: Path) -> dict[str, tuple[int, ...]]:
     if not path.is_file():
         raise FileNotFoundError(f"use: there is no report {str(path)!r}")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"use: {path} is not JSON: {error}") from error
-    layers = report.get("experts") if isinstance(report, dict) else None
+        layers = read_json(path).get("experts")
+    except ValueError as error:
+        raise ValueError(f"use: {error}") from error
     if not layers:
         raise ValueError(
             f"use: {path} counts no experts; expected the report of a calibrated method (awq, gptq, mbq, ...) on the "

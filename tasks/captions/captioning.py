@@ -20,11 +20,12 @@ from lmms_plugin.confidence.estimators import TEXT_ESTIMATORS, Evidence, estimat
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.retrieval.matching import REQUEST, bounds, check_columns
-from lmms_plugin.tasks.sources.copies import expect_different, expect_once
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
-from lmms_plugin.tasks.sources.images import DatasetError, opened
+from lmms_plugin.tasks.sources.images import opened
 from lmms_plugin.tasks.sources.origins import Origin, attributes
 from lmms_plugin.tasks.sources.recent import Recent
+from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
+from lmms_plugin.utils.copies import DatasetError
 
 METRICS = ("CIDEr", "METEOR", "Bleu_4", "ROUGE_L")
 _EXPECTED = {IMAGE: "an image", "question_id": "a string", "answer": "a list of strings"}

@@ -4,7 +4,6 @@ One document is one expression (`lmms_plugin.tasks.grounding.expressions`). Boxe
 task's YAML names these functions; its shift and severity are data, in `lmms_eval_specific_kwargs`.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -35,7 +34,7 @@ from lmms_plugin.shifts.image import corruptions
 from lmms_plugin.tasks.grounding.aggregations import BESIDE, CALIBRATION, Judged
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.sources.recent import Recent
-from lmms_plugin.utils.images import to_rgb
+from lmms_plugin.utils.images import to_rgb, told_apart
 
 Record = Mapping[str, Any]
 GENERIC = DIALECTS["fractions"]
@@ -55,8 +54,7 @@ def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None)
     if name is None:
         return [to_rgb(doc["image"])]
     image, severity, key = doc["image"], int((task or {})["severity"]), doc["image_id"]
-    content = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-    known_by = (content, image.mode, image.size, key, name, severity)
+    known_by = (told_apart(image), key, name, severity)
     return [_SHIFTED.get(known_by, lambda: corruptions.apply(image, name, severity, key=key))]
 
 

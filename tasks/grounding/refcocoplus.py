@@ -7,7 +7,7 @@ task is loaded and not when this module is imported.
 import os
 from typing import Any
 
-from lmms_plugin.tasks.sources.copies import AbsentSplitError, files_of, local_folder
+from lmms_plugin.utils.copies import AbsentSplitError, files_of, local_folder
 
 HUB_ID = "lmms-lab-encoder/RefCOCOplus"
 VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS"

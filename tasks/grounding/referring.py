@@ -17,11 +17,12 @@ import datasets
 from PIL import Image
 
 from lmms_plugin.tasks.sources.conventions import Convention, numbers_in
-from lmms_plugin.tasks.sources.copies import expect_different, expect_once
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
-from lmms_plugin.tasks.sources.images import DatasetError, content, header, opened
+from lmms_plugin.tasks.sources.images import content, header, opened
 from lmms_plugin.tasks.sources.origins import Origin
 from lmms_plugin.tasks.sources.recent import Recent
+from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
+from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.images import Header
 
 _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")

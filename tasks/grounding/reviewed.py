@@ -28,8 +28,7 @@ from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.refcocoplus import SPLITS
 from lmms_plugin.tasks.grounding.referring import image_id
 from lmms_plugin.tasks.sources.annotations import entries
-from lmms_plugin.tasks.sources.copies import AbsentSplitError, local_folder
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import AbsentSplitError, DatasetError, local_folder
 
 VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS_REVIEWED"
 HUB_ID, HUB_FOLDER = "JierunChen/Ref-L4", "refcocos_annotation_reviewed"

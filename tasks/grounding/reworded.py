@@ -17,7 +17,7 @@ from lmms_plugin.shifts.language.mismatches import Mismatch, one_of
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.registry.cells import Reworded
 from lmms_plugin.tasks.sources.documents import Documents
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 
 class Pick(NamedTuple):

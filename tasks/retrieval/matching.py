@@ -18,12 +18,13 @@ from PIL import Image
 
 from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
 from lmms_plugin.protocol.response import Response
-from lmms_plugin.tasks.sources.copies import expect_different, expect_once
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
-from lmms_plugin.tasks.sources.images import DatasetError, opened
+from lmms_plugin.tasks.sources.images import opened
 from lmms_plugin.tasks.sources.origins import Origin, attributes
 from lmms_plugin.tasks.sources.recent import Recent
+from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
 from lmms_plugin.utils.chance import uniform
+from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.images import to_rgb
 
 SEED = 1234

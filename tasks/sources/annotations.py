@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 
 def entries(path: Path, key: str, fields: Collection[str], content: Any = None) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import datasets
 from PIL import Image
 
 from lmms_plugin.ending import ends_the_command
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 IMAGE = "image"
 

@@ -7,12 +7,9 @@ from typing import Any
 from PIL import Image
 
 from lmms_plugin.utils import images
+from lmms_plugin.utils.copies import DatasetError
 
 Encoded = Mapping[str, Any] | None
-
-
-class DatasetError(ValueError):
-    """A dataset that cannot be reached, or whose columns or values are not what the task documents."""
 
 
 def opened(encoded: Encoded, where: str) -> Image.Image:

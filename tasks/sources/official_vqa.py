@@ -15,7 +15,7 @@ import datasets
 
 from lmms_plugin.tasks.sources import writing
 from lmms_plugin.tasks.sources.annotations import entries
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.messages import counted
 
 FEATURES = datasets.Features(

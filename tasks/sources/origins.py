@@ -8,8 +8,7 @@ from typing import Any
 
 import datasets
 
-from lmms_plugin.tasks.sources.copies import AbsentSplitError, files_of, local_folder
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import AbsentSplitError, DatasetError, files_of, local_folder
 from lmms_plugin.utils.variables import PREFIX
 
 

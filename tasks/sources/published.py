@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from lmms_plugin.tasks.sources import writing
 from lmms_plugin.tasks.sources.annotations import entries
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.messages import counted
 
 _TEXT, _INTEGER, _NUMBER = datasets.Value("string"), datasets.Value("int64"), datasets.Value("float64")

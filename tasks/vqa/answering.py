@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lmms_plugin.analysis.results import HELD_OUT, REPORTED
 from lmms_plugin.confidence.agreement import Agreement
 from lmms_plugin.confidence.estimators import LEARNED, NEEDS, TEXT_ESTIMATORS, Evidence, coordinate_mask, estimate_all
+from lmms_plugin.metrics.selective import HELD_OUT, REPORTED
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.protocol.verbalised import stated_confidence
 from lmms_plugin.tasks.grounding import comprehension

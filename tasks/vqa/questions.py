@@ -29,12 +29,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from lmms_plugin.tasks.sources.copies import expect_different, expect_once
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
-from lmms_plugin.tasks.sources.images import DatasetError, opened
+from lmms_plugin.tasks.sources.images import opened
 from lmms_plugin.tasks.sources.recent import Recent
+from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
 from lmms_plugin.tasks.vqa.datasets import SOURCES, Source
 from lmms_plugin.utils.chance import uniform
+from lmms_plugin.utils.copies import DatasetError
 
 SEED = 1234
 PARTS: Mapping[str, float] = {"dev": 0.4, "val": 0.1, "test": 0.5}

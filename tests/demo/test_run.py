@@ -18,15 +18,16 @@ from rich.console import Console
 from tqdm import tqdm
 
 from lmms_plugin import harness_log
-from lmms_plugin.cli.demo_progress import QUIET_SECONDS, Pace, Progress, seconds_left
+from lmms_plugin.cli.demo_display import QUIET_SECONDS, Progress, show
 from lmms_plugin.demo import run as demo
+from lmms_plugin.demo.progress import Pace, seconds_left
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 TRACEBACK = """Traceback (most recent call last):
   File "decoding.py", line 9, in generate
     raise OutOfMemory("no room for a batch of 1")
-lmms_plugin.vlm.generation.decoding.OutOfMemory: no room for a batch of 1
+lmms_plugin.utils.out_of_memory.OutOfMemory: no room for a batch of 1
 """
 
 
@@ -97,7 +98,7 @@ def test_a_log_reads_as_a_terminal_shows_it() -> None:
     [
         ("", None),
         ("Killed\n\n", "Killed"),
-        (TRACEBACK + "bye\n", "lmms_plugin.vlm.generation.decoding.OutOfMemory: no room for a batch of 1"),
+        (TRACEBACK + "bye\n", "lmms_plugin.utils.out_of_memory.OutOfMemory: no room for a batch of 1"),
         (
             TRACEBACK + "\x1b[31mERROR\x1b[0m | Error during evaluation: no room. Please set `--verbosity=DEBUG` to get"
             " more information.\x1b[0m\n",
@@ -246,7 +247,7 @@ def test_a_mean_over_a_number_that_is_missing_is_none() -> None:
 def test_the_table_is_whole_in_a_narrow_terminal(monkeypatch, capsys, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     runs = [a_run(f"quant_{method}", QUICK) for method in demo.METHODS]
-    demo._print(demo._table(runs), demo._scope(runs[0]))
+    show(demo.HEADINGS, [demo._cells(one) for one in runs], demo._scope(runs[0]))
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert "…" not in "".join(lines)

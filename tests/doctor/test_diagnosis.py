@@ -23,8 +23,8 @@ from lmms_plugin.doctor.packages import Package
 from lmms_plugin.doctor.rows import Row, Status
 from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
-from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.utils import variables
+from lmms_plugin.utils.copies import DatasetError
 
 COMMAND = str(Path(sys.executable).parent / "lmms-plugin")
 

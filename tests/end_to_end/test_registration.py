@@ -1,5 +1,8 @@
 """The border to lmms-eval, with the real TaskManager and model registry."""
 
+from functools import partial
+from importlib import import_module
+
 import pytest
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.tasks import TaskManager
@@ -7,8 +10,8 @@ from lmms_eval.tasks import TaskManager
 from lmms_plugin import quant_backends, registration
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.shifts.language.rewording import TEXT_SHIFTS
-from lmms_plugin.tasks.registry import catalogue, cells
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.tasks.registry import catalogue, cells, task_files
+from lmms_plugin.utils.copies import DatasetError
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def loguru_messages():
 
 def test_every_backend_is_a_chat_model():
     for backend in quant_backends.names():
-        resolved = MODEL_REGISTRY_V2.resolve(registration.model_name(backend))
+        resolved = MODEL_REGISTRY_V2.resolve(quant_backends.model_name(backend))
         assert resolved.model_type == "chat"
 
 
@@ -49,6 +52,36 @@ def test_every_listed_task_tells_the_split_that_is_read(manager):
     for name in ("coco_caption_val2017", "coco_caption_val2017_fog_3", "flickr30k_retrieval_pool20", "shapes_rec"):
         assert summaries[name].endswith(f", split {manager._get_config(name)['test_split']}")
     assert summaries["coco_caption_val2017"] == "coco_caption, split val"
+
+
+def named(value):
+    """A value with the functions that a task's YAML names in their places, and other functions by their names."""
+    if isinstance(value, task_files.Function):
+        module, _, attribute = value.rpartition(".")
+        value = getattr(import_module(module), attribute)
+    if isinstance(value, dict):
+        return {key: named(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [named(one) for one in value]
+    if isinstance(value, partial):
+        return [named(value.func), value.args, value.keywords]
+    return f"{value.__module__}.{value.__name__}" if hasattr(value, "__name__") else value
+
+
+def test_task_files_say_what_lmms_eval_reads(manager):
+    generated = [name for name, source in task_files.sources().items() if source.generated]
+    compared = set()
+    for name in [*(task_files.sources().keys() - set(generated)), *generated[::97]]:
+        source = task_files.sources()[name]
+        assert manager.task_index[name]["type"] == source.kind
+        try:
+            expected = manager._get_config(name)
+        # Without a local copy of its dataset lmms-eval cannot read it.
+        except (DatasetError, ImportError):
+            continue
+        assert named(dict(source.configuration)) == named(expected), name
+        compared.add(name)
+    assert compared >= {"refcocoplus_rec_testA", "shapes_rec", "coco_caption_val2017_fog_3", *generated[::97]}
 
 
 def test_no_name_collides_with_a_built_in_task(manager):

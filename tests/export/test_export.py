@@ -443,8 +443,9 @@ def test_what_does_not_hold_is_refused_though_the_hashes_do(copy, tamper, messag
         (lambda folder: (folder / "manifest.json").unlink(), "expected manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("{}"), "expected lmms-plugin submission 1"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda folder: (folder / "manifest.json").write_text('{"a":' * 100_000), "manifest.json is damaged"),
     ],
-    ids=["changed", "missing", "added", "no manifest", "other manifest", "damaged manifest"],
+    ids=["changed", "missing", "added", "no manifest", "other manifest", "damaged manifest", "nested manifest"],
 )
 def test_files_are_those_of_the_manifest(copy, tamper, message):
     tamper(copy)

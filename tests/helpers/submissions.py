@@ -6,13 +6,14 @@ import datasets
 import numpy as np
 
 from lmms_plugin.analysis.reliability import Settings
-from lmms_plugin.analysis.results import HELD_OUT, REPORTED, read_one
+from lmms_plugin.analysis.results import read_one
 from lmms_plugin.demo import DATA
 from lmms_plugin.demo.mismatches import absent_object
 from lmms_plugin.export.definitions import definition
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import measured
 from lmms_plugin.leaderboard import submission, verification
+from lmms_plugin.metrics.selective import HELD_OUT, REPORTED
 from lmms_plugin.protocol.response import MARKER, Response, Token
 from lmms_plugin.tasks.grounding import rejection
 from lmms_plugin.tasks.grounding.aggregations import Judged

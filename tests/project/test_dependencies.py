@@ -16,6 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from lmms_plugin.doctor import packages
+
 # Installers, which no package needs to run, and ours, which is what is tested.
 NOT_LOCKED = {"pip", "wheel", "lmms-plugin"}
 # Imported by functions of lmms-eval that no evaluation calls: its own tests, judges behind web services, a logger.
@@ -129,9 +131,8 @@ def test_what_this_package_imports_is_declared(providers):
 
 
 def test_what_is_installed_is_what_is_locked():
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
-    held = [found for found in map(Requirement, filter(None, lines)) if found.marker is None or found.marker.evaluate()]
-    locked = {canonicalize_name(found.name): str(found.specifier).removeprefix("==") for found in held}
+    held = packages.locked((ROOT / "constraints.txt").read_text())
+    locked = {name: str(found.specifier).removeprefix("==") for name, found in held.items()}
     installed = {}
     for found in distributions():
         if "_vendor" in Path(str(found.locate_file(""))).parts:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import test_results
 import test_results_language
-import yaml
 from helpers import report_study
 
 from lmms_plugin.analysis import comparison, component_importance, estimators, reliability
@@ -19,6 +18,7 @@ from lmms_plugin.report import contents, page, reading
 from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.summary import summarise
 from lmms_plugin.selector import shift_strength
+from lmms_plugin.tasks.registry import task_files
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 SETTINGS = reliability.Settings(resamples=20)
@@ -46,11 +46,7 @@ def test_the_page_is_read():
 
 
 def test_metrics_of_every_task():
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda _, node: node.value)
-    files = [yaml.load(file.read_text("utf-8"), Loader) for file in Path(tasks_folder()).rglob("*.yaml")]
+    files = [task_files.read(file) for file in Path(tasks_folder()).rglob("*.yaml")]
     of_tasks = [entry["metric"] for file in files for entry in file.get("metric_list", [])]
     of_groups = [entry["metric"] for file in files for entry in file.get("aggregate_metric_list", [])]
     assert len(set(of_tasks)) > 90

@@ -22,7 +22,7 @@ from lmms_plugin.study.run.attempt import Outcome
 from lmms_plugin.study.run.recording import Recorder
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.store.storage import Storage
-from lmms_plugin.utils import files as durable
+from lmms_plugin.utils import files
 
 SETTINGS = reliability.Settings(resamples=20)
 DEFAULT = reliability.Settings(resamples=reading.RESAMPLES)
@@ -32,7 +32,7 @@ FILES = len(CELLS) * (1 + len(report_study.TASKS))
 
 @pytest.fixture(autouse=True)
 def times_are_trusted_at_once(monkeypatch):
-    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", -1)
 
 
 @pytest.fixture
@@ -165,10 +165,10 @@ def test_a_change_that_leaves_size_and_time_is_seen(study):
 
 
 def test_times_of_a_file_that_has_just_changed_are_not_trusted(study, monkeypatch):
-    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", 3_600_000_000_000)
+    monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", 3_600_000_000_000)
     reading.read_folder(study, SETTINGS)
     assert hashed(study) == hashed(study) == FILES
-    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", -1)
     assert (hashed(study), hashed(study)) == (FILES, 0)
 
 
@@ -271,7 +271,7 @@ def test_where_nothing_can_be_written_the_report_is_made_and_nothing_stays(study
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "replace", refuse)
+        patch.setattr(files.os, "replace", refuse)
         reading.read_folder(study, SETTINGS)
     assert not [file for file in (study / ".measured").rglob("*") if file.is_file()]
     (study / ".measured").chmod(0o755)
@@ -346,19 +346,19 @@ class Silent:
 def test_a_runner_measures_what_it_finishes_fetches_or_takes_back(study, tmp_path):
     storage = Storage.at(str(tmp_path / "shared"))
     here = open_folder(tmp_path / "here")
-    finish(study / "cells" / "rtn-3", Recorder(here, Silent(), storage), "rtn-3")
+    finish(study / "cells" / "rtn-3", Recorder(here, Silent(), storage, reading.keep), "rtn-3")
     assert kept_of(here.path) == ["rtn-3"]
     assert measured(here.path, DEFAULT) == []
 
     there = open_folder(tmp_path / "there")
-    Recorder(there, Silent(), storage).claim("rtn-3")
+    Recorder(there, Silent(), storage, reading.keep).claim("rtn-3")
     assert kept_of(there.path) == ["rtn-3"]
 
     there.superseded.mkdir(exist_ok=True)
     there.done_path("rtn-3").rename(there.superseded / "rtn-3")
     there.open(there.path / "study.yaml")
     assert kept_of(there.path) == []
-    Recorder(there, Silent()).claim("rtn-3")
+    Recorder(there, Silent(), measure=reading.keep).claim("rtn-3")
     assert kept_of(there.path) == ["rtn-3"]
 
 
@@ -371,6 +371,6 @@ def test_a_cell_that_cannot_be_measured_is_finished_all_the_same(study, tmp_path
 
     monkeypatch.setattr(numbers, "of", refuse)
     folder, watcher = open_folder(tmp_path / "here"), Silent()
-    finish(study / "cells" / "rtn-3", Recorder(folder, watcher), "rtn-3")
+    finish(study / "cells" / "rtn-3", Recorder(folder, watcher, measure=reading.keep), "rtn-3")
     assert folder.is_done("rtn-3")
     assert watcher.finished == ["rtn-3"]

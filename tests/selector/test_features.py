@@ -7,7 +7,7 @@ import torch
 
 from lmms_plugin.selector import features
 from lmms_plugin.selector.features import Features, FeatureWriter, Origin, key, read
-from lmms_plugin.utils.fingerprint import fingerprint
+from lmms_plugin.utils.hashing import of_weights
 
 ORIGIN = Origin("a" * 64, {"method": "rtn", "plan": {"language": {"bits": 4}}}, -1)
 
@@ -56,14 +56,19 @@ def test_the_precision_of_the_model_is_kept(tmp_path):
 def test_a_file_that_was_never_finished_is_none(tmp_path, monkeypatch):
     write(tmp_path, ["t/0"], [1])
 
-    def killed(columns, file, metadata):
+    left = []
+
+    def interrupted(columns, file, metadata):
         file.write_bytes(b"half a file")
+        left.append(file)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "save_file", killed)
+    monkeypatch.setattr(features, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, ["t/1"], [2])
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 1
+    # Whoever is killed has no time to remove it.
+    left[0].write_bytes(b"half a file")
     assert set(read(tmp_path).index) == {"t/0"}
 
 
@@ -132,6 +137,6 @@ def test_a_fingerprint_knows_weights_and_not_where_they_lie(tmp_path):
         (tmp_path / name).mkdir()
         features.save_file({"weight": tensor}, tmp_path / name / "model.safetensors")
         (tmp_path / name / "config.json").write_text(name)
-    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "copy") != fingerprint(tmp_path / "tuned")
+    assert of_weights(tmp_path / "one") == of_weights(tmp_path / "copy") != of_weights(tmp_path / "tuned")
     with pytest.raises(FileNotFoundError, match="expected weights"):
-        fingerprint(tmp_path)
+        of_weights(tmp_path)

@@ -19,7 +19,7 @@ from lmms_plugin.shifts.language.negation import negators
 from lmms_plugin.tasks.grounding import mentions, reworded
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.mentions import Mentions
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from lmms_plugin.study.file import fingerprints
 from lmms_plugin.study.file.grid import Resources
 from lmms_plugin.study.file.identity import keyed
 from lmms_plugin.study.file.tasks import describe
+from lmms_plugin.utils import hashing
 
 
 def test_a_folder_is_told_by_its_files_not_its_place(tmp_path: Path) -> None:
@@ -22,23 +23,23 @@ def test_a_folder_is_told_by_its_files_not_its_place(tmp_path: Path) -> None:
     (one / "a.txt").write_text("a")
     (one / "sub" / "b.bin").write_bytes(bytes(range(256)) * 4096)
     shutil.copytree(one, other)
-    assert fingerprints.of_path(one) == fingerprints.of_path(other)
+    assert hashing.of_path(one) == hashing.of_path(other)
     (other / ".cache").mkdir()
     (other / ".cache" / "lock").write_text("")
-    assert fingerprints.of_path(one) == fingerprints.of_path(other)
+    assert hashing.of_path(one) == hashing.of_path(other)
     (other / "a.txt").rename(other / "c.txt")
-    assert fingerprints.of_path(one) != fingerprints.of_path(other)
+    assert hashing.of_path(one) != hashing.of_path(other)
 
 
 @pytest.mark.parametrize("size", [10, 64 * 4096, 3_000_000], ids=["short", "as long as the blocks", "long"])
 def test_a_file_is_told_by_its_content(tmp_path: Path, size: int) -> None:
     file = tmp_path / "weights"
     file.write_bytes(bytes(size))
-    before = fingerprints.of_path(file)
+    before = hashing.of_path(file)
     file.write_bytes(bytes(size - 1) + b"\1")
-    assert fingerprints.of_path(file) != before
+    assert hashing.of_path(file) != before
     file.write_bytes(bytes(size + 1))
-    assert fingerprints.of_path(file) != before
+    assert hashing.of_path(file) != before
 
 
 def test_without_the_hub_the_copy_here_tells_the_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -55,13 +56,18 @@ def test_without_the_hub_the_copy_here_tells_the_revision(monkeypatch: pytest.Mo
     fingerprints.revision.cache_clear()
 
 
+def test_a_module_that_is_not_there_is_no_root_of_a_key() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"expected a module of this package, got 'lmms_plugin\.moved_away'"):
+        fingerprints.code(["lmms_plugin.study.file.grid", "lmms_plugin.moved_away"])
+
+
 def test_functions_are_named_and_paths_looked_into(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text("skip: []")
-    value = {"a": partial(fingerprints.digest, 3), "b": [str(file)], "c": {2, 1}, "d": None}
+    value = {"a": partial(hashing.of_bytes, b"3"), "b": [str(file)], "c": {2, 1}, "d": None}
     found = fingerprints.of_value(value)
-    assert found["a"] == ["lmms_plugin.study.file.fingerprints.digest", [3], {}]
-    assert found["b"] == [fingerprints.of_path(file)]
+    assert found["a"] == ["lmms_plugin.utils.hashing.of_bytes", [repr(b"3")], {}]
+    assert found["b"] == [hashing.of_path(file)]
     assert found["c"] == [1, 2]
     assert found["d"] is None
 

@@ -16,10 +16,9 @@ import pytest
 
 from lmms_plugin.study.run import cost
 from lmms_plugin.study.run.recording import Recorder, Taken
-from lmms_plugin.study.store import folder as folder_module
 from lmms_plugin.study.store.folder import CELL, DONE, FAILED, Lock, StudyFolder
 from lmms_plugin.study.store.storage import Storage
-from lmms_plugin.utils import files, guard
+from lmms_plugin.utils import files, guard, hashing
 from lmms_plugin.utils.files import read_json
 
 ABOUT = {"model": "quant_rtn", "model_args": {"bits": 4}, "tasks": ["t"], "limit": None, "axes": {"bits": 4}}
@@ -295,7 +294,8 @@ def test_files_that_are_as_they_were_are_hashed_once(folder: StudyFolder, monkey
     monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", -1)
     assert folder.is_done("a-1")
     hashed: list[Path] = []
-    monkeypatch.setattr(folder_module, "sha256", lambda file: hashed.append(file) or files.sha256(file))
+    of_file = hashing.of_file
+    monkeypatch.setattr(hashing, "of_file", lambda file: hashed.append(file) or of_file(file))
     assert folder.is_done("a-1")
     assert hashed == []
     (folder.done_path("a-1") / "demo" / "1_results.json").write_text("x")

@@ -23,7 +23,8 @@ from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.run import attempt
 from lmms_plugin.study.run.attempt import Attempt
 from lmms_plugin.study.store.folder import DONE, LOG
-from lmms_plugin.utils.files import hashes, read_json
+from lmms_plugin.utils.files import read_json
+from lmms_plugin.utils.hashing import of_files
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 # Offline there is no RefCOCO+; the last line of the log says so.
@@ -78,7 +79,7 @@ def finished(output: Path) -> dict[str, int]:
     found = {}
     for cell in sorted((output / "cells").iterdir()):
         expected = read_json(cell / DONE)["files"]
-        assert {name: value for name, value in hashes(cell).items() if name != DONE} == expected
+        assert {name: value for name, value in of_files(cell).items() if name != DONE} == expected
         found[cell.name] = (cell / DONE).stat().st_mtime_ns
     return found
 

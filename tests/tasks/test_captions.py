@@ -8,7 +8,7 @@ import pytest
 from helpers import caption_copies
 
 from lmms_plugin.tasks.captions import captioning
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 WRITTEN = ["a cat with green eyes", "", "a photo of a cup of coffee on a table", "two dogs"]
 

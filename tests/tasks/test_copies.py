@@ -13,10 +13,10 @@ from lmms_plugin.tasks.grounding import refcocoplus, reviewed
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.natural import SETS
 from lmms_plugin.tasks.retrieval import matching
-from lmms_plugin.tasks.sources import copies
-from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
 from lmms_plugin.tasks.vqa.questions import Parts
+from lmms_plugin.utils import copies
+from lmms_plugin.utils.copies import DatasetError
 
 
 def twice(rows):

@@ -6,7 +6,7 @@ from PIL import Image, ImageFile
 from lmms_plugin.tasks.grounding import refcocoplus
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.referring import image_id
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 
 @pytest.fixture(scope="module")

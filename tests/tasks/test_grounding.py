@@ -4,7 +4,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import yaml
 from helpers import photographs
 
 from lmms_plugin import metrics, registration
@@ -13,7 +12,7 @@ from lmms_plugin.protocol.response import Alternatives, Response, Token
 from lmms_plugin.tasks.grounding import aggregations, comprehension, scored_by
 from lmms_plugin.tasks.grounding.aggregations import Judged
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
-from lmms_plugin.tasks.registry.catalogue import _NameLoader
+from lmms_plugin.tasks.registry import task_files
 
 # A 200 x 100 image whose object covers its right half.
 DOC = {
@@ -185,8 +184,8 @@ def test_table_metrics_are_those_of_the_records():
 
 @pytest.mark.parametrize("file", ["grounding/_grounding.yaml", "grounding/refcocoplus_clean/_reviewed.yaml"])
 def test_the_yaml_lists_every_metric_under_its_own_function(file):
-    text = (Path(registration.tasks_folder()) / file).read_text(encoding="utf-8")
-    listed = {m["metric"]: m for m in yaml.load(text, Loader=_NameLoader)["metric_list"]}
+    config = task_files.read(Path(registration.tasks_folder()) / file)
+    listed = {m["metric"]: m for m in config["metric_list"]}
     for name, aggregate in aggregations.CALIBRATION.items():
         assert getattr(aggregations, listed[name]["aggregation"].rpartition(".")[2]) is aggregate
         assert listed[name]["higher_is_better"] is (name in ("auroc", "aupr_error") or name.startswith("coverage"))

@@ -14,7 +14,7 @@ from lmms_plugin.tasks.grounding import comprehension, natural, natural_scores, 
 from lmms_plugin.tasks.grounding.natural import SETS
 from lmms_plugin.tasks.sources import published
 from lmms_plugin.tasks.sources.conventions import Convention
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 
 @pytest.fixture(scope="module", autouse=True)

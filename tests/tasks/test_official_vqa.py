@@ -8,9 +8,9 @@ from helpers import vqa_copies
 from helpers.environments import run
 
 from lmms_plugin.tasks.sources import official_vqa
-from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.tasks.vqa.datasets import SOURCES
 from lmms_plugin.tasks.vqa.questions import PARTS, Parts
+from lmms_plugin.utils.copies import DatasetError
 
 
 @pytest.fixture

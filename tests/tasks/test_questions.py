@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from helpers import vqa_copies
 
-from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.tasks.vqa import questions
 from lmms_plugin.tasks.vqa.datasets import SOURCES
 from lmms_plugin.tasks.vqa.questions import MIXTURES, PARTS, Mixture, Parts, part_of
+from lmms_plugin.utils.copies import DatasetError
 
 
 @pytest.fixture(scope="module")

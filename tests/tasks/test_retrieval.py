@@ -8,7 +8,7 @@ from helpers import caption_copies
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.retrieval import matching
 from lmms_plugin.tasks.retrieval.matching import CaptionedSet, process_results, ranking_scores
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 SOURCE = CaptionedSet(name="flickr30k", title="Flickr30k", hub_id="owner/flickr30k", split="test", pool=4)
 

@@ -6,7 +6,7 @@ import pytest
 from helpers import natural_copies, photographs
 
 from lmms_plugin.tasks.grounding import reviewed
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 
 @pytest.fixture

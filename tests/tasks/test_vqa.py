@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from helpers import vqa_copies
 
 from lmms_plugin import metrics, registration
 from lmms_plugin.confidence.estimators import LEARNED, NEEDS, TEXT_ESTIMATORS
 from lmms_plugin.protocol.response import Response, Token
-from lmms_plugin.tasks.registry.catalogue import _NameLoader
+from lmms_plugin.tasks.registry import task_files
 from lmms_plugin.tasks.vqa import aggregations, answering, questions
 from lmms_plugin.tasks.vqa.aggregations import BESIDE, NEEDS_HELD_OUT, ON_TEST, Scored
 from lmms_plugin.tasks.vqa.questions import PARTS, Parts
@@ -192,7 +191,7 @@ def test_nothing_is_made_up_where_a_part_is_missing():
 
 def test_the_yaml_lists_every_metric_under_its_own_function():
     path = Path(registration.tasks_folder()) / "vqa" / "reliable_vqa" / "_reliable_vqa.yaml"
-    listed = {m["metric"]: m for m in yaml.load(path.read_text(), Loader=_NameLoader)["metric_list"]}
+    listed = {m["metric"]: m for m in task_files.read(path)["metric_list"]}
     beside = {f"{name}_{by}" for name in BESIDE for by in {*LEARNED, *NEEDS} - {"expected_iou"}}
     counted = {"accuracy", "accuracy_reliable_vqa", "confidence_rate", "unfinished_rate", "verbalised_rate"}
     assert set(listed) == {*counted, *ON_TEST, *NEEDS_HELD_OUT, *beside}
@@ -205,8 +204,5 @@ def test_the_yaml_lists_every_metric_under_its_own_function():
 
 def test_every_task_names_documents_that_exist():
     folder = Path(registration.tasks_folder()) / "reliable_vqa"
-    named = {
-        yaml.load(path.read_text(), Loader=_NameLoader).get("process_docs", "").rpartition(".")[2]
-        for path in folder.glob("*.yaml")
-    } - {""}
+    named = {task_files.read(path).get("process_docs", "").rpartition(".")[2] for path in folder.glob("*.yaml")} - {""}
     assert {*questions.MIXTURES, "vqav2", "advqa", "vizwiz", "vqav2_dev"} == named

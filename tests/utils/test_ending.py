@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lmms_plugin import registration
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.utils.copies import DatasetError
 
 COMMAND = str(Path(sys.executable).parent / "lmms-eval")
 

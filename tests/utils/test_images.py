@@ -7,10 +7,13 @@ import warnings
 import zlib
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers import photographs
 from PIL import Image, ImageFile
+from pyarrow import parquet
 
 from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.protocol.dialects import dialect_for
@@ -21,8 +24,8 @@ from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.referring import ReferringSet
 from lmms_plugin.tasks.retrieval import matching
 from lmms_plugin.tasks.sources.conventions import Convention
-from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.utils import images
+from lmms_plugin.utils.copies import DatasetError
 
 # How pixels that are stored with a tag were turned away from upright (EXIF 2.32, table 6).
 AWAY = {
@@ -355,6 +358,24 @@ class TestDamage:
             thread.join()
         assert len(refused) == 160
         assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def calibrated_elsewhere(address, tmp_path):
+    kept = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    rows = {"image": pa.array([{"bytes": None, "path": address}], kept), "caption": ["a picture"]}
+    parquet.write_table(pa.table(rows), tmp_path / "train.parquet")
+    return CalibrationSpec.parse(f"dataset:{tmp_path / 'train.parquet'}:n=1").load_samples()[0].image
+
+
+def test_what_lies_elsewhere_is_fetched_and_opened_like_any_other(tmp_path):
+    fsspec.filesystem("memory").pipe("turned.jpg", stored(picture(), 6, "JPEG", quality=95, subsampling=0))
+    shown = calibrated_elsewhere("memory://turned.jpg", tmp_path)
+    assert shown.size == (48, 32)
+    assert np.abs(np.asarray(shown, int) - np.asarray(picture(), int)).max() <= 8
+    fsspec.filesystem("memory").pipe("half.png", png(noise())[:4000])
+    for address, problem in (("half.png", "truncated|broken"), ("nowhere.png", "nowhere")):
+        with pytest.raises(ValueError, match=rf"calibration row 0 holds no readable image: .*({problem})"):
+            calibrated_elsewhere(f"memory://{address}", tmp_path)
 
 
 def in_files(rows, write):

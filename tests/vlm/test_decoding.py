@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from lmms_plugin.vlm.generation.decoding import Decoder, OutOfMemory, explaining_out_of_memory
+from lmms_plugin.utils.out_of_memory import OutOfMemory, while_answering
+from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.token_texts import cut, decode
 from lmms_plugin.vlm.generation.token_texts import token_texts as split_text
 from lmms_plugin.vlm.settings import Sampling, Settings
@@ -335,18 +336,18 @@ def test_logits_that_are_not_numbers_are_an_error(language_model):
 def test_out_of_memory_says_what_helps():
     with (
         pytest.raises(OutOfMemory, match=r"batch_size \(now 8 requests\), max_pixels, bits"),
-        explaining_out_of_memory(8),
+        while_answering(8),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
 def test_a_real_failed_allocation_is_recognised():
-    with pytest.raises(OutOfMemory, match="max_pixels"), explaining_out_of_memory(1):
+    with pytest.raises(OutOfMemory, match="max_pixels"), while_answering(1):
         torch.empty(1 << 50, dtype=torch.uint8)
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(RuntimeError, match="shapes"), explaining_out_of_memory(1):
+    with pytest.raises(RuntimeError, match="shapes"), while_answering(1):
         raise RuntimeError("shapes do not match")
 
 

@@ -16,7 +16,7 @@ from lmms_plugin.report.axes import DENSE_BITS, UNQUANTIZED
 from lmms_plugin.report.figures.palette import DENSE, INK, MUTED, RULE, Look
 from lmms_plugin.report.summary import Line, series
 from lmms_plugin.report.tables import Table
-from lmms_plugin.study.file.fingerprints import digest
+from lmms_plugin.utils import hashing
 
 Floats = npt.NDArray[np.float64]
 Key = tuple[str, int | None]
@@ -240,7 +240,7 @@ def short(words: str) -> str:
 def slug(words: str) -> str:
     """For files and anchors; a long one ends with what tells it from others."""
     found = "-".join("".join(c if c.isalnum() else " " for c in words.lower()).split())
-    return found if len(found) <= _LONGEST_SLUG else f"{found[:_LONGEST_SLUG]}-{digest(words)[:8]}"
+    return found if len(found) <= _LONGEST_SLUG else f"{found[:_LONGEST_SLUG]}-{hashing.of_value(words)[:8]}"
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,48 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from lmms_plugin.utils.fingerprint import BLOCK, BLOCKS, blocks
+from lmms_plugin.utils import hashing
 
 PACKAGE = "lmms_plugin"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_SECONDS = 10
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value as JSON with sorted names.
-
-    Raises:
-        TypeError: If it is none that JSON can hold.
-    """
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def of_path(path: Path) -> str:
-    """Fingerprint of a file or of all files of a folder: names below it, sizes, and 64 blocks of each file.
-
-    It does not depend on where the folder lies, and takes milliseconds for any size.
-
-    Raises:
-        FileNotFoundError: If there is nothing at `path`.
-    """
-    if path.is_file():
-        return digest([[path.suffix, *_sample(path)]])
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is nothing at {path}")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
-    return digest([[str(file.relative_to(path)), *_sample(file)] for file in files])
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__pycache__")) for part in path.parts)
-
-
-def _sample(file: Path) -> tuple[int, str]:
-    size, found = file.stat().st_size, hashlib.sha256()
-    for part in [file.read_bytes()] if size <= BLOCKS * BLOCK else blocks(file):
-        found.update(part)
-    return size, found.hexdigest()
 
 
 @cache
@@ -101,7 +62,7 @@ def of_value(value: Any, kind: str = "dataset") -> Any:
         path = Path(value).expanduser()
         # A short text may be the name of something in the working directory by chance.
         if len(str(value)) < 1024 and os.sep in str(value) and path.exists():
-            return of_path(path)
+            return hashing.of_path(path)
         return str(value)
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
@@ -125,8 +86,12 @@ def code(roots: Iterable[str]) -> Code:
 
     Args:
         roots: Long names of modules, of this package or not.
+
+    Raises:
+        ModuleNotFoundError: If one of them is to be in this package and is not, which would leave its code out.
     """
-    waiting, files, others = list(dict.fromkeys(roots)), {}, set()
+    roots = frozenset(roots)
+    waiting, files, others = sorted(roots), {}, set()
     while waiting:
         name = waiting.pop()
         if name in files:
@@ -135,6 +100,8 @@ def code(roots: Iterable[str]) -> Code:
             others.add(name.split(".")[0])
             continue
         module = _module(name)
+        if module is None and name in roots:
+            raise ModuleNotFoundError(f"expected a module of this package, got {name!r}")
         if module is not None:
             files[name] = module.fingerprint
             waiting += [*module.imports, *_parents(name)]
@@ -176,7 +143,7 @@ def _parsed(path: Path, _changed: int, _size: int) -> _Module:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [one for one in node.body if not _is_text(one)]
-    return _Module(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports)
+    return _Module(hashing.of_bytes(ast.dump(tree).encode()), imports)
 
 
 def _is_text(node: ast.stmt) -> bool:

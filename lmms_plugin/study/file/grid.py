@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from lmms_plugin.quant_backends import model_name
+
 T = TypeVar("T")
 
 
@@ -209,7 +211,7 @@ class Cell:
     @property
     def model(self) -> str:
         """The name of its model in lmms-eval."""
-        return f"quant_{self.backend}"
+        return model_name(self.backend)
 
     @property
     def model_args(self) -> str:

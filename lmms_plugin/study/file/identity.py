@@ -6,9 +6,8 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from lmms_plugin import __version__
@@ -16,9 +15,10 @@ from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.demo import DATA
 from lmms_plugin.quant_backends import backend_class, option_types
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
-from lmms_plugin.study.file.fingerprints import Code, code, digest, of_path, of_value, revision
+from lmms_plugin.study.file.fingerprints import Code, code, of_value, revision
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.tasks import known, local_copies
+from lmms_plugin.utils import hashing
 
 VERSIONS = ("lmms_eval", "torch", "transformers")
 _ROOTS = ("lmms_plugin.vlm.wrapper", "lmms_plugin.registration")
@@ -42,7 +42,7 @@ class Keyed:
     @property
     def key(self) -> str:
         """SHA-256 of the parts."""
-        return digest(self.parts)
+        return hashing.of_value(self.parts)
 
     @property
     def id(self) -> str:
@@ -98,10 +98,7 @@ def forget() -> None:
 
 def _checkpoint(cell: Cell) -> Mapping[str, Any]:
     arguments = ModelArguments.parse(cell.arguments, option_types(cell.backend))
-    path = arguments.find_checkpoint()
-    if Path(path).is_dir():
-        return {"files": of_path(Path(path))}
-    return {"repository": path, "revision": revision(path, "model")}
+    return hashing.of_source(arguments.find_checkpoint(), partial(revision, kind="model"))
 
 
 def _calibration_data(cell: Cell) -> Mapping[str, Any] | None:
@@ -111,5 +108,4 @@ def _calibration_data(cell: Cell) -> Mapping[str, Any] | None:
     path = DATA if spec.source == "demo" else spec.path
     if path is None:
         return None
-    local = Path(path).expanduser()
-    return {"files": of_path(local)} if local.exists() else {"repository": path, "revision": revision(path, "dataset")}
+    return hashing.of_source(str(path), partial(revision, kind="dataset"))

@@ -15,12 +15,11 @@ import yaml
 from pyarrow import parquet
 
 from lmms_plugin.analysis.results import GROUNDING, REJECTION
-from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, digest, of_path, of_value, revision
-from lmms_plugin.tasks.registry import cells as generated
-from lmms_plugin.tasks.registry.catalogue import FunctionName, merged
-from lmms_plugin.utils import variables
-from lmms_plugin.utils.located import near
+from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, of_value, revision
+from lmms_plugin.tasks.registry import task_files
+from lmms_plugin.utils import hashing, variables
 from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.suggest import near
 
 
 class Described(NamedTuple):
@@ -50,14 +49,14 @@ def describe(name: str) -> Described:
     Raises:
         ValueError: If lmms-eval knows no such task; names the nearest.
     """
-    ours = _ours()
+    ours = task_files.sources()
     found = dict(_single(name, ours)) if name in ours else _of_lmms_eval(name)
     modules = {module for config in found.values() for module in _modules(config)}
     described = {task: _resolved(config) for task, config in found.items()}
     single = [task for task, config in found.items() if not isinstance(config.get("task"), list)]
     documents = tuple(_documents(found[task]) for task in single)
     metrics = {task: _metrics(found[task]) for task in single}
-    return Described(digest(described), frozenset(modules), tuple(single), documents, metrics)
+    return Described(hashing.of_value(described), frozenset(modules), tuple(single), documents, metrics)
 
 
 def _documents(config: Mapping[str, Any]) -> int | None:
@@ -97,27 +96,8 @@ def _published_sizes() -> Mapping[Any, Mapping[Any, int]]:
     return found
 
 
-class _Source(NamedTuple):
-    file: Path
-    overrides: Mapping[str, Any]
-
-
-@cache
-def _ours() -> dict[str, _Source]:
-    found = {}
-    for file in sorted(generated.FOLDER.rglob("*.yaml")):
-        config = merged(file)
-        name = config.get("group", config.get("task"))
-        if isinstance(name, str):
-            found[name] = _Source(file, {})
-    for name, entry in generated.entries().items():
-        found.setdefault(name, _Source(entry.yaml, entry.overrides))
-    return found
-
-
-def _single(name: str, ours: Mapping[str, _Source]) -> Iterator[tuple[str, dict[str, Any]]]:
-    source = ours[name]
-    config = {**merged(source.file), **source.overrides}
+def _single(name: str, ours: Mapping[str, task_files.Source]) -> Iterator[tuple[str, dict[str, Any]]]:
+    config = ours[name].configuration
     members = config.get("task")
     yield name, config
     if isinstance(members, list):
@@ -153,7 +133,7 @@ def _manager() -> Any:
 
 
 def _modules(value: Any) -> Iterator[str]:
-    if isinstance(value, FunctionName):
+    if isinstance(value, task_files.Function):
         yield value.rpartition(".")[0]
     elif isinstance(value, Mapping):
         for one in value.values():
@@ -177,7 +157,7 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _looked_up(value: Any) -> Any:
-    found = attribute(value) if isinstance(value, FunctionName) else value
+    found = attribute(value) if isinstance(value, task_files.Function) else value
     return found() if callable(found) else found
 
 
@@ -185,7 +165,7 @@ def local_copies(environment: Mapping[str, str]) -> dict[str, str]:
     """Fingerprints of the local copies of datasets that environment variables of this package name."""
     named = sorted(environment.keys() - {variables.CACHE})
     folders = {name: variables.folder(name, environment) for name in named if name.startswith(variables.PREFIX)}
-    return {name: of_path(path) for name, path in folders.items() if path is not None and path.exists()}
+    return {name: hashing.of_path(path) for name, path in folders.items() if path is not None and path.exists()}
 
 
 def known(names: Iterable[str]) -> dict[str, Described]:

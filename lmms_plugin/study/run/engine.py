@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from lmms_plugin.cli.study_progress import Display
 from lmms_plugin.study.file.grid import gpus_needed
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.run import on_ray
 from lmms_plugin.study.run.local import LocalRunner, visible_gpus
 from lmms_plugin.study.run.planning import Plan, Planned, keys, plan
-from lmms_plugin.study.run.recording import Recorder
+from lmms_plugin.study.run.recording import Measure, Recorder, Watcher
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.store.storage import Storage
 from lmms_plugin.study.verdicts import conclusions
 from lmms_plugin.study.verdicts.conclusions import Conclusion
+
+
+class Watch(Protocol):
+    """Makes whoever is told how a study goes."""
+
+    def __call__(self, expected: dict[str, float | None], before: int, jobs: int) -> AbstractContextManager[Watcher]:
+        """Begin to watch.
+
+        Args:
+            expected: Cell → seconds it is expected to take; None where nothing tells. Cells that are to be run.
+            before: Cells that were finished before.
+            jobs: Cells at a time.
+        """
 
 
 class Finished(NamedTuple):
@@ -41,7 +54,9 @@ class Finished(NamedTuple):
 def run(
     file: Path,
     output: Path,
+    watch: Watch,
     *,
+    measure: Measure | None = None,
     jobs: int = 1,
     retry_failed: bool = False,
     ray: str | None = None,
@@ -52,6 +67,8 @@ def run(
     Args:
         file: Study file.
         output: Folder of the study.
+        watch: Makes whoever is told how it goes.
+        measure: What is to be done with the folder of each cell when it is finished; None for nothing.
         jobs: Cells at a time on this machine.
         retry_failed: Whether cells that failed before are tried again.
         ray: Address of a Ray cluster to run them on; None for this machine.
@@ -75,11 +92,11 @@ def run(
     expected = {one.keyed.id: one.seconds.value for one in wanted}
     cells = [one.keyed.cell for one in wanted]
     at_once = jobs if cluster is None else cluster.at_once(cells)
-    with Display(expected, len(before.cells) - len(wanted), at_once) as display:
+    with watch(expected, len(before.cells) - len(wanted), at_once) as watcher:
         for one in wanted:
             if one.damage is not None:
-                display.waiting(one.keyed.id, one.damage)
-        recorder = Recorder(folder, display, shared)
+                watcher.waiting(one.keyed.id, one.damage)
+        recorder = Recorder(folder, watcher, shared, measure)
         if cluster is None:
             LocalRunner(recorder, jobs, visible_gpus(), keys(gpus)).run(cells)
         else:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from rich.table import Table
-
-from lmms_plugin.cli.study_progress import duration
 from lmms_plugin.study.file.asked import located
 from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.grid import Cell, Study, gpus_needed
@@ -18,18 +15,11 @@ from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.run import cost
 from lmms_plugin.study.run.attempt import command
 from lmms_plugin.study.run.local import visible_gpus
+from lmms_plugin.study.run.progress import duration
 from lmms_plugin.study.run.weights import Size, size
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.verdicts import conclusions
 from lmms_plugin.utils.messages import command_line, counted
-
-_HEADINGS: dict[str, Literal["left", "right"]] = {
-    "cell": "left",
-    "tasks": "left",
-    "state": "left",
-    "seconds": "right",
-    "weights, MiB": "right",
-}
 
 
 class Planned(NamedTuple):
@@ -179,18 +169,6 @@ def _state(folder: StudyFolder, cell: str) -> str:
     if folder.is_running(cell):
         return "running"
     return "failed" if folder.has_failed(cell) else "missing"
-
-
-def table(found: Plan) -> Table:
-    """A plan for people."""
-    shown = Table(title=found.study.name)
-    for heading, justify in _HEADINGS.items():
-        shown.add_column(heading, justify=justify, overflow="fold")
-    for one in found.cells:
-        seconds = "unknown" if one.seconds.value is None else f"{one.seconds.value:.0f}"
-        weights = "unknown" if one.size.bytes is None else f"{one.size.bytes / 2**20:,.1f}"
-        shown.add_row(one.keyed.id, ", ".join(one.keyed.cell.tasks), one.state, seconds, weights)
-    return shown
 
 
 def damages(found: Plan) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
 
-from lmms_plugin.report import reading
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.run.attempt import Outcome, about
 from lmms_plugin.study.store.folder import Lock, StudyFolder
@@ -33,6 +34,10 @@ class Watcher(Protocol):
         """Time has passed."""
 
 
+Measure = Callable[[Path], object]
+"""Makes of a finished cell's folder what whoever reads it later would otherwise have to make."""
+
+
 class Taken(Enum):
     """Why a cell is not to be worked on here."""
 
@@ -48,11 +53,13 @@ class Recorder:
         folder: Of the study.
         watcher: Is told about everything.
         storage: Where finished cells are copied to; None for nowhere.
+        measure: What is to be done with the folder of a cell that is finished; None for nothing.
     """
 
     folder: StudyFolder
     watcher: Watcher
     storage: Storage | None = None
+    measure: Measure | None = None
     _failures: dict[str, dict[str, Any] | None] = field(default_factory=dict, repr=False)
 
     def claim(self, cell: str) -> Lock | Taken:
@@ -86,7 +93,8 @@ class Recorder:
     def _measure(self, cell: str) -> None:
         """Spare a report the logs; the cell is finished whatever comes of it, and a report says what is wrong."""
         with suppress(Exception):
-            reading.keep(self.folder.done_path(cell))
+            if self.measure is not None:
+                self.measure(self.folder.done_path(cell))
 
     def record(self, keyed: Keyed, outcome: Outcome, gpus: int) -> None:
         """Keep what the work on a cell, whose lock the caller has, came to."""

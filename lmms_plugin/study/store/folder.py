@@ -19,13 +19,12 @@ from typing import Any
 
 from lmms_plugin.analysis import accounts
 from lmms_plugin.study.file.grid import place
+from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import (
     State,
-    hashes,
     is_plain,
     read_json,
     replace_text,
-    sha256,
     sync,
     sync_folder,
     write_json,
@@ -125,7 +124,7 @@ class StudyFolder:
                 if not is_plain(folder, name):
                     return f"{name} of {cell} is gone"
                 state = State.of(folder / name)
-                hashed = digest if before.get(name) == [*state, digest] else sha256(folder / name)
+                hashed = digest if before.get(name) == [*state, digest] else hashing.of_file(folder / name)
             except FileNotFoundError:
                 return f"{name} of {cell} is gone"
             except OSError as error:
@@ -242,7 +241,7 @@ class StudyFolder:
         """
         work = self.running / cell
         write_json(work / CELL, about)
-        write_json(work / DONE, {**done, "files": hashes(work)})
+        write_json(work / DONE, {**done, "files": hashing.of_files(work)})
         self._move_to_finished(cell, about)
 
     def adopt(self, cell: str) -> None:
@@ -252,7 +251,7 @@ class StudyFolder:
             ValueError: If a file is missing or is not as its hash says.
         """
         work = self.running / cell
-        expected, found = self.done_in(work)["files"], hashes(work)
+        expected, found = self.done_in(work)["files"], hashing.of_files(work)
         for name, digest in expected.items():
             if found.get(name) != digest:
                 raise ValueError(f"expected {name} of {cell} as it was finished, got another or none in {work}")
@@ -294,7 +293,7 @@ class StudyFolder:
             files, about = self.done_in(aside)["files"], self.about(aside)
         except (FileNotFoundError, ValueError):
             return False
-        found = hashes(aside)
+        found = hashing.of_files(aside)
         if any(found.get(name) != digest for name, digest in files.items()):
             return False
         self._make_room(cell, about)

@@ -11,8 +11,7 @@ import copy
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -35,16 +34,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmms_plugin.protocol.reasoning import ANSWER, REASONING, tokens_among
 from lmms_plugin.protocol.response import Alternatives, Token
+from lmms_plugin.utils.end_tokens import end_tokens, writers
+from lmms_plugin.utils.out_of_memory import while_answering
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
 from lmms_plugin.vlm.settings import Sampling, Settings
 
 NO_TOKEN = 2**31 - 1
 """An id that no vocabulary has."""
-
-
-class OutOfMemory(RuntimeError):
-    """The device has no room for a batch."""
 
 
 class Answer(NamedTuple):
@@ -114,7 +111,7 @@ class Decoder:
         if not ends:
             raise ValueError("Neither generation_config.json nor the tokenizer of this checkpoint names an eos token")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-        for part in _writers(model):
+        for part in writers(model):
             given = part.generation_config
             kept = {"bos_token_id": given.bos_token_id, "decoder_start_token_id": given.decoder_start_token_id}
             part.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=list(ends), **kept)
@@ -230,7 +227,7 @@ class Decoder:
     ) -> Tensor:
         if self.static_cache and "past_key_values" not in inputs:
             config.cache_implementation = "static"
-        with explaining_out_of_memory(len(inputs["input_ids"])):
+        with while_answering(len(inputs["input_ids"])):
             ids: Tensor = generate_of(self.writer(inputs))(
                 **inputs,
                 generation_config=config,
@@ -250,7 +247,7 @@ class Decoder:
         if settings.repetition_penalty != 1:
             of_beams = self.read(inputs).repeat_interleave(settings.num_beams, dim=0)
             processors.append(_RepetitionPenalty(settings.repetition_penalty, of_beams))
-        with explaining_out_of_memory(len(inputs["input_ids"])):
+        with while_answering(len(inputs["input_ids"])):
             ids = generate_of(self.writer(inputs))(**inputs, generation_config=config, logits_processor=processors)
         ids = ids[:, self.read(inputs).shape[1] :]
         return [self._answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())]
@@ -284,45 +281,6 @@ def generate_of(model: Any) -> Callable[..., Tensor]:
 def _with_alternatives(answer: Answer, recorded: Sequence[Alternatives | None]) -> Answer:
     pairs = zip(answer.tokens, recorded, strict=False)
     return answer._replace(tokens=tuple(token._replace(alternatives=alternatives) for token, alternatives in pairs))
-
-
-def end_tokens(model: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids that end an answer, by the configuration of all that writes in a model and by its tokenizer."""
-    configured = (_ids(part.generation_config.eos_token_id) for part in _writers(model))
-    return tuple(sorted(_ids(tokenizer.eos_token_id).union(*configured)))
-
-
-def keep_ends(model: Any, tokenizer: Tokenizer) -> None:
-    """Let plain ``generate`` of a model end where its answers do in an evaluation."""
-    ends = end_tokens(model, tokenizer)
-    for part in _writers(model):
-        part.generation_config.eos_token_id = list(ends) or None
-
-
-def _writers(model: Any) -> list[Any]:
-    # A language model within may be one that generates on its own, by a configuration of its own.
-    return [part for part in model.modules() if isinstance(getattr(part, "generation_config", None), GenerationConfig)]
-
-
-def _ids(value: int | Sequence[int] | None) -> set[int]:
-    return set() if value is None else {value} if isinstance(value, int) else set(value)
-
-
-@contextmanager
-def explaining_out_of_memory(rows: int) -> Iterator[None]:
-    """Turn the device's refusal into an error that says which arguments help."""
-    try:
-        yield
-    except OutOfMemory:
-        raise
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
-            raise
-        first = f"batch_size (now {rows} requests), " if rows > 1 else ""
-        raise OutOfMemory(
-            f"Out of memory. What helps: a smaller {first}max_pixels, bits or vision_bits, max_new_tokens; "
-            f"dtype=bfloat16; device_map=auto to spread the model over several devices. ({error})"
-        ) from error
 
 
 class _RawLogits(LogitsProcessor):

@@ -19,7 +19,7 @@ from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, Whole
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.selector.features import LAST_LAYER, Features, FeatureWriter, Origin, key
 from lmms_plugin.selector.network import Selector
-from lmms_plugin.utils.fingerprint import fingerprint
+from lmms_plugin.utils import hashing
 from lmms_plugin.vlm.generation.decoding import Answer, Decoder
 from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
 from lmms_plugin.vlm.scheduling import Job
@@ -70,7 +70,7 @@ class Wanted:
             ValueError: the selector was trained for another model, the folder of features belongs to another one, or
                 the model does not name its image token.
         """
-        origin = Origin(fingerprint(_folder(path)), self.origin.quantization, self.origin.layer)
+        origin = Origin(hashing.of_weights(_folder(path)), self.origin.quantization, self.origin.layer)
         foreign = self._expect_trained_for(origin)
         if foreign and rank == 0:
             logger.warning(

@@ -28,7 +28,8 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.protocol.prompts import Prompt
-from lmms_plugin.vlm.generation.decoding import Answer, Decoder, explaining_out_of_memory, generate_of
+from lmms_plugin.utils.out_of_memory import while_answering
+from lmms_plugin.vlm.generation.decoding import Answer, Decoder, generate_of
 from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
 from lmms_plugin.vlm.generation.self_check import difference, tolerances_of
 from lmms_plugin.vlm.processor import Batch, Chat
@@ -292,7 +293,7 @@ class PrefixSharing:
 
     def _continuing(self, shared: Shared, part: slice, cache: DynamicCache, columns: int) -> dict[str, Any]:
         owners = shared.owners[part].to(cache.layers[0].keys.device)
-        with explaining_out_of_memory(len(owners)):
+        with while_answering(len(owners)):
             return {
                 "input_ids": shared.input_ids[part],
                 "attention_mask": shared.attention_mask[part],
@@ -314,7 +315,7 @@ class PrefixSharing:
         cache = self._new_cache()
         config = GenerationConfig(max_new_tokens=1, do_sample=False)
         pooled = nullcontext([None]) if self.pooling is None else self.pooling.watching(prefix)
-        with explaining_out_of_memory(len(prefix["input_ids"])), pooled as found:
+        with while_answering(len(prefix["input_ids"])), pooled as found:
             generate_of(self.decoder.model)(**prefix, generation_config=config, past_key_values=cache)
         modules = self.decoder.model.modules()
         deltas = [(m, m.rope_deltas) for m in modules if isinstance(getattr(m, "rope_deltas", None), Tensor)]

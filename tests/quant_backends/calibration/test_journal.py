@@ -1,15 +1,17 @@
 """An interrupted calibration goes on at the last finished block, with the result of an undisturbed one."""
 
-import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from lmms_plugin import quant_backends
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.quant_backends import backend_class, get, names
 from lmms_plugin.quant_backends.backend import CalibratedBackend
@@ -20,7 +22,7 @@ from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.methods.awq import AwqBackend
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
-from lmms_plugin.utils import variables
+from lmms_plugin.utils import hashing, variables
 
 PLAN = QuantPlan.from_arguments(bits=4, group_size=32, vision_bits=8)
 
@@ -226,9 +228,36 @@ def test_arguments_that_cannot_be_meant_are_refused(given, message):
         ModelArguments.parse(given)
 
 
-def test_a_changed_file_is_another_checkpoint(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    before = journal.checkpoint_key(str(tmp_path), None)
-    assert journal.checkpoint_key(str(tmp_path), None) == before
-    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
-    assert journal.checkpoint_key(str(tmp_path), None) != before
+def test_a_changed_file_is_another_checkpoint_and_a_copy_is_the_same(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "model.safetensors").write_bytes(b"weights")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy", copy_function=shutil.copyfile)
+
+    def key(folder):
+        return hashing.of_source(str(tmp_path / folder), lambda _: None)
+
+    assert key("copy") == key("one")
+    (tmp_path / "copy" / "model.safetensors").write_bytes(b"weighed")
+    assert key("copy") != key("one")
+
+
+def test_on_the_hub_the_commit_tells_checkpoints_apart():
+    one, other, unknown = (hashing.of_source("somebody/model", lambda _, c=commit: c) for commit in ("a", "b", None))
+    assert one == {"repository": "somebody/model", "revision": "a"}
+    assert len({str(key) for key in (one, other, unknown)}) == 3
+
+
+def test_a_changed_byte_in_a_folder_within_changes_the_key_of_the_code(tmp_path, monkeypatch):
+    package = Path(quant_backends.__file__).parent
+    shutil.copytree(package, tmp_path / "room", ignore=shutil.ignore_patterns("__pycache__"))
+    inner = tmp_path / "room" / "methods"
+    inner.mkdir()
+    inner.joinpath("rounding.py").write_bytes(b"LEVELS = 15\n")
+    monkeypatch.setattr(quant_backends, "__file__", str(tmp_path / "room" / "__init__.py"))
+    before = journal.code_key()
+    assert journal.code_key() == before
+    inner.joinpath("rounding.py").write_bytes(b"LEVELS = 16\n")
+    changed = journal.code_key()
+    assert changed != before
+    inner.joinpath("rounding.py").rename(inner / "grid.py")
+    assert journal.code_key() not in (before, changed)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmms_plugin import quant_backends, registration
+from lmms_plugin import quant_backends
 from lmms_plugin.quant_backends.backend import Backend
 
 # The page that shows how to add a quantizer is what is tested.
@@ -155,5 +155,5 @@ def test_built_in_backends_are_called_as_they_are_registered():
 
 
 def test_every_backend_has_a_model_class():
-    names = [registration.class_name(name) for name in quant_backends.names()]
+    names = [quant_backends.class_name(name) for name in quant_backends.names()]
     assert len(set(names)) == len(names)

@@ -1,4 +1,4 @@
-"""How far the runs of the demo are and how long they will still take, by what they have taken so far."""
+"""What `lmms-plugin demo` shows: how far its runs are, and a table."""
 
 from __future__ import annotations
 
@@ -7,74 +7,42 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from lmms_plugin.cli.study_progress import duration
 from lmms_plugin.cli.terminal import InPlace
+from lmms_plugin.demo.progress import Pace, seconds_left
+from lmms_plugin.study.run.progress import duration
 from lmms_plugin.utils.messages import command_line
 
+_UNLIMITED = 1000
 QUIET_SECONDS = 15.0
 """Least time between two lines where they cannot be drawn over one another."""
 
 
-@dataclass
-class Pace:
-    """One run of lmms-eval under way or over. Moments are seconds on one clock.
-
-    Attributes:
-        name: Of the model.
-        started: When it was started.
-        working: When it had answered its first requests, and the share of its work done by then; None before.
-        share: Of its work done, from 0 to 1.
-        ended: When it was over; None before.
-    """
-
-    name: str
-    started: float
-    working: tuple[float, float] | None = None
-    share: float = 0.0
-    ended: float | None = None
-
-    def see(self, share: float | None, now: float) -> None:
-        """Take note of the share of its work that is done; None before the first request is answered."""
-        if share is not None:
-            self.working = self.working or (now, share)
-            self.share = max(self.share, share)
-
-    def whole(self, now: float) -> float | None:
-        """Seconds from its start to its end, measured or by its pace; None while nothing tells."""
-        if self.ended is not None:
-            return self.ended - self.started
-        if self.working is None or self.share <= self.working[1]:
-            return None
-        since, before = self.working
-        return since - self.started + (now - since) * (1.0 - before) / (self.share - before)
-
-
-def seconds_left(runs: Sequence[Pace], waiting: int, now: float) -> float | None:
-    """Seconds until all runs are over, if those of which nothing is known yet take as long as the others.
+def show(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
+    """Print the table of the demo's runs.
 
     Args:
-        runs: That were started; one that waits starts when one of them ends.
-        waiting: Number of runs that were not started.
-        now: The moment.
-
-    Returns:
-        None while nothing tells.
+        headings: of its columns; the last word stands in a line of its own.
+        rows: one cell per heading.
+        caption: what stands below.
     """
-    known = [whole for one in runs if (whole := one.whole(now)) is not None]
-    if not known:
-        return None
-    usual = sum(known) / len(known)
-    ends = sorted(
-        max(0.0, (usual if (whole := one.whole(now)) is None else whole) - (now - one.started))
-        for one in runs
-        if one.ended is None
-    ) or [0.0]
-    for _ in range(waiting):
-        ends = sorted([ends[0] + usual, *ends[1:]])
-    return ends[-1]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for heading in headings:
+        first, _, last = heading.rpartition(" ")
+        shown = "\n".join((first, last)) if first else last
+        table.add_column(shown, justify="right" if first else "left", vertical="bottom", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # A terminal that is narrower than the table wraps it; rich would cut it.
+    needed = Console(width=_UNLIMITED).measure(table).maximum
+    console.print("Embedded demo: unquantized model against quantized language model", highlight=False)
+    Console(width=max(console.width, needed)).print(table)
+    console.print(caption, highlight=False)
 
 
 @dataclass
