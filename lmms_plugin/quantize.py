@@ -52,11 +52,9 @@ class Asked(NamedTuple):
     def load(self) -> QuantizedVLM:
         """Load and quantize the model, as an evaluation would."""
         # Only now: what makes the model takes seconds to import.
-        import lmms_plugin.vlm.wrapper as models
-        from lmms_plugin.registration import class_name
+        from lmms_plugin.vlm.wrapper import model_class
 
-        vlm: QuantizedVLM = getattr(models, class_name(self.method))(**self.given)
-        return vlm
+        return model_class(self.method)(**self.given)
 
 
 def inspect(text: str, *, held_out: int) -> QuantReport:
