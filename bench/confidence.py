@@ -41,7 +41,7 @@ def batch(vlm: Any, rows: int) -> dict[str, Any]:
 def only_digits(vlm: Any) -> None:
     """Leave the model no other tokens to choose."""
     weight = vlm.model.get_output_embeddings().weight
-    digits = torch.tensor(vlm.decoder.number_tokens.ids, device=weight.device)
+    digits = torch.tensor(vlm.responder.engine.decoder.number_tokens.ids, device=weight.device)
     kept = weight[digits].clone()
     weight.zero_()
     weight[digits] = kept
@@ -49,7 +49,7 @@ def only_digits(vlm: Any) -> None:
 
 def with_confidence(vlm: Any, inputs: dict[str, Any], digits: bool) -> list[str]:
     """Encoded responses."""
-    answers = vlm.decoder.generate(inputs, Settings(max_new_tokens=ANSWER_TOKENS), digits=digits)
+    answers = vlm.responder.engine.decoder.generate(inputs, Settings(max_new_tokens=ANSWER_TOKENS), digits=digits)
     texts = ("".join(token.text for token in answer.tokens) for answer in answers)
     return [
         Response(text, answer.tokens, SIZE, SIZE, vlm.dialect.name, records_digits=digits).encode()
@@ -60,7 +60,7 @@ def with_confidence(vlm: Any, inputs: dict[str, Any], digits: bool) -> list[str]
 def without(vlm: Any, inputs: dict[str, Any]) -> list[str]:
     """Plain texts, by transformers alone."""
     ids = vlm.model.generate(
-        **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=list(vlm.decoder.ends)
+        **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=list(vlm.responder.engine.decoder.ends)
     )
     texts: list[str] = vlm.chat.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
     return texts

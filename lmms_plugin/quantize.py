@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
-from lmms_plugin.quant_backends import backend_class, backend_name, class_name, get, names, option_types
+from lmms_plugin.quant_backends import backend_class, backend_name, get, names, option_types
 from lmms_plugin.utils import checkpoints
 
 if TYPE_CHECKING:
@@ -53,10 +53,9 @@ class Asked(NamedTuple):
     def load(self) -> QuantizedVLM:
         """Load and quantize the model, as an evaluation would."""
         # Only now: what makes the model takes seconds to import.
-        import lmms_plugin.vlm.wrapper as models
+        from lmms_plugin.vlm.wrapper import model_class
 
-        vlm: QuantizedVLM = getattr(models, class_name(self.method))(**self.given)
-        return vlm
+        return model_class(self.method)(**self.given)
 
 
 def inspect(text: str, *, held_out: int) -> QuantReport:

@@ -2,7 +2,8 @@
 
 lmms-eval 0.7 discovers models by entry point but tasks only by a path on its command line. Loading our models happens
 before it looks for tasks, so that is where its `TaskManager` learns of our folder: three methods are wrapped, once, and
-only if they look as they do in the version this was written against.
+only if they look as they do in the version this was written against. A task's configuration learns there to ask a
+`DataSource` where its rows are.
 """
 
 import inspect
@@ -75,9 +76,12 @@ def make_tasks_visible() -> None:
 
     If lmms-eval's methods are not those expected, warns and names `--include_path` instead of patching blindly.
     """
-    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.api.task import ConfigurableTask, TaskConfig
     from lmms_eval.tasks import TaskManager
 
+    # A task found by --include_path alone needs this one, too.
+    if not getattr(TaskConfig.__post_init__, _MARK, False):
+        _wrap(TaskConfig, "__post_init__", _locating_data)
     if getattr(TaskManager.initialize_tasks, _MARK, False):
         return
     for name, expected in _EXPECTED.items():
@@ -144,6 +148,20 @@ def _filling_in_cells(original: Callable[..., Any]) -> Callable[..., Any]:
         return {**original(self, name), **overrides}
 
     return _get_config
+
+
+def _locating_data(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __post_init__(self: Any) -> None:
+        from lmms_plugin.tasks.sources.data_source import located
+        from lmms_plugin.tasks.sources.images import DatasetError
+
+        try:
+            self.dataset_path, self.dataset_kwargs = located(self.dataset_path, self.dataset_kwargs)
+        except DatasetError as error:
+            raise DatasetError(f"{self.task}: {error}") from error
+        original(self)
+
+    return __post_init__
 
 
 def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:

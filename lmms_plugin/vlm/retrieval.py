@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from lmms_plugin.protocol.prompts import PromptReader, RequestError
-from lmms_plugin.protocol.response import Response
 from lmms_plugin.utils.out_of_memory import while_answering
+from lmms_plugin.vlm.assembling import encoded_scores
+from lmms_plugin.vlm.engine import Score
 from lmms_plugin.vlm.requests import Request, candidates_of
+from lmms_plugin.vlm.responding import Usage
 
 NEAREST = 128
 AT_ONCE = 16
@@ -77,11 +79,11 @@ class Matcher:
                     f"{requests[members[0]].name}: the nearest photographs of a caption are looked for among all of "
                     f"them, which {processes} processes share: run one, or pools of at most {self.nearest} captions"
                 )
-            for index, response in zip(members, self._of_pool([seen[i] for i in members], pool), strict=True):
-                encoded[index] = response.encode()
+            for index, scores in zip(members, self._of_pool([seen[i] for i in members], pool), strict=True):
+                encoded[index] = scores
         return encoded
 
-    def _of_pool(self, seen: Sequence[Tensor], texts: Sequence[str]) -> Iterator[Response]:
+    def _of_pool(self, seen: Sequence[Tensor], texts: Sequence[str]) -> Iterator[str]:
         read = [self._read(text) for text in texts]
         similarity = self.similarity(seen, read)
         chosen = _nearest(similarity, self.nearest) | _nearest(similarity.T, self.nearest).T
@@ -94,7 +96,7 @@ class Matcher:
                 matched[i, j] = logit
         for cosines, logits in zip(similarity.tolist(), matched.tolist(), strict=True):
             itm = tuple(None if logit != logit else logit for logit in logits)
-            yield Response("", scores={"itc": tuple(cosines), "itm": itm})
+            yield encoded_scores({"itc": tuple(cosines), "itm": itm})
 
     def similarity(self, seen: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         """Return the cosine of every pair, shape (images, texts): of a text and the image's query nearest to it."""
@@ -159,6 +161,52 @@ class Matcher:
 
     def _on_device(self, values: Tensor) -> Tensor:
         return values.to(self.model.device, self.model.dtype)
+
+
+@dataclass
+class Retrieval:
+    """Responds to requests with a retrieval checkpoint, which scores candidates and writes nothing; a `Responder`.
+
+    Attributes:
+        matcher: the checkpoint.
+        reader: of messages.
+        name: of the checkpoint, for messages to the user.
+        processes: how many share the requests.
+        usage: nothing, for it generates no tokens.
+    """
+
+    matcher: Matcher
+    reader: PromptReader
+    name: str
+    processes: int = 1
+    usage: Usage = field(default_factory=Usage)
+
+    @property
+    def batch_size(self) -> int:
+        """Images, or pairs of image and caption, that go through the model together."""
+        return self.matcher.batch_size
+
+    def generate(self, requests: Sequence[Request]) -> list[str]:
+        """Score the candidates of every request; see `Matcher.scores`."""
+        self._refuse([request for request in requests if not request.options.get("candidates")])
+        return self.matcher.scores(requests, self.reader, self.processes) if requests else []
+
+    def generate_rounds(self, requests: Sequence[Request]) -> list[list[str]]:
+        """Refuse every request."""
+        self._refuse(requests)
+        return []
+
+    def scores(self, requests: Sequence[Request]) -> list[Score]:
+        """Refuse every request."""
+        self._refuse(requests)
+        return []
+
+    def _refuse(self, requests: Sequence[Request]) -> None:
+        if requests:
+            raise RequestError(
+                f"{requests[0].name}: {self.name} is a retrieval checkpoint, which writes nothing; "
+                "it scores captions (flickr30k_retrieval)"
+            )
 
 
 def is_matcher(model: Any) -> bool:

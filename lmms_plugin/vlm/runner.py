@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -81,7 +81,7 @@ class Runner:
             _say_off(sharing.off)
         return cls(decoder, chat, reader, sharing, Budget.of(batch_size, free), repeated)
 
-    def run(self, jobs: Sequence[Job], step: Step[Result]) -> Iterator[tuple[int, Result]]:
+    def run(self, jobs: Sequence[Job], step: Step[Result]) -> Generator[tuple[int, Result]]:
         """Yield the index of a job with its result, in the order in which they are done.
 
         Raises:

@@ -41,6 +41,17 @@ class Job(NamedTuple):
     request: Request
     settings: Settings
 
+    def prompt(self, reader: PromptReader) -> Prompt:
+        """Read the messages.
+
+        Raises:
+            RequestError: the reader refuses them, or log-probabilities are wanted of a beam search, which has none.
+        """
+        prompt = reader.read(self.messages(), self.request.name)
+        if prompt.wants_confidence and self.settings.num_beams > 1:
+            raise RequestError(f"{prompt.name}: log-probabilities of the answer are asked for; beam search has none")
+        return prompt
+
 
 class Read(NamedTuple):
     """A job's prompt.
@@ -137,7 +148,7 @@ class Schedule:
     def _read(self, job: Job, index: int) -> Read:
         name = job.request.name
         try:
-            prompt = self.reader.read(job.messages(), name)
+            prompt = job.prompt(self.reader)
             shares = (job.settings, kind(prompt), _content(prompt) if _can_share(prompt, job) else index)
             return Read(index, prompt, self._length(prompt), shares)
         except RequestError:

@@ -22,7 +22,7 @@ from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.retrieval.matching import REQUEST, bounds, check_columns
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.images import opened
-from lmms_plugin.tasks.sources.origins import Origin, attributes
+from lmms_plugin.tasks.sources.origins import Origin
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
 from lmms_plugin.utils.copies import DatasetError
@@ -210,13 +210,11 @@ def rouge_l(rows: Sequence[Mapping[str, Any]]) -> float:
     return score(rows, "ROUGE_L").value
 
 
-_COCO2014 = CaptionSet(
+val2014 = CaptionSet(
     name="coco_caption2014", title="COCO captions 2014", hub_id="lmms-lab-encoder/COCO-Caption", split="val"
 )
-_COCO2017 = CaptionSet(
+val2017 = CaptionSet(
     name="coco_caption2017", title="COCO captions 2017", hub_id="lmms-lab-encoder/COCO-Caption2017", split="val"
 )
-SETS: Mapping[str, CaptionSet] = {"val2014": _COCO2014, "val2017": _COCO2017}
+SETS: Mapping[str, CaptionSet] = {"val2014": val2014, "val2017": val2017}
 """What tasks are made of, by name."""
-
-__getattr__ = attributes(__name__, SETS)

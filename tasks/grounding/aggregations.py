@@ -1,7 +1,7 @@
 """The calibration metrics of a grounding task as lmms-eval's aggregations, by the name in the results table.
 
-A name with dots cannot stand after lmms-eval's `!function`, so `coverage@0.01` is found as `coverage_at_0_01`. Each is
-NaN where nothing can be computed from the records, so that a group's mean says that a part of it is missing. What
+A name with dots cannot stand after lmms-eval's `!function`, so `coverage@0.01` is called `coverage_at_0_01` there. Each
+is NaN where nothing can be computed from the records, so that a group's mean says that a part of it is missing. What
 needs a threshold chosen on held-out images is left to `lmms-plugin metrics`.
 """
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -79,16 +79,24 @@ CALIBRATION: Mapping[str, Aggregation] = MappingProxyType(
 BESIDE = ("ece", "auroc", "aurc")
 """Metrics of estimators in need of more than log-probabilities, beside the task's own: `ece_expected_iou`."""
 
-
-def function_name(metric: str) -> str:
-    """What a metric is called after lmms-eval's `!function`."""
-    return metric.replace("@", "_at_").replace(".", "_")
-
-
-_BY_FUNCTION = {function_name(name): name for name in CALIBRATION}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _BY_FUNCTION:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return CALIBRATION[_BY_FUNCTION[name]]
+# For a task's YAML to name.
+ece = CALIBRATION["ece"]
+ece_floor = CALIBRATION["ece_floor"]
+ace = CALIBRATION["ace"]
+mce = CALIBRATION["mce"]
+smooth_ece = CALIBRATION["smooth_ece"]
+brier = CALIBRATION["brier"]
+nll = CALIBRATION["nll"]
+auroc = CALIBRATION["auroc"]
+aupr_error = CALIBRATION["aupr_error"]
+fpr_at_0_95 = CALIBRATION["fpr@0.95"]
+aurc = CALIBRATION["aurc"]
+e_aurc = CALIBRATION["e_aurc"]
+coverage_at_0_005 = CALIBRATION["coverage@0.005"]
+coverage_at_0_01 = CALIBRATION["coverage@0.01"]
+coverage_at_0_05 = CALIBRATION["coverage@0.05"]
+coverage_at_0_1 = CALIBRATION["coverage@0.1"]
+coverage_at_0_2 = CALIBRATION["coverage@0.2"]
+laece_0 = CALIBRATION["laece_0"]
+laace_0 = CALIBRATION["laace_0"]
+mean_ece_over_iou = CALIBRATION["mean_ece_over_iou"]

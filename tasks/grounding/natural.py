@@ -1,7 +1,8 @@
 """Shifts that nobody made: other photographs, other categories, other ways of asking than RefCOCO+.
 
-A task's YAML refers to an entry of `SETS` three times: `natural.ref_l4_test_PATH` and `natural.ref_l4_test_KWARGS`,
-read from the environment when the task is loaded, and `natural.ref_l4_test`, which makes documents of the rows.
+A task's YAML names a dataset twice: `dataset_path: !function lmms_plugin.tasks.grounding.natural.ref_l4_test` is where its rows
+are, looked for when the task is loaded, and `process_docs: !function lmms_plugin.tasks.grounding.natural.ref_l4_test` makes
+documents of them.
 
 No file of these datasets was at hand when this was written. Where columns and boxes are known from is said with each;
 whatever a copy holds instead is an error that names the column and what was found.
@@ -14,15 +15,18 @@ from types import MappingProxyType
 from lmms_plugin.tasks.grounding.expressions import REFCOCOPLUS
 from lmms_plugin.tasks.grounding.referring import ReferringSet
 from lmms_plugin.tasks.sources.conventions import Convention
-from lmms_plugin.tasks.sources.origins import attributes
 
 # The same repository layout as RefCOCO+'s. Its split `val` of RefCOCO and of RefCOCOg holds the Google partition, too,
 # which no column tells apart (8811 = 3811 + 5000 rows; 7573 = 2573 + 5000): no task reads it.
 _REFCOCO = replace(REFCOCOPLUS, name="refcoco", title="RefCOCO", hub_id="lmms-lab-encoder/RefCOCO")
-_REFCOCOG = replace(REFCOCOPLUS, name="refcocog", title="RefCOCOg", hub_id="lmms-lab-encoder/RefCOCOg", split="test")
+refcocog_test = replace(
+    REFCOCOPLUS, name="refcocog", title="RefCOCOg", hub_id="lmms-lab-encoder/RefCOCOg", split="test"
+)
+refcoco_testA = replace(_REFCOCO, split="testA")
+refcoco_testB = replace(_REFCOCO, split="testB")
 
 # The dataset card's table of columns; boxes as the authors' evaluation reads them.
-_REF_L4 = ReferringSet(
+ref_l4_test = ReferringSet(
     name="ref_l4",
     title="Ref-L4",
     hub_id=None,
@@ -36,9 +40,10 @@ _REF_L4 = ReferringSet(
     tags=("is_rewrite", "ori_category_id", "bbox_area"),
     published=True,
 )
+ref_l4_val = replace(ref_l4_test, split="val")
 
 # Columns and boxes as the authors' evaluation reads them.
-_REF_ADV = ReferringSet(
+ref_adv = ReferringSet(
     name="ref_adv",
     title="Ref-Adv-s",
     hub_id="dddraxxx/ref-adv-s",
@@ -52,7 +57,7 @@ _REF_ADV = ReferringSet(
 )
 
 # The published annotations (MDETR's form of COCO's), with the boxes of an expression gathered in one row.
-_REFDRONE = ReferringSet(
+refdrone = ReferringSet(
     name="refdrone",
     title="RefDrone",
     hub_id=None,
@@ -66,9 +71,10 @@ _REFDRONE = ReferringSet(
     size=("width", "height"),
     published=True,
 )
+refdrone_rejection = replace(refdrone, rejection=True)
 
 # Columns and boxes as the authors' evaluation and lmms-eval's own task read them.
-_GROUNDINGME = ReferringSet(
+groundingme = ReferringSet(
     name="groundingme",
     title="GroundingME",
     hub_id="lirang04/GroundingME",
@@ -82,9 +88,10 @@ _GROUNDINGME = ReferringSet(
     size=("width", "height"),
     tags=("subtask_l1", "subtask_l2"),
 )
+groundingme_rejection = replace(groundingme, rejection=True)
 
 # The dataset card's table of columns; boxes as lmms-eval's own task reads them.
-_SCREENSPOT = ReferringSet(
+screenspot = ReferringSet(
     name="screenspot",
     title="ScreenSpot",
     hub_id="rootsautomation/ScreenSpot",
@@ -97,10 +104,10 @@ _SCREENSPOT = ReferringSet(
 )
 
 # Unverified: columns are those lmms-eval's own task reads, which takes boxes of any order and scale.
-_SCREENSPOT_V2 = replace(
-    _SCREENSPOT, name="screenspot_v2", title="ScreenSpot-v2", hub_id="HongxinLi/ScreenSpot_v2", photograph=None
+screenspot_v2 = replace(
+    screenspot, name="screenspot_v2", title="ScreenSpot-v2", hub_id="HongxinLi/ScreenSpot_v2", photograph=None
 )
-_SCREENSPOT_PRO = ReferringSet(
+screenspot_pro = ReferringSet(
     name="screenspot_pro",
     title="ScreenSpot-Pro",
     hub_id="TIGER-Lab/ScreenSpot-Pro",
@@ -114,7 +121,7 @@ _SCREENSPOT_PRO = ReferringSet(
 )
 
 # The dataset card's table of columns; the order of boxes is that of the code its authors built it with.
-_DIOR_RSVG = ReferringSet(
+dior_rsvg = ReferringSet(
     name="dior_rsvg",
     title="DIOR-RSVG",
     hub_id="danielz01/DIOR-RSVG",
@@ -128,7 +135,7 @@ _DIOR_RSVG = ReferringSet(
 )
 
 # Boxes are documented by the benchmark's code: whole hundredths, so that a small one may have no width or height left.
-_VRSBENCH = ReferringSet(
+vrsbench = ReferringSet(
     name="vrsbench",
     title="VRSBench",
     hub_id=None,
@@ -144,23 +151,21 @@ _VRSBENCH = ReferringSet(
 
 SETS: Mapping[str, ReferringSet] = MappingProxyType(
     {
-        "refcoco_testA": replace(_REFCOCO, split="testA"),
-        "refcoco_testB": replace(_REFCOCO, split="testB"),
-        "refcocog_test": _REFCOCOG,
-        "ref_l4_val": replace(_REF_L4, split="val"),
-        "ref_l4_test": _REF_L4,
-        "ref_adv": _REF_ADV,
-        "refdrone": _REFDRONE,
-        "refdrone_rejection": replace(_REFDRONE, rejection=True),
-        "groundingme": _GROUNDINGME,
-        "groundingme_rejection": replace(_GROUNDINGME, rejection=True),
-        "screenspot": _SCREENSPOT,
-        "screenspot_v2": _SCREENSPOT_V2,
-        "screenspot_pro": _SCREENSPOT_PRO,
-        "dior_rsvg": _DIOR_RSVG,
-        "vrsbench": _VRSBENCH,
+        "refcoco_testA": refcoco_testA,
+        "refcoco_testB": refcoco_testB,
+        "refcocog_test": refcocog_test,
+        "ref_l4_val": ref_l4_val,
+        "ref_l4_test": ref_l4_test,
+        "ref_adv": ref_adv,
+        "refdrone": refdrone,
+        "refdrone_rejection": refdrone_rejection,
+        "groundingme": groundingme,
+        "groundingme_rejection": groundingme_rejection,
+        "screenspot": screenspot,
+        "screenspot_v2": screenspot_v2,
+        "screenspot_pro": screenspot_pro,
+        "dior_rsvg": dior_rsvg,
+        "vrsbench": vrsbench,
     }
 )
 """What tasks are made of, by name."""
-
-__getattr__ = attributes(__name__, SETS)

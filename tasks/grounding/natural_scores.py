@@ -1,14 +1,13 @@
 """Scores of the naturally shifted datasets: what `grounding` and `rejection` measure, and the benchmarks' own metrics.
 
-`scored_by_joint` adds a document's tags to its record; `clicked_by_joint` adds click accuracy; `judged_by_joint` scores
-documents with and without a target by rejection; any estimator of `lmms_plugin.confidence.estimators` works.
+`scored` adds a document's tags to its record; `clicked` adds click accuracy; `judged` scores documents with and
+without a target by rejection.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lmms_plugin.confidence.estimators import ESTIMATORS
 from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.tasks.grounding import comprehension, rejection
 
@@ -79,11 +78,7 @@ def _as_asked(doc: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_WAYS = {"scored": scored, "clicked": clicked, "judged": judged}
-
-
-def __getattr__(name: str) -> Any:
-    way, _, estimator = name.partition("_by_")
-    if way not in _WAYS or estimator not in ESTIMATORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; estimators: {', '.join(ESTIMATORS)}")
-    return partial(_WAYS[way], estimator=estimator)
+# For a task's YAML to name.
+scored_by_coordinate_mean = partial(scored, estimator="coordinate_mean")
+clicked_by_coordinate_mean = partial(clicked, estimator="coordinate_mean")
+judged_by_coordinate_mean = partial(judged, estimator="coordinate_mean")

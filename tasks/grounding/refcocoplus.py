@@ -1,7 +1,6 @@
 """Where RefCOCO+ comes from: the hub, or a local copy that `LMMS_PLUGIN_REFCOCOPLUS` names.
 
-The two names lmms-eval's YAML refers to, `DATASET_PATH` and `DATASET_KWARGS`, are read from the environment when a
-task is loaded and not when this module is imported.
+A task's YAML names `DATASET`, which looks at the environment when the task is loaded.
 """
 
 import os
@@ -43,10 +42,17 @@ def local_files() -> dict[str, list[str]]:
     return found
 
 
-def __getattr__(name: str) -> Any:
-    local = os.environ.get(VARIABLE)
-    if name == "DATASET_PATH":
-        return "parquet" if local else HUB_ID
-    if name == "DATASET_KWARGS":
-        return {"data_files": local_files()} if local else {}
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class RefCocoPlus:
+    """The dataset as a task's YAML names it, with all splits; a `DataSource`."""
+
+    def load_arguments(self) -> tuple[str, dict[str, Any]]:
+        """Path and keyword arguments for `datasets.load_dataset`.
+
+        Raises:
+            DatasetError: as `local_files`.
+        """
+        local = os.environ.get(VARIABLE)
+        return ("parquet", {"data_files": local_files()}) if local else (HUB_ID, {})
+
+
+DATASET = RefCocoPlus()

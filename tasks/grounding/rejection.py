@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmms_plugin import metrics
-from lmms_plugin.confidence.estimators import ESTIMATORS
 from lmms_plugin.tasks.grounding import comprehension
 
 mean, unfinished = comprehension.mean, comprehension.unfinished
@@ -118,9 +117,5 @@ REJECTION = ("rejection_auroc", "rejection_fpr@0.95", "confidence_falls")
 """The metrics that take `Judged`, as the results table calls them."""
 
 
-def __getattr__(name: str) -> Any:
-    """`process_results` by estimator, for a task's YAML to name: `scored_by_coordinate_mean`."""
-    estimator = name.removeprefix("scored_by_")
-    if estimator == name or estimator not in ESTIMATORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; estimators: {', '.join(ESTIMATORS)}")
-    return partial(process_results, estimator=estimator)
+# For a task's YAML to name.
+scored_by_coordinate_mean = partial(process_results, estimator="coordinate_mean")

@@ -22,10 +22,8 @@ from typing import Any
 
 import datasets
 
-from lmms_plugin.confidence.estimators import ESTIMATORS
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
-from lmms_plugin.tasks.grounding.refcocoplus import SPLITS
 from lmms_plugin.tasks.grounding.referring import image_id
 from lmms_plugin.tasks.sources.annotations import entries
 from lmms_plugin.utils.copies import AbsentSplitError, DatasetError, local_folder
@@ -180,11 +178,8 @@ def _same(box: Box, other: Box) -> bool:
     return len(box) == len(other) and all(abs(a - b) <= _SAME_BOX for a, b in zip(box, other, strict=True))
 
 
-def __getattr__(name: str) -> Any:
-    """`Reviewed` by split, `testA`; `process_results` by estimator, `scored_by_joint`."""
-    estimator = name.removeprefix("scored_by_")
-    if estimator != name and estimator in ESTIMATORS:
-        return partial(process_results, estimator=estimator)
-    if name in SPLITS:
-        return Reviewed(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# For a task's YAML to name.
+scored_by_coordinate_mean = partial(process_results, estimator="coordinate_mean")
+val = Reviewed("val")
+testA = Reviewed("testA")
+testB = Reviewed("testB")

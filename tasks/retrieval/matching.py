@@ -20,7 +20,7 @@ from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.images import opened
-from lmms_plugin.tasks.sources.origins import Origin, attributes
+from lmms_plugin.tasks.sources.origins import Origin
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
 from lmms_plugin.utils.chance import uniform
@@ -330,8 +330,7 @@ def image_high(rows: Sequence[Mapping[str, Any]]) -> float:
 
 # Columns and the number of rows as the repository's card says; the copy with all of Flickr30k under lmms-eval's name
 # (31,783 rows, all of them called "test") does not tell which are Karpathy's.
-_FLICKR30K = CaptionedSet(name="flickr30k", title="Flickr30k", hub_id="umaru97/flickr30k_train_val_test", split="test")
-SETS: Mapping[str, CaptionedSet] = {"flickr30k": _FLICKR30K, "flickr30k_pool20": replace(_FLICKR30K, pool=20)}
+flickr30k = CaptionedSet(name="flickr30k", title="Flickr30k", hub_id="umaru97/flickr30k_train_val_test", split="test")
+flickr30k_pool20 = replace(flickr30k, pool=20)
+SETS: Mapping[str, CaptionedSet] = {"flickr30k": flickr30k, "flickr30k_pool20": flickr30k_pool20}
 """What tasks are made of, by name."""
-
-__getattr__ = attributes(__name__, SETS)

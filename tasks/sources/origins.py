@@ -1,7 +1,6 @@
 """Where a dataset comes from: the hub, or a local copy that an environment variable names."""
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,26 +103,3 @@ class Origin:
                 f"{self.variable}={folder}: expected {self.split}*.parquet, found {names}. {self.hint}"
             )
         return own
-
-
-def attributes(module: str, origins: Mapping[str, Origin]) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that YAML files of tasks refer to.
-
-    `NAME` is an origin, `NAME_PATH` and `NAME_KWARGS` are its `load_arguments`, read from the environment when a task
-    is loaded and not when the module is imported.
-
-    Args:
-        module: its name.
-        origins: by name.
-    """
-
-    def found(name: str) -> Any:
-        if name in origins:
-            return origins[name]
-        key, _, wanted = name.rpartition("_")
-        if key not in origins or wanted not in ("PATH", "KWARGS"):
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        path, arguments = origins[key].load_arguments()
-        return path if wanted == "PATH" else arguments
-
-    return found

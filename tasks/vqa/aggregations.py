@@ -1,6 +1,6 @@
 """The reliability metrics of a VQA task as lmms-eval's aggregations, by the name in the results table.
 
-A name with dots cannot stand after lmms-eval's `!function`, so `coverage@0.01` is found as `coverage_at_0_01`. Each
+A name with dots cannot stand after lmms-eval's `!function`, so `coverage@0.01` is called `coverage_at_0_01` there. Each
 takes the records of all processes and is NaN where nothing can be computed from them (no held-out question answered
 yet), so that a group's mean says that a part of it is missing.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lmms_plugin import metrics
 from lmms_plugin.metrics.selective import COSTS, HELD_OUT, REPORTED, RISKS
-from lmms_plugin.tasks.grounding.aggregations import OF_OUTCOME, function_name
+from lmms_plugin.tasks.grounding.aggregations import OF_OUTCOME
 
 
 class Scored(NamedTuple):
@@ -104,10 +104,32 @@ def mean(records: Sequence[Mapping[str, Any]]) -> float:
     return math.fsum(record["score"] for record in records) / len(records) if records else math.nan
 
 
-_BY_FUNCTION = {function_name(name): name for name in (*ON_TEST, *NEEDS_HELD_OUT)}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _BY_FUNCTION:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return {**ON_TEST, **NEEDS_HELD_OUT}[_BY_FUNCTION[name]]
+# For a task's YAML to name.
+ece = ON_TEST["ece"]
+ece_floor = ON_TEST["ece_floor"]
+ace = ON_TEST["ace"]
+mce = ON_TEST["mce"]
+smooth_ece = ON_TEST["smooth_ece"]
+brier = ON_TEST["brier"]
+nll = ON_TEST["nll"]
+auroc = ON_TEST["auroc"]
+aupr_error = ON_TEST["aupr_error"]
+fpr_at_0_95 = ON_TEST["fpr@0.95"]
+aurc = ON_TEST["aurc"]
+e_aurc = ON_TEST["e_aurc"]
+coverage_at_0_005 = ON_TEST["coverage@0.005"]
+coverage_at_0_01 = ON_TEST["coverage@0.01"]
+coverage_at_0_05 = ON_TEST["coverage@0.05"]
+coverage_at_0_1 = ON_TEST["coverage@0.1"]
+coverage_at_0_2 = ON_TEST["coverage@0.2"]
+phi_at_1 = NEEDS_HELD_OUT["phi@1"]
+phi_coverage_at_1 = NEEDS_HELD_OUT["phi_coverage@1"]
+phi_at_10 = NEEDS_HELD_OUT["phi@10"]
+phi_coverage_at_10 = NEEDS_HELD_OUT["phi_coverage@10"]
+phi_at_100 = NEEDS_HELD_OUT["phi@100"]
+phi_coverage_at_100 = NEEDS_HELD_OUT["phi_coverage@100"]
+achieved_risk_at_0_005 = NEEDS_HELD_OUT["achieved_risk@0.005"]
+achieved_risk_at_0_01 = NEEDS_HELD_OUT["achieved_risk@0.01"]
+achieved_risk_at_0_05 = NEEDS_HELD_OUT["achieved_risk@0.05"]
+achieved_risk_at_0_1 = NEEDS_HELD_OUT["achieved_risk@0.1"]
+achieved_risk_at_0_2 = NEEDS_HELD_OUT["achieved_risk@0.2"]

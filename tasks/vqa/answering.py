@@ -144,9 +144,15 @@ def _agreement(response: Response) -> Agreement | None:
     return Agreement.of(normalise(response.answer) or None, sampled, lambda a, b: float(a == b))
 
 
-def __getattr__(name: str) -> Any:
-    """`process_results` by estimator, for a task's YAML to name: `!function lmms_plugin.tasks.vqa.answering.scored_by_joint`."""
-    estimator = name.removeprefix("scored_by_")
-    if name == estimator or estimator not in TEXT_ESTIMATORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; estimators: {', '.join(TEXT_ESTIMATORS)}")
-    return partial(process_results, estimator=estimator)
+# For a task's YAML to name; one for every name in `TEXT_ESTIMATORS`.
+scored_by_joint = partial(process_results, estimator="joint")
+scored_by_mean = partial(process_results, estimator="mean")
+scored_by_min = partial(process_results, estimator="min")
+scored_by_first = partial(process_results, estimator="first")
+scored_by_word_joint = partial(process_results, estimator="word_joint")
+scored_by_word_mean = partial(process_results, estimator="word_mean")
+scored_by_word_min = partial(process_results, estimator="word_min")
+scored_by_word_first = partial(process_results, estimator="word_first")
+scored_by_agreement = partial(process_results, estimator="agreement")
+scored_by_agreement_pairwise = partial(process_results, estimator="agreement_pairwise")
+scored_by_verbalised = partial(process_results, estimator="verbalised")

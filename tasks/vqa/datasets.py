@@ -1,14 +1,13 @@
 """Where the VQA datasets come from: the hub, or a local copy that an environment variable names.
 
-lmms-eval's YAML refers to `VQAV2_PATH`, `VQAV2_KWARGS` and the like, which are read from the environment when a task is
-loaded and not when this module is imported.
+A task's YAML names one as its `dataset_path`; the environment is looked at when the task is loaded.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lmms_plugin.tasks.sources.origins import Origin, attributes
+from lmms_plugin.tasks.sources.origins import Origin
 
 SHORT = "\nAnswer the question using a single word or phrase."
 OR_UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
@@ -41,27 +40,21 @@ class Source(Origin):
         return "To make one of the published files: python -m lmms_plugin.tasks.sources.official_vqa --help"
 
 
-SOURCES: Mapping[str, Source] = MappingProxyType(
-    {
-        source.name: source
-        for source in (
-            Source("vqav2", "VQAv2", "lmms-lab-encoder/VQAv2", "validation"),
-            # The hub's copy is a loading script, which `datasets` no longer runs; `lmms_plugin.tasks.sources.official_vqa`
-            # makes a local copy of the published files.
-            Source("advqa", "AdVQA", None, "validation"),
-            Source(
-                "vizwiz",
-                "VizWiz-VQA",
-                "lmms-lab-encoder/VizWiz-VQA",
-                "val",
-                photographs="vizwiz",
-                image_column="question_id",
-                structured=False,
-                post_prompt=OR_UNANSWERABLE,
-            ),
-        )
-    }
+VQAV2 = Source("vqav2", "VQAv2", "lmms-lab-encoder/VQAv2", "validation")
+# The hub's copy is a loading script, which `datasets` no longer runs; `lmms_plugin.tasks.sources.official_vqa` makes a local
+# copy of the published files.
+ADVQA = Source("advqa", "AdVQA", None, "validation")
+VIZWIZ = Source(
+    "vizwiz",
+    "VizWiz-VQA",
+    "lmms-lab-encoder/VizWiz-VQA",
+    "val",
+    photographs="vizwiz",
+    image_column="question_id",
+    structured=False,
+    post_prompt=OR_UNANSWERABLE,
 )
+SOURCES: Mapping[str, Source] = MappingProxyType({source.name: source for source in (VQAV2, ADVQA, VIZWIZ)})
 """Every VQA dataset by name."""
 
 
@@ -70,5 +63,3 @@ HINT = (
     + ", ".join(source.variable for source in SOURCES.values())
     + ": parquet files named by split, in the columns that lmms_plugin.tasks.vqa.questions lists."
 )
-
-__getattr__ = attributes(__name__, {name.upper(): source for name, source in SOURCES.items()})

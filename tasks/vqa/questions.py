@@ -221,24 +221,26 @@ def _some(tables: Sequence[Questions], picks: Sequence[Pick], count: int) -> lis
     return by_chance[:count]
 
 
-def __getattr__(name: str) -> Any:
-    if name in SOURCES:
-        return Parts(name)
-    dataset = name.removesuffix("_dev")
-    if dataset in SOURCES:
-        return Parts(dataset, ("dev",))
-    if name in MIXTURES:
-        return MIXTURES[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
+# For a task's YAML to name.
+vqav2 = Parts("vqav2")
+advqa = Parts("advqa")
+vizwiz = Parts("vizwiz")
+vqav2_dev = Parts("vqav2", ("dev",))
+advqa_dev = Parts("advqa", ("dev",))
+vizwiz_dev = Parts("vizwiz", ("dev",))
+advqa_10 = Mixture("advqa", 9.0)
+advqa_33 = Mixture("advqa", 2.0)
+advqa_50 = Mixture("advqa", 1.0)
+advqa_67 = Mixture("advqa", 0.5)
+advqa_100 = Mixture("advqa", 0.0)
+vizwiz_100 = Mixture("vizwiz", 0.0)
 MIXTURES: Mapping[str, Mixture] = {
-    "advqa_10": Mixture("advqa", 9.0),
-    "advqa_33": Mixture("advqa", 2.0),
-    "advqa_50": Mixture("advqa", 1.0),
-    "advqa_67": Mixture("advqa", 0.5),
-    "advqa_100": Mixture("advqa", 0.0),
-    "vizwiz_100": Mixture("vizwiz", 0.0),
+    "advqa_10": advqa_10,
+    "advqa_33": advqa_33,
+    "advqa_50": advqa_50,
+    "advqa_67": advqa_67,
+    "advqa_100": advqa_100,
+    "vizwiz_100": vizwiz_100,
 }
 """Mixtures by the other dataset and its percentage of the questions."""
 

@@ -15,6 +15,7 @@ from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.vlm import wrapper as models
 from lmms_plugin.vlm.batching import Budget
 from lmms_plugin.vlm.generation.number_tokens import LEAST, DigitRecorder, NumberTokens
+from lmms_plugin.vlm.requests import read
 from lmms_plugin.vlm.settings import Sampling, Settings
 
 OPTIONS = {"max_new_tokens": 24, "temperature": 0, "until": []}
@@ -31,7 +32,7 @@ def instance(ask, index, options=OPTIONS):
 
 def answer(vlm, documents, ask, *, batch_size=1, indices=None, options=OPTIONS):
     vlm.task_dict = {"toy": {"test": documents}}
-    vlm.runner.budget = Budget.of(batch_size, None)
+    vlm.responder.engine.runner.budget = Budget.of(batch_size, None)
     indices = range(len(documents)) if indices is None else indices
     requests = [instance(ask, index, options) for index in indices]
     return [Response.decode(text) for text in vlm.generate_until(requests)]
@@ -137,7 +138,7 @@ class TestSamples:
         again = answer(vlm, documents, comprehension.doc_to_messages, batch_size=4, indices=range(len(documents))[::-1])
         assert [found.samples for found in again[::-1]] == [found.samples for found in answers]
         assert [found.text for found in again[::-1]] == [found.text for found in answers]
-        assert (vlm.runner.sharing.off is None) == share
+        assert (vlm.responder.engine.runner.sharing.off is None) == share
 
     def test_at_a_low_temperature_they_are_the_greedy_answer(self, documents):
         vlm = load(samples=2, sample_temperature=1e-3)
@@ -154,9 +155,9 @@ class TestSamples:
         prompt = demo.reader.read(comprehension.doc_to_messages(documents[0]), "toy")
         inputs = demo.chat.encode([prompt]).inputs
         settings = replace(Settings.from_kwargs(OPTIONS), sampling=Sampling(1.5))
-        (request,) = models.read([instance(comprehension.doc_to_messages, 0)], {"toy": {"test": documents}})
+        (request,) = read([instance(comprehension.doc_to_messages, 0)], {"toy": {"test": documents}})
         for sample, text in enumerate(answers[0].samples):
-            (drawn,) = demo.decoder.generate(inputs, settings, [request.seed(0, sample)])
+            (drawn,) = demo.responder.engine.decoder.generate(inputs, settings, [request.seed(0, sample)])
             assert "".join(token.text for token in drawn.tokens) == text
 
     @pytest.mark.parametrize("family", ["qwen2_5_vl", "paligemma"])
@@ -203,7 +204,9 @@ class TestStatements:
             {"role": "user", "content": [{"type": "text", "text": vlm.dialect.confidence_prompt}]},
         ]
         prompt = vlm.reader.read([{**message, "log_probabilities": False}, *turns], "toy")
-        (expected,) = vlm.decoder.generate(vlm.chat.encode([prompt]).inputs, Settings(max_new_tokens=4))
+        (expected,) = vlm.responder.engine.decoder.generate(
+            vlm.chat.encode([prompt]).inputs, Settings(max_new_tokens=4)
+        )
         assert found.statement == expected.text
 
     def test_without_a_chat_template_there_is_no_second_turn(self, checkpoint):

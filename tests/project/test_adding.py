@@ -4,9 +4,9 @@ import re
 import shutil
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
+from lmms_eval.tasks import TaskManager
 from PIL import Image
 
 from lmms_plugin.protocol.boxes import Box
@@ -43,13 +43,22 @@ def test_a_family_is_one_entry():
 
 
 def test_a_task_is_a_few_lines(tmp_path):
-    from lmms_eval.tasks import TaskManager
-
     text = snippet("yaml", "shapes_rec_joint").replace("TASKS", str(tasks_folder()))
     (tmp_path / "shapes_rec_joint.yaml").write_text(text)
     manager = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
     task = manager.load_task_or_group("shapes_rec_joint")["shapes_rec_joint"]
     assert len(task.eval_docs) == 488
+    assert task.config.process_results.keywords == {"estimator": "joint"}
+
+
+def test_a_task_of_rejection_takes_another_estimator_from_a_file_beside_it(tmp_path):
+    (tmp_path / "scoring.py").write_text(snippet("python", "rejection.process_results"))
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ninclude: {tasks_folder()}/shapes/_attribute_swap.yaml\noutput_type: generate_until\n"
+        "test_split: test\nprocess_results: !function scoring.joint\n"
+    )
+    manager = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)
+    task = manager.load_task_or_group("mine")["mine"]
     assert task.config.process_results.keywords == {"estimator": "joint"}
 
 
@@ -67,9 +76,11 @@ def test_photographs_and_a_table_become_a_dataset(tmp_path, monkeypatch):
     exec(script, {})
     shutil.rmtree("photographs")
     monkeypatch.setenv("LMMS_PLUGIN_WAREHOUSE", str(tmp_path / "warehouse"))
-    names = {}
-    exec(declared, names)
-    rows = datasets.load_dataset(names["PATH"], split="test", **names["KWARGS"])
-    (doc,) = names["SET"](rows)
+    (task,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    Path("tasks").mkdir()
+    Path("tasks/warehouse.py").write_text(declared)
+    Path("tasks/warehouse.yaml").write_text(task.replace("TASKS", str(tasks_folder())))
+    manager = TaskManager("ERROR", include_path=str(tmp_path / "tasks"), include_defaults=False)
+    (doc,) = manager.load_task_or_group("warehouse_rec")["warehouse_rec"].eval_docs
     assert (doc["expression"], doc["image"].size) == ("the forklift", (200, 100))
     assert doc["bbox"] == pytest.approx([20, 20, 80, 60]), "xywh in pixels"

@@ -97,10 +97,10 @@ class TestReasoningThatTheTemplateOpens:
 class TestTagsThatAreSpecialTokens:
     def test_they_are_kept_where_other_special_tokens_are_dropped(self, copied):
         vlm = load(copied("smolvlm", idefics_template("<|im_start|>")))
-        assert vlm.decoder.marks == set()
+        assert vlm.responder.engine.decoder.marks == set()
         tokenizer = vlm.chat.tokenizer
         tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "<|box|>"]})
-        decoder = type(vlm.decoder).of(vlm.model, tokenizer)
+        decoder = type(vlm.responder.engine.decoder).of(vlm.model, tokenizer)
         ids = tokenizer.encode("[THINK]red[/THINK]<|box|>yes", add_special_tokens=False)
         made = decoder._answer([*ids, decoder.ends[0]], [-0.1] * (len(ids) + 1), ())
         assert made.text == "[THINK]red[/THINK]yes"

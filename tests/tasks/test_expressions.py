@@ -139,11 +139,11 @@ class TestLocalCopy:
 
     def test_variable_is_read_when_a_task_loads(self, tmp_path, monkeypatch):
         monkeypatch.delenv(refcocoplus.VARIABLE, raising=False)
-        assert refcocoplus.DATASET_PATH == "lmms-lab-encoder/RefCOCOplus"
-        assert refcocoplus.DATASET_KWARGS == {}
+        assert refcocoplus.DATASET.load_arguments() == ("lmms-lab-encoder/RefCOCOplus", {})
         monkeypatch.setenv(refcocoplus.VARIABLE, str(photographs.write(tmp_path)))
-        assert refcocoplus.DATASET_PATH == "parquet"
-        assert set(refcocoplus.DATASET_KWARGS["data_files"]) == {"val", "testA", "testB"}
+        path, arguments = refcocoplus.DATASET.load_arguments()
+        assert path == "parquet"
+        assert set(arguments["data_files"]) == {"val", "testA", "testB"}
 
 
 def _with(**changed):

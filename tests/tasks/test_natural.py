@@ -260,13 +260,12 @@ def test_rejection_ranks_documents_by_whether_they_have_a_target():
 def test_the_hub_is_asked_for_one_split(monkeypatch):
     for source in SETS.values():
         monkeypatch.delenv(source.variable, raising=False)
-    assert natural.dior_rsvg_PATH == "danielz01/DIOR-RSVG"
-    assert natural.dior_rsvg_KWARGS["data_files"] == {"test": "data/test-*"}
-    assert natural.groundingme_KWARGS == {}
+    path, arguments = natural.dior_rsvg.load_arguments()
+    assert path == "danielz01/DIOR-RSVG"
+    assert arguments["data_files"] == {"test": "data/test-*"}
+    assert natural.groundingme.load_arguments() == ("lirang04/GroundingME", {})
     with pytest.raises(DatasetError, match=r"Ref-L4: no copy on the hub.*LMMS_PLUGIN_REF_L4.*caption.*published ref"):
-        _ = natural.ref_l4_val_PATH
-    with pytest.raises(AttributeError, match="no attribute 'ref_l5_PATH'"):
-        _ = natural.ref_l5_PATH
+        natural.ref_l4_val.load_arguments()
 
 
 class TestPublished:

@@ -173,5 +173,3 @@ def test_functions_of_the_yaml():
     assert questions.vqav2 == Parts("vqav2", ("val", "test"))
     assert questions.vqav2_dev == Parts("vqav2", ("dev",))
     assert questions.advqa_33 == Mixture("advqa", 2.0)
-    with pytest.raises(AttributeError, match="no attribute 'okvqa'"):
-        _ = questions.okvqa

@@ -111,8 +111,3 @@ def test_a_reworded_answer_is_scored_as_usual_and_keeps_the_original():
     assert output["mean_iou"]["expression"] == "erd cup"
     assert output["mean_iou"]["original_expression"] == "red cup"
     assert output["shifted_rate"]["score"] == 0.75
-
-
-def test_unknown_estimator():
-    with pytest.raises(AttributeError, match="coordinate_mean"):
-        _ = rejection.scored_by_guess

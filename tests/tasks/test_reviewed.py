@@ -98,6 +98,4 @@ def test_a_missing_file_says_what_was_found(folder, monkeypatch):
 
 def test_functions_of_the_yaml():
     assert reviewed.testB == reviewed.Reviewed("testB")
-    assert reviewed.scored_by_joint.keywords == {"estimator": "joint"}
-    with pytest.raises(AttributeError, match="no attribute 'train'"):
-        _ = reviewed.train
+    assert reviewed.scored_by_coordinate_mean.keywords == {"estimator": "coordinate_mean"}

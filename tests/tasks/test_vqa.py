@@ -71,11 +71,6 @@ def test_what_a_model_was_not_asked_for_is_said_how_to_obtain(name):
         getattr(answering, f"scored_by_{name}")(DOC, [YES])
 
 
-def test_an_unknown_estimator_is_an_error_that_lists_them():
-    with pytest.raises(AttributeError, match=r"scored_by_guess.*word_joint"):
-        _ = answering.scored_by_guess
-
-
 @pytest.mark.parametrize(
     ("part", "counted"),
     [("test", {*ON_TEST, *NEEDS_HELD_OUT}), ("val", set(NEEDS_HELD_OUT)), ("dev", set())],

@@ -171,12 +171,12 @@ def test_a_damaged_index_of_weights_is_found_before_it_is_loaded(checkpoint, tex
 
 
 def test_a_tokenizer_that_only_its_library_finds_damaged_is_named(checkpoint):
-    from lmms_plugin.vlm.wrapper import _chat
+    from lmms_plugin.vlm.setting_up import chat_of
 
     (checkpoint / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": 3}}')
     path = ModelArguments(pretrained=str(checkpoint)).find_checkpoint()
     with pytest.raises(ValueError, match="checkpoint: its processor or tokenizer cannot be read") as refused:
-        _chat(path, ModelArguments(pretrained=path))
+        chat_of(path, ModelArguments(pretrained=path))
     assert "\n" not in str(refused.value)
 
 

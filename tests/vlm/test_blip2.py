@@ -49,9 +49,11 @@ def test_answers_are_those_of_transformers_alone(vlm, checkpoint):
     for (image, question), ours in zip(QUESTIONS[:4], answers(vlm, messages=ask), strict=False):
         text = f"Question: {question} Short answer:"
         inputs = processor(images=IMAGES[image], text=text, return_tensors="pt")
-        given = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=list(vlm.decoder.ends))
+        given = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=list(vlm.responder.engine.decoder.ends)
+        )
         start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        ids = [token for token in given[0, start:].tolist() if token not in vlm.decoder.special]
+        ids = [token for token in given[0, start:].tolist() if token not in vlm.responder.engine.decoder.special]
         assert Response.decode(ours).text == processor.tokenizer.decode(ids)
 
 
@@ -66,13 +68,13 @@ def test_the_image_is_shared_or_it_is_said_why_not(vlm):
     answers(vlm, messages=ask)
     with calls(vlm) as seen:
         answers(vlm, messages=ask)
-    if vlm.runner.sharing.off is not None:
-        reason = "encoder-decoder" if vlm.decoder.answers_apart else "Q-Former reads the question"
-        assert reason in vlm.runner.sharing.off
+    if vlm.responder.engine.runner.sharing.off is not None:
+        reason = "encoder-decoder" if vlm.responder.engine.decoder.answers_apart else "Q-Former reads the question"
+        assert reason in vlm.responder.engine.runner.sharing.off
         assert seen == [(1, True)] * len(QUESTIONS)
     else:
         assert vlm.arguments.pretrained.endswith("blip2_opt0")
-        assert vlm.runner.sharing.verified
+        assert vlm.responder.engine.runner.sharing.verified
         # One run per image: the questions go to the language model within.
         assert seen == [(1, True)] * 3
 
@@ -82,8 +84,10 @@ def test_an_answer_scored_has_the_log_probabilities_it_was_generated_with(vlm):
         generated = [Response.decode(answer) for answer in answers(vlm, messages=ask)]
         prompts = [vlm.reader.read(ask(doc), "toy") for doc in QUESTIONS]
         for prompt, answer in zip(prompts, generated, strict=True):
-            ids = vlm.decoder.generate(vlm.chat.encode([prompt]).inputs, Settings(max_new_tokens=8))[0].ids
-            score = vlm.decoder.score(vlm.chat.encode([prompt]).inputs, [ids])[0]
+            ids = vlm.responder.engine.decoder.generate(vlm.chat.encode([prompt]).inputs, Settings(max_new_tokens=8))[
+                0
+            ].ids
+            score = vlm.responder.engine.decoder.score(vlm.chat.encode([prompt]).inputs, [ids])[0]
             assert score.is_greedy
             assert score.logprobs == pytest.approx([token.logprob for token in answer.tokens], abs=1e-5)
 
@@ -124,10 +128,14 @@ def test_without_an_image_the_language_model_is_asked_alone(opt):
     (answer,) = opt.generate_until([instance(0, lambda doc: text_only)])
     ids = opt.chat.tokenizer("Question: What is a dog? Short answer:", return_tensors="pt")
     given = opt.model.language_model.generate(
-        **ids, max_new_tokens=8, do_sample=False, eos_token_id=list(opt.decoder.ends)
+        **ids, max_new_tokens=8, do_sample=False, eos_token_id=list(opt.responder.engine.decoder.ends)
     )
-    assert answer == opt.decoder.tokenizer.decode(
-        [token for token in given[0, ids["input_ids"].shape[1] :].tolist() if token not in opt.decoder.special]
+    assert answer == opt.responder.engine.decoder.tokenizer.decode(
+        [
+            token
+            for token in given[0, ids["input_ids"].shape[1] :].tolist()
+            if token not in opt.responder.engine.decoder.special
+        ]
     )
 
 

@@ -28,7 +28,7 @@ def forward(vlm, index, text):
     inputs = vlm.chat.encode([prompt]).inputs
     ids = vlm.chat.continuation_ids(prompt, int(inputs["input_ids"][0, -1]), f" {text}")
     given = torch.tensor([ids])
-    if vlm.decoder.answers_apart:
+    if vlm.responder.engine.decoder.answers_apart:
         start = torch.tensor([[model.config.text_config.decoder_start_token_id]])
         inputs["decoder_input_ids"] = torch.cat([start, given[:, :-1]], dim=1)
         begin = 0
@@ -58,7 +58,7 @@ def test_an_image_is_encoded_once_for_all_candidates_where_that_can_be(vlm):
         scores(vlm)
     # One run per image; without sharing there is one per candidate.
     images = sum(rows for rows, with_image in seen if with_image)
-    assert images == (2 * len(TEXTS) if vlm.decoder.answers_apart else 2)
+    assert images == (2 * len(TEXTS) if vlm.responder.engine.decoder.answers_apart else 2)
 
 
 def test_answers_and_scores_may_come_in_one_call(vlm):

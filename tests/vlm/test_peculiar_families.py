@@ -35,20 +35,20 @@ class TestPaddedBatches:
         assert_equal(found, expected)
         assert len(warnings_of(lines)) == 1
         assert "Kosmos2ForConditionalGeneration gives to each question alone: token 2" in warnings_of(lines)[0]
-        assert list(vlm.runner.batched.values()) == [False]
+        assert list(vlm.responder.engine.runner.batched.values()) == [False]
 
     def test_a_family_that_pads_well_is_compared_once_and_stays_in_batches(self, checkpoint):
         vlm = load(checkpoint("llava"), share_prefix=False)
-        rows, original = [], vlm.decoder.generate
+        rows, original = [], vlm.responder.engine.decoder.generate
 
         def generate(inputs, *args, **kwargs):
             rows.append(len(inputs["input_ids"]))
             return original(inputs, *args, **kwargs)
 
-        vlm.decoder.generate = generate
+        vlm.responder.engine.decoder.generate = generate
         with log("WARNING") as lines:
             answers(vlm, 4)
-        assert list(vlm.runner.batched.values()) == [True]
+        assert list(vlm.responder.engine.runner.batched.values()) == [True]
         assert not warnings_of(lines)
         # Two rows alone, and then all eight questions.
         assert rows.count(1) == 2
@@ -62,8 +62,8 @@ def test_a_generate_of_its_own_that_drops_processors_is_passed_by(checkpoint):
     """Janus's writes without the logits processors that it is given, which record probabilities here."""
     vlm = load(checkpoint("janus"))
     found = [Response.decode(answer) for answer in answers(vlm, 4)]
-    assert vlm.runner.sharing.verified
-    assert vlm.runner.sharing.off is None
+    assert vlm.responder.engine.runner.sharing.verified
+    assert vlm.responder.engine.runner.sharing.off is None
     assert all(token.logprob < 0 for response in found for token in response.tokens)
     assert_equal(answers(load(checkpoint("janus"), share_prefix=False), 1), [response.encode() for response in found])
 

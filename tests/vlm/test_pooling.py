@@ -63,7 +63,7 @@ def by_hand(vlm, doc, layer):
     with torch.no_grad():
         states = vlm.model(**batch.inputs, output_hidden_states=True).hidden_states[layer][0]
     image = [k for k, token in enumerate(ids) if token == vlm.model.config.image_token_id]
-    words = [k for k in range(image[-1] + 1, len(ids)) if ids[k] not in vlm.decoder.special]
+    words = [k for k in range(image[-1] + 1, len(ids)) if ids[k] not in vlm.responder.engine.decoder.special]
     return states[image].amax(0), states[words].amax(0), states[-1]
 
 
@@ -76,7 +76,7 @@ def family(request):
 def test_features_are_those_of_a_plain_forward_pass(family, checkpoint, tmp_path, layer):
     vlm = load(checkpoint(family), features=tmp_path, feature_layer=layer, batch_size=3)
     answers = vlm.generate_until(requests())
-    assert (vlm.runner.sharing.off is None) == (family != "paligemma")
+    assert (vlm.responder.engine.runner.sharing.off is None) == (family != "paligemma")
     store = read(tmp_path)
     assert set(store.index) == {key("toy", k) for k in range(len(QUESTIONS))}
     assert store.origin.layer == layer
@@ -92,7 +92,7 @@ def test_answers_are_the_same_with_features_and_without(family, checkpoint, tmp_
     asked = load(checkpoint(family), features=tmp_path, batch_size=2)
     plain = load(checkpoint(family), batch_size=2)
     assert asked.generate_until(requests()) == plain.generate_until(requests())
-    assert plain.observer is None
+    assert plain.responder.engine.observer is None
     for vlm in (asked, plain):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in vlm.model.modules())
 

@@ -73,19 +73,22 @@ def load(path, documents=QUESTIONS, **arguments):
 
 
 def answers(vlm, batch_size=1, messages=ask, cache_bytes=2**30, **options):
-    vlm.runner.budget = Budget.of(batch_size, None)
-    vlm.runner.budget.cache_bytes = cache_bytes
+    vlm.responder.engine.runner.budget = Budget.of(batch_size, None)
+    vlm.responder.engine.runner.budget.cache_bytes = cache_bytes
     requests = [instance(i, messages, **options) for i in range(len(vlm.task_dict["toy"]["test"]))]
     return vlm.generate_until(requests)
 
 
 @contextmanager
 def plainly(vlm):
-    off, vlm.runner.sharing.off = vlm.runner.sharing.off, "this test wants the plain way"
+    off, vlm.responder.engine.runner.sharing.off = (
+        vlm.responder.engine.runner.sharing.off,
+        "this test wants the plain way",
+    )
     try:
         yield
     finally:
-        vlm.runner.sharing.off = off
+        vlm.responder.engine.runner.sharing.off = off
 
 
 @contextmanager
@@ -144,8 +147,8 @@ class TestFamiliesThatShare:
         with plainly(vlm):
             expected = answers(vlm)
         assert_equal(answers(vlm, batch_size), expected)
-        assert vlm.runner.sharing.off is None
-        assert vlm.runner.sharing.verified
+        assert vlm.responder.engine.runner.sharing.off is None
+        assert vlm.responder.engine.runner.sharing.verified
 
     def test_an_image_is_encoded_once(self, vlm):
         answers(vlm)
@@ -180,7 +183,7 @@ class TestFamiliesThatShare:
 
     def test_choices_score_the_same(self, vlm):
         requests = choices()
-        vlm.runner.budget = Budget.of(1, None)
+        vlm.responder.engine.runner.budget = Budget.of(1, None)
         with plainly(vlm):
             expected = vlm.scores(requests)
         with calls(vlm) as seen:
@@ -239,14 +242,14 @@ class TestWindows:
 
     def test_choices_take_no_more_of_the_window_than_they_are_long(self, wide):
         vlm = load(wide)
-        vlm.runner.budget = Budget.of(1, None)
+        vlm.responder.engine.runner.budget = Budget.of(1, None)
         with calls(vlm) as seen:
             vlm.scores(choices())
         assert (8, False) in seen
 
     def test_room_is_left_for_choices_whose_length_is_not_known(self, wide):
         vlm = load(wide)
-        vlm.runner.budget = Budget.of(1, None)
+        vlm.responder.engine.runner.budget = Budget.of(1, None)
         with log("INFO") as lines, calls(vlm) as seen:
             vlm.scores(choices([lambda doc: " yes", lambda doc: " no"]))
         assert {with_image for _, with_image in seen} == {True}
@@ -279,7 +282,7 @@ class TestOneModel:
         for share in (False, True):
             vlm = load(checkpoint(family), questions[:3], share_prefix=share)
             answers(vlm)
-            assert vlm.runner.sharing.verified == share
+            assert vlm.responder.engine.runner.sharing.verified == share
             vlm.task_dict = {"toy": {"test": Documents(questions)}}
             with pytest.raises(RequestError, match=r"document 3: .* refuses this"):
                 answers(vlm)
@@ -298,7 +301,7 @@ class TestOneModel:
             smolvlm.task_dict = hinted
 
     def test_lengths_count_every_image_whatever_was_read_before(self, smolvlm):
-        schedule = Schedule(smolvlm.chat, smolvlm.reader, smolvlm.runner.budget, lambda: True)
+        schedule = Schedule(smolvlm.chat, smolvlm.reader, smolvlm.responder.engine.runner.budget, lambda: True)
         for shown in (IMAGES[:2], IMAGES[:1], IMAGES[1:2], IMAGES[1::-1], IMAGES, IMAGES[:2], []):
             for text in ("Where is it?", "And now?"):
                 content = [*({"type": "image", "url": one} for one in shown), {"type": "text", "text": text}]
@@ -346,8 +349,8 @@ class TestOneModel:
         limits = Budget.of(3, None).limits
         with calls(vlm) as seen:
             assert answers(vlm, 3, messages=sometimes_last) == expected
-        assert vlm.runner.sharing.verified
-        assert vlm.runner.budget.limits == limits
+        assert vlm.responder.engine.runner.sharing.verified
+        assert vlm.responder.engine.runner.budget.limits == limits
         answered = [call for call in seen if call != (1, True)]
         assert sum(rows for rows, with_image in answered if not with_image) >= 6
 
@@ -359,7 +362,7 @@ class TestOneModel:
         vlm = load(checkpoint("qwen2_5_vl"), [(0, word) for word in "abcdef"])
         with plainly(vlm):
             expected = answers(vlm, messages=image_last)
-        vlm.runner.budget = Budget(Limits(8, 1), 2**30, automatic=True, growing=False)
+        vlm.responder.engine.runner.budget = Budget(Limits(8, 1), 2**30, automatic=True, growing=False)
         requests = [instance(i, image_last) for i in range(6)]
         with calls(vlm) as seen:
             assert vlm.generate_until(requests) == expected
@@ -434,11 +437,11 @@ class TestSomethingWrong:
         original = PrefixSharing._expanded
         right = load(checkpoint(family), dtype="bfloat16")
         answers(right)
-        assert right.runner.sharing.off is None
+        assert right.responder.engine.runner.sharing.off is None
         monkeypatch.setattr(PrefixSharing, "_expanded", scaled)
         wrong = load(checkpoint(family), dtype="bfloat16")
         answers(wrong)
-        assert "log-probability" in wrong.runner.sharing.off
+        assert "log-probability" in wrong.responder.engine.runner.sharing.off
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_another_image_is_a_mismatch_and_no_looking_ahead(self, checkpoint, monkeypatch, dtype):
@@ -450,7 +453,7 @@ class TestSomethingWrong:
         vlm = load(checkpoint("smolvlm"), dtype=dtype)
         with log("INFO") as lines:
             answers(vlm, 3)
-        assert vlm.runner.sharing.off is not None
+        assert vlm.responder.engine.runner.sharing.off is not None
         assert [line for line in lines if line.startswith("WARNING") and "keys of the prefix differ" in line]
         assert not [line for line in lines if "looks ahead" in line]
 
@@ -475,14 +478,14 @@ class TestSomethingWrong:
     @pytest.mark.parametrize("batch_size", [None, 8], ids=["auto", "8"])
     def test_out_of_memory_loses_no_answer(self, smolvlm, monkeypatch, batch_size):
         expected = answers(smolvlm)
-        original = type(smolvlm.decoder).generate
+        original = type(smolvlm.responder.engine.decoder).generate
 
         def generate(self, inputs, *args, **kwargs):
             if len(inputs["input_ids"]) > 2:
                 raise OutOfMemory("no room")
             return original(self, inputs, *args, **kwargs)
 
-        monkeypatch.setattr(type(smolvlm.decoder), "generate", generate)
+        monkeypatch.setattr(type(smolvlm.responder.engine.decoder), "generate", generate)
         with log("WARNING") as lines:
             assert_equal(answers(smolvlm, batch_size), expected)
         assert lines
@@ -502,7 +505,7 @@ class TestSomethingWrong:
         monkeypatch.setattr(PrefixSharing, "_expanded", expanded)
         with log("WARNING") as lines:
             assert_equal(answers(vlm, 8), expected)
-        assert vlm.runner.sharing.off is None
+        assert vlm.responder.engine.runner.sharing.off is None
         assert [line for line in lines if "smaller batches" in line]
 
     def test_images_that_do_not_fit_lose_no_answer(self, smolvlm, monkeypatch):
@@ -515,13 +518,13 @@ class TestSomethingWrong:
         expected, original = answers(smolvlm), torch.Tensor.to
         monkeypatch.setattr(torch.Tensor, "to", to)
         assert_equal(answers(smolvlm, 8), expected)
-        assert smolvlm.runner.sharing.off is None
+        assert smolvlm.responder.engine.runner.sharing.off is None
 
     def test_comparing_takes_no_more_images_at_once_than_the_batch_size(self, checkpoint):
         vlm = load(checkpoint("smolvlm"), [(0, word) for word in "abcdefghijkl"])
         with calls(vlm) as seen:
             answers(vlm, 1)
-        assert vlm.runner.sharing.verified
+        assert vlm.responder.engine.runner.sharing.verified
         assert seen == [*[(1, True)] * VERIFIED_ROWS, (1, True), (VERIFIED_ROWS, False), (1, True), (12, False)]
 
     def test_where_comparing_does_not_fit_it_goes_one_by_one(self, checkpoint, monkeypatch):
@@ -535,7 +538,7 @@ class TestSomethingWrong:
         monkeypatch.setattr(vlm.model, "generate", generate)
         with calls(vlm) as seen:
             answers(vlm, 8)
-        assert vlm.runner.sharing.verified
+        assert vlm.responder.engine.runner.sharing.verified
         assert (12, False) in seen
 
     def test_activations_of_8_bits_are_given_their_rounding(self, checkpoint):
@@ -544,8 +547,8 @@ class TestSomethingWrong:
         )
         vlm.task_dict = {"toy": {"test": Documents(QUESTIONS)}}
         answers(vlm)
-        assert vlm.runner.sharing.verified
-        assert vlm.runner.sharing.off is None
+        assert vlm.responder.engine.runner.sharing.verified
+        assert vlm.responder.engine.runner.sharing.off is None
 
     def test_comparing_keeps_the_limit_of_tokens_too(self, checkpoint, monkeypatch):
         vlm = load(checkpoint("smolvlm"), [(0, word) for word in "abcdefghijkl"])
@@ -558,7 +561,7 @@ class TestSomethingWrong:
         def generate(self, inputs, *args, **kwargs):
             raise OutOfMemory("no room")
 
-        monkeypatch.setattr(type(smolvlm.decoder), "generate", generate)
+        monkeypatch.setattr(type(smolvlm.responder.engine.decoder), "generate", generate)
         with pytest.raises(OutOfMemory), plainly(smolvlm):
             answers(smolvlm, 8)
 

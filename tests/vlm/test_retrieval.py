@@ -45,7 +45,7 @@ def test_scores_are_those_of_transformers(vlm, responses):
 
 
 def test_only_near_pairs_are_shown_to_the_matching_head(vlm, responses, monkeypatch):
-    monkeypatch.setattr(vlm.matcher, "nearest", 1)
+    monkeypatch.setattr(vlm.responder.matcher, "nearest", 1)
     similarity = torch.tensor([response.scores["itc"] for response in responses])
     found = [Response.decode(answer) for answer in vlm.generate_until([request(i) for i in range(3)])]
     for row, response in enumerate(found):

@@ -1,7 +1,6 @@
 import io
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,7 +68,7 @@ def load(path, **arguments):
 
 
 def answer(vlm, indices=ALL, *, batch_size=1, **changes):
-    vlm.runner.budget = Budget.of(batch_size, None)
+    vlm.responder.engine.runner.budget = Budget.of(batch_size, None)
     return vlm.generate_until([generation(index, {**OPTIONS, **changes}) for index in indices])
 
 
@@ -155,7 +154,9 @@ class TestEveryFamily:
         response = Response.decode(answer(vlm, [3])[0])
         prompt, inputs = encoded(vlm, DOCUMENTS[3])
         with torch.no_grad():
-            ids = vlm.model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=list(vlm.decoder.ends))
+            ids = vlm.model.generate(
+                **inputs, max_new_tokens=8, do_sample=False, eos_token_id=list(vlm.responder.engine.decoder.ends)
+            )
         new = ids[0, inputs["input_ids"].shape[1] :].tolist()
         expected = teacher_forced(vlm, inputs, new[: len(response.tokens)], family)
         assert [token.logprob for token in response.tokens] == pytest.approx(expected, abs=1e-4)
@@ -200,7 +201,7 @@ class TestEveryFamily:
 
     def test_a_log_likelihood_is_the_sum_of_a_teacher_forced_pass(self, vlm, family):
         texts = [" the dog", " yes", " a man in the white shirt"]
-        vlm.runner.budget = Budget.of(4, None)
+        vlm.responder.engine.runner.budget = Budget.of(4, None)
         scores = vlm.scores([choice(0, text) for text in texts])
         prompt, inputs = encoded(
             vlm, [message(*[part["url"] for part in DOCUMENTS[0][0]["content"][:-1]], text="Which?")]
@@ -295,7 +296,7 @@ class TestLmmsEvalInterfaces:
         smolvlm.task_dict = {"toy": {"test": DOCUMENTS}}
         expected = {length: answer(smolvlm, max_new_tokens=length) for length in (2, 5)}
         mixed = [(index, length) for index in range(7) for length in (5, 2)]
-        smolvlm.runner.budget = Budget.of(4, None)
+        smolvlm.responder.engine.runner.budget = Budget.of(4, None)
         texts = smolvlm.generate_until(
             [generation(index, {**OPTIONS, "max_new_tokens": length}) for index, length in mixed]
         )
@@ -379,19 +380,18 @@ class TestLmmsEvalInterfaces:
             assert not wrong.is_greedy
             assert right.total > wrong.total
 
-    def test_sampled_answers_depend_on_seed_and_repeat_and_not_on_the_batch(self, smolvlm):
+    def test_sampled_answers_depend_on_seed_and_repeat_and_not_on_the_batch(self, smolvlm, monkeypatch):
         smolvlm.task_dict = {"toy": {"test": DOCUMENTS}}
         requests = [generation(0, {**OPTIONS, "temperature": 1.0})] * 3 + [
             generation(1, {**OPTIONS, "temperature": 1.0})
         ]
-        smolvlm.runner.budget = Budget.of(1, None)
+        smolvlm.responder.engine.runner.budget = Budget.of(1, None)
         alone = smolvlm.generate_until(requests)
-        smolvlm.runner.budget = Budget.of(4, None)
+        smolvlm.responder.engine.runner.budget = Budget.of(4, None)
         assert smolvlm.generate_until(requests) == alone
         assert len(set(alone[:3])) > 1
-        smolvlm.arguments = replace(smolvlm.arguments, seed=1)
+        monkeypatch.setattr(smolvlm.responder.engine, "seed", 1)
         assert smolvlm.generate_until(requests) != alone
-        smolvlm.arguments = replace(smolvlm.arguments, seed=0)
 
     def test_speed_and_size_reach_the_results_file(self, checkpoint):
         from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics, summarize_logged_metrics
@@ -430,11 +430,8 @@ class TestClasses:
             assert issubclass(chat, QuantizedVLM)
             assert (chat.__name__, chat.method, chat.is_simple) == (name, backend, False)
             assert (simple.method, simple.is_simple) == (backend, True)
-            assert getattr(models, name) is chat
-
-    def test_another_name_is_an_attribute_error(self):
-        with pytest.raises(AttributeError, match="QuantMagic"):
-            _ = models.QuantMagic
+            assert models.model_class(backend) is chat
+            assert models.model_class(backend, simple=True) is simple
 
 
 class TestQuantized:

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lmms_plugin.shifts.image import opencv as cv2
 from lmms_plugin.shifts.image.motion import one_sided_trail, shuffle_sources, smear
 from lmms_plugin.shifts.image.noise import sensor_channel, shot_channel
+from lmms_plugin.shifts.image.opencv import cv2
 from lmms_plugin.shifts.image.textures import ice_crop, plasma
 from lmms_plugin.shifts.severities import SEVERITIES, checked, generator, named
 from lmms_plugin.utils.images import to_rgb

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.shifts.image import opencv as cv2
+from lmms_plugin.shifts.image.opencv import cv2
 
 Field = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]

@@ -3,9 +3,14 @@
 from typing import Any
 
 
-def __getattr__(name: str) -> Any:
-    import cv2
+class _OpenCv:
+    def __getattr__(self, name: str) -> Any:
+        import cv2
 
-    # Kept here, so that the next use finds it without coming by.
-    value = globals()[name] = getattr(cv2, name)
-    return value
+        value = getattr(cv2, name)
+        # Kept here, so that the next use finds it without coming by.
+        setattr(self, name, value)
+        return value
+
+
+cv2 = _OpenCv()

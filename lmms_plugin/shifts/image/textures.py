@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.shifts.image import opencv as cv2
+from lmms_plugin.shifts.image.opencv import cv2
 
 Field = npt.NDArray[np.float32]
 Points = npt.NDArray[np.float64]

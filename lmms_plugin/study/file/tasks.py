@@ -17,6 +17,7 @@ from pyarrow import parquet
 from lmms_plugin.analysis.results import GROUNDING, REJECTION
 from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, of_value, revision
 from lmms_plugin.tasks.registry import task_files
+from lmms_plugin.tasks.sources.data_source import located
 from lmms_plugin.utils import hashing, variables
 from lmms_plugin.utils.readable import readable
 from lmms_plugin.utils.suggest import near
@@ -38,6 +39,9 @@ class Described(NamedTuple):
     tasks: tuple[str, ...]
     documents: tuple[int | None, ...]
     metrics: Mapping[str, tuple[str, ...]]
+
+
+_DATA = ("dataset_path", "dataset_kwargs")
 
 
 @cache
@@ -65,7 +69,7 @@ def _documents(config: Mapping[str, Any]) -> int | None:
     # Tasks of rejection ask each expression that can be changed twice, which nothing here tells.
     if REJECTION.record in metrics:
         return None
-    path, arguments = (_looked_up(config.get(name)) for name in ("dataset_path", "dataset_kwargs"))
+    path, arguments = _located(config)
     split = config.get("test_split")
     local = (arguments or {}).get("data_files", {}).get(split) if path == "parquet" else None
     if local is None and isinstance(path, str) and Path(path).is_dir():
@@ -146,19 +150,21 @@ def _modules(value: Any) -> Iterator[str]:
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    resolved = {}
-    for name, value in config.items():
-        looked_up = _looked_up(value) if name in ("dataset_path", "dataset_kwargs") else value
-        resolved[name] = of_value(looked_up)
+    data = {name: value for name, value in zip(_DATA, _located(config), strict=True) if value is not None}
+    resolved = {name: of_value(value) for name, value in {**config, **data}.items()}
     path = resolved.get("dataset_path")
     if isinstance(path, str) and HUB_ID.fullmatch(path):
         resolved["dataset_revision"] = revision(path, "dataset")
     return resolved
 
 
+def _located(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    path, arguments = (_looked_up(config.get(name)) for name in _DATA)
+    return located(path, arguments)
+
+
 def _looked_up(value: Any) -> Any:
-    found = attribute(value) if isinstance(value, task_files.Function) else value
-    return found() if callable(found) else found
+    return attribute(value) if isinstance(value, task_files.Function) else value
 
 
 def local_copies(environment: Mapping[str, str]) -> dict[str, str]:

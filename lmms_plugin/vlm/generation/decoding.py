@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,44 +36,13 @@ from lmms_plugin.protocol.reasoning import ANSWER, REASONING, tokens_among
 from lmms_plugin.protocol.response import Alternatives, Token
 from lmms_plugin.utils.end_tokens import end_tokens, writers
 from lmms_plugin.utils.out_of_memory import while_answering
+from lmms_plugin.vlm.engine import Generated, Score
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
 from lmms_plugin.vlm.settings import Sampling, Settings
 
 NO_TOKEN = 2**31 - 1
 """An id that no vocabulary has."""
-
-
-class Answer(NamedTuple):
-    """A generated answer.
-
-    Attributes:
-        tokens: with the end-of-sequence token, if the model came to it, as the last; cut where `until` says.
-            Their log-probabilities are NaN after a beam search, which reports none.
-        text: the answer without special tokens, but for those that part reasoning and answer.
-        ids: of all tokens that were generated, uncut.
-    """
-
-    tokens: tuple[Token, ...]
-    text: str
-    ids: tuple[int, ...]
-
-
-class Score(NamedTuple):
-    """How a model judges a given continuation.
-
-    Attributes:
-        logprobs: natural logarithm of the probability of each of its tokens.
-        is_greedy: whether greedy decoding would have produced it.
-    """
-
-    logprobs: tuple[float, ...]
-    is_greedy: bool
-
-    @property
-    def total(self) -> float:
-        """Log-probability of the whole continuation."""
-        return math.fsum(self.logprobs)
 
 
 @dataclass
@@ -134,7 +103,7 @@ class Decoder:
         seeds: Sequence[int] | None = None,
         *,
         digits: bool = False,
-    ) -> list[Answer]:
+    ) -> list[Generated]:
         """Generate one answer per row of the batch.
 
         Args:
@@ -236,7 +205,7 @@ class Decoder:
             )
         return ids[:, self.read(inputs).shape[1] :]
 
-    def _search(self, inputs: Mapping[str, Tensor], settings: Settings) -> list[Answer]:
+    def _search(self, inputs: Mapping[str, Tensor], settings: Settings) -> list[Generated]:
         config = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=list(self.ends),
@@ -256,13 +225,13 @@ class Decoder:
         end = next((position for position, token in enumerate(ids) if token in self.ends), len(ids) - 1)
         return ids[: end + 1]
 
-    def _answer(self, ids: list[int], logprobs: list[float], until: Sequence[str]) -> Answer:
+    def _answer(self, ids: list[int], logprobs: list[float], until: Sequence[str]) -> Generated:
         ended = bool(ids) and ids[-1] in self.ends
         texts = token_texts(self.tokenizer, ids[:-1] if ended else ids) + [""] * ended
         kept = cut(texts, until)
         silent = self.special - self.marks
         text = "".join(text for text, token in zip(kept, ids, strict=False) if token not in silent)
-        return Answer(tuple(map(Token, kept, logprobs)), text, tuple(ids))
+        return Generated(tuple(map(Token, kept, logprobs)), text, tuple(ids))
 
 
 def generate_of(model: Any) -> Callable[..., Tensor]:
@@ -278,7 +247,7 @@ def generate_of(model: Any) -> Callable[..., Tensor]:
     return generate
 
 
-def _with_alternatives(answer: Answer, recorded: Sequence[Alternatives | None]) -> Answer:
+def _with_alternatives(answer: Generated, recorded: Sequence[Alternatives | None]) -> Generated:
     pairs = zip(answer.tokens, recorded, strict=False)
     return answer._replace(tokens=tuple(token._replace(alternatives=alternatives) for token, alternatives in pairs))
 

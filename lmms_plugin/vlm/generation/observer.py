@@ -20,7 +20,8 @@ from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.selector.features import LAST_LAYER, Features, FeatureWriter, Origin, key
 from lmms_plugin.selector.network import Selector
 from lmms_plugin.utils import hashing
-from lmms_plugin.vlm.generation.decoding import Answer, Decoder
+from lmms_plugin.vlm.engine import Generated
+from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
 from lmms_plugin.vlm.scheduling import Job
 
@@ -150,7 +151,7 @@ class Observer:
             )
 
     def observe(
-        self, pooled: Pooled, prompts: Sequence[Prompt], jobs: Sequence[Job], answers: Sequence[Answer]
+        self, pooled: Pooled, prompts: Sequence[Prompt], jobs: Sequence[Job], answers: Sequence[Generated]
     ) -> list[Mapping[str, float]]:
         """Keep the features of a batch's answers, and return the learned confidence of each by its name.
 
@@ -182,7 +183,7 @@ class Observer:
             self.writer.flush()
 
 
-def _features(pooled: Pooled, answers: Sequence[Answer]) -> Features:
+def _features(pooled: Pooled, answers: Sequence[Generated]) -> Features:
     sums = ((answer.tokens, math.fsum(token.logprob for token in answer.tokens)) for answer in answers)
     logprobs = [total if tokens else math.nan for tokens, total in sums]
     image, question, first = (part.cpu() for part in pooled)

@@ -29,7 +29,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.protocol.prompts import Prompt
 from lmms_plugin.utils.out_of_memory import while_answering
-from lmms_plugin.vlm.generation.decoding import Answer, Decoder, generate_of
+from lmms_plugin.vlm.engine import Generated
+from lmms_plugin.vlm.generation.decoding import Decoder, generate_of
 from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
 from lmms_plugin.vlm.generation.self_check import difference, tolerances_of
 from lmms_plugin.vlm.processor import Batch, Chat
@@ -347,7 +348,7 @@ class PrefixSharing:
         """
         greedy = Settings(max_new_tokens=VERIFIED_TOKENS)
         sizes = shared.prefix["attention_mask"].sum(1)[shared.owners.to(shared.input_ids.device)].tolist()
-        expected: list[Answer] = []
+        expected: list[Generated] = []
         keys: list[Tensor] = []
         for inputs in plain:
             cache = self._new_cache()

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmms_plugin.vlm.generation.decoding import Answer, Decoder, Score
+from lmms_plugin.vlm.engine import Generated, Score
+from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.settings import Settings
 
 
@@ -41,7 +42,7 @@ def tolerances_of(model: Any) -> Tolerances:
     return max(TOLERANCES.get(dtype, LOW_PRECISION_TOLERANCE) for dtype in dtypes)
 
 
-def difference(expected: Answer, found: Score, tolerance: float, ways: tuple[str, str]) -> str | None:
+def difference(expected: Generated, found: Score, tolerance: float, ways: tuple[str, str]) -> str | None:
     """Say where the same answer has other log-probabilities.
 
     Args:

@@ -1,0 +1,96 @@
+"""From an engine's answer to the string that lmms-eval gets: plain text, or an encoded `Response`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from loguru import logger
+
+from lmms_plugin.protocol.dialects import Dialect
+from lmms_plugin.protocol.prompts import Prompt, RequestError
+from lmms_plugin.protocol.reasoning import REMEDY
+from lmms_plugin.protocol.response import Response
+from lmms_plugin.vlm.engine import Answer, Generated, Traits
+
+
+def read(answer: Answer, traits: Traits) -> Response:
+    """Return the answer with its tokens and the reasoning that the prompt opened, and nothing else."""
+    tokens = answer.generated.tokens
+    if answer.prompt.grounding is None:
+        tokens = tuple(token._replace(text="") if token.text in traits.silent else token for token in tokens)
+    return Response("".join(token.text for token in tokens), tokens, opened=answer.opened)
+
+
+def encoded_scores(scores: Mapping[str, tuple[float | None, ...]]) -> str:
+    """Return what stands for the scores of a request's candidates: an encoded `Response` without text."""
+    return Response("", scores=scores).encode()
+
+
+@dataclass
+class Assembler:
+    """Turns the answers of one engine into responses.
+
+    Attributes:
+        traits: of the engine.
+        dialect: how the model is asked for boxes.
+        model: what the user called it, for warnings.
+        warns: whether this process speaks; each warning comes once.
+    """
+
+    traits: Traits
+    dialect: Dialect
+    model: str
+    warns: bool = True
+    _warned: set[str] = field(default_factory=set, init=False)
+
+    def plain(self, answer: Answer) -> str:
+        """Return the text for a task of lmms-eval's own: with reasoning, which its `--reasoning_tags` take out."""
+        text = answer.generated.text
+        for mark in self.traits.answer_marks:
+            text = text.replace(mark, "")
+        return text
+
+    def response(self, answer: Answer) -> Response:
+        """Return the answer with all that confidence is estimated from.
+
+        Raises:
+            RequestError: the size that boxes refer to is not known.
+        """
+        prompt = answer.prompt
+        samples = None if answer.samples is None else tuple(_raw(prompt, sample) for sample in answer.samples)
+        response = replace(
+            read(answer, self.traits), model_size=answer.model_size, confidence=answer.confidence, samples=samples
+        )
+        self._warn_if_unfinished(response)
+        if prompt.grounding is None:
+            return response
+        self._warn_if_unpublished()
+        if self.dialect.requires_model_size and answer.model_size is None:
+            raise RequestError(
+                f"{prompt.name}: dialect {self.dialect.name!r} counts pixels of the resized image, and "
+                f"{self.traits.image_reader} does not tell its size"
+            )
+        size, digits = prompt.grounding.original_size, prompt.grounding.digits
+        return replace(response, original_size=size, dialect=self.dialect.name, records_digits=digits)
+
+    def _warn_if_unfinished(self, response: Response) -> None:
+        if not response.parts.finished:
+            self._warn(f"{self.model}: an answer ends inside its reasoning, {REMEDY}")
+
+    def _warn_if_unpublished(self) -> None:
+        if not self.dialect.published:
+            self._warn(
+                f"{self.model} publishes no way to ask for a box: it is asked in generic words (dialect "
+                f"{self.dialect.name!r}), and a low accuracy says nothing about quantization"
+            )
+
+    def _warn(self, message: str) -> None:
+        if self.warns and message not in self._warned:
+            logger.warning("{}", message)
+            self._warned.add(message)
+
+
+def _raw(prompt: Prompt, generated: Generated) -> str:
+    """The answer as its task reads it: with special tokens, which may be coordinates, where a box is wanted."""
+    return generated.text if prompt.grounding is None else "".join(token.text for token in generated.tokens)

@@ -1,0 +1,177 @@
+"""The engine of a transformers model that is loaded in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.protocol.prompts import Prompt, PromptReader
+from lmms_plugin.protocol.reasoning import ANSWER, tokens_among
+from lmms_plugin.vlm.assembling import read
+from lmms_plugin.vlm.engine import Answer, Generated, Score, Traits
+from lmms_plugin.vlm.generation.decoding import Decoder
+from lmms_plugin.vlm.generation.observer import Observer, Wanted
+from lmms_plugin.vlm.generation.token_texts import decode
+from lmms_plugin.vlm.processor import Batch, Chat
+from lmms_plugin.vlm.runner import Runner
+from lmms_plugin.vlm.scheduling import Job
+from lmms_plugin.vlm.settings import Sampling
+
+
+@dataclass
+class LocalEngine:
+    """A loaded model that answers batches over shared prefixes; an `Engine`.
+
+    Attributes:
+        decoder: the model.
+        chat: its processor.
+        runner: brings jobs through the model.
+        observer: of its hidden states; None where they are of no use.
+        seed: of the run.
+        samples: further answers per prompt that wants confidence.
+        sample_temperature: at which they are drawn.
+    """
+
+    decoder: Decoder
+    chat: Chat
+    runner: Runner
+    observer: Observer | None
+    seed: int
+    samples: int
+    sample_temperature: float
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        chat: Chat,
+        reader: PromptReader,
+        *,
+        arguments: ModelArguments,
+        wanted: Wanted | None = None,
+        rank: int = 0,
+    ) -> LocalEngine:
+        """Set up for a model that is loaded.
+
+        Args:
+            model: any Hugging Face model with `generate`.
+            chat: its processor.
+            reader: from messages to prompts.
+            arguments: of the model.
+            wanted: what is asked of hidden states; None for nothing.
+            rank: of this process.
+
+        Raises:
+            ValueError: the model does not write token by token, or what is wanted does not fit it.
+        """
+        decoder = Decoder.of(model, chat.tokenizer, static_cache=arguments.static_cache)
+        observer = wanted.observer(arguments.find_checkpoint(), decoder, rank) if wanted else None
+        runner = Runner.of(
+            decoder,
+            chat,
+            reader,
+            batch_size=arguments.batch_size,
+            share_prefix=arguments.share_prefix,
+            pooling=observer.pooling if observer else None,
+            repeated=arguments.samples > 0,
+        )
+        return cls(decoder, chat, runner, observer, arguments.seed, arguments.samples, arguments.sample_temperature)
+
+    @cached_property
+    def traits(self) -> Traits:
+        """What all its answers have in common."""
+        tokenizer, marks = self.decoder.tokenizer, self.decoder.marks
+        return Traits(
+            silent=frozenset(decode(tokenizer, [token]) for token in self.decoder.special - marks),
+            answer_marks=tokens_among([decode(tokenizer, [token]) for token in marks], ANSWER),
+            image_reader=type(self.chat.processor).__name__,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Images answered together."""
+        return self.runner.budget.limits.groups
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens a text takes, nothing added."""
+        return len(self.chat.ids(text))
+
+    def answers(self, jobs: Sequence[Job], *, evidence: bool = True) -> Generator[tuple[int, Answer]]:
+        """Yield the index of a job with its answer; see `Engine`.
+
+        Raises:
+            ValueError: the learned confidence was trained on an image that is asked about.
+        """
+        if not evidence:
+            yield from self.runner.run(jobs, self._write)
+            return
+        if self.observer is not None:
+            self.observer.expect_unseen(jobs)
+        yield from self.runner.run(jobs, self._answer)
+        if self.observer is not None:
+            self.observer.finish()
+
+    def scores(self, jobs: Sequence[Job]) -> Generator[tuple[int, Score]]:
+        """Yield the index of a job with the score of its request's continuation; see `Engine`."""
+        yield from self.runner.run(jobs, self._score)
+
+    def _write(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[Answer]:
+        rows = zip(prompts, self.decoder.generate(batch.inputs, jobs[0].settings), batch.model_sizes, strict=True)
+        return [Answer(*row) for row in rows]
+
+    def _answer(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[Answer]:
+        cache: Any = batch.inputs.get("past_key_values")
+        columns = 0 if cache is None else cache.get_seq_length()
+        answers = self._watched(batch, prompts, jobs)
+        sampled = self._sampled(batch, prompts, jobs, columns)
+        return [replace(answer, samples=samples) for answer, samples in zip(answers, sampled, strict=True)]
+
+    def _watched(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[Answer]:
+        """Answer a batch, with the learned confidence of each answer where there is one."""
+        # Beams are rows of their own, and their answers have no log-probabilities.
+        if self.observer is None or jobs[0].settings.num_beams > 1:
+            return self._generated(batch, prompts, jobs)
+        with self.observer.pooling.watching(batch.inputs) as found:
+            answers = self._generated(batch, prompts, jobs)
+        pooled = found[0] if batch.read is None else batch.read.followed_by(found[0])
+        learned = self.observer.observe(pooled, prompts, jobs, [self._spoken(answer) for answer in answers])
+        return [replace(answer, confidence=one) for answer, one in zip(answers, learned, strict=True)]
+
+    def _generated(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[Answer]:
+        seeds = [job.request.seed(self.seed) for job in jobs]
+        digits = any(prompt.grounding is not None and prompt.grounding.digits for prompt in prompts)
+        generated = self.decoder.generate(batch.inputs, jobs[0].settings, seeds, digits=digits)
+        opened = [self.chat.opened_by(prompt) if prompt.wants_confidence else "" for prompt in prompts]
+        return [Answer(*row) for row in zip(prompts, generated, batch.model_sizes, opened, strict=True)]
+
+    def _spoken(self, answer: Answer) -> Generated:
+        """The answer without the tokens of its reasoning."""
+        if not answer.prompt.wants_confidence:
+            return answer.generated
+        return answer.generated._replace(tokens=read(answer, self.traits).spoken.tokens)
+
+    def _sampled(
+        self, batch: Batch, prompts: list[Prompt], jobs: list[Job], columns: int
+    ) -> Sequence[tuple[Generated, ...] | None]:
+        """Sample further answers for a batch that was answered; None for prompts that want none.
+
+        Over a shared prefix, of so many columns, each costs no more than its decoding; else it reads the image again.
+        """
+        if not self.samples or not any(prompt.wants_confidence for prompt in prompts):
+            return [None] * len(prompts)
+        settings = replace(jobs[0].settings, sampling=Sampling(self.sample_temperature))
+        drawn: list[list[Generated]] = []
+        for sample in range(self.samples):
+            if columns:
+                self.runner.sharing.rewind(batch.inputs, columns)
+            seeds = [job.request.seed(self.seed, sample) for job in jobs]
+            drawn.append(self.decoder.generate(batch.inputs, settings, seeds))
+        return list(zip(*drawn, strict=True))
+
+    def _score(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[Score]:
+        rows = zip(prompts, batch.inputs["input_ids"][:, -1].tolist(), jobs, strict=True)
+        given = [self.chat.continuation_ids(prompt, last, job.request.continuation()) for prompt, last, job in rows]
+        return self.decoder.score(batch.inputs, given)
