@@ -153,7 +153,7 @@ def _filling_in_cells(original: Callable[..., Any]) -> Callable[..., Any]:
 def _locating_data(original: Callable[..., Any]) -> Callable[..., Any]:
     def __post_init__(self: Any) -> None:
         from lmms_plugin.tasks.sources.data_source import located
-        from lmms_plugin.tasks.sources.images import DatasetError
+        from lmms_plugin.utils.copies import DatasetError
 
         try:
             self.dataset_path, self.dataset_kwargs = located(self.dataset_path, self.dataset_kwargs)
