@@ -84,6 +84,16 @@ def test_links_of_the_readme_lead_to_files():
     assert [link for link in named if not (ROOT / link).is_file()] == []
 
 
+def test_pages_that_the_code_names_are_there():
+    kinds = (".py", ".yaml", ".j2", ".txt")
+    folders = ("lmms_plugin", "quant_backends", "tasks", "bench", "studies", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in kinds]
+    pattern = re.compile(r"(?<![\w/])docs/\w+(?:\.\w+)?")
+    named = {page for file in files for page in pattern.findall(file.read_text(encoding="utf-8"))}
+    assert "docs/metrics.md" in named
+    assert [page for page in named if not (ROOT / page).exists()] == []
+
+
 def test_fields_of_the_trailer():
     assert set(first_cells(section(FORMATS, "The trailer of an answer"))) == response._FIELDS | response._OPTIONAL
     assert f"`{response.MARKER}`" in FORMATS
