@@ -3,6 +3,7 @@
 # make test   creates .venv, installs what is locked for the tests, runs them against the installed package
 # make fuzz   damaged and made-up files for everything that reads files (FUZZ_MINUTES=10)
 # make check  formatting, lint and types
+# make docs   builds the site of docs/ into site/; a link or an anchor that leads nowhere is an error
 # make fresh  installs the wheel without the lock into an environment of its own, and runs the main command there
 # make lock   resolves everything anew and writes constraints.txt
 # make dist   builds wheel and source distribution and checks them
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find lmms_plugin quant_backends tasks -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CODE := lmms_plugin quant_backends tasks tests bench demo_training .ci
 
-.PHONY: demo test fuzz check fresh lock dist format clean
+.PHONY: demo test fuzz check docs fresh lock dist format clean
 
 demo: $(VENV)/.package
 	$(BIN)/lmms-plugin demo --output demo_output $(if $(FULL),--full)
@@ -29,6 +30,10 @@ check: $(VENV)/.dev $(VENV)/.package
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	cd $(VENV) && bin/mypy --config-file $(CURDIR)/setup.cfg -p lmms_plugin
+
+# The API is read from the installed package, for the same reason.
+docs: $(VENV)/.dev $(VENV)/.package
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir site
 
 fresh:
 	$(PYTHON) .ci/fresh.py
@@ -46,7 +51,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(CODE)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output
+	rm -rf $(VENV) build dist site *.egg-info demo_output
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,7 +63,7 @@ $(VENV)/.core: $(BIN)/python setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml constraints.txt tests/requirements.txt
 	rm -rf build
-	$(BIN)/pip install --constraint constraints.txt ".[dev]"
+	$(BIN)/pip install --constraint constraints.txt ".[dev,docs]"
 	$(BIN)/pip install --no-deps --constraint constraints.txt --requirement tests/requirements.txt
 	touch $@ $(VENV)/.core
 

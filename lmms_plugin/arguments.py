@@ -35,7 +35,8 @@ class ModelArguments:
     """What a user may set with `--model_args name=value,...`.
 
     Attributes:
-        pretrained: id on the Hugging Face hub, path of a checkpoint's folder, or `demo` for the embedded one.
+        pretrained: id on the Hugging Face hub, path of a checkpoint's folder, or `demo` for the embedded one; an id
+            that the hub does not give and the cache does not hold is refused after one question.
         bits: bits per weight of the language model, 2 to 8; 16 for untouched.
         group_size: columns of a weight that share a scale; -1 for a whole row.
         vision_bits: bits of the vision tower.

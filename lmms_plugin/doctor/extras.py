@@ -12,12 +12,12 @@ from packaging.utils import canonicalize_name
 from lmms_plugin.doctor.packages import OURS, bounds, explained, installed, mending, unmet
 from lmms_plugin.doctor.rows import Row, fail, ok, warn
 
-DEVELOPMENT = "dev"
+DEVELOPMENT = frozenset({"dev", "docs"})
 
 
 def extras() -> tuple[str, ...]:
     """Return the extras of this package that runs can use, as its metadata has them."""
-    return tuple(sorted(set(metadata.metadata(OURS).get_all("Provides-Extra") or ()) - {DEVELOPMENT}))
+    return tuple(sorted(set(metadata.metadata(OURS).get_all("Provides-Extra") or ()) - DEVELOPMENT))
 
 
 def check_extra(extra: str) -> Iterator[Row]:

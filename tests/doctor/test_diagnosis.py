@@ -18,7 +18,7 @@ from helpers import caption_copies, natural_copies, photographs, vqa_copies
 from helpers.environments import ROOT, Environment, run
 from PIL import Image
 
-from lmms_plugin.doctor import copies, devices, diagnosis, imports, packages, places
+from lmms_plugin.doctor import copies, devices, diagnosis, extras, imports, packages, places
 from lmms_plugin.doctor.packages import Package
 from lmms_plugin.doctor.rows import Row, Status
 from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
@@ -261,6 +261,11 @@ def test_no_network_is_a_warning_that_says_how_to_go_on(tmp_path, endpoint):
     assert [row.status for row in rows] == [Status.WARN, Status.OK]
     assert endpoint in rows[0].message
     assert "HF_HUB_OFFLINE=1" in rows[0].remedy
+
+
+def test_extras_of_developers_are_not_looked_at():
+    assert {"bitsandbytes", "ray"} <= set(extras.extras())
+    assert not {"dev", "docs"} & set(extras.extras())
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What docs/adding.md shows works as it stands there; its quantizer is tested in test_quant_third_party."""
 
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image
 
 from lmms_plugin.protocol.boxes import Box
+from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.registration import tasks_folder
 from lmms_plugin.shifts.image import corruptions
 
@@ -19,6 +21,12 @@ PAGE = (Path(__file__).parents[2] / "docs" / "adding.md").read_text(encoding="ut
 def snippet(language, holding):
     (found,) = (code for code in re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL) if holding in code)
     return found
+
+
+def test_a_method_that_looks_at_data_implements_what_the_page_says():
+    for name in sorted(CalibratedBackend.__abstractmethods__):
+        _, *arguments = inspect.signature(getattr(CalibratedBackend, name)).parameters
+        assert f"`{name}({', '.join(arguments)})`" in PAGE
 
 
 def test_a_shift_is_one_function(monkeypatch):

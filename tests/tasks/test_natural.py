@@ -1,7 +1,6 @@
 """Datasets that differ from RefCOCO+ by nature: their schemas, what is said of a broken one, their own metrics."""
 
 import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -299,11 +298,6 @@ class TestPublished:
         (files / name).write_text(json.dumps(content))
         with pytest.raises(DatasetError, match=message):
             published.write(name, files / name, files / "images", tmp_path / "out.parquet")
-
-
-def test_every_task_has_a_page():
-    pages = {page.stem for page in (Path(__file__).parents[2] / "docs" / "tasks").glob("*.md")}
-    assert {source.name for source in SETS.values()} <= pages
 
 
 def test_vrsbench_of_whole_hundredths_keeps_what_rounding_flattened():
