@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tempfile
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from lmms_plugin.quant_backends.calibration.sources import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
+from lmms_plugin.utils import suggest
 from lmms_plugin.utils.files import expect_inside, read_json
 from lmms_plugin.utils.located import text_of
 
@@ -181,9 +181,7 @@ class ModelArguments:
         hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "options"} | dict(option_types)
         unknown = sorted(set(given) - set(hints))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], hints, n=1)
-            guess = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"Unknown model argument {unknown[0]!r}{guess} Known: {', '.join(hints)}")
+            raise suggest.unknown("model argument", unknown[0], hints)
         values = {name: _convert(name, value, hints[name]) for name, value in given.items()}
         options = {name: values.pop(name) for name in option_types if name in values}
         return cls(**values, options=options)

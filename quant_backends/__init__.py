@@ -6,13 +6,14 @@ Importing this package is light (no torch): its names are listed before any mode
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import typing
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TYPE_CHECKING, Any
+
+from lmms_plugin.utils import suggest
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
@@ -60,7 +61,7 @@ def get(name: str, **options: Any) -> Backend:
     known = option_types(name)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"{name} has no option {unknown[0]!r} (it has: {', '.join(known) or 'none'})")
+        raise suggest.unknown("option", unknown[0], known, name)
     return kind(**options)
 
 
@@ -106,10 +107,7 @@ def _expect_one(name: str, from_others: Sequence[EntryPoint]) -> None:
     if len(owners) > 1:
         raise ValueError(f"two quantization backends are called {name!r}: {' and '.join(owners)}")
     if not owners:
-        known = names()
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown quantization backend {name!r}{hint} (known: {', '.join(known)})")
+        raise suggest.unknown("quantization backend", name, names())
 
 
 def _checked(point: EntryPoint) -> type[Backend]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -22,7 +21,7 @@ from lmms_plugin.tasks.sources.images import DatasetError
 from lmms_plugin.tasks.sources.origins import Origin
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
 from lmms_plugin.tasks.vqa.questions import Questions
-from lmms_plugin.utils import variables
+from lmms_plugin.utils import suggest, variables
 
 WHOLE = 512 << 20
 """Bytes of files up to which all rows are read; of larger copies a sample."""
@@ -54,11 +53,12 @@ def check_copies() -> Iterator[Row]:
         if name in parts:
             yield _checked(name, value, parts[name])
         elif name != variables.CACHE:
-            nearest = difflib.get_close_matches(name, [*parts, variables.CACHE], n=1, cutoff=0)
+            meant = suggest.nearest(name, [*parts, variables.CACHE])
             yield warn(
                 "local copies",
                 f"{name} is no variable of this package",
-                f"did you mean {nearest[0]}? A dataset that you added yourself may read it (docs/adding_a_dataset.md)",
+                (f"did you mean {meant}? " if meant else "")
+                + "A dataset that you added yourself may read it (docs/adding_a_dataset.md)",
             )
     if not given.keys() & parts.keys():
         yield ok("local copies", "no variable names one; datasets come from the hub")

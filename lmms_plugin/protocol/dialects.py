@@ -8,7 +8,6 @@ A new family is one more `Dialect` in the table at the end of this file.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from lmms_plugin.protocol.boxes import OVERSHOOT, Box
 from lmms_plugin.protocol.reasoning import separate
 from lmms_plugin.protocol.verbalised import QUESTION
+from lmms_plugin.utils import suggest
 
 Floats = npt.NDArray[np.float64]
 Size = tuple[int, int]
@@ -475,6 +475,5 @@ def dialect_for(model_type: str, declared: str | None = None) -> Dialect:
     if declared is None:
         return _BY_MODEL_TYPE.get(model_type, DIALECTS["fractions"])
     if declared not in DIALECTS:
-        near = difflib.get_close_matches(declared, DIALECTS, n=1, cutoff=0.0)
-        raise ValueError(f"Unknown dialect {declared!r}; did you mean {near[0]!r}? Known: {', '.join(DIALECTS)}")
+        raise suggest.unknown("dialect", declared, DIALECTS)
     return DIALECTS[declared]

@@ -1,12 +1,13 @@
 """What shifts of images and of language have in common: five severities, names, and draws that follow from a key."""
 
-import difflib
 import hashlib
 from collections.abc import Mapping
 from numbers import Integral
 from typing import TypeVar
 
 import numpy as np
+
+from lmms_plugin.utils import suggest
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -20,8 +21,7 @@ def named(name: str, registry: Mapping[str, Entry], kind: str = "shift") -> Entr
         ValueError: There is none; says the nearest name and all.
     """
     if name not in registry:
-        nearest = difflib.get_close_matches(str(name), registry, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown {kind} {name!r}; nearest is {nearest!r}; known: {', '.join(registry)}")
+        raise suggest.unknown(kind, name, registry)
     return registry[name]
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lmms_plugin.utils.suggest import near
+
 MOST_BYTES, MOST_VALUES, MOST_DEEP = 4 << 20, 100_000, 100
 """Bounds of a file that people write, and of what its aliases come to."""
 _MERGE = "tag:yaml.org,2002:merge"
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    """The known name that a word was probably meant to be, as the end of a message; empty where there is none."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {found[0]!r}?" if found else ""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from PIL import Image
 from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.quant_backends.calibration import photographs
 from lmms_plugin.quant_backends.calibration.synthetic import noise_image, scene, words
-from lmms_plugin.utils import images
+from lmms_plugin.utils import images, suggest
 
 SOURCES = ("none", "noise", "self", "demo", "photographs", "dataset")
 REAL = ("demo", "photographs", "dataset")
@@ -113,20 +112,15 @@ class CalibrationSpec:
         """
         source, *rest = text.split(":")
         if source not in SOURCES:
-            nearest = difflib.get_close_matches(source, SOURCES, n=1)
-            hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown calibration source {source!r}{hint} (known: {', '.join(SOURCES)})")
-        known = COMMON_OPTIONS | ({"shift"} if source in REAL else set())
+            raise suggest.unknown("calibration source", source, SOURCES)
+        known: set[str] = set() if source == "none" else COMMON_OPTIONS | ({"shift"} if source in REAL else set())
         known |= {"degenerate"} if source == "self" else set()
         known |= DATASET_OPTIONS if source == "dataset" else set()
         given: dict[str, Any] = {}
         while rest and re.match(r"\w+=", rest[-1]):
             key, _, value = rest.pop().partition("=")
-            if key not in known or source == "none":
-                able = "none" if source == "none" else ", ".join(sorted(known))
-                near = difflib.get_close_matches(key, known, n=1) if source != "none" else []
-                hint = f", did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown calibration option {key!r}{hint} (known for {source!r}: {able})")
+            if key not in known:
+                raise suggest.unknown("calibration option", key, sorted(known), source)
             if key in given:
                 raise ValueError(f"calibration option {key} is given twice in {text!r}")
             given[key] = _value(key, value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from lmms_plugin.utils import suggest
+
 UNTOUCHED_BITS = 16
 """The number of bits that means: leave these weights as the checkpoint has them."""
 
@@ -53,7 +55,7 @@ def expect_keys(entry: object, known: set[str], where: str) -> None:
         raise ValueError(f"{where}: expected a mapping with {', '.join(sorted(known))}, got {entry!r:.200}")
     unknown = sorted(str(key) for key in entry if key not in known)
     if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r} (known: {', '.join(sorted(known))})")
+        raise ValueError(f"{where}: {suggest.unknown('key', unknown[0], sorted(known))}")
 
 
 def read_spec(entry: object, default: QuantSpec, where: str) -> QuantSpec:

@@ -497,7 +497,7 @@ def test_declared_dialect_wins():
 
 
 def test_unknown_declared_dialect_names_the_nearest():
-    with pytest.raises(ValueError, match=re.escape("Unknown dialect 'qwen25_vl'; did you mean 'qwen2_5_vl'?")):
+    with pytest.raises(ValueError, match=re.escape("unknown dialect 'qwen25_vl', did you mean 'qwen2_5_vl'?")):
         dialect_for("idefics3", "qwen25_vl")
 
 

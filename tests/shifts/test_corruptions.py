@@ -506,10 +506,10 @@ def test_black_and_white_images_are_no_special_case(name, colour):
 @pytest.mark.parametrize(
     ("name", "severity", "key", "error", "message"),
     [
-        ("gausian_noise", 1, 0, ValueError, "unknown shift 'gausian_noise'; nearest is 'gaussian_noise'"),
-        ("Frost", 1, 0, ValueError, "nearest is 'frost'"),
+        ("gausian_noise", 1, 0, ValueError, "unknown shift 'gausian_noise', did you mean 'gaussian_noise'"),
+        ("Frost", 1, 0, ValueError, "did you mean 'frost'"),
         ("zoom_blur", 1, 0, ValueError, "unknown shift 'zoom_blur'"),
-        ("", 1, 0, ValueError, "unknown shift ''; nearest"),
+        ("", 1, 0, ValueError, r"unknown shift '' \(known: "),
         ("fog", 0, 0, ValueError, "severity of fog: expected an integer from 1 to 5, got 0"),
         ("fog", 6, 0, ValueError, "got 6"),
         ("fog", 3.0, 0, ValueError, "got 3.0"),

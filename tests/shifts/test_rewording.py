@@ -248,7 +248,7 @@ class TestParaphrase:
 @pytest.mark.parametrize(
     ("name", "severity", "message"),
     [
-        ("keyboard_typo", 1, "nearest is 'keyboard_typos'"),
+        ("keyboard_typo", 1, "did you mean 'keyboard_typos'"),
         ("casing", 0, "from 1 to 5"),
         ("casing", True, "from 1 to 5"),
     ],

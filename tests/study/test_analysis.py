@@ -290,13 +290,13 @@ def test_bad_analyses_are_refused_before_anything_runs(asked, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"margins": 1}, "margins: unknown; known: arms, clean"),
+        ({"margins": 1}, "unknown setting 'margins', did you mean 'margin'.*known: arms, clean"),
         ({"question": 7}, "question: expected a text, got 7"),
         ({"clean": ["rec"]}, r"clean: expected the name of a task, got \['rec'\]"),
         ({"shifted": []}, "a list of at least one task"),
         ({"shifted": "rec_fog_1"}, "a list of at least one task, got 'rec_fog_1'"),
         ({"arms": {"a": ["awq"]}}, "arms: expected a mapping from names to mappings"),
-        ({"arms": {"a": {"methd": "awq"}}}, "unknown axis 'methd'; known: model, method"),
+        ({"arms": {"a": {"methd": "awq"}}}, r"unknown axis 'methd', did you mean 'method'\? \(known: model, method"),
         ({"contrasts": [["robust", "simple"]]}, "contrasts: expected two of robust, plain, got"),
         ({"contrasts": ["robust"]}, "contrasts: expected a list of pairs of arms"),
         ({"contrasts": [["robust", ["plain"]]]}, "contrasts: expected a list of pairs of arms"),

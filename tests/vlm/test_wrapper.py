@@ -462,7 +462,7 @@ class TestBadArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"bit": 4}, "Unknown model argument 'bit'; did you mean 'bits'.*Known: pretrained, bits, group_size"),
+            ({"bit": 4}, r"unknown model argument 'bit', did you mean 'bits'\? \(known: pretrained, bits, group_size"),
             ({"pretraned": "demo"}, "did you mean 'pretrained'"),
             ({"bits": "four"}, "bits must be a whole number, got 'four'"),
             ({"bits": 4.5}, "bits must be a whole number, got 4.5"),
@@ -491,7 +491,7 @@ class TestBadArguments:
             models.QuantNone(pretrained=str(tmp_path))
 
     def test_an_unknown_dialect_is_named(self, checkpoint):
-        with pytest.raises(ValueError, match="Unknown dialect 'qwen2_5'"):
+        with pytest.raises(ValueError, match="unknown dialect 'qwen2_5'"):
             load(checkpoint("smolvlm"), dialect="qwen2_5")
 
     def test_what_lmms_eval_does_to_numbers_is_undone(self):

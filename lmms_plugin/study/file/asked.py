@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from lmms_plugin.confidence.estimators import ESTIMATORS, LEARNED, TEXT_ESTIMATORS
 from lmms_plugin.metrics.bootstrap import MOST_RESAMPLES
 from lmms_plugin.study.file.tasks import known
-from lmms_plugin.utils.located import near
+from lmms_plugin.utils.suggest import near, unknown
 
 Question = TypeVar("Question")
 _ESTIMATORS = frozenset((*ESTIMATORS, *TEXT_ESTIMATORS, *LEARNED))
@@ -107,7 +107,7 @@ def parse(kind: type[Question], given: Mapping[str, Any], needed: Collection[str
     default = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
     for name, value in given.items():
         if name not in default:
-            raise AskedError(name, f"unknown; known: {', '.join(sorted(default))}{near(name, default)}")
+            raise AskedError(name, str(unknown("setting", name, sorted(default))))
         if value is None and default[name] is None:
             continue
         if not _CHECKS[name].fits(value):

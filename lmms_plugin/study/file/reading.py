@@ -16,7 +16,8 @@ from lmms_plugin.study.file.asked import located
 from lmms_plugin.study.file.expansion import PATHS
 from lmms_plugin.study.file.grid import At, Calibration, Components, Exclusion, Grid, Method, Model, Resources, Study
 from lmms_plugin.study.verdicts import conclusions
-from lmms_plugin.utils.located import Entry, load, near
+from lmms_plugin.utils.located import Entry, load
+from lmms_plugin.utils.suggest import near
 
 T = TypeVar("T")
 

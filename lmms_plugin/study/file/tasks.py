@@ -19,8 +19,8 @@ from lmms_plugin.analysis.results import GROUNDING, REJECTION
 from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, digest, of_path, of_value, revision
 from lmms_plugin.tasks.registry import cells as generated
 from lmms_plugin.utils import variables
-from lmms_plugin.utils.located import near
 from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.suggest import near
 
 
 class Described(NamedTuple):

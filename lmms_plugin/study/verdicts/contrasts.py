@@ -48,6 +48,7 @@ from lmms_plugin.study.verdicts.arms import (
     select,
 )
 from lmms_plugin.study.verdicts.conclusions import Conclusion, Planned
+from lmms_plugin.utils import suggest
 
 BROKEN = 0.5
 """An arm is broken where it keeps less than this share of the unquantized model's clean accuracy."""
@@ -84,7 +85,7 @@ class Question:
     def __post_init__(self) -> None:
         for name, wanted in self.arms.items():
             if unknown := set(wanted) - set(AXES):
-                raise AskedError("arms", f"{name!r}: unknown axis {min(map(str, unknown))!r}; known: {', '.join(AXES)}")
+                raise AskedError("arms", f"{name!r}: {suggest.unknown('axis', min(map(str, unknown)), AXES)}")
         for pair in self.contrasts:
             if set(pair) - set(self.arms):
                 raise AskedError("contrasts", f"expected two of {', '.join(map(str, self.arms))}, got {list(pair)}")

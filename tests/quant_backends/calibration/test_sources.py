@@ -89,7 +89,7 @@ def test_a_path_may_hold_colons(tmp_path):
         ("noise", 0, "at least 1 sample"),
         ("noise:shift=fog_3", 4, "unknown calibration option 'shift'"),
         ("demo:shift=fog", 4, "shift must be a corruption and its severity, as fog_3, got 'fog'"),
-        ("demo:shift=fgo_3", 4, "unknown shift 'fgo'; nearest is 'fog'"),
+        ("demo:shift=fgo_3", 4, "unknown shift 'fgo', did you mean 'fog'"),
         ("demo:shift=fog_6", 4, "severity of fog: expected an integer from 1 to 5, got 6"),
     ],
 )
