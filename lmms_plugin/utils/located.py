@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import ValidationError
 
 from lmms_plugin.utils.suggest import near
+from lmms_plugin.utils.validation import Problem
+
+T = TypeVar("T")
 
 MOST_BYTES, MOST_VALUES, MOST_DEEP = 4 << 20, 100_000, 100
 """Bounds of a file that people write, and of what its aliases come to."""
@@ -52,6 +56,42 @@ class Entry:
             ValueError: If YAML cannot make a plain value of it, such as an unknown tag.
         """
         return _constructed(self.node, self.file)
+
+    def at(self, loc: Sequence[str | int], *, name: bool = False) -> Entry:
+        """The value that names and positions lead to, or the last one on the way.
+
+        Args:
+            loc: Names and positions.
+            name: Whether to return the last name in place of its value.
+        """
+        node = self.node
+        for left, part in zip(range(len(loc))[::-1], loc, strict=True):
+            if isinstance(node, yaml.MappingNode):
+                found = next((pair for pair in node.value if pair[0].value == str(part)), (node, node))
+                node = found[0] if name and not left else found[1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+                node = node.value[part]
+        return Entry(node, self.file)
+
+    def validated(self, kind: type[T], **context: Any) -> T:
+        """The value as a model.
+
+        Args:
+            kind: A `Schema`, or what `validation.validated` decorates.
+            **context: For its validators.
+
+        Raises:
+            FileNotFoundError: A file that it names is not there.
+            ValueError: It is none; says where, what was expected and what came.
+        """
+        try:
+            made: T = kind.__pydantic_validator__.validate_python(self.plain(), context=context)  # type: ignore[attr-defined]
+        except ValidationError as error:
+            problem = Problem.of(error, kind, positions=False)
+            raise ValueError(f"{self.at(problem.loc, name=problem.of_name).where}: {problem.text}") from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.file}: {error}") from error
+        return made
 
     @property
     def is_mapping(self) -> bool:

@@ -71,11 +71,11 @@ def read_use(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"use: {path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     layers = report.get("experts") if isinstance(report, dict) else None
     if not layers:
         raise ValueError(
-            f"use: {path} counts no experts; expected the report of a calibrated method (awq, gptq, mbq, ...) on the "
+            f"{path} counts no experts; expected the report of a calibrated method (awq, gptq, mbq, ...) on the "
             "same model"
         )
     return {layer["name"]: tuple(layer["tokens"]) for layer in layers}

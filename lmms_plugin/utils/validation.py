@@ -1,0 +1,208 @@
+"""Values that pydantic checks, and what it finds wrong with one in a line of our own words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
+from functools import wraps
+from typing import Annotated, Any, NamedTuple, TypeVar, dataclass_transform, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from lmms_plugin.utils.suggest import unknown
+
+T = TypeVar("T")
+_LONGEST, _LONGEST_PART = 300, 80
+"""Characters of a message and of a name or value in it, which may be a stranger's."""
+
+
+class Expected(NamedTuple):
+    """Says in our own words what a type takes, whatever of it pydantic finds wrong.
+
+    Attributes:
+        words: Behind "must be".
+    """
+
+    words: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Put our words in place of pydantic's."""
+        words = {"words": self.words}
+        return core_schema.custom_error_schema(
+            handler(source), "expected", custom_error_message="{words}", custom_error_context=words
+        )
+
+
+# True is no number, and a number no truth value.
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Truth = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(min_length=1), Expected("a text")]
+
+
+class Schema(BaseModel):
+    """What a file may say: no other names than the fields', and nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def left_out() -> Any:
+    """The default of a field that may be missing, for which null is no value."""
+    return Field(default=None)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field, Field))
+def validated(kind: type[T]) -> type[T]:
+    """Make a frozen dataclass whose fields are checked; making one of something else is a `ValueError` of one line."""
+    made = dataclass(frozen=True, config=ConfigDict(extra="forbid"))(kind)
+    make = made.__init__
+
+    @wraps(make)
+    def init(self: T, *args: Any, **named: Any) -> None:
+        try:
+            make(self, *args, **named)
+        except ValidationError as error:
+            raise ValueError(Problem.of(error, made).text) from error
+
+    made.__init__ = init  # type: ignore[method-assign]
+    return made
+
+
+class Problem(NamedTuple):
+    """The first thing that is wrong with a value.
+
+    Attributes:
+        loc: Names and positions that lead to it.
+        text: What was expected there, and what came.
+        of_name: Whether the last name itself is what is wrong.
+    """
+
+    loc: tuple[str | int, ...]
+    text: str
+    of_name: bool
+
+    @classmethod
+    def of(cls, error: ValidationError, kind: type[Any], *, noun: str = "key", positions: bool = True) -> Problem:
+        """Tell it of one of pydantic's errors; an unknown name comes first, since it may explain what is missing.
+
+        Args:
+            error: Of pydantic.
+            kind: That was to be made.
+            noun: What an unknown name was to be the name of.
+            positions: Whether positions in lists are told, which a number of a line makes needless.
+        """
+        found = error.errors(include_url=False)
+        first = next((one for one in found if one["type"] in _UNKNOWN), found[0])
+        of_name = first["type"] in _UNKNOWN
+        path, owners = _followed(kind, first["loc"], inside=not of_name)
+        shown = [part for part in path if positions or isinstance(part, str)]
+        text = _sentence(first, _path(shown[:-1]), _path(shown[-1:]), _names(owners), noun)
+        return cls(tuple(path), " ".join(text.splitlines()), of_name)
+
+
+def refused(words: str, *loc: str | int, value: Any = None) -> ValidationError:
+    """The error of a validator about one part of what it was given.
+
+    Args:
+        words: The whole sentence.
+        loc: Where the part is in it.
+        value: Of the part.
+    """
+    told = PydanticCustomError("sentence", "{words}", {"words": words})
+    return ValidationError.from_exception_data("", [{"type": told, "loc": loc, "input": value}])
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    kinds = {Mapping: "a mapping", list | tuple: "a list"}
+    return next((words for kind, words in kinds.items() if isinstance(value, kind)), f"{value!r:.{_LONGEST_PART}}")
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_MAPPINGS = ("model_type", "dataclass_type", "dict_type", "mapping_type", "model_attributes_type")
+_WORDS = {
+    "bool_type": "True or False",
+    "bool_parsing": "True or False",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
+    "literal_error": "{expected}",
+    "enum": "{expected}",
+    "expected": "{words}",
+}
+"""Kind of pydantic's error → what was expected."""
+
+
+def _sentence(error: Any, parents: str, name: str, known: Sequence[str], noun: str) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    before, got = f"{parents}: " if parents else "", shown(error["input"])
+    if kind in _UNKNOWN:
+        return f"{before}{unknown(noun, name[:_LONGEST_PART], known)}"
+    if kind in ("missing", "missing_argument"):
+        return f"{before}{name} is missing"
+    before_all = f"{before}{name}: " if name else ""
+    if kind in _MAPPINGS:
+        return f"{before_all}expected a mapping{' with ' if known else ''}{', '.join(known)}, got {got}"
+    if kind in ("value_error", "sentence"):
+        return f"{before_all}{str(context.get('error', error['msg']))[:_LONGEST]}"
+    words = _WORDS[kind].format(**context) if kind in _WORDS else error["msg"][:_LONGEST]
+    return f"{before}{name or 'it'} must be {words}, got {got}"
+
+
+def _path(parts: Sequence[str | int]) -> str:
+    told = "".join(f"[{part}]" if isinstance(part, int) else f": {part:.{_LONGEST_PART}}" for part in parts)
+    return told.removeprefix(": ")
+
+
+def _followed(kind: Any, loc: tuple[str | int, ...], *, inside: bool) -> tuple[list[str | int], list[type]]:
+    """The names and positions of a place without what pydantic puts between them, and the models of what is there.
+
+    Args:
+        kind: Of the whole.
+        loc: Of the place, as pydantic tells it.
+        inside: Whether the models are those of what is there; otherwise of what holds it.
+    """
+    path: list[str | int] = []
+    owners = list(_kinds(kind))
+    for at, part in enumerate(loc):
+        tagged = [owner for owner in owners if owner.__name__ == part]
+        if tagged:
+            owners = tagged
+            continue
+        if at == 0 and isinstance(part, int) and owners:
+            part = list(_fields(owners[0]))[part]
+        path.append(part)
+        if inside or at < len(loc) - 1:
+            found = [of[part] for owner in owners if part in (of := _fields(owner))]
+            owners = [one for annotation in found for one in _kinds(annotation)] if found else owners
+    return path, owners
+
+
+def _fields(owner: Any) -> dict[str | int, Any]:
+    return {of.alias or name: of.annotation for name, of in owner.__pydantic_fields__.items()}
+
+
+def _names(owners: Sequence[type]) -> list[str]:
+    return list(dict.fromkeys(str(name) for owner in owners for name in _fields(owner)))
+
+
+def _kinds(annotation: Any) -> Iterator[type]:
+    """The models within an annotation."""
+    if hasattr(annotation, "__pydantic_fields__"):
+        yield annotation
+    else:
+        for part in get_args(annotation):
+            yield from _kinds(part)
