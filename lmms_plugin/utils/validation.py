@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import field, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, NamedTuple, TypeVar, dataclass_transform, get_args
 
@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, Validat
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from lmms_plugin.utils.suggest import unknown
+from lmms_plugin.utils.suggest import near, unknown
 
 T = TypeVar("T")
-_LONGEST, _LONGEST_PART = 300, 80
+_LONGEST, _LONGEST_PART, _SHORT = 300, 80, 40
 """Characters of a message and of a name or value in it, which may be a stranger's."""
 
 
@@ -33,6 +33,30 @@ class Expected(NamedTuple):
         return core_schema.custom_error_schema(
             handler(source), "expected", custom_error_message="{words}", custom_error_context=words
         )
+
+
+class OneOf(NamedTuple):
+    """Says that a text is one of some names; a refusal names the nearest.
+
+    Attributes:
+        names: All of them, asked for when there is a text.
+        what: Where there are too many to list, what they are; otherwise they are listed.
+    """
+
+    names: Callable[[], Collection[str]]
+    what: str | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Check what was found to be a text."""
+        return core_schema.no_info_before_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: Any) -> Any:
+        names = self.names()
+        if isinstance(value, str) and value in names:
+            return value
+        words = self.what or f"one of {', '.join(names)}"
+        hint = near(value, names) if isinstance(value, str) else ""
+        raise PydanticCustomError("expected", "{words}", {"words": words, "near": hint})
 
 
 # True is no number, and a number no truth value.
@@ -84,21 +108,24 @@ class Problem(NamedTuple):
     of_name: bool
 
     @classmethod
-    def of(cls, error: ValidationError, kind: type[Any], *, noun: str = "key", positions: bool = True) -> Problem:
+    def of(cls, error: ValidationError, kind: Any = None, *, noun: str = "key", positions: bool = True) -> Problem:
         """Tell it of one of pydantic's errors; an unknown name comes first, since it may explain what is missing.
 
         Args:
             error: Of pydantic.
-            kind: That was to be made.
+            kind: That was to be made, for the names that it knows; None where that is not known.
             noun: What an unknown name was to be the name of.
             positions: Whether positions in lists are told, which a number of a line makes needless.
         """
         found = error.errors(include_url=False)
         first = next((one for one in found if one["type"] in _UNKNOWN), found[0])
-        of_name = first["type"] in _UNKNOWN
-        path, owners = _followed(kind, first["loc"], inside=not of_name)
+        of_name = first["type"] in (*_UNKNOWN, "invalid_key") or first["loc"][-1:] == (_KEY,)
+        path, owners = _followed(kind, first["loc"], inside=first["type"] not in _UNKNOWN)
+        path = [*path[:-1], str(path[-1])] if of_name else path
         shown = [part for part in path if positions or isinstance(part, str)]
-        text = _sentence(first, _path(shown[:-1]), _path(shown[-1:]), _names(owners), noun)
+        # A position belongs to the name before it.
+        cut = max((at for at, part in enumerate(shown) if isinstance(part, str)), default=0)
+        text = _sentence(first, _path(shown[:cut]), _path(shown[cut:]), _names(owners), noun)
         return cls(tuple(path), " ".join(text.splitlines()), of_name)
 
 
@@ -116,10 +143,13 @@ def refused(words: str, *loc: str | int, value: Any = None) -> ValidationError:
 
 def shown(value: Any) -> str:
     """A value as a message shows it."""
+    text = repr(value)
     kinds = {Mapping: "a mapping", list | tuple: "a list"}
-    return next((words for kind, words in kinds.items() if isinstance(value, kind)), f"{value!r:.{_LONGEST_PART}}")
+    large = next((words for kind, words in kinds.items() if isinstance(value, kind)), f"{text:.{_LONGEST_PART}}")
+    return text if len(text) <= _SHORT else large
 
 
+_KEY = "[key]"
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _MAPPINGS = ("model_type", "dataclass_type", "dict_type", "mapping_type", "model_attributes_type")
 _WORDS = {
@@ -135,10 +165,12 @@ _WORDS = {
     "string_type": "a text",
     "list_type": "a list",
     "tuple_type": "a list",
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "above {gt}",
-    "less_than_equal": "at most {le}",
-    "less_than": "below {lt}",
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+    "invalid_key": "a name",
+    "too_short": "a list of at least {min_length}",
     "literal_error": "{expected}",
     "enum": "{expected}",
     "expected": "{words}",
@@ -150,7 +182,7 @@ def _sentence(error: Any, parents: str, name: str, known: Sequence[str], noun: s
     kind, context = error["type"], error.get("ctx", {})
     before, got = f"{parents}: " if parents else "", shown(error["input"])
     if kind in _UNKNOWN:
-        return f"{before}{unknown(noun, name[:_LONGEST_PART], known)}"
+        return f"{before}{unknown(noun, name, known) if known else f'unknown {noun} {name!r}'}"
     if kind in ("missing", "missing_argument"):
         return f"{before}{name} is missing"
     before_all = f"{before}{name}: " if name else ""
@@ -159,7 +191,7 @@ def _sentence(error: Any, parents: str, name: str, known: Sequence[str], noun: s
     if kind in ("value_error", "sentence"):
         return f"{before_all}{str(context.get('error', error['msg']))[:_LONGEST]}"
     words = _WORDS[kind].format(**context) if kind in _WORDS else error["msg"][:_LONGEST]
-    return f"{before}{name or 'it'} must be {words}, got {got}"
+    return f"{before}{name or 'it'} must be {words}, got {got}{context.get('near', '')}"
 
 
 def _path(parts: Sequence[str | int]) -> str:
@@ -182,9 +214,9 @@ def _followed(kind: Any, loc: tuple[str | int, ...], *, inside: bool) -> tuple[l
         if tagged:
             owners = tagged
             continue
-        if at == 0 and isinstance(part, int) and owners:
+        if at == 0 and isinstance(part, int) and inside and is_dataclass(kind):
             part = list(_fields(owners[0]))[part]
-        path.append(part)
+        path += [part] if part not in ("", _KEY) else []
         if inside or at < len(loc) - 1:
             found = [of[part] for owner in owners if part in (of := _fields(owner))]
             owners = [one for annotation in found for one in _kinds(annotation)] if found else owners
@@ -192,11 +224,12 @@ def _followed(kind: Any, loc: tuple[str | int, ...], *, inside: bool) -> tuple[l
 
 
 def _fields(owner: Any) -> dict[str | int, Any]:
-    return {of.alias or name: of.annotation for name, of in owner.__pydantic_fields__.items()}
+    fields = owner.__pydantic_fields__.items()
+    return {name if of.validation_alias is None else of.validation_alias: of.annotation for name, of in fields}
 
 
 def _names(owners: Sequence[type]) -> list[str]:
-    return list(dict.fromkeys(str(name) for owner in owners for name in _fields(owner)))
+    return list(dict.fromkeys(str(name) for owner in owners for name in _fields(owner) if name))
 
 
 def _kinds(annotation: Any) -> Iterator[type]:

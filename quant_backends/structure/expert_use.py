@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lmms_plugin.analysis import accounts
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,16 @@ def read_use(path: Path) -> dict[str, tuple[int, ...]]:
     """Return module name -> tokens of each expert, from a report (``quant_report.json``, ``report=FILE``).
 
     Raises:
-        ValueError: The file is no report, or one without counts.
+        ValueError: The file is no report, one without counts, or damaged.
         FileNotFoundError: There is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"use: there is no report {str(path)!r}")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    layers = report.get("experts") if isinstance(report, dict) else None
+    layers = accounts.read(path, accounts.Quantized).get("experts")
     if not layers:
         raise ValueError(
-            f"{path} counts no experts; expected the report of a calibrated method (awq, gptq, mbq, ...) on the "
-            "same model"
+            f"{path} counts no experts; expected the report of a calibrated method (awq, gptq, mbq, ...) on the same "
+            "model"
         )
     return {layer["name"]: tuple(layer["tokens"]) for layer in layers}
 

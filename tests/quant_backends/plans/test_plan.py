@@ -107,7 +107,7 @@ def test_plan_file(plan_file):
     ("text", "message"),
     [
         ("bits: 4", r"plan\.yaml:1:1: unknown key 'bits' \(known: components, roles, rules, skip\)"),
-        ("- 1", r"plan\.yaml:1:1: expected a mapping with components, roles, rules, skip, got a list"),
+        ("- 1", r"plan\.yaml:1:1: expected a mapping with components, roles, rules, skip, got \[1\]"),
         ("components: {visual: 4}", "1:14: components: unknown key 'visual'"),
         ("components: {vision: 1}", "1:22: components: vision: bits must be .*, got 1"),
         ("components:\n  vision: {bits: 4, grop_size: 8}", "2:21: .*'grop_size', did you mean 'group_size'\\?"),
