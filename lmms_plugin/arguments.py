@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from lmms_plugin.quant_backends.calibration.sources import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
@@ -66,18 +66,12 @@ def _variables(value: Any) -> Any:
         return value
 
 
-def _agreeing(samples: int) -> int:
-    if samples == 1:
-        raise ValueError(samples)
-    return samples
-
-
 _Int = Annotated[Whole, BeforeValidator(_whole)]
 _Str = Annotated[str, BeforeValidator(_text)]
 _Bits = Annotated[Bits, BeforeValidator(_whole)]
 _Count = Annotated[_Int, Field(ge=1)]
 _Any = Annotated[T | None, BeforeValidator(_nothing)]
-_GIVEN: Mapping[Any, Any] = {int: _Int, float: Number, bool: Truth, str: _Str}
+_GIVEN: Mapping[Any, Any] = {int: _Int, float: Annotated[float, Field(strict=True)], bool: Truth, str: _Str}
 """Type of a method's option → what is taken for it."""
 
 
@@ -145,7 +139,7 @@ class ModelArguments:
     symmetric: Truth = False
     plan: _Any[_Str] = None
     # `calibration=none` says something else than nothing: a calibrated method refuses it.
-    calibration: Annotated[_Str | None, BeforeValidator(lambda source: source or None)] = None
+    calibration: Annotated[_Str | None, BeforeValidator(lambda source: None if source == "" else source)] = None
     calibration_samples: _Any[_Count] = None
     resume: Truth = True
     resume_folder: _Any[_Str] = None
@@ -165,7 +159,11 @@ class ModelArguments:
     feature_layer: _Any[_Int] = None
     selector: _Any[_Str] = None
     selector_transfer: Truth = False
-    samples: Annotated[_Int, Field(ge=0), AfterValidator(_agreeing), Expected("0 or at least 2, which can agree")] = 0
+    samples: Annotated[
+        Annotated[Whole, Field(ge=2)] | Annotated[Whole, Field(ge=0, le=0)],
+        BeforeValidator(_whole),
+        Expected("0 or at least 2, which can agree"),
+    ] = 0
     sample_temperature: Annotated[Number, Field(gt=0)] = 1.0
     verbalised: Truth = False
     system_prompt: _Any[_Str] = None
@@ -223,7 +221,7 @@ class ModelArguments:
             ValueError: an argument is unknown (names the nearest and lists all), or a value is of the wrong kind.
         """
         kind = _options(tuple((option_types or {}).items()))
-        own = [one.name for one in fields(cls) if one.name != "options"]  # type: ignore[arg-type]
+        own = [one.name for one in fields(cls) if one.name != "options"]
         known = [*own, *kind.model_fields]
         # lmms-eval always passes the first one along; it concerns its own search for a batch size.
         if strange := sorted(given.keys() - {"max_batch_size", *known}):
@@ -380,7 +378,7 @@ def _options(types: tuple[tuple[str, Any], ...]) -> type[Schema]:
     """The options of a method as a model."""
 
     def taken(hint: Any) -> Any:
-        kinds = [_GIVEN.get(kind, kind) for kind in get_args(hint) if kind is not type(None)]
-        return _Any[kinds[0]] if len(kinds) == 1 else _GIVEN.get(hint, hint)
+        kinds: list[Any] = [_GIVEN.get(kind, kind) for kind in get_args(hint) if kind is not type(None)]
+        return Annotated[kinds[0] | None, BeforeValidator(_nothing)] if len(kinds) == 1 else _GIVEN.get(hint, hint)
 
     return create_model("Options", __base__=Schema, **{name: (taken(hint), left_out()) for name, hint in types})  # type: ignore[call-overload, no-any-return]

@@ -80,7 +80,7 @@ def left_out() -> Any:
 @dataclass_transform(frozen_default=True, field_specifiers=(field, Field))
 def validated(kind: type[T]) -> type[T]:
     """Make a frozen dataclass whose fields are checked; making one of something else is a `ValueError` of one line."""
-    made = dataclass(frozen=True, config=ConfigDict(extra="forbid"))(kind)
+    made: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid"))(kind)
     make = made.__init__
 
     @wraps(make)
@@ -90,8 +90,8 @@ def validated(kind: type[T]) -> type[T]:
         except ValidationError as error:
             raise ValueError(Problem.of(error, made).text) from error
 
-    made.__init__ = init  # type: ignore[method-assign]
-    return made
+    made.__init__ = init
+    return made  # type: ignore[no-any-return]
 
 
 class Problem(NamedTuple):
@@ -151,16 +151,11 @@ def shown(value: Any) -> str:
 
 _KEY = "[key]"
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
-_MAPPINGS = ("model_type", "dataclass_type", "dict_type", "mapping_type", "model_attributes_type")
+_MAPPINGS = ("model_type", "dataclass_type", "dict_type", "mapping_type")
 _WORDS = {
     "bool_type": "True or False",
-    "bool_parsing": "True or False",
     "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a whole number",
-    "int_from_float": "a whole number",
     "float_type": "a number",
-    "float_parsing": "a number",
     "finite_number": "a finite number",
     "string_type": "a text",
     "list_type": "a list",
@@ -172,7 +167,6 @@ _WORDS = {
     "invalid_key": "a name",
     "too_short": "a list of at least {min_length}",
     "literal_error": "{expected}",
-    "enum": "{expected}",
     "expected": "{words}",
 }
 """Kind of pydantic's error → what was expected."""
@@ -190,6 +184,8 @@ def _sentence(error: Any, parents: str, name: str, known: Sequence[str], noun: s
         return f"{before_all}expected a mapping{' with ' if known else ''}{', '.join(known)}, got {got}"
     if kind in ("value_error", "sentence"):
         return f"{before_all}{str(context.get('error', error['msg']))[:_LONGEST]}"
+    if error["loc"][-1:] == (_KEY,) and kind == "expected":
+        return f"{before}expected {context['words']}, got {name!r}{context.get('near', '')}"
     words = _WORDS[kind].format(**context) if kind in _WORDS else error["msg"][:_LONGEST]
     return f"{before}{name or 'it'} must be {words}, got {got}{context.get('near', '')}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import regex
-from pydantic import AfterValidator, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, model_validator
 
 from lmms_plugin.quant_backends.plans.role_plan import ROUTER_REASON, Place, RolePlan
 from lmms_plugin.quant_backends.plans.specs import (
@@ -21,7 +21,7 @@ from lmms_plugin.quant_backends.plans.specs import (
     write_spec,
 )
 from lmms_plugin.utils.located import load
-from lmms_plugin.utils.validation import Expected, Schema, Truth, left_out, validated
+from lmms_plugin.utils.validation import Expected, OneOf, Schema, Truth, left_out, validated
 
 __all__ = ["COMPONENTS", "UNTOUCHED_BITS", "Assignment", "Component", "QuantPlan", "QuantSpec", "Rule"]
 
@@ -109,23 +109,11 @@ class _RuleEntry(Schema):
         return Rule(self.match, None if self.skip else replace(default, **self._spec))
 
 
-class _Components(Schema):
-    vision: PlannedSpec = left_out()
-    connector: PlannedSpec = left_out()
-    language: PlannedSpec = left_out()
-    head: PlannedSpec = left_out()
-
-
 class _PlanFile(Schema):
-    components: _Components = _Components()
+    components: dict[Annotated[str, OneOf(lambda: COMPONENTS)], PlannedSpec] | None = None
     roles: RolePlan | None = None
-    rules: tuple[_RuleEntry, ...] = ()
-    skip: tuple[Pattern, ...] = ()
-
-    @field_validator("components", "rules", "skip", mode="before")
-    @classmethod
-    def _may_stand_empty(cls, value: Any, info: ValidationInfo) -> Any:
-        return cls.model_fields[str(info.field_name)].default if value is None else value
+    rules: tuple[_RuleEntry, ...] | None = None
+    skip: tuple[Pattern, ...] | None = None
 
 
 @validated
@@ -217,8 +205,10 @@ class QuantPlan:
         if not path.is_file():
             raise FileNotFoundError(f"plan file {str(path)!r} does not exist")
         read = load(path).validated(_PlanFile, default=default, folder=path.parent)
-        specs: dict[str, Any] = components | {name: spec for name, spec in read.components if spec is not None}
-        return cls(**specs, rules=tuple(one.rule(default) for one in read.rules), skip=read.skip, roles=read.roles)
+        specs: dict[str, Any] = components | (read.components or {})
+        roles = read.roles if read.roles is not None and read.roles.model_fields_set else None
+        rules = tuple(one.rule(default) for one in read.rules or ())
+        return cls(**specs, rules=rules, skip=read.skip or (), roles=roles)
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:

@@ -45,7 +45,7 @@ class Place(NamedTuple):
     expert: int | None = None
 
 
-def _counted(use: Any, info: ValidationInfo) -> Any:
+def _counted(use: Any, info: ValidationInfo[Mapping[str, Any]]) -> Any:
     return read_use(info.context["folder"] / use) if isinstance(use, str) else use
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, TypeGuard
 
@@ -56,7 +57,7 @@ def filled(*names: str) -> BeforeValidator:
         *names: Of `QuantSpec`, which may be left out.
     """
 
-    def fill(entry: Any, info: ValidationInfo) -> Any:
+    def fill(entry: Any, info: ValidationInfo[Mapping[str, Any]]) -> Any:
         default = {name: getattr(info.context["default"], name) for name in names}
         return {**default, **entry} if isinstance(entry, dict) else entry
 

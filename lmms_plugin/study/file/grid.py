@@ -143,7 +143,7 @@ def _expect_known(given: dict[str, Any], options: Collection[str] = ()) -> dict[
         given: Name → value.
         options: Further names, of a method.
     """
-    own = (field.name for field in fields(ModelArguments) if field.name not in (*_TAKEN, "options"))  # type: ignore[arg-type]
+    own = (field.name for field in fields(ModelArguments) if field.name not in (*_TAKEN, "options"))
     known = [*own, *options]
     for name, value in given.items():
         expected = "a text" if name in PATHS else "a model argument or an option of a method"
@@ -244,12 +244,7 @@ _BitsOfOne = Annotated[
     Field(min_length=1),
     BeforeValidator(_listed),
 ]
-
-
-_BitsOf = Annotated[
-    dict[Annotated[str, OneOf(lambda: COMPONENTS)], _BitsOfOne],
-    Field(min_length=1),
-]
+_BitsOf = Annotated[dict[Annotated[str, OneOf(lambda: COMPONENTS)], _BitsOfOne], Field(min_length=1)]
 """Component → bits; of lists, every combination that quantizes anything."""
 
 
@@ -278,6 +273,7 @@ _Choice = Annotated[
     Discriminator(lambda value: "str" if isinstance(value, str) else ""),
     AfterValidator(_chosen),
 ]
+_Choices = Annotated[_Several[_Choice], AfterValidator(_each)]
 
 
 def _source(source: str) -> str:
@@ -338,6 +334,7 @@ class Resources:
             raise refused(told, "gpus", value=self.gpus)
 
 
+_TaskList = Annotated[tuple[Text, ...], Field(min_length=1)]
 _Wanted = Annotated[
     tuple[Annotated[str | int | float | bool | None, Expected("a single value")], ...],
     Field(min_length=1),
@@ -360,7 +357,7 @@ class Exclusion(Schema):
     components: _Wanted = left_out()
     calibration: _Wanted = left_out()
     seed: _Wanted = left_out()
-    task: Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_listed)] = ()
+    task: Annotated[_TaskList, BeforeValidator(_listed)] = ()
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -384,31 +381,8 @@ def _processes(entry: Entry, check: Callable[[Any], tuple[Any, ...]]) -> tuple[A
 
 
 _TaskLists = Annotated[
-    tuple[
-        Annotated[Text | Annotated[tuple[Text, ...], Field(min_length=1)], Expected("a task, or a list of tasks")], ...
-    ],
-    Field(min_length=1),
+    tuple[Annotated[Text | _TaskList, Expected("a task, or a list of tasks")], ...], Field(min_length=1)
 ]
-
-
-class Settings(Part):
-    """What is no axis.
-
-    Attributes:
-        tasks: Tasks of lmms-eval; each of these lists is answered by one process.
-        limit: Documents per task; None for all.
-        batch_size: As lmms-eval takes it.
-        model_args: Further model arguments of every cell.
-        resources: Of every cell.
-    """
-
-    tasks: Annotated[tuple[At[tuple[str, ...]], ...], Placed(_processes, _TaskLists)] = ()
-    limit: Count | None = None
-    batch_size: Annotated[
-        Annotated[Whole, Field(ge=1)] | Literal["auto"], Expected("a whole number from 1, or 'auto'")
-    ] = 1
-    model_args: Arguments = Field(default_factory=dict)
-    resources: Resources = Resources()
 
 
 GroupSize = Annotated[
@@ -418,8 +392,8 @@ GroupSize = Annotated[
 Seed = Annotated[Whole, Field(ge=0), Expected("a whole number from 0")]
 
 
-class Crossed(Settings):
-    """Axes whose product is run.
+class Crossed(Part):
+    """Axes whose product is run, and how.
 
     Attributes:
         models: Checkpoints.
@@ -429,15 +403,29 @@ class Crossed(Settings):
         components: Parts of the model.
         calibration: Sources of calibration inputs.
         seeds: Of calibration and sampling.
+        tasks: Tasks of lmms-eval; each of these lists is answered by one process.
+        limit: Documents per task; None for all.
+        batch_size: As lmms-eval takes it.
+        model_args: Further model arguments of every cell.
+        resources: Of every cell.
     """
 
     models: Axis[Model] = ()
     methods: Axis[Method] = ()
     bits: Axis[Bits | None] = (At(None, ""),)
     group_sizes: Axis[GroupSize] = (At(128, ""),)
-    components: Annotated[_Several[_Choice], AfterValidator(_each), _ITEMS] = (At(Components.named("language"), ""),)
+    components: Annotated[tuple[At[Components], ...], _ITEMS._replace(kind=_Choices)] = (
+        At(Components.named("language"), ""),
+    )
     calibration: Axis[Calibration] = (At(Calibration(name="self", source="self"), ""),)
     seeds: Axis[Seed] = (At(0, ""),)
+    tasks: Annotated[tuple[At[tuple[str, ...]], ...], Placed(_processes, _TaskLists)] = ()
+    limit: Count | None = None
+    batch_size: Annotated[
+        Annotated[Whole, Field(ge=1)] | Literal["auto"], Expected("a whole number from 1, or 'auto'")
+    ] = 1
+    model_args: Arguments = Field(default_factory=dict)
+    resources: Resources = Resources()
 
     def given(self, names: Iterable[str]) -> dict[str, Any]:
         """What the file says of these fields."""
@@ -470,7 +458,7 @@ class Grid(Crossed):
                 raise ValueError(f"{where}: expected {needed!r} for this grid, got {got} alone")
         defaults = {name: cls.model_fields[name].default for name in _AXES - given.keys()}
         here = {name: tuple(at._replace(where=where) for at in default) for name, default in defaults.items()}
-        return cls.model_construct(**given, **here)
+        return cls.model_construct(None, **given, **here)
 
 
 _SINGULAR = {"models": "model", "methods": "method", "group_sizes": "group_size", "seeds": "seed"}

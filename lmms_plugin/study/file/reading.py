@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lmms_plugin.study.file.asked import located
-from lmms_plugin.study.file.grid import At, Crossed, Grid, Settings, Study, StudyFile
+from lmms_plugin.study.file.grid import At, Crossed, Grid, Study, StudyFile
 from lmms_plugin.study.verdicts import conclusions
 from lmms_plugin.utils.located import Entry, load
 
@@ -23,8 +23,8 @@ def read(file: Path) -> Study:
     top = load(file)
     said = top.validated(StudyFile, opened=True)
     shared = said.given(Grid.model_fields)
-    # Of the shared axes, a cell has its own alone: others would make several of it.
-    of_cells = said.given([*Settings.model_fields, "models", "group_sizes"])
+    # Of these axes, a cell has its own alone: others would make several of it.
+    of_cells = said.given(Crossed.model_fields.keys() - {"methods", "bits", "components", "calibration", "seeds"})
     grids = [
         (one.given(Grid.model_fields) | {"exclude": said.exclude + one.exclude}, where) for one, where in said.grids
     ]

@@ -108,7 +108,11 @@ def test_plan_file(plan_file):
     [
         ("bits: 4", r"plan\.yaml:1:1: unknown key 'bits' \(known: components, roles, rules, skip\)"),
         ("- 1", r"plan\.yaml:1:1: expected a mapping with components, roles, rules, skip, got \[1\]"),
-        ("components: {visual: 4}", "1:14: components: unknown key 'visual'"),
+        (
+            "components: {visual: 4}",
+            "1:14: components: expected one of vision, connector, language, head, got 'visual'",
+        ),
+        ("components: {languge: 4}", "did you mean 'language'"),
         ("components: {vision: 1}", "1:22: components: vision: bits must be .*, got 1"),
         ("components:\n  vision: {bits: 4, grop_size: 8}", "2:21: .*'grop_size', did you mean 'group_size'\\?"),
         ("components: {vision: {symmetric: 1}}", "1:34: components: vision: symmetric must be True or False, got 1"),
