@@ -14,6 +14,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from lmms_plugin.utils.suggest import near, unknown
 
 T = TypeVar("T")
+UNNAMED = "\0"
+"""As the alias of a field or the tag of a union: no file has such a name, and no message tells it."""
 _LONGEST, _LONGEST_PART, _SHORT = 300, 80, 40
 """Characters of a message and of a name or value in it, which may be a stranger's."""
 
@@ -121,7 +123,7 @@ class Problem(NamedTuple):
         first = next((one for one in found if one["type"] in _UNKNOWN), found[0])
         of_name = first["type"] in (*_UNKNOWN, "invalid_key") or first["loc"][-1:] == (_KEY,)
         path, owners = _followed(kind, first["loc"], inside=first["type"] not in _UNKNOWN)
-        path = [*path[:-1], str(path[-1])] if of_name else path
+        path = [*path[:-1], str(path[-1])] if of_name and path else path
         shown = [part for part in path if positions or isinstance(part, str)]
         # A position belongs to the name before it.
         cut = max((at for at, part in enumerate(shown) if isinstance(part, str)), default=0)
@@ -206,14 +208,15 @@ def _followed(kind: Any, loc: tuple[str | int, ...], *, inside: bool) -> tuple[l
     path: list[str | int] = []
     owners = list(_kinds(kind))
     for at, part in enumerate(loc):
+        within = inside or at < len(loc) - 1
         tagged = [owner for owner in owners if owner.__name__ == part]
-        if tagged:
+        if tagged and within:
             owners = tagged
             continue
         if at == 0 and isinstance(part, int) and inside and is_dataclass(kind):
             part = list(_fields(owners[0]))[part]
-        path += [part] if part not in ("", _KEY) else []
-        if inside or at < len(loc) - 1:
+        path += [part] if part not in (UNNAMED, _KEY) else []
+        if within:
             found = [of[part] for owner in owners if part in (of := _fields(owner))]
             owners = [one for annotation in found for one in _kinds(annotation)] if found else owners
     return path, owners
@@ -225,7 +228,7 @@ def _fields(owner: Any) -> dict[str | int, Any]:
 
 
 def _names(owners: Sequence[type]) -> list[str]:
-    return list(dict.fromkeys(str(name) for owner in owners for name in _fields(owner) if name))
+    return list(dict.fromkeys(str(name) for owner in owners for name in _fields(owner) if name != UNNAMED))
 
 
 def _kinds(annotation: Any) -> Iterator[type]:

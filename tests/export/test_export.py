@@ -570,7 +570,7 @@ def test_a_leaderboard_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     ("tamper", "reason"),
     [
         (shapeless_config, "expected a mapping as metadata of a task, got 'x'"),
-        (shapeless_samples, f"n-samples.{TASK}: Input should be a valid dictionary"),
+        (shapeless_samples, f"n-samples: {TASK}: expected a mapping, got None"),
         (shapeless_cell, "expected a JSON object in "),
         (nested_table, "which is damaged: maximum recursion depth exceeded"),
     ],

@@ -357,7 +357,7 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
         (SHARED + "methods: [rtn]\nexclude: [{methods: rtn}]", "4:12", "did you mean 'method'?"),
         (SHARED + "methods: [rtn]\nexclude: [{}]", "4:11", "got nothing"),
         (SHARED + "grids:\n  - methods: [rtn]\n    bits: [4, true]", "5:15", "bits must be an integer from 2 to 8"),
-        (SHARED + "grids: [5]", "3:9", "expected a mapping with tasks"),
+        (SHARED + "grids: [5]", "3:9", "expected a mapping with models, methods, bits"),
         (SHARED + "cells: [{method: rtn, bit: 3}]", "3:23", "did you mean 'bits'?"),
         (SHARED + "methods: [{name: a}]", "3:11", "methods: method is missing"),
         ("models: [{name: a}]\ntasks: [shapes_rec]\nmethods: [rtn]", "1:10", "models: pretrained is missing"),

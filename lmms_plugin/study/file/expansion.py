@@ -13,7 +13,8 @@ from lmms_plugin.quant_backends.backend import CheckpointBackend, DataFreeBacken
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.methods.none import NoneBackend
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
-from lmms_plugin.study.file.grid import PATHS, At, Axes, Calibration, Cell, Components, Grid, Method, Study
+from lmms_plugin.study.file.grid import Axes, Cell
+from lmms_plugin.study.file.schema import PATHS, At, Calibration, Components, Grid, Method, Study
 
 _LONGEST = 1024
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lmms_plugin.study.file.asked import located
-from lmms_plugin.study.file.grid import At, Crossed, Grid, Study, StudyFile
+from lmms_plugin.study.file.schema import At, Crossed, Grid, Study, StudyFile
 from lmms_plugin.study.verdicts import conclusions
 from lmms_plugin.utils.located import Entry, load
 

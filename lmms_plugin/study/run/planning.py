@@ -12,8 +12,9 @@ from rich.table import Table
 from lmms_plugin.cli.study_progress import duration
 from lmms_plugin.study.file.asked import located
 from lmms_plugin.study.file.expansion import cells
-from lmms_plugin.study.file.grid import Cell, Study, gpus_needed
+from lmms_plugin.study.file.grid import Cell, gpus_needed
 from lmms_plugin.study.file.identity import Keyed, keyed
+from lmms_plugin.study.file.schema import Study
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.run import cost
 from lmms_plugin.study.run.attempt import command
