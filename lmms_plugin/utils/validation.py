@@ -124,10 +124,10 @@ class Problem(NamedTuple):
         of_name = first["type"] in (*_UNKNOWN, "invalid_key") or first["loc"][-1:] == (_KEY,)
         path, owners = _followed(kind, first["loc"], inside=first["type"] not in _UNKNOWN)
         path = [*path[:-1], str(path[-1])] if of_name and path else path
-        shown = [part for part in path if positions or isinstance(part, str)]
+        told = [part for part in path if positions or isinstance(part, str)]
         # A position belongs to the name before it.
-        cut = max((at for at, part in enumerate(shown) if isinstance(part, str)), default=0)
-        text = _sentence(first, _path(shown[:cut]), _path(shown[cut:]), _names(owners), noun)
+        cut = max((at for at, part in enumerate(told) if isinstance(part, str)), default=0)
+        text = _sentence(first, _path(told[:cut]), _path(told[cut:]), _names(owners), noun)
         return cls(tuple(path), " ".join(text.splitlines()), of_name)
 
 
@@ -214,7 +214,8 @@ def _followed(kind: Any, loc: tuple[str | int, ...], *, inside: bool) -> tuple[l
             owners = tagged
             continue
         if at == 0 and isinstance(part, int) and inside and is_dataclass(kind):
-            part = list(_fields(owners[0]))[part]
+            # What was given without a name.
+            part = next(iter([*_fields(kind)][part:]), part)
         path += [part] if part not in (UNNAMED, _KEY) else []
         if within:
             found = [of[part] for owner in owners if part in (of := _fields(owner))]

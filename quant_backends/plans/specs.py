@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, TypeGuard
 
 from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from lmms_plugin.utils.validation import Expected, Truth, Whole, validated
 
@@ -64,11 +65,14 @@ def filled(*names: str) -> BeforeValidator:
     return BeforeValidator(fill)
 
 
-PlannedSpec = Annotated[
-    QuantSpec,
-    filled("bits", "group_size", "symmetric"),
-    BeforeValidator(lambda entry: {"bits": entry} if isinstance(entry, int) else entry),
-]
+def _spelt_out(entry: Any) -> Any:
+    if not isinstance(entry, int | dict):
+        words = "a number of bits, or a mapping with bits, group_size, symmetric"
+        raise PydanticCustomError("expected", "{words}", {"words": words})
+    return {"bits": entry} if isinstance(entry, int) else entry
+
+
+PlannedSpec = Annotated[QuantSpec, filled("bits", "group_size", "symmetric"), BeforeValidator(_spelt_out)]
 """The spec of a plan file: bits, or a mapping with some of a spec's fields."""
 
 

@@ -107,6 +107,7 @@ def test_a_problem_needs_no_model():
     ("make", "told"),
     [
         (lambda: Point(), "x is missing"),
+        (lambda: Point(1, 2.0, 3), r"\[2\] must be Unexpected positional argument, got 3"),
         (lambda: Point("1"), "x must be a whole number, got '1'"),
         (lambda: Point(1, "2"), "y must be a number, got '2'"),
         (lambda: Point(x=1, y=True), "y must be a number, got True"),

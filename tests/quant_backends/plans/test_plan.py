@@ -112,6 +112,8 @@ def test_plan_file(plan_file):
             "components: {visual: 4}",
             "1:14: components: expected one of vision, connector, language, head, got 'visual'",
         ),
+        ("components: {vision: x}", "1:22: components: vision must be a number of bits, or a mapping with bits, .*'x'"),
+        ("components:\n  vision:", "2:10: components: vision must be a number of bits, .* got None"),
         ("components: {languge: 4}", "did you mean 'language'"),
         ("components: {vision: 1}", "1:22: components: vision: bits must be .*, got 1"),
         ("components:\n  vision: {bits: 4, grop_size: 8}", "2:21: .*'grop_size', did you mean 'group_size'\\?"),
