@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-import types
-import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field, fields
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from lmms_plugin.quant_backends.calibration.sources import DEFAULT_SAMPLES, CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
-from lmms_plugin.utils import checkpoints, suggest
+from lmms_plugin.quant_backends.plans.specs import Bits
+from lmms_plugin.utils import checkpoints
 from lmms_plugin.utils.files import expect_inside, read_json
 from lmms_plugin.utils.located import text_of
 from lmms_plugin.utils.outputs import expect_file, expect_folder
+from lmms_plugin.utils.suggest import unknown
+from lmms_plugin.utils.validation import Expected, Number, Problem, Schema, Truth, Whole, left_out, validated
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
 
+T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEMO = "demo"
 _TOLD = (
@@ -30,7 +35,47 @@ _TOLD = (
 """What a checkpoint says of itself; each is a JSON object."""
 
 
-@dataclass(frozen=True)
+def _whole(value: Any) -> Any:
+    """Undo what lmms-eval does to whole numbers: `-1` arrives as a float, others as text."""
+    try:
+        return int(float(value)) if isinstance(value, float | str) and float(value).is_integer() else value
+    except ValueError:
+        return value
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float | Path) and not isinstance(value, bool) else value
+
+
+def _nothing(value: Any) -> Any:
+    return None if isinstance(value, str) and value.lower() in ("", "none") else value
+
+
+def _auto(value: Any) -> Any:
+    """Take None for `auto` alone: a batch size of nothing is a mistake."""
+    if value is None:
+        raise ValueError(value)
+    return None if value == "auto" else _whole(value)
+
+
+def _variables(value: Any) -> Any:
+    """Read variables by name from JSON, or take them as they are."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value else value or None
+    except (ValueError, RecursionError):
+        return value
+
+
+_Int = Annotated[Whole, BeforeValidator(_whole)]
+_Str = Annotated[str, BeforeValidator(_text)]
+_Bits = Annotated[Bits, BeforeValidator(_whole)]
+_Count = Annotated[_Int, Field(ge=1)]
+_Any = Annotated[T | None, BeforeValidator(_nothing)]
+_GIVEN: Mapping[Any, Any] = {int: _Int, float: Annotated[float, Field(strict=True)], bool: Truth, str: _Str}
+"""Type of a method's option → what is taken for it."""
+
+
+@validated
 class ModelArguments:
     """What a user may set with `--model_args name=value,...`.
 
@@ -85,68 +130,69 @@ class ModelArguments:
         options: what the quantization backend alone understands, each given as an argument of its own.
     """
 
-    pretrained: str = "Qwen/Qwen2.5-VL-3B-Instruct"
-    bits: int | None = None
-    group_size: int = 128
-    vision_bits: int = 16
-    connector_bits: int = 16
-    language_bits: int | None = None
-    head_bits: int = 16
-    symmetric: bool = False
-    plan: str | None = None
-    calibration: str | None = None
-    calibration_samples: int | None = None
-    resume: bool = True
-    resume_folder: str | None = None
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
-    attn_implementation: str | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    max_num_frames: int = 32
-    report: str | None = None
-    save_quantized: str | None = None
-    features: str | None = None
-    feature_layer: int | None = None
-    selector: str | None = None
-    selector_transfer: bool = False
-    samples: int = 0
-    sample_temperature: float = 1.0
-    verbalised: bool = False
-    system_prompt: str | None = None
-    enable_thinking: bool | None = None
-    template_args: Mapping[str, Any] | None = None
-    dialect: str | None = None
-    batch_size: int | None = 1
-    share_prefix: bool = True
-    static_cache: bool = False
-    trust_remote_code: bool = False
-    use_safetensors: bool = True
+    pretrained: _Str = "Qwen/Qwen2.5-VL-3B-Instruct"
+    bits: _Any[_Bits] = None
+    group_size: _Int = 128
+    vision_bits: _Bits = 16
+    connector_bits: _Bits = 16
+    language_bits: _Any[_Bits] = None
+    head_bits: _Bits = 16
+    symmetric: Truth = False
+    plan: _Any[_Str] = None
+    # `calibration=none` says something else than nothing: a calibrated method refuses it.
+    calibration: Annotated[_Str | None, BeforeValidator(lambda source: None if source == "" else source)] = None
+    calibration_samples: _Any[_Count] = None
+    resume: Truth = True
+    resume_folder: _Any[_Str] = None
+    seed: Annotated[_Int, Field(ge=0)] = 0
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Expected(f"one of {', '.join(DTYPES)}")] = (
+        "auto"
+    )
+    device: _Str = "auto"
+    device_map: _Any[_Str] = None
+    attn_implementation: _Any[_Str] = None
+    min_pixels: _Any[_Count] = None
+    max_pixels: _Any[_Count] = None
+    max_num_frames: _Count = 32
+    report: _Any[_Str] = None
+    save_quantized: _Any[_Str] = None
+    features: _Any[_Str] = None
+    feature_layer: _Any[_Int] = None
+    selector: _Any[_Str] = None
+    selector_transfer: Truth = False
+    samples: Annotated[
+        Annotated[Whole, Field(ge=2)] | Annotated[Whole, Field(ge=0, le=0)],
+        BeforeValidator(_whole),
+        Expected("0 or at least 2, which can agree"),
+    ] = 0
+    sample_temperature: Annotated[Number, Field(gt=0)] = 1.0
+    verbalised: Truth = False
+    system_prompt: _Any[_Str] = None
+    enable_thinking: _Any[Truth] = None
+    template_args: Annotated[
+        Mapping[str, Any] | None,
+        BeforeValidator(_variables),
+        Expected('a JSON object such as {"thinking_budget": 512}'),
+    ] = None
+    dialect: _Any[_Str] = None
+    batch_size: Annotated[
+        Annotated[Whole, Field(ge=1)] | None, BeforeValidator(_auto), Expected("a whole number from 1, or 'auto'")
+    ] = 1
+    share_prefix: Truth = True
+    static_cache: Truth = False
+    trust_remote_code: Truth = False
+    use_safetensors: Truth = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_num_frames", "calibration_samples", "min_pixels", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.samples < 0 or self.samples == 1:
-            raise ValueError(f"samples must be 0 or at least 2, which can agree, got {self.samples}")
-        if not self.sample_temperature > 0:
-            raise ValueError(f"sample_temperature must be above 0, got {self.sample_temperature}")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or above, got {self.seed}")
         if self.feature_layer is not None and not (self.features or self.selector):
             raise ValueError("feature_layer says nothing without features or selector")
         if self.selector_transfer and not self.selector:
             raise ValueError("selector_transfer says nothing without selector")
         if self.enable_thinking is not None and "enable_thinking" in (self.template_args or {}):
             raise ValueError("enable_thinking is given twice, by itself and in template_args; say it once")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         self._expect_places()
 
     def _expect_places(self) -> None:
@@ -176,16 +222,19 @@ class ModelArguments:
         Raises:
             ValueError: an argument is unknown (names the nearest and lists all), or a value is of the wrong kind.
         """
-        option_types = option_types or {}
-        # lmms-eval always passes this one along; it concerns its own search for a batch size.
-        given = {name: value for name, value in given.items() if name != "max_batch_size"}
-        hints = {name: hint for name, hint in get_type_hints(cls).items() if name != "options"} | dict(option_types)
-        unknown = sorted(set(given) - set(hints))
-        if unknown:
-            raise suggest.unknown("model argument", unknown[0], hints)
-        values = {name: _convert(name, value, hints[name]) for name, value in given.items()}
-        options = {name: values.pop(name) for name in option_types if name in values}
-        return cls(**values, options=options)
+        kind = _options(tuple((option_types or {}).items()))
+        own = [one.name for one in fields(cls) if one.name != "options"]
+        known = [*own, *kind.model_fields]
+        # lmms-eval always passes the first one along; it concerns its own search for a batch size.
+        if strange := sorted(given.keys() - {"max_batch_size", *known}):
+            raise unknown("model argument", strange[0], known)
+        try:
+            options = kind(**{name: given[name] for name in kind.model_fields if name in given})
+        except ValidationError as error:
+            raise ValueError(Problem.of(error, kind).text) from error
+        return cls(
+            **{name: given[name] for name in own if name in given}, options=options.model_dump(exclude_unset=True)
+        )
 
     def quant_plan(self, default_bits: int) -> QuantPlan:
         """Return what is to be quantized: the language model to `default_bits` if nothing else is said."""
@@ -378,49 +427,12 @@ def _expect_shards(index: Path) -> None:
             raise ValueError(f"pretrained: {index} names {shard}, which is not there")
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    if name == "batch_size":
-        # Here None stands for "auto" alone: a batch size of nothing is a mistake.
-        if value == "auto":
-            return None
-        hint = int
-    if name == "template_args":
-        return _variables(name, value)
-    optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if optional else [hint]
-    # `calibration=none` says something else than nothing: a calibrated method refuses it.
-    nothing = ("",) if name == "calibration" else ("", "none")
-    if optional and (value is None or (isinstance(value, str) and value.lower() in nothing)):
-        return None
-    if kinds == [int] and isinstance(value, float | str) and _is_whole(value):
-        value = int(float(value))
-    # A text of digits may stand for more than any float.
-    if kinds == [float] and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
-        value = float(value)
-    if kinds == [str] and isinstance(value, int | float | Path) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, kinds[0]) or (kinds == [int] and isinstance(value, bool)):
-        or_auto = " or 'auto'" if name == "batch_size" else ""
-        raise ValueError(f"{name} must be {_WORDS[kinds[0]]}{or_auto}, got {value!r:.200}")
-    return value
+@cache
+def _options(types: tuple[tuple[str, Any], ...]) -> type[Schema]:
+    """The options of a method as a model."""
 
+    def taken(hint: Any) -> Any:
+        kinds: list[Any] = [_GIVEN.get(kind, kind) for kind in get_args(hint) if kind is not type(None)]
+        return Annotated[kinds[0] | None, BeforeValidator(_nothing)] if len(kinds) == 1 else _GIVEN.get(hint, hint)
 
-def _variables(name: str, value: Any) -> Mapping[str, Any] | None:
-    """Read variables by name from JSON, or take them as they are."""
-    try:
-        read = json.loads(value) if isinstance(value, str) and value else value or None
-    except (ValueError, RecursionError):
-        read = value
-    if read is not None and not isinstance(read, Mapping):
-        raise ValueError(f'{name} must be a JSON object such as {{"thinking_budget": 512}}, got {value!r}')
-    return read
-
-
-_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-
-
-def _is_whole(value: float | str) -> bool:
-    try:
-        return float(value).is_integer()
-    except ValueError:
-        return False
+    return create_model("Options", __base__=Schema, **{name: (taken(hint), left_out()) for name, hint in types})  # type: ignore[call-overload, no-any-return]

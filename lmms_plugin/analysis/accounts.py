@@ -71,6 +71,13 @@ class Module(_Account):
     relative_error: float | None = None
 
 
+class Experts(_Account):
+    """How many tokens the experts of one layer were sent."""
+
+    name: str
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
 class Quantized(_Account):
     """`quant_report.json`: what quantization did."""
 
@@ -78,6 +85,7 @@ class Quantized(_Account):
     bytes_after: float | None = None
     seconds: float | None = None
     modules: list[Module] | None = None
+    experts: list[Experts] | None = None
 
 
 def read(path: Path, schema: type[BaseModel]) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
+from lmms_plugin.utils.validation import Problem, left_out
+
 Version = Literal["0.3.0"]
 VERSION: Version = "0.3.0"
 Relationship = Literal["first_party", "third_party", "collaborative", "other"]
 SAMPLES = "_samples.jsonl"
 """How the file with the records of documents is called, behind the name of the run's own."""
-LONGEST_MESSAGE = 300
-"""Characters of a refusal that are shown: it may quote what a stranger wrote."""
 
 Details = Mapping[str, str]
 """Whatever else is told, as text: the format takes no number here."""
@@ -34,11 +34,6 @@ Bound = float | Literal["Infinity", "-Infinity"]
 T = TypeVar("T", bound="Record")
 _ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}
 """Ends of lines by Unicode that JSON takes for text → as JSON can write them, too."""
-
-
-def left_out() -> Any:
-    """The default of a field that may be missing."""
-    return Field(default=None)
 
 
 class Record(BaseModel):
@@ -308,13 +303,17 @@ def read(kind: type[T], content: Any, where: object) -> T:
     Raises:
         ValueError: If it is not valid; says where it is not, in one line.
     """
-    with refused(where):
+    with refused(where, kind):
         return kind.model_validate(content)
 
 
 @contextmanager
-def refused(where: object) -> Iterator[None]:
+def refused(where: object, kind: type[Record] | None = None) -> Iterator[None]:
     """Refusals of pydantic, which take several lines, in one.
+
+    Args:
+        where: How the record is called.
+        kind: What it must be, where that is one.
 
     Raises:
         ValueError: If there was one; names the record, the field, what it should be and what it is.
@@ -322,8 +321,5 @@ def refused(where: object) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = "/".join(map(str, first["loc"])) or error.title
-        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-        message = f"{first['msg'].removeprefix('Value error, ')}{got}"[:LONGEST_MESSAGE]
-        raise ValueError(f"{where}: {path} is not valid in Every Eval Ever {VERSION}: {message}") from error
+        told = Problem.of(error, kind).text
+        raise ValueError(f"{where} is not valid in Every Eval Ever {VERSION}: {told}") from error

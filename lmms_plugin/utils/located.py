@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import ValidationError
 
-from lmms_plugin.utils.suggest import near
+from lmms_plugin.utils.validation import Problem
+
+T = TypeVar("T")
+
 
 MOST_BYTES, MOST_VALUES, MOST_DEEP = 4 << 20, 100_000, 100
 """Bounds of a file that people write, and of what its aliases come to."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entry:
     """One value of a YAML file.
 
@@ -53,6 +57,43 @@ class Entry:
         """
         return _constructed(self.node, self.file)
 
+    def at(self, loc: Sequence[str | int], *, name: bool = False) -> Entry:
+        """The value that names and positions lead to, or the last one on the way.
+
+        Args:
+            loc: Names and positions.
+            name: Whether to return the last name in place of its value.
+        """
+        node = self.node
+        for left, part in zip(range(len(loc))[::-1], loc, strict=True):
+            if isinstance(node, yaml.MappingNode):
+                found = next((pair for pair in node.value if pair[0].value == str(part)), (node, node))
+                node = found[0] if name and not left else found[1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+                node = node.value[part]
+        return Entry(node, self.file)
+
+    def validated(self, kind: type[T], *, opened: bool = False, **context: Any) -> T:
+        """The value as a model.
+
+        Args:
+            kind: A `Schema`, or what `validation.validated` decorates.
+            opened: Whether it reads entries itself.
+            **context: For its validators.
+
+        Raises:
+            FileNotFoundError: A file that it names is not there.
+            ValueError: It is none; says where, what was expected and what came.
+        """
+        try:
+            made: T = kind.__pydantic_validator__.validate_python(self if opened else self.plain(), context=context)  # type: ignore[attr-defined]
+        except ValidationError as error:
+            problem = Problem.of(error, kind, positions=False)
+            raise ValueError(f"{self.at(problem.loc, name=problem.of_name).where}: {problem.text}") from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.file}: {error}") from error
+        return made
+
     @property
     def is_mapping(self) -> bool:
         """Whether it has named values."""
@@ -63,69 +104,17 @@ class Entry:
         """Whether it is a list."""
         return isinstance(self.node, yaml.SequenceNode)
 
-    def fields(self, known: Collection[str] | None, required: Collection[str] = ()) -> dict[str, Entry]:
-        """The values of a mapping by name.
-
-        Args:
-            known: Names that it may have; None for any.
-            required: Names that it must have.
-
-        Raises:
-            ValueError: If it is no mapping, or a name is unknown or missing.
-        """
-        if not isinstance(self.node, yaml.MappingNode):
-            raise self.wrong(f"a mapping with {', '.join(known)}" if known else "a mapping")
-        found: dict[str, Entry] = {}
-        for key_node, value_node in self.node.value:
-            key = Entry(key_node, self.file)
-            name = key.text()
-            if known is not None and name not in known:
-                raise key.wrong(f"one of {', '.join(known)}", f"{name!r}{near(name, known)}")
-            found[name] = Entry(value_node, self.file)
-        missing = [name for name in required if name not in found]
-        if missing:
-            raise self.wrong(f"{missing[0]!r} to be given", f"{', '.join(found) or 'nothing'} alone")
-        return found
+    def fields(self) -> dict[Any, Entry]:
+        """The values of a mapping by name."""
+        return {_constructed(key, self.file): Entry(value, self.file) for key, value in self.node.value}
 
     def items(self) -> list[Entry]:
-        """The values of a list; a single value counts as a list of one.
+        """The values of a list; a single value counts as a list of one."""
+        return [Entry(node, self.file) for node in self.node.value] if self.is_list else [self]
 
-        Raises:
-            ValueError: If the list is empty.
-        """
-        if not isinstance(self.node, yaml.SequenceNode):
-            return [self]
-        if not self.node.value:
-            raise self.wrong("at least one value", "an empty list")
-        return [Entry(node, self.file) for node in self.node.value]
-
-    def scalar(self) -> Hashable:
-        """A single value: text, number, truth value or nothing."""
-        if not isinstance(self.node, yaml.ScalarNode):
-            raise self.wrong("a single value")
-        value: Hashable = self.plain()
-        return value
-
-    def text(self) -> str:
-        """A text."""
-        value = self.scalar()
-        if not isinstance(value, str) or not value:
-            raise self.wrong("a text")
-        return value
-
-    def whole(self, least: int) -> int:
-        """A whole number that is not below `least`."""
-        value = self.scalar()
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.wrong(f"a whole number from {least}")
-        return value
-
-    def one_of(self, known: Collection[str], what: str) -> str:
-        """One of some names."""
-        name = self.text()
-        if name not in known:
-            raise self.wrong(f"{what} ({', '.join(known)})", f"{name!r}{near(name, known)}")
-        return name
+    def __repr__(self) -> str:
+        """As a message shows it."""
+        return self.shown
 
 
 def load(file: Path) -> Entry:

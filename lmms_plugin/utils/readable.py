@@ -7,17 +7,16 @@ from contextlib import contextmanager
 
 from pydantic import ValidationError
 
+from lmms_plugin.utils.validation import Problem
+
 _OWN_WORDS = (OSError, ImportError, MemoryError, RuntimeError)
 """Errors that are none of damage (memory that runs out on a GPU is a `RuntimeError`), or that name the file."""
-_LONGEST, _LONGEST_PART = 300, 80
+_LONGEST = 300
 
 
 def problem(error: ValidationError) -> str:
-    """The first of pydantic's refusals in one short line: entry, what it should be, what it is."""
-    first = error.errors(include_url=False)[0]
-    entry = ".".join(f"{part!s:.{_LONGEST_PART}}" for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{entry}: {message[:_LONGEST]}, got {first['input']!r:.{_LONGEST_PART}}"
+    """What pydantic refuses in what a file says, in one short line."""
+    return Problem.of(error).text
 
 
 @contextmanager

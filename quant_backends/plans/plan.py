@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import regex
+from pydantic import AfterValidator, model_validator
 
-from lmms_plugin.quant_backends.plans.role_plan import ROUTER_REASON, Place, RolePlan, read_roles
-from lmms_plugin.quant_backends.plans.specs import UNTOUCHED_BITS, QuantSpec, expect_keys, read_spec, write_spec
+from lmms_plugin.quant_backends.plans.role_plan import ROUTER_REASON, Place, RolePlan
+from lmms_plugin.quant_backends.plans.specs import (
+    UNTOUCHED_BITS,
+    Bits,
+    GroupSize,
+    PlannedSpec,
+    QuantSpec,
+    touched,
+    write_spec,
+)
 from lmms_plugin.utils.located import load
+from lmms_plugin.utils.validation import Expected, OneOf, Schema, Truth, left_out, validated
 
 __all__ = ["COMPONENTS", "UNTOUCHED_BITS", "Assignment", "Component", "QuantPlan", "QuantSpec", "Rule"]
 
@@ -24,7 +34,20 @@ MOST_LETTERS, MOST_SECONDS = 1000, 2.0
 """Of a rule's regular expression, and of its search in one name."""
 
 
-@dataclass(frozen=True)
+def _compiles(pattern: str) -> str:
+    if len(pattern) > MOST_LETTERS:
+        raise ValueError(f"plan rule {pattern[:60]!r}... is longer than {MOST_LETTERS} letters")
+    try:
+        regex.compile(pattern)
+    except (regex.error, OverflowError, RecursionError, MemoryError) as error:
+        raise ValueError(f"plan rule {pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[Annotated[str, Expected("a regular expression")], AfterValidator(_compiles)]
+
+
+@validated
 class Rule:
     """One exception to the plan of a component, chosen by module name.
 
@@ -33,16 +56,8 @@ class Rule:
         spec: How such modules are stored; None leaves them untouched.
     """
 
-    pattern: str
+    pattern: Pattern
     spec: QuantSpec | None
-
-    def __post_init__(self) -> None:
-        if len(self.pattern) > MOST_LETTERS:
-            raise ValueError(f"plan rule {self.pattern[:60]!r}... is longer than {MOST_LETTERS} letters")
-        try:
-            regex.compile(self.pattern)
-        except (regex.error, OverflowError, RecursionError, MemoryError) as error:
-            raise ValueError(f"plan rule {self.pattern!r} is not a regular expression: {error}") from error
 
     def matches(self, module_name: str) -> bool:
         """Return whether the rule speaks about this module.
@@ -71,7 +86,37 @@ class Assignment(NamedTuple):
     reasons: dict[str, str]
 
 
-@dataclass(frozen=True)
+class _RuleEntry(Schema):
+    """A rule of a plan file; numbers that it leaves out come from the default."""
+
+    match: Pattern
+    skip: Truth = False
+    bits: Bits = left_out()
+    group_size: GroupSize = None
+    symmetric: Truth = left_out()
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Self:
+        if self.skip and self._spec:
+            raise ValueError(f"rule {self.match!r} both skips and sets {', '.join(self._spec)}")
+        return self
+
+    @property
+    def _spec(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True, exclude={"match", "skip"})
+
+    def rule(self, default: QuantSpec) -> Rule:
+        return Rule(self.match, None if self.skip else replace(default, **self._spec))
+
+
+class _PlanFile(Schema):
+    components: dict[Annotated[str, OneOf(lambda: COMPONENTS)], PlannedSpec] | None = None
+    roles: RolePlan | None = None
+    rules: tuple[_RuleEntry, ...] | None = None
+    skip: tuple[Pattern, ...] | None = None
+
+
+@validated
 class QuantPlan:
     """Which spec each linear layer of a model gets.
 
@@ -90,9 +135,7 @@ class QuantPlan:
 
     def __post_init__(self) -> None:
         for component in COMPONENTS:
-            spec = getattr(self, component)
-            if spec is not None and spec.untouched:
-                object.__setattr__(self, component, None)
+            object.__setattr__(self, component, touched(getattr(self, component)))
         object.__setattr__(self, "_skips", tuple(Rule(pattern, None) for pattern in self.skip))
 
     @classmethod
@@ -161,22 +204,11 @@ class QuantPlan:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"plan file {str(path)!r} does not exist")
-        content = load(path).plain()
-        expect_keys(content, {"components", "roles", "rules", "skip"}, str(path))
-        named = content.get("components") or {}
-        expect_keys(named, set(COMPONENTS), f"{path}: components")
-        specs: dict[str, Any] = dict(components) | {
-            name: read_spec(entry, default, f"{path}: {name}") for name, entry in named.items()
-        }
-        entries = content.get("rules") or []
-        if not isinstance(entries, list):
-            raise ValueError(f"{path}: rules must be a list of mappings, got {entries!r:.200}")
-        rules = tuple(_read_rule(entry, default, str(path)) for entry in entries)
-        skip = content.get("skip") or []
-        if not isinstance(skip, list) or not all(isinstance(pattern, str) for pattern in skip):
-            raise ValueError(f"{path}: skip must be a list of regular expressions, got {skip!r:.200}")
-        roles = read_roles(content["roles"], default, path) if content.get("roles") else None
-        return cls(**specs, rules=rules, skip=tuple(skip), roles=roles)
+        read = load(path).validated(_PlanFile, default=default, folder=path.parent)
+        specs: dict[str, Any] = components | (read.components or {})
+        roles = read.roles if read.roles is not None and read.roles.model_fields_set else None
+        rules = tuple(one.rule(default) for one in read.rules or ())
+        return cls(**specs, rules=rules, skip=read.skip or (), roles=roles)
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
@@ -192,7 +224,7 @@ class QuantPlan:
     @property
     def counts_use(self) -> bool:
         """Whether specs depend on which experts the calibration tokens are sent to."""
-        return self.roles is not None and self.roles.routed is not None and self.roles.routed.counted is None
+        return self.roles is not None and self.roles.routed is not None and self.roles.routed.use is None
 
     def assign(
         self,
@@ -270,16 +302,3 @@ class QuantPlan:
                 raise ValueError(f"the plan asks to quantize {component}, but in this model {why}")
         if not specs:
             raise ValueError("the plan quantizes nothing: every component is at 16 bits and no rule asks for less")
-
-
-def _read_rule(entry: object, default: QuantSpec, where: str) -> Rule:
-    expect_keys(entry, {"match", "skip", "bits", "group_size", "symmetric"}, f"{where}: rule")
-    assert isinstance(entry, dict)
-    if not isinstance(entry.get("match"), str):
-        raise ValueError(f"{where}: rule {entry!r:.200} needs a regular expression under 'match'")
-    rest = {key: value for key, value in entry.items() if key not in ("match", "skip")}
-    if entry.get("skip"):
-        if rest:
-            raise ValueError(f"{where}: rule {entry['match']!r} both skips and sets {', '.join(rest)}")
-        return Rule(entry["match"], None)
-    return Rule(entry["match"], read_spec(rest, default, f"{where}: rule {entry['match']!r}"))

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo
 
 from lmms_plugin.quant_backends.plans.specs import (
     UNTOUCHED_BITS,
+    Bits,
+    GroupSize,
+    PlannedSpec,
     QuantSpec,
-    expect_keys,
-    is_int,
-    read_spec,
+    filled,
+    touched,
     write_spec,
 )
 from lmms_plugin.quant_backends.structure.expert_use import read_use
+from lmms_plugin.utils.validation import Expected, Number, Schema, Truth, Whole, left_out
 
 Role = Literal["attention", "mlp", "shared_expert", "routed_experts", "router"]
 
@@ -42,27 +45,30 @@ class Place(NamedTuple):
     expert: int | None = None
 
 
-@dataclass(frozen=True)
-class RoutedSpecs:
+def _counted(use: Any, info: ValidationInfo[Mapping[str, Any]]) -> Any:
+    return read_use(info.context["folder"] / use) if isinstance(use, str) else use
+
+
+class RoutedSpecs(Schema):
     """Specs of routed experts by how many tokens they are sent.
 
     Attributes:
-        frequent: Of the most used experts of each layer; None leaves them untouched.
-        rare: Of all others; None leaves them untouched.
+        frequent: Of the most used experts of each layer.
+        rare: Of all others.
         share: Which fraction of a layer's experts counts as frequent, in (0, 1); at least one expert does.
-        counted: Module name -> tokens of each of its experts, counted before; None counts calibration tokens.
+        use: Module name -> tokens of each of its experts, counted before; a plan names the report that holds them.
+            None counts calibration tokens.
     """
 
-    frequent: QuantSpec | None
-    rare: QuantSpec | None
-    share: float
-    counted: Mapping[str, tuple[int, ...]] | None = None
+    frequent: PlannedSpec
+    rare: PlannedSpec
+    share: Annotated[Number, Field(gt=0, lt=1), Expected("a fraction between 0 and 1")]
+    use: Annotated[
+        Annotated[Mapping[str, tuple[int, ...]] | None, Expected("the name of a report's file")],
+        BeforeValidator(_counted),
+    ] = None
 
-    def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share < 1:
-            raise ValueError(f"share must be a fraction between 0 and 1, got {self.share!r}")
-
-    def of(self, expert: int, tokens: tuple[int, ...]) -> QuantSpec | None:
+    def of(self, expert: int, tokens: tuple[int, ...]) -> QuantSpec:
         """Return the spec of one expert.
 
         Args:
@@ -73,45 +79,71 @@ class RoutedSpecs:
         return self.frequent if expert in ranking[: max(1, math.ceil(self.share * len(tokens)))] else self.rare
 
 
-@dataclass(frozen=True)
-class FirstBlocks:
+class FirstBlocks(Schema):
     """The bits that layers of the first blocks have at least.
 
     Attributes:
         count: How many blocks, 1 or more.
-        spec: A layer whose other rules ask for fewer bits gets this one; None leaves such layers untouched.
+        bits: A layer whose other rules ask for fewer gets these.
+        group_size: As in `QuantSpec`.
+        symmetric: Likewise.
     """
 
-    count: int
-    spec: QuantSpec | None
+    count: Annotated[Whole, Field(ge=1), Expected("a positive integer")]
+    bits: Bits
+    group_size: GroupSize
+    symmetric: Truth
 
-    def __post_init__(self) -> None:
-        if not is_int(self.count) or self.count < 1:
-            raise ValueError(f"count must be a positive integer, got {self.count!r}")
+    @property
+    def spec(self) -> QuantSpec:
+        """What such a layer gets."""
+        return QuantSpec(self.bits, self.group_size, self.symmetric)
 
 
-@dataclass(frozen=True)
-class RolePlan:
-    """Specs by role, for layers of the decoder.
+def _routed_as(entry: Any) -> str:
+    return "RoutedSpecs" if isinstance(entry, dict) and RoutedSpecs.model_fields.keys() & entry else "QuantSpec"
+
+
+class RolePlan(Schema):
+    """Specs by role, for layers of the decoder: the entry ``roles`` of a plan file.
 
     Attributes:
-        specs: Role -> spec, None for untouched; roles that are not there are left to the component.
-        routed: Specs of routed experts by use; None where all of them are alike.
-        first_blocks: What the first blocks get at least; None treats them like all others.
+        attention: Of projections of attention. A role that is left out is left to the component, here and below.
+        mlp: Of the feed-forward part of blocks without experts.
+        shared_expert: Of experts that every token is sent to.
+        routed_experts: Of all routed experts, or by how much they are used.
+        router: Untouched in any case.
+        first_blocks: What the first blocks get at least; left out, they are treated like all others.
     """
 
-    specs: Mapping[Role, QuantSpec | None]
-    routed: RoutedSpecs | None = None
-    first_blocks: FirstBlocks | None = None
+    attention: PlannedSpec = left_out()
+    mlp: PlannedSpec = left_out()
+    shared_expert: PlannedSpec = left_out()
+    routed_experts: Annotated[
+        Annotated[PlannedSpec, Tag("QuantSpec")] | Annotated[RoutedSpecs, Tag("RoutedSpecs")], Discriminator(_routed_as)
+    ] = left_out()
+    router: Annotated[
+        Annotated[Whole, Field(ge=UNTOUCHED_BITS, le=UNTOUCHED_BITS)], Expected(f"{UNTOUCHED_BITS} ({ROUTER_REASON})")
+    ] = UNTOUCHED_BITS
+    first_blocks: Annotated[FirstBlocks, filled("group_size", "symmetric")] = left_out()
 
     @property
     def asked(self) -> tuple[Role, ...]:
         """The roles that the plan speaks about, routers aside."""
-        by_use: tuple[Role, ...] = ("routed_experts",) if self.routed is not None else ()
-        return tuple(role for role in ROLES if role != "router" and (role in self.specs or role in by_use))
+        return tuple(role for role in ROLES if role != "router" and role in self.model_fields_set)
 
     @property
-    def named(self) -> tuple[QuantSpec | None, ...]:
+    def routed(self) -> RoutedSpecs | None:
+        """Specs of routed experts by use; None where all of them are alike."""
+        return self.routed_experts if isinstance(self.routed_experts, RoutedSpecs) else None
+
+    @property
+    def specs(self) -> dict[Role, QuantSpec]:
+        """Role -> spec, of roles whose layers are all alike."""
+        return {role: spec for role in self.asked if isinstance(spec := getattr(self, role), QuantSpec)}
+
+    @property
+    def named(self) -> tuple[QuantSpec, ...]:
         """Every spec that the plan names."""
         routed = () if self.routed is None else (self.routed.frequent, self.routed.rare)
         first = () if self.first_blocks is None else (self.first_blocks.spec,)
@@ -132,19 +164,19 @@ class RolePlan:
         if place.role == "routed_experts" and self.routed is not None:
             spec = self._by_use(place, use)
         elif place.role in self.specs:
-            spec = self.specs[place.role]
+            spec = touched(self.specs[place.role])
         first = self.first_blocks
         if first is not None and place.block < first.count and bits_of(spec) < bits_of(first.spec):
-            return first.spec, "first_blocks"
+            return touched(first.spec), "first_blocks"
         return spec, entry
 
     def _by_use(self, place: Place, use: Mapping[str, tuple[int, ...]] | None) -> QuantSpec | None:
         assert self.routed is not None
         assert place.experts is not None
         assert place.expert is not None
-        use = self.routed.counted or use
+        use = self.routed.use or use
         if use is None:
-            return max(self.routed.frequent, self.routed.rare, key=bits_of)
+            return touched(max(self.routed.frequent, self.routed.rare, key=bits_of))
         if place.experts not in use:
             raise ValueError(
                 f"roles: routed_experts: tokens were counted for {len(use)} layers like {next(iter(use), 'none')}, but "
@@ -153,7 +185,7 @@ class RolePlan:
         tokens = use[place.experts]
         if place.expert >= len(tokens):
             raise ValueError(f"{place.experts} has more experts than the {len(tokens)} that tokens were counted for")
-        return self.routed.of(place.expert, tokens)
+        return touched(self.routed.of(place.expert, tokens))
 
     def expect_roles(self, places: Mapping[str, Place]) -> None:
         """Refuse a plan for roles that a model does not have.
@@ -172,79 +204,16 @@ class RolePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values."""
-        written: dict[str, Any] = {role: write_spec(spec) for role, spec in self.specs.items()}
+        written: dict[str, Any] = {role: write_spec(touched(spec)) for role, spec in self.specs.items()}
         if self.routed is not None:
-            written["routed_experts"] = {
-                "frequent": write_spec(self.routed.frequent),
-                "rare": write_spec(self.routed.rare),
-                "share": self.routed.share,
-                "use": self.routed.counted and {name: list(tokens) for name, tokens in self.routed.counted.items()},
-            }
+            frequent, rare = (write_spec(touched(spec)) for spec in (self.routed.frequent, self.routed.rare))
+            written["routed_experts"] = {**self.routed.model_dump(mode="json"), "frequent": frequent, "rare": rare}
         if self.first_blocks is not None:
-            written["first_blocks"] = {"count": self.first_blocks.count, "spec": write_spec(self.first_blocks.spec)}
+            spec = write_spec(touched(self.first_blocks.spec))
+            written["first_blocks"] = {"count": self.first_blocks.count, "spec": spec}
         return written
 
 
 def bits_of(spec: QuantSpec | None) -> int:
     """Return the bits of a spec, those of an untouched weight for None."""
     return UNTOUCHED_BITS if spec is None else spec.bits
-
-
-def read_roles(entry: object, default: QuantSpec, path: Path) -> RolePlan:
-    """Read the entry ``roles`` of a plan file.
-
-    Args:
-        entry: As the YAML has it.
-        default: Where numbers come from that it leaves out.
-        path: Of the file; what it names lies beside it.
-
-    Raises:
-        ValueError: Unknown keys, or values that are no spec; the message names file and entry.
-    """
-    here = f"{path}: roles"
-    expect_keys(entry, {*ROLES, "first_blocks"}, here)
-    assert isinstance(entry, dict)
-    if "router" in entry and entry["router"] != UNTOUCHED_BITS:
-        raise ValueError(f"{here}: router must be {UNTOUCHED_BITS}, got {entry['router']!r}: {ROUTER_REASON}")
-    plain = {role: value for role, value in entry.items() if role not in ("router", "first_blocks")}
-    routed = plain.get("routed_experts")
-    by_use = None
-    if isinstance(routed, dict) and not {"frequent", "rare", "share", "use"}.isdisjoint(routed):
-        del plain["routed_experts"]
-        by_use = _read_routed(routed, default, path.parent, f"{here}: routed_experts")
-    specs = {role: _touched(value, default, f"{here}: {role}") for role, value in plain.items()}
-    first = _read_first(entry["first_blocks"], default, f"{here}: first_blocks") if "first_blocks" in entry else None
-    return RolePlan(specs, by_use, first)
-
-
-def _read_routed(entry: dict[str, Any], default: QuantSpec, folder: Path, where: str) -> RoutedSpecs:
-    expect_keys(entry, {"frequent", "rare", "share", "use"}, where)
-    missing = [key for key in ("frequent", "rare", "share") if key not in entry]
-    if missing:
-        raise ValueError(f"{where}: {missing[0]} is missing: by use needs frequent, rare and share")
-    use = entry.get("use")
-    if use is not None and not isinstance(use, str):
-        raise ValueError(f"{where}: use must name a report's file, got {use!r}")
-    frequent, rare = (_touched(entry[key], default, f"{where}: {key}") for key in ("frequent", "rare"))
-    try:
-        return RoutedSpecs(frequent, rare, entry["share"], None if use is None else read_use(folder / use))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _read_first(entry: object, default: QuantSpec, where: str) -> FirstBlocks:
-    expect_keys(entry, {"count", "bits", "group_size", "symmetric"}, where)
-    assert isinstance(entry, dict)
-    missing = [key for key in ("count", "bits") if key not in entry]
-    if missing:
-        raise ValueError(f"{where}: {missing[0]} is missing")
-    rest = {key: value for key, value in entry.items() if key != "count"}
-    try:
-        return FirstBlocks(entry["count"], _touched(rest, default, where))
-    except ValueError as error:
-        raise ValueError(str(error) if where in str(error) else f"{where}: {error}") from error
-
-
-def _touched(entry: object, default: QuantSpec, where: str) -> QuantSpec | None:
-    spec = read_spec(entry, default, where)
-    return None if spec.untouched else spec

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, TypeGuard
 
-from lmms_plugin.utils import suggest
+from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from lmms_plugin.utils.validation import Expected, Truth, Whole, validated
 
 UNTOUCHED_BITS = 16
 """The number of bits that means: leave these weights as the checkpoint has them."""
 
+Bits = Annotated[
+    Annotated[Whole, Field(ge=2, le=8)] | Annotated[Whole, Field(ge=UNTOUCHED_BITS, le=UNTOUCHED_BITS)],
+    Expected("an integer from 2 to 8, or 16 for untouched"),
+]
+GroupSize = Annotated[
+    Annotated[Whole, Field(ge=1)] | None,
+    BeforeValidator(lambda size: None if is_int(size) and size == -1 else size),
+    Expected("a positive integer, or -1 for one group per row"),
+]
 
-@dataclass(frozen=True)
+
+@validated
 class QuantSpec:
     """How the weights of one linear layer are stored.
 
@@ -22,21 +36,9 @@ class QuantSpec:
         symmetric: Zero point fixed in the middle of the code range instead of fitted to each group.
     """
 
-    bits: int
-    group_size: int | None = 128
-    symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        if not is_int(self.bits) or not (2 <= self.bits <= 8 or self.bits == UNTOUCHED_BITS):
-            raise ValueError(f"bits must be an integer from 2 to 8, or 16 for untouched, got {self.bits!r:.200}")
-        if self.group_size == -1:
-            object.__setattr__(self, "group_size", None)
-        if self.group_size is not None and (not is_int(self.group_size) or self.group_size < 1):
-            raise ValueError(
-                f"group_size must be a positive integer, or -1 for one group per row, got {self.group_size!r:.200}"
-            )
-        if not isinstance(self.symmetric, bool):
-            raise ValueError(f"symmetric must be True or False, got {self.symmetric!r:.200}")
+    bits: Bits
+    group_size: GroupSize = 128
+    symmetric: Truth = False
 
     @property
     def untouched(self) -> bool:
@@ -49,41 +51,36 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def expect_keys(entry: object, known: set[str], where: str) -> None:
-    """Refuse an entry of a plan file that is no mapping, or holds other keys than `known`."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected a mapping with {', '.join(sorted(known))}, got {entry!r:.200}")
-    unknown = sorted(str(key) for key in entry if key not in known)
-    if unknown:
-        raise ValueError(f"{where}: {suggest.unknown('key', unknown[0], sorted(known))}")
-
-
-def read_spec(entry: object, default: QuantSpec, where: str) -> QuantSpec:
-    """Return the spec that an entry of a plan file stands for.
+def filled(*names: str) -> BeforeValidator:
+    """Take what an entry of a plan file leaves out from the context's `default`.
 
     Args:
-        entry: Bits, or a mapping with some of bits, group_size and symmetric.
-        default: Where numbers come from that it leaves out.
-        where: Names file and entry, for errors.
-
-    Raises:
-        ValueError: It is no such thing; the message begins with `where`.
+        *names: Of `QuantSpec`, which may be left out.
     """
-    entry = {"bits": entry} if isinstance(entry, int) else entry
-    expect_keys(entry, {"bits", "group_size", "symmetric"}, where)
-    assert isinstance(entry, dict)
-    try:
-        return QuantSpec(
-            entry.get("bits", default.bits),
-            entry.get("group_size", default.group_size),
-            entry.get("symmetric", default.symmetric),
-        )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+
+    def fill(entry: Any, info: ValidationInfo[Mapping[str, Any]]) -> Any:
+        default = {name: getattr(info.context["default"], name) for name in names}
+        return {**default, **entry} if isinstance(entry, dict) else entry
+
+    return BeforeValidator(fill)
+
+
+def _spelt_out(entry: Any) -> Any:
+    if not isinstance(entry, int | dict):
+        words = "a number of bits, or a mapping with bits, group_size, symmetric"
+        raise PydanticCustomError("expected", "{words}", {"words": words})
+    return {"bits": entry} if isinstance(entry, int) else entry
+
+
+PlannedSpec = Annotated[QuantSpec, filled("bits", "group_size", "symmetric"), BeforeValidator(_spelt_out)]
+"""The spec of a plan file: bits, or a mapping with some of a spec's fields."""
+
+
+def touched(spec: QuantSpec | None) -> QuantSpec | None:
+    """Return the spec, None for one that leaves weights as they are."""
+    return None if spec is None or spec.untouched else spec
 
 
 def write_spec(spec: QuantSpec | None) -> dict[str, Any] | None:
     """Return a spec as JSON-ready values."""
-    if spec is None:
-        return None
-    return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+    return None if spec is None else asdict(spec)

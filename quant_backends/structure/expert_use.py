@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.utils.files import read_json
+from lmms_plugin.analysis import accounts
 from lmms_plugin.utils.messages import counted
 
 
@@ -65,19 +65,16 @@ def read_use(path: Path) -> dict[str, tuple[int, ...]]:
     """Return module name -> tokens of each expert, from a report (``quant_report.json``, ``report=FILE``).
 
     Raises:
-        ValueError: The file is no report, or one without counts.
+        ValueError: The file is no report, one without counts, or damaged.
         FileNotFoundError: There is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"use: there is no report {str(path)!r}")
-    try:
-        layers = read_json(path).get("experts")
-    except ValueError as error:
-        raise ValueError(f"use: {error}") from error
+    layers = accounts.read(path, accounts.Quantized).get("experts")
     if not layers:
         raise ValueError(
-            f"use: {path} counts no experts; expected the report of a calibrated method (awq, gptq, mbq, ...) on the "
-            "same model"
+            f"{path} counts no experts; expected the report of a calibrated method (awq, gptq, mbq, ...) on the same "
+            "model"
         )
     return {layer["name"]: tuple(layer["tokens"]) for layer in layers}
 

@@ -417,8 +417,11 @@ def damaged_log(folder):
         (surer, "scored anew, is not what the log says: .*joint"),
         (limited, "got one with --limit 24"),
         (started_late, "got one with --offset 10"),
-        (other_version, "Input should be '0.3.0', got '0.2.2'"),
-        (unknown_field, "award is not valid in Every Eval Ever 0.3.0: Extra inputs are not permitted"),
+        (other_version, "schema_version must be '0.3.0', got '0.2.2'"),
+        (
+            unknown_field,
+            "is not valid in Every Eval Ever 0.3.0: unknown key 'award' \\(known: schema_version, evaluation_id",
+        ),
         (missing_records, "is missing"),
         (missing_log, "expected its log of samples, which is missing"),
         (second_table, "expected one results file"),
@@ -568,7 +571,7 @@ def test_a_leaderboard_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     ("tamper", "reason"),
     [
         (shapeless_config, "expected a mapping as metadata of a task, got 'x'"),
-        (shapeless_samples, f"n-samples.{TASK}: Input should be a valid dictionary"),
+        (shapeless_samples, f"n-samples: {TASK}: expected a mapping, got None"),
         (shapeless_cell, "expected a JSON object in "),
         (nested_table, "which is damaged: maximum recursion depth exceeded"),
     ],

@@ -228,17 +228,21 @@ UUID = "11111111-2222-4333-8444-555555555555"
 def test_damaged_records_are_refused_by_both(exported, schemas, kind, path, value):
     content = changed(example(exported, kind), path, value)
     assert not schemas[kind].is_valid(content)
-    with pytest.raises(ValueError, match=r"^here: \S+ is not valid in Every Eval Ever 0\.3\.0: \S[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^here is not valid in Every Eval Ever 0\.3\.0: \S[^\n]*$"):
         records.read(MODELS[kind], content, "here")
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", "0.2.2", "schema_version is not valid .*: Input should be '0.3.0', got '0.2.2'"),
-        (f"{RESULT}/score_details/score", 1.5, r"expected a score from 0\.0 to 1\.0, got 1\.5"),
+        ("schema_version", "0.2.2", "here is not valid .*: schema_version must be '0.3.0', got '0.2.2'"),
+        (
+            f"{RESULT}/score_details/score",
+            1.5,
+            r"evaluation_results\[0\]: expected a score from 0\.0 to 1\.0, got 1\.5",
+        ),
         ("detailed_evaluation_results/file_path", f"data/a/b/c/{UUID.upper().replace('1', 'A')}_samples.jsonl", "UUID"),
-        ("eval_library/version", ..., "eval_library/version is not valid .*: Field required$"),
+        ("eval_library/version", ..., "here is not valid .*: eval_library: version is missing$"),
     ],
 )
 def test_refusals_say_what_was_expected_and_what_came(exported, path, value, message):

@@ -124,7 +124,7 @@ def test_the_order_of_tasks_does_not_matter(incomplete: Path, planned: tuple[Cel
     write(incomplete, planned[-1], "last")
     file = incomplete / "study.yaml"
     file.write_text(STUDY.replace(f"tasks: [{CLEAN}, {', '.join(SHIFTED)}]", f"tasks: [{', '.join(SHIFTED)}, {CLEAN}]"))
-    assert read(file).grids[0].tasks[0].value == (*SHIFTED, CLEAN)
+    assert read(file).grids[0].value.tasks[0].value == (*SHIFTED, CLEAN)
     assert not coverage(StudyFolder(incomplete), cells(read(file))).missing
 
 

@@ -184,7 +184,9 @@ analysis: {kind: components, question: Which one, metrics: [ece]}
 def test_the_analysis_is_checked_where_it_stands(write: Write) -> None:
     study = read(write(SHARED + "methods: [none]\nanalysis: {kind: components, question: Which one, metrics: [ece]}"))
     assert study.analysis == {"kind": "components", "question": "Which one", "metrics": ["ece"]}
-    with pytest.raises(ValueError, match=r"study\.yaml:4:59: analysis: metric: unknown"):
+    with pytest.raises(
+        ValueError, match=r"study\.yaml:4:51: analysis: unknown setting 'metric', did you mean 'metrics'"
+    ):
         read(write(SHARED + "methods: [none]\nanalysis: {kind: components, question: Which one, metric: [ece]}"))
 
 
@@ -308,7 +310,7 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
         (SHARED + "methods: [rtn, aqw]", "3:16", "did you mean 'awq'?"),
         (SHARED + "methods: [rtn]\nbits: [4, 9]", "4:11", "bits must be an integer from 2 to 8"),
         (SHARED + "methods: [rtn]\nbits: [4, 4]", "4:11", "twice"),
-        (SHARED + "methods: [rtn]\nbits: []", "4:7", "an empty list"),
+        (SHARED + "methods: [rtn]\nbits: []", "4:7", "bits must be a list of at least 1, got []"),
         (SHARED + "methods: [quanto]\nbits: [4, 3]", "4:11", "quanto cannot quantize to 3 bits"),
         (SHARED + "methods: [rtn]\ngroup_sizes: [0]", "4:15", "a whole number of columns"),
         (SHARED + "methods: [rtn]\ncomponents: [visoin]", "4:14", "did you mean 'vision'?"),
@@ -322,7 +324,11 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
         (SHARED + "methods: [{method: awq, clap: 1}]", "3:31", "did you mean 'clip'?"),
         (SHARED + "methods: [{method: rtn, clip: 1}]", "3:31", "an option of a method"),
         (SHARED + "methods: [rtn]\nmodel_args: {max_pixls: 3}", "4:25", "did you mean 'max_pixels'?"),
-        (SHARED + "methods: [rtn]\nmodel_args: {samples: x}", "", "samples must be a whole number"),
+        (
+            SHARED + "methods: [rtn]\nmodel_args: {samples: x}",
+            "",
+            "samples must be 0 or at least 2, which can agree, got 'x'",
+        ),
         (SHARED + "methods: [rtn]\nexclude: [{method: awq}]", "4:11", "got none that fits"),
         (SHARED + "methods: [rtn]\nexclude: [{method: rtn}]", "", "at least one cell"),
         (SHARED + "methods: [rtn]\nresources: {gpus: 3, processes: 2}", "4:19", "as many GPUs"),
@@ -340,11 +346,30 @@ def test_paths_are_named_in_full(write: Write, tmp_path: Path, monkeypatch: pyte
             "3:27",
             "differ in axes, tasks or limit",
         ),
+        ("models: [demo]\nmethods: [rtn]\ntasks:\n  - shapes_rec\n  - 5", "5:5", "a task, or a list of tasks, got 5"),
+        (
+            SHARED + "methods: [rtn]\nresources: {gpus: true}",
+            "4:19",
+            "gpus must be a whole number from 0, or 'auto', got True",
+        ),
+        (SHARED + "methods: [rtn]\nresources: {timout: 3}", "4:13", "did you mean 'timeout'?"),
+        (SHARED + "methods: [rtn]\nbatch_size: many", "4:13", "batch_size must be a whole number from 1, or 'auto'"),
+        (SHARED + "methods: [rtn]\nexclude: [{methods: rtn}]", "4:12", "did you mean 'method'?"),
+        (SHARED + "methods: [rtn]\nexclude: [{}]", "4:11", "got nothing"),
+        (SHARED + "grids:\n  - methods: [rtn]\n    bits: [4, true]", "5:15", "bits must be an integer from 2 to 8"),
+        (SHARED + "grids: [5]", "3:9", "expected a mapping with models, methods, bits"),
+        (SHARED + "cells: [{method: rtn, bit: 3}]", "3:23", "did you mean 'bits'?"),
+        (SHARED + "methods: [{name: a}]", "3:11", "methods: method is missing"),
+        ("models: [{name: a}]\ntasks: [shapes_rec]\nmethods: [rtn]", "1:10", "models: pretrained is missing"),
+        (SHARED + "methods: [awq]\ncalibration: [{source: self, sampls: 3}]", "4:30", "did you mean 'samples'?"),
+        (SHARED + "methods: [rtn]\ncomponents: [{language: [4, 9]}]", "4:29", "language must be an integer from 2"),
+        (SHARED + "methods: [rtn]\n5: 3", "4:1", "must be a name, got 5"),
+        (SHARED + "methods: [rtn]\nanalysis: 5", "4:11", "expected a mapping, got 5"),
         (ASKED + "  resamples: 0", "8:14", "a whole number from 1 to 1000000, got 0"),
         (ASKED + "  level: 1.5", "8:10", "a number in (0.5, 1), got 1.5"),
         (ASKED + "  margin: a lot", "8:11", "a number above 0, got 'a lot'"),
         (ASKED + "  estimator: nonsense", "8:14", "an estimator of"),
-        (ASKED.replace("[ece]", "[nonsense]"), "7:12", "got 'nonsense'"),
+        (ASKED.replace("[ece]", "[nonsense]"), "7:13", "got 'nonsense'"),
         (ASKED.replace("against_reference", "[a]"), "6:9", "expected one of method_by_shift"),
         ("models: [./nowhere/at/all]\ntasks: [shapes_rec]\nmethods: [rtn]", "", "there is no folder"),
     ],

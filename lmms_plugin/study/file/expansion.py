@@ -13,9 +13,9 @@ from lmms_plugin.quant_backends.backend import CheckpointBackend, DataFreeBacken
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.methods.none import NoneBackend
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
-from lmms_plugin.study.file.grid import At, Axes, Calibration, Cell, Components, Grid, Method, Study
+from lmms_plugin.study.file.grid import Axes, Cell
+from lmms_plugin.study.file.schema import PATHS, At, Calibration, Components, Grid, Method, Study
 
-PATHS = ("pretrained", "plan", "selector", "system_prompt")
 _LONGEST = 1024
 
 
@@ -33,10 +33,10 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
     """
     used: set[str] = set()
     found: dict[str, Cell] = {}
-    for grid in study.grids:
+    for grid, where in study.grids:
         for cell in _cells(grid, used, runnable):
-            _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, grid)
-    for exclusion in (exclusion for grid in study.grids for exclusion in grid.exclude):
+            _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, where)
+    for exclusion in (exclusion for grid, _ in study.grids for exclusion in grid.exclude):
         if exclusion.where not in used:
             raise ValueError(f"{exclusion.where}: expected to exclude a cell of the study, got none that fits")
     if not found:
@@ -44,10 +44,10 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
     return tuple(found.values())
 
 
-def _expect_a_place_of_its_own(there: Cell, cell: Cell, grid: Grid) -> None:
+def _expect_a_place_of_its_own(there: Cell, cell: Cell, where: str) -> None:
     if there.question != cell.question:
         raise ValueError(
-            f"{grid.where}: expected cells that differ in axes, tasks or limit, got two of {cell.slug} with different"
+            f"{where}: expected cells that differ in axes, tasks or limit, got two of {cell.slug} with different"
             " arguments, batch size or resources: give a model, method or calibration a name of its own"
         )
 
@@ -79,8 +79,8 @@ def _located(name: str, value: Any) -> Any:
 def _left(grid: Grid, axes: Axes, tasks: tuple[str, ...], used: set[str]) -> tuple[str, ...]:
     """The tasks of a cell that are not excluded."""
     for exclusion in grid.exclude:
-        gone = [task for task in tasks if not exclusion.tasks or task in exclusion.tasks]
-        if gone and exclusion.matches(axes):
+        gone = [task for task in tasks if not exclusion.value.task or task in exclusion.value.task]
+        if gone and exclusion.value.matches(axes):
             used.add(exclusion.where)
             tasks = tuple(task for task in tasks if task not in gone)
     return tasks

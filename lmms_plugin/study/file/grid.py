@@ -1,172 +1,45 @@
-"""What a study asks, as values: grids of axes, and the cells they come to."""
+"""The cells of a study, and what they need."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from lmms_plugin.quant_backends import model_name
+from lmms_plugin.utils.validation import Expected, Whole, refused, validated
 
-T = TypeVar("T")
-
-
-class At(NamedTuple, Generic[T]):
-    """A value and the place in the study file it comes from (file:line:column)."""
-
-    value: T
-    where: str
+Count = Annotated[Whole, Field(ge=1), Expected("a whole number from 1")]
 
 
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint.
-
-    Attributes:
-        name: In tables.
-        arguments: Model arguments, `pretrained` among them.
-    """
-
-    name: str
-    arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A quantizer with its options.
-
-    Attributes:
-        name: In tables; that of the backend unless it has options or a name of its own.
-        backend: As in `quant_<backend>`.
-        options: Of the backend.
-    """
-
-    name: str
-    backend: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Components:
-    """Which parts of a model are quantized.
-
-    Attributes:
-        name: In tables.
-        chosen: Components that take the bits of the axis; empty where `bits` says all.
-        bits: Component → bits, 16 for untouched; it takes the place of the axis. Empty where `chosen` says all.
-    """
-
-    name: str
-    chosen: tuple[str, ...] = ()
-    bits: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Where a calibrated method's inputs come from.
-
-    Attributes:
-        name: In tables.
-        source: As `--model_args calibration=` takes it.
-        samples: How many; None for the package's own number.
-    """
-
-    name: str
-    source: str
-    samples: int | None = None
-
-
-@dataclass(frozen=True)
+@validated
 class Resources:
     """What a cell needs.
 
     Attributes:
-        gpus: How many it has to itself; 0 runs on the CPU even where there is one; None for one where there is any.
+        gpus: How many it has to itself; 0 runs on the CPU even where there is one; None for one where there is any
+            (`auto` in a file).
         processes: Processes that share the documents of one cell, each on GPUs of its own.
         cpus: Cores, which a cluster sets apart; None for one per process.
         timeout: Seconds after which a cell is ended and has failed; None to wait as long as it takes.
     """
 
-    gpus: int | None = None
-    processes: int = 1
-    cpus: int | None = None
-    timeout: int | None = None
+    gpus: Annotated[
+        Annotated[Whole, Field(ge=0)] | None,
+        BeforeValidator(lambda gpus: None if gpus == "auto" else gpus),
+        Expected("a whole number from 0, or 'auto'"),
+    ] = None
+    processes: Count = 1
+    cpus: Count | None = None
+    timeout: Count | None = None
 
-
-@dataclass(frozen=True)
-class Exclusion:
-    """Cells that are not run: those whose axes have the values named here.
-
-    Attributes:
-        axes: Axis → values.
-        tasks: Tasks that such cells leave out; none to leave out the cells.
-        where: In the study file.
-    """
-
-    axes: Mapping[str, tuple[Any, ...]]
-    tasks: tuple[str, ...]
-    where: str
-
-    def matches(self, axes: Axes) -> bool:
-        """Whether it speaks about a cell."""
-        return all(getattr(axes, axis) in values for axis, values in self.axes.items())
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Axes whose product is run.
-
-    Attributes:
-        models: Checkpoints.
-        methods: Quantizers.
-        bits: Bits per weight; None for each method's own.
-        group_sizes: Columns that share a scale; -1 for a whole row.
-        components: Parts of the model.
-        calibration: Sources of calibration inputs.
-        seeds: Of calibration and sampling.
-        tasks: Tasks of lmms-eval; each of these lists is answered by one process.
-        limit: Documents per task; None for all.
-        batch_size: As lmms-eval takes it.
-        model_args: Further model arguments of every cell.
-        resources: Of every cell.
-        exclude: Cells to leave out.
-        where: In the study file.
-    """
-
-    models: tuple[At[Model], ...]
-    methods: tuple[At[Method], ...]
-    bits: tuple[At[int | None], ...]
-    group_sizes: tuple[At[int], ...]
-    components: tuple[At[Components], ...]
-    calibration: tuple[At[Calibration], ...]
-    seeds: tuple[At[int], ...]
-    tasks: tuple[At[tuple[str, ...]], ...]
-    limit: int | None
-    batch_size: int | str
-    model_args: Mapping[str, Any]
-    resources: Resources
-    exclude: tuple[Exclusion, ...]
-    where: str
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study file.
-
-    Attributes:
-        name: Of the study.
-        file: Where it was read.
-        grids: What is run.
-        analysis: What the analysis is to do, as the file says it; None for no analysis.
-        asked_at: Name of each entry of `analysis` → its place in the file; "" → where the `analysis` stands.
-    """
-
-    name: str
-    file: str
-    grids: tuple[Grid, ...]
-    analysis: Mapping[str, Any] | None
-    asked_at: Mapping[str, str] = field(default_factory=dict)
+    def __post_init__(self) -> None:
+        if self.gpus and self.gpus % self.processes:
+            told = f"expected as many GPUs for each of the {self.processes} processes, got {self.gpus}"
+            raise refused(told, "gpus", value=self.gpus)
 
 
 @dataclass(frozen=True)

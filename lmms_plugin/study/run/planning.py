@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from lmms_plugin.study.file.asked import located
 from lmms_plugin.study.file.expansion import cells
-from lmms_plugin.study.file.grid import Cell, Study, gpus_needed
+from lmms_plugin.study.file.grid import Cell, gpus_needed
 from lmms_plugin.study.file.identity import Keyed, keyed
+from lmms_plugin.study.file.schema import Study
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.run import cost
 from lmms_plugin.study.run.attempt import command
@@ -141,7 +142,7 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
 
 def _expect_tasks(study: Study) -> None:
     """Refuse tasks that are not known here, at their place in the file."""
-    for tasks in (tasks for grid in study.grids for tasks in grid.tasks):
+    for tasks in (tasks for grid, _ in study.grids for tasks in grid.tasks):
         try:
             known(tasks.value)
         except ValueError as error:
@@ -150,12 +151,12 @@ def _expect_tasks(study: Study) -> None:
 
 def _expect_what_is_asked(study: Study, planned: Sequence[Cell]) -> None:
     """Refuse an analysis that these cells would not be enough for, at its place in the file."""
-    if study.analysis is None:
+    if study.asked is None:
         return
     try:
-        conclusions.expect(study.analysis, planned)
+        conclusions.expect(study.asked.plain(), planned)
     except ValueError as error:
-        raise located(error, study.asked_at) from error
+        raise located(error, study.asked) from error
 
 
 def _measured(folder: StudyFolder, cell: str) -> cost.Seconds | None:

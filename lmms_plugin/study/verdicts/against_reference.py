@@ -9,27 +9,38 @@ metrics: [accuracy, ece, aurc, coverage@0.01]
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator
 
 from lmms_plugin.analysis import comparison
 from lmms_plugin.analysis.reliability import PRINTED, Settings
 from lmms_plugin.analysis.results import KINDS
 from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
-from lmms_plugin.study.file.asked import AskedError, expect_metrics, parse
+from lmms_plugin.study.file.asked import Estimator, Level, Margin, Names, Resamples, Seed, expect_metrics
 from lmms_plugin.study.file.grid import Axes
 from lmms_plugin.study.verdicts import published
 from lmms_plugin.study.verdicts.arms import UNTOUCHED, Cell, expect_places, one_reference, read_cells, select
 from lmms_plugin.study.verdicts.conclusions import Conclusion, Planned
+from lmms_plugin.utils.suggest import near
+from lmms_plugin.utils.validation import Text, refused, validated
 
 COMPARED = frozenset(kind.named(PRINTED.get(name, name)) for kind in KINDS for name in comparison.compared(kind))
 """Metrics of `lmms-plugin compare`."""
 
 
-@dataclass(frozen=True)
+def _compared(metrics: tuple[str, ...]) -> tuple[str, ...]:
+    for number, metric in enumerate(metrics):
+        if metric not in COMPARED:
+            expected = f"expected metrics that are compared ({', '.join(sorted(COMPARED))})"
+            raise refused(f"{expected}, got {metric!r}{near(metric, COMPARED)}", number, value=metric)
+    return metrics
+
+
+@validated
 class Question:
     """What is asked of a study.
 
@@ -44,27 +55,14 @@ class Question:
         estimator: Confidence estimator; None for that of the kind of task.
     """
 
-    question: str
-    metrics: tuple[str, ...]
-    tasks: tuple[str, ...] = ()
-    margin: float | None = None
-    level: float = 0.95
-    resamples: int = RESAMPLES
-    seed: int = 0
-    estimator: str | None = None
-
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> Question:
-        """Read the `analysis` of a study file.
-
-        Raises:
-            ValueError: Something is missing, unknown or of the wrong kind.
-        """
-        question = parse(cls, given, ("question", "metrics"))
-        if unknown := [metric for metric in question.metrics if metric not in COMPARED]:
-            known = ", ".join(sorted(COMPARED))
-            raise AskedError("metrics", f"expected metrics that are compared ({known}), got {unknown[0]!r}")
-        return question
+    question: Text
+    metrics: Annotated[Names, AfterValidator(_compared)]
+    tasks: Names = ()
+    margin: Margin | None = None
+    level: Level = 0.95
+    resamples: Resamples = RESAMPLES
+    seed: Seed = 0
+    estimator: Estimator | None = None
 
     def settings(self, workers: int) -> Settings:
         """As the comparison takes them."""

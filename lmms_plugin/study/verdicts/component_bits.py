@@ -9,20 +9,20 @@ metrics: [acc@0.5]
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lmms_plugin.analysis import component_importance
-from lmms_plugin.study.file.asked import expect_metrics, parse
+from lmms_plugin.study.file.asked import Names, Resamples, Seed, expect_metrics
 from lmms_plugin.study.verdicts import published
 from lmms_plugin.study.verdicts.arms import folders
 from lmms_plugin.study.verdicts.conclusions import Conclusion, Planned
+from lmms_plugin.utils.validation import Text, validated
 
 FIGURES = "figures"
 
 
-@dataclass(frozen=True)
+@validated
 class Question:
     """What is asked of a study.
 
@@ -34,20 +34,11 @@ class Question:
         seed: Of forests, permutations and resamples.
     """
 
-    question: str
-    metrics: tuple[str, ...]
-    tasks: tuple[str, ...] = ()
-    resamples: int = component_importance.RESAMPLES
-    seed: int = 0
-
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> Question:
-        """Read the `analysis` of a study file.
-
-        Raises:
-            ValueError: Something is missing, unknown or of the wrong kind.
-        """
-        return parse(cls, given, ("question", "metrics"))
+    question: Text
+    metrics: Names
+    tasks: Names = ()
+    resamples: Resamples = component_importance.RESAMPLES
+    seed: Seed = 0
 
 
 def expect(question: Question, cells: Sequence[Planned]) -> None:

@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from lmms_plugin.analysis.reliability import plain
-from lmms_plugin.study.file.asked import AskedError
+from lmms_plugin.study.file.asked import AskedError, parse
 from lmms_plugin.utils.files import replace_text
+from lmms_plugin.utils.suggest import near
 
 DEFAULT = "method_by_shift"
 JSON, MARKDOWN = "verdict.json", "verdict.md"
@@ -72,13 +73,13 @@ class Kind(NamedTuple):
     """A kind of analysis.
 
     Attributes:
-        parse: Reads the `analysis` of a study file; raises ValueError.
+        question: What its entries in a study file make.
         conclude: Study's folder, what was parsed, ids of the cells that count (None for all), threads → what the study
             says; raises ValueError.
         expect: Question, cells that will run → ValueError where some that it needs are not among them.
     """
 
-    parse: Callable[[Mapping[str, Any]], Any]
+    question: type[Any]
     conclude: Callable[[Path, Any, Collection[str] | None, int], list[Conclusion]]
     expect: Callable[[Any, Sequence[Planned]], None]
 
@@ -170,8 +171,8 @@ def _parsed(asked: Mapping[str, Any]) -> tuple[Kind, Any]:
     given = dict(asked)
     name = given.pop("kind", DEFAULT)
     if not isinstance(name, str) or name not in kinds:
-        raise AskedError("kind", f"expected one of {', '.join(kinds)}, got {name!r}")
-    return kinds[name], kinds[name].parse(given)
+        raise AskedError("kind", f"expected one of {', '.join(kinds)}, got {name!r}{near(str(name), kinds)}")
+    return kinds[name], parse(kinds[name].question, given)
 
 
 def _kinds() -> Mapping[str, Kind]:
@@ -179,10 +180,8 @@ def _kinds() -> Mapping[str, Kind]:
 
     return MappingProxyType(
         {
-            DEFAULT: Kind(contrasts.Question.parse, contrasts.conclude, contrasts.expect),
-            "against_reference": Kind(
-                against_reference.Question.parse, against_reference.conclude, against_reference.expect
-            ),
-            "components": Kind(component_bits.Question.parse, component_bits.conclude, component_bits.expect),
+            DEFAULT: Kind(contrasts.Question, contrasts.conclude, contrasts.expect),
+            "against_reference": Kind(against_reference.Question, against_reference.conclude, against_reference.expect),
+            "components": Kind(component_bits.Question, component_bits.conclude, component_bits.expect),
         }
     )

@@ -22,15 +22,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import AfterValidator, Field
 
 from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
-from lmms_plugin.study.file.asked import AskedError, parse
+from lmms_plugin.study.file.asked import AskedError, Estimator, Level, Margin, Resamples, Seed
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.verdicts.arms import (
     AXES,
@@ -49,12 +49,23 @@ from lmms_plugin.study.verdicts.arms import (
 )
 from lmms_plugin.study.verdicts.conclusions import Conclusion, Planned
 from lmms_plugin.utils import suggest
+from lmms_plugin.utils.validation import Expected, Text, refused, validated
 
 BROKEN = 0.5
 """An arm is broken where it keeps less than this share of the unquantized model's clean accuracy."""
 
 
-@dataclass(frozen=True)
+def _of_axes(arm: Mapping[str, Any]) -> Mapping[str, Any]:
+    if unknown := sorted(set(arm) - set(AXES)):
+        raise suggest.unknown("axis", unknown[0], AXES)
+    return arm
+
+
+Arm = Annotated[Mapping[str, Any], AfterValidator(_of_axes)]
+"""Axis → value or values."""
+
+
+@validated
 class Question:
     """What is asked of a study.
 
@@ -71,33 +82,22 @@ class Question:
         estimator: Confidence estimator; None for that of the kind of task.
     """
 
-    question: str
-    clean: str
-    shifted: tuple[str, ...]
-    arms: Mapping[str, Mapping[str, Any]]
-    contrasts: tuple[tuple[str, str], ...]
-    margin: float = 0.02
-    level: float = 0.95
-    resamples: int = RESAMPLES
-    seed: int = 0
-    estimator: str | None = None
+    question: Text
+    clean: Annotated[Text, Expected("the name of a task")]
+    shifted: Annotated[tuple[Text, ...], Field(min_length=1), Expected("a list of at least one task")]
+    arms: Annotated[Mapping[str, Arm], Field(min_length=1)]
+    contrasts: Annotated[tuple[tuple[Text, Text], ...], Field(min_length=1), Expected("a list of pairs of arms")]
+    margin: Margin = 0.02
+    level: Level = 0.95
+    resamples: Resamples = RESAMPLES
+    seed: Seed = 0
+    estimator: Estimator | None = None
 
     def __post_init__(self) -> None:
-        for name, wanted in self.arms.items():
-            if unknown := set(wanted) - set(AXES):
-                raise AskedError("arms", f"{name!r}: {suggest.unknown('axis', min(map(str, unknown)), AXES)}")
-        for pair in self.contrasts:
+        for number, pair in enumerate(self.contrasts):
             if set(pair) - set(self.arms):
-                raise AskedError("contrasts", f"expected two of {', '.join(map(str, self.arms))}, got {list(pair)}")
-
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> Question:
-        """Read the `analysis` of a study file.
-
-        Raises:
-            ValueError: Something is missing, unknown or of the wrong kind.
-        """
-        return parse(cls, given, ("question", "clean", "shifted", "arms", "contrasts"))
+                expected = f"expected two of {', '.join(self.arms)}"
+                raise refused(f"{expected}, got {list(pair)}", "contrasts", number, value=pair)
 
 
 class Contrast(NamedTuple):

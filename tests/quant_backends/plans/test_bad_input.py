@@ -67,7 +67,7 @@ def parquet(folder, images):
         ({"calibration": "dataset:./nowhere"}, "neither an existing path nor a hub id"),
         ({"calibration": "dataset:some/where:split=test"}, "evaluation data"),
         ({"bit": 4}, "bit"),
-        ({"seed": -1}, "seed must be 0 or above, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"report": "."}, "report: expected the name of a file, got the folder .; name a file in it"),
         ({"report": "/etc/hostname/below/report.json"}, "report: expected a path below folders"),
         ({"report": "/proc/report.json"}, "report: cannot write to /proc"),

@@ -511,14 +511,17 @@ def test_bits_by_use(mixture, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("roles: {atention: 8}", r"plan.yaml: roles: unknown key 'atention'"),
-        ("roles: [8]", r"plan.yaml: roles: expected a mapping"),
-        ("roles: {attention: 1}", r"plan.yaml: roles: attention: bits must be"),
-        ("roles: {router: 4}", r"plan.yaml: roles: router must be 16, got 4: a router decides"),
+        ("roles: {atention: 8}", r"plan.yaml:1:9: roles: unknown key 'atention', did you mean 'attention'"),
+        ("roles: [8]", r"plan.yaml:1:8: roles: expected a mapping"),
+        ("roles: {attention: 1}", r"plan.yaml:1:20: roles: attention: bits must be"),
+        ("roles: {router: 4}", r"plan.yaml:1:17: roles: router must be 16 \(a router decides .*\), got 4"),
         ("roles: {routed_experts: {frequent: 4}}", r"roles: routed_experts: rare is missing"),
         ("roles: {routed_experts: {frequent: 4, rare: 2, share: 2}}", r"routed_experts: share must be a fraction"),
         ("roles: {routed_experts: {frequent: 9, rare: 2, share: 0.5}}", r"routed_experts: frequent: bits must be"),
-        ("roles: {routed_experts: {frequent: 4, rare: 2, share: 0.5, use: 3}}", r"use must name a report's file"),
+        (
+            "roles: {routed_experts: {frequent: 4, rare: 2, share: 0.5, use: 3}}",
+            r"use must be the name of a report's file, got 3",
+        ),
         ("roles: {first_blocks: 2}", r"roles: first_blocks: expected a mapping"),
         ("roles: {first_blocks: {count: 2}}", r"roles: first_blocks: bits is missing"),
         ("roles: {first_blocks: {count: 0, bits: 8}}", r"roles: first_blocks: count must be a positive integer"),
@@ -530,9 +533,12 @@ def test_mistakes_in_roles_are_named(tmp_path, text, message):
 
 
 def test_reports_without_counts_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"use: there is no report .*gone\.json"):
+    with pytest.raises(FileNotFoundError, match=r"plan\.yaml: use: there is no report .*gone\.json"):
         roles_plan(tmp_path, BY_USE % ", use: gone.json")
     (tmp_path / "empty.json").write_text('{"experts": []}')
+    (tmp_path / "damaged.json").write_text('{"experts": [{"name": "layer", "tokens": [1, -1]}]}')
+    with pytest.raises(ValueError, match=r"plan\.yaml:1:\d+: .*damaged: experts\[0\]: tokens\[1\] must be"):
+        roles_plan(tmp_path, BY_USE % ", use: damaged.json")
     with pytest.raises(ValueError, match=r"empty\.json counts no experts; expected the report of a calibrated method"):
         roles_plan(tmp_path, BY_USE % ", use: empty.json")
 

@@ -1,0 +1,486 @@
+"""What a study file may say, as models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    AliasGenerator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.quant_backends import names, option_types
+from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
+from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
+from lmms_plugin.quant_backends.plans.specs import Bits
+from lmms_plugin.study.file.grid import Axes, Count, Resources
+from lmms_plugin.utils.located import Entry
+from lmms_plugin.utils.suggest import near
+from lmms_plugin.utils.validation import UNNAMED, Expected, OneOf, Schema, Text, Whole, left_out, refused
+
+T = TypeVar("T")
+ALL = ("vision", "connector", "language")
+"""What `components: all` quantizes: everything before the output projection, which is named by itself (`head`)."""
+PATHS = ("pretrained", "plan", "selector", "system_prompt")
+_TAKEN = (
+    *("bits", *(f"{part}_bits" for part in COMPONENTS), "group_size"),
+    *("calibration", "calibration_samples", "seed", "batch_size", "report"),
+)
+
+
+class At(NamedTuple, Generic[T]):
+    """A value and the place in the study file it comes from (file:line:column)."""
+
+    value: T
+    where: str
+
+
+class _Where:
+    """Reads a value with its place from an `Entry`; a model of a part of the file takes the entry itself."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        (kind,) = get_args(source)
+        whole = isinstance(kind, type) and issubclass(kind, Part)
+
+        def made(entry: Entry, check: Callable[[Any], T]) -> At[T]:
+            return At(check(entry if whole else entry.plain()), entry.where)
+
+        return core_schema.no_info_wrap_validator_function(made, handler.generate_schema(kind))
+
+
+class Part(Schema):
+    """A part of a study file; fields with places are read from entries, all others from plain values."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _opened(cls, entry: Any) -> Any:
+        if not isinstance(entry, Entry) or not entry.is_mapping:
+            return entry
+        placed = {
+            of.validation_alias or name
+            for name, of in cls.model_fields.items()
+            if any(isinstance(one, Placed) for one in of.metadata)
+        }
+        return {name: one if name in placed else one.plain() for name, one in entry.fields().items()}
+
+
+class Placed(NamedTuple):
+    """Marks a field that is read from its entry.
+
+    Attributes:
+        read: Entry, check of what was found → the field's value.
+        kind: What the check takes; None for the field's own type.
+    """
+
+    read: Callable[[Entry, Callable[[Any], Any]], Any]
+    kind: Any = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Read the entry around the check."""
+        inner = handler(source) if self.kind is None else handler.generate_schema(self.kind)
+        return core_schema.no_info_wrap_validator_function(self.read, inner)
+
+
+def _once(found: tuple[At[Any], ...], numbers: Iterable[int] | None = None) -> tuple[At[Any], ...]:
+    """Refuse two values that are alike, or are called alike.
+
+    Args:
+        found: Of an axis.
+        numbers: Of the entries that they come from, where one stands for several.
+    """
+    for place, (one, number) in enumerate(zip(found, numbers or range(len(found)), strict=True)):
+        if any(one.value == other.value for other in found[:place]):
+            raise refused("expected every value once, got this one twice", number)
+        name = getattr(one.value, "name", None)
+        if name is not None and any(name == other.value.name for other in found[:place]):
+            told = f"expected a name each, got two called {name!r}: name one of them ({{name: ..., ...}})"
+            raise refused(told, number)
+    return found
+
+
+_ITEMS = Placed(lambda entry, check: check(entry.items()))
+_Here = Annotated[At[T], _Where()]
+_Several = Annotated[tuple[_Here[T], ...], Field(min_length=1)]
+Axis = Annotated[_Several[T], AfterValidator(_once), _ITEMS]
+"""The values of an axis, each with its place; a single one counts as a list."""
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _fit_for_a_command_line(value: Any) -> Any:
+    # lmms-eval parts arguments at commas.
+    if not isinstance(value, str | int | float) or set(str(value)) & set(",\"'{}[]"):
+        raise ValueError(value)
+    return value
+
+
+Argument = Annotated[
+    Any,
+    AfterValidator(_fit_for_a_command_line),
+    Expected("a number, True, False, or a text without commas, quotes and brackets"),
+]
+
+
+def _expect_known(given: dict[str, Any], options: Collection[str] = ()) -> dict[str, Any]:
+    """Refuse names that are no model argument, or that have a place of their own in the study.
+
+    Args:
+        given: Name → value.
+        options: Further names, of a method.
+    """
+    own = (field.name for field in fields(ModelArguments) if field.name not in (*_TAKEN, "options"))
+    known = [*own, *options]
+    for name, value in given.items():
+        expected = "a text" if name in PATHS else "a model argument or an option of a method"
+        got = repr(value) if name in PATHS else f"{name!r}{near(name, known)}"
+        if name in _TAKEN:
+            expected = "a model argument that is no axis of the study and no file of its own"
+        elif name in known and (name not in PATHS or (isinstance(value, str) and value)):
+            continue
+        raise refused(f"expected {expected}, got {got}", name, value=value)
+    return given
+
+
+Arguments = Annotated[dict[Text, Argument], AfterValidator(_expect_known)]
+_REST: Any = Field(validation_alias=UNNAMED)
+"""Of a field that holds what its mapping says besides."""
+
+
+class Model(Schema):
+    """A checkpoint: its name or folder, or a mapping with that as `pretrained`, and further model arguments.
+
+    Attributes:
+        name: In tables.
+        arguments: Model arguments, `pretrained` among them.
+    """
+
+    name: Text
+    arguments: Arguments = _REST
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apart(cls, value: Any) -> Any:
+        value = {"pretrained": value} if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            return value
+        if "pretrained" not in value:
+            raise ValueError("pretrained is missing")
+        rest = {key: one for key, one in value.items() if key != "name"}
+        return {"name": value.get("name", str(rest["pretrained"]).rstrip("/").rsplit("/", 1)[-1]), UNNAMED: rest}
+
+
+class Method(Schema):
+    """A quantizer: its name, or a mapping with that as `method`, and options.
+
+    Attributes:
+        name: In tables; that of the backend unless it has options or a name of its own.
+        backend: As in `quant_<backend>`.
+        options: Of the backend, and model arguments.
+    """
+
+    name: Text
+    backend: Annotated[str, OneOf(names)] = Field(validation_alias="method")
+    options: dict[Text, Argument] = _REST
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apart(cls, value: Any) -> Any:
+        value = {"method": value} if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            return value
+        rest = {key: one for key, one in value.items() if key not in ("name", "method")}
+        named = "+".join([str(value.get("method")), *(f"{key}={one}" for key, one in rest.items())])
+        return {"name": named, **{key: one for key, one in value.items() if key not in rest}, UNNAMED: rest}
+
+    @model_validator(mode="after")
+    def _understood(self) -> Self:
+        _expect_known(self.options, option_types(self.backend))
+        return self
+
+
+@dataclass(frozen=True)
+class Components:
+    """Which parts of a model are quantized.
+
+    Attributes:
+        name: In tables.
+        chosen: Components that take the bits of the axis; empty where `bits` says all.
+        bits: Component → bits, 16 for untouched; it takes the place of the axis. Empty where `chosen` says all.
+    """
+
+    name: str
+    chosen: tuple[str, ...] = ()
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def named(cls, name: str) -> Components:
+        """Several joined by +, or `all`."""
+        chosen = ALL if name == "all" else tuple(name.split("+"))
+        for part in chosen:
+            if part not in COMPONENTS or chosen.count(part) > 1:
+                known = (*COMPONENTS, "all")
+                expected = f"{', '.join(known)}, several joined by +, or a mapping from component to bits"
+                raise ValueError(f"expected {expected}, got {name!r}{near(part, known)}")
+        return cls(name, chosen)
+
+
+_BitsOfOne = Annotated[
+    tuple[Annotated[Bits, BeforeValidator(lambda bits: UNTOUCHED_BITS if bits is None else bits)], ...],
+    Field(min_length=1),
+    BeforeValidator(_listed),
+]
+_BitsOf = Annotated[dict[Annotated[str, OneOf(lambda: COMPONENTS)], _BitsOfOne], Field(min_length=1)]
+"""Component → bits; of lists, every combination that quantizes anything."""
+
+
+def _chosen(choice: Mapping[str, tuple[int, ...]] | str) -> list[Components]:
+    if isinstance(choice, str):
+        return [Components.named(choice)]
+    found = [dict(zip(choice, bits, strict=True)) for bits in product(*choice.values())]
+    quantized = [bits for bits in found if set(bits.values()) != {UNTOUCHED_BITS}]
+    if not quantized:
+        got = "none: without quantization the method is none"
+        raise ValueError(f"expected a component with less than 16 bits, got {got}")
+    untouched: dict[str, int] = dict.fromkeys(COMPONENTS, UNTOUCHED_BITS)
+    return [
+        Components("-".join(f"{name}{count}" for name, count in bits.items()), bits=untouched | bits)
+        for bits in quantized
+    ]
+
+
+def _each(found: tuple[At[list[Components]], ...]) -> tuple[At[Components], ...]:
+    flat = [(At(one, at.where), number) for number, at in enumerate(found) for one in at.value]
+    return _once(tuple(at for at, _ in flat), [number for _, number in flat])
+
+
+_Choice = Annotated[
+    Annotated[_BitsOf, Tag(UNNAMED)] | Annotated[str, Tag("str")],
+    Discriminator(lambda value: "str" if isinstance(value, str) else UNNAMED),
+    AfterValidator(_chosen),
+]
+_Choices = Annotated[_Several[_Choice], AfterValidator(_each)]
+
+
+def _source(source: str) -> str:
+    if source == "none":
+        told = "got 'none': methods without calibration are rtn, hqq and such"
+        raise ValueError(f"expected a source of calibration inputs, {told}")
+    try:
+        CalibrationSpec.parse(source)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    return source
+
+
+class Calibration(Schema):
+    """Where a calibrated method's inputs come from: a source, or a mapping with that as `source`.
+
+    Attributes:
+        name: In tables.
+        source: As `--model_args calibration=` takes it.
+        samples: How many; None for the package's own number.
+    """
+
+    name: Text
+    source: Annotated[Text, AfterValidator(_source)]
+    samples: Count = left_out()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        value = {"source": value} if isinstance(value, str) else value
+        return {"name": value.get("source"), **value} if isinstance(value, dict) else value
+
+
+_TaskList = Annotated[tuple[Text, ...], Field(min_length=1)]
+_Wanted = Annotated[
+    tuple[Annotated[str | int | float | bool | None, Expected("a single value")], ...],
+    Field(min_length=1),
+    BeforeValidator(_listed),
+]
+
+
+class Exclusion(Schema):
+    """Cells that are not run: those whose axes have the values named here.
+
+    Attributes:
+        model: Names of models, and so on: an axis that is left out may have any value.
+        task: Tasks that such cells leave out; none to leave out the cells.
+    """
+
+    model: _Wanted = left_out()
+    method: _Wanted = left_out()
+    bits: _Wanted = left_out()
+    group_size: _Wanted = left_out()
+    components: _Wanted = left_out()
+    calibration: _Wanted = left_out()
+    seed: _Wanted = left_out()
+    task: Annotated[_TaskList, BeforeValidator(_listed)] = ()
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError(f"expected one of {', '.join(Exclusion.model_fields)}, got nothing")
+        return self
+
+    def matches(self, axes: Axes) -> bool:
+        """Whether it speaks about a cell."""
+        return all(getattr(axes, axis) in getattr(self, axis) for axis in self.model_fields_set - {"task"})
+
+
+def _processes(entry: Entry, check: Callable[[Any], tuple[Any, ...]]) -> tuple[At[tuple[str, ...]], ...]:
+    """Tasks of one process; a list of lists is several processes."""
+    found = check(_listed(entry.plain()))
+    lists = {isinstance(one, tuple) for one in found}
+    if len(lists) > 1:
+        raise ValueError("expected tasks, or lists of tasks, each for a process of its own, got both")
+    several, places = (found, entry.items()) if True in lists else ([found], [entry])
+    return tuple(At(tuple(dict.fromkeys(some)), one.where) for some, one in zip(several, places, strict=True))
+
+
+_TaskLists = Annotated[
+    tuple[Annotated[Text | _TaskList, Expected("a task, or a list of tasks")], ...], Field(min_length=1)
+]
+
+
+GroupSize = Annotated[
+    Annotated[Whole, Field(ge=1)] | Annotated[Whole, Field(ge=-1, le=-1)],
+    Expected("a whole number of columns from 1, or -1 for a whole row"),
+]
+Seed = Annotated[Whole, Field(ge=0), Expected("a whole number from 0")]
+
+
+class Crossed(Part):
+    """Axes whose product is run, and how.
+
+    Attributes:
+        models: Checkpoints.
+        methods: Quantizers.
+        bits: Bits per weight; None for each method's own.
+        group_sizes: Columns that share a scale; -1 for a whole row.
+        components: Parts of the model.
+        calibration: Sources of calibration inputs.
+        seeds: Of calibration and sampling.
+        tasks: Tasks of lmms-eval; each of these lists is answered by one process.
+        limit: Documents per task; None for all.
+        batch_size: As lmms-eval takes it.
+        model_args: Further model arguments of every cell.
+        resources: Of every cell.
+    """
+
+    models: Axis[Model] = ()
+    methods: Axis[Method] = ()
+    bits: Axis[Bits | None] = (At(None, ""),)
+    group_sizes: Axis[GroupSize] = (At(128, ""),)
+    components: Annotated[tuple[At[Components], ...], _ITEMS._replace(kind=_Choices)] = (
+        At(Components.named("language"), ""),
+    )
+    calibration: Axis[Calibration] = (At(Calibration(name="self", source="self"), ""),)
+    seeds: Axis[Seed] = (At(0, ""),)
+    tasks: Annotated[tuple[At[tuple[str, ...]], ...], Placed(_processes, _TaskLists)] = ()
+    limit: Count | None = None
+    batch_size: Annotated[
+        Annotated[Whole, Field(ge=1)] | Literal["auto"], Expected("a whole number from 1, or 'auto'")
+    ] = 1
+    model_args: Arguments = Field(default_factory=dict)
+    resources: Resources = Resources()
+
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """What the file says of these fields."""
+        return {name: getattr(self, name) for name in names if name in self.model_fields_set}
+
+
+class Grid(Crossed):
+    """A product of axes without what is excluded.
+
+    Attributes:
+        exclude: Cells to leave out.
+    """
+
+    exclude: Annotated[_Several[Exclusion], _ITEMS] = ()
+
+    @classmethod
+    def complete(cls, given: Mapping[str, Any], where: str) -> Grid:
+        """A grid with a value on every axis.
+
+        Args:
+            given: What the file says of it and of all grids.
+            where: It stands in the file.
+
+        Raises:
+            ValueError: An axis that has no default is not given.
+        """
+        for needed in ("models", "methods", "tasks"):
+            if needed not in given:
+                got = ", ".join(name for name in cls.model_fields if given.get(name)) or "nothing"
+                raise ValueError(f"{where}: expected {needed!r} for this grid, got {got} alone")
+        defaults = {name: cls.model_fields[name].default for name in _AXES - given.keys()}
+        here = {name: tuple(at._replace(where=where) for at in default) for name, default in defaults.items()}
+        return cls.model_construct(None, **given, **here)
+
+
+_SINGULAR = {"models": "model", "methods": "method", "group_sizes": "group_size", "seeds": "seed"}
+_AXES = {*_SINGULAR, "bits", "components", "calibration"}
+
+
+class OneCell(Crossed, alias_generator=AliasGenerator(validation_alias=lambda name: _SINGULAR.get(name, name))):
+    """One value on each axis, which is called in the singular."""
+
+    @field_validator(*_AXES, mode="before")
+    @classmethod
+    def _one(cls, entry: Entry) -> Entry:
+        if entry.is_list:
+            raise PydanticCustomError("expected", "{words}", {"words": "one value in a cell"})
+        return entry
+
+
+class StudyFile(Grid):
+    """What a study file may say; at its top stands what holds for every one of its grids and cells.
+
+    Attributes:
+        name: Of the study.
+        grids: Each may say otherwise than the top.
+        cells: Likewise; of the axes of the top, a cell takes models, group sizes and tasks alone.
+        analysis: What the analysis is to do.
+    """
+
+    name: Text = left_out()
+    grids: Annotated[_Several[Grid], _ITEMS] = ()
+    cells: Annotated[_Several[OneCell], _ITEMS] = ()
+    analysis: Annotated[Any, Placed(lambda entry, _: entry)] = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study.
+
+    Attributes:
+        name: Of the study.
+        file: Where it was read.
+        grids: What is run.
+        asked: The entry that says what the analysis is to do; None for no analysis.
+    """
+
+    name: str
+    file: str
+    grids: tuple[At[Grid], ...]
+    asked: Entry | None = None
+
+    @property
+    def analysis(self) -> Mapping[str, Any] | None:
+        """What the analysis is to do, as the file says it."""
+        return None if self.asked is None else self.asked.plain()
