@@ -16,6 +16,7 @@ from lmms_plugin.analysis.reliability import PRINTED, REJECTED, Grid, Settings, 
 from lmms_plugin.analysis.results import REJECTION, Kind, Run, TaskRecords, match, reported
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic, bootstrap, interval
+from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.paired import (
     Difference,
     benjamini_hochberg,
@@ -26,7 +27,7 @@ from lmms_plugin.metrics.paired import (
     mcnemar,
 )
 from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.metrics.weighted import Binned, Means
+from lmms_plugin.metrics.sums import Means
 
 MEANS = ("accuracy", "mean_iou", "parse_rate")
 BINNED = ("ece", "brier")

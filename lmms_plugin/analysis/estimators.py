@@ -12,8 +12,9 @@ from lmms_plugin import metrics
 from lmms_plugin.analysis.reliability import Settings
 from lmms_plugin.analysis.results import Run, TaskRecords, reported
 from lmms_plugin.metrics.bootstrap import Clusters, Interval, Statistic, bootstrap, interval
+from lmms_plugin.metrics.calibration import Binned
+from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.metrics.weighted import METHODS, Binned
 
 
 class Judged(NamedTuple):

@@ -21,10 +21,13 @@ from lmms_plugin import metrics
 from lmms_plugin.analysis.results import HELD_OUT, REJECTION, SHIFTED, Place, Run, TaskRecords, match, reported
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, affordable, bootstrap, interval
+from lmms_plugin.metrics.calibration import Binned, Smooth
+from lmms_plugin.metrics.intervals import METHODS
+from lmms_plugin.metrics.localisation import Localised
 from lmms_plugin.metrics.posthoc import CALIBRATORS
-from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.metrics.selective import COSTS, RISKS
-from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Localised, Means, Smooth
+from lmms_plugin.metrics.ranked import RISKS, Ranked
+from lmms_plugin.metrics.selective import COSTS, Gains
+from lmms_plugin.metrics.sums import Means
 from lmms_plugin.utils.chance import uniform
 
 Floats = npt.NDArray[np.float64]

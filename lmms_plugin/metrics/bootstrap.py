@@ -2,7 +2,7 @@
 
 Expressions of one image are not independent, so images are resampled and bring all their records along. A resample is
 one row of counts: how often each cluster was drawn. Statistics take counts, not copies of records
-(`lmms_plugin.metrics.weighted` and `ranked`), so that 10⁶ records are sorted once and not once per resample.
+(`lmms_plugin.metrics.sums` and `ranked`), so that 10⁶ records are sorted once and not once per resample.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +63,15 @@ class Clusters(NamedTuple):
         """Clusters of records with equal labels (image ids, say), shape (n,)."""
         _, index = np.unique(np.asarray(labels), return_inverse=True)
         return cls(index.astype(np.intp), int(index.max()) + 1 if index.size else 0)
+
+    @classmethod
+    def one(cls, records: int) -> "Clusters":
+        """All records in one cluster."""
+        return cls(np.zeros(records, np.intp), 1)
+
+    def repeated(self, times: int) -> "Clusters":
+        """Clusters of the records written one time after another."""
+        return Clusters(np.tile(self.index, times), self.count)
 
 
 class Draws(NamedTuple):

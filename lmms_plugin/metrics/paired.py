@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from lmms_plugin.metrics._inputs import Floats, fractions
 from lmms_plugin.metrics.bootstrap import Draws, Interval, Method, interval, p_value
-from lmms_plugin.metrics.weighted import METHODS
+from lmms_plugin.metrics.intervals import METHODS
 
 
 class Flips(NamedTuple):

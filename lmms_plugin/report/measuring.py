@@ -18,9 +18,12 @@ import pyarrow.compute as pc
 from lmms_plugin import metrics
 from lmms_plugin.analysis.reliability import Settings
 from lmms_plugin.analysis.results import HELD_OUT, SHIFTED, Place
+from lmms_plugin.metrics.bins import DEFAULT_BINS, equal_width_index
 from lmms_plugin.metrics.bootstrap import Clusters, Interval, Statistic, interval
-from lmms_plugin.metrics.calibration import DEFAULT_BINS, equal_width_index
-from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Means
+from lmms_plugin.metrics.calibration import Binned
+from lmms_plugin.metrics.intervals import METHODS
+from lmms_plugin.metrics.selective import Gains
+from lmms_plugin.metrics.sums import Means
 from lmms_plugin.report.columns import Answers, Bools, Floats
 from lmms_plugin.report.resampling import COSTS, SELECTIVE, Counts, Selective, draws, evaluate
 from lmms_plugin.utils.chance import uniform

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from lmms_plugin.analysis import accounts, results
+from lmms_plugin.analysis import accounts, axes, results
+from lmms_plugin.analysis.axes import Axes
 from lmms_plugin.analysis.reliability import Number, Settings
-from lmms_plugin.report import axes, numbers
-from lmms_plugin.report.axes import Axes
+from lmms_plugin.report import numbers
 from lmms_plugin.report.kept import Kept
 from lmms_plugin.report.measuring import Measured
 from lmms_plugin.study.file.grid import place

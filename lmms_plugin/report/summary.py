@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmms_plugin.analysis.axes import Config, told_apart
 from lmms_plugin.metrics.bootstrap import Interval, interval
-from lmms_plugin.metrics.weighted import METHODS
-from lmms_plugin.report.axes import Config, told_apart
+from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.report.measuring import CLEAN, Family, Group, Task, between
 from lmms_plugin.report.reading import Cost, Folder, Run
 

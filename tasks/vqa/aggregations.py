@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from lmms_plugin import metrics
 from lmms_plugin.analysis.results import HELD_OUT, REPORTED
-from lmms_plugin.metrics.selective import COSTS, RISKS
+from lmms_plugin.metrics.ranked import RISKS
+from lmms_plugin.metrics.selective import COSTS
 from lmms_plugin.tasks.grounding.aggregations import OF_OUTCOME, function_name
 
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from lmms_plugin import metrics
 from lmms_plugin.analysis import component_importance, reliability
 from lmms_plugin.metrics.bootstrap import Clusters, Resampled, bootstrap, interval, p_value
-from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.metrics.selective import RISKS
-from lmms_plugin.metrics.weighted import Binned, Gains, Localised, Means, Smooth
+from lmms_plugin.metrics.calibration import Binned, Smooth
+from lmms_plugin.metrics.localisation import Localised
+from lmms_plugin.metrics.ranked import RISKS, Ranked
+from lmms_plugin.metrics.selective import Gains
+from lmms_plugin.metrics.sums import Means
 from lmms_plugin.study.verdicts import against_reference
 
 THRESHOLDS = {0.05: 0.7, 0.2: 0.4}

@@ -8,8 +8,8 @@ import test_results
 from helpers import report_study
 
 from lmms_plugin.analysis import reliability
+from lmms_plugin.analysis.axes import Config
 from lmms_plugin.report import building, contents, page, reading
-from lmms_plugin.report.axes import Config
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.measuring import CLEAN
 from lmms_plugin.report.summary import summarise

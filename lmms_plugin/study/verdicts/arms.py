@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from lmms_plugin.analysis.results import REJECTION, Run, TaskRecords, match, read_one, reported
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap
+from lmms_plugin.metrics.calibration import Binned
+from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
-from lmms_plugin.metrics.weighted import METHODS, Binned, Means
+from lmms_plugin.metrics.sums import Means
 from lmms_plugin.study.file.grid import Axes
 from lmms_plugin.study.store.folder import CELLS, DONE, StudyFolder
 
