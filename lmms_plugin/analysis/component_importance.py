@@ -22,8 +22,8 @@ import numpy.typing as npt
 from joblib import Parallel, delayed
 from rich.table import Table
 
-from lmms_plugin.analysis.results import find
-from lmms_plugin.analysis.results import table as results_table
+from lmms_plugin.analysis.logs import find
+from lmms_plugin.analysis.logs import table as results_table
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.metrics.bootstrap import affordable
 from lmms_plugin.quant_backends import get, option_types

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lmms_plugin.analysis.results import Place, place_of
+from lmms_plugin.analysis.records import Place, place_of
 
 Aggregation = Callable[[Sequence[Any]], float]
 

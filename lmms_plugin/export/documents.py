@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lmms_plugin.analysis.results import Run
+from lmms_plugin.analysis.logs import Run
 
 DESCRIBING = (
     *("id", "image", "part", "question", "answers", "expression", "target"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.analysis import accounts
-from lmms_plugin.analysis.results import Run
+from lmms_plugin.analysis.logs import Run
 
 CELL, REPORT = "cell.json", "quant_report.json"
 _FROM_TABLE = {

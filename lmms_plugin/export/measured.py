@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from lmms_plugin.analysis.reliability import Number, Settings, measure
-from lmms_plugin.analysis.results import Run, table
+from lmms_plugin.analysis.logs import Run, table
+from lmms_plugin.analysis.measure import Number, Settings, measure
 from lmms_plugin.export.consistency import expect_shifted
 from lmms_plugin.export.rescoring import Rescored, rescore
 from lmms_plugin.export.whole import expect_whole

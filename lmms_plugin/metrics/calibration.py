@@ -112,7 +112,7 @@ def reliability_bins(
     blocks = ties(c, y)
     index = _equal_mass(blocks, n_bins)
     values = blocks.records, blocks.confidence * blocks.records, blocks.outcome
-    return _filled(*(np.bincount(index, weights=value) for value in values))
+    return _filled(*(np.bincount(index, weights=value).astype(np.float64) for value in values))
 
 
 def ece(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT_BINS) -> float:

@@ -144,7 +144,8 @@ def _area(before: Whole, after: Whole, loss: Floats, total: Whole) -> Floats:
     harmonic = (sums[total] + total) / total
     parts = np.subtract(after, before, dtype=np.float64) * harmonic[:, None] - (sums.take(after) - sums.take(before))
     # A risk, but for rounding.
-    return np.clip(np.sum(loss * parts, axis=1) / total, 0.0, 1.0)
+    area: Floats = np.clip(np.sum(loss * parts, axis=1) / total, 0.0, 1.0)
+    return area
 
 
 def aurc(curve: Curve) -> Floats:

@@ -7,6 +7,7 @@ the records repeated that often, and the metric of plain records is that of one 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ class Sums:
     """
 
     def __init__(self, cells: npt.NDArray[np.intp], values: Floats, clusters: Clusters, count: int) -> None:
+        self._matrix: Any
         if clusters.count == 1:
             # Of a million records scipy would sort what only has to be added up.
             self._matrix = np.bincount(cells, values, minlength=count)[:, None]

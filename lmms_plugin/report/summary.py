@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lmms_plugin.analysis.axes import Config, told_apart
+from lmms_plugin.analysis.groups import CLEAN, Group, Task
+from lmms_plugin.analysis.measure import Family
 from lmms_plugin.metrics.bootstrap import Interval, interval
-from lmms_plugin.metrics.intervals import METHODS
-from lmms_plugin.report.measuring import CLEAN, Family, Group, Task, between
+from lmms_plugin.metrics.intervals import METHODS, between
 from lmms_plugin.report.reading import Cost, Folder, Run
 
 _NAMED = 3

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from lmms_plugin.analysis.reliability import Settings, families, key_numbers
-from lmms_plugin.analysis.results import Run, TaskRecords
+from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.measure import Settings, families, key_numbers
+from lmms_plugin.analysis.records import TaskRecords
 from lmms_plugin.metrics.distance import frechet, mmd
 from lmms_plugin.selector.features import LAST_LAYER, Store
 from lmms_plugin.selector.training import features_of

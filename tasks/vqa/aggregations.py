@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis.results import HELD_OUT, REPORTED
+from lmms_plugin.analysis.records import HELD_OUT, REPORTED
 from lmms_plugin.metrics.ranked import RISKS
 from lmms_plugin.metrics.selective import COSTS
 from lmms_plugin.tasks.grounding.aggregations import OF_OUTCOME, function_name

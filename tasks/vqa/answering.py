@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lmms_plugin.analysis.results import HELD_OUT, REPORTED
+from lmms_plugin.analysis.records import HELD_OUT, REPORTED
 from lmms_plugin.confidence.agreement import Agreement
 from lmms_plugin.confidence.estimators import LEARNED, NEEDS, TEXT_ESTIMATORS, Evidence, coordinate_mask, estimate_all
 from lmms_plugin.protocol.response import Response

@@ -16,9 +16,9 @@ from helpers.environments import run as call
 from helpers.submissions import SETTINGS, SOURCE, TASK, answered, retold, scored_as, seal, submit, verify, write_run
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from lmms_plugin.analysis.reliability import plain
-from lmms_plugin.analysis.results import read_one
+from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.cli.main import main
+from lmms_plugin.cli.printed import plain
 from lmms_plugin.export import every_eval_ever, hub
 from lmms_plugin.export.documents import documents
 from lmms_plugin.export.measured import measured

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis import component_importance, reliability
+from lmms_plugin.analysis import component_importance, measure
 from lmms_plugin.metrics.bootstrap import Clusters, Resampled, bootstrap, interval, p_value
 from lmms_plugin.metrics.calibration import Binned, Smooth
 from lmms_plugin.metrics.localisation import Localised
@@ -279,7 +279,7 @@ def test_clusters_of_labels():
 def test_more_resamples_than_anyone_can_wait_for_are_refused():
     made = (
         lambda count: bootstrap([], 6, resamples=count),
-        lambda count: reliability.Settings(resamples=count),
+        lambda count: measure.Settings(resamples=count),
         lambda count: component_importance.analyse(None, resamples=count),
         lambda count: against_reference.Question.parse({"question": "q", "metrics": ["ece"], "resamples": count}),
     )

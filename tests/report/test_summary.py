@@ -17,19 +17,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lmms_plugin.analysis import comparison, reliability, results
+from lmms_plugin.analysis import comparison, logs, measure
+from lmms_plugin.analysis.groups import CLEAN, METRICS
 from lmms_plugin.cli.main import main
 from lmms_plugin.metrics.bootstrap import Clusters, Interval
 from lmms_plugin.metrics.ranked import Ranked
 from lmms_plugin.report import columns, contents, gallery, page, reading, resampling, tables
 from lmms_plugin.report.figures import all_figures as figures
 from lmms_plugin.report.figures import drawing, inlined, palette, svg, tradeoffs, under_shift
-from lmms_plugin.report.measuring import CLEAN, METRICS
 from lmms_plugin.report.summary import summarise
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.utils.spreadsheets import comma_separated
 
-SETTINGS = reliability.Settings(resamples=60)
+SETTINGS = measure.Settings(resamples=60)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def line_of(summary, label, condition=CLEAN):
 
 
 def run_of(study, cell):
-    return results.read_one(study / "cells" / cell)
+    return logs.read_one(study / "cells" / cell)
 
 
 def test_the_fast_reader_reads_what_the_slow_one_does(study):
@@ -69,7 +69,7 @@ def test_the_fast_reader_reads_what_the_slow_one_does(study):
 def test_fingerprints_tell_other_questions_and_other_truths_apart(study, tmp_path):
     file = run_of(study, "none").file
     table = json.loads(file.read_text())
-    log = results.log_of(file, "shapes_rec")
+    log = logs.log_of(file, "shapes_rec")
     prints = set()
     for old, new in (("", ""), ('"expression": "', '"expression": "not '), ('"target": [0.', '"target": [0.1')):
         changed = tmp_path / "log.jsonl"
@@ -116,7 +116,7 @@ def leave_the_unit_interval(text):
 )
 def test_a_log_that_is_not_that_of_the_run_is_refused(tmp_path, damage, complaint):
     file = report_study.write_run(tmp_path, report_study.documents(20), 0.8, tasks={"shapes_rec": None})
-    log = results.log_of(file, "shapes_rec")
+    log = logs.log_of(file, "shapes_rec")
     log.write_text(damage(log.read_text()), encoding="utf-8")
     with pytest.raises(ValueError, match=complaint):
         reading.read_folder(tmp_path, SETTINGS)
@@ -138,7 +138,7 @@ def test_all_resamples_at_once_give_what_one_after_the_other_does(levels, accura
 
 
 def test_values_and_intervals_are_those_of_the_metrics_command(study, summary):
-    numbers = {n.metric: n for n in reliability.measure(run_of(study, "none"), SETTINGS) if n.task == "shapes_rec"}
+    numbers = {n.metric: n for n in measure.measure(run_of(study, "none"), SETTINGS) if n.task == "shapes_rec"}
     group = line_of(summary, "unquantized").group
     names = {"accuracy": "acc@0.5"} | {m: m for m in ("mean_iou", "parse_rate", "ece", "brier", "aurc", "auroc")}
     names |= {m: m for m in ("coverage@0.01", "coverage@0.05", "phi@1", "phi@10", "phi@100")}
@@ -167,7 +167,7 @@ def test_a_shifted_line_is_the_mean_over_shifted_tasks_and_seeds(study, summary)
     line = line_of(summary, "awq 3", "shifted")
     assert [run.axes.seed for run in line.runs] == [0, 1]
     means = [
-        reliability.key_numbers(records, SETTINGS)["accuracy"]
+        measure.key_numbers(records, SETTINGS)["accuracy"]
         for seed in (0, 1)
         for task, records in run_of(study, f"awq-3-{seed}").tasks.items()
         if task != "shapes_rec"
@@ -191,7 +191,7 @@ def test_nothing_is_compared_across_different_documents(tmp_path):
 def test_processes_do_not_change_a_number(study, summary, monkeypatch):
     shutil.rmtree(study / ".measured")
     monkeypatch.setattr(reading, "_ONE_PROCESS", 0)
-    other = reading.read_folder(study, reliability.Settings(resamples=60, workers=2))
+    other = reading.read_folder(study, measure.Settings(resamples=60, workers=2))
     for one, same in zip(summary.folder.runs, other.runs, strict=True):
         assert one.file == same.file
         for key, group in one.measured.groups.items():
@@ -247,11 +247,11 @@ def test_lmms_eval_is_not_called_by_the_commit_of_the_working_directory(tmp_path
     def versions(folder):
         return page.versions(summarise(reading.read_folder(folder, SETTINGS), SETTINGS.level))
 
-    assert versions(tmp_path / "alone") == {results.GIT_STATE: "main@0b608b4"}
+    assert versions(tmp_path / "alone") == {logs.GIT_STATE: "main@0b608b4"}
     assert versions(tmp_path / "study") == {
         "lmms_eval": "0.7.3",
         "torch": "2.15.0",
-        results.GIT_STATE: "main@0b608b4",
+        logs.GIT_STATE: "main@0b608b4",
     }
 
 
@@ -444,8 +444,8 @@ def test_all_metrics_have_a_place(summary):
 
 def test_what_is_to_be_rejected_has_a_table_of_its_own(tmp_path):
     lines = test_results_language.pairs(0.1)
-    run = results.read_one(test_results.write(tmp_path / "run", {"rejection": lines}))
-    numbers = {number.metric: number for number in reliability.measure(run, SETTINGS)}
+    run = logs.read_one(test_results.write(tmp_path / "run", {"rejection": lines}))
+    numbers = {number.metric: number for number in measure.measure(run, SETTINGS)}
     alone = summarise(reading.read_folder(tmp_path, SETTINGS), SETTINGS.level)
     table = contents.rejection(alone)
     ours = ["rejection_auroc", "rejection_fpr@0.95", "confidence_falls", "box_rate_true", "box_rate_changed"]

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from helpers.small_studies import CELL, STUDY
 
-from lmms_plugin.analysis import results
-from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis import logs
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.report import numbers, reading
 from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.identity import Keyed
@@ -63,7 +63,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> None:
 
 def table(output: Path) -> dict[str, Any]:
     """Model arguments → answers of every document, their scores and confidences."""
-    runs = [results.read(file) for file in results.find(output)]
+    runs = [logs.read(file) for file in logs.find(output)]
     return {
         run.label: {
             name: (records.ids.tolist(), records.score.tolist(), {k: v.tolist() for k, v in records.confidence.items()})

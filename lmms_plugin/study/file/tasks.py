@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import yaml
 from pyarrow import parquet
 
-from lmms_plugin.analysis.results import GROUNDING, REJECTION
+from lmms_plugin.analysis.records import GROUNDING, REJECTION
 from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, digest, of_path, of_value, revision
 from lmms_plugin.tasks.registry import cells as generated
 from lmms_plugin.utils import variables

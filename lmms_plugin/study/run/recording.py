@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-from lmms_plugin.report import reading
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.run.attempt import Outcome, about
 from lmms_plugin.study.store.folder import Lock, StudyFolder
@@ -78,15 +76,7 @@ class Recorder:
         if self.folder.is_done(cell):
             return True
         fetched = self.storage is not None and self.storage.fetch(cell, self.folder)
-        if fetched or self.folder.restore(cell):
-            self._measure(cell)
-            return True
-        return False
-
-    def _measure(self, cell: str) -> None:
-        """Spare a report the logs; the cell is finished whatever comes of it, and a report says what is wrong."""
-        with suppress(Exception):
-            reading.keep(self.folder.done_path(cell))
+        return fetched or self.folder.restore(cell)
 
     def record(self, keyed: Keyed, outcome: Outcome, gpus: int) -> None:
         """Keep what the work on a cell, whose lock the caller has, came to."""
@@ -95,7 +85,6 @@ class Recorder:
             self.folder.finish(keyed.id, said, outcome.done)
             if self.storage is not None:
                 self.storage.put(keyed.id, self.folder)
-            self._measure(keyed.id)
             self.watcher.done(keyed.id, outcome.done["seconds"])
             return
         failed = {"problem": outcome.problem, "returncode": outcome.returncode, "tail": outcome.tail, **outcome.done}

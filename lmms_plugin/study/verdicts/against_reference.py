@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin.analysis import comparison
-from lmms_plugin.analysis.reliability import PRINTED, Settings
-from lmms_plugin.analysis.results import KINDS
+from lmms_plugin.analysis.measure import PRINTED, Settings
+from lmms_plugin.analysis.records import KINDS
 from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
 from lmms_plugin.study.file.asked import AskedError, expect_metrics, parse
