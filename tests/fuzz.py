@@ -296,11 +296,11 @@ def arguments(data: st.DataObject) -> None:
     names = st.sampled_from([*ModelArguments.__dataclass_fields__, "x", ""])
     pairs = data.draw(st.lists(st.tuples(names, TEXTS | SCALARS.map(str)), max_size=4))
     given_as = ",".join(f"{name}={value}" for name, value in pairs)
-    for read in (
+    for parse in (
         lambda: ModelArguments.parse(read_arguments(given_as), {}).quant_plan(4),
         lambda: CalibrationSpec.parse(data.draw(st.lists(TEXTS, max_size=4).map(":".join))),
     ):
-        expect_told(read)
+        expect_told(parse)
 
 
 def checkpoints(data: st.DataObject) -> None:

@@ -100,7 +100,7 @@ class Group:
     records: int
     images: int
     value: Floats
-    resampled: npt.NDArray[np.float32]
+    resampled: Floats
 
     def interval(self, metric: str, level: float) -> Interval:
         """Interval of one metric."""
@@ -108,7 +108,7 @@ class Group:
 
     def column(self, metric: str) -> Floats:
         """Resamples of one metric, shape (resamples,)."""
-        return self.resampled[:, METRICS.index(metric)].astype(np.float64)
+        return self.resampled[:, METRICS.index(metric)]
 
     def of(self, metric: str) -> float:
         """One metric."""
@@ -155,7 +155,7 @@ def _measure(whole: Together, settings: Settings, found: Measured) -> None:
             sum(task.records for task in tasks),
             max(task.images for task in tasks),
             mean[0],
-            mean[1:].astype(np.float32),
+            mean[1:],
         )
 
 

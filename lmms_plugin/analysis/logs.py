@@ -233,7 +233,7 @@ def _read_task(file: Path, results: Mapping[str, Any], task: str, wanted: Wanted
         records: TaskRecords | None = columns.read(task, config, log, wanted)
     # Whatever stops that reader, parsing row by row reads the log or names what is wrong.
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
-        records = _task(task, config, log)
+        records = by_rows(task, config, log)
         wanted = None
     if records is None:
         return None
@@ -287,7 +287,12 @@ def _recomputed(records: TaskRecords, told: Mapping[str, Any]) -> Iterator[tuple
                 yield printed, values, f" by {' or '.join(names)}"
 
 
-def _task(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None:
+def by_rows(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None:
+    """The answers of one task of a run, parsed row by row; None if its log holds no record of ours.
+
+    Raises:
+        ValueError: If the log is missing, damaged, or holds a document twice.
+    """
     if not log.exists():
         if _is_ours(config):
             raise ValueError(f"expected the log of samples {log}: run lmms-eval with --log_samples")

@@ -86,7 +86,7 @@ def _scores(rescored: Rescored, numbers: Mapping[str, Number]) -> dict[str, Scor
         number = numbers.get(metric)
         # The same name may stand for another sample elsewhere: an interval is only taken with its own value.
         if number is not None and math.isclose(number.value, value, abs_tol=1e-9):
-            scores[metric] = Score(value, *number[3:])
+            scores[metric] = Score(*number[2:])
         elif not math.isnan(value):
             images = rescored.images[metric]
             scores[metric] = Score(value, math.nan, math.nan, len(images), len(set(images)))

@@ -288,7 +288,7 @@ def _mean(groups: Sequence[Group]) -> Group:
     )
     value = np.mean([group.value for group in groups], axis=0)
     shape = first.resampled.shape
-    resampled = np.mean([g.resampled for g in groups], axis=0) if paired else np.full(shape, np.nan, np.float32)
+    resampled = np.mean([g.resampled for g in groups], axis=0) if paired else np.full(shape, np.nan)
     return Group(first.tasks, first.drawn if paired else "", first.records, first.images, value, resampled)
 
 

@@ -77,3 +77,19 @@ def test_answers_that_are_all_right_cannot_be_told_apart(tmp_path):
 def test_a_run_without_confidences_says_so(tmp_path):
     with pytest.raises(ValueError, match="expected confidences in the logs"):
         estimator_ranking.judge(write(tmp_path, [{}] * 3, [0.9] * 3), SETTINGS)
+
+
+def test_intervals_of_fractions_are_fractions(tmp_path):
+    # Sure of everything and always wrong but for one answer: twice the value less the lowest resample is above 1.
+    rng = np.random.default_rng(0)
+    run = write(tmp_path, [{"joint": float(c)} for c in rng.uniform(0.9, 1.0, 12)], [0.9] + [0.1] * 11)
+    (one,) = estimator_ranking.judge(run, SETTINGS)
+    resampled = [metrics.ece(*_drawn(run, k)) for k in range(SETTINGS.resamples)]
+    assert 2 * one.ece - np.quantile(resampled, 0.025) > 1.0
+    assert one.ece_interval.high == 1.0
+
+
+def _drawn(run, resample):
+    records = run.tasks["rec"]
+    times = bootstrap.draw(records.names.size, SETTINGS.seed, resample)[records.image]
+    return np.repeat(records.confidence["joint"], times), np.repeat(records.outcome, times)

@@ -16,6 +16,7 @@ from lmms_plugin.cli import printed
 from lmms_plugin.cli.main import main
 from lmms_plugin.metrics import bootstrap
 from lmms_plugin.metrics.posthoc import CALIBRATORS
+from lmms_plugin.report import reading as report
 
 SETTINGS = measure.Settings(resamples=60)
 CONFIG = {"dataset_path": "data", "test_split": "test", "metric_list": [{"metric": "mean_iou"}, {"metric": "ece"}]}
@@ -528,3 +529,75 @@ def test_tiny_p_values_are_not_zero(tmp_path):
     shown = io.StringIO()
     Console(file=shown, width=140).print(printed.flips_table(found.flips))
     assert "< 0.0001" in shown.getvalue()
+
+
+def image_null(row):
+    row["mean_iou"]["image"] = None
+
+
+def id_null(row):
+    row["mean_iou"]["id"] = None
+
+
+def confidence_nan(row):
+    row["mean_iou"]["confidence"]["coordinate_mean"] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (image_null, r"the image of document 6 in .*samples_rec\.jsonl:7, got None"),
+        (id_null, r"the id of document 6 in .*samples_rec\.jsonl:7, got None"),
+        (confidence_nan, r"confidence coordinate_mean in \[0, 1\] for 006 in .*samples_rec\.jsonl, got nan"),
+    ],
+    ids=["image", "id", "confidence"],
+)
+# As our tasks write logs there is something behind the record, and they are read as columns.
+@pytest.mark.parametrize("behind", [{}, {"ece": [1]}], ids=["rows", "columns"])
+def test_what_is_missing_is_no_value_of_its_own(tmp_path, behind, change, message):
+    lines = answers(0.8)
+    change(lines[6])
+    folder = write(tmp_path, {"rec": [row | behind for row in lines]})
+    with pytest.raises(ValueError, match=message):
+        logs.read_one(folder)
+    with pytest.raises(ValueError, match=message):
+        report.read_folder(folder, SETTINGS)
+
+
+def with_table(folder, **told):
+    """A run whose table of results tells these metrics, too, by a task that was told to use another estimator."""
+    write(folder, {"rec": [row | {"ece": [1]} for row in answers(0.8)]})
+    file = next(folder.glob("*_results.json"))
+    content = json.loads(file.read_text())
+    content["results"]["rec"] |= {f"{name},none": value for name, value in told.items()}
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.mark.parametrize("estimator", ["coordinate_mean", "joint"])
+def test_the_table_of_results_is_held_against_the_log(tmp_path, estimator):
+    records = logs.read_one(write(tmp_path / "plain", {"rec": answers(0.8)})).tasks["rec"]
+    c, y = records.confidence[estimator], records.outcome
+    told = {"acc@0.5": y.mean(), "acc@0.9": 0.0, "parse_rate": 1.0, "ece": metrics.ece(c, y)}
+    told |= {"brier": metrics.brier(c, y), "auroc": metrics.auroc(c, y), "aurc": metrics.aurc(c, y)}
+    file = with_table(tmp_path / "told", **told)
+    report.read_folder(file, SETTINGS)
+    for name, value in told.items():
+        edited = with_table(tmp_path / name, **(told | {name: value + 0.001}))
+        both = rf"got {re.escape(name)} {value:.6f}.* says {value + 0.001:.6f} \({re.escape(str(edited))}\)"
+        for read in (logs.read, lambda file: report.read_folder(file, SETTINGS)):
+            with pytest.raises(ValueError, match=both):
+                read(edited)
+    log = logs.log_of(file, "rec")
+    # The same answers with other confidences.
+    log.write_text(log.read_text().replace(f'"{estimator}": 0.', f'"{estimator}": 0.0', 1))
+    with pytest.raises(ValueError, match="expected the log of the same run"):
+        logs.read(file)
+
+
+def test_a_table_without_the_task_is_refused(tmp_path):
+    file = with_table(tmp_path)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"results": {}}))
+    with pytest.raises(ValueError, match=rf"expected the results of task rec in {re.escape(str(file))}, got none"):
+        logs.read(file)

@@ -15,8 +15,6 @@ import pytest
 from helpers.small_studies import CELL, STUDY
 
 from lmms_plugin.analysis import logs
-from lmms_plugin.analysis.measure import Settings
-from lmms_plugin.report import numbers, reading
 from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.reading import read
@@ -130,12 +128,6 @@ def test_cells_are_kept_as_they_are_documented(undisturbed: Path) -> None:
     assert about["command"][:3] == ["lmms-eval", "--model", "quant_rtn"]
     assert read_json(cells["demo_rtn_3bit_g128"] / "quant_report.json")
     assert not any((undisturbed / ".running").iterdir())
-
-
-@pytest.mark.slow
-def test_finished_cells_need_no_measuring_for_the_report(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(numbers, "of")
-    assert len(reading.read_folder(undisturbed, Settings(resamples=reading.RESAMPLES)).runs) == 2
 
 
 @pytest.mark.slow
