@@ -72,14 +72,18 @@ def _judge(records: TaskRecords, name: str, names: Texts, settings: Settings) ->
     statistics: list[Statistic] = [Ranked(confidence, outcome, clusters, ("auroc", "aurc"))]
     statistics.append(Binned(confidence, outcome, clusters))
     ranked, binned = drawn(statistics, names.size, settings)
-    told = {"auroc": ranked.of("auroc"), "aurc": ranked.of("aurc"), "ece": binned.of("ece")}
+    auroc, aurc, ece = ranked.of("auroc"), ranked.of("aurc"), binned.of("ece")
     return Judged(
         records.task,
         name,
         records=confidence.size,
         missing=int(records.reported.sum() - keep.sum()),
         accuracy=float(outcome.mean()),
-        **{metric: value for metric, (value, _) in told.items()},
-        **{f"{metric}_interval": between(metric, *both, settings.level) for metric, both in told.items()},
+        auroc=auroc[0],
+        aurc=aurc[0],
+        ece=ece[0],
+        auroc_interval=between("auroc", *auroc, settings.level),
+        aurc_interval=between("aurc", *aurc, settings.level),
+        ece_interval=between("ece", *ece, settings.level),
         ece_floor=metrics.ece_floor(confidence, seed=settings.seed)[0],
     )

@@ -254,37 +254,50 @@ def _agree(records: TaskRecords, table: Mapping[str, Any], file: Path) -> None:
     """Refuse a log that is not the one of the results table: either was edited, or it is of another run."""
     if records.task not in table:
         raise ValueError(f"expected the results of task {records.task} in {file}, got none")
-    for metric, found, by in _recomputed(records, table[records.task]):
+    for metric, values in _recomputed(records):
         said = table[records.task].get(f"{metric},none")
         if not isinstance(said, float | int) or math.isnan(said):
             continue
-        if not any(math.isclose(said, value, abs_tol=_TOLERANCE) for value in found):
+        apart: list[tuple[float, float, str]] = []
+        for by, value in values:
+            apart.append((abs(value - said), value, by))
+            if apart[-1][0] <= _TOLERANCE:
+                break
+        if apart and apart[-1][0] > _TOLERANCE:
+            _, nearest, by = min(apart)
             raise ValueError(
-                f"expected the log of the same run in {log_of(file, records.task)}, got {metric} {found[0]:.6f}{by}"
+                f"expected the log of the same run in {log_of(file, records.task)}, got {metric} {nearest:.6f}{by}"
                 f" where the table of results says {said:.6f} ({file})"
             )
 
 
-def _recomputed(records: TaskRecords, told: Mapping[str, Any]) -> Iterator[tuple[str, list[float], str]]:
-    """Metrics of a table of results, their values by the log, and by which estimator those are."""
+def _recomputed(records: TaskRecords) -> Iterator[tuple[str, Iterator[tuple[str, float]]]]:
+    """Metrics of a table of results with their values by the log; those of confidence by one estimator after the other.
+
+    A task's YAML may name another estimator than that of its kind, which comes first.
+    """
     keep = records.reported
     if not keep.any():
         return
-    score, outcome = records.score[keep], records.outcome[keep]
-    yield records.kind.record, [float(score.mean())], ""
+    score, outcome, own = records.score[keep], records.outcome[keep], records.kind.estimator
+    yield records.kind.record, iter([("", float(score.mean()))])
     if records.kind.right is not None:
         for threshold in (records.kind.right, *STRICTER):
-            yield f"acc@{threshold:g}", [float((score >= threshold).mean())], ""
-        yield "parse_rate", [float(records.parsed[keep].mean())], ""
-    own = records.kind.estimator
-    # A task's YAML may name another estimator than that of its kind.
-    names = sorted(records.confidence, key=lambda name: (name != own, name))
-    for printed, metric in _OF_CONFIDENCE[records.kind.outcome is not None].items():
-        if names and f"{printed},none" in told:
-            columns = (records.confidence[name][keep] for name in names)
-            known = [(c[~np.isnan(c)], outcome[~np.isnan(c)]) for c in columns]
-            if values := [metric(c, y) for c, y in known if c.size]:
-                yield printed, values, f" by {' or '.join(names)}"
+            yield f"acc@{threshold:g}", iter([("", float((score >= threshold).mean()))])
+        yield "parse_rate", iter([("", float(records.parsed[keep].mean()))])
+    for metric, function in _OF_CONFIDENCE[records.kind.outcome is not None].items():
+        names = sorted(records.confidence, key=lambda name: (name != own, name))
+        yield metric, _by_estimator(function, {name: records.confidence[name][keep] for name in names}, outcome)
+
+
+def _by_estimator(
+    function: Callable[[Floats, Floats], float], confidence: Mapping[str, Floats], outcome: Floats
+) -> Iterator[tuple[str, float]]:
+    for name, values in confidence.items():
+        known = ~np.isnan(values)
+        value = function(values[known], outcome[known]) if known.any() else math.nan
+        if not math.isnan(value):
+            yield f" by {name}", value
 
 
 def by_rows(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None:
@@ -364,7 +377,7 @@ def _missing_or_fractions(name: str, values: list[Any], ids: Sequence[str], log:
     there = np.array([value is not None for value in values])
     told = [value for value in values if value is not None]
     found = np.full(len(values), np.nan)
-    found[there] = _fractions(f"confidence {name}", told, [ids[k] for k in np.flatnonzero(there)], log)
+    found[there] = _fractions(f"confidence {name}", told, [ids[k] for k in np.flatnonzero(there).tolist()], log)
     return found
 
 
@@ -384,13 +397,9 @@ def _record(row: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:
     record = row.get(kind.record)
     if not is_record(record, kind):
         raise ValueError(f"expected a record under {kind.record!r} for document {row.get('doc_id')} in {where}")
-    number, confidence = row.get("doc_id", -1), (record or {}).get("confidence")
+    number, confidence = row.get("doc_id", -1), record.get("confidence")
     wrong = not isinstance(number, int) or abs(number) >= 2**63
-    if (
-        wrong
-        or not (confidence is None or isinstance(confidence, dict))
-        or (kind.outcome and "pair" not in (record or {}))
-    ):
+    if wrong or not (confidence is None or isinstance(confidence, dict)) or (kind.outcome and "pair" not in record):
         raise ValueError(f"expected a whole record under {kind.record!r} for document {number!r:.80} in {where}")
     for key in ("id", "image"):
         # An image without a name would be one of its own.

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -177,7 +177,7 @@ class TaskRecords:
         return self.confidence[name]
 
 
-def is_record(value: Any, kind: Kind) -> bool:
+def is_record(value: Any, kind: Kind) -> TypeGuard[dict[str, Any]]:
     """Whether a value of a log is a record of that kind."""
     keys = {"id", "image", kind.score} | ({kind.outcome} if kind.outcome else set())
     return isinstance(value, dict) and keys <= set(value)

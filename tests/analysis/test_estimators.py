@@ -11,6 +11,7 @@ from lmms_plugin.analysis import estimator_ranking
 from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.cli import printed
+from lmms_plugin.metrics import bootstrap
 
 SETTINGS = Settings(resamples=50)
 
@@ -82,7 +83,7 @@ def test_a_run_without_confidences_says_so(tmp_path):
 def test_intervals_of_fractions_are_fractions(tmp_path):
     # Sure of everything and always wrong but for one answer: twice the value less the lowest resample is above 1.
     rng = np.random.default_rng(0)
-    run = write(tmp_path, [{"joint": float(c)} for c in rng.uniform(0.9, 1.0, 12)], [0.9] + [0.1] * 11)
+    run = write(tmp_path, [{"joint": float(c)} for c in rng.uniform(0.99, 1.0, 12)], [0.9] + [0.1] * 11)
     (one,) = estimator_ranking.judge(run, SETTINGS)
     resampled = [metrics.ece(*_drawn(run, k)) for k in range(SETTINGS.resamples)]
     assert 2 * one.ece - np.quantile(resampled, 0.025) > 1.0
