@@ -6,6 +6,7 @@ matrix. The metrics themselves are in `lmms_plugin.metrics.calibration`, `locali
 the records repeated that often, and the metric of plain records is that of one cluster that counts once.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,22 +29,30 @@ class Sums:
     """
 
     def __init__(self, cells: npt.NDArray[np.intp], values: Floats, clusters: Clusters, count: int) -> None:
-        self._matrix: Any
-        if clusters.count == 1:
-            # Of a million records scipy would sort what only has to be added up.
-            self._matrix = np.bincount(cells, values, minlength=count)[:, None]
-        else:
-            # By columns, so that counts are read once, in order, and the few sums stay in cache.
-            self._matrix = csc_array((values, (cells, clusters.index)), shape=(count, clusters.count))
+        # In the order of the records, so that numbers of the data themselves are the same whatever the clusters are.
+        self._whole: Floats = np.bincount(cells, values, minlength=count).astype(np.float64)
+        # By columns, so that counts are read once, in order, and the few sums stay in cache. Of one cluster scipy would
+        # sort what only has to be added up.
+        several = clusters.count > 1
+        self._matrix: Any = (
+            csc_array((values, (cells, clusters.index)), shape=(count, clusters.count))
+            if several
+            else self._whole[:, None]
+        )
 
     @classmethod
     def stacked(cls, rows: Sequence[Floats], clusters: Clusters) -> "Sums":
         """Sums of several values of each record, one cell for each."""
         cells = np.repeat(np.arange(len(rows)), clusters.index.size)
-        return cls(cells, np.concatenate(rows), clusters.repeated(len(rows)), len(rows))
+        sums = cls(cells, np.concatenate(rows), clusters.repeated(len(rows)), len(rows))
+        # Exactly rounded, as the means of the table of results are.
+        sums._whole = np.array([math.fsum(row.tolist()) for row in rows])
+        return sums
 
     def __call__(self, counts: Floats) -> Floats:
         """Sums, shape (resamples, cells)."""
+        if len(counts) == 1 and np.all(counts == 1.0):
+            return self._whole[None]
         sums: Floats = (self._matrix @ np.ascontiguousarray(counts.T)).T
         return sums
 
