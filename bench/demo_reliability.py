@@ -27,8 +27,9 @@ import numpy as np
 
 from bench.evaluating import Evaluator
 from bench.reporting import markdown
-from lmms_plugin.analysis import reliability
-from lmms_plugin.analysis.results import Run, TaskRecords, read_one
+from lmms_plugin.analysis import measure
+from lmms_plugin.analysis.logs import Run, read_one
+from lmms_plugin.analysis.records import TaskRecords
 from lmms_plugin.confidence.estimators import ESTIMATORS, NEEDS
 from lmms_plugin.metrics import auroc
 from lmms_plugin.metrics.posthoc import Platt
@@ -83,7 +84,7 @@ def rows(name: str, folder: Path, store: features.Store, selector: Selector) -> 
     best = best_estimator(run.tasks[DEV])
     run = with_learned(run, selector, store, best)
     for estimator in ("joint", best, f"{best}, Platt", "selector"):
-        numbers = reliability.measure(run, reliability.Settings(estimator))
+        numbers = measure.measure(run, measure.Settings(estimator))
         for task in sorted(run.tasks):
             of_task = {number.metric: number for number in numbers if number.task == task}
             found = {metric: _number(of_task.get(metric)) for metric in (*COLUMNS, "ece_floor")}
@@ -139,7 +140,7 @@ def _known(confidence: np.ndarray, outcome: np.ndarray) -> tuple[np.ndarray, np.
     return confidence[there], outcome[there]
 
 
-def _number(number: reliability.Number | None) -> list[float] | None:
+def _number(number: measure.Number | None) -> list[float] | None:
     return None if number is None else [number.value, number.low, number.high]
 
 

@@ -21,9 +21,11 @@ import numpy as np
 from bench.reporting import Row, machine, write
 from lmms_plugin import metrics
 from lmms_plugin.metrics.bootstrap import Clusters, Draws, Statistic, bootstrap, draw
-from lmms_plugin.metrics.ranked import RANKED, Ranked
-from lmms_plugin.metrics.selective import COSTS, RISKS
-from lmms_plugin.metrics.weighted import Binned, Gains, Localised, Means, Smooth
+from lmms_plugin.metrics.calibration import Binned, Smooth
+from lmms_plugin.metrics.localisation import Localised
+from lmms_plugin.metrics.ranked import RANKED, RISKS, Ranked
+from lmms_plugin.metrics.selective import COSTS, Gains
+from lmms_plugin.metrics.sums import Means
 
 EXPRESSIONS = 7
 AT_RISK = {risk: 0.99 - risk for risk in RISKS}

@@ -24,8 +24,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from lmms_plugin import demo
-from lmms_plugin.analysis import results
-from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis.logs import read
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.arguments import ModelArguments, read_arguments
 from lmms_plugin.export.measured import measured
 from lmms_plugin.leaderboard.verification import Refused, Verified
@@ -198,7 +198,7 @@ def with_file(file: Path, content: bytes, read: Callable[[], object]) -> None:
 def _read_run() -> None:
     file = next(cell().glob("*_results.json"))
     try:
-        results.read(file)
+        read(file)
     finally:
         report.read_run(file, cell().parent.parent, SETTINGS)
 
@@ -296,11 +296,11 @@ def arguments(data: st.DataObject) -> None:
     names = st.sampled_from([*ModelArguments.__dataclass_fields__, "x", ""])
     pairs = data.draw(st.lists(st.tuples(names, TEXTS | SCALARS.map(str)), max_size=4))
     given_as = ",".join(f"{name}={value}" for name, value in pairs)
-    for read in (
+    for parse in (
         lambda: ModelArguments.parse(read_arguments(given_as), {}).quant_plan(4),
         lambda: CalibrationSpec.parse(data.draw(st.lists(TEXTS, max_size=4).map(":".join))),
     ):
-        expect_told(read)
+        expect_told(parse)
 
 
 def checkpoints(data: st.DataObject) -> None:
@@ -338,7 +338,7 @@ def exported(data: st.DataObject) -> None:
     """A run of which some is other, on its way to a leaderboard."""
     file = next((scratch() / "run").glob("*_results.json"))
     content = data.draw(of_json(json.loads(file.read_text())))
-    with_file(file, content, lambda: measured(results.read(file), SETTINGS))
+    with_file(file, content, lambda: measured(read(file), SETTINGS))
 
 
 TARGETS: tuple[Callable[[Any], None], ...] = (

@@ -1,1 +1,1 @@
-"""Logs of finished runs: read once, measured once, for every command, page and export."""
+"""Logs of runs as columns of numbers, and what is measured of them with intervals; no model, no page, no terminal."""

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table
 
-from lmms_plugin.analysis.reliability import PRINTED, REJECTED, Grid, Settings, as_table, families, grids
-from lmms_plugin.analysis.results import REJECTION, Kind, Run, TaskRecords, match, reported
+from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.measure import PRINTED, REJECTED, Grid, Settings, as_table, families, grids
+from lmms_plugin.analysis.records import REJECTION, Kind, TaskRecords, match
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic, bootstrap, interval
+from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.paired import (
     Difference,
     benjamini_hochberg,
@@ -26,8 +27,7 @@ from lmms_plugin.metrics.paired import (
     mcnemar,
 )
 from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.metrics.weighted import Binned, Means
-from lmms_plugin.utils.messages import counted
+from lmms_plugin.metrics.sums import Means
 
 MEANS = ("accuracy", "mean_iou", "parse_rate")
 BINNED = ("ece", "brier")
@@ -152,61 +152,6 @@ def compare(first: Run, second: Run, settings: Settings, margin: float | None = 
     return found._replace(changes=_corrected(found.changes))
 
 
-def changes_table(comparison: Comparison, settings: Settings, margin: float | None) -> Table:
-    """Changes for people to read."""
-    within = "" if margin is None else f"; equivalent: within ±{margin:g} at {100 * settings.level:g} %"
-    tests = len({row.task for row in comparison.changes})
-    least = min(1.0, 2 * tests / (settings.resamples + 1))
-    least_p = f"with {counted(settings.resamples, 'resample')} no lower than {least:.2g}"
-    caption = f"p Holm: adjusted for {tests} task{'s' * (tests > 1)}, {least_p}{within}"
-    shown = Table(title="Second run less first run", caption=caption)
-
-    for heading in ("task", "metric"):
-        shown.add_column(heading, no_wrap=True)
-    headings = ["first", "second", "difference", f"{100 * settings.level:g} % interval", "p", "p Holm", "records"]
-    for heading in headings + ([] if margin is None else ["equivalent"]):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for k, row in enumerate(comparison.changes):
-        task = row.task if k == 0 or comparison.changes[k - 1].task != row.task else ""
-        d = row.difference
-        cells = [task, row.metric, *(_number(x) for x in (row.first, row.second)), _signed(d.value), _between(d)]
-        cells += [_p(d.p), _p(row.p_holm), str(row.records)]
-        shown.add_row(*cells, *([] if d.equivalent is None else ["yes" if d.equivalent else "not shown"]))
-    return shown
-
-
-def flips_table(rows: Sequence[Flipped]) -> Table:
-    """Flips for people to read."""
-    caption = "McNemar's p takes the expressions of an image for independent"
-    shown = Table(title="Answers that changed sides", caption=caption)
-    shown.add_column("task", no_wrap=True)
-    for heading in ("right → wrong", "wrong → right", "p McNemar", "records"):
-        shown.add_column(heading, justify="right")
-    for row in rows:
-        shown.add_row(row.task, str(row.lost), str(row.won), _p(row.p), str(row.records))
-    return shown
-
-
-def shifted_table(comparison: Comparison) -> Table:
-    """Interaction of the change with shift, for people to read."""
-    errors = "; ".join(
-        f"errors under shift ÷ those of the first run, mean over {row.shifts} shifts at severity"
-        f" {', '.join(map(str, row.severities))}: {row.error_ratio:.3f}{_ends(row.error_ratio_interval)}; of the errors"
-        f" beyond those on clean data: {row.added_error_ratio:.3f}{_ends(row.added_error_ratio_interval)}"
-        for row in comparison.corruption_errors
-    )
-    shown = Table(
-        title="Does the second run lose more under shift? (shifted less clean), second less first", caption=errors
-    )
-    shown.add_column("task", no_wrap=True)
-    for heading in ("metric", "shifted tasks", "interaction", "interval", "p"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for row in comparison.shifted:
-        d = row.interaction
-        shown.add_row(row.task, row.metric, str(row.cells), _signed(d.value), _between(d), _p(d.p))
-    return shown
-
-
 def _family(
     tasks: Sequence[TaskRecords],
     others: Mapping[str, TaskRecords],
@@ -215,7 +160,7 @@ def _family(
     found: Comparison,
 ) -> None:
     """Add the comparison of all tasks on one split, whose images are drawn together."""
-    names = np.unique(np.concatenate([records.images[reported(records)] for records in tasks]))
+    names = np.unique(np.concatenate([records.images[records.reported] for records in tasks]))
     if names.size < 2:
         raise ValueError(f"expected at least 2 images in task {tasks[0].task} to make intervals from, got {names.size}")
     statistics: list[Statistic] = []
@@ -250,7 +195,7 @@ def _both(
     one: TaskRecords, other: TaskRecords, names: np.ndarray, settings: Settings
 ) -> tuple[list[Statistic], int, int]:
     """Statistics of both runs on the records that count; those of confidence where both runs have one."""
-    keep = reported(one)
+    keep = one.reported
     clusters = Clusters(np.searchsorted(names, one.images[keep]), names.size)
     confidences = [records.confidence_by(settings.estimator)[keep] for records in (one, other)]
     known = ~np.isnan(confidences[0]) & ~np.isnan(confidences[1])
@@ -303,7 +248,7 @@ def _changes(
     margin: float | None,
     found: Comparison,
 ) -> None:
-    keep = reported(records)
+    keep = records.reported
     everything = int(keep.sum()), int(np.unique(records.images[keep]).size)
     for name in compared(records.kind):
         size = everything if name in (*MEANS, BOXES) else (known, images)
@@ -319,7 +264,7 @@ def _changes(
 def _flips(one: TaskRecords, other: TaskRecords, found: Comparison) -> None:
     if one.kind.right is None:
         return
-    keep = reported(one)
+    keep = one.reported
     lost, won = flips(one.outcome[keep], other.outcome[keep])
     found.flips.append(Flipped(one.task, lost, won, mcnemar(lost, won), int(keep.sum())))
 
@@ -380,23 +325,3 @@ def _corrected(changes: Sequence[Change]) -> list[Change]:
         for k, family, discovery in zip(rows, holm(p), benjamini_hochberg(p), strict=True):
             corrected[k] = changes[k]._replace(p_holm=float(family), p_bh=float(discovery))
     return corrected
-
-
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:z.4f}"
-
-
-def _p(value: float) -> str:
-    return "< 0.0001" if value < 0.0001 else _number(value)
-
-
-def _signed(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:+z.4f}"
-
-
-def _ends(found: Interval) -> str:
-    return "" if math.isnan(found.low) else f" [{found.low:.3f}, {found.high:.3f}]"
-
-
-def _between(found: Difference) -> str:
-    return "" if math.isnan(found.low) else f"{found.low:+z.4f} … {found.high:+z.4f}"

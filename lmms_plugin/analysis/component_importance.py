@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from joblib import Parallel, delayed
 
-from lmms_plugin.analysis.results import find
-from lmms_plugin.analysis.results import table as results_table
+from lmms_plugin.analysis.logs import find
+from lmms_plugin.analysis.logs import table as results_table
 from lmms_plugin.arguments import ModelArguments, arguments_of
 from lmms_plugin.metrics.bootstrap import affordable
 from lmms_plugin.quant_backends import backend_name, get, option_types

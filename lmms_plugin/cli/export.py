@@ -13,7 +13,7 @@ import typer
 from lmms_plugin.utils.outputs import expect_folder
 
 if TYPE_CHECKING:
-    from lmms_plugin.analysis.results import Run
+    from lmms_plugin.analysis.logs import Run
     from lmms_plugin.export.every_eval_ever import Source
     from lmms_plugin.export.records import Relationship
 
@@ -61,8 +61,8 @@ def export(
     level: Level = 0.95,
 ) -> None:
     """Write a run for leaderboards; its answers are scored anew first, and every record is validated."""
-    from lmms_plugin.analysis.reliability import Settings
-    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.analysis.logs import read_one
+    from lmms_plugin.analysis.measure import Settings
     from lmms_plugin.export import every_eval_ever, hub
     from lmms_plugin.export.measured import measured
     from lmms_plugin.leaderboard import submission
@@ -118,8 +118,8 @@ def leaderboard(
     """Verify submissions and build a leaderboard of those that hold; exit status 1 if one does not."""
     from loguru import logger
 
-    from lmms_plugin.analysis.reliability import Settings
-    from lmms_plugin.analysis.results import find, read
+    from lmms_plugin.analysis.logs import find, read
+    from lmms_plugin.analysis.measure import Settings
     from lmms_plugin.export.datasets import true_documents
     from lmms_plugin.export.documents import documents
     from lmms_plugin.leaderboard import board

@@ -114,16 +114,17 @@ def metrics(
     ] = None,
 ) -> None:
     """Recompute every metric from the logs of samples, with intervals over images; no model is loaded."""
-    from lmms_plugin.analysis import reliability
-    from lmms_plugin.analysis.results import find, read, read_one
+    from lmms_plugin.analysis import measure
+    from lmms_plugin.analysis.logs import find, read, read_one
+    from lmms_plugin.cli import printed
 
     workers = os.cpu_count() or 1
-    settings = reliability.Settings(estimator, resamples, seed, level, held_out, calibrator, workers)
+    settings = measure.Settings(estimator, resamples, seed, level, held_out, calibrator, workers)
     chosen = None if chosen_on is None else read_one(chosen_on)
     runs = [read(file) for file in find(results)]
-    for line in (line for run in runs for line in reliability.without_grid(run)):
+    for line in (line for run in runs for line in measure.without_grid(run)):
         typer.echo(line, err=True)
-    found = [(run, reliability.measure(run, settings, chosen), reliability.robust(run, settings)) for run in runs]
+    found = [(run, measure.measure(run, settings, chosen), measure.robust(run, settings)) for run in runs]
     if json:
         names = ("run", "file", "limit", "metrics", "robustness")
         rows = [(run.label, str(run.file), run.limit, numbers, robust) for run, numbers, robust in found]
@@ -131,8 +132,8 @@ def metrics(
         return
     for run, numbers, robust in found:
         _print_tables(
-            reliability.table(numbers, run.label, level),
-            *(reliability.robustness_table(rows, split) for split, rows in robust.items()),
+            printed.metrics_table(numbers, run.label, level),
+            *(printed.robustness_table(rows, split) for split, rows in robust.items()),
         )
 
 
@@ -150,21 +151,22 @@ def compare(
     level: Level = 0.95,
 ) -> None:
     """Compare two runs on the same documents: paired intervals, flips, corrected p-values, equivalence, shift."""
-    from lmms_plugin.analysis import comparison, reliability
-    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.analysis import comparison, measure
+    from lmms_plugin.analysis.logs import read_one
+    from lmms_plugin.cli import printed
 
-    settings = reliability.Settings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
+    settings = measure.Settings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
     runs = read_one(first), read_one(second)
-    for line in reliability.without_grid(runs[0]):
+    for line in measure.without_grid(runs[0]):
         typer.echo(line, err=True)
     found = comparison.compare(*runs, settings, margin)
     if json:
         _print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})
         return
     typer.echo(f"first:  {runs[0].label}\nsecond: {runs[1].label}")
-    tables = [comparison.changes_table(found, settings, margin)]
-    tables += [comparison.flips_table(found.flips)] if found.flips else []
-    tables += [comparison.shifted_table(found)] if found.shifted else []
+    tables = [printed.changes_table(found, settings, margin)]
+    tables += [printed.flips_table(found.flips)] if found.flips else []
+    tables += [printed.shifted_table(found)] if found.shifted else []
     _print_tables(*tables)
 
 
@@ -246,7 +248,7 @@ def fit_selector(
     patience: Annotated[int, typer.Option(min=1, help="Epochs without improvement before it stops.")] = 10,
 ) -> None:
     """Train a selector on a run's answers: never on images that results are reported on."""
-    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.selector import training
     from lmms_plugin.selector.features import read
     from lmms_plugin.selector.network import Settings
@@ -268,7 +270,7 @@ def apply_selector(
     transfer: Annotated[bool, typer.Option(help="Take a selector of another model or quantization; marked.")] = False,
 ) -> None:
     """Add a selector's confidence to the logs of a run that kept features, for `metrics` and `compare`."""
-    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.selector import training
     from lmms_plugin.selector.features import read
     from lmms_plugin.selector.network import Selector
@@ -282,8 +284,8 @@ def apply_selector(
 @app.command()
 def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
     """Measure how strong shifts are by the model's own view of the images, beside what they cost; no label is used."""
-    from lmms_plugin.analysis.reliability import Settings
-    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.analysis.logs import read_one
+    from lmms_plugin.analysis.measure import Settings
     from lmms_plugin.cli.tables import strength_table
     from lmms_plugin.selector import shift_strength as measuring
     from lmms_plugin.selector.features import read
@@ -305,22 +307,23 @@ def estimators(
     level: Level = 0.95,
 ) -> None:
     """Compare the confidence estimators of a run: AUROC, AURC and ECE of every one that its log holds."""
-    from lmms_plugin.analysis import estimators as judging
-    from lmms_plugin.analysis.reliability import Settings
-    from lmms_plugin.analysis.results import find, read
+    from lmms_plugin.analysis import estimator_ranking
+    from lmms_plugin.analysis.logs import find, read
+    from lmms_plugin.analysis.measure import Settings
+    from lmms_plugin.cli import printed
 
     settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
-    found = [(run, judging.judge(run, settings)) for run in map(read, find(results))]
+    found = [(run, estimator_ranking.judge(run, settings)) for run in map(read, find(results))]
     if json:
         _print_json([{"run": run.label, "file": str(run.file), "estimators": judged} for run, judged in found])
         return
-    _print_tables(*(judging.table(judged, run.label, level) for run, judged in found))
+    _print_tables(*(printed.estimators_table(judged, run.label, level) for run, judged in found))
 
 
 def _print_json(value: object) -> None:
     import json
 
-    from lmms_plugin.analysis.reliability import plain
+    from lmms_plugin.cli.printed import plain
 
     typer.echo(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 

@@ -25,7 +25,7 @@ def report(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per processor.")] = None,
 ) -> None:
     """Write one self-contained HTML page on a folder of results: tables, figures, flips, pictures, commands."""
-    from lmms_plugin.analysis.reliability import Settings
+    from lmms_plugin.analysis.measure import Settings
     from lmms_plugin.report import building
 
     expect_file("--output", output)

@@ -51,7 +51,6 @@ def run_study(
 ) -> None:
     """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
     from lmms_plugin.cli.study_display import Display
-    from lmms_plugin.report import reading
     from lmms_plugin.study.run import engine, planning
     from lmms_plugin.study.store.folder import LOG
 
@@ -60,7 +59,6 @@ def run_study(
         file,
         output,
         Display,
-        measure=reading.keep,
         jobs=jobs,
         retry_failed=retry_failed,
         ray=ray,

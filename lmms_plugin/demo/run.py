@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin import harness_log
-from lmms_plugin.analysis import results
-from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis import logs
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.cli.demo_display import Progress, show
 from lmms_plugin.demo import pictures
 from lmms_plugin.demo.progress import Pace
@@ -73,7 +73,7 @@ class Run:
 
     def records(self, task: str) -> list[dict[str, Any]]:
         """The logged grounding records of one task, in the order of its documents."""
-        path = results.log_of(self.file, task)
+        path = logs.log_of(self.file, task)
         return [json.loads(line)["mean_iou"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -158,13 +158,13 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
 
 def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> Run:
     try:
-        files = [] if status else results.find(log.parent)
+        files = [] if status else logs.find(log.parent)
     except ValueError:
         files = []
     if not files:
         told = harness_log.failure(log.read_text(encoding="utf-8", errors="replace"), status)
         raise RuntimeError(f"{model}: {told}; its log: {log}")
-    return Run(model, command, files[0], results.table(files[0]))
+    return Run(model, command, files[0], logs.table(files[0]))
 
 
 def _cells(one: Run) -> list[str]:

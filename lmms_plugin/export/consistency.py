@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lmms_plugin.analysis.results import Place, Run, TaskRecords
+from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.records import Place, TaskRecords
 from lmms_plugin.confidence.estimators import LEARNED
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.utils import hashing

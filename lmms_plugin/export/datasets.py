@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lmms_plugin.analysis.results import KINDS, read
+from lmms_plugin.analysis.logs import read
+from lmms_plugin.analysis.records import KINDS
 from lmms_plugin.export.definitions import definition
 from lmms_plugin.export.documents import documents
 

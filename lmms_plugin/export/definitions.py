@@ -8,7 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lmms_plugin.analysis.results import Place, place_of
+from lmms_plugin.analysis.records import Place, place_of
 
 if TYPE_CHECKING:
     from lmms_plugin.tasks.registry.task_files import Source

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lmms_plugin.analysis.results import Run
+from lmms_plugin.analysis.logs import Run
 from lmms_plugin.utils import hashing
 
 DESCRIBING = (

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from lmms_plugin import __version__
-from lmms_plugin.analysis.results import GIT_STATE, GROUNDING, REJECTION, VQA, Kind, TaskRecords, git_state
+from lmms_plugin.analysis.logs import GIT_STATE, git_state
+from lmms_plugin.analysis.records import GROUNDING, REJECTION, VQA, Kind, TaskRecords
 from lmms_plugin.export import facts, records, validator
 from lmms_plugin.export.measured import Measured, Score
 from lmms_plugin.export.records import SAMPLES, VERSION, Bound, DocumentRecord, Relationship, RunRecord, refused

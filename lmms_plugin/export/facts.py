@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.analysis import accounts
-from lmms_plugin.analysis.results import Run
+from lmms_plugin.analysis.logs import Run
 from lmms_plugin.arguments import arguments_of, shown
 from lmms_plugin.quant_backends import backend_class, backend_name, names
 from lmms_plugin.utils.messages import command_line

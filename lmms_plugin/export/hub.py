@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
-from lmms_plugin.analysis.results import VQA, Run, TaskRecords
+from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.records import VQA, TaskRecords
 from lmms_plugin.export.every_eval_ever import HUB_ID
 from lmms_plugin.export.measured import Measured
 from lmms_plugin.utils.files import replace_text

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from lmms_plugin.analysis.reliability import Number, Settings, measure
-from lmms_plugin.analysis.results import Run, table
+from lmms_plugin.analysis.logs import Run, table
+from lmms_plugin.analysis.measure import Number, Settings, measure
 from lmms_plugin.export.consistency import expect_shifted
 from lmms_plugin.export.rescoring import Rescored, rescore
 from lmms_plugin.export.whole import expect_whole
@@ -86,7 +86,7 @@ def _scores(rescored: Rescored, numbers: Mapping[str, Number]) -> dict[str, Scor
         number = numbers.get(metric)
         # The same name may stand for another sample elsewhere: an interval is only taken with its own value.
         if number is not None and math.isclose(number.value, value, abs_tol=1e-9):
-            scores[metric] = Score(value, *number[3:])
+            scores[metric] = Score(*number[2:])
         elif not math.isnan(value):
             images = rescored.images[metric]
             scores[metric] = Score(value, math.nan, math.nan, len(images), len(set(images)))

@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin.analysis.results import GROUNDING, REJECTION, Kind, Run
+from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.records import GROUNDING, REJECTION, Kind
 from lmms_plugin.export.consistency import expect_one_model, expect_place, expect_told
 from lmms_plugin.export.definitions import Definition, definition
 from lmms_plugin.protocol.response import Response

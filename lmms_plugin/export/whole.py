@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lmms_plugin.analysis.results import ALL, Run, TaskRecords
+from lmms_plugin.analysis.logs import ALL, Run
+from lmms_plugin.analysis.records import TaskRecords
 from lmms_plugin.export import facts
 from lmms_plugin.export.definitions import is_ours
 

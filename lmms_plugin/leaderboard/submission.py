@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lmms_plugin import __version__
-from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.export import every_eval_ever, facts
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.export.measured import Measured

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmms_plugin.analysis.reliability import Settings
-from lmms_plugin.analysis.results import Kind, read
+from lmms_plugin.analysis.logs import read
+from lmms_plugin.analysis.measure import Settings
+from lmms_plugin.analysis.records import Kind
 from lmms_plugin.export import consistency, every_eval_ever, facts, records
 from lmms_plugin.export.documents import documents
 from lmms_plugin.export.every_eval_ever import Source

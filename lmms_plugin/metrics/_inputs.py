@@ -5,6 +5,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+ROUNDING = 1e-12
+"""Slack on a bound that sums of soft outcomes should meet exactly: in floating point 1 - 0.7 exceeds 0.3."""
+
 
 def fractions(name: str, values: npt.ArrayLike) -> Floats:
     """Check an array of fractions and return it as float64.

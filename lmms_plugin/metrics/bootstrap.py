@@ -2,11 +2,12 @@
 
 Expressions of one image are not independent, so images are resampled and bring all their records along. A resample is
 one row of counts: how often each cluster was drawn. Statistics take counts, not copies of records
-(`lmms_plugin.metrics.weighted` and `ranked`), so that 10⁶ records are sorted once and not once per resample.
+(`lmms_plugin.metrics.sums` and `ranked`), so that 10⁶ records are sorted once and not once per resample.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +22,10 @@ MOST_RESAMPLES = 1_000_000
 """From which on an interval takes more time and memory than its last digits are worth."""
 _COUNTS_AT_ONCE = 4_000_000
 """Counts held in memory at a time by one worker: 32 MB."""
+_COUNTS_IN_CACHE = 100_000
+"""Counts that stay in a processor's cache; as many resamples as that are evaluated at once."""
+_COUNTS_KEPT = 5_000_000
+"""Up to as many counts, 10 MB, are kept for the next statistics on as many clusters: a study has thousands of them."""
 
 _UNDEFINED = 0.01
 """Share of resamples in which a statistic may be undefined before its interval is NaN."""
@@ -63,6 +68,15 @@ class Clusters(NamedTuple):
         """Clusters of records with equal labels (image ids, say), shape (n,)."""
         _, index = np.unique(np.asarray(labels), return_inverse=True)
         return cls(index.astype(np.intp), int(index.max()) + 1 if index.size else 0)
+
+    @classmethod
+    def one(cls, records: int) -> "Clusters":
+        """All records in one cluster."""
+        return cls(np.zeros(records, np.intp), 1)
+
+    def repeated(self, times: int) -> "Clusters":
+        """Clusters of the records written one time after another."""
+        return Clusters(np.tile(self.index, times), self.count)
 
 
 class Draws(NamedTuple):
@@ -157,20 +171,37 @@ def bootstrap(
     """
     if clusters < 2:
         raise ValueError(f"expected at least 2 clusters to resample, got {clusters}")
-    chunks = list(_chunks(affordable(resamples), max(1, min(32, _COUNTS_AT_ONCE // clusters))))
+    size = max(1, min(32, _COUNTS_AT_ONCE // clusters), _COUNTS_IN_CACHE // clusters)
+    chunks = list(_chunks(affordable(resamples), size))
+    cached = _draws(clusters, seed, resamples) if resamples * clusters <= _COUNTS_KEPT else None
 
     def evaluate(chunk: range) -> list[Floats]:
+        rows = _some_draws(clusters, seed, chunk) if cached is None else cached[chunk.start : chunk.stop]
         # Column by column, as sparse products read them.
-        counts = np.asfortranarray(np.stack([draw(clusters, seed, resample) for resample in chunk]), np.float64)
+        counts = np.asfortranarray(rows, np.float64)
         return [statistic(counts) for statistic in statistics]
 
-    with ThreadPoolExecutor(positive_int("workers", workers)) as pool:
-        evaluated = list(pool.map(evaluate, chunks))
+    if positive_int("workers", workers) == 1:
+        evaluated = list(map(evaluate, chunks))
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            evaluated = list(pool.map(evaluate, chunks))
     once = np.ones((1, clusters))
     return [
         Draws(statistic.names, statistic(once)[0], np.concatenate([values[k] for values in evaluated]))
         for k, statistic in enumerate(statistics)
     ]
+
+
+@lru_cache(maxsize=4)
+def _draws(clusters: int, seed: int, resamples: int) -> npt.NDArray[np.uint16]:
+    counts = _some_draws(clusters, seed, range(resamples)).astype(np.uint16)
+    counts.flags.writeable = False
+    return counts
+
+
+def _some_draws(clusters: int, seed: int, resamples: range) -> npt.NDArray[np.intp]:
+    return np.stack([draw(clusters, seed, resample) for resample in resamples])
 
 
 def draw(clusters: int, seed: int, resample: int) -> npt.NDArray[np.intp]:

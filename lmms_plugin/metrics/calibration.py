@@ -4,24 +4,29 @@ Every function takes `confidence` and `outcome`, both of shape (n,) with values 
 and 0 for wrong, or anything between for a soft target (VQA accuracy, IoU). All raise ValueError if the two differ in
 length, are empty, are not one-dimensional, or hold NaN or a value outside [0, 1].
 
-Bins are half-open, (lower, upper], with edges k / n_bins; a confidence of exactly 0 belongs to the first bin and one of
-exactly 1 to the last, so every record is in exactly one bin.
+Bins are those of `lmms_plugin.metrics.bins`. `Binned` and `Smooth` are the metrics as functions of how often each
+cluster of records counts; the others are the same on the records as they are.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.fft import dct, idct
 
+from lmms_plugin.metrics import ranked
 from lmms_plugin.metrics._inputs import Floats, fractions, paired, positive_int
 from lmms_plugin.metrics._ties import Ties, ties
-
-DEFAULT_BINS = 15
-"""Bins of a calibration error unless told otherwise (Guo et al., ICML 2017)."""
+from lmms_plugin.metrics.bins import DEFAULT_BINS, equal_width_index
+from lmms_plugin.metrics.bootstrap import Clusters
+from lmms_plugin.metrics.sums import Sums, plain
 
 SMOOTHING_CELLS = 8192
 """Cells of the grid on [0, 1] on which `smooth_ece` smooths residuals."""
+
+_CLIP = 1e-6
+"""How far from 0 and 1 `nll` keeps confidences unless told otherwise."""
 
 _SMOOTHING_TOLERANCE = 2.0**-40
 """How close `smooth_ece` comes to the bandwidth that equals its error."""
@@ -102,9 +107,12 @@ def reliability_bins(
     c, y = paired(confidence, outcome)
     n_bins = positive_int("n_bins", n_bins)
     if not equal_mass:
-        return _bin_means(equal_width_index(c, n_bins), np.ones_like(c), c, y)
+        binned = Binned(c, y, Clusters.one(c.size), n_bins)
+        return _filled(*binned.sums(np.ones((1, 1)))[:3, 0])
     blocks = ties(c, y)
-    return _bin_means(_equal_mass(blocks, n_bins), blocks.records, blocks.confidence * blocks.records, blocks.outcome)
+    index = _equal_mass(blocks, n_bins)
+    values = blocks.records, blocks.confidence * blocks.records, blocks.outcome
+    return _filled(*(np.bincount(index, weights=value).astype(np.float64) for value in values))
 
 
 def ece(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT_BINS) -> float:
@@ -113,8 +121,7 @@ def ece(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT
     Naeini et al., AAAI 2015; Guo et al., ICML 2017. In [0, 1], 0 is calibrated. Biased upwards: print `ece_floor`
     beside it.
     """
-    bins = reliability_bins(confidence, outcome, n_bins)
-    return float(bins.weight @ np.abs(bins.gap))
+    return _binned(confidence, outcome, n_bins)["ece"]
 
 
 def adaptive_ece(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT_BINS) -> float:
@@ -122,8 +129,7 @@ def adaptive_ece(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int 
 
     Nguyen & O'Connor, EMNLP 2015. Equal confidences are never split between bins (see `reliability_bins`).
     """
-    bins = reliability_bins(confidence, outcome, n_bins, equal_mass=True)
-    return float(bins.weight @ np.abs(bins.gap))
+    return ranked.plain(partial(ranked.adaptive_ece, n_bins=positive_int("n_bins", n_bins)), confidence, outcome)
 
 
 def mce(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT_BINS, *, min_count: int = 1) -> float:
@@ -131,9 +137,7 @@ def mce(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT
 
     Naeini et al., AAAI 2015. In [0, 1]; NaN if no bin holds that many.
     """
-    bins = reliability_bins(confidence, outcome, n_bins)
-    counted = np.abs(bins.gap)[bins.records >= positive_int("min_count", min_count)]
-    return float(counted.max()) if counted.size else float("nan")
+    return _binned(confidence, outcome, n_bins, min_count=min_count)["mce"]
 
 
 def squared_ce(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT_BINS) -> float:
@@ -147,23 +151,12 @@ def squared_ce(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = 
         A value in [−1, 1], about 0 for a calibrated model and then negative about half of the time; NaN if no bin holds
         two records.
     """
-    c, y = paired(confidence, outcome)
-    index = equal_width_index(c, positive_int("n_bins", n_bins))
-    count = np.bincount(index).astype(np.float64)
-    mean = np.bincount(index, weights=c - y) / np.maximum(count, 1)
-    squares = np.bincount(index, weights=(c - y - mean[index]) ** 2)
-    enough = count >= 2
-    if not enough.any():
-        return float("nan")
-    count, mean, squares = count[enough], mean[enough], squares[enough]
-    return float(count @ (mean**2 - squares / (count - 1) / count) / c.size)
+    return _binned(confidence, outcome, n_bins)["squared_ce"]
 
 
 def brier(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
     """Brier score, the mean of (confidence − outcome)², in [0, 1]; lower is better (Brier 1950)."""
-    c, y = paired(confidence, outcome)
-    residual = c - y
-    return float(residual @ residual / c.size)
+    return _binned(confidence, outcome)["brier"]
 
 
 def brier_parts(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT_BINS) -> BrierParts:
@@ -172,15 +165,11 @@ def brier_parts(confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int =
     Murphy 1973, with the within-bin term of Stephenson et al. 2008 that makes the sum exact for any confidences; it is
     0 when the confidences of each bin are equal.
     """
-    c, y = paired(confidence, outcome)
-    bins = reliability_bins(c, y, n_bins)
-    reliability = float(bins.weight @ bins.gap**2)
-    resolution = float(bins.weight @ (bins.outcome - y.mean()) ** 2)
-    uncertainty = float(y.var())
-    return BrierParts(reliability, resolution, uncertainty, brier(c, y) - reliability + resolution - uncertainty)
+    found = _binned(confidence, outcome, n_bins)
+    return BrierParts(*(found[f"brier_{name}"] for name in BrierParts._fields))
 
 
-def nll(confidence: npt.ArrayLike, outcome: npt.ArrayLike, *, clip: float = 1e-6) -> float:
+def nll(confidence: npt.ArrayLike, outcome: npt.ArrayLike, *, clip: float = _CLIP) -> float:
     """Negative log-likelihood in nats: the mean of −outcome·ln(confidence) − (1 − outcome)·ln(1 − confidence).
 
     Args:
@@ -192,11 +181,7 @@ def nll(confidence: npt.ArrayLike, outcome: npt.ArrayLike, *, clip: float = 1e-6
     Raises:
         ValueError: Also if `clip` is not in (0, 0.5).
     """
-    if not 0.0 < clip < 0.5:
-        raise ValueError(f"expected clip in (0, 0.5), got {clip}")
-    c, y = paired(confidence, outcome)
-    c = np.clip(c, clip, 1.0 - clip)
-    return float(-np.mean(y * np.log(c) + (1.0 - y) * np.log1p(-c)))
+    return _binned(confidence, outcome, clip=clip)["nll"]
 
 
 def smooth_ece(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
@@ -208,16 +193,14 @@ def smooth_ece(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
     transform.
     """
     c, y = paired(confidence, outcome)
-    cells, shares = smoothing_cells(c)
-    mass = np.bincount(cells.ravel(), weights=(shares * (c - y)).ravel(), minlength=SMOOTHING_CELLS)
-    return smooth_error(mass / c.size)
+    return plain(Smooth(c, y, Clusters.one(c.size)))["smooth_ece"]
 
 
-def smooth_error(mass: Floats) -> float:
+def _smooth_error(mass: Floats) -> float:
     """The σ at which smECE_σ = σ, for residuals already summed onto the grid.
 
     Args:
-        mass: Shape (SMOOTHING_CELLS,): Σ (confidence − outcome) / n of what each cell holds (`smoothing_cells`).
+        mass: Shape (SMOOTHING_CELLS,): Σ (confidence − outcome) / n of what each cell holds (`_smoothing_cells`).
     """
     spectrum = dct(mass * SMOOTHING_CELLS)
     squared_frequency = (np.pi * np.arange(spectrum.size)) ** 2
@@ -281,16 +264,116 @@ def ece_floor(
     return EceFloor(float(errors.mean()), float(np.quantile(errors, 0.95)))
 
 
-def equal_width_index(confidence: Floats, n_bins: int) -> npt.NDArray[np.intp]:
-    """Index of the equal-width bin of each checked confidence, shape (n,)."""
-    # k / n_bins is the double nearest to the edge, as a confidence written in decimals is; linspace can miss it by one.
-    edges = np.arange(n_bins + 1) / n_bins
-    edges[0] = -1.0
-    index = np.clip(np.ceil(confidence * n_bins).astype(np.intp) - 1, 0, n_bins - 1)
-    # The product above rounds and may carry a value over an edge: compare with the edges themselves.
-    index -= confidence <= edges[index]
-    index += confidence > edges[index + 1]
-    return index
+class Binned:
+    """Calibration metrics over equal-width bins, and scores that are means over records.
+
+    Args:
+        confidence: Shape (n,), in [0, 1].
+        outcome: Shape (n,), in [0, 1].
+        clusters: Of the n records.
+        n_bins: Bins of ECE, MCE and the parts of the Brier score, at least 1.
+        min_count: Records that a bin must hold for its gap to be the largest, the MCE, at least 1.
+        clip: Confidences are moved into [clip, 1 − clip] for the log-likelihood; in (0, 0.5).
+
+    Raises:
+        ValueError: If arrays or numbers are not as told.
+    """
+
+    names = (
+        "ece",
+        "mce",
+        "squared_ce",
+        "brier",
+        "brier_reliability",
+        "brier_resolution",
+        "brier_uncertainty",
+        "brier_within_bin",
+        "nll",
+    )
+
+    def __init__(
+        self,
+        confidence: npt.ArrayLike,
+        outcome: npt.ArrayLike,
+        clusters: Clusters,
+        n_bins: int = DEFAULT_BINS,
+        *,
+        min_count: int = 1,
+        clip: float = _CLIP,
+    ) -> None:
+        if not 0.0 < clip < 0.5:
+            raise ValueError(f"expected clip in (0, 0.5), got {clip}")
+        self._n_bins, self._min_count = positive_int("n_bins", n_bins), positive_int("min_count", min_count)
+        c, y = paired(confidence, outcome)
+        cells, one = equal_width_index(c, n_bins), np.ones_like(c)
+        rows = (one, c, y, (c - y) ** 2)
+        index = np.concatenate([cells + k * n_bins for k in range(len(rows))])
+        self._bins = Sums(index, np.concatenate(rows), clusters.repeated(len(rows)), len(rows) * n_bins)
+        p = np.clip(c, clip, 1.0 - clip)
+        self._scores = Sums.stacked([y**2, -(y * np.log(p) + (1.0 - y) * np.log1p(-p))], clusters)
+
+    def sums(self, counts: Floats) -> Floats:
+        """Records and sums of confidence, outcome and squared residual of each bin, shape (4, resamples, bins)."""
+        return np.moveaxis(self._bins(counts).reshape(len(counts), 4, self._n_bins), 1, 0)
+
+    def __call__(self, counts: Floats) -> Floats:
+        """Values of `names`, shape (resamples, names)."""
+        n, c, y, square = self.sums(counts)
+        y_square, nll = self._scores(counts).T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            total, filled = n.sum(axis=1), np.maximum(n, 1)
+            share, mean_y = n / total[:, None], y.sum(axis=1) / total
+            gap = (c - y) / filled
+            reliability = np.sum(share * gap**2, axis=1)
+            resolution = np.sum(share * (y / filled - mean_y[:, None]) ** 2, axis=1)
+            uncertainty = y_square / total - mean_y**2
+            brier = square.sum(axis=1) / total
+            variance = (square - n * gap**2) / np.maximum(n - 1, 1) / filled
+            counted = n >= self._min_count
+            several = np.where(n >= 2, n, 0.0)
+            values = (
+                np.sum(share * np.abs(gap), axis=1),
+                np.where(counted.any(axis=1), np.where(counted, np.abs(gap), 0.0).max(axis=1), np.nan),
+                np.where(several.any(axis=1), np.sum(several * (gap**2 - variance), axis=1) / total, np.nan),
+                brier,
+                reliability,
+                resolution,
+                uncertainty,
+                brier - reliability + resolution - uncertainty,
+                nll / total,
+            )
+            return np.where(total[:, None] > 0, np.stack(values, axis=1), np.nan)
+
+
+class Smooth:
+    """Smooth ECE.
+
+    Args:
+        confidence: Shape (n,), in [0, 1].
+        outcome: Shape (n,), in [0, 1].
+        clusters: Of the n records.
+    """
+
+    names = ("smooth_ece",)
+
+    def __init__(self, confidence: npt.ArrayLike, outcome: npt.ArrayLike, clusters: Clusters) -> None:
+        c, y = paired(confidence, outcome)
+        cells, shares = _smoothing_cells(c)
+        self._mass = Sums(cells.ravel(), (shares * (c - y)).ravel(), clusters.repeated(2), SMOOTHING_CELLS)
+        self._records = Sums.stacked([np.ones_like(c)], clusters)
+
+    def __call__(self, counts: Floats) -> Floats:
+        """Smooth ECE, shape (resamples, 1); NaN for a resample without records."""
+        totals = self._records(counts)[:, 0]
+        pairs = zip(self._mass(counts), totals, strict=True)
+        return np.array([[_smooth_error(mass / total) if total else np.nan] for mass, total in pairs])
+
+
+def _binned(
+    confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT_BINS, **options: Any
+) -> dict[str, float]:
+    c, y = paired(confidence, outcome)
+    return plain(Binned(c, y, Clusters.one(c.size), n_bins, **options))
 
 
 def _equal_mass(blocks: Ties, n_bins: int) -> npt.NDArray[np.intp]:
@@ -299,11 +382,9 @@ def _equal_mass(blocks: Ties, n_bins: int) -> npt.NDArray[np.intp]:
     return (twice_middle_rank * n_bins // int(2 * blocks.records.sum())).astype(np.intp)
 
 
-def _bin_means(index: npt.NDArray[np.intp], records: Floats, confidence: Floats, outcome: Floats) -> Bins:
-    totals = np.bincount(index, weights=records).astype(np.float64)
-    used = totals > 0
-    means = (np.bincount(index, weights=values)[used] / totals[used] for values in (confidence, outcome))
-    return Bins(totals[used], *means)
+def _filled(records: Floats, confidence: Floats, outcome: Floats) -> Bins:
+    used = records > 0
+    return Bins(records[used], confidence[used] / records[used], outcome[used] / records[used])
 
 
 def _change_points(*keys: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
@@ -311,7 +392,7 @@ def _change_points(*keys: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
     return np.flatnonzero(np.concatenate(([True], changed)))
 
 
-def smoothing_cells(confidence: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
+def _smoothing_cells(confidence: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
     """The two grid cells that share each record's residual, and their shares; both of shape (2, n)."""
     position = np.clip(confidence * SMOOTHING_CELLS - 0.5, 0.0, SMOOTHING_CELLS - 1.0)
     left = np.minimum(position.astype(np.intp), SMOOTHING_CELLS - 2)

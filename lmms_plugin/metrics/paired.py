@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from lmms_plugin.metrics._inputs import Floats, fractions
 from lmms_plugin.metrics.bootstrap import Draws, Interval, Method, interval, p_value
-from lmms_plugin.metrics.weighted import METHODS
+from lmms_plugin.metrics.intervals import METHODS
 
 
 class Flips(NamedTuple):
@@ -85,7 +85,8 @@ def difference(
         margin: Largest difference, either way, that counts as none; see `equivalent`.
     """
     (value_a, resampled_a), (value_b, resampled_b) = first.of(name), second.of(name)
-    return from_resamples(value_b - value_a, resampled_b - resampled_a, METHODS.get(name, "percentile"), level, margin)
+    method = METHODS.get(name, "percentile")
+    return from_resamples(value_b - value_a, resampled_b - resampled_a, method, level, margin, widest=1.0)
 
 
 def interaction(
@@ -107,12 +108,32 @@ def interaction(
     pairs = [draws.of(name) for draws in (clean_first, shifted_first, clean_second, shifted_second)]
     (a, a_drawn), (b, b_drawn), (c, c_drawn), (d, d_drawn) = pairs
     method = METHODS.get(name, "percentile")
-    return from_resamples((d - c) - (b - a), (d_drawn - c_drawn) - (b_drawn - a_drawn), method, level, margin)
+    drawn = (d_drawn - c_drawn) - (b_drawn - a_drawn)
+    return from_resamples((d - c) - (b - a), drawn, method, level, margin, widest=2.0)
 
 
-def from_resamples(value: float, resampled: Floats, method: Method, level: float, margin: float | None) -> Difference:
-    """A difference with its interval, p-value and, given a margin, equivalence."""
+def from_resamples(
+    value: float,
+    resampled: Floats,
+    method: Method,
+    level: float,
+    margin: float | None,
+    *,
+    widest: float = float("inf"),
+) -> Difference:
+    """A difference with its interval, p-value and, given a margin, equivalence.
+
+    Args:
+        value: On the data themselves.
+        resampled: Shape (resamples,).
+        method: How resamples become an interval.
+        level: Confidence level of the interval.
+        margin: See `equivalent`; None to leave that out.
+        widest: How far from 0 the difference may be at all: an interval that is not of quantiles ends there.
+    """
     low, high = interval(value, resampled, level=level, method=method)
+    if method == "basic":
+        low, high = np.clip((low, high), -widest, widest).tolist()
     # Two one-sided tests at 1 − level each: the interval of level 2·level − 1.
     narrow = interval(value, resampled, level=2 * level - 1, method=method)
     decided = None if margin is None else equivalent(narrow, margin)

@@ -1,195 +1,227 @@
 """The metrics that depend on the order of confidences, as functions of how often each cluster counts.
 
-Records are sorted once. A resample then is one gather and one cumulative sum of small integers; everything else is read
-off where an answer was wrong, because a curve changes its course nowhere else: between two wrong answers risk only
-falls, and right answers add to an area what their number says. With whole counts each metric equals the one of the
-same name on the records repeated that often, of which `lmms_plugin.metrics.bootstrap` makes intervals.
+Records are sorted once. A resample then is one gather and one cumulative sum of small integers, of many resamples at
+once; everything else is read off where an answer was wrong, because a curve changes its course nowhere else: between
+two wrong answers risk only falls, and right answers add to an area what their number says. With whole counts each
+metric is that of the records repeated that often; that of the records as they are is the same with every count 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.metrics._inputs import Floats, paired
+from lmms_plugin.metrics._inputs import ROUNDING, Floats, paired
+from lmms_plugin.metrics.bins import DEFAULT_BINS
 from lmms_plugin.metrics.bootstrap import Clusters
-from lmms_plugin.metrics.calibration import DEFAULT_BINS
-from lmms_plugin.metrics.selective import RISKS
+
+RISKS: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.2)
+"""Tolerated risks at which coverage is reported."""
 
 Whole = npt.NDArray[np.integer]
 Places = npt.NDArray[np.intp]
 
-_ROUNDING = 1e-12
 _SMALL = np.iinfo(np.int32).max
+_AT_ONCE = 100_000
+"""Numbers per array: larger ones are given back to the system every time, and fetched anew."""
 
 
 class Curve:
-    """The risk–coverage curve of a resample, from the highest confidence down, at every confidence with an error.
+    """Risk–coverage curves of some resamples, from the highest confidence down, at every confidence with an error.
 
     Attributes:
         order: The sorted records.
-        times: Shape (clusters,), how often each cluster was drawn.
-        total: Records drawn.
+        times: Shape (resamples, clusters), how often each cluster was drawn.
     """
 
-    def __init__(self, order: "_Order", times: Whole, total: int) -> None:
-        self.order, self.times, self.total = order, times, total
+    def __init__(self, order: "Order", times: Whole) -> None:
+        self.order, self.times = order, times
 
     @cached_property
     def drawn(self) -> Whole:
-        """Shape (n,), how often each record was drawn."""
-        return self.times.take(self.order.index)
+        """Shape (resamples, n), how often each record was drawn."""
+        return self.times.take(self.order.index, axis=1)
 
     @cached_property
     def answered(self) -> Whole:
-        """Shape (n + 1,), records drawn among the k most confident."""
-        return _cumulative(self.drawn, self.total)
+        """Shape (resamples, n + 1), records drawn among the k most confident."""
+        return _cumulative(self.drawn)
+
+    @cached_property
+    def total(self) -> Whole:
+        """Shape (resamples,), records drawn; 1 where there are none, of which every metric is undefined."""
+        return np.maximum(self.answered[:, -1], 1)
+
+    @property
+    def empty(self) -> npt.NDArray[np.bool_]:
+        """Shape (resamples,), whether no record was drawn."""
+        return np.equal(self.answered[:, -1], 0)
 
     @cached_property
     def before(self) -> Whole:
-        """Shape (points,), records of a higher confidence."""
-        return self.answered.take(self.order.starts)
+        """Shape (resamples, points), records of a higher confidence."""
+        return self.answered.take(self.order.starts, axis=1)
 
     @cached_property
     def after(self) -> Whole:
-        """Shape (points,), records of this or a higher confidence."""
-        return self.answered.take(self.order.ends)
+        """Shape (resamples, points), records of this or a higher confidence."""
+        return self.answered.take(self.order.ends, axis=1)
 
     @cached_property
     def _wrong(self) -> Floats:
-        drawn = self.drawn.take(self.order.wrong)
-        if self.order.loss is None:
-            found = _cumulative(drawn, self.total)
-        else:
-            found = np.concatenate(([0.0], np.cumsum(drawn * self.order.loss)))
-        return found.take(self.order.bounds).astype(np.float64)
+        drawn = self.drawn.take(self.order.wrong, axis=1)
+        sums = _cumulative(drawn if self.order.loss is None else drawn * self.order.loss)
+        return sums.take(self.order.bounds, axis=1).astype(np.float64)
 
     @property
     def wrong_before(self) -> Floats:
-        """Shape (points,), 1 − outcome summed over records of a higher confidence."""
-        return self._wrong[:-1]
+        """Shape (resamples, points), 1 − outcome summed over records of a higher confidence."""
+        return self._wrong[:, :-1]
 
     @property
-    def wrong(self) -> float:
-        """1 − outcome summed over all records."""
-        return float(self._wrong[-1])
+    def wrong(self) -> Floats:
+        """Shape (resamples,), 1 − outcome summed over all records."""
+        return self._wrong[:, -1]
 
     @property
-    def right(self) -> float:
-        """Outcomes summed over all records."""
+    def right(self) -> Floats:
+        """Shape (resamples,), outcomes summed over all records."""
         return self.total - self.wrong
 
     @cached_property
     def lost(self) -> Floats:
-        """Shape (points,), 1 − outcome summed over records of this confidence."""
-        return np.diff(self._wrong)
+        """Shape (resamples, points), 1 − outcome summed over records of this confidence."""
+        return np.diff(self._wrong, axis=1)
 
     @cached_property
     def records(self) -> Floats:
-        """Shape (points,), records of this confidence."""
+        """Shape (resamples, points), records of this confidence."""
         return np.subtract(self.after, self.before, dtype=np.float64)
 
     @cached_property
     def right_before(self) -> Floats:
-        """Shape (points,), outcomes summed over records of a higher confidence."""
+        """Shape (resamples, points), outcomes summed over records of a higher confidence."""
         return self.before - self.wrong_before
 
     @cached_property
     def risk_before(self) -> Floats:
-        """Shape (points,), risk of answering all of a higher confidence; 0 where there is none."""
+        """Shape (resamples, points), risk of answering all of a higher confidence; 0 where there is none."""
         return self.wrong_before / np.maximum(self.before, 1)
 
     @cached_property
-    def aurc(self) -> float:
-        """Area under the risk–coverage curve."""
-        mean = self.lost / np.maximum(self.records, 1.0)
-        return _area(self.before, self.after, mean, self.total)
+    def aurc(self) -> Floats:
+        """Shape (resamples,), area under the risk–coverage curve."""
+        return _area(self.before, self.after, self.lost / np.maximum(self.records, 1.0), self.total)
 
     @cached_property
-    def ideal_aurc(self) -> float:
-        """The same of these records in the best order: by outcome."""
-        if self.order.loss is None:
-            ends = np.array([0, round(self.right), self.total])
-            return _area(ends[:-1], ends[1:], np.array([0.0, 1.0]), self.total)
-        index, bounds, loss = self.order.by_outcome
-        ends = _cumulative(self.times.take(index), self.total).take(bounds)
-        return _area(ends[:-1], ends[1:], loss, self.total)
+    def ideal_aurc(self) -> Floats:
+        """Shape (resamples,), the same of these records in the best order: by outcome."""
+        if self.order.loss is not None:
+            return Curve(self.order.best, self.times).aurc
+        after = self.total[:, None]
+        before = after - self.wrong.astype(after.dtype)[:, None]
+        return _area(before, after, np.ones(after.shape), self.total)
+
+    def where_mixed(self, values: Callable[[], Floats]) -> Floats:
+        """Values of shape (resamples,), NaN where all answers are right or all are wrong."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found: Floats = np.where(np.minimum(self.wrong, self.right) > 0.0, values(), np.nan)
+        return found
 
 
-def _area(before: Whole, after: Whole, loss: Floats, total: int) -> float:
+Metric = Callable[[Curve], Floats]
+"""From curves to one value of each, shape (resamples,)."""
+
+
+def _area(before: Whole, after: Whole, loss: Floats, total: Whole) -> Floats:
     # A record at rank k adds its loss to the risk at every rank from there: loss · (H(total) − H(k − 1)). Of records
     # that share a confidence each has their mean loss, and Σ H(k − 1) over their ranks is a difference of ΣH.
-    sums = _harmonic_sums(1 << total.bit_length())
+    sums = _harmonic_sums(1 << int(total.max()).bit_length())
     harmonic = (sums[total] + total) / total
-    parts = (after - before) * harmonic - (sums.take(after) - sums.take(before))
-    return float(loss @ parts / total)
+    parts = np.subtract(after, before, dtype=np.float64) * harmonic[:, None] - (sums.take(after) - sums.take(before))
+    # A risk, but for rounding.
+    area: Floats = np.clip(np.sum(loss * parts, axis=1) / total, 0.0, 1.0)
+    return area
 
 
-def _aurc(curve: Curve) -> float:
+def aurc(curve: Curve) -> Floats:
+    """Area under the risk–coverage curve, as `lmms_plugin.metrics.selective.aurc`."""
     return curve.aurc
 
 
-def _e_aurc(curve: Curve) -> float:
+def e_aurc(curve: Curve) -> Floats:
+    """What that is above the best possible one."""
     return curve.aurc - curve.ideal_aurc
 
 
-def _coverage(curve: Curve, risk: float) -> float:
-    bound = risk + _ROUNDING
-    if curve.wrong / curve.total <= bound:
-        return 1.0
+def coverage(curve: Curve, risk: float) -> Floats:
+    """Coverage at a risk."""
+    bound = risk + ROUNDING
+    if not curve.before.shape[1]:
+        return np.ones(curve.total.size)
     # Risk falls up to the next error, so its last admissible value lies just before one, the first at the latest.
-    within = curve.risk_before[::-1] <= bound
-    return float(curve.before[-1 - int(within.argmax())] / curve.total)
+    last = curve.before.shape[1] - 1 - np.argmax((curve.risk_before <= bound)[:, ::-1], axis=1)
+    reached = curve.before[np.arange(last.size), last] / curve.total
+    found: Floats = np.where(curve.wrong / curve.total <= bound, 1.0, reached)
+    return found
 
 
-def _auroc(curve: Curve) -> float:
-    if min(curve.wrong, curve.right) <= 0.0:
-        return float("nan")
-    below = curve.lost @ (curve.right_before + (curve.records - curve.lost) / 2)
-    return float(below / (curve.right * curve.wrong))
+def auroc(curve: Curve) -> Floats:
+    """Chance that a right answer has a higher confidence than a wrong one; NaN without both."""
+    below = np.sum(curve.lost * (curve.right_before + (curve.records - curve.lost) / 2), axis=1)
+    return curve.where_mixed(lambda: below / (curve.right * curve.wrong))
 
 
-def _aupr_error(curve: Curve) -> float:
-    if min(curve.wrong, curve.right) <= 0.0:
-        return float("nan")
-    found, looked_at = curve.wrong - curve.wrong_before, np.maximum(curve.total - curve.before, 1)
-    return float(curve.lost @ (found / looked_at) / curve.wrong)
+def aupr_error(curve: Curve) -> Floats:
+    """Average precision of finding errors; NaN without both right and wrong answers."""
+    found = curve.wrong[:, None] - curve.wrong_before
+    looked_at = np.maximum(curve.total[:, None] - curve.before, 1)
+    return curve.where_mixed(lambda: np.sum(curve.lost * (found / looked_at), axis=1) / curve.wrong)
 
 
-def _fpr(curve: Curve, tpr: float = 0.95) -> float:
-    if min(curve.wrong, curve.right) <= 0.0:
-        return float("nan")
+def fpr_at_tpr(curve: Curve, tpr: float = 0.95) -> Floats:
+    """Share of errors above the threshold that accepts that many right answers; NaN without both."""
+    points = curve.lost.shape[1]
+    if not points:
+        return np.full(curve.total.size, np.nan)
     # Accepted are the errors above which too few right answers are.
-    above = np.searchsorted(curve.right_before, (tpr - _ROUNDING) * curve.right)
-    return float(curve.wrong_before[above] / curve.wrong) if above < curve.lost.size else 1.0
+    above = np.count_nonzero(curve.right_before < ((tpr - ROUNDING) * curve.right)[:, None], axis=1)
+    accepted = curve.wrong_before[np.arange(above.size), np.minimum(above, points - 1)]
+    return curve.where_mixed(lambda: np.where(above < points, accepted / curve.wrong, 1.0))
 
 
-def _adaptive_ece(curve: Curve, n_bins: int = DEFAULT_BINS) -> float:
-    blocks, total = curve.order.blocks, curve.total
-    ends = curve.answered[1:] if blocks is None else curve.answered.take(blocks)
-    # A block's middle rank from below, times 2, is 2·total − 1 − (records above it + records above the next).
-    sought = ((2 * total - 1) * n_bins - 2 * total * np.arange(n_bins - 1, 0, -1)) / n_bins
-    first = np.searchsorted(ends, sought / 2, side="right")
-    cuts = first + (ends[first].astype(np.float64) + np.where(first > 0, ends[first - 1], 0) <= sought)
-    # Cuts count blocks: as places of records they are where the block before them ends.
-    places = cuts if blocks is None else np.where(cuts > 0, blocks[cuts - 1], 0)
+def adaptive_ece(curve: Curve, n_bins: int = DEFAULT_BINS) -> Floats:
+    """Calibration error over bins of equal mass."""
+    blocks = curve.order.blocks
+    ends = curve.answered[:, 1:] if blocks is None else curve.answered.take(blocks, axis=1)
     gaps = curve.drawn * curve.order.residual
-    parts = [gaps[start:stop].sum() for start, stop in pairwise((0, *places.tolist(), gaps.size))]
-    return float(np.abs(parts).sum() / total)
+    found = np.empty(curve.total.size)
+    for row, (total, upto, gap) in enumerate(zip(curve.total.tolist(), ends, gaps, strict=True)):
+        # A block's middle rank from below, times 2, is 2·total − 1 − (records above it + records above the next).
+        sought = ((2 * total - 1) * n_bins - 2 * total * np.arange(n_bins - 1, 0, -1)) / n_bins
+        first = np.searchsorted(upto, sought / 2, side="right")
+        first = np.minimum(first, upto.size - 1)
+        cuts = first + (upto[first].astype(np.float64) + np.where(first > 0, upto[first - 1], 0) <= sought)
+        # Cuts count blocks: as places of records they are where the block before them ends.
+        places = cuts if blocks is None else np.where(cuts > 0, blocks[cuts - 1], 0)
+        parts = [gap[start:stop].sum() for start, stop in pairwise((0, *places.tolist(), gap.size))]
+        found[row] = np.abs(parts).sum() / total
+    return found
 
 
-RANKED: Mapping[str, Callable[[Curve], float]] = MappingProxyType(
+RANKED: Mapping[str, Metric] = MappingProxyType(
     {
-        "aurc": _aurc,
-        "e_aurc": _e_aurc,
-        **{f"coverage@{risk:g}": partial(_coverage, risk=risk) for risk in RISKS},
-        "auroc": _auroc,
-        "aupr_error": _aupr_error,
-        "fpr_at_tpr": _fpr,
-        "adaptive_ece": _adaptive_ece,
+        "aurc": aurc,
+        "e_aurc": e_aurc,
+        **{f"coverage@{risk:g}": partial(coverage, risk=risk) for risk in RISKS},
+        "auroc": auroc,
+        "aupr_error": aupr_error,
+        "fpr_at_tpr": fpr_at_tpr,
+        "adaptive_ece": adaptive_ece,
     }
 )
 """Metrics that depend on the order of confidences, by name."""
@@ -214,27 +246,49 @@ class Ranked:
     ) -> None:
         c, y = paired(confidence, outcome)
         self.names = tuple(names)
-        self._order = _Order(c, y, clusters.index)
-        self._sizes = np.bincount(clusters.index, minlength=clusters.count).astype(np.float64)
+        self._order = Order(c, y, clusters.index)
 
-    def __call__(self, counts: Floats) -> Floats:
+    def __call__(self, counts: npt.NDArray[Any]) -> Floats:
         """Values of `names`, shape (resamples, names); NaN for a resample without records.
 
         Raises:
             ValueError: If a count is not a whole number of at least 0.
         """
-        totals = (counts @ self._sizes).tolist()
-        return np.array([self._one(row, int(total)) for row, total in zip(_whole(counts), totals, strict=True)])
+        step = max(1, _AT_ONCE // self._order.index.size)
+        times = _whole(counts, many=step > 1)
+        return np.concatenate([self._rows(times[k : k + step]) for k in range(0, len(times), step)])
 
-    def _one(self, times: Whole, total: int) -> list[float]:
-        curve = Curve(self._order, times, total)
-        return [RANKED[name](curve) if total else float("nan") for name in self.names]
+    def _rows(self, times: Whole) -> Floats:
+        curve = Curve(self._order, times)
+        found: Floats = np.stack([RANKED[name](curve) for name in self.names], axis=1)
+        found[curve.empty] = np.nan
+        return found
 
 
-class _Order:
+def plain(metric: Metric, confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
+    """A metric of the records as they are.
+
+    Raises:
+        ValueError: As `lmms_plugin.metrics.selective`.
+    """
+    c, y = paired(confidence, outcome)
+    return float(metric(Curve(Order(c, y, np.zeros(c.size, np.intp)), np.ones((1, 1), np.int32)))[0])
+
+
+def everywhere(confidence: Floats, outcome: Floats) -> tuple[Floats, Floats, Floats]:
+    """Confidence, coverage and risk of checked records at every distinct confidence, descending; shape (points,)."""
+    order = Order(confidence, outcome, np.zeros(confidence.size, np.intp))
+    ends = np.arange(1, confidence.size + 1) if order.blocks is None else order.blocks
+    lost = np.cumsum(1.0 - order.outcome)[ends - 1]
+    return order.confidence[ends - 1], ends / confidence.size, lost / ends
+
+
+class Order:
     """Records from the highest confidence down.
 
     Attributes:
+        confidence: Shape (n,).
+        outcome: Shape (n,).
         index: Shape (n,), cluster of each.
         residual: Shape (n,), confidence − outcome.
         blocks: Shape (blocks,), where each block of equal confidences ends; None if all confidences differ.
@@ -247,13 +301,13 @@ class _Order:
 
     def __init__(self, confidence: Floats, outcome: Floats, index: Places) -> None:
         places = np.argsort(-confidence, kind="stable")
-        c, self._outcome, self.index = confidence[places], outcome[places], index[places].astype(np.intp)
-        self.residual = c - self._outcome
-        starts = _starts(c)
-        ends = np.append(starts[1:], c.size)
-        self.blocks = None if starts.size == c.size else ends
-        self.wrong = np.flatnonzero(self._outcome < 1.0)
-        loss = 1.0 - self._outcome[self.wrong]
+        self.confidence, self.outcome = confidence[places], outcome[places]
+        self.index = index[places].astype(np.intp)
+        starts = _starts(self.confidence)
+        ends = np.append(starts[1:], confidence.size)
+        self.blocks = None if starts.size == confidence.size else ends
+        self.wrong = np.flatnonzero(self.outcome < 1.0)
+        loss = 1.0 - self.outcome[self.wrong]
         self.loss = None if np.all(loss == 1.0) else loss
         block = np.searchsorted(ends, self.wrong, side="right")
         first = _starts(block)
@@ -261,12 +315,14 @@ class _Order:
         self.bounds = np.append(first, self.wrong.size)
 
     @cached_property
-    def by_outcome(self) -> tuple[Places, Places, Floats]:
-        """In the order of outcomes, best first: clusters (n,), bounds (levels + 1,) and 1 − outcome (levels,)."""
-        places = np.argsort(-self._outcome, kind="stable")
-        y = self._outcome[places]
-        starts = _starts(y)
-        return self.index[places], np.append(starts, y.size), 1.0 - y[starts]
+    def residual(self) -> Floats:
+        """Shape (n,), confidence − outcome."""
+        return self.confidence - self.outcome
+
+    @cached_property
+    def best(self) -> "Order":
+        """The same records in the order of their outcomes."""
+        return Order(self.outcome, self.outcome, self.index)
 
 
 def _starts(ordered: npt.NDArray[np.generic]) -> Places:
@@ -276,21 +332,26 @@ def _starts(ordered: npt.NDArray[np.generic]) -> Places:
     return np.flatnonzero(changed)
 
 
-def _cumulative(drawn: Whole, total: int) -> Whole:
-    """Sums of the first 0, 1, … n, shape (n + 1,); numpy adds 32-bit integers up several times as fast as others."""
-    sums: Whole = np.empty(drawn.size + 1, np.int32 if total <= _SMALL else np.int64)
-    sums[0] = 0
-    np.cumsum(drawn, dtype=sums.dtype, out=sums[1:])
+def _cumulative(drawn: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Sums of the first 0, 1, … n of each row; numpy adds 32-bit integers up several times as fast as others."""
+    kind: npt.DTypeLike = np.float64
+    if drawn.dtype.kind in "iu":
+        highest = int(drawn.max(initial=0))
+        kind = np.int32 if highest * drawn.shape[1] <= _SMALL else np.int64
+    sums = np.empty((len(drawn), drawn.shape[1] + 1), kind)
+    sums[:, 0] = 0
+    np.cumsum(drawn, axis=1, dtype=sums.dtype, out=sums[:, 1:])
     return sums
 
 
-def _whole(counts: Floats) -> Whole:
-    """Counts as the smallest integers that hold them, row after row."""
+def _whole(counts: npt.NDArray[Any], *, many: bool) -> Whole:
+    """Counts row after row: 32-bit integers where many rows are added up, else the smallest that hold them."""
     highest = counts.max()
-    kind = np.uint8 if highest < 2**8 else np.uint16 if highest < 2**16 else np.int64
+    small = np.int32 if many else np.uint8 if highest < 2**8 else np.uint16
+    kind = small if highest < 2**16 else np.int64
     with np.errstate(invalid="ignore"):
         times: Whole = counts.astype(kind, order="C")
-    if not np.array_equal(times, counts):
+    if counts.min() < 0 or not np.array_equal(times, counts):
         raise ValueError("expected whole counts of clusters, got others")
     return times
 

@@ -10,25 +10,24 @@ Definitions follow the standalone evaluator of Whitehead et al., "Reliable Visua
 (facebookresearch/reliable_vqa), in fractions instead of percent; differences are stated where there are any.
 """
 
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.metrics._inputs import Floats, one_fraction, paired
+from lmms_plugin.metrics import ranked
+from lmms_plugin.metrics._inputs import ROUNDING, Floats, one_fraction, paired
 from lmms_plugin.metrics._ties import ties
-
-RISKS: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.2)
-"""Tolerated risks at which coverage is reported."""
+from lmms_plugin.metrics.bootstrap import Clusters
+from lmms_plugin.metrics.sums import Sums, plain
 
 COSTS: tuple[float, ...] = (1, 10, 100)
 """Costs of a wrong answer for which effective reliability is reported."""
 
 HELD_OUT, REPORTED = "val", "test"
 """Parts of a task that brings its own split: thresholds are chosen on the first and results reported on the second."""
-
-_ROUNDING = 1e-12
-"""Slack on a bound that sums of soft outcomes should meet exactly: in floating point 1 - 0.7 exceeds 0.3."""
 
 
 class RiskCoverage(NamedTuple):
@@ -60,9 +59,7 @@ class OperatingPoint(NamedTuple):
 def risk_coverage(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> RiskCoverage:
     """Risk–coverage curve (El-Yaniv & Wiener, JMLR 2010), one point per distinct confidence."""
     c, y = paired(confidence, outcome)
-    blocks = ties(c, 1.0 - y)
-    answered = np.cumsum(blocks.records[::-1])
-    return RiskCoverage(blocks.confidence[::-1], answered / c.size, np.cumsum(blocks.outcome[::-1]) / answered)
+    return RiskCoverage(*ranked.everywhere(c, y))
 
 
 def aurc(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
@@ -72,10 +69,7 @@ def aurc(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
     is taken, so a constant confidence gets the overall risk. (reliable_vqa integrates by trapezoids from coverage 1/n
     instead and takes tied records in file order.)
     """
-    c, y = paired(confidence, outcome)
-    blocks = ties(c, 1.0 - y)
-    losses = np.repeat(blocks.outcome / blocks.records, blocks.records.astype(np.intp))[::-1]
-    return float(np.mean(np.cumsum(losses) / np.arange(1, c.size + 1)))
+    return ranked.plain(ranked.aurc, confidence, outcome)
 
 
 def e_aurc(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
@@ -84,7 +78,7 @@ def e_aurc(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
     The best ranking's area is computed for these n records, not by its limit r + (1 − r)·ln(1 − r), so a perfect
     ranking gets 0.
     """
-    return aurc(confidence, outcome) - aurc(outcome, outcome)
+    return ranked.plain(ranked.e_aurc, confidence, outcome)
 
 
 def coverage_at_risk(confidence: npt.ArrayLike, outcome: npt.ArrayLike, risk: float) -> float:
@@ -98,9 +92,7 @@ def coverage_at_risk(confidence: npt.ArrayLike, outcome: npt.ArrayLike, risk: fl
     Returns:
         A fraction in [0, 1]; 0 if even the most confident records exceed the risk.
     """
-    curve = risk_coverage(confidence, outcome)
-    within = np.flatnonzero(curve.risk <= one_fraction("risk", risk) + _ROUNDING)
-    return float(curve.coverage[within[-1]]) if within.size else 0.0
+    return ranked.plain(partial(ranked.coverage, risk=one_fraction("risk", risk)), confidence, outcome)
 
 
 def threshold_at_risk(confidence: npt.ArrayLike, outcome: npt.ArrayLike, risk: float) -> float:
@@ -109,7 +101,7 @@ def threshold_at_risk(confidence: npt.ArrayLike, outcome: npt.ArrayLike, risk: f
     Choose it on held-out records and read what it achieves elsewhere with `at_threshold`.
     """
     curve = risk_coverage(confidence, outcome)
-    within = np.flatnonzero(curve.risk <= one_fraction("risk", risk) + _ROUNDING)
+    within = np.flatnonzero(curve.risk <= one_fraction("risk", risk) + ROUNDING)
     return float(curve.threshold[within[-1]]) if within.size else float("inf")
 
 
@@ -120,9 +112,8 @@ def at_threshold(confidence: npt.ArrayLike, outcome: npt.ArrayLike, threshold: f
         ValueError: Also if the threshold is NaN.
     """
     c, y = paired(confidence, outcome)
-    answered = c >= _threshold(threshold)
-    risk = 1.0 - float(y[answered].mean()) if answered.any() else float("nan")
-    return OperatingPoint(float(answered.mean()), risk)
+    found = plain(Gains(c, y, Clusters.one(c.size), {0.0: _threshold(threshold)}, {}))
+    return OperatingPoint(*found.values())
 
 
 def effective_reliability(confidence: npt.ArrayLike, outcome: npt.ArrayLike, cost: float, threshold: float) -> float:
@@ -146,8 +137,8 @@ def effective_reliability(confidence: npt.ArrayLike, outcome: npt.ArrayLike, cos
         ValueError: Also if the cost is negative, infinite or NaN, or the threshold is NaN.
     """
     c, y = paired(confidence, outcome)
-    earned = np.where(y > 0.0, y, -_cost(cost))
-    return float(np.sum(earned, where=c >= _threshold(threshold)) / c.size)
+    (earned,) = plain(Gains(c, y, Clusters.one(c.size), {}, {_cost(cost): _threshold(threshold)})).values()
+    return earned
 
 
 def threshold_at_cost(
@@ -172,7 +163,7 @@ def threshold_at_cost(
     if may_decline_all and best < 0.0:
         return float("inf")
     # Sums of soft outcomes that should be equal may differ in the last digits.
-    last = np.flatnonzero(earned >= best - _ROUNDING * max(1.0, abs(best)))[-1]
+    last = np.flatnonzero(earned >= best - ROUNDING * max(1.0, abs(best)))[-1]
     return float(blocks.confidence[::-1][last])
 
 
@@ -182,12 +173,7 @@ def auroc(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
     A soft outcome counts as that fraction of a right answer and the rest of a wrong one. In [0, 1], 0.5 is chance;
     NaN if all outcomes are right or all are wrong, where it is undefined.
     """
-    blocks = ties(*paired(confidence, outcome))
-    right, wrong = blocks.outcome, blocks.records - blocks.outcome
-    if right.sum() == 0.0 or wrong.sum() == 0.0:
-        return float("nan")
-    wrong_below = np.cumsum(wrong) - wrong / 2
-    return float(right @ wrong_below / (right.sum() * wrong.sum()))
+    return ranked.plain(ranked.auroc, confidence, outcome)
 
 
 def aupr_error(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
@@ -196,12 +182,7 @@ def aupr_error(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
     A soft outcome counts as that fraction of a right answer and the rest of an error. In [0, 1]; a constant confidence
     gets the error rate. NaN if all outcomes are right or all are wrong.
     """
-    blocks = ties(*paired(confidence, outcome))
-    errors = blocks.records - blocks.outcome
-    if errors.sum() == 0.0 or blocks.outcome.sum() == 0.0:
-        return float("nan")
-    precision = np.cumsum(errors) / np.cumsum(blocks.records)
-    return float(errors @ precision / errors.sum())
+    return ranked.plain(ranked.aupr_error, confidence, outcome)
 
 
 def fpr_at_tpr(confidence: npt.ArrayLike, outcome: npt.ArrayLike, tpr: float = 0.95) -> float:
@@ -213,16 +194,44 @@ def fpr_at_tpr(confidence: npt.ArrayLike, outcome: npt.ArrayLike, tpr: float = 0
     Raises:
         ValueError: Also if `tpr` is not in [0, 1].
     """
-    tpr = one_fraction("tpr", tpr)
-    blocks = ties(*paired(confidence, outcome))
-    right = np.cumsum(blocks.outcome[::-1])
-    wrong = np.cumsum((blocks.records - blocks.outcome)[::-1])
-    if right[-1] == 0.0 or wrong[-1] == 0.0:
-        return float("nan")
-    if tpr == 0.0:
-        return 0.0
-    first = np.flatnonzero(right / right[-1] >= tpr - _ROUNDING)[0]
-    return float(wrong[first] / wrong[-1])
+    return ranked.plain(partial(ranked.fpr_at_tpr, tpr=one_fraction("tpr", tpr)), confidence, outcome)
+
+
+class Gains:
+    """What a threshold chosen elsewhere does here: coverage and risk, and effective reliability for each cost.
+
+    Args:
+        confidence: Shape (n,), in [0, 1].
+        outcome: Shape (n,), in [0, 1].
+        clusters: Of the n records.
+        at_risk: Risk r → the threshold chosen for it; gives `achieved_coverage@<r>` and `achieved_risk@<r>`,
+            the latter NaN if nothing is answered.
+        at_cost: Cost c → the threshold chosen for it; gives `phi@<c>`.
+    """
+
+    def __init__(
+        self,
+        confidence: npt.ArrayLike,
+        outcome: npt.ArrayLike,
+        clusters: Clusters,
+        at_risk: Mapping[float, float],
+        at_cost: Mapping[float, float],
+    ) -> None:
+        c, y = paired(confidence, outcome)
+        coverage = tuple(f"achieved_coverage@{risk:g}" for risk in at_risk)
+        achieved = tuple(f"achieved_risk@{risk:g}" for risk in at_risk)
+        self.names = (*coverage, *achieved, *(f"phi@{cost:g}" for cost in at_cost))
+        answered = [(c >= threshold).astype(np.float64) for threshold in at_risk.values()]
+        earned = [np.where(c >= threshold, np.where(y > 0, y, -cost), 0.0) for cost, threshold in at_cost.items()]
+        rows = [np.ones_like(c), *answered, *(mask * (1.0 - y) for mask in answered), *earned]
+        self._sums, self._risks = Sums.stacked(rows, clusters), len(answered)
+
+    def __call__(self, counts: Floats) -> Floats:
+        """Values of `names`, shape (resamples, names)."""
+        sums, k = self._sums(counts), self._risks
+        total, answered, lost, earned = np.split(sums, (1, k + 1, 2 * k + 1), axis=1)
+        with np.errstate(invalid="ignore"):
+            return np.concatenate((answered / total, lost / answered, earned / total), axis=1)
 
 
 def _threshold(value: float) -> float:

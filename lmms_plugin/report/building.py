@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.report import contents, gallery, page
 from lmms_plugin.report.figures import all_figures as drawing
 from lmms_plugin.report.figures import svg

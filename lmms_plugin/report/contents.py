@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
-from lmms_plugin.analysis.reliability import Number
+from lmms_plugin.analysis.axes import UNQUANTIZED
+from lmms_plugin.analysis.measure import Number
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report import tables
-from lmms_plugin.report.axes import UNQUANTIZED
 from lmms_plugin.report.reading import Run
 from lmms_plugin.report.summary import Line, Summary
 from lmms_plugin.report.tables import Cell, Column, Table, number, text, whole

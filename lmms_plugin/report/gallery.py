@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lmms_plugin.analysis import results
-from lmms_plugin.analysis.results import GROUNDING
+from lmms_plugin.analysis import logs
+from lmms_plugin.analysis.groups import CLEAN, Task
+from lmms_plugin.analysis.records import GROUNDING
 from lmms_plugin.report.figures.drawing import label
-from lmms_plugin.report.measuring import CLEAN, Task
 from lmms_plugin.report.reading import Run
 from lmms_plugin.report.summary import Line, Scope, Summary, series
 
@@ -136,7 +136,7 @@ def _chosen(scope: Scope, summary: Summary, count: int) -> list[_Chosen]:
         losses = {task: _losses(task, dense, list(quantized.values())) for task in base.group.tasks}
         task = max(losses, key=lambda name: float(losses[name].clip(0).mean()))
         order = np.argsort(-losses[task], kind="stable")[: count * _CANDIDATES]
-        ids = summary.folder.documents[dense.measured.tasks[task].documents].take(order).to_pylist()
+        ids = summary.folder.documents[dense.measured.tasks[task].documents][order].tolist()
         found.append(_Chosen(scope, condition, task, runs, ids))
     return found
 
@@ -155,9 +155,7 @@ def _losses(task: str, dense: Run, runs: Sequence[Run]) -> np.ndarray:
 
 
 def _cases(chosen: _Chosen, count: int) -> list[Case]:
-    records = {
-        name: _records(results.log_of(run.file, chosen.task), set(chosen.ids)) for name, run in chosen.runs.items()
-    }
+    records = {name: _records(logs.log_of(run.file, chosen.task), set(chosen.ids)) for name, run in chosen.runs.items()}
     records = {name: found for name, found in records.items() if found}
     base = next(iter(records.values()), {})
     one_each: dict[str, str] = {}

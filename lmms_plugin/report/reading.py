@@ -4,19 +4,16 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-
-from lmms_plugin.analysis import accounts, results
-from lmms_plugin.analysis.reliability import Number, Settings
-from lmms_plugin.report import axes, numbers
-from lmms_plugin.report.axes import Axes
-from lmms_plugin.report.kept import Kept
-from lmms_plugin.report.measuring import Measured
+from lmms_plugin.analysis import accounts, axes, groups, logs
+from lmms_plugin.analysis.axes import Axes
+from lmms_plugin.analysis.groups import Measured
+from lmms_plugin.analysis.measure import Number, Settings, rejection
+from lmms_plugin.analysis.records import REJECTION, Texts
 from lmms_plugin.study.file.grid import place
 
 UNFINISHED = (".running", "failed")
@@ -128,7 +125,7 @@ class Folder(NamedTuple):
 
     runs: list[Run]
     failed: list[Failed]
-    documents: dict[str, pa.Array]
+    documents: dict[str, Texts]
     left_out: list[str]
     resamples: int
 
@@ -139,10 +136,10 @@ def read_folder(path: Path, settings: Settings) -> Folder:
     Raises:
         ValueError: If there is none, or a log is damaged or incomplete.
     """
-    files = [file for file in results.find(path) if not set(UNFINISHED) & set(_below(file, path))]
+    files = [file for file in logs.find(path) if not set(UNFINISHED) & set(_below(file, path))]
     runs: list[Run] = []
     left_out: list[str] = []
-    documents: dict[str, pa.Array] = {}
+    documents: dict[str, Texts] = {}
     work = partial(read_run, root=path, settings=settings)
     for run in _in_processes(files, work, settings.workers):
         documents |= run.measured.documents
@@ -157,42 +154,34 @@ def read_folder(path: Path, settings: Settings) -> Folder:
 
 
 def read_run(file: Path, root: Path, settings: Settings) -> Run:
-    """Read and measure one results file; of a study's cell, numbers are kept and taken from what was kept.
+    """Read and measure one results file.
 
     Raises:
-        ValueError: As `lmms_plugin.analysis.results.read`.
+        ValueError: As `lmms_plugin.analysis.logs.read`.
     """
-    table = results.table(file)
-    where = axes.of(file, root, table)
-    place = Kept.of(where.folder, file, settings)
-    measured, rejection, others = numbers.of(file, settings) if place is None else place.numbers()
-    config = table.get("config") or {}
+    run = logs.read(file, settings.estimators)
+    where = axes.of(file, root, run.content)
+    answered = [one for one in run.tasks.values() if one.kind is not REJECTION]
+    # A run of the first documents of a task that brings its own split may hold none that are reported on.
+    empty = [one.task for one in answered if not one.reported.any()]
+    # What is done at once is done by processes, not by threads.
+    alone = replace(settings, workers=1)
     account = _account(where.folder)
+    batch_size = (run.content.get("config") or {}).get("batch_size")
     return Run(
         file,
         where,
-        str(config.get("model", "")),
-        str(config.get("model_args", "")),
-        results.limit_of(config),
-        str(table.get("date", "")),
-        _cost(table.get("throughput") or {}, account),
+        run.model,
+        run.model_args,
+        run.limit,
+        str(run.content.get("date", "")),
+        _cost(run.content.get("throughput") or {}, account),
         _layers(account),
-        measured,
-        others,
-        rejection,
-        "" if config.get("batch_size") is None else str(config["batch_size"]),
+        groups.measure([one for one in answered if one.task not in empty], alone),
+        (*run.others, *empty),
+        tuple(number for one in run.tasks.values() if one.kind is REJECTION for number in rejection(one, alone)),
+        "" if batch_size is None else str(batch_size),
     )
-
-
-def keep(cell: Path) -> None:
-    """Measure a study's finished cell as a report with default settings does, and keep its numbers.
-
-    Raises:
-        ValueError: As `lmms_plugin.analysis.results.read`.
-    """
-    for file in results.find(cell):
-        if place := Kept.of(cell, file, Settings(resamples=RESAMPLES)):
-            place.numbers()
 
 
 def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Run]:
@@ -206,7 +195,7 @@ def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Ru
 
 
 def _log_bytes(file: Path) -> int:
-    return sum(log.stat().st_size for log in results.logs_of(file))
+    return sum(log.stat().st_size for log in logs.logs_of(file))
 
 
 def _below(file: Path, path: Path) -> tuple[str, ...]:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmms_plugin.analysis.axes import Config, told_apart
+from lmms_plugin.analysis.groups import CLEAN, Group, Task
+from lmms_plugin.analysis.measure import Family
 from lmms_plugin.metrics.bootstrap import Interval, interval
-from lmms_plugin.metrics.weighted import METHODS
-from lmms_plugin.report.axes import Config, told_apart
-from lmms_plugin.report.measuring import CLEAN, Family, Group, Task, between
+from lmms_plugin.metrics.intervals import METHODS, between
 from lmms_plugin.report.reading import Cost, Folder, Run
 
 _NAMED = 3
@@ -287,7 +288,7 @@ def _mean(groups: Sequence[Group]) -> Group:
     )
     value = np.mean([group.value for group in groups], axis=0)
     shape = first.resampled.shape
-    resampled = np.mean([g.resampled for g in groups], axis=0) if paired else np.full(shape, np.nan, np.float32)
+    resampled = np.mean([g.resampled for g in groups], axis=0) if paired else np.full(shape, np.nan)
     return Group(first.tasks, first.drawn if paired else "", first.records, first.images, value, resampled)
 
 

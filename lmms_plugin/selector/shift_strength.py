@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.analysis.reliability import Settings, families, key_numbers
-from lmms_plugin.analysis.results import Run, TaskRecords
+from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.measure import Settings, families, key_numbers
+from lmms_plugin.analysis.records import TaskRecords
 from lmms_plugin.metrics.distance import frechet, mmd
 from lmms_plugin.selector.features import Store
 from lmms_plugin.selector.training import features_of

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.analysis.results import Run, TaskRecords
+from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.records import TaskRecords
 from lmms_plugin.confidence.estimators import LEARNED
 from lmms_plugin.selector.features import Features, Store, key
 from lmms_plugin.selector.network import Selector, Settings, fit

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmms_plugin import metrics
-from lmms_plugin.metrics.selective import RISKS
+from lmms_plugin.metrics.ranked import RISKS
 
 
 class Judged(NamedTuple):

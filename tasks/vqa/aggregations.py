@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmms_plugin import metrics
-from lmms_plugin.metrics.selective import COSTS, HELD_OUT, REPORTED, RISKS
+from lmms_plugin.metrics.ranked import RISKS
+from lmms_plugin.metrics.selective import COSTS, HELD_OUT, REPORTED
 from lmms_plugin.tasks.grounding.aggregations import OF_OUTCOME
 
 

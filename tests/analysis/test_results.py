@@ -11,12 +11,14 @@ import pytest
 from rich.console import Console
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis import comparison, reliability, results
+from lmms_plugin.analysis import comparison, logs, measure
+from lmms_plugin.cli import printed
 from lmms_plugin.cli.main import main
 from lmms_plugin.metrics import bootstrap
 from lmms_plugin.metrics.posthoc import CALIBRATORS
+from lmms_plugin.report import reading as report
 
-SETTINGS = reliability.Settings(resamples=60)
+SETTINGS = measure.Settings(resamples=60)
 CONFIG = {"dataset_path": "data", "test_split": "test", "metric_list": [{"metric": "mean_iou"}, {"metric": "ece"}]}
 CELLS = {
     "rec": None,
@@ -72,12 +74,12 @@ def write(folder, tasks, name="quant_none", date="20260101_000000", **configs):
 def write_grid(folder, skill, per_severity=1.0):
     tasks = {name: answers(skill, per_severity * (cell[1] if cell else 0)) for name, cell in CELLS.items()}
     place = {name: {"metadata": {"shift": c[0], "severity": c[1]}} for name, c in CELLS.items() if c}
-    return results.read_one(write(folder, tasks, **place))
+    return logs.read_one(write(folder, tasks, **place))
 
 
 def test_records_come_as_arrays_in_the_order_of_their_ids(tmp_path):
     lines = [line(2, 0.7, {"joint": 0.5}), line(1, 0.0, {"joint": None}), line(0, 0.5, {"joint": 1.0})]
-    run = results.read_one(write(tmp_path, {"rec": lines}, rec={"metadata": {"shift": "fog", "severity": 3}}))
+    run = logs.read_one(write(tmp_path, {"rec": lines}, rec={"metadata": {"shift": "fog", "severity": 3}}))
     records = run.tasks["rec"]
     assert records.ids.tolist() == ["000", "001", "002"]
     assert records.score.tolist() == [0.5, 0.0, 0.7]
@@ -95,7 +97,7 @@ def test_answers_may_hold_any_separator(tmp_path):
     folder = write(tmp_path, {"rec": answers(0.8)})
     log = next(folder.glob("*.jsonl"))
     log.write_text(log.read_text().replace("thing 7", "thing\u2028of\x85seven"), encoding="utf-8")
-    assert results.read_one(folder).tasks["rec"].asked[7].startswith('["thing')
+    assert logs.read_one(folder).tasks["rec"].asked[7].startswith('["thing')
 
 
 def test_soft_scores_and_parts_of_question_answering(tmp_path):
@@ -105,16 +107,16 @@ def test_soft_scores_and_parts_of_question_answering(tmp_path):
         return {"accuracy": record | {"confidence": {"joint": 0.4} | ({"mean": 0.5} if k else {})}}
 
     lines = [row(0, "val"), row(1, "test"), row(2, "test"), row(3, "dev")]
-    records = results.read_one(write(tmp_path, {"vqa": lines})).tasks["vqa"]
+    records = logs.read_one(write(tmp_path, {"vqa": lines})).tasks["vqa"]
     assert records.outcome.tolist() == [0.3] * 4
     np.testing.assert_array_equal(records.confidence["mean"], [np.nan, 0.5, 0.5, 0.5])
-    assert reliability.reported(records).tolist() == [False, True, True, False]
-    assert reliability.held_out(records, SETTINGS).tolist() == [True, False, False, False]
+    assert records.reported.tolist() == [False, True, True, False]
+    assert measure.held_out(records, SETTINGS).tolist() == [True, False, False, False]
 
 
 def test_model_without_probabilities_has_no_calibration(tmp_path):
-    run = results.read_one(write(tmp_path, {"rec": [line(k, 0.6, None) for k in range(8)]}))
-    numbers = {number.metric: number.value for number in reliability.measure(run, SETTINGS)}
+    run = logs.read_one(write(tmp_path, {"rec": [line(k, 0.6, None) for k in range(8)]}))
+    numbers = {number.metric: number.value for number in measure.measure(run, SETTINGS)}
     assert numbers["acc@0.5"] == 1.0
     assert numbers["confidence_rate"] == 0.0
     assert not {"ece", "aurc", "phi@10", "ece_floor"} & set(numbers)
@@ -122,7 +124,7 @@ def test_model_without_probabilities_has_no_calibration(tmp_path):
 
 def test_tasks_of_others_are_left_out(tmp_path):
     folder = write(tmp_path, {"rec": answers(0.8), "mmmu": [{"doc_id": 0, "mmmu_acc": 1.0}]}, mmmu={"metric_list": []})
-    run = results.read_one(folder)
+    run = logs.read_one(folder)
     assert list(run.tasks) == ["rec"]
     assert run.others == ("mmmu",)
 
@@ -230,7 +232,7 @@ def test_damaged_results_are_refused_in_one_line(tmp_path, monkeypatch, capsys, 
     assert error.startswith("lmms-plugin: ")
     assert printed.out == ""
     with pytest.raises(ValueError, match=message):
-        results.read_one(folder)
+        logs.read_one(folder)
 
 
 def changed(position, key, value):
@@ -250,7 +252,7 @@ def changed(position, key, value):
     ids=["fewer", "another truth", "another image", "another task"],
 )
 def test_runs_on_other_documents_are_not_compared(tmp_path, second, message):
-    runs = [results.read_one(write(tmp_path / n, tasks)) for n, tasks in (("a", {"rec": answers(0.8)}), ("b", second))]
+    runs = [logs.read_one(write(tmp_path / n, tasks)) for n, tasks in (("a", {"rec": answers(0.8)}), ("b", second))]
     with pytest.raises(ValueError, match=message):
         comparison.compare(*runs, SETTINGS)
 
@@ -259,22 +261,22 @@ def test_several_runs_in_a_folder_have_to_be_named(tmp_path):
     for date in ("20260101_000000", "20260101_000100"):
         write(tmp_path, {"rec": answers(0.8)}, date=date)
     with pytest.raises(ValueError, match=r"got 2: 20260101_000000_results\.json, .*; name the results file"):
-        results.read_one(tmp_path)
-    assert results.read_one(tmp_path / "20260101_000100_results.json").tasks["rec"].ids.size == 120
+        logs.read_one(tmp_path)
+    assert logs.read_one(tmp_path / "20260101_000100_results.json").tasks["rec"].ids.size == 120
 
 
 def test_metrics_are_those_of_the_records(tmp_path):
-    run = results.read_one(write(tmp_path, {"rec": answers(0.8)}))
+    run = logs.read_one(write(tmp_path, {"rec": answers(0.8)}))
     records = run.tasks["rec"]
     c, y = records.confidence["coordinate_mean"], records.outcome
-    numbers = {number.metric: number for number in reliability.measure(run, SETTINGS)}
+    numbers = {number.metric: number for number in measure.measure(run, SETTINGS)}
     for name, metric in {"ece": metrics.ece, "aurc": metrics.aurc, "smooth_ece": metrics.smooth_ece}.items():
         assert numbers[name].value == pytest.approx(metric(c, y))
         assert numbers[name].records == 120
         assert numbers[name].images == 30
     assert numbers["acc@0.5"].low < y.mean() < numbers["acc@0.5"].high
     # Thresholds come from some images, results from all others.
-    aside = reliability.held_out(records, SETTINGS)
+    aside = measure.held_out(records, SETTINGS)
     assert not set(records.images[aside]) & set(records.images[~aside])
     assert numbers["phi@10"].records == np.sum(~aside)
     threshold = metrics.threshold_at_cost(c[aside], y[aside], 10)
@@ -284,9 +286,9 @@ def test_metrics_are_those_of_the_records(tmp_path):
 
 def test_thresholds_of_shifted_tasks_come_from_clean_images(tmp_path):
     run = write_grid(tmp_path, 0.9)
-    numbers = {(number.task, number.metric): number.value for number in reliability.measure(run, SETTINGS)}
+    numbers = {(number.task, number.metric): number.value for number in measure.measure(run, SETTINGS)}
     clean, shifted = run.tasks["rec"], run.tasks["rec_fog_3"]
-    aside = reliability.held_out(clean, SETTINGS)
+    aside = measure.held_out(clean, SETTINGS)
     c = clean.confidence["coordinate_mean"]
     threshold = metrics.threshold_at_risk(c[aside], clean.outcome[aside], 0.2)
     achieved = metrics.at_threshold(c[~aside], shifted.outcome[~aside], threshold)
@@ -296,14 +298,14 @@ def test_thresholds_of_shifted_tasks_come_from_clean_images(tmp_path):
 
 def test_thresholds_never_come_from_another_task_on_the_same_split(tmp_path):
     tasks = {"rec": answers(0.9), "rec_easy": answers(0.99)}
-    alone = results.read_one(write(tmp_path / "alone", {"rec_easy": answers(0.99)}))
-    both = reliability.measure(results.read_one(write(tmp_path / "both", tasks)), SETTINGS)
+    alone = logs.read_one(write(tmp_path / "alone", {"rec_easy": answers(0.99)}))
+    both = measure.measure(logs.read_one(write(tmp_path / "both", tasks)), SETTINGS)
     # As text, in which undefined numbers are equal.
-    assert [str(x) for x in both if x.task == "rec_easy"] == [str(x) for x in reliability.measure(alone, SETTINGS)]
+    assert [str(x) for x in both if x.task == "rec_easy"] == [str(x) for x in measure.measure(alone, SETTINGS)]
 
 
 def test_robustness_per_severity(tmp_path):
-    rows = {row.metric: row for row in reliability.robust(write_grid(tmp_path, 0.9), SETTINGS)["rec"]}
+    rows = {row.metric: row for row in measure.robust(write_grid(tmp_path, 0.9), SETTINGS)["rec"]}
     accuracy = rows["acc@0.5"]
     assert accuracy.retained == pytest.approx(accuracy.mean / accuracy.clean)
     assert set(accuracy.per_severity) == {1, 3}
@@ -314,20 +316,20 @@ def test_robustness_per_severity(tmp_path):
 
 def test_what_keeps_robustness_from_being_told_is_said(tmp_path):
     whole = write_grid(tmp_path / "whole", 0.9)
-    assert reliability.without_grid(whole) == []
+    assert measure.without_grid(whole) == []
     for lost, why in (
         ("rec", "expected one clean task on the same split, got none"),
         ("rec_fog_3", r"a mean over shifts and severities lacks fog 3 \(of 1\)"),
     ):
         tasks = {name: records for name, records in whole.tasks.items() if name != lost}
         run = dataclasses.replace(whole, tasks=tasks)
-        (line,) = reliability.without_grid(run)
+        (line,) = measure.without_grid(run)
         assert re.search(f"no robustness to shifts of image from rec_fog_1 .*: {why}", line)
-        assert reliability.robust(run, SETTINGS) == {}
+        assert measure.robust(run, SETTINGS) == {}
 
 
 def test_comparison_with_itself_finds_nothing(tmp_path):
-    run = results.read_one(write(tmp_path, {"rec": answers(0.8)}))
+    run = logs.read_one(write(tmp_path, {"rec": answers(0.8)}))
     found = comparison.compare(run, run, SETTINGS, margin=0.01)
     assert found.flips == [("rec", 0, 0, 1.0, 120)]
     for change in found.changes:
@@ -337,7 +339,7 @@ def test_comparison_with_itself_finds_nothing(tmp_path):
 
 def test_comparison_counts_flips_and_sees_the_loss(tmp_path):
     first, second = write_grid(tmp_path / "a", 0.95), write_grid(tmp_path / "b", 0.75)
-    found = comparison.compare(first, second, reliability.Settings(resamples=400), margin=0.05)
+    found = comparison.compare(first, second, measure.Settings(resamples=400), margin=0.05)
     (flipped,) = [row for row in found.flips if row.task == "rec"]
     lost = np.sum(first.tasks["rec"].outcome > second.tasks["rec"].outcome)
     assert (flipped.lost, flipped.won) == (lost, 0)
@@ -351,7 +353,7 @@ def test_comparison_counts_flips_and_sees_the_loss(tmp_path):
 
 def test_interaction_tells_additive_from_amplified_loss(tmp_path):
     first = write_grid(tmp_path / "a", 0.95)
-    settings = reliability.Settings(resamples=300)
+    settings = measure.Settings(resamples=300)
     interactions = {}
     for name, per_severity in (("additive", 1.0), ("amplified", 2.0)):
         found = comparison.compare(first, write_grid(tmp_path / name, 0.85, per_severity), settings)
@@ -364,7 +366,7 @@ def test_interaction_tells_additive_from_amplified_loss(tmp_path):
 
 def test_mean_corruption_error_with_its_interval(tmp_path):
     first, second = write_grid(tmp_path / "a", 0.9), write_grid(tmp_path / "b", 0.75)
-    (errors,) = comparison.compare(first, second, reliability.Settings(resamples=300)).corruption_errors
+    (errors,) = comparison.compare(first, second, measure.Settings(resamples=300)).corruption_errors
 
     def by_hand(times):
         # Records are repeated as often as their image was drawn.
@@ -429,13 +431,13 @@ def test_json_holds_what_the_tables_show(tmp_path, monkeypatch, capsys, command)
 )
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
-        reliability.Settings(**settings)
+        measure.Settings(**settings)
 
 
 def test_one_image_has_no_interval(tmp_path):
-    run = results.read_one(write(tmp_path, {"rec": answers(0.8)[:4]}))
+    run = logs.read_one(write(tmp_path, {"rec": answers(0.8)[:4]}))
     with pytest.raises(ValueError, match="at least 2 images in task rec"):
-        reliability.measure(run, SETTINGS)
+        measure.measure(run, SETTINGS)
     with pytest.raises(ValueError, match="at least 2 images in task rec"):
         comparison.compare(run, run, SETTINGS)
 
@@ -443,9 +445,9 @@ def test_one_image_has_no_interval(tmp_path):
 def test_two_images_leave_none_to_hold_out(tmp_path):
     lines = answers(0.8)[:8]
     for seed in range(8):
-        run = results.read_one(write(tmp_path, {"rec": lines}))
-        settings = reliability.Settings(resamples=20, seed=seed, held_out=0.5)
-        numbers = {number.metric for number in reliability.measure(run, settings)}
+        run = logs.read_one(write(tmp_path, {"rec": lines}))
+        settings = measure.Settings(resamples=20, seed=seed, held_out=0.5)
+        numbers = {number.metric for number in measure.measure(run, settings)}
         # One of them or both are held out or none is: never are there two left to make an interval of.
         assert "aurc" in numbers
         assert "phi@10" not in numbers
@@ -453,46 +455,46 @@ def test_two_images_leave_none_to_hold_out(tmp_path):
 
 @pytest.mark.parametrize(("skill", "right"), [(2, True), (-1, False)], ids=["all right", "all wrong"])
 def test_thresholds_need_no_mixture_of_outcomes_and_calibrators_do(tmp_path, skill, right):
-    run = results.read_one(write(tmp_path, {"rec": answers(skill)}))
-    numbers = {number.metric: number.value for number in reliability.measure(run, SETTINGS)}
+    run = logs.read_one(write(tmp_path, {"rec": answers(skill)}))
+    numbers = {number.metric: number.value for number in measure.measure(run, SETTINGS)}
     assert not [name for name in numbers if "after" in name]
     # All right: the lowest held-out confidence is the threshold. All wrong: nothing may be answered.
     assert (numbers["achieved_coverage@0.01"] > 0.9) if right else (numbers["achieved_coverage@0.01"] == 0.0)
     assert math.isnan(numbers["auroc"])
     shown = io.StringIO()
-    Console(file=shown, width=140).print(reliability.table(reliability.measure(run, SETTINGS), "", 0.95))
+    Console(file=shown, width=140).print(printed.metrics_table(measure.measure(run, SETTINGS), "", 0.95))
     assert "undefined" in shown.getvalue()
     assert "nan" not in shown.getvalue()
     assert "-0.0000" not in shown.getvalue()
 
 
 def test_calibration_errors_and_their_intervals_stay_fractions(tmp_path):
-    for number in reliability.measure(results.read_one(write(tmp_path, {"rec": answers(0.8)})), SETTINGS):
+    for number in measure.measure(logs.read_one(write(tmp_path, {"rec": answers(0.8)})), SETTINGS):
         if number.metric in ("ece", "mce", "ace", "smooth_ece", "laece_0") and not math.isnan(number.low):
             assert 0.0 <= number.low <= number.high <= 1.0
 
 
 @pytest.mark.parametrize("calibrator", ["temperature", "platt", "isotonic", "beta"])
 def test_every_calibrator_can_be_asked_for(tmp_path, calibrator):
-    run = results.read_one(write(tmp_path, {"rec": answers(0.8)}))
-    records, settings = run.tasks["rec"], reliability.Settings(resamples=20, calibrator=calibrator)
-    aside = reliability.held_out(records, settings)
+    run = logs.read_one(write(tmp_path, {"rec": answers(0.8)}))
+    records, settings = run.tasks["rec"], measure.Settings(resamples=20, calibrator=calibrator)
+    aside = measure.held_out(records, settings)
     c, y, images = records.confidence["coordinate_mean"], records.outcome, records.images
     fitted = CALIBRATORS[calibrator].fit(c[aside], y[aside], images[aside].tolist(), split="held out")
     after = metrics.brier(fitted.apply(c[~aside], images[~aside].tolist()), y[~aside])
-    numbers = {number.metric: number.value for number in reliability.measure(run, settings)}
+    numbers = {number.metric: number.value for number in measure.measure(run, settings)}
     assert numbers[f"brier_after_{calibrator}"] == pytest.approx(after)
 
 
 def test_thresholds_and_calibrators_of_another_run(tmp_path):
     first, second = write_grid(tmp_path / "a", 0.95), write_grid(tmp_path / "b", 0.75)
-    numbers = {(n.task, n.metric): n.value for n in reliability.measure(second, SETTINGS, chosen_on=first)}
+    numbers = {(n.task, n.metric): n.value for n in measure.measure(second, SETTINGS, chosen_on=first)}
     chosen, judged = first.tasks["rec"], second.tasks["rec_fog_1"]
-    aside, c = reliability.held_out(chosen, SETTINGS), chosen.confidence["coordinate_mean"]
+    aside, c = measure.held_out(chosen, SETTINGS), chosen.confidence["coordinate_mean"]
     threshold = metrics.threshold_at_cost(c[aside], chosen.outcome[aside], 10)
     expected = metrics.effective_reliability(c[~aside], judged.outcome[~aside], 10, threshold)
     assert numbers["rec_fog_1", "phi@10"] == pytest.approx(expected)
-    own = {(n.task, n.metric): n.value for n in reliability.measure(second, SETTINGS)}
+    own = {(n.task, n.metric): n.value for n in measure.measure(second, SETTINGS)}
     assert own["rec", "aurc"] == numbers["rec", "aurc"]
     assert own["rec", "brier_after_platt"] < numbers["rec", "brier_after_platt"]
 
@@ -504,28 +506,98 @@ def test_the_command_takes_a_calibrator_and_another_run(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit, match="0"):
         main()
     shown = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)[0]["metrics"]}
-    first, second = map(results.read_one, paths)
-    settings = reliability.Settings(resamples=20, calibrator="beta")
-    expected = {number.metric: number.value for number in reliability.measure(second, settings, chosen_on=first)}
+    first, second = map(logs.read_one, paths)
+    settings = measure.Settings(resamples=20, calibrator="beta")
+    expected = {number.metric: number.value for number in measure.measure(second, settings, chosen_on=first)}
     for name in ("ece_after_beta", "phi@10"):
         assert shown[name] == pytest.approx(expected[name])
 
 
 def test_another_run_has_to_have_the_task_and_its_documents(tmp_path):
-    run = results.read_one(write(tmp_path / "a", {"rec": answers(0.8)}))
-    fewer = results.read_one(write(tmp_path / "b", {"rec": answers(0.8)[:-4]}))
+    run = logs.read_one(write(tmp_path / "a", {"rec": answers(0.8)}))
+    fewer = logs.read_one(write(tmp_path / "b", {"rec": answers(0.8)[:-4]}))
     elsewhere = write(tmp_path / "c", {"other": answers(0.8)}, other={"test_split": "testB"})
     with pytest.raises(ValueError, match="expected the same documents in both runs"):
-        reliability.measure(run, SETTINGS, chosen_on=fewer)
+        measure.measure(run, SETTINGS, chosen_on=fewer)
     with pytest.raises(ValueError, match=r"expected task rec or the same on clean images in .*, got neither"):
-        reliability.measure(run, SETTINGS, chosen_on=results.read_one(elsewhere))
+        measure.measure(run, SETTINGS, chosen_on=logs.read_one(elsewhere))
 
 
 def test_tiny_p_values_are_not_zero(tmp_path):
-    runs = [
-        results.read_one(write(tmp_path / name, {"rec": answers(skill)})) for name, skill in (("a", 0.95), ("b", 0.1))
-    ]
+    runs = [logs.read_one(write(tmp_path / name, {"rec": answers(skill)})) for name, skill in (("a", 0.95), ("b", 0.1))]
     found = comparison.compare(*runs, SETTINGS)
     shown = io.StringIO()
-    Console(file=shown, width=140).print(comparison.flips_table(found.flips))
+    Console(file=shown, width=140).print(printed.flips_table(found.flips))
     assert "< 0.0001" in shown.getvalue()
+
+
+def image_null(row):
+    row["mean_iou"]["image"] = None
+
+
+def id_null(row):
+    row["mean_iou"]["id"] = None
+
+
+def confidence_nan(row):
+    row["mean_iou"]["confidence"]["coordinate_mean"] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (image_null, r"the image of document 6 in .*samples_rec\.jsonl:7, got None"),
+        (id_null, r"the id of document 6 in .*samples_rec\.jsonl:7, got None"),
+        (confidence_nan, r"confidence coordinate_mean in \[0, 1\] for 006 in .*samples_rec\.jsonl, got nan"),
+    ],
+    ids=["image", "id", "confidence"],
+)
+# As our tasks write logs there is something behind the record, and they are read as columns.
+@pytest.mark.parametrize("behind", [{}, {"ece": [1]}], ids=["rows", "columns"])
+def test_what_is_missing_is_no_value_of_its_own(tmp_path, behind, change, message):
+    lines = answers(0.8)
+    change(lines[6])
+    folder = write(tmp_path, {"rec": [row | behind for row in lines]})
+    with pytest.raises(ValueError, match=message):
+        logs.read_one(folder)
+    with pytest.raises(ValueError, match=message):
+        report.read_folder(folder, SETTINGS)
+
+
+def with_table(folder, **told):
+    """A run whose table of results tells these metrics, too, by a task that was told to use another estimator."""
+    write(folder, {"rec": [row | {"ece": [1]} for row in answers(0.8)]})
+    file = next(folder.glob("*_results.json"))
+    content = json.loads(file.read_text())
+    content["results"]["rec"] |= {f"{name},none": value for name, value in told.items()}
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.mark.parametrize("estimator", ["coordinate_mean", "joint"])
+def test_the_table_of_results_is_held_against_the_log(tmp_path, estimator):
+    records = logs.read_one(write(tmp_path / "plain", {"rec": answers(0.8)})).tasks["rec"]
+    c, y = records.confidence[estimator], records.outcome
+    told = {"acc@0.5": y.mean(), "acc@0.9": 0.0, "parse_rate": 1.0, "ece": metrics.ece(c, y)}
+    told |= {"brier": metrics.brier(c, y), "auroc": metrics.auroc(c, y), "aurc": metrics.aurc(c, y)}
+    file = with_table(tmp_path / "told", **told)
+    report.read_folder(file, SETTINGS)
+    for name, value in told.items():
+        edited = with_table(tmp_path / name, **(told | {name: value + 0.001}))
+        both = rf"got {re.escape(name)} {value:.6f}.* says {value + 0.001:.6f} \({re.escape(str(edited))}\)"
+        for read in (logs.read, lambda file: report.read_folder(file, SETTINGS)):
+            with pytest.raises(ValueError, match=both):
+                read(edited)
+    log = logs.log_of(file, "rec")
+    # The same answers with other confidences.
+    log.write_text(log.read_text().replace(f'"{estimator}": 0.', f'"{estimator}": 0.0', 1))
+    with pytest.raises(ValueError, match="expected the log of the same run"):
+        logs.read(file)
+
+
+def test_a_table_without_the_task_is_refused(tmp_path):
+    file = with_table(tmp_path)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"results": {}}))
+    with pytest.raises(ValueError, match=rf"expected the results of task rec in {re.escape(str(file))}, got none"):
+        logs.read(file)

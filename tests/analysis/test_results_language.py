@@ -7,7 +7,7 @@ import pytest
 from test_results import SETTINGS, answers, write
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis import comparison, reliability, results
+from lmms_plugin.analysis import comparison, logs, measure
 
 TYPOS = {"metadata": {"text_shift": "casing", "text_severity": 3}}
 
@@ -29,7 +29,7 @@ def pairs(gap, n=60):
 
 
 def rejection(folder, gap):
-    return results.read_one(write(folder, {"rejection": pairs(gap)}))
+    return logs.read_one(write(folder, {"rejection": pairs(gap)}))
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def rejection(folder, gap):
     ids=["clean", "image", "language", "both", "both, unequal"],
 )
 def test_place(tmp_path, metadata, place):
-    run = results.read_one(write(tmp_path, {"rec": answers(0.8)}, rec={"metadata": metadata}))
+    run = logs.read_one(write(tmp_path, {"rec": answers(0.8)}, rec={"metadata": metadata}))
     assert run.tasks["rec"].place == ("data", "test", *place)
 
 
 def test_robustness_to_language_is_of_the_documents_that_both_tasks_have(tmp_path):
     clean, shifted = answers(0.9), answers(0.9, 3)[40:]
-    run = results.read_one(write(tmp_path, {"rec": clean, "rec_casing_3": shifted}, rec_casing_3=TYPOS))
-    rows = {row.metric: row for row in reliability.robust(run, SETTINGS)["rec, language"]}
+    run = logs.read_one(write(tmp_path, {"rec": clean, "rec_casing_3": shifted}, rec_casing_3=TYPOS))
+    rows = {row.metric: row for row in measure.robust(run, SETTINGS)["rec, language"]}
     assert rows["acc@0.5"].clean == np.mean([line["mean_iou"]["score"] >= 0.5 for line in clean[40:]])
     assert rows["acc@0.5"].mean == np.mean([line["mean_iou"]["score"] >= 0.5 for line in shifted])
 
@@ -67,7 +67,7 @@ def test_rejection_is_measured_by_ranking_and_by_pairs(tmp_path):
     lines = [line["box_rate"] for line in pairs(0.1)]
     confidence = [line["confidence"]["coordinate_mean"] for line in lines]
     matches = [line["matches"] for line in lines]
-    numbers = {number.metric: number for number in reliability.measure(run, SETTINGS)}
+    numbers = {number.metric: number for number in measure.measure(run, SETTINGS)}
     names = {"box_rate_true", "box_rate_changed", "rejection_auroc", "rejection_fpr@0.95", "confidence_falls"}
     assert set(numbers) == names
     assert numbers["rejection_auroc"].value == pytest.approx(metrics.auroc(confidence, matches))

@@ -98,7 +98,7 @@ def test_clean_expressions_are_counted_apart(outcome):
 
 
 def test_datasets_that_share_files_of_one_kind_are_told_apart(outcome):
-    from lmms_plugin.analysis.results import read_one
+    from lmms_plugin.analysis.logs import read_one
 
     places = [(task, records.place) for task, records in read_one(outcome[2]).tasks.items() if task in TASKS]
     assert len({place for _, place in places}) == len(places) > 10

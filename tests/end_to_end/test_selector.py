@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.environments import run
 
-from lmms_plugin.analysis.results import read_one
+from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.selector.network import Selector
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,8 @@ from helpers.submissions import (
 )
 from jsonschema import Draft7Validator
 
-from lmms_plugin.analysis.results import KINDS, read_one
+from lmms_plugin.analysis.logs import read_one
+from lmms_plugin.analysis.records import KINDS
 from lmms_plugin.cli.main import main
 from lmms_plugin.export import every_eval_ever as exporting
 from lmms_plugin.export import records, validator

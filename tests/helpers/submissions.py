@@ -5,8 +5,8 @@ import json
 import datasets
 import numpy as np
 
-from lmms_plugin.analysis.reliability import Settings
-from lmms_plugin.analysis.results import read_one
+from lmms_plugin.analysis.logs import read_one
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.demo import DATA
 from lmms_plugin.demo.mismatches import absent_object
 from lmms_plugin.export.definitions import definition

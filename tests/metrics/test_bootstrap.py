@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis import component_importance, reliability
+from lmms_plugin.analysis import component_importance, measure
 from lmms_plugin.metrics.bootstrap import Clusters, Resampled, bootstrap, interval, p_value
-from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.metrics.selective import RISKS
-from lmms_plugin.metrics.weighted import Binned, Gains, Localised, Means, Smooth
+from lmms_plugin.metrics.calibration import Binned, Smooth
+from lmms_plugin.metrics.localisation import Localised
+from lmms_plugin.metrics.ranked import RISKS, Ranked
+from lmms_plugin.metrics.selective import Gains
+from lmms_plugin.metrics.sums import Means
 from lmms_plugin.study.verdicts import against_reference
 
 THRESHOLDS = {0.05: 0.7, 0.2: 0.4}
@@ -277,7 +279,7 @@ def test_clusters_of_labels():
 def test_more_resamples_than_anyone_can_wait_for_are_refused():
     made = (
         lambda count: bootstrap([], 6, resamples=count),
-        lambda count: reliability.Settings(resamples=count),
+        lambda count: measure.Settings(resamples=count),
         lambda count: component_importance.analyse(None, resamples=count),
         lambda count: against_reference.Question.parse({"question": "q", "metrics": ["ece"], "resamples": count}),
     )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
 from lmms_plugin.metrics.bootstrap import Clusters, Interval, bootstrap
+from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.paired import (
     benjamini_hochberg,
     difference,
@@ -28,7 +29,7 @@ from lmms_plugin.metrics.robustness import (
     relative_mean_corruption_error,
     retained,
 )
-from lmms_plugin.metrics.weighted import Binned, Means
+from lmms_plugin.metrics.sums import Means
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 

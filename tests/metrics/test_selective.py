@@ -19,7 +19,8 @@ from lmms_plugin.metrics import (
     threshold_at_cost,
     threshold_at_risk,
 )
-from lmms_plugin.metrics.selective import COSTS, RISKS
+from lmms_plugin.metrics.ranked import RISKS
+from lmms_plugin.metrics.selective import COSTS
 
 RANKING = [auroc, aupr_error, fpr_at_tpr]
 PAIRED = [

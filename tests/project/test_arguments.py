@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, strategies
 from lmms_eval.utils import simple_parse_args_string
 
-from lmms_plugin.analysis.results import Run
+from lmms_plugin.analysis import axes
+from lmms_plugin.analysis.logs import Run
 from lmms_plugin.arguments import arguments_of, read_arguments, shown
 from lmms_plugin.export import facts
-from lmms_plugin.report import axes
 
 NAMES = strategies.sampled_from(["pretrained", "bits", "group_size", "system_prompt", "template_args", "lr"])
 VALUES = strategies.sampled_from(

@@ -8,7 +8,8 @@ import test_results
 import test_results_language
 from helpers import report_study
 
-from lmms_plugin.analysis import comparison, component_importance, estimators, reliability
+from lmms_plugin.analysis import comparison, component_importance, estimator_ranking, measure
+from lmms_plugin.cli import printed
 from lmms_plugin.cli.main import main
 from lmms_plugin.confidence.estimators import ESTIMATORS
 from lmms_plugin.metrics.posthoc import CALIBRATORS
@@ -21,7 +22,7 @@ from lmms_plugin.selector import shift_strength
 from lmms_plugin.tasks.registry import task_files
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-SETTINGS = reliability.Settings(resamples=20)
+SETTINGS = measure.Settings(resamples=20)
 
 
 def entries():
@@ -55,7 +56,7 @@ def test_metrics_of_every_task():
 
 def test_what_metrics_and_compare_print(tmp_path):
     first, second = (test_results.write_grid(tmp_path / name, skill) for name, skill in (("a", 0.9), ("b", 0.8)))
-    measured = {number.metric for number in reliability.measure(first, SETTINGS)}
+    measured = {number.metric for number in measure.measure(first, SETTINGS)}
     assert {"smooth_ece", "e_aurc", "brier_within_bin", "ece_after_platt", "achieved_risk@0.01"} <= measured
     assert undocumented(measured) == []
     found = comparison.compare(first, second, SETTINGS)
@@ -65,7 +66,7 @@ def test_what_metrics_and_compare_print(tmp_path):
 
 
 def test_what_is_printed_of_rejection(tmp_path):
-    measured = reliability.measure(test_results_language.rejection(tmp_path, 0.1), SETTINGS)
+    measured = measure.measure(test_results_language.rejection(tmp_path, 0.1), SETTINGS)
     assert undocumented({number.metric for number in measured}) == []
 
 
@@ -90,7 +91,7 @@ def test_tables_say_where_their_numbers_are_explained(tmp_path, monkeypatch, cap
 
 def test_headings_of_the_other_tables(tmp_path):
     run = test_results.write_grid(tmp_path, 0.9)
-    judged = estimators.table(estimators.judge(run, SETTINGS), "", 0.95)
+    judged = printed.estimators_table(estimator_ranking.judge(run, SETTINGS), "", 0.95)
     names = [str(column.header) for column in judged.columns]
     assert undocumented({name.replace(" ", "_") for name in names} - {"task", "estimator"}) == []
     assert undocumented({*shift_strength.SCORES, *component_importance.MEASURES, "consensus", "MMD²", "Fréchet"}) == []

@@ -9,7 +9,7 @@ import pytest
 from helpers import documented_tables
 from helpers.report_study import documents
 
-from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.export.every_eval_ever import Source
 from lmms_plugin.leaderboard.submission import Manifest
 from lmms_plugin.protocol import response

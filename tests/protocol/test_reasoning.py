@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lmms_plugin.analysis.results import REJECTION
+from lmms_plugin.analysis.records import REJECTION
 from lmms_plugin.protocol.dialects import DIALECTS
 from lmms_plugin.protocol.reasoning import ANSWER, REASONING, left_open, separate, tokens_among
 from lmms_plugin.protocol.response import Response, Token

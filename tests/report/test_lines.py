@@ -9,14 +9,14 @@ import pytest
 import test_results
 from helpers import report_study
 
-from lmms_plugin.analysis import reliability
+from lmms_plugin.analysis import measure
+from lmms_plugin.analysis.axes import Config
+from lmms_plugin.analysis.groups import CLEAN
 from lmms_plugin.report import building, contents, page, reading
-from lmms_plugin.report.axes import Config
 from lmms_plugin.report.figures import drawing
-from lmms_plugin.report.measuring import CLEAN
 from lmms_plugin.report.summary import summarise
 
-SETTINGS = reliability.Settings(resamples=20)
+SETTINGS = measure.Settings(resamples=20)
 CLEAN_ONLY = {"shapes_rec": None}
 FOG = CLEAN_ONLY | {"shapes_shift_fog_3": ("fog", 3)}
 BOTH = FOG | {"shapes_shift_gaussian_noise_3": ("gaussian_noise", 3)}

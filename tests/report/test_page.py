@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from helpers import report_study
 
-from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.report import building
 
 

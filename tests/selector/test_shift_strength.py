@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers.environments import run as run_command
 
-from lmms_plugin.analysis.reliability import Settings
-from lmms_plugin.analysis.results import read_one
+from lmms_plugin.analysis.logs import read_one
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.cli.main import main
 from lmms_plugin.selector import shift_strength
 from lmms_plugin.selector.features import read

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis.results import read_one
+from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.cli.main import main
 from lmms_plugin.selector import training
 from lmms_plugin.selector.features import Features, FeatureWriter, Origin, key, read

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.small_studies import STUDY
 
-from lmms_plugin.analysis import results
+from lmms_plugin.analysis import logs
 from lmms_plugin.cli.study_display import Display
 from lmms_plugin.study.run import engine, on_ray
 from lmms_plugin.study.run.local import visible_gpus
@@ -46,7 +46,7 @@ def patiently(start: Callable[[], Any]) -> Any:
 
 
 def table(output: Path) -> dict[str, Any]:
-    runs = [results.read(file) for file in results.find(output)]
+    runs = [logs.read(file) for file in logs.find(output)]
     records = {run.label: run.tasks["shapes_rec"] for run in runs}
     return {label: (one.ids.tolist(), one.score.tolist(), dict(one.confidence)) for label, one in records.items()}
 

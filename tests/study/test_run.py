@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 from helpers.small_studies import CELL, STUDY
 
-from lmms_plugin.analysis import results
-from lmms_plugin.analysis.reliability import Settings
-from lmms_plugin.report import numbers, reading
+from lmms_plugin.analysis import logs
 from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.reading import read
@@ -64,7 +62,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> None:
 
 def table(output: Path) -> dict[str, Any]:
     """Model arguments → answers of every document, their scores and confidences."""
-    runs = [results.read(file) for file in results.find(output)]
+    runs = [logs.read(file) for file in logs.find(output)]
     return {
         run.label: {
             name: (records.ids.tolist(), records.score.tolist(), {k: v.tolist() for k, v in records.confidence.items()})
@@ -131,12 +129,6 @@ def test_cells_are_kept_as_they_are_documented(undisturbed: Path) -> None:
     assert about["command"][:3] == ["lmms-eval", "--model", "quant_rtn"]
     assert read_json(cells["demo_rtn_3bit_g128"] / "quant_report.json")
     assert not any((undisturbed / ".running").iterdir())
-
-
-@pytest.mark.slow
-def test_finished_cells_need_no_measuring_for_the_report(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(numbers, "of")
-    assert len(reading.read_folder(undisturbed, Settings(resamples=reading.RESAMPLES)).runs) == 2
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from helpers import study_folders
 from rich.table import Table
 
 from lmms_plugin import demo
-from lmms_plugin.analysis import component_importance, results
-from lmms_plugin.analysis.reliability import Settings
+from lmms_plugin.analysis import component_importance, logs
+from lmms_plugin.analysis.measure import Settings
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.cli import terminal
 from lmms_plugin.export import facts
@@ -71,7 +71,7 @@ IN_TABLES = {
 @pytest.mark.parametrize("change", IN_TABLES.values(), ids=IN_TABLES)
 def test_a_results_file_with_something_else_than_a_mapping_is_named(cell, change):
     edit(table_of(cell), change)
-    for read in (results.read, lambda file: reading.read_run(file, cell, SETTINGS)):
+    for read in (logs.read, lambda file: reading.read_run(file, cell, SETTINGS)):
         with pytest.raises(ValueError, match=r"damaged|expected") as refused:
             read(table_of(cell))
         assert "\n" not in str(refused.value)
@@ -80,7 +80,7 @@ def test_a_results_file_with_something_else_than_a_mapping_is_named(cell, change
 
 def test_what_may_be_null_in_a_results_file_may_be(cell):
     edit(table_of(cell), lambda told: told.update(config=None, throughput=None))
-    assert results.read(table_of(cell)).limit is None
+    assert logs.read(table_of(cell)).limit is None
     assert reading.read_run(table_of(cell), cell, SETTINGS).model == ""
 
 
@@ -101,14 +101,14 @@ IN_LOGS = {
 def test_a_log_with_something_else_is_named(cell, change):
     edit_first(log_of(cell), change)
     with pytest.raises(ValueError, match=log_of(cell).name) as refused:
-        results.read(table_of(cell))
+        logs.read(table_of(cell))
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "", "\xff", "[]", "null"])
 def test_what_no_json_parser_takes_is_named(cell, text):
     table_of(cell).write_text(text, encoding="latin-1")
-    for read in (results.read, lambda file: component_importance.read(file.parent)):
+    for read in (logs.read, lambda file: component_importance.read(file.parent)):
         with pytest.raises(ValueError, match=table_of(cell).name):
             read(table_of(cell))
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lmms_plugin.report.axes import DENSE_BITS, UNQUANTIZED
+from lmms_plugin.analysis.axes import DENSE_BITS, UNQUANTIZED
 from lmms_plugin.report.figures.palette import DENSE, INK, MUTED, RULE, Look
 from lmms_plugin.report.summary import Line, series
 from lmms_plugin.report.tables import Table

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from lmms_plugin.analysis.groups import CLEAN, GRID, mean_bins
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.figures.drawing import BAND, NARROW, WIDE, Drawn, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.figures.palette import BAD, BAND_ALPHA, DENSE, GOOD, MUTED, Look, looks
-from lmms_plugin.report.measuring import CLEAN, GRID, mean_bins
 from lmms_plugin.report.summary import Line, Scope, Summary, series
 from lmms_plugin.report.tables import Column, Table, number, rows_of, text, whole
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.patches import Rectangle
 
+from lmms_plugin.analysis.groups import CLEAN, Task
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.figures.drawing import BAND, Drawn, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.figures.palette import BAD, BAND_ALPHA, GOOD, INK, looks
-from lmms_plugin.report.measuring import CLEAN, Task
 from lmms_plugin.report.summary import Line, Scope, Summary, series, spread
 from lmms_plugin.report.tables import Column, Table, number, rows_of, text, whole
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import yaml
 from pyarrow import parquet
 
-from lmms_plugin.analysis.results import GROUNDING, REJECTION
+from lmms_plugin.analysis.records import GROUNDING, REJECTION
 from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, of_value, revision
 from lmms_plugin.tasks.registry import task_files
 from lmms_plugin.tasks.sources.data_source import located

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin import harness_log
-from lmms_plugin.analysis import results
+from lmms_plugin.analysis import logs
 from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
@@ -190,13 +190,13 @@ def _log(folder: Path) -> str:
 def _problem(cell: Cell, folder: Path, status: int) -> str | None:
     """Why a folder does not hold the whole results of a cell; None if it does."""
     try:
-        files = [] if status else results.find(folder)
+        files = [] if status else logs.find(folder)
     except ValueError:
         files = []
     if not files:
         return harness_log.failure(_log(folder), status)
     try:
-        run = results.read_one(folder)
+        run = logs.read_one(folder)
     except ValueError as error:
         return str(error)
     missing = [name for task in known(cell.tasks).values() for name in task.tasks if name not in run.results]

@@ -12,7 +12,7 @@ from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.run import on_ray
 from lmms_plugin.study.run.local import LocalRunner, visible_gpus
 from lmms_plugin.study.run.planning import Plan, Planned, keys, plan
-from lmms_plugin.study.run.recording import Measure, Recorder, Watcher
+from lmms_plugin.study.run.recording import Recorder, Watcher
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.store.storage import Storage
 from lmms_plugin.study.verdicts import conclusions
@@ -56,7 +56,6 @@ def run(
     output: Path,
     watch: Watch,
     *,
-    measure: Measure | None = None,
     jobs: int = 1,
     retry_failed: bool = False,
     ray: str | None = None,
@@ -68,7 +67,6 @@ def run(
         file: Study file.
         output: Folder of the study.
         watch: Makes whoever is told how it goes.
-        measure: What is to be done with the folder of each cell when it is finished; None for nothing.
         jobs: Cells at a time on this machine.
         retry_failed: Whether cells that failed before are tried again.
         ray: Address of a Ray cluster to run them on; None for this machine.
@@ -96,7 +94,7 @@ def run(
         for one in wanted:
             if one.damage is not None:
                 watcher.waiting(one.keyed.id, one.damage)
-        recorder = Recorder(folder, watcher, shared, measure)
+        recorder = Recorder(folder, watcher, shared)
         if cluster is None:
             LocalRunner(recorder, jobs, visible_gpus(), keys(gpus)).run(cells)
         else:

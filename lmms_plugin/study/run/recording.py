@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any, Protocol
 
 from lmms_plugin.study.file.identity import Keyed
@@ -34,10 +31,6 @@ class Watcher(Protocol):
         """Time has passed."""
 
 
-Measure = Callable[[Path], object]
-"""Makes of a finished cell's folder what whoever reads it later would otherwise have to make."""
-
-
 class Taken(Enum):
     """Why a cell is not to be worked on here."""
 
@@ -53,13 +46,11 @@ class Recorder:
         folder: Of the study.
         watcher: Is told about everything.
         storage: Where finished cells are copied to; None for nowhere.
-        measure: What is to be done with the folder of a cell that is finished; None for nothing.
     """
 
     folder: StudyFolder
     watcher: Watcher
     storage: Storage | None = None
-    measure: Measure | None = None
     _failures: dict[str, dict[str, Any] | None] = field(default_factory=dict, repr=False)
 
     def claim(self, cell: str) -> Lock | Taken:
@@ -85,16 +76,7 @@ class Recorder:
         if self.folder.is_done(cell):
             return True
         fetched = self.storage is not None and self.storage.fetch(cell, self.folder)
-        if fetched or self.folder.restore(cell):
-            self._measure(cell)
-            return True
-        return False
-
-    def _measure(self, cell: str) -> None:
-        """Spare a report the logs; the cell is finished whatever comes of it, and a report says what is wrong."""
-        with suppress(Exception):
-            if self.measure is not None:
-                self.measure(self.folder.done_path(cell))
+        return fetched or self.folder.restore(cell)
 
     def record(self, keyed: Keyed, outcome: Outcome, gpus: int) -> None:
         """Keep what the work on a cell, whose lock the caller has, came to."""
@@ -103,7 +85,6 @@ class Recorder:
             self.folder.finish(keyed.id, said, outcome.done)
             if self.storage is not None:
                 self.storage.put(keyed.id, self.folder)
-            self._measure(keyed.id)
             self.watcher.done(keyed.id, outcome.done["seconds"])
             return
         failed = {"problem": outcome.problem, "returncode": outcome.returncode, "tail": outcome.tail, **outcome.done}

@@ -366,12 +366,11 @@ class StudyFolder:
 
 
 def _forget(measured: Path) -> None:
-    """Remove what was measured of a cell, where that is allowed; nothing depends on it."""
+    """Remove what is remembered of a cell's files, where that is allowed; nothing depends on it."""
     if measured.is_symlink():
         return
     with contextlib.suppress(OSError):
-        for file in (*measured.glob("*.bin"), measured / _STATES):
-            file.unlink(missing_ok=True)
+        (measured / _STATES).unlink(missing_ok=True)
         measured.rmdir()
 
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator
 
 from lmms_plugin.analysis import comparison
-from lmms_plugin.analysis.reliability import PRINTED, Settings
-from lmms_plugin.analysis.results import KINDS
+from lmms_plugin.analysis.measure import PRINTED, Settings
+from lmms_plugin.analysis.records import KINDS
 from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
 from lmms_plugin.study.file.asked import Estimator, Level, Margin, Names, Resamples, Seed, expect_metrics

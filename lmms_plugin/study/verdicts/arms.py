@@ -18,10 +18,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.analysis.results import REJECTION, Run, TaskRecords, match, read_one, reported
+from lmms_plugin.analysis.logs import Run, read_one
+from lmms_plugin.analysis.records import REJECTION, TaskRecords, match
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap
+from lmms_plugin.metrics.calibration import Binned
+from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
-from lmms_plugin.metrics.weighted import METHODS, Binned, Means
+from lmms_plugin.metrics.sums import Means
 from lmms_plugin.study.file.grid import Axes
 from lmms_plugin.study.store.folder import CELLS, DONE, StudyFolder
 
@@ -162,9 +165,9 @@ class Resampled:
         for cell in cells[1:]:
             for task in tasks:
                 match(first[task], _records(cell, task))
-        names = np.unique(np.concatenate([r.images[reported(r)] for r in first.values()]))
+        names = np.unique(np.concatenate([r.images[r.reported] for r in first.values()]))
         self.images = int(names.size)
-        self.documents = {task: int(reported(records).sum()) for task, records in first.items()}
+        self.documents = {task: int(records.reported.sum()) for task, records in first.items()}
         statistics: list[Statistic] = []
         places: list[tuple[str, str]] = []
         for cell in cells:
@@ -227,7 +230,7 @@ def flipped(cells: Sequence[Cell], reference: Cell, tasks: Sequence[str]) -> tup
         base = _records(reference, task)
         if base.kind.right is None:
             return None
-        keep = reported(base)
+        keep = base.reported
         for cell in cells:
             shares.append(np.array(flips(base.outcome[keep], _records(cell, task).outcome[keep])) / keep.sum())
     lost, won = np.mean(shares, axis=0)
@@ -237,7 +240,7 @@ def flipped(cells: Sequence[Cell], reference: Cell, tasks: Sequence[str]) -> tup
 def parse_rate(cells: Sequence[Cell], tasks: Sequence[str]) -> float:
     """Share of answers that hold a box, mean over cells and tasks."""
     records = [_records(cell, task) for cell in cells for task in tasks]
-    return float(np.mean([r.parsed[reported(r)].mean() for r in records]))
+    return float(np.mean([r.parsed[r.reported].mean() for r in records]))
 
 
 def one_reference(cells: Sequence[Placed]) -> Placed:
@@ -285,7 +288,7 @@ def _records(cell: Cell, task: str) -> TaskRecords:
 def _statistics(records: TaskRecords, names: npt.NDArray[np.str_], estimator: str | None) -> list[Statistic]:
     if records.kind is REJECTION:
         raise ValueError(f"expected a task with right and wrong answers, got {records.task}, which is about rejection")
-    keep = reported(records)
+    keep = records.reported
     clusters = Clusters(np.searchsorted(names, records.images[keep]), names.size)
     confidence, outcome = records.confidence_by(estimator)[keep], records.outcome[keep]
     made: list[Statistic] = [Means({"accuracy": outcome, "mean_iou": records.score[keep]}, clusters)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin.analysis import accounts
-from lmms_plugin.analysis.results import GIT_STATE, git_state, limit_of
+from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
 from lmms_plugin.quant_backends import backend_name, model_name
 

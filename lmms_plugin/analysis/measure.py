@@ -1,4 +1,7 @@
-"""Every metric of a finished run, from its log of samples: with the number of records, and intervals over images.
+"""Every metric of a finished run, from its logs of samples: with the number of records, and intervals over images.
+
+Images are drawn once for all tasks on the same documents, shifted or not, and alike for all runs on them, so that means
+over tasks and differences between runs have paired intervals.
 
 Thresholds and calibrators need records that nothing else is measured on. A task that brings its own split has a part
 for that. For the others a share of the images is held out by a hash of their id, the same for clean and shifted data:
@@ -7,31 +10,42 @@ what is chosen on clean held-out images is then applied to the other images, cle
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from functools import reduce
+from dataclasses import dataclass
+from functools import lru_cache, reduce
 from itertools import product
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis.results import REJECTION, SHIFTED, Place, Run, TaskRecords, match, reported
+from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.records import (
+    REJECTION,
+    SHIFTED,
+    STRICTER,
+    Bools,
+    Floats,
+    Kind,
+    Place,
+    TaskRecords,
+    Texts,
+    match,
+)
 from lmms_plugin.metrics import robustness
-from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, affordable, bootstrap, interval
+from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Draws, Statistic, affordable, bootstrap
+from lmms_plugin.metrics.calibration import Binned, Smooth
+from lmms_plugin.metrics.intervals import between
+from lmms_plugin.metrics.localisation import Localised
 from lmms_plugin.metrics.posthoc import CALIBRATORS
-from lmms_plugin.metrics.ranked import Ranked
-from lmms_plugin.metrics.selective import COSTS, HELD_OUT, RISKS
-from lmms_plugin.metrics.weighted import METHODS, Binned, Gains, Localised, Means, Smooth
+from lmms_plugin.metrics.ranked import RISKS, Ranked
+from lmms_plugin.metrics.selective import COSTS, HELD_OUT, Gains
+from lmms_plugin.metrics.sums import Means
 from lmms_plugin.utils.chance import uniform
 
-Floats = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 Cells = dict[tuple[str, int], TaskRecords]
 Grid = tuple[TaskRecords, Cells]
-STRICTER = (0.75, 0.9)
 ADDED = ("ece", "aurc")
 REJECTED = ("auroc", "fpr_at_tpr")
 CALIBRATED = ("ece", "brier", "nll")
@@ -69,6 +83,10 @@ class Settings:
             raise ValueError(f"expected a confidence level in (0.5, 1), got {self.level}")
         if self.calibrator not in CALIBRATORS:
             raise ValueError(f"expected a calibrator of {', '.join(CALIBRATORS)}, got {self.calibrator!r}")
+
+    def estimators(self, kind: Kind) -> frozenset[str]:
+        """What a log of a kind of task is read for: the estimator, and that of its table of results."""
+        return frozenset((self.estimator or kind.estimator, kind.estimator))
 
 
 class Number(NamedTuple):
@@ -111,6 +129,188 @@ class Robustness(NamedTuple):
     per_severity: dict[int, float]
 
 
+class Family(NamedTuple):
+    """Tasks on the same documents, shifted or not.
+
+    Attributes:
+        dataset: As the tasks name it.
+        split: Its split.
+        record: Kind of record.
+        clean: Name of the task without shift, where the split has several on different documents; else "".
+    """
+
+    dataset: str
+    split: str
+    record: str
+    clean: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """Tasks whose images are drawn together.
+
+    Attributes:
+        family: What they ask about.
+        tasks: Their answers.
+        names: Images that results are reported on, sorted, shape (images,).
+        judged: Those of them that are not held out, sorted: on them thresholds and calibrators are judged.
+    """
+
+    family: Family
+    tasks: tuple[TaskRecords, ...]
+    names: Texts
+    judged: Texts
+
+
+def together(tasks: Iterable[TaskRecords], settings: Settings) -> list[Together]:
+    """Tasks by the documents they ask about; those of rejection are left out."""
+    found: dict[Family, list[TaskRecords]] = {}
+    for one in tasks:
+        if one.kind is not REJECTION:
+            found.setdefault(_family(one), []).append(one)
+    return [
+        _together(family._replace(clean=clean), same, settings)
+        for family, members in found.items()
+        for clean, same in _on_the_same_documents(members).items()
+    ]
+
+
+def _family(records: TaskRecords) -> Family:
+    """What a task belongs to; local copies of a dataset go by their last folder."""
+    path, place = records.place.dataset.replace("\\", "/"), records.place
+    dataset = path.rstrip("/").rsplit("/", 1)[-1] if path.startswith(("/", ".")) else place.dataset
+    return Family(dataset, place.split, records.kind.record)
+
+
+def _on_the_same_documents(members: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
+    """Tasks by the name of the task without shift that they belong to, "" if there is but one."""
+    clean = {one.documents: one for one in members if one.place.shift is None}
+    if len(clean) < 2:
+        return {"": list(members)}
+    parted: dict[str, list[TaskRecords]] = {one.task: [] for one in clean.values()}
+    for one in members:
+        # Language shifts leave documents out: theirs is the task with the most of their images.
+        shared = {other.task: np.intersect1d(one.names, other.names).size for other in clean.values()}
+        own = clean[one.documents].task if one.documents in clean else max(shared, key=lambda task: shared[task])
+        parted[own].append(one)
+    return parted
+
+
+def _together(family: Family, tasks: Sequence[TaskRecords], settings: Settings) -> Together:
+    return Together(
+        family,
+        tuple(tasks),
+        _names([(one, one.reported) for one in tasks]),
+        _names([(one, one.reported & ~held_out(one, settings)) for one in tasks]),
+    )
+
+
+def _names(kept: Sequence[tuple[TaskRecords, Bools]]) -> Texts:
+    first = kept[0][0].names
+    masks = [np.bincount(one.image[keep], minlength=one.names.size) > 0 for one, keep in kept]
+    if all(np.array_equal(one.names, first) for one, _ in kept):
+        return first[np.logical_or.reduce(masks)]
+    return np.unique(np.concatenate([one.names[mask] for (one, _), mask in zip(kept, masks, strict=True)]))
+
+
+def clusters(records: TaskRecords, names: Texts) -> Clusters:
+    """The images of all records among those that are drawn; of records without one of these the index is void."""
+    return Clusters(np.searchsorted(names, records.names)[records.image].astype(np.intp), names.size)
+
+
+def part(whole: Clusters, keep: Bools) -> Clusters:
+    """Clusters of some records."""
+    return Clusters(whole.index[keep], whole.count)
+
+
+def drawn(statistics: Sequence[Statistic], images: int, settings: Settings) -> list[Draws]:
+    """Values of statistics on the data and on every resample; without resamples where there is but one image."""
+    if images < 2:
+        once = np.ones((1, max(images, 1)))
+        return [Draws(one.names, one(once)[0], np.empty((0, len(one.names)))) for one in statistics]
+    return bootstrap(statistics, images, resamples=settings.resamples, seed=settings.seed, workers=settings.workers)
+
+
+class Known(NamedTuple):
+    """The reported records that have a confidence. Arrays have shape (n,).
+
+    Attributes:
+        keep: Which of all records they are.
+        confidence: By the estimator.
+        outcome: What it is to tell.
+        clusters: Their images among those that are drawn.
+    """
+
+    keep: Bools
+    confidence: Floats
+    outcome: Floats
+    clusters: Clusters
+
+
+def known(records: TaskRecords, estimator: str | None, names: Texts) -> Known:
+    """The reported records that an estimator has a value for."""
+    confidence = records.confidence_by(estimator)
+    keep = records.reported & ~np.isnan(confidence)
+    return Known(keep, confidence[keep], records.outcome[keep], part(clusters(records, names), keep))
+
+
+def means(records: TaskRecords, confidence: Floats, names: Texts, stricter: Sequence[float] = ()) -> Means:
+    """Accuracy, share of records with a confidence and, of boxes, mean IoU and parse rate of the reported records."""
+    keep = records.reported
+    score = records.score[keep]
+    columns: dict[str, npt.ArrayLike] = {"accuracy": records.outcome[keep]}
+    if records.kind.right is not None:
+        columns |= {f"acc@{t:g}": (score >= t).astype(np.float64) for t in stricter}
+        columns |= {"mean_iou": score, "parse_rate": records.parsed[keep].astype(np.float64)}
+    columns["confidence_rate"] = (~np.isnan(confidence[keep])).astype(np.float64)
+    return Means(columns, part(clusters(records, names), keep))
+
+
+class Chosen(NamedTuple):
+    """Held-out records on which thresholds are chosen and calibrators fitted. Arrays have shape (n,).
+
+    Attributes:
+        task: Whose they are.
+        confidence: By the estimator.
+        outcome: What it is to tell.
+        images: Names of their images.
+    """
+
+    task: str
+    confidence: Floats
+    outcome: Floats
+    images: Texts
+
+
+def beyond(
+    records: TaskRecords, tasks: Mapping[str, TaskRecords], names: Texts, settings: Settings
+) -> tuple[Chosen, Known] | None:
+    """Held-out records, and those others of a task on which what is chosen on them is judged.
+
+    None where nothing is held out, or the others are of a single image, of which there is no interval.
+
+    Args:
+        records: The task.
+        tasks: Those of the run that held-out images are of.
+        names: Images that are drawn.
+        settings: Estimator and what is held out.
+
+    Raises:
+        ValueError: If the run has neither the task nor its clean one, or other documents under that name.
+    """
+    source = _clean_twin(tasks, records)
+    told = source.confidence_by(settings.estimator)
+    choosing = held_out(source, settings) & ~np.isnan(told)
+    confidence = records.confidence_by(settings.estimator)
+    keep = records.reported & ~held_out(records, settings) & ~np.isnan(confidence)
+    if np.unique(records.image[keep]).size < 2 or not choosing.any():
+        return None
+    return (
+        Chosen(source.task, told[choosing], source.outcome[choosing], source.images[choosing]),
+        Known(keep, confidence[keep], records.outcome[keep], part(clusters(records, names), keep)),
+    )
+
+
 def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[Number]:
     """All metrics of all tasks of a run.
 
@@ -128,23 +328,31 @@ def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[
             tasks or has other documents in it.
     """
     _of_ours(run)
+    of = {one.task: family for family in together(run.tasks.values(), settings) for one in family.tasks}
     numbers: list[Number] = []
     for records in run.tasks.values():
         if records.kind is REJECTION:
             numbers += rejection(records, settings)
             continue
-        numbers += _measured(records, _everything(records, settings), reported(records), settings)
+        family = of[records.task]
+        tasks = {one.task: one for one in family.tasks} if chosen_on is None else chosen_on.tasks
+        numbers += _everything(records, family.names, settings)
         numbers += _floor(records, settings)
-        numbers += _beyond_held_out(run if chosen_on is None else chosen_on, records, settings)
+        numbers += _beyond_held_out(records, tasks, family.judged, settings)
     return numbers
 
 
-def held_out(records: TaskRecords, settings: Settings) -> Mask:
+def held_out(records: TaskRecords, settings: Settings) -> Bools:
     """Which records thresholds are chosen on, shape (n,): of held-out images, whichever others there are."""
     if np.any(records.parts != ""):
         return np.equal(records.parts, HELD_OUT)
-    names, index = np.unique(records.images, return_inverse=True)
-    return np.array([uniform(f"{settings.seed}:{name}") < settings.held_out for name in names])[index]
+    aside = _held_out_images(tuple(records.names.tolist()), settings.seed, settings.held_out)
+    return aside[records.image]
+
+
+@lru_cache(maxsize=8)
+def _held_out_images(names: tuple[str, ...], seed: int, share: float) -> Bools:
+    return np.array([uniform(f"{seed}:{name}") < share for name in names])
 
 
 def robust(run: Run, settings: Settings) -> dict[str, list[Robustness]]:
@@ -236,7 +444,7 @@ def as_table(values: Mapping[tuple[str, int], float]) -> Floats:
 
 def key_numbers(records: TaskRecords, settings: Settings) -> dict[str, float]:
     """Accuracy, ECE, AURC and coverage at risk of the reported records; NaN without confidences."""
-    keep = reported(records)
+    keep = records.reported
     confidence, outcome = records.confidence_by(settings.estimator)[keep], records.outcome[keep]
     known = ~np.isnan(confidence)
     c, y = confidence[known], outcome[known]
@@ -248,74 +456,20 @@ def key_numbers(records: TaskRecords, settings: Settings) -> dict[str, float]:
     return numbers
 
 
-def table(numbers: Sequence[Number], title: str, level: float) -> Table:
-    """Numbers for people to read."""
-    shown = Table(title=title)
-    for heading in ("task", "metric"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in ("value", f"{100 * level:g} % interval", "records", "images"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for k, number in enumerate(numbers):
-        task = number.task if k == 0 or numbers[k - 1].task != number.task else ""
-        between = "" if math.isnan(number.low) else f"{number.low:z.4f} … {number.high:z.4f}"
-        value = "undefined" if math.isnan(number.value) else f"{number.value:z.4f}"
-        row = (task, number.metric, value, between, str(number.records), str(number.images))
-        shown.add_row(*row)
-    return shown
-
-
-def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
-    """Robustness for people to read."""
-    severities = list(rows[0].per_severity)
-    caption = (
-        "shifted: plain mean over the shifts at these severities; retained: that ÷ clean;"
-        " per severity: share lost (accuracy, coverage) or what is added (ece, aurc)"
-    )
-    shown = Table(title=f"{title} under shift", caption=caption)
-    shown.add_column("metric", no_wrap=True)
-    for heading in ("clean", "shifted", "retained", *(f"severity {severity}" for severity in severities)):
-        shown.add_column(heading, justify="right")
-    for row in rows:
-        values = (row.clean, row.mean, row.retained, *row.per_severity.values())
-        shown.add_row(row.metric, *("" if math.isnan(value) else f"{value:z.4f}" for value in values))
-    return shown
-
-
-def plain(value: Any) -> Any:
-    """The same as JSON can write it: named tuples and dataclasses as objects, NaN and infinities as null."""
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _of_ours(run: Run) -> None:
     if not run.tasks:
         raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")
 
 
-def _everything(records: TaskRecords, settings: Settings) -> list[Statistic]:
-    keep = reported(records)
-    clusters = Clusters.of(records.images[keep])
-    confidence = records.confidence_by(settings.estimator)[keep]
-    known = ~np.isnan(confidence)
-    score, outcome = records.score[keep], records.outcome[keep]
-    means: dict[str, npt.ArrayLike] = {records.kind.named("accuracy"): outcome}
-    if records.kind.right is not None:
-        means |= {f"acc@{t:g}": (score >= t).astype(np.float64) for t in STRICTER}
-        means |= {"mean_iou": score, "parse_rate": records.parsed[keep].astype(np.float64)}
-    statistics: list[Statistic] = [Means(means | {"confidence_rate": known.astype(np.float64)}, clusters)]
-    if known.any():
-        arrays = confidence[known], outcome[known], Clusters(clusters.index[known], clusters.count)
+def _everything(records: TaskRecords, names: Texts, settings: Settings) -> list[Number]:
+    confidence, there = records.confidence_by(settings.estimator), known(records, settings.estimator, names)
+    statistics: list[Statistic] = [means(records, confidence, names, STRICTER)]
+    if there.keep.any():
+        arrays = there.confidence, there.outcome, there.clusters
         statistics += [Binned(*arrays), Smooth(*arrays), Ranked(*arrays)]
         if records.kind.right is not None:
-            statistics.append(Localised(arrays[0], score[known], arrays[2]))
-    return statistics
+            statistics.append(Localised(there.confidence, records.score[there.keep], there.clusters))
+    return _measured(records, statistics, records.reported, names.size, settings)
 
 
 def rejection(records: TaskRecords, settings: Settings) -> list[Number]:
@@ -329,108 +483,113 @@ def rejection(records: TaskRecords, settings: Settings) -> list[Number]:
         ValueError: If there are fewer than 2 images.
     """
     confidence, matches = records.confidence_by(settings.estimator), records.outcome
-    known = ~np.isnan(confidence)
-    true, changed = _pairs(records, known)
+    there = ~np.isnan(confidence)
+    true, changed = _pairs(records, there)
     numbers = []
     for name, side in (("true", matches == 1.0), ("changed" if true.size else "no_target", matches == 0.0)):
         if side.any():
             boxes = Means({f"box_rate_{name}": records.score[side]}, Clusters.of(records.images[side]))
-            numbers += _measured(records, [boxes], side, settings)
-    if known.any():
-        ranked = Ranked(confidence[known], matches[known], Clusters.of(records.images[known]), REJECTED)
-        numbers += _measured(records, [ranked], known, settings)
+            numbers += _measured(records, [boxes], side, _images(records, side), settings)
+    if there.any():
+        ranked = Ranked(confidence[there], matches[there], Clusters.of(records.images[there]), REJECTED)
+        numbers += _measured(records, [ranked], there, _images(records, there), settings)
     if true.size:
         falls = (confidence[true] > confidence[changed]) + 0.5 * (confidence[true] == confidence[changed])
         fallen = Means({"confidence_falls": falls}, Clusters.of(records.images[true]))
-        numbers += _measured(records, [fallen], np.isin(np.arange(known.size), true), settings)
+        paired = np.isin(np.arange(there.size), true)
+        numbers += _measured(records, [fallen], paired, _images(records, paired), settings)
     return numbers
 
 
-def _pairs(records: TaskRecords, known: Mask) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _pairs(records: TaskRecords, there: Bools) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Of each pair with both confidences the places of its true and of its changed expression, shape (pairs,)."""
-    sides = [np.flatnonzero(known & (records.outcome == side)) for side in (1.0, 0.0)]
+    sides = [np.flatnonzero(there & (records.outcome == side)) for side in (1.0, 0.0)]
     pairs = [records.pairs[side] if records.pairs is not None else side for side in sides]
     _, true, changed = np.intersect1d(pairs[0], pairs[1], return_indices=True)
     return sides[0][true], sides[1][changed]
 
 
+def _images(records: TaskRecords, keep: Bools) -> int:
+    return int(np.unique(records.image[keep]).size)
+
+
 def _measured(
-    records: TaskRecords, statistics: Sequence[Statistic], keep: Mask, settings: Settings, suffix: str = ""
+    records: TaskRecords,
+    statistics: Sequence[Statistic],
+    keep: Bools,
+    images: int,
+    settings: Settings,
+    suffix: str = "",
 ) -> list[Number]:
-    confidence = records.confidence_by(settings.estimator)[keep]
-    images = records.images[keep]
-    count = np.unique(images).size
-    if count < 2:
+    """Numbers of some records, with intervals over `images` images of which all statistics are functions."""
+    if (count := _images(records, keep)) < 2:
         raise ValueError(f"expected at least 2 images in task {records.task} to make intervals from, got {count}")
-    known = ~np.isnan(confidence)
-    sizes = (images.size, count), (int(known.sum()), np.unique(images[known]).size)
-    drawn = bootstrap(statistics, count, resamples=settings.resamples, seed=settings.seed, workers=settings.workers)
+    there = keep & ~np.isnan(records.confidence_by(settings.estimator))
+    sizes = (int(keep.sum()), count), (int(there.sum()), _images(records, there))
     numbers = []
-    for statistic, draws in zip(statistics, drawn, strict=True):
-        n, m = sizes[0] if isinstance(statistic, Means) else sizes[1]
+    for statistic, draws in zip(statistics, drawn(statistics, images, settings), strict=True):
+        size = sizes[0] if isinstance(statistic, Means) else sizes[1]
         for name in draws.names:
-            value, resampled = draws.of(name)
-            method = METHODS.get(name, "percentile")
-            low, high = interval(value, resampled, level=settings.level, method=method)
-            if method == "basic":  # calibration errors, which are never outside
-                low, high = np.clip((low, high), 0.0, 1.0).tolist()
+            low, high = between(name, *draws.of(name), settings.level)
             printed = records.kind.named(PRINTED.get(name, name)) + suffix
-            numbers.append(Number(records.task, printed, value, low, high, n, m))
+            numbers.append(Number(records.task, printed, draws.of(name)[0], low, high, *size))
     return numbers
 
 
 def _floor(records: TaskRecords, settings: Settings) -> list[Number]:
-    keep = reported(records)
     confidence = records.confidence_by(settings.estimator)
-    known = keep & ~np.isnan(confidence)
-    if not known.any():
+    keep = records.reported & ~np.isnan(confidence)
+    if not keep.any():
         return []
-    size = int(known.sum()), int(np.unique(records.images[known]).size)
+    size = int(keep.sum()), _images(records, keep)
     numbers = []
     for name, equal_mass in (("ece", False), ("ace", True)):
-        floor = metrics.ece_floor(confidence[known], equal_mass=equal_mass, seed=settings.seed)
-        for part, value in zip(("floor", "floor_p95"), floor, strict=True):
-            numbers.append(Number(records.task, f"{name}_{part}", value, math.nan, math.nan, *size))
+        floor = metrics.ece_floor(confidence[keep], equal_mass=equal_mass, seed=settings.seed)
+        for end, value in zip(("floor", "floor_p95"), floor, strict=True):
+            numbers.append(Number(records.task, f"{name}_{end}", value, math.nan, math.nan, *size))
     return numbers
 
 
-def _beyond_held_out(run: Run, records: TaskRecords, settings: Settings) -> list[Number]:
-    """What thresholds and calibrators from a run's held-out images do on the other images of some records."""
-    source = _clean_twin(run, records)
-    choosing = held_out(source, settings) & ~np.isnan(source.confidence_by(settings.estimator))
-    keep = reported(records) & ~held_out(records, settings) & ~np.isnan(records.confidence_by(settings.estimator))
-    # Of a single image there is no interval.
-    if np.unique(records.images[keep]).size < 2 or not choosing.any():
+def _beyond_held_out(
+    records: TaskRecords, tasks: Mapping[str, TaskRecords], names: Texts, settings: Settings
+) -> list[Number]:
+    """What thresholds and calibrators from held-out images do on the other images of some records."""
+    found = beyond(records, tasks, names, settings)
+    if found is None:
         return []
-    c, y = source.confidence_by(settings.estimator)[choosing], source.outcome[choosing]
-    confidence, outcome = records.confidence_by(settings.estimator)[keep], records.outcome[keep]
-    clusters = Clusters.of(records.images[keep])
+    chosen, rest = found
+    c, y = chosen.confidence, chosen.outcome
     at_risk = {risk: metrics.threshold_at_risk(c, y, risk) for risk in RISKS}
     at_cost = {cost: metrics.threshold_at_cost(c, y, cost) for cost in COSTS}
-    gains = _measured(records, [Gains(confidence, outcome, clusters, at_risk, at_cost)], keep, settings)
+    gains = [Gains(rest.confidence, rest.outcome, rest.clusters, at_risk, at_cost)]
+    numbers = _measured(records, gains, rest.keep, names.size, settings)
     if not 0.0 < y.mean() < 1.0:
-        return gains
+        return numbers
     fit = CALIBRATORS[settings.calibrator].fit
-    fitted = fit(c, y, source.images[choosing].tolist(), split=f"{source.task}, held out")
-    after = [Binned(fitted.apply(confidence, records.images[keep].tolist()), outcome, clusters)]
+    fitted = fit(c, y, chosen.images.tolist(), split=f"{chosen.task}, held out")
+    applied = fitted.apply(rest.confidence, records.images[rest.keep].tolist())
+    after = [Binned(applied, rest.outcome, rest.clusters)]
     suffix = f"_after_{settings.calibrator}"
     wanted = {name + suffix for name in CALIBRATED}
-    return gains + [n for n in _measured(records, after, keep, settings, suffix) if n.metric in wanted]
+    measured = _measured(records, after, rest.keep, names.size, settings, suffix)
+    return numbers + [number for number in measured if number.metric in wanted]
 
 
-def _clean_twin(run: Run, records: TaskRecords) -> TaskRecords:
+def _clean_twin(tasks: Mapping[str, TaskRecords], records: TaskRecords) -> TaskRecords:
     """A run's task on the same documents without shift; else that of the same name.
 
     Raises:
         ValueError: If the run has neither, or other documents under that name.
     """
     clean = records.place._replace(shift=None, severity=None, shifts=SHIFTED[0])
-    same = run.tasks.get(records.task)
+    same = tasks.get(records.task)
     if same is not None and same.place == clean:
         return _same_documents(records, same)
-    twin = next((other for other in run.tasks.values() if other.place == clean), same)
+    twin = next((other for other in tasks.values() if other.place == clean), same)
     if twin is None:
-        raise ValueError(f"expected task {records.task} or the same on clean images in {run.file}, got neither")
+        raise ValueError(
+            f"expected task {records.task} or the same on clean images in the run to choose on, got neither"
+        )
     return twin if twin is not same else _same_documents(records, twin)
 
 

@@ -1,0 +1,241 @@
+"""The numbers of one run as a page takes them: per task, and as means over clean and shifted tasks, with resamples.
+
+They are those of `lmms_plugin.analysis.measure`, of fewer metrics: equal draws of images, equal functions.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lmms_plugin import metrics
+from lmms_plugin.analysis.measure import (
+    Family,
+    Settings,
+    Together,
+    beyond,
+    drawn,
+    known,
+    means,
+    together,
+)
+from lmms_plugin.analysis.records import SHIFTED, Floats, Place, TaskRecords, Texts
+from lmms_plugin.metrics.bins import DEFAULT_BINS
+from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic
+from lmms_plugin.metrics.calibration import Binned
+from lmms_plugin.metrics.intervals import between
+from lmms_plugin.metrics.ranked import Ranked
+from lmms_plugin.metrics.selective import COSTS, Gains
+
+SELECTIVE = ("aurc", "coverage@0.01", "coverage@0.05", "auroc")
+
+METRICS = (
+    *("accuracy", "mean_iou", "parse_rate", "confidence_rate", "ece", "brier"),
+    *SELECTIVE,
+    *(f"phi@{cost:g}" for cost in COSTS),
+)
+"""What is measured of every task; NaN where it is undefined."""
+CLEAN = "clean"
+GRID = np.arange(1, 101) / 100
+"""Coverages at which curves of risk by coverage are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One task of one run.
+
+    Attributes:
+        task: Name of the task.
+        family: What it belongs to.
+        place: What it asks about.
+        documents: Fingerprint of its documents.
+        records: How many records results are of.
+        images: Of how many images.
+        unparsed: Answers without a box.
+        unsure: Answers without a confidence.
+        value: Shape (metrics,).
+        low: Lower ends of the intervals, shape (metrics,); NaN where there is none.
+        high: Upper ends.
+        bins: Records, mean confidence and mean outcome per equal-width bin, shape (3, bins); mean 0 in empty bins.
+        risk: Risk at each coverage of `GRID`; NaN without confidences.
+        score: Of every reported record, in the order of their ids, shape (records,).
+        outcome: Their outcomes.
+    """
+
+    task: str
+    family: Family
+    place: Place
+    documents: str
+    records: int
+    images: int
+    unparsed: int
+    unsure: int
+    value: Floats
+    low: Floats
+    high: Floats
+    bins: Floats
+    risk: Floats
+    score: npt.NDArray[np.float32]
+    outcome: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A mean over tasks.
+
+    Attributes:
+        tasks: Their names.
+        drawn: Fingerprint of the images that were drawn: resamples of groups with the same are paired.
+        records: Records of all tasks.
+        images: How many images.
+        value: Shape (metrics,).
+        resampled: Shape (resamples, metrics).
+    """
+
+    tasks: tuple[str, ...]
+    drawn: str
+    records: int
+    images: int
+    value: Floats
+    resampled: Floats
+
+    def interval(self, metric: str, level: float) -> Interval:
+        """Interval of one metric."""
+        return between(metric, float(self.value[METRICS.index(metric)]), self.column(metric), level)
+
+    def column(self, metric: str) -> Floats:
+        """Resamples of one metric, shape (resamples,)."""
+        return self.resampled[:, METRICS.index(metric)]
+
+    def of(self, metric: str) -> float:
+        """One metric."""
+        return float(self.value[METRICS.index(metric)])
+
+
+class Measured(NamedTuple):
+    """All numbers of a run.
+
+    Attributes:
+        tasks: By name.
+        groups: By family and condition: `clean`, what is shifted, or `what is shifted, severity`.
+        documents: Fingerprint → ids of the reported records, in their order, shape (records,).
+    """
+
+    tasks: dict[str, Task]
+    groups: dict[tuple[Family, str], Group]
+    documents: dict[str, Texts]
+
+
+def measure(tasks: Iterable[TaskRecords], settings: Settings) -> Measured:
+    """Measure all tasks of a run that have right and wrong answers; each has to have a record that is reported on."""
+    found = Measured({}, {}, {})
+    for family in together(tasks, settings):
+        _measure(family, settings, found)
+    return found
+
+
+def _measure(whole: Together, settings: Settings, found: Measured) -> None:
+    fingerprint = hashlib.blake2b("\n".join(whole.names.tolist()).encode("utf-8", "surrogatepass"), digest_size=16)
+    values: dict[str, Floats] = {}
+    for one in whole.tasks:
+        values[one.task] = _numbers(one, whole, settings)
+        found.tasks[one.task] = _task(whole.family, one, values[one.task], settings)
+        if one.documents not in found.documents:
+            found.documents[one.documents] = one.ids[one.reported]
+    # In one order, whatever order they were run in: runs are compared by their tasks.
+    for condition, chosen in _conditions(sorted(whole.tasks, key=lambda one: one.task)).items():
+        mean = np.stack([values[one.task] for one in chosen]).mean(axis=0)
+        tasks = [found.tasks[one.task] for one in chosen]
+        found.groups[whole.family, condition] = Group(
+            tuple(one.task for one in chosen),
+            fingerprint.hexdigest(),
+            sum(task.records for task in tasks),
+            max(task.images for task in tasks),
+            mean[0],
+            mean[1:],
+        )
+
+
+def _conditions(members: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
+    """Which tasks a mean is taken over, by condition."""
+    chosen: dict[str, list[TaskRecords]] = {}
+    for one in members:
+        if one.place.shift is None:
+            chosen.setdefault(CLEAN, []).append(one)
+            continue
+        which = "shifted" if one.place.shifts == SHIFTED[0] else f"shifted {one.place.shifts}"
+        chosen.setdefault(which, []).append(one)
+        chosen.setdefault(f"{which}, severity {one.place.severity}", []).append(one)
+    return chosen
+
+
+def _numbers(one: TaskRecords, whole: Together, settings: Settings) -> Floats:
+    """Values on the data and on every resample, shape (1 + resamples, metrics)."""
+    there = known(one, settings.estimator, whole.names)
+    statistics: list[Statistic] = [means(one, one.confidence_by(settings.estimator), whole.names)]
+    if there.keep.any():
+        arrays = there.confidence, there.outcome, there.clusters
+        statistics += [Binned(*arrays), Ranked(*arrays, SELECTIVE)]
+    draws = drawn(statistics, whole.names.size, settings)
+    if rest := beyond(one, {other.task: other for other in whole.tasks}, whole.judged, settings):
+        chosen, other = rest
+        thresholds = {float(cost): metrics.threshold_at_cost(*chosen[1:3], cost) for cost in COSTS}
+        gains = Gains(other.confidence, other.outcome, other.clusters, {}, thresholds)
+        draws += drawn([gains], whole.judged.size, settings)
+    return _columns(draws)
+
+
+def _columns(draws: Sequence[Draws]) -> Floats:
+    found = {name: np.append(*one.of(name)) for one in draws for name in one.names}
+    missing = np.full(1 + len(draws[0].resampled), np.nan)
+    return np.stack([found.get(name, missing) for name in METRICS], axis=1)
+
+
+def _task(family: Family, one: TaskRecords, numbers: Floats, settings: Settings) -> Task:
+    keep, confidence, outcome, _ = known(one, settings.estimator, one.names)
+    intervals = [between(name, numbers[0, k], numbers[1:, k], settings.level) for k, name in enumerate(METRICS)]
+    low, high = np.array(intervals).T
+    reported = one.reported
+    return Task(
+        one.task,
+        family,
+        one.place,
+        one.documents,
+        int(reported.sum()),
+        int(np.unique(one.image[reported]).size),
+        int((~one.parsed[reported]).sum()),
+        int(reported.sum() - keep.sum()),
+        numbers[0],
+        low,
+        high,
+        _bins(confidence, outcome),
+        _risk(confidence, outcome),
+        one.score[reported].astype(np.float32),
+        one.outcome[reported].astype(np.float32),
+    )
+
+
+def _bins(confidence: Floats, outcome: Floats) -> Floats:
+    if not confidence.size:
+        return np.zeros((3, DEFAULT_BINS))
+    records, *sums, _ = Binned(confidence, outcome, Clusters.one(confidence.size)).sums(np.ones((1, 1)))[:, 0]
+    return np.stack([records, *(total / np.maximum(records, 1) for total in sums)])
+
+
+def _risk(confidence: Floats, outcome: Floats) -> Floats:
+    """Risk at each coverage of `GRID`: of the fewest most confident records that reach it."""
+    if not confidence.size:
+        return np.full(GRID.size, np.nan)
+    curve = metrics.risk_coverage(confidence, outcome)
+    risk: Floats = curve.risk[np.searchsorted(curve.coverage, GRID - 1e-12).clip(max=curve.risk.size - 1)]
+    return risk
+
+
+def mean_bins(tasks: Sequence[Task]) -> Floats:
+    """Bins of several tasks or runs together, shape (3, bins)."""
+    records = np.sum([task.bins[0] for task in tasks], axis=0)
+    sums = [np.sum([task.bins[0] * task.bins[k] for task in tasks], axis=0) for k in (1, 2)]
+    return np.stack([records, *(total / np.maximum(records, 1) for total in sums)])

@@ -1,0 +1,83 @@
+"""Sums and means over records as functions of how often each cluster counts.
+
+Metrics that are made of sums over records or bins are linear in the counts: all resamples are one product with a sparse
+matrix. The metrics themselves are in `lmms_plugin.metrics.calibration`, `localisation` and `selective`;
+`lmms_plugin.metrics.ranked` has those that depend on the order of confidences. With whole counts each is the metric on
+the records repeated that often, and the metric of plain records is that of one cluster that counts once.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csc_array
+
+from lmms_plugin.metrics._inputs import Floats, fractions
+from lmms_plugin.metrics.bootstrap import Clusters, Statistic
+
+
+class Sums:
+    """Sums of values over cells as a function of cluster counts: (resamples, clusters) → (resamples, cells).
+
+    Args:
+        cells: Shape (n,), cell of each value, in [0, count).
+        values: Shape (n,).
+        clusters: Of the n values.
+        count: How many cells there are.
+    """
+
+    def __init__(self, cells: npt.NDArray[np.intp], values: Floats, clusters: Clusters, count: int) -> None:
+        # In the order of the records, so that numbers of the data themselves are the same whatever the clusters are.
+        self._whole: Floats = np.bincount(cells, values, minlength=count).astype(np.float64)
+        # By columns, so that counts are read once, in order, and the few sums stay in cache. Of one cluster scipy would
+        # sort what only has to be added up.
+        several = clusters.count > 1
+        self._matrix: Any = (
+            csc_array((values, (cells, clusters.index)), shape=(count, clusters.count))
+            if several
+            else self._whole[:, None]
+        )
+
+    @classmethod
+    def stacked(cls, rows: Sequence[Floats], clusters: Clusters) -> "Sums":
+        """Sums of several values of each record, one cell for each."""
+        cells = np.repeat(np.arange(len(rows)), clusters.index.size)
+        sums = cls(cells, np.concatenate(rows), clusters.repeated(len(rows)), len(rows))
+        # Exactly rounded, as the means of the table of results are.
+        sums._whole = np.array([math.fsum(row.tolist()) for row in rows])
+        return sums
+
+    def __call__(self, counts: Floats) -> Floats:
+        """Sums, shape (resamples, cells)."""
+        if len(counts) == 1 and np.all(counts == 1.0):
+            return self._whole[None]
+        sums: Floats = (self._matrix @ np.ascontiguousarray(counts.T)).T
+        return sums
+
+
+class Means:
+    """Means of values per record, such as accuracy and mean IoU.
+
+    Args:
+        values: Name → shape (n,), in [0, 1].
+        clusters: Of the n records.
+    """
+
+    def __init__(self, values: Mapping[str, npt.ArrayLike], clusters: Clusters) -> None:
+        self.names = tuple(values)
+        rows = [fractions(name, value) for name, value in values.items()] + [np.ones(clusters.index.size)]
+        self._sums = Sums.stacked(rows, clusters)
+
+    def __call__(self, counts: Floats) -> Floats:
+        """Means, shape (resamples, names); NaN for a resample without records."""
+        sums = self._sums(counts)
+        with np.errstate(invalid="ignore"):
+            means: Floats = sums[:, :-1] / sums[:, -1:]
+        return means
+
+
+def plain(statistic: Statistic) -> dict[str, float]:
+    """Values by name of a statistic of one cluster: those of the records as they are."""
+    return dict(zip(statistic.names, statistic(np.ones((1, 1)))[0].tolist(), strict=True))
