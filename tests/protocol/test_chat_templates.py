@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 from helpers.families import QWEN_TEMPLATE, idefics_template
+from helpers.models import DOCUMENTS, answer, load, message, photograph
 from loguru import logger
-from test_model import DOCUMENTS, answer, load, message, photograph
 from transformers import AutoProcessor
 
 from lmms_plugin.arguments import ModelArguments, read_arguments

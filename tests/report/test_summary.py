@@ -8,9 +8,7 @@ import re
 
 import numpy as np
 import pytest
-import test_results
-import test_results_language
-from helpers import report_study
+from helpers import planted_logs, report_study
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -446,8 +444,8 @@ def test_all_metrics_have_a_place(summary):
 
 
 def test_what_is_to_be_rejected_has_a_table_of_its_own(tmp_path):
-    lines = test_results_language.pairs(0.1)
-    run = logs.read_one(test_results.write(tmp_path / "run", {"rejection": lines}))
+    lines = planted_logs.pairs(0.1)
+    run = logs.read_one(planted_logs.write(tmp_path / "run", {"rejection": lines}))
     numbers = {number.metric: number for number in measure.measure(run, SETTINGS)}
     alone = summarise(reading.read_folder(tmp_path, SETTINGS), SETTINGS.level)
     table = contents.rejection(alone)
