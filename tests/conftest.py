@@ -44,6 +44,12 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
+def registered() -> None:
+    """Let lmms-eval know this package, as each of its commands does: by its entry point, which this import calls."""
+    import lmms_eval.models  # noqa: F401
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function from the name of a family to the directory of its tiny checkpoint, built on first use."""
     from helpers.families import build

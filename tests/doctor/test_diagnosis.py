@@ -400,7 +400,7 @@ def test_good_copies_of_every_dataset_are_good(monkeypatch, good_copies):
 
 def test_of_a_large_copy_rows_from_all_over_it_are_read(monkeypatch, good_copies):
     monkeypatch.setattr(copies, "WHOLE", 0)
-    monkeypatch.setattr(copies, "_ROWS", 2)
+    monkeypatch.setattr(copies, "ROWS", 2)
     rows = checked(monkeypatch, {"LMMS_PLUGIN_VQAV2": good_copies["LMMS_PLUGIN_VQAV2"]})
     assert [row.status for row in rows] == [Status.OK]
     assert "2 of 120 rows looked at" in rows[0].message

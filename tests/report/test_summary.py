@@ -174,7 +174,7 @@ def test_nothing_is_compared_across_different_documents(tmp_path):
 
 
 def test_processes_do_not_change_a_number(study, summary, monkeypatch):
-    monkeypatch.setattr(reading, "_ONE_PROCESS", 0)
+    monkeypatch.setattr(reading, "ONE_PROCESS", 0)
     other = reading.read_folder(study, measure.Settings(resamples=60, workers=2))
     for one, same in zip(summary.folder.runs, other.runs, strict=True):
         assert one.file == same.file
@@ -184,7 +184,7 @@ def test_processes_do_not_change_a_number(study, summary, monkeypatch):
 
 
 def test_figures_drawn_by_two_processes_are_the_same(summary, monkeypatch):
-    monkeypatch.setattr(inlined, "_ONE_PROCESS", 0)
+    monkeypatch.setattr(inlined, "ONE_PROCESS", 0)
     one, two = inlined.shown(summary, 1), inlined.shown(summary, 2)
     assert [(section, figure.wide, figure.narrow) for section, drawn in one.items() for figure in drawn] == [
         (section, figure.wide, figure.narrow) for section, drawn in two.items() for figure in drawn
@@ -211,12 +211,10 @@ def test_the_front_holds_what_nothing_beats(summary):
     lines = summary.scopes[0].under(CLEAN)
     kept = contents.not_dominated(lines)
     for line in lines:
-        mine = contents._objectives(line)
-        better = [
-            other for other in kept if all(a <= b for a, b in zip(contents._objectives(other), mine, strict=True))
-        ]
+        mine = contents.objectives(line)
+        better = [other for other in kept if all(a <= b for a, b in zip(contents.objectives(other), mine, strict=True))]
         assert better, line.config.label
-        assert (line in kept) == all(contents._objectives(other) == mine for other in better)
+        assert (line in kept) == all(contents.objectives(other) == mine for other in better)
 
 
 def test_lmms_eval_is_not_called_by_the_commit_of_the_working_directory(tmp_path):
@@ -278,7 +276,7 @@ def test_a_heat_map_for_a_phone_can_be_read(models):
     ]
     values = np.random.default_rng(0).uniform(-0.9, 0.1, (models, len(SHIFTS)))
     with rc_context(dict(drawing.STYLE)):
-        figure = under_shift._tall_heat(values, labels[:models], [name.replace("_", " ") for name in SHIFTS])
+        figure = under_shift.tall_heat(values, labels[:models], [name.replace("_", " ") for name in SHIFTS])
         texts, page_box = extents(figure)
     assert figure.get_figwidth() == drawing.NARROW, "shown without shrinking it"
     assert sum(len(panel.texts) for panel in figure.axes) == values.size
@@ -302,7 +300,7 @@ def test_labels_of_marks_stand_apart():
     figure = Figure(figsize=(2, 2))
     panel = figure.subplots()
     panel.set(xlim=(0, 1), ylim=(0, 1))
-    tradeoffs._label_marks(
+    tradeoffs.label_marks(
         panel, [(0.5, 0.5, "4"), (0.51, 0.51, "3"), (0.5, 0.52, "2"), (0.505, 0.5, "4"), (0.9, 0.9, "")]
     )
     FigureCanvasAgg(figure).draw()

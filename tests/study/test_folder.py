@@ -291,7 +291,7 @@ def test_a_cell_whose_files_are_not_as_they_were_is_run_again(folder: StudyFolde
 def test_files_that_are_as_they_were_are_hashed_once(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     work(folder, "a-1")
     folder.finish("a-1", ABOUT, {"seconds": 3.0})
-    monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(files, "SETTLED_NANOSECONDS", -1)
     assert folder.is_done("a-1")
     hashed: list[Path] = []
     of_file = hashing.of_file

@@ -152,7 +152,7 @@ def test_a_failure_is_recorded_with_the_end_of_its_log(undisturbed: Path) -> Non
 )
 def test_a_failure_quotes_the_last_error(tmp_path: Path, status: int, words: str) -> None:
     (tmp_path / LOG).write_text("Traceback\nRuntimeError: why\nbye\n")
-    problem = attempt._problem(CELL, tmp_path, status)
+    problem = attempt.problem_of(CELL, tmp_path, status)
     assert problem is not None
     assert problem.startswith(f"lmms-eval {words}")
     assert problem.endswith("; last error: RuntimeError: why")

@@ -209,7 +209,7 @@ class TestOneModel:
             for text in ("Where is it?", "And now?"):
                 content = [*({"type": "image", "url": one} for one in shown), {"type": "text", "text": text}]
                 prompt = smolvlm.reader.read([{"role": "user", "content": content}], "a prompt")
-                assert schedule._length(prompt) == smolvlm.chat.encode([prompt]).inputs["input_ids"].shape[1]
+                assert schedule.length_of(prompt) == smolvlm.chat.encode([prompt]).inputs["input_ids"].shape[1]
 
     def test_what_is_drawn_is_the_same(self, smolvlm):
         options = {"temperature": 1.0, "do_sample": True}
@@ -273,7 +273,7 @@ class TestOneModel:
 
     def test_keys_and_values_are_gone_when_their_group_is_done(self, smolvlm, monkeypatch):
         answers(smolvlm)
-        made, alive, original = [], [], PrefixSharing._expanded
+        made, alive, original = [], [], PrefixSharing.expanded
 
         def watched(self, *args):
             alive.append(sum(reference() is not None for reference in made))
@@ -281,7 +281,7 @@ class TestOneModel:
             made.append(weakref.ref(expanded))
             return expanded
 
-        monkeypatch.setattr(PrefixSharing, "_expanded", watched)
+        monkeypatch.setattr(PrefixSharing, "expanded", watched)
         answers(smolvlm, cache_bytes=1)
         assert len(made) == 7
         assert set(alive) == {0}
@@ -290,7 +290,7 @@ class TestOneModel:
 
 class TestSomethingWrong:
     def test_a_mismatch_falls_back_loudly(self, checkpoint, monkeypatch):
-        original = PrefixSharing._expanded
+        original = PrefixSharing.expanded
 
         def distorted(self, *args):
             expanded = original(self, *args)
@@ -301,7 +301,7 @@ class TestSomethingWrong:
         vlm = load(checkpoint("smolvlm"))
         with plainly(vlm):
             expected = answers(vlm)
-        monkeypatch.setattr(PrefixSharing, "_expanded", distorted)
+        monkeypatch.setattr(PrefixSharing, "expanded", distorted)
         with log("WARNING") as lines:
             assert_equal(answers(vlm, 2), expected)
         (line,) = lines
@@ -337,11 +337,11 @@ class TestSomethingWrong:
                 layer.values *= 0.9
             return expanded
 
-        original = PrefixSharing._expanded
+        original = PrefixSharing.expanded
         right = load(checkpoint(family), dtype="bfloat16")
         answers(right)
         assert right.responder.engine.runner.sharing.off is None
-        monkeypatch.setattr(PrefixSharing, "_expanded", scaled)
+        monkeypatch.setattr(PrefixSharing, "expanded", scaled)
         wrong = load(checkpoint(family), dtype="bfloat16")
         answers(wrong)
         assert "log-probability" in wrong.responder.engine.runner.sharing.off
@@ -351,8 +351,8 @@ class TestSomethingWrong:
         def swapped(self, cache, owners, columns):
             return original(self, cache, (owners + 1) % len(cache.layers[0].keys), columns)
 
-        original = PrefixSharing._expanded
-        monkeypatch.setattr(PrefixSharing, "_expanded", swapped)
+        original = PrefixSharing.expanded
+        monkeypatch.setattr(PrefixSharing, "expanded", swapped)
         vlm = load(checkpoint("smolvlm"), dtype=dtype)
         with log("INFO") as lines:
             answers(vlm, 3)
@@ -401,11 +401,11 @@ class TestSomethingWrong:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return original(self, cache, owners, columns)
 
-        expected, original = answers(smolvlm), PrefixSharing._expanded
+        expected, original = answers(smolvlm), PrefixSharing.expanded
         vlm = load(checkpoint("smolvlm"))
         if verified:
             answers(vlm)
-        monkeypatch.setattr(PrefixSharing, "_expanded", expanded)
+        monkeypatch.setattr(PrefixSharing, "expanded", expanded)
         with log("WARNING") as lines:
             assert_equal(answers(vlm, 8), expected)
         assert vlm.responder.engine.runner.sharing.off is None

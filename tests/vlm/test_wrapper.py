@@ -219,7 +219,7 @@ class TestVideo:
         assert alone == answer(vlm, range(3), batch_size=3)
         prompt = vlm.reader.read(documents[0], "toy")
         inputs = vlm.chat.encode([prompt]).inputs
-        frames, metadata = vlm.chat._frames(str(video), "toy")
+        frames, metadata = vlm.chat.frames(str(video), "toy")
         assert len(frames) == 4
         assert list(metadata.frames_indices) == [0, 4, 7, 11]
         assert any("pixel_values" in key for key in inputs)
