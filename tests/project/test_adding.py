@@ -1,4 +1,4 @@
-"""What docs/adding.md shows works as it stands there; its quantizer is tested in test_quant_third_party."""
+"""What docs/adding.md shows works as it stands there; its quantizer is tested in quant_backends/methods/test_third_party.py."""
 
 import inspect
 import re

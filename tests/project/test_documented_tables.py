@@ -100,7 +100,7 @@ def test_files_that_pages_name_are_there():
     pattern = re.compile(r"(?<![\w/.{<$])(?:(TASKS)/)?((?:[\w.-]+/)+[\w*.-]+\.(?:py|yaml|j2|txt|toml))\b")
     tops = {file.name for file in ROOT.iterdir() if file.is_dir()} | {file.name for file in (ROOT / "tasks").iterdir()}
     named = {
-        (page.name, path if path.startswith("lmms_plugin/") and not tasks else path)
+        (page.name, path)
         for page in pages
         for tasks, path in pattern.findall(page.read_text(encoding="utf-8"))
         if tasks or path.partition("/")[0] in tops

@@ -416,13 +416,13 @@ def test_a_reader_is_warned_of_limits_and_missing_baselines(tmp_path):
 @pytest.mark.parametrize(
     ("told", "problem"),
     [
-        ('{"tables": []}', "sentences: Field required"),
+        ('{"tables": []}', "sentences is missing"),
         ("{", "expected JSON in"),
-        ('{"sentences": "one"}', "sentences: Input should be a valid list, got 'one'"),
-        ('{"sentences": [], "tables": [{"title": "T", "columns": ["a"]}]}', "tables.0.rows: Field required"),
+        ('{"sentences": "one"}', "sentences must be a list, got 'one'"),
+        ('{"sentences": [], "tables": [{"title": "T", "columns": ["a"]}]}', "tables[0]: rows is missing"),
         (
             '{"sentences": [], "tables": [{"title": "T", "columns": ["a"], "rows": [[1, 2]]}]}',
-            "tables.0: expected 1 value in every row, got 2",
+            "tables[0]: expected 1 value in every row, got 2",
         ),
     ],
 )
