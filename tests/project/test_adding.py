@@ -1,4 +1,7 @@
-"""What docs/adding.md shows works as it stands there; its quantizer is tested in quant_backends/methods/test_third_party.py."""
+"""What docs/adding.md shows works as it stands there.
+
+Its quantizer is tested in quant_backends/methods/test_third_party.py.
+"""
 
 import inspect
 import re
