@@ -29,7 +29,7 @@ settings.load_profile("repeatable")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what loads models, and put files with slow tests first: no worker is left alone with one of them at the end."""
+    """Mark what loads models, and put files with slow tests first, so that no worker ends alone with one of them."""
     for item in items:
         if "checkpoint" in getattr(item, "fixturenames", ()):
             item.add_marker("model")
