@@ -24,7 +24,8 @@ AGREEMENT = 2**-5
 Rounding makes it about 2**-8; a kernel that misreads a layout is off by about 1.
 """
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+BLOCK_ELEMENTS = {"cpu": 1 << 20}
+"""Of a weight that is dequantized at a time, by type of device."""
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
@@ -121,7 +122,7 @@ class Kernel(nn.Module, ABC):
         """
         dtype = arithmetic_dtype(x.dtype, x.device.type)
         wide = x.to(dtype)
-        step = max(1, _BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // self.columns)
+        step = max(1, BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // self.columns)
         parts = [
             _multiply(wide, self.codes(start, min(start + step, self.rows)), self.bits)
             for start in range(0, self.rows, step)
@@ -271,7 +272,7 @@ def fastest(weight: Kernel) -> Kernel:
     from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
 
     for kind in NATIVE_KERNELS:
-        if kind.takes(weight.shape) and (kind.name, weight.shape) not in _FAILED:
+        if kind.takes(weight.shape) and (kind.name, weight.shape) not in FAILED:
             made = _made(kind, weight)
             if made is not None:
                 return made
@@ -279,7 +280,8 @@ def fastest(weight: Kernel) -> Kernel:
 
 
 _AGREED: set[tuple[str, Shape]] = set()
-_FAILED: set[tuple[str, Shape]] = set()
+FAILED: set[tuple[str, Shape]] = set()
+"""Kernels that this process does not try again."""
 
 
 def _made(kind: type[Kernel], weight: Kernel) -> Kernel | None:
@@ -288,7 +290,7 @@ def _made(kind: type[Kernel], weight: Kernel) -> Kernel | None:
     if fault is None:
         _AGREED.add(key)
         return made
-    _FAILED.add(key)
+    FAILED.add(key)
     logger.warning("Kernel {} {} ({}); such layers are dequantized instead", kind.name, fault, weight.shape)
     return None
 

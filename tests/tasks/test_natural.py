@@ -263,7 +263,9 @@ def test_the_hub_is_asked_for_one_split(monkeypatch):
     assert path == "danielz01/DIOR-RSVG"
     assert arguments["data_files"] == {"test": "data/test-*"}
     assert natural.groundingme.load_arguments() == ("lirang04/GroundingME", {})
-    with pytest.raises(DatasetError, match=r"Ref-L4: no copy on the hub.*LMMS_PLUGIN_REF_L4.*caption.*published_files ref"):
+    with pytest.raises(
+        DatasetError, match=r"Ref-L4: no copy on the hub.*LMMS_PLUGIN_REF_L4.*caption.*published_files ref"
+    ):
         natural.ref_l4_val.load_arguments()
 
 
