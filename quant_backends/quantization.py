@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, WholeModelBackend
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
 from lmms_plugin.quant_backends.calibration.memory import Residence, return_freed_memory
-from lmms_plugin.quant_backends.calibration.sequential import UNCALIBRATED, Calibrator
+from lmms_plugin.quant_backends.calibration.sequential import UNCALIBRATED, SequentialQuantizer
 from lmms_plugin.quant_backends.layers.codes import rows_per_block
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plans.plan import Assignment, QuantPlan, QuantSpec
@@ -255,7 +255,7 @@ class Quantization:
             self.replace(name, layer, weight, output_error=output_error, method=method, plain_rows=plain_rows)
 
         of_sequence = frozenset(name for name, part in self.components.items() if part in ("language", "head"))
-        Calibrator(
+        SequentialQuantizer(
             self.model, backend, specs, put, of_sequence, residence=residence or Residence(), journal=journal
         ).run(batches)
 

@@ -21,8 +21,8 @@ class _Account(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
 
-class Place(_Account):
-    """The axes of a cell, as `grid.Axes`; files of other versions may lack some."""
+class StoredAxes(_Account):
+    """The axes of a cell, as `grid.CellAxes`; files of other versions may lack some."""
 
     model: str | None = None
     method: str | None = None
@@ -39,7 +39,7 @@ class About(_Account):
     id: str = ""
     model: str = ""
     model_args: dict[str, str | int | float | bool | None] = {}
-    axes: Place = Place()
+    axes: StoredAxes = StoredAxes()
     tasks: list[str] = []
     limit: float | None = Field(None, allow_inf_nan=False)
     batch_size: int | str = 1
@@ -56,7 +56,7 @@ class Done(_Account):
     finished: str = ""
 
 
-class Failed(_Account):
+class FailureAccount(_Account):
     """`failed.json`: why a cell failed."""
 
     problem: str = ""

@@ -81,7 +81,7 @@ class Config(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Axes:
+class RunAxes:
     """Where one run stands.
 
     Attributes:
@@ -105,7 +105,7 @@ class Axes:
     versions: Mapping[str, str]
 
 
-def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
+def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
     """The axes of a results file: from the `cell.json` above it, else from model and arguments.
 
     Raises:
@@ -122,7 +122,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
         seed = args.get("seed")
         seed = None if seed is None else int(float(seed))
         own = _limited(_from_arguments(model, args), limit)
-        return Axes(own, own.model, model == _READY, seed, "", file.parent, (), versions)
+        return RunAxes(own, own.model, model == _READY, seed, "", file.parent, (), versions)
     cell = accounts.read(folder / "cell.json", accounts.About)
     axes = cell.get("axes", {})
     if lacking := [name for name in ("model", "method") if axes.get(name) is None]:
@@ -143,10 +143,10 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     name = str(cell.get("id", ""))
     checkpoint = str(cell_args.get("pretrained") or own.model)
     ready = cell.get("model") == _READY
-    return Axes(_limited(own, limit), checkpoint, ready, axes.get("seed"), name, folder, command, versions)
+    return RunAxes(_limited(own, limit), checkpoint, ready, axes.get("seed"), name, folder, command, versions)
 
 
-def told_apart(found: Sequence[Axes]) -> list[Axes]:
+def told_apart(found: Sequence[RunAxes]) -> list[RunAxes]:
     """The same, with the checkpoint named wherever one name stands for several of them."""
     of: dict[tuple[str, str], set[str]] = {}
     for one in found:
@@ -154,12 +154,12 @@ def told_apart(found: Sequence[Axes]) -> list[Axes]:
     return [replace(one, config=_with_checkpoint(one)) if len(of[_named(one)]) > 1 else one for one in found]
 
 
-def _named(one: Axes) -> tuple[str, str]:
+def _named(one: RunAxes) -> tuple[str, str]:
     # A checkpoint that is quantized already is never that of the unquantized model.
     return one.config.model, one.config.method if one.ready else ""
 
 
-def _with_checkpoint(one: Axes) -> Config:
+def _with_checkpoint(one: RunAxes) -> Config:
     config = one.config
     if one.ready:
         return config._replace(options=tuple(sorted((*config.options, f"pretrained={one.checkpoint}"))))

@@ -8,14 +8,14 @@ from typing import Any
 from rich.table import Table
 
 from lmms_plugin.analysis.comparison import Comparison, Flipped
-from lmms_plugin.analysis.estimator_ranking import Judged
-from lmms_plugin.analysis.measure import Number, Robustness, Settings
+from lmms_plugin.analysis.estimator_ranking import RankedEstimator
+from lmms_plugin.analysis.measure import MeasurementSettings, MetricValue, Robustness
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.metrics.paired import Difference
 from lmms_plugin.utils.messages import counted
 
 
-def metrics_table(numbers: Sequence[Number], title: str, level: float) -> Table:
+def metrics_table(numbers: Sequence[MetricValue], title: str, level: float) -> Table:
     """Numbers for people to read."""
     shown = Table(title=title)
     for heading in ("task", "metric"):
@@ -48,7 +48,7 @@ def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
     return shown
 
 
-def changes_table(comparison: Comparison, settings: Settings, margin: float | None) -> Table:
+def changes_table(comparison: Comparison, settings: MeasurementSettings, margin: float | None) -> Table:
     """Changes for people to read."""
     within = "" if margin is None else f"; equivalent: within ±{margin:g} at {100 * settings.level:g} %"
     tests = len({row.task for row in comparison.changes})
@@ -103,7 +103,7 @@ def shifted_table(comparison: Comparison) -> Table:
     return shown
 
 
-def estimators_table(judged: list[Judged], title: str, level: float) -> Table:
+def estimators_table(judged: list[RankedEstimator], title: str, level: float) -> Table:
     """Estimators for people to read."""
     shown = Table(title=title, caption=f"in brackets: {100 * level:g} % intervals over images")
     for heading in ("task", "estimator"):

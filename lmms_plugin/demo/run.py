@@ -16,10 +16,10 @@ from typing import Any
 
 from lmms_plugin import harness_log
 from lmms_plugin.analysis import logs
-from lmms_plugin.analysis.measure import Settings
-from lmms_plugin.cli.demo_display import Progress, show
+from lmms_plugin.analysis.measure import MeasurementSettings
+from lmms_plugin.cli.demo_display import DemoProgress, show
 from lmms_plugin.demo import pictures
-from lmms_plugin.demo.progress import Pace
+from lmms_plugin.demo.pace import Pace
 from lmms_plugin.quant_backends import get, model_name
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
@@ -42,7 +42,7 @@ _AT_ONCE = 2
 
 
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """One finished run of lmms-eval: the model's name, its command, its results file and what that holds."""
 
     model: str
@@ -77,7 +77,7 @@ class Run:
         return [json.loads(line)["mean_iou"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False) -> list[Run]:
+def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False) -> list[DemoRun]:
     """Run all methods, print the table, and write `report.html`, `report.md` and pictures into the folder `output`.
 
     Args:
@@ -102,7 +102,7 @@ def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
     replace_text(output / "report.md", report(runs, images, limit))
     page = output / "report.html"
-    settings = Settings(resamples=building.RESAMPLES, workers=building.default_workers())
+    settings = MeasurementSettings(resamples=building.RESAMPLES, workers=building.default_workers())
     list(building.build(folder, page, settings, title="Embedded demo", figures=None, pictures=_PICTURES))
     print(f"Report: {page}, {output / 'report.md'}; pictures: {', '.join(str(path) for path in images)}")
     return runs
@@ -125,7 +125,7 @@ def command_of(method: str, folder: Path, bits: int, limit: int | None, *, full:
     return ("lmms-eval", *asked, *kept, *(("--limit", str(limit)) if limit is not None else ()))
 
 
-def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run]:
+def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[DemoRun]:
     """Run commands by the names of their models, two at once where there are two processors; an end of this ends all.
 
     Raises:
@@ -136,9 +136,9 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
     # The last takes longest, for it calibrates.
     waiting = deque(reversed(list(commands)))
     running: dict[str, tuple[subprocess.Popen[bytes], Pace, harness_log.Followed]] = {}
-    done: dict[str, Run] = {}
+    done: dict[str, DemoRun] = {}
     at_once = min(_AT_ONCE, building.default_workers())
-    with Progress(len(commands)) as progress:
+    with DemoProgress(len(commands)) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -165,7 +165,7 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
     return [done[model] for model in commands]
 
 
-def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> Run:
+def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> DemoRun:
     try:
         files = [] if status else logs.find(log.parent)
     except ValueError:
@@ -173,16 +173,16 @@ def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> R
     if not files:
         told = harness_log.failure(log.read_text(encoding="utf-8", errors="replace"), status)
         raise RuntimeError(f"{model}: {told}; its log: {log}")
-    return Run(model, command, files[0], logs.table(files[0]))
+    return DemoRun(model, command, files[0], logs.table(files[0]))
 
 
-def cells(one: Run) -> list[str]:
+def cells(one: DemoRun) -> list[str]:
     """A run's row of the table."""
     numbers = [number(name) for number in (one.clean, one.shifted) for name in COLUMNS]
     return [one.model, f"{one.bits_per_weight:.2f}", *(f"{number:.3f}" for number in numbers)]
 
 
-def scope(one: Run) -> str:
+def scope(one: DemoRun) -> str:
     """What was asked: how many expressions, under which corruptions."""
     names = [task.removeprefix(f"{SHIFTED}_").removesuffix(f"_{SEVERITY}") for task in one.corrupted]
     which = ", ".join(names) if len(names) < len(SHIFTS) else f"all {len(names)} corruptions"
@@ -190,7 +190,7 @@ def scope(one: Run) -> str:
     return f"{counted(expressions, 'expression')}; shifted: mean over {which} at severity {SEVERITY}."
 
 
-def report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> str:
+def report(runs: Sequence[DemoRun], images: Sequence[Path], limit: int | None) -> str:
     """Return `report.md`: what was asked, the table, pictures and commands."""
     first = "expression" if limit == 1 else f"{limit} expressions"
     warning = ["", f"**Only the first {first} of each task {'was' if limit == 1 else 'were'} used.**"] if limit else []

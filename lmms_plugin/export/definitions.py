@@ -8,10 +8,10 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lmms_plugin.analysis.records import Place, place_of
+from lmms_plugin.analysis.records import EvaluationSet, place_of
 
 if TYPE_CHECKING:
-    from lmms_plugin.tasks.registry.task_files import Source
+    from lmms_plugin.tasks.registry.task_files import TaskSource
 
 Aggregation = Callable[[Sequence[Any]], float]
 
@@ -36,7 +36,7 @@ class Definition:
     aggregations: Mapping[str, Aggregation]
     higher_is_better: Mapping[str, bool]
     max_new_tokens: int | None
-    place: Place
+    place: EvaluationSet
 
 
 @cache
@@ -66,7 +66,7 @@ def is_ours(task: str) -> bool:
     return task in _sources() and _sources()[task].kind == "task"
 
 
-def _sources() -> Mapping[str, Source]:
+def _sources() -> Mapping[str, TaskSource]:
     # Only when a task is asked for: what a report is made of needs no task.
     from lmms_plugin.tasks.registry import task_files
 

@@ -5,18 +5,18 @@ from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
 from lmms_plugin.analysis.axes import UNQUANTIZED
-from lmms_plugin.analysis.measure import Number
+from lmms_plugin.analysis.measure import MetricValue
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report import tables
-from lmms_plugin.report.reading import Run
+from lmms_plugin.report.results_folder import ReportedRun
 from lmms_plugin.report.summary import Line, Summary
-from lmms_plugin.report.tables import Cell, Column, Table, number, text, whole
+from lmms_plugin.report.tables import Column, ReportTable, TableCell, number, text, whole
 from lmms_plugin.utils.messages import counted
 
 _OBJECTIVES = (("accuracy", -1.0), ("aurc", 1.0))
 
 
-def leader(summary: Summary) -> Table:
+def leader(summary: Summary) -> ReportTable:
     """Every configuration under every condition, best accuracy first."""
     columns = (
         Column("Model", "Quantizer and nominal bits per weight; below, everything else that is set", numeric=False),
@@ -38,7 +38,7 @@ def leader(summary: Summary) -> Table:
     )
     lines = [line for scope in summary.scopes for name in scope.conditions for line in scope.under(name)]
     lines.sort(key=lambda line: -line.group.of("accuracy"))
-    return Table(
+    return ReportTable(
         "leader",
         "All configurations",
         columns,
@@ -52,16 +52,16 @@ def titles(summary: Summary) -> dict[tuple[str, object], str]:
     return {(scope.model, scope.family): scope.title for scope in summary.scopes}
 
 
-def _leading(line: Line, title: str, summary: Summary) -> list[Cell]:
+def _leading(line: Line, title: str, summary: Summary) -> list[TableCell]:
     group, level, cost = line.group, summary.level, line.cost
     delta = line.delta
     runs = f" \u00d7 {counted(len(line.runs), 'run')}" if len(line.runs) > 1 else ""
     count = whole(group.records)._replace(note=f"{counted(group.images, 'image')}{runs}")
     limited = " (limited)" if line.limited else ""
     return [
-        Cell(line.config.label, line.config.label, note=summary.details(line.config)),
+        TableCell(line.config.label, line.config.label, note=summary.details(line.config)),
         number(group.of("accuracy"), group.interval("accuracy", level)),
-        number(delta.value, delta.interval, signed=True) if delta else Cell(tables.NOTHING, None),
+        number(delta.value, delta.interval, signed=True) if delta else TableCell(tables.NOTHING, None),
         *(
             number(group.of(m), group.interval(m, level))
             for m in ("ece", "aurc", "coverage@0.01", "coverage@0.05", "phi@1")
@@ -83,7 +83,7 @@ def _attributes(line: Line, title: str) -> dict[str, str]:
     }
 
 
-def front(summary: Summary) -> Table:
+def front(summary: Summary) -> ReportTable:
     """What no other configuration beats in accuracy, reliability, memory and speed at once, where some are beaten."""
     rows = [
         (text(scope.title, line.condition), line)
@@ -95,7 +95,7 @@ def front(summary: Summary) -> Table:
     return costs("pareto", "Not beaten in accuracy, AURC, memory and speed at once", "Task", rows, summary)
 
 
-def costs(name: str, title: str, place: str, rows: Iterable[tuple[Cell, Line]], summary: Summary) -> Table:
+def costs(name: str, title: str, place: str, rows: Iterable[tuple[TableCell, Line]], summary: Summary) -> ReportTable:
     """Accuracy and reliability of configurations beside what they cost.
 
     Args:
@@ -115,7 +115,7 @@ def costs(name: str, title: str, place: str, rows: Iterable[tuple[Cell, Line]], 
     )
     cells = [
         [
-            Cell(line.config.label, line.config.label, note=summary.details(line.config)),
+            TableCell(line.config.label, line.config.label, note=summary.details(line.config)),
             where,
             *(number(line.group.of(m), line.group.interval(m, summary.level)) for m in ("accuracy", "aurc")),
             number(None if line.cost.bytes is None else line.cost.bytes / 1e6, digits=2),
@@ -123,7 +123,7 @@ def costs(name: str, title: str, place: str, rows: Iterable[tuple[Cell, Line]], 
         ]
         for where, line in rows
     ]
-    return Table(name, title, columns, tables.rows_of(cells))
+    return ReportTable(name, title, columns, tables.rows_of(cells))
 
 
 def not_dominated(lines: Sequence[Line]) -> list[Line]:
@@ -151,7 +151,7 @@ def objectives(line: Line) -> tuple[float, ...]:
     return tuple(values)
 
 
-def flips(summary: Summary) -> Table:
+def flips(summary: Summary) -> ReportTable:
     """Answers that changed sides against the unquantized model, most net losses first."""
     columns = (
         Column("Model", numeric=False),
@@ -171,30 +171,30 @@ def flips(summary: Summary) -> Table:
     ]
     found.sort(key=lambda pair: _changed(pair[1]), reverse=True)
     rows = tables.rows_of([_flipped(line, title, summary) for title, line in found])
-    return Table("flips", "Answers that changed sides against the unquantized model", columns, rows)
+    return ReportTable("flips", "Answers that changed sides against the unquantized model", columns, rows)
 
 
 def _changed(line: Line) -> float:
     return (line.flips.lost + line.flips.won) / line.flips.records if line.flips else 0.0
 
 
-def _flipped(line: Line, title: str, summary: Summary) -> list[Cell]:
+def _flipped(line: Line, title: str, summary: Summary) -> list[TableCell]:
     if line.flips is None:
         raise ValueError(f"expected flips of {line.config.label}, got none")
     lost, won, records = line.flips
     delta = line.delta
     return [
-        Cell(line.config.label, line.config.label, note=summary.details(line.config)),
+        TableCell(line.config.label, line.config.label, note=summary.details(line.config)),
         text(title, line.condition),
         whole(records),
         whole(lost),
         whole(won),
         number(_changed(line)),
-        number(delta.value, delta.interval, signed=True) if delta else Cell(tables.NOTHING, None),
+        number(delta.value, delta.interval, signed=True) if delta else TableCell(tables.NOTHING, None),
     ]
 
 
-def unparsed(summary: Summary) -> Table:
+def unparsed(summary: Summary) -> ReportTable:
     """Tasks in which some answers held no box or no confidence; empty where all did."""
     columns = (
         Column("Model", numeric=False),
@@ -216,7 +216,7 @@ def unparsed(summary: Summary) -> Table:
         if task.unparsed or task.unsure
     ]
     rows.sort(key=lambda row: -float(row[3].value or 0))
-    return Table("unparsed", "Answers without a box or without a confidence", columns, tables.rows_of(rows))
+    return ReportTable("unparsed", "Answers without a box or without a confidence", columns, tables.rows_of(rows))
 
 
 _REJECTION = MappingProxyType(
@@ -245,7 +245,7 @@ _REJECTION = MappingProxyType(
 )
 
 
-def rejection(summary: Summary) -> Table:
+def rejection(summary: Summary) -> ReportTable:
     """Tasks in which expressions match nothing and are to be rejected, run by run; empty where there are none."""
     found = [
         (run, task, {number.metric: number for number in run.rejection if number.task == task})
@@ -268,29 +268,29 @@ def rejection(summary: Summary) -> Table:
         ]
         for run, task, numbers in found
     ]
-    return Table("rejection", "Expressions that match nothing", columns, tables.rows_of(rows))
+    return ReportTable("rejection", "Expressions that match nothing", columns, tables.rows_of(rows))
 
 
-def _of_number(found: Number | None) -> Cell:
-    return Cell(tables.NOTHING, None) if found is None else number(found.value, Interval(found.low, found.high))
+def _of_number(found: MetricValue | None) -> TableCell:
+    return TableCell(tables.NOTHING, None) if found is None else number(found.value, Interval(found.low, found.high))
 
 
-def _count(numbers: Iterable[Number]) -> Cell:
+def _count(numbers: Iterable[MetricValue]) -> TableCell:
     # Numbers of one side are of its answers alone.
     most = max(numbers, key=lambda one: one.records)
     return whole(most.records)._replace(note=counted(most.images, "image"))
 
 
-def _of_run(run: Run, summary: Summary) -> Cell:
+def _of_run(run: ReportedRun, summary: Summary) -> TableCell:
     config = run.axes.config
-    return Cell(config.label, config.label, note=_seeded(summary.details(config), run.axes.seed))
+    return TableCell(config.label, config.label, note=_seeded(summary.details(config), run.axes.seed))
 
 
 def _seeded(details: str, seed: int | None) -> str:
     return ", ".join(part for part in (details, "" if seed is None else f"seed {seed}") if part)
 
 
-def runs(summary: Summary) -> Table:
+def runs(summary: Summary) -> ReportTable:
     """Every run: where it lies, how it was made."""
     columns = (
         Column("Model", numeric=False),
@@ -315,13 +315,13 @@ def runs(summary: Summary) -> Table:
         ]
         for run in summary.runs
     ]
-    return Table("runs", "All runs", columns, tables.rows_of(rows))
+    return ReportTable("runs", "All runs", columns, tables.rows_of(rows))
 
 
-def _limit(limit: float | None) -> Cell:
+def _limit(limit: float | None) -> TableCell:
     if limit is None:
-        return Cell("all", None)
-    return whole(int(limit)) if limit >= 1 else Cell(f"{100 * limit:g} %", limit)
+        return TableCell("all", None)
+    return whole(int(limit)) if limit >= 1 else TableCell(f"{100 * limit:g} %", limit)
 
 
 def meanings(summary: Summary) -> dict[str, str]:
@@ -334,7 +334,7 @@ def meanings(summary: Summary) -> dict[str, str]:
     return found
 
 
-def every(summary: Summary) -> Iterable[Table]:
+def every(summary: Summary) -> Iterable[ReportTable]:
     """All tables, for files."""
     found = (leader(summary), front(summary), flips(summary), rejection(summary), unparsed(summary), runs(summary))
     return [table for table in found if table.rows]

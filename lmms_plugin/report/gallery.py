@@ -20,7 +20,7 @@ from lmms_plugin.analysis import logs
 from lmms_plugin.analysis.groups import CLEAN, Task
 from lmms_plugin.analysis.records import GROUNDING
 from lmms_plugin.report.figures.drawing import label
-from lmms_plugin.report.reading import Run
+from lmms_plugin.report.results_folder import ReportedRun
 from lmms_plugin.report.summary import Line, Scope, Summary, series
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class _Chosen(NamedTuple):
     scope: Scope
     condition: str
     task: str
-    runs: dict[str, Run]
+    runs: dict[str, ReportedRun]
     ids: list[str]
 
 
@@ -147,7 +147,7 @@ def _most_compared(lines: Sequence[Line]) -> Line | None:
     return max(bases, key=lambda base: sum(other is base for other in bases), default=None)
 
 
-def _losses(task: str, dense: Run, runs: Sequence[Run]) -> np.ndarray:
+def _losses(task: str, dense: ReportedRun, runs: Sequence[ReportedRun]) -> np.ndarray:
     """What quantization costs each expression in IoU, over all models; below 0 where it was wrong without."""
     base: Task = dense.measured.tasks[task]
     lost = np.sum([base.score - run.measured.tasks[task].score for run in runs], axis=0)

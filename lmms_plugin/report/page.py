@@ -19,7 +19,7 @@ from lmms_plugin.report.figures import inlined
 from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.summary import Summary
-from lmms_plugin.report.tables import Cell, Column, Table
+from lmms_plugin.report.tables import Column, ReportTable, TableCell
 from lmms_plugin.utils.messages import command_line, counted
 
 ROWS_AT_FIRST = 20
@@ -40,7 +40,7 @@ class Verdict:
 
     sentences: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
+    tables: tuple[ReportTable, ...] = ()
     notes: tuple[str, ...] = ()
     text: str = ""
 
@@ -216,22 +216,22 @@ def read_verdict(path: Path) -> Verdict | None:
 _NUMBERS = re.compile(r"[-+\u2212]?\d[\d.,]*( ?%)?|")
 
 
-def _table(name: str, told: _ToldTable) -> Table:
+def _table(name: str, told: _ToldTable) -> ReportTable:
     rows = tuple(tuple(_cell(value) for value in row) for row in told.rows)
     columns = tuple(
         Column(head, numeric=all(_NUMBERS.fullmatch(row[k].text) for row in rows))
         for k, head in enumerate(told.columns)
     )
-    return Table(name, told.title, columns, rows)
+    return ReportTable(name, told.title, columns, rows)
 
 
-def _cell(value: object) -> Cell:
+def _cell(value: object) -> TableCell:
     """A number, also where it is written as text, is sorted as one."""
     written = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     if not written or not _NUMBERS.fullmatch(written):
-        return Cell(written, written or None)
+        return TableCell(written, written or None)
     plain = written.replace("\u2212", "-").replace(",", "").rstrip(" %")
-    return Cell(written.replace("-", "\u2212"), float(plain))
+    return TableCell(written.replace("-", "\u2212"), float(plain))
 
 
 def _read(name: str) -> str:

@@ -9,17 +9,17 @@ from typing import NamedTuple
 import numpy as np
 
 from lmms_plugin.analysis.axes import Config, told_apart
-from lmms_plugin.analysis.groups import CLEAN, Group, Task
+from lmms_plugin.analysis.groups import CLEAN, Task, TaskGroup
 from lmms_plugin.analysis.measure import Family
 from lmms_plugin.metrics.bootstrap import Interval, interval
 from lmms_plugin.metrics.intervals import METHODS, between
-from lmms_plugin.report.reading import Cost, Folder, Run
+from lmms_plugin.report.results_folder import Cost, Folder, ReportedRun
 
 _NAMED = 3
 """Tasks up to which a condition is named with all of them."""
 
 
-class Difference(NamedTuple):
+class BaselineDifference(NamedTuple):
     """A line less its unquantized model, on the same images.
 
     Attributes:
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
     interval: Interval
 
 
-class Flips(NamedTuple):
+class BaselineFlips(NamedTuple):
     """Answers that changed sides against the unquantized model, summed over tasks and runs.
 
     Attributes:
@@ -65,13 +65,13 @@ class Line:
     config: Config
     family: Family
     condition: str
-    runs: tuple[Run, ...]
-    groups: tuple[Group, ...]
-    group: Group
+    runs: tuple[ReportedRun, ...]
+    groups: tuple[TaskGroup, ...]
+    group: TaskGroup
     unparsed: float
     base: "Line | None" = None
-    delta: Difference | None = None
-    flips: Flips | None = None
+    delta: BaselineDifference | None = None
+    flips: BaselineFlips | None = None
 
     @property
     def limited(self) -> bool:
@@ -139,7 +139,7 @@ class Summary:
     """
 
     folder: Folder
-    runs: tuple[Run, ...]
+    runs: tuple[ReportedRun, ...]
     superseded: int
     partial: Mapping[str, tuple[str, ...]]
     scopes: tuple[Scope, ...]
@@ -159,7 +159,7 @@ class Summary:
 def summarise(folder: Folder, level: float) -> Summary:
     """Put the runs of a folder together."""
     apart = told_apart([run.axes for run in folder.runs])
-    newest: dict[tuple[object, ...], Run] = {}
+    newest: dict[tuple[object, ...], ReportedRun] = {}
     for run, axes in zip(folder.runs, apart, strict=True):
         newest[axes.config, axes.seed, tuple(sorted(run.tasks))] = replace(run, axes=axes)
     runs = tuple(newest.values())
@@ -172,7 +172,7 @@ def summarise(folder: Folder, level: float) -> Summary:
     return Summary(folder, runs, left_out, partial, tuple(_scopes(lines)), level, _common(runs))
 
 
-class _Place(NamedTuple):
+class _LineKey(NamedTuple):
     """What runs have in common whose mean is taken: no mean is over unequal tasks or documents."""
 
     config: Config
@@ -187,19 +187,19 @@ class _Place(NamedTuple):
         return self.config.model, self.family, self.condition, self.tasks
 
 
-def _together(runs: Iterable[Run]) -> dict[_Place, dict[int | None, Run]]:
+def _together(runs: Iterable[ReportedRun]) -> dict[_LineKey, dict[int | None, ReportedRun]]:
     """The newest run of each seed, for everything that is a line."""
-    found: dict[_Place, dict[int | None, Run]] = {}
+    found: dict[_LineKey, dict[int | None, ReportedRun]] = {}
     for run in runs:
         for (family, condition), group in run.measured.groups.items():
             documents = tuple(run.measured.tasks[name].documents for name in group.tasks)
-            place = _Place(run.axes.config, family, condition, group.tasks, documents)
+            place = _LineKey(run.axes.config, family, condition, group.tasks, documents)
             found.setdefault(place, {})[run.axes.seed] = run
     return found
 
 
 def _conditions(
-    together: Mapping[_Place, Mapping[int | None, Run]],
+    together: Mapping[_LineKey, Mapping[int | None, ReportedRun]],
 ) -> dict[tuple[str, Family, str, tuple[str, ...]], str]:
     """What each condition is called: with its tasks, where most runs have others under the same name."""
     counts: dict[tuple[str, Family, str], Counter[tuple[str, ...]]] = {}
@@ -219,7 +219,7 @@ def _over(condition: str, tasks: Sequence[str]) -> str:
     return f"{which} over {named}{comma}{severity}"
 
 
-def _common(runs: Sequence[Run]) -> tuple[str, ...]:
+def _common(runs: Sequence[ReportedRun]) -> tuple[str, ...]:
     quantized = [set(run.axes.config.parts) for run in runs if not run.axes.config.dense]
     first = next((run.axes.config.parts for run in runs if not run.axes.config.dense), ())
     return tuple(part for part in first if all(part in parts for parts in quantized))
@@ -245,7 +245,7 @@ def _scopes(lines: Iterable[Line]) -> Iterator[Scope]:
         yield Scope(model, family, title, tuple(kept))
 
 
-def _line(place: _Place, name: str, runs: tuple[Run, ...]) -> Line:
+def _line(place: _LineKey, name: str, runs: tuple[ReportedRun, ...]) -> Line:
     groups = tuple(run.measured.groups[place.family, place.condition] for run in runs)
     group = _mean(groups)
     tasks = [run.measured.tasks[task] for run in runs for task in place.tasks]
@@ -278,7 +278,7 @@ def _beside(line: Line, base: Line, level: float) -> Line:
     return replace(line, base=base, delta=delta, flips=_flips(line, base))
 
 
-def _mean(groups: Sequence[Group]) -> Group:
+def _mean(groups: Sequence[TaskGroup]) -> TaskGroup:
     """The mean over runs; without resamples unless all drew the same images for the same tasks."""
     first = groups[0]
     if len(groups) == 1:
@@ -289,20 +289,20 @@ def _mean(groups: Sequence[Group]) -> Group:
     value = np.mean([group.value for group in groups], axis=0)
     shape = first.resampled.shape
     resampled = np.mean([g.resampled for g in groups], axis=0) if paired else np.full(shape, np.nan)
-    return Group(first.tasks, first.drawn if paired else "", first.records, first.images, value, resampled)
+    return TaskGroup(first.tasks, first.drawn if paired else "", first.records, first.images, value, resampled)
 
 
-def _difference(group: Group, base: Group, metric: str, level: float) -> Difference | None:
+def _difference(group: TaskGroup, base: TaskGroup, metric: str, level: float) -> BaselineDifference | None:
     value = group.of(metric) - base.of(metric)
     if np.isnan(value):
         return None
     # Resamples are paired only where the same images were drawn.
     paired = group.drawn and group.drawn == base.drawn and group.resampled.shape == base.resampled.shape
     resampled = group.column(metric) - base.column(metric) if paired else np.empty(0)
-    return Difference(value, interval(value, resampled, level=level, method=METHODS.get(metric, "percentile")))
+    return BaselineDifference(value, interval(value, resampled, level=level, method=METHODS.get(metric, "percentile")))
 
 
-def _flips(line: Line, base: Line) -> Flips | None:
+def _flips(line: Line, base: Line) -> BaselineFlips | None:
     lost = won = records = 0
     for one in line.tasks:
         # Seeds say nothing about the unquantized model: its newest run is that of all.
@@ -311,7 +311,7 @@ def _flips(line: Line, base: Line) -> Flips | None:
             lost += int(np.sum(one.outcome < other.outcome))
             won += int(np.sum(one.outcome > other.outcome))
             records += one.records
-    return Flips(lost, won, records) if records else None
+    return BaselineFlips(lost, won, records) if records else None
 
 
 def _binary(task: Task) -> bool:

@@ -11,7 +11,7 @@ from lmms_plugin.utils.spreadsheets import comma_separated
 NOTHING = "\u2013"
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """One entry.
 
     Attributes:
@@ -46,7 +46,7 @@ class Column(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table.
 
     Attributes:
@@ -60,7 +60,7 @@ class Table:
     name: str
     caption: str
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
     attributes: tuple[Mapping[str, str], ...] = field(default=())
 
     def csv(self) -> str:
@@ -79,16 +79,18 @@ class Table:
         return comma_separated(lines)
 
 
-def number(value: float | None, interval: Interval | None = None, *, digits: int = 3, signed: bool = False) -> Cell:
+def number(
+    value: float | None, interval: Interval | None = None, *, digits: int = 3, signed: bool = False
+) -> TableCell:
     """A cell of a number, with its interval if there is one."""
     if value is None or math.isnan(value):
-        return Cell(NOTHING, None)
+        return TableCell(NOTHING, None)
     low, high = interval or (math.nan, math.nan)
     form = f"{'+' if signed else ''}.{digits}f"
     # A dash between two numbers of which one may have a minus sign would be hard to read.
     between = " to " if signed else "\u2013"
     note = "" if math.isnan(low) else f"{shown(low, form)}{between}{shown(high, form)}"
-    return Cell(shown(value, form), value, low, high, note)
+    return TableCell(shown(value, form), value, low, high, note)
 
 
 def shown(value: float, form: str) -> str:
@@ -98,22 +100,22 @@ def shown(value: float, form: str) -> str:
     )
 
 
-def text(value: str, note: str = "") -> Cell:
+def text(value: str, note: str = "") -> TableCell:
     """A cell of text."""
-    return Cell(value, value, note=note)
+    return TableCell(value, value, note=note)
 
 
-def whole(value: int | None) -> Cell:
+def whole(value: int | None) -> TableCell:
     """A cell of a count."""
-    return Cell(NOTHING, None) if value is None else Cell(f"{value:,}".replace(",", "\u202f"), float(value))
+    return TableCell(NOTHING, None) if value is None else TableCell(f"{value:,}".replace(",", "\u202f"), float(value))
 
 
-def rows_of(rows: Sequence[Sequence[Cell]]) -> tuple[tuple[Cell, ...], ...]:
+def rows_of(rows: Sequence[Sequence[TableCell]]) -> tuple[tuple[TableCell, ...], ...]:
     """Rows as a table keeps them."""
     return tuple(tuple(row) for row in rows)
 
 
-def _plain(cell: Cell) -> object:
+def _plain(cell: TableCell) -> object:
     if isinstance(cell.value, float | int):
         return _number(cell.value)
     return f"{cell.value or ''}{f' ({cell.note})' if cell.note else ''}"

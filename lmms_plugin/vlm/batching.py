@@ -15,7 +15,7 @@ LEAST_CACHE_BYTES = 2**26
 MOST_GROUPS = 256
 
 
-class Group(NamedTuple):
+class RequestGroup(NamedTuple):
     """Requests that share their images.
 
     Attributes:
@@ -49,7 +49,7 @@ class Limits(NamedTuple):
 FIRST_LIMITS = Limits(8, 8192)
 
 
-def pack(groups: Sequence[Group], limits: Limits) -> list[list[Group]]:
+def pack(groups: Sequence[RequestGroup], limits: Limits) -> list[list[RequestGroup]]:
     """Put groups of one kind into batches, the long ones together and the short ones together.
 
     Returns:
@@ -57,7 +57,7 @@ def pack(groups: Sequence[Group], limits: Limits) -> list[list[Group]]:
         `MOST_PADDING`; a group alone may be larger.
     """
     order = sorted(groups, key=lambda group: (repr(group.kind), -group.longest, group.members))
-    batches: list[list[Group]] = []
+    batches: list[list[RequestGroup]] = []
     for group in order:
         if batches and _fits([*batches[-1], group], limits):
             batches[-1].append(group)
@@ -83,7 +83,7 @@ def in_order(lengths: Sequence[int], limits: Limits) -> list[range]:
     return [part for part in parts if part]
 
 
-def _fits(batch: Sequence[Group], limits: Limits) -> bool:
+def _fits(batch: Sequence[RequestGroup], limits: Limits) -> bool:
     if len(batch) > limits.groups or any(group.kind != batch[0].kind for group in batch):
         return False
     # A group's images and what is shared go through the model once; its further questions are short.
@@ -91,7 +91,7 @@ def _fits(batch: Sequence[Group], limits: Limits) -> bool:
     return padded <= limits.tokens and waste(batch) <= MOST_PADDING
 
 
-def waste(batch: Sequence[Group]) -> float:
+def waste(batch: Sequence[RequestGroup]) -> float:
     """Share of padding in a batch whose rows are as long as its longest prompt."""
     lengths = [length for group in batch for length in group.lengths]
     return 1 - sum(lengths) / (max(lengths) * len(lengths))

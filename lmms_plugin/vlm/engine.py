@@ -1,7 +1,7 @@
 """What answers prompts: one interface, whether the model is loaded in this process or served elsewhere.
 
-An `Engine` takes jobs and gives records, an `Answer` or a `Score` each. What lmms-eval asks (`generation`) and the
-string that it gets back (`assembling`) are the same for every engine.
+An `Engine` takes jobs and gives records, an `Answer` or a `ContinuationScore` each. What lmms-eval asks (`jobs`) and
+the string that it gets back (`assembling`) are the same for every engine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Generated(NamedTuple):
     ids: tuple[int, ...]
 
 
-class Score(NamedTuple):
+class ContinuationScore(NamedTuple):
     """How a model judges a given continuation.
 
     Attributes:
@@ -110,7 +110,7 @@ class Engine(Protocol):
             OutOfMemory: a batch does not fit; says what helps.
         """
 
-    def scores(self, jobs: Sequence[Job]) -> Generator[tuple[int, Score]]:
+    def scores(self, jobs: Sequence[Job]) -> Generator[tuple[int, ContinuationScore]]:
         """Yield the index of a job with the score of its request's continuation.
 
         Raises:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lmms_plugin.vlm.engine import Score
+from lmms_plugin.vlm.engine import ContinuationScore
 from lmms_plugin.vlm.requests import Request
 
 
@@ -56,5 +56,5 @@ class Responder(Protocol):
             For each request the answers of its rounds.
         """
 
-    def scores(self, requests: Sequence[Request]) -> list[Score]:
+    def scores(self, requests: Sequence[Request]) -> list[ContinuationScore]:
         """Return the log-probabilities of every request's continuation, token by token."""

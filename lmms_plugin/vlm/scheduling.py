@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.images import told_apart
-from lmms_plugin.vlm.batching import Budget, Group, pack
+from lmms_plugin.vlm.batching import Budget, RequestGroup, pack
 from lmms_plugin.vlm.generation.prefix import Encoded, encode_groups
 from lmms_plugin.vlm.pipeline import ahead
 from lmms_plugin.vlm.processor import Batch, Chat, kind
 from lmms_plugin.vlm.requests import Messages, Request
-from lmms_plugin.vlm.settings import Settings
+from lmms_plugin.vlm.settings import GenerationSettings
 
 Item = TypeVar("Item")
 MOST_READERS = 4
@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
     messages: Callable[[], Messages]
     request: Request
-    settings: Settings
+    settings: GenerationSettings
 
     def prompt(self, reader: PromptReader) -> Prompt:
         """Read the messages.
@@ -187,7 +187,7 @@ class Schedule:
     def _packed(self, pending: dict[Hashable, list[Read]]) -> Iterator[list[list[Read]]]:
         by_index = {one.index: one for group in pending.values() for one in group}
         groups = [
-            Group(
+            RequestGroup(
                 tuple(one.index for one in group),
                 tuple(one.length for one in group),
                 # Questions about shared images go through the model in another way than single ones.

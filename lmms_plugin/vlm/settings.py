@@ -16,7 +16,7 @@ class Sampling(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """What a task asks of generation.
 
     Attributes:
@@ -44,7 +44,7 @@ class Settings:
             raise ValueError("num_beams > 1 cannot be combined with sampling")
 
     @classmethod
-    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> Settings:
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> GenerationSettings:
         """Read a task's `generation_kwargs`.
 
         As everywhere in lmms-eval, a temperature of 0 means greedy and one above 0 means sampling, unless `do_sample`

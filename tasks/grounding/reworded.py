@@ -20,7 +20,7 @@ from lmms_plugin.tasks.sources.documents import Documents
 from lmms_plugin.utils.copies import DatasetError
 
 
-class Pick(NamedTuple):
+class PickedExpression(NamedTuple):
     """One document: which of the dataset's, and what is different in it."""
 
     number: int
@@ -40,7 +40,7 @@ class RewordedDocs(Documents):
         DatasetError: nothing was picked.
     """
 
-    def __init__(self, source: Documents, picks: Sequence[Pick], of: int, why: str) -> None:
+    def __init__(self, source: Documents, picks: Sequence[PickedExpression], of: int, why: str) -> None:
         if not picks:
             raise DatasetError(f"expected expressions that allow {why}, got none among {of}")
         self._source = source
@@ -73,7 +73,7 @@ def shifted(source: Documents, name: str, severity: int) -> RewordedDocs:
         doc = source.content(i)
         expression = rewording.apply(doc["expression"], name, severity, key=doc["expression_id"])
         if expression is not None:
-            picks.append(Pick(i, {"expression": expression}))
+            picks.append(PickedExpression(i, {"expression": expression}))
     return RewordedDocs(source, picks, len(source), f"{name} at severity {severity}")
 
 
@@ -97,7 +97,10 @@ def asked_both_ways(
         if chosen is not None:
             change = {"kind": chosen.kind, "old": chosen.old, "new": chosen.new}
             changed = {"expression": chosen.expression, "expression_id": f"{pair}/changed", "change": change}
-            picks += [Pick(i, {"pair": pair, "matches": True}), Pick(i, {"pair": pair, "matches": False, **changed})]
+            picks += [
+                PickedExpression(i, {"pair": pair, "matches": True}),
+                PickedExpression(i, {"pair": pair, "matches": False, **changed}),
+            ]
     return RewordedDocs(source, picks, 2 * len(source), name)
 
 

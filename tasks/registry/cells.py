@@ -24,7 +24,7 @@ CLEAN: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """What lmms-eval's task index needs of one task or group: its kind, its YAML, and the keys set on top of that."""
 
     kind: str
@@ -87,12 +87,12 @@ class Reworded:
         return shifted(ExpressionDocs(rows), self.name, self.severity)
 
 
-def entries() -> dict[str, Entry]:
+def entries() -> dict[str, IndexEntry]:
     """Every generated task and group by name."""
     return dict(_generate())
 
 
-def _generate() -> Iterator[tuple[str, Entry]]:
+def _generate() -> Iterator[tuple[str, IndexEntry]]:
     for dataset in (REFCOCOPLUS, SHAPES):
         for split in dataset.splits:
             yield from _cells(dataset, split)
@@ -111,7 +111,7 @@ def _generate() -> Iterator[tuple[str, Entry]]:
     yield _listed("shapes_rejection", _by_split("shapes_rejection", MISMATCHES))
 
 
-def _cells(dataset: Dataset, split: str) -> Iterator[tuple[str, Entry]]:
+def _cells(dataset: Dataset, split: str) -> Iterator[tuple[str, IndexEntry]]:
     """All single tasks of a split: corruptions, language shifts, both, and rejection, clean and under corruptions."""
     prefix = f"{dataset.name}_shift{dataset.splits[split]}"
     for severity, shift in product(SEVERITIES, (None, *SHIFTS)):
@@ -133,7 +133,7 @@ def _cells(dataset: Dataset, split: str) -> Iterator[tuple[str, Entry]]:
 
 def _cell(
     name: str, template: str, split: str, place: dict[str, Any], more: dict[str, Any] | None = None
-) -> tuple[str, Entry]:
+) -> tuple[str, IndexEntry]:
     overrides = {
         "task": name,
         "test_split": split,
@@ -141,10 +141,10 @@ def _cell(
         "metadata": {"version": 1.0, **place},
         **(more or {}),
     }
-    return name, Entry("task", FOLDER / template, overrides)
+    return name, IndexEntry("task", FOLDER / template, overrides)
 
 
-def _means(dataset: Dataset, split: str) -> Iterator[tuple[str, Entry]]:
+def _means(dataset: Dataset, split: str) -> Iterator[tuple[str, IndexEntry]]:
     """Groups whose line in the table is the mean over their cells."""
     name, suffix = dataset.name, dataset.splits[split]
     prefix, pairs = f"{name}_shift{suffix}", [f"{a}_and_{b}" for a, b in product(SHIFTS, TEXT_SHIFTS)]
@@ -167,18 +167,18 @@ def _mean_over_cells(
     shifts: Iterable[str],
     severities: Sequence[int],
     template: str = "grounding/_mean_over_cells.yaml",
-) -> tuple[str, Entry]:
+) -> tuple[str, IndexEntry]:
     """A group whose line in the table is the mean over its cells, each with the same weight.
 
     Not the mPC of Michaelis et al. (arXiv 1907.07484), which is over fifteen corruptions at five severities.
     """
     tasks = [f"{prefix}_{shift}_{severity}" for shift, severity in product(shifts, severities)]
-    return name, Entry("group", FOLDER / template, {"group": name, "task": tasks})
+    return name, IndexEntry("group", FOLDER / template, {"group": name, "task": tasks})
 
 
-def _listed(name: str, tasks: list[str]) -> tuple[str, Entry]:
+def _listed(name: str, tasks: list[str]) -> tuple[str, IndexEntry]:
     """Tasks and groups side by side, without a mean that would mix them."""
-    return name, Entry("group", FOLDER / "grounding/_clean_and_shifted.yaml", {"group": name, "task": tasks})
+    return name, IndexEntry("group", FOLDER / "grounding/_clean_and_shifted.yaml", {"group": name, "task": tasks})
 
 
 def _clean(splits: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.prefix import Encoded, NotShareable, PrefixSharing
 from lmms_plugin.vlm.generation.self_check import padded_difference
 from lmms_plugin.vlm.processor import Batch
-from lmms_plugin.vlm.settings import Settings
+from lmms_plugin.vlm.settings import GenerationSettings
 
 FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 VOCABULARY, PAD = 512, 0
@@ -633,7 +633,7 @@ def _shared(tiny: Tiny, alone: list[dict[str, torch.Tensor]], rows: list[list[in
     encoded = Encoded(Batch(alone[0], [None]), [rows])
     plain = [tiny.batch([one], [0]) for one in rows]
     try:
-        shared = sharing.lay_out(encoded, Settings(max_new_tokens=8))
+        shared = sharing.lay_out(encoded, GenerationSettings(max_new_tokens=8))
         difference = sharing.verify(shared, plain, 2**30)
     except NotShareable as reason:
         return f"plain way: {re.sub(r' [(]keys.*', '', str(reason))}"

@@ -75,5 +75,5 @@ def test_what_is_asked_and_answered_knows_no_confidence() -> None:
 
 
 def test_a_study_is_run_without_knowing_of_reports() -> None:
-    for name in ("engine", "recording", "local", "on_ray"):
+    for name in ("execution", "recording", "local", "on_ray"):
         assert "report" not in of_ours(MODULES[f"study/{name}.py"])

@@ -19,7 +19,7 @@ from lmms_plugin.shifts.severities import SEVERITIES
 from lmms_plugin.tasks.grounding import reworded, scored_by
 from lmms_plugin.tasks.registry import cells
 from lmms_plugin.tasks.sources.data_source import DataSource, located
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.tasks.sources.row_images import DatasetError
 from lmms_plugin.tasks.vqa import answering
 
 PACKAGE = Path(lmms_plugin.__file__).parent

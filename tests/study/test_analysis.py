@@ -10,8 +10,8 @@ from helpers.study_folders import CLEAN, SHIFTED, outcomes, write_cell
 from lmms_plugin.metrics.bootstrap import draw
 from lmms_plugin.study.file.asked import parse
 from lmms_plugin.study.verdicts import conclusions, contrasts, published, verdict
-from lmms_plugin.study.verdicts.arms import Resampled, read_cells
-from lmms_plugin.study.verdicts.contrasts import Question
+from lmms_plugin.study.verdicts.arms import ResampledCells, read_cells
+from lmms_plugin.study.verdicts.contrasts import ContrastQuestion
 
 N = 400
 ASKED = {
@@ -35,7 +35,7 @@ def study(folder, cells):
 
 
 def analysed(folder, **changed):
-    (found,) = contrasts.analyse(folder, parse(Question, ASKED | changed))
+    (found,) = contrasts.analyse(folder, parse(ContrastQuestion, ASKED | changed))
     return found
 
 
@@ -139,7 +139,7 @@ def test_rows_tell_flips_seeds_and_what_shift_costs_beyond_the_16_bit_model(tmp_
 def test_differences_are_paired_and_a_single_seed_draws_images_alone(tmp_path):
     folder = study(tmp_path, [("rtn", 4, None, None, (300, 200, 100)), ("awq", 4, "self", 0, (320, 240, 160))])
     cells = read_cells(folder)
-    drawn = Resampled(cells, (CLEAN,), resamples=50, seed=3)
+    drawn = ResampledCells(cells, (CLEAN,), resamples=50, seed=3)
     for cell in cells:
         right = np.arange(N) < {"none": 380, "rtn": 300, "awq": 320}[cell.axes.method]
         order = np.argsort([f"image{k}" for k in range(N // 4)])
@@ -158,7 +158,7 @@ def test_seeds_widen_intervals_by_their_variance(tmp_path):
         axes = {"method": "awq", "bits": 4, "calibration": "self", "seed": seed}
         write_cell(tmp_path, f"awq-{seed}", axes, tasks)
     cells = read_cells(tmp_path)
-    drawn = Resampled(cells, (CLEAN,), resamples=4000)
+    drawn = ResampledCells(cells, (CLEAN,), resamples=4000)
     both = drawn.over(cells, [CLEAN])
     each = [drawn.over([cell], [CLEAN]).resampled for cell in cells]
     images = np.mean(each, axis=0).var()
@@ -250,7 +250,7 @@ def test_cells_of_an_earlier_version_do_not_count(tmp_path):
     write_cell(folder, "rtn-old", {"method": "rtn", "bits": 4}, outcomes(N, 1, 1, 1))
     with pytest.raises(ValueError, match="one cell for each place of the study, got rtn-1 and rtn-old"):
         analysed(folder)
-    question = parse(Question, ASKED)
+    question = parse(ContrastQuestion, ASKED)
     (found,) = contrasts.analyse(folder, question, only=("none-0", "rtn-1", "awq-2"))
     assert found.contrasts[0].interaction.value == 0.0
 
@@ -315,9 +315,9 @@ def test_bad_analyses_are_refused_before_anything_runs(asked, message):
 )
 def test_bad_questions_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
-        parse(Question, ASKED | changed)
+        parse(ContrastQuestion, ASKED | changed)
 
 
 def test_a_question_needs_its_parts():
     with pytest.raises(ValueError, match="clean is missing"):
-        parse(Question, {key: value for key, value in ASKED.items() if key != "clean"})
+        parse(ContrastQuestion, {key: value for key, value in ASKED.items() if key != "clean"})

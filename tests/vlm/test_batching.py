@@ -9,8 +9,8 @@ from lmms_plugin.vlm.batching import (
     MOST_GROUPS,
     MOST_PADDING,
     Budget,
-    Group,
     Limits,
+    RequestGroup,
     in_order,
     pack,
     waste,
@@ -21,7 +21,7 @@ def random_groups(rng):
     made, index = [], 0
     for size in rng.integers(1, 10, rng.integers(0, 31)):
         lengths = tuple(map(int, rng.integers(1, 901, size)))
-        made.append(Group(tuple(range(index, index + int(size))), lengths, "ab"[rng.integers(2)]))
+        made.append(RequestGroup(tuple(range(index, index + int(size))), lengths, "ab"[rng.integers(2)]))
         index += int(size)
     return made
 
@@ -42,13 +42,13 @@ def test_every_request_is_in_one_batch_and_batches_keep_the_limits():
 
 
 def test_like_lengths_go_together():
-    made = [Group((i,), (length,)) for i, length in enumerate([100, 10, 99, 11, 98, 12])]
+    made = [RequestGroup((i,), (length,)) for i, length in enumerate([100, 10, 99, 11, 98, 12])]
     lengths = [[group.longest for group in batch] for batch in pack(made, Limits(3, sys.maxsize))]
     assert lengths == [[100, 99, 98], [12, 11, 10]]
 
 
 def test_waste_is_the_share_of_padding():
-    assert waste([Group((0, 1), (10, 5)), Group((2,), (5,))]) == pytest.approx(10 / 30)
+    assert waste([RequestGroup((0, 1), (10, 5)), RequestGroup((2,), (5,))]) == pytest.approx(10 / 30)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lmms_plugin.utils.out_of_memory import OutOfMemory, while_answering
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.token_texts import cut, decode
 from lmms_plugin.vlm.generation.token_texts import token_texts as split_text
-from lmms_plugin.vlm.settings import Sampling, Settings
+from lmms_plugin.vlm.settings import GenerationSettings, Sampling
 
 TOKENIZERS = {
     "byte-level": byte_level_tokenizer(("<end>", "<box>"), eos_token="<end>"),
@@ -66,20 +66,20 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("kwargs", "expected"),
         [
-            ({}, Settings()),
-            ({"temperature": 0, "do_sample": False, "top_p": None, "num_beams": 1}, Settings()),
-            ({"temperature": 0, "do_sample": True}, Settings()),
-            ({"temperature": 0.7, "do_sample": False}, Settings()),
-            ({"temperature": 0.7}, Settings(sampling=Sampling(0.7))),
-            ({"do_sample": True, "top_p": 0.9, "top_k": 5}, Settings(sampling=Sampling(1.0, 0.9, 5))),
-            ({"max_new_tokens": 7, "until": "\n"}, Settings(max_new_tokens=7, until=("\n",))),
-            ({"max_gen_toks": 9, "until": ["a", "", "a", "b"]}, Settings(max_new_tokens=9, until=("a", "b"))),
-            ({"image_aspect_ratio": "pad", "until": None}, Settings()),
+            ({}, GenerationSettings()),
+            ({"temperature": 0, "do_sample": False, "top_p": None, "num_beams": 1}, GenerationSettings()),
+            ({"temperature": 0, "do_sample": True}, GenerationSettings()),
+            ({"temperature": 0.7, "do_sample": False}, GenerationSettings()),
+            ({"temperature": 0.7}, GenerationSettings(sampling=Sampling(0.7))),
+            ({"do_sample": True, "top_p": 0.9, "top_k": 5}, GenerationSettings(sampling=Sampling(1.0, 0.9, 5))),
+            ({"max_new_tokens": 7, "until": "\n"}, GenerationSettings(max_new_tokens=7, until=("\n",))),
+            ({"max_gen_toks": 9, "until": ["a", "", "a", "b"]}, GenerationSettings(max_new_tokens=9, until=("a", "b"))),
+            ({"image_aspect_ratio": "pad", "until": None}, GenerationSettings()),
         ],
         ids=str,
     )
     def test_generation_kwargs_are_read_as_everywhere_in_lmms_eval(self, kwargs, expected):
-        assert Settings.from_kwargs(kwargs) == expected
+        assert GenerationSettings.from_kwargs(kwargs) == expected
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),
@@ -96,7 +96,7 @@ class TestSettings:
     )
     def test_values_that_make_no_sense_are_refused(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
-            Settings.from_kwargs(kwargs)
+            GenerationSettings.from_kwargs(kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -157,14 +157,14 @@ def plain_greedy(decoder, text, length):
 
 def test_greedy_decoding_ignores_what_the_checkpoint_says_about_sampling(language_model):
     ids, logprobs = plain_greedy(language_model, "Locate the dog", 12)
-    (answer,) = language_model.generate(rows(language_model, "Locate the dog"), Settings(max_new_tokens=12))
+    (answer,) = language_model.generate(rows(language_model, "Locate the dog"), GenerationSettings(max_new_tokens=12))
     assert "".join(token.text for token in answer.tokens) == decode(language_model.tokenizer, ids)
     assert [token.logprob for token in answer.tokens] == pytest.approx(logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_an_answer_has_at_most_max_new_tokens(language_model, length):
-    (answer,) = language_model.generate(rows(language_model, "Locate"), Settings(max_new_tokens=length))
+    (answer,) = language_model.generate(rows(language_model, "Locate"), GenerationSettings(max_new_tokens=length))
     assert len(answer.tokens) == length
 
 
@@ -173,7 +173,7 @@ def test_the_end_of_sequence_token_counts_and_has_no_text(language_model):
     ids, logprobs = plain_greedy(language_model, "Where is it?", 3)
     decoder = Decoder(language_model.model, language_model.tokenizer, (ids[2],), language_model.special | {ids[2]})
     assert ids[2] not in ids[:2]
-    (answer,) = decoder.generate(rows(decoder, "Where is it?"), Settings(max_new_tokens=12))
+    (answer,) = decoder.generate(rows(decoder, "Where is it?"), GenerationSettings(max_new_tokens=12))
     assert [token.text for token in answer.tokens] == [*split_text(decoder.tokenizer, ids[:2]), ""]
     assert answer.tokens[2].logprob == pytest.approx(logprobs[2], abs=1e-4)
 
@@ -181,17 +181,17 @@ def test_the_end_of_sequence_token_counts_and_has_no_text(language_model):
 def test_an_answer_that_ends_at_once_is_empty_and_not_an_error(language_model):
     (first,), (logprob,) = plain_greedy(language_model, "Where", 1)
     decoder = Decoder(language_model.model, language_model.tokenizer, (first,), frozenset({first}))
-    (answer,) = decoder.generate(rows(decoder, "Where"), Settings())
+    (answer,) = decoder.generate(rows(decoder, "Where"), GenerationSettings())
     assert answer.text == ""
     assert answer.tokens == (("", pytest.approx(logprob, abs=1e-4), None),)
 
 
 def test_until_cuts_the_answer_where_the_string_begins_whatever_its_neighbours_do(language_model):
-    free = language_model.generate(rows(language_model, "the dog", "yes or no"), Settings(max_new_tokens=16))
+    free = language_model.generate(rows(language_model, "the dog", "yes or no"), GenerationSettings(max_new_tokens=16))
     whole = "".join(token.text for token in free[0].tokens)
     string = whole[len(whole) // 2 :][:2]
     stopped = language_model.generate(
-        rows(language_model, "the dog", "yes or no"), Settings(max_new_tokens=16, until=(string,))
+        rows(language_model, "the dog", "yes or no"), GenerationSettings(max_new_tokens=16, until=(string,))
     )
     assert string in whole
     assert "".join(token.text for token in stopped[0].tokens) == whole[: whole.find(string)]
@@ -201,18 +201,18 @@ def test_until_cuts_the_answer_where_the_string_begins_whatever_its_neighbours_d
 
 
 def test_until_ends_the_decoding_and_not_only_the_text(language_model):
-    (free,) = language_model.generate(rows(language_model, "the dog"), Settings(max_new_tokens=8))
+    (free,) = language_model.generate(rows(language_model, "the dog"), GenerationSettings(max_new_tokens=8))
     string = next(token.text for token in free.tokens if token.text)
     calls = []
     hook = language_model.model.register_forward_hook(lambda *_: calls.append(1))
-    language_model.generate(rows(language_model, "the dog"), Settings(max_new_tokens=400, until=(string,)))
+    language_model.generate(rows(language_model, "the dog"), GenerationSettings(max_new_tokens=400, until=(string,)))
     hook.remove()
     assert len(calls) <= 8
 
 
 class TestSampling:
     def draw(self, decoder, texts, seeds, **options):
-        asked = Settings(max_new_tokens=8, sampling=Sampling(**options))
+        asked = GenerationSettings(max_new_tokens=8, sampling=Sampling(**options))
         return decoder.generate(rows(decoder, *texts), asked, seeds)
 
     def test_what_is_drawn_depends_on_the_seed_of_the_row_and_not_on_its_batch(self, language_model):
@@ -229,14 +229,14 @@ class TestSampling:
         assert min(abs(raw.topk(3).values - answer.tokens[0].logprob)) < 1e-4
 
     def test_one_candidate_left_is_greedy_decoding(self, language_model):
-        (greedy,) = language_model.generate(rows(language_model, "the dog"), Settings(max_new_tokens=8))
+        (greedy,) = language_model.generate(rows(language_model, "the dog"), GenerationSettings(max_new_tokens=8))
         assert self.draw(language_model, ["the dog"], [3], top_k=1)[0].text == greedy.text
         assert self.draw(language_model, ["the dog"], [3], temperature=1e-4)[0].text == greedy.text
 
     def test_tokens_are_drawn_as_often_as_they_are_likely(self, language_model):
         inputs = rows(language_model, *["the dog"] * 500)
         answers = language_model.generate(
-            inputs, Settings(max_new_tokens=1, sampling=Sampling(temperature=0.8)), list(range(500))
+            inputs, GenerationSettings(max_new_tokens=1, sampling=Sampling(temperature=0.8)), list(range(500))
         )
         with torch.no_grad():
             expected = (language_model.model(inputs["input_ids"][:1]).logits[0, -1] / 0.8).softmax(-1).max().item()
@@ -246,13 +246,13 @@ class TestSampling:
 
     def test_a_seed_per_row_is_needed(self, language_model):
         with pytest.raises(ValueError, match="one seed per row"):
-            language_model.generate(rows(language_model, "a"), Settings(sampling=Sampling()))
+            language_model.generate(rows(language_model, "a"), GenerationSettings(sampling=Sampling()))
 
 
 def test_a_repetition_penalty_changes_the_choice_and_not_its_log_probability(language_model):
     inputs = rows(language_model, "the dog")
-    (plain,) = language_model.generate(inputs, Settings(max_new_tokens=24))
-    (varied,) = language_model.generate(inputs, Settings(max_new_tokens=24, repetition_penalty=3.0))
+    (plain,) = language_model.generate(inputs, GenerationSettings(max_new_tokens=24))
+    (varied,) = language_model.generate(inputs, GenerationSettings(max_new_tokens=24, repetition_penalty=3.0))
     assert plain.text != varied.text
     same = next(i for i, (a, b) in enumerate(zip(plain.tokens, varied.tokens, strict=False)) if a.text != b.text)
     for a, b in zip(plain.tokens[:same], varied.tokens[:same], strict=True):
@@ -262,7 +262,7 @@ def test_a_repetition_penalty_changes_the_choice_and_not_its_log_probability(lan
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_repetition_penalty_does_not_take_padding_for_words(language_model, num_beams):
     """Where padding is the very token that a row would write first, it must be no less likely for being padding."""
-    asked = Settings(max_new_tokens=12, num_beams=num_beams, repetition_penalty=3.0)
+    asked = GenerationSettings(max_new_tokens=12, num_beams=num_beams, repetition_penalty=3.0)
     alone = language_model.generate(rows(language_model, "the dog"), asked)[0]
     padded = rows(language_model, "the dog", "a much longer question about the dog")
     ids, _ = plain_greedy(language_model, "the dog", 1)
@@ -273,7 +273,9 @@ def test_a_repetition_penalty_does_not_take_padding_for_words(language_model, nu
 
 def test_a_repetition_penalty_without_padding_is_that_of_transformers(language_model):
     inputs = rows(language_model, "the dog")
-    (answer,) = language_model.generate(inputs, Settings(max_new_tokens=12, num_beams=3, repetition_penalty=1.7))
+    (answer,) = language_model.generate(
+        inputs, GenerationSettings(max_new_tokens=12, num_beams=3, repetition_penalty=1.7)
+    )
     ends = list(language_model.ends)
     config = GenerationConfig(max_new_tokens=12, num_beams=3, repetition_penalty=1.7, eos_token_id=ends)
     (ids,) = language_model.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
@@ -282,7 +284,7 @@ def test_a_repetition_penalty_without_padding_is_that_of_transformers(language_m
 
 def test_beam_search_is_passed_on_and_reports_no_log_probabilities(language_model):
     inputs = rows(language_model, "the dog", "yes or no")
-    answers = language_model.generate(inputs, Settings(max_new_tokens=6, num_beams=4))
+    answers = language_model.generate(inputs, GenerationSettings(max_new_tokens=6, num_beams=4))
     config = GenerationConfig(max_new_tokens=6, num_beams=4, eos_token_id=list(language_model.ends))
     found = language_model.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
     for answer, ids in zip(answers, found, strict=True):
@@ -328,7 +330,7 @@ def test_logits_that_are_not_numbers_are_an_error(language_model):
     hook = language_model.model.lm_head.register_forward_hook(lambda module, args, logits: logits * float("nan"))
     try:
         with pytest.raises(FloatingPointError, match="not numbers"):
-            language_model.generate(rows(language_model, "the dog"), Settings(max_new_tokens=2))
+            language_model.generate(rows(language_model, "the dog"), GenerationSettings(max_new_tokens=2))
     finally:
         hook.remove()
 

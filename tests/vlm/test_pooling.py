@@ -14,7 +14,7 @@ from lmms_plugin.demo import CHECKPOINT
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.selector.features import key, read
-from lmms_plugin.selector.network import Selector, Settings, fit
+from lmms_plugin.selector.network import Selector, SelectorSettings, fit
 from lmms_plugin.vlm import wrapper as models
 from lmms_plugin.vlm.generation import observer
 
@@ -123,7 +123,7 @@ def selector(captured, tmp_path_factory):
     file = tmp_path_factory.mktemp("selector") / "selector.safetensors"
     right = [k % 2 for k in range(len(store.index))]
     images = [f"elsewhere{k}" for k in range(len(right))]
-    quick = Settings(hidden=8, epochs=3)
+    quick = SelectorSettings(hidden=8, epochs=3)
     fit(store.features, right, images, quick, origin=store.origin, predicts="right", data={}).save(file)
     return file
 
@@ -207,7 +207,7 @@ def test_images_that_were_trained_on_are_refused_before_any_is_answered(checkpoi
     store = read(captured)
     images = ["image1", *(f"elsewhere{k}" for k in range(1, len(store.index)))]
     right = [k % 2 for k in range(len(images))]
-    quick = Settings(hidden=8, epochs=1)
+    quick = SelectorSettings(hidden=8, epochs=1)
     fit(store.features, right, images, quick, origin=store.origin, predicts="right", data={}).save(tmp_path / "s")
     vlm = load(checkpoint("idefics3"), selector=tmp_path / "s")
     with pytest.raises(ValueError, match="trained on 1 of the 3 images asked about"):

@@ -43,7 +43,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Axes:
+class CellAxes:
     """Where a cell stands in the study. None where an axis does not apply to it; bits are 16 without quantization."""
 
     model: str
@@ -73,7 +73,7 @@ class Cell:
         resources: It needs.
     """
 
-    axes: Axes
+    axes: CellAxes
     backend: str
     arguments: Mapping[str, Any]
     tasks: tuple[str, ...]

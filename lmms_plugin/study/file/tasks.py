@@ -100,7 +100,7 @@ def _published_sizes() -> Mapping[Any, Mapping[Any, int]]:
     return found
 
 
-def _single(name: str, ours: Mapping[str, task_files.Source]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _single(name: str, ours: Mapping[str, task_files.TaskSource]) -> Iterator[tuple[str, dict[str, Any]]]:
     config = ours[name].configuration
     members = config.get("task")
     yield name, config

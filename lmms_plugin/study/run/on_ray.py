@@ -99,7 +99,7 @@ class _Starts:
         return new
 
 
-class _Work(NamedTuple):
+class _RayWork(NamedTuple):
     keyed: Keyed
     lock: Lock
 
@@ -117,7 +117,7 @@ class RayRunner:
     recorder: Recorder
     key: Callable[[Cell], Keyed]
     needed: Callable[[Cell], int]
-    _working: dict[Any, _Work] = field(default_factory=dict)
+    _working: dict[Any, _RayWork] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Bring all cells to an end, finished or failed; an interruption cancels what is under way.
@@ -163,7 +163,7 @@ class RayRunner:
                 # Ray tries again what a lost worker was doing; an error in our own code would only come again.
                 options = {"max_retries": RETRIES, "retry_exceptions": False, "name": keyed.id}
                 task = ray.remote(evaluate).options(num_cpus=_cpus(cell), num_gpus=gpus, **options)
-                self._working[task.remote(keyed, gpus, starts.add)] = _Work(keyed, claim)
+                self._working[task.remote(keyed, gpus, starts.add)] = _RayWork(keyed, claim)
         return elsewhere
 
     def _settle(self, ray: Any, starts: Any) -> None:

@@ -23,7 +23,7 @@ from lmms_plugin.study.verdicts import conclusions
 from lmms_plugin.utils.messages import command_line, counted
 
 
-class Planned(NamedTuple):
+class PlannedCell(NamedTuple):
     """A cell of a plan.
 
     Attributes:
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
     """
 
     study: Study
-    cells: tuple[Planned, ...]
+    cells: tuple[PlannedCell, ...]
     others: tuple[str, ...]
 
     @property
@@ -134,7 +134,7 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
         needed = gpus_needed(cell, there)
         large = size(cell, cuda=needed > 0)
         took = measured or cost.seconds(cell, past, large.parameters, cuda=needed > 0)
-        found.append(Planned(one, state, took, large, needed, damage))
+        found.append(PlannedCell(one, state, took, large, needed, damage))
     ids = {one.keyed.id for one in found}
     others = () if folder is None else tuple(one for one in folder.finished() if one not in ids)
     return Plan(study, tuple(found), others)

@@ -155,7 +155,7 @@ class StudyFolder:
         if self.is_done(cell):
             return None
         try:
-            return {"problem": "unknown"} | accounts.read(self.failed_path(cell) / FAILED, accounts.Failed)
+            return {"problem": "unknown"} | accounts.read(self.failed_path(cell) / FAILED, accounts.FailureAccount)
         except FileNotFoundError:
             return None
         except ValueError as error:

@@ -57,7 +57,7 @@ class Partial(NamedTuple):
         return f"Partial: {self.finished}, missing: {self.missing}"
 
 
-class Planned(Protocol):
+class ExpectedCell(Protocol):
     """A cell that will run."""
 
     @property
@@ -69,7 +69,7 @@ class Planned(Protocol):
         """Tasks and groups that it answers."""
 
 
-class Kind(NamedTuple):
+class AnalysisKind(NamedTuple):
     """A kind of analysis.
 
     Attributes:
@@ -81,7 +81,7 @@ class Kind(NamedTuple):
 
     question: type[Any]
     conclude: Callable[[Path, Any, Collection[str] | None, int], list[Conclusion]]
-    expect: Callable[[Any, Sequence[Planned]], None]
+    expect: Callable[[Any, Sequence[ExpectedCell]], None]
 
 
 def check(asked: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ def check(asked: Mapping[str, Any]) -> None:
     _parsed(asked)
 
 
-def expect(asked: Mapping[str, Any], cells: Sequence[Planned]) -> None:
+def expect(asked: Mapping[str, Any], cells: Sequence[ExpectedCell]) -> None:
     """Refuse an analysis for which a study, when all of it has run, would lack cells or tasks.
 
     Raises:
@@ -166,7 +166,7 @@ def markdown(found: Conclusion) -> str:
     return "\n".join([*parts, ""])
 
 
-def _parsed(asked: Mapping[str, Any]) -> tuple[Kind, Any]:
+def _parsed(asked: Mapping[str, Any]) -> tuple[AnalysisKind, Any]:
     kinds = _kinds()
     given = dict(asked)
     name = given.pop("kind", DEFAULT)
@@ -175,13 +175,17 @@ def _parsed(asked: Mapping[str, Any]) -> tuple[Kind, Any]:
     return kinds[name], parse(kinds[name].question, given)
 
 
-def _kinds() -> Mapping[str, Kind]:
+def _kinds() -> Mapping[str, AnalysisKind]:
     from lmms_plugin.study.verdicts import against_reference, component_bits, contrasts
 
     return MappingProxyType(
         {
-            DEFAULT: Kind(contrasts.Question, contrasts.conclude, contrasts.expect),
-            "against_reference": Kind(against_reference.Question, against_reference.conclude, against_reference.expect),
-            "components": Kind(component_bits.Question, component_bits.conclude, component_bits.expect),
+            DEFAULT: AnalysisKind(contrasts.ContrastQuestion, contrasts.conclude, contrasts.expect),
+            "against_reference": AnalysisKind(
+                against_reference.ReferenceQuestion, against_reference.conclude, against_reference.expect
+            ),
+            "components": AnalysisKind(
+                component_bits.ComponentQuestion, component_bits.conclude, component_bits.expect
+            ),
         }
     )

@@ -35,10 +35,10 @@ from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.verdicts.arms import (
     AXES,
     UNTOUCHED,
-    Cell,
-    Drawn,
+    FinishedCell,
     Placed,
-    Resampled,
+    ResampledCells,
+    ResampledNumber,
     by_seed,
     expect_places,
     flipped,
@@ -47,7 +47,7 @@ from lmms_plugin.study.verdicts.arms import (
     read_cells,
     select,
 )
-from lmms_plugin.study.verdicts.conclusions import Conclusion, Planned
+from lmms_plugin.study.verdicts.conclusions import Conclusion, ExpectedCell
 from lmms_plugin.utils import suggest
 from lmms_plugin.utils.validation import Expected, Text, refused, validated
 
@@ -66,7 +66,7 @@ Arm = Annotated[Mapping[str, Any], AfterValidator(_of_axes)]
 
 
 @validated
-class Question:
+class ContrastQuestion:
     """What is asked of a study.
 
     Attributes:
@@ -132,7 +132,7 @@ class Contrast(NamedTuple):
     broken: tuple[str, ...]
 
 
-class Row(NamedTuple):
+class ContrastRow(NamedTuple):
     """One method with one source of calibration data at one number of bits, mean over seeds.
 
     Attributes:
@@ -181,15 +181,15 @@ class Analysis(NamedTuple):
     """
 
     model: str
-    question: Question
+    question: ContrastQuestion
     contrasts: list[Contrast]
-    rows: list[Row]
+    rows: list[ContrastRow]
     documents: Mapping[str, int]
     images: int
     limit: float | None
 
 
-def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:
+def conclude(study: Path, question: ContrastQuestion, only: Collection[str] | None, workers: int) -> list[Conclusion]:
     """Answer a question from a study's finished cells, in words and tables, for each of its models.
 
     Raises:
@@ -210,7 +210,7 @@ def conclude(study: Path, question: Question, only: Collection[str] | None, work
     ]
 
 
-def expect(question: Question, cells: Sequence[Planned]) -> None:
+def expect(question: ContrastQuestion, cells: Sequence[ExpectedCell]) -> None:
     """Refuse a study that will lack cells or tasks of the question.
 
     Raises:
@@ -232,7 +232,7 @@ def expect(question: Question, cells: Sequence[Planned]) -> None:
     _expect_values(question, cells)
 
 
-def _expect_values(question: Question, cells: Sequence[Planned]) -> None:
+def _expect_values(question: ContrastQuestion, cells: Sequence[ExpectedCell]) -> None:
     """Refuse values of an arm that no cell has: it would be another arm than its author thinks."""
     for name, wanted in question.arms.items():
         for axis, values in wanted.items():
@@ -242,7 +242,7 @@ def _expect_values(question: Question, cells: Sequence[Planned]) -> None:
 
 
 def analyse(
-    study: Path, question: Question, only: Collection[str] | None = None, *, workers: int = 1
+    study: Path, question: ContrastQuestion, only: Collection[str] | None = None, *, workers: int = 1
 ) -> list[Analysis]:
     """Answer a question from a study's finished cells, for each of its models.
 
@@ -255,12 +255,12 @@ def analyse(
     return [_of_one_model(select(cells, {"model": model}), question, workers) for model in models]
 
 
-def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Analysis:
+def _of_one_model(cells: Sequence[FinishedCell], question: ContrastQuestion, workers: int) -> Analysis:
     reference = one_reference(cells)
     chosen = [cell for name in question.arms for cell in _arm(cells, name, question)]
     members = list({cell.name: cell for cell in (reference, *chosen)}.values())
     tasks = (question.clean, *question.shifted)
-    drawn = Resampled(
+    drawn = ResampledCells(
         members,
         tasks,
         estimator=question.estimator,
@@ -282,14 +282,14 @@ def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> An
     )
 
 
-def _arm(cells: Sequence[Placed], name: str, question: Question) -> list[Placed]:
+def _arm(cells: Sequence[Placed], name: str, question: ContrastQuestion) -> list[Placed]:
     found = select(cells, question.arms[name])
     if not found:
         raise AskedError("arms", f"no cell belongs to arm {name!r} ({dict(question.arms[name])})")
     return found
 
 
-def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: Question) -> list[int]:
+def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: ContrastQuestion) -> list[int]:
     bits = [_bits(_arm(cells, name, question), name) for name in pair]
     if bits[0] != bits[1]:
         told = [", ".join(map(str, sorted(each))) for each in bits]
@@ -315,14 +315,19 @@ def _bits(cells: Sequence[Placed], arm: str) -> set[int]:
 
 
 def _contrast(
-    pair: tuple[str, str], bits: int, cells: Sequence[Cell], reference: Cell, drawn: Resampled, question: Question
+    pair: tuple[str, str],
+    bits: int,
+    cells: Sequence[FinishedCell],
+    reference: FinishedCell,
+    drawn: ResampledCells,
+    question: ContrastQuestion,
 ) -> Contrast:
     arms = [select(_arm(cells, name, question), {"bits": bits}) for name in pair]
 
-    def judged(value: Drawn, number: str = "accuracy", margin: float | None = question.margin) -> Difference:
+    def judged(value: ResampledNumber, number: str = "accuracy", margin: float | None = question.margin) -> Difference:
         return value.judged(level=question.level, margin=margin, number=number)
 
-    def gain(tasks: Sequence[str], number: str = "accuracy") -> Drawn:
+    def gain(tasks: Sequence[str], number: str = "accuracy") -> ResampledNumber:
         return drawn.over(arms[0], tasks, number) - drawn.over(arms[1], tasks, number)
 
     clean, shifted = gain([question.clean]), gain(question.shifted)
@@ -347,25 +352,27 @@ def _contrast(
     )
 
 
-def _by_severity(reference: Cell, question: Question) -> dict[int, list[str]]:
+def _by_severity(reference: FinishedCell, question: ContrastQuestion) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for task in question.shifted:
         found.setdefault(int(reference.run.tasks[task].place.severity or 0), []).append(task)
     return dict(sorted(found.items()))
 
 
-def _row(cells: Sequence[Cell], reference: Cell, drawn: Resampled, question: Question) -> Row:
+def _row(
+    cells: Sequence[FinishedCell], reference: FinishedCell, drawn: ResampledCells, question: ContrastQuestion
+) -> ContrastRow:
     axes = cells[0].axes
     untouched = axes.method == UNTOUCHED
     shifted = [float(np.mean([drawn.of(cell, task).value for task in question.shifted])) for cell in cells]
 
-    def lost(group: Sequence[Cell]) -> Drawn:
+    def lost(group: Sequence[FinishedCell]) -> ResampledNumber:
         return drawn.over(group, question.shifted) - drawn.over(group, [question.clean])
 
     more = None
     if not untouched:
         more = (lost(cells) - lost([reference])).judged(level=question.level, margin=question.margin)
-    return Row(
+    return ContrastRow(
         axes.method,
         axes.calibration,
         axes.bits,

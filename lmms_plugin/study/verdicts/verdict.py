@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lmms_plugin.metrics.paired import Difference
 from lmms_plugin.study.verdicts.arms import UNTOUCHED
-from lmms_plugin.study.verdicts.contrasts import Analysis, Contrast, Question, Row
+from lmms_plugin.study.verdicts.contrasts import Analysis, Contrast, ContrastQuestion, ContrastRow
 from lmms_plugin.utils.messages import counted
 
 SHOWN, REVERSE, EQUIVALENT, OPEN = "shown", "the opposite shown", "no difference", "not shown"
@@ -124,7 +124,7 @@ def tables(found: Analysis) -> list[dict[str, Any]]:
     ]
 
 
-def legend(question: Question) -> str:
+def legend(question: ContrastQuestion) -> str:
     """How the tables are to be read."""
     return (
         "Differences in points of accuracy, first arm less second, with"
@@ -254,7 +254,7 @@ def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> 
     ]
 
 
-def _row(row: Row) -> list[str]:
+def _row(row: ContrastRow) -> list[str]:
     return [
         "" if row.bits is None or row.method == UNTOUCHED else str(row.bits),
         row.method,
@@ -272,7 +272,7 @@ def _row(row: Row) -> list[str]:
     ]
 
 
-def _order(row: Row) -> tuple[int, str, str]:
+def _order(row: ContrastRow) -> tuple[int, str, str]:
     return -(row.bits or 0), row.method, row.calibration or ""
 
 

@@ -15,13 +15,13 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
-from lmms_plugin.doctor.rows import Row, fail, ok, warn
+from lmms_plugin.doctor.rows import DiagnosisRow, fail, ok, warn
 from lmms_plugin.tasks.captions import captioning
 from lmms_plugin.tasks.grounding import natural, refcocoplus, reviewed
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.retrieval import matching
 from lmms_plugin.tasks.sources.documents import Documents
-from lmms_plugin.tasks.sources.origins import Origin
+from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
 from lmms_plugin.tasks.vqa.questions import PARTS, Parts
 from lmms_plugin.utils import suggest, variables
@@ -36,7 +36,7 @@ DECODED = 16
 _ROW_GROUPS, ROWS = 16, 16
 
 
-class Part(NamedTuple):
+class LocalSplit(NamedTuple):
     """What one variable holds for one task or split.
 
     Attributes:
@@ -52,7 +52,7 @@ class Part(NamedTuple):
     check: Callable[[Sequence[str]], str]
 
 
-def check_copies() -> Iterator[Row]:
+def check_copies() -> Iterator[DiagnosisRow]:
     """Open every local copy that the environment names, and say which variables nobody reads."""
     parts = known()
     given = {name: value for name, value in sorted(os.environ.items()) if name.startswith(variables.PREFIX) and value}
@@ -71,9 +71,9 @@ def check_copies() -> Iterator[Row]:
         yield ok("local copies", "no variable names one; datasets come from the hub")
 
 
-def known() -> dict[str, list[Part]]:
+def known() -> dict[str, list[LocalSplit]]:
     """Return every variable that names a local copy, as the datasets' own declarations have it, with its parts."""
-    tables: list[tuple[Origin, Callable[[datasets.Dataset], Documents]]] = [
+    tables: list[tuple[DatasetOrigin, Callable[[datasets.Dataset], Documents]]] = [
         *((one, one) for one in natural.SETS.values()),
         *((one, one) for one in captioning.SETS.values()),
         *((one, one) for one in matching.SETS.values()),
@@ -81,20 +81,20 @@ def known() -> dict[str, list[Part]]:
     ]
     tables.sort(key=lambda pair: pair[0].variable)
     found = {
-        name: [Part(origin.split, _files(origin), _reading(origin.split, make)) for origin, make in pairs]
+        name: [LocalSplit(origin.split, _files(origin), _reading(origin.split, make)) for origin, make in pairs]
         for name, pairs in groupby(tables, key=lambda pair: pair[0].variable)
     }
     found[refcocoplus.VARIABLE] = [
-        Part(split, _refcocoplus(split), _reading(split, ExpressionDocs)) for split in refcocoplus.SPLITS
+        LocalSplit(split, _refcocoplus(split), _reading(split, ExpressionDocs)) for split in refcocoplus.SPLITS
     ]
     found[reviewed.VARIABLE] = [
-        Part(split, _review(split), lambda files: str(len(reviewed.Review(Path(files[0])))) + " reviews")
+        LocalSplit(split, _review(split), lambda files: str(len(reviewed.Review(Path(files[0])))) + " reviews")
         for split in refcocoplus.SPLITS
     ]
     return found
 
 
-def _checked(name: str, value: str, parts: Iterable[Part]) -> Row:
+def _checked(name: str, value: str, parts: Iterable[LocalSplit]) -> DiagnosisRow:
     place, read, absent = f"{name}={value}", [], []
     for part in parts:
         try:
@@ -120,7 +120,7 @@ def _checked(name: str, value: str, parts: Iterable[Part]) -> Row:
     return ok("local copies", f"{place}: {said}")
 
 
-def _files(origin: Origin) -> Callable[[], Sequence[str]]:
+def _files(origin: DatasetOrigin) -> Callable[[], Sequence[str]]:
     def files() -> Sequence[str]:
         _, arguments = origin.load_arguments()
         named: Sequence[str] = arguments["data_files"][origin.split]

@@ -14,12 +14,12 @@ from lmms_plugin.ending import ends_the_command
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.vlm.assembling import Assembler, encoded_scores
-from lmms_plugin.vlm.engine import Answer, Engine, Score
+from lmms_plugin.vlm.engine import Answer, ContinuationScore, Engine
 from lmms_plugin.vlm.requests import Messages, Request, candidates_of
 from lmms_plugin.vlm.responding import Usage
 from lmms_plugin.vlm.scheduling import Job
 from lmms_plugin.vlm.second_turn import second_turn
-from lmms_plugin.vlm.settings import Settings
+from lmms_plugin.vlm.settings import GenerationSettings
 
 Record = TypeVar("Record")
 REQUESTS_AT_ONCE = 4
@@ -77,11 +77,11 @@ class Generation:
                     asked[i] = _giving(messages)
         return answers
 
-    def scores(self, requests: Sequence[Request]) -> list[Score]:
+    def scores(self, requests: Sequence[Request]) -> list[ContinuationScore]:
         """Return the log-probabilities of every request's continuation, token by token."""
         # Room for the longest: a token is a byte at least, and a tokenizer may put a space in front.
         sizes = [len(request.target.encode()) + 1 for request in requests if isinstance(request.target, str)]
-        known, unknown = Settings(max_new_tokens=max(sizes, default=1)), Settings()
+        known, unknown = GenerationSettings(max_new_tokens=max(sizes, default=1)), GenerationSettings()
         jobs = [
             Job(request.first, request, known if isinstance(request.target, str) else unknown) for request in requests
         ]
@@ -99,7 +99,7 @@ class Generation:
             asked = [candidates_of(request) for request in part]
             longest = max(self.engine.count_tokens(text) for _, texts in asked for text in texts)
             # In front of a text a tokenizer may put a token of its own.
-            settings = Settings(max_new_tokens=longest + 2)
+            settings = GenerationSettings(max_new_tokens=longest + 2)
             jobs = [
                 Job(_giving(messages), replace(request, target=f" {text}"), settings)
                 for request, (messages, texts) in zip(part, asked, strict=True)
@@ -145,10 +145,10 @@ class Generation:
         self._take_all(self.engine.answers(turns, evidence=False), take, len(turns), title)
         return {i: replace(one, statement=stated.get(i, "")).encode() for i, one in responses.items()}
 
-    def _scored(self, jobs: Sequence[Job], title: str) -> list[Score]:
-        scores: dict[int, Score] = {}
+    def _scored(self, jobs: Sequence[Job], title: str) -> list[ContinuationScore]:
+        scores: dict[int, ContinuationScore] = {}
 
-        def take(index: int, score: Score) -> int:
+        def take(index: int, score: ContinuationScore) -> int:
             scores[index] = score
             return len(score.logprobs)
 
@@ -180,7 +180,7 @@ class Generation:
 
 
 def _job(request: Request, messages: Callable[[], Messages]) -> Job:
-    return Job(messages, request, Settings.from_kwargs(request.options))
+    return Job(messages, request, GenerationSettings.from_kwargs(request.options))
 
 
 def _giving(messages: Messages) -> Callable[[], Messages]:

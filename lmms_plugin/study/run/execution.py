@@ -11,7 +11,7 @@ from lmms_plugin.study.file.grid import gpus_needed
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.run import on_ray
 from lmms_plugin.study.run.local import LocalRunner, visible_gpus
-from lmms_plugin.study.run.planning import Plan, Planned, keys, plan
+from lmms_plugin.study.run.planning import Plan, PlannedCell, keys, plan
 from lmms_plugin.study.run.recording import Recorder, Watcher
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.store.storage import Storage
@@ -110,5 +110,5 @@ def run(
     return finished._replace(conclusions=said)
 
 
-def _wanted(one: Planned, retry_failed: bool) -> bool:
+def _wanted(one: PlannedCell, retry_failed: bool) -> bool:
     return one.state in ("missing", "running") or (one.state == "failed" and retry_failed)

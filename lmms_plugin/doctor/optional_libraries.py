@@ -10,7 +10,7 @@ from importlib import metadata
 from packaging.utils import canonicalize_name
 
 from lmms_plugin.doctor.packages import OURS, bounds, explained, installed, mending, unmet
-from lmms_plugin.doctor.rows import Row, fail, ok, warn
+from lmms_plugin.doctor.rows import DiagnosisRow, fail, ok, warn
 
 DEVELOPMENT = frozenset({"dev", "docs"})
 
@@ -20,7 +20,7 @@ def extras() -> tuple[str, ...]:
     return tuple(sorted(set(metadata.metadata(OURS).get_all("Provides-Extra") or ()) - DEVELOPMENT))
 
 
-def check_extra(extra: str) -> Iterator[Row]:
+def check_extra(extra: str) -> Iterator[DiagnosisRow]:
     """Look at the libraries of one extra, and import them."""
     packages = installed()
     found = bounds(packages, OURS, [extra])

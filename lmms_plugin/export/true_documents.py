@@ -10,8 +10,8 @@ from typing import Any
 
 from lmms_plugin.analysis.logs import read
 from lmms_plugin.analysis.records import KINDS
+from lmms_plugin.export.asked_documents import documents
 from lmms_plugin.export.definitions import definition
-from lmms_plugin.export.documents import documents
 
 
 def true_documents(tasks: Iterable[str]) -> dict[str, str]:

@@ -31,12 +31,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Bound = float | Literal["Infinity", "-Infinity"]
 """An end of a metric's range; JSON has no infinite numbers."""
-T = TypeVar("T", bound="Record")
+T = TypeVar("T", bound="RecordPart")
 _ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}
 """Ends of lines by Unicode that JSON takes for text → as JSON can write them, too."""
 
 
-class Record(BaseModel):
+class RecordPart(BaseModel):
     """A part of a record. It cannot be changed, takes no other fields, and converts no value to another type."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
@@ -53,7 +53,7 @@ class Record(BaseModel):
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
-class Origin(Record):
+class SourceMetadata(RecordPart):
     """Who evaluated, and how they stand to the model."""
 
     source_name: str
@@ -62,7 +62,7 @@ class Origin(Record):
     evaluator_relationship: Relationship
 
 
-class Library(Record):
+class Library(RecordPart):
     """What evaluated the model, with the versions of what it is made of."""
 
     name: str
@@ -70,14 +70,14 @@ class Library(Record):
     additional_details: Details
 
 
-class Engine(Record):
+class InferenceEngine(RecordPart):
     """What computed the answers."""
 
     name: str
     version: str = left_out()
 
 
-class ModelDetails(Record, extra="allow"):
+class ModelDetails(RecordPart, extra="allow"):
     """How the model was run and whether its weights are to be had; quantization stands beside them, as text."""
 
     __pydantic_extra__: dict[str, str]
@@ -85,17 +85,17 @@ class ModelDetails(Record, extra="allow"):
     model_availability: Literal["open_weights", "closed_weights", "unknown"]
 
 
-class Model(Record):
+class EvaluatedModel(RecordPart):
     """The evaluated model; its id is `organization/name`."""
 
     name: str
     id: str
     developer: str
-    inference_engine: Engine
+    inference_engine: InferenceEngine
     additional_details: ModelDetails
 
 
-class HubData(Record):
+class HubData(RecordPart):
     """A dataset on the Hugging Face hub."""
 
     dataset_name: str
@@ -106,7 +106,7 @@ class HubData(Record):
     additional_details: Details
 
 
-class OtherData(Record):
+class OtherData(RecordPart):
     """A dataset that can be named but not pointed at."""
 
     dataset_name: str
@@ -114,7 +114,7 @@ class OtherData(Record):
     additional_details: Details
 
 
-class Metric(Record):
+class Metric(RecordPart):
     """A metric on a continuous scale, which needs both ends of its range."""
 
     evaluation_description: str
@@ -129,7 +129,7 @@ class Metric(Record):
     additional_details: Details
 
 
-class Interval(Record):
+class ConfidenceInterval(RecordPart):
     """Where the score may lie at a level of confidence, and how that was found."""
 
     lower: float
@@ -138,15 +138,15 @@ class Interval(Record):
     method: str
 
 
-class Uncertainty(Record):
+class Uncertainty(RecordPart):
     """How many documents a score is of; where resamples were drawn, how many and what they gave."""
 
-    confidence_interval: Interval = left_out()
+    confidence_interval: ConfidenceInterval = left_out()
     num_samples: Count
     num_bootstrap_samples: Count = left_out()
 
 
-class ScoreDetails(Record):
+class ScoreDetails(RecordPart):
     """A metric's value, in its own unit."""
 
     score: float
@@ -154,7 +154,7 @@ class ScoreDetails(Record):
     uncertainty: Uncertainty
 
 
-class GenerationArguments(Record):
+class GenerationArguments(RecordPart):
     """How answers were made, as far as the run tells."""
 
     temperature: float = left_out()
@@ -162,14 +162,14 @@ class GenerationArguments(Record):
     execution_command: str = left_out()
 
 
-class Generation(Record):
+class GenerationDetails(RecordPart):
     """How answers were made, and what the user said of it in words of lmms-eval."""
 
     generation_args: GenerationArguments
     additional_details: Details = left_out()
 
 
-class Result(Record):
+class Result(RecordPart):
     """One metric of one task.
 
     Raises:
@@ -181,7 +181,7 @@ class Result(Record):
     source_data: Annotated[HubData | OtherData, Field(discriminator="source_type")]
     metric_config: Metric
     score_details: ScoreDetails
-    generation_config: Generation
+    generation_config: GenerationDetails
 
     @model_validator(mode="after")
     def _in_range(self) -> Self:
@@ -209,7 +209,7 @@ def _random_uuid(text: str) -> bool:
     return found.version == 4 and str(found) == text
 
 
-class Documents(Record):
+class DocumentRecordsFile(RecordPart):
     """Where the records of documents lie, and what tells that they are those."""
 
     format: Literal["jsonl"]
@@ -219,18 +219,18 @@ class Documents(Record):
     total_rows: Count
 
 
-class RunRecord(Record):
+class RunRecord(RecordPart):
     """A run with all metrics of its tasks; times are ISO 8601 for the evaluation, Unix time for the record."""
 
     schema_version: Version
     evaluation_id: str
     evaluation_timestamp: str = left_out()
     retrieved_timestamp: str
-    source_metadata: Origin
+    source_metadata: SourceMetadata
     eval_library: Library
-    model_info: Model
+    model_info: EvaluatedModel
     evaluation_results: Annotated[tuple[Result, ...], Strict(False)]
-    detailed_evaluation_results: Documents
+    detailed_evaluation_results: DocumentRecordsFile
 
     def file(self) -> str:
         """As its file holds it."""
@@ -240,7 +240,7 @@ class RunRecord(Record):
 # --- One document ----------------------------------------------------------------------------------------------------
 
 
-class Input(Record):
+class Input(RecordPart):
     """What was asked, what the model saw of it as text if that is known, and what is right."""
 
     raw: str
@@ -248,13 +248,13 @@ class Input(Record):
     reference: Texts
 
 
-class Output(Record):
+class Output(RecordPart):
     """What the model answered."""
 
     raw: Texts
 
 
-class Attribution(Record):
+class Attribution(RecordPart):
     """What was taken from the answer, and how."""
 
     turn_idx: Count
@@ -264,14 +264,14 @@ class Attribution(Record):
     is_terminal: bool
 
 
-class Evaluation(Record):
+class Evaluation(RecordPart):
     """What the answer is worth."""
 
     score: float
     is_correct: bool
 
 
-class DocumentRecord(Record):
+class DocumentRecord(RecordPart):
     """A document with its answer, of one turn: so there is an output, and there are no messages."""
 
     schema_version: Version
@@ -308,7 +308,7 @@ def read(kind: type[T], content: Any, where: object) -> T:
 
 
 @contextmanager
-def refused(where: object, kind: type[Record] | None = None) -> Iterator[None]:
+def refused(where: object, kind: type[RecordPart] | None = None) -> Iterator[None]:
     """Refusals of pydantic, which take several lines, in one.
 
     Args:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from lmms_plugin.demo.dataset import MOST_OBJECTS
 from lmms_plugin.demo.scenes import SceneObject, scene
 from lmms_plugin.demo.wording import ADJECTIVES, ANY, COLOURS, FILLS, NOUNS, SHAPED, SHAPES, SIZES, WITH, meaning
-from lmms_plugin.shifts.language.lexicon import Alternative, Alternatives
+from lmms_plugin.shifts.language.lexicon import Alternative, ExclusiveWords
 from lmms_plugin.shifts.language.mismatches import Mismatch, attribute_swaps
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.reworded import RewordedDocs, asked_both_ways
@@ -32,7 +32,7 @@ def _sets() -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
 
 
 @lru_cache(maxsize=1)
-def exclusive() -> Alternatives:
+def exclusive() -> ExclusiveWords:
     """The words of the demo's expressions that exclude one another, in the construction they stand in."""
     of: dict[str, Alternative] = {}
     like: dict[str, frozenset[str]] = {}
@@ -41,7 +41,7 @@ def exclusive() -> Alternatives:
             others = [word for other, said in values.items() if other != value for word in dict.fromkeys(said)]
             of |= dict.fromkeys(words, Alternative(attribute, tuple(others)))
             like |= dict.fromkeys(words, frozenset(words))
-    return Alternatives(of, like)
+    return ExclusiveWords(of, like)
 
 
 @lru_cache(maxsize=64)

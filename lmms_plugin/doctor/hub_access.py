@@ -8,14 +8,14 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.constants import ENDPOINT, HF_TOKEN_PATH, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 
-from lmms_plugin.doctor.rows import Row, fail, ok, warn
+from lmms_plugin.doctor.rows import DiagnosisRow, fail, ok, warn
 from lmms_plugin.tasks.grounding.refcocoplus import HUB_ID
 
 TIMEOUT = 10.0
 """Seconds to wait for an answer."""
 
 
-def check_hub() -> Iterator[Row]:
+def check_hub() -> Iterator[DiagnosisRow]:
     """Ask the hub for RefCOCO+'s entry, and who the token belongs to."""
     try:
         token = get_token()
@@ -42,7 +42,7 @@ def check_hub() -> Iterator[Row]:
     yield _token(api, token)
 
 
-def _token(api: HfApi, token: str | None) -> Row:
+def _token(api: HfApi, token: str | None) -> DiagnosisRow:
     if token is None:
         return ok("token", "there is none: gated models need one (hf auth login), public ones do not")
     try:

@@ -1,8 +1,8 @@
 """Write a grounding benchmark in its published files as parquet in the columns that its task reads.
 
-    python -m lmms_plugin.tasks.sources.published ref_l4 ref-l4-test.parquet IMAGES OUT/test.parquet
-    python -m lmms_plugin.tasks.sources.published refdrone RefDrone_test_mdetr.json IMAGES OUT/test.parquet
-    python -m lmms_plugin.tasks.sources.published vrsbench VRSBench_EVAL_referring.json IMAGES OUT/test.parquet
+    python -m lmms_plugin.tasks.sources.published_files ref_l4 ref-l4-test.parquet IMAGES OUT/test.parquet
+    python -m lmms_plugin.tasks.sources.published_files refdrone RefDrone_test_mdetr.json IMAGES OUT/test.parquet
+    python -m lmms_plugin.tasks.sources.published_files vrsbench VRSBench_EVAL_referring.json IMAGES OUT/test.parquet
 
 IMAGES is the folder with the unpacked images. `LMMS_PLUGIN_REF_L4=OUT` (and so on) then names the copy.
 """

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin.analysis import accounts, axes, groups, logs
-from lmms_plugin.analysis.axes import Axes
-from lmms_plugin.analysis.groups import Measured
-from lmms_plugin.analysis.measure import Number, Settings, rejection
+from lmms_plugin.analysis.axes import RunAxes
+from lmms_plugin.analysis.groups import MeasuredRun
+from lmms_plugin.analysis.measure import MeasurementSettings, MetricValue, rejection
 from lmms_plugin.analysis.records import REJECTION, Texts
 from lmms_plugin.study.file.grid import place
 
@@ -53,7 +53,7 @@ class Cost:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class ReportedRun:
     """One finished run.
 
     Attributes:
@@ -72,16 +72,16 @@ class Run:
     """
 
     file: Path
-    axes: Axes
+    axes: RunAxes
     model: str
     model_args: str
     limit: float | None
     date: str
     cost: Cost
     layers: tuple[Layer, ...]
-    measured: Measured
+    measured: MeasuredRun
     others: tuple[str, ...] = ()
-    rejection: tuple[Number, ...] = ()
+    rejection: tuple[MetricValue, ...] = ()
     batch_size: str = ""
 
     @property
@@ -98,7 +98,7 @@ class Run:
         return sum(self.tasks.values())
 
 
-class Failed(NamedTuple):
+class FailedCell(NamedTuple):
     """A cell of a study without results.
 
     Attributes:
@@ -123,21 +123,21 @@ class Folder(NamedTuple):
         resamples: Of the images, for every interval.
     """
 
-    runs: list[Run]
-    failed: list[Failed]
+    runs: list[ReportedRun]
+    failed: list[FailedCell]
     documents: dict[str, Texts]
     left_out: list[str]
     resamples: int
 
 
-def read_folder(path: Path, settings: Settings) -> Folder:
+def read_folder(path: Path, settings: MeasurementSettings) -> Folder:
     """Read and measure every run at or under a path.
 
     Raises:
         ValueError: If there is none, or a log is damaged or incomplete.
     """
     files = [file for file in logs.find(path) if not set(UNFINISHED) & set(_below(file, path))]
-    runs: list[Run] = []
+    runs: list[ReportedRun] = []
     left_out: list[str] = []
     documents: dict[str, Texts] = {}
     work = partial(read_run, root=path, settings=settings)
@@ -153,7 +153,7 @@ def read_folder(path: Path, settings: Settings) -> Folder:
     return Folder(runs, list(_failed(path)), documents, left_out, settings.resamples)
 
 
-def read_run(file: Path, root: Path, settings: Settings) -> Run:
+def read_run(file: Path, root: Path, settings: MeasurementSettings) -> ReportedRun:
     """Read and measure one results file.
 
     Raises:
@@ -168,7 +168,7 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
     alone = replace(settings, workers=1)
     account = _account(where.folder)
     batch_size = (run.content.get("config") or {}).get("batch_size")
-    return Run(
+    return ReportedRun(
         file,
         where,
         run.model,
@@ -184,7 +184,7 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
     )
 
 
-def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Run]:
+def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[ReportedRun]:
     if workers == 1 or len(files) == 1 or sum(_log_bytes(file) for file in files) < ONE_PROCESS:
         yield from map(work, files)
         return
@@ -233,7 +233,7 @@ def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
     )
 
 
-def _failed(path: Path) -> Iterator[Failed]:
+def _failed(path: Path) -> Iterator[FailedCell]:
     files = sorted(path.glob("failed/*/failed.json"))
     finished = (
         {place(accounts.read(file, accounts.About)) for file in path.glob("cells/*/cell.json")} if files else set()
@@ -243,10 +243,10 @@ def _failed(path: Path) -> Iterator[Failed]:
         # Mended code gives a cell another id: what failed under the old one has been finished since.
         if about.is_file() and place(accounts.read(about, accounts.About)) in finished:
             continue
-        told = accounts.read(file, accounts.Failed)
+        told = accounts.read(file, accounts.FailureAccount)
         tail = told.get("tail") or ""
         lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
-        yield Failed(file.parent.name, told.get("returncode"), lines[-1] if lines else "")
+        yield FailedCell(file.parent.name, told.get("returncode"), lines[-1] if lines else "")
 
 
 def default_workers() -> int:

@@ -23,7 +23,7 @@ from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.analysis.records import KINDS
 from lmms_plugin.cli.main import main
 from lmms_plugin.export import every_eval_ever as exporting
-from lmms_plugin.export import records, validator
+from lmms_plugin.export import record_types, validator
 from lmms_plugin.export.measured import measured
 
 RUNS = {
@@ -33,7 +33,7 @@ RUNS = {
     "questions": (lambda: questioned(120), {"task": VQA_TASK}),
     "a word of the user's on generation": (lambda: answered(12), {"gen_kwargs": "temperature=0.5"}),
 }
-MODELS = {"aggregate": records.RunRecord, "document": records.DocumentRecord}
+MODELS = {"aggregate": record_types.RunRecord, "document": record_types.DocumentRecord}
 SCHEMAS = {"aggregate": "eval.schema.json", "document": "instance_level_eval.schema.json"}
 WRONG = (None, True, -1, 2.5, "text", [], {}, [None], {"a": 1})
 
@@ -44,7 +44,7 @@ def schemas(every_eval_ever):
     folder = every_eval_ever / "every_eval_ever" / "schemas"
     found = {kind: json.loads((folder / name).read_text()) for kind, name in SCHEMAS.items()}
     for schema in found.values():
-        assert schema["version"] == records.VERSION
+        assert schema["version"] == record_types.VERSION
         Draft7Validator.check_schema(schema)
     return {kind: Draft7Validator(schema) for kind, schema in found.items()}
 
@@ -113,8 +113,10 @@ def test_exports_are_valid_by_the_published_schema(exported, schemas, run):
 @pytest.mark.parametrize("run", RUNS)
 def test_what_is_read_is_what_was_written(exported, run):
     whole, documents = exported[run]
-    assert records.read(records.RunRecord, whole, "here").content() == whole
-    assert [records.read(records.DocumentRecord, document, "here").content() for document in documents] == documents
+    assert record_types.read(record_types.RunRecord, whole, "here").content() == whole
+    assert [
+        record_types.read(record_types.DocumentRecord, document, "here").content() for document in documents
+    ] == documents
 
 
 def example(exported, kind, run="grounding"):
@@ -150,7 +152,7 @@ def damaged(content):
 
 def accepted(model, content):
     try:
-        records.read(model, content, "here")
+        record_types.read(model, content, "here")
     except ValueError:
         return False
     return True
@@ -230,7 +232,7 @@ def test_damaged_records_are_refused_by_both(exported, schemas, kind, path, valu
     content = changed(example(exported, kind), path, value)
     assert not schemas[kind].is_valid(content)
     with pytest.raises(ValueError, match=r"^here is not valid in Every Eval Ever 0\.3\.0: \S[^\n]*$"):
-        records.read(MODELS[kind], content, "here")
+        record_types.read(MODELS[kind], content, "here")
 
 
 @pytest.mark.parametrize(
@@ -248,11 +250,11 @@ def test_damaged_records_are_refused_by_both(exported, schemas, kind, path, valu
 )
 def test_refusals_say_what_was_expected_and_what_came(exported, path, value, message):
     with pytest.raises(ValueError, match=message):
-        records.read(records.RunRecord, changed(example(exported, "aggregate"), path, value), "here")
+        record_types.read(record_types.RunRecord, changed(example(exported, "aggregate"), path, value), "here")
 
 
 def test_a_record_cannot_be_changed(exported):
-    record = records.read(records.DocumentRecord, example(exported, "document"), "here")
+    record = record_types.read(record_types.DocumentRecord, example(exported, "document"), "here")
     with pytest.raises(ValueError, match="frozen"):
         record.evaluation.score = 1.0
 
@@ -301,11 +303,11 @@ def test_the_validator_of_the_format_is_really_asked(published, tmp_path, monkey
 
     def edited(record):
         told = content(record)
-        if isinstance(record, records.RunRecord):
+        if isinstance(record, record_types.RunRecord):
             change(told)
         return told
 
-    monkeypatch.setattr(records.Record, "content", edited)
+    monkeypatch.setattr(record_types.RecordPart, "content", edited)
     with pytest.raises(ValueError, match=message):
         exporting.write(found, SOURCE, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

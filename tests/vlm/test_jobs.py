@@ -13,10 +13,10 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.answering import Generation
+from lmms_plugin.vlm.jobs import Generation
 from lmms_plugin.vlm.requests import read
 from lmms_plugin.vlm.scheduling import Job
-from lmms_plugin.vlm.settings import Settings
+from lmms_plugin.vlm.settings import GenerationSettings
 
 OPTIONS = {"max_new_tokens": 24, "temperature": 0, "until": []}
 
@@ -120,4 +120,7 @@ def test_beams_are_refused_by_name_whatever_else_is_asked_for(vlm):
 
 
 def _jobs(vlm, ask=comprehension.doc_to_messages, count=1):
-    return [Job(request.first, request, Settings.from_kwargs(OPTIONS)) for request in requests(vlm, ask, count=count)]
+    return [
+        Job(request.first, request, GenerationSettings.from_kwargs(OPTIONS))
+        for request in requests(vlm, ask, count=count)
+    ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lmms_plugin.analysis.component_importance import MEASURES, Sensitivity
+from lmms_plugin.analysis.component_importance import MEASURES, ComponentSensitivity
 from lmms_plugin.selector.features import LAST_LAYER
 from lmms_plugin.selector.shift_strength import SCORES, Strength
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lmms_plugin.selector.features import Store
 
 
-def sensitivity_table(found: Sensitivity) -> Table:
+def sensitivity_table(found: ComponentSensitivity) -> Table:
     """Importances for people to read, with the grid they hold for."""
     shown = Table(
         title=found.grid.name,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.utils import hashing
 
 DESCRIBING = (
@@ -16,7 +16,7 @@ DESCRIBING = (
 """Keys of a record that tell of its document, all that scores depend on, and not of the answer."""
 
 
-def documents(run: Run, task: str) -> str:
+def documents(run: LoggedRun, task: str) -> str:
     """SHA-256 of all documents of a task of a run, in whatever order."""
     kind = run.tasks[task].kind
     with run.log(task).open("rb") as lines:
