@@ -41,8 +41,8 @@ class Source(Origin):
 
 
 VQAV2 = Source("vqav2", "VQAv2", "lmms-lab-encoder/VQAv2", "validation")
-# The hub's copy is a loading script, which `datasets` no longer runs; `lmms_plugin.tasks.sources.official_vqa` makes a local
-# copy of the published files.
+# The hub's copy is a loading script, which `datasets` no longer runs; `lmms_plugin.tasks.sources.official_vqa` makes a
+# local copy of the published files.
 ADVQA = Source("advqa", "AdVQA", None, "validation")
 VIZWIZ = Source(
     "vizwiz",
