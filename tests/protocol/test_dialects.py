@@ -364,7 +364,7 @@ def test_parse_is_total(dialect, text, original_size, model_size):
     ],
 )
 def test_long_texts_are_no_trouble(start, unit):
-    """A search that looks at every pair of places would take minutes here, and one that looks at each a few times none."""
+    """A search that looks at every pair of places would take minutes here; one that looks at each a few times, none."""
     text = start + unit * (250_000 // len(unit))
     shapes = {(dialect.box, dialect.number): dialect for dialect in DIALECTS.values()}
     for dialect in shapes.values():
