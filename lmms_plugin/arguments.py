@@ -107,7 +107,8 @@ class ModelArguments:
         max_num_frames: how many frames of a video are shown to the model, evenly spaced.
         report: file for the account of every layer, as JSON.
         save_quantized: new folder for the quantized checkpoint, which `quant_prequantized` loads again.
-        features: folder for what a learned confidence is trained on (see `lmms_plugin.selector.features`); one per model.
+        features: folder for what a learned confidence is trained on (see `lmms_plugin.selector.features`); one per
+            model.
         feature_layer: which hidden states those are: -1 for the last, k for those that go into layer k; by default
             the selector's or the last.
         selector: file of a learned confidence (see `lmms_plugin.selector.network`).

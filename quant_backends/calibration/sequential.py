@@ -1,7 +1,8 @@
 """Calibrated quantization block by block: statistics, solutions and memory of one block at a time.
 
-All calibration samples stand still before the same block (`lmms_plugin.quant_backends.calibration.suspension`). The block comes
-onto the device, every sample goes through it, its layers are solved and packed, and it is the next block's turn.
+All calibration samples stand still before the same block (`lmms_plugin.quant_backends.calibration.suspension`). The
+block comes onto the device, every sample goes through it, its layers are solved and packed, and it is the next block's
+turn.
 
 Every layer is calibrated on the inputs that it has in the unquantized model, unless the backend is `sequential`: then
 on those that the quantized blocks before its own make of the samples. The former is what the authors of AWQ and MBQ

@@ -73,8 +73,9 @@ class CalibrationSpec:
         text: Its text column; None to take RefCOCO+'s schema or the first usual name.
         prompt: Its column of questions, to which `text` holds the answers; None to ask for a description.
         force: Accept an evaluation split, which the report then says.
-        shift: Corruption of the images, as ``gaussian_noise_3``: a name of `lmms_plugin.shifts.image.corruptions.SHIFTS` and a
-            severity; for `REAL` sources alone. None to take them as they are.
+        shift: Corruption of the images, as ``gaussian_noise_3``: a name of
+            `lmms_plugin.shifts.image.corruptions.SHIFTS` and a severity; for `REAL` sources alone. None to take them as
+            they are.
         degenerate: `REFUSE` or `ALLOW` answers of which most are empty, blank or loops; for ``self`` alone.
     """
 

@@ -1,7 +1,7 @@
 """Referring-expression comprehension as lmms-eval functions: document → messages, answer → record → metric.
 
-One document is one expression (`lmms_plugin.tasks.grounding.expressions`). Boxes are xyxy fractions of the original image. A
-task's YAML names these functions; its shift and severity are data, in `lmms_eval_specific_kwargs`.
+One document is one expression (`lmms_plugin.tasks.grounding.expressions`). Boxes are xyxy fractions of the original
+image. A task's YAML names these functions; its shift and severity are data, in `lmms_eval_specific_kwargs`.
 """
 
 import math

@@ -1,9 +1,10 @@
 """Datasets of referring expressions, whatever their columns: declared, checked, and made into documents of one form.
 
-A document is what `lmms_plugin.tasks.grounding.comprehension` scores, in RefCOCO+'s convention: `expression`, `expression_id`,
-`image_id` (equal for all documents on one photograph), `width` and `height` of the original image in pixels, `bbox`
-as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and `image`. The
-original image is the upright one, after its EXIF orientation: boxes and sizes of every dataset are read in that frame.
+A document is what `lmms_plugin.tasks.grounding.comprehension` scores, in RefCOCO+'s convention: `expression`,
+`expression_id`, `image_id` (equal for all documents on one photograph), `width` and `height` of the original image in
+pixels, `bbox` as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and
+`image`. The original image is the upright one, after its EXIF orientation: boxes and sizes of every dataset are read in
+that frame.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Does a model tell expressions that match nothing from true ones? Scored by its confidence, never by its boxes.
 
-Each true expression is asked beside a changed one that matches nothing in the picture (`lmms_plugin.tasks.grounding.reworded`).
-A model should be less confident of the second, or give no box at all: an answer without a box counts as confidence 0,
-because it is the plainest way to reject.
+Each true expression is asked beside a changed one that matches nothing in the picture
+(`lmms_plugin.tasks.grounding.reworded`). A model should be less confident of the second, or give no box at all: an
+answer without a box counts as confidence 0, because it is the plainest way to reject.
 """
 
 import math

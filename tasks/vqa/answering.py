@@ -1,8 +1,8 @@
 """Visual question answering with confidence as lmms-eval functions: document → messages, answer → record → metric.
 
-One document is one question (`lmms_plugin.tasks.vqa.questions`). The target of every metric is the soft VQA accuracy of the
-answer, a fraction in [0, 1]; risk is 1 − accuracy. Metrics are those of the part `test`; what needs a threshold chosen
-elsewhere chooses it on the part `val`, both answered in the same run.
+One document is one question (`lmms_plugin.tasks.vqa.questions`). The target of every metric is the soft VQA accuracy of
+the answer, a fraction in [0, 1]; risk is 1 − accuracy. Metrics are those of the part `test`; what needs a threshold
+chosen elsewhere chooses it on the part `val`, both answered in the same run.
 """
 
 import math

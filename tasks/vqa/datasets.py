@@ -41,8 +41,8 @@ class VqaDataset(DatasetOrigin):
 
 
 VQAV2 = VqaDataset("vqav2", "VQAv2", "lmms-lab-encoder/VQAv2", "validation")
-# The hub's copy is a loading script, which `datasets` no longer runs; `lmms_plugin.tasks.sources.official_vqa` makes a local
-# copy of the published files.
+# The hub's copy is a loading script, which `datasets` no longer runs; `lmms_plugin.tasks.sources.official_vqa` makes a
+# local copy of the published files.
 ADVQA = VqaDataset("advqa", "AdVQA", None, "validation")
 VIZWIZ = VqaDataset(
     "vizwiz",

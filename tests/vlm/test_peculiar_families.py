@@ -74,7 +74,9 @@ def test_fuyu_is_shown_the_image_by_its_own_processor(checkpoint):
     expected = answers(vlm, 1)
     assert_equal(answers(load(path), 4), expected)
     found = [
-        vlm.decoder.generate(vlm.chat.encode([about(colour)]).inputs, GenerationSettings(max_new_tokens=8))[0].tokens
+        vlm.responder.engine.decoder.generate(
+            vlm.chat.encode([about(colour)]).inputs, GenerationSettings(max_new_tokens=8)
+        )[0].tokens
         for colour in ("red", "blue")
     ]
     assert found[0] != found[1]

@@ -1,8 +1,8 @@
 """The analysis a study file asks for: read and checked before anything runs, written when everything has run.
 
-`kind` says which: `method_by_shift` (`lmms_plugin.study.verdicts.contrasts`; also without a kind), `against_reference` (every
-cell against the unquantized model, with published numbers beside) or `components` (which component's bits decide a
-score).
+`kind` says which: `method_by_shift` (`lmms_plugin.study.verdicts.contrasts`; also without a kind), `against_reference`
+(every cell against the unquantized model, with published numbers beside) or `components` (which component's bits decide
+a score).
 """
 
 from __future__ import annotations

@@ -250,7 +250,6 @@ def test_a_changed_byte_in_a_folder_within_changes_the_key_of_the_code(tmp_path,
     package = Path(quant_backends.__file__).parent
     shutil.copytree(package, tmp_path / "room", ignore=shutil.ignore_patterns("__pycache__"))
     inner = tmp_path / "room" / "methods"
-    inner.mkdir()
     inner.joinpath("rounding.py").write_bytes(b"LEVELS = 15\n")
     monkeypatch.setattr(quant_backends, "__file__", str(tmp_path / "room" / "__init__.py"))
     before = journal.code_key()
