@@ -50,9 +50,9 @@ def run_study(
     ] = None,
 ) -> None:
     """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
+    from lmms_plugin.analysis.study_files import LOG
     from lmms_plugin.cli.study_display import Display
     from lmms_plugin.study.run import engine, planning
-    from lmms_plugin.study.store.folder import LOG
 
     expect_folder("--output", output)
     finished = engine.run(

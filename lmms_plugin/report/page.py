@@ -13,13 +13,13 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from lmms_plugin import __version__
-from lmms_plugin.analysis import accounts
 from lmms_plugin.report import contents
 from lmms_plugin.report.figures import inlined
 from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.summary import Summary
 from lmms_plugin.report.tables import Cell, Column, Table
+from lmms_plugin.utils import accounts
 from lmms_plugin.utils.messages import command_line, counted
 
 ROWS_AT_FIRST = 20

@@ -8,7 +8,6 @@ without this package. Anything else that our own layers hold is written as their
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,17 +20,17 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
+from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.quant_backends.structure.roles import find_mixtures
 from lmms_plugin.utils import files
 from lmms_plugin.utils.messages import one_line
-from lmms_plugin.utils.outputs import expect_folder
+from lmms_plugin.utils.outputs import expect_free
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
     from lmms_plugin.quant_backends.backend import Backend
 
-REPORT = "quant_report.json"
 SHARD_SIZE = "5GB"
 COMPRESSED_TENSORS = "compressed-tensors"
 AUTO, OWN = "auto", "own"
@@ -59,25 +58,6 @@ class Saved(NamedTuple):
     bits: tuple[int, ...]
     group_sizes: tuple[int | None, ...]
     schemes: int
-
-
-def expect_free(folder: str | Path, option: str = "save_quantized") -> Path:
-    """Return the folder to save to; it and those above it are made when there is something to save.
-
-    Args:
-        folder: As the user named it.
-        option: By which, for messages.
-
-    Raises:
-        ValueError: Something is there already, or nothing can be written there.
-    """
-    path = Path(folder).expanduser().absolute()
-    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{option}: {path} is there already and not empty; name a new folder")
-    expect_folder(option, path)
-    # What is written there is written beside it first.
-    expect_folder(option, path.parent)
-    return path
 
 
 def expect_storable(backend: Backend, form: str = AUTO) -> None:

@@ -8,12 +8,13 @@ import pytest
 from helpers.study_folders import CLEAN, SHIFTED, outcomes, write_cell
 from typer.testing import CliRunner
 
+from lmms_plugin.analysis.study_files import DONE
 from lmms_plugin.cli.study import app
 from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.store.completeness import analyse, coverage
-from lmms_plugin.study.store.folder import DONE, StudyFolder
+from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.verdicts import conclusions
 
 STUDY = f"""

@@ -9,10 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lmms_plugin.analysis.study_files import STUDY, place
 from lmms_plugin.study.file.expansion import cells
-from lmms_plugin.study.file.grid import Cell, place
+from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.reading import read
-from lmms_plugin.study.store.folder import STUDY, StudyFolder
+from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.verdicts import conclusions
 from lmms_plugin.study.verdicts.conclusions import Conclusion, Partial
 from lmms_plugin.utils.messages import counted

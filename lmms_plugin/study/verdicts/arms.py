@@ -20,13 +20,14 @@ import numpy.typing as npt
 
 from lmms_plugin.analysis.logs import Run, read_one
 from lmms_plugin.analysis.records import REJECTION, TaskRecords, match
+from lmms_plugin.analysis.study_files import CELLS, DONE
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
 from lmms_plugin.metrics.sums import Means
 from lmms_plugin.study.file.grid import Axes
-from lmms_plugin.study.store.folder import CELLS, DONE, StudyFolder
+from lmms_plugin.study.store.folder import StudyFolder
 
 Floats = npt.NDArray[np.float64]
 NUMBERS = ("accuracy", "mean_iou", "ece")

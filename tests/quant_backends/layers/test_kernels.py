@@ -9,7 +9,8 @@ from loguru import logger
 
 from lmms_plugin.quant_backends.layers import kernels, native_kernels
 from lmms_plugin.quant_backends.layers.codes import Codes
-from lmms_plugin.quant_backends.layers.kernels import Dequantize, fastest
+from lmms_plugin.quant_backends.layers.kernel_choice import fastest
+from lmms_plugin.quant_backends.layers.kernels import Dequantize
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
 from lmms_plugin.quant_backends.layers.native_kernels import MOST_ROWS, CpuInt4, CpuInt8, CudaInt4, from_tiles, to_tiles
 from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
