@@ -59,10 +59,11 @@ def demo(
     ] = False,
 ) -> None:
     """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and show one table."""
+    from lmms_plugin.cli.demo_display import Progress, show
     from lmms_plugin.demo import run
 
     expect_folder("--output", output)
-    run.run(output, bits=bits, limit=limit, full=full)
+    run.run(output, bits, Progress, show, limit, full=full)
 
 
 @app.command()
@@ -323,7 +324,7 @@ def estimators(
 def _print_json(value: object) -> None:
     import json
 
-    from lmms_plugin.cli.printed import plain
+    from lmms_plugin.utils.plain_json import plain
 
     typer.echo(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 

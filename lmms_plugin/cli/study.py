@@ -50,7 +50,7 @@ def run_study(
     ] = None,
 ) -> None:
     """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
-    from lmms_plugin.analysis.study_files import LOG
+    from lmms_plugin.analysis.study_files import FAILURES, LOG
     from lmms_plugin.cli.study_display import Display
     from lmms_plugin.study.run import engine, planning
 
@@ -66,7 +66,7 @@ def run_study(
     )
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
-        typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / 'failed' / cell / LOG})", err=True)
+        typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / FAILURES / cell / LOG})", err=True)
     if not finished.complete:
         if finished.plan.study.analysis is not None:
             typer.echo(planning.without_analysis(finished.plan, output), err=True)

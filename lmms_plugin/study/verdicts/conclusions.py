@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-from lmms_plugin.cli.printed import plain
 from lmms_plugin.study.file.asked import AskedError, parse
 from lmms_plugin.utils.files import replace_text
+from lmms_plugin.utils.plain_json import plain
 from lmms_plugin.utils.suggest import near
 
 DEFAULT = "method_by_shift"
