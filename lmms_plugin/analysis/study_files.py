@@ -12,6 +12,7 @@ from lmms_plugin.utils.accounts import Account
 from lmms_plugin.utils.files import expect_inside
 
 STUDY, CELL, DONE, FAILED, LOG = "study.yaml", "cell.json", "done.json", "failed.json", "log.txt"
+VERDICT, VERDICT_IN_WORDS = "verdict.json", "verdict.md"
 CELLS = "cells"
 """Folder of the finished cells."""
 FAILURES = "failed"

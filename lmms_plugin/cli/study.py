@@ -84,8 +84,7 @@ def analyse_study(
     partial: Annotated[bool, typer.Option("--partial", help="Analyse what is there though cells are missing.")] = False,
 ) -> None:
     """Make the analysis again that the study file asks for, of the finished cells, whatever code made them."""
-    from lmms_plugin.study.store import completeness
-    from lmms_plugin.study.verdicts import conclusions
+    from lmms_plugin.study.verdicts import completeness, conclusions
 
     for one in completeness.analyse(folder, file, partial=partial):
         typer.echo(conclusions.markdown(one))

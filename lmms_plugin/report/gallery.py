@@ -20,8 +20,8 @@ from lmms_plugin.analysis import logs
 from lmms_plugin.analysis.groups import CLEAN, Task
 from lmms_plugin.analysis.records import GROUNDING
 from lmms_plugin.report.figures.drawing import label
-from lmms_plugin.report.reading import Run
-from lmms_plugin.report.summary import Line, Scope, Summary, series
+from lmms_plugin.report.numbers.reading import Run
+from lmms_plugin.report.numbers.summary import Line, Scope, Summary, series
 
 if TYPE_CHECKING:
     from PIL import Image

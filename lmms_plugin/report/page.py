@@ -13,12 +13,13 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from lmms_plugin import __version__
-from lmms_plugin.report import contents
+from lmms_plugin.analysis.study_files import VERDICT, VERDICT_IN_WORDS
 from lmms_plugin.report.figures import inlined
 from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
-from lmms_plugin.report.summary import Summary
-from lmms_plugin.report.tables import Cell, Column, Table
+from lmms_plugin.report.numbers import contents
+from lmms_plugin.report.numbers.summary import Summary
+from lmms_plugin.report.numbers.tables import Cell, Column, Table
 from lmms_plugin.utils import accounts
 from lmms_plugin.utils.messages import command_line, counted
 
@@ -205,7 +206,7 @@ def read_verdict(path: Path) -> Verdict | None:
         ValueError: `verdict.json` is not what a verdict is.
     """
     folder = path if path.is_dir() else path.parent
-    file, words = folder / "verdict.json", folder / "verdict.md"
+    file, words = folder / VERDICT, folder / VERDICT_IN_WORDS
     if not file.is_file():
         return Verdict(text=words.read_text(encoding="utf-8")) if words.is_file() else None
     told = _Told.model_validate(accounts.read(file, _Told))

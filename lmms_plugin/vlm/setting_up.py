@@ -19,10 +19,10 @@ from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.readable import readable
 from lmms_plugin.vlm.answering import Generation
 from lmms_plugin.vlm.assembling import Assembler
+from lmms_plugin.vlm.contracts.responding import Responder
 from lmms_plugin.vlm.generation.observer import Wanted
+from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.local_engine import LocalEngine
-from lmms_plugin.vlm.processor import Chat
-from lmms_plugin.vlm.responding import Responder
 from lmms_plugin.vlm.retrieval import AT_ONCE, Matcher, Retrieval, is_matcher
 
 

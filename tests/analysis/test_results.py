@@ -16,7 +16,7 @@ from lmms_plugin.cli import printed
 from lmms_plugin.cli.main import main
 from lmms_plugin.metrics import bootstrap
 from lmms_plugin.metrics.posthoc import CALIBRATORS
-from lmms_plugin.report import reading as report
+from lmms_plugin.report.numbers import reading as report
 
 SETTINGS = measure.Settings(resamples=60)
 CONFIG = {"dataset_path": "data", "test_split": "test", "metric_list": [{"metric": "mean_iou"}, {"metric": "ece"}]}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,15 +27,13 @@ from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
 from lmms_plugin.metrics.sums import Means
 from lmms_plugin.study.file.grid import Axes
+from lmms_plugin.study.file.questions import AXES
 from lmms_plugin.study.store.folder import StudyFolder
 
 Floats = npt.NDArray[np.float64]
 NUMBERS = ("accuracy", "mean_iou", "ece")
 UNTOUCHED = "none"
 """Method of the cell with the unquantized model."""
-
-
-AXES = tuple(field.name for field in fields(Axes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmms_plugin.vlm.engine import Generated, Score
+from lmms_plugin.vlm.contracts.engine import Generated, Score
+from lmms_plugin.vlm.contracts.settings import Settings
 from lmms_plugin.vlm.generation.decoding import Decoder
-from lmms_plugin.vlm.settings import Settings
 
 
 class Tolerances(NamedTuple):

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from lmms_plugin.utils.out_of_memory import OutOfMemory, while_answering
+from lmms_plugin.vlm.contracts.settings import Sampling, Settings
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.token_texts import cut, decode
 from lmms_plugin.vlm.generation.token_texts import token_texts as split_text
-from lmms_plugin.vlm.settings import Sampling, Settings
 
 TOKENIZERS = {
     "byte-level": byte_level_tokenizer(("<end>", "<box>"), eos_token="<end>"),

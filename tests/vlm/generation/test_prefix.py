@@ -17,9 +17,9 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.out_of_memory import OutOfMemory
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.batching import Budget, Limits
 from lmms_plugin.vlm.generation.prefix import VERIFIED_ROWS, PrefixSharing
-from lmms_plugin.vlm.scheduling import Schedule
+from lmms_plugin.vlm.running.batching import Budget, Limits
+from lmms_plugin.vlm.running.scheduling import Schedule
 
 LOGPROB = 1e-4
 PLAIN = ("paligemma", "gemma3")
@@ -552,7 +552,7 @@ class TestSomethingWrong:
 
     def test_comparing_keeps_the_limit_of_tokens_too(self, checkpoint, monkeypatch):
         vlm = load(checkpoint("smolvlm"), [(0, word) for word in "abcdefghijkl"])
-        monkeypatch.setattr("lmms_plugin.vlm.batching.FIRST_LIMITS", Limits(8, 1))
+        monkeypatch.setattr("lmms_plugin.vlm.running.batching.FIRST_LIMITS", Limits(8, 1))
         with calls(vlm) as seen:
             answers(vlm, None)
         assert {rows for rows, with_image in seen if with_image} == {1}

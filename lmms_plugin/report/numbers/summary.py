@@ -13,7 +13,7 @@ from lmms_plugin.analysis.groups import CLEAN, Group, Task
 from lmms_plugin.analysis.measure import Family
 from lmms_plugin.metrics.bootstrap import Interval, interval
 from lmms_plugin.metrics.intervals import METHODS, between
-from lmms_plugin.report.reading import Cost, Folder, Run
+from lmms_plugin.report.numbers.reading import Cost, Folder, Run
 
 _NAMED = 3
 """Tasks up to which a condition is named with all of them."""
