@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
 from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
-from lmms_plugin.quant_backends import backend_name, model_name
+from lmms_plugin.quant_backends import backend_name, get, model_name, names
 from lmms_plugin.utils import accounts
 
 DENSE_BITS = 16
@@ -207,9 +207,7 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
 
 
 def _default_bits(method: str) -> int | None:
-    # Only where a run did not say: the backends import torch.
-    from lmms_plugin.quant_backends import get, names
-
+    # Asked only where a run did not say: a backend imports torch.
     return get(method).default_bits if method in names() else None
 
 

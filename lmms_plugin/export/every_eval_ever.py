@@ -20,9 +20,9 @@ from lmms_plugin import __version__
 from lmms_plugin.analysis.logs import GIT_STATE, git_state
 from lmms_plugin.analysis.records import GROUNDING, REJECTION, VQA, Kind, TaskRecords
 from lmms_plugin.export import facts, records, validator
+from lmms_plugin.export.consistency import Sample
 from lmms_plugin.export.measured import Measured, Score
 from lmms_plugin.export.records import SAMPLES, VERSION, Bound, DocumentRecord, Relationship, RunRecord, refused
-from lmms_plugin.export.rescoring import Sample
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import replace_all
 

@@ -20,6 +20,7 @@ from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES
 from lmms_plugin.shifts.image.corruptions import SHIFTS, apply
 from lmms_plugin.shifts.severities import checked, named
 from lmms_plugin.utils import images, suggest
+from lmms_plugin.utils.copies import expect_one_copy
 from lmms_plugin.utils.messages import counted
 
 SOURCES = ("none", "noise", "self", "demo", "photographs", "dataset")
@@ -298,8 +299,6 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     Raises:
         ValueError: They hold the split twice.
     """
-    from lmms_plugin.utils.copies import expect_one_copy
-
     word = re.compile(rf"(^|[^A-Za-z0-9]){re.escape(split)}([^A-Za-z0-9]|$)")
     files = sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
     expect_one_copy(files)

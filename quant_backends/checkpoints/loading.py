@@ -20,6 +20,7 @@ from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder
 from lmms_plugin.quant_backends.calibration.memory import Residence, read_peak, reset_peak
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
+from lmms_plugin.quant_backends.checkpoints.hf_quantizer import PackedConfig
 from lmms_plugin.quant_backends.checkpoints.probe import expect_sound
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport, QuantReport
@@ -187,8 +188,6 @@ def _load(
         work.adopt(loaded.label, loaded.dense)
         return loaded.model, work
     if plan.specs:
-        from lmms_plugin.quant_backends.checkpoints.hf_quantizer import PackedConfig
-
         options["quantization_config"] = PackedConfig(backend, plan)
     model, info = class_of(config).from_pretrained(path, config=config, output_loading_info=True, **options)
     _expect_complete(path, model, info)
