@@ -18,10 +18,10 @@ from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
 from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES, Bits
 from lmms_plugin.utils import checkpoints
 from lmms_plugin.utils.files import expect_inside, read_json
-from lmms_plugin.utils.located import text_of
 from lmms_plugin.utils.outputs import expect_file, expect_folder, expect_free
+from lmms_plugin.utils.reading.located import text_of
+from lmms_plugin.utils.reading.validation import Expected, Number, Problem, Schema, Truth, Whole, left_out, validated
 from lmms_plugin.utils.suggest import unknown
-from lmms_plugin.utils.validation import Expected, Number, Problem, Schema, Truth, Whole, left_out, validated
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend

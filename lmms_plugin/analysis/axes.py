@@ -11,7 +11,7 @@ from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
 from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
 from lmms_plugin.quant_backends import backend_name, get, model_name, names
-from lmms_plugin.utils import accounts
+from lmms_plugin.utils.reading import accounts
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"

@@ -34,7 +34,7 @@ from lmms_plugin.analysis.records import (
     is_record,
     place_of,
 )
-from lmms_plugin.utils.readable import problem
+from lmms_plugin.utils.reading.readable import problem
 
 _RESULTS = "_results.json"
 _MOST_DIGITS = 18

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from lmms_plugin.utils.accounts import Account
 from lmms_plugin.utils.files import expect_inside
+from lmms_plugin.utils.reading.accounts import Account
 
 STUDY, CELL, DONE, FAILED, LOG = "study.yaml", "cell.json", "done.json", "failed.json", "log.txt"
 VERDICT, VERDICT_IN_WORDS = "verdict.json", "verdict.md"

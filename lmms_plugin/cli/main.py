@@ -78,7 +78,7 @@ def inspect(
     from loguru import logger
 
     from lmms_plugin import quantize
-    from lmms_plugin.utils.quiet import no_bars, stdout_to_stderr
+    from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")

@@ -23,9 +23,9 @@ from lmms_plugin.quant_backends import get, model_name
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
 from lmms_plugin.shifts.image.corruptions import SHIFTS
-from lmms_plugin.utils import guard, installed
 from lmms_plugin.utils.files import replace_text
 from lmms_plugin.utils.messages import command_line, counted
+from lmms_plugin.utils.processes import guard, installed
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3

@@ -10,8 +10,8 @@ from lmms_plugin.analysis.logs import Run
 from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import arguments_of, shown
 from lmms_plugin.quant_backends import backend_class, backend_name, names
-from lmms_plugin.utils import accounts
 from lmms_plugin.utils.messages import command_line
+from lmms_plugin.utils.reading import accounts
 
 _FROM_TABLE = {
     "avg_bits_per_weight": "quantization_bits_per_weight",

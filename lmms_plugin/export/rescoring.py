@@ -20,7 +20,7 @@ from lmms_plugin.analysis.records import GROUNDING, REJECTION, Kind
 from lmms_plugin.export.consistency import Sample, expect_one_model, expect_place, expect_told
 from lmms_plugin.export.definitions import Definition, definition
 from lmms_plugin.protocol.response import Response
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 
 _TOLERANCE = 1e-9
 _NOT_METRICS = ("alias", "samples")

@@ -20,8 +20,8 @@ from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.numbers import contents
 from lmms_plugin.report.numbers.summary import Summary
 from lmms_plugin.report.numbers.tables import Cell, Column, Table
-from lmms_plugin.utils import accounts
 from lmms_plugin.utils.messages import command_line, counted
+from lmms_plugin.utils.reading import accounts
 
 ROWS_AT_FIRST = 20
 _STYLE, _SCRIPT = "style.css", "script.js"

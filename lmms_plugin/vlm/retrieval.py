@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from lmms_plugin.protocol.prompts import PromptReader, RequestError
-from lmms_plugin.utils.out_of_memory import while_answering
+from lmms_plugin.utils.processes.out_of_memory import while_answering
 from lmms_plugin.vlm.assembling import encoded_scores
 from lmms_plugin.vlm.contracts.engine import Score
 from lmms_plugin.vlm.contracts.requests import Request, candidates_of

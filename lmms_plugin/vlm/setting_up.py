@@ -16,7 +16,7 @@ from lmms_plugin.protocol.plain_prompts import TEMPLATES, template_for
 from lmms_plugin.protocol.prompts import PromptReader
 from lmms_plugin.quant_backends.layers.kernels import default_dtype
 from lmms_plugin.utils.checkpoints import config_of
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 from lmms_plugin.vlm.answering import Generation
 from lmms_plugin.vlm.assembling import Assembler
 from lmms_plugin.vlm.contracts.responding import Responder

@@ -30,8 +30,8 @@ from lmms_plugin.quant_backends.structure.model_class import class_of, writes_no
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import keep_ends
-from lmms_plugin.utils.out_of_memory import while_loading
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.processes.out_of_memory import while_loading
+from lmms_plugin.utils.reading.readable import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

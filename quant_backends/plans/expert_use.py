@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.quant_backends.plans.report_schema import Quantized
-from lmms_plugin.utils import accounts
 from lmms_plugin.utils.messages import counted
+from lmms_plugin.utils.reading import accounts
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lmms_plugin.utils.accounts import Account
+from lmms_plugin.utils.reading.accounts import Account
 
 REPORT = "quant_report.json"
 """Name of the file, beside saved checkpoints and results."""

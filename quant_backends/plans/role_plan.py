@@ -19,7 +19,7 @@ from lmms_plugin.quant_backends.plans.specs import (
     touched,
     write_spec,
 )
-from lmms_plugin.utils.validation import Expected, Number, Schema, Truth, Whole, left_out
+from lmms_plugin.utils.reading.validation import Expected, Number, Schema, Truth, Whole, left_out
 
 Role = Literal["attention", "mlp", "shared_expert", "routed_experts", "router"]
 

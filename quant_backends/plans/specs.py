@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeGuard
 from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from lmms_plugin.utils.validation import Expected, Truth, Whole, validated
+from lmms_plugin.utils.reading.validation import Expected, Truth, Whole, validated
 
 UNTOUCHED_BITS = 16
 """The number of bits that means: leave these weights as the checkpoint has them."""

@@ -17,7 +17,7 @@ from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.file.tasks import describe
 from lmms_plugin.study.run import planning
 from lmms_plugin.study.verdicts import judging
-from lmms_plugin.utils.located import load
+from lmms_plugin.utils.reading.located import load
 
 Write = Callable[[str], Path]
 SHARED = "models: [demo]\ntasks: [shapes_rec]\n"

@@ -67,7 +67,7 @@ def _evaluations() -> list[Path]:
             command = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"lmms_plugin.utils.guard" in command:
+        if b"lmms_plugin.utils.processes.guard" in command:
             found.append(process)
     return found
 

@@ -17,7 +17,7 @@ from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.cli import terminal
 from lmms_plugin.export import facts
 from lmms_plugin.report.numbers import reading
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 
 SETTINGS = Settings(resamples=10)
 

@@ -16,7 +16,7 @@ from lmms_plugin.analysis.measure import Number, Settings, rejection
 from lmms_plugin.analysis.records import REJECTION, Texts
 from lmms_plugin.analysis.study_files import CELL, CELLS, FAILED, FAILURES, About, place
 from lmms_plugin.quant_backends.plans.report_schema import REPORT, Quantized
-from lmms_plugin.utils import accounts
+from lmms_plugin.utils.reading import accounts
 
 UNFINISHED = (".running", FAILURES)
 RESAMPLES = 500

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from lmms_plugin.analysis.study_files import place
 from lmms_plugin.quant_backends import model_name
-from lmms_plugin.utils.validation import Expected, Whole, refused, validated
+from lmms_plugin.utils.reading.validation import Expected, Whole, refused, validated
 
 Count = Annotated[Whole, Field(ge=1), Expected("a whole number from 1")]
 

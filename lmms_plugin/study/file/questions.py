@@ -16,8 +16,8 @@ from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.study.file.asked import AskedError, Estimator, Level, Margin, Names, Resamples, Seed, parse
 from lmms_plugin.study.file.grid import Axes
 from lmms_plugin.utils import suggest
+from lmms_plugin.utils.reading.validation import Expected, Text, refused, validated
 from lmms_plugin.utils.suggest import near
-from lmms_plugin.utils.validation import Expected, Text, refused, validated
 
 AXES = tuple(field.name for field in fields(Axes))
 DEFAULT = "method_by_shift"

@@ -7,7 +7,7 @@ from pathlib import Path
 from lmms_plugin.study.file import questions
 from lmms_plugin.study.file.asked import located
 from lmms_plugin.study.file.schema import At, Crossed, Grid, Study, StudyFile
-from lmms_plugin.utils.located import Entry, load
+from lmms_plugin.utils.reading.located import Entry, load
 
 
 def read(file: Path) -> Study:

@@ -20,7 +20,7 @@ from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.tasks import known
-from lmms_plugin.utils import guard, installed
+from lmms_plugin.utils.processes import guard, installed
 from lmms_plugin.utils.variables import PREFIX
 
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000

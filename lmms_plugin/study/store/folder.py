@@ -19,7 +19,7 @@ from typing import Any
 
 from lmms_plugin.analysis import study_files
 from lmms_plugin.analysis.study_files import CELL, CELLS, DONE, FAILED, FAILURES, LOG, STUDY, place
-from lmms_plugin.utils import accounts, hashing
+from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import (
     State,
     is_plain,
@@ -29,6 +29,7 @@ from lmms_plugin.utils.files import (
     sync_folder,
     write_json,
 )
+from lmms_plugin.utils.reading import accounts
 
 MEASURED = ".measured"
 _LOCK, _UNFINISHED, _STATES = ".lock", ".unfinished", "files.json"

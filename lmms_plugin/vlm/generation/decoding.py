@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lmms_plugin.protocol.reasoning import ANSWER, REASONING, tokens_among
 from lmms_plugin.protocol.response import Alternatives, Token
 from lmms_plugin.utils.end_tokens import end_tokens, writers
-from lmms_plugin.utils.out_of_memory import while_answering
+from lmms_plugin.utils.processes.out_of_memory import while_answering
 from lmms_plugin.vlm.contracts.engine import Generated, Score
 from lmms_plugin.vlm.contracts.settings import Sampling, Settings
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens

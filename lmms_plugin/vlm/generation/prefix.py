@@ -28,7 +28,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.protocol.prompts import Prompt
-from lmms_plugin.utils.out_of_memory import while_answering
+from lmms_plugin.utils.processes.out_of_memory import while_answering
 from lmms_plugin.vlm.contracts.engine import Generated
 from lmms_plugin.vlm.contracts.settings import Settings
 from lmms_plugin.vlm.generation.decoding import Decoder, generate_of

@@ -13,7 +13,7 @@ from loguru import logger
 from torch import Tensor
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader
-from lmms_plugin.utils.out_of_memory import OutOfMemory, while_answering
+from lmms_plugin.utils.processes.out_of_memory import OutOfMemory, while_answering
 from lmms_plugin.vlm.contracts.requests import Job
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.pooling import Pooling

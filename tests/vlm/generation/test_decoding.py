@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from lmms_plugin.utils.out_of_memory import OutOfMemory, while_answering
+from lmms_plugin.utils.processes.out_of_memory import OutOfMemory, while_answering
 from lmms_plugin.vlm.contracts.settings import Sampling, Settings
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.token_texts import cut, decode

@@ -15,7 +15,7 @@ from PIL import Image
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.utils.copies import DatasetError
-from lmms_plugin.utils.out_of_memory import OutOfMemory
+from lmms_plugin.utils.processes.out_of_memory import OutOfMemory
 from lmms_plugin.vlm import wrapper as models
 from lmms_plugin.vlm.generation.prefix import VERIFIED_ROWS, PrefixSharing
 from lmms_plugin.vlm.running.batching import Budget, Limits

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lmms_plugin.utils.files import read_json
-from lmms_plugin.utils.readable import problem
+from lmms_plugin.utils.reading.readable import problem
 
 
 class Account(BaseModel):
