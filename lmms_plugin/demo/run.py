@@ -40,7 +40,7 @@ _POLL_SECONDS = 0.3
 _AT_ONCE = 2
 
 
-Table = Callable[[Sequence[str], Sequence[Sequence[str]], str], None]
+ShowTable = Callable[[Sequence[str], Sequence[Sequence[str]], str], None]
 """Shows headings, rows of one cell per heading, and a caption."""
 
 
@@ -84,7 +84,7 @@ def run(
     output: Path,
     bits: int,
     watch: Callable[[int], Watcher],
-    show: Table,
+    show: ShowTable,
     limit: int | None = None,
     *,
     full: bool = False,
