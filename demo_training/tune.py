@@ -60,7 +60,7 @@ class Tuning:
 
     def advance(self, progress: float) -> dict[str, float]:
         """Take one step at `progress` (0 to 1) and return its losses."""
-        scenes = self._scenes(2 if progress < 0.25 else 3)
+        scenes = self.scenes(2 if progress < 0.25 else 3)
         with torch.no_grad():
             features = image_features(self.model, look(scenes)[0])
         reading = read(self.model, self.run.pointer, features, pack(scenes, self.run.tokenizer))
@@ -82,7 +82,7 @@ class Tuning:
         held_out = about_scenes(scene("val", i, seed=3, max_objects=most_objects) for i in range(EVALUATED))
         return float((np.array(overlaps(self.run.average, self.run.processor, held_out)) >= 0.5).mean())
 
-    def _scenes(self, most_objects: int) -> list[Scene]:
+    def scenes(self, most_objects: int) -> list[Scene]:
         """Draw a batch in which five of six lone shapes, about which there is nothing to choose, are left out."""
         scenes: list[Scene] = []
         while len(scenes) < BATCH:

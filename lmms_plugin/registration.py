@@ -96,7 +96,7 @@ def make_tasks_visible() -> None:
     _wrap(TaskManager, "_get_config", _filling_in_cells)
     _wrap(TaskManager, "load_task_or_group", _explaining_data_errors)
     if list(inspect.signature(ConfigurableTask.set_config).parameters) == ["self", "key", "value", "update"]:
-        _wrap(ConfigurableTask, "set_config", _refusing_examples)
+        _wrap(ConfigurableTask, "set_config", refusing_examples)
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -186,7 +186,9 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_task_or_group
 
 
-def _refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
+def refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return lmms-eval's `set_config` that refuses `--num_fewshot` for our tasks, which take no examples."""
+
     def set_config(self: Any, key: str, value: Any, update: bool = False) -> None:
         scoring = self.config.process_results
         module = getattr(getattr(scoring, "func", scoring), "__module__", None) or ""

@@ -109,11 +109,11 @@ def run(
         get(method).check(QuantPlan.from_arguments(bits=bits))
     # A folder of their own: the page is to show these runs and no earlier ones.
     folder = output / "runs" / time.strftime("%Y%m%d_%H%M%S")
-    commands = {model_name(method): _command(method, folder, bits, limit, full=full) for method in METHODS}
+    commands = {model_name(method): command_of(method, folder, bits, limit, full=full) for method in METHODS}
     runs = _evaluate(commands, folder, watch)
-    show(HEADINGS, [_cells(one) for one in runs], _scope(runs[0]))
+    show(HEADINGS, [cells(one) for one in runs], scope(runs[0]))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
-    replace_text(output / "report.md", _report(runs, images, limit))
+    replace_text(output / "report.md", report(runs, images, limit))
     page = output / "report.html"
     settings = Settings(resamples=building.RESAMPLES, workers=building.default_workers())
     list(building.build(folder, page, settings, title="Embedded demo", figures=None, pictures=_PICTURES))
@@ -121,7 +121,16 @@ def run(
     return runs
 
 
-def _command(method: str, folder: Path, bits: int, limit: int | None, *, full: bool) -> tuple[str, ...]:
+def command_of(method: str, folder: Path, bits: int, limit: int | None, *, full: bool) -> tuple[str, ...]:
+    """Return the command of one method, of arguments.
+
+    Args:
+        method: Of the quantizer.
+        folder: Holds a folder of results per model.
+        bits: Of the language model's weights.
+        limit: Expressions of each task; None for all.
+        full: All corruptions, not a few.
+    """
     arguments = "pretrained=demo" if method == "none" else f"pretrained=demo,bits={bits}"
     tasks = (CLEAN, SHIFTED) if full else (CLEAN, *(f"{SHIFTED}_{name}_{SEVERITY}" for name in QUICK))
     asked = ("--model", model_name(method), "--model_args", arguments, "--tasks", ",".join(tasks))
@@ -180,12 +189,13 @@ def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> R
     return Run(model, command, files[0], logs.table(files[0]))
 
 
-def _cells(one: Run) -> list[str]:
+def cells(one: Run) -> list[str]:
+    """A run's row of the table."""
     numbers = [number(name) for number in (one.clean, one.shifted) for name in COLUMNS]
     return [one.model, f"{one.bits_per_weight:.2f}", *(f"{number:.3f}" for number in numbers)]
 
 
-def _scope(one: Run) -> str:
+def scope(one: Run) -> str:
     """What was asked: how many expressions, under which corruptions."""
     names = [task.removeprefix(f"{SHIFTED}_").removesuffix(f"_{SEVERITY}") for task in one.corrupted]
     which = ", ".join(names) if len(names) < len(SHIFTS) else f"all {len(names)} corruptions"
@@ -193,17 +203,18 @@ def _scope(one: Run) -> str:
     return f"{counted(expressions, 'expression')}; shifted: mean over {which} at severity {SEVERITY}."
 
 
-def _report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> str:
+def report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> str:
+    """Return `report.md`: what was asked, the table, pictures and commands."""
     first = "expression" if limit == 1 else f"{limit} expressions"
     warning = ["", f"**Only the first {first} of each task {'was' if limit == 1 else 'were'} used.**"] if limit else []
-    rows = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, runs)]
+    rows = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, runs)]
     table = [f"| {' | '.join(row)} |" for row in rows]
     shown = [f"![Predicted (red) and true (green) boxes: {path.stem}]({path.name})" for path in images]
     commands = ["```", *(command_line(one.command) for one in runs), "```"]
     head = [
         "# Embedded demo",
         "",
-        _scope(runs[0]),
+        scope(runs[0]),
         "Synthetic scenes: the numbers stand for nothing beyond themselves.",
         *warning,
     ]

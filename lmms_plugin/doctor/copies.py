@@ -33,7 +33,7 @@ WHOLE = 8 << 30
 DECODED = 16
 """Documents of each split whose image is decoded: the first, the last, and others from all over it."""
 
-_ROW_GROUPS, _ROWS = 16, 16
+_ROW_GROUPS, ROWS = 16, 16
 
 
 class Part(NamedTuple):
@@ -224,4 +224,4 @@ def _cast(table: pa.Table, features: datasets.Features, folder: Path) -> pa.Tabl
 
 
 def _some(table: pa.Table) -> pa.Table:
-    return table.take(spread(table.num_rows, _ROWS))
+    return table.take(spread(table.num_rows, ROWS))

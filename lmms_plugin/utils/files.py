@@ -14,7 +14,7 @@ from uuid import uuid4
 
 _LONGEST, _LONGEST_PART = 200, 255
 """Bytes of a name that leave room for what tells files apart that are being written, and those that systems take."""
-_SETTLED_NANOSECONDS = 2_000_000_000
+SETTLED_NANOSECONDS = 2_000_000_000
 """Some file systems count time in steps of two seconds: within one, a second change leaves no trace."""
 
 
@@ -40,7 +40,7 @@ class State(NamedTuple):
     @property
     def settled(self) -> bool:
         """Whether any later change leaves a trace in it."""
-        return time.time_ns() - max(self.modified, self.changed) > _SETTLED_NANOSECONDS
+        return time.time_ns() - max(self.modified, self.changed) > SETTLED_NANOSECONDS
 
 
 def expect_inside(name: str) -> str:

@@ -283,7 +283,7 @@ def written_answer(sample: CalibrationSample, dialect: Dialect, processor: Any) 
     return dialect.write(
         sample.box,
         original_size=sample.image.size,
-        model_size=_model_size(batch, processor),
+        model_size=model_size(batch, processor),
         expression=sample.expression or "",
     )
 
@@ -419,7 +419,7 @@ def to_model(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     return {key: move(value) for key, value in batch.items()}
 
 
-def _model_size(batch: dict[str, Any], processor: Any) -> tuple[int, int]:
+def model_size(batch: dict[str, Any], processor: Any) -> tuple[int, int]:
     """Return (width, height) in pixels of the image as the model sees it."""
     if "image_grid_thw" in batch:
         _, rows, columns = batch["image_grid_thw"][0].tolist()

@@ -22,7 +22,7 @@ def fastest(weight: Kernel) -> Kernel:
     is not used for that shape, and a warning says so.
     """
     for kind in NATIVE_KERNELS:
-        if kind.takes(weight.shape) and (kind.name, weight.shape) not in _FAILED:
+        if kind.takes(weight.shape) and (kind.name, weight.shape) not in FAILED:
             made = _made(kind, weight)
             if made is not None:
                 return made
@@ -30,7 +30,8 @@ def fastest(weight: Kernel) -> Kernel:
 
 
 _AGREED: set[tuple[str, Shape]] = set()
-_FAILED: set[tuple[str, Shape]] = set()
+FAILED: set[tuple[str, Shape]] = set()
+"""Kernels that this process does not try again."""
 
 
 def _made(kind: type[Kernel], weight: Kernel) -> Kernel | None:
@@ -39,7 +40,7 @@ def _made(kind: type[Kernel], weight: Kernel) -> Kernel | None:
     if fault is None:
         _AGREED.add(key)
         return made
-    _FAILED.add(key)
+    FAILED.add(key)
     logger.warning("Kernel {} {} ({}); such layers are dequantized instead", kind.name, fault, weight.shape)
     return None
 

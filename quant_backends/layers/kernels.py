@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.packing import pack, plane_bytes, plane_widths, unpack
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+BLOCK_ELEMENTS = {"cpu": 1 << 20}
+"""Of a weight that is dequantized at a time, by type of device."""
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
@@ -115,7 +116,7 @@ class Kernel(nn.Module, ABC):
         """
         dtype = arithmetic_dtype(x.dtype, x.device.type)
         wide = x.to(dtype)
-        step = max(1, _BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // self.columns)
+        step = max(1, BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // self.columns)
         parts = [
             _multiply(wide, self.codes(start, min(start + step, self.rows)), self.bits)
             for start in range(0, self.rows, step)

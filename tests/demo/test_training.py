@@ -225,7 +225,7 @@ class TestTuning:
         run = Run(processor.tokenizer, seed=0, batch_size=2, lr=2e-3, ema=0.99)
         run.save_state(tmp_path / "state.pt")
         tuning = Tuning(tmp_path / "state.pt", seed=0)
-        counts = [len(drawn.objects) for drawn in tuning._scenes(3)]
+        counts = [len(drawn.objects) for drawn in tuning.scenes(3)]
         assert tuning.drawn > FIRST_SCENE
         assert max(counts) == 3
         assert sum(count == 1 for count in counts) < len(counts) / 3

@@ -77,7 +77,7 @@ def filelock_4(tmp_path):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: filelock\nVersion: 4.0.0\n")
     (about / "top_level.txt").write_text("filelock\n")
-    run([sys.executable, "-c", "import filelock; filelock.FileLock('x')"], tmp_path, PYTHONPATH=str(folder))
+    run([sys.executable, "-P", "-c", "import filelock; filelock.FileLock('x')"], tmp_path, PYTHONPATH=str(folder))
     return folder
 
 
@@ -124,7 +124,7 @@ def test_a_torch_that_cannot_be_imported_is_a_row_and_keeps_nothing_else_from_ru
 
 def test_the_command_itself_imports_neither_torch_nor_lmms_eval():
     code = "import sys, lmms_plugin.cli.main, lmms_plugin.doctor.diagnosis; print(*sys.modules)"
-    loaded = {name.partition(".")[0] for name in run([sys.executable, "-c", code], ROOT.parent).split()}
+    loaded = {name.partition(".")[0] for name in run([sys.executable, "-P", "-c", code], ROOT.parent).split()}
     assert not loaded & {"torch", "transformers", "lmms_eval", "numpy", "datasets", "huggingface_hub", "packaging"}
 
 
@@ -400,7 +400,7 @@ def test_good_copies_of_every_dataset_are_good(monkeypatch, good_copies):
 
 def test_of_a_large_copy_rows_from_all_over_it_are_read(monkeypatch, good_copies):
     monkeypatch.setattr(copies, "WHOLE", 0)
-    monkeypatch.setattr(copies, "_ROWS", 2)
+    monkeypatch.setattr(copies, "ROWS", 2)
     rows = checked(monkeypatch, {"LMMS_PLUGIN_VQAV2": good_copies["LMMS_PLUGIN_VQAV2"]})
     assert [row.status for row in rows] == [Status.OK]
     assert "2 of 120 rows looked at" in rows[0].message

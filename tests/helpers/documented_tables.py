@@ -1,4 +1,6 @@
-"""The tables of the documentation that repeat what the code says; `python tests/helpers/documented_tables.py` writes them anew.
+"""The tables of the documentation that repeat what the code says.
+
+`python tests/helpers/documented_tables.py` writes them anew.
 
 A table stands in its page between the comments `<!-- NAME -->` and `<!-- /NAME -->`.
 """

@@ -675,7 +675,8 @@ give, so that no prompt about an image is answered). Families with a processor i
 `lmms-eval`'s model in other tests. "One at a time" and "plain way" are what a run falls back to by itself, with a line
 in its log.
 
-`python tests/helpers/small_families.py` writes this page anew; `tests/end_to_end/test_all_families.py` compares it family by family.
+`python tests/helpers/small_families.py` writes this page anew; `tests/end_to_end/test_all_families.py` compares it
+family by family.
 
 | family | linear layers | none | rtn | awq | batch of 4 | shared prefix |
 |---|---|---|---|---|---|---|

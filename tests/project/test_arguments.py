@@ -75,7 +75,7 @@ def test_values_are_shown_as_one_writes_them(value, expected):
 
 def test_reading_arguments_does_not_wait_for_torch(tmp_path):
     script = "import sys, lmms_plugin.arguments; print(sorted({'torch', 'lmms_eval', 'transformers'} & {*sys.modules}))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    run = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout == "[]\n"
 
 

@@ -94,8 +94,23 @@ def test_pages_that_the_code_names_are_there():
     assert [page for page in named if not (ROOT / page).exists()] == []
 
 
+def test_files_that_pages_name_are_there():
+    """`TASKS` is where the tasks are installed, and so is a folder of tasks alone."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    pattern = re.compile(r"(?<![\w/.{<$])(?:(TASKS)/)?((?:[\w.-]+/)+[\w*.-]+\.(?:py|yaml|j2|txt|toml))\b")
+    tops = {file.name for file in ROOT.iterdir() if file.is_dir()} | {file.name for file in (ROOT / "tasks").iterdir()}
+    named = {
+        (page.name, path)
+        for page in pages
+        for tasks, path in pattern.findall(page.read_text(encoding="utf-8"))
+        if tasks or path.partition("/")[0] in tops
+    }
+    assert len(named) > 20
+    assert [one for one in named if not any([*ROOT.glob(one[1]), *(ROOT / "tasks").glob(one[1])])] == []
+
+
 def test_fields_of_the_trailer():
-    assert set(first_cells(section(FORMATS, "The trailer of an answer"))) == response._FIELDS | response._OPTIONAL
+    assert set(first_cells(section(FORMATS, "The trailer of an answer"))) == response.FIELDS | response.OPTIONAL_FIELDS
     assert f"`{response.MARKER}`" in FORMATS
 
 

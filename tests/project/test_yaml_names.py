@@ -6,7 +6,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import pytest
+from helpers import natural_copies
 from helpers.environments import ROOT
 
 import lmms_plugin
@@ -72,6 +74,7 @@ def test_every_language_shift_has_its_documents():
             assert getattr(language_shifts, f"{name}_{severity}") == language_shifts.Reworded(name, severity)
 
 
+@pytest.mark.usefixtures("registered")
 class TestDataSource:
     class Folder:
         def load_arguments(self):
@@ -94,7 +97,7 @@ class TestDataSource:
         monkeypatch.setenv(dior_rsvg.variable, str(tmp_path))
         with pytest.raises(DatasetError, match=r"^toy: LMMS_PLUGIN_DIOR_RSVG=.*expected test\*\.parquet"):
             TaskConfig(task="toy", dataset_path=dior_rsvg)
-        (tmp_path / "test.parquet").touch()
+        datasets.Dataset.from_list(natural_copies.rows("dior_rsvg")).to_parquet(tmp_path / "test.parquet")
         config = TaskConfig(task="toy", dataset_path=dior_rsvg)
         assert config.dataset_path == "parquet"
         assert config.dataset_kwargs == {"data_files": {"test": [str(tmp_path / "test.parquet")]}}

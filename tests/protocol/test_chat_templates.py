@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 from helpers.families import QWEN_TEMPLATE, idefics_template
+from helpers.models import DOCUMENTS, answer, load, message, photograph
 from loguru import logger
-from test_model import DOCUMENTS, answer, load, message, photograph
 from transformers import AutoProcessor
 
 from lmms_plugin.arguments import ModelArguments, read_arguments
@@ -102,7 +102,7 @@ class TestTagsThatAreSpecialTokens:
         tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "<|box|>"]})
         decoder = type(vlm.responder.engine.decoder).of(vlm.model, tokenizer)
         ids = tokenizer.encode("[THINK]red[/THINK]<|box|>yes", add_special_tokens=False)
-        made = decoder._answer([*ids, decoder.ends[0]], [-0.1] * (len(ids) + 1), ())
+        made = decoder.as_answer([*ids, decoder.ends[0]], [-0.1] * (len(ids) + 1), ())
         assert made.text == "[THINK]red[/THINK]yes"
         assert Response(made.text).answer == "yes"
 
@@ -219,11 +219,11 @@ class TestImages:
         prompt = vlm.reader.read([message(photograph(1), photograph(2), text="Compare.")], "toy")
         inputs = vlm.chat.encode([prompt]).inputs
         token = vlm.chat.processor.image_token_id
-        vlm.chat._expect_images([prompt], inputs)
+        vlm.chat.expect_images([prompt], inputs)
         shown = inputs["input_ids"].clone()
         shown[shown == token] = 5
         with pytest.raises(RequestError, match="toy: the prompt holds 0 image tokens where its 2 images take"):
-            vlm.chat._expect_images([prompt], {**inputs, "input_ids": shown})
+            vlm.chat.expect_images([prompt], {**inputs, "input_ids": shown})
 
     def test_a_dropped_image_is_an_error_of_its_document(self, copied):
         shows = "{% if part.type == 'image' %}"

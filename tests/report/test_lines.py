@@ -6,8 +6,7 @@ import shlex
 from xml.etree import ElementTree
 
 import pytest
-import test_results
-from helpers import report_study
+from helpers import planted_logs, report_study
 
 from lmms_plugin.analysis import measure
 from lmms_plugin.analysis.axes import Config
@@ -200,7 +199,7 @@ def test_a_task_of_which_only_the_held_out_part_was_run_is_left_out(tmp_path):
         record = {"image": f"i{k}", "id": str(k), "part": "val", "accuracy": 0.3, "question": "?", "answers": ["a"]}
         return {"doc_id": k, "accuracy": record | {"confidence": {"joint": 0.5}}}
 
-    test_results.write(tmp_path / "run", {"rec": test_results.answers(0.8), "vqa": [answered(k) for k in range(12)]})
+    planted_logs.write(tmp_path / "run", {"rec": planted_logs.answers(0.8), "vqa": [answered(k) for k in range(12)]})
     (run,) = reading.read_folder(tmp_path, SETTINGS).runs
     assert (list(run.tasks), run.others) == (["rec"], ("vqa",))
 

@@ -8,9 +8,7 @@ import re
 
 import numpy as np
 import pytest
-import test_results
-import test_results_language
-from helpers import report_study
+from helpers import planted_logs, report_study
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -177,7 +175,7 @@ def test_nothing_is_compared_across_different_documents(tmp_path):
 
 
 def test_processes_do_not_change_a_number(study, summary, monkeypatch):
-    monkeypatch.setattr(reading, "_ONE_PROCESS", 0)
+    monkeypatch.setattr(reading, "ONE_PROCESS", 0)
     other = reading.read_folder(study, measure.Settings(resamples=60, workers=2))
     for one, same in zip(summary.folder.runs, other.runs, strict=True):
         assert one.file == same.file
@@ -187,7 +185,7 @@ def test_processes_do_not_change_a_number(study, summary, monkeypatch):
 
 
 def test_figures_drawn_by_two_processes_are_the_same(summary, monkeypatch):
-    monkeypatch.setattr(inlined, "_ONE_PROCESS", 0)
+    monkeypatch.setattr(inlined, "ONE_PROCESS", 0)
     one, two = inlined.shown(summary, 1), inlined.shown(summary, 2)
     assert [(section, figure.wide, figure.narrow) for section, drawn in one.items() for figure in drawn] == [
         (section, figure.wide, figure.narrow) for section, drawn in two.items() for figure in drawn
@@ -214,12 +212,10 @@ def test_the_front_holds_what_nothing_beats(summary):
     lines = summary.scopes[0].under(CLEAN)
     kept = contents.not_dominated(lines)
     for line in lines:
-        mine = contents._objectives(line)
-        better = [
-            other for other in kept if all(a <= b for a, b in zip(contents._objectives(other), mine, strict=True))
-        ]
+        mine = contents.objectives(line)
+        better = [other for other in kept if all(a <= b for a, b in zip(contents.objectives(other), mine, strict=True))]
         assert better, line.config.label
-        assert (line in kept) == all(contents._objectives(other) == mine for other in better)
+        assert (line in kept) == all(contents.objectives(other) == mine for other in better)
 
 
 def test_lmms_eval_is_not_called_by_the_commit_of_the_working_directory(tmp_path):
@@ -281,7 +277,7 @@ def test_a_heat_map_for_a_phone_can_be_read(models):
     ]
     values = np.random.default_rng(0).uniform(-0.9, 0.1, (models, len(SHIFTS)))
     with rc_context(dict(drawing.STYLE)):
-        figure = under_shift._tall_heat(values, labels[:models], [name.replace("_", " ") for name in SHIFTS])
+        figure = under_shift.tall_heat(values, labels[:models], [name.replace("_", " ") for name in SHIFTS])
         texts, page_box = extents(figure)
     assert figure.get_figwidth() == drawing.NARROW, "shown without shrinking it"
     assert sum(len(panel.texts) for panel in figure.axes) == values.size
@@ -305,7 +301,7 @@ def test_labels_of_marks_stand_apart():
     figure = Figure(figsize=(2, 2))
     panel = figure.subplots()
     panel.set(xlim=(0, 1), ylim=(0, 1))
-    tradeoffs._label_marks(
+    tradeoffs.label_marks(
         panel, [(0.5, 0.5, "4"), (0.51, 0.51, "3"), (0.5, 0.52, "2"), (0.505, 0.5, "4"), (0.9, 0.9, "")]
     )
     FigureCanvasAgg(figure).draw()
@@ -421,13 +417,13 @@ def test_a_reader_is_warned_of_limits_and_missing_baselines(tmp_path):
 @pytest.mark.parametrize(
     ("told", "problem"),
     [
-        ('{"tables": []}', "sentences: Field required"),
+        ('{"tables": []}', "sentences is missing"),
         ("{", "expected JSON in"),
-        ('{"sentences": "one"}', "sentences: Input should be a valid list, got 'one'"),
-        ('{"sentences": [], "tables": [{"title": "T", "columns": ["a"]}]}', "tables.0.rows: Field required"),
+        ('{"sentences": "one"}', "sentences must be a list, got 'one'"),
+        ('{"sentences": [], "tables": [{"title": "T", "columns": ["a"]}]}', "tables[0]: rows is missing"),
         (
             '{"sentences": [], "tables": [{"title": "T", "columns": ["a"], "rows": [[1, 2]]}]}',
-            "tables.0: expected 1 value in every row, got 2",
+            "tables[0]: expected 1 value in every row, got 2",
         ),
     ],
 )
@@ -447,8 +443,8 @@ def test_all_metrics_have_a_place(summary):
 
 
 def test_what_is_to_be_rejected_has_a_table_of_its_own(tmp_path):
-    lines = test_results_language.pairs(0.1)
-    run = logs.read_one(test_results.write(tmp_path / "run", {"rejection": lines}))
+    lines = planted_logs.pairs(0.1)
+    run = logs.read_one(planted_logs.write(tmp_path / "run", {"rejection": lines}))
     numbers = {number.metric: number for number in measure.measure(run, SETTINGS)}
     alone = summarise(reading.read_folder(tmp_path, SETTINGS), SETTINGS.level)
     table = contents.rejection(alone)

@@ -198,6 +198,6 @@ def test_the_yaml_lists_every_metric_under_its_own_function():
 
 
 def test_every_task_names_documents_that_exist():
-    folder = Path(registration.tasks_folder()) / "reliable_vqa"
+    folder = Path(registration.tasks_folder()) / "vqa" / "reliable_vqa"
     named = {task_files.read(path).get("process_docs", "").rpartition(".")[2] for path in folder.glob("*.yaml")} - {""}
     assert {*questions.MIXTURES, "vqav2", "advqa", "vizwiz", "vqav2_dev"} == named

@@ -186,7 +186,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     file = tmp_path / "test-1.parquet"
     file.write_bytes(b"PAR1 and nothing else PAR1")
     with pytest.raises(ValueError, match=r"test-1\.parquet cannot be read"):
-        tasks._rows(str(file), expressions=False)
+        tasks.count_rows(str(file), expressions=False)
 
 
 def test_errors_that_are_not_of_damage_pass():

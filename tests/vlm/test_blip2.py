@@ -2,7 +2,7 @@
 
 import pytest
 from helpers.families import WITHOUT_BOXES
-from test_prefix import IMAGES, QUESTIONS, answers, assert_equal, calls, instance, load, plainly
+from helpers.prefix import IMAGES, QUESTIONS, answers, assert_equal, calls, instance, load, plainly
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin.protocol.plain_prompts import CAPTION_REQUESTS, TEMPLATES

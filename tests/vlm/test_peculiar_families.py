@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers as hf
 from helpers.families import BUILDERS, byte_level_tokenizer
+from helpers.prefix import answers, assert_equal, load, log
 from PIL import Image
-from test_prefix import answers, assert_equal, load, log
 
 from lmms_plugin.protocol.prompts import Prompt, mean_colour, placeholder
 from lmms_plugin.protocol.response import Response

@@ -11,7 +11,7 @@ from lmms_plugin.report.figures import svg
 from lmms_plugin.report.figures.drawing import Drawn
 from lmms_plugin.report.numbers.summary import Summary
 
-_ONE_PROCESS = 500
+ONE_PROCESS = 500
 """Lines up to which drawing takes less long than starting a process."""
 
 
@@ -36,7 +36,7 @@ def shown(summary: Summary, workers: int) -> dict[str, list[Shown]]:
         summary: What to draw.
         workers: Processes there may be.
     """
-    if workers == 1 or len(summary.lines) < _ONE_PROCESS:
+    if workers == 1 or len(summary.lines) < ONE_PROCESS:
         wide, narrow = _wide(summary), _narrow(summary)
     else:
         # Forking a process that has threads (BLAS, pyarrow) may hang.

@@ -120,7 +120,7 @@ def _panel(panel: Any, lines: Sequence[Line], goal: Goal, axis: Axis, styles: Ma
         panel.plot(*zip(*front, strict=True), color=INK, linewidth=0.9, alpha=0.6, zorder=1)
     panel.set_xlabel(axis.label)
     panel.margins(0.1)
-    _label_marks(panel, [(x, y, _bits(line)) for x, y, line in points if len(points) <= _LABELLED or (x, y) in front])
+    label_marks(panel, [(x, y, _bits(line)) for x, y, line in points if len(points) <= _LABELLED or (x, y) in front])
 
 
 def _bits(line: Line) -> str:
@@ -128,7 +128,7 @@ def _bits(line: Line) -> str:
     return "" if line.config.dense or line.config.bits is None else str(line.config.bits)
 
 
-def _label_marks(panel: Any, marks: Sequence[tuple[float, float, str]]) -> None:
+def label_marks(panel: Any, marks: Sequence[tuple[float, float, str]]) -> None:
     """Write beside each mark where no other label stands; marks on one another share a label.
 
     Args:

@@ -103,7 +103,7 @@ def heat(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
         scope.title,
         "Accuracy less that of the unquantized model on the same task, in percentage points, mean over severities and"
         " runs. Orange cells lost, blue cells gained.",
-        (_heat if across > 2 else _tall_heat)(values, list(map(short, labels)), list(map(short, words))),
+        (_heat if across > 2 else tall_heat)(values, list(map(short, labels)), list(map(short, words))),
         Table(
             name,
             f"Accuracy less that of the unquantized model on {scope.title}",
@@ -146,7 +146,7 @@ def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
     return figure
 
 
-def _tall_heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
+def tall_heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
     """For a phone: shifts below one another, a few models side by side, the others in further blocks below."""
     parts = [slice(k, k + _ABREAST) for k in range(0, len(labels), _ABREAST)]
     top = 0.15 + 0.07 * max(map(len, labels))

@@ -131,7 +131,7 @@ def not_dominated(lines: Sequence[Line]) -> list[Line]:
 
     A number that is missing anywhere is left out of the comparison for all.
     """
-    points = [_objectives(line) for line in lines]
+    points = [objectives(line) for line in lines]
     used = [k for k in range(4) if all(not math.isnan(point[k]) for point in points)]
     kept = []
     for line, point in zip(lines, points, strict=True):
@@ -142,8 +142,8 @@ def not_dominated(lines: Sequence[Line]) -> list[Line]:
     return sorted(kept, key=lambda line: -line.group.of("accuracy"))
 
 
-def _objectives(line: Line) -> tuple[float, ...]:
-    """All to be low."""
+def objectives(line: Line) -> tuple[float, ...]:
+    """What a model is judged by: errors, bytes and, negative, tokens per second; all to be low, NaN where unknown."""
     cost = line.cost
     values = [sign * line.group.of(metric) for metric, sign in _OBJECTIVES]
     values.append(math.nan if cost.bytes is None else cost.bytes)

@@ -21,7 +21,7 @@ from lmms_plugin.utils.reading import accounts
 UNFINISHED = (".running", FAILURES)
 RESAMPLES = 500
 """Of the images for every interval, unless told otherwise: half as many as elsewhere, for a page has many intervals."""
-_ONE_PROCESS = 64 << 20
+ONE_PROCESS = 64 << 20
 """Bytes of logs below which starting processes takes longer than reading."""
 
 
@@ -187,7 +187,7 @@ def read_run(file: Path, root: Path, settings: Settings) -> Run:
 
 
 def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Run]:
-    if workers == 1 or len(files) == 1 or sum(_log_bytes(file) for file in files) < _ONE_PROCESS:
+    if workers == 1 or len(files) == 1 or sum(_log_bytes(file) for file in files) < ONE_PROCESS:
         yield from map(work, files)
         return
     # Forking a process that has threads (BLAS, pyarrow) may hang.

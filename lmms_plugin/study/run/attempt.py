@@ -175,7 +175,7 @@ class Attempt:
         problem = f"{' and '.join(changed)} changed while it ran" if changed else None
         if self.timed_out:
             problem = problem or f"it took longer than its timeout of {self.keyed.cell.resources.timeout} s"
-        problem = problem or _problem(self.keyed.cell, self.folder, status)
+        problem = problem or problem_of(self.keyed.cell, self.folder, status)
         return Outcome(problem, status, done, self._tail(), tuple(changed))
 
     def _tail(self) -> str:
@@ -187,7 +187,7 @@ def _log(folder: Path) -> str:
     return (folder / LOG).read_text(encoding="utf-8", errors="replace")
 
 
-def _problem(cell: Cell, folder: Path, status: int) -> str | None:
+def problem_of(cell: Cell, folder: Path, status: int) -> str | None:
     """Why a folder does not hold the whole results of a cell; None if it does."""
     try:
         files = [] if status else logs.find(folder)

@@ -229,7 +229,7 @@ def connect(address: str) -> Cluster:
     """
     ray = require("ray", extra="ray", user="study run --ray")
     if not ray.is_initialized():
-        environment = {"env_vars": _forwarded(os.environ)}
+        environment = {"env_vars": forwarded(os.environ)}
         # Workers look for modules first in the folder where Ray is joined, and a checkout would hide what is installed.
         with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
             ray.init(address=address, log_to_driver=False, runtime_env=environment)
@@ -237,7 +237,7 @@ def connect(address: str) -> Cluster:
     return Cluster(int(has.get("GPU", 0)), int(has.get("CPU", 0)))
 
 
-def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables that workers need as they are here; secrets stay here."""
     named = {name for name in environment if name.startswith(PREFIX)} | set(_FORWARDED)
     return {name: environment[name] for name in sorted(named) if name in environment}

@@ -132,7 +132,7 @@ class Decoder:
         config = GenerationConfig(max_new_tokens=settings.max_new_tokens, eos_token_id=list(self.ends), do_sample=False)
         ids = self._run(inputs, config, processors, recorder)
         rows = zip(ids.tolist(), recorder.logprobs(), recorder.ends.lengths.tolist(), strict=True)
-        answers = [self._answer(row[:length], logprobs[:length], settings.until) for row, logprobs, length in rows]
+        answers = [self.as_answer(row[:length], logprobs[:length], settings.until) for row, logprobs, length in rows]
         recorded = None if digit_recorder is None else digit_recorder.alternatives()
         if recorded is None:
             return answers
@@ -219,13 +219,22 @@ class Decoder:
         with while_answering(len(inputs["input_ids"])):
             ids = generate_of(self.writer(inputs))(**inputs, generation_config=config, logits_processor=processors)
         ids = ids[:, self.read(inputs).shape[1] :]
-        return [self._answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())]
+        return [
+            self.as_answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())
+        ]
 
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((position for position, token in enumerate(ids) if token in self.ends), len(ids) - 1)
         return ids[: end + 1]
 
-    def _answer(self, ids: list[int], logprobs: list[float], until: Sequence[str]) -> Generated:
+    def as_answer(self, ids: list[int], logprobs: list[float], until: Sequence[str]) -> Generated:
+        """Return new tokens as an answer, cut before the first of `until`, without special tokens but marks.
+
+        Args:
+            ids: Of the new tokens, the one that ends the answer included.
+            logprobs: One per token.
+            until: Texts that end an answer.
+        """
         ended = bool(ids) and ids[-1] in self.ends
         texts = token_texts(self.tokenizer, ids[:-1] if ended else ids) + [""] * ended
         kept = cut(texts, until)

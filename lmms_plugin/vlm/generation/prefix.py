@@ -298,7 +298,7 @@ class PrefixSharing:
             return {
                 "input_ids": shared.input_ids[part],
                 "attention_mask": shared.attention_mask[part],
-                "past_key_values": self._expanded(cache, owners, columns),
+                "past_key_values": self.expanded(cache, owners, columns),
             }
 
     def _check_windows(self, columns: int) -> None:
@@ -322,7 +322,14 @@ class PrefixSharing:
         deltas = [(m, m.rope_deltas) for m in modules if isinstance(getattr(m, "rope_deltas", None), Tensor)]
         return cache, deltas, found[0]
 
-    def _expanded(self, cache: DynamicCache, owners: Tensor, columns: int) -> DynamicCache:
+    def expanded(self, cache: DynamicCache, owners: Tensor, columns: int) -> DynamicCache:
+        """Return a cache with one copy of a prefix per question.
+
+        Args:
+            cache: One row per prefix.
+            owners: (questions,), the row of each.
+            columns: For which each layer has room, those of the prefix included.
+        """
         expanded = self._new_cache()
         for index, layer in enumerate(cache.layers):
             if layer.is_initialized:

@@ -127,10 +127,10 @@ class Chat:
             raise RequestError(f"{names}: {type(self.processor).__name__} refuses this: {error}") from error
         # PaliGemma's processor adds labels, with which the model would compute a loss.
         inputs.pop("labels", None)
-        self._expect_images(prompts, inputs)
+        self.expect_images(prompts, inputs)
         return Batch(inputs, self._model_sizes(prompts, inputs))
 
-    def _expect_images(self, prompts: Sequence[Prompt], inputs: dict[str, Tensor]) -> None:
+    def expect_images(self, prompts: Sequence[Prompt], inputs: dict[str, Tensor]) -> None:
         """Check that every prompt holds the tokens that its images take."""
         token = getattr(self.processor, "image_token_id", None)
         if token is None or not prompts[0].images or prompts[0].videos:
@@ -227,7 +227,7 @@ class Chat:
     def _with_frames(self, prompts: Sequence[Prompt]) -> tuple[list[list[dict[str, Any]]], list[list[VideoMetadata]]]:
         conversations, metadata = [], []
         for prompt in prompts:
-            videos = [self._frames(path, prompt.name) for path in prompt.videos]
+            videos = [self.frames(path, prompt.name) for path in prompt.videos]
             frames = iter([frames for frames, _ in videos])
             conversations.append(
                 [
@@ -244,7 +244,7 @@ class Chat:
             metadata.append([about for _, about in videos])
         return conversations, metadata
 
-    def _frames(self, path: str, name: str) -> tuple[Any, VideoMetadata]:
+    def frames(self, path: str, name: str) -> tuple[Any, VideoMetadata]:
         """Decode evenly spaced frames; PyAV comes with lmms-eval, while transformers' own default does not."""
 
         def spaced(metadata: VideoMetadata, **_: Any) -> Any:

@@ -124,7 +124,7 @@ class Schedule:
         try:
             prompt = job.prompt(self.reader)
             shares = (job.settings, kind(prompt), _content(prompt) if _can_share(prompt, job) else index)
-            return Read(index, prompt, self._length(prompt), shares)
+            return Read(index, prompt, self.length_of(prompt), shares)
         except RequestError:
             raise
         except DatasetError as error:
@@ -133,7 +133,7 @@ class Schedule:
             # Whatever a task's own code raises on a thread would otherwise not say what it was working on.
             raise RequestError(f"{name}: {type(error).__name__}: {error}") from error
 
-    def _length(self, prompt: Prompt) -> int:
+    def length_of(self, prompt: Prompt) -> int:
         """Count tokens; how many images take depends on all their sizes, and is found by encoding the first of such."""
         text = len(self.chat.ids(self.chat.text_of(prompt)))
         if not prompt.images or prompt.videos:

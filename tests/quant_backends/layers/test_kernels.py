@@ -210,7 +210,7 @@ class Forgetful(Dequantize):
 )
 def test_a_kernel_that_disagrees_is_not_used_and_a_warning_says_so_once(monkeypatch, kind, says):
     monkeypatch.setattr(kernel_choice, "NATIVE_KERNELS", (kind,))
-    monkeypatch.setattr(kernel_choice, "_FAILED", set())
+    monkeypatch.setattr(kernel_choice, "FAILED", set())
     messages = []
     sink = logger.add(messages.append, level="WARNING", format="{message}")
     try:
@@ -243,7 +243,7 @@ def test_a_gpu_whose_kernel_fails_goes_on_with_dense_products_and_says_so(monkey
     # Here no weight can lie on a GPU: the kernel is made to believe so, and torch refuses its operator.
     monkeypatch.setattr(CudaInt4, "takes", classmethod(lambda cls, shape: True))
     monkeypatch.setattr(kernel_choice, "NATIVE_KERNELS", (CudaInt4,))
-    monkeypatch.setattr(kernel_choice, "_FAILED", set())
+    monkeypatch.setattr(kernel_choice, "FAILED", set())
     messages = []
     sink = logger.add(messages.append, level="WARNING", format="{message}")
     layer = PackedLinear.from_codes(weight(4), QuantSpec(4, 64), 256)
@@ -259,7 +259,7 @@ def test_large_weights_are_dequantized_a_few_rows_at_a_time(monkeypatch):
     kernel = Dequantize.from_codes(weight(4, dtype=torch.float32), 4)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
     whole = kernel.matmul(x)
-    monkeypatch.setitem(kernels._BLOCK_ELEMENTS, "cpu", 7 * 256)
+    monkeypatch.setitem(kernels.BLOCK_ELEMENTS, "cpu", 7 * 256)
     torch.testing.assert_close(kernel.matmul(x), whole)
 
 

@@ -39,7 +39,7 @@ def test_importing_the_model_prints_nothing_of_it():
 
     pytest.importorskip("torchao")
     done = subprocess.run(
-        [sys.executable, "-c", "import lmms_plugin, torchao.prototype.mx_formats"], capture_output=True, text=True
+        [sys.executable, "-P", "-c", "import lmms_plugin, torchao.prototype.mx_formats"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "Enum subclass" not in done.stderr

@@ -2,18 +2,27 @@ import json
 import shutil
 import sys
 import weakref
-from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from helpers.families import FAMILIES
+from helpers.prefix import (
+    IMAGES,
+    LOGPROB,
+    QUESTIONS,
+    Documents,
+    answers,
+    ask,
+    assert_equal,
+    calls,
+    instance,
+    load,
+    log,
+    plainly,
+)
 from lmms_eval.api.instance import Instance
-from loguru import logger
-from PIL import Image
 
 from lmms_plugin.protocol.prompts import RequestError
-from lmms_plugin.protocol.response import Response
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.processes.out_of_memory import OutOfMemory
 from lmms_plugin.vlm import wrapper as models
@@ -21,114 +30,8 @@ from lmms_plugin.vlm.generation.prefix import VERIFIED_ROWS, PrefixSharing
 from lmms_plugin.vlm.running.batching import Budget, Limits
 from lmms_plugin.vlm.running.scheduling import Schedule
 
-LOGPROB = 1e-4
 PLAIN = ("paligemma", "gemma3")
 SHARING = tuple(family for family in FAMILIES if family not in PLAIN)
-OPTIONS = {"max_new_tokens": 8, "temperature": 0}
-# Three images with four, one and three questions, and their order as scattered as datasets have it.
-QUESTIONS = (
-    (0, "dog"),
-    (1, "red circle"),
-    (0, "the man in the white shirt, not the other one"),
-    (2, "a"),
-    (0, "dog"),
-    (2, "a blue square to the left of the dog"),
-    (0, "x"),
-    (2, "yes"),
-)
-
-
-def image(seed):
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize([(120, 90), (64, 200), (90, 90)][seed % 3], Image.Resampling.BICUBIC)
-
-
-IMAGES = [image(seed) for seed in range(3)]
-
-
-class Documents(list):
-    """Documents as this package's tasks have them: they tell which are about one image."""
-
-    def image_key(self, index):
-        return self[index][0]
-
-
-def ask(doc, with_box=True):
-    shown, expression = IMAGES[doc[0]], doc[1]
-    content = [{"type": "image", "url": shown}, {"type": "text", "text": f"Where is {expression}?"}]
-    extra = {"grounding": {"expression": expression, "original_size": list(shown.size)}} if with_box else {}
-    return [{"role": "user", "content": content, **extra}]
-
-
-def instance(index, messages=ask, **options):
-    metadata = {"task": "toy", "doc_id": index, "repeats": 1}
-    arguments = ("", messages, {**OPTIONS, **options}, index, "toy", "test")
-    return Instance("generate_until", arguments, 0, metadata=metadata)
-
-
-def load(path, documents=QUESTIONS, **arguments):
-    vlm = models.QuantNone(pretrained=str(path), device="cpu", **arguments)
-    vlm.task_dict = {"toy": {"test": Documents(documents)}}
-    return vlm
-
-
-def answers(vlm, batch_size=1, messages=ask, cache_bytes=2**30, **options):
-    vlm.responder.engine.runner.budget = Budget.of(batch_size, None)
-    vlm.responder.engine.runner.budget.cache_bytes = cache_bytes
-    requests = [instance(i, messages, **options) for i in range(len(vlm.task_dict["toy"]["test"]))]
-    return vlm.generate_until(requests)
-
-
-@contextmanager
-def plainly(vlm):
-    off, vlm.responder.engine.runner.sharing.off = (
-        vlm.responder.engine.runner.sharing.off,
-        "this test wants the plain way",
-    )
-    try:
-        yield
-    finally:
-        vlm.responder.engine.runner.sharing.off = off
-
-
-@contextmanager
-def calls(vlm):
-    """What the model's `generate` is called with: (rows, whether images are among the arguments)."""
-    seen, original = [], vlm.model.generate
-
-    def generate(*args, **kwargs):
-        seen.append((len(kwargs["input_ids"]), "pixel_values" in kwargs))
-        return original(*args, **kwargs)
-
-    vlm.model.generate = generate
-    try:
-        yield seen
-    finally:
-        vlm.model.generate = original
-
-
-@contextmanager
-def log(level):
-    lines = []
-    sink = logger.add(lambda message: lines.append(str(message)), level=level, format="{level} {message}")
-    try:
-        yield lines
-    finally:
-        logger.remove(sink)
-
-
-def assert_equal(ours, theirs):
-    for one, other in zip(map(Response.decode, ours), map(Response.decode, theirs), strict=True):
-        assert one.text == other.text
-        assert (one.original_size, one.model_size, one.dialect) == (
-            other.original_size,
-            other.model_size,
-            other.dialect,
-        )
-        assert [token.text for token in one.tokens] == [token.text for token in other.tokens]
-        assert [token.logprob for token in one.tokens] == pytest.approx(
-            [token.logprob for token in other.tokens], abs=LOGPROB
-        )
 
 
 @pytest.fixture(scope="module", params=SHARING)
@@ -306,7 +209,7 @@ class TestOneModel:
             for text in ("Where is it?", "And now?"):
                 content = [*({"type": "image", "url": one} for one in shown), {"type": "text", "text": text}]
                 prompt = smolvlm.reader.read([{"role": "user", "content": content}], "a prompt")
-                assert schedule._length(prompt) == smolvlm.chat.encode([prompt]).inputs["input_ids"].shape[1]
+                assert schedule.length_of(prompt) == smolvlm.chat.encode([prompt]).inputs["input_ids"].shape[1]
 
     def test_what_is_drawn_is_the_same(self, smolvlm):
         options = {"temperature": 1.0, "do_sample": True}
@@ -370,7 +273,7 @@ class TestOneModel:
 
     def test_keys_and_values_are_gone_when_their_group_is_done(self, smolvlm, monkeypatch):
         answers(smolvlm)
-        made, alive, original = [], [], PrefixSharing._expanded
+        made, alive, original = [], [], PrefixSharing.expanded
 
         def watched(self, *args):
             alive.append(sum(reference() is not None for reference in made))
@@ -378,7 +281,7 @@ class TestOneModel:
             made.append(weakref.ref(expanded))
             return expanded
 
-        monkeypatch.setattr(PrefixSharing, "_expanded", watched)
+        monkeypatch.setattr(PrefixSharing, "expanded", watched)
         answers(smolvlm, cache_bytes=1)
         assert len(made) == 7
         assert set(alive) == {0}
@@ -387,7 +290,7 @@ class TestOneModel:
 
 class TestSomethingWrong:
     def test_a_mismatch_falls_back_loudly(self, checkpoint, monkeypatch):
-        original = PrefixSharing._expanded
+        original = PrefixSharing.expanded
 
         def distorted(self, *args):
             expanded = original(self, *args)
@@ -398,7 +301,7 @@ class TestSomethingWrong:
         vlm = load(checkpoint("smolvlm"))
         with plainly(vlm):
             expected = answers(vlm)
-        monkeypatch.setattr(PrefixSharing, "_expanded", distorted)
+        monkeypatch.setattr(PrefixSharing, "expanded", distorted)
         with log("WARNING") as lines:
             assert_equal(answers(vlm, 2), expected)
         (line,) = lines
@@ -434,11 +337,11 @@ class TestSomethingWrong:
                 layer.values *= 0.9
             return expanded
 
-        original = PrefixSharing._expanded
+        original = PrefixSharing.expanded
         right = load(checkpoint(family), dtype="bfloat16")
         answers(right)
         assert right.responder.engine.runner.sharing.off is None
-        monkeypatch.setattr(PrefixSharing, "_expanded", scaled)
+        monkeypatch.setattr(PrefixSharing, "expanded", scaled)
         wrong = load(checkpoint(family), dtype="bfloat16")
         answers(wrong)
         assert "log-probability" in wrong.responder.engine.runner.sharing.off
@@ -448,8 +351,8 @@ class TestSomethingWrong:
         def swapped(self, cache, owners, columns):
             return original(self, cache, (owners + 1) % len(cache.layers[0].keys), columns)
 
-        original = PrefixSharing._expanded
-        monkeypatch.setattr(PrefixSharing, "_expanded", swapped)
+        original = PrefixSharing.expanded
+        monkeypatch.setattr(PrefixSharing, "expanded", swapped)
         vlm = load(checkpoint("smolvlm"), dtype=dtype)
         with log("INFO") as lines:
             answers(vlm, 3)
@@ -498,11 +401,11 @@ class TestSomethingWrong:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return original(self, cache, owners, columns)
 
-        expected, original = answers(smolvlm), PrefixSharing._expanded
+        expected, original = answers(smolvlm), PrefixSharing.expanded
         vlm = load(checkpoint("smolvlm"))
         if verified:
             answers(vlm)
-        monkeypatch.setattr(PrefixSharing, "_expanded", expanded)
+        monkeypatch.setattr(PrefixSharing, "expanded", expanded)
         with log("WARNING") as lines:
             assert_equal(answers(vlm, 8), expected)
         assert vlm.responder.engine.runner.sharing.off is None

@@ -1,8 +1,8 @@
 """The same images and the same quantized weights on processors with other instruction sets.
 
 Libraries choose code by processor. Their own switches make them choose that of an older one; docs/determinism.md says
-how to run any test that way. bitsandbytes has no switch: `test_quant_libraries.py` compares its weights with the
-paper's.
+how to run any test that way. bitsandbytes has no switch: `quant_backends/methods/test_libraries.py` compares its
+weights with the paper's.
 """
 
 import os
