@@ -18,9 +18,8 @@ from torch import nn
 
 from demo_training.architecture import build_tokenizer
 from demo_training.evaluate import about_scenes, overlaps
-from demo_training.muon import Muon
 from demo_training.packing import look, pack
-from demo_training.train import Run, corpus, image_features, read
+from demo_training.train import Run, corpus, image_features, muon, read
 from lmms_plugin.demo.scenes import Scene, scene
 
 BATCH = 24
@@ -54,7 +53,7 @@ class Tuning:
         rest = [p for name, p in trained if p.ndim != 2 or ".layers." not in name]
         self.trained = matrices + rest
         self.optimizers = [
-            Muon(matrices, lr=LR),
+            muon(matrices, LR),
             torch.optim.AdamW([*rest, *self.run.pointer.parameters()], lr=LR, betas=(0.9, 0.98), weight_decay=0.01),
         ]
 

@@ -34,6 +34,7 @@ from lmms_plugin.analysis.records import (
     is_record,
     place_of,
 )
+from lmms_plugin.utils.files import json_object
 from lmms_plugin.utils.reading.readable import problem
 
 _RESULTS = "_results.json"
@@ -175,7 +176,7 @@ def table(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is damaged, or none of lmms-eval.
     """
-    results = _json(file, file.read_bytes(), _bounded)
+    results = json_object(file.read_bytes(), str(file), _bounded)
     if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
         raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
     try:
@@ -357,7 +358,7 @@ def _rows(log: Path) -> Iterator[dict[str, Any]]:
     # A file's own lines: str.splitlines would also part an answer at a separator that JSON leaves as it is.
     with log.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            yield _json(f"{log}:{number}", line)
+            yield json_object(line, f"{log}:{number}")
 
 
 def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
@@ -432,14 +433,3 @@ def _bounded(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"expected at most {_MOST_DIGITS} digits, got {digits[:_MOST_DIGITS]}...")
     return int(digits)
-
-
-def _json(where: object, text: bytes, whole: Callable[[str], int] | None = None) -> dict[str, Any]:
-    try:
-        value = json.loads(text, parse_int=whole)
-    # Python parses by recursion, and no integer of more than 4,300 digits.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {where}, which is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object in {where}, got {text[:60]!r}")
-    return value

@@ -11,9 +11,7 @@ from lmms_plugin.utils.outputs import expect_file, expect_folder
 def report(
     results: Annotated[Path, typer.Argument(help="Study, folder with results files of lmms-eval, or one such file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
-    figures: Annotated[
-        Path | None, typer.Option(help="Folder for figures as PNG and SVG, tables as CSV and LaTeX.")
-    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures as PNG and SVG, tables as CSV.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page; by default the folder's name.")] = None,
     estimator: Annotated[str | None, typer.Option(help="Confidence estimator; by default that of the task.")] = None,
     resamples: Annotated[

@@ -6,7 +6,6 @@ records of Every Eval Ever. What cannot be told from files alone is whether the 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -219,9 +218,11 @@ def _expect_records(folder: Path, manifest: Manifest, found: Measured) -> None:
         if not (folder / file).is_file():
             raise ValueError(f"{file.as_posix()} is missing")
     lines = (folder / files.instances).read_bytes()
-    rows = [json.loads(line) for line in lines.splitlines()]
-    for number, row in enumerate(rows, start=1):
-        records.read(records.DocumentRecord, row, f"{files.instances.name}, record {number}")
+    rows = []
+    for number, line in enumerate(lines.splitlines(), start=1):
+        name = f"{files.instances.name}, record {number}"
+        rows.append(json_object(line, name))
+        records.read(records.DocumentRecord, rows[-1], name)
     made = [record.content() for record in every_eval_ever.instances(found, manifest.source)]
     _expect_same(made, rows, files.instances)
     whole = json_object((folder / files.aggregate).read_bytes(), files.aggregate.name)

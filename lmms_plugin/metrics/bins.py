@@ -1,7 +1,8 @@
 """Records in groups: by the bin of a calibration error, or by equal confidence, the least that thresholds tell apart.
 
-Bins are half-open, (lower, upper], with edges k / n_bins; a confidence of exactly 0 belongs to the first bin and one of
-exactly 1 to the last, so every record is in exactly one bin.
+Bins of equal width are half-open, (lower, upper], with edges k / n_bins; a confidence of exactly 0 belongs to the first
+bin and one of exactly 1 to the last. Bins of equal mass hold equal numbers of records, but never separate records of
+equal confidence: each block of them goes to the bin of its middle rank. Every record is in exactly one bin.
 """
 
 from typing import NamedTuple
@@ -58,3 +59,35 @@ def _sorted(confidence: Floats, outcome: Floats) -> tuple[Floats, Floats]:
     keys = (confidence.view(np.uint64) << np.uint64(1)) | outcome.astype(np.uint64)
     keys.sort()
     return (keys >> np.uint64(1)).view(np.float64), (keys & np.uint64(1)).astype(np.float64)
+
+
+def equal_mass_cuts(upto: npt.NDArray[np.number], n_bins: int) -> npt.NDArray[np.intp]:
+    """Where the second and every further bin of equal mass begins, among blocks of equal confidence.
+
+    Args:
+        upto: Shape (blocks,), whole numbers: records of this or a higher confidence, from the highest confidence down.
+        n_bins: How many bins, at least 1.
+
+    Returns:
+        Numbers of blocks, ascending, shape (n_bins − 1,); equal where a bin is empty.
+    """
+    total = int(upto[-1])
+    # A block's middle rank from below, times 2, is 2·total − 1 − (records above it + records above the next).
+    sought = ((2 * total - 1) * n_bins - 2 * total * np.arange(n_bins - 1, 0, -1)) / n_bins
+    first = np.minimum(np.searchsorted(upto, sought / 2, side="right"), upto.size - 1)
+    cuts: npt.NDArray[np.intp] = first + (
+        upto[first].astype(np.float64) + np.where(first > 0, upto[first - 1], 0) <= sought
+    )
+    return cuts
+
+
+def equal_mass_index(records: Floats, n_bins: int) -> npt.NDArray[np.intp]:
+    """Index of the equal-mass bin of each block of equal confidence, from the lowest confidence up, shape (blocks,).
+
+    Args:
+        records: Shape (blocks,), how many records each block holds.
+        n_bins: How many bins, at least 1.
+    """
+    cuts = equal_mass_cuts(np.cumsum(records[::-1]), n_bins)
+    from_above = np.searchsorted(cuts, np.arange(records.size), side="right")
+    return (n_bins - 1 - from_above[::-1]).astype(np.intp)

@@ -58,5 +58,4 @@ def _files(summary: Summary, folder: Path) -> Iterator[str]:
     tables = [*contents.every(summary), *(one.table for one in drawn)]
     for table in tables:
         replace_bytes(folder / f"{table.name}.csv", encoded(table.csv()))
-        replace_bytes(folder / f"{table.name}.tex", encoded(table.latex()))
     yield f"{folder}: {counted(len(drawn), 'figure')}, {counted(len(tables), 'table')}"

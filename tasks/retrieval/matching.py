@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
+from lmms_plugin.metrics.bootstrap import Clusters, bootstrap, interval
+from lmms_plugin.metrics.sums import Means
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.images import opened
@@ -298,8 +299,9 @@ def bounds(hits: npt.NDArray[np.float64]) -> tuple[float, float]:
     """95 % interval of a mean over photographs, which are drawn with replacement while the candidates stay."""
     if hits.size < 2:
         return float("nan"), float("nan")
-    resampled = np.array([draw(hits.size, 0, number) @ hits / hits.size for number in range(RESAMPLES)])
-    found = interval(float(hits.mean()), resampled)
+    photographs = Clusters(np.arange(hits.size), hits.size)
+    (drawn,) = bootstrap([Means({"recall": hits}, photographs)], photographs.count)
+    found = interval(*drawn.of("recall"))
     return found.low, found.high
 
 

@@ -8,7 +8,6 @@ IMAGES is the folder with the unpacked images. `LMMS_PLUGIN_REF_L4=OUT` (and so 
 """
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import datasets
 import pyarrow.parquet as pq
 
 from lmms_plugin.tasks.sources import writing
-from lmms_plugin.tasks.sources.annotations import entries
+from lmms_plugin.tasks.sources.annotations import entries, read
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.messages import counted
 
@@ -76,7 +75,7 @@ def _table(path: Path) -> Rows:
 
 def _mdetr(path: Path) -> Rows:
     """One row per entry of `images`, which are expressions, with its boxes gathered from `annotations`."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read(path)
     boxes: defaultdict[int, list[list[float]]] = defaultdict(list)
     for entry in entries(path, "annotations", ("image_id", "empty", "bbox"), content):
         if not entry["empty"]:
@@ -89,7 +88,7 @@ def _mdetr(path: Path) -> Rows:
 
 
 def _questions(path: Path) -> Rows:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read(path)
     if not isinstance(content, list) or not content:
         raise DatasetError(f"{path}: expected a list of expressions, got {str(content)[:80]}")
     for entry in content:

@@ -310,7 +310,7 @@ def test_labels_of_marks_stand_apart():
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
-def test_tables_as_csv_and_latex(tmp_path):
+def test_tables_as_csv_have_columns_for_intervals():
     columns_ = (tables.Column("a_b & c", numeric=False), tables.Column("x"))
     rows = tables.rows_of([[tables.text("5 %"), tables.number(-0.5, Interval(-0.75, -0.25))]])
     table = tables.Table("t", "Caption", columns_, rows)
@@ -318,9 +318,6 @@ def test_tables_as_csv_and_latex(tmp_path):
         ["a_b & c", "x", "x low", "x high"],
         ["5 %", "-0.5", "-0.75", "-0.25"],
     ]
-    assert r"a\_b \& c & x \\" in table.latex()
-    assert r"5 \% & $-$0.500" in table.latex()
-    assert table.latex().count(r"\toprule") == table.latex().count(r"\bottomrule") == 1
 
 
 @pytest.mark.parametrize(

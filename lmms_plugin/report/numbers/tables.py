@@ -1,4 +1,4 @@
-"""Tables of the report: for the page, as CSV and as LaTeX."""
+"""Tables of the report: for the page and as CSV."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -78,20 +78,6 @@ class Table:
             lines.append(written)
         return comma_separated(lines)
 
-    def latex(self) -> str:
-        """A booktabs table."""
-        kinds = "".join("r" if column.numeric else "l" for column in self.columns)
-        lines = [
-            r"\begin{table}",
-            r"\centering\small",
-            rf"\caption{{{_tex(self.caption)}}}",
-            rf"\label{{tab:{self.name}}}",
-        ]
-        lines += [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule"]
-        lines += [" & ".join(_tex(column.title) for column in self.columns) + r" \\", r"\midrule"]
-        lines += [" & ".join(map(_tex_cell, row)) + r" \\" for row in self.rows]
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
-
 
 def number(value: float | None, interval: Interval | None = None, *, digits: int = 3, signed: bool = False) -> Cell:
     """A cell of a number, with its interval if there is one."""
@@ -135,30 +121,3 @@ def _plain(cell: Cell) -> object:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6g}"
-
-
-_ESCAPES = str.maketrans(
-    {
-        **{c: f"\\{c}" for c in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "\u2212": r"$-$",
-        "\u2013": "--",
-        "\u2011": "-",
-        "\u202f": r"\,",
-        "Φ": r"$\Phi$",
-        "Δ": r"$\Delta$",
-        "\u00d7": r"$\times$",
-        "→": r"$\to$",
-    }
-)
-
-
-def _tex(words: str) -> str:
-    return words.translate(_ESCAPES)
-
-
-def _tex_cell(cell: Cell) -> str:
-    note = rf" {{\scriptsize {_tex(cell.note)}}}" if cell.note else ""
-    return f"{_tex(cell.text)}{note}"
