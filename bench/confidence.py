@@ -24,7 +24,7 @@ from bench.reporting import Row, interleaved, machine, write
 from bench.throughput import ANSWER_TOKENS, SIZE, documents, ours, write_checkpoint
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
-from lmms_plugin.vlm.settings import GenerationSettings
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 
 
 def batch(vlm: Any, rows: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.quant_backends import class_name, model_name, names
-from lmms_plugin.vlm.sharding import deal_by_image
+from lmms_plugin.vlm.running.sharding import deal_by_image
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest

@@ -34,7 +34,7 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.protocol.verbalised import stated_confidence
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
-from lmms_plugin.report import results_folder as report
+from lmms_plugin.report.numbers import results_folder as report
 from lmms_plugin.study.file import reading as study
 from lmms_plugin.study.store.folder import StudyFolder
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
+from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
-from lmms_plugin.quant_backends import backend_name, model_name
+from lmms_plugin.quant_backends import backend_name, get, model_name, names
+from lmms_plugin.utils.reading import accounts
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
@@ -123,10 +124,10 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
         seed = None if seed is None else int(float(seed))
         own = _limited(_from_arguments(model, args), limit)
         return RunAxes(own, own.model, model == _READY, seed, "", file.parent, (), versions)
-    cell = accounts.read(folder / "cell.json", accounts.About)
+    cell = accounts.read(folder / CELL, About)
     axes = cell.get("axes", {})
     if lacking := [name for name in ("model", "method") if axes.get(name) is None]:
-        raise ValueError(f"{folder / 'cell.json'} is damaged: axes.{lacking[0]}: expected a text, got none")
+        raise ValueError(f"{folder / CELL} is damaged: axes.{lacking[0]}: expected a text, got none")
     cell_args = cell.get("model_args") or {}
     own = Config(
         str(axes["model"]),
@@ -177,7 +178,7 @@ def _cell_folder(file: Path, root: Path) -> Path | None:
     # A single results file may be named: its cell then lies above what was asked for.
     top = root.parent.parent if root.is_file() else root
     for folder in file.parents:
-        if (folder / "cell.json").is_file():
+        if (folder / CELL).is_file():
             return folder
         if folder == top:
             break
@@ -206,9 +207,7 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
 
 
 def _default_bits(method: str) -> int | None:
-    # Only where a run did not say: the backends import torch.
-    from lmms_plugin.quant_backends import get, names
-
+    # Asked only where a run did not say: a backend imports torch.
     return get(method).default_bits if method in names() else None
 
 

@@ -35,7 +35,7 @@ from lmms_plugin.analysis.records import (
     place_of,
 )
 from lmms_plugin.utils.files import json_object
-from lmms_plugin.utils.readable import problem
+from lmms_plugin.utils.reading.readable import problem
 
 _RESULTS = "_results.json"
 _MOST_DIGITS = 18

@@ -160,7 +160,7 @@ def quantize(
     from loguru import logger
 
     from lmms_plugin.export import checkpoint
-    from lmms_plugin.utils.quiet import no_bars, stdout_to_stderr
+    from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
     no_bars()

@@ -59,10 +59,11 @@ def demo(
     ] = False,
 ) -> None:
     """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and show one table."""
+    from lmms_plugin.cli.demo_display import DemoProgress, show
     from lmms_plugin.demo import run
 
     expect_folder("--output", output)
-    run.run(output, bits=bits, limit=limit, full=full)
+    run.run(output, bits, DemoProgress, show, limit, full=full)
 
 
 @app.command()
@@ -77,7 +78,7 @@ def inspect(
     from loguru import logger
 
     from lmms_plugin import quantize
-    from lmms_plugin.utils.quiet import no_bars, stdout_to_stderr
+    from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
@@ -323,7 +324,7 @@ def estimators(
 def _print_json(value: object) -> None:
     import json
 
-    from lmms_plugin.cli.printed import plain
+    from lmms_plugin.utils.plain_json import plain
 
     typer.echo(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 

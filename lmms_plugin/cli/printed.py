@@ -1,9 +1,7 @@
-"""What `metrics`, `compare` and `estimators` print: tables for people, and values as JSON can write them."""
+"""What `metrics`, `compare` and `estimators` print: tables for people."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -122,19 +120,6 @@ def estimators_table(judged: list[RankedEstimator], title: str, level: float) ->
 
 def _with_interval(value: float, between: Interval) -> str:
     return f"{value:.3f}" + ("" if math.isnan(between.low) else f" [{between.low:.3f}, {between.high:.3f}]")
-
-
-def plain(value: Any) -> Any:
-    """The same as JSON can write it: named tuples and dataclasses as objects, NaN and infinities as null."""
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 
 @dataclass
@@ -38,6 +40,25 @@ class Pace:
             return None
         since, before = self.working
         return since - self.started + (now - since) * (1.0 - before) / (self.share - before)
+
+
+class Watcher(AbstractContextManager["Watcher"], Protocol):
+    """Is told how far the runs are, within its context, and shows it in whatever way."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+
+    def start(self, name: str, command: Sequence[str]) -> Pace:
+        """Take note of a run that begins."""
+
+    def see(self, run: Pace, share: float | None) -> None:
+        """Take note of the share of its work that is done, as `Pace.see`."""
+
+    def end(self, run: Pace) -> None:
+        """Take note that a run is over."""
+
+    def tick(self) -> None:
+        """Be asked now and then, whether anything happened or not."""
 
 
 def seconds_left(runs: Sequence[Pace], waiting: int, now: float) -> float | None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,15 @@ from typing import Any
 from lmms_plugin import harness_log
 from lmms_plugin.analysis import logs
 from lmms_plugin.analysis.measure import MeasurementSettings
-from lmms_plugin.cli.demo_display import DemoProgress, show
 from lmms_plugin.demo import pictures
-from lmms_plugin.demo.pace import Pace
+from lmms_plugin.demo.pace import Pace, Watcher
 from lmms_plugin.quant_backends import get, model_name
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
 from lmms_plugin.shifts.image.corruptions import SHIFTS
-from lmms_plugin.utils import guard, installed
 from lmms_plugin.utils.files import replace_text
 from lmms_plugin.utils.messages import command_line, counted
+from lmms_plugin.utils.processes import guard, installed
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3
@@ -39,6 +38,10 @@ _PICTURES = 12
 _POLL_SECONDS = 0.3
 # Each takes 1.4 GB of memory.
 _AT_ONCE = 2
+
+
+ShowTable = Callable[[Sequence[str], Sequence[Sequence[str]], str], None]
+"""Shows headings, rows of one cell per heading, and a caption."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,22 @@ class DemoRun:
         return [json.loads(line)["mean_iou"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False) -> list[DemoRun]:
-    """Run all methods, print the table, and write `report.html`, `report.md` and pictures into the folder `output`.
+def run(
+    output: Path,
+    bits: int,
+    watch: Callable[[int], Watcher],
+    show: ShowTable,
+    limit: int | None = None,
+    *,
+    full: bool = False,
+) -> list[DemoRun]:
+    """Run all methods, show the table, and write `report.html`, `report.md` and pictures into the folder `output`.
 
     Args:
         output: folder to write into; each run has a sub-folder with lmms-eval's own files and its log.
         bits: bits per weight of the quantized language model.
+        watch: number of runs → what is told how far they are.
+        show: takes headings, rows and caption of the table.
         limit: expressions per task, for trying things out; None for all.
         full: whether to run all corruptions instead of one of each kind.
 
@@ -97,7 +110,7 @@ def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False
     # A folder of their own: the page is to show these runs and no earlier ones.
     folder = output / "runs" / time.strftime("%Y%m%d_%H%M%S")
     commands = {model_name(method): command_of(method, folder, bits, limit, full=full) for method in METHODS}
-    runs = _evaluate(commands, folder)
+    runs = _evaluate(commands, folder, watch)
     show(HEADINGS, [cells(one) for one in runs], scope(runs[0]))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
     replace_text(output / "report.md", report(runs, images, limit))
@@ -125,7 +138,7 @@ def command_of(method: str, folder: Path, bits: int, limit: int | None, *, full:
     return ("lmms-eval", *asked, *kept, *(("--limit", str(limit)) if limit is not None else ()))
 
 
-def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[DemoRun]:
+def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path, watch: Callable[[int], Watcher]) -> list[DemoRun]:
     """Run commands by the names of their models, two at once where there are two processors; an end of this ends all.
 
     Raises:
@@ -138,7 +151,7 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Dem
     running: dict[str, tuple[subprocess.Popen[bytes], Pace, harness_log.Followed]] = {}
     done: dict[str, DemoRun] = {}
     at_once = min(_AT_ONCE, building.default_workers())
-    with DemoProgress(len(commands)) as progress:
+    with watch(len(commands)) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:

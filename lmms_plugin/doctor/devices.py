@@ -10,14 +10,8 @@ import torch
 import torch.nn.functional as functional
 
 from lmms_plugin.doctor.rows import DiagnosisRow, ok, warn
-from lmms_plugin.quant_backends.layers.kernels import (
-    AGREEMENT,
-    Dequantize,
-    Kernel,
-    arithmetic_dtype,
-    attempt,
-    default_dtype,
-)
+from lmms_plugin.quant_backends.layers.kernel_choice import AGREEMENT, attempt
+from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel, arithmetic_dtype, default_dtype
 from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
 from lmms_plugin.quant_backends.layers.wide_products import WideProducts
 from lmms_plugin.quant_backends.methods.rtn import round_to_nearest

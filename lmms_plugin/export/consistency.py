@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.records import EvaluationSet, TaskRecords
@@ -11,8 +11,23 @@ from lmms_plugin.confidence.estimators import LEARNED
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.utils import hashing
 
-if TYPE_CHECKING:
-    from lmms_plugin.export.rescoring import RescoredSample
+
+class RescoredSample(NamedTuple):
+    """One line of a log whose scores were made again and are the same.
+
+    Attributes:
+        number: Of the document in lmms-eval.
+        record: The whole record of the document.
+        response: The answer.
+        prompt: What lmms-eval logged as the question; "" where it did not.
+        target: The true answer as text.
+    """
+
+    number: int
+    record: Mapping[str, Any]
+    response: Response
+    prompt: str
+    target: str
 
 
 def expect_told(response: Response) -> None:

@@ -20,9 +20,9 @@ from lmms_plugin import __version__
 from lmms_plugin.analysis.logs import GIT_STATE, git_state
 from lmms_plugin.analysis.records import GROUNDING, REJECTION, VQA, TaskKind, TaskRecords
 from lmms_plugin.export import facts, record_types, validator
+from lmms_plugin.export.consistency import RescoredSample
 from lmms_plugin.export.measured import VerifiedRun, VerifiedScore
 from lmms_plugin.export.record_types import SAMPLES, VERSION, Bound, DocumentRecord, Relationship, RunRecord, refused
-from lmms_plugin.export.rescoring import RescoredSample
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import replace_all
 

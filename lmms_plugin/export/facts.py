@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.logs import LoggedRun
+from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import arguments_of, shown
 from lmms_plugin.quant_backends import backend_class, backend_name, names
 from lmms_plugin.utils.messages import command_line
+from lmms_plugin.utils.reading import accounts
 
-CELL, REPORT = "cell.json", "quant_report.json"
 _FROM_TABLE = {
     "avg_bits_per_weight": "quantization_bits_per_weight",
     "avg_bits_per_model_weight": "bits_per_model_weight",
@@ -59,7 +59,7 @@ def checkpoint(run: LoggedRun) -> str | None:
 def cell(file: Path) -> Mapping[str, Any]:
     """What a study recorded of the run of a results file; empty if it is none of a study."""
     found = beside(file, CELL)
-    return accounts.read(found, accounts.About) if found else {}
+    return accounts.read(found, About) if found else {}
 
 
 def command(run: LoggedRun) -> str | None:

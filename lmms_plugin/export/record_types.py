@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
-from lmms_plugin.utils.validation import Problem, left_out
+from lmms_plugin.utils.reading.validation import Problem, left_out
 
 Version = Literal["0.3.0"]
 VERSION: Version = "0.3.0"

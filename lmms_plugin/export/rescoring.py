@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.records import GROUNDING, REJECTION, TaskKind
-from lmms_plugin.export.consistency import expect_one_model, expect_place, expect_told
+from lmms_plugin.export.consistency import RescoredSample, expect_one_model, expect_place, expect_told
 from lmms_plugin.export.definitions import Definition, definition
 from lmms_plugin.protocol.response import Response
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 
 _TOLERANCE = 1e-9
 _NOT_METRICS = ("alias", "samples")
@@ -31,24 +31,6 @@ _LOGGED = frozenset(
     }
 )
 """Keys of a line of the log that lmms-eval writes itself; all others are metrics."""
-
-
-class RescoredSample(NamedTuple):
-    """One line of a log whose scores were made again and are the same.
-
-    Attributes:
-        number: Of the document in lmms-eval.
-        record: The whole record of the document.
-        response: The answer.
-        prompt: What lmms-eval logged as the question; "" where it did not.
-        target: The true answer as text.
-    """
-
-    number: int
-    record: Mapping[str, Any]
-    response: Response
-    prompt: str
-    target: str
 
 
 class Rescored(NamedTuple):

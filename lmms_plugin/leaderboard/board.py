@@ -12,11 +12,11 @@ from typing import NamedTuple
 from lmms_plugin import __version__
 from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.analysis.records import GROUNDING, REJECTION, VQA, TaskKind
-from lmms_plugin.cli.printed import plain
 from lmms_plugin.export.measured import VerifiedScore
 from lmms_plugin.leaderboard.verification import Refused, Verified
 from lmms_plugin.utils.files import encoded, replace_all
 from lmms_plugin.utils.messages import counted
+from lmms_plugin.utils.plain_json import plain
 from lmms_plugin.utils.spreadsheets import comma_separated
 
 COLUMNS: Mapping[TaskKind, tuple[str, ...]] = {

@@ -23,9 +23,11 @@ from typing import Any
 
 from lmms_plugin import __version__
 from lmms_plugin.analysis.measure import MeasurementSettings
+from lmms_plugin.analysis.study_files import CELL
 from lmms_plugin.export import every_eval_ever, facts
 from lmms_plugin.export.every_eval_ever import EvaluationSource
 from lmms_plugin.export.measured import VerifiedRun
+from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import expect_inside, json_object, new_folder, replace_text
 
@@ -112,7 +114,7 @@ def build(measured: VerifiedRun, source: EvaluationSource, folder: Path) -> str:
         run = measured.run
         for file in (run.file, *map(run.log, run.tasks)):
             shutil.copyfile(file, results / file.name)
-        for name in (facts.CELL, facts.REPORT):
+        for name in (CELL, REPORT):
             if (beside := facts.beside(run.file, name)) is not None:
                 shutil.copyfile(beside, results / name)
         checked = every_eval_ever.write(measured, source, unfinished).checked

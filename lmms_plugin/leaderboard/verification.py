@@ -18,6 +18,7 @@ import numpy as np
 from lmms_plugin.analysis.logs import read
 from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.analysis.records import TaskKind
+from lmms_plugin.analysis.study_files import CELL
 from lmms_plugin.export import consistency, every_eval_ever, facts, record_types
 from lmms_plugin.export.asked_documents import documents
 from lmms_plugin.export.every_eval_ever import EvaluationSource
@@ -25,6 +26,7 @@ from lmms_plugin.export.measured import VerifiedRun, VerifiedScore, measured
 from lmms_plugin.export.rescoring import difference
 from lmms_plugin.leaderboard import submission
 from lmms_plugin.leaderboard.submission import Manifest
+from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import json_object
 
@@ -202,7 +204,7 @@ def _expect_files(folder: Path, manifest: Manifest) -> None:
 def _expect_nothing_else(folder: Path, manifest: Manifest, found: VerifiedRun) -> None:
     """A file that nothing reads is checked by nobody."""
     read = {found.run.file, *map(found.run.log, found.run.tasks)}
-    read |= {found.run.file.with_name(name) for name in (facts.CELL, facts.REPORT)}
+    read |= {found.run.file.with_name(name) for name in (CELL, REPORT)}
     read |= {folder / file for file in every_eval_ever.paths(found, manifest.source)}
     for name in sorted(manifest.files):
         if folder / name not in read:

@@ -13,14 +13,15 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from lmms_plugin import __version__
-from lmms_plugin.analysis import accounts
-from lmms_plugin.report import contents
+from lmms_plugin.analysis.study_files import VERDICT, VERDICT_IN_WORDS
 from lmms_plugin.report.figures import inlined
 from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
-from lmms_plugin.report.summary import Summary
-from lmms_plugin.report.tables import Column, ReportTable, TableCell
+from lmms_plugin.report.numbers import contents
+from lmms_plugin.report.numbers.summary import Summary
+from lmms_plugin.report.numbers.tables import Column, ReportTable, TableCell
 from lmms_plugin.utils.messages import command_line, counted
+from lmms_plugin.utils.reading import accounts
 
 ROWS_AT_FIRST = 20
 _STYLE, _SCRIPT = "style.css", "script.js"
@@ -205,7 +206,7 @@ def read_verdict(path: Path) -> Verdict | None:
         ValueError: `verdict.json` is not what a verdict is.
     """
     folder = path if path.is_dir() else path.parent
-    file, words = folder / "verdict.json", folder / "verdict.md"
+    file, words = folder / VERDICT, folder / VERDICT_IN_WORDS
     if not file.is_file():
         return Verdict(text=words.read_text(encoding="utf-8")) if words.is_file() else None
     told = _Told.model_validate(accounts.read(file, _Told))

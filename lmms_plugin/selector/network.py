@@ -29,7 +29,7 @@ from torch.nn import functional
 from lmms_plugin.selector.features import FeatureOrigin, Features
 from lmms_plugin.utils import files
 from lmms_plugin.utils.chance import uniform
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 
 Floats = npt.NDArray[np.float64]
 METADATA = "selector"

@@ -11,9 +11,9 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from lmms_plugin.arguments import read_arguments
 from lmms_plugin.ending import ends_the_command
-from lmms_plugin.vlm.engine import ContinuationScore
-from lmms_plugin.vlm.requests import read
-from lmms_plugin.vlm.responding import Responder
+from lmms_plugin.vlm.contracts.engine import ContinuationScore
+from lmms_plugin.vlm.contracts.requests import read
+from lmms_plugin.vlm.contracts.responding import Responder
 
 
 class Likelihood(NamedTuple):

@@ -14,12 +14,11 @@ from lmms_plugin.ending import ends_the_command
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.vlm.assembling import Assembler, encoded_scores
-from lmms_plugin.vlm.engine import Answer, ContinuationScore, Engine
-from lmms_plugin.vlm.requests import Messages, Request, candidates_of
-from lmms_plugin.vlm.responding import Usage
-from lmms_plugin.vlm.scheduling import Job
+from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Engine
+from lmms_plugin.vlm.contracts.requests import Job, Messages, Request, candidates_of
+from lmms_plugin.vlm.contracts.responding import Usage
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.second_turn import second_turn
-from lmms_plugin.vlm.settings import GenerationSettings
 
 Record = TypeVar("Record")
 REQUESTS_AT_ONCE = 4

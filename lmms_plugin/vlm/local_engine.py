@@ -11,14 +11,14 @@ from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.protocol.prompts import Prompt, PromptReader
 from lmms_plugin.protocol.reasoning import ANSWER, tokens_among
 from lmms_plugin.vlm.assembling import read
-from lmms_plugin.vlm.engine import Answer, ContinuationScore, Generated, Traits
+from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
+from lmms_plugin.vlm.contracts.requests import Job
+from lmms_plugin.vlm.contracts.settings import Sampling
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.observer import Observer, Wanted
+from lmms_plugin.vlm.generation.processor import Batch, Chat
 from lmms_plugin.vlm.generation.token_texts import decode
-from lmms_plugin.vlm.processor import Batch, Chat
-from lmms_plugin.vlm.runner import Runner
-from lmms_plugin.vlm.scheduling import Job
-from lmms_plugin.vlm.settings import Sampling
+from lmms_plugin.vlm.running.runner import Runner
 
 
 @dataclass

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.quant_backends.calibration.capture import Gathering, Groups, Note, Sharing, chunks, observe, watching
+from lmms_plugin.quant_backends.calibration.gradients import measure_sensitivities
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
 from lmms_plugin.quant_backends.calibration.memory import Residence, Shelf, return_freed_memory, statistics_budget
 from lmms_plugin.quant_backends.calibration.suspension import Suspended, SuspendedCall, doors, in_a_pass
@@ -160,8 +161,6 @@ class SequentialQuantizer:
         layers = [name for name in self.specs if name in self.of_sequence]
         if not self.backend.by_role or not layers:
             return {}
-        from lmms_plugin.quant_backends.calibration.gradients import measure_sensitivities
-
         known = None if self.journal is None else self.journal.noted("sensitivities")
         if known is not None:
             return {layer: Sensitivity(*values) for layer, values in known.items()}

@@ -20,8 +20,8 @@ from lmms_plugin.quant_backends.plans.specs import (
     touched,
     write_spec,
 )
-from lmms_plugin.utils.located import load
-from lmms_plugin.utils.validation import Expected, OneOf, Schema, Truth, left_out, validated
+from lmms_plugin.utils.reading.located import load
+from lmms_plugin.utils.reading.validation import Expected, OneOf, Schema, Truth, left_out, validated
 
 __all__ = ["COMPONENTS", "UNTOUCHED_BITS", "Assignment", "Component", "QuantPlan", "QuantSpec", "Rule"]
 

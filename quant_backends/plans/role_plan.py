@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo
 
+from lmms_plugin.quant_backends.plans.expert_use import read_use
 from lmms_plugin.quant_backends.plans.specs import (
     UNTOUCHED_BITS,
     Bits,
@@ -18,8 +19,7 @@ from lmms_plugin.quant_backends.plans.specs import (
     touched,
     write_spec,
 )
-from lmms_plugin.quant_backends.structure.expert_use import read_use
-from lmms_plugin.utils.validation import Expected, Number, Schema, Truth, Whole, left_out
+from lmms_plugin.utils.reading.validation import Expected, Number, Schema, Truth, Whole, left_out
 
 Role = Literal["attention", "mlp", "shared_expert", "routed_experts", "router"]
 

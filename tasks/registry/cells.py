@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.shifts.language.rewording import TEXT_SHIFTS
 from lmms_plugin.shifts.severities import SEVERITIES
+from lmms_plugin.tasks.grounding.language_shifts import Reworded
 from lmms_plugin.tasks.grounding.refcocoplus import SPLITS
 
 FOLDER = Path(__file__).parents[1]
@@ -64,27 +65,6 @@ SHAPES = Dataset(
     "grounding/shapes/_text_cell.yaml",
     {mismatch: f"grounding/shapes/_{mismatch}.yaml" for mismatch in MISMATCHES},
 )
-
-
-@dataclass(frozen=True)
-class Reworded:
-    """Makes the documents of a language shift from RefCOCO+-shaped rows, for a task's `process_docs`.
-
-    Attributes:
-        name: of the shift.
-        severity: 1 to 5.
-    """
-
-    name: str
-    severity: int
-
-    def __call__(self, rows: Any) -> Any:
-        """Documents in the dataset's order."""
-        # Listing tasks must not wait for the libraries that read datasets.
-        from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
-        from lmms_plugin.tasks.grounding.reworded import shifted
-
-        return shifted(ExpressionDocs(rows), self.name, self.severity)
 
 
 def entries() -> dict[str, IndexEntry]:

@@ -17,7 +17,7 @@ from lmms_plugin.cli import printed
 from lmms_plugin.cli.main import main
 from lmms_plugin.metrics import bootstrap
 from lmms_plugin.metrics.posthoc import CALIBRATORS
-from lmms_plugin.report import results_folder as report
+from lmms_plugin.report.numbers import results_folder as report
 
 
 def test_records_come_as_arrays_in_the_order_of_their_ids(tmp_path):

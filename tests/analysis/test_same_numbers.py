@@ -11,7 +11,7 @@ from helpers.submissions import TASK, VQA_TASK, answered, questioned, write_run
 from lmms_plugin.analysis.groups import METRICS
 from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.cli.main import main
-from lmms_plugin.report.results_folder import read_folder
+from lmms_plugin.report.numbers.results_folder import read_folder
 
 RESAMPLES = 150
 PAGE = {"ECE": "ece", "AURC": "aurc", "C@1%": "coverage@0.01", "C@5%": "coverage@0.05", "Φ1": "phi@1"}

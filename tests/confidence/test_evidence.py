@@ -13,10 +13,10 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.batching import Budget
+from lmms_plugin.vlm.contracts.requests import read
+from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.number_tokens import LEAST, DigitRecorder, NumberTokens
-from lmms_plugin.vlm.requests import read
-from lmms_plugin.vlm.settings import GenerationSettings, Sampling
+from lmms_plugin.vlm.running.batching import Budget
 
 OPTIONS = {"max_new_tokens": 24, "temperature": 0, "until": []}
 

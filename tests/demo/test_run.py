@@ -27,7 +27,7 @@ PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 TRACEBACK = """Traceback (most recent call last):
   File "decoding.py", line 9, in generate
     raise OutOfMemory("no room for a batch of 1")
-lmms_plugin.utils.out_of_memory.OutOfMemory: no room for a batch of 1
+lmms_plugin.utils.processes.out_of_memory.OutOfMemory: no room for a batch of 1
 """
 
 
@@ -98,7 +98,7 @@ def test_a_log_reads_as_a_terminal_shows_it() -> None:
     [
         ("", None),
         ("Killed\n\n", "Killed"),
-        (TRACEBACK + "bye\n", "lmms_plugin.utils.out_of_memory.OutOfMemory: no room for a batch of 1"),
+        (TRACEBACK + "bye\n", "lmms_plugin.utils.processes.out_of_memory.OutOfMemory: no room for a batch of 1"),
         (
             TRACEBACK + "\x1b[31mERROR\x1b[0m | Error during evaluation: no room. Please set `--verbosity=DEBUG` to get"
             " more information.\x1b[0m\n",

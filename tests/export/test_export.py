@@ -18,12 +18,12 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.cli.main import main
-from lmms_plugin.cli.printed import plain
 from lmms_plugin.export import every_eval_ever, hub
 from lmms_plugin.export.asked_documents import documents
 from lmms_plugin.export.measured import measured
 from lmms_plugin.leaderboard import board, submission, verification
 from lmms_plugin.leaderboard.verification import Refused, Verified, agreeing
+from lmms_plugin.utils.plain_json import plain
 
 BIN = Path(sys.executable).parent
 DOCUMENTS = 24

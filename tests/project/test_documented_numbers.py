@@ -13,9 +13,10 @@ from lmms_plugin.confidence.estimators import ESTIMATORS
 from lmms_plugin.metrics.posthoc import CALIBRATORS
 from lmms_plugin.quant_backends.plans.quant_report import ModuleReport, QuantReport
 from lmms_plugin.registration import tasks_folder
-from lmms_plugin.report import contents, page, results_folder
+from lmms_plugin.report import page
 from lmms_plugin.report.gallery import Gallery
-from lmms_plugin.report.summary import summarise
+from lmms_plugin.report.numbers import contents, results_folder
+from lmms_plugin.report.numbers.summary import summarise
 from lmms_plugin.selector import shift_strength
 from lmms_plugin.tasks.registry import task_files
 

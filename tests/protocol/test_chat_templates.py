@@ -236,8 +236,7 @@ class TestImages:
 
 
 def test_opened_reasoning_is_part_of_what_answers_have_in_common():
-    from lmms_plugin.export.consistency import expect_one_model
-    from lmms_plugin.export.rescoring import RescoredSample
+    from lmms_plugin.export.consistency import RescoredSample, expect_one_model
 
     record, response = {"id": "1", "image": "a"}, Response("a</think>b", opened="<think>")
     samples = [

@@ -11,9 +11,10 @@ from helpers import planted_logs, report_study
 from lmms_plugin.analysis import measure
 from lmms_plugin.analysis.axes import Config
 from lmms_plugin.analysis.groups import CLEAN
-from lmms_plugin.report import building, contents, page, results_folder
+from lmms_plugin.report import building, page
 from lmms_plugin.report.figures import drawing
-from lmms_plugin.report.summary import summarise
+from lmms_plugin.report.numbers import contents, results_folder
+from lmms_plugin.report.numbers.summary import summarise
 
 SETTINGS = measure.MeasurementSettings(resamples=20)
 CLEAN_ONLY = {"shapes_rec": None}

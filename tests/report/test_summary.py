@@ -18,10 +18,11 @@ from lmms_plugin.analysis import columns, comparison, logs, measure
 from lmms_plugin.analysis.groups import CLEAN, METRICS
 from lmms_plugin.cli.main import main
 from lmms_plugin.metrics.bootstrap import Interval
-from lmms_plugin.report import contents, gallery, page, results_folder, tables
+from lmms_plugin.report import gallery, page
 from lmms_plugin.report.figures import all_figures as figures
 from lmms_plugin.report.figures import drawing, inlined, palette, svg, tradeoffs, under_shift
-from lmms_plugin.report.summary import summarise
+from lmms_plugin.report.numbers import contents, results_folder, tables
+from lmms_plugin.report.numbers.summary import summarise
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.utils.spreadsheets import comma_separated
 

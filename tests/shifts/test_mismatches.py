@@ -16,7 +16,7 @@ from lmms_plugin.shifts.language.mismatches import (
     swaps_about_photographs,
 )
 from lmms_plugin.shifts.language.negation import negators
-from lmms_plugin.tasks.grounding import mentions, reworded
+from lmms_plugin.tasks.grounding import language_shifts, mentions, reworded
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.mentions import Mentions
 from lmms_plugin.utils.copies import DatasetError
@@ -270,7 +270,7 @@ class TestShifted:
 
     def test_ids_are_those_of_the_clean_task(self):
         rows = photographs.rows("testB")
-        docs = reworded.keyboard_typos_3(rows)
+        docs = language_shifts.keyboard_typos_3(rows)
         assert [docs.content(i)["expression_id"] for i in range(len(docs))] == [
             doc["expression_id"] for doc in ExpressionDocs(rows).remove_columns("image")
         ]
@@ -282,4 +282,4 @@ class TestShifted:
 
     def test_unknown_shift(self):
         with pytest.raises(AttributeError, match="no attribute 'keyboard_typo_3'"):
-            _ = reworded.keyboard_typo_3
+            _ = language_shifts.keyboard_typo_3

@@ -16,8 +16,8 @@ from lmms_plugin.study.file.grid import Cell, CellAxes
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.file.tasks import describe
 from lmms_plugin.study.run import planning
-from lmms_plugin.study.verdicts import conclusions
-from lmms_plugin.utils.located import load
+from lmms_plugin.study.verdicts import judging
+from lmms_plugin.utils.reading.located import load
 
 Write = Callable[[str], Path]
 SHARED = "models: [demo]\ntasks: [shapes_rec]\n"
@@ -268,10 +268,10 @@ analysis:
   contrasts: [[aware, plain]]
 """
     good = read(write(text))
-    conclusions.expect(good.analysis, planned(write(text)))
+    judging.expect(good.analysis, planned(write(text)))
     bad = write(text.replace(*change))
     with pytest.raises(ValueError, match=message):
-        conclusions.expect(read(bad).analysis, planned(bad))
+        judging.expect(read(bad).analysis, planned(bad))
 
 
 def test_a_mapping_says_otherwise_than_what_it_takes_over(write: Write) -> None:

@@ -12,10 +12,10 @@ import pytest
 from helpers.small_studies import STUDY
 
 from lmms_plugin.analysis import logs
+from lmms_plugin.analysis.study_files import DONE
 from lmms_plugin.cli.study_display import Display
 from lmms_plugin.study.run import execution, on_ray
 from lmms_plugin.study.run.local import visible_gpus
-from lmms_plugin.study.store.folder import DONE
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def _evaluations() -> list[Path]:
             command = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"lmms_plugin.utils.guard" in command:
+        if b"lmms_plugin.utils.processes.guard" in command:
             found.append(process)
     return found
 

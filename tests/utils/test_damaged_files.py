@@ -16,8 +16,8 @@ from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.cli import terminal
 from lmms_plugin.export import facts
-from lmms_plugin.report import results_folder
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.report.numbers import results_folder
+from lmms_plugin.utils.reading.readable import readable
 
 SETTINGS = MeasurementSettings(resamples=10)
 

@@ -10,7 +10,7 @@ from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.settings import GenerationSettings
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 
 
 def ask(doc, wanted=True):

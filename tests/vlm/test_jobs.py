@@ -13,10 +13,9 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.vlm import wrapper as models
+from lmms_plugin.vlm.contracts.requests import Job, read
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.jobs import Generation
-from lmms_plugin.vlm.requests import read
-from lmms_plugin.vlm.scheduling import Job
-from lmms_plugin.vlm.settings import GenerationSettings
 
 OPTIONS = {"max_new_tokens": 24, "temperature": 0, "until": []}
 

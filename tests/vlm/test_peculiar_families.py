@@ -15,7 +15,7 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import quantize
-from lmms_plugin.vlm.settings import GenerationSettings
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 
 PADDING = "Answers in a padded batch are not those that "
 

@@ -7,7 +7,7 @@ from matplotlib import rc_context
 
 from lmms_plugin.report.figures import changes, reliability, tradeoffs, under_shift
 from lmms_plugin.report.figures.drawing import STYLE, DrawnFigure
-from lmms_plugin.report.summary import Scope, Summary
+from lmms_plugin.report.numbers.summary import Scope, Summary
 
 SECTIONS: Mapping[str, Callable[[Scope, Summary, int], Iterator[DrawnFigure]]] = MappingProxyType(
     {

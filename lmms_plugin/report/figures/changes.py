@@ -11,9 +11,9 @@ import numpy as np
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.figures.drawing import NARROW, WIDE, DrawnFigure, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.figures.palette import BAD, GOOD, INK, MUTED, looks
-from lmms_plugin.report.results_folder import ReportedRun
-from lmms_plugin.report.summary import Scope, Summary, series
-from lmms_plugin.report.tables import Column, ReportTable, number, rows_of, text
+from lmms_plugin.report.numbers.results_folder import ReportedRun
+from lmms_plugin.report.numbers.summary import Scope, Summary, series
+from lmms_plugin.report.numbers.tables import Column, ReportTable, number, rows_of, text
 
 _Shares = dict[Key, tuple[float, float]]
 

@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 
 from lmms_plugin.analysis.axes import DENSE_BITS, UNQUANTIZED
 from lmms_plugin.report.figures.palette import DENSE, INK, MUTED, RULE, Look
-from lmms_plugin.report.summary import Line, series
-from lmms_plugin.report.tables import ReportTable
+from lmms_plugin.report.numbers.summary import Line, series
+from lmms_plugin.report.numbers.tables import ReportTable
 from lmms_plugin.utils import hashing
 
 Floats = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from lmms_plugin.report.figures import all_figures as figures
 from lmms_plugin.report.figures import svg
 from lmms_plugin.report.figures.drawing import DrawnFigure
-from lmms_plugin.report.summary import Summary
+from lmms_plugin.report.numbers.summary import Summary
 
 ONE_PROCESS = 500
 """Lines up to which drawing takes less long than starting a process."""

@@ -13,8 +13,8 @@ from lmms_plugin.analysis.groups import CLEAN, GRID, mean_bins
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.figures.drawing import BAND, NARROW, WIDE, DrawnFigure, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.figures.palette import BAD, BAND_ALPHA, DENSE, GOOD, MUTED, Look, looks
-from lmms_plugin.report.summary import Line, Scope, Summary, series
-from lmms_plugin.report.tables import Column, ReportTable, number, rows_of, text, whole
+from lmms_plugin.report.numbers.summary import Line, Scope, Summary, series
+from lmms_plugin.report.numbers.tables import Column, ReportTable, number, rows_of, text, whole
 
 PANELS_AT_FIRST = 12
 _CONDITIONS = ((CLEAN, GOOD, "o"), ("shifted", BAD, "s"))

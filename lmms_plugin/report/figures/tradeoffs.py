@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lmms_plugin.report.contents import costs, not_dominated
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.figures.drawing import NARROW, WIDE, DrawnFigure, Margins, slug
 from lmms_plugin.report.figures.palette import INK, MUTED, Look, looks
-from lmms_plugin.report.summary import Line, Scope, Summary
-from lmms_plugin.report.tables import TableCell, text
+from lmms_plugin.report.numbers.contents import costs, not_dominated
+from lmms_plugin.report.numbers.summary import Line, Scope, Summary
+from lmms_plugin.report.numbers.tables import TableCell, text
 
 _LABELLED = 14
 """Marks per panel up to which each is labelled with its bits; above, those on the front alone."""

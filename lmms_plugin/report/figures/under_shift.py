@@ -14,8 +14,8 @@ from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.figures.drawing import BAND, DrawnFigure, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.figures.palette import BAD, BAND_ALPHA, GOOD, INK, looks
-from lmms_plugin.report.summary import Line, Scope, Summary, series, spread
-from lmms_plugin.report.tables import Column, ReportTable, number, rows_of, text, whole
+from lmms_plugin.report.numbers.summary import Line, Scope, Summary, series, spread
+from lmms_plugin.report.numbers.tables import Column, ReportTable, number, rows_of, text, whole
 
 _MEASURED = (("accuracy", "accuracy"), ("ece", "ECE"), ("aurc", "AURC"))
 _STRONGEST = 0.8

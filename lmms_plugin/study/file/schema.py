@@ -26,9 +26,9 @@ from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.quant_backends.plans.specs import Bits
 from lmms_plugin.study.file.grid import CellAxes, Count, Resources
-from lmms_plugin.utils.located import Entry
+from lmms_plugin.utils.reading.located import Entry
+from lmms_plugin.utils.reading.validation import UNNAMED, Expected, OneOf, Schema, Text, Whole, left_out, refused
 from lmms_plugin.utils.suggest import near
-from lmms_plugin.utils.validation import UNNAMED, Expected, OneOf, Schema, Text, Whole, left_out, refused
 
 T = TypeVar("T")
 ALL = ("vision", "connector", "language")

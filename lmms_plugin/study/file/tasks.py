@@ -19,7 +19,7 @@ from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, of_value, rev
 from lmms_plugin.tasks.registry import task_files
 from lmms_plugin.tasks.sources.data_source import located
 from lmms_plugin.utils import hashing, variables
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 from lmms_plugin.utils.suggest import near
 
 

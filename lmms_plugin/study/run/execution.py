@@ -15,7 +15,7 @@ from lmms_plugin.study.run.planning import Plan, PlannedCell, keys, plan
 from lmms_plugin.study.run.recording import Recorder, Watcher
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.store.storage import Storage
-from lmms_plugin.study.verdicts import conclusions
+from lmms_plugin.study.verdicts import judging
 from lmms_plugin.study.verdicts.conclusions import Conclusion
 
 
@@ -86,7 +86,7 @@ def run(
         shared.put_study(folder)
     wanted = [one for one in before.cells if _wanted(one, retry_failed)]
     if wanted:
-        conclusions.withdraw(output)
+        judging.withdraw(output)
     expected = {one.keyed.id: one.seconds.value for one in wanted}
     cells = [one.keyed.cell for one in wanted]
     at_once = jobs if cluster is None else cluster.at_once(cells)
@@ -106,7 +106,7 @@ def run(
     if study.analysis is None or not finished.complete:
         return finished
     only = [one.keyed.id for one in after.cells]
-    said = conclusions.conclude(folder.path, study.analysis, only, workers=os.cpu_count() or 1)
+    said = judging.conclude(folder.path, study.analysis, only, workers=os.cpu_count() or 1)
     return finished._replace(conclusions=said)
 
 

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmms_plugin.analysis.study_files import LOG
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.run.attempt import Attempt, Outcome
 from lmms_plugin.study.run.recording import Recorder, Taken
-from lmms_plugin.study.store.folder import LOG, Lock
+from lmms_plugin.study.store.folder import Lock
 from lmms_plugin.utils.variables import PREFIX
 
 RETRIES = 3

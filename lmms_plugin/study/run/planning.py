@@ -19,7 +19,7 @@ from lmms_plugin.study.run.local import visible_gpus
 from lmms_plugin.study.run.progress import duration
 from lmms_plugin.study.run.weights import Size, size
 from lmms_plugin.study.store.folder import StudyFolder
-from lmms_plugin.study.verdicts import conclusions
+from lmms_plugin.study.verdicts import judging
 from lmms_plugin.utils.messages import command_line, counted
 
 
@@ -154,7 +154,7 @@ def _expect_what_is_asked(study: Study, planned: Sequence[Cell]) -> None:
     if study.asked is None:
         return
     try:
-        conclusions.expect(study.asked.plain(), planned)
+        judging.expect(study.asked.plain(), planned)
     except ValueError as error:
         raise located(error, study.asked) from error
 

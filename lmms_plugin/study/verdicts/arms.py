@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,21 +20,20 @@ import numpy.typing as npt
 
 from lmms_plugin.analysis.logs import LoggedRun, read_one
 from lmms_plugin.analysis.records import REJECTION, TaskRecords, match
+from lmms_plugin.analysis.study_files import CELLS, DONE
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
 from lmms_plugin.metrics.sums import Means
 from lmms_plugin.study.file.grid import CellAxes
-from lmms_plugin.study.store.folder import CELLS, DONE, StudyFolder
+from lmms_plugin.study.file.questions import AXES
+from lmms_plugin.study.store.folder import StudyFolder
 
 Floats = npt.NDArray[np.float64]
 NUMBERS = ("accuracy", "mean_iou", "ece")
 UNTOUCHED = "none"
 """Method of the cell with the unquantized model."""
-
-
-AXES = tuple(field.name for field in fields(CellAxes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,35 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.analysis import component_importance
-from lmms_plugin.study.file.asked import Names, Resamples, Seed, expect_metrics
+from lmms_plugin.study.file.asked import expect_metrics
+from lmms_plugin.study.file.questions import ComponentBits
 from lmms_plugin.study.verdicts import published
 from lmms_plugin.study.verdicts.arms import folders
 from lmms_plugin.study.verdicts.conclusions import Conclusion, ExpectedCell
-from lmms_plugin.utils.validation import Text, validated
 
 FIGURES = "figures"
 
 
-@validated
-class ComponentQuestion:
-    """What is asked of a study.
-
-    Attributes:
-        question: In words.
-        metrics: As in lmms-eval's table.
-        tasks: Which; empty for all.
-        resamples: Of the cells, for intervals.
-        seed: Of forests, permutations and resamples.
-    """
-
-    question: Text
-    metrics: Names
-    tasks: Names = ()
-    resamples: Resamples = component_importance.RESAMPLES
-    seed: Seed = 0
-
-
-def expect(question: ComponentQuestion, cells: Sequence[ExpectedCell]) -> None:
+def expect(question: ComponentBits, cells: Sequence[ExpectedCell]) -> None:
     """Refuse a study that will lack tasks or metrics of the question.
 
     Raises:
@@ -50,7 +31,7 @@ def expect(question: ComponentQuestion, cells: Sequence[ExpectedCell]) -> None:
     expect_metrics(question.metrics, question.tasks, [cell.tasks for cell in cells])
 
 
-def conclude(study: Path, question: ComponentQuestion, only: Collection[str] | None, workers: int) -> list[Conclusion]:
+def conclude(study: Path, question: ComponentBits, only: Collection[str] | None, workers: int) -> list[Conclusion]:
     """Importances of the components for every model, method, task and metric; each is also drawn below `figures/`.
 
     Raises:
@@ -69,12 +50,12 @@ def conclude(study: Path, question: ComponentQuestion, only: Collection[str] | N
     return [_concluded(grid, study, question, workers) for grid in wanted]
 
 
-def _is_asked(grid: component_importance.ComponentGrid, question: ComponentQuestion) -> bool:
+def _is_asked(grid: component_importance.ComponentGrid, question: ComponentBits) -> bool:
     return not question.tasks or grid.name.split(", ")[-1].split(" ")[0] in question.tasks
 
 
 def _concluded(
-    grid: component_importance.ComponentGrid, study: Path, question: ComponentQuestion, workers: int
+    grid: component_importance.ComponentGrid, study: Path, question: ComponentBits, workers: int
 ) -> Conclusion:
     found = component_importance.analyse(grid, resamples=question.resamples, seed=question.seed, workers=workers)
     component_importance.draw(found, study / FIGURES / f"components_{grid.file_name}.png")

@@ -23,17 +23,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import AfterValidator, Field
 
-from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
-from lmms_plugin.study.file.asked import AskedError, Estimator, Level, Margin, Resamples, Seed
+from lmms_plugin.study.file.asked import AskedError
+from lmms_plugin.study.file.questions import MethodByShift
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.verdicts.arms import (
-    AXES,
     UNTOUCHED,
     FinishedCell,
     Placed,
@@ -47,57 +45,10 @@ from lmms_plugin.study.verdicts.arms import (
     read_cells,
     select,
 )
-from lmms_plugin.study.verdicts.conclusions import Conclusion, ExpectedCell
-from lmms_plugin.utils import suggest
-from lmms_plugin.utils.validation import Expected, Text, refused, validated
+from lmms_plugin.study.verdicts.conclusions import ExpectedCell
 
 BROKEN = 0.5
 """An arm is broken where it keeps less than this share of the unquantized model's clean accuracy."""
-
-
-def _of_axes(arm: Mapping[str, Any]) -> Mapping[str, Any]:
-    if unknown := sorted(set(arm) - set(AXES)):
-        raise suggest.unknown("axis", unknown[0], AXES)
-    return arm
-
-
-Arm = Annotated[Mapping[str, Any], AfterValidator(_of_axes)]
-"""Axis → value or values."""
-
-
-@validated
-class ContrastQuestion:
-    """What is asked of a study.
-
-    Attributes:
-        question: In words.
-        clean: Task without shift.
-        shifted: Tasks with shift, on the same documents; numbers are means over them.
-        arms: Name → axis → value or values; which cells belong together.
-        contrasts: Pairs of arms, the first less the second.
-        margin: Largest difference of accuracies, either way, that counts as none.
-        level: Confidence level of intervals; 1 − level is the error rate of the tests.
-        resamples: Of the images and seeds.
-        seed: Of the resamples.
-        estimator: Confidence estimator; None for that of the kind of task.
-    """
-
-    question: Text
-    clean: Annotated[Text, Expected("the name of a task")]
-    shifted: Annotated[tuple[Text, ...], Field(min_length=1), Expected("a list of at least one task")]
-    arms: Annotated[Mapping[str, Arm], Field(min_length=1)]
-    contrasts: Annotated[tuple[tuple[Text, Text], ...], Field(min_length=1), Expected("a list of pairs of arms")]
-    margin: Margin = 0.02
-    level: Level = 0.95
-    resamples: Resamples = RESAMPLES
-    seed: Seed = 0
-    estimator: Estimator | None = None
-
-    def __post_init__(self) -> None:
-        for number, pair in enumerate(self.contrasts):
-            if set(pair) - set(self.arms):
-                expected = f"expected two of {', '.join(self.arms)}"
-                raise refused(f"{expected}, got {list(pair)}", "contrasts", number, value=pair)
 
 
 class Contrast(NamedTuple):
@@ -181,7 +132,7 @@ class Analysis(NamedTuple):
     """
 
     model: str
-    question: ContrastQuestion
+    question: MethodByShift
     contrasts: list[Contrast]
     rows: list[ContrastRow]
     documents: Mapping[str, int]
@@ -189,28 +140,7 @@ class Analysis(NamedTuple):
     limit: float | None
 
 
-def conclude(study: Path, question: ContrastQuestion, only: Collection[str] | None, workers: int) -> list[Conclusion]:
-    """Answer a question from a study's finished cells, in words and tables, for each of its models.
-
-    Raises:
-        ValueError: As `analyse`.
-    """
-    from lmms_plugin.study.verdicts import verdict
-
-    return [
-        Conclusion(
-            f"{question.question} {one.model}",
-            verdict.sentences(one),
-            verdict.findings(one),
-            verdict.tables(one),
-            [verdict.legend(question)],
-            one,
-        )
-        for one in analyse(study, question, only, workers=workers)
-    ]
-
-
-def expect(question: ContrastQuestion, cells: Sequence[ExpectedCell]) -> None:
+def expect(question: MethodByShift, cells: Sequence[ExpectedCell]) -> None:
     """Refuse a study that will lack cells or tasks of the question.
 
     Raises:
@@ -232,7 +162,7 @@ def expect(question: ContrastQuestion, cells: Sequence[ExpectedCell]) -> None:
     _expect_values(question, cells)
 
 
-def _expect_values(question: ContrastQuestion, cells: Sequence[ExpectedCell]) -> None:
+def _expect_values(question: MethodByShift, cells: Sequence[ExpectedCell]) -> None:
     """Refuse values of an arm that no cell has: it would be another arm than its author thinks."""
     for name, wanted in question.arms.items():
         for axis, values in wanted.items():
@@ -242,7 +172,7 @@ def _expect_values(question: ContrastQuestion, cells: Sequence[ExpectedCell]) ->
 
 
 def analyse(
-    study: Path, question: ContrastQuestion, only: Collection[str] | None = None, *, workers: int = 1
+    study: Path, question: MethodByShift, only: Collection[str] | None = None, *, workers: int = 1
 ) -> list[Analysis]:
     """Answer a question from a study's finished cells, for each of its models.
 
@@ -255,7 +185,7 @@ def analyse(
     return [_of_one_model(select(cells, {"model": model}), question, workers) for model in models]
 
 
-def _of_one_model(cells: Sequence[FinishedCell], question: ContrastQuestion, workers: int) -> Analysis:
+def _of_one_model(cells: Sequence[FinishedCell], question: MethodByShift, workers: int) -> Analysis:
     reference = one_reference(cells)
     chosen = [cell for name in question.arms for cell in _arm(cells, name, question)]
     members = list({cell.name: cell for cell in (reference, *chosen)}.values())
@@ -282,14 +212,14 @@ def _of_one_model(cells: Sequence[FinishedCell], question: ContrastQuestion, wor
     )
 
 
-def _arm(cells: Sequence[Placed], name: str, question: ContrastQuestion) -> list[Placed]:
+def _arm(cells: Sequence[Placed], name: str, question: MethodByShift) -> list[Placed]:
     found = select(cells, question.arms[name])
     if not found:
         raise AskedError("arms", f"no cell belongs to arm {name!r} ({dict(question.arms[name])})")
     return found
 
 
-def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: ContrastQuestion) -> list[int]:
+def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: MethodByShift) -> list[int]:
     bits = [_bits(_arm(cells, name, question), name) for name in pair]
     if bits[0] != bits[1]:
         told = [", ".join(map(str, sorted(each))) for each in bits]
@@ -320,7 +250,7 @@ def _contrast(
     cells: Sequence[FinishedCell],
     reference: FinishedCell,
     drawn: ResampledCells,
-    question: ContrastQuestion,
+    question: MethodByShift,
 ) -> Contrast:
     arms = [select(_arm(cells, name, question), {"bits": bits}) for name in pair]
 
@@ -352,7 +282,7 @@ def _contrast(
     )
 
 
-def _by_severity(reference: FinishedCell, question: ContrastQuestion) -> dict[int, list[str]]:
+def _by_severity(reference: FinishedCell, question: MethodByShift) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for task in question.shifted:
         found.setdefault(int(reference.run.tasks[task].place.severity or 0), []).append(task)
@@ -360,7 +290,7 @@ def _by_severity(reference: FinishedCell, question: ContrastQuestion) -> dict[in
 
 
 def _row(
-    cells: Sequence[FinishedCell], reference: FinishedCell, drawn: ResampledCells, question: ContrastQuestion
+    cells: Sequence[FinishedCell], reference: FinishedCell, drawn: ResampledCells, question: MethodByShift
 ) -> ContrastRow:
     axes = cells[0].axes
     untouched = axes.method == UNTOUCHED

@@ -35,11 +35,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lmms_plugin.protocol.reasoning import ANSWER, REASONING, tokens_among
 from lmms_plugin.protocol.response import Alternatives, Token
 from lmms_plugin.utils.end_tokens import end_tokens, writers
-from lmms_plugin.utils.out_of_memory import while_answering
-from lmms_plugin.vlm.engine import ContinuationScore, Generated
+from lmms_plugin.utils.processes.out_of_memory import while_answering
+from lmms_plugin.vlm.contracts.engine import ContinuationScore, Generated
+from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
-from lmms_plugin.vlm.settings import GenerationSettings, Sampling
 
 NO_TOKEN = 2**31 - 1
 """An id that no vocabulary has."""

@@ -20,10 +20,10 @@ from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.selector.features import LAST_LAYER, FeatureOrigin, Features, FeatureWriter, key
 from lmms_plugin.selector.network import Selector
 from lmms_plugin.utils import hashing
-from lmms_plugin.vlm.engine import Generated
+from lmms_plugin.vlm.contracts.engine import Generated
+from lmms_plugin.vlm.contracts.requests import Job
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
-from lmms_plugin.vlm.scheduling import Job
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.protocol.prompts import Prompt
-from lmms_plugin.utils.out_of_memory import while_answering
-from lmms_plugin.vlm.engine import Generated
+from lmms_plugin.utils.processes.out_of_memory import while_answering
+from lmms_plugin.vlm.contracts.engine import Generated
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.generation.decoding import Decoder, generate_of
 from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
+from lmms_plugin.vlm.generation.processor import Batch, Chat
 from lmms_plugin.vlm.generation.self_check import difference, tolerances_of
-from lmms_plugin.vlm.processor import Batch, Chat
-from lmms_plugin.vlm.settings import GenerationSettings
 
 VERIFIED_ROWS = 8
 VERIFIED_TOKENS = 32

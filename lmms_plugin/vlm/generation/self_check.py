@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmms_plugin.vlm.engine import ContinuationScore, Generated
+from lmms_plugin.vlm.contracts.engine import ContinuationScore, Generated
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.generation.decoding import Decoder
-from lmms_plugin.vlm.settings import GenerationSettings
 
 
 class Tolerances(NamedTuple):

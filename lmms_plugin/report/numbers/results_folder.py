@@ -9,14 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin.analysis import accounts, axes, groups, logs
+from lmms_plugin.analysis import axes, groups, logs, study_files
 from lmms_plugin.analysis.axes import RunAxes
 from lmms_plugin.analysis.groups import MeasuredRun
 from lmms_plugin.analysis.measure import MeasurementSettings, MetricValue, rejection
 from lmms_plugin.analysis.records import REJECTION, Texts
-from lmms_plugin.study.file.grid import place
+from lmms_plugin.analysis.study_files import CELL, CELLS, FAILED, FAILURES, About, place
+from lmms_plugin.quant_backends.plans.report_schema import REPORT, Quantized
+from lmms_plugin.utils.reading import accounts
 
-UNFINISHED = (".running", "failed")
+UNFINISHED = (".running", FAILURES)
 RESAMPLES = 500
 """Of the images for every interval, unless told otherwise: half as many as elsewhere, for a page has many intervals."""
 ONE_PROCESS = 64 << 20
@@ -203,8 +205,8 @@ def _below(file: Path, path: Path) -> tuple[str, ...]:
 
 
 def _account(folder: Path) -> dict[str, Any]:
-    file = folder / "quant_report.json"
-    return accounts.read(file, accounts.Quantized) if file.is_file() else {}
+    file = folder / REPORT
+    return accounts.read(file, Quantized) if file.is_file() else {}
 
 
 def _cost(throughput: Mapping[str, Any], account: Mapping[str, Any]) -> Cost:
@@ -234,16 +236,14 @@ def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 
 def _failed(path: Path) -> Iterator[FailedCell]:
-    files = sorted(path.glob("failed/*/failed.json"))
-    finished = (
-        {place(accounts.read(file, accounts.About)) for file in path.glob("cells/*/cell.json")} if files else set()
-    )
+    files = sorted(path.glob(f"{FAILURES}/*/{FAILED}"))
+    finished = {place(accounts.read(file, About)) for file in path.glob(f"{CELLS}/*/{CELL}")} if files else set()
     for file in files:
-        about = file.with_name("cell.json")
+        about = file.with_name(CELL)
         # Mended code gives a cell another id: what failed under the old one has been finished since.
-        if about.is_file() and place(accounts.read(about, accounts.About)) in finished:
+        if about.is_file() and place(accounts.read(about, About)) in finished:
             continue
-        told = accounts.read(file, accounts.FailureAccount)
+        told = accounts.read(file, study_files.FailureAccount)
         tail = told.get("tail") or ""
         lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
         yield FailedCell(file.parent.name, told.get("returncode"), lines[-1] if lines else "")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.analysis import accounts
+from lmms_plugin.quant_backends.plans.report_schema import Quantized
 from lmms_plugin.utils.messages import counted
+from lmms_plugin.utils.reading import accounts
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_use(path: Path) -> dict[str, tuple[int, ...]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"use: there is no report {str(path)!r}")
-    layers = accounts.read(path, accounts.Quantized).get("experts")
+    layers = accounts.read(path, Quantized).get("experts")
     if not layers:
         raise ValueError(
             f"{path} counts no experts; expected the report of a calibrated method (awq, gptq, mbq, ...) on the same "

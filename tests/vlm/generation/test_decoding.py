@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from lmms_plugin.utils.out_of_memory import OutOfMemory, while_answering
+from lmms_plugin.utils.processes.out_of_memory import OutOfMemory, while_answering
+from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.token_texts import cut, decode
 from lmms_plugin.vlm.generation.token_texts import token_texts as split_text
-from lmms_plugin.vlm.settings import GenerationSettings, Sampling
 
 TOKENIZERS = {
     "byte-level": byte_level_tokenizer(("<end>", "<box>"), eos_token="<end>"),

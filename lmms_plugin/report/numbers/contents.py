@@ -7,10 +7,10 @@ from types import MappingProxyType
 from lmms_plugin.analysis.axes import UNQUANTIZED
 from lmms_plugin.analysis.measure import MetricValue
 from lmms_plugin.metrics.bootstrap import Interval
-from lmms_plugin.report import tables
-from lmms_plugin.report.results_folder import ReportedRun
-from lmms_plugin.report.summary import Line, Summary
-from lmms_plugin.report.tables import Column, ReportTable, TableCell, number, text, whole
+from lmms_plugin.report.numbers import tables
+from lmms_plugin.report.numbers.results_folder import ReportedRun
+from lmms_plugin.report.numbers.summary import Line, Summary
+from lmms_plugin.report.numbers.tables import Column, ReportTable, TableCell, number, text, whole
 from lmms_plugin.utils.messages import counted
 
 _OBJECTIVES = (("accuracy", -1.0), ("aurc", 1.0))

@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lmms_plugin.analysis.study_files import STUDY, place
 from lmms_plugin.study.file.expansion import cells
-from lmms_plugin.study.file.grid import Cell, place
+from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.reading import read
-from lmms_plugin.study.store.folder import STUDY, StudyFolder
-from lmms_plugin.study.verdicts import conclusions
+from lmms_plugin.study.store.folder import StudyFolder
+from lmms_plugin.study.verdicts import judging
 from lmms_plugin.study.verdicts.conclusions import Conclusion, Partial
 from lmms_plugin.utils.messages import counted
 
@@ -87,4 +88,4 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
             f"expected all cells of {folder / STUDY}, but {found.partial.finished}, missing: {found.partial.missing}"
             f"{damaged} (--partial analyses what is there)"
         )
-    return conclusions.conclude(folder, asked, found.finished, workers=os.cpu_count() or 1, partial=found.partial)
+    return judging.conclude(folder, asked, found.finished, workers=os.cpu_count() or 1, partial=found.partial)

@@ -6,7 +6,7 @@ from helpers import photographs
 from lmms_eval import utils
 
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
-from lmms_plugin.vlm.sharding import deal, deal_by_image
+from lmms_plugin.vlm.running.sharding import deal, deal_by_image
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lmms_plugin.vlm.engine import ContinuationScore
-from lmms_plugin.vlm.requests import Request
+from lmms_plugin.vlm.contracts.engine import ContinuationScore
+from lmms_plugin.vlm.contracts.requests import Request
 
 
 @dataclass

@@ -16,41 +16,15 @@ from typing import Any, NamedTuple, TypeVar
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.images import told_apart
-from lmms_plugin.vlm.batching import Budget, RequestGroup, pack
+from lmms_plugin.vlm.contracts.requests import Job
 from lmms_plugin.vlm.generation.prefix import Encoded, encode_groups
-from lmms_plugin.vlm.pipeline import ahead
-from lmms_plugin.vlm.processor import Batch, Chat, kind
-from lmms_plugin.vlm.requests import Messages, Request
-from lmms_plugin.vlm.settings import GenerationSettings
+from lmms_plugin.vlm.generation.processor import Batch, Chat, kind
+from lmms_plugin.vlm.running.batching import Budget, RequestGroup, pack
+from lmms_plugin.vlm.running.pipeline import ahead
 
 Item = TypeVar("Item")
 MOST_READERS = 4
 BATCHES_AHEAD = 2
-
-
-class Job(NamedTuple):
-    """One prompt to answer.
-
-    Attributes:
-        messages: makes its messages; images are decoded only when it is called.
-        request: what it belongs to.
-        settings: how to generate.
-    """
-
-    messages: Callable[[], Messages]
-    request: Request
-    settings: GenerationSettings
-
-    def prompt(self, reader: PromptReader) -> Prompt:
-        """Read the messages.
-
-        Raises:
-            RequestError: the reader refuses them, or log-probabilities are wanted of a beam search, which has none.
-        """
-        prompt = reader.read(self.messages(), self.request.name)
-        if prompt.wants_confidence and self.settings.num_beams > 1:
-            raise RequestError(f"{prompt.name}: log-probabilities of the answer are asked for; beam search has none")
-        return prompt
 
 
 class Read(NamedTuple):

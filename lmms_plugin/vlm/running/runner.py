@@ -13,14 +13,15 @@ from loguru import logger
 from torch import Tensor
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader
-from lmms_plugin.utils.out_of_memory import OutOfMemory, while_answering
-from lmms_plugin.vlm.batching import Budget, Limits, in_order
+from lmms_plugin.utils.processes.out_of_memory import OutOfMemory, while_answering
+from lmms_plugin.vlm.contracts.requests import Job
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.pooling import Pooling
 from lmms_plugin.vlm.generation.prefix import VERIFIED_ROWS, Encoded, NotShareable, PrefixSharing, Shared
+from lmms_plugin.vlm.generation.processor import Batch, Chat, kind
 from lmms_plugin.vlm.generation.self_check import padded_difference
-from lmms_plugin.vlm.processor import Batch, Chat, kind
-from lmms_plugin.vlm.scheduling import Job, Prepared, Schedule
+from lmms_plugin.vlm.running.batching import Budget, Limits, in_order
+from lmms_plugin.vlm.running.scheduling import Prepared, Schedule
 
 Result = TypeVar("Result")
 # From a batch on the model's device, with its prompts and jobs, to one result per row.

@@ -24,11 +24,11 @@ from lmms_eval.api.instance import Instance
 
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.utils.copies import DatasetError
-from lmms_plugin.utils.out_of_memory import OutOfMemory
+from lmms_plugin.utils.processes.out_of_memory import OutOfMemory
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.batching import Budget, Limits
 from lmms_plugin.vlm.generation.prefix import VERIFIED_ROWS, PrefixSharing
-from lmms_plugin.vlm.scheduling import Schedule
+from lmms_plugin.vlm.running.batching import Budget, Limits
+from lmms_plugin.vlm.running.scheduling import Schedule
 
 PLAIN = ("paligemma", "gemma3")
 SHARING = tuple(family for family in FAMILIES if family not in PLAIN)
@@ -455,7 +455,7 @@ class TestSomethingWrong:
 
     def test_comparing_keeps_the_limit_of_tokens_too(self, checkpoint, monkeypatch):
         vlm = load(checkpoint("smolvlm"), [(0, word) for word in "abcdefghijkl"])
-        monkeypatch.setattr("lmms_plugin.vlm.batching.FIRST_LIMITS", Limits(8, 1))
+        monkeypatch.setattr("lmms_plugin.vlm.running.batching.FIRST_LIMITS", Limits(8, 1))
         with calls(vlm) as seen:
             answers(vlm, None)
         assert {rows for rows, with_image in seen if with_image} == {1}

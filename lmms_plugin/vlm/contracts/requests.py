@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from lmms_plugin.protocol.prompts import RequestError, naming
+from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError, naming
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -200,3 +201,28 @@ def _visual(visual: Any) -> dict[str, Any]:
     if isinstance(visual, Mapping):
         return {"type": visual.get("type", "audio"), "url": visual.get("url", visual.get("path", visual))}
     raise RequestError(f"visuals must be PIL images, paths or mappings, got {type(visual).__name__}")
+
+
+class Job(NamedTuple):
+    """One prompt to answer.
+
+    Attributes:
+        messages: makes its messages; images are decoded only when it is called.
+        request: what it belongs to.
+        settings: how to generate.
+    """
+
+    messages: Callable[[], Messages]
+    request: Request
+    settings: GenerationSettings
+
+    def prompt(self, reader: PromptReader) -> Prompt:
+        """Read the messages.
+
+        Raises:
+            RequestError: the reader refuses them, or log-probabilities are wanted of a beam search, which has none.
+        """
+        prompt = reader.read(self.messages(), self.request.name)
+        if prompt.wants_confidence and self.settings.num_beams > 1:
+            raise RequestError(f"{prompt.name}: log-probabilities of the answer are asked for; beam search has none")
+        return prompt

@@ -36,7 +36,7 @@ def start(
     """
     with log.open("wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "lmms_plugin.utils.guard", *command],
+            [sys.executable, "-P", "-m", "lmms_plugin.utils.processes.guard", *command],
             stdin=subprocess.PIPE,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 
-from lmms_plugin.vlm.batching import (
+from lmms_plugin.vlm.running.batching import (
     FIRST_LIMITS,
     LEAST_CACHE_BYTES,
     MOST_GROUPS,

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from lmms_plugin.utils.quiet import hush
+from lmms_plugin.utils.processes.quiet import hush
 
 ENUMERATION = "%s is an Enum subclass and is now natively supported by torch.compile as an opaque value type."
 

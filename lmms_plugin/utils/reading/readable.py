@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from pydantic import ValidationError
 
-from lmms_plugin.utils.validation import Problem
+from lmms_plugin.utils.reading.validation import Problem
 
 _OWN_WORDS = (OSError, ImportError, MemoryError, RuntimeError)
 """Errors that are none of damage (memory that runs out on a GPU is a `RuntimeError`), or that name the file."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from lmms_plugin.utils.validation import (
+from lmms_plugin.utils.reading.validation import (
     Expected,
     Number,
     OneOf,

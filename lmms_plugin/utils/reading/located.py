@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from lmms_plugin.utils.validation import Problem
+from lmms_plugin.utils.reading.validation import Problem
 
 T = TypeVar("T")
 

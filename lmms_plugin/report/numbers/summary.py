@@ -13,7 +13,7 @@ from lmms_plugin.analysis.groups import CLEAN, Task, TaskGroup
 from lmms_plugin.analysis.measure import Family
 from lmms_plugin.metrics.bootstrap import Interval, interval
 from lmms_plugin.metrics.intervals import METHODS, between
-from lmms_plugin.report.results_folder import Cost, Folder, ReportedRun
+from lmms_plugin.report.numbers.results_folder import Cost, Folder, ReportedRun
 
 _NAMED = 3
 """Tasks up to which a condition is named with all of them."""

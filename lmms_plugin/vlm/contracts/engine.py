@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from lmms_plugin.protocol.prompts import Prompt
 from lmms_plugin.protocol.response import Size, Token
-
-if TYPE_CHECKING:
-    from lmms_plugin.protocol.prompts import Prompt
-    from lmms_plugin.vlm.scheduling import Job
+from lmms_plugin.vlm.contracts.requests import Job
 
 
 class Generated(NamedTuple):

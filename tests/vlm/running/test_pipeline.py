@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lmms_plugin.tasks.sources.recent import Recent
-from lmms_plugin.vlm.pipeline import ahead
+from lmms_plugin.vlm.running.pipeline import ahead
 
 
 @pytest.fixture
