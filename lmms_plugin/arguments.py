@@ -1,4 +1,4 @@
-"""The arguments of our models: what `--model_args` may say, checked before anything is loaded."""
+"""Model arguments: what `--model_args` accepts, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _TOLD = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
-"""What a checkpoint says of itself; each is a JSON object."""
+"""Configuration files of a checkpoint; each holds a JSON object."""
 
 
 def _whole(value: Any) -> Any:
-    """Undo what lmms-eval does to whole numbers: `-1` arrives as a float, others as text."""
+    """Undo what lmms-eval does to whole numbers: `-1` arrives as a float, other numbers as text."""
     try:
         return int(float(value)) if isinstance(value, float | str) and float(value).is_integer() else value
     except ValueError:
@@ -53,14 +53,14 @@ def _nothing(value: Any) -> Any:
 
 
 def _auto(value: Any) -> Any:
-    """Take None for `auto` alone: a batch size of nothing is a mistake."""
+    """Read `auto` as None; an empty batch size is an error."""
     if value is None:
         raise ValueError(value)
     return None if value == "auto" else _whole(value)
 
 
 def _variables(value: Any) -> Any:
-    """Read variables by name from JSON, or take them as they are."""
+    """Read template variables from JSON; a mapping is returned as it is."""
     try:
         return json.loads(value) if isinstance(value, str) and value else value or None
     except (ValueError, RecursionError):
@@ -73,63 +73,65 @@ _Bits = Annotated[Bits, BeforeValidator(_whole)]
 _Count = Annotated[_Int, Field(ge=1)]
 _Any = Annotated[T | None, BeforeValidator(_nothing)]
 _GIVEN: Mapping[Any, Any] = {int: _Int, float: Annotated[float, Field(strict=True)], bool: Truth, str: _Str}
-"""Type of a method's option → what is taken for it."""
+"""Type of a method's option → type that a given value is validated against."""
 
 
 @validated
 class ModelArguments:
-    """What a user may set with `--model_args name=value,...`.
+    """Arguments that a user can set with `--model_args name=value,...`.
 
     Attributes:
-        pretrained: id on the Hugging Face hub, path of a checkpoint's folder, or `demo` for the embedded one; an id
-            that the hub does not give and the cache does not hold is refused after one question.
+        pretrained: Id on the Hugging Face hub, path of a checkpoint folder, or `demo` for the embedded checkpoint. An id
+            that is neither on the hub nor in the cache is refused after one request.
         bits: bits per weight of the language model, 2 to 8; 16 for untouched.
-        group_size: columns of a weight that share a scale; -1 for a whole row.
-        vision_bits: bits of the vision tower.
-        connector_bits: bits of the projector between vision tower and language model.
-        language_bits: bits of the language model, if not `bits`.
-        head_bits: bits of the output projection.
-        symmetric: whether zero points are fixed in the middle.
-        plan: YAML file with rules per module; replaces the above.
-        calibration: where a calibrated method's inputs come from: `self` (the model writes them itself), `noise`,
-            `demo`, `photographs` or `dataset:...`; `self` if nothing is said. An error for methods that take none.
-        calibration_samples: how many of them.
-        resume: whether an interrupted calibration goes on at its last finished block when it is called for again.
-        resume_folder: where finished blocks are kept until a calibration is over; by default below the environment
+        group_size: Columns of a weight that share a scale; -1 for a whole row.
+        vision_bits: Bits per weight of the vision tower.
+        connector_bits: Bits per weight of the projector between vision tower and language model.
+        language_bits: Bits per weight of the language model; overrides `bits`.
+        head_bits: Bits per weight of the output projection.
+        symmetric: Whether quantization is symmetric, with the zero point fixed in the middle of the range.
+        plan: YAML file with rules per module; replaces the arguments above.
+        calibration: Source of the calibration inputs: `self` (the model generates them), `noise`, `demo`, `photographs`
+            or `dataset:...`; `self` by default. Methods without calibration refuse it.
+        calibration_samples: Number of calibration samples.
+        resume: Whether an interrupted calibration continues after its last finished block.
+        resume_folder: Folder of finished blocks until a calibration is complete; by default below the environment
             variable `LMMS_PLUGIN_CACHE`, or beside the Hugging Face cache.
-        seed: of calibration and sampling.
-        dtype: of the weights that are not quantized and of the arithmetic; `auto` is bfloat16 on a GPU, else float32.
+        seed: Seed of calibration and sampling.
+        dtype: Data type of the weights that are not quantized and of the arithmetic; `auto` is bfloat16 on a GPU, else
+            float32.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        device_map: as in transformers, for instance `auto` to spread the model over several devices.
-        attn_implementation: as in transformers: `sdpa`, `eager`, `flash_attention_2`, ...; by default `sdpa`, on CPU
-            and GPU alike, for every model that supports it.
-        min_pixels: smallest area to which an image is resized, for processors that resize by area.
-        max_pixels: largest such area.
-        max_num_frames: how many frames of a video are shown to the model, evenly spaced.
-        report: file for the account of every layer, as JSON.
-        save_quantized: new folder for the quantized checkpoint, which `quant_prequantized` loads again.
-        features: folder for what a learned confidence is trained on (see `lmms_plugin.selector.features`); one per
-            model.
-        feature_layer: which hidden states those are: -1 for the last, k for those that go into layer k; by default
-            the selector's or the last.
-        selector: file of a learned confidence (see `lmms_plugin.selector.network`).
-        selector_transfer: whether it may have been trained for another model or quantization.
-        samples: how many further answers are sampled for each question whose task asks for confidence (boxes, VQA),
-            for the estimators of agreement; 0 for none.
-        sample_temperature: at which they are drawn.
-        verbalised: whether the model is asked in a second turn how sure it is of such an answer.
-        system_prompt: the system message, or a file that holds it.
-        enable_thinking: whether the model reasons first, where its chat template lets one choose; None leaves it.
-        template_args: further variables of the chat template, as JSON: `template_args={"thinking_budget": 512}`.
-        dialect: name of the grounding dialect, if not the one of the model's family.
-        batch_size: images answered together (requests, where there is none), with all questions about each of them;
-            `auto` as many as fit.
-        share_prefix: whether questions about one image are answered over one encoding of it.
-        static_cache: whether keys and values get a fixed place, with which transformers compiles decoding on a GPU; it
+        device_map: Device map as in transformers, for example `auto` to spread the model over several devices.
+        attn_implementation: Attention implementation as in transformers: `sdpa`, `eager`, `flash_attention_2`, ...; by
+            default `sdpa`, on CPU and GPU, for every model that supports it.
+        min_pixels: Smallest area in pixels to which an image is resized, for processors that resize by area.
+        max_pixels: Largest such area in pixels.
+        max_num_frames: Number of frames of a video that the model sees, evenly spaced.
+        report: JSON file for the quantization report of every layer.
+        save_quantized: New folder for the quantized checkpoint, which `quant_prequantized` loads.
+        features: Folder for the features that a learned confidence is trained on (see `lmms_plugin.selector.features`);
+            one per model.
+        feature_layer: Layer whose hidden states are the features: -1 for the last, k for the input of layer k; by default
+            the selector's layer or the last.
+        selector: File of a learned confidence (see `lmms_plugin.selector.network`).
+        selector_transfer: Whether the selector may have been trained for another model or quantization.
+        samples: Number of additional answers sampled for each question whose task asks for confidence (boxes, VQA), used
+            by the agreement estimators; 0 for none.
+        sample_temperature: Temperature of that sampling.
+        verbalised: Whether a second turn asks the model how sure it is of such an answer.
+        system_prompt: System message, or a file that holds it.
+        enable_thinking: Whether the model reasons first, where its chat template offers the choice; None keeps the
+            template's default.
+        template_args: Further variables of the chat template, as JSON: `template_args={"thinking_budget": 512}`.
+        dialect: Name of the grounding dialect; by default that of the model's family.
+        batch_size: Images answered together (requests, where there is no image), with all questions about each of them;
+            `auto` for as many as fit.
+        share_prefix: Whether questions about one image share one encoding of it.
+        static_cache: Whether the key-value cache has a fixed size, with which transformers compiles decoding on a GPU; it
             excludes shared prefixes and takes minutes before the first answer.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        use_safetensors: whether weights must come as safetensors.
-        options: what the quantization backend alone understands, each given as an argument of its own.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+        use_safetensors: Whether weights must be stored as safetensors.
+        options: Options of the quantization backend, each given as an argument of its own.
     """
 
     pretrained: _Str = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -141,7 +143,7 @@ class ModelArguments:
     head_bits: _Bits = 16
     symmetric: Truth = False
     plan: _Any[_Str] = None
-    # `calibration=none` says something else than nothing: a calibrated method refuses it.
+    # `calibration=none` differs from no argument: a calibrated method refuses it.
     calibration: Annotated[_Str | None, BeforeValidator(lambda source: None if source == "" else source)] = None
     calibration_samples: _Any[_Count] = None
     resume: Truth = True
@@ -212,20 +214,20 @@ class ModelArguments:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any], option_types: Mapping[str, Any] | None = None) -> ModelArguments:
-        """Check names and types of arguments as lmms-eval hands them over.
+        """Validate names and types of arguments as lmms-eval passes them.
 
         Args:
-            given: name -> value.
-            option_types: what the quantization backend understands besides (see
+            given: Name → value.
+            option_types: Name → type of each option of the quantization backend (see
                 `lmms_plugin.quant_backends.option_types`).
 
         Raises:
-            ValueError: an argument is unknown (names the nearest and lists all), or a value is of the wrong kind.
+            ValueError: An argument is unknown (the message names the nearest and lists all), or a value has the wrong type.
         """
         kind = _options(tuple((option_types or {}).items()))
         own = [one.name for one in fields(cls) if one.name != "options"]
         known = [*own, *kind.model_fields]
-        # lmms-eval always passes the first one along; it concerns its own search for a batch size.
+        # lmms-eval always passes the first of these; it belongs to lmms-eval's own search for a batch size.
         if strange := sorted(given.keys() - {"max_batch_size", *known}):
             raise unknown("model argument", strange[0], known)
         try:
@@ -237,7 +239,7 @@ class ModelArguments:
         )
 
     def quant_plan(self, default_bits: int) -> QuantPlan:
-        """Return what is to be quantized: the language model to `default_bits` if nothing else is said."""
+        """Return the quantization plan; without further arguments it sets the language model to `default_bits`."""
         return QuantPlan.from_arguments(
             bits=default_bits if self.bits is None else self.bits,
             group_size=self.group_size,
@@ -250,10 +252,10 @@ class ModelArguments:
         )
 
     def calibration_spec(self, default_samples: int = DEFAULT_SAMPLES) -> CalibrationSpec | None:
-        """Return where calibration inputs come from; None leaves the choice to the method.
+        """Return the source of the calibration inputs; None leaves the choice to the method.
 
         Args:
-            default_samples: how many of them if the user named no number.
+            default_samples: Number of samples if the user gave none.
         """
         if self.calibration is None and self.calibration_samples is None:
             return None
@@ -265,7 +267,7 @@ class ModelArguments:
 
         Raises:
             FileNotFoundError: `pretrained` is written like a path, and no checkpoint is there.
-            ValueError: it is neither a folder nor an id, or one of its files is damaged.
+            ValueError: `pretrained` is neither a folder nor an id, or one of its files is damaged.
         """
         if self.pretrained == DEMO:
             return CHECKPOINT
@@ -276,12 +278,12 @@ class ModelArguments:
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """Every variable that the chat template is handed."""
+        """Return all variables that the chat template receives."""
         thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         return {**(self.template_args or {}), **thinking}
 
     def read_system_prompt(self) -> str | None:
-        r"""Return the system message, read from its file if it names one; `\n` stands for a line break."""
+        r"""Return the system message, read from its file if `system_prompt` names one; `\n` stands for a line break."""
         if not self.system_prompt:
             return None
         if len(self.system_prompt) < 256 and Path(self.system_prompt).is_file():
@@ -290,13 +292,13 @@ class ModelArguments:
 
 
 def read_arguments(text: str) -> dict[str, Any]:
-    """Read `name=value,name=value,...` as a user gives it.
+    """Parse `name=value,name=value,...` as a user writes it.
 
-    Commas within quotes and brackets part nothing. Values are numbers and truth values where they look like such.
+    Commas within quotes and brackets do not separate arguments. Values that look like numbers or truth values become such.
 
     Raises:
-        ValueError: a part has no `=`, a quote or bracket that is never closed swallows further parts, or a name comes
-            twice, of which lmms-eval would silently take the last.
+        ValueError: A part has no `=`, an unclosed quote or bracket swallows further parts, or a name is given twice (of
+            which lmms-eval would silently take the last).
     """
     parts = _parts(text)
     wrong = [part for part in parts if "=" not in part]
@@ -314,10 +316,10 @@ def read_arguments(text: str) -> dict[str, Any]:
 
 
 def arguments_of(logged: object) -> dict[str, Any]:
-    """Return the arguments of a finished run as its results file has them: as a mapping, as text, or none at all.
+    """Return the arguments of a finished run from its results file, which stores a mapping, a text or nothing.
 
-    The text has been through lmms-eval, or another program that let more pass: what has no `=` of its own belongs to
-    the value before it, and of several values for one name the last one counts.
+    The text was accepted by lmms-eval or another, more lenient program: a part without `=` belongs to the value before
+    it, and the last of several values for one name counts.
     """
     if isinstance(logged, Mapping):
         return dict(logged)
@@ -334,12 +336,12 @@ def arguments_of(logged: object) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """Write the value of an argument as one writes it after `--model_args`; -1.0 is -1."""
+    """Format the value of an argument as in `--model_args`; -1.0 becomes -1."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _parts(text: str) -> list[str]:
-    """Part a text at its commas, but for those within quotes and brackets."""
+    """Split a text at its commas, except those within quotes and brackets."""
     parts, start = [], 0
     for end in _commas(text):
         parts.append(text[start:end].strip())
@@ -354,13 +356,13 @@ def _commas(text: str) -> Iterator[int]:
 
 
 def _is_open(part: str) -> bool:
-    """Say whether a quote or bracket swallows commas because nothing closes it; an apostrophe alone swallows none."""
+    """Return whether an unclosed quote or bracket swallows commas; a lone apostrophe swallows none."""
     *_, (_, _, depth, quote) = _nested(part)
     return bool(depth > 0 or quote) and "," in part
 
 
 def _nested(text: str) -> Iterator[tuple[int, str, int, str]]:
-    """Place and character, and how many brackets and which quote are open behind it."""
+    """Yield position, character, number of open brackets and open quote after it, for each character."""
     depth, quote = 0, ""
     for place, character in enumerate(text):
         if character in "\"'" and text[place - 1 : place] != "\\":
@@ -382,14 +384,14 @@ def _value(text: str) -> Any:
 
 
 def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:
-    """Refuse arguments about weights for a method that leaves all of them as the checkpoint has them.
+    """Refuse arguments about weights for a method that leaves all weights as they are in the checkpoint.
 
     Args:
-        given: name -> value, as the user gave them.
-        backend: the method.
+        given: Name → value, as the user gave them.
+        backend: Quantization method.
 
     Raises:
-        ValueError: one of them would have no effect.
+        ValueError: An argument would have no effect.
     """
     useless = [name for name in ("group_size", "symmetric") if name in given]
     if useless and backend.default_bits == UNTOUCHED_BITS:
@@ -397,7 +399,7 @@ def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:
 
 
 def _expect_whole(folder: Path) -> None:
-    """Refuse weights of which a part is missing, which a download or a copy that broke off leaves behind."""
+    """Refuse incomplete weights, which an interrupted download or copy leaves behind."""
     from safetensors import SafetensorError, safe_open
 
     for file in (folder / name for name in _TOLD if (folder / name).is_file()):
@@ -416,7 +418,7 @@ def _expect_whole(folder: Path) -> None:
 
 
 def _expect_shards(index: Path) -> None:
-    """Refuse an index of weights that names none, or files that are not there."""
+    """Refuse a weight index that names no files, or files that do not exist."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ValueError(f"pretrained: expected the file of each weight under weight_map in {index}")
@@ -427,7 +429,7 @@ def _expect_shards(index: Path) -> None:
 
 @cache
 def _options(types: tuple[tuple[str, Any], ...]) -> type[Schema]:
-    """The options of a method as a model."""
+    """Return a model class whose fields are the options of a method."""
 
     def taken(hint: Any) -> Any:
         kinds: list[Any] = [_GIVEN.get(kind, kind) for kind in get_args(hint) if kind is not type(None)]

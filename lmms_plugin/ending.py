@@ -1,6 +1,6 @@
-"""How a run of lmms-eval ends on an error that its user can mend: one last line and exit status 2.
+"""How a run of lmms-eval ends on an error that its user can fix: one last line and exit status 2.
 
-By itself lmms-eval prints a traceback, goes on and exits with status 0, which to whoever started it means success.
+By itself, lmms-eval prints a traceback, continues and exits with status 0, which signals success to its caller.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from lmms_plugin.utils.messages import one_line
 STATUS = 2
 _BEFORE, _BEHIND = "lmms-plugin: ", " (--verbosity DEBUG shows where)"
 LINE = re.compile(rf"{_BEFORE}(.*?){re.escape(_BEHIND)}$")
-"""The last line, with what was wrong as its first group."""
+"""Pattern of the last line; the first group is the error message."""
 USER_ERRORS = (ValueError, OSError, ImportError)
-"""What is raised of arguments, files and libraries that cannot be used."""
+"""Exceptions that stand for unusable arguments, files and libraries."""
 _COMMANDS = ("lmms-eval", "lmms_eval")
 
 
 @contextmanager
 def ends_the_command(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
-    """End lmms-eval's command on an error within; whoever calls lmms-eval from Python gets the error itself.
+    """End lmms-eval's command on an error within; a caller of lmms-eval from Python gets the exception itself.
 
-    So does the command if several evaluations are configured, of which others may go well, or if it is told to show
-    everything (`--verbosity DEBUG`); and on a thread whoever waits for it, since only the main one ends the process.
+    The command, too, raises the exception if several evaluations are configured, since others may succeed, or if it shows
+    everything (`--verbosity DEBUG`). On a thread other than the main one, the waiting caller gets it, since only the main
+    thread ends the process.
 
     Args:
-        kinds: Errors that end it.
+        kinds: Exceptions that end the command.
 
     Raises:
-        SystemExit: In the command, after the line was written to standard error.
+        SystemExit: In the command, after the line is written to standard error.
     """
     try:
         yield
@@ -48,7 +49,7 @@ def ends_the_command(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterat
 
 
 def _close_bars() -> None:
-    """End every progress bar now: each is drawn once more when it ends, which would be below the last line."""
+    """End every progress bar now: each is drawn once more when it ends, which would otherwise be below the last line."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 

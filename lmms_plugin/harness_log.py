@@ -1,4 +1,4 @@
-"""What lmms-eval's log tells: how far a run is, and why it failed, which its exit status does not."""
+"""Reading lmms-eval's log: the progress of a run, and why it failed, which its exit status does not tell."""
 
 import codecs
 import re
@@ -16,15 +16,15 @@ _FROM_SIGNALS = 128
 
 
 def lines(log: str) -> list[str]:
-    """The lines of a log as a terminal would show them at last: without colours and overwritten progress bars."""
+    """Return the lines of a log as a terminal finally shows them: without colours and overwritten progress bars."""
     return [line.rstrip().rsplit("\r", 1)[-1] for line in _COLOURS.sub("", log).split("\n")]
 
 
 @dataclass
 class Bars:
-    """How much of a run's work is done by lmms-eval's bars, as far as its log was read.
+    """Progress of a run by lmms-eval's progress bars, as far as its log was read.
 
-    The work is to answer every request and then to score every document, one request each; both count the same.
+    The work is to answer every request and then to score every document; each answer and each score counts as one unit.
     """
 
     _rest: str = ""
@@ -33,7 +33,7 @@ class Bars:
     _scoring: int = 0
 
     def read(self, text: str) -> None:
-        """Go on reading where the last piece of the log ended."""
+        """Read the next piece of the log."""
         text = self._rest + text
         end = 0
         for bar in _BAR.finditer(text):
@@ -41,25 +41,25 @@ class Bars:
             if bar[1] == "Answering":
                 self._answered = done, int(bar[3])
                 continue
-            # There is one bar of this title for every task; each is drawn again and again, from 0 on.
+            # Every task has one bar of this title; each is redrawn from 0.
             if done < self._scoring:
                 self._scored += self._scoring
             self._scoring = done
-        # The last bar may have been read in part.
+        # The last bar may be incomplete.
         self._rest = text[max(end, text.rfind("\r"), text.rfind("\n")) :]
 
     @property
     def share(self) -> float | None:
-        """From 0 to 1; None before the first request is answered."""
+        """Return the share of the work that is done, from 0 to 1; None before the first request is answered."""
         answered, total = self._answered
         return min(1.0, (answered + self._scored + self._scoring) / (2 * total)) if answered else None
 
 
 class Followed:
-    """A log that is being written, of which every byte is read once.
+    """A log that is still being written; every byte of it is read once.
 
     Attributes:
-        file: Of the log; need not be there yet.
+        file: Path of the log; need not exist yet.
     """
 
     def __init__(self, file: Path) -> None:
@@ -68,7 +68,7 @@ class Followed:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def share(self) -> float | None:
-        """How much of the run's work is done now, as `Bars.share`."""
+        """Return the share of the run's work that is done now, as `Bars.share` does."""
         with self.file.open("rb") as stream:
             stream.seek(self._read)
             added = stream.read()
@@ -78,9 +78,9 @@ class Followed:
 
 
 def last_error(log: str) -> str | None:
-    """The last error that a log tells of, in one line; its last line where none looks like one; None if it is empty."""
+    """Return the last error in a log in one line, else its last line; None if the log is empty."""
     written = [line.strip() for line in lines(log) if line.strip()]
-    # What tenacity raises after the last try names no reason; what it was raised from is told above it.
+    # The error that tenacity raises after the last attempt names no reason; its cause is printed above it.
     for line in reversed([line for line in written if "RetryError[" not in line]):
         if told := _TOLD.search(line) or ending.LINE.match(line):
             return told[1]
@@ -90,11 +90,11 @@ def last_error(log: str) -> str | None:
 
 
 def failure(log: str, status: int) -> str:
-    """Why a run of lmms-eval that is no good failed, in one line.
+    """Return why a run of lmms-eval failed, in one line.
 
     Args:
-        log: What it wrote to standard output and standard error.
-        status: Its exit status; 128 and the number of the signal that ended it.
+        log: Standard output and standard error of the run.
+        status: Exit status; 128 plus the number of the signal that ended the run.
     """
     if status == 0:
         how = "left no results (it exits with 0 after an error)"

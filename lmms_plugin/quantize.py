@@ -1,4 +1,4 @@
-"""The account of a quantized model without an evaluation: `lmms-plugin inspect`."""
+"""Quantization of a model and its report, without an evaluation: `lmms-plugin inspect` and `lmms-plugin quantize`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Asked(NamedTuple):
-    """A model and what is to be done to it, checked before anything is loaded.
+    """A model and its quantization, validated before anything is loaded.
 
     Attributes:
-        method: What would follow `--model quant_`.
-        given: Arguments of the model.
-        arguments: The same, read.
-        backend: The method with its options.
-        plan: What it is to quantize.
+        method: Name of the method, as after `--model quant_`.
+        given: Arguments of the model as given.
+        arguments: The same arguments, validated.
+        backend: Method with its options.
+        plan: Quantization plan.
     """
 
     method: str
@@ -34,11 +34,11 @@ class Asked(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Asked:
-        """Read a text as after `--model_args`, with `method=` for what would follow `--model quant_`.
+        """Parse a text as after `--model_args`, with `method=` in place of `--model quant_`.
 
         Raises:
             ValueError: An argument is unknown or impossible, or the checkpoint cannot be fetched.
-            FileNotFoundError: There is no such folder.
+            FileNotFoundError: The checkpoint folder does not exist.
         """
         method, given = _parse(text)
         arguments = ModelArguments.parse(given, option_types(method))
@@ -51,20 +51,20 @@ class Asked(NamedTuple):
         return cls(method, given, arguments, backend, plan)
 
     def load(self) -> QuantizedVLM:
-        """Load and quantize the model, as an evaluation would."""
-        # Only now: what makes the model takes seconds to import.
+        """Load and quantize the model as an evaluation does."""
+        # Imported late: these modules take seconds to import.
         from lmms_plugin.vlm.wrapper import model_class
 
         return model_class(self.method)(**self.given)
 
 
 def inspect(text: str, *, held_out: int) -> QuantReport:
-    """Load and quantize a model as an evaluation would, and return its report.
+    """Load and quantize a model as an evaluation does, and return its report.
 
     Args:
-        text: As after `--model_args`, and `method=` for what would follow `--model quant_`.
-        held_out: Samples on which outputs are compared with those of the dense model, which is loaded beside the
-            quantized one; 0 leaves that out.
+        text: Arguments as after `--model_args`, with `method=` in place of `--model quant_`.
+        held_out: Number of samples on which outputs are compared with those of the dense model, which is loaded beside
+            the quantized one; 0 for none.
 
     Raises:
         ValueError: An argument is unknown or impossible.
@@ -87,14 +87,14 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _is_checkpoint(method: str) -> bool:
-    # Imports torch, which arguments are checked without.
+    # Imports torch, which the check of arguments does without.
     from lmms_plugin.quant_backends.backend import CheckpointBackend
 
     return issubclass(backend_class(method), CheckpointBackend)
 
 
 def _held_out(vlm: QuantizedVLM, samples: int) -> dict[str, float | None]:
-    # Import torch and transformers.
+    # These import torch and transformers.
     from lmms_plugin.quant_backends.calibration.held_out import held_out_errors
     from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 

@@ -1,9 +1,9 @@
-"""What lmms-eval's entry point group `lmms_eval.models` calls: our models, and with them our tasks.
+"""Entry point for lmms-eval's group `lmms_eval.models`: registers our models and, with them, our tasks.
 
-lmms-eval 0.7 discovers models by entry point but tasks only by a path on its command line. Loading our models happens
-before it looks for tasks, so that is where its `TaskManager` learns of our folder: three methods are wrapped, once, and
-only if they look as they do in the version this was written against. A task's configuration learns there to ask a
-`DataSource` where its rows are.
+lmms-eval 0.7 discovers models by entry point but tasks only by a path on its command line. It loads models before it
+looks for tasks; at that moment three methods of its `TaskManager` are wrapped, once, so that it finds our folder. They
+are wrapped only if they look as in the version this was written against. The wrapped methods also let a task's
+configuration ask a `DataSource` for the place of its rows.
 """
 
 import inspect
@@ -34,14 +34,14 @@ _EXPECTED = {
 
 
 def tasks_folder() -> str:
-    """Folder of this package's task YAML, for `TaskManager(include_path=...)` and `--include_path`."""
+    """Return the folder of this package's task YAML, for `TaskManager(include_path=...)` and `--include_path`."""
     return str(files("lmms_plugin.tasks"))
 
 
 def manifests() -> "list[ModelManifest]":
-    """One manifest per backend.
+    """Return one manifest per quantization backend.
 
-    As a side effect, makes our tasks visible to every `TaskManager`, and keeps questions about one image together.
+    As a side effect, make our tasks visible to every `TaskManager` and keep questions about one image together.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -52,7 +52,7 @@ def manifests() -> "list[ModelManifest]":
 
 
 def _manifest(make: "type[ModelManifest]", backend: str) -> "ModelManifest":
-    """The chat class, and beside it the one for lmms-eval's --force_simple, which multiple-choice tasks need."""
+    """Return a manifest with the chat class and the simple one for `--force_simple`, which multiple-choice tasks need."""
     path = f"lmms_plugin.vlm.wrapper.{class_name(backend)}"
     return make(model_id=model_name(backend), chat_class_path=path, simple_class_path=f"{path}Simple")
 
@@ -72,14 +72,14 @@ def _warn(message: str) -> None:
 
 
 def make_tasks_visible() -> None:
-    """Make every `TaskManager` index our tasks; does nothing the second time.
+    """Make every `TaskManager` index our tasks; a second call does nothing.
 
-    If lmms-eval's methods are not those expected, warns and names `--include_path` instead of patching blindly.
+    If lmms-eval's methods are not the expected ones, warn and name `--include_path` instead of patching.
     """
     from lmms_eval.api.task import ConfigurableTask, TaskConfig
     from lmms_eval.tasks import TaskManager
 
-    # A task found by --include_path alone needs this one, too.
+    # A task that is found by --include_path alone needs this one as well.
     if not getattr(TaskConfig.__post_init__, _MARK, False):
         _wrap(TaskConfig, "__post_init__", _locating_data)
     if getattr(TaskManager.initialize_tasks, _MARK, False):
@@ -115,7 +115,7 @@ def _indexing_ours(original: Callable[..., Any]) -> Callable[..., Any]:
             paths.append(tasks_folder())
         index: dict[str, Any] = original(self, include_path=paths, include_defaults=include_defaults)
         for name, entry in cells.entries().items():
-            # -1 is lmms-eval's sign for "the list of subtasks is in the group's own config".
+            # In lmms-eval, -1 means "the list of subtasks is in the group's own config".
             subtasks = {"task": -1} if entry.kind == "group" else {}
             index.setdefault(
                 name, {"type": entry.kind, "yaml_path": str(entry.yaml), "overrides": entry.overrides, **subtasks}
@@ -130,7 +130,7 @@ def _refuse_folders(index: Mapping[str, Any]) -> None:
     """Refuse `--tasks NAME` where a folder of that name hides the task: lmms-eval takes it for a folder of YAML files.
 
     Raises:
-        ValueError: There is such a folder.
+        ValueError: Such a folder exists.
     """
     given = [value.partition("=")[2] for value in sys.argv if value.startswith("--tasks=")]
     given += [value for flag, value in pairwise(sys.argv) if flag == "--tasks"]
@@ -187,7 +187,7 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return lmms-eval's `set_config` that refuses `--num_fewshot` for our tasks, which take no examples."""
+    """Return lmms-eval's `set_config`, changed to refuse `--num_fewshot` for our tasks, which take no examples."""
 
     def set_config(self: Any, key: str, value: Any, update: bool = False) -> None:
         scoring = self.config.process_results
@@ -203,7 +203,7 @@ def refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _data_error(error: BaseException, task_list: Any) -> Exception | None:
-    """The data error at the bottom of what lmms-eval raised while it loaded our tasks, None if there is none."""
+    """Return the data error that caused what lmms-eval raised while it loaded our tasks; None if there is none."""
     from lmms_plugin.tasks.captions import captioning
     from lmms_plugin.tasks.grounding import natural, refcocoplus
     from lmms_plugin.tasks.grounding.refcocoplus import SPLITS

@@ -1,1 +1,1 @@
-"""The `lmms-plugin` command: options, tables and displays; the only place that writes to a terminal."""
+"""The `lmms-plugin` command: options, tables and displays. Only this package writes to a terminal."""

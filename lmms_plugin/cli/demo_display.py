@@ -1,4 +1,4 @@
-"""What `lmms-plugin demo` shows: how far its runs are, and a table."""
+"""Display of `lmms-plugin demo`: progress of its runs, and a table of results."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lmms_plugin.utils.messages import command_line
 
 _UNLIMITED = 1000
 QUIET_SECONDS = 15.0
-"""Least time between two lines where they cannot be drawn over one another."""
+"""Minimum time in seconds between two progress lines where lines cannot be redrawn in place."""
 
 
 def show(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
     """Print the table of the demo's runs.
 
     Args:
-        headings: of its columns; the last word stands in a line of its own.
-        rows: one cell per heading.
-        caption: what stands below.
+        headings: Headings of the columns; the last word of each is on a line of its own.
+        rows: Rows with one cell per heading.
+        caption: Text below the table.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for heading in headings:
@@ -38,7 +38,7 @@ def show(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -
     for row in rows:
         table.add_row(*row)
     console = Console()
-    # A terminal that is narrower than the table wraps it; rich would cut it.
+    # On a terminal that is narrower than the table, plain lines wrap; rich would cut them.
     needed = Console(width=_UNLIMITED).measure(table).maximum
     console.print("Embedded demo: unquantized model against quantized language model", highlight=False)
     Console(width=max(console.width, needed)).print(table)
@@ -47,12 +47,12 @@ def show(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -
 
 @dataclass
 class DemoProgress(InPlace):
-    """One line on what runs and how long is left: drawn in place on a terminal, said now and then elsewhere.
+    """Progress line with the current run and the time left: redrawn in place on a terminal, printed now and then elsewhere.
 
     Attributes:
         total: Number of runs.
-        console: Where to.
-        clock: Tells seconds.
+        console: Console to write to.
+        clock: Function that returns the time in seconds.
     """
 
     total: int
@@ -65,22 +65,22 @@ class DemoProgress(InPlace):
         self._said = self.clock()
 
     def start(self, name: str, command: Sequence[str]) -> Pace:
-        """Show the command of a run that begins."""
+        """Show the command of a run that starts."""
         self.say(f"$ {command_line(command)}")
         self._runs.append(Pace(name, self.clock()))
         return self._runs[-1]
 
     def see(self, run: Pace, share: float | None) -> None:
-        """Take note of how far a run is, as `Pace.see`."""
+        """Record the progress of a run, as `Pace.see` does."""
         run.see(share, self.clock())
 
     def end(self, run: Pace) -> None:
-        """Say how long a run took."""
+        """Print how long a run took."""
         run.ended = self.clock()
         self.say(f"{run.name}: done in {duration(run.ended - run.started)}")
 
     def tick(self) -> None:
-        """Say where things stand if that was long ago; the live line draws itself."""
+        """Print the progress line if the last one is old; a terminal redraws it by itself."""
         if not self.console.is_terminal and self.clock() - self._said >= QUIET_SECONDS:
             self.say(self.line())
 
@@ -91,7 +91,7 @@ class DemoProgress(InPlace):
         self.console.file.flush()
 
     def line(self) -> str:
-        """What runs and how long is left."""
+        """Return the progress line: current run and time left."""
         running = [one for one in self._runs if one.ended is None]
         over = len(self._runs) - len(running)
         states = [f"{one.name} {f'{100 * one.share:.0f} %' if one.working else 'starting'}" for one in running]
@@ -100,5 +100,5 @@ class DemoProgress(InPlace):
         return "; ".join([f"{over} of {self.total} done", *([", ".join(states)] if states else []), told])
 
     def drawn(self) -> Text:
-        """The line, which terminals get in place."""
+        """Return the progress line for drawing in place."""
         return Text(self.line())

@@ -23,7 +23,7 @@ Level = Annotated[float, typer.Option(help="Confidence level of the intervals.")
 
 
 class Format(StrEnum):
-    """What a run can be exported as."""
+    """Formats that a run can be exported to."""
 
     SUBMISSION = "submission"
     EVERY_EVAL_EVER = "every-eval-ever"
@@ -32,7 +32,7 @@ class Format(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands."""
+    """Add these commands to the application."""
     for command in (export, leaderboard, quantize):
         app.command()(command)
 
@@ -60,7 +60,7 @@ def export(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Write a run for leaderboards; its answers are scored anew first, and every record is validated."""
+    """Export a run for leaderboards. Its answers are scored again first, and every record is validated."""
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.export import every_eval_ever, hub
@@ -69,7 +69,7 @@ def export(
 
     expect_folder("--output", output)
     run = read_one(results)
-    # What only the user can say is asked for before minutes are spent on intervals.
+    # What only the user knows is requested before minutes are spent on intervals.
     source = entry = None
     if {Format.SUBMISSION, Format.EVERY_EVAL_EVER} & {*formats}:
         source = _source(run, model_id, organization, relationship, collection)
@@ -115,7 +115,7 @@ def leaderboard(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Verify submissions and build a leaderboard of those that hold; exit status 1 if one does not."""
+    """Verify submissions and build a leaderboard of the valid ones. The exit status is 1 if one is not valid."""
     from loguru import logger
 
     from lmms_plugin.analysis.logs import find, read
@@ -154,7 +154,7 @@ def quantize(
     ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print as JSON what was written.")] = False,
 ) -> None:
-    """Quantize a model and write a checkpoint for serving; says who can load it."""
+    """Quantize a model, write a checkpoint for serving, and print which engines can load it."""
     import json as writing
 
     from loguru import logger
@@ -183,18 +183,18 @@ def _source(
     model = _model_id(run, model_id)
     who = _named(organization, "--organization", "the organization that ran the evaluation")
     what = f"its relationship to the model, {', '.join(RELATIONSHIPS)}"
-    # Whether it is one of these, Source checks.
+    # `Source` validates the value.
     stands = cast("Relationship", _named(relationship, "--relationship", what))
     return EvaluationSource(model, who, stands, collection, int(time.time()))
 
 
 def _model_id(run: LoggedRun, given: str | None) -> str:
-    """The model's id: as given, else that of a checkpoint on the hub."""
+    """Return the model's id: the given one, else that of a checkpoint on the hub."""
     from lmms_plugin.export import facts
     from lmms_plugin.export.every_eval_ever import HUB_ID
 
     checkpoint = facts.checkpoint(run) or ""
-    # A relative path looks like an id of the hub, too.
+    # A relative path looks like a hub id as well.
     on_hub = HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists()
     what = f"the model's id, organization/name; the run used {checkpoint!r}"
     return given or (checkpoint if on_hub else _named(None, "--model-id", what))

@@ -1,6 +1,6 @@
-"""The `lmms-plugin` command: what this package adds to lmms-eval, and the jobs lmms-eval has no command for.
+"""The `lmms-plugin` command: what this package adds to lmms-eval, and tasks that lmms-eval has no command for.
 
-Every error a user can cause is one line on standard error and a non-zero exit status.
+Every error that a user can cause is one line on standard error and a non-zero exit status.
 """
 
 import os
@@ -58,7 +58,7 @@ def demo(
         bool, typer.Option("--full", help="All 18 corruptions instead of one noise, blur, weather and digital each.")
     ] = False,
 ) -> None:
-    """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and show one table."""
+    """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and print one table."""
     from lmms_plugin.cli.demo_display import DemoProgress, show
     from lmms_plugin.demo import run
 
@@ -74,7 +74,7 @@ def inspect(
         int, typer.Option(min=0, help="Samples to compare outputs on with the dense model's; 0 for none.")
     ] = 4,
 ) -> None:
-    """Quantize a model and print the account of every layer, without evaluating anything."""
+    """Quantize a model and print the quantization report of every layer, without an evaluation."""
     from loguru import logger
 
     from lmms_plugin import quantize
@@ -114,7 +114,7 @@ def metrics(
         ),
     ] = None,
 ) -> None:
-    """Recompute every metric from the logs of samples, with intervals over images; no model is loaded."""
+    """Recompute every metric from the logs of samples, with intervals over images. No model is loaded."""
     from lmms_plugin.analysis import measure
     from lmms_plugin.analysis.logs import find, read, read_one
     from lmms_plugin.cli import printed
@@ -172,7 +172,7 @@ def compare(
 
 
 class PictureFormat(StrEnum):
-    """What a picture is written as."""
+    """File formats of pictures."""
 
     PNG = "png"
     SVG = "svg"
@@ -189,7 +189,7 @@ def sensitivity(
     resamples: Annotated[int, typer.Option(min=2, help="Resamples of the runs for the intervals.")] = 200,
     seed: Seed = 0,
 ) -> None:
-    """Say which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
+    """Estimate which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
     from lmms_plugin.analysis import component_importance as analysis
     from lmms_plugin.cli.printed_tables import sensitivity_table
 
@@ -214,7 +214,7 @@ def sensitivity(
 
 @app.command()
 def doctor(json: AsJson = False) -> None:
-    """Check all that a run needs, and say what to do about what does not work; exit status 1 if anything fails."""
+    """Check everything that a run needs and print a remedy for each failure. The exit status is 1 if a check fails."""
     from json import dumps
 
     from lmms_plugin.doctor import diagnosis
@@ -248,7 +248,7 @@ def fit_selector(
     epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 128,
     patience: Annotated[int, typer.Option(min=1, help="Epochs without improvement before it stops.")] = 10,
 ) -> None:
-    """Train a selector on a run's answers: never on images that results are reported on."""
+    """Train a selector on a run's answers. Do not train on images that results are reported on."""
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.selector import training
     from lmms_plugin.selector.features import read
@@ -284,7 +284,7 @@ def apply_selector(
 
 @app.command()
 def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
-    """Measure how strong shifts are by the model's own view of the images, beside what they cost; no label is used."""
+    """Measure the strength of shifts from the model's own image features, beside the score they cost. Uses no labels."""
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.cli.printed_tables import strength_table
@@ -307,7 +307,7 @@ def estimators(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Compare the confidence estimators of a run: AUROC, AURC and ECE of every one that its log holds."""
+    """Compare all confidence estimators in the log of a run by AUROC, AURC and ECE."""
     from lmms_plugin.analysis import estimator_ranking
     from lmms_plugin.analysis.logs import find, read
     from lmms_plugin.analysis.measure import MeasurementSettings
@@ -339,10 +339,10 @@ def _print_tables(*tables: object) -> None:
 
 
 def main() -> None:
-    """Entry point: errors a user can cause become one line and exit status 2."""
+    """Run the command; an error that a user can cause becomes one line and exit status 2."""
     write_anything()
     try:
-        # Of an interrupt from the keyboard typer makes a status, without a word.
+        # Typer turns a keyboard interrupt into an exit status without a message.
         status = app(standalone_mode=False) or 0
     except TyperException as error:
         status = _misused(error)
@@ -358,10 +358,10 @@ def main() -> None:
 
 
 def _misused(error: TyperException) -> int:
-    """Say what is wrong with the command line, or show the help where there was nothing on it; returns the status."""
+    """Print what is wrong with the command line, or the help if it is empty, and return the exit status."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
-        # Where rich is installed, typer has printed it by now.
+        # Where rich is installed, typer has already printed it.
         typer.echo(error.format_message(), err=True, nl=bool(error.format_message()))
     else:
         path = "lmms-plugin" if context is None else context.command_path

@@ -1,4 +1,4 @@
-"""What `metrics`, `compare` and `estimators` print: tables for people."""
+"""Tables that `metrics`, `compare` and `estimators` print."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from lmms_plugin.utils.messages import counted
 
 
 def metrics_table(numbers: Sequence[MetricValue], title: str, level: float) -> Table:
-    """Numbers for people to read."""
+    """Return the table of metrics."""
     shown = Table(title=title)
     for heading in ("task", "metric"):
         shown.add_column(heading, no_wrap=True)
@@ -30,7 +30,7 @@ def metrics_table(numbers: Sequence[MetricValue], title: str, level: float) -> T
 
 
 def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
-    """Robustness for people to read."""
+    """Return the table of robustness under shift."""
     severities = list(rows[0].per_severity)
     caption = (
         "shifted: plain mean over the shifts at these severities; retained: that ÷ clean;"
@@ -47,7 +47,7 @@ def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
 
 
 def changes_table(comparison: Comparison, settings: MeasurementSettings, margin: float | None) -> Table:
-    """Changes for people to read."""
+    """Return the table of changes between two runs."""
     within = "" if margin is None else f"; equivalent: within ±{margin:g} at {100 * settings.level:g} %"
     tests = len({row.task for row in comparison.changes})
     least = min(1.0, 2 * tests / (settings.resamples + 1))
@@ -70,7 +70,7 @@ def changes_table(comparison: Comparison, settings: MeasurementSettings, margin:
 
 
 def flips_table(rows: Sequence[Flipped]) -> Table:
-    """Flips for people to read."""
+    """Return the table of flips."""
     caption = "McNemar's p takes the expressions of an image for independent"
     shown = Table(title="Answers that changed sides", caption=caption)
     shown.add_column("task", no_wrap=True)
@@ -82,7 +82,7 @@ def flips_table(rows: Sequence[Flipped]) -> Table:
 
 
 def shifted_table(comparison: Comparison) -> Table:
-    """Interaction of the change with shift, for people to read."""
+    """Return the table of the interaction between change and shift."""
     errors = "; ".join(
         f"errors under shift ÷ those of the first run, mean over {row.shifts} shifts at severity"
         f" {', '.join(map(str, row.severities))}: {row.error_ratio:.3f}{_ends(row.error_ratio_interval)}; of the errors"
@@ -102,7 +102,7 @@ def shifted_table(comparison: Comparison) -> Table:
 
 
 def estimators_table(judged: list[RankedEstimator], title: str, level: float) -> Table:
-    """Estimators for people to read."""
+    """Return the table of confidence estimators."""
     shown = Table(title=title, caption=f"in brackets: {100 * level:g} % intervals over images")
     for heading in ("task", "estimator"):
         shown.add_column(heading, no_wrap=True)

@@ -1,4 +1,4 @@
-"""Tables that commands print of what was computed."""
+"""Tables that `sensitivity` and `strength` print."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sensitivity_table(found: ComponentSensitivity) -> Table:
-    """Importances for people to read, with the grid they hold for."""
+    """Return the table of component importances, with the grid that they hold for."""
     shown = Table(
         title=found.grid.name,
         caption=f"Grid: {found.grid.described()}.\nR² of the forest on unseen runs: {found.r2:.2f}."
@@ -33,7 +33,7 @@ def sensitivity_table(found: ComponentSensitivity) -> Table:
 
 
 def strength_table(found: Sequence[Strength], store: Store) -> Table:
-    """Strengths for people to read, weakest shift first."""
+    """Return the table of shift strengths, weakest shift first."""
     layer = store.origin.layer
     seen = "after the last layer" if layer == LAST_LAYER else f"before layer {layer} of the language model"
     shown = Table(title="Strength of shifts", caption=f"Features: image positions {seen}. First line: no shift.")

@@ -1,4 +1,4 @@
-"""The commands of studies: `lmms-plugin study plan`, `run` and `analyse`."""
+"""The commands `lmms-plugin study plan`, `run` and `analyse`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ def plan_study(
     output: Annotated[Path | None, typer.Option(help="Folder of the study: what is done there, what it took.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Print the cells of a study, what is done of them, and what the rest will cost; runs nothing."""
+    """Print the cells of a study, which of them are done, and the expected cost of the rest. Nothing is run."""
     from json import dumps
 
     from lmms_plugin.cli.study_display import plan_table
@@ -49,7 +49,7 @@ def run_study(
         typer.Option(metavar="URL", help="Copy finished cells there, and take from there: s3://..., a path."),
     ] = None,
 ) -> None:
-    """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
+    """Run the missing cells of a study, each as an lmms-eval process of its own."""
     from lmms_plugin.analysis.study_files import FAILURES, LOG
     from lmms_plugin.cli.study_display import Display
     from lmms_plugin.study.run import execution, planning
@@ -83,7 +83,7 @@ def analyse_study(
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Analyse what is there though cells are missing.")] = False,
 ) -> None:
-    """Make the analysis again that the study file asks for, of the finished cells, whatever code made them."""
+    """Repeat the analysis that the study file asks for on all finished cells, whatever version of the code ran them."""
     from lmms_plugin.study.verdicts import completeness, conclusions
 
     for one in completeness.analyse(folder, file, partial=partial):

@@ -1,4 +1,4 @@
-"""What the commands of studies show: a plan as a table, and how a study goes, live in a terminal, else line by line."""
+"""Displays of the study commands: a plan as a table, and progress, redrawn in place on a terminal, else line by line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HEADINGS: dict[str, Literal["left", "right"]] = {
 
 
 def plan_table(found: Plan) -> Table:
-    """A plan for people."""
+    """Return the table of a plan."""
     shown = Table(title=found.study.name)
     for heading, justify in _HEADINGS.items():
         shown.add_column(heading, justify=justify, overflow="fold")
@@ -38,13 +38,13 @@ def plan_table(found: Plan) -> Table:
 
 
 class Display(InPlace):
-    """Shows cells done, running and failed, and the time left.
+    """Display of the cells that are done, running and failed, and of the time left.
 
     Args:
-        expected: Cell → seconds it is expected to take; None where nothing tells. Cells that are to be run.
+        expected: Cell to run → expected time in seconds; None if unknown.
         before: Cells that were finished before.
-        jobs: Cells at a time.
-        console: Where to; standard output by default.
+        jobs: Number of cells at a time.
+        console: Console to write to; standard output by default.
     """
 
     def __init__(
@@ -56,29 +56,29 @@ class Display(InPlace):
         self._task = self._bar.add_task("cells", total=self.progress.total, completed=before)
 
     def started(self, cell: str) -> None:
-        """A cell is being worked on."""
+        """Show that a cell has started."""
         self.progress.started(cell)
         if not self.console.is_terminal:
             self._say(f"start  {cell}")
 
     def done(self, cell: str, seconds: float | None) -> None:
-        """A cell is finished."""
+        """Show that a cell has finished."""
         self._end(cell, seconds)
         took = "by another runner or earlier" if seconds is None else f"{seconds:.0f} s"
         self._say(f"done   {cell} ({took})")
 
     def failed(self, cell: str, problem: str) -> None:
-        """A cell failed."""
+        """Show that a cell has failed."""
         self._end(cell, None, failed=True)
         self._say(f"FAILED {cell}: {' '.join(problem.split())}")
 
     def waiting(self, cell: str, reason: str) -> None:
-        """A cell has to be done later."""
+        """Show that a cell is postponed."""
         self.progress.waiting(cell)
         self._say(f"again  {cell}: {reason}")
 
     def tick(self) -> None:
-        """Nothing to do: the live display draws itself."""
+        """Do nothing: the live display redraws itself."""
 
     def _end(self, cell: str, seconds: float | None, *, failed: bool = False) -> None:
         self.progress.ended(cell, seconds, failed=failed)
@@ -93,7 +93,7 @@ class Display(InPlace):
         print(f"{time.strftime('%H:%M:%S')} {over} {line}{left}", flush=True, file=self.console.file)
 
     def drawn(self) -> Group:
-        """Bar, counts and running cells, which terminals get in place."""
+        """Return bar, counts and running cells for drawing in place."""
         rows = Table.grid(padding=(0, 2))
         for cell, since in self.progress.running.items():
             rows.add_row(Text(cell), Text(duration(self.progress.clock() - since)))

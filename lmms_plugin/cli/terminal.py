@@ -1,4 +1,4 @@
-"""What goes to a terminal: names are data, and never markup or characters that it cannot write."""
+"""Output to a terminal: names are printed as data, never as markup or as characters that the terminal cannot encode."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _WIDTH = 160
 
 
 def console() -> Console:
-    """Standard output for tables, in which `[/x]` and `:x:` are what they are.
+    """Return a console on standard output that prints `[/x]` and `:x:` literally.
 
-    Tables that go to a file or a pipe must not be cut to the 80 columns assumed for it.
+    Tables in a file or a pipe are not cut to the assumed width of 80 columns.
     """
     from rich.console import Console
 
@@ -25,18 +25,18 @@ def console() -> Console:
 
 
 def write_anything() -> None:
-    """Have standard output and error write names that are no UTF-8, as file names may be, with escapes."""
+    """Make standard output and error escape names that are not valid UTF-8, as file names may be."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 class InPlace:
-    """A context within which something is drawn again and again at the bottom of a terminal, and nowhere else.
+    """Context manager that redraws something at the bottom of a terminal, and draws nothing elsewhere.
 
     Attributes:
-        console: Where to.
-        wiped: Whether it vanishes at the end.
+        console: Console to write to.
+        wiped: Whether the drawing disappears at the end.
     """
 
     console: Console
@@ -60,5 +60,5 @@ class InPlace:
             self._live.stop()
 
     def drawn(self) -> RenderableType:
-        """What to draw, as things stand."""
+        """Return what to draw at this moment."""
         raise NotImplementedError

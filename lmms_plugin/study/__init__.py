@@ -1,1 +1,1 @@
-"""Studies: a grid of questions, run cell by cell, and what its answers say together."""
+"""Studies: a grid of evaluation cells, run cell by cell, and the analysis of their results."""

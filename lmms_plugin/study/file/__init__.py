@@ -1,1 +1,1 @@
-"""What a study file asks, as checked values, and the keys of its cells."""
+"""The study file as validated values, and the keys of its cells."""

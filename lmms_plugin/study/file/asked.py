@@ -1,4 +1,4 @@
-"""Reading what a study file asks of an analysis."""
+"""Parsing of the `analysis` entry of a study file."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Estimator = Annotated[
 
 
 class AskedError(ValueError):
-    """Something is wrong with one entry of an `analysis`.
+    """An entry of an `analysis` is wrong.
 
     Attributes:
-        problem: What, and where.
+        problem: What is wrong, and where.
     """
 
     def __init__(self, name: str, text: str) -> None:
@@ -42,32 +42,32 @@ class AskedError(ValueError):
 
     @classmethod
     def of(cls, problem: Problem) -> AskedError:
-        """The error of a problem that was found."""
+        """Return the error for a problem."""
         error = cls.__new__(cls)
         error._tell(problem)
         return error
 
 
 def located(error: ValueError, analysis: Entry) -> ValueError:
-    """The same error with the place of the entry that it is about.
+    """Return the error with the place in the file of the entry that it is about.
 
     Args:
-        error: About an `analysis`.
-        analysis: Of a study file.
+        error: Error about an `analysis`.
+        analysis: Entry of the study file.
     """
     place = analysis.at(error.problem.loc, name=error.problem.of_name) if isinstance(error, AskedError) else analysis
     return ValueError(f"{place.where}: {error}")
 
 
 def parse(kind: type[Question], given: Mapping[str, Any]) -> Question:
-    """Make a question from what a study file says of it.
+    """Parse a question from the study file.
 
     Args:
-        kind: A dataclass that `validation.validated` decorates.
+        kind: Dataclass decorated by `validation.validated`.
         given: `analysis` of the study file.
 
     Raises:
-        AskedError: Something is missing, unknown or of the wrong kind.
+        AskedError: An entry is missing, unknown or of the wrong type.
     """
     try:
         made: Question = kind.__pydantic_validator__.validate_python(dict(given))  # type: ignore[attr-defined]
@@ -80,12 +80,12 @@ def expect_metrics(metrics: Iterable[str], tasks: Collection[str], cells: Iterab
     """Refuse tasks that no cell answers, and metrics that none of them has.
 
     Args:
-        metrics: Asked for.
-        tasks: Asked for; none for all.
+        metrics: Requested metrics.
+        tasks: Requested tasks; empty for all.
         cells: Tasks and groups of each cell.
 
     Raises:
-        AskedError: Names the first of them.
+        AskedError: A task or metric does not occur; names the first one.
     """
     names = {name for cell in cells for name in cell}
     measured = {task: found for one in known(sorted(names)).values() for task, found in one.metrics.items()}

@@ -1,4 +1,4 @@
-"""From grids to cells: axes that do not apply to a method collapse, and nothing is planned twice."""
+"""Expansion of grids to cells: axes that do not apply to a method collapse, and no cell is planned twice."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _LONGEST = 1024
 
 
 def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
-    """All cells of a study in the order of its file, each once.
+    """Return all cells of a study in the order of its file, each once.
 
     Args:
-        study: As its file says.
-        runnable: Whether to refuse what could not be run on this machine.
+        study: Study as its file states it.
+        runnable: Whether to refuse what cannot run on this machine.
 
     Raises:
-        ValueError: If a method cannot do what a cell asks of it and the cell is not excluded, a model argument is
-            unknown, two cells stand at one place, an exclusion speaks about no cell, or nothing is left; says where in
+        ValueError: A method cannot do what a cell asks and the cell is not excluded, a model argument is unknown, two
+            cells have the same place in the study, an exclusion matches no cell, or no cell is left; names the place in
             the file.
     """
     used: set[str] = set()
@@ -65,7 +65,7 @@ def _cells(grid: Grid, used: set[str], runnable: bool) -> Iterator[Cell]:
 
 
 def _located(name: str, value: Any) -> Any:
-    """A model argument in which what lies on this machine is named in full, since cells run in folders of their own."""
+    """Return a model argument with absolute local paths, since cells run in folders of their own."""
     if name == "calibration":
         spec = CalibrationSpec.parse(value)
         local = None if spec.path is None else Path(spec.path).expanduser()
@@ -77,7 +77,7 @@ def _located(name: str, value: Any) -> Any:
 
 
 def _left(grid: Grid, axes: CellAxes, tasks: tuple[str, ...], used: set[str]) -> tuple[str, ...]:
-    """The tasks of a cell that are not excluded."""
+    """Return the tasks of a cell that are not excluded."""
     for exclusion in grid.exclude:
         gone = [task for task in tasks if not exclusion.value.task or task in exclusion.value.task]
         if gone and exclusion.value.matches(axes):
@@ -87,7 +87,7 @@ def _left(grid: Grid, axes: CellAxes, tasks: tuple[str, ...], used: set[str]) ->
 
 
 def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[CellAxes, Mapping[str, Any], str]]:
-    """Values of the other axes that make a difference to a method: axes, model arguments, place in the file."""
+    """Yield the values of the other axes that matter to a method: axes, model arguments, place in the file."""
     name, kind = method.value.name, backend_class(method.value.backend)
     samples = bool(grid.model_args.get("samples"))
     seeds: list[int | None] = [seed.value for seed in grid.seeds] if samples else [None]
@@ -117,7 +117,7 @@ def _calibration(source: Calibration) -> dict[str, Any]:
 
 
 def _stored(grid: Grid, default_bits: int) -> Iterator[tuple[int | None, str, Mapping[str, Any], str]]:
-    """Bits and components: a component with bits of its own takes none of the axis."""
+    """Yield bits and components; the axis of bits does not apply to a component with bits of its own."""
     for components in grid.components:
         if components.value.bits:
             given = {f"{part}_bits": bits for part, bits in components.value.bits.items()}

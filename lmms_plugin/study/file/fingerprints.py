@@ -1,4 +1,4 @@
-"""Fingerprints of what a cell reads: checkpoints, data, code, versions."""
+"""Fingerprints of what a cell depends on: checkpoints, data, code, versions."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _HUB_SECONDS = 10
 
 @cache
 def revision(repository: str, kind: str) -> str | None:
-    """Commit of a repository on the Hugging Face hub that would be read now; None where nothing tells.
+    """Return the commit of a Hugging Face repository that would be read now; None if unknown.
 
     Args:
-        repository: Its id.
+        repository: Id of the repository.
         kind: `model` or `dataset`.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    # OSError and the error of the HTTP library, which is another one from version to version.
+    # OSError, and the error of the HTTP library, which depends on the version.
     unreachable = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     if not constants.HF_HUB_OFFLINE:
         try:
             found: str | None = HfApi().repo_info(repository, repo_type=kind, timeout=_HUB_SECONDS).sha
             return found
-        # Without a network the copy on this machine is what is read.
+        # Without a network, the cached copy is read.
         except unreachable:
             pass
     reference = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
@@ -46,11 +46,11 @@ def revision(repository: str, kind: str) -> str | None:
 
 
 def of_value(value: Any, kind: str = "dataset") -> Any:
-    """A value as JSON can hold it, in which paths are replaced by what lies there and functions by their names.
+    """Return a JSON value in which paths are replaced by fingerprints of their content and functions by their names.
 
     Args:
-        value: Of a task's configuration or a model argument.
-        kind: Of repositories on the hub, where a text is the id of one: `model` or `dataset`.
+        value: Value of a task's configuration, or a model argument.
+        kind: Kind of hub repository that a text may be the id of: `model` or `dataset`.
     """
     if isinstance(value, Mapping):
         return {str(name): of_value(one, kind) for name, one in value.items()}
@@ -60,7 +60,7 @@ def of_value(value: Any, kind: str = "dataset") -> Any:
         return [of_value(value.func), of_value(value.args), of_value(value.keywords)]
     if isinstance(value, str | Path):
         path = Path(value).expanduser()
-        # A short text may be the name of something in the working directory by chance.
+        # A short text may match a file name in the working directory by chance.
         if len(str(value)) < 1024 and os.sep in str(value) and path.exists():
             return hashing.of_path(path)
         return str(value)
@@ -70,10 +70,10 @@ def of_value(value: Any, kind: str = "dataset") -> Any:
 
 
 class Code(NamedTuple):
-    """What code a cell runs.
+    """Code that a cell runs.
 
     Attributes:
-        files: Module of this package → fingerprint, comments and docstrings left out.
+        files: Module of this package → fingerprint without comments and docstrings.
         versions: Distribution that one of them imports → version.
     """
 
@@ -82,13 +82,13 @@ class Code(NamedTuple):
 
 
 def code(roots: Iterable[str]) -> Code:
-    """The modules of this package that the named ones import, directly or not, now or when a function is called.
+    """Return the modules of this package that the roots import, directly or not, at import time or in a function.
 
     Args:
-        roots: Long names of modules, of this package or not.
+        roots: Qualified names of modules, of this package or not.
 
     Raises:
-        ModuleNotFoundError: If one of them is to be in this package and is not, which would leave its code out.
+        ModuleNotFoundError: A module of this package does not exist, so that its code would be left out.
     """
     roots = frozenset(roots)
     waiting, files, others = sorted(roots), {}, set()
@@ -116,11 +116,11 @@ def _distributions() -> Mapping[str, list[str]]:
 
 
 class CodeFile(NamedTuple):
-    """What a file of code says.
+    """A parsed file of code.
 
     Attributes:
         fingerprint: SHA-256 of its syntax tree, without comments and docstrings.
-        imports: Long names of what may be modules.
+        imports: Qualified names that may be modules.
     """
 
     fingerprint: str
@@ -131,7 +131,7 @@ class CodeFile(NamedTuple):
 def _spec(name: str) -> ModuleSpec | None:
     parent = name.rpartition(".")[0]
     outer = _spec(parent) if parent else None
-    # What is imported from a module that is no package is no module.
+    # A name imported from a module that is not a package is not a module.
     return None if parent and (outer is None or outer.submodule_search_locations is None) else find_spec(name)
 
 
@@ -145,7 +145,7 @@ def _module(name: str) -> CodeFile | None:
 
 @cache
 def parsed_module(path: Path, changed: int, size: int) -> CodeFile:
-    """Read a file of code; `changed` (ns since the epoch) and `size` (bytes) tell when what is remembered holds."""
+    """Parse a file of code; `changed` (ns since the epoch) and `size` (bytes) are the key of the cache."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imports = tuple(dict.fromkeys(name for node in ast.walk(tree) for name in _imported(node)))
     for node in ast.walk(tree):
@@ -162,7 +162,7 @@ def _imported(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-        # What is imported from a package may be one of its modules.
+        # A name imported from a package may be one of its modules.
         ours = node.module.split(".")[0] == PACKAGE
         return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names if ours)]
     return []
@@ -174,6 +174,6 @@ def _parents(name: str) -> list[str]:
 
 
 def attribute(name: str) -> Any:
-    """What a long name such as `lmms_plugin.demo.DATA` stands for."""
+    """Return the object that a qualified name such as `lmms_plugin.demo.DATA` stands for."""
     module, _, last = name.rpartition(".")
     return getattr(importlib.import_module(module), last)

@@ -1,4 +1,4 @@
-"""The cells of a study, and what they need."""
+"""The cells of a study, and the resources they need."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Count = Annotated[Whole, Field(ge=1), Expected("a whole number from 1")]
 
 @validated
 class Resources:
-    """What a cell needs.
+    """Resources of a cell.
 
     Attributes:
-        gpus: How many it has to itself; 0 runs on the CPU even where there is one; None for one where there is any
-            (`auto` in a file).
-        processes: Processes that share the documents of one cell, each on GPUs of its own.
-        cpus: Cores, which a cluster sets apart; None for one per process.
-        timeout: Seconds after which a cell is ended and has failed; None to wait as long as it takes.
+        gpus: Number of GPUs reserved for the cell; 0 runs on the CPU even where a GPU exists; None for one GPU if there
+            is any (`auto` in a file).
+        processes: Processes that share the documents of the cell, each on its own GPUs.
+        cpus: Cores that a cluster reserves; None for one per process.
+        timeout: Seconds after which the cell is stopped and counts as failed; None for no limit.
     """
 
     gpus: Annotated[
@@ -44,7 +44,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class CellAxes:
-    """Where a cell stands in the study. None where an axis does not apply to it; bits are 16 without quantization."""
+    """Place of a cell in the study: None where an axis does not apply; bits are 16 without quantization."""
 
     model: str
     method: str
@@ -55,7 +55,7 @@ class CellAxes:
     seed: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """By name."""
+        """Return the axes by name."""
         return asdict(self)
 
 
@@ -64,13 +64,13 @@ class Cell:
     """One run of lmms-eval.
 
     Attributes:
-        axes: Where it stands in the study.
-        backend: Of the quantizer.
+        axes: Place in the study.
+        backend: Quantization method.
         arguments: Model arguments.
-        tasks: Of lmms-eval.
+        tasks: Tasks of lmms-eval.
         limit: Documents per task; None for all.
-        batch_size: As lmms-eval takes it.
-        resources: It needs.
+        batch_size: Batch size as in lmms-eval.
+        resources: Resources that the cell needs.
     """
 
     axes: CellAxes
@@ -83,27 +83,27 @@ class Cell:
 
     @property
     def model(self) -> str:
-        """The name of its model in lmms-eval."""
+        """Name of the model in lmms-eval."""
         return model_name(self.backend)
 
     @property
     def model_args(self) -> str:
-        """Its model arguments on a command line."""
+        """Model arguments as on a command line."""
         return ",".join(f"{name}={value}" for name, value in self.arguments.items())
 
     @property
     def question(self) -> tuple[Any, ...]:
-        """What it asks, whatever code, data and versions answer it."""
+        """What the cell asks, independent of code, data and versions."""
         return (self.place, self.model, self.model_args, self.batch_size, self.resources)
 
     @property
     def place(self) -> str:
-        """What tells it from the other cells of its study."""
+        """Description that distinguishes the cell within its study."""
         return place({"axes": self.axes.to_dict(), "tasks": self.tasks, "limit": self.limit})
 
     @property
     def slug(self) -> str:
-        """Readable beginning of its id."""
+        """Readable prefix of the cell's id."""
         axes = self.axes
         group = None if axes.group_size is None else ("row" if axes.group_size == -1 else f"g{axes.group_size}")
         bits = None if axes.bits is None else f"{axes.bits}bit"
@@ -115,11 +115,11 @@ class Cell:
 
 
 def gpus_needed(cell: Cell, there: int) -> int:
-    """GPUs that a cell takes.
+    """Return the number of GPUs that a cell uses.
 
     Args:
-        cell: What is asked.
-        there: GPUs of the machine or cluster.
+        cell: Cell of a study.
+        there: Number of GPUs of the machine or cluster.
     """
     resources = cell.resources
     return (resources.processes if there else 0) if resources.gpus is None else resources.gpus

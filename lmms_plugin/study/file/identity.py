@@ -30,9 +30,9 @@ class Keyed:
     """A cell with its key.
 
     Attributes:
-        cell: What is asked.
-        parts: What the key is a hash of, so that two keys can be told apart by name.
-        versions: Of the libraries that matter most.
+        cell: Cell of a study.
+        parts: Values that the key is a hash of, by name, so that the difference of two keys can be named.
+        versions: Versions of the most important libraries.
     """
 
     cell: Cell
@@ -46,24 +46,24 @@ class Keyed:
 
     @property
     def id(self) -> str:
-        """Name of its folder: readable, and as unique as the beginning of its key."""
+        """Name of the cell's folder: a readable prefix and the beginning of the key."""
         return f"{self.cell.slug}-{self.key[:_LENGTH]}"
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Names of the parts that are not those of another key."""
+        """Return the names of the parts that differ from another key."""
         return [name for name in sorted({*self.parts, *other}) if self.parts.get(name) != other.get(name)]
 
 
 def keyed(cell: Cell, *, cuda: bool) -> Keyed:
-    """Compute the key of a cell from what lies on this machine now.
+    """Compute the key of a cell from the current state of this machine.
 
     Args:
-        cell: What is asked.
+        cell: Cell of a study.
         cuda: Whether it runs on a GPU, where numbers differ in their last digits.
 
     Raises:
-        ValueError: If lmms-eval knows no task of that name.
-        FileNotFoundError: If the checkpoint is not there.
+        ValueError: lmms-eval knows no task of that name.
+        FileNotFoundError: The checkpoint does not exist.
     """
     tasks = known(cell.tasks)
     backend = backend_class(cell.backend).__module__
@@ -92,7 +92,7 @@ def _code(roots: frozenset[str]) -> Code:
 
 
 def forget() -> None:
-    """Look at the code anew when the next key is computed."""
+    """Clear the cache, so that the next key reads the code again."""
     _code.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""What a study file may ask of an analysis, by its `kind`; `lmms_plugin.study.verdicts` answers it."""
+"""Questions that a study file may ask, by `kind`; `lmms_plugin.study.verdicts` answers them."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ Arm = Annotated[Mapping[str, Any], AfterValidator(_of_axes)]
 
 @validated
 class MethodByShift:
-    """What is asked of a study.
+    """Question about the interaction of method and shift.
 
     Attributes:
-        question: In words.
+        question: Question in words.
         clean: Task without shift.
-        shifted: Tasks with shift, on the same documents; numbers are means over them.
-        arms: Name → axis → value or values; which cells belong together.
-        contrasts: Pairs of arms, the first less the second.
-        margin: Largest difference of accuracies, either way, that counts as none.
+        shifted: Tasks with shift, on the same documents; results are means over them.
+        arms: Name → axis → value or values; selects the cells of each arm.
+        contrasts: Pairs of arms; the difference is first minus second.
+        margin: Equivalence margin: largest absolute difference of accuracies that counts as none.
         level: Confidence level of intervals; 1 − level is the error rate of the tests.
-        resamples: Of the images and seeds.
-        seed: Of the resamples.
-        estimator: Confidence estimator; None for that of the kind of task.
+        resamples: Number of resamples of images and seeds.
+        seed: Seed of the resamples.
+        estimator: Confidence estimator; None for the default of the kind of task.
     """
 
     question: Text
@@ -80,17 +80,17 @@ class MethodByShift:
 
 @validated
 class AgainstReference:
-    """What is asked of a study.
+    """Question about every cell against the unquantized model.
 
     Attributes:
-        question: In words.
-        metrics: As in `lmms-plugin compare`.
-        tasks: Which; empty for all of ours.
-        margin: Largest difference that counts as none; None to leave equivalence out.
+        question: Question in words.
+        metrics: Metrics as in `lmms-plugin compare`.
+        tasks: Tasks; empty for all of this package.
+        margin: Equivalence margin; None for no test of equivalence.
         level: Confidence level of the intervals.
-        resamples: Of the images.
-        seed: Of the resamples.
-        estimator: Confidence estimator; None for that of the kind of task.
+        resamples: Number of resamples of the images.
+        seed: Seed of the resamples.
+        estimator: Confidence estimator; None for the default of the kind of task.
     """
 
     question: Text
@@ -103,20 +103,20 @@ class AgainstReference:
     estimator: Estimator | None = None
 
     def settings(self, workers: int) -> MeasurementSettings:
-        """As the comparison takes them."""
+        """Return the settings of the comparison."""
         return MeasurementSettings(self.estimator, self.resamples, self.seed, self.level, workers=workers)
 
 
 @validated
 class ComponentBits:
-    """What is asked of a study.
+    """Question about the importance of each component's bits.
 
     Attributes:
-        question: In words.
-        metrics: As in lmms-eval's table.
-        tasks: Which; empty for all.
-        resamples: Of the cells, for intervals.
-        seed: Of forests, permutations and resamples.
+        question: Question in words.
+        metrics: Metrics as in lmms-eval's table.
+        tasks: Tasks; empty for all.
+        resamples: Number of resamples of the cells, for intervals.
+        seed: Seed of forests, permutations and resamples.
     """
 
     question: Text
@@ -130,14 +130,14 @@ Question = MethodByShift | AgainstReference | ComponentBits
 QUESTIONS: Mapping[str, type[Question]] = MappingProxyType(
     {DEFAULT: MethodByShift, "against_reference": AgainstReference, "components": ComponentBits}
 )
-"""Kind → what its entries in a study file make."""
+"""Kind → class of the question."""
 
 
 def question(asked: Mapping[str, Any]) -> Question:
-    """What an `analysis` asks.
+    """Parse the question of an `analysis`.
 
     Raises:
-        AskedError: Something in it is unknown, missing or of the wrong kind.
+        AskedError: An entry is unknown, missing or of the wrong type.
     """
     given = dict(asked)
     name = given.pop("kind", DEFAULT)

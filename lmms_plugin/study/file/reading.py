@@ -1,4 +1,4 @@
-"""A study file as values: every name and number checked where it stands."""
+"""Reading of study files: every name and number is validated, and errors point at its place."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lmms_plugin.utils.reading.located import Entry, load
 def read(file: Path) -> Study:
     """Read a study file.
 
-    What stands at its top holds for every one of its `grids` and `cells`, each of which may say otherwise; without
-    them it is the only grid.
+    Top-level entries apply to each of its `grids` and `cells`, which may override them; without `grids` and `cells`, the
+    top level is the only grid.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If something in it is not as it has to be; says where, what was expected and what came.
+        FileNotFoundError: The file does not exist.
+        ValueError: An entry is invalid; names its place, what was expected and what came.
     """
     top = load(file)
     said = top.validated(StudyFile, opened=True)
     shared = said.given(Grid.model_fields)
-    # Of these axes, a cell has its own alone: others would make several of it.
+    # A cell does not inherit these axes: several values would make several cells of it.
     of_cells = said.given(Crossed.model_fields.keys() - {"methods", "bits", "components", "calibration", "seeds"})
     grids = [
         (one.given(Grid.model_fields) | {"exclude": said.exclude + one.exclude}, where) for one, where in said.grids

@@ -1,4 +1,4 @@
-"""What a study file may say, as models."""
+"""Schema of a study file, as pydantic models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lmms_plugin.utils.suggest import near
 
 T = TypeVar("T")
 ALL = ("vision", "connector", "language")
-"""What `components: all` quantizes: everything before the output projection, which is named by itself (`head`)."""
+"""Components that `components: all` quantizes: everything but the output projection, which has its own name (`head`)."""
 PATHS = ("pretrained", "plan", "selector", "system_prompt")
 _TAKEN = (
     *("bits", *(f"{part}_bits" for part in COMPONENTS), "group_size"),
@@ -41,14 +41,14 @@ _TAKEN = (
 
 
 class At(NamedTuple, Generic[T]):
-    """A value and the place in the study file it comes from (file:line:column)."""
+    """A value and its place in the study file (file:line:column)."""
 
     value: T
     where: str
 
 
 class _Where:
-    """Reads a value with its place from an `Entry`; a model of a part of the file takes the entry itself."""
+    """Annotation that reads a value with its place from an `Entry`; a model of a part of the file receives the entry itself."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         (kind,) = get_args(source)
@@ -77,28 +77,28 @@ class StudyPart(Schema):
 
 
 class Placed(NamedTuple):
-    """Marks a field that is read from its entry.
+    """Annotation of a field that is read from its entry.
 
     Attributes:
-        read: Entry, check of what was found → the field's value.
-        kind: What the check takes; None for the field's own type.
+        read: Function of entry and validator of a plain value that returns the field's value.
+        kind: Type that the validator accepts; None for the field's own type.
     """
 
     read: Callable[[Entry, Callable[[Any], Any]], Any]
     kind: Any = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Read the entry around the check."""
+        """Read the entry around the validator."""
         inner = handler(source) if self.kind is None else handler.generate_schema(self.kind)
         return core_schema.no_info_wrap_validator_function(self.read, inner)
 
 
 def _once(found: tuple[At[Any], ...], numbers: Iterable[int] | None = None) -> tuple[At[Any], ...]:
-    """Refuse two values that are alike, or are called alike.
+    """Refuse two equal values, or two values of one name.
 
     Args:
-        found: Of an axis.
-        numbers: Of the entries that they come from, where one stands for several.
+        found: Values of an axis.
+        numbers: Indices of the entries that they come from, where one entry gives several values.
     """
     for place, (one, number) in enumerate(zip(found, numbers or range(len(found)), strict=True)):
         if any(one.value == other.value for other in found[:place]):
@@ -114,7 +114,7 @@ _ITEMS = Placed(lambda entry, check: check(entry.items()))
 _Here = Annotated[At[T], _Where()]
 _Several = Annotated[tuple[_Here[T], ...], Field(min_length=1)]
 Axis = Annotated[_Several[T], AfterValidator(_once), _ITEMS]
-"""The values of an axis, each with its place; a single one counts as a list."""
+"""Values of an axis, each with its place; a single value counts as a list."""
 
 
 def _listed(value: Any) -> Any:
@@ -122,7 +122,7 @@ def _listed(value: Any) -> Any:
 
 
 def _fit_for_a_command_line(value: Any) -> Any:
-    # lmms-eval parts arguments at commas.
+    # lmms-eval splits arguments at commas.
     if not isinstance(value, str | int | float) or set(str(value)) & set(",\"'{}[]"):
         raise ValueError(value)
     return value
@@ -136,11 +136,11 @@ Argument = Annotated[
 
 
 def _expect_known(given: dict[str, Any], options: Collection[str] = ()) -> dict[str, Any]:
-    """Refuse names that are no model argument, or that have a place of their own in the study.
+    """Refuse names that are not model arguments, or that are set elsewhere in the study file.
 
     Args:
         given: Name → value.
-        options: Further names, of a method.
+        options: Names of the method's options, which are allowed as well.
     """
     own = (field.name for field in fields(ModelArguments) if field.name not in (*_TAKEN, "options"))
     known = [*own, *options]
@@ -157,14 +157,14 @@ def _expect_known(given: dict[str, Any], options: Collection[str] = ()) -> dict[
 
 Arguments = Annotated[dict[Text, Argument], AfterValidator(_expect_known)]
 _REST: Any = Field(validation_alias=UNNAMED)
-"""Of a field that holds what its mapping says besides."""
+"""Field that collects the other entries of its mapping."""
 
 
 class Model(Schema):
-    """A checkpoint: its name or folder, or a mapping with that as `pretrained`, and further model arguments.
+    """A checkpoint: its name or folder, or a mapping with that as `pretrained` and further model arguments.
 
     Attributes:
-        name: In tables.
+        name: Name in tables.
         arguments: Model arguments, `pretrained` among them.
     """
 
@@ -184,12 +184,12 @@ class Model(Schema):
 
 
 class Method(Schema):
-    """A quantizer: its name, or a mapping with that as `method`, and options.
+    """A quantizer: its name, or a mapping with that as `method` and options.
 
     Attributes:
-        name: In tables; that of the backend unless it has options or a name of its own.
-        backend: As in `quant_<backend>`.
-        options: Of the backend, and model arguments.
+        name: Name in tables; that of the backend unless the method has options or a name of its own.
+        backend: Backend as in `quant_<backend>`.
+        options: Options of the backend, and model arguments.
     """
 
     name: Text
@@ -214,12 +214,12 @@ class Method(Schema):
 
 @dataclass(frozen=True)
 class Components:
-    """Which parts of a model are quantized.
+    """Components of a model that are quantized.
 
     Attributes:
-        name: In tables.
-        chosen: Components that take the bits of the axis; empty where `bits` says all.
-        bits: Component → bits, 16 for untouched; it takes the place of the axis. Empty where `chosen` says all.
+        name: Name in tables.
+        chosen: Components quantized to the bits of the axis; empty where `bits` sets all.
+        bits: Component → bits, 16 for untouched, which override the axis; empty where `chosen` sets all.
     """
 
     name: str
@@ -228,7 +228,7 @@ class Components:
 
     @classmethod
     def named(cls, name: str) -> Components:
-        """Several joined by +, or `all`."""
+        """Parse several components joined by +, or `all`."""
         chosen = ALL if name == "all" else tuple(name.split("+"))
         for part in chosen:
             if part not in COMPONENTS or chosen.count(part) > 1:
@@ -244,7 +244,7 @@ _BitsOfOne = Annotated[
     BeforeValidator(_listed),
 ]
 _BitsOf = Annotated[dict[Annotated[str, OneOf(lambda: COMPONENTS)], _BitsOfOne], Field(min_length=1)]
-"""Component → bits; of lists, every combination that quantizes anything."""
+"""Component → bits; lists stand for every combination that quantizes anything."""
 
 
 def _chosen(choice: Mapping[str, tuple[int, ...]] | str) -> list[Components]:
@@ -287,12 +287,12 @@ def _source(source: str) -> str:
 
 
 class Calibration(Schema):
-    """Where a calibrated method's inputs come from: a source, or a mapping with that as `source`.
+    """Source of calibration inputs: its name, or a mapping with that as `source`.
 
     Attributes:
-        name: In tables.
-        source: As `--model_args calibration=` takes it.
-        samples: How many; None for the package's own number.
+        name: Name in tables.
+        source: Source as in `--model_args calibration=`.
+        samples: Number of samples; None for the package's default.
     """
 
     name: Text
@@ -315,11 +315,11 @@ _Wanted = Annotated[
 
 
 class Exclusion(Schema):
-    """Cells that are not run: those whose axes have the values named here.
+    """Cells that are not run: those whose axes have the values given here.
 
     Attributes:
-        model: Names of models, and so on: an axis that is left out may have any value.
-        task: Tasks that such cells leave out; none to leave out the cells.
+        model: Names of models; likewise for the other axes. An axis that is not given matches any value.
+        task: Tasks that matching cells leave out; empty to leave out the cells.
     """
 
     model: _Wanted = left_out()
@@ -338,12 +338,12 @@ class Exclusion(Schema):
         return self
 
     def matches(self, axes: CellAxes) -> bool:
-        """Whether it speaks about a cell."""
+        """Return whether the exclusion matches a cell."""
         return all(getattr(axes, axis) in getattr(self, axis) for axis in self.model_fields_set - {"task"})
 
 
 def _processes(entry: Entry, check: Callable[[Any], tuple[Any, ...]]) -> tuple[At[tuple[str, ...]], ...]:
-    """Tasks of one process; a list of lists is several processes."""
+    """Read the tasks of one process; a list of lists stands for several processes."""
     found = check(_listed(entry.plain()))
     lists = {isinstance(one, tuple) for one in found}
     if len(lists) > 1:
@@ -365,21 +365,21 @@ Seed = Annotated[Whole, Field(ge=0), Expected("a whole number from 0")]
 
 
 class Crossed(StudyPart):
-    """Axes whose product is run, and how.
+    """Axes whose product is run, and how it is run.
 
     Attributes:
         models: Checkpoints.
         methods: Quantizers.
-        bits: Bits per weight; None for each method's own.
+        bits: Bits per weight; None for each method's default.
         group_sizes: Columns that share a scale; -1 for a whole row.
         components: Parts of the model.
         calibration: Sources of calibration inputs.
-        seeds: Of calibration and sampling.
-        tasks: Tasks of lmms-eval; each of these lists is answered by one process.
+        seeds: Seeds of calibration and sampling.
+        tasks: Tasks of lmms-eval; one process answers each of these lists.
         limit: Documents per task; None for all.
-        batch_size: As lmms-eval takes it.
+        batch_size: Batch size as in lmms-eval.
         model_args: Further model arguments of every cell.
-        resources: Of every cell.
+        resources: Resources of every cell.
     """
 
     models: Axis[Model] = ()
@@ -400,12 +400,12 @@ class Crossed(StudyPart):
     resources: Resources = Resources()
 
     def given(self, names: Iterable[str]) -> dict[str, Any]:
-        """What the file says of these fields."""
+        """Return the values that the file gives for these fields."""
         return {name: getattr(self, name) for name in names if name in self.model_fields_set}
 
 
 class Grid(Crossed):
-    """A product of axes without what is excluded.
+    """A product of axes minus exclusions.
 
     Attributes:
         exclude: Cells to leave out.
@@ -415,14 +415,14 @@ class Grid(Crossed):
 
     @classmethod
     def complete(cls, given: Mapping[str, Any], where: str) -> Grid:
-        """A grid with a value on every axis.
+        """Return a grid with a value on every axis.
 
         Args:
-            given: What the file says of it and of all grids.
-            where: It stands in the file.
+            given: Entries of this grid and of all grids.
+            where: Place of the grid in the file.
 
         Raises:
-            ValueError: An axis that has no default is not given.
+            ValueError: An axis without a default is not given.
         """
         for needed in ("models", "methods", "tasks"):
             if needed not in given:
@@ -438,7 +438,7 @@ _AXES = {*_SINGULAR, "bits", "components", "calibration"}
 
 
 class OneCell(Crossed, alias_generator=AliasGenerator(validation_alias=lambda name: _SINGULAR.get(name, name))):
-    """One value on each axis, which is called in the singular."""
+    """A single cell: one value on each axis, whose names are singular."""
 
     @field_validator(*_AXES, mode="before")
     @classmethod
@@ -449,13 +449,13 @@ class OneCell(Crossed, alias_generator=AliasGenerator(validation_alias=lambda na
 
 
 class StudyFile(Grid):
-    """What a study file may say; at its top stands what holds for every one of its grids and cells.
+    """A whole study file; its top-level entries apply to each of its grids and cells.
 
     Attributes:
-        name: Of the study.
-        grids: Each may say otherwise than the top.
-        cells: Likewise; of the axes of the top, a cell takes models, group sizes and tasks alone.
-        analysis: What the analysis is to do.
+        name: Name of the study.
+        grids: Grids, each of which may override the top level.
+        cells: Cells, likewise; of the top-level axes, a cell inherits only models, group sizes and tasks.
+        analysis: Analysis to make.
     """
 
     name: Text = left_out()
@@ -466,13 +466,13 @@ class StudyFile(Grid):
 
 @dataclass(frozen=True)
 class Study:
-    """A study.
+    """A study as its file states it.
 
     Attributes:
-        name: Of the study.
-        file: Where it was read.
-        grids: What is run.
-        asked: The entry that says what the analysis is to do; None for no analysis.
+        name: Name of the study.
+        file: Path of the study file.
+        grids: Grids to run.
+        asked: Entry of the analysis; None for no analysis.
     """
 
     name: str
@@ -482,5 +482,5 @@ class Study:
 
     @property
     def analysis(self) -> Mapping[str, Any] | None:
-        """What the analysis is to do, as the file says it."""
+        """The analysis to make, as the file states it."""
         return None if self.asked is None else self.asked.plain()

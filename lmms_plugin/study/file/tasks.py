@@ -1,4 +1,4 @@
-"""What a task is: its configuration and its data, as far as answers and scores depend on them."""
+"""Description of a task: its configuration and its data, as far as answers and scores depend on them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Described(NamedTuple):
     """A task or group.
 
     Attributes:
-        fingerprint: Of the configurations of all its tasks and of their data.
-        modules: Modules whose functions they name.
+        fingerprint: Fingerprint of the configurations and data of all its tasks.
+        modules: Modules whose functions the configurations name.
         tasks: Names of the single tasks.
-        documents: How many documents each has, at most; None where that is not known.
-        metrics: Of each task, as in lmms-eval's table.
+        documents: Maximum number of documents of each task; None if unknown.
+        metrics: Metrics of each task, as in lmms-eval's table.
     """
 
     fingerprint: str
@@ -48,10 +48,10 @@ _DATA = ("dataset_path", "dataset_kwargs")
 def describe(name: str) -> Described:
     """Describe a task or a group.
 
-    Tasks of this package are read from their YAML; only for others lmms-eval is asked, which takes half a minute.
+    Tasks of this package are read from their YAML; only other tasks need lmms-eval's index, which takes half a minute.
 
     Raises:
-        ValueError: If lmms-eval knows no such task; names the nearest.
+        ValueError: lmms-eval knows no such task; names the nearest.
     """
     ours = task_files.sources()
     found = dict(_single(name, ours)) if name in ours else _of_lmms_eval(name)
@@ -64,9 +64,9 @@ def describe(name: str) -> Described:
 
 
 def _documents(config: Mapping[str, Any]) -> int | None:
-    """Counted where the dataset is on this machine, else as published."""
+    """Count the documents of a local dataset, else return the published number."""
     metrics = _metrics(config)
-    # Tasks of rejection ask each expression that can be changed twice, which nothing here tells.
+    # Rejection tasks ask each expression that can be changed twice; how many can be changed is not known here.
     if REJECTION.record in metrics:
         return None
     path, arguments = _located(config)
@@ -85,7 +85,7 @@ def _metrics(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def count_rows(file: str, *, expressions: bool) -> int:
-    """Rows of a file, or what they ask for in RefCOCO+'s schema, where a row is an object with several expressions."""
+    """Count the rows of a file, or the expressions in RefCOCO+'s schema, where one row holds several."""
     with readable(file):
         stored = parquet.ParquetFile(file)
         if not expressions or "answer" not in stored.schema_arrow.names:
@@ -168,7 +168,7 @@ def _looked_up(value: Any) -> Any:
 
 
 def local_copies(environment: Mapping[str, str]) -> dict[str, str]:
-    """Fingerprints of the local copies of datasets that environment variables of this package name."""
+    """Fingerprint the local copies of datasets that environment variables of this package name."""
     named = sorted(environment.keys() - {variables.CACHE})
     folders = {name: variables.folder(name, environment) for name in named if name.startswith(variables.PREFIX)}
     return {name: hashing.of_path(path) for name, path in folders.items() if path is not None and path.exists()}

@@ -1,1 +1,1 @@
-"""Cells planned, run and recorded."""
+"""Planning, running and recording of cells."""

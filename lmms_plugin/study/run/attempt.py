@@ -1,4 +1,4 @@
-"""One attempt at a cell: the lmms-eval process, and the judgement of what it left."""
+"""One attempt at a cell: the lmms-eval process, and the check of its results."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _TAIL_LINES, _TAIL_LETTERS = 40, 6000
 
 
 class Outcome(NamedTuple):
-    """What became of an attempt.
+    """Outcome of an attempt.
 
     Attributes:
-        problem: Why it failed; None if it is finished.
-        returncode: Of the process.
+        problem: Why it failed; None on success.
+        returncode: Exit status of the process.
         done: When, how long and where it ran.
         tail: End of the log.
-        changed: Parts of its key that changed while it ran; it may have run with either.
+        changed: Parts of the key that changed during the run, which may have used either state.
     """
 
     problem: str | None
@@ -45,16 +45,16 @@ class Outcome(NamedTuple):
 
 
 def command(cell: Cell, gpus: int) -> tuple[str, ...]:
-    """The command of a cell, to be run in its folder.
+    """Return the command of a cell, to be run in its folder.
 
     Args:
-        cell: What is asked.
-        gpus: How many GPUs it has.
+        cell: Cell of a study.
+        gpus: Number of GPUs assigned to it.
     """
     processes = cell.resources.processes
     start: tuple[str, ...] = ("lmms-eval",)
     if processes > 1:
-        # On a CPU accelerate starts one process whatever it is told.
+        # On a CPU, accelerate always starts one process.
         settled = (
             "--num_machines",
             "1",
@@ -75,7 +75,7 @@ def command(cell: Cell, gpus: int) -> tuple[str, ...]:
 
 
 def about(keyed: Keyed, gpus: int) -> dict[str, Any]:
-    """What `cell.json` says of a cell."""
+    """Return the content of a cell's `cell.json`."""
     cell = keyed.cell
     return {
         "id": keyed.id,
@@ -95,16 +95,16 @@ def about(keyed: Keyed, gpus: int) -> dict[str, Any]:
 
 @dataclass
 class Attempt:
-    """A process that works on a cell.
+    """A process that runs a cell.
 
     Attributes:
-        keyed: The cell.
-        folder: It works in.
-        gpus: It runs on.
-        process: Its guard.
-        started: Seconds since the epoch.
-        began: Likewise, by a clock that nobody sets.
-        timed_out: Whether it was ended because it took too long.
+        keyed: Cell with its key.
+        folder: Working directory of the process.
+        gpus: GPUs assigned to it.
+        process: Guard of the process.
+        started: Start time in seconds since the epoch.
+        began: Start time in seconds of a monotonic clock.
+        timed_out: Whether it was stopped because it exceeded the time limit.
     """
 
     keyed: Keyed
@@ -128,10 +128,10 @@ class Attempt:
         """Start lmms-eval in a folder, with its output in the log there.
 
         Args:
-            keyed: The cell.
-            folder: Empty.
-            gpus: Of the machine, as CUDA counts them; none for the CPU.
-            threads: Threads of each process; None for what the environment says.
+            keyed: Cell with its key.
+            folder: Empty folder.
+            gpus: GPUs as CUDA counts them; empty for the CPU.
+            threads: Threads of each process; None to keep the environment's setting.
             inherited: File descriptors that the guard keeps open.
         """
         first, *rest = command(keyed.cell, len(gpus))
@@ -146,22 +146,22 @@ class Attempt:
 
     @property
     def over(self) -> bool:
-        """Whether the process has ended."""
+        """Return whether the process has ended."""
         return self.process.poll() is not None
 
     def expire(self) -> None:
-        """End a process that has run for as long as its cell may."""
+        """Stop a process that has exceeded the time limit of its cell."""
         most = self.keyed.cell.resources.timeout
         if most is not None and not self.over and time.monotonic() - self.began >= most:
             self.timed_out = True
             self.end()
 
     def end(self) -> None:
-        """End the process and everything it started, and wait until that is so."""
+        """Stop the process and everything it started, and wait until all of it has ended."""
         guard.end(self.process)
 
     def outcome(self) -> Outcome:
-        """Judge what a process that is over left; lmms-eval's exit status tells nothing."""
+        """Check the results of a process that has ended; lmms-eval's exit status is not informative."""
         self.end()
         status, seconds = self.process.returncode, time.monotonic() - self.began
         done = {
@@ -188,7 +188,7 @@ def _log(folder: Path) -> str:
 
 
 def problem_of(cell: Cell, folder: Path, status: int) -> str | None:
-    """Why a folder does not hold the whole results of a cell; None if it does."""
+    """Return why a folder does not hold the complete results of a cell; None if it does."""
     try:
         files = [] if status else logs.find(folder)
     except ValueError:
@@ -207,7 +207,7 @@ def problem_of(cell: Cell, folder: Path, status: int) -> str | None:
 
 def _environment(gpus: Sequence[str], threads: int | None) -> dict[str, str]:
     environment = dict(os.environ)
-    # The process works in a folder of its own.
+    # The process runs in a folder of its own.
     for name, value in environment.items():
         if name.startswith(PREFIX) and value and not os.path.isabs(value) and os.path.exists(value):
             environment[name] = os.path.abspath(value)

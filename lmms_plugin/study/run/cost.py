@@ -1,4 +1,4 @@
-"""What a cell will take: as long as finished cells that are like it, or by a model of three numbers that it states."""
+"""Estimated time of a cell: from similar finished cells, or from a model with three constants."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lmms_plugin.utils.messages import counted
 START = 20.0
 """Seconds until lmms-eval answers its first question, measured on one idle core of a server's processor."""
 TOKENS = 512
-"""Of an image, a question and an answer together."""
+"""Tokens of an image, a question and an answer together."""
 CPU_RATE, GPU_RATE = 2e10, 1e14
-"""Operations per second that are reached on one core of a CPU in float32, and on a data-centre GPU in bfloat16."""
+"""Operations per second reached on one core of a CPU in float32, and on a data-centre GPU in bfloat16."""
 
 STATED = "stated model, not measured"
 
 
 class Seconds(NamedTuple):
-    """How long a cell will take.
+    """Estimated time of a cell.
 
     Attributes:
-        value: Seconds; None where nothing tells.
-        basis: What says so, in words.
+        value: Seconds; None if unknown.
+        basis: Basis of the estimate, in words.
     """
 
     value: float | None
@@ -38,8 +38,8 @@ class Past(NamedTuple):
     """A finished cell of the same folder.
 
     Attributes:
-        about: Its `cell.json`.
-        seconds: It took.
+        about: Content of its `cell.json`.
+        seconds: Time it took.
     """
 
     about: Mapping[str, Any]
@@ -47,28 +47,28 @@ class Past(NamedTuple):
 
 
 def past(folder: StudyFolder | None) -> list[Past]:
-    """Finished cells of a folder; none without a folder."""
+    """Return the finished cells of a folder; empty without a folder."""
     found: list[Past] = []
     if folder is None:
         return found
     for one in folder.finished():
-        # Another runner may put it aside at the same time.
+        # Another runner may move the cell away at the same time.
         with suppress(FileNotFoundError):
             found.append(Past(folder.about(folder.done_path(one)), folder.done(one)["seconds"]))
     return found
 
 
 def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None, *, cuda: bool = False) -> Seconds:
-    """Estimate how long a cell takes: the median of the finished cells that are most like it.
+    """Estimate how long a cell takes: the median of the most similar finished cells.
 
-    Cells count as alike by model, tasks and limit; among these the same method, bits and calibration are preferred,
-    then the same method. Without such cells, and where the number of documents is known, it is the time to start and
-    that of the multiplications.
+    Cells are similar if model, tasks and limit agree; among these, the same method, bits and calibration are preferred,
+    then the same method. Without similar cells, and where the number of documents is known, the estimate is the time to
+    start plus the time of the multiplications.
 
     Args:
-        cell: What is asked.
-        finished: Cells of the same folder.
-        parameters: Of the model; None where it is not known.
+        cell: Cell of a study.
+        finished: Finished cells of the same folder.
+        parameters: Number of the model's parameters; None if unknown.
         cuda: Whether it runs on a GPU.
     """
     asked = {"tasks": list(cell.tasks), "limit": cell.limit, "processes": cell.resources.processes}
@@ -90,7 +90,7 @@ def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None,
 
 
 def _documents(cell: Cell) -> int | None:
-    """Of all tasks, at most; None where one does not tell and there is no limit."""
+    """Return the maximum number of documents of all tasks; None if one is unknown and there is no limit."""
     several = [count for task in known(cell.tasks).values() for count in task.documents]
     limited = [count if cell.limit is None else min(cell.limit, count or cell.limit) for count in several]
     return None if None in limited else sum(count for count in limited if count is not None)

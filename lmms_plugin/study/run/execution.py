@@ -1,4 +1,4 @@
-"""Runs a study: what is missing of it, and nothing else."""
+"""Execution of a study: runs the missing cells, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lmms_plugin.study.verdicts.conclusions import Conclusion
 
 
 class Watch(Protocol):
-    """Makes whoever is told how a study goes."""
+    """Factory of watchers, which are notified of a study's progress."""
 
     def __call__(self, expected: dict[str, float | None], before: int, jobs: int) -> AbstractContextManager[Watcher]:
-        """Begin to watch.
+        """Start to watch.
 
         Args:
-            expected: Cell → seconds it is expected to take; None where nothing tells. Cells that are to be run.
+            expected: Cell to run → expected time in seconds; None if unknown.
             before: Cells that were finished before.
-            jobs: Cells at a time.
+            jobs: Number of cells at a time.
         """
 
 
@@ -36,9 +36,9 @@ class Finished(NamedTuple):
     """A study after a run.
 
     Attributes:
-        plan: Its cells, with what became of them.
-        problems: Cell that failed → why.
-        conclusions: What the analysis that the file asks for says; None without one, or while cells are missing.
+        plan: Cells with their states.
+        problems: Failed cell → reason.
+        conclusions: Results of the analysis that the file asks for; None without one, or while cells are missing.
     """
 
     plan: Plan
@@ -47,7 +47,7 @@ class Finished(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether every cell is finished."""
+        """Return whether every cell is finished."""
         return all(one.state == "done" for one in self.plan.cells)
 
 
@@ -66,15 +66,15 @@ def run(
     Args:
         file: Study file.
         output: Folder of the study.
-        watch: Makes whoever is told how it goes.
-        jobs: Cells at a time on this machine.
-        retry_failed: Whether cells that failed before are tried again.
-        ray: Address of a Ray cluster to run them on; None for this machine.
-        storage: Any place that fsspec knows, into which finished cells are copied and out of which they are taken.
+        watch: Factory of the watcher that is notified of progress.
+        jobs: Number of cells at a time on this machine.
+        retry_failed: Whether to run failed cells again.
+        ray: Address of a Ray cluster to run the cells on; None for this machine.
+        storage: URL for fsspec, to which finished cells are copied and from which they are taken.
 
     Raises:
-        ValueError: If something in the file cannot be done, before anything is run, or the folder is of something else.
-        ImportError: If Ray is asked for and not installed; names the command.
+        ValueError: An entry of the file is impossible (found before anything runs), or the folder holds something else.
+        ImportError: Ray is requested and not installed; names the command.
     """
     study = read(file)
     cluster = None if ray is None else on_ray.connect(ray)

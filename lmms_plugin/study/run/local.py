@@ -1,4 +1,4 @@
-"""Cells on this machine: several processes at a time, one polling loop, no threads."""
+"""Local runner: several processes at a time, one polling loop, no threads."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class _LocalWork:
 
 @dataclass
 class LocalRunner:
-    """Runs the cells of a study.
+    """Runner of cells on this machine.
 
     Attributes:
-        recorder: Of the study.
-        jobs: Cells at a time.
-        gpus: Of this machine, as CUDA counts them.
-        key: Computes the key of a cell from what lies here now.
+        recorder: Recorder of the study.
+        jobs: Number of cells at a time.
+        gpus: GPUs of this machine, as CUDA counts them.
+        key: Function that computes the key of a cell from the current state of this machine.
     """
 
     recorder: Recorder
@@ -49,10 +49,10 @@ class LocalRunner:
     _changes: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Bring all cells to an end, finished or failed; an interruption ends all processes first.
+        """Run all cells until they are finished or failed; an interruption stops all processes first.
 
         Raises:
-            ValueError: If a cell needs more GPUs than there are.
+            ValueError: A cell needs more GPUs than there are.
         """
         most = max((gpus_needed(cell, len(self.gpus)) for cell in cells), default=0)
         if most > len(self.gpus):
@@ -119,7 +119,7 @@ class LocalRunner:
 
 
 def visible_gpus() -> list[str]:
-    """GPUs of this machine that this process may use, as CUDA counts or names them."""
+    """Return the GPUs of this machine that this process may use, as CUDA counts or names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name and name != "-1"]

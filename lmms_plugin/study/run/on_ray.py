@@ -1,7 +1,7 @@
-"""Cells on a Ray cluster: Ray finds the machines, waits for their GPUs and tries again what a lost one was doing.
+"""Ray runner: Ray finds the machines, waits for their GPUs and retries the work of a lost machine.
 
-A worker runs a cell in a temporary folder of its own machine and hands the folder back through Ray, so that nothing
-needs to be shared but the checkpoints and data that the cells read; the runner keeps it as it keeps cells of its own.
+A worker runs a cell in a temporary folder of its own machine and returns the folder through Ray. Only the checkpoints
+and data that the cells read need to be shared. The runner stores a returned folder as it stores local cells.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _FORWARDED = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "OMP_NUM_THREADS", "MKL_N
 
 
 class Delivered(NamedTuple):
-    """What a worker hands back.
+    """Result of a worker.
 
     Attributes:
-        outcome: Of the attempt.
-        archive: Its folder, as an uncompressed tar file.
+        outcome: Outcome of the attempt.
+        archive: Folder of the cell, as an uncompressed tar file.
     """
 
     outcome: Outcome
@@ -50,12 +50,12 @@ class Delivered(NamedTuple):
 
 
 def evaluate(planned: Keyed, gpus: int, started: Any) -> Delivered:
-    """Run a cell on the machine this is called on.
+    """Run a cell on the machine that executes this call.
 
     Args:
-        planned: The cell, with the key that it has for the runner.
-        gpus: How many GPUs Ray has set apart for it.
-        started: Remote method that is told the cell's id and the machine.
+        planned: Cell with the key that the runner computed.
+        gpus: Number of GPUs that Ray has reserved for it.
+        started: Remote method that receives the cell's id and the machine.
     """
     started.remote(planned.id, socket.gethostname())
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpus else []
@@ -87,7 +87,7 @@ def _packed(folder: Path) -> bytes:
 
 
 class _Starts:
-    """Which cells are being worked on, and where."""
+    """Ray actor that collects which cells have started, and where."""
 
     def __init__(self) -> None:
         self._new: list[tuple[str, str]] = []
@@ -107,12 +107,12 @@ class _RayWork(NamedTuple):
 
 @dataclass
 class RayRunner:
-    """Runs the cells of a study on a Ray cluster.
+    """Runner of cells on a Ray cluster.
 
     Attributes:
-        recorder: Of the study.
-        key: Computes the key of a cell.
-        needed: Computes the GPUs that a cell takes.
+        recorder: Recorder of the study.
+        key: Function that computes the key of a cell.
+        needed: Function that computes the number of GPUs of a cell.
     """
 
     recorder: Recorder
@@ -121,10 +121,10 @@ class RayRunner:
     _working: dict[Any, _RayWork] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Bring all cells to an end, finished or failed; an interruption cancels what is under way.
+        """Run all cells until they are finished or failed; an interruption cancels the running ones.
 
         Raises:
-            ValueError: If no machine of the cluster has what a cell needs.
+            ValueError: No machine of the cluster has what a cell needs.
         """
         ray = require("ray", extra="ray", user="study run --ray")
         self._expect_room(ray, cells)
@@ -152,7 +152,7 @@ class RayRunner:
                 raise ValueError(f"expected a machine with {wanted} in the Ray cluster, got none among {len(nodes)}")
 
     def _submit(self, ray: Any, cells: deque[Cell], starts: Any) -> deque[Cell]:
-        """Hand cells over to Ray; returns those that another runner works on."""
+        """Submit cells to Ray and return those that another runner works on."""
         elsewhere = deque[Cell]()
         for cell in cells:
             keyed = self.key(cell)
@@ -161,7 +161,7 @@ class RayRunner:
                 elsewhere.append(cell)
             elif isinstance(claim, Lock):
                 gpus = self.needed(cell)
-                # Ray tries again what a lost worker was doing; an error in our own code would only come again.
+                # Ray retries the work of a lost worker; an error in our own code would only recur.
                 options = {"max_retries": RETRIES, "retry_exceptions": False, "name": keyed.id}
                 task = ray.remote(evaluate).options(num_cpus=_cpus(cell), num_gpus=gpus, **options)
                 self._working[task.remote(keyed, gpus, starts.add)] = _RayWork(keyed, claim)
@@ -181,7 +181,7 @@ class RayRunner:
         folder = self.recorder.folder.begin(keyed.id)
         try:
             delivered = ray.get(reference)
-        # The worker was lost more often than it is tried again, or our own code failed there.
+        # The worker was lost more often than Ray retries, or our own code failed there.
         except ray.exceptions.RayError as error:
             delivered = _refused(f"no worker finished it: {error}", folder)
         with tarfile.open(fileobj=io.BytesIO(delivered.archive)) as archive:
@@ -190,7 +190,7 @@ class RayRunner:
 
 
 def _new(ray: Any, starts: Any) -> list[tuple[str, str]]:
-    """Cells that began to be worked on; none when the machine that collects them is lost, for they are only shown."""
+    """Return the cells that have started; empty if the actor's machine is lost, since they are only for display."""
     try:
         new: list[tuple[str, str]] = ray.get(starts.take.remote(), timeout=_SHOWN_SECONDS)
     except ray.exceptions.RayError:
@@ -199,38 +199,38 @@ def _new(ray: Any, starts: Any) -> list[tuple[str, str]]:
 
 
 class Cluster(NamedTuple):
-    """What a cluster has.
+    """Resources of a cluster.
 
     Attributes:
-        gpus: In all.
-        cpus: In all.
+        gpus: Total number of GPUs.
+        cpus: Total number of cores.
     """
 
     gpus: int
     cpus: int
 
     def at_once(self, cells: Sequence[Cell]) -> int:
-        """How many such cells it works on at a time."""
+        """Return how many such cells run at a time."""
         return max(1, self.cpus // max(map(_cpus, cells), default=1))
 
 
 def connect(address: str) -> Cluster:
-    """Join a Ray cluster.
+    """Connect to a Ray cluster.
 
     Args:
-        address: As `ray.init` takes it: `auto`, `host:6379`, `ray://host:10001`.
+        address: Address as in `ray.init`: `auto`, `host:6379`, `ray://host:10001`.
 
     Returns:
-        What it has.
+        Resources of the cluster.
 
     Raises:
-        ImportError: If Ray is not installed; names the command.
-        ConnectionError: If there is no cluster at that address.
+        ImportError: Ray is not installed; names the command.
+        ConnectionError: There is no cluster at that address.
     """
     ray = require("ray", extra="ray", user="study run --ray")
     if not ray.is_initialized():
         environment = {"env_vars": forwarded(os.environ)}
-        # Workers look for modules first in the folder where Ray is joined, and a checkout would hide what is installed.
+        # Workers search the folder in which Ray is initialised first, where a checkout would hide the installed package.
         with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
             ray.init(address=address, log_to_driver=False, runtime_env=environment)
     has = ray.cluster_resources()
@@ -238,7 +238,7 @@ def connect(address: str) -> Cluster:
 
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that workers need as they are here; secrets stay here."""
+    """Return the environment variables that workers need; secrets are not forwarded."""
     named = {name for name in environment if name.startswith(PREFIX)} | set(_FORWARDED)
     return {name: environment[name] for name in sorted(named) if name in environment}
 

@@ -1,4 +1,4 @@
-"""What a study comes to: its cells, what is done of them, and what the rest will cost."""
+"""The plan of a study: its cells, which of them are done, and the estimated cost of the rest."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class PlannedCell(NamedTuple):
     """A cell of a plan.
 
     Attributes:
-        keyed: The cell.
+        keyed: Cell with its key.
         state: `done`, `failed`, `running` or `missing`.
-        seconds: It took, or what it will take.
-        size: Of its model.
-        gpus: It runs on.
-        damage: What became of its files since it was finished, for which it is run again; None if nothing did.
+        seconds: Time it took, or estimated time.
+        size: Size of its model.
+        gpus: Number of GPUs it runs on.
+        damage: Change to its files since it finished, for which it is run again; None if there is none.
     """
 
     keyed: Keyed
@@ -43,7 +43,7 @@ class PlannedCell(NamedTuple):
     damage: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As `study plan --json` prints it."""
+        """Return the cell as `study plan --json` prints it."""
         cell = self.keyed.cell
         return {
             "id": self.keyed.id,
@@ -69,9 +69,9 @@ class Plan(NamedTuple):
     """A study with its cells.
 
     Attributes:
-        study: As its file says.
-        cells: In the order of the file.
-        others: Finished cells of the folder that are not of this plan.
+        study: Study as its file states it.
+        cells: Cells in the order of the file.
+        others: Finished cells of the folder that are not in this plan.
     """
 
     study: Study
@@ -80,18 +80,18 @@ class Plan(NamedTuple):
 
     @property
     def seconds_left(self) -> float | None:
-        """What the cells that are not done will take one after the other; None where nothing tells."""
+        """Return the estimated time of the unfinished cells one after the other; None if unknown."""
         left = [one.seconds.value for one in self.cells if one.state != "done"]
         return None if None in left else sum(value or 0.0 for value in left)
 
     def counts(self) -> dict[str, int]:
-        """State → number of cells."""
+        """Count cells by state."""
         return {
             state: sum(one.state == state for one in self.cells) for state in ("done", "failed", "running", "missing")
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As `study plan --json` prints it."""
+        """Return the plan as `study plan --json` prints it."""
         return {
             "study": self.study.name,
             "file": self.study.file,
@@ -104,7 +104,7 @@ class Plan(NamedTuple):
 
 
 def keys(gpus: int) -> Callable[[Cell], Keyed]:
-    """How keys are computed where there are so many GPUs."""
+    """Return the function that computes keys, given the number of GPUs."""
     return lambda cell: keyed(cell, cuda=gpus_needed(cell, gpus) > 0)
 
 
@@ -112,12 +112,12 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
     """Plan a study.
 
     Args:
-        study: As its file says.
-        output: Its folder; None to take nothing for done.
-        gpus: GPUs that there are; None to look on this machine.
+        study: Study as its file states it.
+        output: Folder of the study; None to take no cell as done.
+        gpus: Number of GPUs; None to count those of this machine.
 
     Raises:
-        ValueError: If something in the file cannot be done.
+        ValueError: An entry of the file is impossible.
     """
     folder = StudyFolder(output) if output is not None and output.is_dir() else None
     past, there = cost.past(folder), len(visible_gpus()) if gpus is None else gpus
@@ -141,7 +141,7 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
 
 
 def _expect_tasks(study: Study) -> None:
-    """Refuse tasks that are not known here, at their place in the file."""
+    """Refuse tasks that are not known here, with their place in the file."""
     for tasks in (tasks for grid, _ in study.grids for tasks in grid.tasks):
         try:
             known(tasks.value)
@@ -150,7 +150,7 @@ def _expect_tasks(study: Study) -> None:
 
 
 def _expect_what_is_asked(study: Study, planned: Sequence[Cell]) -> None:
-    """Refuse an analysis that these cells would not be enough for, at its place in the file."""
+    """Refuse an analysis for which these cells are not enough, with its place in the file."""
     if study.asked is None:
         return
     try:
@@ -160,7 +160,7 @@ def _expect_what_is_asked(study: Study, planned: Sequence[Cell]) -> None:
 
 
 def _measured(folder: StudyFolder, cell: str) -> cost.Seconds | None:
-    """What a finished cell took; None where it is not finished, or another runner has just put it aside."""
+    """Return the time of a finished cell; None if it is not finished, or another runner has just moved it away."""
     with suppress(FileNotFoundError):
         return cost.Seconds(folder.done(cell)["seconds"], "measured")
     return None
@@ -173,12 +173,12 @@ def _state(folder: StudyFolder, cell: str) -> str:
 
 
 def damages(found: Plan) -> list[str]:
-    """A line on every cell that was finished and has to be run again, for its files are not as they were."""
+    """Return one line for every finished cell whose files have changed, so that it has to be run again."""
     return [f"not whole, to be run again: {one.keyed.id}: {one.damage}" for one in found.cells if one.damage]
 
 
 def summary(found: Plan) -> str:
-    """A plan in one line."""
+    """Summarise a plan in one line."""
     counts = ", ".join(f"{number} {state}" for state, number in found.counts().items() if number)
     left = "unknown (no finished cell tells)" if found.seconds_left is None else duration(found.seconds_left)
     if any(one.state != "done" and one.seconds.basis.startswith(cost.STATED) for one in found.cells):
@@ -191,7 +191,7 @@ def summary(found: Plan) -> str:
 
 
 def without_analysis(found: Plan, output: Path) -> str:
-    """Why a study that was run has no analysis, and how to get one all the same."""
+    """Return why a study that was run has no analysis, and how to get one."""
     counts = found.counts()
     left = ", ".join(f"{counts[state]} {state}" for state in ("failed", "running", "missing") if counts[state])
     return (

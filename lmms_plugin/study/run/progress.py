@@ -1,4 +1,4 @@
-"""How far a study is, and how long it will still take by what it has taken so far."""
+"""Progress of a study, and the time left by the time it has taken so far."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: `45 s`, `12 min`, `3 h 5 min`."""
+    """Format seconds for people: `45 s`, `12 min`, `3 h 5 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -20,13 +20,13 @@ class StudyProgress:
     """Cells done, running and failed, and the time left.
 
     Attributes:
-        expected: Cell → seconds it is expected to take; None where nothing tells. Cells that are to be run.
+        expected: Cell to run → expected time in seconds; None if unknown.
         before: Cells that were finished before.
-        jobs: Cells at a time.
-        clock: Tells seconds.
-        running: Cell → when work on it began.
-        over: Cell → seconds it took; None where it failed, or another runner did it.
-        failed: Cells that failed.
+        jobs: Number of cells at a time.
+        clock: Function that returns the time in seconds.
+        running: Cell → its start time.
+        over: Cell → its time in seconds; None if it failed, or another runner did it.
+        failed: Failed cells.
     """
 
     expected: dict[str, float | None]
@@ -38,18 +38,18 @@ class StudyProgress:
     failed: set[str] = field(default_factory=set)
 
     def started(self, cell: str) -> None:
-        """A cell is being worked on."""
+        """Record that a cell has started."""
         self.running[cell] = self.clock()
 
     def ended(self, cell: str, seconds: float | None, *, failed: bool = False) -> None:
-        """A cell is over, after that many seconds; None where nothing is to be learnt from them."""
+        """Record that a cell has ended after that many seconds; None if its time is no basis for estimates."""
         self.running.pop(cell, None)
         self.over[cell] = seconds
         if failed:
             self.failed.add(cell)
 
     def waiting(self, cell: str) -> None:
-        """A cell that was started has to be done later."""
+        """Record that a started cell is postponed."""
         self.running.pop(cell, None)
 
     @property
@@ -59,12 +59,12 @@ class StudyProgress:
 
     @property
     def completed(self) -> int:
-        """Number of cells that are over, those that failed included."""
+        """Number of cells that have ended, failed ones included."""
         return self.before + len(self.over)
 
     @property
     def left(self) -> float | None:
-        """Seconds left, if cells take as long as those before; None while nothing tells."""
+        """Return the seconds left, if cells take as long as those before; None while unknown."""
         took = [seconds for seconds in self.over.values() if seconds is not None]
         mean = sum(took) / len(took) if took else None
         still = [self.expected[cell] or mean for cell in self.expected if cell not in self.over]
@@ -74,7 +74,7 @@ class StudyProgress:
         return max(0.0, sum(seconds or 0.0 for seconds in still) - spent) / self.jobs
 
     def state(self) -> str:
-        """All of it in a line."""
+        """Summarise the progress in one line."""
         left = "unknown" if self.left is None else duration(self.left)
         ok = self.completed - len(self.failed)
         return f"done {ok} · running {len(self.running)} · failed {len(self.failed)} · time left {left}"

@@ -1,4 +1,4 @@
-"""What becomes of a cell, wherever it ran: kept in the study's folder, copied to its storage, and told."""
+"""Recording of a cell's outcome, wherever it ran: stored in the study's folder, copied to its storage, and reported."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from lmms_plugin.study.store.storage import Storage
 
 
 class Watcher(Protocol):
-    """Whoever is told how a study goes."""
+    """Receiver of a study's progress."""
 
     def started(self, cell: str) -> None:
-        """A cell is being worked on."""
+        """Receive that a cell has started."""
 
     def done(self, cell: str, seconds: float | None) -> None:
-        """A cell is finished, after that many seconds; None if another runner did it."""
+        """Receive that a cell has finished, after that many seconds; None if another runner did it."""
 
     def failed(self, cell: str, problem: str) -> None:
-        """A cell failed."""
+        """Receive that a cell has failed."""
 
     def waiting(self, cell: str, reason: str) -> None:
-        """A cell that was started has to be done later."""
+        """Receive that a started cell is postponed."""
 
     def tick(self) -> None:
-        """Time has passed."""
+        """Receive that time has passed."""
 
 
 class Taken(Enum):
-    """Why a cell is not to be worked on here."""
+    """Reason why a cell is not to be run here."""
 
     ELSEWHERE = "another runner works on it"
     SETTLED = "it is finished, or another runner has just failed at it"
@@ -40,12 +40,12 @@ class Taken(Enum):
 
 @dataclass(frozen=True)
 class Recorder:
-    """Keeps what cells come to.
+    """Recorder of the outcomes of cells.
 
     Attributes:
-        folder: Of the study.
-        watcher: Is told about everything.
-        storage: Where finished cells are copied to; None for nowhere.
+        folder: Folder of the study.
+        watcher: Receiver of progress.
+        storage: Storage to which finished cells are copied; None for none.
     """
 
     folder: StudyFolder
@@ -54,7 +54,7 @@ class Recorder:
     _failures: dict[str, dict[str, Any] | None] = field(default_factory=dict, repr=False)
 
     def claim(self, cell: str) -> Lock | Taken:
-        """Take the right to work on a cell, unless that is not to be done here."""
+        """Lock a cell for work, or return why it is not to be run here."""
         before = self.folder.failure(cell)
         lock = self.folder.lock(cell)
         if lock is None:
@@ -72,14 +72,14 @@ class Recorder:
         return lock
 
     def _has(self, cell: str) -> bool:
-        """Whether a cell is finished, here or in the storage."""
+        """Return whether a cell is finished, here or in the storage."""
         if self.folder.is_done(cell):
             return True
         fetched = self.storage is not None and self.storage.fetch(cell, self.folder)
         return fetched or self.folder.restore(cell)
 
     def record(self, keyed: Keyed, outcome: Outcome, gpus: int) -> None:
-        """Keep what the work on a cell, whose lock the caller has, came to."""
+        """Store the outcome of a cell whose lock the caller holds."""
         said = about(keyed, gpus)
         if outcome.problem is None:
             self.folder.finish(keyed.id, said, outcome.done)

@@ -1,4 +1,4 @@
-"""How large a checkpoint is and will be, from its configuration alone: layers are made without numbers in them."""
+"""Size of a checkpoint before and after quantization, from its configuration alone: layers are made without weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LONGEST = 200
 
 
 class Size(NamedTuple):
-    """How large a cell's model is.
+    """Size of a cell's model.
 
     Attributes:
-        parameters: Their number, by the name where the configuration cannot be read; None where neither tells.
-        bytes: That its weights will take, without activations, caches and what calibration needs; None where the
+        parameters: Number of parameters, from the name where the configuration cannot be read; None if unknown.
+        bytes: Size of its quantized weights, without activations, caches and what calibration needs; None where the
             configuration cannot be read.
-        basis: What says so, in words.
+        basis: Basis of the estimate, in words.
     """
 
     parameters: int | None
@@ -46,7 +46,7 @@ def size(cell: Cell, *, cuda: bool) -> Size:
     """Estimate the size of a cell's model; nothing is downloaded.
 
     Args:
-        cell: What is asked.
+        cell: Cell of a study.
         cuda: Whether it runs on a GPU, where `dtype=auto` is bfloat16.
     """
     arguments = ModelArguments.parse(cell.arguments, option_types(cell.backend))
@@ -57,7 +57,7 @@ def size(cell: Cell, *, cuda: bool) -> Size:
         layers = _layers(arguments.find_checkpoint(), arguments.trust_remote_code)
         plan = arguments.quant_plan(kind.default_bits)
         specs = plan.assign(layers.components).specs if plan.specs else {}
-    # Whatever a configuration lacks, it is the estimate that is missing and not the cell that is wrong.
+    # If the configuration lacks something, the estimate is missing; the cell itself is not wrong.
     except (OSError, ValueError, AttributeError, NotImplementedError) as error:
         return Size(_by_name(arguments.pretrained), None, f"unknown: {' '.join(str(error).split())[:_LONGEST]}")
     dense = _BYTES.get(arguments.dtype, 2 if cuda else 4)
@@ -66,7 +66,7 @@ def size(cell: Cell, *, cuda: bool) -> Size:
 
 
 def _by_name(checkpoint: str) -> int | None:
-    """Parameters that take part in an answer, as the checkpoint's name tells: 7B, or 30B-A3B where 3 are active."""
+    """Return the active parameters by the checkpoint's name: 7B, or 30B-A3B where 3 billion are active."""
     told = re.findall(r"(?<![A-Za-z\d.])(A?)(\d+(?:\.\d+)?)[Bb](?![A-Za-z])", checkpoint.rpartition("/")[2])
     billions = next((number for active, number in told if active), told[0][1] if told else None)
     return None if billions is None else round(float(billions) * 1e9)

@@ -1,7 +1,7 @@
-"""A study's folder: what is finished, what failed, what is under way, safe against being killed at any moment.
+"""The folder of a study: finished, failed and running cells, safe against a kill at any moment.
 
-A cell is finished when its folder stands below `cells/`, which it gets to by one rename of a complete folder. Work
-happens below `.running/`, under a lock that the system takes away from a process that ends in whatever manner.
+A cell is finished when its folder is below `cells/`; one rename of a complete folder moves it there. Work happens below
+`.running/`, under a lock that the operating system releases when its process ends for whatever reason.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _LOCK, _UNFINISHED, _STATES = ".lock", ".unfinished", "files.json"
 
 @dataclass
 class Lock:
-    """The right to work on one cell, until `release` or the end of the process (and of those it was handed to).
+    """Exclusive right to work on one cell, until `release` or the end of all processes that hold it.
 
     Attributes:
-        path: Of the lock's file.
-        descriptor: Of the open file, which child processes may inherit.
+        path: Path of the lock file.
+        descriptor: Descriptor of the open file, which child processes may inherit.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class Lock:
 
     @classmethod
     def take(cls, path: Path) -> Lock | None:
-        """Take a lock; None if someone else has it."""
+        """Acquire a lock; None if another process holds it."""
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -57,14 +57,14 @@ class Lock:
             except BlockingIOError:
                 os.close(descriptor)
                 return None
-            # Its last owner may have removed the file between our opening and our locking it.
+            # Its last owner may have removed the file between our open and our lock.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
                     return cls(path, descriptor)
             os.close(descriptor)
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lock."""
         self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
@@ -74,37 +74,37 @@ class StudyFolder:
     """The folder of a study.
 
     Attributes:
-        path: Of the folder.
+        path: Path of the folder.
     """
 
     path: Path
 
     @property
     def running(self) -> Path:
-        """Where unfinished work lies."""
+        """Folder of unfinished work."""
         return self.path / ".running"
 
     @property
     def superseded(self) -> Path:
-        """Where finished cells lie that were run again with other code, data or versions."""
+        """Folder of finished cells that were run again with other code, data or versions."""
         return self.path / ".superseded"
 
     def done_path(self, cell: str) -> Path:
-        """Where a cell lies when it is finished."""
+        """Return the folder of a finished cell."""
         return self.path / CELLS / cell
 
     def failed_path(self, cell: str) -> Path:
-        """Where the account of a cell that failed lies."""
+        """Return the folder of a failed cell."""
         return self.path / FAILURES / cell
 
     def is_done(self, cell: str) -> bool:
-        """Whether a cell is finished, and all its files are as they were then."""
+        """Return whether a cell is finished and all its files are unchanged."""
         return (self.done_path(cell) / DONE).is_file() and self.damage(cell) is None
 
     def damage(self, cell: str) -> str | None:
-        """What is wrong with the files of a cell that was finished; None if nothing is, or it never was.
+        """Return what is wrong with the files of a finished cell; None if nothing is, or the cell is not finished.
 
-        A file is the same if its size and times are as they were when it was last hashed; of any other, all bytes are.
+        A file is unchanged if its size and times are those at which it was last hashed; any other file is hashed again.
         """
         folder = self.done_path(cell)
         try:
@@ -135,23 +135,23 @@ class StudyFolder:
                 now[name] = state, digest
         told = {name: [*state, digest] for name, (state, digest) in now.items()}
         if told != before:
-            # Without it the next look takes longer, and nothing else.
+            # Without this file the next check only takes longer.
             with contextlib.suppress(OSError):
                 remembered.parent.mkdir(parents=True, exist_ok=True)
                 replace_text(remembered, json.dumps(told))
         return None
 
     def damaged(self) -> dict[str, str]:
-        """Cells that were finished and are not whole any more, and what is wrong with each."""
+        """Return the cells that were finished and are damaged now, and what is wrong with each."""
         found = {cell: self.damage(cell) for cell in self._moved()}
         return {cell: damage for cell, damage in found.items() if damage is not None}
 
     def has_failed(self, cell: str) -> bool:
-        """Whether the last attempt at a cell failed."""
+        """Return whether the last attempt at a cell failed."""
         return (self.failed_path(cell) / FAILED).is_file() and not self.is_done(cell)
 
     def failure(self, cell: str) -> dict[str, Any] | None:
-        """What `failed.json` of a cell says; None where it has not failed."""
+        """Return the content of a cell's `failed.json`; None if it has not failed."""
         if self.is_done(cell):
             return None
         try:
@@ -162,7 +162,7 @@ class StudyFolder:
             return {"problem": str(error), "returncode": None, "tail": ""}
 
     def is_running(self, cell: str) -> bool:
-        """Whether someone works on a cell now."""
+        """Return whether a process works on a cell now."""
         path = self.running / f"{cell}{_LOCK}"
         if not path.exists():
             return False
@@ -172,10 +172,10 @@ class StudyFolder:
         return lock is None
 
     def open(self, study_file: Path) -> None:
-        """Make the folder, keep the study file in it, and clear away what killed runners left.
+        """Create the folder, store the study file in it, and remove what killed runners left.
 
         Raises:
-            ValueError: If the folder holds something else than a study, or a link where work is removed.
+            ValueError: The folder holds something other than a study, or a link where work is removed.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"expected a folder for the study, got the file {self.path}")
@@ -195,7 +195,7 @@ class StudyFolder:
                 _forget(measured)
 
     def _is_of_something_else(self) -> bool:
-        """Whether the folder holds what no study's has; a runner that is starting may not have come to its file yet."""
+        """Return whether the folder holds files that no study has; a starting runner may not have written its file yet."""
         if not self.path.is_dir():
             return False
         ours = (CELLS, FAILURES, self.running.name)
@@ -217,27 +217,27 @@ class StudyFolder:
             lock.release()
 
     def lock(self, cell: str) -> Lock | None:
-        """Take the right to work on a cell; None if another runner has it."""
+        """Lock a cell for work; None if another runner holds it."""
         return Lock.take(self.running / f"{cell}{_LOCK}")
 
     def begin(self, cell: str) -> Path:
-        """An empty folder to work on a cell in, whose lock the caller has."""
+        """Return an empty folder for work on a cell whose lock the caller holds."""
         path = self.running / cell
         _remove(path)
         path.mkdir()
         return path
 
     def discard(self, cell: str) -> None:
-        """Drop the work on a cell, whose lock the caller has."""
+        """Discard the work on a cell whose lock the caller holds."""
         _remove(self.running / cell)
 
     def finish(self, cell: str, about: Mapping[str, Any], done: Mapping[str, Any]) -> None:
         """Turn the work on a cell into a finished cell, by one rename.
 
         Args:
-            cell: Its id.
-            about: What goes into `cell.json`.
-            done: What goes into `done.json`, together with the hashes of all files.
+            cell: Id of the cell.
+            about: Content of `cell.json`.
+            done: Content of `done.json`, to which the hashes of all files are added.
         """
         work = self.running / cell
         write_json(work / CELL, about)
@@ -245,10 +245,10 @@ class StudyFolder:
         self._move_to_finished(cell, about)
 
     def adopt(self, cell: str) -> None:
-        """Turn a copy of a finished cell, made where cells are worked on, into a finished cell.
+        """Turn a copy of a finished cell, made in the folder of its work, into a finished cell.
 
         Raises:
-            ValueError: If a file is missing or is not as its hash says.
+            ValueError: A file is missing or does not match its hash.
         """
         work = self.running / cell
         expected, found = self.done_in(work)["files"], hashing.of_files(work)
@@ -259,10 +259,10 @@ class StudyFolder:
 
     @classmethod
     def listed(cls, folder: Path) -> list[str]:
-        """Files that `done.json` of a folder lists.
+        """Return the files that `done.json` of a folder lists.
 
         Raises:
-            ValueError: If it is damaged, or lists one that would lie elsewhere.
+            ValueError: It is damaged, or lists a file outside the folder.
         """
         return list(cls.done_in(folder)["files"])
 
@@ -275,7 +275,7 @@ class StudyFolder:
         self._forget_failures(about)
 
     def fail(self, cell: str, about: Mapping[str, Any], failed: Mapping[str, Any]) -> None:
-        """Record that a cell failed; of its work only the log stays."""
+        """Record that a cell failed; of its work only the log is kept."""
         work = self.running / cell
         for left in work.iterdir():
             if left.name != LOG:
@@ -287,7 +287,7 @@ class StudyFolder:
         os.rename(work, self.failed_path(cell))
 
     def restore(self, cell: str) -> bool:
-        """Take back a finished cell that was superseded, if it is whole; returns whether there was one."""
+        """Restore a superseded cell if it is undamaged, and return whether there was one."""
         aside = self.superseded / cell
         try:
             files, about = self.done_in(aside)["files"], self.about(aside)
@@ -302,19 +302,19 @@ class StudyFolder:
         return True
 
     def _forget_failures(self, about: Mapping[str, Any]) -> None:
-        """Remove accounts of failures at what is finished now, whatever code, data or settings they were with."""
+        """Remove records of failures for the question that is answered now, whatever code, data or settings they had."""
         for file in (self.path / FAILURES).glob(f"*/{CELL}"):
             with contextlib.suppress(FileNotFoundError, ValueError):
                 if place(self.about(file.parent)) == place(about):
                     _remove(file.parent)
 
     def _make_room(self, cell: str, about: Mapping[str, Any]) -> None:
-        """Put aside finished cells that answered the same question otherwise, and what is in the place of this one.
+        """Move away finished cells that answered the same question otherwise, and whatever is in the place of this one.
 
-        Another runner may be doing the same.
+        Another runner may do the same at the same time.
         """
         for other in self._moved():
-            # Nothing is known of what a damaged one answered.
+            # The question of a damaged cell is unknown.
             with contextlib.suppress(FileNotFoundError, ValueError):
                 if other != cell and asks_the_same(self.about(self.done_path(other)), about):
                     self._put_aside(other, other)
@@ -336,7 +336,7 @@ class StudyFolder:
             os.rename(self.done_path(cell), aside)
 
     def finished(self) -> list[str]:
-        """Ids of all finished cells that are whole, those of other plans included."""
+        """Return the ids of all undamaged finished cells, those of other plans included."""
         return [cell for cell in self._moved() if self.damage(cell) is None]
 
     def _moved(self) -> list[str]:
@@ -344,29 +344,29 @@ class StudyFolder:
 
     @staticmethod
     def about(folder: Path) -> dict[str, Any]:
-        """What `cell.json` says.
+        """Return the content of `cell.json`.
 
         Raises:
-            ValueError: If it is damaged.
+            ValueError: It is damaged.
         """
         return accounts.read(folder / CELL, study_files.About)
 
     @staticmethod
     def done_in(folder: Path) -> dict[str, Any]:
-        """What `done.json` says.
+        """Return the content of `done.json`.
 
         Raises:
-            ValueError: If it is damaged.
+            ValueError: It is damaged.
         """
         return accounts.read(folder / DONE, study_files.Done)
 
     def done(self, cell: str) -> dict[str, Any]:
-        """What `done.json` of a finished cell says."""
+        """Return the content of a finished cell's `done.json`."""
         return self.done_in(self.done_path(cell))
 
 
 def _forget(measured: Path) -> None:
-    """Remove what is remembered of a cell's files, where that is allowed; nothing depends on it."""
+    """Remove the remembered state of a cell's files, where that is permitted; nothing depends on it."""
     if measured.is_symlink():
         return
     with contextlib.suppress(OSError):
@@ -375,14 +375,14 @@ def _forget(measured: Path) -> None:
 
 
 def _states(file: Path) -> dict[str, Any]:
-    """Name → size, times and SHA-256 of a file when it was last hashed; empty where nothing, or nonsense, is kept."""
+    """Return name → size, times and SHA-256 of a file when it was last hashed; empty if none or invalid."""
     with contextlib.suppress(OSError, ValueError):
         return read_json(file)
     return {}
 
 
 def asks_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two cells differ only in what answered them."""
+    """Return whether two cells ask the same question, with whatever code, data and versions."""
     settings = ("model", "model_args", "batch_size", "processes")
     return place(one) == place(other) and all(one.get(name) == other.get(name) for name in settings)
 
@@ -394,9 +394,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, first of all what says that a cell is whole, should this be killed on the way.
+    """Remove a file, a link or a folder; the mark of a finished cell goes first, in case of a kill on the way.
 
-    What a link leads to is left alone.
+    The target of a link is not touched.
     """
     folder = path.is_dir() and not path.is_symlink()
     with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Finished cells in shared storage: any place that fsspec knows by a URL."""
+"""Finished cells in shared storage: any place that fsspec can open by a URL."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lmms_plugin.study.store.folder import StudyFolder
 
 @dataclass(frozen=True)
 class Storage:
-    """A place for finished cells.
+    """A shared place for finished cells.
 
-    It has no rename, so there a cell is finished when its `done.json` is there, which is written last.
+    It has no rename: a cell is finished there when its `done.json` exists, which is written last.
 
     Attributes:
-        system: Of fsspec.
+        system: File system of fsspec.
         root: Folder in it.
     """
 
@@ -29,30 +29,30 @@ class Storage:
         """Open a place.
 
         Raises:
-            ValueError: If fsspec knows no such kind of place.
-            ImportError: If the library for it is missing.
+            ValueError: fsspec does not know the kind of place.
+            ImportError: The library for it is missing.
         """
         from fsspec.core import url_to_fs
 
         return cls(*url_to_fs(url))
 
     def has(self, cell: str) -> bool:
-        """Whether a cell is finished there."""
+        """Return whether a cell is finished there."""
         found: bool = self.system.exists(self._path(cell, DONE))
         return found
 
     def put(self, cell: str, folder: StudyFolder) -> None:
-        """Copy a finished cell there."""
+        """Copy a finished cell to the storage."""
         path = folder.done_path(cell)
         for name in (*folder.done(cell)["files"], DONE):
             self.system.makedirs(posixpath.dirname(self._path(cell, name)), exist_ok=True)
             self.system.put_file(str(path / name), self._path(cell, name))
 
     def fetch(self, cell: str, folder: StudyFolder) -> bool:
-        """Copy a finished cell, whose lock the caller has, from there; returns whether there was one.
+        """Copy a finished cell, whose lock the caller holds, from the storage, and return whether there was one.
 
         Raises:
-            ValueError: If a file is not the one that was put there.
+            ValueError: A file differs from the one that was stored.
         """
         if not self.has(cell):
             return False
@@ -65,7 +65,7 @@ class Storage:
         return True
 
     def put_study(self, folder: StudyFolder) -> None:
-        """Copy the study file there."""
+        """Copy the study file to the storage."""
         self.system.makedirs(self.root, exist_ok=True)
         self.system.put_file(str(folder.path / STUDY), posixpath.join(self.root, STUDY))
 

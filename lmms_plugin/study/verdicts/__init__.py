@@ -1,1 +1,1 @@
-"""What the cells of a study say together."""
+"""Analyses of a study: what its cells show together."""

@@ -27,10 +27,10 @@ class ReferenceRow(NamedTuple):
     """One metric of one task of one cell.
 
     Attributes:
-        axes: Where the cell stands.
-        change: What changed against the unquantized model; p adjusted by Holm over all cells and tasks of the metric.
-        published: What was published of it; None where nothing was.
-        published_reference: The same of the unquantized model.
+        axes: Place of the cell in the study.
+        change: Change against the unquantized model; p adjusted by Holm over all cells and tasks of the metric.
+        published: Published value; None if there is none.
+        published_reference: Published value of the unquantized model.
     """
 
     axes: CellAxes
@@ -43,7 +43,7 @@ def expect(question: AgainstReference, cells: Sequence[ExpectedCell]) -> None:
     """Refuse a study that will lack tasks, metrics or the unquantized model of one of its checkpoints.
 
     Raises:
-        ValueError: Names what is missing.
+        ValueError: Something is missing; names it.
     """
     expect_places(cells)
     expect_metrics(question.metrics, question.tasks, [cell.tasks for cell in cells])
@@ -61,7 +61,7 @@ def conclude(study: Path, question: AgainstReference, only: Collection[str] | No
     """Compare every cell with the unquantized model of its checkpoint.
 
     Raises:
-        ValueError: A checkpoint has no cell without quantization, or cells have other tasks or documents than it.
+        ValueError: A checkpoint has no cell without quantization, or the tasks or documents of cells differ from its.
     """
     cells = read_cells(study, only)
     models = dict.fromkeys(cell.axes.model for cell in cells)

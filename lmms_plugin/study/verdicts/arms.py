@@ -1,10 +1,10 @@
 """Accuracy of groups of cells under shift, resampled over images and calibration seeds at once.
 
-An arm is a set of cells that answer a question together: AWQ and MBQ with synthetic calibration data, say. All cells
-answer the same documents, so images are drawn once for all of them, and every difference is paired image by image. A
-calibrated method is also a draw of calibration samples: its seeds are drawn too, the same ones for all methods and bits
-that saw the same samples. With n seeds, drawing them with replacement shows (n − 1)/n of their variance; deviations are
-stretched by √(n/(n − 1)) to make up for it (Rao & Wu 1988, JASA 83).
+An arm is a set of cells that answer a question together, for example AWQ and MBQ with synthetic calibration data. All
+cells answer the same documents, so images are drawn once for all of them, and every difference is paired by image. The
+result of a calibrated method also depends on the draw of its calibration samples, so seeds are resampled as well, the
+same ones for all methods and bits that saw the same samples. Drawing n seeds with replacement shows (n − 1)/n of their
+variance; deviations are stretched by √(n/(n − 1)) to correct for it (Rao & Wu 1988, JASA 83).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class FinishedCell:
 
     Attributes:
         name: Id of the cell.
-        axes: Where it stands.
-        run: What lmms-eval wrote.
+        axes: Place in the study.
+        run: Run as read from lmms-eval's output.
     """
 
     name: str
@@ -54,7 +54,7 @@ class FinishedCell:
 class _HasAxes(Protocol):
     @property
     def axes(self) -> Any:
-        """Where it stands in the study."""
+        """Place of the cell in the study."""
 
 
 Placed = TypeVar("Placed", bound=_HasAxes)
@@ -62,11 +62,11 @@ Placed = TypeVar("Placed", bound=_HasAxes)
 
 @dataclass(frozen=True)
 class ResampledNumber:
-    """A number and its values on every resample; adding and scaling keep them paired.
+    """A number and its values on every resample; sums and multiples stay paired.
 
     Attributes:
-        value: On the data themselves.
-        resampled: Shape (resamples,).
+        value: Value on the data themselves.
+        resampled: Values on the resamples, shape (resamples,).
     """
 
     value: float
@@ -76,7 +76,7 @@ class ResampledNumber:
         return ResampledNumber(self.value - other.value, self.resampled - other.resampled)
 
     def __truediv__(self, other: ResampledNumber) -> ResampledNumber:
-        """The ratio; NaN where the other is 0."""
+        """Return the ratio; NaN where the other number is 0."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return ResampledNumber(
                 self.value / other.value if other.value else float("nan"),
@@ -84,22 +84,22 @@ class ResampledNumber:
             )
 
     def judged(self, *, level: float, margin: float | None, number: str = "accuracy") -> Difference:
-        """As a difference from 0, with interval, p-value and, given a margin, equivalence."""
+        """Return the number as a difference from 0, with interval, p-value and, given a margin, equivalence."""
         return from_resamples(self.value, self.resampled, METHODS.get(number, "percentile"), level, margin)
 
 
 def mean(parts: Sequence[ResampledNumber]) -> ResampledNumber:
-    """The mean of some numbers, resample by resample."""
+    """Average several numbers, resample by resample."""
     return ResampledNumber(
         float(np.mean([part.value for part in parts])), np.mean([part.resampled for part in parts], axis=0)
     )
 
 
 def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
-    """Folders of a study's finished cells, by name.
+    """Return the folders of a study's finished cells, sorted by name.
 
     Args:
-        study: Its folder.
+        study: Folder of the study.
         only: Ids of the cells that count; None for all. A folder may also hold cells of an earlier version of a study.
 
     Raises:
@@ -115,10 +115,10 @@ def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
 
 
 def read_cells(study: Path, only: Collection[str] | None = None) -> list[FinishedCell]:
-    """The finished cells of a study, by name; arguments as of `folders`.
+    """Read the finished cells of a study, sorted by name; arguments as of `folders`.
 
     Raises:
-        ValueError: There are none, one does not read, or two stand at the same place of the study.
+        ValueError: There are none, one is unreadable, or two have the same place in the study.
     """
     found: list[FinishedCell] = []
     places: dict[CellAxes, str] = {}
@@ -136,15 +136,15 @@ def read_cells(study: Path, only: Collection[str] | None = None) -> list[Finishe
 
 
 class ResampledCells:
-    """Numbers of many cells on the same documents, resampled together.
+    """Results of many cells on the same documents, resampled together.
 
     Args:
-        cells: The cells.
+        cells: Cells.
         tasks: Tasks that all of them answered.
-        estimator: Confidence estimator; None for that of the kind of task.
-        resamples: How many.
-        seed: Of the resamples.
-        workers: Threads.
+        estimator: Confidence estimator; None for the default of the kind of task.
+        resamples: Number of resamples.
+        seed: Seed of the resamples.
+        workers: Number of threads.
 
     Raises:
         ValueError: A cell lacks a task, or answered other documents than the others.
@@ -185,12 +185,12 @@ class ResampledCells:
         }
 
     def of(self, cell: FinishedCell, task: str, number: str = "accuracy") -> ResampledNumber:
-        """A number of one cell on one task; NaN where the cell tells no confidence."""
+        """Return a number of one cell on one task; NaN where the cell has no confidence."""
         missing = ResampledNumber(float("nan"), np.full(self._resamples, np.nan))
         return self._numbers.get((cell.name, task, number), missing)
 
     def over(self, cells: Sequence[FinishedCell], tasks: Sequence[str], number: str = "accuracy") -> ResampledNumber:
-        """The mean over tasks, seeds, and then everything else that tells the cells apart."""
+        """Average over tasks, then seeds, then all other axes that distinguish the cells."""
         return mean([mean([self._over_seeds(seeds, task, number) for task in tasks]) for seeds in by_seed(cells)])
 
     def _over_seeds(self, cells: Sequence[FinishedCell], task: str, number: str) -> ResampledNumber:
@@ -200,7 +200,7 @@ class ResampledCells:
         return ResampledNumber(float(np.mean([one.value for one in drawn])), resampled)
 
     def _seed_weights(self, calibration: str | None, seeds: tuple[int | None, ...]) -> Floats:
-        """How much each seed counts on each resample, shape (seeds, resamples); sums to 1."""
+        """Return the weight of each seed on each resample, shape (seeds, resamples); sums to 1 over seeds."""
         key = calibration, seeds
         if key not in self._weights:
             n = len(seeds)
@@ -214,7 +214,7 @@ class ResampledCells:
 
 
 def by_seed(cells: Sequence[FinishedCell]) -> list[list[FinishedCell]]:
-    """Cells that differ in their seed alone, together."""
+    """Group cells that differ only in their seed."""
     groups: dict[CellAxes, list[FinishedCell]] = defaultdict(list)
     for cell in cells:
         groups[replace(cell.axes, seed=None)].append(cell)
@@ -222,9 +222,9 @@ def by_seed(cells: Sequence[FinishedCell]) -> list[list[FinishedCell]]:
 
 
 def flipped(cells: Sequence[FinishedCell], reference: FinishedCell, tasks: Sequence[str]) -> tuple[float, float] | None:
-    """Answers lost and won against the reference as shares of all documents, mean over cells and tasks.
+    """Return answers lost and won against the reference as shares of all documents, mean over cells and tasks.
 
-    None for tasks without right and wrong.
+    None for tasks without right and wrong answers.
     """
     shares = []
     for task in tasks:
@@ -239,13 +239,13 @@ def flipped(cells: Sequence[FinishedCell], reference: FinishedCell, tasks: Seque
 
 
 def parse_rate(cells: Sequence[FinishedCell], tasks: Sequence[str]) -> float:
-    """Share of answers that hold a box, mean over cells and tasks."""
+    """Return the share of answers that hold a box, mean over cells and tasks."""
     records = [_records(cell, task) for cell in cells for task in tasks]
     return float(np.mean([r.parsed[r.reported].mean() for r in records]))
 
 
 def one_reference(cells: Sequence[Placed]) -> Placed:
-    """The cell with the unquantized model.
+    """Return the cell with the unquantized model.
 
     Raises:
         ValueError: There is none, or more than one.
@@ -260,10 +260,10 @@ def one_reference(cells: Sequence[Placed]) -> Placed:
 
 
 def expect_places(cells: Sequence[Placed]) -> None:
-    """Refuse several cells at one place of the study, such as lists of tasks for processes of their own.
+    """Refuse several cells at one place of the study, such as task lists for separate processes.
 
     Raises:
-        ValueError: Names the place.
+        ValueError: Two cells have one place; names it.
     """
     (axes, count), *_ = Counter(cell.axes for cell in cells).most_common(1)
     if count > 1:
@@ -271,7 +271,7 @@ def expect_places(cells: Sequence[Placed]) -> None:
 
 
 def select(cells: Sequence[Placed], wanted: Mapping[str, Any]) -> list[Placed]:
-    """Cells whose axes have one of the values wanted of each."""
+    """Return the cells that have one of the wanted values on each axis."""
     return [cell for cell in cells if all(_is_in(getattr(cell.axes, axis), values) for axis, values in wanted.items())]
 
 

@@ -1,4 +1,4 @@
-"""Which cells of a study are finished, whatever code made them, and the analysis of no less than all of them."""
+"""Which cells of a study are finished, whatever code ran them, and an analysis that requires all of them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Coverage(NamedTuple):
 
     @property
     def partial(self) -> Partial | None:
-        """How many are finished and which are missing, the first few by name; None where all are finished."""
+        """Return the number of finished cells and the missing ones, the first few by name; None where all are finished."""
         if not self.missing:
             return None
-        # Their tasks are named where they tell them apart.
+        # Tasks are named where they distinguish the missing cells.
         by_tasks = len({cell.tasks for cell in self.missing}) > 1
         first = [f"{one.slug} ({', '.join(one.tasks)})" if by_tasks else one.slug for one in self.missing[:_NAMED]]
         more = f" and {len(self.missing) - _NAMED} more" if len(self.missing) > _NAMED else ""
@@ -48,13 +48,13 @@ class Coverage(NamedTuple):
 
 
 def coverage(folder: StudyFolder, planned: Sequence[Cell]) -> Coverage:
-    """Match finished cells to those planned by axes, tasks and limit, the newest where several answer to that.
+    """Match finished cells to planned ones by axes, tasks and limit; the newest counts where several match.
 
-    Not by key: code, data or versions may be others now than when the study was run.
+    Keys are not compared: code, data or versions may have changed since the study was run.
     """
     there: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for one in folder.finished():
-        # Another runner may put it aside at the same time.
+        # Another runner may move the cell away at the same time.
         with suppress(FileNotFoundError):
             moment = str(folder.done(one).get("finished", ""))
             there[place(folder.about(folder.done_path(one)))].append((moment, one))
@@ -69,9 +69,9 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
     """Make the analysis of a study that was run, and write it into its folder.
 
     Args:
-        folder: Of the study; which cells there have to be is said by the study file in it.
+        folder: Folder of the study; the study file in it says which cells are required.
         file: Study file whose analysis is made; None for the one in the folder.
-        partial: Whether cells may be missing; the verdict then begins with that.
+        partial: Whether cells may be missing; the verdict then states that first.
 
     Raises:
         FileNotFoundError: The folder holds no study file.

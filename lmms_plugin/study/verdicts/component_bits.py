@@ -26,13 +26,13 @@ def expect(question: ComponentBits, cells: Sequence[ExpectedCell]) -> None:
     """Refuse a study that will lack tasks or metrics of the question.
 
     Raises:
-        ValueError: Names what is missing.
+        ValueError: Something is missing; names it.
     """
     expect_metrics(question.metrics, question.tasks, [cell.tasks for cell in cells])
 
 
 def conclude(study: Path, question: ComponentBits, only: Collection[str] | None, workers: int) -> list[Conclusion]:
-    """Importances of the components for every model, method, task and metric; each is also drawn below `figures/`.
+    """Compute the importance of each component for every model, method, task and metric, and draw it below `figures/`.
 
     Raises:
         ValueError: There are no cells, or too few that differ in bits.

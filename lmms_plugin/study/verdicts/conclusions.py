@@ -1,4 +1,4 @@
-"""What an analysis is given and what it says."""
+"""Input and output types of an analysis."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Conclusion(NamedTuple):
-    """What a study says.
+    """Result of an analysis.
 
     Attributes:
-        title: The question.
-        sentences: The verdict, the most important sentence first.
-        findings: What it rests on, one by one.
-        tables: As {"title", "columns", "rows"}, all cells text.
-        notes: How the tables are to be read.
-        details: Everything in numbers.
+        title: Question of the study.
+        sentences: Verdict, the most important sentence first.
+        findings: Evidence for the verdict, one finding each.
+        tables: Tables as {"title", "columns", "rows"}, all cells text.
+        notes: Explanation of the tables.
+        details: All numbers.
     """
 
     title: str
@@ -26,11 +26,11 @@ class Conclusion(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Of how much of a study an analysis is, in words.
+    """Extent of a partial analysis, in words.
 
     Attributes:
-        finished: How many cells.
-        missing: Which are missing.
+        finished: Number of finished cells.
+        missing: Cells that are missing.
     """
 
     finished: str
@@ -45,15 +45,15 @@ class ExpectedCell(Protocol):
 
     @property
     def axes(self) -> Any:
-        """Where it stands in the study."""
+        """Place of the cell in the study."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Tasks and groups that it answers."""
+        """Tasks and groups that the cell answers."""
 
 
 def markdown(found: Conclusion) -> str:
-    """All of a conclusion but the numbers behind it, as Markdown."""
+    """Render a conclusion as Markdown, without the detailed numbers."""
     parts = [f"## {found.title}", ""]
     parts += [f"- {line}" for line in found.sentences]
     if found.findings:

@@ -1,4 +1,4 @@
-"""What a study's cells say together: method × shift, with intervals, equivalence bounds and a verdict in words.
+"""Analysis of method × shift, with intervals, equivalence bounds and a verdict in words.
 
 A study file asks for it:
 
@@ -12,10 +12,10 @@ A study file asks for it:
         data-free: {method: [rtn, hqq]}
       contrasts: [[zero-shot, data-free]]
 
-For every contrast and every number of bits, two things are asked of accuracy. *Under shift*: is the first arm right
+For every contrast and every number of bits, two questions are tested on accuracy. *Under shift*: is the first arm right
 more often on shifted data? *Interaction*: does it lose less from clean to shifted data, (shifted − clean) of the first
-arm − (shifted − clean) of the second? The first says which to use, the second whether it is robustness that makes the
-difference. p-values are adjusted by Holm over all contrasts and bits, for each of the two questions.
+arm − (shifted − clean) of the second? The first test says which arm to use, the second whether robustness explains the
+difference. p-values are adjusted by Holm over all contrasts and bits, separately for the two questions.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ from lmms_plugin.study.verdicts.arms import (
 from lmms_plugin.study.verdicts.conclusions import ExpectedCell
 
 BROKEN = 0.5
-"""An arm is broken where it keeps less than this share of the unquantized model's clean accuracy."""
+"""An arm is broken if it keeps less than this share of the unquantized model's clean accuracy."""
 
 
 class Contrast(NamedTuple):
     """Two arms at the same bits.
 
     Attributes:
-        first: The arm in question.
-        second: The arm it is compared with.
+        first: Arm in question.
+        second: Arm it is compared with.
         bits: Bits per weight of both.
         clean: First − second on clean data.
-        under_shift: The same on shifted data, mean over shifted tasks.
-        interaction: under_shift − clean: what the first keeps more from clean to shifted data.
+        under_shift: First − second on shifted data, mean over shifted tasks.
+        interaction: under_shift − clean: how much less the first loses from clean to shifted data.
         by_severity: Severity → interaction with the shifted tasks of that severity.
         retained: Difference of shifted ÷ clean accuracy.
-        p_under_shift: p of `under_shift`, adjusted by Holm over all contrasts.
-        p_interaction: p of `interaction`, adjusted by Holm over all contrasts.
+        p_under_shift: p-value of `under_shift`, adjusted by Holm over all contrasts.
+        p_interaction: p-value of `interaction`, adjusted by Holm over all contrasts.
         calibration_error: Interaction of ECE; above 0 where the first becomes less calibrated under shift.
         broken: Arms that keep less than half of the unquantized model's clean accuracy.
     """
@@ -87,10 +87,10 @@ class ContrastRow(NamedTuple):
     """One method with one source of calibration data at one number of bits, mean over seeds.
 
     Attributes:
-        method: Backend.
-        calibration: Source of its calibration data; None where it takes none.
-        bits: Per weight, 16 for the unquantized model; None where there is no one number.
-        seeds: How many cells.
+        method: Quantization backend.
+        calibration: Source of calibration data; None for methods without calibration.
+        bits: Bits per weight, 16 for the unquantized model; None where there is no single number.
+        seeds: Number of cells.
         clean: Accuracy on clean data.
         shifted: Accuracy on shifted data, mean over tasks.
         spread: Standard deviation of `shifted` between seeds; NaN for one seed.
@@ -119,15 +119,15 @@ class ContrastRow(NamedTuple):
 
 
 class Analysis(NamedTuple):
-    """Everything found for one model.
+    """All findings for one model.
 
     Attributes:
-        model: What `pretrained` says.
-        question: What was asked.
+        model: Value of `pretrained`.
+        question: Question of the study.
         contrasts: Arms compared.
         rows: Every method and source of calibration data.
-        documents: Task → documents.
-        images: Images they belong to.
+        documents: Task → number of documents.
+        images: Number of images they belong to.
         limit: Documents per task that the runs were limited to; None for all.
     """
 
@@ -163,7 +163,7 @@ def expect(question: MethodByShift, cells: Sequence[ExpectedCell]) -> None:
 
 
 def _expect_values(question: MethodByShift, cells: Sequence[ExpectedCell]) -> None:
-    """Refuse values of an arm that no cell has: it would be another arm than its author thinks."""
+    """Refuse values of an arm that no cell has: the arm would differ from what its author intends."""
     for name, wanted in question.arms.items():
         for axis, values in wanted.items():
             there = {getattr(cell.axes, axis) for cell in cells}
@@ -231,7 +231,7 @@ def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: Metho
 
 
 def _bits(cells: Sequence[Placed], arm: str) -> set[int]:
-    """Bits of an arm's cells, at which it is compared with another one."""
+    """Return the bits of an arm's cells, at which it can be compared with another arm."""
     if without := [cell.axes for cell in cells if cell.axes.bits is None]:
         one = without[0]
         told = one.method if one.components is None else f"{one.method} of {one.components}"

@@ -1,8 +1,7 @@
-"""What answers a study file's question: checked before anything runs, written when everything has run.
+"""Dispatch of a study file's question to its analysis: checked before anything runs, written when all has run.
 
-The question's kind says which: `method_by_shift` (`lmms_plugin.study.verdicts.contrasts`), `against_reference` (every
-cell against the unquantized model, with published numbers beside) or `components` (which component's bits decide a
-score).
+The kinds of question are `method_by_shift` (`lmms_plugin.study.verdicts.contrasts`), `against_reference` (every cell
+against the unquantized model, with published numbers beside) and `components` (which component's bits decide a score).
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from lmms_plugin.utils.plain_json import plain
 
 
 class Answered(NamedTuple):
-    """How questions of one kind are answered.
+    """Functions that answer one kind of question.
 
     Attributes:
-        conclude: Study's folder, question, ids of the cells that count (None for all), threads → what the study says;
-            raises ValueError.
-        expect: Question, cells that will run → ValueError where some that it needs are not among them.
+        conclude: Function of the study's folder, question, ids of the cells that count (None for all) and number of
+            threads that returns conclusions; raises ValueError.
+        expect: Function of question and cells to run that raises ValueError if some required cells are not among them.
     """
 
     conclude: Callable[[Path, Any, Collection[str] | None, int], list[Conclusion]]
@@ -44,10 +43,10 @@ _ANSWERED: Mapping[type[questions.Question], Answered] = MappingProxyType(
 
 
 def expect(asked: Mapping[str, Any], cells: Sequence[ExpectedCell]) -> None:
-    """Refuse an analysis for which a study, when all of it has run, would lack cells or tasks.
+    """Refuse an analysis for which the complete study would lack cells or tasks.
 
     Raises:
-        ValueError: Says what is missing.
+        ValueError: Something is missing; names it.
     """
     question = questions.question(asked)
     _ANSWERED[type(question)].expect(question, cells)
@@ -64,14 +63,14 @@ def conclude(
     """Analyse a study's finished cells and write `verdict.json` and `verdict.md` into its folder.
 
     Args:
-        study: Its folder.
-        asked: The `analysis` of the study file.
+        study: Folder of the study.
+        asked: `analysis` of the study file.
         only: Ids of the cells that count; None for all in the folder.
-        workers: Threads.
-        partial: What is missing of the study; None where nothing is.
+        workers: Number of threads.
+        partial: Extent of a partial analysis; None if no cell is missing.
 
     Raises:
-        ValueError: The analysis is not as it has to be, or cells that it needs are missing.
+        ValueError: The analysis is invalid, or cells that it needs are missing.
     """
     question = questions.question(asked)
     found = _ANSWERED[type(question)].conclude(study, question, only, workers)
@@ -90,7 +89,7 @@ def conclude(
 
 
 def withdraw(study: Path) -> None:
-    """Remove the verdict of a study whose cells will not be those that it is about."""
+    """Remove the verdict of a study whose set of cells is about to change."""
     for name in (VERDICT, VERDICT_IN_WORDS):
         (study / name).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Numbers that papers report, for printing beside a study's own where it runs the same model."""
+"""Numbers from papers, printed beside a study's own where it runs the same model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Published(NamedTuple):
     """A published number.
 
     Attributes:
-        value: The number, a share where it was given in percent.
-        source: Where from, and what is known of how it was made.
+        value: Value; a share where the source gives percent.
+        source: Source, and what is known of how the number was measured.
     """
 
     value: float
@@ -27,7 +27,7 @@ class Importances(NamedTuple):
 
     Attributes:
         shares: Component → percent of the score's variation; a component the model lacks is left out.
-        source: Where from.
+        source: Source of the importances.
     """
 
     shares: Mapping[str, float]
@@ -37,15 +37,15 @@ class Importances(NamedTuple):
 def score(
     model: str, task: str, method: str, bits: int | None, metric: str, components: str | None = None
 ) -> Published | None:
-    """What was published of a metric; None where nothing was.
+    """Return the published value of a metric; None if there is none.
 
     Args:
-        model: What `pretrained` says.
+        model: Value of `pretrained`.
         task: Name of the task.
-        method: Backend.
-        bits: Per weight; 16 or None without quantization.
-        metric: As in lmms-eval's table.
-        components: What is quantized; asked only where the source says what it quantized.
+        method: Quantization backend.
+        bits: Bits per weight; 16 or None without quantization.
+        metric: Metric as in lmms-eval's table.
+        components: Quantized components; matters only where the source says what it quantized.
     """
     for table in _tables()["scores"]:
         if not _same(table, model, task) or metric not in table["columns"]:
@@ -60,7 +60,7 @@ def score(
 
 
 def importances(model: str, task: str, method: str) -> Importances | None:
-    """What was published about a model's components; None where nothing was. Arguments as of `score`."""
+    """Return the published importances of a model's components; None if there are none. Arguments as of `score`."""
     for table in _tables()["importances"]:
         for row in table["rows"]:
             if _same(row, model, task) and row["method"] == method:

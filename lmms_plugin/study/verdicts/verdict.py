@@ -1,4 +1,4 @@
-"""An analysis in words and tables: what was shown, what was shown to make no difference, and what was not shown."""
+"""An analysis in words and tables: differences that were shown, equivalences that were shown, and open questions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NOT_JUDGED = "not judged (broken)"
 
 
 class Words(NamedTuple):
-    """How the findings about one number are told; `{by}` is the difference, `{within}` the margin.
+    """Wording of the findings about one number; `{by}` is the difference, `{within}` the margin.
 
     Attributes:
-        shown: The first arm has more.
-        reverse: It has less.
-        equivalent: The difference lies within the margin.
-        open: Neither a difference nor its absence was shown.
+        shown: Wording where the first arm has more.
+        reverse: Wording where it has less.
+        equivalent: Wording where the difference lies within the margin.
+        open: Wording where neither a difference nor its absence was shown.
     """
 
     shown: str
@@ -62,9 +62,9 @@ LOST = {
 
 
 def finding(difference: Difference, p: float, level: float) -> str:
-    """What a test shows: a difference (adjusted p), its absence (equivalence), or neither.
+    """Return what a test shows: a difference (adjusted p), its absence (equivalence), or neither.
 
-    A difference that is significant and yet lies within the margin is too small to count: no difference.
+    A significant difference within the margin is too small to count: it is reported as no difference.
     """
     if difference.equivalent:
         return EQUIVALENT
@@ -93,17 +93,17 @@ def conclude(study: Path, question: MethodByShift, only: Collection[str] | None,
 
 
 def sentences(found: Analysis) -> list[str]:
-    """The verdict: for each pair of arms who is right more often under shift, what explains it, and of what data."""
+    """Return the verdict: for each pair of arms, which is right more often under shift, why, and on what data."""
     return [*_answers(found), _scope(found)]
 
 
 def findings(found: Analysis) -> list[str]:
-    """What the verdict rests on, contrast by contrast."""
+    """Return the findings behind the verdict, contrast by contrast."""
     return [f"{one.bits} bits: {_told(one, found)}.{_warning(one, found)}" for one in found.contrasts]
 
 
 def tables(found: Analysis) -> list[dict[str, Any]]:
-    """Tables as {"title", "columns", "rows"}, all cells text."""
+    """Return tables as {"title", "columns", "rows"}, all cells text."""
     severities = sorted({severity for one in found.contrasts for severity in one.by_severity})
     return [
         {
@@ -147,7 +147,7 @@ def tables(found: Analysis) -> list[dict[str, Any]]:
 
 
 def legend(question: MethodByShift) -> str:
-    """How the tables are to be read."""
+    """Return the explanation of the tables."""
     return (
         "Differences in points of accuracy, first arm less second, with"
         f" {100 * question.level:g} % intervals. Interaction: what the first keeps more from clean to shifted"
@@ -160,9 +160,9 @@ def legend(question: MethodByShift) -> str:
 
 
 def _answers(found: Analysis) -> list[str]:
-    """For each pair one line: accuracy under shift first, at which bits; then what is lost from clean to shifted data.
+    """Return one line for each pair: accuracy under shift first, with its bits, then the loss from clean to shifted data.
 
-    What is lost says nothing where an arm is broken: it is not told there.
+    The loss is left out where an arm is broken, since it means nothing there.
     """
     lines = []
     for pair in found.question.contrasts:
@@ -190,7 +190,7 @@ def _at(
     words: Mapping[str, str],
     found: Analysis,
 ) -> str:
-    """Each finding in words with the bits at which it was made."""
+    """Return each finding in words with the bits at which it was made."""
     told = []
     for kind, said in words.items():
         same = [f"{one.bits} bits" for one in contrasts if judge(one, found) == kind]
