@@ -81,8 +81,8 @@ class ModelArguments:
     """Arguments that a user can set with `--model_args name=value,...`.
 
     Attributes:
-        pretrained: Id on the Hugging Face hub, path of a checkpoint folder, or `demo` for the embedded checkpoint. An id
-            that is neither on the hub nor in the cache is refused after one request.
+        pretrained: Id on the Hugging Face hub, path of a checkpoint folder, or `demo` for the embedded checkpoint. An
+            id that is neither on the hub nor in the cache is refused after one request.
         bits: bits per weight of the language model, 2 to 8; 16 for untouched.
         group_size: Columns of a weight that share a scale; -1 for a whole row.
         vision_bits: Bits per weight of the vision tower.
@@ -109,14 +109,14 @@ class ModelArguments:
         max_num_frames: Number of frames of a video that the model sees, evenly spaced.
         report: JSON file for the quantization report of every layer.
         save_quantized: New folder for the quantized checkpoint, which `quant_prequantized` loads.
-        features: Folder for the features that a learned confidence is trained on (see `lmms_plugin.selector.features`);
-            one per model.
-        feature_layer: Layer whose hidden states are the features: -1 for the last, k for the input of layer k; by default
-            the selector's layer or the last.
+        features: Folder for the features that a learned confidence is trained on (see
+            `lmms_plugin.selector.features`); one per model.
+        feature_layer: Layer whose hidden states are the features: -1 for the last, k for the input of layer k; by
+            default the selector's layer or the last.
         selector: File of a learned confidence (see `lmms_plugin.selector.network`).
         selector_transfer: Whether the selector may have been trained for another model or quantization.
-        samples: Number of additional answers sampled for each question whose task asks for confidence (boxes, VQA), used
-            by the agreement estimators; 0 for none.
+        samples: Number of additional answers sampled for each question whose task asks for confidence (boxes, VQA),
+            used by the agreement estimators; 0 for none.
         sample_temperature: Temperature of that sampling.
         verbalised: Whether a second turn asks the model how sure it is of such an answer.
         system_prompt: System message, or a file that holds it.
@@ -127,8 +127,8 @@ class ModelArguments:
         batch_size: Images answered together (requests, where there is no image), with all questions about each of them;
             `auto` for as many as fit.
         share_prefix: Whether questions about one image share one encoding of it.
-        static_cache: Whether the key-value cache has a fixed size, with which transformers compiles decoding on a GPU; it
-            excludes shared prefixes and takes minutes before the first answer.
+        static_cache: Whether the key-value cache has a fixed size, with which transformers compiles decoding on a GPU;
+            it excludes shared prefixes and takes minutes before the first answer.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         use_safetensors: Whether weights must be stored as safetensors.
         options: Options of the quantization backend, each given as an argument of its own.
@@ -222,7 +222,7 @@ class ModelArguments:
                 `lmms_plugin.quant_backends.option_types`).
 
         Raises:
-            ValueError: An argument is unknown (the message names the nearest and lists all), or a value has the wrong type.
+            ValueError: An argument is unknown (names the nearest and lists all), or a value has the wrong type.
         """
         kind = _options(tuple((option_types or {}).items()))
         own = [one.name for one in fields(cls) if one.name != "options"]
@@ -294,7 +294,8 @@ class ModelArguments:
 def read_arguments(text: str) -> dict[str, Any]:
     """Parse `name=value,name=value,...` as a user writes it.
 
-    Commas within quotes and brackets do not separate arguments. Values that look like numbers or truth values become such.
+    Commas within quotes and brackets do not separate arguments. Values that look like numbers or truth values are
+    converted.
 
     Raises:
         ValueError: A part has no `=`, an unclosed quote or bracket swallows further parts, or a name is given twice (of

@@ -27,9 +27,9 @@ _COMMANDS = ("lmms-eval", "lmms_eval")
 def ends_the_command(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """End lmms-eval's command on an error within; a caller of lmms-eval from Python gets the exception itself.
 
-    The command, too, raises the exception if several evaluations are configured, since others may succeed, or if it shows
-    everything (`--verbosity DEBUG`). On a thread other than the main one, the waiting caller gets it, since only the main
-    thread ends the process.
+    The command, too, raises the exception if several evaluations are configured, since others may succeed, or if it
+    shows everything (`--verbosity DEBUG`). On a thread other than the main one, the waiting caller gets it, since only
+    the main thread ends the process.
 
     Args:
         kinds: Exceptions that end the command.
@@ -49,7 +49,7 @@ def ends_the_command(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterat
 
 
 def _close_bars() -> None:
-    """End every progress bar now: each is drawn once more when it ends, which would otherwise be below the last line."""
+    """End every progress bar now: each is drawn once more when it ends, which would be below the last line."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 

@@ -52,7 +52,7 @@ def manifests() -> "list[ModelManifest]":
 
 
 def _manifest(make: "type[ModelManifest]", backend: str) -> "ModelManifest":
-    """Return a manifest with the chat class and the simple one for `--force_simple`, which multiple-choice tasks need."""
+    """Return a manifest with the chat class, and the one for `--force_simple`, which multiple-choice tasks need."""
     path = f"lmms_plugin.vlm.wrapper.{class_name(backend)}"
     return make(model_id=model_name(backend), chat_class_path=path, simple_class_path=f"{path}Simple")
 

@@ -1,1 +1,1 @@
-"""Logs of runs as columns of numbers, and what is measured of them with intervals; no model, no page, no terminal."""
+"""Logs of runs as columns of numbers, and metrics with intervals from them; needs no model and no terminal."""

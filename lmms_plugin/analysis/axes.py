@@ -1,4 +1,4 @@
-"""Where a run stands in a study: model, method, bits, group size, components, calibration, seed."""
+"""Place of a run in a study: model, method, bits, group size, components, calibration, seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmms_plugin.utils.reading import accounts
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
-"""What the model is called that is compared with: it ran in 16 or in 32 bits, whatever its `dtype` said."""
+"""Label of the reference model, which ran in 16 or 32 bits, whatever its `dtype` said."""
 _DENSE, _READY = model_name("none"), model_name("prequantized")
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
 _ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit")
@@ -31,16 +31,16 @@ _NO_OPTIONS = frozenset(
 
 
 class Config(NamedTuple):
-    """What runs of one line of a table have in common: everything but the seed.
+    """Configuration that runs of one table row share: everything but the seed.
 
     Attributes:
         model: Checkpoint.
-        method: Quantizer, `none` for the unquantized model; another package's model goes by its name.
-        bits: Nominal bits per weight; None where unknown.
-        group_size: Columns that share a scale; None where that does not apply.
-        components: What is quantized, "" for nothing.
+        method: Quantizer, `none` for the unquantized model; for another package's model, the model's name.
+        bits: Nominal bits per weight; None if unknown.
+        group_size: Columns that share a scale; None where not applicable.
+        components: Quantized components; "" for none.
         calibration: Source of calibration inputs; "" where none is named.
-        options: Other arguments that matter, as `name=value`, sorted.
+        options: Other relevant arguments, as `name=value`, sorted.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Config(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether this is the model that quantized ones are compared with."""
+        """Whether this is the unquantized reference model."""
         return self.method == "none"
 
     @property
@@ -63,7 +63,7 @@ class Config(NamedTuple):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Everything else that is set."""
+        """All other settings."""
         group = f"group {self.group_size}" if self.group_size is not None else ""
         components = "" if self.components in ("", "language") else self.components
         calibration = f"calibration {self.calibration}" if self.calibration else ""
@@ -71,11 +71,11 @@ class Config(NamedTuple):
 
     @property
     def asked(self) -> frozenset[str]:
-        """Options that change what the model is asked or shown: answers to other questions are never compared."""
+        """Options that change what the model is asked or shown; answers to different questions are never compared."""
         return frozenset(option for option in self.options if option.partition("=")[0] in _ASKED)
 
     def nearest(self, others: Iterable[Config]) -> Config | None:
-        """The one of the same model that was asked the same and is set most alike otherwise; None if there is none."""
+        """Return the most similar configuration of the same model with the same questions; None if there is none."""
         alike = [other for other in others if (other.model, other.asked) == (self.model, self.asked)]
         own = set(self.options)
         return min(alike, key=lambda other: (len(own ^ set(other.options)), other.options), default=None)
@@ -83,17 +83,17 @@ class Config(NamedTuple):
 
 @dataclass(frozen=True)
 class RunAxes:
-    """Where one run stands.
+    """Place of one run.
 
     Attributes:
-        config: All but the seed.
-        checkpoint: What was loaded; the model's name in a study need not tell.
-        ready: Whether the checkpoint came quantized.
+        config: Configuration without the seed.
+        checkpoint: Checkpoint that was loaded; the model's name in a study may not identify it.
+        ready: Whether the checkpoint was quantized before the run.
         seed: Seed of calibration; None where there is none.
         cell: Id of the study's cell; "" outside of a study.
         folder: Folder with the cell's files, or of the results file.
-        command: The command that made the run, if the cell tells; else empty.
-        versions: Package → version, as far as told.
+        command: Command of the run, if the cell logs it; else empty.
+        versions: Package → version, as far as logged.
     """
 
     config: Config
@@ -107,10 +107,10 @@ class RunAxes:
 
 
 def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
-    """The axes of a results file: from the `cell.json` above it, else from model and arguments.
+    """Return the axes of a results file, from the `cell.json` above it, else from model and arguments.
 
     Raises:
-        ValueError: If `cell.json` is damaged.
+        ValueError: `cell.json` is damaged.
     """
     config = results.get("config") or {}
     model = str(config.get("model", ""))
@@ -131,7 +131,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
     cell_args = cell.get("model_args") or {}
     own = Config(
         str(axes["model"]),
-        # A study may call the unquantized model as it likes.
+        # A study may give the unquantized model any name.
         "none" if cell.get("model") == _DENSE else str(axes["method"]),
         axes.get("bits"),
         axes.get("group_size"),
@@ -148,7 +148,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
 
 
 def told_apart(found: Sequence[RunAxes]) -> list[RunAxes]:
-    """The same, with the checkpoint named wherever one name stands for several of them."""
+    """Return the same axes, with the checkpoint named wherever one name stands for several checkpoints."""
     of: dict[tuple[str, str], set[str]] = {}
     for one in found:
         of.setdefault(_named(one), set()).add(one.checkpoint)
@@ -156,7 +156,7 @@ def told_apart(found: Sequence[RunAxes]) -> list[RunAxes]:
 
 
 def _named(one: RunAxes) -> tuple[str, str]:
-    # A checkpoint that is quantized already is never that of the unquantized model.
+    # A checkpoint that is already quantized never belongs to the unquantized model.
     return one.config.model, one.config.method if one.ready else ""
 
 
@@ -168,14 +168,14 @@ def _with_checkpoint(one: RunAxes) -> Config:
 
 
 def _limited(config: Config, limit: float | None) -> Config:
-    """A run of the first documents only is never put together with a whole one."""
+    """Mark a run of the first documents only, so that it is never combined with a complete one."""
     if limit is None:
         return config
     return config._replace(options=(*config.options, f"limit={limit:g}"))
 
 
 def _cell_folder(file: Path, root: Path) -> Path | None:
-    # A single results file may be named: its cell then lies above what was asked for.
+    # If a single results file is named, its cell is above the given path.
     top = root.parent.parent if root.is_file() else root
     for folder in file.parents:
         if (folder / CELL).is_file():
@@ -207,7 +207,7 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
 
 
 def _default_bits(method: str) -> int | None:
-    # Asked only where a run did not say: a backend imports torch.
+    # Imported only if the run did not log it: a backend imports torch.
     return get(method).default_bits if method in names() else None
 
 

@@ -1,9 +1,9 @@
-"""Logs of samples as columns, without parsing the rest of their rows.
+"""Fast reader of logs of samples into columns, without parsing the rest of their rows.
 
-A row of a log holds prompt, answer, probabilities and one copy of the confidence per metric; what counts is one object
-in the middle. That object is cut out of the line and pyarrow parses nothing else, which takes a twentieth of the time
-of parsing rows. Whatever is not exactly as lmms-eval and our tasks write it is left to `lmms_plugin.analysis.logs`,
-which parses row by row, and says what is wrong if anything is.
+A row of a log holds prompt, answer, probabilities and one copy of the confidence per metric; only one object in the
+middle is needed. It is cut out of the line, and pyarrow parses nothing else, which takes a twentieth of the time of
+parsing rows. Any log that is not exactly as lmms-eval and our tasks write it is left to `lmms_plugin.analysis.logs`,
+which parses row by row and reports errors.
 """
 
 import json
@@ -32,27 +32,27 @@ from lmms_plugin.analysis.records import (
 
 _ROWS_AT_ONCE = 20_000
 _NUMBER = b'{"doc_id": '
-"""How lmms-eval begins a row."""
+"""Beginning of a row, as lmms-eval writes it."""
 
 Wanted = Callable[[TaskKind], Collection[str]]
-"""Which estimators of a kind of task are read."""
+"""Kind of task → estimators to read."""
 
 
 class UnusualLogError(ValueError):
-    """A log that only parsing row by row may judge."""
+    """A log that only the row-by-row parser can judge."""
 
 
 def read(task: str, config: Mapping[str, Any], log: Path, wanted: Wanted | None) -> TaskRecords:
-    """The answers of one task of a run.
+    """Read the answers of one task of a run.
 
     Args:
         task: Name of the task.
-        config: Its configuration in the results file.
-        log: Its log of samples.
+        config: Configuration of the task in the results file.
+        log: Log of samples.
         wanted: Estimators to read; None for all.
 
     Raises:
-        UnusualLogError: If the log is not exactly as our tasks write it.
+        UnusualLogError: The log is not exactly as our tasks write it.
     """
     if not log.exists():
         raise UnusualLogError(f"no log {log}")
@@ -100,20 +100,20 @@ def _schema(kind: TaskKind, record: Mapping[str, Any], estimators: Sequence[str]
 def _table(
     lines: Iterator[bytes], kind: TaskKind, first: Mapping[str, Any], schema: pa.Schema, log: Path, some: bool
 ) -> tuple[pa.Table, npt.NDArray[np.int64]]:
-    """The records of all lines, cut out between the key before them and the key that follows in the first row.
+    """Return the records of all lines and their document numbers.
 
-    With them the numbers of the documents.
+    A record is cut out between the key before it and the key that follows it in the first row.
     """
     keys = list(first)
     place = keys.index(kind.record)
     if place + 1 == len(keys) or keys[0] != "doc_id":
         raise UnusualLogError(f"{log}: the record ends the row, or its number does not begin it")
-    # Inside a JSON string every quotation mark is escaped, so that these bytes stand for keys and nothing else.
+    # Every quotation mark inside a JSON string is escaped, so these bytes occur only as keys.
     start = f'"{kind.record}": {{'.encode()
     stop = f'}}, "{keys[place + 1]}": '.encode()
     skip = len(start) - 1
     estimators = [field.name for field in schema.field("confidence").type] if "confidence" in schema.names else []
-    # All of them are there to be read, whatever the first row holds.
+    # All estimators are read, whatever the first row holds.
     wanted = [f'"{name}": '.encode() for name in estimators] if some else []
     told = bool(estimators)
     tables, found, numbers = [], [], []
@@ -123,7 +123,7 @@ def _table(
         if begin < 0 or end < 0 or not line.startswith(_NUMBER) or line[-2:] != b"}\n":
             raise UnusualLogError(f"{log}: a row without {kind.record}")
         record = line[begin + skip : end + 1]
-        # Some rows with confidences and others without: no row may drop out unsaid.
+        # Some rows have confidences and others do not: no row may be dropped silently.
         if told != (_CONFIDENCE in record) or _NOTHING in record:
             raise UnusualLogError(f"{log}: answers with and without confidence")
         numbers.append(int(line[len(_NUMBER) : line.index(b",", len(_NUMBER))]))
@@ -147,7 +147,7 @@ _NOTHING = b'"confidence": {}'
 
 
 def _some_confidences(record: bytes, keys: Sequence[bytes]) -> bytes:
-    """A record with one confidence of a dozen, which halves what is to be parsed; as it is where that is not there."""
+    """Return a record with only the wanted confidences, which halves what is parsed; unchanged if one is missing."""
     start = record.find(_CONFIDENCE)
     end = record.find(b"}", start)
     kept = []
@@ -216,7 +216,7 @@ def _confidence(table: pa.Table, log: Path) -> dict[str, Floats]:
 
 
 def _fractions(column: pa.ChunkedArray | pa.Array, log: Path) -> Floats:
-    """Numbers in [0, 1], NaN for null."""
+    """Return numbers in [0, 1], NaN for null."""
     values = _whole(column).to_numpy(zero_copy_only=False)
     array: Floats = np.asarray(values, np.float64)
     bad = ~((array >= 0.0) & (array <= 1.0))
@@ -234,7 +234,7 @@ def _texts(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.str_]:
 
 
 def _coded(images: pa.ChunkedArray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.str_]]:
-    """As `lmms_plugin.analysis.records.coded`, of texts each of which is compared once."""
+    """Encode texts as `lmms_plugin.analysis.records.coded` does, comparing each distinct text once."""
     encoded = _whole(images).dictionary_encode()
     rank, names = coded(_texts(encoded.dictionary))
     return rank[encoded.indices.to_numpy()], names

@@ -1,4 +1,4 @@
-"""Two runs on the same documents: what changed, with paired intervals over images, and what that shows.
+"""Comparison of two runs on the same documents, with intervals paired by image.
 
 Images are drawn once for both runs and for all shifts of a split, so differences, and differences of differences, are
 paired image by image.
@@ -37,18 +37,18 @@ INTERACTIONS = ("accuracy", "ece", "aurc", "coverage@0.01")
 
 
 class Change(NamedTuple):
-    """One metric of one task in both runs.
+    """Change of one metric of one task between two runs.
 
     Attributes:
         task: Name of the task.
         metric: Name of the metric.
-        first: Its value in the first run.
-        second: Its value in the second run, on the same records.
+        first: Value in the first run.
+        second: Value in the second run, on the same records.
         difference: Second − first with interval, p-value and equivalence.
-        p_holm: The p-value adjusted for all tasks of this metric (family-wise error rate).
-        p_bh: The same by Benjamini and Hochberg (false discovery rate).
-        records: On how many records.
-        images: Of how many images.
+        p_holm: p-value adjusted by Holm over all tasks of this metric (family-wise error rate).
+        p_bh: p-value adjusted by Benjamini and Hochberg (false discovery rate).
+        records: Number of records.
+        images: Number of images.
     """
 
     task: str
@@ -63,14 +63,14 @@ class Change(NamedTuple):
 
 
 class Flipped(NamedTuple):
-    """Answers that changed sides; absent for soft outcomes.
+    """Flipped answers of one task; absent for soft outcomes.
 
     Attributes:
         task: Name of the task.
-        lost: Right in the first run, wrong in the second.
-        won: Wrong in the first run, right in the second.
-        p: Exact McNemar test, which takes records for independent.
-        records: Of how many records.
+        lost: Number right in the first run and wrong in the second.
+        won: Number wrong in the first run and right in the second.
+        p: p-value of the exact McNemar test, which treats records as independent.
+        records: Number of records.
     """
 
     task: str
@@ -81,12 +81,12 @@ class Flipped(NamedTuple):
 
 
 class Shifted(NamedTuple):
-    """Does the second run lose more under shift than the first?
+    """Interaction of run and shift: whether the second run loses more under shift than the first.
 
     Attributes:
-        task: The clean task, and what is shifted unless that is the image.
+        task: Clean task, and what is shifted unless that is the image.
         metric: Name of the metric.
-        cells: Over how many shifted tasks the mean is taken.
+        cells: Number of shifted tasks that the mean is taken over.
         interaction: (shifted − clean) of the second run − (shifted − clean) of the first.
     """
 
@@ -97,16 +97,16 @@ class Shifted(NamedTuple):
 
 
 class CorruptionErrors(NamedTuple):
-    """Errors of the second run under shift ÷ those of the first, mean over shifts.
+    """Errors of the second run under shift ÷ errors of the first, mean over shifts.
 
     Attributes:
-        task: The clean task.
-        shifts: Over how many shifts the mean is taken.
-        severities: At which severities.
-        error_ratio: 1 where both make as many errors.
-        added_error_ratio: The same of the errors beyond those on clean data.
-        error_ratio_interval: Interval of the first over images, both ends NaN where there is none.
-        added_error_ratio_interval: Of the second.
+        task: Clean task.
+        shifts: Number of shifts that the mean is taken over.
+        severities: Severities that the mean is taken over.
+        error_ratio: Ratio of errors; 1 where both runs make equally many.
+        added_error_ratio: Ratio of the errors beyond those on clean data.
+        error_ratio_interval: Interval of `error_ratio` over images, both ends NaN where there is none.
+        added_error_ratio_interval: Interval of `added_error_ratio`.
     """
 
     task: str
@@ -119,7 +119,7 @@ class CorruptionErrors(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Everything `compare` finds."""
+    """All results of `compare`."""
 
     changes: list[Change]
     flips: list[Flipped]
@@ -133,13 +133,13 @@ def compare(
     """Compare two runs, task by task.
 
     Args:
-        first: The run to compare with, usually the unquantized model.
-        second: The run in question.
+        first: Reference run, usually the unquantized model.
+        second: Run in question.
         settings: Estimator, resamples, seed and level.
-        margin: Largest difference, either way, that counts as none, for equivalence; None to leave that out.
+        margin: Equivalence margin: largest absolute difference that counts as none; None for no test of equivalence.
 
     Raises:
-        ValueError: If the runs have different tasks or documents, none of ours, or a split has fewer than 2 images.
+        ValueError: The runs differ in tasks or documents, have no task of ours, or a split has fewer than 2 images.
     """
     if set(first.tasks) != set(second.tasks) or not first.tasks:
         only = [", ".join(sorted(set(a.tasks) - set(b.tasks))) or "none" for a, b in ((first, second), (second, first))]
@@ -175,7 +175,7 @@ def _family(
         statistics, names.size, resamples=settings.resamples, seed=settings.seed, workers=settings.workers
     )
     halves = {}
-    # Of each task: means, calibration and selective prediction of the first run, then the same of the second.
+    # Per task: means, calibration and selective prediction of the first run, then the same of the second.
     for k, (records, known, images) in enumerate(parts):
         first, second = _joined(drawn[6 * k : 6 * k + 3]), _joined(drawn[6 * k + 3 : 6 * k + 6])
         halves[records.task] = first, second
@@ -187,7 +187,7 @@ def _family(
 
 
 def _on_the_same_documents(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
-    """The clean tasks and those shifted ones that ask all their documents: language shifts leave some out."""
+    """Return the clean tasks and the shifted ones with the same documents; language shifts leave some documents out."""
     clean = [records for records in tasks if records.place.shift is None]
     ids = [records.ids for records in clean]
     return clean + [r for r in tasks if r.place.shift is not None and any(np.array_equal(r.ids, i) for i in ids)]
@@ -196,7 +196,7 @@ def _on_the_same_documents(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
 def _both(
     one: TaskRecords, other: TaskRecords, names: np.ndarray, settings: MeasurementSettings
 ) -> tuple[list[Statistic], int, int]:
-    """Statistics of both runs on the records that count; those of confidence where both runs have one."""
+    """Return statistics of both runs on the reported records; those of confidence where both runs have one."""
     keep = one.reported
     clusters = Clusters(np.searchsorted(names, one.images[keep]), names.size)
     confidences = [records.confidence_by(settings.estimator)[keep] for records in (one, other)]
@@ -218,14 +218,14 @@ def _both(
 
 
 def compared(kind: TaskKind) -> tuple[str, ...]:
-    """What is compared of a kind of task."""
+    """Return the metrics that are compared for a kind of task."""
     if kind is REJECTION:
         return (BOXES, *REJECTED)
     return (*(MEANS if kind.right is not None else MEANS[:1]), *BINNED, *RANKED)
 
 
 class _Missing:
-    """Numbers that cannot be computed, as a statistic: NaN on every resample."""
+    """Statistic of numbers that cannot be computed: NaN on every resample."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -298,7 +298,7 @@ def _corruption_errors(
         first, second = (as_table({cell: pair[run][k] for cell, pair in cells.items()}) for run in (0, 1))
         relative = robustness.relative_mean_corruption_error(second, at_clean[1][k], first, at_clean[0][k])
         both.append((robustness.mean_corruption_error(second, first), relative))
-    # The first is of the data. Where a resample has a reference without errors it says nothing of how many there are.
+    # The first entry is the data. A resample whose reference has no errors gives no ratio.
     values, resampled = np.array(both[0]), np.where(np.isfinite(both[1:]), both[1:], np.nan)
     intervals = [interval(float(value), draws, level=level) for value, draws in zip(values, resampled.T, strict=True)]
     shifts, severities = {shift for shift, _ in cells}, {severity for _, severity in cells}
@@ -308,7 +308,7 @@ def _corruption_errors(
 
 
 def _errors(draws: Draws) -> npt.NDArray[np.float64]:
-    """Share of wrong answers on the data and on every resample, shape (1 + resamples,)."""
+    """Return the share of wrong answers on the data and on every resample, shape (1 + resamples,)."""
     value, resampled = draws.of("accuracy")
     return 1.0 - np.concatenate(([value], resampled))
 

@@ -1,10 +1,10 @@
-"""Which component's bits decide a score: from a grid of runs to the importance of vision, connector and language.
+"""Component importance: from a grid of runs to the importance of the bits of vision, connector and language.
 
-The method of Das et al. (arXiv 2601.15287): a random forest predicts the score from the bits of each component, and its
+The method of Das et al. (arXiv 2601.15287): a random forest predicts the score from the bits of each component. Its
 impurity importance, permutation importance and mean |SHAP| value, each normalised to 100 %, are averaged to a
-consensus. Importances are a statement about the grid as much as about the model: one 2-bit row that breaks the model
-outweighs everything else. So the grid is part of the result, and so is how well the forest predicts cells it has not
-seen: importances of a forest that predicts nothing mean nothing.
+consensus. Importances depend on the grid as much as on the model: one 2-bit row that breaks the model outweighs
+everything else. Results therefore include the grid and the forest's R² on unseen cells: importances of a forest that
+does not predict are meaningless.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ FOLDS = 5
 LEAST_CELLS = 8
 RESAMPLES = 200
 
-# What makes a run another grid; arguments that only say how it is run, or what is varied, do not.
+# Arguments that define a grid; others say how a run is done, or are what is varied.
 _OF_THE_METHOD = ("group_size", "symmetric", "calibration", "calibration_samples")
 _OF_THE_MODEL = ("pretrained", "dtype", "min_pixels", "max_pixels", "max_num_frames", "system_prompt", "dialect")
 
 
 class ComponentCell(NamedTuple):
-    """One run: bits per component and the scores it reached.
+    """One run: bits per component and its scores.
 
     Attributes:
         model: Model and revision-defining arguments, as text.
@@ -67,8 +67,8 @@ class ComponentGrid:
     Attributes:
         name: Method, model, task and metric, as text.
         components: The k components whose bits vary.
-        bits: (n, k) bits per weight.
-        scores: (n,) the metric.
+        bits: Bits per weight, shape (n, k).
+        scores: Values of the metric, shape (n,).
     """
 
     name: str
@@ -78,21 +78,21 @@ class ComponentGrid:
 
     @property
     def levels(self) -> dict[str, list[int]]:
-        """Component → bits that occur."""
+        """Return component → bits that occur."""
         return {name: np.unique(self.bits[:, k]).tolist() for k, name in enumerate(self.components)}
 
     @property
     def combinations(self) -> int:
-        """How many combinations of those bits there are."""
+        """Return the number of combinations of those bits."""
         return math.prod(len(levels) for levels in self.levels.values())
 
     @property
     def file_name(self) -> str:
-        """The name with everything but letters, digits, dots and dashes made an underscore."""
+        """The name with everything but letters, digits, dots and dashes replaced by an underscore."""
         return re.sub(r"[^\w.-]+", "_", self.name)
 
     def described(self) -> str:
-        """The grid in one line."""
+        """Describe the grid in one line."""
         each = " x ".join(f"{name} {{{', '.join(map(str, levels))}}}" for name, levels in self.levels.items())
         different = len(np.unique(self.bits, axis=0))
         return (
@@ -101,16 +101,16 @@ class ComponentGrid:
 
 
 class Importance(NamedTuple):
-    """How much of a score's variation over a grid is due to one component, in percent.
+    """Share of a score's variation over a grid that is due to one component, in percent.
 
     Attributes:
-        component: Its name.
+        component: Name of the component.
         forest: Decrease of impurity in the trees.
         permutation: Loss of R² when its column is shuffled.
         shap: Mean |SHAP| value.
         consensus: Mean of the three.
         low: Lower end of the 95 % interval of the consensus, over resamples of the runs.
-        high: Upper end.
+        high: Upper end of that interval.
     """
 
     component: str
@@ -123,11 +123,11 @@ class Importance(NamedTuple):
 
 
 class ComponentSensitivity(NamedTuple):
-    """The importances of one grid.
+    """Importances of one grid.
 
     Attributes:
-        grid: The grid.
-        r2: R² of the forest on cells it was not fitted on; its importances mean little where this is low.
+        grid: Grid of runs.
+        r2: R² of the forest on cells it was not fitted on; importances mean little where it is low.
         importances: One per component, summing to 100 % in every measure.
     """
 
@@ -136,7 +136,7 @@ class ComponentSensitivity(NamedTuple):
     importances: tuple[Importance, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values, the grid included."""
+        """Return all values as JSON-ready types, the grid included."""
         runs = [
             {"bits": dict(zip(self.grid.components, bits, strict=True)), "score": score}
             for bits, score in zip(self.grid.bits.tolist(), self.grid.scores.tolist(), strict=True)
@@ -148,16 +148,16 @@ class ComponentSensitivity(NamedTuple):
 def analyse(
     grid: ComponentGrid, *, resamples: int = RESAMPLES, seed: int = 0, workers: int = 1
 ) -> ComponentSensitivity:
-    """Importance of each component, by three measures and their mean.
+    """Estimate the importance of each component, by three measures and their mean.
 
     Args:
         grid: At least 8 runs in which at least one component's bits vary.
-        resamples: Of the runs, for the intervals.
-        seed: Of forest, permutations, folds and resamples.
+        resamples: Number of resamples of the runs, for the intervals.
+        seed: Seed of forest, permutations, folds and resamples.
         workers: Threads that share the resamples; the result is the same for any number.
 
     Raises:
-        ValueError: The grid is too small, a score is not finite, or the score is the same everywhere.
+        ValueError: The grid is too small, a score is not finite, or all scores are equal.
     """
     affordable(resamples)
     n = len(grid.scores)
@@ -171,10 +171,10 @@ def analyse(
     drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
     tasks = (delayed(_shares)(grid.bits[rows], grid.scores[rows], seed) for rows in drawn)
     resampled = np.stack(Parallel(n_jobs=workers, prefer="threads")(tasks)).mean(1)
-    # A resample in which the score does not vary tells nothing about what makes it vary.
+    # A resample in which the score does not vary is uninformative.
     low, high = np.nanpercentile(resampled, (2.5, 97.5), axis=0)
     consensus = shares.mean(0)
-    # A forest finds a little importance in anything, and more so in a resample, which repeats runs.
+    # A forest assigns a little importance to anything, and more so in a resample, which repeats runs.
     ends = np.stack([np.minimum(low, consensus), np.maximum(high, consensus)])
     importances = tuple(
         Importance(name, *map(float, (*shares[:, k], consensus[k], *ends[:, k])))
@@ -184,7 +184,7 @@ def analyse(
 
 
 def read(path: Path) -> tuple[list[ComponentCell], list[str]]:
-    """Runs of our models at or under a path, and why others are left out.
+    """Read the runs of our models at or under a path, with reasons why others are left out.
 
     Raises:
         ValueError: There is no results file.
@@ -200,11 +200,11 @@ def read(path: Path) -> tuple[list[ComponentCell], list[str]]:
 
 
 def grids(cells: Iterable[ComponentCell], metrics: Sequence[str]) -> Iterator[ComponentGrid]:
-    """One grid per model, method, task and metric; runs without quantization are a corner of each.
+    """Yield one grid per model, method, task and metric; runs without quantization are a corner of each.
 
     Args:
-        cells: The runs.
-        metrics: Names of metrics, as in lmms-eval's table; a task that lacks one gives no grid of it.
+        cells: Runs.
+        metrics: Names of metrics, as in lmms-eval's table; a task without the metric gives no grid.
     """
     cells = list(cells)
     methods = sorted({(cell.model, cell.method) for cell in cells if cell.method})
@@ -219,11 +219,11 @@ def grids(cells: Iterable[ComponentCell], metrics: Sequence[str]) -> Iterator[Co
 
 
 def draw(found: ComponentSensitivity, file: Path) -> None:
-    """Draw importances with their intervals, and beside them the scores by the bits of each component."""
+    """Draw importances with their intervals, beside the scores by the bits of each component."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Names are data: a dollar sign begins no formula.
+    # Names are data: a dollar sign does not start a formula.
     with rc_context({"text.parse_math": False}):
         _figure(found, Figure).savefig(file, dpi=150)
 
@@ -255,10 +255,10 @@ _MARKERS = MappingProxyType({"forest": "o", "permutation": "s", "shap": "^"})
 
 
 def _draw_levels(axis: Any, grid: ComponentGrid, column: int) -> None:
-    """Every run as a dot, and the mean at each number of bits; bits are spaced evenly."""
+    """Draw every run as a dot, and the mean at each number of bits; bits are spaced evenly."""
     levels = np.unique(grid.bits[:, column])
     places = np.searchsorted(levels, grid.bits[:, column])
-    # Runs with the same bits stand side by side instead of on one another.
+    # Runs with equal bits are placed side by side so that they do not overlap.
     spread = np.linspace(-0.2, 0.2, len(places))
     axis.scatter(places + spread, grid.scores, s=8, alpha=0.5, color=_COLOURS[column % len(_COLOURS)])
     means = [grid.scores[places == place].mean() for place in range(len(levels))]
@@ -299,7 +299,7 @@ _DEFAULTS = MappingProxyType({field.name: field.default for field in fields(Mode
 
 
 def _different(values: Mapping[str, Any]) -> str:
-    """What is not at its default, as text."""
+    """Return the settings that are not at their defaults, as text."""
     return ",".join(f"{name}={value}" for name, value in values.items() if value != _DEFAULTS.get(name))
 
 
@@ -307,14 +307,14 @@ def _grid(name: str, cells: Sequence[ComponentCell], score: tuple[str, str]) -> 
     bits = np.array([[cell.bits[component] for component in COMPONENTS] for cell in cells])
     varying = [k for k in range(len(COMPONENTS)) if np.unique(bits[:, k]).size > 1]
     scores = np.array([cell.scores[score] for cell in cells])
-    # A forest draws runs by their places: these must not depend on what files and folders are called.
+    # A forest draws runs by position, which must not depend on names of files and folders.
     order = np.lexsort((scores, *bits.T[::-1]))
     bits, scores = bits[order], scores[order]
     return ComponentGrid(name, tuple(COMPONENTS[k] for k in varying), bits[:, varying], scores)
 
 
 def _shares(bits: npt.NDArray[np.int64], scores: Floats, seed: int) -> Floats:
-    """Importances by the three measures in percent, shape (3, k); NaN where the score does not vary."""
+    """Return importances by the three measures in percent, shape (3, k); NaN where the score does not vary."""
     require("shap", extra="sensitivity", user="lmms-plugin sensitivity")
     import shap
     from sklearn.ensemble import RandomForestRegressor

@@ -1,4 +1,4 @@
-"""Confidence estimators beside one another, from the log of one run."""
+"""Comparison of confidence estimators, from the log of one run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lmms_plugin.metrics.ranked import Ranked
 
 
 class RankedEstimator(NamedTuple):
-    """How one estimator does on one task.
+    """Quality of one estimator on one task.
 
     Attributes:
         task: Name of the task.
         estimator: Name of the estimator.
-        records: How many reported records it has a value for.
-        missing: How many it has none for, left out of what follows.
-        accuracy: Of the records with a value.
-        auroc: Of telling right from wrong answers; NaN where all are one or the other.
+        records: Number of reported records with a value.
+        missing: Number of reported records without a value, left out of the metrics.
+        accuracy: Accuracy on the records with a value.
+        auroc: AUROC of right against wrong answers; NaN where all are right or all are wrong.
         aurc: Area under the risk-coverage curve.
         ece: Expected calibration error.
-        auroc_interval: Over images.
-        aurc_interval: Over images.
-        ece_interval: Over images.
-        ece_floor: The ECE that a perfectly calibrated model would have, on average, with these confidences.
+        auroc_interval: Interval of `auroc` over images.
+        aurc_interval: Interval of `aurc` over images.
+        ece_interval: Interval of `ece` over images.
+        ece_floor: Mean ECE of a perfectly calibrated model with these confidences.
     """
 
     task: str
@@ -49,10 +49,10 @@ class RankedEstimator(NamedTuple):
 
 
 def judge(run: LoggedRun, settings: MeasurementSettings) -> list[RankedEstimator]:
-    """Every estimator that a run logged, by task, best AURC first.
+    """Evaluate every estimator that a run logged, by task, best AURC first.
 
     Raises:
-        ValueError: If no task of the run logged any confidence.
+        ValueError: No task of the run logged any confidence.
     """
     names = {one.task: family.names for family in together(run.tasks.values(), settings) for one in family.tasks}
     judged = [

@@ -1,6 +1,6 @@
-"""The numbers of one run as a page takes them: per task, and as means over clean and shifted tasks, with resamples.
+"""Metrics of one run for the report: per task, and as means over clean and shifted tasks, with resamples.
 
-They are those of `lmms_plugin.analysis.measure`, of fewer metrics: equal draws of images, equal functions.
+They equal those of `lmms_plugin.analysis.measure` for fewer metrics: same draws of images, same functions.
 """
 
 import hashlib
@@ -37,32 +37,32 @@ METRICS = (
     *SELECTIVE,
     *(f"phi@{cost:g}" for cost in COSTS),
 )
-"""What is measured of every task; NaN where it is undefined."""
+"""Metrics of every task; NaN where undefined."""
 CLEAN = "clean"
 GRID = np.arange(1, 101) / 100
-"""Coverages at which curves of risk by coverage are kept."""
+"""Coverages at which risk-coverage curves are stored."""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One task of one run.
+    """Metrics of one task of one run.
 
     Attributes:
         task: Name of the task.
-        family: What it belongs to.
-        place: What it asks about.
+        family: Dataset, split and kind that the task belongs to.
+        place: Evaluation set of the task.
         documents: Fingerprint of its documents.
-        records: How many records results are of.
-        images: Of how many images.
-        unparsed: Answers without a box.
-        unsure: Answers without a confidence.
-        value: Shape (metrics,).
+        records: Number of reported records.
+        images: Number of their images.
+        unparsed: Number of answers without a box.
+        unsure: Number of answers without a confidence.
+        value: Values of the metrics, shape (metrics,).
         low: Lower ends of the intervals, shape (metrics,); NaN where there is none.
-        high: Upper ends.
+        high: Upper ends of the intervals, shape (metrics,).
         bins: Records, mean confidence and mean outcome per equal-width bin, shape (3, bins); mean 0 in empty bins.
         risk: Risk at each coverage of `GRID`; NaN without confidences.
-        score: Of every reported record, in the order of their ids, shape (records,).
-        outcome: Their outcomes.
+        score: Scores of the reported records, sorted by id, shape (records,).
+        outcome: Outcomes of these records, shape (records,).
     """
 
     task: str
@@ -84,15 +84,15 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class TaskGroup:
-    """A mean over tasks.
+    """Mean over tasks.
 
     Attributes:
-        tasks: Their names.
-        drawn: Fingerprint of the images that were drawn: resamples of groups with the same are paired.
-        records: Records of all tasks.
-        images: How many images.
-        value: Shape (metrics,).
-        resampled: Shape (resamples, metrics).
+        tasks: Names of the tasks.
+        drawn: Fingerprint of the images that were drawn; resamples of groups with equal fingerprints are paired.
+        records: Number of records of all tasks.
+        images: Number of images.
+        value: Values of the metrics, shape (metrics,).
+        resampled: Values on the resamples, shape (resamples, metrics).
     """
 
     tasks: tuple[str, ...]
@@ -103,25 +103,25 @@ class TaskGroup:
     resampled: Floats
 
     def interval(self, metric: str, level: float) -> Interval:
-        """Interval of one metric."""
+        """Return the interval of one metric."""
         return between(metric, float(self.value[METRICS.index(metric)]), self.column(metric), level)
 
     def column(self, metric: str) -> Floats:
-        """Resamples of one metric, shape (resamples,)."""
+        """Return the resamples of one metric, shape (resamples,)."""
         return self.resampled[:, METRICS.index(metric)]
 
     def of(self, metric: str) -> float:
-        """One metric."""
+        """Return the value of one metric."""
         return float(self.value[METRICS.index(metric)])
 
 
 class MeasuredRun(NamedTuple):
-    """All numbers of a run.
+    """All metrics of a run.
 
     Attributes:
-        tasks: By name.
-        groups: By family and condition: `clean`, what is shifted, or `what is shifted, severity`.
-        documents: Fingerprint → ids of the reported records, in their order, shape (records,).
+        tasks: Tasks by name.
+        groups: Groups by family and condition: `clean`, what is shifted, or `what is shifted, severity`.
+        documents: Fingerprint → sorted ids of the reported records, shape (records,).
     """
 
     tasks: dict[str, Task]
@@ -130,7 +130,7 @@ class MeasuredRun(NamedTuple):
 
 
 def measure(tasks: Iterable[TaskRecords], settings: MeasurementSettings) -> MeasuredRun:
-    """Measure all tasks of a run that have right and wrong answers; each has to have a record that is reported on."""
+    """Measure all tasks of a run with right and wrong answers; each must have at least one reported record."""
     found = MeasuredRun({}, {}, {})
     for family in together(tasks, settings):
         _measure(family, settings, found)
@@ -145,7 +145,7 @@ def _measure(whole: Together, settings: MeasurementSettings, found: MeasuredRun)
         found.tasks[one.task] = _task(whole.family, one, values[one.task], settings)
         if one.documents not in found.documents:
             found.documents[one.documents] = one.ids[one.reported]
-    # In one order, whatever order they were run in: runs are compared by their tasks.
+    # Sorted, so that tasks of different runs correspond, whatever order they were run in.
     for condition, chosen in _conditions(sorted(whole.tasks, key=lambda one: one.task)).items():
         mean = np.stack([values[one.task] for one in chosen]).mean(axis=0)
         tasks = [found.tasks[one.task] for one in chosen]
@@ -160,7 +160,7 @@ def _measure(whole: Together, settings: MeasurementSettings, found: MeasuredRun)
 
 
 def _conditions(members: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
-    """Which tasks a mean is taken over, by condition."""
+    """Return the tasks of each mean, by condition."""
     chosen: dict[str, list[TaskRecords]] = {}
     for one in members:
         if one.place.shift is None:
@@ -173,7 +173,7 @@ def _conditions(members: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
 
 
 def _numbers(one: TaskRecords, whole: Together, settings: MeasurementSettings) -> Floats:
-    """Values on the data and on every resample, shape (1 + resamples, metrics)."""
+    """Return values on the data and on every resample, shape (1 + resamples, metrics)."""
     there = known(one, settings.estimator, whole.names)
     statistics: list[Statistic] = [means(one, one.confidence_by(settings.estimator), whole.names)]
     if there.keep.any():
@@ -226,7 +226,7 @@ def _bins(confidence: Floats, outcome: Floats) -> Floats:
 
 
 def _risk(confidence: Floats, outcome: Floats) -> Floats:
-    """Risk at each coverage of `GRID`: of the fewest most confident records that reach it."""
+    """Return the risk at each coverage of `GRID`, over the fewest most confident records that reach it."""
     if not confidence.size:
         return np.full(GRID.size, np.nan)
     curve = metrics.risk_coverage(confidence, outcome)
@@ -235,7 +235,7 @@ def _risk(confidence: Floats, outcome: Floats) -> Floats:
 
 
 def mean_bins(tasks: Sequence[Task]) -> Floats:
-    """Bins of several tasks or runs together, shape (3, bins)."""
+    """Combine the bins of several tasks or runs, shape (3, bins)."""
     records = np.sum([task.bins[0] for task in tasks], axis=0)
     sums = [np.sum([task.bins[0] * task.bins[k] for task in tasks], axis=0) for k in (1, 2)]
     return np.stack([records, *(total / np.maximum(records, 1) for total in sums)])

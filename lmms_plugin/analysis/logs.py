@@ -1,9 +1,9 @@
-"""Results folders of lmms-eval as columns: what was asked, what was answered, how confident the model was.
+"""Reader of lmms-eval's results folders: questions, answers and confidences as columns.
 
-Reads the files alone (`<date>_results.json` and its `<date>_samples_<task>.jsonl`), without lmms-eval and without the
+It reads only files (`<date>_results.json` and its `<date>_samples_<task>.jsonl`), without lmms-eval and without the
 model: whole columns at once where logs are as our tasks write them, else row by row. Tasks whose log holds no record of
-ours are left out; a log that is damaged or incomplete is an error, and so is one that the table of results does not
-agree with: a metric of what happens to be left of a run is not one of the run.
+ours are left out. A damaged or incomplete log is an error, and so is one that disagrees with the table of results: a
+metric of the remaining part of a run is not a metric of the run.
 """
 
 import glob
@@ -46,18 +46,18 @@ _OF_CONFIDENCE = MappingProxyType(
         True: {"rejection_auroc": metrics.auroc},
     }
 )
-"""What is held against the table of results, of tasks without and with outcomes of their own."""
+"""Confidence metrics that are compared with the table of results, of tasks without and with outcomes of their own."""
 ALL = (None, 0, -1)
-"""What lmms-eval takes as `--limit` and `--offset` for all documents."""
+"""Values of lmms-eval's `--limit` and `--offset` that mean all documents."""
 
 GIT_STATE = "git checkout of the working directory"
-"""What that is called which lmms-eval logs as its version."""
+"""Name for what lmms-eval logs as its version."""
 
 
 def git_state(results: Mapping[str, Any]) -> str | None:
-    """Branch and commit that lmms-eval logs as its version; None outside of a checkout.
+    """Return branch and commit that lmms-eval logs as its version; None outside of a checkout.
 
-    They are of the folder in which it was started, not of lmms-eval, whose version it does not log.
+    They belong to the folder in which it was started, not to lmms-eval, whose version it does not log.
     """
     said = str(results.get("lmms_eval_version") or "")
     return None if not said or "unknown" in said else said
@@ -68,14 +68,14 @@ class LoggedRun:
     """One finished run.
 
     Attributes:
-        file: Its results file.
+        file: Results file.
         model: Name of the model in lmms-eval.
-        model_args: Its arguments, as text.
-        limit: Documents per task that the run was limited to, or the share of them below 1; None for all.
+        model_args: Model arguments, as text.
+        limit: Documents per task that the run was limited to, or their share below 1; None for all.
         tasks: Task name → records, for tasks of ours.
         others: Tasks that log no records of ours.
         results: Task name → metric → value of lmms-eval's table.
-        content: All that the results file says.
+        content: Full content of the results file.
     """
 
     file: Path
@@ -93,31 +93,33 @@ class LoggedRun:
         return f"{self.model} {self.model_args}".strip()
 
     def log(self, task: str) -> Path:
-        """The log of a task's samples."""
+        """Return the log of a task's samples."""
         return log_of(self.file, task)
 
 
 def log_of(file: Path, task: str) -> Path:
-    """The log of a task's samples that belongs to a results file."""
+    """Return the log of a task's samples that belongs to a results file."""
     return _beside(file, f"samples_{task}.jsonl")
 
 
 def logs_of(file: Path) -> list[Path]:
-    """All logs of samples that belong to a results file, by name."""
+    """Return all logs of samples that belong to a results file, sorted by name."""
     start = _beside(file, "samples_").name
     return sorted(file.parent.glob(f"{glob.escape(start)}*.jsonl"))
 
 
 def _beside(file: Path, name: str) -> Path:
-    """A file of the same run, which the beginning of its name tells."""
+    """Return a file of the same run, which has the same prefix."""
     return file.with_name(f"{file.name.removesuffix(_RESULTS)}_{name}")
 
 
 def find(path: Path) -> list[Path]:
-    """Results files at or under a path, oldest first; those in hidden folders are unfinished or put aside.
+    """Find results files at or under a path, oldest first.
+
+    Hidden folders are skipped: they hold unfinished or superseded runs.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: There are none.
     """
     if path.is_file():
         return [path]
@@ -133,10 +135,10 @@ def _hidden(file: Path) -> bool:
 
 
 def read_one(path: Path, wanted: Wanted | None = None) -> LoggedRun:
-    """The only run at or under a path.
+    """Read the only run at or under a path.
 
     Raises:
-        ValueError: If there is none or more than one, or as `read`.
+        ValueError: There is none or more than one, or as `read`.
     """
     files = find(path)
     if len(files) > 1:
@@ -159,7 +161,7 @@ class _Asked(BaseModel):
 
 
 class _Table(BaseModel):
-    """What is read of a results file; strict, for no number is a text."""
+    """Schema of the parts of a results file that are read; strict, so that a text is not taken for a number."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -171,10 +173,10 @@ class _Table(BaseModel):
 
 
 def table(file: Path) -> dict[str, Any]:
-    """What a results file says.
+    """Read a results file.
 
     Raises:
-        ValueError: If it is damaged, or none of lmms-eval.
+        ValueError: It is damaged, or not from lmms-eval.
     """
     results = json_object(file.read_bytes(), str(file), _bounded)
     if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
@@ -192,13 +194,13 @@ def read(file: Path, wanted: Wanted | None = None) -> LoggedRun:
     """Read a results file and the logs of samples beside it.
 
     Args:
-        file: The results file.
-        wanted: By kind of task, the estimators whose confidences are read; None for all.
+        file: Results file.
+        wanted: Kind of task → estimators whose confidences are read; None for all.
 
     Raises:
-        ValueError: If it is no results file, a task of ours has no log (the run was without --log_samples), or a log
-            is damaged, holds a document twice, holds fewer or more documents than the run scored, or does not agree
-            with the table of results.
+        ValueError: It is not a results file, a task of ours has no log (the run was without --log_samples), or a log
+            is damaged, holds a document twice, holds fewer or more documents than the run scored, or disagrees with the
+            table of results.
     """
     results = table(file)
     tasks, others = {}, []
@@ -222,17 +224,17 @@ def read(file: Path, wanted: Wanted | None = None) -> LoggedRun:
 
 
 def limit_of(config: Mapping[str, Any]) -> float | None:
-    """Documents per task, or their share below 1, that a run was limited to; None for all, however that was said."""
+    """Return the documents per task, or their share below 1, that a run was limited to; None for all."""
     limit: float | None = config.get("limit")
     return None if limit in ALL else limit
 
 
 def _read_task(file: Path, results: Mapping[str, Any], task: str, wanted: Wanted | None) -> TaskRecords | None:
-    """One task of a run; None if its log holds no record of ours."""
+    """Read one task of a run; None if its log holds no record of ours."""
     log, config = log_of(file, task), results["configs"][task]
     try:
         records: TaskRecords | None = columns.read(task, config, log, wanted)
-    # Whatever stops that reader, parsing row by row reads the log or names what is wrong.
+    # Whatever stops the fast reader, parsing row by row reads the log or names what is wrong.
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
         records = by_rows(task, config, log)
         wanted = None
@@ -246,13 +248,13 @@ def _read_task(file: Path, results: Mapping[str, Any], task: str, wanted: Wanted
     except ValueError:
         if wanted is None:
             raise
-        # The table may be of an estimator that is not wanted.
+        # The table may be of an estimator that was not requested.
         return _read_task(file, results, task, None)
     return records
 
 
 def _agree(records: TaskRecords, table: Mapping[str, Any], file: Path) -> None:
-    """Refuse a log that is not the one of the results table: either was edited, or it is of another run."""
+    """Refuse a log that disagrees with the results table: one of them was edited, or they are of different runs."""
     if records.task not in table:
         raise ValueError(f"expected the results of task {records.task} in {file}, got none")
     for metric, values in _recomputed(records):
@@ -273,9 +275,9 @@ def _agree(records: TaskRecords, table: Mapping[str, Any], file: Path) -> None:
 
 
 def _recomputed(records: TaskRecords) -> Iterator[tuple[str, Iterator[tuple[str, float]]]]:
-    """Metrics of a table of results with their values by the log; those of confidence by one estimator after the other.
+    """Yield metrics of the table of results with their values by the log, for each estimator in turn.
 
-    A task's YAML may name another estimator than that of its kind, which comes first.
+    A task's YAML may name another estimator than the default of its kind, which comes first.
     """
     keep = records.reported
     if not keep.any():
@@ -302,10 +304,10 @@ def _by_estimator(
 
 
 def by_rows(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | None:
-    """The answers of one task of a run, parsed row by row; None if its log holds no record of ours.
+    """Read the answers of one task of a run row by row; None if its log holds no record of ours.
 
     Raises:
-        ValueError: If the log is missing, damaged, or holds a document twice.
+        ValueError: The log is missing, damaged, or holds a document twice.
     """
     if not log.exists():
         if _is_ours(config):
@@ -320,7 +322,7 @@ def by_rows(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | No
         raise ValueError(f"expected a record of this package in the first line of {log}, got none")
     if kind is None:
         return None
-    # Everything but the records is let go at once: logs hold prompts and whole answers.
+    # Everything but the records is released at once: logs hold prompts and complete answers.
     found = (_record(row, kind, f"{log}:{number}") for number, row in enumerate(chain((first,), rows), start=1))
     records = sorted(found, key=lambda record: str(record["id"]))
     ids = _texts(record["id"] for record in records)
@@ -347,7 +349,7 @@ def by_rows(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | No
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether a task logs records of ours, by its configuration; tasks of others may say their metrics in any way."""
+    """Return whether a task logs records of ours, by its configuration; other tasks may declare metrics in any form."""
     listed = config.get("metric_list")
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     metrics = {str(entry.get("metric")) for entry in entries}
@@ -355,7 +357,7 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
 
 
 def _rows(log: Path) -> Iterator[dict[str, Any]]:
-    # A file's own lines: str.splitlines would also part an answer at a separator that JSON leaves as it is.
+    # Lines of the file: str.splitlines would also split at separators that JSON leaves unescaped within an answer.
     with log.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             yield json_object(line, f"{log}:{number}")
@@ -365,7 +367,7 @@ def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
     logged = [record.get("confidence") or {} for record in records]
     names = sorted(set().union(*logged))
     for record, values in zip(records, logged, strict=True):
-        # One answer without probabilities among answers with them would silently drop out of every metric.
+        # An answer without probabilities among answers with them would be dropped silently from every metric.
         if names and not values:
             raise ValueError(f"expected a confidence by {', '.join(names)} for {record['id']} in {log}, got none")
     ids = [record["id"] for record in records]
@@ -374,7 +376,7 @@ def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
 
 
 def _missing_or_fractions(name: str, values: list[Any], ids: Sequence[str], log: Path) -> Floats:
-    """Confidences, NaN where there is none; one that is written as NaN is no number and not a missing one."""
+    """Return confidences, NaN where missing; a confidence that is written as NaN is an error."""
     there = np.array([value is not None for value in values])
     told = [value for value in values if value is not None]
     found = np.full(len(values), np.nan)
@@ -384,7 +386,7 @@ def _missing_or_fractions(name: str, values: list[Any], ids: Sequence[str], log:
 
 def _fractions(name: str, values: list[Any], ids: Sequence[str] | Texts, log: Path) -> Floats:
     numbers = all(isinstance(value, float | int) for value in values)
-    # JSON's whole numbers may be larger than any that numpy takes.
+    # JSON integers may exceed numpy's range.
     bounded = [math.inf if isinstance(value, int) and not 0 <= value <= 1 else value for value in values]
     array = np.array(bounded if numbers else [math.inf], dtype=np.float64)
     bad = ~((array >= 0.0) & (array <= 1.0))
@@ -403,7 +405,7 @@ def _record(row: Mapping[str, Any], kind: TaskKind, where: str) -> dict[str, Any
     if wrong or not (confidence is None or isinstance(confidence, dict)) or (kind.outcome and "pair" not in record):
         raise ValueError(f"expected a whole record under {kind.record!r} for document {number!r:.80} in {where}")
     for key in ("id", "image"):
-        # An image without a name would be one of its own.
+        # An image without a name would count as an image of its own.
         if not isinstance(record[key], str | int):
             raise ValueError(f"expected the {key} of document {number} in {where}, got {record[key]!r:.80}")
     return {**record, "doc_id": number}
@@ -414,12 +416,12 @@ def _is_answer(record: Mapping[str, Any]) -> bool:
 
 
 def _column(values: list[Any], *, text: bool = False) -> pa.Array:
-    """Values as pyarrow holds them, whole numbers as others; as JSON where it cannot."""
+    """Return values as a pyarrow array, integers as floats; as JSON where pyarrow cannot hold them."""
     try:
         array = pa.array([None if value is None else str(value) for value in values] if text else values)
         whole = pa.types.is_list(array.type) and pa.types.is_integer(array.type.value_type)
         return array.cast(pa.list_(pa.float64())) if whole else array
-    # Texts that are no Unicode, values of several types.
+    # Texts that are not valid Unicode, or values of several types.
     except (ValueError, TypeError, pa.ArrowInvalid):
         return pa.array([json.dumps(value) for value in values])
 
@@ -429,7 +431,7 @@ def _texts(values: Any) -> Texts:
 
 
 def _bounded(digits: str) -> int:
-    """A whole number that any number of a table can be computed with."""
+    """Parse an integer with so few digits that floats can be computed from it."""
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"expected at most {_MOST_DIGITS} digits, got {digits[:_MOST_DIGITS]}...")
     return int(digits)

@@ -1,11 +1,11 @@
-"""Every metric of a finished run, from its logs of samples: with the number of records, and intervals over images.
+"""All metrics of a finished run, from its logs of samples, with numbers of records and intervals over images.
 
-Images are drawn once for all tasks on the same documents, shifted or not, and alike for all runs on them, so that means
-over tasks and differences between runs have paired intervals.
+Images are drawn once for all tasks on the same documents, shifted or not, and identically for all runs on them, so that
+means over tasks and differences between runs have paired intervals.
 
-Thresholds and calibrators need records that nothing else is measured on. A task that brings its own split has a part
-for that. For the others a share of the images is held out by a hash of their id, the same for clean and shifted data:
-what is chosen on clean held-out images is then applied to the other images, clean and shifted.
+Thresholds and calibrators need records that nothing else is measured on. A task with a split of its own has a part for
+that. For other tasks a share of the images is held out by a hash of their id, the same for clean and shifted data: what
+is chosen on clean held-out images is then applied to the other images, clean and shifted.
 """
 
 import math
@@ -50,21 +50,21 @@ ADDED = ("ece", "aurc")
 REJECTED = ("auroc", "fpr_at_tpr")
 CALIBRATED = ("ece", "brier", "nll")
 PRINTED = MappingProxyType({"adaptive_ece": "ace", "fpr_at_tpr": "fpr@0.95"})
-"""Metrics that lmms-eval's table calls by another name."""
+"""Metrics that have another name in lmms-eval's table."""
 
 
 @dataclass(frozen=True)
 class MeasurementSettings:
-    """How intervals are made and records held out.
+    """Settings of intervals and of held-out records.
 
     Attributes:
-        estimator: Confidence estimator; None for that of the kind of task.
-        resamples: Resamples of an interval.
+        estimator: Confidence estimator; None for the default of the kind of task.
+        resamples: Number of resamples of an interval.
         seed: Seed of the resamples and of the choice of held-out images.
         level: Confidence level of the intervals.
         held_out: Share of the images on which thresholds are chosen and calibrators fitted, in (0, 1).
-        calibrator: Which post-hoc calibrator is fitted, of `lmms_plugin.metrics.posthoc.CALIBRATORS`.
-        workers: Threads.
+        calibrator: Post-hoc calibrator, one of `lmms_plugin.metrics.posthoc.CALIBRATORS`.
+        workers: Number of threads.
     """
 
     estimator: str | None = None
@@ -85,7 +85,7 @@ class MeasurementSettings:
             raise ValueError(f"expected a calibrator of {', '.join(CALIBRATORS)}, got {self.calibrator!r}")
 
     def estimators(self, kind: TaskKind) -> frozenset[str]:
-        """What a log of a kind of task is read for: the estimator, and that of its table of results."""
+        """Return the estimators to read from a log: the requested one, and that of the table of results."""
         return frozenset((self.estimator or kind.estimator, kind.estimator))
 
 
@@ -95,11 +95,11 @@ class MetricValue(NamedTuple):
     Attributes:
         task: Name of the task.
         metric: Name of the metric.
-        value: Its value; NaN where it is undefined.
+        value: Value; NaN where undefined.
         low: Lower end of its interval; NaN where there is none.
-        high: Upper end.
-        records: On how many records.
-        images: Of how many images.
+        high: Upper end of its interval.
+        records: Number of records.
+        images: Number of images.
     """
 
     task: str
@@ -112,14 +112,14 @@ class MetricValue(NamedTuple):
 
 
 class Robustness(NamedTuple):
-    """What shifts cost a run on one split of a dataset.
+    """Cost of shifts for a run on one split of a dataset.
 
     Attributes:
         metric: Name of the metric.
-        clean: Its value on clean data.
+        clean: Value on clean data.
         mean: Mean over severities, then shifts.
-        retained: That ÷ clean; NaN for what should be low.
-        per_severity: Severity → share of the clean value lost there or, for what should be low, what is added.
+        retained: `mean` ÷ `clean`; NaN for metrics that should be low.
+        per_severity: Severity → share of the clean value that is lost or, for metrics that should be low, the increase.
     """
 
     metric: str
@@ -133,8 +133,8 @@ class Family(NamedTuple):
     """Tasks on the same documents, shifted or not.
 
     Attributes:
-        dataset: As the tasks name it.
-        split: Its split.
+        dataset: Name of the dataset.
+        split: Split of the dataset.
         record: Kind of record.
         clean: Name of the task without shift, where the split has several on different documents; else "".
     """
@@ -150,10 +150,10 @@ class Together:
     """Tasks whose images are drawn together.
 
     Attributes:
-        family: What they ask about.
-        tasks: Their answers.
+        family: Family of the tasks.
+        tasks: Records of the tasks.
         names: Images that results are reported on, sorted, shape (images,).
-        judged: Those of them that are not held out, sorted: on them thresholds and calibrators are judged.
+        judged: Images of `names` that are not held out, sorted: thresholds and calibrators are evaluated on them.
     """
 
     family: Family
@@ -163,7 +163,7 @@ class Together:
 
 
 def together(tasks: Iterable[TaskRecords], settings: MeasurementSettings) -> list[Together]:
-    """Tasks by the documents they ask about; those of rejection are left out."""
+    """Group tasks by the documents they ask about; rejection tasks are left out."""
     found: dict[Family, list[TaskRecords]] = {}
     for one in tasks:
         if one.kind is not REJECTION:
@@ -176,20 +176,20 @@ def together(tasks: Iterable[TaskRecords], settings: MeasurementSettings) -> lis
 
 
 def _family(records: TaskRecords) -> Family:
-    """What a task belongs to; local copies of a dataset go by their last folder."""
+    """Return the family of a task; local copies of a dataset are named by their last folder."""
     path, place = records.place.dataset.replace("\\", "/"), records.place
     dataset = path.rstrip("/").rsplit("/", 1)[-1] if path.startswith(("/", ".")) else place.dataset
     return Family(dataset, place.split, records.kind.record)
 
 
 def _on_the_same_documents(members: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
-    """Tasks by the name of the task without shift that they belong to, "" if there is but one."""
+    """Group tasks by the name of the task without shift that they belong to, "" if there is only one."""
     clean = {one.documents: one for one in members if one.place.shift is None}
     if len(clean) < 2:
         return {"": list(members)}
     parted: dict[str, list[TaskRecords]] = {one.task: [] for one in clean.values()}
     for one in members:
-        # Language shifts leave documents out: theirs is the task with the most of their images.
+        # Language shifts leave documents out: they belong to the task that shares most of their images.
         shared = {other.task: np.intersect1d(one.names, other.names).size for other in clean.values()}
         own = clean[one.documents].task if one.documents in clean else max(shared, key=lambda task: shared[task])
         parted[own].append(one)
@@ -214,17 +214,17 @@ def _names(kept: Sequence[tuple[TaskRecords, Bools]]) -> Texts:
 
 
 def clusters(records: TaskRecords, names: Texts) -> Clusters:
-    """The images of all records among those that are drawn; of records without one of these the index is void."""
+    """Return the image index of each record among the drawn images; invalid for records without such an image."""
     return Clusters(np.searchsorted(names, records.names)[records.image].astype(np.intp), names.size)
 
 
 def part(whole: Clusters, keep: Bools) -> Clusters:
-    """Clusters of some records."""
+    """Restrict clusters to some records."""
     return Clusters(whole.index[keep], whole.count)
 
 
 def drawn(statistics: Sequence[Statistic], images: int, settings: MeasurementSettings) -> list[Draws]:
-    """Values of statistics on the data and on every resample; without resamples where there is but one image."""
+    """Evaluate statistics on the data and on every resample; without resamples if there is only one image."""
     if images < 2:
         once = np.ones((1, max(images, 1)))
         return [Draws(one.names, one(once)[0], np.empty((0, len(one.names)))) for one in statistics]
@@ -232,13 +232,13 @@ def drawn(statistics: Sequence[Statistic], images: int, settings: MeasurementSet
 
 
 class Known(NamedTuple):
-    """The reported records that have a confidence. Arrays have shape (n,).
+    """Reported records with a confidence. Arrays have shape (n,).
 
     Attributes:
-        keep: Which of all records they are.
-        confidence: By the estimator.
-        outcome: What it is to tell.
-        clusters: Their images among those that are drawn.
+        keep: Mask of these records among all records.
+        confidence: Confidences by the estimator.
+        outcome: Outcomes that confidence is to predict.
+        clusters: Images of the records among those that are drawn.
     """
 
     keep: Bools
@@ -248,14 +248,14 @@ class Known(NamedTuple):
 
 
 def known(records: TaskRecords, estimator: str | None, names: Texts) -> Known:
-    """The reported records that an estimator has a value for."""
+    """Return the reported records that an estimator has a value for."""
     confidence = records.confidence_by(estimator)
     keep = records.reported & ~np.isnan(confidence)
     return Known(keep, confidence[keep], records.outcome[keep], part(clusters(records, names), keep))
 
 
 def means(records: TaskRecords, confidence: Floats, names: Texts, stricter: Sequence[float] = ()) -> Means:
-    """Accuracy, share of records with a confidence and, of boxes, mean IoU and parse rate of the reported records."""
+    """Compute accuracy, share with a confidence and, for boxes, mean IoU and parse rate of the reported records."""
     keep = records.reported
     score = records.score[keep]
     columns: dict[str, npt.ArrayLike] = {"accuracy": records.outcome[keep]}
@@ -270,10 +270,10 @@ class Chosen(NamedTuple):
     """Held-out records on which thresholds are chosen and calibrators fitted. Arrays have shape (n,).
 
     Attributes:
-        task: Whose they are.
-        confidence: By the estimator.
-        outcome: What it is to tell.
-        images: Names of their images.
+        task: Task of the records.
+        confidence: Confidences by the estimator.
+        outcome: Outcomes that confidence is to predict.
+        images: Names of the images.
     """
 
     task: str
@@ -285,18 +285,18 @@ class Chosen(NamedTuple):
 def beyond(
     records: TaskRecords, tasks: Mapping[str, TaskRecords], names: Texts, settings: MeasurementSettings
 ) -> tuple[Chosen, Known] | None:
-    """Held-out records, and those others of a task on which what is chosen on them is judged.
+    """Return held-out records, and the other records of a task, on which choices made on them are evaluated.
 
-    None where nothing is held out, or the others are of a single image, of which there is no interval.
+    None where nothing is held out, or where the others have a single image and therefore no interval.
 
     Args:
-        records: The task.
-        tasks: Those of the run that held-out images are of.
+        records: Records of the task.
+        tasks: Tasks of the run that the held-out images belong to.
         names: Images that are drawn.
-        settings: Estimator and what is held out.
+        settings: Estimator and held-out share.
 
     Raises:
-        ValueError: If the run has neither the task nor its clean one, or other documents under that name.
+        ValueError: The run has neither the task nor its clean one, or other documents under that name.
     """
     source = _clean_twin(tasks, records)
     told = source.confidence_by(settings.estimator)
@@ -312,20 +312,20 @@ def beyond(
 
 
 def measure(run: LoggedRun, settings: MeasurementSettings, chosen_on: LoggedRun | None = None) -> list[MetricValue]:
-    """All metrics of all tasks of a run.
+    """Measure all metrics of all tasks of a run.
 
-    Without confidences (a model of another package) calibration is absent, not zero. So is what needs held-out records
-    where there are none, and what needs a calibrator where they are all right or all wrong.
+    Without confidences (a model of another package) calibration is absent, not zero. Metrics that need held-out records
+    are absent where there are none, and those that need a calibrator where all held-out records are right or all wrong.
 
     Args:
-        run: The run.
-        settings: Estimator, intervals and what is held out.
+        run: Run to measure.
+        settings: Estimator, intervals and held-out share.
         chosen_on: Run on whose held-out images thresholds are chosen and calibrators fitted, e.g. that of the
-            unquantized model; None for the run itself. Results are of the other images all the same.
+            unquantized model; None for the run itself. Results are always on the other images.
 
     Raises:
-        ValueError: If the run has no task of ours, a task has fewer than 2 images, or `chosen_on` lacks one of the
-            tasks or has other documents in it.
+        ValueError: The run has no task of ours, a task has fewer than 2 images, or `chosen_on` lacks one of the tasks
+            or has other documents in it.
     """
     _of_ours(run)
     of = {one.task: family for family in together(run.tasks.values(), settings) for one in family.tasks}
@@ -343,7 +343,7 @@ def measure(run: LoggedRun, settings: MeasurementSettings, chosen_on: LoggedRun 
 
 
 def held_out(records: TaskRecords, settings: MeasurementSettings) -> Bools:
-    """Which records thresholds are chosen on, shape (n,): of held-out images, whichever others there are."""
+    """Return the mask of records of held-out images, shape (n,); it does not depend on the other images."""
     if np.any(records.parts != ""):
         return np.equal(records.parts, HELD_OUT)
     aside = _held_out_images(tuple(records.names.tolist()), settings.seed, settings.held_out)
@@ -356,10 +356,10 @@ def _held_out_images(names: tuple[str, ...], seed: int, share: float) -> Bools:
 
 
 def robust(run: LoggedRun, settings: MeasurementSettings) -> dict[str, list[Robustness]]:
-    """Robustness by clean task, where a run has one and a full table of shifts × severities beside it.
+    """Measure robustness by clean task, where a run has one and a full table of shifts × severities beside it.
 
-    Language shifts leave out what they cannot change: everything here is of the documents that all tasks of the table
-    have.
+    Language shifts leave out documents that they cannot change; only documents that all tasks of the table share are
+    used.
     """
     found = {}
     for tasks in families(records for records in run.tasks.values() if records.kind is not REJECTION):
@@ -374,7 +374,7 @@ def robust(run: LoggedRun, settings: MeasurementSettings) -> dict[str, list[Robu
 
 
 def families(tasks: Iterable[TaskRecords]) -> list[list[TaskRecords]]:
-    """Tasks grouped by dataset, split and kind: the same documents under different shifts."""
+    """Group tasks by dataset, split and kind: the same documents under different shifts."""
     groups: dict[tuple[str, str, str], list[TaskRecords]] = {}
     for records in tasks:
         groups.setdefault((records.place.dataset, records.place.split, records.kind.record), []).append(records)
@@ -382,11 +382,11 @@ def families(tasks: Iterable[TaskRecords]) -> list[list[TaskRecords]]:
 
 
 def grids(tasks: Sequence[TaskRecords]) -> dict[str, Grid]:
-    """The clean task and the shifted ones by (shift, severity), for shifts of images, of language, and of both apart.
+    """Return the clean task and the shifted ones by (shift, severity), for image shifts, language shifts and both.
 
     Returns:
-        By the clean task's name, and what is shifted unless that is the image; none without a clean task or a full
-        table.
+        Grids by the clean task's name and, unless the image is shifted, what is shifted; none without a clean task or
+        a full table.
     """
     found = {}
     for which, clean, cells in _by_shift(tasks):
@@ -397,7 +397,7 @@ def grids(tasks: Sequence[TaskRecords]) -> dict[str, Grid]:
 
 
 def without_grid(run: LoggedRun) -> list[str]:
-    """Shifted tasks of which no robustness can be told, and why not, one line for each dataset and kind of shift."""
+    """Return one line for each dataset and kind of shift whose robustness cannot be measured, with the reason."""
     lines = []
     for tasks in families(records for records in run.tasks.values() if records.kind is not REJECTION):
         for which, clean, cells in _by_shift(tasks):
@@ -416,7 +416,7 @@ def _by_shift(tasks: Sequence[TaskRecords]) -> Iterator[tuple[str, list[TaskReco
 
 
 def _lacking(clean: Sequence[TaskRecords], cells: Cells) -> str:
-    """What keeps tasks from being a table of shifts × severities beside a clean task; "" if nothing does."""
+    """Return what keeps tasks from being a table of shifts × severities beside a clean task; "" if nothing does."""
     if len(clean) != 1:
         return f"expected one clean task on the same split, got {', '.join(r.task for r in clean) or 'none'}"
     shifts, severities = ({cell[k] for cell in cells} for k in (0, 1))
@@ -425,10 +425,10 @@ def _lacking(clean: Sequence[TaskRecords], cells: Cells) -> str:
 
 
 def shared(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
-    """The same tasks restricted to the documents that all of them have.
+    """Restrict tasks to the documents that all of them have.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: There are none.
     """
     ids = reduce(np.intersect1d, (records.ids for records in tasks))
     if not ids.size:
@@ -437,13 +437,13 @@ def shared(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
 
 
 def as_table(values: Mapping[tuple[str, int], float]) -> Floats:
-    """Values by (shift, severity) as an array of shape (shifts, severities), both sorted."""
+    """Return values by (shift, severity) as an array of shape (shifts, severities), both sorted."""
     severities = {severity for _, severity in values}
     return np.array([values[cell] for cell in sorted(values)]).reshape(-1, len(severities))
 
 
 def key_numbers(records: TaskRecords, settings: MeasurementSettings) -> dict[str, float]:
-    """Accuracy, ECE, AURC and coverage at risk of the reported records; NaN without confidences."""
+    """Compute accuracy, ECE, AURC and coverage at risk of the reported records; NaN without confidences."""
     keep = records.reported
     confidence, outcome = records.confidence_by(settings.estimator)[keep], records.outcome[keep]
     known = ~np.isnan(confidence)
@@ -473,14 +473,14 @@ def _everything(records: TaskRecords, names: Texts, settings: MeasurementSetting
 
 
 def rejection(records: TaskRecords, settings: MeasurementSettings) -> list[MetricValue]:
-    """How well confidence tells expressions that match something from others, and how often it falls within a pair.
+    """Measure how well confidence separates expressions with and without a match, and how often it falls within a pair.
 
     Args:
-        records: Of a task of rejection.
+        records: Records of a rejection task.
         settings: Estimator and intervals.
 
     Raises:
-        ValueError: If there are fewer than 2 images.
+        ValueError: There are fewer than 2 images.
     """
     confidence, matches = records.confidence_by(settings.estimator), records.outcome
     there = ~np.isnan(confidence)
@@ -502,7 +502,7 @@ def rejection(records: TaskRecords, settings: MeasurementSettings) -> list[Metri
 
 
 def _pairs(records: TaskRecords, there: Bools) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Of each pair with both confidences the places of its true and of its changed expression, shape (pairs,)."""
+    """Return the indices of true and changed expression of each pair with both confidences, shape (pairs,)."""
     sides = [np.flatnonzero(there & (records.outcome == side)) for side in (1.0, 0.0)]
     pairs = [records.pairs[side] if records.pairs is not None else side for side in sides]
     _, true, changed = np.intersect1d(pairs[0], pairs[1], return_indices=True)
@@ -521,7 +521,7 @@ def _measured(
     settings: MeasurementSettings,
     suffix: str = "",
 ) -> list[MetricValue]:
-    """Numbers of some records, with intervals over `images` images of which all statistics are functions."""
+    """Evaluate statistics on some records, with intervals over the `images` images."""
     if (count := _images(records, keep)) < 2:
         raise ValueError(f"expected at least 2 images in task {records.task} to make intervals from, got {count}")
     there = keep & ~np.isnan(records.confidence_by(settings.estimator))
@@ -553,7 +553,7 @@ def _floor(records: TaskRecords, settings: MeasurementSettings) -> list[MetricVa
 def _beyond_held_out(
     records: TaskRecords, tasks: Mapping[str, TaskRecords], names: Texts, settings: MeasurementSettings
 ) -> list[MetricValue]:
-    """What thresholds and calibrators from held-out images do on the other images of some records."""
+    """Evaluate thresholds and calibrators from held-out images on the other images of some records."""
     found = beyond(records, tasks, names, settings)
     if found is None:
         return []
@@ -576,10 +576,10 @@ def _beyond_held_out(
 
 
 def _clean_twin(tasks: Mapping[str, TaskRecords], records: TaskRecords) -> TaskRecords:
-    """A run's task on the same documents without shift; else that of the same name.
+    """Return a run's task on the same documents without shift, else that of the same name.
 
     Raises:
-        ValueError: If the run has neither, or other documents under that name.
+        ValueError: The run has neither, or other documents under that name.
     """
     clean = records.place._replace(shift=None, severity=None, shifts=SHIFTED[0])
     same = tasks.get(records.task)

@@ -1,4 +1,4 @@
-"""Answers of one task as columns: what was asked, how well it was answered, how confident the model was."""
+"""Answers of one task as columns: question, score and confidence of each document."""
 
 import hashlib
 import json
@@ -20,18 +20,18 @@ Bools = npt.NDArray[np.bool_]
 Texts = npt.NDArray[np.str_]
 
 STRICTER = (0.75, 0.9)
-"""IoU thresholds of accuracies beside that from which an answer counts as right."""
+"""IoU thresholds of further accuracies, above the one from which an answer counts as right."""
 
 
 class TaskKind(NamedTuple):
-    """A kind of task, by what its records hold.
+    """A kind of task, defined by its records.
 
     Attributes:
-        record: Key of the samples log under which the whole record stands.
+        record: Key of the samples log that holds the whole record.
         score: Key of the record with its score, in [0, 1].
-        estimator: The confidence estimator used unless told otherwise.
+        estimator: Default confidence estimator.
         right: Score from which an answer counts as right; None where the score itself is the (soft) outcome.
-        outcome: Key of the record with the outcome that confidence is to tell, 1 or 0; None where that is the score.
+        outcome: Key of the record with the outcome that confidence is to predict, 1 or 0; None where that is the score.
     """
 
     record: str
@@ -41,7 +41,7 @@ class TaskKind(NamedTuple):
     outcome: str | None = None
 
     def named(self, metric: str) -> str:
-        """The metric as lmms-eval's table calls it: `acc@0.5` where right is a matter of a threshold."""
+        """Return the metric's name in lmms-eval's table: `acc@0.5` where a threshold decides what is right."""
         if self.outcome is not None:
             return f"rejection_{metric}" if metric in ("auroc", "fpr@0.95") else metric
         return f"acc@{self.right:g}" if metric == "accuracy" and self.right is not None else metric
@@ -50,23 +50,23 @@ class TaskKind(NamedTuple):
 GROUNDING = TaskKind("mean_iou", "score", "coordinate_mean", 0.5)
 VQA = TaskKind("accuracy", "accuracy", "joint", None)
 REJECTION = TaskKind("box_rate", "score", "coordinate_mean", None, outcome="matches")
-"""Expressions that match something and others that match nothing: confidence is to tell them apart."""
+"""Rejection: some expressions match something and others match nothing; confidence is to separate them."""
 KINDS = (GROUNDING, VQA, REJECTION)
 
 
 SHIFTED = ("image", "language", "image and language")
-"""What a shift may shift: means over shifts are taken for each of these apart."""
+"""What a shift can change; means over shifts are taken separately for each."""
 
 
 class EvaluationSet(NamedTuple):
-    """What a task asks about: tasks that differ in shift and severity alone ask about the same documents.
+    """Evaluation set of a task; tasks that differ only in shift and severity ask about the same documents.
 
     Attributes:
-        dataset: Its dataset as the task names it.
+        dataset: Name of the dataset in the task's configuration.
         split: Split of the dataset.
         shift: Name of the corruption, of the language shift, or of both; None for neither.
-        severity: Its severity; None without a shift.
-        shifts: What is shifted, of `SHIFTED`; `image` also without a shift.
+        severity: Severity of the shift; None without a shift.
+        shifts: What is shifted, one of `SHIFTED`; `image` also without a shift.
     """
 
     dataset: str
@@ -81,25 +81,25 @@ _SHIFT_KEYS = (("shift", "severity"), ("text_shift", "text_severity"))
 
 @dataclass(frozen=True, eq=False)
 class TaskRecords:
-    """The n answers of one task, sorted by document id. All arrays have shape (n,) unless they say otherwise.
+    """The n answers of one task, sorted by document id. Arrays have shape (n,) unless stated otherwise.
 
     Attributes:
         task: Name of the task.
-        kind: What its records are.
-        place: What it asks about.
+        kind: Kind of its records.
+        place: Evaluation set of the task.
         ids: Document ids, unique.
-        numbers: Numbers of the documents in lmms-eval; -1 where the log does not tell.
+        numbers: Numbers of the documents in lmms-eval; -1 where not logged.
         image: Index of each document's image in `names`.
         names: Names of the images, sorted, shape (images,): the clusters of every interval.
-        questions: What was asked, texts or null.
-        truths: The true answers: boxes, texts or lists of texts.
-        parts: Part of the split each document belongs to; "" where the task brings no split of its own.
+        questions: Questions, texts or null.
+        truths: True answers: boxes, texts or lists of texts.
+        parts: Part of the split each document belongs to; "" where the task has no split of its own.
         score: IoU with the true box (0 without a box), VQA accuracy, or whether there was a box, in [0, 1].
-        parsed: Whether the answer held a box; where no box was asked for, whether there was an answer at all.
+        parsed: Whether the answer held a box; for tasks without boxes, whether there was an answer at all.
         confidence: Estimator → confidences in [0, 1], NaN where there was nothing to estimate from. Empty for a model
-            that tells no probabilities.
+            without probabilities.
         matches: Whether the expression matches something in its image, 1 or 0; None where all do.
-        pairs: Id of the true expression that a document belongs to; None where documents are no pairs.
+        pairs: Id of the true expression that a document belongs to; None where documents are not paired.
     """
 
     task: str
@@ -120,7 +120,7 @@ class TaskRecords:
 
     @property
     def outcome(self) -> Floats:
-        """What confidence is to tell: 1 for right (or matching) and 0 for wrong, or the soft score, shape (n,)."""
+        """Outcomes that confidence is to predict, shape (n,): 1 for right or matching, 0 for wrong, or the soft score."""
         if self.matches is not None:
             return self.matches
         return self.score if self.kind.right is None else (self.score >= self.kind.right).astype(np.float64)
@@ -146,23 +146,23 @@ class TaskRecords:
 
     @cached_property
     def reported(self) -> Bools:
-        """Which records results are reported on, shape (n,): all, unless the task brings its own split."""
+        """Mask of the records that results are reported on, shape (n,): all, unless the task has a split of its own."""
         if np.any(self.parts != ""):
             return np.equal(self.parts, REPORTED)
         return np.ones(self.parts.size, np.bool_)
 
     def only(self, keep: Bools) -> "TaskRecords":
-        """The records of a mask of shape (n,)."""
+        """Return the records of a mask of shape (n,)."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "names"}
         kept: dict[str, Any] = {name: array[keep] for name, array in arrays.items() if isinstance(array, np.ndarray)}
         kept |= {name: array.filter(pa.array(keep)) for name, array in arrays.items() if isinstance(array, pa.Array)}
         return replace(self, **kept, confidence={name: values[keep] for name, values in self.confidence.items()})
 
     def confidence_by(self, estimator: str | None) -> Floats:
-        """Confidences of one estimator, shape (n,), NaN where missing; that of the kind of task if None.
+        """Return confidences of one estimator, shape (n,), NaN where missing; None for the default of the kind of task.
 
         Raises:
-            ValueError: If the log does not hold it; all are NaN if it holds no estimator at all.
+            ValueError: The log does not hold this estimator; if it holds none at all, all are NaN.
         """
         if not self.confidence:
             return np.full(self.ids.size, np.nan)
@@ -176,13 +176,13 @@ class TaskRecords:
 
 
 def is_record(value: Any, kind: TaskKind) -> TypeGuard[dict[str, Any]]:
-    """Whether a value of a log is a record of that kind."""
+    """Return whether a value of a log is a record of that kind."""
     keys = {"id", "image", kind.score} | ({kind.outcome} if kind.outcome else set())
     return isinstance(value, dict) and keys <= set(value)
 
 
 def place_of(config: Mapping[str, Any]) -> EvaluationSet:
-    """What a task asks about, by its configuration in a results file."""
+    """Return the evaluation set of a task, by its configuration in a results file."""
     metadata = config.get("metadata") or {}
     if not isinstance(metadata, Mapping):
         raise ValueError(f"expected a mapping as metadata of a task, got {metadata!r:.80}")
@@ -210,7 +210,7 @@ def match(first: TaskRecords, second: TaskRecords) -> None:
     """Check that two runs answered the same documents.
 
     Raises:
-        ValueError: If they did not; says what differs.
+        ValueError: They did not; says what differs.
     """
     task = first.task
     for one, other, where in ((first, second, "second"), (second, first, "first")):
@@ -231,7 +231,7 @@ def match(first: TaskRecords, second: TaskRecords) -> None:
 
 
 def coded(images: Texts) -> tuple[npt.NDArray[np.int32], Texts]:
-    """Index of each image among the sorted names, and the names."""
+    """Return the index of each image among the sorted names, and the names."""
     names, index = np.unique(images, return_inverse=True)
     return index.astype(np.int32), names
 
@@ -241,7 +241,7 @@ def _lines(texts: Texts) -> bytes:
 
 
 def _truths(column: pa.Array) -> bytes:
-    """True answers, boxes or texts, one after the other."""
+    """Serialise the true answers, boxes or texts, one after the other."""
     values = column.flatten() if pa.types.is_list(column.type) else column
     if pa.types.is_floating(values.type) or pa.types.is_integer(values.type):
         return np.asarray(values.to_numpy(zero_copy_only=False), np.float64).tobytes()

@@ -1,4 +1,4 @@
-"""What a study writes into its folder: names of files, and schemas of what they say."""
+"""Files that a study writes into its folder: names and schemas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERDICT, VERDICT_IN_WORDS = "verdict.json", "verdict.md"
 CELLS = "cells"
 """Folder of the finished cells."""
 FAILURES = "failed"
-"""Folder of what is said of the failed ones."""
+"""Folder of the records of failed cells."""
 
 _Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 _Name = Annotated[str, AfterValidator(expect_inside)]
@@ -24,7 +24,7 @@ _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class StoredAxes(Account):
-    """The axes of a cell, as `grid.CellAxes`; files of other versions may lack some."""
+    """Axes of a cell, as `grid.CellAxes`; files of other versions may lack some."""
 
     model: str | None = None
     method: str | None = None
@@ -36,7 +36,7 @@ class StoredAxes(Account):
 
 
 class About(Account):
-    """`cell.json`: what was asked."""
+    """`cell.json`: the question of a cell."""
 
     id: str = ""
     model: str = ""
@@ -51,7 +51,7 @@ class About(Account):
 
 
 class Done(Account):
-    """`done.json`: that a cell is finished, and with which files."""
+    """`done.json`: mark of a finished cell, with its files."""
 
     seconds: _Seconds
     files: dict[_Name, _Digest]
@@ -67,5 +67,5 @@ class FailureAccount(Account):
 
 
 def place(about: Mapping[str, Any]) -> str:
-    """What tells a cell from the others of its study, of what `cell.json` says: axes, tasks in any order, limit."""
+    """Return what distinguishes the cell of a `cell.json` within its study: axes, tasks in any order, limit."""
     return json.dumps([about.get("axes"), sorted(about.get("tasks", ())), about.get("limit")], sort_keys=True)

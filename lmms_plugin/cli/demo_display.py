@@ -47,7 +47,7 @@ def show(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -
 
 @dataclass
 class DemoProgress(InPlace):
-    """Progress line with the current run and the time left: redrawn in place on a terminal, printed now and then elsewhere.
+    """Progress line with the current run and the time left: redrawn in place on a terminal, else printed at times.
 
     Attributes:
         total: Number of runs.

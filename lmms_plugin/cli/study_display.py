@@ -1,4 +1,4 @@
-"""Displays of the study commands: a plan as a table, and progress, redrawn in place on a terminal, else line by line."""
+"""Displays of the study commands: the table of a plan, and progress, redrawn on a terminal, else line by line."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The report: one self-contained page on a folder of results, with its figures and tables as files."""
+"""The report: one self-contained page on a folder of results, with figures and tables as files."""

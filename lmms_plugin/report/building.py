@@ -1,4 +1,4 @@
-"""From a folder of results to the page and its files."""
+"""Building of the report page and its files from a folder of results."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +28,15 @@ def build(
     figures: Path | None,
     pictures: int,
 ) -> Iterator[str]:
-    """Write the page and, if asked for, figures and tables as files; yields what was done, line by line.
+    """Write the page and, on request, figures and tables as files; yield one line on each step.
 
     Args:
         results: Study, folder of results, or one results file.
-        output: The page.
+        output: Path of the page.
         settings: Estimator, intervals, processes.
-        title: Of the page; None for the folder's name.
-        figures: Folder for files; None for none.
-        pictures: Expressions in the gallery.
+        title: Title of the page; None for the folder's name.
+        figures: Folder for figures and tables; None for none.
+        pictures: Number of expressions in the gallery.
 
     Raises:
         ValueError: As `lmms_plugin.report.numbers.results_folder.read_folder`.

@@ -1,7 +1,7 @@
-"""Pictures with true and predicted boxes, per quantizer: where quantization costs most, first.
+"""Pictures with true and predicted boxes, per quantizer; expressions that quantization costs most come first.
 
-Logs hold no images. They come from the dataset that was asked about, through the task's own code and its shift, so that
-a picture shows what the models saw; where that dataset is not at hand, the report says so instead.
+Logs hold no images. They come from the task's dataset, through the task's own code and its shift, so that a picture
+shows what the models saw. Where that dataset is not available locally, the report says so instead.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MODELS = 12
-"""Quantizers per expression."""
+"""Maximum number of quantizers per expression."""
 _SIDE = 320
 _CANDIDATES = 4
-"""How many times as many expressions are looked at as are shown, one per image."""
+"""Ratio of examined to shown expressions, one per image."""
 
 
 class Tile(NamedTuple):
@@ -41,9 +41,9 @@ class Tile(NamedTuple):
 
     Attributes:
         model: Method and bits.
-        box: As x, y, width, height in percent of the image; None for an answer without a box.
-        iou: With the true box.
-        right: Whether that counts as right.
+        box: Predicted box as x, y, width, height in percent of the image; None for an answer without a box.
+        iou: IoU with the true box.
+        right: Whether the answer counts as right.
     """
 
     model: str
@@ -56,14 +56,14 @@ class Case(NamedTuple):
     """One expression.
 
     Attributes:
-        expression: As the model was asked.
-        task: In words.
-        image: As a data URI.
-        width: Of the image, in pixels.
-        height: Likewise.
-        target: The true box, as in `Tile`.
-        tiles: Answers, of the unquantized model first.
-        lost: How many of the quantized models got it wrong.
+        expression: Expression as the model was asked.
+        task: Task in words.
+        image: Image as a data URI.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        target: True box, in the frame of `Tile`.
+        tiles: Answers, that of the unquantized model first.
+        lost: Number of quantized models with a wrong answer.
     """
 
     expression: str
@@ -77,14 +77,14 @@ class Case(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """All pictures, and why there are none of some tasks."""
+    """All pictures, and why some tasks have none."""
 
     cases: tuple[Case, ...]
     missing: tuple[str, ...]
 
 
 class _Chosen(NamedTuple):
-    """What is shown of one task: its runs by label, and ids of expressions, worst first."""
+    """Selection of one task: its runs by label, and ids of expressions, worst first."""
 
     scope: Scope
     condition: str
@@ -97,8 +97,8 @@ def build(summary: Summary, count: int) -> Gallery:
     """Find the expressions that quantization costs most, with their pictures.
 
     Args:
-        summary: The runs.
-        count: How many expressions.
+        summary: Runs.
+        count: Number of expressions.
     """
     chosen = [one for scope in summary.scopes for one in _chosen(scope, summary, count)] if count else []
     if not chosen:
@@ -110,7 +110,7 @@ def build(summary: Summary, count: int) -> Gallery:
         return Gallery((), (why,))
     cases: list[Case] = []
     missing: list[str] = []
-    # Tasks whose dataset is not at hand leave their share to the others.
+    # The share of tasks without a local dataset goes to the others.
     at_hand = [one for one in chosen if _source(one.task) is not None]
     missing += [f"{one.scope.title}: {_why(one)}" for one in chosen if one not in at_hand]
     for place, one in enumerate(at_hand):
@@ -123,7 +123,7 @@ def build(summary: Summary, count: int) -> Gallery:
 
 
 def _chosen(scope: Scope, summary: Summary, count: int) -> list[_Chosen]:
-    """The clean task and the shifted one that quantization costs most."""
+    """Select the clean task and the shifted one that quantization costs most."""
     if scope.family.record != GROUNDING.record:
         return []
     found = []
@@ -145,13 +145,13 @@ def _chosen(scope: Scope, summary: Summary, count: int) -> list[_Chosen]:
 
 
 def _most_compared(lines: Sequence[Line]) -> Line | None:
-    """The unquantized line with which most are compared, the first of equals; None if nothing is compared."""
+    """Return the unquantized line that most lines are compared with, the first of equals; None if there is none."""
     bases = [line.base for line in lines if line.base is not None]
     return max(bases, key=lambda base: sum(other is base for other in bases), default=None)
 
 
 def _losses(task: str, dense: ReportedRun, runs: Sequence[ReportedRun]) -> np.ndarray:
-    """What quantization costs each expression in IoU, over all models; below 0 where it was wrong without."""
+    """Return the loss of IoU of each expression by quantization, over all models; below 0 where unquantized is wrong."""
     base: Task = dense.measured.tasks[task]
     lost = np.sum([base.score - run.measured.tasks[task].score for run in runs], axis=0)
     return np.where(base.outcome > 0, lost, -1.0)
@@ -204,7 +204,7 @@ def _uri(image: Image.Image) -> str:
 
 
 def _records(log: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
-    """The records of some documents."""
+    """Read the records of some documents."""
     start = f'"{GROUNDING.record}": {{'.encode()
     sought = tuple(f'"id": {json.dumps(name)}'.encode() for name in ids) + tuple(
         f'"id": {json.dumps(name, ensure_ascii=False)}'.encode() for name in ids if not name.isascii()
@@ -221,7 +221,7 @@ def _records(log: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def _source(task: str) -> Callable[[], Any] | None:
-    """What loads the rows of a task's dataset, if that is at hand."""
+    """Return the function that loads a task's dataset rows, if the dataset is available locally."""
     if task == "shapes_rec" or task.startswith("shapes_shift_"):
         return _demo_rows
     if task.startswith(("refcocoplus_rec_", "refcocoplus_shift_")) and os.environ.get(refcocoplus.VARIABLE):
@@ -250,11 +250,11 @@ def _refcocoplus_rows(split: str) -> Any:
 
 
 def _images(task: str, wanted: set[str]) -> dict[str, Image.Image]:
-    """The images of the wanted expressions, by expression id, under the task's shift."""
+    """Return the images of the wanted expressions, by expression id, under the task's shift."""
     rows = _source(task)
     if rows is None or not wanted:
         return {}
-    # Only where there are images to show: it takes seconds to import.
+    # Imported only if there are images to show: it takes seconds.
     from lmms_plugin.tasks.grounding import comprehension
 
     entry = cells.entries().get(task)

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it."""
+"""The report page: one self-contained HTML file."""
 
 import re
 from collections.abc import Iterator
@@ -29,14 +29,14 @@ _STYLE, _SCRIPT = "style.css", "script.js"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a study's analysis says in words.
+    """Verdict of a study's analysis, in words.
 
     Attributes:
-        sentences: In order.
-        findings: What they rest on, one by one.
-        tables: That support them.
-        notes: How the tables are to be read.
-        text: Of a `verdict.md` where there is no `verdict.json`.
+        sentences: Sentences in order.
+        findings: Findings that the verdict rests on.
+        tables: Tables that support the verdict.
+        notes: Explanation of the tables.
+        text: Text of a `verdict.md` where there is no `verdict.json`.
     """
 
     sentences: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Verdict:
 
 
 class _ToldTable(BaseModel):
-    """A table as `verdict.json` holds it."""
+    """Schema of a table in `verdict.json`."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
@@ -64,7 +64,7 @@ class _ToldTable(BaseModel):
 
 
 class _Told(BaseModel):
-    """What `verdict.json` holds."""
+    """Schema of `verdict.json`."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
@@ -77,15 +77,15 @@ class _Told(BaseModel):
 def render(
     summary: Summary, title: str, verdict: Verdict | None, gallery: Gallery, source: str, workers: int = 1
 ) -> str:
-    """The whole page as HTML.
+    """Render the page as HTML.
 
     Args:
-        summary: What to show.
-        title: Its heading.
-        verdict: To stand on top; None where there is none.
+        summary: Summary of the results.
+        title: Heading of the page.
+        verdict: Verdict for the top of the page; None for none.
         gallery: Pictures with boxes.
-        source: The folder, as the user named it.
-        workers: Processes there may be.
+        source: Folder as the user named it.
+        workers: Maximum number of processes.
     """
     environment = Environment(
         loader=PackageLoader("lmms_plugin.report"),
@@ -120,12 +120,12 @@ def render(
 
 
 def _leading(summary: Summary) -> str:
-    """The task that the leader table shows at first."""
+    """Return the task that the leader table shows at first."""
     return next((f"{scope.title}: {scope.conditions[0]}" for scope in summary.scopes), "")
 
 
 def facts(summary: Summary) -> dict[str, str]:
-    """What was read, in numbers."""
+    """Return counts of what was read."""
     answers = sum(run.answers for run in summary.runs)
     tasks = {task for run in summary.runs for task in run.tasks}
     configs = {run.axes.config for run in summary.runs}
@@ -141,7 +141,7 @@ def facts(summary: Summary) -> dict[str, str]:
 
 
 def warnings(summary: Summary) -> Iterator[str]:
-    """What a reader must know before believing a number."""
+    """Yield caveats that a reader must know."""
     runs = summary.runs
     if limited := [run for run in runs if run.limit is not None]:
         yield (
@@ -177,7 +177,7 @@ def warnings(summary: Summary) -> Iterator[str]:
 
 
 def commands(summary: Summary) -> Iterator[str]:
-    """The exact command of each run: as the study logged it, else what lmms-eval logged of it."""
+    """Yield the exact command of each run: as the study logged it, else reconstructed from lmms-eval's log."""
     for run in summary.runs:
         if run.axes.command:
             yield command_line(run.axes.command)
@@ -190,7 +190,7 @@ def commands(summary: Summary) -> Iterator[str]:
 
 
 def versions(summary: Summary) -> dict[str, str]:
-    """Package → versions that occur in the runs."""
+    """Return package → versions that occur in the runs."""
     found: dict[str, set[str]] = {}
     for run in summary.runs:
         for package, version in run.axes.versions.items():
@@ -200,10 +200,10 @@ def versions(summary: Summary) -> dict[str, str]:
 
 
 def read_verdict(path: Path) -> Verdict | None:
-    """The verdict of a study's folder; None where there is none.
+    """Read the verdict of a study's folder; None where there is none.
 
     Raises:
-        ValueError: `verdict.json` is not what a verdict is.
+        ValueError: `verdict.json` is invalid.
     """
     folder = path if path.is_dir() else path.parent
     file, words = folder / VERDICT, folder / VERDICT_IN_WORDS
@@ -227,7 +227,7 @@ def _table(name: str, told: _ToldTable) -> ReportTable:
 
 
 def _cell(value: object) -> TableCell:
-    """A number, also where it is written as text, is sorted as one."""
+    """Return a cell that sorts a number as such, even if it is written as text."""
     written = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     if not written or not _NUMBERS.fullmatch(written):
         return TableCell(written, written or None)

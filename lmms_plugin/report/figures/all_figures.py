@@ -19,17 +19,17 @@ SECTIONS: Mapping[str, Callable[[Scope, Summary, int], Iterator[DrawnFigure]]] =
         "flips": changes.flips,
     }
 )
-"""Section → what draws it, for one model on one dataset."""
+"""Section → function that draws it, for one model on one dataset."""
 PAGE, PHONE = 4, 2
-"""Panels side by side."""
+"""Number of panels side by side."""
 
 
 def every(summary: Summary, across: int = PAGE) -> dict[str, list[DrawnFigure]]:
-    """All figures by section, those with nothing to show left out.
+    """Draw all figures by section; figures with nothing to show are left out.
 
     Args:
-        summary: What to draw.
-        across: Panels side by side.
+        summary: Results to draw.
+        across: Number of panels side by side.
     """
     with rc_context(dict(STYLE)):
         found = {

@@ -1,4 +1,4 @@
-"""What quantization changed: answers that changed sides, and the weights of every layer."""
+"""Figures of what quantization changed: flipped answers, and the weights of every layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Shares = dict[Key, tuple[float, float]]
 
 
 def flips(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
-    """Answers that changed sides, as bars to both sides."""
+    """Draw flipped answers as bars to both sides."""
     del summary
     found = {condition: shares for condition in scope.conditions if (shares := _shares(scope, condition))}
     if not found:
@@ -58,7 +58,7 @@ def _shares(scope: Scope, condition: str) -> _Shares:
 def _bars(found: dict[str, _Shares], across: int) -> Any:
     keys = list(dict.fromkeys(key for shares in found.values() for key in shares))
     left = 0.25 + 0.072 * max(len(short(label(key))) for key in keys)
-    # Half of a label may stand beyond the last tick.
+    # Half of a label may extend beyond the last tick.
     margins = Margins(left=left, right=0.28, bottom=0.35, across=0.35)
     width = min(WIDE if across > 2 else NARROW, margins.left + 3.2 * len(found))
     handles = [drawing.bar_handle(BAD, "right \u2192 wrong"), drawing.bar_handle(GOOD, "wrong \u2192 right")]
@@ -77,7 +77,7 @@ def _bars(found: dict[str, _Shares], across: int) -> Any:
 
 
 def layers(summary: Summary, across: int) -> Iterator[DrawnFigure]:
-    """Error of every layer's weight, layer by layer."""
+    """Draw the relative error of every layer's weight."""
     runs = [run for run in summary.runs if run.layers]
     for model in dict.fromkeys(run.axes.config.model for run in runs):
         members: dict[Key, list[ReportedRun]] = {}
@@ -110,7 +110,7 @@ def layers(summary: Summary, across: int) -> Iterator[DrawnFigure]:
 
 
 def _errors(runs: Sequence[ReportedRun], names: Sequence[str]) -> Floats:
-    """Mean error of each layer over runs, NaN where none quantized it."""
+    """Return the mean error of each layer over runs, NaN where none quantized it."""
     sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for run in runs:
         for layer in run.layers:

@@ -1,4 +1,4 @@
-"""What all figures share: style, measures in inches, legends, and what a figure is."""
+"""Parts shared by all figures: style, sizes in inches, legends, and the type of a drawn figure."""
 
 from __future__ import annotations
 
@@ -54,26 +54,26 @@ STYLE: Mapping[str, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "svg.fonttype": "none",
-    # Names are data: a dollar sign begins no formula.
+    # Names are data: a dollar sign does not start a formula.
     "text.parse_math": False,
 }
 _ROOM, _LONGEST_SLUG = 30, 60
-"""Characters of a name in a figure, and in the name of a file."""
+"""Maximum number of characters of a name in a figure, and in a file name."""
 WIDE, NARROW = 9.4, 4.6
 """Widths of figures in inches, for a page and for a phone."""
 BAND = "A band reaches from the lowest to the highest run where a line is the mean of several."
 
 
 class DrawnFigure(NamedTuple):
-    """A figure.
+    """A drawn figure.
 
     Attributes:
-        name: For files and anchors.
-        title: In a line.
-        says: What it shows and how to read it.
-        figure: The drawing.
-        table: Its numbers.
-        more: Whether it belongs to what is folded away at first.
+        name: Name for files and anchors.
+        title: Title in one line.
+        says: What the figure shows and how to read it.
+        figure: Matplotlib figure.
+        table: Numbers of the figure.
+        more: Whether the figure is folded away at first.
     """
 
     name: str
@@ -85,7 +85,7 @@ class DrawnFigure(NamedTuple):
 
 
 class Margins(NamedTuple):
-    """Room around and between panels, in inches."""
+    """Space around and between panels, in inches."""
 
     left: float = 0.62
     right: float = 0.12
@@ -107,18 +107,18 @@ def panels(
     sharey: Any = True,
     ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, Any]:
-    """A figure of rows × columns panels below a legend; sizes are set and not fitted, so that figures line up.
+    """Create a figure of rows × columns panels below a legend; sizes are fixed, not fitted, so that figures line up.
 
     Args:
-        rows: Panels below one another.
-        columns: Panels side by side.
-        width: Of the figure, in inches.
-        height: Of the rows together, in inches, without the room between them.
-        handles: Of the legend; none for no legend.
-        margins: Room around the panels.
+        rows: Number of panels below one another.
+        columns: Number of panels side by side.
+        width: Width of the figure, in inches.
+        height: Total height of the rows, in inches, without the space between them.
+        handles: Entries of the legend; empty for no legend.
+        margins: Space around the panels.
         sharex: As in matplotlib.
         sharey: As in matplotlib.
-        ratios: Of the rows' heights.
+        ratios: Ratios of the rows' heights.
     """
     lines, across = _legend_size(handles, width)
     head = 0.2 * lines + (0.12 if lines else 0.0)
@@ -157,7 +157,7 @@ def panels(
 
 
 def _legend_size(handles: Sequence[Any], width: float) -> tuple[int, int]:
-    """Lines of a legend, and entries of each."""
+    """Return the number of lines of a legend, and of entries in each."""
     if not handles:
         return 0, 1
     widest = max(len(handle.get_label()) for handle in handles)
@@ -168,11 +168,11 @@ def _legend_size(handles: Sequence[Any], width: float) -> tuple[int, int]:
 def small_multiples(
     chosen: Mapping[int | None, Sequence[Key]], styles: Mapping[str, Look], across: int, xlabel: str, ylabel: str
 ) -> tuple[Figure, list[Any]]:
-    """One panel per number of bits, and its axes in that order."""
+    """Create one panel per number of bits, and return their axes in that order."""
     columns = min(across, len(chosen))
     rows = math.ceil(len(chosen) / columns)
     full = WIDE if across > 2 else NARROW
-    # A few panels do not fill the page: panels are as wide in every figure.
+    # A few panels do not fill the page, so that panels are equally wide in every figure.
     width = full if columns == across else Margins().left + (full - Margins().left) * columns / across
     figure, grid = panels(rows, columns, width, 1.75 * rows, method_handles(styles))
     axes = grid.ravel().tolist()
@@ -190,12 +190,12 @@ def small_multiples(
 
 
 def by_bits(lines: Iterable[Line]) -> dict[int | None, list[Key]]:
-    """Number of bits → series of its panel, the unquantized model in each."""
+    """Group series by number of bits for the panels, with the unquantized model in each."""
     return keys_by_bits(series(lines))
 
 
 def keys_by_bits(keys: Iterable[Key]) -> dict[int | None, list[Key]]:
-    """The same of methods and bits."""
+    """Group methods and bits by number of bits, likewise."""
     found = list(keys)
     dense = [key for key in found if key[0] == DENSE]
     quantized = sorted((key for key in found if key[0] != DENSE), key=lambda key: -(key[1] or 0))
@@ -206,44 +206,44 @@ def keys_by_bits(keys: Iterable[Key]) -> dict[int | None, list[Key]]:
 
 
 def method_handles(styles: Mapping[str, Look], *, line: bool = True) -> list[Any]:
-    """Legend of quantizers."""
+    """Return the legend entries of the quantizers."""
     return [handle(look.colour, look.mark, method_name(method), line=line) for method, look in styles.items()]
 
 
 def handle(colour: str, mark: str, label: str, *, line: bool = True) -> Any:
-    """One entry of a legend."""
+    """Return one entry of a legend."""
     return Line2D([], [], color=colour, marker=mark, label=short(label), linestyle="-" if line else "none")
 
 
 def bar_handle(colour: str, label: str) -> Any:
-    """One entry of a legend of bars."""
+    """Return one entry of a legend of bars."""
     return Patch(color=colour, label=short(label))
 
 
 def method_name(method: str) -> str:
-    """As people call it."""
+    """Return the common name of a method."""
     return UNQUANTIZED if method == DENSE else method
 
 
 def label(key: Key) -> str:
-    """Method and bits in words."""
+    """Describe method and bits in words."""
     method, bits = key
     return method_name(method) if method == DENSE or bits is None else f"{method} {bits}"
 
 
 def short(words: str) -> str:
-    """A name as figures have room for: its beginning and its end, in characters that can be drawn."""
+    """Shorten a name to its beginning and end, in characters that can be drawn."""
     drawn = "".join(c if c.isprintable() else "\ufffd" for c in words)
     return drawn if len(drawn) <= _ROOM else f"{drawn[: _ROOM // 2]}…{drawn[len(drawn) - (_ROOM - 1) // 2 :]}"
 
 
 def slug(words: str) -> str:
-    """For files and anchors; a long one ends with what tells it from others."""
+    """Return a name for files and anchors; a long one ends with a suffix that makes it unique."""
     found = "-".join("".join(c if c.isalnum() else " " for c in words.lower()).split())
     return found if len(found) <= _LONGEST_SLUG else f"{found[:_LONGEST_SLUG]}-{hashing.of_value(words)[:8]}"
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Different names in one line."""
+    """List distinct names in one line."""
     found = list(dict.fromkeys(names))
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

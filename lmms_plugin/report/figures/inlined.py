@@ -1,4 +1,4 @@
-"""The figures as the page holds them: once for wide windows and print, once for narrow ones."""
+"""The figures inside the page: one version for wide windows and print, one for narrow windows."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -12,16 +12,16 @@ from lmms_plugin.report.figures.drawing import DrawnFigure
 from lmms_plugin.report.numbers.summary import Summary
 
 ONE_PROCESS = 500
-"""Lines up to which drawing takes less long than starting a process."""
+"""Number of lines up to which drawing is faster than starting a process."""
 
 
 class Shown(NamedTuple):
     """A figure on the page.
 
     Attributes:
-        drawn: The figure.
-        wide: For wide windows and print, as SVG.
-        narrow: For narrow windows.
+        drawn: Drawn figure.
+        wide: SVG for wide windows and print.
+        narrow: SVG for narrow windows.
     """
 
     drawn: DrawnFigure
@@ -30,11 +30,11 @@ class Shown(NamedTuple):
 
 
 def shown(summary: Summary, workers: int) -> dict[str, list[Shown]]:
-    """All figures by section; drawn by two processes where there are many lines.
+    """Draw all figures by section, in two processes where there are many lines.
 
     Args:
-        summary: What to draw.
-        workers: Processes there may be.
+        summary: Results to draw.
+        workers: Maximum number of processes.
     """
     if workers == 1 or len(summary.lines) < ONE_PROCESS:
         wide, narrow = _wide(summary), _narrow(summary)

@@ -1,8 +1,8 @@
-"""Colours and marks of the figures: a quantizer looks alike in every figure, on paper and on a dark screen.
+"""Colours and markers of the figures: a quantizer looks the same in every figure, on paper and on a dark screen.
 
-Figures are drawn in the light colours. On the page each becomes a variable of the style sheet, so that one drawing
-serves light, dark and print. Every colour has a contrast of at least 3 : 1 with its background, and lines differ in
-mark as well, so that nothing is told by colour alone.
+Figures are drawn in the light colours. On the page each colour becomes a variable of the style sheet, so that one
+drawing serves light, dark and print. Every colour has a contrast of at least 3 : 1 with its background, and lines
+differ in their markers as well, so that no information depends on colour alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Tone(NamedTuple):
-    """One colour on light and on dark ground."""
+    """One colour on a light and on a dark background."""
 
     light: str
     dark: str
@@ -54,7 +54,7 @@ SURFACES: Mapping[str, Tone] = MappingProxyType(
         "badtext": Tone("#a83f17", "#f0915f"),
     }
 )
-"""Colours of the page that figures do not have."""
+"""Colours of the page that figures do not use."""
 
 _KNOWN = (
     *("none", "rtn", "hqq", "awq", "mbq", "gptq", "ptqtp", "ptqtp_weighted"),
@@ -65,14 +65,14 @@ DENSE = "none"
 
 
 class Look(NamedTuple):
-    """How a quantizer is drawn."""
+    """Colour and marker of a quantizer."""
 
     colour: str
     mark: str
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """Method → how it is drawn; those of other packages take the places that the known ones leave."""
+    """Return method → colour and marker; unknown methods take those that the known ones leave."""
     found: dict[str, Look] = {}
     places = {name: k for k, name in enumerate(_KNOWN)}
     wanted = list(dict.fromkeys(methods))

@@ -1,4 +1,4 @@
-"""Confidence: reliability diagrams with counts, and risk by coverage."""
+"""Figures of confidence: reliability diagrams with counts, and risk-coverage curves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Group = tuple[Key, list[Line]]
 
 
 def reliability(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
-    """Reliability diagrams, one panel per method and bits, clean and shifted in one."""
+    """Draw reliability diagrams, one panel per method and bits, with clean and shifted data in one."""
     del summary
     shown = {name for name, _, _ in _CONDITIONS}
     lines = [line for line in scope.lines if line.condition in shown and not math.isnan(line.group.of("ece"))]
@@ -48,7 +48,7 @@ def _reliability(groups: Sequence[_Group], across: int) -> Any:
     conditions = {line.condition for _, members in groups for line in members}
     handles = [drawing.handle(colour, mark, name) for name, colour, mark in _CONDITIONS if name in conditions]
     width = full if columns == across else Margins().left + (full - Margins().left) * columns / across
-    # Of three rows the second counts what the first shows, and the third keeps them from the next.
+    # The second of three rows shows the counts of the first, and the third is space before the next.
     figure, grid = drawing.panels(
         3 * rows,
         columns,
@@ -138,7 +138,7 @@ def _bins_table(name: str, scope: Scope, groups: Sequence[_Group]) -> ReportTabl
 
 
 def risk_coverage(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
-    """Risk by coverage: one panel per number of bits, one figure per condition."""
+    """Draw risk-coverage curves: one panel per number of bits, one figure per condition."""
     del summary
     for condition in scope.conditions:
         lines = [line for line in scope.under(condition) if not math.isnan(line.group.of("aurc"))]
@@ -164,7 +164,7 @@ def risk_coverage(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn
 
 
 def _curves(lines: Sequence[Line]) -> Floats:
-    """Risk at each coverage, one row per run: the mean over its tasks."""
+    """Return risk at each coverage, one row per run: the mean over its tasks."""
     found = []
     for line in lines:
         for run in line.runs:

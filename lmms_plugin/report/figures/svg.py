@@ -1,4 +1,4 @@
-"""Figures as files, and as part of the page: there they take their colours from its style sheet."""
+"""Figures as SVG files, and as inline SVG, which takes its colours from the page's style sheet."""
 
 import io
 import re
@@ -16,13 +16,13 @@ _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 
 def inline(figure: Figure, name: str, title: str, description: str) -> str:
-    """The figure as an SVG element with title and description.
+    """Render a figure as an SVG element with title and description.
 
     Args:
-        figure: The drawing.
-        name: Unique on the page; every id in the drawing begins with it.
-        title: Its accessible name.
-        description: What it shows, for those who do not see it.
+        figure: Matplotlib figure.
+        name: Name that is unique on the page; every id in the SVG starts with it.
+        title: Accessible name of the figure.
+        description: Text alternative for people who do not see the figure.
     """
     drawn = svg(figure)
     body = drawn[drawn.index("<svg") :]
@@ -48,7 +48,7 @@ def inline(figure: Figure, name: str, title: str, description: str) -> str:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as a file of its own; equal figures give equal files."""
+    """Render a figure as an SVG file; equal figures give equal files."""
     out = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lmms-plugin", "text.parse_math": False}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": "lmms-plugin"})

@@ -1,4 +1,4 @@
-"""Accuracy and reliability against memory and speed."""
+"""Figures of accuracy and reliability against memory and speed."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lmms_plugin.report.numbers.summary import Line, Scope, Summary
 from lmms_plugin.report.numbers.tables import TableCell, text
 
 _LABELLED = 14
-"""Marks per panel up to which each is labelled with its bits; above, those on the front alone."""
+"""Markers per panel up to which each is labelled with its bits; above, only those on the Pareto front."""
 _PLAIN = 60
-"""Marks from which intervals are left out."""
+"""Markers per panel from which intervals are left out."""
 _BESIDE = ((4, 3), (4, -8), (-9, 3), (-9, -8), (4, 11), (4, -16))
-"""Where a label may stand, in points from its mark, the best first."""
+"""Possible offsets of a label from its marker in points, the best first."""
 _SAME = 5
-"""Points between marks up to which they share a label, if theirs are the same."""
+"""Distance in points up to which markers with equal labels share one."""
 _UP, _DOWN = "\u2191", "\u2193"
 
 
 class Axis(NamedTuple):
-    """What a panel is drawn over.
+    """Horizontal axis of a panel.
 
     Attributes:
-        field: Of `Cost`.
-        label: With its unit.
-        factor: From the field's unit.
-        more: Whether more is better.
+        field: Field of `Cost`.
+        label: Label with its unit.
+        factor: Factor from the field's unit.
+        more: Whether larger is better.
     """
 
     field: str
@@ -41,7 +41,7 @@ class Axis(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What a panel shows."""
+    """Vertical axis of a panel."""
 
     metric: str
     label: str
@@ -56,7 +56,7 @@ _GOALS = (Goal("accuracy", "accuracy", True), Goal("aurc", "AURC", False))
 
 
 def draw(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
-    """One figure per model and dataset, clean and shifted below one another."""
+    """Draw one figure per model and dataset, clean above shifted."""
     chosen = [(condition, lines) for condition in scope.conditions if (lines := scope.under(condition))]
     axes = [axis for axis in _AXES if sum(_cost(line, axis) is not None for line in chosen[0][1]) > 1]
     if not axes:
@@ -91,7 +91,7 @@ def draw(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
 
 
 def unbeaten(chosen: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    """Which are not beaten in everything at once; that all of them are not says little, and is said shortly."""
+    """Describe the configurations on the Pareto front; a short sentence if that is all of them."""
     told = []
     for condition, lines in chosen:
         kept = not_dominated(lines)
@@ -124,16 +124,16 @@ def _panel(panel: Any, lines: Sequence[Line], goal: Goal, axis: Axis, styles: Ma
 
 
 def _bits(line: Line) -> str:
-    """What stands beside a mark: nothing beside the unquantized model, which ran in 16 or in 32 bits."""
+    """Return the label of a marker; none for the unquantized model, which ran in 16 or 32 bits."""
     return "" if line.config.dense or line.config.bits is None else str(line.config.bits)
 
 
 def label_marks(panel: Any, marks: Sequence[tuple[float, float, str]]) -> None:
-    """Write beside each mark where no other label stands; marks on one another share a label.
+    """Label each marker where no other label is; overlapping markers share a label.
 
     Args:
-        panel: With its limits set.
-        marks: Place in data, and text.
+        panel: Axes with limits set.
+        marks: Data coordinates and text of each marker.
     """
     points = panel.transData.transform([(x, y) for x, y, _ in marks]) * 72 / panel.figure.dpi if marks else []
     placed: list[tuple[float, float]] = []
@@ -154,7 +154,7 @@ def _cost(line: Line, axis: Axis) -> float | None:
 
 
 def _front(points: Sequence[tuple[float, float]], *, high: bool, more: bool) -> list[tuple[float, float]]:
-    """Points that no other beats in both, by x; `high`: whether y, and `more`: whether x should be high."""
+    """Return points that no other beats in both axes, by x; `high`: whether large y, `more`: whether large x is better."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(
         set(points), key=lambda point: (-point[0] if more else point[0], -point[1] if high else point[1])

@@ -1,4 +1,4 @@
-"""Shift: severity curves, and what each quantizer loses under each shift."""
+"""Figures of shift: severity curves, and the loss of each quantizer under each shift."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MEASURED = (("accuracy", "accuracy"), ("ece", "ECE"), ("aurc", "AURC"))
 _STRONGEST = 0.8
 _CELL, _ROW = 0.56, 0.25
 _ABREAST, _TALL_ROW = 6, 0.27
-"""On a phone: models side by side, and the height of a row."""
+"""On a phone: number of models side by side, and height of a row in inches."""
 
 
 def severity(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
-    """Accuracy, ECE and AURC by severity of the shift."""
+    """Draw accuracy, ECE and AURC by severity of the shift."""
     for which in scope.conditions:
         steps = scope.severities(which)
         conditions = ({0: CLEAN} if scope.under(CLEAN) else {}) | steps
@@ -74,7 +74,7 @@ def _severity(
 def _by_severity(
     lines: Sequence[Line], conditions: Mapping[int, str], metric: str, level: float
 ) -> dict[int, tuple[float, float, float]]:
-    """Severity → mean and band; severities without runs are left out."""
+    """Return severity → mean and band; severities without runs are left out."""
     found = {}
     for step, condition in conditions.items():
         members = [line for line in lines if line.condition == condition]
@@ -88,7 +88,7 @@ def _ranged(value: tuple[float, float, float]) -> Any:
 
 
 def heat(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
-    """What each quantizer loses under each shift against the unquantized model."""
+    """Draw the loss of each quantizer under each shift against the unquantized model."""
     del summary
     losses, sizes = _losses(scope)
     shifts = sorted(sizes, key=lambda name: (name != CLEAN, name))
@@ -116,7 +116,7 @@ def heat(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
 
 
 def _losses(scope: Scope) -> tuple[dict[Key, dict[str, list[float]]], dict[str, int]]:
-    """Method and bits → shift → differences of accuracy, one per task and run; and answers per shift."""
+    """Return method and bits → shift → differences of accuracy, one per task and run; and answers per shift."""
     found: dict[Key, dict[str, list[float]]] = {}
     sizes: dict[str, int] = {}
     for condition in scope.conditions:
@@ -137,7 +137,7 @@ def _losses(scope: Scope) -> tuple[dict[Key, dict[str, list[float]]], dict[str, 
 
 
 def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
-    """Models below one another, shifts side by side."""
+    """Draw the heat map with one row per model and one column per shift."""
     rows, columns = values.shape
     margins = Margins(
         left=0.25 + 0.072 * max(map(len, labels)), right=0.75, top=0.15 + 0.055 * max(map(len, shifts)), bottom=0.1
@@ -149,7 +149,7 @@ def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
 
 
 def tall_heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
-    """For a phone: shifts below one another, a few models side by side, the others in further blocks below."""
+    """Draw the heat map for a phone: one row per shift, a few models side by side, the others in further blocks below."""
     parts = [slice(k, k + _ABREAST) for k in range(0, len(labels), _ABREAST)]
     top = 0.15 + 0.07 * max(map(len, labels))
     margins = Margins(
@@ -180,7 +180,7 @@ def _cells(
         if math.isnan(value):
             continue
         face = BAD if value < 0 else GOOD
-        # By opacity, so that weak cells fade into the page, light or dark.
+        # Opacity, so that weak cells fade into the page, light or dark.
         alpha = _STRONGEST * abs(value) / strongest
         axis.add_patch(Rectangle((column + 0.02, row + 0.04), 0.96, 0.92, facecolor=face, alpha=alpha, linewidth=0))
         shown = f"{100 * value:+z.0f}".replace("-", "\u2212")

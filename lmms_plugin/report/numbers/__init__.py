@@ -1,1 +1,1 @@
-"""What a report shows, as values: runs read and measured, put together, and in tables."""
+"""Data of the report: runs read, measured and summarised, and tables of them."""

@@ -1,4 +1,4 @@
-"""What the report says in tables: the leader table, what is on the Pareto front, flips, costs, runs."""
+"""Tables of the report: leader table, Pareto front, flips, costs, runs."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ _OBJECTIVES = (("accuracy", -1.0), ("aurc", 1.0))
 
 
 def leader(summary: Summary) -> ReportTable:
-    """Every configuration under every condition, best accuracy first."""
+    """Return every configuration under every condition, best accuracy first."""
     columns = (
         Column("Model", "Quantizer and nominal bits per weight; below, everything else that is set", numeric=False),
         Column("Accuracy", "Share of right answers (box: IoU of at least 0.5)", better="high"),
@@ -48,7 +48,7 @@ def leader(summary: Summary) -> ReportTable:
 
 
 def titles(summary: Summary) -> dict[tuple[str, object], str]:
-    """Model and dataset → how that is called."""
+    """Return model and dataset → title."""
     return {(scope.model, scope.family): scope.title for scope in summary.scopes}
 
 
@@ -84,7 +84,7 @@ def _attributes(line: Line, title: str) -> dict[str, str]:
 
 
 def front(summary: Summary) -> ReportTable:
-    """What no other configuration beats in accuracy, reliability, memory and speed at once, where some are beaten."""
+    """Return the Pareto front of accuracy, reliability, memory and speed, unless it holds all configurations."""
     rows = [
         (text(scope.title, line.condition), line)
         for scope in summary.scopes
@@ -96,14 +96,14 @@ def front(summary: Summary) -> ReportTable:
 
 
 def costs(name: str, title: str, place: str, rows: Iterable[tuple[TableCell, Line]], summary: Summary) -> ReportTable:
-    """Accuracy and reliability of configurations beside what they cost.
+    """Return accuracy and reliability of configurations beside their cost.
 
     Args:
-        name: Of the table's file.
-        title: Above the table.
-        place: Heading of the column that tells where a line was measured.
-        rows: What that column says, and the line.
-        summary: What the lines are from.
+        name: Name of the table's file.
+        title: Title above the table.
+        place: Heading of the column that says where a line was measured.
+        rows: Text of that column, and the line.
+        summary: Summary that the lines come from.
     """
     columns = (
         Column("Model", numeric=False),
@@ -127,9 +127,9 @@ def costs(name: str, title: str, place: str, rows: Iterable[tuple[TableCell, Lin
 
 
 def not_dominated(lines: Sequence[Line]) -> list[Line]:
-    """Lines that no other line beats or equals in everything while beating it in something.
+    """Return the lines that no other line dominates: equal or better in everything and better in something.
 
-    A number that is missing anywhere is left out of the comparison for all.
+    An objective with a missing value in any line is left out of the comparison for all.
     """
     points = [objectives(line) for line in lines]
     used = [k for k in range(4) if all(not math.isnan(point[k]) for point in points)]
@@ -143,7 +143,7 @@ def not_dominated(lines: Sequence[Line]) -> list[Line]:
 
 
 def objectives(line: Line) -> tuple[float, ...]:
-    """What a model is judged by: errors, bytes and, negative, tokens per second; all to be low, NaN where unknown."""
+    """Return the objectives of a line: errors, bytes and negative tokens per second; low is better, NaN where unknown."""
     cost = line.cost
     values = [sign * line.group.of(metric) for metric, sign in _OBJECTIVES]
     values.append(math.nan if cost.bytes is None else cost.bytes)
@@ -152,7 +152,7 @@ def objectives(line: Line) -> tuple[float, ...]:
 
 
 def flips(summary: Summary) -> ReportTable:
-    """Answers that changed sides against the unquantized model, most net losses first."""
+    """Return flipped answers against the unquantized model, largest net loss first."""
     columns = (
         Column("Model", numeric=False),
         Column("Task", numeric=False),
@@ -195,7 +195,7 @@ def _flipped(line: Line, title: str, summary: Summary) -> list[TableCell]:
 
 
 def unparsed(summary: Summary) -> ReportTable:
-    """Tasks in which some answers held no box or no confidence; empty where all did."""
+    """Return tasks in which some answers held no box or no confidence; empty where all did."""
     columns = (
         Column("Model", numeric=False),
         Column("Task", numeric=False),
@@ -246,7 +246,7 @@ _REJECTION = MappingProxyType(
 
 
 def rejection(summary: Summary) -> ReportTable:
-    """Tasks in which expressions match nothing and are to be rejected, run by run; empty where there are none."""
+    """Return the metrics of rejection tasks, run by run; empty where there are none."""
     found = [
         (run, task, {number.metric: number for number in run.rejection if number.task == task})
         for run in summary.runs
@@ -276,7 +276,7 @@ def _of_number(found: MetricValue | None) -> TableCell:
 
 
 def _count(numbers: Iterable[MetricValue]) -> TableCell:
-    # Numbers of one side are of its answers alone.
+    # Numbers of one kind of expression are over its answers alone.
     most = max(numbers, key=lambda one: one.records)
     return whole(most.records)._replace(note=counted(most.images, "image"))
 
@@ -291,7 +291,7 @@ def _seeded(details: str, seed: int | None) -> str:
 
 
 def runs(summary: Summary) -> ReportTable:
-    """Every run: where it lies, how it was made."""
+    """Return every run with its place and command."""
     columns = (
         Column("Model", numeric=False),
         Column("Arguments", numeric=False),
@@ -325,7 +325,7 @@ def _limit(limit: float | None) -> TableCell:
 
 
 def meanings(summary: Summary) -> dict[str, str]:
-    """Heading → what it means, of all tables that are shown: what is told on hovering is to be read on paper, too."""
+    """Return heading → meaning for all tables, since tooltips must be readable on paper, too."""
     found: dict[str, str] = {}
     for shown in every(summary):
         for column in shown.columns:
@@ -335,6 +335,6 @@ def meanings(summary: Summary) -> dict[str, str]:
 
 
 def every(summary: Summary) -> Iterable[ReportTable]:
-    """All tables, for files."""
+    """Return all tables, for files."""
     found = (leader(summary), front(summary), flips(summary), rejection(summary), unparsed(summary), runs(summary))
     return [table for table in found if table.rows]

@@ -1,4 +1,4 @@
-"""A folder of results, read and measured by several processes, one results file at a time."""
+"""Reading and measuring of a folder of results by several processes, one results file at a time."""
 
 import multiprocessing
 import os
@@ -20,17 +20,17 @@ from lmms_plugin.utils.reading import accounts
 
 UNFINISHED = (".running", FAILURES)
 RESAMPLES = 500
-"""Of the images for every interval, unless told otherwise: half as many as elsewhere, for a page has many intervals."""
+"""Default number of resamples: half of the usual one, since a page has many intervals."""
 ONE_PROCESS = 64 << 20
 """Bytes of logs below which starting processes takes longer than reading."""
 
 
 class Layer(NamedTuple):
-    """What quantization did to one layer.
+    """Quantization of one layer.
 
     Attributes:
-        name: Module.
-        relative_error: Of the weight.
+        name: Name of the module.
+        relative_error: Relative error of the weight.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes; None where the files do not tell.
+    """Cost of a run; None where not logged.
 
     Attributes:
-        bits_per_weight: Of quantized weights, scales and zero points counted.
-        bytes: Of all parameters and buffers.
-        tokens_per_second: Generated tokens over the time of generating.
-        seconds_to_quantize: Loading, calibration and quantization.
+        bits_per_weight: Bits per quantized weight, scales and zero points included.
+        bytes: Bytes of all parameters and buffers.
+        tokens_per_second: Generated tokens ÷ generation time.
+        seconds_to_quantize: Time of loading, calibration and quantization.
     """
 
     bits_per_weight: float | None = None
@@ -59,18 +59,18 @@ class ReportedRun:
     """One finished run.
 
     Attributes:
-        file: Its results file.
-        axes: Where it stands.
+        file: Results file.
+        axes: Place in the study.
         model: Name of the model in lmms-eval.
-        model_args: Its arguments as text.
+        model_args: Model arguments as text.
         limit: Documents per task that it was limited to; None for all.
-        date: When it ran, as lmms-eval writes it.
-        cost: What it takes.
-        layers: What quantization did to each layer; empty without a report.
-        measured: Its numbers.
+        date: Date of the run, as lmms-eval writes it.
+        cost: Cost of the run.
+        layers: Quantization of each layer; empty without a quantization report.
+        measured: Metrics of the run.
         others: Tasks that log no records of ours.
-        rejection: Numbers of tasks in which nothing is right or wrong, but expressions are to be rejected.
-        batch_size: What lmms-eval was told; "" where that was not logged.
+        rejection: Metrics of rejection tasks, whose answers are neither right nor wrong.
+        batch_size: Batch size as given to lmms-eval; "" where not logged.
     """
 
     file: Path
@@ -88,7 +88,7 @@ class ReportedRun:
 
     @property
     def tasks(self) -> dict[str, int]:
-        """Tasks with numbers on the page, and how many answers each is of."""
+        """Return the tasks with metrics on the page, and the number of answers of each."""
         found = {task.task: task.records for task in self.measured.tasks.values()}
         for number in self.rejection:
             found[number.task] = max(number.records, found.get(number.task, 0))
@@ -96,7 +96,7 @@ class ReportedRun:
 
     @property
     def answers(self) -> int:
-        """Answers of all these tasks."""
+        """Number of answers of all these tasks."""
         return sum(self.tasks.values())
 
 
@@ -104,8 +104,8 @@ class FailedCell(NamedTuple):
     """A cell of a study without results.
 
     Attributes:
-        cell: Its id.
-        returncode: Of its process.
+        cell: Id of the cell.
+        returncode: Exit status of its process.
         tail: Last line of its log.
     """
 
@@ -115,14 +115,14 @@ class FailedCell(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """Everything at or under a path.
+    """All results at or under a path.
 
     Attributes:
         runs: Finished runs, oldest first.
-        failed: Cells of a study that failed.
+        failed: Failed cells of a study.
         documents: Fingerprint of documents → their ids.
-        left_out: Results files that hold nothing of ours, and why.
-        resamples: Of the images, for every interval.
+        left_out: Results files without records of ours, and why.
+        resamples: Number of resamples of the images for every interval.
     """
 
     runs: list[ReportedRun]
@@ -136,7 +136,7 @@ def read_folder(path: Path, settings: MeasurementSettings) -> Folder:
     """Read and measure every run at or under a path.
 
     Raises:
-        ValueError: If there is none, or a log is damaged or incomplete.
+        ValueError: There is none, or a log is damaged or incomplete.
     """
     files = [file for file in logs.find(path) if not set(UNFINISHED) & set(_below(file, path))]
     runs: list[ReportedRun] = []
@@ -164,9 +164,9 @@ def read_run(file: Path, root: Path, settings: MeasurementSettings) -> ReportedR
     run = logs.read(file, settings.estimators)
     where = axes.of(file, root, run.content)
     answered = [one for one in run.tasks.values() if one.kind is not REJECTION]
-    # A run of the first documents of a task that brings its own split may hold none that are reported on.
+    # A run limited to the first documents of a task with a split of its own may hold none that are reported on.
     empty = [one.task for one in answered if not one.reported.any()]
-    # What is done at once is done by processes, not by threads.
+    # Processes do the parallel work here, not threads.
     alone = replace(settings, workers=1)
     account = _account(where.folder)
     batch_size = (run.content.get("config") or {}).get("batch_size")
@@ -240,7 +240,7 @@ def _failed(path: Path) -> Iterator[FailedCell]:
     finished = {place(accounts.read(file, About)) for file in path.glob(f"{CELLS}/*/{CELL}")} if files else set()
     for file in files:
         about = file.with_name(CELL)
-        # Mended code gives a cell another id: what failed under the old one has been finished since.
+        # Changed code gives a cell another id: what failed under the old one may be finished under the new one.
         if about.is_file() and place(accounts.read(about, About)) in finished:
             continue
         told = accounts.read(file, study_files.FailureAccount)
@@ -250,5 +250,5 @@ def _failed(path: Path) -> Iterator[FailedCell]:
 
 
 def default_workers() -> int:
-    """As many processes as there are processors."""
+    """Return the number of processors."""
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Runs put together: one line per configuration and condition, seeds averaged, each beside its unquantized model."""
+"""Summary of runs: one line per configuration and condition, seeds averaged, compared with the unquantized model."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,15 +16,15 @@ from lmms_plugin.metrics.intervals import METHODS, between
 from lmms_plugin.report.numbers.results_folder import Cost, Folder, ReportedRun
 
 _NAMED = 3
-"""Tasks up to which a condition is named with all of them."""
+"""Maximum number of tasks that a condition's name lists."""
 
 
 class BaselineDifference(NamedTuple):
-    """A line less its unquantized model, on the same images.
+    """Difference of a line from its unquantized model, on the same images.
 
     Attributes:
-        value: The difference.
-        interval: Over images, drawn for both; NaN where runs were not on the same images.
+        value: Line − unquantized.
+        interval: Paired interval over images; NaN where runs were not on the same images.
     """
 
     value: float
@@ -32,12 +32,12 @@ class BaselineDifference(NamedTuple):
 
 
 class BaselineFlips(NamedTuple):
-    """Answers that changed sides against the unquantized model, summed over tasks and runs.
+    """Flipped answers against the unquantized model, summed over tasks and runs.
 
     Attributes:
-        lost: Right without quantization, wrong here.
-        won: Wrong without quantization, right here.
-        records: Answers compared.
+        lost: Number right without quantization and wrong here.
+        won: Number wrong without quantization and right here.
+        records: Number of answers compared.
     """
 
     lost: int
@@ -50,16 +50,16 @@ class Line:
     """One configuration under one condition.
 
     Attributes:
-        config: What was run.
-        family: On what.
-        condition: `clean`, `shifted`, `shifted, severity 3` …; where runs differ in their tasks, with those.
-        runs: With which seeds; the numbers are means over them.
-        groups: The numbers of each run, of the same tasks on the same documents.
-        group: Their mean.
+        config: Configuration without the seed.
+        family: Evaluation family of the tasks.
+        condition: `clean`, `shifted`, `shifted, severity 3` …; with task names where runs differ in their tasks.
+        runs: Runs of all seeds; the numbers are means over them.
+        groups: Means of each run, over the same tasks on the same documents.
+        group: Mean of the groups.
         unparsed: Share of answers without a box.
-        base: The line of the unquantized model that it is compared with; None for that itself and where there is none.
-        delta: Accuracy less that of `base`; None where there is nothing to compare.
-        flips: Against `base`; None likewise.
+        base: Line of the unquantized model that it is compared with; None for that model itself and where there is none.
+        delta: Difference of accuracy from `base`; None without a comparison.
+        flips: Flips against `base`; None without a comparison.
     """
 
     config: Config
@@ -75,7 +75,7 @@ class Line:
 
     @property
     def limited(self) -> bool:
-        """Whether a run of it was stopped early by --limit."""
+        """Whether --limit shortened one of the runs."""
         return any(run.limit is not None for run in self.runs)
 
     @property
@@ -85,7 +85,7 @@ class Line:
 
     @property
     def cost(self) -> Cost:
-        """Mean cost of the runs, each number over those that tell it."""
+        """Mean cost of the runs, each number over the runs that log it."""
         names = Cost.__dataclass_fields__
         told = {name: [x for run in self.runs if (x := getattr(run.cost, name)) is not None] for name in names}
         return Cost(**{name: float(np.mean(values)) if values else None for name, values in told.items()})
@@ -93,13 +93,13 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """One model on one dataset: what a figure shows.
+    """One model on one dataset: the scope of a figure.
 
     Attributes:
         model: Checkpoint.
         family: Dataset and split.
-        title: For headings.
-        lines: All its lines.
+        title: Title for headings.
+        lines: All lines of the model and dataset.
     """
 
     model: str
@@ -108,17 +108,17 @@ class Scope:
     lines: tuple[Line, ...]
 
     def under(self, condition: str) -> list[Line]:
-        """Lines of one condition, the unquantized first."""
+        """Return the lines of one condition, the unquantized model first."""
         return [line for line in self.lines if line.condition == condition]
 
     @property
     def conditions(self) -> list[str]:
-        """Conditions that are means over a whole kind of task, clean first."""
+        """Return the conditions that are means over a whole kind of task, clean first."""
         named = {line.condition for line in self.lines if ", severity" not in line.condition}
         return sorted(named, key=lambda name: (name != CLEAN, name))
 
     def severities(self, which: str) -> dict[int, str]:
-        """Severity → condition."""
+        """Return severity → condition."""
         begins = f"{which}, severity "
         found = {line.condition for line in self.lines if line.condition.startswith(begins)}
         return dict(sorted((int(condition.removeprefix(begins)), condition) for condition in found))
@@ -126,16 +126,16 @@ class Scope:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """A folder of results, put together.
+    """Summary of a folder of results.
 
     Attributes:
-        folder: The runs.
-        runs: Those that count: the newest of each configuration and seed.
-        superseded: How many older runs of the same configuration and seed were left out.
-        partial: Conditions that are named with their tasks, since others are means over other tasks → those tasks.
-        scopes: By model and dataset.
-        level: Of all intervals.
-        common: What is set alike in all quantized runs.
+        folder: All runs.
+        runs: Runs that count: the newest of each configuration and seed.
+        superseded: Number of older runs of the same configuration and seed, which are left out.
+        partial: Condition that is named with its tasks, since other lines are means over other tasks → those tasks.
+        scopes: Scopes by model and dataset.
+        level: Confidence level of all intervals.
+        common: Settings that all quantized runs share.
     """
 
     folder: Folder
@@ -152,12 +152,12 @@ class Summary:
         return [line for scope in self.scopes for line in scope.lines]
 
     def details(self, config: Config) -> str:
-        """What is set besides method and bits, and not alike everywhere, in one line."""
+        """Return the settings besides method and bits that differ between runs, in one line."""
         return ", ".join(part for part in config.parts if part not in self.common)
 
 
 def summarise(folder: Folder, level: float) -> Summary:
-    """Put the runs of a folder together."""
+    """Summarise the runs of a folder."""
     apart = told_apart([run.axes for run in folder.runs])
     newest: dict[tuple[object, ...], ReportedRun] = {}
     for run, axes in zip(folder.runs, apart, strict=True):
@@ -173,7 +173,7 @@ def summarise(folder: Folder, level: float) -> Summary:
 
 
 class _LineKey(NamedTuple):
-    """What runs have in common whose mean is taken: no mean is over unequal tasks or documents."""
+    """Key of the runs that a line averages: tasks and documents are equal within a mean."""
 
     config: Config
     family: Family
@@ -183,12 +183,12 @@ class _LineKey(NamedTuple):
 
     @property
     def where(self) -> tuple[str, Family, str, tuple[str, ...]]:
-        """What has a name of its own."""
+        """What a line's name is unique within."""
         return self.config.model, self.family, self.condition, self.tasks
 
 
 def _together(runs: Iterable[ReportedRun]) -> dict[_LineKey, dict[int | None, ReportedRun]]:
-    """The newest run of each seed, for everything that is a line."""
+    """Return the newest run of each seed, by line."""
     found: dict[_LineKey, dict[int | None, ReportedRun]] = {}
     for run in runs:
         for (family, condition), group in run.measured.groups.items():
@@ -201,7 +201,7 @@ def _together(runs: Iterable[ReportedRun]) -> dict[_LineKey, dict[int | None, Re
 def _conditions(
     together: Mapping[_LineKey, Mapping[int | None, ReportedRun]],
 ) -> dict[tuple[str, Family, str, tuple[str, ...]], str]:
-    """What each condition is called: with its tasks, where most runs have others under the same name."""
+    """Return the name of each condition: with its tasks, where most runs have other tasks under the same name."""
     counts: dict[tuple[str, Family, str], Counter[tuple[str, ...]]] = {}
     for place, members in together.items():
         counts.setdefault(place.where[:3], Counter())[place.tasks] += len(members)
@@ -254,7 +254,7 @@ def _line(place: _LineKey, name: str, runs: tuple[ReportedRun, ...]) -> Line:
 
 
 def _compared(lines: Sequence[Line], level: float) -> list[Line]:
-    """The same, each quantized one beside the unquantized line of the same questions that it is nearest to."""
+    """Compare each quantized line with the most similar unquantized line of the same questions."""
     dense: dict[tuple[object, ...], dict[Config, Line]] = {}
     for line in lines:
         if line.config.dense:
@@ -268,7 +268,7 @@ def _compared(lines: Sequence[Line], level: float) -> list[Line]:
 
 
 def _asked(line: Line) -> tuple[object, ...]:
-    """Condition, tasks and documents."""
+    """Return condition, tasks and documents."""
     tasks = line.runs[0].measured.tasks
     return line.family, line.condition, *((name, tasks[name].documents) for name in line.group.tasks)
 
@@ -279,7 +279,7 @@ def _beside(line: Line, base: Line, level: float) -> Line:
 
 
 def _mean(groups: Sequence[TaskGroup]) -> TaskGroup:
-    """The mean over runs; without resamples unless all drew the same images for the same tasks."""
+    """Average over runs; without resamples unless all drew the same images for the same tasks."""
     first = groups[0]
     if len(groups) == 1:
         return first
@@ -305,7 +305,7 @@ def _difference(group: TaskGroup, base: TaskGroup, metric: str, level: float) ->
 def _flips(line: Line, base: Line) -> BaselineFlips | None:
     lost = won = records = 0
     for one in line.tasks:
-        # Seeds say nothing about the unquantized model: its newest run is that of all.
+        # The unquantized model does not depend on seeds: its newest run counts.
         other = base.runs[-1].measured.tasks[one.task]
         if _binary(one) and _binary(other):
             lost += int(np.sum(one.outcome < other.outcome))
@@ -319,7 +319,7 @@ def _binary(task: Task) -> bool:
 
 
 def spread(lines: Sequence[Line], metric: str, level: float) -> tuple[float, float, float]:
-    """Mean over runs, and a band: lowest to highest run where there are several, else the interval over images."""
+    """Return the mean over runs and a band: lowest to highest run where there are several, else the interval over images."""
     runs = [group for line in lines for group in line.groups]
     values = np.array([group.of(metric) for group in runs])
     values = values[~np.isnan(values)]
@@ -332,7 +332,7 @@ def spread(lines: Sequence[Line], metric: str, level: float) -> tuple[float, flo
 
 
 def series(lines: Iterable[Line]) -> dict[tuple[str, int | None], list[Line]]:
-    """Lines by method and bits: what a figure shows as one thing."""
+    """Group lines by method and bits, the series of a figure."""
     found: dict[tuple[str, int | None], list[Line]] = {}
     for line in lines:
         found.setdefault((line.config.method, line.config.bits), []).append(line)

@@ -1,4 +1,4 @@
-"""Tables of the report: for the page and as CSV."""
+"""Tables of the report, for the page and as CSV."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ NOTHING = "\u2013"
 
 
 class TableCell(NamedTuple):
-    """One entry.
+    """One cell of a table.
 
     Attributes:
-        text: As people read it.
-        value: What it is sorted by and written to CSV as; None for nothing.
+        text: Text for people.
+        value: Value for sorting and for CSV; None for none.
         low: Lower end of its interval; NaN where there is none.
-        high: Upper end.
+        high: Upper end of its interval.
         note: Small print below.
     """
 
@@ -30,12 +30,12 @@ class TableCell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One column.
+    """One column of a table.
 
     Attributes:
-        title: Its heading.
-        meaning: What it holds, in a sentence.
-        numeric: Whether its entries are numbers.
+        title: Heading of the column.
+        meaning: Meaning of the column, in a sentence.
+        numeric: Whether its cells are numbers.
         better: `high`, `low`, or "" where neither is better.
     """
 
@@ -47,14 +47,14 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table.
+    """A table of the report.
 
     Attributes:
-        name: For files and anchors.
-        caption: What it shows.
-        columns: Its columns; the first holds the headings of the rows.
-        rows: Its rows, one cell per column.
-        attributes: Per row what filters ask for; empty without filters.
+        name: Name for files and anchors.
+        caption: Caption that says what the table shows.
+        columns: Columns; the first holds the headings of the rows.
+        rows: Rows, one cell per column.
+        attributes: Filter attributes of each row; empty without filters.
     """
 
     name: str
@@ -64,7 +64,7 @@ class ReportTable:
     attributes: tuple[Mapping[str, str], ...] = field(default=())
 
     def csv(self) -> str:
-        """Comma-separated, intervals in columns of their own."""
+        """Render the table as CSV, with intervals in columns of their own."""
         ranged = [any(not math.isnan(row[k].low) for row in self.rows) for k in range(len(self.columns))]
         heads = zip(self.columns, ranged, strict=True)
         lines: list[list[object]] = [
@@ -82,36 +82,36 @@ class ReportTable:
 def number(
     value: float | None, interval: Interval | None = None, *, digits: int = 3, signed: bool = False
 ) -> TableCell:
-    """A cell of a number, with its interval if there is one."""
+    """Return a cell of a number, with its interval if there is one."""
     if value is None or math.isnan(value):
         return TableCell(NOTHING, None)
     low, high = interval or (math.nan, math.nan)
     form = f"{'+' if signed else ''}.{digits}f"
-    # A dash between two numbers of which one may have a minus sign would be hard to read.
+    # A dash between two numbers is hard to read where one may have a minus sign.
     between = " to " if signed else "\u2013"
     note = "" if math.isnan(low) else f"{shown(low, form)}{between}{shown(high, form)}"
     return TableCell(shown(value, form), value, low, high, note)
 
 
 def shown(value: float, form: str) -> str:
-    """A number with a true minus sign, and none before zero."""
+    """Format a number with a true minus sign, and none before zero."""
     return (
         f"{value:z{form}}".replace("-", "\u2212") if "+" not in form else f"{value:+z{form[1:]}}".replace("-", "\u2212")
     )
 
 
 def text(value: str, note: str = "") -> TableCell:
-    """A cell of text."""
+    """Return a cell of text."""
     return TableCell(value, value, note=note)
 
 
 def whole(value: int | None) -> TableCell:
-    """A cell of a count."""
+    """Return a cell of a count."""
     return TableCell(NOTHING, None) if value is None else TableCell(f"{value:,}".replace(",", "\u202f"), float(value))
 
 
 def rows_of(rows: Sequence[Sequence[TableCell]]) -> tuple[tuple[TableCell, ...], ...]:
-    """Rows as a table keeps them."""
+    """Return rows as the tuples that a table stores."""
     return tuple(tuple(row) for row in rows)
 
 

@@ -13,8 +13,8 @@ from lmms_plugin.utils.reading.located import Entry, load
 def read(file: Path) -> Study:
     """Read a study file.
 
-    Top-level entries apply to each of its `grids` and `cells`, which may override them; without `grids` and `cells`, the
-    top level is the only grid.
+    Top-level entries apply to each of its `grids` and `cells`, which may override them; without both, the top level is
+    the only grid.
 
     Raises:
         FileNotFoundError: The file does not exist.

@@ -32,7 +32,7 @@ from lmms_plugin.utils.suggest import near
 
 T = TypeVar("T")
 ALL = ("vision", "connector", "language")
-"""Components that `components: all` quantizes: everything but the output projection, which has its own name (`head`)."""
+"""Components that `components: all` quantizes: all but the output projection, which has its own name (`head`)."""
 PATHS = ("pretrained", "plan", "selector", "system_prompt")
 _TAKEN = (
     *("bits", *(f"{part}_bits" for part in COMPONENTS), "group_size"),
@@ -48,7 +48,7 @@ class At(NamedTuple, Generic[T]):
 
 
 class _Where:
-    """Annotation that reads a value with its place from an `Entry`; a model of a part of the file receives the entry itself."""
+    """Annotation that reads a value with its place from an `Entry`; a model of a part of the file reads the entry."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         (kind,) = get_args(source)

@@ -230,7 +230,7 @@ def connect(address: str) -> Cluster:
     ray = require("ray", extra="ray", user="study run --ray")
     if not ray.is_initialized():
         environment = {"env_vars": forwarded(os.environ)}
-        # Workers search the folder in which Ray is initialised first, where a checkout would hide the installed package.
+        # Workers first search the folder in which Ray is started, where a checkout would hide the installed package.
         with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
             ray.init(address=address, log_to_driver=False, runtime_env=environment)
     has = ray.cluster_resources()

@@ -195,7 +195,7 @@ class StudyFolder:
                 _forget(measured)
 
     def _is_of_something_else(self) -> bool:
-        """Return whether the folder holds files that no study has; a starting runner may not have written its file yet."""
+        """Return whether the folder holds other files than a study's; a starting runner may not have written its own."""
         if not self.path.is_dir():
             return False
         ours = (CELLS, FAILURES, self.running.name)
@@ -302,7 +302,7 @@ class StudyFolder:
         return True
 
     def _forget_failures(self, about: Mapping[str, Any]) -> None:
-        """Remove records of failures for the question that is answered now, whatever code, data or settings they had."""
+        """Remove records of failures at the question that is answered now, whatever code or data they had."""
         for file in (self.path / FAILURES).glob(f"*/{CELL}"):
             with contextlib.suppress(FileNotFoundError, ValueError):
                 if place(self.about(file.parent)) == place(about):

@@ -34,7 +34,7 @@ class Coverage(NamedTuple):
 
     @property
     def partial(self) -> Partial | None:
-        """Return the number of finished cells and the missing ones, the first few by name; None where all are finished."""
+        """Return the number of finished cells and the first few missing ones by name; None if all are finished."""
         if not self.missing:
             return None
         # Tasks are named where they distinguish the missing cells.

@@ -160,7 +160,7 @@ def legend(question: MethodByShift) -> str:
 
 
 def _answers(found: Analysis) -> list[str]:
-    """Return one line for each pair: accuracy under shift first, with its bits, then the loss from clean to shifted data.
+    """Return one line for each pair: accuracy under shift with its bits, then the loss from clean to shifted data.
 
     The loss is left out where an arm is broken, since it means nothing there.
     """
