@@ -1,1 +1,1 @@
-"""Tasks this package adds to lmms-eval: Python beside plain YAML folders."""
+"""Tasks that this package adds to lmms-eval: Python modules beside folders of YAML."""

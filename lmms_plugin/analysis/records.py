@@ -120,7 +120,7 @@ class TaskRecords:
 
     @property
     def outcome(self) -> Floats:
-        """Outcomes that confidence is to predict, shape (n,): 1 for right or matching, 0 for wrong, or the soft score."""
+        """Outcomes that confidence is to predict, shape (n,): 1 if right or matching, 0 if not, or the soft score."""
         if self.matches is not None:
             return self.matches
         return self.score if self.kind.right is None else (self.score >= self.kind.right).astype(np.float64)

@@ -284,7 +284,7 @@ def apply_selector(
 
 @app.command()
 def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
-    """Measure the strength of shifts from the model's image features, beside the score they cost. No labels are used."""
+    """Measure the strength of shifts from the model's image features, beside the score they cost; no label is used."""
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.cli.printed_tables import strength_table

@@ -151,7 +151,7 @@ def _most_compared(lines: Sequence[Line]) -> Line | None:
 
 
 def _losses(task: str, dense: ReportedRun, runs: Sequence[ReportedRun]) -> np.ndarray:
-    """Return the loss of IoU of each expression by quantization, over all models; below 0 where unquantized is wrong."""
+    """Return the loss of IoU of each expression, over all quantized models; below 0 where unquantized is wrong."""
     base: Task = dense.measured.tasks[task]
     lost = np.sum([base.score - run.measured.tasks[task].score for run in runs], axis=0)
     return np.where(base.outcome > 0, lost, -1.0)

@@ -1,8 +1,8 @@
 """COCO captions: documents, and the metrics of the COCO caption evaluation with intervals over photographs.
 
-Captions are tokenized by Stanford's PTB tokenizer and scored by `pycocoevalcap`, as everywhere; tokenizer and METEOR
-are Java programs. Without Java the task refuses to start: another tokenizer would give other numbers under the same
-names.
+Captions are tokenized by Stanford's PTB tokenizer and scored by `pycocoevalcap`, the usual reference. Tokenizer and
+METEOR are Java programs. Without Java the task refuses to start: another tokenizer would give other numbers under the
+same names.
 """
 
 import shutil
@@ -38,15 +38,15 @@ unfinished = comprehension.unfinished
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSet(DatasetOrigin):
-    """Photographs with the captions of several people; called with its rows, it makes the documents of a task."""
+    """Photographs with the captions of several people; called with its rows, it returns the documents of a task."""
 
     def __call__(self, rows: datasets.Dataset) -> "CaptionDocs":
-        """Documents over the rows; see `CaptionDocs` for errors."""
+        """Return documents over the rows; see `CaptionDocs` for errors."""
         return CaptionDocs(self, rows)
 
     @property
     def wanted(self) -> str:
-        """What a local copy holds, for messages to the user."""
+        """Content of a local copy, for messages to the user."""
         return f"{super().wanted} with the columns {', '.join(_EXPECTED)}"
 
 
@@ -54,8 +54,8 @@ class CaptionDocs(Documents):
     """One document per photograph: `image_id`, the column `question_id` without its ending, and `captions`.
 
     Raises:
-        DatasetError: on construction, if there is no Java, a column is missing or of another type, a photograph is
-            there twice or has no captions; on access, if an image cannot be decoded.
+        DatasetError: On construction, Java is missing, a column is missing or of another type, or a photograph occurs
+            twice or has no captions; on access, an image cannot be decoded.
     """
 
     def __init__(self, source: CaptionSet, rows: datasets.Dataset) -> None:
@@ -102,31 +102,31 @@ class CaptionDocs(Documents):
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:
-    """The request, in the words of lmms-eval's own task."""
+    """Return the request, in the words of lmms-eval's own task."""
     return REQUEST
 
 
 def doc_to_target(doc: Mapping[str, Any]) -> str:
-    """The first caption."""
+    """Return the first caption."""
     return str(doc["captions"][0])
 
 
 def doc_to_messages(
     doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """One user turn: the photograph, under the task's shift if it has one, and the request."""
+    """Return one user turn: the photograph, under the task's shift if it has one, and the request."""
     image = doc_to_visual(doc, lmms_eval_specific_kwargs)[0]
     content = [{"type": "image", "url": image}, {"type": "text", "text": REQUEST}]
     return [{"role": "user", "content": content, "log_probabilities": True}]
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Keep one caption for the scores, which are of all captions together.
+    """Keep one caption for the metrics, which are computed over all captions together.
 
     Returns:
         The same record for every metric: `image`, `caption`, `captions` (of people), and for models of this package
-        `confidence` by estimator. Reasoning is no part of a caption; one that ends inside it is empty, and shows in
-        `unfinished_rate`.
+        `confidence` by estimator. Reasoning is not part of a caption; a caption that ends inside reasoning is empty,
+        and counts in `unfinished_rate`.
     """
     response = Response.decode(results[0])
     record = {"image": doc["image_id"], "caption": response.answer.strip(), "captions": list(doc["captions"])}
@@ -142,7 +142,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
 
 class CaptionScores(NamedTuple):
-    """A metric of all captions, and of each photograph's in the order of their names."""
+    """A metric over all captions, and for each photograph in the order of their names."""
 
     value: float
     each: npt.NDArray[np.float64]
@@ -152,8 +152,8 @@ def score(rows: Sequence[Mapping[str, Any]], metric: str) -> CaptionScores:
     """Score captions against those of people.
 
     Args:
-        rows: records of `process_results`, one per photograph.
-        metric: one of `METRICS`.
+        rows: Records of `process_results`, one per photograph.
+        metric: One of `METRICS`.
     """
     ordered = sorted(rows, key=lambda row: str(row["image"]))
     return _scored(tuple((row["image"], row["caption"], tuple(row["captions"])) for row in ordered))[metric]
@@ -181,17 +181,17 @@ def _scored(rows: tuple[tuple[str, str, tuple[str, ...]], ...]) -> dict[str, Cap
 
 
 def cider(rows: Sequence[Mapping[str, Any]]) -> float:
-    """CIDEr-D (Vedantam et al., CVPR 2015), 0 to 10; idf of the captions of the photographs that were asked."""
+    """CIDEr-D (Vedantam et al., CVPR 2015), 0 to 10; idf from the captions of the photographs in the run."""
     return score(rows, "CIDEr").value
 
 
 def cider_low(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Lower end of its 95 % interval; photographs are drawn with replacement, idf stays."""
+    """Lower end of CIDEr-D's 95 % interval; photographs are drawn with replacement, idf is fixed."""
     return bounds(score(rows, "CIDEr").each)[0]
 
 
 def cider_high(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Upper end of its 95 % interval."""
+    """Upper end of CIDEr-D's 95 % interval."""
     return bounds(score(rows, "CIDEr").each)[1]
 
 
@@ -201,7 +201,7 @@ def meteor(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def bleu_4(rows: Sequence[Mapping[str, Any]]) -> float:
-    """BLEU of up to four words (Papineni et al., 2002), of all captions together, 0 to 1."""
+    """BLEU of up to four words (Papineni et al., 2002), over all captions together, 0 to 1."""
     return score(rows, "Bleu_4").value
 
 
@@ -217,4 +217,4 @@ val2017 = CaptionSet(
     name="coco_caption2017", title="COCO captions 2017", hub_id="lmms-lab-encoder/COCO-Caption2017", split="val"
 )
 SETS: Mapping[str, CaptionSet] = {"val2014": val2014, "val2017": val2017}
-"""What tasks are made of, by name."""
+"""Name → dataset, for tasks."""

@@ -1,8 +1,8 @@
-"""The calibration metrics of a grounding task as lmms-eval's aggregations, by the name in the results table.
+"""Calibration metrics of a grounding task as lmms-eval aggregations, by their names in the results table.
 
-A name with dots cannot stand after lmms-eval's `!function`, so `coverage@0.01` is called `coverage_at_0_01` there. Each
-is NaN where nothing can be computed from the records, so that a group's mean says that a part of it is missing. What
-needs a threshold chosen on held-out images is left to `lmms-plugin metrics`.
+lmms-eval's `!function` does not accept a name with dots, so `coverage@0.01` is called `coverage_at_0_01` there. Each
+metric is NaN where it cannot be computed from the records, so that a group's mean shows that a part of it is missing.
+Metrics at a threshold chosen on held-out images are left to `lmms-plugin metrics`.
 """
 
 import math
@@ -19,13 +19,13 @@ from lmms_plugin.metrics.ranked import RISKS
 
 
 class GroundingOutcome(NamedTuple):
-    """What metrics need of an answer; short, because the log of samples repeats it for each of them.
+    """Values of an answer that metrics need; short, because the log of samples repeats it for each metric.
 
     Attributes:
-        id: of the expression.
-        confidence: in [0, 1]; None where the estimator has no value.
+        id: Id of the expression.
+        confidence: Confidence in [0, 1]; None where the estimator has no value.
         correct: 1 for an IoU of at least 0.5, else 0.
-        iou: in [0, 1].
+        iou: IoU in [0, 1].
     """
 
     id: str
@@ -39,7 +39,7 @@ Aggregation = Callable[[Sequence[GroundingOutcome]], float]
 
 
 def _over(target: str, metric: Metric, records: Sequence[GroundingOutcome]) -> float:
-    # Processes deliver records in their own order; sums of floats must not depend on it.
+    # Processes deliver records in varying order; sums of floats must not depend on it.
     ordered = sorted((record for record in records if record.confidence is not None), key=lambda record: record.id)
     if not ordered:
         return math.nan
@@ -63,12 +63,12 @@ OF_OUTCOME: Mapping[str, Metric] = MappingProxyType(
         **{f"coverage@{risk:g}": partial(metrics.coverage_at_risk, risk=risk) for risk in RISKS},
     }
 )
-"""Does confidence say which answers are right: boxes at an IoU of 0.5, or questions by their VQA accuracy?"""
+"""Metrics of confidence against outcomes: boxes at an IoU of 0.5, or questions by their VQA accuracy."""
 
 OF_IOU: Mapping[str, Metric] = MappingProxyType(
     {"laece_0": metrics.laece_0, "laace_0": metrics.laace_0, "mean_ece_over_iou": metrics.mean_ece_over_iou}
 )
-"""Does confidence say how well boxes fit?"""
+"""Metrics of confidence against IoU."""
 
 CALIBRATION: Mapping[str, Aggregation] = MappingProxyType(
     {name: partial(_over, "correct", metric) for name, metric in OF_OUTCOME.items()}
@@ -77,9 +77,9 @@ CALIBRATION: Mapping[str, Aggregation] = MappingProxyType(
 """Every calibration metric of a grounding task."""
 
 BESIDE = ("ece", "auroc", "aurc")
-"""Metrics of estimators in need of more than log-probabilities, beside the task's own: `ece_expected_iou`."""
+"""Metrics of estimators that need more than log-probabilities, beside the task's own: `ece_expected_iou`."""
 
-# For a task's YAML to name.
+# Names for a task's YAML.
 ece = CALIBRATION["ece"]
 ece_floor = CALIBRATION["ece_floor"]
 ace = CALIBRATION["ace"]

@@ -39,17 +39,17 @@ from lmms_plugin.utils.images import to_rgb, told_apart
 Record = Mapping[str, Any]
 GENERIC = DIALECTS["fractions"]
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
-# Every expression about an image asks for it under the same shift.
+# All expressions of an image use it under the same shift.
 _SHIFTED: Recent[Image.Image] = Recent(8)
 
 
 def process_docs(rows: Dataset) -> ExpressionDocs:
-    """One document per expression of RefCOCO+-shaped rows; see `ExpressionDocs` for columns and errors."""
+    """Return one document per expression of RefCOCO+-shaped rows; see `ExpressionDocs` for columns and errors."""
     return ExpressionDocs(rows)
 
 
 def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> list[Image.Image]:
-    """The document's image under the task's shift, as RGB on the original canvas."""
+    """Return the document's image under the task's shift, as RGB on the original canvas."""
     name = (task or {}).get("shift")
     if name is None:
         return [to_rgb(doc["image"])]
@@ -59,23 +59,23 @@ def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None)
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:
-    """The question in words any model can answer: a box in fractions of the image."""
+    """Return the question in words any model can answer: a box in fractions of the image."""
     return GENERIC.ask(doc["expression"])
 
 
 def doc_to_target(doc: Mapping[str, Any]) -> str:
-    """The true box, written as the generic question asks for it."""
+    """Return the true box, written as the generic question asks for it."""
     return GENERIC.write(true_box(doc))
 
 
 def doc_to_messages(
     doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """One user turn: image and question.
+    """Return one user turn: image and question.
 
     The extra key `grounding` tells a model of this package to ask in its own dialect and to return log-probabilities
-    with the answer, for tokens of digits also those of other digits; any other model never sees it and gets the
-    generic question.
+    with the answer, and for digit tokens also those of the other digits. Other models never see it and get the generic
+    question.
     """
     return [
         {
@@ -94,7 +94,7 @@ def doc_to_messages(
 
 
 def true_box(doc: Mapping[str, Any]) -> Box:
-    """The annotated box as xyxy fractions of the original image, clipped to it."""
+    """Return the annotated box as xyxy fractions of the original image, clipped to it."""
     x, y, width, height = doc["bbox"]
     return Box(
         max(x / doc["width"], 0.0),
@@ -108,22 +108,22 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     """Score one answer; the first box counts, and its reading never depends on the true box.
 
     Args:
-        doc: a document of `ExpressionDocs`.
-        results: the model's answer, with or without the trailer of `lmms_plugin.protocol.response`.
-        estimator: the confidence estimator whose value the calibration metrics use.
+        doc: Document of `ExpressionDocs`.
+        results: Model's answer, with or without the trailer of `lmms_plugin.protocol.response`.
+        estimator: Confidence estimator whose value the calibration metrics use.
 
     Returns:
-        One entry per metric; that of `mean_iou` is the whole record, which so reaches the log of samples (a key that is
-        no metric would stand in lmms-eval's results table as an empty list). What a model writes while it reasons is
-        not its answer. An answer without a box has IoU 0 and shows in `parse_rate`; so has one that ends inside its
-        reasoning, which also shows in `unfinished_rate` and has no confidence. Without a trailer (a model of another
+        One entry per metric. The entry of `mean_iou` is the whole record, which thereby reaches the log of samples (a
+        key that is not a metric would appear in lmms-eval's results table as an empty list). Reasoning is not part of
+        the answer. An answer without a box has IoU 0 and counts in `parse_rate`; so does one that ends inside its
+        reasoning, which also counts in `unfinished_rate` and has no confidence. Without a trailer (a model of another
         package) there are no probabilities, and the calibration metrics are absent, not zero. An answer for which the
-        estimator has no value (coordinates, where there are none) is left out of them and shows in `confidence_rate`.
-        Estimators that need more than the answer's log-probabilities (`NEEDS`, `LEARNED`) have metrics of their own,
-        as far as the model brings what they need.
+        estimator has no value (coordinates, where there are none) is left out of them and counts in `confidence_rate`.
+        Estimators that need more than the answer's log-probabilities (`NEEDS`, `LEARNED`) have metrics of their own, as
+        far as the model returns what they need.
 
     Raises:
-        ValueError: the model brings log-probabilities, but not what `estimator` needs; says how to obtain it.
+        ValueError: The model returns log-probabilities, but not what `estimator` needs; says how to obtain it.
     """
     response = Response.decode(results[0])
     dialect = DIALECTS[response.dialect] if response.dialect else GENERIC
@@ -195,12 +195,12 @@ def _agreement(response: Response, box: Box | None, dialect: Dialect, sizes: Map
 
 
 def reasoned(response: Response) -> dict[str, str]:
-    """An answer's reasoning, for its record; nothing where there is none."""
+    """Return an answer's reasoning for its record; empty without reasoning."""
     return {"reasoning": response.parts.reasoning_text} if response.parts.reasoned else {}
 
 
 def _gathered(response: Response, evidence: Evidence) -> dict[str, Any]:
-    """What was gathered beyond log-probabilities, for the log of samples."""
+    """Return the evidence beyond log-probabilities, for the log of samples."""
     gathered: dict[str, Any] = {}
     if evidence.agreement is not None and response.samples is not None:
         gathered["samples"] = {"asked": len(response.samples), "usable": evidence.agreement.usable}
@@ -210,16 +210,16 @@ def _gathered(response: Response, evidence: Evidence) -> dict[str, Any]:
 
 
 def logged(estimates: Mapping[str, float], response: Response) -> dict[str, float | None]:
-    """Estimates as the log of samples has them: None for a missing one, and where there is no answer to be sure of."""
+    """Return estimates for the log of samples: None for a missing one, and for an empty answer."""
     missing = not response.parts.finished
     return {name: None if missing or math.isnan(value) else value for name, value in estimates.items()}
 
 
 def of(estimator: str, confidences: Mapping[str, float | None]) -> float | None:
-    """One answer's confidence by one estimator; None where that has no value.
+    """Return one answer's confidence by one estimator; None where that has no value.
 
     Raises:
-        ValueError: the estimator is not among those that the model brought evidence for; says how to obtain it.
+        ValueError: The model returned no evidence for the estimator; says how to obtain it.
     """
     if estimator not in confidences:
         raise ValueError(
@@ -230,12 +230,12 @@ def of(estimator: str, confidences: Mapping[str, float | None]) -> float | None:
 
 
 def mean(records: Sequence[Record]) -> float:
-    """Mean score. Exactly rounded, so that it does not depend on the order processes deliver records in."""
+    """Return the mean score, exactly rounded, so that it does not depend on the order of the records."""
     return math.fsum(record["score"] for record in records) / len(records)
 
 
 def unfinished(records: Sequence[Record]) -> float:
-    """Share of answers that end inside their reasoning; more than none is said, with the remedy."""
+    """Return the share of answers that end inside their reasoning; above 0, warn and name the remedy."""
     share = mean(records)
     if share > 0.0:
         logger.warning("{:.1%} of {} answers end inside their reasoning, {}", share, len(records), REMEDY)

@@ -1,4 +1,4 @@
-"""RefCOCO+ rows (one per object) as documents (one per expression); no image is decoded before it is asked for."""
+"""RefCOCO+ rows (one per object) as documents (one per expression), with images decoded on access."""
 
 import datasets
 
@@ -18,7 +18,7 @@ REFCOCOPLUS = ReferringSet(
     identity="question_id",
     photograph="file_name",
 )
-"""The schema of RefCOCO+ and its siblings on the hub: one row per object with all its expressions."""
+"""Schema of RefCOCO+ and its siblings on the hub: one row per object with all its expressions."""
 
 
 class ExpressionDocs(ReferringDocs):

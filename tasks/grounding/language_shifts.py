@@ -1,4 +1,4 @@
-"""What makes the documents of language shifts, for a task's YAML and for generated cells to name."""
+"""Document factories of language shifts, named by a task's YAML and by generated cells."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from lmms_plugin.shifts.severities import SEVERITIES
 
 @dataclass(frozen=True)
 class Reworded:
-    """Makes the documents of a language shift from RefCOCO+-shaped rows, for a task's `process_docs`.
+    """Factory of the documents of a language shift from RefCOCO+-shaped rows, for a task's `process_docs`.
 
     Attributes:
-        name: of the shift.
-        severity: 1 to 5.
+        name: Name of the shift.
+        severity: Severity, 1 to 5.
     """
 
     name: str
     severity: int
 
     def __call__(self, rows: Any) -> Any:
-        """Documents in the dataset's order."""
-        # Listing tasks must not wait for the libraries that read datasets.
+        """Return documents in the dataset's order."""
+        # Imported late: listing tasks must not wait for the libraries that read datasets.
         from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
         from lmms_plugin.tasks.grounding.reworded import shifted
 
@@ -32,7 +32,7 @@ def _five(shift: str) -> Iterator[Reworded]:
     return (Reworded(shift, severity) for severity in SEVERITIES)
 
 
-# `process_docs` for a task's YAML to name.
+# `process_docs` functions for a task's YAML.
 keyboard_typos_1, keyboard_typos_2, keyboard_typos_3, keyboard_typos_4, keyboard_typos_5 = _five("keyboard_typos")
 swapped_letters_1, swapped_letters_2, swapped_letters_3, swapped_letters_4, swapped_letters_5 = _five("swapped_letters")
 dropped_letters_1, dropped_letters_2, dropped_letters_3, dropped_letters_4, dropped_letters_5 = _five("dropped_letters")

@@ -1,9 +1,10 @@
-"""What a photograph holds as far as its expressions tell, for expressions about it that are to match nothing.
+"""Content of a photograph according to its expressions, for the construction of expressions that match nothing.
 
-RefCOCO+ does not list what else is in a photograph. Here nothing is put in that any expression about the photograph
-mentions, by any word for it, nor an object of a supercategory mentioned there, nor of COCO's commonest categories.
-What nobody mentions may be there all the same: a few per cent of absent objects, and more of swapped attributes
-(someone in the background wears green), do match something. That bounds AUROC from above, the same for every model.
+RefCOCO+ does not list what else a photograph contains. An added word is therefore never mentioned by any expression
+about the photograph, by any synonym, and an added object is also of no supercategory mentioned there and not of COCO's
+commonest categories. Unmentioned things may still be present: a few per cent of absent objects, and more of swapped
+attributes (someone in the background wears green), do match something. That bounds AUROC from above, equally for every
+model.
 """
 
 from collections import defaultdict
@@ -21,10 +22,10 @@ _OTHER = "other"
 
 
 class Mentions:
-    """What the expressions about each photograph mention.
+    """Mentions of the expressions about each photograph.
 
     Args:
-        documents: all documents of a split, with `expression` and `image_id`.
+        documents: All documents of a split, with `expression` and `image_id`.
     """
 
     def __init__(self, documents: Documents) -> None:
@@ -40,26 +41,26 @@ class Mentions:
                 self._objects[image] |= set(known.of[span.phrase])
 
     def attribute_swaps(self, expression: str, image: str) -> list[Mismatch]:
-        """The expression with an attribute or noun swapped for one that nothing about the photograph mentions."""
+        """Swap an attribute or noun of the expression for one that no expression about the photograph mentions."""
         like, mentioned = alternatives().like, self._attributes[image]
         swaps = swaps_about_photographs(expression)
         said = ({swap.new} | {p for span in find(swap.new, like) for p in like[span.phrase]} for swap in swaps)
         return [swap for swap, phrases in zip(swaps, said, strict=True) if not phrases & mentioned]
 
     def absent_objects(self, expression: str, image: str) -> list[Mismatch]:
-        """The expression about an object of a category that is offered and whose supercategory nothing mentions."""
+        """Replace the object of the expression by one of an offered category whose supercategory is not mentioned."""
         near = {category.supercategory for category in self._objects[image]} - {_OTHER}
         absent = [category for category in categories().all if category.offered and category.supercategory not in near]
         return absent_objects(expression, categories(), absent)
 
 
 def attribute_swap(rows: Dataset) -> RewordedDocs:
-    """RefCOCO+-shaped rows as pairs of a true expression and one with a swapped attribute; for `process_docs`."""
+    """Pair each true expression of RefCOCO+-shaped rows with one with a swapped attribute; for `process_docs`."""
     return _pairs(rows, "attribute_swap", Mentions.attribute_swaps)
 
 
 def absent_object(rows: Dataset) -> RewordedDocs:
-    """RefCOCO+-shaped rows as pairs of a true expression and one about an absent object; for `process_docs`."""
+    """Pair each true expression of RefCOCO+-shaped rows with one about an absent object; for `process_docs`."""
     return _pairs(rows, "absent_object", Mentions.absent_objects)
 
 

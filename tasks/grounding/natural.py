@@ -1,10 +1,10 @@
-"""Shifts that nobody made: other photographs, other categories, other ways of asking than RefCOCO+.
+"""Natural shifts: datasets whose photographs, categories or expressions differ from RefCOCO+.
 
 A task's YAML names a dataset twice, as `!function lmms_plugin.tasks.grounding.natural.ref_l4_test`: `dataset_path` is
-where its rows are, looked for when the task is loaded, and `process_docs` makes documents of them.
+the place of its rows, found when the task is loaded, and `process_docs` makes documents of them.
 
-No file of these datasets was at hand when this was written. Where columns and boxes are known from is said with each;
-whatever a copy holds instead is an error that names the column and what was found.
+No file of these datasets was available when this was written. The source of the column names and box conventions is
+stated with each; a copy that differs is an error that names the column and what was found.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from lmms_plugin.tasks.grounding.expressions import REFCOCOPLUS
 from lmms_plugin.tasks.grounding.referring import ReferringSet
 from lmms_plugin.tasks.sources.conventions import Convention
 
-# The same repository layout as RefCOCO+'s. Its split `val` of RefCOCO and of RefCOCOg holds the Google partition, too,
-# which no column tells apart (8811 = 3811 + 5000 rows; 7573 = 2573 + 5000): no task reads it.
+# Same repository layout as RefCOCO+'s. The split `val` of RefCOCO and of RefCOCOg also holds the Google partition,
+# which no column distinguishes (8811 = 3811 + 5000 rows; 7573 = 2573 + 5000): no task reads it.
 _REFCOCO = replace(REFCOCOPLUS, name="refcoco", title="RefCOCO", hub_id="lmms-lab-encoder/RefCOCO")
 refcocog_test = replace(
     REFCOCOPLUS, name="refcocog", title="RefCOCOg", hub_id="lmms-lab-encoder/RefCOCOg", split="test"
@@ -133,7 +133,7 @@ dior_rsvg = ReferringSet(
     identity="path",
 )
 
-# Boxes are documented by the benchmark's code: whole hundredths, so that a small one may have no width or height left.
+# Boxes as documented by the benchmark's code: whole hundredths, so that a small box may have zero width or height.
 vrsbench = ReferringSet(
     name="vrsbench",
     title="VRSBench",
@@ -167,4 +167,4 @@ SETS: Mapping[str, ReferringSet] = MappingProxyType(
         "vrsbench": vrsbench,
     }
 )
-"""What tasks are made of, by name."""
+"""Name → dataset, for tasks."""

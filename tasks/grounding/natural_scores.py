@@ -1,4 +1,4 @@
-"""Scores of the naturally shifted datasets: what `grounding` and `rejection` measure, and the benchmarks' own metrics.
+"""Scores of the naturally shifted datasets: those of `grounding` and `rejection`, and the benchmarks' own metrics.
 
 `scored` adds a document's tags to its record; `clicked` adds click accuracy; `judged` scores documents with and
 without a target by rejection.
@@ -12,21 +12,22 @@ from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.tasks.grounding import comprehension, rejection
 
 NO_TARGET = "none"
-# Far above what rounding moves a fraction by, far below a pixel of any image.
+# Far above the rounding error of a fraction, far below a pixel of any image.
 _ROUNDING = 1e-9
 
 
 def scored(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
-    """As `grounding.process_results`, with the document's tags in the record."""
+    """Score as `grounding.process_results`, with the document's tags in the record."""
     output = comprehension.process_results(doc, results, estimator)
     output["mean_iou"]["tags"] = doc["tags"]
     return output
 
 
 def clicked(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
-    """As `scored`, and `click_acc`: is the centre of the answered box inside the true one? Without a box it is not.
+    """Score as `scored`, and add `click_acc`: whether the centre of the predicted box is inside the true one.
 
-    ScreenSpot's own metric (arXiv 2401.10935), for models that answer with a box.
+    An answer without a box counts as a miss. The metric is ScreenSpot's (arXiv 2401.10935), for models that answer with
+    a box.
     """
     output = scored(doc, results, estimator)
     record = output["mean_iou"]
@@ -36,20 +37,20 @@ def clicked(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> d
 
 
 def centre(box: Box) -> tuple[float, float]:
-    """The middle of a box, in its own frame."""
+    """Return the centre of a box, in its own frame."""
     return (box.x1 + box.x2) / 2, (box.y1 + box.y2) / 2
 
 
 def holds(box: Box, point: tuple[float, float]) -> bool:
-    """Whether a point of the same frame lies in a box or, within the rounding of fractions, on its edge."""
+    """Return whether a point of the same frame is in a box or, within the rounding of fractions, on its edge."""
     x, y = point
     return box.x1 - _ROUNDING <= x <= box.x2 + _ROUNDING and box.y1 - _ROUNDING <= y <= box.y2 + _ROUNDING
 
 
 def judged(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
-    """As `rejection.process_results`, over documents with a target and documents without one.
+    """Score as `rejection.process_results`, over documents with and without a target.
 
-    They are not pairs: what compares the two sides of a pair, or counts changed expressions, is left out.
+    They are not pairs: metrics that compare the two sides of a pair, or count changed expressions, are left out.
     """
     output = rejection.process_results(_as_asked(doc), results, estimator)
     record = output["box_rate"]
@@ -62,12 +63,12 @@ def judged(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> di
 
 
 def target(doc: Mapping[str, Any]) -> str:
-    """The true box, written as the generic question asks for it; `none` where there is no target."""
+    """Return the true box, written as the generic question asks for it; `none` without a target."""
     return NO_TARGET if doc["bbox"] is None else comprehension.doc_to_target(doc)
 
 
 def _as_asked(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """A document as `rejection` reads it; the box of one without a target is never looked at there."""
+    """Return a document as `rejection` reads it, which ignores the box of one without a target."""
     return {
         **doc,
         "bbox": doc["bbox"] or [0.0, 0.0, float(doc["width"]), float(doc["height"])],
@@ -78,7 +79,7 @@ def _as_asked(doc: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# For a task's YAML to name.
+# Functions for a task's YAML.
 scored_by_coordinate_mean = partial(scored, estimator="coordinate_mean")
 clicked_by_coordinate_mean = partial(clicked, estimator="coordinate_mean")
 judged_by_coordinate_mean = partial(judged, estimator="coordinate_mean")

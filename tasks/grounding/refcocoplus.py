@@ -1,6 +1,6 @@
-"""Where RefCOCO+ comes from: the hub, or a local copy that `LMMS_PLUGIN_REFCOCOPLUS` names.
+"""Source of RefCOCO+: the hub, or a local copy that `LMMS_PLUGIN_REFCOCOPLUS` names.
 
-A task's YAML names `DATASET`, which looks at the environment when the task is loaded.
+A task's YAML names `DATASET`, which reads the environment when the task is loaded.
 """
 
 import os
@@ -18,18 +18,18 @@ HINT = (
 
 
 def source() -> str:
-    """The dataset as messages to the user name it: the hub's, or the variable and the folder it names."""
+    """Return the dataset's name for messages: the hub's, or the variable and the folder it names."""
     local = os.environ.get(VARIABLE)
     return f"{VARIABLE}={local}" if local else HUB_ID
 
 
 def local_files() -> dict[str, list[str]]:
-    """Parquet files of the local copy by split: `{split: [paths]}`, for the splits it has; of none where there is none.
+    """Return the Parquet files of the local copy by split: `{split: [paths]}`; empty without a local copy.
 
-    Files are looked for at any depth and told by their names, as `copies.files_of` does.
+    Files at any depth are assigned to splits by their names, as `copies.files_of` does.
 
     Raises:
-        DatasetError: if the folder does not exist, holds no split of RefCOCO+, or one of them in part or twice.
+        DatasetError: The folder does not exist, holds no split of RefCOCO+, or one of them in part or twice.
     """
     folder = local_folder(VARIABLE, HINT)
     if folder is None:
@@ -43,13 +43,13 @@ def local_files() -> dict[str, list[str]]:
 
 
 class RefCocoPlus:
-    """The dataset as a task's YAML names it, with all splits; a `DataSource`."""
+    """RefCOCO+ as a task's YAML names it, with all splits; a `DataSource`."""
 
     def load_arguments(self) -> tuple[str, dict[str, Any]]:
-        """Path and keyword arguments for `datasets.load_dataset`.
+        """Return path and keyword arguments for `datasets.load_dataset`.
 
         Raises:
-            DatasetError: as `local_files`.
+            DatasetError: As `local_files`.
         """
         local = os.environ.get(VARIABLE)
         return ("parquet", {"data_files": local_files()}) if local else (HUB_ID, {})

@@ -1,4 +1,4 @@
-"""Datasets of referring expressions, whatever their columns: declared, checked, and made into documents of one form.
+"""Datasets of referring expressions with any columns: declared, validated, and converted to documents of one form.
 
 A document is what `lmms_plugin.tasks.grounding.comprehension` scores, in RefCOCO+'s convention: `expression`,
 `expression_id`, `image_id` (equal for all documents on one photograph), `width` and `height` of the original image in
@@ -34,31 +34,31 @@ _AS_STORED = (
 )
 _EXPRESSION = {"row": "a string", "expression": "a list of strings", "object": "a list of strings"}
 
-# A row's expressions are asked for one after another, by a few threads at once.
+# A row's expressions are requested one after another, by a few threads at once.
 _DECODED: Recent[Image.Image] = Recent(8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferringSet(DatasetOrigin):
-    """A dataset of referring expressions; called with its rows, it makes the documents of a task.
+    """A dataset of referring expressions; called with its rows, it returns the documents of a task.
 
     Columns inside a struct are named with a dot, `objects.bbox`.
 
     Attributes:
-        expression: column of the expression.
-        box: column of the box; a list of four numbers, or a text that holds them.
-        convention: how a box is written.
-        per: what the rows are of: one `expression` string and one box (`row`); a list of expressions of one box
+        expression: Column of the expression.
+        box: Column of the box; a list of four numbers, or a text that holds them.
+        convention: Box convention of the dataset.
+        per: Unit of a row: one `expression` string and one box (`row`); a list of expressions of one box
             (`expression`); parallel lists of expressions and boxes (`object`).
-        boxes: whether a row has a list of boxes, of which those with exactly one are documents and those with none
-            are documents without a target.
-        nothing: column and value of it that tell documents without a target, whose box is not looked at.
-        rejection: whether documents without a target are kept; without, those with a target are all there is.
-        identity: column that tells rows apart, of which no two have the same; None for their number.
-        photograph: column that names the photograph; None for the bytes of the image.
-        size: columns of width and height in pixels, or one column of both, those of the upright image.
-        tags: columns that go to the log of samples, where the copy has them, to part results by.
-        published: whether `lmms_plugin.tasks.sources.published_files` makes a local copy of the published files.
+        boxes: Whether a row has a list of boxes; rows with exactly one box are documents, and rows with none are
+            documents without a target.
+        nothing: Column and its value that mark documents without a target, whose box is ignored.
+        rejection: Whether documents without a target are kept; if not, only those with a target are documents.
+        identity: Column of unique row ids; None for row numbers.
+        photograph: Column that names the photograph; None for the bytes of the image.
+        size: Columns of width and height in pixels, or one column of both, of the upright image.
+        tags: Columns that are copied to the log of samples where present, for results by subset.
+        published: Whether `lmms_plugin.tasks.sources.published_files` makes a local copy of the published files.
     """
 
     expression: str
@@ -75,12 +75,12 @@ class ReferringSet(DatasetOrigin):
     published: bool = False
 
     def __call__(self, rows: datasets.Dataset) -> "ReferringDocs":
-        """Documents over the rows; see `ReferringDocs` for errors."""
+        """Return documents over the rows; see `ReferringDocs` for errors."""
         return ReferringDocs(self, rows)
 
     @property
     def wanted(self) -> str:
-        """What a local copy holds, for messages to the user."""
+        """Content of a local copy, for messages to the user."""
         return f"{super().wanted} with the columns {', '.join(self.schema())}"
 
     @property
@@ -92,7 +92,7 @@ class ReferringSet(DatasetOrigin):
         return f"To make one of the published files: {command}"
 
     def schema(self) -> dict[str, str]:
-        """Columns that must be there and what they must hold, in words."""
+        """Return the required columns and what they must hold, in words."""
         one = f"four numbers {self.convention}"
         columns = {IMAGE: "an image", self.expression: _EXPRESSION[self.per]}
         columns[self.box] = f"a list of boxes, each {one}" if self.boxes or self.per == "object" else one
@@ -111,14 +111,14 @@ class _ReferringExpression(NamedTuple):
 class ReferringDocs(Documents):
     """Documents over the rows of a dataset, in the rows' order.
 
-    Besides the columns of every document (see the module), one holds the row's own columns, without lists and structs
-    of its other objects, and `tags` (a dictionary).
+    Besides the columns of every document (see the module), a document holds the row's own columns, without lists and
+    structs of its other objects, and `tags` (a dictionary).
 
     Raises:
-        DatasetError: on construction, if a column is missing or of another type, a row has no expression or an empty
-            one, a row is there twice, a box is not four finite numbers of positive size, or some two dozen boxes
-            cannot be in the scale that is declared; on access, if an image cannot be decoded or is not of the size
-            that is noted, or a box leaves it. It names the row, the column and what was found there.
+        DatasetError: On construction, a column is missing or of another type, a row has no expression or an empty one,
+            a row occurs twice, a box is not four finite numbers of positive size, or some two dozen boxes contradict
+            the declared scale; on access, an image cannot be decoded or differs from its stated size, or a box leaves
+            it. Names the row, the column and what was found there.
     """
 
     def __init__(self, source: ReferringSet, rows: datasets.Dataset) -> None:
@@ -164,7 +164,7 @@ class ReferringDocs(Documents):
         return _DECODED.get((self._identity, row), lambda: opened(*self._encoded_image(row)))
 
     def image_key(self, i: int) -> str:
-        """Return what documents on one photograph have in common, without looking at it."""
+        """Return a key that documents on one photograph share, without decoding the image."""
         row = self._places[i].row
         if self._source.photograph:
             return image_id(str(_value(self._rows[row], self._source.photograph)))
@@ -200,14 +200,14 @@ class ReferringDocs(Documents):
         return list(texts)
 
     def _boxes(self, number: int) -> list[Any] | None:
-        """Boxes as they are written; [None] where there is no target, None where the row is no document at all."""
+        """Return boxes as written; [None] without a target, None where the row is not a document."""
         source, row = self._source, self._rows[number]
         written = _value(row, source.box)
         nothing = source.nothing and _value(row, source.nothing[0]) == source.nothing[1]
         if nothing or (source.boxes and not written):
             return [None] if source.rejection else None
         boxes = written or [] if source.boxes or source.per == "object" else [written]
-        # None stands for no target; where a box is missing, there are no four numbers.
+        # None stands for no target; a missing box fails the check for four numbers.
         return None if source.boxes and len(boxes) != 1 else [[] if box is None else box for box in boxes]
 
     def _numbers(self, number: int, written: Any) -> list[float]:
@@ -272,11 +272,10 @@ class ReferringDocs(Documents):
 
 
 def image_id(file_name: str) -> str:
-    """Name of the photograph a row was cut from.
+    """Return the name of the photograph a row was cut from.
 
     RefCOCO+ appends the number of the annotation to COCO's file name (`COCO_train2014_000000581857_16.jpg`); two rows
-    on the same photograph must share seed of corruption and bootstrap cluster. Other names are taken as they are,
-    with their folder.
+    on the same photograph must share seed of corruption and bootstrap cluster. Other names are kept, with their folder.
     """
     path = PurePath(file_name)
     coco = _COCO_FILE.match(path.stem)

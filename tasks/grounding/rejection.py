@@ -1,8 +1,9 @@
-"""Does a model tell expressions that match nothing from true ones? Scored by its confidence, never by its boxes.
+"""Rejection: whether a model's confidence separates expressions that match nothing from true ones.
 
 Each true expression is asked beside a changed one that matches nothing in the picture
 (`lmms_plugin.tasks.grounding.reworded`). A model should be less confident of the second, or give no box at all: an
-answer without a box counts as confidence 0, because it is the plainest way to reject.
+answer without a box counts as confidence 0, because it is the plainest way to reject. Positions of boxes are not
+scored.
 """
 
 import math
@@ -20,12 +21,12 @@ mean, unfinished = comprehension.mean, comprehension.unfinished
 
 
 class RejectionOutcome(NamedTuple):
-    """What metrics need of an answer; short, because the log of samples repeats it for each of them.
+    """Values of an answer that metrics need; short, because the log of samples repeats it for each metric.
 
     Attributes:
-        pair: id of the true expression.
+        pair: Id of the true expression.
         matches: 1 for the true expression, 0 for the changed one.
-        confidence: in [0, 1].
+        confidence: Confidence in [0, 1].
     """
 
     pair: str
@@ -34,18 +35,18 @@ class RejectionOutcome(NamedTuple):
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
-    """Take one answer's confidence.
+    """Record one answer's confidence.
 
     Args:
-        doc: a document of `reworded.asked_both_ways`.
-        results: the model's answer, with or without the trailer of `lmms_plugin.protocol.response`.
-        estimator: the confidence estimator whose value the metrics use.
+        doc: Document of `reworded.asked_both_ways`.
+        results: Model's answer, with or without the trailer of `lmms_plugin.protocol.response`.
+        estimator: Confidence estimator whose value the metrics use.
 
     Returns:
-        One entry per metric; that of `box_rate` is the whole record, which so reaches the log of samples. Without a
-        trailer (a model of another package) there is no confidence, and only the rates of boxes are present. An answer
-        with a box for which the estimator has no value is left out and shows in `confidence_rate`, and so is one that
-        ends inside its reasoning, which rejects nothing.
+        One entry per metric. The entry of `box_rate` is the whole record, which thereby reaches the log of samples.
+        Without a trailer (a model of another package) there is no confidence, and only the rates of boxes are present.
+        An answer with a box for which the estimator has no value is left out and counts in `confidence_rate`, and so is
+        one that ends inside its reasoning, which rejects nothing.
     """
     scored = comprehension.process_results(doc, results, estimator)
     found, unfinished_rate = scored["mean_iou"], scored["unfinished_rate"]
@@ -67,7 +68,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     output["unfinished_rate"] = unfinished_rate
     output["box_rate_true" if matches else "box_rate_changed"] = {"score": float(has_box), **identity}
     if "confidence" in found:
-        # Probabilities of the words of a refusal are no confidence in a box; of no answer at all there is none.
+        # Probabilities of a refusal's words are not a confidence in a box; without an answer there is none.
         is_refusal = not has_box and not unfinished_rate["score"]
         record["confidence"] = dict.fromkeys(found["confidence"], 0.0) if is_refusal else found["confidence"]
         confidence = record["confidence"][estimator]
@@ -78,17 +79,17 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
 
 
 def auroc(records: Sequence[RejectionOutcome]) -> float:
-    """Probability that a true expression gets more confidence than one that matches nothing; ties count half.
+    """Return the probability that a true expression gets more confidence than one without a match; ties count half.
 
-    NaN without records of both sorts.
+    NaN unless there are records of both kinds.
     """
     return _ranked(metrics.auroc, records)
 
 
 def fpr_at_0_95(records: Sequence[RejectionOutcome]) -> float:
-    """Share of expressions that match nothing among those accepted, at a threshold that accepts 95 % of the true ones.
+    """Return the accepted share of expressions without a match, at a threshold that accepts 95 % of the true ones.
 
-    NaN without records of both sorts.
+    NaN unless there are records of both kinds.
     """
     return _ranked(metrics.fpr_at_tpr, records)
 
@@ -101,9 +102,9 @@ def _ranked(metric: Callable[..., float], records: Sequence[RejectionOutcome]) -
 
 
 def confidence_falls(records: Sequence[RejectionOutcome]) -> float:
-    """Share of pairs of which the changed expression got less confidence than the true one; ties count half.
+    """Return the share of pairs whose changed expression got less confidence than the true one; ties count half.
 
-    Pairs of which one answer is missing do not count; NaN without pairs.
+    Pairs with a missing answer do not count; NaN without pairs.
     """
     pairs: defaultdict[str, dict[float, float]] = defaultdict(dict)
     for pair, matches, confidence in records:
@@ -114,8 +115,8 @@ def confidence_falls(records: Sequence[RejectionOutcome]) -> float:
 
 
 REJECTION = ("rejection_auroc", "rejection_fpr@0.95", "confidence_falls")
-"""The metrics that take `RejectionOutcome`, as the results table calls them."""
+"""Metrics of `RejectionOutcome`, by their names in the results table."""
 
 
-# For a task's YAML to name.
+# Functions for a task's YAML.
 scored_by_coordinate_mean = partial(process_results, estimator="coordinate_mean")

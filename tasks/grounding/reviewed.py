@@ -1,14 +1,15 @@
-"""RefCOCO+ with what reviewers found wrong: every number over all expressions, and over those without an error.
+"""RefCOCO+ with the annotation errors that reviewers found: metrics over all expressions, and over correct ones.
 
 The authors of Ref-L4 (arXiv 2406.16866) read all expressions of RefCOCO+'s val, testA and testB, and call 24 % of them
 wrong: they fit several objects or none, or the box is off. Their files, `refcoco+_testA_reviewed.json` and so on, are
-COCO's form with one entry of `images` per expression:
+in COCO's form with one entry of `images` per expression:
 
     images       id, original_id (COCO's number of the photograph), caption
     annotations  image_id (the entry of `images`), bbox ([x, y, width, height] in pixels), caption_quality (0: wrong)
 
-They lie in the folder `refcocos_annotation_reviewed` of the hub's JierunChen/Ref-L4; `LMMS_PLUGIN_REFCOCOPLUS_REVIEWED`
-names a local folder of them. A review is that of the same words on the same box of the same photograph.
+They are in the folder `refcocos_annotation_reviewed` of the hub's JierunChen/Ref-L4; `LMMS_PLUGIN_REFCOCOPLUS_REVIEWED`
+names a local folder of them. A review belongs to an expression with the same words on the same box of the same
+photograph.
 """
 
 import re
@@ -30,7 +31,7 @@ from lmms_plugin.utils.copies import AbsentSplitError, DatasetError, local_folde
 VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS_REVIEWED"
 HUB_ID, HUB_FOLDER = "JierunChen/Ref-L4", "refcocos_annotation_reviewed"
 CLEAN = ("acc@0.5", "acc@0.75", "acc@0.9", "mean_iou", "parse_rate", "ece", "ace", "brier", "auroc")
-"""The metrics that are also taken over the expressions without an error, as `acc@0.5_clean`."""
+"""Metrics that are also computed over the expressions without an error, as `acc@0.5_clean`."""
 _FIELDS = {"images": ("id", "original_id", "caption"), "annotations": ("image_id", "bbox", "caption_quality")}
 _MOST_UNREVIEWED = 0.05
 _SAME_BOX = 0.5
@@ -40,13 +41,13 @@ Box = Sequence[float]
 
 
 class Review:
-    """What the reviewers said of the expressions of a split.
+    """Reviews of the expressions of a split.
 
     Args:
-        path: one of their files.
+        path: One of the reviewers' files.
 
     Raises:
-        DatasetError: the file is not in their form.
+        DatasetError: The file is not in their form.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,16 +67,16 @@ class Review:
             self._said[int(expression["original_id"])].append(said)
 
     def __len__(self) -> int:
-        """Number of expressions that were reviewed."""
+        """Return the number of reviewed expressions."""
         return sum(map(len, self._said.values()))
 
     def clean(self, photograph: int, box: Box, expression: str) -> bool | None:
-        """Whether an expression is without an error; None if it was not reviewed.
+        """Return whether an expression is without an error; None if it was not reviewed.
 
         Args:
-            photograph: COCO's number.
-            box: [x, y, width, height] in pixels.
-            expression: its words; letter case and punctuation do not count.
+            photograph: COCO's number of the photograph.
+            box: Box as [x, y, width, height] in pixels.
+            expression: Words of the expression; letter case and punctuation do not count.
         """
         words = _words(expression)
         found = [good for other, text, good in self._said[photograph] if text == words and _same(box, other)]
@@ -86,7 +87,7 @@ class ReviewedDocs(ExpressionDocs):
     """RefCOCO+'s documents, each with `clean`: see `Review.clean`.
 
     Raises:
-        DatasetError: as `ReferringDocs`, or if more than 5 % of the expressions were not reviewed.
+        DatasetError: As `ReferringDocs`, or more than 5 % of the expressions were not reviewed.
     """
 
     def __init__(self, rows: datasets.Dataset, path: Path) -> None:
@@ -111,19 +112,19 @@ class ReviewedDocs(ExpressionDocs):
 
 @dataclass(frozen=True)
 class Reviewed:
-    """Makes the documents of a split, for a task's `process_docs`."""
+    """Factory of the documents of a split, for a task's `process_docs`."""
 
     split: str
 
     def __call__(self, rows: datasets.Dataset) -> ReviewedDocs:
-        """Documents in the dataset's order."""
+        """Return documents in the dataset's order."""
         return ReviewedDocs(rows, self.file())
 
     def file(self) -> Path:
-        """The reviewers' file, from the folder that `VARIABLE` names or from the hub.
+        """Return the reviewers' file, from the folder that `VARIABLE` names or from the hub.
 
         Raises:
-            DatasetError: it is not there, or the hub cannot be reached.
+            DatasetError: It does not exist, or the hub cannot be reached.
         """
         name = f"refcoco+_{self.split}_reviewed.json"
         folder = local_folder(VARIABLE, f"Set it to a folder that holds {name}.")
@@ -146,9 +147,9 @@ class Reviewed:
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: str) -> dict[str, Any]:
-    """As `grounding.process_results`, and its metrics again for expressions without an error.
+    """Score as `grounding.process_results`, and repeat its metrics for expressions without an error.
 
-    `clean_rate` is the share of those among the reviewed, `reviewed_rate` that of the reviewed among all.
+    `clean_rate` is the share of correct expressions among the reviewed, `reviewed_rate` that of the reviewed among all.
     """
     output = comprehension.process_results(doc, results, estimator)
     record, clean = output["mean_iou"], doc["clean"]
@@ -177,7 +178,7 @@ def _same(box: Box, other: Box) -> bool:
     return len(box) == len(other) and all(abs(a - b) <= _SAME_BOX for a, b in zip(box, other, strict=True))
 
 
-# For a task's YAML to name.
+# Functions for a task's YAML.
 scored_by_coordinate_mean = partial(process_results, estimator="coordinate_mean")
 val = Reviewed("val")
 testA = Reviewed("testA")

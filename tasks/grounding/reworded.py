@@ -1,7 +1,7 @@
-"""Documents whose expressions are put differently, and how they are scored.
+"""Documents with changed expressions, and their scoring.
 
-A document is that of its dataset with another `expression`, and beside it `original_expression` and `shifted_rate`: the
-share of the split's expressions that could be put differently. The rest is not asked.
+A document is that of its dataset with another `expression`, and with `original_expression` and `shifted_rate`: the
+share of the split's expressions that could be changed. The other expressions are not asked.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,23 +19,23 @@ from lmms_plugin.utils.copies import DatasetError
 
 
 class PickedExpression(NamedTuple):
-    """One document: which of the dataset's, and what is different in it."""
+    """Selection of one document of the dataset, with its changed columns."""
 
     number: int
     fields: Mapping[str, Any]
 
 
 class RewordedDocs(Documents):
-    """Documents of a dataset, picked and changed.
+    """Documents of a dataset, selected and changed.
 
     Args:
-        source: the dataset's documents.
-        picks: which of them, with what changes.
-        of: how many documents could have been picked at most; the share that was is in every document.
-        why: what was to be done with them, for the message of the error.
+        source: Documents of the dataset.
+        picks: Selected documents, with their changes.
+        of: Number of documents that could be selected at most; the selected share is in every document.
+        why: Purpose of the selection, for the error message.
 
     Raises:
-        DatasetError: nothing was picked.
+        DatasetError: No document was selected.
     """
 
     def __init__(self, source: Documents, picks: Sequence[PickedExpression], of: int, why: str) -> None:
@@ -60,12 +60,12 @@ class RewordedDocs(Documents):
         return self._source.image(self._picks[i].number)
 
     def image_key(self, i: int) -> str:
-        """Return what documents on one photograph have in common, without looking at it."""
+        """Return a key that documents on one photograph share, without decoding the image."""
         return self._source.image_key(self._picks[i].number)
 
 
 def shifted(source: Documents, name: str, severity: int) -> RewordedDocs:
-    """Every expression under a language shift, seeded by its document's id; what cannot be shifted is left out."""
+    """Apply a language shift to every expression, seeded by its document's id; unchangeable ones are left out."""
     picks = []
     for i in range(len(source)):
         doc = source.content(i)
@@ -78,14 +78,14 @@ def shifted(source: Documents, name: str, severity: int) -> RewordedDocs:
 def asked_both_ways(
     source: Documents, name: str, candidates: Callable[[Mapping[str, Any]], Sequence[Mismatch]]
 ) -> RewordedDocs:
-    """Every expression twice, as it is and changed so that it matches nothing; what cannot be changed is left out.
+    """Ask every expression twice, as it is and changed so that it matches nothing; unchangeable ones are left out.
 
-    Two documents stand side by side. Both have `pair` (the expression's id) and `matches`; the second has `change`.
+    The two documents are adjacent. Both have `pair` (the expression's id) and `matches`; the second has `change`.
 
     Args:
-        source: the dataset's documents.
-        name: how the change is called; the choice among candidates is seeded by it and the document's id.
-        candidates: document without image → changed expressions that match nothing in its image.
+        source: Documents of the dataset.
+        name: Name of the change; it and the document's id seed the choice among candidates.
+        candidates: Function from a document without image to changed expressions that match nothing in its image.
     """
     picks = []
     for i in range(len(source)):
@@ -115,5 +115,5 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     return output
 
 
-# For a task's YAML to name.
+# Functions for a task's YAML.
 scored_by_coordinate_mean = partial(process_results, estimator="coordinate_mean")

@@ -1,1 +1,1 @@
-"""The names that lmms-eval finds, and the YAML behind them."""
+"""Names of the tasks that lmms-eval finds, and their YAML."""

@@ -1,4 +1,4 @@
-"""The names `lmms-eval --tasks` accepts from this package, without importing lmms-eval."""
+"""Names that `lmms-eval --tasks` accepts from this package, without importing lmms-eval."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from lmms_plugin.utils.messages import counted
 
 
 class Listed(NamedTuple):
-    """One line of the list: the name, `task`, `group` or `cell`, and what it is."""
+    """One entry of the list: its name, its kind (`task`, `group` or `cell`), and a description."""
 
     name: str
     kind: str
@@ -16,7 +16,7 @@ class Listed(NamedTuple):
 
 
 def tasks(cells: bool = False) -> list[Listed]:
-    """All tasks and groups sorted by name; with `cells`, also every single cell split × shift × severity."""
+    """Return all tasks and groups sorted by name; with `cells`, also every cell split × shift × severity."""
     return sorted(_listed(cells))
 
 
@@ -36,7 +36,7 @@ def _members(tasks: Sequence[str]) -> str:
 
 
 def _of_group(entry: TaskSource) -> str:
-    """What a generated group holds, and whether its line in the table is a mean."""
+    """Describe what a generated group holds, and whether its line in the table is a mean."""
     members = entry.overrides["task"]
     if entry.file.name.startswith("_mean_over"):
         severities = sorted({member.rpartition("_")[2] for member in members})
@@ -47,7 +47,7 @@ def _of_group(entry: TaskSource) -> str:
 
 
 def _place(metadata: Mapping[str, Any]) -> str:
-    """What a cell does to image and expression, in words."""
+    """Describe what a cell does to image and expression."""
     parts = [metadata["mismatch"]] if "mismatch" in metadata else []
     for shift, severity in (("shift", "severity"), ("text_shift", "text_severity")):
         if shift in metadata:

@@ -1,4 +1,4 @@
-"""The grid split × shift × severity as lmms-eval tasks, each findable by name, from a few templates per dataset.
+"""The grid split × shift × severity as lmms-eval tasks, each available by name, from a few templates per dataset.
 
 Eighteen corruptions × five severities × three splits would be 270 files that differ in three words. A cell is the
 template's YAML with its name, split, shift and severity filled in; `lmms_plugin.registration` adds the entries to
@@ -26,7 +26,7 @@ CLEAN: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """What lmms-eval's task index needs of one task or group: its kind, its YAML, and the keys set on top of that."""
+    """Entry of lmms-eval's task index: the kind of a task or group, its YAML, and the keys that override the YAML."""
 
     kind: str
     yaml: Path
@@ -34,14 +34,14 @@ class IndexEntry:
 
 
 class Dataset(NamedTuple):
-    """A dataset that has cells.
+    """A dataset with cells.
 
     Attributes:
-        name: how its tasks' names begin.
-        splits: split → how the name of a task on it goes on.
-        shift: template of cells with a corruption, relative to this folder.
-        text_shift: template of cells with a language shift.
-        rejection: kind of mismatch → template of its cells.
+        name: Prefix of its tasks' names.
+        splits: Split → continuation of the name of a task on it.
+        shift: Template of cells with a corruption, relative to this folder.
+        text_shift: Template of cells with a language shift.
+        rejection: Kind of mismatch → template of its cells.
     """
 
     name: str
@@ -68,7 +68,7 @@ SHAPES = Dataset(
 
 
 def entries() -> dict[str, IndexEntry]:
-    """Every generated task and group by name."""
+    """Return every generated task and group by name."""
     return dict(_generate())
 
 
@@ -92,7 +92,7 @@ def _generate() -> Iterator[tuple[str, IndexEntry]]:
 
 
 def _cells(dataset: Dataset, split: str) -> Iterator[tuple[str, IndexEntry]]:
-    """All single tasks of a split: corruptions, language shifts, both, and rejection, clean and under corruptions."""
+    """Yield all single tasks of a split: corruptions, language shifts, both, and rejection, clean and corrupted."""
     prefix = f"{dataset.name}_shift{dataset.splits[split]}"
     for severity, shift in product(SEVERITIES, (None, *SHIFTS)):
         image = CLEAN if shift is None else {"shift": shift, "severity": severity}
@@ -125,7 +125,7 @@ def _cell(
 
 
 def _means(dataset: Dataset, split: str) -> Iterator[tuple[str, IndexEntry]]:
-    """Groups whose line in the table is the mean over their cells."""
+    """Yield groups whose line in the table is the mean over their cells."""
     name, suffix = dataset.name, dataset.splits[split]
     prefix, pairs = f"{name}_shift{suffix}", [f"{a}_and_{b}" for a, b in product(SHIFTS, TEXT_SHIFTS)]
     for group, shifts, severities in (
@@ -148,16 +148,16 @@ def _mean_over_cells(
     severities: Sequence[int],
     template: str = "grounding/_mean_over_cells.yaml",
 ) -> tuple[str, IndexEntry]:
-    """A group whose line in the table is the mean over its cells, each with the same weight.
+    """Return a group whose line in the table is the unweighted mean over its cells.
 
-    Not the mPC of Michaelis et al. (arXiv 1907.07484), which is over fifteen corruptions at five severities.
+    This is not the mPC of Michaelis et al. (arXiv 1907.07484), which is over fifteen corruptions at five severities.
     """
     tasks = [f"{prefix}_{shift}_{severity}" for shift, severity in product(shifts, severities)]
     return name, IndexEntry("group", FOLDER / template, {"group": name, "task": tasks})
 
 
 def _listed(name: str, tasks: list[str]) -> tuple[str, IndexEntry]:
-    """Tasks and groups side by side, without a mean that would mix them."""
+    """Return a group of tasks and groups without a mean, which would mix them."""
     return name, IndexEntry("group", FOLDER / "grounding/_clean_and_shifted.yaml", {"group": name, "task": tasks})
 
 

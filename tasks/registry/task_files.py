@@ -1,4 +1,4 @@
-"""The YAML files of this package's tasks, read without importing lmms-eval or the functions that they name."""
+"""YAML files of this package's tasks, read without importing lmms-eval or the functions that they name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lmms_plugin.tasks.registry import cells
 
 
 class Function(str):
-    """The long name of a function in a task's YAML."""
+    """Qualified name of a function in a task's YAML."""
 
     __slots__ = ()
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves `!function` as the name it gives: what is not asked for is not imported."""
+    """YAML loader that keeps `!function` as a name, so that nothing is imported."""
 
 
 _Loader.add_constructor("!function", lambda _, node: Function(node.value))
@@ -29,13 +29,13 @@ _Loader.add_constructor("!function", lambda _, node: Function(node.value))
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where the configuration of a task or group comes from.
+    """Source of the configuration of a task or group.
 
     Attributes:
         kind: `task` or `group`.
-        file: Its YAML.
-        overrides: What a generated one sets on top of that.
-        generated: Whether it is one of `lmms_plugin.tasks.registry.cells.entries`, and has no YAML of its own.
+        file: YAML file.
+        overrides: Keys with which a generated task overrides the file.
+        generated: Whether it is one of `lmms_plugin.tasks.registry.cells.entries`, without YAML of its own.
     """
 
     kind: str
@@ -45,16 +45,16 @@ class TaskSource:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """The whole configuration, as lmms-eval puts it together."""
+        """Return the whole configuration, as lmms-eval composes it."""
         return {**merged(self.file), **self.overrides}
 
 
 @cache
 def sources() -> Mapping[str, TaskSource]:
-    """Every task and group of this package by name; files first, sorted, then generated ones."""
+    """Return every task and group of this package by name; files first, sorted, then generated ones."""
     found = {}
     for file in sorted(cells.FOLDER.rglob("*.yaml")):
-        # What a file includes may be a task of its own: a name is what the file itself says.
+        # An included file may be a task of its own: only the file itself gives the name.
         own = read(file)
         kind = "group" if "group" in own else "task"
         if isinstance(own.get(kind), str):
@@ -66,7 +66,7 @@ def sources() -> Mapping[str, TaskSource]:
 
 @cache
 def merged(file: Path) -> Mapping[str, Any]:
-    """A file's configuration over those of the files it includes, key by key, as lmms-eval merges them."""
+    """Merge a file's configuration over those of the files it includes, key by key, as lmms-eval does."""
     own = read(file)
     included = own.pop("include", [])
     found: dict[str, Any] = {}
@@ -76,6 +76,6 @@ def merged(file: Path) -> Mapping[str, Any]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A file as it is, without what it includes."""
+    """Read a file without the files it includes."""
     content: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     return content

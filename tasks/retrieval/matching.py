@@ -1,10 +1,10 @@
-"""Which caption belongs to a photograph, and which photograph to a caption: documents, scores and R@k.
+"""Text and image retrieval: documents, scores and R@k.
 
-A document is one photograph with candidates, the captions of its pool. The model is not asked to write: it says of
-every candidate how well it fits. Both directions come from the same scores: captions are ranked for each photograph
-(text retrieval), and the photographs of a pool for each caption (image retrieval). Pools are parts of the dataset,
-drawn by a hash of the photograph's name and `SEED`; with one pool of all this is the published protocol, with small
-ones a cheaper and easier one, whose numbers mean nothing beside published ones.
+A document is one photograph with candidates, the captions of its pool. The model does not generate text: it scores how
+well each candidate fits. Both directions use the same scores: captions are ranked for each photograph (text retrieval),
+and the photographs of a pool for each caption (image retrieval). Pools are parts of the dataset, drawn by a hash of the
+photograph's name and `SEED`. One pool of all photographs is the published protocol; small pools are a cheaper and
+easier one, whose numbers are not comparable with published ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,21 +39,21 @@ _DECODED: Recent[Image.Image] = Recent(8)
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedSet(DatasetOrigin):
-    """Photographs with five captions each; called with its rows, it makes the documents of a task.
+    """Photographs with five captions each; called with its rows, it returns the documents of a task.
 
     Attributes:
-        pool: photographs that are candidates for one another; None for all.
+        pool: Number of photographs that are candidates for one another; None for all.
     """
 
     pool: int | None = None
 
     def __call__(self, rows: datasets.Dataset) -> "RetrievalDocs":
-        """Documents over the rows; see `RetrievalDocs` for errors."""
+        """Return documents over the rows; see `RetrievalDocs` for errors."""
         return RetrievalDocs(self, rows)
 
     @property
     def wanted(self) -> str:
-        """What a local copy holds, for messages to the user."""
+        """Content of a local copy, for messages to the user."""
         return f"{super().wanted} with the columns {', '.join(_EXPECTED)}, and split unless it is the test split alone"
 
 
@@ -61,11 +61,11 @@ class RetrievalDocs(Documents):
     """One document per photograph, pool by pool.
 
     Attributes:
-        pools: shape (photographs,), of each document its pool.
+        pools: Pool of each document, shape (photographs,).
 
     Raises:
-        DatasetError: on construction, if a column is missing or of another type, a photograph has not five captions or
-            an empty one, or nothing tells which photographs are those of the test split; on access, if an image cannot
+        DatasetError: On construction, a column is missing or of another type, a photograph does not have five captions
+            or has an empty one, or the photographs of the test split cannot be identified; on access, an image cannot
             be decoded.
     """
 
@@ -99,7 +99,7 @@ class RetrievalDocs(Documents):
         return len(self._names)
 
     def content(self, i: int) -> dict[str, Any]:
-        """Return a document without its image: name, pool, place in it, its captions, and all candidates."""
+        """Return a document without its image: name, pool, index in the pool, its captions, and all candidates."""
         start = self._starts[self.pools[i]]
         size = self._sizes[self.pools[i]]
         return {
@@ -141,15 +141,15 @@ def _of_test_split(source: CaptionedSet, light: datasets.Dataset) -> list[int]:
 
 
 def check_columns(source: DatasetOrigin, features: datasets.Features, expected: Mapping[str, str]) -> None:
-    """Refuse a dataset that lacks a column or has another kind of values in it.
+    """Refuse a dataset in which a column is missing or has values of another type.
 
     Args:
-        source: for the message.
-        features: of the dataset.
-        expected: for each column "an image", "a string" or "a list of strings".
+        source: Name of the dataset, for the message.
+        features: Features of the dataset.
+        expected: Column → "an image", "a string" or "a list of strings".
 
     Raises:
-        DatasetError: names the column, what was expected and what is there.
+        DatasetError: A column does not match; names it, what was expected and what is there.
     """
     for name, kind in expected.items():
         if name not in features:
@@ -175,22 +175,22 @@ def _check_captions(source: CaptionedSet, table: Sequence[Mapping[str, Any]]) ->
 
 
 def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> list[Image.Image]:
-    """The photograph."""
+    """Return the photograph."""
     return [to_rgb(doc[IMAGE])]
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:
-    """The request that a caption would be the answer to."""
+    """Return the request that a caption answers."""
     return REQUEST
 
 
 def doc_to_target(doc: Mapping[str, Any]) -> str:
-    """The first of its captions."""
+    """Return the first of the photograph's captions."""
     return str(doc["caption"][0])
 
 
 def doc_to_messages(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """One user turn; the extra key `candidates` holds what the model is to score as answers."""
+    """Return one user turn; the extra key `candidates` holds what the model scores as answers."""
     content = [{"type": "image", "url": doc_to_visual(doc)[0]}, {"type": "text", "text": REQUEST}]
     return [{"role": "user", "content": content, "candidates": doc["candidates"]}]
 
@@ -199,15 +199,15 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
     """Rank the candidates of one photograph.
 
     Args:
-        doc: a document of `RetrievalDocs`.
-        results: the model's scores in the trailer of `lmms_plugin.protocol.response`.
+        doc: Document of `RetrievalDocs`.
+        results: Model's scores in the trailer of `lmms_plugin.protocol.response`.
 
     Returns:
-        Text retrieval at 1, 5 and 10: whether one of the photograph's captions is among the first k of its pool, a
-        candidate of the same score standing before it. Image retrieval: the scores, for what photographs make together.
+        Text retrieval at 1, 5 and 10: whether one of the photograph's captions is among the first k of its pool; a
+        candidate with an equal score ranks before it. Image retrieval: the scores, for aggregation over photographs.
 
     Raises:
-        ValueError: the model does not score candidates, which models of other packages cannot.
+        ValueError: The model does not score candidates; models of other packages cannot.
     """
     given = Response.decode(results[0]).scores
     if not given:
@@ -232,32 +232,32 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
 
 def ranking_scores(given: Mapping[str, Sequence[float | None]]) -> npt.NDArray[np.float64]:
-    """Scores by which candidates are ranked, shape (candidates,), larger for a better fit.
+    """Return the scores by which candidates are ranked, shape (candidates,), larger for a better fit.
 
-    Of a language model the mean log-probability of a caption's tokens: without division by their number, short captions
-    would win. Of a retrieval checkpoint the logit of its matching head plus the similarity of its projections, and for
-    pairs that were not shown to the head, which come after all others, that similarity alone.
+    For a language model: the mean log-probability of a caption's tokens; the sum would favour short captions. For a
+    retrieval checkpoint: the logit of its matching head plus the similarity of its projections. Pairs that the head did
+    not see have the similarity alone and rank after all others.
     """
     if "logprob" in given:
         return np.array(given["logprob"], dtype=np.float64) / np.array(given["tokens"], dtype=np.float64)
     similarity = np.array(given["itc"], dtype=np.float64)
     matching = np.array([np.nan if value is None else value for value in given["itm"]], dtype=np.float64)
-    # Similarities are cosines, so that nothing that was shown to the head falls behind what was not.
+    # Similarities are cosines, so a bounded shift ranks all pairs that the head saw before the others.
     last = np.nanmin(matching) - 4.0 if not np.isnan(matching).all() else 0.0
     return similarity + np.where(np.isnan(matching), last, matching)
 
 
 def _rank(scores: npt.NDArray[np.float64], own: range) -> int:
-    """How many candidates stand before the best of one's own; of equal scores, others first."""
+    """Return how many candidates rank before the best of the own ones; among equal scores, others come first."""
     best = scores[own.start : own.stop].max()
     others = np.delete(scores, np.arange(own.start, own.stop))
     return int(np.count_nonzero(others >= best))
 
 
 def _image_hits(rows: Sequence[Mapping[str, Any]], k: int) -> npt.NDArray[np.float64]:
-    """Of every photograph the share of its captions for which it is among the first k of its pool, shape (images,).
+    """Return for each photograph the share of its captions for which it is among the first k, shape (images,).
 
-    Photographs of pools that were not asked in full (`--limit`) are left out: they had fewer rivals.
+    Photographs of incomplete pools (`--limit`) are left out: they had fewer rivals.
     """
     by_pool: dict[int, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
@@ -275,7 +275,7 @@ def _image_hits(rows: Sequence[Mapping[str, Any]], k: int) -> npt.NDArray[np.flo
 
 
 def image_r_at(rows: Sequence[Mapping[str, Any]], k: int) -> float:
-    """Image retrieval at k, a fraction in [0, 1]; NaN where no pool was asked in full."""
+    """Return image retrieval at k, a fraction in [0, 1]; NaN without a complete pool."""
     hits = _image_hits(rows, k)
     return float(hits.mean()) if hits.size else float("nan")
 
@@ -296,7 +296,7 @@ def image_r_at_10(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def bounds(hits: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """95 % interval of a mean over photographs, which are drawn with replacement while the candidates stay."""
+    """Return the 95 % interval of a mean over photographs, which are drawn with replacement with fixed candidates."""
     if hits.size < 2:
         return float("nan"), float("nan")
     photographs = Clusters(np.arange(hits.size), hits.size)
@@ -330,9 +330,9 @@ def image_high(rows: Sequence[Mapping[str, Any]]) -> float:
     return bounds(_image_hits(rows, 1))[1]
 
 
-# Columns and the number of rows as the repository's card says; the copy with all of Flickr30k under lmms-eval's name
-# (31,783 rows, all of them called "test") does not tell which are Karpathy's.
+# Columns and number of rows are those of the repository's card; the copy with all of Flickr30k under lmms-eval's name
+# (31,783 rows, all of them called "test") does not identify Karpathy's split.
 flickr30k = CaptionedSet(name="flickr30k", title="Flickr30k", hub_id="umaru97/flickr30k_train_val_test", split="test")
 flickr30k_pool20 = replace(flickr30k, pool=20)
 SETS: Mapping[str, CaptionedSet] = {"flickr30k": flickr30k, "flickr30k_pool20": flickr30k_pool20}
-"""What tasks are made of, by name."""
+"""Name → dataset, for tasks."""

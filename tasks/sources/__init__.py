@@ -1,1 +1,1 @@
-"""Where datasets come from and how they are read."""
+"""Sources of datasets, and their reading."""

@@ -9,10 +9,10 @@ from lmms_plugin.utils.files import json_value
 
 
 def read(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
-        DatasetError: it is damaged.
+        DatasetError: It is damaged.
     """
     try:
         return json_value(path.read_bytes(), str(path))
@@ -21,16 +21,16 @@ def read(path: Path) -> Any:
 
 
 def entries(path: Path, key: str, fields: Collection[str], content: Any = None) -> list[dict[str, Any]]:
-    """The entries of one list.
+    """Return the entries of one list.
 
     Args:
         path: JSON file.
-        key: which list.
-        fields: what every entry must have.
-        content: of the file, if it has been read.
+        key: Name of the list.
+        fields: Required fields of every entry.
+        content: Content of the file, if already read.
 
     Raises:
-        DatasetError: the file is damaged, there is no such list, it is empty, or an entry lacks a field.
+        DatasetError: The file is damaged, there is no such list, it is empty, or an entry lacks a field.
     """
     content = read(path) if content is None else content
     found = content.get(key) if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""How datasets write boxes: order and scale are declared and checked, never guessed."""
+"""Box conventions of datasets: order and scale are declared and checked, never guessed."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,9 +17,10 @@ class Convention:
 
     Attributes:
         order: `xyxy` for left, top, right, bottom; `xywh` for left, top, width, height.
-        scale: None for pixels of the original image; else what its width and height are written as: 1 for fractions,
-            100 or 1000 for hundredths or thousandths.
-        flat: whether a box may have no width or no height, as rounding to hundredths makes it. It cannot be found.
+        scale: None for pixels of the original image; else the number that stands for its full width and height: 1 for
+            fractions, 100 or 1000 for hundredths or thousandths.
+        flat: Whether a box may have zero width or height, as rounding to hundredths makes it. Such a box cannot be
+            found.
     """
 
     order: Literal["xyxy", "xywh"]
@@ -37,10 +38,10 @@ class Convention:
         return f"{names} in {'pixels' if self.scale is None else f'0 to {self.scale:g} of the image'}"
 
     def numbers(self, written: Any) -> list[float]:
-        """The four numbers of a box as it is written: a list of four, or a text that holds them.
+        """Parse the four numbers of a box: a list of four, or a text that holds them.
 
         Raises:
-            ValueError: there are not four finite numbers, or a side is negative or (unless `flat`) zero.
+            ValueError: There are not four finite numbers, or a side is negative or (unless `flat`) zero.
         """
         box = numbers_in(written)
         expected = f"expected a list of four numbers {self} of positive size, got {written!r}"
@@ -52,15 +53,15 @@ class Convention:
         return [float(value) for value in box]
 
     def pixels(self, box: Sequence[float], size: tuple[int, int]) -> list[float]:
-        """Left, top, width and height in pixels of the original image.
+        """Convert a box to left, top, width and height in pixels of the original image.
 
         Args:
-            box: as `numbers` returns it.
+            box: Box as `numbers` returns it.
             size: (width, height) of the original image in pixels.
 
         Raises:
-            ValueError: the box leaves the image by more than rounding, or is a pixel's fraction, where pixels are
-                declared: a sign of another order or scale. The message says which others would fit.
+            ValueError: The box leaves the image by more than rounding, or is smaller than a pixel where pixels are
+                declared, which indicates another order or scale. The message says which others would fit.
         """
         if not self._fits(box, size):
             others = [str(other) for other in _ALL if other._fits(box, size)]
@@ -72,10 +73,10 @@ class Convention:
         """Check that boxes of several images do not all lie in one corner, as those of a finer scale would.
 
         Args:
-            boxes: of some images, each a box as `numbers` returns it, and the size of its image in pixels.
+            boxes: Box as `numbers` returns it, and size of its image in pixels, of some images.
 
         Raises:
-            ValueError: none of two dozen boxes or more reaches beyond 15 % of its image's width or height.
+            ValueError: None of two dozen boxes or more extends beyond 15 % of its image's width or height.
         """
         corners = []
         for box, size in boxes:
@@ -106,7 +107,7 @@ _ALL = tuple(Convention(order, scale) for order in ("xyxy", "xywh") for scale in
 
 
 def numbers_in(written: Any) -> Sequence[Any]:
-    """A list as it is; the numbers of a text that holds nothing else but brackets and commas; else nothing."""
+    """Return a list as it is; for a text of brackets, commas and numbers, its numbers; else an empty list."""
     if isinstance(written, str):
         return [] if not _BETWEEN.fullmatch(_NUMBER.sub("", written)) else [float(n) for n in _NUMBER.findall(written)]
     return written if isinstance(written, Sequence) else []

@@ -1,6 +1,6 @@
-"""Where a task's rows come from, asked when the task is loaded and not when its YAML is read or a module imported.
+"""Places of a task's rows, resolved when the task is loaded, not when its YAML is read or a module is imported.
 
-`dataset_path: !function lmms_plugin.tasks.grounding.natural.ref_l4_test` names a `DataSource`, which tells path and
+`dataset_path: !function lmms_plugin.tasks.grounding.natural.ref_l4_test` names a `DataSource`, which returns path and
 arguments.
 """
 
@@ -10,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class DataSource(Protocol):
-    """A dataset that looks for itself, e.g. at an environment variable."""
+    """A dataset that finds its own place, for example by an environment variable."""
 
     def load_arguments(self) -> tuple[str, dict[str, Any]]:
         """Return path and keyword arguments for `datasets.load_dataset`.
 
         Raises:
-            DatasetError: the dataset is not where the user says it is.
+            DatasetError: The dataset is not where the user says it is.
         """
 
 
@@ -24,11 +24,11 @@ def located(path: Any, arguments: Mapping[str, Any] | None) -> tuple[Any, Mappin
     """Return a task's `dataset_path` and `dataset_kwargs` as lmms-eval takes them.
 
     Args:
-        path: a `DataSource`, or whatever else a task names, which stays as it is.
-        arguments: the task's own, which win over those of the source.
+        path: `DataSource`, or any other value, which is returned as it is.
+        arguments: Arguments of the task, which override those of the source.
 
     Raises:
-        DatasetError: see `DataSource`.
+        DatasetError: As `DataSource.load_arguments`.
     """
     if not isinstance(path, DataSource):
         return path, arguments

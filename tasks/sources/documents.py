@@ -1,4 +1,4 @@
-"""Documents that stand where lmms-eval expects a `datasets.Dataset`, without a copy of each image per document."""
+"""Documents in place of lmms-eval's `datasets.Dataset`, without a copy of each image per document."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -15,24 +15,24 @@ IMAGE = "image"
 
 
 class Documents(Sequence[dict[str, Any]], ABC):
-    """Documents of which no image is decoded before it is asked for.
+    """Documents whose images are decoded on access.
 
-    Offers the members of a `datasets.Dataset` that the harness uses: `features`, `column_names`, `remove_columns`,
+    Has the members of a `datasets.Dataset` that the harness uses: `features`, `column_names`, `remove_columns`,
     length, indexing, slices, iteration.
 
     Attributes:
-        features: columns of a document and their types; the image is one of them unless it was removed.
+        features: Columns of a document and their types; the image is one of them unless it was removed.
     """
 
     features: datasets.Features
 
     @property
     def column_names(self) -> list[str]:
-        """Names of the columns a document has."""
+        """Names of a document's columns."""
         return list(self.features)
 
     def remove_columns(self, names: str | list[str]) -> Self:
-        """The same documents without their image; no other column can be removed."""
+        """Return the same documents without their image; no other column can be removed."""
         if set([names] if isinstance(names, str) else names) != {IMAGE}:
             raise ValueError(f"only {IMAGE!r} can be removed, got {names!r}")
         view = copy.copy(self)
@@ -45,7 +45,7 @@ class Documents(Sequence[dict[str, Any]], ABC):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        # The harness asks for documents while it runs, when it makes nothing of errors but a traceback.
+        # The harness requests documents during the run, when it only prints a traceback for an error.
         with ends_the_command((DatasetError,)):
             doc = self.content(i)
             if IMAGE in self.features:
@@ -62,14 +62,14 @@ class Documents(Sequence[dict[str, Any]], ABC):
 
     @abstractmethod
     def image_key(self, i: int) -> str:
-        """Return what documents on one photograph have in common, without looking at it."""
+        """Return a key that documents on one photograph share, without decoding the image."""
 
 
 class Walk(Iterator[dict[str, Any]]):
     """One pass over documents.
 
     Attributes:
-        documents: what is walked over; `lmms_plugin.vlm.running.sharding` asks for it.
+        documents: Documents that are iterated over; `lmms_plugin.vlm.running.sharding` reads them.
     """
 
     def __init__(self, documents: Sequence[dict[str, Any]]) -> None:

@@ -41,7 +41,7 @@ def rows(questions: Path, annotations: Path, images: Path) -> Iterator[dict[str,
     """Yield one row per question, in the order of its file.
 
     Raises:
-        DatasetError: a file is not in the challenge's form, a question has no annotation or another photograph there,
+        DatasetError: A file is not in the challenge's form, a question has no annotation or another photograph there,
             or its photograph is missing.
     """
     annotated = {entry["question_id"]: entry for entry in entries(annotations, "annotations", {*_IDS, "answers"})}
@@ -66,10 +66,10 @@ def rows(questions: Path, annotations: Path, images: Path) -> Iterator[dict[str,
 
 
 def write(questions: Path, annotations: Path, images: Path, out: Path) -> int:
-    """Write the parquet file and return how many rows it has.
+    """Write the parquet file and return the number of its rows.
 
     Raises:
-        DatasetError: see `rows`.
+        DatasetError: As `rows`.
     """
     return writing.write(rows(questions, annotations, images), FEATURES, out)
 
@@ -83,7 +83,7 @@ def _photograph(folder: Path, number: int) -> Path:
 
 
 def main() -> None:
-    """Command line: see the module's own text."""
+    """Run the command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("questions", "annotations", "images", "out"):
         parser.add_argument(name, type=Path)

@@ -1,4 +1,4 @@
-"""Where a dataset comes from: the hub, or a local copy that an environment variable names."""
+"""Origin of a dataset: the hub, or a local copy that an environment variable names."""
 
 import os
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class DatasetOrigin:
     """One split of a dataset.
 
     Attributes:
-        name: in tasks, logs and the environment variable.
-        title: in messages to the user.
-        hub_id: repository on the hub; None if there is none that `datasets` can load.
-        split: named so on the hub and in file names of a local copy.
-        files: the split's files on the hub; None to let `datasets` find them.
+        name: Name in tasks, logs and the environment variable.
+        title: Title in messages to the user.
+        hub_id: Repository on the hub; None if there is none that `datasets` can load.
+        split: Name of the split on the hub and in file names of a local copy.
+        files: Files of the split on the hub; None to let `datasets` find them.
     """
 
     name: str
@@ -31,17 +31,17 @@ class DatasetOrigin:
 
     @property
     def variable(self) -> str:
-        """The environment variable that names a local copy."""
+        """Environment variable that names a local copy."""
         return f"{PREFIX}{self.name.upper()}"
 
     @property
     def wanted(self) -> str:
-        """What a local copy holds, for messages to the user."""
+        """Content of a local copy, for messages to the user."""
         return f"parquet files named by split ({self.split}*.parquet)"
 
     @property
     def hint(self) -> str:
-        """How to go on without the hub."""
+        """Advice on how to continue without the hub."""
         return f"To use a local copy, set {self.variable} to a folder of {self.wanted}."
 
     @property
@@ -50,20 +50,20 @@ class DatasetOrigin:
         return ""
 
     def place(self) -> str:
-        """The dataset as messages to the user name it."""
+        """Name of the dataset and its place, for messages to the user."""
         local = os.environ.get(self.variable)
         return f"{self.variable}={local}" if local else self.hub_id or self.title
 
     def row(self, rows: datasets.Dataset, number: int, name: object = None) -> str:
-        """A row as messages to the user name it: dataset, split, number and, where it has one, its own name."""
+        """Return a row's name for messages: dataset, split, number and, where it has one, its own name."""
         split = "" if rows.split is None else f"{rows.split}: "
         return f"{self.place()}: {split}row {number}" + ("" if name is None else f" ({name})")
 
     def load_arguments(self) -> tuple[str, dict[str, Any]]:
-        """Path and keyword arguments for `datasets.load_dataset`, of this split alone.
+        """Return path and keyword arguments for `datasets.load_dataset`, for this split alone.
 
         Raises:
-            DatasetError: the local copy does not exist, lacks the split or holds it in part or twice, or there is no
+            DatasetError: The local copy does not exist, lacks the split or holds it in part or twice, or there is no
                 other source.
         """
         folder = local_folder(self.variable, self.hint)
@@ -75,17 +75,17 @@ class DatasetOrigin:
             )
         if self.files is None:
             return self.hub_id, {}
-        # The hub's copies hold other splits that are many times larger; their counts would be missed.
+        # The hub's repositories hold other, much larger splits, without which their checks of row counts fail.
         return self.hub_id, {
             "data_files": {self.split: self.files.format(split=self.split)},
             "verification_mode": "no_checks",
         }
 
     def load(self) -> datasets.Dataset:
-        """The rows.
+        """Load the rows.
 
         Raises:
-            DatasetError: the dataset cannot be reached; says how to use a local copy.
+            DatasetError: The dataset cannot be reached; says how to use a local copy.
         """
         path, arguments = self.load_arguments()
         try:

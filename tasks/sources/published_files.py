@@ -28,12 +28,12 @@ Rows = Iterator[dict[str, Any]]
 
 
 class Form(NamedTuple):
-    """A benchmark's published form: how its annotations are read, and the columns that are made of them.
+    """Published form of a benchmark: how its annotations are read, and the columns of the copy.
 
     Attributes:
-        read: path of the annotations → rows without their image.
-        name: column that holds the name of the image's file.
-        columns: of the copy, besides `image`.
+        read: Function from the path of the annotations to rows without their image.
+        name: Column that holds the name of the image's file.
+        columns: Columns of the copy, besides `image`.
     """
 
     read: Callable[[Path], Rows]
@@ -45,7 +45,7 @@ def rows(form: Form, annotations: Path, images: Path) -> Rows:
     """Yield one row per expression, in the order of the annotations.
 
     Raises:
-        DatasetError: the annotations are not in the published form, or an image is missing.
+        DatasetError: The annotations are not in the published form, or an image is missing.
     """
     for row in form.read(annotations):
         missing = form.columns.keys() - row.keys()
@@ -58,10 +58,10 @@ def rows(form: Form, annotations: Path, images: Path) -> Rows:
 
 
 def write(name: str, annotations: Path, images: Path, out: Path) -> int:
-    """Write the parquet file and return how many rows it has.
+    """Write the parquet file and return the number of its rows.
 
     Raises:
-        DatasetError: see `rows`.
+        DatasetError: As `rows`.
     """
     form = FORMS[name]
     features = datasets.Features({**form.columns, "image": datasets.Image()})
@@ -74,7 +74,7 @@ def _table(path: Path) -> Rows:
 
 
 def _mdetr(path: Path) -> Rows:
-    """One row per entry of `images`, which are expressions, with its boxes gathered from `annotations`."""
+    """Yield one row per entry of `images`, which are expressions, with its boxes gathered from `annotations`."""
     content = read(path)
     boxes: defaultdict[int, list[list[float]]] = defaultdict(list)
     for entry in entries(path, "annotations", ("image_id", "empty", "bbox"), content):
@@ -144,7 +144,7 @@ FORMS: Mapping[str, Form] = {
 
 
 def main() -> None:
-    """Command line: see the module's own text."""
+    """Run the command line of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=FORMS)
     for name in ("annotations", "images", "out"):

@@ -1,4 +1,4 @@
-"""The last few results of something costly, for the questions that follow on the same image."""
+"""Cache of the last few results of a costly function, for consecutive questions on the same image."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -10,12 +10,12 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Value]):
-    """Results by key, the least recently used forgotten first.
+    """Cache of results by key that drops the least recently used first.
 
-    Safe to use from several threads: those that ask for the same key at the same time wait for one computation.
+    It is thread-safe: threads that request the same key at the same time wait for one computation.
 
     Args:
-        size: how many results are kept.
+        size: Number of cached results.
     """
 
     def __init__(self, size: int) -> None:
@@ -24,7 +24,7 @@ class Recent(Generic[Value]):
         self._lock = Lock()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """Return the result for the key, by `make` if it is not at hand; an exception is passed on and not kept."""
+        """Return the result for the key, computed by `make` if it is not cached; exceptions are not cached."""
         with self._lock:
             future = self._results.get(key)
             mine = future is None

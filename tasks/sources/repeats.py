@@ -1,4 +1,4 @@
-"""Rows of datasets that are there more than once, under one identifier or under several."""
+"""Detection of rows that occur more than once in a dataset, under one identifier or under several."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _MOST_REPEATED = 0.05
 
 
 def expect_once(place: str, column: str, values: Iterable[object]) -> None:
-    """Refuse rows that a column, which tells them apart, says are there more than once.
+    """Refuse rows with equal identifiers.
 
     Args:
-        place: the dataset, for the message.
-        column: its name.
-        values: of all rows, in their order.
+        place: Name of the dataset, for the message.
+        column: Name of the identifying column.
+        values: Identifiers of all rows, in their order.
 
     Raises:
-        DatasetError: names the value and two rows of it.
+        DatasetError: An identifier occurs twice; names it and its two rows.
     """
     seen: dict[object, int] = {}
     again = [(value, seen[value], row) for row, value in enumerate(values) if seen.setdefault(value, row) != row]
@@ -48,22 +48,22 @@ def expect_different(
     where: Callable[[int], str],
     photographs: Sequence[Hashable] | None = None,
 ) -> None:
-    """Refuse rows that are there again under another identifier: all but a few say something else, or of another image.
+    """Refuse rows that repeat under another identifier, unless they are few.
 
-    Images are told apart by the bytes that are stored, and read only of rows that are otherwise equal.
+    Images are compared by their stored bytes, and are read only for rows that are otherwise equal.
 
     Args:
-        place: the dataset, for the message.
-        what: rows hold, in words.
-        said: of each row all but its image and its identifiers; rows with None are not looked at.
-        images: of the same rows, undecoded; the only column.
-        where: names a row for the message of an error.
-        photographs: of each row the name of its photograph, where there are such names: rows that say the same of
-            photographs of one name are equal, too.
+        place: Name of the dataset, for the message.
+        what: What rows hold, in words.
+        said: Content of each row without its image and its identifiers; rows with None are ignored.
+        images: Images of the same rows, undecoded; the only column.
+        where: Function that names a row for an error message.
+        photographs: Name of each row's photograph, where there are such names: rows with equal content on photographs
+            of one name are equal, too.
 
     Raises:
-        DatasetError: names two rows. Of fewer than one in twenty there is a warning, since a benchmark may itself hold
-            a few.
+        DatasetError: One in twenty rows or more repeat; names two rows. Fewer give a warning, since a benchmark may
+            itself hold a few.
     """
     again = dict(_repeats(_by_content(said, images, where)))
     if photographs is not None:
@@ -82,7 +82,7 @@ def expect_different(
 
 
 def _repeats(keys: Iterable[tuple[int, Hashable]]) -> Iterator[tuple[int, int]]:
-    """Yield rows whose key an earlier one has, each with that one."""
+    """Yield rows whose key an earlier row has, each with that row."""
     seen: dict[Hashable, int] = {}
     for row, key in keys:
         if seen.setdefault(key, row) != row:
@@ -92,10 +92,10 @@ def _repeats(keys: Iterable[tuple[int, Hashable]]) -> Iterator[tuple[int, int]]:
 def _by_content(
     said: Sequence[Hashable], images: datasets.Dataset, where: Callable[[int], str]
 ) -> Iterator[tuple[int, Hashable]]:
-    """Yield what is equal for rows that say the same of the same bytes, for rows that may be equal to another."""
+    """Yield a key of equal content and equal bytes, for rows that may be equal to another."""
     stored = images.with_format("arrow")
     keys = ((row, key) for row, key in enumerate(zip(said, _sizes(stored), strict=True)) if key[0] is not None)
-    # Whole images are slow to read: what differs in size or in its middle need not be.
+    # Whole images are slow to read: size and a middle part already distinguish most.
     for key, rows in _several(keys):
         contents = {row: _content(stored, row, where) for row in rows}
         for middle, alike in _several((row, _middle(data)) for row, data in contents.items()):
@@ -112,7 +112,7 @@ def _several(keys: Iterable[tuple[int, Hashable]]) -> Iterator[tuple[Hashable, l
 
 
 def _sizes(stored: datasets.Dataset) -> Iterator[int | None]:
-    """Yield the bytes of each row's image, without looking at them; None where they are in a file of their own."""
+    """Yield the size in bytes of each row's image, without reading it; None for an image in a file of its own."""
     import pyarrow.compute as pc
 
     (column,) = stored.column_names

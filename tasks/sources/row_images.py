@@ -1,4 +1,4 @@
-"""Images out of datasets, undamaged or not at all: `lmms_plugin.utils.images` with the row in its errors."""
+"""Complete images from datasets: `lmms_plugin.utils.images` with the row in its errors."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +16,11 @@ def opened(encoded: Encoded, where: str) -> Image.Image:
     """Decode an image that `datasets` keeps undecoded: upright, on white, RGB.
 
     Args:
-        encoded: bytes or path of the image file.
-        where: the row, for the message of an error.
+        encoded: Bytes or path of the image file.
+        where: Name of the row, for the error message.
 
     Raises:
-        DatasetError: there is no image, or it cannot be decoded completely.
+        DatasetError: There is no image, or it cannot be decoded completely.
     """
     with _of(where):
         return images.opened(_given(encoded, where))
@@ -30,11 +30,11 @@ def header(encoded: Encoded, where: str) -> images.Header:
     """Read the size of an image without decoding its pixels.
 
     Args:
-        encoded: as `opened`.
-        where: as `opened`.
+        encoded: As `opened`.
+        where: As `opened`.
 
     Raises:
-        DatasetError: as `opened`, as far as it shows without the pixels.
+        DatasetError: As `opened`, as far as the error shows without the pixels.
     """
     with _of(where):
         return images.header(_given(encoded, where))
@@ -44,11 +44,11 @@ def content(encoded: Encoded, where: str) -> bytes:
     """Return the bytes of an image file.
 
     Args:
-        encoded: as `opened`.
-        where: as `opened`.
+        encoded: As `opened`.
+        where: As `opened`.
 
     Raises:
-        DatasetError: there is no file, or nothing in it.
+        DatasetError: The file does not exist or is empty.
     """
     with _of(where):
         return images.content(_given(encoded, where))

@@ -1,4 +1,4 @@
-"""Local copies: rows with images written as parquet, a few at a time."""
+"""Writing of local copies: rows with images as parquet, a few at a time."""
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -13,10 +13,10 @@ _ROWS_AT_ONCE = 500
 
 
 def write(rows: Iterable[Mapping[str, Any]], features: datasets.Features, out: Path) -> int:
-    """Write rows, whose images are `{"bytes": ..., "path": ...}`, and return how many there were."""
+    """Write rows, whose images are `{"bytes": ..., "path": ...}`, and return their number."""
     out.parent.mkdir(parents=True, exist_ok=True)
     count, ordered, schema = 0, iter(rows), features.arrow_schema
-    # Rows about one photograph hold it once per page of a dictionary.
+    # Dictionary encoding stores the photograph of several rows once per page.
     with pq.ParquetWriter(out, schema, compression="zstd", dictionary_pagesize_limit=1 << 25) as writer:
         while some := list(islice(ordered, _ROWS_AT_ONCE)):
             writer.write_table(pa.Table.from_pylist(some, schema=schema))

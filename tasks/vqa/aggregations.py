@@ -1,8 +1,8 @@
-"""The reliability metrics of a VQA task as lmms-eval's aggregations, by the name in the results table.
+"""Reliability metrics of a VQA task as lmms-eval aggregations, by their names in the results table.
 
-A name with dots cannot stand after lmms-eval's `!function`, so `coverage@0.01` is called `coverage_at_0_01` there. Each
-takes the records of all processes and is NaN where nothing can be computed from them (no held-out question answered
-yet), so that a group's mean says that a part of it is missing.
+lmms-eval's `!function` does not accept a name with dots, so `coverage@0.01` is called `coverage_at_0_01` there. Each
+metric takes the records of all processes and is NaN where it cannot be computed from them (no held-out question
+answered yet), so that a group's mean shows that a part of it is missing.
 """
 
 import math
@@ -21,11 +21,11 @@ from lmms_plugin.tasks.grounding.aggregations import OF_OUTCOME
 
 
 class VqaOutcome(NamedTuple):
-    """What metrics need of an answer; short, because the log of samples repeats it for each of them.
+    """Values of an answer that metrics need; short, because the log of samples repeats it for each metric.
 
     Attributes:
-        part: of the photographs, `val` or `test`.
-        confidence: in [0, 1].
+        part: Part of the photographs, `val` or `test`.
+        confidence: Confidence in [0, 1].
         accuracy: VQA accuracy, in [0, 1].
     """
 
@@ -88,24 +88,26 @@ ON_TEST: Mapping[str, Aggregation] = MappingProxyType(
 """Metrics of the part `test` alone."""
 
 BESIDE = ("ece", "auroc", "aurc", "coverage@0.01", "coverage@0.05")
-"""Those of them that estimators in need of more than log-probabilities get, beside the task's own: `ece_selector`."""
+"""Metrics of estimators that need more than log-probabilities, beside the task's own: `ece_selector`."""
 
 NEEDS_HELD_OUT: Mapping[str, Aggregation] = MappingProxyType(dict(_held_out_aggregations()))
-"""Metrics at a threshold chosen on the part `val`: effective reliability Φ_c and the share of questions it answers, and
-the risk where the threshold was to keep one."""
+"""Metrics at a threshold chosen on the part `val`.
+
+They are effective reliability Φ_c and its coverage, and the risk that a threshold chosen for a tolerated risk achieves.
+"""
 
 
 def accuracy(records: Sequence[Mapping[str, Any]]) -> float:
-    """Mean VQA accuracy of the records that are not held out."""
+    """Return the mean VQA accuracy of the records that are not held out."""
     return mean([record for record in records if "score" in record])
 
 
 def mean(records: Sequence[Mapping[str, Any]]) -> float:
-    """Mean score, exactly rounded; NaN without records."""
+    """Return the mean score, exactly rounded; NaN without records."""
     return math.fsum(record["score"] for record in records) / len(records) if records else math.nan
 
 
-# For a task's YAML to name.
+# Names for a task's YAML.
 ece = ON_TEST["ece"]
 ece_floor = ON_TEST["ece_floor"]
 ace = ON_TEST["ace"]

@@ -1,8 +1,8 @@
 """Visual question answering with confidence as lmms-eval functions: document → messages, answer → record → metric.
 
-One document is one question (`lmms_plugin.tasks.vqa.questions`). The target of every metric is the soft VQA accuracy of
-the answer, a fraction in [0, 1]; risk is 1 − accuracy. Metrics are those of the part `test`; what needs a threshold
-chosen elsewhere chooses it on the part `val`, both answered in the same run.
+One document is one question (`lmms_plugin.tasks.vqa.questions`). The outcome of every metric is the soft VQA accuracy
+of the answer, a fraction in [0, 1]; risk is 1 − accuracy. Metrics are those of the part `test`; thresholds are chosen
+on the part `val`, and both parts are answered in the same run.
 """
 
 import math
@@ -25,14 +25,14 @@ unfinished = comprehension.unfinished
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:
-    """The question, followed by the task's or else the dataset's wish for a short answer."""
+    """Return the question, followed by the task's or else the dataset's request for a short answer."""
     words = task or {}
     post_prompt = words.get("post_prompt", SOURCES[doc["dataset"]].post_prompt)
     return f"{words.get('pre_prompt', '')}{doc['question']}{post_prompt}"
 
 
 def doc_to_target(doc: Mapping[str, Any]) -> str:
-    """The answer that most people gave; among equals the first."""
+    """Return the answer that most people gave; among equals the first."""
     answers: list[str] = doc["answers"]
     return max(answers, key=answers.count)
 
@@ -40,10 +40,10 @@ def doc_to_target(doc: Mapping[str, Any]) -> str:
 def doc_to_messages(
     doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """One user turn: image and question.
+    """Return one user turn: image and question.
 
-    The extra key `log_probabilities` tells a model of this package to return them with the answer; any other model
-    never sees it.
+    The extra key `log_probabilities` tells a model of this package to return them with the answer; other models never
+    see it.
     """
     return [
         {
@@ -61,20 +61,20 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     """Score one answer.
 
     Args:
-        doc: a document of `QuestionDocs`.
-        results: the model's answer, with or without the trailer of `lmms_plugin.protocol.response`.
-        estimator: the confidence estimator, of `TEXT_ESTIMATORS`, whose value the metrics use.
+        doc: Document of `QuestionDocs`.
+        results: Model's answer, with or without the trailer of `lmms_plugin.protocol.response`.
+        estimator: Confidence estimator, of `TEXT_ESTIMATORS`, whose value the metrics use.
 
     Returns:
-        One entry per metric that the document counts for; that of `accuracy` is the whole record, which so reaches the
-        log of samples, for every document. Records of the part `val` have no `score`, so that lmms-eval's standard
-        errors leave them out. Without a trailer (a model of another package) there is no
-        confidence: the answer counts as one without in `confidence_rate`, and all metrics that use confidence are
-        absent, not zero. What a model writes while it reasons is not its answer; one that ends inside its reasoning is
-        none, has accuracy 0 and no confidence, and shows in `unfinished_rate`.
+        One entry per metric that the document counts for. The entry of `accuracy` is the whole record, which thereby
+        reaches the log of samples, for every document. Records of the part `val` have no `score`, so that lmms-eval's
+        standard errors leave them out. Without a trailer (a model of another package) there is no confidence: the
+        answer counts as one without confidence in `confidence_rate`, and all metrics of confidence are absent, not
+        zero. Reasoning is not part of the answer. An answer that ends inside its reasoning is empty, has accuracy 0 and
+        no confidence, and counts in `unfinished_rate`.
 
     Raises:
-        ValueError: the model brings log-probabilities, but not what `estimator` needs; says how to obtain it.
+        ValueError: The model returns log-probabilities, but not what `estimator` needs; says how to obtain it.
     """
     response = Response.decode(results[0])
     identity = {"image": doc["image_id"], "id": doc["question_id"]}
@@ -94,7 +94,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         "question": doc["question"],
         "answer": response.answer,
         "answers": doc["answers"],
-        # Of an answer that is none, every estimate is missing, and said to be.
+        # Every estimate of an empty answer is missing, and recorded as missing.
         "confidence": confidences if finished else dict.fromkeys(estimates),
         **comprehension.reasoned(response),
         **({} if finished else {"unfinished": True}),
@@ -121,7 +121,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
 
 
 def _evidence(response: Response) -> Evidence | None:
-    """What the answer can be judged by; None without tokens."""
+    """Return the evidence for an answer's confidence; None without tokens."""
     if not response.tokens:
         return None
     tokens, start = response.spoken
@@ -137,14 +137,14 @@ def _evidence(response: Response) -> Evidence | None:
 
 
 def _agreement(response: Response) -> Agreement | None:
-    """1 for samples that are the same answer by the normalisation of the score, else 0; an empty one is none."""
+    """Return 1 for samples that equal the answer after the score's normalisation, else 0; an empty one is skipped."""
     if response.sampled is None:
         return None
     sampled = [normalise(sample or "") or None for sample in response.sampled]
     return Agreement.of(normalise(response.answer) or None, sampled, lambda a, b: float(a == b))
 
 
-# For a task's YAML to name; one for every name in `TEXT_ESTIMATORS`.
+# Functions for a task's YAML; one for every name in `TEXT_ESTIMATORS`.
 scored_by_joint = partial(process_results, estimator="joint")
 scored_by_mean = partial(process_results, estimator="mean")
 scored_by_min = partial(process_results, estimator="min")

@@ -1,6 +1,6 @@
-"""Where the VQA datasets come from: the hub, or a local copy that an environment variable names.
+"""Origins of the VQA datasets: the hub, or a local copy that an environment variable names.
 
-A task's YAML names one as its `dataset_path`; the environment is looked at when the task is loaded.
+A task's YAML names one as its `dataset_path`; the environment is read when the task is loaded.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ class VqaDataset(DatasetOrigin):
     """A VQA dataset.
 
     Attributes:
-        photographs: where its images come from; datasets of the same photographs share their numbering.
-        image_column: the column that tells photographs apart.
-        structured: whether an answer is a struct with the field `answer`, or a plain string.
-        post_prompt: what follows the question, in the words of lmms-eval's own task.
+        photographs: Source of its images; datasets of the same photographs share their numbering.
+        image_column: Column that identifies photographs.
+        structured: Whether an answer is a struct with the field `answer`, or a plain string.
+        post_prompt: Text after the question, in the words of lmms-eval's own task.
     """
 
     photographs: str = "coco"
@@ -31,7 +31,7 @@ class VqaDataset(DatasetOrigin):
 
     @property
     def wanted(self) -> str:
-        """What a local copy holds, for messages to the user."""
+        """Content of a local copy, for messages to the user."""
         return f"{super().wanted}, in the columns that the documentation of lmms_plugin.tasks.vqa.questions lists"
 
     @property

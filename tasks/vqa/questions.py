@@ -1,4 +1,4 @@
-"""Questions about photographs as documents, parted by photograph, and mixtures of two datasets.
+"""Questions about photographs as documents, split into parts by photograph, and mixtures of two datasets.
 
 Columns, as on the hub:
 
@@ -13,10 +13,10 @@ answers        list of structs with string `answer`   list of strings
 =============  =====================================  ==============================
 
 Parts follow Reliable VQA (Whitehead et al., ECCV 2022): 40 % of the photographs are for training (`dev`), 10 % for
-choosing thresholds (`val`), 50 % for reporting (`test`), every question of a photograph in the same part. There a
-shuffled list is cut; here a hash of the photograph's number and `SEED` decides, so that a photograph's part depends on
-nothing else: it is the same in VQAv2 and AdVQA, which share photographs, and in a copy that holds a few rows. Shares
-are met up to chance (± 0.25 % of VQAv2's photographs), and the parts are not those of the published files.
+choosing thresholds (`val`), 50 % for reporting (`test`), with every question of a photograph in the same part. Reliable
+VQA cuts a shuffled list; here a hash of the photograph's number and `SEED` decides, so that a photograph's part depends
+on nothing else: it is the same in VQAv2 and AdVQA, which share photographs, and in a copy that holds a few rows. Shares
+hold up to chance (± 0.25 % of VQAv2's photographs), and the parts are not those of the published files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,12 +41,12 @@ SEED = 1234
 PARTS: Mapping[str, float] = {"dev": 0.4, "val": 0.1, "test": 0.5}
 _ANSWERS = {True: "a list of structs with the field 'answer', a string", False: "a list of strings"}
 
-# The questions about a photograph are asked one after another, by a few threads at once.
+# The questions about a photograph are requested one after another, by a few threads at once.
 _DECODED: Recent[Image.Image] = Recent(8)
 
 
 def part_of(image_id: str) -> str:
-    """The part that a photograph belongs to."""
+    """Return the part that a photograph belongs to."""
     position, end = _fraction("part", image_id), 0.0
     for part, share in PARTS.items():
         end += share
@@ -60,23 +60,23 @@ def _fraction(purpose: str, key: str) -> float:
 
 
 class PickedQuestion(NamedTuple):
-    """A document: which table, which of its rows."""
+    """Selection of one document: its table and row."""
 
     table: int
     row: int
 
 
 class Questions:
-    """The checked rows of one dataset; no image is decoded before it is asked for.
+    """The validated rows of one dataset; images are decoded on access.
 
     Attributes:
-        source: the dataset.
-        image_ids: shape (rows,), of each row its photograph, equal across datasets of the same photographs.
-        question_ids: shape (rows,), unique across datasets.
+        source: Dataset.
+        image_ids: Photograph of each row, shape (rows,), equal across datasets of the same photographs.
+        question_ids: Question id of each row, shape (rows,), unique across datasets.
 
     Raises:
-        DatasetError: on construction, if a column is missing or of another type, a question is there twice, or a row
-            has no question or fewer than two answers; on access, if an image cannot be decoded.
+        DatasetError: On construction, a column is missing or of another type, a question occurs twice, or a row has no
+            question or fewer than two answers; on access, an image cannot be decoded.
     """
 
     def __init__(self, source: VqaDataset, rows: datasets.Dataset) -> None:
@@ -96,11 +96,11 @@ class Questions:
         self.image_ids = [f"{source.photographs}/{key}" for key in keys[source.image_column].to_pylist()]
 
     def picks(self, table: int, parts: Sequence[str]) -> list[PickedQuestion]:
-        """The rows of some parts, in the dataset's order."""
+        """Return the rows of some parts, in the dataset's order."""
         return [PickedQuestion(table, row) for row, image in enumerate(self.image_ids) if part_of(image) in parts]
 
     def document(self, row: int) -> dict[str, Any]:
-        """A row without its image."""
+        """Return a row without its image."""
         content = self._light[row]
         answers = [answer["answer"] for answer in content["answers"]] if self.source.structured else content["answers"]
         if not all(isinstance(answer, str) for answer in answers):
@@ -115,7 +115,7 @@ class Questions:
         }
 
     def image(self, row: int) -> Image.Image:
-        """The decoded photograph."""
+        """Return the decoded photograph."""
         key = (self._identity, self.image_ids[row])
         return _DECODED.get(key, lambda: opened(self._encoded[row][IMAGE], self._where(row)))
 
@@ -129,8 +129,8 @@ class Questions:
 class QuestionDocs(Documents):
     """Documents over rows of one or more datasets.
 
-    A document holds `dataset`, `question_id`, `image_id`, `part`, `question` (all strings), `answers` (what people
-    said, a list of strings), and `image` (PIL) unless that column was removed.
+    A document holds `dataset`, `question_id`, `image_id`, `part`, `question` (all strings), `answers` (of people, a
+    list of strings), and `image` (PIL) unless that column was removed.
     """
 
     features = datasets.Features(
@@ -159,49 +159,49 @@ class QuestionDocs(Documents):
         return self._tables[table].image(row)
 
     def image_key(self, i: int) -> str:
-        """Return what documents on one photograph have in common, without looking at it."""
+        """Return a key that documents on one photograph share, without decoding the image."""
         table, row = self._picks[i]
         return self._tables[table].image_ids[row]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Makes the documents of one dataset, for a task's `process_docs`.
+    """Factory of the documents of one dataset, for a task's `process_docs`.
 
     Attributes:
-        dataset: name of the source.
-        parts: which of `PARTS`; by default all but that for training.
+        dataset: Name of the dataset.
+        parts: Selection of `PARTS`; by default all but the training part.
     """
 
     dataset: str
     parts: tuple[str, ...] = ("val", "test")
 
     def __call__(self, rows: datasets.Dataset) -> QuestionDocs:
-        """Questions in the dataset's order."""
+        """Return questions in the dataset's order."""
         questions = Questions(SOURCES[self.dataset], rows)
         return QuestionDocs([questions], questions.picks(0, self.parts))
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Makes the documents of a mixture of VQAv2 with another dataset, for the `process_docs` of a task on VQAv2.
+    """Factory of the documents of a mixture of VQAv2 with another dataset, for the `process_docs` of a task on VQAv2.
 
-    Thresholds are chosen on VQAv2 (its part `val`, whole), whatever the mixture; the part `test` holds `per_shifted`
-    questions of VQAv2 for each of the other dataset, as many as both have, chosen by a hash of their identifier and
-    `SEED`: questions of a mixture with less of VQAv2 are among those of one with more. 9, 2, 1 and 1/2 questions of
-    VQAv2 per question of AdVQA are the mixtures with 10, 33, 50 and 67 % of Dancette et al. (CVPR 2023). Documents
-    stand in a random order of photographs, so that the first few are a mixture, too.
+    Thresholds are chosen on VQAv2 (its whole part `val`), whatever the mixture. The part `test` holds `per_shifted`
+    questions of VQAv2 for each question of the other dataset, as many as both have, chosen by a hash of their
+    identifier and `SEED`: the questions of a mixture with less of VQAv2 are among those of one with more. 9, 2, 1 and
+    1/2 questions of VQAv2 per question of AdVQA are the mixtures with 10, 33, 50 and 67 % of Dancette et al. (CVPR
+    2023). Documents are in a random order of photographs, so that the first few are a mixture, too.
 
     Attributes:
-        shifted: name of the other source.
-        per_shifted: questions of VQAv2 per question of the other dataset.
+        shifted: Name of the other dataset.
+        per_shifted: Number of questions of VQAv2 per question of the other dataset.
     """
 
     shifted: str
     per_shifted: float
 
     def __call__(self, rows: datasets.Dataset) -> QuestionDocs:
-        """Questions of both datasets."""
+        """Return questions of both datasets."""
         source = SOURCES[self.shifted]
         tables = [Questions(SOURCES["vqav2"], rows), Questions(source, source.load())]
         usual, shifted = (table.picks(number, ["test"]) for number, table in enumerate(tables))
@@ -221,7 +221,7 @@ def _some(tables: Sequence[Questions], picks: Sequence[PickedQuestion], count: i
     return by_chance[:count]
 
 
-# For a task's YAML to name.
+# Functions for a task's YAML.
 vqav2 = Parts("vqav2")
 advqa = Parts("advqa")
 vizwiz = Parts("vizwiz")
@@ -271,7 +271,7 @@ def _is(feature: Any, kind: str) -> bool:
 
 
 def _joined(light: datasets.Dataset) -> list[str | None]:
-    """Of each row its answers as one text; None where one is missing."""
+    """Return the answers of each row as one text; None where one is missing."""
     answers = light.with_format("arrow")[:]["answers"]
     lengths = pc.fill_null(pc.list_value_length(answers), 0).to_numpy()
     flat = pc.list_flatten(answers)

@@ -47,7 +47,7 @@ def flips(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
 
 
 def _shares(scope: Scope, condition: str) -> _Shares:
-    """Shares lost and won by method and bits, over all runs."""
+    """Return shares lost and won by method and bits, over all runs."""
     found = {}
     for key, members in series(line for line in scope.under(condition) if line.flips).items():
         told = np.array([line.flips for line in members if line.flips], dtype=np.float64).sum(axis=0)

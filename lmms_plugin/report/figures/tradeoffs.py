@@ -154,7 +154,7 @@ def _cost(line: Line, axis: Axis) -> float | None:
 
 
 def _front(points: Sequence[tuple[float, float]], *, high: bool, more: bool) -> list[tuple[float, float]]:
-    """Return points that no other beats in both axes, by x; `high`: whether large y, `more`: whether large x is better."""
+    """Return the Pareto front, by x; `high` says whether large y is better, `more` whether large x is."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(
         set(points), key=lambda point: (-point[0] if more else point[0], -point[1] if high else point[1])

@@ -149,7 +149,7 @@ def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
 
 
 def tall_heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
-    """Draw the heat map for a phone: one row per shift, a few models side by side, the others in further blocks below."""
+    """Draw the heat map for a phone: one row per shift, a few models side by side, others in blocks below."""
     parts = [slice(k, k + _ABREAST) for k in range(0, len(labels), _ABREAST)]
     top = 0.15 + 0.07 * max(map(len, labels))
     margins = Margins(

@@ -143,7 +143,7 @@ def not_dominated(lines: Sequence[Line]) -> list[Line]:
 
 
 def objectives(line: Line) -> tuple[float, ...]:
-    """Return the objectives of a line: errors, bytes and negative tokens per second; low is better, NaN where unknown."""
+    """Return the objectives of a line: errors, bytes, negative tokens per second; low is better, NaN if unknown."""
     cost = line.cost
     values = [sign * line.group.of(metric) for metric, sign in _OBJECTIVES]
     values.append(math.nan if cost.bytes is None else cost.bytes)

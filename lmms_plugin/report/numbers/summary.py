@@ -57,7 +57,7 @@ class Line:
         groups: Means of each run, over the same tasks on the same documents.
         group: Mean of the groups.
         unparsed: Share of answers without a box.
-        base: Line of the unquantized model that it is compared with; None for that model itself and where there is none.
+        base: Line of the unquantized model that it is compared with; None for that model itself or without one.
         delta: Difference of accuracy from `base`; None without a comparison.
         flips: Flips against `base`; None without a comparison.
     """
@@ -319,7 +319,7 @@ def _binary(task: Task) -> bool:
 
 
 def spread(lines: Sequence[Line], metric: str, level: float) -> tuple[float, float, float]:
-    """Return the mean over runs and a band: lowest to highest run where there are several, else the interval over images."""
+    """Return the mean over runs and a band: lowest to highest run, or for a single run the interval over images."""
     runs = [group for line in lines for group in line.groups]
     values = np.array([group.of(metric) for group in runs])
     values = values[~np.isnan(values)]

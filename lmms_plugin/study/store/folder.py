@@ -195,7 +195,7 @@ class StudyFolder:
                 _forget(measured)
 
     def _is_of_something_else(self) -> bool:
-        """Return whether the folder holds other files than a study's; a starting runner may not have written its own."""
+        """Return whether the folder holds other files than a study's; a starting runner may have written none yet."""
         if not self.path.is_dir():
             return False
         ours = (CELLS, FAILURES, self.running.name)
