@@ -1,5 +1,5 @@
-"""`lmms-plugin doctor`: whether what a run needs is there and works, and the remedy for what does not.
+"""`lmms-plugin doctor`: checks of what a run needs, with a remedy for each failure.
 
-Every check is a function without arguments that yields rows; what it raises is a row, too. Checks run in processes of
-their own, so that a library that hangs or takes its process down keeps no others from running.
+Every check is a function without arguments that yields rows; an exception becomes a row, too. Checks run in separate
+processes, so that a library that hangs or crashes does not stop the other checks.
 """

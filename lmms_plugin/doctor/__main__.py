@@ -1,6 +1,6 @@
-"""Some checks in this process: ``python -m lmms_plugin.doctor CHECK ...``.
+"""Run some checks in this process: ``python -m lmms_plugin.doctor CHECK ...``.
 
-Prints each row as a line of JSON as soon as there is one, ``null`` at the end, and nothing else.
+Prints each row as a line of JSON as soon as it is known, ``null`` at the end, and nothing else.
 """
 
 import json

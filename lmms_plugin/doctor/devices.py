@@ -1,4 +1,4 @@
-"""Which devices there are, and which kernels of packed layers give the right products on them."""
+"""Checks of devices, and of the kernels of packed layers on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GIB = 1 << 30
 
 
 def check_gpus() -> Iterator[DiagnosisRow]:
-    """Say what models compute on."""
+    """Report the devices that models compute on."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         there = torch.cuda.is_available()
@@ -58,7 +58,7 @@ def _dtypes(device: str) -> Iterator[DiagnosisRow]:
 
 
 def check_kernels() -> Iterator[DiagnosisRow]:
-    """Compare every kernel that takes a small layer here with the dense product."""
+    """Compare every kernel that supports a small layer here with the dense product."""
     yield from _kernels("cpu")
     models: dict[str, int] = {}
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -89,7 +89,7 @@ def _kernels(device: str) -> Iterator[DiagnosisRow]:
 
 
 def _tried(kind: type[Kernel], dense: torch.Tensor) -> tuple[list[int], dict[str, list[int]]]:
-    """Return the bits for which a kernel is right, and what is wrong for others; neither where it is not there."""
+    """Return the bits for which a kernel is correct, and errors by bits; both empty where the kernel is unavailable."""
     right: list[int] = []
     faults: dict[str, list[int]] = {}
     for bits in range(2, 9):

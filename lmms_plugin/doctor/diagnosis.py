@@ -1,4 +1,4 @@
-"""All checks, in processes of their own."""
+"""Execution of all checks, in separate processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHECKS: tuple[dict[str, str], ...] = (
     {"folders": "places:check_folders", "programs": "places:check_programs"},
     {"local copies": "local_datasets:check_copies"},
 )
-"""For each process check -> ``module:function`` below this package; together are those that import the same."""
+"""For each process check → ``module:function`` below this package; checks with the same imports share a process."""
 
 EXTRA = "extra "
 CLOSING = (
@@ -33,14 +33,14 @@ _PROGRAM = "lmms_plugin.doctor"
 
 
 def diagnose() -> Iterator[DiagnosisRow]:
-    """Run every check, a few at a time, and yield what they find in a fixed order."""
+    """Run every check, a few at a time, and yield their rows in a fixed order."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for rows in pool.map(apart, (*map(tuple, CHECKS), *_extras())):
             yield from rows
 
 
 def failed(rows: Iterable[DiagnosisRow]) -> bool:
-    """Return whether anything is there that keeps runs from working."""
+    """Return whether any row is a failure."""
     return any(row.status is Status.FAIL for row in rows)
 
 
@@ -49,13 +49,13 @@ def _extras() -> list[tuple[str]]:
         from lmms_plugin.doctor.optional_libraries import extras
 
         return [(f"{EXTRA}{name}",) for name in extras()]
-    except Exception:  # the check of packages says what is wrong with metadata
+    except Exception:  # The check of packages reports damaged metadata.
         return []
 
 
 def apart(checks: Sequence[str]) -> list[DiagnosisRow]:
-    """Run some checks in a process of their own; if it does not come to its end, that is the last row."""
-    # -P: a folder called like a library in the working directory would be imported in its place.
+    """Run some checks in a process of their own; if it does not finish, the last row says so."""
+    # -P: a folder named like a library in the working directory would be imported in its place.
     command = [sys.executable, "-P", "-m", _PROGRAM, *checks]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
@@ -74,7 +74,7 @@ def _end(status: int) -> str:
 
 
 def here(check: str) -> Iterator[DiagnosisRow]:
-    """Run one check in this process; whatever it raises is its last row."""
+    """Run one check in this process; an exception becomes its last row."""
     try:
         yield from _function(check)()
     except (Exception, SystemExit) as error:
@@ -97,6 +97,6 @@ def _failure(check: str, error: BaseException) -> DiagnosisRow:
         from lmms_plugin.doctor.imports import explained
 
         return fail(check, *explained(error))
-    except Exception:  # what explains errors needs a library, too
+    except Exception:  # The explanation of errors needs a library as well.
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         return fail(check, f"{type(error).__name__}: {error}", f"pip install {missing}" if missing else None)

@@ -1,4 +1,4 @@
-"""Whether lmms-eval can be imported, and finds our models and tasks."""
+"""Checks that lmms-eval can be imported, and finds our models and tasks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lmms_plugin.doctor.packages import OURS
 from lmms_plugin.doctor.rows import DiagnosisRow, fail, ok
 
 MODULES = ("lmms_eval.evaluator", "lmms_eval.__main__")
-"""What a run imports, and whose functions import more when they are called."""
+"""Modules that a run imports, and whose functions import more when they are called."""
 
 MODEL = "quant_awq"
 TASKS = ("refcocoplus_shift", "refcocoplus_shift_testB_gaussian_noise_3")
-"""A group, and a cell that no file names."""
+"""A group, and a cell without a file of its own."""
 
 
 def check_evaluator() -> Iterator[DiagnosisRow]:
@@ -26,7 +26,7 @@ def check_evaluator() -> Iterator[DiagnosisRow]:
 
 
 def check_models() -> Iterator[DiagnosisRow]:
-    """Ask lmms-eval's registry for our models."""
+    """Look up our models in lmms-eval's registry."""
     from lmms_eval.models import MODEL_REGISTRY_V2
 
     from lmms_plugin.registration import manifests
@@ -42,7 +42,7 @@ def check_models() -> Iterator[DiagnosisRow]:
 
 
 def check_tasks() -> Iterator[DiagnosisRow]:
-    """Ask lmms-eval's task manager for our tasks."""
+    """Look up our tasks in lmms-eval's task manager."""
     import lmms_eval.models  # noqa: F401 - lmms-eval learns of our tasks while it registers models
     from lmms_eval.tasks import TaskManager
 

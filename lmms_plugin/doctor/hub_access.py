@@ -1,4 +1,4 @@
-"""Whether models and datasets can be fetched from the Hugging Face hub, and as whom."""
+"""Check of access to the Hugging Face hub, and of the user's token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT = 10.0
 
 
 def check_hub() -> Iterator[DiagnosisRow]:
-    """Ask the hub for RefCOCO+'s entry, and who the token belongs to."""
+    """Request RefCOCO+'s entry from the hub, and the owner of the token."""
     try:
         token = get_token()
     except OSError as error:
@@ -30,7 +30,7 @@ def check_hub() -> Iterator[DiagnosisRow]:
     api = HfApi()
     try:
         api.dataset_info(HUB_ID, timeout=TIMEOUT, token=False)
-    except Exception as error:  # which HTTP client raises its own errors depends on the version of huggingface_hub
+    except Exception as error:  # Which HTTP client raises its own errors depends on the version of huggingface_hub.
         yield warn(
             "hub",
             f"{ENDPOINT} does not answer as it should: {error}",
@@ -52,5 +52,5 @@ def _token(api: HfApi, token: str | None) -> DiagnosisRow:
             remedy = "hf auth login, or unset HF_TOKEN: the hub refuses even public models with such a token"
             return fail("token", f"{ENDPOINT} refuses the token", remedy)
         return warn("token", f"could not be tried: {error}")
-    except Exception as error:  # as above
+    except Exception as error:  # As above.
         return warn("token", f"could not be tried: {error}")

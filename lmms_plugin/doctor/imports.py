@@ -1,4 +1,4 @@
-"""Which distribution is at fault where something cannot be imported."""
+"""Explanation of import errors: which distribution is at fault."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lmms_plugin.doctor.packages import OURS, Package, fits, installed, lock_fil
 
 
 def explained(error: BaseException) -> tuple[str, str | None]:
-    """Say where an error comes from, and what to install against it.
+    """Return where an error comes from, and what to install against it.
 
     Returns:
-        A message that names the distribution in which it arose and, for an import, the one that lacks something; and
-        the remedy, None for errors that no installation mends.
+        Message that names the distribution in which the error arose and, for an import, the one that lacks something;
+        and the remedy, None for errors that no installation fixes.
     """
     packages = installed()
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -39,7 +39,7 @@ def explained(error: BaseException) -> tuple[str, str | None]:
 
 
 def import_late(module: ModuleType) -> None:
-    """Make the imports of `late_imports` now, so that an error names their place."""
+    """Run the imports of `late_imports` now, so that an error names their place."""
     for statement in late_imports(module):
         code = compile(ast.Module([statement], []), str(module.__file__), "exec")
         exec(code, {"__name__": module.__name__, "__package__": module.__package__})
@@ -48,7 +48,7 @@ def import_late(module: ModuleType) -> None:
 def late_imports(module: ModuleType) -> Iterator[ast.stmt]:
     """Yield the imports that a module makes only when its functions are called.
 
-    Those in a ``try`` are left out: the module can do without them.
+    Those in a ``try`` are left out: the module works without them.
     """
     yield from _late(ast.parse(inspect.getsource(module)), within=False)
 

@@ -1,4 +1,4 @@
-"""Local copies of datasets that environment variables name: opened, and checked by the tasks' own loaders."""
+"""Checks of local copies of datasets that environment variables name, by the tasks' own loaders."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from lmms_plugin.utils import suggest, variables
 from lmms_plugin.utils.copies import AbsentSplitError, DatasetError
 
 WHOLE = 8 << 30
-"""Bytes of files up to which all rows are read, if the folder of temporary files has room; of larger ones a sample."""
+"""Bytes of files up to which all rows are read, if the temporary folder has room; of larger files a sample is read."""
 
 DECODED = 16
-"""Documents of each split whose image is decoded: the first, the last, and others from all over it."""
+"""Documents of each split whose image is decoded: the first, the last, and others spread between them."""
 
 _ROW_GROUPS, ROWS = 16, 16
 
 
 class LocalSplit(NamedTuple):
-    """What one variable holds for one task or split.
+    """Data of one variable for one task or split.
 
     Attributes:
-        name: Of the split.
-        files: Finds its files.
-        check: Reads them and says what was read.
+        name: Name of the split.
+        files: Function that finds its files.
+        check: Function that reads the files and returns what was read.
 
-    Both raise `DatasetError`.
+    Both functions raise `DatasetError`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class LocalSplit(NamedTuple):
 
 
 def check_copies() -> Iterator[DiagnosisRow]:
-    """Open every local copy that the environment names, and say which variables nobody reads."""
+    """Open every local copy that the environment names, and report variables that nothing reads."""
     parts = known()
     given = {name: value for name, value in sorted(os.environ.items()) if name.startswith(variables.PREFIX) and value}
     for name, value in given.items():
@@ -72,7 +72,7 @@ def check_copies() -> Iterator[DiagnosisRow]:
 
 
 def known() -> dict[str, list[LocalSplit]]:
-    """Return every variable that names a local copy, as the datasets' own declarations have it, with its parts."""
+    """Return every variable that names a local copy, as the datasets declare them, with its splits."""
     tables: list[tuple[DatasetOrigin, Callable[[datasets.Dataset], Documents]]] = [
         *((one, one) for one in natural.SETS.values()),
         *((one, one) for one in captioning.SETS.values()),
@@ -147,7 +147,7 @@ def _reading(split: str, make: Callable[[datasets.Dataset], Documents]) -> Calla
     def read(files: Sequence[str]) -> str:
         with opened(files, split) as (rows, total):
             docs = make(rows)
-            # What a run reads of every document before it answers the first.
+            # The fields that a run reads of every document before the first answer.
             for number in range(len(docs)):
                 docs.content(number)
             decoded = spread(len(docs), DECODED)
@@ -160,7 +160,7 @@ def _reading(split: str, make: Callable[[datasets.Dataset], Documents]) -> Calla
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Return at most so many numbers below `count`, the first and the last and others evenly between them."""
+    """Return at most `most` numbers below `count`: the first, the last and others evenly between them."""
     if count <= most:
         return list(range(count))
     return [round(number * (count - 1) / (most - 1)) for number in range(most)]
@@ -171,12 +171,11 @@ def opened(files: Sequence[str], split: str) -> Iterator[tuple[datasets.Dataset,
     """Read parquet files as `datasets` does, but without leaving anything in its cache.
 
     Args:
-        files: Of one split.
-        split: Its name.
+        files: Files of one split.
+        split: Name of the split.
 
     Yields:
-        All rows, or of files above `WHOLE` bytes, or of more than there is room for, some from all over them; and how
-        many rows there are.
+        All rows, or a spread sample where files exceed `WHOLE` bytes or the free space; and the total number of rows.
 
     Raises:
         DatasetError: There are no rows, a file is damaged, or files differ in their columns.
@@ -193,7 +192,7 @@ def opened(files: Sequence[str], split: str) -> Iterator[tuple[datasets.Dataset,
             tables = (one.group(number) for one, number in groups)
         else:
             tables = (_some(one.group(number)) for one, number in groups[:: max(1, len(groups) // _ROW_GROUPS)])
-        # Mapped from a file, a large copy takes no memory.
+        # Memory-mapped, so that a large copy takes no memory.
         file = Path(folder) / "rows.arrow"
         with pa.ipc.new_stream(file, features.arrow_schema) as writer:
             for table in tables:
@@ -203,7 +202,7 @@ def opened(files: Sequence[str], split: str) -> Iterator[tuple[datasets.Dataset,
 
 
 class _Stored:
-    """A parquet file whose damage is told with its name."""
+    """A parquet file that names itself in errors about damage."""
 
     def __init__(self, file: str) -> None:
         self.file = file

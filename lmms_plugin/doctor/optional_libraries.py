@@ -1,4 +1,4 @@
-"""Optional libraries: within bounds, and importable, where they are installed."""
+"""Checks of optional libraries: versions within bounds, and importable, where installed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DEVELOPMENT = frozenset({"dev", "docs"})
 
 
 def extras() -> tuple[str, ...]:
-    """Return the extras of this package that runs can use, as its metadata has them."""
+    """Return the extras of this package that runs can use, from its metadata."""
     return tuple(sorted(set(metadata.metadata(OURS).get_all("Provides-Extra") or ()) - DEVELOPMENT))
 
 
 def check_extra(extra: str) -> Iterator[DiagnosisRow]:
-    """Look at the libraries of one extra, and import them."""
+    """Check the versions of one extra's libraries, and import them."""
     packages = installed()
     found = bounds(packages, OURS, [extra])
     base = bounds(packages, OURS)

@@ -1,4 +1,4 @@
-"""Installed distributions against the bounds they set one another and against the lock."""
+"""Checks of installed distributions against their mutual bounds and against the lock."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Package:
     """An installed distribution.
 
     Attributes:
-        name: As it calls itself.
-        version: Empty where its metadata is damaged.
-        requires: Its `Requires-Dist`.
-        python: Its `Requires-Python`.
-        extras: Its `Provides-Extra`.
+        name: Name as in its metadata.
+        version: Version; empty where its metadata is damaged.
+        requires: `Requires-Dist` entries.
+        python: `Requires-Python` entry.
+        extras: `Provides-Extra` entries.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Package:
 
 
 class Bound(NamedTuple):
-    """What one distribution asks of another.
+    """Requirement of one distribution on another.
 
     Attributes:
-        by: The one that asks.
-        requirement: What it asks.
-        found: The other one as installed; None if it is not.
+        by: Distribution that requires.
+        requirement: Requirement.
+        found: Required distribution as installed; None if it is not.
     """
 
     by: Package
@@ -60,12 +60,12 @@ class Bound(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether what is installed is what is asked for."""
+        """Whether the installed distribution meets the requirement."""
         return self.found is not None and fits(self.found.version, self.requirement.specifier)
 
 
 def installed() -> dict[str, Package]:
-    """Return what is installed by normalized name; of several of one name the first on the path, as imports do."""
+    """Return installed distributions by normalized name; of several with one name the first on the path, as imports do."""
     found: dict[str, Package] = {}
     for one in metadata.distributions():
         about = one.metadata
@@ -80,7 +80,7 @@ def installed() -> dict[str, Package]:
 
 
 def fits(version: str, wanted: SpecifierSet) -> bool:
-    """Return whether a version is within bounds; one that cannot be read is not."""
+    """Return whether a version is within bounds; an unreadable version is not."""
     try:
         return wanted.contains(Version(version), prereleases=True)
     except InvalidVersion:
@@ -88,7 +88,7 @@ def fits(version: str, wanted: SpecifierSet) -> bool:
 
 
 def bounds(packages: Mapping[str, Package], root: str, extras: Collection[str] = ()) -> list[Bound]:
-    """Return everything that a distribution, with extras, and all it depends on ask of one another."""
+    """Return all requirements of a distribution, with extras, and of everything it depends on."""
     found, seen = [], set()
     waiting = [(canonicalize_name(root), frozenset(extras))]
     while waiting:
@@ -110,7 +110,7 @@ def _active(package: Package, extras: Collection[str]) -> Iterator[Requirement]:
     for line in package.requires:
         try:
             requirement = Requirement(line)
-        except InvalidRequirement:  # of a form older than the standard: pip takes no notice of it either
+        except InvalidRequirement:  # A requirement in a form older than the standard: pip ignores it as well.
             continue
         marker = requirement.marker
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
@@ -118,7 +118,7 @@ def _active(package: Package, extras: Collection[str]) -> Iterator[Requirement]:
 
 
 def unmet(found: Collection[Bound]) -> dict[str, list[Bound]]:
-    """Return the bounds that are not met, by the name of what they are asked of."""
+    """Return the unmet requirements, by the required distribution."""
     by_name: defaultdict[str, list[Bound]] = defaultdict(list)
     for bound in found:
         if not bound.met and bound not in by_name[bound.requirement.name]:
@@ -127,14 +127,14 @@ def unmet(found: Collection[Bound]) -> dict[str, list[Bound]]:
 
 
 def explained(several: Collection[Bound]) -> str:
-    """Say in words what is asked of one distribution, and what is installed."""
+    """Describe the requirements on one distribution, and what is installed."""
     asked = ", ".join(f"{bound.by} needs {bound.requirement.name}{bound.requirement.specifier}" for bound in several)
     other = next(iter(several)).found
     return f"{asked}; {'it is not installed' if other is None else f'{other} is installed'}"
 
 
 def mending(name: str, found: Collection[Bound]) -> str:
-    """Return the command that installs a version that all bounds on it allow."""
+    """Return the command that installs a version that meets all requirements."""
     asked = [
         bound.requirement for bound in found if canonicalize_name(bound.requirement.name) == canonicalize_name(name)
     ]
@@ -148,7 +148,7 @@ def mending(name: str, found: Collection[Bound]) -> str:
 
 
 def lock_file() -> Path | None:
-    """Return the lock as installed, or of the checkout that is installed as editable; None where there is neither."""
+    """Return the lock as installed, or of the checkout of an editable installation; None if there is neither."""
     recorded = metadata.files(OURS) or ()
     found = [Path(str(file.locate())).resolve() for file in recorded if str(file).endswith(LOCK)]
     found.append(Path(lmms_plugin.__file__).resolve().parent.parent / Path(LOCK).name)
@@ -156,10 +156,10 @@ def lock_file() -> Path | None:
 
 
 def locked(text: str) -> dict[str, Requirement]:
-    """Return the versions of a lock that hold on this machine, by normalized name.
+    """Return the versions of a lock that apply on this machine, by normalized name.
 
     Args:
-        text: Lines ``name==version ; marker``; those that begin with `#` or `-` say nothing about versions.
+        text: Lines ``name==version ; marker``; lines that begin with `#` or `-` are ignored.
     """
     lines = (line.partition(" #")[0].strip() for line in text.splitlines())
     found = [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]
@@ -167,13 +167,13 @@ def locked(text: str) -> dict[str, Requirement]:
 
 
 def read_lock() -> dict[str, Requirement]:
-    """Return what the installed lock says; nothing where there is none."""
+    """Read the installed lock; empty if there is none."""
     file = lock_file()
     return {} if file is None else locked(file.read_text(encoding="utf-8"))
 
 
 def compared_with_lock(packages: Mapping[str, Package], lock: Mapping[str, Requirement]) -> list[str]:
-    """Return where versions differ from the lock, ``name 2.0 (locked 1.0)``; what is not installed does not differ."""
+    """Return differences of versions from the lock, ``name 2.0 (locked 1.0)``; missing distributions are skipped."""
     return [
         f"{packages[name]} (locked {str(one.specifier).removeprefix('==')})"
         for name, one in sorted(lock.items())
@@ -192,7 +192,7 @@ def check_python() -> Iterator[DiagnosisRow]:
 
 
 def check_bounds() -> Iterator[DiagnosisRow]:
-    """Compare what is installed with what this package, and all that it depends on, ask for."""
+    """Compare installed versions with the requirements of this package and of everything it depends on."""
     packages = installed()
     found = bounds(packages, OURS)
     problems = unmet(found)
@@ -204,7 +204,7 @@ def check_bounds() -> Iterator[DiagnosisRow]:
 
 
 def check_lock() -> Iterator[DiagnosisRow]:
-    """Compare what is installed with the versions that were tested together."""
+    """Compare installed versions with those that were tested together."""
     file = lock_file()
     if file is None:
         yield warn("lock", f"this installation of {OURS} holds no {Path(LOCK).name}", f"pip install {OURS} again")

@@ -1,4 +1,4 @@
-"""Folders that a run writes to, and programs that it starts."""
+"""Checks of folders that a run writes to, and of programs that it starts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _TRIED = 1 << 20
 
 
 def check_folders() -> Iterator[DiagnosisRow]:
-    """Try the caches of Hugging Face, the folder of calibrations, and that of temporary files."""
+    """Write to the caches of Hugging Face, the folder of calibrations, and that of temporary files."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
     datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
-    # What a checkpoint of seven billion parameters takes; RefCOCO+'s three splits; the blocks of such a checkpoint.
+    # Sizes of a checkpoint of seven billion parameters; RefCOCO+'s three splits; the blocks of such a checkpoint.
     yield written("models", Path(HF_HUB_CACHE), 16 * GIB, "set HF_HUB_CACHE or HF_HOME to another folder")
     yield written("datasets", datasets, 4 * GIB, "set HF_DATASETS_CACHE or HF_HOME to another folder")
     if os.environ.get(variables.CACHE) != "":
@@ -44,13 +44,13 @@ def _calibrations(default: Path) -> DiagnosisRow:
 
 
 def written(what: str, folder: Path, wanted: int, remedy: str) -> DiagnosisRow:
-    """Write a file into a folder, or into what there is of the path to it, and look at the space that is left.
+    """Write a file into a folder, or into its nearest existing parent, and check the free space.
 
     Args:
-        what: Will be kept there.
-        folder: Need not exist yet; it is not made.
-        wanted: Bytes below which there is a warning.
-        remedy: What to do where there is too little space.
+        what: Content that will be stored there.
+        folder: Folder, which need not exist and is not created.
+        wanted: Bytes of free space below which there is a warning.
+        remedy: Remedy for too little space.
     """
     check = f"folder of {what}"
     there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
@@ -90,7 +90,7 @@ def check_programs() -> Iterator[DiagnosisRow]:
 
 
 def _does_not_start(program: str, *arguments: str) -> str | None:
-    """Return what goes wrong, None if nothing does; some systems have a `java` that only says where to get one."""
+    """Return why a program does not start, None if it does; some systems have a `java` that only says where to get one."""
     try:
         done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,4 +1,4 @@
-"""What a check has found."""
+"""Rows of a diagnosis."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class DiagnosisRow:
-    """One line of the diagnosis.
+    """One row of the diagnosis.
 
     Attributes:
-        check: What was looked at.
+        check: Name of what was checked.
         status: Whether a run works.
-        message: What was found, in one line.
-        remedy: What to do about it; None where there is nothing to do.
+        message: Finding, in one line.
+        remedy: Remedy; None where none is needed.
     """
 
     check: str
@@ -31,13 +31,13 @@ class DiagnosisRow:
     remedy: str | None = None
 
     def __post_init__(self) -> None:
-        """Keep texts of libraries, which may have many lines, to one."""
+        """Reduce texts of libraries, which may have many lines, to one line."""
         for name in ("message", "remedy"):
             text = getattr(self, name)
             object.__setattr__(self, name, None if text is None else " ".join(text.split()))
 
     def to_dict(self) -> dict[str, str | None]:
-        """Return the row as JSON has it."""
+        """Return the row for JSON."""
         return asdict(self)
 
     def line(self) -> str:
@@ -47,15 +47,15 @@ class DiagnosisRow:
 
 
 def ok(check: str, message: str) -> DiagnosisRow:
-    """Return a row on something that works."""
+    """Return a row for something that works."""
     return DiagnosisRow(check, Status.OK, message)
 
 
 def warn(check: str, message: str, remedy: str | None = None) -> DiagnosisRow:
-    """Return a row on something that works in part."""
+    """Return a row for something that works in part."""
     return DiagnosisRow(check, Status.WARN, message, remedy)
 
 
 def fail(check: str, message: str, remedy: str | None = None) -> DiagnosisRow:
-    """Return a row on something that does not work."""
+    """Return a row for something that does not work."""
     return DiagnosisRow(check, Status.FAIL, message, remedy)

@@ -1,1 +1,1 @@
-"""Small shared pieces that know nothing of models, tasks or metrics."""
+"""Small shared functions that do not depend on models, tasks or metrics."""

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, or the Hugging Face hub and its cache."""
+"""Places of checkpoints: a folder, or the Hugging Face hub and its cache."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _REMEDIES = "name a folder that holds the checkpoint, set HF_HOME to a cache tha
 
 
 def find(name: str) -> str:
-    """Return the folder that a checkpoint's name leads to, else the name as an id on the hub; asks no network.
+    """Return the folder that a checkpoint's name leads to, else the name as an id on the hub; uses no network.
 
     Args:
-        name: As the user wrote it after `pretrained=`.
+        name: Value of `pretrained=` as the user wrote it.
 
     Raises:
-        FileNotFoundError: It is written like a path, and no checkpoint is there.
-        ValueError: It is a file, or neither a folder nor possible as an id.
+        FileNotFoundError: The name is written like a path, and no checkpoint is there.
+        ValueError: The name is that of a file, or neither of a folder nor possible as an id.
     """
     folder = Path(name).expanduser()
     if os.path.isdir(folder):
@@ -54,11 +54,11 @@ def config_of(path: str, *, trust_remote_code: bool = False) -> Any:
     """Read the configuration of a checkpoint.
 
     Args:
-        path: As `find` returns it.
-        trust_remote_code: Whether code that comes with it may run.
+        path: Folder or id, as `find` returns it.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
 
     Raises:
-        ValueError: It is damaged, or `expect_fetchable` refuses the id.
+        ValueError: The configuration is damaged, or `expect_fetchable` refuses the id.
     """
     expect_there(path)
     from transformers import AutoConfig
@@ -68,7 +68,7 @@ def config_of(path: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def expect_there(path: str) -> None:
-    """Refuse an id, as `find` returns it, that cannot be fetched; a folder is there.
+    """Refuse an id that cannot be fetched; a folder, as `find` returns it, is accepted.
 
     Raises:
         ValueError: As `expect_fetchable`.
@@ -79,10 +79,10 @@ def expect_there(path: str) -> None:
 
 @cache
 def expect_fetchable(repository: str) -> None:
-    """Refuse an id whose checkpoint neither the hub gives nor the cache holds, by one question without a second try.
+    """Refuse an id whose checkpoint is neither on the hub nor in the cache, after one request without a retry.
 
     Raises:
-        ValueError: Says what is in the way, and what can be done.
+        ValueError: The checkpoint cannot be fetched; names the reason and the remedy.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError

@@ -1,7 +1,7 @@
-"""Local copies of datasets: which files are a split, that they hold all of it, and that they hold it once.
+"""Local copies of datasets: the files of a split, checked to hold all of it exactly once.
 
 A split held twice (an older snapshot beside a newer one, a backup) would be asked twice, and intervals would shrink by
-√2 although nothing new was seen. A part of a split would pass for the whole.
+√2 without new data. A part of a split would pass for the whole.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import NamedTuple
 from lmms_plugin.utils import variables
 
 _SHARD = re.compile(r"(?P<before>.+[-_])(?P<number>\d+)(?P<between>[-_]of[-_])(?P<count>\d+)(?!\d)(?P<after>.*)")
-# `datasets` used to end names in a digest, which no other shard tells.
+# `datasets` used to append a digest to names, from which other shards cannot be derived.
 _DIGEST = re.compile(r"^-[0-9a-f]{8,}(?=\.)")
 REMEDY = "keep one copy of the split in the folder"
 _SHOWN = 4
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be reached, or whose columns or values are not what the task documents."""
+    """A dataset that is unreachable, or whose columns or values differ from what the task documents."""
 
 
 class AbsentSplitError(DatasetError):
-    """A local copy that holds no file of a split."""
+    """A local copy without any file of a split."""
 
 
 def local_folder(variable: str, hint: str) -> Path | None:
-    """The folder that a variable names; None where it names none.
+    """Return the folder that an environment variable names; None if it is not set.
 
     Args:
-        variable: its name.
-        hint: what the folder is to hold, for messages to the user.
+        variable: Name of the variable.
+        hint: Content that the folder should have, for messages to the user.
 
     Raises:
-        DatasetError: there is no such folder, or a file in its place.
+        DatasetError: The folder does not exist, or is a file.
     """
     try:
         folder = variables.folder(variable)
@@ -53,11 +53,11 @@ def local_folder(variable: str, hint: str) -> Path | None:
 
 
 def files_of(files: Sequence[Path], split: str) -> list[str]:
-    """The files of a split: those whose name is the split's, or starts with it and `-`, `_` or `.`.
+    """Return the files of a split: those whose name is the split's, or starts with it and `-`, `_` or `.`.
 
     Raises:
-        DatasetError: they hold the split twice or a part of it, as far as files tell, or one is no parquet file; names
-            them.
+        DatasetError: The files hold the split twice or in part, as far as they show, or one is not a parquet file;
+            names them.
     """
     own = [file for file in files if file.name.startswith((f"{split}.", f"{split}-", f"{split}_"))]
     expect_one_copy(own)
@@ -71,7 +71,7 @@ def expect_one_copy(files: Iterable[Path]) -> None:
     """Refuse files that are several copies of one split: equal files, or shards of more than one set.
 
     Raises:
-        DatasetError: names two files.
+        DatasetError: There are several copies; names two files.
     """
     files = list(files)
     sizes: defaultdict[int, list[Path]] = defaultdict(list)
@@ -90,15 +90,15 @@ def expect_one_copy(files: Iterable[Path]) -> None:
 
 
 def expect_all_shards(files: Iterable[Path]) -> None:
-    """Refuse files that are some of the shards of one copy of a split, as `-of-00002` in their names tells.
+    """Refuse an incomplete set of shards, as `-of-00002` in their names shows.
 
     Raises:
-        DatasetError: names those that are missing.
+        DatasetError: Shards are missing; names them.
     """
     for shards in _sets(files):
         first = shards[0]
         numbers = {shard.number for shard in shards}
-        # Most count from 0; the last of those that count from 1 has the number of all.
+        # Most sets count from 0; in one that counts from 1 the last number equals the total.
         start = int(first.total in numbers)
         expected = range(start, start + first.total)
         absent = list(islice((number for number in expected if number not in numbers), _SHOWN + 1))
@@ -130,7 +130,7 @@ class _Shard(NamedTuple):
         return self.parts["before"][:-1]
 
     def sibling(self, number: int) -> str:
-        """The name of another shard of the set."""
+        """Return the name of another shard of the set."""
         parts = self.parts
         own = str(number).zfill(len(parts["number"]))
         return f"{parts['before']}{own}{parts['between']}{parts['count']}{_DIGEST.sub('-*', parts['after'])}"
@@ -146,7 +146,7 @@ def _sets(files: Iterable[Path]) -> list[list[_Shard]]:
 
 
 def _expect_parquet(file: Path) -> None:
-    # Listing tasks must not wait for the library.
+    # Imported late: listing tasks must not wait for the library.
     from pyarrow import ArrowException, parquet
 
     try:

@@ -1,4 +1,4 @@
-"""The tokens that end an answer."""
+"""Tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def end_tokens(model: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids that end an answer, by the configuration of all that writes in a model and by its tokenizer."""
+    """Return the ids that end an answer, by the configurations of a model's generating parts and by its tokenizer."""
     configured = (_ids(part.generation_config.eos_token_id) for part in writers(model))
     return tuple(sorted(_ids(tokenizer.eos_token_id).union(*configured)))
 
 
 def keep_ends(model: Any, tokenizer: Tokenizer) -> None:
-    """Let plain ``generate`` of a model end where its answers do in an evaluation."""
+    """Make plain ``generate`` of a model end at the same tokens as an evaluation."""
     ends = end_tokens(model, tokenizer)
     for part in writers(model):
         part.generation_config.eos_token_id = list(ends) or None
 
 
 def writers(model: Any) -> list[Any]:
-    """Return all parts of a model that generate text, each by a configuration of its own."""
-    # A language model within may be one that generates on its own, by a configuration of its own.
+    """Return all parts of a model that generate text, each with a configuration of its own."""
+    # An inner language model may generate on its own, with a configuration of its own.
     return [part for part in model.modules() if isinstance(getattr(part, "generation_config", None), GenerationConfig)]
 
 

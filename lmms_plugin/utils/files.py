@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, or can be told from those that are."""
+"""Atomic writing of files and folders, and detection of changes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 _LONGEST, _LONGEST_PART = 200, 255
-"""Bytes of a name that leave room for what tells files apart that are being written, and those that systems take."""
+"""Bytes of a name that leave room for the suffix of temporary files, and maximum bytes that file systems accept."""
 SETTLED_NANOSECONDS = 2_000_000_000
-"""Some file systems count time in steps of two seconds: within one, a second change leaves no trace."""
+"""Some file systems store times in steps of two seconds: a second change within one step leaves no trace."""
 
 
 class State(NamedTuple):
-    """What tells without reading it that a file is as it was. Copies that keep one time do not keep the other.
+    """State of a file that detects changes without reading it; copies that keep one of the times do not keep the other.
 
     Attributes:
-        size: In bytes.
-        modified: Its content, in nanoseconds since the epoch.
-        changed: Anything about it, likewise.
+        size: Size in bytes.
+        modified: Time of the last change of its content, in nanoseconds since the epoch.
+        changed: Time of the last change of anything about it, likewise.
     """
 
     size: int
@@ -33,21 +33,21 @@ class State(NamedTuple):
 
     @classmethod
     def of(cls, file: Path) -> State:
-        """A file as it is now."""
+        """Return the current state of a file."""
         now = file.stat()
         return cls(now.st_size, now.st_mtime_ns, now.st_ctime_ns)
 
     @property
     def settled(self) -> bool:
-        """Whether any later change leaves a trace in it."""
+        """Return whether any later change of the file changes its state."""
         return time.time_ns() - max(self.modified, self.changed) > SETTLED_NANOSECONDS
 
 
 def expect_inside(name: str) -> str:
-    """A path that was read from a file, if it leads to something below the folder that it is relative to.
+    """Return a path that was read from a file, if it leads below the folder that it is relative to.
 
     Raises:
-        ValueError: If it is absolute, climbs out, or is no path.
+        ValueError: The path is absolute, leaves the folder, or is not a path.
     """
     place = PurePosixPath(name)
     outside = place.is_absolute() or ".." in place.parts or bool(PureWindowsPath(name).drive)
@@ -58,10 +58,10 @@ def expect_inside(name: str) -> str:
 
 
 def is_plain(folder: Path, name: str) -> bool:
-    """Whether a path below a folder leads to a file there, through no link.
+    """Return whether a path below a folder leads to a file there, through no link.
 
     Raises:
-        ValueError: If it leads out of the folder.
+        ValueError: The path leads out of the folder.
     """
     path = folder / expect_inside(name)
     linked = any(one.is_symlink() for one in (path, *path.parents) if one != folder and one.is_relative_to(folder))
@@ -69,26 +69,26 @@ def is_plain(folder: Path, name: str) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file that at every moment is as it was before or as it is to be."""
+    """Write a text file atomically: at every moment it has either the old or the new content."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """The same of bytes."""
+    """Write bytes atomically, as `replace_text`."""
     replace_all({path: content})
 
 
 def replace_all(contents: Mapping[Path, bytes]) -> None:
-    """The same of several files; none is replaced before all are written beside their places."""
+    """Write several files; none is replaced before all are written to temporary files."""
     with ExitStack() as stack:
-        # What is entered last ends first: files take their places in the order in which they are given.
+        # What is entered last exits first: files are replaced in the order in which they are given.
         for path, content in reversed(list(contents.items())):
             stack.enter_context(replacing(path)).write_bytes(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a place beside a file to write to; what is there becomes the file if all goes well and vanishes if not."""
+    """Yield a temporary path beside a file; its content replaces the file on success and is removed on failure."""
     unfinished = _beside(path)
     try:
         yield unfinished
@@ -101,10 +101,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder beside another to write to; it becomes that folder if all goes well and vanishes if not.
+    """Yield a temporary folder beside another; it becomes that folder on success and is removed on failure.
 
     Raises:
-        OSError: If there is something at `folder` by then, other than an empty folder.
+        OSError: `folder` exists by then and is not an empty folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = _beside(folder)
@@ -124,7 +124,7 @@ def _beside(path: Path) -> Path:
 
 
 def encoded(text: str) -> bytes:
-    """A text in UTF-8; halves of surrogate pairs, which names of files may hold, as escapes."""
+    """Encode a text in UTF-8; lone surrogates, which file names may hold, become escapes."""
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -137,21 +137,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: The file is damaged.
     """
     return json_object(path.read_bytes(), str(path))
 
 
 def json_object(content: bytes, name: str, whole: Callable[[str], int] | None = None) -> dict[str, Any]:
-    """The JSON object that bytes hold.
+    """Parse bytes as a JSON object.
 
     Args:
-        content: In UTF-8.
-        name: Of the file that they are of, for the message of an error.
-        whole: What makes a number of the digits of a whole one; `int` by default.
+        content: Bytes in UTF-8.
+        name: Name of their file, for the error message.
+        whole: Function that converts the digits of an integer; `int` by default.
 
     Raises:
-        ValueError: If they are no JSON, or JSON of another kind.
+        ValueError: The bytes are not a JSON object.
     """
     value = json_value(content, name, whole)
     if not isinstance(value, dict):
@@ -160,10 +160,10 @@ def json_object(content: bytes, name: str, whole: Callable[[str], int] | None = 
 
 
 def json_value(content: bytes, name: str, whole: Callable[[str], int] | None = None) -> Any:
-    """The same of whatever JSON holds.
+    """Parse bytes as any JSON value; arguments as of `json_object`.
 
     Raises:
-        ValueError: If they are no JSON.
+        ValueError: The bytes are not JSON.
     """
     try:
         return json.loads(content, parse_int=whole)
@@ -173,7 +173,7 @@ def json_value(content: bytes, name: str, whole: Callable[[str], int] | None = N
 
 
 def sync(folder: Path) -> None:
-    """Bring a folder's files to the disk, so that what is renamed is whole even after a power cut."""
+    """Flush a folder's files to disk, so that a renamed folder is complete even after a power failure."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             _sync_file(path)
@@ -188,7 +188,7 @@ def _sync_file(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring to the disk which files a folder has."""
+    """Flush a folder's list of files to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What tells one thing from another: hashes of values, files, folders, code and checkpoints."""
+"""Hashes of values, files, folders, code and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def of_value(value: Any) -> str:
-    """SHA-256 of a value as JSON with sorted names.
+    """Return the SHA-256 of a value as JSON with sorted names.
 
     Raises:
-        TypeError: If it is none that JSON can hold.
+        TypeError: JSON cannot hold the value.
     """
     return of_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def of_bytes(content: bytes) -> str:
-    """SHA-256 of bytes."""
+    """Return the SHA-256 of bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
 def of_file(file: Path) -> str:
-    """SHA-256 of all bytes of a file."""
+    """Return the SHA-256 of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def of_files(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """SHA-256 of the files at any depth below a folder, by their paths relative to it; links do not count.
+    """Return the SHA-256 of the files at any depth below a folder, by relative path; links are skipped.
 
     Args:
-        folder: With the files.
-        pattern: Of their names.
+        folder: Folder with the files.
+        pattern: Pattern of their names.
     """
     files = sorted(file for file in folder.rglob(pattern) if file.is_file() and not file.is_symlink())
     return {file.relative_to(folder).as_posix(): of_file(file) for file in files}
 
 
 def of_code(folder: Path) -> str:
-    """SHA-256 of the Python files at any depth below a folder: of their paths and all of their bytes."""
+    """Return the SHA-256 of paths and contents of the Python files at any depth below a folder."""
     return of_value(of_files(folder, "*.py"))
 
 
 def of_path(path: Path) -> str:
-    """Fingerprint of a file or of all files of a folder: names below it, sizes, and 64 blocks of each file.
+    """Return a fingerprint of a file or of all files of a folder: relative names, sizes, and 64 blocks of each file.
 
-    It does not depend on where the folder lies, and takes milliseconds for any size. Hidden files do not count.
+    It does not depend on the place of the folder, and takes milliseconds for any size. Hidden files are skipped.
 
     Raises:
-        FileNotFoundError: If there is nothing at `path`.
+        FileNotFoundError: `path` does not exist.
     """
     if path.is_file():
         return of_value([[path.suffix, *_sample(path)]])
@@ -65,27 +65,27 @@ def of_path(path: Path) -> str:
 
 
 def of_source(path: str, revision: Callable[[str], str | None]) -> dict[str, str | None]:
-    """What tells a checkpoint or a dataset from others: its files where it lies here, else its commit on the hub.
+    """Identify the state of a checkpoint or a dataset: by its files if it is local, else by its commit on the hub.
 
     Args:
-        path: Of a file or folder, or the id of a repository on the hub.
-        revision: Id of a repository → the commit of it that is read; None where nothing tells.
+        path: Path of a file or folder, or id of a repository on the hub.
+        revision: Function from the id of a repository to the commit that is read; None if unknown.
     """
     local = Path(path).expanduser()
     return {"files": of_path(local)} if local.exists() else {"repository": path, "revision": revision(path)}
 
 
 def of_weights(folder: Path) -> str:
-    """Fingerprint of a checkpoint's weights: SHA-256 of sizes and of 64 blocks of each file, spread evenly.
+    """Return a fingerprint of a checkpoint's weights: SHA-256 of sizes and of 64 blocks of each file, spread evenly.
 
-    Two trainings of one model differ almost everywhere, so a sample tells them apart; it takes milliseconds for any
+    Two trainings of one model differ almost everywhere, so a sample distinguishes them; it takes milliseconds for any
     size. The same weights in another number of files have another fingerprint.
 
     Args:
-        folder: With the weights.
+        folder: Folder with the weights.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: There are no weights.
     """
     files = next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), None)
     if files is None:
@@ -110,7 +110,7 @@ def _sample(file: Path) -> tuple[int, str]:
 
 
 def _blocks(file: Path) -> Iterator[bytes]:
-    """64 blocks of 4,096 bytes, spread evenly from the start of a file to its end; they overlap in a short one."""
+    """Yield 64 blocks of 4,096 bytes, spread evenly from the start to the end of a file; they overlap in a short one."""
     last = max(0, file.stat().st_size - _BLOCK)
     with file.open("rb") as stream:
         for block in range(_BLOCKS):

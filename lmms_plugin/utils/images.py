@@ -1,7 +1,7 @@
-"""The one way in which an image file becomes pixels: upright, on white, 8 bits, RGB, and whole or not at all.
+"""Decoding of image files to pixels: upright, on white, 8 bits, RGB, and complete or an error.
 
-The frame of an image, in which boxes are meant and sizes are stated, is the upright one: what a viewer shows after its
-EXIF orientation is applied. Of a file with several frames (GIF, APNG, WebP, TIFF, MPO) the first one is taken.
+The frame of an image, to which boxes and sizes refer, is the upright one: what a viewer shows after its EXIF
+orientation is applied. Of a file with several frames (GIF, APNG, WebP, TIFF, MPO) the first one is taken.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _LATE_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
 class ImageError(ValueError):
-    """An image that cannot be shown to a model; says why, and whoever opened it says which one it is."""
+    """An image that cannot be shown to a model; says why. The caller adds which image it is."""
 
 
 class Header(NamedTuple):
-    """What a file says of its image.
+    """Size and orientation of an image file.
 
     Attributes:
         size: (width, height) of the upright image in pixels.
-        turned: whether its EXIF orientation exchanges width and height of the pixels as they are stored.
+        turned: Whether its EXIF orientation exchanges width and height of the stored pixels.
     """
 
     size: tuple[int, int]
@@ -39,18 +39,18 @@ class Header(NamedTuple):
 
 
 File = str | os.PathLike[str] | Mapping[str, Any]
-"""The path of an image's file, or what `datasets` keeps undecoded: a mapping of `bytes` and `path`."""
+"""Path of an image file, or the undecoded form of `datasets`: a mapping of `bytes` and `path`."""
 
 
 def opened(source: Image.Image | File) -> Image.Image:
-    """Decode an image as `to_rgb` shows it.
+    """Decode an image and convert it by `to_rgb`.
 
     Args:
-        source: an image, opened or decoded, or its file.
+        source: Image, lazy or decoded, or its file.
 
     Raises:
-        ImageError: there is no file or nothing in it, it is not whole, it is no image, it has more pixels than Pillow
-            allows (`PIL.Image.MAX_IMAGE_PIXELS`), or `to_rgb` does not take it.
+        ImageError: There is no file or it is empty, it is incomplete, it is not an image, it has more pixels than
+            Pillow allows (`PIL.Image.MAX_IMAGE_PIXELS`), or `to_rgb` refuses it.
     """
     with strict(), _explained():
         return to_rgb(source if isinstance(source, Image.Image) else _image(content(source)))
@@ -60,13 +60,13 @@ def header(source: File) -> Header:
     """Read size and orientation of a file, without decoding pixels where the format allows that.
 
     Raises:
-        ImageError: as `opened`, as far as it shows without the pixels.
+        ImageError: As `opened`, as far as the error shows without the pixels.
     """
     with strict(), _explained():
         data = content(source)
         image = _image(data)
         turned = _orientation(image, data) in _TURNED
-        # Pillow states the upright size of a TIFF by itself.
+        # Pillow itself returns the upright size of a TIFF.
         swap = turned and image.format != "TIFF"
         return Header(image.size[::-1] if swap else image.size, turned)
 
@@ -75,7 +75,7 @@ def content(source: File) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        ImageError: there is no file, or nothing in it.
+        ImageError: The file does not exist or is empty.
     """
     path = source.get("path") if isinstance(source, Mapping) else source
     data = source.get("bytes") if isinstance(source, Mapping) else None
@@ -92,19 +92,19 @@ def content(source: File) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as a viewer shows it on white paper, in mode RGB; one that is so already is returned as it is.
+    """Return an image as a viewer shows it on white paper, in mode RGB; an image in that form is returned unchanged.
 
     Its EXIF orientation is applied. Transparency is composited on white (viewers' page colour; dropping alpha would
     show pixels nobody has seen). 16-bit grey is scaled to 8 bits; mode I counts as 16-bit, which is what Pillow decodes
     some of it to.
 
     Raises:
-        ValueError: No pixels; a mode without a defined white (F) or without a way to RGB (LAB); a mode-I image with
-            values outside 0 to 65535.
+        ValueError: The image has no pixels, a mode without a defined white (F) or without a conversion to RGB (LAB), or
+            is in mode I with values outside 0 to 65535.
     """
     if 0 in image.size:
         raise ValueError(f"expected an image of at least 1x1 pixels, got {image.width}x{image.height}")
-    # Decoding comes first: Pillow turns a TIFF while it decodes it, and knows some metadata only then.
+    # Decoding comes first: Pillow rotates a TIFF while it decodes it, and knows some metadata only then.
     image.load()
     if _orientation(image) not in (None, 1):
         image = ImageOps.exif_transpose(image)
@@ -120,7 +120,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def told_apart(image: Image.Image) -> tuple[str, tuple[int, int], str]:
-    """What tells apart images without palettes: mode, (width, height) and a hash of the pixels."""
+    """Return an identity of an image without palette: mode, (width, height) and a hash of the pixels."""
     return image.mode, image.size, hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
 
 
@@ -131,9 +131,9 @@ _lenient = False
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Make truncated images errors within: lmms-eval tells Pillow to fill them up with grey, process-wide.
+    """Make truncated images errors in this context: lmms-eval tells Pillow, process-wide, to fill them with grey.
 
-    Threads may be within at the same time; the first one in and the last one out change Pillow's flag.
+    Several threads may be inside at the same time; the first to enter and the last to leave change Pillow's flag.
     """
     global _decoding, _lenient
     with _COUNT:
@@ -156,7 +156,7 @@ def _explained() -> Iterator[None]:
         yield
     except ImageError:
         raise
-    # Of a damaged file Pillow's decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, ...
+    # For a damaged file, Pillow's decoders raise various errors: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise ImageError(str(error) or type(error).__name__) from error
 
@@ -165,7 +165,7 @@ def _image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
-        # Pillow names the buffer that it was handed, which tells nobody anything.
+        # Pillow names the buffer that it received, which is not informative.
         begun = data[:16]
         raise ImageError(
             f"it is no image of a format that Pillow knows (JPEG, PNG, ...); it begins {begun!r}"
@@ -177,12 +177,12 @@ def _image(data: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image, data: bytes | None = None) -> int | None:
-    """The EXIF orientation; with the file's bytes, without decoding a PNG that has no metadata behind its pixels."""
+    """Return the EXIF orientation; given the file's bytes, avoid decoding a PNG without metadata behind its pixels."""
     read = image.getexif
     if image.format == "PNG" and data is not None:
         start = data.find(b"IDAT")
         if all(data.find(mark, start) < 0 for mark in _LATE_METADATA):
-            # Pillow's own method of PNG decodes all pixels to get behind them.
+            # Pillow's own method for PNG decodes all pixels to reach what is behind them.
             read = lambda: Image.Image.getexif(image)  # noqa: E731
     value = read().get(ExifTags.Base.Orientation)
     return value if isinstance(value, int) else None

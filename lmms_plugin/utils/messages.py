@@ -1,4 +1,4 @@
-"""What is said to people: counts, commands that can be pasted, errors in one line."""
+"""Texts of messages: counts, commands that can be pasted, errors in one line."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _REMEDIES: Mapping[int, str] = MappingProxyType(
         errno.EDQUOT: "make room there, or name another place",
     }
 )
-"""What can be done about an error of the system at a path."""
+"""Remedies for errors of the operating system at a path."""
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: `1 run`, `2 runs`.
+    """Format a number with its noun: `1 run`, `2 runs`.
 
     Args:
-        number: How many.
-        noun: What one of them is called.
-        plural: What several are called; by default with an s.
+        number: Count.
+        noun: Noun in the singular.
+        plural: Noun in the plural; by default with an s.
     """
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def command_line(parts: Iterable[object]) -> str:
-    """A command as a shell reads it: whatever blanks, quotes or dollar signs its parts hold."""
+    """Quote a command for a shell, including blanks, quotes and dollar signs."""
     return shlex.join(map(str, parts))
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line; errors of the system name the path, what is wrong with it, and the remedy."""
+    """Format an error in one line; errors of the operating system name the path, the problem and the remedy."""
     if not isinstance(error, OSError) or error.errno is None or error.strerror is None or error.filename is None:
         return " ".join(str(error).split()) or type(error).__name__
     path = error.filename if error.filename2 is None else error.filename2

@@ -1,4 +1,4 @@
-"""Places to write to, as users name them: looked at before anything is computed for them."""
+"""Checks of output paths before anything is computed for them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 
 def expect_file(option: str, path: Path) -> Path:
-    """Refuse a path at which no file can be written, with its folder made first where it is missing.
+    """Refuse a path at which no file can be written; a missing folder above it is created first.
 
     Args:
-        option: How the user named it, for messages: `--output`, `report`.
-        path: Of the file; may be there already, to be replaced.
+        option: Name of the user's option, for messages: `--output`, `report`.
+        path: Path of the file, which may exist and is then replaced.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: It is a folder, a part of it is a file, or nothing can be written there; one line.
+        ValueError: The path is a folder, a part of it is a file, or nothing can be written there; one line.
     """
     if os.path.isdir(path):
         raise ValueError(f"{option}: expected the name of a file, got the folder {path}; name a file in it")
     _expect_room(option, path, path.parent)
     if os.path.exists(path):
-        # A link may lead to where nothing can be written though its own folder takes files.
+        # A link may lead to a place that is not writable although its own folder is.
         try:
             path.open("ab").close()
         except OSError as error:
@@ -34,48 +34,48 @@ def expect_file(option: str, path: Path) -> Path:
 
 
 def expect_folder(option: str, path: Path) -> Path:
-    """Refuse a path that can be no folder to write into; it need not be there.
+    """Refuse a path that cannot be a folder to write into; it need not exist.
 
     Args:
         option: As in `expect_file`.
-        path: Of the folder.
+        path: Path of the folder.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: It or a part of it is a file, or nothing can be written there; one line.
+        ValueError: The path or a part of it is a file, or nothing can be written there; one line.
     """
     _expect_room(option, path, path)
     return path
 
 
 def expect_free(folder: str | Path, option: str = "save_quantized") -> Path:
-    """Return the folder to save to; it and those above it are made when there is something to save.
+    """Return the folder to save to; it and its parents are created when there is something to save.
 
     Args:
-        folder: As the user named it.
-        option: By which, for messages.
+        folder: Folder as the user named it.
+        option: Name of the user's option, for messages.
 
     Raises:
-        ValueError: Something is there already, or nothing can be written there.
+        ValueError: Something exists there already, or nothing can be written there.
     """
     path = Path(folder).expanduser().absolute()
     if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{option}: {path} is there already and not empty; name a new folder")
     expect_folder(option, path)
-    # What is written there is written beside it first.
+    # The folder is written beside its place first.
     expect_folder(option, path.parent)
     return path
 
 
 def _expect_room(option: str, path: Path, folder: Path) -> None:
-    """Write and remove a file in the folder, or in the nearest above it that is there."""
+    """Write and remove a file in the folder, or in its nearest parent that exists."""
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()
     except OSError as error:
-        # The name is too long, or lies where one may not look.
+        # The name is too long, or its parent is not readable.
         raise _unwritable(option, path, error) from error
     there = next(one for one in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(one))
     if not os.path.isdir(there):
@@ -83,7 +83,7 @@ def _expect_room(option: str, path: Path, folder: Path) -> None:
         got = "the file" if os.path.exists(there) else "a link to nothing,"
         raise ValueError(f"{option}: expected {what}, got {got} {there}; name another place")
     try:
-        # Rights alone do not tell: a folder may lie on a file system that takes no files.
+        # Permissions alone do not tell: the file system of a folder may refuse files.
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

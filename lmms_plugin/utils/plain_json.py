@@ -1,4 +1,4 @@
-"""Values as JSON can write them."""
+"""Conversion of values for JSON."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON can write it: named tuples and dataclasses as objects, NaN and infinities as null."""
+    """Convert a value for JSON: named tuples and dataclasses become objects, NaN and infinities null."""
     if hasattr(value, "_asdict"):
         return plain(value._asdict())
     if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Tables as comma-separated values that a spreadsheet opens as what they are: numbers and text."""
+"""CSV tables that a spreadsheet opens as numbers and text."""
 
 import csv
 import io
@@ -8,9 +8,9 @@ _FORMULAS = ("=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff
 
 
 def comma_separated(rows: Iterable[Sequence[object]]) -> str:
-    """Write rows as CSV, one line each; a text that a spreadsheet would run as a formula comes behind an apostrophe.
+    """Format rows as CSV, one line each; a text that a spreadsheet would run as a formula gets an apostrophe in front.
 
-    Numbers stay numbers, also where they are written as text already (`-0.25`).
+    Numbers stay numbers, also those that are already text (`-0.25`).
     """
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([[_inert(cell) for cell in row] for row in rows])
@@ -18,10 +18,10 @@ def comma_separated(rows: Iterable[Sequence[object]]) -> str:
 
 
 def _inert(cell: object) -> object:
-    # OWASP, "CSV injection"; spreadsheets read full-width signs like plain ones.
+    # OWASP, "CSV injection"; spreadsheets treat full-width signs like plain ones.
     if not isinstance(cell, str):
         return cell
-    # Python's csv does not quote a carriage return, behind which a spreadsheet begins a new line.
+    # Python's csv does not quote a carriage return, after which a spreadsheet begins a new line.
     cell = cell.replace("\r\n", "\n").replace("\r", "\n")
     return f"'{cell}" if cell.startswith(_FORMULAS) and not _is_number(cell) else cell
 

@@ -1,4 +1,4 @@
-"""What a message says of a name that nobody knows: what was probably meant, and what there is."""
+"""Messages about unknown names: the nearest known name, and all known names."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that a word was probably meant to be, in whatever case it is written; None where none is near."""
+    """Return the known name nearest to a word, ignoring case; None if none is near."""
     names = {name.casefold(): name for name in known}
     found = difflib.get_close_matches(word.casefold(), names, n=1)
     return names[found[0]] if found else None
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """The same as the end of a message, `, did you mean 'awq'?`; empty where there is none."""
+    """Return the end of a message, `, did you mean 'awq'?`; empty if no known name is near."""
     found = nearest(word, known)
     return "" if found is None else f", did you mean {found!r}?"
 
 
 def unknown(kind: str, word: str, known: Iterable[str], owner: str | None = None) -> ValueError:
-    """The error about a name that is not among the known ones; names the nearest and lists all.
+    """Return the error about an unknown name; it names the nearest and lists all.
 
     Args:
-        kind: What the word was to be the name of.
-        word: As it was given.
-        known: All names, in the order of the list.
-        owner: What has these names, where others have others.
+        kind: Kind of name that was expected.
+        word: Word as given.
+        known: All known names, in the order of the list.
+        owner: Owner of these names, where others have other names.
     """
     known = list(known)
     whose = "" if owner is None else f" for {owner!r}"

@@ -10,14 +10,14 @@ from pathlib import Path
 PREFIX = "LMMS_PLUGIN_"
 
 CACHE = f"{PREFIX}CACHE"
-"""The folder of unfinished calibrations; set to nothing, none is kept."""
+"""Folder of unfinished calibrations; if set to an empty text, none is kept."""
 
 
 def folder(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The folder that a variable names, with `~` and `~user` expanded; None where it is not set, or set to nothing.
+    """Return the folder that a variable names, with `~` and `~user` expanded; None if it is unset or empty.
 
     Raises:
-        ValueError: It begins with the home folder of somebody who has none here.
+        ValueError: The path begins with the home folder of an unknown user.
     """
     value = environment.get(name)
     if not value:

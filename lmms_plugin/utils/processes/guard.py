@@ -1,7 +1,7 @@
-"""Runs one command and ends it, with everything it started, when whoever asked for it is gone.
+"""Guard process that runs one command and ends it, with everything it started, when the guard's parent is gone.
 
-A process of its own, since a runner that is killed with SIGKILL can do nothing any more: it holds the other end of this
-process's standard input, which the system closes whatever became of the runner.
+It is a separate process because a runner that is killed with SIGKILL cannot clean up. The runner holds the other end of
+this process's standard input, which the operating system closes however the runner ends.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ def start(
     environment: Mapping[str, str] | None = None,
     inherited: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a command under a guard, in a session of its own, which an interrupt from the keyboard does not reach.
+    """Start a command under a guard, in a session of its own, which keyboard interrupts do not reach.
 
     Args:
-        command: With the path of its program.
+        command: Command with the path of its program.
         log: File for its standard output and standard error.
-        folder: Where it works; None for here.
-        environment: Its variables; None for those of this process.
+        folder: Working directory; None for the current one.
+        environment: Environment variables; None for those of this process.
         inherited: File descriptors that the guard keeps open.
     """
     with log.open("wb") as stream:
@@ -48,17 +48,17 @@ def start(
 
 
 def end(guarded: subprocess.Popen[bytes]) -> None:
-    """End a guarded command and everything it started, and wait until that is so."""
+    """End a guarded command and everything it started, and wait until all of it has ended."""
     assert guarded.stdin is not None
     guarded.stdin.close()
     guarded.wait()
 
 
 def run(command: Sequence[str]) -> int:
-    """Run a command in a process group of its own until it ends or standard input does.
+    """Run a command in a process group of its own until it ends or standard input is closed.
 
     Returns:
-        Its exit status; 128 and the number of the signal that ended it.
+        Exit status of the command; 128 plus the number of the signal that ended it.
     """
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_die_with_parent)
     threading.Thread(target=_kill_at_end_of_input, args=(child.pid,), daemon=True).start()
@@ -79,7 +79,7 @@ def _kill(group: int) -> None:
 
 
 def _die_with_parent() -> None:
-    # Should this process be killed itself; elsewhere than on Linux only its input tells.
+    # In case this process itself is killed; elsewhere than on Linux only its input tells.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""What helps where a device, or the host, has no room: one error with advice for all kinds that libraries raise."""
+"""One error, with advice, for all errors that libraries raise when a device or the host is out of memory."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 _OF_THE_HOST = ("DefaultCPUAllocator", "can't allocate memory")
-"""What torch says where the host has no room: a plain RuntimeError."""
+"""Texts of torch's plain RuntimeError when the host is out of memory."""
 
 
 class OutOfMemory(torch.OutOfMemoryError):
-    """There is no room for what was to be done; says what helps."""
+    """Memory is insufficient; the message says what helps."""
 
 
 def while_answering(rows: int) -> AbstractContextManager[None]:
-    """Say which arguments help where a batch does not fit.
+    """Add to a memory error which arguments make a batch smaller.
 
     Args:
-        rows: Requests in the batch.
+        rows: Number of requests in the batch.
     """
     first = f"batch_size (now {rows} requests), " if rows > 1 else ""
     return _explained(
@@ -30,11 +30,11 @@ def while_answering(rows: int) -> AbstractContextManager[None]:
 
 
 def while_loading(method: str, *, calibrated: bool = False) -> AbstractContextManager[None]:
-    """Say what helps where a model cannot be loaded or quantized.
+    """Add to a memory error what helps when a model cannot be loaded or quantized.
 
     Args:
         method: Name of the quantization backend.
-        calibrated: Whether it looks at activations.
+        calibrated: Whether the method uses activations.
     """
     advice = "device_map=auto spreads the model over all devices, dtype=bfloat16 halves what stays dense"
     if calibrated:

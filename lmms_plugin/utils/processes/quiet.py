@@ -1,4 +1,4 @@
-"""What libraries say that belongs in no output of ours: warnings to one another, and whatever they print."""
+"""Suppression of unwanted output of libraries: warnings and prints."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import contextmanager
 
 
 class EnumsOfTorchao(logging.Filter):
-    """Drops torch's notes that torchao registers two of its enumerations, which torch by now knows by itself.
+    """Filter for torch's notes that torchao registers two of its enumerations, which torch now knows by itself.
 
-    Nothing depends on the registration, which torch goes on to make. The notes come while torchao is imported, which
+    Nothing depends on the registration, which torch still makes. The notes appear when torchao is imported, which
     transformers does of its own accord, and would be printed at the start of every run.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record of ``torch.utils._pytree`` is anything else."""
+        """Return False for a note on enumerations by ``torch.utils._pytree``, True for any other record."""
         kind = record.args[0] if isinstance(record.args, tuple) and record.args else None
         return not (
             isinstance(kind, type)
@@ -27,7 +27,7 @@ class EnumsOfTorchao(logging.Filter):
 
 
 def hush() -> None:
-    """Have the filter in place before torchao is imported; torch need not be."""
+    """Install the filter before torchao is imported; torch need not be imported."""
     logger = logging.getLogger("torch.utils._pytree")
     if not any(isinstance(known, EnumsOfTorchao) for known in logger.filters):
         logger.addFilter(EnumsOfTorchao())
@@ -35,7 +35,7 @@ def hush() -> None:
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Send to standard error what anything prints meanwhile, compilers started by libraries included."""
+    """Redirect to standard error what is printed in this context, also by compilers that libraries start."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -48,9 +48,9 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def no_bars() -> None:
-    """Have libraries draw no progress bars where standard error is no terminal; pipes would hold each of their states.
+    """Disable libraries' progress bars where standard error is not a terminal; a pipe would hold each of their states.
 
-    Our own bars keep to that by themselves.
+    Our own bars do that by themselves.
     """
     if sys.stderr.isatty():
         return

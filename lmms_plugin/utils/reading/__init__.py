@@ -1,1 +1,1 @@
-"""What files and users say, checked: every error in one line that names the place."""
+"""Validation of files and of user input: every error is one line that names the place."""

@@ -1,4 +1,4 @@
-"""Accounts that programs write of what they did, as schemas: files on a disk may say anything, whoever wrote them."""
+"""Schemas of files that programs wrote, since a file on a disk may hold anything, whoever wrote it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lmms_plugin.utils.reading.readable import problem
 
 
 class Account(BaseModel):
-    """What a file says."""
+    """Schema of a file that a program wrote."""
 
-    # Newer versions may say more, and texts are no numbers.
+    # Newer versions may add fields, and texts are not numbers.
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
 
 def read(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
-    """Read one of these files.
+    """Read and validate such a file.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged, or says what it cannot say; names the file and the entry.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged or invalid; names the file and the entry.
     """
     content = read_json(path)
     expect(content, schema, path)
@@ -32,10 +32,10 @@ def read(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def expect(content: Mapping[str, Any], schema: type[BaseModel], where: object) -> None:
-    """Check what a file says.
+    """Validate the content of such a file.
 
     Raises:
-        ValueError: It says what it cannot say; names the first such entry, in one line.
+        ValueError: The content is invalid; names the first invalid entry, in one line.
     """
     try:
         schema.model_validate(content)

@@ -1,4 +1,4 @@
-"""YAML whose values know where they stand, so that an error about one points at its line."""
+"""YAML values with their places in the file, so that an error can name the line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 MOST_BYTES, MOST_VALUES, MOST_DEEP = 4 << 20, 100_000, 100
-"""Bounds of a file that people write, and of what its aliases come to."""
+"""Bounds of a file that people write, and of its size with aliases expanded."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -25,7 +25,7 @@ class Entry:
     """One value of a YAML file.
 
     Attributes:
-        node: Of the file, as the YAML library composed it.
+        node: Node as the YAML library composed it.
         file: Name of the file.
     """
 
@@ -39,26 +39,26 @@ class Entry:
         return f"{self.file}:{mark.line + 1}:{mark.column + 1}"
 
     def wrong(self, expected: str, got: str | None = None) -> ValueError:
-        """The error that says what was expected here and what stands here instead."""
+        """Return the error that says what was expected here and what came instead."""
         return ValueError(f"{self.where}: expected {expected}, got {self.shown if got is None else got:.200}")
 
     @property
     def shown(self) -> str:
-        """The value as a message shows it."""
+        """Format the value for a message."""
         if isinstance(self.node, yaml.ScalarNode):
             return f"{self.plain()!r:.200}"
         return "a list" if isinstance(self.node, yaml.SequenceNode) else "a mapping"
 
     def plain(self) -> Any:
-        """The value without its place.
+        """Return the value without its place.
 
         Raises:
-            ValueError: If YAML cannot make a plain value of it, such as an unknown tag.
+            ValueError: YAML cannot construct a plain value, for example because of an unknown tag.
         """
         return _constructed(self.node, self.file)
 
     def at(self, loc: Sequence[str | int], *, name: bool = False) -> Entry:
-        """The value that names and positions lead to, or the last one on the way.
+        """Return the value that names and positions lead to, or the last one on the way.
 
         Args:
             loc: Names and positions.
@@ -74,16 +74,16 @@ class Entry:
         return Entry(node, self.file)
 
     def validated(self, kind: type[T], *, opened: bool = False, **context: Any) -> T:
-        """The value as a model.
+        """Validate the value as a model.
 
         Args:
-            kind: A `Schema`, or what `validation.validated` decorates.
-            opened: Whether it reads entries itself.
-            **context: For its validators.
+            kind: `Schema`, or a dataclass that `validation.validated` decorates.
+            opened: Whether the model reads entries itself.
+            **context: Context of its validators.
 
         Raises:
-            FileNotFoundError: A file that it names is not there.
-            ValueError: It is none; says where, what was expected and what came.
+            FileNotFoundError: A file that the value names does not exist.
+            ValueError: The value is invalid; says where, what was expected and what came.
         """
         try:
             made: T = kind.__pydantic_validator__.validate_python(self if opened else self.plain(), context=context)  # type: ignore[attr-defined]
@@ -96,24 +96,24 @@ class Entry:
 
     @property
     def is_mapping(self) -> bool:
-        """Whether it has named values."""
+        """Return whether the value is a mapping."""
         return isinstance(self.node, yaml.MappingNode)
 
     @property
     def is_list(self) -> bool:
-        """Whether it is a list."""
+        """Return whether the value is a list."""
         return isinstance(self.node, yaml.SequenceNode)
 
     def fields(self) -> dict[Any, Entry]:
-        """The values of a mapping by name."""
+        """Return the values of a mapping by name."""
         return {_constructed(key, self.file): Entry(value, self.file) for key, value in self.node.value}
 
     def items(self) -> list[Entry]:
-        """The values of a list; a single value counts as a list of one."""
+        """Return the values of a list; a single value counts as a list of one."""
         return [Entry(node, self.file) for node in self.node.value] if self.is_list else [self]
 
     def __repr__(self) -> str:
-        """As a message shows it."""
+        """Format the value for a message."""
         return self.shown
 
 
@@ -121,9 +121,9 @@ def load(file: Path) -> Entry:
     """Read a YAML file.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is empty, too large, no YAML, or of another encoding than UTF-8, a name is there twice, or a
-            value is none of its type; says where.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is empty, too large, not YAML or not UTF-8, a name occurs twice, or a value does not fit
+            its type; says where.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
@@ -144,11 +144,11 @@ def load(file: Path) -> Entry:
 
 
 def text_of(file: Path) -> str:
-    """The text of a file in UTF-8.
+    """Read the text of a file in UTF-8.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is of another encoding; names it.
+        OSError: The file cannot be read.
+        ValueError: The file has another encoding; names it.
     """
     try:
         return file.read_text(encoding="utf-8")
@@ -157,16 +157,16 @@ def text_of(file: Path) -> str:
 
 
 def _expect_bounded(node: yaml.Node, file: str, sizes: dict[int, int], depth: int) -> int:
-    """Refuse what would take for ever or no end of memory to write out, since aliases stand for other values.
+    """Refuse a value whose expanded aliases would take excessive time or memory.
 
     Args:
-        node: Of the file.
-        file: Its name.
-        sizes: Id of a node → values it stands for; 0 for one that is being counted.
-        depth: Of the node.
+        node: Node of the file.
+        file: Name of the file.
+        sizes: Id of a node → number of values it stands for; 0 for one that is being counted.
+        depth: Depth of the node.
 
     Returns:
-        How many values the node stands for.
+        Number of values the node stands for.
     """
     if id(node) in sizes and sizes[id(node)]:
         return sizes[id(node)]
@@ -192,19 +192,19 @@ def _expect_bounded(node: yaml.Node, file: str, sizes: dict[int, int], depth: in
 
 
 def _constructed(node: yaml.Node, file: str) -> Any:
-    """The plain value of a node.
+    """Return the plain value of a node.
 
     Raises:
-        ValueError: If YAML cannot make one of it; says where.
+        ValueError: YAML cannot construct one; says where.
     """
-    # What a merge takes over is in the mappings already; the key itself is a name like any other.
+    # Merged entries are in the mappings already; the key itself is a name like any other.
     if node.tag == _MERGE:
         return "<<"
     try:
         return yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
         raise _not_yaml(error, file) from error
-    # The constructors of `!!bool x`, `!!int ""` and `!!timestamp x` raise whatever comes.
+    # The constructors of `!!bool x`, `!!int ""` and `!!timestamp x` raise arbitrary errors.
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         tag = node.tag.removeprefix("tag:yaml.org,2002:")
         got = f"{node.value!r:.60}" if isinstance(node, yaml.ScalarNode) else None
@@ -212,7 +212,7 @@ def _constructed(node: yaml.Node, file: str) -> Any:
 
 
 def _merge(node: yaml.Node, file: str, seen: set[int]) -> None:
-    """Put what mappings take over by `<<` into them, wherever they do not say otherwise themselves."""
+    """Add to mappings the entries that they merge by `<<`, except those that they override."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -231,14 +231,14 @@ def _merge(node: yaml.Node, file: str, seen: set[int]) -> None:
         found[name] = key, value
         if key.tag == _MERGE:
             taken = [pair for one in _merged(value, file) for pair in one.value]
-    # Of several mappings that are taken over, the first one counts.
+    # Among several merged mappings, the first one counts.
     for key, value in taken:
         found.setdefault(_name(key, file), (key, value))
     node.value = [pair for name, pair in found.items() if name[0] != _MERGE]
 
 
 def _merged(value: yaml.Node, file: str) -> list[yaml.MappingNode]:
-    """The mappings that `<<` takes over."""
+    """Return the mappings that `<<` merges."""
     several = value.value if isinstance(value, yaml.SequenceNode) else [value]
     for one in several:
         if not isinstance(one, yaml.MappingNode):
@@ -247,7 +247,7 @@ def _merged(value: yaml.Node, file: str) -> list[yaml.MappingNode]:
 
 
 def _name(key: yaml.Node, file: str) -> tuple[str, Hashable]:
-    """What tells a name from others: `yes` and `true` are one."""
+    """Return the identity of a name: `yes` and `true` are equal."""
     return key.tag, _constructed(key, file)
 
 

@@ -1,4 +1,4 @@
-"""Files that libraries read for us: what these raise about damaged ones, as errors that name the file."""
+"""Errors that name the file, for damaged files that libraries read."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pydantic import ValidationError
 from lmms_plugin.utils.reading.validation import Problem
 
 _OWN_WORDS = (OSError, ImportError, MemoryError, RuntimeError)
-"""Errors that are none of damage (memory that runs out on a GPU is a `RuntimeError`), or that name the file."""
+"""Errors that do not indicate damage (out of memory on a GPU is a `RuntimeError`), or that name the file."""
 _LONGEST = 300
 
 
 def problem(error: ValidationError) -> str:
-    """What pydantic refuses in what a file says, in one short line."""
+    """Return what pydantic refuses in a file, in one short line."""
     return Problem.of(error).text
 
 
 @contextmanager
 def readable(what: object) -> Iterator[None]:
-    """Name what is read in every error about it; libraries raise plain `Exception`, `KeyError` and such of damage.
+    """Name the file in every error about it; for damage, libraries raise plain `Exception`, `KeyError` and others.
 
     Args:
-        what: Is read, as an error is to call it.
+        what: Name of what is read, for the error.
 
     Raises:
         ValueError: It cannot be read; one line.
@@ -35,7 +35,7 @@ def readable(what: object) -> Iterator[None]:
         raise
     except Exception as error:
         text = " ".join(str(error).split())
-        # Our own checks say what they expected.
+        # Our own checks state what they expected.
         if type(error) is ValueError and "expected" in text:
             raise
         said = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Values that pydantic checks, and what it finds wrong with one in a line of our own words."""
+"""Validation by pydantic, with its errors reworded in one line."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lmms_plugin.utils.suggest import near, unknown
 
 T = TypeVar("T")
 UNNAMED = "\0"
-"""As the alias of a field or the tag of a union: no file has such a name, and no message tells it."""
+"""Alias of a field or tag of a union that no file can name and no message shows."""
 _LONGEST, _LONGEST_PART, _SHORT = 300, 80, 40
-"""Characters of a message and of a name or value in it, which may be a stranger's."""
+"""Maximum characters of a message, and of names and values in it, which may come from a stranger."""
 
 
 class Expected(NamedTuple):
-    """Says in our own words what a type takes, whatever of it pydantic finds wrong.
+    """Annotation that states what a type accepts, for any error of pydantic about it.
 
     Attributes:
-        words: Behind "must be".
+        words: Text after "must be".
     """
 
     words: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Put our words in place of pydantic's."""
+        """Replace pydantic's message by ours."""
         words = {"words": self.words}
         return core_schema.custom_error_schema(
             handler(source), "expected", custom_error_message="{words}", custom_error_context=words
@@ -38,18 +38,18 @@ class Expected(NamedTuple):
 
 
 class OneOf(NamedTuple):
-    """Says that a text is one of some names; a refusal names the nearest.
+    """Annotation of a text that is one of some names; the error names the nearest.
 
     Attributes:
-        names: All of them, asked for when there is a text.
-        what: Where there are too many to list, what they are; otherwise they are listed.
+        names: Function that returns all names, called when there is a text.
+        what: Description of the names where they are too many to list; otherwise they are listed.
     """
 
     names: Callable[[], Collection[str]]
     what: str | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Check what was found to be a text."""
+        """Check a value that was already validated as a text."""
         return core_schema.no_info_before_validator_function(self._checked, handler(source))
 
     def _checked(self, value: Any) -> Any:
@@ -61,7 +61,7 @@ class OneOf(NamedTuple):
         raise PydanticCustomError("expected", "{words}", {"words": words, "near": hint})
 
 
-# True is no number, and a number no truth value.
+# True is not a number, and a number is not a truth value.
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Truth = Annotated[bool, Field(strict=True)]
@@ -69,19 +69,19 @@ Text = Annotated[str, Field(min_length=1), Expected("a text")]
 
 
 class Schema(BaseModel):
-    """What a file may say: no other names than the fields', and nothing changes afterwards."""
+    """Base of schemas of files: no unknown names, and immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 def left_out() -> Any:
-    """The default of a field that may be missing, for which null is no value."""
+    """Return the default of a field that may be missing but not null."""
     return Field(default=None)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, Field))
 def validated(kind: type[T]) -> type[T]:
-    """Make a frozen dataclass whose fields are checked; making one of something else is a `ValueError` of one line."""
+    """Make a frozen dataclass whose fields are validated; an invalid value is a `ValueError` of one line."""
     made: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid"))(kind)
     make = made.__init__
 
@@ -97,12 +97,12 @@ def validated(kind: type[T]) -> type[T]:
 
 
 class Problem(NamedTuple):
-    """The first thing that is wrong with a value.
+    """The first problem of a value.
 
     Attributes:
         loc: Names and positions that lead to it.
         text: What was expected there, and what came.
-        of_name: Whether the last name itself is what is wrong.
+        of_name: Whether the last name itself is the problem.
     """
 
     loc: tuple[str | int, ...]
@@ -111,13 +111,13 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, error: ValidationError, kind: Any = None, *, noun: str = "key", positions: bool = True) -> Problem:
-        """Tell it of one of pydantic's errors; an unknown name comes first, since it may explain what is missing.
+        """Return the problem of a pydantic error; an unknown name comes first, since it may explain what is missing.
 
         Args:
-            error: Of pydantic.
-            kind: That was to be made, for the names that it knows; None where that is not known.
-            noun: What an unknown name was to be the name of.
-            positions: Whether positions in lists are told, which a number of a line makes needless.
+            error: Error of pydantic.
+            kind: Type to be made, for the names that it knows; None if unknown.
+            noun: Noun for an unknown name.
+            positions: Whether to name positions in lists, which a line number makes redundant.
         """
         found = error.errors(include_url=False)
         first = next((one for one in found if one["type"] in _UNKNOWN), found[0])
@@ -132,19 +132,19 @@ class Problem(NamedTuple):
 
 
 def refused(words: str, *loc: str | int, value: Any = None) -> ValidationError:
-    """The error of a validator about one part of what it was given.
+    """Return the error of a validator about one part of its input.
 
     Args:
-        words: The whole sentence.
-        loc: Where the part is in it.
-        value: Of the part.
+        words: Full sentence.
+        loc: Place of the part in the input.
+        value: Value of the part.
     """
     told = PydanticCustomError("sentence", "{words}", {"words": words})
     return ValidationError.from_exception_data("", [{"type": told, "loc": loc, "input": value}])
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it."""
+    """Format a value for a message."""
     text = repr(value)
     kinds = {Mapping: "a mapping", list | tuple: "a list"}
     large = next((words for kind, words in kinds.items() if isinstance(value, kind)), f"{text:.{_LONGEST_PART}}")
@@ -171,7 +171,7 @@ _WORDS = {
     "literal_error": "{expected}",
     "expected": "{words}",
 }
-"""Kind of pydantic's error → what was expected."""
+"""Type of pydantic's error → what was expected."""
 
 
 def _sentence(error: Any, parents: str, name: str, known: Sequence[str], noun: str) -> str:
@@ -198,12 +198,12 @@ def _path(parts: Sequence[str | int]) -> str:
 
 
 def _followed(kind: Any, loc: tuple[str | int, ...], *, inside: bool) -> tuple[list[str | int], list[type]]:
-    """The names and positions of a place without what pydantic puts between them, and the models of what is there.
+    """Return the names and positions of a place without pydantic's additions, and the models of the value there.
 
     Args:
-        kind: Of the whole.
-        loc: Of the place, as pydantic tells it.
-        inside: Whether the models are those of what is there; otherwise of what holds it.
+        kind: Type of the whole.
+        loc: Place, as pydantic gives it.
+        inside: Whether to return the models of the value itself; otherwise of what holds it.
     """
     path: list[str | int] = []
     owners = list(_kinds(kind))
@@ -214,7 +214,7 @@ def _followed(kind: Any, loc: tuple[str | int, ...], *, inside: bool) -> tuple[l
             owners = tagged
             continue
         if at == 0 and isinstance(part, int) and inside and is_dataclass(kind):
-            # What was given without a name.
+            # The value was given without a name.
             part = next(iter([*_fields(kind)][part:]), part)
         path += [part] if part not in (UNNAMED, _KEY) else []
         if within:
@@ -233,7 +233,7 @@ def _names(owners: Sequence[type]) -> list[str]:
 
 
 def _kinds(annotation: Any) -> Iterator[type]:
-    """The models within an annotation."""
+    """Yield the models within an annotation."""
     if hasattr(annotation, "__pydantic_fields__"):
         yield annotation
     else:
