@@ -1,6 +1,6 @@
 """The embedded demo: coloured shapes, expressions about them, and a tiny checkpoint trained on them.
 
-It lets the whole pipeline move real numbers offline, on a CPU, in minutes. It stands for nothing beyond itself.
+It runs the whole pipeline with real numbers offline, on a CPU, in minutes. Its results say nothing about other models.
 
 Attributes:
     CHECKPOINT: Folder of the trained checkpoint, for `AutoModelForImageTextToText.from_pretrained`.

@@ -1,6 +1,6 @@
-"""Demo scenes as rows in RefCOCO+'s own schema.
+"""Demo scenes as rows in RefCOCO+'s schema.
 
-One row is one object; its `answer` lists the expressions that mean it; `bbox` is x, y, width, height in pixels.
+One row is one object; its `answer` lists the expressions that refer to it; `bbox` is x, y, width, height in pixels.
 """
 
 import io
@@ -15,10 +15,10 @@ from PIL import Image as PillowImage
 from lmms_plugin.demo.scenes import Pixels, scene
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 
-# lmms-lab/RefCOCOplus asks this of every row; tasks about expressions read `answer` instead.
+# lmms-lab/RefCOCOplus has this question in every row; tasks about expressions read `answer` instead.
 QUESTION = "Please carefully observe the area circled in the image and come up with a caption for the area."
 DEV_SCENES = 1000
-# Training goes up to four shapes, but the packaged checkpoint was tuned on up to three.
+# Training uses up to four shapes, but the packaged checkpoint was tuned on up to three.
 MOST_OBJECTS = 3
 FEATURES = Features(
     {
@@ -35,7 +35,7 @@ FEATURES = Features(
 
 
 def jpeg(image: Pixels) -> bytes:
-    """Compress RGB pixels (h, w, 3) as COCO's photographs are, at full colour resolution."""
+    """Compress RGB pixels (h, w, 3) like COCO's photographs, at full colour resolution."""
     buffer = io.BytesIO()
     PillowImage.fromarray(image).save(buffer, format="JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
@@ -68,9 +68,9 @@ def rows(split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def dev(given: Dataset) -> ExpressionDocs:
-    """Scenes to train a learned confidence on, neither reported on nor seen by the checkpoint, drawn when asked for.
+    """Draw scenes to train a learned confidence on, neither reported on nor seen by the checkpoint.
 
     Args:
-        given: what lmms-eval loaded of the packaged data, which is of no use here.
+        given: Packaged data that lmms-eval loaded; unused.
     """
     return ExpressionDocs(Dataset.from_list(list(rows("dev", DEV_SCENES)), features=FEATURES))

@@ -1,4 +1,4 @@
-"""How far the runs of the demo are and how long they will still take, by what they have taken so far."""
+"""Progress of the demo's runs, and their remaining time by the time they have taken so far."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Protocol, Self
 
 @dataclass
 class Pace:
-    """One run of lmms-eval under way or over. Moments are seconds on one clock.
+    """One run of lmms-eval, running or finished. Times are seconds on one clock.
 
     Attributes:
-        name: Of the model.
-        started: When it was started.
-        working: When it had answered its first requests, and the share of its work done by then; None before.
-        share: Of its work done, from 0 to 1.
-        ended: When it was over; None before.
+        name: Name of the model.
+        started: Start time.
+        working: Time of its first answers, and the share of its work done by then; None before.
+        share: Share of its work done, from 0 to 1.
+        ended: End time; None before.
     """
 
     name: str
@@ -27,13 +27,13 @@ class Pace:
     ended: float | None = None
 
     def see(self, share: float | None, now: float) -> None:
-        """Take note of the share of its work that is done; None before the first request is answered."""
+        """Record the share of its work that is done; None before the first request is answered."""
         if share is not None:
             self.working = self.working or (now, share)
             self.share = max(self.share, share)
 
     def whole(self, now: float) -> float | None:
-        """Seconds from its start to its end, measured or by its pace; None while nothing tells."""
+        """Return the seconds from start to end, measured or estimated; None while unknown."""
         if self.ended is not None:
             return self.ended - self.started
         if self.working is None or self.share <= self.working[1]:
@@ -43,34 +43,34 @@ class Pace:
 
 
 class Watcher(AbstractContextManager["Watcher"], Protocol):
-    """Is told how far the runs are, within its context, and shows it in whatever way."""
+    """Context manager that receives and shows the progress of the runs."""
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start to show progress."""
 
     def start(self, name: str, command: Sequence[str]) -> Pace:
-        """Take note of a run that begins."""
+        """Record the start of a run."""
 
     def see(self, run: Pace, share: float | None) -> None:
-        """Take note of the share of its work that is done, as `Pace.see`."""
+        """Record the share of a run's work that is done, as `Pace.see`."""
 
     def end(self, run: Pace) -> None:
-        """Take note that a run is over."""
+        """Record the end of a run."""
 
     def tick(self) -> None:
-        """Be asked now and then, whether anything happened or not."""
+        """Update the display; called at intervals."""
 
 
 def seconds_left(runs: Sequence[Pace], waiting: int, now: float) -> float | None:
-    """Seconds until all runs are over, if those of which nothing is known yet take as long as the others.
+    """Return the seconds until all runs end, assuming that unknown runs take as long as the others.
 
     Args:
-        runs: That were started; one that waits starts when one of them ends.
-        waiting: Number of runs that were not started.
-        now: The moment.
+        runs: Started runs; a waiting run starts when one of them ends.
+        waiting: Number of runs that have not started.
+        now: Current time.
 
     Returns:
-        None while nothing tells.
+        Seconds; None while unknown.
     """
     known = [whole for one in runs if (whole := one.whole(now)) is not None]
     if not known:

@@ -17,7 +17,7 @@ PAPER, INK = (255, 255, 255), (0, 0, 0)
 
 
 class Logged(Protocol):
-    """A run whose model's name and logged grounding records can be read."""
+    """A run with its model's name and its logged grounding records."""
 
     @property
     def model(self) -> str: ...  # noqa: D102
@@ -29,9 +29,9 @@ def sheet(runs: Sequence[Logged], task: str, path: Path) -> Path:
     """Write a PNG of the expressions on which the models disagree most: true box green, predicted box red.
 
     Args:
-        runs: finished runs; the first is the baseline, whose right answers that others lose come first.
-        task: name of the task (its shift is applied to the pictures as the models saw them).
-        path: where to write.
+        runs: Finished runs; the first is the baseline, whose right answers that others lose come first.
+        task: Name of the task, whose shift is applied to the pictures as the models saw them.
+        path: Path of the PNG.
     """
     columns = [one.records(task) for one in runs]
     shown = _most_telling(columns)
@@ -52,7 +52,7 @@ def sheet(runs: Sequence[Logged], task: str, path: Path) -> Path:
 
 
 def _most_telling(columns: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
-    """Indices of the expressions where the baseline loses most to quantization, one per image."""
+    """Return the indices of the expressions where the baseline loses most to quantization, one per image."""
     base, *others = columns
 
     def lost(index: int) -> float:
@@ -65,8 +65,8 @@ def _most_telling(columns: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
 
 
 def _images(task: str, wanted: set[str]) -> dict[str, Image.Image]:
-    """The images of the wanted expressions, by expression id, under the task's shift."""
-    # Only when all has run: they take seconds to import.
+    """Return the images of the wanted expressions, by expression id, under the task's shift."""
+    # Imported only when all runs have finished: it takes seconds.
     import datasets
 
     from lmms_plugin.tasks.grounding import comprehension

@@ -1,6 +1,6 @@
-"""The demo job: the unquantized model and three quantizers through the real `lmms-eval` command; table and pictures.
+"""The demo: the unquantized model and three quantizers through the real `lmms-eval` command; table and pictures.
 
-Everything shown is read back from the files lmms-eval wrote, so the table is what those runs measured.
+Everything shown is read from the files lmms-eval wrote, so the table is what those runs measured.
 """
 
 import json
@@ -29,7 +29,7 @@ from lmms_plugin.utils.processes import guard, installed
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3
-# Chosen for variety before their numbers were seen: ImageNet-C's first noise, blur, weather and digital corruption.
+# Chosen for variety before their results were known: ImageNet-C's first noise, blur, weather and digital corruption.
 QUICK = ("gaussian_noise", "defocus_blur", "snow", "contrast")
 COLUMNS = ("acc@0.5", "mean_iou", "ece")
 PICTURED = (CLEAN, f"{SHIFTED}_gaussian_noise_{SEVERITY}")
@@ -41,12 +41,12 @@ _AT_ONCE = 2
 
 
 ShowTable = Callable[[Sequence[str], Sequence[Sequence[str]], str], None]
-"""Shows headings, rows of one cell per heading, and a caption."""
+"""Function that shows headings, rows of one cell per heading, and a caption."""
 
 
 @dataclass(frozen=True)
 class DemoRun:
-    """One finished run of lmms-eval: the model's name, its command, its results file and what that holds."""
+    """One finished run of lmms-eval: the model's name, its command, its results file and the file's content."""
 
     model: str
     command: tuple[str, ...]
@@ -54,16 +54,16 @@ class DemoRun:
     results: dict[str, Any]
 
     def clean(self, name: str) -> float:
-        """A number of lmms-eval's results table for clean scenes; NaN where it is missing."""
+        """Return a value of lmms-eval's results table for clean scenes; NaN if missing."""
         return self._metric(CLEAN, name)
 
     def shifted(self, name: str) -> float:
-        """The mean of a number over the corruptions that were run; NaN where one is missing."""
+        """Return the mean of a value over the corruptions that were run; NaN if one is missing."""
         return math.fsum(self._metric(task, name) for task in self.corrupted) / len(self.corrupted)
 
     @property
     def corrupted(self) -> list[str]:
-        """Tasks of the corruptions that were run."""
+        """Return the tasks of the corruptions that were run."""
         return [task for name in SHIFTS if (task := f"{SHIFTED}_{name}_{SEVERITY}") in self.results["n-samples"]]
 
     def _metric(self, task: str, name: str) -> float:
@@ -71,11 +71,11 @@ class DemoRun:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per quantized weight, scales and zero-points counted; of all weights where none is quantized."""
+        """Return bits per quantized weight, scales and zero-points included; of all weights where none is quantized."""
         return float(self.results["throughput"]["avg_bits_per_weight"])
 
     def records(self, task: str) -> list[dict[str, Any]]:
-        """The logged grounding records of one task, in the order of its documents."""
+        """Return the logged grounding records of one task, in the order of its documents."""
         path = logs.log_of(self.file, task)
         return [json.loads(line)["mean_iou"] for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -92,22 +92,22 @@ def run(
     """Run all methods, show the table, and write `report.html`, `report.md` and pictures into the folder `output`.
 
     Args:
-        output: folder to write into; each run has a sub-folder with lmms-eval's own files and its log.
-        bits: bits per weight of the quantized language model.
-        watch: number of runs → what is told how far they are.
-        show: takes headings, rows and caption of the table.
-        limit: expressions per task, for trying things out; None for all.
-        full: whether to run all corruptions instead of one of each kind.
+        output: Folder to write into; each run has a sub-folder with lmms-eval's own files and its log.
+        bits: Bits per weight of the quantized language model.
+        watch: Function from the number of runs to the watcher of their progress.
+        show: Function that shows headings, rows and caption of the table.
+        limit: Expressions per task, for quick trials; None for all.
+        full: Whether to run all corruptions instead of one of each kind.
 
     Raises:
-        ValueError: if a method cannot do these bits, before anything is run.
-        RuntimeError: if a run left no results; names its log (lmms-eval exits with 0 after an error).
+        ValueError: A method cannot do these bits, before anything is run.
+        RuntimeError: A run left no results; names its log (lmms-eval exits with 0 after an error).
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     for method in METHODS[1:]:
         get(method).check(QuantPlan.from_arguments(bits=bits))
-    # A folder of their own: the page is to show these runs and no earlier ones.
+    # A folder of their own: the page shows these runs and no earlier ones.
     folder = output / "runs" / time.strftime("%Y%m%d_%H%M%S")
     commands = {model_name(method): command_of(method, folder, bits, limit, full=full) for method in METHODS}
     runs = _evaluate(commands, folder, watch)
@@ -122,14 +122,14 @@ def run(
 
 
 def command_of(method: str, folder: Path, bits: int, limit: int | None, *, full: bool) -> tuple[str, ...]:
-    """Return the command of one method, of arguments.
+    """Return the command of one method, as a tuple of arguments.
 
     Args:
-        method: Of the quantizer.
-        folder: Holds a folder of results per model.
-        bits: Of the language model's weights.
-        limit: Expressions of each task; None for all.
-        full: All corruptions, not a few.
+        method: Name of the quantizer.
+        folder: Folder with a folder of results per model.
+        bits: Bits per weight of the language model.
+        limit: Expressions per task; None for all.
+        full: Whether to run all corruptions instead of a few.
     """
     arguments = "pretrained=demo" if method == "none" else f"pretrained=demo,bits={bits}"
     tasks = (CLEAN, SHIFTED) if full else (CLEAN, *(f"{SHIFTED}_{name}_{SEVERITY}" for name in QUICK))
@@ -139,14 +139,14 @@ def command_of(method: str, folder: Path, bits: int, limit: int | None, *, full:
 
 
 def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path, watch: Callable[[int], Watcher]) -> list[DemoRun]:
-    """Run commands by the names of their models, two at once where there are two processors; an end of this ends all.
+    """Run commands by model name, two at once where there are two processors; the end of this process ends all.
 
     Raises:
-        RuntimeError: a run left no results.
+        RuntimeError: A run left no results.
     """
-    # One thread each: they do not get in each other's way, and numbers do not depend on how many there are.
+    # One thread each: runs do not compete, and results do not depend on the number of processors.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    # The last takes longest, for it calibrates.
+    # The last takes longest because it calibrates.
     waiting = deque(reversed(list(commands)))
     running: dict[str, tuple[subprocess.Popen[bytes], Pace, harness_log.Followed]] = {}
     done: dict[str, DemoRun] = {}
@@ -190,13 +190,13 @@ def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> D
 
 
 def cells(one: DemoRun) -> list[str]:
-    """A run's row of the table."""
+    """Return a run's row of the table."""
     numbers = [number(name) for number in (one.clean, one.shifted) for name in COLUMNS]
     return [one.model, f"{one.bits_per_weight:.2f}", *(f"{number:.3f}" for number in numbers)]
 
 
 def scope(one: DemoRun) -> str:
-    """What was asked: how many expressions, under which corruptions."""
+    """Describe the scope: the number of expressions and the corruptions."""
     names = [task.removeprefix(f"{SHIFTED}_").removesuffix(f"_{SEVERITY}") for task in one.corrupted]
     which = ", ".join(names) if len(names) < len(SHIFTS) else f"all {len(names)} corruptions"
     expressions = one.results["n-samples"][CLEAN]["effective"]
@@ -204,7 +204,7 @@ def scope(one: DemoRun) -> str:
 
 
 def report(runs: Sequence[DemoRun], images: Sequence[Path], limit: int | None) -> str:
-    """Return `report.md`: what was asked, the table, pictures and commands."""
+    """Return the text of `report.md`: scope, table, pictures and commands."""
     first = "expression" if limit == 1 else f"{limit} expressions"
     warning = ["", f"**Only the first {first} of each task {'was' if limit == 1 else 'were'} used.**"] if limit else []
     rows = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, runs)]

@@ -1,4 +1,4 @@
-"""Expressions about demo scenes that match nothing in them: exactly, because the scenes can be drawn again."""
+"""Expressions about demo scenes that match nothing in them; exact, because the scenes can be drawn again."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ _SHAPE = "shape"
 
 
 def _sets() -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
-    """Attribute and, for every way of saying its values, value → words."""
+    """Yield each attribute and, for every wording of its values, value → words."""
     yield "colour", {colour: (colour,) for colour in COLOURS}
     yield "size", {size: ADJECTIVES[size] for size in SIZES}
     yield "fill", {fill: ADJECTIVES[fill] for fill in FILLS}
@@ -33,7 +33,7 @@ def _sets() -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
 
 @lru_cache(maxsize=1)
 def exclusive() -> ExclusiveWords:
-    """The words of the demo's expressions that exclude one another, in the construction they stand in."""
+    """Return the words of the demo's expressions that exclude one another, in their construction."""
     of: dict[str, Alternative] = {}
     like: dict[str, frozenset[str]] = {}
     for attribute, values in _sets():
@@ -53,10 +53,10 @@ def _objects(file_name: str) -> tuple[SceneObject, ...]:
 
 
 def drawn(doc: Mapping[str, Any]) -> tuple[SceneObject, ...]:
-    """All objects of a document's scene.
+    """Return all objects of a document's scene.
 
     Raises:
-        DatasetError: The scene drawn now is not the one in the data.
+        DatasetError: The scene drawn now differs from the one in the data.
     """
     objects = _objects(doc["file_name"])
     if not any(list(item.box) == doc["bbox"] and doc["expression"] in item.expressions for item in objects):
@@ -70,14 +70,14 @@ def _matches_nothing(expression: str, objects: tuple[SceneObject, ...]) -> bool:
 
 
 def attribute_swaps_of(doc: Mapping[str, Any]) -> list[Mismatch]:
-    """The expression with one attribute swapped, so that no object of its scene has all that it says."""
+    """Swap one attribute of the expression, so that no object of its scene has all its attributes."""
     objects = drawn(doc)
     swaps = attribute_swaps(doc["expression"], exclusive())
     return [swap for swap in swaps if _matches_nothing(swap.expression, objects)]
 
 
 def absent_objects_of(doc: Mapping[str, Any]) -> list[Mismatch]:
-    """The expression with its shape replaced by one that no object of its scene has."""
+    """Replace the shape of the expression by one that no object of its scene has."""
     there = {item.attributes.shape for item in drawn(doc)}
     swaps = attribute_swaps(doc["expression"], exclusive())
     return [swap for swap in swaps if swap.kind == _SHAPE and meaning(swap.expression)[_SHAPE] not in there]

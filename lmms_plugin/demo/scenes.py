@@ -34,9 +34,9 @@ class SceneObject:
     """One shape of a scene.
 
     Attributes:
-        attributes: What can be said about it.
+        attributes: Attributes that expressions can name.
         box: x, y, width, height in pixels, tight around its silhouette; the right and lower edges are exclusive.
-        expressions: One to three ways to mean this object and no other of the scene.
+        expressions: One to three expressions that refer to this object and no other of the scene.
     """
 
     attributes: Attributes
@@ -46,11 +46,11 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture and what is in it.
+    """An image and its objects.
 
     Attributes:
         image: RGB pixels, (SIDE, SIDE, 3), 0 to 255.
-        owner: (SIDE, SIDE), the index in `objects` whose silhouette covers each pixel, -1 for background.
+        owner: Index in `objects` of the silhouette that covers each pixel, -1 for background, (SIDE, SIDE).
         objects: One to four objects whose boxes do not overlap.
     """
 
@@ -60,7 +60,7 @@ class Scene:
 
 
 def _outlines() -> dict[str, NDArray[np.float64]]:
-    """Outline of each shape, (n, 2) x and y, inside the unit circle's bounding square."""
+    """Return the outline of each shape, (n, 2) x and y, inside the unit circle's bounding square."""
     turn = 2 * np.pi * np.arange(40) / 40
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
     arm = 0.36
@@ -81,7 +81,7 @@ _GRID_Y, _GRID_X = np.mgrid[:SIDE, :SIDE].astype(np.float32)
 
 
 def _background(rng: np.random.Generator) -> Pixels:
-    """A plain, graded, patterned or noisy ground in a muted tone, with some thin clutter on it."""
+    """Draw a plain, graded, patterned or noisy background in a muted tone, with some thin clutter on it."""
     grey = float(rng.uniform(40, 215))
     base = grey + rng.uniform(-22, 22, 3)
     kind = int(rng.integers(4))
@@ -106,7 +106,7 @@ def _background(rng: np.random.Generator) -> Pixels:
 
 
 def _silhouette(shape: str, side: int, rng: np.random.Generator) -> Pixels:
-    """Mask of a shape, 0 or 1, cropped to its pixels."""
+    """Return the mask of a shape, 0 or 1, cropped to its pixels."""
     tilt = rng.uniform(-0.2, 0.2)
     turned = _OUTLINE[shape] @ np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
     points = np.round((turned * side / 2 + side) * 16).astype(np.int32)
@@ -117,7 +117,7 @@ def _silhouette(shape: str, side: int, rng: np.random.Generator) -> Pixels:
 
 
 def _paint(patch: Pixels, mask: Pixels, look: Attributes, rng: np.random.Generator) -> None:
-    """Draw a shape over `patch` (h, w, 3) in place where `mask` (h, w) is 1; of a hollow one only the rim."""
+    """Draw a shape over `patch` (h, w, 3) in place where `mask` (h, w) is 1; of a hollow shape only the rim."""
     colour = np.clip(np.array(RGB[look.colour]) + rng.integers(-14, 15, 3), 0, 255).astype(np.uint8)
     drawn = mask.copy()
     if look.fill == "hollow":
@@ -160,8 +160,8 @@ def draw(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Scene:
     """Draw a scene.
 
     Args:
-        rng: Its only source of randomness.
-        max_objects: The scene holds one to this many objects, fewer when no room is left.
+        rng: The only source of randomness.
+        max_objects: Maximum number of objects; fewer are drawn when no room is left.
     """
     image = _background(rng)
     owner = np.full((SIDE, SIDE), -1, np.int8)
@@ -195,11 +195,11 @@ def scene(split: str, index: int, *, seed: int = 0, max_objects: int = MAX_OBJEC
 
     Args:
         split: "train", "val", "test" or "dev".
-        index: Which scene, from 0.
-        seed: Another stream of the same split.
-        max_objects: See `draw`.
+        index: Index of the scene, from 0.
+        seed: Seed of another stream of the same split.
+        max_objects: As in `draw`.
 
     Raises:
-        KeyError: If there is no such split.
+        KeyError: There is no such split.
     """
     return draw(np.random.default_rng([SPLITS[split], seed, index]), max_objects)

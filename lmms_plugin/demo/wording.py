@@ -1,6 +1,6 @@
-"""Expressions that single out one object of a scene by its attributes, never by its place.
+"""Expressions that identify one object of a scene by its attributes, never by its place.
 
-RefCOCO+ forbids location words; so does this. An expression names a subset of an object's attributes, and only
+RefCOCO+ forbids location words, and so does the demo. An expression names a subset of an object's attributes, and only
 subsets that no other object of the scene shares are used, so that every expression has exactly one referent.
 """
 
@@ -14,7 +14,7 @@ from lmms_plugin.shifts.language.lexicon import find
 
 
 class Attributes(NamedTuple):
-    """What an expression may say about an object."""
+    """Attributes of an object that an expression may name."""
 
     shape: str
     colour: str
@@ -61,10 +61,10 @@ _SAYS_NOTHING = frozenset(("the", "that", "is", "and", *ANY))
 
 
 def meaning(expression: str) -> dict[str, str]:
-    """Return what an expression says: attribute name → value, fields of `Attributes`.
+    """Return the meaning of an expression: attribute name → value, fields of `Attributes`.
 
     Raises:
-        ValueError: A word is none of those that expressions here are made of.
+        ValueError: A word does not occur in the demo's expressions.
     """
     said, rest = {}, expression
     for span in reversed(find(expression, _SAYS)):
@@ -81,8 +81,8 @@ def identifying(target: Attributes, others: Sequence[Attributes]) -> list[tuple[
     """Return every set of attribute names that `target` shares with none of `others`.
 
     Args:
-        target: The object meant.
-        others: The other objects of its scene.
+        target: Target object.
+        others: Other objects of its scene.
 
     Returns:
         Tuples of field names of `Attributes`, shortest first; empty when another object is exactly alike.
@@ -98,9 +98,9 @@ def phrase(target: Attributes, named: Sequence[str], rng: np.random.Generator) -
     """Put the named attributes of an object into words.
 
     Args:
-        target: The object meant.
-        named: The attributes to mention, field names of `Attributes`.
-        rng: Chooses among synonyms and word orders.
+        target: Target object.
+        named: Attributes to mention, field names of `Attributes`.
+        rng: Source of randomness for synonyms and word orders.
 
     Returns:
         For instance `"small red circle"`, `"the red round one"`, `"disc that is red and small"`.
@@ -130,20 +130,20 @@ def phrase(target: Attributes, named: Sequence[str], rng: np.random.Generator) -
 
 
 def expressions(target: Attributes, others: Sequence[Attributes], rng: np.random.Generator) -> tuple[str, ...]:
-    """Write one to three different expressions that mean `target` and nothing else in its scene.
+    """Write one to three different expressions that refer to `target` and nothing else in its scene.
 
     Args:
-        target: The object meant.
-        others: The other objects of its scene, none exactly like `target`.
-        rng: Chooses what is said and how.
+        target: Target object.
+        others: Other objects of its scene, none exactly like `target`.
+        rng: Source of randomness for attributes and wording.
 
     Raises:
-        ValueError: If another object has the same attributes.
+        ValueError: Another object has the same attributes.
     """
     subsets = identifying(target, others)
     if not subsets:
         raise ValueError(f"expected a scene with one object like {target}, found another one")
-    # Short expressions are likelier, as among people, but the superfluous attribute stays common.
+    # Short expressions are more likely, as among people, but superfluous attributes stay common.
     weights = np.cumsum([1.0 / len(s) for s in subsets])
     found: dict[str, None] = {}
     for _ in range(int(rng.integers(1, 4))):

@@ -65,7 +65,7 @@ class Bound(NamedTuple):
 
 
 def installed() -> dict[str, Package]:
-    """Return installed distributions by normalized name; of several with one name the first on the path, as imports do."""
+    """Return installed distributions by normalized name; of several with one name, the first on the path."""
     found: dict[str, Package] = {}
     for one in metadata.distributions():
         about = one.metadata

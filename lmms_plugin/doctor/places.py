@@ -90,7 +90,7 @@ def check_programs() -> Iterator[DiagnosisRow]:
 
 
 def _does_not_start(program: str, *arguments: str) -> str | None:
-    """Return why a program does not start, None if it does; some systems have a `java` that only says where to get one."""
+    """Return why a program does not start, None if it does; some systems have a `java` that is only a hint."""
     try:
         done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,1 +1,1 @@
-"""Results in the formats of leaderboards, and a leaderboard of submissions that verify."""
+"""Export of results to the formats of leaderboards, the hub and serving engines."""

@@ -1,4 +1,4 @@
-"""What a task asked, whatever was answered: by this, submissions are compared with each other and with datasets."""
+"""Hashes of the documents of a task, independent of answers, for comparing submissions and datasets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DESCRIBING = (
     *("id", "image", "part", "question", "answers", "expression", "target"),
     *("original_expression", "pair", "matches", "change", "tags"),
 )
-"""Keys of a record that tell of its document, all that scores depend on, and not of the answer."""
+"""Keys of a record that describe its document, all that scores depend on, and not the answer."""
 
 
 def documents(run: LoggedRun, task: str) -> str:
-    """SHA-256 of all documents of a task of a run, in whatever order."""
+    """Return the SHA-256 of all documents of a task of a run, independent of their order."""
     kind = run.tasks[task].kind
     with run.log(task).open("rb") as lines:
         told = sorted(_described(json.loads(line), kind.record) for line in lines)

@@ -1,4 +1,4 @@
-"""Quantized checkpoints for serving: what was written, and who can load it."""
+"""Quantized checkpoints for serving: writing, and which engines can load them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)
-"""What vLLM's kernels for packed integer weights take, as its sources say; whole rows they take, too."""
+"""Bits and group sizes of vLLM's kernels for packed integer weights, according to its sources; whole rows work, too."""
 
 
 def quantize(text: str, folder: Path, form: str, option: str) -> Saved:
     """Quantize a model and write it.
 
     Args:
-        text: As after `--model_args`, and `method=` for what would follow `--model quant_`.
-        folder: New or empty.
-        form: Of `lmms_plugin.quant_backends.checkpoints.saving.FORMS`.
-        option: By which the user named the folder, for messages.
+        text: Arguments as after `--model_args`, with `method=` in place of `--model quant_`.
+        folder: New or empty folder.
+        form: Format, of `lmms_plugin.quant_backends.checkpoints.saving.FORMS`.
+        option: Name of the user's option for the folder, for messages.
 
     Raises:
-        ValueError: An argument is impossible, the folder is taken, or the method's result cannot be written in this
-            form; as far as that can be known, before any weight is read.
+        ValueError: An argument is impossible, the folder is not empty, or the method's result cannot be written in this
+            form; as far as possible before any weight is read.
     """
     asked = Asked.parse(text)
     expect_storable(asked.backend, form)
@@ -46,7 +46,7 @@ def quantize(text: str, folder: Path, form: str, option: str) -> Saved:
 
 
 def readers(saved: Saved, folder: Path) -> Iterator[str]:
-    """Who loads what was written to a folder, one line each."""
+    """Yield which engines load what was written to a folder, one line each."""
     yield command_line(("lmms-eval", "--model", "quant_prequantized", "--model_args", f"pretrained={folder}"))
     if saved.format != COMPRESSED_TENSORS:
         yield f"nothing without this package: it is in this package's own format, because {saved.reason}"
@@ -90,7 +90,7 @@ def _expect_whole_groups(asked: Asked) -> None:
 
 
 def _without_weights(asked: Asked) -> PreTrainedModel | None:
-    """The model without values; None where that takes code of the checkpoint's own."""
+    """Return the model without weights; None where that requires the checkpoint's own code."""
     from transformers import AutoModelForImageTextToText
 
     if asked.arguments.trust_remote_code:

@@ -1,4 +1,4 @@
-"""What the answers of one run have in common, whatever the model: a log in which they do not was edited."""
+"""Consistency of the answers of one run, for any model: a log that fails these checks was edited."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lmms_plugin.utils import hashing
 
 
 class RescoredSample(NamedTuple):
-    """One line of a log whose scores were made again and are the same.
+    """One line of a log whose rescored values equal the logged ones.
 
     Attributes:
-        number: Of the document in lmms-eval.
-        record: The whole record of the document.
-        response: The answer.
-        prompt: What lmms-eval logged as the question; "" where it did not.
-        target: The true answer as text.
+        number: Number of the document in lmms-eval.
+        record: Whole record of the document.
+        response: Model's answer.
+        prompt: Question that lmms-eval logged; "" if it did not.
+        target: True answer as text.
     """
 
     number: int
@@ -34,17 +34,17 @@ def expect_told(response: Response) -> None:
     """Check that an answer claims no confidence that is computed from its tokens.
 
     Raises:
-        ValueError: If it brings a value for another than a learned estimator, which would stand for the computed one.
+        ValueError: The answer has a value for an estimator that is not learned, which would replace the computed one.
     """
     if claimed := sorted(response.confidence.keys() - {*LEARNED}):
         raise ValueError(f"expected no confidence of an answer's own but {', '.join(LEARNED)}, got {claimed[0]}")
 
 
 def expect_place(records: TaskRecords, place: EvaluationSet) -> None:
-    """Check that a results file says of a task's shift what the task's own definition does.
+    """Check that a results file and the task's own definition agree on its shift.
 
     Raises:
-        ValueError: If it says something else.
+        ValueError: They disagree.
     """
     said, known = records.place[2:], place[2:]
     if said != known:
@@ -52,14 +52,14 @@ def expect_place(records: TaskRecords, place: EvaluationSet) -> None:
 
 
 def expect_shifted(run: LoggedRun, samples: Mapping[str, Sequence[RescoredSample]]) -> None:
-    """Check that no two tasks with differently shifted images were answered by the very same log.
+    """Check that no two tasks with differently shifted images have identical logs.
 
     Raises:
-        ValueError: If they were, to the last digit of every log-probability.
+        ValueError: Two logs are equal to the last digit of every log-probability.
     """
     seen: dict[str, str] = {}
     for task, answered in samples.items():
-        # A language shift may leave every expression of a small dataset as it is.
+        # A language shift may leave every expression of a small dataset unchanged.
         if run.tasks[task].place.shifts == "language" or not any(sample.response.tokens for sample in answered):
             continue
         other = seen.setdefault(digest(answered), task)
@@ -68,18 +68,18 @@ def expect_shifted(run: LoggedRun, samples: Mapping[str, Sequence[RescoredSample
 
 
 def digest(samples: Sequence[RescoredSample]) -> str:
-    """SHA-256 of documents and answers with their log-probabilities, however the log wrote them."""
+    """Return the SHA-256 of documents and answers with their log-probabilities, independent of formatting."""
     answers = sorted((str(sample.record["id"]), repr(sample.response)) for sample in samples)
     return hashing.of_value(answers)
 
 
 def expect_one_model(task: str, samples: Sequence[RescoredSample]) -> None:
-    """Check that all answers are in one dialect and after one opening of reasoning, and that an image has one size.
+    """Check that all answers have one dialect and one opening of reasoning, and that an image has one size.
 
-    Boxes are read by dialect and sizes, in pixels, and behind reasoning: chosen one by one, they would move boxes.
+    Boxes are parsed by dialect and by sizes in pixels, after reasoning; choosing these per answer would move boxes.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: Answers differ.
     """
     dialects = sorted({str(sample.response.dialect) for sample in samples})
     if len(dialects) > 1:

@@ -1,4 +1,4 @@
-"""The tasks of this package as they are defined here, whatever a results file says about them."""
+"""Definitions of this package's tasks, independent of what a results file says about them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Aggregation = Callable[[Sequence[Any]], float]
 
 @dataclass(frozen=True)
 class Definition:
-    """How a task is scored.
+    """Scoring of a task.
 
     Attributes:
-        task: Its name.
-        score: Document and answers → what each metric needs of the document.
-        target: Document → the true answer as the log has it.
-        aggregations: Metric → from what it needs of all documents to its value.
-        higher_is_better: Metric → whether more of it is better.
-        max_new_tokens: Longest answer; None where the task does not say.
-        place: What it asks about.
+        task: Name of the task.
+        score: Function from document and answers to the input of each metric.
+        target: Function from a document to the true answer as logged.
+        aggregations: Metric → function from the inputs of all documents to its value.
+        higher_is_better: Metric → whether larger is better.
+        max_new_tokens: Maximum length of an answer in tokens; None where the task does not set it.
+        place: Evaluation set of the task.
     """
 
     task: str
@@ -39,10 +39,10 @@ class Definition:
 
 @cache
 def definition(task: str) -> Definition:
-    """A task by its name.
+    """Return the definition of a task by its name.
 
     Raises:
-        ValueError: If it is none of this package's.
+        ValueError: The task does not belong to this package.
     """
     if not is_ours(task):
         raise ValueError(f"task {task}: expected a task of this package (`lmms-plugin tasks --cells` lists them)")
@@ -60,7 +60,7 @@ def definition(task: str) -> Definition:
 
 
 def is_ours(task: str) -> bool:
-    """Whether a task is one of this package's."""
+    """Return whether a task belongs to this package."""
     return task in task_files.sources() and task_files.sources()[task].kind == "task"
 
 

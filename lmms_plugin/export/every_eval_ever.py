@@ -1,7 +1,7 @@
 """A run in the schema of Every Eval Ever 0.3.0: one record of the run, and one of each document.
 
-The schema has no place for quantization or for confidence: the first goes into `additional_details`, the second into
-the `metadata` of each document, both as text, as the schema wants it.
+The schema has no field for quantization or for confidence: the first goes into `additional_details`, the second into
+the `metadata` of each document, both as text, as the schema requires.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DATE = re.compile(r"(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)")
 _COMPONENT = re.compile(r"[A-Za-z0-9][\w.-]*[\w-]|[A-Za-z0-9]")
 _PRIMARY: Mapping[TaskKind, str] = {GROUNDING: "acc@0.5", VQA: "accuracy", REJECTION: "box_rate"}
-"""Which metric the records of single documents belong to."""
+"""Metric that the records of single documents belong to, by kind of task."""
 
 
 @dataclass(frozen=True)
 class EvaluationSource:
-    """What no results file tells: who ran it, and what the model is called.
+    """Facts that no results file tells: who ran the evaluation, and the name of the model.
 
     Attributes:
-        model_id: Of the evaluated model, `organization/name`.
-        organization: That ran the evaluation.
+        model_id: Id of the evaluated model, `organization/name`.
+        organization: Organization that ran the evaluation.
         relationship: Its relationship to the model, of `RELATIONSHIPS`.
-        collection: Under which the records are filed.
-        timestamp: When the records are made, in seconds since 1970.
+        collection: Collection under which the records are filed.
+        timestamp: Time of the records, in seconds since 1970.
 
     Raises:
-        ValueError: If one of them is missing, unknown or unfit for a path.
+        ValueError: A value is missing, unknown or unfit for a path.
     """
 
     model_id: str
@@ -63,7 +63,7 @@ class EvaluationSource:
             raise ValueError(f"expected letters, digits, '.', '-' and '_' as collection, got {self.collection!r}")
         if not self.organization.strip():
             raise ValueError("expected the organization that ran the evaluation, got none")
-        # Characters that change direction or clear a terminal would make it look like another.
+        # Characters that change the writing direction or clear a terminal could disguise the value.
         if not self.organization.isprintable() or len(self.organization) > LONGEST_NAME:
             raise ValueError(f"expected at most {LONGEST_NAME} printable characters, got {self.organization!r}")
         if type(self.timestamp) is not int or self.timestamp < 0:
@@ -73,26 +73,26 @@ class EvaluationSource:
 
     @property
     def evaluation_id(self) -> str:
-        """Of this run, as the schema writes it."""
+        """Return the id of this run, as the schema requires."""
         return f"{self.collection}/{self.model_id}/{self.timestamp}"
 
 
 class Files(NamedTuple):
-    """Where the records lie, relative to the folder of an export."""
+    """Paths of the records, relative to the folder of an export."""
 
     aggregate: Path
     instances: Path
 
 
 class WrittenRecords(NamedTuple):
-    """Where records were written, relative to the folder of the export, and who checked them, in a line."""
+    """Paths of written records, relative to the folder of the export, and a line on who validated them."""
 
     files: Files
     checked: str
 
 
 def paths(measured: VerifiedRun, source: EvaluationSource) -> Files:
-    """Where the records of a run lie; named by the content of its results file."""
+    """Return the paths of a run's records, named by the content of its results file."""
     digest = hashlib.sha256(measured.run.file.read_bytes()).digest()
     name = uuid.UUID(bytes=digest[:16], version=4)
     folder = Path("data", source.collection, *source.model_id.split("/"))
@@ -100,10 +100,10 @@ def paths(measured: VerifiedRun, source: EvaluationSource) -> Files:
 
 
 def write(measured: VerifiedRun, source: EvaluationSource, folder: Path) -> WrittenRecords:
-    """Write both records below a folder, and have them checked by the validator of Every Eval Ever where there is one.
+    """Write both records below a folder, and validate them by Every Eval Ever's own validator where it is installed.
 
     Raises:
-        ValueError: If a value is none that the format can hold, or the validator refuses a file; then neither is left.
+        ValueError: The format cannot hold a value, or the validator refuses a file; then neither file is kept.
     """
     files = paths(measured, source)
     rows = [record.line() + "\n" for record in instances(measured, source)]
@@ -120,17 +120,17 @@ def write(measured: VerifiedRun, source: EvaluationSource, folder: Path) -> Writ
 
 
 def aggregate(measured: VerifiedRun, source: EvaluationSource, files: Files, lines: bytes, rows: int) -> RunRecord:
-    """The record of the run.
+    """Return the record of the run.
 
     Args:
-        measured: The run.
-        source: Who says so.
-        files: Where the records will lie.
-        lines: The records of single documents as they are written.
-        rows: How many these are.
+        measured: Run.
+        source: Source of the evaluation.
+        files: Paths of the records.
+        lines: Records of single documents as they are written.
+        rows: Number of these records.
 
     Raises:
-        ValueError: If a value is none that the format can hold.
+        ValueError: The format cannot hold a value.
     """
     started = _evaluated(measured.results)
     with refused(files.aggregate):
@@ -163,10 +163,10 @@ def aggregate(measured: VerifiedRun, source: EvaluationSource, files: Files, lin
 
 
 def instances(measured: VerifiedRun, source: EvaluationSource) -> Iterator[DocumentRecord]:
-    """The record of each document, task by task, in the log's order.
+    """Yield the record of each document, task by task, in the log's order.
 
     Raises:
-        ValueError: If a value is none that the format can hold.
+        ValueError: The format cannot hold a value.
     """
     for task, rescored in measured.tasks.items():
         kind = measured.run.tasks[task].kind
@@ -177,7 +177,7 @@ def instances(measured: VerifiedRun, source: EvaluationSource) -> Iterator[Docum
 
 
 def metric_bounds(metric: str) -> tuple[float, Bound]:
-    """Smallest and largest value a metric can have, as the schema writes them."""
+    """Return the smallest and largest value a metric can have, as the schema writes them."""
     if metric in ("nll", "boxes_per_answer"):
         return 0.0, "Infinity"
     name, _, cost = metric.partition("@")
@@ -239,7 +239,7 @@ def _data(answered: TaskRecords) -> record_types.HubData | record_types.OtherDat
     if place.shift is not None:
         details |= {"shift": place.shift, "severity": str(place.severity), "shifted": place.shifts}
     if not HUB_ID.fullmatch(place.dataset):
-        # A folder of this machine says nothing to anybody else.
+        # A folder of this machine is meaningless elsewhere.
         name = answered.task if "/" in place.dataset else place.dataset
         return record_types.OtherData(
             dataset_name=name, source_type="other", additional_details=details | {"split": place.split}
@@ -257,7 +257,7 @@ def _data(answered: TaskRecords) -> record_types.HubData | record_types.OtherDat
 def _generation(measured: VerifiedRun, task: str) -> record_types.GenerationDetails:
     longest, command = measured.tasks[task].definition.max_new_tokens, facts.command(measured.run)
     given = measured.results.get("config", {}).get("gen_kwargs")
-    # Tasks of this package decode greedily, unless the user said something else.
+    # Tasks of this package decode greedily, unless the user set something else.
     told: dict[str, Any] = {"temperature": 0.0} if not given else {}
     told |= {} if longest is None or given else {"max_tokens": longest}
     told |= {} if command is None else {"execution_command": command}
@@ -302,7 +302,7 @@ def _instance(task: str, kind: TaskKind, sample: RescoredSample, source: Evaluat
 
 def _is_correct(record: Mapping[str, Any], kind: TaskKind) -> bool:
     if kind is REJECTION:
-        # Only a box where there is something, and none where there is nothing.
+        # Right is a box where there is a target, and no box where there is none.
         return bool(record["score"] == record["matches"])
     return bool(record[kind.score] >= (0.5 if kind.right is None else kind.right))
 
@@ -319,7 +319,7 @@ def _attribution(record: Mapping[str, Any], kind: TaskKind) -> record_types.Attr
 
 
 def _metadata(record: Mapping[str, Any], kind: TaskKind) -> dict[str, str]:
-    """What the schema has no field for, as text: image, IoU, boxes and confidences."""
+    """Return what the schema has no field for, as text: image, IoU, boxes and confidences."""
     told = {"image": str(record["image"]), "confidence_estimator": kind.estimator}
     if kind is GROUNDING:
         told |= {"iou": repr(float(record["score"])), "boxes": str(record["boxes"])}
@@ -334,7 +334,7 @@ def _metadata(record: Mapping[str, Any], kind: TaskKind) -> dict[str, str]:
 
 
 def _evaluated(results: Mapping[str, Any]) -> str | None:
-    """When lmms-eval ran as ISO 8601, in the time zone it was told, which it does not log; None if it does not say."""
+    """Return when lmms-eval ran as ISO 8601, in its own time zone, which it does not log; None if unknown."""
     found = _DATE.fullmatch(str(results.get("date")))
     return "{}-{}-{}T{}:{}:{}".format(*found.groups()) if found else None
 

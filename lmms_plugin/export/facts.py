@@ -1,4 +1,4 @@
-"""What a run was of, as far as its folder tells: quantization, versions, size and speed, all as text."""
+"""Facts about a run from its folder: quantization, versions, size and speed, all as text."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _FROM_TABLE = {
 
 
 def beside(file: Path, name: str) -> Path | None:
-    """A file of this name in the folder of a results file or in the one above it, where studies keep it."""
+    """Return a file of this name in the folder of a results file or in the one above it, where studies keep it."""
     return next((path for folder in file.parents[:2] if (path := folder / name).is_file()), None)
 
 
 def quantization(run: LoggedRun, results: Mapping[str, Any]) -> dict[str, str]:
-    """How a model was quantized and what that did to its size, every value as text.
+    """Return how a model was quantized and the effect on its size, every value as text.
 
-    From the cell of a study if the run is one, else from the name of the model and its arguments. What no source tells
-    is not there.
+    The source is the cell of a study if the run has one, else the name of the model and its arguments. Unknown facts
+    are absent.
 
     Args:
-        run: The run.
+        run: Run.
         results: Content of its results file.
     """
     backend = backend_name(run.model)
@@ -51,24 +51,24 @@ def quantization(run: LoggedRun, results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def checkpoint(run: LoggedRun) -> str | None:
-    """The checkpoint that the arguments name; None if they do not."""
+    """Return the checkpoint that the arguments name; None if there is none."""
     named = arguments_of(run.model_args).get("pretrained")
     return None if named is None else shown(named)
 
 
 def cell(file: Path) -> Mapping[str, Any]:
-    """What a study recorded of the run of a results file; empty if it is none of a study."""
+    """Return a study's record of the run of a results file; empty outside of a study."""
     found = beside(file, CELL)
     return accounts.read(found, About) if found else {}
 
 
 def command(run: LoggedRun) -> str | None:
-    """The command that made the run, where a study recorded it."""
+    """Return the command of the run, where a study recorded it."""
     return command_line(cell(run.file).get("command", ())) or None
 
 
 def versions(run: LoggedRun) -> dict[str, str]:
-    """Versions of the libraries, where a study recorded them."""
+    """Return versions of the libraries, where a study recorded them."""
     return {str(name): str(version) for name, version in cell(run.file).get("versions", {}).items()}
 
 
@@ -87,7 +87,7 @@ def _arguments(run: LoggedRun) -> dict[str, str]:
 
 def _default_bits(run: LoggedRun) -> int | None:
     backend = backend_name(run.model)
-    # A checkpoint that is quantized already has bits of its own.
+    # A checkpoint that is already quantized has bits of its own.
     if backend is None or backend not in names() or backend == "prequantized":
         return None
     return backend_class(backend).default_bits

@@ -1,7 +1,7 @@
-"""Results as the Hugging Face hub reads them, by the types of its own library.
+"""Results in the formats of the Hugging Face hub, by the types of its own library.
 
-`.eval_results/*.yaml` holds one number for a task of a benchmark's dataset; which dataset and task these are, only the
-user can say. `model-index` in a model card holds any number of metrics.
+`.eval_results/*.yaml` holds one value for a task of a benchmark's dataset; only the user can say which dataset and task
+these are. `model-index` in a model card holds any number of metrics.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _OTHER_TASK_TYPE = "image-text-to-text"
 
 
 class BenchmarkEntry(NamedTuple):
-    """What the hub must be told and no results file knows.
+    """Facts that the hub needs and no results file has.
 
     Attributes:
-        dataset_id: Of the benchmark on the hub.
-        task_id: Of the task in that dataset's `eval.yaml`.
-        task: The run's task whose number it is; None for the only one.
-        metric: Which of its metrics.
-        scale: What the value is multiplied by: 100 where the benchmark counts in percent.
-        source_url: Where the evaluation can be looked at; None for nowhere.
+        dataset_id: Id of the benchmark's dataset on the hub.
+        task_id: Id of the task in that dataset's `eval.yaml`.
+        task: Task of the run whose value it is; None for the only one.
+        metric: Metric of that task.
+        scale: Factor of the value: 100 where the benchmark counts in percent.
+        source_url: URL of the evaluation; None for none.
     """
 
     dataset_id: str
@@ -45,10 +45,10 @@ class BenchmarkEntry(NamedTuple):
 
 
 def write_eval_results(measured: VerifiedRun, entry: BenchmarkEntry, folder: Path) -> Path:
-    """Write one number to `.eval_results/` below a folder.
+    """Write one value to `.eval_results/` below a folder.
 
     Raises:
-        ValueError: If the run does not have the metric, or several tasks and none is chosen, or an id is none.
+        ValueError: The run does not have the metric, has several tasks of which none is chosen, or an id is invalid.
     """
     task = _task(measured, entry.task)
     scores = measured.scores[task]
@@ -74,13 +74,13 @@ def write_model_index(measured: VerifiedRun, model_name: str, dataset_id: str | 
     """Write a model card's header with every metric of every task.
 
     Args:
-        measured: The run.
-        model_name: As the card calls it.
-        dataset_id: On the hub, for tasks that do not name one themselves; None where all do.
-        folder: Where `README.md` is written.
+        measured: Run.
+        model_name: Name of the model in the card.
+        dataset_id: Dataset on the hub for tasks that do not name one themselves; None where all do.
+        folder: Folder in which `README.md` is written.
 
     Raises:
-        ValueError: If a task names no dataset on the hub and the user named none.
+        ValueError: A task names no dataset on the hub and the user named none.
     """
     results = []
     for task, scores in measured.scores.items():
@@ -110,7 +110,7 @@ def expect_datasets(run: LoggedRun, dataset_id: str | None) -> None:
     """Check that every task has a dataset on the hub, its own or the one the user named.
 
     Raises:
-        ValueError: If one has none.
+        ValueError: A task has none.
     """
     for records in run.tasks.values():
         _dataset(records, dataset_id)

@@ -1,4 +1,4 @@
-"""A run with everything that exports say of it: its answers scored anew, and every metric with its interval."""
+"""A verified run for exports: its answers scored again, and every metric with its interval."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class VerifiedScore(NamedTuple):
     """One metric of one task.
 
     Attributes:
-        value: In the metric's own unit.
+        value: Value in the metric's own unit.
         low: Lower end of its interval; NaN where there is none.
-        high: Upper end.
-        records: Documents it is of.
-        images: Images these are of.
+        high: Upper end of its interval.
+        records: Number of documents.
+        images: Number of their images.
     """
 
     value: float
@@ -37,11 +37,11 @@ class VerifiedRun:
     """A run whose log and table agree.
 
     Attributes:
-        run: As read.
+        run: Run as read.
         results: Content of its results file.
-        tasks: Task name → answers scored anew.
-        scores: Task name → metric → score, of all metrics of lmms-eval's table that are defined on the answers.
-        settings: Of the intervals.
+        tasks: Task name → answers scored again.
+        scores: Task name → metric → score, for all metrics of lmms-eval's table that are defined on the answers.
+        settings: Settings of the intervals.
     """
 
     run: LoggedRun
@@ -51,18 +51,18 @@ class VerifiedRun:
     settings: MeasurementSettings
 
     def at(self, settings: MeasurementSettings) -> VerifiedRun:
-        """The same with intervals made in another way."""
+        """Return the same run with intervals by other settings."""
         if settings == self.settings:
             return self
         return replace(self, scores=_intervals(self.run, self.tasks, settings), settings=settings)
 
 
 def measured(run: LoggedRun, settings: MeasurementSettings) -> VerifiedRun:
-    """Score a run's answers anew and make intervals.
+    """Score a run's answers again and compute intervals.
 
     Raises:
-        ValueError: If log and table do not agree, the run has no task of this package, or it did not use all documents
-            of its tasks.
+        ValueError: Log and table disagree, the run has no task of this package, or it did not use all documents of its
+            tasks.
     """
     results = table(run.file)
     expect_whole(run, results)
@@ -86,7 +86,7 @@ def _scores(rescored: Rescored, numbers: Mapping[str, MetricValue]) -> dict[str,
     scores = {}
     for metric, value in rescored.metrics.items():
         number = numbers.get(metric)
-        # The same name may stand for another sample elsewhere: an interval is only taken with its own value.
+        # One name may stand for different samples: an interval is used only with its own value.
         if number is not None and math.isclose(number.value, value, abs_tol=1e-9):
             scores[metric] = VerifiedScore(*number[2:])
         elif not math.isnan(value):

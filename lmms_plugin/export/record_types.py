@@ -1,8 +1,8 @@
-"""What this package writes of Every Eval Ever 0.3.0, as types: the record of a run and the record of one document.
+"""Types of the records of Every Eval Ever 0.3.0 that this package writes: of a run and of one document.
 
 The format has more (other kinds of sources, conversations, judges), which no run of this package has. A model here
-takes nothing that the format refuses, and of the format only what this package writes: any other field is an error.
-A field with `left_out` as its default may be missing, and is then not written; null is no value for it.
+accepts nothing that the format refuses, and of the format only what this package writes: any other field is an error.
+A field with `left_out` as its default may be missing, and is then not written; null is not a value for it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Version = Literal["0.3.0"]
 VERSION: Version = "0.3.0"
 Relationship = Literal["first_party", "third_party", "collaborative", "other"]
 SAMPLES = "_samples.jsonl"
-"""How the file with the records of documents is called, behind the name of the run's own."""
+"""Suffix of the file with the records of documents, after the name of the run's own."""
 
 Details = Mapping[str, str]
-"""Whatever else is told, as text: the format takes no number here."""
+"""Further facts as text: the format takes no numbers here."""
 # JSON has lists where a frozen record has tuples.
 Texts = Annotated[tuple[str, ...], Strict(False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -33,20 +33,20 @@ Bound = float | Literal["Infinity", "-Infinity"]
 """An end of a metric's range; JSON has no infinite numbers."""
 T = TypeVar("T", bound="RecordPart")
 _ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}
-"""Ends of lines by Unicode that JSON takes for text → as JSON can write them, too."""
+"""Unicode line separators that JSON allows in text → their escapes."""
 
 
 class RecordPart(BaseModel):
-    """A part of a record. It cannot be changed, takes no other fields, and converts no value to another type."""
+    """A part of a record. It is immutable, refuses other fields, and converts no value to another type."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     def content(self) -> dict[str, Any]:
-        """As JSON holds it, fields in the order of their definition, without those that were left out."""
+        """Return the part for JSON, fields in the order of their definition, without those that were left out."""
         return self.model_dump(mode="json", exclude_unset=True)
 
     def line(self) -> str:
-        """As one line of JSON, for those, too, who take other characters than a line feed for the end of a line."""
+        """Return the part as one line of JSON, also for readers that end lines at other characters than a line feed."""
         return json.dumps(self.content(), ensure_ascii=False, allow_nan=False).translate(_ENDS)
 
 
@@ -54,7 +54,7 @@ class RecordPart(BaseModel):
 
 
 class SourceMetadata(RecordPart):
-    """Who evaluated, and how they stand to the model."""
+    """Who evaluated, and the relationship to the model."""
 
     source_name: str
     source_type: Literal["evaluation_run"]
@@ -63,7 +63,7 @@ class SourceMetadata(RecordPart):
 
 
 class Library(RecordPart):
-    """What evaluated the model, with the versions of what it is made of."""
+    """Library that evaluated the model, with versions of its components."""
 
     name: str
     version: str
@@ -71,14 +71,14 @@ class Library(RecordPart):
 
 
 class InferenceEngine(RecordPart):
-    """What computed the answers."""
+    """Engine that computed the answers."""
 
     name: str
     version: str = left_out()
 
 
 class ModelDetails(RecordPart, extra="allow"):
-    """How the model was run and whether its weights are to be had; quantization stands beside them, as text."""
+    """How the model was run and whether its weights are available; quantization is added as text."""
 
     __pydantic_extra__: dict[str, str]
     deployment_type: Literal["self_deployed", "externally_managed", "unknown"]
@@ -107,7 +107,7 @@ class HubData(RecordPart):
 
 
 class OtherData(RecordPart):
-    """A dataset that can be named but not pointed at."""
+    """A dataset without a public address."""
 
     dataset_name: str
     source_type: Literal["other"]
@@ -130,7 +130,7 @@ class Metric(RecordPart):
 
 
 class ConfidenceInterval(RecordPart):
-    """Where the score may lie at a level of confidence, and how that was found."""
+    """Interval of the score at a confidence level, and its method."""
 
     lower: float
     upper: float
@@ -139,7 +139,7 @@ class ConfidenceInterval(RecordPart):
 
 
 class Uncertainty(RecordPart):
-    """How many documents a score is of; where resamples were drawn, how many and what they gave."""
+    """Number of documents of a score; with resamples, their number and result."""
 
     confidence_interval: ConfidenceInterval = left_out()
     num_samples: Count
@@ -147,7 +147,7 @@ class Uncertainty(RecordPart):
 
 
 class ScoreDetails(RecordPart):
-    """A metric's value, in its own unit."""
+    """Value of a metric, in its own unit."""
 
     score: float
     details: Details
@@ -155,7 +155,7 @@ class ScoreDetails(RecordPart):
 
 
 class GenerationArguments(RecordPart):
-    """How answers were made, as far as the run tells."""
+    """Arguments of generation, as far as the run tells."""
 
     temperature: float = left_out()
     max_tokens: Annotated[int, Field(ge=1)] = left_out()
@@ -163,7 +163,7 @@ class GenerationArguments(RecordPart):
 
 
 class GenerationDetails(RecordPart):
-    """How answers were made, and what the user said of it in words of lmms-eval."""
+    """Details of generation, with what the user set in lmms-eval's terms."""
 
     generation_args: GenerationArguments
     additional_details: Details = left_out()
@@ -173,7 +173,7 @@ class Result(RecordPart):
     """One metric of one task.
 
     Raises:
-        ValueError: If the score lies outside the metric's range.
+        ValueError: The score lies outside the metric's range.
     """
 
     evaluation_result_id: str
@@ -210,7 +210,7 @@ def _random_uuid(text: str) -> bool:
 
 
 class DocumentRecordsFile(RecordPart):
-    """Where the records of documents lie, and what tells that they are those."""
+    """Path of the records of documents, and their hash."""
 
     format: Literal["jsonl"]
     file_path: Annotated[str, AfterValidator(_samples_path)]
@@ -233,7 +233,7 @@ class RunRecord(RecordPart):
     detailed_evaluation_results: DocumentRecordsFile
 
     def file(self) -> str:
-        """As its file holds it."""
+        """Return the content of the record's file."""
         return json.dumps(self.content(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -241,7 +241,7 @@ class RunRecord(RecordPart):
 
 
 class Input(RecordPart):
-    """What was asked, what the model saw of it as text if that is known, and what is right."""
+    """Question, its text as the model saw it if known, and true answer."""
 
     raw: str
     formatted: str | None
@@ -249,13 +249,13 @@ class Input(RecordPart):
 
 
 class Output(RecordPart):
-    """What the model answered."""
+    """Answer of the model."""
 
     raw: Texts
 
 
 class Attribution(RecordPart):
-    """What was taken from the answer, and how."""
+    """Value extracted from the answer, and how."""
 
     turn_idx: Count
     source: str
@@ -265,14 +265,14 @@ class Attribution(RecordPart):
 
 
 class Evaluation(RecordPart):
-    """What the answer is worth."""
+    """Score of the answer."""
 
     score: float
     is_correct: bool
 
 
 class DocumentRecord(RecordPart):
-    """A document with its answer, of one turn: so there is an output, and there are no messages."""
+    """A document with its answer of one turn: it has an output, and no messages."""
 
     schema_version: Version
     evaluation_id: str
@@ -293,15 +293,15 @@ class DocumentRecord(RecordPart):
 
 
 def read(kind: type[T], content: Any, where: object) -> T:
-    """A record from what its JSON holds.
+    """Parse a record from JSON content.
 
     Args:
-        kind: What it must be.
-        content: As parsed.
-        where: How the record is called if it is refused.
+        kind: Type of the record.
+        content: Parsed JSON.
+        where: Name of the record for errors.
 
     Raises:
-        ValueError: If it is not valid; says where it is not, in one line.
+        ValueError: The record is invalid; names the place, in one line.
     """
     with refused(where, kind):
         return kind.model_validate(content)
@@ -309,14 +309,14 @@ def read(kind: type[T], content: Any, where: object) -> T:
 
 @contextmanager
 def refused(where: object, kind: type[RecordPart] | None = None) -> Iterator[None]:
-    """Refusals of pydantic, which take several lines, in one.
+    """Reduce errors of pydantic, which have several lines, to one line.
 
     Args:
-        where: How the record is called.
-        kind: What it must be, where that is one.
+        where: Name of the record.
+        kind: Type of the record, where there is one.
 
     Raises:
-        ValueError: If there was one; names the record, the field, what it should be and what it is.
+        ValueError: The record is invalid; names the record, the field, what it should be and what it is.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Logged answers scored anew: what a run claims is compared with what its own answers are worth.
+"""Rescoring of logged answers: the claims of a run are compared with scores recomputed from its own answers.
 
-The log of samples holds the model's answer as it came, with the log-probabilities of its tokens. So everything behind
-it can be made again by the task's own functions: the box, its overlap with the true one, whether it counts as right,
-every confidence, and from these every metric of the table of results.
+The log of samples holds the model's raw answers with the log-probabilities of their tokens. Everything after them is
+recomputed by the task's own functions: the box, its overlap with the true one, whether it counts as right, every
+confidence, and from these every metric of the table of results.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _LOGGED = frozenset(
         *("doc", "arguments", "filter", "reasoning_token_counts"),
     }
 )
-"""Keys of a line of the log that lmms-eval writes itself; all others are metrics."""
+"""Keys of a log line that lmms-eval writes itself; all others are metrics."""
 
 
 class Rescored(NamedTuple):
     """A task of a run whose claims hold.
 
     Attributes:
-        samples: Of all documents, in the log's order.
-        metrics: Metric → value, of all metrics of lmms-eval's table.
+        samples: Samples of all documents, in the log's order.
+        metrics: Metric → value, for all metrics of lmms-eval's table.
         images: Metric → images of the documents that count for it, one entry per document.
-        definition: The task.
+        definition: Definition of the task.
     """
 
     samples: tuple[RescoredSample, ...]
@@ -50,10 +50,10 @@ class Rescored(NamedTuple):
 
 
 def rescore(run: LoggedRun, task: str) -> Rescored:
-    """Score the answers of a task of a run anew.
+    """Score the answers of a task of a run again.
 
     Raises:
-        ValueError: If a line of the log or the table of results says something else; names document and metric.
+        ValueError: A line of the log or the table of results disagrees; names document and metric.
     """
     log, found = run.log(task), definition(task)
     expect_place(run.tasks[task], found.place)
@@ -61,13 +61,13 @@ def rescore(run: LoggedRun, task: str) -> Rescored:
     entries: defaultdict[str, list[Any]] = defaultdict(list)
     images: defaultdict[str, list[str]] = defaultdict(list)
     for row in _rows(log):
-        # A true box may be none, a prompt a number.
+        # A true box may be missing, and a prompt may be a number.
         with readable(f"{log}: document {row.get('doc_id')!r:.20}"):
             sample, output = _scored(row, run.tasks[task].kind, found, log)
         samples.append(sample)
         for metric, entry in output.items():
             entries[metric].append(entry)
-            # An answer that an estimator has no value for is in none of its metrics.
+            # An answer without a value of an estimator counts for none of its metrics.
             if getattr(entry, "confidence", 0.0) is not None:
                 images[metric].append(str(sample.record["image"]))
     expect_one_model(task, samples)
@@ -80,7 +80,7 @@ def rescore(run: LoggedRun, task: str) -> Rescored:
 
 
 def claimed(run: LoggedRun, task: str) -> dict[str, float]:
-    """The metrics of a task in the table of results, standard errors left out."""
+    """Return the metrics of a task in the table of results, without standard errors."""
     table = {}
     for key, value in run.results.get(task, {}).items():
         metric, _, _ = key.partition(",")
@@ -120,7 +120,7 @@ def _scored(
 def _document(
     record: Mapping[str, Any], row: Mapping[str, Any], response: Response, kind: TaskKind, definition: Definition
 ) -> dict[str, Any]:
-    """The document as far as scores depend on it, from what the log keeps of it."""
+    """Return the document as far as scores depend on it, from the log."""
     if kind is GROUNDING or kind is REJECTION:
         return _expression(record, row, response, kind, definition)
     names = ("part", "question", "answers")
@@ -130,7 +130,7 @@ def _document(
 def _expression(
     record: Mapping[str, Any], row: Mapping[str, Any], response: Response, kind: TaskKind, definition: Definition
 ) -> dict[str, Any]:
-    # Without a trailer the answer is read in fractions, for which any size will do.
+    # Without a trailer the answer is parsed as fractions, for which any size works.
     width, height = response.original_size or (1, 1)
     doc = {
         "image_id": record["image"],
@@ -146,7 +146,7 @@ def _expression(
         doc["shifted_rate"] = row["shifted_rate"]["score"]
     if kind is REJECTION:
         whole = [0.0, 0.0, float(width), float(height)]
-        # Documents without a target have no box where a benchmark brings them, and one of their pair's elsewhere.
+        # Documents without a target have no box in benchmarks with such documents, else the box of their pair.
         without = not record["matches"] and "box_rate_no_target" in definition.aggregations
         return doc | {"bbox": None if without else whole}
     x1, y1, x2, y2 = record["target"]
@@ -154,7 +154,7 @@ def _expression(
 
 
 def difference(expected: Any, found: Any, where: str = "") -> str | None:
-    """Where two JSON-like values differ, in words; None where they are the same but for rounding."""
+    """Return where two JSON-like values differ, in words; None if they are equal up to rounding."""
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         for key in sorted(expected.keys() | found.keys(), key=str):
             if key not in expected or key not in found:
@@ -174,7 +174,7 @@ def _is_list(value: Any) -> bool:
 
 def _same(expected: Any, found: Any) -> bool:
     if _is_number(expected) and _is_number(found):
-        # JSON's whole numbers may be larger than any float.
+        # JSON integers may exceed any float.
         with suppress(OverflowError):
             both_nan = math.isnan(expected) and math.isnan(found)
             return both_nan or math.isclose(expected, found, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)

@@ -1,4 +1,4 @@
-"""Which documents a task really has, by loading its dataset through lmms-eval."""
+"""Documents that a task really has, by loading its dataset through lmms-eval."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lmms_plugin.export.definitions import definition
 
 
 def true_documents(tasks: Iterable[str]) -> dict[str, str]:
-    """Task → SHA-256 of all its documents, as `documents` makes it of a run.
+    """Return task → SHA-256 of all its documents, computed as by `documents` for a run.
 
     Raises:
-        DatasetError: If a dataset cannot be loaded; says how to use a local copy.
+        DatasetError: A dataset cannot be loaded; says how to use a local copy.
     """
     from lmms_eval.tasks import TaskManager, get_task_dict
 
@@ -30,7 +30,7 @@ def true_documents(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def _documents(task: str, loaded: Any) -> str:
-    """Read what a run without a single answer would have logged: ids, questions and true answers are all there."""
+    """Hash what a run without answers would have logged: ids, questions and true answers."""
     score = definition(task).score
     rows = [{"doc_id": number, **score(doc, [""])} for number, doc in enumerate(loaded.eval_docs_no_media)]
     kind = next(kind for kind in KINDS if kind.record in rows[0])

@@ -1,6 +1,6 @@
-"""Every Eval Ever's own validator, which checks what was written where its package is installed.
+"""Every Eval Ever's own validator, which checks written records where its package is installed.
 
-It checks more than single records: that both files lie where they say, name each other and agree.
+It checks more than single records: that both files are at their stated paths, name each other and agree.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ HOW = "pip install 'lmms-plugin[export]', in Python 3.12 or newer"
 
 
 def check(folder: Path, *files: Path) -> str:
-    """Check records that were written.
+    """Check written records.
 
     Args:
-        folder: Where `data` is.
-        files: Both, relative to the folder.
+        folder: Folder that contains `data`.
+        files: Both files, relative to the folder.
 
     Returns:
-        Who checked them, in a line; with what the validator warns of, which is no error.
+        Name of the validator, in a line, with its warnings, which are not errors.
 
     Raises:
-        ValueError: If the validator refuses one; says which and why.
+        ValueError: The validator refuses a file; names the file and the reason.
     """
     own = f"records checked by lmms-plugin's own models of Every Eval Ever {VERSION}"
     if find_spec(PACKAGE) is None:
@@ -49,7 +49,7 @@ def check(folder: Path, *files: Path) -> str:
 
 
 class _Written:
-    """The files of an export, as the validator asks for them: by their paths in it."""
+    """Files of an export, as the validator reads them: by their relative paths."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

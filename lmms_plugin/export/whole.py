@@ -1,4 +1,4 @@
-"""Whether a run used all documents of its tasks: what was measured on some of them goes on no leaderboard."""
+"""Check that a run used all documents of its tasks: partial results are not exported to leaderboards."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def expect_whole(run: LoggedRun, results: Mapping[str, Any]) -> None:
     """Check that a run answered all documents of its tasks.
 
     Args:
-        run: As read.
+        run: Run as read.
         results: Content of its results file.
 
     Raises:
-        ValueError: If it did not, as far as the files tell.
+        ValueError: Documents are missing, as far as the files tell.
     """
     config = results.get("config") or {}
     for told in (config, config.get("resolved_cli_args") or {}, facts.cell(run.file)):

@@ -1,1 +1,1 @@
-"""Submissions, their verification and the board."""
+"""The leaderboard: submissions, their verification and the board."""

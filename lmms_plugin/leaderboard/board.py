@@ -1,4 +1,4 @@
-"""The leaderboard: verified submissions as one page, as JSON and as CSV, and what was refused with its reason."""
+"""The board: verified submissions as one page, as JSON and as CSV, and refused submissions with the reason."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class BoardRow(NamedTuple):
     """One submission in the table of one task.
 
     Attributes:
-        rank: From 1, by the task's first metric; equal values share a rank.
+        rank: Rank from 1, by the task's first metric; equal values share a rank.
         submission: Name of the folder or zip.
-        model: Its id.
-        organization: That ran the evaluation.
-        facts: What the run says of quantization, as text.
+        model: Id of the model.
+        organization: Organization that ran the evaluation.
+        facts: Quantization of the run, as text.
         scores: All metrics.
-        documents: Documents answered.
-        images: Images these are of.
+        documents: Number of documents answered.
+        images: Number of their images.
         digest: SHA-256 of the manifest.
         same_answers: Other submissions with the same answers and log-probabilities.
     """
@@ -58,15 +58,15 @@ class BoardRow(NamedTuple):
 
 
 class BoardTable(NamedTuple):
-    """One task.
+    """Table of one task.
 
     Attributes:
-        task: Its name.
+        task: Name of the task.
         columns: Metrics shown.
-        higher_is_better: Metric → whether more of it is better.
-        estimator: Whose confidence the metrics are of.
-        documents: SHA-256 of the documents all answered.
-        rows: By rank.
+        higher_is_better: Metric → whether larger is better.
+        estimator: Confidence estimator of the metrics.
+        documents: SHA-256 of the documents that all answered.
+        rows: Rows by rank.
     """
 
     task: str
@@ -78,7 +78,7 @@ class BoardTable(NamedTuple):
 
 
 def tables(verified: Sequence[Verified]) -> list[BoardTable]:
-    """A table for every task that some submission answered, by name."""
+    """Return a table for every task that some submission answered, by name."""
     names = sorted({task for one in verified for task in one.tasks})
     return [_table(task, [one for one in verified if task in one.tasks]) for task in names]
 
@@ -86,7 +86,7 @@ def tables(verified: Sequence[Verified]) -> list[BoardTable]:
 def write(found: Sequence[BoardTable], refused: Sequence[Refused], settings: MeasurementSettings, folder: Path) -> None:
     """Write `leaderboard.html`, `leaderboard.json` and `leaderboard.csv` into a folder.
 
-    Each of them says how intervals were made. All three are written, or none is.
+    Each of them states the settings of the intervals. Either all three are written, or none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -102,7 +102,7 @@ def write(found: Sequence[BoardTable], refused: Sequence[Refused], settings: Mea
 
 
 def page(found: Sequence[BoardTable], refused: Sequence[Refused], settings: MeasurementSettings) -> str:
-    """The page: one file that needs no network."""
+    """Render the page: one file that needs no network."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -120,7 +120,7 @@ def page(found: Sequence[BoardTable], refused: Sequence[Refused], settings: Meas
 
 
 def _intervals(settings: MeasurementSettings) -> dict[str, float]:
-    """How all intervals of a leaderboard are made."""
+    """Return the settings of all intervals of a leaderboard."""
     return {name: getattr(settings, name) for name in ("level", "resamples", "seed")}
 
 
@@ -173,7 +173,7 @@ def _between(score: VerifiedScore | None) -> str:
 
 
 def _known(text: str | None) -> str:
-    """A fact as the table shows it: numbers with two decimals."""
+    """Format a fact for the table: numbers with two decimals."""
     try:
         return MISSING if text is None else f"{float(text):.2f}".removesuffix(".00")
     except ValueError:

@@ -1,8 +1,8 @@
 """A submission: one run with its logs, its records in Every Eval Ever, and a manifest of hashes, as a folder or zip.
 
-What is in it:
+Its content:
 
-- `manifest.json`: the hash of every file, who says so, and how intervals were made
+- `manifest.json`: the hash of every file, the source of the evaluation, and the settings of the intervals
 - `results/<date>_results.json`: as lmms-eval wrote it
 - `results/<date>_samples_<task>.jsonl`: the log of every task of this package
 - `results/cell.json` and `results/quant_report.json`: where the run has them
@@ -35,26 +35,26 @@ MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "lmms-plugin submission", 1
 RESULTS = "results"
 MOST_BYTES = 20 * 2**30
-"""Unpacked size from which a zip is refused."""
+"""Maximum unpacked size of a zip in bytes."""
 MOST_FILES, MOST_TIMES = 10_000, 200
-"""Entries of a zip, and how many times its own size it may unpack to; logs do so about ten times."""
+"""Maximum entries of a zip, and maximum ratio of its unpacked to its packed size; logs reach about ten."""
 LONGEST_JSON, LONGEST_LINE = 64 * 2**20, 4 * 2**20
-"""Bytes of a JSON file and of a line of a log: more would take too much memory to read."""
+"""Maximum bytes of a JSON file and of a log line: more would take too much memory to read."""
 MOST_RESAMPLES = 10_000
-"""From which on making a submission's intervals again would take whoever checks it too long."""
+"""Maximum resamples of a submission, whose intervals are computed again by whoever verifies it."""
 _BLOCK = 1 << 20
 _CHOSEN = ("resamples", "seed", "level", "held_out", "calibrator")
-"""What is told of how intervals were made; the confidence is always that of the kind of task."""
+"""Settings of intervals that are published; the confidence is always that of the kind of task."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a submission says it holds.
+    """Stated content of a submission.
 
     Attributes:
-        lmms_plugin: Version that made it.
-        source: Who says so.
-        settings: Of the intervals.
+        lmms_plugin: Version of this package that made it.
+        source: Source of the evaluation.
+        settings: Settings of the intervals.
         files: Path in the submission → SHA-256 of the file.
     """
 
@@ -64,7 +64,7 @@ class Manifest:
     files: Mapping[str, str]
 
     def to_json(self) -> str:
-        """As it is written."""
+        """Return the content of the manifest's file."""
         content = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -77,10 +77,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a folder.
+        """Read the manifest of a folder.
 
         Raises:
-            ValueError: If there is none, or it is damaged or of another version.
+            ValueError: There is none, or it is damaged or of another version.
         """
         file = folder / MANIFEST
         if not file.is_file():
@@ -101,10 +101,10 @@ def build(measured: VerifiedRun, source: EvaluationSource, folder: Path) -> str:
     """Write a submission to a new folder.
 
     Returns:
-        Who checked its records, in a line.
+        Validator of its records, in a line.
 
     Raises:
-        ValueError: If the folder is there already, or a record is not valid; then nothing is left.
+        ValueError: The folder exists already, or a record is invalid; then nothing is kept.
     """
     if folder.exists():
         raise ValueError(f"expected a new folder for the submission, {folder} is there already")
@@ -124,10 +124,10 @@ def build(measured: VerifiedRun, source: EvaluationSource, folder: Path) -> str:
 
 
 def pack(folder: Path) -> Path:
-    """A submission's folder as a zip beside it; the same content gives the same file.
+    """Pack a submission's folder as a zip beside it; the same content gives the same file.
 
     Raises:
-        ValueError: If there is such a file already.
+        ValueError: The zip exists already.
     """
     target = folder.with_name(folder.name + ".zip")
     if target.exists():
@@ -143,10 +143,10 @@ def pack(folder: Path) -> Path:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """The folder of a submission, for a zip a temporary one.
+    """Yield the folder of a submission, for a zip a temporary one.
 
     Raises:
-        ValueError: If it is neither a folder nor a zip, or the zip holds what does not belong in one.
+        ValueError: The path is neither a folder nor a zip, or the zip holds what does not belong in one.
     """
     if path.is_dir():
         yield path
@@ -161,10 +161,10 @@ def opened(path: Path) -> Iterator[Path]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a submission but the manifest, by its path.
+    """Return the SHA-256 of every file of a submission but the manifest, by its path.
 
     Raises:
-        ValueError: If there is something that is no plain file.
+        ValueError: Something in the folder is not a plain file.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -177,20 +177,20 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def expect_checkable(settings: MeasurementSettings) -> None:
-    """Check that others can afford to make the intervals again.
+    """Check that the intervals can be computed again at acceptable cost.
 
     Raises:
-        ValueError: If that would take too many resamples.
+        ValueError: That would take too many resamples.
     """
     if not 1 <= settings.resamples <= MOST_RESAMPLES:
         raise ValueError(f"expected 1 to {MOST_RESAMPLES} resamples in a submission, got {settings.resamples}")
 
 
 def results_file(folder: Path) -> Path:
-    """The one results file of a submission.
+    """Return the one results file of a submission.
 
     Raises:
-        ValueError: If there is none or more than one.
+        ValueError: There is none or more than one.
     """
     files = sorted((folder / RESULTS).glob("*_results.json"))
     if len(files) != 1:
@@ -224,10 +224,10 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def expect_readable(folder: Path) -> None:
-    """Check that nothing in a submission is too long to be read into memory, before anything is.
+    """Check that nothing in a submission is too long to be read into memory, before anything is read.
 
     Raises:
-        ValueError: If a JSON file or a line of a log is.
+        ValueError: A JSON file or a line of a log is too long.
     """
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".jsonl" and path.is_file():

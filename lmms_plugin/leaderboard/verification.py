@@ -1,7 +1,7 @@
-"""What must hold before a submission stands on a leaderboard.
+"""Verification of submissions for a leaderboard.
 
-Everything that can be made again from the answers is made again: scores of documents, metrics, intervals and the
-records of Every Eval Ever. What cannot be told from files alone is whether the model gave these answers at all.
+Everything that follows from the answers is recomputed: scores of documents, metrics, intervals and the records of Every
+Eval Ever. Files alone cannot tell whether the model gave these answers at all.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import json_object
 
 LONGEST_REASON = 600
-"""Characters of a reason that are shown: it may quote what a stranger wrote."""
+"""Maximum characters of a reason that are shown: it may quote what a stranger wrote."""
 
 LONGEST_FACT, LONGEST_ARGUMENTS = 200, 4000
-"""Characters of what a submission says of itself, and of the arguments of its model."""
+"""Maximum characters of a submission's own statements, and of the arguments of its model."""
 
 
 class Answered(NamedTuple):
-    """A task of a submission that holds.
+    """A verified task of a submission.
 
     Attributes:
-        kind: What it asks for.
+        kind: Kind of the task.
         scores: Metric → score.
-        higher_is_better: Metric → whether more of it is better.
-        count: Documents answered.
-        images: Images these are of.
+        higher_is_better: Metric → whether larger is better.
+        count: Number of documents answered.
+        images: Number of their images.
         documents: SHA-256 of what was asked.
     """
 
@@ -59,15 +59,15 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Verified:
-    """A submission of which everything holds that it can show by itself.
+    """A submission that passes all checks of its own files.
 
     Attributes:
-        name: Of its folder or zip.
-        source: Who says so.
+        name: Name of its folder or zip.
+        source: Source of the evaluation.
         digest: SHA-256 of the manifest, and so of every file.
         answers: SHA-256 of all answers with their log-probabilities.
-        facts: What the run says of quantization, as text.
-        tasks: By name.
+        facts: Quantization of the run, as text.
+        tasks: Tasks by name.
     """
 
     name: str
@@ -80,10 +80,10 @@ class Verified:
 
 @dataclass(frozen=True)
 class Refused:
-    """A submission that does not hold.
+    """A submission that fails a check.
 
     Attributes:
-        name: Of its folder or zip.
+        name: Name of its folder or zip.
         reason: What was expected and what came.
     """
 
@@ -92,18 +92,19 @@ class Refused:
 
 
 def verify(path: Path, settings: MeasurementSettings) -> Verified | Refused:
-    """Check one submission by itself; whatever is wrong with it, it is refused and nothing is raised.
+    """Check one submission by itself; a failure returns a refusal and raises nothing.
 
     Args:
-        path: Its folder or zip.
-        settings: Of the leaderboard's intervals. A submission's own are checked as it made them, and not shown.
+        path: Folder or zip of the submission.
+        settings: Settings of the leaderboard's intervals. A submission's own intervals are checked by its own settings,
+            and not shown.
     """
     try:
         with submission.opened(path) as folder:
             return _verified(path, folder, settings)
     except Exception as error:
-        # Strangers write submissions: what a damaged zip or JSON of an unexpected shape raises cannot be listed, and
-        # one of them must not keep the others from the page.
+        # Strangers write submissions: the errors of a damaged zip or unexpected JSON cannot be enumerated, and one such
+        # submission must not keep the others from the page.
         return Refused(_readable(path.name)[:LONGEST_FACT], _reason(error))
 
 
@@ -111,12 +112,12 @@ def agreeing(found: Sequence[Verified], reference: Mapping[str, str]) -> tuple[l
     """Keep submissions that answered the same documents.
 
     Args:
-        found: Verified one by one.
-        reference: Task → documents that are known to be the right ones; for other tasks those count that more than
-            half of the submissions agree on.
+        found: Submissions that are verified one by one.
+        reference: Task → documents that are known to be right; for other tasks, those that more than half of the
+            submissions agree on.
 
     Returns:
-        Those that agree, and those that do not.
+        Submissions that agree, and those that do not.
     """
     right = _majority(found) | dict(reference)
     kept, refused = [], []
@@ -137,7 +138,7 @@ def agreeing(found: Sequence[Verified], reference: Mapping[str, str]) -> tuple[l
 
 
 def _reason(error: Exception) -> str:
-    """Why a submission was refused: our own words where the error is ours, else its type, too."""
+    """Return why a submission was refused: our own message where the error is ours, else with the error's type."""
     text = str(error) if type(error) is ValueError else "damaged: " + "".join(format_exception_only(error)).strip()
     readable = _readable(text)
     return readable if len(readable) <= LONGEST_REASON else f"{readable[:LONGEST_REASON]} …"
@@ -173,7 +174,7 @@ def _verified(path: Path, folder: Path, settings: MeasurementSettings) -> Verifi
 
 
 def _expect_shown(what: str, text: str, most: int) -> None:
-    """What stands on the page must be fit to be shown: characters that change direction would show something else."""
+    """Refuse text that is unfit for the page: characters that change the writing direction would disguise it."""
     if not text.isprintable() or len(text) > most:
         raise ValueError(f"{what}: expected at most {most} printable characters, got {text!r:.80}")
 
@@ -202,7 +203,7 @@ def _expect_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _expect_nothing_else(folder: Path, manifest: Manifest, found: VerifiedRun) -> None:
-    """A file that nothing reads is checked by nobody."""
+    """Refuse files that nothing reads, since nothing checks them."""
     read = {found.run.file, *map(found.run.log, found.run.tasks)}
     read |= {found.run.file.with_name(name) for name in (CELL, REPORT)}
     read |= {folder / file for file in every_eval_ever.paths(found, manifest.source)}
@@ -212,7 +213,7 @@ def _expect_nothing_else(folder: Path, manifest: Manifest, found: VerifiedRun) -
 
 
 def _expect_records(folder: Path, manifest: Manifest, found: VerifiedRun) -> None:
-    """Both records must be valid and be those that this package makes of the answers."""
+    """Check that both records are valid and equal those that this package makes of the answers."""
     files = every_eval_ever.paths(found, manifest.source)
     for file in files:
         if not (folder / file).is_file():
@@ -228,7 +229,7 @@ def _expect_records(folder: Path, manifest: Manifest, found: VerifiedRun) -> Non
     whole = json_object((folder / files.aggregate).read_bytes(), files.aggregate.name)
     record_types.read(record_types.RunRecord, whole, files.aggregate.name)
     made_whole = every_eval_ever.aggregate(found, manifest.source, files, lines, len(made)).content()
-    # What another version of this package calls itself is no claim.
+    # The version of this package that wrote the records may differ from the installed one.
     made_whole["eval_library"]["additional_details"]["lmms_plugin"] = manifest.lmms_plugin
     _expect_same(made_whole, whole, files.aggregate)
 

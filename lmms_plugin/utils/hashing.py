@@ -110,7 +110,7 @@ def _sample(file: Path) -> tuple[int, str]:
 
 
 def _blocks(file: Path) -> Iterator[bytes]:
-    """Yield 64 blocks of 4,096 bytes, spread evenly from the start to the end of a file; they overlap in a short one."""
+    """Yield 64 blocks of 4,096 bytes, spread evenly from start to end of a file; they overlap in a short one."""
     last = max(0, file.stat().st_size - _BLOCK)
     with file.open("rb") as stream:
         for block in range(_BLOCKS):

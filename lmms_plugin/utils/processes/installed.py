@@ -5,6 +5,6 @@ from pathlib import Path
 
 
 def command(name: str) -> str:
-    """Return the path of a command beside this interpreter, whose environment may be inactive; else its name for the PATH."""
+    """Return the path of a command beside this interpreter (even in an inactive environment), else its name."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name
