@@ -1,6 +1,6 @@
-"""Calibration, selective prediction and localisation metrics: arrays in, numbers out, numpy alone.
+"""Calibration, selective prediction and localisation metrics: functions of arrays that need numpy alone.
 
-Everything is a fraction in [0, 1] unless it says otherwise, computed in float64 and in O(n log n) at most.
+Everything is a fraction in [0, 1] unless stated otherwise, computed in float64 and in O(n log n) at most.
 """
 
 from lmms_plugin.metrics.calibration import (

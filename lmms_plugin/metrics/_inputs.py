@@ -1,4 +1,4 @@
-"""What every metric accepts: one-dimensional, finite fractions in [0, 1], as float64."""
+"""Validation of metric inputs: one-dimensional, finite fractions in [0, 1], as float64."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,18 +6,18 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 ROUNDING = 1e-12
-"""Slack on a bound that sums of soft outcomes should meet exactly: in floating point 1 - 0.7 exceeds 0.3."""
+"""Tolerance of a bound that sums of soft outcomes should meet exactly: in floating point 1 - 0.7 exceeds 0.3."""
 
 
 def fractions(name: str, values: npt.ArrayLike) -> Floats:
     """Check an array of fractions and return it as float64.
 
     Args:
-        name: What the array is called in the error message.
+        name: Name of the array in the error message.
         values: Shape (n,), n ≥ 1, each finite and in [0, 1]. Booleans count as 0 and 1.
 
     Raises:
-        ValueError: If the array is not one-dimensional, is empty, or holds NaN, an infinity or a value outside [0, 1].
+        ValueError: The array is not one-dimensional, is empty, or holds NaN, an infinity or a value outside [0, 1].
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
@@ -38,7 +38,7 @@ def paired(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> tuple[Floats, F
     """Check confidences together with their outcomes and return both as float64.
 
     Raises:
-        ValueError: As `fractions`, or if the two differ in length.
+        ValueError: As `fractions`, or the two differ in length.
     """
     c, y = fractions("confidence", confidence), fractions("outcome", outcome)
     if c.size != y.size:
@@ -50,7 +50,7 @@ def one_fraction(name: str, value: float) -> float:
     """Check a single number in [0, 1].
 
     Raises:
-        ValueError: If it is NaN or outside [0, 1].
+        ValueError: It is NaN or outside [0, 1].
     """
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"expected {name} in [0, 1], got {value}")
@@ -61,7 +61,7 @@ def positive_int(name: str, value: int) -> int:
     """Check a count that must be at least 1.
 
     Raises:
-        ValueError: If it is not an integer or is below 1.
+        ValueError: It is not an integer or is below 1.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"expected {name} to be an integer of at least 1, got {value!r}")

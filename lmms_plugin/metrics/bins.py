@@ -1,4 +1,4 @@
-"""Records in groups: by the bin of a calibration error, or by equal confidence, the least that thresholds tell apart.
+"""Bins of a calibration error, and blocks of equal confidence, which no threshold separates.
 
 Bins of equal width are half-open, (lower, upper], with edges k / n_bins; a confidence of exactly 0 belongs to the first
 bin and one of exactly 1 to the last. Bins of equal mass hold equal numbers of records, but never separate records of
@@ -13,11 +13,11 @@ import numpy.typing as npt
 from lmms_plugin.metrics._inputs import Floats
 
 DEFAULT_BINS = 15
-"""Bins of a calibration error unless told otherwise (Guo et al., ICML 2017)."""
+"""Default number of bins of a calibration error (Guo et al., ICML 2017)."""
 
 
 def equal_width_index(confidence: Floats, n_bins: int) -> npt.NDArray[np.intp]:
-    """Index of the equal-width bin of each checked confidence, shape (n,)."""
+    """Return the index of the equal-width bin of each checked confidence, shape (n,)."""
     # k / n_bins is the double nearest to the edge, as a confidence written in decimals is; linspace can miss it by one.
     edges = np.arange(n_bins + 1) / n_bins
     edges[0] = -1.0
@@ -32,8 +32,8 @@ class Ties(NamedTuple):
     """Blocks of records with equal confidence, in ascending order of confidence. All arrays have shape (blocks,).
 
     Attributes:
-        confidence: The distinct confidences.
-        records: How many records each block holds, as float64.
+        confidence: Distinct confidences.
+        records: Number of records of each block, as float64.
         outcome: Sum of the outcomes of each block.
     """
 
@@ -62,14 +62,15 @@ def _sorted(confidence: Floats, outcome: Floats) -> tuple[Floats, Floats]:
 
 
 def equal_mass_cuts(upto: npt.NDArray[np.number], n_bins: int) -> npt.NDArray[np.intp]:
-    """Where the second and every further bin of equal mass begins, among blocks of equal confidence.
+    """Return where the second and every further bin of equal mass begins, among blocks of equal confidence.
 
     Args:
-        upto: Shape (blocks,), whole numbers: records of this or a higher confidence, from the highest confidence down.
-        n_bins: How many bins, at least 1.
+        upto: Number of records of this or a higher confidence, from the highest confidence down, integers of shape
+            (blocks,).
+        n_bins: Number of bins, at least 1.
 
     Returns:
-        Numbers of blocks, ascending, shape (n_bins − 1,); equal where a bin is empty.
+        Indices of blocks, ascending, shape (n_bins − 1,); equal where a bin is empty.
     """
     total = int(upto[-1])
     # A block's middle rank from below, times 2, is 2·total − 1 − (records above it + records above the next).
@@ -82,11 +83,11 @@ def equal_mass_cuts(upto: npt.NDArray[np.number], n_bins: int) -> npt.NDArray[np
 
 
 def equal_mass_index(records: Floats, n_bins: int) -> npt.NDArray[np.intp]:
-    """Index of the equal-mass bin of each block of equal confidence, from the lowest confidence up, shape (blocks,).
+    """Return the equal-mass bin of each block of equal confidence, from the lowest confidence up, shape (blocks,).
 
     Args:
-        records: Shape (blocks,), how many records each block holds.
-        n_bins: How many bins, at least 1.
+        records: Number of records of each block, shape (blocks,).
+        n_bins: Number of bins, at least 1.
     """
     cuts = equal_mass_cuts(np.cumsum(records[::-1]), n_bins)
     from_above = np.searchsorted(cuts, np.arange(records.size), side="right")

@@ -1,6 +1,6 @@
-"""Bootstrap over clusters: how far a number would move had other images been drawn.
+"""Cluster bootstrap: the sampling variation of a number over images.
 
-Expressions of one image are not independent, so images are resampled and bring all their records along. A resample is
+Expressions of one image are not independent, so images are resampled together with all their records. A resample is
 one row of counts: how often each cluster was drawn. Statistics take counts, not copies of records
 (`lmms_plugin.metrics.sums` and `ranked`), so that 10⁶ records are sorted once and not once per resample.
 """
@@ -16,27 +16,27 @@ import numpy.typing as npt
 from lmms_plugin.metrics._inputs import Floats, one_fraction, positive_int
 
 RESAMPLES = 1000
-"""Resamples of an interval unless told otherwise."""
+"""Default number of resamples of an interval."""
 
 MOST_RESAMPLES = 1_000_000
-"""From which on an interval takes more time and memory than its last digits are worth."""
+"""Maximum number of resamples: more take time and memory without a benefit to the interval."""
 _COUNTS_AT_ONCE = 4_000_000
-"""Counts held in memory at a time by one worker: 32 MB."""
+"""Maximum number of counts that one worker holds in memory at a time: 32 MB."""
 _COUNTS_IN_CACHE = 100_000
-"""Counts that stay in a processor's cache; as many resamples as that are evaluated at once."""
+"""Number of counts that fit into a processor's cache; as many resamples as that are evaluated at once."""
 _COUNTS_KEPT = 5_000_000
-"""Up to as many counts, 10 MB, are kept for the next statistics on as many clusters: a study has thousands of them."""
+"""Maximum number of counts (10 MB) cached for further statistics on as many clusters: a study has thousands."""
 
 _UNDEFINED = 0.01
 """Share of resamples in which a statistic may be undefined before its interval is NaN."""
 
 
 Method = Literal["percentile", "centred", "basic"]
-"""How resamples become an interval (Davison & Hinkley 1997, §5.2).
+"""Method that turns resamples into an interval (Davison & Hinkley 1997, §5.2).
 
-`percentile`: their quantiles. `centred`: those, moved so that the mean of the resamples is the value; for estimates
-that are unbiased themselves but not under resampling. `basic`: 2·value less their quantiles; for numbers that are
-biased upwards on the data and once more under resampling, as every calibration error is.
+`percentile`: quantiles of the resamples. `centred`: these quantiles, moved so that the mean of the resamples is the
+value; for estimates that are unbiased on the data but not under resampling. `basic`: 2·value less the quantiles; for
+numbers that are biased upwards on the data and again under resampling, as every calibration error is.
 """
 
 
@@ -45,18 +45,18 @@ class Statistic(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the numbers are called, in their order."""
+        """Names of the numbers, in their order."""
 
     def __call__(self, counts: Floats) -> Floats:
-        """Values, shape (resamples, names), for counts of shape (resamples, clusters); NaN where undefined."""
+        """Return values, shape (resamples, names), for counts of shape (resamples, clusters); NaN where undefined."""
 
 
 class Clusters(NamedTuple):
-    """Which cluster each record belongs to.
+    """Cluster of each record.
 
     Attributes:
-        index: Shape (n,), integers in [0, count).
-        count: How many clusters there are.
+        index: Index of each record's cluster, integers in [0, count), shape (n,).
+        count: Number of clusters.
     """
 
     # Tuples have methods of these names, which nobody calls here.
@@ -65,27 +65,27 @@ class Clusters(NamedTuple):
 
     @classmethod
     def of(cls, labels: npt.ArrayLike) -> "Clusters":
-        """Clusters of records with equal labels (image ids, say), shape (n,)."""
+        """Make clusters of records with equal labels (for example image ids), shape (n,)."""
         _, index = np.unique(np.asarray(labels), return_inverse=True)
         return cls(index.astype(np.intp), int(index.max()) + 1 if index.size else 0)
 
     @classmethod
     def one(cls, records: int) -> "Clusters":
-        """All records in one cluster."""
+        """Put all records into one cluster."""
         return cls(np.zeros(records, np.intp), 1)
 
     def repeated(self, times: int) -> "Clusters":
-        """Clusters of the records written one time after another."""
+        """Return the clusters of the records repeated several times in sequence."""
         return Clusters(np.tile(self.index, times), self.count)
 
 
 class Draws(NamedTuple):
-    """What a statistic was on the data and on every resample.
+    """Values of a statistic on the data and on every resample.
 
     Attributes:
         names: Names of the numbers.
-        value: Shape (names,), on the data themselves.
-        resampled: Shape (resamples, names).
+        value: Values on the data themselves, shape (names,).
+        resampled: Values on the resamples, shape (resamples, names).
     """
 
     names: tuple[str, ...]
@@ -93,7 +93,7 @@ class Draws(NamedTuple):
     resampled: Floats
 
     def of(self, name: str) -> tuple[float, Floats]:
-        """Value and resamples (shape (resamples,)) of one number."""
+        """Return the value and the resamples, shape (resamples,), of one number."""
         column = self.names.index(name)
         return float(self.value[column]), self.resampled[:, column]
 
@@ -111,10 +111,10 @@ class ResampledMetric:
     Exact for every metric and as slow as calling it once per resample.
 
     Args:
-        metric: Takes the arrays, each of shape (m,), returns a float.
-        arrays: Each of shape (n,).
-        clusters: Of the n records.
-        name: What the number is called.
+        metric: Function of the arrays, each of shape (m,), that returns a float.
+        arrays: Arrays, each of shape (n,).
+        clusters: Clusters of the n records.
+        name: Name of the number.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class ResampledMetric:
                 raise ValueError(f"expected arrays of shape {clusters.index.shape}, got {array.shape}")
 
     def __call__(self, counts: Floats) -> Floats:
-        """Values, shape (resamples, 1); NaN for a resample that holds no record."""
+        """Return values, shape (resamples, 1); NaN for a resample without records."""
         return np.array([[self._one(row)] for row in counts])
 
     def _one(self, counts: Floats) -> float:
@@ -139,10 +139,10 @@ class ResampledMetric:
 
 
 def affordable(resamples: int) -> int:
-    """A number of resamples that can be drawn.
+    """Check a number of resamples.
 
     Raises:
-        ValueError: If it is none from 1 to `MOST_RESAMPLES`.
+        ValueError: It is not from 1 to `MOST_RESAMPLES`.
     """
     if positive_int("resamples", resamples) > MOST_RESAMPLES:
         raise ValueError(f"expected at most {MOST_RESAMPLES:,} resamples, got {resamples:,}")
@@ -159,15 +159,14 @@ def bootstrap(
 
     Args:
         statistics: Functions of cluster counts.
-        clusters: How many clusters there are, at least 2.
-        resamples: How many times as many clusters are drawn with replacement.
+        clusters: Number of clusters, at least 2.
+        resamples: Number of resamples, each of as many clusters drawn with replacement.
         seed: Seed of the draws. Each resample has a stream of its own, so the result depends neither on `workers` nor
             on what else is evaluated.
-        workers: Threads.
+        workers: Number of threads.
 
     Raises:
-        ValueError: If there are fewer than 2 clusters, of which nothing can be learnt about their spread, or too many
-            resamples.
+        ValueError: There are fewer than 2 clusters, whose spread is unknown, or too many resamples.
     """
     if clusters < 2:
         raise ValueError(f"expected at least 2 clusters to resample, got {clusters}")
@@ -205,22 +204,22 @@ def _some_draws(clusters: int, seed: int, resamples: range) -> npt.NDArray[np.in
 
 
 def draw(clusters: int, seed: int, resample: int) -> npt.NDArray[np.intp]:
-    """How often each cluster is drawn in one resample, shape (clusters,)."""
+    """Return how often each cluster is drawn in one resample, shape (clusters,)."""
     drawn = np.random.default_rng([seed, resample]).integers(0, clusters, clusters)
     return np.bincount(drawn, minlength=clusters)
 
 
 def interval(value: float, resampled: Floats, *, level: float = 0.95, method: Method = "percentile") -> Interval:
-    """Confidence interval from resamples.
+    """Return a confidence interval from resamples.
 
     Args:
-        value: The number on the data themselves.
-        resampled: Shape (resamples,), its values on the resamples.
+        value: Value on the data themselves.
+        resampled: Values on the resamples, shape (resamples,).
         level: Confidence level, in [0, 1].
-        method: How resamples become an interval (see `Method`).
+        method: Method that turns resamples into an interval.
 
     Returns:
-        The interval; NaN where there are no resamples, or the value is undefined or more than 1 % of its resamples are.
+        The interval; NaN without resamples, or if the value or more than 1 % of its resamples are undefined.
     """
     one_fraction("level", level)
     moved = _moved(value, resampled, method)
@@ -233,9 +232,9 @@ def interval(value: float, resampled: Floats, *, level: float = 0.95, method: Me
 
 
 def p_value(value: float, resampled: Floats, *, method: Method = "percentile") -> float:
-    """Two-sided p-value of "the number is 0", by inverting the interval of `interval`; NaN where that is NaN.
+    """Return the two-sided p-value of "the number is 0", by inverting `interval`; NaN where that is NaN.
 
-    The smallest 1 − level whose interval leaves 0 out, with one resample added on either side, so never 0.
+    It is the smallest 1 − level whose interval excludes 0, with one resample added on either side, so never 0.
     """
     moved = _moved(value, resampled, method)
     if moved is None:
@@ -246,7 +245,7 @@ def p_value(value: float, resampled: Floats, *, method: Method = "percentile") -
 
 def _moved(value: float, resampled: Floats, method: Method) -> Floats | None:
     defined = resampled[~np.isnan(resampled)]
-    # Nothing is resampled where all records are of one cluster.
+    # Nothing is resampled where all records belong to one cluster.
     if np.isnan(value) or not defined.size or defined.size < (1 - _UNDEFINED) * resampled.size:
         return None
     if method == "basic":

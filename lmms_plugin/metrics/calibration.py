@@ -1,11 +1,11 @@
-"""Calibration: does a confidence of 0.8 mean right in 80 % of cases?
+"""Calibration: whether a confidence of 0.8 means right in 80 % of cases.
 
 Every function takes `confidence` and `outcome`, both of shape (n,) with values in [0, 1]. An outcome is 1 for right
 and 0 for wrong, or anything between for a soft target (VQA accuracy, IoU). All raise ValueError if the two differ in
 length, are empty, are not one-dimensional, or hold NaN or a value outside [0, 1].
 
 Bins are those of `lmms_plugin.metrics.bins`. `Binned` and `Smooth` are the metrics as functions of how often each
-cluster of records counts; the others are the same on the records as they are.
+cluster of records counts; the others are the same metrics on the plain records.
 """
 
 from functools import partial
@@ -22,26 +22,26 @@ from lmms_plugin.metrics.bootstrap import Clusters
 from lmms_plugin.metrics.sums import Sums, plain
 
 SMOOTHING_CELLS = 8192
-"""Cells of the grid on [0, 1] on which `smooth_ece` smooths residuals."""
+"""Number of cells of the grid on [0, 1] on which `smooth_ece` smooths residuals."""
 
 _CLIP = 1e-6
-"""How far from 0 and 1 `nll` keeps confidences unless told otherwise."""
+"""Default distance from 0 and 1 at which `nll` clips confidences."""
 
 _SMOOTHING_TOLERANCE = 2.0**-40
-"""How close `smooth_ece` comes to the bandwidth that equals its error."""
+"""Tolerance of `smooth_ece` for the bandwidth that equals its error."""
 
 _INAUDIBLE = 10.0
 """Product of bandwidth and frequency from which smoothing leaves less than exp(-50) of a cosine."""
 
 _FLOOR_CELL = 1e-3
-"""Confidences of one bin closer together than this are simulated with their mean by `ece_floor`."""
+"""Distance below which `ece_floor` simulates confidences of one bin with their mean."""
 
 
 class Bins(NamedTuple):
     """The non-empty bins of a reliability diagram, in ascending order of confidence. All arrays have shape (bins,).
 
     Attributes:
-        records: How many records each bin holds, as float64.
+        records: Number of records of each bin, as float64.
         confidence: Mean confidence of the bin.
         outcome: Mean outcome of the bin.
     """
@@ -57,7 +57,7 @@ class Bins(NamedTuple):
 
     @property
     def weight(self) -> Floats:
-        """Share of the records that each bin holds."""
+        """Share of the records in each bin."""
         return self.records / float(self.records.sum())
 
 
@@ -66,9 +66,9 @@ class BrierParts(NamedTuple):
 
     Attributes:
         reliability: Mean squared gap between confidence and outcome of a bin; 0 is calibrated.
-        resolution: Variance of the mean outcome over bins; larger tells right from wrong better.
+        resolution: Variance of the mean outcome over bins; larger separates right from wrong better.
         uncertainty: Variance of the outcome: the score of always answering with the overall mean.
-        within_bin: What binning hides: variance of confidence inside bins − 2 × its covariance with the outcome there;
+        within_bin: Effect of binning: variance of confidence inside bins − 2 × its covariance with the outcome there;
             negative where confidence still ranks the answers of one bin.
     """
 
@@ -82,8 +82,8 @@ class EceFloor(NamedTuple):
     """ECE that a perfectly calibrated model with the same confidences gets by chance.
 
     Attributes:
-        mean: Its expectation.
-        p95: Its 95th percentile; a measured ECE below this does not show miscalibration.
+        mean: Expectation.
+        p95: 95th percentile; a measured ECE below this does not show miscalibration.
     """
 
     mean: float
@@ -93,12 +93,12 @@ class EceFloor(NamedTuple):
 def reliability_bins(
     confidence: npt.ArrayLike, outcome: npt.ArrayLike, n_bins: int = DEFAULT_BINS, *, equal_mass: bool = False
 ) -> Bins:
-    """Non-empty bins of a reliability diagram.
+    """Return the non-empty bins of a reliability diagram.
 
     Args:
         confidence: Shape (n,), in [0, 1].
         outcome: Shape (n,), in [0, 1].
-        n_bins: How many bins, at least 1.
+        n_bins: Number of bins, at least 1.
         equal_mass: False for bins of equal width. True for bins of equal numbers of records, in which records of equal
             confidence are never separated: each block of them goes to the bin of its middle rank, so bins are as equal
             as the ties allow, some may be empty, and the order of the records does not matter.
@@ -196,10 +196,10 @@ def smooth_ece(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
 
 
 def _smooth_error(mass: Floats) -> float:
-    """The σ at which smECE_σ = σ, for residuals already summed onto the grid.
+    """Return the σ at which smECE_σ = σ, for residuals already summed onto the grid.
 
     Args:
-        mass: Shape (SMOOTHING_CELLS,): Σ (confidence − outcome) / n of what each cell holds (`_smoothing_cells`).
+        mass: Σ (confidence − outcome) / n over each cell of the grid (`_smoothing_cells`), shape (SMOOTHING_CELLS,).
     """
     spectrum = dct(mass * SMOOTHING_CELLS)
     squared_frequency = (np.pi * np.arange(spectrum.size)) ** 2
@@ -234,7 +234,7 @@ def ece_floor(
     simulations: int = 1000,
     seed: int = 0,
 ) -> EceFloor:
-    """ECE of a perfectly calibrated model with these confidences: what the finite number of records alone produces.
+    """Simulate the ECE of a perfectly calibrated model with these confidences, the effect of finite data alone.
 
     Outcomes are drawn as Bernoulli(confidence) `simulations` times. Records of one bin whose confidences fall into the
     same thousandth are drawn together as a binomial with their mean, which changes the spread by less than 0.1 % and
@@ -242,9 +242,9 @@ def ece_floor(
 
     Args:
         confidence: Shape (n,), in [0, 1].
-        n_bins: How many bins, at least 1.
+        n_bins: Number of bins, at least 1.
         equal_mass: False for the floor of `ece`, True for that of `adaptive_ece`.
-        simulations: How many sets of outcomes are drawn.
+        simulations: Number of sets of outcomes that are drawn.
         seed: Seed of the draws; equal seeds give equal results.
     """
     c = fractions("confidence", confidence)
@@ -264,18 +264,18 @@ def ece_floor(
 
 
 class Binned:
-    """Calibration metrics over equal-width bins, and scores that are means over records.
+    """Calibration metrics over equal-width bins, and scores that are means over records, as a `Statistic`.
 
     Args:
         confidence: Shape (n,), in [0, 1].
         outcome: Shape (n,), in [0, 1].
-        clusters: Of the n records.
-        n_bins: Bins of ECE, MCE and the parts of the Brier score, at least 1.
-        min_count: Records that a bin must hold for its gap to be the largest, the MCE, at least 1.
+        clusters: Clusters of the n records.
+        n_bins: Number of bins of ECE, MCE and the parts of the Brier score, at least 1.
+        min_count: Minimum number of records of a bin that counts for MCE, at least 1.
         clip: Confidences are moved into [clip, 1 − clip] for the log-likelihood; in (0, 0.5).
 
     Raises:
-        ValueError: If arrays or numbers are not as told.
+        ValueError: An array or number is invalid.
     """
 
     names = (
@@ -312,11 +312,11 @@ class Binned:
         self._scores = Sums.stacked([y**2, -(y * np.log(p) + (1.0 - y) * np.log1p(-p))], clusters)
 
     def sums(self, counts: Floats) -> Floats:
-        """Records and sums of confidence, outcome and squared residual of each bin, shape (4, resamples, bins)."""
+        """Return records, and sums of confidence, outcome and squared residual, by bin; shape (4, resamples, bins)."""
         return np.moveaxis(self._bins(counts).reshape(len(counts), 4, self._n_bins), 1, 0)
 
     def __call__(self, counts: Floats) -> Floats:
-        """Values of `names`, shape (resamples, names)."""
+        """Return the values of `names`, shape (resamples, names)."""
         n, c, y, square = self.sums(counts)
         y_square, nll = self._scores(counts).T
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -345,12 +345,12 @@ class Binned:
 
 
 class Smooth:
-    """Smooth ECE.
+    """Smooth ECE as a `Statistic`.
 
     Args:
         confidence: Shape (n,), in [0, 1].
         outcome: Shape (n,), in [0, 1].
-        clusters: Of the n records.
+        clusters: Clusters of the n records.
     """
 
     names = ("smooth_ece",)
@@ -362,7 +362,7 @@ class Smooth:
         self._records = Sums.stacked([np.ones_like(c)], clusters)
 
     def __call__(self, counts: Floats) -> Floats:
-        """Smooth ECE, shape (resamples, 1); NaN for a resample without records."""
+        """Return smooth ECE, shape (resamples, 1); NaN for a resample without records."""
         totals = self._records(counts)[:, 0]
         pairs = zip(self._mass(counts), totals, strict=True)
         return np.array([[_smooth_error(mass / total) if total else np.nan] for mass, total in pairs])
@@ -386,7 +386,7 @@ def _change_points(*keys: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
 
 
 def _smoothing_cells(confidence: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
-    """The two grid cells that share each record's residual, and their shares; both of shape (2, n)."""
+    """Return the two grid cells that share each record's residual, and their shares; both of shape (2, n)."""
     position = np.clip(confidence * SMOOTHING_CELLS - 0.5, 0.0, SMOOTHING_CELLS - 1.0)
     left = np.minimum(position.astype(np.intp), SMOOTHING_CELLS - 2)
     share = position - left

@@ -1,4 +1,4 @@
-"""How far two samples of feature vectors are apart: the strength of a shift, without a label or an answer."""
+"""Distances between two samples of feature vectors: the strength of a shift, without labels or answers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ def mmd(first: npt.ArrayLike, second: npt.ArrayLike, bandwidth: float | None = N
     heuristic.
 
     Args:
-        first: (n, d), n ≥ 2.
-        second: (m, d), m ≥ 2.
-        bandwidth: h; the median distance within `first` if None. Distances to one clean sample have one scale then.
-        paired: Whether row k of both is one thing seen twice. Such pairs are nearer to one another than chance would
-            have them, and are left out.
+        first: First sample, shape (n, d), n ≥ 2.
+        second: Second sample, shape (m, d), m ≥ 2.
+        bandwidth: h; the median distance within `first` if None, so that distances to one clean sample share a scale.
+        paired: Whether row k of both samples is the same item. Such pairs are closer than by chance, and are left out.
 
     Raises:
-        ValueError: If shapes do not fit, there is no pair to a row, a value is not finite, or h is not positive (all of
-            `first` is equal).
+        ValueError: Shapes do not fit, paired samples differ in length, a value is not finite, or h is not positive (all
+            rows of `first` are equal).
     """
     x, y = _pair(first, second)
     h = float(np.median(pdist(x))) if bandwidth is None else bandwidth
@@ -46,20 +45,20 @@ def mmd(first: npt.ArrayLike, second: npt.ArrayLike, bandwidth: float | None = N
 def frechet(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     """Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of the normal distributions with the samples' moments.
 
-    In squared units of the features. Biased upwards where there are not many more vectors than dimensions.
+    In squared units of the features. Biased upwards unless there are many more vectors than dimensions.
 
     Source: Dowson & Landau (1982); Heusel et al. (arXiv 1706.08500), equation 6.
 
     Args:
-        first: (n, d), n ≥ 2.
-        second: (m, d), m ≥ 2.
+        first: First sample, shape (n, d), n ≥ 2.
+        second: Second sample, shape (m, d), m ≥ 2.
 
     Raises:
-        ValueError: If shapes do not fit or a value is not finite.
+        ValueError: Shapes do not fit or a value is not finite.
     """
     x, y = _pair(first, second)
     covariances = [np.atleast_2d(np.cov(sample, rowvar=False)) for sample in (x, y)]
-    # The square root of a product of covariances has no imaginary part but for rounding.
+    # The square root of a product of covariances is real except for rounding.
     root = np.real(sqrtm(covariances[0] @ covariances[1]))
     apart = float(np.sum((x.mean(0) - y.mean(0)) ** 2))
     return max(0.0, apart + float(np.trace(covariances[0] + covariances[1] - 2 * root)))

@@ -1,4 +1,4 @@
-"""How the interval of each metric is made from its resamples."""
+"""Interval method of each metric."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -17,26 +17,26 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
     }
 )
-"""How the interval of a metric is made where it is not by percentiles.
+"""Interval method of each metric that does not use percentiles.
 
-On simulated data of 150 and 1,000 images a nominal 90 % interval of an ECE of 0.05 to 0.12 holds it in 78 to 85 % of
-cases (by percentiles: 29 to 90 %). Near 0 no interval is to be trusted: compare with `ece_floor`. That of MCE is rough
-always.
+On simulated data of 150 and 1,000 images a nominal 90 % interval of an ECE of 0.05 to 0.12 covers it in 78 to 85 % of
+cases (by percentiles: 29 to 90 %). Near 0 no interval is reliable: compare with `ece_floor`. The interval of MCE is
+always rough.
 """
 
 
 def between(metric: str, value: float, resampled: Floats, level: float) -> Interval:
-    """Interval of a metric of one run, inside of what the metric can be.
+    """Return the interval of a metric of one run, within the metric's range.
 
     Args:
-        metric: Its name.
-        value: On the data themselves.
-        resampled: Shape (resamples,).
+        metric: Name of the metric.
+        value: Value on the data themselves.
+        resampled: Values on the resamples, shape (resamples,).
         level: Confidence level.
     """
     method = METHODS.get(metric, "percentile")
     low, high = interval(value, resampled, level=level, method=method)
-    # Quantiles of a metric are values of it; what is made of them in another way may lie outside.
+    # Quantiles of a metric are values of it; other interval ends may lie outside its range.
     lowest = {"basic": 0.0, "centred": -1.0}.get(method)
     if lowest is not None:
         low, high = np.clip((low, high), lowest, 1.0).tolist()

@@ -1,4 +1,4 @@
-"""Localisation: how well one predicted box per record overlaps the true one, and whether confidence says so.
+"""Localisation: overlap of one predicted box per record with the true one, and its relation to confidence.
 
 `iou` has shape (n,) with values in [0, 1]; an answer without a box has IoU 0, so it counts as wrong. `confidence` has
 the same shape and range. All functions raise ValueError if arrays differ in length, are empty, are not
@@ -19,7 +19,7 @@ IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 """0.50, 0.55, … 0.95: the thresholds of COCO's mean average precision."""
 
 LAECE_BINS = 25
-"""Bins of LaECE (Oksuz et al., CVPR 2023)."""
+"""Number of bins of LaECE (Oksuz et al., CVPR 2023)."""
 
 
 def acc_at(iou: npt.ArrayLike, threshold: float = 0.5) -> float:
@@ -64,18 +64,18 @@ def mean_ece_over_iou(
 
 
 class Localised:
-    """Metrics of confidence against IoU: LaECE₀, LaACE₀ and the mean ECE over IoU thresholds.
+    """Metrics of confidence against IoU as a `Statistic`: LaECE₀, LaACE₀ and the mean ECE over IoU thresholds.
 
     Args:
         confidence: Shape (n,), in [0, 1].
         iou: Shape (n,), in [0, 1].
-        clusters: Of the n records.
-        thresholds: Of the mean ECE, in [0, 1], at least one.
-        n_bins: Bins of the mean ECE.
-        laece_bins: Bins of LaECE₀.
+        clusters: Clusters of the n records.
+        thresholds: IoU thresholds of the mean ECE, in [0, 1], at least one.
+        n_bins: Number of bins of the mean ECE.
+        laece_bins: Number of bins of LaECE₀.
 
     Raises:
-        ValueError: If arrays or numbers are not as told.
+        ValueError: An array or number is invalid.
     """
 
     names = ("laece_0", "laace_0", "mean_ece_over_iou")
@@ -101,11 +101,11 @@ class Localised:
         self._distance = Sums.stacked([np.abs(c - u)], clusters)
 
     def __call__(self, counts: Floats) -> Floats:
-        """Values of `names`, shape (resamples, names)."""
+        """Return the values of `names`, shape (resamples, names)."""
         reached = self._reached(counts).reshape(len(counts), self._n_bins, self._levels).swapaxes(1, 2)
         records = reached.sum(axis=1)
         total = records.sum(axis=1)
-        # At threshold k those are right that reached level k + 1 or a higher one.
+        # Right at threshold k are records that reached level k + 1 or a higher one.
         right = np.cumsum(reached[:, ::-1], axis=1)[:, ::-1][:, 1:]
         with np.errstate(invalid="ignore"):
             share = records / total[:, None]

@@ -1,4 +1,4 @@
-"""Two runs on the same documents: exact and resampled tests, corrections for many of them, and equivalence."""
+"""Paired comparison of two runs on the same documents: tests, corrections for multiple tests, and equivalence."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,8 +16,8 @@ class Flips(NamedTuple):
     """Documents on which two runs differ.
 
     Attributes:
-        lost: Right in the first run and wrong in the second.
-        won: Wrong in the first run and right in the second.
+        lost: Number right in the first run and wrong in the second.
+        won: Number wrong in the first run and right in the second.
     """
 
     lost: int
@@ -28,7 +28,7 @@ class Difference(NamedTuple):
     """Second run − first run.
 
     Attributes:
-        value: The difference.
+        value: Difference.
         low: Lower end of its interval; NaN where there is none.
         high: Upper end of its interval.
         p: Two-sided p-value of no difference; NaN where there is none.
@@ -43,14 +43,14 @@ class Difference(NamedTuple):
 
 
 def flips(first: npt.ArrayLike, second: npt.ArrayLike) -> Flips:
-    """Documents that changed sides between two runs.
+    """Count documents that flipped between two runs.
 
     Args:
-        first: Shape (n,), outcomes of the first run, each 0 or 1.
-        second: Shape (n,), outcomes of the second run on the same documents in the same order.
+        first: Outcomes of the first run, each 0 or 1, shape (n,).
+        second: Outcomes of the second run on the same documents in the same order, shape (n,).
 
     Raises:
-        ValueError: If they differ in length, are empty, or hold anything but 0 and 1.
+        ValueError: They differ in length, are empty, or hold anything but 0 and 1.
     """
     a, b = _binary("first outcome", first), _binary("second outcome", second)
     if a.size != b.size:
@@ -59,13 +59,13 @@ def flips(first: npt.ArrayLike, second: npt.ArrayLike) -> Flips:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided p-value of McNemar's test: is a document as likely to be lost as to be won?
+    """Exact two-sided p-value of McNemar's test that a document is as likely to be lost as to be won.
 
-    The binomial test of the documents that changed sides (1 where none did). It takes them for independent; where
+    It is the binomial test of the flipped documents (1 where there are none). It treats them as independent; where
     several belong to one image, prefer the p-value of `difference`.
 
     Raises:
-        ValueError: If a count is negative.
+        ValueError: A count is negative.
     """
     if min(lost, won) < 0:
         raise ValueError(f"expected counts of documents, got {lost} and {won}")
@@ -75,14 +75,14 @@ def mcnemar(lost: int, won: int) -> float:
 def difference(
     first: Draws, second: Draws, name: str, *, level: float = 0.95, margin: float | None = None
 ) -> Difference:
-    """Difference of one number between two runs, resampled together (`bootstrap` of both in one call).
+    """Compare one number between two runs that were resampled together (`bootstrap` of both in one call).
 
     Args:
         first: Draws of the first run.
         second: Draws of the second run, from the same call.
-        name: Which number.
+        name: Name of the number.
         level: Confidence level of the interval.
-        margin: Largest difference, either way, that counts as none; see `equivalent`.
+        margin: Equivalence margin, largest absolute difference that counts as none; see `equivalent`.
     """
     (value_a, resampled_a), (value_b, resampled_b) = first.of(name), second.of(name)
     method = METHODS.get(name, "percentile")
@@ -101,9 +101,9 @@ def interaction(
 ) -> Difference:
     """Difference in differences, (shifted − clean) of the second run − (shifted − clean) of the first.
 
-    With the unquantized model first and the quantized one second: does quantization hurt more under shift than on clean
-    data? A negative value of something that should be high means that it does. All four from one call of `bootstrap`,
-    so that an image is drawn for all of them or for none.
+    With the unquantized model first and the quantized one second, it tells whether quantization hurts more under shift
+    than on clean data: a negative value of a metric that should be high means that it does. All four draws must come
+    from one call of `bootstrap`, so that an image is drawn for all of them or for none.
     """
     pairs = [draws.of(name) for draws in (clean_first, shifted_first, clean_second, shifted_second)]
     (a, a_drawn), (b, b_drawn), (c, c_drawn), (d, d_drawn) = pairs
@@ -121,15 +121,15 @@ def from_resamples(
     *,
     widest: float = float("inf"),
 ) -> Difference:
-    """A difference with its interval, p-value and, given a margin, equivalence.
+    """Return a difference with its interval, p-value and, given a margin, equivalence.
 
     Args:
-        value: On the data themselves.
-        resampled: Shape (resamples,).
-        method: How resamples become an interval.
+        value: Value on the data themselves.
+        resampled: Values on the resamples, shape (resamples,).
+        method: Method that turns resamples into an interval.
         level: Confidence level of the interval.
-        margin: See `equivalent`; None to leave that out.
-        widest: How far from 0 the difference may be at all: an interval that is not of quantiles ends there.
+        margin: Equivalence margin, see `equivalent`; None for no test of equivalence.
+        widest: Largest possible absolute difference: an interval that is not of quantiles ends there.
     """
     low, high = interval(value, resampled, level=level, method=method)
     if method == "basic":
@@ -141,12 +141,14 @@ def from_resamples(
 
 
 def equivalent(inside: Interval, margin: float) -> bool:
-    """Whether an interval of level 1 − 2α lies inside (−margin, margin): two one-sided tests at α (Schuirmann 1987).
+    """Test equivalence: whether an interval of level 1 − 2α lies inside (−margin, margin).
+
+    These are two one-sided tests at α (Schuirmann 1987).
 
     False means "not shown", not "different"; an undefined interval shows nothing.
 
     Raises:
-        ValueError: If the margin is not above 0.
+        ValueError: The margin is not above 0.
     """
     if not margin > 0.0:
         raise ValueError(f"expected a margin above 0, got {margin}")
@@ -156,10 +158,10 @@ def equivalent(inside: Interval, margin: float) -> bool:
 def holm(p: npt.ArrayLike) -> Floats:
     """Holm's adjusted p-values: with those below α called significant, any error at all has probability α at most.
 
-    However the tests depend on one another.
+    The bound holds for any dependence between the tests.
 
     Args:
-        p: Shape (tests,), in [0, 1]. NaN is a test that could not be made: it stays NaN and does not count.
+        p: p-values in [0, 1], shape (tests,). NaN is a test that could not be made: it stays NaN and does not count.
     """
     return _adjusted(p, lambda ranked: np.maximum.accumulate(ranked * np.arange(ranked.size, 0, -1)))
 
@@ -170,7 +172,7 @@ def benjamini_hochberg(p: npt.ArrayLike) -> Floats:
     For independent or positively dependent tests.
 
     Args:
-        p: Shape (tests,), in [0, 1]. NaN is a test that could not be made: it stays NaN and does not count.
+        p: p-values in [0, 1], shape (tests,). NaN is a test that could not be made: it stays NaN and does not count.
     """
 
     def adjust(ranked: Floats) -> Floats:

@@ -1,8 +1,8 @@
 """Post-hoc calibrators: maps from a raw confidence to a probability, fitted on one split and applied to others.
 
-A calibrator keeps the images it was fitted on and asks for the image of every record it is applied to: a record of an
-image it has seen is an error, so a calibrated number is never measured where the map was fitted. Images and not
-records, because expressions of one image are not independent.
+A calibrator stores the images it was fitted on and requires the image of every record it is applied to: a record of a
+fitted image is an error, so a calibrated number is never measured where the map was fitted. Images and not records are
+compared, because expressions of one image are not independent.
 """
 
 from abc import ABC, abstractmethod
@@ -19,18 +19,18 @@ from lmms_plugin.metrics._inputs import Floats, fractions, paired
 from lmms_plugin.metrics.bins import ties
 
 _CLIP = 1e-12
-"""Confidences are kept this far from 0 and 1 before their logarithm is taken: joint probabilities can be tiny."""
+"""Distance from 0 and 1 at which confidences are clipped before the logarithm: joint probabilities can be tiny."""
 
 _STEEPEST = 1e3
 
 
 @dataclass(frozen=True)
 class FittedOn:
-    """What a calibrator was fitted on.
+    """Data that a calibrator was fitted on.
 
     Attributes:
-        split: Its name, for people.
-        records: How many records.
+        split: Name of the split, for people.
+        records: Number of records.
         images: Ids of their images.
     """
 
@@ -39,10 +39,10 @@ class FittedOn:
     images: frozenset[str]
 
     def refuse(self, images: Sequence[str], count: int) -> None:
-        """Refuse records of images that were fitted on.
+        """Refuse records of images that the calibrator was fitted on.
 
         Raises:
-            ValueError: If one of them was, or there is not one image per record.
+            ValueError: An image was fitted on, or there is not one image per record.
         """
         if len(images) != count:
             raise ValueError(f"expected one image per confidence, got {len(images)} images and {count} confidences")
@@ -55,7 +55,7 @@ class FittedOn:
 
 @dataclass(frozen=True)
 class Calibrator(ABC):
-    """A non-decreasing map from confidence to probability, with what it was fitted on."""
+    """A non-decreasing map from confidence to probability, with the data it was fitted on."""
 
     fitted_on: FittedOn
 
@@ -66,12 +66,12 @@ class Calibrator(ABC):
         Args:
             confidence: Shape (n,), in [0, 1].
             outcome: Shape (n,), in [0, 1]; 1 for right, 0 for wrong, between for a soft target.
-            images: The n records' image ids.
+            images: Image ids of the n records.
             split: Name of the split, kept in `fitted_on`.
 
         Raises:
-            ValueError: If lengths differ, values are outside [0, 1], or all outcomes are 0 or all are 1, of which
-                nothing can be learnt.
+            ValueError: Lengths differ, values are outside [0, 1], or all outcomes are 0 or all are 1, from which no map
+                can be fitted.
         """
         c, y = paired(confidence, outcome)
         if len(images) != c.size:
@@ -81,15 +81,15 @@ class Calibrator(ABC):
         return cls(FittedOn(split, c.size, frozenset(images)), **cls._solve(c, y))
 
     def apply(self, confidence: npt.ArrayLike, images: Sequence[str]) -> Floats:
-        """Calibrated confidences, shape (n,), in [0, 1].
+        """Return calibrated confidences, shape (n,), in [0, 1].
 
         Args:
             confidence: Shape (n,), in [0, 1].
-            images: The n records' image ids.
+            images: Image ids of the n records.
 
         Raises:
-            ValueError: If the calibrator was fitted on one of the images, lengths differ, or a confidence is not in
-                [0, 1].
+            ValueError: The calibrator was fitted on one of the images, lengths differ, or a confidence is not in [0,
+                1].
         """
         c = fractions("confidence", confidence)
         self.fitted_on.refuse(images, c.size)
@@ -98,16 +98,16 @@ class Calibrator(ABC):
     @classmethod
     @abstractmethod
     def _solve(cls, confidence: Floats, outcome: Floats) -> dict[str, Any]:
-        """Parameters of the map, by the names of the dataclass fields."""
+        """Return the parameters of the map, by the names of the dataclass fields."""
 
     @abstractmethod
     def _map(self, confidence: Floats) -> Floats:
-        """The map itself, shape (n,) to shape (n,)."""
+        """Apply the map, shape (n,) to shape (n,)."""
 
 
 @dataclass(frozen=True)
 class Temperature(Calibrator):
-    """σ(logit(c) / temperature), Guo et al., ICML 2017. Keeps 0.5 where it is, so it cannot move an overall bias."""
+    """σ(logit(c) / temperature), Guo et al., ICML 2017. It maps 0.5 to 0.5, so it cannot correct an overall bias."""
 
     temperature: float
 
@@ -160,11 +160,11 @@ class Beta(Calibrator):
 class Isotonic(Calibrator):
     """The best non-decreasing map, linear between its knots and constant beyond them (Zadrozny & Elkan, KDD 2002).
 
-    It ties confidences that it cannot tell apart, which changes what selective prediction can reach.
+    It can make different confidences equal, which changes what selective prediction can reach.
 
     Attributes:
         knots: Confidences, ascending.
-        values: Probabilities there, non-decreasing.
+        values: Probabilities at the knots, non-decreasing.
     """
 
     knots: tuple[float, ...]
@@ -186,7 +186,7 @@ class Isotonic(Calibrator):
 CALIBRATORS: Mapping[str, type[Calibrator]] = MappingProxyType(
     {"temperature": Temperature, "platt": Platt, "isotonic": Isotonic, "beta": Beta}
 )
-"""Every calibrator by the name under which it is chosen and stored."""
+"""Name → calibrator, for selection and storage."""
 
 
 def _logs(confidence: Floats) -> tuple[Floats, Floats]:
@@ -205,7 +205,7 @@ def _sigmoid(logit: Floats) -> Floats:
 
 
 def _logistic(features: Floats, outcome: Floats, bounds: Sequence[tuple[float | None, float | None]]) -> Floats:
-    """Coefficients of the least cross-entropy within bounds, shape (features,); the problem is convex."""
+    """Return the coefficients of least cross-entropy within bounds, shape (features,); the problem is convex."""
 
     def loss(coefficients: Floats) -> tuple[float, Floats]:
         logit = features @ coefficients

@@ -1,9 +1,10 @@
-"""The metrics that depend on the order of confidences, as functions of how often each cluster counts.
+"""Metrics that depend on the order of confidences, as functions of how often each cluster counts.
 
-Records are sorted once. A resample then is one gather and one cumulative sum of small integers, of many resamples at
-once; everything else is read off where an answer was wrong, because a curve changes its course nowhere else: between
-two wrong answers risk only falls, and right answers add to an area what their number says. With whole counts each
-metric is that of the records repeated that often; that of the records as they are is the same with every count 1.
+Records are sorted once. A resample is then one gather and one cumulative sum of small integers, for many resamples at
+once. All metrics are computed at the wrong answers only, because a curve changes its course nowhere else: between two
+wrong answers risk only falls, and the contribution of right answers to an area depends only on their number. With
+integer counts each metric equals that of the records repeated that often; the metric of the plain records has every
+count 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,15 +28,15 @@ Places = npt.NDArray[np.intp]
 
 _SMALL = np.iinfo(np.int32).max
 _AT_ONCE = 100_000
-"""Numbers per array: larger ones are given back to the system every time, and fetched anew."""
+"""Numbers per array: larger arrays are returned to the system every time, and allocated again."""
 
 
 class Curve:
     """Risk–coverage curves of some resamples, from the highest confidence down, at every confidence with an error.
 
     Attributes:
-        order: The sorted records.
-        times: Shape (resamples, clusters), how often each cluster was drawn.
+        order: Sorted records.
+        times: How often each cluster was drawn, shape (resamples, clusters).
     """
 
     def __init__(self, order: "Order", times: Whole) -> None:
@@ -43,32 +44,32 @@ class Curve:
 
     @cached_property
     def drawn(self) -> Whole:
-        """Shape (resamples, n), how often each record was drawn."""
+        """How often each record was drawn, shape (resamples, n)."""
         return self.times.take(self.order.index, axis=1)
 
     @cached_property
     def answered(self) -> Whole:
-        """Shape (resamples, n + 1), records drawn among the k most confident."""
+        """Records drawn among the k most confident, shape (resamples, n + 1)."""
         return _cumulative(self.drawn)
 
     @cached_property
     def total(self) -> Whole:
-        """Shape (resamples,), records drawn; 1 where there are none, of which every metric is undefined."""
+        """Records drawn, shape (resamples,); 1 where there are none, of which every metric is undefined."""
         return np.maximum(self.answered[:, -1], 1)
 
     @property
     def empty(self) -> npt.NDArray[np.bool_]:
-        """Shape (resamples,), whether no record was drawn."""
+        """Whether no record was drawn, shape (resamples,)."""
         return np.equal(self.answered[:, -1], 0)
 
     @cached_property
     def before(self) -> Whole:
-        """Shape (resamples, points), records of a higher confidence."""
+        """Records of a higher confidence, shape (resamples, points)."""
         return self.answered.take(self.order.starts, axis=1)
 
     @cached_property
     def after(self) -> Whole:
-        """Shape (resamples, points), records of this or a higher confidence."""
+        """Records of this or a higher confidence, shape (resamples, points)."""
         return self.answered.take(self.order.ends, axis=1)
 
     @cached_property
@@ -79,47 +80,47 @@ class Curve:
 
     @property
     def wrong_before(self) -> Floats:
-        """Shape (resamples, points), 1 − outcome summed over records of a higher confidence."""
+        """1 − outcome summed over records of a higher confidence, shape (resamples, points)."""
         return self._wrong[:, :-1]
 
     @property
     def wrong(self) -> Floats:
-        """Shape (resamples,), 1 − outcome summed over all records."""
+        """1 − outcome summed over all records, shape (resamples,)."""
         return self._wrong[:, -1]
 
     @property
     def right(self) -> Floats:
-        """Shape (resamples,), outcomes summed over all records."""
+        """Outcomes summed over all records, shape (resamples,)."""
         return self.total - self.wrong
 
     @cached_property
     def lost(self) -> Floats:
-        """Shape (resamples, points), 1 − outcome summed over records of this confidence."""
+        """1 − outcome summed over records of this confidence, shape (resamples, points)."""
         return np.diff(self._wrong, axis=1)
 
     @cached_property
     def records(self) -> Floats:
-        """Shape (resamples, points), records of this confidence."""
+        """Records of this confidence, shape (resamples, points)."""
         return np.subtract(self.after, self.before, dtype=np.float64)
 
     @cached_property
     def right_before(self) -> Floats:
-        """Shape (resamples, points), outcomes summed over records of a higher confidence."""
+        """Outcomes summed over records of a higher confidence, shape (resamples, points)."""
         return self.before - self.wrong_before
 
     @cached_property
     def risk_before(self) -> Floats:
-        """Shape (resamples, points), risk of answering all of a higher confidence; 0 where there is none."""
+        """Risk of answering all of a higher confidence, shape (resamples, points); 0 where there is none."""
         return self.wrong_before / np.maximum(self.before, 1)
 
     @cached_property
     def aurc(self) -> Floats:
-        """Shape (resamples,), area under the risk–coverage curve."""
+        """Area under the risk–coverage curve, shape (resamples,)."""
         return _area(self.before, self.after, self.lost / np.maximum(self.records, 1.0), self.total)
 
     @cached_property
     def ideal_aurc(self) -> Floats:
-        """Shape (resamples,), the same of these records in the best order: by outcome."""
+        """Area of these records in the best order, by outcome, shape (resamples,)."""
         if self.order.loss is not None:
             return Curve(self.order.best, self.times).aurc
         after = self.total[:, None]
@@ -127,14 +128,14 @@ class Curve:
         return _area(before, after, np.ones(after.shape), self.total)
 
     def where_mixed(self, values: Callable[[], Floats]) -> Floats:
-        """Values of shape (resamples,), NaN where all answers are right or all are wrong."""
+        """Return values of shape (resamples,), NaN where all answers are right or all are wrong."""
         with np.errstate(invalid="ignore", divide="ignore"):
             found: Floats = np.where(np.minimum(self.wrong, self.right) > 0.0, values(), np.nan)
         return found
 
 
 Metric = Callable[[Curve], Floats]
-"""From curves to one value of each, shape (resamples,)."""
+"""Function from curves to one value of each, shape (resamples,)."""
 
 
 def _area(before: Whole, after: Whole, loss: Floats, total: Whole) -> Floats:
@@ -143,7 +144,7 @@ def _area(before: Whole, after: Whole, loss: Floats, total: Whole) -> Floats:
     sums = _harmonic_sums(1 << int(total.max()).bit_length())
     harmonic = (sums[total] + total) / total
     parts = np.subtract(after, before, dtype=np.float64) * harmonic[:, None] - (sums.take(after) - sums.take(before))
-    # A risk, but for rounding.
+    # A risk in [0, 1], up to rounding.
     area: Floats = np.clip(np.sum(loss * parts, axis=1) / total, 0.0, 1.0)
     return area
 
@@ -154,7 +155,7 @@ def aurc(curve: Curve) -> Floats:
 
 
 def e_aurc(curve: Curve) -> Floats:
-    """What that is above the best possible one."""
+    """Excess AURC over the best possible ranking."""
     return curve.aurc - curve.ideal_aurc
 
 
@@ -171,7 +172,7 @@ def coverage(curve: Curve, risk: float) -> Floats:
 
 
 def auroc(curve: Curve) -> Floats:
-    """Chance that a right answer has a higher confidence than a wrong one; NaN without both."""
+    """Probability that a right answer has a higher confidence than a wrong one; NaN without both."""
     below = np.sum(curve.lost * (curve.right_before + (curve.records - curve.lost) / 2), axis=1)
     return curve.where_mixed(lambda: below / (curve.right * curve.wrong))
 
@@ -184,11 +185,11 @@ def aupr_error(curve: Curve) -> Floats:
 
 
 def fpr_at_tpr(curve: Curve, tpr: float = 0.95) -> Floats:
-    """Share of errors above the threshold that accepts that many right answers; NaN without both."""
+    """Share of errors above the threshold that accepts that share of right answers; NaN without both."""
     points = curve.lost.shape[1]
     if not points:
         return np.full(curve.total.size, np.nan)
-    # Accepted are the errors above which too few right answers are.
+    # Accepted are the errors that fewer right answers than required precede.
     above = np.count_nonzero(curve.right_before < ((tpr - ROUNDING) * curve.right)[:, None], axis=1)
     accepted = curve.wrong_before[np.arange(above.size), np.minimum(above, points - 1)]
     return curve.where_mixed(lambda: np.where(above < points, accepted / curve.wrong, 1.0))
@@ -200,10 +201,10 @@ def adaptive_ece(curve: Curve, n_bins: int = DEFAULT_BINS) -> Floats:
     ends = curve.answered[:, 1:] if blocks is None else curve.answered.take(blocks, axis=1)
     gaps = curve.drawn * curve.order.residual
     found = np.empty(curve.total.size)
-    # Bins are other ones in every resample.
+    # Bins differ between resamples.
     for row, (total, upto, gap) in enumerate(zip(curve.total.tolist(), ends, gaps, strict=True)):
         cuts = equal_mass_cuts(upto, n_bins)
-        # Cuts count blocks: as places of records they are where the block before them ends.
+        # Cuts count blocks; the corresponding record index is the end of the preceding block.
         places = cuts if blocks is None else np.where(cuts > 0, blocks[cuts - 1], 0)
         parts = [gap[start:stop].sum() for start, stop in pairwise((0, *places.tolist(), gap.size))]
         found[row] = np.abs(parts).sum() / total
@@ -221,17 +222,17 @@ RANKED: Mapping[str, Metric] = MappingProxyType(
         "adaptive_ece": adaptive_ece,
     }
 )
-"""Metrics that depend on the order of confidences, by name."""
+"""Name → metric that depends on the order of confidences."""
 
 
 class Ranked:
-    """Metrics of `RANKED`: selective prediction, ranking, and calibration over bins of equal mass.
+    """Metrics of `RANKED` as a `Statistic`: selective prediction, ranking, and calibration over bins of equal mass.
 
     Args:
         confidence: Shape (n,), in [0, 1].
         outcome: Shape (n,), in [0, 1].
-        clusters: Of the n records.
-        names: Which of them; all by default. The cost of the cumulative sums is shared.
+        clusters: Clusters of the n records.
+        names: Names of the metrics; all by default. The cost of the cumulative sums is shared.
     """
 
     def __init__(
@@ -246,10 +247,10 @@ class Ranked:
         self._order = Order(c, y, clusters.index)
 
     def __call__(self, counts: npt.NDArray[Any]) -> Floats:
-        """Values of `names`, shape (resamples, names); NaN for a resample without records.
+        """Return the values of `names`, shape (resamples, names); NaN for a resample without records.
 
         Raises:
-            ValueError: If a count is not a whole number of at least 0.
+            ValueError: A count is not an integer of at least 0.
         """
         step = max(1, _AT_ONCE // self._order.index.size)
         times = _whole(counts, many=step > 1)
@@ -263,7 +264,7 @@ class Ranked:
 
 
 def plain(metric: Metric, confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
-    """A metric of the records as they are.
+    """Evaluate a metric on the plain records.
 
     Raises:
         ValueError: As `lmms_plugin.metrics.selective`.
@@ -273,7 +274,7 @@ def plain(metric: Metric, confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> 
 
 
 def everywhere(confidence: Floats, outcome: Floats) -> tuple[Floats, Floats, Floats]:
-    """Confidence, coverage and risk of checked records at every distinct confidence, descending; shape (points,)."""
+    """Return confidence, coverage and risk at every distinct confidence, descending; shape (points,) each."""
     order = Order(confidence, outcome, np.zeros(confidence.size, np.intp))
     ends = np.arange(1, confidence.size + 1) if order.blocks is None else order.blocks
     lost = np.cumsum(1.0 - order.outcome)[ends - 1]
@@ -281,19 +282,19 @@ def everywhere(confidence: Floats, outcome: Floats) -> tuple[Floats, Floats, Flo
 
 
 class Order:
-    """Records from the highest confidence down.
+    """Records sorted from the highest confidence down.
 
     Attributes:
-        confidence: Shape (n,).
-        outcome: Shape (n,).
-        index: Shape (n,), cluster of each.
-        residual: Shape (n,), confidence − outcome.
-        blocks: Shape (blocks,), where each block of equal confidences ends; None if all confidences differ.
-        wrong: Shape (wrong records,), places of those with an outcome below 1.
-        loss: Shape (wrong records,), their 1 − outcome; None if all are 1.
-        starts: Shape (points,), where the blocks with a wrong record start.
-        ends: Shape (points,), where they end.
-        bounds: Shape (points + 1,), how many wrong records lie above each of those blocks, and how many there are.
+        confidence: Confidences, shape (n,).
+        outcome: Outcomes, shape (n,).
+        index: Cluster of each record, shape (n,).
+        residual: Confidence − outcome, shape (n,).
+        blocks: End of each block of equal confidences, shape (blocks,); None if all confidences differ.
+        wrong: Indices of records with an outcome below 1, shape (wrong records,).
+        loss: Their 1 − outcome, shape (wrong records,); None if all are 1.
+        starts: Start of each block with a wrong record, shape (points,).
+        ends: End of each block with a wrong record, shape (points,).
+        bounds: Number of wrong records above each of those blocks, and their total, shape (points + 1,).
     """
 
     def __init__(self, confidence: Floats, outcome: Floats, index: Places) -> None:
@@ -313,24 +314,24 @@ class Order:
 
     @cached_property
     def residual(self) -> Floats:
-        """Shape (n,), confidence − outcome."""
+        """Confidence − outcome, shape (n,)."""
         return self.confidence - self.outcome
 
     @cached_property
     def best(self) -> "Order":
-        """The same records in the order of their outcomes."""
+        """Return the same records in the order of their outcomes."""
         return Order(self.outcome, self.outcome, self.index)
 
 
 def _starts(ordered: npt.NDArray[np.generic]) -> Places:
-    """Where blocks of equal values start; none in an empty array."""
+    """Return where blocks of equal values start; empty for an empty array."""
     changed = np.ones(ordered.size, np.bool_)
     np.not_equal(ordered[1:], ordered[:-1], out=changed[1:])
     return np.flatnonzero(changed)
 
 
 def _cumulative(drawn: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Sums of the first 0, 1, … n of each row; numpy adds 32-bit integers up several times as fast as others."""
+    """Return the sums of the first 0, 1, … n of each row; numpy adds 32-bit integers much faster than others."""
     kind: npt.DTypeLike = np.float64
     if drawn.dtype.kind in "iu":
         highest = int(drawn.max(initial=0))
@@ -342,7 +343,7 @@ def _cumulative(drawn: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _whole(counts: npt.NDArray[Any], *, many: bool) -> Whole:
-    """Counts row after row: 32-bit integers where many rows are added up, else the smallest that hold them."""
+    """Return counts row by row: 32-bit integers where many rows are summed, else the smallest type that holds them."""
     highest = counts.max()
     small = np.int32 if many else np.uint8 if highest < 2**8 else np.uint16
     kind = small if highest < 2**16 else np.int64
@@ -355,7 +356,7 @@ def _whole(counts: npt.NDArray[Any], *, many: bool) -> Whole:
 
 @lru_cache(maxsize=4)
 def _harmonic_sums(size: int) -> Floats:
-    """Σ of the harmonic numbers H(0) … H(k − 1) = k·H(k) − k for k < size."""
+    """Return Σ of the harmonic numbers H(0) … H(k − 1) = k·H(k) − k for k < size."""
     ranks = np.arange(1, size)
     table: Floats = np.concatenate(([0.0], ranks * np.cumsum(1.0 / ranks) - ranks))
     table.flags.writeable = False

@@ -1,4 +1,4 @@
-"""Robustness: what a shift costs, over corruptions and severities.
+"""Robustness: the cost of shifts, over corruptions and severities.
 
 Values come as a table of shape (shifts, severities), one number per cell, e.g. 1 − Acc@0.5 or ECE.
 """
@@ -10,15 +10,15 @@ from lmms_plugin.metrics._inputs import Floats
 
 
 def corruption_errors(error: npt.ArrayLike, reference: npt.ArrayLike) -> Floats:
-    """CE of each shift, shape (shifts,): Σ over severities of the error ÷ that of the reference model.
+    """Corruption error (CE) of each shift, shape (shifts,): Σ of errors over severities ÷ that of the reference.
 
-    The formula of Hendrycks & Dietterich, ICLR 2019, over any shifts and severities; their CE takes five severities and
-    AlexNet as the reference. With the unquantized model as reference, 1.1 is a tenth more errors than it makes.
-    NaN or ∞ where the reference makes none.
+    The formula is that of Hendrycks & Dietterich, ICLR 2019, over any shifts and severities; their CE takes five
+    severities and AlexNet as the reference. With the unquantized model as reference, 1.1 means 10 % more errors. NaN or
+    ∞ where the reference has no errors.
 
     Args:
-        error: Shape (shifts, severities), e.g. 1 − accuracy.
-        reference: The same of the reference model.
+        error: Errors of the model, e.g. 1 − accuracy, shape (shifts, severities).
+        reference: Errors of the reference model, same shape.
     """
     e, r = _pair(error, reference)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -27,7 +27,7 @@ def corruption_errors(error: npt.ArrayLike, reference: npt.ArrayLike) -> Floats:
 
 
 def mean_corruption_error(error: npt.ArrayLike, reference: npt.ArrayLike) -> float:
-    """Mean of `corruption_errors` over the given shifts; 1 where it makes as many errors as the reference.
+    """Mean of `corruption_errors` over the given shifts; 1 for as many errors as the reference.
 
     The mCE of ImageNet-C is this over its fifteen corruptions with AlexNet as the reference.
     """
@@ -37,11 +37,11 @@ def mean_corruption_error(error: npt.ArrayLike, reference: npt.ArrayLike) -> flo
 def relative_mean_corruption_error(
     error: npt.ArrayLike, clean_error: float, reference: npt.ArrayLike, clean_reference: float
 ) -> float:
-    """As `mean_corruption_error`, of the errors beyond those on clean data (relative mCE of ImageNet-C).
+    """Like `mean_corruption_error`, for the errors beyond those on clean data (relative mCE of ImageNet-C).
 
-    Above 1, the model loses more to shifts than the reference does, whatever they
-    make of clean data. A ratio of differences: unstable, of either sign or undefined where the reference loses little;
-    `lmms_plugin.metrics.paired.interaction` is the same question with an interval.
+    Above 1, the model loses more to shifts than the reference does, whatever their clean errors. As a ratio of
+    differences it is unstable, of either sign or undefined where the reference loses little;
+    `lmms_plugin.metrics.paired.interaction` answers the same question with an interval.
     """
     e, r = _pair(error, reference)
     return mean_corruption_error(e - clean_error, r - clean_reference)
@@ -50,14 +50,14 @@ def relative_mean_corruption_error(
 def mean_under_corruption(value: npt.ArrayLike) -> float:
     """Mean over severities, then shifts.
 
-    Of an average precision under their fifteen corruptions at five severities it is the mPC of Michaelis et al. (arXiv
+    For an average precision under their fifteen corruptions at five severities it is the mPC of Michaelis et al. (arXiv
     1907.07484).
     """
     return float(_table("values", value).mean(axis=1).mean())
 
 
 def retained(value: npt.ArrayLike, clean: float) -> float:
-    """Share of the clean value that is left under shift, `mean_under_corruption` ÷ clean.
+    """Share of the clean value that is retained under shift, `mean_under_corruption` ÷ clean.
 
     NaN or ∞ where the clean value is 0.
     """
@@ -67,16 +67,16 @@ def retained(value: npt.ArrayLike, clean: float) -> float:
 def lost_per_severity(value: npt.ArrayLike, clean: float) -> Floats:
     """Share of the clean value that is lost at each severity, shape (severities,): 1 − mean over shifts ÷ clean.
 
-    For what should be high, such as coverage at 1 % risk. NaN or ∞ where the clean value is 0.
+    For metrics that should be high, such as coverage at 1 % risk. NaN or ∞ where the clean value is 0.
     """
     table = _table("values", value)
     return np.array([1.0 - _ratio(mean, clean) for mean in table.mean(axis=0)])
 
 
 def added_per_severity(value: npt.ArrayLike, clean: float) -> Floats:
-    """What each severity adds to the clean value, shape (severities,): mean over shifts − clean.
+    """Increase over the clean value at each severity, shape (severities,): mean over shifts − clean.
 
-    For what should be low, such as ECE, where a ratio to a value near 0 would say little.
+    For metrics that should be low, such as ECE, where a ratio to a value near 0 would be meaningless.
     """
     added: Floats = _table("values", value).mean(axis=0) - clean
     return added

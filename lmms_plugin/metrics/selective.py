@@ -1,4 +1,4 @@
-"""Selective prediction: what a model is worth when it may decline to answer where its confidence is low.
+"""Selective prediction: the value of a model that may decline to answer where its confidence is low.
 
 A record is answered iff its confidence ≥ a threshold, so records of equal confidence are answered together or not at
 all. Every function takes `confidence` and `outcome`, both of shape (n,) with values in [0, 1]; an outcome is 1 for
@@ -7,7 +7,7 @@ records. All raise ValueError if the two differ in length, are empty, are not on
 outside [0, 1].
 
 Definitions follow the standalone evaluator of Whitehead et al., "Reliable Visual Question Answering", ECCV 2022
-(facebookresearch/reliable_vqa), in fractions instead of percent; differences are stated where there are any.
+(facebookresearch/reliable_vqa), in fractions instead of percent; differences are stated.
 """
 
 from collections.abc import Mapping
@@ -27,14 +27,14 @@ COSTS: tuple[float, ...] = (1, 10, 100)
 """Costs of a wrong answer for which effective reliability is reported."""
 
 HELD_OUT, REPORTED = "val", "test"
-"""Parts of a task that brings its own split: thresholds are chosen on the first and results reported on the second."""
+"""Parts of a task with a split of its own: thresholds are chosen on the first and results reported on the second."""
 
 
 class RiskCoverage(NamedTuple):
     """Every operating point that a threshold can reach, from most to least selective. All arrays have shape (points,).
 
     Attributes:
-        threshold: The distinct confidences, descending.
+        threshold: Distinct confidences, descending.
         coverage: Share of records answered, (0, 1], ascending; the last is 1.
         risk: Mean of 1 − outcome over the answered records.
     """
@@ -45,7 +45,7 @@ class RiskCoverage(NamedTuple):
 
 
 class OperatingPoint(NamedTuple):
-    """What a given threshold does on given records.
+    """Coverage and risk of a given threshold on given records.
 
     Attributes:
         coverage: Share of records answered, [0, 1].
@@ -87,7 +87,7 @@ def coverage_at_risk(confidence: npt.ArrayLike, outcome: npt.ArrayLike, risk: fl
     Args:
         confidence: Shape (n,), in [0, 1].
         outcome: Shape (n,), in [0, 1].
-        risk: The bound r, in [0, 1].
+        risk: Bound r, in [0, 1].
 
     Returns:
         A fraction in [0, 1]; 0 if even the most confident records exceed the risk.
@@ -98,7 +98,7 @@ def coverage_at_risk(confidence: npt.ArrayLike, outcome: npt.ArrayLike, risk: fl
 def threshold_at_risk(confidence: npt.ArrayLike, outcome: npt.ArrayLike, risk: float) -> float:
     """Lowest threshold whose risk on these records is at most `risk` (in [0, 1]); ∞, which answers nothing, if none is.
 
-    Choose it on held-out records and read what it achieves elsewhere with `at_threshold`.
+    Choose it on held-out records, and evaluate it elsewhere with `at_threshold`.
     """
     curve = risk_coverage(confidence, outcome)
     within = np.flatnonzero(curve.risk <= one_fraction("risk", risk) + ROUNDING)
@@ -117,7 +117,7 @@ def at_threshold(confidence: npt.ArrayLike, outcome: npt.ArrayLike, threshold: f
 
 
 def effective_reliability(confidence: npt.ArrayLike, outcome: npt.ArrayLike, cost: float, threshold: float) -> float:
-    """Effective reliability Φ_c: the mean over all records of what answering or declining earned.
+    """Effective reliability Φ_c: the mean reward over all records, answered or declined.
 
     An answered record earns its outcome if that is above 0 and −cost if it is 0; a declined one earns 0
     (Whitehead et al., ECCV 2022). A threshold of 0 is the value without abstention; the mean outcome is the best
@@ -198,12 +198,12 @@ def fpr_at_tpr(confidence: npt.ArrayLike, outcome: npt.ArrayLike, tpr: float = 0
 
 
 class Gains:
-    """What a threshold chosen elsewhere does here: coverage and risk, and effective reliability for each cost.
+    """Coverage, risk and effective reliability of thresholds chosen elsewhere, as a `Statistic`.
 
     Args:
         confidence: Shape (n,), in [0, 1].
         outcome: Shape (n,), in [0, 1].
-        clusters: Of the n records.
+        clusters: Clusters of the n records.
         at_risk: Risk r → the threshold chosen for it; gives `achieved_coverage@<r>` and `achieved_risk@<r>`,
             the latter NaN if nothing is answered.
         at_cost: Cost c → the threshold chosen for it; gives `phi@<c>`.
@@ -227,7 +227,7 @@ class Gains:
         self._sums, self._risks = Sums.stacked(rows, clusters), len(answered)
 
     def __call__(self, counts: Floats) -> Floats:
-        """Values of `names`, shape (resamples, names)."""
+        """Return the values of `names`, shape (resamples, names)."""
         sums, k = self._sums(counts), self._risks
         total, answered, lost, earned = np.split(sums, (1, k + 1, 2 * k + 1), axis=1)
         with np.errstate(invalid="ignore"):

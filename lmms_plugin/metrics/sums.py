@@ -1,9 +1,9 @@
 """Sums and means over records as functions of how often each cluster counts.
 
-Metrics that are made of sums over records or bins are linear in the counts: all resamples are one product with a sparse
+Metrics that consist of sums over records or bins are linear in the counts: all resamples are one product with a sparse
 matrix. The metrics themselves are in `lmms_plugin.metrics.calibration`, `localisation` and `selective`;
-`lmms_plugin.metrics.ranked` has those that depend on the order of confidences. With whole counts each is the metric on
-the records repeated that often, and the metric of plain records is that of one cluster that counts once.
+`lmms_plugin.metrics.ranked` has those that depend on the order of confidences. With integer counts each equals the
+metric on the records repeated that often, and the metric of plain records is that of one cluster that counts once.
 """
 
 import math
@@ -22,17 +22,17 @@ class Sums:
     """Sums of values over cells as a function of cluster counts: (resamples, clusters) → (resamples, cells).
 
     Args:
-        cells: Shape (n,), cell of each value, in [0, count).
-        values: Shape (n,).
-        clusters: Of the n values.
-        count: How many cells there are.
+        cells: Cell of each value, in [0, count), shape (n,).
+        values: Values, shape (n,).
+        clusters: Clusters of the n values.
+        count: Number of cells.
     """
 
     def __init__(self, cells: npt.NDArray[np.intp], values: Floats, clusters: Clusters, count: int) -> None:
-        # In the order of the records, so that numbers of the data themselves are the same whatever the clusters are.
+        # In the order of the records, so that sums on the data themselves do not depend on the clusters.
         self._whole: Floats = np.bincount(cells, values, minlength=count).astype(np.float64)
-        # By columns, so that counts are read once, in order, and the few sums stay in cache. Of one cluster scipy would
-        # sort what only has to be added up.
+        # By columns, so that counts are read once, in order, and the few sums stay in cache. With one cluster scipy
+        # would sort what only needs to be summed.
         several = clusters.count > 1
         self._matrix: Any = (
             csc_array((values, (cells, clusters.index)), shape=(count, clusters.count))
@@ -42,15 +42,15 @@ class Sums:
 
     @classmethod
     def stacked(cls, rows: Sequence[Floats], clusters: Clusters) -> "Sums":
-        """Sums of several values of each record, one cell for each."""
+        """Return sums of several values of each record, one cell for each."""
         cells = np.repeat(np.arange(len(rows)), clusters.index.size)
         sums = cls(cells, np.concatenate(rows), clusters.repeated(len(rows)), len(rows))
-        # Exactly rounded, as the means of the table of results are.
+        # Exactly rounded, like the means of the table of results.
         sums._whole = np.array([math.fsum(row.tolist()) for row in rows])
         return sums
 
     def __call__(self, counts: Floats) -> Floats:
-        """Sums, shape (resamples, cells)."""
+        """Return sums, shape (resamples, cells)."""
         if len(counts) == 1 and np.all(counts == 1.0):
             return self._whole[None]
         sums: Floats = (self._matrix @ np.ascontiguousarray(counts.T)).T
@@ -61,8 +61,8 @@ class Means:
     """Means of values per record, such as accuracy and mean IoU.
 
     Args:
-        values: Name → shape (n,), in [0, 1].
-        clusters: Of the n records.
+        values: Name → values in [0, 1], shape (n,).
+        clusters: Clusters of the n records.
     """
 
     def __init__(self, values: Mapping[str, npt.ArrayLike], clusters: Clusters) -> None:
@@ -71,7 +71,7 @@ class Means:
         self._sums = Sums.stacked(rows, clusters)
 
     def __call__(self, counts: Floats) -> Floats:
-        """Means, shape (resamples, names); NaN for a resample without records."""
+        """Return means, shape (resamples, names); NaN for a resample without records."""
         sums = self._sums(counts)
         with np.errstate(invalid="ignore"):
             means: Floats = sums[:, :-1] / sums[:, -1:]
@@ -79,5 +79,5 @@ class Means:
 
 
 def plain(statistic: Statistic) -> dict[str, float]:
-    """Values by name of a statistic of one cluster: those of the records as they are."""
+    """Return the values of a statistic of one cluster by name: those of the plain records."""
     return dict(zip(statistic.names, statistic(np.ones((1, 1)))[0].tolist(), strict=True))
