@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from lmms_plugin.utils.quiet import hush
+from lmms_plugin.utils.processes.quiet import hush
 
 hush()

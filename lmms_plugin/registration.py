@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.quant_backends import class_name, model_name, names
-from lmms_plugin.vlm.sharding import deal_by_image
+from lmms_plugin.vlm.running.sharding import deal_by_image
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
@@ -208,7 +208,7 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     from lmms_plugin.tasks.grounding import natural, refcocoplus
     from lmms_plugin.tasks.grounding.refcocoplus import SPLITS
     from lmms_plugin.tasks.retrieval import matching
-    from lmms_plugin.tasks.sources.origins import Origin
+    from lmms_plugin.tasks.sources.origins import DatasetOrigin
     from lmms_plugin.tasks.vqa import datasets
     from lmms_plugin.utils.copies import DatasetError
 
@@ -219,7 +219,7 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     reason = (str(causes[-1]) or type(causes[-1]).__name__).splitlines()[0]
     said = " ".join(map(str, causes))
     asked = [task_list] if isinstance(task_list, str) else [str(name) for name in task_list or []]
-    own: list[Origin] = (
+    own: list[DatasetOrigin] = (
         [matching.SETS["flickr30k"]] if any(name.startswith("flickr30k_retrieval") for name in asked) else []
     )
     own += captioning.SETS.values() if any(name.startswith("coco_caption_") for name in asked) else []

@@ -71,7 +71,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def every_eval_ever(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the unpacked package of Every Eval Ever, fetched for the Python that it asks for; it is not installed."""
-    from lmms_plugin.export.records import VERSION
+    from lmms_plugin.export.record_types import VERSION
 
     folder = tmp_path_factory.mktemp("every_eval_ever")
     if not _fetch(f"every-eval-ever=={VERSION}", folder):

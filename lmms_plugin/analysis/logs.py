@@ -27,7 +27,7 @@ from lmms_plugin.analysis.records import (
     KINDS,
     STRICTER,
     Floats,
-    Kind,
+    TaskKind,
     TaskRecords,
     Texts,
     coded,
@@ -35,7 +35,7 @@ from lmms_plugin.analysis.records import (
     place_of,
 )
 from lmms_plugin.utils.files import json_object
-from lmms_plugin.utils.readable import problem
+from lmms_plugin.utils.reading.readable import problem
 
 _RESULTS = "_results.json"
 _MOST_DIGITS = 18
@@ -64,7 +64,7 @@ def git_state(results: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class LoggedRun:
     """One finished run.
 
     Attributes:
@@ -132,7 +132,7 @@ def _hidden(file: Path) -> bool:
     return any(part.startswith(".") for part in file.parts)
 
 
-def read_one(path: Path, wanted: Wanted | None = None) -> Run:
+def read_one(path: Path, wanted: Wanted | None = None) -> LoggedRun:
     """The only run at or under a path.
 
     Raises:
@@ -188,7 +188,7 @@ def table(file: Path) -> dict[str, Any]:
     return results
 
 
-def read(file: Path, wanted: Wanted | None = None) -> Run:
+def read(file: Path, wanted: Wanted | None = None) -> LoggedRun:
     """Read a results file and the logs of samples beside it.
 
     Args:
@@ -209,7 +209,7 @@ def read(file: Path, wanted: Wanted | None = None) -> Run:
         else:
             tasks[task] = records
     config = results.get("config") or {}
-    return Run(
+    return LoggedRun(
         file,
         str(config.get("model") or ""),
         str(config.get("model_args", "")),
@@ -394,7 +394,7 @@ def _fractions(name: str, values: list[Any], ids: Sequence[str] | Texts, log: Pa
     return array
 
 
-def _record(row: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:
+def _record(row: Mapping[str, Any], kind: TaskKind, where: str) -> dict[str, Any]:
     record = row.get(kind.record)
     if not is_record(record, kind):
         raise ValueError(f"expected a record under {kind.record!r} for document {row.get('doc_id')} in {where}")

@@ -23,13 +23,13 @@ def report(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per processor.")] = None,
 ) -> None:
     """Write one self-contained HTML page on a folder of results: tables, figures, flips, pictures, commands."""
-    from lmms_plugin.analysis.measure import Settings
+    from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.report import building
 
     expect_file("--output", output)
     if figures is not None:
         expect_folder("--figures", figures)
     draws = resamples or building.RESAMPLES
-    settings = Settings(estimator, draws, seed, level, workers=workers or building.default_workers())
+    settings = MeasurementSettings(estimator, draws, seed, level, workers=workers or building.default_workers())
     for line in building.build(results, output, settings, title=title, figures=figures, pictures=pictures):
         typer.echo(line)

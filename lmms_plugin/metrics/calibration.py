@@ -17,8 +17,7 @@ from scipy.fft import dct, idct
 
 from lmms_plugin.metrics import ranked
 from lmms_plugin.metrics._inputs import Floats, fractions, paired, positive_int
-from lmms_plugin.metrics._ties import ties
-from lmms_plugin.metrics.bins import DEFAULT_BINS, equal_mass_index, equal_width_index
+from lmms_plugin.metrics.bins import DEFAULT_BINS, equal_mass_index, equal_width_index, ties
 from lmms_plugin.metrics.bootstrap import Clusters
 from lmms_plugin.metrics.sums import Sums, plain
 

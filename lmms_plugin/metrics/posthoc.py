@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy.optimize import isotonic_regression, minimize
 
 from lmms_plugin.metrics._inputs import Floats, fractions, paired
-from lmms_plugin.metrics._ties import ties
+from lmms_plugin.metrics.bins import ties
 
 _CLIP = 1e-12
 """Confidences are kept this far from 0 and 1 before their logarithm is taken: joint probabilities can be tiny."""

@@ -10,7 +10,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes, columns_per_group, rows_per_block, split_groups
-from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel, fastest
+from lmms_plugin.quant_backends.layers.kernel_choice import fastest
+from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 __all__ = ["Codes", "PackedLinear", "QuantizedLinear", "rows_per_block", "split_groups"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lmms_plugin.quant_backends.structure.expert_use import ExpertUse, summary
+from lmms_plugin.quant_backends.plans.expert_use import ExpertUse, summary
 from lmms_plugin.utils.messages import counted
 
 

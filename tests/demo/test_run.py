@@ -18,16 +18,16 @@ from rich.console import Console
 from tqdm import tqdm
 
 from lmms_plugin import harness_log
-from lmms_plugin.cli.demo_display import QUIET_SECONDS, Progress, show
+from lmms_plugin.cli.demo_display import QUIET_SECONDS, DemoProgress, show
 from lmms_plugin.demo import run as demo
-from lmms_plugin.demo.progress import Pace, seconds_left
+from lmms_plugin.demo.pace import Pace, seconds_left
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 TRACEBACK = """Traceback (most recent call last):
   File "decoding.py", line 9, in generate
     raise OutOfMemory("no room for a batch of 1")
-lmms_plugin.utils.out_of_memory.OutOfMemory: no room for a batch of 1
+lmms_plugin.utils.processes.out_of_memory.OutOfMemory: no room for a batch of 1
 """
 
 
@@ -98,7 +98,7 @@ def test_a_log_reads_as_a_terminal_shows_it() -> None:
     [
         ("", None),
         ("Killed\n\n", "Killed"),
-        (TRACEBACK + "bye\n", "lmms_plugin.utils.out_of_memory.OutOfMemory: no room for a batch of 1"),
+        (TRACEBACK + "bye\n", "lmms_plugin.utils.processes.out_of_memory.OutOfMemory: no room for a batch of 1"),
         (
             TRACEBACK + "\x1b[31mERROR\x1b[0m | Error during evaluation: no room. Please set `--verbosity=DEBUG` to get"
             " more information.\x1b[0m\n",
@@ -167,7 +167,7 @@ class TestTimeLeft:
 
 def test_without_a_terminal_the_line_comes_now_and_then() -> None:
     stream, moments = io.StringIO(), itertools.count()
-    with Progress(4, Console(file=stream, width=80), clock=lambda: float(next(moments))) as progress:
+    with DemoProgress(4, Console(file=stream, width=80), clock=lambda: float(next(moments))) as progress:
         one = progress.start("quant_awq", ("lmms-eval", "--model", "quant_awq"))
         for k in range(60):
             progress.see(one, None if k < 20 else (k - 19) / 80)
@@ -183,7 +183,7 @@ def test_without_a_terminal_the_line_comes_now_and_then() -> None:
 def test_on_a_terminal_the_line_is_drawn_in_place() -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=80, force_terminal=True)
-    with Progress(4, console) as progress:
+    with DemoProgress(4, console) as progress:
         one = progress.start("quant_awq", ("lmms-eval",))
         progress.see(one, 0.25)
         progress.tick()
@@ -192,7 +192,7 @@ def test_on_a_terminal_the_line_is_drawn_in_place() -> None:
     assert stream.getvalue().endswith(("\x1b[2K", "\x1b[?25h"))
 
 
-def a_run(model: str, tasks: tuple[str, ...]) -> demo.Run:
+def a_run(model: str, tasks: tuple[str, ...]) -> demo.DemoRun:
     """Finished, with numbers that follow from the place of their task."""
     numbers = {name: k for k, name in enumerate(demo.COLUMNS)}
     table: dict[str, Any] = {
@@ -201,15 +201,15 @@ def a_run(model: str, tasks: tuple[str, ...]) -> demo.Run:
     }
     samples = {task: {"original": 488, "effective": 488} for task in reversed(tasks)}
     results = {"results": table, "n-samples": samples, "throughput": {"avg_bits_per_weight": 32.0}}
-    return demo.Run(model, ("lmms-eval",), Path("x_results.json"), results)
+    return demo.DemoRun(model, ("lmms-eval",), Path("x_results.json"), results)
 
 
 def test_commands_of_the_demo_can_be_pasted() -> None:
     folder = Path("it's $HOME/my runs")
     command = demo.command_of("rtn", folder, 3, 2, full=False)
-    one = demo.Run("quant_rtn", command, Path("x"), a_run("quant_rtn", QUICK).results)
+    one = demo.DemoRun("quant_rtn", command, Path("x"), a_run("quant_rtn", QUICK).results)
     stream = io.StringIO()
-    Progress(1, Console(file=stream, width=80)).start("quant_rtn", command)
+    DemoProgress(1, Console(file=stream, width=80)).start("quant_rtn", command)
     shown = stream.getvalue().removeprefix("$ ")
     (kept,) = [line for line in demo.report([one], [], 2).splitlines() if line.startswith("lmms-eval ")]
     assert shlex.split(shown) == shlex.split(kept) == list(command)

@@ -21,7 +21,7 @@ from lmms_plugin.tasks.grounding import natural, refcocoplus
 from lmms_plugin.tasks.grounding.expressions import REFCOCOPLUS
 from lmms_plugin.tasks.grounding.referring import ReferringSet
 from lmms_plugin.tasks.retrieval import matching
-from lmms_plugin.tasks.sources.origins import Origin
+from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -73,7 +73,7 @@ def options() -> str:
 
 def datasets() -> str:
     """Where each dataset comes from, and which columns are read."""
-    sets: list[Origin] = [
+    sets: list[DatasetOrigin] = [
         REFCOCOPLUS,
         *natural.SETS.values(),
         *captioning.SETS.values(),

@@ -5,7 +5,7 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.batching import Budget
+from lmms_plugin.vlm.running.batching import Budget
 
 OPTIONS = {"max_new_tokens": 8, "until": ["\n\n"], "temperature": 0}
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from lmms_plugin.analysis import logs, measure
 
-SETTINGS = measure.Settings(resamples=60)
+SETTINGS = measure.MeasurementSettings(resamples=60)
 CONFIG = {"dataset_path": "data", "test_split": "test", "metric_list": [{"metric": "mean_iou"}, {"metric": "ece"}]}
 CELLS = {
     "rec": None,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.batching import Budget
+from lmms_plugin.vlm.running.batching import Budget
 
 LOGPROB = 1e-4
 OPTIONS = {"max_new_tokens": 8, "temperature": 0}

@@ -13,14 +13,15 @@ from lmms_plugin.confidence.estimators import ESTIMATORS
 from lmms_plugin.metrics.posthoc import CALIBRATORS
 from lmms_plugin.quant_backends.plans.quant_report import ModuleReport, QuantReport
 from lmms_plugin.registration import tasks_folder
-from lmms_plugin.report import contents, page, reading
+from lmms_plugin.report import page
 from lmms_plugin.report.gallery import Gallery
-from lmms_plugin.report.summary import summarise
+from lmms_plugin.report.numbers import contents, results_folder
+from lmms_plugin.report.numbers.summary import summarise
 from lmms_plugin.selector import shift_strength
 from lmms_plugin.tasks.registry import task_files
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-SETTINGS = measure.Settings(resamples=20)
+SETTINGS = measure.MeasurementSettings(resamples=20)
 
 
 def entries():
@@ -69,7 +70,7 @@ def test_what_is_printed_of_rejection(tmp_path):
 
 
 def test_columns_of_the_report(tmp_path):
-    summary = summarise(reading.read_folder(report_study.write_study(tmp_path, 30), SETTINGS), SETTINGS.level)
+    summary = summarise(results_folder.read_folder(report_study.write_study(tmp_path, 30), SETTINGS), SETTINGS.level)
     numbers = {column.title for column in contents.leader(summary).columns if column.numeric}
     assert {"C@1%", "Φ1", "Δ unquantized"} <= numbers
     assert undocumented(numbers) == []

@@ -9,14 +9,14 @@ import pytest
 from helpers import documented_tables
 from helpers.report_study import documents
 
-from lmms_plugin.analysis.measure import Settings
-from lmms_plugin.export.every_eval_ever import Source
+from lmms_plugin.analysis.measure import MeasurementSettings
+from lmms_plugin.export.every_eval_ever import EvaluationSource
 from lmms_plugin.leaderboard.submission import Manifest
 from lmms_plugin.protocol import response
 from lmms_plugin.protocol.response import Response, Token
 from lmms_plugin.quant_backends import names
 from lmms_plugin.quant_backends.checkpoints.own_format import SavedConfig
-from lmms_plugin.selector.features import Features, Origin
+from lmms_plugin.selector.features import FeatureOrigin, Features
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.registry import catalogue
 
@@ -131,7 +131,7 @@ def test_keys_of_a_record():
 def test_tensors_of_features():
     text = section(FORMATS, "Features")
     assert tuple(first_cells(text)) == Features._fields
-    assert all(f"`{name}`" in text for name in Origin("", {}).to_dict())
+    assert all(f"`{name}`" in text for name in FeatureOrigin("", {}).to_dict())
 
 
 def test_keys_of_our_own_checkpoints():
@@ -142,6 +142,8 @@ def test_keys_of_our_own_checkpoints():
 
 
 def test_keys_of_a_manifest():
-    written = json.loads(Manifest("1", Source("a/b", "a", "third_party", "a", 0), Settings(), {}).to_json())
+    written = json.loads(
+        Manifest("1", EvaluationSource("a/b", "a", "third_party", "a", 0), MeasurementSettings(), {}).to_json()
+    )
     (row,) = re.findall(r"^\| `manifest.json` \|.*$", FORMATS, re.MULTILINE)
     assert all(f"`{key}`" in row for key in written)

@@ -236,11 +236,13 @@ class TestImages:
 
 
 def test_opened_reasoning_is_part_of_what_answers_have_in_common():
-    from lmms_plugin.export.consistency import expect_one_model
-    from lmms_plugin.export.rescoring import Sample
+    from lmms_plugin.export.consistency import RescoredSample, expect_one_model
 
     record, response = {"id": "1", "image": "a"}, Response("a</think>b", opened="<think>")
-    samples = [Sample(0, record, response, "", ""), Sample(1, record, replace(response, opened=""), "", "")]
+    samples = [
+        RescoredSample(0, record, response, "", ""),
+        RescoredSample(1, record, replace(response, opened=""), "", ""),
+    ]
     expect_one_model("task", samples[:1])
     with pytest.raises(ValueError, match="expected one opening of reasoning"):
         expect_one_model("task", samples)

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from lmms_plugin.analysis.study_files import CELL, DONE, FAILED
 from lmms_plugin.study.run import cost
 from lmms_plugin.study.run.recording import Recorder, Taken
-from lmms_plugin.study.store.folder import CELL, DONE, FAILED, Lock, StudyFolder
+from lmms_plugin.study.store.folder import Lock, StudyFolder
 from lmms_plugin.study.store.storage import Storage
-from lmms_plugin.utils import files, guard, hashing
+from lmms_plugin.utils import files, hashing
 from lmms_plugin.utils.files import read_json
+from lmms_plugin.utils.processes import guard
 
 ABOUT = {"model": "quant_rtn", "model_args": {"bits": 4}, "tasks": ["t"], "limit": None, "axes": {"bits": 4}}
 

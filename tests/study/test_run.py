@@ -15,12 +15,12 @@ import pytest
 from helpers.small_studies import CELL, STUDY
 
 from lmms_plugin.analysis import logs
+from lmms_plugin.analysis.study_files import DONE, LOG
 from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.run import attempt
 from lmms_plugin.study.run.attempt import Attempt
-from lmms_plugin.study.store.folder import DONE, LOG
 from lmms_plugin.utils.files import read_json
 from lmms_plugin.utils.hashing import of_files
 

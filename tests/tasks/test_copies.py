@@ -13,7 +13,7 @@ from lmms_plugin.tasks.grounding import refcocoplus, reviewed
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.natural import SETS
 from lmms_plugin.tasks.retrieval import matching
-from lmms_plugin.tasks.sources import annotations, published
+from lmms_plugin.tasks.sources import annotations, published_files
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
 from lmms_plugin.tasks.vqa.questions import Parts
 from lmms_plugin.utils import copies
@@ -326,4 +326,4 @@ def test_damaged_annotations_are_named(tmp_path, content):
             read(path)
     for form in ("refdrone", "vrsbench"):
         with pytest.raises(DatasetError, match=r"expected JSON in .*instances\.json, which is damaged"):
-            next(published.rows(published.FORMS[form], path, tmp_path))
+            next(published_files.rows(published_files.FORMS[form], path, tmp_path))

@@ -16,8 +16,8 @@ from lmms_plugin.protocol.response import MARKER, Response
 from lmms_plugin.quant_backends import get, names
 from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.batching import Budget
-from lmms_plugin.vlm.processor import Chat
+from lmms_plugin.vlm.generation.processor import Chat
+from lmms_plugin.vlm.running.batching import Budget
 from lmms_plugin.vlm.wrapper import QuantizedVLM
 
 CHOICES = ("dog", "man", "white shirt")

@@ -19,7 +19,7 @@ from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, of_value, rev
 from lmms_plugin.tasks.registry import task_files
 from lmms_plugin.tasks.sources.data_source import located
 from lmms_plugin.utils import hashing, variables
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 from lmms_plugin.utils.suggest import near
 
 
@@ -100,7 +100,7 @@ def _published_sizes() -> Mapping[Any, Mapping[Any, int]]:
     return found
 
 
-def _single(name: str, ours: Mapping[str, task_files.Source]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _single(name: str, ours: Mapping[str, task_files.TaskSource]) -> Iterator[tuple[str, dict[str, Any]]]:
     config = ours[name].configuration
     members = config.get("task")
     yield name, config

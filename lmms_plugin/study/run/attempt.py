@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 from lmms_plugin import harness_log
 from lmms_plugin.analysis import logs
+from lmms_plugin.analysis.study_files import LOG
+from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.tasks import known
-from lmms_plugin.study.store.folder import LOG
-from lmms_plugin.utils import guard, installed
+from lmms_plugin.utils.processes import guard, installed
 from lmms_plugin.utils.variables import PREFIX
 
-REPORT = "quant_report.json"
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
 
 

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmms_plugin.analysis.study_files import LOG
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.run.attempt import Attempt, Outcome
 from lmms_plugin.study.run.recording import Recorder, Taken
-from lmms_plugin.study.store.folder import LOG, Lock
+from lmms_plugin.study.store.folder import Lock
 from lmms_plugin.utils.variables import PREFIX
 
 RETRIES = 3
@@ -99,7 +100,7 @@ class _Starts:
         return new
 
 
-class _Work(NamedTuple):
+class _RayWork(NamedTuple):
     keyed: Keyed
     lock: Lock
 
@@ -117,7 +118,7 @@ class RayRunner:
     recorder: Recorder
     key: Callable[[Cell], Keyed]
     needed: Callable[[Cell], int]
-    _working: dict[Any, _Work] = field(default_factory=dict)
+    _working: dict[Any, _RayWork] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Bring all cells to an end, finished or failed; an interruption cancels what is under way.
@@ -163,7 +164,7 @@ class RayRunner:
                 # Ray tries again what a lost worker was doing; an error in our own code would only come again.
                 options = {"max_retries": RETRIES, "retry_exceptions": False, "name": keyed.id}
                 task = ray.remote(evaluate).options(num_cpus=_cpus(cell), num_gpus=gpus, **options)
-                self._working[task.remote(keyed, gpus, starts.add)] = _Work(keyed, claim)
+                self._working[task.remote(keyed, gpus, starts.add)] = _RayWork(keyed, claim)
         return elsewhere
 
     def _settle(self, ray: Any, starts: Any) -> None:

@@ -35,11 +35,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lmms_plugin.protocol.reasoning import ANSWER, REASONING, tokens_among
 from lmms_plugin.protocol.response import Alternatives, Token
 from lmms_plugin.utils.end_tokens import end_tokens, writers
-from lmms_plugin.utils.out_of_memory import while_answering
-from lmms_plugin.vlm.engine import Generated, Score
+from lmms_plugin.utils.processes.out_of_memory import while_answering
+from lmms_plugin.vlm.contracts.engine import ContinuationScore, Generated
+from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
-from lmms_plugin.vlm.settings import Sampling, Settings
 
 NO_TOKEN = 2**31 - 1
 """An id that no vocabulary has."""
@@ -99,7 +99,7 @@ class Decoder:
     def generate(
         self,
         inputs: Mapping[str, Tensor],
-        settings: Settings,
+        settings: GenerationSettings,
         seeds: Sequence[int] | None = None,
         *,
         digits: bool = False,
@@ -138,7 +138,7 @@ class Decoder:
             return answers
         return [_with_alternatives(answer, row) for answer, row in zip(answers, recorded, strict=True)]
 
-    def score(self, inputs: Mapping[str, Tensor], continuations: Sequence[Sequence[int]]) -> list[Score]:
+    def score(self, inputs: Mapping[str, Tensor], continuations: Sequence[Sequence[int]]) -> list[ContinuationScore]:
         """Score one given continuation per row of the batch, by making the model generate it.
 
         Args:
@@ -151,14 +151,17 @@ class Decoder:
         """
         longest = max(map(len, continuations))
         if longest == 0:
-            return [Score((), True) for _ in continuations]
+            return [ContinuationScore((), True) for _ in continuations]
         recorder = _Recorder(_RawLogits(), None)
         forced = _Forced(continuations, self.read(inputs).shape[1], inputs["input_ids"].device)
         # Text that is scored may go on behind an end token.
         config = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=NO_TOKEN)
         self._run(inputs, config, [recorder.raw, forced], recorder)
         rows = zip(recorder.logprobs(), recorder.greedy(), continuations, strict=True)
-        return [Score(tuple(logprobs[: len(given)]), all(greedy[: len(given)])) for logprobs, greedy, given in rows]
+        return [
+            ContinuationScore(tuple(logprobs[: len(given)]), all(greedy[: len(given)]))
+            for logprobs, greedy, given in rows
+        ]
 
     @property
     def answers_apart(self) -> bool:
@@ -205,7 +208,7 @@ class Decoder:
             )
         return ids[:, self.read(inputs).shape[1] :]
 
-    def _search(self, inputs: Mapping[str, Tensor], settings: Settings) -> list[Generated]:
+    def _search(self, inputs: Mapping[str, Tensor], settings: GenerationSettings) -> list[Generated]:
         config = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=list(self.ends),
