@@ -42,7 +42,7 @@ class Pace:
         return since - self.started + (now - since) * (1.0 - before) / (self.share - before)
 
 
-class Watcher(AbstractContextManager["Watcher"], Protocol):
+class DemoWatcher(AbstractContextManager["DemoWatcher"], Protocol):
     """Context manager that receives and shows the progress of the runs."""
 
     def __enter__(self) -> Self:
