@@ -1,4 +1,4 @@
-"""How a run of lmms-eval ends on an error that its user can fix: one last line and exit status 2.
+"""End of an lmms-eval run on an error that its user can fix: one last line and exit status 2.
 
 By itself, lmms-eval prints a traceback, continues and exits with status 0, which signals success to its caller.
 """

@@ -55,7 +55,7 @@ KINDS = (GROUNDING, VQA, REJECTION)
 
 
 SHIFTED = ("image", "language", "image and language")
-"""What a shift can change; means over shifts are taken separately for each."""
+"""Inputs that a shift can change; means over shifts are taken separately for each."""
 
 
 class EvaluationSet(NamedTuple):
@@ -66,7 +66,7 @@ class EvaluationSet(NamedTuple):
         split: Split of the dataset.
         shift: Name of the corruption, of the language shift, or of both; None for neither.
         severity: Severity of the shift; None without a shift.
-        shifts: What is shifted, one of `SHIFTED`; `image` also without a shift.
+        shifts: Shifted input, one of `SHIFTED`; `image` also without a shift.
     """
 
     dataset: str

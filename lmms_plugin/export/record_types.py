@@ -54,7 +54,7 @@ class RecordPart(BaseModel):
 
 
 class SourceMetadata(RecordPart):
-    """Who evaluated, and the relationship to the model."""
+    """Evaluating organization, and its relationship to the model."""
 
     source_name: str
     source_type: Literal["evaluation_run"]

@@ -36,7 +36,7 @@ class Curve:
 
     Attributes:
         order: Sorted records.
-        times: How often each cluster was drawn, shape (resamples, clusters).
+        times: Number of times each cluster was drawn, shape (resamples, clusters).
     """
 
     def __init__(self, order: "Order", times: Whole) -> None:
@@ -44,7 +44,7 @@ class Curve:
 
     @cached_property
     def drawn(self) -> Whole:
-        """How often each record was drawn, shape (resamples, n)."""
+        """Number of times each record was drawn, shape (resamples, n)."""
         return self.times.take(self.order.index, axis=1)
 
     @cached_property

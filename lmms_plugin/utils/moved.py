@@ -1,4 +1,4 @@
-"""Where modules lay before 0.2.0: an import by an old name fails with the new one.
+"""Module names before 0.2.0: an import by an old name fails with a message that gives the new one.
 
 Nothing is imported by its old name: code, YAML and files that say it keep saying something wrong otherwise.
 """

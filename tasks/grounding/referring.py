@@ -85,7 +85,7 @@ class ReferringSet(DatasetOrigin):
 
     @property
     def made_by(self) -> str:
-        """How to make a local copy where the hub has none that can be loaded, for messages to the user."""
+        """Advice on making a local copy where the hub has none that can be loaded, for messages to the user."""
         if not self.published:
             return ""
         command = f"python -m lmms_plugin.tasks.sources.published_files {self.name} --help"

@@ -13,7 +13,7 @@ _ENOUGH = 24
 
 @dataclass(frozen=True)
 class Convention:
-    """How a dataset writes a box.
+    """Box convention of a dataset.
 
     Attributes:
         order: `xyxy` for left, top, right, bottom; `xywh` for left, top, width, height.

@@ -46,7 +46,7 @@ class DatasetOrigin:
 
     @property
     def made_by(self) -> str:
-        """How to make a local copy where the hub has none that can be loaded, for messages to the user."""
+        """Advice on making a local copy where the hub has none that can be loaded, for messages to the user."""
         return ""
 
     def place(self) -> str:

@@ -62,7 +62,7 @@ def expect_different(
             of one name are equal, too.
 
     Raises:
-        DatasetError: One in twenty rows or more repeat; names two rows. Fewer give a warning, since a benchmark may
+        DatasetError: More than one in twenty rows repeat; names two rows. Fewer give a warning, since a benchmark may
             itself hold a few.
     """
     again = dict(_repeats(_by_content(said, images, where)))

@@ -36,7 +36,7 @@ class VqaDataset(DatasetOrigin):
 
     @property
     def made_by(self) -> str:
-        """How to make a local copy where the hub has none that can be loaded, for messages to the user."""
+        """Advice on making a local copy where the hub has none that can be loaded, for messages to the user."""
         return "To make one of the published files: python -m lmms_plugin.tasks.sources.official_vqa --help"
 
 

@@ -183,7 +183,7 @@ class _LineKey(NamedTuple):
 
     @property
     def where(self) -> tuple[str, Family, str, tuple[str, ...]]:
-        """What a line's name is unique within."""
+        """Key within which a line's name is unique."""
         return self.config.model, self.family, self.condition, self.tasks
 
 

@@ -93,7 +93,7 @@ class Cell:
 
     @property
     def question(self) -> tuple[Any, ...]:
-        """What the cell asks, independent of code, data and versions."""
+        """Question of the cell, independent of code, data and versions."""
         return (self.place, self.model, self.model_args, self.batch_size, self.resources)
 
     @property

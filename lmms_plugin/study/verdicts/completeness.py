@@ -1,4 +1,4 @@
-"""Which cells of a study are finished, whatever code ran them, and an analysis that requires all of them."""
+"""Finished and missing cells of a study, whatever code ran them, and an analysis that requires all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMED = 3
 
 
 class Coverage(NamedTuple):
-    """How much of a study is finished.
+    """Finished and missing cells of a study.
 
     Attributes:
         finished: Ids of the cells that count, one for each place of the study that has any.

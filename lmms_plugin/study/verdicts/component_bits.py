@@ -1,4 +1,4 @@
-"""Which component's bits decide a score of a study's cells, with published importances beside.
+"""Importance of each component's bits for a score of a study's cells, beside published importances.
 
 analysis:
 kind: components
