@@ -1,4 +1,4 @@
-"""The `lmms-plugin` command: what this package adds to lmms-eval, and tasks that lmms-eval has no command for.
+"""The `lmms-plugin` command: models and tasks for lmms-eval, and commands that lmms-eval lacks.
 
 Every error that a user can cause is one line on standard error and a non-zero exit status.
 """

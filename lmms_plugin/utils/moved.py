@@ -1,6 +1,6 @@
 """Module names before 0.2.0: an import by an old name fails with a message that gives the new one.
 
-Nothing is imported by its old name: code, YAML and files that say it keep saying something wrong otherwise.
+Old names do not work as aliases: code, YAML and files that use them would otherwise stay outdated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def refusal(package: str) -> Callable[[str], NoReturn]:
     """Return a module's `__getattr__` for a package that has the name of a module before 0.2.0.
 
     Args:
-        package: Its dotted name.
+        package: Dotted name of the package.
     """
     module = _PACKAGE + moved()[package.removeprefix(_PACKAGE)]
 
@@ -33,7 +33,7 @@ def refusal(package: str) -> Callable[[str], NoReturn]:
 
 
 class _Finder(MetaPathFinder):
-    """Asked last, for modules that nobody else finds."""
+    """Last finder in the path, for modules that no other finder finds."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -41,7 +41,7 @@ class _Finder(MetaPathFinder):
         """Refuse an old name.
 
         Raises:
-            ModuleNotFoundError: The name is one of before 0.2.0; it says the new one.
+            ModuleNotFoundError: The name is from before 0.2.0; names the new one.
         """
         if fullname.startswith(_PACKAGE) and (new := moved().get(fullname.removeprefix(_PACKAGE))):
             raise ModuleNotFoundError(f"{fullname} is {_PACKAGE}{new} {_SINCE}", name=fullname)
@@ -49,14 +49,14 @@ class _Finder(MetaPathFinder):
 
 
 def tell() -> None:
-    """Have imports by old names fail with the new ones."""
+    """Make imports by old names fail with a message that gives the new ones."""
     if not any(isinstance(one, _Finder) for one in sys.meta_path):
         sys.meta_path.append(_Finder())
 
 
 @cache
 def moved() -> Mapping[str, str]:
-    """Names before 0.2.0 and since, below `lmms_plugin`."""
+    """Return old → new names of modules below `lmms_plugin`."""
     pairs = (line.split() for line in _MOVED.splitlines())
     return MappingProxyType({old: new for old, new in pairs})
 
