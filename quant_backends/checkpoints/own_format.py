@@ -149,7 +149,7 @@ class SavedQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Return only the renamings: weights were written under the model's own names, so that none is to be stacked."""
+        """Return only the renamings: weights were written under the model's own names, so none is to be stacked."""
         return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

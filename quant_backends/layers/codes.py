@@ -48,9 +48,7 @@ class Codes(NamedTuple):
 
 
 def all_finite(x: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity, by its extremes: 30 times faster than testing each
-    element.
-    """
+    """Return whether a tensor holds neither NaN nor infinity, by its extremes, in a thirtieth of the usual time."""
     return not x.numel() or bool(torch.isfinite(torch.stack(x.aminmax())).all())
 
 

@@ -188,9 +188,7 @@ def from_tiles(tiles: Tensor, columns: int) -> Tensor:
 
 
 def _untile(tiles: Tensor, columns: int, height: int) -> Tensor:
-    """Undo tiling: whole tiles hold rows i and i + height / 2 in a byte, rows below the last whole tile adjacent
-    pairs.
-    """
+    """Undo tiling: whole tiles hold rows i and i + height / 2 in a byte; the remaining rows are stored in pairs."""
     rows = 2 * tiles.numel() // columns
     whole = rows - rows % height
     values = tiles.new_empty(rows, columns)
