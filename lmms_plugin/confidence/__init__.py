@@ -1,1 +1,1 @@
-"""Confidence of an answer from what a model tells with it."""
+"""Confidence estimates of an answer from a model's outputs."""

@@ -1,1 +1,1 @@
-"""A learned confidence, and what it looks at."""
+"""Selector: a confidence learned from a model's hidden states."""

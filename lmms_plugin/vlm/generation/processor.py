@@ -246,9 +246,7 @@ class Chat:
         return conversations, metadata
 
     def frames(self, path: str, name: str) -> tuple[Any, VideoMetadata]:
-        """Decode evenly spaced frames with PyAV, which lmms-eval installs, unlike the decoder that transformers
-        prefers.
-        """
+        """Decode evenly spaced frames with PyAV, which lmms-eval installs, unlike transformers' default decoder."""
 
         def spaced(metadata: VideoMetadata, **_: Any) -> Any:
             count = min(self.max_num_frames, metadata.total_num_frames)
