@@ -80,8 +80,8 @@ def get(name: str, **options: Any) -> Backend:
         **options: Options of the backend (see `option_types`).
 
     Raises:
-        ValueError: No such backend (the message names the nearest one and lists them all), no such option, or a
-            value that the backend refuses.
+        ValueError: No such backend (the message names the nearest one and lists them all), no such option, or a value
+            that the backend refuses.
     """
     kind = backend_class(name)
     known = option_types(name)

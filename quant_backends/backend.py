@@ -105,8 +105,7 @@ class Solution(NamedTuple):
     Attributes:
         layer: Layer that replaces the dense one.
         method: Method that quantized it, where that differs from the backend's name.
-        plain_rows: Number of rows that keep the calibration-free result, because the backend's own result is no
-            better
+        plain_rows: Number of rows that keep the calibration-free result, because the backend's own result is no better
             in them on the calibration inputs (on the held-out ones, where there are some).
     """
 
@@ -123,8 +122,7 @@ class CalibratedBackend(Backend):
         holds_back: Whether it validates its result on held-out inputs.
         fits_correlations: Whether it fits correlations among input channels, which noise images do not show.
         rows_per_column: Number of input rows per column of a layer for a reliable result; fewer give a warning.
-        sequential: Whether calibration is sequential: a layer sees the outputs of the quantized blocks before its
-            own,
+        sequential: Whether calibration is sequential: a layer sees the outputs of the quantized blocks before its own,
             rather than its inputs in the unquantized model.
     """
 
@@ -205,8 +203,7 @@ class WholeModelBackend(Backend):
         """Quantize the named layers of a model.
 
         Args:
-            model: Unquantized model; its weights may change meanwhile, since each named layer is replaced in the
-                end.
+            model: Unquantized model; its weights may change meanwhile, since each named layer is replaced in the end.
             processor: Processor of the model.
             specs: Module name -> spec.
             batches: Keyword arguments of one forward pass each.

@@ -347,8 +347,7 @@ def relative_error(weight: Tensor, layer: QuantizedLinear) -> float:
     for start in range(0, weight.shape[0], size):
         dense = weight[start : start + size].float()
         kept = layer.dense_rows(start, start + dense.shape[0])
-        # Row by row in float32, which is three times as fast as all in float64 and off by less than a
-        # millionth.
+        # Row by row in float32, which is three times as fast as all in float64 and off by less than a millionth.
         error += float((dense - kept.float()).square_().sum(1).sum(dtype=torch.float64))
         norm += float(dense.square().sum(1).sum(dtype=torch.float64))
     return math.sqrt(error / norm) if norm else math.sqrt(error)
@@ -357,8 +356,7 @@ def relative_error(weight: Tensor, layer: QuantizedLinear) -> float:
 def find_outlier_score(weight: Tensor) -> float:
     """Return max_j max|W_:j| / mean|W_:j| over the columns j of a weight that are not all zero (arXiv:2406.08155).
 
-    It is 1 where all weights of a column are equal in magnitude, and large where an outlier takes its group's
-    range.
+    It is 1 where all weights of a column are equal in magnitude, and large where an outlier takes its group's range.
     """
     largest = weight.new_zeros(weight.shape[1], dtype=torch.float32)
     total = weight.new_zeros(weight.shape[1], dtype=torch.float64)

@@ -39,8 +39,7 @@ class Sensitivity(NamedTuple):
         image: Mean |gradient| over the elements at image positions, 0 or above.
         answer: Mean |gradient| over the elements at answer positions, above 0.
         ratio: Weight of an image position relative to an answer position: image / answer, or the median of
-            corresponding
-            blocks where that is more.
+            corresponding blocks where that is more.
     """
 
     image: float
@@ -76,8 +75,7 @@ def squared_errors(delta: Tensor, gram: Tensor) -> Tensor:
     for start in range(0, len(gram), SYMMETRIC_COLUMNS):
         stop = min(start + SYMMETRIC_COLUMNS, len(gram))
         part = delta[:, start:stop]
-        # G is symmetric: terms between these columns and those before them count twice, and are computed
-        # once.
+        # G is symmetric: terms between these columns and those before them count twice, and are computed once.
         fed = torch.mm(part, gram[start:stop, start:stop])
         if start:
             fed.addmm_(delta[:, :start], gram[:start, start:stop], alpha=2)
@@ -120,8 +118,8 @@ class InputStatistics:
         roles: Statistics of the rows of each role of `WEIGHED`, as far as there are any: none unless roles are
             separate, and none where a layer's rows are not sequence positions, as in the vision tower.
         sensitivity: Sensitivity of the loss to the layers' block; None where it is not known.
-        held_back: Statistics of the held-out rows, by which a result is judged; None unless the method holds out
-            any. All other sums include them.
+        held_back: Statistics of the held-out rows, by which a result is judged; None unless the method holds out any.
+            All other sums include them.
     """
 
     names: tuple[str, ...]

@@ -1,11 +1,8 @@
 """Distribution of a model over the numbers of a box, and the expected IoU of boxes drawn from it with the answer.
 
-A box is written as a few numbers, a number as one or several tokens. At each of them the model has a distribution
-over
-the tokens that differ from the chosen one in their digits alone (`Alternatives`): ten of them where every digit is
-a
-token, thousands where a token writes a location. Decoding follows one branch only, and so do these distributions.
-For a
+A box is written as a few numbers, a number as one or several tokens. At each of them the model has a distribution over
+the tokens that differ from the chosen one in their digits alone (`Alternatives`): ten of them where every digit is a
+token, thousands where a token writes a location. Decoding follows one branch only, and so do these distributions. For a
 number with the tokens t = 1 … T, chosen as g_1 … g_T:
 
 - it is the answered one with probability Π_t p_t(g_t);
@@ -13,8 +10,8 @@ number with the tokens t = 1 … T, chosen as g_1 … g_T:
   was never computed, and every ending of the answered length is taken as equally likely;
 - the remainder (an answer that stops, words, another count of digits) is no box.
 
-Numbers are assumed independent, each conditional on the answered ones before it. Both are approximations: after a
-large step of x1 the model would move x2 along, and expected IoU then comes out too low.
+Numbers are assumed independent, each conditional on the answered ones before it. Both are approximations: after a large
+step of x1 the model would move x2 along, and expected IoU then comes out too low.
 """
 
 from __future__ import annotations
@@ -58,8 +55,7 @@ class AnsweredBox(NamedTuple):
 
     Attributes:
         numbers: Distributions of the numbers in the order of the answer; () where it holds no box.
-        read: Function from numbers, shape (n, len(numbers)), to boxes as xyxy fractions of the image, shape (n, 4);
-            NaN
+        read: Function from numbers, shape (n, len(numbers)), to boxes as xyxy fractions of the image, shape (n, 4); NaN
             where they make none (`Dialect.boxes`).
     """
 
@@ -105,8 +101,7 @@ def _number(digits: str, written: Sequence[tuple[Token, int]], unit: float, larg
         listed, unlisted = _complete(token, chosen)
         whole = count == len(digits)
         for other, probability in listed.items():
-            # A token that writes a whole number may do so with more or fewer digits; a part of one may
-            # not.
+            # A token that writes a whole number may do so with more or fewer digits; a part of one may not.
             if other != chosen and (whole or len(other) == count):
                 blocks.append((_endings(int(digits[:start] + other), len(digits) - end), reached * probability))
         if unlisted > 0.0:
@@ -147,10 +142,8 @@ def expected_iou(answered: AnsweredBox, *, points: int = POINTS, exact: int = EX
     """Return Σ_b p(b)·IoU(b, answered box) over the boxes b that independent numbers make.
 
     Exact up to `exact` boxes. Beyond that, a fixed Latin hypercube of draws (McKay et al. 1979; the same for every
-    answer, so that the value is a function of the distribution) with the effects of single numbers as control
-    variate:
-    with f_i(x_i) = 1 − IoU(answered with x_i in place of its i-th number), 1 − Σ_i E f_i is exact, and only the
-    mean of
+    answer, so that the value is a function of the distribution) with the effects of single numbers as control variate:
+    with f_i(x_i) = 1 − IoU(answered with x_i in place of its i-th number), 1 − Σ_i E f_i is exact, and only the mean of
     IoU − (1 − Σ_i f_i) is estimated.
 
     Args:

@@ -1,15 +1,11 @@
 """Confidence estimators of an answer.
 
-An estimator takes the `Evidence` of one answer and returns a value in [0, 1], or NaN where there is nothing to
-estimate
-from (no tokens; for an estimator of selected tokens, none selected; for one of digits, no digits; a statement
-without
-a number): a missing confidence, to be left out of calibration and counted, never 0.
+An estimator takes the `Evidence` of one answer and returns a value in [0, 1], or NaN where there is nothing to estimate
+from (no tokens; for an estimator of selected tokens, none selected; for one of digits, no digits; a statement without a
+number): a missing confidence, to be left out of calibration and counted, never 0.
 
-Which estimators apply depends on the kind of answer: `ESTIMATORS` are those of boxes, `TEXT_ESTIMATORS` those of
-free
-text. Names without a prefix use every token, the end-of-sequence token included. Some need evidence that is
-gathered
+Which estimators apply depends on the kind of answer: `ESTIMATORS` are those of boxes, `TEXT_ESTIMATORS` those of free
+text. Names without a prefix use every token, the end-of-sequence token included. Some need evidence that is gathered
 only on request: `NEEDS` says which, and `HOW_TO_OBTAIN` how to request it.
 """
 
@@ -38,17 +34,14 @@ class Evidence(NamedTuple):
     Attributes:
         logprobs: Natural log-probability of each generated token, shape (n,); −∞ is a probability of 0.
         selected: Mask, shape (n,), boolean, True at the tokens of the requested content (`coordinate_mask`): the
-            numbers
-            of a box, the words of an answer.
-        place_value: Change of a token's number when its leading digit changes by one, shape (n,), 0 for
-            tokens without a digit (`place_values`); () where nothing is a number.
-        leading: Mask, shape (n,), boolean, True at the tokens that begin a number (`leading_mask`); () where
-            nothing is a
-            number.
+            numbers of a box, the words of an answer.
+        place_value: Change of a token's number when its leading digit changes by one, shape (n,), 0 for tokens without
+            a digit (`place_values`); () where nothing is a number.
+        leading: Mask, shape (n,), boolean, True at the tokens that begin a number (`leading_mask`); () where nothing is
+            a number.
         digits: Answered box with the model's distribution over each of its numbers; None if it was not recorded.
         agreement: Agreement of the answer with others sampled for the same question; None if none were.
-        stated: Confidence in [0, 1] that the model states; NaN where it named no number, None if it was not
-            asked.
+        stated: Confidence in [0, 1] that the model states; NaN where it named no number, None if it was not asked.
     """
 
     logprobs: npt.ArrayLike
@@ -90,9 +83,8 @@ def first(evidence: Evidence) -> float:
 def place_weighted(evidence: Evidence) -> float:
     """Return the mean of the selected tokens' log-probabilities weighted by place value, exp(Σ w·log p / Σ w).
 
-    The units of a number in thousandths are nearly a guess and hardly move the box; here a digit is weighted by
-    its effect on an edge, hundreds a hundred times as much as units. Where one token writes a whole number and all
-    numbers
+    The units of a number in thousandths are nearly a guess and hardly move the box; here a digit is weighted by its
+    effect on an edge, hundreds a hundred times as much as units. Where one token writes a whole number and all numbers
     have as many digits, this is `coordinate_mean`.
 
     Raises:
@@ -134,8 +126,7 @@ def leading(evidence: Evidence) -> float:
 def expected_iou(evidence: Evidence) -> float:
     """Return the expected IoU of the answered box with one drawn from the model's distribution over its digits.
 
-    Σ_b p(b)·IoU(b, answered), where the numbers of b are assumed independent, each as
-    `lmms_plugin.confidence.digits`
+    Σ_b p(b)·IoU(b, answered), where the numbers of b are assumed independent, each as `lmms_plugin.confidence.digits`
     describes; anything that is no box counts 0. NaN where the answer holds no box.
     """
     return float("nan") if evidence.digits is None else _expected_iou(evidence.digits)
@@ -144,10 +135,8 @@ def expected_iou(evidence: Evidence) -> float:
 def agreement(evidence: Evidence) -> float:
     """Return the mean agreement of k sampled answers with the answer, (1/k)·Σ_i a(y_i, y).
 
-    For boxes a is the IoU, for free text 1 where both are the same answer; a sample without a box agrees with
-    nothing.
-    After self-consistency (arXiv 2203.11171) and, for boxes, the spread of samples in SafeGround (arXiv
-    2602.02419).
+    For boxes a is the IoU, for free text 1 where both are the same answer; a sample without a box agrees with nothing.
+    After self-consistency (arXiv 2203.11171) and, for boxes, the spread of samples in SafeGround (arXiv 2602.02419).
     NaN where the answer holds no box.
     """
     found = evidence.agreement
@@ -234,8 +223,7 @@ def estimate_all(evidence: Evidence, estimators: Mapping[str, Estimator] = ESTIM
         estimators: Estimators by name, `ESTIMATORS` or `TEXT_ESTIMATORS`.
 
     Returns:
-        Estimator name → confidence in [0, 1], or NaN where there is nothing to estimate from. Estimators whose
-        evidence
+        Estimator name → confidence in [0, 1], or NaN where there is nothing to estimate from. Estimators whose evidence
         was not gathered at all (`NEEDS`) are left out.
 
     Raises:

@@ -80,9 +80,8 @@ class Box(NamedTuple):
 def iou(a: Box, b: Box) -> float:
     """Return the intersection over union of two boxes in the same frame.
 
-    Fractions of pixels are rounded to floats, so an overlap of exactly one half could come out below it. An IoU
-    within the rounding of the corners of a number with four decimals (0.5, 0.75, 0.9) is set to that number, so
-    that
+    Fractions of pixels are rounded to floats, so an overlap of exactly one half could come out below it. An IoU within
+    the rounding of the corners of a number with four decimals (0.5, 0.75, 0.9) is set to that number, so that
     `iou(a, b) >= threshold` decides as in whole pixels.
 
     Returns:
@@ -109,15 +108,10 @@ _MOST = 1e-9
 def _rounding(width: float, height: float) -> float:
     """Return the largest change of an IoU by rounding of corners, for boxes that share `width` and `height`.
 
-    With ε for the spacing of floats at 1, a corner is off by less than 4ε: it was divided by the image's side, and
-    may
-    have been converted to corner and side and back. So every side is off by less than 8ε, which
-    relative to itself is at most 8ε over the shared side; the intersection by 8ε (1/width + 1/height), the union by
-    at
-    most three times that, the IoU by 32ε (1/width + 1/height). Boxes of whole pixels with an IoU above 0.5 that is
-    no
-    fraction of 10⁴ are further from the next one than that in every image of up to 10⁹ pixels, so that no false
-    ties
-    arise.
+    With ε for the spacing of floats at 1, a corner is off by less than 4ε: it was divided by the image's side, and may
+    have been converted to corner and side and back. So every side is off by less than 8ε, which relative to itself is
+    at most 8ε over the shared side; the intersection by 8ε (1/width + 1/height), the union by at most three times that,
+    the IoU by 32ε (1/width + 1/height). Boxes of whole pixels with an IoU above 0.5 that is no fraction of 10⁴ are
+    further from the next one than that in every image of up to 10⁹ pixels, so that no false ties arise.
     """
     return min(_EPSILON * (1 / width + 1 / height), _MOST)

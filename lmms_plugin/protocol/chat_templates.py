@@ -26,8 +26,7 @@ def adopt(processor: Any, dialect: Dialect, name: str) -> None:
     """Let a processor without a chat template use its tokenizer's, which it ignores by itself.
 
     Args:
-        processor: Processor of any image-text-to-text checkpoint. Families that are asked in plain words stay as
-            they
+        processor: Processor of any image-text-to-text checkpoint. Families that are asked in plain words stay as they
             are: their tokenizer's template is that of its language model.
         dialect: Dialect of the checkpoint.
         name: Name of the checkpoint, for messages.
@@ -81,8 +80,8 @@ def expect_variables(processor: Any, variables: Mapping[str, Any], name: str) ->
 def expect_images_shown(processor: Any, variables: Mapping[str, Any], name: str) -> None:
     """Check that a chat template turns an image into a placeholder and keeps words unchanged.
 
-    A language model's own template takes texts alone: a message with an image gives an error, a printed list, or
-    the words without the image.
+    A language model's own template takes texts alone: a message with an image gives an error, a printed list, or the
+    words without the image.
 
     Raises:
         ValueError: The template does something else.

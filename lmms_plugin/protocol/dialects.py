@@ -1,7 +1,6 @@
 """Grounding dialects: how each model family is asked for a box, and how its answer writes one.
 
-Order, scale and frame of the numbers are declared per family. They are never inferred from the numbers of an answer
-and
+Order, scale and frame of the numbers are declared per family. They are never inferred from the numbers of an answer and
 never chosen with the ground truth: both would make an answer's correctness depend on what it is compared with.
 
 A new family is one more `Dialect` in the table at the end of this file.
@@ -38,8 +37,7 @@ CONFIDENCE_QUESTION = (
 # Bounded repetition keeps the work per character constant: no answer, however long, causes deep backtracking.
 _NUMBER = r"-?[0-9]{1,6}(?:\.[0-9]{1,20})?"
 _SPACE = r"\s{0,24}"
-# The style of bracket carries no meaning (GLM-4.5V says so), and a semicolon separates the boxes of one list
-# (Shikra).
+# The style of bracket carries no meaning (GLM-4.5V says so), and a semicolon separates the boxes of one list (Shikra).
 _BRACKETS = {"[": r"[\[(<;]", "]": r"(?=[\])>;])"}
 _CORNERS = ("x1", "y1", "x2", "y2")
 
@@ -61,13 +59,12 @@ class Parsed(NamedTuple):
     """Box parsed from an answer.
 
     Attributes:
-        box: First box; None where the answer holds none, or where the first one is invalid: inverted corners, no
-            area, numbers outside the declared scale or in fractions of it, or a size that its frame needs is
-            unknown.
-        count: Number of boxes in the answer, valid or not. 0 means that nothing could be parsed;
-            `box is None` with count > 0 means that something was written that is not a valid box.
-        coordinates: (start, end) of each number of the first box in the text, in text order; where a number is a
-            token of its own, the whole token, and two patch indices for Kosmos-2. Empty when count is 0.
+        box: First box; None where the answer holds none, or where the first one is invalid: inverted corners, no area,
+            numbers outside the declared scale or in fractions of it, or a size that its frame needs is unknown.
+        count: Number of boxes in the answer, valid or not. 0 means that nothing could be parsed; `box is None` with
+            count > 0 means that something was written that is not a valid box.
+        coordinates: (start, end) of each number of the first box in the text, in text order; where a number is a token
+            of its own, the whole token, and two patch indices for Kosmos-2. Empty when count is 0.
     """
 
     box: Box | None
@@ -159,22 +156,18 @@ class Dialect:
     def parse(self, text: str, *, original_size: Size | None, model_size: Size | None, opened: str = "") -> Parsed:
         """Parse the first box of an answer.
 
-        The search takes only the numbers and the characters between them into account: keys, labels, tags and
-        fences may be
-        missing, and a complete first box is read from an answer that was cut off later.
+        The search takes only the numbers and the characters between them into account: keys, labels, tags and fences
+        may be missing, and a complete first box is read from an answer that was cut off later.
 
-        Total: any text and any sizes give a result, in time linear in the length of the text. Numbers up to
-        `OVERSHOOT`
-        outside the frame are clipped at the edge of the image; further ones are not in the declared scale and give
-        no box.
-        Neither do fractions of 1 where integers are declared: the answer is counted as written, and not read.
+        Total: any text and any sizes give a result, in time linear in the length of the text. Numbers up to `OVERSHOOT`
+        outside the frame are clipped at the edge of the image; further ones are not in the declared scale and give no
+        box. Neither do fractions of 1 where integers are declared: the answer is counted as written, and not read.
         Reasoning is skipped, and reasoning that never ends holds no answer (`lmms_plugin.protocol.reasoning`).
 
         Args:
             text: Answer, with or without special tokens; Florence-2's location tokens are special, so keep them.
             original_size: (width, height) of the original image in pixels; used by the square frames alone.
-            model_size: (width, height) in pixels of the image as the model saw it; used where
-                `requires_model_size`.
+            model_size: (width, height) in pixels of the image as the model saw it; used where `requires_model_size`.
             opened: Tag of a reasoning block that the prompt opened; "" if none.
         """
         matches = _pattern(self.box, self.number).finditer(text, *separate(text, opened).said)
@@ -350,9 +343,9 @@ _TABLE: tuple[Dialect, ...] = (
         answer="<ref>{expression}</ref><box>[{box}]</box>",
         scale=1000,
     ),
-    # Trained and evaluated on images padded to a square, with boxes relative to that square (haotian-liu/LLaVA
-    # issues 591 and 606). The Hugging Face port's processor does not pad unless told (transformers PR 33191): it
-    # crops the centre, and then the model sees, and answers for, a different square.
+    # Trained and evaluated on images padded to a square, with boxes relative to that square (haotian-liu/LLaVA issues
+    # 591 and 606). The Hugging Face port's processor does not pad unless told (transformers PR 33191): it crops the
+    # centre, and then the model sees, and answers for, a different square.
     Dialect(
         name="llava",
         prompt=_DESCRIBES + "{expression}",
@@ -366,8 +359,8 @@ _TABLE: tuple[Dialect, ...] = (
         source="as llava, for a processor with do_center_crop and without do_pad",
         frame=Frame.CROPPED,
     ),
-    # Whether the boxes of LLaVA-1.5's data were converted for these models' unpadded tiles was asked and never
-    # answered (haotian-liu/LLaVA issue 1158), so the frame is this package's choice.
+    # Whether the boxes of LLaVA-1.5's data were converted for these models' unpadded tiles was asked and never answered
+    # (haotian-liu/LLaVA issue 1158), so the frame is this package's choice.
     Dialect(
         name="llava_onevision",
         prompt=_DESCRIBES + "{expression}",
@@ -474,8 +467,8 @@ _BY_MODEL_TYPE = {model_type: dialect for dialect in _TABLE for model_type in di
 def dialect_for(model_type: str, declared: str | None = None) -> Dialect:
     """Choose the dialect of a checkpoint.
 
-    An unknown model uses "fractions"; so does an answer that came without its dialect, from a model
-    that was asked the generic question.
+    An unknown model uses "fractions"; so does an answer that came without its dialect, from a model that was asked the
+    generic question.
 
     Args:
         model_type: `config.model_type` of the checkpoint.

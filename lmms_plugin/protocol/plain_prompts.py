@@ -1,11 +1,9 @@
 """Prompts of families without a chat template, each with its source.
 
-Tasks write for chat models: a question, and then "Answer the question using a single word or phrase." A model that
-was
-never taught to follow instructions continues such a text in its own way, so the question is put in the words with
-which
-its authors evaluated it, and a request for a caption becomes the beginning of one. Requests for captions
-are declared, too (`CAPTION_REQUESTS`); everything else counts as a question.
+Tasks write for chat models: a question, and then "Answer the question using a single word or phrase." A model that was
+never taught to follow instructions continues such a text in its own way, so the question is put in the words with which
+its authors evaluated it, and a request for a caption becomes the beginning of one. Requests for captions are declared,
+too (`CAPTION_REQUESTS`); everything else counts as a question.
 """
 
 from __future__ import annotations

@@ -44,8 +44,7 @@ class Prompt:
 
     Attributes:
         name: Task and document, for messages to the user.
-        messages: Role and content as chat templates take them, every image decoded, upright and RGB, videos as
-            paths.
+        messages: Role and content as chat templates take them, every image decoded, upright and RGB, videos as paths.
         grounding: Request for a box; None for other requests.
         log_probabilities: Whether log-probabilities are returned with an answer that is no box.
         raw: Whether to pass the text unchanged, without chat template.

@@ -1,9 +1,9 @@
 """Separation of a model's reasoning from its answer.
 
-A model that reasons first writes its reasoning between tags, and its answer after them. The tags depend on the
-family; a chat template may open one itself, and then the text holds only the closing one. Some models write labels
-instead ("Thought: ... Answer: ..."), and some answer first and reason then. Only this module knows the tags:
-every reader of an answer, be it a box, a word, a caption, a statement or the probability of a token, calls it.
+A model that reasons first writes its reasoning between tags, and its answer after them. The tags depend on the family;
+a chat template may open one itself, and then the text holds only the closing one. Some models write labels instead
+("Thought: ... Answer: ..."), and some answer first and reason then. Only this module knows the tags: every reader of an
+answer, be it a box, a word, a caption, a statement or the probability of a token, calls it.
 """
 
 from __future__ import annotations
@@ -102,8 +102,7 @@ class Separated(NamedTuple):
 
     Attributes:
         text: Whole text.
-        said: (start, end) of the part that is no reasoning: after the reasoning or, where nothing follows, before
-            it;
+        said: (start, end) of the part that is no reasoning: after the reasoning or, where nothing follows, before it;
             empty, at the end, where reasoning does not end.
         answer: (start, end) of the answer proper within it: the content of its own tags where it has some.
         finished: Whether reasoning, if there was some, came to its end.
@@ -140,8 +139,7 @@ class _Scan(NamedTuple):
     Attributes:
         inside: Index in `REASONING` of the tag still open at the end; None if there is none.
         opened: Tag that opened it.
-        outside: (start, end) of the parts outside of reasoning, in order; the last one extends to the end of the
-            text.
+        outside: (start, end) of the parts outside of reasoning, in order; the last one extends to the end of the text.
         reasoned: Whether there was a tag.
     """
 
@@ -154,11 +152,10 @@ class _Scan(NamedTuple):
 def separate(text: str, opened: str = "") -> Separated:
     """Separate reasoning from answer.
 
-    The answer is what follows the last reasoning or, where nothing does, the last text before it. A tag
-    is closed by its own closing tag alone, whatever comes between; a closing tag without an opening one ends a
-    reasoning
-    that began before the text. Reasoning that does not end holds no answer, and neither does the text before it.
-    Labels separate where a text begins with one for reasoning and continues to one for the answer.
+    The answer is what follows the last reasoning or, where nothing does, the last text before it. A tag is closed by
+    its own closing tag alone, whatever comes between; a closing tag without an opening one ends a reasoning that began
+    before the text. Reasoning that does not end holds no answer, and neither does the text before it. Labels separate
+    where a text begins with one for reasoning and continues to one for the answer.
 
     Args:
         text: Output of a model, including the special tokens that are tags.

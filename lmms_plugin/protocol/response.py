@@ -28,11 +28,9 @@ class Alternatives(NamedTuple):
     """Alternatives to a generated token of digits.
 
     Attributes:
-        probabilities: Digits -> probability of the tokens with these digits and otherwise the chosen token's text;
-            the
+        probabilities: Digits -> probability of the tokens with these digits and otherwise the chosen token's text; the
             likeliest ones, in decreasing order.
-        unlisted: Probability of all other such tokens together. The remainder to 1 is that of tokens of another
-            kind.
+        unlisted: Probability of all other such tokens together. The remainder to 1 is that of tokens of another kind.
     """
 
     probabilities: Mapping[str, float]
@@ -43,10 +41,10 @@ class Token(NamedTuple):
     """Generated token.
 
     Attributes:
-        text: Share of the answer's text; "" for the end-of-sequence token, and for all but the last of several
-            tokens that form one character.
-        logprob: Natural log-probability in the model's own distribution (before temperature, penalties
-            and truncation of the sampling), at most 0.
+        text: Share of the answer's text; "" for the end-of-sequence token, and for all but the last of several tokens
+            that form one character.
+        logprob: Natural log-probability in the model's own distribution (before temperature, penalties and truncation
+            of the sampling), at most 0.
         alternatives: Alternatives to the token; None where it writes no digits or none were requested.
     """
 
@@ -59,8 +57,7 @@ class Spoken(NamedTuple):
     """Tokens of an answer without those of its reasoning.
 
     Attributes:
-        tokens: Tokens, the end-of-sequence token included; () where reasoning does not end, or the model reports
-            none.
+        tokens: Tokens, the end-of-sequence token included; () where reasoning does not end, or the model reports none.
         start: Position of the first token's text in the whole text, in characters.
     """
 
@@ -77,15 +74,14 @@ class Response:
         tokens: Generated tokens, the end-of-sequence token included; empty where the model reports none.
         original_size: (width, height) of the image in pixels as the dataset has it; None if unknown.
         model_size: (width, height) of the image in pixels as the model saw it; None if unknown.
-        dialect: Name of the `Dialect` that the question was asked in; None if the model was asked in the task's
-            words.
+        dialect: Name of the `Dialect` that the question was asked in; None if the model was asked in the task's words.
         confidence: Estimator -> confidence in [0, 1] that only the model's side can compute (a learned confidence).
         records_digits: Whether alternatives of the tokens were recorded, be there digits in the answer or not.
         samples: Raw answers sampled for the same question; None where none were requested.
         statement: The model's statement of its confidence; None where it was not asked.
-        scores: Name -> scores of the candidates that were scored and not written, all of the same
-            length, None for what was not computed: `logprob` of a caption in nats and its `tokens`, or a retrieval
-            checkpoint's `itc` (cosine) and `itm` (logit).
+        scores: Name -> scores of the candidates that were scored and not written, all of the same length, None for what
+            was not computed: `logprob` of a caption in nats and its `tokens`, or a retrieval checkpoint's `itc`
+            (cosine) and `itm` (logit).
         opened: Tag of a reasoning block that the prompt opened and the text continues; "" if none.
     """
 

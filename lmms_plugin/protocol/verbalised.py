@@ -12,15 +12,13 @@ _NUMBER = re.compile(rf"(?<![\w.,-]){_DIGITS.pattern}(?!\w|[.,-]\d)")
 def stated_confidence(statement: str) -> float:
     """Parse a model's statement of its confidence, without its reasoning (`Response.stated`).
 
-    The scale is the one that was asked for, and never guessed: exactly one number between 0 and 100, perhaps
-    followed
-    by "%", "percent", "/100" or "out of 100". A range, a list, a number with a sign or above 100 is no confidence;
-    nor
+    The scale is the one that was asked for, and never guessed: exactly one number between 0 and 100, perhaps followed
+    by "%", "percent", "/100" or "out of 100". A range, a list, a number with a sign or above 100 is no confidence; nor
     is a fraction below 1, which is ambiguous.
 
     Returns:
-        Confidence in [0, 1]; NaN where the statement names no such number, to be counted separately and never taken
-        for 0.
+        Confidence in [0, 1]; NaN where the statement names no such number, to be counted separately and never taken for
+        0.
     """
     text = _OF_HUNDRED.sub(" ", statement)
     numbers = _NUMBER.findall(text)

@@ -1,9 +1,7 @@
 """Features of a learned confidence, stored beside lmms-eval's logs: one folder of safetensors files per model.
 
-lmms-eval carries nothing but strings from a model to a task. Vectors are stored in a folder instead, a file per
-process
-and portion, each written under a temporary name first, so that a file with the final name is complete. They are on
-disk
+lmms-eval carries nothing but strings from a model to a task. Vectors are stored in a folder instead, a file per process
+and portion, each written under a temporary name first, so that a file with the final name is complete. They are on disk
 before an answer is returned: every answer in a response cache has its features here.
 """
 
@@ -35,8 +33,7 @@ class Features(NamedTuple):
         image: Maximum of every hidden unit over the positions of the image, (n, width).
         question: Maximum of every hidden unit over the words of the question, (n, width).
         first: Hidden state from which the first generated token was predicted, (n, width).
-        logprob: Natural log-probability (n,) of the whole answer without reasoning; NaN where reasoning did not
-            end.
+        logprob: Natural log-probability (n,) of the whole answer without reasoning; NaN where reasoning did not end.
     """
 
     image: Tensor
@@ -66,8 +63,7 @@ class FeatureOrigin:
     Attributes:
         model: Fingerprint of the checkpoint's weights.
         quantization: Method, its options, plan and calibration, as JSON-ready values.
-        layer: Index of the hidden states: -1 for those that logits are computed from (the last, after the final
-            norm),
+        layer: Index of the hidden states: -1 for those that logits are computed from (the last, after the final norm),
             k ≥ 0 for the inputs of layer k of the language model.
     """
 

@@ -1,16 +1,12 @@
 """Selector network: from a model's hidden states at its answer to the probability that the answer is right.
 
-The Selector of arXiv 2602.13289, after Whitehead et al. (arXiv 2204.13631) and, for generating models,
-Dancette et al. (arXiv 2306.08751): max-pooled hidden states over the image and over the question, the state
-from which the first token of the answer is predicted, and the answer's log-probability go through two hidden
-layers.
-The target is the score of the answer in [0, 1] (right or wrong, or a soft accuracy), the loss its cross-entropy;
-the
-model itself stays unchanged. Here inputs are standardised, training starts from Platt scaling of MaxProb (the
-answer's
-probability alone; the network adds to that, initially nothing), and it stops when the loss on held-out images has
-not
-fallen for a while (theirs: the area under the risk–coverage curve, which does not see miscalibration).
+The Selector of arXiv 2602.13289, after Whitehead et al. (arXiv 2204.13631) and, for generating models, Dancette et al.
+(arXiv 2306.08751): max-pooled hidden states over the image and over the question, the state from which the first token
+of the answer is predicted, and the answer's log-probability go through two hidden layers. The target is the score of
+the answer in [0, 1] (right or wrong, or a soft accuracy), the loss its cross-entropy; the model itself stays unchanged.
+Here inputs are standardised, training starts from Platt scaling of MaxProb (the answer's probability alone; the network
+adds to that, initially nothing), and it stops when the loss on held-out images has not fallen for a while (theirs: the
+area under the risk–coverage curve, which does not see miscalibration).
 """
 
 import copy
@@ -248,8 +244,8 @@ def fit(
         data: Source of the answers, JSON-ready.
 
     Raises:
-        ValueError: Arrays differ in length, targets leave [0, 1], features are not finite, there are fewer than
-            two images, or all answers to train on have the same score, from which nothing can be learned.
+        ValueError: Arrays differ in length, targets leave [0, 1], features are not finite, there are fewer than two
+            images, or all answers to train on have the same score, from which nothing can be learned.
     """
     matrix, scores = features.matrix(), torch.from_numpy(np.array(target, dtype=np.float32))
     held_out = held_out_rows(images, settings)

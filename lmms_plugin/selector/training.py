@@ -66,13 +66,11 @@ def train(run: LoggedRun, store: Store, settings: SelectorSettings, tasks: Seque
         run: Run with a log of samples.
         store: Features of its answers.
         settings: Training settings.
-        tasks: Names of the tasks to train on; () for all of this package. Of a task with a split of its own, the
-            part
+        tasks: Names of the tasks to train on; () for all of this package. Of a task with a split of its own, the part
             `dev` is used.
 
     Raises:
-        ValueError: A task is missing or has no part to train on, kinds of tasks are mixed, features do not belong
-            to
+        ValueError: A task is missing or has no part to train on, kinds of tasks are mixed, features do not belong to
             the run, or there is nothing to learn.
     """
     if absent := sorted(set(tasks) - set(run.tasks)):
@@ -112,8 +110,7 @@ def apply(run: LoggedRun, store: Store, selector: Selector, output: Path, *, tra
 
     Raises:
         FileExistsError: `output` is not empty.
-        ValueError: The selector was trained for something else or on images of the run, or features do not belong
-            to
+        ValueError: The selector was trained for something else or on images of the run, or features do not belong to
             the run.
     """
     name = _name(selector, store, transfer)

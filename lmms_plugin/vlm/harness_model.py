@@ -61,10 +61,8 @@ class HarnessModel(lmms):
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Score every request's continuation as lmms-eval's own models do, which contradicts its documentation.
 
-        lmms-eval 0.7 takes the choice with the smallest number for the answer to a multiple-choice question,
-        because
-        its models return a loss. So a choice gets its negative log-likelihood (in nats, summed over its tokens),
-        while
+        lmms-eval 0.7 takes the choice with the smallest number for the answer to a multiple-choice question, because
+        its models return a loss. So a choice gets its negative log-likelihood (in nats, summed over its tokens), while
         for tasks of type `loglikelihood`, which compute perplexity, the number is the log-likelihood itself.
 
         Returns:
@@ -89,8 +87,7 @@ class HarnessModel(lmms):
     def clean(self) -> None:
         """Free the model.
 
-        lmms-eval calls this when everything is answered. It is also given speed and figures for the results file
-        here,
+        lmms-eval calls this when everything is answered. It is also given speed and figures for the results file here,
         because a run whose answers all come from the cache never asks for one.
         """
         usage = self.responder.usage

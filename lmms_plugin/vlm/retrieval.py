@@ -1,7 +1,6 @@
 """Retrieval checkpoints of BLIP-2, which generate no text but score image-caption pairs.
 
-As in the authors' evaluation (LAVIS, `compute_sim_matrix`), the projections of image and text give a similarity
-(ITC)
+As in the authors' evaluation (LAVIS, `compute_sim_matrix`), the projections of image and text give a similarity (ITC)
 for every pair, at the cost of one pass per image and one per caption; the matching head (ITM), which reads both
 together, scores the `NEAREST` captions of every photograph and the `NEAREST` photographs of every caption by it.
 """
@@ -55,12 +54,11 @@ class Matcher:
         Args:
             requests: Requests, each with candidates; those with the same ones form a pool.
             reader: Reader of messages.
-            processes: Number of processes that share the requests; with more than one, none sees all photographs of
-                a pool.
+            processes: Number of processes that share the requests; with more than one, none sees all photographs of a
+                pool.
 
         Returns:
-            For each request an encoded `Response` with the scores `itc`, cosines, and `itm`, logits, the latter
-            None
+            For each request an encoded `Response` with the scores `itc`, cosines, and `itm`, logits, the latter None
             where the matching head did not score the pair.
 
         Raises:

@@ -15,8 +15,8 @@ from lmms_plugin.vlm.contracts.requests import Job
 def second_turn(job: Job, answer: Response, dialect: Dialect) -> Job:
     """Return a job that continues a conversation: the question, the answer, and a question for the model's confidence.
 
-    It is answered greedily, with the same length limit as the first. The reasoning of an answer is left out, as
-    chat templates do with all but the last turn.
+    It is answered greedily, with the same length limit as the first. The reasoning of an answer is left out, as chat
+    templates do with all but the last turn.
 
     Args:
         job: Job of the answer.

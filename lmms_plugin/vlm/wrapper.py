@@ -3,10 +3,9 @@
 `--model quant_<backend>` finds its class here (`QuantAwq` for `quant_awq`, and `QuantAwqSimple` for lmms-eval's
 `--force_simple`); every registered backend has both, so that a new one needs no line in this file.
 
-The answer to a request does not depend on its batch, up to floating point: padding changes the order of a
-matrix product's additions, so the last bits of a logit differ between batches. In float32 that decides nothing in
-practice; in bfloat16 two nearly equal tokens can change places, and then batch_size=1,share_prefix=False is the
-reference.
+The answer to a request does not depend on its batch, up to floating point: padding changes the order of a matrix
+product's additions, so the last bits of a logit differ between batches. In float32 that decides nothing in practice; in
+bfloat16 two nearly equal tokens can change places, and then batch_size=1,share_prefix=False is the reference.
 """
 
 from __future__ import annotations

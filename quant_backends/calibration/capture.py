@@ -81,8 +81,8 @@ class Sharing:
 class Gathering:
     """Statistics of some groups of layers, accumulated sample by sample.
 
-    Every sum runs over the samples in order and over all rows of a sample at once, so that the numbers do not
-    depend on how many groups are gathered together.
+    Every sum runs over the samples in order and over all rows of a sample at once, so that the numbers do not depend on
+    how many groups are gathered together.
 
     Args:
         model: Whole model.
@@ -120,8 +120,7 @@ class Gathering:
             if leader == name:
                 rows = x.numel() // x.shape[-1]
                 role = self._role_of_rows(name, roles.get(name))
-                # Layers that see image features outside the sequence (cross attention) have rows of
-                # their own.
+                # Layers that see image features outside the sequence (cross attention) have rows of their own.
                 self._entries[name].add(x, role if role is not None and len(role) == rows else None, held_back)
                 fed[name] = x
             elif fed.get(leader) is not x:

@@ -34,16 +34,14 @@ def measure_sensitivities(
 ) -> dict[str, Sensitivity]:
     """Measure the gradients of the answers' cross-entropy by which MBQ weights the modalities.
 
-    For each part of a decoder block (its attention, its MLP), take the gradient with respect to the part's output:
-    mean
-    magnitude over image positions and over answer positions, averaged over the samples. A part's image-to-answer
-    ratio is raised to at least the median of the corresponding parts of all blocks, as in the authors' code: hardly
-    any
+    For each part of a decoder block (its attention, its MLP), take the gradient with respect to the part's output: mean
+    magnitude over image positions and over answer positions, averaged over the samples. A part's image-to-answer ratio
+    is raised to at least the median of the corresponding parts of all blocks, as in the authors' code: hardly any
     gradient reaches the image in the last block.
 
-    Every sample goes through the model's own forward pass, one at a time, so that positions and masks are the
-    family's own. Parameters get no gradients, and each block is recomputed in the backward pass: memory holds the
-    inputs of all blocks for one sample and the activations within one block.
+    Every sample goes through the model's own forward pass, one at a time, so that positions and masks are the family's
+    own. Parameters get no gradients, and each block is recomputed in the backward pass: memory holds the inputs of all
+    blocks for one sample and the activations within one block.
 
     Args:
         model: Dense or partly quantized model, in evaluation mode.
@@ -53,9 +51,8 @@ def measure_sensitivities(
             device.
 
     Returns:
-        Layer -> sensitivity of its part. A layer outside all blocks (the output projection) has none, nor has one
-        in
-        a part that no sample runs through.
+        Layer -> sensitivity of its part. A layer outside all blocks (the output projection) has none, nor has one in a
+        part that no sample runs through.
 
     Raises:
         ValueError: A loss or a gradient is not finite, or no gradient reaches the answers.
@@ -150,8 +147,7 @@ def _kind(part: str) -> str:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Start gradients at the token embeddings and give none to parameters."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # This is a copy because some families write image features into the embeddings in place, which a leaf
-    # forbids.
+    # This is a copy because some families write image features into the embeddings in place, which a leaf forbids.
     hook = model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
         lambda _, __, output: output.detach().requires_grad_().clone()
     )
@@ -168,8 +164,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 class _Turns:
     """Holder of one block at a time on the device: a block stays until the next one's turn, in either direction.
 
-    In the backward pass a block's weights are needed not only for its recomputation, but until the gradient has
-    passed
+    In the backward pass a block's weights are needed not only for its recomputation, but until the gradient has passed
     through it, which is when the turn of the block before it comes.
     """
 

@@ -85,8 +85,8 @@ def encode(processor: Any, image: Image.Image, prompt: str, answer: str | None =
     token = placeholder(processor) if plain is None else ""
     given: dict[str, Any] = {"text": f"{token}{prompt}" if plain is None else plain.write(prompt)}
     if answer is not None and "suffix" in inspect.signature(processor.__call__).parameters:
-        # PaliGemma's attention is bidirectional over the prompt but causal over the answer; its processor
-        # marks which is which.
+        # PaliGemma's attention is bidirectional over the prompt but causal over the answer; its processor marks which
+        # is which.
         given["suffix"] = answer
     elif answer is not None:
         given["text"] += f"\n{answer}" if plain is None else f" {answer}"
@@ -127,9 +127,9 @@ class WrittenAnswer(NamedTuple):
 class Writer:
     """Generator of the questions and answers that calibration samples lack, greedy, one by one.
 
-    A model that only speaks its grounding dialect writes a box, or nothing, when asked for a question. Such
-    samples keep the expression that they were drawn with; after `PATIENCE` of them in a row the model is not asked
-    for questions again.
+    A model that only speaks its grounding dialect writes a box, or nothing, when asked for a question. Such samples
+    keep the expression that they were drawn with; after `PATIENCE` of them in a row the model is not asked for
+    questions again.
 
     Args:
         model: Loaded and unquantized model.
@@ -247,8 +247,7 @@ def wording(text: str, dialect: Dialect) -> str | None:
         dialect: Dialect of the model.
 
     Returns:
-        First line without quotation marks; None where it has no words, more than `LONGEST_QUESTION` of them, or a
-        box.
+        First line without quotation marks; None where it has no words, more than `LONGEST_QUESTION` of them, or a box.
     """
     line = next((line for line in text.splitlines() if line.strip()), "").strip().strip("\"'`*“”").strip()
     words = line.split()
@@ -316,8 +315,7 @@ def build_batches(
         Keyword arguments for the model, and the account of them.
 
     Raises:
-        ValueError: `by_role`, and a sample has no position for its image or for its answer; or most of the model's
-            own
+        ValueError: `by_role`, and a sample has no position for its image or for its answer; or most of the model's own
             answers are degenerate.
     """
     writer = Writer(model, processor, dialect, journal)
@@ -385,8 +383,7 @@ def token_roles(answered: Mapping[str, Any], asked: Mapping[str, Any], config: A
         config: Config of the model, for its image token; not needed where the processor marks image tokens itself.
 
     Returns:
-        (tokens,) uint8, indices into `ROLES`. The answer begins where the two encodings differ and includes what
-        the
+        (tokens,) uint8, indices into `ROLES`. The answer begins where the two encodings differ and includes what the
         chat template appends to it; the markers around an image count as text.
 
     Raises:

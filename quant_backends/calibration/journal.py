@@ -1,7 +1,6 @@
 """Checkpointing of calibration: finished blocks on disk, from which an interrupted calibration resumes.
 
-The folder belongs to the user who runs the calibration, and only that user's processes read it: its files are
-trusted,
+The folder belongs to the user who runs the calibration, and only that user's processes read it: its files are trusted,
 like Python's own caches of compiled code.
 """
 
@@ -69,8 +68,7 @@ class Journal:
         self._write(self._file(block), pickle.dumps((skeletons, save_tensors(tensors))))
 
     def _write(self, target: Path, content: bytes) -> None:
-        # In a parallel evaluation, another process with the same calibration may finish and remove the
-        # folder.
+        # In a parallel evaluation, another process with the same calibration may finish and remove the folder.
         for _ in range(3):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -54,13 +54,11 @@ def statistics_budget(device: torch.device) -> int:
 class Residence:
     """Offloading of a model's blocks to host memory, from which each one moves to the device for its turn.
 
-    In host memory the weights of a safetensors checkpoint are memory-mapped pages of its files: the system reads
-    them
+    In host memory the weights of a safetensors checkpoint are memory-mapped pages of its files: the system reads them
     when needed and may drop them again.
 
     Args:
-        device: Device where blocks take their turn. None leaves everything where it is: on one device, or spread
-            over
+        device: Device where blocks take their turn. None leaves everything where it is: on one device, or spread over
             several.
     """
 
@@ -197,8 +195,7 @@ class Shelf:
             return
         self._away[key] = [(tensor, tensor.device) for tensor in tensors.values()]
         for tensor in tensors.values():
-            # The frames of the suspended pass hold this very object, so its data must be moved, not the
-            # reference.
+            # The frames of the suspended pass hold this very object, so its data must be moved, not the reference.
             tensor.data = self.sent_away(tensor.data)
 
     def take(self, key: int) -> None:
@@ -228,8 +225,8 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 def return_freed_memory() -> None:
     """Return freed heap memory to the system, where the C library is glibc.
 
-    Packed layers and the short-lived dense ones alternate on the heap; glibc keeps the holes between them,
-    which in the end would take as much as the dense model.
+    Packed layers and the short-lived dense ones alternate on the heap; glibc keeps the holes between them, which in the
+    end would take as much as the dense model.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -26,8 +26,8 @@ def count_tokens(model: nn.Module, batches: Sequence[Mapping[str, Any]], residen
         residence: Settled residence of the model's blocks.
 
     Returns:
-        Module name of a layer's experts -> tokens of each expert, by number. Layers that no token passes have
-        zeros; a model without such experts gives an empty result.
+        Module name of a layer's experts -> tokens of each expert, by number. Layers that no token passes have zeros; a
+        model without such experts gives an empty result.
     """
     mixtures = find_mixtures(model)
     counts = {name: torch.zeros(int(module.num_experts), dtype=torch.int64) for name, module in mixtures.items()}  # type: ignore[arg-type]

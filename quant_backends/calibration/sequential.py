@@ -1,14 +1,11 @@
 """Block-by-block calibrated quantization: statistics, solutions and memory of one block at a time.
 
-All calibration samples are suspended before the same block (`lmms_plugin.quant_backends.calibration.suspension`).
-The
-block moves to the device, every sample passes through it, its layers are solved and packed, and the next block
-follows.
+All calibration samples are suspended before the same block (`lmms_plugin.quant_backends.calibration.suspension`). The
+block moves to the device, every sample passes through it, its layers are solved and packed, and the next block follows.
 
 Every layer is calibrated on its inputs in the unquantized model, unless the backend is `sequential`: then on the
 outputs of the quantized blocks before its own. The authors of AWQ and MBQ do the former; it makes the result for a
-layer independent of what else the plan quantizes. Those of GPTQ do the latter; each block then compensates for some
-of
+layer independent of what else the plan quantizes. Those of GPTQ do the latter; each block then compensates for some of
 the error of the ones before it.
 """
 
@@ -101,8 +98,7 @@ class SequentialQuantizer:
         residence: Offloading of blocks.
         shelf: Offloading of waiting activations.
         journal: Store of finished blocks; None keeps nothing.
-        budget: Number of bytes for the statistics gathered at one time; a single layer may exceed it. None for what
-            is
+        budget: Number of bytes for the statistics gathered at one time; a single layer may exceed it. None for what is
             free.
     """
 
@@ -127,8 +123,7 @@ class SequentialQuantizer:
             batches: Keyword arguments of one forward pass each, one calibration sample each.
 
         Raises:
-            ValueError: There is no sample, or weights or inputs of a layer are not finite; the message names the
-                layer.
+            ValueError: There is no sample, or weights or inputs of a layer are not finite; the message names the layer.
             RuntimeError: A sample takes a different route through the model than the first one.
         """
         if not batches:
@@ -239,8 +234,7 @@ class SequentialQuantizer:
                 self.shelf.put(sample.index, call[1:])
 
     def _run_blocks(self, blocks: Mapping[str, tuple[str, ...]], route: Route, samples: Sequence[SampleState]) -> None:
-        # A block that the first sample never reached goes before all others that wait, whose turns come
-        # later.
+        # A block that the first sample never reached goes before all others that wait, whose turns come later.
         turn = {name: index for index, name in enumerate(route.groups)}
         unsolved = {name for name, layers in blocks.items() if layers}
         solved: set[str] = set()
@@ -316,8 +310,8 @@ class SequentialQuantizer:
         lots = list(chunks(self.model, groups, budget, **kept))
         for number, lot in enumerate(lots, start=1):
             gathering = Gathering(self.model, lot, **kept)
-            # With the last statistics gathered, samples move on at once: everything between here and the
-            # next block stays unchanged.
+            # With the last statistics gathered, samples move on at once: everything between here and the next block
+            # stays unchanged.
             onward = number == len(lots) and not self.backend.sequential
             for sample in samples:
                 note = gathering.noting(sample.roles, held_back_rows(sample.index, self._count))

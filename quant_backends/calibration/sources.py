@@ -46,8 +46,7 @@ class CalibrationSample(NamedTuple):
         prompt: Question as it is; None when `expression` is given.
         box: Answer to `expression`, xyxy in [0, 1] of the image; None when it is unknown.
         answer: Answer as text; None when it is to be written from `box` or by the model itself.
-        wanted: What the model should write in place of the question: an ``expression`` or a ``question``; the
-            original
+        wanted: What the model should write in place of the question: an ``expression`` or a ``question``; the original
             one stays if it cannot. None to take the question as it is.
     """
 
@@ -102,19 +101,16 @@ class CalibrationSpec:
         """Parse a calibration source from one word of the command line.
 
         ``none``, ``noise`` (noise images, random words), ``self`` (zero-shot: the model writes expressions and
-        questions
-        about synthetic images, and answers them), ``demo`` (validation scenes of the embedded demo),
-        ``photographs`` (captioned crops of the two that scikit-learn ships), or ``dataset:PATH``, a hub id, a
-        folder of
+        questions about synthetic images, and answers them), ``demo`` (validation scenes of the embedded demo),
+        ``photographs`` (captioned crops of the two that scikit-learn ships), or ``dataset:PATH``, a hub id, a folder of
         parquet files or one such file.
 
         Options follow after further colons, because lmms-eval splits arguments at commas. For every source: ``n``
         (instead of `samples`), ``seed`` and ``tokens`` (stop at this many sequence positions). For ``self`` also
         ``degenerate=allow``, which takes the model's answers even if most are empty or loops. For real images also
-        ``shift``, which corrupts them (``demo:shift=gaussian_noise_3``). For a dataset also
-        ``split``, the columns ``image``, ``text`` and ``prompt``, and ``force``:
-        ``dataset:my-org/my-set:split=train:image=image:text=caption:tokens=65536``. An evaluation split (val, dev
-        or
+        ``shift``, which corrupts them (``demo:shift=gaussian_noise_3``). For a dataset also ``split``, the columns
+        ``image``, ``text`` and ``prompt``, and ``force``:
+        ``dataset:my-org/my-set:split=train:image=image:text=caption:tokens=65536``. An evaluation split (val, dev or
         test in its name) needs ``:force=true``.
 
         Raises:

@@ -1,12 +1,9 @@
 """Suspended forward passes: they stop before given modules, so that many samples can wait for one block at a time.
 
-Between two blocks of a vision-language model lies code that differs from family to family: masks of sliding and
-full
-attention, rotary positions on several axes, visual features added on the way, hidden states picked by index. None
-of
-it is reimplemented here. Each sample runs the model's own forward pass in a thread of its own; where it calls a
-block,
-it waits until the driver has run the block and returns the output. No two threads ever run at once.
+Between two blocks of a vision-language model lies code that differs from family to family: masks of sliding and full
+attention, rotary positions on several axes, visual features added on the way, hidden states picked by index. None of it
+is reimplemented here. Each sample runs the model's own forward pass in a thread of its own; where it calls a block, it
+waits until the driver has run the block and returns the output. No two threads ever run at once.
 """
 
 from __future__ import annotations
@@ -131,8 +128,8 @@ def in_a_pass() -> bool:
 def doors(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Callable[..., Any]]]:
     """Suspend passes where they call the given modules.
 
-    Hooks on a module run in the pass, around the wait: the model's own code sees no difference. Outside of
-    suspended passes the modules work as always.
+    Hooks on a module run in the pass, around the wait: the model's own code sees no difference. Outside of suspended
+    passes the modules work as always.
 
     Args:
         modules: Modules by name; none within another one.

@@ -1,8 +1,7 @@
 """Storage formats of other tools for quantized linear layers, converted to the canonical form of this package.
 
 Each format is recognised by its tensors: a layer is quantized where they are, whatever the checkpoint's own list of
-layers says (such lists use the module names of the time when the checkpoint was made, and may silently match
-nothing
+layers says (such lists use the module names of the time when the checkpoint was made, and may silently match nothing
 today).
 """
 
@@ -301,8 +300,8 @@ def _group(
         scale: (rows, groups).
         zeros: (rows, groups) or None.
         bits: Number of bits per code.
-        sizes: Group sizes named in the checkpoint's config. The number of groups is ambiguous: two groups
-            in 192 columns have 96 columns each, or 128 and a narrower last one.
+        sizes: Group sizes named in the checkpoint's config. The number of groups is ambiguous: two groups in 192
+            columns have 96 columns each, or 128 and a narrower last one.
         index: (columns,) group of each column, for columns grouped by activation order.
 
     Raises:
@@ -349,8 +348,7 @@ def _unpack(words: Tensor, bits: int, count: int, *, dense: bool) -> Tensor:
         words: (rows, words per row) int32.
         bits: Number of bits per code.
         count: Number of codes per row.
-        dense: Whether codes cross word boundaries; otherwise the top bits of a word that hold no whole code are
-            unused.
+        dense: Whether codes cross word boundaries; otherwise the top bits of a word that hold no whole code are unused.
     """
     rows = words.shape[0]
     per_word = 32 // bits

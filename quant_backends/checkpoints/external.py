@@ -41,8 +41,7 @@ ROTATIONS = ("transform_config", "rotation_config")
 class PrequantizedBackend(CheckpointBackend):
     """Any checkpoint with a quantization_config: nothing is quantized here, and the report says what was found.
 
-    GPTQ, AWQ, auto-round, HQQ and packed integers of compressed-tensors are repacked while loading and need no
-    library;
+    GPTQ, AWQ, auto-round, HQQ and packed integers of compressed-tensors are repacked while loading and need no library;
     bitsandbytes and torchao run on theirs; transformers loads any other format that it can. Checkpoints saved with
     ``save_quantized`` load as they were.
     """
@@ -131,8 +130,7 @@ def adopt_library_layers(model: PreTrainedModel) -> None:
     """Wrap layers made by libraries in layers that count their bytes.
 
     Raises:
-        ValueError: A library's layer holds a dense weight: the checkpoint has it dense, and its list of layers to
-            keep
+        ValueError: A library's layer holds a dense weight: the checkpoint has it dense, and its list of layers to keep
             dense does not match this model.
     """
     turned = 0

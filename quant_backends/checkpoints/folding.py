@@ -1,14 +1,11 @@
 """Folding of input scales into preceding layers, only where every output stays identical to the last bit.
 
 A packed layer that multiplies its input by a vector s equals one that does not, after a layer that multiplies its
-output by s. Two kinds of layers can take s over: a norm, into its weight, if all layers that it feeds multiply by
-the
-same s; and a linear layer whose output is only multiplied elementwise on the way (the up projection of a gated
-MLP),
+output by s. Two kinds of layers can take s over: a norm, into its weight, if all layers that it feeds multiply by the
+same s; and a linear layer whose output is only multiplied elementwise on the way (the up projection of a gated MLP),
 into the scales of its rows. With powers of two nothing is rounded.
 
-These layers are found by observation, not by names: which layer receives which tensor in a forward pass, and
-whether
+These layers are found by observation, not by names: which layer receives which tensor in a forward pass, and whether
 the module around them still gives the same output afterwards.
 """
 

@@ -1,7 +1,7 @@
 """Quantization inside ``from_pretrained``: each layer is packed as soon as its weight is on the device.
 
-transformers reads checkpoints tensor by tensor and passes each one to a registered quantizer, so that
-with a data-free backend no more than one dense layer exists at a time.
+transformers reads checkpoints tensor by tensor and passes each one to a registered quantizer, so that with a data-free
+backend no more than one dense layer exists at a time.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class PackOnArrival(ConversionOps):
     @torch.no_grad()
     def _pack(self, name: str, weight: Tensor) -> Iterable[str]:
         """Pack a layer's weight or a stack of expert weights; return the parameter names that a stack became."""
-        # transformers turns an error raised here into a log entry and a general RuntimeError at the end; the
-        # first error is kept and raised unchanged once loading is over.
+        # transformers turns an error raised here into a log entry and a general RuntimeError at the end; the first
+        # error is kept and raised unchanged once loading is over.
         work = self.quantizer.work
         if self.quantizer.failure is not None:
             return ()

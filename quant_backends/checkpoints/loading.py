@@ -71,17 +71,17 @@ def load_quantized(
 ) -> LoadedModel:
     """Load an image-text-to-text checkpoint and quantize it.
 
-    Arguments, plan and calibration data are checked before any weight is read. Weights are read shard by
-    shard; a data-free method packs each layer as soon as its weight is on the device. For a calibrated
-    method the dense model stays on disk, memory-mapped, and its blocks move to the device one
-    by one, to be packed there; with a `device_map` they are where that puts them.
+    Arguments, plan and calibration data are checked before any weight is read. Weights are read shard by shard; a
+    data-free method packs each layer as soon as its weight is on the device. For a calibrated method the dense model
+    stays on disk, memory-mapped, and its blocks move to the device one by one, to be packed there; with a `device_map`
+    they are where that puts them.
 
     Args:
         path: Hub id or local folder.
         backend: Backend from `lmms_plugin.quant_backends.get`.
         plan: Plan of what to quantize; an empty plan for ``none``.
-        calibration: Inputs for a calibrated method. None means ``self``: the model answers questions about
-            synthetic images, which needs no data.
+        calibration: Inputs for a calibrated method. None means ``self``: the model answers questions about synthetic
+            images, which needs no data.
         dtype: Dtype of the dense weights, scales and activations; "auto" for the checkpoint's own.
         device: Device of the whole model, unless `device_map` says otherwise.
         device_map: Device map, as in ``from_pretrained``.
@@ -90,16 +90,14 @@ def load_quantized(
         seed: Seed of the default calibration.
         use_safetensors: Whether to refuse pickled weights.
         processor: Processor, if already built; None loads the checkpoint's own.
-        dialect: Name of the grounding dialect in which calibration questions are asked; None for the one that
-            the checkpoint declares, or else its family's.
-        resume: Whether to keep finished blocks of a calibration on disk until it is over, so that the same call
-            resumes
+        dialect: Name of the grounding dialect in which calibration questions are asked; None for the one that the
+            checkpoint declares, or else its family's.
+        resume: Whether to keep finished blocks of a calibration on disk until it is over, so that the same call resumes
             an interrupted one (see `lmms_plugin.quant_backends.calibration.journal`).
         resume_folder: Folder for them; None for `lmms_plugin.quant_backends.calibration.journal.cache_folder`.
 
     Raises:
-        ValueError: The method cannot carry out the plan, the plan does not fit the model, weights are missing or
-            not
+        ValueError: The method cannot carry out the plan, the plan does not fit the model, weights are missing or not
             finite, or calibration data is unusable.
     """
     started = time.perf_counter()

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def expect_sound(model: PreTrainedModel, processor: Any) -> None:
     """Run a model once on an image and check its logits and its size.
 
-    Layers without weights give NaN, and some libraries replace packed weights by dense ones at the first forward
-    pass; neither raises an error.
+    Layers without weights give NaN, and some libraries replace packed weights by dense ones at the first forward pass;
+    neither raises an error.
 
     Raises:
         ValueError: Logits are not finite, or the weights have grown.

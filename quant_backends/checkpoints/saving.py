@@ -1,7 +1,6 @@
 """Saving of quantized models: safetensors, config, processor and report in one folder, written atomically.
 
-Where it can hold the weights, the format is ``pack-quantized`` of compressed-tensors, which transformers and vLLM
-read
+Where it can hold the weights, the format is ``pack-quantized`` of compressed-tensors, which transformers and vLLM read
 without this package. All other layers of this package are written as their own tensors
 (`lmms_plugin.quant_backends.checkpoints.own_format`). Either way codes and scales come back bit for bit.
 """
@@ -112,8 +111,7 @@ def save_quantized(
     Input scales that are powers of two are folded into preceding layers first, which changes no bit of any output
     (`lmms_plugin.quant_backends.checkpoints.folding`).
 
-    Everything is written to a temporary folder beside `folder`, which is renamed at the end: `folder` is complete
-    or
+    Everything is written to a temporary folder beside `folder`, which is renamed at the end: `folder` is complete or
     absent.
 
     Args:
@@ -172,8 +170,7 @@ def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLi
     """Return the ``quantization_config`` of compressed-tensors' packed integers.
 
     A single scheme for all layers names none of them, as vLLM needs it because it fuses some; several schemes list
-    their
-    layers. Dense layers are named under ``ignore``. (transformers 5.23 refuses several schemes; the library and
+    their layers. Dense layers are named under ``ignore``. (transformers 5.23 refuses several schemes; the library and
     `quant_prequantized` read them.)
     """
     groups: dict[str, list[str]] = {}
@@ -228,8 +225,8 @@ def _layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def _stacked(model: nn.Module) -> str | None:
     """Return why compressed-tensors cannot hold a model with experts; None if there are none."""
-    # Its readers expect an expert's gate and up projection separately, and dense weights in the layout of the
-    # original checkpoint.
+    # Its readers expect an expert's gate and up projection separately, and dense weights in the layout of the original
+    # checkpoint.
     name = next(iter(find_mixtures(model)), None)
     return None if name is None else f"{name} holds experts"
 

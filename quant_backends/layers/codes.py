@@ -14,11 +14,11 @@ class Codes(NamedTuple):
     """Quantized weight in its canonical form: ``weight = (codes - zero_point) * scale``.
 
     Attributes:
-        codes: (rows, groups, group_size) uint8 in [0, 2**bits); columns are padded with zeros of the
-            weight to a whole number of groups.
+        codes: (rows, groups, group_size) uint8 in [0, 2**bits); columns are padded with zeros of the weight to a whole
+            number of groups.
         scale: (rows, groups), in the dtype the layer computes in.
-        zero_point: (rows, groups), uint8, or the scale's dtype for a real-valued zero. None means
-            2**(bits - 1) everywhere.
+        zero_point: (rows, groups), uint8, or the scale's dtype for a real-valued zero. None means 2**(bits - 1)
+            everywhere.
     """
 
     codes: Tensor
@@ -35,8 +35,8 @@ class Codes(NamedTuple):
     def dequantize(self, bits: int, dtype: torch.dtype) -> Tensor:
         """Return the weight as (rows, groups * group_size), computed in `dtype`.
 
-        Codes and integer zero points are exact in bfloat16, so their difference is too; the only
-        rounding is that of the product.
+        Codes and integer zero points are exact in bfloat16, so their difference is too; the only rounding is that of
+        the product.
         """
         weight = self.codes.to(dtype)
         if self.zero_point is None:

@@ -59,13 +59,10 @@ def round_inputs(x: Tensor) -> RoundedInputs:
 class Int8InputLinear(PackedLinear):
     """Packed linear layer whose inputs are rounded to 8 bits, each token by its own largest magnitude.
 
-    With one scale per row of the weight (``group_size=-1``) the product is one of integers: by torch's own where
-    that is
-    fast (CUDA; processors with VNNI), and elsewhere in float32, in pieces so short that every sum is exact. Both
-    give
-    the same integers. Scales per group prevent integer sums across groups; the rounded inputs are then multiplied
-    with
-    the dequantized weight in float32.
+    With one scale per row of the weight (``group_size=-1``) the product is one of integers: by torch's own where that
+    is fast (CUDA; processors with VNNI), and elsewhere in float32, in pieces so short that every sum is exact. Both
+    give the same integers. Scales per group prevent integer sums across groups; the rounded inputs are then multiplied
+    with the dequantized weight in float32.
     """
 
     act_bits = 8

@@ -18,8 +18,8 @@ Rounding makes it about 2**-8; a kernel that misreads a layout is off by about 1
 def fastest(weight: Kernel) -> Kernel:
     """Convert a weight to the layout of the best available kernel.
 
-    A kernel is compared with the dequantized product on the first weight of each shape; one that fails or disagrees
-    is not used for that shape, and a warning says so.
+    A kernel is compared with the dequantized product on the first weight of each shape; one that fails or disagrees is
+    not used for that shape, and a warning says so.
     """
     for kind in NATIVE_KERNELS:
         if kind.takes(weight.shape) and (kind.name, weight.shape) not in FAILED:

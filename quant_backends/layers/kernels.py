@@ -1,8 +1,8 @@
 """Kernels that multiply with a packed weight, each with its own layout of codes.
 
 A layer holds its codes in one layout only. `kernel_choice.fastest` replaces the canonical one by that of the best
-available kernel; every layout gives the canonical codes back exactly, so that a layer can be moved, saved and
-inspected afterwards.
+available kernel; every layout gives the canonical codes back exactly, so that a layer can be moved, saved and inspected
+afterwards.
 """
 
 from __future__ import annotations
@@ -239,9 +239,8 @@ def _multiply(x: Tensor, codes: Codes, bits: int) -> Tensor:
     """Return x (n, columns) times dequantized rows, (n, rows), in the dtype of `x`."""
     if x.element_size() < 4:
         return x @ codes.dequantize(bits, x.dtype).T
-    # Σ(c − z)·s·x = Σ(c − m)·s·x + (m − z)·s·Σx group by group, with m the middle code: zero points need no pass
-    # over the weight, and their term is small, so that float32 loses nothing. The subtraction wraps around in a
-    # byte.
+    # Σ(c − z)·s·x = Σ(c − m)·s·x + (m − z)·s·Σx group by group, with m the middle code: zero points need no pass over
+    # the weight, and their term is small, so that float32 loses nothing. The subtraction wraps around in a byte.
     middle = 1 << (bits - 1)
     weight = (codes.codes - middle).view(torch.int8).to(x.dtype)
     scale = codes.scale.to(x.dtype)

@@ -1,7 +1,6 @@
 """Linear layers whose weight is stored in a library's own form.
 
-The library's tensors are plain buffers here. So they are counted, moved, copied and saved like those of any layer,
-and
+The library's tensors are plain buffers here. So they are counted, moved, copied and saved like those of any layer, and
 the report gives the true bytes, which the library itself hides behind a tensor of the dense shape.
 """
 
@@ -74,8 +73,7 @@ class LibraryLinear(QuantizedLinear):
     @torch.no_grad()
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Return rows of the dense weight, (stop - start, in_features)."""
-        # Libraries dequantize whole weights only, so the result is kept from the first block of rows to the
-        # last.
+        # Libraries dequantize whole weights only, so the result is kept from the first block of rows to the last.
         dense = self.dequantize() if self._dense is None or start == 0 else self._dense
         self._dense = dense if stop < self.out_features else None
         return dense[start:stop]

@@ -67,11 +67,9 @@ class PackedLinear(QuantizedLinear):
     """Linear layer whose weight takes exactly `bits` bits, plus a scale and a zero point per group.
 
     It replaces an ``nn.Linear``: same input, same output, same bias. Codes are held once, in the layout of the best
-    available kernel for bits, group size, dtype and device (`lmms_plugin.quant_backends.layers.kernels`). That
-    layout
-    replaces the canonical one when the layer is first used or its kernel is queried; the canonical layout returns
-    when the
-    layer is moved, and a state dict always holds the canonical one.
+    available kernel for bits, group size, dtype and device (`lmms_plugin.quant_backends.layers.kernels`). That layout
+    replaces the canonical one when the layer is first used or its kernel is queried; the canonical layout returns when
+    the layer is moved, and a state dict always holds the canonical one.
 
     Args:
         in_features: Number of columns of the weight.

@@ -30,12 +30,10 @@ def kernel_group(group_size: int) -> int | None:
 class Int4Kernel(Kernel):
     """Base of the int4 kernels of CPU and GPU: scale and zero in one tensor, ``w = (q - 8) * scale + zero``.
 
-    Up to 4 bits a weight is one number q. More bits are two, ``16·high + low`` or the like, and two products are
-    added.
-    Numbers of fewer than 4 bits are shifted to lie around 8, so that zeros are small: they are rounded to
-    bfloat16, an error of at most 1/64 of a step, and with two numbers the second zero compensates the rounding of
-    the
-    first. Zero points are recovered from them where that is exact, and stored beside them where it is not.
+    Up to 4 bits a weight is one number q. More bits are two, ``16·high + low`` or the like, and two products are added.
+    Numbers of fewer than 4 bits are shifted to lie around 8, so that zeros are small: they are rounded to bfloat16, an
+    error of at most 1/64 of a step, and with two numbers the second zero compensates the rounding of the first. Zero
+    points are recovered from them where that is exact, and stored beside them where it is not.
     """
 
     scales = "scale_and_zero"
@@ -90,9 +88,9 @@ class Int4Kernel(Kernel):
 class CpuInt4(Int4Kernel):
     """``aten::_weight_int4pack_mm_for_cpu``: 2 to 7 bits, bfloat16.
 
-    The kernel reads two 4-bit numbers per byte, in tiles of rows whose height depends on the processor. Planes of 2
-    and 1 bits are stored as two and four such tiles in the bits of one, so that codes still take exactly N bits per
-    weight; masks and shifts convert them to the kernel's form at each call.
+    The kernel reads two 4-bit numbers per byte, in tiles of rows whose height depends on the processor. Planes of 2 and
+    1 bits are stored as two and four such tiles in the bits of one, so that codes still take exactly N bits per weight;
+    masks and shifts convert them to the kernel's form at each call.
     """
 
     name = "torch CPU int4"
@@ -116,8 +114,7 @@ class CpuInt4(Int4Kernel):
         made = cls()
         made._describe(bits, codes)
         values = codes.codes.flatten(1)
-        # The widest plane holds the highest bits above 4 bits, as everywhere; below, the lowest, which saves
-        # a shift.
+        # The widest plane holds the highest bits above 4 bits, as everywhere; below, the lowest, which saves a shift.
         offset = 0 if bits < 4 else bits & 3
         for width in plane_widths(bits):
             tiles = to_tiles(values, offset, width)

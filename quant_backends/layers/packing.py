@@ -1,8 +1,8 @@
 """Bit packing of 1- to 8-bit codes into uint8 bytes: N bits take exactly N bits.
 
-A code is cut into bit planes whose widths are powers of two (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
-7 = 4 + 2 + 1). Within a row of a plane of n bytes, byte j holds codes j, j + n, j + 2n, …, so that unpacking writes
-a few long contiguous runs instead of gathering neighbours out of every byte, and rows can be unpacked one by one.
+A code is cut into bit planes whose widths are powers of two (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1). Within a
+row of a plane of n bytes, byte j holds codes j, j + n, j + 2n, …, so that unpacking writes a few long contiguous runs
+instead of gathering neighbours out of every byte, and rows can be unpacked one by one.
 """
 
 from __future__ import annotations

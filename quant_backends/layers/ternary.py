@@ -28,8 +28,8 @@ def pack_trits(trits: Tensor) -> Tensor:
     """Pack each row of a matrix of trits separately.
 
     Byte j of a row holds trits j, j + n, j + 2n, … with n bytes in a row, so that unpacking writes a few long
-    contiguous runs. The base-3 number of its trits is stored as a fixed-point fraction of 243, rounded up, whose
-    digits are extracted from the top by multiplying instead of dividing.
+    contiguous runs. The base-3 number of its trits is stored as a fixed-point fraction of 243, rounded up, whose digits
+    are extracted from the top by multiplying instead of dividing.
 
     Args:
         trits: (rows, columns), integers in {-1, 0, 1}.
@@ -83,10 +83,8 @@ class TritPlanes(NamedTuple):
 class TritPlaneLinear(QuantizedLinear):
     """Linear layer whose weight is two planes of trits, five trits to a byte, and two scales per group.
 
-    The weight takes 3.2 bits and the scales 32 / group_size more, 3.45 at a group of 128 in a 16-bit dtype. `bits`
-    is
-    3, the nearest whole number: a weight has one of nine values (two trits hold 3.17 bits; 1.58 is one plane
-    alone).
+    The weight takes 3.2 bits and the scales 32 / group_size more, 3.45 at a group of 128 in a 16-bit dtype. `bits` is
+    3, the nearest whole number: a weight has one of nine values (two trits hold 3.17 bits; 1.58 is one plane alone).
     Padding columns are not stored.
 
     Args:

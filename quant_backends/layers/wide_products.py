@@ -17,10 +17,8 @@ from lmms_plugin.quant_backends.layers.kernels import arithmetic_dtype
 class WideProducts(TorchFunctionMode):
     """Mode that computes the products of linear layers in float32 where that is faster, and rounds them once.
 
-    It applies within a ``with`` block, in the thread that entered it. Weights are converted a few rows at a time,
-    and
-    again in the backward pass where there is one; torch handles weights that need gradients themselves, and
-    processors
+    It applies within a ``with`` block, in the thread that entered it. Weights are converted a few rows at a time, and
+    again in the backward pass where there is one; torch handles weights that need gradients themselves, and processors
     and devices that compute in 16 bits.
     """
 

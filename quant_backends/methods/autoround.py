@@ -30,10 +30,8 @@ FAILURES = ("Calibration forward pass failed", "Insufficient number of samples")
 class AutoRoundBackend(WholeModelBackend):
     """AutoRound (Cheng et al., 2024), by Intel's library, for the blocks of decoder and vision tower.
 
-    The library tunes rounding and clipping of a whole block against its output; its codes are stored in this
-    package's
-    packed layer, with scales in the model's dtype. It needs the dense model, a copy of the weights to be quantized
-    (of
+    The library tunes rounding and clipping of a whole block against its output; its codes are stored in this package's
+    packed layer, with scales in the model's dtype. It needs the dense model, a copy of the weights to be quantized (of
     all weights, on devices for which it chooses another dtype than the model's), and the gradients of one block.
 
     Attributes:

@@ -27,30 +27,24 @@ UNFOLDED = re.compile(r"^(o_proj|out_proj|wo|c_proj|proj|dense|dense_4h_to_h|fc2
 class AwqBackend(CalibratedBackend):
     """AWQ (Lin et al., MLSys 2024): the scale search, and the clipping search on request.
 
-    Layers that share an input tensor share a scale per input column, s = mean|x|^t normalised by
-    sqrt(max s · min s), with t from a grid of 20. The search keeps the t with the smallest squared error of
-    the layers' outputs over the calibration inputs; t = 0 is in the grid, so that the error of a group is
-    never above round-to-nearest. 1/s stays with the packed layer instead of being folded into the
-    norm before it, which works for every architecture.
+    Layers that share an input tensor share a scale per input column, s = mean|x|^t normalised by sqrt(max s · min s),
+    with t from a grid of 20. The search keeps the t with the smallest squared error of the layers' outputs over the
+    calibration inputs; t = 0 is in the grid, so that the error of a group is never above round-to-nearest. 1/s stays
+    with the packed layer instead of being folded into the norm before it, which works for every architecture.
 
-    Two statistics that the authors estimate from samples are exact here: the squared output error is
-    tr(ΔW G ΔWᵀ) with G = XᵀX, for any number of samples.
+    Two statistics that the authors estimate from samples are exact here: the squared output error is tr(ΔW G ΔWᵀ) with
+    G = XᵀX, for any number of samples.
 
-    With `fold` every scale is a power of two, by which multiplying rounds nothing: when the model is saved, the
-    norm or
-    the up projection before a layer can absorb it (`lmms_plugin.quant_backends.checkpoints.folding`), and not
-    one bit of any answer changes. Layers without a preceding layer that could absorb a scale are rounded to
-    nearest: the
-    output projection of attention, whose value channels serve several query heads in most families (the authors
-    omit it
-    there, too), and layers after an activation function.
+    With `fold` every scale is a power of two, by which multiplying rounds nothing: when the model is saved, the norm or
+    the up projection before a layer can absorb it (`lmms_plugin.quant_backends.checkpoints.folding`), and not one bit
+    of any answer changes. Layers without a preceding layer that could absorb a scale are rounded to nearest: the output
+    projection of attention, whose value channels serve several query heads in most families (the authors omit it there,
+    too), and layers after an activation function.
 
     Attributes:
-        clip: Whether to narrow the range of each group of weights too where that lowers the output error; layers
-            named
+        clip: Whether to narrow the range of each group of weights too where that lowers the output error; layers named
             like a query or key projection are excluded, as in the authors' code.
-        fold: Whether to choose scales that preceding layers can absorb, so that compressed-tensors can hold the
-            model.
+        fold: Whether to choose scales that preceding layers can absorb, so that compressed-tensors can hold the model.
     """
 
     name = "awq"

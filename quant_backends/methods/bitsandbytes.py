@@ -27,8 +27,7 @@ _TENSOR_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "n
 class BitsAndBytesBackend(DataFreeBackend):
     """bitsandbytes: 4-bit NF4 or FP4, or LLM.int8() (Dettmers et al., 2022), which rounds activations too.
 
-    At 4 bits the group size is the library's block size; blocks run through the weight row after row, across the
-    ends
+    At 4 bits the group size is the library's block size; blocks run through the weight row after row, across the ends
     of rows. At 8 bits there is one scale per row, whatever the group size, which the report shows.
 
     Attributes:
@@ -116,8 +115,8 @@ class FourBitLinear(LibraryLinear):
         from bitsandbytes.functional import dequantize_4bit
 
         state = copy.copy(self.stored)
-        # The library's AVX-512 code ignores that blocks run from one row into the next (0.50: weights are 20
-        # % off), so it never gets a row of the weight: a row is a block here, or all blocks.
+        # The library's AVX-512 code ignores that blocks run from one row into the next (0.50: weights are 20 % off), so
+        # it never gets a row of the weight: a row is a block here, or all blocks.
         size = self.out_features * self.in_features
         blocks, rest = divmod(size, state.blocksize)
         state.shape = torch.Size((1, size) if rest else (blocks, state.blocksize))

@@ -29,8 +29,8 @@ class Factor(NamedTuple):
 
     Attributes:
         order: (columns,) int64, the columns in the order in which they are rounded.
-        feedback: (columns, columns) float32, lower triangular with a diagonal of ones. Row i, in that order: how
-            far column i moves per unit of error in the columns before it.
+        feedback: (columns, columns) float32, lower triangular with a diagonal of ones. Row i, in that order: how far
+            column i moves per unit of error in the columns before it.
         damping: Fraction of the mean diagonal that was added to the Hessian.
     """
 
@@ -43,27 +43,21 @@ class Factor(NamedTuple):
 class GptqBackend(CalibratedBackend):
     """GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323) on the grid of round-to-nearest.
 
-    Each weight is rounded to the nearest point of its group's grid after correction for the errors already made in
-    its
-    row, so that ‖X(W − Ŵ)ᵀ‖ is small rather than ‖W − Ŵ‖. Grids are those of the dense weight and
-    stay fixed: codes are stored in the columns' own order whatever the order of rounding, which costs nothing at
-    run
-    time.
+    Each weight is rounded to the nearest point of its group's grid after correction for the errors already made in its
+    row, so that ‖X(W − Ŵ)ᵀ‖ is small rather than ‖W − Ŵ‖. Grids are those of the dense weight and stay fixed: codes are
+    stored in the columns' own order whatever the order of rounding, which costs nothing at run time.
 
-    Correlations among few inputs do not generalise: with fewer inputs than columns some correction fits any data.
-    So a
-    quarter of the calibration inputs is held out. Rows in which plain rounding is no worse
-    on these keep their rounded codes, and so do all rows of a layer in which it is no worse altogether: no output's
-    error there is above round-to-nearest. The report counts such rows.
+    Correlations among few inputs do not generalise: with fewer inputs than columns some correction fits any data. So a
+    quarter of the calibration inputs is held out. Rows in which plain rounding is no worse on these keep their rounded
+    codes, and so do all rows of a layer in which it is no worse altogether: no output's error there is above
+    round-to-nearest. The report counts such rows.
 
     Attributes:
-        act_order: Whether to round the columns with the largest inputs first, while others are left to correct
-            them.
+        act_order: Whether to round the columns with the largest inputs first, while others are left to correct them.
         damping: Fraction of the mean diagonal that is added to the diagonal of the Hessian XᵀX, which regularises
             correlations seen in the calibration inputs. None for the one of `DAMPINGS` that is best on the held-out
             inputs. When the factorization still fails, ten times as much is tried.
-        block_size: Number of columns per block; between blocks one matrix product propagates errors. Only for
-            speed.
+        block_size: Number of columns per block; between blocks one matrix product propagates errors. Only for speed.
     """
 
     act_order: bool = True
@@ -110,8 +104,8 @@ class GptqBackend(CalibratedBackend):
             squared_errors(codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, gram)
             for codes in (plain, corrected)
         )
-        # The sum over all rows shows a common effect long before single rows are significant. Where nothing
-        # was held out, or only zeros, there is no evidence for a correction either.
+        # The sum over all rows shows a common effect long before single rows are significant. Where nothing was held
+        # out, or only zeros, there is no evidence for a correction either.
         better = (after < before) & (after.sum() < before.sum())
         moved = (corrected.codes != plain.codes).flatten(1).any(1)
         codes = plain._replace(codes=torch.where(better.view(-1, 1, 1), corrected.codes, plain.codes))
@@ -134,8 +128,7 @@ def choose_factor(
 ) -> Factor:
     """Factorize with the damping that has the smallest expected error on the held-out inputs.
 
-    With F the feedback, rounding errors ε give errors δ of the weights where F δ = ε. Were ε independent, as it
-    nearly
+    With F the feedback, rounding errors ε give errors δ of the weights where F δ = ε. Were ε independent, as it nearly
     is, ‖X δ‖² would have the mean Σ_i var(ε_i) (F⁻ᵀ XᵀX F⁻¹)_ii: a damping is judged without rounding anything.
 
     Args:
@@ -177,17 +170,13 @@ def sum_of_squares(errors: Iterable[Tensor]) -> Tensor:
 def factorize(statistics: InputStatistics, act_order: bool = True, damping: float = 0.01) -> Factor:
     """Compute from second moments of inputs how each column compensates for the errors of the columns before it.
 
-    With H = MᵀM and M lower triangular, ‖X δ‖² = Σ_i (M_ii δ_i + Σ_{j<i} M_ij δ_j)² for the error δ of one row,
-    taken
-    in rounding order: column i is best rounded from w_i − Σ_{j<i} (M_ij / M_ii) δ_j. In exact arithmetic these are
-    the
-    updates of GPTQ by way of the inverse Hessian's Cholesky factor (arXiv:2507.18553), for one factorization
-    instead
-    of two and an inverse. M is the flipped Cholesky factor of the flipped H.
+    With H = MᵀM and M lower triangular, ‖X δ‖² = Σ_i (M_ii δ_i + Σ_{j<i} M_ij δ_j)² for the error δ of one row, taken
+    in rounding order: column i is best rounded from w_i − Σ_{j<i} (M_ij / M_ii) δ_j. In exact arithmetic these are the
+    updates of GPTQ by way of the inverse Hessian's Cholesky factor (arXiv:2507.18553), for one factorization instead of
+    two and an inverse. M is the flipped Cholesky factor of the flipped H.
 
     Args:
-        statistics: Statistics of the layer's inputs, without the held-out ones; any positive multiple of the
-            moments
+        statistics: Statistics of the layer's inputs, without the held-out ones; any positive multiple of the moments
             gives the same result.
         act_order: Whether to order columns by falling mean square of their input; ties by their position.
         damping: First fraction of the mean diagonal to add.
@@ -202,8 +191,8 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
     if act_order:
         order = diagonal.argsort(descending=True, stable=True)
     backwards = order.flip(0)
-    # In float64: at the usual damping float32 finds the same codes, but at a hundredth of it errors 1 % larger.
-    # The factor is computed once for all layers that share their inputs, and takes less time than rounding them.
+    # In float64: at the usual damping float32 finds the same codes, but at a hundredth of it errors 1 % larger. The
+    # factor is computed once for all layers that share their inputs, and takes less time than rounding them.
     hessian = gram[backwards.unsqueeze(1), backwards].double()
     diagonal = diagonal[backwards]
     mean = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])

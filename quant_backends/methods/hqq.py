@@ -16,13 +16,12 @@ from lmms_plugin.quant_backends.plans.plan import QuantSpec
 class HqqBackend(CodesBackend):
     """HQQ (Badri & Shaji, 2023): zero points fitted under a sparsity-promoting norm of the error.
 
-    Equal to the library's own ``HQQLinear`` with ``axis=1``, bit for bit in the same compute dtype.
-    Where the group size does not divide the width, the library lets groups run across rows; here rows are
-    padded with zeros instead.
+    Equal to the library's own ``HQQLinear`` with ``axis=1``, bit for bit in the same compute dtype. Where the group
+    size does not divide the width, the library lets groups run across rows; here rows are padded with zeros instead.
 
     Attributes:
-        round_zero: Whether to start from integer zero points, as round-to-nearest has them, so that weights near
-            zero stay near it. The library does so at 4 bits alone.
+        round_zero: Whether to start from integer zero points, as round-to-nearest has them, so that weights near zero
+            stay near it. The library does so at 4 bits alone.
     """
 
     round_zero: bool = True

@@ -32,20 +32,17 @@ class MbqBackend(CalibratedBackend):
     * mse: Σ_answer Δ² / N_answer + ρ Σ_image Δ² / N_image, in which it does not.
 
     Both forms are the authors'. Errors are those of the linear layers' own outputs, as in the paper's formula (the
-    authors' code compares outputs of the whole attention or MLP around them). mse is exact over all calibration
-    inputs,
+    authors' code compares outputs of the whole attention or MLP around them). mse is exact over all calibration inputs,
     being a quadratic form of their second moments; mae is summed over a sample of
     `lmms_plugin.quant_backends.statistics.SAMPLE_ROWS` tokens of each modality. The grid holds t = 0, so neither is
     ever above that of round-to-nearest.
 
     Layers whose inputs have no roles (those of the vision tower and the connector), and layers without a known
-    gradient,
-    are compared over all of their inputs alike; the report calls them unbalanced. With mse that is AWQ.
+    gradient, are compared over all of their inputs alike; the report calls them unbalanced. With mse that is AWQ.
 
     Attributes:
         loss: Loss of the search, mae or mse.
-        act_bits: Number of bits of the layers' inputs. 8 rounds them, each token by itself, and the search includes
-            the
+        act_bits: Number of bits of the layers' inputs. 8 rounds them, each token by itself, and the search includes the
             error of that, over the same sample; 16 leaves them as they are.
     """
 

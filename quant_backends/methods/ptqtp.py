@@ -36,11 +36,9 @@ class _TritPlaneBackend(Backend):
     """Base of the two variants.
 
     Attributes:
-        starts: Number of initial pairs of scales from which each group is fitted; the best result is kept. 1: only
-            the
+        starts: Number of initial pairs of scales from which each group is fitted; the best result is kept. 1: only the
             paper's.
-        max_iterations: Number of alternations between scales and trits, per start. A group that has not converged
-            by
+        max_iterations: Number of alternations between scales and trits, per start. A group that has not converged by
             then keeps the best scales seen.
     """
 
@@ -71,8 +69,7 @@ class PtqtpBackend(_TritPlaneBackend, DataFreeBackend):
     """PTQTP (Xiao et al., arXiv:2509.16989): two trit planes with the least squared error of the weights.
 
     Scales and trits are found alternately, each optimal for the other, row by row and group by group. There are two
-    deviations: more than one start, and the scales are rounded to the layer's dtype before the last choice of
-    trits.
+    deviations: more than one start, and the scales are rounded to the layer's dtype before the last choice of trits.
     """
 
     name = "ptqtp"
@@ -89,9 +86,8 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
 
     Scales are fitted with each column weighted by the mean square of its input. With `feedback` the trits are then
     chosen column by column as in GPTQ, each compensating for the errors before it. Of these fits and the unweighted
-    one,
-    every row keeps the one with the smallest output error on the held-out calibration inputs, as
-    in GPTQ; the report counts the rows that keep the unweighted one.
+    one, every row keeps the one with the smallest output error on the held-out calibration inputs, as in GPTQ; the
+    report counts the rows that keep the unweighted one.
 
     Attributes:
         feedback: Whether later columns compensate for the errors of earlier ones.
@@ -159,9 +155,9 @@ def fit_planes(
 ) -> TritPlanes:
     """Find two trit planes and their scales with a small Σ importance · (w − ŵ)² in each group of each row.
 
-    Every group is an independent problem, whatever the rows or groups beside it. A weight's value depends on
-    the scales and its magnitude alone, so that a group sorted once gives the sums for any scales by looking
-    up four borders: as exact as comparing every weight with nine values, and fast enough for many starts.
+    Every group is an independent problem, whatever the rows or groups beside it. A weight's value depends on the scales
+    and its magnitude alone, so that a group sorted once gives the sums for any scales by looking up four borders: as
+    exact as comparing every weight with nine values, and fast enough for many starts.
 
     Args:
         weight: (rows, columns), finite, any float dtype, which is also that of the returned scales.
@@ -294,8 +290,7 @@ def _alternate(sums: _MagnitudeSums, scale: Tensor, iterations: int) -> tuple[Te
         better = error < least[going]
         least[going] = torch.where(better, error, least[going])
         best[going] = torch.where(better.unsqueeze(-1), scale, best[going])
-        # Once a group's trits stay the same, so do its scales, to the last bit: it has converged and is
-        # dropped.
+        # Once a group's trits stay the same, so do its scales, to the last bit: it has converged and is dropped.
         moving = (refitted != scale).flatten(1).any(1)
         if not moving.any():
             break
@@ -309,11 +304,9 @@ def _starts(sums: _MagnitudeSums) -> Tensor:
     """Return the initial scales, (groups, 5, 2).
 
     The first are where the paper's initialization T1 = T2 = sign(w) leads. With M the largest and m the smallest
-    magnitude above zero, a group that is a sum of two planes has M as the scales' sum and m as either their
-    difference
-    (the second) or the smaller one (the last). For other weights the three in the middle are those of 48 pairs over
-    all ratios and heights that gave nearly all of the possible gain: errors on normal, Laplace, Student-t and
-    uniform
+    magnitude above zero, a group that is a sum of two planes has M as the scales' sum and m as either their difference
+    (the second) or the smaller one (the last). For other weights the three in the middle are those of 48 pairs over all
+    ratios and heights that gave nearly all of the possible gain: errors on normal, Laplace, Student-t and uniform
     weights were 3 to 13 % below those from the first alone.
     """
     mean = sums.weighted[:, -1] / sums.importance[:, -1]

@@ -23,8 +23,7 @@ process dies with several rows of input (torch 2.15; Qwen2.5-VL's vision tower h
 class QuantoBackend(DataFreeBackend):
     """optimum-quanto (Hugging Face; in maintenance mode), weights only.
 
-    The grids are the library's: 8 bits are symmetric with one scale per row, whatever the group size, which the
-    report
+    The grids are the library's: 8 bits are symmetric with one scale per row, whatever the group size, which the report
     shows; 4 and 2 bits have a real-valued zero per group. Where the library would widen a group to the whole row,
     because the group size does not divide the width, rows are padded with zeros instead.
     """

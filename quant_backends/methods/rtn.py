@@ -25,8 +25,7 @@ class RtnBackend(CodesBackend):
 
     Attributes:
         act_bits: Number of bits of the layers' inputs. 8 rounds them at run time, each token by its own largest
-            magnitude
-            (W8A8, W4A8); 16 leaves them as they are.
+            magnitude (W8A8, W4A8); 16 leaves them as they are.
     """
 
     name = "rtn"
@@ -84,15 +83,14 @@ def round_by_blocks(weight: Tensor, spec: QuantSpec, in_scale: Tensor | None = N
 def round_to_nearest(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Codes:
     """Quantize each group of a weight onto a uniform grid, with an error of at most half a step.
 
-    Asymmetric grids cover [min(w, 0), max(w, 0)] with an integer zero point. Symmetric grids use all
-    2**bits levels: step 2·max|w| / (2**bits − 1), zero point 2**(bits − 1) (the convention of
-    compressed-tensors).
+    Asymmetric grids cover [min(w, 0), max(w, 0)] with an integer zero point. Symmetric grids use all 2**bits levels:
+    step 2·max|w| / (2**bits − 1), zero point 2**(bits − 1) (the convention of compressed-tensors).
 
     Args:
         weight: (rows, columns) float32.
         spec: Bits, group size, symmetry.
-        scale_dtype: Dtype of the returned scale. Steps are rounded up to it, never down: a step too small
-            would clip the ends of the range.
+        scale_dtype: Dtype of the returned scale. Steps are rounded up to it, never down: a step too small would clip
+            the ends of the range.
     """
     groups = split_groups(weight, spec.group_size)
     scale, zero = _grid(groups, spec, scale_dtype)

@@ -159,8 +159,8 @@ def candidates(mean_magnitude: Tensor, dtype: torch.dtype, *, powers_of_two: boo
 
     Args:
         mean_magnitude: Mean |x| (columns,).
-        dtype: Dtype of the layer's arithmetic; the inverses are rounded to it before use, so that
-            the measured error is the actual one.
+        dtype: Dtype of the layer's arithmetic; the inverses are rounded to it before use, so that the measured error is
+            the actual one.
         powers_of_two: Whether to round every scale to the nearest power of two.
 
     Returns:
@@ -177,10 +177,8 @@ def candidates(mean_magnitude: Tensor, dtype: torch.dtype, *, powers_of_two: boo
 def search_clipping(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: torch.dtype) -> Codes:
     """Quantize a weight, clipping each group to the range with the smallest output error.
 
-    The authors compare the ranges of a group by the group's own contribution to the output. Here the groups of a
-    row
-    are clipped in turn, and each range is compared by the error of the whole output given the other groups'
-    results. So
+    The authors compare the ranges of a group by the group's own contribution to the output. Here the groups of a row
+    are clipped in turn, and each range is compared by the error of the whole output given the other groups' results. So
     the error of a row never rises, and is never above that of rounding without clipping.
 
     Args:

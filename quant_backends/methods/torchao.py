@@ -26,12 +26,9 @@ UNITS = 1024
 class TorchaoBackend(DataFreeBackend):
     """torchao (PyTorch), weights only: the int8 and int4 kernels that it has for the device at hand.
 
-    8 bits are symmetric in groups or whole rows. 4 bits have a real-valued zero per group and run on torch's own
-    int4
-    matrix product (fast in bfloat16; on CUDA bfloat16 is required). The library stores fewer bits in whole bytes,
-    which
-    saves nothing, so they are refused. It leaves layers dense whose width a group size does not divide; here they
-    are
+    8 bits are symmetric in groups or whole rows. 4 bits have a real-valued zero per group and run on torch's own int4
+    matrix product (fast in bfloat16; on CUDA bfloat16 is required). The library stores fewer bits in whole bytes, which
+    saves nothing, so they are refused. It leaves layers dense whose width a group size does not divide; here they are
     padded.
 
     Attributes:

@@ -154,16 +154,16 @@ class QuantPlan:
         """Build a plan from the model arguments of the command line.
 
         Args:
-            bits: Number of bits of the language model unless `language_bits` says otherwise, and of plan rules
-                that name none.
+            bits: Number of bits of the language model unless `language_bits` says otherwise, and of plan rules that
+                name none.
             group_size: Number of columns per scale, for every component; -1 or None for one group per row.
             symmetric: Whether zero points are fixed.
             vision_bits: Number of bits of the vision tower; 16 leaves it untouched, here and below.
             connector_bits: Number of bits of the projector between vision and language.
             language_bits: Number of bits of the decoder layers; None means `bits`.
             head_bits: Number of bits of the output projection.
-            plan: YAML file with ``components``, ``roles``, ``rules`` and ``skip`` (see `from_yaml`), which
-                replaces the other arguments.
+            plan: YAML file with ``components``, ``roles``, ``rules`` and ``skip`` (see `from_yaml`), which replaces the
+                other arguments.
 
         Raises:
             ValueError: A number or the file's content is not valid.
@@ -237,13 +237,11 @@ class QuantPlan:
         Args:
             components: Module name -> component, of every linear layer.
             places: Module name -> place, of the decoder's layers.
-            use: Module name -> tokens sent to each of its experts; None as long as they are not counted, when
-                experts
+            use: Module name -> tokens sent to each of its experts; None as long as they are not counted, when experts
                 whose spec depends on it get the finer one.
 
         Raises:
-            ValueError: A rule or skip pattern matches no layer, no layer plays a role, a component that the plan
-                asks
+            ValueError: A rule or skip pattern matches no layer, no layer plays a role, a component that the plan asks
                 for has no layer left to quantize, or nothing at all would be quantized.
         """
         places = places or {}

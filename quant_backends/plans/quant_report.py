@@ -30,15 +30,12 @@ class ModuleReport:
         output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs; None without calibration.
         kernel: Kernel that the layer runs on; None when left dense.
         reason: Reason why the weight was left dense; None when quantized.
-        held_out_error: ‖Y − Ŷ‖ / ‖Y‖ of the layer's outputs on inputs not used in calibration; None where that was
-            not
+        held_out_error: ‖Y − Ŷ‖ / ‖Y‖ of the layer's outputs on inputs not used in calibration; None where that was not
             measured.
-        plain_rows: Number of rows in which a calibrated method was no better than without calibration on its
-            held-out
+        plain_rows: Number of rows in which a calibrated method was no better than without calibration on its held-out
             inputs, and which therefore keep the calibration-free result.
         role: Role of a layer of the decoder (`lmms_plugin.quant_backends.plans.role_plan.ROLES`); None for others.
-        outlier_score: Magnitude of single weights relative to their input column (arXiv:2406.08155), 1 or above;
-            None
+        outlier_score: Magnitude of single weights relative to their input column (arXiv:2406.08155), 1 or above; None
             when left dense, or quantized before it was loaded.
     """
 
@@ -112,8 +109,7 @@ class QuantReport:
         peak_source: What `peak_bytes` counts.
         calibration: Calibration inputs; None for methods without.
         plan: Plan as JSON-ready values.
-        experts: Use of the experts of each layer; empty without experts, and for methods without
-            calibration.
+        experts: Use of the experts of each layer; empty without experts, and for methods without calibration.
     """
 
     method: str
@@ -153,8 +149,8 @@ class QuantReport:
     def out_of_reach(self) -> dict[str, tuple[float, str]]:
         """Return, by quantized component, the share of its weights in no linear layer, and the name of the first one.
 
-        Fused experts and convolutions are such weights; embeddings do not count. Components where this is less than
-        a tenth are left out.
+        Fused experts and convolutions are such weights; embeddings do not count. Components where this is less than a
+        tenth are left out.
         """
         found = {}
         for component in dict.fromkeys(module.component for module in self.quantized):

@@ -56,8 +56,8 @@ class RoutedSpecs(Schema):
         frequent: Spec of the most used experts of each layer.
         rare: Spec of all others.
         share: Fraction of a layer's experts that counts as frequent, in (0, 1); at least one expert does.
-        use: Module name -> tokens of each of its experts, counted before; a plan names the report that holds them.
-            None counts calibration tokens.
+        use: Module name -> tokens of each of its experts, counted before; a plan names the report that holds them. None
+            counts calibration tokens.
     """
 
     frequent: PlannedSpec
@@ -157,8 +157,8 @@ class RolePlan(Schema):
         Args:
             place: Position of the layer.
             default: Spec of its component.
-            use: Module name -> tokens of each of its experts. None where they are not counted yet: experts then get
-                the finer of their two specs.
+            use: Module name -> tokens of each of its experts. None where they are not counted yet: experts then get the
+                finer of their two specs.
         """
         spec, entry = default, None if place.role not in self.asked else str(place.role)
         if place.role == "routed_experts" and self.routed is not None:
@@ -191,8 +191,7 @@ class RolePlan(Schema):
         """Refuse a plan for roles that a model does not have.
 
         Raises:
-            ValueError: No layer plays a role that the plan names, or the model has fewer blocks than the plan
-                counts.
+            ValueError: No layer plays a role that the plan names, or the model has fewer blocks than the plan counts.
         """
         present = {place.role for place in places.values()}
         for role in self.asked:

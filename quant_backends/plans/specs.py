@@ -34,8 +34,8 @@ class QuantSpec:
 
     Attributes:
         bits: Number of bits per weight, 2 to 8; 16 leaves the layer as it is.
-        group_size: Number of consecutive input columns of one row that share a scale. None (or -1) means one
-            scale for the whole row.
+        group_size: Number of consecutive input columns of one row that share a scale. None (or -1) means one scale for
+            the whole row.
         symmetric: Whether the zero point is fixed in the middle of the code range instead of fitted to each group.
     """
 

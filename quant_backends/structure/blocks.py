@@ -10,9 +10,9 @@ from torch import nn
 def find_blocks(model: nn.Module, layers: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Cut a model into blocks.
 
-    A block is an element of an outermost ``nn.ModuleList`` (a whole transformer layer), or, where
-    there is no list, the largest part that holds layers to quantize (a connector, the output projection). The
-    rest, embeddings and norms between blocks, holds no such layer.
+    A block is an element of an outermost ``nn.ModuleList`` (a whole transformer layer), or, where there is no list, the
+    largest part that holds layers to quantize (a connector, the output projection). The rest, embeddings and norms
+    between blocks, holds no such layer.
 
     Args:
         model: Any module.

@@ -21,14 +21,11 @@ def components(model: PreTrainedModel) -> dict[str, Component]:
     """Return the component of every linear layer of a model.
 
     The vision tower, the decoder, the output projection and an audio tower are those the transformers model itself
-    names. Any other part that takes pixels (a second tower for details or for video) is vision too. The connector
-    is
-    everything outside of all these, and the part of a vision tower after its last attention block, or named
-    a merger there. Modules that the forward pass never calls, such as image-generation heads, are unused. A
-    retrieval
-    model has no decoder: its heads are the linear layers outside all of its parts, and the rest, which reads the
-    text, is
-    the connector. A model that feeds pixels directly to its decoder has no vision tower.
+    names. Any other part that takes pixels (a second tower for details or for video) is vision too. The connector is
+    everything outside of all these, and the part of a vision tower after its last attention block, or named a merger
+    there. Modules that the forward pass never calls, such as image-generation heads, are unused. A retrieval model has
+    no decoder: its heads are the linear layers outside all of its parts, and the rest, which reads the text, is the
+    connector. A model that feeds pixels directly to its decoder has no vision tower.
 
     Args:
         model: Model of transformers; it may be on the meta device and may be quantized already.

@@ -1,8 +1,8 @@
 """Mixture-of-experts layers: stacked expert weights split into one linear layer per expert.
 
-transformers keeps the experts of a layer in three-dimensional parameters and declares their layout in attributes of
-the module (``use_experts_implementation``). Once split, every expert's matrices are linear layers with names
-of their own, ``...experts.3.gate_up_proj``, which plans, quantizers, calibration and reports treat like any other.
+transformers keeps the experts of a layer in three-dimensional parameters and declares their layout in attributes of the
+module (``use_experts_implementation``). Once split, every expert's matrices are linear layers with names of their own,
+``...experts.3.gate_up_proj``, which plans, quantizers, calibration and reports treat like any other.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Expert(nn.Module):
 class SplitExperts(nn.Module):
     """Experts of one layer as separate linear layers: same inputs, same routing, same output as the fused module.
 
-    Only experts that receive tokens are run. Each token's outputs are summed in the order in which the router
-    names its experts, whatever else is in the batch.
+    Only experts that receive tokens are run. Each token's outputs are summed in the order in which the router names its
+    experts, whatever else is in the batch.
 
     Args:
         fused: Fused module, which is left as it is.
@@ -125,8 +125,7 @@ class SplitExperts(nn.Module):
             biases = stack.endswith("_bias")
             value = value.T if self._transposed and not biases else value
             parameter = nn.Parameter(value, requires_grad=False)
-            # Otherwise transformers would draw new weights for a parameter that no file holds under its
-            # name.
+            # Otherwise transformers would draw new weights for a parameter that no file holds under its name.
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             setattr(layer, "bias" if biases else "weight", parameter)
             yield f"{index}.{key}", value
@@ -193,8 +192,7 @@ def is_fused(module: nn.Module) -> bool:
 def split_experts(model: nn.Module, names: Collection[str] | None = None) -> dict[str, SplitExperts]:
     """Split fused experts, in place.
 
-    Experts of a loaded model are views of their stacks: nothing is copied. On the meta device the stacks stay in
-    place
+    Experts of a loaded model are views of their stacks: nothing is copied. On the meta device the stacks stay in place
     until a checkpoint brings them (`SplitExperts.take`).
 
     Args:
@@ -208,8 +206,7 @@ def split_experts(model: nn.Module, names: Collection[str] | None = None) -> dic
     split = {name: SplitExperts(module) for name, module in found.items() if names is None or name in names}
     for name, experts in split.items():
         model.set_submodule(name, experts)
-        # Some models initialise stacks from the block that holds them, before their weights are there or are
-        # known.
+        # Some models initialise stacks from the block that holds them, before their weights are there or are known.
         model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         for stack, values in list(found[name].named_parameters(recurse=False)):
             if values.is_meta:

@@ -1,14 +1,10 @@
 """Image corruptions for grounding under shift: same canvas, same boxes, same pixels for the same key.
 
 The corruptions and their five severities are those of Hendrycks & Dietterich (ICLR 2019, ImageNet-C, the 224-pixel
-constants), for images of any size as in Michaelis et al. (arXiv 1907.07484). `low_light` is ours. Two of the
-original
-corruptions are left out because they move pixels, and with them the true boxes, by amounts that matter at IoU 0.5
-to
-0.9: zoom_blur (a centre shift of 5 to 28 px; IoU of a small box with itself down to 0.21) and elastic_transform (up
-to
-9.7 px). The others are centred here where the original displaces the picture; `Shift.moves_boxes` states what
-remains.
+constants), for images of any size as in Michaelis et al. (arXiv 1907.07484). `low_light` is ours. Two of the original
+corruptions are left out because they move pixels, and with them the true boxes, by amounts that matter at IoU 0.5 to
+0.9: zoom_blur (a centre shift of 5 to 28 px; IoU of a small box with itself down to 0.21) and elastic_transform (up to
+9.7 px). The others are centred here where the original displaces the picture; `Shift.moves_boxes` states what remains.
 
 A shift is one function: `f(image, rng, *level) -> image`, (h, w, 3) uint8 RGB in and out, with the `level` of each
 severity given to the decorator, which registers it in `SHIFTS` and so in the tests.
@@ -47,11 +43,10 @@ class Shift:
         name: Name of the function, Hendrycks & Dietterich's where they have the corruption.
         function: Function f(image (h, w, 3) uint8, rng, *level) -> the same shape.
         levels: Arguments of severity 1 to 5.
-        moves_boxes: Whether boxes move. False: at every severity the half-maximum box of a
-            white rectangle (96x72 and 32x32 px, measured in the tests) keeps its centre within 1.5 px and an IoU
-            above
-            0.8 with the true box. Only glass_blur comes near that; pixelate stays within 0.5 px and 0.9, the others
-            within rounding. A shift that declares True must not be scored against unmoved boxes.
+        moves_boxes: Whether boxes move. False: at every severity the half-maximum box of a white rectangle (96x72 and
+            32x32 px, measured in the tests) keeps its centre within 1.5 px and an IoU above 0.8 with the true box. Only
+            glass_blur comes near that; pixelate stays within 0.5 px and 0.9, the others within rounding. A shift that
+            declares True must not be scored against unmoved boxes.
     """
 
     name: str
@@ -78,11 +73,10 @@ def shift(*levels: tuple[float, ...], moves_boxes: bool = False) -> Callable[[Co
 def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image.Image:
     """Return `image`, upright, under the shift `name`, as RGB of the same size.
 
-    The random draws follow from (key, name, severity) alone, by hash: not from the process, the order of calls or
-    the
+    The random draws follow from (key, name, severity) alone, by hash: not from the process, the order of calls or the
     platform. The bytes are identical for one build of numpy, OpenCV and Pillow on processors with the same
-    instructions; on others, values of blurs, frost and fog can differ by 1, where OpenCV's sums are integers up
-    to rounding.
+    instructions; on others, values of blurs, frost and fog can differ by 1, where OpenCV's sums are integers up to
+    rounding.
 
     Args:
         image: Image of at least one pixel, any mode that `lmms_plugin.utils.images.to_rgb` takes. Not changed.
@@ -92,8 +86,7 @@ def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image
 
     Raises:
         ValueError: Unknown name (the message gives the nearest), severity not an integer from 1 to 5, empty image,
-            unfit
-            mode, a side too long for `jpeg_compression`.
+            unfit mode, a side too long for `jpeg_compression`.
         TypeError: A key that is neither text nor an integer.
     """
     chosen, severity = named(name, SHIFTS), checked(severity, name)
@@ -154,8 +147,7 @@ def low_light(image: Pixels, rng: np.random.Generator, exposure: float, electron
     """Under-expose by one to five stops with photon and read-out noise of a small sensor, without brightening again.
 
     Linear light times `exposure`, Poisson electrons (`electrons` at the white of a well-exposed image), Gaussian
-    read-out noise of `read` electrons, sRGB: `sensor_channel`. The model is Foi et al. (2008, IEEE TIP 17(10));
-    that
+    read-out noise of `read` electrons, sRGB: `sensor_channel`. The model is Foi et al. (2008, IEEE TIP 17(10)); that
     low light means less light plus Poissonian-Gaussian noise is also Kar et al.'s definition (CVPR 2022, 3D Common
     Corruptions). The constants are ours: numbers compare within this package only.
     """
@@ -195,9 +187,8 @@ def defocus_blur(image: Pixels, _: np.random.Generator, radius: int, softness: f
 def motion_blur(image: Pixels, rng: np.random.Generator, radius: int, sigma: float) -> Pixels:
     """Blur by camera shake along a random direction within 45° of horizontal.
 
-    The original weights 2·radius + 1 taps by one half of a Gaussian, which displaces the picture by 2 to 10 px.
-    Here the
-    same number of taps carry a whole Gaussian of the same variance, centred, so that boxes stay.
+    The original weights 2·radius + 1 taps by one half of a Gaussian, which displaces the picture by 2 to 10 px. Here
+    the same number of taps carry a whole Gaussian of the same variance, centred, so that boxes stay.
     """
     taps = np.arange(2 * radius + 1)
     trail = one_sided_trail(radius, sigma)
@@ -210,8 +201,8 @@ def motion_blur(image: Pixels, rng: np.random.Generator, radius: int, sigma: flo
 def glass_blur(image: Pixels, rng: np.random.Generator, sigma: float, reach: int, passes: int) -> Pixels:
     """Blur, shuffle locally by up to `reach` pixels, `passes` times, and blur again.
 
-    One pass of the original displaces the picture by 0.5 to 0.9 px down and to the right. Here every second pass
-    runs in the opposite direction, which cancels that for an even number of passes.
+    One pass of the original displaces the picture by 0.5 to 0.9 px down and to the right. Here every second pass runs
+    in the opposite direction, which cancels that for an even number of passes.
     """
     softened = _floor(_blur(image.astype(np.float32), sigma))
     height, width = softened.shape[:2]

@@ -41,16 +41,13 @@ def smear(image: npt.NDArray[np.generic], weights: npt.NDArray[np.float64], degr
 def shuffle_sources(steps: Indices, reach: int) -> Indices:
     """Return the source of each pixel after one pass of the original's sequential shuffle, without its loop.
 
-    The original walks from the last pixel to the first and sets pixel p to the current value at p + step (its
-    "swap" of two
-    array views copies one way). If p + step was visited already, its own source counts: those chains lead ever
-    further
-    towards the last pixel, so following them a step at a time, all at once, ends after a dozen short gathers.
+    The original walks from the last pixel to the first and sets pixel p to the current value at p + step (its "swap" of
+    two array views copies one way). If p + step was visited already, its own source counts: those chains lead ever
+    further towards the last pixel, so following them a step at a time, all at once, ends after a dozen short gathers.
 
     Args:
-        steps: Step (h, w) of each pixel as a distance in the flattened image, dy · w + dx with dy and dx in
-            [-reach, reach). Not used nearer than `reach` to the rim, nor one row and column more at the top and
-            left.
+        steps: Step (h, w) of each pixel as a distance in the flattened image, dy · w + dx with dy and dx in [-reach,
+            reach). Not used nearer than `reach` to the rim, nor one row and column more at the top and left.
         reach: Bound of dy and dx.
 
     Returns:

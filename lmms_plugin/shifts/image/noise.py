@@ -1,8 +1,7 @@
 """Pixel noise whose distribution depends on the intensity alone, sampled from tables.
 
 A grey level has 256 values, so such noise is a discrete memoryless channel: a (256, 256) matrix whose row v is the
-distribution of the output level given the input level v. Walker's alias method (Walker 1977, ACM TOMS 3(3)) draws
-from
+distribution of the output level given the input level v. Walker's alias method (Walker 1977, ACM TOMS 3(3)) draws from
 any row with one table look-up per sample, many times faster than a Poisson generator and without approximation.
 """
 
@@ -29,8 +28,7 @@ class Channel:
     """Alias tables of a (256, 256) transition matrix.
 
     Attributes:
-        cells: Cells (65536,) uint32, one per input level and column. Its upper 24 bits are the share of the cell
-            that
+        cells: Cells (65536,) uint32, one per input level and column. Its upper 24 bits are the share of the cell that
             yields its own column, in units of 2**-24; its lower 8 bits are the output level that the rest yields.
     """
 
@@ -48,9 +46,8 @@ class Channel:
         """
         if matrix.shape != (LEVELS, LEVELS) or matrix.min() < 0 or not np.allclose(matrix.sum(1), 1):
             raise ValueError(f"expected a (256, 256) matrix of rows that sum to 1, got {matrix.shape}")
-        # In units of a cell, to 36 significant bits: which of two equally full columns comes first (a Poisson
-        # law of mean n has n - 1 as often as n) must not depend on the last bit of an exponential, in which
-        # processors differ.
+        # In units of a cell, to 36 significant bits: which of two equally full columns comes first (a Poisson law of
+        # mean n has n - 1 as often as n) must not depend on the last bit of an exponential, in which processors differ.
         digits, exponent = np.frexp(matrix / matrix.sum(1, keepdims=True) * LEVELS)
         mass = np.ldexp(np.round(digits * 2**36) / 2**36, exponent)
         # Each turn settles one column per row: what it lacks to fill its own cell is taken from the row's fullest
@@ -115,8 +112,7 @@ def shot_channel(photons: float) -> Channel:
 def sensor_channel(exposure: float, electrons: float, read_noise: float) -> Channel:
     """Return Poissonian-Gaussian noise of an under-exposed sensor (Foi et al. 2008, IEEE TIP 17(10)).
 
-    Level v is decoded to linear light L by the sRGB curve (IEC 61966-2-1); Poisson(exposure · electrons · L)
-    electrons
+    Level v is decoded to linear light L by the sRGB curve (IEC 61966-2-1); Poisson(exposure · electrons · L) electrons
     are read with Gaussian noise, divided by `electrons`, clipped, encoded with the sRGB curve and rounded.
 
     Args:

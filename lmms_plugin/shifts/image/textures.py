@@ -20,8 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> Field:
     """Return a diamond-square fractal on a torus, (height, width) in [0, 1].
 
-    A strip is as coarse and as rough along its longer side as a square of that side, without the square's memory.
-    It
+    A strip is as coarse and as rough along its longer side as a square of that side, without the square's memory. It
     follows Fournier, Fussell & Carpenter (1982) as parametrised by Hendrycks & Dietterich (2019): the random
     displacement is uniform in ±a², and a falls from 100 by `decay` with every halving of the grid.
 

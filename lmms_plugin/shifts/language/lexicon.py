@@ -1,7 +1,7 @@
 """Word lists of the package, and search and replacement of their words in an expression.
 
-The lists (`wordlists/*.txt`) are our own. Each describes its format in its head; adding a line is enough
-to add a word to the shifts.
+The lists (`wordlists/*.txt`) are our own. Each describes its format in its head; adding a line is enough to add a word
+to the shifts.
 """
 
 import re

@@ -75,10 +75,10 @@ def attribute_swaps(expression: str, exclusive: ExclusiveWords) -> list[Mismatch
 def swaps_about_photographs(expression: str) -> list[Mismatch]:
     """Return the `attribute_swaps` by the packaged list that are good English and no longer true.
 
-    Excluded are words under a negation (`not the red one` is true of what is not green, too), parts of names of
-    several words (`ice cream`), and places where the replacement would not fit: an adjective without its noun (`the
-    blonde`), the fruit among the colours, two colours or garments in a row, a relative before an animal (`mother
-    elephant`), the colour of a person.
+    Excluded are words under a negation (`not the red one` is true of what is not green, too), parts of names of several
+    words (`ice cream`), and places where the replacement would not fit: an adjective without its noun (`the blonde`),
+    the fruit among the colours, two colours or garments in a row, a relative before an animal (`mother elephant`), the
+    colour of a person.
     """
     exclusive = alternatives()
     spans = find(expression, exclusive.of.keys() | compounds())

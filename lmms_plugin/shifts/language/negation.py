@@ -29,8 +29,7 @@ def is_negated(text: str, span: Span) -> bool:
     """Return whether a phrase is in the scope of a negation.
 
     The scope runs from a negating word to the end of its clause: a full stop, a semicolon or `but`, not a comma,
-    because
-    of `not red, green or blue`. Words after the negated ones without being meant (`man without a hat in red`)
+    because of `not red, green or blue`. Words after the negated ones without being meant (`man without a hat in red`)
     count, too: nothing separates the two. So does what is taken off (`shirt off`).
 
     Args:

@@ -46,8 +46,7 @@ def _looks(text: str) -> Iterator[Rebuilding]:
     spans = find(text, nouns.keys() | looks)
     joined = [text[one.stop : other.start].isspace() for one, other in pairwise(spans)] + [False]
     for k, (look, thing) in enumerate(pairwise(spans)):
-        # Neither may belong to a longer row of such words: `red and white bus`, `dark brown horse`, `red
-        # shirt guy`.
+        # Neither may belong to a longer row of such words: `red and white bus`, `dark brown horse`, `red shirt guy`.
         if not joined[k] or joined[k + 1] or not _begins_phrase(look, text):
             continue
         if look.phrase in looks and thing.phrase not in looks:

@@ -1,12 +1,10 @@
 """Language shifts for grounding: another wording of the same expression, the same for the same key.
 
 People who ask for an object mistype, use caps lock, hesitate, leave words out and call things by other names. Each
-shift is one function `f(text, rng, *level) -> text`, with the `level` of each severity given to the decorator,
-which
+shift is one function `f(text, rng, *level) -> text`, with the `level` of each severity given to the decorator, which
 registers it in `TEXT_SHIFTS` and so in the tests. The levels are ours: numbers compare within this package only.
 
-A shift that finds nothing to change returns None, never the unchanged text. Expressions that match nothing are made
-in
+A shift that finds nothing to change returns None, never the unchanged text. Expressions that match nothing are made in
 `lmms_plugin.shifts.language.mismatches`.
 """
 
@@ -194,8 +192,8 @@ def fillers(text: str, rng: np.random.Generator, count: int) -> str | None:
 def dropped_words(text: str, rng: np.random.Generator, share: float) -> str | None:
     """Leave out that share of the words, as in a telegram: function words first, then any; one word stays.
 
-    The result may mean several objects: accuracy under this shift has no ceiling of 1. Words that negate stay,
-    because without them it would mean the others.
+    The result may mean several objects: accuracy under this shift has no ceiling of 1. Words that negate stay, because
+    without them it would mean the others.
     """
     tokens = text.split()
     function_words = lexicon.plain("function_words")
@@ -240,8 +238,7 @@ def synonyms(text: str, rng: np.random.Generator, share: float) -> str | None:
 def paraphrase(text: str, rng: np.random.Generator, share: float, frame: int) -> str | None:
     """Rebuild that share of the places that have another construction, and put `phrasing.FRAMES[frame]` around all.
 
-    `cup with red rim` becomes `cup that has rim that is red`. Where nothing can be rebuilt, a frame of one word
-    does.
+    `cup with red rim` becomes `cup that has rim that is red`. Where nothing can be rebuilt, a frame of one word does.
     """
     core = phrasing.ARTICLE.sub("", text)
     if not core.strip():

@@ -1,7 +1,7 @@
 """Engine interface: answers to prompts from a model that is loaded in this process or served elsewhere.
 
-An `Engine` takes jobs and yields one record per job, an `Answer` or a `ContinuationScore`. Requests (`jobs`) and
-the strings returned to lmms-eval (`assembling`) are the same for every engine.
+An `Engine` takes jobs and yields one record per job, an `Answer` or a `ContinuationScore`. Requests (`jobs`) and the
+strings returned to lmms-eval (`assembling`) are the same for every engine.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ class Generated(NamedTuple):
     """Output of a model.
 
     Attributes:
-        tokens: Tokens, with the end-of-sequence token, if the model reached it, as the last; cut where `until`
-            says.
+        tokens: Tokens, with the end-of-sequence token, if the model reached it, as the last; cut where `until` says.
             Their log-probabilities are NaN after a beam search, which reports none.
         text: Answer without special tokens, except those that separate reasoning and answer.
         ids: Ids of all generated tokens, uncut.
@@ -57,8 +56,7 @@ class Answer:
         prompt: Prompt as it was asked.
         generated: Tokens with log-probabilities, and alternatives where the prompt requests those of digits.
         model_size: (width, height) in pixels of the prompt's only image as the model saw it; None if unknown.
-        opened: Tag of a reasoning block that the prompt's end opened; "" if none, or if the prompt wants no
-            confidence.
+        opened: Tag of a reasoning block that the prompt's end opened; "" if none, or if the prompt wants no confidence.
         confidence: Estimator -> confidence in [0, 1] that only the engine can compute (a learned confidence).
         samples: Further answers sampled for the prompt; None where there are none.
     """
@@ -102,8 +100,7 @@ class Engine(Protocol):
 
         Args:
             jobs: Jobs to answer.
-            evidence: Whether to gather, for prompts that request it, further evidence for confidence estimates
-                besides
+            evidence: Whether to gather, for prompts that request it, further evidence for confidence estimates besides
                 log-probabilities: alternatives of digits, samples, a learned confidence.
 
         Raises:

@@ -51,8 +51,7 @@ class Request:
         options: The task's generation_kwargs; empty for a log-likelihood.
         target: Continuation to score, or a function from the document to it; None for generation.
         repeat: Number of equal requests before it in the same call.
-        image: Image key, equal for requests that the dataset knows to be about one image; None where it does not
-            tell.
+        image: Image key, equal for requests that the dataset knows to be about one image; None where it does not tell.
     """
 
     name: str
@@ -221,8 +220,7 @@ class Job(NamedTuple):
         """Read the messages.
 
         Raises:
-            RequestError: The reader refuses them, or log-probabilities are requested of a beam search, which has
-                none.
+            RequestError: The reader refuses them, or log-probabilities are requested of a beam search, which has none.
         """
         prompt = reader.read(self.messages(), self.request.name)
         if prompt.wants_confidence and self.settings.num_beams > 1:

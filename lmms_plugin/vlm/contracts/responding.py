@@ -41,8 +41,7 @@ class Responder(Protocol):
         """Answer every request once.
 
         Returns:
-            Texts. An answer to a message with the key "grounding" or "log_probabilities" is an encoded `Response`,
-            and
+            Texts. An answer to a message with the key "grounding" or "log_probabilities" is an encoded `Response`, and
             so are the scores where the generation options say `candidates`; any other is the plain text.
 
         Raises:

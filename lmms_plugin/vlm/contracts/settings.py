@@ -47,8 +47,7 @@ class GenerationSettings:
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> GenerationSettings:
         """Parse a task's `generation_kwargs`.
 
-        As everywhere in lmms-eval, a temperature of 0 means greedy and one above 0 means sampling, unless
-        `do_sample`
+        As everywhere in lmms-eval, a temperature of 0 means greedy and one above 0 means sampling, unless `do_sample`
         says otherwise. Keys for other models are ignored.
 
         Raises:

@@ -1,9 +1,8 @@
 """Token-by-token decoding that keeps the log-probability of each chosen token, and nothing else of the vocabulary.
 
-Both modes, generating an answer and scoring a given one, use `model.generate`: positions, caches
-and attention masks are then those of the model's own code, for every architecture, and a score means the same as
-the
-log-probabilities of a generated answer.
+Both modes, generating an answer and scoring a given one, use `model.generate`: positions, caches and attention masks
+are then those of the model's own code, for every architecture, and a score means the same as the log-probabilities of a
+generated answer.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class Decoder:
         ends: Ids of the tokens that end an answer.
         special: Ids of the tokens that are no text.
         marks: Ids of those among them that separate reasoning and answer.
-        static_cache: Whether keys and values have a static cache, with which transformers compiles decoding on a
-            GPU.
+        static_cache: Whether keys and values have a static cache, with which transformers compiles decoding on a GPU.
     """
 
     model: Any
@@ -72,8 +70,7 @@ class Decoder:
         """Set up from a checkpoint, using only its settings for the end and the padding of an answer.
 
         Sampling, penalties and lengths in its generation_config.json are dropped, because they would silently join
-        those of
-        a task.
+        those of a task.
         """
         if not isinstance(model, GenerationMixin):
             raise ValueError(
@@ -111,8 +108,7 @@ class Decoder:
         """Generate one answer per row of the batch.
 
         Args:
-            inputs: Keyword arguments of the model, on its device; `input_ids` (rows, prompt length) padded on the
-                left.
+            inputs: Keyword arguments of the model, on its device; `input_ids` (rows, prompt length) padded on the left.
             settings: Settings, the same for all rows.
             seeds: Seeds for sampling, one per row: a row's sample depends on its own seed and not on its batch.
             digits: Whether to record, for tokens of digits, the probabilities of the others (`Token.alternatives`).
@@ -254,8 +250,8 @@ class Decoder:
 def generate_of(model: Any) -> Callable[..., Tensor]:
     """Return the method that generates text.
 
-    A model's own `generate` that takes logits processors separately is not for text alone (Janus draws images
-    with it, and drops them where it writes); for such models it is the one that it overrides.
+    A model's own `generate` that takes logits processors separately is not for text alone (Janus draws images with it,
+    and drops them where it writes); for such models it is the one that it overrides.
     """
     own = type(model).generate
     if own is not GenerationMixin.generate and "logits_processor" in inspect.signature(own).parameters:
@@ -341,8 +337,8 @@ class _Ends:
         self.ends = ends
         self.until = until
         self.prompt_length = prompt_length
-        # A token is at least one byte, so a string that has just been completed lies within this many tokens,
-        # except for tokens without text of their own; the final cut looks at the whole answer.
+        # A token is at least one byte, so a string that has just been completed lies within this many tokens, except
+        # for tokens without text of their own; the final cut looks at the whole answer.
         self.window = max((len(string.encode()) for string in until), default=0) + 8
 
     def update(self, input_ids: Tensor) -> Tensor:

@@ -23,13 +23,11 @@ _ONE_RUN = re.compile(r"([^0-9]*)([0-9]+)([^0-9]*)")
 class NumberTokens:
     """Tokens of a vocabulary that write one run of digits, grouped by the text around it.
 
-    Tokens with the same text around their digits can replace one another: "7" and "12", "<loc0007>" and
-    "<loc0012>".
+    Tokens with the same text around their digits can replace one another: "7" and "12", "<loc0007>" and "<loc0012>".
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # Byte-level vocabularies write ASCII digits as they are, so only tokens with one in them need
-        # decoding.
+        # Byte-level vocabularies write ASCII digits as they are, so only tokens with one in them need decoding.
         with_digits = sorted(index for text, index in tokenizer.get_vocab().items() if re.search("[0-9]", text))
         found = [(index, _ONE_RUN.fullmatch(decode(tokenizer, [index]))) for index in with_digits]
         matches = [(index, match) for index, match in found if match is not None]

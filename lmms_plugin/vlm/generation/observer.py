@@ -68,8 +68,7 @@ class Wanted:
             rank: Rank of this process; only the first one logs.
 
         Raises:
-            ValueError: The selector was trained for another model, the folder of features belongs to another one,
-                or
+            ValueError: The selector was trained for another model, the folder of features belongs to another one, or
                 the model does not name its image token.
         """
         origin = FeatureOrigin(hashing.of_weights(_folder(path)), self.origin.quantization, self.origin.layer)
@@ -156,8 +155,8 @@ class Observer:
     ) -> list[Mapping[str, float]]:
         """Store the features of a batch's answers, and return the learned confidence of each by its name.
 
-        Prompts that request no confidence are skipped; an answer without tokens, whose reasoning did not end,
-        has no probability to store and no confidence.
+        Prompts that request no confidence are skipped; an answer without tokens, whose reasoning did not end, has no
+        probability to store and no confidence.
 
         Raises:
             RequestError: A prompt shows no image, or its text does not follow the image.

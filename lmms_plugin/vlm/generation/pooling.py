@@ -1,8 +1,8 @@
 """Pooling of a prompt's hidden states while `generate` reads it, without storing them or running anything twice.
 
 Nothing here depends on an architecture: the language model is the one transformers names, the image's positions are
-those of the image token that the configuration names. Where questions share the encoding of an image, the pooled
-states of the shared prefix are combined with those of each question.
+those of the image token that the configuration names. Where questions share the encoding of an image, the pooled states
+of the shared prefix are combined with those of each question.
 """
 
 from __future__ import annotations
@@ -82,8 +82,7 @@ class Pooling:
 
         Args:
             inputs: Inputs of the `generate` called inside the context: `input_ids` and `attention_mask`, (rows,
-                columns),
-                of which the first columns may have been read earlier.
+                columns), of which the first columns may have been read earlier.
 
         Yields:
             A list to which the first forward pass adds its only element.

@@ -1,18 +1,16 @@
 """Prefix cache: questions about one image share the encoding of their common prefix.
 
-The prompts of such questions begin alike: system message, image, and often the first words. That prefix goes
-through
-vision tower and language model once; its keys and values are then copied to every question, and `generate`
-continues
+The prompts of such questions begin alike: system message, image, and often the first words. That prefix goes through
+vision tower and language model once; its keys and values are then copied to every question, and `generate` continues
 from there with the rest of the prompts. Rows look like this, columns being those of the attention mask:
 
     0 0 prefix of image A | 0 0 rest of question 1
     0 0 prefix of image A | rest of question 2 ...
     prefix of image B ... | 0 rest of question 3
 
-Nothing here depends on an architecture. `generate` itself runs the prefix, so that positions (three-dimensional
-ones too) and masks are those of the model's own code. A comparison of answers decides whether a model may use this:
-see `PrefixSharing.verify`.
+Nothing here depends on an architecture. `generate` itself runs the prefix, so that positions (three-dimensional ones
+too) and masks are those of the model's own code. A comparison of answers decides whether a model may use this: see
+`PrefixSharing.verify`.
 """
 
 from __future__ import annotations
@@ -110,12 +108,10 @@ def encode_groups(chat: Chat, groups: Sequence[Sequence[Prompt]]) -> Encoded:
 def _ids_of(chat: Chat, group: Sequence[Prompt], first: list[int]) -> list[list[int]]:
     """Return the token ids of a group's prompts, given those of its first with all image placeholders.
 
-    Tokenizers never join text across a special token. So after the last special token that all texts share, which
-    is
-    the image's own or a later one, tokens depend on the remaining text alone. The first prompt verifies this:
-    composed
-    in this way it must equal the processor's result, otherwise every prompt goes through the processor. So
-    do prompts where a question holds a special token, perhaps an image placeholder, which processors refuse.
+    Tokenizers never join text across a special token. So after the last special token that all texts share, which is
+    the image's own or a later one, tokens depend on the remaining text alone. The first prompt verifies this: composed
+    in this way it must equal the processor's result, otherwise every prompt goes through the processor. So do prompts
+    where a question holds a special token, perhaps an image placeholder, which processors refuse.
     """
     texts = [chat.text_of(prompt) for prompt in group]
     cut = _after_last_special(chat.tokenizer, texts[0][: _common(texts)])
@@ -260,8 +256,7 @@ class PrefixSharing:
         """Run the prefixes, and yield which rows to answer next with the keyword arguments of the model for them.
 
         The keys and values of a part belong to the caller, who should drop them before requesting the next part, to
-        make
-        room for it.
+        make room for it.
 
         Args:
             shared: Prompts on the model's device.
@@ -280,8 +275,7 @@ class PrefixSharing:
         for start, end in pairwise(ends):
             for module, delta in deltas:
                 module.rope_deltas = delta[shared.owners[start:end].to(delta.device)]
-            # The yielded value gets no name, which would keep keys and values alive until the next part
-            # has its own.
+            # The yielded value gets no name, which would keep keys and values alive until the next part has its own.
             yield PrefilledPrompts(
                 range(start, end),
                 self._continuing(shared, slice(start, end), cache, columns),
@@ -310,8 +304,7 @@ class PrefixSharing:
 
     def _check_windows(self, columns: int) -> None:
         windows = [layer.sliding_window for layer in self._new_cache().layers if hasattr(layer, "sliding_window")]
-        # Padding between prefix and rest would push tokens out of a sliding window that holds them without
-        # sharing.
+        # Padding between prefix and rest would push tokens out of a sliding window that holds them without sharing.
         if windows and columns > min(windows):
             raise NotShareable(
                 f"prompt and answer may take {columns} tokens, and some layers see the last {min(windows)} only"

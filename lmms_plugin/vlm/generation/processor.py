@@ -179,8 +179,7 @@ class Chat:
     def continuation_ids(self, prompt: Prompt, last: int, continuation: str) -> list[int]:
         """Return the token ids of a text that follows a prompt.
 
-        Where the prompt ends in white space, the continuation's leading spaces (lmms-eval's delimiter between
-        question
+        Where the prompt ends in white space, the continuation's leading spaces (lmms-eval's delimiter between question
         and choice) are dropped: the model would not write them either.
 
         Args:
@@ -268,8 +267,7 @@ class Chat:
         begun = [(self.tokenizer.bos_token or "") + text for text in texts]
         inputs = dict(self.tokenizer(begun, add_special_tokens=False, padding=True, return_tensors="pt"))
         if "token_type_ids" in self.processor.model_input_names:
-            # PaliGemma marks its prompt so; without it, transformers' attention is causal or
-            # bidirectional, by padding.
+            # PaliGemma marks its prompt so; without it, transformers' attention is causal or bidirectional, by padding.
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         return inputs
 
@@ -306,8 +304,7 @@ class Chat:
 def _aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Move padding to where it does not separate tokens.
 
-    In a language model's prompt that is the left, and not the place between image and text. A Q-Former that reads
-    the
+    In a language model's prompt that is the left, and not the place between image and text. A Q-Former that reads the
     question is a BERT, which counts positions from the first column.
     """
     aligned = inputs | _moved(inputs, "input_ids", "attention_mask", to_right=False)

@@ -17,10 +17,9 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Split the text of `ids` among them.
 
-    Each token gets what it adds to the settled part of the decoded whole; so the texts add up to the whole, and
-    a character that takes several tokens belongs to the last of them. (Decoding token by token does not add up: a
-    run
-    of byte tokens, for one, is decoded all at once.)
+    Each token gets what it adds to the settled part of the decoded whole; so the texts add up to the whole, and a
+    character that takes several tokens belongs to the last of them. (Decoding token by token does not add up: a run of
+    byte tokens, for one, is decoded all at once.)
     """
     whole = decode(tokenizer, ids)
     ends = [0]

@@ -119,8 +119,8 @@ class Budget:
 
         Args:
             batch_size: Number of images (or requests without one) per batch; None for automatic.
-            free_bytes: Free memory of an accelerator; None on a CPU, where a batch that is too large ends
-                the process instead of raising, and larger ones do not pay: there the budget is fixed.
+            free_bytes: Free memory of an accelerator; None on a CPU, where a batch that is too large ends the process
+                instead of raising, and larger ones do not pay: there the budget is fixed.
         """
         cache_bytes = CPU_CACHE_BYTES if free_bytes is None else free_bytes // 4
         if batch_size is not None:

@@ -14,8 +14,7 @@ Made = TypeVar("Made")
 def ahead(pool: Executor, make: Callable[[Item], Made], items: Iterable[Item], depth: int) -> Iterator[Made]:
     """Yield `make(item)` for every item in order, with up to `depth` of them running or waiting to be consumed.
 
-    Items are taken from `items` by the consumer's own thread, so a generator is safe there, and another `ahead`
-    too.
+    Items are taken from `items` by the consumer's own thread, so a generator is safe there, and another `ahead` too.
 
     Raises:
         Exception: Any exception of `make`, when the consumer reaches that item; running items are then cancelled.

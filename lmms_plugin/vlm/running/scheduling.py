@@ -1,7 +1,7 @@
 """Scheduling: encoded batches of a run's jobs, prepared on background threads while the model answers earlier ones.
 
-Reading (decoding an image, shifting it) and encoding (the checkpoint's processor) run a bounded number of images
-ahead. The content of a batch depends on the jobs and the budget alone, never on the timing of threads.
+Reading (decoding an image, shifting it) and encoding (the checkpoint's processor) run a bounded number of images ahead.
+The content of a batch depends on the jobs and the budget alone, never on the timing of threads.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ class Schedule:
         budget: Limits of a batch; read whenever the next ones are planned.
         sharing: Whether questions about one image share its prefix; read likewise.
         repeated: Whether questions that request confidence are answered several times, so that a single one has a
-            prefix
-            to share too.
+            prefix to share too.
     """
 
     chat: Chat
@@ -131,8 +130,7 @@ class Schedule:
         except DatasetError as error:
             raise RequestError(f"{name}: {error}") from error
         except Exception as error:
-            # Otherwise an error of a task's own code on a thread would not say which document it was
-            # working on.
+            # Otherwise an error of a task's own code on a thread would not say which document it was working on.
             raise RequestError(f"{name}: {type(error).__name__}: {error}") from error
 
     def length_of(self, prompt: Prompt) -> int:

@@ -1,12 +1,10 @@
 """Sharding by image: with several processes, all questions about one image go to one of them.
 
-lmms-eval 0.7 deals documents round robin (`lmms_eval.utils.create_iterator`: every n-th), which scatters the
-questions
-about an image over all processes, each of which would encode it again. Here documents with known images are dealt
-image by image instead. Documents keep their index, so that logs and response caches do not depend on how many
-processes
-there were; nor do results, up to the last digit of standard errors and the order of samples: lmms-eval concatenates
-the samples of the processes, and sums in that order.
+lmms-eval 0.7 deals documents round robin (`lmms_eval.utils.create_iterator`: every n-th), which scatters the questions
+about an image over all processes, each of which would encode it again. Here documents with known images are dealt image
+by image instead. Documents keep their index, so that logs and response caches do not depend on how many processes there
+were; nor do results, up to the last digit of standard errors and the order of samples: lmms-eval concatenates the
+samples of the processes, and sums in that order.
 """
 
 import inspect
@@ -28,8 +26,7 @@ def deal(images: Sequence[Any], processes: int) -> list[list[int]]:
         processes: Number of processes.
 
     Returns:
-        For each process the indices of its documents, ascending. Shares differ by at most the number of documents
-        of
+        For each process the indices of its documents, ascending. Shares differ by at most the number of documents of
         the image with the most.
     """
     order = sorted(range(len(images)), key=lambda i: images[i])
