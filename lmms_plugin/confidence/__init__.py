@@ -1,1 +1,8 @@
 """Confidence estimates of an answer from a model's outputs."""
+
+from typing import TYPE_CHECKING
+
+from lmms_plugin.utils.moved import refusal
+
+if not TYPE_CHECKING:
+    __getattr__ = refusal(__name__)

@@ -42,7 +42,7 @@ class Pace:
         return since - self.started + (now - since) * (1.0 - before) / (self.share - before)
 
 
-class Watcher(AbstractContextManager["Watcher"], Protocol):
+class DemoWatcher(AbstractContextManager["DemoWatcher"], Protocol):
     """Is told how far the runs are, within its context, and shows it in whatever way."""
 
     def __enter__(self) -> Self:

@@ -18,7 +18,7 @@ from lmms_plugin import harness_log
 from lmms_plugin.analysis import logs
 from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.demo import pictures
-from lmms_plugin.demo.pace import Pace, Watcher
+from lmms_plugin.demo.pace import DemoWatcher, Pace
 from lmms_plugin.quant_backends import get, model_name
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
@@ -83,7 +83,7 @@ class DemoRun:
 def run(
     output: Path,
     bits: int,
-    watch: Callable[[int], Watcher],
+    watch: Callable[[int], DemoWatcher],
     show: ShowTable,
     limit: int | None = None,
     *,
@@ -138,7 +138,9 @@ def command_of(method: str, folder: Path, bits: int, limit: int | None, *, full:
     return ("lmms-eval", *asked, *kept, *(("--limit", str(limit)) if limit is not None else ()))
 
 
-def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path, watch: Callable[[int], Watcher]) -> list[DemoRun]:
+def _evaluate(
+    commands: Mapping[str, tuple[str, ...]], folder: Path, watch: Callable[[int], DemoWatcher]
+) -> list[DemoRun]:
     """Run commands by the names of their models, two at once where there are two processors; an end of this ends all.
 
     Raises:

@@ -15,7 +15,7 @@ from lmms_plugin.metrics.localisation import Localised
 from lmms_plugin.metrics.ranked import RISKS, Ranked
 from lmms_plugin.metrics.selective import Gains
 from lmms_plugin.metrics.sums import Means
-from lmms_plugin.study.file import questions
+from lmms_plugin.study.file import analyses
 
 THRESHOLDS = {0.05: 0.7, 0.2: 0.4}
 GAINS = {1.0: 0.5, 10.0: 0.8}
@@ -281,7 +281,7 @@ def test_more_resamples_than_anyone_can_wait_for_are_refused():
         lambda count: bootstrap([], 6, resamples=count),
         lambda count: measure.MeasurementSettings(resamples=count),
         lambda count: component_importance.analyse(None, resamples=count),
-        lambda count: questions.question(
+        lambda count: analyses.question(
             {"kind": "against_reference", "question": "q", "metrics": ["ece"], "resamples": count}
         ),
     )

@@ -8,9 +8,9 @@ import pytest
 from helpers.study_folders import CLEAN, SHIFTED, outcomes, write_cell
 
 from lmms_plugin.metrics.bootstrap import draw
-from lmms_plugin.study.file import questions
+from lmms_plugin.study.file import analyses
+from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import parse
-from lmms_plugin.study.file.questions import MethodByShift
 from lmms_plugin.study.verdicts import conclusions, contrasts, judging, published, verdict
 from lmms_plugin.study.verdicts.arms import ResampledCells, read_cells
 
@@ -286,7 +286,7 @@ def test_a_folder_without_cells_says_so(tmp_path):
 )
 def test_bad_analyses_are_refused_before_anything_runs(asked, message):
     with pytest.raises(ValueError, match=message):
-        questions.question(asked)
+        analyses.question(asked)
 
 
 @pytest.mark.parametrize(

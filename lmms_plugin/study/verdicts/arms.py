@@ -26,8 +26,8 @@ from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
 from lmms_plugin.metrics.sums import Means
+from lmms_plugin.study.file.analyses import AXES
 from lmms_plugin.study.file.grid import CellAxes
-from lmms_plugin.study.file.questions import AXES
 from lmms_plugin.study.store.folder import StudyFolder
 
 Floats = npt.NDArray[np.float64]

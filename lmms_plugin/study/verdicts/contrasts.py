@@ -28,8 +28,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lmms_plugin.metrics.paired import Difference, holm
+from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import AskedError
-from lmms_plugin.study.file.questions import MethodByShift
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.verdicts.arms import (
     UNTOUCHED,

@@ -14,14 +14,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lmms_plugin.analysis.study_files import VERDICT, VERDICT_IN_WORDS
-from lmms_plugin.study.file import questions
+from lmms_plugin.study.file import analyses
 from lmms_plugin.study.verdicts import against_reference, component_bits, contrasts, verdict
 from lmms_plugin.study.verdicts.conclusions import Conclusion, ExpectedCell, Partial, markdown
 from lmms_plugin.utils.files import replace_text
 from lmms_plugin.utils.plain_json import plain
 
 
-class Answered(NamedTuple):
+class Procedure(NamedTuple):
     """How questions of one kind are answered.
 
     Attributes:
@@ -34,11 +34,11 @@ class Answered(NamedTuple):
     expect: Callable[[Any, Sequence[ExpectedCell]], None]
 
 
-_ANSWERED: Mapping[type[questions.Question], Answered] = MappingProxyType(
+_ANSWERED: Mapping[type[analyses.Question], Procedure] = MappingProxyType(
     {
-        questions.MethodByShift: Answered(verdict.conclude, contrasts.expect),
-        questions.AgainstReference: Answered(against_reference.conclude, against_reference.expect),
-        questions.ComponentBits: Answered(component_bits.conclude, component_bits.expect),
+        analyses.MethodByShift: Procedure(verdict.conclude, contrasts.expect),
+        analyses.AgainstReference: Procedure(against_reference.conclude, against_reference.expect),
+        analyses.ComponentBits: Procedure(component_bits.conclude, component_bits.expect),
     }
 )
 
@@ -49,7 +49,7 @@ def expect(asked: Mapping[str, Any], cells: Sequence[ExpectedCell]) -> None:
     Raises:
         ValueError: Says what is missing.
     """
-    question = questions.question(asked)
+    question = analyses.question(asked)
     _ANSWERED[type(question)].expect(question, cells)
 
 
@@ -73,7 +73,7 @@ def conclude(
     Raises:
         ValueError: The analysis is not as it has to be, or cells that it needs are missing.
     """
-    question = questions.question(asked)
+    question = analyses.question(asked)
     found = _ANSWERED[type(question)].conclude(study, question, only, workers)
     if partial is not None:
         found = _said_of(partial, found)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin.metrics.paired import Difference
-from lmms_plugin.study.file.questions import MethodByShift
+from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.verdicts.arms import UNTOUCHED
 from lmms_plugin.study.verdicts.conclusions import Conclusion
 from lmms_plugin.study.verdicts.contrasts import Analysis, Contrast, ContrastRow, analyse
