@@ -120,7 +120,7 @@ class CalibratedBackend(Backend):
     Attributes:
         by_role: Whether it needs separate statistics of image, prompt and answer tokens.
         holds_back: Whether it validates its result on held-out inputs.
-        fits_correlations: Whether it fits correlations among input channels, which noise images do not show.
+        fits_correlations: Whether it fits correlations among inputs, which differ between noise and natural images.
         rows_per_column: Number of input rows per column of a layer for a reliable result; fewer give a warning.
         sequential: Whether calibration is sequential: a layer sees the outputs of the quantized blocks before its own,
             rather than its inputs in the unquantized model.

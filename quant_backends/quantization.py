@@ -73,7 +73,7 @@ class Quantization:
             )
 
     def _join_untouched(self) -> None:
-        """Fuse experts of which nothing is quantized again; release the stacks of all others."""
+        """Rejoin experts of which nothing is quantized; release the stacks of all others."""
         inside = {name: [layer for layer in self.components if within(layer, name)] for name in self.split}
         untouched = [name for name, layers in inside.items() if self.specs.keys().isdisjoint(layers)]
         join_experts(self.model, self.split, untouched)

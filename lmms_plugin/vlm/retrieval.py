@@ -39,7 +39,7 @@ class Matcher:
         model: `Blip2ForImageTextRetrieval`.
         processor: Processor of the same checkpoint.
         batch_size: Number of images, or of image-caption pairs, that go through the model together.
-        nearest: Number of captions and photographs that the matching head scores.
+        nearest: Number of captions per photograph, and of photographs per caption, that the matching head scores.
     """
 
     model: Any

@@ -27,8 +27,7 @@ class MbqBackend(CalibratedBackend):
     gradient there (`lmms_plugin.quant_backends.calibration.gradients`). The prompt's text has no weight of its own.
     With Δ the change of the layers' outputs, the candidates of AWQ's grid are compared by
 
-    * mae: (Σ_answer |Δ| + ρ Σ_image |Δ|) / (N_answer + N_image), in which the number of tokens of a modality
-    counts;
+    * mae: (Σ_answer |Δ| + ρ Σ_image |Δ|) / (N_answer + N_image), in which a modality's number of tokens counts;
     * mse: Σ_answer Δ² / N_answer + ρ Σ_image Δ² / N_image, in which it does not.
 
     Both forms are the authors'. Errors are those of the linear layers' own outputs, as in the paper's formula (the

@@ -35,8 +35,8 @@ class ModuleReport:
         plain_rows: Number of rows in which a calibrated method was no better than without calibration on its held-out
             inputs, and which therefore keep the calibration-free result.
         role: Role of a layer of the decoder (`lmms_plugin.quant_backends.plans.role_plan.ROLES`); None for others.
-        outlier_score: Magnitude of single weights relative to their input column (arXiv:2406.08155), 1 or above; None
-            when left dense, or quantized before it was loaded.
+        outlier_score: Largest magnitude of a weight relative to the mean of its input column (arXiv:2406.08155), 1 or
+            above; None when left dense, or quantized before it was loaded.
     """
 
     name: str

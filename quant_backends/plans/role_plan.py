@@ -112,7 +112,7 @@ class RolePlan(Schema):
         mlp: Spec of the feed-forward part of blocks without experts.
         shared_expert: Spec of experts that every token is sent to.
         routed_experts: Spec of all routed experts, or specs by their use.
-        router: Entry without effect: routers stay untouched in any case.
+        router: Spec of routers, which stay untouched in any case.
         first_blocks: Minimum bits of the first blocks; if omitted, they are treated like all others.
     """
 
