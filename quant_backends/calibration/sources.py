@@ -59,7 +59,7 @@ class CalibrationSample(NamedTuple):
 
     @property
     def unanswered(self) -> bool:
-        """Whether the model itself must answer."""
+        """Return whether the model itself must answer."""
         return self.answer is None and self.box is None
 
 

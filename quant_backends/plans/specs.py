@@ -45,7 +45,7 @@ class QuantSpec:
 
     @property
     def untouched(self) -> bool:
-        """Whether a layer with this spec keeps its weights."""
+        """Return whether a layer with this spec keeps its weights."""
         return self.bits == UNTOUCHED_BITS
 
 
