@@ -1,6 +1,6 @@
-"""Quantizers of vision-language models, one file each, behind one small interface.
+"""Registry of quantization methods for vision-language models, one file per method.
 
-Importing this package is light (no torch): its names are listed before any model is chosen.
+Importing this package does not import torch: lmms-eval lists the names before any model is chosen.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ ENTRY_POINTS = "lmms_plugin.quant_backends"
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all backends, built-in ones first; those of other packages are not imported for it."""
+    """Return the names of all backends, built-in ones first, without importing those of other packages."""
     return tuple(dict.fromkeys((*BACKENDS, *(point.name for point in _entry_points()))))
 
 
 def model_name(backend: str) -> str:
-    """Return what follows `--model` to evaluate with a backend: `quant_awq` for `awq`."""
+    """Return the lmms-eval model name of a backend: `quant_awq` for `awq`."""
     return f"{_PREFIX}{backend}"
 
 
 def backend_name(model: str) -> str | None:
-    """Return the backend that a model of this name evaluates: `awq` for `quant_awq`; None for models of others."""
+    """Return the backend of an lmms-eval model name: `awq` for `quant_awq`, None for models of other packages."""
     return model.removeprefix(_PREFIX) if model.startswith(_PREFIX) else None
 
 
 def class_name(backend: str) -> str:
-    """Return the name of the class that lmms-eval makes of a backend: `QuantAwq` for `awq`."""
+    """Return the name of the lmms-eval model class of a backend: `QuantAwq` for `awq`."""
     return "".join(part.capitalize() for part in model_name(backend).split("_"))
 
 
@@ -76,12 +76,12 @@ def get(name: str, **options: Any) -> Backend:
     """Return the backend registered under `name`.
 
     Args:
-        name: As registered.
-        **options: The backend's own (see `option_types`).
+        name: Registered name.
+        **options: Options of the backend (see `option_types`).
 
     Raises:
-        ValueError: No such backend (the message names the nearest one and lists them all), no such option, or a
-            value that the backend refuses.
+        ValueError: No such backend (the message names the nearest one and lists them all), no such option, or a value
+            that the backend refuses.
     """
     kind = backend_class(name)
     known = option_types(name)
@@ -92,7 +92,7 @@ def get(name: str, **options: Any) -> Backend:
 
 
 def option_types(name: str) -> dict[str, Any]:
-    """Return the options of a backend with their types: the fields of its dataclass.
+    """Return the options of a backend, the fields of its dataclass, with their types.
 
     Raises:
         ValueError: No such backend.
@@ -106,7 +106,7 @@ def backend_class(name: str) -> type[Backend]:
     """Return the class registered under `name`, importing its module.
 
     Raises:
-        ValueError: No such backend, two of that name, or what another package registered is no backend.
+        ValueError: No such backend, two backends of that name, or another package registered something else.
     """
     from_others = [point for point in _entry_points() if point.name == name]
     _expect_one(name, from_others)
@@ -123,7 +123,7 @@ def _entry_points() -> EntryPoints:
 
 @cache
 def _found_by(find: Callable[..., EntryPoints]) -> EntryPoints:
-    # This reads the metadata of every installed package, which the plan of a study would do thousands of times.
+    # This reads the metadata of every installed package; planning a study would do so thousands of times.
     return find(group=ENTRY_POINTS)
 
 
@@ -137,7 +137,7 @@ def _expect_one(name: str, from_others: Sequence[EntryPoint]) -> None:
 
 
 def _checked(point: EntryPoint) -> type[Backend]:
-    # Imports torch, which names are listed without.
+    # This imports torch, which listing the names must not.
     from lmms_plugin.quant_backends.backend import Backend
 
     kind = point.load()

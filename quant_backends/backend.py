@@ -1,4 +1,4 @@
-"""The interface of a quantizer: a file of its own and a line in `lmms_plugin.quant_backends.BACKENDS`."""
+"""Interface of a quantization method: one file per method and one line in `lmms_plugin.quant_backends.BACKENDS`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backend(ABC):
-    """A way of quantizing linear layers: a frozen dataclass whose fields are its options, all with defaults.
+    """Method of quantizing linear layers: a frozen dataclass whose fields are its options, all with defaults.
 
     Attributes:
-        name: The registered name, as in ``quant_<name>``.
-        bits: The bits per weight that it can do.
-        default_bits: The bits per weight of the language model when the user names none.
-        default_samples: Calibration samples when the user names no number.
-        unsaved: Why its layers cannot be written to disk at all; None if they can, or if only its layers tell.
+        name: Registered name, as in ``quant_<name>``.
+        bits: Supported numbers of bits per weight.
+        default_bits: Number of bits per weight of the language model when the user gives none.
+        default_samples: Number of calibration samples when the user gives none.
+        unsaved: Reason why its layers cannot be saved; None if they can, or if only the layers themselves tell.
     """
 
     name: ClassVar[str]
@@ -38,10 +38,10 @@ class Backend(ABC):
     unsaved: ClassVar[str | None] = None
 
     def check(self, plan: QuantPlan) -> None:
-        """Refuse what this backend cannot do, before any model is loaded.
+        """Refuse a plan that this backend cannot carry out, before any model is loaded.
 
         Raises:
-            ValueError: A spec of the plan is out of reach; the message says what is within.
+            ValueError: A spec of the plan is unsupported; the message says what is supported.
         """
         if not plan.specs:
             raise ValueError(f"{self.name} was asked to quantize nothing: every component is at 16 bits")
@@ -55,39 +55,39 @@ class Backend(ABC):
 
     @property
     def uncompressed(self) -> str | None:
-        """Why compressed-tensors cannot hold its layers, as far as that is known before any is made; None if it can."""
+        """Return why compressed-tensors cannot store its layers, as far as known beforehand; None if it can."""
         return self.unsaved
 
     def check_spec(self, spec: QuantSpec) -> None:
-        """Refuse one spec, as `check` does for all of a plan."""
+        """Refuse a single spec that this backend cannot carry out."""
         if spec.bits not in self.bits:
             able = ", ".join(str(bits) for bits in sorted(self.bits))
             raise ValueError(f"{self.name} cannot quantize to {spec.bits} bits (it can: {able})")
 
 
 class DataFreeBackend(Backend):
-    """A quantizer that needs the weight alone, so that it can run while a checkpoint is being read."""
+    """Method that needs only the weight, so that it can run while a checkpoint is being read."""
 
     @abstractmethod
     def quantize_linear(self, weight: Tensor, bias: nn.Parameter | None, spec: QuantSpec) -> QuantizedLinear:
         """Quantize one layer.
 
         Args:
-            weight: (rows, columns), finite, any float dtype: the one that the layer computes in.
-            bias: (rows,), taken over as it is; it may still lie on the meta device.
+            weight: Weight (rows, columns), finite, in the float dtype that the layer computes in.
+            bias: Bias (rows,), kept unchanged; it may still be on the meta device.
             spec: Bits, group size, symmetry.
         """
 
 
 class CodesBackend(DataFreeBackend):
-    """A data-free quantizer whose result the shared packed layer can hold."""
+    """Data-free method whose result fits the common packed layer."""
 
     @abstractmethod
     def quantize(self, weight: Tensor, spec: QuantSpec) -> Codes:
         """Quantize one weight.
 
         Args:
-            weight: (rows, columns), finite, any float dtype.
+            weight: Weight (rows, columns), finite, any float dtype.
             spec: Bits, group size, symmetry.
 
         Returns:
@@ -95,18 +95,18 @@ class CodesBackend(DataFreeBackend):
         """
 
     def quantize_linear(self, weight: Tensor, bias: nn.Parameter | None, spec: QuantSpec) -> QuantizedLinear:
-        """Quantize one layer into a packed one."""
+        """Quantize one layer into a packed layer."""
         return PackedLinear.from_codes(self.quantize(weight, spec), spec, weight.shape[1], bias=bias)
 
 
 class Solution(NamedTuple):
-    """What a calibrated backend makes of one layer.
+    """Quantized layer that a calibrated backend returns for a dense one.
 
     Attributes:
-        layer: It takes the place of the dense one.
-        method: How it was quantized, where that differs from the backend's name.
-        plain_rows: Rows that keep what needs no calibration, since the backend's own result does no better in them on
-            the calibration inputs, those that were held back where some are.
+        layer: Layer that replaces the dense one.
+        method: Method that quantized it, where that differs from the backend's name.
+        plain_rows: Number of rows that keep the calibration-free result, because the backend's own result is no better
+            in them on the calibration inputs (on the held-out ones, where there are some).
     """
 
     layer: QuantizedLinear
@@ -115,15 +115,15 @@ class Solution(NamedTuple):
 
 
 class CalibratedBackend(Backend):
-    """A quantizer that looks at what flows through the unquantized model first.
+    """Method that needs statistics of the layer inputs in the unquantized model.
 
     Attributes:
-        by_role: Whether it needs the statistics of image, prompt and answer tokens apart.
-        holds_back: Whether it judges what it makes of the inputs by some that it holds back.
-        fits_correlations: Whether it fits correlations among inputs, which are others in noise than elsewhere.
-        rows_per_column: Inputs that it takes for each column of a layer to be sure of its result; fewer are warned of.
-        sequential: Whether a layer is to see what the quantized blocks before its own make of the samples, rather than
-            the inputs that it has in the unquantized model.
+        by_role: Whether it needs separate statistics of image, prompt and answer tokens.
+        holds_back: Whether it validates its result on held-out inputs.
+        fits_correlations: Whether it fits correlations among inputs, which differ between noise and natural images.
+        rows_per_column: Number of input rows per column of a layer for a reliable result; fewer give a warning.
+        sequential: Whether calibration is sequential: a layer sees the outputs of the quantized blocks before its own,
+            rather than its inputs in the unquantized model.
     """
 
     by_role: ClassVar[bool] = False
@@ -136,15 +136,15 @@ class CalibratedBackend(Backend):
     def solve(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> list[Solution]:
-        """Quantize the layers that are fed one tensor, without changing them.
+        """Quantize the layers that share one input tensor, without changing them.
 
         Args:
-            layers: Dense, on one device, all of the same width.
-            specs: One per layer.
-            statistics: Of the tensor that feeds them, over all calibration samples.
+            layers: Dense layers on one device, all of the same width.
+            specs: Specs, one per layer.
+            statistics: Statistics of the shared input tensor over all calibration samples.
 
         Returns:
-            One solution per layer.
+            Solutions, one per layer.
 
         Raises:
             ValueError: The statistics are not finite.
@@ -152,17 +152,17 @@ class CalibratedBackend(Backend):
 
     @abstractmethod
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
-        """Quantize a layer that no calibration input reached, as this method would if every input weighed the same."""
+        """Quantize a layer that no calibration input reached, as this method would with equally weighted inputs."""
 
 
 class LoadedCheckpoint(NamedTuple):
-    """What a reader of quantized checkpoints makes of one.
+    """Model loaded from a quantized checkpoint.
 
     Attributes:
-        model: Its quantized layers are `QuantizedLinear`.
-        info: What ``from_pretrained`` says about missing and unexpected weights.
-        label: How the checkpoint was quantized, as shown in the report.
-        dense: Why its other linear layers are dense.
+        model: Model whose quantized layers are `QuantizedLinear`.
+        info: Loading info of ``from_pretrained`` (missing and unexpected weights).
+        label: Quantization of the checkpoint, as shown in the report.
+        dense: Reason why its other linear layers are dense.
     """
 
     model: PreTrainedModel
@@ -172,7 +172,7 @@ class LoadedCheckpoint(NamedTuple):
 
 
 class CheckpointBackend(Backend):
-    """A reader of checkpoints that were quantized before; there is no plan."""
+    """Reader of checkpoints that are quantized already; it takes no plan."""
 
     @abstractmethod
     def load(self, path: str, config: Any, options: Mapping[str, Any]) -> LoadedCheckpoint:
@@ -180,7 +180,7 @@ class CheckpointBackend(Backend):
 
         Args:
             path: Hub id or local folder.
-            config: The checkpoint's, which may be changed.
+            config: Config of the checkpoint, which may be changed.
             options: Keyword arguments of ``from_pretrained``.
 
         Raises:
@@ -190,7 +190,7 @@ class CheckpointBackend(Backend):
 
 
 class WholeModelBackend(Backend):
-    """A quantizer that must have the whole model and the calibration inputs to itself."""
+    """Method that processes the whole model and the calibration inputs by itself."""
 
     @abstractmethod
     def quantize_model(
@@ -203,8 +203,8 @@ class WholeModelBackend(Backend):
         """Quantize the named layers of a model.
 
         Args:
-            model: Unquantized; its weights may be changed on the way, as each named layer is replaced in the end.
-            processor: Of the model.
+            model: Unquantized model; its weights may change meanwhile, since each named layer is replaced in the end.
+            processor: Processor of the model.
             specs: Module name -> spec.
             batches: Keyword arguments of one forward pass each.
 

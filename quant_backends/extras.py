@@ -1,4 +1,4 @@
-"""Optional libraries: imported when a backend is chosen, and named with their install command when missing."""
+"""Optional libraries: imported when a backend is chosen; if missing, the error gives the install command."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ def require(module: str, *, extra: str, user: str) -> ModuleType:
     """Import an optional library.
 
     Args:
-        module: What to import.
-        extra: The extra of this package that installs it.
-        user: Who needs it, as shown to the user.
+        module: Name of the module to import.
+        extra: Extra of this package that installs it.
+        user: Feature that needs it, as shown to the user.
 
     Raises:
-        ImportError: The library is not installed (the message holds the install command), or is and cannot be
-            imported.
+        ImportError: The library is missing (the message holds the install command), or its import fails.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""One model being quantized: which layer gets which spec, and what became of each weight."""
+"""Quantization of one model: assignment of specs to layers, their replacement, and the account of every weight."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class Quantization:
-    """The work on one model, from the plan to the account of every weight.
+    """Quantization of one model, from the plan to the account of every weight.
 
     Args:
-        model: A transformers model, loaded or still on the meta device.
-        backend: Has agreed to the plan (`Backend.check`).
-        plan: What to quantize; empty for the untouched baseline.
+        model: Model of transformers, loaded or still on the meta device.
+        backend: Backend that has accepted the plan (`Backend.check`).
+        plan: Plan of what to quantize; empty for the untouched baseline.
 
     Raises:
         ValueError: The plan does not fit the model (see `QuantPlan.assign`), or two of its layers share one weight.
@@ -73,7 +73,7 @@ class Quantization:
             )
 
     def _join_untouched(self) -> None:
-        """Put fused experts back together of which nothing is quantized; let go of the stacks of all others."""
+        """Rejoin experts of which nothing is quantized; release the stacks of all others."""
         inside = {name: [layer for layer in self.components if within(layer, name)] for name in self.split}
         untouched = [name for name, layers in inside.items() if self.specs.keys().isdisjoint(layers)]
         join_experts(self.model, self.split, untouched)
@@ -82,23 +82,23 @@ class Quantization:
             for layer in inside[name]:
                 del self.reasons[layer], self.components[layer]
         for name, experts in self.split.items():
-            # Of a model that is still to be read, the stacks stay until they arrive.
+            # In a model that is still to be read, the stacks stay until they arrive.
             if not any(stack.is_meta for stack in experts.fused.parameters(recurse=False)):
                 experts.release()
             self._own_dense(name)
 
     def _own_dense(self, experts: str) -> None:
-        """Give experts that stay dense weights of their own: views of a stack would keep all of it in memory."""
+        """Copy the weights of experts that stay dense: views of a stack would keep all of it in memory."""
         for layer in self.components:
             if within(layer, experts) and layer not in self.specs:
                 own_weight(dense_linear(self.model, layer))
 
     def take_stack(self, parameter: str, values: Tensor) -> list[str]:
-        """Take in a stack of experts that has been read from a checkpoint, and quantize what can be right away.
+        """Split a stack of experts that has been read from a checkpoint, and quantize what can be quantized at once.
 
         Args:
             parameter: Name of the fused parameter.
-            values: What it holds.
+            values: Values of the parameter.
 
         Returns:
             Names of the parameters that it has become.
@@ -126,7 +126,7 @@ class Quantization:
 
         Args:
             name: Full module name.
-            weight: The dense weight; the module's own may still be on the meta device.
+            weight: Dense weight; the module's own may still be on the meta device.
         """
         assert isinstance(self.backend, DataFreeBackend)
         linear = dense_linear(self.model, name)
@@ -146,15 +146,15 @@ class Quantization:
         method: str | None = None,
         plain_rows: int = 0,
     ) -> None:
-        """Put a quantized layer in the place of a dense one and note what it cost.
+        """Replace a dense layer by a quantized one and record its errors.
 
         Args:
             name: Full module name.
-            layer: The quantized layer.
-            weight: The dense weight.
-            output_error: Relative, over calibration inputs; None without calibration.
-            method: How the layer was quantized, where that differs from the backend's name.
-            plain_rows: As in `lmms_plugin.quant_backends.backend.Solution`.
+            layer: Quantized layer.
+            weight: Dense weight.
+            output_error: Relative output error over calibration inputs; None without calibration.
+            method: Method that quantized the layer, where that differs from the backend's name.
+            plain_rows: Number of rows, as in `lmms_plugin.quant_backends.backend.Solution`.
 
         Raises:
             ValueError: The quantized layer holds values that are not finite.
@@ -194,9 +194,9 @@ class Quantization:
 
         Args:
             batches: Calibration inputs, for a calibrated backend.
-            processor: Of the model, for a backend that takes the whole model.
-            residence: Where its blocks lie while it is not their turn; None leaves them where they are.
-            journal: Remembers its finished blocks; None forgets them.
+            processor: Processor of the model, for a backend that takes the whole model.
+            residence: Offloading of its blocks; None leaves them where they are.
+            journal: Store of finished blocks; None keeps nothing.
         """
         if isinstance(self.backend, CalibratedBackend | WholeModelBackend):
             self._count_use(batches, residence, journal)
@@ -215,7 +215,7 @@ class Quantization:
     def _count_use(
         self, batches: Sequence[Mapping[str, Any]], residence: Residence | None, journal: Journal | None
     ) -> None:
-        """Count which experts the calibration tokens are sent to, and settle the specs that depend on it."""
+        """Count the calibration tokens sent to each expert, and settle the specs that depend on it."""
         known = None if journal is None else journal.noted("expert use")
         if known is None:
             known = count_tokens(self.model, batches, residence or Residence())
@@ -230,7 +230,7 @@ class Quantization:
 
     @property
     def expert_use(self) -> tuple[ExpertUse, ...]:
-        """Use of the experts of each layer, over the calibration inputs; empty without such inputs or experts."""
+        """Return the use of each layer's experts over the calibration inputs; empty without such inputs or experts."""
         bare = {name for name, module in self._done.items() if (module.method or "").endswith(UNCALIBRATED)}
         without: dict[str, set[int]] = {}
         for name in bare & self.places.keys():
@@ -266,7 +266,7 @@ class Quantization:
         specs: Mapping[str, QuantSpec],
         batches: Sequence[Mapping[str, Any]],
     ) -> None:
-        # The backend may work on the weights in place, and the report compares with what they were.
+        # The backend may change the weights in place, and the report compares with the original ones.
         weights = {name: dense_linear(self.model, name).weight.detach().clone() for name in specs}
         for name, weight in weights.items():
             expect_finite(name, weight)
@@ -274,13 +274,13 @@ class Quantization:
             self.replace(name, layer, weights.pop(name))
 
     def adopt(self, label: str, dense: str) -> None:
-        """Take every layer into the account that was quantized before it was loaded.
+        """Add every layer that was quantized before loading to the account.
 
-        Its error is not known; the weight it stands for is counted in the dtype that the model computes in.
+        Its error is not known; the weight it replaces is counted in the dtype that the model computes in.
 
         Args:
-            label: How they were quantized, as shown in the report.
-            dense: Why the other linear layers are not.
+            label: Quantization of these layers, as shown in the report.
+            dense: Reason why the other linear layers are dense.
         """
         self.reasons = dict.fromkeys(self.components, dense)
         size = torch.finfo(self.model.dtype).bits // 8
@@ -356,7 +356,7 @@ def relative_error(weight: Tensor, layer: QuantizedLinear) -> float:
 def find_outlier_score(weight: Tensor) -> float:
     """Return max_j max|W_:j| / mean|W_:j| over the columns j of a weight that are not all zero (arXiv:2406.08155).
 
-    1 where all weights of a column are alike in size; large where one sticks out, which takes its group's range.
+    It is 1 where all weights of a column are equal in magnitude, and large where an outlier takes its group's range.
     """
     largest = weight.new_zeros(weight.shape[1], dtype=torch.float32)
     total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
@@ -393,7 +393,7 @@ def _is_tied(model: PreTrainedModel, name: str) -> bool:
 
 
 def _expect_unshared(model: PreTrainedModel, names: Collection[str], linear: Collection[str]) -> None:
-    """Refuse to quantize a layer whose weight another one takes: transformers would look for it in vain."""
+    """Refuse to quantize a layer with a tied weight: transformers would look for the weight in vain."""
     for taker, source in getattr(model, "all_tied_weights_keys", {}).items():
         layer, other = source.removesuffix(".weight"), taker.removesuffix(".weight")
         if layer in names and other in linear:
@@ -404,7 +404,7 @@ def _expect_unshared(model: PreTrainedModel, names: Collection[str], linear: Col
 
 
 def untie(model: PreTrainedModel, name: str) -> None:
-    """Tell transformers that a layer does not share the input embedding, or no longer, which stays as it is."""
+    """Tell transformers that a layer is not, or no longer, tied to the input embedding, which stays as it is."""
     if not _is_tied(model, name):
         return
     model.all_tied_weights_keys.pop(f"{name}.weight")
@@ -418,13 +418,13 @@ def quantize(
     """Quantize a model that is already loaded, in place.
 
     Args:
-        model: A transformers model.
-        backend: From `lmms_plugin.quant_backends.get`.
-        plan: What to quantize.
+        model: Model of transformers.
+        backend: Backend from `lmms_plugin.quant_backends.get`.
+        plan: Plan of what to quantize.
         batches: Calibration inputs, for a calibrated backend.
 
     Returns:
-        The finished work, whose `modules()` says what became of every weight.
+        Finished quantization, whose `modules()` accounts for every weight.
     """
     backend.check(plan)
     work = Quantization(model, backend, plan)

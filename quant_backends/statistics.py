@@ -1,4 +1,4 @@
-"""What flows into linear layers: sums over their inputs, by role of the token where that is asked for."""
+"""Input statistics of linear layers: sums over their inputs, by token role on request."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ SAMPLE_ROWS = 512
 
 
 class Sensitivity(NamedTuple):
-    """How strongly the loss of the answers reacts to what a block puts out.
+    """Sensitivity of the answers' loss to the output of a block.
 
     Attributes:
         image: Mean |gradient| over the elements at image positions, 0 or above.
-        answer: The same at answer positions, above 0.
-        ratio: What an image position weighs against an answer position: image / answer, or the median of like blocks
-            where that is more.
+        answer: Mean |gradient| over the elements at answer positions, above 0.
+        ratio: Weight of an image position relative to an answer position: image / answer, or the median of
+            corresponding blocks where that is more.
     """
 
     image: float
@@ -48,9 +48,9 @@ class Sensitivity(NamedTuple):
 
 
 def held_back_rows(sample: int, samples: int) -> slice:
-    """Return which input rows of one of several calibration samples are held back from fitting.
+    """Return which input rows of one of several calibration samples are held out from fitting.
 
-    The rows of one sample resemble one another, so whole samples are held back, every fourth one; of fewer than four
+    The rows of one sample resemble one another, so whole samples are held out, every fourth one; of fewer than four
     samples every fourth row.
     """
     if samples < HELD_BACK:
@@ -75,7 +75,7 @@ def squared_errors(delta: Tensor, gram: Tensor) -> Tensor:
     for start in range(0, len(gram), SYMMETRIC_COLUMNS):
         stop = min(start + SYMMETRIC_COLUMNS, len(gram))
         part = delta[:, start:stop]
-        # G is symmetric: what columns have to do with those before them counts twice, and is computed once.
+        # G is symmetric: terms between these columns and those before them count twice, and are computed once.
         fed = torch.mm(part, gram[start:stop, start:stop])
         if start:
             fed.addmm_(delta[:, :start], gram[:start, start:stop], alpha=2)
@@ -85,11 +85,11 @@ def squared_errors(delta: Tensor, gram: Tensor) -> Tensor:
 
 @dataclass
 class RowSample:
-    """Rows drawn with equal chances from a stream of unknown length, the same ones each time.
+    """Uniform random sample of rows from a stream of unknown length (reservoir sampling), reproducible.
 
     Attributes:
         rows: (up to `limit`, columns), in the order in which they came and in their own dtype.
-        limit: How many to keep.
+        limit: Largest number of rows to keep.
     """
 
     rows: Tensor
@@ -98,7 +98,7 @@ class RowSample:
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
     def add(self, x: Tensor) -> None:
-        """Let the rows of x (rows, columns) take part: those that draw the lowest lots stay."""
+        """Add the rows of x (rows, columns): those with the lowest random numbers stay."""
         lots = torch.cat([self._lots, torch.rand(len(x), dtype=torch.float64, generator=self._generator)])
         kept = lots.argsort()[: self.limit].sort().values
         self.rows = torch.cat([self.rows.to(x.dtype), x])[kept.to(x.device)]
@@ -107,19 +107,19 @@ class RowSample:
 
 @dataclass
 class InputStatistics:
-    """Sums over every input row x that a group of layers was given.
+    """Sums over every input row x of a group of layers.
 
     Attributes:
-        names: The layers, all fed the very same tensors.
+        names: Names of the layers, which share their input tensors.
         gram: (columns, columns) float32, Σ x xᵀ.
         magnitude: (columns,) float64, Σ |x|.
-        rows: How many rows were summed.
-        sample: Some of the rows, for errors that no sum can tell; None unless roles are told apart.
-        roles: The same over the rows of each role of `WEIGHED` alone, as far as there are any: none unless roles are
-            told apart, and none where a layer is not fed the positions of the sequence, as in the vision tower.
-        sensitivity: Of the loss to the block that the layers belong to; None where it is not known.
-        held_back: The same over those rows alone by which a result is to be judged; None unless the method holds any
-            back. All other sums include them.
+        rows: Number of summed rows.
+        sample: Sample of the rows, for errors that no sum gives; None unless roles are separate.
+        roles: Statistics of the rows of each role of `WEIGHED`, as far as there are any: none unless roles are
+            separate, and none where a layer's rows are not sequence positions, as in the vision tower.
+        sensitivity: Sensitivity of the loss to the layers' block; None where it is not known.
+        held_back: Statistics of the held-out rows, by which a result is judged; None unless the method holds out any.
+            All other sums include them.
     """
 
     names: tuple[str, ...]
@@ -141,14 +141,14 @@ class InputStatistics:
         by_role: bool = False,
         holds_back: bool = False,
     ) -> InputStatistics:
-        """Return statistics of nothing.
+        """Return statistics without any row.
 
         Args:
-            names: The layers.
+            names: Names of the layers.
             columns: Width of their input.
-            device: Where the sums are kept.
-            by_role: Also keep rows, and sum those of each role apart.
-            holds_back: Also sum the rows apart that are held back.
+            device: Device of the sums.
+            by_role: Whether to keep rows too, and to sum those of each role separately.
+            holds_back: Whether to sum the held-out rows separately too.
         """
         gram = torch.zeros(columns, columns, device=device)
         statistics = cls(names, gram, torch.zeros(columns, dtype=torch.float64, device=device))
@@ -160,27 +160,27 @@ class InputStatistics:
 
     @staticmethod
     def memory(columns: int, *, by_role: bool = False, holds_back: bool = False) -> int:
-        """Return the most bytes that statistics take, sampled rows aside."""
+        """Return the most bytes that statistics take, without sampled rows."""
         return 4 * columns**2 * (1 + len(WEIGHED) * by_role + holds_back)
 
     @property
     def fitting_gram(self) -> Tensor:
-        """Σ x xᵀ over the rows that are not held back, (columns, columns) float32."""
+        """Return Σ x xᵀ over the rows that are not held out, (columns, columns) float32."""
         return self.gram if self.held_back is None else self.gram - self.held_back.gram
 
     @property
     def judging_gram(self) -> Tensor:
-        """Σ x xᵀ over the rows that are held back, or over all of them where none are."""
+        """Return Σ x xᵀ over the held-out rows, or over all of them where none are held out."""
         return self.gram if self.held_back is None else self.held_back.gram
 
     @property
     def mean_magnitude(self) -> Tensor:
-        """Mean |x| of each column, float32."""
+        """Return mean |x| of each column, float32."""
         return (self.magnitude / self.rows).float()
 
     @property
     def sampled(self) -> Tensor:
-        """The sampled rows, (up to `SAMPLE_ROWS`, columns) float32.
+        """Return the sampled rows, (up to `SAMPLE_ROWS`, columns) float32.
 
         Raises:
             ValueError: No rows are kept.
@@ -190,7 +190,7 @@ class InputStatistics:
         return self.sample.rows.float()
 
     def expect_finite(self) -> None:
-        """Refuse inputs that no search can do justice to.
+        """Refuse inputs that are not finite.
 
         Raises:
             ValueError: They hold NaN or infinite values; the message names the layer.
@@ -203,7 +203,7 @@ class InputStatistics:
 
         Args:
             weight: W, dense, (rows, columns).
-            layer: Stands for Ŵ.
+            layer: Layer with the weight Ŵ.
         """
         step = rows_per_block(weight.shape[1])
         error = norm = 0.0
@@ -219,12 +219,12 @@ class InputStatistics:
         """Add the rows of an input (..., columns).
 
         Args:
-            x: What the layers are fed.
-            roles: (rows,), the place in `ROLES` of each row's role; None where rows are no positions of the sequence.
-            held_back: Which of the rows are held back; of no effect where none are told apart.
+            x: Input of the layers.
+            roles: (rows,), the index into `ROLES` of each row's role; None where rows are no sequence positions.
+            held_back: Mask of the held-out rows; without effect where none are kept separately.
 
         Raises:
-            ValueError: Not as many roles as rows.
+            ValueError: The number of roles differs from that of rows.
         """
         x = x.detach().reshape(-1, x.shape[-1])
         if roles is not None:

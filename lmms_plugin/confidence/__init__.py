@@ -1,4 +1,4 @@
-"""Confidence of an answer from what a model tells with it."""
+"""Confidence estimates of an answer from a model's outputs."""
 
 from typing import TYPE_CHECKING
 

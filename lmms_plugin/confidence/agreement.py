@@ -1,4 +1,4 @@
-"""How far answers sampled for one question agree with the answer given, and among themselves."""
+"""Self-consistency: agreement of sampled answers with the answer given, and among themselves."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Agreement(NamedTuple):
     """Agreement of k sampled answers.
 
     Attributes:
-        with_answer: Of each with the answer given, k values in [0, 1]; () where that is none.
-        among_samples: Of each pair, k(k−1)/2 values in [0, 1].
-        usable: How many of the k are answers at all; the others agree with nothing, and count 0 everywhere.
+        with_answer: Agreement of each with the answer given, k values in [0, 1]; () where that cannot be read.
+        among_samples: Agreement of each pair, k(k−1)/2 values in [0, 1].
+        usable: Number of the k samples that can be read; the others agree with nothing, and count 0 everywhere.
     """
 
     with_answer: tuple[float, ...]
@@ -34,9 +34,9 @@ class Agreement(NamedTuple):
         """Compare answers.
 
         Args:
-            answer: The answer given; None where it cannot be read.
-            sampled: The k sampled ones; None where one cannot be read.
-            similarity: Of two answers, symmetric, in [0, 1].
+            answer: Answer given; None where it cannot be read.
+            sampled: The k sampled answers; None where one cannot be read.
+            similarity: Similarity of two answers, symmetric, in [0, 1].
         """
 
         def agree(a: Answer | None, b: Answer | None) -> float:

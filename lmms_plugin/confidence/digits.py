@@ -1,17 +1,17 @@
-"""A model's own distribution over the numbers of a box, and how far boxes drawn from it overlap the answer.
+"""Distribution of a model over the numbers of a box, and the expected IoU of boxes drawn from it with the answer.
 
 A box is written as a few numbers, a number as one or several tokens. At each of them the model has a distribution over
 the tokens that differ from the chosen one in their digits alone (`Alternatives`): ten of them where every digit is a
-token, thousands where a token writes a location. Decoding follows one branch only, and so do these distributions. Of a
+token, thousands where a token writes a location. Decoding follows one branch only, and so do these distributions. For a
 number with the tokens t = 1 … T, chosen as g_1 … g_T:
 
 - it is the answered one with probability Π_t p_t(g_t);
-- it first differs at t, by writing a instead, with probability p_t(a)·Π_{s<t} p_s(g_s); what the model would write then
+- it first differs at t, by writing a instead, with probability p_t(a)·Π_{s<t} p_s(g_s); the model's continuation
   was never computed, and every ending of the answered length is taken as equally likely;
-- whatever is left (an answer that stops, words, another count of digits) is no box.
+- the remainder (an answer that stops, words, another count of digits) is no box.
 
-Numbers are taken for independent, each conditional on the answered ones before it. Both are approximations: after a
-large step of x1 the model would move x2 along, and expected IoU then comes out too low.
+Numbers are assumed independent, each conditional on the answered ones before it. Both are approximations: after a large
+step of x1 the model would move x2 along, and expected IoU then comes out too low.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _ENDINGS = 1000
 
 
 class NumberDistribution(NamedTuple):
-    """A model's distribution over one number.
+    """Distribution of a model over one number.
 
     Attributes:
-        answered: The number it wrote.
-        values: Shape (m,), what it might have written.
-        probabilities: Shape (m,), summing to at most 1; the rest is no number.
+        answered: Number in the answer.
+        values: Possible numbers, shape (m,).
+        probabilities: Probabilities of `values`, shape (m,), summing to at most 1; the rest is no number.
     """
 
     answered: float
@@ -51,12 +51,12 @@ class NumberDistribution(NamedTuple):
 
 
 class AnsweredBox(NamedTuple):
-    """A box and the model's distribution over its numbers.
+    """Box with the model's distribution over its numbers.
 
     Attributes:
-        numbers: In the order of the answer; () where it holds no box.
-        read: Turns numbers, shape (n, len(numbers)), into boxes as xyxy fractions of the image, shape (n, 4); NaN where
-            they make none (`Dialect.boxes`).
+        numbers: Distributions of the numbers in the order of the answer; () where it holds no box.
+        read: Function from numbers, shape (n, len(numbers)), to boxes as xyxy fractions of the image, shape (n, 4); NaN
+            where they make none (`Dialect.boxes`).
     """
 
     numbers: tuple[NumberDistribution, ...]
@@ -66,12 +66,12 @@ class AnsweredBox(NamedTuple):
 def numbers_of(
     tokens: Sequence[Token], spans: Sequence[tuple[int, int]], largest: float = math.inf
 ) -> tuple[NumberDistribution, ...] | None:
-    """Distributions over the numbers of an answer.
+    """Return the distributions over the numbers of an answer.
 
     Args:
-        tokens: Whose concatenated texts are the answer.
+        tokens: Tokens whose concatenated texts are the answer.
         spans: Half-open character spans of that, of one decimal number each, perhaps with text around it.
-        largest: The largest number there is, for tokens that write a whole one.
+        largest: Largest possible number, for tokens that write a whole one.
 
     Returns:
         One per span, in order; None where alternatives were not recorded for one of the tokens.
@@ -121,7 +121,7 @@ def _number(digits: str, written: Sequence[tuple[Token, int]], unit: float, larg
 
 
 def _complete(token: Token, chosen: str) -> tuple[dict[str, float], float]:
-    """Probabilities with that of the chosen digits, which a sampled answer may have taken from the unlisted."""
+    """Return the probabilities with that of the chosen digits, which may be unlisted in a sampled answer."""
     assert token.alternatives is not None
     listed, unlisted = dict(token.alternatives.probabilities), token.alternatives.unlisted
     if chosen not in listed:
@@ -131,7 +131,7 @@ def _complete(token: Token, chosen: str) -> tuple[dict[str, float], float]:
 
 
 def _endings(head: int, count: int) -> Floats:
-    """Return numbers that begin with `head` and go on with `count` more digits, evenly spaced."""
+    """Return numbers that begin with `head` and continue with `count` more digits, evenly spaced."""
     number = 10**count
     shown = min(number, _ENDINGS)
     endings: Floats = (np.arange(shown) + 0.5) * (number / shown) - 0.5
@@ -139,7 +139,7 @@ def _endings(head: int, count: int) -> Floats:
 
 
 def expected_iou(answered: AnsweredBox, *, points: int = POINTS, exact: int = EXACT) -> float:
-    """Σ_b p(b)·IoU(b, answered box) over the boxes b that independent numbers make.
+    """Return Σ_b p(b)·IoU(b, answered box) over the boxes b that independent numbers make.
 
     Exact up to `exact` boxes. Beyond that, a fixed Latin hypercube of draws (McKay et al. 1979; the same for every
     answer, so that the value is a function of the distribution) with the effects of single numbers as control variate:
@@ -147,12 +147,12 @@ def expected_iou(answered: AnsweredBox, *, points: int = POINTS, exact: int = EX
     IoU − (1 − Σ_i f_i) is estimated.
 
     Args:
-        answered: The box and its distribution.
-        points: Draws.
-        exact: Up to how many boxes are counted one by one.
+        answered: Box with its distribution.
+        points: Number of draws.
+        exact: Number of boxes up to which all are enumerated.
 
     Returns:
-        In [0, 1]: 1 where the model is certain. NaN where the answer holds no box.
+        Value in [0, 1]: 1 where the model is certain. NaN where the answer holds no box.
     """
     numbers, read = answered.numbers, answered.read
     centre = np.array([[number.answered for number in numbers]])
@@ -171,7 +171,7 @@ def expected_iou(answered: AnsweredBox, *, points: int = POINTS, exact: int = EX
     is_box = np.all([k < n.values.size for k, n in zip(index, numbers, strict=True)], axis=0)
     drawn = [n.values[np.minimum(k, n.values.size - 1)] for k, n in zip(index, numbers, strict=True)]
     overlaps = np.where(is_box, ious(target, read(np.stack(drawn, axis=1))), 0.0)
-    # What is no number loses all there is.
+    # Probability mass without a number loses the whole IoU.
     effects = sum(np.append(loss, 1.0)[k] for k, loss in zip(index, lost, strict=True))
     means = sum(loss @ n.probabilities + (1.0 - n.probabilities.sum()) for n, loss in zip(numbers, lost, strict=True))
     return _fraction(1.0 - means + float(np.mean(overlaps - (1.0 - effects))))
@@ -192,7 +192,7 @@ def _hypercube(points: int, dimensions: int) -> Floats:
 
 
 def ious(box: Box, boxes: Floats) -> Floats:
-    """IoU of one box with many, shape (n,), of boxes as xyxy, shape (n, 4); 0 for those that are NaN."""
+    """Return the IoU of one box with many, shape (n,), of boxes as xyxy, shape (n, 4); 0 for those that are NaN."""
     x1, y1, x2, y2 = boxes.T
     width = np.minimum(x2, box.x2) - np.maximum(x1, box.x1)
     height = np.minimum(y2, box.y2) - np.maximum(y1, box.y1)

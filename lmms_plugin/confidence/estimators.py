@@ -1,12 +1,12 @@
-"""Confidence of an answer from what a model tells with it.
+"""Confidence estimators of an answer.
 
 An estimator takes the `Evidence` of one answer and returns a value in [0, 1], or NaN where there is nothing to estimate
-from (no tokens; for an estimator of selected tokens, none selected; for one of digits, no digits; a statement without
-a number): a missing confidence, to be left out of calibration and counted, never 0.
+from (no tokens; for an estimator of selected tokens, none selected; for one of digits, no digits; a statement without a
+number): a missing confidence, to be left out of calibration and counted, never 0.
 
-Which estimators apply depends on what an answer is: `ESTIMATORS` are those of boxes, `TEXT_ESTIMATORS` those of free
+Which estimators apply depends on the kind of answer: `ESTIMATORS` are those of boxes, `TEXT_ESTIMATORS` those of free
 text. Names without a prefix use every token, the end-of-sequence token included. Some need evidence that is gathered
-only on request: `NEEDS` says which, and `HOW_TO_OBTAIN` how to ask for it.
+only on request: `NEEDS` says which, and `HOW_TO_OBTAIN` how to request it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,19 +29,19 @@ _LOGPROB_SLACK = 1e-4
 
 
 class Evidence(NamedTuple):
-    """What there is to judge one answer of n tokens by.
+    """Evidence for the confidence of one answer of n tokens.
 
     Attributes:
-        logprobs: Shape (n,), natural log-probability of each generated token; −∞ is a probability of 0.
-        selected: Shape (n,), boolean, True at the tokens that write what was asked for (`coordinate_mask`): the numbers
-            of a box, the words of an answer.
-        place_value: Shape (n,), by how much a change of the token's leading digit by one would move its number, 0 for
-            tokens without a digit (`place_values`); () where nothing is a number.
-        leading: Shape (n,), boolean, True at the tokens that begin a number (`leading_mask`); () likewise.
-        digits: The answered box with the model's distribution over each of its numbers; None if it was not recorded.
-        agreement: Of the answer with others sampled for the same question; None if none were.
-        stated: The model's own word on how sure it is, in [0, 1]; NaN where it named no number, None if it was not
-            asked.
+        logprobs: Natural log-probability of each generated token, shape (n,); −∞ is a probability of 0.
+        selected: Mask, shape (n,), boolean, True at the tokens of the requested content (`coordinate_mask`): the
+            numbers of a box, the words of an answer.
+        place_value: Change of a token's number when its leading digit changes by one, shape (n,), 0 for tokens without
+            a digit (`place_values`); () where nothing is a number.
+        leading: Mask, shape (n,), boolean, True at the tokens that begin a number (`leading_mask`); () where nothing is
+            a number.
+        digits: Answered box with the model's distribution over each of its numbers; None if it was not recorded.
+        agreement: Agreement of the answer with others sampled for the same question; None if none were.
+        stated: Confidence in [0, 1] that the model states; NaN where it named no number, None if it was not asked.
     """
 
     logprobs: npt.ArrayLike
@@ -57,34 +57,34 @@ Estimator = Callable[[Evidence], float]
 
 
 def joint(evidence: Evidence) -> float:
-    """Probability of the whole answer, exp(Σ log p): MaxProb of arXiv 2602.13289."""
+    """Return the probability of the whole answer, exp(Σ log p): MaxProb of arXiv 2602.13289."""
     values, _ = _checked(evidence)
     return _exp(values.sum()) if values.size else float("nan")
 
 
 def mean(evidence: Evidence) -> float:
-    """Length-normalised probability, exp(mean log p): the geometric mean over tokens."""
+    """Return the length-normalised probability, exp(mean log p): the geometric mean over tokens."""
     values, _ = _checked(evidence)
     return _exp(values.mean()) if values.size else float("nan")
 
 
 def minimum(evidence: Evidence) -> float:
-    """Probability of the least likely token."""
+    """Return the probability of the least likely token."""
     values, _ = _checked(evidence)
     return _exp(values.min()) if values.size else float("nan")
 
 
 def first(evidence: Evidence) -> float:
-    """Probability of the first token, where short answers are decided: "yes" or "no"."""
+    """Return the probability of the first token, where short answers are decided: "yes" or "no"."""
     values, _ = _checked(evidence)
     return _exp(values[0]) if values.size else float("nan")
 
 
 def place_weighted(evidence: Evidence) -> float:
-    """Mean of the selected tokens' log-probabilities weighted by place value, exp(Σ w·log p / Σ w).
+    """Return the mean of the selected tokens' log-probabilities weighted by place value, exp(Σ w·log p / Σ w).
 
-    The units of a number in thousandths are nearly a guess and hardly move the box; here a digit counts by as much as
-    it moves an edge, hundreds a hundred times as much as units. Where one token writes a whole number and all numbers
+    The units of a number in thousandths are nearly a guess and hardly move the box; here a digit is weighted by its
+    effect on an edge, hundreds a hundred times as much as units. Where one token writes a whole number and all numbers
     have as many digits, this is `coordinate_mean`.
 
     Raises:
@@ -101,7 +101,7 @@ def place_weighted(evidence: Evidence) -> float:
 
 
 def of_selected(estimator: Estimator) -> Estimator:
-    """The same estimator over the selected tokens alone: brackets and commas of probability 1 do not dilute it."""
+    """Return an estimator over the selected tokens alone: brackets and commas of probability 1 do not dilute it."""
 
     def estimate(evidence: Evidence) -> float:
         values, mask = _checked(evidence)
@@ -111,7 +111,7 @@ def of_selected(estimator: Estimator) -> Estimator:
 
 
 def leading(evidence: Evidence) -> float:
-    """Geometric mean probability of the tokens that begin a number: hundreds decide where a box is, units hardly do.
+    """Return the geometric mean probability of the tokens that begin a number: hundreds place a box, units hardly.
 
     Raises:
         ValueError: Also if `leading` differs in number from the tokens.
@@ -124,16 +124,16 @@ def leading(evidence: Evidence) -> float:
 
 
 def expected_iou(evidence: Evidence) -> float:
-    """Expected IoU of the answered box with one drawn from the model's own distribution over its digits.
+    """Return the expected IoU of the answered box with one drawn from the model's distribution over its digits.
 
-    Σ_b p(b)·IoU(b, answered), where the numbers of b are taken for independent, each as `lmms_plugin.confidence.digits`
-    describes; whatever is no box counts 0. NaN where the answer holds no box.
+    Σ_b p(b)·IoU(b, answered), where the numbers of b are assumed independent, each as `lmms_plugin.confidence.digits`
+    describes; anything that is no box counts 0. NaN where the answer holds no box.
     """
     return float("nan") if evidence.digits is None else _expected_iou(evidence.digits)
 
 
 def agreement(evidence: Evidence) -> float:
-    """Mean over k sampled answers of their agreement with the answer, (1/k)·Σ_i a(y_i, y).
+    """Return the mean agreement of k sampled answers with the answer, (1/k)·Σ_i a(y_i, y).
 
     For boxes a is the IoU, for free text 1 where both are the same answer; a sample without a box agrees with nothing.
     After self-consistency (arXiv 2203.11171) and, for boxes, the spread of samples in SafeGround (arXiv 2602.02419).
@@ -144,13 +144,13 @@ def agreement(evidence: Evidence) -> float:
 
 
 def pairwise_agreement(evidence: Evidence) -> float:
-    """Mean agreement of the k sampled answers among themselves, 2/(k(k−1))·Σ_{i<j} a(y_i, y_j); NaN for k = 1."""
+    """Return the mean agreement of k sampled answers with each other, 2/(k(k−1))·Σ_{i<j} a(y_i, y_j); NaN for k = 1."""
     found = evidence.agreement
     return float("nan") if found is None or not found.among_samples else float(np.mean(found.among_samples))
 
 
 def verbalised(evidence: Evidence) -> float:
-    """What the model says when it is asked in a second turn how sure it is (arXiv 2305.14975, 2306.13063)."""
+    """Return the confidence that the model states in a second turn (arXiv 2305.14975, 2306.13063)."""
     return float("nan") if evidence.stated is None else evidence.stated
 
 
@@ -204,7 +204,7 @@ HOW_TO_OBTAIN: Mapping[str, str] = MappingProxyType(
 
 
 def obtaining(estimator: str) -> str:
-    """How to obtain an estimator that a log lacks, as a clause that follows its name; "" if there is no such one."""
+    """Return how to obtain an estimator that a log lacks, as a clause that follows its name; "" for other names."""
     if estimator in LEARNED:
         return " (run with --model_args selector=FILE)"
     return f" ({HOW_TO_OBTAIN[NEEDS[estimator]]})" if estimator in NEEDS else ""
@@ -216,18 +216,18 @@ model or another quantization."""
 
 
 def estimate_all(evidence: Evidence, estimators: Mapping[str, Estimator] = ESTIMATORS) -> dict[str, float]:
-    """Several estimators on one answer.
+    """Apply several estimators to one answer.
 
     Args:
-        evidence: Of the answer.
-        estimators: By name, `ESTIMATORS` or `TEXT_ESTIMATORS`.
+        evidence: Evidence of the answer.
+        estimators: Estimators by name, `ESTIMATORS` or `TEXT_ESTIMATORS`.
 
     Returns:
         Estimator name → confidence in [0, 1], or NaN where there is nothing to estimate from. Estimators whose evidence
         was not gathered at all (`NEEDS`) are left out.
 
     Raises:
-        ValueError: If the arrays are not one-dimensional or differ in length, a log-probability is NaN or above 0, the
+        ValueError: The arrays are not one-dimensional or differ in length, a log-probability is NaN or above 0, the
             mask is not boolean, or a place value is negative or not finite.
     """
     return {
@@ -238,7 +238,7 @@ def estimate_all(evidence: Evidence, estimators: Mapping[str, Estimator] = ESTIM
 
 
 def coordinate_mask(token_texts: Sequence[str], spans: Sequence[tuple[int, int]]) -> Mask:
-    """Which tokens overlap any of the given character spans.
+    """Return which tokens overlap any of the given character spans.
 
     Args:
         token_texts: The n texts whose concatenation is the answer. A token with an empty text (end of sequence)
@@ -246,10 +246,10 @@ def coordinate_mask(token_texts: Sequence[str], spans: Sequence[tuple[int, int]]
         spans: Half-open (start, end) character spans of that concatenation; an empty span covers nothing.
 
     Returns:
-        Shape (n,), boolean. A token that straddles the edge of a span counts.
+        Shape (n,), boolean. A token across the edge of a span counts.
 
     Raises:
-        ValueError: If a span is reversed or reaches outside the concatenated text.
+        ValueError: A span is reversed or reaches outside the concatenated text.
     """
     lengths = np.fromiter((len(text) for text in token_texts), dtype=np.intp, count=len(token_texts))
     ends = np.cumsum(lengths)
@@ -264,20 +264,20 @@ def coordinate_mask(token_texts: Sequence[str], spans: Sequence[tuple[int, int]]
 
 
 def place_values(token_texts: Sequence[str], spans: Sequence[tuple[int, int]]) -> Floats:
-    """The place value of the leading digit that each token writes of any of the given numbers.
+    """Return the place value of the leading digit that each token writes of any of the given numbers.
 
     In "0.57" the digits have the values 1, 0.1 and 0.01; in "<loc0123>", written by one token, the leading one has
-    1000. A sign, a point and what is outside of the spans have none.
+    1000. A sign, a point and text outside of the spans have none.
 
     Args:
         token_texts: The n texts whose concatenation is the answer.
-        spans: As in `coordinate_mask`, of one decimal number each.
+        spans: Spans as in `coordinate_mask`, of one decimal number each.
 
     Returns:
         Shape (n,), in units of the numbers; 0 for a token that writes no digit.
 
     Raises:
-        ValueError: If a span is reversed or reaches outside the concatenated text.
+        ValueError: A span is reversed or reaches outside the concatenated text.
     """
     coordinate_mask(token_texts, spans)
     whole = "".join(token_texts)
@@ -292,17 +292,17 @@ def place_values(token_texts: Sequence[str], spans: Sequence[tuple[int, int]]) -
 
 
 def leading_mask(token_texts: Sequence[str], spans: Sequence[tuple[int, int]]) -> Mask:
-    """Which tokens write the first digit of any of the given numbers.
+    """Return which tokens write the first digit of any of the given numbers.
 
     Args:
         token_texts: The n texts whose concatenation is the answer.
-        spans: As in `coordinate_mask`, of one decimal number each; one without a digit has no first.
+        spans: Spans as in `coordinate_mask`, of one decimal number each; one without a digit has no first.
 
     Returns:
         Shape (n,), boolean.
 
     Raises:
-        ValueError: If a span is reversed or reaches outside the concatenated text.
+        ValueError: A span is reversed or reaches outside the concatenated text.
     """
     whole = "".join(token_texts)
     firsts = (next((p for p in range(*span) if whole[p : p + 1].isdecimal()), None) for span in spans)

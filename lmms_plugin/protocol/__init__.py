@@ -1,1 +1,1 @@
-"""What a model is asked and how its answer is read; knows neither tasks nor models."""
+"""Protocol: prompts that a model is given and the reading of its answers; independent of tasks and models."""

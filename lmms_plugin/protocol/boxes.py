@@ -1,4 +1,4 @@
-"""Boxes as fractions of the original image, and the overlap of two of them."""
+"""Boxes as fractions of the original image, and their intersection over union."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ valid-looking box.
 
 
 class Box(NamedTuple):
-    """An axis-aligned box: left, top, right, bottom as fractions of the original image, origin at the top left.
+    """Axis-aligned box: left, top, right, bottom as fractions of the original image, origin at the top left.
 
     The constructors `clip`, `from_xyxy` and `from_xywh` give 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1.
     """
@@ -28,7 +28,7 @@ class Box(NamedTuple):
 
     @classmethod
     def clip(cls, x1: float, y1: float, x2: float, y2: float) -> Box | None:
-        """Cut fractions of the image at its edges.
+        """Clip fractions of the image at its edges.
 
         Returns:
             The part inside the image; None where no area is left, which includes inverted corners and NaN.
@@ -41,11 +41,11 @@ class Box(NamedTuple):
         """Build a box from corners in pixels.
 
         Args:
-            xyxy: left, top, right, bottom in pixels of the image.
+            xyxy: Left, top, right, bottom in pixels of the image.
             size: (width, height) of the image in pixels.
 
         Raises:
-            ValueError: not four numbers, an empty image, no area, or more than `OVERSHOOT` outside the image.
+            ValueError: Not four numbers, an empty image, no area, or more than `OVERSHOOT` outside the image.
         """
         width, height = size
         if len(xyxy) != 4:
@@ -65,11 +65,11 @@ class Box(NamedTuple):
         """Build a box from its top left corner, width and height in pixels (COCO, RefCOCO+).
 
         Args:
-            xywh: left, top, width, height in pixels of the image.
+            xywh: Left, top, width, height in pixels of the image.
             size: (width, height) of the image in pixels.
 
         Raises:
-            ValueError: as `from_xyxy`.
+            ValueError: As in `from_xyxy`.
         """
         if len(xywh) != 4:
             raise ValueError(f"Expected 4 numbers x, y, width, height but got {len(xywh)}: {xywh}")
@@ -78,10 +78,10 @@ class Box(NamedTuple):
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes in the same frame.
+    """Return the intersection over union of two boxes in the same frame.
 
-    Fractions of pixels are rounded to floats, and so an overlap of exactly one half could come out below it. An IoU
-    that is a number of four decimals (0.5, 0.75, 0.9) within the rounding of the corners is that number, so that
+    Fractions of pixels are rounded to floats, so an overlap of exactly one half could come out below it. An IoU within
+    the rounding of the corners of a number with four decimals (0.5, 0.75, 0.9) is set to that number, so that
     `iou(a, b) >= threshold` decides as in whole pixels.
 
     Returns:
@@ -106,13 +106,12 @@ _MOST = 1e-9
 
 
 def _rounding(width: float, height: float) -> float:
-    """How far rounding of corners moves an IoU at most, of boxes that share `width` and `height`.
+    """Return the largest change of an IoU by rounding of corners, for boxes that share `width` and `height`.
 
     With ε for the spacing of floats at 1, a corner is off by less than 4ε: it was divided by the image's side, and may
-    have been taken apart into corner and side and put together again. So every side is off by less than 8ε, which
-    relative to itself is at most 8ε over the shared side; the intersection by 8ε (1/width + 1/height), the union by at
-    most three times that, the IoU by 32ε (1/width + 1/height). Boxes of whole pixels with an IoU above 0.5 that is no
-    fraction of 10⁴ are further from the next one than that in every image of up to 10⁹ pixels: what is called a tie is
-    one.
+    have been converted to corner and side and back. So every side is off by less than 8ε, which relative to itself is
+    at most 8ε over the shared side; the intersection by 8ε (1/width + 1/height), the union by at most three times that,
+    the IoU by 32ε (1/width + 1/height). Boxes of whole pixels with an IoU above 0.5 that is no fraction of 10⁴ are
+    further from the next one than that in every image of up to 10⁹ pixels, so that no false ties arise.
     """
     return min(_EPSILON * (1 / width + 1 / height), _MOST)

@@ -1,4 +1,4 @@
-"""Which chat template a checkpoint is asked by, and whether it shows the model what it is asked about."""
+"""Chat templates: the choice of a checkpoint's template, and checks that it passes on images and variables."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _REMEDY = "put the template of its family into the folder as chat_template.jinja
 
 
 def is_for(processor: Any, dialect: Dialect) -> bool:
-    """Whether a family is one that a chat template is expected of; others are asked in plain words."""
+    """Return whether a family is expected to have a chat template; others are asked in plain words."""
     return template_for(processor) is None and not dialect.raw_prompt
 
 
 def adopt(processor: Any, dialect: Dialect, name: str) -> None:
-    """Let a processor that has no chat template use its tokenizer's, which it does not look at itself.
+    """Let a processor without a chat template use its tokenizer's, which it ignores by itself.
 
     Args:
-        processor: of any image-text-to-text checkpoint. Families that are asked in plain words stay as they are: their
-            tokenizer's template is that of its language model.
-        dialect: of the checkpoint.
-        name: of the checkpoint, for messages.
+        processor: Processor of any image-text-to-text checkpoint. Families that are asked in plain words stay as they
+            are: their tokenizer's template is that of its language model.
+        dialect: Dialect of the checkpoint.
+        name: Name of the checkpoint, for messages.
 
     Raises:
-        ValueError: there are several templates and none of them is the default.
+        ValueError: There are several templates and none of them is the default.
     """
     if not is_for(processor, dialect):
         return
@@ -47,21 +47,21 @@ def adopt(processor: Any, dialect: Dialect, name: str) -> None:
 
 
 def text_of(processor: Any) -> str | None:
-    """Return the template that is used; None where there is none."""
+    """Return the template in use; None where there is none."""
     template = getattr(processor, "chat_template", None)
     return template[DEFAULT] if isinstance(template, Mapping) else template
 
 
 def expect_variables(processor: Any, variables: Mapping[str, Any], name: str) -> None:
-    """Check that a chat template knows the variables that it is to be handed.
+    """Check that a chat template uses the variables that it will be given.
 
     Args:
-        processor: of the checkpoint.
-        variables: by name.
-        name: of the checkpoint, for messages.
+        processor: Processor of the checkpoint.
+        variables: Variables by name.
+        name: Name of the checkpoint, for messages.
 
     Raises:
-        ValueError: there is no template, it does not speak of one of them, or one is not for the user to set.
+        ValueError: There is no template, it does not use one of them, or one is not for the user to set.
     """
     template = text_of(processor)
     taken = {"messages", *inspect.signature(processor.apply_chat_template).parameters}
@@ -78,13 +78,13 @@ def expect_variables(processor: Any, variables: Mapping[str, Any], name: str) ->
 
 
 def expect_images_shown(processor: Any, variables: Mapping[str, Any], name: str) -> None:
-    """Check that a chat template turns an image into a placeholder, and words into themselves.
+    """Check that a chat template turns an image into a placeholder and keeps words unchanged.
 
-    A language model's own template takes texts alone: of a message with an image it makes an error, a printed list, or
-    the words without the image.
+    A language model's own template takes texts alone: a message with an image gives an error, a printed list, or the
+    words without the image.
 
     Raises:
-        ValueError: it does something else.
+        ValueError: The template does something else.
     """
     words = {"type": "text", "text": _WORDS}
     try:

@@ -1,4 +1,4 @@
-"""How each model family is asked for a box, and how its answer writes one.
+"""Grounding dialects: how each model family is asked for a box, and how its answer writes one.
 
 Order, scale and frame of the numbers are declared per family. They are never inferred from the numbers of an answer and
 never chosen with the ground truth: both would make an answer's correctness depend on what it is compared with.
@@ -34,16 +34,16 @@ CONFIDENCE_QUESTION = (
 )
 """After "Just ask for calibration" (arXiv 2305.14975); a dialect may ask otherwise (`Dialect.confidence_prompt`)."""
 
-# Bounded repetition keeps the work per character constant: no answer, however long, makes the search backtrack far.
+# Bounded repetition keeps the work per character constant: no answer, however long, causes deep backtracking.
 _NUMBER = r"-?[0-9]{1,6}(?:\.[0-9]{1,20})?"
 _SPACE = r"\s{0,24}"
-# The style of bracket carries no meaning (GLM-4.5V says so), and a semicolon parts the boxes of one list (Shikra).
+# The style of bracket carries no meaning (GLM-4.5V says so), and a semicolon separates the boxes of one list (Shikra).
 _BRACKETS = {"[": r"[\[(<;]", "]": r"(?=[\])>;])"}
 _CORNERS = ("x1", "y1", "x2", "y2")
 
 
 class Frame(Enum):
-    """What the whole range of a coordinate spans."""
+    """Reference frame of a coordinate's whole range."""
 
     ORIGINAL = "original"
     """The original image; also the right frame for a processor that squashes the image to another shape."""
@@ -56,15 +56,15 @@ class Frame(Enum):
 
 
 class Parsed(NamedTuple):
-    """What an answer says.
+    """Box parsed from an answer.
 
     Attributes:
-        box: the first box; None where the answer holds none, or where the first one is no box: inverted corners, no
-            area, numbers outside the declared scale or in fractions of it, or a size that its frame needs is unknown.
-        count: how many times the answer writes a box, valid or not. 0 means that nothing could be parsed;
-            `box is None` with count > 0 means that something was written and it is not a box.
-        coordinates: (start, end) of each number of the first box in the text, in text order; where a number is a
-            token of its own, the whole token, and two patch indices for Kosmos-2. Empty when count is 0.
+        box: First box; None where the answer holds none, or where the first one is invalid: inverted corners, no area,
+            numbers outside the declared scale or in fractions of it, or a size that its frame needs is unknown.
+        count: Number of boxes in the answer, valid or not. 0 means that nothing could be parsed; `box is None` with
+            count > 0 means that something was written that is not a valid box.
+        coordinates: (start, end) of each number of the first box in the text, in text order; where a number is a token
+            of its own, the whole token, and two patch indices for Kosmos-2. Empty when count is 0.
     """
 
     box: Box | None
@@ -73,7 +73,7 @@ class Parsed(NamedTuple):
 
 
 class _Axis(NamedTuple):
-    """One axis of a frame: how many units it is long, where it begins and ends in fractions of the original."""
+    """One axis of a frame: its length in units, and its start and end in fractions of the original."""
 
     units: float
     origin: float
@@ -82,7 +82,7 @@ class _Axis(NamedTuple):
 
 @cache
 def _pattern(box: str, number: str) -> re.Pattern[str]:
-    """Turn the way a box is written into a search for it, with one named group per number."""
+    """Convert the notation of a box to a regular expression, with one named group per number."""
     before, after = map(re.escape, re.split(r"\{.*\}", number))
     parts: list[str] = []
     for literal, field, _, _ in Formatter().parse(box):
@@ -93,29 +93,29 @@ def _pattern(box: str, number: str) -> re.Pattern[str]:
 
 
 def _in_unit_square(numbers: Floats) -> Any:
-    """Whether all numbers, along the last axis, are fractions of 1 or overshoot them by rounding."""
+    """Return whether all numbers, along the last axis, are fractions of 1 or overshoot them by rounding."""
     return ((numbers >= -OVERSHOOT) & (numbers <= 1 + OVERSHOOT)).all(axis=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """A family's way of asking for a box and of writing it.
+    """Notation of boxes and questions of a model family.
 
     Attributes:
-        name: key in `DIALECTS`; a checkpoint may declare it as `grounding_dialect` in its config.json.
-        prompt: the question, with {expression}.
-        source: where prompt and format are published.
-        model_types: `config.model_type` of the checkpoints that speak it.
-        number: how one number is written, as a format specification; text around it belongs to the number's own token.
-        box: how the numbers of one box are put together, with {x1} {y1} {x2} {y2} in the family's order.
-        answer: how a whole answer looks, with {box} and perhaps {expression}. Only `write` uses it.
-        scale: the number that means the far edge of the frame. Unused for `Frame.RESIZED`.
-        offset: where in its bin a number lies: 0 its lower edge, 0.5 its middle.
-        largest: the largest number that the format can write; a larger one is not a number of this dialect.
-        frame: what the numbers are relative to.
-        confidence_prompt: the question of a second turn, how sure the model is of its answer.
-        raw_prompt: the family has no chat template and wants the prompt as it stands, after its image tokens.
-        published: False where the family publishes no grounding format and a generic one is used. Such a model is a
+        name: Key in `DIALECTS`; a checkpoint may declare it as `grounding_dialect` in its config.json.
+        prompt: Question, with {expression}.
+        source: Publication of prompt and format.
+        model_types: `config.model_type` of the checkpoints that use it.
+        number: Format specification of one number; text around it belongs to the number's own token.
+        box: Format of one box, with {x1} {y1} {x2} {y2} in the family's order.
+        answer: Format of a whole answer, with {box} and perhaps {expression}. Only `write` uses it.
+        scale: Number of the far edge of the frame. Unused for `Frame.RESIZED`.
+        offset: Position of a number in its bin: 0 its lower edge, 0.5 its middle.
+        largest: Largest number that the format can write; a larger one is not a number of this dialect.
+        frame: Reference frame of the numbers.
+        confidence_prompt: Question of a second turn, for the model's confidence in its answer.
+        raw_prompt: Whether the family has no chat template and takes the prompt unchanged, after its image tokens.
+        published: Whether the family publishes a grounding format; if not, a generic one is used. Such a model is a
             control: nothing says that it was ever trained to ground.
     """
 
@@ -136,17 +136,17 @@ class Dialect:
 
     @property
     def requires_model_size(self) -> bool:
-        """Whether an answer means nothing without the size of the image as the model saw it."""
+        """Return whether an answer has no meaning without the size of the image as the model saw it."""
         return self.frame is Frame.RESIZED
 
     @property
     def whole(self) -> bool:
-        """Whether the format writes whole numbers: pixels, thousandths, cells."""
+        """Return whether the format writes integers: pixels, thousandths, cells."""
         return ".0f}" in self.number
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the numbers of one box, in the order in which they are written."""
+        """Return the names of the numbers of one box, in the order in which they are written."""
         return tuple(field for _, field, _, _ in Formatter().parse(self.box) if field)
 
     def ask(self, expression: str) -> str:
@@ -154,21 +154,21 @@ class Dialect:
         return self.prompt.format(expression=expression)
 
     def parse(self, text: str, *, original_size: Size | None, model_size: Size | None, opened: str = "") -> Parsed:
-        """Read the first box of an answer.
+        """Parse the first box of an answer.
 
-        Only the numbers and what stands between them is looked for: keys, labels, tags and fences may be missing, and a
-        complete first box is read from an answer that was cut off later.
+        The search takes only the numbers and the characters between them into account: keys, labels, tags and fences
+        may be missing, and a complete first box is read from an answer that was cut off later.
 
         Total: any text and any sizes give a result, in time linear in the length of the text. Numbers up to `OVERSHOOT`
-        outside the frame are cut at the edge of the image; further ones are not in the declared scale and give no box.
-        Neither do fractions of 1 where whole numbers are declared: the answer is counted as written, and not read.
+        outside the frame are clipped at the edge of the image; further ones are not in the declared scale and give no
+        box. Neither do fractions of 1 where integers are declared: the answer is counted as written, and not read.
         Reasoning is skipped, and reasoning that never ends holds no answer (`lmms_plugin.protocol.reasoning`).
 
         Args:
-            text: the answer, with or without special tokens; Florence-2's location tokens are special, so keep them.
+            text: Answer, with or without special tokens; Florence-2's location tokens are special, so keep them.
             original_size: (width, height) of the original image in pixels; used by the square frames alone.
             model_size: (width, height) in pixels of the image as the model saw it; used where `requires_model_size`.
-            opened: the tag of a reasoning that the prompt opened; "" if none.
+            opened: Tag of a reasoning block that the prompt opened; "" if none.
         """
         matches = _pattern(self.box, self.number).finditer(text, *separate(text, opened).said)
         first = next(matches, None)
@@ -178,12 +178,12 @@ class Dialect:
         return Parsed(self._read(first, original_size, model_size), count, tuple(map(first.span, first.groupdict())))
 
     def boxes(self, numbers: Floats, *, original_size: Size | None, model_size: Size | None) -> Floats:
-        """Read many boxes at once, by the rules of `parse`; what is a fraction shows in its value alone.
+        """Convert many boxes at once, by the rules of `parse`; fractions are recognised by their value alone.
 
         Args:
-            numbers: shape (n, len(fields)), in the order of `fields`.
-            original_size: as in `parse`.
-            model_size: as in `parse`.
+            numbers: Numbers, shape (n, len(fields)), in the order of `fields`.
+            original_size: As in `parse`.
+            model_size: As in `parse`.
 
         Returns:
             Shape (n, 4), xyxy fractions of the original image; NaN where the numbers make no box.
@@ -207,13 +207,13 @@ class Dialect:
         """Write an answer as the family would: the inverse of `parse` up to the rounding of the format.
 
         Args:
-            box: the box to write. What lies outside the frame is cut at its edge.
-            original_size: as in `parse`.
-            model_size: as in `parse`.
-            expression: repeated in the answer where the family does so.
+            box: Box to write, clipped at the edge of the frame.
+            original_size: As in `parse`.
+            model_size: As in `parse`.
+            expression: Expression, repeated in the answer where the family does so.
 
         Raises:
-            ValueError: the frame needs a size that was not given.
+            ValueError: The frame needs a size that was not given.
         """
         axes = self._axes(original_size, model_size)
         if axes is None:
@@ -242,7 +242,7 @@ class Dialect:
         return Box.clip(*(axis.origin + axis.extent * (value / axis.units) for value, axis in pairs))
 
     def _axes(self, original_size: Size | None, model_size: Size | None) -> tuple[_Axis, _Axis] | None:
-        """Lay the frame over the original image; None where a size that this takes is unknown or empty."""
+        """Map the frame to the original image; None where a size that this needs is unknown or empty."""
         if self.frame is Frame.ORIGINAL:
             return _Axis(self.scale, 0.0, 1.0), _Axis(self.scale, 0.0, 1.0)
         size = model_size if self.frame is Frame.RESIZED else original_size
@@ -267,7 +267,7 @@ class Dialect:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchDialect(Dialect):
-    """A box as the indices of its first and last cell in a `scale` x `scale` grid, rows first (Kosmos-2).
+    """Notation of a box by its first and last cell in a `scale` x `scale` grid, rows first (Kosmos-2).
 
     The corners are the middles of the two cells; where these share a row or a column, the outer edges.
     """
@@ -343,9 +343,9 @@ _TABLE: tuple[Dialect, ...] = (
         answer="<ref>{expression}</ref><box>[{box}]</box>",
         scale=1000,
     ),
-    # Trained and evaluated on images padded to a square, boxes relative to that square (haotian-liu/LLaVA issues 591
-    # and 606). The Hugging Face port's processor does not pad unless told (transformers PR 33191): it cuts the middle
-    # out, and then the square that the model sees, and answers for, is another one.
+    # Trained and evaluated on images padded to a square, with boxes relative to that square (haotian-liu/LLaVA issues
+    # 591 and 606). The Hugging Face port's processor does not pad unless told (transformers PR 33191): it crops the
+    # centre, and then the model sees, and answers for, a different square.
     Dialect(
         name="llava",
         prompt=_DESCRIBES + "{expression}",
@@ -467,15 +467,15 @@ _BY_MODEL_TYPE = {model_type: dialect for dialect in _TABLE for model_type in di
 def dialect_for(model_type: str, declared: str | None = None) -> Dialect:
     """Choose the dialect of a checkpoint.
 
-    A model of which nothing is known speaks "fractions"; so does an answer that came without its dialect, from a model
-    that was asked the generic question.
+    An unknown model uses "fractions"; so does an answer that came without its dialect, from a model that was asked the
+    generic question.
 
     Args:
         model_type: `config.model_type` of the checkpoint.
-        declared: name of a dialect that the checkpoint or the user declares; it wins over the model type.
+        declared: Name of a dialect that the checkpoint or the user declares; it overrides the model type.
 
     Raises:
-        ValueError: the declared name is not known; names the nearest known one.
+        ValueError: The declared name is not known; the message names the nearest known one.
     """
     if declared is None:
         return _BY_MODEL_TYPE.get(model_type, DIALECTS["fractions"])

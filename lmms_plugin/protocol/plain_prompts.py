@@ -1,9 +1,9 @@
-"""How families without a chat template are asked, each with its source.
+"""Prompts of families without a chat template, each with its source.
 
 Tasks write for chat models: a question, and then "Answer the question using a single word or phrase." A model that was
-never taught to follow instructions continues such a text in its own way, so the question goes into the words its
-authors evaluated it with, and a request for a caption becomes the beginning of one. Which request is one for a caption
-is declared, too (`CAPTION_REQUESTS`); everything else counts as a question.
+never taught to follow instructions continues such a text in its own way, so the question is put in the words with which
+its authors evaluated it, and a request for a caption becomes the beginning of one. Requests for captions are declared,
+too (`CAPTION_REQUESTS`); everything else counts as a question.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ CAPTION_REQUESTS = frozenset(
 
 @dataclass(frozen=True)
 class PlainTemplate:
-    """The words of a family.
+    """Prompt templates of a family.
 
     Attributes:
-        question: holds `{question}`.
-        caption: what a caption begins with; the answer is what follows.
-        source: where the words come from.
+        question: Template of a question, with `{question}`.
+        caption: Beginning of a caption; the answer is what follows.
+        source: Source of the words.
     """
 
     question: str
@@ -39,10 +39,10 @@ class PlainTemplate:
     source: str
 
     def write(self, request: str) -> str:
-        """Return what the model reads beside its image.
+        """Return the text that the model reads beside its image.
 
         Args:
-            request: a task's text.
+            request: Text of a task.
         """
         if request.strip() in CAPTION_REQUESTS:
             return self.caption
@@ -67,7 +67,7 @@ TEMPLATES: Mapping[str, PlainTemplate] = MappingProxyType(
 
 
 def template_for(processor: Any) -> PlainTemplate | None:
-    """Return how a model is asked; None if by its chat template, or in a task's own words."""
+    """Return the prompt templates of a model; None if it uses its chat template, or a task's own words."""
     if getattr(processor, "chat_template", None) is not None:
         return None
     return TEMPLATES.get(type(processor).__name__)

@@ -1,4 +1,4 @@
-"""What a task asks, in the form in which a Hugging Face processor takes it."""
+"""Prompts: a task's messages in the form that a Hugging Face processor takes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Colour = tuple[int, int, int]
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered; the message names its task and document."""
+    """Error for a request that cannot be answered; the message names its task and document."""
 
 
 class Grounding(NamedTuple):
-    """A task's wish for a box and for log-probabilities with the answer.
+    """Request of a task for a box and for log-probabilities with the answer.
 
     Attributes:
-        expression: what to find.
+        expression: Expression to locate.
         original_size: (width, height) of the image in pixels as the dataset has it.
-        digits: whether to tell for tokens of digits how likely the others were.
+        digits: Whether to return, for tokens of digits, the probabilities of the others.
     """
 
     expression: str
@@ -40,14 +40,14 @@ class Grounding(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that a model is to continue.
+    """Conversation that a model is to continue.
 
     Attributes:
-        name: task and document, for messages to the user.
-        messages: role and content as chat templates take them, every image decoded, upright and RGB, videos as paths.
-        grounding: None for a request that wants no box.
-        log_probabilities: whether they are to come with an answer that is no box.
-        raw: whether to pass the text as it stands, without chat template.
+        name: Task and document, for messages to the user.
+        messages: Role and content as chat templates take them, every image decoded, upright and RGB, videos as paths.
+        grounding: Request for a box; None for other requests.
+        log_probabilities: Whether log-probabilities are returned with an answer that is no box.
+        raw: Whether to pass the text unchanged, without chat template.
     """
 
     name: str
@@ -58,27 +58,27 @@ class Prompt:
 
     @property
     def wants_confidence(self) -> bool:
-        """Whether the answer is to come with what confidence is estimated from."""
+        """Return whether the answer must include the evidence for confidence estimates."""
         return self.grounding is not None or self.log_probabilities
 
     @property
     def images(self) -> list[Image.Image]:
-        """All images, in order."""
+        """Return all images, in order."""
         return [part["image"] for part in self._parts("image")]
 
     @property
     def videos(self) -> list[str]:
-        """Paths of all videos, in order."""
+        """Return the paths of all videos, in order."""
         return [part["video"] for part in self._parts("video")]
 
     @property
     def text(self) -> str:
-        """All text, one line per part."""
+        """Return all text, one line per part."""
         return "\n".join(part["text"] for part in self._parts("text"))
 
     @property
     def last_words(self) -> str:
-        """The last text that is not empty, white space at its ends left out; "" if there is none."""
+        """Return the last text that is not empty, stripped of white space; "" if there is none."""
         texts = (part["text"].strip() for part in self._parts("text"))
         return next((text for text in reversed(list(texts)) if text), "")
 
@@ -88,14 +88,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptReader:
-    """Turns a task's messages into prompts for one model.
+    """Converter from a task's messages to prompts for one model.
 
     Attributes:
-        dialect: how the model is asked for a box.
-        system_prompt: replaces the task's own, if any; None leaves it.
-        background: colour around an image that the dialect wants padded to a square.
-        raw: whether the model has no chat template at all.
-        plain: the words in which such a model is asked; None passes a task's own.
+        dialect: Dialect in which the model is asked for a box.
+        system_prompt: System prompt that replaces the task's own, if any; None keeps it.
+        background: Colour around an image that the dialect wants padded to a square.
+        raw: Whether the model has no chat template at all.
+        plain: Templates by which such a model is asked; None keeps a task's own words.
     """
 
     dialect: Dialect
@@ -105,13 +105,13 @@ class PromptReader:
     plain: PlainTemplate | None = None
 
     def read(self, messages: Sequence[Mapping[str, Any]], name: str) -> Prompt:
-        """Read the messages of one document.
+        """Convert the messages of one document.
 
-        A message with the key "grounding" keeps its images and gets the dialect's question for its text. One with
-        "log_probabilities" is asked as it stands.
+        A message with the key "grounding" keeps its images and gets the dialect's question as its text. One with
+        "log_probabilities" is asked unchanged.
 
         Raises:
-            RequestError: an image cannot be decoded, or a part is of a kind that is not supported.
+            RequestError: An image cannot be decoded, or a part is of a kind that is not supported.
         """
         wishes = [message["grounding"] for message in messages if message.get("grounding") is not None]
         if len(wishes) > 1:
@@ -179,7 +179,7 @@ def _image(source: Any, name: str) -> Image.Image:
     with naming(name, "its image cannot be decoded"):
         if not isinstance(source, str | Path | Image.Image):
             raise RequestError(f"{name}: an image must be a PIL image or a path, got {type(source).__name__}")
-        # Not copied where nothing changes: questions about one image then hold it once.
+        # Not copied where nothing changes: questions about one image then share one object.
         return images.opened(source)
 
 
@@ -212,14 +212,14 @@ def naming(name: str, problem: str, *more: type[Exception]) -> Iterator[None]:
 
 
 def mean_colour(processor: Any) -> Colour:
-    """Return the image processor's mean colour, which it turns into zeros; one number stands for all channels."""
+    """Return the image processor's mean colour, which it normalises to zeros; one number is for all channels."""
     mean = getattr(processor.image_processor, "image_mean", None)
     red, green, blue = np.broadcast_to(0.5 if mean is None else mean, 3).tolist()
     return int(red * 255), int(green * 255), int(blue * 255)
 
 
 def placeholder(processor: Any) -> str:
-    """Return what stands for an image in a prompt without chat template; nothing where the processor adds it itself."""
+    """Return an image's placeholder in a prompt without chat template; nothing where the processor adds it itself."""
     token = getattr(processor, "image_token", "")
     token = str(getattr(token, "content", token))
     lay_out = getattr(processor, "prepare_inputs_layout", None)
@@ -229,18 +229,18 @@ def placeholder(processor: Any) -> str:
     try:
         texts = lay_out(images=[[grey]], text=[f"{token}?"])[1]
     except (TypeError, ValueError, LookupError, AttributeError):
-        # It takes more than images and texts, and says nothing about tokens.
+        # It takes more than images and texts, and its tokens are unknown.
         return token
     return token if texts[0].count(token) == 1 else ""
 
 
 def framed(image: Image.Image, dialect: Dialect, background: Colour) -> Image.Image:
-    """Return the image as the dialect wants it shown: on a square if its boxes refer to one."""
+    """Return the image as the dialect needs it: on a square if its boxes refer to one."""
     return pad_to_square(image, background) if dialect.frame is Frame.PADDED else image
 
 
 def pad_to_square(image: Image.Image, background: Colour) -> Image.Image:
-    """Put an image in the middle of a square on its longer side; the odd pixel goes to the right or the bottom."""
+    """Pad an image to a centred square on its longer side; the odd pixel goes to the right or the bottom."""
     side = max(image.size)
     if image.size == (side, side):
         return image

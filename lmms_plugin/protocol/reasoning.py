@@ -1,9 +1,9 @@
-"""What of a model's text is reasoning and what is its answer.
+"""Separation of a model's reasoning from its answer.
 
-A model that reasons first writes its reasoning between tags, and its answer behind them. Which tags is a matter of the
-family; a chat template may open one itself, and then the text holds only what closes it. Some write labels instead
-("Thought: ... Answer: ..."), and some answer first and reason then. This is the one place that knows the tags: whatever
-reads an answer, be it a box, a word, a caption, a statement or the probability of a token, asks here.
+A model that reasons first writes its reasoning between tags, and its answer after them. The tags depend on the family;
+a chat template may open one itself, and then the text holds only the closing one. Some models write labels instead
+("Thought: ... Answer: ..."), and some answer first and reason then. Only this module knows the tags: every reader of an
+answer, be it a box, a word, a caption, a statement or the probability of a token, calls it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Span = tuple[int, int]
 
 
 class Tags(NamedTuple):
-    """What stands around a part of a text.
+    """Pair of tags around a part of a text.
 
     Attributes:
-        opening: regular expression, without groups.
-        closing: likewise.
-        tokens: the tokens that the tags are made of, where a family has tokens for them.
-        source: where they come from.
+        opening: Regular expression of the opening tag, without groups.
+        closing: Regular expression of the closing tag, without groups.
+        tokens: Tokens that the tags consist of, where a family has tokens for them.
+        source: Source of the tags.
     """
 
     opening: str
@@ -98,16 +98,16 @@ Such words also stand in ordinary text, so that one label without the other, or 
 
 
 class Separated(NamedTuple):
-    """A text in parts, which together are the whole of it.
+    """Text split into reasoning and answer, which together are the whole of it.
 
     Attributes:
-        text: all of it.
-        said: (start, end) of what is no reasoning: what follows it or, where nothing does, what stands in front of it;
+        text: Whole text.
+        said: (start, end) of the part that is no reasoning: after the reasoning or, where nothing follows, before it;
             empty, at the end, where reasoning does not end.
-        answer: (start, end) of the answer proper within it: what its own tags enclose where it has some.
-        finished: whether reasoning, if there was some, came to its end.
-        reasoned: whether there was reasoning, be it empty.
-        until: where reasoning begins behind what is said; the end of the text where none does.
+        answer: (start, end) of the answer proper within it: the content of its own tags where it has some.
+        finished: Whether reasoning, if there was some, came to its end.
+        reasoned: Whether there was reasoning, be it empty.
+        until: Start of reasoning after the answer; the end of the text where there is none.
     """
 
     text: str
@@ -119,28 +119,28 @@ class Separated(NamedTuple):
 
     @property
     def reasoning_text(self) -> str:
-        """What stands in front of the answer, and what reasoning behind it, tags included; "" without reasoning."""
+        """Return the text before the answer and any reasoning after it, tags included; "" without reasoning."""
         return self.text[: self.said[0]] + self.text[self.until :]
 
     @property
     def said_text(self) -> str:
-        """What is no reasoning."""
+        """Return the text that is no reasoning."""
         return self.text[slice(*self.said)]
 
     @property
     def answer_text(self) -> str:
-        """The answer proper."""
+        """Return the answer proper."""
         return self.text[slice(*self.answer)]
 
 
 class _Scan(NamedTuple):
-    """What tags make of a text.
+    """Result of a scan of a text for tags.
 
     Attributes:
-        inside: index in `REASONING` of what is open at the end; None if nothing is.
-        opened: the tag that opened it.
-        outside: (start, end) of what stands outside of reasoning, in order; the last goes to the end of the text.
-        reasoned: whether there was a tag.
+        inside: Index in `REASONING` of the tag still open at the end; None if there is none.
+        opened: Tag that opened it.
+        outside: (start, end) of the parts outside of reasoning, in order; the last one extends to the end of the text.
+        reasoned: Whether there was a tag.
     """
 
     inside: int | None
@@ -152,14 +152,14 @@ class _Scan(NamedTuple):
 def separate(text: str, opened: str = "") -> Separated:
     """Separate reasoning from answer.
 
-    The answer is what follows the last reasoning or, where nothing does, what was said last before it. What opens is
-    closed by its own tag alone, whatever stands between; a tag that closes what nobody opened ends a reasoning that
-    began before the text. Reasoning that does not end holds no answer, and neither does what a model wrote before it.
-    Labels separate where a text begins with one for reasoning and goes on to one for the answer.
+    The answer is what follows the last reasoning or, where nothing does, the last text before it. A tag is closed by
+    its own closing tag alone, whatever comes between; a closing tag without an opening one ends a reasoning that began
+    before the text. Reasoning that does not end holds no answer, and neither does the text before it. Labels separate
+    where a text begins with one for reasoning and continues to one for the answer.
 
     Args:
-        text: what a model wrote, its special tokens included where tags are some.
-        opened: the tag that the prompt opened (see `left_open`); "" if none, or nobody knows.
+        text: Output of a model, including the special tokens that are tags.
+        opened: Tag that the prompt opened (see `left_open`); "" if none, or if unknown.
 
     Raises:
         ValueError: `opened` is no tag that opens reasoning.
@@ -183,7 +183,7 @@ def separate(text: str, opened: str = "") -> Separated:
 
 
 def left_open(text: str) -> str:
-    """Return the tag of a reasoning that a text opens and does not close, as written there; "" if there is none."""
+    """Return the reasoning tag that a text opens and does not close, as written there; "" if there is none."""
     return _scanned(text, "").opened
 
 
@@ -191,7 +191,7 @@ def expect_opening(tag: str) -> None:
     """Check that a text is a tag that opens reasoning.
 
     Raises:
-        ValueError: it is none; lists those of words.
+        ValueError: It is none; the message lists those made of words.
     """
     if _opening(tag) is None:
         known = ", ".join(tags.tokens[0] for tags in REASONING)
@@ -199,14 +199,14 @@ def expect_opening(tag: str) -> None:
 
 
 def tokens_among(special: Collection[str], kinds: Collection[Tags]) -> frozenset[str]:
-    """Return which of a tokenizer's special tokens make tags, and so are to be kept where others are dropped.
+    """Return which of a tokenizer's special tokens form tags, and so must be kept where others are dropped.
 
     Args:
-        special: texts of the special tokens.
+        special: Texts of the special tokens.
         kinds: `REASONING` or `ANSWER`.
     """
     known = {*special}
-    # One of a pair alone is another family's token for something else.
+    # One token of a pair alone is another family's token for something else.
     return frozenset(token for tags in kinds if known.issuperset(tags.tokens) for token in tags.tokens)
 
 
@@ -229,14 +229,14 @@ def _scanned(text: str, opened: str) -> _Scan:
             outside.append((start, match.start()))
             inside, opened, reasoned = tags, match.group(), True
         elif kind == "c" and inside in (None, tags):
-            # What nobody opened began before the text: all of it so far is reasoning.
+            # A tag without an opening began before the text: all of it so far is reasoning.
             outside = [] if inside is None else outside
             inside, opened, start, reasoned = None, "", match.end(), True
     return _Scan(inside, opened, (*outside, (start, len(text))), reasoned)
 
 
 def _unwrapped(text: str, start: int, end: int) -> Span:
-    """Return what the first tags of an answer enclose, and those within them."""
+    """Return the content of the first tags of an answer, and of tags within them."""
     while (box := _BOXES.search(text, start, end)) is not None:
         closed = _CLOSED_BOX[int((box.lastgroup or "")[1:])].search(text, box.end(), end)
         start, end = box.end(), end if closed is None else closed.start()

@@ -1,7 +1,7 @@
-"""An answer with its tokens' log-probabilities, and the string in which lmms-eval carries it from model to task.
+"""Response: an answer with its tokens' log-probabilities, and the string in which lmms-eval carries it to the task.
 
-lmms-eval hands a task nothing but the answer's text: response cache, filters and sample logs know strings only. So what
-a task needs beyond the text travels behind it, after a marker, as one line of JSON.
+lmms-eval passes a task nothing but the answer's text: response cache, filters and sample logs know strings only. So
+everything else that a task needs follows the text, after a marker, as one line of JSON.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ OPTIONAL_FIELDS = {"confidence", "digits", "samples", "statement", "scores", "op
 
 
 class Alternatives(NamedTuple):
-    """What else a model could have written with a token of digits.
+    """Alternatives to a generated token of digits.
 
     Attributes:
-        probabilities: digits -> probability of the tokens with these digits and otherwise the chosen token's text; the
+        probabilities: Digits -> probability of the tokens with these digits and otherwise the chosen token's text; the
             likeliest ones, in decreasing order.
-        unlisted: probability of all other such tokens together. What is missing to 1 is of tokens of another kind.
+        unlisted: Probability of all other such tokens together. The remainder to 1 is that of tokens of another kind.
     """
 
     probabilities: Mapping[str, float]
@@ -38,14 +38,14 @@ class Alternatives(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A generated token.
+    """Generated token.
 
     Attributes:
-        text: its share of the answer's text; "" for the end-of-sequence token, and for all but the last of several
-            tokens that make one character.
-        logprob: natural logarithm of its probability in the model's own distribution (before temperature, penalties
-            and truncation of the sampling), at most 0.
-        alternatives: what could have stood in its place; None where it writes no digits or nobody asked.
+        text: Share of the answer's text; "" for the end-of-sequence token, and for all but the last of several tokens
+            that form one character.
+        logprob: Natural log-probability in the model's own distribution (before temperature, penalties and truncation
+            of the sampling), at most 0.
+        alternatives: Alternatives to the token; None where it writes no digits or none were requested.
     """
 
     text: str
@@ -54,11 +54,11 @@ class Token(NamedTuple):
 
 
 class Spoken(NamedTuple):
-    """The tokens of an answer without those of its reasoning.
+    """Tokens of an answer without those of its reasoning.
 
     Attributes:
-        tokens: the end-of-sequence token included; () where reasoning does not end, or the model does not tell.
-        start: where the text of the first begins in the whole text, in characters.
+        tokens: Tokens, the end-of-sequence token included; () where reasoning does not end, or the model reports none.
+        start: Position of the first token's text in the whole text, in characters.
     """
 
     tokens: tuple[Token, ...]
@@ -67,22 +67,22 @@ class Spoken(NamedTuple):
 
 @dataclass(frozen=True)
 class Response:
-    """What a model answered to a grounding question.
+    """Answer of a model to a grounding question.
 
     Attributes:
-        text: the raw answer, special tokens included. Where there are tokens it is their concatenated text.
-        tokens: the generated tokens, the end-of-sequence token included; empty where the model does not tell.
+        text: Raw answer, special tokens included. Where there are tokens it is their concatenated text.
+        tokens: Generated tokens, the end-of-sequence token included; empty where the model reports none.
         original_size: (width, height) of the image in pixels as the dataset has it; None if unknown.
         model_size: (width, height) of the image in pixels as the model saw it; None if unknown.
-        dialect: name of the `Dialect` that the question was asked in; None if the model was asked in the task's words.
-        confidence: by estimator, what only the model's side can tell (a learned confidence), in [0, 1].
-        records_digits: whether alternatives of the tokens were recorded, be there digits in the answer or not.
-        samples: raw answers sampled for the same question; None where none were asked for.
-        statement: what the model said when asked how sure it is; None where it was not asked.
-        scores: by name, what the model says of each candidate that it was to score and not to write, all of the same
-            length, None for what was not computed: `logprob` of a caption in nats and its `tokens`, or a retrieval
-            checkpoint's `itc` (cosine) and `itm` (logit).
-        opened: the tag of a reasoning that the prompt opened, and that the text goes on with; "" if none.
+        dialect: Name of the `Dialect` that the question was asked in; None if the model was asked in the task's words.
+        confidence: Estimator -> confidence in [0, 1] that only the model's side can compute (a learned confidence).
+        records_digits: Whether alternatives of the tokens were recorded, be there digits in the answer or not.
+        samples: Raw answers sampled for the same question; None where none were requested.
+        statement: The model's statement of its confidence; None where it was not asked.
+        scores: Name -> scores of the candidates that were scored and not written, all of the same length, None for what
+            was not computed: `logprob` of a caption in nats and its `tokens`, or a retrieval checkpoint's `itc`
+            (cosine) and `itm` (logit).
+        opened: Tag of a reasoning block that the prompt opened and the text continues; "" if none.
     """
 
     text: str
@@ -106,17 +106,17 @@ class Response:
 
     @cached_property
     def parts(self) -> Separated:
-        """Reasoning and answer apart."""
+        """Return the text separated into reasoning and answer."""
         return separate(self.text, self.opened)
 
     @property
     def answer(self) -> str:
-        """The answer proper, without reasoning and the tags around it; "" where reasoning does not end."""
+        """Return the answer proper, without reasoning and the tags around it; "" where reasoning does not end."""
         return self.parts.answer_text
 
     @property
     def sampled(self) -> tuple[str | None, ...] | None:
-        """The sampled answers proper, None for one whose reasoning does not end; None where none were asked for."""
+        """Return the sampled answers proper, None for one whose reasoning does not end; None without samples."""
         if self.samples is None:
             return None
         parts = (separate(sample, self.opened) for sample in self.samples)
@@ -124,12 +124,12 @@ class Response:
 
     @property
     def stated(self) -> str | None:
-        """The statement without reasoning, "" where that does not end; None where the model was not asked."""
+        """Return the statement without reasoning, "" where that does not end; None where the model was not asked."""
         return None if self.statement is None else separate(self.statement, self.opened).answer_text
 
     @cached_property
     def spoken(self) -> Spoken:
-        """The tokens of the answer, those of its reasoning left out. A token that straddles the edge counts."""
+        """Return the tokens of the answer without those of its reasoning. A token across the boundary counts."""
         if not self.parts.finished:
             return Spoken((), len(self.text))
         if not self.parts.reasoned:
@@ -148,7 +148,7 @@ class Response:
         Log-probabilities and confidences are rounded to six decimals, alternatives to five.
 
         Raises:
-            ValueError: a log-probability or a confidence is not finite.
+            ValueError: A log-probability or a confidence is not finite.
         """
         trailer: dict[str, Any] = {
             "tokens": [token.text for token in self.tokens],
@@ -176,12 +176,12 @@ class Response:
 
     @classmethod
     def decode(cls, answer: str) -> Response:
-        """Read what `encode` wrote; lmms-eval strips white space from both ends on the way, which does no harm.
+        """Decode the result of `encode`; lmms-eval strips white space from both ends on the way, which does no harm.
 
-        An answer without the marker comes from a model that is not ours: it decodes to its text alone.
+        An answer without the marker comes from a model of another package: it decodes to its text alone.
 
         Raises:
-            ValueError: there is a marker and what follows it is not a trailer.
+            ValueError: There is a marker and what follows it is not a trailer.
         """
         text, marker, line = answer.rpartition(MARKER)
         if not marker:

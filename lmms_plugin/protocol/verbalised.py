@@ -1,4 +1,4 @@
-"""A model's own word on how sure it is: how answers to `lmms_plugin.protocol.dialects.CONFIDENCE_QUESTION` are read."""
+"""Verbalised confidence: parsing of answers to `lmms_plugin.protocol.dialects.CONFIDENCE_QUESTION`."""
 
 import math
 import re
@@ -10,14 +10,15 @@ _NUMBER = re.compile(rf"(?<![\w.,-]){_DIGITS.pattern}(?!\w|[.,-]\d)")
 
 
 def stated_confidence(statement: str) -> float:
-    """Read what a model says about its confidence, its reasoning left out (`Response.stated`).
+    """Parse a model's statement of its confidence, without its reasoning (`Response.stated`).
 
     The scale is the one that was asked for, and never guessed: exactly one number between 0 and 100, perhaps followed
     by "%", "percent", "/100" or "out of 100". A range, a list, a number with a sign or above 100 is no confidence; nor
-    is a fraction below 1, which may be meant either way.
+    is a fraction below 1, which is ambiguous.
 
     Returns:
-        In [0, 1]; NaN where the statement names no such number, to be counted apart and never taken for 0.
+        Confidence in [0, 1]; NaN where the statement names no such number, to be counted separately and never taken for
+        0.
     """
     text = _OF_HUNDRED.sub(" ", statement)
     numbers = _NUMBER.findall(text)

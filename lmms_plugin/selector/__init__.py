@@ -1,4 +1,4 @@
-"""A learned confidence, and what it looks at."""
+"""Selector: a confidence learned from a model's hidden states."""
 
 from typing import TYPE_CHECKING
 

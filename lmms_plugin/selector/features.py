@@ -1,8 +1,8 @@
-"""What a learned confidence looks at, kept beside lmms-eval's logs: one folder of safetensors files per model.
+"""Features of a learned confidence, stored beside lmms-eval's logs: one folder of safetensors files per model.
 
-lmms-eval carries nothing but strings from a model to a task. Vectors go into a folder instead, a file per process and
-portion, each written under a temporary name first, so that a file with the final name is whole. They are on disk
-before an answer is handed over: whatever a response cache holds has its features here.
+lmms-eval carries nothing but strings from a model to a task. Vectors are stored in a folder instead, a file per process
+and portion, each written under a temporary name first, so that a file with the final name is complete. They are on disk
+before an answer is returned: every answer in a response cache has its features here.
 """
 
 import json
@@ -27,13 +27,13 @@ LAST_LAYER = -1
 
 
 class Features(NamedTuple):
-    """What is known of n answers, in the model's own precision.
+    """Features of n answers, in the model's own precision.
 
     Attributes:
-        image: (n, width) largest value of every hidden unit over the positions of the image.
-        question: (n, width) the same over the words of the question.
-        first: (n, width) the hidden state from which the first token that the model wrote was predicted.
-        logprob: (n,) natural log-probability of the whole answer, reasoning left out; NaN where that did not end.
+        image: Maximum of every hidden unit over the positions of the image, (n, width).
+        question: Maximum of every hidden unit over the words of the question, (n, width).
+        first: Hidden state from which the first generated token was predicted, (n, width).
+        logprob: Natural log-probability (n,) of the whole answer without reasoning; NaN where reasoning did not end.
     """
 
     image: Tensor
@@ -42,29 +42,29 @@ class Features(NamedTuple):
     logprob: Tensor
 
     def matrix(self) -> Tensor:
-        """All of it side by side, (n, 3·width + 1), float32."""
+        """Return all features side by side, (n, 3·width + 1), float32."""
         return torch.cat([*(part.float() for part in self[:3]), self.logprob.float()[:, None]], dim=1)
 
     def rows(self, index: Sequence[int]) -> "Features":
-        """Some of the answers."""
+        """Return the features of some of the answers."""
         chosen = torch.tensor(index, dtype=torch.long)
         return Features(*(part[chosen] for part in self))
 
     @classmethod
     def joined(cls, parts: Sequence["Features"]) -> "Features":
-        """Those of several batches, one after another."""
+        """Return the concatenated features of several batches."""
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
 class FeatureOrigin:
-    """Where features come from; a learned confidence is good for one origin.
+    """Origin of features; a learned confidence is valid for one origin.
 
     Attributes:
         model: Fingerprint of the checkpoint's weights.
         quantization: Method, its options, plan and calibration, as JSON-ready values.
-        layer: Which hidden states: -1 for those that logits are computed from (the last, after the final norm), k ≥ 0
-            for those that go into layer k of the language model.
+        layer: Index of the hidden states: -1 for those that logits are computed from (the last, after the final norm),
+            k ≥ 0 for the inputs of layer k of the language model.
     """
 
     model: str
@@ -73,10 +73,10 @@ class FeatureOrigin:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` wrote.
+        """Parse the result of `to_dict`.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: It is something else.
         """
         try:
             return cls(str(values["model"]), dict(values["quantization"]), int(values["layer"]))
@@ -84,11 +84,11 @@ class FeatureOrigin:
             raise ValueError(f"expected model, quantization and layer, got {values!r}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """Return JSON-ready values."""
         return asdict(self)
 
     def differences(self, other: "FeatureOrigin") -> list[str]:
-        """Say what is not the same, one text per thing: first this one's, then the other's."""
+        """Return the differences, one text each: first this one's value, then the other's."""
         found = []
         if self.model != other.model:
             found.append(f"model {self.model[:12]}… and {other.model[:12]}…")
@@ -102,17 +102,17 @@ class FeatureOrigin:
 
 
 def key(task: str, document: int, repeat: int = 0) -> str:
-    """Name of a request: its task and the number of its document there; `repeat` counts equal requests."""
+    """Return the name of a request: its task and the number of its document there; `repeat` counts equal requests."""
     return f"{task}/{document}" + (f"/{repeat}" if repeat else "")
 
 
 class Store(NamedTuple):
-    """A folder of features.
+    """Folder of features.
 
     Attributes:
-        origin: Of all of them.
+        origin: Origin of all of them.
         index: Key → row.
-        features: Of n answers.
+        features: Features of n answers.
     """
 
     origin: FeatureOrigin
@@ -122,11 +122,11 @@ class Store(NamedTuple):
 
 @dataclass
 class FeatureWriter:
-    """Adds the features of one process to a folder.
+    """Writer of one process's features to a folder.
 
     Attributes:
-        folder: Made if missing.
-        origin: Of all that is written.
+        folder: Folder, made if missing.
+        origin: Origin of all that is written.
 
     Raises:
         ValueError: On construction, if the folder holds features of another origin, or a damaged file.
@@ -143,19 +143,19 @@ class FeatureWriter:
             _expect_same(self.folder, _origin(file), self.origin)
 
     def add(self, keys: Sequence[str], features: Features) -> None:
-        """Take the features of some answers; large portions are written at once."""
+        """Add the features of some answers; large portions are written at once."""
         self._keys += keys
         self._parts.append(features)
         if sum(part.nbytes for features in self._parts for part in features) > PORTION_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not written yet."""
+        """Write everything that is not written yet."""
         if not self._keys:
             return
         about = {"origin": self.origin.to_dict(), "keys": self._keys}
         columns = {name: part.contiguous() for name, part in Features.joined(self._parts)._asdict().items()}
-        # Names sort by time, so that of two features of one request the later is known.
+        # Names sort by time, so that the later of two features of one request is known.
         name = f"features-{time.time_ns():020d}-{os.getpid()}.safetensors"
         with replacing(self.folder / name) as unfinished:
             save_file(columns, unfinished, metadata={METADATA: json.dumps(about)})
@@ -166,7 +166,7 @@ def read(folder: Path) -> Store:
     """Read all features of a folder; of several for one request, the one written last.
 
     Raises:
-        ValueError: If there are none, they are of different origins, or a file is damaged.
+        ValueError: There are none, they are of different origins, or a file is damaged.
     """
     files = _files(folder)
     if not files:
@@ -226,6 +226,6 @@ def _opened(file: Path, read: Callable[[Any], Read]) -> Read:
             return read(opened)
     except OSError:
         raise
-    # Its metadata may say anything.
+    # Its metadata may hold anything.
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error

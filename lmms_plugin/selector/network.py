@@ -1,12 +1,12 @@
-"""A learned confidence: from what a model held in mind when it answered to the probability that it is right.
+"""Selector network: from a model's hidden states at its answer to the probability that the answer is right.
 
-The Selector of arXiv 2602.13289, after Whitehead et al. (arXiv 2204.13631) and, for models that write their answer,
-Dancette et al. (arXiv 2306.08751): largest values of the hidden states over the image and over the question, the state
-from which the first token of the answer comes, and the answer's log-probability go through two hidden layers. The
-target is the score of the answer in [0, 1] (right or wrong, or a soft accuracy), the loss its cross-entropy; the model
-itself stays as it is. Here inputs are standardised, training begins at what the probability alone tells (Platt scaling
-of MaxProb; the network adds to that, at first nothing), and it stops when the loss on held-out images has not fallen
-for a while (theirs: the area under the risk–coverage curve, which does not see miscalibration).
+The Selector of arXiv 2602.13289, after Whitehead et al. (arXiv 2204.13631) and, for generating models, Dancette et al.
+(arXiv 2306.08751): max-pooled hidden states over the image and over the question, the state from which the first token
+of the answer is predicted, and the answer's log-probability go through two hidden layers. The target is the score of
+the answer in [0, 1] (right or wrong, or a soft accuracy), the loss its cross-entropy; the model itself stays unchanged.
+Here inputs are standardised, training starts from Platt scaling of MaxProb (the answer's probability alone; the network
+adds to that, initially nothing), and it stops when the loss on held-out images has not fallen for a while (theirs: the
+area under the risk–coverage curve, which does not see miscalibration).
 """
 
 import copy
@@ -38,18 +38,18 @@ NEWTON_STEPS = 25
 
 @dataclass(frozen=True)
 class SelectorSettings:
-    """How a selector is trained.
+    """Training settings of a selector.
 
     Attributes:
-        hidden: Units of each of the two hidden layers.
-        dropout: Share of them left out at random.
+        hidden: Number of units of each of the two hidden layers.
+        dropout: Dropout rate of the hidden units.
         lr: Learning rate of AdamW.
-        weight_decay: Of AdamW.
-        batch_size: Answers per step.
-        epochs: At most.
-        patience: Epochs without a lower held-out loss after which training stops.
-        held_out: Share of the images that decide when to stop, in (0, 1).
-        seed: Of weights, dropout, order, and choice of held-out images.
+        weight_decay: Weight decay of AdamW.
+        batch_size: Number of answers per step.
+        epochs: Largest number of epochs.
+        patience: Number of epochs without a lower held-out loss after which training stops.
+        held_out: Share of the images used for early stopping, in (0, 1).
+        seed: Seed of weights, dropout, order, and choice of held-out images.
     """
 
     hidden: int = 768
@@ -74,7 +74,7 @@ class SelectorSettings:
 
 
 class Epoch(NamedTuple):
-    """Mean cross-entropies after one pass: of the training answers (with dropout) and of the held-out ones."""
+    """Mean cross-entropies after one epoch: of the training answers (with dropout) and of the held-out ones."""
 
     training: float
     held_out: float
@@ -82,17 +82,17 @@ class Epoch(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """How a selector came about, as written into its file.
+    """Training record of a selector, as written into its file.
 
     Attributes:
-        origin: The model, quantization and layer that it is good for.
-        target: What it predicts.
-        data: Where its answers come from: tasks, run, counts, hash of the documents.
-        settings: Of the training.
-        images: Of training and held-out images, how many.
-        epochs: Every epoch's losses; the first are those of the answer's probability alone, before training.
-        best: Which of them is kept, from 0.
-        versions: Of this package and of torch.
+        origin: Model, quantization and layer for which it is valid.
+        target: Quantity that it predicts.
+        data: Source of its answers: tasks, run, counts, hash of the documents.
+        settings: Training settings.
+        images: Numbers of training and held-out images.
+        epochs: Losses of every epoch; the first are those of the answer's probability alone, before training.
+        best: Index of the epoch that is kept, from 0.
+        versions: Versions of this package and of torch.
     """
 
     origin: FeatureOrigin
@@ -106,7 +106,7 @@ class TrainingRecord:
 
 
 class Network(nn.Module):
-    """Standardised features → logit: that of the answer's probability alone (Platt), and what the rest adds to it."""
+    """Network from standardised features to a logit: Platt scaling of the answer's probability plus a correction."""
 
     mean: Tensor
     scale: Tensor
@@ -130,20 +130,20 @@ class Network(nn.Module):
         nn.init.zeros_(adding.bias)
 
     def standardise(self, matrix: Tensor) -> None:
-        """Take over mean and spread of training inputs (n, inputs); what is constant there is only centred."""
+        """Store mean and spread of training inputs (n, inputs); constant inputs are only centred."""
         self.mean.copy_(matrix.mean(0))
         spread = matrix.std(0, correction=0)
         self.scale.copy_(torch.where(spread > 1e-6, spread, 1.0))
 
     def forward(self, matrix: Tensor) -> Tensor:
-        """Logits (n,) of inputs (n, inputs)."""
+        """Return logits (n,) of inputs (n, inputs)."""
         standard = (matrix - self.mean) / self.scale
         logits: Tensor = (self.layers(standard) + self.start(standard[:, -1:])).squeeze(1)
         return logits
 
     @torch.no_grad()
     def start_from_probability(self, matrix: Tensor, scores: Tensor) -> None:
-        """Fit the part of the log-probability, the last input, to scores by Newton's method."""
+        """Fit the weight and bias of the log-probability, the last input, to scores by Newton's method."""
         design = torch.ones(len(matrix), 2, dtype=torch.float64)
         design[:, 0] = (matrix[:, -1] - self.mean[-1]) / self.scale[-1]
         weights, ridge = torch.zeros(2, dtype=torch.float64), 1e-3
@@ -157,12 +157,12 @@ class Network(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Selector:
-    """A trained selector.
+    """Trained selector.
 
     Attributes:
-        network: In evaluation mode.
-        record: How it came about.
-        seen: Of every image used for training or stopping, what `image_mark` makes of it.
+        network: Network in evaluation mode.
+        record: Training record.
+        seen: `image_mark` of every image used for training or stopping.
     """
 
     network: Network
@@ -171,10 +171,10 @@ class Selector:
 
     @torch.no_grad()
     def confidence(self, features: Features) -> Floats:
-        """Probability of being right for n answers, shape (n,), in [0, 1].
+        """Return the probability of being right for n answers, shape (n,), in [0, 1].
 
         Raises:
-            ValueError: If features have another width than those trained on, or are not finite.
+            ValueError: Features have another width than those trained on, or are not finite.
         """
         matrix = features.matrix()
         if matrix.shape[1] != self.network.mean.numel():
@@ -184,11 +184,11 @@ class Selector:
         return torch.sigmoid(self.network(matrix).double()).numpy()
 
     def seen_among(self, images: Sequence[str]) -> list[str]:
-        """Those of the images that training has seen."""
+        """Return the images that were used in training."""
         return sorted({image for image in images if image_mark(image) in self.seen})
 
     def save(self, path: Path) -> None:
-        """Write everything into one safetensors file; the same selector makes the same bytes."""
+        """Write everything into one safetensors file; the same selector gives the same bytes."""
         marks = torch.tensor(sorted(self.seen), dtype=torch.int64)
         # One entry, because safetensors writes several in no fixed order.
         metadata = {METADATA: json.dumps(asdict(self.record), sort_keys=True)}
@@ -198,11 +198,11 @@ class Selector:
 
     @classmethod
     def load(cls, path: Path) -> "Selector":
-        """Read what `save` wrote.
+        """Read the result of `save`.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged or something else.
+            FileNotFoundError: The file does not exist.
+            ValueError: It is damaged or something else.
         """
         if not path.is_file():
             raise FileNotFoundError(f"selector: there is no file {path}")
@@ -232,20 +232,20 @@ def fit(
     predicts: str,
     data: Mapping[str, Any],
 ) -> Selector:
-    """Train a selector; a function of its arguments on one machine.
+    """Train a selector; deterministic on one machine.
 
     Args:
-        features: Of n answers.
-        target: (n,) scores of the answers in [0, 1].
-        images: (n,) what each answer is about: answers about one image are all trained on or all held out.
-        settings: Of the training.
-        origin: Of the features.
-        predicts: Target in words.
-        data: Where the answers come from, JSON-ready.
+        features: Features of n answers.
+        target: Scores (n,) of the answers in [0, 1].
+        images: Image (n,) of each answer: answers about one image are all trained on or all held out.
+        settings: Training settings.
+        origin: Origin of the features.
+        predicts: Name of the target.
+        data: Source of the answers, JSON-ready.
 
     Raises:
-        ValueError: If arrays differ in length, targets leave [0, 1], features are not finite, there are fewer than
-            two images, or all answers to train on have the same score, from which nothing can be learned.
+        ValueError: Arrays differ in length, targets leave [0, 1], features are not finite, there are fewer than two
+            images, or all answers to train on have the same score, from which nothing can be learned.
     """
     matrix, scores = features.matrix(), torch.from_numpy(np.array(target, dtype=np.float32))
     held_out = held_out_rows(images, settings)
@@ -279,7 +279,7 @@ def fit(
 
 
 def held_out_rows(images: Sequence[str], settings: SelectorSettings) -> Tensor:
-    """Which answers only decide when to stop, shape (n,): those about a share of the images, chosen by hash."""
+    """Return which answers are only for early stopping, shape (n,): those about a share of images chosen by hash."""
     by_chance = sorted(set(images), key=lambda image: uniform(f"selector/{settings.seed}/{image}"))
     if len(by_chance) < 2:
         raise ValueError(f"expected at least 2 images, some to train on and some to hold out, got {len(by_chance)}")
@@ -289,7 +289,7 @@ def held_out_rows(images: Sequence[str], settings: SelectorSettings) -> Tensor:
 
 
 def image_mark(image: str) -> int:
-    """64 bits that stand for an image's name."""
+    """Return a 64-bit hash of an image's name."""
     return int.from_bytes(hashlib.blake2b(image.encode(), digest_size=8).digest(), "big", signed=True)
 
 

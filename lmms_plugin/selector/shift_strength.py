@@ -1,7 +1,7 @@
-"""How strong the shifts of a run are, by what the model itself sees of the images: an axis to plot accuracy against.
+"""Strength of a run's shifts, measured on the model's own image features: an axis to plot accuracy against.
 
-No label and no answer is used: of each image the largest value of every feature over its positions, and the distance
-between those of the clean and of the shifted images.
+No label and no answer is used: each image is described by the maximum of every feature over its positions, and the
+strength is the distance between the distributions of clean and shifted images.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SCORES = ("accuracy", "ece", "aurc")
 
 
 class Strength(NamedTuple):
-    """One task against the clean task on the same documents.
+    """Distance of one task from the clean task on the same documents.
 
     Attributes:
         task: Name of the task.
         mmd: Squared maximum mean discrepancy of the images' features; for the clean task that of two halves of its
-            images, which is what to expect of no shift.
+            images, which is the value to expect without a shift.
         frechet: Fréchet distance of the same; NaN where there are not more images than features.
-        images: How many images.
-        scores: Accuracy, ECE and AURC, as `lmms-plugin metrics` has them.
+        images: Number of images.
+        scores: Accuracy, ECE and AURC, as in `lmms-plugin metrics`.
     """
 
     task: str
@@ -43,10 +43,10 @@ class Strength(NamedTuple):
 
 
 def strengths(run: LoggedRun, store: Store, settings: MeasurementSettings) -> list[Strength]:
-    """Strength of every shift of a run that has a clean task on the same documents.
+    """Return the strength of every shift of a run that has a clean task on the same documents.
 
     Raises:
-        ValueError: If there is no such pair, or features are missing or belong to other answers.
+        ValueError: There is no such pair, or features are missing or belong to other answers.
     """
     found: list[Strength] = []
     for tasks in families(run.tasks.values()):
@@ -86,7 +86,7 @@ def _strength(
 
 
 def _by_image(records: TaskRecords, store: Store) -> npt.NDArray[Any]:
-    """Features of every image once, sorted by id, shape (images, width)."""
+    """Return the features of every image once, sorted by id, shape (images, width)."""
     _, first = np.unique(records.images, return_index=True)
     features = features_of(records, store).image.float().numpy()[first]
     if not np.isfinite(features).all():

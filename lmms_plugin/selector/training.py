@@ -1,4 +1,4 @@
-"""Learned confidence from finished runs: a results folder of lmms-eval joined with the features of its answers."""
+"""Training of a learned confidence on finished runs: results of lmms-eval joined with the features of their answers."""
 
 import json
 import math
@@ -26,9 +26,9 @@ class Answers(NamedTuple):
     """n answers with their features.
 
     Attributes:
-        features: Of each.
-        target: (n,) right or wrong, or soft accuracy, in [0, 1].
-        images: (n,) ids of the images.
+        features: Features of each.
+        target: Scores (n,), right or wrong, or soft accuracy, in [0, 1].
+        images: Ids (n,) of the images.
     """
 
     features: Features
@@ -37,10 +37,10 @@ class Answers(NamedTuple):
 
 
 def features_of(records: TaskRecords, store: Store) -> Features:
-    """The features of all answers of a task, in its order.
+    """Return the features of all answers of a task, in its order.
 
     Raises:
-        ValueError: If some are missing, or belong to other answers: the probability of an answer tells.
+        ValueError: Some are missing, or belong to other answers, as the probability of an answer shows.
     """
     keys = [key(records.task, number) for number in records.numbers.tolist()]
     missing = [name for name in keys if name not in store.index]
@@ -63,14 +63,14 @@ def train(run: LoggedRun, store: Store, settings: SelectorSettings, tasks: Seque
     """Train a selector on a run.
 
     Args:
-        run: With a log of samples.
+        run: Run with a log of samples.
         store: Features of its answers.
-        settings: Of the training.
+        settings: Training settings.
         tasks: Names of the tasks to train on; () for all of this package. Of a task with a split of its own, the part
             `dev` is used.
 
     Raises:
-        ValueError: If a task is missing or has no part to train on, kinds of tasks are mixed, features do not belong to
+        ValueError: A task is missing or has no part to train on, kinds of tasks are mixed, features do not belong to
             the run, or there is nothing to learn.
     """
     if absent := sorted(set(tasks) - set(run.tasks)):
@@ -99,18 +99,18 @@ def apply(run: LoggedRun, store: Store, selector: Selector, output: Path, *, tra
     """Copy a run into a new folder, with the selector's confidence in its logs.
 
     Args:
-        run: With a log of samples.
+        run: Run with a log of samples.
         store: Features of its answers.
-        selector: Trained on other images.
-        output: A folder that does not exist or is empty.
+        selector: Selector trained on other images.
+        output: Folder that does not exist or is empty.
         transfer: Whether it may have been trained for another model or quantization.
 
     Returns:
-        The name under which the confidence is logged.
+        Name under which the confidence is logged.
 
     Raises:
-        FileExistsError: If there is something in `output`.
-        ValueError: If the selector was trained for something else or on images of the run, or features do not belong to
+        FileExistsError: `output` is not empty.
+        ValueError: The selector was trained for something else or on images of the run, or features do not belong to
             the run.
     """
     name = _name(selector, store, transfer)
@@ -136,7 +136,7 @@ def apply(run: LoggedRun, store: Store, selector: Selector, output: Path, *, tra
 
 
 def summary(selector: Selector) -> dict[str, Any]:
-    """What a selector is, for people to read."""
+    """Return a human-readable summary of a selector."""
     record = selector.record
     best = record.epochs[record.best]
     return {
@@ -178,7 +178,7 @@ def _name(selector: Selector, store: Store, transfer: bool) -> str:
 
 
 def _digest(tasks: Sequence[TaskRecords]) -> str:
-    """SHA-256 of what was asked."""
+    """Return the SHA-256 of the questions."""
     asked = [
         (records.task, identifier, question)
         for records in tasks

@@ -1,1 +1,1 @@
-"""Shifts of images and of language: one function each, known to neither tasks nor models."""
+"""Shifts of images and of language: one function each, independent of tasks and models."""

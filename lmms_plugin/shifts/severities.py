@@ -1,4 +1,4 @@
-"""What shifts of images and of language have in common: five severities, names, and draws that follow from a key."""
+"""Common parts of image and language shifts: five severities, names, and random draws that follow from a key."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ Entry = TypeVar("Entry")
 
 
 def named(name: str, registry: Mapping[str, Entry], kind: str = "shift") -> Entry:
-    """The entry of that name.
+    """Return the entry of that name.
 
     Raises:
-        ValueError: There is none; says the nearest name and all.
+        ValueError: There is none; the message gives the nearest name and all names.
     """
     if name not in registry:
         raise suggest.unknown(kind, name, registry)
@@ -26,7 +26,7 @@ def named(name: str, registry: Mapping[str, Entry], kind: str = "shift") -> Entr
 
 
 def checked(severity: int, name: str) -> int:
-    """The severity as an int.
+    """Return the severity as an int.
 
     Raises:
         ValueError: It is not an integer from 1 to 5.
@@ -37,7 +37,7 @@ def checked(severity: int, name: str) -> int:
 
 
 def generator(key: str | int, name: str, severity: int) -> np.random.Generator:
-    """Random draws that follow from (key, name, severity) alone, by hash; 7 and "7" are the same key.
+    """Return a random generator that depends on (key, name, severity) alone, by hash; 7 and "7" are the same key.
 
     Raises:
         TypeError: A key that is neither text nor an integer.

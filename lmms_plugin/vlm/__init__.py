@@ -1,1 +1,1 @@
-"""The models that lmms-eval runs."""
+"""Models that lmms-eval runs."""

@@ -1,4 +1,4 @@
-"""From an engine's answer to the string that lmms-eval gets: plain text, or an encoded `Response`."""
+"""Conversion of an engine's answers into the strings that lmms-eval gets: plain text, or an encoded `Response`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmms_plugin.vlm.contracts.engine import Answer, Generated, Traits
 
 
 def read(answer: Answer, traits: Traits) -> Response:
-    """Return the answer with its tokens and the reasoning that the prompt opened, and nothing else."""
+    """Return the answer with its tokens and the reasoning tag that the prompt opened, without anything else."""
     tokens = answer.generated.tokens
     if answer.prompt.grounding is None:
         tokens = tuple(token._replace(text="") if token.text in traits.silent else token for token in tokens)
@@ -23,19 +23,19 @@ def read(answer: Answer, traits: Traits) -> Response:
 
 
 def encoded_scores(scores: Mapping[str, tuple[float | None, ...]]) -> str:
-    """Return what stands for the scores of a request's candidates: an encoded `Response` without text."""
+    """Encode the scores of a request's candidates as a `Response` without text."""
     return Response("", scores=scores).encode()
 
 
 @dataclass
 class Assembler:
-    """Turns the answers of one engine into responses.
+    """Converter from the answers of one engine to responses.
 
     Attributes:
-        traits: of the engine.
-        dialect: how the model is asked for boxes.
-        model: what the user called it, for warnings.
-        warns: whether this process speaks; each warning comes once.
+        traits: Traits of the engine.
+        dialect: Dialect in which the model is asked for boxes.
+        model: Name by which the user called the model, for warnings.
+        warns: Whether this process logs; each warning appears once.
     """
 
     traits: Traits
@@ -45,17 +45,17 @@ class Assembler:
     _warned: set[str] = field(default_factory=set, init=False)
 
     def plain(self, answer: Answer) -> str:
-        """Return the text for a task of lmms-eval's own: with reasoning, which its `--reasoning_tags` take out."""
+        """Return the text for one of lmms-eval's own tasks: with reasoning, which its `--reasoning_tags` remove."""
         text = answer.generated.text
         for mark in self.traits.answer_marks:
             text = text.replace(mark, "")
         return text
 
     def response(self, answer: Answer) -> Response:
-        """Return the answer with all that confidence is estimated from.
+        """Return the answer with everything that confidence is estimated from.
 
         Raises:
-            RequestError: the size that boxes refer to is not known.
+            RequestError: The size that boxes refer to is not known.
         """
         prompt = answer.prompt
         samples = None if answer.samples is None else tuple(_raw(prompt, sample) for sample in answer.samples)
@@ -92,5 +92,5 @@ class Assembler:
 
 
 def _raw(prompt: Prompt, generated: Generated) -> str:
-    """The answer as its task reads it: with special tokens, which may be coordinates, where a box is wanted."""
+    """Return the answer as its task reads it: with special tokens, which may be coordinates, if a box is requested."""
     return generated.text if prompt.grounding is None else "".join(token.text for token in generated.tokens)

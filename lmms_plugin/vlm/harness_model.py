@@ -1,4 +1,4 @@
-"""A model as lmms-eval runs it, whichever engine it has: requests in lmms-eval's form, answers in lmms-eval's form."""
+"""Adapter from lmms-eval's model interface to a responder."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lmms_plugin.vlm.contracts.responding import Responder
 
 
 class Likelihood(NamedTuple):
-    """What lmms-eval's tasks take for the score of a continuation."""
+    """Score of a continuation in the form that lmms-eval's tasks take."""
 
     number: float
     is_greedy: bool
 
     def strip(self) -> str:
-        """Look empty to the response cache, from which a pair would come back as a string that no task can read."""
+        """Appear empty to the response cache, from which a pair would return as a string that no task can read."""
         return ""
 
 
 class HarnessModel(lmms):
-    """Hands lmms-eval's requests to a responder. A subclass makes the responder.
+    """Model that passes lmms-eval's requests to a responder, which a subclass creates.
 
     Attributes:
-        responder: what responds to requests.
+        responder: Responder to requests.
     """
 
     is_simple = False
@@ -39,7 +39,7 @@ class HarnessModel(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
-        """Take `--model_args`, which win over what lmms-eval's command adds to them (`batch_size`, `device`)."""
+        """Create from `--model_args`, which override what lmms-eval's command adds to them (`batch_size`, `device`)."""
         with ends_the_command():
             given = read_arguments(arg_string)
             added = {name: value for name, value in (additional_config or {}).items() if value is not None}
@@ -47,7 +47,7 @@ class HarnessModel(lmms):
 
     @property
     def batch_size(self) -> int:
-        """Images answered together."""
+        """Return the number of images answered together."""
         return self.responder.batch_size
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -55,11 +55,11 @@ class HarnessModel(lmms):
         return self.responder.generate(read(requests, self.task_dict))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """Answer tasks that ask again with earlier answers at hand; see `Responder.generate_rounds`."""
+        """Answer multi-round tasks; see `Responder.generate_rounds`."""
         return self.responder.generate_rounds(read(requests, self.task_dict))
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Score every request's continuation as lmms-eval's own models do, which is not as its documentation says.
+        """Score every request's continuation as lmms-eval's own models do, which contradicts its documentation.
 
         lmms-eval 0.7 takes the choice with the smallest number for the answer to a multiple-choice question, because
         its models return a loss. So a choice gets its negative log-likelihood (in nats, summed over its tokens), while
@@ -81,13 +81,13 @@ class HarnessModel(lmms):
         return self.responder.scores(read(requests, self.task_dict))
 
     def figures(self) -> Mapping[str, Any]:
-        """Return what goes into the results file besides speed."""
+        """Return the values for the results file besides speed."""
         return {}
 
     def clean(self) -> None:
         """Free the model.
 
-        lmms-eval calls this when everything is answered. Here it is handed speed and figures for the results file,
+        lmms-eval calls this when everything is answered. It is also given speed and figures for the results file here,
         because a run whose answers all come from the cache never asks for one.
         """
         usage = self.responder.usage

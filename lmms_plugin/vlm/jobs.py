@@ -1,4 +1,4 @@
-"""From lmms-eval's requests to an engine's jobs, and from its records to responses."""
+"""Generation: lmms-eval's requests become an engine's jobs, and its records become responses."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ REQUESTS_AT_ONCE = 4
 
 @dataclass
 class Generation:
-    """Responds to requests with what an engine writes.
+    """Responder that generates with an engine; a `Responder`.
 
     Attributes:
-        engine: the model.
-        assembler: of the engine's answers.
-        verbalised: whether the model is asked in a second turn how sure it is.
-        shows_progress: whether this process shows how far it is.
-        usage: what was spent so far.
+        engine: Engine of the model.
+        assembler: Assembler of the engine's answers.
+        verbalised: Whether the model is asked for its confidence in a second turn.
+        shows_progress: Whether this process shows its progress.
+        usage: Tokens and time spent so far.
     """
 
     engine: Engine
@@ -45,7 +45,7 @@ class Generation:
 
     @property
     def batch_size(self) -> int:
-        """Images answered together."""
+        """Return the number of images answered together."""
         return self.engine.batch_size
 
     def generate(self, requests: Sequence[Request]) -> list[str]:
@@ -59,7 +59,7 @@ class Generation:
         return [answers[i] for i in range(len(requests))]
 
     def generate_rounds(self, requests: Sequence[Request]) -> list[list[str]]:
-        """Answer requests that ask again with earlier answers at hand; see `Responder`."""
+        """Answer multi-round requests; see `Responder`."""
         asked: dict[int, Callable[[], Messages]] = {i: request.first for i, request in enumerate(requests)}
         answers: list[list[str]] = [[] for _ in requests]
         memory: list[Any] = [None] * len(requests)
@@ -78,7 +78,7 @@ class Generation:
 
     def scores(self, requests: Sequence[Request]) -> list[ContinuationScore]:
         """Return the log-probabilities of every request's continuation, token by token."""
-        # Room for the longest: a token is a byte at least, and a tokenizer may put a space in front.
+        # Room for the longest: a token is a byte at least, and a tokenizer may put a space before it.
         sizes = [len(request.target.encode()) + 1 for request in requests if isinstance(request.target, str)]
         known, unknown = GenerationSettings(max_new_tokens=max(sizes, default=1)), GenerationSettings()
         jobs = [
@@ -87,7 +87,7 @@ class Generation:
         return self._scored(jobs, "Scoring")
 
     def _candidate_scores(self, requests: Sequence[Request]) -> list[str]:
-        """Score the candidates that each request's message names, those of one request over one encoding of its image.
+        """Score the candidates that each request's message names, with one encoding of the image per request.
 
         Returns:
             For each request an encoded `Response` without text.
@@ -97,7 +97,7 @@ class Generation:
             part = requests[start : start + REQUESTS_AT_ONCE]
             asked = [candidates_of(request) for request in part]
             longest = max(self.engine.count_tokens(text) for _, texts in asked for text in texts)
-            # In front of a text a tokenizer may put a token of its own.
+            # A tokenizer may put a token of its own before a text.
             settings = GenerationSettings(max_new_tokens=longest + 2)
             jobs = [
                 Job(_giving(messages), replace(request, target=f" {text}"), settings)
@@ -131,8 +131,8 @@ class Generation:
         return [texts[i] for i in range(len(jobs))]
 
     def _with_statements(self, jobs: Sequence[Job], responses: Mapping[int, Response], title: str) -> dict[int, str]:
-        """Ask in a second turn how sure the model is, and encode responses anew with what it states."""
-        # Where reasoning did not end there is no answer to be sure of, and nothing is stated.
+        """Ask for the model's confidence in a second turn, and encode the responses again with its statements."""
+        # Where reasoning did not end there is no answer to rate, and nothing is stated.
         asked = [i for i in sorted(responses) if responses[i].parts.finished]
         turns = [second_turn(jobs[i], responses[i], self.assembler.dialect) for i in asked]
         stated: dict[int, str] = {}
@@ -161,13 +161,13 @@ class Generation:
         total: int,
         title: str,
     ) -> None:
-        """Take an engine's records as they come, and note what they cost.
+        """Consume an engine's records, and record tokens and time.
 
         Args:
-            records: with the index of their job.
-            take: keeps a record, and says how many tokens it has.
-            total: number of records.
-            title: of the line that shows how far it is.
+            records: Records with the index of their job.
+            take: Function that stores a record and returns its number of tokens.
+            total: Number of records.
+            title: Title of the progress line.
         """
         tokens, started = 0, time.perf_counter()
         # An error ends the engine's background threads, too.

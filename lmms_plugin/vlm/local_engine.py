@@ -1,4 +1,4 @@
-"""The engine of a transformers model that is loaded in this process."""
+"""Engine of a transformers model that is loaded in this process."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lmms_plugin.vlm.running.runner import Runner
 
 @dataclass
 class LocalEngine:
-    """A loaded model that answers batches over shared prefixes; an `Engine`.
+    """Loaded model that answers batches over shared prefixes; an `Engine`.
 
     Attributes:
-        decoder: the model.
-        chat: its processor.
-        runner: brings jobs through the model.
-        observer: of its hidden states; None where they are of no use.
-        seed: of the run.
-        samples: further answers per prompt that wants confidence.
-        sample_temperature: at which they are drawn.
+        decoder: Decoder of the model.
+        chat: Processor of the model.
+        runner: Runner that executes jobs.
+        observer: Observer of its hidden states; None where they are not used.
+        seed: Seed of the run.
+        samples: Number of further answers per prompt that requests confidence.
+        sample_temperature: Temperature of their sampling.
     """
 
     decoder: Decoder
@@ -54,18 +54,18 @@ class LocalEngine:
         wanted: Wanted | None = None,
         rank: int = 0,
     ) -> LocalEngine:
-        """Set up for a model that is loaded.
+        """Set up for a loaded model.
 
         Args:
-            model: any Hugging Face model with `generate`.
-            chat: its processor.
-            reader: from messages to prompts.
-            arguments: of the model.
-            wanted: what is asked of hidden states; None for nothing.
-            rank: of this process.
+            model: Any Hugging Face model with `generate`.
+            chat: Processor of the model.
+            reader: Reader that converts messages to prompts.
+            arguments: Arguments of the model.
+            wanted: Requested use of hidden states; None for none.
+            rank: Rank of this process.
 
         Raises:
-            ValueError: the model does not write token by token, or what is wanted does not fit it.
+            ValueError: The model does not generate token by token, or the requested use does not fit it.
         """
         decoder = Decoder.of(model, chat.tokenizer, static_cache=arguments.static_cache)
         observer = wanted.observer(arguments.find_checkpoint(), decoder, rank) if wanted else None
@@ -82,7 +82,7 @@ class LocalEngine:
 
     @cached_property
     def traits(self) -> Traits:
-        """What all its answers have in common."""
+        """Return the properties common to all its answers."""
         tokenizer, marks = self.decoder.tokenizer, self.decoder.marks
         return Traits(
             silent=frozenset(decode(tokenizer, [token]) for token in self.decoder.special - marks),
@@ -92,18 +92,18 @@ class LocalEngine:
 
     @property
     def batch_size(self) -> int:
-        """Images answered together."""
+        """Return the number of images answered together."""
         return self.runner.budget.limits.groups
 
     def count_tokens(self, text: str) -> int:
-        """Return how many tokens a text takes, nothing added."""
+        """Return the number of tokens of a text, without special tokens added."""
         return len(self.chat.ids(text))
 
     def answers(self, jobs: Sequence[Job], *, evidence: bool = True) -> Generator[tuple[int, Answer]]:
         """Yield the index of a job with its answer; see `Engine`.
 
         Raises:
-            ValueError: the learned confidence was trained on an image that is asked about.
+            ValueError: The learned confidence was trained on an image that is asked about.
         """
         if not evidence:
             yield from self.runner.run(jobs, self._write)
@@ -148,7 +148,7 @@ class LocalEngine:
         return [Answer(*row) for row in zip(prompts, generated, batch.model_sizes, opened, strict=True)]
 
     def _spoken(self, answer: Answer) -> Generated:
-        """The answer without the tokens of its reasoning."""
+        """Return the answer without the tokens of its reasoning."""
         if not answer.prompt.wants_confidence:
             return answer.generated
         return answer.generated._replace(tokens=read(answer, self.traits).spoken.tokens)
@@ -156,9 +156,10 @@ class LocalEngine:
     def _sampled(
         self, batch: Batch, prompts: list[Prompt], jobs: list[Job], columns: int
     ) -> Sequence[tuple[Generated, ...] | None]:
-        """Sample further answers for a batch that was answered; None for prompts that want none.
+        """Sample further answers for an answered batch; None for prompts that request none.
 
-        Over a shared prefix, of so many columns, each costs no more than its decoding; else it reads the image again.
+        Over a shared prefix of `columns` columns, each sample costs only its decoding; otherwise it reads the image
+        again.
         """
         if not self.samples or not any(prompt.wants_confidence for prompt in prompts):
             return [None] * len(prompts)

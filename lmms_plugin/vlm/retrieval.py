@@ -1,8 +1,8 @@
-"""Retrieval checkpoints of BLIP-2, which write nothing: they say how well a caption fits a photograph.
+"""Retrieval checkpoints of BLIP-2, which generate no text but score image-caption pairs.
 
 As in the authors' evaluation (LAVIS, `compute_sim_matrix`), the projections of image and text give a similarity (ITC)
 for every pair, at the cost of one pass per image and one per caption; the matching head (ITM), which reads both
-together, is shown the `NEAREST` captions of every photograph and the `NEAREST` photographs of every caption by it.
+together, scores the `NEAREST` captions of every photograph and the `NEAREST` photographs of every caption by it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ WORDS = 50
 
 @dataclass
 class Matcher:
-    """A retrieval checkpoint, ready to score.
+    """Retrieval checkpoint, ready to score.
 
     Attributes:
         model: `Blip2ForImageTextRetrieval`.
-        processor: of the same checkpoint.
-        batch_size: images, or pairs of image and caption, that go through the model together.
-        nearest: how many of each are shown to the matching head.
+        processor: Processor of the same checkpoint.
+        batch_size: Number of images, or of image-caption pairs, that go through the model together.
+        nearest: Number of captions per photograph, and of photographs per caption, that the matching head scores.
     """
 
     model: Any
@@ -52,16 +52,17 @@ class Matcher:
         """Score the candidates of every request.
 
         Args:
-            requests: each names candidates; those with the same ones form a pool.
-            reader: of messages.
-            processes: how many share the requests; more than one does not see all photographs of a pool.
+            requests: Requests, each with candidates; those with the same ones form a pool.
+            reader: Reader of messages.
+            processes: Number of processes that share the requests; with more than one, none sees all photographs of a
+                pool.
 
         Returns:
             For each request an encoded `Response` with the scores `itc`, cosines, and `itm`, logits, the latter None
-            where the matching head was not shown the pair.
+            where the matching head did not score the pair.
 
         Raises:
-            RequestError: a document cannot be read, or a pool is too large to be shared among processes.
+            RequestError: A document cannot be read, or a pool is too large to be shared among processes.
         """
         pools: dict[tuple[str, ...], list[int]] = {}
         seen: list[Tensor] = []
@@ -130,14 +131,14 @@ class Matcher:
         return logits
 
     def _see(self, image: Image.Image) -> Tensor:
-        """Return what the vision tower makes of an image, shape (patches, width), on the CPU."""
+        """Return the vision tower's features of an image, shape (patches, width), on the CPU."""
         pixels = self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
         with while_answering(1):
             states: Tensor = self.model.vision_model(pixel_values=self._on_device(pixels)).last_hidden_state
         return states[0].cpu()
 
     def _read(self, text: str) -> Tensor:
-        """Return the token ids of a caption, shape (tokens,), as the authors clean and cut it."""
+        """Return the token ids of a caption, shape (tokens,), cleaned and cut as by the authors."""
         ids = self.processor.tokenizer(cleaned(text), truncation=True, max_length=TEXT_TOKENS)["input_ids"]
         return torch.tensor(ids)
 
@@ -165,14 +166,14 @@ class Matcher:
 
 @dataclass
 class Retrieval:
-    """Responds to requests with a retrieval checkpoint, which scores candidates and writes nothing; a `Responder`.
+    """Responder with a retrieval checkpoint, which scores candidates and generates no text; a `Responder`.
 
     Attributes:
-        matcher: the checkpoint.
-        reader: of messages.
-        name: of the checkpoint, for messages to the user.
-        processes: how many share the requests.
-        usage: nothing, for it generates no tokens.
+        matcher: Matcher of the checkpoint.
+        reader: Reader of messages.
+        name: Name of the checkpoint, for messages to the user.
+        processes: Number of processes that share the requests.
+        usage: Usage, always empty, since it generates no tokens.
     """
 
     matcher: Matcher
@@ -183,7 +184,7 @@ class Retrieval:
 
     @property
     def batch_size(self) -> int:
-        """Images, or pairs of image and caption, that go through the model together."""
+        """Return the number of images, or of image-caption pairs, that go through the model together."""
         return self.matcher.batch_size
 
     def generate(self, requests: Sequence[Request]) -> list[str]:
@@ -210,12 +211,12 @@ class Retrieval:
 
 
 def is_matcher(model: Any) -> bool:
-    """Return whether a model scores captions and writes none."""
+    """Return whether a model scores captions and generates no text."""
     return hasattr(model, "itm_head")
 
 
 def cleaned(caption: str) -> str:
-    """Return a caption as the authors' evaluation reads it: lower case, without punctuation, at most `WORDS` words."""
+    """Return a caption as in the authors' evaluation: lower case, without punctuation, at most `WORDS` words."""
     text = re.sub(r"\s{2,}", " ", re.sub(r"([.!\"()*#:;~])", " ", caption.lower()))
     return " ".join(text.strip().split(" ")[:WORDS])
 

@@ -1,4 +1,4 @@
-"""The second turn in which a model is asked how sure it is of its answer."""
+"""Second turn, in which a model is asked for its confidence in its answer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lmms_plugin.vlm.contracts.requests import Job
 
 
 def second_turn(job: Job, answer: Response, dialect: Dialect) -> Job:
-    """Return a job that continues a conversation: the same question, the answer, and how sure the model is of it.
+    """Return a job that continues a conversation: the question, the answer, and a question for the model's confidence.
 
-    It is answered greedily, at the same length as the first. Of an answer with reasoning the latter is left out, as
-    chat templates do with all but the last turn.
+    It is answered greedily, with the same length limit as the first. The reasoning of an answer is left out, as chat
+    templates do with all but the last turn.
 
     Args:
-        job: of the answer.
-        answer: whose reasoning, if there is some, came to its end.
-        dialect: of the model.
+        job: Job of the answer.
+        answer: Answer, whose reasoning, if there is any, came to its end.
+        dialect: Dialect of the model.
     """
     settings = replace(job.settings, sampling=None, until=())
     return Job(partial(_messages, job, answer.parts.said_text, dialect.confidence_prompt), job.request, settings)

@@ -1,4 +1,4 @@
-"""From arguments to what responds: device, precision, processor and prompts, and which responder a checkpoint gets."""
+"""Set-up from arguments: device, precision, processor and prompts, and the kind of responder for a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def responder_of(
     rank: int = 0,
     processes: int = 1,
 ) -> Responder:
-    """Return what responds to requests with a loaded model: it writes, or it compares images with captions.
+    """Return the responder of a loaded model: it generates text, or it scores captions.
 
     Args:
-        model: as transformers loads it.
-        chat: its processor.
-        reader: from messages to prompts.
-        arguments: of the model.
-        wanted: what is asked of hidden states; None for nothing.
-        rank: of this process; the first one speaks.
-        processes: how many share the requests.
+        model: Model as loaded by transformers.
+        chat: Processor of the model.
+        reader: Reader that converts messages to prompts.
+        arguments: Arguments of the model.
+        wanted: Requested use of hidden states; None for none.
+        rank: Rank of this process; the first one logs.
+        processes: Number of processes that share the requests.
 
     Raises:
-        ValueError: the model can do neither, or not what is wanted of hidden states.
+        ValueError: The model can do neither, or does not support the requested use of hidden states.
     """
     if is_matcher(model):
         if wanted:
@@ -84,10 +84,10 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def chat_of(path: str, arguments: ModelArguments) -> tuple[Chat, PromptReader]:
-    """Load a checkpoint's processor and find out how its model is asked.
+    """Load a checkpoint's processor and determine its prompt format.
 
     Raises:
-        ValueError: a file of it is damaged, or it cannot be asked as the arguments say.
+        ValueError: A file of it is damaged, or it cannot be asked as the arguments say.
     """
     name = str(arguments.pretrained)
     remote = {"trust_remote_code": arguments.trust_remote_code}

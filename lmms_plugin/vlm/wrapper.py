@@ -1,12 +1,11 @@
-"""The chat model that lmms-eval runs: any image-text-to-text checkpoint, quantized by any registered backend.
+"""Chat model that lmms-eval runs: any image-text-to-text checkpoint, quantized by any registered backend.
 
 `--model quant_<backend>` finds its class here (`QuantAwq` for `quant_awq`, and `QuantAwqSimple` for lmms-eval's
 `--force_simple`); every registered backend has both, so that a new one needs no line in this file.
 
-The answer to a request does not depend on the batch it is in, up to floating point: padding changes the order of a
-matrix product's additions, so the last bits of a logit differ between batches. In float32 that decides nothing in
-practice; in bfloat16 two nearly equal tokens can change places, and then batch_size=1,share_prefix=False is the
-reference.
+The answer to a request does not depend on its batch, up to floating point: padding changes the order of a matrix
+product's additions, so the last bits of a logit differ between batches. In float32 that decides nothing in practice; in
+bfloat16 two nearly equal tokens can change places, and then batch_size=1,share_prefix=False is the reference.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from lmms_plugin.vlm.setting_up import chat_of, device_of, dtype_of, responder_o
 
 
 class QuantizedVLM(HarnessModel):
-    """A quantized vision-language model as lmms-eval runs it.
+    """Quantized vision-language model as lmms-eval runs it.
 
     Attributes:
-        method: name of the quantization backend.
-        model: the Hugging Face model.
-        report: what was quantized and what was not; it stays when the model is freed.
+        method: Name of the quantization backend.
+        model: Hugging Face model.
+        report: Account of what was quantized and what was not; it stays when the model is freed.
     """
 
     method: ClassVar[str] = "none"
@@ -44,11 +43,11 @@ class QuantizedVLM(HarnessModel):
         """Load and quantize a checkpoint.
 
         Args:
-            **arguments: see `ModelArguments`.
+            **arguments: Arguments, see `ModelArguments`.
 
         Raises:
-            ValueError: an argument is unknown or its value impossible, before anything is loaded.
-            FileNotFoundError: there is no such checkpoint.
+            ValueError: An argument is unknown or its value impossible, before anything is loaded.
+            FileNotFoundError: The checkpoint does not exist.
         """
         super().__init__()
         self.arguments = ModelArguments.parse(arguments, option_types(self.method))
@@ -97,7 +96,7 @@ class QuantizedVLM(HarnessModel):
         self._account()
 
     def _account(self) -> None:
-        """Say, note and keep what became of the checkpoint, as far as the user asks for it."""
+        """Log the quantization report, and write report and checkpoint where the user asks for them."""
         if self.rank != 0:
             return
         logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
@@ -111,11 +110,11 @@ class QuantizedVLM(HarnessModel):
 
     @property
     def dialect(self) -> Dialect:
-        """How this model is asked for boxes."""
+        """Return the dialect in which this model is asked for boxes."""
         return self.reader.dialect
 
     def figures(self) -> dict[str, Any]:
-        """Return the size of what was quantized, for the results file."""
+        """Return the size of the quantized model, for the results file."""
         return self.report.totals()
 
 
@@ -124,8 +123,8 @@ def model_class(backend: str, *, simple: bool = False) -> type[QuantizedVLM]:
     """Return the class that runs a backend.
 
     Args:
-        backend: its name.
-        simple: whether for lmms-eval's `--force_simple`, which multiple-choice tasks need.
+        backend: Name of the backend.
+        simple: Whether it is for lmms-eval's `--force_simple`, which multiple-choice tasks need.
     """
     name = class_name(backend) + ("Simple" if simple else "")
     body = {"method": backend, "is_simple": simple, "__module__": __name__, "__doc__": QuantizedVLM.__doc__}

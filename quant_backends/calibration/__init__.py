@@ -1,4 +1,4 @@
-"""Calibration: where inputs come from, and what is measured on them block by block."""
+"""Calibration: the sources of inputs, and the statistics gathered on them block by block."""
 
 from typing import TYPE_CHECKING
 

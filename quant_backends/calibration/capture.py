@@ -1,4 +1,4 @@
-"""What the layers of one block are fed: which of them share a tensor, and the statistics of it."""
+"""Inputs of the layers of one block: which layers share an input tensor, and its statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Groups = list[tuple[str, ...]]
 
 @contextmanager
 def watching(model: nn.Module, names: Iterable[str], note: Note) -> Iterator[None]:
-    """Tell `note` the name and the input of each of the named layers whenever one of them is called."""
+    """Call `note` with the name and the input of each of the named layers whenever it is called."""
 
     def hook_of(name: str) -> Callable[..., None]:
         return lambda _, args, kwargs: note(name, _first(args, kwargs))
@@ -38,17 +38,17 @@ def watching(model: nn.Module, names: Iterable[str], note: Note) -> Iterator[Non
 def observe(
     model: nn.Module, names: Collection[str], forward: Callable[..., Any], call: SuspendedCall, note: Note
 ) -> Any:
-    """Run a block on what one sample brings to it, and tell `note` what the named layers within are fed.
+    """Run a block on one sample and pass the inputs of the named layers within it to `note`.
 
     Args:
-        model: The whole model.
+        model: Whole model.
         names: Layers within the block; the block itself may be the only one.
-        forward: Of the block, without its hooks.
-        call: Of the block.
-        note: Takes name and input of a layer.
+        forward: Forward function of the block, without its hooks.
+        call: Suspended call of the block.
+        note: Callback that takes the name and the input of a layer.
 
     Returns:
-        The block's output.
+        Output of the block.
     """
     if call.name in names:
         note(call.name, _first(call.args, call.kwargs))
@@ -57,21 +57,21 @@ def observe(
 
 
 class Sharing:
-    """Finds out which layers are fed one tensor (query, key and value; gate and up), from one sample."""
+    """Finder of layers that share an input tensor (query, key and value; gate and up), from one sample."""
 
     def __init__(self) -> None:
         self._calls: dict[str, list[int]] = {}
         self._latest: tuple[int, Tensor] | None = None
 
     def note(self, name: str, x: Tensor) -> None:
-        """Take note of an input; layers that share it are expected one after another."""
+        """Record an input; layers that share it must come one after another."""
         if self._latest is None or self._latest[1] is not x:
             self._latest = (0 if self._latest is None else self._latest[0] + 1, x)
         self._calls.setdefault(name, []).append(self._latest[0])
 
     @property
     def groups(self) -> Groups:
-        """The groups; layers that never ran are in none."""
+        """Return the groups of layers that share an input; layers that never ran are in none."""
         groups: dict[tuple[int, ...], list[str]] = {}
         for name, inputs in self._calls.items():
             groups.setdefault(tuple(inputs), []).append(name)
@@ -79,16 +79,16 @@ class Sharing:
 
 
 class Gathering:
-    """Statistics of some groups of layers, one sample after another.
+    """Statistics of some groups of layers, accumulated sample by sample.
 
-    Every sum runs over the samples in their order and over each sample's rows at once, so that the numbers do not
-    depend on how many groups are gathered together.
+    Every sum runs over the samples in order and over all rows of a sample at once, so that the numbers do not depend on
+    how many groups are gathered together.
 
     Args:
-        model: The whole model.
-        groups: What to gather.
-        by_role: Whether image, prompt and answer tokens are told apart.
-        holds_back: Whether some rows are held back.
+        model: Whole model.
+        groups: Groups of layers to gather statistics for.
+        by_role: Whether image, prompt and answer tokens have separate statistics.
+        holds_back: Whether some rows are held out.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, *, by_role: bool = False, holds_back: bool = False) -> None:
@@ -103,15 +103,15 @@ class Gathering:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All layers of all groups."""
+        """Return all layers of all groups."""
         return tuple(self._leader_of)
 
     def noting(self, roles: Mapping[str, Tensor], held_back: slice = slice(0)) -> Note:
-        """Return what takes note of one sample's inputs.
+        """Return the callback that accumulates one sample's inputs.
 
         Args:
-            roles: Layer -> role of each position of the sample, for layers fed the positions of the sequence.
-            held_back: Which rows of each input are held back.
+            roles: Layer -> role of each position of the sample, for layers whose rows are sequence positions.
+            held_back: Which rows of each input are held out.
         """
         fed: dict[str, Tensor] = {}
 
@@ -120,7 +120,7 @@ class Gathering:
             if leader == name:
                 rows = x.numel() // x.shape[-1]
                 role = self._role_of_rows(name, roles.get(name))
-                # Layers that look at image features past the sequence (cross attention) have rows of their own.
+                # Layers that see image features outside the sequence (cross attention) have rows of their own.
                 self._entries[name].add(x, role if role is not None and len(role) == rows else None, held_back)
                 fed[name] = x
             elif fed.get(leader) is not x:
@@ -129,17 +129,17 @@ class Gathering:
         return note
 
     def _role_of_rows(self, name: str, roles: Tensor | None) -> Tensor | None:
-        """Return the roles of those positions that are sent to the layer's expert, if it belongs to one."""
+        """Return the roles of the positions routed to the layer's expert, if it belongs to one."""
         expert = self._experts[name]
         if roles is None or expert is None or expert.fed is None:
             return roles
         return roles.reshape(-1)[expert.fed.rows.cpu()] if expert.fed.total == roles.numel() else None
 
     def expect_finite(self, sample: int) -> None:
-        """Refuse inputs that are NaN or infinite, as soon as one sample brings them.
+        """Refuse NaN or infinite inputs as soon as one sample brings them.
 
         Raises:
-            ValueError: Naming layer and sample.
+            ValueError: Inputs are not finite; the message names layer and sample.
         """
         sums = torch.stack([entry.magnitude.sum() for entry in self.statistics])
         for entry, finite in zip(self.statistics, torch.isfinite(sums).tolist(), strict=True):
@@ -153,7 +153,7 @@ class Gathering:
 def chunks(
     model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int, *, by_role: bool, holds_back: bool
 ) -> Iterator[Groups]:
-    """Deal groups out so that the statistics of each lot fit the budget, or are those of a single group."""
+    """Split the groups into lots whose statistics fit the budget, or that hold a single group."""
     chunk: Groups = []
     used = 0
     for group in groups:

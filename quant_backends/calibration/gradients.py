@@ -1,4 +1,4 @@
-"""How much the answers' loss depends on image positions and on answer positions, block by block."""
+"""Sensitivity of the answers' loss to image positions and to answer positions, block by block."""
 
 from __future__ import annotations
 
@@ -32,26 +32,27 @@ def measure_sensitivities(
     batches: Sequence[Mapping[str, Any]],
     residence: Residence | None = None,
 ) -> dict[str, Sensitivity]:
-    """Measure the gradients of the answers' cross-entropy, as MBQ weighs modalities by them.
+    """Measure the gradients of the answers' cross-entropy by which MBQ weights the modalities.
 
-    Of each part of a decoder block (its attention, its MLP) the gradient with respect to its output is taken: mean
-    magnitude over image positions and over answer positions, averaged over the samples. A part's image-to-answer
-    ratio counts with at least the median of like parts, as in the authors' code: in the last block hardly any
-    gradient reaches the image.
+    For each part of a decoder block (its attention, its MLP), take the gradient with respect to the part's output: mean
+    magnitude over image positions and over answer positions, averaged over the samples. A part's image-to-answer ratio
+    is raised to at least the median of the corresponding parts of all blocks, as in the authors' code: hardly any
+    gradient reaches the image in the last block.
 
-    Every sample goes through the model's own forward, one at a time, so that positions and masks are the family's
-    own. Parameters get no gradients and each block is computed again on the way back: what is kept at one time are
-    the inputs of all blocks for one sample, and the inside of one block.
+    Every sample goes through the model's own forward pass, one at a time, so that positions and masks are the family's
+    own. Parameters get no gradients, and each block is recomputed in the backward pass: memory holds the inputs of all
+    blocks for one sample and the activations within one block.
 
     Args:
-        model: Dense or partly quantized, in evaluation mode.
-        layers: Layers fed the positions of the sequence.
+        model: Dense or partly quantized model, in evaluation mode.
+        layers: Layers whose rows are sequence positions.
         batches: Keyword arguments of one forward pass each, with `TOKEN_ROLES`, one sample each.
-        residence: Where blocks lie while it is not their turn, settled; None when the model is on its device.
+        residence: Settled residence that moves blocks to the device for their turn; None when the model is on its
+            device.
 
     Returns:
-        Layer -> sensitivity of the part that it belongs to. A layer outside all blocks (the output projection) has
-        none, nor has one in a part that no sample runs through.
+        Layer -> sensitivity of its part. A layer outside all blocks (the output projection) has none, nor has one in a
+        part that no sample runs through.
 
     Raises:
         ValueError: A loss or a gradient is not finite, or no gradient reaches the answers.
@@ -74,7 +75,7 @@ def measure_sensitivities(
 
 
 def _part(layer: str, blocks: Collection[str]) -> str | None:
-    """Return the direct child of a block that the layer is or lies in: the block's attention or its MLP."""
+    """Return the direct child of a block that contains the layer: the block's attention or its MLP."""
     block = next((block for block in blocks if within(layer, block)), None)
     if block is None or layer == block:
         return None
@@ -138,15 +139,15 @@ def _with_ratios(magnitudes: Mapping[str, Sequence[float]]) -> dict[str, Sensiti
 
 
 def _kind(part: str) -> str:
-    """Return what the like parts of all blocks have in common: the name without its numbers."""
+    """Return a part's name without its numbers, which the corresponding parts of all blocks share."""
     return re.sub(r"\d+", "*", part)
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let gradients begin at the token embeddings and stop there, none going to parameters."""
+    """Start gradients at the token embeddings and give none to parameters."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # A copy, because some families write image features into the embeddings in place, which a leaf forbids.
+    # This is a copy because some families write image features into the embeddings in place, which a leaf forbids.
     hook = model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
         lambda _, __, output: output.detach().requires_grad_().clone()
     )
@@ -161,10 +162,10 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Turns:
-    """Has one block at a time on the device: a block stays until the next one's turn, in either direction.
+    """Holder of one block at a time on the device: a block stays until the next one's turn, in either direction.
 
-    On the way back a block's weights are needed not only while it is computed again, but until the gradient has gone
-    through it, which is when the block before it has its turn.
+    In the backward pass a block's weights are needed not only for its recomputation, but until the gradient has passed
+    through it, which is when the turn of the block before it comes.
     """
 
     def __init__(self, residence: Residence) -> None:
@@ -172,7 +173,7 @@ class _Turns:
         self._present: str | None = None
 
     def take(self, name: str | None) -> None:
-        """Bring a block, None for no more, and send the one that is there away."""
+        """Bring a block to the device (None for no more) and send the previous one away."""
         if name == self._present:
             return
         if self._present is not None:
@@ -185,7 +186,7 @@ class _Turns:
 
 @contextmanager
 def _recomputing(model: nn.Module, residence: Residence) -> Iterator[None]:
-    """Let blocks forget their inside between forward and backward pass, and be on the device for their turns."""
+    """Recompute each block's activations in the backward pass, with the block on the device for its turns."""
     modules = {name: model.get_submodule(name) for name in residence.blocks}
     own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
     turns = _Turns(residence)
@@ -204,7 +205,7 @@ def _recomputing(model: nn.Module, residence: Residence) -> Iterator[None]:
 def _recomputed(name: str, forward: Callable[..., Any], turns: _Turns) -> Callable[..., Any]:
     def present(*args: Any, **kwargs: Any) -> Any:
         turns.take(name)
-        # Entered here, since modes are not in force within the call of ``backward`` that computes the block again.
+        # Entered here, since modes do not apply within the call of ``backward`` that recomputes the block.
         with WideProducts():
             return forward(*args, **kwargs)
 
@@ -216,7 +217,7 @@ def _recomputed(name: str, forward: Callable[..., Any], turns: _Turns) -> Callab
 
 @contextmanager
 def _output_gradient(module: nn.Module, name: str, note: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Tell `note` the gradient that reaches what a module puts out, its first output where there are several."""
+    """Pass the gradient of a module's output (the first one of several) to `note`."""
 
     def watch(_: nn.Module, __: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple | list) else output

@@ -1,4 +1,4 @@
-"""How far quantized layers are from the dense ones on inputs that no calibration has seen."""
+"""Output error of quantized layers on inputs that were not used for calibration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _ErrorSums:
-    """‖Y − Ŷ‖² and ‖Y‖² of one layer, over everything that flows through the dense one."""
+    """Sums ‖Y − Ŷ‖² and ‖Y‖² of one layer over all inputs of the dense one."""
 
     def __init__(self, quantized: nn.Module) -> None:
         self.quantized = quantized
@@ -40,14 +40,14 @@ class _ErrorSums:
 def output_errors(
     dense: nn.Module, quantized: nn.Module, names: Iterable[str], batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, float | None]:
-    """Return ‖Y − Ŷ‖ / ‖Y‖ of layers, all fed what flows through the dense model.
+    """Return ‖Y − Ŷ‖ / ‖Y‖ of layers, with the dense model's activations as inputs.
 
     Outputs are those of the layers as they run, with their kernel, bias and rounded inputs.
 
     Args:
-        dense: The unquantized model; experts that are apart in the other one are taken apart.
-        quantized: The same model with some layers replaced, on the same device.
-        names: Of those layers.
+        dense: Unquantized model; experts that are separate in the other model are separated.
+        quantized: Same model with some layers replaced, on the same device.
+        names: Names of those layers.
         batches: Keyword arguments of one forward pass each.
 
     Returns:
@@ -75,16 +75,16 @@ def held_out_errors(
     samples: int,
     seed: int,
 ) -> dict[str, float | None]:
-    """Return the output errors of layers on made-up images with questions and answers of the dense model's own.
+    """Return the output errors of layers on synthetic images with questions and answers written by the dense model.
 
     Args:
-        dense: The unquantized model.
-        quantized: The same model, quantized.
-        names: Of the quantized layers.
-        processor: Of the checkpoint.
-        dialect: Of the model.
-        samples: How many images.
-        seed: Another one than that of the calibration.
+        dense: Unquantized model.
+        quantized: Same model, quantized.
+        names: Names of the quantized layers.
+        processor: Processor of the checkpoint.
+        dialect: Dialect of the model.
+        samples: Number of images.
+        seed: Seed, different from that of the calibration.
     """
     spec = CalibrationSpec("self", samples=samples, seed=seed, degenerate=ALLOW)
     batches, _ = build_batches(dense, processor, spec, spec.load_samples(), dialect, keep_logits=True)

@@ -1,7 +1,7 @@
-"""Finished blocks of a calibration under way, on disk, so that an interrupted one goes on where it was.
+"""Checkpointing of calibration: finished blocks on disk, from which an interrupted calibration resumes.
 
-The folder belongs to the user who runs the calibration and is read by nobody else's process: like Python's own caches
-of compiled code, its files are trusted.
+The folder belongs to the user who runs the calibration, and only that user's processes read it: its files are trusted,
+like Python's own caches of compiled code.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lmms_plugin.utils import files, hashing, variables
 
 
 class Solved(NamedTuple):
-    """A quantized layer that is not in the model yet.
+    """Quantized layer that is not in the model yet.
 
     Attributes:
-        layer: It takes the place of the dense one.
+        layer: Layer that replaces the dense one.
         output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs X; None where none of them reached the layer.
-        method: As in `Solution`.
-        plain_rows: As in `Solution`.
+        method: Method, as in `Solution`.
+        plain_rows: Number of rows, as in `Solution`.
     """
 
     layer: QuantizedLinear
@@ -42,21 +42,21 @@ class Solved(NamedTuple):
 
 
 class Journal:
-    """The finished blocks of one calibration.
+    """Finished blocks of one calibration.
 
     Args:
-        folder: Of all calibrations; made when the first block is finished.
-        key: What the result depends on, JSON-ready. Another key is another calibration.
+        folder: Folder of all calibrations; made when the first block is finished.
+        key: JSON-ready values on which the result depends. A different key is a different calibration.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self.folder = folder / hashing.of_value(key)[:32]
 
     def save(self, block: str, solved: Mapping[str, Solved]) -> None:
-        """Write a finished block: all of it or nothing.
+        """Write a finished block atomically.
 
         Args:
-            block: Its name.
+            block: Name of the block.
             solved: Layer name -> solution.
         """
         skeletons: dict[str, Any] = {}
@@ -68,7 +68,7 @@ class Journal:
         self._write(self._file(block), pickle.dumps((skeletons, save_tensors(tensors))))
 
     def _write(self, target: Path, content: bytes) -> None:
-        # Another process with the same calibration, in a parallel evaluation, may be done and remove the folder.
+        # In a parallel evaluation, another process with the same calibration may finish and remove the folder.
         for _ in range(3):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class Journal:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                # A full disk here is no reason to give up hours of work.
+                # A full disk is no reason to give up hours of work.
                 logger.warning(f"{target.stem} is not kept in {self.folder} ({error}): interrupted, it is done again")
                 return None
         raise FileNotFoundError(f"{self.folder} is removed each time that it is made")
@@ -85,11 +85,11 @@ class Journal:
         """Read a finished block.
 
         Args:
-            block: Its name.
-            model: Its dense layers give the biases, which are not stored, and say which device is meant.
+            block: Name of the block.
+            model: Model whose dense layers give the biases, which are not stored, and the device.
 
         Returns:
-            Layer name -> solution, None when the block was not finished.
+            Layer name -> solution; None if the block was not finished.
         """
         try:
             content = self._file(block).read_bytes()
@@ -110,22 +110,22 @@ class Journal:
         return solved
 
     def within(self, key: Mapping[str, Any]) -> Journal:
-        """Return the journal of a part of this calibration, which goes when this one is removed."""
+        """Return the journal of a part of this calibration, which is removed with this one."""
         return Journal(self.folder, key)
 
     def note(self, name: str, value: Any) -> None:
-        """Write down a JSON-ready value."""
+        """Store a JSON-ready value under a name."""
         self._write(self.folder / f"{name}.json", json.dumps(value).encode())
 
     def noted(self, name: str) -> Any:
-        """Return what `note` wrote down, None when there is nothing."""
+        """Return the value stored by `note`; None if there is none."""
         try:
             return json.loads((self.folder / f"{name}.json").read_bytes())
         except FileNotFoundError:
             return None
 
     def remove(self) -> None:
-        """Forget everything: the calibration is over."""
+        """Delete all entries once the calibration is over."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, block: str) -> Path:
@@ -135,10 +135,10 @@ class Journal:
 def cache_folder() -> Path | None:
     """Return the folder of unfinished calibrations: `$LMMS_PLUGIN_CACHE`, or one beside the Hugging Face cache.
 
-    None when the variable is set to nothing.
+    None when the variable is empty.
 
     Raises:
-        ValueError: The variable names the home folder of somebody who has none here.
+        ValueError: The variable names the home folder of a user who has none here.
     """
     named = variables.folder(variables.CACHE)
     if named is not None:
@@ -151,7 +151,7 @@ def cache_folder() -> Path | None:
 
 
 def code_key() -> str:
-    """Return the SHA-256 of this package's quantizers: what another version of them began is not gone on with."""
+    """Return the SHA-256 of this package's quantizers: a calibration begun by another version is not resumed."""
     return hashing.of_code(Path(quant_backends.__file__).parent)
 
 

@@ -1,4 +1,4 @@
-"""How much memory quantization took, and giving back what it no longer needs."""
+"""Memory during quantization: peak use, offloading of blocks and activations, release of freed memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 
 
 class Peak(NamedTuple):
-    """The highest memory use seen.
+    """Highest memory use seen.
 
     Attributes:
-        bytes: Summed over devices where there are several.
+        bytes: Number of bytes, summed over devices where there are several.
         source: What was counted.
     """
 
@@ -27,7 +27,7 @@ class Peak(NamedTuple):
 
 
 def reset_peak() -> None:
-    """Start counting anew, on CUDA devices; the peak of a process cannot be reset."""
+    """Reset the peak of CUDA devices; the peak of a process cannot be reset."""
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
 
@@ -52,13 +52,14 @@ def statistics_budget(device: torch.device) -> int:
 
 
 class Residence:
-    """Keeps the blocks of a model in host memory and brings each one onto the device for its turn.
+    """Offloading of a model's blocks to host memory, from which each one moves to the device for its turn.
 
-    In host memory the weights of a safetensors checkpoint are pages of its files: the system reads them when they are
-    needed and may drop them again.
+    In host memory the weights of a safetensors checkpoint are memory-mapped pages of its files: the system reads them
+    when needed and may drop them again.
 
     Args:
-        device: Where blocks take their turn. None leaves everything where it is: on one device, or spread over several.
+        device: Device where blocks take their turn. None leaves everything where it is: on one device, or spread over
+            several.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -71,13 +72,13 @@ class Residence:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the blocks that come and go."""
+        """Return the names of the offloaded blocks."""
         return self._names
 
     def settle(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Bring onto the device what lies outside the named blocks; that stays there.
+        """Move everything outside the named blocks to the device, where it stays.
 
-        An embedding that doubles as the output projection lies outside, since it is needed before any block.
+        An embedding tied to the output projection counts as outside, since it is needed before any block.
         """
         self._model, self._names = model, tuple(names)
         inside = {id(module) for name in self._names for module in self._block(name).modules()}
@@ -86,29 +87,29 @@ class Residence:
                 self._bring([*module.parameters(recurse=False), *module.buffers(recurse=False)])
 
     def enter(self, name: str) -> None:
-        """Bring a block onto the device."""
+        """Move a block to the device."""
         self._at_home.setdefault(name, []).extend(self._bring(_tensors(self._block(name))))
 
     def leave(self, name: str) -> None:
-        """Put back what `enter` brought; nothing is copied, since it never left host memory."""
+        """Undo `enter`; nothing is copied, since the host tensors were kept."""
         for tensor, original in self._at_home.pop(name, ()):
             tensor.data = original
 
     def stay(self, name: str) -> None:
-        """Forget where a block came from, so that its dense weights can go."""
+        """Drop the host copy of a block, so that its dense weights can be freed."""
         self._at_home.pop(name, None)
 
     def enter_all(self) -> None:
-        """Bring all blocks onto the device, for good."""
+        """Move all blocks to the device for good."""
         for name in self._names:
             self.enter(name)
             self.stay(name)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Have the whole model on the device for the time of a ``with`` block.
+        """Keep the whole model on the device during a ``with`` block.
 
-        Where it does not fit, each block comes for the time of its forward pass and goes again, which is slow.
+        Where it does not fit, each block is moved for its forward pass and back again, which is slow.
         """
         if self.fits():
             for name in self._names:
@@ -131,11 +132,11 @@ class Residence:
                 handle.remove()
 
     def arrived(self, tensor: Tensor) -> Tensor | None:
-        """Return what a tensor holds, copied onto the device; None when it is there already."""
+        """Return a copy of a tensor on the device; None if it is there already."""
         return None if self.device is None or tensor.device == self.device else tensor.data.to(self.device)
 
     def _bring(self, tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Move tensors in place; return those that moved, each with what it held before."""
+        """Move tensors in place; return those that moved, each with its former data."""
         moved = []
         for tensor in tensors:
             here = self.arrived(tensor)
@@ -145,27 +146,27 @@ class Residence:
         return moved
 
     def _block(self, name: str) -> nn.Module:
-        # Looked up each time: a block that is a layer itself is another one once it is quantized.
+        # Looked up each time: a block that is itself a layer is a different object once it is quantized.
         if self._model is None:
             raise RuntimeError("no model has settled here")
         return self._model.get_submodule(name)
 
     def fits(self) -> bool:
-        """Return whether all blocks have room on the device at one time."""
+        """Return whether all blocks fit on the device at once."""
         if self.device is None or self.device.type != "cuda":
             return True
         tensors = {id(tensor): tensor for name in self._names for tensor in _tensors(self._block(name))}
         needed = sum(t.numel() * t.element_size() for t in tensors.values() if t.device != self.device)
         free, total = torch.cuda.mem_get_info(self.device)
-        # A twentieth of the device for activations and caches.
+        # A twentieth of the device is kept for activations and caches.
         return needed < free - total // 20
 
 
 class Shelf:
-    """Puts activations that wait into host memory when they take too much of a device.
+    """Offloading of waiting activations to host memory when they take too much of a device.
 
     Args:
-        budget: Bytes that may wait on the device. None for a quarter of what is free at the first use.
+        budget: Number of bytes that may wait on the device. None for a quarter of what is free at the first use.
     """
 
     def __init__(self, budget: int | None = None) -> None:
@@ -177,7 +178,7 @@ class Shelf:
         """Let a sample's tensors wait.
 
         Args:
-            key: Of the sample.
+            key: Key of the sample.
             waiting: Any nesting of lists, tuples and dictionaries; parameters in it stay where they are.
         """
         leaves = (leaf for leaf in pytree.tree_leaves(waiting) if isinstance(leaf, Tensor))
@@ -186,7 +187,7 @@ class Shelf:
             return
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self.budget is None:
-            # Only a CUDA device is ever short of room by this measure.
+            # Only CUDA devices report their free memory here.
             free, _ = torch.cuda.mem_get_info(next(iter(tensors.values())).device)
             self.budget = free // 4
         if sum(self._here.values()) + size <= self.budget:
@@ -194,17 +195,17 @@ class Shelf:
             return
         self._away[key] = [(tensor, tensor.device) for tensor in tensors.values()]
         for tensor in tensors.values():
-            # The frames of the suspended pass hold this very object, so its contents are what has to move.
+            # The frames of the suspended pass hold this very object, so its data must be moved, not the reference.
             tensor.data = self.sent_away(tensor.data)
 
     def take(self, key: int) -> None:
-        """Bring a sample's tensors back to where they were."""
+        """Move a sample's tensors back to where they were."""
         self._here.pop(key, None)
         for tensor, device in self._away.pop(key, ()):
             tensor.data = self.brought_back(tensor.data, device)
 
     def waits_on_device(self, tensor: Tensor) -> bool:
-        """Return whether a tensor takes room that is scarce; parameters have a place of their own."""
+        """Return whether a tensor takes scarce device memory; parameters are offloaded by `Residence`."""
         return tensor.device.type == "cuda" and not isinstance(tensor, nn.Parameter)
 
     def sent_away(self, tensor: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ class Shelf:
         return tensor.cpu()
 
     def brought_back(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Return a copy of such a copy on the device."""
+        """Return a copy of an offloaded tensor on the device."""
         return tensor.to(device)
 
 
@@ -222,10 +223,10 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def return_freed_memory() -> None:
-    """Hand freed blocks back to the system, where the C library is glibc.
+    """Return freed heap memory to the system, where the C library is glibc.
 
-    Packed layers and the short-lived dense ones alternate on the heap; glibc keeps the holes between them,
-    which in the end would take as much as the dense model.
+    Packed layers and the short-lived dense ones alternate on the heap; glibc keeps the holes between them, which in the
+    end would take as much as the dense model.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

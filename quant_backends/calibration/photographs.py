@@ -1,7 +1,7 @@
-"""Real photographs that are on every machine: crops of the two that scikit-learn ships, each with a caption.
+"""Real photographs without a download: captioned crops of the two that scikit-learn ships.
 
-Pictures of the world for calibrating far from what a model is evaluated on, without a download. They show two places;
-whoever has a dataset of photographs calibrates with that.
+They serve to calibrate on natural images far from the evaluation data. They show only two places; with a dataset of
+photographs at hand, calibrate on that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load() -> list[tuple[np.ndarray, tuple[str, ...]]]:
 
 
 def crop(photographs: list[tuple[np.ndarray, tuple[str, ...]]], rng: np.random.Generator) -> tuple[Image.Image, str]:
-    """Return a part of one of the photographs, mirrored every other time, and a caption."""
+    """Return a crop of one of the photographs, mirrored every other time, and a caption."""
     pixels, captions = photographs[rng.integers(len(photographs))]
     share = rng.uniform(SMALLEST, LARGEST)
     height, width = (max(1, round(side * share)) for side in pixels.shape[:2])

@@ -1,4 +1,4 @@
-"""Which experts the tokens of a model's inputs are sent to."""
+"""Expert routing: how many tokens each expert of a model receives."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def count_tokens(model: nn.Module, batches: Sequence[Mapping[str, Any]], residen
     """Count the tokens that routers send to each expert.
 
     Args:
-        model: Unquantized, in evaluation mode; its experts may be fused or taken apart.
+        model: Unquantized model, in evaluation mode; its experts may be fused or separate.
         batches: Keyword arguments of one forward pass each.
-        residence: Where blocks lie while it is not their turn, settled.
+        residence: Settled residence of the model's blocks.
 
     Returns:
-        Module name of the experts of a layer -> tokens of each of them, by number. Layers that no token passes have
-        zeros; a model without such experts gives nothing.
+        Module name of a layer's experts -> tokens of each expert, by number. Layers that no token passes have zeros; a
+        model without such experts gives an empty result.
     """
     mixtures = find_mixtures(model)
     counts = {name: torch.zeros(int(module.num_experts), dtype=torch.int64) for name, module in mixtures.items()}  # type: ignore[arg-type]

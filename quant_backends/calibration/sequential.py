@@ -1,13 +1,12 @@
-"""Calibrated quantization block by block: statistics, solutions and memory of one block at a time.
+"""Block-by-block calibrated quantization: statistics, solutions and memory of one block at a time.
 
-All calibration samples stand still before the same block (`lmms_plugin.quant_backends.calibration.suspension`). The
-block comes onto the device, every sample goes through it, its layers are solved and packed, and it is the next block's
-turn.
+All calibration samples are suspended before the same block (`lmms_plugin.quant_backends.calibration.suspension`). The
+block moves to the device, every sample passes through it, its layers are solved and packed, and the next block follows.
 
-Every layer is calibrated on the inputs that it has in the unquantized model, unless the backend is `sequential`: then
-on those that the quantized blocks before its own make of the samples. The former is what the authors of AWQ and MBQ
-do; it makes the result for a layer independent of what else the plan quantizes. The latter is what those of GPTQ do;
-each block then makes up for some of the error of the ones before it.
+Every layer is calibrated on its inputs in the unquantized model, unless the backend is `sequential`: then on the
+outputs of the quantized blocks before its own. The authors of AWQ and MBQ do the former; it makes the result for a
+layer independent of what else the plan quantizes. Those of GPTQ do the latter; each block then compensates for some of
+the error of the ones before it.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ WHOLE_MODEL = ""
 
 
 class Route(NamedTuple):
-    """The way of a sample through a model.
+    """Order in which a sample passes through the blocks of a model.
 
     Attributes:
-        groups: Block -> its layers to quantize, those fed one tensor together; blocks in the order of their turns.
-        strays: Layers to quantize that were called without their block.
+        groups: Block -> its layers to quantize, grouped by shared input; blocks in the order of their turns.
+        strays: Layers to quantize that were called outside their block.
         repeated: Blocks with such layers that were called more than once.
     """
 
@@ -66,12 +65,12 @@ class Route(NamedTuple):
 
 @dataclass
 class SampleState:
-    """One calibration sample on its way through the model.
+    """Calibration sample on its way through the model.
 
     Attributes:
-        index: Its place among the samples.
-        roles: Layer -> role of each position; empty where nobody asks.
-        suspended: Its pass; None where the model is one block, which it enters with `inputs`.
+        index: Index of the sample.
+        roles: Layer -> role of each position; empty where no role is needed.
+        suspended: Suspended pass; None where the model is one block, which it enters with `inputs`.
         inputs: Keyword arguments of the model.
     """
 
@@ -82,24 +81,25 @@ class SampleState:
 
     @property
     def call(self) -> SuspendedCall | None:
-        """The call that the sample waits for; None when it is through."""
+        """Return the call that the sample waits for; None when it has passed through."""
         return SuspendedCall(WHOLE_MODEL, (), dict(self.inputs)) if self.suspended is None else self.suspended.call
 
 
 @dataclass
 class SequentialQuantizer:
-    """Quantizes the layers of one model with a calibrated backend.
+    """Quantizer of the layers of one model with a calibrated backend.
 
     Attributes:
-        model: Unquantized, in evaluation mode.
-        backend: Solves groups of layers.
+        model: Unquantized model, in evaluation mode.
+        backend: Backend that solves groups of layers.
         specs: Module name -> spec.
-        replace: Puts a layer into the model, called with its name and what it is.
+        replace: Callback that puts a solved layer into the model, given its name.
         of_sequence: Layers whose input rows are the positions of the sequence.
-        residence: Where blocks lie while it is not their turn.
-        shelf: Where activations lie that wait for theirs.
-        journal: Remembers finished blocks; None forgets them.
-        budget: Bytes for the statistics gathered at one time; a single layer may exceed it. None for what is free.
+        residence: Offloading of blocks.
+        shelf: Offloading of waiting activations.
+        journal: Store of finished blocks; None keeps nothing.
+        budget: Number of bytes for the statistics gathered at one time; a single layer may exceed it. None for what is
+            free.
     """
 
     model: nn.Module
@@ -124,7 +124,7 @@ class SequentialQuantizer:
 
         Raises:
             ValueError: There is no sample, or weights or inputs of a layer are not finite; the message names the layer.
-            RuntimeError: A sample takes a way through the model that differs from the first one's.
+            RuntimeError: A sample takes a different route through the model than the first one.
         """
         if not batches:
             raise ValueError(f"{self.backend.name} was given no calibration sample")
@@ -170,7 +170,7 @@ class SequentialQuantizer:
         return found
 
     def _explore(self, blocks: Mapping[str, tuple[str, ...]], sample: SampleState) -> Route:
-        """Send one sample through the unquantized model to see which way it takes."""
+        """Trace the route of one sample through the unquantized model."""
         groups: dict[str, Groups] = {}
         strays: list[str] = []
         repeated: list[str] = []
@@ -199,7 +199,7 @@ class SequentialQuantizer:
     def _passes(
         self, blocks: Mapping[str, tuple[str, ...]], samples: Sequence[SampleState]
     ) -> Iterator[dict[str, Callable[..., Any]]]:
-        """Start the passes of some samples, and end them come what may."""
+        """Start the passes of some samples, and close them in any case."""
         with doors({name: self.model.get_submodule(name) for name in blocks}) as forwards:
             try:
                 for sample in samples:
@@ -215,7 +215,7 @@ class SequentialQuantizer:
     def _through(
         self, sample: SampleState, names: Sequence[str], forward: Callable[..., Any], note: Note, *, onward: bool = True
     ) -> None:
-        """Send a sample through the block that it waits for, and on to the next one unless it is needed here again."""
+        """Run a sample through the block that it waits for, and on to the next one unless it is needed here again."""
         self.shelf.take(sample.index)
         call = sample.call
         if call is None:
@@ -234,7 +234,7 @@ class SequentialQuantizer:
                 self.shelf.put(sample.index, call[1:])
 
     def _run_blocks(self, blocks: Mapping[str, tuple[str, ...]], route: Route, samples: Sequence[SampleState]) -> None:
-        # A block that the first sample never saw has its turn before all others that wait: theirs comes later.
+        # A block that the first sample never reached goes before all others that wait, whose turns come later.
         turn = {name: index for index, name in enumerate(route.groups)}
         unsolved = {name for name, layers in blocks.items() if layers}
         solved: set[str] = set()
@@ -268,7 +268,7 @@ class SequentialQuantizer:
         forward: Callable[..., Any],
         samples: Sequence[SampleState],
     ) -> None:
-        """Quantize the layers of one block and send the samples on."""
+        """Quantize the layers of one block and move the samples on."""
         solved = None if self.journal is None else self.journal.load(block, self.model)
         if solved is None:
             groups = self._completed(groups, layers, forward, samples)
@@ -285,7 +285,7 @@ class SequentialQuantizer:
     def _completed(
         self, groups: Groups, layers: tuple[str, ...], forward: Callable[..., Any], samples: Sequence[SampleState]
     ) -> Groups:
-        """Add the groups of layers that the first sample does not call, like experts that few tokens are sent to."""
+        """Add the groups of layers that the first sample does not call, such as rarely used experts."""
         groups = list(groups)
         missing = [name for name in layers if not any(name in group for group in groups)]
         for sample in samples:
@@ -310,8 +310,8 @@ class SequentialQuantizer:
         lots = list(chunks(self.model, groups, budget, **kept))
         for number, lot in enumerate(lots, start=1):
             gathering = Gathering(self.model, lot, **kept)
-            # With the last statistics at hand, samples go on at once: all that lies between here and the next block
-            # stays as it is.
+            # With the last statistics gathered, samples move on at once: everything between here and the next block
+            # stays unchanged.
             onward = number == len(lots) and not self.backend.sequential
             for sample in samples:
                 note = gathering.noting(sample.roles, held_back_rows(sample.index, self._count))
@@ -320,7 +320,7 @@ class SequentialQuantizer:
             while gathering.statistics:
                 statistics = gathering.statistics.pop(0)
                 if statistics.rows < FEWEST_ROWS and expert_of(self.model, statistics.names[0]) is not None:
-                    # `_solve` sees to the layers that are missing here.
+                    # `_solve` handles the layers that are missing here.
                     continue
                 self._note_rows(statistics)
                 statistics.sensitivity = self._sensitivities.get(statistics.names[0])
@@ -365,11 +365,11 @@ class SequentialQuantizer:
 
 
 def _ignore(name: str, x: Tensor) -> None:
-    """Take no note."""
+    """Ignore an input."""
 
 
 def _cut_out(blocks: Mapping[str, tuple[str, ...]], strays: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Make each layer of a block whose layers are called without it a block of its own."""
+    """Make each layer of a block whose layers are called outside it a block of its own."""
     cut: dict[str, tuple[str, ...]] = {}
     for block, layers in blocks.items():
         if set(layers).isdisjoint(strays):

@@ -1,4 +1,4 @@
-"""Where calibration inputs come from: named on the command line, drawn and checked before a model is loaded."""
+"""Sources of calibration inputs: parsed from the command line, drawn and checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -37,16 +37,17 @@ DESCRIBE = "Describe this image."
 
 
 class CalibrationSample(NamedTuple):
-    """One image with a question and its answer, not yet in any model's own form.
+    """Image with a question and its answer, not yet in any model's format.
 
     Attributes:
-        image: RGB, original size.
-        expression: To be located; the question is then put in the model's dialect. None: `prompt` is the question.
-        prompt: The question as it is; None when `expression` is given.
-        box: The answer to `expression`, xyxy in [0, 1] of the image; None when it is not known.
-        answer: The answer as text; None when it is to be written from `box` or by the model itself.
-        wanted: What the model is to write itself in place of the question: an ``expression`` or a ``question``; what it
-            was drawn with stays where it cannot. None to take the question as it is.
+        image: RGB image, original size.
+        expression: Expression to locate; the question is then put in the model's dialect. None: `prompt` is the
+            question.
+        prompt: Question as it is; None when `expression` is given.
+        box: Answer to `expression`, xyxy in [0, 1] of the image; None when it is unknown.
+        answer: Answer as text; None when it is to be written from `box` or by the model itself.
+        wanted: What the model should write in place of the question: an ``expression`` or a ``question``; the original
+            one stays if it cannot. None to take the question as it is.
     """
 
     image: Image.Image
@@ -58,28 +59,27 @@ class CalibrationSample(NamedTuple):
 
     @property
     def unanswered(self) -> bool:
-        """Whether it takes the model to answer."""
+        """Return whether the model itself must answer."""
         return self.answer is None and self.box is None
 
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """Which inputs a calibrated quantizer sees.
+    """Inputs of a calibrated quantizer: their source, number and options.
 
     Attributes:
         source: One of `SOURCES`.
-        samples: How many, at least 1.
-        seed: Of every random choice.
-        tokens: Take no more samples once they hold this many sequence positions; None for all of them.
+        samples: Number of samples, at least 1.
+        seed: Seed of every random choice.
+        tokens: Number of sequence positions after which no more samples are taken; None for all samples.
         path: Hub id, folder of parquet files or parquet file; for ``dataset`` alone.
-        split: Of that dataset.
-        image: Its image column.
-        text: Its text column; None to take RefCOCO+'s schema or the first usual name.
-        prompt: Its column of questions, to which `text` holds the answers; None to ask for a description.
-        force: Accept an evaluation split, which the report then says.
+        split: Split of that dataset.
+        image: Image column.
+        text: Text column; None to take RefCOCO+'s schema or the first usual name.
+        prompt: Column of questions, to which `text` holds the answers; None to ask for a description.
+        force: Whether to accept an evaluation split, which the report then says.
         shift: Corruption of the images, as ``gaussian_noise_3``: a name of
-            `lmms_plugin.shifts.image.corruptions.SHIFTS` and a severity; for `REAL` sources alone. None to take them as
-            they are.
+            `lmms_plugin.shifts.image.corruptions.SHIFTS` and a severity; for `REAL` sources alone. None for none.
         degenerate: `REFUSE` or `ALLOW` answers of which most are empty, blank or loops; for ``self`` alone.
     """
 
@@ -98,18 +98,18 @@ class CalibrationSpec:
 
     @classmethod
     def parse(cls, text: str, *, samples: int = DEFAULT_SAMPLES, seed: int = 0) -> CalibrationSpec:
-        """Read a calibration source from one word of the command line.
+        """Parse a calibration source from one word of the command line.
 
-        ``none``, ``noise`` (noise images, random words), ``self`` (zero-shot: about images made up here the model
-        writes expressions and questions, and answers them), ``demo`` (the embedded demo's validation scenes),
-        ``photographs`` (captioned parts of the two that scikit-learn ships), or ``dataset:PATH``, a hub id, a folder of
+        ``none``, ``noise`` (noise images, random words), ``self`` (zero-shot: the model writes expressions and
+        questions about synthetic images, and answers them), ``demo`` (validation scenes of the embedded demo),
+        ``photographs`` (captioned crops of the two that scikit-learn ships), or ``dataset:PATH``, a hub id, a folder of
         parquet files or one such file.
 
-        Options follow behind further colons, because lmms-eval parts arguments at commas. For every source: ``n``
-        (instead of `samples`), ``seed`` and ``tokens`` (stop at so many sequence positions). For ``self`` also
+        Options follow after further colons, because lmms-eval splits arguments at commas. For every source: ``n``
+        (instead of `samples`), ``seed`` and ``tokens`` (stop at this many sequence positions). For ``self`` also
         ``degenerate=allow``, which takes the model's answers even if most are empty or loops. For real images also
-        ``shift``, which corrupts them (``demo:shift=gaussian_noise_3``). For a dataset also
-        ``split``, the columns ``image``, ``text`` and ``prompt``, and ``force``:
+        ``shift``, which corrupts them (``demo:shift=gaussian_noise_3``). For a dataset also ``split``, the columns
+        ``image``, ``text`` and ``prompt``, and ``force``:
         ``dataset:my-org/my-set:split=train:image=image:text=caption:tokens=65536``. An evaluation split (val, dev or
         test in its name) needs ``:force=true``.
 
@@ -138,7 +138,7 @@ class CalibrationSpec:
         return spec
 
     def __str__(self) -> str:
-        """Write the source as `parse` reads it, but for the number of samples and the seed."""
+        """Return the source as `parse` reads it, without the number of samples and the seed."""
         named: dict[str, Any] = {}
         if self.source == "dataset":
             named = {"split": self.split, "image": self.image, "text": self.text, "prompt": self.prompt}
@@ -151,7 +151,7 @@ class CalibrationSpec:
         """Check what can be checked without opening any data.
 
         Raises:
-            ValueError: No samples asked for, no path, an evaluation split, or an unknown shift or severity.
+            ValueError: No samples requested, no path, an evaluation split, or an unknown shift or severity.
             FileNotFoundError: The path can only be a local one, and it does not exist.
         """
         if self.source == "none":
@@ -179,13 +179,13 @@ class CalibrationSpec:
             )
 
     def load_samples(self) -> list[CalibrationSample]:
-        """Draw the samples. The same spec always gives the same ones.
+        """Draw the samples. The same spec always gives the same samples.
 
-        Answers of source ``self`` are still missing: they take the model.
+        Answers of source ``self`` are still missing: the model writes them.
 
         Raises:
             ValueError: Too few samples, a column missing, a corrupt image (the row is named), or source ``none``.
-            FileNotFoundError: Data that is not there.
+            FileNotFoundError: The data does not exist.
         """
         self.validate()
         if self.source == "none":
@@ -245,7 +245,7 @@ def _noise(seed: int, index: int) -> CalibrationSample:
 
 
 def _question(seed: int, index: int) -> CalibrationSample:
-    """Ask about a made-up scene, and every other time about noise: shapes alone light up few channels."""
+    """Return a question about a synthetic scene, or every other time about noise: shapes activate few channels."""
     rng = np.random.default_rng([seed, index])
     image, expression = scene(rng)
     wanted = "question" if index // 2 % 2 else "expression"
@@ -259,7 +259,7 @@ def _photographs(spec: CalibrationSpec) -> list[CalibrationSample]:
 
 
 def _demo(spec: CalibrationSpec) -> list[CalibrationSample]:
-    # The demo is evaluated on its other splits; this one is set apart for calibration.
+    # The demo is evaluated on its other splits; this one is reserved for calibration.
     return _from_rows(spec, DATA, "val")
 
 
@@ -298,7 +298,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     """Return the parquet files with the split's name as a whole word in their path below the folder.
 
     Raises:
-        ValueError: They hold the split twice.
+        ValueError: The files hold the split twice.
     """
     word = re.compile(rf"(^|[^A-Za-z0-9]){re.escape(split)}([^A-Za-z0-9]|$)")
     files = sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
@@ -337,7 +337,7 @@ def _text(spec: CalibrationSpec, row: dict[str, Any], column: str, position: int
 
 
 def _referring_sample(image: Image.Image, row: dict[str, Any], rng: random.Random, position: int) -> CalibrationSample:
-    """Read a row of RefCOCO+'s schema: several expressions for one box, x, y, width, height in pixels."""
+    """Convert a row of RefCOCO+'s schema: several expressions for one box, (x, y, width, height) in pixels."""
     expressions = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
     if not expressions:
         raise ValueError(f"calibration row {position} has no expression")
@@ -358,7 +358,7 @@ def _decode(value: Any, position: int) -> Image.Image:
 
 
 def _fetched(value: Any) -> Any:
-    """Fetch the bytes of what lies elsewhere: at any address that fsspec knows, as rows of the hub may name them."""
+    """Fetch the bytes of a remote value: from any address that fsspec knows, as rows of the hub may name them."""
     import fsspec
 
     path = value.get("path") if isinstance(value, Mapping) else value
@@ -372,7 +372,7 @@ def _fetched(value: Any) -> Any:
 
 
 def _undecoded(rows: Any, column: str) -> Any:
-    """The same rows, whose images are decoded by `_decode`, which names the row where that fails."""
+    """Return the rows with undecoded images: `_decode` decodes them and names the row where that fails."""
     import datasets
 
     features = rows.features

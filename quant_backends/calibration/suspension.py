@@ -1,9 +1,9 @@
-"""Forward passes that stop at the doors of modules, so that many samples can wait for one block at a time.
+"""Suspended forward passes: they stop before given modules, so that many samples can wait for one block at a time.
 
 Between two blocks of a vision-language model lies code that differs from family to family: masks of sliding and full
-attention, rotary positions on several axes, visual features added on the way, hidden states picked by index. None of
-it is written down here a second time. Each sample runs the model's own forward in a thread of its own; where it calls
-a block, it waits, and whoever drives it runs the block and hands it the output. No two threads ever run at once.
+attention, rotary positions on several axes, visual features added on the way, hidden states picked by index. None of it
+is reimplemented here. Each sample runs the model's own forward pass in a thread of its own; where it calls a block, it
+waits until the driver has run the block and returns the output. No two threads ever run at once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _running = threading.local()
 
 
 class SuspendedCall(NamedTuple):
-    """A module that a suspended pass wants to be called.
+    """Call of a module for which a suspended pass waits.
 
     Attributes:
-        name: Of the module.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        name: Name of the module.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
     """
 
     name: str
@@ -35,17 +35,17 @@ class SuspendedCall(NamedTuple):
 
 
 class _Abandoned(BaseException):
-    """Unwinds a pass that nobody waits for any more; no handler of ordinary errors may catch it."""
+    """Exception that unwinds an abandoned pass; handlers of ordinary errors must not catch it."""
 
 
 class Suspended:
-    """One pass, run up to its next door at a time.
+    """Forward pass that runs up to its next suspension at a time.
 
     Args:
-        run: The pass; it runs without gradients, in a thread of its own.
+        run: Function that runs the pass, without gradients, in a thread of its own.
 
     Attributes:
-        call: The call that the pass waits for; None before it has started and once it is over.
+        call: Call that the pass waits for; None before the start and after the end.
         finished: Whether it has run to its end.
     """
 
@@ -60,16 +60,16 @@ class Suspended:
         self._thread = threading.Thread(target=self._body, name="calibration sample", daemon=True)
 
     def advance(self, output: Any = None) -> SuspendedCall | None:
-        """Let the pass go on to its next door.
+        """Resume the pass up to its next suspension.
 
         Args:
-            output: What the call it waits for returns; nothing at the start.
+            output: Return value of the call it waits for; nothing at the start.
 
         Returns:
-            The call at the next door, None when the pass is over.
+            Next call it waits for; None when the pass is over.
 
         Raises:
-            Exception: Whatever the pass raised.
+            Exception: Any exception of the pass.
         """
         if self.finished:
             raise RuntimeError("this pass is over")
@@ -92,7 +92,7 @@ class Suspended:
         self._run = self._output = self.call = None
 
     def wait_for(self, call: SuspendedCall) -> Any:
-        """Stop at a door; called from within the pass."""
+        """Suspend the pass at a call; called from within the pass."""
         self.call = call
         del call
         self._stopped.release()
@@ -107,35 +107,35 @@ class Suspended:
         run, self._run = self._run, None
         _running.suspended = self
         try:
-            # Gradient mode belongs to a thread.
+            # Gradient mode is per thread.
             with torch.no_grad():
                 if run is not None and not self._abandoned:
                     run()
         except _Abandoned:
             pass
-        except BaseException as error:  # handed over to the thread that waits
+        except BaseException as error:  # passed to the waiting thread
             self._error = error
         self.call, self.finished = None, True
         self._stopped.release()
 
 
 def in_a_pass() -> bool:
-    """Return whether the code that asks runs within a suspended pass."""
+    """Return whether the current code runs within a suspended pass."""
     return getattr(_running, "suspended", None) is not None
 
 
 @contextmanager
 def doors(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Callable[..., Any]]]:
-    """Make suspended passes wait where they call the given modules.
+    """Suspend passes where they call the given modules.
 
-    Hooks on a module run in the pass, around the wait: to the model's own code nothing has changed. Outside of
-    suspended passes the modules work as always.
+    Hooks on a module run in the pass, around the wait: the model's own code sees no difference. Outside of suspended
+    passes the modules work as always.
 
     Args:
-        modules: By name; none within another one.
+        modules: Modules by name; none within another one.
 
     Yields:
-        Name -> the module's forward, for the driver to call.
+        Name -> forward function of the module, for the driver to call.
     """
     forwards: dict[str, Callable[..., Any]] = {name: module.forward for name, module in modules.items()}
     own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}

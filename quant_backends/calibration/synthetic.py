@@ -1,4 +1,4 @@
-"""Images and words made up from a seed, for calibration without any data."""
+"""Synthetic images and words drawn from a seed, for calibration without any data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def noise_image(rng: np.random.Generator) -> Image.Image:
 
 
 def scene(rng: np.random.Generator) -> tuple[Image.Image, str]:
-    """Return an image of coloured shapes on a shaded, grainy ground, and an expression for one of them."""
+    """Return an image of coloured shapes on a shaded, grainy background, and an expression for one of them."""
     width, height = SIZES[rng.integers(len(SIZES))]
     image = _ground(rng, width, height)
     draw = ImageDraw.Draw(image)

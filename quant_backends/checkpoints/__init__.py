@@ -1,1 +1,1 @@
-"""Checkpoints: loading, saving and the formats of other tools."""
+"""Checkpoints: loading, saving, and the formats of other tools."""

@@ -1,8 +1,8 @@
-"""Loading of checkpoints that other tools quantized: their tensors arrive, packed layers leave.
+"""Loading of checkpoints that other tools quantized: stored tensors become packed layers.
 
-transformers can run most such formats only with libraries that do not install beside lmms-eval, or turns the weights
-dense at the first forward pass. Here it does what it is good at, finding each tensor its place in the model; what the
-tensors mean is told by `lmms_plugin.quant_backends.checkpoints.compressors`.
+transformers can run most such formats only with libraries that do not install beside lmms-eval, or dequantizes the
+weights at the first forward pass. Here it only assigns each tensor to its place in the model; the meaning of the
+tensors is defined in `lmms_plugin.quant_backends.checkpoints.compressors`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES = FLOATS | INTEGERS | {"BOOL": torch.bool}
 
 @register_quantization_config(QUANT_METHOD)
 class ArrivalConfig(QuantizationConfigMixin):
-    """Carries the format of a checkpoint through ``from_pretrained``."""
+    """Quantization config that carries the format of a checkpoint through ``from_pretrained``."""
 
     def __init__(self, stored: StoredFormat) -> None:
         self.quant_method = QUANT_METHOD
@@ -45,11 +45,11 @@ class ArrivalConfig(QuantizationConfigMixin):
 
 
 class ArrivingLinear(nn.Module):
-    """Holds a layer's stored tensors, under their own names, until they are all there.
+    """Placeholder that holds a layer's stored tensors, under their own names, until all are loaded.
 
     Args:
-        dense: The layer that the model has.
-        tensors: Name -> an empty tensor for it.
+        dense: Dense layer of the model.
+        tensors: Name -> empty tensor for it.
     """
 
     def __init__(self, dense: nn.Linear, tensors: Mapping[str, Tensor]) -> None:
@@ -61,15 +61,15 @@ class ArrivingLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What transformers initialises in blocks of which it misses the weights: nothing."""
+        """Return an empty tensor, which transformers initialises in blocks whose weights it misses."""
         return torch.empty(self.out_features, self.in_features, device="meta")
 
 
 class OrderedLinear(PackedLinear):
-    """A packed layer whose columns are stored in another order, as activation-ordered GPTQ groups them.
+    """Packed layer with reordered columns, as activation-ordered GPTQ groups them.
 
     Attributes:
-        order: (columns,) int32, which input column each stored column belongs to.
+        order: (columns,) int32, input column of each stored column.
     """
 
     order: Tensor
@@ -93,7 +93,7 @@ class OrderedLinear(PackedLinear):
 
 @register_quantizer(QUANT_METHOD)
 class ArrivalQuantizer(HfQuantizer):
-    """Makes room for stored tensors before transformers loads them, and packed layers of them afterwards."""
+    """Quantizer that makes room for stored tensors before transformers loads them, and packs the layers afterwards."""
 
     requires_calibration = False
 
@@ -147,17 +147,17 @@ class ArrivalQuantizer(HfQuantizer):
         return PackedLinear.from_codes(codes, spec, arrived.in_features, bias=arrived.bias)
 
     def is_serializable(self) -> bool:
-        """Not in the format that was read."""
+        """Return False: the format is only read."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
+        """Return False: packed weights have no gradient."""
         return False
 
 
 def _find(model: nn.Module, stored: StoredFormat, files: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Return module -> tensor name -> an empty tensor, for every layer that the files hold in a format."""
+    """Return module -> tensor name -> empty tensor, for every layer that the files hold in a known format."""
     placed = _Places(model)
     found: dict[str, dict[str, Tensor]] = {}
     for file in files:
@@ -174,7 +174,7 @@ def _find(model: nn.Module, stored: StoredFormat, files: Iterable[str]) -> dict[
 
 
 class _Places:
-    """Where transformers puts what a checkpoint calls by another name."""
+    """Mapping from the names in a checkpoint to those of the transformers model."""
 
     def __init__(self, model: Any) -> None:
         transforms = get_model_conversion_mapping(model)
@@ -184,7 +184,7 @@ class _Places:
         self.tensors = {f"{name}.weight": True for name, _ in model.named_modules()}
 
     def find(self, stored_name: str) -> str:
-        """Return the module name of what the checkpoint calls `stored_name`."""
+        """Return the module name for the checkpoint's `stored_name`."""
         key: str = rename_source_key(
             f"{stored_name}.weight", self.renamings, self.converters, self.prefix, self.tensors
         )[0]

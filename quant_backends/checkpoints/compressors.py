@@ -1,7 +1,8 @@
-"""How other tools store quantized linear layers, and the same weights in the canonical form of this package.
+"""Storage formats of other tools for quantized linear layers, converted to the canonical form of this package.
 
-Each format is told by its tensors: a layer is quantized where they are, whatever the checkpoint's own list of layers
-says (such lists name modules as they were called when the checkpoint was made, and silently match nothing today).
+Each format is recognised by its tensors: a layer is quantized where they are, whatever the checkpoint's own list of
+layers says (such lists use the module names of the time when the checkpoint was made, and may silently match nothing
+today).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ UNNAMED_GROUP_SIZE = 128
 
 
 class Scheme(NamedTuple):
-    """How a config says that some layers are stored.
+    """Storage of some layers, as a config describes it.
 
     Attributes:
-        bits: Bits per weight.
-        group_size: Columns that share a scale; None for whole rows.
+        bits: Number of bits per weight.
+        group_size: Number of columns that share a scale; None for whole rows.
     """
 
     bits: int
@@ -37,12 +38,12 @@ class Scheme(NamedTuple):
 
 
 class StoredLinear(NamedTuple):
-    """A layer as read.
+    """Layer as read.
 
     Attributes:
         codes: Canonical form; its groups are runs of columns in the order of `order`.
-        bits: Bits per code.
-        order: (columns,) which input column each stored column belongs to; None for the natural order.
+        bits: Number of bits per code.
+        order: (columns,) input column of each stored column; None for the natural order.
     """
 
     codes: Codes
@@ -52,12 +53,12 @@ class StoredLinear(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredFormat(ABC):
-    """One way of storing quantized layers.
+    """Storage format of quantized layers.
 
     Attributes:
-        marker: The tensor that a layer in this format has and no other one does.
-        tensors: All that it may have besides the bias.
-        label: As shown in reports.
+        marker: Tensor that only layers in this format have.
+        tensors: All tensors that such a layer may have besides the bias.
+        label: Name in reports.
     """
 
     marker: ClassVar[str]
@@ -70,19 +71,19 @@ class StoredFormat(ABC):
 
         Args:
             tensors: Name below the layer -> tensor.
-            columns: Width of the layer.
+            columns: Number of input columns of the layer.
 
         Raises:
-            ValueError: The tensors do not fit each other, or hold what the packed layer cannot.
+            ValueError: The tensors are inconsistent, or hold what the packed layer cannot.
         """
 
 
 @dataclass(frozen=True)
 class CompressedTensors(StoredFormat):
-    """``pack-quantized`` of compressed-tensors (llm-compressor, vLLM): integer weights, packed along rows.
+    """``pack-quantized`` format of compressed-tensors (llm-compressor, vLLM): integer weights, packed along rows.
 
     Attributes:
-        schemes: Those that the checkpoint's config names.
+        schemes: Schemes named in the checkpoint's config.
     """
 
     marker = "weight_packed"
@@ -97,7 +98,7 @@ class CompressedTensors(StoredFormat):
         shape = tensors.get("weight_shape")
         if shape is not None and shape.tolist() != [rows, columns]:
             raise ValueError(f"stored as {shape.tolist()}, the model has {[rows, columns]}")
-        # One scale for the whole weight is one for each of its rows.
+        # A single scale for the whole weight is repeated for each of its rows.
         scale = scale.reshape(-1, scale.shape[-1] if scale.dim() > 1 else 1).expand(rows, -1)
         bits, dense = self._layout(packed.shape[1], scale.shape[1], columns)
         codes = _unpack(packed, bits, columns, dense=dense)
@@ -111,7 +112,7 @@ class CompressedTensors(StoredFormat):
         return _group(codes, scale, zeros, bits, sizes, tensors.get("weight_g_idx"))
 
     def _layout(self, words: int, groups: int, columns: int) -> tuple[int, bool]:
-        """Return bits and whether codes run across the ends of words, as they do since compressed-tensors 0.20."""
+        """Return the bits, and whether codes cross word boundaries, as they do since compressed-tensors 0.20."""
         widths = {scheme.bits for scheme in self.schemes if _groups(scheme.group_size, columns) == groups}
         across = {bits for bits in widths if words == -(-columns * bits // 32)}
         within = {bits for bits in widths if words == -(-columns // (32 // bits))}
@@ -129,8 +130,8 @@ class Gptq(StoredFormat):
     """GPTQ's format (AutoGPTQ, GPTQModel, auto-round): integer weights, packed along columns, transposed.
 
     Attributes:
-        zero_offset: What has been taken off each stored zero point: 1 in version 1 of the format, 0 in version 2.
-        group_sizes: Those that the checkpoint's config names, None for whole rows.
+        zero_offset: Number subtracted from each stored zero point: 1 in version 1 of the format, 0 in version 2.
+        group_sizes: Group sizes named in the checkpoint's config, None for whole rows.
     """
 
     marker = "qweight"
@@ -160,7 +161,7 @@ class Awq(StoredFormat):
     """AWQ's "GEMM" format (AutoAWQ, llm-awq): 4-bit weights, eight outputs in a word, interleaved.
 
     Attributes:
-        group_sizes: Those that the checkpoint's config names, None for whole rows.
+        group_sizes: Group sizes named in the checkpoint's config, None for whole rows.
     """
 
     marker = "qweight"
@@ -180,7 +181,7 @@ class Awq(StoredFormat):
 
 @dataclass(frozen=True)
 class Hqq(StoredFormat):
-    """What ``HQQLinear.state_dict()`` holds: the library's own packing, real-valued zeros."""
+    """Format of ``HQQLinear.state_dict()``: the library's own packing, real-valued zeros."""
 
     marker = "W_q"
     tensors = frozenset(
@@ -217,10 +218,10 @@ class Hqq(StoredFormat):
 
 
 def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
-    """Return the format that a checkpoint's ``quantization_config`` names; None if it is none that is read here.
+    """Return the format that a checkpoint's ``quantization_config`` names; None if this module does not read it.
 
     Raises:
-        ValueError: It names a format that is read here, but not the group size that this takes.
+        ValueError: The config names a supported format, but not the group size that it needs.
     """
     method = config.get("quant_method")
     if method == "compressed-tensors" and config.get("format") == "pack-quantized":
@@ -240,7 +241,7 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
 
 
 def quantization_of(config: Any) -> dict[str, Any]:
-    """Return a checkpoint's ``quantization_config``, of the whole or of its language model; empty if there is none."""
+    """Return a checkpoint's ``quantization_config``, of the model or of its language model; empty if there is none."""
     for part in (config, config.get_text_config()):
         found = getattr(part, "quantization_config", None)
         if found is not None:
@@ -269,7 +270,7 @@ def _scheme(weights: Mapping[str, Any]) -> Scheme:
 
 def _group_sizes(config: Mapping[str, Any]) -> frozenset[int | None]:
     """Return the group sizes that a config of GPTQ, AWQ or auto-round names, for all layers or for single ones."""
-    # Exceptions: GPTQModel's by regular expression, auto-round's by name.
+    # Per-layer exceptions: GPTQModel's by regular expression, auto-round's by name.
     exceptions = [*(config.get("dynamic") or {}).values(), *(config.get("extra_config") or {}).values()]
     named = [config.get("group_size", UNNAMED_GROUP_SIZE)]
     named += [entry["group_size"] for entry in exceptions if isinstance(entry, Mapping) and "group_size" in entry]
@@ -280,7 +281,7 @@ def _group_sizes(config: Mapping[str, Any]) -> frozenset[int | None]:
 
 
 def _groups(size: int | None, columns: int) -> int:
-    """Return how many groups a row has; the last one may be narrower."""
+    """Return the number of groups per row; the last one may be narrower."""
     return -(-columns // columns_per_group(size, columns))
 
 
@@ -298,10 +299,10 @@ def _group(
         codes: (rows, columns) uint8.
         scale: (rows, groups).
         zeros: (rows, groups) or None.
-        bits: Bits per code.
-        sizes: Columns per group that the checkpoint's config names. The number of groups does not tell: two of them
-            in 192 columns are of 96 or of 128, the last one narrower.
-        index: (columns,) the group of each column, for columns that were grouped by activation order.
+        bits: Number of bits per code.
+        sizes: Group sizes named in the checkpoint's config. The number of groups is ambiguous: two groups in 192
+            columns have 96 columns each, or 128 and a narrower last one.
+        index: (columns,) group of each column, for columns grouped by activation order.
 
     Raises:
         ValueError: None of the sizes fits, or more than one does.
@@ -345,9 +346,9 @@ def _unpack(words: Tensor, bits: int, count: int, *, dense: bool) -> Tensor:
 
     Args:
         words: (rows, words per row) int32.
-        bits: Bits per code.
-        count: Codes per row.
-        dense: Codes run across the ends of words; otherwise the top bits of a word that hold no whole code are unused.
+        bits: Number of bits per code.
+        count: Number of codes per row.
+        dense: Whether codes cross word boundaries; otherwise the top bits of a word that hold no whole code are unused.
     """
     rows = words.shape[0]
     per_word = 32 // bits

@@ -1,4 +1,4 @@
-"""Checkpoints that were quantized before: read in the format they have, whoever made them."""
+"""Loading of checkpoints that are quantized already, in any format that transformers or this package reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-# Imported, our own format is known to transformers.
+# Importing this registers our own format with transformers.
 import lmms_plugin.quant_backends.checkpoints.own_format  # noqa: F401
 from lmms_plugin.quant_backends.backend import CheckpointBackend, LoadedCheckpoint
 from lmms_plugin.quant_backends.checkpoints.arrival import ArrivalConfig
@@ -41,9 +41,9 @@ ROTATIONS = ("transform_config", "rotation_config")
 class PrequantizedBackend(CheckpointBackend):
     """Any checkpoint with a quantization_config: nothing is quantized here, and the report says what was found.
 
-    GPTQ, AWQ, auto-round, HQQ and compressed-tensors' packed integers are repacked as they arrive and need no library;
-    bitsandbytes and torchao run on theirs; what else transformers can load is loaded by it. What was saved with
-    ``save_quantized`` comes back as it was.
+    GPTQ, AWQ, auto-round, HQQ and packed integers of compressed-tensors are repacked while loading and need no library;
+    bitsandbytes and torchao run on theirs; transformers loads any other format that it can. Checkpoints saved with
+    ``save_quantized`` load as they were.
     """
 
     name = "prequantized"
@@ -51,7 +51,7 @@ class PrequantizedBackend(CheckpointBackend):
     default_bits = UNTOUCHED_BITS
 
     def check(self, plan: QuantPlan) -> None:
-        """Refuse a plan: how the checkpoint is quantized has been decided."""
+        """Refuse a plan: the checkpoint is quantized already."""
         if plan.specs:
             raise ValueError(
                 f"prequantized takes weights as the checkpoint has them, but the plan asks for {plan.specs[0].bits} "
@@ -83,7 +83,7 @@ class PrequantizedBackend(CheckpointBackend):
 
 
 def _expect_quantized(path: str, method: str, model: nn.Module) -> None:
-    # What compressed-tensors stores besides packed integers is dense in memory, and reported as such.
+    # Formats of compressed-tensors other than packed integers are dense in memory, and reported as such.
     if method == "compressed-tensors" or any(isinstance(module, QuantizedLinear) for module in model.modules()):
         return
     kinds = sorted({type(module).__name__ for module in model.modules() if "inear" in type(module).__name__})
@@ -102,7 +102,7 @@ def _why_dense(quantization: Mapping[str, Any]) -> str:
 
 
 def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``from_pretrained`` needs besides, and take out of `config` what would mislead it."""
+    """Return further keyword arguments for ``from_pretrained``, and remove from `config` what would mislead it."""
     method = quantization.get("quant_method")
     turned = next((key for key in ROTATIONS if quantization.get(key)), None)
     if turned is not None:
@@ -127,11 +127,11 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
 
 
 def adopt_library_layers(model: PreTrainedModel) -> None:
-    """Put layers that libraries made into layers that count their bytes.
+    """Wrap layers made by libraries in layers that count their bytes.
 
     Raises:
-        ValueError: A library's layer holds a dense weight: the checkpoint has it dense, and its list of layers that are
-            to stay so does not match this model.
+        ValueError: A library's layer holds a dense weight: the checkpoint has it dense, and its list of layers to keep
+            dense does not match this model.
     """
     turned = 0
     for name, module in list(model.named_modules()):
@@ -161,7 +161,7 @@ def _adopted(name: str, module: nn.Module, dtype: torch.dtype) -> QuantizedLinea
 
 def _turn_scales_back(module: nn.Module) -> bool:
     state = getattr(getattr(module, "weight", None), "quant_state", None)
-    # Scales are one row of numbers but for the transposed ones, (columns / block size, rows) (bitsandbytes 0.50).
+    # Scales form a single row, except the transposed ones, (columns / block size, rows) (bitsandbytes 0.50).
     if state is None or state.absmax.ndim != 2:
         return False
     state.absmax = state.absmax.T.reshape(-1).to(torch.float32)

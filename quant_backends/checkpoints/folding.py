@@ -1,12 +1,12 @@
-"""Input scales handed over to the layers before, where not one bit of any output changes.
+"""Folding of input scales into preceding layers, only where every output stays identical to the last bit.
 
-A packed layer that multiplies its input by a vector s is equal to one that does not, behind a layer that multiplies its
-output by s. Two kinds of layers can: a norm, s going into its weight, if all that it feeds multiply by the same s; and
-a linear layer whose output is multiplied with something before it comes there (the up projection of a gated
-perceptron), s going into the scales of its rows. With powers of two nothing is rounded on the way.
+A packed layer that multiplies its input by a vector s equals one that does not, after a layer that multiplies its
+output by s. Two kinds of layers can take s over: a norm, into its weight, if all layers that it feeds multiply by the
+same s; and a linear layer whose output is only multiplied elementwise on the way (the up projection of a gated MLP),
+into the scales of its rows. With powers of two nothing is rounded.
 
-Which layers these are is found by looking, not by names: who is fed what in a forward pass, and whether the module
-around still gives the very same output afterwards.
+These layers are found by observation, not by names: which layer receives which tensor in a forward pass, and whether
+the module around them still gives the same output afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Undo = Callable[[], None]
 
 
 class ModuleCall(NamedTuple):
-    """One call of a module."""
+    """Recorded call of a module."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -34,11 +34,11 @@ class ModuleCall(NamedTuple):
 
 @torch.no_grad()
 def fold(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Hand over the input scales of packed layers, in place, as far as outputs stay the same to the last bit.
+    """Fold the input scales of packed layers into preceding layers, in place, where no bit of any output changes.
 
     Args:
-        model: On its device.
-        inputs: Keyword arguments of a forward pass that goes through all of its layers.
+        model: Model on its device.
+        inputs: Keyword arguments of a forward pass through all of its layers.
 
     Returns:
         Names of the layers that keep their scale; all of them, and the model unchanged, if its logits would change.
@@ -48,7 +48,7 @@ def fold(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     calls, before = _watched(model, inputs, scaled)
     undone: list[Undo] = []
-    # Perceptrons are tried on what they were fed, which norms would change.
+    # MLPs are tested on recorded inputs, which changed norms would invalidate.
     for name in [name for name in scaled if not _fed_by_norm(name, calls, model)]:
         undone += _into_sibling(model, name, calls)
     for norm in [name for name, module in model.named_modules() if _is_norm(module) and name in calls]:
@@ -75,7 +75,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _watched(
     model: nn.Module, inputs: Mapping[str, Any], scaled: Mapping[str, nn.Module]
 ) -> tuple[dict[str, list[ModuleCall]], Tensor]:
-    """Every call of linear layers, norms and modules around scaled layers, and the logits."""
+    """Record every call of linear layers, norms and modules around scaled layers, and the logits."""
     parents = {name.rpartition(".")[0] for name in scaled}
     wanted = [n for n, m in model.named_modules() if n in parents or _is_linear(m) or _is_norm(m)]
     calls: dict[str, list[ModuleCall]] = {}
@@ -105,7 +105,7 @@ def _same_tensor(a: Any, b: Any) -> bool:
 
 
 def _fed(model: nn.Module, output: Tensor, calls: Mapping[str, list[ModuleCall]]) -> list[str]:
-    """Linear layers that are fed this very tensor."""
+    """Return the linear layers whose input is this very tensor."""
     return [
         name
         for name, made in calls.items()
@@ -124,7 +124,7 @@ def _fed_by_norm(name: str, calls: Mapping[str, list[ModuleCall]], model: nn.Mod
 
 
 def _into_norm(model: nn.Module, name: str, calls: Mapping[str, list[ModuleCall]]) -> list[Undo]:
-    """Hand the scale of all layers behind a norm to it; nothing if they differ or the norm would round."""
+    """Fold the common scale of all layers after a norm into it; do nothing if they differ or the norm would round."""
     norm, made = model.get_submodule(name), calls[name]
     fed = [model.get_submodule(fed) for fed in _fed(model, made[0].output, calls)]
     layers = [layer for layer in fed if isinstance(layer, PackedLinear) and layer.in_scale is not None]
@@ -158,7 +158,7 @@ def _same_scale(layer: PackedLinear, scale: Tensor) -> bool:
 
 
 def _into_sibling(model: nn.Module, name: str, calls: Mapping[str, list[ModuleCall]]) -> list[Undo]:
-    """Hand a layer's scale to the rows of a layer beside it, if the module around them then does what it did."""
+    """Fold a layer's scale into the rows of a sibling layer, if the output of the module around them stays the same."""
     parent_name = name.rpartition(".")[0]
     layer: Any = model.get_submodule(name)
     parent, made = model.get_submodule(parent_name), calls.get(parent_name, [])
@@ -176,7 +176,7 @@ def _into_sibling(model: nn.Module, name: str, calls: Mapping[str, list[ModuleCa
 
 
 def _places(sibling: PackedLinear, width: int) -> list[slice]:
-    """Rows that may be multiplied into what a layer of this width is fed; a layer may hold gate and values in one."""
+    """Return the row ranges that may scale an input of this width; a layer may hold gate and values in one."""
     if sibling.out_features == width:
         return [slice(0, width)]
     return [slice(width, None), slice(0, width)] if sibling.out_features == 2 * width else []

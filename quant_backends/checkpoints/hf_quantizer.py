@@ -1,7 +1,7 @@
 """Quantization inside ``from_pretrained``: each layer is packed as soon as its weight is on the device.
 
-transformers reads checkpoints tensor by tensor and hands each one to a registered quantizer, so that
-with a data-free backend no more than one dense layer exists at a time.
+transformers reads checkpoints tensor by tensor and passes each one to a registered quantizer, so that with a data-free
+backend no more than one dense layer exists at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUANT_METHOD = "lmms_plugin_packing"
 
 @register_quantization_config(QUANT_METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """Carries backend and plan through ``from_pretrained``."""
+    """Quantization config that carries backend and plan through ``from_pretrained``."""
 
     def __init__(self, backend: Backend, plan: QuantPlan) -> None:
         self.quant_method = QUANT_METHOD
@@ -42,7 +42,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Runs a backend of this package from within transformers' loading."""
+    """Quantizer that runs a backend of this package while transformers loads a model."""
 
     requires_calibration = False
     work: Quantization
@@ -58,9 +58,9 @@ class PackedQuantizer(HfQuantizer):
             raise ValueError("a quantized model cannot be offloaded to disk; use a device_map without 'disk'")
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
-        """Return bytes per weight once it is packed, so that transformers does not reserve dense memory."""
+        """Return bytes per weight after packing, so that transformers does not reserve dense memory."""
         if self._is_expert(param_name):
-            # Its stack is counted.
+            # The stack that the experts come from is counted instead.
             return 0
         if self._is_stack(param_name):
             return self._stack_element_size(param_name, param)
@@ -79,7 +79,7 @@ class PackedQuantizer(HfQuantizer):
         )
 
     def _is_stack(self, param_name: str) -> bool:
-        """Return whether a parameter is a stack of experts that is taken apart when it arrives."""
+        """Return whether a parameter is a stack of experts that is split on arrival."""
         name, _, key = param_name.rpartition(".")
         return name in self.work.split and "." not in key
 
@@ -101,7 +101,7 @@ class PackedQuantizer(HfQuantizer):
         return PackOnArrival(self)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        # Here the model is on the meta device: a plan that does not fit fails before a byte is read.
+        # The model is on the meta device here: a plan that does not fit fails before a byte is read.
         self.work = Quantization(model, self.backend, self.quantization_config.plan)
         return model
 
@@ -113,17 +113,17 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Packed models are written by `lmms_plugin.quant_backends.checkpoints.saving`, not by ``save_pretrained``."""
+        """Return False: `lmms_plugin.quant_backends.checkpoints.saving` writes packed models."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
+        """Return False: packed weights have no gradient."""
         return False
 
 
 class PackOnArrival(ConversionOps):
-    """Packs each weight that the plan names and passes every other tensor on."""
+    """Operation that packs each weight that the plan names and passes every other tensor on."""
 
     def __init__(self, quantizer: PackedQuantizer) -> None:
         self.quantizer = quantizer
@@ -131,7 +131,7 @@ class PackOnArrival(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *args: Any, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Take tensors under their full parameter names; return those that stay dense."""
+        """Convert tensors, given under their full parameter names; return those that stay dense."""
         dense = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
@@ -145,9 +145,9 @@ class PackOnArrival(ConversionOps):
 
     @torch.no_grad()
     def _pack(self, name: str, weight: Tensor) -> Iterable[str]:
-        """Pack the weight of a layer or the stack of many; return the names of the parameters that a stack became."""
-        # transformers turns an error raised here into a log entry and a general RuntimeError at the
-        # end; the first one is kept and raised as it is once loading is over.
+        """Pack a layer's weight or a stack of expert weights; return the parameter names that a stack became."""
+        # transformers turns an error raised here into a log entry and a general RuntimeError at the end; the first
+        # error is kept and raised unchanged once loading is over.
         work = self.quantizer.work
         if self.quantizer.failure is not None:
             return ()

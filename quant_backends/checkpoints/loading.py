@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a quantized model with its processor and its account."""
+"""Loading of a checkpoint as a quantized model with its processor and its quantization report."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 
 class LoadedModel(NamedTuple):
-    """A model ready to run.
+    """Model ready to run.
 
     Attributes:
-        model: In evaluation mode, on its device.
-        processor: Of the same checkpoint.
-        report: What was quantized and what was not.
+        model: Model in evaluation mode, on its device.
+        processor: Processor of the same checkpoint.
+        report: Account of what was quantized and what was not.
     """
 
     model: PreTrainedModel
@@ -71,33 +71,33 @@ def load_quantized(
 ) -> LoadedModel:
     """Load an image-text-to-text checkpoint and quantize it.
 
-    Arguments, plan and calibration data are checked before any weight is read. Weights come shard by
-    shard; a data-free method packs each layer as soon as its weight is on the device. For a calibrated
-    method the dense model stays on disk, mapped into host memory, and its blocks come onto the device one
-    by one, to be packed there; with a `device_map` they are where that puts them.
+    Arguments, plan and calibration data are checked before any weight is read. Weights are read shard by shard; a
+    data-free method packs each layer as soon as its weight is on the device. For a calibrated method the dense model
+    stays on disk, memory-mapped, and its blocks move to the device one by one, to be packed there; with a `device_map`
+    they are where that puts them.
 
     Args:
         path: Hub id or local folder.
-        backend: From `lmms_plugin.quant_backends.get`.
-        plan: What to quantize; an empty plan for ``none``.
-        calibration: Inputs for a calibrated method. None means ``self``: the model answers questions about
-            made-up images, which needs no data.
-        dtype: Of the dense weights, scales and activations; "auto" for the checkpoint's own.
-        device: Where everything goes, unless `device_map` says otherwise.
-        device_map: As in ``from_pretrained``.
-        attn_implementation: As in ``from_pretrained``.
-        trust_remote_code: Run code that comes with the checkpoint.
-        seed: Of the default calibration.
-        use_safetensors: Refuse pickled weights.
-        processor: One already built; None loads the checkpoint's own.
-        dialect: Name of the grounding dialect in which calibration questions are asked; None for the one that
-            the checkpoint declares, or else its family's.
-        resume: Keep finished blocks of a calibration on disk until it is over, so that the same call goes on where
-            an interrupted one was (see `lmms_plugin.quant_backends.calibration.journal`).
-        resume_folder: Where they are kept; None for `lmms_plugin.quant_backends.calibration.journal.cache_folder`.
+        backend: Backend from `lmms_plugin.quant_backends.get`.
+        plan: Plan of what to quantize; an empty plan for ``none``.
+        calibration: Inputs for a calibrated method. None means ``self``: the model answers questions about synthetic
+            images, which needs no data.
+        dtype: Dtype of the dense weights, scales and activations; "auto" for the checkpoint's own.
+        device: Device of the whole model, unless `device_map` says otherwise.
+        device_map: Device map, as in ``from_pretrained``.
+        attn_implementation: Attention implementation, as in ``from_pretrained``.
+        trust_remote_code: Whether to run code that comes with the checkpoint.
+        seed: Seed of the default calibration.
+        use_safetensors: Whether to refuse pickled weights.
+        processor: Processor, if already built; None loads the checkpoint's own.
+        dialect: Name of the grounding dialect in which calibration questions are asked; None for the one that the
+            checkpoint declares, or else its family's.
+        resume: Whether to keep finished blocks of a calibration on disk until it is over, so that the same call resumes
+            an interrupted one (see `lmms_plugin.quant_backends.calibration.journal`).
+        resume_folder: Folder for them; None for `lmms_plugin.quant_backends.calibration.journal.cache_folder`.
 
     Raises:
-        ValueError: The method cannot do the plan, the plan does not fit the model, weights are missing or not
+        ValueError: The method cannot carry out the plan, the plan does not fit the model, weights are missing or not
             finite, or calibration data is unusable.
     """
     started = time.perf_counter()
@@ -204,7 +204,7 @@ def _expect_complete(path: str, model: PreTrainedModel, info: Mapping[str, Any])
 def _journal(
     folder: Path, path: str, work: Quantization, processor: Any, spec: CalibrationSpec, residence: Residence
 ) -> Journal:
-    """Return the journal of a calibration whose outcome depends on all that is named here, `folder` aside."""
+    """Return the journal in `folder` of a calibration whose result depends on all other arguments."""
     model, libraries = work.model, ("lmms-plugin", "torch", "transformers", "tokenizers")
     key = {
         "checkpoint": hashing.of_source(path, lambda _: getattr(model.config, "_commit_hash", None)),

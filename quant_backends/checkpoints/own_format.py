@@ -1,7 +1,7 @@
-"""Our own format on disk: each layer's tensors under their own names, and in the config what makes the empty layer.
+"""This package's checkpoint format: each layer's tensors under their own names; the config describes the empty layers.
 
-It holds what others cannot: input scales, padded groups, real-valued zero points, trits, rounded inputs. Importing this
-module makes the format known to transformers' ``from_pretrained``.
+It holds what other formats cannot: input scales, padded groups, real-valued zero points, ternary weights, rounded
+inputs. Importing this module registers the format with transformers' ``from_pretrained``.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def describe_layers(layers: Mapping[str, QuantizedLinear]) -> dict[str, dict[str
     """Return for each layer what `empty_layer` needs, JSON-ready.
 
     Raises:
-        ValueError: A layer is of a kind that only its library can write.
+        ValueError: Only a layer's library can write it.
     """
     return {name: _describe(name, layer) for name, layer in layers.items()}
 
 
 def empty_layer(description: Mapping[str, Any], dense: nn.Linear) -> QuantizedLinear:
-    """Return a layer without values on the meta device, of the sizes of the dense one it replaces.
+    """Return a layer without values on the meta device, of the size of the dense one it replaces.
 
     Args:
-        description: From `describe_layers`.
-        dense: On the meta device.
+        description: Description from `describe_layers`.
+        dense: Dense layer on the meta device.
     """
     spec = QuantSpec(description["bits"], description["group_size"], description["symmetric"])
     kind = KINDS[description["kind"]]
@@ -88,12 +88,12 @@ def _describe(name: str, layer: QuantizedLinear) -> dict[str, Any]:
 
 @register_quantization_config(QUANT_METHOD)
 class SavedConfig(QuantizationConfigMixin):
-    """What ``config.json`` says about a model in our own format.
+    """Quantization config of a model in our own format, as in ``config.json``.
 
     Args:
-        version: Of the format.
+        version: Version of the format.
         layers: Module name -> description.
-        method: What quantized it.
+        method: Method that quantized the model.
 
     Raises:
         ValueError: The format is newer than this package.
@@ -127,7 +127,7 @@ class SavedConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class SavedQuantizer(HfQuantizer):
-    """Puts empty layers into a model before transformers fills them from the files: no dense weight is ever made."""
+    """Quantizer that puts empty layers into a model before the files are read, so that no dense weight is ever made."""
 
     requires_calibration = True
 
@@ -149,21 +149,21 @@ class SavedQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Return the renamings alone: weights were written as the model has them, so that nothing is to be stacked."""
+        """Return only the renamings: weights were written under the model's own names, so none is to be stacked."""
         return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
-        """Return the bytes of an element: what is in the files is what is loaded."""
+        """Return the bytes of an element: tensors are loaded as stored."""
         return param.element_size()
 
     def is_serializable(self) -> bool:
-        """Only `save_quantized` writes this format."""
+        """Return False: only `save_quantized` writes this format."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
+        """Return False: packed weights have no gradient."""
         return False

@@ -1,4 +1,4 @@
-"""One pass through a model that somebody else quantized, to see that it is what it seems."""
+"""Sanity check of a model that another tool quantized: one forward pass."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def expect_sound(model: PreTrainedModel, processor: Any) -> None:
-    """Ask a model about an image and look at its numbers and at its size.
+    """Run a model once on an image and check its logits and its size.
 
-    Layers without weights give NaN, and some libraries exchange packed weights for dense ones at the first forward
-    pass; neither raises an error.
+    Layers without weights give NaN, and some libraries replace packed weights by dense ones at the first forward pass;
+    neither raises an error.
 
     Raises:
         ValueError: Logits are not finite, or the weights have grown.
@@ -29,7 +29,7 @@ def expect_sound(model: PreTrainedModel, processor: Any) -> None:
     before = tensor_bytes(model)
     asked = answered(model, processor, image, f"Where is {expression}?", "There.")
     output = model(**to_model(asked, model))
-    # A retrieval model has scores of pairs instead.
+    # A retrieval model returns image-text scores instead.
     logits = output.logits if "logits" in output else output.logits_per_image
     if not torch.isfinite(logits).all():
         bad = int((~torch.isfinite(logits)).sum())

@@ -1,7 +1,7 @@
-"""Quantized models on disk: safetensors, config, processor and report in one folder, whole or not at all.
+"""Saving of quantized models: safetensors, config, processor and report in one folder, written atomically.
 
 Where it can hold the weights, the format is ``pack-quantized`` of compressed-tensors, which transformers and vLLM read
-without this package. Anything else that our own layers hold is written as their own tensors
+without this package. All other layers of this package are written as their own tensors
 (`lmms_plugin.quant_backends.checkpoints.own_format`). Either way codes and scales come back bit for bit.
 """
 
@@ -47,15 +47,15 @@ COMPRESSED_TENSORS_VERSION = "0.20.0"
 
 
 class Saved(NamedTuple):
-    """What was written.
+    """Summary of a saved model.
 
     Attributes:
         format: ``compressed-tensors`` or ``lmms_plugin``.
-        reason: Why it is not compressed-tensors; None when it is.
-        bytes: Of all files together.
-        bits: Of the quantized layers, each number once.
-        group_sizes: Columns that share a scale, each number once; None for whole rows.
-        schemes: Of how many kinds the quantized layers are.
+        reason: Reason why it is not compressed-tensors; None when it is.
+        bytes: Size of all files together.
+        bits: Numbers of bits of the quantized layers, each listed once.
+        group_sizes: Numbers of columns that share a scale, each listed once; None for whole rows.
+        schemes: Number of different schemes among the quantized layers.
     """
 
     format: str
@@ -67,11 +67,11 @@ class Saved(NamedTuple):
 
 
 def expect_storable(backend: Backend, form: str = AUTO) -> None:
-    """Refuse, before anything is loaded, to write what a method makes.
+    """Refuse a method whose layers cannot be written, before anything is loaded.
 
     Args:
-        backend: The method with its options.
-        form: Of `FORMS`.
+        backend: Method with its options.
+        form: One of `FORMS`.
 
     Raises:
         ValueError: Its layers cannot be written at all, or not in this form.
@@ -85,12 +85,12 @@ def expect_storable(backend: Backend, form: str = AUTO) -> None:
 
 
 def expect_savable(model: nn.Module) -> None:
-    """Refuse models whose layers have no form on disk.
+    """Refuse models whose layers cannot be stored.
 
     Raises:
-        ValueError: Nothing is quantized, or a layer holds what only its library can write.
+        ValueError: Nothing is quantized, or only a layer's library can write it.
     """
-    # Imported where it is needed: it brings in transformers' quantizers, and folders are checked long before.
+    # Imported here because it imports transformers' quantizers, and folders are checked long before.
     if not _layers(model):
         raise ValueError("save_quantized: nothing in this model is quantized; copy the checkpoint instead")
     describe_layers(_layers(model))
@@ -108,20 +108,20 @@ def save_quantized(
 ) -> Saved:
     """Write a quantized model.
 
-    Input scales that are powers of two are handed over to the layers before on the way, which changes no output by a
-    bit (`lmms_plugin.quant_backends.checkpoints.folding`).
+    Input scales that are powers of two are folded into preceding layers first, which changes no bit of any output
+    (`lmms_plugin.quant_backends.checkpoints.folding`).
 
-    Everything goes to a temporary folder beside `folder` first, which is renamed at the end: `folder` is whole or not
-    there.
+    Everything is written to a temporary folder beside `folder`, which is renamed at the end: `folder` is complete or
+    absent.
 
     Args:
-        model: Quantized by this package.
-        processor: Of the same checkpoint.
-        report: Goes along as ``quant_report.json``.
-        folder: New or empty.
-        shard_size: Largest safetensors file, as in transformers.
-        form: Of `FORMS`.
-        option: By which the user named the folder, for messages.
+        model: Model quantized by this package.
+        processor: Processor of the same checkpoint.
+        report: Report, written as ``quant_report.json``.
+        folder: New or empty folder.
+        shard_size: Size of the largest safetensors file, as in transformers.
+        form: One of `FORMS`.
+        option: Option by which the user named the folder, for messages.
 
     Raises:
         ValueError: The folder is taken, or the model cannot be saved (see `expect_savable`), or not in this form.
@@ -169,8 +169,8 @@ def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> di
 def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> dict[str, Any]:
     """Return the ``quantization_config`` of compressed-tensors' packed integers.
 
-    One scheme for all layers names none of them, as vLLM likes it, which fuses some; several schemes list their layers.
-    Those that are left dense are named under ``ignore``. (transformers 5.23 refuses several schemes; the library and
+    A single scheme for all layers names none of them, as vLLM needs it because it fuses some; several schemes list
+    their layers. Dense layers are named under ``ignore``. (transformers 5.23 refuses several schemes; the library and
     `quant_prequantized` read them.)
     """
     groups: dict[str, list[str]] = {}
@@ -186,7 +186,7 @@ def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLi
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "version": COMPRESSED_TENSORS_VERSION,
-        # transformers would otherwise pack and unpack at the first forward pass, and fails with images.
+        # transformers would otherwise pack and unpack at the first forward pass, which fails with images.
         "dequantize": True,
         "config_groups": {
             f"group_{index}": {"targets": named, "weights": scheme, "input_activations": None}
@@ -198,11 +198,11 @@ def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLi
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Pack rows of codes into 32-bit words, lowest bits first, codes running across the ends of words.
+    """Pack rows of codes into 32-bit words, lowest bits first, with codes crossing word boundaries.
 
     Args:
         codes: (rows, columns) uint8 in [0, 2**bits).
-        bits: Bits per code.
+        bits: Number of bits per code.
 
     Returns:
         (rows, ceil(columns · bits / 32)) int32.
@@ -224,15 +224,15 @@ def _layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def _stacked(model: nn.Module) -> str | None:
-    """Say why compressed-tensors cannot hold a model with experts; None if there are none."""
-    # Its readers expect an expert's gate and up projection apart, and whatever is dense in the layout of the original
+    """Return why compressed-tensors cannot hold a model with experts; None if there are none."""
+    # Its readers expect an expert's gate and up projection separately, and dense weights in the layout of the original
     # checkpoint.
     name = next(iter(find_mixtures(model)), None)
     return None if name is None else f"{name} holds experts"
 
 
 def _fold(model: PreTrainedModel, processor: Any) -> None:
-    """Hand input scales over to the layers before, if they are powers of two, all of them."""
+    """Fold input scales into preceding layers, if all of them are powers of two."""
     packed = [layer for layer in _layers(model).values() if isinstance(layer, PackedLinear)]
     scales = [layer.in_scale for layer in packed if layer.in_scale is not None]
     if not scales or not all(bool((scale.frexp().mantissa == 0.5).all()) for scale in scales):
@@ -242,7 +242,7 @@ def _fold(model: PreTrainedModel, processor: Any) -> None:
 
 
 def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
-    """Say why compressed-tensors cannot hold a layer; None if it can."""
+    """Return why compressed-tensors cannot hold a layer; None if it can."""
     if type(layer) is not PackedLinear:
         return f"{name} is a {type(layer).__name__}"
     if layer.in_scale is not None:
@@ -301,7 +301,7 @@ def _write_config(model: PreTrainedModel, quantization: Mapping[str, Any], folde
 
 
 def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConfig:
-    """The checkpoint's own, which answering takes apart, ending where answers end in an evaluation."""
+    """Return the checkpoint's generation config, which evaluation changes, with the end tokens of an evaluation."""
     from transformers import GenerationConfig
 
     try:
@@ -315,7 +315,7 @@ def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConf
 
 @contextmanager
 def _whole_or_nothing(target: Path, option: str) -> Iterator[Path]:
-    """Give a folder beside `target` to write to, which becomes `target` if all goes well and vanishes if not."""
+    """Yield a temporary folder beside `target`, which becomes `target` on success and is removed on failure."""
     try:
         with files.new_folder(target) as unfinished:
             yield unfinished

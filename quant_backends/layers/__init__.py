@@ -1,1 +1,1 @@
-"""Packed linear layers and their kernels."""
+"""Layers: packed linear layers and their matrix-product kernels."""

@@ -1,4 +1,4 @@
-"""A quantized weight in its canonical form: what quantizers make and every kernel's own layout is derived from."""
+"""Canonical form of a quantized weight, which quantizers return and from which every kernel derives its layout."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class Codes(NamedTuple):
-    """A quantized weight in its canonical form: ``weight = (codes - zero_point) * scale``.
+    """Quantized weight in its canonical form: ``weight = (codes - zero_point) * scale``.
 
     Attributes:
-        codes: (rows, groups, group_size) uint8 in [0, 2**bits); columns are padded with zeros of the
-            weight to a whole number of groups.
-        scale: (rows, groups), the dtype the layer computes in.
-        zero_point: (rows, groups), uint8, or the scale's dtype for a real-valued zero. None means
-            2**(bits - 1) everywhere.
+        codes: (rows, groups, group_size) uint8 in [0, 2**bits); columns are padded with zeros of the weight to a whole
+            number of groups.
+        scale: (rows, groups), in the dtype the layer computes in.
+        zero_point: (rows, groups), uint8, or the scale's dtype for a real-valued zero. None means 2**(bits - 1)
+            everywhere.
     """
 
     codes: Tensor
@@ -27,7 +27,7 @@ class Codes(NamedTuple):
 
     @classmethod
     def stacked(cls, parts: Sequence[Codes]) -> Codes:
-        """Return the weight whose rows are those of some parts, one below the other."""
+        """Return the concatenation of some weights along their rows."""
         codes, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale"))
         zeros = [part.zero_point for part in parts if part.zero_point is not None]
         return cls(codes, scale, torch.cat(zeros) if zeros else None)
@@ -35,8 +35,8 @@ class Codes(NamedTuple):
     def dequantize(self, bits: int, dtype: torch.dtype) -> Tensor:
         """Return the weight as (rows, groups * group_size), computed in `dtype`.
 
-        Codes and integer zero points are exact in bfloat16, so their difference is too; the only
-        rounding is that of the product.
+        Codes and integer zero points are exact in bfloat16, so their difference is too; the only rounding is that of
+        the product.
         """
         weight = self.codes.to(dtype)
         if self.zero_point is None:
@@ -48,12 +48,12 @@ class Codes(NamedTuple):
 
 
 def all_finite(x: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinite values; its extremes tell, for a thirtieth of the time."""
+    """Return whether a tensor holds neither NaN nor infinity, by its extremes, in a thirtieth of the usual time."""
     return not x.numel() or bool(torch.isfinite(torch.stack(x.aminmax())).all())
 
 
 def rows_per_block(columns: int) -> int:
-    """Return how many rows of a weight to work on at once: about a million elements, and at least one row."""
+    """Return the number of rows of a weight to process at once: about a million elements, and at least one row."""
     return max(1, (1 << 20) // columns)
 
 
@@ -67,7 +67,7 @@ def split_groups(weight: Tensor, group_size: int | None) -> Tensor:
 
     Args:
         weight: (rows, columns).
-        group_size: Columns per group, None for all of them.
+        group_size: Number of columns per group, None for all of them.
 
     Returns:
         (rows, groups, group_size).

@@ -1,4 +1,4 @@
-"""Packed linear layers that round their inputs to 8 bits as well."""
+"""Packed linear layers with 8-bit inputs (W8A8, W4A8)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT_COLUMNS = 1024
 
 
 class RoundedInputs(NamedTuple):
-    """Inputs x ≈ codes · scale.
+    """Quantized inputs x ≈ codes · scale.
 
     Attributes:
         codes: (rows, columns) int8, -127 to 127.
@@ -34,7 +34,7 @@ class RoundedInputs(NamedTuple):
 
 
 def check_act_bits(act_bits: int) -> None:
-    """Refuse numbers of bits that inputs cannot be rounded to.
+    """Refuse an unsupported number of activation bits.
 
     Raises:
         ValueError: Neither 8 nor 16.
@@ -44,12 +44,12 @@ def check_act_bits(act_bits: int) -> None:
 
 
 def rounded_inputs_apart(act_bits: int) -> str | None:
-    """Return why compressed-tensors' packed weights cannot hold such layers; None if they can."""
+    """Return why compressed-tensors' packed weights cannot hold layers with rounded inputs; None if they can."""
     return None if act_bits == UNQUANTIZED else "it rounds inputs while the model runs (act_bits)"
 
 
 def round_inputs(x: Tensor) -> RoundedInputs:
-    """Round each row of x (rows, columns) to 8 bits: symmetric, its largest magnitude becoming 127."""
+    """Round each row of x (rows, columns) to 8 bits: symmetric, with its largest magnitude mapped to 127."""
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True) / LARGEST
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -57,22 +57,22 @@ def round_inputs(x: Tensor) -> RoundedInputs:
 
 
 class Int8InputLinear(PackedLinear):
-    """A packed linear layer whose inputs are rounded to 8 bits, each token by its own largest magnitude.
+    """Packed linear layer whose inputs are rounded to 8 bits, each token by its own largest magnitude.
 
-    With one scale per row of the weight (``group_size=-1``) the product is one of integers: by torch's own where it is
-    fast (CUDA; processors with VNNI), and elsewhere in float32, in pieces so short that every sum is exact. Both give
-    the same integers. Scales per group keep integers from being summed across groups; the rounded inputs then meet
-    the dequantized weight in float32.
+    With one scale per row of the weight (``group_size=-1``) the product is one of integers: by torch's own where that
+    is fast (CUDA; processors with VNNI), and elsewhere in float32, in pieces so short that every sum is exact. Both
+    give the same integers. Scales per group prevent integer sums across groups; the rounded inputs are then multiplied
+    with the dequantized weight in float32.
     """
 
     act_bits = 8
 
     def choose_kernel(self) -> None:
-        """Stay in the canonical layout, which the products here read."""
+        """Keep the canonical layout, which the products here read."""
 
     @property
     def kernel(self) -> str:
-        """What the forward pass runs on."""
+        """Return what the forward pass runs on."""
         if self.group_size < self.in_features:
             return "8-bit inputs, dequantize"
         device = next(self.buffers()).device
@@ -102,7 +102,7 @@ class Int8InputLinear(PackedLinear):
         """Return Σ input code · (weight code − zero point) · weight scale, (rows, out_features) float32."""
         stored = self.quantized
         middle = 1 << (self.bits - 1)
-        # uint8 wraps around, which is what the int8 of the same bits stands for.
+        # uint8 wraps around to the int8 value with the same bits, which is the intended one.
         weight = (stored.codes.flatten(1)[:, : self.in_features] - middle).view(torch.int8)
         product = integer_product(inputs, weight)
         if stored.zero_point is not None:
@@ -120,7 +120,7 @@ def has_integer_product(columns: int, rows: int, device: torch.device) -> bool:
 
 @cache
 def _cpu_product_is_exact() -> bool:
-    # oneDNN saturates sums of two products at 16 bits where it is kept from VNNI (ONEDNN_MAX_CPU_ISA).
+    # Without VNNI (ONEDNN_MAX_CPU_ISA), oneDNN saturates sums of two products at 16 bits.
     largest = torch.full((32, 32), LARGEST, dtype=torch.int8)
     return torch.cpu._is_vnni_supported() and bool((torch._int_mm(largest, largest) == 32 * LARGEST**2).all())
 
@@ -139,7 +139,7 @@ def integer_product(inputs: Tensor, weight: Tensor, *, native: bool | None = Non
     if native is None:
         native = has_integer_product(weight.shape[1], weight.shape[0], weight.device)
     if native:
-        # cuBLAS wants more than 16 rows, in multiples of 8.
+        # cuBLAS needs more than 16 rows, in multiples of 8.
         missing = max(24 - len(inputs), -len(inputs) % 8) if weight.device.type == "cuda" else 0
         padded = functional.pad(inputs, (0, 0, 0, missing))
         return torch._int_mm(padded, weight.T)[: len(inputs)]

@@ -1,4 +1,4 @@
-"""Which kernel multiplies with a weight: the first that takes its shape and agrees with the dequantized product."""
+"""Choice of the kernel for a weight: the first that supports its shape and agrees with the dequantized product."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Rounding makes it about 2**-8; a kernel that misreads a layout is off by about 1
 
 
 def fastest(weight: Kernel) -> Kernel:
-    """Bring a weight into the layout of the best kernel that is there for it.
+    """Convert a weight to the layout of the best available kernel.
 
-    A kernel is compared with the dequantized product on the first weight of each shape; one that fails or disagrees
-    is not used for that shape, and a warning says so.
+    A kernel is compared with the dequantized product on the first weight of each shape; one that fails or disagrees is
+    not used for that shape, and a warning says so.
     """
     for kind in NATIVE_KERNELS:
         if kind.takes(weight.shape) and (kind.name, weight.shape) not in FAILED:
@@ -46,11 +46,11 @@ def _made(kind: type[Kernel], weight: Kernel) -> Kernel | None:
 
 
 def attempt(kind: type[Kernel], weight: Kernel, *, compared: bool = True) -> tuple[Kernel | None, str | None]:
-    """Bring a weight into a kernel's layout and say what is wrong with that kernel here; None if nothing is.
+    """Convert a weight to a kernel's layout; return it and the kernel's fault, None if there is none.
 
     Args:
-        kind: Takes such weights.
-        weight: In any layout.
+        kind: Kernel class that supports such weights.
+        weight: Weight in any layout.
         compared: Whether to compare products; see `disagreement`.
     """
     try:
@@ -61,7 +61,7 @@ def attempt(kind: type[Kernel], weight: Kernel, *, compared: bool = True) -> tup
 
 
 def disagreement(kernel: Kernel, weight: Kernel) -> str | None:
-    """Say how a kernel's layout or product differs from those of another form of the same weight; None if not.
+    """Return how a kernel's codes or products differ from those of another form of a weight; None if they agree.
 
     Codes must come back exactly; products over few rows and over many must be within `AGREEMENT` of float32's.
     """

@@ -1,8 +1,8 @@
-"""Ways of multiplying with a packed weight, each with the layout of codes that it reads.
+"""Kernels that multiply with a packed weight, each with its own layout of codes.
 
-A layer holds its codes in one layout only. `kernel_choice.fastest` exchanges the canonical one for that of the best
-kernel there is; every layout gives the canonical codes back exactly, so that a layer can be moved, saved and looked
-into afterwards.
+A layer holds its codes in one layout only. `kernel_choice.fastest` replaces the canonical one by that of the best
+available kernel; every layout gives the canonical codes back exactly, so that a layer can be moved, saved and inspected
+afterwards.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
 class Shape(NamedTuple):
-    """What decides which kernel can take a weight.
+    """Properties of a weight that decide which kernels support it.
 
     Attributes:
-        bits: Bits per code.
-        rows: Of the weight.
-        columns: Padding included.
-        group_size: Columns that share a scale.
-        dtype: Of scales and activations.
+        bits: Number of bits per code.
+        rows: Number of rows of the weight.
+        columns: Number of columns, padding included.
+        group_size: Number of columns that share a scale.
+        dtype: Dtype of scales and activations.
         device: Type of the device, ``cpu`` or ``cuda``.
     """
 
@@ -44,15 +44,15 @@ class Shape(NamedTuple):
 
 
 class Kernel(nn.Module, ABC):
-    """A quantized weight in the layout that one kernel reads; all tensors are buffers.
+    """Quantized weight in the layout of one kernel; all tensors are buffers.
 
     Attributes:
-        name: Of the kernel, as reports show it.
+        name: Name of the kernel in reports.
         scales: Name of the buffer that holds the scales.
-        bits: Bits per code.
-        rows: Of the weight.
-        columns: Padding included.
-        group_size: Columns that share a scale.
+        bits: Number of bits per code.
+        rows: Number of rows of the weight.
+        columns: Number of columns, padding included.
+        group_size: Number of columns that share a scale.
     """
 
     name: ClassVar[str]
@@ -65,12 +65,12 @@ class Kernel(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def takes(cls, shape: Shape) -> bool:
-        """Return whether this kernel is there and does such weights."""
+        """Return whether this kernel is available and supports such weights."""
 
     @classmethod
     @abstractmethod
     def from_codes(cls, codes: Codes, bits: int) -> Kernel:
-        """Bring a weight into this kernel's layout."""
+        """Convert a weight to this kernel's layout."""
 
     @abstractmethod
     def codes(self, start: int, stop: int) -> Codes:
@@ -86,22 +86,22 @@ class Kernel(nn.Module, ABC):
 
     @property
     def groups(self) -> int:
-        """Groups per row."""
+        """Return the number of groups per row."""
         return self.columns // self.group_size
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the scales: what the layer computes in."""
+        """Return the dtype of the scales, in which the layer computes."""
         return self.get_buffer(self.scales).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weight lies."""
+        """Return the device of the weight."""
         return self.get_buffer(self.scales).device
 
     @property
     def shape(self) -> Shape:
-        """What decides which other kernel could take this weight."""
+        """Return what decides which other kernels support this weight."""
         return Shape(self.bits, self.rows, self.columns, self.group_size, self.dtype, self.device.type)
 
     def canonical(self) -> Dequantize:
@@ -129,22 +129,22 @@ class Kernel(nn.Module, ABC):
         self.columns = groups * self.group_size
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # Files hold the canonical layout: a kernel's own one depends on the machine.
+        # Files hold the canonical layout: a kernel's own layout depends on the machine.
         self.canonical()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class Dequantize(Kernel):
-    """The canonical layout, bit planes of exactly N bits a weight, multiplied through dense rows.
+    """Canonical layout, bit planes of exactly N bits per weight, multiplied through dense rows.
 
     Args:
-        bits: Bits per code.
-        rows: Of the weight.
-        columns: Padding included.
-        group_size: Columns that share a scale.
-        symmetric: Without zero points.
-        float_zero_point: Zero points are real numbers in `dtype` instead of uint8.
-        dtype: Of the scales.
-        device: Where the buffers live.
+        bits: Number of bits per code.
+        rows: Number of rows of the weight.
+        columns: Number of columns, padding included.
+        group_size: Number of columns that share a scale.
+        symmetric: Whether there are no zero points.
+        float_zero_point: Whether zero points are real numbers in `dtype` instead of uint8.
+        dtype: Dtype of the scales.
+        device: Device of the buffers.
     """
 
     name = "dequantize"
@@ -175,7 +175,7 @@ class Dequantize(Kernel):
 
     @classmethod
     def takes(cls, shape: Shape) -> bool:
-        """Return True: it does everything."""
+        """Return True: this kernel supports every weight."""
         return True
 
     @classmethod
@@ -219,13 +219,13 @@ class Dequantize(Kernel):
 
 
 def default_dtype(device: str) -> torch.dtype:
-    """Return the dtype of unquantized weights and of the arithmetic where none is asked for."""
+    """Return the default dtype of unquantized weights and of the arithmetic."""
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 @functools.cache
 def arithmetic_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """Return the dtype in which a product of dense weights is quickest: float32 where 16 bits are emulated."""
+    """Return the dtype in which a product of dense weights is fastest: float32 where 16 bits are emulated."""
     if device != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
     native = {
@@ -239,8 +239,8 @@ def _multiply(x: Tensor, codes: Codes, bits: int) -> Tensor:
     """Return x (n, columns) times dequantized rows, (n, rows), in the dtype of `x`."""
     if x.element_size() < 4:
         return x @ codes.dequantize(bits, x.dtype).T
-    # Σ(c − z)·s·x = Σ(c − m)·s·x + (m − z)·s·Σx group by group, m in the middle: the zero points take no pass over the
-    # weight, and what they add is small, so that float32 loses nothing by it. The subtraction wraps around in a byte.
+    # Σ(c − z)·s·x = Σ(c − m)·s·x + (m − z)·s·Σx group by group, with m the middle code: zero points need no pass over
+    # the weight, and their term is small, so that float32 loses nothing. The subtraction wraps around in a byte.
     middle = 1 << (bits - 1)
     weight = (codes.codes - middle).view(torch.int8).to(x.dtype)
     scale = codes.scale.to(x.dtype)

@@ -1,7 +1,7 @@
-"""Layers whose weight a library keeps in a form of its own.
+"""Linear layers whose weight is stored in a library's own form.
 
 The library's tensors are plain buffers here. So they are counted, moved, copied and saved like those of any layer, and
-the report tells the truth about bytes that the library itself hides behind a tensor of the dense shape.
+the report gives the true bytes, which the library itself hides behind a tensor of the dense shape.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 
 
 class LibraryLinear(QuantizedLinear):
-    """A linear layer over what a library stores.
+    """Linear layer over a library's stored weight.
 
     Args:
-        in_features: Columns of the weight.
-        out_features: Rows of the weight.
-        parts: The library's tensors, by buffer name.
-        bias: Taken over as it is.
-        bits: Bits per code.
-        group_size: Columns that share a scale.
+        in_features: Number of columns of the weight.
+        out_features: Number of rows of the weight.
+        parts: Tensors of the library, by buffer name.
+        bias: Bias, kept unchanged.
+        bits: Number of bits per code.
+        group_size: Number of columns that share a scale.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LibraryLinear(QuantizedLinear):
 
     @property
     def stored(self) -> Any:
-        """The library's own object; assembled anew whenever buffers have been moved or loaded."""
+        """Return the library's own object, assembled anew whenever buffers have been moved or loaded."""
         parts = tuple(self._buffers.values())
         if self._assembled is None or any(old is not new for old, new in zip(self._assembled[0], parts, strict=True)):
             self._assembled = parts, self.assemble(dict(self.named_buffers(recurse=False)))
@@ -67,13 +67,13 @@ class LibraryLinear(QuantizedLinear):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of everything that the library stores for the weight."""
+        """Return the bytes of everything that the library stores for the weight."""
         return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers(recurse=False))
 
     @torch.no_grad()
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Return rows of the dense weight, (stop - start, in_features)."""
-        # Libraries dequantize whole weights only, so it is kept from the first block of rows to the last.
+        # Libraries dequantize whole weights only, so the result is kept from the first block of rows to the last.
         dense = self.dequantize() if self._dense is None or start == 0 else self._dense
         self._dense = dense if stop < self.out_features else None
         return dense[start:stop]
@@ -89,14 +89,14 @@ class LibraryLinear(QuantizedLinear):
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a tensor subclass is put together.
+    """Structure of a tensor subclass.
 
     Attributes:
-        kind: The subclass.
+        kind: Subclass.
         parts: Attribute -> buffer name, or the layout of an inner subclass.
-        context: What the subclass keeps besides tensors.
-        size: Of the outer tensor.
-        stride: Of the outer tensor.
+        context: Non-tensor state of the subclass.
+        size: Size of the outer tensor.
+        stride: Stride of the outer tensor.
     """
 
     kind: type[Tensor]
@@ -128,15 +128,15 @@ def _take_apart(tensor: Tensor, prefix: str, tensors: dict[str, Tensor]) -> _Lay
 
 
 class TensorLinear(LibraryLinear):
-    """A linear layer over a tensor subclass that brings its own matrix product (quanto, torchao).
+    """Linear layer over a tensor subclass with its own matrix product (quanto, torchao).
 
     Args:
-        weight: The quantized weight, (out_features, in_features + padding), a subclass of Tensor.
-        in_features: Columns without padding.
-        bias: Taken over as it is.
-        bits: Bits per code.
-        group_size: Columns that share a scale.
-        library: Its name, for `kernel`.
+        weight: Quantized weight, (out_features, in_features + padding), a subclass of Tensor.
+        in_features: Number of columns without padding.
+        bias: Bias, kept unchanged.
+        bits: Number of bits per code.
+        group_size: Number of columns that share a scale.
+        library: Name of the library, for `kernel`.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class TensorLinear(LibraryLinear):
 
     @property
     def padded_columns(self) -> int:
-        """Columns that the stored weight has more."""
+        """Return the number of padding columns of the stored weight."""
         return self._layout.size[1] - self.in_features
 
     def assemble(self, parts: Mapping[str, Tensor]) -> Tensor:
@@ -163,7 +163,7 @@ class TensorLinear(LibraryLinear):
 
     @property
     def kernel(self) -> str:
-        """The library and the tensor class that it dispatches on."""
+        """Return the library and the tensor class that it dispatches on."""
         return f"{self._library} {self._layout.kind.__name__}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,6 +174,6 @@ class TensorLinear(LibraryLinear):
 
 
 def pad_columns(weight: Tensor, multiple: int) -> Tensor:
-    """Return a weight (rows, columns) with zero columns added up to a multiple."""
+    """Pad a weight (rows, columns) with zero columns to a multiple."""
     padding = -weight.shape[1] % multiple
     return functional.pad(weight, (0, padding)) if padding else weight

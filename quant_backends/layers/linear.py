@@ -1,4 +1,4 @@
-"""The packed low-bit linear layer that every quantizer of this package stores its result in."""
+"""Packed low-bit linear layer, in which every quantizer of this package stores its result."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Codes", "PackedLinear", "QuantizedLinear", "rows_per_block", "split_
 
 
 class QuantizedLinear(nn.Module, ABC):
-    """A linear layer that holds its weight in fewer bits: same input, same output as the ``nn.Linear`` it replaces.
+    """Linear layer with a low-bit weight: same input, same output as the ``nn.Linear`` it replaces.
 
     Attributes:
-        in_features: Columns of the weight.
-        out_features: Rows of the weight.
-        bits: Bits per code, without scales and zero points.
-        group_size: Columns that share a scale.
-        bias: (out_features,), or None.
+        in_features: Number of columns of the weight.
+        out_features: Number of rows of the weight.
+        bits: Number of bits per code, without scales and zero points.
+        group_size: Number of columns that share a scale.
+        bias: Bias (out_features,), or None.
     """
 
     in_features: int
@@ -36,26 +36,26 @@ class QuantizedLinear(nn.Module, ABC):
 
     @abstractmethod
     def dense_rows(self, start: int, stop: int) -> Tensor:
-        """Return rows of the weight that this layer stands for, (stop - start, in_features), computed at each call."""
+        """Return rows of the dequantized weight, (stop - start, in_features), computed at each call."""
 
     @property
     @abstractmethod
     def weight_bytes(self) -> int:
-        """Bytes of all that replaces the dense weight: codes, scales, zero points and the like."""
+        """Return the bytes of all that replaces the dense weight: codes, scales, zero points and the like."""
 
     @property
     def kernel(self) -> str:
-        """What the forward pass runs on."""
+        """Return what the forward pass runs on."""
         return "dequantize"
 
     @property
     def padded_columns(self) -> int:
-        """Columns added so that groups are whole."""
+        """Return the number of columns added to make groups whole."""
         return -self.in_features % self.group_size
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (out_features, in_features) that this layer stands for, computed at each call."""
+        """Return the dequantized weight (out_features, in_features), computed at each call."""
         return self.dense_rows(0, self.out_features)
 
     def extra_repr(self) -> str:
@@ -64,22 +64,22 @@ class QuantizedLinear(nn.Module, ABC):
 
 
 class PackedLinear(QuantizedLinear):
-    """A linear layer whose weight takes exactly `bits` bits, plus a scale and a zero point per group.
+    """Linear layer whose weight takes exactly `bits` bits, plus a scale and a zero point per group.
 
     It replaces an ``nn.Linear``: same input, same output, same bias. Codes are held once, in the layout of the best
-    kernel there is for bits, group size, dtype and device (`lmms_plugin.quant_backends.layers.kernels`). The canonical
-    layout is exchanged for it when the layer is first used or asked what it runs on, and comes back when the layer is
-    moved; a state dict always holds the canonical one.
+    available kernel for bits, group size, dtype and device (`lmms_plugin.quant_backends.layers.kernels`). That layout
+    replaces the canonical one when the layer is first used or its kernel is queried; the canonical layout returns when
+    the layer is moved, and a state dict always holds the canonical one.
 
     Args:
-        in_features: Columns of the weight.
-        out_features: Rows of the weight.
+        in_features: Number of columns of the weight.
+        out_features: Number of rows of the weight.
         spec: Bits and group size; a symmetric spec stores no zero points.
-        bias: Whether there is one.
-        dtype: Of scale, bias and `in_scale`: the dtype the layer computes in.
-        device: Where the buffers live.
-        float_zero_point: Zero points are real numbers in `dtype` instead of uint8.
-        with_in_scale: The input is multiplied by a vector first (activation-aware methods).
+        bias: Whether there is a bias.
+        dtype: Dtype of scale, bias and `in_scale`, in which the layer computes.
+        device: Device of the buffers.
+        float_zero_point: Whether zero points are real numbers in `dtype` instead of uint8.
+        with_in_scale: Whether the input is multiplied by a vector first (activation-aware methods).
     """
 
     packed: Kernel
@@ -132,9 +132,9 @@ class PackedLinear(QuantizedLinear):
         Args:
             quantized: Codes (rows, groups, group_size), scale and zero point.
             spec: Bits and group size that the codes were made for.
-            in_features: Columns of the weight without padding.
-            bias: Taken over as it is, shape (rows,).
-            in_scale: (in_features,), multiplied into the input.
+            in_features: Number of columns of the weight without padding.
+            bias: Bias (rows,), kept unchanged.
+            in_scale: Factors (in_features,) of the input columns.
 
         Raises:
             ValueError: Codes, scale, zero point and input scale do not fit each other or `spec`.
@@ -147,30 +147,30 @@ class PackedLinear(QuantizedLinear):
         return layer
 
     def choose_kernel(self) -> None:
-        """Bring the weight into the layout of the best kernel for its device and dtype."""
+        """Convert the weight to the layout of the best kernel for its device and dtype."""
         if not self._chosen:
             self.packed = fastest(self.packed)
             self._chosen = True
 
     @property
     def kernel(self) -> str:
-        """What the forward pass runs on."""
+        """Return what the forward pass runs on."""
         self.choose_kernel()
         return self.packed.name
 
     @property
     def quantized(self) -> Codes:
-        """The canonical form, unpacked at each call."""
+        """Return the canonical form, unpacked at each call."""
         return self.packed.codes(0, self.out_features)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of scales and input scale: what the layer computes in."""
+        """Return the dtype of scales and input scale, in which the layer computes."""
         return self.packed.dtype
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of codes, scales, zero points and input scale: all that replaces the dense weight."""
+        """Return the bytes of codes, scales, zero points and input scale: all that replaces the dense weight."""
         self.choose_kernel()
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
@@ -201,7 +201,7 @@ class PackedLinear(QuantizedLinear):
         self._chosen = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        # What moves may need another kernel there.
+        # A moved weight may need another kernel.
         self._canonicalize()
         super()._apply(fn, recurse)
         return self

@@ -1,4 +1,4 @@
-"""Torch's own int4 and int8 matrix products, for bfloat16."""
+"""Kernels over torch's own int4 and int8 matrix products, for bfloat16."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ timed on the spot, so that the same inputs give the same answers in every run.
 
 
 def kernel_group(group_size: int) -> int | None:
-    """Return the largest group that the int4 kernels have and that divides `group_size`; None if there is none."""
+    """Return the largest group size of the int4 kernels that divides `group_size`; None if there is none."""
     return next((size for size in INT4_GROUPS if group_size % size == 0), None)
 
 
 class Int4Kernel(Kernel):
-    """What the int4 kernels of CPU and GPU share: scale and zero in one tensor, ``w = (q - 8) * scale + zero``.
+    """Base of the int4 kernels of CPU and GPU: scale and zero in one tensor, ``w = (q - 8) * scale + zero``.
 
     Up to 4 bits a weight is one number q. More bits are two, ``16·high + low`` or the like, and two products are added.
-    Numbers of fewer than 4 bits are lifted into the middle around 8, so that zeros are small: they are rounded to
-    bfloat16, an error of at most 1/64 of a step, and with two numbers the second zero takes up what the first one lost.
-    Zero points are read back from them where that is exact, and kept beside them where it is not.
+    Numbers of fewer than 4 bits are shifted to lie around 8, so that zeros are small: they are rounded to bfloat16, an
+    error of at most 1/64 of a step, and with two numbers the second zero compensates the rounding of the first. Zero
+    points are recovered from them where that is exact, and stored beside them where it is not.
     """
 
     scales = "scale_and_zero"
@@ -42,7 +42,7 @@ class Int4Kernel(Kernel):
 
     @property
     def _shifts(self) -> tuple[int, ...]:
-        """What each number of a weight counts for, as a power of two, highest first."""
+        """Return the power of two of each number of a weight, highest first."""
         low = self.bits & 3
         return (0,) if self.bits <= 4 else (low, 0)
 
@@ -68,7 +68,7 @@ class Int4Kernel(Kernel):
 
     @property
     def _middle(self) -> float:
-        """The code for which each number of a weight is 8."""
+        """Return the code for which each number of a weight is 8."""
         return 8.0 * sum(1 << shift for shift in self._shifts) - _lift(self.bits & 3)
 
     def _scales(self, start: int, stop: int) -> Tensor:
@@ -88,16 +88,16 @@ class Int4Kernel(Kernel):
 class CpuInt4(Int4Kernel):
     """``aten::_weight_int4pack_mm_for_cpu``: 2 to 7 bits, bfloat16.
 
-    The kernel reads two 4-bit numbers per byte, in tiles of rows whose height depends on the processor. Planes of 2
-    and 1 bits are kept as two and four such tiles in the bits of one, so that codes still take exactly N bits a weight;
-    masks and shifts bring them into the kernel's form at each call.
+    The kernel reads two 4-bit numbers per byte, in tiles of rows whose height depends on the processor. Planes of 2 and
+    1 bits are stored as two and four such tiles in the bits of one, so that codes still take exactly N bits per weight;
+    masks and shifts convert them to the kernel's form at each call.
     """
 
     name = "torch CPU int4"
 
     @classmethod
     def takes(cls, shape: Shape) -> bool:
-        """Return whether sizes fit: rows in sixteens, groups of a multiple of 32."""
+        """Return whether sizes fit: rows in multiples of 16, group sizes of a multiple of 32."""
         return (
             shape.device == "cpu"
             and shape.dtype == torch.bfloat16
@@ -110,7 +110,7 @@ class CpuInt4(Int4Kernel):
 
     @classmethod
     def from_codes(cls, codes: Codes, bits: int) -> CpuInt4:
-        """Bring a weight into tiles."""
+        """Convert a weight to tiles."""
         made = cls()
         made._describe(bits, codes)
         values = codes.codes.flatten(1)
@@ -162,13 +162,13 @@ class CpuInt4(Int4Kernel):
 
 
 def _lift(bits: int) -> int:
-    """Return what is added to a number of 1 to 3 bits so that its range lies around 8; 0 for one of 4 bits."""
+    """Return the offset that centres the range of a number of 1 to 3 bits around 8; 0 for one of 4 bits."""
     return 8 - (1 << (bits - 1)) if bits else 0
 
 
 def to_tiles(values: Tensor, offset: int = 0, width: int = 4) -> Tensor:
     """Return `width` bits of values (rows, columns), from bit `offset` on, as the CPU kernel's bytes, flat."""
-    # The operator takes int32; few rows at a time keep that small. Tiles are at most 64 rows high.
+    # The operator takes int32; few rows at a time limit its memory. Tiles are at most 64 rows high.
     step = max(64, (1 << 22) // values.shape[1] // 64 * 64)
     parts = []
     for block in values.split(step):
@@ -178,14 +178,14 @@ def to_tiles(values: Tensor, offset: int = 0, width: int = 4) -> Tensor:
 
 
 def from_tiles(tiles: Tensor, columns: int) -> Tensor:
-    """Return the values (rows, columns) uint8 that `to_tiles` made `tiles` from."""
+    """Undo `to_tiles`: return the values (rows, columns) uint8."""
     height = tile_height()
     assert height is not None
     return _untile(tiles, columns, height)
 
 
 def _untile(tiles: Tensor, columns: int, height: int) -> Tensor:
-    """Whole tiles hold rows i and i + height / 2 in a byte, rows below the last whole tile are held in pairs."""
+    """Undo tiling: whole tiles hold rows i and i + height / 2 in a byte; the remaining rows are stored in pairs."""
     rows = 2 * tiles.numel() // columns
     whole = rows - rows % height
     values = tiles.new_empty(rows, columns)
@@ -201,14 +201,14 @@ def _untile(tiles: Tensor, columns: int, height: int) -> Tensor:
 
 @functools.cache
 def tile_height() -> int | None:
-    """Return the rows per tile of the CPU kernel on this processor, found by trying; None for a layout not known."""
+    """Return the rows per tile of the CPU kernel on this processor, found by trying; None for an unknown layout."""
     values = torch.randint(0, 16, (64 + 32 + 16, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tiles = to_tiles(values)
     return next((height for height in (64, 32) if torch.equal(_untile(tiles, 32, height), values)), None)
 
 
 def _squeeze(tiles: Tensor, width: int) -> Tensor:
-    """Put 4 / width tiles of `width`-bit values into the bits of one."""
+    """Pack 4 / width tiles of `width`-bit values into the bits of one."""
     squeezed = torch.zeros_like(tiles[: tiles.numel() * width // 4])
     for position, part in enumerate(tiles.view(4 // width, -1)):
         squeezed |= part << (position * width)
@@ -239,7 +239,7 @@ def _add_third_bit(tiles: Tensor, squeezed: Tensor) -> None:
 
 
 class CpuInt8(Kernel):
-    """``aten::_weight_int8pack_mm``: 8 bits, bfloat16, one product per group, added up in float32."""
+    """``aten::_weight_int8pack_mm``: 8 bits, bfloat16, one product per group, summed in float32."""
 
     name = "torch CPU int8"
     values: Tensor
@@ -259,7 +259,7 @@ class CpuInt8(Kernel):
 
     @classmethod
     def from_codes(cls, codes: Codes, bits: int) -> CpuInt8:
-        """Bring a weight into one int8 matrix per group."""
+        """Convert a weight to one int8 matrix per group."""
         made = cls()
         made._describe(bits, codes)
         values = codes.codes.transpose(0, 1).bitwise_xor(128).contiguous()
@@ -298,7 +298,7 @@ class CudaInt4(Int4Kernel):
 
     @classmethod
     def takes(cls, shape: Shape) -> bool:
-        """Return whether sizes fit: rows in eights, columns in 32s, and the device is recent enough."""
+        """Return whether rows are in multiples of 8, columns in multiples of 32, and the device is recent enough."""
         return (
             shape.device == "cuda"
             and shape.dtype == torch.bfloat16
@@ -310,7 +310,7 @@ class CudaInt4(Int4Kernel):
 
     @classmethod
     def from_codes(cls, codes: Codes, bits: int) -> CudaInt4:
-        """Bring a weight into the tensor core's tiles."""
+        """Convert a weight to the tensor core's tiles."""
         made = cls()
         made._describe(bits, codes)
         values = codes.codes.flatten(1)

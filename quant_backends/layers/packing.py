@@ -1,8 +1,8 @@
-"""Codes of 1 to 8 bits in uint8 bytes, with nothing wasted: N bits take exactly N bits.
+"""Bit packing of 1- to 8-bit codes into uint8 bytes: N bits take exactly N bits.
 
-A code is cut into planes whose widths are powers of two (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
-7 = 4 + 2 + 1). Within a row of a plane of n bytes, byte j holds codes j, j + n, j + 2n, …, so that unpacking writes
-a few long contiguous runs instead of gathering neighbours out of every byte, and rows can be taken one by one.
+A code is cut into bit planes whose widths are powers of two (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1). Within a
+row of a plane of n bytes, byte j holds codes j, j + n, j + 2n, …, so that unpacking writes a few long contiguous runs
+instead of gathering neighbours out of every byte, and rows can be unpacked one by one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def plane_widths(bits: int) -> tuple[int, ...]:
 
 
 def plane_bytes(columns: int, width: int) -> int:
-    """Return the bytes that one row of `columns` codes takes in a plane."""
+    """Return the number of bytes that one row of `columns` codes takes in a plane."""
     return -(-columns * width // 8)
 
 
@@ -34,7 +34,7 @@ def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
 
     Args:
         codes: (rows, columns) uint8 in [0, 2**bits).
-        bits: Bits per code, 1 to 8.
+        bits: Number of bits per code, 1 to 8.
 
     Returns:
         One uint8 tensor (rows, `plane_bytes`) per plane, in the order of `plane_widths`.
@@ -55,9 +55,9 @@ def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 
 def unpack(planes: Sequence[Tensor], bits: int, columns: int) -> Tensor:
-    """Return the codes that `pack` put into `planes`, (rows, columns) uint8.
+    """Undo `pack`: return the codes, (rows, columns) uint8.
 
-    Eight bits are returned as they lie, without a copy.
+    Eight-bit codes are returned as a view, without a copy.
     """
     if bits == 8:
         return planes[0]

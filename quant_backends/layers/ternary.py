@@ -1,6 +1,6 @@
-"""Linear layers whose weights are sums of two trits (-1, 0, 1), and five trits to a byte.
+"""Ternary linear layers: weights are sums of two trits (-1, 0, 1), packed five trits to a byte.
 
-That is 1.6 bits a trit, where log2(3) = 1.585 is the least possible.
+That is 1.6 bits per trit, where log2(3) = 1.585 is the least possible.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ TRITS_PER_BYTE = 5
 
 
 def trit_bytes(count: int) -> int:
-    """Return the length in bytes of `count` packed trits."""
+    """Return the number of bytes of `count` packed trits."""
     return -(-count // TRITS_PER_BYTE)
 
 
 def pack_trits(trits: Tensor) -> Tensor:
-    """Pack the rows of a matrix of trits, each for itself.
+    """Pack each row of a matrix of trits separately.
 
     Byte j of a row holds trits j, j + n, j + 2n, … with n bytes in a row, so that unpacking writes a few long
-    contiguous runs. The base-3 number of its trits is kept as a fixed-point fraction of 243, rounded up, from which
-    digits come off the top by multiplying instead of dividing.
+    contiguous runs. The base-3 number of its trits is stored as a fixed-point fraction of 243, rounded up, whose digits
+    are extracted from the top by multiplying instead of dividing.
 
     Args:
         trits: (rows, columns), integers in {-1, 0, 1}.
@@ -48,7 +48,7 @@ def pack_trits(trits: Tensor) -> Tensor:
 
 
 def unpack_trits(packed: Tensor, columns: int) -> Tensor:
-    """Return the (rows, columns) int8 trits that `pack_trits` put into (rows, bytes)."""
+    """Undo `pack_trits`: return the (rows, columns) int8 trits of (rows, bytes)."""
     rows, length = packed.shape
     trits = torch.empty(rows, TRITS_PER_BYTE, length, dtype=torch.int8, device=packed.device)
     rest = packed.to(torch.int16)
@@ -61,7 +61,7 @@ def unpack_trits(packed: Tensor, columns: int) -> Tensor:
 
 
 class TritPlanes(NamedTuple):
-    """A weight as ``planes[0] * scale[..., 0] + planes[1] * scale[..., 1]``, scales repeated along their groups.
+    """Weight as ``planes[0] * scale[..., 0] + planes[1] * scale[..., 1]``, scales repeated along their groups.
 
     Attributes:
         planes: (2, rows, columns) int8 in {-1, 0, 1}.
@@ -75,25 +75,25 @@ class TritPlanes(NamedTuple):
         """Return the weight, (rows, columns), computed in `dtype`."""
         first, second = (split_groups(plane.to(dtype), group_size) for plane in self.planes)
         scale = self.scale.to(dtype)
-        # The products are exact, so that the only rounding is that of the sum.
+        # The products are exact, so that only the sum is rounded.
         weight = first.mul_(scale[..., :1]).addcmul_(second, scale[..., 1:])
         return weight.flatten(1)[:, : self.planes.shape[2]]
 
 
 class TritPlaneLinear(QuantizedLinear):
-    """A linear layer whose weight is two planes of trits, five trits to a byte, and two scales per group.
+    """Linear layer whose weight is two planes of trits, five trits to a byte, and two scales per group.
 
     The weight takes 3.2 bits and the scales 32 / group_size more, 3.45 at a group of 128 in a 16-bit dtype. `bits` is
     3, the nearest whole number: a weight has one of nine values (two trits hold 3.17 bits; 1.58 is one plane alone).
-    Columns that complete a group are not stored.
+    Padding columns are not stored.
 
     Args:
-        in_features: Columns of the weight.
-        out_features: Rows of the weight.
-        spec: Its group size counts; bits and symmetry are what they are.
-        bias: Whether there is one.
-        dtype: Of scales and bias: the dtype the layer computes in.
-        device: Where the buffers live.
+        in_features: Number of columns of the weight.
+        out_features: Number of rows of the weight.
+        spec: Spec, of which only the group size counts; bits and symmetry are fixed.
+        bias: Whether there is a bias.
+        dtype: Dtype of scales and bias, in which the layer computes.
+        device: Device of the buffers.
     """
 
     bits = 3
@@ -123,7 +123,7 @@ class TritPlaneLinear(QuantizedLinear):
 
     @classmethod
     def from_planes(cls, quantized: TritPlanes, spec: QuantSpec, bias: nn.Parameter | None = None) -> TritPlaneLinear:
-        """Pack a quantized weight; the bias is taken over as it is."""
+        """Pack a quantized weight; the bias is kept unchanged."""
         _, rows, columns = quantized.planes.shape
         layer = cls(columns, rows, spec, dtype=quantized.scale.dtype, device="meta")
         layer.planes = torch.stack([pack_trits(plane) for plane in quantized.planes])
@@ -133,12 +133,12 @@ class TritPlaneLinear(QuantizedLinear):
 
     @property
     def padded_columns(self) -> int:
-        """None: the last group of a row is as long as what is left."""
+        """Return 0: the last group of a row may be shorter than the others."""
         return 0
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of both planes and all scales."""
+        """Return the bytes of both planes and all scales."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def dense_rows(self, start: int, stop: int) -> Tensor:

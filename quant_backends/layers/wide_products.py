@@ -1,4 +1,4 @@
-"""Dense 16-bit layers on processors without 16-bit arithmetic, where torch's own products take eight times as long."""
+"""Float32 products of dense 16-bit layers on processors without 16-bit arithmetic (torch takes eight times as long)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lmms_plugin.quant_backends.layers.kernels import arithmetic_dtype
 
 
 class WideProducts(TorchFunctionMode):
-    """Computes the products of linear layers in float32 where that is quicker, and rounds them once.
+    """Mode that computes the products of linear layers in float32 where that is faster, and rounds them once.
 
-    For the time of a ``with`` block, in the thread that entered it. Weights are converted a few rows at a time, and
-    again on the way back where gradients go through; weights that want gradients themselves, and processors and
-    devices that compute in 16 bits, are left to torch.
+    It applies within a ``with`` block, in the thread that entered it. Weights are converted a few rows at a time, and
+    again in the backward pass where there is one; torch handles weights that need gradients themselves, and processors
+    and devices that compute in 16 bits.
     """
 
     def __torch_function__(
@@ -37,7 +37,7 @@ class WideProducts(TorchFunctionMode):
 
 
 class WideLinear(torch.autograd.Function):
-    """A linear layer whose product, and that of its gradient, is computed in `arithmetic_dtype`."""
+    """Linear product, and that of its gradient, computed in `arithmetic_dtype`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

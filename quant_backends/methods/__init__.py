@@ -1,1 +1,1 @@
-"""Quantizers, one file each."""
+"""Methods: quantizers, one file each."""

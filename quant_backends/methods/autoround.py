@@ -1,4 +1,4 @@
-"""AutoRound: rounding learned by signed gradient descent, by the auto-round library, stored in the packed layer."""
+"""AutoRound: rounding learned by signed gradient descent with the auto-round library, stored in the packed layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AutoRoundBackend(WholeModelBackend):
     all weights, on devices for which it chooses another dtype than the model's), and the gradients of one block.
 
     Attributes:
-        iters: Steps of signed gradient descent per block; 0 for the library's rounding without tuning.
+        iters: Number of steps of signed gradient descent per block; 0 for the library's rounding without tuning.
     """
 
     name = "autoround"
@@ -48,7 +48,7 @@ class AutoRoundBackend(WholeModelBackend):
             raise ValueError(f"iters must be 0 or above, got {self.iters}")
 
     def check(self, plan: QuantPlan) -> None:
-        """Refuse what the library cannot do, and its absence."""
+        """Refuse a plan that the library cannot carry out, or a missing library."""
         super().check(plan)
         for component in ("connector", "head"):
             if getattr(plan, component) is not None:
@@ -56,7 +56,7 @@ class AutoRoundBackend(WholeModelBackend):
         require("auto_round", extra="autoround", user="quant_autoround")
 
     def check_spec(self, spec: QuantSpec) -> None:
-        """Refuse 8 bits with zero points, which the library does not do."""
+        """Refuse 8 bits with zero points, which the library does not support."""
         super().check_spec(spec)
         if spec.bits == 8 and not spec.symmetric:
             raise ValueError("auto-round's 8-bit weights are symmetric; set symmetric=True")
@@ -68,10 +68,10 @@ class AutoRoundBackend(WholeModelBackend):
         specs: Mapping[str, QuantSpec],
         batches: Sequence[Mapping[str, Any]],
     ) -> Iterator[tuple[str, QuantizedLinear]]:
-        """Tune all layers, then hand them out.
+        """Tune all layers, then yield them.
 
         Raises:
-            ValueError: The library left a layer of the plan alone, rebuilt the model, or could not use a calibration
+            ValueError: The library skipped a layer of the plan, rebuilt the model, or could not use a calibration
                 sample.
         """
         from auto_round import AutoRound
@@ -81,7 +81,7 @@ class AutoRoundBackend(WholeModelBackend):
         first = next(iter(specs.values()))
         dtypes = {name: dense_linear(model, name).weight.dtype for name in specs}
         others = {name: tensor.data for name, tensor in _others(model, specs)}
-        # The library writes into the working directory even where nothing is to be saved.
+        # The library writes to the working directory even where nothing is to be saved.
         with tempfile.TemporaryDirectory() as folder, _no_sample_lost(), torch.enable_grad():
             tuner = AutoRound(
                 model,
@@ -92,7 +92,7 @@ class AutoRoundBackend(WholeModelBackend):
                 **_scheme(first),
                 iters=self.iters,
                 nsamples=len(batches),
-                # Shorter samples would be left out.
+                # Shorter samples would be dropped.
                 seqlen=min(batch["input_ids"].shape[-1] for batch in batches),
                 batch_size=1,
                 device_map=str(model.device),
@@ -101,7 +101,7 @@ class AutoRoundBackend(WholeModelBackend):
             )
             tuner.compress_context.output_dir = folder
             tuner.quantize()
-        # It casts the whole model to a dtype of its own choosing.
+        # The library casts the whole model to a dtype of its own choice.
         for name, tensor in _others(model, specs):
             if name not in others:
                 raise ValueError(f"expected auto-round to leave the model's structure alone, got a new tensor {name}")
@@ -111,7 +111,7 @@ class AutoRoundBackend(WholeModelBackend):
 
 
 def _others(model: nn.Module, specs: Mapping[str, QuantSpec]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a model but the weights that are quantized."""
+    """Return all tensors of a model except the weights that are quantized."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         owner, _, kind = name.rpartition(".")
         if owner not in specs or kind == "bias":
@@ -124,7 +124,7 @@ def _scheme(spec: QuantSpec) -> dict[str, Any]:
 
 @contextmanager
 def _no_sample_lost() -> Iterator[None]:
-    """Turn what the library only logs, or leaves the process for, into errors."""
+    """Raise errors where the library only logs, or exits the process."""
     lost: list[str] = []
 
     def note(record: logging.LogRecord) -> bool:

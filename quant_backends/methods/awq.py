@@ -1,4 +1,4 @@
-"""Activation-aware weight quantization: input channels that matter get a finer grid."""
+"""AWQ, activation-aware weight quantization: scales per input channel that protect the salient ones."""
 
 from __future__ import annotations
 
@@ -25,27 +25,26 @@ UNFOLDED = re.compile(r"^(o_proj|out_proj|wo|c_proj|proj|dense|dense_4h_to_h|fc2
 
 @dataclass(frozen=True)
 class AwqBackend(CalibratedBackend):
-    """AWQ (Lin et al., MLSys 2024): the scale search, and the clipping search when asked for.
+    """AWQ (Lin et al., MLSys 2024): the scale search, and the clipping search on request.
 
-    Layers that are fed the same tensor share a scale per input column, s = mean|x|^t normalised by
-    sqrt(max s · min s), with t from a grid of 20. The t that is kept has the smallest squared error of
-    the layers' outputs over the calibration inputs; t = 0 is in the grid, so that the error of a group is
-    never above round-to-nearest. 1/s stays with the packed layer instead of being folded into the
-    norm before it, which works for every architecture.
+    Layers that share an input tensor share a scale per input column, s = mean|x|^t normalised by sqrt(max s · min s),
+    with t from a grid of 20. The search keeps the t with the smallest squared error of the layers' outputs over the
+    calibration inputs; t = 0 is in the grid, so that the error of a group is never above round-to-nearest. 1/s stays
+    with the packed layer instead of being folded into the norm before it, which works for every architecture.
 
-    Two layers of statistics that the authors sample are exact here: the squared output error is
-    tr(ΔW G ΔWᵀ) with G = XᵀX, whatever the number of samples.
+    Two statistics that the authors estimate from samples are exact here: the squared output error is tr(ΔW G ΔWᵀ) with
+    G = XᵀX, for any number of samples.
 
-    With `fold` every scale is a power of two, by which multiplying rounds nothing: so the norm or the up projection
-    before a layer can take it over when the model is saved (`lmms_plugin.quant_backends.checkpoints.folding`), and not
-    one bit of any answer changes. Layers that nothing could take a scale over from are rounded to nearest: the output
-    projection of attention, whose value channels serve several query heads in most families (the authors leave it out
-    there, too), and what follows an activation.
+    With `fold` every scale is a power of two, by which multiplying rounds nothing: when the model is saved, the norm or
+    the up projection before a layer can absorb it (`lmms_plugin.quant_backends.checkpoints.folding`), and not one bit
+    of any answer changes. Layers without a preceding layer that could absorb a scale are rounded to nearest: the output
+    projection of attention, whose value channels serve several query heads in most families (the authors omit it there,
+    too), and layers after an activation function.
 
     Attributes:
-        clip: Also narrow the range of each group of weights where that lowers the output error; layers named like a
-            query or key projection are left out, as in the authors' code.
-        fold: Choose scales that other layers can take over, so that compressed-tensors can hold the model.
+        clip: Whether to narrow the range of each group of weights too where that lowers the output error; layers named
+            like a query or key projection are excluded, as in the authors' code.
+        fold: Whether to choose scales that preceding layers can absorb, so that compressed-tensors can hold the model.
     """
 
     name = "awq"
@@ -55,14 +54,14 @@ class AwqBackend(CalibratedBackend):
 
     @property
     def uncompressed(self) -> str | None:
-        """Input scales need this package's own format, unless other layers take them over."""
+        """Return the reason: input scales need this package's own format, unless preceding layers absorb them."""
         return None if self.fold else "its layers multiply their inputs by a scale; fold=True avoids that"
 
     @torch.no_grad()
     def solve(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> list[Solution]:
-        """Search the input scale of layers that are fed one tensor, then the ranges of each."""
+        """Search the input scale of layers that share an input tensor, then the clipping ranges of each."""
         statistics.expect_finite()
         in_scale = self._search(layers, specs, statistics)
         return [
@@ -71,7 +70,7 @@ class AwqBackend(CalibratedBackend):
         ]
 
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
-        """Round to nearest: no channel matters more than another."""
+        """Round to nearest: without inputs, all channels are equally important."""
         return nearest(layer, spec)
 
     def _search(

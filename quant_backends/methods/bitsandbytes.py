@@ -31,9 +31,10 @@ class BitsAndBytesBackend(DataFreeBackend):
     of rows. At 8 bits there is one scale per row, whatever the group size, which the report shows.
 
     Attributes:
-        format: ``nf4`` or ``fp4``, for 4 bits.
+        format: Format of 4-bit weights, ``nf4`` or ``fp4``.
         double_quant: Whether the scales of 4-bit blocks are quantized too.
-        outlier_threshold: Input columns with a larger value are multiplied in 16 bits, for 8 bits; 0 for none.
+        outlier_threshold: Magnitude above which an input column is multiplied in 16 bits, for 8-bit weights; 0 for
+            none.
     """
 
     name = "bitsandbytes"
@@ -51,12 +52,12 @@ class BitsAndBytesBackend(DataFreeBackend):
             raise ValueError(f"outlier_threshold must be 0 or above, got {self.outlier_threshold}")
 
     def check(self, plan: QuantPlan) -> None:
-        """Refuse what the library cannot do, and its absence."""
+        """Refuse a plan that the library cannot carry out, or a missing library."""
         super().check(plan)
         require("bitsandbytes", extra="bitsandbytes", user="quant_bitsandbytes")
 
     def check_spec(self, spec: QuantSpec) -> None:
-        """Refuse block sizes that the library lacks, besides unsupported bits."""
+        """Refuse block sizes that the library lacks, and unsupported bits."""
         super().check_spec(spec)
         if spec.bits == 4 and spec.group_size not in BLOCKS:
             sizes = ", ".join(str(size) for size in BLOCKS)
@@ -80,16 +81,16 @@ class BitsAndBytesBackend(DataFreeBackend):
 
 
 class FourBitLinear(LibraryLinear):
-    """A linear layer over 4-bit blocks of bitsandbytes, with the same weights and products on every processor.
+    """Linear layer over 4-bit blocks of bitsandbytes, with the same weights and products on every processor.
 
-    On a CPU the library dequantizes and torch multiplies, in the dtype of the inputs. The library's own layer goes
-    another way where the processor has avx512_bf16: whatever its ``compute_dtype``, it multiplies in bfloat16 with
+    On a CPU the library dequantizes and torch multiplies, in the dtype of the inputs. The library's own layer takes
+    another path where the processor has avx512_bf16: whatever its ``compute_dtype``, it multiplies in bfloat16 with
     scales that are rounded to bfloat16, and repacks its weight in place for that. On a GPU the library multiplies.
 
     Args:
-        packed: Two codes per byte, any shape.
-        state: The library's ``QuantState`` of a weight (rows, columns).
-        bias: Taken over as it is.
+        packed: Packed codes, two per byte, any shape.
+        state: ``QuantState`` of the library for a weight (rows, columns).
+        bias: Bias, kept unchanged.
     """
 
     def __init__(self, packed: Tensor, state: Any, *, bias: nn.Parameter | None) -> None:
@@ -114,8 +115,8 @@ class FourBitLinear(LibraryLinear):
         from bitsandbytes.functional import dequantize_4bit
 
         state = copy.copy(self.stored)
-        # The library's AVX-512 code takes no account of blocks that run from one row into the next (0.50: weights are
-        # 20 % off), so that it is shown no row of the weight: a row is a block here, or all blocks.
+        # The library's AVX-512 code ignores that blocks run from one row into the next (0.50: weights are 20 % off), so
+        # it never gets a row of the weight: a row is a block here, or all blocks.
         size = self.out_features * self.in_features
         blocks, rest = divmod(size, state.blocksize)
         state.shape = torch.Size((1, size) if rest else (blocks, state.blocksize))
@@ -134,12 +135,12 @@ class FourBitLinear(LibraryLinear):
 
     @property
     def kernel(self) -> str:
-        """The library, its format, and who multiplies."""
+        """Return the library, its format, and what multiplies."""
         return f"bitsandbytes {self._constants['quant_type']}" + (", dense products" if self._on_cpu else "")
 
     @property
     def padded_columns(self) -> int:
-        """None: blocks run on from one row to the next."""
+        """Return 0: blocks continue from one row to the next."""
         return 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,14 +155,14 @@ class FourBitLinear(LibraryLinear):
 
 
 class Int8Linear(LibraryLinear):
-    """A linear layer of LLM.int8(): int8 rows times inputs that are rounded to int8 token by token.
+    """Linear layer of LLM.int8(): int8 rows times inputs that are rounded to int8 token by token.
 
     Args:
         codes: (rows, columns) int8.
         scale: (rows,) float32, the largest magnitude of each row.
-        bias: Taken over as it is.
-        dtype: Of the dense weight.
-        outlier_threshold: See `BitsAndBytesBackend`.
+        bias: Bias, kept unchanged.
+        dtype: Dtype of the dense weight.
+        outlier_threshold: Threshold, as in `BitsAndBytesBackend`.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class Int8Linear(LibraryLinear):
         rows, columns = codes.shape
         super().__init__(columns, rows, {"codes": codes, "scale": scale}, bias=bias, bits=8, group_size=columns)
         self.dtype, self.outlier_threshold = dtype, outlier_threshold
-        # The library warns at every call that it works in float16; it is said once, in the kernel's name.
+        # The library warns at every call that it works in float16; the kernel's name says so once instead.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     def assemble(self, parts: Mapping[str, Tensor]) -> Any:
@@ -192,7 +193,7 @@ class Int8Linear(LibraryLinear):
 
     @property
     def kernel(self) -> str:
-        """The library and its method."""
+        """Return the library and its method."""
         outliers = f", outliers above {self.outlier_threshold:g}" if self.outlier_threshold else ""
         return f"bitsandbytes LLM.int8() in float16{outliers}"
 

@@ -1,4 +1,4 @@
-"""GPTQ: weights are rounded one input column after another, each making up for the errors of those before it."""
+"""GPTQ: column-by-column rounding, in which each column compensates for the errors of the previous ones."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LARGEST_DAMPING = 10.0
 
 
 class Factor(NamedTuple):
-    """How rounding errors of one column are made up for by later ones.
+    """Coefficients by which later columns compensate for the rounding errors of earlier ones.
 
     Attributes:
         order: (columns,) int64, the columns in the order in which they are rounded.
-        feedback: (columns, columns) float32, lower triangular with a diagonal of ones. Row i, in that order: how
-            far column i moves against each unit of error in the columns before it.
-        damping: The fraction of the mean diagonal that was added to the Hessian.
+        feedback: (columns, columns) float32, lower triangular with a diagonal of ones. Row i, in that order: how far
+            column i moves per unit of error in the columns before it.
+        damping: Fraction of the mean diagonal that was added to the Hessian.
     """
 
     order: Tensor
@@ -43,21 +43,21 @@ class Factor(NamedTuple):
 class GptqBackend(CalibratedBackend):
     """GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323) on the grid of round-to-nearest.
 
-    Each weight is rounded to the point of its group's grid that is nearest once the errors already made in its row are
-    taken into account, so that ‖X(W − Ŵ)ᵀ‖ is small rather than ‖W − Ŵ‖. Grids are those of the dense weight and
-    stay fixed: codes lie in the columns' own order whatever the order of rounding, which costs nothing at run time.
+    Each weight is rounded to the nearest point of its group's grid after correction for the errors already made in its
+    row, so that ‖X(W − Ŵ)ᵀ‖ is small rather than ‖W − Ŵ‖. Grids are those of the dense weight and stay fixed: codes are
+    stored in the columns' own order whatever the order of rounding, which costs nothing at run time.
 
-    Correlations among a few inputs are not those among others: with fewer inputs than columns some correction fits
-    whatever was seen. So a quarter of the calibration inputs is held back. Rows in which plain rounding does no worse
-    on these keep their rounded codes, and so do all rows of a layer in which it does no worse altogether: no output's
-    error there is above round-to-nearest. The report counts such rows.
+    Correlations among few inputs do not generalise: with fewer inputs than columns some correction fits any data. So a
+    quarter of the calibration inputs is held out. Rows in which plain rounding is no worse on these keep their rounded
+    codes, and so do all rows of a layer in which it is no worse altogether: no output's error there is above
+    round-to-nearest. The report counts such rows.
 
     Attributes:
-        act_order: Round the columns with the largest inputs first, while there are others left to correct them.
-        damping: Fraction of the mean diagonal that is added to the diagonal of the Hessian XᵀX: how much to distrust
-            correlations seen in the calibration inputs. None for the one of `DAMPINGS` that does best on the inputs
-            held back. When the factorization still fails, ten times as much is tried.
-        block_size: Columns per block; between blocks errors are passed on by one matrix product. Only for speed.
+        act_order: Whether to round the columns with the largest inputs first, while others are left to correct them.
+        damping: Fraction of the mean diagonal that is added to the diagonal of the Hessian XᵀX, which regularises
+            correlations seen in the calibration inputs. None for the one of `DAMPINGS` that is best on the held-out
+            inputs. When the factorization still fails, ten times as much is tried.
+        block_size: Number of columns per block; between blocks one matrix product propagates errors. Only for speed.
     """
 
     act_order: bool = True
@@ -80,7 +80,7 @@ class GptqBackend(CalibratedBackend):
     def solve(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> list[Solution]:
-        """Round the weights of layers that are fed one tensor."""
+        """Round the weights of layers that share an input tensor."""
         plain = [round_by_blocks(layer.weight, spec) for layer, spec in zip(layers, specs, strict=True)]
         rounding = sum_of_squares(
             layer.weight - codes.dequantize(spec.bits, layer.weight.dtype)[:, : layer.in_features]
@@ -94,7 +94,7 @@ class GptqBackend(CalibratedBackend):
 
     @torch.no_grad()
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
-        """Round to nearest: without inputs there are no correlations by which columns could make up for one another."""
+        """Round to nearest: without inputs there are no correlations for columns to compensate each other."""
         return nearest(layer, spec)
 
     def _solve(self, layer: nn.Linear, spec: QuantSpec, plain: Codes, factor: Factor, gram: Tensor) -> Solution:
@@ -104,8 +104,8 @@ class GptqBackend(CalibratedBackend):
             squared_errors(codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, gram)
             for codes in (plain, corrected)
         )
-        # What all rows have in common shows in their sum long before single rows tell it from chance. Where nothing was
-        # held back, or nothing but zeros, there is no reason to trust a correction either.
+        # The sum over all rows shows a common effect long before single rows are significant. Where nothing was held
+        # out, or only zeros, there is no evidence for a correction either.
         better = (after < before) & (after.sum() < before.sum())
         moved = (corrected.codes != plain.codes).flatten(1).any(1)
         codes = plain._replace(codes=torch.where(better.view(-1, 1, 1), corrected.codes, plain.codes))
@@ -126,16 +126,16 @@ def expect_damping(backend: str, damping: float | None) -> None:
 def choose_factor(
     statistics: InputStatistics, rounding: Tensor, act_order: bool = True, damping: float | None = None
 ) -> Factor:
-    """Factorize with the damping under which errors are expected to be smallest on the inputs held back.
+    """Factorize with the damping that has the smallest expected error on the held-out inputs.
 
-    With F the feedback, rounding errors ε leave the weights' errors δ where F δ = ε. Were ε independent, as it nearly
+    With F the feedback, rounding errors ε give errors δ of the weights where F δ = ε. Were ε independent, as it nearly
     is, ‖X δ‖² would have the mean Σ_i var(ε_i) (F⁻ᵀ XᵀX F⁻¹)_ii: a damping is judged without rounding anything.
 
     Args:
-        statistics: Of the layer's inputs.
-        rounding: (columns,) float64, what stands for the variance: squared errors of plain rounding, summed over rows.
-        act_order: As in `factorize`.
-        damping: None to choose among `DAMPINGS`; the first of them where no input is held back.
+        statistics: Statistics of the layer's inputs.
+        rounding: (columns,) float64, in place of the variance: squared errors of plain rounding, summed over rows.
+        act_order: Order of rounding, as in `factorize`.
+        damping: Damping; None to choose among `DAMPINGS`, or the first of them where no input is held out.
 
     Raises:
         ValueError: As in `factorize`.
@@ -168,17 +168,17 @@ def sum_of_squares(errors: Iterable[Tensor]) -> Tensor:
 
 
 def factorize(statistics: InputStatistics, act_order: bool = True, damping: float = 0.01) -> Factor:
-    """Turn second moments of inputs into what each column owes to the errors of the columns before it.
+    """Compute from second moments of inputs how each column compensates for the errors of the columns before it.
 
     With H = MᵀM and M lower triangular, ‖X δ‖² = Σ_i (M_ii δ_i + Σ_{j<i} M_ij δ_j)² for the error δ of one row, taken
     in rounding order: column i is best rounded from w_i − Σ_{j<i} (M_ij / M_ii) δ_j. In exact arithmetic these are the
-    updates of GPTQ by way of the inverse Hessian's Cholesky factor (arXiv:2507.18553), for one factorization instead
-    of two and an inverse. M is the flipped Cholesky factor of the flipped H.
+    updates of GPTQ by way of the inverse Hessian's Cholesky factor (arXiv:2507.18553), for one factorization instead of
+    two and an inverse. M is the flipped Cholesky factor of the flipped H.
 
     Args:
-        statistics: Of the layer's inputs, of which those held back are left out; any positive multiple of the moments
+        statistics: Statistics of the layer's inputs, without the held-out ones; any positive multiple of the moments
             gives the same result.
-        act_order: Order columns by falling mean square of their input; ties by their position.
+        act_order: Whether to order columns by falling mean square of their input; ties by their position.
         damping: First fraction of the mean diagonal to add.
 
     Raises:
@@ -191,12 +191,12 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
     if act_order:
         order = diagonal.argsort(descending=True, stable=True)
     backwards = order.flip(0)
-    # float64: at the usual damping float32 finds the same codes, but at a hundredth of it errors 1 % larger. The factor
-    # is computed once for all layers that share their inputs, and takes less time than rounding them.
+    # In float64: at the usual damping float32 finds the same codes, but at a hundredth of it errors 1 % larger. The
+    # factor is computed once for all layers that share their inputs, and takes less time than rounding them.
     hessian = gram[backwards.unsqueeze(1), backwards].double()
     diagonal = diagonal[backwards]
     mean = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
-    # A column that is always zero is tied to no other one; any positive number lets it be rounded on its own.
+    # A column that is always zero is correlated with no other; any positive number lets it be rounded on its own.
     diagonal = torch.where(diagonal == 0, mean, diagonal)
     asked = damping
     while damping <= LARGEST_DAMPING:
@@ -223,16 +223,16 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
 def pass_on_errors(
     weight: Tensor, factor: Factor, choose: Callable[[int, Tensor], Tensor], block_size: int = 128
 ) -> None:
-    """Go through the columns of a weight, asking for each to be stored as near as possible to what would be best.
+    """Round the columns of a weight in order, correcting each for the errors of those before it.
 
     Args:
         weight: (rows, columns), any float dtype.
-        factor: From `factorize`.
-        choose: Is told a column's position in the weight and the values (rows,) that would make up for all errors so
-            far, float32; returns the values that are stored, float32.
-        block_size: Columns between two matrix products.
+        factor: Factor from `factorize`.
+        choose: Function of a column's position in the weight and the corrected values (rows,), float32, that would
+            compensate for all errors so far; returns the values that are stored, float32.
+        block_size: Number of columns between two matrix products.
     """
-    # Transposed, so that what one step reads and writes is contiguous. float32: sums of at most some ten thousand
+    # Transposed, so that each step reads and writes contiguous memory. float32: sums of at most some ten thousand
     # products decide between steps of a grid of at most 256.
     dense = weight.T[factor.order].float()
     error = torch.zeros_like(dense)
@@ -250,10 +250,10 @@ def round_with_feedback(weight: Tensor, nearest: Codes, bits: int, factor: Facto
 
     Args:
         weight: (rows, columns), any float dtype.
-        nearest: Its codes by round-to-nearest, whose scales and zero points are used.
-        bits: Of the codes.
-        factor: From `factorize`.
-        block_size: Columns between two matrix products.
+        nearest: Codes of the weight by round-to-nearest, whose scales and zero points are used.
+        bits: Number of bits of the codes.
+        factor: Factor from `factorize`.
+        block_size: Number of columns between two matrix products.
 
     Returns:
         Codes with the same scales and zero points; columns of padding keep theirs.
@@ -267,7 +267,7 @@ def round_with_feedback(weight: Tensor, nearest: Codes, bits: int, factor: Facto
         scale, zero = scales[column // size], zeros[column // size]
         code = ((wanted / scale).round_() + zero).clamp_(0, (1 << bits) - 1)
         codes[column] = code
-        # What the layer will compute with, including the rounding of the product to its dtype.
+        # The value that the layer will compute with, rounded to its dtype.
         return ((code - zero) * scale).to(dtype).float()
 
     pass_on_errors(weight, factor, choose, block_size)

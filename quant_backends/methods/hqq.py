@@ -1,4 +1,4 @@
-"""Half-quadratic quantization, solved by the hqq library, stored in the packed linear layer."""
+"""HQQ, half-quadratic quantization: solved by the hqq library, stored in the packed linear layer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from lmms_plugin.quant_backends.plans.plan import QuantSpec
 class HqqBackend(CodesBackend):
     """HQQ (Badri & Shaji, 2023): zero points fitted under a sparsity-promoting norm of the error.
 
-    Equal to the library's own ``HQQLinear`` with ``axis=1``, bit for bit in the same compute dtype.
-    Where the group does not divide the width, the library lets groups run across rows; here rows are
-    padded with zeros instead.
+    Equal to the library's own ``HQQLinear`` with ``axis=1``, bit for bit in the same compute dtype. Where the group
+    size does not divide the width, the library lets groups run across rows; here rows are padded with zeros instead.
 
     Attributes:
-        round_zero: Start from zero points that are whole numbers, as round-to-nearest has them, so that weights near
-            zero stay near it. The library does so at 4 bits alone.
+        round_zero: Whether to start from integer zero points, as round-to-nearest has them, so that weights near zero
+            stay near it. The library does so at 4 bits alone.
     """
 
     round_zero: bool = True
@@ -32,11 +31,11 @@ class HqqBackend(CodesBackend):
 
     @property
     def uncompressed(self) -> str | None:
-        """The library's zero points need this package's own format."""
+        """Return the reason: the library's zero points need this package's own format."""
         return "its zero points are no integers"
 
     def check_spec(self, spec: QuantSpec) -> None:
-        """Refuse symmetric grids besides unsupported bits: the zero point is what HQQ optimises."""
+        """Refuse symmetric grids and unsupported bits: the zero point is what HQQ optimises."""
         super().check_spec(spec)
         if spec.symmetric:
             raise ValueError("hqq fits a zero point to each group and cannot be symmetric; leave symmetric=False")

@@ -1,4 +1,4 @@
-"""Modality-balanced quantization: image and answer tokens weigh as much as the loss reacts to them."""
+"""MBQ, modality-balanced quantization: errors of image and answer tokens weighted by the loss's sensitivity to them."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class MbqBackend(CalibratedBackend):
     gradient there (`lmms_plugin.quant_backends.calibration.gradients`). The prompt's text has no weight of its own.
     With Δ the change of the layers' outputs, the candidates of AWQ's grid are compared by
 
-    * mae: (Σ_answer |Δ| + ρ Σ_image |Δ|) / (N_answer + N_image), in which the number of tokens of a modality counts;
+    * mae: (Σ_answer |Δ| + ρ Σ_image |Δ|) / (N_answer + N_image), in which a modality's number of tokens counts;
     * mse: Σ_answer Δ² / N_answer + ρ Σ_image Δ² / N_image, in which it does not.
 
     Both forms are the authors'. Errors are those of the linear layers' own outputs, as in the paper's formula (the
-    authors' code looks at the whole attention or MLP behind them). mse is exact over all calibration inputs, being a
-    quadratic form of their second moments; mae is summed over a sample of
+    authors' code compares outputs of the whole attention or MLP around them). mse is exact over all calibration inputs,
+    being a quadratic form of their second moments; mae is summed over a sample of
     `lmms_plugin.quant_backends.statistics.SAMPLE_ROWS` tokens of each modality. The grid holds t = 0, so neither is
     ever above that of round-to-nearest.
 
-    Layers whose inputs cannot be told apart, those of the vision tower and the connector, or that no gradient is known
-    for, are compared over all of their inputs alike; the report calls them unbalanced. With mse that is AWQ.
+    Layers whose inputs have no roles (those of the vision tower and the connector), and layers without a known
+    gradient, are compared over all of their inputs alike; the report calls them unbalanced. With mse that is AWQ.
 
     Attributes:
-        loss: mae or mse.
-        act_bits: 8 rounds the inputs of the layers to 8 bits too, each token by itself, and the search takes the error
-            of that into account, over the same sample; 16 leaves them as they are.
+        loss: Loss of the search, mae or mse.
+        act_bits: Number of bits of the layers' inputs. 8 rounds them, each token by itself, and the search includes the
+            error of that, over the same sample; 16 leaves them as they are.
     """
 
     name = "mbq"
@@ -58,14 +58,14 @@ class MbqBackend(CalibratedBackend):
 
     @property
     def uncompressed(self) -> str | None:
-        """Input scales need this package's own format."""
+        """Return the reason: input scales need this package's own format."""
         return "its layers multiply their inputs by a scale"
 
     @torch.no_grad()
     def solve(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> list[Solution]:
-        """Search the input scale of layers that are fed one tensor."""
+        """Search the input scale of layers that share an input tensor."""
         statistics.expect_finite()
         weights = [layer.weight for layer in layers]
         found = search_scales(weights, specs, statistics.mean_magnitude, self.objective(statistics))
@@ -76,19 +76,19 @@ class MbqBackend(CalibratedBackend):
         ]
 
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
-        """Round to nearest: no channel matters more than another."""
+        """Round to nearest: without inputs, all channels are equally important."""
         return nearest(layer, spec, self._kind)
 
     def objective(self, statistics: InputStatistics) -> Objective:
-        """Return what candidates are compared by.
+        """Return the objective by which candidates are compared.
 
         Args:
-            statistics: By role, with rows sampled.
+            statistics: Statistics by role, with sampled rows.
         """
         parts = _balanced(statistics, self.loss)
         if self.loss == "mse" and self.act_bits == UNQUANTIZED:
             return GramError(torch.stack([share * part.gram for part, share in parts]).sum(0))
-        # The sample stands for all rows of its part.
+        # The sample represents all rows of its part.
         rows = [part.sampled for part, _ in parts]
         shares = [
             share * part.rows / len(sampled) * torch.ones(len(sampled), device=sampled.device)
@@ -112,6 +112,6 @@ def _balanced(statistics: InputStatistics, loss: str) -> list[tuple[InputStatist
     image, answer = (statistics.roles[role] for role in WEIGHED)
     ratio = statistics.sensitivity.ratio
     if loss == "mae":
-        # Over one number of tokens for both, which changes no comparison.
+        # One common number of tokens divides both, which changes no comparison.
         return [(image, ratio), (answer, 1.0)]
     return [(image, ratio / image.rows), (answer, 1 / answer.rows)]

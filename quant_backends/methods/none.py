@@ -1,4 +1,4 @@
-"""The 16-bit baseline: the same path through the code, nothing quantized."""
+"""Unquantized baseline: the same code path, with nothing quantized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
 
 @dataclass(frozen=True)
 class NoneBackend(Backend):
-    """Leaves every layer as the checkpoint has it."""
+    """Baseline that leaves every layer as the checkpoint has it."""
 
     name = "none"
     bits = frozenset()
@@ -18,6 +18,6 @@ class NoneBackend(Backend):
     unsaved = "it quantizes nothing; copy the checkpoint instead"
 
     def check(self, plan: QuantPlan) -> None:
-        """Refuse a plan that asks for quantization, which would silently not happen."""
+        """Refuse a plan that asks for quantization, which would be ignored silently."""
         if plan.specs:
             raise ValueError(f"none leaves every layer at 16 bits, but the plan asks for {plan.specs[0].bits}")

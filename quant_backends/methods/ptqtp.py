@@ -1,4 +1,4 @@
-"""PTQTP: every weight is the sum of two trits, each with a scale per group."""
+"""PTQTP, ternary quantization: every weight is the sum of two trits, each with a scale per group."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ in less than half the time."""
 
 @dataclass(frozen=True)
 class _TritPlaneBackend(Backend):
-    """What the two variants share.
+    """Base of the two variants.
 
     Attributes:
-        starts: From how many initial pairs of scales each group is fitted; the best end is kept. 1: the paper's alone.
-        max_iterations: Of alternating between scales and trits, per start. A group that has not settled by then keeps
-            the best scales that it has seen.
+        starts: Number of initial pairs of scales from which each group is fitted; the best result is kept. 1: only the
+            paper's.
+        max_iterations: Number of alternations between scales and trits, per start. A group that has not converged by
+            then keeps the best scales seen.
     """
 
     starts: int = STARTS
@@ -55,7 +56,7 @@ class _TritPlaneBackend(Backend):
 
     @property
     def uncompressed(self) -> str | None:
-        """Trits need this package's own format."""
+        """Return the reason: ternary weights need this package's own format."""
         return "its weights are sums of two planes of trits"
 
     def fit(self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> TritPlanes:
@@ -67,8 +68,8 @@ class _TritPlaneBackend(Backend):
 class PtqtpBackend(_TritPlaneBackend, DataFreeBackend):
     """PTQTP (Xiao et al., arXiv:2509.16989): two trit planes with the least squared error of the weights.
 
-    Scales and trits are found in turn, each the best for the other, row by row and group by group. Two liberties: more
-    than one start, and the scales are rounded to the layer's dtype before the trits are chosen a last time.
+    Scales and trits are found alternately, each optimal for the other, row by row and group by group. There are two
+    deviations: more than one start, and the scales are rounded to the layer's dtype before the last choice of trits.
     """
 
     name = "ptqtp"
@@ -81,16 +82,16 @@ class PtqtpBackend(_TritPlaneBackend, DataFreeBackend):
 
 @dataclass(frozen=True)
 class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
-    """PTQTP fitted to what the layer's inputs make of its weights, which goes beyond the paper.
+    """PTQTP fitted to minimise the layer's output error, an extension of the paper.
 
-    Scales are fitted with each column weighed by the mean square of its input. With `feedback` the trits are then
-    chosen column after column as in GPTQ, each making up for the errors before it. Every row keeps whichever it is of
-    these and the unweighted fit that has the smallest output error on the calibration inputs held back from fitting, as
-    in GPTQ; the report counts the rows that keep the latter.
+    Scales are fitted with each column weighted by the mean square of its input. With `feedback` the trits are then
+    chosen column by column as in GPTQ, each compensating for the errors before it. Of these fits and the unweighted
+    one, every row keeps the one with the smallest output error on the held-out calibration inputs, as in GPTQ; the
+    report counts the rows that keep the unweighted one.
 
     Attributes:
-        feedback: Let later columns make up for the errors of earlier ones.
-        damping: Of the feedback, as in GPTQ.
+        feedback: Whether later columns compensate for the errors of earlier ones.
+        damping: Damping of the feedback, as in GPTQ.
     """
 
     feedback: bool = True
@@ -110,7 +111,7 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
     def solve(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> list[Solution]:
-        """Fit the planes of layers that are fed one tensor."""
+        """Fit the planes of layers that share an input tensor."""
         plain = [self.fit(layer.weight, spec) for layer, spec in zip(layers, specs, strict=True)]
         rounding = sum_of_squares(
             layer.weight - fit.dequantize(spec.group_size, layer.weight.dtype)
@@ -124,7 +125,7 @@ class WeightedPtqtpBackend(_TritPlaneBackend, CalibratedBackend):
 
     @torch.no_grad()
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> TritPlaneLinear:
-        """Fit with all columns weighing the same."""
+        """Fit the planes with equal weights for all columns."""
         return TritPlaneLinear.from_planes(self.fit(layer.weight, spec), spec, layer.bias)
 
     def _solve(
@@ -154,22 +155,22 @@ def fit_planes(
 ) -> TritPlanes:
     """Find two trit planes and their scales with a small Σ importance · (w − ŵ)² in each group of each row.
 
-    Every group is a problem of its own, the same for any other rows or groups beside it. A weight's value depends on
-    the scales and its magnitude alone, so that a group sorted once gives the sums that belong to any scales by looking
-    up four borders: as exact as comparing every weight with nine values, and quick enough for many starts.
+    Every group is an independent problem, whatever the rows or groups beside it. A weight's value depends on the scales
+    and its magnitude alone, so that a group sorted once gives the sums for any scales by looking up four borders: as
+    exact as comparing every weight with nine values, and fast enough for many starts.
 
     Args:
         weight: (rows, columns), finite, any float dtype, which is also that of the returned scales.
-        group_size: Columns per pair of scales, None for all of them.
-        importance: (columns,), not negative; None for all the same.
-        starts: How many initial pairs of scales to try, 1 to 5.
-        max_iterations: Of scales after trits after scales, per start.
+        group_size: Number of columns per pair of scales, None for all of them.
+        importance: Weights (columns,) of the squared errors, not negative; None for equal ones.
+        starts: Number of initial pairs of scales to try, 1 to 5.
+        max_iterations: Number of refits of scales and trits, per start.
     """
     columns = weight.shape[1]
     if importance is None:
         importance = torch.ones(columns, device=weight.device)
     largest = importance.max()
-    # A group whose inputs were all zero is fitted as if they were all the same.
+    # A group whose inputs were all zero is fitted with equal weights.
     importance = (importance / largest if largest > 0 else importance).double().clamp(min=1e-6)
     counted = split_groups(importance.unsqueeze(0), group_size)
     parts = []
@@ -182,11 +183,11 @@ def fit_planes(
 
 
 class TernaryGrid(NamedTuple):
-    """The nine values that pairs of scales make, as the layer will compute them.
+    """The nine values of each pair of scales, as the layer will compute them.
 
     Attributes:
         borders: (..., 4) float32, between the five magnitudes in rising order.
-        trits: (2, ..., 5) int8, of each magnitude.
+        trits: (2, ..., 5) int8, trits of each magnitude.
     """
 
     borders: Tensor
@@ -216,13 +217,13 @@ class TernaryGrid(NamedTuple):
 
 
 def choose_with_feedback(weight: Tensor, scale: Tensor, group_size: int | None, factor: Factor) -> TritPlanes:
-    """Choose trits column after column for given scales, each column making up for the errors before it (GPTQ).
+    """Choose trits column by column for given scales, each column compensating for the errors before it (GPTQ).
 
     Args:
         weight: (rows, columns), in the dtype of `scale`.
         scale: (rows, groups, 2).
-        group_size: Columns per pair of scales, None for all of them.
-        factor: Of the inputs' second moments.
+        group_size: Number of columns per pair of scales, None for all of them.
+        factor: Factor of the inputs' second moments.
     """
     rows, columns = weight.shape
     size = columns_per_group(group_size, columns)
@@ -243,7 +244,7 @@ def choose_with_feedback(weight: Tensor, scale: Tensor, group_size: int | None, 
 
 
 class _MagnitudeSums(NamedTuple):
-    """Of the magnitudes of each group in rising order, with a zero before the first; all (groups, ...) float64.
+    """Cumulative sums over each group's magnitudes in rising order, starting with zero; all (groups, ...) float64.
 
     float64, so that the order of summation, which differs between devices, does not show in the rounded scales.
     """
@@ -268,7 +269,7 @@ class _MagnitudeSums(NamedTuple):
 
 
 def _best_scales(sums: _MagnitudeSums, starts: int, max_iterations: int) -> Tensor:
-    """Return the scales with the smallest error that was found, (groups, 2) float64."""
+    """Return the scales with the smallest error found, (groups, 2) float64."""
     scale, error = _alternate(sums, _starts(sums)[:, :starts], min(TRIAL_ITERATIONS, max_iterations))
     if starts > 1:
         scale = torch.stack([scale[:, 0], _chosen(scale, error)], 1)
@@ -276,12 +277,12 @@ def _best_scales(sums: _MagnitudeSums, starts: int, max_iterations: int) -> Tens
 
 
 def _chosen(scale: Tensor, error: Tensor) -> Tensor:
-    """Return of scales (groups, starts, 2) those with the smallest error (groups, starts), the first of equals."""
+    """Select from scales (groups, starts, 2) those with the smallest error (groups, starts), the first of equals."""
     return scale.gather(1, error.argmin(1).view(-1, 1, 1).expand(-1, 1, 2)).squeeze(1)
 
 
 def _alternate(sums: _MagnitudeSums, scale: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Refit scales (groups, starts, 2) so many times; return the best ones seen and their errors (groups, starts)."""
+    """Refit scales (groups, starts, 2) `iterations` times; return the best ones and their errors (groups, starts)."""
     best, least = scale.clone(), torch.full_like(scale[..., 0], torch.inf)
     going = torch.arange(len(scale), device=scale.device)
     for _ in range(iterations + 1):
@@ -289,7 +290,7 @@ def _alternate(sums: _MagnitudeSums, scale: Tensor, iterations: int) -> tuple[Te
         better = error < least[going]
         least[going] = torch.where(better, error, least[going])
         best[going] = torch.where(better.unsqueeze(-1), scale, best[going])
-        # Once its trits stay the same a group's scales do too, to the last bit, and the others can go on without it.
+        # Once a group's trits stay the same, so do its scales, to the last bit: it has converged and is dropped.
         moving = (refitted != scale).flatten(1).any(1)
         if not moving.any():
             break
@@ -304,8 +305,8 @@ def _starts(sums: _MagnitudeSums) -> Tensor:
 
     The first are where the paper's initialization T1 = T2 = sign(w) leads. With M the largest and m the smallest
     magnitude above zero, a group that is a sum of two planes has M as the scales' sum and m as either their difference
-    (the second) or the smaller one (the last). For other weights the three in the middle are those of 48 pairs over
-    all ratios and heights that won nearly all there was to win: errors on normal, Laplace, Student-t and uniform
+    (the second) or the smaller one (the last). For other weights the three in the middle are those of 48 pairs over all
+    ratios and heights that gave nearly all of the possible gain: errors on normal, Laplace, Student-t and uniform
     weights were 3 to 13 % below those from the first alone.
     """
     mean = sums.weighted[:, -1] / sums.importance[:, -1]
@@ -329,7 +330,7 @@ def _refit(sums: _MagnitudeSums, scale: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(sums.magnitude, borders.flatten(1), right=True)
     count, weighted = (_between(part, index).view_as(levels) for part in (sums.importance, sums.weighted))
     error = sums.squares + (levels * (levels * count - 2 * weighted)).sum(-1)
-    # Normal equations of two unknowns. Where they do not tell the planes apart, as at the first start, both get the
+    # Normal equations of two unknowns. Where they do not separate the planes, as at the first start, both get the
     # same share: the solution of least norm, and the limit of the paper's ridge regression.
     first, second = trits.unbind(-1)
     a, b, c = (count * first**2).sum(-1), (count * first * second).sum(-1), (count * second**2).sum(-1)
@@ -345,7 +346,7 @@ def _refit(sums: _MagnitudeSums, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _between(sums: Tensor, index: Tensor) -> Tensor:
-    """Return what lies between four borders each, (groups, starts * 5), from running sums (groups, columns + 1)."""
+    """Return the sums between four borders each, (groups, starts * 5), from cumulative sums (groups, columns + 1)."""
     groups = len(sums)
     at = sums.gather(1, index).view(groups, -1, 4)
     ends = sums[:, None, -1:].expand(-1, at.shape[1], 1)

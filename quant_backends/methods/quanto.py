@@ -25,7 +25,7 @@ class QuantoBackend(DataFreeBackend):
 
     The grids are the library's: 8 bits are symmetric with one scale per row, whatever the group size, which the report
     shows; 4 and 2 bits have a real-valued zero per group. Where the library would widen a group to the whole row,
-    because the group does not divide the width, rows are padded with zeros instead.
+    because the group size does not divide the width, rows are padded with zeros instead.
     """
 
     name = "quanto"
@@ -33,7 +33,7 @@ class QuantoBackend(DataFreeBackend):
     unsaved = "optimum-quanto keeps weights in a form of its own"
 
     def check_spec(self, spec: QuantSpec) -> None:
-        """Refuse symmetric grids below 8 bits, besides unsupported bits."""
+        """Refuse symmetric grids below 8 bits, and unsupported bits."""
         super().check_spec(spec)
         if spec.symmetric and spec.bits < 8:
             raise ValueError(f"quanto's {spec.bits}-bit weights have a zero point per group; leave symmetric=False")
@@ -61,7 +61,7 @@ class QuantoBackend(DataFreeBackend):
 
 @functools.cache
 def expect_unpacking(device: str) -> None:
-    """Build the library's C++ or CUDA extension, which it does on first use.
+    """Build the library's C++ or CUDA extension, which it builds on first use.
 
     Raises:
         RuntimeError: There is no compiler, or nowhere to write the result.

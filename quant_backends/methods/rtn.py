@@ -1,4 +1,4 @@
-"""Round to nearest: the grid is spread over the range of each group, every weight goes to its nearest point."""
+"""RTN, round to nearest: a uniform grid over the range of each group, without calibration."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class RtnBackend(CodesBackend):
     """Round-to-nearest weights, symmetric or asymmetric, in groups along the input.
 
     Attributes:
-        act_bits: 8 rounds the inputs of the layers to 8 bits too, each token by its own largest magnitude, while they
-            run (W8A8, W4A8); 16 leaves them as they are.
+        act_bits: Number of bits of the layers' inputs. 8 rounds them at run time, each token by its own largest
+            magnitude (W8A8, W4A8); 16 leaves them as they are.
     """
 
     name = "rtn"
@@ -37,11 +37,11 @@ class RtnBackend(CodesBackend):
 
     @property
     def uncompressed(self) -> str | None:
-        """Rounded inputs need this package's own format."""
+        """Return the reason: rounded inputs need this package's own format."""
         return rounded_inputs_apart(self.act_bits)
 
     def quantize_linear(self, weight: Tensor, bias: nn.Parameter | None, spec: QuantSpec) -> QuantizedLinear:
-        """Quantize one layer into a packed one."""
+        """Quantize one layer into a packed layer."""
         kind = PackedLinear if self.act_bits == UNQUANTIZED else Int8InputLinear
         return kind.from_codes(self.quantize(weight, spec), spec, weight.shape[1], bias=bias)
 
@@ -53,13 +53,13 @@ class RtnBackend(CodesBackend):
 def nearest(
     layer: nn.Linear, spec: QuantSpec, kind: type[PackedLinear] = PackedLinear, *, in_scale: Tensor | None = None
 ) -> PackedLinear:
-    """Return a packed layer whose weight is that of a layer, rounded to nearest.
+    """Return a packed layer with the weight of a layer rounded to nearest.
 
     Args:
-        layer: Dense.
+        layer: Dense layer.
         spec: Bits, group size, symmetry.
-        kind: Of the packed layer.
-        in_scale: (columns,), what the packed layer multiplies its input with: columns are divided by it first.
+        kind: Class of the packed layer.
+        in_scale: Factors (columns,) of the packed layer's input, by which the weight's columns are divided first.
     """
     codes = round_by_blocks(layer.weight, spec, in_scale)
     return kind.from_codes(codes, spec, layer.in_features, bias=layer.bias, in_scale=in_scale)
@@ -71,7 +71,7 @@ def round_by_blocks(weight: Tensor, spec: QuantSpec, in_scale: Tensor | None = N
     Args:
         weight: (rows, columns), any float dtype, which is also that of the returned scales.
         spec: Bits, group size, symmetry.
-        in_scale: (columns,), what the layer multiplies its input with: columns are divided by it first.
+        in_scale: Factors (columns,) of the layer's input, by which the weight's columns are divided first.
     """
     parts = []
     for block in weight.split(rows_per_block(weight.shape[1])):
@@ -83,15 +83,14 @@ def round_by_blocks(weight: Tensor, spec: QuantSpec, in_scale: Tensor | None = N
 def round_to_nearest(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Codes:
     """Quantize each group of a weight onto a uniform grid, with an error of at most half a step.
 
-    Asymmetric grids cover [min(w, 0), max(w, 0)] with an integer zero point. Symmetric grids use all
-    2**bits levels: step 2·max|w| / (2**bits − 1), zero point 2**(bits − 1) (the convention of
-    compressed-tensors).
+    Asymmetric grids cover [min(w, 0), max(w, 0)] with an integer zero point. Symmetric grids use all 2**bits levels:
+    step 2·max|w| / (2**bits − 1), zero point 2**(bits − 1) (the convention of compressed-tensors).
 
     Args:
         weight: (rows, columns) float32.
         spec: Bits, group size, symmetry.
-        scale_dtype: Of the returned scale. Steps are rounded up to it, never down: a step too small
-            would clip the ends of the range.
+        scale_dtype: Dtype of the returned scale. Steps are rounded up to it, never down: a step too small would clip
+            the ends of the range.
     """
     groups = split_groups(weight, spec.group_size)
     scale, zero = _grid(groups, spec, scale_dtype)
@@ -100,7 +99,7 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) 
 
 
 def nearest_values(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> Tensor:
-    """Return what `round_to_nearest` makes of a weight, (rows, columns) float32; overwrites the weight."""
+    """Return a weight after `round_to_nearest`, (rows, columns) float32; overwrites the weight."""
     groups = split_groups(weight, spec.group_size)
     grid = _grid(groups, spec, scale_dtype)
     scale, zero = grid[0].float().unsqueeze(-1), grid[1]
@@ -109,7 +108,7 @@ def nearest_values(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) ->
 
 
 def _grid(groups: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the scale of each group, in `scale_dtype`, and its zero point, a whole number in float32."""
+    """Return the scale of each group, in `scale_dtype`, and its zero point, an integer in float32."""
     highest = (1 << spec.bits) - 1
     low, high = groups.aminmax(dim=-1)
     if spec.symmetric:

@@ -1,4 +1,4 @@
-"""Searches of AWQ's kind: which scale per input column and which clipping range per group cost the output least.
+"""AWQ-style searches: the scale per input column and the clipping range per group with the smallest output error.
 
 Candidates are rounded together, many per tensor operation, and compared by an `Objective`.
 """
@@ -36,11 +36,11 @@ some rows of a layer, to errors (candidates,) float64."""
 
 
 class Objective(Protocol):
-    """What a search makes small: a sum over the rows of the weights."""
+    """Objective that a search minimises: a sum over the rows of the weights."""
 
     @property
     def at_once(self) -> int:
-        """How many candidates it compares at once."""
+        """Return the number of candidates that it compares at once."""
 
     def errors_of(self, inverses: Tensor) -> Errors:
         """Return the function that compares candidates, given 1/s (candidates, columns)."""
@@ -69,13 +69,13 @@ class GramError:
 
 @dataclass(frozen=True)
 class RowError:
-    """Σ share · |ŷ − y|^power over some calibration inputs, y = W x being the outputs without quantization.
+    """Σ share · |ŷ − y|^power over some calibration inputs, with y = W x the outputs without quantization.
 
     Attributes:
-        rows: (rows, columns) float32, the inputs.
-        shares: (rows,) float32, what each of them weighs.
-        power: 1 for absolute errors, 2 for squared ones.
-        act_bits: The layer rounds its inputs to 8 bits; 16 for not at all.
+        rows: Inputs (rows, columns) float32.
+        shares: Weights (rows,) of the inputs, float32.
+        power: Exponent, 1 for absolute errors, 2 for squared ones.
+        act_bits: Number of bits that the layer rounds its inputs to: 8, or 16 for no rounding.
     """
 
     rows: Tensor
@@ -85,7 +85,7 @@ class RowError:
 
     @property
     def at_once(self) -> int:
-        """All candidates, or a few where each takes the inputs rounded in its own way."""
+        """Return all candidates, or a few where each rounds the inputs differently."""
         return len(EXPONENTS) if self.act_bits == UNQUANTIZED else 5
 
     def errors_of(self, inverses: Tensor) -> Errors:
@@ -108,7 +108,7 @@ class RowError:
         return errors_of_rounded_inputs
 
     def _costs(self, outputs: Tensor) -> Tensor:
-        """Return what each output contributes, given how it changes for each input; overwrites `outputs`."""
+        """Return the contribution of each output, given its change for each input; overwrites `outputs`."""
         return self.shares @ outputs.abs_().pow_(self.power)
 
     def _rounded_inputs(self, inverse: Tensor) -> Tensor:
@@ -117,11 +117,11 @@ class RowError:
 
 
 class Scales(NamedTuple):
-    """The outcome of a search.
+    """Result of a search.
 
     Attributes:
-        in_scale: (columns,) in the dtype of the weights, 1/s; multiplies the layer's input.
-        exponent: The chosen t.
+        in_scale: 1/s (columns,), in the dtype of the weights; multiplies the layer's input.
+        exponent: Chosen t.
     """
 
     in_scale: Tensor
@@ -136,14 +136,14 @@ def search_scales(
     *,
     powers_of_two: bool = False,
 ) -> Scales:
-    """Find the input scale that layers share.
+    """Find the input scale of layers that share it.
 
     Args:
-        weights: Each (rows, columns), all fed the same inputs.
-        specs: One per weight.
-        mean_magnitude: (columns,), mean |x| of these inputs.
-        objective: Its errors are summed over the weights.
-        powers_of_two: Round every scale to the nearest power of two.
+        weights: Weights, each (rows, columns), with the same inputs.
+        specs: Specs, one per weight.
+        mean_magnitude: Mean |x| (columns,) of these inputs.
+        objective: Objective; its errors are summed over the weights.
+        powers_of_two: Whether to round every scale to the nearest power of two.
     """
     inverses = candidates(mean_magnitude, weights[0].dtype, powers_of_two=powers_of_two)
     errors = torch.zeros(len(inverses), dtype=torch.float64, device=inverses.device)
@@ -158,10 +158,10 @@ def candidates(mean_magnitude: Tensor, dtype: torch.dtype, *, powers_of_two: boo
     """Return 1/s for every exponent of the grid.
 
     Args:
-        mean_magnitude: (columns,), mean |x|.
-        dtype: What the layer computes in; the inverses are rounded to it before they are used, so that
-            the error that is measured is the one that is got.
-        powers_of_two: Round every scale to the nearest power of two.
+        mean_magnitude: Mean |x| (columns,).
+        dtype: Dtype of the layer's arithmetic; the inverses are rounded to it before use, so that the measured error is
+            the actual one.
+        powers_of_two: Whether to round every scale to the nearest power of two.
 
     Returns:
         (exponents, columns) float32.
@@ -175,17 +175,17 @@ def candidates(mean_magnitude: Tensor, dtype: torch.dtype, *, powers_of_two: boo
 
 
 def search_clipping(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: torch.dtype) -> Codes:
-    """Quantize a weight, clipping each group to the range that costs the least at the output.
+    """Quantize a weight, clipping each group to the range with the smallest output error.
 
     The authors compare the ranges of a group by the group's own contribution to the output. Here the groups of a row
-    take their turns, and each is compared by the error of the whole output given what the others have become. So the
-    error of a row never rises, and is never above that of rounding without clipping.
+    are clipped in turn, and each range is compared by the error of the whole output given the other groups' results. So
+    the error of a row never rises, and is never above that of rounding without clipping.
 
     Args:
         weight: (rows, columns) float32, as it is to be rounded (times s).
         spec: Bits, group size, symmetry.
-        gram: (columns, columns) float32, Σ x xᵀ of what this weight is fed (x / s).
-        scale_dtype: Of the returned scale.
+        gram: (columns, columns) float32, Σ x xᵀ of this weight's inputs (x / s).
+        scale_dtype: Dtype of the returned scale.
     """
     widest = max(weight.shape[1], columns_per_group(spec.group_size, weight.shape[1]) * len(CLIPPING_RATIOS))
     blocks = weight.split(max(1, _in_flight(weight) // widest))
@@ -197,7 +197,7 @@ def _candidate_errors(weight: Tensor, spec: QuantSpec, inverses: Tensor, objecti
     for piece in inverses.split(objective.at_once):
         errors = objective.errors_of(piece)
         blocks = weight.split(max(1, _in_flight(weight) // (weight.shape[1] * len(piece))))
-        # One place for all blocks, one after another: what is allocated and freed in turns leaves holes on the heap.
+        # One buffer for all blocks: allocating and freeing in turns would fragment the heap.
         place = piece.new_empty(len(piece), *blocks[0].shape)
         found.append(torch.stack([_block_errors(block, spec, piece, errors, place) for block in blocks]).sum(0))
     return torch.cat(found)
@@ -205,7 +205,7 @@ def _candidate_errors(weight: Tensor, spec: QuantSpec, inverses: Tensor, objecti
 
 def _block_errors(block: Tensor, spec: QuantSpec, inverses: Tensor, errors: Errors, place: Tensor) -> Tensor:
     dense, rows = block.float(), len(block)
-    # Only the last block is smaller than the place.
+    # Only the last block is smaller than the buffer.
     scaled = place if rows == place.shape[1] else place[:, :rows].clone()
     torch.div(dense, inverses.unsqueeze(1), out=scaled)
     rounded = nearest_values(scaled.flatten(0, 1), spec, block.dtype)
@@ -213,7 +213,7 @@ def _block_errors(block: Tensor, spec: QuantSpec, inverses: Tensor, errors: Erro
 
 
 def _changes(rounded: Tensor, inverses: Tensor, weight: Tensor) -> Tensor:
-    """Return Ŵ − W, one candidate below the other, (candidates · rows, columns); overwrites `rounded`."""
+    """Return Ŵ − W, candidates stacked along the rows, (candidates · rows, columns); overwrites `rounded`."""
     return rounded.mul_(inverses.unsqueeze(1)).sub_(weight).flatten(0, 1)
 
 
@@ -222,7 +222,7 @@ def _in_flight(weight: Tensor) -> int:
 
 
 def _clip(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: torch.dtype) -> Codes:
-    """Search the ranges of some rows, all groups in turn."""
+    """Search the ranges of some rows, one group after another."""
     columns = weight.shape[1]
     size = columns_per_group(spec.group_size, columns)
     best = round_to_nearest(weight, spec, scale_dtype)

@@ -27,11 +27,12 @@ class TorchaoBackend(DataFreeBackend):
     """torchao (PyTorch), weights only: the int8 and int4 kernels that it has for the device at hand.
 
     8 bits are symmetric in groups or whole rows. 4 bits have a real-valued zero per group and run on torch's own int4
-    matrix product (fast in bfloat16; on CUDA bfloat16 is required). The library keeps fewer bits in whole bytes, which
-    saves nothing, so they are refused. It leaves layers dense that a group does not divide; here they are padded.
+    matrix product (fast in bfloat16; on CUDA bfloat16 is required). The library stores fewer bits in whole bytes, which
+    saves nothing, so they are refused. It leaves layers dense whose width a group size does not divide; here they are
+    padded.
 
     Attributes:
-        solver: How 4-bit scales and zeros are chosen: ``tinygemm`` (minimum and maximum) or ``hqq``.
+        solver: Solver of 4-bit scales and zeros: ``tinygemm`` (minimum and maximum) or ``hqq``.
     """
 
     name = "torchao"
@@ -45,12 +46,12 @@ class TorchaoBackend(DataFreeBackend):
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
 
     def check(self, plan: QuantPlan) -> None:
-        """Refuse what the library cannot do, and its absence."""
+        """Refuse a plan that the library cannot carry out, or a missing library."""
         super().check(plan)
         require("torchao.quantization", extra="torchao", user="quant_torchao")
 
     def check_spec(self, spec: QuantSpec) -> None:
-        """Refuse what the kernels cannot do."""
+        """Refuse what the kernels do not support."""
         if spec.bits < 8 and spec.bits not in self.bits:
             raise ValueError(
                 f"torchao keeps {spec.bits}-bit weights in whole bytes, which saves nothing over 8 bits; it can: 4, 8"
@@ -65,15 +66,15 @@ class TorchaoBackend(DataFreeBackend):
         """Quantize one layer as ``torchao.quantization.quantize_`` does.
 
         Raises:
-            ValueError: The kernel for this device takes no layer of this shape or dtype.
+            ValueError: The kernel for this device supports no layer of this shape or dtype.
         """
         from torchao.quantization import quantize_
 
         rows, width = weight.shape
-        # The int4 kernels have a few sizes of groups, to which narrow layers are padded.
+        # The int4 kernels have a few group sizes, to which narrow layers are padded.
         group_size = spec.group_size if spec.bits == 4 else columns_per_group(spec.group_size, width)
         assert group_size is not None
-        # The library works on layers; all that it reads of this one is the weight.
+        # The library takes a layer, but reads only its weight.
         linear = nn.Linear(1, rows, bias=False, device="meta")
         linear.weight = nn.Parameter(pad_columns(weight, group_size), requires_grad=False)
         config = self._int4(weight, group_size) if spec.bits == 4 else _int8(group_size, linear.weight.shape[1])
@@ -108,10 +109,10 @@ class TorchaoBackend(DataFreeBackend):
 
 
 class Int4Linear(TensorLinear):
-    """A linear layer over a torchao int4 tensor, which knows how to multiply but not how to dequantize."""
+    """Linear layer over a torchao int4 tensor, which can multiply but not dequantize."""
 
     def dequantize(self) -> Tensor:
-        """Return the dense weight, (out_features, in_features): what the kernel makes of unit vectors."""
+        """Return the dense weight, (out_features, in_features), as the kernel's products with unit vectors."""
         stored = self.stored
         padded = self.in_features + self.padded_columns
         columns = []

@@ -1,1 +1,1 @@
-"""What is quantized, how finely, and what became of it."""
+"""Plans and reports: what is to be quantized, at how many bits, and what was done."""

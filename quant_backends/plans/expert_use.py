@@ -1,4 +1,4 @@
-"""How often experts are used: pure Python, so that plans can be read without a model."""
+"""Use of experts by calibration tokens: pure Python, so that plans can be read without a model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lmms_plugin.utils.reading import accounts
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """Which experts of one layer the calibration tokens were sent to.
+    """Distribution of the calibration tokens over the experts of one layer.
 
     Attributes:
-        name: Module that holds the layer's experts.
-        tokens: Tokens sent to each expert, by its number; a token counts for each expert that it is sent to.
-        uncalibrated: Numbers of the experts with too few tokens, which were quantized as if they had none.
+        name: Name of the module that holds the layer's experts.
+        tokens: Numbers of tokens sent to each expert; a token counts for each expert that it is sent to.
+        uncalibrated: Numbers of the experts with too few tokens, which were quantized without inputs.
     """
 
     name: str
@@ -29,7 +29,7 @@ class ExpertUse:
 
     @property
     def entropy(self) -> float:
-        """Entropy of the distribution of tokens over experts / ln(experts): 1 is even, 0 is a single expert.
+        """Return the entropy of the tokens' distribution over experts / ln(experts): 1 is even, 0 is a single expert.
 
         NaN where there is no token or no second expert.
         """
@@ -41,13 +41,13 @@ class ExpertUse:
 
     @property
     def imbalance(self) -> float:
-        """Tokens of the most used expert / mean tokens of an expert: 1 is even. NaN where there is no token."""
+        """Return tokens of the most used expert / mean tokens of an expert: 1 is even. NaN where there is no token."""
         total = sum(self.tokens)
         return max(self.tokens) * len(self.tokens) / total if total else math.nan
 
     @property
     def unused(self) -> int:
-        """How many experts no token was sent to."""
+        """Return the number of experts without any token."""
         return sum(not count for count in self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def read_use(path: Path) -> dict[str, tuple[int, ...]]:
 
     Raises:
         ValueError: The file is no report, one without counts, or damaged.
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     if not path.is_file():
         raise FileNotFoundError(f"use: there is no report {str(path)!r}")

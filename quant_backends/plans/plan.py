@@ -1,4 +1,4 @@
-"""What is quantized, and how finely: frozen values, pure Python."""
+"""Quantization plans, from command line or YAML file to one spec per layer: frozen values, pure Python."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ Pattern = Annotated[Annotated[str, Expected("a regular expression")], AfterValid
 
 @validated
 class Rule:
-    """One exception to the plan of a component, chosen by module name.
+    """Exception to the spec of a component, chosen by module name.
 
     Attributes:
         pattern: Regular expression searched in the full module name (anchor it with ``^`` and ``$``).
-        spec: How such modules are stored; None leaves them untouched.
+        spec: Spec of matching modules; None leaves them untouched.
     """
 
     pattern: Pattern
     spec: QuantSpec | None
 
     def matches(self, module_name: str) -> bool:
-        """Return whether the rule speaks about this module.
+        """Return whether the rule applies to this module.
 
         Raises:
             ValueError: Nested repetitions make the search take too long.
@@ -75,11 +75,11 @@ class Rule:
 
 
 class Assignment(NamedTuple):
-    """The plan applied to the linear layers of one model.
+    """Plan applied to the linear layers of one model.
 
     Attributes:
         specs: Module name -> spec, for the layers to quantize.
-        reasons: Module name -> why it is left alone, for all the others.
+        reasons: Module name -> reason why it is left dense, for all the others.
     """
 
     specs: dict[str, QuantSpec]
@@ -87,7 +87,7 @@ class Assignment(NamedTuple):
 
 
 class _RuleEntry(Schema):
-    """A rule of a plan file; numbers that it leaves out come from the default."""
+    """Rule of a plan file; numbers that it omits come from the default."""
 
     match: Pattern
     skip: Truth = False
@@ -118,10 +118,10 @@ class _PlanFile(Schema):
 
 @validated
 class QuantPlan:
-    """Which spec each linear layer of a model gets.
+    """Specs of a model's linear layers, by component, role and module name.
 
-    A component that is None is left untouched. `skip` patterns win over `rules`, the first matching rule over
-    `roles`, and a role over the component. Routers are never quantized.
+    A component that is None is left untouched. `skip` patterns override `rules`, the first matching rule overrides
+    `roles`, and a role overrides the component. Routers are never quantized.
     """
 
     vision: QuantSpec | None = None
@@ -154,16 +154,16 @@ class QuantPlan:
         """Build a plan from the model arguments of the command line.
 
         Args:
-            bits: Bits of the language model unless `language_bits` says otherwise, and of plan rules
-                that name none.
-            group_size: Columns per scale, for every component; -1 or None for one group per row.
+            bits: Number of bits of the language model unless `language_bits` says otherwise, and of plan rules that
+                name none.
+            group_size: Number of columns per scale, for every component; -1 or None for one group per row.
             symmetric: Whether zero points are fixed.
-            vision_bits: Bits of the vision tower; 16 leaves it untouched, here and below.
-            connector_bits: Bits of the projector between vision and language.
-            language_bits: Bits of the decoder layers; None means `bits`.
-            head_bits: Bits of the output projection.
-            plan: YAML file with ``components``, ``roles``, ``rules`` and ``skip`` (see `from_yaml`); what it says
-                replaces the other arguments.
+            vision_bits: Number of bits of the vision tower; 16 leaves it untouched, here and below.
+            connector_bits: Number of bits of the projector between vision and language.
+            language_bits: Number of bits of the decoder layers; None means `bits`.
+            head_bits: Number of bits of the output projection.
+            plan: YAML file with ``components``, ``roles``, ``rules`` and ``skip`` (see `from_yaml`), which replaces the
+                other arguments.
 
         Raises:
             ValueError: A number or the file's content is not valid.
@@ -212,7 +212,7 @@ class QuantPlan:
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
-        """Every spec below 16 bits that the plan names."""
+        """Return every spec below 16 bits that the plan names."""
         named = [getattr(self, component) for component in COMPONENTS] + [rule.spec for rule in self.rules]
         named += () if self.roles is None else self.roles.named
         return tuple(spec for spec in named if spec is not None and not spec.untouched)
@@ -223,7 +223,7 @@ class QuantPlan:
 
     @property
     def counts_use(self) -> bool:
-        """Whether specs depend on which experts the calibration tokens are sent to."""
+        """Return whether specs depend on the experts' shares of the calibration tokens."""
         return self.roles is not None and self.roles.routed is not None and self.roles.routed.use is None
 
     def assign(

@@ -1,4 +1,4 @@
-"""What quantization did to a model: every weight accounted for, nothing silent."""
+"""Quantization report: an account of every weight of a model."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from lmms_plugin.utils.messages import counted
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One weight of two or more dimensions: quantized, or left alone for a reason.
+    """Account of one weight of two or more dimensions: quantized, or left dense for a reason.
 
     Attributes:
         name: Module name; for a bare parameter the parameter's own name.
-        component: vision, connector, language or head.
-        shape: Of the dense weight.
-        method: The quantizer; None when left alone.
-        bits: Bits per code; None when left alone.
-        group_size: Columns per scale (the width itself for one group per row); None when left alone.
-        padded_columns: Columns added to make groups whole.
-        bytes_before: Of the dense weight, 0 when it shares its storage with another one.
-        bytes_after: Of codes, scales, zero points and input scale; the dense weight when left alone.
-        relative_error: ‖W − Ŵ‖ / ‖W‖ in the dtype the layer computes in; None when left alone.
+        component: Component: vision, connector, language or head.
+        shape: Shape of the dense weight.
+        method: Method; None when left dense.
+        bits: Number of bits per code; None when left dense.
+        group_size: Number of columns per scale (the width itself for one group per row); None when left dense.
+        padded_columns: Number of columns added to make groups whole.
+        bytes_before: Size of the dense weight, 0 when it shares its storage with another one.
+        bytes_after: Size of codes, scales, zero points and input scale; that of the dense weight when left dense.
+        relative_error: ‖W − Ŵ‖ / ‖W‖ in the dtype the layer computes in; None when left dense.
         output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration inputs; None without calibration.
-        kernel: What the layer runs on; None when left alone.
-        reason: Why the weight was left alone; None when quantized.
-        held_out_error: ‖Y − Ŷ‖ / ‖Y‖ of the layer's outputs on inputs that no calibration saw; None where that was not
+        kernel: Kernel that the layer runs on; None when left dense.
+        reason: Reason why the weight was left dense; None when quantized.
+        held_out_error: ‖Y − Ŷ‖ / ‖Y‖ of the layer's outputs on inputs not used in calibration; None where that was not
             measured.
-        plain_rows: Rows of the weight in which a calibrated method did no better than without calibration on the inputs
-            that it held back, and which therefore stay as they are without.
-        role: What a layer of the decoder does (`lmms_plugin.quant_backends.plans.role_plan.ROLES`); None for others.
-        outlier_score: How far single weights stick out of their input column (arXiv:2406.08155), 1 or above; None
-            when left alone, or quantized before it was loaded.
+        plain_rows: Number of rows in which a calibrated method was no better than without calibration on its held-out
+            inputs, and which therefore keep the calibration-free result.
+        role: Role of a layer of the decoder (`lmms_plugin.quant_backends.plans.role_plan.ROLES`); None for others.
+        outlier_score: Largest magnitude of a weight relative to the mean of its input column (arXiv:2406.08155), 1 or
+            above; None when left dense, or quantized before it was loaded.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ModuleReport:
 
     @property
     def weights(self) -> int:
-        """Number of weights."""
+        """Return the number of weights."""
         count = 1
         for size in self.shape:
             count *= size
@@ -68,19 +68,19 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """The inputs that a calibrated method saw.
+    """Inputs of a calibrated method.
 
     Attributes:
-        source: As given by the user, for instance ``self`` or ``dataset:PATH:split=train``.
+        source: Source as given by the user, for instance ``self`` or ``dataset:PATH:split=train``.
         samples: Number of samples.
-        tokens: Sequence positions in all samples together, image tokens included.
-        seed: Of the drawing of samples.
+        tokens: Number of sequence positions in all samples together, image tokens included.
+        seed: Seed of the drawing of samples.
         sha256: Fingerprint of all images, prompts and answers in order.
         forced: Whether samples come from an evaluation split because the user insisted.
-        own_questions: How many of the questions and expressions the model wrote itself.
-        own_answers: How many of the answers.
-        degenerate: Kind (``empty``, ``blank``, ``looping``) -> how many of these are of it.
-        unfinished: How many of these were cut off at the longest length.
+        own_questions: Number of questions and expressions that the model wrote itself.
+        own_answers: Number of answers that it wrote itself.
+        degenerate: Kind (``empty``, ``blank``, ``looping``) -> number of these answers.
+        unfinished: Number of these answers that were cut off at the longest length.
     """
 
     source: str
@@ -97,20 +97,19 @@ class CalibrationReport:
 
 @dataclass(frozen=True)
 class QuantReport:
-    """The account of one quantized model.
+    """Account of one quantized model.
 
     Attributes:
         method: Name of the backend.
-        modules: One entry per weight of two or more dimensions, in module order.
-        bytes_before: Of all parameters and buffers before quantization.
-        bytes_after: Of all parameters and buffers now: what the weights take on the device.
-        seconds: Loading, calibration and quantization together, wall clock.
-        peak_bytes: Highest memory in use up to the end of quantization; None where it is not known.
+        modules: Entries, one per weight of two or more dimensions, in module order.
+        bytes_before: Size of all parameters and buffers before quantization.
+        bytes_after: Size of all parameters and buffers now: what the weights take on the device.
+        seconds: Wall-clock time of loading, calibration and quantization together.
+        peak_bytes: Highest memory use up to the end of quantization; None where it is not known.
         peak_source: What `peak_bytes` counts.
-        calibration: The calibration inputs; None for methods without.
-        plan: The plan as JSON-ready values.
-        experts: How often the experts of each layer were used; empty without experts, and for methods without
-            calibration.
+        calibration: Calibration inputs; None for methods without.
+        plan: Plan as JSON-ready values.
+        experts: Use of the experts of each layer; empty without experts, and for methods without calibration.
     """
 
     method: str
@@ -126,32 +125,32 @@ class QuantReport:
 
     @property
     def quantized(self) -> tuple[ModuleReport, ...]:
-        """The weights that were quantized."""
+        """Return the weights that were quantized."""
         return tuple(module for module in self.modules if module.reason is None)
 
     @property
     def skipped(self) -> tuple[ModuleReport, ...]:
-        """The weights that were left alone, each with its reason."""
+        """Return the weights that were left dense, each with its reason."""
         return tuple(module for module in self.modules if module.reason is not None)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per quantized weight, scales and zero points counted; of all weights when none is quantized."""
+        """Return bits per quantized weight, including scales and zero points; of all weights when none is quantized."""
         modules = self.quantized or tuple(module for module in self.modules if module.bytes_before)
         return 8 * sum(module.bytes_after for module in modules) / sum(module.weights for module in modules)
 
     @property
     def bits_per_model_weight(self) -> float:
-        """Bits per weight over the whole model, embeddings and untouched layers included."""
+        """Return bits per weight over the whole model, embeddings and untouched layers included."""
         stored_once = [module for module in self.modules if module.bytes_before]
         return 8 * sum(module.bytes_after for module in self.modules) / sum(module.weights for module in stored_once)
 
     @property
     def out_of_reach(self) -> dict[str, tuple[float, str]]:
-        """By component that was quantized: the share of its weights in no linear layer, and the name of the first one.
+        """Return, by quantized component, the share of its weights in no linear layer, and the name of the first one.
 
-        Fused experts and convolutions are such weights; embeddings do not count. Components of which this is less than
-        a tenth are left out.
+        Fused experts and convolutions are such weights; embeddings do not count. Components where this is less than a
+        tenth are left out.
         """
         found = {}
         for component in dict.fromkeys(module.component for module in self.quantized):
@@ -164,7 +163,7 @@ class QuantReport:
 
     @property
     def kernels(self) -> dict[str, int]:
-        """How many layers run on which kernel."""
+        """Return the number of layers per kernel."""
         return dict(Counter(module.kernel for module in self.quantized if module.kernel is not None))
 
     def with_held_out_errors(self, errors: Mapping[str, float | None]) -> QuantReport:
@@ -173,7 +172,7 @@ class QuantReport:
         return replace(self, modules=tuple(modules))
 
     def totals(self) -> dict[str, float | int]:
-        """Return the numbers worth logging beside results."""
+        """Return the numbers to log beside results."""
         totals: dict[str, float | int] = {
             "bits_per_weight": self.bits_per_weight,
             "bits_per_model_weight": self.bits_per_model_weight,

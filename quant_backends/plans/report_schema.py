@@ -1,4 +1,4 @@
-"""What `quant_report.json` says of a quantization, as far as other programs read it."""
+"""Schema of `quant_report.json`, as far as other programs read it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ REPORT = "quant_report.json"
 
 
 class Module(Account):
-    """One layer in an account of quantization."""
+    """One layer in a quantization report."""
 
     name: str
     relative_error: float | None = None
 
 
 class Experts(Account):
-    """How many tokens the experts of one layer were sent."""
+    """Numbers of tokens sent to the experts of one layer."""
 
     name: str
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
 class Quantized(Account):
-    """`quant_report.json`: what quantization did."""
+    """Content of `quant_report.json`."""
 
     bits_per_weight: float | None = None
     bytes_after: float | None = None

@@ -1,4 +1,4 @@
-"""Bits by the role that a layer plays in the decoder (arXiv:2406.08155): frozen values, pure Python."""
+"""Bits by the role of a layer in the decoder (arXiv:2406.08155): frozen values, pure Python."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ROUTER_REASON = "a router decides which experts run and is never quantized"
 
 
 class DecoderPosition(NamedTuple):
-    """Where in the decoder a layer lies.
+    """Position of a layer in the decoder.
 
     Attributes:
-        role: What it does there.
+        role: Role of the layer.
         block: Number of its block, from 0.
-        experts: Name of the module that holds its expert and all those beside it; None for other roles.
+        experts: Name of the module that holds all experts of its layer; None for other roles.
         expert: Number of its expert; None for other roles.
     """
 
@@ -50,14 +50,14 @@ def _counted(use: Any, info: ValidationInfo[Mapping[str, Any]]) -> Any:
 
 
 class RoutedSpecs(Schema):
-    """Specs of routed experts by how many tokens they are sent.
+    """Specs of routed experts by the number of tokens they are sent.
 
     Attributes:
-        frequent: Of the most used experts of each layer.
-        rare: Of all others.
-        share: Which fraction of a layer's experts counts as frequent, in (0, 1); at least one expert does.
-        use: Module name -> tokens of each of its experts, counted before; a plan names the report that holds them.
-            None counts calibration tokens.
+        frequent: Spec of the most used experts of each layer.
+        rare: Spec of all others.
+        share: Fraction of a layer's experts that counts as frequent, in (0, 1); at least one expert does.
+        use: Module name -> tokens of each of its experts, counted before; a plan names the report that holds them. None
+            counts calibration tokens.
     """
 
     frequent: PlannedSpec
@@ -72,21 +72,21 @@ class RoutedSpecs(Schema):
         """Return the spec of one expert.
 
         Args:
-            expert: Its number.
-            tokens: Tokens sent to each expert of its layer; of equally used ones the first comes first.
+            expert: Number of the expert.
+            tokens: Numbers of tokens sent to each expert of its layer; ties go to the lower number.
         """
         ranking = sorted(range(len(tokens)), key=lambda index: (-tokens[index], index))
         return self.frequent if expert in ranking[: max(1, math.ceil(self.share * len(tokens)))] else self.rare
 
 
 class FirstBlocks(Schema):
-    """The bits that layers of the first blocks have at least.
+    """Minimum bits of layers in the first blocks.
 
     Attributes:
-        count: How many blocks, 1 or more.
-        bits: A layer whose other rules ask for fewer gets these.
-        group_size: As in `QuantSpec`.
-        symmetric: Likewise.
+        count: Number of blocks, 1 or more.
+        bits: Number of bits that a layer gets if its other rules ask for fewer.
+        group_size: Group size, as in `QuantSpec`.
+        symmetric: Symmetry, as in `QuantSpec`.
     """
 
     count: Annotated[Whole, Field(ge=1), Expected("a positive integer")]
@@ -96,7 +96,7 @@ class FirstBlocks(Schema):
 
     @property
     def spec(self) -> QuantSpec:
-        """What such a layer gets."""
+        """Return the spec of such a layer."""
         return QuantSpec(self.bits, self.group_size, self.symmetric)
 
 
@@ -108,12 +108,12 @@ class RolePlan(Schema):
     """Specs by role, for layers of the decoder: the entry ``roles`` of a plan file.
 
     Attributes:
-        attention: Of projections of attention. A role that is left out is left to the component, here and below.
-        mlp: Of the feed-forward part of blocks without experts.
-        shared_expert: Of experts that every token is sent to.
-        routed_experts: Of all routed experts, or by how much they are used.
-        router: Untouched in any case.
-        first_blocks: What the first blocks get at least; left out, they are treated like all others.
+        attention: Spec of attention projections. An omitted role follows the component, here and below.
+        mlp: Spec of the feed-forward part of blocks without experts.
+        shared_expert: Spec of experts that every token is sent to.
+        routed_experts: Spec of all routed experts, or specs by their use.
+        router: Spec of routers, which stay untouched in any case.
+        first_blocks: Minimum bits of the first blocks; if omitted, they are treated like all others.
     """
 
     attention: PlannedSpec = left_out()
@@ -129,22 +129,22 @@ class RolePlan(Schema):
 
     @property
     def asked(self) -> tuple[Role, ...]:
-        """The roles that the plan speaks about, routers aside."""
+        """Return the roles that the plan names, without routers."""
         return tuple(role for role in ROLES if role != "router" and role in self.model_fields_set)
 
     @property
     def routed(self) -> RoutedSpecs | None:
-        """Specs of routed experts by use; None where all of them are alike."""
+        """Return the specs of routed experts by use; None where all experts share one spec."""
         return self.routed_experts if isinstance(self.routed_experts, RoutedSpecs) else None
 
     @property
     def specs(self) -> dict[Role, QuantSpec]:
-        """Role -> spec, of roles whose layers are all alike."""
+        """Return role -> spec, for roles whose layers share one spec."""
         return {role: spec for role in self.asked if isinstance(spec := getattr(self, role), QuantSpec)}
 
     @property
     def named(self) -> tuple[QuantSpec, ...]:
-        """Every spec that the plan names."""
+        """Return every spec that the plan names."""
         routed = () if self.routed is None else (self.routed.frequent, self.routed.rare)
         first = () if self.first_blocks is None else (self.first_blocks.spec,)
         return (*self.specs.values(), *routed, *first)
@@ -152,13 +152,13 @@ class RolePlan(Schema):
     def decide(
         self, place: DecoderPosition, default: QuantSpec | None, use: Mapping[str, tuple[int, ...]] | None
     ) -> tuple[QuantSpec | None, str | None]:
-        """Return the spec of a layer and which entry decided it, None for an entry if it is the default.
+        """Return the spec of a layer and the plan entry that decided it, None for an entry if it is the default.
 
         Args:
-            place: Of the layer.
-            default: Its component's spec.
-            use: Module name -> tokens of each of its experts. None where they are not counted yet: experts then get
-                the finer of their two specs.
+            place: Position of the layer.
+            default: Spec of its component.
+            use: Module name -> tokens of each of its experts. None where they are not counted yet: experts then get the
+                finer of their two specs.
         """
         spec, entry = default, None if place.role not in self.asked else str(place.role)
         if place.role == "routed_experts" and self.routed is not None:
@@ -191,7 +191,7 @@ class RolePlan(Schema):
         """Refuse a plan for roles that a model does not have.
 
         Raises:
-            ValueError: No layer plays a role that the plan names, or there are fewer blocks than it counts.
+            ValueError: No layer plays a role that the plan names, or the model has fewer blocks than the plan counts.
         """
         present = {place.role for place in places.values()}
         for role in self.asked:

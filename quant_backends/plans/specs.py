@@ -1,4 +1,4 @@
-"""How the weights of one layer are stored, and how plan files say it: frozen values, pure Python."""
+"""Storage of one layer's weights, and its notation in plan files: frozen values, pure Python."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ GroupSize = Annotated[
 
 @validated
 class QuantSpec:
-    """How the weights of one linear layer are stored.
+    """Storage of the weights of one linear layer.
 
     Attributes:
-        bits: Bits per weight, 2 to 8; 16 leaves the layer as it is.
-        group_size: Consecutive input columns of one row that share a scale. None (or -1) means one
-            scale for the whole row.
-        symmetric: Zero point fixed in the middle of the code range instead of fitted to each group.
+        bits: Number of bits per weight, 2 to 8; 16 leaves the layer as it is.
+        group_size: Number of consecutive input columns of one row that share a scale. None (or -1) means one scale for
+            the whole row.
+        symmetric: Whether the zero point is fixed in the middle of the code range instead of fitted to each group.
     """
 
     bits: Bits
@@ -45,20 +45,20 @@ class QuantSpec:
 
     @property
     def untouched(self) -> bool:
-        """Whether a layer with this spec keeps its weights."""
+        """Return whether a layer with this spec keeps its weights."""
         return self.bits == UNTOUCHED_BITS
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Return whether a value is a whole number, which True is not."""
+    """Return whether a value is an integer, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def filled(*names: str) -> BeforeValidator:
-    """Take what an entry of a plan file leaves out from the context's `default`.
+    """Take what an entry of a plan file omits from the context's `default`.
 
     Args:
-        *names: Of `QuantSpec`, which may be left out.
+        *names: Fields of `QuantSpec` that may be omitted.
     """
 
     def fill(entry: Any, info: ValidationInfo[Mapping[str, Any]]) -> Any:

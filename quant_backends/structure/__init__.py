@@ -1,1 +1,1 @@
-"""The parts of a model, found by structure."""
+"""Structure: components, blocks, roles and experts of a model, found without knowing its architecture."""

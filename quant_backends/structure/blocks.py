@@ -1,4 +1,4 @@
-"""The blocks of a model: what is on the device at one time while it is calibrated."""
+"""Blocks of a model: the units that move to the device one at a time during calibration."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 def find_blocks(model: nn.Module, layers: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Cut a model into blocks.
 
-    A block is an element of an outermost ``nn.ModuleList`` (a transformer layer with all that is in it), or, where
-    there is no list, the largest part that holds layers to quantize (a connector, the output projection). What is
-    left over, embeddings and norms between blocks, holds no such layer.
+    A block is an element of an outermost ``nn.ModuleList`` (a whole transformer layer), or, where there is no list, the
+    largest part that holds layers to quantize (a connector, the output projection). The rest, embeddings and norms
+    between blocks, holds no such layer.
 
     Args:
         model: Any module.
         layers: Names of the layers to quantize.
 
     Returns:
-        Name of each block that has weights -> those of `layers` that lie in it; no block lies within another.
+        Name of each block that has weights -> those of `layers` within it; no block lies within another.
     """
     found = {}
     for name, module in _cut(model, "", frozenset(layers)):
@@ -38,7 +38,7 @@ def _cut(module: nn.Module, name: str, layers: frozenset[str]) -> Iterator[tuple
     if isinstance(module, nn.ModuleList):
         for index, element in enumerate(module):
             child = f"{name}.{index}".lstrip(".")
-            # A list of lists has no forward of its own to wait at.
+            # A list of lists has no forward method, so no pass can be suspended there.
             yield from _cut(element, child, layers) if isinstance(element, nn.ModuleList) else [(child, element)]
     elif any(isinstance(part, nn.ModuleList) for part in module.modules()):
         for key, part in module.named_children():

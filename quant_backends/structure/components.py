@@ -1,4 +1,4 @@
-"""Vision, connector, language and head of any vision-language model, by structure."""
+"""Components of any vision-language model (vision, connector, language, head), found by structure."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 
 def components(model: PreTrainedModel) -> dict[str, Component]:
-    """Say for every linear layer of a model which component it belongs to.
+    """Return the component of every linear layer of a model.
 
     The vision tower, the decoder, the output projection and an audio tower are those the transformers model itself
     names. Any other part that takes pixels (a second tower for details or for video) is vision too. The connector is
-    everything outside of all these, and what lies in a vision tower behind its last block of attention, or is called
-    a merger there. What the forward pass never calls, such as heads that draw images, is unused. A retrieval model
-    has no decoder: its heads are the linear layers that no part of it holds, and the rest, which reads the text, is
-    the connector. A model that hands pixels right to its decoder has no vision tower.
+    everything outside of all these, and the part of a vision tower after its last attention block, or named a merger
+    there. Modules that the forward pass never calls, such as image-generation heads, are unused. A retrieval model has
+    no decoder: its heads are the linear layers outside all of its parts, and the rest, which reads the text, is the
+    connector. A model that feeds pixels directly to its decoder has no vision tower.
 
     Args:
-        model: A transformers model; it may lie on the meta device and may be quantized already.
+        model: Model of transformers; it may be on the meta device and may be quantized already.
 
     Returns:
         Module name -> component, in the order of the model's modules.
 
     Raises:
-        ValueError: The model does not tell its vision tower from its decoder; the message names its parts.
+        ValueError: The model does not separate its vision tower from its decoder; the message names its parts.
     """
     component_of = splitter(model)
     return {
@@ -55,7 +55,7 @@ def splitter(model: PreTrainedModel) -> Callable[[str], Component]:
     vision = paths.get(id(model.get_encoder(modality="image")), "") or _outermost(pixels, language)
     heads = _heads(model, paths)
     if vision and decoder is model and not model.can_generate():
-        # It writes nothing; what it ends in are the linear layers that belong to no part of it.
+        # It generates no text; its outputs are the linear layers outside all of its parts.
         heads += [name for name, module in model.named_children() if isinstance(module, nn.Linear | QuantizedLinear)]
     elif not _apart(vision, language) and (vision or pixels or not _reads_pixels_itself(model, language, heads)):
         parts = ", ".join(f"{name}: {type(module).__name__}" for name, module in _parts(model, language or vision))
@@ -87,7 +87,7 @@ def _apart(vision: str, language: str) -> bool:
 
 
 def _outermost(towers: Sequence[str], language: str) -> str:
-    """Return the first tower that lies in no other one and neither holds the decoder nor lies in it."""
+    """Return the first tower that lies in no other one and neither contains the decoder nor lies in it."""
     return next((tower for tower in towers if not language or _apart(tower, language)), "")
 
 
@@ -99,7 +99,7 @@ def _parts(model: nn.Module, inner: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reads_pixels_itself(model: PreTrainedModel, language: str, heads: Sequence[str]) -> bool:
-    """Return whether linear layers are all that stands between the decoder and pixels."""
+    """Return whether only linear layers lie between the pixels and the decoder."""
     if not language or model.config.is_encoder_decoder:
         return False
     beside = [(name, part) for name, part in _parts(model, language) if name not in (language, *heads)]
@@ -117,7 +117,7 @@ def _unused(model: nn.Module, language: str) -> Iterator[str]:
 
 
 def _names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
-    """Return every name that the forward pass of a class speaks of, itself or in methods that it calls."""
+    """Return every name used in the forward pass of a class, directly or in methods that it calls."""
     found: set[str] = set()
     waiting, seen = ["forward"], set()
     while waiting:
@@ -141,9 +141,9 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _behind_attention(model: nn.Module, tower: str) -> Iterator[str]:
-    """Yield what a vision tower sends its patches through after the last block, towards the decoder.
+    """Yield the modules of a vision tower that process patches after the last block, towards the decoder.
 
-    A head that pools by attention is none of it: it turns all patches into one, which no decoder is shown.
+    An attention-pooling head is not among them: it reduces all patches to one, which no decoder gets.
     """
     module, name = model.get_submodule(tower), tower
     while len(children := list(module.named_children())) == 1 and not isinstance(module, nn.ModuleList):
@@ -163,7 +163,7 @@ def _holds_blocks(part: nn.Module) -> bool:
 
 
 def _heads(model: PreTrainedModel, paths: Mapping[int, str]) -> list[str]:
-    """Return the output projections: a whole model within does not always hand its own on to the outermost one."""
+    """Return the output projections: an inner model does not always expose its own on the outermost one."""
     found = [part.get_output_embeddings() for part in model.modules() if hasattr(part, "get_output_embeddings")]
     heads = {id(head): head for head in found if isinstance(head, nn.Linear | QuantizedLinear)}
     return [paths[key] for key in heads if key in paths]
@@ -184,7 +184,7 @@ def dense_linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def expect_finite(name: str, weight: Tensor) -> None:
-    """Refuse weights that no quantizer can do justice to."""
+    """Refuse weights that are not finite."""
     if not all_finite(weight):
         raise ValueError(f"{name}: the checkpoint's weight holds NaN or infinite values")
 

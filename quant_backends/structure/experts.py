@@ -1,8 +1,8 @@
-"""Mixtures of experts: stacks of weights that no linear layer holds, taken apart into one linear layer per expert.
+"""Mixture-of-experts layers: stacked expert weights split into one linear layer per expert.
 
-transformers keeps the experts of a layer in three-dimensional parameters and says in attributes of their module how
-these are laid out (``use_experts_implementation``). Taken apart, every expert's matrices are linear layers with names
-of their own, ``...experts.3.gate_up_proj``, which plans, quantizers, calibration and reports treat like any other.
+transformers keeps the experts of a layer in three-dimensional parameters and declares their layout in attributes of the
+module (``use_experts_implementation``). Once split, every expert's matrices are linear layers with names of their own,
+``...experts.3.gate_up_proj``, which plans, quantizers, calibration and reports treat like any other.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ DOWN_PROJECTION = "down_proj"
 
 
 class Fed(NamedTuple):
-    """The rows that an expert is fed.
+    """Rows routed to an expert.
 
     Attributes:
-        rows: (fed,) int64, their places among those that the mixture was given.
-        total: How many rows the mixture was given.
+        rows: (fed,) int64, their indices among the rows of the mixture.
+        total: Number of rows of the mixture.
     """
 
     rows: Tensor
@@ -33,7 +33,7 @@ class Expert(nn.Module):
     """One expert: the projection up (with its gate, where there is one) and the projection down.
 
     Attributes:
-        fed: What the call in progress feeds it; None between calls.
+        fed: Rows that the call in progress routes to it; None between calls.
     """
 
     fed: Fed | None = None
@@ -46,19 +46,19 @@ class Expert(nn.Module):
         self.add_module(DOWN_PROJECTION, nn.Linear(sizes[2], sizes[3], **options))
 
     def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the expert's output for rows (rows, hidden), before they are weighed."""
+        """Return the expert's output for rows (rows, hidden), before weighting."""
         y: Tensor = self.get_submodule(DOWN_PROJECTION)(activation(self.get_submodule(self.up)(x)))
         return y
 
 
 class SplitExperts(nn.Module):
-    """The experts of one layer, one after another: same inputs, same routing, same output as the fused module.
+    """Experts of one layer as separate linear layers: same inputs, same routing, same output as the fused module.
 
-    Only experts that tokens are sent to are run. Each token's outputs are added up in the order in which the router
-    names its experts, whatever else is in the batch.
+    Only experts that receive tokens are run. Each token's outputs are summed in the order in which the router names its
+    experts, whatever else is in the batch.
 
     Args:
-        fused: It is left as it is.
+        fused: Fused module, which is left as it is.
     """
 
     fused: Any
@@ -66,7 +66,7 @@ class SplitExperts(nn.Module):
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
-        # Not as a submodule: its stacks are to go once the experts have their own weights.
+        # Not as a submodule: its stacks are released once the experts have their own weights.
         object.__setattr__(self, "fused", fused)
         self.num_experts = fused.num_experts
         self._transposed: bool = fused.is_transposed
@@ -79,11 +79,11 @@ class SplitExperts(nn.Module):
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """All experts, by number."""
+        """Return all experts, by number."""
         return tuple(module for module in self.children() if isinstance(module, Expert))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return what the experts make of each row, weighed and added up.
+        """Return the weighted sum of the experts' outputs for each row.
 
         Args:
             hidden_states: (rows, hidden).
@@ -106,11 +106,11 @@ class SplitExperts(nn.Module):
         return weighed.view(rows, k, -1).sum(1).to(hidden_states.dtype)
 
     def take(self, stack: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Hand one stack out to the experts, as views of it.
+        """Distribute one stack among the experts, as views of it.
 
         Args:
             stack: Name of the parameter of the fused module.
-            values: What it holds.
+            values: Values of the parameter.
 
         Yields:
             Name of a linear layer below this module, and its weight, or its bias where `stack` is one of biases.
@@ -131,19 +131,19 @@ class SplitExperts(nn.Module):
             yield f"{index}.{key}", value
 
     def expect_stacks(self) -> None:
-        """Hold the fused parameters too, empty, so that a checkpoint's stacks find their place while it is read."""
+        """Register the fused parameters too, empty, so that a checkpoint's stacks can be loaded into them."""
         for name, stack in self.fused.named_parameters(recurse=False):
             self.register_parameter(name, stack)
 
     def forget_stack(self, stack: str) -> None:
-        """No longer hold a fused parameter."""
+        """Unregister a fused parameter."""
         self._parameters.pop(stack, None)
         self.fused._parameters[stack] = nn.Parameter(
             torch.empty_like(getattr(self.fused, stack), device="meta"), requires_grad=False
         )
 
     def release(self) -> None:
-        """Let go of all fused parameters: the experts have views of them, or weights of their own to come."""
+        """Release all fused parameters: the experts have views of them, or will get weights of their own."""
         for stack, _ in list(self.fused.named_parameters(recurse=False)):
             self.forget_stack(stack)
 
@@ -168,12 +168,12 @@ class SplitExperts(nn.Module):
 
 
 def up_projection(fused: nn.Module) -> str:
-    """Return the name of the stack that experts begin with."""
+    """Return the name of the stack of the experts' first projection."""
     return next(name for name in UP_PROJECTIONS if name in dict(fused.named_parameters(recurse=False)))
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Return whether a module holds stacked experts in a way that it declares, so that they can be taken apart."""
+    """Return whether a module holds stacked experts in a declared layout, so that they can be split."""
     declared = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
     if isinstance(module, SplitExperts) or not all(hasattr(module, name) for name in declared):
         return False
@@ -190,23 +190,23 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def split_experts(model: nn.Module, names: Collection[str] | None = None) -> dict[str, SplitExperts]:
-    """Take fused experts apart, in place.
+    """Split fused experts, in place.
 
     Experts of a loaded model are views of their stacks: nothing is copied. On the meta device the stacks stay in place
     until a checkpoint brings them (`SplitExperts.take`).
 
     Args:
-        model: Loaded, or on the meta device.
-        names: Which modules; None for all that hold fused experts.
+        model: Model, loaded or on the meta device.
+        names: Names of the modules; None for all that hold fused experts.
 
     Returns:
-        Module name -> what took its place.
+        Module name -> replacement.
     """
     found = {name: module for name, module in model.named_modules() if is_fused(module)}
     split = {name: SplitExperts(module) for name, module in found.items() if names is None or name in names}
     for name, experts in split.items():
         model.set_submodule(name, experts)
-        # Some models draw stacks anew from the block that holds them, before their weights are there or are known.
+        # Some models initialise stacks from the block that holds them, before their weights are there or are known.
         model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         for stack, values in list(found[name].named_parameters(recurse=False)):
             if values.is_meta:
@@ -218,13 +218,13 @@ def split_experts(model: nn.Module, names: Collection[str] | None = None) -> dic
 
 
 def join_experts(model: nn.Module, split: dict[str, SplitExperts], names: Collection[str]) -> None:
-    """Put the fused modules back, in place: those of `names`, which must not have changed since."""
+    """Restore the fused modules, in place: those of `names`, which must not have changed since."""
     for name in names:
         model.set_submodule(name, split.pop(name).fused)
 
 
 def own_weight(layer: nn.Linear) -> None:
-    """Copy what a layer's weight and bias hold if they are views of something larger."""
+    """Copy a layer's weight and bias if they are views of something larger."""
     for parameter in (layer.weight, layer.bias):
         if parameter is not None and not parameter.is_meta and _is_view(parameter.data):
             parameter.data = parameter.data.contiguous().clone()

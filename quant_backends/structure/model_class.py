@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint is loaded as."""
+"""Choice of the transformers class for a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def class_of(config: Any) -> Any:
 
 
 def writes_nothing(config: Any) -> bool:
-    """Return whether it is a retrieval checkpoint, which scores captions and writes none."""
-    # Its type is that of the models that do write.
+    """Return whether it is a retrieval checkpoint, which scores captions and generates no text."""
+    # Its model type is that of the generating models.
     return "Blip2ForImageTextRetrieval" in (config.architectures or ())

@@ -1,4 +1,4 @@
-"""What each layer of a decoder does, by structure: attention, feed-forward, experts, router."""
+"""Role of each layer of a decoder (attention, feed-forward, experts, router), found by structure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ATTENTION_ARGUMENTS = frozenset({"attention_mask", "position_embeddings", "past_
 
 
 def find_places(model: nn.Module, components: Mapping[str, Component]) -> dict[str, DecoderPosition]:
-    """Say what the linear layers of a decoder's blocks do.
+    """Return the positions and roles of the linear layers of a decoder's blocks.
 
-    * attention: they lie in a part of the block that is told about other positions (masks, caches, rotary positions);
+    * attention: they lie in a part of the block that is given masks, caches or rotary positions;
     * routed_experts: they belong to one of several like modules, stacked or in a list, beside a router;
     * router: beside such experts, with one output for each of them, or a single one (the gate of a shared expert);
-    * shared_expert: what else lies in the part of the block that holds the experts;
+    * shared_expert: all other layers in the part of the block that holds the experts;
     * mlp: everything else.
 
     Args:
-        model: Its fused experts are taken apart, where they can be.
+        model: Model whose fused experts are split, where they can be.
         components: Module name -> component, of all linear layers.
 
     Returns:
@@ -41,16 +41,16 @@ def find_places(model: nn.Module, components: Mapping[str, Component]) -> dict[s
 
 
 def find_mixtures(model: nn.Module) -> dict[str, nn.Module]:
-    """Return module name -> experts of one layer, those whose module is told what the router chose."""
+    """Return module name -> experts of one layer, for modules that receive the router's choice."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, SplitExperts) or is_fused(module)
     }
 
 
 def _decoder_blocks(model: nn.Module, layers: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Return the blocks that come one after another, each with its layers.
+    """Return the consecutive blocks, each with its layers.
 
-    A part outside of a list is none, nor is a layer that is an element of a list by itself.
+    A part outside of a list is none, nor is a layer that is itself an element of a list.
     """
     blocks = find_blocks(model, layers)
     return {

@@ -54,7 +54,7 @@ def test_the_tables_say_what_each_name_means():
         "| `bits` |  | bits per weight of the language model, 2 to 8; 16 for untouched. |"
         in documented_tables.arguments()
     )
-    assert "| `awq` | `clip` | `False` | Also narrow the range" in documented_tables.options()
+    assert "| `awq` | `clip` | `False` | Whether to narrow the range" in documented_tables.options()
 
 
 def test_every_task_and_group_has_a_row():

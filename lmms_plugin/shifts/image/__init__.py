@@ -1,1 +1,1 @@
-"""Corruptions of images that leave every object where it is."""
+"""Image corruptions that leave every object in place."""

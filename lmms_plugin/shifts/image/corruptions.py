@@ -4,10 +4,10 @@ The corruptions and their five severities are those of Hendrycks & Dietterich (I
 constants), for images of any size as in Michaelis et al. (arXiv 1907.07484). `low_light` is ours. Two of the original
 corruptions are left out because they move pixels, and with them the true boxes, by amounts that matter at IoU 0.5 to
 0.9: zoom_blur (a centre shift of 5 to 28 px; IoU of a small box with itself down to 0.21) and elastic_transform (up to
-9.7 px). Where one of the rest displaced the picture it is centred here; what remains is in `Shift.moves_boxes`.
+9.7 px). The others are centred here where the original displaces the picture; `Shift.moves_boxes` states what remains.
 
 A shift is one function: `f(image, rng, *level) -> image`, (h, w, 3) uint8 RGB in and out, with the `level` of each
-severity given to the decorator. It joins `SHIFTS` and the tests by being written.
+severity given to the decorator, which registers it in `SHIFTS` and so in the tests.
 """
 
 # OpenCV ships no types here and numpy types much arithmetic as Any.
@@ -37,16 +37,16 @@ Corruption = Callable[..., Pixels]
 
 @dataclass(frozen=True)
 class Shift:
-    """One corruption with its five strengths.
+    """Corruption with its five severities.
 
     Attributes:
-        name: The function's name, Hendrycks & Dietterich's where they have the corruption.
-        function: f(image (h, w, 3) uint8, rng, *level) -> the same shape.
+        name: Name of the function, Hendrycks & Dietterich's where they have the corruption.
+        function: Function f(image (h, w, 3) uint8, rng, *level) -> the same shape.
         levels: Arguments of severity 1 to 5.
-        moves_boxes: False for a shift that leaves boxes where they were: at every severity the half-maximum box of a
-            white rectangle (96x72 and 32x32 px, measured in the tests) keeps its centre within 1.5 px and an IoU above
-            0.8 with the true box. Only glass_blur comes near that; pixelate stays within 0.5 px and 0.9, the others
-            within rounding. A shift that declares True must not be scored against unmoved boxes.
+        moves_boxes: Whether boxes move. False: at every severity the half-maximum box of a white rectangle (96x72 and
+            32x32 px, measured in the tests) keeps its centre within 1.5 px and an IoU above 0.8 with the true box. Only
+            glass_blur comes near that; pixelate stays within 0.5 px and 0.9, the others within rounding. A shift that
+            declares True must not be scored against unmoved boxes.
     """
 
     name: str
@@ -59,7 +59,7 @@ SHIFTS: dict[str, Shift] = {}
 
 
 def shift(*levels: tuple[float, ...], moves_boxes: bool = False) -> Callable[[Corruption], Corruption]:
-    """Registers the decorated function in `SHIFTS` under its own name, with one tuple of arguments per severity."""
+    """Register the decorated function in `SHIFTS` under its own name, with one tuple of arguments per severity."""
     if len(levels) != len(SEVERITIES):
         raise ValueError(f"expected {len(SEVERITIES)} levels, got {len(levels)}")
 
@@ -71,22 +71,22 @@ def shift(*levels: tuple[float, ...], moves_boxes: bool = False) -> Callable[[Co
 
 
 def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image.Image:
-    """Returns `image`, upright, under the shift `name`, as RGB of the same size.
+    """Return `image`, upright, under the shift `name`, as RGB of the same size.
 
     The random draws follow from (key, name, severity) alone, by hash: not from the process, the order of calls or the
     platform. The bytes are identical for one build of numpy, OpenCV and Pillow on processors with the same
-    instructions; on others, values of blurs, frost and fog can differ by 1, where OpenCV's sums are whole numbers but
-    for rounding.
+    instructions; on others, values of blurs, frost and fog can differ by 1, where OpenCV's sums are integers up to
+    rounding.
 
     Args:
-        image: Any size of at least one pixel, any mode that `lmms_plugin.utils.images.to_rgb` takes. Not changed.
-        name: A key of `SHIFTS`.
-        severity: 1 to 5.
-        key: What the randomness belongs to, usually the image's id. 7 and "7" are the same key.
+        image: Image of at least one pixel, any mode that `lmms_plugin.utils.images.to_rgb` takes. Not changed.
+        name: Key of `SHIFTS`.
+        severity: Severity, 1 to 5.
+        key: Key of the random draws, usually the image's id. 7 and "7" are the same key.
 
     Raises:
-        ValueError: Unknown name (says the nearest), severity not an integer from 1 to 5, empty image, unfit mode, a
-            side too long for `jpeg_compression`.
+        ValueError: Unknown name (the message gives the nearest), severity not an integer from 1 to 5, empty image,
+            unfit mode, a side too long for `jpeg_compression`.
         TypeError: A key that is neither text nor an integer.
     """
     chosen, severity = named(name, SHIFTS), checked(severity, name)
@@ -95,12 +95,12 @@ def apply(image: Image.Image, name: str, severity: int, key: str | int) -> Image
 
 
 def _floor(field: Field) -> Pixels:
-    """Clips to 0 … 255 in place and truncates, as the original does; rounding would brighten by half a level."""
+    """Clip to 0 … 255 in place and truncate, as the original does; rounding would brighten by half a level."""
     return np.clip(field, 0, 255, out=field).astype(np.uint8)
 
 
 def _grey(plane: Field) -> Field:
-    """One plane as three equal channels; numpy's own broadcasting over a last axis of three is slow."""
+    """Return one plane as three equal channels; numpy's own broadcasting over a last axis of three is slow."""
     return cv2.merge((plane, plane, plane))
 
 
@@ -109,7 +109,7 @@ def _grey(plane: Field) -> Field:
 
 @shift((0.08,), (0.12,), (0.18,), (0.26,), (0.38,))
 def gaussian_noise(image: Pixels, rng: np.random.Generator, sigma: float) -> Pixels:
-    """Adds N(0, sigma²), in units of white, to every channel."""
+    """Add N(0, sigma²), in units of white, to every channel."""
     noise = rng.standard_normal(image.shape, dtype=np.float32)
     noise *= 255 * sigma
     noise += image
@@ -118,13 +118,13 @@ def gaussian_noise(image: Pixels, rng: np.random.Generator, sigma: float) -> Pix
 
 @shift((60,), (25,), (12,), (5,), (3,))
 def shot_noise(image: Pixels, rng: np.random.Generator, photons: float) -> Pixels:
-    """Poisson counts with `photons` expected at white, scaled back."""
+    """Draw Poisson counts with `photons` expected at white, scaled back."""
     return shot_channel(photons).sample(image, rng)
 
 
 @shift((0.03,), (0.06,), (0.09,), (0.17,), (0.27,))
 def impulse_noise(image: Pixels, rng: np.random.Generator, amount: float) -> Pixels:
-    """Sets the share `amount` of all channel values to black or white, as likely the one as the other."""
+    """Set the share `amount` of all channel values to black or white, with equal probability."""
     draw = rng.integers(0, 2**16, image.shape, dtype=np.uint16)
     corrupted, half = image.copy(), round(amount * 2**15)
     corrupted[draw < 2 * half] = 255
@@ -134,7 +134,7 @@ def impulse_noise(image: Pixels, rng: np.random.Generator, amount: float) -> Pix
 
 @shift((0.15,), (0.2,), (0.35,), (0.45,), (0.6,))
 def speckle_noise(image: Pixels, rng: np.random.Generator, sigma: float) -> Pixels:
-    """Multiplies every channel value by N(1, sigma²)."""
+    """Multiply every channel value by N(1, sigma²)."""
     noise = rng.standard_normal(image.shape, dtype=np.float32)
     noise *= sigma
     noise += 1
@@ -144,7 +144,7 @@ def speckle_noise(image: Pixels, rng: np.random.Generator, sigma: float) -> Pixe
 
 @shift((0.5, 1000, 4), (0.25, 700, 4), (0.12, 500, 5), (0.06, 400, 5), (0.03, 300, 6))
 def low_light(image: Pixels, rng: np.random.Generator, exposure: float, electrons: float, read: float) -> Pixels:
-    """Under-exposes by one to five stops with photon and read-out noise of a small sensor, without brightening again.
+    """Under-expose by one to five stops with photon and read-out noise of a small sensor, without brightening again.
 
     Linear light times `exposure`, Poisson electrons (`electrons` at the white of a well-exposed image), Gaussian
     read-out noise of `read` electrons, sRGB: `sensor_channel`. The model is Foi et al. (2008, IEEE TIP 17(10)); that
@@ -158,7 +158,7 @@ def low_light(image: Pixels, rng: np.random.Generator, exposure: float, electron
 
 
 def gaussian_kernel_size(sigma: float) -> int:
-    """Taps of a Gaussian cut at four standard deviations, as in scikit-image."""
+    """Return the taps of a Gaussian cut at four standard deviations, as in scikit-image."""
     return 2 * int(4 * sigma + 0.5) + 1
 
 
@@ -169,13 +169,13 @@ def _blur(field: Field, sigma: float) -> Field:
 
 @shift((1,), (2,), (3,), (4,), (6,))
 def gaussian_blur(image: Pixels, _: np.random.Generator, sigma: float) -> Pixels:
-    """Gaussian of `sigma` pixels."""
+    """Blur with a Gaussian of `sigma` pixels."""
     return _floor(_blur(image.astype(np.float32), sigma))
 
 
 @shift((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))
 def defocus_blur(image: Pixels, _: np.random.Generator, radius: int, softness: float) -> Pixels:
-    """Disc of `radius` pixels whose rim is softened by a Gaussian of `softness` pixels."""
+    """Blur with a disc of `radius` pixels whose rim is softened by a Gaussian of `softness` pixels."""
     reach, rim = (8, 3) if radius <= 8 else (radius, 5)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disc = (x**2 + y**2 <= radius**2).astype(np.float32)
@@ -185,10 +185,10 @@ def defocus_blur(image: Pixels, _: np.random.Generator, radius: int, softness: f
 
 @shift((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
 def motion_blur(image: Pixels, rng: np.random.Generator, radius: int, sigma: float) -> Pixels:
-    """Camera shake along a random direction within 45° of horizontal.
+    """Blur by camera shake along a random direction within 45° of horizontal.
 
-    The original weighs 2·radius + 1 taps by one half of a Gaussian, which displaces the picture by 2 to 10 px. Here the
-    same number of taps carry a whole Gaussian of the same variance, centred, so that boxes stay.
+    The original weights 2·radius + 1 taps by one half of a Gaussian, which displaces the picture by 2 to 10 px. Here
+    the same number of taps carry a whole Gaussian of the same variance, centred, so that boxes stay.
     """
     taps = np.arange(2 * radius + 1)
     trail = one_sided_trail(radius, sigma)
@@ -199,10 +199,10 @@ def motion_blur(image: Pixels, rng: np.random.Generator, radius: int, sigma: flo
 
 @shift((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))
 def glass_blur(image: Pixels, rng: np.random.Generator, sigma: float, reach: int, passes: int) -> Pixels:
-    """Blur, local shuffling by up to `reach` pixels, `passes` times, and blur again.
+    """Blur, shuffle locally by up to `reach` pixels, `passes` times, and blur again.
 
-    One pass of the original displaces the picture by 0.5 to 0.9 px down and to the right. Here every second pass
-    walks the other way, which cancels that for an even number of passes.
+    One pass of the original displaces the picture by 0.5 to 0.9 px down and to the right. Here every second pass runs
+    in the opposite direction, which cancels that for an even number of passes.
     """
     softened = _floor(_blur(image.astype(np.float32), sigma))
     height, width = softened.shape[:2]
@@ -223,7 +223,7 @@ def glass_blur(image: Pixels, rng: np.random.Generator, sigma: float, reach: int
 
 @shift((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))
 def frost(image: Pixels, rng: np.random.Generator, keep: float, thickness: float) -> Pixels:
-    """Looks through a frosted window: keep · image + thickness · ice. The ice is drawn, not photographed."""
+    """View through a frosted window: keep · image + thickness · ice. The ice is drawn, not photographed."""
     height, width = image.shape[:2]
     return _floor(cv2.addWeighted(image, keep, ice_crop(height, width, rng), thickness, 0, dtype=cv2.CV_32F))
 
@@ -246,7 +246,7 @@ def snow(
     sigma: float,
     keep: float,
 ) -> Pixels:
-    """Whitens the scene and adds falling flakes: enlarged noise above a threshold, smeared along the fall."""
+    """Whiten the scene and add falling flakes: enlarged noise above a threshold, smeared along the fall."""
     height, width = image.shape[:2]
     rows, columns = math.ceil(height / zoom), math.ceil(width / zoom)
     noise = mean + spread * rng.standard_normal((rows, columns), dtype=np.float32)
@@ -260,9 +260,9 @@ def snow(
 
 
 def _enlarged(field: Field, zoom: float, height: int, width: int) -> Field:
-    """Bilinear enlargement with the corners of both grids on each other, cropped to (height, width).
+    """Enlarge bilinearly with the corners of both grids aligned, cropped to (height, width).
 
-    scipy.ndimage.zoom's grid, not cv2.resize's: where samples fall decides how many flakes pass the threshold.
+    The grid is scipy.ndimage.zoom's, not cv2.resize's: sample positions decide how many flakes pass the threshold.
     """
     scale = [(size - 1) / max(round(size * zoom) - 1, 1) for size in field.shape]
     grid = np.array([[scale[1], 0, 0], [0, scale[0], 0]])
@@ -270,13 +270,13 @@ def _enlarged(field: Field, zoom: float, height: int, width: int) -> Field:
     return cv2.warpAffine(field, grid, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-# A square cloud stays below it up to an aspect ratio of 4, and grey values of the fog with it.
+# A square cloud stays below it up to an aspect ratio of 4, and so do grey values of the fog.
 _LARGEST_CLOUD = 16
 
 
 @shift((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))
 def fog(image: Pixels, rng: np.random.Generator, thickness: float, decay: float) -> Pixels:
-    """Adds a plasma cloud up to `thickness` times white, then scales back to the image's own maximum."""
+    """Add a plasma cloud up to `thickness` times white, then scale back to the image's own maximum."""
     height, width = image.shape[:2]
     cloud = plasma(*cloud_size(height, width), decay, rng)[:height, :width]
     brightest = float(image.max())
@@ -285,7 +285,7 @@ def fog(image: Pixels, rng: np.random.Generator, thickness: float, decay: float)
 
 
 def cloud_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width of the cloud: the original's square, or a strip where that is far larger than the canvas."""
+    """Return height and width of the cloud: the original's square, or a strip where that is far too large."""
     rows, columns = (1 << max(1, (side - 1).bit_length()) for side in (height, width))
     square = max(rows, columns)
     return (square, square) if square**2 <= _LARGEST_CLOUD * height * width else (rows, columns)
@@ -301,7 +301,7 @@ def cloud_size(height: int, width: int) -> tuple[int, int]:
 def spatter(
     image: Pixels, rng: np.random.Generator, mean: float, spread: float, size: float, threshold: float, body: float
 ) -> Pixels:
-    """Splashes on the lens: water (`body` below 1 is its brightness) or mud (`body` is the softness of its rim)."""
+    """Splash the lens with water (`body` below 1 is its brightness) or mud (`body` is the softness of its rim)."""
     noise = mean + spread * rng.standard_normal(image.shape[:2], dtype=np.float32)
     liquid = _blur(noise, size)
     liquid[liquid < threshold] = 0
@@ -313,7 +313,7 @@ MUD_BROWN = (63, 42, 20)
 
 
 def _water(image: Pixels, liquid: Field, brightness: float) -> Pixels:
-    """Drops lit from one side: relief of the distance to their rims."""
+    """Draw drops lit from one side: relief of the distance to their rims."""
     depth = (255 * liquid).astype(np.uint8)
     distance = cv2.distanceTransform(255 - cv2.Canny(depth, 50, 150), cv2.DIST_L2, 5)
     relief = cv2.equalizeHist(cv2.blur(np.minimum(distance, 20), (3, 3)).astype(np.uint8))
@@ -336,7 +336,7 @@ def _mud(image: Pixels, liquid: Field, softness: float) -> Pixels:
 
 @shift((0.1,), (0.2,), (0.3,), (0.4,), (0.5,))
 def brightness(image: Pixels, _: np.random.Generator, gain: float) -> Pixels:
-    """Adds `gain` to the V of HSV."""
+    """Add `gain` to the V of HSV."""
     planes = cv2.split(image)
     row = cv2.max(cv2.max(planes[0], planes[1]), planes[2]).astype(np.intp) << 8
     return cv2.merge([_brightened(gain).take(row | plane) for plane in planes])
@@ -344,7 +344,7 @@ def brightness(image: Pixels, _: np.random.Generator, gain: float) -> Pixels:
 
 @lru_cache(maxsize=len(SEVERITIES))
 def _brightened(gain: float) -> Pixels:
-    """New level of a channel, (256, 256), by the V of its pixel and its level: hue and saturation kept, it scales."""
+    """Return the new level of a channel, (256, 256), by its pixel's V and its level; hue and saturation are kept."""
     value, level = np.mgrid[:256, :256]
     brighter = np.minimum(value + 255 * gain, 255)
     return np.clip(np.where(value > 0, level / np.maximum(value, 1), 1) * brighter, 0, 255).astype(np.uint8)
@@ -352,7 +352,7 @@ def _brightened(gain: float) -> Pixels:
 
 @shift((0.4,), (0.3,), (0.2,), (0.1,), (0.05,))
 def contrast(image: Pixels, _: np.random.Generator, keep: float) -> Pixels:
-    """Pulls every channel towards its mean over the image."""
+    """Pull every channel towards its mean over the image."""
     mean = np.array(cv2.mean(image)[:3])
     levels = (np.arange(256.0)[:, None] - mean) * keep + mean
     return cv2.LUT(image, np.clip(levels, 0, 255).astype(np.uint8)[:, None])
@@ -360,7 +360,7 @@ def contrast(image: Pixels, _: np.random.Generator, keep: float) -> Pixels:
 
 @shift((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))
 def saturate(image: Pixels, _: np.random.Generator, gain: float, offset: float) -> Pixels:
-    """Maps the S of HSV to gain · S + offset. Severity 1 and 2 take colour away, 3 to 5 add: not monotone."""
+    """Map the S of HSV to gain · S + offset. Severity 1 and 2 desaturate, 3 to 5 saturate: not monotone."""
     red, green, blue = cv2.split(image)
     value, low = cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue)
     ratio = _saturated(gain, offset).take((value.astype(np.intp) << 8) | low)
@@ -373,7 +373,7 @@ def saturate(image: Pixels, _: np.random.Generator, gain: float, offset: float) 
 
 @lru_cache(maxsize=len(SEVERITIES))
 def _saturated(gain: float, offset: float) -> Field:
-    """New over old saturation, (256, 256), by the largest and the smallest channel of a pixel; 1 where it was 0."""
+    """Return new over old saturation, (256, 256), by the largest and smallest channel of a pixel; 1 where it was 0."""
     value, low = np.mgrid[:256, :256]
     old = np.clip(1 - low / np.maximum(value, 1), 0, 1)
     new = np.clip(gain * old + offset, 0, 1)
@@ -382,7 +382,7 @@ def _saturated(gain: float, offset: float) -> Field:
 
 @shift((0.6,), (0.5,), (0.4,), (0.3,), (0.25,))
 def pixelate(image: Pixels, _: np.random.Generator, scale: float) -> Pixels:
-    """Shrinks by `scale` and enlarges again with square pixels: lost resolution on the same canvas."""
+    """Shrink by `scale` and enlarge again with square pixels: lost resolution on the same canvas."""
     height, width = image.shape[:2]
     small = Image.fromarray(image).resize(
         (max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BOX
@@ -396,10 +396,10 @@ _LONGEST_JPEG = 65500
 
 @shift((25,), (18,), (15,), (10,), (7,))
 def jpeg_compression(image: Pixels, _: np.random.Generator, quality: int) -> Pixels:
-    """JPEG at `quality`, with Pillow's own chroma subsampling.
+    """Compress as JPEG at `quality`, with Pillow's own chroma subsampling.
 
     Raises:
-        ValueError: A side is longer than JPEG files can be.
+        ValueError: A side is longer than JPEG allows.
     """
     height, width = image.shape[:2]
     if max(height, width) > _LONGEST_JPEG:

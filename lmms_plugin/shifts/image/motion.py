@@ -1,4 +1,4 @@
-"""Where the pixels of a blurred or shuffled picture come from: motion trails and glass."""
+"""Displacement of pixels in blurred or shuffled pictures: motion trails and glass."""
 
 # OpenCV ships no types here and numpy types much arithmetic as Any.
 # mypy: disable-error-code="no-any-return"
@@ -15,19 +15,19 @@ Indices = npt.NDArray[np.intp]
 
 
 def one_sided_trail(radius: int, sigma: float) -> npt.NDArray[np.float64]:
-    """Returns Hendrycks & Dietterich's motion weights, half a Gaussian: (2·radius + 1,), falling, sum 1."""
+    """Return Hendrycks & Dietterich's motion weights, half a Gaussian: (2·radius + 1,), falling, sum 1."""
     weights = np.exp(-(np.arange(2 * radius + 1) ** 2) / (2 * sigma**2))
     return weights / weights.sum()
 
 
 def smear(image: npt.NDArray[np.generic], weights: npt.NDArray[np.float64], degrees: float, start: int) -> Field:
-    """Returns the weighted sum of copies of an image moved along a line.
+    """Return the weighted sum of copies of an image moved along a line.
 
     Args:
-        image: (h, w) or (h, w, channels), uint8 or float32.
-        weights: (n,), one per copy.
+        image: Image (h, w) or (h, w, channels), uint8 or float32.
+        weights: Weights (n,), one per copy.
         degrees: Direction of the movement; 0 is to the left, 90 up.
-        start: How far the first copy is moved, pixels; each next one a pixel further. Edges are repeated.
+        start: Distance of the first copy, pixels; each next one is a pixel further. Edges are repeated.
     """
     steps = start + np.arange(len(weights))
     x = np.ceil(steps * math.cos(math.radians(degrees)) - 0.5).astype(int)
@@ -39,15 +39,15 @@ def smear(image: npt.NDArray[np.generic], weights: npt.NDArray[np.float64], degr
 
 
 def shuffle_sources(steps: Indices, reach: int) -> Indices:
-    """Returns where each pixel comes from after one pass of the original's sequential shuffle, without its loop.
+    """Return the source of each pixel after one pass of the original's sequential shuffle, without its loop.
 
-    The original walks from the last pixel to the first and sets pixel p to what is now at p + step (its "swap" of two
-    array views copies one way). If p + step was walked already, its own source counts: those chains lead ever further
-    towards the last pixel, so following them a step at a time, all at once, ends after a dozen short gathers.
+    The original walks from the last pixel to the first and sets pixel p to the current value at p + step (its "swap" of
+    two array views copies one way). If p + step was visited already, its own source counts: those chains lead ever
+    further towards the last pixel, so following them a step at a time, all at once, ends after a dozen short gathers.
 
     Args:
-        steps: (h, w): step of each pixel as a distance in the flattened image, dy · w + dx with dy and dx in
-            [-reach, reach). Not used nearer than `reach` to the rim, nor one row and column more at the top and left.
+        steps: Step (h, w) of each pixel as a distance in the flattened image, dy · w + dx with dy and dx in [-reach,
+            reach). Not used nearer than `reach` to the rim, nor one row and column more at the top and left.
         reach: Bound of dy and dx.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Pixel noise whose law depends on the intensity alone, sampled from tables.
+"""Pixel noise whose distribution depends on the intensity alone, sampled from tables.
 
 A grey level has 256 values, so such noise is a discrete memoryless channel: a (256, 256) matrix whose row v is the
 distribution of the output level given the input level v. Walker's alias method (Walker 1977, ACM TOMS 3(3)) draws from
-any row with one table look-up per sample, many times faster than a Poisson generator and without approximating the law.
+any row with one table look-up per sample, many times faster than a Poisson generator and without approximation.
 """
 
 # OpenCV ships no types here and numpy types much arithmetic as Any.
@@ -28,7 +28,7 @@ class Channel:
     """Alias tables of a (256, 256) transition matrix.
 
     Attributes:
-        cells: (65536,) uint32, one cell per input level and column. Its upper 24 bits are the share of the cell that
+        cells: Cells (65536,) uint32, one per input level and column. Its upper 24 bits are the share of the cell that
             yields its own column, in units of 2**-24; its lower 8 bits are the output level that the rest yields.
     """
 
@@ -36,18 +36,18 @@ class Channel:
 
     @classmethod
     def from_matrix(cls, matrix: Matrix) -> "Channel":
-        """Builds the tables; every probability is kept within 2**-24.
+        """Build the tables; every probability is accurate within 2**-24.
 
         Args:
             matrix: (256, 256), rows sum to 1: probability of each output level given the input level.
 
         Raises:
-            ValueError: If the shape is another or a row is not a probability distribution.
+            ValueError: The shape is another or a row is not a probability distribution.
         """
         if matrix.shape != (LEVELS, LEVELS) or matrix.min() < 0 or not np.allclose(matrix.sum(1), 1):
             raise ValueError(f"expected a (256, 256) matrix of rows that sum to 1, got {matrix.shape}")
         # In units of a cell, to 36 significant bits: which of two equally full columns comes first (a Poisson law of
-        # mean n has n - 1 as often as n) must not hang on the last bit of an exponential, which processors differ in.
+        # mean n has n - 1 as often as n) must not depend on the last bit of an exponential, in which processors differ.
         digits, exponent = np.frexp(matrix / matrix.sum(1, keepdims=True) * LEVELS)
         mass = np.ldexp(np.round(digits * 2**36) / 2**36, exponent)
         # Each turn settles one column per row: what it lacks to fill its own cell is taken from the row's fullest
@@ -70,10 +70,10 @@ class Channel:
         return cls(((threshold << 8) | alias).ravel())
 
     def sample(self, levels: Levels, rng: np.random.Generator) -> Levels:
-        """Draws an output level for every input level, independently; one 32-bit draw each.
+        """Draw an output level for every input level, independently; one 32-bit draw each.
 
         Args:
-            levels: uint8, any shape.
+            levels: Input levels, uint8, any shape.
             rng: Source of randomness.
 
         Returns:
@@ -95,7 +95,7 @@ class Channel:
 
 @lru_cache(maxsize=_TABLES_KEPT)
 def shot_channel(photons: float) -> Channel:
-    """Poisson noise of an image whose white is `photons` expected counts; counts are scaled back, clipped and floored.
+    """Return Poisson noise of an image whose white is `photons` expected counts, scaled back, clipped and floored.
 
     Args:
         photons: Expected count at level 255, above 0. Fewer photons, more noise.
@@ -103,26 +103,26 @@ def shot_channel(photons: float) -> Channel:
     counts = np.arange(math.ceil(photons) + 1)
     law = poisson(np.linspace(0, photons, LEVELS), len(counts))
     rest = 1 - law[:, :-1].sum(1)
-    # A smaller rest is the rounding of the sum as much as it is a probability.
+    # A smaller remainder may be rounding of the sum rather than a probability.
     law[:, -1] = np.where(rest > 1e-9, rest, 0)
     return _collect(law, np.clip(counts / photons, 0, 1) * 255)
 
 
 @lru_cache(maxsize=_TABLES_KEPT)
 def sensor_channel(exposure: float, electrons: float, read_noise: float) -> Channel:
-    """Poissonian-Gaussian noise of an under-exposed sensor (Foi et al. 2008, IEEE TIP 17(10)).
+    """Return Poissonian-Gaussian noise of an under-exposed sensor (Foi et al. 2008, IEEE TIP 17(10)).
 
     Level v is decoded to linear light L by the sRGB curve (IEC 61966-2-1); Poisson(exposure · electrons · L) electrons
     are read with Gaussian noise, divided by `electrons`, clipped, encoded with the sRGB curve and rounded.
 
     Args:
-        exposure: Share of the light that the well-exposed image had, in (0, 1].
+        exposure: Share of the light of the well-exposed image, in (0, 1].
         electrons: Expected electrons at white in the well-exposed image.
-        read_noise: Standard deviation of the read-out, electrons, above 0.
+        read_noise: Standard deviation of the read-out noise, electrons, above 0.
     """
     means = exposure * electrons * _srgb_to_linear(np.arange(LEVELS) / 255)
     counts = np.arange(math.ceil(means[-1] + 8 * math.sqrt(means[-1])) + 1)
-    # Level j comes out when the reading lies between the linear light of j - ½ and of j + ½.
+    # Level j results from readings between the linear light of j - ½ and of j + ½.
     edges = electrons * _srgb_to_linear((np.arange(LEVELS - 1) + 0.5) / 255)
     below = _normal_cdf((edges - counts[:, None]) / read_noise)
     reading = np.diff(below, axis=1, prepend=0, append=1)
@@ -131,7 +131,7 @@ def sensor_channel(exposure: float, electrons: float, read_noise: float) -> Chan
 
 
 def poisson(means: Matrix, counts: int) -> Matrix:
-    """Poisson probabilities of 0 … counts - 1, shape (len(means), counts); a mean of 0 is allowed."""
+    """Return Poisson probabilities of 0 … counts - 1, shape (len(means), counts); a mean of 0 is allowed."""
     k = np.arange(counts)
     log_factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, counts)))))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -140,7 +140,7 @@ def poisson(means: Matrix, counts: int) -> Matrix:
 
 
 def _collect(law: Matrix, outputs: Matrix) -> Channel:
-    """Channel from probabilities of counts (256, n) and the grey value of each count (n,), floored."""
+    """Return the channel for probabilities of counts (256, n) and the grey value of each count (n,), floored."""
     matrix = np.zeros((LEVELS, LEVELS))
     np.add.at(matrix.T, outputs.astype(np.uint8), law.T)
     return Channel.from_matrix(matrix)

@@ -1,4 +1,4 @@
-"""OpenCV, imported when one of its functions is first called: names of tasks are listed without it."""
+"""Lazy import of OpenCV at the first call of one of its functions: listing names of tasks does without it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ class _OpenCv:
         import cv2
 
         value = getattr(cv2, name)
-        # Kept here, so that the next use finds it without coming by.
+        # Stored here, so that the next use does not come through this function.
         setattr(self, name, value)
         return value
 

@@ -18,16 +18,16 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> Field:
-    """Returns a diamond-square fractal on a torus, (height, width) in [0, 1].
+    """Return a diamond-square fractal on a torus, (height, width) in [0, 1].
 
     A strip is as coarse and as rough along its longer side as a square of that side, without the square's memory. It
     follows Fournier, Fussell & Carpenter (1982) as parametrised by Hendrycks & Dietterich (2019): the random
     displacement is uniform in ±a², and a falls from 100 by `decay` with every halving of the grid.
 
     Args:
-        height: In pixels, a power of two, at least 2.
-        width: Likewise.
-        decay: Above 1; smaller means rougher.
+        height: Height in pixels, a power of two, at least 2.
+        width: Width in pixels, a power of two, at least 2.
+        decay: Decay of the displacement, above 1; smaller means rougher.
         rng: Source of height · width - 1 uniform draws for a square, of less than twice as many for a strip.
     """
     grid = np.zeros((1, 1), np.float32)
@@ -42,7 +42,7 @@ def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> F
 
 
 def refine(corners: Field, amplitude: float, rng: np.random.Generator) -> Field:
-    """One diamond-square step on a torus: (n, m) → (2n, 2m)."""
+    """Take one diamond-square step on a torus: (n, m) → (2n, 2m)."""
     n, m = corners.shape
     wobble = rng.random((3, n, m), dtype=np.float32)
     wobble -= 0.5
@@ -63,7 +63,7 @@ class Ice(NamedTuple):
     Attributes:
         colour: Mean RGB.
         spread: Standard deviation of the grey value.
-        seeds: How many points the ice grew from; each throws a fan of feathers.
+        seeds: Number of points from which the ice grew; each has a fan of feathers.
         length: Median length of a feather, pixels.
         splay: Angle between a feather's spine and its needles, radians.
         cloud: Share of the slow changes of thickness in the relief, in [0, 1].
@@ -94,7 +94,7 @@ _SHIFT = 4
 
 @lru_cache(maxsize=len(WINDOWS))
 def ice(window: int) -> Pixels:
-    """Returns the texture of one of `WINDOWS`, (576, 768, 3) RGB; the same in every process. Do not write to it."""
+    """Return the texture of one of `WINDOWS`, (576, 768, 3) RGB; the same in every process. Do not write to it."""
     look = WINDOWS[window]
     rng = np.random.Generator(np.random.PCG64(window))
     crystals, cloud, grain = _crystals(look, rng), _cloud(rng), _grain(rng)
@@ -106,7 +106,7 @@ def ice(window: int) -> Pixels:
 
 
 def ice_crop(height: int, width: int, rng: np.random.Generator) -> Pixels:
-    """Returns a random piece of a random frosted window, (height, width, 3) RGB.
+    """Return a random piece of a random frosted window, (height, width, 3) RGB.
 
     A canvas that the texture does not cover with a tenth to spare gets the texture enlarged, as in the original.
     """
@@ -124,17 +124,17 @@ def _standard(field: Field) -> Field:
 
 
 def _cloud(rng: np.random.Generator) -> Field:
-    """Slow variation of the ice's thickness, (ICE_HEIGHT, ICE_WIDTH)."""
+    """Return slow variations of the ice's thickness, (ICE_HEIGHT, ICE_WIDTH)."""
     return plasma(1024, 1024, 1.7, rng)[:ICE_HEIGHT, :ICE_WIDTH]
 
 
 def _grain(rng: np.random.Generator) -> Field:
-    """The rough skin of the ice, (ICE_HEIGHT, ICE_WIDTH)."""
+    """Return the rough surface of the ice, (ICE_HEIGHT, ICE_WIDTH)."""
     return cv2.GaussianBlur(rng.standard_normal((ICE_HEIGHT, ICE_WIDTH), dtype=np.float32), (0, 0), 1.2)
 
 
 def _crystals(look: Ice, rng: np.random.Generator) -> Field:
-    """Fans of feathers painted over each other and lit from the upper left, (ICE_HEIGHT, ICE_WIDTH)."""
+    """Return fans of feathers, painted over each other and lit from the upper left, (ICE_HEIGHT, ICE_WIDTH)."""
     canvas = np.full((ICE_HEIGHT, ICE_WIDTH), 90, np.uint8)
     for _ in range(look.seeds):
         seed, heading = rng.uniform((0, 0), (ICE_WIDTH, ICE_HEIGHT)), rng.uniform(0, 2 * math.pi)
@@ -146,7 +146,7 @@ def _crystals(look: Ice, rng: np.random.Generator) -> Field:
 
 
 def _paint_feather(canvas: Pixels, seed: Points, heading: float, look: Ice, rng: np.random.Generator) -> None:
-    """A spine with needles on both sides, longest a third of the way up, each needle of its own brightness."""
+    """Paint a spine with needles on both sides, longest a third of the way up, each of its own brightness."""
     length = look.length * rng.lognormal(0, 0.4)
     count = max(4, int(length / _NEEDLE_SPACING))
     along = np.linspace(0.02, 1, count)
@@ -164,7 +164,7 @@ def _paint_feather(canvas: Pixels, seed: Points, heading: float, look: Ice, rng:
 
 
 def _fixed(points: Points) -> npt.NDArray[np.int32]:
-    """OpenCV draws at sub-pixel positions given as integers with `_SHIFT` fractional bits."""
+    """Return sub-pixel positions as OpenCV takes them: integers with `_SHIFT` fractional bits."""
     return np.round(points * 2**_SHIFT).astype(np.int32)
 
 

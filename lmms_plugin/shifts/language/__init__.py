@@ -1,1 +1,1 @@
-"""Other wordings of an expression, and expressions that match nothing."""
+"""Language shifts: other wordings of an expression, and expressions that match nothing."""

@@ -1,7 +1,7 @@
-"""The packaged word lists, and finding and replacing their words in an expression.
+"""Word lists of the package, and search and replacement of their words in an expression.
 
-The lists (`wordlists/*.txt`) are our own. Each says in its head how it is written; a line added there is all it takes
-to teach the shifts a word.
+The lists (`wordlists/*.txt`) are our own. Each describes its format in its head; adding a line is enough to add a word
+to the shifts.
 """
 
 import re
@@ -21,12 +21,12 @@ _ARTICLE = re.compile(r"\b(an?)(\s+)$", re.IGNORECASE)
 
 
 class Span(NamedTuple):
-    """A word or phrase where it stands in a text.
+    """Occurrence of a word or phrase in a text.
 
     Attributes:
-        start: offset of its first character.
-        stop: offset behind its last.
-        phrase: in lower case, its words one space apart.
+        start: Offset of its first character.
+        stop: Offset after its last character.
+        phrase: Phrase in lower case, its words one space apart.
     """
 
     start: int
@@ -35,18 +35,18 @@ class Span(NamedTuple):
 
 
 class Noun(NamedTuple):
-    """Both numbers of a noun."""
+    """Singular and plural of a noun."""
 
     singular: str
     plural: str
 
 
 class Alternative(NamedTuple):
-    """What a word may be replaced by so that the expression means something else.
+    """Replacements of a word that change the meaning of the expression.
 
     Attributes:
-        kind: section of the list, such as `colour`.
-        replacements: words that exclude it.
+        kind: Section of the list, such as `colour`.
+        replacements: Words that exclude it.
     """
 
     kind: str
@@ -57,8 +57,8 @@ class ExclusiveWords(NamedTuple):
     """Words that exclude one another.
 
     Attributes:
-        of: what each word or phrase may be replaced by.
-        like: word or phrase → all that say about the same, itself among them.
+        of: Word or phrase → its alternatives.
+        like: Word or phrase → all with about the same meaning, itself among them.
     """
 
     of: Mapping[str, Alternative]
@@ -66,13 +66,13 @@ class ExclusiveWords(NamedTuple):
 
 
 class Category(NamedTuple):
-    """A category of objects.
+    """Category of objects.
 
     Attributes:
-        name: COCO's where COCO has it.
-        supercategory: COCO's, or `other`.
-        noun: what an object of it is called.
-        offered: whether it may be put in for another one.
+        name: Name, COCO's where COCO has the category.
+        supercategory: Supercategory, COCO's or `other`.
+        noun: Noun for an object of it.
+        offered: Whether it may replace another one.
     """
 
     name: str
@@ -82,12 +82,12 @@ class Category(NamedTuple):
 
 
 class Categories(NamedTuple):
-    """Categories of objects and what expressions call them.
+    """Categories of objects and their names in expressions.
 
     Attributes:
-        all: every category.
-        of: word or phrase → the categories it may mean; `glasses` are eyewear or wine glasses.
-        plurals: which of these phrases are plurals.
+        all: Every category.
+        of: Word or phrase → the categories it may mean; `glasses` are eyewear or wine glasses.
+        plurals: Phrases among these that are plurals.
     """
 
     all: tuple[Category, ...]
@@ -96,16 +96,16 @@ class Categories(NamedTuple):
 
 
 def words(text: str) -> list[Span]:
-    """The words of a text in order; letters and digits, hyphens inside included, apostrophes not."""
+    """Return the words of a text in order; letters and digits, hyphens inside included, apostrophes not."""
     return [Span(match.start(), match.end(), match.group().lower()) for match in _WORD.finditer(text)]
 
 
 def find(text: str, vocabulary: Collection[str]) -> list[Span]:
-    """The phrases of a text that are in the vocabulary, in order, the longest first, without overlap.
+    """Return the phrases of a text that are in the vocabulary, in order, the longest first, without overlap.
 
     Args:
-        text: any text.
-        vocabulary: phrases in lower case, their words one space apart.
+        text: Any text.
+        vocabulary: Phrases in lower case, their words one space apart.
     """
     found, spans = list[Span](), words(text)
     longest = max((phrase.count(" ") + 1 for phrase in vocabulary), default=0)
@@ -120,7 +120,7 @@ def find(text: str, vocabulary: Collection[str]) -> list[Span]:
 
 
 def _joined(text: str, spans: list[Span]) -> Span | None:
-    """Words as one phrase; None where something other than spaces stands between them."""
+    """Return words as one phrase; None where something other than spaces is between them."""
     gaps = (text[one.stop : other.start] for one, other in pairwise(spans))
     if any(gap.strip() for gap in gaps):
         return None
@@ -128,7 +128,7 @@ def _joined(text: str, spans: list[Span]) -> Span | None:
 
 
 def replace(text: str, span: Span, by: str) -> str:
-    """The text with a phrase replaced, in its case, `a` and `an` before it set right."""
+    """Return the text with a phrase replaced, in its case, with `a` or `an` before it corrected."""
     old = text[span.start : span.stop]
     if len(old) > 1 and old.isupper():
         by = by.upper()
@@ -144,7 +144,7 @@ def _article(old: str, following: str) -> str:
 
 
 def noun(written: str) -> Noun:
-    """Both numbers of a noun as the lists write it: `shirt`, or `man/men` where the plural is irregular."""
+    """Return singular and plural of a noun as the lists write it: `shirt`, or `man/men` for an irregular plural."""
     singular, _, plural = (part.strip() for part in written.partition("/"))
     return Noun(singular, plural or _regular(singular))
 
@@ -157,7 +157,7 @@ def _regular(singular: str) -> str:
 
 @lru_cache(maxsize=1)
 def synonyms() -> Mapping[str, tuple[str, ...]]:
-    """Each word or phrase of `synonyms.txt` → the others of its set, plural for plural."""
+    """Return each word or phrase of `synonyms.txt` → the others of its set, plural for plural."""
     sets: list[tuple[str, ...]] = []
     for section, line in _lines("synonyms.txt"):
         written = _items(line)
@@ -170,7 +170,7 @@ def synonyms() -> Mapping[str, tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def alternatives() -> ExclusiveWords:
-    """The exclusive words of `alternatives.txt`."""
+    """Return the exclusive words of `alternatives.txt`."""
     of: dict[str, Alternative] = {}
     like: dict[str, frozenset[str]] = {}
     for section, line in _lines("alternatives.txt"):
@@ -185,7 +185,7 @@ def alternatives() -> ExclusiveWords:
                 pairs = [(tuple(left), tuple(right))]
             for words_of, replacements in pairs:
                 group.update(words_of)
-                # Where singular and plural are one word, it is a plural to its replacements.
+                # Where singular and plural are one word, its replacements are plurals.
                 of |= dict.fromkeys(words_of, Alternative(kind, replacements))
         like |= dict.fromkeys(group, frozenset(group))
     return ExclusiveWords(MappingProxyType(of), MappingProxyType(like))
@@ -193,13 +193,13 @@ def alternatives() -> ExclusiveWords:
 
 @lru_cache(maxsize=1)
 def compounds() -> frozenset[str]:
-    """The names of `compounds.txt`, singular and plural, in which no word is exchanged."""
+    """Return the names of `compounds.txt`, singular and plural, in which no word is replaced."""
     return frozenset(form for item in plain("compounds") for form in noun(item))
 
 
 @lru_cache(maxsize=1)
 def categories() -> Categories:
-    """The categories of `categories.txt`."""
+    """Return the categories of `categories.txt`."""
     every: list[Category] = []
     of: dict[str, tuple[Category, ...]] = {}
     plurals: set[str] = set()
@@ -217,12 +217,12 @@ def categories() -> Categories:
 
 @lru_cache(maxsize=8)
 def plain(name: str) -> tuple[str, ...]:
-    """All words and phrases of a list without sections, such as `fillers`."""
+    """Return all words and phrases of a list without sections, such as `fillers`."""
     return tuple(item for _, line in _lines(f"{name}.txt") for item in _items(line))
 
 
 def _lines(name: str) -> Iterator[tuple[str, str]]:
-    """Section and content of each line of a list that holds something."""
+    """Return section and content of each non-empty line of a list."""
     section = ""
     for line in (FOLDER / name).read_text(encoding="utf-8").splitlines():
         content = line.strip()

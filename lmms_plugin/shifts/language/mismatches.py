@@ -1,7 +1,7 @@
-"""Expressions that match nothing: one word of a true expression changed to what the picture does not hold.
+"""Expressions that match nothing: a true expression with one word replaced by something absent from the picture.
 
-Two ways, each a function that lists all it could say instead; `one_of` chooses by key. What the picture does hold is
-for the caller to know: exactly where scenes are drawn, from the other expressions about it where they are photographed
+There are two kinds, each a function that lists all possible replacements; `one_of` chooses by key. The caller knows
+what the picture holds: exactly for drawn scenes, from the other expressions about it for photographs
 (`lmms_plugin.tasks.grounding.mentions`).
 """
 
@@ -38,14 +38,14 @@ _OF = re.compile(r"\s+of\s+(?:(?:the|an?|some)\s+)?", re.IGNORECASE)
 
 
 class Mismatch(NamedTuple):
-    """A changed expression.
+    """Changed expression.
 
     Attributes:
-        expression: what it says now.
-        kind: what was changed: the kind of attribute, or `object`.
-        old: the word or phrase as it was, in lower case.
-        new: what stands there now.
-        start: offset of the change.
+        expression: New expression.
+        kind: Kind of the change: the kind of attribute, or `object`.
+        old: Replaced word or phrase, in lower case.
+        new: Replacement.
+        start: Offset of the change.
     """
 
     expression: str
@@ -56,11 +56,11 @@ class Mismatch(NamedTuple):
 
 
 def attribute_swaps(expression: str, exclusive: ExclusiveWords) -> list[Mismatch]:
-    """The expression with one attribute or noun replaced by one that excludes it, in every way the list knows.
+    """Return the expression with one attribute or noun replaced by an exclusive one, in every way the list knows.
 
     Args:
-        expression: an expression that is true of an object.
-        exclusive: words that exclude one another.
+        expression: Expression that is true of an object.
+        exclusive: Words that exclude one another.
 
     Returns:
         All changed expressions; none where the list knows no word of it.
@@ -73,12 +73,12 @@ def attribute_swaps(expression: str, exclusive: ExclusiveWords) -> list[Mismatch
 
 
 def swaps_about_photographs(expression: str) -> list[Mismatch]:
-    """`attribute_swaps` by the packaged list that leave English, and an expression that is no longer true.
+    """Return the `attribute_swaps` by the packaged list that are good English and no longer true.
 
-    Left alone are words under a negation (`not the red one` is true of what is not green, too), parts of names of
-    several words (`ice cream`), and places where what is put in would not stand: an adjective without its noun (`the
-    blonde`), the fruit among the colours, two colours or garments in a row, a relative before an animal (`mother
-    elephant`), the colour of a person.
+    Excluded are words under a negation (`not the red one` is true of what is not green, too), parts of names of several
+    words (`ice cream`), and places where the replacement would not fit: an adjective without its noun (`the blonde`),
+    the fruit among the colours, two colours or garments in a row, a relative before an animal (`mother elephant`), the
+    colour of a person.
     """
     exclusive = alternatives()
     spans = find(expression, exclusive.of.keys() | compounds())
@@ -113,13 +113,13 @@ def _kind(phrase: str) -> str | None:
 
 
 def _is_adjective(before: str, after: str) -> bool:
-    """Whether a phrase goes on behind the word, or the word is said of something."""
+    """Return whether a phrase continues after the word, or the word is predicated of something."""
     goes_on = after != "" and after not in plain("phrase_ends") and _DOING.fullmatch(after) is None
     return goes_on or before in _COPULA
 
 
 def _is_colour_here(expression: str, span: Span, before: str, after: str) -> bool:
-    """Whether a word that names a colour and a thing is the colour."""
+    """Return whether a word that names both a colour and a thing is the colour here."""
     if before in _BEFORE_A_COLOUR:
         return True
     following = [word.phrase for word in words(expression) if word.start >= span.stop]
@@ -128,7 +128,7 @@ def _is_colour_here(expression: str, span: Span, before: str, after: str) -> boo
 
 
 def _neighbours(expression: str, span: Span) -> tuple[str, str]:
-    """The words directly before and behind a phrase; empty where there is none, or something else between."""
+    """Return the words directly before and after a phrase; empty where there is none, or something else between."""
     every = words(expression)
     before = [word.phrase for word in every if word.stop <= span.start and _near(expression, word, span)]
     after = [word.phrase for word in every if word.start >= span.stop and _touch(expression, span, word)]
@@ -136,7 +136,7 @@ def _neighbours(expression: str, span: Span) -> tuple[str, str]:
 
 
 def _near(expression: str, word: Span, span: Span) -> bool:
-    """Whether nothing stands between a word and a phrase but spaces, apostrophes and articles."""
+    """Return whether only spaces, apostrophes and articles are between a word and a phrase."""
     return re.fullmatch(r"['\u2019\s]*(?:(?:an?|the)\s+)?", expression[word.stop : span.start]) is not None
 
 
@@ -146,15 +146,15 @@ def _touch(expression: str, one: Span, other: Span) -> bool:
 
 
 def absent_objects(expression: str, known: Categories, absent: Collection[Category]) -> list[Mismatch]:
-    """The expression about an object of each absent category instead of its own.
+    """Return the expression about an object of each absent category instead of its own.
 
     Args:
-        expression: an expression that is true of an object.
-        known: what objects are called.
-        absent: categories of which the picture holds none.
+        expression: Expression that is true of an object.
+        known: Categories with their names.
+        absent: Categories of which the picture holds no object.
 
     Returns:
-        All changed expressions; none where the expression names no object that is known, or says what it is not.
+        All changed expressions; none where the expression names no known object, or is negated.
     """
     head = head_noun(expression, known)
     span = None if head is None else _with_its_nouns(expression, head, known)
@@ -166,7 +166,7 @@ def absent_objects(expression: str, known: Categories, absent: Collection[Catego
 
 
 def head_noun(expression: str, known: Categories) -> Span | None:
-    """What an expression is about: the last known noun of its first phrase that has one; None where no noun is known.
+    """Return the head of an expression: the last known noun of its first phrase that has one; None without any.
 
     A phrase ends before a preposition, a relative pronoun or a participle: `red shirt` in `red shirt guy on couch`
     belongs to `guy`. A colour that is also a fruit is a colour, unless it ends its phrase.
@@ -179,7 +179,7 @@ def head_noun(expression: str, known: Categories) -> Span | None:
 
 
 def _with_its_nouns(expression: str, head: Span, known: Categories) -> Span | None:
-    """A noun with the nouns that belong to it: `baseball player`, `cup of coffee`; None where those are unknown.
+    """Return a noun with the nouns that belong to it: `baseball player`, `cup of coffee`; None if unknown.
 
     Replaced alone it would leave a `baseball zebra` and a `zebra of coffee`.
     """
@@ -208,7 +208,7 @@ def _is_colour(phrase: str) -> bool:
 
 
 def _is_last(noun: Span, expression: str, ends: Sequence[int]) -> bool:
-    """Whether a noun is the last word of its phrase."""
+    """Return whether a noun is the last word of its phrase."""
     following = words(expression[noun.stop :])
     return not following or noun.stop + following[0].start in ends
 
@@ -219,7 +219,7 @@ def _ends_phrase(word: Span, nouns: Sequence[Span]) -> bool:
 
 
 def one_of(candidates: Sequence[Mismatch], name: str, key: str | int) -> Mismatch | None:
-    """One candidate by (key, name) alone: first a place, every place as likely as the other, then what stands there.
+    """Choose one candidate by (key, name) alone: first a place, uniformly, then the replacement there.
 
     None without candidates.
     """

@@ -1,4 +1,4 @@
-"""Where an expression says what is not so: words put in there leave it true."""
+"""Scope of negation in an expression: words inserted there leave it true."""
 
 import re
 
@@ -21,20 +21,20 @@ _TAKEN_OFF = re.compile(r"\s+(?:off|removed|gone|missing)\b", re.IGNORECASE)
 
 
 def negators(text: str) -> list[Span]:
-    """The words that negate, in order: not, n't, no, without, w/o, never, except, other than and their like."""
+    """Return the words that negate, in order: not, n't, no, without, w/o, never, except, other than and their like."""
     return [Span(match.start(), match.end(), match.group().lower()) for match in _NEGATOR.finditer(text)]
 
 
 def is_negated(text: str, span: Span) -> bool:
-    """Whether a phrase stands where an expression says what is not so.
+    """Return whether a phrase is in the scope of a negation.
 
-    That is from a word that negates to the end of its clause: a full stop, a semicolon or `but`, not a comma, because
-    of `not red, green or blue`. What stands behind the negated words without being meant (`man without a hat in red`)
-    counts, too: nothing tells the two apart. So does what is taken off (`shirt off`).
+    The scope runs from a negating word to the end of its clause: a full stop, a semicolon or `but`, not a comma,
+    because of `not red, green or blue`. Words after the negated ones without being meant (`man without a hat in red`)
+    count, too: nothing separates the two. So does what is taken off (`shirt off`).
 
     Args:
-        text: An expression.
-        span: A phrase of it; one that begins with the word that negates is not negated by it.
+        text: Expression.
+        span: Phrase of it; one that begins with the negating word is not negated by it.
     """
     if _TAKEN_OFF.match(text, span.stop):
         return True

@@ -1,4 +1,4 @@
-"""Other constructions for the same meaning: where an expression has one, and what it reads then."""
+"""Alternative constructions with the same meaning: where an expression has one, and the resulting text."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _WORN = ("colour", "pattern", "clothing")
 
 
 class Rebuilding(NamedTuple):
-    """One place that has another construction: `text[start:stop]` becomes `rebuilt`."""
+    """Place with another construction: `text[start:stop]` becomes `rebuilt`."""
 
     start: int
     stop: int
@@ -32,7 +32,7 @@ class Rebuilding(NamedTuple):
 
 
 def rebuildings(text: str) -> list[Rebuilding]:
-    """All places of an expression that have another construction, in order, none overlapping another."""
+    """Return all places of an expression that have another construction, in order, without overlap."""
     found: list[Rebuilding] = []
     for place in sorted([*_looks(text), *_dressed(text), *_having(text), *_doing(text)]):
         if not found or place.start >= found[-1].stop:
@@ -41,7 +41,7 @@ def rebuildings(text: str) -> list[Rebuilding]:
 
 
 def _looks(text: str) -> Iterator[Rebuilding]:
-    """`red shirt` → `shirt that is red`: a single colour, pattern or material right before the noun it belongs to."""
+    """Rebuild `red shirt` → `shirt that is red`: a single colour, pattern or material right before its noun."""
     nouns, looks = categories().of, {p for p, entry in alternatives().of.items() if entry.kind in _LOOKS}
     spans = find(text, nouns.keys() | looks)
     joined = [text[one.stop : other.start].isspace() for one, other in pairwise(spans)] + [False]
@@ -65,7 +65,7 @@ def _be(noun: str) -> str:
 
 
 def _dressed(text: str) -> Iterator[Rebuilding]:
-    """`man in` → `man dressed in`, before a colour or a garment."""
+    """Rebuild `man in` → `man dressed in`, before a colour or a garment."""
     nouns, entries = categories().of, alternatives().of
     worn = find(text, {phrase for phrase, entry in entries.items() if entry.kind in _WORN})
     for span in find(text, nouns):
@@ -79,7 +79,7 @@ def _is(phrase: str, *supercategories: str) -> bool:
 
 
 def _having(text: str) -> Iterator[Rebuilding]:
-    """`man with` → `man who has`, `cup with` → `cup that has`; what a shirt is worn with is not the shirt's."""
+    """Rebuild `man with` → `man who has`, `cup with` → `cup that has`; what a shirt is worn with is not the shirt's."""
     for span in find(text, categories().of):
         match = _WITH.match(text, span.stop)
         if match and not _is(span.phrase, "other"):
@@ -89,7 +89,7 @@ def _having(text: str) -> Iterator[Rebuilding]:
 
 
 def _doing(text: str) -> Iterator[Rebuilding]:
-    """`man standing` → `man who is standing`, `zebra eating` → `zebra that is eating`."""
+    """Rebuild `man standing` → `man who is standing`, `zebra eating` → `zebra that is eating`."""
     for span in find(text, categories().of):
         match = _DOING.match(text, span.stop + 1)
         if match and _is(span.phrase, _PERSON, _ANIMAL):

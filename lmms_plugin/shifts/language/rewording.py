@@ -1,11 +1,11 @@
 """Language shifts for grounding: another wording of the same expression, the same for the same key.
 
 People who ask for an object mistype, use caps lock, hesitate, leave words out and call things by other names. Each
-shift is one function `f(text, rng, *level) -> text`, with the `level` of each severity given to the decorator; it joins
-`TEXT_SHIFTS` and the tests by being written. The levels are ours: numbers compare within this package only.
+shift is one function `f(text, rng, *level) -> text`, with the `level` of each severity given to the decorator, which
+registers it in `TEXT_SHIFTS` and so in the tests. The levels are ours: numbers compare within this package only.
 
-A shift that finds nothing to change returns None, never the text as it was. Expressions that are to match nothing any
-more are made elsewhere (`lmms_plugin.shifts.language.mismatches`).
+A shift that finds nothing to change returns None, never the unchanged text. Expressions that match nothing are made in
+`lmms_plugin.shifts.language.mismatches`.
 """
 
 import re
@@ -25,11 +25,11 @@ Rewording = Callable[..., str | None]
 
 @dataclass(frozen=True)
 class TextShift:
-    """One language shift with its five strengths.
+    """Language shift with its five severities.
 
     Attributes:
-        name: The function's name.
-        function: f(text, rng, *level) -> another text, or None where it finds nothing to change.
+        name: Name of the function.
+        function: Function f(text, rng, *level) -> another text, or None where it finds nothing to change.
         levels: Arguments of severity 1 to 5.
     """
 
@@ -43,7 +43,7 @@ TEXT_SHIFTS: Mapping[str, TextShift] = MappingProxyType(_TEXT_SHIFTS)
 
 
 def text_shift(*levels: tuple[float, ...]) -> Callable[[Rewording], Rewording]:
-    """Registers the decorated function in `TEXT_SHIFTS` under its name, with one tuple of arguments per severity."""
+    """Register the decorated function in `TEXT_SHIFTS` under its name, with one tuple of arguments per severity."""
     if len(levels) != len(SEVERITIES):
         raise ValueError(f"expected {len(SEVERITIES)} levels, got {len(levels)}")
 
@@ -55,18 +55,18 @@ def text_shift(*levels: tuple[float, ...]) -> Callable[[Rewording], Rewording]:
 
 
 def apply(text: str, name: str, severity: int, key: str | int) -> str | None:
-    """Returns `text` under the shift `name`, or None if the shift finds nothing to change in it.
+    """Return `text` under the shift `name`, or None if the shift finds nothing to change in it.
 
     The random draws follow from (key, name, severity) alone, by hash, as those of image shifts do.
 
     Args:
-        text: An expression.
-        name: A key of `TEXT_SHIFTS`.
-        severity: 1 to 5.
-        key: What the randomness belongs to, usually the document's id. 7 and "7" are the same key.
+        text: Expression.
+        name: Key of `TEXT_SHIFTS`.
+        severity: Severity, 1 to 5.
+        key: Key of the random draws, usually the document's id. 7 and "7" are the same key.
 
     Raises:
-        ValueError: Unknown name (says the nearest), severity not an integer from 1 to 5.
+        ValueError: Unknown name (the message gives the nearest), severity not an integer from 1 to 5.
         TypeError: A key that is neither text nor an integer.
     """
     chosen, severity = named(name, TEXT_SHIFTS, "text shift"), checked(severity, name)
@@ -75,7 +75,7 @@ def apply(text: str, name: str, severity: int, key: str | int) -> str | None:
 
 
 def _some(rng: np.random.Generator, places: int, share: float, of: int | None = None) -> list[int]:
-    """Some of the places, ascending: that share of `of` things (of the places, unless given), one at least."""
+    """Draw some of the places, ascending: that share of `of` things (of the places, unless given), at least one."""
     count = min(places, max(1, round(share * (places if of is None else of))))
     return sorted(int(place) for place in rng.permutation(places)[:count])
 
@@ -101,7 +101,7 @@ _TYPED = ((0.04,), (0.08,), (0.12,), (0.18,), (0.25,))
 
 @text_shift(*_TYPED)
 def keyboard_typos(text: str, rng: np.random.Generator, share: float) -> str | None:
-    """Hits a neighbouring key instead of that share of the letters."""
+    """Hit a neighbouring key instead of that share of the letters."""
     letters = [i for i, character in enumerate(text) if character.lower() in NEIGHBOURS]
     if not letters:
         return None
@@ -115,7 +115,7 @@ def keyboard_typos(text: str, rng: np.random.Generator, share: float) -> str | N
 
 @text_shift(*_TYPED)
 def swapped_letters(text: str, rng: np.random.Generator, share: float) -> str | None:
-    """Types two neighbouring letters of a word in the wrong order, as often as that share of the letters."""
+    """Type two neighbouring letters of a word in the wrong order, as often as that share of the letters."""
     pairs = [i for i in range(len(text) - 1) if text[i : i + 2].isalpha() and text[i] != text[i + 1]]
     if not pairs:
         return None
@@ -131,7 +131,7 @@ def swapped_letters(text: str, rng: np.random.Generator, share: float) -> str | 
 
 @text_shift(*_TYPED)
 def dropped_letters(text: str, rng: np.random.Generator, share: float) -> str | None:
-    """Leaves out that share of the letters; of every word one letter stays."""
+    """Leave out that share of the letters; of every word one letter stays."""
     droppable = [i for span in words(text) for i in _all_but_one(span.start, span.stop, rng) if text[i].isalpha()]
     if not droppable:
         return None
@@ -149,7 +149,7 @@ _OF_WORDS = ((0.2,), (0.4,), (0.6,), (0.8,), (1.0,))
 
 @text_shift(*_OF_WORDS)
 def casing(text: str, rng: np.random.Generator, share: float) -> str | None:
-    """Turns the case of that share of the words, as with caps lock on."""
+    """Swap the case of that share of the words, as with caps lock on."""
     cased = [span for span in words(text) if text[span.start : span.stop].swapcase() != text[span.start : span.stop]]
     if not cased:
         return None
@@ -161,7 +161,7 @@ def casing(text: str, rng: np.random.Generator, share: float) -> str | None:
 
 @text_shift(*_OF_WORDS)
 def spacing(text: str, rng: np.random.Generator, share: float) -> str | None:
-    """Puts a space into a word, forgets one between words or types it twice, as often as that share of the words."""
+    """Insert a space into a word, omit one between words or double it, as often as that share of the words."""
     spans = words(text)
     inside = [(i, i) for i in (int(rng.integers(s.start + 1, s.stop)) for s in spans if s.stop - s.start > 1)]
     places = inside + [match.span() for match in re.finditer(r"(?<=\S)\s+(?=\S)", text)]
@@ -179,7 +179,7 @@ def spacing(text: str, rng: np.random.Generator, share: float) -> str | None:
 
 @text_shift((1,), (2,), (3,), (4,), (5,))
 def fillers(text: str, rng: np.random.Generator, count: int) -> str | None:
-    """Hesitates that many times, before, between or behind the words; no filler comes twice."""
+    """Insert that many fillers before, between or after the words; no filler comes twice."""
     tokens, known = text.split(), lexicon.plain("fillers")
     if not tokens:
         return None
@@ -190,10 +190,10 @@ def fillers(text: str, rng: np.random.Generator, count: int) -> str | None:
 
 @text_shift((0.15,), (0.3,), (0.45,), (0.6,), (0.75,))
 def dropped_words(text: str, rng: np.random.Generator, share: float) -> str | None:
-    """Leaves out that share of the words, as in a telegram: function words first, then any; one word stays.
+    """Leave out that share of the words, as in a telegram: function words first, then any; one word stays.
 
-    What is left may mean several objects: accuracy under this shift has no ceiling of 1. Words that negate stay,
-    because without them it would mean the others.
+    The result may mean several objects: accuracy under this shift has no ceiling of 1. Words that negate stay, because
+    without them it would mean the others.
     """
     tokens = text.split()
     function_words = lexicon.plain("function_words")
@@ -207,7 +207,7 @@ def dropped_words(text: str, rng: np.random.Generator, share: float) -> str | No
 
 @text_shift((0.25,), (0.5,), (1.0,), (1.5,), (2.5,))
 def reordered_words(text: str, rng: np.random.Generator, share: float) -> str | None:
-    """Exchanges neighbouring words, one exchange after another, `share` for every gap between words."""
+    """Exchange neighbouring words, one exchange after another, `share` for every gap between words."""
     tokens = text.split()
     if len(set(tokens)) < 2:
         return None
@@ -224,7 +224,7 @@ def reordered_words(text: str, rng: np.random.Generator, share: float) -> str | 
 
 @text_shift(*_OF_WORDS)
 def synonyms(text: str, rng: np.random.Generator, share: float) -> str | None:
-    """Says that share of the words and phrases that `wordlists/synonyms.txt` knows by another of their set."""
+    """Replace that share of the words and phrases that `wordlists/synonyms.txt` knows by another of their set."""
     known = lexicon.synonyms()
     spans = find(text, known)
     if not spans:
@@ -236,7 +236,7 @@ def synonyms(text: str, rng: np.random.Generator, share: float) -> str | None:
 
 @text_shift((0.01, 0), (0.5, 0), (1.0, 0), (1.0, 1), (1.0, 2))
 def paraphrase(text: str, rng: np.random.Generator, share: float, frame: int) -> str | None:
-    """Rebuilds that share of the places that have another construction, and puts `phrasing.FRAMES[frame]` around all.
+    """Rebuild that share of the places that have another construction, and put `phrasing.FRAMES[frame]` around all.
 
     `cup with red rim` becomes `cup that has rim that is red`. Where nothing can be rebuilt, a frame of one word does.
     """

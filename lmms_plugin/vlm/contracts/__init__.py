@@ -1,1 +1,1 @@
-"""What lmms-eval asks of a model and what an engine answers."""
+"""Interfaces: requests from lmms-eval and answers from an engine."""

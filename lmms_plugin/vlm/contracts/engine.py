@@ -1,7 +1,7 @@
-"""What answers prompts: one interface, whether the model is loaded in this process or served elsewhere.
+"""Engine interface: answers to prompts from a model that is loaded in this process or served elsewhere.
 
-An `Engine` takes jobs and gives records, an `Answer` or a `ContinuationScore` each. What lmms-eval asks (`jobs`) and
-the string that it gets back (`assembling`) are the same for every engine.
+An `Engine` takes jobs and yields one record per job, an `Answer` or a `ContinuationScore`. Requests (`jobs`) and the
+strings returned to lmms-eval (`assembling`) are the same for every engine.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lmms_plugin.vlm.contracts.requests import Job
 
 
 class Generated(NamedTuple):
-    """What a model wrote.
+    """Output of a model.
 
     Attributes:
-        tokens: with the end-of-sequence token, if the model came to it, as the last; cut where `until` says.
+        tokens: Tokens, with the end-of-sequence token, if the model reached it, as the last; cut where `until` says.
             Their log-probabilities are NaN after a beam search, which reports none.
-        text: the answer without special tokens, but for those that part reasoning and answer.
-        ids: of all tokens that were generated, uncut.
+        text: Answer without special tokens, except those that separate reasoning and answer.
+        ids: Ids of all generated tokens, uncut.
     """
 
     tokens: tuple[Token, ...]
@@ -32,11 +32,11 @@ class Generated(NamedTuple):
 
 
 class ContinuationScore(NamedTuple):
-    """How a model judges a given continuation.
+    """Score of a given continuation.
 
     Attributes:
-        logprobs: natural logarithm of the probability of each of its tokens.
-        is_greedy: whether greedy decoding would have produced it.
+        logprobs: Natural log-probability of each of its tokens.
+        is_greedy: Whether greedy decoding would have produced it.
     """
 
     logprobs: tuple[float, ...]
@@ -44,21 +44,21 @@ class ContinuationScore(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Log-probability of the whole continuation."""
+        """Return the log-probability of the whole continuation."""
         return math.fsum(self.logprobs)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine answered to one prompt.
+    """Answer of an engine to one prompt.
 
     Attributes:
-        prompt: as it was asked.
-        generated: tokens with log-probabilities, and alternatives where the prompt wants those of digits.
+        prompt: Prompt as it was asked.
+        generated: Tokens with log-probabilities, and alternatives where the prompt requests those of digits.
         model_size: (width, height) in pixels of the prompt's only image as the model saw it; None if unknown.
-        opened: the tag of a reasoning that the prompt's end opened; "" if none, or the prompt wants no confidence.
-        confidence: by estimator, what only the engine can tell (a learned confidence), in [0, 1].
-        samples: further answers that were drawn for the prompt; None where none were.
+        opened: Tag of a reasoning block that the prompt's end opened; "" if none, or if the prompt wants no confidence.
+        confidence: Estimator -> confidence in [0, 1] that only the engine can compute (a learned confidence).
+        samples: Further answers sampled for the prompt; None where there are none.
     """
 
     prompt: Prompt
@@ -71,12 +71,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Traits:
-    """What all answers of an engine have in common.
+    """Properties common to all answers of an engine.
 
     Attributes:
-        silent: texts of special tokens, which are no part of an answer in words.
-        answer_marks: texts of special tokens around the answer proper.
-        image_reader: what resizes images for the model, for messages to the user.
+        silent: Texts of special tokens, which are no part of an answer in words.
+        answer_marks: Texts of special tokens around the answer proper.
+        image_reader: Name of what resizes images for the model, for messages to the user.
     """
 
     silent: frozenset[str]
@@ -85,35 +85,36 @@ class Traits:
 
 
 class Engine(Protocol):
-    """Brings jobs to a model, those about one image together, and yields results as they are done."""
+    """Executor of jobs: it runs jobs about one image together, and yields results as they are done."""
 
     @property
     def traits(self) -> Traits:
-        """What all its answers have in common."""
+        """Return the properties common to all its answers."""
 
     @property
     def batch_size(self) -> int:
-        """Images answered together."""
+        """Return the number of images answered together."""
 
     def answers(self, jobs: Sequence[Job], *, evidence: bool = True) -> Generator[tuple[int, Answer]]:
         """Yield the index of a job with its answer.
 
         Args:
-            jobs: what to answer.
-            evidence: whether to gather, for prompts that want it, what confidence is estimated from besides
+            jobs: Jobs to answer.
+            evidence: Whether to gather, for prompts that request it, further evidence for confidence estimates besides
                 log-probabilities: alternatives of digits, samples, a learned confidence.
 
         Raises:
-            RequestError: a document cannot be read or shown to this model; it is named.
-            OutOfMemory: a batch does not fit; says what helps.
+            RequestError: A document cannot be read or shown to this model; it is named.
+            OutOfMemory: A batch does not fit; the message says what helps.
         """
 
     def scores(self, jobs: Sequence[Job]) -> Generator[tuple[int, ContinuationScore]]:
         """Yield the index of a job with the score of its request's continuation.
 
         Raises:
-            RequestError, OutOfMemory: as `answers`.
+            RequestError: As in `answers`.
+            OutOfMemory: As in `answers`.
         """
 
     def count_tokens(self, text: str) -> int:
-        """Return how many tokens a text takes, nothing added."""
+        """Return the number of tokens of a text, without special tokens added."""

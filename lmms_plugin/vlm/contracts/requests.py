@@ -1,6 +1,6 @@
 """lmms-eval's requests in one form, whichever of its two interfaces (simple or chat) they were made for.
 
-lmms-eval 0.7 hands a model tuples, whose layout depends on the kind of request and on the interface:
+lmms-eval 0.7 passes a model tuples, whose layout depends on the kind of request and on the interface:
 
 ================  =======================================================================
 chat              context, doc_to_messages, options, document, task, split
@@ -28,12 +28,12 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Round(NamedTuple):
-    """One turn of a task that asks again, knowing the earlier answers.
+    """One round of a multi-round task, which sees the earlier answers.
 
     Attributes:
-        messages: what to ask now; None when the task has ended.
-        answers: of the earlier rounds, as the task wants them kept.
-        memory: whatever the task wants back in the next round.
+        messages: Messages of this round; None when the task has ended.
+        answers: Answers of the earlier rounds, in the task's form.
+        memory: Value that the task gets back in the next round.
     """
 
     messages: Messages | None
@@ -43,15 +43,15 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """One thing a task wants from the model.
+    """One request of a task to the model.
 
     Attributes:
-        name: task and document, for messages to the user.
-        place: task, and number of the document in it.
-        options: the task's generation_kwargs; empty for a log-likelihood.
-        target: the continuation to score, or a function from the document to it; None for generation.
-        repeat: how many equal requests came before it in the same call.
-        image: equal for requests that the dataset knows to be about one image; None where it does not tell.
+        name: Task and document, for messages to the user.
+        place: Task, and number of the document in it.
+        options: The task's generation_kwargs; empty for a log-likelihood.
+        target: Continuation to score, or a function from the document to it; None for generation.
+        repeat: Number of equal requests before it in the same call.
+        image: Image key, equal for requests that the dataset knows to be about one image; None where it does not tell.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Request:
     _next: Callable[..., Any]
 
     def first(self) -> Messages:
-        """Load the document and return its messages, images still as the dataset has them.
+        """Load the document and return its messages, with images as the dataset stores them.
 
         Raises:
-            RequestError: the dataset cannot decode the document.
+            RequestError: The dataset cannot decode the document.
         """
         with naming(self.name, "the document cannot be read"):
             return self._first(self._document())
@@ -87,11 +87,11 @@ class Request:
         return self.target if isinstance(self.target, str) else str(self.target(self._document()))  # type: ignore[misc]
 
     def seed(self, seed: int, sample: int | None = None) -> int:
-        """Return a seed of the request's own: the same whichever batch or process it falls into.
+        """Return a seed of the request's own: the same in every batch and process.
 
         Args:
-            seed: of the run.
-            sample: number of a further answer to the same request; None for the answer itself.
+            seed: Seed of the run.
+            sample: Number of a further answer to the same request; None for the answer itself.
         """
         drawn = "" if sample is None else f"\nsample {sample}"
         digest = hashlib.sha256(f"{seed}\n{self.name}\n{self.repeat}{drawn}".encode()).digest()
@@ -99,10 +99,10 @@ class Request:
 
 
 def read(instances: Iterable[Any], documents: Mapping[str, Any]) -> list[Request]:
-    """Bring lmms-eval's instances into one form.
+    """Convert lmms-eval's instances to requests.
 
     Args:
-        instances: `lmms_eval.api.instance.Instance`, all of one call.
+        instances: Instances (`lmms_eval.api.instance.Instance`), all of one call.
         documents: lmms-eval's `task_dict`: task -> split -> documents by index.
     """
     seen: Counter[tuple[Any, ...]] = Counter()
@@ -116,10 +116,10 @@ def read(instances: Iterable[Any], documents: Mapping[str, Any]) -> list[Request
 
 
 def candidates_of(request: Request) -> tuple[Messages, list[str]]:
-    """Load a request that names candidates; return its messages and them.
+    """Load a request that names candidates; return its messages and its candidates.
 
     Raises:
-        RequestError: the document cannot be read, or names none.
+        RequestError: The document cannot be read, or names none.
     """
     messages = request.first()
     named = [message["candidates"] for message in messages if message.get("candidates")]
@@ -159,7 +159,7 @@ def _image(documents: Mapping[str, Any], task: str, split: str, index: int) -> H
 
 
 def _unconditional(context: str, continuation: str, *, repeat: int) -> Request:
-    """Read the request of a metric that wants a choice's probability without any question."""
+    """Convert the request of a metric that needs a choice's probability without any question."""
     return Request(
         f"choice {continuation!r}",
         ("", 0),
@@ -174,7 +174,7 @@ def _unconditional(context: str, continuation: str, *, repeat: int) -> Request:
 
 
 def _rounds(again: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Turn the simple interface's five values of a round into the chat interface's four."""
+    """Convert the simple interface's five values of a round to the chat interface's four."""
 
     def next_round(doc: Any, **state: Any) -> Any:
         payload = again(doc, **state) if again is not None else None
@@ -187,7 +187,7 @@ def _rounds(again: Callable[..., Any] | None) -> Callable[..., Any]:
 
 
 def visuals_and_text(visuals: Iterable[Any] | None, text: str) -> list[dict[str, Any]]:
-    """Return the message that lmms-eval's simple interface stands for: all visuals, then the text."""
+    """Return the message equivalent to a request of the simple interface: all visuals, then the text."""
     parts = [_visual(visual) for visual in visuals or ()]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
@@ -207,9 +207,9 @@ class Job(NamedTuple):
     """One prompt to answer.
 
     Attributes:
-        messages: makes its messages; images are decoded only when it is called.
-        request: what it belongs to.
-        settings: how to generate.
+        messages: Function that makes its messages; images are decoded only when it is called.
+        request: Request that it belongs to.
+        settings: Settings of the generation.
     """
 
     messages: Callable[[], Messages]
@@ -220,7 +220,7 @@ class Job(NamedTuple):
         """Read the messages.
 
         Raises:
-            RequestError: the reader refuses them, or log-probabilities are wanted of a beam search, which has none.
+            RequestError: The reader refuses them, or log-probabilities are requested of a beam search, which has none.
         """
         prompt = reader.read(self.messages(), self.request.name)
         if prompt.wants_confidence and self.settings.num_beams > 1:

@@ -1,4 +1,4 @@
-"""What lmms-eval asks of a model, whether the model writes or only compares images with captions."""
+"""Responder interface: what lmms-eval needs of a model, whether it generates text or only scores captions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lmms_plugin.vlm.contracts.requests import Request
 
 @dataclass
 class Usage:
-    """What was spent so far.
+    """Tokens and time spent so far.
 
     Attributes:
-        tokens: generated or scored.
-        seconds: from the first job of a call to its last result.
+        tokens: Number of tokens, generated or scored.
+        seconds: Time from the first job of a call to its last result.
     """
 
     tokens: int = 0
@@ -24,18 +24,18 @@ class Usage:
 
     @property
     def speed(self) -> float:
-        """Tokens per second; 0 before anything was done."""
+        """Return tokens per second; 0 before anything was done."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 class Responder(Protocol):
-    """Responds to lmms-eval's requests in their order."""
+    """Responder to lmms-eval's requests, in their order."""
 
     usage: Usage
 
     @property
     def batch_size(self) -> int:
-        """Images that go through the model together."""
+        """Return the number of images that go through the model together."""
 
     def generate(self, requests: Sequence[Request]) -> list[str]:
         """Answer every request once.
@@ -45,15 +45,15 @@ class Responder(Protocol):
             so are the scores where the generation options say `candidates`; any other is the plain text.
 
         Raises:
-            RequestError: a document cannot be read or shown to this model; it is named.
-            OutOfMemory: a batch does not fit; says what helps.
+            RequestError: A document cannot be read or shown to this model; it is named.
+            OutOfMemory: A batch does not fit; the message says what helps.
         """
 
     def generate_rounds(self, requests: Sequence[Request]) -> list[list[str]]:
-        """Answer requests that ask again with earlier answers at hand, all of them one round at a time.
+        """Answer multi-round requests, whose rounds see the earlier answers; all requests one round at a time.
 
         Returns:
-            For each request the answers of its rounds.
+            Answers of its rounds, for each request.
         """
 
     def scores(self, requests: Sequence[Request]) -> list[ContinuationScore]:

@@ -1,4 +1,4 @@
-"""What a task may ask of generation: lmms-eval's `generation_kwargs`, read and checked."""
+"""Generation settings of a task: lmms-eval's `generation_kwargs`, parsed and checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn when it is not simply the likeliest."""
+    """Options of sampling; greedy decoding has none."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -17,14 +17,14 @@ class Sampling(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What a task asks of generation.
+    """Generation settings that a task requests.
 
     Attributes:
-        max_new_tokens: longest answer, the end-of-sequence token included.
-        until: strings that end an answer and are cut off together with what follows.
-        sampling: None for greedy decoding.
-        num_beams: 1 for no beam search.
-        repetition_penalty: 1 for none. Log-probabilities never include it.
+        max_new_tokens: Length of the longest answer in tokens, the end-of-sequence token included.
+        until: Strings that end an answer and are cut off together with what follows.
+        sampling: Sampling options; None for greedy decoding.
+        num_beams: Number of beams; 1 for no beam search.
+        repetition_penalty: Repetition penalty; 1 for none. Log-probabilities never include it.
     """
 
     max_new_tokens: int = 1024
@@ -45,13 +45,13 @@ class GenerationSettings:
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> GenerationSettings:
-        """Read a task's `generation_kwargs`.
+        """Parse a task's `generation_kwargs`.
 
         As everywhere in lmms-eval, a temperature of 0 means greedy and one above 0 means sampling, unless `do_sample`
-        says otherwise. Keys that are for other models are ignored.
+        says otherwise. Keys for other models are ignored.
 
         Raises:
-            ValueError: a value is out of range, or a key asks for something that is not done here.
+            ValueError: A value is out of range, or a key asks for something unsupported.
         """
         asked = {key: value for key, value in kwargs.items() if value is not None}
         unsupported = {"num_return_sequences", "n", "best_of"} & {key for key, value in asked.items() if value != 1}

@@ -1,1 +1,1 @@
-"""Answers token by token, with what is kept of the model's states and probabilities."""
+"""Generation token by token, with recording of hidden states and probabilities."""

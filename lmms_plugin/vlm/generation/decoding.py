@@ -1,8 +1,8 @@
-"""Token by token decoding that keeps the log-probability of what was chosen, and nothing else of the vocabulary.
+"""Token-by-token decoding that keeps the log-probability of each chosen token, and nothing else of the vocabulary.
 
-Both ways of decoding here, generating an answer and scoring a given one, go through `model.generate`: positions, caches
-and attention masks are then those of the model's own code, for every architecture, and a score means the same as the
-log-probabilities of a generated answer.
+Both modes, generating an answer and scoring a given one, use `model.generate`: positions, caches and attention masks
+are then those of the model's own code, for every architecture, and a score means the same as the log-probabilities of a
+generated answer.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ NO_TOKEN = 2**31 - 1
 
 @dataclass
 class Decoder:
-    """A model with its tokenizer, ready to generate.
+    """Model with its tokenizer, ready to generate.
 
     Attributes:
-        model: any Hugging Face model with `generate`.
-        tokenizer: its tokenizer.
-        ends: ids of the tokens that end an answer.
-        special: ids of the tokens that are no text.
-        marks: ids of those among them that part reasoning and answer.
-        static_cache: whether keys and values get a fixed place, with which transformers compiles decoding on a GPU.
+        model: Any Hugging Face model with `generate`.
+        tokenizer: Tokenizer of the model.
+        ends: Ids of the tokens that end an answer.
+        special: Ids of the tokens that are no text.
+        marks: Ids of those among them that separate reasoning and answer.
+        static_cache: Whether keys and values have a static cache, with which transformers compiles decoding on a GPU.
     """
 
     model: Any
@@ -67,9 +67,10 @@ class Decoder:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Tokenizer, *, static_cache: bool = False) -> Decoder:
-        """Take over what a checkpoint says about ending and padding an answer, and nothing else.
+        """Set up from a checkpoint, using only its settings for the end and the padding of an answer.
 
-        Sampling, penalties and lengths in its generation_config.json would silently join those of a task, so they go.
+        Sampling, penalties and lengths in its generation_config.json are dropped, because they would silently join
+        those of a task.
         """
         if not isinstance(model, GenerationMixin):
             raise ValueError(
@@ -88,12 +89,12 @@ class Decoder:
         tags = tokens_among([token.content for token in added.values()], (*REASONING, *ANSWER))
         marks = frozenset(index for index, token in added.items() if token.content in tags)
         special = frozenset({*added, *ends})
-        # A copy of its own, because others encode on background threads meanwhile.
+        # A copy of its own, because background threads encode meanwhile.
         return cls(model, copy.deepcopy(tokenizer), ends, special, marks, static_cache)
 
     @cached_property
     def number_tokens(self) -> NumberTokens:
-        """The tokens of digits."""
+        """Return the tokens of digits."""
         return NumberTokens(self.tokenizer)
 
     def generate(
@@ -107,14 +108,14 @@ class Decoder:
         """Generate one answer per row of the batch.
 
         Args:
-            inputs: keyword arguments of the model, on its device; `input_ids` (rows, prompt length) padded on the left.
-            settings: the same for all rows.
-            seeds: one per row, for sampling: what is drawn for a row depends on its own seed and not on its batch.
-            digits: whether to record, for tokens of digits, how likely the others were (`Token.alternatives`).
+            inputs: Keyword arguments of the model, on its device; `input_ids` (rows, prompt length) padded on the left.
+            settings: Settings, the same for all rows.
+            seeds: Seeds for sampling, one per row: a row's sample depends on its own seed and not on its batch.
+            digits: Whether to record, for tokens of digits, the probabilities of the others (`Token.alternatives`).
 
         Raises:
-            OutOfMemory: the batch does not fit; says what helps.
-            FloatingPointError: the model's logits are not numbers.
+            OutOfMemory: The batch does not fit; the message says what helps.
+            FloatingPointError: The model's logits are not numbers.
         """
         if settings.num_beams > 1:
             return self._search(inputs, settings)
@@ -139,22 +140,22 @@ class Decoder:
         return [_with_alternatives(answer, row) for answer, row in zip(answers, recorded, strict=True)]
 
     def score(self, inputs: Mapping[str, Tensor], continuations: Sequence[Sequence[int]]) -> list[ContinuationScore]:
-        """Score one given continuation per row of the batch, by making the model generate it.
+        """Score one given continuation per row of the batch, by forcing the model to generate it.
 
         Args:
-            inputs: as in `generate`.
-            continuations: token ids, may be empty.
+            inputs: Keyword arguments, as in `generate`.
+            continuations: Token ids, may be empty.
 
         Raises:
-            OutOfMemory: the batch does not fit; says what helps.
-            FloatingPointError: the model's logits are not numbers.
+            OutOfMemory: The batch does not fit; the message says what helps.
+            FloatingPointError: The model's logits are not numbers.
         """
         longest = max(map(len, continuations))
         if longest == 0:
             return [ContinuationScore((), True) for _ in continuations]
         recorder = _Recorder(_RawLogits(), None)
         forced = _Forced(continuations, self.read(inputs).shape[1], inputs["input_ids"].device)
-        # Text that is scored may go on behind an end token.
+        # Scored text may continue after an end token.
         config = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=NO_TOKEN)
         self._run(inputs, config, [recorder.raw, forced], recorder)
         rows = zip(recorder.logprobs(), recorder.greedy(), continuations, strict=True)
@@ -165,21 +166,21 @@ class Decoder:
 
     @property
     def answers_apart(self) -> bool:
-        """Whether an answer is no continuation of the prompt, as with an encoder-decoder."""
+        """Return whether an answer does not continue the prompt, as with an encoder-decoder."""
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
     def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the mask, 1 at tokens and 0 at padding, of what `generate` returns in front of its answers.
+        """Return the mask, 1 at tokens and 0 at padding, of what `generate` returns before its answers.
 
-        That is the prompt, or of an encoder-decoder the one token that every answer begins with.
+        That is the prompt, or for an encoder-decoder the one token that every answer begins with.
         """
         mask = inputs["attention_mask"]
         return torch.ones_like(mask[:, :1]) if self.answers_apart else mask
 
     def writer(self, inputs: Mapping[str, Tensor]) -> Any:
-        """Return what generates: the model, or the language model within it.
+        """Return the module that generates: the model, or the language model within it.
 
-        That is where no image is left to read, and `generate` of the whole model demands one.
+        The latter where no image is left to read, since `generate` of the whole model requires one.
         """
         if "pixel_values" in inputs or not self._demands_image:
             return self.model
@@ -231,11 +232,11 @@ class Decoder:
         return ids[: end + 1]
 
     def as_answer(self, ids: list[int], logprobs: list[float], until: Sequence[str]) -> Generated:
-        """Return new tokens as an answer, cut before the first of `until`, without special tokens but marks.
+        """Return new tokens as an answer, cut before the first of `until`, without special tokens except marks.
 
         Args:
-            ids: Of the new tokens, the one that ends the answer included.
-            logprobs: One per token.
+            ids: Ids of the new tokens, including the one that ends the answer.
+            logprobs: Log-probabilities, one per token.
             until: Texts that end an answer.
         """
         ended = bool(ids) and ids[-1] in self.ends
@@ -247,10 +248,10 @@ class Decoder:
 
 
 def generate_of(model: Any) -> Callable[..., Tensor]:
-    """Return what generates text.
+    """Return the method that generates text.
 
-    A `generate` of a model's own that takes logits processors apart has another use for them than text (Janus draws
-    with them, and drops them where it writes); there it is the one that it overrides.
+    A model's own `generate` that takes logits processors separately is not for text alone (Janus draws images with it,
+    and drops them where it writes); for such models it is the one that it overrides.
     """
     own = type(model).generate
     if own is not GenerationMixin.generate and "logits_processor" in inspect.signature(own).parameters:
@@ -265,7 +266,7 @@ def _with_alternatives(answer: Generated, recorded: Sequence[Alternatives | None
 
 
 class _RawLogits(LogitsProcessor):
-    """Holds the logits of the current step, before anything changes them."""
+    """Holder of the current step's logits, before anything changes them."""
 
     logits: Tensor | None = None
 
@@ -275,7 +276,7 @@ class _RawLogits(LogitsProcessor):
 
 
 class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
-    """Makes what a row has read or written less likely; transformers' own counts a prompt's padding as read."""
+    """Repetition penalty on tokens that a row has read or written, without padding, which transformers' own counts."""
 
     def __init__(self, penalty: float, attention_mask: Tensor) -> None:
         super().__init__(penalty)
@@ -283,14 +284,14 @@ class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         width = self.is_padding.shape[1]
-        # The last token of a prompt is never padding; once more it changes nothing.
+        # The last token of a prompt is never padding; repeating it changes nothing.
         prompt = torch.where(self.is_padding, input_ids[:, width - 1 : width], input_ids[:, :width])
         penalised: Tensor = super().__call__(torch.cat([prompt, input_ids[:, width:]], dim=1), scores)
         return penalised
 
 
 class _Forced(LogitsProcessor):
-    """Leaves one token to choose: the next one of a given continuation."""
+    """Processor that allows one token only: the next one of a given continuation."""
 
     def __init__(self, continuations: Sequence[Sequence[int]], prompt_length: int, device: torch.device) -> None:
         longest = max(map(len, continuations))
@@ -304,7 +305,7 @@ class _Forced(LogitsProcessor):
 
 
 class _Drawn(LogitsProcessor):
-    """Leaves one token to choose: the one drawn for the row by its own random numbers."""
+    """Processor that allows one token only: the one sampled for the row with its own random numbers."""
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
         self.streams = [random.Random(seed) for seed in seeds]
@@ -329,15 +330,15 @@ def _only(chosen: Tensor, scores: Tensor) -> Tensor:
 
 
 class _Ends:
-    """Knows for each row whether its answer has ended, and after how many tokens."""
+    """Record, for each row, of whether its answer has ended, and after how many tokens."""
 
     def __init__(self, tokenizer: Tokenizer, ends: Sequence[int], until: Sequence[str], prompt_length: int) -> None:
         self.tokenizer = tokenizer
         self.ends = ends
         self.until = until
         self.prompt_length = prompt_length
-        # A token is at least one byte, so a string that has just been completed lies within this many tokens, but for
-        # tokens without text of their own; the final cut looks at the whole answer.
+        # A token is at least one byte, so a string that has just been completed lies within this many tokens, except
+        # for tokens without text of their own; the final cut looks at the whole answer.
         self.window = max((len(string.encode()) for string in until), default=0) + 8
 
     def update(self, input_ids: Tensor) -> Tensor:
@@ -363,7 +364,7 @@ class _Ends:
 
 
 class _Recorder(StoppingCriteria):
-    """Notes the log-probability of each chosen token, from the logits of that step alone."""
+    """Recorder of the log-probability of each chosen token, from the logits of that step alone."""
 
     def __init__(self, raw: _RawLogits, ends: _Ends | None, digits: DigitRecorder | None = None) -> None:
         self.raw = raw
@@ -392,7 +393,7 @@ class _Recorder(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def logprobs(self) -> list[list[float]]:
-        """Return the log-probabilities, one list per row, padding after an answer's end included."""
+        """Return the log-probabilities, one list per row, including padding after an answer's end."""
         logprobs = torch.stack(self._logprobs, dim=1).clamp(max=0.0)
         if logprobs.isnan().any():
             raise FloatingPointError(

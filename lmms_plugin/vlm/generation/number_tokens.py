@@ -1,4 +1,4 @@
-"""The tokens with which a model writes numbers, and how likely each was where one of them was chosen."""
+"""Tokens with which a model writes numbers, and their probabilities where one of them was chosen."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ONE_RUN = re.compile(r"([^0-9]*)([0-9]+)([^0-9]*)")
 
 
 class NumberTokens:
-    """The tokens of a vocabulary that write one run of digits, by the text around it.
+    """Tokens of a vocabulary that write one run of digits, grouped by the text around it.
 
-    Tokens with the same text around their digits can stand for one another: "7" and "12", "<loc0007>" and "<loc0012>".
+    Tokens with the same text around their digits can replace one another: "7" and "12", "<loc0007>" and "<loc0012>".
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # Byte-level vocabularies write ASCII digits as they are, so only tokens with one in them need to be decoded.
+        # Byte-level vocabularies write ASCII digits as they are, so only tokens with one in them need decoding.
         with_digits = sorted(index for text, index in tokenizer.get_vocab().items() if re.search("[0-9]", text))
         found = [(index, _ONE_RUN.fullmatch(decode(tokenizer, [index]))) for index in with_digits]
         matches = [(index, match) for index, match in found if match is not None]
@@ -39,17 +39,17 @@ class NumberTokens:
 
 @dataclass
 class DigitRecorder:
-    """Notes, step by step, the probabilities of the tokens that could have stood in the place of one with digits.
+    """Recorder of the probabilities, step by step, of all tokens that could replace a chosen one with digits.
 
     Attributes:
-        tokens: of the vocabulary.
+        tokens: Tokens of the vocabulary.
     """
 
     tokens: NumberTokens
     _steps: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def note(self, logits: Tensor, total: Tensor, chosen: Tensor) -> None:
-        """Note one step.
+        """Record one step.
 
         Args:
             logits: (rows, vocabulary).
@@ -70,7 +70,7 @@ class DigitRecorder:
         self._steps.append((top.values, top.indices, probabilities.sum(1)))
 
     def alternatives(self) -> list[list[Alternatives | None]] | None:
-        """Return what was noted, a list of one entry per step for each row; None where the vocabulary has no digits.
+        """Return the record, a list of one entry per step for each row; None where the vocabulary has no digits.
 
         An entry is None where the chosen token writes no digits.
         """

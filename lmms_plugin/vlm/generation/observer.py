@@ -1,4 +1,4 @@
-"""What is made of a model's hidden states while it answers: features to keep, a learned confidence, or both."""
+"""Use of a model's hidden states while it answers: stored features, a learned confidence, or both."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
 
 @dataclass(frozen=True)
 class Wanted:
-    """What `--model_args` asks of hidden states, checked before a model is loaded.
+    """Use of hidden states requested by `--model_args`, checked before a model is loaded.
 
     Attributes:
-        arguments: of the model.
-        origin: of the features, but for the model's fingerprint.
-        selector: the learned confidence; None for none.
+        arguments: Arguments of the model.
+        origin: Origin of the features, without the model's fingerprint.
+        selector: Learned confidence; None for none.
     """
 
     arguments: ModelArguments
@@ -42,11 +42,11 @@ class Wanted:
 
     @classmethod
     def read(cls, arguments: ModelArguments, backend: Backend) -> Wanted | None:
-        """Return what is asked for; None if nothing is.
+        """Parse the request; return None if nothing is requested.
 
         Raises:
-            FileNotFoundError: there is no such file of a selector.
-            ValueError: it is damaged, or was trained for another quantization or layer.
+            FileNotFoundError: The file of the selector does not exist.
+            ValueError: The selector is damaged, or was trained for another quantization or layer.
         """
         if not (arguments.features or arguments.selector):
             return None
@@ -63,12 +63,12 @@ class Wanted:
         """Set up for the loaded model.
 
         Args:
-            path: hub id or folder that it was loaded from.
-            decoder: the model.
-            rank: of this process; only the first speaks.
+            path: Hub id or folder that the model was loaded from.
+            decoder: Decoder of the model.
+            rank: Rank of this process; only the first one logs.
 
         Raises:
-            ValueError: the selector was trained for another model, the folder of features belongs to another one, or
+            ValueError: The selector was trained for another model, the folder of features belongs to another one, or
                 the model does not name its image token.
         """
         origin = FeatureOrigin(hashing.of_weights(_folder(path)), self.origin.quantization, self.origin.layer)
@@ -97,7 +97,7 @@ class Wanted:
 
 
 def quantization(arguments: ModelArguments, backend: Backend) -> dict[str, object]:
-    """Return what a quantized model depends on besides the checkpoint, as JSON-ready values."""
+    """Return the settings that define a quantized model besides the checkpoint, as JSON-ready values."""
     calibration = None
     if isinstance(backend, CalibratedBackend | WholeModelBackend):
         samples = backend.default_samples
@@ -109,7 +109,7 @@ def quantization(arguments: ModelArguments, backend: Backend) -> dict[str, objec
         "plan": arguments.quant_plan(backend.default_bits).to_dict(),
         "calibration": calibration,
     }
-    # As they come back from a file.
+    # In the form in which they are read from a file.
     read: dict[str, object] = json.loads(json.dumps(depends_on))
     return read
 
@@ -121,13 +121,13 @@ def _folder(path: str) -> Path:
 
 @dataclass(frozen=True)
 class Observer:
-    """Turns pooled hidden states of answered prompts into features on disk and a confidence.
+    """Consumer of pooled hidden states: it stores features of answered prompts and estimates confidence.
 
     Attributes:
-        pooling: of the model.
-        writer: where features go; None if they are not kept.
-        selector: the learned confidence; None for none.
-        name: under which its confidence is known.
+        pooling: Pooling of the model.
+        writer: Writer of features; None if they are not kept.
+        selector: Learned confidence; None for none.
+        name: Name of the learned confidence among the estimators.
     """
 
     pooling: Pooling
@@ -139,7 +139,7 @@ class Observer:
         """Check that no question is about an image that the selector was trained on.
 
         Raises:
-            ValueError: one is; says how many.
+            ValueError: Some questions are; the message says how many.
         """
         if self.selector is None:
             return
@@ -153,13 +153,13 @@ class Observer:
     def observe(
         self, pooled: Pooled, prompts: Sequence[Prompt], jobs: Sequence[Job], answers: Sequence[Generated]
     ) -> list[Mapping[str, float]]:
-        """Keep the features of a batch's answers, and return the learned confidence of each by its name.
+        """Store the features of a batch's answers, and return the learned confidence of each by its name.
 
-        Prompts that ask for no confidence are passed over; of an answer without tokens, whose reasoning did not end,
-        there is no probability to keep and no confidence.
+        Prompts that request no confidence are skipped; an answer without tokens, whose reasoning did not end, has no
+        probability to store and no confidence.
 
         Raises:
-            RequestError: a prompt shows no image, or its text is not behind it.
+            RequestError: A prompt shows no image, or its text does not follow the image.
         """
         asked = [row for row, prompt in enumerate(prompts) if prompt.wants_confidence]
         confidences: list[Mapping[str, float]] = [{} for _ in prompts]
@@ -178,7 +178,7 @@ class Observer:
         return confidences
 
     def finish(self) -> None:
-        """Bring all features onto the disk."""
+        """Write all features to disk."""
         if self.writer is not None:
             self.writer.flush()
 

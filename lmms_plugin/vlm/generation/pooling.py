@@ -1,8 +1,8 @@
-"""Hidden states of a prompt, pooled while `generate` reads it, without keeping them or running anything twice.
+"""Pooling of a prompt's hidden states while `generate` reads it, without storing them or running anything twice.
 
-Nothing here knows an architecture by name: the language model is the one transformers names, the image's positions are
-those of the image token that the configuration names. Where questions share the encoding of an image, what was pooled
-over the shared prefix is joined to what each question adds.
+Nothing here depends on an architecture: the language model is the one transformers names, the image's positions are
+those of the image token that the configuration names. Where questions share the encoding of an image, the pooled states
+of the shared prefix are combined with those of each question.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lmms_plugin.selector.features import LAST_LAYER
 
 
 class Pooled(NamedTuple):
-    """Largest hidden states over parts of prompts.
+    """Maximum of hidden states over parts of prompts.
 
     Attributes:
         image: (rows, width) over the positions of the image; −∞ where there is none.
-        question: (rows, width) over the text behind the image, special tokens left out; −∞ where there is none.
+        question: (rows, width) over the text after the image, without special tokens; −∞ where there is none.
         last: (rows, width) at the last position, from which the answer's first token is predicted.
     """
 
@@ -32,11 +32,11 @@ class Pooled(NamedTuple):
     last: Tensor
 
     def rows(self, index: Tensor) -> Pooled:
-        """Some rows, again and again where asked."""
+        """Return the indexed rows, repeated where the index repeats."""
         return Pooled(*(part[index.to(part.device)] for part in self))
 
     def followed_by(self, later: Pooled) -> Pooled:
-        """These positions and later ones together."""
+        """Return these positions and later ones together."""
         return Pooled(
             torch.maximum(self.image.to(later.image.device), later.image),
             torch.maximum(self.question.to(later.image.device), later.question),
@@ -46,13 +46,13 @@ class Pooled(NamedTuple):
 
 @dataclass(frozen=True)
 class Pooling:
-    """Pools the hidden states of one model.
+    """Pooling of the hidden states of one model.
 
     Attributes:
-        model: any Hugging Face vision-language model.
-        image_token: id of the token that stands for a piece of image.
-        special: ids of tokens that are no text.
-        layer: as in `lmms_plugin.selector.features.FeatureOrigin`.
+        model: Any Hugging Face vision-language model.
+        image_token: Id of the image placeholder token.
+        special: Ids of tokens that are no text.
+        layer: Layer, as in `lmms_plugin.selector.features.FeatureOrigin`.
     """
 
     model: Any
@@ -62,10 +62,10 @@ class Pooling:
 
     @classmethod
     def of(cls, model: Any, special: frozenset[int], layer: int) -> Pooling:
-        """Set up for a model that is loaded.
+        """Set up for a loaded model.
 
         Raises:
-            ValueError: the configuration names no image token, or there is no such layer.
+            ValueError: The configuration names no image token, or there is no such layer.
         """
         image_token = getattr(model.config, "image_token_id", None)
         if image_token is None:
@@ -78,14 +78,14 @@ class Pooling:
 
     @contextmanager
     def watching(self, inputs: Mapping[str, Tensor]) -> Iterator[list[Pooled]]:
-        """Pool what the model makes of a batch of prompts.
+        """Pool the hidden states of a batch of prompts.
 
         Args:
-            inputs: of the `generate` called inside the context: `input_ids` and `attention_mask`, (rows, columns),
-                of which the first columns may have been read earlier.
+            inputs: Inputs of the `generate` called inside the context: `input_ids` and `attention_mask`, (rows,
+                columns), of which the first columns may have been read earlier.
 
         Yields:
-            A list that the first forward pass puts its only element into.
+            A list to which the first forward pass adds its only element.
         """
         found: list[Pooled] = []
 
@@ -117,6 +117,6 @@ class Pooling:
 
 
 def _largest(states: Tensor, mask: Tensor) -> Tensor:
-    """Largest states (rows, width) of those (rows, columns, width) under a mask, whose last columns they are."""
+    """Return the maximum (rows, width) of states (rows, columns, width) under a mask, whose last columns they are."""
     mask = mask[:, -states.shape[1] :, None].to(states.device)
     return states.masked_fill(~mask, -torch.inf).amax(1)

@@ -1,16 +1,16 @@
-"""Questions about one image answered over one encoding of it.
+"""Prefix cache: questions about one image share the encoding of their common prefix.
 
 The prompts of such questions begin alike: system message, image, and often the first words. That prefix goes through
-vision tower and language model once; its keys and values are then given to every question, and `generate` continues
-from there with what is left of the prompts. Rows look like this, columns being those of the attention mask:
+vision tower and language model once; its keys and values are then copied to every question, and `generate` continues
+from there with the rest of the prompts. Rows look like this, columns being those of the attention mask:
 
     0 0 prefix of image A | 0 0 rest of question 1
     0 0 prefix of image A | rest of question 2 ...
     prefix of image B ... | 0 rest of question 3
 
-Nothing here knows an architecture by name. The prefix is run by `generate` itself, so that positions (three-dimensional
-ones too) and masks are those of the model's own code. Whether a model's answers may be computed in this way is found
-out: see `PrefixSharing.verify`.
+Nothing here depends on an architecture. `generate` itself runs the prefix, so that positions (three-dimensional ones
+too) and masks are those of the model's own code. A comparison of answers decides whether a model may use this: see
+`PrefixSharing.verify`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ VERIFIED_TOKENS = 32
 
 
 class NotShareable(Exception):
-    """Prompts or a model for which sharing is no way; the message completes "because ..."."""
+    """Error for prompts or a model that cannot share a prefix; the message completes "because ..."."""
 
 
 class Shared(NamedTuple):
     """Prompts of several images, encoded for sharing, still on the CPU.
 
     Attributes:
-        prefix: keyword arguments of the model, one row per image, padded on the left.
-        owners: (rows,) for each prompt the row of its image in `prefix`.
+        prefix: Keyword arguments of the model, one row per image, padded on the left.
+        owners: (rows,) row in `prefix` of each prompt's image.
         input_ids: (rows, columns) all prompts, laid out as the module's docstring shows.
         attention_mask: (rows, columns) 1 at tokens, 0 at padding.
     """
@@ -64,9 +64,9 @@ class PrefilledPrompts(NamedTuple):
     """Prompts whose prefix has been read.
 
     Attributes:
-        rows: which of the prompts.
-        inputs: arguments of the model for them.
-        read: what was pooled over their prefixes; None if nothing was.
+        rows: Indices of the prompts.
+        inputs: Keyword arguments of the model for them.
+        read: Pooled states of their prefixes; None without pooling.
     """
 
     rows: range
@@ -78,8 +78,8 @@ class Encoded(NamedTuple):
     """Groups of prompts, each about the images of its first.
 
     Attributes:
-        batch: the first prompt of each group, encoded in full.
-        ids: token ids of every prompt of every group.
+        batch: First prompt of each group, encoded in full.
+        ids: Token ids of every prompt of every group.
     """
 
     batch: Batch
@@ -87,15 +87,15 @@ class Encoded(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every prompt, images included."""
+        """Return the number of tokens of every prompt, images included."""
         return [len(ids) for group in self.ids for ids in group]
 
 
 def encode_groups(chat: Chat, groups: Sequence[Sequence[Prompt]]) -> Encoded:
-    """Encode prompts while looking at the images of each group once.
+    """Encode prompts, processing the images of each group once.
 
     Raises:
-        RequestError: the processor refuses a prompt.
+        RequestError: The processor refuses a prompt.
     """
     batch = chat.encode([group[0] for group in groups])
     rows = [
@@ -106,12 +106,12 @@ def encode_groups(chat: Chat, groups: Sequence[Sequence[Prompt]]) -> Encoded:
 
 
 def _ids_of(chat: Chat, group: Sequence[Prompt], first: list[int]) -> list[list[int]]:
-    """Return the token ids of a group's prompts, given those of its first with the image's many placeholders.
+    """Return the token ids of a group's prompts, given those of its first with all image placeholders.
 
-    Tokenizers never join text across a special token. So behind the last special token that all texts share, which is
-    the image's own or a later one, tokens depend on the remaining text alone. The first prompt is the proof: put
-    together in this way it must come out as the processor made it, else every prompt goes through the processor. So
-    do they where a question holds a token that is no text, an image's placeholder perhaps, which processors refuse.
+    Tokenizers never join text across a special token. So after the last special token that all texts share, which is
+    the image's own or a later one, tokens depend on the remaining text alone. The first prompt verifies this: composed
+    in this way it must equal the processor's result, otherwise every prompt goes through the processor. So do prompts
+    where a question holds a special token, perhaps an image placeholder, which processors refuse.
     """
     texts = [chat.text_of(prompt) for prompt in group]
     cut = _after_last_special(chat.tokenizer, texts[0][: _common(texts)])
@@ -132,12 +132,12 @@ def _after_last_special(tokenizer: Any, text: str) -> int:
 
 
 def _common(rows: Sequence[Sequence[Any]]) -> int:
-    """Return how many leading elements all rows share."""
+    """Return the number of leading elements that all rows share."""
     shortest = min(map(len, rows))
     first = rows[0][:shortest]
     for row in rows[1:]:
         while first != row[: len(first)]:
-            # Bisecting would be faster and is not needed: prompts of one task part ways in one place.
+            # Bisecting would be faster and is not needed: prompts of one task diverge in one place.
             first = first[: _differ(first, row)]
     return len(first)
 
@@ -148,15 +148,15 @@ def _differ(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def lay_out(encoded: Encoded, image_token: int, pad: int) -> Shared:
-    """Part encoded prompts into what a group shares and the rest.
+    """Split encoded prompts into the prefix that a group shares and the rest.
 
     Args:
-        encoded: the prompts.
-        image_token: id of the token that stands for a piece of image.
-        pad: id that fills rows up.
+        encoded: Encoded prompts.
+        image_token: Id of the image placeholder token.
+        pad: Padding id.
 
     Raises:
-        NotShareable: the images of a group lie behind text in which its prompts differ.
+        NotShareable: The images of a group come after text in which its prompts differ.
     """
     sizes = [_shared_length(rows, image_token) for rows in encoded.ids]
     prefix = _prefixes(encoded.batch.inputs, sizes, pad)
@@ -185,7 +185,7 @@ def _shared_length(rows: Sequence[list[int]], image_token: int) -> int:
 
 
 def _prefixes(inputs: Mapping[str, Tensor], sizes: Sequence[int], pad: int) -> dict[str, Tensor]:
-    """Cut every row to its prefix and pad on the left again; what is not one value per token stays as it is."""
+    """Cut every row to its prefix and pad on the left again; values that are not one per token stay as they are."""
     mask = inputs["attention_mask"].bool()
     width = max(sizes)
     prefix = {}
@@ -201,14 +201,14 @@ def _prefixes(inputs: Mapping[str, Tensor], sizes: Sequence[int], pad: int) -> d
 
 @dataclass
 class PrefixSharing:
-    """Answers prompts over shared prefixes, for one model.
+    """Prefix cache of one model.
 
     Attributes:
-        decoder: the model.
-        image_token: id of the token that stands for a piece of image.
-        verified: whether the answers were once compared with those of the plain way.
-        off: why the plain way is taken; None while prefixes are shared.
-        pooling: of hidden states of the prefix; None if they are of no use.
+        decoder: Decoder of the model.
+        image_token: Id of the image placeholder token.
+        verified: Whether the answers have been compared with those computed without sharing.
+        off: Reason why prefixes are not shared; None while they are.
+        pooling: Pooling of the prefix's hidden states; None if they are not used.
     """
 
     decoder: Decoder
@@ -220,7 +220,7 @@ class PrefixSharing:
 
     @classmethod
     def of(cls, decoder: Decoder, wanted: bool = True, pooling: Pooling | None = None) -> PrefixSharing:
-        """Find out what can be found out without running the model."""
+        """Set up, checking all that can be checked without running the model."""
         token = getattr(decoder.model.config, "image_token_id", None)
         sharing = cls(decoder, token, pooling)
         if not wanted:
@@ -238,14 +238,14 @@ class PrefixSharing:
         return sharing
 
     def lay_out(self, encoded: Encoded, settings: GenerationSettings) -> Shared:
-        """Part prompts into what is shared and the rest.
+        """Split prompts into shared prefixes and the rest.
 
         Args:
-            encoded: the prompts.
-            settings: of the generation to follow.
+            encoded: Encoded prompts.
+            settings: Settings of the generation to follow.
 
         Raises:
-            NotShareable: not in the case of these prompts.
+            NotShareable: These prompts cannot share a prefix.
         """
         assert self.image_token is not None
         shared = lay_out(encoded, self.image_token, int(self.decoder.model.generation_config.pad_token_id))
@@ -253,17 +253,18 @@ class PrefixSharing:
         return shared
 
     def parts(self, shared: Shared, settings: GenerationSettings, cache_bytes: int) -> Iterator[PrefilledPrompts]:
-        """Run the prefixes, and yield which rows to answer next with the arguments of the model for them.
+        """Run the prefixes, and yield which rows to answer next with the keyword arguments of the model for them.
 
-        The keys and values of a part are the caller's; dropped before the next is asked for, they make room for it.
+        The keys and values of a part belong to the caller, who should drop them before requesting the next part, to
+        make room for it.
 
         Args:
-            shared: on the model's device.
-            settings: of the generation to follow.
-            cache_bytes: how large the keys and values of a part may be; a part is one row at least.
+            shared: Prompts on the model's device.
+            settings: Settings of the generation to follow.
+            cache_bytes: Largest size of the keys and values of a part; a part is one row at least.
 
         Raises:
-            OutOfMemory: the prefixes, or a part's copies of them, do not fit.
+            OutOfMemory: The prefixes, or a part's copies of them, do not fit.
         """
         cache, deltas, read = self._run_prefix(shared.prefix)
         columns = shared.input_ids.shape[1] + settings.max_new_tokens
@@ -274,7 +275,7 @@ class PrefixSharing:
         for start, end in pairwise(ends):
             for module, delta in deltas:
                 module.rope_deltas = delta[shared.owners[start:end].to(delta.device)]
-            # No name for what is yielded: it would keep keys and values alive until the next part has its own.
+            # The yielded value gets no name, which would keep keys and values alive until the next part has its own.
             yield PrefilledPrompts(
                 range(start, end),
                 self._continuing(shared, slice(start, end), cache, columns),
@@ -283,11 +284,11 @@ class PrefixSharing:
 
     @staticmethod
     def rewind(inputs: Mapping[str, Any], columns: int) -> None:
-        """Forget what was generated, so that the same arguments of the model generate anew.
+        """Drop the generated tokens from the cache, so that the same arguments of the model can generate again.
 
         Args:
-            inputs: of `parts`, with which answers were generated.
-            columns: length of their keys and values before.
+            inputs: Inputs from `parts`, with which answers were generated.
+            columns: Length of their keys and values before.
         """
         cache = inputs["past_key_values"]
         cache.crop(columns - cache.get_seq_length())
@@ -303,7 +304,7 @@ class PrefixSharing:
 
     def _check_windows(self, columns: int) -> None:
         windows = [layer.sliding_window for layer in self._new_cache().layers if hasattr(layer, "sliding_window")]
-        # Padding between prefix and rest would push tokens out of a window in which the plain way keeps them.
+        # Padding between prefix and rest would push tokens out of a sliding window that holds them without sharing.
         if windows and columns > min(windows):
             raise NotShareable(
                 f"prompt and answer may take {columns} tokens, and some layers see the last {min(windows)} only"
@@ -326,9 +327,9 @@ class PrefixSharing:
         """Return a cache with one copy of a prefix per question.
 
         Args:
-            cache: One row per prefix.
+            cache: Cache with one row per prefix.
             owners: (questions,), the row of each.
-            columns: For which each layer has room, those of the prefix included.
+            columns: Number of columns for which each layer has room, those of the prefix included.
         """
         expanded = self._new_cache()
         for index, layer in enumerate(cache.layers):
@@ -340,18 +341,18 @@ class PrefixSharing:
         return expanded
 
     def verify(self, shared: Shared, plain: Iterable[Mapping[str, Tensor]], cache_bytes: int) -> str | None:
-        """Answer a few prompts in the plain way, and compare what the shared way makes of the same answers.
+        """Answer a few prompts without sharing, and compare with the scores of the same answers with sharing.
 
         Args:
-            shared: on the model's device.
-            plain: batches of the plain way for the first rows of `shared`, in order, on the device.
-            cache_bytes: as in `parts`.
+            shared: Prompts on the model's device.
+            plain: Unshared batches for the first rows of `shared`, in order, on the device.
+            cache_bytes: Largest size of a part's cache, as in `parts`.
 
         Returns:
-            None if the ways agree, else what differs.
+            None if both agree, otherwise what differs.
 
         Raises:
-            NotShareable: the model looks ahead: what it keeps of an image depends on the question about it.
+            NotShareable: The model looks ahead: its encoding of an image depends on the question about it.
         """
         greedy = GenerationSettings(max_new_tokens=VERIFIED_TOKENS)
         sizes = shared.prefix["attention_mask"].sum(1)[shared.owners.to(shared.input_ids.device)].tolist()
@@ -389,7 +390,7 @@ class PrefixSharing:
         return None
 
     def is_news(self, reason: str) -> bool:
-        """Return whether a reason not to share has not been given before, whatever the numbers in it."""
+        """Return whether a reason not to share is new, whatever the numbers in it."""
         words = "".join(letter for letter in reason if not letter.isdigit())
         is_news = words not in self._said
         self._said.add(words)
@@ -397,7 +398,7 @@ class PrefixSharing:
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for the answer: a new token is written behind the others, which stay in place."""
+    """Cache layer with room for the answer: a new token is written after the others, which stay in place."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()
@@ -432,12 +433,12 @@ def _bytes_per_token(cache: DynamicCache) -> int:
 
 
 def _prefix_keys(cache: DynamicCache, mask: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Return a copy of each row's keys of its prefix, in the last layer that keeps them all; empty if none does.
+    """Return a copy of the keys of each row's prefix, in the last layer that keeps them all; empty if none does.
 
     Args:
-        cache: of rows that begin with padding and then their prefix.
+        cache: Cache of rows that begin with padding and then their prefix.
         mask: (rows, columns) attention mask.
-        sizes: tokens of each row's prefix; more than rows do not matter.
+        sizes: Numbers of tokens of each row's prefix; more than rows do not matter.
     """
     full = [layer for layer in cache.layers if layer.is_initialized and not layer.is_sliding]
     if not full:
@@ -453,7 +454,7 @@ def _apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _ahead(keys: Sequence[Tensor], shared: Shared) -> float:
-    """Return how far the keys of a prefix are apart between two different questions; 0 if there are no such two."""
+    """Return the relative difference of a prefix's keys under two different questions; 0 if there are no such two."""
     for i, j in combinations(range(len(keys)), 2):
         if shared.owners[i] == shared.owners[j] and not torch.equal(shared.input_ids[i], shared.input_ids[j]):
             return _apart(keys[i], keys[j])

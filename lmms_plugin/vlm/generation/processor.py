@@ -1,4 +1,4 @@
-"""From prompts to the tensors a model takes, by the checkpoint's own processor and chat template."""
+"""Conversion of prompts to a model's input tensors by the checkpoint's own processor and chat template."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Batch(NamedTuple):
     """Prompts ready for the model.
 
     Attributes:
-        inputs: keyword arguments of the model, one row per prompt, padded on the left.
-        model_sizes: for each prompt (width, height) in pixels of its only image as the model sees it; None where the
+        inputs: Keyword arguments of the model, one row per prompt, padded on the left.
+        model_sizes: (width, height) in pixels of each prompt's only image as the model sees it; None where the
             processor does not tell or there is not exactly one image.
-        read: what was pooled over the part of the prompts that has been read already; None where nothing was.
+        read: Pooled states of the part of the prompts that has been read already; None where there are none.
     """
 
     inputs: dict[str, Tensor]
@@ -41,20 +41,20 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Chat:
-    """A checkpoint's processor, set up for left-padded batches.
+    """Processor of a checkpoint, set up for left-padded batches.
 
     Attributes:
-        processor: of any image-text-to-text checkpoint.
-        max_num_frames: of a video.
-        answers_apart: whether an answer is no continuation of the prompt, as with an encoder-decoder.
-        template_variables: what the chat template is handed besides the messages.
+        processor: Processor of any image-text-to-text checkpoint.
+        max_num_frames: Largest number of frames of a video.
+        answers_apart: Whether an answer does not continue the prompt, as with an encoder-decoder.
+        template_variables: Variables of the chat template besides the messages.
     """
 
     processor: Any
     max_num_frames: int = 32
     answers_apart: bool = False
     template_variables: Mapping[str, Any] = field(default_factory=dict)
-    # A fast tokenizer sets its padding anew for each call, which another thread must not see halfway.
+    # A fast tokenizer sets its padding anew for each call; another thread must not see the intermediate state.
     _lock: Any = field(default_factory=RLock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,29 +64,29 @@ class Chat:
 
     @property
     def tokenizer(self) -> Any:
-        """The text half of the processor."""
+        """Return the text half of the processor."""
         return self.processor.tokenizer
 
     @property
     def has_template(self) -> bool:
-        """Whether the checkpoint brings a chat template; without one prompts are passed as they stand."""
+        """Return whether the checkpoint has a chat template; without one prompts are passed unchanged."""
         return chat_templates.text_of(self.processor) is not None
 
     @property
     def places_images(self) -> bool:
-        """Whether the processor itself puts an image's tokens in front of the text, as those of BLIP-2 do."""
+        """Return whether the processor itself puts an image's tokens before the text, as those of BLIP-2 do."""
         return hasattr(self.processor, "num_query_tokens")
 
     @property
     def background(self) -> Colour:
-        """The image processor's mean colour, which it turns into zeros."""
+        """Return the image processor's mean colour, which normalisation turns into zeros."""
         return mean_colour(self.processor)
 
     def set_pixel_limits(self, least: int | None, most: int | None) -> None:
         """Set the smallest and largest area to which images are resized; None leaves a limit as it is.
 
         Raises:
-            ValueError: this processor does not resize by area.
+            ValueError: This processor does not resize by area.
         """
         if least is None and most is None:
             return
@@ -102,7 +102,7 @@ class Chat:
         """Check that a system message reaches the model.
 
         Raises:
-            ValueError: the chat template drops system messages.
+            ValueError: The chat template drops system messages.
         """
         if not self.has_template:
             return
@@ -112,10 +112,10 @@ class Chat:
             raise ValueError("system_prompt: the chat template of this checkpoint drops system messages")
 
     def encode(self, prompts: Sequence[Prompt]) -> Batch:
-        """Turn prompts of one kind (see `kind`) into model inputs on the CPU.
+        """Encode prompts of one kind (see `kind`) as model inputs on the CPU.
 
         Raises:
-            RequestError: the processor refuses a prompt; names the documents.
+            RequestError: The processor refuses a prompt; the message names the documents.
         """
         names = "; ".join(prompt.name for prompt in prompts)
         try:
@@ -161,17 +161,17 @@ class Chat:
         return text
 
     def opened_by(self, prompt: Prompt) -> str:
-        """Return the tag of a reasoning that the template opens behind a prompt's last words; "" if it opens none."""
+        """Return the tag of a reasoning block that the template opens after a prompt's last words; "" if none."""
         if prompt.raw:
             return ""
         text = self.text_of(prompt)
         words = prompt.last_words
         asked = text.rfind(words) if words else -1
-        # Whatever the words themselves say of tags opens nothing.
+        # Tags within the words themselves open nothing.
         return left_open(text[asked + len(words) :] if asked >= 0 else text[-_TURN_HEADER:])
 
     def ids(self, text: str) -> list[int]:
-        """Return the token ids of a text, nothing added."""
+        """Return the token ids of a text, without special tokens added."""
         with self._lock:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
@@ -183,9 +183,9 @@ class Chat:
         and choice) are dropped: the model would not write them either.
 
         Args:
-            prompt: as encoded.
-            last: its last token.
-            continuation: the text to follow it.
+            prompt: Prompt as encoded.
+            last: Last token of the prompt.
+            continuation: Text that follows it.
         """
         if self.answers_apart:
             return self.ids(continuation.lstrip(" "))
@@ -245,7 +245,7 @@ class Chat:
         return conversations, metadata
 
     def frames(self, path: str, name: str) -> tuple[Any, VideoMetadata]:
-        """Decode evenly spaced frames; PyAV comes with lmms-eval, while transformers' own default does not."""
+        """Decode evenly spaced frames with PyAV, which lmms-eval installs, unlike transformers' default decoder."""
 
         def spaced(metadata: VideoMetadata, **_: Any) -> Any:
             count = min(self.max_num_frames, metadata.total_num_frames)
@@ -267,7 +267,7 @@ class Chat:
         begun = [(self.tokenizer.bos_token or "") + text for text in texts]
         inputs = dict(self.tokenizer(begun, add_special_tokens=False, padding=True, return_tensors="pt"))
         if "token_type_ids" in self.processor.model_input_names:
-            # PaliGemma marks its prompt so; without, transformers attends in one direction or both, by padding.
+            # PaliGemma marks its prompt so; without it, transformers' attention is causal or bidirectional, by padding.
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         return inputs
 
@@ -302,7 +302,7 @@ class Chat:
 
 
 def _aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move padding to where it moves no token away from the others.
+    """Move padding to where it does not separate tokens.
 
     In a language model's prompt that is the left, and not the place between image and text. A Q-Former that reads the
     question is a BERT, which counts positions from the first column.
@@ -319,9 +319,9 @@ def _moved(inputs: dict[str, Tensor], ids: str, mask: str, *, to_right: bool) ->
 
 
 def kind(prompt: Prompt) -> tuple[Any, ...]:
-    """Return what prompts must share to go into one batch: processors take all rows with images or none.
+    """Return the kind of a prompt; prompts of one batch share it, since processors take all rows with images or none.
 
-    A prompt with a video goes alone, because families disagree on how videos of different lengths are put together.
+    A prompt with a video goes alone, because families disagree on how to batch videos of different lengths.
     """
     alone = prompt.name if prompt.videos else ""
     return (prompt.raw, bool(prompt.images), alone)

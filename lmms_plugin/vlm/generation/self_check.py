@@ -1,4 +1,4 @@
-"""Whether two ways of computing an answer agree: how far rounding may set them apart, and what differs beyond it."""
+"""Agreement of two computations of an answer: the tolerance for rounding, and differences beyond it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lmms_plugin.vlm.generation.decoding import Decoder
 
 
 class Tolerances(NamedTuple):
-    """How far two ways may be apart.
+    """Tolerances between two computations.
 
     Attributes:
-        logprob: difference of a log-probability.
-        keys: difference of a prefix's keys, as a share of their norm.
+        logprob: Largest difference of a log-probability.
+        keys: Largest difference of a prefix's keys, as a share of their norm.
     """
 
     logprob: float
@@ -34,7 +34,7 @@ PADDED_TOKENS = 8
 
 def tolerances_of(model: Any) -> Tolerances:
     """Return the tolerances of a model's least precise part."""
-    # Activations of few bits turn the last bit of a sum into a whole step, whatever the precision around them.
+    # Low-bit activations turn the last bit of a sum into a whole step, whatever the precision around them.
     if any(getattr(module, "act_bits", 16) < 16 for module in model.modules()):
         return LOW_PRECISION_TOLERANCE
     # A few parameters may be kept in float32 where the rest is not.
@@ -43,13 +43,13 @@ def tolerances_of(model: Any) -> Tolerances:
 
 
 def difference(expected: Generated, found: ContinuationScore, tolerance: float, ways: tuple[str, str]) -> str | None:
-    """Say where the same answer has other log-probabilities.
+    """Return where the log-probabilities of the same answer differ.
 
     Args:
-        expected: by the first way.
-        found: the same tokens scored by the second.
-        tolerance: of a log-probability.
-        ways: how the two are called.
+        expected: Tokens scored by the first computation.
+        found: Same tokens scored by the second.
+        tolerance: Tolerance of a log-probability.
+        ways: Names of the two.
     """
     for position, (token, logprob) in enumerate(zip(expected.tokens, found.logprobs, strict=True)):
         if not abs(token.logprob - logprob) <= tolerance:
@@ -63,12 +63,12 @@ def difference(expected: Generated, found: ContinuationScore, tolerance: float, 
 def padded_difference(
     decoder: Decoder, alone: Sequence[Mapping[str, Tensor]], padded: Mapping[str, Tensor]
 ) -> str | None:
-    """Say what a padded batch makes of answers that each row gets alone; None if the same, up to rounding.
+    """Return how answers in a padded batch differ from those of each row alone; None if equal up to rounding.
 
     Args:
-        decoder: the model.
-        alone: arguments of the model for each row by itself.
-        padded: arguments for all of them at once, on the same device.
+        decoder: Decoder of the model.
+        alone: Keyword arguments of the model for each row by itself.
+        padded: Keyword arguments for all of them at once, on the same device.
     """
     tolerance = tolerances_of(decoder.model).logprob
     greedy = GenerationSettings(max_new_tokens=PADDED_TOKENS)

@@ -1,4 +1,4 @@
-"""The text of generated tokens, one by one."""
+"""Texts of generated tokens, one by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Return the text of some token ids, special tokens and spaces as they are."""
+    """Return the text of token ids, with special tokens and spaces unchanged."""
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
@@ -17,9 +17,9 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Split the text of `ids` among them.
 
-    Each token gets what it adds to the part of the decoded whole that is settled; so the texts add up to the whole, and
-    a character that takes several tokens belongs to the last of them. (Decoding token by token does not add up: a run
-    of byte tokens, for one, is read all at once.)
+    Each token gets what it adds to the settled part of the decoded whole; so the texts add up to the whole, and a
+    character that takes several tokens belongs to the last of them. (Decoding token by token does not add up: a run of
+    byte tokens, for one, is decoded all at once.)
     """
     whole = decode(tokenizer, ids)
     ends = [0]
@@ -30,7 +30,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def _common(prefix: str, whole: str) -> int:
-    # Nearly every prefix is one to the letter; only the others are compared letter by letter.
+    # Nearly every text is a prefix of the whole; only the others are compared letter by letter.
     if whole.startswith(prefix):
         return len(prefix)
     return next((i for i, (mine, final) in enumerate(zip(prefix, whole, strict=False)) if mine != final), len(whole))

@@ -1,4 +1,4 @@
-"""Which requests are answered together: questions about one image first, then images of like length."""
+"""Batching: questions about one image together, then images with prompts of similar length."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Rows that a batch of several images may be padded by; beyond it a batch of its own is cheaper.
+# Fraction of padding up to which a batch may hold several images; beyond it a batch of its own is cheaper.
 MOST_PADDING = 0.2
 CPU_CACHE_BYTES = 2**30
-# Below it, room for keys and values is not what was short.
+# Below it, the memory that ran short was not that of keys and values.
 LEAST_CACHE_BYTES = 2**26
 MOST_GROUPS = 256
 
@@ -19,9 +19,9 @@ class RequestGroup(NamedTuple):
     """Requests that share their images.
 
     Attributes:
-        members: indices of the requests.
-        lengths: tokens of each request's prompt, images included.
-        kind: what requests of one batch must have in common.
+        members: Indices of the requests.
+        lengths: Numbers of tokens of each request's prompt, images included.
+        kind: Kind that requests of one batch must share.
     """
 
     members: tuple[int, ...]
@@ -30,16 +30,16 @@ class RequestGroup(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Return the number of tokens of the longest prompt."""
         return max(self.lengths)
 
 
 class Limits(NamedTuple):
-    """How large a batch may be.
+    """Size limits of a batch.
 
     Attributes:
-        groups: images, or requests without siblings.
-        tokens: groups times the padded length of a prompt.
+        groups: Number of images, or of requests without siblings.
+        tokens: Number of groups times the padded length of a prompt.
     """
 
     groups: int
@@ -50,7 +50,7 @@ FIRST_LIMITS = Limits(8, 8192)
 
 
 def pack(groups: Sequence[RequestGroup], limits: Limits) -> list[list[RequestGroup]]:
-    """Put groups of one kind into batches, the long ones together and the short ones together.
+    """Pack groups of one kind into batches, long ones together and short ones together.
 
     Returns:
         Batches ordered by their first request. A batch of several groups keeps the limits and is padded by at most
@@ -67,11 +67,11 @@ def pack(groups: Sequence[RequestGroup], limits: Limits) -> list[list[RequestGro
 
 
 def in_order(lengths: Sequence[int], limits: Limits) -> list[range]:
-    """Part requests of one kind, each to go alone, into batches that keep the limits; all stay in their order.
+    """Split requests of one kind, each without siblings, into batches that keep the limits, in their order.
 
     Args:
-        lengths: tokens of each request's prompt.
-        limits: of a batch; one of a single request may be larger.
+        lengths: Numbers of tokens of each request's prompt.
+        limits: Limits of a batch; one of a single request may be larger.
     """
     parts = [range(0)]
     for i, _ in enumerate(lengths):
@@ -86,26 +86,26 @@ def in_order(lengths: Sequence[int], limits: Limits) -> list[range]:
 def _fits(batch: Sequence[RequestGroup], limits: Limits) -> bool:
     if len(batch) > limits.groups or any(group.kind != batch[0].kind for group in batch):
         return False
-    # A group's images and what is shared go through the model once; its further questions are short.
+    # A group's images and shared prefix go through the model once; its further questions are short.
     padded = max(group.longest for group in batch) * len(batch)
     return padded <= limits.tokens and waste(batch) <= MOST_PADDING
 
 
 def waste(batch: Sequence[RequestGroup]) -> float:
-    """Share of padding in a batch whose rows are as long as its longest prompt."""
+    """Return the share of padding in a batch whose rows are as long as its longest prompt."""
     lengths = [length for group in batch for length in group.lengths]
     return 1 - sum(lengths) / (max(lengths) * len(lengths))
 
 
 @dataclass
 class Budget:
-    """How much is answered at once, which automatic batches learn as they go.
+    """Batch size limits, which automatic batching adapts as it goes.
 
     Attributes:
-        limits: of a batch.
-        cache_bytes: how large the keys and values of a batch of questions about shared images may be.
-        automatic: whether `limits` were left to us.
-        growing: whether larger batches are still to be tried.
+        limits: Limits of a batch.
+        cache_bytes: Largest size of the keys and values of a batch of questions about shared images.
+        automatic: Whether `limits` are chosen automatically.
+        growing: Whether to try larger batches still.
     """
 
     limits: Limits
@@ -115,12 +115,12 @@ class Budget:
 
     @classmethod
     def of(cls, batch_size: int | None, free_bytes: int | None) -> Budget:
-        """Begin with what the user asked for, or for None with little.
+        """Start with the user's batch size, or for None with a small one.
 
         Args:
-            batch_size: images (or requests without one) per batch; None to find out.
-            free_bytes: memory of an accelerator that is not in use; None on a CPU, where a batch that is too large ends
-                the process instead of raising, and larger ones do not pay: there the budget is fixed.
+            batch_size: Number of images (or requests without one) per batch; None for automatic.
+            free_bytes: Free memory of an accelerator; None on a CPU, where a batch that is too large ends the process
+                instead of raising, and larger ones do not pay: there the budget is fixed.
         """
         cache_bytes = CPU_CACHE_BYTES if free_bytes is None else free_bytes // 4
         if batch_size is not None:
@@ -128,12 +128,12 @@ class Budget:
         return cls(FIRST_LIMITS, cache_bytes, automatic=True, growing=free_bytes is not None)
 
     def succeeded(self, groups: int) -> None:
-        """Note that a batch of so many groups fitted."""
+        """Record that a batch of this many groups fitted."""
         if self.growing and 2 * groups > self.limits.groups and self.limits.groups < MOST_GROUPS:
             self.limits = Limits(2 * self.limits.groups, 2 * self.limits.tokens)
 
     def failed(self, groups: int, *, shared: bool) -> None:
-        """Note that a batch of so many groups did not fit; `shared` means that it was one over shared prefixes."""
+        """Record that a batch of this many groups did not fit; `shared` means that it was one over shared prefixes."""
         self.growing = False
         if shared and self.cache_bytes > LEAST_CACHE_BYTES:
             self.cache_bytes = max(LEAST_CACHE_BYTES, self.cache_bytes // 2)

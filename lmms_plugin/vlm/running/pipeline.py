@@ -1,4 +1,4 @@
-"""Work on background threads a bounded number of steps ahead of its consumer, in order."""
+"""Prefetching on background threads, a bounded number of steps ahead of the consumer, in order."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Made = TypeVar("Made")
 
 
 def ahead(pool: Executor, make: Callable[[Item], Made], items: Iterable[Item], depth: int) -> Iterator[Made]:
-    """Yield `make(item)` for every item in order, with up to `depth` of them under way or waiting to be taken.
+    """Yield `make(item)` for every item in order, with up to `depth` of them running or waiting to be consumed.
 
     Items are taken from `items` by the consumer's own thread, so a generator is safe there, and another `ahead` too.
 
     Raises:
-        Exception: what `make` raised, when the consumer comes to that item; what is under way then is cancelled.
+        Exception: Any exception of `make`, when the consumer reaches that item; running items are then cancelled.
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")

@@ -1,4 +1,4 @@
-"""Jobs in, results out: batches over shared prefixes where that can be, and smaller ones where memory is short."""
+"""Runner of jobs: batches over shared prefixes where possible, and smaller ones where memory is short."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from lmms_plugin.vlm.running.scheduling import Prepared, Schedule
 Result = TypeVar("Result")
 # From a batch on the model's device, with its prompts and jobs, to one result per row.
 Step = Callable[[Batch, list[Prompt], list[Job]], list[Result]]
-# What a forward pass raises when it is called in a way its model does not foresee.
+# Exceptions of a forward pass that is called in a way its model does not support.
 _REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 @dataclass
 class Runner:
-    """Brings jobs through a model.
+    """Runner that takes jobs through a model.
 
     Attributes:
-        decoder: the model.
-        chat: its processor.
-        reader: from messages to prompts.
-        sharing: how questions about one image share its encoding.
-        budget: how much is done at once.
-        repeated: whether questions that want confidence are answered several times.
-        batched: for each kind of prompt whether it may be answered in padded batches, once that was tried.
+        decoder: Decoder of the model.
+        chat: Processor of the model.
+        reader: Reader that converts messages to prompts.
+        sharing: Prefix cache for questions about one image.
+        budget: Limits of a batch.
+        repeated: Whether questions that request confidence are answered several times.
+        batched: Kind of prompt -> whether it may be answered in padded batches, once that was tried.
     """
 
     decoder: Decoder
@@ -64,16 +64,16 @@ class Runner:
         pooling: Pooling | None = None,
         repeated: bool = False,
     ) -> Runner:
-        """Set up for a model that is loaded.
+        """Set up for a loaded model.
 
         Args:
-            decoder: the model.
-            chat: its processor.
-            reader: from messages to prompts.
-            batch_size: images per batch; None for as many as fit.
-            share_prefix: whether to share prefixes where that can be.
-            pooling: of hidden states of shared prefixes; None if they are of no use.
-            repeated: whether questions that want confidence are answered several times.
+            decoder: Decoder of the model.
+            chat: Processor of the model.
+            reader: Reader that converts messages to prompts.
+            batch_size: Number of images per batch; None for as many as fit.
+            share_prefix: Whether to share prefixes where possible.
+            pooling: Pooling of hidden states of shared prefixes; None if they are not used.
+            repeated: Whether questions that request confidence are answered several times.
         """
         device = decoder.model.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -83,11 +83,11 @@ class Runner:
         return cls(decoder, chat, reader, sharing, Budget.of(batch_size, free), repeated)
 
     def run(self, jobs: Sequence[Job], step: Step[Result]) -> Generator[tuple[int, Result]]:
-        """Yield the index of a job with its result, in the order in which they are done.
+        """Yield the index of a job with its result, in the order of completion.
 
         Raises:
-            RequestError: a document cannot be read or shown to this model; it is named.
-            OutOfMemory: even the smallest batch that the user's arguments allow does not fit.
+            RequestError: A document cannot be read or shown to this model; it is named.
+            OutOfMemory: Even the smallest batch that the user's arguments allow does not fit.
         """
         schedule = Schedule(self.chat, self.reader, self.budget, lambda: self.sharing.off is None, self.repeated)
         with closing(schedule.batches(jobs)) as batches:
@@ -110,7 +110,7 @@ class Runner:
         if done is not None:
             self.budget.succeeded(len(prepared.groups))
             return done
-        # Out of the handler, so that no traceback holds the tensors of the failed attempt any more.
+        # Outside of the handler, so that no traceback keeps the tensors of the failed attempt alive.
         if not fits:
             self._make_room(prepared)
         return [one for half in schedule.halves(prepared) for one in self._do(half, jobs, step, schedule)]
@@ -149,7 +149,7 @@ class Runner:
         return list(zip(prepared.members, done, strict=True))
 
     def _may_batch(self, prompts: list[Prompt], batch: Batch) -> bool:
-        """Return whether a batch may be answered as it is; the first that is padded is compared with its rows alone."""
+        """Return whether a batch may be answered as it is; the first padded one is compared with its rows alone."""
         lengths = batch.inputs["attention_mask"].sum(1).tolist()
         if min(lengths) == max(lengths):
             return True
@@ -162,7 +162,7 @@ class Runner:
                 together = self._on_device(self.chat.encode([prompts[i] for i in ends]).inputs)
                 difference = padded_difference(self.decoder, alone, together)
             except OutOfMemory:
-                # The batch, which is no smaller, will say so and be dealt with.
+                # The batch, which is no smaller, will run out of memory too and be handled there.
                 return True
             self.batched[sort] = difference is None
             if difference is not None:
@@ -186,15 +186,15 @@ class Runner:
             batch = Batch(inputs, [sizes[owners[row]] for row in rows], read)
             results = step(batch, [prompts[row] for row in rows], [jobs[members[row]] for row in rows])
             done += zip([members[row] for row in rows], results, strict=True)
-            # The next part's keys and values are to take the place of these.
+            # Freed for the next part's keys and values.
             del batch, inputs
         return done
 
     def _laid_out(self, prepared: Prepared, encoded: Encoded, jobs: Sequence[Job]) -> Shared | None:
-        """Lay a batch out for sharing; the run's first is compared with the plain way. None means to take that.
+        """Lay a batch out for sharing; the run's first is compared with unshared answers. None means not to share.
 
         Raises:
-            NotShareable: one of several groups cannot share, or not together with the others.
+            NotShareable: One of several groups cannot share, or not together with the others.
         """
         if self.sharing.off is not None:
             return None
@@ -234,7 +234,7 @@ class Runner:
         except OutOfMemory:
             if max(map(len, parts)) == 1:
                 raise
-            # One image of a batch over shared prefixes is several of the plain way.
+            # One image of a batch over shared prefixes is several of an unshared batch.
             one_by_one = True
         except _REFUSALS as error:
             difference = f"the model cannot go on from a given prefix ({type(error).__name__}: {error})"
@@ -264,7 +264,7 @@ class Runner:
 
 
 def _some(prepared: Prepared, part: range, batch: Batch) -> Prepared:
-    """Return those jobs of a batch that `part` counts out, each a group of its own, as they were encoded together."""
+    """Return the jobs of a batch with the indices in `part`, each a group of its own, as encoded together."""
     members, prompts = prepared.members, prepared.flat_prompts
     return Prepared([[members[i]] for i in part], [[prompts[i]] for i in part], batch)
 

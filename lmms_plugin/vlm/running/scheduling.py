@@ -1,7 +1,7 @@
-"""From a run's jobs to encoded batches, prepared on background threads while the model answers earlier ones.
+"""Scheduling: encoded batches of a run's jobs, prepared on background threads while the model answers earlier ones.
 
-Reading (decoding an image, shifting it) and encoding (the checkpoint's processor) are kept a bounded number of images
-ahead. What is in a batch depends on the jobs and the budget alone, never on which thread was faster.
+Reading (decoding an image, shifting it) and encoding (the checkpoint's processor) run a bounded number of images ahead.
+The content of a batch depends on the jobs and the budget alone, never on the timing of threads.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ BATCHES_AHEAD = 2
 
 
 class Read(NamedTuple):
-    """A job's prompt.
+    """Prompt of a job.
 
     Attributes:
-        index: of the job.
-        prompt: with its images decoded.
-        length: in tokens, images included.
-        shares: equal for prompts that may share a prefix: those of the same images in the same order.
+        index: Index of the job.
+        prompt: Prompt with its images decoded.
+        length: Number of tokens, images included.
+        shares: Key, equal for prompts that may share a prefix: those of the same images in the same order.
     """
 
     index: int  # type: ignore[assignment]  # a method of tuples, which nobody calls here
@@ -44,12 +44,12 @@ class Read(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A batch ready for the model, still on the CPU.
+    """Batch ready for the model, still on the CPU.
 
     Attributes:
-        groups: indices of jobs; a group has the same images.
-        prompts: of the jobs, group by group.
-        encoded: one row per prompt, or `Encoded` where groups are to share their prefix.
+        groups: Indices of jobs; a group has the same images.
+        prompts: Prompts of the jobs, group by group.
+        encoded: Encoded prompts, one row each, or `Encoded` where groups are to share their prefix.
     """
 
     groups: list[list[int]]
@@ -58,26 +58,26 @@ class Prepared(NamedTuple):
 
     @property
     def members(self) -> list[int]:
-        """Indices of all jobs."""
+        """Return the indices of all jobs."""
         return [index for group in self.groups for index in group]
 
     @property
     def flat_prompts(self) -> list[Prompt]:
-        """All prompts, in the order of `members`."""
+        """Return all prompts, in the order of `members`."""
         return [prompt for group in self.prompts for prompt in group]
 
 
 @dataclass
 class Schedule:
-    """Prepares the batches of one run.
+    """Scheduler of the batches of one run.
 
     Attributes:
-        chat: the checkpoint's processor.
-        reader: turns messages into prompts.
-        budget: how much goes into a batch; looked at whenever the next ones are planned.
-        sharing: whether questions about one image share its prefix; asked likewise.
-        repeated: whether questions that want confidence are answered several times, so that a single one has a prefix
-            to share too.
+        chat: Processor of the checkpoint.
+        reader: Reader that converts messages to prompts.
+        budget: Limits of a batch; read whenever the next ones are planned.
+        sharing: Whether questions about one image share its prefix; read likewise.
+        repeated: Whether questions that request confidence are answered several times, so that a single one has a
+            prefix to share too.
     """
 
     chat: Chat
@@ -91,7 +91,7 @@ class Schedule:
         """Yield batches that together hold every job once.
 
         Raises:
-            RequestError: a document cannot be read or shown to this model; task and document are named.
+            RequestError: A document cannot be read or shown to this model; task and document are named.
         """
         readers = max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1))
         # The processor has threads of its own, and one caller at a time.
@@ -130,11 +130,11 @@ class Schedule:
         except DatasetError as error:
             raise RequestError(f"{name}: {error}") from error
         except Exception as error:
-            # Whatever a task's own code raises on a thread would otherwise not say what it was working on.
+            # Otherwise an error of a task's own code on a thread would not say which document it was working on.
             raise RequestError(f"{name}: {type(error).__name__}: {error}") from error
 
     def length_of(self, prompt: Prompt) -> int:
-        """Count tokens; how many images take depends on all their sizes, and is found by encoding the first of such."""
+        """Count tokens; those of images depend on all their sizes, and are found by encoding the first such prompt."""
         text = len(self.chat.ids(self.chat.text_of(prompt)))
         if not prompt.images or prompt.videos:
             return text
@@ -144,7 +144,7 @@ class Schedule:
         return text + self._image_tokens[sizes]
 
     def _plan(self, read: Iterable[list[Read]]) -> Iterator[list[list[Read]]]:
-        """Collect a few batches' worth of images, group what is about one image, and pack."""
+        """Collect a few batches' worth of images, group jobs about one image, and pack."""
         pending: dict[Hashable, list[Read]] = {}
         for unit in read:
             for one in unit:
@@ -164,7 +164,7 @@ class Schedule:
             RequestGroup(
                 tuple(one.index for one in group),
                 tuple(one.length for one in group),
-                # Questions about shared images go through the model in another way than single ones.
+                # Questions about shared images take another path through the model than single ones.
                 (*key[:2], len(group) > 1),  # type: ignore[index]
             )
             for key, group in pending.items()
@@ -174,7 +174,7 @@ class Schedule:
 
 
 def _by_image(jobs: Sequence[Job]) -> list[list[int]]:
-    """Bring jobs together that the dataset knows to be about one image, in order of first appearance."""
+    """Group jobs that the dataset knows to be about one image, in order of first appearance."""
     units: dict[Hashable, list[int]] = {}
     for index, job in enumerate(jobs):
         image = job.request.image
@@ -196,7 +196,7 @@ def _is_repeated(prompt: Prompt) -> bool:
 
 
 def _content(prompt: Prompt) -> tuple[Any, ...]:
-    """Return what is equal for prompts that show the same pixels."""
+    """Return a key that is equal for prompts that show the same pixels."""
     return tuple(map(told_apart, prompt.images))
 
 

@@ -1,10 +1,10 @@
-"""With several processes, the questions about one image go to one of them.
+"""Sharding by image: with several processes, all questions about one image go to one of them.
 
 lmms-eval 0.7 deals documents round robin (`lmms_eval.utils.create_iterator`: every n-th), which scatters the questions
-about an image over all processes, each of which would encode it again. Here documents that know their images are dealt
-image by image instead. Documents keep their index, so that logs and response caches do not depend on how many processes
-there were; nor do results, up to the last digit of standard errors and the order of samples: lmms-eval puts the
-samples of one process behind those of another, and adds up in that order.
+about an image over all processes, each of which would encode it again. Here documents with known images are dealt image
+by image instead. Documents keep their index, so that logs and response caches do not depend on how many processes there
+were; nor do results, up to the last digit of standard errors and the order of samples: lmms-eval concatenates the
+samples of the processes, and sums in that order.
 """
 
 import inspect
@@ -19,11 +19,11 @@ _EXPECTED = ["raw_iterator", "rank", "world_size", "limit", "offset"]
 
 
 def deal(images: Sequence[Any], processes: int) -> list[list[int]]:
-    """Part documents among processes, image by image, the largest first and always to the one with the least.
+    """Distribute documents among processes, image by image, the largest first and always to the one with the least.
 
     Args:
-        images: of each document its image's key.
-        processes: number of processes.
+        images: Image key of each document.
+        processes: Number of processes.
 
     Returns:
         For each process the indices of its documents, ascending. Shares differ by at most the number of documents of
@@ -38,9 +38,9 @@ def deal(images: Sequence[Any], processes: int) -> list[list[int]]:
 
 
 def deal_by_image() -> None:
-    """Teach lmms-eval to deal documents by image; does nothing the second time.
+    """Patch lmms-eval to deal documents by image; does nothing the second time.
 
-    If its function is not the one expected, warns and leaves everything as it is: answers stay the same, only slower.
+    If its function is not the expected one, warns and changes nothing: answers stay the same, only slower.
     """
     from lmms_eval import utils
 
@@ -56,7 +56,7 @@ def deal_by_image() -> None:
         )
         return
     by_image = _by_image(utils.create_iterator)
-    # The evaluator takes the function by name when it is imported, which may have been earlier.
+    # The evaluator imports the function by name, perhaps earlier than this.
     for module in (utils, sys.modules.get("lmms_eval.evaluator")):
         if hasattr(module, "create_iterator"):
             module.create_iterator = by_image  # type: ignore[union-attr]
@@ -83,7 +83,7 @@ def _by_image(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _documents(numbered: Any) -> Any:
-    """Return the documents behind `enumerate(documents)`, if they know their images."""
+    """Return the documents behind `enumerate(documents)`, if their images are known."""
     if not isinstance(numbered, enumerate):
         return None
     made_of: Any = numbered.__reduce__()
