@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 TESTED = "0.7"
+SERVED = "served"
+"""Where a backend's name would be: this model's weights are a server's."""
 _MARK = "_lmms_plugin"
 _EXPECTED = {
     "initialize_tasks": ["self", "include_path", "include_defaults"],
@@ -39,7 +41,7 @@ def tasks_folder() -> str:
 
 
 def manifests() -> "list[ModelManifest]":
-    """One manifest per backend.
+    """One manifest per backend, and one for served models.
 
     As a side effect, makes our tasks visible to every `TaskManager`, and keeps questions about one image together.
     """
@@ -48,13 +50,18 @@ def manifests() -> "list[ModelManifest]":
     _warn_if_untested(version("lmms-eval"))
     make_tasks_visible()
     deal_by_image()
-    return [_manifest(ModelManifest, backend) for backend in names()]
+    return [*(_manifest(ModelManifest, backend) for backend in names()), _served(ModelManifest)]
 
 
 def _manifest(make: "type[ModelManifest]", backend: str) -> "ModelManifest":
     """The chat class, and beside it the one for lmms-eval's --force_simple, which multiple-choice tasks need."""
     path = f"lmms_plugin.vlm.wrapper.{class_name(backend)}"
     return make(model_id=model_name(backend), chat_class_path=path, simple_class_path=f"{path}Simple")
+
+
+def _served(make: "type[ModelManifest]") -> "ModelManifest":
+    path = "lmms_plugin.vlm.served.model.QuantServed"
+    return make(model_id=model_name(SERVED), chat_class_path=path, simple_class_path=f"{path}Simple")
 
 
 def _warn_if_untested(found: str) -> None:

@@ -23,7 +23,7 @@ class Generated(NamedTuple):
 
     Attributes:
         tokens: with the end-of-sequence token, if the model came to it, as the last; cut where `until` says.
-            Their log-probabilities are NaN after a beam search, which reports none.
+            Their log-probabilities are NaN where there are none: after a beam search, and of some servers.
         text: the answer without special tokens, but for those that part reasoning and answer.
         ids: of all tokens that were generated, uncut.
     """
@@ -61,6 +61,7 @@ class Answer:
         opened: the tag of a reasoning that the prompt's end opened; "" if none, or the prompt wants no confidence.
         confidence: by estimator, what only the engine can tell (a learned confidence), in [0, 1].
         samples: further answers that were drawn for the prompt; None where none were.
+        records_digits: whether alternatives of digits were recorded if the prompt wants them.
     """
 
     prompt: Prompt
@@ -69,6 +70,7 @@ class Answer:
     opened: str = ""
     confidence: Mapping[str, float] = field(default_factory=dict)
     samples: tuple[Generated, ...] | None = None
+    records_digits: bool = True
 
 
 @dataclass(frozen=True)
