@@ -1,4 +1,4 @@
-"""Servers of OpenAI's API in the ways of several engines, answering with the embedded demo, and failing when told to."""
+"""Servers of OpenAI's API in the ways of several engines: they answer with the embedded demo, and fail when told to."""
 
 import base64
 import io
@@ -17,7 +17,17 @@ from lmms_plugin.protocol.prompts import Prompt
 
 ENGINES = ("vllm", "sglang", "lmdeploy", "llamacpp", "tensorrt_llm", "ollama")
 OPENAIS = {
-    *("model", "messages", "max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "n", "stream"),
+    *(
+        "model",
+        "messages",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "n",
+        "stream",
+    ),
     *("seed", "stop", "logprobs", "top_logprobs"),
 }
 
@@ -95,8 +105,7 @@ class FakeServer:
     lock: Any = field(default_factory=threading.Lock)
 
     def __enter__(self):
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.http.daemon_threads = True
+        self.http = _Quiet(("127.0.0.1", 0), _handler(self))
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -122,7 +131,11 @@ class FakeServer:
         if self.engine == "sglang":
             pages["/get_server_info"] = {"version": "0.5.23", "quantization": "awq", "dtype": "float16"}
         if self.engine == "llamacpp":
-            pages["/props"] = {"build_info": "b11434", "model_path": "/models/demo.gguf", "model_ftype": "Q4_K - Medium"}
+            pages["/props"] = {
+                "build_info": "b11434",
+                "model_path": "/models/demo.gguf",
+                "model_ftype": "Q4_K - Medium",
+            }
         return pages
 
     def get(self, path):
@@ -179,6 +192,13 @@ class FakeServer:
         if self.engine == "vllm" and body.get("return_tokens_as_token_ids"):
             told["token"] = f"token_id:{index}"
         return {"id": index, **told} if self.engine == "llamacpp" else told
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """Say nothing of clients that hang up."""
 
 
 def _refusal(status, message):

@@ -224,7 +224,7 @@ def _pause(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     if isinstance(error, Passing) and error.wait is not None:
         return error.wait
-    return float(wait_exponential_jitter(initial=0.25, max=30.0, jitter=0.25)(state))
+    return float(wait_exponential_jitter(multiplier=0.25, max=30.0, jitter=0.25)(state))
 
 
 def _asked_wait(response: httpx.Response) -> float | None:
