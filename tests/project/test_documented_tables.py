@@ -17,6 +17,7 @@ from lmms_plugin.protocol.response import Response, Token
 from lmms_plugin.quant_backends import names
 from lmms_plugin.quant_backends.checkpoints.own_format import SavedConfig
 from lmms_plugin.selector.features import Features, Origin
+from lmms_plugin.registration import SERVED
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.registry import catalogue
 
@@ -69,7 +70,7 @@ def test_tasks_of_the_readme_are_tasks():
 
 
 def test_the_readme_has_every_model():
-    assert first_cells(section(README, "Models")) == [f"quant_{name}" for name in names()]
+    assert first_cells(section(README, "Models")) == [f"quant_{name}" for name in (*names(), SERVED)]
 
 
 def test_the_readme_is_short():
