@@ -24,7 +24,7 @@ from bench.reporting import Row, interleaved, machine, write
 from bench.throughput import ANSWER_TOKENS, SIZE, documents, ours, write_checkpoint
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
-from lmms_plugin.vlm.settings import Settings
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 
 
 def batch(vlm: Any, rows: int) -> dict[str, Any]:
@@ -49,7 +49,9 @@ def only_digits(vlm: Any) -> None:
 
 def with_confidence(vlm: Any, inputs: dict[str, Any], digits: bool) -> list[str]:
     """Encoded responses."""
-    answers = vlm.responder.engine.decoder.generate(inputs, Settings(max_new_tokens=ANSWER_TOKENS), digits=digits)
+    answers = vlm.responder.engine.decoder.generate(
+        inputs, GenerationSettings(max_new_tokens=ANSWER_TOKENS), digits=digits
+    )
     texts = ("".join(token.text for token in answer.tokens) for answer in answers)
     return [
         Response(text, answer.tokens, SIZE, SIZE, vlm.dialect.name, records_digits=digits).encode()

@@ -28,13 +28,13 @@ import numpy as np
 from bench.evaluating import Evaluator
 from bench.reporting import markdown
 from lmms_plugin.analysis import measure
-from lmms_plugin.analysis.logs import Run, read_one
+from lmms_plugin.analysis.logs import LoggedRun, read_one
 from lmms_plugin.analysis.records import TaskRecords
 from lmms_plugin.confidence.estimators import ESTIMATORS, NEEDS
 from lmms_plugin.metrics import auroc
 from lmms_plugin.metrics.posthoc import Platt
 from lmms_plugin.selector import features, training
-from lmms_plugin.selector.network import Selector, Settings
+from lmms_plugin.selector.network import Selector, SelectorSettings
 
 DEV, CLEAN = "shapes_rec_dev", "shapes_rec"
 METHODS = ("rtn", "hqq", "awq", "gptq")
@@ -57,7 +57,7 @@ def best_estimator(dev: TaskRecords) -> str:
     return max(ranks, key=ranks.__getitem__)
 
 
-def with_learned(run: Run, selector: Selector, store: features.Store, best: str) -> Run:
+def with_learned(run: LoggedRun, selector: Selector, store: features.Store, best: str) -> LoggedRun:
     """The run with the confidences that take training."""
     dev = run.tasks[DEV]
     known = ~np.isnan(dev.confidence_by(best))
@@ -84,7 +84,7 @@ def rows(name: str, folder: Path, store: features.Store, selector: Selector) -> 
     best = best_estimator(run.tasks[DEV])
     run = with_learned(run, selector, store, best)
     for estimator in ("joint", best, f"{best}, Platt", "selector"):
-        numbers = measure.measure(run, measure.Settings(estimator))
+        numbers = measure.measure(run, measure.MeasurementSettings(estimator))
         for task in sorted(run.tasks):
             of_task = {number.metric: number for number in numbers if number.task == task}
             found = {metric: _number(of_task.get(metric)) for metric in (*COLUMNS, "ece_floor")}
@@ -127,7 +127,7 @@ def main() -> None:
             asked = f"{arguments},features={kept}"
             evaluator.run(f"quant_{method}", asked, tasks, limit=options.limit, folder=folder)
         store = features.read(kept)
-        selector = training.train(read_one(folder), store, Settings(), (DEV,))
+        selector = training.train(read_one(folder), store, SelectorSettings(), (DEV,))
         selector.save(options.output / f"{name}.safetensors")
         found += rows(name, folder, store, selector)
         print(name, flush=True)
@@ -140,7 +140,7 @@ def _known(confidence: np.ndarray, outcome: np.ndarray) -> tuple[np.ndarray, np.
     return confidence[there], outcome[there]
 
 
-def _number(number: measure.Number | None) -> list[float] | None:
+def _number(number: measure.MetricValue | None) -> list[float] | None:
     return None if number is None else [number.value, number.low, number.high]
 
 

@@ -28,7 +28,6 @@ from transformers import Idefics3ForConditionalGeneration, PreTrainedTokenizerFa
 
 from demo_training.architecture import DIALECT, WIDTH, build_model, build_processor, build_tokenizer
 from demo_training.evaluate import about_scenes, overlaps
-from demo_training.muon import Muon
 from demo_training.packing import IGNORED, PROBE, Questions, look, pack, visible
 from lmms_plugin.demo.scenes import MAX_OBJECTS, scene
 
@@ -110,6 +109,11 @@ def read(model: Idefics3ForConditionalGeneration, pointer: Pointer, features: Te
     return Reading(functional.cross_entropy(logits, labels), pointing, right)
 
 
+def muon(matrices: list[nn.Parameter], lr: float) -> torch.optim.Muon:
+    """Muon whose learning rate is comparable with AdamW's (update RMS 0.2, Liu et al., arXiv 2502.16982)."""
+    return torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+
 def build_optimizers(model: nn.Module, heads: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, head, patches, norms and biases."""
     matrices: list[nn.Parameter] = []
@@ -119,7 +123,7 @@ def build_optimizers(model: nn.Module, heads: list[nn.Module], lr: float) -> lis
         (matrices if inside and parameter.ndim == 2 else rest).append(parameter)
     rest += [parameter for head in heads for parameter in head.parameters()]
     return [
-        Muon(matrices, lr=lr),
+        muon(matrices, lr),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 

@@ -18,9 +18,8 @@ from torch import nn
 
 from demo_training.architecture import build_tokenizer
 from demo_training.evaluate import about_scenes, overlaps
-from demo_training.muon import Muon
 from demo_training.packing import look, pack
-from demo_training.train import Run, corpus, image_features, read
+from demo_training.train import Run, corpus, image_features, muon, read
 from lmms_plugin.demo.scenes import Scene, scene
 
 BATCH = 24
@@ -54,13 +53,13 @@ class Tuning:
         rest = [p for name, p in trained if p.ndim != 2 or ".layers." not in name]
         self.trained = matrices + rest
         self.optimizers = [
-            Muon(matrices, lr=LR),
+            muon(matrices, LR),
             torch.optim.AdamW([*rest, *self.run.pointer.parameters()], lr=LR, betas=(0.9, 0.98), weight_decay=0.01),
         ]
 
     def advance(self, progress: float) -> dict[str, float]:
         """Take one step at `progress` (0 to 1) and return its losses."""
-        scenes = self._scenes(2 if progress < 0.25 else 3)
+        scenes = self.scenes(2 if progress < 0.25 else 3)
         with torch.no_grad():
             features = image_features(self.model, look(scenes)[0])
         reading = read(self.model, self.run.pointer, features, pack(scenes, self.run.tokenizer))
@@ -82,7 +81,7 @@ class Tuning:
         held_out = about_scenes(scene("val", i, seed=3, max_objects=most_objects) for i in range(EVALUATED))
         return float((np.array(overlaps(self.run.average, self.run.processor, held_out)) >= 0.5).mean())
 
-    def _scenes(self, most_objects: int) -> list[Scene]:
+    def scenes(self, most_objects: int) -> list[Scene]:
         """Draw a batch in which five of six lone shapes, about which there is nothing to choose, are left out."""
         scenes: list[Scene] = []
         while len(scenes) < BATCH:

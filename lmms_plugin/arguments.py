@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, create_model
 
-from lmms_plugin.quant_backends.calibration.sources import DEFAULT_SAMPLES, CalibrationSpec
+from lmms_plugin.demo import CHECKPOINT
+from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
-from lmms_plugin.quant_backends.plans.specs import Bits
+from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES, Bits
 from lmms_plugin.utils import checkpoints
 from lmms_plugin.utils.files import expect_inside, read_json
-from lmms_plugin.utils.located import text_of
-from lmms_plugin.utils.outputs import expect_file, expect_folder
+from lmms_plugin.utils.outputs import expect_file, expect_folder, expect_free
+from lmms_plugin.utils.reading.located import text_of
+from lmms_plugin.utils.reading.validation import Expected, Number, Problem, Schema, Truth, Whole, left_out, validated
 from lmms_plugin.utils.suggest import unknown
-from lmms_plugin.utils.validation import Expected, Number, Problem, Schema, Truth, Whole, left_out, validated
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
@@ -107,7 +108,8 @@ class ModelArguments:
         max_num_frames: how many frames of a video are shown to the model, evenly spaced.
         report: file for the account of every layer, as JSON.
         save_quantized: new folder for the quantized checkpoint, which `quant_prequantized` loads again.
-        features: folder for what a learned confidence is trained on (see `lmms_plugin.selector.features`); one per model.
+        features: folder for what a learned confidence is trained on (see `lmms_plugin.selector.features`); one per
+            model.
         feature_layer: which hidden states those are: -1 for the last, k for those that go into layer k; by default
             the selector's or the last.
         selector: file of a learned confidence (see `lmms_plugin.selector.network`).
@@ -206,8 +208,6 @@ class ModelArguments:
         if self.features:
             expect_folder("features", Path(self.features))
         if self.save_quantized:
-            from lmms_plugin.quant_backends.checkpoints.saving import expect_free
-
             expect_free(self.save_quantized)
 
     @classmethod
@@ -268,9 +268,7 @@ class ModelArguments:
             ValueError: it is neither a folder nor an id, or one of its files is damaged.
         """
         if self.pretrained == DEMO:
-            from lmms_plugin.demo import CHECKPOINT
-
-            return str(CHECKPOINT)
+            return CHECKPOINT
         path = checkpoints.find(self.pretrained)
         if Path(path).is_dir():
             _expect_whole(Path(path))

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.quant_backends import backend_class, backend_name, get, names, option_types
+from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.utils import checkpoints
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
-    from lmms_plugin.quant_backends.plans.plan import QuantPlan
     from lmms_plugin.quant_backends.plans.quant_report import QuantReport
     from lmms_plugin.vlm.wrapper import QuantizedVLM
 
@@ -87,15 +87,16 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _is_checkpoint(method: str) -> bool:
+    # Imports torch, which arguments are checked without.
     from lmms_plugin.quant_backends.backend import CheckpointBackend
 
     return issubclass(backend_class(method), CheckpointBackend)
 
 
 def _held_out(vlm: QuantizedVLM, samples: int) -> dict[str, float | None]:
+    # Import torch and transformers.
     from lmms_plugin.quant_backends.calibration.held_out import held_out_errors
     from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
-    from lmms_plugin.quant_backends.plans.plan import QuantPlan
 
     arguments, seen = vlm.arguments, vlm.report.calibration
     dense = load_quantized(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.quant_backends import class_name, model_name, names
-from lmms_plugin.vlm.sharding import deal_by_image
+from lmms_plugin.vlm.running.sharding import deal_by_image
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
@@ -103,7 +103,7 @@ def make_tasks_visible() -> None:
     _wrap(TaskManager, "_get_config", _filling_in_cells)
     _wrap(TaskManager, "load_task_or_group", _explaining_data_errors)
     if list(inspect.signature(ConfigurableTask.set_config).parameters) == ["self", "key", "value", "update"]:
-        _wrap(ConfigurableTask, "set_config", _refusing_examples)
+        _wrap(ConfigurableTask, "set_config", refusing_examples)
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -193,7 +193,9 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_task_or_group
 
 
-def _refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
+def refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return lmms-eval's `set_config` that refuses `--num_fewshot` for our tasks, which take no examples."""
+
     def set_config(self: Any, key: str, value: Any, update: bool = False) -> None:
         scoring = self.config.process_results
         module = getattr(getattr(scoring, "func", scoring), "__module__", None) or ""
@@ -213,7 +215,7 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     from lmms_plugin.tasks.grounding import natural, refcocoplus
     from lmms_plugin.tasks.grounding.refcocoplus import SPLITS
     from lmms_plugin.tasks.retrieval import matching
-    from lmms_plugin.tasks.sources.origins import Origin
+    from lmms_plugin.tasks.sources.origins import DatasetOrigin
     from lmms_plugin.tasks.vqa import datasets
     from lmms_plugin.utils.copies import DatasetError
 
@@ -224,7 +226,7 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     reason = (str(causes[-1]) or type(causes[-1]).__name__).splitlines()[0]
     said = " ".join(map(str, causes))
     asked = [task_list] if isinstance(task_list, str) else [str(name) for name in task_list or []]
-    own: list[Origin] = (
+    own: list[DatasetOrigin] = (
         [matching.SETS["flickr30k"]] if any(name.startswith("flickr30k_retrieval") for name in asked) else []
     )
     own += captioning.SETS.values() if any(name.startswith("coco_caption_") for name in asked) else []

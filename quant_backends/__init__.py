@@ -137,6 +137,7 @@ def _expect_one(name: str, from_others: Sequence[EntryPoint]) -> None:
 
 
 def _checked(point: EntryPoint) -> type[Backend]:
+    # Imports torch, which names are listed without.
     from lmms_plugin.quant_backends.backend import Backend
 
     kind = point.load()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.calibration.sources import DEFAULT_SAMPLES
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
+from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES
 from lmms_plugin.quant_backends.statistics import InputStatistics
 
 if TYPE_CHECKING:

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, WholeModelBackend
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
 from lmms_plugin.quant_backends.calibration.memory import Residence, return_freed_memory
-from lmms_plugin.quant_backends.calibration.sequential import UNCALIBRATED, Calibrator
+from lmms_plugin.quant_backends.calibration.routing import count_tokens
+from lmms_plugin.quant_backends.calibration.sequential import UNCALIBRATED, SequentialQuantizer
 from lmms_plugin.quant_backends.layers.codes import rows_per_block
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
+from lmms_plugin.quant_backends.plans.expert_use import ExpertUse
 from lmms_plugin.quant_backends.plans.plan import Assignment, QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.plans.quant_report import ModuleReport
 from lmms_plugin.quant_backends.structure.blocks import within
 from lmms_plugin.quant_backends.structure.components import components, dense_linear, expect_finite, splitter
-from lmms_plugin.quant_backends.structure.expert_use import ExpertUse
 from lmms_plugin.quant_backends.structure.experts import join_experts, own_weight, split_experts
 from lmms_plugin.quant_backends.structure.roles import find_mixtures, find_places
-from lmms_plugin.quant_backends.structure.routing import count_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -255,7 +255,7 @@ class Quantization:
             self.replace(name, layer, weight, output_error=output_error, method=method, plain_rows=plain_rows)
 
         of_sequence = frozenset(name for name, part in self.components.items() if part in ("language", "head"))
-        Calibrator(
+        SequentialQuantizer(
             self.model, backend, specs, put, of_sequence, residence=residence or Residence(), journal=journal
         ).run(batches)
 

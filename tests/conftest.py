@@ -27,8 +27,12 @@ settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first, so that no worker is left alone with one of them at the end."""
+    """Mark what loads models, and put files with slow tests first, so that no worker ends alone with one of them."""
+    for item in items:
+        if "checkpoint" in getattr(item, "fixturenames", ()):
+            item.add_marker("model")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -41,6 +45,12 @@ def one_thread() -> None:
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def registered() -> None:
+    """Let lmms-eval know this package, as each of its commands does: by its entry point, which this import calls."""
+    import lmms_eval.models  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +71,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def every_eval_ever(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the unpacked package of Every Eval Ever, fetched for the Python that it asks for; it is not installed."""
-    from lmms_plugin.export.records import VERSION
+    from lmms_plugin.export.record_types import VERSION
 
     folder = tmp_path_factory.mktemp("every_eval_ever")
     if not _fetch(f"every-eval-ever=={VERSION}", folder):

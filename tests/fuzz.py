@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from lmms_plugin import demo
 from lmms_plugin.analysis.logs import read
-from lmms_plugin.analysis.measure import Settings
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.arguments import ModelArguments, read_arguments
 from lmms_plugin.export.measured import measured
 from lmms_plugin.leaderboard.verification import Refused, Verified
@@ -34,14 +34,14 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.protocol.verbalised import stated_confidence
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
-from lmms_plugin.report import reading as report
+from lmms_plugin.report.numbers import results_folder as report
 from lmms_plugin.study.file import reading as study
 from lmms_plugin.study.store.folder import StudyFolder
 
 TOLD = (ValueError, OSError, RuntimeError, ImportError)
 """What `lmms-plugin` makes a line of; a recursion without end is a `RuntimeError` and none of them."""
 LONGEST = 3000
-SETTINGS = Settings(resamples=5)
+SETTINGS = MeasurementSettings(resamples=5)
 EXAMPLES = 30
 """Of each target, before it is the next one's turn."""
 

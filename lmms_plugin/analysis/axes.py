@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin.analysis import accounts
 from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
+from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
-from lmms_plugin.quant_backends import backend_name, model_name
+from lmms_plugin.quant_backends import backend_name, get, model_name, names
+from lmms_plugin.utils.reading import accounts
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
@@ -83,7 +84,7 @@ class Config(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Axes:
+class RunAxes:
     """Where one run stands.
 
     Attributes:
@@ -107,7 +108,7 @@ class Axes:
     versions: Mapping[str, str]
 
 
-def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
+def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
     """The axes of a results file: from the `cell.json` above it, else from model and arguments.
 
     Raises:
@@ -124,11 +125,11 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
         seed = args.get("seed")
         seed = None if seed is None else int(float(seed))
         own = _limited(_from_arguments(model, args), limit)
-        return Axes(own, own.model, model == _READY, seed, "", file.parent, (), versions)
-    cell = accounts.read(folder / "cell.json", accounts.About)
+        return RunAxes(own, own.model, model == _READY, seed, "", file.parent, (), versions)
+    cell = accounts.read(folder / CELL, About)
     axes = cell.get("axes", {})
     if lacking := [name for name in ("model", "method") if axes.get(name) is None]:
-        raise ValueError(f"{folder / 'cell.json'} is damaged: axes.{lacking[0]}: expected a text, got none")
+        raise ValueError(f"{folder / CELL} is damaged: axes.{lacking[0]}: expected a text, got none")
     cell_args = cell.get("model_args") or {}
     own = Config(
         str(axes["model"]),
@@ -145,10 +146,10 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> Axes:
     name = str(cell.get("id", ""))
     checkpoint = str(cell_args.get("pretrained") or own.model)
     ready = cell.get("model") == _READY
-    return Axes(_limited(own, limit), checkpoint, ready, axes.get("seed"), name, folder, command, versions)
+    return RunAxes(_limited(own, limit), checkpoint, ready, axes.get("seed"), name, folder, command, versions)
 
 
-def told_apart(found: Sequence[Axes]) -> list[Axes]:
+def told_apart(found: Sequence[RunAxes]) -> list[RunAxes]:
     """The same, with the checkpoint named wherever one name stands for several of them."""
     of: dict[tuple[str, str], set[str]] = {}
     for one in found:
@@ -156,12 +157,12 @@ def told_apart(found: Sequence[Axes]) -> list[Axes]:
     return [replace(one, config=_with_checkpoint(one)) if len(of[_named(one)]) > 1 else one for one in found]
 
 
-def _named(one: Axes) -> tuple[str, str]:
+def _named(one: RunAxes) -> tuple[str, str]:
     # A checkpoint that is quantized already is never that of the unquantized model.
     return one.config.model, one.config.method if one.ready else ""
 
 
-def _with_checkpoint(one: Axes) -> Config:
+def _with_checkpoint(one: RunAxes) -> Config:
     config = one.config
     if one.ready:
         return config._replace(options=tuple(sorted((*config.options, f"pretrained={one.checkpoint}"))))
@@ -179,7 +180,7 @@ def _cell_folder(file: Path, root: Path) -> Path | None:
     # A single results file may be named: its cell then lies above what was asked for.
     top = root.parent.parent if root.is_file() else root
     for folder in file.parents:
-        if (folder / "cell.json").is_file():
+        if (folder / CELL).is_file():
             return folder
         if folder == top:
             break
@@ -219,9 +220,7 @@ def _served(name: str, args: Mapping[str, Any]) -> Config:
 
 
 def _default_bits(method: str) -> int | None:
-    # Only where a run did not say: the backends import torch.
-    from lmms_plugin.quant_backends import get, names
-
+    # Asked only where a run did not say: a backend imports torch.
     return get(method).default_bits if method in names() else None
 
 

@@ -23,7 +23,7 @@ from lmms_plugin.analysis.records import (
     REJECTION,
     VQA,
     Floats,
-    Kind,
+    TaskKind,
     TaskRecords,
     coded,
     is_record,
@@ -34,7 +34,7 @@ _ROWS_AT_ONCE = 20_000
 _NUMBER = b'{"doc_id": '
 """How lmms-eval begins a row."""
 
-Wanted = Callable[[Kind], Collection[str]]
+Wanted = Callable[[TaskKind], Collection[str]]
 """Which estimators of a kind of task are read."""
 
 
@@ -83,7 +83,7 @@ def _first(line: bytes, log: Path) -> dict[str, Any]:
     return row
 
 
-def _schema(kind: Kind, record: Mapping[str, Any], estimators: Sequence[str]) -> pa.Schema:
+def _schema(kind: TaskKind, record: Mapping[str, Any], estimators: Sequence[str]) -> pa.Schema:
     number, text = pa.float64(), pa.string()
     fields = {"id": text, "image": text, kind.score: number}
     if kind is GROUNDING:
@@ -98,7 +98,7 @@ def _schema(kind: Kind, record: Mapping[str, Any], estimators: Sequence[str]) ->
 
 
 def _table(
-    lines: Iterator[bytes], kind: Kind, first: Mapping[str, Any], schema: pa.Schema, log: Path, some: bool
+    lines: Iterator[bytes], kind: TaskKind, first: Mapping[str, Any], schema: pa.Schema, log: Path, some: bool
 ) -> tuple[pa.Table, npt.NDArray[np.int64]]:
     """The records of all lines, cut out between the key before them and the key that follows in the first row.
 
@@ -181,7 +181,7 @@ def _parsed(found: Sequence[bytes], schema: pa.Schema, log: Path, some: bool) ->
 
 
 def _records(
-    task: str, config: Mapping[str, Any], kind: Kind, table: pa.Table, numbers: npt.NDArray[np.int64], log: Path
+    task: str, config: Mapping[str, Any], kind: TaskKind, table: pa.Table, numbers: npt.NDArray[np.int64], log: Path
 ) -> TaskRecords:
     size = table.num_rows
     parsed = np.ones(size, np.bool_)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.analysis.logs import Run
-from lmms_plugin.analysis.measure import PRINTED, REJECTED, Grid, Settings, as_table, families, grids
-from lmms_plugin.analysis.records import REJECTION, Kind, TaskRecords, match
+from lmms_plugin.analysis.logs import LoggedRun
+from lmms_plugin.analysis.measure import PRINTED, REJECTED, Grid, MeasurementSettings, as_table, families, grids
+from lmms_plugin.analysis.records import REJECTION, TaskKind, TaskRecords, match
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic, bootstrap, interval
 from lmms_plugin.metrics.calibration import Binned
@@ -127,7 +127,9 @@ class Comparison(NamedTuple):
     corruption_errors: list[CorruptionErrors]
 
 
-def compare(first: Run, second: Run, settings: Settings, margin: float | None = None) -> Comparison:
+def compare(
+    first: LoggedRun, second: LoggedRun, settings: MeasurementSettings, margin: float | None = None
+) -> Comparison:
     """Compare two runs, task by task.
 
     Args:
@@ -155,7 +157,7 @@ def compare(first: Run, second: Run, settings: Settings, margin: float | None = 
 def _family(
     tasks: Sequence[TaskRecords],
     others: Mapping[str, TaskRecords],
-    settings: Settings,
+    settings: MeasurementSettings,
     margin: float | None,
     found: Comparison,
 ) -> None:
@@ -192,7 +194,7 @@ def _on_the_same_documents(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
 
 
 def _both(
-    one: TaskRecords, other: TaskRecords, names: np.ndarray, settings: Settings
+    one: TaskRecords, other: TaskRecords, names: np.ndarray, settings: MeasurementSettings
 ) -> tuple[list[Statistic], int, int]:
     """Statistics of both runs on the records that count; those of confidence where both runs have one."""
     keep = one.reported
@@ -215,7 +217,7 @@ def _both(
     return statistics, int(known.sum()), int(np.unique(inside.index).size)
 
 
-def compared(kind: Kind) -> tuple[str, ...]:
+def compared(kind: TaskKind) -> tuple[str, ...]:
     """What is compared of a kind of task."""
     if kind is REJECTION:
         return (BOXES, *REJECTED)
@@ -244,7 +246,7 @@ def _changes(
     second: Draws,
     known: int,
     images: int,
-    settings: Settings,
+    settings: MeasurementSettings,
     margin: float | None,
     found: Comparison,
 ) -> None:
@@ -273,7 +275,7 @@ def _interactions(
     title: str,
     table: Grid,
     halves: Mapping[str, tuple[Draws, Draws]],
-    settings: Settings,
+    settings: MeasurementSettings,
     found: Comparison,
 ) -> None:
     clean, cells = table

@@ -44,7 +44,7 @@ _OF_THE_METHOD = ("group_size", "symmetric", "calibration", "calibration_samples
 _OF_THE_MODEL = ("pretrained", "dtype", "min_pixels", "max_pixels", "max_num_frames", "system_prompt", "dialect")
 
 
-class Cell(NamedTuple):
+class ComponentCell(NamedTuple):
     """One run: bits per component and the scores it reached.
 
     Attributes:
@@ -61,7 +61,7 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class ComponentGrid:
     """Scores of one metric over the bits of the components.
 
     Attributes:
@@ -122,7 +122,7 @@ class Importance(NamedTuple):
     high: float
 
 
-class Sensitivity(NamedTuple):
+class ComponentSensitivity(NamedTuple):
     """The importances of one grid.
 
     Attributes:
@@ -131,7 +131,7 @@ class Sensitivity(NamedTuple):
         importances: One per component, summing to 100 % in every measure.
     """
 
-    grid: Grid
+    grid: ComponentGrid
     r2: float
     importances: tuple[Importance, ...]
 
@@ -145,7 +145,9 @@ class Sensitivity(NamedTuple):
         return {"grid": self.grid.name, "r2": self.r2, "importances": importances, "runs": runs}
 
 
-def analyse(grid: Grid, *, resamples: int = RESAMPLES, seed: int = 0, workers: int = 1) -> Sensitivity:
+def analyse(
+    grid: ComponentGrid, *, resamples: int = RESAMPLES, seed: int = 0, workers: int = 1
+) -> ComponentSensitivity:
     """Importance of each component, by three measures and their mean.
 
     Args:
@@ -178,10 +180,10 @@ def analyse(grid: Grid, *, resamples: int = RESAMPLES, seed: int = 0, workers: i
         Importance(name, *map(float, (*shares[:, k], consensus[k], *ends[:, k])))
         for k, name in enumerate(grid.components)
     )
-    return Sensitivity(grid, _r2(grid, seed), importances)
+    return ComponentSensitivity(grid, _r2(grid, seed), importances)
 
 
-def read(path: Path) -> tuple[list[Cell], list[str]]:
+def read(path: Path) -> tuple[list[ComponentCell], list[str]]:
     """Runs of our models at or under a path, and why others are left out.
 
     Raises:
@@ -197,7 +199,7 @@ def read(path: Path) -> tuple[list[Cell], list[str]]:
     return cells, left_out
 
 
-def grids(cells: Iterable[Cell], metrics: Sequence[str]) -> Iterator[Grid]:
+def grids(cells: Iterable[ComponentCell], metrics: Sequence[str]) -> Iterator[ComponentGrid]:
     """One grid per model, method, task and metric; runs without quantization are a corner of each.
 
     Args:
@@ -216,7 +218,7 @@ def grids(cells: Iterable[Cell], metrics: Sequence[str]) -> Iterator[Grid]:
                     yield _grid(f"{method} {model}, {task} {metric}", known, (task, metric))
 
 
-def draw(found: Sensitivity, file: Path) -> None:
+def draw(found: ComponentSensitivity, file: Path) -> None:
     """Draw importances with their intervals, and beside them the scores by the bits of each component."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -226,7 +228,7 @@ def draw(found: Sensitivity, file: Path) -> None:
         _figure(found, Figure).savefig(file, dpi=150)
 
 
-def _figure(found: Sensitivity, make: Any) -> Any:
+def _figure(found: ComponentSensitivity, make: Any) -> Any:
     k = len(found.importances)
     figure = make(figsize=(3.2 * (k + 1), 3.4), layout="constrained")
     axes = figure.subplots(1, k + 1)
@@ -252,7 +254,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 _MARKERS = MappingProxyType({"forest": "o", "permutation": "s", "shap": "^"})
 
 
-def _draw_levels(axis: Any, grid: Grid, column: int) -> None:
+def _draw_levels(axis: Any, grid: ComponentGrid, column: int) -> None:
     """Every run as a dot, and the mean at each number of bits; bits are spaced evenly."""
     levels = np.unique(grid.bits[:, column])
     places = np.searchsorted(levels, grid.bits[:, column])
@@ -264,7 +266,7 @@ def _draw_levels(axis: Any, grid: Grid, column: int) -> None:
     axis.set_xticks(range(len(levels)), [str(level) for level in levels])
 
 
-def _cell(results: Mapping[str, Any]) -> Cell:
+def _cell(results: Mapping[str, Any]) -> ComponentCell:
     config = results.get("config") or {}
     backend = backend_name(str(config.get("model", "")))
     if backend is None:
@@ -285,7 +287,7 @@ def _cell(results: Mapping[str, Any]) -> Cell:
         for key, value in values.items()
         if isinstance(value, int | float) and abs(value) < 2**63 and "stderr" not in key
     }
-    return Cell(
+    return ComponentCell(
         _different({name: getattr(arguments, name) for name in _OF_THE_MODEL}) or "the default model",
         f"{backend} {_different(settings)}".strip() if quantized else "",
         bits,
@@ -301,14 +303,14 @@ def _different(values: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in values.items() if value != _DEFAULTS.get(name))
 
 
-def _grid(name: str, cells: Sequence[Cell], score: tuple[str, str]) -> Grid:
+def _grid(name: str, cells: Sequence[ComponentCell], score: tuple[str, str]) -> ComponentGrid:
     bits = np.array([[cell.bits[component] for component in COMPONENTS] for cell in cells])
     varying = [k for k in range(len(COMPONENTS)) if np.unique(bits[:, k]).size > 1]
     scores = np.array([cell.scores[score] for cell in cells])
     # A forest draws runs by their places: these must not depend on what files and folders are called.
     order = np.lexsort((scores, *bits.T[::-1]))
     bits, scores = bits[order], scores[order]
-    return Grid(name, tuple(COMPONENTS[k] for k in varying), bits[:, varying], scores)
+    return ComponentGrid(name, tuple(COMPONENTS[k] for k in varying), bits[:, varying], scores)
 
 
 def _shares(bits: npt.NDArray[np.int64], scores: Floats, seed: int) -> Floats:
@@ -327,7 +329,7 @@ def _shares(bits: npt.NDArray[np.int64], scores: Floats, seed: int) -> Floats:
     return shares
 
 
-def _r2(grid: Grid, seed: int) -> float:
+def _r2(grid: ComponentGrid, seed: int) -> float:
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.metrics import r2_score
     from sklearn.model_selection import KFold, cross_val_predict

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis.logs import Run
-from lmms_plugin.analysis.measure import Settings, drawn, known, together
+from lmms_plugin.analysis.logs import LoggedRun
+from lmms_plugin.analysis.measure import MeasurementSettings, drawn, known, together
 from lmms_plugin.analysis.records import TaskRecords, Texts
 from lmms_plugin.metrics.bootstrap import Interval, Statistic
 from lmms_plugin.metrics.calibration import Binned
@@ -16,7 +16,7 @@ from lmms_plugin.metrics.intervals import between
 from lmms_plugin.metrics.ranked import Ranked
 
 
-class Judged(NamedTuple):
+class RankedEstimator(NamedTuple):
     """How one estimator does on one task.
 
     Attributes:
@@ -48,7 +48,7 @@ class Judged(NamedTuple):
     ece_floor: float
 
 
-def judge(run: Run, settings: Settings) -> list[Judged]:
+def judge(run: LoggedRun, settings: MeasurementSettings) -> list[RankedEstimator]:
     """Every estimator that a run logged, by task, best AURC first.
 
     Raises:
@@ -67,13 +67,13 @@ def judge(run: Run, settings: Settings) -> list[Judged]:
     return sorted(judged, key=lambda one: (places[one.task], one.aurc, one.estimator))
 
 
-def _judge(records: TaskRecords, name: str, names: Texts, settings: Settings) -> Judged:
+def _judge(records: TaskRecords, name: str, names: Texts, settings: MeasurementSettings) -> RankedEstimator:
     keep, confidence, outcome, clusters = known(records, name, names)
     statistics: list[Statistic] = [Ranked(confidence, outcome, clusters, ("auroc", "aurc"))]
     statistics.append(Binned(confidence, outcome, clusters))
     ranked, binned = drawn(statistics, names.size, settings)
     auroc, aurc, ece = ranked.of("auroc"), ranked.of("aurc"), binned.of("ece")
-    return Judged(
+    return RankedEstimator(
         records.task,
         name,
         records=confidence.size,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from lmms_plugin import metrics
 from lmms_plugin.analysis.measure import (
     Family,
-    Settings,
+    MeasurementSettings,
     Together,
     beyond,
     drawn,
@@ -22,7 +22,7 @@ from lmms_plugin.analysis.measure import (
     means,
     together,
 )
-from lmms_plugin.analysis.records import SHIFTED, Floats, Place, TaskRecords, Texts
+from lmms_plugin.analysis.records import SHIFTED, EvaluationSet, Floats, TaskRecords, Texts
 from lmms_plugin.metrics.bins import DEFAULT_BINS
 from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic
 from lmms_plugin.metrics.calibration import Binned
@@ -67,7 +67,7 @@ class Task:
 
     task: str
     family: Family
-    place: Place
+    place: EvaluationSet
     documents: str
     records: int
     images: int
@@ -83,7 +83,7 @@ class Task:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class TaskGroup:
     """A mean over tasks.
 
     Attributes:
@@ -115,7 +115,7 @@ class Group:
         return float(self.value[METRICS.index(metric)])
 
 
-class Measured(NamedTuple):
+class MeasuredRun(NamedTuple):
     """All numbers of a run.
 
     Attributes:
@@ -125,19 +125,19 @@ class Measured(NamedTuple):
     """
 
     tasks: dict[str, Task]
-    groups: dict[tuple[Family, str], Group]
+    groups: dict[tuple[Family, str], TaskGroup]
     documents: dict[str, Texts]
 
 
-def measure(tasks: Iterable[TaskRecords], settings: Settings) -> Measured:
+def measure(tasks: Iterable[TaskRecords], settings: MeasurementSettings) -> MeasuredRun:
     """Measure all tasks of a run that have right and wrong answers; each has to have a record that is reported on."""
-    found = Measured({}, {}, {})
+    found = MeasuredRun({}, {}, {})
     for family in together(tasks, settings):
         _measure(family, settings, found)
     return found
 
 
-def _measure(whole: Together, settings: Settings, found: Measured) -> None:
+def _measure(whole: Together, settings: MeasurementSettings, found: MeasuredRun) -> None:
     fingerprint = hashlib.blake2b("\n".join(whole.names.tolist()).encode("utf-8", "surrogatepass"), digest_size=16)
     values: dict[str, Floats] = {}
     for one in whole.tasks:
@@ -149,7 +149,7 @@ def _measure(whole: Together, settings: Settings, found: Measured) -> None:
     for condition, chosen in _conditions(sorted(whole.tasks, key=lambda one: one.task)).items():
         mean = np.stack([values[one.task] for one in chosen]).mean(axis=0)
         tasks = [found.tasks[one.task] for one in chosen]
-        found.groups[whole.family, condition] = Group(
+        found.groups[whole.family, condition] = TaskGroup(
             tuple(one.task for one in chosen),
             fingerprint.hexdigest(),
             sum(task.records for task in tasks),
@@ -172,7 +172,7 @@ def _conditions(members: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
     return chosen
 
 
-def _numbers(one: TaskRecords, whole: Together, settings: Settings) -> Floats:
+def _numbers(one: TaskRecords, whole: Together, settings: MeasurementSettings) -> Floats:
     """Values on the data and on every resample, shape (1 + resamples, metrics)."""
     there = known(one, settings.estimator, whole.names)
     statistics: list[Statistic] = [means(one, one.confidence_by(settings.estimator), whole.names)]
@@ -194,7 +194,7 @@ def _columns(draws: Sequence[Draws]) -> Floats:
     return np.stack([found.get(name, missing) for name in METRICS], axis=1)
 
 
-def _task(family: Family, one: TaskRecords, numbers: Floats, settings: Settings) -> Task:
+def _task(family: Family, one: TaskRecords, numbers: Floats, settings: MeasurementSettings) -> Task:
     keep, confidence, outcome, _ = known(one, settings.estimator, one.names)
     intervals = [between(name, numbers[0, k], numbers[1:, k], settings.level) for k, name in enumerate(METRICS)]
     low, high = np.array(intervals).T

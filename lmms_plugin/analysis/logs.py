@@ -27,14 +27,15 @@ from lmms_plugin.analysis.records import (
     KINDS,
     STRICTER,
     Floats,
-    Kind,
+    TaskKind,
     TaskRecords,
     Texts,
     coded,
     is_record,
     place_of,
 )
-from lmms_plugin.utils.readable import problem
+from lmms_plugin.utils.files import json_object
+from lmms_plugin.utils.reading.readable import problem
 
 _RESULTS = "_results.json"
 _MOST_DIGITS = 18
@@ -63,7 +64,7 @@ def git_state(results: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class LoggedRun:
     """One finished run.
 
     Attributes:
@@ -131,7 +132,7 @@ def _hidden(file: Path) -> bool:
     return any(part.startswith(".") for part in file.parts)
 
 
-def read_one(path: Path, wanted: Wanted | None = None) -> Run:
+def read_one(path: Path, wanted: Wanted | None = None) -> LoggedRun:
     """The only run at or under a path.
 
     Raises:
@@ -175,7 +176,7 @@ def table(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is damaged, or none of lmms-eval.
     """
-    results = _json(file, file.read_bytes(), _bounded)
+    results = json_object(file.read_bytes(), str(file), _bounded)
     if not file.name.endswith(_RESULTS) or not {"configs", "n-samples", "results"} <= set(results):
         raise ValueError(f"expected a results file of lmms-eval (*{_RESULTS}), got {file}")
     try:
@@ -187,7 +188,7 @@ def table(file: Path) -> dict[str, Any]:
     return results
 
 
-def read(file: Path, wanted: Wanted | None = None) -> Run:
+def read(file: Path, wanted: Wanted | None = None) -> LoggedRun:
     """Read a results file and the logs of samples beside it.
 
     Args:
@@ -208,7 +209,7 @@ def read(file: Path, wanted: Wanted | None = None) -> Run:
         else:
             tasks[task] = records
     config = results.get("config") or {}
-    return Run(
+    return LoggedRun(
         file,
         str(config.get("model") or ""),
         str(config.get("model_args", "")),
@@ -357,7 +358,7 @@ def _rows(log: Path) -> Iterator[dict[str, Any]]:
     # A file's own lines: str.splitlines would also part an answer at a separator that JSON leaves as it is.
     with log.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            yield _json(f"{log}:{number}", line)
+            yield json_object(line, f"{log}:{number}")
 
 
 def _confidences(records: list[dict[str, Any]], log: Path) -> dict[str, Floats]:
@@ -393,7 +394,7 @@ def _fractions(name: str, values: list[Any], ids: Sequence[str] | Texts, log: Pa
     return array
 
 
-def _record(row: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:
+def _record(row: Mapping[str, Any], kind: TaskKind, where: str) -> dict[str, Any]:
     record = row.get(kind.record)
     if not is_record(record, kind):
         raise ValueError(f"expected a record under {kind.record!r} for document {row.get('doc_id')} in {where}")
@@ -432,14 +433,3 @@ def _bounded(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"expected at most {_MOST_DIGITS} digits, got {digits[:_MOST_DIGITS]}...")
     return int(digits)
-
-
-def _json(where: object, text: bytes, whole: Callable[[str], int] | None = None) -> dict[str, Any]:
-    try:
-        value = json.loads(text, parse_int=whole)
-    # Python parses by recursion, and no integer of more than 4,300 digits.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {where}, which is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object in {where}, got {text[:60]!r}")
-    return value

@@ -20,15 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.records import (
     REJECTION,
     SHIFTED,
     STRICTER,
     Bools,
+    EvaluationSet,
     Floats,
-    Kind,
-    Place,
+    TaskKind,
     TaskRecords,
     Texts,
     match,
@@ -54,7 +54,7 @@ PRINTED = MappingProxyType({"adaptive_ece": "ace", "fpr_at_tpr": "fpr@0.95"})
 
 
 @dataclass(frozen=True)
-class Settings:
+class MeasurementSettings:
     """How intervals are made and records held out.
 
     Attributes:
@@ -84,12 +84,12 @@ class Settings:
         if self.calibrator not in CALIBRATORS:
             raise ValueError(f"expected a calibrator of {', '.join(CALIBRATORS)}, got {self.calibrator!r}")
 
-    def estimators(self, kind: Kind) -> frozenset[str]:
+    def estimators(self, kind: TaskKind) -> frozenset[str]:
         """What a log of a kind of task is read for: the estimator, and that of its table of results."""
         return frozenset((self.estimator or kind.estimator, kind.estimator))
 
 
-class Number(NamedTuple):
+class MetricValue(NamedTuple):
     """One metric of one task.
 
     Attributes:
@@ -162,7 +162,7 @@ class Together:
     judged: Texts
 
 
-def together(tasks: Iterable[TaskRecords], settings: Settings) -> list[Together]:
+def together(tasks: Iterable[TaskRecords], settings: MeasurementSettings) -> list[Together]:
     """Tasks by the documents they ask about; those of rejection are left out."""
     found: dict[Family, list[TaskRecords]] = {}
     for one in tasks:
@@ -196,7 +196,7 @@ def _on_the_same_documents(members: Sequence[TaskRecords]) -> dict[str, list[Tas
     return parted
 
 
-def _together(family: Family, tasks: Sequence[TaskRecords], settings: Settings) -> Together:
+def _together(family: Family, tasks: Sequence[TaskRecords], settings: MeasurementSettings) -> Together:
     return Together(
         family,
         tuple(tasks),
@@ -223,7 +223,7 @@ def part(whole: Clusters, keep: Bools) -> Clusters:
     return Clusters(whole.index[keep], whole.count)
 
 
-def drawn(statistics: Sequence[Statistic], images: int, settings: Settings) -> list[Draws]:
+def drawn(statistics: Sequence[Statistic], images: int, settings: MeasurementSettings) -> list[Draws]:
     """Values of statistics on the data and on every resample; without resamples where there is but one image."""
     if images < 2:
         once = np.ones((1, max(images, 1)))
@@ -283,7 +283,7 @@ class Chosen(NamedTuple):
 
 
 def beyond(
-    records: TaskRecords, tasks: Mapping[str, TaskRecords], names: Texts, settings: Settings
+    records: TaskRecords, tasks: Mapping[str, TaskRecords], names: Texts, settings: MeasurementSettings
 ) -> tuple[Chosen, Known] | None:
     """Held-out records, and those others of a task on which what is chosen on them is judged.
 
@@ -311,7 +311,7 @@ def beyond(
     )
 
 
-def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[Number]:
+def measure(run: LoggedRun, settings: MeasurementSettings, chosen_on: LoggedRun | None = None) -> list[MetricValue]:
     """All metrics of all tasks of a run.
 
     Without confidences (a model of another package) calibration is absent, not zero. So is what needs held-out records
@@ -329,7 +329,7 @@ def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[
     """
     _of_ours(run)
     of = {one.task: family for family in together(run.tasks.values(), settings) for one in family.tasks}
-    numbers: list[Number] = []
+    numbers: list[MetricValue] = []
     for records in run.tasks.values():
         if records.kind is REJECTION:
             numbers += rejection(records, settings)
@@ -342,7 +342,7 @@ def measure(run: Run, settings: Settings, chosen_on: Run | None = None) -> list[
     return numbers
 
 
-def held_out(records: TaskRecords, settings: Settings) -> Bools:
+def held_out(records: TaskRecords, settings: MeasurementSettings) -> Bools:
     """Which records thresholds are chosen on, shape (n,): of held-out images, whichever others there are."""
     if np.any(records.parts != ""):
         return np.equal(records.parts, HELD_OUT)
@@ -355,7 +355,7 @@ def _held_out_images(names: tuple[str, ...], seed: int, share: float) -> Bools:
     return np.array([uniform(f"{seed}:{name}") < share for name in names])
 
 
-def robust(run: Run, settings: Settings) -> dict[str, list[Robustness]]:
+def robust(run: LoggedRun, settings: MeasurementSettings) -> dict[str, list[Robustness]]:
     """Robustness by clean task, where a run has one and a full table of shifts × severities beside it.
 
     Language shifts leave out what they cannot change: everything here is of the documents that all tasks of the table
@@ -396,7 +396,7 @@ def grids(tasks: Sequence[TaskRecords]) -> dict[str, Grid]:
     return found
 
 
-def without_grid(run: Run) -> list[str]:
+def without_grid(run: LoggedRun) -> list[str]:
     """Shifted tasks of which no robustness can be told, and why not, one line for each dataset and kind of shift."""
     lines = []
     for tasks in families(records for records in run.tasks.values() if records.kind is not REJECTION):
@@ -442,7 +442,7 @@ def as_table(values: Mapping[tuple[str, int], float]) -> Floats:
     return np.array([values[cell] for cell in sorted(values)]).reshape(-1, len(severities))
 
 
-def key_numbers(records: TaskRecords, settings: Settings) -> dict[str, float]:
+def key_numbers(records: TaskRecords, settings: MeasurementSettings) -> dict[str, float]:
     """Accuracy, ECE, AURC and coverage at risk of the reported records; NaN without confidences."""
     keep = records.reported
     confidence, outcome = records.confidence_by(settings.estimator)[keep], records.outcome[keep]
@@ -456,12 +456,12 @@ def key_numbers(records: TaskRecords, settings: Settings) -> dict[str, float]:
     return numbers
 
 
-def _of_ours(run: Run) -> None:
+def _of_ours(run: LoggedRun) -> None:
     if not run.tasks:
         raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")
 
 
-def _everything(records: TaskRecords, names: Texts, settings: Settings) -> list[Number]:
+def _everything(records: TaskRecords, names: Texts, settings: MeasurementSettings) -> list[MetricValue]:
     confidence, there = records.confidence_by(settings.estimator), known(records, settings.estimator, names)
     statistics: list[Statistic] = [means(records, confidence, names, STRICTER)]
     if there.keep.any():
@@ -472,7 +472,7 @@ def _everything(records: TaskRecords, names: Texts, settings: Settings) -> list[
     return _measured(records, statistics, records.reported, names.size, settings)
 
 
-def rejection(records: TaskRecords, settings: Settings) -> list[Number]:
+def rejection(records: TaskRecords, settings: MeasurementSettings) -> list[MetricValue]:
     """How well confidence tells expressions that match something from others, and how often it falls within a pair.
 
     Args:
@@ -518,9 +518,9 @@ def _measured(
     statistics: Sequence[Statistic],
     keep: Bools,
     images: int,
-    settings: Settings,
+    settings: MeasurementSettings,
     suffix: str = "",
-) -> list[Number]:
+) -> list[MetricValue]:
     """Numbers of some records, with intervals over `images` images of which all statistics are functions."""
     if (count := _images(records, keep)) < 2:
         raise ValueError(f"expected at least 2 images in task {records.task} to make intervals from, got {count}")
@@ -532,11 +532,11 @@ def _measured(
         for name in draws.names:
             low, high = between(name, *draws.of(name), settings.level)
             printed = records.kind.named(PRINTED.get(name, name)) + suffix
-            numbers.append(Number(records.task, printed, draws.of(name)[0], low, high, *size))
+            numbers.append(MetricValue(records.task, printed, draws.of(name)[0], low, high, *size))
     return numbers
 
 
-def _floor(records: TaskRecords, settings: Settings) -> list[Number]:
+def _floor(records: TaskRecords, settings: MeasurementSettings) -> list[MetricValue]:
     confidence = records.confidence_by(settings.estimator)
     keep = records.reported & ~np.isnan(confidence)
     if not keep.any():
@@ -546,13 +546,13 @@ def _floor(records: TaskRecords, settings: Settings) -> list[Number]:
     for name, equal_mass in (("ece", False), ("ace", True)):
         floor = metrics.ece_floor(confidence[keep], equal_mass=equal_mass, seed=settings.seed)
         for end, value in zip(("floor", "floor_p95"), floor, strict=True):
-            numbers.append(Number(records.task, f"{name}_{end}", value, math.nan, math.nan, *size))
+            numbers.append(MetricValue(records.task, f"{name}_{end}", value, math.nan, math.nan, *size))
     return numbers
 
 
 def _beyond_held_out(
-    records: TaskRecords, tasks: Mapping[str, TaskRecords], names: Texts, settings: Settings
-) -> list[Number]:
+    records: TaskRecords, tasks: Mapping[str, TaskRecords], names: Texts, settings: MeasurementSettings
+) -> list[MetricValue]:
     """What thresholds and calibrators from held-out images do on the other images of some records."""
     found = beyond(records, tasks, names, settings)
     if found is None:
@@ -609,5 +609,5 @@ def _robustness(name: str, clean: float, cells: Mapping[tuple[str, int], Mapping
     return Robustness(name, clean, robustness.mean_under_corruption(values), kept, changes)
 
 
-def _cell(place: Place) -> tuple[str, int]:
+def _cell(place: EvaluationSet) -> tuple[str, int]:
     return str(place.shift), int(place.severity or 0)

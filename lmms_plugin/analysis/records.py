@@ -23,7 +23,7 @@ STRICTER = (0.75, 0.9)
 """IoU thresholds of accuracies beside that from which an answer counts as right."""
 
 
-class Kind(NamedTuple):
+class TaskKind(NamedTuple):
     """A kind of task, by what its records hold.
 
     Attributes:
@@ -47,9 +47,9 @@ class Kind(NamedTuple):
         return f"acc@{self.right:g}" if metric == "accuracy" and self.right is not None else metric
 
 
-GROUNDING = Kind("mean_iou", "score", "coordinate_mean", 0.5)
-VQA = Kind("accuracy", "accuracy", "joint", None)
-REJECTION = Kind("box_rate", "score", "coordinate_mean", None, outcome="matches")
+GROUNDING = TaskKind("mean_iou", "score", "coordinate_mean", 0.5)
+VQA = TaskKind("accuracy", "accuracy", "joint", None)
+REJECTION = TaskKind("box_rate", "score", "coordinate_mean", None, outcome="matches")
 """Expressions that match something and others that match nothing: confidence is to tell them apart."""
 KINDS = (GROUNDING, VQA, REJECTION)
 
@@ -58,7 +58,7 @@ SHIFTED = ("image", "language", "image and language")
 """What a shift may shift: means over shifts are taken for each of these apart."""
 
 
-class Place(NamedTuple):
+class EvaluationSet(NamedTuple):
     """What a task asks about: tasks that differ in shift and severity alone ask about the same documents.
 
     Attributes:
@@ -103,8 +103,8 @@ class TaskRecords:
     """
 
     task: str
-    kind: Kind
-    place: Place
+    kind: TaskKind
+    place: EvaluationSet
     ids: Texts
     numbers: npt.NDArray[np.int64]
     image: npt.NDArray[np.int32]
@@ -175,13 +175,13 @@ class TaskRecords:
         return self.confidence[name]
 
 
-def is_record(value: Any, kind: Kind) -> TypeGuard[dict[str, Any]]:
+def is_record(value: Any, kind: TaskKind) -> TypeGuard[dict[str, Any]]:
     """Whether a value of a log is a record of that kind."""
     keys = {"id", "image", kind.score} | ({kind.outcome} if kind.outcome else set())
     return isinstance(value, dict) and keys <= set(value)
 
 
-def place_of(config: Mapping[str, Any]) -> Place:
+def place_of(config: Mapping[str, Any]) -> EvaluationSet:
     """What a task asks about, by its configuration in a results file."""
     metadata = config.get("metadata") or {}
     if not isinstance(metadata, Mapping):
@@ -191,12 +191,12 @@ def place_of(config: Mapping[str, Any]) -> Place:
     place = str(dataset), str(config.get("test_split"))
     kinds = [_shift(metadata, key, of) for key, of in _SHIFT_KEYS if metadata.get(key) is not None]
     if not kinds:
-        return Place(*place, None, None)
+        return EvaluationSet(*place, None, None)
     name, severity = "_and_".join(name for name, _ in kinds), kinds[0][1]
     if severity != kinds[-1][1]:
         name += f"_{kinds[-1][1]}"
     which = SHIFTED[2] if len(kinds) == 2 else SHIFTED["text_shift" in metadata]
-    return Place(*place, name, severity, which)
+    return EvaluationSet(*place, name, severity, which)
 
 
 def _shift(metadata: Mapping[str, Any], key: str, of: str) -> tuple[str, int]:

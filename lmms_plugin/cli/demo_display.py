@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmms_plugin.cli.terminal import InPlace
-from lmms_plugin.demo.progress import Pace, seconds_left
+from lmms_plugin.demo.pace import Pace, seconds_left
 from lmms_plugin.study.run.progress import duration
 from lmms_plugin.utils.messages import command_line
 
@@ -46,7 +46,7 @@ def show(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -
 
 
 @dataclass
-class Progress(InPlace):
+class DemoProgress(InPlace):
     """One line on what runs and how long is left: drawn in place on a terminal, said now and then elsewhere.
 
     Attributes:

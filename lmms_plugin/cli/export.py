@@ -13,9 +13,9 @@ import typer
 from lmms_plugin.utils.outputs import expect_folder
 
 if TYPE_CHECKING:
-    from lmms_plugin.analysis.logs import Run
-    from lmms_plugin.export.every_eval_ever import Source
-    from lmms_plugin.export.records import Relationship
+    from lmms_plugin.analysis.logs import LoggedRun
+    from lmms_plugin.export.every_eval_ever import EvaluationSource
+    from lmms_plugin.export.record_types import Relationship
 
 Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the resamples.")]
@@ -62,7 +62,7 @@ def export(
 ) -> None:
     """Write a run for leaderboards; its answers are scored anew first, and every record is validated."""
     from lmms_plugin.analysis.logs import read_one
-    from lmms_plugin.analysis.measure import Settings
+    from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.export import every_eval_ever, hub
     from lmms_plugin.export.measured import measured
     from lmms_plugin.leaderboard import submission
@@ -77,12 +77,12 @@ def export(
         ids = _named(dataset_id, "--dataset-id", "the benchmark's dataset on the hub")
         its_task = _named(task_id, "--task-id", "the task in that dataset's eval.yaml")
         ranked_by = _named(metric, "--metric", "the metric that this benchmark ranks by")
-        entry = hub.Entry(ids, its_task, task, ranked_by, 100.0 if percent else 1.0, source_url)
+        entry = hub.BenchmarkEntry(ids, its_task, task, ranked_by, 100.0 if percent else 1.0, source_url)
     name = ""
     if Format.MODEL_INDEX in formats:
         name = _model_id(run, model_id).partition("/")[2]
         hub.expect_datasets(run, dataset_id)
-    settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
     if Format.SUBMISSION in formats:
         submission.expect_checkable(settings)
     found = measured(run, settings)
@@ -119,14 +119,14 @@ def leaderboard(
     from loguru import logger
 
     from lmms_plugin.analysis.logs import find, read
-    from lmms_plugin.analysis.measure import Settings
-    from lmms_plugin.export.datasets import true_documents
-    from lmms_plugin.export.documents import documents
+    from lmms_plugin.analysis.measure import MeasurementSettings
+    from lmms_plugin.export.asked_documents import documents
+    from lmms_plugin.export.true_documents import true_documents
     from lmms_plugin.leaderboard import board
     from lmms_plugin.leaderboard.verification import Refused, Verified, agreeing, verify
 
     expect_folder("--output", output)
-    settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
     known = {
         task: documents(run, task) for run in (map(read, find(reference)) if reference else ()) for task in run.tasks
     }
@@ -160,7 +160,7 @@ def quantize(
     from loguru import logger
 
     from lmms_plugin.export import checkpoint
-    from lmms_plugin.utils.quiet import no_bars, stdout_to_stderr
+    from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
     no_bars()
@@ -176,19 +176,19 @@ def quantize(
 
 
 def _source(
-    run: Run, model_id: str | None, organization: str | None, relationship: str | None, collection: str
-) -> Source:
-    from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, Source
+    run: LoggedRun, model_id: str | None, organization: str | None, relationship: str | None, collection: str
+) -> EvaluationSource:
+    from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, EvaluationSource
 
     model = _model_id(run, model_id)
     who = _named(organization, "--organization", "the organization that ran the evaluation")
     what = f"its relationship to the model, {', '.join(RELATIONSHIPS)}"
     # Whether it is one of these, Source checks.
     stands = cast("Relationship", _named(relationship, "--relationship", what))
-    return Source(model, who, stands, collection, int(time.time()))
+    return EvaluationSource(model, who, stands, collection, int(time.time()))
 
 
-def _model_id(run: Run, given: str | None) -> str:
+def _model_id(run: LoggedRun, given: str | None) -> str:
     """The model's id: as given, else that of a checkpoint on the hub."""
     from lmms_plugin.export import facts
     from lmms_plugin.export.every_eval_ever import HUB_ID

@@ -61,10 +61,11 @@ def demo(
     ] = False,
 ) -> None:
     """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and show one table."""
+    from lmms_plugin.cli.demo_display import DemoProgress, show
     from lmms_plugin.demo import run
 
     expect_folder("--output", output)
-    run.run(output, bits=bits, limit=limit, full=full)
+    run.run(output, bits, DemoProgress, show, limit, full=full)
 
 
 @app.command()
@@ -79,7 +80,7 @@ def inspect(
     from loguru import logger
 
     from lmms_plugin import quantize
-    from lmms_plugin.utils.quiet import no_bars, stdout_to_stderr
+    from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
@@ -121,7 +122,7 @@ def metrics(
     from lmms_plugin.cli import printed
 
     workers = os.cpu_count() or 1
-    settings = measure.Settings(estimator, resamples, seed, level, held_out, calibrator, workers)
+    settings = measure.MeasurementSettings(estimator, resamples, seed, level, held_out, calibrator, workers)
     chosen = None if chosen_on is None else read_one(chosen_on)
     runs = [read(file) for file in find(results)]
     for line in (line for run in runs for line in measure.without_grid(run)):
@@ -157,7 +158,7 @@ def compare(
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.cli import printed
 
-    settings = measure.Settings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
+    settings = measure.MeasurementSettings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
     runs = read_one(first), read_one(second)
     for line in measure.without_grid(runs[0]):
         typer.echo(line, err=True)
@@ -172,7 +173,7 @@ def compare(
     _print_tables(*tables)
 
 
-class Kind(StrEnum):
+class PictureFormat(StrEnum):
     """What a picture is written as."""
 
     PNG = "png"
@@ -185,14 +186,14 @@ def sensitivity(
     results: Annotated[Path, typer.Argument(help="Folder with results files of runs that differ in bits.")],
     metric: Annotated[list[str], typer.Option(help="Metric of lmms-eval's table; may be given again.")] = ["acc@0.5"],  # noqa: B006
     figure: Annotated[Path | None, typer.Option(help="Folder to draw one picture per grid into.")] = None,
-    kind: Annotated[Kind, typer.Option(help="Of the pictures.")] = Kind.PNG,
+    kind: Annotated[PictureFormat, typer.Option(help="Of the pictures.")] = PictureFormat.PNG,
     json: AsJson = False,
     resamples: Annotated[int, typer.Option(min=2, help="Resamples of the runs for the intervals.")] = 200,
     seed: Seed = 0,
 ) -> None:
     """Say which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
     from lmms_plugin.analysis import component_importance as analysis
-    from lmms_plugin.cli.tables import sensitivity_table
+    from lmms_plugin.cli.printed_tables import sensitivity_table
 
     if figure is not None:
         expect_folder("--figure", figure)
@@ -253,10 +254,10 @@ def fit_selector(
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.selector import training
     from lmms_plugin.selector.features import read
-    from lmms_plugin.selector.network import Settings
+    from lmms_plugin.selector.network import SelectorSettings
 
     expect_file("--output", output)
-    settings = Settings(hidden=hidden, lr=lr, epochs=epochs, patience=patience, held_out=held_out, seed=seed)
+    settings = SelectorSettings(hidden=hidden, lr=lr, epochs=epochs, patience=patience, held_out=held_out, seed=seed)
     trained = training.train(read_one(results), read(features), settings, task or ())
     trained.save(output)
     for name, value in training.summary(trained).items():
@@ -287,13 +288,13 @@ def apply_selector(
 def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
     """Measure how strong shifts are by the model's own view of the images, beside what they cost; no label is used."""
     from lmms_plugin.analysis.logs import read_one
-    from lmms_plugin.analysis.measure import Settings
-    from lmms_plugin.cli.tables import strength_table
+    from lmms_plugin.analysis.measure import MeasurementSettings
+    from lmms_plugin.cli.printed_tables import strength_table
     from lmms_plugin.selector import shift_strength as measuring
     from lmms_plugin.selector.features import read
 
     store = read(features)
-    found = measuring.strengths(read_one(results), store, Settings(estimator))
+    found = measuring.strengths(read_one(results), store, MeasurementSettings(estimator))
     if json:
         _print_json(found)
         return
@@ -311,10 +312,10 @@ def estimators(
     """Compare the confidence estimators of a run: AUROC, AURC and ECE of every one that its log holds."""
     from lmms_plugin.analysis import estimator_ranking
     from lmms_plugin.analysis.logs import find, read
-    from lmms_plugin.analysis.measure import Settings
+    from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.cli import printed
 
-    settings = Settings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
     found = [(run, estimator_ranking.judge(run, settings)) for run in map(read, find(results))]
     if json:
         _print_json([{"run": run.label, "file": str(run.file), "estimators": judged} for run, judged in found])
@@ -325,7 +326,7 @@ def estimators(
 def _print_json(value: object) -> None:
     import json
 
-    from lmms_plugin.cli.printed import plain
+    from lmms_plugin.utils.plain_json import plain
 
     typer.echo(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 

@@ -1,21 +1,19 @@
-"""What `metrics`, `compare` and `estimators` print: tables for people, and values as JSON can write them."""
+"""What `metrics`, `compare` and `estimators` print: tables for people."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from lmms_plugin.analysis.comparison import Comparison, Flipped
-from lmms_plugin.analysis.estimator_ranking import Judged
-from lmms_plugin.analysis.measure import Number, Robustness, Settings
+from lmms_plugin.analysis.estimator_ranking import RankedEstimator
+from lmms_plugin.analysis.measure import MeasurementSettings, MetricValue, Robustness
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.metrics.paired import Difference
 from lmms_plugin.utils.messages import counted
 
 
-def metrics_table(numbers: Sequence[Number], title: str, level: float) -> Table:
+def metrics_table(numbers: Sequence[MetricValue], title: str, level: float) -> Table:
     """Numbers for people to read."""
     shown = Table(title=title)
     for heading in ("task", "metric"):
@@ -48,7 +46,7 @@ def robustness_table(rows: Sequence[Robustness], title: str) -> Table:
     return shown
 
 
-def changes_table(comparison: Comparison, settings: Settings, margin: float | None) -> Table:
+def changes_table(comparison: Comparison, settings: MeasurementSettings, margin: float | None) -> Table:
     """Changes for people to read."""
     within = "" if margin is None else f"; equivalent: within ±{margin:g} at {100 * settings.level:g} %"
     tests = len({row.task for row in comparison.changes})
@@ -103,7 +101,7 @@ def shifted_table(comparison: Comparison) -> Table:
     return shown
 
 
-def estimators_table(judged: list[Judged], title: str, level: float) -> Table:
+def estimators_table(judged: list[RankedEstimator], title: str, level: float) -> Table:
     """Estimators for people to read."""
     shown = Table(title=title, caption=f"in brackets: {100 * level:g} % intervals over images")
     for heading in ("task", "estimator"):
@@ -122,19 +120,6 @@ def estimators_table(judged: list[Judged], title: str, level: float) -> Table:
 
 def _with_interval(value: float, between: Interval) -> str:
     return f"{value:.3f}" + ("" if math.isnan(between.low) else f" [{between.low:.3f}, {between.high:.3f}]")
-
-
-def plain(value: Any) -> Any:
-    """The same as JSON can write it: named tuples and dataclasses as objects, NaN and infinities as null."""
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float) -> str:

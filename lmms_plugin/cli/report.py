@@ -11,9 +11,7 @@ from lmms_plugin.utils.outputs import expect_file, expect_folder
 def report(
     results: Annotated[Path, typer.Argument(help="Study, folder with results files of lmms-eval, or one such file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
-    figures: Annotated[
-        Path | None, typer.Option(help="Folder for figures as PNG and SVG, tables as CSV and LaTeX.")
-    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures as PNG and SVG, tables as CSV.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page; by default the folder's name.")] = None,
     estimator: Annotated[str | None, typer.Option(help="Confidence estimator; by default that of the task.")] = None,
     resamples: Annotated[
@@ -25,13 +23,13 @@ def report(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per processor.")] = None,
 ) -> None:
     """Write one self-contained HTML page on a folder of results: tables, figures, flips, pictures, commands."""
-    from lmms_plugin.analysis.measure import Settings
+    from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.report import building
 
     expect_file("--output", output)
     if figures is not None:
         expect_folder("--figures", figures)
     draws = resamples or building.RESAMPLES
-    settings = Settings(estimator, draws, seed, level, workers=workers or building.default_workers())
+    settings = MeasurementSettings(estimator, draws, seed, level, workers=workers or building.default_workers())
     for line in building.build(results, output, settings, title=title, figures=figures, pictures=pictures):
         typer.echo(line)

@@ -50,12 +50,12 @@ def run_study(
     ] = None,
 ) -> None:
     """Run the cells of a study that are missing, each as an lmms-eval process of its own."""
+    from lmms_plugin.analysis.study_files import FAILURES, LOG
     from lmms_plugin.cli.study_display import Display
-    from lmms_plugin.study.run import engine, planning
-    from lmms_plugin.study.store.folder import LOG
+    from lmms_plugin.study.run import execution, planning
 
     expect_folder("--output", output)
-    finished = engine.run(
+    finished = execution.run(
         file,
         output,
         Display,
@@ -66,7 +66,7 @@ def run_study(
     )
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
-        typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / 'failed' / cell / LOG})", err=True)
+        typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / FAILURES / cell / LOG})", err=True)
     if not finished.complete:
         if finished.plan.study.analysis is not None:
             typer.echo(planning.without_analysis(finished.plan, output), err=True)
@@ -84,8 +84,7 @@ def analyse_study(
     partial: Annotated[bool, typer.Option("--partial", help="Analyse what is there though cells are missing.")] = False,
 ) -> None:
     """Make the analysis again that the study file asks for, of the finished cells, whatever code made them."""
-    from lmms_plugin.study.store import completeness
-    from lmms_plugin.study.verdicts import conclusions
+    from lmms_plugin.study.verdicts import completeness, conclusions
 
     for one in completeness.analyse(folder, file, partial=partial):
         typer.echo(conclusions.markdown(one))

@@ -14,7 +14,7 @@ from rich.text import Text
 from lmms_plugin.cli.terminal import InPlace
 from lmms_plugin.cli.terminal import console as standard_output
 from lmms_plugin.study.run.planning import Plan
-from lmms_plugin.study.run.progress import Progress, duration
+from lmms_plugin.study.run.progress import StudyProgress, duration
 
 _HEADINGS: dict[str, Literal["left", "right"]] = {
     "cell": "left",
@@ -50,7 +50,7 @@ class Display(InPlace):
     def __init__(
         self, expected: dict[str, float | None], before: int, jobs: int, console: Console | None = None
     ) -> None:
-        self.progress = Progress(expected, before, jobs)
+        self.progress = StudyProgress(expected, before, jobs)
         self.console = standard_output() if console is None else console
         self._bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=self.console)
         self._task = self._bar.add_task("cells", total=self.progress.total, completed=before)

@@ -36,7 +36,7 @@ _ENDINGS = 1000
 """How many endings of a number are told apart; more are stood for by as many evenly spaced ones."""
 
 
-class Number(NamedTuple):
+class NumberDistribution(NamedTuple):
     """A model's distribution over one number.
 
     Attributes:
@@ -59,13 +59,13 @@ class AnsweredBox(NamedTuple):
             they make none (`Dialect.boxes`).
     """
 
-    numbers: tuple[Number, ...]
+    numbers: tuple[NumberDistribution, ...]
     read: Read
 
 
 def numbers_of(
     tokens: Sequence[Token], spans: Sequence[tuple[int, int]], largest: float = math.inf
-) -> tuple[Number, ...] | None:
+) -> tuple[NumberDistribution, ...] | None:
     """Distributions over the numbers of an answer.
 
     Args:
@@ -92,7 +92,7 @@ def numbers_of(
     return tuple(found)
 
 
-def _number(digits: str, written: Sequence[tuple[Token, int]], unit: float, largest: float) -> Number:
+def _number(digits: str, written: Sequence[tuple[Token, int]], unit: float, largest: float) -> NumberDistribution:
     blocks: list[tuple[Floats, float]] = []
     reached, start = 1.0, 0
     for token, count in written:
@@ -117,7 +117,7 @@ def _number(digits: str, written: Sequence[tuple[Token, int]], unit: float, larg
     kept = [(values, probability) for values, probability in blocks if probability > 0.0 and values.size]
     values = np.concatenate([values for values, _ in kept]) if kept else np.zeros(0)
     probabilities = np.concatenate([np.full(v.size, p / v.size) for v, p in kept]) if kept else np.zeros(0)
-    return Number(answered * unit, values * unit, probabilities)
+    return NumberDistribution(answered * unit, values * unit, probabilities)
 
 
 def _complete(token: Token, chosen: str) -> tuple[dict[str, float], float]:
@@ -177,7 +177,7 @@ def expected_iou(answered: AnsweredBox, *, points: int = POINTS, exact: int = EX
     return _fraction(1.0 - means + float(np.mean(overlaps - (1.0 - effects))))
 
 
-def _losses(target: Box, numbers: Sequence[Number], read: Read, centre: Floats) -> Iterator[Floats]:
+def _losses(target: Box, numbers: Sequence[NumberDistribution], read: Read, centre: Floats) -> Iterator[Floats]:
     for k, number in enumerate(numbers):
         moved = np.repeat(centre, number.values.size, axis=0)
         moved[:, k] = number.values

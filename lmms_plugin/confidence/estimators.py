@@ -126,8 +126,8 @@ def leading(evidence: Evidence) -> float:
 def expected_iou(evidence: Evidence) -> float:
     """Expected IoU of the answered box with one drawn from the model's own distribution over its digits.
 
-    Σ_b p(b)·IoU(b, answered), where the numbers of b are taken for independent, each as `lmms_plugin.confidence.digits` describes;
-    whatever is no box counts 0. NaN where the answer holds no box.
+    Σ_b p(b)·IoU(b, answered), where the numbers of b are taken for independent, each as `lmms_plugin.confidence.digits`
+    describes; whatever is no box counts 0. NaN where the answer holds no box.
     """
     return float("nan") if evidence.digits is None else _expected_iou(evidence.digits)
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from PIL import Image, ImageDraw
 
 from lmms_plugin import demo
+from lmms_plugin.tasks.registry import cells
 
 ROWS = 8
 SIDE = 224
@@ -65,10 +66,10 @@ def _most_telling(columns: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
 
 def _images(task: str, wanted: set[str]) -> dict[str, Image.Image]:
     """The images of the wanted expressions, by expression id, under the task's shift."""
+    # Only when all has run: they take seconds to import.
     import datasets
 
     from lmms_plugin.tasks.grounding import comprehension
-    from lmms_plugin.tasks.registry import cells
 
     entry = cells.entries().get(task)
     kwargs = entry.overrides["lmms_eval_specific_kwargs"]["default"] if entry else None

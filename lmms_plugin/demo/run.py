@@ -9,24 +9,23 @@ import os
 import subprocess
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lmms_plugin import harness_log
 from lmms_plugin.analysis import logs
-from lmms_plugin.analysis.measure import Settings
-from lmms_plugin.cli.demo_display import Progress, show
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.demo import pictures
-from lmms_plugin.demo.progress import Pace
+from lmms_plugin.demo.pace import DemoWatcher, Pace
 from lmms_plugin.quant_backends import get, model_name
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
 from lmms_plugin.shifts.image.corruptions import SHIFTS
-from lmms_plugin.utils import guard, installed
 from lmms_plugin.utils.files import replace_text
 from lmms_plugin.utils.messages import command_line, counted
+from lmms_plugin.utils.processes import guard, installed
 
 METHODS = ("none", "rtn", "hqq", "awq")
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3
@@ -41,8 +40,12 @@ _POLL_SECONDS = 0.3
 _AT_ONCE = 2
 
 
+ShowTable = Callable[[Sequence[str], Sequence[Sequence[str]], str], None]
+"""Shows headings, rows of one cell per heading, and a caption."""
+
+
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """One finished run of lmms-eval: the model's name, its command, its results file and what that holds."""
 
     model: str
@@ -77,12 +80,22 @@ class Run:
         return [json.loads(line)["mean_iou"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False) -> list[Run]:
-    """Run all methods, print the table, and write `report.html`, `report.md` and pictures into the folder `output`.
+def run(
+    output: Path,
+    bits: int,
+    watch: Callable[[int], DemoWatcher],
+    show: ShowTable,
+    limit: int | None = None,
+    *,
+    full: bool = False,
+) -> list[DemoRun]:
+    """Run all methods, show the table, and write `report.html`, `report.md` and pictures into the folder `output`.
 
     Args:
         output: folder to write into; each run has a sub-folder with lmms-eval's own files and its log.
         bits: bits per weight of the quantized language model.
+        watch: number of runs → what is told how far they are.
+        show: takes headings, rows and caption of the table.
         limit: expressions per task, for trying things out; None for all.
         full: whether to run all corruptions instead of one of each kind.
 
@@ -96,19 +109,28 @@ def run(output: Path, bits: int, limit: int | None = None, *, full: bool = False
         get(method).check(QuantPlan.from_arguments(bits=bits))
     # A folder of their own: the page is to show these runs and no earlier ones.
     folder = output / "runs" / time.strftime("%Y%m%d_%H%M%S")
-    commands = {model_name(method): _command(method, folder, bits, limit, full=full) for method in METHODS}
-    runs = _evaluate(commands, folder)
-    show(HEADINGS, [_cells(one) for one in runs], _scope(runs[0]))
+    commands = {model_name(method): command_of(method, folder, bits, limit, full=full) for method in METHODS}
+    runs = _evaluate(commands, folder, watch)
+    show(HEADINGS, [cells(one) for one in runs], scope(runs[0]))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
-    replace_text(output / "report.md", _report(runs, images, limit))
+    replace_text(output / "report.md", report(runs, images, limit))
     page = output / "report.html"
-    settings = Settings(resamples=building.RESAMPLES, workers=building.default_workers())
+    settings = MeasurementSettings(resamples=building.RESAMPLES, workers=building.default_workers())
     list(building.build(folder, page, settings, title="Embedded demo", figures=None, pictures=_PICTURES))
     print(f"Report: {page}, {output / 'report.md'}; pictures: {', '.join(str(path) for path in images)}")
     return runs
 
 
-def _command(method: str, folder: Path, bits: int, limit: int | None, *, full: bool) -> tuple[str, ...]:
+def command_of(method: str, folder: Path, bits: int, limit: int | None, *, full: bool) -> tuple[str, ...]:
+    """Return the command of one method, of arguments.
+
+    Args:
+        method: Of the quantizer.
+        folder: Holds a folder of results per model.
+        bits: Of the language model's weights.
+        limit: Expressions of each task; None for all.
+        full: All corruptions, not a few.
+    """
     arguments = "pretrained=demo" if method == "none" else f"pretrained=demo,bits={bits}"
     tasks = (CLEAN, SHIFTED) if full else (CLEAN, *(f"{SHIFTED}_{name}_{SEVERITY}" for name in QUICK))
     asked = ("--model", model_name(method), "--model_args", arguments, "--tasks", ",".join(tasks))
@@ -116,7 +138,9 @@ def _command(method: str, folder: Path, bits: int, limit: int | None, *, full: b
     return ("lmms-eval", *asked, *kept, *(("--limit", str(limit)) if limit is not None else ()))
 
 
-def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run]:
+def _evaluate(
+    commands: Mapping[str, tuple[str, ...]], folder: Path, watch: Callable[[int], DemoWatcher]
+) -> list[DemoRun]:
     """Run commands by the names of their models, two at once where there are two processors; an end of this ends all.
 
     Raises:
@@ -127,9 +151,9 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
     # The last takes longest, for it calibrates.
     waiting = deque(reversed(list(commands)))
     running: dict[str, tuple[subprocess.Popen[bytes], Pace, harness_log.Followed]] = {}
-    done: dict[str, Run] = {}
+    done: dict[str, DemoRun] = {}
     at_once = min(_AT_ONCE, building.default_workers())
-    with Progress(len(commands)) as progress:
+    with watch(len(commands)) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -156,7 +180,7 @@ def _evaluate(commands: Mapping[str, tuple[str, ...]], folder: Path) -> list[Run
     return [done[model] for model in commands]
 
 
-def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> Run:
+def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> DemoRun:
     try:
         files = [] if status else logs.find(log.parent)
     except ValueError:
@@ -164,15 +188,16 @@ def _finished(model: str, command: tuple[str, ...], log: Path, status: int) -> R
     if not files:
         told = harness_log.failure(log.read_text(encoding="utf-8", errors="replace"), status)
         raise RuntimeError(f"{model}: {told}; its log: {log}")
-    return Run(model, command, files[0], logs.table(files[0]))
+    return DemoRun(model, command, files[0], logs.table(files[0]))
 
 
-def _cells(one: Run) -> list[str]:
+def cells(one: DemoRun) -> list[str]:
+    """A run's row of the table."""
     numbers = [number(name) for number in (one.clean, one.shifted) for name in COLUMNS]
     return [one.model, f"{one.bits_per_weight:.2f}", *(f"{number:.3f}" for number in numbers)]
 
 
-def _scope(one: Run) -> str:
+def scope(one: DemoRun) -> str:
     """What was asked: how many expressions, under which corruptions."""
     names = [task.removeprefix(f"{SHIFTED}_").removesuffix(f"_{SEVERITY}") for task in one.corrupted]
     which = ", ".join(names) if len(names) < len(SHIFTS) else f"all {len(names)} corruptions"
@@ -180,17 +205,18 @@ def _scope(one: Run) -> str:
     return f"{counted(expressions, 'expression')}; shifted: mean over {which} at severity {SEVERITY}."
 
 
-def _report(runs: Sequence[Run], images: Sequence[Path], limit: int | None) -> str:
+def report(runs: Sequence[DemoRun], images: Sequence[Path], limit: int | None) -> str:
+    """Return `report.md`: what was asked, the table, pictures and commands."""
     first = "expression" if limit == 1 else f"{limit} expressions"
     warning = ["", f"**Only the first {first} of each task {'was' if limit == 1 else 'were'} used.**"] if limit else []
-    rows = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, runs)]
+    rows = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, runs)]
     table = [f"| {' | '.join(row)} |" for row in rows]
     shown = [f"![Predicted (red) and true (green) boxes: {path.stem}]({path.name})" for path in images]
     commands = ["```", *(command_line(one.command) for one in runs), "```"]
     head = [
         "# Embedded demo",
         "",
-        _scope(runs[0]),
+        scope(runs[0]),
         "Synthetic scenes: the numbers stand for nothing beyond themselves.",
         *warning,
     ]

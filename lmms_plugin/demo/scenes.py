@@ -15,7 +15,7 @@ SIDE = 112
 MAX_OBJECTS = 4
 SPLITS = {"train": 0, "val": 1, "test": 2, "dev": 3}
 
-_RGB = {
+RGB = {
     "red": (215, 35, 35),
     "green": (40, 165, 60),
     "blue": (40, 75, 220),
@@ -118,7 +118,7 @@ def _silhouette(shape: str, side: int, rng: np.random.Generator) -> Pixels:
 
 def _paint(patch: Pixels, mask: Pixels, look: Attributes, rng: np.random.Generator) -> None:
     """Draw a shape over `patch` (h, w, 3) in place where `mask` (h, w) is 1; of a hollow one only the rim."""
-    colour = np.clip(np.array(_RGB[look.colour]) + rng.integers(-14, 15, 3), 0, 255).astype(np.uint8)
+    colour = np.clip(np.array(RGB[look.colour]) + rng.integers(-14, 15, 3), 0, 255).astype(np.uint8)
     drawn = mask.copy()
     if look.fill == "hollow":
         rim = 4 if look.size == "small" else 6

@@ -8,7 +8,7 @@ import os
 import sys
 
 from lmms_plugin.doctor.diagnosis import here
-from lmms_plugin.utils.quiet import stdout_to_stderr
+from lmms_plugin.utils.processes.quiet import stdout_to_stderr
 
 if __name__ == "__main__":
     with os.fdopen(os.dup(1), "w") as lines, stdout_to_stderr():

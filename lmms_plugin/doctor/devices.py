@@ -9,15 +9,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as functional
 
-from lmms_plugin.doctor.rows import Row, ok, warn
-from lmms_plugin.quant_backends.layers.kernels import (
-    AGREEMENT,
-    Dequantize,
-    Kernel,
-    arithmetic_dtype,
-    attempt,
-    default_dtype,
-)
+from lmms_plugin.doctor.rows import DiagnosisRow, ok, warn
+from lmms_plugin.quant_backends.layers.kernel_choice import AGREEMENT, attempt
+from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel, arithmetic_dtype, default_dtype
 from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
 from lmms_plugin.quant_backends.layers.wide_products import WideProducts
 from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
@@ -28,7 +22,7 @@ _ROWS, _COLUMNS, _GROUP = 64, 256, 128
 _GIB = 1 << 30
 
 
-def check_gpus() -> Iterator[Row]:
+def check_gpus() -> Iterator[DiagnosisRow]:
     """Say what models compute on."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -54,7 +48,7 @@ def check_gpus() -> Iterator[Row]:
     yield from _dtypes("cuda" if there else "cpu")
 
 
-def _dtypes(device: str) -> Iterator[Row]:
+def _dtypes(device: str) -> Iterator[DiagnosisRow]:
     dtype = default_dtype(device)
     used = f"models compute in {_name(dtype)} unless --model_args dtype= says otherwise"
     if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -63,7 +57,7 @@ def _dtypes(device: str) -> Iterator[Row]:
         yield ok("dtype", used)
 
 
-def check_kernels() -> Iterator[Row]:
+def check_kernels() -> Iterator[DiagnosisRow]:
     """Compare every kernel that takes a small layer here with the dense product."""
     yield from _kernels("cpu")
     models: dict[str, int] = {}
@@ -75,7 +69,7 @@ def check_kernels() -> Iterator[Row]:
     yield from _wide()
 
 
-def _kernels(device: str) -> Iterator[Row]:
+def _kernels(device: str) -> Iterator[DiagnosisRow]:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(_ROWS, _COLUMNS, generator=generator).to(device)
     any_kernel = False
@@ -109,7 +103,7 @@ def _tried(kind: type[Kernel], dense: torch.Tensor) -> tuple[list[int], dict[str
     return right, faults
 
 
-def _wide() -> Iterator[Row]:
+def _wide() -> Iterator[DiagnosisRow]:
     wide = arithmetic_dtype(torch.bfloat16, "cpu")
     if wide == torch.bfloat16:
         yield ok("kernels", "cpu: the processor multiplies bfloat16 itself")

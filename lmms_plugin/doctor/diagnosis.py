@@ -11,15 +11,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from lmms_plugin.doctor.rows import Row, Status, fail
+from lmms_plugin.doctor.rows import DiagnosisRow, Status, fail
 
 CHECKS: tuple[dict[str, str], ...] = (
     {"python": "packages:check_python", "packages": "packages:check_bounds", "lock": "packages:check_lock"},
     {"lmms-eval": "harness:check_evaluator", "models": "harness:check_models", "tasks": "harness:check_tasks"},
     {"gpu": "devices:check_gpus", "kernels": "devices:check_kernels"},
-    {"hub": "hub:check_hub"},
+    {"hub": "hub_access:check_hub"},
     {"folders": "places:check_folders", "programs": "places:check_programs"},
-    {"local copies": "copies:check_copies"},
+    {"local copies": "local_datasets:check_copies"},
 )
 """For each process check -> ``module:function`` below this package; together are those that import the same."""
 
@@ -32,28 +32,28 @@ _TIMEOUT = 600
 _PROGRAM = "lmms_plugin.doctor"
 
 
-def diagnose() -> Iterator[Row]:
+def diagnose() -> Iterator[DiagnosisRow]:
     """Run every check, a few at a time, and yield what they find in a fixed order."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for rows in pool.map(apart, (*map(tuple, CHECKS), *_extras())):
             yield from rows
 
 
-def failed(rows: Iterable[Row]) -> bool:
+def failed(rows: Iterable[DiagnosisRow]) -> bool:
     """Return whether anything is there that keeps runs from working."""
     return any(row.status is Status.FAIL for row in rows)
 
 
 def _extras() -> list[tuple[str]]:
     try:
-        from lmms_plugin.doctor.extras import extras
+        from lmms_plugin.doctor.optional_libraries import extras
 
         return [(f"{EXTRA}{name}",) for name in extras()]
     except Exception:  # the check of packages says what is wrong with metadata
         return []
 
 
-def apart(checks: Sequence[str]) -> list[Row]:
+def apart(checks: Sequence[str]) -> list[DiagnosisRow]:
     """Run some checks in a process of their own; if it does not come to its end, that is the last row."""
     # -P: a folder called like a library in the working directory would be imported in its place.
     command = [sys.executable, "-P", "-m", _PROGRAM, *checks]
@@ -62,7 +62,7 @@ def apart(checks: Sequence[str]) -> list[Row]:
     except subprocess.TimeoutExpired:
         return [fail(", ".join(checks), f"did not end within {_TIMEOUT} seconds")]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    rows = [Row(**row | {"status": Status(row["status"])}) for row in found if row]
+    rows = [DiagnosisRow(**row | {"status": Status(row["status"])}) for row in found if row]
     if not found or found[-1] is not None:
         last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
         rows.append(fail(", ".join(checks), f"the process that checks it {_end(done.returncode)}: {last}"))
@@ -73,7 +73,7 @@ def _end(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
 
 
-def here(check: str) -> Iterator[Row]:
+def here(check: str) -> Iterator[DiagnosisRow]:
     """Run one check in this process; whatever it raises is its last row."""
     try:
         yield from _function(check)()
@@ -81,16 +81,18 @@ def here(check: str) -> Iterator[Row]:
         yield _failure(check, error)
 
 
-def _function(check: str) -> Callable[[], Iterable[Row]]:
+def _function(check: str) -> Callable[[], Iterable[DiagnosisRow]]:
     if check.startswith(EXTRA):
-        module = importlib.import_module("lmms_plugin.doctor.extras")
+        module = importlib.import_module("lmms_plugin.doctor.optional_libraries")
         return lambda: module.check_extra(check.removeprefix(EXTRA))
     name, _, attribute = next(checks[check] for checks in CHECKS if check in checks).partition(":")
-    function: Callable[[], Iterable[Row]] = getattr(importlib.import_module(f"lmms_plugin.doctor.{name}"), attribute)
+    function: Callable[[], Iterable[DiagnosisRow]] = getattr(
+        importlib.import_module(f"lmms_plugin.doctor.{name}"), attribute
+    )
     return function
 
 
-def _failure(check: str, error: BaseException) -> Row:
+def _failure(check: str, error: BaseException) -> DiagnosisRow:
     try:
         from lmms_plugin.doctor.imports import explained
 

@@ -8,7 +8,7 @@ from importlib import metadata
 
 from lmms_plugin.doctor.imports import import_late
 from lmms_plugin.doctor.packages import OURS
-from lmms_plugin.doctor.rows import Row, fail, ok
+from lmms_plugin.doctor.rows import DiagnosisRow, fail, ok
 
 MODULES = ("lmms_eval.evaluator", "lmms_eval.__main__")
 """What a run imports, and whose functions import more when they are called."""
@@ -18,14 +18,14 @@ TASKS = ("refcocoplus_shift", "refcocoplus_shift_testB_gaussian_noise_3")
 """A group, and a cell that no file names."""
 
 
-def check_evaluator() -> Iterator[Row]:
+def check_evaluator() -> Iterator[DiagnosisRow]:
     """Import what a run imports, at its start and later."""
     for name in MODULES:
         import_late(importlib.import_module(name))
     yield ok("lmms-eval", f"lmms-eval {metadata.version('lmms_eval')} can be imported")
 
 
-def check_models() -> Iterator[Row]:
+def check_models() -> Iterator[DiagnosisRow]:
     """Ask lmms-eval's registry for our models."""
     from lmms_eval.models import MODEL_REGISTRY_V2
 
@@ -41,7 +41,7 @@ def check_models() -> Iterator[Row]:
     yield ok("models", f"lmms-eval finds all {len(ours)} models, and loads the class of {MODEL}")
 
 
-def check_tasks() -> Iterator[Row]:
+def check_tasks() -> Iterator[DiagnosisRow]:
     """Ask lmms-eval's task manager for our tasks."""
     import lmms_eval.models  # noqa: F401 - lmms-eval learns of our tasks while it registers models
     from lmms_eval.tasks import TaskManager

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 import lmms_plugin
-from lmms_plugin.doctor.rows import Row, fail, ok, warn
+from lmms_plugin.doctor.rows import DiagnosisRow, fail, ok, warn
 
 OURS = "lmms-plugin"
 LOCK = "share/lmms-plugin/constraints.txt"
@@ -181,7 +181,7 @@ def compared_with_lock(packages: Mapping[str, Package], lock: Mapping[str, Requi
     ]
 
 
-def check_python() -> Iterator[Row]:
+def check_python() -> Iterator[DiagnosisRow]:
     """Compare this interpreter with the bound of this package."""
     wanted = SpecifierSet(installed()[OURS].python)
     message = f"{platform.python_implementation()} {platform.python_version()}, {platform.platform()}"
@@ -191,7 +191,7 @@ def check_python() -> Iterator[Row]:
         yield fail("python", f"{message}; {OURS} needs Python {wanted}", "make an environment with such a Python")
 
 
-def check_bounds() -> Iterator[Row]:
+def check_bounds() -> Iterator[DiagnosisRow]:
     """Compare what is installed with what this package, and all that it depends on, ask for."""
     packages = installed()
     found = bounds(packages, OURS)
@@ -203,7 +203,7 @@ def check_bounds() -> Iterator[Row]:
         yield ok("packages", f"{packages[OURS]}; all {len(names)} distributions it depends on are within bounds")
 
 
-def check_lock() -> Iterator[Row]:
+def check_lock() -> Iterator[DiagnosisRow]:
     """Compare what is installed with the versions that were tested together."""
     file = lock_file()
     if file is None:

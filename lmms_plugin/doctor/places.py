@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmms_plugin.doctor.rows import Row, fail, ok, warn
+from lmms_plugin.doctor.rows import DiagnosisRow, fail, ok, warn
 from lmms_plugin.utils import variables
 
 GIB = 1 << 30
 _TRIED = 1 << 20
 
 
-def check_folders() -> Iterator[Row]:
+def check_folders() -> Iterator[DiagnosisRow]:
     """Try the caches of Hugging Face, the folder of calibrations, and that of temporary files."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
@@ -34,7 +34,7 @@ def check_folders() -> Iterator[Row]:
     yield written("temporary files", temporary, GIB, "set TMPDIR to another folder")
 
 
-def _calibrations(default: Path) -> Row:
+def _calibrations(default: Path) -> DiagnosisRow:
     remedy = f"set {variables.CACHE} to another folder, or to nothing to keep none"
     try:
         folder = variables.folder(variables.CACHE) or default
@@ -43,7 +43,7 @@ def _calibrations(default: Path) -> Row:
     return written("calibrations", folder, 4 * GIB, remedy)
 
 
-def written(what: str, folder: Path, wanted: int, remedy: str) -> Row:
+def written(what: str, folder: Path, wanted: int, remedy: str) -> DiagnosisRow:
     """Write a file into a folder, or into what there is of the path to it, and look at the space that is left.
 
     Args:
@@ -68,7 +68,7 @@ def written(what: str, folder: Path, wanted: int, remedy: str) -> Row:
     return ok(check, message) if free >= wanted else warn(check, f"{message}, below {wanted / GIB:.0f}", remedy)
 
 
-def check_programs() -> Iterator[Row]:
+def check_programs() -> Iterator[DiagnosisRow]:
     """Look for the programs that some tasks and methods start."""
     java = shutil.which("java")
     problem = "no `java` is on the PATH" if java is None else _does_not_start(java, "-version")

@@ -15,7 +15,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class Row:
+class DiagnosisRow:
     """One line of the diagnosis.
 
     Attributes:
@@ -46,16 +46,16 @@ class Row:
         return f"{self.status:4}  {self.check}: {self.message}{remedy}"
 
 
-def ok(check: str, message: str) -> Row:
+def ok(check: str, message: str) -> DiagnosisRow:
     """Return a row on something that works."""
-    return Row(check, Status.OK, message)
+    return DiagnosisRow(check, Status.OK, message)
 
 
-def warn(check: str, message: str, remedy: str | None = None) -> Row:
+def warn(check: str, message: str, remedy: str | None = None) -> DiagnosisRow:
     """Return a row on something that works in part."""
-    return Row(check, Status.WARN, message, remedy)
+    return DiagnosisRow(check, Status.WARN, message, remedy)
 
 
-def fail(check: str, message: str, remedy: str | None = None) -> Row:
+def fail(check: str, message: str, remedy: str | None = None) -> DiagnosisRow:
     """Return a row on something that does not work."""
-    return Row(check, Status.FAIL, message, remedy)
+    return DiagnosisRow(check, Status.FAIL, message, remedy)

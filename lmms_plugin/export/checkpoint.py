@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lmms_plugin.quant_backends.checkpoints.saving import (
-    COMPRESSED_TENSORS,
-    Saved,
-    expect_free,
-    expect_storable,
-    save_quantized,
-)
+from lmms_plugin.quant_backends.checkpoints.saving import COMPRESSED_TENSORS, Saved, expect_storable, save_quantized
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.quantize import Asked
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.messages import command_line
+from lmms_plugin.utils.outputs import expect_free
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

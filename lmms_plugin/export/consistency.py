@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
-from lmms_plugin.analysis.logs import Run
-from lmms_plugin.analysis.records import Place, TaskRecords
+from lmms_plugin.analysis.logs import LoggedRun
+from lmms_plugin.analysis.records import EvaluationSet, TaskRecords
 from lmms_plugin.confidence.estimators import LEARNED
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.utils import hashing
 
-if TYPE_CHECKING:
-    from lmms_plugin.export.rescoring import Sample
+
+class RescoredSample(NamedTuple):
+    """One line of a log whose scores were made again and are the same.
+
+    Attributes:
+        number: Of the document in lmms-eval.
+        record: The whole record of the document.
+        response: The answer.
+        prompt: What lmms-eval logged as the question; "" where it did not.
+        target: The true answer as text.
+    """
+
+    number: int
+    record: Mapping[str, Any]
+    response: Response
+    prompt: str
+    target: str
 
 
 def expect_told(response: Response) -> None:
@@ -25,7 +40,7 @@ def expect_told(response: Response) -> None:
         raise ValueError(f"expected no confidence of an answer's own but {', '.join(LEARNED)}, got {claimed[0]}")
 
 
-def expect_place(records: TaskRecords, place: Place) -> None:
+def expect_place(records: TaskRecords, place: EvaluationSet) -> None:
     """Check that a results file says of a task's shift what the task's own definition does.
 
     Raises:
@@ -36,7 +51,7 @@ def expect_place(records: TaskRecords, place: Place) -> None:
         raise ValueError(f"task {records.task}: expected the shift, severity and what is shifted {known}, got {said}")
 
 
-def expect_shifted(run: Run, samples: Mapping[str, Sequence[Sample]]) -> None:
+def expect_shifted(run: LoggedRun, samples: Mapping[str, Sequence[RescoredSample]]) -> None:
     """Check that no two tasks with differently shifted images were answered by the very same log.
 
     Raises:
@@ -52,13 +67,13 @@ def expect_shifted(run: Run, samples: Mapping[str, Sequence[Sample]]) -> None:
             raise ValueError(f"tasks {other} and {task}: expected answers to differently shifted images, got the same")
 
 
-def digest(samples: Sequence[Sample]) -> str:
+def digest(samples: Sequence[RescoredSample]) -> str:
     """SHA-256 of documents and answers with their log-probabilities, however the log wrote them."""
     answers = sorted((str(sample.record["id"]), repr(sample.response)) for sample in samples)
     return hashing.of_value(answers)
 
 
-def expect_one_model(task: str, samples: Sequence[Sample]) -> None:
+def expect_one_model(task: str, samples: Sequence[RescoredSample]) -> None:
     """Check that all answers are in one dialect and after one opening of reasoning, and that an image has one size.
 
     Boxes are read by dialect and sizes, in pixels, and behind reasoning: chosen one by one, they would move boxes.

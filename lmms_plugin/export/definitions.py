@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lmms_plugin.analysis.records import Place, place_of
-
-if TYPE_CHECKING:
-    from lmms_plugin.tasks.registry.task_files import Source
+from lmms_plugin.analysis.records import EvaluationSet, place_of
+from lmms_plugin.tasks.registry import task_files
 
 Aggregation = Callable[[Sequence[Any]], float]
 
@@ -36,7 +34,7 @@ class Definition:
     aggregations: Mapping[str, Aggregation]
     higher_is_better: Mapping[str, bool]
     max_new_tokens: int | None
-    place: Place
+    place: EvaluationSet
 
 
 @cache
@@ -48,7 +46,7 @@ def definition(task: str) -> Definition:
     """
     if not is_ours(task):
         raise ValueError(f"task {task}: expected a task of this package (`lmms-plugin tasks --cells` lists them)")
-    config = _sources()[task].configuration
+    config = task_files.sources()[task].configuration
     metrics = config["metric_list"]
     return Definition(
         task=task,
@@ -63,14 +61,7 @@ def definition(task: str) -> Definition:
 
 def is_ours(task: str) -> bool:
     """Whether a task is one of this package's."""
-    return task in _sources() and _sources()[task].kind == "task"
-
-
-def _sources() -> Mapping[str, Source]:
-    # Only when a task is asked for: what a report is made of needs no task.
-    from lmms_plugin.tasks.registry import task_files
-
-    return task_files.sources()
+    return task in task_files.sources() and task_files.sources()[task].kind == "task"
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, get_args
 
 from lmms_plugin import __version__
 from lmms_plugin.analysis.logs import GIT_STATE, git_state
-from lmms_plugin.analysis.records import GROUNDING, REJECTION, VQA, Kind, TaskRecords
-from lmms_plugin.export import facts, records, validator
-from lmms_plugin.export.measured import Measured, Score
-from lmms_plugin.export.records import SAMPLES, VERSION, Bound, DocumentRecord, Relationship, RunRecord, refused
-from lmms_plugin.export.rescoring import Sample
+from lmms_plugin.analysis.records import GROUNDING, REJECTION, VQA, TaskKind, TaskRecords
+from lmms_plugin.export import facts, record_types, validator
+from lmms_plugin.export.consistency import RescoredSample
+from lmms_plugin.export.measured import VerifiedRun, VerifiedScore
+from lmms_plugin.export.record_types import SAMPLES, VERSION, Bound, DocumentRecord, Relationship, RunRecord, refused
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import replace_all
 
@@ -31,12 +31,12 @@ LONGEST_NAME = 200
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DATE = re.compile(r"(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)")
 _COMPONENT = re.compile(r"[A-Za-z0-9][\w.-]*[\w-]|[A-Za-z0-9]")
-_PRIMARY: Mapping[Kind, str] = {GROUNDING: "acc@0.5", VQA: "accuracy", REJECTION: "box_rate"}
+_PRIMARY: Mapping[TaskKind, str] = {GROUNDING: "acc@0.5", VQA: "accuracy", REJECTION: "box_rate"}
 """Which metric the records of single documents belong to."""
 
 
 @dataclass(frozen=True)
-class Source:
+class EvaluationSource:
     """What no results file tells: who ran it, and what the model is called.
 
     Attributes:
@@ -84,14 +84,14 @@ class Files(NamedTuple):
     instances: Path
 
 
-class Written(NamedTuple):
+class WrittenRecords(NamedTuple):
     """Where records were written, relative to the folder of the export, and who checked them, in a line."""
 
     files: Files
     checked: str
 
 
-def paths(measured: Measured, source: Source) -> Files:
+def paths(measured: VerifiedRun, source: EvaluationSource) -> Files:
     """Where the records of a run lie; named by the content of its results file."""
     digest = hashlib.sha256(measured.run.file.read_bytes()).digest()
     name = uuid.UUID(bytes=digest[:16], version=4)
@@ -99,7 +99,7 @@ def paths(measured: Measured, source: Source) -> Files:
     return Files(folder / f"{name}.json", folder / f"{name}{SAMPLES}")
 
 
-def write(measured: Measured, source: Source, folder: Path) -> Written:
+def write(measured: VerifiedRun, source: EvaluationSource, folder: Path) -> WrittenRecords:
     """Write both records below a folder, and have them checked by the validator of Every Eval Ever where there is one.
 
     Raises:
@@ -112,14 +112,14 @@ def write(measured: Measured, source: Source, folder: Path) -> Written:
     (folder / files.aggregate).parent.mkdir(parents=True, exist_ok=True)
     replace_all({folder / files.instances: lines, folder / files.aggregate: whole.file().encode()})
     try:
-        return Written(files, validator.check(folder, *files))
+        return WrittenRecords(files, validator.check(folder, *files))
     except ValueError:
         for file in files:
             (folder / file).unlink()
         raise
 
 
-def aggregate(measured: Measured, source: Source, files: Files, lines: bytes, rows: int) -> RunRecord:
+def aggregate(measured: VerifiedRun, source: EvaluationSource, files: Files, lines: bytes, rows: int) -> RunRecord:
     """The record of the run.
 
     Args:
@@ -139,20 +139,20 @@ def aggregate(measured: Measured, source: Source, files: Files, lines: bytes, ro
             evaluation_id=source.evaluation_id,
             **({"evaluation_timestamp": started} if started else {}),
             retrieved_timestamp=str(source.timestamp),
-            source_metadata=records.Origin(
+            source_metadata=record_types.SourceMetadata(
                 source_name="lmms-plugin",
                 source_type="evaluation_run",
                 source_organization_name=source.organization,
                 evaluator_relationship=source.relationship,
             ),
-            eval_library=records.Library(
+            eval_library=record_types.Library(
                 name="lmms_eval",
                 version=facts.versions(measured.run).get("lmms_eval", "unknown"),
                 additional_details=_library_details(measured),
             ),
             model_info=_model(measured, source),
             evaluation_results=tuple(_results(measured)),
-            detailed_evaluation_results=records.Documents(
+            detailed_evaluation_results=record_types.DocumentRecordsFile(
                 format="jsonl",
                 file_path=files.instances.as_posix(),
                 hash_algorithm="sha256",
@@ -162,7 +162,7 @@ def aggregate(measured: Measured, source: Source, files: Files, lines: bytes, ro
         )
 
 
-def instances(measured: Measured, source: Source) -> Iterator[DocumentRecord]:
+def instances(measured: VerifiedRun, source: EvaluationSource) -> Iterator[DocumentRecord]:
     """The record of each document, task by task, in the log's order.
 
     Raises:
@@ -184,11 +184,11 @@ def metric_bounds(metric: str) -> tuple[float, Bound]:
     return (-float(cost), 1.0) if name == "phi" else (0.0, 1.0)
 
 
-def _results(measured: Measured) -> Iterator[records.Result]:
+def _results(measured: VerifiedRun) -> Iterator[record_types.Result]:
     for task, scores in measured.scores.items():
         rescored, answered = measured.tasks[task], measured.run.tasks[task]
         for metric, score in scores.items():
-            yield records.Result(
+            yield record_types.Result(
                 evaluation_result_id=f"{task}/{metric}",
                 evaluation_name=task,
                 source_data=_data(answered),
@@ -198,9 +198,9 @@ def _results(measured: Measured) -> Iterator[records.Result]:
             )
 
 
-def _metric(metric: str, higher_is_better: bool, answered: TaskRecords) -> records.Metric:
+def _metric(metric: str, higher_is_better: bool, answered: TaskRecords) -> record_types.Metric:
     low, high = metric_bounds(metric)
-    return records.Metric(
+    return record_types.Metric(
         evaluation_description=f"{metric} of {answered.task}, by lmms-plugin",
         metric_id=metric,
         metric_name=metric,
@@ -214,26 +214,26 @@ def _metric(metric: str, higher_is_better: bool, answered: TaskRecords) -> recor
     )
 
 
-def _score(score: Score, measured: Measured) -> records.ScoreDetails:
+def _score(score: VerifiedScore, measured: VerifiedRun) -> record_types.ScoreDetails:
     details = {"images": str(score.images), "records": str(score.records)}
     if math.isnan(score.low):
-        uncertainty = records.Uncertainty(num_samples=score.records)
+        uncertainty = record_types.Uncertainty(num_samples=score.records)
     else:
-        interval = records.Interval(
+        interval = record_types.ConfidenceInterval(
             lower=score.low,
             upper=score.high,
             confidence_level=measured.settings.level,
             method=f"bootstrap over images, seed {measured.settings.seed}",
         )
-        uncertainty = records.Uncertainty(
+        uncertainty = record_types.Uncertainty(
             confidence_interval=interval,
             num_samples=score.records,
             num_bootstrap_samples=measured.settings.resamples,
         )
-    return records.ScoreDetails(score=score.value, details=details, uncertainty=uncertainty)
+    return record_types.ScoreDetails(score=score.value, details=details, uncertainty=uncertainty)
 
 
-def _data(answered: TaskRecords) -> records.HubData | records.OtherData:
+def _data(answered: TaskRecords) -> record_types.HubData | record_types.OtherData:
     place = answered.place
     details = {"documents": str(answered.ids.size), "images": str(len(set(answered.images.tolist())))}
     if place.shift is not None:
@@ -241,10 +241,10 @@ def _data(answered: TaskRecords) -> records.HubData | records.OtherData:
     if not HUB_ID.fullmatch(place.dataset):
         # A folder of this machine says nothing to anybody else.
         name = answered.task if "/" in place.dataset else place.dataset
-        return records.OtherData(
+        return record_types.OtherData(
             dataset_name=name, source_type="other", additional_details=details | {"split": place.split}
         )
-    return records.HubData(
+    return record_types.HubData(
         dataset_name=place.dataset,
         source_type="hf_dataset",
         hf_repo=place.dataset,
@@ -254,7 +254,7 @@ def _data(answered: TaskRecords) -> records.HubData | records.OtherData:
     )
 
 
-def _generation(measured: Measured, task: str) -> records.Generation:
+def _generation(measured: VerifiedRun, task: str) -> record_types.GenerationDetails:
     longest, command = measured.tasks[task].definition.max_new_tokens, facts.command(measured.run)
     given = measured.results.get("config", {}).get("gen_kwargs")
     # Tasks of this package decode greedily, unless the user said something else.
@@ -262,24 +262,24 @@ def _generation(measured: Measured, task: str) -> records.Generation:
     told |= {} if longest is None or given else {"max_tokens": longest}
     told |= {} if command is None else {"execution_command": command}
     details = {"additional_details": {"gen_kwargs": str(given)}} if given else {}
-    return records.Generation(generation_args=records.GenerationArguments(**told), **details)
+    return record_types.GenerationDetails(generation_args=record_types.GenerationArguments(**told), **details)
 
 
-def _model(measured: Measured, source: Source) -> records.Model:
+def _model(measured: VerifiedRun, source: EvaluationSource) -> record_types.EvaluatedModel:
     organization, _, name = source.model_id.partition("/")
     engine = facts.versions(measured.run).get("transformers")
     details = {"deployment_type": "self_deployed", "model_availability": "unknown"}
     details |= facts.quantization(measured.run, measured.results)
-    return records.Model(
+    return record_types.EvaluatedModel(
         name=name,
         id=source.model_id,
         developer=organization,
-        inference_engine=records.Engine(name="transformers", **({"version": engine} if engine else {})),
-        additional_details=records.ModelDetails.model_validate(details),
+        inference_engine=record_types.InferenceEngine(name="transformers", **({"version": engine} if engine else {})),
+        additional_details=record_types.ModelDetails.model_validate(details),
     )
 
 
-def _instance(task: str, kind: Kind, sample: Sample, source: Source) -> DocumentRecord:
+def _instance(task: str, kind: TaskKind, sample: RescoredSample, source: EvaluationSource) -> DocumentRecord:
     record, asked = sample.record, str(sample.record.get("expression", sample.record.get("question")))
     reference = tuple(record["answers"]) if kind is VQA else (sample.target,)
     score = float(record["score"] >= (kind.right or 0.0)) if kind is GROUNDING else float(record[kind.score])
@@ -292,24 +292,24 @@ def _instance(task: str, kind: Kind, sample: Sample, source: Source) -> Document
         sample_id=str(record["id"]),
         sample_hash=hashing.of_bytes("".join([asked, *reference]).encode()),
         interaction_type="single_turn",
-        input=records.Input(raw=asked, formatted=sample.prompt or None, reference=reference),
-        output=records.Output(raw=(sample.response.text,)),
+        input=record_types.Input(raw=asked, formatted=sample.prompt or None, reference=reference),
+        output=record_types.Output(raw=(sample.response.text,)),
         answer_attribution=(_attribution(record, kind),),
-        evaluation=records.Evaluation(score=score, is_correct=_is_correct(record, kind)),
+        evaluation=record_types.Evaluation(score=score, is_correct=_is_correct(record, kind)),
         metadata=_metadata(record, kind),
     )
 
 
-def _is_correct(record: Mapping[str, Any], kind: Kind) -> bool:
+def _is_correct(record: Mapping[str, Any], kind: TaskKind) -> bool:
     if kind is REJECTION:
         # Only a box where there is something, and none where there is nothing.
         return bool(record["score"] == record["matches"])
     return bool(record[kind.score] >= (0.5 if kind.right is None else kind.right))
 
 
-def _attribution(record: Mapping[str, Any], kind: Kind) -> records.Attribution:
+def _attribution(record: Mapping[str, Any], kind: TaskKind) -> record_types.Attribution:
     box = record.get("box")
-    return records.Attribution(
+    return record_types.Attribution(
         turn_idx=0,
         source="output.raw",
         extracted_value=record["answer"] if kind is VQA else json.dumps(box) if box else "",
@@ -318,7 +318,7 @@ def _attribution(record: Mapping[str, Any], kind: Kind) -> records.Attribution:
     )
 
 
-def _metadata(record: Mapping[str, Any], kind: Kind) -> dict[str, str]:
+def _metadata(record: Mapping[str, Any], kind: TaskKind) -> dict[str, str]:
     """What the schema has no field for, as text: image, IoU, boxes and confidences."""
     told = {"image": str(record["image"]), "confidence_estimator": kind.estimator}
     if kind is GROUNDING:
@@ -339,7 +339,7 @@ def _evaluated(results: Mapping[str, Any]) -> str | None:
     return "{}-{}-{}T{}:{}:{}".format(*found.groups()) if found else None
 
 
-def _library_details(measured: Measured) -> dict[str, str]:
+def _library_details(measured: VerifiedRun) -> dict[str, str]:
     state = git_state(measured.results)
     told = {} if state is None else {GIT_STATE: state}
     return {"lmms_plugin": __version__} | told | facts.versions(measured.run)

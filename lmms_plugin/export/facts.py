@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.analysis import accounts
-from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.logs import LoggedRun
+from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import arguments_of, shown
 from lmms_plugin.quant_backends import backend_class, backend_name, names
 from lmms_plugin.utils.messages import command_line
+from lmms_plugin.utils.reading import accounts
 
-CELL, REPORT = "cell.json", "quant_report.json"
 _FROM_TABLE = {
     "avg_bits_per_weight": "quantization_bits_per_weight",
     "avg_bits_per_model_weight": "bits_per_model_weight",
@@ -29,7 +29,7 @@ def beside(file: Path, name: str) -> Path | None:
     return next((path for folder in file.parents[:2] if (path := folder / name).is_file()), None)
 
 
-def quantization(run: Run, results: Mapping[str, Any]) -> dict[str, str]:
+def quantization(run: LoggedRun, results: Mapping[str, Any]) -> dict[str, str]:
     """How a model was quantized and what that did to its size, every value as text.
 
     From the cell of a study if the run is one, else from the name of the model and its arguments. What no source tells
@@ -50,7 +50,7 @@ def quantization(run: Run, results: Mapping[str, Any]) -> dict[str, str]:
     return found | {"model_args": run.model_args, "lmms_eval_model": run.model}
 
 
-def checkpoint(run: Run) -> str | None:
+def checkpoint(run: LoggedRun) -> str | None:
     """The checkpoint that the arguments name; None if they do not."""
     named = arguments_of(run.model_args).get("pretrained")
     return None if named is None else shown(named)
@@ -59,15 +59,15 @@ def checkpoint(run: Run) -> str | None:
 def cell(file: Path) -> Mapping[str, Any]:
     """What a study recorded of the run of a results file; empty if it is none of a study."""
     found = beside(file, CELL)
-    return accounts.read(found, accounts.About) if found else {}
+    return accounts.read(found, About) if found else {}
 
 
-def command(run: Run) -> str | None:
+def command(run: LoggedRun) -> str | None:
     """The command that made the run, where a study recorded it."""
     return command_line(cell(run.file).get("command", ())) or None
 
 
-def versions(run: Run) -> dict[str, str]:
+def versions(run: LoggedRun) -> dict[str, str]:
     """Versions of the libraries, where a study recorded them."""
     return {str(name): str(version) for name, version in cell(run.file).get("versions", {}).items()}
 
@@ -76,7 +76,7 @@ def _axes(file: Path) -> dict[str, Any]:
     return {name: value for name, value in cell(file).get("axes", {}).items() if name != "model"}
 
 
-def _arguments(run: Run) -> dict[str, str]:
+def _arguments(run: LoggedRun) -> dict[str, str]:
     names = ("bits", "group_size", "vision_bits", "connector_bits", "language_bits", "symmetric", "calibration", "seed")
     given = arguments_of(run.model_args)
     found = {name: shown(given[name]) for name in names if name in given}
@@ -85,7 +85,7 @@ def _arguments(run: Run) -> dict[str, str]:
     return found
 
 
-def _default_bits(run: Run) -> int | None:
+def _default_bits(run: LoggedRun) -> int | None:
     backend = backend_name(run.model)
     # A checkpoint that is quantized already has bits of its own.
     if backend is None or backend not in names() or backend == "prequantized":

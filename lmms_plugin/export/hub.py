@@ -14,17 +14,17 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
-from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.records import VQA, TaskRecords
 from lmms_plugin.export.every_eval_ever import HUB_ID
-from lmms_plugin.export.measured import Measured
+from lmms_plugin.export.measured import VerifiedRun
 from lmms_plugin.utils.files import replace_text
 
 TASK_TYPES = {VQA: "visual-question-answering"}
 _OTHER_TASK_TYPE = "image-text-to-text"
 
 
-class Entry(NamedTuple):
+class BenchmarkEntry(NamedTuple):
     """What the hub must be told and no results file knows.
 
     Attributes:
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     source_url: str | None = None
 
 
-def write_eval_results(measured: Measured, entry: Entry, folder: Path) -> Path:
+def write_eval_results(measured: VerifiedRun, entry: BenchmarkEntry, folder: Path) -> Path:
     """Write one number to `.eval_results/` below a folder.
 
     Raises:
@@ -70,7 +70,7 @@ def write_eval_results(measured: Measured, entry: Entry, folder: Path) -> Path:
     return _write(folder / EVAL_RESULTS_FOLDER / f"{name}.yaml", content)
 
 
-def write_model_index(measured: Measured, model_name: str, dataset_id: str | None, folder: Path) -> Path:
+def write_model_index(measured: VerifiedRun, model_name: str, dataset_id: str | None, folder: Path) -> Path:
     """Write a model card's header with every metric of every task.
 
     Args:
@@ -106,7 +106,7 @@ def write_model_index(measured: Measured, model_name: str, dataset_id: str | Non
     return _write(folder / "README.md", f"---\n{card.to_yaml()}\n---\n\n{note}\n")
 
 
-def expect_datasets(run: Run, dataset_id: str | None) -> None:
+def expect_datasets(run: LoggedRun, dataset_id: str | None) -> None:
     """Check that every task has a dataset on the hub, its own or the one the user named.
 
     Raises:
@@ -130,7 +130,7 @@ def _interval(low: float, high: float) -> dict[str, float]:
     return {"low": low, "high": high} if low == low else {}
 
 
-def _task(measured: Measured, task: str | None) -> str:
+def _task(measured: VerifiedRun, task: str | None) -> str:
     known = list(measured.scores)
     if task is None and len(known) == 1:
         return known[0]

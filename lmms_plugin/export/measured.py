@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from lmms_plugin.analysis.logs import Run, table
-from lmms_plugin.analysis.measure import Number, Settings, measure
+from lmms_plugin.analysis.logs import LoggedRun, table
+from lmms_plugin.analysis.measure import MeasurementSettings, MetricValue, measure
 from lmms_plugin.export.consistency import expect_shifted
 from lmms_plugin.export.rescoring import Rescored, rescore
 from lmms_plugin.export.whole import expect_whole
 
 
-class Score(NamedTuple):
+class VerifiedScore(NamedTuple):
     """One metric of one task.
 
     Attributes:
@@ -33,7 +33,7 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class VerifiedRun:
     """A run whose log and table agree.
 
     Attributes:
@@ -44,20 +44,20 @@ class Measured:
         settings: Of the intervals.
     """
 
-    run: Run
+    run: LoggedRun
     results: Mapping[str, Any]
     tasks: Mapping[str, Rescored]
-    scores: Mapping[str, Mapping[str, Score]]
-    settings: Settings
+    scores: Mapping[str, Mapping[str, VerifiedScore]]
+    settings: MeasurementSettings
 
-    def at(self, settings: Settings) -> Measured:
+    def at(self, settings: MeasurementSettings) -> VerifiedRun:
         """The same with intervals made in another way."""
         if settings == self.settings:
             return self
         return replace(self, scores=_intervals(self.run, self.tasks, settings), settings=settings)
 
 
-def measured(run: Run, settings: Settings) -> Measured:
+def measured(run: LoggedRun, settings: MeasurementSettings) -> VerifiedRun:
     """Score a run's answers anew and make intervals.
 
     Raises:
@@ -70,24 +70,26 @@ def measured(run: Run, settings: Settings) -> Measured:
         raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")
     tasks = {task: rescore(run, task) for task in run.tasks}
     expect_shifted(run, {task: rescored.samples for task, rescored in tasks.items()})
-    return Measured(run, results, tasks, _intervals(run, tasks, settings), settings)
+    return VerifiedRun(run, results, tasks, _intervals(run, tasks, settings), settings)
 
 
-def _intervals(run: Run, tasks: Mapping[str, Rescored], settings: Settings) -> dict[str, dict[str, Score]]:
-    numbers: dict[str, dict[str, Number]] = {task: {} for task in tasks}
+def _intervals(
+    run: LoggedRun, tasks: Mapping[str, Rescored], settings: MeasurementSettings
+) -> dict[str, dict[str, VerifiedScore]]:
+    numbers: dict[str, dict[str, MetricValue]] = {task: {} for task in tasks}
     for number in measure(run, settings):
         numbers[number.task][number.metric] = number
     return {task: _scores(rescored, numbers[task]) for task, rescored in tasks.items()}
 
 
-def _scores(rescored: Rescored, numbers: Mapping[str, Number]) -> dict[str, Score]:
+def _scores(rescored: Rescored, numbers: Mapping[str, MetricValue]) -> dict[str, VerifiedScore]:
     scores = {}
     for metric, value in rescored.metrics.items():
         number = numbers.get(metric)
         # The same name may stand for another sample elsewhere: an interval is only taken with its own value.
         if number is not None and math.isclose(number.value, value, abs_tol=1e-9):
-            scores[metric] = Score(*number[2:])
+            scores[metric] = VerifiedScore(*number[2:])
         elif not math.isnan(value):
             images = rescored.images[metric]
-            scores[metric] = Score(value, math.nan, math.nan, len(images), len(set(images)))
+            scores[metric] = VerifiedScore(value, math.nan, math.nan, len(images), len(set(images)))
     return scores

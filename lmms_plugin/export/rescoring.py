@@ -15,12 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmms_plugin.analysis.logs import Run
-from lmms_plugin.analysis.records import GROUNDING, REJECTION, Kind
-from lmms_plugin.export.consistency import expect_one_model, expect_place, expect_told
+from lmms_plugin.analysis.logs import LoggedRun
+from lmms_plugin.analysis.records import GROUNDING, REJECTION, TaskKind
+from lmms_plugin.export.consistency import RescoredSample, expect_one_model, expect_place, expect_told
 from lmms_plugin.export.definitions import Definition, definition
 from lmms_plugin.protocol.response import Response
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 
 _TOLERANCE = 1e-9
 _NOT_METRICS = ("alias", "samples")
@@ -33,24 +33,6 @@ _LOGGED = frozenset(
 """Keys of a line of the log that lmms-eval writes itself; all others are metrics."""
 
 
-class Sample(NamedTuple):
-    """One line of a log whose scores were made again and are the same.
-
-    Attributes:
-        number: Of the document in lmms-eval.
-        record: The whole record of the document.
-        response: The answer.
-        prompt: What lmms-eval logged as the question; "" where it did not.
-        target: The true answer as text.
-    """
-
-    number: int
-    record: Mapping[str, Any]
-    response: Response
-    prompt: str
-    target: str
-
-
 class Rescored(NamedTuple):
     """A task of a run whose claims hold.
 
@@ -61,13 +43,13 @@ class Rescored(NamedTuple):
         definition: The task.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[RescoredSample, ...]
     metrics: Mapping[str, float]
     images: Mapping[str, Sequence[str]]
     definition: Definition
 
 
-def rescore(run: Run, task: str) -> Rescored:
+def rescore(run: LoggedRun, task: str) -> Rescored:
     """Score the answers of a task of a run anew.
 
     Raises:
@@ -75,7 +57,7 @@ def rescore(run: Run, task: str) -> Rescored:
     """
     log, found = run.log(task), definition(task)
     expect_place(run.tasks[task], found.place)
-    samples: list[Sample] = []
+    samples: list[RescoredSample] = []
     entries: defaultdict[str, list[Any]] = defaultdict(list)
     images: defaultdict[str, list[str]] = defaultdict(list)
     for row in _rows(log):
@@ -97,7 +79,7 @@ def rescore(run: Run, task: str) -> Rescored:
     return Rescored(tuple(samples), metrics, images, found)
 
 
-def claimed(run: Run, task: str) -> dict[str, float]:
+def claimed(run: LoggedRun, task: str) -> dict[str, float]:
     """The metrics of a task in the table of results, standard errors left out."""
     table = {}
     for key, value in run.results.get(task, {}).items():
@@ -114,7 +96,9 @@ def _rows(log: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _scored(row: Mapping[str, Any], kind: Kind, definition: Definition, log: Path) -> tuple[Sample, Mapping[str, Any]]:
+def _scored(
+    row: Mapping[str, Any], kind: TaskKind, definition: Definition, log: Path
+) -> tuple[RescoredSample, Mapping[str, Any]]:
     record, answer = row[kind.record], row.get("filtered_resps")
     if not isinstance(answer, str):
         raise ValueError(f"{log}: expected one answer for {record['id']}, got {str(answer)[:80]}")
@@ -130,11 +114,11 @@ def _scored(row: Mapping[str, Any], kind: Kind, definition: Definition, log: Pat
     if str(row.get("target", target)) != target:
         raise ValueError(f"{log}: expected the target {target} for {record['id']}, got {row['target']}")
     prompt = row.get("input")
-    return Sample(row["doc_id"], record, response, prompt if isinstance(prompt, str) else "", target), output
+    return RescoredSample(row["doc_id"], record, response, prompt if isinstance(prompt, str) else "", target), output
 
 
 def _document(
-    record: Mapping[str, Any], row: Mapping[str, Any], response: Response, kind: Kind, definition: Definition
+    record: Mapping[str, Any], row: Mapping[str, Any], response: Response, kind: TaskKind, definition: Definition
 ) -> dict[str, Any]:
     """The document as far as scores depend on it, from what the log keeps of it."""
     if kind is GROUNDING or kind is REJECTION:
@@ -144,7 +128,7 @@ def _document(
 
 
 def _expression(
-    record: Mapping[str, Any], row: Mapping[str, Any], response: Response, kind: Kind, definition: Definition
+    record: Mapping[str, Any], row: Mapping[str, Any], response: Response, kind: TaskKind, definition: Definition
 ) -> dict[str, Any]:
     # Without a trailer the answer is read in fractions, for which any size will do.
     width, height = response.original_size or (1, 1)
@@ -202,7 +186,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _expect_table(run: Run, task: str, metrics: Mapping[str, float]) -> None:
+def _expect_table(run: LoggedRun, task: str, metrics: Mapping[str, float]) -> None:
     differs = difference(dict(metrics), claimed(run, task))
     if differs:
         raise ValueError(f"{run.file}: the table of results is not that of the log of {task}: {differs}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from lmms_plugin.export.records import VERSION
+from lmms_plugin.export.record_types import VERSION
 
 PACKAGE = "every_eval_ever"
 HOW = "pip install 'lmms-plugin[export]', in Python 3.12 or newer"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lmms_plugin.analysis.logs import ALL, Run
+from lmms_plugin.analysis.logs import ALL, LoggedRun
 from lmms_plugin.analysis.records import TaskRecords
 from lmms_plugin.export import facts
 from lmms_plugin.export.definitions import is_ours
@@ -16,7 +16,7 @@ LIMITS = ("limit", "offset")
 """Options of lmms-eval that leave documents out."""
 
 
-def expect_whole(run: Run, results: Mapping[str, Any]) -> None:
+def expect_whole(run: LoggedRun, results: Mapping[str, Any]) -> None:
     """Check that a run answered all documents of its tasks.
 
     Args:

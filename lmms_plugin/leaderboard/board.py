@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmms_plugin import __version__
-from lmms_plugin.analysis.measure import Settings
-from lmms_plugin.analysis.records import GROUNDING, REJECTION, VQA, Kind
-from lmms_plugin.cli.printed import plain
-from lmms_plugin.export.measured import Score
+from lmms_plugin.analysis.measure import MeasurementSettings
+from lmms_plugin.analysis.records import GROUNDING, REJECTION, VQA, TaskKind
+from lmms_plugin.export.measured import VerifiedScore
 from lmms_plugin.leaderboard.verification import Refused, Verified
 from lmms_plugin.utils.files import encoded, replace_all
 from lmms_plugin.utils.messages import counted
+from lmms_plugin.utils.plain_json import plain
 from lmms_plugin.utils.spreadsheets import comma_separated
 
-COLUMNS: Mapping[Kind, tuple[str, ...]] = {
+COLUMNS: Mapping[TaskKind, tuple[str, ...]] = {
     GROUNDING: ("acc@0.5", "mean_iou", "parse_rate", "ece", "brier", "auroc", "aurc", "coverage@0.05"),
     VQA: ("accuracy", "ece", "brier", "auroc", "aurc", "coverage@0.05", "phi@10"),
     REJECTION: ("rejection_auroc", "rejection_fpr@0.95", "confidence_falls", "box_rate"),
@@ -29,7 +29,7 @@ MISSING = "n/a"
 _FACTS = ("quantization_method", "quantization_bits", "quantization_group_size", "quantization_bits_per_weight")
 
 
-class Row(NamedTuple):
+class BoardRow(NamedTuple):
     """One submission in the table of one task.
 
     Attributes:
@@ -50,14 +50,14 @@ class Row(NamedTuple):
     model: str
     organization: str
     facts: Mapping[str, str]
-    scores: Mapping[str, Score]
+    scores: Mapping[str, VerifiedScore]
     documents: int
     images: int
     digest: str
     same_answers: tuple[str, ...]
 
 
-class Table(NamedTuple):
+class BoardTable(NamedTuple):
     """One task.
 
     Attributes:
@@ -74,16 +74,16 @@ class Table(NamedTuple):
     higher_is_better: Mapping[str, bool]
     estimator: str
     documents: str
-    rows: tuple[Row, ...]
+    rows: tuple[BoardRow, ...]
 
 
-def tables(verified: Sequence[Verified]) -> list[Table]:
+def tables(verified: Sequence[Verified]) -> list[BoardTable]:
     """A table for every task that some submission answered, by name."""
     names = sorted({task for one in verified for task in one.tasks})
     return [_table(task, [one for one in verified if task in one.tasks]) for task in names]
 
 
-def write(found: Sequence[Table], refused: Sequence[Refused], settings: Settings, folder: Path) -> None:
+def write(found: Sequence[BoardTable], refused: Sequence[Refused], settings: MeasurementSettings, folder: Path) -> None:
     """Write `leaderboard.html`, `leaderboard.json` and `leaderboard.csv` into a folder.
 
     Each of them says how intervals were made. All three are written, or none is.
@@ -101,7 +101,7 @@ def write(found: Sequence[Table], refused: Sequence[Refused], settings: Settings
     replace_all({folder / f"leaderboard.{ending}": encoded(content) for ending, content in made.items()})
 
 
-def page(found: Sequence[Table], refused: Sequence[Refused], settings: Settings) -> str:
+def page(found: Sequence[BoardTable], refused: Sequence[Refused], settings: MeasurementSettings) -> str:
     """The page: one file that needs no network."""
     from jinja2 import Environment, StrictUndefined
 
@@ -119,16 +119,16 @@ def page(found: Sequence[Table], refused: Sequence[Refused], settings: Settings)
     )
 
 
-def _intervals(settings: Settings) -> dict[str, float]:
+def _intervals(settings: MeasurementSettings) -> dict[str, float]:
     """How all intervals of a leaderboard are made."""
     return {name: getattr(settings, name) for name in ("level", "resamples", "seed")}
 
 
-def _submissions(found: Sequence[Table]) -> int:
+def _submissions(found: Sequence[BoardTable]) -> int:
     return len({row.digest for table in found for row in table.rows})
 
 
-def _table(task: str, verified: Sequence[Verified]) -> Table:
+def _table(task: str, verified: Sequence[Verified]) -> BoardTable:
     first = verified[0].tasks[task]
     present = {metric for one in verified for metric in one.tasks[task].scores}
     columns = tuple(metric for metric in COLUMNS[first.kind] if metric in present)
@@ -140,17 +140,17 @@ def _table(task: str, verified: Sequence[Verified]) -> Table:
         for one, value in zip(verified, values, strict=True)
     ]
     ordered = tuple(sorted(rows, key=lambda row: (row.rank, row.submission)))
-    return Table(task, columns, first.higher_is_better, first.kind.estimator, first.documents, ordered)
+    return BoardTable(task, columns, first.higher_is_better, first.kind.estimator, first.documents, ordered)
 
 
-def _row(task: str, one: Verified, rank: int, verified: Sequence[Verified]) -> Row:
+def _row(task: str, one: Verified, rank: int, verified: Sequence[Verified]) -> BoardRow:
     answered, source = one.tasks[task], one.source
     same = tuple(other.name for other in verified if other is not one and other.answers == one.answers)
     about = (rank, one.name, source.model_id, source.organization, one.facts)
-    return Row(*about, answered.scores, answered.count, answered.images, one.digest, same)
+    return BoardRow(*about, answered.scores, answered.count, answered.images, one.digest, same)
 
 
-def _lines(found: Sequence[Table], settings: Settings) -> Iterator[Sequence[object]]:
+def _lines(found: Sequence[BoardTable], settings: MeasurementSettings) -> Iterator[Sequence[object]]:
     head = ("task", "rank", "submission", "model", "organization", *_FACTS)
     made = _intervals(settings)
     yield (*head, "metric", "value", "low", "high", *made, "records", "images", "manifest_sha256")
@@ -164,11 +164,11 @@ def _lines(found: Sequence[Table], settings: Settings) -> Iterator[Sequence[obje
                 yield (*place, metric, repr(score.value), *ends, *counts, row.digest)
 
 
-def _number(score: Score | None) -> str:
+def _number(score: VerifiedScore | None) -> str:
     return MISSING if score is None else f"{score.value:z.3f}"
 
 
-def _between(score: Score | None) -> str:
+def _between(score: VerifiedScore | None) -> str:
     return "" if score is None or math.isnan(score.low) else f"{score.low:z.3f} … {score.high:z.3f}"
 
 

@@ -22,10 +22,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lmms_plugin import __version__
-from lmms_plugin.analysis.measure import Settings
+from lmms_plugin.analysis.measure import MeasurementSettings
+from lmms_plugin.analysis.study_files import CELL
 from lmms_plugin.export import every_eval_ever, facts
-from lmms_plugin.export.every_eval_ever import Source
-from lmms_plugin.export.measured import Measured
+from lmms_plugin.export.every_eval_ever import EvaluationSource
+from lmms_plugin.export.measured import VerifiedRun
+from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import expect_inside, json_object, new_folder, replace_text
 
@@ -57,8 +59,8 @@ class Manifest:
     """
 
     lmms_plugin: str
-    source: Source
-    settings: Settings
+    source: EvaluationSource
+    settings: MeasurementSettings
     files: Mapping[str, str]
 
     def to_json(self) -> str:
@@ -89,13 +91,13 @@ class Manifest:
             if found != (FORMAT, FORMAT_VERSION):
                 raise ValueError(f"expected {FORMAT} {FORMAT_VERSION}, got {found[0]} {found[1]}")
             files = {str(name): str(digest) for name, digest in content["files"].items()}
-            source, settings = Source(**content["source"]), _settings(content["settings"])
+            source, settings = EvaluationSource(**content["source"]), _settings(content["settings"])
             return cls(str(content["lmms_plugin"]), source, settings, files)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{MANIFEST} is damaged: {error}") from error
 
 
-def build(measured: Measured, source: Source, folder: Path) -> str:
+def build(measured: VerifiedRun, source: EvaluationSource, folder: Path) -> str:
     """Write a submission to a new folder.
 
     Returns:
@@ -112,7 +114,7 @@ def build(measured: Measured, source: Source, folder: Path) -> str:
         run = measured.run
         for file in (run.file, *map(run.log, run.tasks)):
             shutil.copyfile(file, results / file.name)
-        for name in (facts.CELL, facts.REPORT):
+        for name in (CELL, REPORT):
             if (beside := facts.beside(run.file, name)) is not None:
                 shutil.copyfile(beside, results / name)
         checked = every_eval_ever.write(measured, source, unfinished).checked
@@ -174,7 +176,7 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def expect_checkable(settings: Settings) -> None:
+def expect_checkable(settings: MeasurementSettings) -> None:
     """Check that others can afford to make the intervals again.
 
     Raises:
@@ -196,10 +198,10 @@ def results_file(folder: Path) -> Path:
     return files[0]
 
 
-def _settings(content: Mapping[str, Any]) -> Settings:
+def _settings(content: Mapping[str, Any]) -> MeasurementSettings:
     if content.keys() != {*_CHOSEN}:
         raise ValueError(f"expected the settings {', '.join(_CHOSEN)}, got {', '.join(content)}")
-    settings = Settings(**content)
+    settings = MeasurementSettings(**content)
     expect_checkable(settings)
     return settings
 

@@ -6,7 +6,6 @@ records of Every Eval Ever. What cannot be told from files alone is whether the 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmms_plugin.analysis.logs import read
-from lmms_plugin.analysis.measure import Settings
-from lmms_plugin.analysis.records import Kind
-from lmms_plugin.export import consistency, every_eval_ever, facts, records
-from lmms_plugin.export.documents import documents
-from lmms_plugin.export.every_eval_ever import Source
-from lmms_plugin.export.measured import Measured, Score, measured
+from lmms_plugin.analysis.measure import MeasurementSettings
+from lmms_plugin.analysis.records import TaskKind
+from lmms_plugin.analysis.study_files import CELL
+from lmms_plugin.export import consistency, every_eval_ever, facts, record_types
+from lmms_plugin.export.asked_documents import documents
+from lmms_plugin.export.every_eval_ever import EvaluationSource
+from lmms_plugin.export.measured import VerifiedRun, VerifiedScore, measured
 from lmms_plugin.export.rescoring import difference
 from lmms_plugin.leaderboard import submission
 from lmms_plugin.leaderboard.submission import Manifest
+from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import json_object
 
@@ -48,8 +49,8 @@ class Answered(NamedTuple):
         documents: SHA-256 of what was asked.
     """
 
-    kind: Kind
-    scores: Mapping[str, Score]
+    kind: TaskKind
+    scores: Mapping[str, VerifiedScore]
     higher_is_better: Mapping[str, bool]
     count: int  # type: ignore[assignment]
     images: int
@@ -70,7 +71,7 @@ class Verified:
     """
 
     name: str
-    source: Source
+    source: EvaluationSource
     digest: str
     answers: str
     facts: Mapping[str, str]
@@ -90,7 +91,7 @@ class Refused:
     reason: str
 
 
-def verify(path: Path, settings: Settings) -> Verified | Refused:
+def verify(path: Path, settings: MeasurementSettings) -> Verified | Refused:
     """Check one submission by itself; whatever is wrong with it, it is refused and nothing is raised.
 
     Args:
@@ -146,7 +147,7 @@ def _readable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def _verified(path: Path, folder: Path, settings: Settings) -> Verified:
+def _verified(path: Path, folder: Path, settings: MeasurementSettings) -> Verified:
     submission.expect_readable(folder)
     _expect_shown("name", path.name, LONGEST_FACT)
     manifest = Manifest.read(folder)
@@ -177,7 +178,7 @@ def _expect_shown(what: str, text: str, most: int) -> None:
         raise ValueError(f"{what}: expected at most {most} printable characters, got {text!r:.80}")
 
 
-def _answered(found: Measured, task: str) -> Answered:
+def _answered(found: VerifiedRun, task: str) -> Answered:
     answered = found.run.tasks[task]
     return Answered(
         kind=answered.kind,
@@ -200,30 +201,32 @@ def _expect_files(folder: Path, manifest: Manifest) -> None:
             raise ValueError(f"{name} was changed: expected SHA-256 {manifest.files[name]}, got {digest}")
 
 
-def _expect_nothing_else(folder: Path, manifest: Manifest, found: Measured) -> None:
+def _expect_nothing_else(folder: Path, manifest: Manifest, found: VerifiedRun) -> None:
     """A file that nothing reads is checked by nobody."""
     read = {found.run.file, *map(found.run.log, found.run.tasks)}
-    read |= {found.run.file.with_name(name) for name in (facts.CELL, facts.REPORT)}
+    read |= {found.run.file.with_name(name) for name in (CELL, REPORT)}
     read |= {folder / file for file in every_eval_ever.paths(found, manifest.source)}
     for name in sorted(manifest.files):
         if folder / name not in read:
             raise ValueError(f"{name} belongs to no submission of {', '.join(found.tasks)}")
 
 
-def _expect_records(folder: Path, manifest: Manifest, found: Measured) -> None:
+def _expect_records(folder: Path, manifest: Manifest, found: VerifiedRun) -> None:
     """Both records must be valid and be those that this package makes of the answers."""
     files = every_eval_ever.paths(found, manifest.source)
     for file in files:
         if not (folder / file).is_file():
             raise ValueError(f"{file.as_posix()} is missing")
     lines = (folder / files.instances).read_bytes()
-    rows = [json.loads(line) for line in lines.splitlines()]
-    for number, row in enumerate(rows, start=1):
-        records.read(records.DocumentRecord, row, f"{files.instances.name}, record {number}")
+    rows = []
+    for number, line in enumerate(lines.splitlines(), start=1):
+        name = f"{files.instances.name}, record {number}"
+        rows.append(json_object(line, name))
+        record_types.read(record_types.DocumentRecord, rows[-1], name)
     made = [record.content() for record in every_eval_ever.instances(found, manifest.source)]
     _expect_same(made, rows, files.instances)
     whole = json_object((folder / files.aggregate).read_bytes(), files.aggregate.name)
-    records.read(records.RunRecord, whole, files.aggregate.name)
+    record_types.read(record_types.RunRecord, whole, files.aggregate.name)
     made_whole = every_eval_ever.aggregate(found, manifest.source, files, lines, len(made)).content()
     # What another version of this package calls itself is no claim.
     made_whole["eval_library"]["additional_details"]["lmms_plugin"] = manifest.lmms_plugin

@@ -105,7 +105,7 @@ class Interval(NamedTuple):
     high: float
 
 
-class Resampled:
+class ResampledMetric:
     """Any metric of records as a `Statistic`, by repeating the records of each cluster as often as it was drawn.
 
     Exact for every metric and as slow as calling it once per resample.

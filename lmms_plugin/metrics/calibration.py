@@ -17,8 +17,7 @@ from scipy.fft import dct, idct
 
 from lmms_plugin.metrics import ranked
 from lmms_plugin.metrics._inputs import Floats, fractions, paired, positive_int
-from lmms_plugin.metrics._ties import Ties, ties
-from lmms_plugin.metrics.bins import DEFAULT_BINS, equal_width_index
+from lmms_plugin.metrics.bins import DEFAULT_BINS, equal_mass_index, equal_width_index, ties
 from lmms_plugin.metrics.bootstrap import Clusters
 from lmms_plugin.metrics.sums import Sums, plain
 
@@ -110,7 +109,7 @@ def reliability_bins(
         binned = Binned(c, y, Clusters.one(c.size), n_bins)
         return _filled(*binned.sums(np.ones((1, 1)))[:3, 0])
     blocks = ties(c, y)
-    index = _equal_mass(blocks, n_bins)
+    index = equal_mass_index(blocks.records, n_bins)
     values = blocks.records, blocks.confidence * blocks.records, blocks.outcome
     return _filled(*(np.bincount(index, weights=value).astype(np.float64) for value in values))
 
@@ -251,7 +250,7 @@ def ece_floor(
     c = fractions("confidence", confidence)
     n_bins = positive_int("n_bins", n_bins)
     blocks = ties(c, np.zeros_like(c))
-    bins = _equal_mass(blocks, n_bins) if equal_mass else equal_width_index(blocks.confidence, n_bins)
+    bins = equal_mass_index(blocks.records, n_bins) if equal_mass else equal_width_index(blocks.confidence, n_bins)
     starts = _change_points(bins, (blocks.confidence / _FLOOR_CELL).astype(np.int64))
     count = np.add.reduceat(blocks.records, starts)
     mean = np.minimum(np.add.reduceat(blocks.records * blocks.confidence, starts) / count, 1.0)
@@ -374,12 +373,6 @@ def _binned(
 ) -> dict[str, float]:
     c, y = paired(confidence, outcome)
     return plain(Binned(c, y, Clusters.one(c.size), n_bins, **options))
-
-
-def _equal_mass(blocks: Ties, n_bins: int) -> npt.NDArray[np.intp]:
-    last = np.cumsum(blocks.records) - 1
-    twice_middle_rank = (2 * last - blocks.records + 1).astype(np.int64)
-    return (twice_middle_rank * n_bins // int(2 * blocks.records.sum())).astype(np.intp)
 
 
 def _filled(records: Floats, confidence: Floats, outcome: Floats) -> Bins:

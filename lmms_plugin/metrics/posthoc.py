@@ -5,10 +5,9 @@ image it has seen is an error, so a calibrated number is never measured where th
 records, because expressions of one image are not independent.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from scipy.optimize import isotonic_regression, minimize
 
 from lmms_plugin.metrics._inputs import Floats, fractions, paired
-from lmms_plugin.metrics._ties import ties
+from lmms_plugin.metrics.bins import ties
 
 _CLIP = 1e-12
 """Confidences are kept this far from 0 and 1 before their logarithm is taken: joint probabilities can be tiny."""
@@ -95,26 +94,6 @@ class Calibrator(ABC):
         c = fractions("confidence", confidence)
         self.fitted_on.refuse(images, c.size)
         return np.clip(self._map(c), 0.0, 1.0)
-
-    def to_json(self) -> str:
-        """The calibrator as one line of JSON: its kind, parameters, split and images."""
-        fields = asdict(self)
-        fields["fitted_on"]["images"] = sorted(self.fitted_on.images)
-        return json.dumps({"kind": type(self).__name__.lower(), **fields})
-
-    @staticmethod
-    def from_json(text: str) -> "Calibrator":
-        """What `to_json` wrote.
-
-        Raises:
-            ValueError: If the text is no calibrator.
-        """
-        fields = json.loads(text)
-        if not isinstance(fields, dict) or fields.get("kind") not in CALIBRATORS:
-            raise ValueError(f"expected a calibrator of kind {', '.join(CALIBRATORS)}, got {text[:80]!r}")
-        kind, fitted = CALIBRATORS[fields.pop("kind")], fields.pop("fitted_on")
-        where = FittedOn(fitted["split"], fitted["records"], frozenset(fitted["images"]))
-        return kind(where, **{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
     @classmethod
     @abstractmethod

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmms_plugin.metrics._inputs import ROUNDING, Floats, paired
-from lmms_plugin.metrics.bins import DEFAULT_BINS
+from lmms_plugin.metrics.bins import DEFAULT_BINS, equal_mass_cuts
 from lmms_plugin.metrics.bootstrap import Clusters
 
 RISKS: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.2)
@@ -200,12 +200,9 @@ def adaptive_ece(curve: Curve, n_bins: int = DEFAULT_BINS) -> Floats:
     ends = curve.answered[:, 1:] if blocks is None else curve.answered.take(blocks, axis=1)
     gaps = curve.drawn * curve.order.residual
     found = np.empty(curve.total.size)
+    # Bins are other ones in every resample.
     for row, (total, upto, gap) in enumerate(zip(curve.total.tolist(), ends, gaps, strict=True)):
-        # A block's middle rank from below, times 2, is 2·total − 1 − (records above it + records above the next).
-        sought = ((2 * total - 1) * n_bins - 2 * total * np.arange(n_bins - 1, 0, -1)) / n_bins
-        first = np.searchsorted(upto, sought / 2, side="right")
-        first = np.minimum(first, upto.size - 1)
-        cuts = first + (upto[first].astype(np.float64) + np.where(first > 0, upto[first - 1], 0) <= sought)
+        cuts = equal_mass_cuts(upto, n_bins)
         # Cuts count blocks: as places of records they are where the block before them ends.
         places = cuts if blocks is None else np.where(cuts > 0, blocks[cuts - 1], 0)
         parts = [gap[start:stop].sum() for start, stop in pairwise((0, *places.tolist(), gap.size))]

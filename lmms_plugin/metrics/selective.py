@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from lmms_plugin.metrics import ranked
 from lmms_plugin.metrics._inputs import ROUNDING, Floats, one_fraction, paired
-from lmms_plugin.metrics._ties import ties
+from lmms_plugin.metrics.bins import ties
 from lmms_plugin.metrics.bootstrap import Clusters
 from lmms_plugin.metrics.sums import Sums, plain
 

@@ -20,8 +20,8 @@ from lmms_plugin.protocol.reasoning import Separated, expect_opening, separate
 MARKER = "<|lmms_plugin|>"
 Size = tuple[int, int]
 
-_FIELDS = {"tokens", "logprobs", "original_size", "model_size", "dialect"}
-_OPTIONAL = {"confidence", "digits", "samples", "statement", "scores", "opened"}
+FIELDS = {"tokens", "logprobs", "original_size", "model_size", "dialect"}
+OPTIONAL_FIELDS = {"confidence", "digits", "samples", "statement", "scores", "opened"}
 
 
 class Alternatives(NamedTuple):
@@ -188,8 +188,8 @@ class Response:
             return cls(text=answer)
         try:
             trailer = json.loads(line)
-            if not isinstance(trailer, dict) or set(trailer) - _OPTIONAL != _FIELDS:
-                raise ValueError(f"expected an object with {sorted(_FIELDS)}")
+            if not isinstance(trailer, dict) or set(trailer) - OPTIONAL_FIELDS != FIELDS:
+                raise ValueError(f"expected an object with {sorted(FIELDS)}")
             pairs = zip(trailer["tokens"], trailer["logprobs"], strict=True)
             digits = {int(index): _alternatives(value) for index, value in trailer.get("digits", {}).items()}
             tokens = tuple(_token(*pair, digits.get(index)) for index, pair in enumerate(pairs))

@@ -1,4 +1,4 @@
-"""A model's own word on how sure it is: how the answer to `lmms_plugin.protocol.dialects.CONFIDENCE_QUESTION` is read."""
+"""A model's own word on how sure it is: how answers to `lmms_plugin.protocol.dialects.CONFIDENCE_QUESTION` are read."""
 
 import math
 import re

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from lmms_plugin.analysis.measure import Settings
-from lmms_plugin.report import contents, gallery, page
+from lmms_plugin.analysis.measure import MeasurementSettings
+from lmms_plugin.report import gallery, page
 from lmms_plugin.report.figures import all_figures as drawing
 from lmms_plugin.report.figures import svg
-from lmms_plugin.report.reading import RESAMPLES, default_workers, read_folder
-from lmms_plugin.report.summary import Summary, summarise
+from lmms_plugin.report.numbers import contents
+from lmms_plugin.report.numbers.results_folder import RESAMPLES, default_workers, read_folder
+from lmms_plugin.report.numbers.summary import Summary, summarise
 from lmms_plugin.utils.files import encoded, replace_bytes
 from lmms_plugin.utils.messages import counted
 
@@ -19,7 +20,13 @@ _DPI = 200
 
 
 def build(
-    results: Path, output: Path, settings: Settings, *, title: str | None, figures: Path | None, pictures: int
+    results: Path,
+    output: Path,
+    settings: MeasurementSettings,
+    *,
+    title: str | None,
+    figures: Path | None,
+    pictures: int,
 ) -> Iterator[str]:
     """Write the page and, if asked for, figures and tables as files; yields what was done, line by line.
 
@@ -32,7 +39,7 @@ def build(
         pictures: Expressions in the gallery.
 
     Raises:
-        ValueError: As `lmms_plugin.report.reading.read_folder`.
+        ValueError: As `lmms_plugin.report.numbers.results_folder.read_folder`.
     """
     verdict = page.read_verdict(results)
     summary = summarise(read_folder(results, settings), settings.level)
@@ -57,5 +64,4 @@ def _files(summary: Summary, folder: Path) -> Iterator[str]:
     tables = [*contents.every(summary), *(one.table for one in drawn)]
     for table in tables:
         replace_bytes(folder / f"{table.name}.csv", encoded(table.csv()))
-        replace_bytes(folder / f"{table.name}.tex", encoded(table.latex()))
     yield f"{folder}: {counted(len(drawn), 'figure')}, {counted(len(tables), 'table')}"

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lmms_plugin import demo
 from lmms_plugin.analysis import logs
 from lmms_plugin.analysis.groups import CLEAN, Task
 from lmms_plugin.analysis.records import GROUNDING
 from lmms_plugin.report.figures.drawing import label
-from lmms_plugin.report.reading import Run
-from lmms_plugin.report.summary import Line, Scope, Summary, series
+from lmms_plugin.report.numbers.results_folder import ReportedRun
+from lmms_plugin.report.numbers.summary import Line, Scope, Summary, series
+from lmms_plugin.tasks.grounding import refcocoplus
+from lmms_plugin.tasks.registry import cells
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +89,7 @@ class _Chosen(NamedTuple):
     scope: Scope
     condition: str
     task: str
-    runs: dict[str, Run]
+    runs: dict[str, ReportedRun]
     ids: list[str]
 
 
@@ -147,7 +150,7 @@ def _most_compared(lines: Sequence[Line]) -> Line | None:
     return max(bases, key=lambda base: sum(other is base for other in bases), default=None)
 
 
-def _losses(task: str, dense: Run, runs: Sequence[Run]) -> np.ndarray:
+def _losses(task: str, dense: ReportedRun, runs: Sequence[ReportedRun]) -> np.ndarray:
     """What quantization costs each expression in IoU, over all models; below 0 where it was wrong without."""
     base: Task = dense.measured.tasks[task]
     lost = np.sum([base.score - run.measured.tasks[task].score for run in runs], axis=0)
@@ -219,8 +222,6 @@ def _records(log: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
 
 def _source(task: str) -> Callable[[], Any] | None:
     """What loads the rows of a task's dataset, if that is at hand."""
-    from lmms_plugin.tasks.grounding import refcocoplus
-
     if task == "shapes_rec" or task.startswith("shapes_shift_"):
         return _demo_rows
     if task.startswith(("refcocoplus_rec_", "refcocoplus_shift_")) and os.environ.get(refcocoplus.VARIABLE):
@@ -230,8 +231,6 @@ def _source(task: str) -> Callable[[], Any] | None:
 
 
 def _why(chosen: _Chosen) -> str:
-    from lmms_plugin.tasks.grounding import refcocoplus
-
     if chosen.task.startswith("refcocoplus"):
         return f"its images are not at hand; set {refcocoplus.VARIABLE} to a local copy of RefCOCO+"
     return f"the images of {chosen.task} are not at hand"
@@ -240,15 +239,11 @@ def _why(chosen: _Chosen) -> str:
 def _demo_rows() -> Any:
     import datasets
 
-    from lmms_plugin import demo
-
     return datasets.load_dataset(demo.DATA, split="test")
 
 
 def _refcocoplus_rows(split: str) -> Any:
     import datasets
-
-    from lmms_plugin.tasks.grounding import refcocoplus
 
     files = refcocoplus.local_files()
     return datasets.load_dataset("parquet", data_files=files, split=split)
@@ -259,8 +254,8 @@ def _images(task: str, wanted: set[str]) -> dict[str, Image.Image]:
     rows = _source(task)
     if rows is None or not wanted:
         return {}
+    # Only where there are images to show: it takes seconds to import.
     from lmms_plugin.tasks.grounding import comprehension
-    from lmms_plugin.tasks.registry import cells
 
     entry = cells.entries().get(task)
     kwargs = entry.overrides["lmms_eval_specific_kwargs"]["default"] if entry else None

@@ -13,14 +13,15 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from lmms_plugin import __version__
-from lmms_plugin.analysis import accounts
-from lmms_plugin.report import contents
+from lmms_plugin.analysis.study_files import VERDICT, VERDICT_IN_WORDS
 from lmms_plugin.report.figures import inlined
 from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
-from lmms_plugin.report.summary import Summary
-from lmms_plugin.report.tables import Cell, Column, Table
+from lmms_plugin.report.numbers import contents
+from lmms_plugin.report.numbers.summary import Summary
+from lmms_plugin.report.numbers.tables import Column, ReportTable, TableCell
 from lmms_plugin.utils.messages import command_line, counted
+from lmms_plugin.utils.reading import accounts
 
 ROWS_AT_FIRST = 20
 _STYLE, _SCRIPT = "style.css", "script.js"
@@ -40,7 +41,7 @@ class Verdict:
 
     sentences: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
+    tables: tuple[ReportTable, ...] = ()
     notes: tuple[str, ...] = ()
     text: str = ""
 
@@ -205,7 +206,7 @@ def read_verdict(path: Path) -> Verdict | None:
         ValueError: `verdict.json` is not what a verdict is.
     """
     folder = path if path.is_dir() else path.parent
-    file, words = folder / "verdict.json", folder / "verdict.md"
+    file, words = folder / VERDICT, folder / VERDICT_IN_WORDS
     if not file.is_file():
         return Verdict(text=words.read_text(encoding="utf-8")) if words.is_file() else None
     told = _Told.model_validate(accounts.read(file, _Told))
@@ -216,22 +217,22 @@ def read_verdict(path: Path) -> Verdict | None:
 _NUMBERS = re.compile(r"[-+\u2212]?\d[\d.,]*( ?%)?|")
 
 
-def _table(name: str, told: _ToldTable) -> Table:
+def _table(name: str, told: _ToldTable) -> ReportTable:
     rows = tuple(tuple(_cell(value) for value in row) for row in told.rows)
     columns = tuple(
         Column(head, numeric=all(_NUMBERS.fullmatch(row[k].text) for row in rows))
         for k, head in enumerate(told.columns)
     )
-    return Table(name, told.title, columns, rows)
+    return ReportTable(name, told.title, columns, rows)
 
 
-def _cell(value: object) -> Cell:
+def _cell(value: object) -> TableCell:
     """A number, also where it is written as text, is sorted as one."""
     written = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     if not written or not _NUMBERS.fullmatch(written):
-        return Cell(written, written or None)
+        return TableCell(written, written or None)
     plain = written.replace("\u2212", "-").replace(",", "").rstrip(" %")
-    return Cell(written.replace("-", "\u2212"), float(plain))
+    return TableCell(written.replace("-", "\u2212"), float(plain))
 
 
 def _read(name: str) -> str:

@@ -57,7 +57,7 @@ class Features(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Origin:
+class FeatureOrigin:
     """Where features come from; a learned confidence is good for one origin.
 
     Attributes:
@@ -87,7 +87,7 @@ class Origin:
         """JSON-ready values."""
         return asdict(self)
 
-    def differences(self, other: "Origin") -> list[str]:
+    def differences(self, other: "FeatureOrigin") -> list[str]:
         """Say what is not the same, one text per thing: first this one's, then the other's."""
         found = []
         if self.model != other.model:
@@ -115,7 +115,7 @@ class Store(NamedTuple):
         features: Of n answers.
     """
 
-    origin: Origin
+    origin: FeatureOrigin
     index: Mapping[str, int]  # type: ignore[assignment]  # a method of tuples, which nobody calls here
     features: Features
 
@@ -133,7 +133,7 @@ class FeatureWriter:
     """
 
     folder: Path
-    origin: Origin
+    origin: FeatureOrigin
     _keys: list[str] = field(default_factory=list)
     _parts: list[Features] = field(default_factory=list)
 
@@ -195,26 +195,26 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("features-*.safetensors"))
 
 
-def _expect_same(folder: Path, there: Origin, given: Origin) -> None:
+def _expect_same(folder: Path, there: FeatureOrigin, given: FeatureOrigin) -> None:
     if differences := there.differences(given):
         raise ValueError(
             f"expected features of one model in {folder}, got {'; '.join(differences)}: take another folder"
         )
 
 
-def _about(file: Path, metadata: Mapping[str, str] | None) -> tuple[Origin, list[str]]:
+def _about(file: Path, metadata: Mapping[str, str] | None) -> tuple[FeatureOrigin, list[str]]:
     if not metadata or METADATA not in metadata:
         raise ValueError(f"expected features in {file}, got another kind of file")
     about = json.loads(metadata[METADATA])
-    return Origin.parse(about["origin"]), about["keys"]
+    return FeatureOrigin.parse(about["origin"]), about["keys"]
 
 
-def _origin(file: Path) -> Origin:
+def _origin(file: Path) -> FeatureOrigin:
     return _opened(file, lambda opened: _about(file, opened.metadata())[0])
 
 
-def _read_file(file: Path) -> tuple[Origin, list[str], Features]:
-    def contents(opened: Any) -> tuple[Origin, list[str], Features]:
+def _read_file(file: Path) -> tuple[FeatureOrigin, list[str], Features]:
+    def contents(opened: Any) -> tuple[FeatureOrigin, list[str], Features]:
         return *_about(file, opened.metadata()), Features(*map(opened.get_tensor, Features._fields))
 
     return _opened(file, contents)

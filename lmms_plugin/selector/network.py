@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lmms_plugin.selector.features import Features, Origin
+from lmms_plugin.selector.features import FeatureOrigin, Features
 from lmms_plugin.utils import files
 from lmms_plugin.utils.chance import uniform
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 
 Floats = npt.NDArray[np.float64]
 METADATA = "selector"
@@ -37,7 +37,7 @@ NEWTON_STEPS = 25
 
 
 @dataclass(frozen=True)
-class Settings:
+class SelectorSettings:
     """How a selector is trained.
 
     Attributes:
@@ -81,7 +81,7 @@ class Epoch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Record:
+class TrainingRecord:
     """How a selector came about, as written into its file.
 
     Attributes:
@@ -95,10 +95,10 @@ class Record:
         versions: Of this package and of torch.
     """
 
-    origin: Origin
+    origin: FeatureOrigin
     target: str
     data: Mapping[str, Any]
-    settings: Settings
+    settings: SelectorSettings
     images: tuple[int, int]
     epochs: tuple[Epoch, ...]
     best: int
@@ -166,7 +166,7 @@ class Selector:
     """
 
     network: Network
-    record: Record
+    record: TrainingRecord
     seen: frozenset[int]
 
     @torch.no_grad()
@@ -226,9 +226,9 @@ def fit(
     features: Features,
     target: npt.ArrayLike,
     images: Sequence[str],
-    settings: Settings,
+    settings: SelectorSettings,
     *,
-    origin: Origin,
+    origin: FeatureOrigin,
     predicts: str,
     data: Mapping[str, Any],
 ) -> Selector:
@@ -265,7 +265,7 @@ def fit(
                 break
     network.load_state_dict(state)
     apart = {image for image, out in zip(images, held_out.tolist(), strict=True) if out}
-    record = Record(
+    record = TrainingRecord(
         origin,
         predicts,
         {**data, "answers": len(scores), "mean_target": round(float(scores.mean()), 6)},
@@ -278,7 +278,7 @@ def fit(
     return Selector(network.eval(), record, frozenset(map(image_mark, images)))
 
 
-def held_out_rows(images: Sequence[str], settings: Settings) -> Tensor:
+def held_out_rows(images: Sequence[str], settings: SelectorSettings) -> Tensor:
     """Which answers only decide when to stop, shape (n,): those about a share of the images, chosen by hash."""
     by_chance = sorted(set(images), key=lambda image: uniform(f"selector/{settings.seed}/{image}"))
     if len(by_chance) < 2:
@@ -309,7 +309,7 @@ def _expect_learnable(matrix: Tensor, scores: Tensor, images: Sequence[str], hel
 
 
 def _epochs(
-    network: Network, training: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], settings: Settings
+    network: Network, training: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], settings: SelectorSettings
 ) -> Iterator[Epoch]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     matrix, scores = training
@@ -334,10 +334,10 @@ def _loss(network: Network, matrix: Tensor, scores: Tensor) -> float:
     return functional.binary_cross_entropy_with_logits(network(matrix), scores).item()
 
 
-def _record(values: Mapping[str, Any]) -> Record:
+def _record(values: Mapping[str, Any]) -> TrainingRecord:
     read: dict[str, Any] = dict(values)
-    read["origin"] = Origin.parse(read["origin"])
-    read["settings"] = Settings(**read["settings"])
+    read["origin"] = FeatureOrigin.parse(read["origin"])
+    read["settings"] = SelectorSettings(**read["settings"])
     read["images"] = tuple(read["images"])
     read["epochs"] = tuple(Epoch(*epoch) for epoch in read["epochs"])
-    return Record(**read)
+    return TrainingRecord(**read)

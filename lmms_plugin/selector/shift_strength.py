@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.analysis.logs import Run
-from lmms_plugin.analysis.measure import Settings, families, key_numbers
+from lmms_plugin.analysis.logs import LoggedRun
+from lmms_plugin.analysis.measure import MeasurementSettings, families, key_numbers
 from lmms_plugin.analysis.records import TaskRecords
 from lmms_plugin.metrics.distance import frechet, mmd
 from lmms_plugin.selector.features import Store
@@ -42,7 +42,7 @@ class Strength(NamedTuple):
     scores: Mapping[str, float]
 
 
-def strengths(run: Run, store: Store, settings: Settings) -> list[Strength]:
+def strengths(run: LoggedRun, store: Store, settings: MeasurementSettings) -> list[Strength]:
     """Strength of every shift of a run that has a clean task on the same documents.
 
     Raises:
@@ -67,7 +67,12 @@ def strengths(run: Run, store: Store, settings: Settings) -> list[Strength]:
 
 
 def _strength(
-    records: TaskRecords, first: npt.NDArray[Any], second: npt.NDArray[Any], settings: Settings, *, paired: bool
+    records: TaskRecords,
+    first: npt.NDArray[Any],
+    second: npt.NDArray[Any],
+    settings: MeasurementSettings,
+    *,
+    paired: bool,
 ) -> Strength:
     enough = min(len(first), len(second)) > first.shape[1]
     numbers = key_numbers(records, settings)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.records import TaskRecords
 from lmms_plugin.confidence.estimators import LEARNED
 from lmms_plugin.selector.features import Features, Store, key
-from lmms_plugin.selector.network import Selector, Settings, fit
+from lmms_plugin.selector.network import Selector, SelectorSettings, fit
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import new_folder
 
@@ -59,7 +59,7 @@ def features_of(records: TaskRecords, store: Store) -> Features:
     return found
 
 
-def train(run: Run, store: Store, settings: Settings, tasks: Sequence[str] = ()) -> Selector:
+def train(run: LoggedRun, store: Store, settings: SelectorSettings, tasks: Sequence[str] = ()) -> Selector:
     """Train a selector on a run.
 
     Args:
@@ -95,7 +95,7 @@ def train(run: Run, store: Store, settings: Settings, tasks: Sequence[str] = ())
     )
 
 
-def apply(run: Run, store: Store, selector: Selector, output: Path, *, transfer: bool = False) -> str:
+def apply(run: LoggedRun, store: Store, selector: Selector, output: Path, *, transfer: bool = False) -> str:
     """Copy a run into a new folder, with the selector's confidence in its logs.
 
     Args:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 
 _TIMEOUT = 10.0
 """Seconds to wait for an answer of the hub."""

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from uuid import uuid4
 
 _LONGEST, _LONGEST_PART = 200, 255
 """Bytes of a name that leave room for what tells files apart that are being written, and those that systems take."""
-_SETTLED_NANOSECONDS = 2_000_000_000
+SETTLED_NANOSECONDS = 2_000_000_000
 """Some file systems count time in steps of two seconds: within one, a second change leaves no trace."""
 
 
@@ -40,7 +40,7 @@ class State(NamedTuple):
     @property
     def settled(self) -> bool:
         """Whether any later change leaves a trace in it."""
-        return time.time_ns() - max(self.modified, self.changed) > _SETTLED_NANOSECONDS
+        return time.time_ns() - max(self.modified, self.changed) > SETTLED_NANOSECONDS
 
 
 def expect_inside(name: str) -> str:
@@ -142,24 +142,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return json_object(path.read_bytes(), str(path))
 
 
-def json_object(content: bytes, name: str) -> dict[str, Any]:
+def json_object(content: bytes, name: str, whole: Callable[[str], int] | None = None) -> dict[str, Any]:
     """The JSON object that bytes hold.
 
     Args:
         content: In UTF-8.
         name: Of the file that they are of, for the message of an error.
+        whole: What makes a number of the digits of a whole one; `int` by default.
 
     Raises:
         ValueError: If they are no JSON, or JSON of another kind.
     """
-    try:
-        value = json.loads(content)
-    # Python parses by recursion, and no integer of more than 4,300 digits.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {name}, which is damaged: {error}") from error
+    value = json_value(content, name, whole)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object in {name}, got {value!r:.60}")
     return value
+
+
+def json_value(content: bytes, name: str, whole: Callable[[str], int] | None = None) -> Any:
+    """The same of whatever JSON holds.
+
+    Raises:
+        ValueError: If they are no JSON.
+    """
+    try:
+        return json.loads(content, parse_int=whole)
+    # Python parses by recursion, and no integer of more than 4,300 digits.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {name}, which is damaged: {error}") from error
 
 
 def sync(folder: Path) -> None:

@@ -50,6 +50,25 @@ def expect_folder(option: str, path: Path) -> Path:
     return path
 
 
+def expect_free(folder: str | Path, option: str = "save_quantized") -> Path:
+    """Return the folder to save to; it and those above it are made when there is something to save.
+
+    Args:
+        folder: As the user named it.
+        option: By which, for messages.
+
+    Raises:
+        ValueError: Something is there already, or nothing can be written there.
+    """
+    path = Path(folder).expanduser().absolute()
+    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{option}: {path} is there already and not empty; name a new folder")
+    expect_folder(option, path)
+    # What is written there is written beside it first.
+    expect_folder(option, path.parent)
+    return path
+
+
 def _expect_room(option: str, path: Path, folder: Path) -> None:
     """Write and remove a file in the folder, or in the nearest above it that is there."""
     try:

@@ -12,7 +12,7 @@ from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.protocol.prompts import Prompt, RequestError
 from lmms_plugin.protocol.reasoning import REMEDY
 from lmms_plugin.protocol.response import Response
-from lmms_plugin.vlm.engine import Answer, Generated, Traits
+from lmms_plugin.vlm.contracts.engine import Answer, Generated, Traits
 
 
 def read(answer: Answer, traits: Traits) -> Response:

@@ -11,9 +11,9 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from lmms_plugin.arguments import read_arguments
 from lmms_plugin.ending import ends_the_command
-from lmms_plugin.vlm.engine import Score
-from lmms_plugin.vlm.requests import read
-from lmms_plugin.vlm.responding import Responder
+from lmms_plugin.vlm.contracts.engine import ContinuationScore
+from lmms_plugin.vlm.contracts.requests import read
+from lmms_plugin.vlm.contracts.responding import Responder
 
 
 class Likelihood(NamedTuple):
@@ -76,7 +76,7 @@ class HarnessModel(lmms):
             for choice, score in pairs
         ]
 
-    def scores(self, requests: Sequence[Any]) -> list[Score]:
+    def scores(self, requests: Sequence[Any]) -> list[ContinuationScore]:
         """Return the log-probabilities of every request's continuation, token by token."""
         return self.responder.scores(read(requests, self.task_dict))
 

@@ -10,14 +10,22 @@ from typing import Any
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.protocol.prompts import Prompt, PromptReader
 from lmms_plugin.vlm.assembling import read
-from lmms_plugin.vlm.engine import Answer, Generated, Score, Traits
+from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
+from lmms_plugin.vlm.contracts.requests import Job
+from lmms_plugin.vlm.contracts.settings import Sampling
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.observer import Observer, Wanted
+<<<<<<< HEAD
 from lmms_plugin.vlm.generation.special_tokens import Special, traits_of
 from lmms_plugin.vlm.processor import Batch, Chat
 from lmms_plugin.vlm.runner import Runner
 from lmms_plugin.vlm.scheduling import Job
 from lmms_plugin.vlm.settings import Sampling
+=======
+from lmms_plugin.vlm.generation.processor import Batch, Chat
+from lmms_plugin.vlm.generation.token_texts import decode
+from lmms_plugin.vlm.running.runner import Runner
+>>>>>>> main
 
 
 @dataclass
@@ -109,7 +117,7 @@ class LocalEngine:
         if self.observer is not None:
             self.observer.finish()
 
-    def scores(self, jobs: Sequence[Job]) -> Generator[tuple[int, Score]]:
+    def scores(self, jobs: Sequence[Job]) -> Generator[tuple[int, ContinuationScore]]:
         """Yield the index of a job with the score of its request's continuation; see `Engine`."""
         yield from self.runner.run(jobs, self._score)
 
@@ -166,7 +174,7 @@ class LocalEngine:
             drawn.append(self.decoder.generate(batch.inputs, settings, seeds))
         return list(zip(*drawn, strict=True))
 
-    def _score(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[Score]:
+    def _score(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[ContinuationScore]:
         rows = zip(prompts, batch.inputs["input_ids"][:, -1].tolist(), jobs, strict=True)
         given = [self.chat.continuation_ids(prompt, last, job.request.continuation()) for prompt, last, job in rows]
         return self.decoder.score(batch.inputs, given)

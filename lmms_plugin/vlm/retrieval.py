@@ -19,11 +19,11 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from lmms_plugin.protocol.prompts import PromptReader, RequestError
-from lmms_plugin.utils.out_of_memory import while_answering
+from lmms_plugin.utils.processes.out_of_memory import while_answering
 from lmms_plugin.vlm.assembling import encoded_scores
-from lmms_plugin.vlm.engine import Score
-from lmms_plugin.vlm.requests import Request, candidates_of
-from lmms_plugin.vlm.responding import Usage
+from lmms_plugin.vlm.contracts.engine import ContinuationScore
+from lmms_plugin.vlm.contracts.requests import Request, candidates_of
+from lmms_plugin.vlm.contracts.responding import Usage
 
 NEAREST = 128
 AT_ONCE = 16
@@ -196,7 +196,7 @@ class Retrieval:
         self._refuse(requests)
         return []
 
-    def scores(self, requests: Sequence[Request]) -> list[Score]:
+    def scores(self, requests: Sequence[Request]) -> list[ContinuationScore]:
         """Refuse every request."""
         self._refuse(requests)
         return []

@@ -9,7 +9,7 @@ from typing import Any
 
 from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.protocol.response import Response
-from lmms_plugin.vlm.scheduling import Job
+from lmms_plugin.vlm.contracts.requests import Job
 
 
 def second_turn(job: Job, answer: Response, dialect: Dialect) -> Job:

@@ -16,13 +16,13 @@ from lmms_plugin.protocol.plain_prompts import TEMPLATES, template_for
 from lmms_plugin.protocol.prompts import PromptReader
 from lmms_plugin.quant_backends.layers.kernels import default_dtype
 from lmms_plugin.utils.checkpoints import config_of
-from lmms_plugin.utils.readable import readable
-from lmms_plugin.vlm.answering import Generation
+from lmms_plugin.utils.reading.readable import readable
 from lmms_plugin.vlm.assembling import Assembler
+from lmms_plugin.vlm.contracts.responding import Responder
 from lmms_plugin.vlm.generation.observer import Wanted
+from lmms_plugin.vlm.generation.processor import Chat
+from lmms_plugin.vlm.jobs import Generation
 from lmms_plugin.vlm.local_engine import LocalEngine
-from lmms_plugin.vlm.processor import Chat
-from lmms_plugin.vlm.responding import Responder
 from lmms_plugin.vlm.retrieval import AT_ONCE, Matcher, Retrieval, is_matcher
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.calibration.suspension import Call
+from lmms_plugin.quant_backends.calibration.suspension import SuspendedCall
 from lmms_plugin.quant_backends.layers.wide_products import WideProducts
 from lmms_plugin.quant_backends.statistics import InputStatistics
 from lmms_plugin.quant_backends.structure.components import dense_linear
@@ -35,7 +35,9 @@ def watching(model: nn.Module, names: Iterable[str], note: Note) -> Iterator[Non
             handle.remove()
 
 
-def observe(model: nn.Module, names: Collection[str], forward: Callable[..., Any], call: Call, note: Note) -> Any:
+def observe(
+    model: nn.Module, names: Collection[str], forward: Callable[..., Any], call: SuspendedCall, note: Note
+) -> Any:
     """Run a block on what one sample brings to it, and tell `note` what the named layers within are fed.
 
     Args:

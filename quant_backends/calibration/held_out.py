@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Sums:
+class _ErrorSums:
     """‖Y − Ŷ‖² and ‖Y‖² of one layer, over everything that flows through the dense one."""
 
     def __init__(self, quantized: nn.Module) -> None:
@@ -53,7 +53,7 @@ def output_errors(
     Returns:
         Module name -> relative error; None for a layer that no input reached.
     """
-    sums = {name: _Sums(quantized.get_submodule(name)) for name in names}
+    sums = {name: _ErrorSums(quantized.get_submodule(name)) for name in names}
     split_experts(dense, [name for name, module in quantized.named_modules() if isinstance(module, SplitExperts)])
     with ExitStack() as hooks:
         for name, sum_of_layer in sums.items():

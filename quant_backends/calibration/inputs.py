@@ -104,7 +104,7 @@ def answered(model: PreTrainedModel, processor: Any, image: Image.Image, prompt:
     return encode(processor, image, prompt) | {"decoder_input_ids": torch.cat([begin, written], dim=1)}
 
 
-class Written(NamedTuple):
+class WrittenAnswer(NamedTuple):
     """What a model wrote.
 
     Attributes:
@@ -144,7 +144,7 @@ class Writer:
     def __init__(self, model: PreTrainedModel, processor: Any, dialect: Dialect, journal: Journal | None) -> None:
         self.model, self.processor, self.dialect, self.journal = model, processor, dialect, journal
         self.own = 0
-        self.answers: list[Written] = []
+        self.answers: list[WrittenAnswer] = []
         self._failures = 0
         self._written: list[list[Any]] = [] if journal is None else journal.noted("written") or []
         self._next = 0
@@ -159,7 +159,7 @@ class Writer:
             if self.journal is not None:
                 self.journal.note("written", self._written)
         asked, *answer = self._written[self._next]
-        self.answers.append(Written(*answer))
+        self.answers.append(WrittenAnswer(*answer))
         self._next += 1
         self.own += asked is not None
         self._failures = 0 if asked is not None else self._failures + 1
@@ -171,11 +171,11 @@ class Writer:
         text = self._write(sample.image, REQUESTS[sample.wanted], QUESTION_TOKENS).whole
         return wording(separate(text).answer_text, self.dialect)
 
-    def _answer(self, sample: CalibrationSample) -> Written:
+    def _answer(self, sample: CalibrationSample) -> WrittenAnswer:
         image = shown(sample, self.dialect, self.processor)
         return self._write(image, question(sample, self.dialect), ANSWER_TOKENS)
 
-    def _write(self, image: Image.Image, prompt: str, tokens: int) -> Written:
+    def _write(self, image: Image.Image, prompt: str, tokens: int) -> WrittenAnswer:
         batch = to_model(encode(self.processor, image, prompt), self.model)
         with WideProducts():
             written = self.model.generate(**batch, max_new_tokens=tokens, do_sample=False)
@@ -184,7 +184,7 @@ class Writer:
         ids = written[0, start:]
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         finished = len(ids) < tokens or int(ids[-1]) in end_tokens(self.model, tokenizer)
-        return Written(text, finished, left_open(tokenizer.decode(batch["input_ids"][0, -_TURN_HEADER:])))
+        return WrittenAnswer(text, finished, left_open(tokenizer.decode(batch["input_ids"][0, -_TURN_HEADER:])))
 
 
 def degenerate(text: str) -> str | None:
@@ -210,7 +210,7 @@ def degenerate(text: str) -> str | None:
     return None
 
 
-def expect_answers(answers: Sequence[Written], spec: CalibrationSpec) -> dict[str, int]:
+def expect_answers(answers: Sequence[WrittenAnswer], spec: CalibrationSpec) -> dict[str, int]:
     """Count the degenerate ones among the answers that a model wrote itself, and tell of them.
 
     Returns:
@@ -283,7 +283,7 @@ def written_answer(sample: CalibrationSample, dialect: Dialect, processor: Any) 
     return dialect.write(
         sample.box,
         original_size=sample.image.size,
-        model_size=_model_size(batch, processor),
+        model_size=model_size(batch, processor),
         expression=sample.expression or "",
     )
 
@@ -419,7 +419,7 @@ def to_model(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     return {key: move(value) for key, value in batch.items()}
 
 
-def _model_size(batch: dict[str, Any], processor: Any) -> tuple[int, int]:
+def model_size(batch: dict[str, Any], processor: Any) -> tuple[int, int]:
     """Return (width, height) in pixels of the image as the model sees it."""
     if "image_grid_thw" in batch:
         _, rows, columns = batch["image_grid_thw"][0].tolist()

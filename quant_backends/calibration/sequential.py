@@ -1,7 +1,8 @@
 """Calibrated quantization block by block: statistics, solutions and memory of one block at a time.
 
-All calibration samples stand still before the same block (`lmms_plugin.quant_backends.calibration.suspension`). The block comes
-onto the device, every sample goes through it, its layers are solved and packed, and it is the next block's turn.
+All calibration samples stand still before the same block (`lmms_plugin.quant_backends.calibration.suspension`). The
+block comes onto the device, every sample goes through it, its layers are solved and packed, and it is the next block's
+turn.
 
 Every layer is calibrated on the inputs that it has in the unquantized model, unless the backend is `sequential`: then
 on those that the quantized blocks before its own make of the samples. The former is what the authors of AWQ and MBQ
@@ -25,9 +26,10 @@ from tqdm import tqdm
 
 from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.quant_backends.calibration.capture import Gathering, Groups, Note, Sharing, chunks, observe, watching
+from lmms_plugin.quant_backends.calibration.gradients import measure_sensitivities
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
 from lmms_plugin.quant_backends.calibration.memory import Residence, Shelf, return_freed_memory, statistics_budget
-from lmms_plugin.quant_backends.calibration.suspension import Call, Suspended, doors, in_a_pass
+from lmms_plugin.quant_backends.calibration.suspension import Suspended, SuspendedCall, doors, in_a_pass
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import TOKEN_ROLES, InputStatistics, Sensitivity, held_back_rows
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
@@ -63,7 +65,7 @@ class Route(NamedTuple):
 
 
 @dataclass
-class Sample:
+class SampleState:
     """One calibration sample on its way through the model.
 
     Attributes:
@@ -79,13 +81,13 @@ class Sample:
     suspended: Suspended | None = None
 
     @property
-    def call(self) -> Call | None:
+    def call(self) -> SuspendedCall | None:
         """The call that the sample waits for; None when it is through."""
-        return Call(WHOLE_MODEL, (), dict(self.inputs)) if self.suspended is None else self.suspended.call
+        return SuspendedCall(WHOLE_MODEL, (), dict(self.inputs)) if self.suspended is None else self.suspended.call
 
 
 @dataclass
-class Calibrator:
+class SequentialQuantizer:
     """Quantizes the layers of one model with a calibrated backend.
 
     Attributes:
@@ -150,17 +152,15 @@ class Calibrator:
         if self.journal is not None:
             self.journal.remove()
 
-    def _sample(self, index: int, batch: Mapping[str, Any]) -> Sample:
+    def _sample(self, index: int, batch: Mapping[str, Any]) -> SampleState:
         inputs = {key: value for key, value in batch.items() if key != TOKEN_ROLES}
         roles = dict.fromkeys(self.of_sequence, batch[TOKEN_ROLES]) if TOKEN_ROLES in batch else {}
-        return Sample(index, roles, inputs)
+        return SampleState(index, roles, inputs)
 
     def _weigh_roles(self, batches: Sequence[Mapping[str, Any]]) -> Mapping[str, Sensitivity]:
         layers = [name for name in self.specs if name in self.of_sequence]
         if not self.backend.by_role or not layers:
             return {}
-        from lmms_plugin.quant_backends.calibration.gradients import measure_sensitivities
-
         known = None if self.journal is None else self.journal.noted("sensitivities")
         if known is not None:
             return {layer: Sensitivity(*values) for layer, values in known.items()}
@@ -169,7 +169,7 @@ class Calibrator:
             self.journal.note("sensitivities", found)
         return found
 
-    def _explore(self, blocks: Mapping[str, tuple[str, ...]], sample: Sample) -> Route:
+    def _explore(self, blocks: Mapping[str, tuple[str, ...]], sample: SampleState) -> Route:
         """Send one sample through the unquantized model to see which way it takes."""
         groups: dict[str, Groups] = {}
         strays: list[str] = []
@@ -197,7 +197,7 @@ class Calibrator:
 
     @contextmanager
     def _passes(
-        self, blocks: Mapping[str, tuple[str, ...]], samples: Sequence[Sample]
+        self, blocks: Mapping[str, tuple[str, ...]], samples: Sequence[SampleState]
     ) -> Iterator[dict[str, Callable[..., Any]]]:
         """Start the passes of some samples, and end them come what may."""
         with doors({name: self.model.get_submodule(name) for name in blocks}) as forwards:
@@ -213,7 +213,7 @@ class Calibrator:
                     sample.suspended = None
 
     def _through(
-        self, sample: Sample, names: Sequence[str], forward: Callable[..., Any], note: Note, *, onward: bool = True
+        self, sample: SampleState, names: Sequence[str], forward: Callable[..., Any], note: Note, *, onward: bool = True
     ) -> None:
         """Send a sample through the block that it waits for, and on to the next one unless it is needed here again."""
         self.shelf.take(sample.index)
@@ -227,13 +227,13 @@ class Calibrator:
         else:
             self.shelf.put(sample.index, call[1:])
 
-    def _onward(self, sample: Sample, output: Any) -> None:
+    def _onward(self, sample: SampleState, output: Any) -> None:
         if sample.suspended is not None:
             call = sample.suspended.advance(output)
             if call is not None:
                 self.shelf.put(sample.index, call[1:])
 
-    def _run_blocks(self, blocks: Mapping[str, tuple[str, ...]], route: Route, samples: Sequence[Sample]) -> None:
+    def _run_blocks(self, blocks: Mapping[str, tuple[str, ...]], route: Route, samples: Sequence[SampleState]) -> None:
         # A block that the first sample never saw has its turn before all others that wait: theirs comes later.
         turn = {name: index for index, name in enumerate(route.groups)}
         unsolved = {name for name, layers in blocks.items() if layers}
@@ -266,7 +266,7 @@ class Calibrator:
         layers: tuple[str, ...],
         groups: Groups,
         forward: Callable[..., Any],
-        samples: Sequence[Sample],
+        samples: Sequence[SampleState],
     ) -> None:
         """Quantize the layers of one block and send the samples on."""
         solved = None if self.journal is None else self.journal.load(block, self.model)
@@ -283,7 +283,7 @@ class Calibrator:
             self._pass_on(forward, samples)
 
     def _completed(
-        self, groups: Groups, layers: tuple[str, ...], forward: Callable[..., Any], samples: Sequence[Sample]
+        self, groups: Groups, layers: tuple[str, ...], forward: Callable[..., Any], samples: Sequence[SampleState]
     ) -> Groups:
         """Add the groups of layers that the first sample does not call, like experts that few tokens are sent to."""
         groups = list(groups)
@@ -297,7 +297,9 @@ class Calibrator:
             missing = [name for name in missing if not any(name in group for group in sharing.groups)]
         return groups
 
-    def _solutions(self, groups: Groups, forward: Callable[..., Any], samples: Sequence[Sample]) -> dict[str, Solved]:
+    def _solutions(
+        self, groups: Groups, forward: Callable[..., Any], samples: Sequence[SampleState]
+    ) -> dict[str, Solved]:
         """Gather statistics, as many at a time as fit the budget, and solve."""
         solved: dict[str, Solved] = {}
         if not groups:
@@ -353,7 +355,7 @@ class Calibrator:
         layer = self.backend.without_inputs(dense, self.specs[name])
         return Solved(layer, None, f"{self.backend.name}, {UNCALIBRATED}")
 
-    def _pass_on(self, forward: Callable[..., Any], samples: Sequence[Sample]) -> None:
+    def _pass_on(self, forward: Callable[..., Any], samples: Sequence[SampleState]) -> None:
         for sample in samples:
             self._through(sample, (), forward, _ignore)
 

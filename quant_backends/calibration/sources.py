@@ -12,16 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from lmms_plugin.demo import DATA
 from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.quant_backends.calibration import photographs
 from lmms_plugin.quant_backends.calibration.synthetic import noise_image, scene, words
+from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES
+from lmms_plugin.shifts.image.corruptions import SHIFTS, apply
+from lmms_plugin.shifts.severities import checked, named
 from lmms_plugin.utils import images, suggest
+from lmms_plugin.utils.copies import expect_one_copy
 from lmms_plugin.utils.messages import counted
 
 SOURCES = ("none", "noise", "self", "demo", "photographs", "dataset")
 REAL = ("demo", "photographs", "dataset")
 """Sources whose images show something, so that a shift of them means something."""
-DEFAULT_SAMPLES = 64
 EVALUATION_SPLIT = re.compile(r"(^|[_.-])(val|dev|test)", re.IGNORECASE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 COMMON_OPTIONS = {"n", "seed", "tokens"}
@@ -73,8 +77,9 @@ class CalibrationSpec:
         text: Its text column; None to take RefCOCO+'s schema or the first usual name.
         prompt: Its column of questions, to which `text` holds the answers; None to ask for a description.
         force: Accept an evaluation split, which the report then says.
-        shift: Corruption of the images, as ``gaussian_noise_3``: a name of `lmms_plugin.shifts.image.corruptions.SHIFTS` and a
-            severity; for `REAL` sources alone. None to take them as they are.
+        shift: Corruption of the images, as ``gaussian_noise_3``: a name of
+            `lmms_plugin.shifts.image.corruptions.SHIFTS` and a severity; for `REAL` sources alone. None to take them as
+            they are.
         degenerate: `REFUSE` or `ALLOW` answers of which most are empty, blank or loops; for ``self`` alone.
     """
 
@@ -201,8 +206,6 @@ class CalibrationSpec:
     def _shifted(self, samples: list[CalibrationSample]) -> list[CalibrationSample]:
         if self.shift is None:
             return samples
-        from lmms_plugin.shifts.image.corruptions import apply
-
         name, severity = _shift(self.shift)
         return [
             sample._replace(image=apply(sample.image, name, severity, f"calibration/{self.seed}/{position}"))
@@ -211,9 +214,6 @@ class CalibrationSpec:
 
 
 def _shift(text: str) -> tuple[str, int]:
-    from lmms_plugin.shifts.image.corruptions import SHIFTS
-    from lmms_plugin.shifts.severities import checked, named
-
     name, _, severity = text.rpartition("_")
     if not severity.isdigit():
         raise ValueError(f"calibration option shift must be a corruption and its severity, as fog_3, got {text!r}")
@@ -259,8 +259,6 @@ def _photographs(spec: CalibrationSpec) -> list[CalibrationSample]:
 
 
 def _demo(spec: CalibrationSpec) -> list[CalibrationSample]:
-    from lmms_plugin.demo import DATA
-
     # The demo is evaluated on its other splits; this one is set apart for calibration.
     return _from_rows(spec, DATA, "val")
 
@@ -302,8 +300,6 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     Raises:
         ValueError: They hold the split twice.
     """
-    from lmms_plugin.utils.copies import expect_one_copy
-
     word = re.compile(rf"(^|[^A-Za-z0-9]){re.escape(split)}([^A-Za-z0-9]|$)")
     files = sorted(file for file in folder.rglob("*.parquet") if word.search(str(file.relative_to(folder))))
     expect_one_copy(files)

@@ -20,7 +20,7 @@ from torch import nn
 _running = threading.local()
 
 
-class Call(NamedTuple):
+class SuspendedCall(NamedTuple):
     """A module that a suspended pass wants to be called.
 
     Attributes:
@@ -50,7 +50,7 @@ class Suspended:
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
-        self.call: Call | None = None
+        self.call: SuspendedCall | None = None
         self.finished = False
         self._run: Callable[[], Any] | None = run
         self._output: Any = None
@@ -59,7 +59,7 @@ class Suspended:
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._body, name="calibration sample", daemon=True)
 
-    def advance(self, output: Any = None) -> Call | None:
+    def advance(self, output: Any = None) -> SuspendedCall | None:
         """Let the pass go on to its next door.
 
         Args:
@@ -91,7 +91,7 @@ class Suspended:
             self._thread.join()
         self._run = self._output = self.call = None
 
-    def wait_for(self, call: Call) -> Any:
+    def wait_for(self, call: SuspendedCall) -> Any:
         """Stop at a door; called from within the pass."""
         self.call = call
         del call
@@ -157,7 +157,7 @@ def _door(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         suspended: Suspended | None = getattr(_running, "suspended", None)
         if suspended is None:
             return forward(*args, **kwargs)
-        call = Call(name, args, kwargs)
+        call = SuspendedCall(name, args, kwargs)
         del args, kwargs
         return suspended.wait_for(call)
 

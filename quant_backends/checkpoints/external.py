@@ -10,18 +10,22 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+# Imported, our own format is known to transformers.
+import lmms_plugin.quant_backends.checkpoints.own_format  # noqa: F401
 from lmms_plugin.quant_backends.backend import CheckpointBackend, LoadedCheckpoint
+from lmms_plugin.quant_backends.checkpoints.arrival import ArrivalConfig
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of, stored_format
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.layers.library import TensorLinear
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
+from lmms_plugin.quant_backends.methods.bitsandbytes import FourBitLinear, Int8Linear
+from lmms_plugin.quant_backends.methods.torchao import Int4Linear
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
 from lmms_plugin.quant_backends.structure.model_class import class_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OWN = "lmms_plugin"
 RUNTIMES = {
     "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
     "torchao": ("torchao.quantization", "torchao"),
@@ -105,8 +109,6 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
         raise ValueError(f"{path} ({method}) rotates inputs before its layers ({turned}), which cannot be done here")
     stored = stored_format(quantization)
     if stored is not None:
-        from lmms_plugin.quant_backends.checkpoints.arrival import ArrivalConfig
-
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
@@ -121,8 +123,6 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
         config.quantization_config = {**quantization, "dequantize": True}
     elif getattr(config, "quantization_config", None) is None:
         config.quantization_config = dict(quantization)
-    if method == OWN:
-        import lmms_plugin.quant_backends.checkpoints.own_format  # noqa: F401
     return {}
 
 
@@ -169,8 +169,6 @@ def _turn_scales_back(module: nn.Module) -> bool:
 
 
 def _from_bitsandbytes(name: str, module: Any, dtype: torch.dtype) -> QuantizedLinear:
-    from lmms_plugin.quant_backends.methods.bitsandbytes import FourBitLinear, Int8Linear
-
     weight, bias = module.weight, module.bias
     state = getattr(weight, "quant_state", None)
     if state is not None:
@@ -187,8 +185,6 @@ def _from_bitsandbytes(name: str, module: Any, dtype: torch.dtype) -> QuantizedL
 
 
 def _from_torchao(name: str, module: nn.Linear) -> QuantizedLinear:
-    from lmms_plugin.quant_backends.methods.torchao import Int4Linear
-
     weight: Any = module.weight.data
     if not type(weight).__module__.startswith("torchao."):
         raise ValueError(f"{name} has a weight of type {type(weight).__name__}, which is not known here")

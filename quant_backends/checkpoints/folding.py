@@ -24,7 +24,7 @@ from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLine
 Undo = Callable[[], None]
 
 
-class Call(NamedTuple):
+class ModuleCall(NamedTuple):
     """One call of a module."""
 
     args: tuple[Any, ...]
@@ -74,21 +74,21 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _watched(
     model: nn.Module, inputs: Mapping[str, Any], scaled: Mapping[str, nn.Module]
-) -> tuple[dict[str, list[Call]], Tensor]:
+) -> tuple[dict[str, list[ModuleCall]], Tensor]:
     """Every call of linear layers, norms and modules around scaled layers, and the logits."""
     parents = {name.rpartition(".")[0] for name in scaled}
     wanted = [n for n, m in model.named_modules() if n in parents or _is_linear(m) or _is_norm(m)]
-    calls: dict[str, list[Call]] = {}
+    calls: dict[str, list[ModuleCall]] = {}
     with _hooks(model, wanted, calls):
         logits: Tensor = model(**inputs).logits
     return calls, logits
 
 
 @contextmanager
-def _hooks(model: nn.Module, names: list[str], calls: dict[str, list[Call]]) -> Iterator[None]:
+def _hooks(model: nn.Module, names: list[str], calls: dict[str, list[ModuleCall]]) -> Iterator[None]:
     def noting(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls.setdefault(name, []).append(Call(args, kwargs, output))
+            calls.setdefault(name, []).append(ModuleCall(args, kwargs, output))
 
         return note
 
@@ -104,7 +104,7 @@ def _same_tensor(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
-def _fed(model: nn.Module, output: Tensor, calls: Mapping[str, list[Call]]) -> list[str]:
+def _fed(model: nn.Module, output: Tensor, calls: Mapping[str, list[ModuleCall]]) -> list[str]:
     """Linear layers that are fed this very tensor."""
     return [
         name
@@ -113,17 +113,17 @@ def _fed(model: nn.Module, output: Tensor, calls: Mapping[str, list[Call]]) -> l
     ]
 
 
-def _input(call: Call) -> Any:
+def _input(call: ModuleCall) -> Any:
     return call.args[0] if call.args else next(iter(call.kwargs.values()), None)
 
 
-def _fed_by_norm(name: str, calls: Mapping[str, list[Call]], model: nn.Module) -> bool:
+def _fed_by_norm(name: str, calls: Mapping[str, list[ModuleCall]], model: nn.Module) -> bool:
     x = _input(calls[name][0]) if name in calls else None
     norms = (made for other, made in calls.items() if _is_norm(model.get_submodule(other)))
     return any(_same_tensor(call.output, x) for made in norms for call in made)
 
 
-def _into_norm(model: nn.Module, name: str, calls: Mapping[str, list[Call]]) -> list[Undo]:
+def _into_norm(model: nn.Module, name: str, calls: Mapping[str, list[ModuleCall]]) -> list[Undo]:
     """Hand the scale of all layers behind a norm to it; nothing if they differ or the norm would round."""
     norm, made = model.get_submodule(name), calls[name]
     fed = [model.get_submodule(fed) for fed in _fed(model, made[0].output, calls)]
@@ -157,7 +157,7 @@ def _same_scale(layer: PackedLinear, scale: Tensor) -> bool:
     return layer.in_scale is not None and torch.equal(layer.in_scale, scale)
 
 
-def _into_sibling(model: nn.Module, name: str, calls: Mapping[str, list[Call]]) -> list[Undo]:
+def _into_sibling(model: nn.Module, name: str, calls: Mapping[str, list[ModuleCall]]) -> list[Undo]:
     """Hand a layer's scale to the rows of a layer beside it, if the module around them then does what it did."""
     parent_name = name.rpartition(".")[0]
     layer: Any = model.get_submodule(name)

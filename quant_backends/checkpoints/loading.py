@@ -20,6 +20,7 @@ from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder
 from lmms_plugin.quant_backends.calibration.memory import Residence, read_peak, reset_peak
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
+from lmms_plugin.quant_backends.checkpoints.hf_quantizer import PackedConfig
 from lmms_plugin.quant_backends.checkpoints.probe import expect_sound
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport, QuantReport
@@ -29,8 +30,8 @@ from lmms_plugin.quant_backends.structure.model_class import class_of, writes_no
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import keep_ends
-from lmms_plugin.utils.out_of_memory import while_loading
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.processes.out_of_memory import while_loading
+from lmms_plugin.utils.reading.readable import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -187,8 +188,6 @@ def _load(
         work.adopt(loaded.label, loaded.dense)
         return loaded.model, work
     if plan.specs:
-        from lmms_plugin.quant_backends.checkpoints.hf_quantizer import PackedConfig
-
         options["quantization_config"] = PackedConfig(backend, plan)
     model, info = class_of(config).from_pretrained(path, config=config, output_loading_info=True, **options)
     _expect_complete(path, model, info)

@@ -8,30 +8,35 @@ without this package. Anything else that our own layers hold is written as their
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lmms_plugin.quant_backends.calibration.inputs import encode, to_model
+from lmms_plugin.quant_backends.calibration.synthetic import scene
+from lmms_plugin.quant_backends.checkpoints.folding import fold
+from lmms_plugin.quant_backends.checkpoints.own_format import FORMAT_VERSION, QUANT_METHOD, describe_layers
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
+from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.quant_backends.structure.roles import find_mixtures
 from lmms_plugin.utils import files
+from lmms_plugin.utils.end_tokens import end_tokens
 from lmms_plugin.utils.messages import one_line
-from lmms_plugin.utils.outputs import expect_folder
+from lmms_plugin.utils.outputs import expect_free
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
     from lmms_plugin.quant_backends.backend import Backend
 
-REPORT = "quant_report.json"
 SHARD_SIZE = "5GB"
 COMPRESSED_TENSORS = "compressed-tensors"
 AUTO, OWN = "auto", "own"
@@ -61,25 +66,6 @@ class Saved(NamedTuple):
     schemes: int
 
 
-def expect_free(folder: str | Path, option: str = "save_quantized") -> Path:
-    """Return the folder to save to; it and those above it are made when there is something to save.
-
-    Args:
-        folder: As the user named it.
-        option: By which, for messages.
-
-    Raises:
-        ValueError: Something is there already, or nothing can be written there.
-    """
-    path = Path(folder).expanduser().absolute()
-    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{option}: {path} is there already and not empty; name a new folder")
-    expect_folder(option, path)
-    # What is written there is written beside it first.
-    expect_folder(option, path.parent)
-    return path
-
-
 def expect_storable(backend: Backend, form: str = AUTO) -> None:
     """Refuse, before anything is loaded, to write what a method makes.
 
@@ -105,8 +91,6 @@ def expect_savable(model: nn.Module) -> None:
         ValueError: Nothing is quantized, or a layer holds what only its library can write.
     """
     # Imported where it is needed: it brings in transformers' quantizers, and folders are checked long before.
-    from lmms_plugin.quant_backends.checkpoints.own_format import describe_layers
-
     if not _layers(model):
         raise ValueError("save_quantized: nothing in this model is quantized; copy the checkpoint instead")
     describe_layers(_layers(model))
@@ -174,8 +158,6 @@ def save_quantized(
 
 def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> dict[str, Any]:
     """Return the ``quantization_config`` of our own format."""
-    from lmms_plugin.quant_backends.checkpoints.own_format import FORMAT_VERSION, QUANT_METHOD, describe_layers
-
     return {
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
@@ -255,12 +237,6 @@ def _fold(model: PreTrainedModel, processor: Any) -> None:
     scales = [layer.in_scale for layer in packed if layer.in_scale is not None]
     if not scales or not all(bool((scale.frexp().mantissa == 0.5).all()) for scale in scales):
         return
-    import numpy as np
-
-    from lmms_plugin.quant_backends.calibration.inputs import encode, to_model
-    from lmms_plugin.quant_backends.calibration.synthetic import scene
-    from lmms_plugin.quant_backends.checkpoints.folding import fold
-
     image, expression = scene(np.random.default_rng(0))
     fold(model, {**to_model(encode(processor, image, f"Where is {expression}?"), model), "use_cache": False})
 
@@ -327,8 +303,6 @@ def _write_config(model: PreTrainedModel, quantization: Mapping[str, Any], folde
 def _generation_config(model: PreTrainedModel, processor: Any) -> GenerationConfig:
     """The checkpoint's own, which answering takes apart, ending where answers end in an evaluation."""
     from transformers import GenerationConfig
-
-    from lmms_plugin.utils.end_tokens import end_tokens
 
     try:
         config = GenerationConfig.from_pretrained(model.config.name_or_path)

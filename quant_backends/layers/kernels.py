@@ -1,7 +1,8 @@
 """Ways of multiplying with a packed weight, each with the layout of codes that it reads.
 
-A layer holds its codes in one layout only. `fastest` exchanges the canonical one for that of the best kernel there is;
-every layout gives the canonical codes back exactly, so that a layer can be moved, saved and looked into afterwards.
+A layer holds its codes in one layout only. `kernel_choice.fastest` exchanges the canonical one for that of the best
+kernel there is; every layout gives the canonical codes back exactly, so that a layer can be moved, saved and looked
+into afterwards.
 """
 
 from __future__ import annotations
@@ -12,19 +13,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as functional
-from loguru import logger
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.packing import pack, plane_bytes, plane_widths, unpack
 
-AGREEMENT = 2**-5
-"""Largest relative difference to the dequantized product at which a 16-bit kernel counts as right.
-
-Rounding makes it about 2**-8; a kernel that misreads a layout is off by about 1.
-"""
-
-_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+BLOCK_ELEMENTS = {"cpu": 1 << 20}
+"""Of a weight that is dequantized at a time, by type of device."""
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
@@ -121,7 +116,7 @@ class Kernel(nn.Module, ABC):
         """
         dtype = arithmetic_dtype(x.dtype, x.device.type)
         wide = x.to(dtype)
-        step = max(1, _BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // self.columns)
+        step = max(1, BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // self.columns)
         parts = [
             _multiply(wide, self.codes(start, min(start + step, self.rows)), self.bits)
             for start in range(0, self.rows, step)
@@ -260,70 +255,6 @@ def _multiply(x: Tensor, codes: Codes, bits: int) -> Tensor:
 def group_sums(x: Tensor, groups: int) -> Tensor:
     """Return the sums of x (n, columns) over each group of columns, (n, groups)."""
     return x.view(x.shape[0], groups, -1).sum(-1)
-
-
-def fastest(weight: Kernel) -> Kernel:
-    """Bring a weight into the layout of the best kernel that is there for it.
-
-    A kernel is compared with the dequantized product on the first weight of each shape; one that fails or disagrees
-    is not used for that shape, and a warning says so.
-    """
-    from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
-
-    for kind in NATIVE_KERNELS:
-        if kind.takes(weight.shape) and (kind.name, weight.shape) not in _FAILED:
-            made = _made(kind, weight)
-            if made is not None:
-                return made
-    return weight.canonical()
-
-
-_AGREED: set[tuple[str, Shape]] = set()
-_FAILED: set[tuple[str, Shape]] = set()
-
-
-def _made(kind: type[Kernel], weight: Kernel) -> Kernel | None:
-    key = (kind.name, weight.shape)
-    made, fault = attempt(kind, weight, compared=key not in _AGREED)
-    if fault is None:
-        _AGREED.add(key)
-        return made
-    _FAILED.add(key)
-    logger.warning("Kernel {} {} ({}); such layers are dequantized instead", kind.name, fault, weight.shape)
-    return None
-
-
-def attempt(kind: type[Kernel], weight: Kernel, *, compared: bool = True) -> tuple[Kernel | None, str | None]:
-    """Bring a weight into a kernel's layout and say what is wrong with that kernel here; None if nothing is.
-
-    Args:
-        kind: Takes such weights.
-        weight: In any layout.
-        compared: Whether to compare products; see `disagreement`.
-    """
-    try:
-        made = kind.from_codes(weight.codes(0, weight.rows), weight.bits)
-        return made, disagreement(made, weight) if compared else None
-    except (RuntimeError, AttributeError) as error:  # torch lacks the operator, or it refuses these sizes
-        return None, f"fails: {error}"
-
-
-def disagreement(kernel: Kernel, weight: Kernel) -> str | None:
-    """Say how a kernel's layout or product differs from those of another form of the same weight; None if not.
-
-    Codes must come back exactly; products over few rows and over many must be within `AGREEMENT` of float32's.
-    """
-    given, returned = (form.codes(0, form.rows) for form in (weight, kernel))
-    if not all(same(a, b) for a, b in zip(given, returned, strict=True)):
-        return "does not give codes back as they were"
-    generator = torch.Generator().manual_seed(0)
-    for rows in (1, 5):
-        x = torch.randn(rows, weight.columns, generator=generator).to(weight.device, weight.dtype)
-        expected = weight.dequantized_matmul(x.float())
-        difference = float((kernel.matmul(x).float() - expected).norm() / expected.norm().clamp(min=1e-30))
-        if not difference <= AGREEMENT:
-            return f"is {difference:.2g} away from the dequantized product"
-    return None
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:

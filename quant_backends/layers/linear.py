@@ -10,7 +10,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes, columns_per_group, rows_per_block, split_groups
-from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel, fastest
+from lmms_plugin.quant_backends.layers.kernel_choice import fastest
+from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 __all__ = ["Codes", "PackedLinear", "QuantizedLinear", "rows_per_block", "split_groups"]
@@ -66,9 +67,9 @@ class PackedLinear(QuantizedLinear):
     """A linear layer whose weight takes exactly `bits` bits, plus a scale and a zero point per group.
 
     It replaces an ``nn.Linear``: same input, same output, same bias. Codes are held once, in the layout of the best
-    kernel there is for bits, group size, dtype and device (`lmms_plugin.quant_backends.layers.kernels`). The canonical layout
-    is exchanged for it when the layer is first used or asked what it runs on, and comes back when the layer is moved;
-    a state dict always holds the canonical one.
+    kernel there is for bits, group size, dtype and device (`lmms_plugin.quant_backends.layers.kernels`). The canonical
+    layout is exchanged for it when the layer is first used or asked what it runs on, and comes back when the layer is
+    moved; a state dict always holds the canonical one.
 
     Args:
         in_features: Columns of the weight.

@@ -32,13 +32,16 @@ class WideProducts(TorchFunctionMode):
                 weight.requires_grad or (bias is not None and bias.requires_grad)
             )
             if frozen and type(weight.data) is Tensor and arithmetic_dtype(x.dtype, x.device.type) != x.dtype:
-                return _WideLinear.apply(x, weight, bias)
+                return WideLinear.apply(x, weight, bias)
         return func(*args, **(kwargs or {}))
 
 
-class _WideLinear(torch.autograd.Function):
+class WideLinear(torch.autograd.Function):
+    """A linear layer whose product, and that of its gradient, is computed in `arithmetic_dtype`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply (…, n) by a weight (m, n), a few of its rows at a time."""
         ctx.save_for_backward(weight)
         wide = x.to(arithmetic_dtype(x.dtype, x.device.type))
         y = x.new_empty(*x.shape[:-1], len(weight))
@@ -49,6 +52,7 @@ class _WideLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the input alone."""
         (weight,), (gradient,) = ctx.saved_tensors, gradients
         wide = gradient.to(arithmetic_dtype(gradient.dtype, gradient.device.type))
         total = wide.new_zeros(*gradient.shape[:-1], weight.shape[1])

@@ -37,10 +37,10 @@ class AwqBackend(CalibratedBackend):
     tr(ΔW G ΔWᵀ) with G = XᵀX, whatever the number of samples.
 
     With `fold` every scale is a power of two, by which multiplying rounds nothing: so the norm or the up projection
-    before a layer can take it over when the model is saved (`lmms_plugin.quant_backends.checkpoints.folding`), and not one bit of
-    any answer changes. Layers that nothing could take a scale over from are rounded to nearest: the output projection
-    of attention, whose value channels serve several query heads in most families (the authors leave it out there,
-    too), and what follows an activation.
+    before a layer can take it over when the model is saved (`lmms_plugin.quant_backends.checkpoints.folding`), and not
+    one bit of any answer changes. Layers that nothing could take a scale over from are rounded to nearest: the output
+    projection of attention, whose value channels serve several query heads in most families (the authors leave it out
+    there, too), and what follows an activation.
 
     Attributes:
         clip: Also narrow the range of each group of weights where that lowers the output error; layers named like a

@@ -24,8 +24,8 @@ class MbqBackend(CalibratedBackend):
     """MBQ (Li et al., CVPR 2025): AWQ's scale search with the errors of two modalities balanced by gradients.
 
     ρ, the weight of an image position against an answer position, is the ratio of the mean magnitudes of the loss
-    gradient there (`lmms_plugin.quant_backends.calibration.gradients`). The prompt's text has no weight of its own. With Δ the
-    change of the layers' outputs, the candidates of AWQ's grid are compared by
+    gradient there (`lmms_plugin.quant_backends.calibration.gradients`). The prompt's text has no weight of its own.
+    With Δ the change of the layers' outputs, the candidates of AWQ's grid are compared by
 
     * mae: (Σ_answer |Δ| + ρ Σ_image |Δ|) / (N_answer + N_image), in which the number of tokens of a modality counts;
     * mse: Σ_answer Δ² / N_answer + ρ Σ_image Δ² / N_image, in which it does not.

@@ -175,13 +175,13 @@ def fit_planes(
     parts = []
     for block in weight.split(rows_per_block(columns)):
         groups = split_groups(block.float(), group_size)
-        sums = _Sums.of(groups.abs().flatten(0, 1), counted.expand(groups.shape).flatten(0, 1))
+        sums = _MagnitudeSums.of(groups.abs().flatten(0, 1), counted.expand(groups.shape).flatten(0, 1))
         scale = _best_scales(sums, starts, max_iterations).view(*groups.shape[:2], 2).to(weight.dtype)
-        parts.append(TritPlanes(Grid.of(scale).nearest(groups).flatten(2)[..., :columns], scale))
+        parts.append(TritPlanes(TernaryGrid.of(scale).nearest(groups).flatten(2)[..., :columns], scale))
     return TritPlanes(torch.cat([part.planes for part in parts], 1), torch.cat([part.scale for part in parts]))
 
 
-class Grid(NamedTuple):
+class TernaryGrid(NamedTuple):
     """The nine values that pairs of scales make, as the layer will compute them.
 
     Attributes:
@@ -193,7 +193,7 @@ class Grid(NamedTuple):
     trits: Tensor
 
     @classmethod
-    def of(cls, scale: Tensor) -> Grid:
+    def of(cls, scale: Tensor) -> TernaryGrid:
         """Return the grids of scales (..., 2), the larger one first."""
         levels, trits = _levels(scale)
         levels = levels.float()
@@ -229,11 +229,11 @@ def choose_with_feedback(weight: Tensor, scale: Tensor, group_size: int | None, 
     planes = torch.empty(columns, 2, rows, dtype=torch.int8, device=weight.device)
     # One group at a time is contiguous.
     scales = scale.permute(1, 2, 0).contiguous()
-    grids = Grid.of(scale.transpose(0, 1).contiguous())
+    grids = TernaryGrid.of(scale.transpose(0, 1).contiguous())
 
     def choose(column: int, wanted: Tensor) -> Tensor:
         group = column // size
-        grid = Grid(grids.borders[group], grids.trits[:, group])
+        grid = TernaryGrid(grids.borders[group], grids.trits[:, group])
         planes[column] = grid.nearest(wanted.unsqueeze(1)).squeeze(2)
         # The sum of two exact products, rounded once, as in the layer.
         return (planes[column] * scales[group]).sum(0).float()
@@ -242,7 +242,7 @@ def choose_with_feedback(weight: Tensor, scale: Tensor, group_size: int | None, 
     return TritPlanes(planes.permute(1, 2, 0), scale)
 
 
-class _Sums(NamedTuple):
+class _MagnitudeSums(NamedTuple):
     """Of the magnitudes of each group in rising order, with a zero before the first; all (groups, ...) float64.
 
     float64, so that the order of summation, which differs between devices, does not show in the rounded scales.
@@ -254,7 +254,7 @@ class _Sums(NamedTuple):
     squares: Tensor
 
     @classmethod
-    def of(cls, magnitude: Tensor, importance: Tensor) -> _Sums:
+    def of(cls, magnitude: Tensor, importance: Tensor) -> _MagnitudeSums:
         magnitude, order = magnitude.sort(1)
         magnitude, importance = magnitude.double(), importance.gather(1, order)
         zero = magnitude.new_zeros(len(magnitude), 1)
@@ -267,7 +267,7 @@ class _Sums(NamedTuple):
         )
 
 
-def _best_scales(sums: _Sums, starts: int, max_iterations: int) -> Tensor:
+def _best_scales(sums: _MagnitudeSums, starts: int, max_iterations: int) -> Tensor:
     """Return the scales with the smallest error that was found, (groups, 2) float64."""
     scale, error = _alternate(sums, _starts(sums)[:, :starts], min(TRIAL_ITERATIONS, max_iterations))
     if starts > 1:
@@ -280,7 +280,7 @@ def _chosen(scale: Tensor, error: Tensor) -> Tensor:
     return scale.gather(1, error.argmin(1).view(-1, 1, 1).expand(-1, 1, 2)).squeeze(1)
 
 
-def _alternate(sums: _Sums, scale: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def _alternate(sums: _MagnitudeSums, scale: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Refit scales (groups, starts, 2) so many times; return the best ones seen and their errors (groups, starts)."""
     best, least = scale.clone(), torch.full_like(scale[..., 0], torch.inf)
     going = torch.arange(len(scale), device=scale.device)
@@ -294,12 +294,12 @@ def _alternate(sums: _Sums, scale: Tensor, iterations: int) -> tuple[Tensor, Ten
         if not moving.any():
             break
         if 2 * int(moving.sum()) < len(moving):
-            going, refitted, sums = going[moving], refitted[moving], _Sums(*(part[moving] for part in sums))
+            going, refitted, sums = going[moving], refitted[moving], _MagnitudeSums(*(part[moving] for part in sums))
         scale = refitted
     return best, least
 
 
-def _starts(sums: _Sums) -> Tensor:
+def _starts(sums: _MagnitudeSums) -> Tensor:
     """Return the initial scales, (groups, 5, 2).
 
     The first are where the paper's initialization T1 = T2 = sign(w) leads. With M the largest and m the smallest
@@ -322,7 +322,7 @@ def _starts(sums: _Sums) -> Tensor:
     return torch.stack([torch.stack(pair, -1) for pair in pairs], 1).sort(-1, descending=True).values
 
 
-def _refit(sums: _Sums, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _refit(sums: _MagnitudeSums, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return the error of scales (groups, starts, 2) with their best trits, and the best scales for those trits."""
     levels, trits = _levels(scale)
     borders = (levels[..., 1:] + levels[..., :-1]) / 2

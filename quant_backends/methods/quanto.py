@@ -53,14 +53,14 @@ class QuantoBackend(DataFreeBackend):
         weight = pad_columns(weight, group_size)
         group = None if group_size == weight.shape[1] else group_size
         qtype = qint4 if spec.bits == 4 else qint2
-        _expect_unpacking(weight.device.type)
+        expect_unpacking(weight.device.type)
         scale, shift = MaxOptimizer()(weight, qtype, axis=0, group_size=group)
         quantized = quantize_weight(weight, qtype, 0, scale, shift, group)
         return TensorLinear(quantized, width, bias=bias, bits=spec.bits, group_size=group_size, library="quanto")
 
 
 @functools.cache
-def _expect_unpacking(device: str) -> None:
+def expect_unpacking(device: str) -> None:
     """Build the library's C++ or CUDA extension, which it does on first use.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import regex
 from pydantic import AfterValidator, model_validator
 
-from lmms_plugin.quant_backends.plans.role_plan import ROUTER_REASON, Place, RolePlan
+from lmms_plugin.quant_backends.plans.role_plan import ROUTER_REASON, DecoderPosition, RolePlan
 from lmms_plugin.quant_backends.plans.specs import (
     UNTOUCHED_BITS,
     Bits,
@@ -20,8 +20,8 @@ from lmms_plugin.quant_backends.plans.specs import (
     touched,
     write_spec,
 )
-from lmms_plugin.utils.located import load
-from lmms_plugin.utils.validation import Expected, OneOf, Schema, Truth, left_out, validated
+from lmms_plugin.utils.reading.located import load
+from lmms_plugin.utils.reading.validation import Expected, OneOf, Schema, Truth, left_out, validated
 
 __all__ = ["COMPONENTS", "UNTOUCHED_BITS", "Assignment", "Component", "QuantPlan", "QuantSpec", "Rule"]
 
@@ -229,7 +229,7 @@ class QuantPlan:
     def assign(
         self,
         components: Mapping[str, Component],
-        places: Mapping[str, Place] | None = None,
+        places: Mapping[str, DecoderPosition] | None = None,
         use: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Assignment:
         """Apply the plan to a model's linear layers.
@@ -270,7 +270,7 @@ class QuantPlan:
         self,
         name: str,
         component: Component,
-        place: Place | None = None,
+        place: DecoderPosition | None = None,
         use: Mapping[str, tuple[int, ...]] | None = None,
     ) -> tuple[QuantSpec | None, str]:
         if place is not None and place.role == "router":

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lmms_plugin.quant_backends.structure.expert_use import ExpertUse, summary
+from lmms_plugin.quant_backends.plans.expert_use import ExpertUse, summary
 from lmms_plugin.utils.messages import counted
 
 
@@ -34,7 +34,7 @@ class ModuleReport:
             measured.
         plain_rows: Rows of the weight in which a calibrated method did no better than without calibration on the inputs
             that it held back, and which therefore stay as they are without.
-        role: What a layer of the decoder does (`lmms_plugin.quant_backends.plans.role_plan.ROLES`); None for all others.
+        role: What a layer of the decoder does (`lmms_plugin.quant_backends.plans.role_plan.ROLES`); None for others.
         outlier_score: How far single weights stick out of their input column (arXiv:2406.08155), 1 or above; None
             when left alone, or quantized before it was loaded.
     """

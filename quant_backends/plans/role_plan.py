@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo
 
+from lmms_plugin.quant_backends.plans.expert_use import read_use
 from lmms_plugin.quant_backends.plans.specs import (
     UNTOUCHED_BITS,
     Bits,
@@ -18,8 +19,7 @@ from lmms_plugin.quant_backends.plans.specs import (
     touched,
     write_spec,
 )
-from lmms_plugin.quant_backends.structure.expert_use import read_use
-from lmms_plugin.utils.validation import Expected, Number, Schema, Truth, Whole, left_out
+from lmms_plugin.utils.reading.validation import Expected, Number, Schema, Truth, Whole, left_out
 
 Role = Literal["attention", "mlp", "shared_expert", "routed_experts", "router"]
 
@@ -29,7 +29,7 @@ ROLES: tuple[Role, ...] = ("attention", "mlp", "shared_expert", "routed_experts"
 ROUTER_REASON = "a router decides which experts run and is never quantized"
 
 
-class Place(NamedTuple):
+class DecoderPosition(NamedTuple):
     """Where in the decoder a layer lies.
 
     Attributes:
@@ -150,7 +150,7 @@ class RolePlan(Schema):
         return (*self.specs.values(), *routed, *first)
 
     def decide(
-        self, place: Place, default: QuantSpec | None, use: Mapping[str, tuple[int, ...]] | None
+        self, place: DecoderPosition, default: QuantSpec | None, use: Mapping[str, tuple[int, ...]] | None
     ) -> tuple[QuantSpec | None, str | None]:
         """Return the spec of a layer and which entry decided it, None for an entry if it is the default.
 
@@ -170,7 +170,7 @@ class RolePlan(Schema):
             return touched(first.spec), "first_blocks"
         return spec, entry
 
-    def _by_use(self, place: Place, use: Mapping[str, tuple[int, ...]] | None) -> QuantSpec | None:
+    def _by_use(self, place: DecoderPosition, use: Mapping[str, tuple[int, ...]] | None) -> QuantSpec | None:
         assert self.routed is not None
         assert place.experts is not None
         assert place.expert is not None
@@ -187,7 +187,7 @@ class RolePlan(Schema):
             raise ValueError(f"{place.experts} has more experts than the {len(tokens)} that tokens were counted for")
         return touched(self.routed.of(place.expert, tokens))
 
-    def expect_roles(self, places: Mapping[str, Place]) -> None:
+    def expect_roles(self, places: Mapping[str, DecoderPosition]) -> None:
         """Refuse a plan for roles that a model does not have.
 
         Raises:

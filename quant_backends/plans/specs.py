@@ -9,10 +9,13 @@ from typing import Annotated, Any, TypeGuard
 from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from lmms_plugin.utils.validation import Expected, Truth, Whole, validated
+from lmms_plugin.utils.reading.validation import Expected, Truth, Whole, validated
 
 UNTOUCHED_BITS = 16
 """The number of bits that means: leave these weights as the checkpoint has them."""
+
+DEFAULT_SAMPLES = 64
+"""Calibration samples where neither the user nor the method names a number."""
 
 Bits = Annotated[
     Annotated[Whole, Field(ge=2, le=8)] | Annotated[Whole, Field(ge=UNTOUCHED_BITS, le=UNTOUCHED_BITS)],

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.plans.plan import Component
-from lmms_plugin.quant_backends.plans.role_plan import Place, Role
+from lmms_plugin.quant_backends.plans.role_plan import DecoderPosition, Role
 from lmms_plugin.quant_backends.structure.blocks import find_blocks, within
 from lmms_plugin.quant_backends.structure.experts import SplitExperts, is_fused
 
@@ -16,7 +16,7 @@ ATTENTION_ARGUMENTS = frozenset({"attention_mask", "position_embeddings", "past_
 """What a part of a block is told that mixes positions; a feed-forward part looks at each position alone."""
 
 
-def find_places(model: nn.Module, components: Mapping[str, Component]) -> dict[str, Place]:
+def find_places(model: nn.Module, components: Mapping[str, Component]) -> dict[str, DecoderPosition]:
     """Say what the linear layers of a decoder's blocks do.
 
     * attention: they lie in a part of the block that is told about other positions (masks, caches, rotary positions);
@@ -33,7 +33,7 @@ def find_places(model: nn.Module, components: Mapping[str, Component]) -> dict[s
         Module name -> place, in the order of `components`; layers outside of blocks have none.
     """
     layers = tuple(name for name, part in components.items() if part == "language")
-    found: dict[str, Place] = {}
+    found: dict[str, DecoderPosition] = {}
     for number, (block, inside) in enumerate(_decoder_blocks(model, layers).items()):
         mixtures = dict(_mixtures(model, block))
         found |= {layer: _place(model, block, number, layer, mixtures) for layer in inside}
@@ -60,12 +60,12 @@ def _decoder_blocks(model: nn.Module, layers: Collection[str]) -> dict[str, tupl
     }
 
 
-def _place(model: nn.Module, block: str, number: int, layer: str, mixtures: Mapping[str, int]) -> Place:
+def _place(model: nn.Module, block: str, number: int, layer: str, mixtures: Mapping[str, int]) -> DecoderPosition:
     experts = next((name for name in mixtures if within(layer, name)), None)
     if experts is None:
-        return Place(_role(model, block, layer, mixtures), number)
+        return DecoderPosition(_role(model, block, layer, mixtures), number)
     expert = layer.removeprefix(f"{experts}.").partition(".")[0]
-    return Place("routed_experts", number, experts, int(expert))
+    return DecoderPosition("routed_experts", number, experts, int(expert))
 
 
 def _role(model: nn.Module, block: str, layer: str, mixtures: Mapping[str, int]) -> Role:

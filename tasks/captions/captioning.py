@@ -21,10 +21,10 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.retrieval.matching import REQUEST, bounds, check_columns
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
-from lmms_plugin.tasks.sources.images import opened
-from lmms_plugin.tasks.sources.origins import Origin
+from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
+from lmms_plugin.tasks.sources.row_images import opened
 from lmms_plugin.utils.copies import DatasetError
 
 METRICS = ("CIDEr", "METEOR", "Bleu_4", "ROUGE_L")
@@ -37,7 +37,7 @@ unfinished = comprehension.unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionSet(Origin):
+class CaptionSet(DatasetOrigin):
     """Photographs with the captions of several people; called with its rows, it makes the documents of a task."""
 
     def __call__(self, rows: datasets.Dataset) -> "CaptionDocs":
@@ -141,14 +141,14 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
     return rows
 
 
-class Scored(NamedTuple):
+class CaptionScores(NamedTuple):
     """A metric of all captions, and of each photograph's in the order of their names."""
 
     value: float
     each: npt.NDArray[np.float64]
 
 
-def score(rows: Sequence[Mapping[str, Any]], metric: str) -> Scored:
+def score(rows: Sequence[Mapping[str, Any]], metric: str) -> CaptionScores:
     """Score captions against those of people.
 
     Args:
@@ -160,7 +160,7 @@ def score(rows: Sequence[Mapping[str, Any]], metric: str) -> Scored:
 
 
 @lru_cache(maxsize=2)
-def _scored(rows: tuple[tuple[str, str, tuple[str, ...]], ...]) -> dict[str, Scored]:
+def _scored(rows: tuple[tuple[str, str, tuple[str, ...]], ...]) -> dict[str, CaptionScores]:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -174,9 +174,9 @@ def _scored(rows: tuple[tuple[str, str, tuple[str, ...]], ...]) -> dict[str, Sco
     scores = {}
     for name, scorer in (("CIDEr", Cider()), ("METEOR", Meteor()), ("ROUGE_L", Rouge())):
         value, each = scorer.compute_score(given, written)
-        scores[name] = Scored(float(value), np.array(each, dtype=np.float64))
+        scores[name] = CaptionScores(float(value), np.array(each, dtype=np.float64))
     values, of_each = Bleu(4).compute_score(given, written, verbose=0)
-    scores["Bleu_4"] = Scored(float(values[3]), np.array(of_each[3], dtype=np.float64))
+    scores["Bleu_4"] = CaptionScores(float(values[3]), np.array(of_each[3], dtype=np.float64))
     return scores
 
 

@@ -18,7 +18,7 @@ from lmms_plugin import metrics
 from lmms_plugin.metrics.ranked import RISKS
 
 
-class Judged(NamedTuple):
+class GroundingOutcome(NamedTuple):
     """What metrics need of an answer; short, because the log of samples repeats it for each of them.
 
     Attributes:
@@ -35,10 +35,10 @@ class Judged(NamedTuple):
 
 
 Metric = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], float]
-Aggregation = Callable[[Sequence[Judged]], float]
+Aggregation = Callable[[Sequence[GroundingOutcome]], float]
 
 
-def _over(target: str, metric: Metric, records: Sequence[Judged]) -> float:
+def _over(target: str, metric: Metric, records: Sequence[GroundingOutcome]) -> float:
     # Processes deliver records in their own order; sums of floats must not depend on it.
     ordered = sorted((record for record in records if record.confidence is not None), key=lambda record: record.id)
     if not ordered:

@@ -1,7 +1,7 @@
 """Referring-expression comprehension as lmms-eval functions: document → messages, answer → record → metric.
 
-One document is one expression (`lmms_plugin.tasks.grounding.expressions`). Boxes are xyxy fractions of the original image. A
-task's YAML names these functions; its shift and severity are data, in `lmms_eval_specific_kwargs`.
+One document is one expression (`lmms_plugin.tasks.grounding.expressions`). Boxes are xyxy fractions of the original
+image. A task's YAML names these functions; its shift and severity are data, in `lmms_eval_specific_kwargs`.
 """
 
 import math
@@ -31,7 +31,7 @@ from lmms_plugin.protocol.reasoning import REMEDY
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.protocol.verbalised import stated_confidence
 from lmms_plugin.shifts.image import corruptions
-from lmms_plugin.tasks.grounding.aggregations import BESIDE, CALIBRATION, Judged
+from lmms_plugin.tasks.grounding.aggregations import BESIDE, CALIBRATION, GroundingOutcome
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.utils.images import to_rgb, told_apart
@@ -153,7 +153,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         record |= _gathered(response, evidence)
         confidence = of(estimator, record["confidence"])
         output["confidence_rate"] = {"score": float(confidence is not None), **identity}
-        judged = Judged(doc["expression_id"], confidence, scores["acc@0.5"], overlap)
+        judged = GroundingOutcome(doc["expression_id"], confidence, scores["acc@0.5"], overlap)
         output |= dict.fromkeys(CALIBRATION, judged)
         for beside in record["confidence"].keys() & {*LEARNED, *NEEDS}:
             also = judged._replace(confidence=record["confidence"][beside])

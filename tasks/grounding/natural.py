@@ -1,8 +1,7 @@
 """Shifts that nobody made: other photographs, other categories, other ways of asking than RefCOCO+.
 
-A task's YAML names a dataset twice: `dataset_path: !function lmms_plugin.tasks.grounding.natural.ref_l4_test` is where its rows
-are, looked for when the task is loaded, and `process_docs: !function lmms_plugin.tasks.grounding.natural.ref_l4_test` makes
-documents of them.
+A task's YAML names a dataset twice, as `!function lmms_plugin.tasks.grounding.natural.ref_l4_test`: `dataset_path` is
+where its rows are, looked for when the task is loaded, and `process_docs` makes documents of them.
 
 No file of these datasets was at hand when this was written. Where columns and boxes are known from is said with each;
 whatever a copy holds instead is an error that names the column and what was found.

@@ -1,9 +1,10 @@
 """Datasets of referring expressions, whatever their columns: declared, checked, and made into documents of one form.
 
-A document is what `lmms_plugin.tasks.grounding.comprehension` scores, in RefCOCO+'s convention: `expression`, `expression_id`,
-`image_id` (equal for all documents on one photograph), `width` and `height` of the original image in pixels, `bbox`
-as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and `image`. The
-original image is the upright one, after its EXIF orientation: boxes and sizes of every dataset are read in that frame.
+A document is what `lmms_plugin.tasks.grounding.comprehension` scores, in RefCOCO+'s convention: `expression`,
+`expression_id`, `image_id` (equal for all documents on one photograph), `width` and `height` of the original image in
+pixels, `bbox` as [x, y, width, height] in its pixels (None where the expression describes nothing in the image), and
+`image`. The original image is the upright one, after its EXIF orientation: boxes and sizes of every dataset are read in
+that frame.
 """
 
 import hashlib
@@ -18,10 +19,10 @@ from PIL import Image
 
 from lmms_plugin.tasks.sources.conventions import Convention, numbers_in
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
-from lmms_plugin.tasks.sources.images import content, header, opened
-from lmms_plugin.tasks.sources.origins import Origin
+from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
+from lmms_plugin.tasks.sources.row_images import content, header, opened
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.images import Header
 
@@ -38,7 +39,7 @@ _DECODED: Recent[Image.Image] = Recent(8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferringSet(Origin):
+class ReferringSet(DatasetOrigin):
     """A dataset of referring expressions; called with its rows, it makes the documents of a task.
 
     Columns inside a struct are named with a dot, `objects.bbox`.
@@ -57,7 +58,7 @@ class ReferringSet(Origin):
         photograph: column that names the photograph; None for the bytes of the image.
         size: columns of width and height in pixels, or one column of both, those of the upright image.
         tags: columns that go to the log of samples, where the copy has them, to part results by.
-        published: whether `lmms_plugin.tasks.sources.published` makes a local copy of the published files.
+        published: whether `lmms_plugin.tasks.sources.published_files` makes a local copy of the published files.
     """
 
     expression: str
@@ -87,7 +88,8 @@ class ReferringSet(Origin):
         """How to make a local copy where the hub has none that can be loaded, for messages to the user."""
         if not self.published:
             return ""
-        return f"To make one of the published files: python -m lmms_plugin.tasks.sources.published {self.name} --help"
+        command = f"python -m lmms_plugin.tasks.sources.published_files {self.name} --help"
+        return f"To make one of the published files: {command}"
 
     def schema(self) -> dict[str, str]:
         """Columns that must be there and what they must hold, in words."""
@@ -99,7 +101,7 @@ class ReferringSet(Origin):
         return columns | ({self.nothing[0]: "a string, an integer or a bool"} if self.nothing else {})
 
 
-class _Place(NamedTuple):
+class _ReferringExpression(NamedTuple):
     row: int
     which: int
     expression: str
@@ -170,7 +172,7 @@ class ReferringDocs(Documents):
             self._keys[row] = hashlib.blake2b(content(*self._encoded_image(row)), digest_size=16).hexdigest()
         return self._keys[row]
 
-    def _places_of(self, number: int) -> Iterator[_Place]:
+    def _places_of(self, number: int) -> Iterator[_ReferringExpression]:
         source, row = self._source, self._rows[number]
         if source.photograph and _value(row, source.photograph) in (None, ""):
             where = source.row(self._encoded, number)
@@ -185,7 +187,7 @@ class ReferringDocs(Documents):
             )
         for which, text in enumerate(texts):
             box = boxes[which if source.per == "object" else 0]
-            yield _Place(number, which, text, None if box is None else self._numbers(number, box))
+            yield _ReferringExpression(number, which, text, None if box is None else self._numbers(number, box))
 
     def _texts(self, number: int) -> list[str]:
         source = self._source
@@ -214,7 +216,7 @@ class ReferringDocs(Documents):
         except ValueError as error:
             raise DatasetError(f"{self._where(number)}: column {self._source.box!r}: {error}") from error
 
-    def _pixels(self, place: _Place, size: tuple[int, int]) -> list[float]:
+    def _pixels(self, place: _ReferringExpression, size: tuple[int, int]) -> list[float]:
         try:
             return self._source.convention.pixels(place.box or [], size)
         except ValueError as error:

@@ -1,8 +1,8 @@
 """Does a model tell expressions that match nothing from true ones? Scored by its confidence, never by its boxes.
 
-Each true expression is asked beside a changed one that matches nothing in the picture (`lmms_plugin.tasks.grounding.reworded`).
-A model should be less confident of the second, or give no box at all: an answer without a box counts as confidence 0,
-because it is the plainest way to reject.
+Each true expression is asked beside a changed one that matches nothing in the picture
+(`lmms_plugin.tasks.grounding.reworded`). A model should be less confident of the second, or give no box at all: an
+answer without a box counts as confidence 0, because it is the plainest way to reject.
 """
 
 import math
@@ -19,7 +19,7 @@ from lmms_plugin.tasks.grounding import comprehension
 mean, unfinished = comprehension.mean, comprehension.unfinished
 
 
-class Judged(NamedTuple):
+class RejectionOutcome(NamedTuple):
     """What metrics need of an answer; short, because the log of samples repeats it for each of them.
 
     Attributes:
@@ -73,11 +73,11 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         confidence = record["confidence"][estimator]
         output["confidence_rate"] = {"score": float(confidence is not None), **identity}
         if confidence is not None:
-            output |= dict.fromkeys(REJECTION, Judged(doc["pair"], matches, confidence))
+            output |= dict.fromkeys(REJECTION, RejectionOutcome(doc["pair"], matches, confidence))
     return output
 
 
-def auroc(records: Sequence[Judged]) -> float:
+def auroc(records: Sequence[RejectionOutcome]) -> float:
     """Probability that a true expression gets more confidence than one that matches nothing; ties count half.
 
     NaN without records of both sorts.
@@ -85,7 +85,7 @@ def auroc(records: Sequence[Judged]) -> float:
     return _ranked(metrics.auroc, records)
 
 
-def fpr_at_0_95(records: Sequence[Judged]) -> float:
+def fpr_at_0_95(records: Sequence[RejectionOutcome]) -> float:
     """Share of expressions that match nothing among those accepted, at a threshold that accepts 95 % of the true ones.
 
     NaN without records of both sorts.
@@ -93,14 +93,14 @@ def fpr_at_0_95(records: Sequence[Judged]) -> float:
     return _ranked(metrics.fpr_at_tpr, records)
 
 
-def _ranked(metric: Callable[..., float], records: Sequence[Judged]) -> float:
+def _ranked(metric: Callable[..., float], records: Sequence[RejectionOutcome]) -> float:
     ordered = sorted(records)
     confidence = np.array([record.confidence for record in ordered])
     matches = np.array([record.matches for record in ordered])
     return metric(confidence, matches) if records else math.nan
 
 
-def confidence_falls(records: Sequence[Judged]) -> float:
+def confidence_falls(records: Sequence[RejectionOutcome]) -> float:
     """Share of pairs of which the changed expression got less confidence than the true one; ties count half.
 
     Pairs of which one answer is missing do not count; NaN without pairs.
@@ -114,7 +114,7 @@ def confidence_falls(records: Sequence[Judged]) -> float:
 
 
 REJECTION = ("rejection_auroc", "rejection_fpr@0.95", "confidence_falls")
-"""The metrics that take `Judged`, as the results table calls them."""
+"""The metrics that take `RejectionOutcome`, as the results table calls them."""
 
 
 # For a task's YAML to name.

@@ -11,7 +11,6 @@ They lie in the folder `refcocos_annotation_reviewed` of the hub's JierunChen/Re
 names a local folder of them. A review is that of the same words on the same box of the same photograph.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ import datasets
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.referring import image_id
-from lmms_plugin.tasks.sources.annotations import entries
+from lmms_plugin.tasks.sources.annotations import entries, read
 from lmms_plugin.utils.copies import AbsentSplitError, DatasetError, local_folder
 
 VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS_REVIEWED"
@@ -51,7 +50,7 @@ class Review:
     """
 
     def __init__(self, path: Path) -> None:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read(path)
         images, annotations = (entries(path, key, fields, content) for key, fields in _FIELDS.items())
         expressions = {entry["id"]: entry for entry in images}
         self._said: defaultdict[int, list[tuple[Box, str, bool]]] = defaultdict(list)

@@ -4,7 +4,7 @@ A document is that of its dataset with another `expression`, and beside it `orig
 share of the split's expressions that could be put differently. The rest is not asked.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,14 +13,12 @@ from PIL import Image
 
 from lmms_plugin.shifts.language import rewording
 from lmms_plugin.shifts.language.mismatches import Mismatch, one_of
-from lmms_plugin.shifts.severities import SEVERITIES
 from lmms_plugin.tasks.grounding import comprehension
-from lmms_plugin.tasks.registry.cells import Reworded
 from lmms_plugin.tasks.sources.documents import Documents
 from lmms_plugin.utils.copies import DatasetError
 
 
-class Pick(NamedTuple):
+class PickedExpression(NamedTuple):
     """One document: which of the dataset's, and what is different in it."""
 
     number: int
@@ -40,7 +38,7 @@ class RewordedDocs(Documents):
         DatasetError: nothing was picked.
     """
 
-    def __init__(self, source: Documents, picks: Sequence[Pick], of: int, why: str) -> None:
+    def __init__(self, source: Documents, picks: Sequence[PickedExpression], of: int, why: str) -> None:
         if not picks:
             raise DatasetError(f"expected expressions that allow {why}, got none among {of}")
         self._source = source
@@ -73,7 +71,7 @@ def shifted(source: Documents, name: str, severity: int) -> RewordedDocs:
         doc = source.content(i)
         expression = rewording.apply(doc["expression"], name, severity, key=doc["expression_id"])
         if expression is not None:
-            picks.append(Pick(i, {"expression": expression}))
+            picks.append(PickedExpression(i, {"expression": expression}))
     return RewordedDocs(source, picks, len(source), f"{name} at severity {severity}")
 
 
@@ -97,7 +95,10 @@ def asked_both_ways(
         if chosen is not None:
             change = {"kind": chosen.kind, "old": chosen.old, "new": chosen.new}
             changed = {"expression": chosen.expression, "expression_id": f"{pair}/changed", "change": change}
-            picks += [Pick(i, {"pair": pair, "matches": True}), Pick(i, {"pair": pair, "matches": False, **changed})]
+            picks += [
+                PickedExpression(i, {"pair": pair, "matches": True}),
+                PickedExpression(i, {"pair": pair, "matches": False, **changed}),
+            ]
     return RewordedDocs(source, picks, 2 * len(source), name)
 
 
@@ -116,20 +117,3 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
 
 # For a task's YAML to name.
 scored_by_coordinate_mean = partial(process_results, estimator="coordinate_mean")
-
-
-def _five(shift: str) -> Iterator[Reworded]:
-    return (Reworded(shift, severity) for severity in SEVERITIES)
-
-
-# `process_docs` for a task's YAML to name.
-keyboard_typos_1, keyboard_typos_2, keyboard_typos_3, keyboard_typos_4, keyboard_typos_5 = _five("keyboard_typos")
-swapped_letters_1, swapped_letters_2, swapped_letters_3, swapped_letters_4, swapped_letters_5 = _five("swapped_letters")
-dropped_letters_1, dropped_letters_2, dropped_letters_3, dropped_letters_4, dropped_letters_5 = _five("dropped_letters")
-casing_1, casing_2, casing_3, casing_4, casing_5 = _five("casing")
-spacing_1, spacing_2, spacing_3, spacing_4, spacing_5 = _five("spacing")
-fillers_1, fillers_2, fillers_3, fillers_4, fillers_5 = _five("fillers")
-dropped_words_1, dropped_words_2, dropped_words_3, dropped_words_4, dropped_words_5 = _five("dropped_words")
-reordered_words_1, reordered_words_2, reordered_words_3, reordered_words_4, reordered_words_5 = _five("reordered_words")
-synonyms_1, synonyms_2, synonyms_3, synonyms_4, synonyms_5 = _five("synonyms")
-paraphrase_1, paraphrase_2, paraphrase_3, paraphrase_4, paraphrase_5 = _five("paraphrase")

@@ -1,7 +1,7 @@
 """Scoring functions by confidence estimator, for a task's YAML to name.
 
-`process_results: !function lmms_plugin.tasks.grounding.scored_by.coordinate_mean` scores grounding answers and takes the
-calibration metrics from the estimator `coordinate_mean`. There is one for every name in
+`process_results: !function lmms_plugin.tasks.grounding.scored_by.coordinate_mean` scores grounding answers and takes
+the calibration metrics from the estimator `coordinate_mean`. There is one for every name in
 `lmms_plugin.confidence.estimators.ESTIMATORS`.
 """
 

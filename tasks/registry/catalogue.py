@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lmms_plugin.tasks.registry.task_files import Source, sources
+from lmms_plugin.tasks.registry.task_files import TaskSource, sources
 from lmms_plugin.utils.messages import counted
 
 
@@ -35,7 +35,7 @@ def _members(tasks: Sequence[str]) -> str:
     return f"{counted(len(tasks), 'task')}: {', '.join(tasks)}"
 
 
-def _of_group(entry: Source) -> str:
+def _of_group(entry: TaskSource) -> str:
     """What a generated group holds, and whether its line in the table is a mean."""
     members = entry.overrides["task"]
     if entry.file.name.startswith("_mean_over"):

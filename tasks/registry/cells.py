@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.shifts.language.rewording import TEXT_SHIFTS
 from lmms_plugin.shifts.severities import SEVERITIES
+from lmms_plugin.tasks.grounding.language_shifts import Reworded
 from lmms_plugin.tasks.grounding.refcocoplus import SPLITS
 
 FOLDER = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ CLEAN: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """What lmms-eval's task index needs of one task or group: its kind, its YAML, and the keys set on top of that."""
 
     kind: str
@@ -66,33 +67,12 @@ SHAPES = Dataset(
 )
 
 
-@dataclass(frozen=True)
-class Reworded:
-    """Makes the documents of a language shift from RefCOCO+-shaped rows, for a task's `process_docs`.
-
-    Attributes:
-        name: of the shift.
-        severity: 1 to 5.
-    """
-
-    name: str
-    severity: int
-
-    def __call__(self, rows: Any) -> Any:
-        """Documents in the dataset's order."""
-        # Listing tasks must not wait for the libraries that read datasets.
-        from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
-        from lmms_plugin.tasks.grounding.reworded import shifted
-
-        return shifted(ExpressionDocs(rows), self.name, self.severity)
-
-
-def entries() -> dict[str, Entry]:
+def entries() -> dict[str, IndexEntry]:
     """Every generated task and group by name."""
     return dict(_generate())
 
 
-def _generate() -> Iterator[tuple[str, Entry]]:
+def _generate() -> Iterator[tuple[str, IndexEntry]]:
     for dataset in (REFCOCOPLUS, SHAPES):
         for split in dataset.splits:
             yield from _cells(dataset, split)
@@ -111,7 +91,7 @@ def _generate() -> Iterator[tuple[str, Entry]]:
     yield _listed("shapes_rejection", _by_split("shapes_rejection", MISMATCHES))
 
 
-def _cells(dataset: Dataset, split: str) -> Iterator[tuple[str, Entry]]:
+def _cells(dataset: Dataset, split: str) -> Iterator[tuple[str, IndexEntry]]:
     """All single tasks of a split: corruptions, language shifts, both, and rejection, clean and under corruptions."""
     prefix = f"{dataset.name}_shift{dataset.splits[split]}"
     for severity, shift in product(SEVERITIES, (None, *SHIFTS)):
@@ -133,7 +113,7 @@ def _cells(dataset: Dataset, split: str) -> Iterator[tuple[str, Entry]]:
 
 def _cell(
     name: str, template: str, split: str, place: dict[str, Any], more: dict[str, Any] | None = None
-) -> tuple[str, Entry]:
+) -> tuple[str, IndexEntry]:
     overrides = {
         "task": name,
         "test_split": split,
@@ -141,10 +121,10 @@ def _cell(
         "metadata": {"version": 1.0, **place},
         **(more or {}),
     }
-    return name, Entry("task", FOLDER / template, overrides)
+    return name, IndexEntry("task", FOLDER / template, overrides)
 
 
-def _means(dataset: Dataset, split: str) -> Iterator[tuple[str, Entry]]:
+def _means(dataset: Dataset, split: str) -> Iterator[tuple[str, IndexEntry]]:
     """Groups whose line in the table is the mean over their cells."""
     name, suffix = dataset.name, dataset.splits[split]
     prefix, pairs = f"{name}_shift{suffix}", [f"{a}_and_{b}" for a, b in product(SHIFTS, TEXT_SHIFTS)]
@@ -167,18 +147,18 @@ def _mean_over_cells(
     shifts: Iterable[str],
     severities: Sequence[int],
     template: str = "grounding/_mean_over_cells.yaml",
-) -> tuple[str, Entry]:
+) -> tuple[str, IndexEntry]:
     """A group whose line in the table is the mean over its cells, each with the same weight.
 
     Not the mPC of Michaelis et al. (arXiv 1907.07484), which is over fifteen corruptions at five severities.
     """
     tasks = [f"{prefix}_{shift}_{severity}" for shift, severity in product(shifts, severities)]
-    return name, Entry("group", FOLDER / template, {"group": name, "task": tasks})
+    return name, IndexEntry("group", FOLDER / template, {"group": name, "task": tasks})
 
 
-def _listed(name: str, tasks: list[str]) -> tuple[str, Entry]:
+def _listed(name: str, tasks: list[str]) -> tuple[str, IndexEntry]:
     """Tasks and groups side by side, without a mean that would mix them."""
-    return name, Entry("group", FOLDER / "grounding/_clean_and_shifted.yaml", {"group": name, "task": tasks})
+    return name, IndexEntry("group", FOLDER / "grounding/_clean_and_shifted.yaml", {"group": name, "task": tasks})
 
 
 def _clean(splits: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ _Loader.add_constructor("!function", lambda _, node: Function(node.value))
 
 
 @dataclass(frozen=True)
-class Source:
+class TaskSource:
     """Where the configuration of a task or group comes from.
 
     Attributes:
@@ -50,7 +50,7 @@ class Source:
 
 
 @cache
-def sources() -> Mapping[str, Source]:
+def sources() -> Mapping[str, TaskSource]:
     """Every task and group of this package by name; files first, sorted, then generated ones."""
     found = {}
     for file in sorted(cells.FOLDER.rglob("*.yaml")):
@@ -58,9 +58,9 @@ def sources() -> Mapping[str, Source]:
         own = read(file)
         kind = "group" if "group" in own else "task"
         if isinstance(own.get(kind), str):
-            found[own[kind]] = Source(kind, file, MappingProxyType({}), generated=False)
+            found[own[kind]] = TaskSource(kind, file, MappingProxyType({}), generated=False)
     for name, entry in cells.entries().items():
-        found.setdefault(name, Source(entry.kind, entry.yaml, MappingProxyType(entry.overrides), generated=True))
+        found.setdefault(name, TaskSource(entry.kind, entry.yaml, MappingProxyType(entry.overrides), generated=True))
     return MappingProxyType(found)
 
 

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
+from lmms_plugin.metrics.bootstrap import Clusters, bootstrap, interval
+from lmms_plugin.metrics.sums import Means
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
-from lmms_plugin.tasks.sources.images import opened
-from lmms_plugin.tasks.sources.origins import Origin
+from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
+from lmms_plugin.tasks.sources.row_images import opened
 from lmms_plugin.utils.chance import uniform
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.images import to_rgb
@@ -37,7 +38,7 @@ _DECODED: Recent[Image.Image] = Recent(8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionedSet(Origin):
+class CaptionedSet(DatasetOrigin):
     """Photographs with five captions each; called with its rows, it makes the documents of a task.
 
     Attributes:
@@ -139,7 +140,7 @@ def _of_test_split(source: CaptionedSet, light: datasets.Dataset) -> list[int]:
     return list(range(len(light)))
 
 
-def check_columns(source: Origin, features: datasets.Features, expected: Mapping[str, str]) -> None:
+def check_columns(source: DatasetOrigin, features: datasets.Features, expected: Mapping[str, str]) -> None:
     """Refuse a dataset that lacks a column or has another kind of values in it.
 
     Args:
@@ -298,8 +299,9 @@ def bounds(hits: npt.NDArray[np.float64]) -> tuple[float, float]:
     """95 % interval of a mean over photographs, which are drawn with replacement while the candidates stay."""
     if hits.size < 2:
         return float("nan"), float("nan")
-    resampled = np.array([draw(hits.size, 0, number) @ hits / hits.size for number in range(RESAMPLES)])
-    found = interval(float(hits.mean()), resampled)
+    photographs = Clusters(np.arange(hits.size), hits.size)
+    (drawn,) = bootstrap([Means({"recall": hits}, photographs)], photographs.count)
+    found = interval(*drawn.of("recall"))
     return found.low, found.high
 
 

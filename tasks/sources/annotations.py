@@ -1,11 +1,23 @@
 """Annotation files in COCO's form: an object with lists of entries."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lmms_plugin.utils.copies import DatasetError
+from lmms_plugin.utils.files import json_value
+
+
+def read(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
+    try:
+        return json_value(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise DatasetError(f"{error}; fetch it again") from error
 
 
 def entries(path: Path, key: str, fields: Collection[str], content: Any = None) -> list[dict[str, Any]]:
@@ -18,9 +30,9 @@ def entries(path: Path, key: str, fields: Collection[str], content: Any = None) 
         content: of the file, if it has been read.
 
     Raises:
-        DatasetError: there is no such list, it is empty, or an entry lacks a field.
+        DatasetError: the file is damaged, there is no such list, it is empty, or an entry lacks a field.
     """
-    content = json.loads(path.read_text(encoding="utf-8")) if content is None else content
+    content = read(path) if content is None else content
     found = content.get(key) if isinstance(content, dict) else None
     if not isinstance(found, list) or not found:
         seen = sorted(content) if isinstance(content, dict) else str(content)[:80]

@@ -1,6 +1,7 @@
 """Where a task's rows come from, asked when the task is loaded and not when its YAML is read or a module imported.
 
-`dataset_path: !function lmms_plugin.tasks.grounding.natural.ref_l4_test` names a `DataSource`, which tells path and arguments.
+`dataset_path: !function lmms_plugin.tasks.grounding.natural.ref_l4_test` names a `DataSource`, which tells path and
+arguments.
 """
 
 from collections.abc import Mapping

@@ -69,7 +69,7 @@ class Walk(Iterator[dict[str, Any]]):
     """One pass over documents.
 
     Attributes:
-        documents: what is walked over; `lmms_plugin.vlm.sharding` asks for it.
+        documents: what is walked over; `lmms_plugin.vlm.running.sharding` asks for it.
     """
 
     def __init__(self, documents: Sequence[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from lmms_plugin.utils.variables import PREFIX
 
 
 @dataclass(frozen=True)
-class Origin:
+class DatasetOrigin:
     """One split of a dataset.
 
     Attributes:

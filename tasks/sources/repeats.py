@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from lmms_plugin.tasks.sources.images import content
+from lmms_plugin.tasks.sources.row_images import content
 from lmms_plugin.utils.copies import REMEDY, DatasetError
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ def _contractions() -> dict[str, str]:
     return lost | {"somebody'd": "somebodyd"}
 
 
-_CONTRACTIONS = _contractions()
+CONTRACTIONS = _contractions()
 
 
 def _parted(gap: re.Match[str]) -> str:
@@ -67,7 +67,7 @@ def normalise(answer: str) -> str:
     """Bring an answer to the form in which answers are compared."""
     text = _GAP.sub(_parted, _one_line(answer))
     words = (_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", text).lower().split())
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def vqa_accuracy(answer: str, given: Sequence[str], *, verbatim_if_unanimous: bool = False) -> float:

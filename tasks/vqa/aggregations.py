@@ -20,7 +20,7 @@ from lmms_plugin.metrics.selective import COSTS, HELD_OUT, REPORTED
 from lmms_plugin.tasks.grounding.aggregations import OF_OUTCOME
 
 
-class Scored(NamedTuple):
+class VqaOutcome(NamedTuple):
     """What metrics need of an answer; short, because the log of samples repeats it for each of them.
 
     Attributes:
@@ -42,21 +42,21 @@ class Columns(NamedTuple):
 
 
 Metric = Callable[..., float]
-Aggregation = Callable[[Sequence[Scored]], float]
+Aggregation = Callable[[Sequence[VqaOutcome]], float]
 
 
-def _columns(records: Sequence[Scored], part: str) -> Columns:
+def _columns(records: Sequence[VqaOutcome], part: str) -> Columns:
     pairs = sorted((confidence, accuracy) for owner, confidence, accuracy in records if owner == part)
     array = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return Columns(array[:, 0], array[:, 1])
 
 
-def _on_test(metric: Metric, records: Sequence[Scored]) -> float:
+def _on_test(metric: Metric, records: Sequence[VqaOutcome]) -> float:
     test = _columns(records, REPORTED)
     return metric(*test) if test.confidence.size else math.nan
 
 
-def _with_held_out(metric: Callable[[Columns, Columns], float], records: Sequence[Scored]) -> float:
+def _with_held_out(metric: Callable[[Columns, Columns], float], records: Sequence[VqaOutcome]) -> float:
     held_out, test = _columns(records, HELD_OUT), _columns(records, REPORTED)
     return metric(held_out, test) if held_out.confidence.size and test.confidence.size else math.nan
 

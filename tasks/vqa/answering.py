@@ -1,8 +1,8 @@
 """Visual question answering with confidence as lmms-eval functions: document → messages, answer → record → metric.
 
-One document is one question (`lmms_plugin.tasks.vqa.questions`). The target of every metric is the soft VQA accuracy of the
-answer, a fraction in [0, 1]; risk is 1 − accuracy. Metrics are those of the part `test`; what needs a threshold chosen
-elsewhere chooses it on the part `val`, both answered in the same run.
+One document is one question (`lmms_plugin.tasks.vqa.questions`). The target of every metric is the soft VQA accuracy of
+the answer, a fraction in [0, 1]; risk is 1 − accuracy. Metrics are those of the part `test`; what needs a threshold
+chosen elsewhere chooses it on the part `val`, both answered in the same run.
 """
 
 import math
@@ -17,7 +17,7 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.protocol.verbalised import stated_confidence
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.vqa.accuracy import normalise, vqa_accuracy
-from lmms_plugin.tasks.vqa.aggregations import BESIDE, NEEDS_HELD_OUT, ON_TEST, Scored
+from lmms_plugin.tasks.vqa.aggregations import BESIDE, NEEDS_HELD_OUT, ON_TEST, VqaOutcome
 from lmms_plugin.tasks.vqa.datasets import SOURCES
 
 doc_to_visual = comprehension.doc_to_visual
@@ -107,11 +107,11 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         output["confidence_rate"] = {"score": float(confidence is not None), **identity}
         output["unfinished_rate"] = {"score": float(not finished), **identity}
     if confidence is not None:
-        scored = Scored(doc["part"], confidence, accuracy)
+        scored = VqaOutcome(doc["part"], confidence, accuracy)
         output |= dict.fromkeys(ON_TEST, scored) if doc["part"] == REPORTED else {}
         output |= dict.fromkeys(NEEDS_HELD_OUT, scored) if doc["part"] in (HELD_OUT, REPORTED) else {}
     for beside in confidences.keys() & {*LEARNED, *NEEDS} if doc["part"] == REPORTED else ():
-        scored = Scored(doc["part"], confidences[beside], accuracy)
+        scored = VqaOutcome(doc["part"], confidences[beside], accuracy)
         output |= {f"{name}_{beside}": scored for name in BESIDE}
     if evidence is not None and evidence.stated is not None:
         record["statement"] = response.statement

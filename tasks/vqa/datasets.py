@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lmms_plugin.tasks.sources.origins import Origin
+from lmms_plugin.tasks.sources.origins import DatasetOrigin
 
 SHORT = "\nAnswer the question using a single word or phrase."
 OR_UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
 
 
 @dataclass(frozen=True)
-class Source(Origin):
+class VqaDataset(DatasetOrigin):
     """A VQA dataset.
 
     Attributes:
@@ -40,11 +40,11 @@ class Source(Origin):
         return "To make one of the published files: python -m lmms_plugin.tasks.sources.official_vqa --help"
 
 
-VQAV2 = Source("vqav2", "VQAv2", "lmms-lab-encoder/VQAv2", "validation")
-# The hub's copy is a loading script, which `datasets` no longer runs; `lmms_plugin.tasks.sources.official_vqa` makes a local
-# copy of the published files.
-ADVQA = Source("advqa", "AdVQA", None, "validation")
-VIZWIZ = Source(
+VQAV2 = VqaDataset("vqav2", "VQAv2", "lmms-lab-encoder/VQAv2", "validation")
+# The hub's copy is a loading script, which `datasets` no longer runs; `lmms_plugin.tasks.sources.official_vqa` makes a
+# local copy of the published files.
+ADVQA = VqaDataset("advqa", "AdVQA", None, "validation")
+VIZWIZ = VqaDataset(
     "vizwiz",
     "VizWiz-VQA",
     "lmms-lab-encoder/VizWiz-VQA",
@@ -54,7 +54,7 @@ VIZWIZ = Source(
     structured=False,
     post_prompt=OR_UNANSWERABLE,
 )
-SOURCES: Mapping[str, Source] = MappingProxyType({source.name: source for source in (VQAV2, ADVQA, VIZWIZ)})
+SOURCES: Mapping[str, VqaDataset] = MappingProxyType({source.name: source for source in (VQAV2, ADVQA, VIZWIZ)})
 """Every VQA dataset by name."""
 
 

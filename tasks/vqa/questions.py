@@ -30,10 +30,10 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
-from lmms_plugin.tasks.sources.images import opened
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
-from lmms_plugin.tasks.vqa.datasets import SOURCES, Source
+from lmms_plugin.tasks.sources.row_images import opened
+from lmms_plugin.tasks.vqa.datasets import SOURCES, VqaDataset
 from lmms_plugin.utils.chance import uniform
 from lmms_plugin.utils.copies import DatasetError
 
@@ -59,7 +59,7 @@ def _fraction(purpose: str, key: str) -> float:
     return uniform(f"{SEED}/{purpose}/{key}")
 
 
-class Pick(NamedTuple):
+class PickedQuestion(NamedTuple):
     """A document: which table, which of its rows."""
 
     table: int
@@ -79,7 +79,7 @@ class Questions:
             has no question or fewer than two answers; on access, if an image cannot be decoded.
     """
 
-    def __init__(self, source: Source, rows: datasets.Dataset) -> None:
+    def __init__(self, source: VqaDataset, rows: datasets.Dataset) -> None:
         _check_columns(source, rows.features)
         self.source = source
         self._identity = object()
@@ -95,9 +95,9 @@ class Questions:
         self.question_ids = [f"{source.name}/{key}" for key in keys["question_id"].to_pylist()]
         self.image_ids = [f"{source.photographs}/{key}" for key in keys[source.image_column].to_pylist()]
 
-    def picks(self, table: int, parts: Sequence[str]) -> list[Pick]:
+    def picks(self, table: int, parts: Sequence[str]) -> list[PickedQuestion]:
         """The rows of some parts, in the dataset's order."""
-        return [Pick(table, row) for row, image in enumerate(self.image_ids) if part_of(image) in parts]
+        return [PickedQuestion(table, row) for row, image in enumerate(self.image_ids) if part_of(image) in parts]
 
     def document(self, row: int) -> dict[str, Any]:
         """A row without its image."""
@@ -141,7 +141,7 @@ class QuestionDocs(Documents):
         }
     )
 
-    def __init__(self, tables: Sequence[Questions], picks: Sequence[Pick]) -> None:
+    def __init__(self, tables: Sequence[Questions], picks: Sequence[PickedQuestion]) -> None:
         self._tables = tables
         self._picks = picks
 
@@ -216,7 +216,7 @@ def _place(image_id: str) -> tuple[float, str]:
     return _fraction("order", image_id), image_id
 
 
-def _some(tables: Sequence[Questions], picks: Sequence[Pick], count: int) -> list[Pick]:
+def _some(tables: Sequence[Questions], picks: Sequence[PickedQuestion], count: int) -> list[PickedQuestion]:
     by_chance = sorted(picks, key=lambda pick: _fraction("mixture", tables[pick.table].question_ids[pick.row]))
     return by_chance[:count]
 
@@ -245,7 +245,7 @@ MIXTURES: Mapping[str, Mixture] = {
 """Mixtures by the other dataset and its percentage of the questions."""
 
 
-def _check_columns(source: Source, features: datasets.Features) -> None:
+def _check_columns(source: VqaDataset, features: datasets.Features) -> None:
     expected = {"question_id": "a string or an integer", source.image_column: "a string or an integer"}
     expected |= {IMAGE: "an image", "question": "a string", "answers": _ANSWERS[source.structured]}
     for name, kind in expected.items():
@@ -282,7 +282,7 @@ def _joined(light: datasets.Dataset) -> list[str | None]:
     return joined
 
 
-def _check_rows(source: Source, light: datasets.Dataset) -> None:
+def _check_rows(source: VqaDataset, light: datasets.Dataset) -> None:
     columns = light.with_format("arrow")[:]
     counts = pc.fill_null(pc.list_value_length(columns["answers"]), 0).to_numpy()
     few = np.flatnonzero(counts < 2)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from lmms_plugin.analysis.component_importance import Grid, analyse, draw, grids, read
+from lmms_plugin.analysis.component_importance import ComponentGrid, analyse, draw, grids, read
 from lmms_plugin.cli.main import main
 
 BITS = (2, 3, 4, 8, 16)
@@ -19,7 +19,7 @@ FULL = np.array(list(itertools.product(BITS, repeat=3)))
 
 def planted(vision, connector, language, bits=FULL):
     ranks = np.vectorize(RANK.get)(bits)
-    return Grid("planted", COMPONENTS, bits, ranks @ np.array([vision, connector, language], dtype=float))
+    return ComponentGrid("planted", COMPONENTS, bits, ranks @ np.array([vision, connector, language], dtype=float))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_number_of_threads_changes_nothing():
 
 def test_noise_is_reported_as_unpredictable():
     scores = np.random.default_rng(0).normal(size=len(FULL))
-    assert analyse(Grid("noise", COMPONENTS, FULL, scores), resamples=2).r2 < 0.2
+    assert analyse(ComponentGrid("noise", COMPONENTS, FULL, scores), resamples=2).r2 < 0.2
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_noise_is_reported_as_unpredictable():
     [
         (planted(1.0, 0.0, 0.0, FULL[:5]), "at least 8 runs"),
         (planted(0.0, 0.0, 0.0), "every run scores 0"),
-        (Grid("nan", COMPONENTS, FULL, np.where(FULL[:, 0] == 2, np.nan, 1.0)), "finite"),
-        (Grid("nothing", (), np.empty((9, 0), np.int64), np.arange(9.0)), "differ in bits"),
+        (ComponentGrid("nan", COMPONENTS, FULL, np.where(FULL[:, 0] == 2, np.nan, 1.0)), "finite"),
+        (ComponentGrid("nothing", (), np.empty((9, 0), np.int64), np.arange(9.0)), "differ in bits"),
     ],
     ids=["too few", "constant", "NaN", "nothing varies"],
 )

@@ -9,11 +9,11 @@ import pytest
 from lmms_plugin import metrics
 from lmms_plugin.analysis import estimator_ranking
 from lmms_plugin.analysis.logs import read_one
-from lmms_plugin.analysis.measure import Settings
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.cli import printed
 from lmms_plugin.metrics import bootstrap
 
-SETTINGS = Settings(resamples=50)
+SETTINGS = MeasurementSettings(resamples=50)
 
 
 def write(folder, confidences, scores):
@@ -84,7 +84,7 @@ def test_intervals_of_fractions_are_fractions(tmp_path):
     # Sure of everything and always wrong but for one answer: twice the value less the lowest resample is above 1.
     rng = np.random.default_rng(0)
     run = write(tmp_path, [{"joint": float(c)} for c in rng.uniform(0.99, 1.0, 6)], [0.9] + [0.1] * 5)
-    settings = Settings(resamples=200, level=0.99)
+    settings = MeasurementSettings(resamples=200, level=0.99)
     (one,) = estimator_ranking.judge(run, settings)
     resampled = [metrics.ece(*_drawn(run, k)) for k in range(settings.resamples)]
     assert 2 * one.ece - np.quantile(resampled, 0.005) > 1.0

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers.planted_logs import CELLS, SETTINGS, answers, line, write, write_grid
 from rich.console import Console
 
 from lmms_plugin import metrics
@@ -16,65 +17,7 @@ from lmms_plugin.cli import printed
 from lmms_plugin.cli.main import main
 from lmms_plugin.metrics import bootstrap
 from lmms_plugin.metrics.posthoc import CALIBRATORS
-from lmms_plugin.report import reading as report
-
-SETTINGS = measure.Settings(resamples=60)
-CONFIG = {"dataset_path": "data", "test_split": "test", "metric_list": [{"metric": "mean_iou"}, {"metric": "ece"}]}
-CELLS = {
-    "rec": None,
-    "rec_fog_1": ("fog", 1),
-    "rec_fog_3": ("fog", 3),
-    "rec_snow_1": ("snow", 1),
-    "rec_snow_3": ("snow", 3),
-}
-
-
-def line(k, iou, confidence):
-    record = {
-        "image": f"image{k // 4}",
-        "id": f"{k:03d}",
-        "score": iou,
-        "expression": f"thing {k}",
-        "target": [0, 0, 1, 1],
-    }
-    record |= {"box": [0, 0, 1, iou] if iou else None}
-    record |= {} if confidence is None else {"confidence": confidence}
-    return {"doc_id": k, "mean_iou": record}
-
-
-def answers(skill, severity=0, n=120):
-    """Documents whose difficulty is the same in every run, so that better runs are right wherever worse ones are."""
-    rng = np.random.default_rng(0)
-    difficulty, confidence = rng.random(n), rng.beta(4, 2, n)
-    iou = np.where(difficulty < skill - 0.1 * severity, 0.8, 0.2)
-    both = zip(iou.tolist(), confidence.tolist(), strict=True)
-    return [line(k, u, {"coordinate_mean": c, "joint": c**4}) for k, (u, c) in enumerate(both)]
-
-
-def table(lines):
-    scores = [line["mean_iou"]["score"] for line in lines if "mean_iou" in line]
-    return {"alias": "task"} | ({"mean_iou,none": float(np.mean(scores))} if scores else {})
-
-
-def write(folder, tasks, name="quant_none", date="20260101_000000", **configs):
-    folder.mkdir(parents=True, exist_ok=True)
-    for task, lines in tasks.items():
-        log = folder / f"{date}_samples_{task}.jsonl"
-        log.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    content = {
-        "results": {task: table(lines) for task, lines in tasks.items()},
-        "configs": {task: CONFIG | configs.get(task, {}) for task in tasks},
-        "n-samples": {task: {"original": len(lines), "effective": len(lines)} for task, lines in tasks.items()},
-        "config": {"model": name, "model_args": "pretrained=demo", "limit": None},
-    }
-    (folder / f"{date}_results.json").write_text(json.dumps(content), encoding="utf-8")
-    return folder
-
-
-def write_grid(folder, skill, per_severity=1.0):
-    tasks = {name: answers(skill, per_severity * (cell[1] if cell else 0)) for name, cell in CELLS.items()}
-    place = {name: {"metadata": {"shift": c[0], "severity": c[1]}} for name, c in CELLS.items() if c}
-    return logs.read_one(write(folder, tasks, **place))
+from lmms_plugin.report.numbers import results_folder as report
 
 
 def test_records_come_as_arrays_in_the_order_of_their_ids(tmp_path):
@@ -339,7 +282,7 @@ def test_comparison_with_itself_finds_nothing(tmp_path):
 
 def test_comparison_counts_flips_and_sees_the_loss(tmp_path):
     first, second = write_grid(tmp_path / "a", 0.95), write_grid(tmp_path / "b", 0.75)
-    found = comparison.compare(first, second, measure.Settings(resamples=400), margin=0.05)
+    found = comparison.compare(first, second, measure.MeasurementSettings(resamples=400), margin=0.05)
     (flipped,) = [row for row in found.flips if row.task == "rec"]
     lost = np.sum(first.tasks["rec"].outcome > second.tasks["rec"].outcome)
     assert (flipped.lost, flipped.won) == (lost, 0)
@@ -353,7 +296,7 @@ def test_comparison_counts_flips_and_sees_the_loss(tmp_path):
 
 def test_interaction_tells_additive_from_amplified_loss(tmp_path):
     first = write_grid(tmp_path / "a", 0.95)
-    settings = measure.Settings(resamples=300)
+    settings = measure.MeasurementSettings(resamples=300)
     interactions = {}
     for name, per_severity in (("additive", 1.0), ("amplified", 2.0)):
         found = comparison.compare(first, write_grid(tmp_path / name, 0.85, per_severity), settings)
@@ -366,7 +309,7 @@ def test_interaction_tells_additive_from_amplified_loss(tmp_path):
 
 def test_mean_corruption_error_with_its_interval(tmp_path):
     first, second = write_grid(tmp_path / "a", 0.9), write_grid(tmp_path / "b", 0.75)
-    (errors,) = comparison.compare(first, second, measure.Settings(resamples=300)).corruption_errors
+    (errors,) = comparison.compare(first, second, measure.MeasurementSettings(resamples=300)).corruption_errors
 
     def by_hand(times):
         # Records are repeated as often as their image was drawn.
@@ -431,7 +374,7 @@ def test_json_holds_what_the_tables_show(tmp_path, monkeypatch, capsys, command)
 )
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
-        measure.Settings(**settings)
+        measure.MeasurementSettings(**settings)
 
 
 def test_one_image_has_no_interval(tmp_path):
@@ -446,7 +389,7 @@ def test_two_images_leave_none_to_hold_out(tmp_path):
     lines = answers(0.8)[:8]
     for seed in range(8):
         run = logs.read_one(write(tmp_path, {"rec": lines}))
-        settings = measure.Settings(resamples=20, seed=seed, held_out=0.5)
+        settings = measure.MeasurementSettings(resamples=20, seed=seed, held_out=0.5)
         numbers = {number.metric for number in measure.measure(run, settings)}
         # One of them or both are held out or none is: never are there two left to make an interval of.
         assert "aurc" in numbers
@@ -477,7 +420,7 @@ def test_calibration_errors_and_their_intervals_stay_fractions(tmp_path):
 @pytest.mark.parametrize("calibrator", ["temperature", "platt", "isotonic", "beta"])
 def test_every_calibrator_can_be_asked_for(tmp_path, calibrator):
     run = logs.read_one(write(tmp_path, {"rec": answers(0.8)}))
-    records, settings = run.tasks["rec"], measure.Settings(resamples=20, calibrator=calibrator)
+    records, settings = run.tasks["rec"], measure.MeasurementSettings(resamples=20, calibrator=calibrator)
     aside = measure.held_out(records, settings)
     c, y, images = records.confidence["coordinate_mean"], records.outcome, records.images
     fitted = CALIBRATORS[calibrator].fit(c[aside], y[aside], images[aside].tolist(), split="held out")
@@ -507,7 +450,7 @@ def test_the_command_takes_a_calibrator_and_another_run(tmp_path, monkeypatch, c
         main()
     shown = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)[0]["metrics"]}
     first, second = map(logs.read_one, paths)
-    settings = measure.Settings(resamples=20, calibrator="beta")
+    settings = measure.MeasurementSettings(resamples=20, calibrator="beta")
     expected = {number.metric: number.value for number in measure.measure(second, settings, chosen_on=first)}
     for name in ("ece_after_beta", "phi@10"):
         assert shown[name] == pytest.approx(expected[name])

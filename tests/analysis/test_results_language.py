@@ -4,32 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from test_results import SETTINGS, answers, write
+from helpers.planted_logs import SETTINGS, answers, pairs, rejection, write
 
 from lmms_plugin import metrics
 from lmms_plugin.analysis import comparison, logs, measure
 
 TYPOS = {"metadata": {"text_shift": "casing", "text_severity": 3}}
-
-
-def judged(k, matches, confidence):
-    record = {"image": f"image{k // 4}", "id": f"{k:03d}/{matches:g}", "pair": f"{k:03d}", "matches": matches}
-    record |= {"score": float(confidence > 0), "expression": f"thing {k} {matches:g}", "answer": "", "box": None}
-    return {"doc_id": 2 * k + int(matches == 0), "box_rate": record | {"confidence": {"coordinate_mean": confidence}}}
-
-
-def pairs(gap, n=60):
-    """Pairs of which the changed side has `gap` less confidence on average, and none in every tenth."""
-    rng = np.random.default_rng(1)
-    true = rng.uniform(0.4, 0.9, n)
-    changed = np.clip(true - gap + rng.normal(0, 0.1, n), 0.01, 1.0)
-    changed[::10] = 0.0
-    sides = zip(true.tolist(), changed.tolist(), strict=True)
-    return [judged(k, m, c) for k, (t, f) in enumerate(sides) for m, c in ((1.0, t), (0.0, f))]
-
-
-def rejection(folder, gap):
-    return logs.read_one(write(folder, {"rejection": pairs(gap)}))
 
 
 @pytest.mark.parametrize(

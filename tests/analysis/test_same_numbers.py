@@ -9,9 +9,9 @@ import pytest
 from helpers.submissions import TASK, VQA_TASK, answered, questioned, write_run
 
 from lmms_plugin.analysis.groups import METRICS
-from lmms_plugin.analysis.measure import Settings
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.cli.main import main
-from lmms_plugin.report.reading import read_folder
+from lmms_plugin.report.numbers.results_folder import read_folder
 
 RESAMPLES = 150
 PAGE = {"ECE": "ece", "AURC": "aurc", "C@1%": "coverage@0.01", "C@5%": "coverage@0.05", "Φ1": "phi@1"}
@@ -43,7 +43,7 @@ def metrics(printed, folder):
 
 
 def test_page(folder, metrics, printed, tmp_path):
-    (run,) = read_folder(folder, Settings(resamples=RESAMPLES)).runs
+    (run,) = read_folder(folder, MeasurementSettings(resamples=RESAMPLES)).runs
     (task,) = run.measured.tasks.values()
     (group,) = run.measured.groups.values()
     accuracy = "acc@0.5" if "acc@0.5" in metrics else "accuracy"

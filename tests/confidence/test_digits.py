@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmms_plugin.confidence.digits import AnsweredBox, Number, expected_iou, ious, numbers_of
+from lmms_plugin.confidence.digits import AnsweredBox, NumberDistribution, expected_iou, ious, numbers_of
 from lmms_plugin.protocol.boxes import Box, iou
 from lmms_plugin.protocol.dialects import DIALECTS
 from lmms_plugin.protocol.response import Alternatives, Token
@@ -19,7 +19,7 @@ READ = partial(DIALECTS["qwen3_vl"].boxes, **SIZES)
 
 
 def certain(value):
-    return Number(value, np.array([value]), np.array([1.0]))
+    return NumberDistribution(value, np.array([value]), np.array([1.0]))
 
 
 def written(text, **uncertain):
@@ -44,14 +44,19 @@ def test_two_edges_at_one_digit():
     numbers = (
         certain(0.0),
         certain(0.0),
-        Number(400.0, np.array([400.0, 800.0]), np.array([0.5, 0.5])),
+        NumberDistribution(400.0, np.array([400.0, 800.0]), np.array([0.5, 0.5])),
         certain(1000.0),
     )
     assert expected_iou(AnsweredBox(numbers, READ)) == pytest.approx(0.75)
 
 
 def test_probability_outside_of_digits_is_no_box():
-    numbers = (certain(0.0), certain(0.0), Number(400.0, np.array([400.0]), np.array([0.6])), certain(1000.0))
+    numbers = (
+        certain(0.0),
+        certain(0.0),
+        NumberDistribution(400.0, np.array([400.0]), np.array([0.6])),
+        certain(1000.0),
+    )
     assert expected_iou(AnsweredBox(numbers, READ)) == pytest.approx(0.6)
 
 
@@ -75,7 +80,8 @@ def test_draws_agree_with_every_box_of_four_digits_counted_by_plain_loops():
         weights = [np.exp(-rng.uniform(0.2, 3) * np.abs(np.arange(10) - peak)) for peak in peaks]
         shares = [0.97 * weight / weight.sum() for weight in weights]
         numbers = tuple(
-            Number(float(100 * peak), 100.0 * np.arange(10), share) for peak, share in zip(peaks, shares, strict=True)
+            NumberDistribution(float(100 * peak), 100.0 * np.arange(10), share)
+            for peak, share in zip(peaks, shares, strict=True)
         )
         answered = Box(*(peak / 10 for peak in peaks))
         brute = sum(
@@ -88,7 +94,9 @@ def test_draws_agree_with_every_box_of_four_digits_counted_by_plain_loops():
 
 
 def test_draws_are_the_same_every_time():
-    numbers = tuple(Number(mean, np.arange(1000.0), np.full(1000, 1e-3)) for mean in (100.0, 200.0, 800.0, 900.0))
+    numbers = tuple(
+        NumberDistribution(mean, np.arange(1000.0), np.full(1000, 1e-3)) for mean in (100.0, 200.0, 800.0, 900.0)
+    )
     assert expected_iou(AnsweredBox(numbers, READ)) == expected_iou(AnsweredBox(numbers, READ))
 
 

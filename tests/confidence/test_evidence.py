@@ -13,10 +13,10 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.batching import Budget
+from lmms_plugin.vlm.contracts.requests import read
+from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.number_tokens import LEAST, DigitRecorder, NumberTokens
-from lmms_plugin.vlm.requests import read
-from lmms_plugin.vlm.settings import Sampling, Settings
+from lmms_plugin.vlm.running.batching import Budget
 
 OPTIONS = {"max_new_tokens": 24, "temperature": 0, "until": []}
 
@@ -154,7 +154,7 @@ class TestSamples:
     def test_they_are_what_a_plain_sampling_run_draws(self, demo, documents, answers):
         prompt = demo.reader.read(comprehension.doc_to_messages(documents[0]), "toy")
         inputs = demo.chat.encode([prompt]).inputs
-        settings = replace(Settings.from_kwargs(OPTIONS), sampling=Sampling(1.5))
+        settings = replace(GenerationSettings.from_kwargs(OPTIONS), sampling=Sampling(1.5))
         (request,) = read([instance(comprehension.doc_to_messages, 0)], {"toy": {"test": documents}})
         for sample, text in enumerate(answers[0].samples):
             (drawn,) = demo.responder.engine.decoder.generate(inputs, settings, [request.seed(0, sample)])
@@ -205,7 +205,7 @@ class TestStatements:
         ]
         prompt = vlm.reader.read([{**message, "log_probabilities": False}, *turns], "toy")
         (expected,) = vlm.responder.engine.decoder.generate(
-            vlm.chat.encode([prompt]).inputs, Settings(max_new_tokens=4)
+            vlm.chat.encode([prompt]).inputs, GenerationSettings(max_new_tokens=4)
         )
         assert found.statement == expected.text
 

@@ -18,16 +18,16 @@ from rich.console import Console
 from tqdm import tqdm
 
 from lmms_plugin import harness_log
-from lmms_plugin.cli.demo_display import QUIET_SECONDS, Progress, show
+from lmms_plugin.cli.demo_display import QUIET_SECONDS, DemoProgress, show
 from lmms_plugin.demo import run as demo
-from lmms_plugin.demo.progress import Pace, seconds_left
+from lmms_plugin.demo.pace import Pace, seconds_left
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 TRACEBACK = """Traceback (most recent call last):
   File "decoding.py", line 9, in generate
     raise OutOfMemory("no room for a batch of 1")
-lmms_plugin.utils.out_of_memory.OutOfMemory: no room for a batch of 1
+lmms_plugin.utils.processes.out_of_memory.OutOfMemory: no room for a batch of 1
 """
 
 
@@ -98,7 +98,7 @@ def test_a_log_reads_as_a_terminal_shows_it() -> None:
     [
         ("", None),
         ("Killed\n\n", "Killed"),
-        (TRACEBACK + "bye\n", "lmms_plugin.utils.out_of_memory.OutOfMemory: no room for a batch of 1"),
+        (TRACEBACK + "bye\n", "lmms_plugin.utils.processes.out_of_memory.OutOfMemory: no room for a batch of 1"),
         (
             TRACEBACK + "\x1b[31mERROR\x1b[0m | Error during evaluation: no room. Please set `--verbosity=DEBUG` to get"
             " more information.\x1b[0m\n",
@@ -167,7 +167,7 @@ class TestTimeLeft:
 
 def test_without_a_terminal_the_line_comes_now_and_then() -> None:
     stream, moments = io.StringIO(), itertools.count()
-    with Progress(4, Console(file=stream, width=80), clock=lambda: float(next(moments))) as progress:
+    with DemoProgress(4, Console(file=stream, width=80), clock=lambda: float(next(moments))) as progress:
         one = progress.start("quant_awq", ("lmms-eval", "--model", "quant_awq"))
         for k in range(60):
             progress.see(one, None if k < 20 else (k - 19) / 80)
@@ -183,7 +183,7 @@ def test_without_a_terminal_the_line_comes_now_and_then() -> None:
 def test_on_a_terminal_the_line_is_drawn_in_place() -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=80, force_terminal=True)
-    with Progress(4, console) as progress:
+    with DemoProgress(4, console) as progress:
         one = progress.start("quant_awq", ("lmms-eval",))
         progress.see(one, 0.25)
         progress.tick()
@@ -192,7 +192,7 @@ def test_on_a_terminal_the_line_is_drawn_in_place() -> None:
     assert stream.getvalue().endswith(("\x1b[2K", "\x1b[?25h"))
 
 
-def a_run(model: str, tasks: tuple[str, ...]) -> demo.Run:
+def a_run(model: str, tasks: tuple[str, ...]) -> demo.DemoRun:
     """Finished, with numbers that follow from the place of their task."""
     numbers = {name: k for k, name in enumerate(demo.COLUMNS)}
     table: dict[str, Any] = {
@@ -201,17 +201,17 @@ def a_run(model: str, tasks: tuple[str, ...]) -> demo.Run:
     }
     samples = {task: {"original": 488, "effective": 488} for task in reversed(tasks)}
     results = {"results": table, "n-samples": samples, "throughput": {"avg_bits_per_weight": 32.0}}
-    return demo.Run(model, ("lmms-eval",), Path("x_results.json"), results)
+    return demo.DemoRun(model, ("lmms-eval",), Path("x_results.json"), results)
 
 
 def test_commands_of_the_demo_can_be_pasted() -> None:
     folder = Path("it's $HOME/my runs")
-    command = demo._command("rtn", folder, 3, 2, full=False)
-    one = demo.Run("quant_rtn", command, Path("x"), a_run("quant_rtn", QUICK).results)
+    command = demo.command_of("rtn", folder, 3, 2, full=False)
+    one = demo.DemoRun("quant_rtn", command, Path("x"), a_run("quant_rtn", QUICK).results)
     stream = io.StringIO()
-    Progress(1, Console(file=stream, width=80)).start("quant_rtn", command)
+    DemoProgress(1, Console(file=stream, width=80)).start("quant_rtn", command)
     shown = stream.getvalue().removeprefix("$ ")
-    (kept,) = [line for line in demo._report([one], [], 2).splitlines() if line.startswith("lmms-eval ")]
+    (kept,) = [line for line in demo.report([one], [], 2).splitlines() if line.startswith("lmms-eval ")]
     assert shlex.split(shown) == shlex.split(kept) == list(command)
     assert str(folder / "quant_rtn") in command
 
@@ -219,8 +219,8 @@ def test_commands_of_the_demo_can_be_pasted() -> None:
 def test_one_expression_is_one() -> None:
     one = a_run("quant_none", QUICK)
     one.results["n-samples"][demo.CLEAN]["effective"] = 1
-    assert demo._scope(one).startswith("1 expression; ")
-    assert "**Only the first expression of each task was used.**" in demo._report([one], [], 1)
+    assert demo.scope(one).startswith("1 expression; ")
+    assert "**Only the first expression of each task was used.**" in demo.report([one], [], 1)
 
 
 QUICK = (demo.CLEAN, *(f"shapes_shift_{name}_3" for name in demo.QUICK))
@@ -230,10 +230,10 @@ def test_shifted_is_the_mean_over_the_corruptions_that_ran_which_are_named() -> 
     one = a_run("quant_none", QUICK)
     assert one.clean("ece") == pytest.approx(0.125 + 0.002)
     assert one.shifted("ece") == pytest.approx(0.125 * (2 + 3 + 4 + 5) / 4 + 0.002)
-    assert "488 expressions; shifted: mean over gaussian_noise, defocus_blur, snow, contrast at" in demo._scope(one)
+    assert "488 expressions; shifted: mean over gaussian_noise, defocus_blur, snow, contrast at" in demo.scope(one)
     full = a_run("quant_none", (demo.CLEAN, *(f"shapes_shift_{name}_3" for name in SHIFTS)))
     assert full.shifted("acc@0.5") == pytest.approx(0.125 * sum(range(2, 20)) / 18)
-    assert "mean over all 18 corruptions at severity 3" in demo._scope(full)
+    assert "mean over all 18 corruptions at severity 3" in demo.scope(full)
 
 
 def test_a_mean_over_a_number_that_is_missing_is_none() -> None:
@@ -247,7 +247,7 @@ def test_a_mean_over_a_number_that_is_missing_is_none() -> None:
 def test_the_table_is_whole_in_a_narrow_terminal(monkeypatch, capsys, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     runs = [a_run(f"quant_{method}", QUICK) for method in demo.METHODS]
-    show(demo.HEADINGS, [demo._cells(one) for one in runs], demo._scope(runs[0]))
+    show(demo.HEADINGS, [demo.cells(one) for one in runs], demo.scope(runs[0]))
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert "…" not in "".join(lines)
@@ -255,7 +255,7 @@ def test_the_table_is_whole_in_a_narrow_terminal(monkeypatch, capsys, columns: s
     assert ["bits", "per", *demo.COLUMNS, *demo.COLUMNS] in rows
     assert ["model", "weight", *["clean"] * 3, *["shifted"] * 3] in rows
     for one in runs:
-        assert demo._cells(one) in rows
+        assert demo.cells(one) in rows
 
 
 def working_for(folder: Path) -> list[int]:

@@ -20,7 +20,7 @@ from demo_training.dataset import SCENES
 from demo_training.evaluate import Question, about_split, conversation, generate, overlaps
 from lmms_plugin.demo import CHECKPOINT, DATA
 from lmms_plugin.demo.dataset import FEATURES, rows
-from lmms_plugin.demo.scenes import _RGB, SIDE, draw, scene
+from lmms_plugin.demo.scenes import RGB, SIDE, draw, scene
 from lmms_plugin.demo.wording import COLOURS, FILLS, SHAPES, SIZES, Attributes, expressions, identifying
 from lmms_plugin.protocol.boxes import Box, iou
 
@@ -78,7 +78,7 @@ class TestScenes:
     def test_silhouettes_are_painted_in_their_colour_and_hollow_ones_show_the_ground(self, split, index):
         drawn = scene(split, index)
         for k, item in enumerate(drawn.objects):
-            off = drawn.image[drawn.owner == k].astype(int) - _RGB[item.attributes.colour]
+            off = drawn.image[drawn.owner == k].astype(int) - RGB[item.attributes.colour]
             # Fourteen levels of tint and six of grain is all that may lie between paint and palette.
             painted = (np.abs(off) <= 14 + 6).all(axis=1).mean()
             assert painted == 1 if item.attributes.fill == "plain" else 0.25 < painted < 0.95

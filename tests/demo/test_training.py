@@ -10,7 +10,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from demo_training.architecture import CELLS, DIALECT, prompt_ids, sine_positions
 from demo_training.evaluate import conversation
-from demo_training.muon import Muon, orthogonalise
 from demo_training.packing import IGNORED, PROBE, answer, cell_labels, look, pack, visible
 from demo_training.train import LESSONS, LISTEN, LOOK, Pointer, Run, image_features, objects_at, read, schedule
 from demo_training.tune import FIRST_SCENE, Tuning
@@ -170,35 +169,6 @@ class TestRun:
         assert objects_at(1.0) == 4
 
 
-class TestMuon:
-    @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)], ids=str)
-    def test_singular_values_come_near_one_and_vectors_stay(self, shape):
-        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        result = orthogonalise(matrices)
-        singular = torch.linalg.svdvals(result)
-        assert singular.min() > 0.3
-        assert singular.max() < 1.3
-        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-        core = u.mT @ result @ v.mT
-        off_diagonal = core - torch.diag_embed(core.diagonal(dim1=1, dim2=2))
-        assert off_diagonal.abs().max() < 1e-3
-
-    def test_agrees_with_torch_up_to_its_bfloat16(self):
-        start = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-        ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-        optimizers = [
-            Muon([ours], lr=0.01, weight_decay=0.1),
-            torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        ]
-        for seed in range(3):
-            gradient = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed + 2))
-            for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
-                parameter.grad = gradient.clone()
-                optimizer.step()
-        moved = (theirs - start).norm()
-        assert (ours - theirs).norm() < 0.03 * moved
-
-
 def test_sine_positions_tell_every_cell_apart():
     table = sine_positions(7, 128)
     assert table.shape == (49, 128)
@@ -225,7 +195,7 @@ class TestTuning:
         run = Run(processor.tokenizer, seed=0, batch_size=2, lr=2e-3, ema=0.99)
         run.save_state(tmp_path / "state.pt")
         tuning = Tuning(tmp_path / "state.pt", seed=0)
-        counts = [len(drawn.objects) for drawn in tuning._scenes(3)]
+        counts = [len(drawn.objects) for drawn in tuning.scenes(3)]
         assert tuning.drawn > FIRST_SCENE
         assert max(counts) == 3
         assert sum(count == 1 for count in counts) < len(counts) / 3

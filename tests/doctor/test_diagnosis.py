@@ -18,9 +18,9 @@ from helpers import caption_copies, natural_copies, photographs, vqa_copies
 from helpers.environments import ROOT, Environment, run
 from PIL import Image
 
-from lmms_plugin.doctor import copies, devices, diagnosis, extras, imports, packages, places
+from lmms_plugin.doctor import devices, diagnosis, imports, local_datasets, optional_libraries, packages, places
 from lmms_plugin.doctor.packages import Package
-from lmms_plugin.doctor.rows import Row, Status
+from lmms_plugin.doctor.rows import DiagnosisRow, Status
 from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.utils import variables
@@ -32,7 +32,7 @@ COMMAND = str(Path(sys.executable).parent / "lmms-plugin")
 def asked(check, tmp_path, **environment):
     """Rows of one check, as the command runs it."""
     printed = run([sys.executable, "-P", "-m", "lmms_plugin.doctor", check], tmp_path, **environment)
-    return [Row(**row) for row in rows_of(printed)]
+    return [DiagnosisRow(**row) for row in rows_of(printed)]
 
 
 def rows_of(printed):
@@ -77,7 +77,7 @@ def filelock_4(tmp_path):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: filelock\nVersion: 4.0.0\n")
     (about / "top_level.txt").write_text("filelock\n")
-    run([sys.executable, "-c", "import filelock; filelock.FileLock('x')"], tmp_path, PYTHONPATH=str(folder))
+    run([sys.executable, "-P", "-c", "import filelock; filelock.FileLock('x')"], tmp_path, PYTHONPATH=str(folder))
     return folder
 
 
@@ -124,7 +124,7 @@ def test_a_torch_that_cannot_be_imported_is_a_row_and_keeps_nothing_else_from_ru
 
 def test_the_command_itself_imports_neither_torch_nor_lmms_eval():
     code = "import sys, lmms_plugin.cli.main, lmms_plugin.doctor.diagnosis; print(*sys.modules)"
-    loaded = {name.partition(".")[0] for name in run([sys.executable, "-c", code], ROOT.parent).split()}
+    loaded = {name.partition(".")[0] for name in run([sys.executable, "-P", "-c", code], ROOT.parent).split()}
     assert not loaded & {"torch", "transformers", "lmms_eval", "numpy", "datasets", "huggingface_hub", "packaging"}
 
 
@@ -264,8 +264,8 @@ def test_no_network_is_a_warning_that_says_how_to_go_on(tmp_path, endpoint):
 
 
 def test_extras_of_developers_are_not_looked_at():
-    assert {"bitsandbytes", "ray"} <= set(extras.extras())
-    assert not {"dev", "docs"} & set(extras.extras())
+    assert {"bitsandbytes", "ray"} <= set(optional_libraries.extras())
+    assert not {"dev", "docs"} & set(optional_libraries.extras())
 
 
 @pytest.fixture(scope="module")
@@ -386,21 +386,21 @@ def good_copies(tmp_path_factory):
 def checked(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return list(copies.check_copies())
+    return list(local_datasets.check_copies())
 
 
 def test_good_copies_of_every_dataset_are_good(monkeypatch, good_copies):
     rows = checked(monkeypatch, good_copies)
     assert len(rows) == len(good_copies)
-    assert good_copies.keys() == copies.known().keys()
+    assert good_copies.keys() == local_datasets.known().keys()
     assert [row for row in rows if row.status is Status.FAIL] == []
     warned = {row.message.split("=")[0]: row.message for row in rows if row.status is Status.WARN}
     assert warned == {}
 
 
 def test_of_a_large_copy_rows_from_all_over_it_are_read(monkeypatch, good_copies):
-    monkeypatch.setattr(copies, "WHOLE", 0)
-    monkeypatch.setattr(copies, "_ROWS", 2)
+    monkeypatch.setattr(local_datasets, "WHOLE", 0)
+    monkeypatch.setattr(local_datasets, "ROWS", 2)
     rows = checked(monkeypatch, {"LMMS_PLUGIN_VQAV2": good_copies["LMMS_PLUGIN_VQAV2"]})
     assert [row.status for row in rows] == [Status.OK]
     assert "2 of 120 rows looked at" in rows[0].message
@@ -459,7 +459,7 @@ def test_a_copy_with_a_row_that_a_run_refuses_fails_and_names_it(tmp_path, monke
     file = folder / "testB-00000-of-00001.parquet"
     datasets.Dataset.from_list(rows, features=photographs.FEATURES).to_parquet(file)
     monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(folder))
-    (row,) = copies.check_copies()
+    (row,) = local_datasets.check_copies()
     assert row.status is Status.FAIL
     assert re.match(rf"LMMS_PLUGIN_REFCOCOPLUS={folder}: testB: row {number} \(\S+\): {said}", row.message)
     # It is what the task itself says.
@@ -470,8 +470,8 @@ def test_a_copy_with_a_row_that_a_run_refuses_fails_and_names_it(tmp_path, monke
 
 
 def test_the_first_and_the_last_image_and_a_sample_are_decoded(monkeypatch, good_copies):
-    assert copies.spread(5, 16) == [0, 1, 2, 3, 4]
-    chosen = copies.spread(1000, copies.DECODED)
+    assert local_datasets.spread(5, 16) == [0, 1, 2, 3, 4]
+    chosen = local_datasets.spread(1000, local_datasets.DECODED)
     assert (len(chosen), chosen[0], chosen[-1]) == (16, 0, 999)
     (row,) = checked(monkeypatch, {"LMMS_PLUGIN_VQAV2": good_copies["LMMS_PLUGIN_VQAV2"]})
     assert row.message.endswith("validation: 120 rows, images of 16 documents decoded")
@@ -480,7 +480,7 @@ def test_the_first_and_the_last_image_and_a_sample_are_decoded(monkeypatch, good
 @pytest.mark.parametrize("name", ["LMMS_PLUGIN_REFCOCO", "LMMS_PLUGIN_VIZWIZ", "LMMS_PLUGIN_FLICKR30K"])
 def test_copies_in_part_or_with_rows_again_fail_whatever_the_dataset(tmp_path, monkeypatch, good_copies, name):
     folder = shutil.copytree(good_copies[name], tmp_path / "copy")
-    split = copies.known()[name][-1].name
+    split = local_datasets.known()[name][-1].name
     (file,) = folder.rglob(f"{split}*.parquet")
     whole = file.rename(file.with_name(f"{split}-00000-of-00002.parquet"))
     (row,) = checked(monkeypatch, {name: str(folder)})
@@ -492,7 +492,7 @@ def test_copies_in_part_or_with_rows_again_fail_whatever_the_dataset(tmp_path, m
     again = [{**one, identity: f"new-{one[identity]}"} for one in again]
     second = whole.with_name(f"{split}-00001-of-00002.parquet")
     datasets.Dataset.from_list(again, features=rows.features).to_parquet(second)
-    (row,) = copies.check_copies()
+    (row,) = local_datasets.check_copies()
     assert row.status is Status.FAIL
     assert f"{split}: expected every row once, but of {2 * len(rows)} rows {len(rows)} repeat" in row.message
 
@@ -504,7 +504,7 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(folder))
     for content in (b"", whole[: len(whole) // 2], whole[:4] + bytes(len(whole) // 2) + whole[len(whole) // 2 + 4 :]):
         file.write_bytes(content)
-        (row,) = copies.check_copies()
+        (row,) = local_datasets.check_copies()
         assert row.status is Status.FAIL
         assert str(file) in row.message
         assert "fetch it again" in row.message
@@ -512,21 +512,21 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch):
 
 def test_a_copy_that_is_not_there_or_of_one_split_only(tmp_path, monkeypatch):
     monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(tmp_path / "nowhere"))
-    (row,) = copies.check_copies()
+    (row,) = local_datasets.check_copies()
     assert (row.status, "there is no such folder" in row.message) == (Status.FAIL, True)
     folder = photographs.write(tmp_path / "copy")
     (folder / "val-00000-of-00001.parquet").unlink()
     monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(folder))
-    (row,) = copies.check_copies()
+    (row,) = local_datasets.check_copies()
     assert (row.status, row.remedy) == (Status.WARN, "tasks on val cannot run")
     (folder / "testA-00000-of-00001.parquet").write_bytes(b"no parquet")
-    (row,) = copies.check_copies()
+    (row,) = local_datasets.check_copies()
     assert (row.status, "testA" in row.message) == (Status.FAIL, True)
 
 
 def test_a_variable_that_nobody_reads_is_a_warning_with_the_nearest_name(monkeypatch):
     monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLSU", "/data")
-    row = next(copies.check_copies())
+    row = next(local_datasets.check_copies())
     assert row.status is Status.WARN
     assert "LMMS_PLUGIN_REFCOCOPLSU" in row.message
     assert "did you mean LMMS_PLUGIN_REFCOCOPLUS?" in row.remedy
@@ -536,7 +536,7 @@ def test_every_variable_of_the_documentation_is_known():
     texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     named = {name for text in texts for name in re.findall(r"LMMS_PLUGIN_[A-Z0-9_]+", text.read_text())}
     # The documentation's own example of a dataset that a user adds.
-    assert named == {*copies.known(), variables.CACHE, "LMMS_PLUGIN_WAREHOUSE"}
+    assert named == {*local_datasets.known(), variables.CACHE, "LMMS_PLUGIN_WAREHOUSE"}
 
 
 def test_a_kernel_with_wrong_products_is_a_warning(monkeypatch):
@@ -549,5 +549,5 @@ def test_a_kernel_with_wrong_products_is_a_warning(monkeypatch):
 
 
 def test_rows_are_one_line_whatever_libraries_say():
-    row = Row("x", Status.FAIL, "several\n  lines", "do\nthis")
+    row = DiagnosisRow("x", Status.FAIL, "several\n  lines", "do\nthis")
     assert row.line() == "fail  x: several lines -> do this"

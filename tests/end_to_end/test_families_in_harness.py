@@ -11,6 +11,7 @@ from lmms_plugin.tasks.grounding.comprehension import CALIBRATION
 
 TASKS = ["refcocoplus_rec_testA", "refcocoplus_shift_testB"]
 LIMIT = 2
+TOKENS = 24
 SCORES = ("acc@0.5", "acc@0.75", "acc@0.9", "mean_iou", "parse_rate", "boxes_per_answer")
 
 
@@ -31,6 +32,8 @@ def test_family_answers_clean_and_under_every_corruption(family, checkpoint, loc
         tasks=TASKS,
         batch_size=4,
         limit=LIMIT,
+        # Random weights never end an answer.
+        gen_kwargs=f"max_new_tokens={TOKENS}",
         bootstrap_iters=0,
         task_manager=manager,
     )

@@ -10,6 +10,7 @@ from lmms_eval.tasks import TaskManager
 from lmms_plugin import quant_backends, registration
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.shifts.language.rewording import TEXT_SHIFTS
+from lmms_plugin.tasks.grounding import language_shifts
 from lmms_plugin.tasks.registry import catalogue, cells, task_files
 from lmms_plugin.utils.copies import DatasetError
 
@@ -137,7 +138,7 @@ def test_a_joint_cell_shifts_image_and_language(manager, monkeypatch):
     assert different == {"task", "lmms_eval_specific_kwargs", "metadata", "process_docs", "process_results"}
     place = {"shift": "fog", "severity": 2, "text_shift": "casing", "text_severity": 2}
     assert cell["metadata"] == {"version": 1.0, **place}
-    assert cell["process_docs"] == cells.Reworded("casing", 2)
+    assert cell["process_docs"] == language_shifts.Reworded("casing", 2)
 
 
 def test_a_rejection_task_has_its_own_metrics(manager):
@@ -215,7 +216,7 @@ def test_a_natural_shift_that_cannot_be_reached_says_how_to_go_on(task, hub_id, 
 
 def test_a_natural_shift_without_a_copy_on_the_hub_says_how_to_make_one(manager, monkeypatch):
     monkeypatch.delenv("LMMS_PLUGIN_REFDRONE", raising=False)
-    with pytest.raises(DatasetError, match=r"RefDrone: no copy on the hub.*bboxes.*tasks\.published refdrone --help"):
+    with pytest.raises(DatasetError, match=r"RefDrone: no copy on the hub.*bboxes.*sources\.published refdrone --help"):
         manager.load_task_or_group(["refdrone_rejection"], "chat")
 
 

@@ -18,12 +18,12 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.cli.main import main
-from lmms_plugin.cli.printed import plain
 from lmms_plugin.export import every_eval_ever, hub
-from lmms_plugin.export.documents import documents
+from lmms_plugin.export.asked_documents import documents
 from lmms_plugin.export.measured import measured
 from lmms_plugin.leaderboard import board, submission, verification
 from lmms_plugin.leaderboard.verification import Refused, Verified, agreeing
+from lmms_plugin.utils.plain_json import plain
 
 BIN = Path(sys.executable).parent
 DOCUMENTS = 24
@@ -137,7 +137,9 @@ def found(honest):
 
 
 def test_eval_results_are_what_the_hub_reads(found, tmp_path):
-    entry = hub.Entry("somebody/benchmark", "rec", None, "acc@0.5", scale=100.0, source_url="https://example.org")
+    entry = hub.BenchmarkEntry(
+        "somebody/benchmark", "rec", None, "acc@0.5", scale=100.0, source_url="https://example.org"
+    )
     file = hub.write_eval_results(found, entry, tmp_path)
     assert file.parent == tmp_path / ".eval_results"
     (read,) = parse_eval_result_entries(yaml.safe_load(file.read_text()))

@@ -1,4 +1,6 @@
-"""The tables of the documentation that repeat what the code says; `python tests/helpers/documented_tables.py` writes them anew.
+"""The tables of the documentation that repeat what the code says.
+
+`python tests/helpers/documented_tables.py` writes them anew.
 
 A table stands in its page between the comments `<!-- NAME -->` and `<!-- /NAME -->`.
 """
@@ -19,7 +21,7 @@ from lmms_plugin.tasks.grounding import natural, refcocoplus
 from lmms_plugin.tasks.grounding.expressions import REFCOCOPLUS
 from lmms_plugin.tasks.grounding.referring import ReferringSet
 from lmms_plugin.tasks.retrieval import matching
-from lmms_plugin.tasks.sources.origins import Origin
+from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
 from lmms_plugin.vlm.served.options import ServedOptions
 
@@ -80,7 +82,7 @@ def options() -> str:
 
 def datasets() -> str:
     """Where each dataset comes from, and which columns are read."""
-    sets: list[Origin] = [
+    sets: list[DatasetOrigin] = [
         REFCOCOPLUS,
         *natural.SETS.values(),
         *captioning.SETS.values(),

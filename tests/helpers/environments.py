@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 OURS = ("lmms_plugin", "__editable__.lmms_plugin", "__editable___lmms_plugin")
@@ -18,9 +17,12 @@ class Environment:
         self.folder = folder
         libraries = folder / "libraries"
         libraries.mkdir()
-        for entry in Path(sysconfig.get_path("purelib")).iterdir():
-            if not entry.name.startswith(OURS) and entry.suffix != ".pth":
-                (libraries / entry.name).symlink_to(entry)
+        # The running environment may itself see another one's libraries; what comes first on the path is what counts.
+        for place in dict.fromkeys(Path(entry) for entry in sys.path if Path(entry).name == "site-packages"):
+            for entry in place.iterdir():
+                link = libraries / entry.name
+                if not entry.name.startswith(OURS) and entry.suffix != ".pth" and not link.is_symlink():
+                    link.symlink_to(entry)
         self.site = next(folder.glob("lib/python*/site-packages"))
         (self.site / "libraries.pth").write_text(f"{libraries}\n")
 

@@ -247,7 +247,7 @@ def published(folder):
 def write(folder):
     """Write all local copies and return the environment that names them."""
     from lmms_plugin.tasks.grounding.natural import SETS
-    from lmms_plugin.tasks.sources import published as making
+    from lmms_plugin.tasks.sources import published_files as making
 
     files = published(folder / "published")
     for name in making.FORMS:

@@ -27,11 +27,11 @@ from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, QuantPlan
 from lmms_plugin.quant_backends.quantization import quantize
 from lmms_plugin.quant_backends.structure.components import components
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.prefix import Encoded, NotShareable, PrefixSharing
+from lmms_plugin.vlm.generation.processor import Batch
 from lmms_plugin.vlm.generation.self_check import padded_difference
-from lmms_plugin.vlm.processor import Batch
-from lmms_plugin.vlm.settings import Settings
 
 FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 VOCABULARY, PAD = 512, 0
@@ -633,7 +633,7 @@ def _shared(tiny: Tiny, alone: list[dict[str, torch.Tensor]], rows: list[list[in
     encoded = Encoded(Batch(alone[0], [None]), [rows])
     plain = [tiny.batch([one], [0]) for one in rows]
     try:
-        shared = sharing.lay_out(encoded, Settings(max_new_tokens=8))
+        shared = sharing.lay_out(encoded, GenerationSettings(max_new_tokens=8))
         difference = sharing.verify(shared, plain, 2**30)
     except NotShareable as reason:
         return f"plain way: {re.sub(r' [(]keys.*', '', str(reason))}"
@@ -675,7 +675,8 @@ give, so that no prompt about an image is answered). Families with a processor i
 `lmms-eval`'s model in other tests. "One at a time" and "plain way" are what a run falls back to by itself, with a line
 in its log.
 
-`python tests/helpers/small_families.py` writes this page anew; `tests/end_to_end/test_all_families.py` compares it family by family.
+`python tests/helpers/small_families.py` writes this page anew; `tests/end_to_end/test_all_families.py` compares it
+family by family.
 
 | family | linear layers | none | rtn | awq | batch of 4 | shared prefix |
 |---|---|---|---|---|---|---|

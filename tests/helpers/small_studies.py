@@ -1,6 +1,6 @@
 """A study small enough to be run by a test, and a cell of it."""
 
-from lmms_plugin.study.file.grid import Axes, Cell, Resources
+from lmms_plugin.study.file.grid import Cell, CellAxes, Resources
 
 STUDY = """
 models: [demo]
@@ -12,7 +12,7 @@ grids:
   - {methods: [none, rtn], bits: [3]}
 """
 CELL = Cell(
-    Axes("demo", "rtn", 4, 128, "language", None, None),
+    CellAxes("demo", "rtn", 4, 128, "language", None, None),
     "rtn",
     {"pretrained": "demo", "bits": 4, "group_size": 128},
     ("shapes_rec",),

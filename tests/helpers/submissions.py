@@ -6,24 +6,24 @@ import datasets
 import numpy as np
 
 from lmms_plugin.analysis.logs import read_one
-from lmms_plugin.analysis.measure import Settings
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.demo import DATA
-from lmms_plugin.demo.mismatches import absent_object
+from lmms_plugin.demo.scene_mismatches import absent_object
 from lmms_plugin.export.definitions import definition
-from lmms_plugin.export.every_eval_ever import Source
+from lmms_plugin.export.every_eval_ever import EvaluationSource
 from lmms_plugin.export.measured import measured
 from lmms_plugin.leaderboard import submission, verification
 from lmms_plugin.metrics.selective import HELD_OUT, REPORTED
 from lmms_plugin.protocol.response import MARKER, Response, Token
 from lmms_plugin.tasks.grounding import rejection
-from lmms_plugin.tasks.grounding.aggregations import Judged
+from lmms_plugin.tasks.grounding.aggregations import GroundingOutcome
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
-from lmms_plugin.tasks.vqa.aggregations import Scored
+from lmms_plugin.tasks.vqa.aggregations import VqaOutcome
 
 TASK, REJECTION_TASK, VQA_TASK = "shapes_rec", "shapes_rejection_absent_object", "reliable_vqav2"
-ENTRIES = {TASK: Judged, REJECTION_TASK: rejection.Judged, VQA_TASK: Scored}
-SOURCE = Source("somebody/model", "a laboratory", "third_party", "lmms-plugin", 1_800_000_000)
-SETTINGS = Settings(resamples=20)
+ENTRIES = {TASK: GroundingOutcome, REJECTION_TASK: rejection.RejectionOutcome, VQA_TASK: VqaOutcome}
+SOURCE = EvaluationSource("somebody/model", "a laboratory", "third_party", "lmms-plugin", 1_800_000_000)
+SETTINGS = MeasurementSettings(resamples=20)
 
 
 def answered(count):

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from lmms_plugin import metrics
 from lmms_plugin.analysis import component_importance, measure
-from lmms_plugin.metrics.bootstrap import Clusters, Resampled, bootstrap, interval, p_value
+from lmms_plugin.metrics.bootstrap import Clusters, ResampledMetric, bootstrap, interval, p_value
 from lmms_plugin.metrics.calibration import Binned, Smooth
 from lmms_plugin.metrics.localisation import Localised
 from lmms_plugin.metrics.ranked import RISKS, Ranked
 from lmms_plugin.metrics.selective import Gains
 from lmms_plugin.metrics.sums import Means
-from lmms_plugin.study.verdicts import against_reference
+from lmms_plugin.study.file import analyses
 
 THRESHOLDS = {0.05: 0.7, 0.2: 0.4}
 GAINS = {1.0: 0.5, 10.0: 0.8}
@@ -154,7 +154,7 @@ def test_result_depends_on_the_seed_alone():
 
 def test_counted_and_repeated_resamples_agree():
     confidence, outcome, clusters = records(decimals=2)
-    exact = Resampled(metrics.aurc, (confidence, outcome), clusters)
+    exact = ResampledMetric(metrics.aurc, (confidence, outcome), clusters)
     fast, slow = bootstrap([Ranked(confidence, outcome, clusters, ["aurc"]), exact], 80, resamples=30)
     np.testing.assert_allclose(fast.resampled, slow.resampled, atol=1e-12)
     assert fast.value == pytest.approx(slow.value)
@@ -260,7 +260,7 @@ def test_without_resamples_nothing_is_known_of_the_spread(method):
         (lambda: bootstrap([], 5, resamples=0), "resamples"),
         (lambda: bootstrap([], 5, workers=0), "workers"),
         (lambda: interval(0.5, np.ones(10), level=95), "level"),
-        (lambda: Resampled(metrics.ece, (np.ones(3), np.ones(2)), Clusters.of("abc")), "shape"),
+        (lambda: ResampledMetric(metrics.ece, (np.ones(3), np.ones(2)), Clusters.of("abc")), "shape"),
         (lambda: Ranked([0.5, np.nan], [1, 1], Clusters.of(["a", "b"])), "confidence"),
     ],
     ids=["one cluster", "no resamples", "no workers", "percent", "lengths", "nan"],
@@ -279,9 +279,11 @@ def test_clusters_of_labels():
 def test_more_resamples_than_anyone_can_wait_for_are_refused():
     made = (
         lambda count: bootstrap([], 6, resamples=count),
-        lambda count: measure.Settings(resamples=count),
+        lambda count: measure.MeasurementSettings(resamples=count),
         lambda count: component_importance.analyse(None, resamples=count),
-        lambda count: against_reference.Question.parse({"question": "q", "metrics": ["ece"], "resamples": count}),
+        lambda count: analyses.question(
+            {"kind": "against_reference", "question": "q", "metrics": ["ece"], "resamples": count}
+        ),
     )
     for make in made:
         for count in (10**14, 1_000_001, 0, -1):

@@ -31,6 +31,7 @@ from lmms_plugin.metrics import (
     smooth_ece,
     squared_ce,
 )
+from lmms_plugin.metrics.bins import equal_mass_index
 
 PAIRED = [adaptive_ece, brier, brier_parts, ece, laace_0, laece_0, mce, mean_ece_over_iou, nll, smooth_ece, squared_ce]
 ERRORS = [adaptive_ece, ece, mce, smooth_ece]
@@ -161,6 +162,16 @@ def test_equal_mass_never_separates_ties():
 def test_ties_go_to_the_bin_of_their_middle_rank(low, high, sizes):
     confidence = [0.2] * low + [0.5] * 7 + [0.9] * high
     assert reliability_bins(confidence, [1] * 10, n_bins=2, equal_mass=True).records.tolist() == sizes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_block_of_ties_is_in_the_bin_of_its_middle_rank(seed):
+    rng = np.random.default_rng(seed)
+    records, n_bins = rng.integers(1, 30, rng.integers(1, 40)), int(rng.integers(1, 50))
+    ends = records.cumsum().tolist()
+    # From 0 the ranks of a block that ends before e are e − r to e − 1, and twice their middle is 2·e − r − 1.
+    bins = [(2 * e - r - 1) * n_bins // (2 * ends[-1]) for e, r in zip(ends, records.tolist(), strict=True)]
+    assert equal_mass_index(records.astype(np.float64), n_bins).tolist() == bins
 
 
 @pytest.mark.parametrize("metric", PAIRED, ids=lambda f: f.__name__)

@@ -1,4 +1,7 @@
-"""What docs/adding.md shows works as it stands there; its quantizer is tested in test_quant_third_party."""
+"""What docs/adding.md shows works as it stands there.
+
+Its quantizer is tested in quant_backends/methods/test_third_party.py.
+"""
 
 import inspect
 import re
@@ -15,6 +18,7 @@ from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.registration import tasks_folder
 from lmms_plugin.shifts.image import corruptions
 
+pytestmark = pytest.mark.usefixtures("registered")
 PAGE = (Path(__file__).parents[2] / "docs" / "adding.md").read_text(encoding="utf-8")
 
 
@@ -30,8 +34,7 @@ def test_a_method_that_looks_at_data_implements_what_the_page_says():
 
 
 def test_a_shift_is_one_function(monkeypatch):
-    monkeypatch.setattr(corruptions, "_SHIFTS", dict(corruptions._SHIFTS))
-    monkeypatch.setattr(corruptions, "SHIFTS", corruptions._SHIFTS)
+    monkeypatch.setattr(corruptions, "SHIFTS", dict(corruptions.SHIFTS))
     exec(snippet("python", "@shift"), {})
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
     levels = [
@@ -62,7 +65,7 @@ def test_a_task_is_a_few_lines(tmp_path):
 def test_a_task_of_rejection_takes_another_estimator_from_a_file_beside_it(tmp_path):
     (tmp_path / "scoring.py").write_text(snippet("python", "rejection.process_results"))
     (tmp_path / "mine.yaml").write_text(
-        f"task: mine\ninclude: {tasks_folder()}/shapes/_attribute_swap.yaml\noutput_type: generate_until\n"
+        f"task: mine\ninclude: {tasks_folder()}/grounding/shapes/_attribute_swap.yaml\noutput_type: generate_until\n"
         "test_split: test\nprocess_results: !function scoring.joint\n"
     )
     manager = TaskManager("ERROR", include_path=str(tmp_path), include_defaults=False)

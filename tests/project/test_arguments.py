@@ -8,7 +8,7 @@ from hypothesis import given, strategies
 from lmms_eval.utils import simple_parse_args_string
 
 from lmms_plugin.analysis import axes
-from lmms_plugin.analysis.logs import Run
+from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.arguments import arguments_of, read_arguments, shown
 from lmms_plugin.export import facts
 
@@ -75,13 +75,13 @@ def test_values_are_shown_as_one_writes_them(value, expected):
 
 def test_reading_arguments_does_not_wait_for_torch(tmp_path):
     script = "import sys, lmms_plugin.arguments; print(sorted({'torch', 'lmms_eval', 'transformers'} & {*sys.modules}))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    run = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout == "[]\n"
 
 
 def test_exports_and_reports_read_values_with_commas_whole(tmp_path):
     text = 'pretrained=org/model,calibration=\'dataset:a,b\',template_args={"x": 1, "y": 2},group_size=-1,bits=3'
-    run = Run(tmp_path / "1_results.json", "quant_awq", text, None, {}, (), {})
+    run = LoggedRun(tmp_path / "1_results.json", "quant_awq", text, None, {}, (), {})
     assert facts.checkpoint(run) == "org/model"
     told = facts.quantization(run, {})
     assert (told["quantization_bits"], told["quantization_group_size"]) == ("3", "-1")

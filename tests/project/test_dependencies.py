@@ -88,7 +88,7 @@ def of_lmms_eval():
         "files = [m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'lmms_eval'];"
         "print('\\n' + json.dumps([f for f in files if f]))"
     )
-    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True).stdout
     files = list(map(Path, json.loads(shown.splitlines()[-1])))
     assert len(files) > 30
     folder = next(parent for parent in files[0].parents if parent.name == "lmms_eval").parent

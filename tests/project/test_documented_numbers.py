@@ -4,9 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import test_results
-import test_results_language
-from helpers import report_study
+from helpers import planted_logs, report_study
 
 from lmms_plugin.analysis import comparison, component_importance, estimator_ranking, measure
 from lmms_plugin.cli import printed
@@ -15,14 +13,15 @@ from lmms_plugin.confidence.estimators import ESTIMATORS
 from lmms_plugin.metrics.posthoc import CALIBRATORS
 from lmms_plugin.quant_backends.plans.quant_report import ModuleReport, QuantReport
 from lmms_plugin.registration import tasks_folder
-from lmms_plugin.report import contents, page, reading
+from lmms_plugin.report import page
 from lmms_plugin.report.gallery import Gallery
-from lmms_plugin.report.summary import summarise
+from lmms_plugin.report.numbers import contents, results_folder
+from lmms_plugin.report.numbers.summary import summarise
 from lmms_plugin.selector import shift_strength
 from lmms_plugin.tasks.registry import task_files
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-SETTINGS = measure.Settings(resamples=20)
+SETTINGS = measure.MeasurementSettings(resamples=20)
 
 
 def entries():
@@ -55,7 +54,7 @@ def test_metrics_of_every_task():
 
 
 def test_what_metrics_and_compare_print(tmp_path):
-    first, second = (test_results.write_grid(tmp_path / name, skill) for name, skill in (("a", 0.9), ("b", 0.8)))
+    first, second = (planted_logs.write_grid(tmp_path / name, skill) for name, skill in (("a", 0.9), ("b", 0.8)))
     measured = {number.metric for number in measure.measure(first, SETTINGS)}
     assert {"smooth_ece", "e_aurc", "brier_within_bin", "ece_after_platt", "achieved_risk@0.01"} <= measured
     assert undocumented(measured) == []
@@ -66,12 +65,12 @@ def test_what_metrics_and_compare_print(tmp_path):
 
 
 def test_what_is_printed_of_rejection(tmp_path):
-    measured = measure.measure(test_results_language.rejection(tmp_path, 0.1), SETTINGS)
+    measured = measure.measure(planted_logs.rejection(tmp_path, 0.1), SETTINGS)
     assert undocumented({number.metric for number in measured}) == []
 
 
 def test_columns_of_the_report(tmp_path):
-    summary = summarise(reading.read_folder(report_study.write_study(tmp_path, 30), SETTINGS), SETTINGS.level)
+    summary = summarise(results_folder.read_folder(report_study.write_study(tmp_path, 30), SETTINGS), SETTINGS.level)
     numbers = {column.title for column in contents.leader(summary).columns if column.numeric}
     assert {"C@1%", "Φ1", "Δ unquantized"} <= numbers
     assert undocumented(numbers) == []
@@ -82,7 +81,7 @@ def test_columns_of_the_report(tmp_path):
 
 
 def test_tables_say_where_their_numbers_are_explained(tmp_path, monkeypatch, capsys):
-    test_results.write_grid(tmp_path, 0.9)
+    planted_logs.write_grid(tmp_path, 0.9)
     monkeypatch.setattr("sys.argv", ["lmms-plugin", "estimators", str(tmp_path), "--resamples", "20"])
     with pytest.raises(SystemExit, match="0"):
         main()
@@ -90,7 +89,7 @@ def test_tables_say_where_their_numbers_are_explained(tmp_path, monkeypatch, cap
 
 
 def test_headings_of_the_other_tables(tmp_path):
-    run = test_results.write_grid(tmp_path, 0.9)
+    run = planted_logs.write_grid(tmp_path, 0.9)
     judged = printed.estimators_table(estimator_ranking.judge(run, SETTINGS), "", 0.95)
     names = [str(column.header) for column in judged.columns]
     assert undocumented({name.replace(" ", "_") for name in names} - {"task", "estimator"}) == []

@@ -9,15 +9,15 @@ import pytest
 from helpers import documented_tables
 from helpers.report_study import documents
 
-from lmms_plugin.analysis.measure import Settings
-from lmms_plugin.export.every_eval_ever import Source
+from lmms_plugin.analysis.measure import MeasurementSettings
+from lmms_plugin.export.every_eval_ever import EvaluationSource
 from lmms_plugin.leaderboard.submission import Manifest
 from lmms_plugin.protocol import response
 from lmms_plugin.protocol.response import Response, Token
 from lmms_plugin.quant_backends import names
 from lmms_plugin.quant_backends.checkpoints.own_format import SavedConfig
-from lmms_plugin.selector.features import Features, Origin
 from lmms_plugin.registration import SERVED
+from lmms_plugin.selector.features import FeatureOrigin, Features
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.registry import catalogue
 
@@ -95,8 +95,23 @@ def test_pages_that_the_code_names_are_there():
     assert [page for page in named if not (ROOT / page).exists()] == []
 
 
+def test_files_that_pages_name_are_there():
+    """`TASKS` is where the tasks are installed, and so is a folder of tasks alone."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    pattern = re.compile(r"(?<![\w/.{<$])(?:(TASKS)/)?((?:[\w.-]+/)+[\w*.-]+\.(?:py|yaml|j2|txt|toml))\b")
+    tops = {file.name for file in ROOT.iterdir() if file.is_dir()} | {file.name for file in (ROOT / "tasks").iterdir()}
+    named = {
+        (page.name, path)
+        for page in pages
+        for tasks, path in pattern.findall(page.read_text(encoding="utf-8"))
+        if tasks or path.partition("/")[0] in tops
+    }
+    assert len(named) > 20
+    assert [one for one in named if not any([*ROOT.glob(one[1]), *(ROOT / "tasks").glob(one[1])])] == []
+
+
 def test_fields_of_the_trailer():
-    assert set(first_cells(section(FORMATS, "The trailer of an answer"))) == response._FIELDS | response._OPTIONAL
+    assert set(first_cells(section(FORMATS, "The trailer of an answer"))) == response.FIELDS | response.OPTIONAL_FIELDS
     assert f"`{response.MARKER}`" in FORMATS
 
 
@@ -117,7 +132,7 @@ def test_keys_of_a_record():
 def test_tensors_of_features():
     text = section(FORMATS, "Features")
     assert tuple(first_cells(text)) == Features._fields
-    assert all(f"`{name}`" in text for name in Origin("", {}).to_dict())
+    assert all(f"`{name}`" in text for name in FeatureOrigin("", {}).to_dict())
 
 
 def test_keys_of_our_own_checkpoints():
@@ -128,6 +143,8 @@ def test_keys_of_our_own_checkpoints():
 
 
 def test_keys_of_a_manifest():
-    written = json.loads(Manifest("1", Source("a/b", "a", "third_party", "a", 0), Settings(), {}).to_json())
+    written = json.loads(
+        Manifest("1", EvaluationSource("a/b", "a", "third_party", "a", 0), MeasurementSettings(), {}).to_json()
+    )
     (row,) = re.findall(r"^\| `manifest.json` \|.*$", FORMATS, re.MULTILINE)
     assert all(f"`{key}`" in row for key in written)

@@ -1,79 +1,213 @@
-"""Who may import whom: computations do not show, quantizers do not know tasks or how answers are decoded."""
+"""Who may import whom: every import is read, those within functions and those for type checkers included."""
 
 import ast
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 PACKAGE = Path(str(files("lmms_plugin")))
-SHOWING = {"cli", "commands", "display", "tables", "terminal"}
-STILL_SHOWING = {"estimators", "reliability", "comparison"}
-"""Modules that compute and show at once."""
-QUANTIZERS_MAY = {
-    *("boxes", "chat_templates", "demo", "dialects", "located", "plain_prompts", "prompts", "quant_backends"),
-    *("readable", "reasoning", "response", "utils", "variables"),
+OURS = "lmms_plugin"
+
+QUANTIZERS = {
+    "quant_backends.plans": "utils",
+    "quant_backends.layers": "quant_backends.plans utils",
+    "quant_backends.structure": "quant_backends.layers quant_backends.plans utils",
+    "quant_backends.extras": "utils",
+    "quant_backends.statistics": "quant_backends.layers",
+    "quant_backends.backend": "quant_backends.layers quant_backends.plans quant_backends.statistics",
+    "quant_backends": "quant_backends.backend utils",
+    "quant_backends.calibration": "demo protocol quant_backends quant_backends.backend quant_backends.layers"
+    " quant_backends.plans quant_backends.statistics quant_backends.structure shifts shifts.image utils",
+    "quant_backends.methods": "quant_backends.backend quant_backends.extras quant_backends.layers quant_backends.plans"
+    " quant_backends.statistics quant_backends.structure utils",
+    "quant_backends.quantization": "quant_backends.backend quant_backends.calibration quant_backends.layers"
+    " quant_backends.plans quant_backends.structure utils",
+    "quant_backends.checkpoints": "protocol quant_backends.backend quant_backends.calibration quant_backends.extras"
+    " quant_backends.layers quant_backends.methods quant_backends.plans quant_backends.quantization"
+    " quant_backends.structure utils",
 }
+TASKS = {
+    "tasks.sources": "ending utils",
+    "tasks.grounding": "confidence metrics protocol shifts shifts.image shifts.language tasks.sources utils",
+    "tasks.registry": "shifts shifts.image shifts.language tasks.grounding utils",
+    "tasks.retrieval": "metrics protocol tasks.sources utils",
+    "tasks.captions": "confidence protocol tasks.grounding tasks.retrieval tasks.sources utils",
+    "tasks.vqa": "confidence metrics protocol tasks.grounding tasks.sources utils",
+}
+MODELS = {
+    "vlm.contracts": "protocol utils",
+    "vlm.generation": "arguments confidence protocol quant_backends.backend quant_backends.calibration selector utils"
+    " vlm.contracts",
+    "vlm.running": "protocol utils vlm.contracts vlm.generation",
+    "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers utils"
+    " vlm.contracts vlm.generation vlm.running",
+}
+STUDIES = {
+    "study.file": "analysis arguments confidence demo metrics quant_backends quant_backends.backend"
+    " quant_backends.calibration quant_backends.methods quant_backends.plans tasks.registry tasks.sources utils"
+    f" {OURS}",
+    "study.store": "analysis utils",
+    "study.verdicts": "analysis metrics study.file study.store utils",
+    "study.run": "analysis arguments harness_log quant_backends quant_backends.backend quant_backends.extras"
+    " quant_backends.plans quant_backends.structure study.file study.store study.verdicts utils",
+}
+REPORTS = {
+    "report.numbers": "analysis metrics quant_backends.plans utils",
+    "report.figures": "analysis metrics report.numbers utils",
+    "report": f"analysis demo report.figures report.numbers tasks.grounding tasks.registry utils {OURS}",
+}
+MAY_IMPORT: Mapping[str, frozenset[str]] = {
+    room: frozenset(others.split())
+    for room, others in {
+        OURS: "utils",
+        "demo": "",
+        "utils": "",
+        "metrics": "",
+        "shifts": "utils",
+        "shifts.image": "shifts utils",
+        "shifts.language": "shifts utils",
+        "protocol": "utils",
+        "confidence": "metrics protocol utils",
+        "ending": "utils",
+        "harness_log": "ending",
+        **QUANTIZERS,
+        "arguments": "demo quant_backends.backend quant_backends.calibration quant_backends.plans utils",
+        "analysis": "arguments confidence metrics quant_backends quant_backends.extras quant_backends.plans utils",
+        "selector": "analysis confidence metrics utils",
+        **TASKS,
+        **MODELS,
+        "registration": "ending quant_backends tasks.captions tasks.grounding tasks.registry tasks.retrieval"
+        " tasks.sources tasks.vqa utils vlm.running",
+        "quantize": "arguments quant_backends quant_backends.backend quant_backends.calibration"
+        " quant_backends.checkpoints quant_backends.plans utils vlm",
+        "doctor": "quant_backends.layers quant_backends.methods quant_backends.plans registration tasks.captions"
+        f" tasks.grounding tasks.retrieval tasks.sources tasks.vqa utils {OURS}",
+        **STUDIES,
+        **REPORTS,
+        "export": "analysis arguments confidence protocol quant_backends quant_backends.checkpoints"
+        f" quant_backends.plans quant_backends.structure quantize registration tasks.registry utils {OURS}",
+        "leaderboard": f"analysis export quant_backends.plans utils {OURS}",
+        "demo.run": "analysis demo harness_log quant_backends quant_backends.plans report shifts.image shifts.language"
+        " tasks.grounding tasks.registry utils",
+        "cli": "analysis demo.run doctor export leaderboard metrics quant_backends quantize report selector study.file"
+        " study.run study.verdicts tasks.registry utils",
+    }.items()
+}
+"""Room, or module of its own → rooms that it may import besides itself. `demo` alone are the paths of its data."""
+
+THIRD_PARTY = {"metrics": {"numpy", "scipy"}, "shifts": {"cv2", "numpy", "PIL"}}
+"""Room → the libraries that it may use."""
+TERMINAL = {"rich", "typer"}
 
 
-def modules() -> dict[str, ast.Module]:
-    """Every module of the installed package by its path below it."""
-    found = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in found.items()}
+class Import(NamedTuple):
+    """One name that a module imports.
+
+    Attributes:
+        module: That imports it.
+        name: Dotted; of this package the module that the name is of or in.
+    """
+
+    module: str
+    name: str
 
 
-def imported(tree: ast.Module) -> Iterator[str]:
-    """Long names of what is imported, at the top of a module or within a function."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def modules() -> dict[str, Path]:
+    """Every module of the installed package: dotted name → file."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
 MODULES = modules()
 
 
-def of_ours(tree: ast.Module) -> set[str]:
-    """Rooms, or modules of their own, of this package that are imported."""
-    return {name.split(".")[1] for name in imported(tree) if name.startswith("lmms_plugin.")}
+def imports(module: str) -> set[Import]:
+    """All that a module imports, wherever in it."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} imports relatively"
+            assert node.module
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [name if name in MODULES else node.module for name in inner]
+    return {Import(module, name) for name in names if name != module}
 
 
-def test_only_what_commands_show_knows_the_terminal() -> None:
-    found = {
-        name
-        for name, tree in MODULES.items()
-        if {one.partition(".")[0] for one in imported(tree)} & {"rich", "typer"} and Path(name).stem not in SHOWING
-    }
-    assert {Path(name).stem for name in found} <= STILL_SHOWING
+IMPORTS = [one for module in MODULES for one in imports(module)]
+WITHIN = [one for one in IMPORTS if one.name.partition(".")[0] == OURS]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("quant_backends/")])
-def test_quantizers_know_no_task_and_no_decoding(name: str) -> None:
-    tree = MODULES[name]
-    # Corruptions of images belong to neither.
-    shifts = {"lmms_plugin.shifts.image.corruptions", "lmms_plugin.shifts.severities"}
-    of_tasks = {one.rpartition(".")[0] for one in imported(tree) if one.startswith("lmms_plugin.tasks")}
-    assert of_tasks <= shifts
-    assert of_ours(tree) - {"tasks"} <= QUANTIZERS_MAY
+def room_of(module: str) -> str:
+    """The room that a module lies in: the longest name of one that it begins with."""
+    name = module.removeprefix(f"{OURS}.")
+    if name.startswith("demo."):
+        return "demo.run"
+    parts = name.split(".")
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((one for one in names if one in MAY_IMPORT), "nowhere")
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("tasks/")])
-def test_tasks_know_no_results_no_model_and_no_study(name: str) -> None:
-    assert not of_ours(MODULES[name]) & {"results", "model", "quant_backends", "decoding", "study", "report", "export"}
+def sorted_or_told(graph: Mapping[str, Iterable[str]]) -> str | None:
+    """The first circle in a graph; None where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return " → ".join(error.args[1])
+    return None
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("utils/")])
-def test_what_all_use_uses_nothing_else(name: str) -> None:
-    assert of_ours(MODULES[name]) <= {"utils"}
+def test_every_module_lies_in_a_room() -> None:
+    # Above study, tasks and report nothing but their sub-rooms and an empty module lie.
+    empty = {f"{OURS}.study", f"{OURS}.tasks"}
+    assert {module for module in MODULES if room_of(module) == "nowhere"} == empty
+    assert not [one for one in IMPORTS if one.module in empty]
 
 
-def test_what_is_asked_and_answered_knows_no_confidence() -> None:
-    for name in ("boxes", "dialects", "response", "prompts", "chat_templates", "reasoning"):
-        assert not of_ours(MODULES[f"{name}.py"]) & {"confidence", "verbalised", "digits", "quant_backends", "tasks"}
+def test_every_room_is_there_and_named_once() -> None:
+    assert {room_of(module) for module in MODULES} - {"nowhere"} == set(MAY_IMPORT)
+    assert {other for others in MAY_IMPORT.values() for other in others} <= set(MAY_IMPORT)
 
 
-def test_a_study_is_run_without_knowing_of_reports() -> None:
-    for name in ("engine", "recording", "local", "on_ray"):
-        assert "report" not in of_ours(MODULES[f"study/{name}.py"])
+def test_the_table_has_no_circle() -> None:
+    assert sorted_or_told(MAY_IMPORT) is None
+
+
+def test_modules_import_in_no_circle() -> None:
+    graph = {module: {one.name for one in WITHIN if one.module == module} for module in MODULES}
+    assert sorted_or_told(graph) is None
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_what_the_table_says_and_nothing_else(room: str) -> None:
+    found = {one for one in WITHIN if room_of(one.module) == room and room_of(one.name) != room}
+    assert not {one for one in found if room_of(one.name) not in MAY_IMPORT[room]}
+
+
+@pytest.mark.parametrize("room", THIRD_PARTY)
+def test_what_is_pure_uses_few_libraries(room: str) -> None:
+    used = {one for one in IMPORTS if room_of(one.module).partition(".")[0] == room and one not in WITHIN}
+    libraries = {one for one in used if one.name.partition(".")[0] not in sys.stdlib_module_names}
+    assert not {one for one in libraries if one.name.partition(".")[0] not in THIRD_PARTY[room]}
+
+
+def test_only_commands_know_the_terminal() -> None:
+    assert {room_of(one.module) for one in IMPORTS if one.name.partition(".")[0] in TERMINAL} == {"cli"}
+
+
+def test_nobody_imports_the_commands() -> None:
+    assert "cli" not in {other for others in MAY_IMPORT.values() for other in others}
+    assert not [one for one in WITHIN if room_of(one.name) == "cli" != room_of(one.module)]
+
+
+def test_a_circle_would_be_seen() -> None:
+    assert sorted_or_told({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None

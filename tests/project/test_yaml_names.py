@@ -6,7 +6,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import pytest
+from helpers import natural_copies
 from helpers.environments import ROOT
 
 import lmms_plugin
@@ -14,10 +16,9 @@ from lmms_plugin.confidence.estimators import ESTIMATORS, TEXT_ESTIMATORS
 from lmms_plugin.registration import tasks_folder
 from lmms_plugin.shifts.language.rewording import TEXT_SHIFTS
 from lmms_plugin.shifts.severities import SEVERITIES
-from lmms_plugin.tasks.grounding import reworded, scored_by
-from lmms_plugin.tasks.registry import cells
+from lmms_plugin.tasks.grounding import language_shifts, scored_by
 from lmms_plugin.tasks.sources.data_source import DataSource, located
-from lmms_plugin.tasks.sources.images import DatasetError
+from lmms_plugin.tasks.sources.row_images import DatasetError
 from lmms_plugin.tasks.vqa import answering
 
 PACKAGE = Path(lmms_plugin.__file__).parent
@@ -45,7 +46,7 @@ def defined(file):
 def test_there_is_something_to_look_at():
     assert len(MODULES) > 200
     assert len(REFERENCES) > 100
-    assert ("lmms_plugin.tasks.grounding.reworded", "keyboard_typos_2") in REFERENCES, "from the documentation"
+    assert ("lmms_plugin.tasks.grounding.language_shifts", "keyboard_typos_2") in REFERENCES, "from the documentation"
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
@@ -70,9 +71,10 @@ def test_every_estimator_has_its_scoring_function():
 def test_every_language_shift_has_its_documents():
     for name in TEXT_SHIFTS:
         for severity in SEVERITIES:
-            assert getattr(reworded, f"{name}_{severity}") == cells.Reworded(name, severity)
+            assert getattr(language_shifts, f"{name}_{severity}") == language_shifts.Reworded(name, severity)
 
 
+@pytest.mark.usefixtures("registered")
 class TestDataSource:
     class Folder:
         def load_arguments(self):
@@ -95,7 +97,7 @@ class TestDataSource:
         monkeypatch.setenv(dior_rsvg.variable, str(tmp_path))
         with pytest.raises(DatasetError, match=r"^toy: LMMS_PLUGIN_DIOR_RSVG=.*expected test\*\.parquet"):
             TaskConfig(task="toy", dataset_path=dior_rsvg)
-        (tmp_path / "test.parquet").touch()
+        datasets.Dataset.from_list(natural_copies.rows("dior_rsvg")).to_parquet(tmp_path / "test.parquet")
         config = TaskConfig(task="toy", dataset_path=dior_rsvg)
         assert config.dataset_path == "parquet"
         assert config.dataset_kwargs == {"data_files": {"test": [str(tmp_path / "test.parquet")]}}

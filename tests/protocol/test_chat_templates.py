@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 from helpers.families import QWEN_TEMPLATE, idefics_template
+from helpers.models import DOCUMENTS, answer, load, message, photograph
 from loguru import logger
-from test_model import DOCUMENTS, answer, load, message, photograph
 from transformers import AutoProcessor
 
 from lmms_plugin.arguments import ModelArguments, read_arguments
@@ -102,7 +102,7 @@ class TestTagsThatAreSpecialTokens:
         tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "<|box|>"]})
         decoder = type(vlm.responder.engine.decoder).of(vlm.model, tokenizer)
         ids = tokenizer.encode("[THINK]red[/THINK]<|box|>yes", add_special_tokens=False)
-        made = decoder._answer([*ids, decoder.ends[0]], [-0.1] * (len(ids) + 1), ())
+        made = decoder.as_answer([*ids, decoder.ends[0]], [-0.1] * (len(ids) + 1), ())
         assert made.text == "[THINK]red[/THINK]yes"
         assert Response(made.text).answer == "yes"
 
@@ -219,11 +219,11 @@ class TestImages:
         prompt = vlm.reader.read([message(photograph(1), photograph(2), text="Compare.")], "toy")
         inputs = vlm.chat.encode([prompt]).inputs
         token = vlm.chat.processor.image_token_id
-        vlm.chat._expect_images([prompt], inputs)
+        vlm.chat.expect_images([prompt], inputs)
         shown = inputs["input_ids"].clone()
         shown[shown == token] = 5
         with pytest.raises(RequestError, match="toy: the prompt holds 0 image tokens where its 2 images take"):
-            vlm.chat._expect_images([prompt], {**inputs, "input_ids": shown})
+            vlm.chat.expect_images([prompt], {**inputs, "input_ids": shown})
 
     def test_a_dropped_image_is_an_error_of_its_document(self, copied):
         shows = "{% if part.type == 'image' %}"
@@ -236,11 +236,13 @@ class TestImages:
 
 
 def test_opened_reasoning_is_part_of_what_answers_have_in_common():
-    from lmms_plugin.export.consistency import expect_one_model
-    from lmms_plugin.export.rescoring import Sample
+    from lmms_plugin.export.consistency import RescoredSample, expect_one_model
 
     record, response = {"id": "1", "image": "a"}, Response("a</think>b", opened="<think>")
-    samples = [Sample(0, record, response, "", ""), Sample(1, record, replace(response, opened=""), "", "")]
+    samples = [
+        RescoredSample(0, record, response, "", ""),
+        RescoredSample(1, record, replace(response, opened=""), "", ""),
+    ]
     expect_one_model("task", samples[:1])
     with pytest.raises(ValueError, match="expected one opening of reasoning"):
         expect_one_model("task", samples)

@@ -6,24 +6,24 @@ import shlex
 from xml.etree import ElementTree
 
 import pytest
-import test_results
-from helpers import report_study
+from helpers import planted_logs, report_study
 
 from lmms_plugin.analysis import measure
 from lmms_plugin.analysis.axes import Config
 from lmms_plugin.analysis.groups import CLEAN
-from lmms_plugin.report import building, contents, page, reading
+from lmms_plugin.report import building, page
 from lmms_plugin.report.figures import drawing
-from lmms_plugin.report.summary import summarise
+from lmms_plugin.report.numbers import contents, results_folder
+from lmms_plugin.report.numbers.summary import summarise
 
-SETTINGS = measure.Settings(resamples=20)
+SETTINGS = measure.MeasurementSettings(resamples=20)
 CLEAN_ONLY = {"shapes_rec": None}
 FOG = CLEAN_ONLY | {"shapes_shift_fog_3": ("fog", 3)}
 BOTH = FOG | {"shapes_shift_gaussian_noise_3": ("gaussian_noise", 3)}
 
 
 def summary_of(folder):
-    return summarise(reading.read_folder(folder, SETTINGS), SETTINGS.level)
+    return summarise(results_folder.read_folder(folder, SETTINGS), SETTINGS.level)
 
 
 def write(folder, name, skill, model, arguments, count=30, seed=0, tasks=CLEAN_ONLY, **more):
@@ -168,7 +168,7 @@ def test_cells_that_were_mended_are_not_said_to_have_failed(tmp_path):
         folder.mkdir(parents=True)
         (folder / "failed.json").write_text(json.dumps({"returncode": 1, "tail": "out of luck"}))
         (folder / "cell.json").write_text(json.dumps({"axes": question, "tasks": list(CLEAN_ONLY), "limit": None}))
-    assert [failed.cell for failed in reading.read_folder(tmp_path, SETTINGS).failed] == ["rtn-3-old"]
+    assert [failed.cell for failed in results_folder.read_folder(tmp_path, SETTINGS).failed] == ["rtn-3-old"]
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def test_cells_that_were_mended_are_not_said_to_have_failed(tmp_path):
 )
 def test_what_is_not_told_is_not_made_up(tmp_path, model, arguments, expected):
     write(tmp_path, "run", 0.9, model, arguments)
-    (run,) = reading.read_folder(tmp_path, SETTINGS).runs
+    (run,) = results_folder.read_folder(tmp_path, SETTINGS).runs
     assert run.axes.config[:4] == expected
     assert run.axes.config.dense == (model == "quant_none")
 
 
 def test_a_16_bit_model_by_another_name_is_one(tmp_path):
     write_cell(tmp_path, "none", report_study.axes("bfloat16", 16), 0.9, model="quant_none")
-    (run,) = reading.read_folder(tmp_path, SETTINGS).runs
+    (run,) = results_folder.read_folder(tmp_path, SETTINGS).runs
     assert run.axes.config.dense
 
 
@@ -199,8 +199,8 @@ def test_a_task_of_which_only_the_held_out_part_was_run_is_left_out(tmp_path):
         record = {"image": f"i{k}", "id": str(k), "part": "val", "accuracy": 0.3, "question": "?", "answers": ["a"]}
         return {"doc_id": k, "accuracy": record | {"confidence": {"joint": 0.5}}}
 
-    test_results.write(tmp_path / "run", {"rec": test_results.answers(0.8), "vqa": [answered(k) for k in range(12)]})
-    (run,) = reading.read_folder(tmp_path, SETTINGS).runs
+    planted_logs.write(tmp_path / "run", {"rec": planted_logs.answers(0.8), "vqa": [answered(k) for k in range(12)]})
+    (run,) = results_folder.read_folder(tmp_path, SETTINGS).runs
     assert (list(run.tasks), run.others) == (["rec"], ("vqa",))
 
 

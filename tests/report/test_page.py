@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from helpers import report_study
 
-from lmms_plugin.analysis.measure import Settings
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.report import building
 
 
@@ -13,7 +13,7 @@ from lmms_plugin.report import building
 def written(tmp_path_factory):
     study = report_study.write_study(tmp_path_factory.mktemp("study"), count=60)
     file = study / "report.html"
-    list(building.build(study, file, Settings(resamples=20), title="A study", figures=None, pictures=6))
+    list(building.build(study, file, MeasurementSettings(resamples=20), title="A study", figures=None, pictures=6))
     return file
 
 

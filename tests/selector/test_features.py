@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lmms_plugin.selector import features
-from lmms_plugin.selector.features import Features, FeatureWriter, Origin, key, read
+from lmms_plugin.selector.features import FeatureOrigin, Features, FeatureWriter, key, read
 from lmms_plugin.utils.hashing import of_weights
 
-ORIGIN = Origin("a" * 64, {"method": "rtn", "plan": {"language": {"bits": 4}}}, -1)
+ORIGIN = FeatureOrigin("a" * 64, {"method": "rtn", "plan": {"language": {"bits": 4}}}, -1)
 
 
 def some(*values, dtype=torch.float32):

@@ -7,12 +7,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from lmms_plugin import metrics
-from lmms_plugin.selector.features import Features, Origin
-from lmms_plugin.selector.network import Selector, Settings, fit, held_out_rows
+from lmms_plugin.selector.features import FeatureOrigin, Features
+from lmms_plugin.selector.network import Selector, SelectorSettings, fit, held_out_rows
 
-ORIGIN = Origin("f" * 64, {"method": "rtn", "plan": {"language": {"bits": 4}}}, -1)
+ORIGIN = FeatureOrigin("f" * 64, {"method": "rtn", "plan": {"language": {"bits": 4}}}, -1)
 WIDTH = 6
-QUICK = Settings(hidden=32, lr=3e-3, epochs=40)
+QUICK = SelectorSettings(hidden=32, lr=3e-3, epochs=40)
 
 
 def planted(n=1200, seed=0, per_image=4):
@@ -58,8 +58,8 @@ def test_training_begins_at_the_probability_scaled_after_platt():
     features, _, images, _ = planted(n=160)
     chance = 1 / (1 + np.exp(-8 * (features.logprob.numpy() + 0.5)))
     right = (np.random.default_rng(0).random(160) < chance).astype(float)
-    selector = train((features, right, images, None), Settings(hidden=64, lr=1e-2))
-    inside = ~held_out_rows(images, Settings()).numpy()
+    selector = train((features, right, images, None), SelectorSettings(hidden=64, lr=1e-2))
+    inside = ~held_out_rows(images, SelectorSettings()).numpy()
     logprob = features.logprob.numpy()[:, None]
     alone = LogisticRegression(C=np.inf).fit(logprob[inside], right[inside])
     first = selector.record.epochs[0]
@@ -73,7 +73,7 @@ def test_the_same_seed_makes_the_same_file_and_another_one_another(tmp_path, tra
     for name, selector in {
         "a": trained,
         "b": train(planted()),
-        "c": train(planted(), Settings(hidden=32, lr=3e-3, epochs=40, seed=1)),
+        "c": train(planted(), SelectorSettings(hidden=32, lr=3e-3, epochs=40, seed=1)),
     }.items():
         selector.save(tmp_path / name)
     contents = {name: (tmp_path / name).read_bytes() for name in "abc"}
@@ -84,7 +84,7 @@ def test_training_leaves_the_random_numbers_of_others_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    train(planted(n=80), Settings(hidden=4, epochs=1))
+    train(planted(n=80), SelectorSettings(hidden=4, epochs=1))
     torch.testing.assert_close(torch.rand(3), expected)
 
 
@@ -105,7 +105,7 @@ def test_a_file_brings_back_the_selector_and_its_history(tmp_path, trained):
 def test_training_stops_when_held_out_images_no_longer_gain_and_the_best_epoch_is_kept():
     features, _, images, _ = planted(n=120)
     noise = np.random.default_rng(0).integers(0, 2, 120).astype(float)
-    settings = Settings(hidden=64, lr=1e-2, epochs=60, patience=4)
+    settings = SelectorSettings(hidden=64, lr=1e-2, epochs=60, patience=4)
     selector = train((features, noise, images, None), settings)
     losses = [epoch.held_out for epoch in selector.record.epochs]
     assert len(losses) < 60
@@ -121,12 +121,12 @@ def test_training_stops_when_held_out_images_no_longer_gain_and_the_best_epoch_i
 
 def test_answers_about_an_image_are_all_trained_on_or_all_held_out():
     images = [f"image{k % 50}" for k in range(1000)]
-    apart = held_out_rows(images, Settings(held_out=0.2)).tolist()
+    apart = held_out_rows(images, SelectorSettings(held_out=0.2)).tolist()
     by_image = {image: {out for other, out in zip(images, apart, strict=True) if other == image} for image in images}
     assert all(len(sides) == 1 for sides in by_image.values())
     assert sum(sides == {True} for sides in by_image.values()) == 10
-    assert apart != held_out_rows(images, Settings(held_out=0.2, seed=1)).tolist()
-    backwards = held_out_rows(images[::-1], Settings(held_out=0.2)).tolist()
+    assert apart != held_out_rows(images, SelectorSettings(held_out=0.2, seed=1)).tolist()
+    backwards = held_out_rows(images[::-1], SelectorSettings(held_out=0.2)).tolist()
     assert backwards == apart[::-1]
 
 
@@ -183,4 +183,4 @@ def test_files_that_are_no_selector_are_refused(tmp_path, trained):
 @pytest.mark.parametrize("wrong", [{"hidden": 0}, {"held_out": 0.0}, {"held_out": 1.0}, {"dropout": 1.0}, {"lr": 0.0}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Settings(**wrong)
+        SelectorSettings(**wrong)

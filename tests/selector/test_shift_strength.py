@@ -11,7 +11,7 @@ import torch
 from helpers.environments import run as run_command
 
 from lmms_plugin.analysis.logs import read_one
-from lmms_plugin.analysis.measure import Settings
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.cli.main import main
 from lmms_plugin.selector import shift_strength
 from lmms_plugin.selector.features import read
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 def measured(folder):
     run, store = read_one(folder / "results"), read(folder / "features")
-    return {one.task: one for one in shift_strength.strengths(run, store, Settings())}
+    return {one.task: one for one in shift_strength.strengths(run, store, MeasurementSettings())}
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_the_same_images_again_are_no_shift(folder):
     run, store = read_one(folder / "results"), read(folder / "features")
     clean, again = run.tasks["shapes_rec"], replace(run.tasks["shapes_rec"], place=run.tasks[TASKS[0]].place)
     two = replace(run, tasks={"shapes_rec": clean, "again": again})
-    found = shift_strength.strengths(two, store, Settings())
+    found = shift_strength.strengths(two, store, MeasurementSettings())
     assert found[1].mmd == pytest.approx(0.0, abs=1e-9)
 
 
@@ -69,7 +69,7 @@ def test_other_images_are_refused(folder):
     shifted = run.tasks[TASKS[0]]
     other = replace(run, tasks={**run.tasks, TASKS[0]: replace(shifted, images=np.char.add(shifted.images, "x"))})
     with pytest.raises(ValueError, match="the same images"):
-        shift_strength.strengths(other, store, Settings())
+        shift_strength.strengths(other, store, MeasurementSettings())
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_question_without_an_image_is_refused(folder):
     run, store = read_one(folder / "results"), read(folder / "features")
     blank = store.features._replace(image=torch.full_like(store.features.image, -torch.inf))
     with pytest.raises(ValueError, match="an image with every question"):
-        shift_strength.strengths(run, store._replace(features=blank), Settings())
+        shift_strength.strengths(run, store._replace(features=blank), MeasurementSettings())
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from lmms_plugin import metrics
 from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.cli.main import main
 from lmms_plugin.selector import training
-from lmms_plugin.selector.features import Features, FeatureWriter, Origin, key, read
-from lmms_plugin.selector.network import Selector, Settings
+from lmms_plugin.selector.features import FeatureOrigin, Features, FeatureWriter, key, read
+from lmms_plugin.selector.network import Selector, SelectorSettings
 
-ORIGIN = Origin("a" * 64, {"method": "rtn", "plan": {"language": {"bits": 3}}}, -1)
-SETTINGS = Settings(hidden=16, lr=5e-3, epochs=25)
+ORIGIN = FeatureOrigin("a" * 64, {"method": "rtn", "plan": {"language": {"bits": 3}}}, -1)
+SETTINGS = SelectorSettings(hidden=16, lr=5e-3, epochs=25)
 METRICS = {"mean_iou": [{"metric": "mean_iou"}, {"metric": "ece"}], "accuracy": [{"metric": "accuracy"}]}
 
 
@@ -98,7 +98,7 @@ def test_tasks_can_be_chosen_and_kinds_are_not_mixed(tmp_path):
         training.train(run, store, SETTINGS)
     with pytest.raises(ValueError, match=r"expected tasks of .* \(rec, vqa\), got shapes"):
         training.train(run, store, SETTINGS, ["shapes"])
-    assert training.train(run, store, Settings(hidden=2, epochs=1), ["rec"]).record.data["answers"] == 240
+    assert training.train(run, store, SelectorSettings(hidden=2, epochs=1), ["rec"]).record.data["answers"] == 240
 
 
 def test_features_of_other_answers_are_refused(tmp_path):
@@ -138,7 +138,7 @@ def again_log(folder):
 
 def test_answers_with_line_separators_of_unicode_keep_their_rows(tmp_path):
     run, store = one(tmp_path, "accuracy", n=40, parts=("dev",))
-    selector = training.train(run, store, Settings(hidden=2, epochs=1))
+    selector = training.train(run, store, SelectorSettings(hidden=2, epochs=1))
     other = {"vqa": ("accuracy", *answers("accuracy", "other", n=40, seed=1))}
     run, store = written(tmp_path / "other", other)
     assert training.apply(run, store, selector, tmp_path / "new") == "selector"
@@ -153,7 +153,7 @@ def test_images_that_were_trained_on_get_no_confidence(tmp_path, trained):
 
 
 def test_another_quantization_is_refused_and_marked_when_taken(tmp_path, trained):
-    run, store = one(tmp_path, origin=Origin("a" * 64, {**ORIGIN.quantization, "method": "hqq"}, -1))
+    run, store = one(tmp_path, origin=FeatureOrigin("a" * 64, {**ORIGIN.quantization, "method": "hqq"}, -1))
     with pytest.raises(ValueError, match="method rtn and hqq; --transfer takes it"):
         training.apply(run, store, trained, tmp_path / "new")
     assert training.apply(run, store, trained, tmp_path / "new", transfer=True) == "selector_transferred"
@@ -169,7 +169,7 @@ def test_the_command_trains_and_says_what_it_did(tmp_path, capsys, monkeypatch):
         main()
     printed = capsys.readouterr().out
     record = Selector.load(tmp_path / "s").record
-    assert record.settings == Settings(hidden=4, epochs=2, seed=3)
+    assert record.settings == SelectorSettings(hidden=4, epochs=2, seed=3)
     assert record.origin == ORIGIN
     assert set(record.versions) == {"lmms-plugin", "torch"}
     assert "answers: 240" in printed

@@ -563,7 +563,7 @@ def square_plasma(size, decay, rng):
     """Diamond-square on a torus as it was drawn before there were strips: every step on the whole square."""
     grid, amplitude = np.zeros((1, 1), np.float32), 100.0
     while len(grid) < size:
-        grid = textures._refine(grid, amplitude**2, rng)
+        grid = textures.refine(grid, amplitude**2, rng)
         amplitude /= decay
     grid -= grid.min()
     return grid / grid.max()
@@ -577,7 +577,7 @@ def test_a_square_cloud_is_the_same_to_the_bit():
 
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_the_cloud_is_the_originals_square_on_every_usual_canvas(height, width):
-    rows, columns = shifts._cloud_size(height, width)
+    rows, columns = shifts.cloud_size(height, width)
     assert rows >= height
     assert columns >= width
     assert rows * columns <= max(16 * height * width, 4)

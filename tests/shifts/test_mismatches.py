@@ -4,7 +4,7 @@ import datasets
 import pytest
 from helpers import photographs
 
-from lmms_plugin.demo import DATA, mismatches
+from lmms_plugin.demo import DATA, scene_mismatches
 from lmms_plugin.demo.scenes import scene
 from lmms_plugin.demo.wording import Attributes, meaning
 from lmms_plugin.shifts.language.lexicon import alternatives, categories
@@ -16,7 +16,7 @@ from lmms_plugin.shifts.language.mismatches import (
     swaps_about_photographs,
 )
 from lmms_plugin.shifts.language.negation import negators
-from lmms_plugin.tasks.grounding import mentions, reworded
+from lmms_plugin.tasks.grounding import language_shifts, mentions, reworded
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.mentions import Mentions
 from lmms_plugin.utils.copies import DatasetError
@@ -219,7 +219,9 @@ class TestDemo:
     def rows(self):
         return datasets.load_dataset(DATA, split="test").select(range(60))
 
-    @pytest.mark.parametrize("make", [mismatches.attribute_swap, mismatches.absent_object], ids=["swap", "absent"])
+    @pytest.mark.parametrize(
+        "make", [scene_mismatches.attribute_swap, scene_mismatches.absent_object], ids=["swap", "absent"]
+    )
     def test_changed_expressions_match_nothing_and_true_ones_one_object(self, rows, make):
         docs = make(rows)
         for i in range(len(docs)):
@@ -231,14 +233,14 @@ class TestDemo:
             assert len(fitting) == doc["matches"], doc["expression"]
 
     def test_every_attribute_is_swapped(self, rows):
-        docs = mismatches.attribute_swap(rows)
+        docs = scene_mismatches.attribute_swap(rows)
         kinds = {docs.content(i)["change"]["kind"] for i in range(1, len(docs), 2)}
         assert kinds == set(Attributes._fields)
 
     def test_other_scenes_are_an_error(self, rows):
         other = rows.map(lambda row: {"bbox": [value + 1 for value in row["bbox"]]})
         with pytest.raises(DatasetError, match="another one is drawn"):
-            mismatches.attribute_swap(other)
+            scene_mismatches.attribute_swap(other)
 
     @pytest.mark.parametrize(
         ("expression", "said"),
@@ -268,7 +270,7 @@ class TestShifted:
 
     def test_ids_are_those_of_the_clean_task(self):
         rows = photographs.rows("testB")
-        docs = reworded.keyboard_typos_3(rows)
+        docs = language_shifts.keyboard_typos_3(rows)
         assert [docs.content(i)["expression_id"] for i in range(len(docs))] == [
             doc["expression_id"] for doc in ExpressionDocs(rows).remove_columns("image")
         ]
@@ -280,4 +282,4 @@ class TestShifted:
 
     def test_unknown_shift(self):
         with pytest.raises(AttributeError, match="no attribute 'keyboard_typo_3'"):
-            _ = reworded.keyboard_typo_3
+            _ = language_shifts.keyboard_typo_3

@@ -8,10 +8,11 @@ import pytest
 from helpers.study_folders import CLEAN, SHIFTED, outcomes, write_cell
 
 from lmms_plugin.metrics.bootstrap import draw
+from lmms_plugin.study.file import analyses
+from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import parse
-from lmms_plugin.study.verdicts import conclusions, contrasts, published, verdict
-from lmms_plugin.study.verdicts.arms import Resampled, read_cells
-from lmms_plugin.study.verdicts.contrasts import Question
+from lmms_plugin.study.verdicts import conclusions, contrasts, judging, published, verdict
+from lmms_plugin.study.verdicts.arms import ResampledCells, read_cells
 
 N = 400
 ASKED = {
@@ -35,7 +36,7 @@ def study(folder, cells):
 
 
 def analysed(folder, **changed):
-    (found,) = contrasts.analyse(folder, parse(Question, ASKED | changed))
+    (found,) = contrasts.analyse(folder, parse(MethodByShift, ASKED | changed))
     return found
 
 
@@ -139,7 +140,7 @@ def test_rows_tell_flips_seeds_and_what_shift_costs_beyond_the_16_bit_model(tmp_
 def test_differences_are_paired_and_a_single_seed_draws_images_alone(tmp_path):
     folder = study(tmp_path, [("rtn", 4, None, None, (300, 200, 100)), ("awq", 4, "self", 0, (320, 240, 160))])
     cells = read_cells(folder)
-    drawn = Resampled(cells, (CLEAN,), resamples=50, seed=3)
+    drawn = ResampledCells(cells, (CLEAN,), resamples=50, seed=3)
     for cell in cells:
         right = np.arange(N) < {"none": 380, "rtn": 300, "awq": 320}[cell.axes.method]
         order = np.argsort([f"image{k}" for k in range(N // 4)])
@@ -158,7 +159,7 @@ def test_seeds_widen_intervals_by_their_variance(tmp_path):
         axes = {"method": "awq", "bits": 4, "calibration": "self", "seed": seed}
         write_cell(tmp_path, f"awq-{seed}", axes, tasks)
     cells = read_cells(tmp_path)
-    drawn = Resampled(cells, (CLEAN,), resamples=4000)
+    drawn = ResampledCells(cells, (CLEAN,), resamples=4000)
     both = drawn.over(cells, [CLEAN])
     each = [drawn.over([cell], [CLEAN]).resampled for cell in cells]
     images = np.mean(each, axis=0).var()
@@ -170,7 +171,7 @@ def test_seeds_widen_intervals_by_their_variance(tmp_path):
 
 def test_the_verdict_is_written_for_people_and_programs(tmp_path):
     folder = study(tmp_path, [("rtn", 4, None, None, (360, 300, 260)), ("awq", 4, "self", 0, (360, 300, 260))])
-    (found,) = conclusions.conclude(folder, ASKED)
+    (found,) = judging.conclude(folder, ASKED)
     words = (folder / "verdict.md").read_text()
     assert words == conclusions.markdown(found)
     assert found.sentences[0] in words
@@ -186,7 +187,7 @@ def test_the_verdict_is_written_for_people_and_programs(tmp_path):
 def test_every_cell_against_the_unquantized_model(tmp_path):
     folder = study(tmp_path, [("hqq", 4, None, None, (300, 240, 200)), ("awq", 4, "self", 0, (380, 340, 300))])
     asked = {"kind": "against_reference", "question": "What does it cost?", "metrics": ["acc@0.5", "ece"]}
-    (found,) = conclusions.conclude(folder, asked | {"resamples": 200, "tasks": [CLEAN]})
+    (found,) = judging.conclude(folder, asked | {"resamples": 200, "tasks": [CLEAN]})
     assert len(found.tables) == 1
     same, _, hurt, _ = found.tables[0]["rows"]
     assert hurt[:4] == ["hqq 4 bits", "acc@0.5", "0.9500", "0.7500"]
@@ -250,7 +251,7 @@ def test_cells_of_an_earlier_version_do_not_count(tmp_path):
     write_cell(folder, "rtn-old", {"method": "rtn", "bits": 4}, outcomes(N, 1, 1, 1))
     with pytest.raises(ValueError, match="one cell for each place of the study, got rtn-1 and rtn-old"):
         analysed(folder)
-    question = parse(Question, ASKED)
+    question = parse(MethodByShift, ASKED)
     (found,) = contrasts.analyse(folder, question, only=("none-0", "rtn-1", "awq-2"))
     assert found.contrasts[0].interaction.value == 0.0
 
@@ -285,7 +286,7 @@ def test_a_folder_without_cells_says_so(tmp_path):
 )
 def test_bad_analyses_are_refused_before_anything_runs(asked, message):
     with pytest.raises(ValueError, match=message):
-        conclusions.check(asked)
+        analyses.question(asked)
 
 
 @pytest.mark.parametrize(
@@ -315,9 +316,9 @@ def test_bad_analyses_are_refused_before_anything_runs(asked, message):
 )
 def test_bad_questions_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
-        parse(Question, ASKED | changed)
+        parse(MethodByShift, ASKED | changed)
 
 
 def test_a_question_needs_its_parts():
     with pytest.raises(ValueError, match="clean is missing"):
-        parse(Question, {key: value for key, value in ASKED.items() if key != "clean"})
+        parse(MethodByShift, {key: value for key, value in ASKED.items() if key != "clean"})

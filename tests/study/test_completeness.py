@@ -8,13 +8,13 @@ import pytest
 from helpers.study_folders import CLEAN, SHIFTED, outcomes, write_cell
 from typer.testing import CliRunner
 
+from lmms_plugin.analysis.study_files import DONE, VERDICT, VERDICT_IN_WORDS
 from lmms_plugin.cli.study import app
 from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.reading import read
-from lmms_plugin.study.store.completeness import analyse, coverage
-from lmms_plugin.study.store.folder import DONE, StudyFolder
-from lmms_plugin.study.verdicts import conclusions
+from lmms_plugin.study.store.folder import StudyFolder
+from lmms_plugin.study.verdicts.completeness import analyse, coverage
 
 STUDY = f"""
 models: [demo]
@@ -61,10 +61,10 @@ def test_an_incomplete_study_has_no_verdict(incomplete: Path) -> None:
 
 def test_a_partial_verdict_says_so_first(incomplete: Path) -> None:
     (found,) = analyse(incomplete, partial=True)
-    said = json.loads((incomplete / conclusions.JSON).read_text())
+    said = json.loads((incomplete / VERDICT).read_text())
     assert said["notes"][0].startswith("Partial: 5 of 6 cells are finished, missing: demo_awq_4bit_g128_self_seed1. ")
     assert said["sentences"][0] == "Partial: 5 of 6 cells are finished (see the notes)."
-    assert said["notes"][0] in (incomplete / conclusions.MARKDOWN).read_text()
+    assert said["notes"][0] in (incomplete / VERDICT_IN_WORDS).read_text()
     assert found.notes[0] == said["notes"][0]
 
 
@@ -72,20 +72,20 @@ def test_a_whole_study_is_not_called_partial(incomplete: Path, planned: tuple[Ce
     write(incomplete, planned[-1], "last")
     for partial in (False, True):
         analyse(incomplete, partial=partial)
-        assert "artial" not in (incomplete / conclusions.MARKDOWN).read_text()
+        assert "artial" not in (incomplete / VERDICT_IN_WORDS).read_text()
 
 
 def test_a_verdict_is_replaced_as_a_whole(incomplete: Path) -> None:
     analyse(incomplete, partial=True)
-    for name in (conclusions.JSON, conclusions.MARKDOWN):
+    for name in (VERDICT, VERDICT_IN_WORDS):
         (incomplete / f"before-{name}").hardlink_to(incomplete / name)
-    before = (incomplete / f"before-{conclusions.JSON}").read_text()
+    before = (incomplete / f"before-{VERDICT}").read_text()
     (incomplete / "study.yaml").write_text(STUDY.replace("Which?", "What?"))
     analyse(incomplete, partial=True)
     # A file written in its place would have changed under its other name, too.
-    assert (incomplete / f"before-{conclusions.JSON}").read_text() == before
-    assert "Which?" in (incomplete / f"before-{conclusions.MARKDOWN}").read_text()
-    assert "What?" in (incomplete / conclusions.MARKDOWN).read_text()
+    assert (incomplete / f"before-{VERDICT}").read_text() == before
+    assert "Which?" in (incomplete / f"before-{VERDICT_IN_WORDS}").read_text()
+    assert "What?" in (incomplete / VERDICT_IN_WORDS).read_text()
     assert not list(incomplete.glob(".verdict*"))
 
 

@@ -12,12 +12,12 @@ import pytest
 from lmms_plugin.quant_backends.plans import plan as plan_module
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec, Rule
 from lmms_plugin.study.file.expansion import cells
-from lmms_plugin.study.file.grid import Axes, Cell
+from lmms_plugin.study.file.grid import Cell, CellAxes
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.file.tasks import describe
 from lmms_plugin.study.run import planning
-from lmms_plugin.study.verdicts import conclusions
-from lmms_plugin.utils.located import load
+from lmms_plugin.study.verdicts import judging
+from lmms_plugin.utils.reading.located import load
 
 Write = Callable[[str], Path]
 SHARED = "models: [demo]\ntasks: [shapes_rec]\n"
@@ -58,9 +58,11 @@ seeds: [0, 1, 2]
 """
         )
     )
-    assert [cell.axes for cell in found if cell.backend == "none"] == [Axes("demo", "none", 16, None, None, None, None)]
+    assert [cell.axes for cell in found if cell.backend == "none"] == [
+        CellAxes("demo", "none", 16, None, None, None, None)
+    ]
     assert [cell.axes for cell in found if cell.backend == "rtn"] == [
-        Axes("demo", "rtn", bits, 128, "language", None, None) for bits in (4, 3)
+        CellAxes("demo", "rtn", bits, 128, "language", None, None) for bits in (4, 3)
     ]
     assert len([cell for cell in found if cell.backend == "awq"]) == 2 * 2 * 3
     assert len({cell.question for cell in found}) == len(found) == 1 + 2 + 12
@@ -266,10 +268,10 @@ analysis:
   contrasts: [[aware, plain]]
 """
     good = read(write(text))
-    conclusions.expect(good.analysis, planned(write(text)))
+    judging.expect(good.analysis, planned(write(text)))
     bad = write(text.replace(*change))
     with pytest.raises(ValueError, match=message):
-        conclusions.expect(read(bad).analysis, planned(bad))
+        judging.expect(read(bad).analysis, planned(bad))
 
 
 def test_a_mapping_says_otherwise_than_what_it_takes_over(write: Write) -> None:

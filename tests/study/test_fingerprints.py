@@ -85,7 +85,7 @@ def test_comments_and_docstrings_are_no_code(tmp_path: Path) -> None:
     def fingerprint(text: str) -> str:
         file = tmp_path / "module.py"
         file.write_text(text)
-        return fingerprints._parsed(file, hash(text), len(text)).fingerprint
+        return fingerprints.parsed_module(file, hash(text), len(text)).fingerprint
 
     plain = fingerprint("def f(x):\n    return x + 1\n")
     assert fingerprint('"""A."""\n# Why.\ndef f(x):\n    """B."""\n    return x + 1  # c\n') == plain

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from lmms_plugin.analysis.study_files import CELL, DONE, FAILED
 from lmms_plugin.study.run import cost
 from lmms_plugin.study.run.recording import Recorder, Taken
-from lmms_plugin.study.store.folder import CELL, DONE, FAILED, Lock, StudyFolder
+from lmms_plugin.study.store.folder import Lock, StudyFolder
 from lmms_plugin.study.store.storage import Storage
-from lmms_plugin.utils import files, guard, hashing
+from lmms_plugin.utils import files, hashing
 from lmms_plugin.utils.files import read_json
+from lmms_plugin.utils.processes import guard
 
 ABOUT = {"model": "quant_rtn", "model_args": {"bits": 4}, "tasks": ["t"], "limit": None, "axes": {"bits": 4}}
 
@@ -130,7 +132,7 @@ lock = StudyFolder(Path({str(folder.path)!r})).lock("a-1")
 print("held", flush=True)
 time.sleep(600)
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         assert folder.lock("a-1") is None
@@ -291,7 +293,7 @@ def test_a_cell_whose_files_are_not_as_they_were_is_run_again(folder: StudyFolde
 def test_files_that_are_as_they_were_are_hashed_once(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     work(folder, "a-1")
     folder.finish("a-1", ABOUT, {"seconds": 3.0})
-    monkeypatch.setattr(files, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(files, "SETTLED_NANOSECONDS", -1)
     assert folder.is_done("a-1")
     hashed: list[Path] = []
     of_file = hashing.of_file
@@ -387,7 +389,7 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
 
 
 def test_the_guard_passes_the_status_on() -> None:
-    command = [sys.executable, "-m", guard.__name__, sys.executable, "-c", "raise SystemExit(7)"]
+    command = [sys.executable, "-P", "-m", guard.__name__, sys.executable, "-P", "-c", "raise SystemExit(7)"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.wait() == 7
 
@@ -399,12 +401,12 @@ def test_nothing_outlives_a_killed_runner(tmp_path: Path, which: str) -> None:
     child += f"subprocess.run([sys.executable, '-c', {grandchild!r}])"
     runner = f"""
 import subprocess, sys
-guard = subprocess.Popen([sys.executable, "-m", {guard.__name__!r}, sys.executable, "-c", {child!r}],
+guard = subprocess.Popen([sys.executable, "-P", "-m", {guard.__name__!r}, sys.executable, "-P", "-c", {child!r}],
                          stdin=subprocess.PIPE, start_new_session=True)
 print(guard.pid, flush=True)
 guard.wait()
 """
-    with subprocess.Popen([sys.executable, "-c", runner], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-P", "-c", runner], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pids = [int(process.stdout.readline()) for _ in range(3)]
         os.kill(process.pid if which == "runner" else pids[0], signal.SIGKILL)

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from lmms_plugin.cli.study_display import Display
-from lmms_plugin.study.run.progress import Progress, duration
+from lmms_plugin.study.run.progress import StudyProgress, duration
 
 
 class Clock:
@@ -18,7 +18,7 @@ class Clock:
 
 def test_time_left_is_what_is_expected_less_what_is_spent() -> None:
     clock = Clock()
-    progress = Progress({"a": 10.0, "b": 20.0, "c": None}, before=2, jobs=2, clock=clock)
+    progress = StudyProgress({"a": 10.0, "b": 20.0, "c": None}, before=2, jobs=2, clock=clock)
     assert progress.left is None, "nothing tells how long c takes"
     progress.started("a")
     clock.now = 12.0

@@ -12,10 +12,10 @@ import pytest
 from helpers.small_studies import STUDY
 
 from lmms_plugin.analysis import logs
+from lmms_plugin.analysis.study_files import DONE
 from lmms_plugin.cli.study_display import Display
-from lmms_plugin.study.run import engine, on_ray
+from lmms_plugin.study.run import execution, on_ray
 from lmms_plugin.study.run.local import visible_gpus
-from lmms_plugin.study.store.folder import DONE
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def _evaluations() -> list[Path]:
             command = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"lmms_plugin.utils.guard" in command:
+        if b"lmms_plugin.utils.processes.guard" in command:
             found.append(process)
     return found
 
@@ -88,11 +88,13 @@ def test_a_lost_machine_changes_no_number(cluster: tuple[Any, Any], tmp_path: Pa
     machines, machine = cluster
     file = tmp_path / "study.yaml"
     file.write_text(STUDY, encoding="utf-8")
-    here = engine.run(file, tmp_path / "here", Display, jobs=2)
+    here = execution.run(file, tmp_path / "here", Display, jobs=2)
     assert here.complete, here.problems
     lost: list[str] = []
     threading.Thread(target=lose_when_busy, args=(machines, machine, lost), daemon=True).start()
-    there = engine.run(file, tmp_path / "there", Display, ray=machines.address, storage=f"file://{tmp_path / 'shared'}")
+    there = execution.run(
+        file, tmp_path / "there", Display, ray=machines.address, storage=f"file://{tmp_path / 'shared'}"
+    )
     assert lost
     assert there.complete, there.problems
     assert not there.problems
@@ -112,7 +114,7 @@ def test_a_missing_ray_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch
 
 def test_secrets_stay_here() -> None:
     environment = {"HF_TOKEN": "hf_x", "LMMS_PLUGIN_REFCOCOPLUS": "/data", "HF_HUB_OFFLINE": "1", "PATH": os.defpath}
-    assert on_ray._forwarded(environment) == {"LMMS_PLUGIN_REFCOCOPLUS": "/data", "HF_HUB_OFFLINE": "1"}
+    assert on_ray.forwarded(environment) == {"LMMS_PLUGIN_REFCOCOPLUS": "/data", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.parametrize(("variable", "gpus"), [("", []), ("-1", []), ("0,3", ["0", "3"])])

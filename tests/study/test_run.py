@@ -15,12 +15,12 @@ import pytest
 from helpers.small_studies import CELL, STUDY
 
 from lmms_plugin.analysis import logs
+from lmms_plugin.analysis.study_files import DONE, LOG
 from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.run import attempt
 from lmms_plugin.study.run.attempt import Attempt
-from lmms_plugin.study.store.folder import DONE, LOG
 from lmms_plugin.utils.files import read_json
 from lmms_plugin.utils.hashing import of_files
 
@@ -152,7 +152,7 @@ def test_a_failure_is_recorded_with_the_end_of_its_log(undisturbed: Path) -> Non
 )
 def test_a_failure_quotes_the_last_error(tmp_path: Path, status: int, words: str) -> None:
     (tmp_path / LOG).write_text("Traceback\nRuntimeError: why\nbye\n")
-    problem = attempt._problem(CELL, tmp_path, status)
+    problem = attempt.problem_of(CELL, tmp_path, status)
     assert problem is not None
     assert problem.startswith(f"lmms-eval {words}")
     assert problem.endswith("; last error: RuntimeError: why")
@@ -226,7 +226,7 @@ def test_a_cell_that_takes_longer_than_its_timeout_has_failed(tmp_path, monkeypa
     )
     (cell,) = cells(read(tmp_path / "study.yaml"))
     assert cell.resources.timeout == timeout
-    program = [sys.executable, "-c", "import time; time.sleep(60)"]
+    program = [sys.executable, "-P", "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(attempt, "command", lambda *_: program)
     monkeypatch.setattr(attempt.installed, "command", lambda first: first)
     keyed = Keyed(cell, {}, {})
@@ -247,7 +247,7 @@ def test_a_cell_that_takes_longer_than_its_timeout_has_failed(tmp_path, monkeypa
 
 
 def test_a_clock_that_is_set_back_changes_no_duration(tmp_path, monkeypatch):
-    process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-P", "-c", ""], stdin=subprocess.PIPE)
     process.wait()
     keyed = Keyed(cells(read(_study_of_one(tmp_path)))[0], {}, {})
     monkeypatch.setattr(attempt.identity, "keyed", lambda *_, **__: keyed)

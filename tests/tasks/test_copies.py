@@ -13,6 +13,7 @@ from lmms_plugin.tasks.grounding import refcocoplus, reviewed
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.natural import SETS
 from lmms_plugin.tasks.retrieval import matching
+from lmms_plugin.tasks.sources import annotations, published_files
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
 from lmms_plugin.tasks.vqa.questions import Parts
 from lmms_plugin.utils import copies
@@ -314,3 +315,15 @@ def test_equal_size_is_not_enough(tmp_path):
     shutil.copy(tmp_path / "test-a.parquet", tmp_path / "test-c.parquet")
     with pytest.raises(DatasetError, match="are the same"):
         copies.expect_one_copy(sorted(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"\xff", b""], ids=["cut", "nested", "bytes", "empty"])
+def test_damaged_annotations_are_named(tmp_path, content):
+    path = tmp_path / "instances.json"
+    path.write_bytes(content)
+    for read in (annotations.read, lambda path: annotations.entries(path, "images", ()), reviewed.Review):
+        with pytest.raises(DatasetError, match=r"expected JSON in .*instances\.json, which is damaged"):
+            read(path)
+    for form in ("refdrone", "vrsbench"):
+        with pytest.raises(DatasetError, match=r"expected JSON in .*instances\.json, which is damaged"):
+            next(published_files.rows(published_files.FORMS[form], path, tmp_path))

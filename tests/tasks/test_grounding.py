@@ -10,7 +10,7 @@ from lmms_plugin import metrics, registration
 from lmms_plugin.confidence.estimators import ESTIMATORS, LEARNED, NEEDS
 from lmms_plugin.protocol.response import Alternatives, Response, Token
 from lmms_plugin.tasks.grounding import aggregations, comprehension, scored_by
-from lmms_plugin.tasks.grounding.aggregations import Judged
+from lmms_plugin.tasks.grounding.aggregations import GroundingOutcome
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.registry import task_files
 
@@ -156,7 +156,9 @@ def test_answers_without_a_confidence_are_left_out_of_calibration_and_counted():
 def judged(n=997):
     rng = random.Random(0)
     overlaps = [rng.random() for _ in range(n)]
-    return [Judged(f"{k}/0", rng.random(), float(overlap >= 0.5), overlap) for k, overlap in enumerate(overlaps)]
+    return [
+        GroundingOutcome(f"{k}/0", rng.random(), float(overlap >= 0.5), overlap) for k, overlap in enumerate(overlaps)
+    ]
 
 
 def test_aggregation_does_not_depend_on_order():

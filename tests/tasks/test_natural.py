@@ -11,7 +11,7 @@ from lmms_plugin.protocol.boxes import Box, iou
 from lmms_plugin.protocol.response import Response, Token
 from lmms_plugin.tasks.grounding import comprehension, natural, natural_scores, rejection
 from lmms_plugin.tasks.grounding.natural import SETS
-from lmms_plugin.tasks.sources import published
+from lmms_plugin.tasks.sources import published_files
 from lmms_plugin.tasks.sources.conventions import Convention
 from lmms_plugin.utils.copies import DatasetError
 
@@ -263,7 +263,9 @@ def test_the_hub_is_asked_for_one_split(monkeypatch):
     assert path == "danielz01/DIOR-RSVG"
     assert arguments["data_files"] == {"test": "data/test-*"}
     assert natural.groundingme.load_arguments() == ("lirang04/GroundingME", {})
-    with pytest.raises(DatasetError, match=r"Ref-L4: no copy on the hub.*LMMS_PLUGIN_REF_L4.*caption.*published ref"):
+    with pytest.raises(
+        DatasetError, match=r"Ref-L4: no copy on the hub.*LMMS_PLUGIN_REF_L4.*caption.*published_files ref"
+    ):
         natural.ref_l4_val.load_arguments()
 
 
@@ -272,10 +274,10 @@ class TestPublished:
     def files(self, tmp_path):
         return natural_copies.published(tmp_path)
 
-    @pytest.mark.parametrize("name", published.FORMS)
+    @pytest.mark.parametrize("name", published_files.FORMS)
     def test_a_copy_has_every_expression_and_the_bytes_of_its_image(self, name, files, tmp_path):
         out = tmp_path / "out" / "test.parquet"
-        assert published.write(name, files / name, files / "images", out) == len(THINGS)
+        assert published_files.write(name, files / name, files / "images", out) == len(THINGS)
         rows = datasets.Dataset.from_parquet(str(out)).cast_column("image", datasets.Image(decode=False))
         for row, thing in zip(rows, THINGS, strict=True):
             assert row["image"]["bytes"] == (files / "images" / natural_copies.file_name(thing)).read_bytes()
@@ -297,7 +299,7 @@ class TestPublished:
         damage(content)
         (files / name).write_text(json.dumps(content))
         with pytest.raises(DatasetError, match=message):
-            published.write(name, files / name, files / "images", tmp_path / "out.parquet")
+            published_files.write(name, files / name, files / "images", tmp_path / "out.parquet")
 
 
 def test_vrsbench_of_whole_hundredths_keeps_what_rounding_flattened():

@@ -34,7 +34,8 @@ def arguments(folder):
 
 def test_the_copy_is_what_was_published(published, monkeypatch):
     printed = run(
-        [sys.executable, "-m", "lmms_plugin.tasks.sources.official_vqa", *map(str, arguments(published))], published
+        [sys.executable, "-P", "-m", "lmms_plugin.tasks.sources.official_vqa", *map(str, arguments(published))],
+        published,
     )
     assert "18 questions written" in printed
     monkeypatch.setenv("LMMS_PLUGIN_ADVQA", str(published / "out"))

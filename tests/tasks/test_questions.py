@@ -165,7 +165,7 @@ def test_a_copy_on_the_hub_gives_the_one_split_that_is_asked_for(tmp_path, vqav2
         "  - name: test\n    num_bytes: 9\n    num_examples: 9\nconfigs:\n- config_name: default\n  data_files:\n"
         "  - split: validation\n    path: data/validation-*\n  - split: test\n    path: data/test-*\n---\n"
     )
-    source = questions.Source("elsewhere", "Elsewhere", str(tmp_path), "validation")
+    source = questions.VqaDataset("elsewhere", "Elsewhere", str(tmp_path), "validation")
     assert len(source.load()) == 6
 
 

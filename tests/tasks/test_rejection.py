@@ -7,7 +7,7 @@ import pytest
 
 from lmms_plugin.protocol.response import Response, Token
 from lmms_plugin.tasks.grounding import rejection, reworded
-from lmms_plugin.tasks.grounding.rejection import Judged, auroc, confidence_falls, fpr_at_0_95
+from lmms_plugin.tasks.grounding.rejection import RejectionOutcome, auroc, confidence_falls, fpr_at_0_95
 
 DOC = {
     "bbox": [100.0, 0.0, 100.0, 100.0],
@@ -52,7 +52,7 @@ def test_the_record_says_what_was_asked_and_what_it_was():
 @pytest.mark.parametrize("text", ["[500, 0, 1000, 1000]", "[0, 0, 10, 10]"], ids=["right", "wrong"])
 def test_where_the_box_is_does_not_matter(text):
     output = judged(DOC, answer(text))
-    assert output["rejection_auroc"] == Judged("7/0", 1.0, pytest.approx(math.exp(-0.1)))
+    assert output["rejection_auroc"] == RejectionOutcome("7/0", 1.0, pytest.approx(math.exp(-0.1)))
     assert not {"acc@0.5", "mean_iou", "ece"} & set(output)
 
 
@@ -71,8 +71,8 @@ def test_models_that_tell_no_probabilities_have_their_boxes_counted_alone():
 
 
 def records(true, changed):
-    return [Judged(str(i), 1.0, c) for i, c in enumerate(true)] + [
-        Judged(str(i), 0.0, c) for i, c in enumerate(changed)
+    return [RejectionOutcome(str(i), 1.0, c) for i, c in enumerate(true)] + [
+        RejectionOutcome(str(i), 0.0, c) for i, c in enumerate(changed)
     ]
 
 
@@ -95,8 +95,8 @@ def test_closed_forms(true, changed, area, accepted, falls):
 
 
 def test_half_a_pair_does_not_count_as_one():
-    assert confidence_falls([*records([0.9], [0.1]), Judged("lonely", 1.0, 0.0)]) == 1.0
-    assert math.isnan(confidence_falls([Judged("lonely", 1.0, 0.5)]))
+    assert confidence_falls([*records([0.9], [0.1]), RejectionOutcome("lonely", 1.0, 0.0)]) == 1.0
+    assert math.isnan(confidence_falls([RejectionOutcome("lonely", 1.0, 0.5)]))
 
 
 def test_one_sort_alone_is_undefined():

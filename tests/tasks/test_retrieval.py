@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers import caption_copies
 
+from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.retrieval import matching
 from lmms_plugin.tasks.retrieval.matching import CaptionedSet, process_results, ranking_scores
@@ -135,3 +136,13 @@ def test_pools_asked_in_part_do_not_count_for_image_retrieval():
 def test_a_model_that_does_not_score_is_refused():
     with pytest.raises(ValueError, match="needs a model that scores candidates"):
         process_results({"filename": "a.jpg", "pool": 0, "pool_size": 2, "place": 0}, ["a dog"])
+
+
+def test_bounds_are_quantiles_of_means_over_photographs_drawn_anew():
+    hits = np.random.default_rng(3).integers(0, matching.CAPTIONS + 1, 40) / matching.CAPTIONS
+    means = [
+        hits[np.random.default_rng([0, resample]).integers(0, hits.size, hits.size)].mean()
+        for resample in range(RESAMPLES)
+    ]
+    assert matching.bounds(hits) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-15)
+    assert np.isnan(matching.bounds(hits[:1])).all()

@@ -14,7 +14,7 @@ from lmms_plugin.confidence.estimators import LEARNED, NEEDS, TEXT_ESTIMATORS
 from lmms_plugin.protocol.response import Response, Token
 from lmms_plugin.tasks.registry import task_files
 from lmms_plugin.tasks.vqa import aggregations, answering, questions
-from lmms_plugin.tasks.vqa.aggregations import BESIDE, NEEDS_HELD_OUT, ON_TEST, Scored
+from lmms_plugin.tasks.vqa.aggregations import BESIDE, NEEDS_HELD_OUT, ON_TEST, VqaOutcome
 from lmms_plugin.tasks.vqa.questions import PARTS, Parts
 
 DOC = {
@@ -140,7 +140,7 @@ def stream(n=600, seed=0):
     accuracy = rng.choice([0.0, 0.3, 0.6, 0.9, 1.0], size=n) * (rng.uniform(size=n) < confidence)
     accuracy = np.where(confidence > 0.8, 1.0, accuracy)
     part = rng.choice(["val", "test"], size=n, p=[0.2, 0.8])
-    return [Scored(str(p), float(c), float(a)) for p, c, a in zip(part, confidence, accuracy, strict=True)]
+    return [VqaOutcome(str(p), float(c), float(a)) for p, c, a in zip(part, confidence, accuracy, strict=True)]
 
 
 def columns(records, part):
@@ -170,8 +170,13 @@ def test_thresholds_come_from_the_held_out_part():
     threshold = metrics.threshold_at_cost(*columns(records, "val"), 10)
     phi = metrics.effective_reliability(*columns(records, "test"), 10, threshold)
     assert NEEDS_HELD_OUT["phi@10"](records) == pytest.approx(phi)
-    certain = [Scored("val", 0.9, 1.0), Scored("val", 0.5, 0.0)]
-    tested = [Scored("test", 0.95, 1.0), Scored("test", 0.9, 0.0), Scored("test", 0.6, 1.0), Scored("test", 0.1, 0.0)]
+    certain = [VqaOutcome("val", 0.9, 1.0), VqaOutcome("val", 0.5, 0.0)]
+    tested = [
+        VqaOutcome("test", 0.95, 1.0),
+        VqaOutcome("test", 0.9, 0.0),
+        VqaOutcome("test", 0.6, 1.0),
+        VqaOutcome("test", 0.1, 0.0),
+    ]
     assert NEEDS_HELD_OUT["phi@10"](certain + tested) == pytest.approx((1 - 10) / 4)
     assert NEEDS_HELD_OUT["phi_coverage@10"](certain + tested) == 0.5
     assert NEEDS_HELD_OUT["achieved_risk@0.05"](certain + tested) == 0.5
@@ -180,7 +185,7 @@ def test_thresholds_come_from_the_held_out_part():
 def test_nothing_is_made_up_where_a_part_is_missing():
     tested = [record for record in stream() if record.part == "test"]
     assert math.isnan(NEEDS_HELD_OUT["phi@1"](tested))
-    assert math.isnan(ON_TEST["ece"]([Scored("val", 0.5, 1.0)]))
+    assert math.isnan(ON_TEST["ece"]([VqaOutcome("val", 0.5, 1.0)]))
     assert math.isnan(aggregations.accuracy([{"part": "val", "accuracy": 1.0}]))
 
 
@@ -198,6 +203,6 @@ def test_the_yaml_lists_every_metric_under_its_own_function():
 
 
 def test_every_task_names_documents_that_exist():
-    folder = Path(registration.tasks_folder()) / "reliable_vqa"
+    folder = Path(registration.tasks_folder()) / "vqa" / "reliable_vqa"
     named = {task_files.read(path).get("process_docs", "").rpartition(".")[2] for path in folder.glob("*.yaml")} - {""}
     assert {*questions.MIXTURES, "vqav2", "advqa", "vizwiz", "vqav2_dev"} == named

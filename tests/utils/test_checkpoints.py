@@ -92,7 +92,7 @@ def hub():
 def said_of(name, cache, **environment):
     """What is said of an id, by a process of its own: the hub's address is read once."""
     settings = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", **environment}
-    command = [sys.executable, "-c", ASK, name]
+    command = [sys.executable, "-P", "-c", ASK, name]
     done = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=cache, check=True)
     (line,) = done.stdout.splitlines()
     assert "Retry" not in done.stderr
@@ -144,7 +144,7 @@ def test_a_copy_in_the_cache_is_taken_where_the_hub_is_out_of_reach(tmp_path):
     code = f"from lmms_plugin.utils.checkpoints import config_of; print(config_of({ID!r}).model_type)"
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}):
         settings = {**os.environ, "HF_HOME": str(tmp_path), **environment}
-        command = [sys.executable, "-c", code]
+        command = [sys.executable, "-P", "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, env=settings, check=True)
         assert done.stdout == "qwen2_vl\n"
 

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from lmms_plugin import demo
 from lmms_plugin.analysis import component_importance, logs
-from lmms_plugin.analysis.measure import Settings
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.cli import terminal
 from lmms_plugin.export import facts
-from lmms_plugin.report import reading
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.report.numbers import results_folder
+from lmms_plugin.utils.reading.readable import readable
 
-SETTINGS = Settings(resamples=10)
+SETTINGS = MeasurementSettings(resamples=10)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ IN_TABLES = {
 @pytest.mark.parametrize("change", IN_TABLES.values(), ids=IN_TABLES)
 def test_a_results_file_with_something_else_than_a_mapping_is_named(cell, change):
     edit(table_of(cell), change)
-    for read in (logs.read, lambda file: reading.read_run(file, cell, SETTINGS)):
+    for read in (logs.read, lambda file: results_folder.read_run(file, cell, SETTINGS)):
         with pytest.raises(ValueError, match=r"damaged|expected") as refused:
             read(table_of(cell))
         assert "\n" not in str(refused.value)
@@ -81,7 +81,7 @@ def test_a_results_file_with_something_else_than_a_mapping_is_named(cell, change
 def test_what_may_be_null_in_a_results_file_may_be(cell):
     edit(table_of(cell), lambda told: told.update(config=None, throughput=None))
     assert logs.read(table_of(cell)).limit is None
-    assert reading.read_run(table_of(cell), cell, SETTINGS).model == ""
+    assert results_folder.read_run(table_of(cell), cell, SETTINGS).model == ""
 
 
 IN_LOGS = {
@@ -130,7 +130,7 @@ def test_what_no_json_parser_takes_is_named(cell, text):
 def test_accounts_of_a_cell_with_nonsense_are_named(cell, name, text):
     (cell / name).write_text(text)
     with pytest.raises(ValueError, match=name) as refused:
-        reading.read_run(table_of(cell), cell, SETTINGS)
+        results_folder.read_run(table_of(cell), cell, SETTINGS)
     assert "\n" not in str(refused.value)
     assert "Error(" not in str(refused.value)
     # Other readers can do without axes.
@@ -186,7 +186,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     file = tmp_path / "test-1.parquet"
     file.write_bytes(b"PAR1 and nothing else PAR1")
     with pytest.raises(ValueError, match=r"test-1\.parquet cannot be read"):
-        tasks._rows(str(file), expressions=False)
+        tasks.count_rows(str(file), expressions=False)
 
 
 def test_errors_that_are_not_of_damage_pass():

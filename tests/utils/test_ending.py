@@ -115,7 +115,7 @@ of_ours.__module__ = "lmms_plugin.tasks.grounding.comprehension"
 @pytest.mark.parametrize(("ours", "value", "refused"), [(True, 2, True), (True, 0, False), (False, 2, False)])
 def test_examples_are_refused_for_tasks_that_take_none(ours, value, refused):
     set_to = []
-    set_config = registration._refusing_examples(lambda _, key, value, update: set_to.append((key, value, update)))
+    set_config = registration.refusing_examples(lambda _, key, value, update: set_to.append((key, value, update)))
     task = SimpleNamespace(
         config=SimpleNamespace(task="shapes_rec", process_results=partial(of_ours) if ours else print)
     )

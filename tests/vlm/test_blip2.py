@@ -2,7 +2,7 @@
 
 import pytest
 from helpers.families import WITHOUT_BOXES
-from test_prefix import IMAGES, QUESTIONS, answers, assert_equal, calls, instance, load, plainly
+from helpers.prefix import IMAGES, QUESTIONS, answers, assert_equal, calls, instance, load, plainly
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmms_plugin.protocol.plain_prompts import CAPTION_REQUESTS, TEMPLATES
@@ -10,7 +10,7 @@ from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.settings import Settings
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 
 
 def ask(doc, wanted=True):
@@ -84,9 +84,9 @@ def test_an_answer_scored_has_the_log_probabilities_it_was_generated_with(vlm):
         generated = [Response.decode(answer) for answer in answers(vlm, messages=ask)]
         prompts = [vlm.reader.read(ask(doc), "toy") for doc in QUESTIONS]
         for prompt, answer in zip(prompts, generated, strict=True):
-            ids = vlm.responder.engine.decoder.generate(vlm.chat.encode([prompt]).inputs, Settings(max_new_tokens=8))[
-                0
-            ].ids
+            ids = vlm.responder.engine.decoder.generate(
+                vlm.chat.encode([prompt]).inputs, GenerationSettings(max_new_tokens=8)
+            )[0].ids
             score = vlm.responder.engine.decoder.score(vlm.chat.encode([prompt]).inputs, [ids])[0]
             assert score.is_greedy
             assert score.logprobs == pytest.approx([token.logprob for token in answer.tokens], abs=1e-5)

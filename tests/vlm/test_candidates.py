@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_matching import TEXTS, request
-from test_prefix import IMAGES, QUESTIONS, calls, load, plainly
+from helpers.candidates import TEXTS, request
+from helpers.prefix import IMAGES, QUESTIONS, calls, load, plainly
 from transformers import AutoModelForImageTextToText
 
 from lmms_plugin.protocol.dialects import Frame

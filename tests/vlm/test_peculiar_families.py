@@ -7,15 +7,15 @@ import pytest
 import torch
 import transformers as hf
 from helpers.families import BUILDERS, byte_level_tokenizer
+from helpers.prefix import answers, assert_equal, load, log
 from PIL import Image
-from test_prefix import answers, assert_equal, load, log
 
 from lmms_plugin.protocol.prompts import Prompt, mean_colour, placeholder
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import quantize
-from lmms_plugin.vlm.settings import Settings
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 
 PADDING = "Answers in a padded batch are not those that "
 
@@ -74,7 +74,9 @@ def test_fuyu_is_shown_the_image_by_its_own_processor(checkpoint):
     expected = answers(vlm, 1)
     assert_equal(answers(load(path), 4), expected)
     found = [
-        vlm.decoder.generate(vlm.chat.encode([about(colour)]).inputs, Settings(max_new_tokens=8))[0].tokens
+        vlm.responder.engine.decoder.generate(
+            vlm.chat.encode([about(colour)]).inputs, GenerationSettings(max_new_tokens=8)
+        )[0].tokens
         for colour in ("red", "blue")
     ]
     assert found[0] != found[1]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lmms_eval.api.instance import Instance
-from test_prefix import IMAGES, QUESTIONS, Documents, load
+from helpers.candidates import TEXTS, request
+from helpers.prefix import IMAGES, QUESTIONS, Documents, load
 from transformers import Blip2ForImageTextRetrieval
 
 from lmms_plugin.protocol.prompts import RequestError
@@ -11,15 +11,6 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.vlm import wrapper as models
 from lmms_plugin.vlm.retrieval import cleaned
-
-TEXTS = ["a red circle", "The dog (on the left), by the man in white!", "two"]
-
-
-def request(index, texts=TEXTS, **options):
-    content = [{"type": "image", "url": IMAGES[index]}, {"type": "text", "text": "Describe the image briefly."}]
-    messages = [{"role": "user", "content": content, "candidates": texts}]
-    arguments = ("", lambda doc: messages, {"candidates": True, **options}, index, "toy", "test")
-    return Instance("generate_until", arguments, 0, metadata={"task": "toy", "doc_id": index, "repeats": 1})
 
 
 @pytest.fixture(scope="module")

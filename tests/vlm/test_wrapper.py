@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.families import FAMILIES, VIDEO_FAMILIES
+from helpers.models import DOCUMENTS, OPTIONS, answer, ask_for_box, choice, generation, load, message, photograph
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
@@ -15,62 +16,9 @@ from lmms_plugin.protocol.response import MARKER, Response
 from lmms_plugin.quant_backends import get, names
 from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.vlm import wrapper as models
-from lmms_plugin.vlm.batching import Budget
-from lmms_plugin.vlm.processor import Chat
+from lmms_plugin.vlm.generation.processor import Chat
+from lmms_plugin.vlm.running.batching import Budget
 from lmms_plugin.vlm.wrapper import QuantizedVLM
-
-OPTIONS = {"max_new_tokens": 8, "until": ["\n\n"], "temperature": 0}
-
-
-def photograph(seed, size=(120, 90)):
-    """An image that no other seed gives, smooth enough to survive resizing."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-
-
-def message(*images, text="What is this?", **extra):
-    content = [*({"type": "image", "url": image} for image in images), {"type": "text", "text": text}]
-    return {"role": "user", "content": content, **extra}
-
-
-def ask_for_box(image, expression="the dog"):
-    return [message(image, grounding={"expression": expression, "original_size": list(image.size)})]
-
-
-DOCUMENTS = [
-    [message(photograph(0))],
-    [message(text="Say yes or no, and then something longer about it.")],
-    [message(photograph(1, (64, 200)), photograph(2, (70, 70)), text="Compare.")],
-    ask_for_box(photograph(3)),
-    [message(text="Say no.")],
-    ask_for_box(photograph(4, (200, 64)), "the red circle to the left of the blue square"),
-    [message(photograph(5), text="?")],
-]
-
-
-ALL = range(len(DOCUMENTS))
-
-
-def generation(index, options=None, messages=lambda doc: doc):
-    metadata = {"task": "toy", "doc_id": index, "repeats": 1}
-    return Instance("generate_until", ("", messages, options or OPTIONS, index, "toy", "test"), 0, metadata=metadata)
-
-
-def choice(index, text, context="Which?", show=lambda doc: [part["url"] for part in doc[0]["content"][:-1]]):
-    metadata = {"task": "toy", "doc_id": index, "repeats": 1}
-    return Instance("loglikelihood", (context, text, show, index, "toy", "test"), 0, metadata=metadata)
-
-
-def load(path, **arguments):
-    vlm = models.QuantNone(pretrained=str(path), device="cpu", **arguments)
-    vlm.task_dict = {"toy": {"test": DOCUMENTS}}
-    return vlm
-
-
-def answer(vlm, indices=ALL, *, batch_size=1, **changes):
-    vlm.responder.engine.runner.budget = Budget.of(batch_size, None)
-    return vlm.generate_until([generation(index, {**OPTIONS, **changes}) for index in indices])
-
 
 CHOICES = ("dog", "man", "white shirt")
 
@@ -271,7 +219,7 @@ class TestVideo:
         assert alone == answer(vlm, range(3), batch_size=3)
         prompt = vlm.reader.read(documents[0], "toy")
         inputs = vlm.chat.encode([prompt]).inputs
-        frames, metadata = vlm.chat._frames(str(video), "toy")
+        frames, metadata = vlm.chat.frames(str(video), "toy")
         assert len(frames) == 4
         assert list(metadata.frames_indices) == [0, 4, 7, 11]
         assert any("pixel_values" in key for key in inputs)
@@ -435,7 +383,8 @@ class TestClasses:
 
 
 class TestQuantized:
-    # Every backend goes through tests/end_to_end/test_quant_matrix.py; here it is the way from a model's name to its answers.
+    # Every backend goes through tests/end_to_end/test_quant_matrix.py; here it is the way from a model's name to its
+    # answers.
     @pytest.mark.parametrize("backend", ["rtn", "hqq", "awq", "mbq", "gptq"])
     def test_a_quantized_model_answers_like_any_other_and_says_what_was_done(self, backend, checkpoint):
         options = {"bits": 4, "group_size": 32, "vision_bits": 8, "device": "cpu"}

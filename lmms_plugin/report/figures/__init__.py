@@ -1,1 +1,8 @@
 """The figures of the report."""
+
+from typing import TYPE_CHECKING
+
+from lmms_plugin.utils.moved import refusal
+
+if not TYPE_CHECKING:
+    __getattr__ = refusal(__name__)

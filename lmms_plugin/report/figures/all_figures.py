@@ -6,10 +6,10 @@ from types import MappingProxyType
 from matplotlib import rc_context
 
 from lmms_plugin.report.figures import changes, reliability, tradeoffs, under_shift
-from lmms_plugin.report.figures.drawing import STYLE, Drawn
-from lmms_plugin.report.summary import Scope, Summary
+from lmms_plugin.report.figures.drawing import STYLE, DrawnFigure
+from lmms_plugin.report.numbers.summary import Scope, Summary
 
-SECTIONS: Mapping[str, Callable[[Scope, Summary, int], Iterator[Drawn]]] = MappingProxyType(
+SECTIONS: Mapping[str, Callable[[Scope, Summary, int], Iterator[DrawnFigure]]] = MappingProxyType(
     {
         "pareto": tradeoffs.draw,
         "reliability": reliability.reliability,
@@ -24,7 +24,7 @@ PAGE, PHONE = 4, 2
 """Panels side by side."""
 
 
-def every(summary: Summary, across: int = PAGE) -> dict[str, list[Drawn]]:
+def every(summary: Summary, across: int = PAGE) -> dict[str, list[DrawnFigure]]:
     """All figures by section, those with nothing to show left out.
 
     Args:

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from lmms_plugin.report.figures import drawing
-from lmms_plugin.report.figures.drawing import NARROW, WIDE, Drawn, Floats, Key, Margins, label, short, slug
+from lmms_plugin.report.figures.drawing import NARROW, WIDE, DrawnFigure, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.figures.palette import BAD, GOOD, INK, MUTED, looks
-from lmms_plugin.report.reading import Run
-from lmms_plugin.report.summary import Scope, Summary, series
-from lmms_plugin.report.tables import Column, Table, number, rows_of, text
+from lmms_plugin.report.numbers.results_folder import ReportedRun
+from lmms_plugin.report.numbers.summary import Scope, Summary, series
+from lmms_plugin.report.numbers.tables import Column, ReportTable, number, rows_of, text
 
 _Shares = dict[Key, tuple[float, float]]
 
 
-def flips(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
+def flips(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
     """Answers that changed sides, as bars to both sides."""
     del summary
     found = {condition: shares for condition in scope.conditions if (shares := _shares(scope, condition))}
@@ -36,13 +36,13 @@ def flips(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
         for condition, shares in found.items()
         for key, (lost, won) in shares.items()
     ]
-    yield Drawn(
+    yield DrawnFigure(
         name,
         scope.title,
         "Share of answers that changed sides against the unquantized model. Two models of equal accuracy may still"
         " disagree on many answers.",
         _bars(found, across),
-        Table(name, f"Answers that changed sides on {scope.title}", columns, rows_of(rows)),
+        ReportTable(name, f"Answers that changed sides on {scope.title}", columns, rows_of(rows)),
     )
 
 
@@ -76,11 +76,11 @@ def _bars(found: dict[str, _Shares], across: int) -> Any:
     return figure
 
 
-def layers(summary: Summary, across: int) -> Iterator[Drawn]:
+def layers(summary: Summary, across: int) -> Iterator[DrawnFigure]:
     """Error of every layer's weight, layer by layer."""
     runs = [run for run in summary.runs if run.layers]
     for model in dict.fromkeys(run.axes.config.model for run in runs):
-        members: dict[Key, list[Run]] = {}
+        members: dict[Key, list[ReportedRun]] = {}
         for run in runs:
             if run.axes.config.model == model:
                 members.setdefault((run.axes.config.method, run.axes.config.bits), []).append(run)
@@ -99,17 +99,17 @@ def layers(summary: Summary, across: int) -> Iterator[Drawn]:
         title = f"layers-{slug(model)}"
         columns = (Column("Layer", numeric=False), *(Column(label(key)) for key in errors))
         rows = [[text(name), *(number(float(row[k])) for row in errors.values())] for k, name in enumerate(names)]
-        yield Drawn(
+        yield DrawnFigure(
             title,
             model,
             "\u2016W \u2212 \u0174\u2016 / \u2016W\u2016 of every quantized layer in the model's order, mean over runs."
             " A calibrated method may have a larger error of the weight and a smaller one of what the layer puts out.",
             figure,
-            Table(title, f"Relative error of every layer's weight, {model}", columns, rows_of(rows)),
+            ReportTable(title, f"Relative error of every layer's weight, {model}", columns, rows_of(rows)),
         )
 
 
-def _errors(runs: Sequence[Run], names: Sequence[str]) -> Floats:
+def _errors(runs: Sequence[ReportedRun], names: Sequence[str]) -> Floats:
     """Mean error of each layer over runs, NaN where none quantized it."""
     sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for run in runs:

@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 
 from lmms_plugin.analysis.axes import DENSE_BITS, UNQUANTIZED
 from lmms_plugin.report.figures.palette import DENSE, INK, MUTED, RULE, Look
-from lmms_plugin.report.summary import Line, series
-from lmms_plugin.report.tables import Table
+from lmms_plugin.report.numbers.summary import Line, series
+from lmms_plugin.report.numbers.tables import ReportTable
 from lmms_plugin.utils import hashing
 
 Floats = npt.NDArray[np.float64]
@@ -64,7 +64,7 @@ WIDE, NARROW = 9.4, 4.6
 BAND = "A band reaches from the lowest to the highest run where a line is the mean of several."
 
 
-class Drawn(NamedTuple):
+class DrawnFigure(NamedTuple):
     """A figure.
 
     Attributes:
@@ -80,7 +80,7 @@ class Drawn(NamedTuple):
     title: str
     says: str
     figure: Figure
-    table: Table
+    table: ReportTable
     more: bool = False
 
 

@@ -8,10 +8,10 @@ from markupsafe import Markup
 
 from lmms_plugin.report.figures import all_figures as figures
 from lmms_plugin.report.figures import svg
-from lmms_plugin.report.figures.drawing import Drawn
-from lmms_plugin.report.summary import Summary
+from lmms_plugin.report.figures.drawing import DrawnFigure
+from lmms_plugin.report.numbers.summary import Summary
 
-_ONE_PROCESS = 500
+ONE_PROCESS = 500
 """Lines up to which drawing takes less long than starting a process."""
 
 
@@ -24,7 +24,7 @@ class Shown(NamedTuple):
         narrow: For narrow windows.
     """
 
-    drawn: Drawn
+    drawn: DrawnFigure
     wide: Markup
     narrow: Markup
 
@@ -36,7 +36,7 @@ def shown(summary: Summary, workers: int) -> dict[str, list[Shown]]:
         summary: What to draw.
         workers: Processes there may be.
     """
-    if workers == 1 or len(summary.lines) < _ONE_PROCESS:
+    if workers == 1 or len(summary.lines) < ONE_PROCESS:
         wide, narrow = _wide(summary), _narrow(summary)
     else:
         # Forking a process that has threads (BLAS, pyarrow) may hang.
@@ -49,7 +49,7 @@ def shown(summary: Summary, workers: int) -> dict[str, list[Shown]]:
     }
 
 
-def _wide(summary: Summary) -> dict[str, list[tuple[Drawn, Markup]]]:
+def _wide(summary: Summary) -> dict[str, list[tuple[DrawnFigure, Markup]]]:
     drawn = figures.every(summary)
     return {section: [(one, _inline(one, one.name)) for one in several] for section, several in drawn.items()}
 
@@ -59,5 +59,5 @@ def _narrow(summary: Summary) -> dict[str, list[Markup]]:
     return {section: [_inline(one, f"{one.name}-n") for one in several] for section, several in drawn.items()}
 
 
-def _inline(drawn: Drawn, name: str) -> Markup:
+def _inline(drawn: DrawnFigure, name: str) -> Markup:
     return Markup(svg.inline(drawn.figure, name, drawn.title, drawn.says))

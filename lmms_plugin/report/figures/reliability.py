@@ -11,17 +11,17 @@ from matplotlib.ticker import MaxNLocator
 
 from lmms_plugin.analysis.groups import CLEAN, GRID, mean_bins
 from lmms_plugin.report.figures import drawing
-from lmms_plugin.report.figures.drawing import BAND, NARROW, WIDE, Drawn, Floats, Key, Margins, label, short, slug
+from lmms_plugin.report.figures.drawing import BAND, NARROW, WIDE, DrawnFigure, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.figures.palette import BAD, BAND_ALPHA, DENSE, GOOD, MUTED, Look, looks
-from lmms_plugin.report.summary import Line, Scope, Summary, series
-from lmms_plugin.report.tables import Column, Table, number, rows_of, text, whole
+from lmms_plugin.report.numbers.summary import Line, Scope, Summary, series
+from lmms_plugin.report.numbers.tables import Column, ReportTable, number, rows_of, text, whole
 
 PANELS_AT_FIRST = 12
 _CONDITIONS = ((CLEAN, GOOD, "o"), ("shifted", BAD, "s"))
 _Group = tuple[Key, list[Line]]
 
 
-def reliability(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
+def reliability(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
     """Reliability diagrams, one panel per method and bits, clean and shifted in one."""
     del summary
     shown = {name for name, _, _ in _CONDITIONS}
@@ -30,7 +30,7 @@ def reliability(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
     for start in range(0, len(groups), PANELS_AT_FIRST):
         chosen = groups[start : start + PANELS_AT_FIRST]
         name = f"reliability-{slug(scope.title)}{f'-{start // PANELS_AT_FIRST + 1}' if start else ''}"
-        yield Drawn(
+        yield DrawnFigure(
             name,
             scope.title if not start else f"{scope.title}, panels {start + 1} to {start + len(chosen)}",
             "Accuracy observed at each stated confidence: on the diagonal a model is right as often as it says, below"
@@ -108,7 +108,7 @@ def _diagram(axis: Any, counts: Any, members: Sequence[Line]) -> None:
     counts.grid(visible=False)
 
 
-def _bins_table(name: str, scope: Scope, groups: Sequence[_Group]) -> Table:
+def _bins_table(name: str, scope: Scope, groups: Sequence[_Group]) -> ReportTable:
     columns = (
         Column("Model", numeric=False),
         Column("Condition", numeric=False),
@@ -134,10 +134,10 @@ def _bins_table(name: str, scope: Scope, groups: Sequence[_Group]) -> Table:
                 for k, (records, confidence, outcome) in enumerate(bins.T)
                 if records
             ]
-    return Table(name, f"Reliability bins on {scope.title}", columns, rows_of(rows))
+    return ReportTable(name, f"Reliability bins on {scope.title}", columns, rows_of(rows))
 
 
-def risk_coverage(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
+def risk_coverage(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
     """Risk by coverage: one panel per number of bits, one figure per condition."""
     del summary
     for condition in scope.conditions:
@@ -152,7 +152,7 @@ def risk_coverage(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn
             _curve_panel(axis, {key: curves[key] for key in keys}, styles)
         axes[0].set_ylim(0, 1.04 * max(float(runs.max()) for runs in curves.values()) or 1.0)
         name = f"risk-{slug(scope.title)}-{slug(condition)}"
-        yield Drawn(
+        yield DrawnFigure(
             name,
             f"{scope.title}, {condition}",
             "Risk is the share of errors among the questions answered, coverage the share of questions answered, the"
@@ -184,11 +184,11 @@ def _curve_panel(axis: Any, curves: Mapping[Key, Floats], styles: Mapping[str, L
     axis.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
 
 
-def _curve_table(name: str, scope: Scope, condition: str, curves: Mapping[Key, Floats]) -> Table:
+def _curve_table(name: str, scope: Scope, condition: str, curves: Mapping[Key, Floats]) -> ReportTable:
     shown = range(10, 101, 10)
     columns = (Column("Model", numeric=False), *(Column(f"{percent} %", "Risk at this coverage") for percent in shown))
     rows = [
         [text(label(key)), *(number(float(runs.mean(axis=0)[percent - 1])) for percent in shown)]
         for key, runs in curves.items()
     ]
-    return Table(name, f"Risk by coverage on {scope.title}, {condition}", columns, rows_of(rows))
+    return ReportTable(name, f"Risk by coverage on {scope.title}, {condition}", columns, rows_of(rows))

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lmms_plugin.report.contents import costs, not_dominated
 from lmms_plugin.report.figures import drawing
-from lmms_plugin.report.figures.drawing import NARROW, WIDE, Drawn, Margins, slug
+from lmms_plugin.report.figures.drawing import NARROW, WIDE, DrawnFigure, Margins, slug
 from lmms_plugin.report.figures.palette import INK, MUTED, Look, looks
-from lmms_plugin.report.summary import Line, Scope, Summary
-from lmms_plugin.report.tables import Cell, text
+from lmms_plugin.report.numbers.contents import costs, not_dominated
+from lmms_plugin.report.numbers.summary import Line, Scope, Summary
+from lmms_plugin.report.numbers.tables import TableCell, text
 
 _LABELLED = 14
 """Marks per panel up to which each is labelled with its bits; above, those on the front alone."""
@@ -55,7 +55,7 @@ _AXES = (
 _GOALS = (Goal("accuracy", "accuracy", True), Goal("aurc", "AURC", False))
 
 
-def draw(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
+def draw(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
     """One figure per model and dataset, clean and shifted below one another."""
     chosen = [(condition, lines) for condition in scope.conditions if (lines := scope.under(condition))]
     axes = [axis for axis in _AXES if sum(_cost(line, axis) is not None for line in chosen[0][1]) > 1]
@@ -79,7 +79,7 @@ def draw(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
     for panel in grid.ravel()[len(cases) :]:
         panel.set_visible(False)
     name = f"pareto-{slug(scope.title)}"
-    yield Drawn(
+    yield DrawnFigure(
         name,
         scope.title,
         "Each mark is one configuration, with its bits beside it; a line joins those that nothing beats in both of a"
@@ -120,7 +120,7 @@ def _panel(panel: Any, lines: Sequence[Line], goal: Goal, axis: Axis, styles: Ma
         panel.plot(*zip(*front, strict=True), color=INK, linewidth=0.9, alpha=0.6, zorder=1)
     panel.set_xlabel(axis.label)
     panel.margins(0.1)
-    _label_marks(panel, [(x, y, _bits(line)) for x, y, line in points if len(points) <= _LABELLED or (x, y) in front])
+    label_marks(panel, [(x, y, _bits(line)) for x, y, line in points if len(points) <= _LABELLED or (x, y) in front])
 
 
 def _bits(line: Line) -> str:
@@ -128,7 +128,7 @@ def _bits(line: Line) -> str:
     return "" if line.config.dense or line.config.bits is None else str(line.config.bits)
 
 
-def _label_marks(panel: Any, marks: Sequence[tuple[float, float, str]]) -> None:
+def label_marks(panel: Any, marks: Sequence[tuple[float, float, str]]) -> None:
     """Write beside each mark where no other label stands; marks on one another share a label.
 
     Args:
@@ -164,5 +164,5 @@ def _front(points: Sequence[tuple[float, float]], *, high: bool, more: bool) -> 
     return sorted(kept)
 
 
-def _rows(chosen: Sequence[tuple[str, Sequence[Line]]]) -> list[tuple[Cell, Line]]:
+def _rows(chosen: Sequence[tuple[str, Sequence[Line]]]) -> list[tuple[TableCell, Line]]:
     return [(text(condition), line) for condition, lines in chosen for line in lines]

@@ -12,10 +12,10 @@ from matplotlib.patches import Rectangle
 from lmms_plugin.analysis.groups import CLEAN, Task
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report.figures import drawing
-from lmms_plugin.report.figures.drawing import BAND, Drawn, Floats, Key, Margins, label, short, slug
+from lmms_plugin.report.figures.drawing import BAND, DrawnFigure, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.figures.palette import BAD, BAND_ALPHA, GOOD, INK, looks
-from lmms_plugin.report.summary import Line, Scope, Summary, series, spread
-from lmms_plugin.report.tables import Column, Table, number, rows_of, text, whole
+from lmms_plugin.report.numbers.summary import Line, Scope, Summary, series, spread
+from lmms_plugin.report.numbers.tables import Column, ReportTable, number, rows_of, text, whole
 
 _MEASURED = (("accuracy", "accuracy"), ("ece", "ECE"), ("aurc", "AURC"))
 _STRONGEST = 0.8
@@ -24,7 +24,7 @@ _ABREAST, _TALL_ROW = 6, 0.27
 """On a phone: models side by side, and the height of a row."""
 
 
-def severity(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
+def severity(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
     """Accuracy, ECE and AURC by severity of the shift."""
     for which in scope.conditions:
         steps = scope.severities(which)
@@ -36,7 +36,7 @@ def severity(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
 
 def _severity(
     scope: Scope, summary: Summary, which: str, conditions: Mapping[int, str], metric: str, called: str, across: int
-) -> Iterator[Drawn]:
+) -> Iterator[DrawnFigure]:
     lines = [line for condition in conditions.values() for line in scope.under(condition)]
     lines = [line for line in lines if not math.isnan(line.group.of(metric))]
     chosen = drawing.by_bits(lines)
@@ -59,12 +59,14 @@ def _severity(
         [text(label(key)), *(_ranged(points.get(step, nothing)) for step in conditions)]
         for key, points in values.items()
     ]
-    yield Drawn(
+    yield DrawnFigure(
         name,
         f"{called} by severity: {scope.title}, {which}",
         f"The mean over all shifts at each severity. {BAND} For a single run it is the 95 % interval over images.",
         figure,
-        Table(name, f"{called} by severity, {scope.title}", (Column("Model", numeric=False), *heads), rows_of(rows)),
+        ReportTable(
+            name, f"{called} by severity, {scope.title}", (Column("Model", numeric=False), *heads), rows_of(rows)
+        ),
         more=metric == _MEASURED[-1][0],
     )
 
@@ -85,7 +87,7 @@ def _ranged(value: tuple[float, float, float]) -> Any:
     return number(value[0], Interval(value[1], value[2]))
 
 
-def heat(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
+def heat(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
     """What each quantizer loses under each shift against the unquantized model."""
     del summary
     losses, sizes = _losses(scope)
@@ -98,13 +100,13 @@ def heat(scope: Scope, summary: Summary, across: int) -> Iterator[Drawn]:
     words = [shift.replace("_", " ") for shift in shifts]
     counts = [text("answers per run"), *(whole(sizes[shift]) for shift in shifts)]
     rows = [[text(one), *(number(float(v), signed=True) for v in row)] for one, row in zip(labels, values, strict=True)]
-    yield Drawn(
+    yield DrawnFigure(
         name,
         scope.title,
         "Accuracy less that of the unquantized model on the same task, in percentage points, mean over severities and"
         " runs. Orange cells lost, blue cells gained.",
-        (_heat if across > 2 else _tall_heat)(values, list(map(short, labels)), list(map(short, words))),
-        Table(
+        (_heat if across > 2 else tall_heat)(values, list(map(short, labels)), list(map(short, words))),
+        ReportTable(
             name,
             f"Accuracy less that of the unquantized model on {scope.title}",
             (Column("Model", numeric=False), *map(Column, words)),
@@ -146,7 +148,7 @@ def _heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
     return figure
 
 
-def _tall_heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
+def tall_heat(values: Floats, labels: Sequence[str], shifts: Sequence[str]) -> Any:
     """For a phone: shifts below one another, a few models side by side, the others in further blocks below."""
     parts = [slice(k, k + _ABREAST) for k in range(0, len(labels), _ABREAST)]
     top = 0.15 + 0.07 * max(map(len, labels))

@@ -15,10 +15,9 @@ severity given to the decorator. It joins `SHIFTS` and the tests by being writte
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +55,7 @@ class Shift:
     moves_boxes: bool = False
 
 
-_SHIFTS: dict[str, Shift] = {}
-SHIFTS: Mapping[str, Shift] = MappingProxyType(_SHIFTS)
+SHIFTS: dict[str, Shift] = {}
 
 
 def shift(*levels: tuple[float, ...], moves_boxes: bool = False) -> Callable[[Corruption], Corruption]:
@@ -66,7 +64,7 @@ def shift(*levels: tuple[float, ...], moves_boxes: bool = False) -> Callable[[Co
         raise ValueError(f"expected {len(SEVERITIES)} levels, got {len(levels)}")
 
     def register(function: Corruption) -> Corruption:
-        _SHIFTS[function.__name__] = Shift(function.__name__, function, levels, moves_boxes)
+        SHIFTS[function.__name__] = Shift(function.__name__, function, levels, moves_boxes)
         return function
 
     return register
@@ -280,13 +278,13 @@ _LARGEST_CLOUD = 16
 def fog(image: Pixels, rng: np.random.Generator, thickness: float, decay: float) -> Pixels:
     """Adds a plasma cloud up to `thickness` times white, then scales back to the image's own maximum."""
     height, width = image.shape[:2]
-    cloud = plasma(*_cloud_size(height, width), decay, rng)[:height, :width]
+    cloud = plasma(*cloud_size(height, width), decay, rng)[:height, :width]
     brightest = float(image.max())
     share = brightest / (brightest + 255 * thickness)
     return _floor(cv2.addWeighted(image, share, _grey(cloud), 255 * thickness * share, 0, dtype=cv2.CV_32F))
 
 
-def _cloud_size(height: int, width: int) -> tuple[int, int]:
+def cloud_size(height: int, width: int) -> tuple[int, int]:
     """Height and width of the cloud: the original's square, or a strip where that is far larger than the canvas."""
     rows, columns = (1 << max(1, (side - 1).bit_length()) for side in (height, width))
     square = max(rows, columns)

@@ -35,13 +35,13 @@ def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> F
     cell = max(height, width)
     while cell > 1:
         cell //= 2
-        grid = _refine(grid, amplitude**2, rng)[: max(1, height // cell), : max(1, width // cell)]
+        grid = refine(grid, amplitude**2, rng)[: max(1, height // cell), : max(1, width // cell)]
         amplitude /= decay
     grid -= grid.min()
     return grid / grid.max()
 
 
-def _refine(corners: Field, amplitude: float, rng: np.random.Generator) -> Field:
+def refine(corners: Field, amplitude: float, rng: np.random.Generator) -> Field:
     """One diamond-square step on a torus: (n, m) → (2n, 2m)."""
     n, m = corners.shape
     wobble = rng.random((3, n, m), dtype=np.float32)

@@ -53,7 +53,7 @@ class Alternative(NamedTuple):
     replacements: tuple[str, ...]
 
 
-class Alternatives(NamedTuple):
+class ExclusiveWords(NamedTuple):
     """Words that exclude one another.
 
     Attributes:
@@ -169,7 +169,7 @@ def synonyms() -> Mapping[str, tuple[str, ...]]:
 
 
 @lru_cache(maxsize=1)
-def alternatives() -> Alternatives:
+def alternatives() -> ExclusiveWords:
     """The exclusive words of `alternatives.txt`."""
     of: dict[str, Alternative] = {}
     like: dict[str, frozenset[str]] = {}
@@ -188,7 +188,7 @@ def alternatives() -> Alternatives:
                 # Where singular and plural are one word, it is a plural to its replacements.
                 of |= dict.fromkeys(words_of, Alternative(kind, replacements))
         like |= dict.fromkeys(group, frozenset(group))
-    return Alternatives(MappingProxyType(of), MappingProxyType(like))
+    return ExclusiveWords(MappingProxyType(of), MappingProxyType(like))
 
 
 @lru_cache(maxsize=1)

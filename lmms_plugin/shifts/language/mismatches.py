@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from lmms_plugin.shifts.language.lexicon import (
-    Alternatives,
     Categories,
     Category,
+    ExclusiveWords,
     Span,
     alternatives,
     categories,
@@ -55,7 +55,7 @@ class Mismatch(NamedTuple):
     start: int
 
 
-def attribute_swaps(expression: str, exclusive: Alternatives) -> list[Mismatch]:
+def attribute_swaps(expression: str, exclusive: ExclusiveWords) -> list[Mismatch]:
     """The expression with one attribute or noun replaced by one that excludes it, in every way the list knows.
 
     Args:

@@ -10,9 +10,9 @@ from pydantic import Field, ValidationError
 from lmms_plugin.confidence.estimators import ESTIMATORS, LEARNED, TEXT_ESTIMATORS
 from lmms_plugin.metrics.bootstrap import MOST_RESAMPLES
 from lmms_plugin.study.file.tasks import known
-from lmms_plugin.utils.located import Entry
+from lmms_plugin.utils.reading.located import Entry
+from lmms_plugin.utils.reading.validation import Expected, Number, OneOf, Problem, Text, Whole
 from lmms_plugin.utils.suggest import near
-from lmms_plugin.utils.validation import Expected, Number, OneOf, Problem, Text, Whole
 
 Question = TypeVar("Question")
 

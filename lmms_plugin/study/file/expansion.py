@@ -13,7 +13,7 @@ from lmms_plugin.quant_backends.backend import CheckpointBackend, DataFreeBacken
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.methods.none import NoneBackend
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
-from lmms_plugin.study.file.grid import Axes, Cell
+from lmms_plugin.study.file.grid import Cell, CellAxes
 from lmms_plugin.study.file.schema import PATHS, At, Calibration, Components, Grid, Method, Study
 
 _LONGEST = 1024
@@ -76,7 +76,7 @@ def _located(name: str, value: Any) -> Any:
     return value
 
 
-def _left(grid: Grid, axes: Axes, tasks: tuple[str, ...], used: set[str]) -> tuple[str, ...]:
+def _left(grid: Grid, axes: CellAxes, tasks: tuple[str, ...], used: set[str]) -> tuple[str, ...]:
     """The tasks of a cell that are not excluded."""
     for exclusion in grid.exclude:
         gone = [task for task in tasks if not exclusion.value.task or task in exclusion.value.task]
@@ -86,7 +86,7 @@ def _left(grid: Grid, axes: Axes, tasks: tuple[str, ...], used: set[str]) -> tup
     return tasks
 
 
-def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[Axes, Mapping[str, Any], str]]:
+def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[CellAxes, Mapping[str, Any], str]]:
     """Values of the other axes that make a difference to a method: axes, model arguments, place in the file."""
     name, kind = method.value.name, backend_class(method.value.backend)
     samples = bool(grid.model_args.get("samples"))
@@ -95,7 +95,7 @@ def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[Axes,
     if issubclass(kind, NoneBackend | CheckpointBackend):
         bits = UNTOUCHED_BITS if issubclass(kind, NoneBackend) else None
         for seed, chosen in seeded:
-            yield Axes(model, name, bits, None, None, None, seed), chosen, method.where
+            yield CellAxes(model, name, bits, None, None, None, seed), chosen, method.where
         return
     if issubclass(kind, DataFreeBackend):
         sources: Iterable[tuple[str | None, int | None, Mapping[str, Any]]] = [(None, *one) for one in seeded]
@@ -107,7 +107,7 @@ def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[Axes,
     for (bits, components, stored, where), group_size, (source, seed, chosen) in product(
         _stored(grid, kind.default_bits), grid.group_sizes, sources
     ):
-        axes = Axes(model, name, bits, group_size.value, components, source, seed)
+        axes = CellAxes(model, name, bits, group_size.value, components, source, seed)
         yield axes, {**stored, "group_size": group_size.value, **chosen}, where
 
 

@@ -115,7 +115,14 @@ def _distributions() -> Mapping[str, list[str]]:
     return packages_distributions()
 
 
-class _Module(NamedTuple):
+class CodeFile(NamedTuple):
+    """What a file of code says.
+
+    Attributes:
+        fingerprint: SHA-256 of its syntax tree, without comments and docstrings.
+        imports: Long names of what may be modules.
+    """
+
     fingerprint: str
     imports: tuple[str, ...]
 
@@ -128,22 +135,23 @@ def _spec(name: str) -> ModuleSpec | None:
     return None if parent and (outer is None or outer.submodule_search_locations is None) else find_spec(name)
 
 
-def _module(name: str) -> _Module | None:
+def _module(name: str) -> CodeFile | None:
     found = _spec(name)
     if found is None or not found.origin or not found.origin.endswith(".py"):
         return None
     path = Path(found.origin)
-    return _parsed(path, path.stat().st_mtime_ns, path.stat().st_size)
+    return parsed_module(path, path.stat().st_mtime_ns, path.stat().st_size)
 
 
 @cache
-def _parsed(path: Path, _changed: int, _size: int) -> _Module:
+def parsed_module(path: Path, changed: int, size: int) -> CodeFile:
+    """Read a file of code; `changed` (ns since the epoch) and `size` (bytes) tell when what is remembered holds."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imports = tuple(dict.fromkeys(name for node in ast.walk(tree) for name in _imported(node)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [one for one in node.body if not _is_text(one)]
-    return _Module(hashing.of_bytes(ast.dump(tree).encode()), imports)
+    return CodeFile(hashing.of_bytes(ast.dump(tree).encode()), imports)
 
 
 def _is_text(node: ast.stmt) -> bool:

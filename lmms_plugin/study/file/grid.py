@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from lmms_plugin.analysis.study_files import place
 from lmms_plugin.quant_backends import model_name
-from lmms_plugin.utils.validation import Expected, Whole, refused, validated
+from lmms_plugin.utils.reading.validation import Expected, Whole, refused, validated
 
 Count = Annotated[Whole, Field(ge=1), Expected("a whole number from 1")]
 
@@ -43,7 +43,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Axes:
+class CellAxes:
     """Where a cell stands in the study. None where an axis does not apply to it; bits are 16 without quantization."""
 
     model: str
@@ -73,7 +73,7 @@ class Cell:
         resources: It needs.
     """
 
-    axes: Axes
+    axes: CellAxes
     backend: str
     arguments: Mapping[str, Any]
     tasks: tuple[str, ...]
@@ -123,8 +123,3 @@ def gpus_needed(cell: Cell, there: int) -> int:
     """
     resources = cell.resources
     return (resources.processes if there else 0) if resources.gpus is None else resources.gpus
-
-
-def place(about: Mapping[str, Any]) -> str:
-    """What tells a cell from the others of its study, of what `cell.json` says: axes, tasks in any order, limit."""
-    return json.dumps([about.get("axes"), sorted(about.get("tasks", ())), about.get("limit")], sort_keys=True)

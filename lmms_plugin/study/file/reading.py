@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lmms_plugin.study.file import analyses
 from lmms_plugin.study.file.asked import located
 from lmms_plugin.study.file.schema import At, Crossed, Grid, Study, StudyFile
-from lmms_plugin.study.verdicts import conclusions
-from lmms_plugin.utils.located import Entry, load
+from lmms_plugin.utils.reading.located import Entry, load
 
 
 def read(file: Path) -> Study:
@@ -39,7 +39,7 @@ def _checked(analysis: Entry | None) -> Entry | None:
         if not analysis.is_mapping:
             raise analysis.wrong("a mapping")
         try:
-            conclusions.check(analysis.plain())
+            analyses.question(analysis.plain())
         except ValueError as error:
             raise located(error, analysis) from error
     return analysis

@@ -25,10 +25,10 @@ from lmms_plugin.quant_backends import names, option_types
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.quant_backends.plans.specs import Bits
-from lmms_plugin.study.file.grid import Axes, Count, Resources
-from lmms_plugin.utils.located import Entry
+from lmms_plugin.study.file.grid import CellAxes, Count, Resources
+from lmms_plugin.utils.reading.located import Entry
+from lmms_plugin.utils.reading.validation import UNNAMED, Expected, OneOf, Schema, Text, Whole, left_out, refused
 from lmms_plugin.utils.suggest import near
-from lmms_plugin.utils.validation import UNNAMED, Expected, OneOf, Schema, Text, Whole, left_out, refused
 
 T = TypeVar("T")
 ALL = ("vision", "connector", "language")
@@ -52,7 +52,7 @@ class _Where:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         (kind,) = get_args(source)
-        whole = isinstance(kind, type) and issubclass(kind, Part)
+        whole = isinstance(kind, type) and issubclass(kind, StudyPart)
 
         def made(entry: Entry, check: Callable[[Any], T]) -> At[T]:
             return At(check(entry if whole else entry.plain()), entry.where)
@@ -60,7 +60,7 @@ class _Where:
         return core_schema.no_info_wrap_validator_function(made, handler.generate_schema(kind))
 
 
-class Part(Schema):
+class StudyPart(Schema):
     """A part of a study file; fields with places are read from entries, all others from plain values."""
 
     @model_validator(mode="before")
@@ -337,7 +337,7 @@ class Exclusion(Schema):
             raise ValueError(f"expected one of {', '.join(Exclusion.model_fields)}, got nothing")
         return self
 
-    def matches(self, axes: Axes) -> bool:
+    def matches(self, axes: CellAxes) -> bool:
         """Whether it speaks about a cell."""
         return all(getattr(axes, axis) in getattr(self, axis) for axis in self.model_fields_set - {"task"})
 
@@ -364,7 +364,7 @@ GroupSize = Annotated[
 Seed = Annotated[Whole, Field(ge=0), Expected("a whole number from 0")]
 
 
-class Crossed(Part):
+class Crossed(StudyPart):
     """Axes whose product is run, and how.
 
     Attributes:

@@ -19,7 +19,7 @@ from lmms_plugin.study.file.fingerprints import HUB_ID, attribute, of_value, rev
 from lmms_plugin.tasks.registry import task_files
 from lmms_plugin.tasks.sources.data_source import located
 from lmms_plugin.utils import hashing, variables
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 from lmms_plugin.utils.suggest import near
 
 
@@ -75,7 +75,7 @@ def _documents(config: Mapping[str, Any]) -> int | None:
     if local is None and isinstance(path, str) and Path(path).is_dir():
         local = sorted(map(str, Path(path).glob(f"{split}*.parquet")))
     if local:
-        return sum(_rows(file, expressions=GROUNDING.record in metrics) for file in local)
+        return sum(count_rows(file, expressions=GROUNDING.record in metrics) for file in local)
     found: int | None = _published_sizes().get(path, {}).get(split)
     return found
 
@@ -84,7 +84,7 @@ def _metrics(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(entry["metric"] for entry in config.get("metric_list") or ())
 
 
-def _rows(file: str, *, expressions: bool) -> int:
+def count_rows(file: str, *, expressions: bool) -> int:
     """Rows of a file, or what they ask for in RefCOCO+'s schema, where a row is an object with several expressions."""
     with readable(file):
         stored = parquet.ParquetFile(file)
@@ -100,7 +100,7 @@ def _published_sizes() -> Mapping[Any, Mapping[Any, int]]:
     return found
 
 
-def _single(name: str, ours: Mapping[str, task_files.Source]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _single(name: str, ours: Mapping[str, task_files.TaskSource]) -> Iterator[tuple[str, dict[str, Any]]]:
     config = ours[name].configuration
     members = config.get("task")
     yield name, config

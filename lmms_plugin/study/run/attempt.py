@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 from lmms_plugin import harness_log
 from lmms_plugin.analysis import logs
+from lmms_plugin.analysis.study_files import LOG
+from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.tasks import known
-from lmms_plugin.study.store.folder import LOG
-from lmms_plugin.utils import guard, installed
+from lmms_plugin.utils.processes import guard, installed
 from lmms_plugin.utils.variables import PREFIX
 
-REPORT = "quant_report.json"
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
 
 
@@ -175,7 +175,7 @@ class Attempt:
         problem = f"{' and '.join(changed)} changed while it ran" if changed else None
         if self.timed_out:
             problem = problem or f"it took longer than its timeout of {self.keyed.cell.resources.timeout} s"
-        problem = problem or _problem(self.keyed.cell, self.folder, status)
+        problem = problem or problem_of(self.keyed.cell, self.folder, status)
         return Outcome(problem, status, done, self._tail(), tuple(changed))
 
     def _tail(self) -> str:
@@ -187,7 +187,7 @@ def _log(folder: Path) -> str:
     return (folder / LOG).read_text(encoding="utf-8", errors="replace")
 
 
-def _problem(cell: Cell, folder: Path, status: int) -> str | None:
+def problem_of(cell: Cell, folder: Path, status: int) -> str | None:
     """Why a folder does not hold the whole results of a cell; None if it does."""
     try:
         files = [] if status else logs.find(folder)

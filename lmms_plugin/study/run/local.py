@@ -24,7 +24,7 @@ _FREEZE = "To run a study from a copy that stays as it is: docs/studies.md"
 
 
 @dataclass
-class _Work:
+class _LocalWork:
     attempt: Attempt
     lock: Lock
     gpus: tuple[str, ...]
@@ -45,7 +45,7 @@ class LocalRunner:
     jobs: int
     gpus: list[str]
     key: Callable[[Cell], Keyed]
-    _working: list[_Work] = field(default_factory=list)
+    _working: list[_LocalWork] = field(default_factory=list)
     _changes: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> None:
@@ -87,7 +87,7 @@ class LocalRunner:
             elif isinstance(claim, Lock):
                 self._working.append(self._start(keyed, claim))
 
-    def _start(self, keyed: Keyed, lock: Lock) -> _Work:
+    def _start(self, keyed: Keyed, lock: Lock) -> _LocalWork:
         taken = {gpu for work in self._working for gpu in work.gpus}
         gpus = tuple(gpu for gpu in self.gpus if gpu not in taken)[: gpus_needed(keyed.cell, len(self.gpus))]
         threads = (
@@ -96,7 +96,7 @@ class LocalRunner:
         work = self.recorder.folder.begin(keyed.id)
         attempt = Attempt.start(keyed, work, gpus=gpus, threads=threads, inherited=(lock.descriptor,))
         self.recorder.watcher.started(keyed.id)
-        return _Work(attempt, lock, gpus)
+        return _LocalWork(attempt, lock, gpus)
 
     def _settle(self, waiting: deque[Cell]) -> None:
         for work in self._working:
@@ -106,7 +106,7 @@ class LocalRunner:
             self._working.remove(work)
             work.lock.release()
 
-    def _record(self, work: _Work, waiting: deque[Cell]) -> None:
+    def _record(self, work: _LocalWork, waiting: deque[Cell]) -> None:
         keyed, outcome = work.attempt.keyed, work.attempt.outcome()
         again = self._changes.get(keyed.cell.question, 0)
         if outcome.changed and again < _MOST_CHANGES:

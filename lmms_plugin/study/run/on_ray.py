@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmms_plugin.analysis.study_files import LOG
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.run.attempt import Attempt, Outcome
 from lmms_plugin.study.run.recording import Recorder, Taken
-from lmms_plugin.study.store.folder import LOG, Lock
+from lmms_plugin.study.store.folder import Lock
 from lmms_plugin.utils.variables import PREFIX
 
 RETRIES = 3
@@ -99,7 +100,7 @@ class _Starts:
         return new
 
 
-class _Work(NamedTuple):
+class _RayWork(NamedTuple):
     keyed: Keyed
     lock: Lock
 
@@ -117,7 +118,7 @@ class RayRunner:
     recorder: Recorder
     key: Callable[[Cell], Keyed]
     needed: Callable[[Cell], int]
-    _working: dict[Any, _Work] = field(default_factory=dict)
+    _working: dict[Any, _RayWork] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Bring all cells to an end, finished or failed; an interruption cancels what is under way.
@@ -163,7 +164,7 @@ class RayRunner:
                 # Ray tries again what a lost worker was doing; an error in our own code would only come again.
                 options = {"max_retries": RETRIES, "retry_exceptions": False, "name": keyed.id}
                 task = ray.remote(evaluate).options(num_cpus=_cpus(cell), num_gpus=gpus, **options)
-                self._working[task.remote(keyed, gpus, starts.add)] = _Work(keyed, claim)
+                self._working[task.remote(keyed, gpus, starts.add)] = _RayWork(keyed, claim)
         return elsewhere
 
     def _settle(self, ray: Any, starts: Any) -> None:
@@ -228,7 +229,7 @@ def connect(address: str) -> Cluster:
     """
     ray = require("ray", extra="ray", user="study run --ray")
     if not ray.is_initialized():
-        environment = {"env_vars": _forwarded(os.environ)}
+        environment = {"env_vars": forwarded(os.environ)}
         # Workers look for modules first in the folder where Ray is joined, and a checkout would hide what is installed.
         with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
             ray.init(address=address, log_to_driver=False, runtime_env=environment)
@@ -236,7 +237,7 @@ def connect(address: str) -> Cluster:
     return Cluster(int(has.get("GPU", 0)), int(has.get("CPU", 0)))
 
 
-def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables that workers need as they are here; secrets stay here."""
     named = {name for name in environment if name.startswith(PREFIX)} | set(_FORWARDED)
     return {name: environment[name] for name in sorted(named) if name in environment}

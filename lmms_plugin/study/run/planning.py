@@ -19,11 +19,11 @@ from lmms_plugin.study.run.local import visible_gpus
 from lmms_plugin.study.run.progress import duration
 from lmms_plugin.study.run.weights import Size, size
 from lmms_plugin.study.store.folder import StudyFolder
-from lmms_plugin.study.verdicts import conclusions
+from lmms_plugin.study.verdicts import judging
 from lmms_plugin.utils.messages import command_line, counted
 
 
-class Planned(NamedTuple):
+class PlannedCell(NamedTuple):
     """A cell of a plan.
 
     Attributes:
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
     """
 
     study: Study
-    cells: tuple[Planned, ...]
+    cells: tuple[PlannedCell, ...]
     others: tuple[str, ...]
 
     @property
@@ -134,7 +134,7 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
         needed = gpus_needed(cell, there)
         large = size(cell, cuda=needed > 0)
         took = measured or cost.seconds(cell, past, large.parameters, cuda=needed > 0)
-        found.append(Planned(one, state, took, large, needed, damage))
+        found.append(PlannedCell(one, state, took, large, needed, damage))
     ids = {one.keyed.id for one in found}
     others = () if folder is None else tuple(one for one in folder.finished() if one not in ids)
     return Plan(study, tuple(found), others)
@@ -154,7 +154,7 @@ def _expect_what_is_asked(study: Study, planned: Sequence[Cell]) -> None:
     if study.asked is None:
         return
     try:
-        conclusions.expect(study.asked.plain(), planned)
+        judging.expect(study.asked.plain(), planned)
     except ValueError as error:
         raise located(error, study.asked) from error
 

@@ -16,7 +16,7 @@ def duration(seconds: float) -> str:
 
 
 @dataclass
-class Progress:
+class StudyProgress:
     """Cells done, running and failed, and the time left.
 
     Attributes:

@@ -14,7 +14,7 @@ from lmms_plugin.quant_backends.backend import CheckpointBackend
 from lmms_plugin.quant_backends.plans.plan import Component, QuantSpec
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.study.file.grid import Cell
-from lmms_plugin.utils.readable import readable
+from lmms_plugin.utils.reading.readable import readable
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SCALE_AND_ZERO = 2

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.analysis import accounts
-from lmms_plugin.study.file.grid import place
+from lmms_plugin.analysis import study_files
+from lmms_plugin.analysis.study_files import CELL, CELLS, DONE, FAILED, FAILURES, LOG, STUDY, place
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import (
     State,
@@ -29,9 +29,9 @@ from lmms_plugin.utils.files import (
     sync_folder,
     write_json,
 )
+from lmms_plugin.utils.reading import accounts
 
-STUDY, CELL, DONE, FAILED, LOG = "study.yaml", "cell.json", "done.json", "failed.json", "log.txt"
-CELLS, MEASURED = "cells", ".measured"
+MEASURED = ".measured"
 _LOCK, _UNFINISHED, _STATES = ".lock", ".unfinished", "files.json"
 
 
@@ -95,7 +95,7 @@ class StudyFolder:
 
     def failed_path(self, cell: str) -> Path:
         """Where the account of a cell that failed lies."""
-        return self.path / "failed" / cell
+        return self.path / FAILURES / cell
 
     def is_done(self, cell: str) -> bool:
         """Whether a cell is finished, and all its files are as they were then."""
@@ -155,7 +155,7 @@ class StudyFolder:
         if self.is_done(cell):
             return None
         try:
-            return {"problem": "unknown"} | accounts.read(self.failed_path(cell) / FAILED, accounts.Failed)
+            return {"problem": "unknown"} | accounts.read(self.failed_path(cell) / FAILED, study_files.FailureAccount)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -181,12 +181,12 @@ class StudyFolder:
             raise ValueError(f"expected a folder for the study, got the file {self.path}")
         if self._is_of_something_else():
             raise ValueError(f"expected an empty folder or one of a study (with study.yaml in it), got {self.path}")
-        for ours in (CELLS, "failed", self.running.name, self.superseded.name, MEASURED):
+        for ours in (CELLS, FAILURES, self.running.name, self.superseded.name, MEASURED):
             if (self.path / ours).is_symlink():
                 raise ValueError(f"expected a folder of the study itself, got the link {self.path / ours}")
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / STUDY, study_file.read_text(encoding="utf-8"))
-        for folder in (self.path / CELLS, self.path / "failed", self.running):
+        for folder in (self.path / CELLS, self.path / FAILURES, self.running):
             folder.mkdir(exist_ok=True)
         for left in sorted(self.running.iterdir()):
             self._clear(left)
@@ -198,7 +198,7 @@ class StudyFolder:
         """Whether the folder holds what no study's has; a runner that is starting may not have come to its file yet."""
         if not self.path.is_dir():
             return False
-        ours = (CELLS, "failed", self.running.name)
+        ours = (CELLS, FAILURES, self.running.name)
         foreign = [
             one
             for one in self.path.iterdir()
@@ -303,7 +303,7 @@ class StudyFolder:
 
     def _forget_failures(self, about: Mapping[str, Any]) -> None:
         """Remove accounts of failures at what is finished now, whatever code, data or settings they were with."""
-        for file in (self.path / "failed").glob(f"*/{CELL}"):
+        for file in (self.path / FAILURES).glob(f"*/{CELL}"):
             with contextlib.suppress(FileNotFoundError, ValueError):
                 if place(self.about(file.parent)) == place(about):
                     _remove(file.parent)
@@ -349,7 +349,7 @@ class StudyFolder:
         Raises:
             ValueError: If it is damaged.
         """
-        return accounts.read(folder / CELL, accounts.About)
+        return accounts.read(folder / CELL, study_files.About)
 
     @staticmethod
     def done_in(folder: Path) -> dict[str, Any]:
@@ -358,7 +358,7 @@ class StudyFolder:
         Raises:
             ValueError: If it is damaged.
         """
-        return accounts.read(folder / DONE, accounts.Done)
+        return accounts.read(folder / DONE, study_files.Done)
 
     def done(self, cell: str) -> dict[str, Any]:
         """What `done.json` of a finished cell says."""

@@ -6,7 +6,8 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any
 
-from lmms_plugin.study.store.folder import CELLS, DONE, STUDY, StudyFolder
+from lmms_plugin.analysis.study_files import CELLS, DONE, STUDY
+from lmms_plugin.study.store.folder import StudyFolder
 
 
 @dataclass(frozen=True)

@@ -11,65 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import AfterValidator
+from typing import Any, NamedTuple
 
 from lmms_plugin.analysis import comparison
-from lmms_plugin.analysis.measure import PRINTED, Settings
-from lmms_plugin.analysis.records import KINDS
-from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
-from lmms_plugin.study.file.asked import Estimator, Level, Margin, Names, Resamples, Seed, expect_metrics
-from lmms_plugin.study.file.grid import Axes
+from lmms_plugin.study.file.analyses import AgainstReference
+from lmms_plugin.study.file.asked import expect_metrics
+from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.verdicts import published
-from lmms_plugin.study.verdicts.arms import UNTOUCHED, Cell, expect_places, one_reference, read_cells, select
-from lmms_plugin.study.verdicts.conclusions import Conclusion, Planned
-from lmms_plugin.utils.suggest import near
-from lmms_plugin.utils.validation import Text, refused, validated
-
-COMPARED = frozenset(kind.named(PRINTED.get(name, name)) for kind in KINDS for name in comparison.compared(kind))
-"""Metrics of `lmms-plugin compare`."""
+from lmms_plugin.study.verdicts.arms import UNTOUCHED, FinishedCell, expect_places, one_reference, read_cells, select
+from lmms_plugin.study.verdicts.conclusions import Conclusion, ExpectedCell
 
 
-def _compared(metrics: tuple[str, ...]) -> tuple[str, ...]:
-    for number, metric in enumerate(metrics):
-        if metric not in COMPARED:
-            expected = f"expected metrics that are compared ({', '.join(sorted(COMPARED))})"
-            raise refused(f"{expected}, got {metric!r}{near(metric, COMPARED)}", number, value=metric)
-    return metrics
-
-
-@validated
-class Question:
-    """What is asked of a study.
-
-    Attributes:
-        question: In words.
-        metrics: As in `lmms-plugin compare`.
-        tasks: Which; empty for all of ours.
-        margin: Largest difference that counts as none; None to leave equivalence out.
-        level: Confidence level of the intervals.
-        resamples: Of the images.
-        seed: Of the resamples.
-        estimator: Confidence estimator; None for that of the kind of task.
-    """
-
-    question: Text
-    metrics: Annotated[Names, AfterValidator(_compared)]
-    tasks: Names = ()
-    margin: Margin | None = None
-    level: Level = 0.95
-    resamples: Resamples = RESAMPLES
-    seed: Seed = 0
-    estimator: Estimator | None = None
-
-    def settings(self, workers: int) -> Settings:
-        """As the comparison takes them."""
-        return Settings(self.estimator, self.resamples, self.seed, self.level, workers=workers)
-
-
-class Row(NamedTuple):
+class ReferenceRow(NamedTuple):
     """One metric of one task of one cell.
 
     Attributes:
@@ -79,13 +33,13 @@ class Row(NamedTuple):
         published_reference: The same of the unquantized model.
     """
 
-    axes: Axes
+    axes: CellAxes
     change: comparison.Change
     published: published.Published | None
     published_reference: published.Published | None
 
 
-def expect(question: Question, cells: Sequence[Planned]) -> None:
+def expect(question: AgainstReference, cells: Sequence[ExpectedCell]) -> None:
     """Refuse a study that will lack tasks, metrics or the unquantized model of one of its checkpoints.
 
     Raises:
@@ -103,7 +57,7 @@ def expect(question: Question, cells: Sequence[Planned]) -> None:
             )
 
 
-def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:
+def conclude(study: Path, question: AgainstReference, only: Collection[str] | None, workers: int) -> list[Conclusion]:
     """Compare every cell with the unquantized model of its checkpoint.
 
     Raises:
@@ -114,9 +68,9 @@ def conclude(study: Path, question: Question, only: Collection[str] | None, work
     return [_of_one_model(select(cells, {"model": model}), question, workers) for model in models]
 
 
-def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Conclusion:
+def _of_one_model(cells: Sequence[FinishedCell], question: AgainstReference, workers: int) -> Conclusion:
     reference = one_reference(cells)
-    rows: list[Row] = []
+    rows: list[ReferenceRow] = []
     for cell in cells:
         if cell is reference:
             continue
@@ -144,14 +98,14 @@ def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Co
     )
 
 
-def _row(axes: Axes, change: comparison.Change) -> Row:
+def _row(axes: CellAxes, change: comparison.Change) -> ReferenceRow:
     def known(method: str) -> published.Published | None:
         return published.score(axes.model, change.task, method, axes.bits, change.metric, axes.components)
 
-    return Row(axes, change, known(axes.method), known(UNTOUCHED))
+    return ReferenceRow(axes, change, known(axes.method), known(UNTOUCHED))
 
 
-def _adjusted(rows: Sequence[Row]) -> list[Row]:
+def _adjusted(rows: Sequence[ReferenceRow]) -> list[ReferenceRow]:
     adjusted = list(rows)
     for metric in {row.change.metric for row in rows}:
         places = [k for k, row in enumerate(rows) if row.change.metric == metric]
@@ -160,7 +114,7 @@ def _adjusted(rows: Sequence[Row]) -> list[Row]:
     return adjusted
 
 
-def _told(task: str, metric: str, rows: Sequence[Row], question: Question) -> str:
+def _told(task: str, metric: str, rows: Sequence[ReferenceRow], question: AgainstReference) -> str:
     of_metric = [row for row in rows if (row.change.task, row.change.metric) == (task, metric)]
     shown = [row for row in of_metric if row.change.p_holm < 1 - question.level]
     none = [row for row in of_metric if row not in shown]
@@ -171,7 +125,7 @@ def _told(task: str, metric: str, rows: Sequence[Row], question: Question) -> st
     return told + "."
 
 
-def _table(task: str, rows: Sequence[Row], question: Question) -> dict[str, Any]:
+def _table(task: str, rows: Sequence[ReferenceRow], question: AgainstReference) -> dict[str, Any]:
     columns = ["method", "metric", "unquantized", "quantized", "difference", "p (Holm)", "records"]
     with_published = any(row.published for row in rows if row.change.task == task)
     if with_published:
@@ -189,7 +143,7 @@ def _table(task: str, rows: Sequence[Row], question: Question) -> dict[str, Any]
     return {"title": f"{task}: against the unquantized model", "columns": columns, "rows": body}
 
 
-def _label(axes: Axes) -> str:
+def _label(axes: CellAxes) -> str:
     parts = [axes.method, f"{axes.bits} bits", axes.components, axes.calibration]
     parts += [f"seed {axes.seed}"] if axes.seed else []
     return " ".join(str(part) for part in parts if part is not None)

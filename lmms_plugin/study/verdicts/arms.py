@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.analysis.logs import Run, read_one
+from lmms_plugin.analysis.logs import LoggedRun, read_one
 from lmms_plugin.analysis.records import REJECTION, TaskRecords, match
+from lmms_plugin.analysis.study_files import CELLS, DONE
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
 from lmms_plugin.metrics.sums import Means
-from lmms_plugin.study.file.grid import Axes
-from lmms_plugin.study.store.folder import CELLS, DONE, StudyFolder
+from lmms_plugin.study.file.analyses import AXES
+from lmms_plugin.study.file.grid import CellAxes
+from lmms_plugin.study.store.folder import StudyFolder
 
 Floats = npt.NDArray[np.float64]
 NUMBERS = ("accuracy", "mean_iou", "ece")
@@ -34,11 +36,8 @@ UNTOUCHED = "none"
 """Method of the cell with the unquantized model."""
 
 
-AXES = tuple(field.name for field in fields(Axes))
-
-
 @dataclass(frozen=True, eq=False)
-class Cell:
+class FinishedCell:
     """A finished cell.
 
     Attributes:
@@ -48,8 +47,8 @@ class Cell:
     """
 
     name: str
-    axes: Axes
-    run: Run
+    axes: CellAxes
+    run: LoggedRun
 
 
 class _HasAxes(Protocol):
@@ -62,7 +61,7 @@ Placed = TypeVar("Placed", bound=_HasAxes)
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ResampledNumber:
     """A number and its values on every resample; adding and scaling keep them paired.
 
     Attributes:
@@ -73,13 +72,13 @@ class Drawn:
     value: float
     resampled: Floats = field(repr=False)
 
-    def __sub__(self, other: Drawn) -> Drawn:
-        return Drawn(self.value - other.value, self.resampled - other.resampled)
+    def __sub__(self, other: ResampledNumber) -> ResampledNumber:
+        return ResampledNumber(self.value - other.value, self.resampled - other.resampled)
 
-    def __truediv__(self, other: Drawn) -> Drawn:
+    def __truediv__(self, other: ResampledNumber) -> ResampledNumber:
         """The ratio; NaN where the other is 0."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return Drawn(
+            return ResampledNumber(
                 self.value / other.value if other.value else float("nan"),
                 np.where(other.resampled == 0.0, np.nan, self.resampled / other.resampled),
             )
@@ -89,9 +88,11 @@ class Drawn:
         return from_resamples(self.value, self.resampled, METHODS.get(number, "percentile"), level, margin)
 
 
-def mean(parts: Sequence[Drawn]) -> Drawn:
+def mean(parts: Sequence[ResampledNumber]) -> ResampledNumber:
     """The mean of some numbers, resample by resample."""
-    return Drawn(float(np.mean([part.value for part in parts])), np.mean([part.resampled for part in parts], axis=0))
+    return ResampledNumber(
+        float(np.mean([part.value for part in parts])), np.mean([part.resampled for part in parts], axis=0)
+    )
 
 
 def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
@@ -113,28 +114,28 @@ def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
     return [there[name] for name in wanted]
 
 
-def read_cells(study: Path, only: Collection[str] | None = None) -> list[Cell]:
+def read_cells(study: Path, only: Collection[str] | None = None) -> list[FinishedCell]:
     """The finished cells of a study, by name; arguments as of `folders`.
 
     Raises:
         ValueError: There are none, one does not read, or two stand at the same place of the study.
     """
-    found: list[Cell] = []
-    places: dict[Axes, str] = {}
+    found: list[FinishedCell] = []
+    places: dict[CellAxes, str] = {}
     for folder in folders(study, only):
         given = StudyFolder.about(folder).get("axes", {})
-        axes = Axes(**{name: given.get(name) for name in AXES})
+        axes = CellAxes(**{name: given.get(name) for name in AXES})
         if axes in places:
             raise ValueError(
                 f"expected one cell for each place of the study, got {places[axes]} and {folder.name}, which differ in"
                 " what they ran (see their cell.json): name the study file, or remove one of them"
             )
         places[axes] = folder.name
-        found.append(Cell(folder.name, axes, read_one(folder)))
+        found.append(FinishedCell(folder.name, axes, read_one(folder)))
     return found
 
 
-class Resampled:
+class ResampledCells:
     """Numbers of many cells on the same documents, resampled together.
 
     Args:
@@ -151,7 +152,7 @@ class Resampled:
 
     def __init__(
         self,
-        cells: Sequence[Cell],
+        cells: Sequence[FinishedCell],
         tasks: Sequence[str],
         *,
         estimator: str | None = None,
@@ -177,26 +178,26 @@ class Resampled:
                 places += [(cell.name, task)] * len(made)
         drawn = bootstrap(statistics, self.images, resamples=resamples, seed=seed, workers=workers)
         self._numbers = {
-            (*place, name): Drawn(*draws.of(name))
+            (*place, name): ResampledNumber(*draws.of(name))
             for place, draws in zip(places, drawn, strict=True)
             for name in draws.names
             if name in NUMBERS
         }
 
-    def of(self, cell: Cell, task: str, number: str = "accuracy") -> Drawn:
+    def of(self, cell: FinishedCell, task: str, number: str = "accuracy") -> ResampledNumber:
         """A number of one cell on one task; NaN where the cell tells no confidence."""
-        missing = Drawn(float("nan"), np.full(self._resamples, np.nan))
+        missing = ResampledNumber(float("nan"), np.full(self._resamples, np.nan))
         return self._numbers.get((cell.name, task, number), missing)
 
-    def over(self, cells: Sequence[Cell], tasks: Sequence[str], number: str = "accuracy") -> Drawn:
+    def over(self, cells: Sequence[FinishedCell], tasks: Sequence[str], number: str = "accuracy") -> ResampledNumber:
         """The mean over tasks, seeds, and then everything else that tells the cells apart."""
         return mean([mean([self._over_seeds(seeds, task, number) for task in tasks]) for seeds in by_seed(cells)])
 
-    def _over_seeds(self, cells: Sequence[Cell], task: str, number: str) -> Drawn:
+    def _over_seeds(self, cells: Sequence[FinishedCell], task: str, number: str) -> ResampledNumber:
         drawn = [self.of(cell, task, number) for cell in cells]
         weights = self._seed_weights(cells[0].axes.calibration, tuple(cell.axes.seed for cell in cells))
         resampled = np.einsum("sr,sr->r", weights, np.stack([one.resampled for one in drawn]))
-        return Drawn(float(np.mean([one.value for one in drawn])), resampled)
+        return ResampledNumber(float(np.mean([one.value for one in drawn])), resampled)
 
     def _seed_weights(self, calibration: str | None, seeds: tuple[int | None, ...]) -> Floats:
         """How much each seed counts on each resample, shape (seeds, resamples); sums to 1."""
@@ -212,15 +213,15 @@ class Resampled:
         return self._weights[key]
 
 
-def by_seed(cells: Sequence[Cell]) -> list[list[Cell]]:
+def by_seed(cells: Sequence[FinishedCell]) -> list[list[FinishedCell]]:
     """Cells that differ in their seed alone, together."""
-    groups: dict[Axes, list[Cell]] = defaultdict(list)
+    groups: dict[CellAxes, list[FinishedCell]] = defaultdict(list)
     for cell in cells:
         groups[replace(cell.axes, seed=None)].append(cell)
     return [sorted(group, key=lambda cell: cell.axes.seed or 0) for group in groups.values()]
 
 
-def flipped(cells: Sequence[Cell], reference: Cell, tasks: Sequence[str]) -> tuple[float, float] | None:
+def flipped(cells: Sequence[FinishedCell], reference: FinishedCell, tasks: Sequence[str]) -> tuple[float, float] | None:
     """Answers lost and won against the reference as shares of all documents, mean over cells and tasks.
 
     None for tasks without right and wrong.
@@ -237,7 +238,7 @@ def flipped(cells: Sequence[Cell], reference: Cell, tasks: Sequence[str]) -> tup
     return float(lost), float(won)
 
 
-def parse_rate(cells: Sequence[Cell], tasks: Sequence[str]) -> float:
+def parse_rate(cells: Sequence[FinishedCell], tasks: Sequence[str]) -> float:
     """Share of answers that hold a box, mean over cells and tasks."""
     records = [_records(cell, task) for cell in cells for task in tasks]
     return float(np.mean([r.parsed[r.reported].mean() for r in records]))
@@ -278,7 +279,7 @@ def _is_in(value: Any, wanted: Any) -> bool:
     return value in wanted if isinstance(wanted, list | tuple) else value == wanted
 
 
-def _records(cell: Cell, task: str) -> TaskRecords:
+def _records(cell: FinishedCell, task: str) -> TaskRecords:
     if task not in cell.run.tasks:
         answered = ", ".join(sorted(cell.run.tasks)) or "none of ours"
         raise ValueError(f"expected task {task} in cell {cell.name}, got {answered}")

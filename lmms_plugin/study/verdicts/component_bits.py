@@ -13,35 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.analysis import component_importance
-from lmms_plugin.study.file.asked import Names, Resamples, Seed, expect_metrics
+from lmms_plugin.study.file.analyses import ComponentBits
+from lmms_plugin.study.file.asked import expect_metrics
 from lmms_plugin.study.verdicts import published
 from lmms_plugin.study.verdicts.arms import folders
-from lmms_plugin.study.verdicts.conclusions import Conclusion, Planned
-from lmms_plugin.utils.validation import Text, validated
+from lmms_plugin.study.verdicts.conclusions import Conclusion, ExpectedCell
 
 FIGURES = "figures"
 
 
-@validated
-class Question:
-    """What is asked of a study.
-
-    Attributes:
-        question: In words.
-        metrics: As in lmms-eval's table.
-        tasks: Which; empty for all.
-        resamples: Of the cells, for intervals.
-        seed: Of forests, permutations and resamples.
-    """
-
-    question: Text
-    metrics: Names
-    tasks: Names = ()
-    resamples: Resamples = component_importance.RESAMPLES
-    seed: Seed = 0
-
-
-def expect(question: Question, cells: Sequence[Planned]) -> None:
+def expect(question: ComponentBits, cells: Sequence[ExpectedCell]) -> None:
     """Refuse a study that will lack tasks or metrics of the question.
 
     Raises:
@@ -50,13 +31,13 @@ def expect(question: Question, cells: Sequence[Planned]) -> None:
     expect_metrics(question.metrics, question.tasks, [cell.tasks for cell in cells])
 
 
-def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:
+def conclude(study: Path, question: ComponentBits, only: Collection[str] | None, workers: int) -> list[Conclusion]:
     """Importances of the components for every model, method, task and metric; each is also drawn below `figures/`.
 
     Raises:
         ValueError: There are no cells, or too few that differ in bits.
     """
-    cells: list[component_importance.Cell] = []
+    cells: list[component_importance.ComponentCell] = []
     for folder in folders(study, only):
         read, left_out = component_importance.read(folder)
         if left_out:
@@ -69,11 +50,13 @@ def conclude(study: Path, question: Question, only: Collection[str] | None, work
     return [_concluded(grid, study, question, workers) for grid in wanted]
 
 
-def _is_asked(grid: component_importance.Grid, question: Question) -> bool:
+def _is_asked(grid: component_importance.ComponentGrid, question: ComponentBits) -> bool:
     return not question.tasks or grid.name.split(", ")[-1].split(" ")[0] in question.tasks
 
 
-def _concluded(grid: component_importance.Grid, study: Path, question: Question, workers: int) -> Conclusion:
+def _concluded(
+    grid: component_importance.ComponentGrid, study: Path, question: ComponentBits, workers: int
+) -> Conclusion:
     found = component_importance.analyse(grid, resamples=question.resamples, seed=question.seed, workers=workers)
     component_importance.draw(found, study / FIGURES / f"components_{grid.file_name}.png")
     method, _, rest = grid.name.partition(" ")
@@ -93,7 +76,7 @@ def _concluded(grid: component_importance.Grid, study: Path, question: Question,
     )
 
 
-def _table(found: component_importance.Sensitivity, known: Mapping[str, float]) -> dict[str, Any]:
+def _table(found: component_importance.ComponentSensitivity, known: Mapping[str, float]) -> dict[str, Any]:
     columns = [
         "component",
         *component_importance.MEASURES,

@@ -23,22 +23,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import AfterValidator, Field
 
-from lmms_plugin.metrics.bootstrap import RESAMPLES
 from lmms_plugin.metrics.paired import Difference, holm
-from lmms_plugin.study.file.asked import AskedError, Estimator, Level, Margin, Resamples, Seed
+from lmms_plugin.study.file.analyses import MethodByShift
+from lmms_plugin.study.file.asked import AskedError
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.verdicts.arms import (
-    AXES,
     UNTOUCHED,
-    Cell,
-    Drawn,
+    FinishedCell,
     Placed,
-    Resampled,
+    ResampledCells,
+    ResampledNumber,
     by_seed,
     expect_places,
     flipped,
@@ -47,57 +45,10 @@ from lmms_plugin.study.verdicts.arms import (
     read_cells,
     select,
 )
-from lmms_plugin.study.verdicts.conclusions import Conclusion, Planned
-from lmms_plugin.utils import suggest
-from lmms_plugin.utils.validation import Expected, Text, refused, validated
+from lmms_plugin.study.verdicts.conclusions import ExpectedCell
 
 BROKEN = 0.5
 """An arm is broken where it keeps less than this share of the unquantized model's clean accuracy."""
-
-
-def _of_axes(arm: Mapping[str, Any]) -> Mapping[str, Any]:
-    if unknown := sorted(set(arm) - set(AXES)):
-        raise suggest.unknown("axis", unknown[0], AXES)
-    return arm
-
-
-Arm = Annotated[Mapping[str, Any], AfterValidator(_of_axes)]
-"""Axis → value or values."""
-
-
-@validated
-class Question:
-    """What is asked of a study.
-
-    Attributes:
-        question: In words.
-        clean: Task without shift.
-        shifted: Tasks with shift, on the same documents; numbers are means over them.
-        arms: Name → axis → value or values; which cells belong together.
-        contrasts: Pairs of arms, the first less the second.
-        margin: Largest difference of accuracies, either way, that counts as none.
-        level: Confidence level of intervals; 1 − level is the error rate of the tests.
-        resamples: Of the images and seeds.
-        seed: Of the resamples.
-        estimator: Confidence estimator; None for that of the kind of task.
-    """
-
-    question: Text
-    clean: Annotated[Text, Expected("the name of a task")]
-    shifted: Annotated[tuple[Text, ...], Field(min_length=1), Expected("a list of at least one task")]
-    arms: Annotated[Mapping[str, Arm], Field(min_length=1)]
-    contrasts: Annotated[tuple[tuple[Text, Text], ...], Field(min_length=1), Expected("a list of pairs of arms")]
-    margin: Margin = 0.02
-    level: Level = 0.95
-    resamples: Resamples = RESAMPLES
-    seed: Seed = 0
-    estimator: Estimator | None = None
-
-    def __post_init__(self) -> None:
-        for number, pair in enumerate(self.contrasts):
-            if set(pair) - set(self.arms):
-                expected = f"expected two of {', '.join(self.arms)}"
-                raise refused(f"{expected}, got {list(pair)}", "contrasts", number, value=pair)
 
 
 class Contrast(NamedTuple):
@@ -132,7 +83,7 @@ class Contrast(NamedTuple):
     broken: tuple[str, ...]
 
 
-class Row(NamedTuple):
+class ContrastRow(NamedTuple):
     """One method with one source of calibration data at one number of bits, mean over seeds.
 
     Attributes:
@@ -181,36 +132,15 @@ class Analysis(NamedTuple):
     """
 
     model: str
-    question: Question
+    question: MethodByShift
     contrasts: list[Contrast]
-    rows: list[Row]
+    rows: list[ContrastRow]
     documents: Mapping[str, int]
     images: int
     limit: float | None
 
 
-def conclude(study: Path, question: Question, only: Collection[str] | None, workers: int) -> list[Conclusion]:
-    """Answer a question from a study's finished cells, in words and tables, for each of its models.
-
-    Raises:
-        ValueError: As `analyse`.
-    """
-    from lmms_plugin.study.verdicts import verdict
-
-    return [
-        Conclusion(
-            f"{question.question} {one.model}",
-            verdict.sentences(one),
-            verdict.findings(one),
-            verdict.tables(one),
-            [verdict.legend(question)],
-            one,
-        )
-        for one in analyse(study, question, only, workers=workers)
-    ]
-
-
-def expect(question: Question, cells: Sequence[Planned]) -> None:
+def expect(question: MethodByShift, cells: Sequence[ExpectedCell]) -> None:
     """Refuse a study that will lack cells or tasks of the question.
 
     Raises:
@@ -232,7 +162,7 @@ def expect(question: Question, cells: Sequence[Planned]) -> None:
     _expect_values(question, cells)
 
 
-def _expect_values(question: Question, cells: Sequence[Planned]) -> None:
+def _expect_values(question: MethodByShift, cells: Sequence[ExpectedCell]) -> None:
     """Refuse values of an arm that no cell has: it would be another arm than its author thinks."""
     for name, wanted in question.arms.items():
         for axis, values in wanted.items():
@@ -242,7 +172,7 @@ def _expect_values(question: Question, cells: Sequence[Planned]) -> None:
 
 
 def analyse(
-    study: Path, question: Question, only: Collection[str] | None = None, *, workers: int = 1
+    study: Path, question: MethodByShift, only: Collection[str] | None = None, *, workers: int = 1
 ) -> list[Analysis]:
     """Answer a question from a study's finished cells, for each of its models.
 
@@ -255,12 +185,12 @@ def analyse(
     return [_of_one_model(select(cells, {"model": model}), question, workers) for model in models]
 
 
-def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> Analysis:
+def _of_one_model(cells: Sequence[FinishedCell], question: MethodByShift, workers: int) -> Analysis:
     reference = one_reference(cells)
     chosen = [cell for name in question.arms for cell in _arm(cells, name, question)]
     members = list({cell.name: cell for cell in (reference, *chosen)}.values())
     tasks = (question.clean, *question.shifted)
-    drawn = Resampled(
+    drawn = ResampledCells(
         members,
         tasks,
         estimator=question.estimator,
@@ -282,14 +212,14 @@ def _of_one_model(cells: Sequence[Cell], question: Question, workers: int) -> An
     )
 
 
-def _arm(cells: Sequence[Placed], name: str, question: Question) -> list[Placed]:
+def _arm(cells: Sequence[Placed], name: str, question: MethodByShift) -> list[Placed]:
     found = select(cells, question.arms[name])
     if not found:
         raise AskedError("arms", f"no cell belongs to arm {name!r} ({dict(question.arms[name])})")
     return found
 
 
-def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: Question) -> list[int]:
+def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: MethodByShift) -> list[int]:
     bits = [_bits(_arm(cells, name, question), name) for name in pair]
     if bits[0] != bits[1]:
         told = [", ".join(map(str, sorted(each))) for each in bits]
@@ -315,14 +245,19 @@ def _bits(cells: Sequence[Placed], arm: str) -> set[int]:
 
 
 def _contrast(
-    pair: tuple[str, str], bits: int, cells: Sequence[Cell], reference: Cell, drawn: Resampled, question: Question
+    pair: tuple[str, str],
+    bits: int,
+    cells: Sequence[FinishedCell],
+    reference: FinishedCell,
+    drawn: ResampledCells,
+    question: MethodByShift,
 ) -> Contrast:
     arms = [select(_arm(cells, name, question), {"bits": bits}) for name in pair]
 
-    def judged(value: Drawn, number: str = "accuracy", margin: float | None = question.margin) -> Difference:
+    def judged(value: ResampledNumber, number: str = "accuracy", margin: float | None = question.margin) -> Difference:
         return value.judged(level=question.level, margin=margin, number=number)
 
-    def gain(tasks: Sequence[str], number: str = "accuracy") -> Drawn:
+    def gain(tasks: Sequence[str], number: str = "accuracy") -> ResampledNumber:
         return drawn.over(arms[0], tasks, number) - drawn.over(arms[1], tasks, number)
 
     clean, shifted = gain([question.clean]), gain(question.shifted)
@@ -347,25 +282,27 @@ def _contrast(
     )
 
 
-def _by_severity(reference: Cell, question: Question) -> dict[int, list[str]]:
+def _by_severity(reference: FinishedCell, question: MethodByShift) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for task in question.shifted:
         found.setdefault(int(reference.run.tasks[task].place.severity or 0), []).append(task)
     return dict(sorted(found.items()))
 
 
-def _row(cells: Sequence[Cell], reference: Cell, drawn: Resampled, question: Question) -> Row:
+def _row(
+    cells: Sequence[FinishedCell], reference: FinishedCell, drawn: ResampledCells, question: MethodByShift
+) -> ContrastRow:
     axes = cells[0].axes
     untouched = axes.method == UNTOUCHED
     shifted = [float(np.mean([drawn.of(cell, task).value for task in question.shifted])) for cell in cells]
 
-    def lost(group: Sequence[Cell]) -> Drawn:
+    def lost(group: Sequence[FinishedCell]) -> ResampledNumber:
         return drawn.over(group, question.shifted) - drawn.over(group, [question.clean])
 
     more = None
     if not untouched:
         more = (lost(cells) - lost([reference])).judged(level=question.level, margin=question.margin)
-    return Row(
+    return ContrastRow(
         axes.method,
         axes.calibration,
         axes.bits,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin.metrics.paired import Difference
+from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.verdicts.arms import UNTOUCHED
-from lmms_plugin.study.verdicts.contrasts import Analysis, Contrast, Question, Row
+from lmms_plugin.study.verdicts.conclusions import Conclusion
+from lmms_plugin.study.verdicts.contrasts import Analysis, Contrast, ContrastRow, analyse
 from lmms_plugin.utils.messages import counted
 
 SHOWN, REVERSE, EQUIVALENT, OPEN = "shown", "the opposite shown", "no difference", "not shown"
@@ -70,6 +73,25 @@ def finding(difference: Difference, p: float, level: float) -> str:
     return OPEN
 
 
+def conclude(study: Path, question: MethodByShift, only: Collection[str] | None, workers: int) -> list[Conclusion]:
+    """Answer a question from a study's finished cells, in words and tables, for each of its models.
+
+    Raises:
+        ValueError: As `analyse`.
+    """
+    return [
+        Conclusion(
+            f"{question.question} {one.model}",
+            sentences(one),
+            findings(one),
+            tables(one),
+            [legend(question)],
+            one,
+        )
+        for one in analyse(study, question, only, workers=workers)
+    ]
+
+
 def sentences(found: Analysis) -> list[str]:
     """The verdict: for each pair of arms who is right more often under shift, what explains it, and of what data."""
     return [*_answers(found), _scope(found)]
@@ -124,7 +146,7 @@ def tables(found: Analysis) -> list[dict[str, Any]]:
     ]
 
 
-def legend(question: Question) -> str:
+def legend(question: MethodByShift) -> str:
     """How the tables are to be read."""
     return (
         "Differences in points of accuracy, first arm less second, with"
@@ -254,7 +276,7 @@ def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> 
     ]
 
 
-def _row(row: Row) -> list[str]:
+def _row(row: ContrastRow) -> list[str]:
     return [
         "" if row.bits is None or row.method == UNTOUCHED else str(row.bits),
         row.method,
@@ -272,7 +294,7 @@ def _row(row: Row) -> list[str]:
     ]
 
 
-def _order(row: Row) -> tuple[int, str, str]:
+def _order(row: ContrastRow) -> tuple[int, str, str]:
     return -(row.bits or 0), row.method, row.calibration or ""
 
 

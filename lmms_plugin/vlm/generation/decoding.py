@@ -34,12 +34,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmms_plugin.protocol.response import Alternatives, Token
 from lmms_plugin.utils.end_tokens import end_tokens, writers
-from lmms_plugin.utils.out_of_memory import while_answering
-from lmms_plugin.vlm.engine import Generated, Score
+from lmms_plugin.utils.processes.out_of_memory import while_answering
+from lmms_plugin.vlm.contracts.engine import ContinuationScore, Generated
+from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
-from lmms_plugin.vlm.settings import Sampling, Settings
 
 NO_TOKEN = 2**31 - 1
 """An id that no vocabulary has."""
@@ -96,7 +96,7 @@ class Decoder:
     def generate(
         self,
         inputs: Mapping[str, Tensor],
-        settings: Settings,
+        settings: GenerationSettings,
         seeds: Sequence[int] | None = None,
         *,
         digits: bool = False,
@@ -129,13 +129,13 @@ class Decoder:
         config = GenerationConfig(max_new_tokens=settings.max_new_tokens, eos_token_id=list(self.ends), do_sample=False)
         ids = self._run(inputs, config, processors, recorder)
         rows = zip(ids.tolist(), recorder.logprobs(), recorder.ends.lengths.tolist(), strict=True)
-        answers = [self._answer(row[:length], logprobs[:length], settings.until) for row, logprobs, length in rows]
+        answers = [self.as_answer(row[:length], logprobs[:length], settings.until) for row, logprobs, length in rows]
         recorded = None if digit_recorder is None else digit_recorder.alternatives()
         if recorded is None:
             return answers
         return [_with_alternatives(answer, row) for answer, row in zip(answers, recorded, strict=True)]
 
-    def score(self, inputs: Mapping[str, Tensor], continuations: Sequence[Sequence[int]]) -> list[Score]:
+    def score(self, inputs: Mapping[str, Tensor], continuations: Sequence[Sequence[int]]) -> list[ContinuationScore]:
         """Score one given continuation per row of the batch, by making the model generate it.
 
         Args:
@@ -148,14 +148,17 @@ class Decoder:
         """
         longest = max(map(len, continuations))
         if longest == 0:
-            return [Score((), True) for _ in continuations]
+            return [ContinuationScore((), True) for _ in continuations]
         recorder = _Recorder(_RawLogits(), None)
         forced = _Forced(continuations, self.read(inputs).shape[1], inputs["input_ids"].device)
         # Text that is scored may go on behind an end token.
         config = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=NO_TOKEN)
         self._run(inputs, config, [recorder.raw, forced], recorder)
         rows = zip(recorder.logprobs(), recorder.greedy(), continuations, strict=True)
-        return [Score(tuple(logprobs[: len(given)]), all(greedy[: len(given)])) for logprobs, greedy, given in rows]
+        return [
+            ContinuationScore(tuple(logprobs[: len(given)]), all(greedy[: len(given)]))
+            for logprobs, greedy, given in rows
+        ]
 
     @property
     def answers_apart(self) -> bool:
@@ -202,7 +205,7 @@ class Decoder:
             )
         return ids[:, self.read(inputs).shape[1] :]
 
-    def _search(self, inputs: Mapping[str, Tensor], settings: Settings) -> list[Generated]:
+    def _search(self, inputs: Mapping[str, Tensor], settings: GenerationSettings) -> list[Generated]:
         config = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=list(self.ends),
@@ -216,13 +219,22 @@ class Decoder:
         with while_answering(len(inputs["input_ids"])):
             ids = generate_of(self.writer(inputs))(**inputs, generation_config=config, logits_processor=processors)
         ids = ids[:, self.read(inputs).shape[1] :]
-        return [self._answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())]
+        return [
+            self.as_answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())
+        ]
 
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((position for position, token in enumerate(ids) if token in self.ends), len(ids) - 1)
         return ids[: end + 1]
 
-    def _answer(self, ids: list[int], logprobs: list[float], until: Sequence[str]) -> Generated:
+    def as_answer(self, ids: list[int], logprobs: list[float], until: Sequence[str]) -> Generated:
+        """Return new tokens as an answer, cut before the first of `until`, without special tokens but marks.
+
+        Args:
+            ids: Of the new tokens, the one that ends the answer included.
+            logprobs: One per token.
+            until: Texts that end an answer.
+        """
         ended = bool(ids) and ids[-1] in self.ends
         texts = token_texts(self.tokenizer, ids[:-1] if ended else ids) + [""] * ended
         kept = cut(texts, until)

@@ -17,13 +17,13 @@ from lmms_plugin.confidence.estimators import LEARNED
 from lmms_plugin.protocol.prompts import Prompt, RequestError
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, WholeModelBackend
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
-from lmms_plugin.selector.features import LAST_LAYER, Features, FeatureWriter, Origin, key
+from lmms_plugin.selector.features import LAST_LAYER, FeatureOrigin, Features, FeatureWriter, key
 from lmms_plugin.selector.network import Selector
 from lmms_plugin.utils import hashing
-from lmms_plugin.vlm.engine import Generated
+from lmms_plugin.vlm.contracts.engine import Generated
+from lmms_plugin.vlm.contracts.requests import Job
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
-from lmms_plugin.vlm.scheduling import Job
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Wanted:
     """
 
     arguments: ModelArguments
-    origin: Origin
+    origin: FeatureOrigin
     selector: Selector | None
 
     @classmethod
@@ -55,7 +55,7 @@ class Wanted:
         if layer is None:
             layer = selector.record.origin.layer if selector else LAST_LAYER
         model = selector.record.origin.model if selector else ""
-        wanted = cls(arguments, Origin(model, quantization(arguments, backend), layer), selector)
+        wanted = cls(arguments, FeatureOrigin(model, quantization(arguments, backend), layer), selector)
         wanted._expect_trained_for(wanted.origin)
         return wanted
 
@@ -71,7 +71,7 @@ class Wanted:
             ValueError: the selector was trained for another model, the folder of features belongs to another one, or
                 the model does not name its image token.
         """
-        origin = Origin(hashing.of_weights(_folder(path)), self.origin.quantization, self.origin.layer)
+        origin = FeatureOrigin(hashing.of_weights(_folder(path)), self.origin.quantization, self.origin.layer)
         foreign = self._expect_trained_for(origin)
         if foreign and rank == 0:
             logger.warning(
@@ -83,7 +83,7 @@ class Wanted:
             writer = FeatureWriter(Path(self.arguments.features).expanduser(), origin)
         return Observer(pooling, writer, self.selector, LEARNED[bool(foreign)])
 
-    def _expect_trained_for(self, origin: Origin) -> str:
+    def _expect_trained_for(self, origin: FeatureOrigin) -> str:
         """Return how the selector's origin differs, where that is allowed; "" if it does not."""
         differences = self.selector.record.origin.differences(origin) if self.selector else []
         layers = [difference for difference in differences if difference.startswith("feature layer")]

@@ -52,7 +52,7 @@ class Pooling:
         model: any Hugging Face vision-language model.
         image_token: id of the token that stands for a piece of image.
         special: ids of tokens that are no text.
-        layer: as in `lmms_plugin.selector.features.Origin`.
+        layer: as in `lmms_plugin.selector.features.FeatureOrigin`.
     """
 
     model: Any

@@ -28,13 +28,13 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.protocol.prompts import Prompt
-from lmms_plugin.utils.out_of_memory import while_answering
-from lmms_plugin.vlm.engine import Generated
+from lmms_plugin.utils.processes.out_of_memory import while_answering
+from lmms_plugin.vlm.contracts.engine import Generated
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.generation.decoding import Decoder, generate_of
 from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
+from lmms_plugin.vlm.generation.processor import Batch, Chat
 from lmms_plugin.vlm.generation.self_check import difference, tolerances_of
-from lmms_plugin.vlm.processor import Batch, Chat
-from lmms_plugin.vlm.settings import Settings
 
 VERIFIED_ROWS = 8
 VERIFIED_TOKENS = 32
@@ -60,7 +60,7 @@ class Shared(NamedTuple):
     attention_mask: Tensor
 
 
-class Part(NamedTuple):
+class PrefilledPrompts(NamedTuple):
     """Prompts whose prefix has been read.
 
     Attributes:
@@ -237,7 +237,7 @@ class PrefixSharing:
             sharing.off = f"its cache is not made of keys and values alone ({', '.join(sorted(strange))})"
         return sharing
 
-    def lay_out(self, encoded: Encoded, settings: Settings) -> Shared:
+    def lay_out(self, encoded: Encoded, settings: GenerationSettings) -> Shared:
         """Part prompts into what is shared and the rest.
 
         Args:
@@ -252,7 +252,7 @@ class PrefixSharing:
         self._check_windows(shared.input_ids.shape[1] + max(settings.max_new_tokens, VERIFIED_TOKENS))
         return shared
 
-    def parts(self, shared: Shared, settings: Settings, cache_bytes: int) -> Iterator[Part]:
+    def parts(self, shared: Shared, settings: GenerationSettings, cache_bytes: int) -> Iterator[PrefilledPrompts]:
         """Run the prefixes, and yield which rows to answer next with the arguments of the model for them.
 
         The keys and values of a part are the caller's; dropped before the next is asked for, they make room for it.
@@ -275,7 +275,7 @@ class PrefixSharing:
             for module, delta in deltas:
                 module.rope_deltas = delta[shared.owners[start:end].to(delta.device)]
             # No name for what is yielded: it would keep keys and values alive until the next part has its own.
-            yield Part(
+            yield PrefilledPrompts(
                 range(start, end),
                 self._continuing(shared, slice(start, end), cache, columns),
                 read.rows(shared.owners[start:end]) if read is not None else None,
@@ -298,7 +298,7 @@ class PrefixSharing:
             return {
                 "input_ids": shared.input_ids[part],
                 "attention_mask": shared.attention_mask[part],
-                "past_key_values": self._expanded(cache, owners, columns),
+                "past_key_values": self.expanded(cache, owners, columns),
             }
 
     def _check_windows(self, columns: int) -> None:
@@ -322,7 +322,14 @@ class PrefixSharing:
         deltas = [(m, m.rope_deltas) for m in modules if isinstance(getattr(m, "rope_deltas", None), Tensor)]
         return cache, deltas, found[0]
 
-    def _expanded(self, cache: DynamicCache, owners: Tensor, columns: int) -> DynamicCache:
+    def expanded(self, cache: DynamicCache, owners: Tensor, columns: int) -> DynamicCache:
+        """Return a cache with one copy of a prefix per question.
+
+        Args:
+            cache: One row per prefix.
+            owners: (questions,), the row of each.
+            columns: For which each layer has room, those of the prefix included.
+        """
         expanded = self._new_cache()
         for index, layer in enumerate(cache.layers):
             if layer.is_initialized:
@@ -346,7 +353,7 @@ class PrefixSharing:
         Raises:
             NotShareable: the model looks ahead: what it keeps of an image depends on the question about it.
         """
-        greedy = Settings(max_new_tokens=VERIFIED_TOKENS)
+        greedy = GenerationSettings(max_new_tokens=VERIFIED_TOKENS)
         sizes = shared.prefix["attention_mask"].sum(1)[shared.owners.to(shared.input_ids.device)].tolist()
         expected: list[Generated] = []
         keys: list[Tensor] = []

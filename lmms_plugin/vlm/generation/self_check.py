@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmms_plugin.vlm.engine import Generated, Score
+from lmms_plugin.vlm.contracts.engine import ContinuationScore, Generated
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.generation.decoding import Decoder
-from lmms_plugin.vlm.settings import Settings
 
 
 class Tolerances(NamedTuple):
@@ -42,7 +42,7 @@ def tolerances_of(model: Any) -> Tolerances:
     return max(TOLERANCES.get(dtype, LOW_PRECISION_TOLERANCE) for dtype in dtypes)
 
 
-def difference(expected: Generated, found: Score, tolerance: float, ways: tuple[str, str]) -> str | None:
+def difference(expected: Generated, found: ContinuationScore, tolerance: float, ways: tuple[str, str]) -> str | None:
     """Say where the same answer has other log-probabilities.
 
     Args:
@@ -71,7 +71,7 @@ def padded_difference(
         padded: arguments for all of them at once, on the same device.
     """
     tolerance = tolerances_of(decoder.model).logprob
-    greedy = Settings(max_new_tokens=PADDED_TOKENS)
+    greedy = GenerationSettings(max_new_tokens=PADDED_TOKENS)
     expected = [decoder.generate(inputs, greedy)[0] for inputs in alone]
     scores = decoder.score(padded, [answer.ids for answer in expected])
     found = (difference(*pair, tolerance, ("alone", "in a batch")) for pair in zip(expected, scores, strict=True))

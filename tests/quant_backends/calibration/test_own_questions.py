@@ -11,7 +11,7 @@ from lmms_plugin.quant_backends.calibration.inputs import (
     PATIENCE,
     REQUESTS,
     Writer,
-    Written,
+    WrittenAnswer,
     build_batches,
     degenerate,
     expect_answers,
@@ -51,7 +51,7 @@ class Scripted(Writer):
 
     def _write(self, image, prompt, tokens):
         self.asked.append(prompt)
-        return Written(next(self.replies) if prompt in REQUESTS.values() else f"answer {len(self.asked)}", True)
+        return WrittenAnswer(next(self.replies) if prompt in REQUESTS.values() else f"answer {len(self.asked)}", True)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_answers_that_say_nothing(text, kind):
 
 
 def written(texts, finished=True):
-    return [Written(text, finished) for text in texts]
+    return [WrittenAnswer(text, finished) for text in texts]
 
 
 def test_a_model_that_mostly_says_nothing_is_refused_and_told_what_helps():

@@ -17,7 +17,7 @@ from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.backend import Solution
 from lmms_plugin.quant_backends.calibration.inputs import build_batches
 from lmms_plugin.quant_backends.calibration.memory import Residence, Shelf
-from lmms_plugin.quant_backends.calibration.sequential import Calibrator
+from lmms_plugin.quant_backends.calibration.sequential import SequentialQuantizer
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
 from lmms_plugin.quant_backends.methods.rtn import nearest
@@ -137,7 +137,7 @@ def test_statistics_do_not_depend_on_the_budget(checkpoint):
         model, batches = loaded(checkpoint, "qwen3_vl", count=2)
         backend, work = Recorder(), Quantization(model, get("none"), QuantPlan())
         specs = dict.fromkeys(work.components, SPEC)
-        Calibrator(model, backend, specs, lambda name, entry: None, budget=budget).run(batches)
+        SequentialQuantizer(model, backend, specs, lambda name, entry: None, budget=budget).run(batches)
         seen.append(backend.seen)
     one, other = seen
     assert set(one) == set(other)
@@ -263,7 +263,7 @@ class AlwaysAway(Shelf):
 
     def __init__(self):
         super().__init__(budget=0)
-        self.trips = 0
+        self.trips = self.returns = 0
 
     def waits_on_device(self, tensor):
         return True
@@ -273,6 +273,7 @@ class AlwaysAway(Shelf):
         return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
     def brought_back(self, tensor, device):
+        self.returns += 1
         return tensor.float() if tensor.dtype == torch.float64 else tensor.clone()
 
 
@@ -280,13 +281,14 @@ class AlwaysAway(Shelf):
 def test_waiting_activations_may_lie_elsewhere(checkpoint, family):
     """While they wait they have another dtype, so that whoever touched them would show in the statistics."""
     seen = []
-    for shelf in (AlwaysAway(), Shelf()):
+    away = AlwaysAway()
+    for shelf in (away, Shelf()):
         model, batches = loaded(checkpoint, family, count=2)
         backend = Recorder()
         specs = dict.fromkeys(components(model), SPEC)
-        Calibrator(model, backend, specs, lambda name, entry: None, shelf=shelf).run(batches)
+        SequentialQuantizer(model, backend, specs, lambda name, entry: None, shelf=shelf).run(batches)
         seen.append(backend.seen)
-        assert not shelf._away
+    assert away.returns == away.trips > 0, "nothing is left there"
     assert seen[0].keys() == seen[1].keys()
     for name, statistics in seen[0].items():
         assert torch.equal(statistics.gram, seen[1][name].gram)
@@ -339,7 +341,7 @@ def test_models_that_cannot_be_taken_apart_are_calibrated_all_the_same(times):
     names = ("blocks.0.0", "blocks.1.0", "outside.0")
     expected = plain_sums(model, names, batches)
     backend, put = Recorder(), {}
-    Calibrator(model, backend, dict.fromkeys(names, SPEC), put.__setitem__).run(batches)
+    SequentialQuantizer(model, backend, dict.fromkeys(names, SPEC), put.__setitem__).run(batches)
     assert set(put) == set(names)
     for name in names:
         torch.testing.assert_close(backend.seen[name].gram.double(), expected[name][0], rtol=1e-4, atol=1e-4)
@@ -367,7 +369,7 @@ def test_experts_that_the_first_sample_does_not_meet_are_calibrated_by_those_tha
     batches = [{"x": torch.full((2, 32), value)} for value in (1.0, -2.0, -3.0)]
     names = tuple(f"layers.0.experts.{index}" for index in range(3))
     backend, put = Recorder(), {}
-    Calibrator(model, backend, dict.fromkeys(names, SPEC), put.__setitem__).run(batches)
+    SequentialQuantizer(model, backend, dict.fromkeys(names, SPEC), put.__setitem__).run(batches)
     assert [backend.seen[name].rows for name in names[:2]] == [4, 2]
     assert {name: entry.method for name, entry in put.items()} == {
         names[0]: None,
@@ -385,14 +387,14 @@ def test_inputs_that_are_not_finite_name_layer_and_sample_and_leave_nothing_behi
     with pytest.raises(
         ValueError, match=r"blocks\.0\.0: its inputs hold NaN or infinite values in calibration sample 2"
     ):
-        Calibrator(model, Recorder(), {"blocks.0.0": SPEC}, put.__setitem__).run(batches)
+        SequentialQuantizer(model, Recorder(), {"blocks.0.0": SPEC}, put.__setitem__).run(batches)
     assert not put
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_no_sample_at_all_is_an_error():
     with pytest.raises(ValueError, match="given no calibration sample"):
-        Calibrator(Twice(1), Recorder(), {"blocks.0.0": SPEC}, {}.__setitem__).run([])
+        SequentialQuantizer(Twice(1), Recorder(), {"blocks.0.0": SPEC}, {}.__setitem__).run([])
 
 
 def test_awq_gives_the_same_codes_alone_and_among_others(checkpoint):

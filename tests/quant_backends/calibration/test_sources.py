@@ -9,7 +9,7 @@ from PIL import Image
 
 from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.quant_backends.calibration import photographs
-from lmms_plugin.quant_backends.calibration.inputs import _model_size, encode, question, written_answer
+from lmms_plugin.quant_backends.calibration.inputs import encode, model_size, question, written_answer
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.shifts.image.corruptions import apply
 
@@ -257,5 +257,5 @@ def test_question_and_answer_go_through_the_models_own_processor(checkpoint, fam
     start = asked["input_ids"].shape[1] - 1
     if family != "paligemma":  # which ends its prompt with a line break that the answer then replaces
         assert full["input_ids"][0, :start].tolist() == asked["input_ids"][0, :start].tolist()
-    parsed = dialect.parse(answer, original_size=sample.image.size, model_size=_model_size(full, processor))
+    parsed = dialect.parse(answer, original_size=sample.image.size, model_size=model_size(full, processor))
     assert parsed.box == pytest.approx((0.25, 0.25, 0.5, 0.75), abs=0.02)

@@ -15,9 +15,10 @@ from lmms_plugin.quant_backends.calibration.inputs import answered, to_model
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.checkpoints.own_format import SavedConfig
-from lmms_plugin.quant_backends.checkpoints.saving import expect_free, pack_words, save_quantized
+from lmms_plugin.quant_backends.checkpoints.saving import pack_words, save_quantized
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
+from lmms_plugin.utils.outputs import expect_free
 
 FAMILY = "qwen2_5_vl"
 

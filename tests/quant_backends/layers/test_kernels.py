@@ -7,9 +7,10 @@ import pytest
 import torch
 from loguru import logger
 
-from lmms_plugin.quant_backends.layers import kernels, native_kernels
+from lmms_plugin.quant_backends.layers import kernel_choice, kernels, native_kernels
 from lmms_plugin.quant_backends.layers.codes import Codes
-from lmms_plugin.quant_backends.layers.kernels import Dequantize, fastest
+from lmms_plugin.quant_backends.layers.kernel_choice import fastest
+from lmms_plugin.quant_backends.layers.kernels import Dequantize
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
 from lmms_plugin.quant_backends.layers.native_kernels import MOST_ROWS, CpuInt4, CpuInt8, CudaInt4, from_tiles, to_tiles
 from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
@@ -208,8 +209,8 @@ class Forgetful(Dequantize):
     ids=["product", "error", "missing", "layout"],
 )
 def test_a_kernel_that_disagrees_is_not_used_and_a_warning_says_so_once(monkeypatch, kind, says):
-    monkeypatch.setattr(native_kernels, "NATIVE_KERNELS", (kind,))
-    monkeypatch.setattr(kernels, "_FAILED", set())
+    monkeypatch.setattr(kernel_choice, "NATIVE_KERNELS", (kind,))
+    monkeypatch.setattr(kernel_choice, "FAILED", set())
     messages = []
     sink = logger.add(messages.append, level="WARNING", format="{message}")
     try:
@@ -241,8 +242,8 @@ def test_which_weights_the_int4_kernel_of_a_gpu_takes(monkeypatch, capability, b
 def test_a_gpu_whose_kernel_fails_goes_on_with_dense_products_and_says_so(monkeypatch):
     # Here no weight can lie on a GPU: the kernel is made to believe so, and torch refuses its operator.
     monkeypatch.setattr(CudaInt4, "takes", classmethod(lambda cls, shape: True))
-    monkeypatch.setattr(native_kernels, "NATIVE_KERNELS", (CudaInt4,))
-    monkeypatch.setattr(kernels, "_FAILED", set())
+    monkeypatch.setattr(kernel_choice, "NATIVE_KERNELS", (CudaInt4,))
+    monkeypatch.setattr(kernel_choice, "FAILED", set())
     messages = []
     sink = logger.add(messages.append, level="WARNING", format="{message}")
     layer = PackedLinear.from_codes(weight(4), QuantSpec(4, 64), 256)
@@ -258,7 +259,7 @@ def test_large_weights_are_dequantized_a_few_rows_at_a_time(monkeypatch):
     kernel = Dequantize.from_codes(weight(4, dtype=torch.float32), 4)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
     whole = kernel.matmul(x)
-    monkeypatch.setitem(kernels._BLOCK_ELEMENTS, "cpu", 7 * 256)
+    monkeypatch.setitem(kernels.BLOCK_ELEMENTS, "cpu", 7 * 256)
     torch.testing.assert_close(kernel.matmul(x), whole)
 
 

@@ -46,7 +46,7 @@ def test_gradients_go_through_frozen_layers_as_in_float32(monkeypatch, dtype):
 
 @pytest.mark.usefixtures("emulated")
 def test_weights_that_want_gradients_get_them(monkeypatch):
-    monkeypatch.setattr(wide_products, "_WideLinear", None)
+    monkeypatch.setattr(wide_products, "WideLinear", None)
     layer = nn.Linear(8, 4).bfloat16()
     with WideProducts():
         layer(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
@@ -55,7 +55,7 @@ def test_weights_that_want_gradients_get_them(monkeypatch):
 
 @torch.no_grad()
 def test_float32_and_processors_with_16_bit_arithmetic_are_left_alone(monkeypatch):
-    monkeypatch.setattr(wide_products, "_WideLinear", None)
+    monkeypatch.setattr(wide_products, "WideLinear", None)
     x = torch.randn(3, 8)
     layer = nn.Linear(8, 4)
     with WideProducts():

@@ -283,14 +283,14 @@ def test_quanto_without_a_compiler_says_what_it_needs(monkeypatch):
     def fail(*_):
         raise RuntimeError("Error building extension 'quanto_cpp'")
 
-    quanto._expect_unpacking.cache_clear()
+    quanto.expect_unpacking.cache_clear()
     monkeypatch.setattr(torch.ops.quanto, "unpack", fail)
     try:
         with pytest.raises(RuntimeError, match=r"C\+\+ compiler \(g\+\+\), ninja and write access.*bits=8"):
             quantize("quanto", {}, weight(32, 64), QuantSpec(4, 32))
         assert quantize("quanto", {}, weight(32, 64), QuantSpec(8, 32)).bits == 8
     finally:
-        quanto._expect_unpacking.cache_clear()
+        quanto.expect_unpacking.cache_clear()
 
 
 def test_listing_backends_imports_no_library():

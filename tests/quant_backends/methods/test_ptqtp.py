@@ -21,8 +21,8 @@ from lmms_plugin.quant_backends.layers.ternary import (
 from lmms_plugin.quant_backends.methods.gptq import factorize
 from lmms_plugin.quant_backends.methods.ptqtp import (
     STARTS,
-    Grid,
     PtqtpBackend,
+    TernaryGrid,
     WeightedPtqtpBackend,
     choose_with_feedback,
     fit_planes,
@@ -269,7 +269,7 @@ class TestFit:
     @given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=10), st.floats(0, 1), st.floats(0, 1))
     def test_trits_are_the_nearest_of_all_nine_sums(self, values, one, other):
         scale = torch.tensor(sorted([one, other], reverse=True))
-        trits = Grid.of(scale).nearest(torch.tensor(values))
+        trits = TernaryGrid.of(scale).nearest(torch.tensor(values))
         stored = (trits * scale.view(2, 1)).sum(0)
         pairs = torch.tensor(list(itertools.product((-1, 0, 1), repeat=2))).float()
         nearest = (torch.tensor(values).unsqueeze(1) - pairs @ scale).abs().amin(1)

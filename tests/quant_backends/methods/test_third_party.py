@@ -71,7 +71,7 @@ def test_its_name_is_listed_without_importing_it(signs):
     assert names()[-1] == "signs", names()
     print([name for name in ("sign_quantizer", "torch") if name in sys.modules])
     """
-    assert run(signs, sys.executable, "-c", textwrap.dedent(script)).strip() == "[]"
+    assert run(signs, sys.executable, "-P", "-c", textwrap.dedent(script)).strip() == "[]"
 
 
 def test_its_class_and_its_options_are_found(signs):
@@ -79,7 +79,7 @@ def test_its_class_and_its_options_are_found(signs):
     from lmms_plugin.quant_backends import get, option_types
     print(option_types("signs"), get("signs", strength=2.0))
     """
-    output = run(signs, sys.executable, "-c", textwrap.dedent(script))
+    output = run(signs, sys.executable, "-P", "-c", textwrap.dedent(script))
     assert "{'strength': <class 'float'>} SignBackend(strength=2.0)" in output
 
 
@@ -112,7 +112,7 @@ def test_a_name_that_is_taken_is_an_error_that_names_both(tmp_path):
     get("hqq")
     get("rtn")
     """
-    output = run(folder, sys.executable, "-c", textwrap.dedent(script), check=False)
+    output = run(folder, sys.executable, "-P", "-c", textwrap.dedent(script), check=False)
     last = output.strip().splitlines()[-1]
     assert last == (
         "ValueError: two quantization backends are called 'rtn': lmms_plugin.quant_backends.methods.rtn:RtnBackend and "

@@ -13,6 +13,7 @@ import torch
 from loguru import logger
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import lmms_plugin.vlm.wrapper as models
 from lmms_plugin.cli import main
@@ -108,7 +109,7 @@ def test_a_rule_that_matches_nothing_is_refused_before_weights_are_read(path, tm
     ids=["empty", "too few", "no image", "cut off"],
 )
 def test_calibration_data_is_checked_before_a_model_is_loaded(tmp_path, monkeypatch, path, images, message):
-    monkeypatch.setattr("lmms_plugin.quant_backends.checkpoints.loading._load", None)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     with pytest.raises(ValueError, match=message):
         run(pretrained=path, bits=4, calibration=parquet(tmp_path, images), calibration_samples=2)
 

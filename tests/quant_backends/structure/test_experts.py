@@ -20,6 +20,7 @@ from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.calibration.held_out import output_errors
 from lmms_plugin.quant_backends.calibration.inputs import build_batches, encode, to_model
 from lmms_plugin.quant_backends.calibration.memory import Residence
+from lmms_plugin.quant_backends.calibration.routing import count_tokens
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.calibration.synthetic import scene
 from lmms_plugin.quant_backends.checkpoints.hf_quantizer import PackedQuantizer
@@ -32,7 +33,6 @@ from lmms_plugin.quant_backends.quantization import find_outlier_score, quantize
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.quant_backends.structure.experts import SplitExperts, is_fused, join_experts, split_experts
 from lmms_plugin.quant_backends.structure.roles import find_mixtures, find_places
-from lmms_plugin.quant_backends.structure.routing import count_tokens
 
 GROUP = 32
 FOUR = QuantPlan(language=QuantSpec(4, GROUP))

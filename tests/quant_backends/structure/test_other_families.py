@@ -9,7 +9,7 @@ from helpers.recorder import SPEC, Recorder, plain_sums
 from helpers.small_families import Tiny, load
 from torch import nn
 
-from lmms_plugin.quant_backends.calibration.sequential import Calibrator
+from lmms_plugin.quant_backends.calibration.sequential import SequentialQuantizer
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 
 TEXT = {
@@ -150,7 +150,7 @@ def test_every_layer_gets_the_statistics_of_plain_forward_passes(build):
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     expected = plain_sums(copy.deepcopy(model), names, batches)
     backend, put = Recorder(), {}
-    Calibrator(model, backend, dict.fromkeys(names, SPEC), put.__setitem__).run(batches)
+    SequentialQuantizer(model, backend, dict.fromkeys(names, SPEC), put.__setitem__).run(batches)
     assert set(put) == set(names)
     assert set(backend.seen) == set(expected)
     for name, (gram, _, rows) in expected.items():

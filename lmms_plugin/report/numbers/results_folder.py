@@ -1,0 +1,254 @@
+"""A folder of results, read and measured by several processes, one results file at a time."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lmms_plugin.analysis import axes, groups, logs, study_files
+from lmms_plugin.analysis.axes import RunAxes
+from lmms_plugin.analysis.groups import MeasuredRun
+from lmms_plugin.analysis.measure import MeasurementSettings, MetricValue, rejection
+from lmms_plugin.analysis.records import REJECTION, Texts
+from lmms_plugin.analysis.study_files import CELL, CELLS, FAILED, FAILURES, About, place
+from lmms_plugin.quant_backends.plans.report_schema import REPORT, Quantized
+from lmms_plugin.utils.reading import accounts
+
+UNFINISHED = (".running", FAILURES)
+RESAMPLES = 500
+"""Of the images for every interval, unless told otherwise: half as many as elsewhere, for a page has many intervals."""
+ONE_PROCESS = 64 << 20
+"""Bytes of logs below which starting processes takes longer than reading."""
+
+
+class Layer(NamedTuple):
+    """What quantization did to one layer.
+
+    Attributes:
+        name: Module.
+        relative_error: Of the weight.
+    """
+
+    name: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes; None where the files do not tell.
+
+    Attributes:
+        bits_per_weight: Of quantized weights, scales and zero points counted.
+        bytes: Of all parameters and buffers.
+        tokens_per_second: Generated tokens over the time of generating.
+        seconds_to_quantize: Loading, calibration and quantization.
+    """
+
+    bits_per_weight: float | None = None
+    bytes: float | None = None
+    tokens_per_second: float | None = None
+    seconds_to_quantize: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ReportedRun:
+    """One finished run.
+
+    Attributes:
+        file: Its results file.
+        axes: Where it stands.
+        model: Name of the model in lmms-eval.
+        model_args: Its arguments as text.
+        limit: Documents per task that it was limited to; None for all.
+        date: When it ran, as lmms-eval writes it.
+        cost: What it takes.
+        layers: What quantization did to each layer; empty without a report.
+        measured: Its numbers.
+        others: Tasks that log no records of ours.
+        rejection: Numbers of tasks in which nothing is right or wrong, but expressions are to be rejected.
+        batch_size: What lmms-eval was told; "" where that was not logged.
+    """
+
+    file: Path
+    axes: RunAxes
+    model: str
+    model_args: str
+    limit: float | None
+    date: str
+    cost: Cost
+    layers: tuple[Layer, ...]
+    measured: MeasuredRun
+    others: tuple[str, ...] = ()
+    rejection: tuple[MetricValue, ...] = ()
+    batch_size: str = ""
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """Tasks with numbers on the page, and how many answers each is of."""
+        found = {task.task: task.records for task in self.measured.tasks.values()}
+        for number in self.rejection:
+            found[number.task] = max(number.records, found.get(number.task, 0))
+        return found
+
+    @property
+    def answers(self) -> int:
+        """Answers of all these tasks."""
+        return sum(self.tasks.values())
+
+
+class FailedCell(NamedTuple):
+    """A cell of a study without results.
+
+    Attributes:
+        cell: Its id.
+        returncode: Of its process.
+        tail: Last line of its log.
+    """
+
+    cell: str
+    returncode: int | None
+    tail: str
+
+
+class Folder(NamedTuple):
+    """Everything at or under a path.
+
+    Attributes:
+        runs: Finished runs, oldest first.
+        failed: Cells of a study that failed.
+        documents: Fingerprint of documents → their ids.
+        left_out: Results files that hold nothing of ours, and why.
+        resamples: Of the images, for every interval.
+    """
+
+    runs: list[ReportedRun]
+    failed: list[FailedCell]
+    documents: dict[str, Texts]
+    left_out: list[str]
+    resamples: int
+
+
+def read_folder(path: Path, settings: MeasurementSettings) -> Folder:
+    """Read and measure every run at or under a path.
+
+    Raises:
+        ValueError: If there is none, or a log is damaged or incomplete.
+    """
+    files = [file for file in logs.find(path) if not set(UNFINISHED) & set(_below(file, path))]
+    runs: list[ReportedRun] = []
+    left_out: list[str] = []
+    documents: dict[str, Texts] = {}
+    work = partial(read_run, root=path, settings=settings)
+    for run in _in_processes(files, work, settings.workers):
+        documents |= run.measured.documents
+        run.measured.documents.clear()
+        if run.tasks:
+            runs.append(run)
+        else:
+            left_out.append(f"{run.file}: no task of this package, but {', '.join(run.others) or 'none'}")
+    if not runs:
+        raise ValueError(f"expected runs with tasks of this package under {path}, got {'; '.join(left_out) or 'none'}")
+    return Folder(runs, list(_failed(path)), documents, left_out, settings.resamples)
+
+
+def read_run(file: Path, root: Path, settings: MeasurementSettings) -> ReportedRun:
+    """Read and measure one results file.
+
+    Raises:
+        ValueError: As `lmms_plugin.analysis.logs.read`.
+    """
+    run = logs.read(file, settings.estimators)
+    where = axes.of(file, root, run.content)
+    answered = [one for one in run.tasks.values() if one.kind is not REJECTION]
+    # A run of the first documents of a task that brings its own split may hold none that are reported on.
+    empty = [one.task for one in answered if not one.reported.any()]
+    # What is done at once is done by processes, not by threads.
+    alone = replace(settings, workers=1)
+    account = _account(where.folder)
+    batch_size = (run.content.get("config") or {}).get("batch_size")
+    return ReportedRun(
+        file,
+        where,
+        run.model,
+        run.model_args,
+        run.limit,
+        str(run.content.get("date", "")),
+        _cost(run.content.get("throughput") or {}, account),
+        _layers(account),
+        groups.measure([one for one in answered if one.task not in empty], alone),
+        (*run.others, *empty),
+        tuple(number for one in run.tasks.values() if one.kind is REJECTION for number in rejection(one, alone)),
+        "" if batch_size is None else str(batch_size),
+    )
+
+
+def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[ReportedRun]:
+    if workers == 1 or len(files) == 1 or sum(_log_bytes(file) for file in files) < ONE_PROCESS:
+        yield from map(work, files)
+        return
+    # Forking a process that has threads (BLAS, pyarrow) may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(files)), mp_context=context) as pool:
+        yield from pool.map(work, files, chunksize=max(1, min(8, len(files) // (4 * workers))))
+
+
+def _log_bytes(file: Path) -> int:
+    return sum(log.stat().st_size for log in logs.logs_of(file))
+
+
+def _below(file: Path, path: Path) -> tuple[str, ...]:
+    return file.relative_to(path).parts if file != path else ()
+
+
+def _account(folder: Path) -> dict[str, Any]:
+    file = folder / REPORT
+    return accounts.read(file, Quantized) if file.is_file() else {}
+
+
+def _cost(throughput: Mapping[str, Any], account: Mapping[str, Any]) -> Cost:
+    def told(name: str) -> float | None:
+        value = account.get(name, throughput.get(f"avg_{name}"))
+        return _number(value)
+
+    tokens, seconds = (_number(throughput.get(name)) for name in ("total_gen_tokens", "total_elapsed_time"))
+    return Cost(
+        told("bits_per_weight"),
+        told("bytes_after"),
+        tokens / seconds if tokens and seconds else None,
+        told("seconds"),
+    )
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else None
+
+
+def _layers(account: Mapping[str, Any]) -> tuple[Layer, ...]:
+    return tuple(
+        Layer(module["name"], module["relative_error"])
+        for module in account.get("modules") or ()
+        if module.get("relative_error") is not None
+    )
+
+
+def _failed(path: Path) -> Iterator[FailedCell]:
+    files = sorted(path.glob(f"{FAILURES}/*/{FAILED}"))
+    finished = {place(accounts.read(file, About)) for file in path.glob(f"{CELLS}/*/{CELL}")} if files else set()
+    for file in files:
+        about = file.with_name(CELL)
+        # Mended code gives a cell another id: what failed under the old one has been finished since.
+        if about.is_file() and place(accounts.read(about, About)) in finished:
+            continue
+        told = accounts.read(file, study_files.FailureAccount)
+        tail = told.get("tail") or ""
+        lines = [line for line in (tail if isinstance(tail, list) else str(tail).splitlines()) if line.strip()]
+        yield FailedCell(file.parent.name, told.get("returncode"), lines[-1] if lines else "")
+
+
+def default_workers() -> int:
+    """As many processes as there are processors."""
+    return os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""What files and users say, checked: every error in one line that names the place."""

@@ -1,0 +1,1 @@
+"""What lmms-eval asks of a model and what an engine answers."""

@@ -1,0 +1,273 @@
+"""Jobs in, results out: batches over shared prefixes where that can be, and smaller ones where memory is short."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from lmms_plugin.protocol.prompts import Prompt, PromptReader
+from lmms_plugin.utils.processes.out_of_memory import OutOfMemory, while_answering
+from lmms_plugin.vlm.contracts.requests import Job
+from lmms_plugin.vlm.generation.decoding import Decoder
+from lmms_plugin.vlm.generation.pooling import Pooling
+from lmms_plugin.vlm.generation.prefix import VERIFIED_ROWS, Encoded, NotShareable, PrefixSharing, Shared
+from lmms_plugin.vlm.generation.processor import Batch, Chat, kind
+from lmms_plugin.vlm.generation.self_check import padded_difference
+from lmms_plugin.vlm.running.batching import Budget, Limits, in_order
+from lmms_plugin.vlm.running.scheduling import Prepared, Schedule
+
+Result = TypeVar("Result")
+# From a batch on the model's device, with its prompts and jobs, to one result per row.
+Step = Callable[[Batch, list[Prompt], list[Job]], list[Result]]
+# What a forward pass raises when it is called in a way its model does not foresee.
+_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+
+@dataclass
+class Runner:
+    """Brings jobs through a model.
+
+    Attributes:
+        decoder: the model.
+        chat: its processor.
+        reader: from messages to prompts.
+        sharing: how questions about one image share its encoding.
+        budget: how much is done at once.
+        repeated: whether questions that want confidence are answered several times.
+        batched: for each kind of prompt whether it may be answered in padded batches, once that was tried.
+    """
+
+    decoder: Decoder
+    chat: Chat
+    reader: PromptReader
+    sharing: PrefixSharing
+    budget: Budget
+    repeated: bool = False
+    batched: dict[Hashable, bool] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        chat: Chat,
+        reader: PromptReader,
+        *,
+        batch_size: int | None,
+        share_prefix: bool,
+        pooling: Pooling | None = None,
+        repeated: bool = False,
+    ) -> Runner:
+        """Set up for a model that is loaded.
+
+        Args:
+            decoder: the model.
+            chat: its processor.
+            reader: from messages to prompts.
+            batch_size: images per batch; None for as many as fit.
+            share_prefix: whether to share prefixes where that can be.
+            pooling: of hidden states of shared prefixes; None if they are of no use.
+            repeated: whether questions that want confidence are answered several times.
+        """
+        device = decoder.model.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        sharing = PrefixSharing.of(decoder, wanted=share_prefix, pooling=pooling)
+        if share_prefix and sharing.off is not None:
+            _say_off(sharing.off)
+        return cls(decoder, chat, reader, sharing, Budget.of(batch_size, free), repeated)
+
+    def run(self, jobs: Sequence[Job], step: Step[Result]) -> Generator[tuple[int, Result]]:
+        """Yield the index of a job with its result, in the order in which they are done.
+
+        Raises:
+            RequestError: a document cannot be read or shown to this model; it is named.
+            OutOfMemory: even the smallest batch that the user's arguments allow does not fit.
+        """
+        schedule = Schedule(self.chat, self.reader, self.budget, lambda: self.sharing.off is None, self.repeated)
+        with closing(schedule.batches(jobs)) as batches:
+            for prepared in batches:
+                yield from self._do(prepared, jobs, step, schedule)
+
+    def _do(
+        self, prepared: Prepared, jobs: Sequence[Job], step: Step[Result], schedule: Schedule
+    ) -> list[tuple[int, Result]]:
+        done, fits = None, True
+        try:
+            done = self._attempt(prepared, jobs, step)
+        except NotShareable as reason:
+            self._say_once(reason)
+        except OutOfMemory:
+            shared = isinstance(prepared.encoded, Encoded)
+            if len(prepared.members) == 1 or not (shared or self.budget.automatic):
+                raise
+            fits = False
+        if done is not None:
+            self.budget.succeeded(len(prepared.groups))
+            return done
+        # Out of the handler, so that no traceback holds the tensors of the failed attempt any more.
+        if not fits:
+            self._make_room(prepared)
+        return [one for half in schedule.halves(prepared) for one in self._do(half, jobs, step, schedule)]
+
+    def _make_room(self, prepared: Prepared) -> None:
+        shared = isinstance(prepared.encoded, Encoded) and self.sharing.off is None
+        self.budget.failed(len(prepared.groups), shared=shared)
+        logger.warning("Out of memory: going on with smaller batches")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _attempt(self, prepared: Prepared, jobs: Sequence[Job], step: Step[Result]) -> list[tuple[int, Result]]:
+        if not isinstance(prepared.encoded, Encoded):
+            return self._plain(prepared, prepared.encoded, jobs, step)
+        shared = self._laid_out(prepared, prepared.encoded, jobs)
+        if shared is not None:
+            return self._shared(prepared, shared, jobs, step)
+        prompts = prepared.flat_prompts
+        done: list[tuple[int, Result]] = []
+        for part in in_order(prepared.encoded.lengths, self.budget.limits):
+            batch = self.chat.encode([prompts[i] for i in part])
+            done += self._plain(_some(prepared, part, batch), batch, jobs, step)
+        return done
+
+    def _plain(
+        self, prepared: Prepared, batch: Batch, jobs: Sequence[Job], step: Step[Result]
+    ) -> list[tuple[int, Result]]:
+        prompts = prepared.flat_prompts
+        if not self._may_batch(prompts, batch):
+            alone = [self.chat.encode([prompt]) for prompt in prompts]
+            parts = [_some(prepared, range(i, i + 1), one) for i, one in enumerate(alone)]
+            return [one for part, row in zip(parts, alone, strict=True) for one in self._plain(part, row, jobs, step)]
+        batch = batch._replace(inputs=self._on_device(batch.inputs))
+        done = step(batch, prompts, [jobs[i] for i in prepared.members])
+        return list(zip(prepared.members, done, strict=True))
+
+    def _may_batch(self, prompts: list[Prompt], batch: Batch) -> bool:
+        """Return whether a batch may be answered as it is; the first that is padded is compared with its rows alone."""
+        lengths = batch.inputs["attention_mask"].sum(1).tolist()
+        if min(lengths) == max(lengths):
+            return True
+        sort = kind(prompts[0])
+        if sort not in self.batched:
+            # The most padded row and the one that it is padded for.
+            ends = [lengths.index(min(lengths)), lengths.index(max(lengths))]
+            try:
+                alone = [self._on_device(self.chat.encode([prompts[i]]).inputs) for i in ends]
+                together = self._on_device(self.chat.encode([prompts[i] for i in ends]).inputs)
+                difference = padded_difference(self.decoder, alone, together)
+            except OutOfMemory:
+                # The batch, which is no smaller, will say so and be dealt with.
+                return True
+            self.batched[sort] = difference is None
+            if difference is not None:
+                logger.warning(
+                    "Answers in a padded batch are not those that {} gives to each question alone: {}. In this run "
+                    "questions of different length go one at a time, which is slower.",
+                    type(self.decoder.model).__name__,
+                    difference,
+                )
+        return self.batched[sort]
+
+    def _shared(
+        self, prepared: Prepared, shared: Shared, jobs: Sequence[Job], step: Step[Result]
+    ) -> list[tuple[int, Result]]:
+        assert isinstance(prepared.encoded, Encoded)
+        sizes, owners = prepared.encoded.batch.model_sizes, shared.owners.tolist()
+        members, prompts = prepared.members, prepared.flat_prompts
+        settings = jobs[members[0]].settings
+        done: list[tuple[int, Result]] = []
+        for rows, inputs, read in self.sharing.parts(shared, settings, self.budget.cache_bytes):
+            batch = Batch(inputs, [sizes[owners[row]] for row in rows], read)
+            results = step(batch, [prompts[row] for row in rows], [jobs[members[row]] for row in rows])
+            done += zip([members[row] for row in rows], results, strict=True)
+            # The next part's keys and values are to take the place of these.
+            del batch, inputs
+        return done
+
+    def _laid_out(self, prepared: Prepared, encoded: Encoded, jobs: Sequence[Job]) -> Shared | None:
+        """Lay a batch out for sharing; the run's first is compared with the plain way. None means to take that.
+
+        Raises:
+            NotShareable: one of several groups cannot share, or not together with the others.
+        """
+        if self.sharing.off is not None:
+            return None
+        settings = jobs[prepared.members[0]].settings
+        try:
+            shared = self.sharing.lay_out(encoded, settings)
+        except NotShareable as reason:
+            if len(prepared.groups) > 1:
+                raise
+            self._say_once(reason)
+            return None
+        shared = shared._replace(
+            prefix=self._on_device(shared.prefix),
+            **self._on_device({"input_ids": shared.input_ids, "attention_mask": shared.attention_mask}),
+        )
+        if not self.sharing.verified:
+            self._verify(prepared, encoded, shared, self.budget.limits)
+        return shared if self.sharing.off is None else None
+
+    def _verify(self, prepared: Prepared, encoded: Encoded, shared: Shared, limits: Limits) -> None:
+        prompts = prepared.flat_prompts
+        parts = in_order(encoded.lengths[:VERIFIED_ROWS], limits)
+        batches = [self.chat.encode([prompts[i] for i in part]) for part in parts]
+        pairs = zip(parts, batches, strict=True)
+        if not all(self._may_batch([prompts[i] for i in part], batch) for part, batch in pairs):
+            parts = [range(i, i + 1) for part in parts for i in part]
+            batches = [self.chat.encode([prompts[i] for i in part]) for part in parts]
+        plain = [batch.inputs for batch in batches]
+        one_by_one = False
+        try:
+            with while_answering(max(map(len, parts))):
+                difference = self.sharing.verify(shared, map(self._on_device, plain), self.budget.cache_bytes)
+        except NotShareable as reason:
+            self.sharing.off = str(reason)
+            _say_off(str(reason))
+            return
+        except OutOfMemory:
+            if max(map(len, parts)) == 1:
+                raise
+            # One image of a batch over shared prefixes is several of the plain way.
+            one_by_one = True
+        except _REFUSALS as error:
+            difference = f"the model cannot go on from a given prefix ({type(error).__name__}: {error})"
+        if one_by_one:
+            self._verify(prepared, encoded, shared, limits._replace(groups=1))
+            return
+        self.sharing.verified = True
+        if difference is not None:
+            self.sharing.off = difference
+            logger.warning(
+                "Answers over a shared encoding of the image are not those of the plain way: {}. In this run every "
+                "question gets an encoding of its own, which is slower.",
+                difference,
+            )
+
+    def _say_once(self, reason: NotShareable) -> None:
+        if self.sharing.is_news(str(reason)):
+            logger.info("Some questions do not share the encoding of their image: {}", reason)
+
+    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        model = self.decoder.model
+        with while_answering(len(inputs["input_ids"])):
+            return {
+                name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                for name, value in inputs.items()
+            }
+
+
+def _some(prepared: Prepared, part: range, batch: Batch) -> Prepared:
+    """Return those jobs of a batch that `part` counts out, each a group of its own, as they were encoded together."""
+    members, prompts = prepared.members, prepared.flat_prompts
+    return Prepared([[members[i]] for i in part], [[prompts[i]] for i in part], batch)
+
+
+def _say_off(reason: str) -> None:
+    logger.info("Questions about one image do not share its encoding: {}", reason)
