@@ -1,12 +1,9 @@
 # make demo   creates .venv, installs what is locked, runs the main job on the embedded demo, writes demo_output/
 #             (FULL=1: all corruptions)
 # make test   creates .venv, installs what is locked for the tests, runs them against the installed package
-<<<<<<< HEAD
+#             (make test-fast: without those that take long or load models)
 # make test-served  makes an environment with vLLM for the CPU in .vllm (two minutes, 3.5 GB; or VLLM_ENV=FOLDER names
 #             one) and runs the tests that need a real server
-=======
-#             (make test-fast: without those that take long or load models)
->>>>>>> main
 # make fuzz   damaged and made-up files for everything that reads files (FUZZ_MINUTES=10)
 # make check  formatting, lint and types
 # make docs   builds the site of docs/ into site/; a link or an anchor that leads nowhere is an error
@@ -21,11 +18,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find lmms_plugin quant_backends tasks -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CODE := lmms_plugin quant_backends tasks tests bench demo_training .ci
 
-<<<<<<< HEAD
-.PHONY: demo test test-served fuzz check docs fresh lock dist format clean
-=======
-.PHONY: demo test test-fast fuzz check docs fresh lock dist format clean
->>>>>>> main
+.PHONY: demo test test-fast test-served fuzz check docs fresh lock dist format clean
 
 demo: $(VENV)/.package
 	$(BIN)/lmms-plugin demo --output demo_output $(if $(FULL),--full)

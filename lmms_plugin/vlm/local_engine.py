@@ -15,17 +15,9 @@ from lmms_plugin.vlm.contracts.requests import Job
 from lmms_plugin.vlm.contracts.settings import Sampling
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.observer import Observer, Wanted
-<<<<<<< HEAD
-from lmms_plugin.vlm.generation.special_tokens import Special, traits_of
-from lmms_plugin.vlm.processor import Batch, Chat
-from lmms_plugin.vlm.runner import Runner
-from lmms_plugin.vlm.scheduling import Job
-from lmms_plugin.vlm.settings import Sampling
-=======
 from lmms_plugin.vlm.generation.processor import Batch, Chat
-from lmms_plugin.vlm.generation.token_texts import decode
+from lmms_plugin.vlm.generation.special_tokens import Special, traits_of
 from lmms_plugin.vlm.running.runner import Runner
->>>>>>> main
 
 
 @dataclass

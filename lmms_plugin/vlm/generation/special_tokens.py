@@ -8,7 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmms_plugin.protocol.reasoning import ANSWER, REASONING, tokens_among
-from lmms_plugin.vlm.engine import Traits
+from lmms_plugin.vlm.contracts.engine import Traits
 from lmms_plugin.vlm.generation.token_texts import decode
 
 

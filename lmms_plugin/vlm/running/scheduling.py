@@ -123,18 +123,7 @@ class Schedule:
         with working_on(job):
             prompt = job.prompt(self.reader)
             shares = (job.settings, kind(prompt), _content(prompt) if _can_share(prompt, job) else index)
-<<<<<<< HEAD:lmms_plugin/vlm/scheduling.py
-            return Read(index, prompt, self._length(prompt), shares)
-=======
             return Read(index, prompt, self.length_of(prompt), shares)
-        except RequestError:
-            raise
-        except DatasetError as error:
-            raise RequestError(f"{name}: {error}") from error
-        except Exception as error:
-            # Whatever a task's own code raises on a thread would otherwise not say what it was working on.
-            raise RequestError(f"{name}: {type(error).__name__}: {error}") from error
->>>>>>> main:lmms_plugin/vlm/running/scheduling.py
 
     def length_of(self, prompt: Prompt) -> int:
         """Count tokens; how many images take depends on all their sizes, and is found by encoding the first of such."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmms_plugin.protocol.prompts import Prompt, RequestError
-from lmms_plugin.vlm.settings import Settings
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 
 MOST_LISTED = 20
 """Alternatives of a token that servers list at most."""
@@ -72,7 +72,7 @@ class Asking:
     def body(
         self,
         messages: Sequence[Mapping[str, Any]],
-        settings: Settings,
+        settings: GenerationSettings,
         *,
         seed: int = 0,
         probabilities: bool = True,
@@ -117,7 +117,7 @@ class Asking:
                 body["logprob_token_ids"] = list(self.number_ids)
         return body
 
-    def unsent(self, settings: Settings) -> str:
+    def unsent(self, settings: GenerationSettings) -> str:
         """Say which wish of a task this server has no field for; "" if it has all."""
         if self.form.extended:
             return ""

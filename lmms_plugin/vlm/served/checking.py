@@ -11,8 +11,8 @@ from loguru import logger
 
 from lmms_plugin.protocol.prompts import Prompt, RequestError
 from lmms_plugin.protocol.response import Size
+from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.token_texts import decode
-from lmms_plugin.vlm.processor import Chat
 
 FIRST = 32
 """Prompts of a run that are compared id by id; later ones by their number of tokens."""

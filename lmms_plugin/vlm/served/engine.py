@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.utils.images import told_apart
-from lmms_plugin.vlm.engine import Answer, Generated, Score, Traits
+from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
+from lmms_plugin.vlm.contracts.requests import Job
+from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
+from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import traits_of
-from lmms_plugin.vlm.processor import Chat
-from lmms_plugin.vlm.scheduling import MOST_READERS, Job, by_image, working_on
+from lmms_plugin.vlm.running.scheduling import MOST_READERS, by_image, working_on
 from lmms_plugin.vlm.served.asking import Asking, messages_of
 from lmms_plugin.vlm.served.checking import Expected, PromptCheck
 from lmms_plugin.vlm.served.client import Client, ServerError
@@ -22,7 +24,6 @@ from lmms_plugin.vlm.served.images import Resizer, data_url
 from lmms_plugin.vlm.served.keeping import Answers, digest
 from lmms_plugin.vlm.served.load import Flight, Gate
 from lmms_plugin.vlm.served.tokens import Vocabulary
-from lmms_plugin.vlm.settings import Sampling, Settings
 
 
 class Question(NamedTuple):
@@ -43,7 +44,7 @@ class Question(NamedTuple):
     sample: int | None
     prompt: Prompt
     messages: list[dict[str, Any]]
-    settings: Settings
+    settings: GenerationSettings
     seed: int
     opened: str
     expected: Expected
@@ -127,7 +128,7 @@ class ServedEngine:
                 if len(mine) == 1 + self._further(question.prompt, evidence):
                     yield question.job, self._answer(question, arrived.pop(question.job), evidence)
 
-    def scores(self, jobs: Sequence[Job]) -> Generator[tuple[int, Score]]:
+    def scores(self, jobs: Sequence[Job]) -> Generator[tuple[int, ContinuationScore]]:
         """Refuse: likelihoods of given texts are not asked of servers.
 
         Raises:

@@ -17,11 +17,11 @@ from lmms_plugin.protocol.prompts import PromptReader
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import ends_of_checkpoint
-from lmms_plugin.vlm.answering import Generation
 from lmms_plugin.vlm.assembling import Assembler
+from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.harness_model import HarnessModel
-from lmms_plugin.vlm.processor import Chat
+from lmms_plugin.vlm.jobs import Generation
 from lmms_plugin.vlm.served.asking import Asking, Form, messages_of
 from lmms_plugin.vlm.served.checking import PromptCheck
 from lmms_plugin.vlm.served.client import Client

@@ -9,12 +9,12 @@ from typing import Any
 from loguru import logger
 
 from lmms_plugin.utils.suggest import near
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.served.asking import Asking, Form
 from lmms_plugin.vlm.served.client import Client, Refused, ServerError
 from lmms_plugin.vlm.served.tokens import Vocabulary
-from lmms_plugin.vlm.settings import Settings
 
-_PROBE = Settings(max_new_tokens=4)
+_PROBE = GenerationSettings(max_new_tokens=4)
 STATED = "stated, not verified"
 
 

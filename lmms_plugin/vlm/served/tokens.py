@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmms_plugin.protocol.response import Alternatives, Token
-from lmms_plugin.vlm.engine import Generated
+from lmms_plugin.vlm.contracts.engine import Generated
 from lmms_plugin.vlm.generation.number_tokens import LEAST, NumberTokens
 from lmms_plugin.vlm.generation.special_tokens import Special
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
@@ -71,7 +71,8 @@ class Vocabulary:
         for index in self.numbers.ids:
             match = _RUN.fullmatch(decode(self.tokenizer, [index]))
             if match is not None:
-                counts[match.group(1, 3)] = counts.get(match.group(1, 3), 0) + 1
+                around = (match[1], match[3])
+                counts[around] = counts.get(around, 0) + 1
         return counts
 
     @cached_property
@@ -210,12 +211,13 @@ class Vocabulary:
                 f"the probabilities of {chosen.text!r} and what could stand in its place add up to {mass:.3f}: these "
                 "are no log-probabilities of one distribution (serve them raw: --logprobs-mode raw_logprobs)"
             )
-        around, listed, unlisted, alike = match.group(1, 3), {}, 0.0, 0
+        around = (match[1], match[3])
+        listed: dict[str, float] = {}
+        unlisted = 0.0
         for key, one in sorted(seen.items(), key=lambda pair: -pair[1].logprob):
             other = _RUN.fullmatch(one.text)
-            if other is None or other.group(1, 3) != around:
+            if other is None or (other[1], other[3]) != around:
                 continue
-            alike += 1
             if probabilities[key] >= LEAST:
                 listed[other[2]] = min(1.0, listed.get(other[2], 0.0) + probabilities[key])
             else:

@@ -115,7 +115,7 @@ def test_what_vllm_refuses_is_told(url, documents, instances):
         QuantServed(pretrained="demo", base_url=url, model="dem")
     vlm = QuantServed(pretrained="demo", base_url=url)
     vlm.task_dict = documents
-    with pytest.raises(RequestError, match=r"document 0: .*context length.*prompt and answer do not fit"):
+    with pytest.raises(RequestError, match=r"document 0: .*max_model_len=512.*prompt and answer do not fit"):
         vlm.generate_until(instances(comprehension.doc_to_messages, 1, {"max_new_tokens": 600, "temperature": 0}))
 
 
