@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
-from lmms_plugin.quant_backends import class_name, model_name, names
+from lmms_plugin.quant_backends import SERVED, class_name, model_name, names
 from lmms_plugin.vlm.running.sharding import deal_by_image
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 TESTED = "0.7"
-SERVED = "served"
-"""Where a backend's name would be: this model's weights are a server's."""
 _MARK = "_lmms_plugin"
 _EXPECTED = {
     "initialize_tasks": ["self", "include_path", "include_defaults"],

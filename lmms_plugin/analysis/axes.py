@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
 from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
-from lmms_plugin.quant_backends import backend_name, get, model_name, names
+from lmms_plugin.quant_backends import SERVED, backend_name, get, model_name, names
 from lmms_plugin.utils.reading import accounts
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
 """What the model is called that is compared with: it ran in 16 or in 32 bits, whatever its `dtype` said."""
-_DENSE, _READY, _SERVED = model_name("none"), model_name("prequantized"), model_name("served")
+_DENSE, _READY, _SERVED = model_name("none"), model_name("prequantized"), model_name(SERVED)
 _STATED = "quantization=stated, not verified"
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
 _ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit")

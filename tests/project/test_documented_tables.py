@@ -14,9 +14,8 @@ from lmms_plugin.export.every_eval_ever import EvaluationSource
 from lmms_plugin.leaderboard.submission import Manifest
 from lmms_plugin.protocol import response
 from lmms_plugin.protocol.response import Response, Token
-from lmms_plugin.quant_backends import names
+from lmms_plugin.quant_backends import SERVED, names
 from lmms_plugin.quant_backends.checkpoints.own_format import SavedConfig
-from lmms_plugin.registration import SERVED
 from lmms_plugin.selector.features import FeatureOrigin, Features
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.registry import catalogue
