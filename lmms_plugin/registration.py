@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
-from lmms_plugin.quant_backends import class_name, model_name, names
+from lmms_plugin.quant_backends import SERVED, class_name, model_name, names
 from lmms_plugin.vlm.running.sharding import deal_by_image
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def tasks_folder() -> str:
 
 
 def manifests() -> "list[ModelManifest]":
-    """Return one manifest per quantization backend.
+    """Return one manifest per quantization backend, and one for served models.
 
     As a side effect, make our tasks visible to every `TaskManager` and keep questions about one image together.
     """
@@ -48,13 +48,18 @@ def manifests() -> "list[ModelManifest]":
     _warn_if_untested(version("lmms-eval"))
     make_tasks_visible()
     deal_by_image()
-    return [_manifest(ModelManifest, backend) for backend in names()]
+    return [*(_manifest(ModelManifest, backend) for backend in names()), _served(ModelManifest)]
 
 
 def _manifest(make: "type[ModelManifest]", backend: str) -> "ModelManifest":
     """Return a manifest with the chat class, and the one for `--force_simple`, which multiple-choice tasks need."""
     path = f"lmms_plugin.vlm.wrapper.{class_name(backend)}"
     return make(model_id=model_name(backend), chat_class_path=path, simple_class_path=f"{path}Simple")
+
+
+def _served(make: "type[ModelManifest]") -> "ModelManifest":
+    path = "lmms_plugin.vlm.served.model.QuantServed"
+    return make(model_id=model_name(SERVED), chat_class_path=path, simple_class_path=f"{path}Simple")
 
 
 def _warn_if_untested(found: str) -> None:

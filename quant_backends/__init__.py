@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "ENTRY_POINTS",
+    "SERVED",
     "backend_class",
     "backend_name",
     "class_name",
@@ -47,6 +48,8 @@ BACKENDS: dict[str, str] = {
 }
 """Built-in name -> ``module:Class``, imported only when asked for."""
 
+SERVED = "served"
+"""Where a backend's name would be: this model's weights are a server's, which quantized them or not."""
 _PREFIX = "quant_"
 ENTRY_POINTS = "lmms_plugin.quant_backends"
 """Group of entry points by which other packages add backends: name -> a subclass of `Backend`."""

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
 from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
-from lmms_plugin.quant_backends import backend_name, get, model_name, names
+from lmms_plugin.quant_backends import SERVED, backend_name, get, model_name, names
 from lmms_plugin.utils.reading import accounts
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
 """Label of the reference model, which ran in 16 or 32 bits, whatever its `dtype` said."""
-_DENSE, _READY = model_name("none"), model_name("prequantized")
+_DENSE, _READY, _SERVED = model_name("none"), model_name("prequantized"), model_name(SERVED)
+_STATED = "quantization=stated, not verified"
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
 _ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit")
 """Arguments that change what a model is asked or shown."""
@@ -26,6 +27,7 @@ _NO_OPTIONS = frozenset(
         *("pretrained", "bits", "group_size", "language_bits", *_COMPONENT_BITS.values(), "calibration", "seed"),
         *("batch_size", "max_batch_size", "device", "device_map", "report", "save_quantized", "features", "resume"),
         *("resume_folder", "share_prefix", "static_cache", "trust_remote_code", "use_safetensors"),
+        *("base_url", "concurrency", "timeout", "retries", "key_variable"),
     )
 )
 
@@ -191,6 +193,8 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
     method = model if backend is None else backend
     if model == _DENSE:
         return Config(name, method, DENSE_BITS, None, "", "", _options(args))
+    if model == _SERVED:
+        return _served(name, args)
     if model == _READY or backend is None:
         return Config(name, method, None, None, "", "", _options(args))
     bits = _whole(args.get("language_bits", args.get("bits")))
@@ -204,6 +208,15 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
     return Config(
         name, method, bits, _whole(args.get("group_size", 128)), components, _text(args, "calibration"), _options(args)
     )
+
+
+def _served(name: str, args: Mapping[str, Any]) -> Config:
+    """A server's model: how its weights are quantized is what its user states."""
+    stated = str(args.get("method") or "")
+    bits = _whole(args.get("bits"))
+    options = _options({key: value for key, value in args.items() if key != "method"})
+    marks = (_STATED,) if stated or bits is not None else ()
+    return Config(name, f"served {stated}".strip(), bits, None, "", "", tuple(sorted((*options, *marks))))
 
 
 def _default_bits(method: str) -> int | None:

@@ -15,6 +15,21 @@ def end_tokens(model: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(_ids(tokenizer.eos_token_id).union(*configured)))
 
 
+def ends_of_checkpoint(path: str, config: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an answer of a checkpoint whose weights are not loaded.
+
+    Args:
+        path: Of the checkpoint, or its id on the hub.
+        config: Of the checkpoint.
+        tokenizer: Of the checkpoint.
+    """
+    try:
+        configured = GenerationConfig.from_pretrained(path)
+    except OSError:
+        configured = GenerationConfig.from_model_config(config)
+    return tuple(sorted(_ids(tokenizer.eos_token_id) | _ids(configured.eos_token_id)))
+
+
 def keep_ends(model: Any, tokenizer: Tokenizer) -> None:
     """Make plain ``generate`` of a model end at the same tokens as an evaluation."""
     ends = end_tokens(model, tokenizer)

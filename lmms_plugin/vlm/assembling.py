@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,11 +16,15 @@ from lmms_plugin.vlm.contracts.engine import Answer, Generated, Traits
 
 
 def read(answer: Answer, traits: Traits) -> Response:
-    """Return the answer with its tokens and the reasoning tag that the prompt opened, without anything else."""
+    """Return the answer with its tokens and the reasoning tag that the prompt opened, without anything else.
+
+    Tokens without log-probabilities are left out: their text alone is the answer.
+    """
     tokens = answer.generated.tokens
     if answer.prompt.grounding is None:
         tokens = tuple(token._replace(text="") if token.text in traits.silent else token for token in tokens)
-    return Response("".join(token.text for token in tokens), tokens, opened=answer.opened)
+    judged = not any(math.isnan(token.logprob) for token in tokens)
+    return Response("".join(token.text for token in tokens), tokens if judged else (), opened=answer.opened)
 
 
 def encoded_scores(scores: Mapping[str, tuple[float | None, ...]]) -> str:
@@ -71,7 +76,7 @@ class Assembler:
                 f"{prompt.name}: dialect {self.dialect.name!r} counts pixels of the resized image, and "
                 f"{self.traits.image_reader} does not tell its size"
             )
-        size, digits = prompt.grounding.original_size, prompt.grounding.digits
+        size, digits = prompt.grounding.original_size, prompt.grounding.digits and answer.records_digits
         return replace(response, original_size=size, dialect=self.dialect.name, records_digits=digits)
 
     def _warn_if_unfinished(self, response: Response) -> None:

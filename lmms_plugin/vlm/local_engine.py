@@ -9,7 +9,6 @@ from typing import Any
 
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.protocol.prompts import Prompt, PromptReader
-from lmms_plugin.protocol.reasoning import ANSWER, tokens_among
 from lmms_plugin.vlm.assembling import read
 from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
 from lmms_plugin.vlm.contracts.requests import Job
@@ -17,7 +16,7 @@ from lmms_plugin.vlm.contracts.settings import Sampling
 from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.observer import Observer, Wanted
 from lmms_plugin.vlm.generation.processor import Batch, Chat
-from lmms_plugin.vlm.generation.token_texts import decode
+from lmms_plugin.vlm.generation.special_tokens import Special, traits_of
 from lmms_plugin.vlm.running.runner import Runner
 
 
@@ -83,12 +82,8 @@ class LocalEngine:
     @cached_property
     def traits(self) -> Traits:
         """Return the properties common to all its answers."""
-        tokenizer, marks = self.decoder.tokenizer, self.decoder.marks
-        return Traits(
-            silent=frozenset(decode(tokenizer, [token]) for token in self.decoder.special - marks),
-            answer_marks=tokens_among([decode(tokenizer, [token]) for token in marks], ANSWER),
-            image_reader=type(self.chat.processor).__name__,
-        )
+        special = Special(self.decoder.special, self.decoder.marks)
+        return traits_of(self.decoder.tokenizer, special, type(self.chat.processor).__name__)
 
     @property
     def batch_size(self) -> int:

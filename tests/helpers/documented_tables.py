@@ -23,6 +23,7 @@ from lmms_plugin.tasks.grounding.referring import ReferringSet
 from lmms_plugin.tasks.retrieval import matching
 from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
+from lmms_plugin.vlm.served.options import ServedOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -48,6 +49,14 @@ def arguments() -> str:
     """What `--model_args` takes for every model."""
     said = attributes(ModelArguments)
     rows = ((f"`{one.name}`", _default(one), said[one.name]) for one in fields(ModelArguments) if one.name != "options")
+    return table(("argument", "default", "meaning"), rows)
+
+
+def served() -> str:
+    """What `--model_args` takes for served models besides."""
+    said = attributes(ServedOptions)
+    cells = {one.name: "" if one.default is MISSING else _default(one) for one in fields(ServedOptions)}
+    rows = ((f"`{name}`", default, said[name]) for name, default in cells.items())
     return table(("argument", "default", "meaning"), rows)
 
 
@@ -105,6 +114,7 @@ def columns() -> str:
 
 TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "arguments": ("model_arguments.md", arguments),
+    "served": ("served.md", served),
     "methods": ("quantizers.md", methods),
     "options": ("quantizers.md", options),
     "datasets": ("tasks.md", datasets),

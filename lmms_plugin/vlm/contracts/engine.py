@@ -21,7 +21,7 @@ class Generated(NamedTuple):
 
     Attributes:
         tokens: Tokens, with the end-of-sequence token, if the model reached it, as the last; cut where `until` says.
-            Their log-probabilities are NaN after a beam search, which reports none.
+            Their log-probabilities are NaN where there are none: after a beam search, and from some servers.
         text: Answer without special tokens, except those that separate reasoning and answer.
         ids: Ids of all generated tokens, uncut.
     """
@@ -59,6 +59,7 @@ class Answer:
         opened: Tag of a reasoning block that the prompt's end opened; "" if none, or if the prompt wants no confidence.
         confidence: Estimator -> confidence in [0, 1] that only the engine can compute (a learned confidence).
         samples: Further answers sampled for the prompt; None where there are none.
+        records_digits: Whether alternatives of digits were recorded if the prompt wants them.
     """
 
     prompt: Prompt
@@ -67,6 +68,7 @@ class Answer:
     opened: str = ""
     confidence: Mapping[str, float] = field(default_factory=dict)
     samples: tuple[Generated, ...] | None = None
+    records_digits: bool = True
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,13 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lmms_plugin.protocol.reasoning import ANSWER, REASONING, tokens_among
 from lmms_plugin.protocol.response import Alternatives, Token
 from lmms_plugin.utils.end_tokens import end_tokens, writers
 from lmms_plugin.utils.processes.out_of_memory import while_answering
 from lmms_plugin.vlm.contracts.engine import ContinuationScore, Generated
 from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
+from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
 
 NO_TOKEN = 2**31 - 1
@@ -85,10 +85,7 @@ class Decoder:
             given = part.generation_config
             kept = {"bos_token_id": given.bos_token_id, "decoder_start_token_id": given.decoder_start_token_id}
             part.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=list(ends), **kept)
-        added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        tags = tokens_among([token.content for token in added.values()], (*REASONING, *ANSWER))
-        marks = frozenset(index for index, token in added.items() if token.content in tags)
-        special = frozenset({*added, *ends})
+        special, marks = special_tokens(tokenizer, ends)
         # A copy of its own, because background threads encode meanwhile.
         return cls(model, copy.deepcopy(tokenizer), ends, special, marks, static_cache)
 

@@ -96,7 +96,7 @@ class Schedule:
         readers = max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1))
         # The processor has threads of its own, and one caller at a time.
         with _pool(readers) as reading, _pool(1) as encoding:
-            units = _by_image(jobs)
+            units = by_image(jobs)
             read = ahead(reading, lambda unit: [self._read(jobs[i], i) for i in unit], units, readers + 1)
             yield from ahead(encoding, self._prepare, self._plan(read), BATCHES_AHEAD)
 
@@ -120,18 +120,10 @@ class Schedule:
         return Prepared(groups, prompts, self.chat.encode([prompt for group in prompts for prompt in group]))
 
     def _read(self, job: Job, index: int) -> Read:
-        name = job.request.name
-        try:
+        with working_on(job):
             prompt = job.prompt(self.reader)
             shares = (job.settings, kind(prompt), _content(prompt) if _can_share(prompt, job) else index)
             return Read(index, prompt, self.length_of(prompt), shares)
-        except RequestError:
-            raise
-        except DatasetError as error:
-            raise RequestError(f"{name}: {error}") from error
-        except Exception as error:
-            # Otherwise an error of a task's own code on a thread would not say which document it was working on.
-            raise RequestError(f"{name}: {type(error).__name__}: {error}") from error
 
     def length_of(self, prompt: Prompt) -> int:
         """Count tokens; those of images depend on all their sizes, and are found by encoding the first such prompt."""
@@ -173,7 +165,25 @@ class Schedule:
             yield [[by_index[index] for index in group.members] for group in batch]
 
 
-def _by_image(jobs: Sequence[Job]) -> list[list[int]]:
+@contextmanager
+def working_on(job: Job) -> Iterator[None]:
+    """Name task and document in whatever a task's own code raises, which on a thread says nothing of them.
+
+    Raises:
+        RequestError: anything was raised.
+    """
+    name = job.request.name
+    try:
+        yield
+    except RequestError:
+        raise
+    except DatasetError as error:
+        raise RequestError(f"{name}: {error}") from error
+    except Exception as error:
+        raise RequestError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def by_image(jobs: Sequence[Job]) -> list[list[int]]:
     """Group jobs that the dataset knows to be about one image, in order of first appearance."""
     units: dict[Hashable, list[int]] = {}
     for index, job in enumerate(jobs):

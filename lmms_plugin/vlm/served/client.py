@@ -1,0 +1,268 @@
+"""The HTTP client: JSON in, JSON out, patient with a busy server, and every other failure told in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity.nap import sleep_using_event
+from tenacity.stop import stop_when_event_set
+
+_BUSY = frozenset({429, 503})
+_PASSING = frozenset({408, 425, 500, 502, 504, 529}) | _BUSY
+_LONGEST_WAIT = 600.0
+"""Seconds that a server may ask to be left alone."""
+_SAID = 300
+"""Characters of a server's words in a message."""
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_TOO_LONG = re.compile(r"context (length|size|window)|maximum context|exceed_context|max_model_len|too long", re.I)
+_TOO_LARGE = re.compile(r"image.{0,40}(too large|too big|exceeds)|(too large|exceeds).{0,40}image", re.I)
+
+
+class ServerError(ValueError):
+    """A server that does not answer as it should; the message is one line with what helps."""
+
+
+class Refused(ServerError):
+    """A request that the server will never answer.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Passing(ServerError):
+    """A failure that may pass.
+
+    Attributes:
+        wait: seconds that the server asks for; None if it does not.
+        busy: whether the server has too much to do.
+    """
+
+    def __init__(self, message: str, wait: float | None = None, *, busy: bool = False) -> None:
+        super().__init__(message)
+        self.wait = wait
+        self.busy = busy
+
+
+@dataclass
+class Client:
+    """Talks to one server; safe to call from several threads.
+
+    Attributes:
+        base_url: of the API.
+        key: sent to this server and to no other; never part of a message.
+        key_variable: where the key comes from, for messages.
+        timeout: seconds for one response.
+        retries: after a failure that may pass.
+        connections: kept alive at most.
+        busy: called whenever the server says that it has too much to do.
+    """
+
+    base_url: str
+    key: str | None = field(default=None, repr=False)
+    key_variable: str = ""
+    timeout: float = 600.0
+    retries: int = 8
+    connections: int = 16
+    busy: Callable[[], None] = field(default=lambda: None, repr=False)
+    _ended: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.base_url = self.base_url.rstrip("/")
+        url = httpx.URL(self.base_url)
+        self._http = httpx.Client(
+            timeout=httpx.Timeout(self.timeout, connect=min(10.0, self.timeout)),
+            limits=httpx.Limits(max_connections=self.connections, max_keepalive_connections=self.connections),
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
+            follow_redirects=False,
+            # No proxy stands between us and our own machine.
+            trust_env=url.host not in _LOOPBACK,
+        )
+
+    @property
+    def root(self) -> str:
+        """The server's address without the API's path."""
+        return self.base_url.removesuffix("/v1")
+
+    def get(self, url: str) -> dict[str, Any]:
+        """Fetch a JSON object, without a second try.
+
+        Raises:
+            ServerError: there is none.
+        """
+        return self._once("GET", url, None)
+
+    def chat(self, body: Mapping[str, Any], *, patient: bool = True) -> dict[str, Any]:
+        """Ask for an answer.
+
+        Args:
+            body: of `/chat/completions`.
+            patient: whether to try again what may pass.
+
+        Returns:
+            The response; it has choices.
+
+        Raises:
+            ServerError: there is no answer, after all tries.
+        """
+        content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+        url = f"{self.base_url}/chat/completions"
+        return self._patiently(lambda: _expect_choices(self._once("POST", url, content), self.base_url), patient)
+
+    def end(self) -> None:
+        """Break off waiting, and close every connection; the client is of no use afterwards."""
+        self._ended.set()
+        self._http.close()
+
+    def _patiently(self, ask: Callable[[], dict[str, Any]], patient: bool) -> dict[str, Any]:
+        tries = self.retries + 1 if patient else 1
+        retrying = Retrying(
+            retry=retry_if_exception_type(Passing),
+            stop=stop_after_attempt(tries) | stop_when_event_set(self._ended),
+            wait=_pause,
+            sleep=sleep_using_event(self._ended),
+            before_sleep=self._note,
+            reraise=True,
+        )
+        try:
+            return retrying(ask)
+        except Passing as error:
+            if tries == 1:
+                raise
+            raise ServerError(f"{error} (tried {tries} times)") from error
+
+    def _note(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, Passing) and error.busy:
+            self.busy()
+
+    def _once(self, method: str, url: str, content: bytes | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"} if content is not None else {}
+        try:
+            response = self._http.request(method, url, content=content, headers=headers)
+        except httpx.ConnectError as error:
+            raise Passing(
+                f"no server answers at {self.base_url} ({self._words(str(error))}): start it, or check host and port"
+            ) from error
+        except httpx.TimeoutException as error:
+            raise Passing(f"{url} did not answer within {self.timeout:g} s (timeout=)") from error
+        except (httpx.HTTPError, OSError) as error:
+            raise Passing(
+                f"{url} broke off in the middle of a response ({type(error).__name__}: {self._words(str(error))}): the "
+                "server may have died, its log says why"
+            ) from error
+        except RuntimeError as error:
+            raise ServerError("the run has ended") from error
+        return self._read(response, url)
+
+    def _read(self, response: httpx.Response, url: str) -> dict[str, Any]:
+        status = response.status_code
+        if response.is_redirect:
+            place = response.headers.get("location", "?")
+            raise Refused(
+                f"{url} redirects to {self._words(place)}, which is not followed: give that address as base_url", status
+            )
+        if status != 200:
+            self._refuse(response, url)
+        try:
+            value = json.loads(response.content)
+        except (ValueError, RecursionError) as error:
+            if _is_html(response):
+                raise Refused(f"{url} answers with HTML, not JSON: {self._where()}", status) from error
+            raise Passing(f"{url} sent half a response or no JSON: {self._words(response.text)!r}") from error
+        if not isinstance(value, dict):
+            raise Refused(f"{url}: expected a JSON object, got {self._words(response.text)!r}", status)
+        if value.get("error"):
+            raise ServerError(f"{url} answers 200 with an error inside: {self._words(_message(value))}")
+        return value
+
+    def _refuse(self, response: httpx.Response, url: str) -> None:
+        """Raise what a status other than 200 means."""
+        status = response.status_code
+        said = self._words(_said(response))
+        if status in _PASSING:
+            raise Passing(f"{url} answers {status}: {said}", _asked_wait(response), busy=status in _BUSY)
+        if status in (401, 403):
+            given = f"the key in {self.key_variable}" if self.key else "a request without key"
+            raise Refused(f"{self.base_url} refuses {given} ({status}): {said}; set {self.key_variable}", status)
+        if _is_html(response):
+            raise Refused(f"{url} answers {status} with HTML, not JSON: {self._where()}", status)
+        if status == 413 or _TOO_LARGE.search(said):
+            hint = "; the image is too large for the server: max_pixels= makes it smaller, or raise the server's limit"
+        elif _TOO_LONG.search(said):
+            hint = "; prompt and answer do not fit: serve with a longer context, or lower max_pixels= or max_new_tokens"
+        elif status == 404:
+            hint = f"; {self._where()}, and model= a name that it serves"
+        else:
+            hint = ""
+        raise Refused(f"{url} answers {status}: {said}{hint}", status)
+
+    def _where(self) -> str:
+        return f"base_url must be the address of the API, mostly {self.root}/v1"
+
+    def _words(self, text: str) -> str:
+        """A stranger's words in one line and without the key."""
+        line = " ".join(text.split())
+        line = line.replace(self.key, "***") if self.key else line
+        return line if len(line) <= _SAID else f"{line[:_SAID]}…"
+
+
+def _pause(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, Passing) and error.wait is not None:
+        return error.wait
+    return float(wait_exponential_jitter(multiplier=0.25, max=30.0, jitter=0.25)(state))
+
+
+def _asked_wait(response: httpx.Response) -> float | None:
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (TypeError, ValueError):
+            return None
+    return min(max(seconds, 0.0), _LONGEST_WAIT) if seconds == seconds else None
+
+
+def _is_html(response: httpx.Response) -> bool:
+    return "html" in response.headers.get("content-type", "") or response.content.lstrip()[:1] == b"<"
+
+
+def _said(response: httpx.Response) -> str:
+    try:
+        value = json.loads(response.content)
+    except (ValueError, RecursionError):
+        return response.text
+    return _message(value) if isinstance(value, dict) else response.text
+
+
+def _message(value: Mapping[str, Any]) -> str:
+    """The words of an error, in whichever of the usual places they are."""
+    error = value.get("error")
+    if isinstance(error, Mapping):
+        error = error.get("message") or error
+    return str(error or value.get("message") or value.get("detail") or dict(value))
+
+
+def _expect_choices(value: dict[str, Any], base_url: str) -> dict[str, Any]:
+    choices = value.get("choices")
+    if not (isinstance(choices, list) and choices and isinstance(choices[0], Mapping)):
+        raise ServerError(
+            f"{base_url}: expected choices in the response, got {', '.join(map(str, value)) or 'nothing'}"
+        )
+    return value

@@ -1,0 +1,202 @@
+"""The model that lmms-eval runs as `quant_served`: a checkpoint behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from loguru import logger
+from PIL import Image
+
+from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.protocol.dialects import Dialect
+from lmms_plugin.protocol.prompts import PromptReader
+from lmms_plugin.utils import files
+from lmms_plugin.utils.checkpoints import config_of
+from lmms_plugin.utils.end_tokens import ends_of_checkpoint
+from lmms_plugin.vlm.assembling import Assembler
+from lmms_plugin.vlm.generation.processor import Chat
+from lmms_plugin.vlm.generation.special_tokens import special_tokens
+from lmms_plugin.vlm.harness_model import HarnessModel
+from lmms_plugin.vlm.jobs import Generation
+from lmms_plugin.vlm.served.asking import Asking, Form, messages_of
+from lmms_plugin.vlm.served.checking import PromptCheck
+from lmms_plugin.vlm.served.client import Client
+from lmms_plugin.vlm.served.engine import ServedEngine
+from lmms_plugin.vlm.served.images import Resizer, data_url
+from lmms_plugin.vlm.served.keeping import Answers
+from lmms_plugin.vlm.served.load import Gate
+from lmms_plugin.vlm.served.options import OPTION_TYPES, ServedOptions, expect_effect
+from lmms_plugin.vlm.served.probing import STATED, Found, find, probe
+from lmms_plugin.vlm.served.tokens import Vocabulary
+from lmms_plugin.vlm.setting_up import chat_of
+
+_FIRST_QUESTION = "What is in this picture?"
+_FIRST_SIZE = (224, 168)
+
+
+class QuantServed(HarnessModel):
+    """A checkpoint behind an OpenAI-compatible server (vLLM, SGLang, ...), whatever its weights are.
+
+    Attributes:
+        arguments: as given.
+        options: of them, those of served models.
+        served: what the server says that it serves.
+        found: what it can tell, shown by a first question.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        """Find the server, load the checkpoint's processor and tokenizer, and ask a first question about an image.
+
+        Args:
+            **arguments: see `ModelArguments` and `ServedOptions`.
+
+        Raises:
+            ValueError: an argument is unknown or its value impossible, the server does not answer as it should, or it
+                reads other prompts than the checkpoint's processor makes.
+            FileNotFoundError: there is no such checkpoint.
+        """
+        super().__init__()
+        self.arguments = ModelArguments.parse(arguments, OPTION_TYPES)
+        self.options = ServedOptions.of(self.arguments)
+        expect_effect(arguments)
+        if "pretrained" not in arguments:
+            raise ValueError("pretrained is missing: the checkpoint that is served, for its processor and tokenizer")
+        self._path = self.arguments.find_checkpoint()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device
+        self._gate = Gate(self.options.concurrency)
+        self._client = self._connected()
+        self.served = find(self._client, self.options.model)
+        self.chat, self.reader = chat_of(self._path, self.arguments)
+        if self.reader.raw or self.dialect.raw_prompt:
+            raise ValueError(
+                f"{self.arguments.pretrained} is asked without chat template, which the chat API of servers needs"
+            )
+        self.found, engine = self._engine(self.chat, self.reader)
+        self._check = engine.check
+        self._kept = engine.kept
+        assembler = Assembler(engine.traits, self.dialect, str(self.arguments.pretrained), warns=self.rank == 0)
+        self.responder = Generation(
+            engine, assembler, verbalised=self.arguments.verbalised, shows_progress=self.rank == 0
+        )
+        self._account()
+
+    @property
+    def dialect(self) -> Dialect:
+        """How this model is asked for boxes."""
+        return self.reader.dialect
+
+    def figures(self) -> dict[str, Any]:
+        """Return what of the server's doing goes into the results file: counts of prompts, compared and different."""
+        return {
+            "served_prompts_compared": self._check.checked,
+            "served_prompts_not_compared": self._check.unchecked,
+            "served_prompts_different": self._check.differing,
+            "served_with_log_probabilities": float(self.found.form.listed is not None),
+        }
+
+    def clean(self) -> None:
+        """End the connections, and forget the answers that were kept for going on."""
+        super().clean()
+        self._client.end()
+        if self._kept is not None:
+            self._kept.remove()
+
+    def account(self) -> dict[str, Any]:
+        """Return what is known about what is served, each with who says it."""
+        stated = {"method": self.options.method, "bits": self.arguments.bits}
+        return {
+            "pretrained": self.arguments.pretrained,
+            "base_url": self.options.base_url,
+            "served": {**asdict(self.served), "told": dict(self.served.told)},
+            "stated": {name: value for name, value in stated.items() if value is not None},
+            "of_stated": STATED,
+            "prompts": self._check.compares(self.found.response) or "not compared: the server tells nothing of them",
+            "log_probabilities": self.found.form.listed is not None,
+            "digits": self.found.digits,
+            "token_ids": self.found.token_ids,
+            "fields": "all" if self.found.form.extended else "OpenAI's alone: top_k and penalties are the server's",
+        }
+
+    def _connected(self) -> Client:
+        options = self.options
+        return Client(
+            options.base_url,
+            options.key,
+            options.key_variable,
+            options.timeout,
+            options.retries,
+            options.concurrency,
+            self._gate.busy,
+        )
+
+    def _engine(self, chat: Chat, reader: PromptReader) -> tuple[Found, ServedEngine]:
+        """Ask the first question, and set up for what it shows."""
+        config = config_of(self._path, trust_remote_code=self.arguments.trust_remote_code)
+        ends = frozenset(ends_of_checkpoint(self._path, config, chat.tokenizer))
+        vocabulary = Vocabulary(chat.tokenizer, ends, special_tokens(chat.tokenizer, ends))
+        asking = Asking(self.served.model, Form(), self.arguments.template_variables, tuple(vocabulary.numbers.ids))
+        check = PromptCheck(chat, stops=self.options.mismatch == "error")
+        resizer = Resizer(chat.processor.image_processor)
+        picture = Image.linear_gradient("L").resize(_FIRST_SIZE).convert("RGB")
+        content = [{"type": "image", "url": picture}, {"type": "text", "text": _FIRST_QUESTION}]
+        prompt = reader.read([{"role": "user", "content": content}], "a first question about a drawn image")
+        urls = [data_url(resizer.seen(image)) for image in prompt.images]
+        found = probe(self._client, asking, messages_of(prompt, urls), vocabulary)
+        check.agrees(prompt, check.expected(prompt), found.response)
+        kept = None
+        if self.arguments.resume_folder:
+            identity = {"served": asdict(self.served), "checkpoint": self._path, "form": asdict(found.form)}
+            kept = Answers.of(self.arguments.resume_folder, identity)
+            if kept.found and self.rank == 0:
+                logger.info("{}: going on with {} answers in {}", self.served.model, kept.found, kept.file)
+        return found, ServedEngine(
+            self._client,
+            asking.with_form(found.form),
+            vocabulary,
+            chat,
+            reader,
+            check,
+            resizer,
+            self._gate,
+            found.token_ids,
+            found.digits is not None,
+            self.arguments.seed,
+            self.arguments.samples,
+            self.arguments.sample_temperature,
+            kept,
+        )
+
+    def _account(self) -> None:
+        """Say, and keep as far as the user asks for it, what is served."""
+        if self.rank != 0:
+            return
+        account = self.account()
+        told = ", ".join(f"{name} {value}" for name, value in self.served.told.items())
+        stated = ", ".join(f"{name} {value}" for name, value in account["stated"].items())
+        logger.info(
+            "{} at {}: {} {}{}{}; prompts compared by {}; digits from {}",
+            self.served.model,
+            self.options.base_url,
+            self.served.engine or "an unknown engine",
+            self.served.version or "",
+            f", {told}" if told else "",
+            f"; {stated} ({STATED})" if stated else "",
+            account["prompts"],
+            self.found.digits or "nowhere",
+        )
+        if self.arguments.report:
+            place = Path(self.arguments.report).expanduser()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            files.replace_text(place, json.dumps({"served": account}, indent=1) + "\n")
+
+
+class QuantServedSimple(QuantServed):
+    """The same for lmms-eval's `--force_simple`."""
+
+    is_simple = True

@@ -1,0 +1,101 @@
+"""The arguments of a served model: which server, how it is asked, and what its user states about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+from urllib.parse import urlsplit
+
+from lmms_plugin.arguments import ModelArguments
+
+MISMATCH = ("error", "warn")
+KEY_VARIABLE = "LMMS_PLUGIN_API_KEY"
+OF_THE_SERVER = (
+    *("group_size", "vision_bits", "connector_bits", "language_bits", "head_bits", "symmetric", "plan"),
+    *("calibration", "calibration_samples", "dtype", "device", "device_map", "attn_implementation", "static_cache"),
+    *("share_prefix", "use_safetensors", "save_quantized", "features", "feature_layer", "selector"),
+    "selector_transfer",
+)
+"""Arguments of `ModelArguments` about weights and arithmetic, which are the server's."""
+
+
+@dataclass(frozen=True)
+class ServedOptions:
+    """What a served model takes besides the arguments of all models.
+
+    Attributes:
+        base_url: of the API, for instance `http://127.0.0.1:8000/v1`.
+        model: name under which the server serves it; by default the only one of `/v1/models`.
+        concurrency: most requests in flight at once.
+        timeout: seconds for one response.
+        retries: how often a request is tried again when the server is busy or does not answer.
+        mismatch: what to do when the server makes other tokens of a prompt than the checkpoint's processor: `error`
+            or `warn`.
+        method: how the model was quantized, as far as its user knows.
+        key_variable: environment variable that holds the key of the server, if it wants one.
+    """
+
+    base_url: str
+    model: str | None = None
+    concurrency: int = 16
+    timeout: float = 600.0
+    retries: int = 8
+    mismatch: str = "error"
+    method: str | None = None
+    key_variable: str = KEY_VARIABLE
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"base_url must be the address of an API such as http://127.0.0.1:8000/v1, got {self.base_url!r:.100}"
+            )
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                f"base_url must hold no key, which would go into logs: set the variable {self.key_variable} instead"
+            )
+        for name, least in (("concurrency", 1), ("retries", 0), ("timeout", 0.001)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least:g}, got {getattr(self, name)}")
+        if self.mismatch not in MISMATCH:
+            raise ValueError(f"mismatch must be one of {', '.join(MISMATCH)}, got {self.mismatch!r}")
+
+    @classmethod
+    def of(cls, arguments: ModelArguments) -> ServedOptions:
+        """Take a served model's own options out of its arguments.
+
+        Raises:
+            ValueError: there is no base_url, or a value is impossible.
+        """
+        given = {name: value for name, value in arguments.options.items() if value is not None}
+        if "base_url" not in given:
+            raise ValueError("base_url is missing: the address of the API, such as http://127.0.0.1:8000/v1")
+        return cls(**given)
+
+    @property
+    def key(self) -> str | None:
+        """The server's key, None without one."""
+        return os.environ.get(self.key_variable) or None
+
+
+OPTION_TYPES: Mapping[str, Any] = get_type_hints(ServedOptions)
+"""What `ModelArguments.parse` is to let through."""
+
+
+def expect_effect(given: Mapping[str, Any]) -> None:
+    """Refuse arguments about what only the server decides.
+
+    Args:
+        given: name -> value, as the user gave them.
+
+    Raises:
+        ValueError: one of them would have no effect.
+    """
+    useless = [name for name in OF_THE_SERVER if name in given]
+    if useless:
+        raise ValueError(
+            f"{useless[0]} has no effect on a served model, whose server decides it: leave it out (method= and bits= "
+            "state how the weights were quantized)"
+        )

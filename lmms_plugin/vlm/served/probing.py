@@ -1,0 +1,185 @@
+"""What is served, by the server's own account, and what the server can tell: found out before the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from loguru import logger
+
+from lmms_plugin.utils.suggest import near
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
+from lmms_plugin.vlm.served.asking import Asking, Form
+from lmms_plugin.vlm.served.client import Client, Refused, ServerError
+from lmms_plugin.vlm.served.tokens import Vocabulary
+
+_PROBE = GenerationSettings(max_new_tokens=4)
+STATED = "stated, not verified"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server says that it serves.
+
+    Attributes:
+        model: name under which it does.
+        engine: `vllm`, `sglang`, ...; None where it does not tell.
+        version: of the engine.
+        told: what it says besides: dtype, quantization, longest context, which log-probabilities.
+    """
+
+    model: str
+    engine: str | None = None
+    version: str | None = None
+    told: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+
+def find(client: Client, asked: str | None) -> Served:
+    """Ask what is served.
+
+    Args:
+        client: of the server.
+        asked: the model's name there; None for the only one.
+
+    Raises:
+        ServerError: no server answers, or it does not serve that model, or several of which none was named.
+    """
+    try:
+        listed = _entries(client.get(f"{client.base_url}/models"))
+    except Refused as error:
+        # An API without this list may serve the model all the same.
+        if asked is None or error.status not in (404, 405, 501):
+            raise
+        listed = [{"id": asked}]
+    names = [str(entry["id"]) for entry in listed]
+    if asked is not None and asked not in names:
+        raise ServerError(
+            f"model: {client.base_url} serves no {asked!r}{near(asked, names)} (it serves {', '.join(names) or 'none'})"
+        )
+    if asked is None and len(names) != 1:
+        raise ServerError(
+            f"{client.base_url} serves {len(names)} models ({', '.join(names) or 'none'}): name one with model="
+        )
+    entry = next(entry for entry in listed if entry["id"] == (asked or names[0]))
+    return _described(client, entry)
+
+
+def _entries(response: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    data = response.get("data")
+    if not isinstance(data, list):
+        raise ServerError(f"expected a list of models under data, got {', '.join(response) or 'nothing'}")
+    return [entry for entry in data if isinstance(entry, Mapping) and "id" in entry]
+
+
+def _described(client: Client, entry: Mapping[str, Any]) -> Served:
+    owner = entry.get("owned_by")
+    engine = owner if owner in ("vllm", "sglang", "llamacpp", "lmdeploy") else None
+    told: dict[str, Any] = {"max_model_len": entry.get("max_model_len"), "root": entry.get("root")}
+    version = _optional(client, "version").get("version")
+    if engine in ("vllm", None):
+        config = _optional(client, "server_info?config_format=json").get("vllm_config") or {}
+        told |= _of_vllm(config) if isinstance(config, Mapping) else {}
+    if engine == "sglang":
+        info = _optional(client, "get_server_info")
+        version = info.get("version", version)
+        told |= {name: info.get(name) for name in ("dtype", "quantization", "model_path")}
+    if engine == "llamacpp":
+        props = _optional(client, "props")
+        version = props.get("build_info", version)
+        told |= {name: props.get(name) for name in ("model_path", "model_ftype")}
+    plain = {name: value for name, value in told.items() if isinstance(value, str | int | float | bool)}
+    return Served(str(entry["id"]), engine, None if version is None else str(version), plain)
+
+
+def _of_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What matters of vLLM's configuration, which holds it by parts."""
+    model = config.get("model_config")
+    model = model if isinstance(model, Mapping) else {}
+    names = ("model", "dtype", "quantization", "max_model_len", "logprobs_mode", "max_logprobs", "generation_config")
+    told = {name: model.get(name) for name in names if name in model}
+    if "quantization" in model and model["quantization"] is None:
+        told["quantization"] = "none"
+    return told
+
+
+def _optional(client: Client, path: str) -> dict[str, Any]:
+    try:
+        return client.get(f"{client.root}/{path}")
+    except ServerError:
+        return {}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a first question has shown.
+
+    Attributes:
+        form: of requests.
+        response: to it.
+        token_ids: whether ids of an answer's tokens come with it, log-probabilities or not.
+        digits: where alternatives of digits come from: `logprob_token_ids`, `top_logprobs (N)`, or none.
+    """
+
+    form: Form
+    response: Mapping[str, Any]
+    token_ids: bool
+    digits: str | None
+
+
+def probe(
+    client: Client,
+    asking: Asking,
+    messages: Sequence[Mapping[str, Any]],
+    vocabulary: Vocabulary,
+) -> Found:
+    """Ask a question about an image, with fewer fields until the server takes them, and look at what came back.
+
+    Args:
+        client: of the server.
+        asking: writes requests.
+        messages: of the question.
+        vocabulary: of the checkpoint.
+
+    Raises:
+        ServerError: the server answers none of them, or in a way that does not fit the checkpoint.
+    """
+    form, response = _accepted(
+        lambda form: client.chat(asking.with_form(form).body(messages, _PROBE, digits=True), patient=False)
+    )
+    asking = asking.with_form(form)
+    choice = response["choices"][0]
+    entries = (choice.get("logprobs") or {}).get("content") or []
+    if not entries and form.listed is not None:
+        form = replace(form, listed=None, named=False)
+    named = bool(entries) and asking.names_numbers and all(_names_all(entry, asking, vocabulary) for entry in entries)
+    listed = min((len(entry.get("top_logprobs") or []) for entry in entries), default=0)
+    if form.listed is not None and not named:
+        form = replace(form, named=False, listed=form.listed if listed else 0)
+    vocabulary.read(choice, (), probabilities=form.listed is not None, digits=named or listed > 0)
+    if form.listed is None:
+        logger.warning(
+            "{}: the server gives no log-probabilities of its answers: accuracy is measured, and everything about "
+            "confidence is missing",
+            asking.model,
+        )
+    digits = "logprob_token_ids" if named else f"top_logprobs ({listed})" if listed else None
+    return Found(form, response, isinstance(choice.get("token_ids"), list), digits if form.listed is not None else None)
+
+
+def _accepted(ask: Callable[[Form], dict[str, Any]]) -> tuple[Form, dict[str, Any]]:
+    refusal: Refused | None = None
+    for form in Form.all():
+        try:
+            return form, ask(form)
+        except Refused as error:
+            if error.status not in (400, 422):
+                raise
+            refusal = error
+    assert refusal is not None
+    raise refusal
+
+
+def _names_all(entry: Mapping[str, Any], asking: Asking, vocabulary: Vocabulary) -> bool:
+    told = {vocabulary.candidate(one).id for one in entry.get("top_logprobs") or []}
+    return told.issuperset(asking.number_ids)

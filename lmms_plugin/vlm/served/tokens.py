@@ -1,0 +1,258 @@
+"""From a server's response to the tokens of an answer, with probabilities that are really such."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lmms_plugin.protocol.response import Alternatives, Token
+from lmms_plugin.vlm.contracts.engine import Generated
+from lmms_plugin.vlm.generation.number_tokens import LEAST, NumberTokens
+from lmms_plugin.vlm.generation.special_tokens import Special
+from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
+from lmms_plugin.vlm.served.client import ServerError
+
+PLACEHOLDER = -9000.0
+"""Below this a number is what servers write where they have none (-9999), not the logarithm of a probability."""
+_ABOVE_ONE = 1e-3
+"""By how much rounding may lift a probability, or the sum of several, above 1."""
+_ID = re.compile(r"token_id:(\d+)")
+_RUN = re.compile(r"([^0-9]*)([0-9]+)([^0-9]*)")
+_ENDED = ("stop", "length")
+_BROKEN = "\ufffd"
+
+
+class Candidate(NamedTuple):
+    """A token that a server tells of.
+
+    Attributes:
+        id: None where the server does not tell.
+        text: of it alone.
+        raw: its bytes; None where it is known by its id.
+        logprob: as told.
+    """
+
+    id: int | None
+    text: str
+    raw: bytes | None
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A checkpoint's tokenizer, for reading what a server wrote.
+
+    Attributes:
+        tokenizer: of the checkpoint.
+        ends: ids of the tokens that end an answer.
+        special: ids of the tokens that are no text.
+    """
+
+    tokenizer: Tokenizer
+    ends: frozenset[int]
+    special: Special
+
+    @cached_property
+    def numbers(self) -> NumberTokens:
+        """The tokens of digits."""
+        return NumberTokens(self.tokenizer)
+
+    @cached_property
+    def kinds(self) -> Mapping[tuple[str, str], int]:
+        """Text around the digits of a token -> how many tokens have digits in just that place."""
+        counts: dict[tuple[str, str], int] = {}
+        for index in self.numbers.ids:
+            match = _RUN.fullmatch(decode(self.tokenizer, [index]))
+            if match is not None:
+                around = (match[1], match[3])
+                counts[around] = counts.get(around, 0) + 1
+        return counts
+
+    @cached_property
+    def end_texts(self) -> frozenset[str]:
+        """Texts of the tokens that end an answer."""
+        return frozenset(decode(self.tokenizer, [index]) for index in self.ends)
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts of the tokens that are no text, long ones first."""
+        texts = {decode(self.tokenizer, [index]) for index in self.special.tokens}
+        return tuple(sorted(filter(None, texts), key=len, reverse=True))
+
+    def candidate(self, entry: Mapping[str, Any]) -> Candidate:
+        """Read one token of a server's `logprobs`.
+
+        Raises:
+            ServerError: it has no text or no number.
+        """
+        text, logprob = entry.get("token"), entry.get("logprob")
+        if not isinstance(text, str) or isinstance(logprob, bool) or not isinstance(logprob, int | float):
+            raise ServerError(f"expected token and logprob for each token, got {json.dumps(entry)[:200]}")
+        named = _ID.fullmatch(text)
+        index = int(named[1]) if named else entry.get("id")
+        if isinstance(index, int) and not isinstance(index, bool):
+            return Candidate(index, decode(self.tokenizer, [index]), None, float(logprob))
+        raw = entry.get("bytes")
+        raw = bytes(raw) if isinstance(raw, list) and raw else text.encode()
+        return Candidate(None, raw.decode(errors="replace"), raw, float(logprob))
+
+    def read(self, choice: Mapping[str, Any], until: Sequence[str], *, probabilities: bool, digits: bool) -> Generated:
+        """Read an answer.
+
+        Args:
+            choice: of the response.
+            until: strings that end an answer and are cut off.
+            probabilities: whether log-probabilities are wanted; without, they are NaN.
+            digits: whether alternatives of tokens of digits are.
+
+        Raises:
+            ServerError: it is no whole answer, its tokens do not spell its text, or what stands for probabilities are
+                none.
+        """
+        if choice.get("finish_reason") not in _ENDED:
+            raise ServerError(
+                f"the answer was broken off (finish_reason {choice.get('finish_reason')!r}, expected stop or length)"
+            )
+        content = str((choice.get("message") or {}).get("content") or "")
+        entries = [dict(entry) for entry in (choice.get("logprobs") or {}).get("content") or []]
+        told = [self.candidate(entry) for entry in entries]
+        ids = self._ids(choice, told)
+        if ids is None and not told:
+            if probabilities:
+                raise ServerError("log-probabilities were asked for and none came with this answer")
+            kept = "".join(cut([content], until))
+            return Generated((Token(kept, math.nan),), kept, ())
+        texts, ended = self._texts(ids, told)
+        self._expect_spelled("".join(texts), content, choice)
+        if not probabilities:
+            logprobs = [math.nan] * len(texts)
+        elif len(told) != len(texts):
+            raise ServerError(
+                f"the answer has {len(texts)} tokens and log-probabilities of {len(told)} of them: tokens without "
+                "probability (speculative decoding, a tool or reasoning parser, partial characters) cannot be judged"
+            )
+        else:
+            logprobs = [_logprob(one) for one in told]
+        alternatives: list[Alternatives | None] = [None] * len(texts)
+        if probabilities and digits:
+            pairs = zip(told, entries, strict=True)
+            alternatives = [self._alternatives(one, entry) for one, entry in pairs]
+        kept_texts = cut(texts, until)
+        tokens = tuple(map(Token, kept_texts, logprobs, alternatives))
+        silent = self.special.tokens - self.special.marks
+        shown = [text for i, text in enumerate(kept_texts) if not (ids is not None and ids[i] in silent) and i != ended]
+        return Generated(tokens, "".join(shown), tuple(ids or ()))
+
+    def _ids(self, choice: Mapping[str, Any], told: Sequence[Candidate]) -> list[int] | None:
+        given = choice.get("token_ids")
+        if isinstance(given, list) and all(isinstance(index, int) for index in given):
+            ids: list[int] = given
+        elif told and all(one.id is not None for one in told):
+            ids = [one.id for one in told if one.id is not None]
+        else:
+            return None
+        beyond = [index for index in ids if not 0 <= index < len(self.tokenizer)]
+        if beyond:
+            raise ServerError(
+                f"token {beyond[0]} is beyond the {len(self.tokenizer)} tokens of the checkpoint: pretrained= must be "
+                "the checkpoint that the server serves"
+            )
+        return ids
+
+    def _texts(self, ids: Sequence[int] | None, told: Sequence[Candidate]) -> tuple[list[str], int | None]:
+        """Texts of the tokens, and where among them the one is that ends the answer."""
+        if ids is not None:
+            ended = bool(ids) and ids[-1] in self.ends
+            body = list(ids[:-1] if ended else ids)
+            return token_texts(self.tokenizer, body) + [""] * ended, len(body) if ended else None
+        ended = bool(told) and told[-1].text in (*self.end_texts, "")
+        body_of = told[:-1] if ended else told
+        texts = _texts_of_bytes([one.raw or b"" for one in body_of])
+        return texts + [""] * ended, len(texts) if ended else None
+
+    def _expect_spelled(self, spelled: str, content: str, choice: Mapping[str, Any]) -> None:
+        """Check that tokens and text are one answer; a server that cuts or parses its text has part of it."""
+        message = choice.get("message") or {}
+        parsed = any(message.get(name) for name in ("reasoning_content", "reasoning", "tool_calls"))
+        if parsed or _BROKEN in spelled or _BROKEN in content:
+            return
+        plain, said = self._plain(spelled), self._plain(content)
+        stopped = choice.get("finish_reason") == "stop"
+        if plain == said or (stopped and plain.startswith(said)):
+            return
+        raise ServerError(
+            f"the answer's tokens spell {plain!r:.120} and its text is {said!r:.120}: pretrained= must be the "
+            "checkpoint that the server serves, with its tokenizer"
+        )
+
+    def _plain(self, text: str) -> str:
+        """A text without special tokens, which servers show or leave out, and without spaces at its ends."""
+        for special in self.special_texts:
+            text = text.replace(special, "")
+        return text.strip()
+
+    def _alternatives(self, chosen: Candidate, entry: Mapping[str, Any]) -> Alternatives | None:
+        match = _RUN.fullmatch(chosen.text)
+        if match is None:
+            return None
+        others = [self.candidate(one) for one in entry.get("top_logprobs") or []]
+        seen = {(one.id, one.text): one for one in (*others, chosen) if one.logprob > PLACEHOLDER}
+        probabilities = {key: math.exp(one.logprob) for key, one in seen.items()}
+        mass = sum(probabilities.values())
+        if mass > 1 + _ABOVE_ONE:
+            raise ServerError(
+                f"the probabilities of {chosen.text!r} and what could stand in its place add up to {mass:.3f}: these "
+                "are no log-probabilities of one distribution (serve them raw: --logprobs-mode raw_logprobs)"
+            )
+        around = (match[1], match[3])
+        listed: dict[str, float] = {}
+        unlisted = 0.0
+        for key, one in sorted(seen.items(), key=lambda pair: -pair[1].logprob):
+            other = _RUN.fullmatch(one.text)
+            if other is None or (other[1], other[3]) != around:
+                continue
+            if probabilities[key] >= LEAST:
+                listed[other[2]] = min(1.0, listed.get(other[2], 0.0) + probabilities[key])
+            else:
+                unlisted += probabilities[key]
+        if self.kinds.get(around, 0) > len(others):
+            # More tokens of this kind exist than the server lists: the rest may be theirs.
+            unlisted += max(0.0, 1.0 - mass)
+        return Alternatives(listed, min(1.0, unlisted))
+
+
+def _logprob(one: Candidate) -> float:
+    """The log-probability of a token, if it is one."""
+    if math.isnan(one.logprob) or one.logprob <= PLACEHOLDER:
+        raise ServerError(
+            f"token {one.text!r} comes with {one.logprob:g}, which stands for no probability: was the answer forced "
+            "(structured output, allowed tokens, a bias)?"
+        )
+    if one.logprob > math.log1p(_ABOVE_ONE):
+        raise ServerError(
+            f"token {one.text!r} comes with {one.logprob:g}, above 0: this is no logarithm of a probability (serve "
+            "raw ones: --logprobs-mode raw_logprobs)"
+        )
+    return min(0.0, one.logprob)
+
+
+def _texts_of_bytes(parts: Sequence[bytes]) -> list[str]:
+    """Share a text among the tokens whose bytes it is; a character belongs to the last of them that it takes."""
+    texts, pending = [], b""
+    for part in parts:
+        pending += part
+        try:
+            texts.append(pending.decode())
+            pending = b""
+        except UnicodeDecodeError:
+            texts.append("")
+    if pending and texts:
+        texts[-1] = pending.decode(errors="replace")
+    return texts
