@@ -59,8 +59,8 @@ def check_copies() -> Iterator[DiagnosisRow]:
     for name, value in given.items():
         if name in parts:
             yield _checked(name, value, parts[name])
-        elif name != variables.CACHE:
-            meant = suggest.nearest(name, [*parts, variables.CACHE])
+        elif name not in variables.OF_NO_DATASET:
+            meant = suggest.nearest(name, [*parts, *sorted(variables.OF_NO_DATASET)])
             yield warn(
                 "local copies",
                 f"{name} is no variable of this package",

@@ -12,6 +12,12 @@ PREFIX = "LMMS_PLUGIN_"
 CACHE = f"{PREFIX}CACHE"
 """Folder of unfinished calibrations; if set to an empty text, none is kept."""
 
+API_KEY = f"{PREFIX}API_KEY"
+"""Key of a server that `quant_served` asks, unless its arguments name another variable; never shown."""
+
+OF_NO_DATASET = frozenset((CACHE, API_KEY))
+"""Variables that name no local copy of a dataset."""
+
 
 def folder(name: str, environment: Mapping[str, str] = os.environ) -> Path | None:
     """Return the folder that a variable names, with `~` and `~user` expanded; None if it is unset or empty.

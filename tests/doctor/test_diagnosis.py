@@ -532,11 +532,17 @@ def test_a_variable_that_nobody_reads_is_a_warning_with_the_nearest_name(monkeyp
     assert "did you mean LMMS_PLUGIN_REFCOCOPLUS?" in row.remedy
 
 
+def test_the_key_of_a_server_is_a_known_variable_and_is_not_shown(monkeypatch):
+    monkeypatch.setenv(variables.API_KEY, "sk-secret")
+    rows = list(local_datasets.check_copies())
+    assert not any(variables.API_KEY in str(row) or "sk-secret" in str(row) for row in rows)
+
+
 def test_every_variable_of_the_documentation_is_known():
     texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     named = {name for text in texts for name in re.findall(r"LMMS_PLUGIN_[A-Z0-9_]+", text.read_text())}
     # The documentation's own example of a dataset that a user adds.
-    assert named == {*local_datasets.known(), variables.CACHE, "LMMS_PLUGIN_WAREHOUSE"}
+    assert named == {*local_datasets.known(), *variables.OF_NO_DATASET, "LMMS_PLUGIN_WAREHOUSE"}
 
 
 def test_a_kernel_with_wrong_products_is_a_warning(monkeypatch):

@@ -169,7 +169,7 @@ def _looked_up(value: Any) -> Any:
 
 def local_copies(environment: Mapping[str, str]) -> dict[str, str]:
     """Fingerprint the local copies of datasets that environment variables of this package name."""
-    named = sorted(environment.keys() - {variables.CACHE})
+    named = sorted(environment.keys() - variables.OF_NO_DATASET)
     folders = {name: variables.folder(name, environment) for name in named if name.startswith(variables.PREFIX)}
     return {name: hashing.of_path(path) for name, path in folders.items() if path is not None and path.exists()}
 

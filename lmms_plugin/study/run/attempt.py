@@ -21,7 +21,7 @@ from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.utils.processes import guard, installed
-from lmms_plugin.utils.variables import PREFIX
+from lmms_plugin.utils.variables import API_KEY, PREFIX
 
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
 
@@ -209,7 +209,7 @@ def _environment(gpus: Sequence[str], threads: int | None) -> dict[str, str]:
     environment = dict(os.environ)
     # The process runs in a folder of its own.
     for name, value in environment.items():
-        if name.startswith(PREFIX) and value and not os.path.isabs(value) and os.path.exists(value):
+        if name.startswith(PREFIX) and name != API_KEY and value and not os.path.isabs(value) and os.path.exists(value):
             environment[name] = os.path.abspath(value)
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if threads is not None:

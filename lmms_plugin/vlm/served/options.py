@@ -9,9 +9,9 @@ from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 
 from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.utils.variables import API_KEY
 
 MISMATCH = ("error", "warn")
-KEY_VARIABLE = "LMMS_PLUGIN_API_KEY"
 OF_THE_SERVER = (
     *("group_size", "vision_bits", "connector_bits", "language_bits", "head_bits", "symmetric", "plan"),
     *("calibration", "calibration_samples", "dtype", "device", "device_map", "attn_implementation", "static_cache"),
@@ -44,7 +44,7 @@ class ServedOptions:
     retries: int = 8
     mismatch: str = "error"
     method: str | None = None
-    key_variable: str = KEY_VARIABLE
+    key_variable: str = API_KEY
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
