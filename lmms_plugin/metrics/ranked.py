@@ -156,7 +156,9 @@ def aurc(curve: Curve) -> Floats:
 
 def e_aurc(curve: Curve) -> Floats:
     """Excess AURC over the best possible ranking."""
-    return curve.aurc - curve.ideal_aurc
+    # Both areas are sums in different orders: no ranking is better than the best one but for rounding.
+    found: Floats = np.maximum(curve.aurc - curve.ideal_aurc, 0.0)
+    return found
 
 
 def coverage(curve: Curve, risk: float) -> Floats:

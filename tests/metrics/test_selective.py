@@ -390,3 +390,11 @@ def test_bad_threshold():
         at_threshold([0.5], [1], math.nan)
     with pytest.raises(ValueError, match="threshold"):
         effective_reliability([0.5], [1], 1, math.nan)
+
+
+@pytest.mark.parametrize("n", [1, 2, 11, 488, 5000])
+@pytest.mark.parametrize("outcome", [0.0, 1.0])
+def test_where_every_ranking_is_as_good_nothing_is_in_excess_not_even_by_rounding(n, outcome):
+    confidence = np.random.default_rng(n).random(n)
+    assert e_aurc(confidence, np.full(n, outcome)) >= 0.0
+    assert e_aurc(confidence, np.full(n, outcome)) == pytest.approx(0.0, abs=1e-12)

@@ -67,7 +67,7 @@ def test_the_same_images_again_are_no_shift(folder):
 def test_other_images_are_refused(folder):
     run, store = read_one(folder / "results"), read(folder / "features")
     shifted = run.tasks[TASKS[0]]
-    other = replace(run, tasks={**run.tasks, TASKS[0]: replace(shifted, images=np.char.add(shifted.images, "x"))})
+    other = replace(run, tasks={**run.tasks, TASKS[0]: replace(shifted, names=np.char.add(shifted.names, "x"))})
     with pytest.raises(ValueError, match="the same images"):
         shift_strength.strengths(other, store, MeasurementSettings())
 
