@@ -39,7 +39,8 @@ def _documents(task: str, loaded: Any) -> str:
     results = {
         "configs": {task: {}},
         "n-samples": {task: {"original": len(rows), "effective": len(rows)}},
-        "results": {},
+        # A table without a number: nothing was answered.
+        "results": {task: {}},
     }
     with TemporaryDirectory(prefix="lmms-plugin-") as folder:
         file = Path(folder, "run_results.json")
