@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lmms_plugin.metrics.bootstrap import Clusters, bootstrap, interval
-from lmms_plugin.metrics.sums import Means
+from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.origins import DatasetOrigin
@@ -295,13 +294,16 @@ def image_r_at_10(rows: Sequence[Mapping[str, Any]]) -> float:
     return image_r_at(rows, 10)
 
 
-def bounds(hits: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean over photographs, which are drawn with replacement with fixed candidates."""
-    if hits.size < 2:
+def bounds(scores: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over photographs, which are drawn with replacement with fixed candidates.
+
+    Args:
+        scores: Score of each photograph, shape (photographs,), of any range: recall ends at 1, CIDEr at 10.
+    """
+    if scores.size < 2:
         return float("nan"), float("nan")
-    photographs = Clusters(np.arange(hits.size), hits.size)
-    (drawn,) = bootstrap([Means({"recall": hits}, photographs)], photographs.count)
-    found = interval(*drawn.of("recall"))
+    resampled = np.array([draw(scores.size, 0, number) @ scores / scores.size for number in range(RESAMPLES)])
+    found = interval(float(scores.mean()), resampled)
     return found.low, found.high
 
 

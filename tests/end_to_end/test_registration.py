@@ -216,7 +216,9 @@ def test_a_natural_shift_that_cannot_be_reached_says_how_to_go_on(task, hub_id, 
 
 def test_a_natural_shift_without_a_copy_on_the_hub_says_how_to_make_one(manager, monkeypatch):
     monkeypatch.delenv("LMMS_PLUGIN_REFDRONE", raising=False)
-    with pytest.raises(DatasetError, match=r"RefDrone: no copy on the hub.*bboxes.*sources\.published refdrone --help"):
+    with pytest.raises(
+        DatasetError, match=r"RefDrone: no copy on the hub.*bboxes.*sources\.published_files refdrone --help"
+    ):
         manager.load_task_or_group(["refdrone_rejection"], "chat")
 
 

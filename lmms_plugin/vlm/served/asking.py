@@ -18,7 +18,7 @@ _SEEDS = 2**31
 
 
 @dataclass(frozen=True)
-class Form:
+class RequestForm:
     """Which fields a server takes and answers.
 
     Attributes:
@@ -35,7 +35,7 @@ class Form:
     named: bool = True
 
     @classmethod
-    def all(cls) -> Iterator[Form]:
+    def all(cls) -> Iterator[RequestForm]:
         """Yield what is tried, richest first."""
         yield cls()
         yield cls(named=False)
@@ -56,11 +56,11 @@ class Asking:
     """
 
     model: str
-    form: Form
+    form: RequestForm
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     number_ids: Sequence[int] = ()
 
-    def with_form(self, form: Form) -> Asking:
+    def with_form(self, form: RequestForm) -> Asking:
         """The same for another form."""
         return replace(self, form=form)
 

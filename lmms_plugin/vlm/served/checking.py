@@ -19,7 +19,7 @@ FIRST = 32
 _SHOWN = 6
 
 
-class Expected(NamedTuple):
+class ExpectedPrompt(NamedTuple):
     """A prompt as the checkpoint's processor makes it.
 
     Attributes:
@@ -56,7 +56,7 @@ class PromptCheck:
     _made: int = field(default=0, init=False)
     _lock: Any = field(default_factory=Lock, init=False, repr=False)
 
-    def expected(self, prompt: Prompt) -> Expected:
+    def expected(self, prompt: Prompt) -> ExpectedPrompt:
         """Return what the processor makes of a prompt; images of one size take as many tokens each time.
 
         Raises:
@@ -65,19 +65,19 @@ class PromptCheck:
         sizes = tuple(image.size for image in prompt.images)
         if sizes in self._known and self._made >= FIRST:
             tokens, size = self._known[sizes]
-            return Expected(len(self.chat.ids(self.chat.text_of(prompt))) + tokens, None, size)
+            return ExpectedPrompt(len(self.chat.ids(self.chat.text_of(prompt))) + tokens, None, size)
         return self._encoded(prompt)
 
-    def _encoded(self, prompt: Prompt) -> Expected:
+    def _encoded(self, prompt: Prompt) -> ExpectedPrompt:
         batch = self.chat.encode([prompt])
         ids = tuple(batch.inputs["input_ids"][0].tolist())
         size = batch.model_sizes[0]
         text = len(self.chat.ids(self.chat.text_of(prompt)))
         self._known[tuple(image.size for image in prompt.images)] = (len(ids) - text, size)
         self._made += 1
-        return Expected(len(ids), ids, size)
+        return ExpectedPrompt(len(ids), ids, size)
 
-    def agrees(self, prompt: Prompt, expected: Expected, response: Mapping[str, Any]) -> bool:
+    def agrees(self, prompt: Prompt, expected: ExpectedPrompt, response: Mapping[str, Any]) -> bool:
         """Compare with what a server says that it read.
 
         Raises:

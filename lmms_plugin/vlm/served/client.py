@@ -31,7 +31,7 @@ class ServerError(ValueError):
     """A server that does not answer as it should; the message is one line with what helps."""
 
 
-class Refused(ServerError):
+class RequestRefused(ServerError):
     """A request that the server will never answer.
 
     Attributes:
@@ -172,7 +172,7 @@ class Client:
         status = response.status_code
         if response.is_redirect:
             place = response.headers.get("location", "?")
-            raise Refused(
+            raise RequestRefused(
                 f"{url} redirects to {self._words(place)}, which is not followed: give that address as base_url", status
             )
         if status != 200:
@@ -181,10 +181,10 @@ class Client:
             value = json.loads(response.content)
         except (ValueError, RecursionError) as error:
             if _is_html(response):
-                raise Refused(f"{url} answers with HTML, not JSON: {self._where()}", status) from error
+                raise RequestRefused(f"{url} answers with HTML, not JSON: {self._where()}", status) from error
             raise Passing(f"{url} sent half a response or no JSON: {self._words(response.text)!r}") from error
         if not isinstance(value, dict):
-            raise Refused(f"{url}: expected a JSON object, got {self._words(response.text)!r}", status)
+            raise RequestRefused(f"{url}: expected a JSON object, got {self._words(response.text)!r}", status)
         if value.get("error"):
             raise ServerError(f"{url} answers 200 with an error inside: {self._words(_message(value))}")
         return value
@@ -197,9 +197,9 @@ class Client:
             raise Passing(f"{url} answers {status}: {said}", _asked_wait(response), busy=status in _BUSY)
         if status in (401, 403):
             given = f"the key in {self.key_variable}" if self.key else "a request without key"
-            raise Refused(f"{self.base_url} refuses {given} ({status}): {said}; set {self.key_variable}", status)
+            raise RequestRefused(f"{self.base_url} refuses {given} ({status}): {said}; set {self.key_variable}", status)
         if _is_html(response):
-            raise Refused(f"{url} answers {status} with HTML, not JSON: {self._where()}", status)
+            raise RequestRefused(f"{url} answers {status} with HTML, not JSON: {self._where()}", status)
         if status == 413 or _TOO_LARGE.search(said):
             hint = "; the image is too large for the server: max_pixels= makes it smaller, or raise the server's limit"
         elif _TOO_LONG.search(said):
@@ -208,7 +208,7 @@ class Client:
             hint = f"; {self._where()}, and model= a name that it serves"
         else:
             hint = ""
-        raise Refused(f"{url} answers {status}: {said}{hint}", status)
+        raise RequestRefused(f"{url} answers {status}: {said}{hint}", status)
 
     def _where(self) -> str:
         return f"base_url must be the address of the API, mostly {self.root}/v1"

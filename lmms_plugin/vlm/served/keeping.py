@@ -17,7 +17,7 @@ def digest(value: Any) -> str:
 
 
 @dataclass
-class Answers:
+class KeptAnswers:
     """One file of answers by the digest of what was asked, a line of JSON each; only its index is in memory.
 
     Attributes:
@@ -31,7 +31,7 @@ class Answers:
     _lock: Any = field(default_factory=Lock, init=False, repr=False)
 
     @classmethod
-    def of(cls, folder: str, identity: Mapping[str, Any]) -> Answers:
+    def of(cls, folder: str, identity: Mapping[str, Any]) -> KeptAnswers:
         """Open the answers of one served model.
 
         Args:

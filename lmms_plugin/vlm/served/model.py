@@ -22,15 +22,15 @@ from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.harness_model import HarnessModel
 from lmms_plugin.vlm.jobs import Generation
-from lmms_plugin.vlm.served.asking import Asking, Form, messages_of
+from lmms_plugin.vlm.served.asking import Asking, RequestForm, messages_of
 from lmms_plugin.vlm.served.checking import PromptCheck
 from lmms_plugin.vlm.served.client import Client
-from lmms_plugin.vlm.served.engine import ServedEngine
-from lmms_plugin.vlm.served.images import Resizer, data_url
-from lmms_plugin.vlm.served.keeping import Answers
+from lmms_plugin.vlm.served.keeping import KeptAnswers
 from lmms_plugin.vlm.served.load import Gate
 from lmms_plugin.vlm.served.options import OPTION_TYPES, ServedOptions, expect_effect
 from lmms_plugin.vlm.served.probing import STATED, Found, find, probe
+from lmms_plugin.vlm.served.remote_engine import ServedEngine
+from lmms_plugin.vlm.served.sent_images import Resizer, data_url
 from lmms_plugin.vlm.served.tokens import Vocabulary
 from lmms_plugin.vlm.setting_up import chat_of
 
@@ -140,7 +140,9 @@ class QuantServed(HarnessModel):
         config = config_of(self._path, trust_remote_code=self.arguments.trust_remote_code)
         ends = frozenset(ends_of_checkpoint(self._path, config, chat.tokenizer))
         vocabulary = Vocabulary(chat.tokenizer, ends, special_tokens(chat.tokenizer, ends))
-        asking = Asking(self.served.model, Form(), self.arguments.template_variables, tuple(vocabulary.numbers.ids))
+        asking = Asking(
+            self.served.model, RequestForm(), self.arguments.template_variables, tuple(vocabulary.numbers.ids)
+        )
         check = PromptCheck(chat, stops=self.options.mismatch == "error")
         resizer = Resizer(chat.processor.image_processor)
         picture = Image.linear_gradient("L").resize(_FIRST_SIZE).convert("RGB")
@@ -152,7 +154,7 @@ class QuantServed(HarnessModel):
         kept = None
         if self.arguments.resume_folder:
             identity = {"served": asdict(self.served), "checkpoint": self._path, "form": asdict(found.form)}
-            kept = Answers.of(self.arguments.resume_folder, identity)
+            kept = KeptAnswers.of(self.arguments.resume_folder, identity)
             if kept.found and self.rank == 0:
                 logger.info("{}: going on with {} answers in {}", self.served.model, kept.found, kept.file)
         return found, ServedEngine(

@@ -10,8 +10,8 @@ from loguru import logger
 
 from lmms_plugin.utils.suggest import near
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
-from lmms_plugin.vlm.served.asking import Asking, Form
-from lmms_plugin.vlm.served.client import Client, Refused, ServerError
+from lmms_plugin.vlm.served.asking import Asking, RequestForm
+from lmms_plugin.vlm.served.client import Client, RequestRefused, ServerError
 from lmms_plugin.vlm.served.tokens import Vocabulary
 
 _PROBE = GenerationSettings(max_new_tokens=4)
@@ -47,7 +47,7 @@ def find(client: Client, asked: str | None) -> Served:
     """
     try:
         listed = _entries(client.get(f"{client.base_url}/models"))
-    except Refused as error:
+    except RequestRefused as error:
         # An API without this list may serve the model all the same.
         if asked is None or error.status not in (404, 405, 501):
             raise
@@ -121,7 +121,7 @@ class Found:
         digits: where alternatives of digits come from: `logprob_token_ids`, `top_logprobs (N)`, or none.
     """
 
-    form: Form
+    form: RequestForm
     response: Mapping[str, Any]
     token_ids: bool
     digits: str | None
@@ -167,12 +167,12 @@ def probe(
     return Found(form, response, isinstance(choice.get("token_ids"), list), digits if form.listed is not None else None)
 
 
-def _accepted(ask: Callable[[Form], dict[str, Any]]) -> tuple[Form, dict[str, Any]]:
-    refusal: Refused | None = None
-    for form in Form.all():
+def _accepted(ask: Callable[[RequestForm], dict[str, Any]]) -> tuple[RequestForm, dict[str, Any]]:
+    refusal: RequestRefused | None = None
+    for form in RequestForm.all():
         try:
             return form, ask(form)
-        except Refused as error:
+        except RequestRefused as error:
             if error.status not in (400, 422):
                 raise
             refusal = error

@@ -18,11 +18,11 @@ from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import traits_of
 from lmms_plugin.vlm.running.scheduling import MOST_READERS, by_image, working_on
 from lmms_plugin.vlm.served.asking import Asking, messages_of
-from lmms_plugin.vlm.served.checking import Expected, PromptCheck
+from lmms_plugin.vlm.served.checking import ExpectedPrompt, PromptCheck
 from lmms_plugin.vlm.served.client import Client, ServerError
-from lmms_plugin.vlm.served.images import Resizer, data_url
-from lmms_plugin.vlm.served.keeping import Answers, digest
+from lmms_plugin.vlm.served.keeping import KeptAnswers, digest
 from lmms_plugin.vlm.served.load import Flight, Gate
+from lmms_plugin.vlm.served.sent_images import Resizer, data_url
 from lmms_plugin.vlm.served.tokens import Vocabulary
 
 
@@ -47,7 +47,7 @@ class Question(NamedTuple):
     settings: GenerationSettings
     seed: int
     opened: str
-    expected: Expected
+    expected: ExpectedPrompt
 
 
 @dataclass
@@ -84,7 +84,7 @@ class ServedEngine:
     seed: int = 0
     samples: int = 0
     sample_temperature: float = 1.0
-    kept: Answers | None = None
+    kept: KeptAnswers | None = None
 
     @cached_property
     def traits(self) -> Traits:
