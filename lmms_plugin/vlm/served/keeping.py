@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,15 +9,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
 
-
-def digest(value: Any) -> str:
-    """Return what tells apart values of JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+from lmms_plugin.utils import hashing
 
 
 @dataclass
 class KeptAnswers:
-    """One file of answers by the digest of what was asked, a line of JSON each; only its index is in memory.
+    """One file of answers by `hashing.of_value` of what was asked, a line of JSON each; only its index is in memory.
 
     Attributes:
         file: appended to.
@@ -40,7 +36,7 @@ class KeptAnswers:
         """
         place = Path(folder).expanduser()
         place.mkdir(parents=True, exist_ok=True)
-        return cls(place / f"served-{digest(identity)[:16]}.jsonl")
+        return cls(place / f"served-{hashing.of_value(identity)[:16]}.jsonl")
 
     def __post_init__(self) -> None:
         self._stream: BinaryIO = self.file.open("a+b")
@@ -58,7 +54,7 @@ class KeptAnswers:
             self._stream.flush()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return the answer to what has this digest; None if there is none yet."""
+        """Return the answer to what has this hash; None if there is none yet."""
         with self._lock:
             if key not in self._places:
                 return None

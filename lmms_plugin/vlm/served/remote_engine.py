@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
+from lmms_plugin.utils import hashing
 from lmms_plugin.utils.images import told_apart
 from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
 from lmms_plugin.vlm.contracts.requests import Job
@@ -20,7 +21,7 @@ from lmms_plugin.vlm.running.scheduling import MOST_READERS, by_image, working_o
 from lmms_plugin.vlm.served.asking import Asking, messages_of
 from lmms_plugin.vlm.served.checking import ExpectedPrompt, PromptCheck
 from lmms_plugin.vlm.served.client import Client, ServerError
-from lmms_plugin.vlm.served.keeping import KeptAnswers, digest
+from lmms_plugin.vlm.served.keeping import KeptAnswers
 from lmms_plugin.vlm.served.load import Flight, Gate
 from lmms_plugin.vlm.served.sent_images import Resizer, data_url
 from lmms_plugin.vlm.served.tokens import Vocabulary
@@ -201,7 +202,8 @@ class ServedEngine:
             probabilities=wanted or not self.token_ids,
             digits=digits,
         )
-        key = digest(body)
+        # Bodies hold whole images: they are hashed only if answers are kept.
+        key = "" if self.kept is None else hashing.of_value(body)
         record = None if self.kept is None else self.kept.get(key)
         try:
             fresh = record is None
