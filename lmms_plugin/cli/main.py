@@ -1,6 +1,7 @@
 """The `lmms-plugin` command: models and tasks for lmms-eval, and commands that lmms-eval lacks.
 
-Every error that a user can cause is one line on standard error and a non-zero exit status.
+Every error that a user can cause is one line on standard error and a non-zero exit status; a study file or plan with
+several errors gets a line for each.
 """
 
 import os
@@ -17,8 +18,8 @@ from lmms_plugin.cli import export as export_commands
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.study import app as study
 from lmms_plugin.cli.terminal import write_anything
-from lmms_plugin.utils.messages import one_line
 from lmms_plugin.utils.outputs import expect_file, expect_folder
+from lmms_plugin.utils.reading.problems import lines_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 export_commands.register(app)
@@ -340,7 +341,7 @@ def _print_tables(*tables: object) -> None:
 
 
 def main() -> None:
-    """Run the command; an error that a user can cause becomes one line and exit status 2."""
+    """Run the command; an error that a user can cause becomes one line (for a file, one each) and exit status 2."""
     write_anything()
     try:
         # Typer turns a keyboard interrupt into an exit status without a message.
@@ -351,7 +352,8 @@ def main() -> None:
         _say("interrupted")
         sys.exit(1)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        _say(one_line(error))
+        for line in lines_of(error):
+            _say(line)
         sys.exit(2)
     if status == _INTERRUPTED:
         _say("interrupted")

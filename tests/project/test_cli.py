@@ -103,6 +103,23 @@ def refused(monkeypatch, capfd, *arguments):
     return line
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(("study", "plan", "FILE"), "models"), (("inspect", "pretrained=demo,method=rtn,plan=FILE"), "rules")],
+    ids=["study file", "plan file"],
+)
+def test_every_error_of_a_file_is_a_line(tmp_path, monkeypatch, capfd, command, name):
+    file = tmp_path / "file.yaml"
+    file.write_text(f"{name[:-1]}: [a]\n{name}: []\n9: [x]\n" if name == "models" else "rule: []\nskp: []\nrules: 5\n")
+    monkeypatch.setattr(sys, "argv", ["lmms-plugin", *(part.replace("FILE", str(file)) for part in command)])
+    with pytest.raises(SystemExit) as exit_status:
+        main()
+    assert exit_status.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.partition(":")[2].strip().split(":")[1] for line in lines] == ["1", "2", "3"]
+    assert f"did you mean {name!r}?" in lines[0]
+
+
 FILES = [("report", "RESULTS", "--output"), ("selector", "fit", "RESULTS", "--features", "F", "--output")]
 FOLDERS = [
     ("demo", "--output"),
