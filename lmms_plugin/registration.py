@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.quant_backends import SERVED, class_name, model_name, names
+from lmms_plugin.utils.moved import MovedError
 from lmms_plugin.vlm.running.sharding import deal_by_image
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
             with ends_the_command():
                 raise
         except (RetryError, ImportError, KeyError) as error:
-            explained = _data_error(error, task_list)
+            explained = _old_name(error, task_list) or _data_error(error, task_list)
             if explained is None:
                 raise
             with ends_the_command():
@@ -205,6 +206,12 @@ def refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, key, value, update)
 
     return set_config
+
+
+def _old_name(error: BaseException, task_list: Any) -> Exception | None:
+    """Return the error about an old name of ours that a task's YAML gives; None if there is none."""
+    told = (cause for cause in _causes(error) if isinstance(cause, MovedError))
+    return next((ImportError(f"{task_list}: !function: {cause}") for cause in told), None)
 
 
 def _data_error(error: BaseException, task_list: Any) -> Exception | None:

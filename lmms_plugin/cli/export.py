@@ -6,15 +6,15 @@ import os
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmms_plugin.cli.terminal import Working, each
 from lmms_plugin.utils.outputs import expect_folder
 
 if TYPE_CHECKING:
     from lmms_plugin.analysis.logs import LoggedRun
-    from lmms_plugin.export.every_eval_ever import EvaluationSource
     from lmms_plugin.export.record_types import Relationship
 
 Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
@@ -64,28 +64,31 @@ def export(
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.export import every_eval_ever, hub
+    from lmms_plugin.export.every_eval_ever import EvaluationSource
     from lmms_plugin.export.measured import measured
     from lmms_plugin.leaderboard import submission
 
     expect_folder("--output", output)
-    run = read_one(results)
-    # What only the user knows is requested before minutes are spent on intervals.
-    source = entry = None
+    settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    # What only the user knows is requested before logs are read and minutes are spent on intervals.
+    who = entry = None
     if {Format.SUBMISSION, Format.EVERY_EVAL_EVER} & {*formats}:
-        source = _source(run, model_id, organization, relationship, collection)
+        who = _filed_by(organization, relationship)
     if Format.EVAL_RESULTS in formats:
         ids = _named(dataset_id, "--dataset-id", "the benchmark's dataset on the hub")
         its_task = _named(task_id, "--task-id", "the task in that dataset's eval.yaml")
         ranked_by = _named(metric, "--metric", "the metric that this benchmark ranks by")
         entry = hub.BenchmarkEntry(ids, its_task, task, ranked_by, 100.0 if percent else 1.0, source_url)
+    if Format.SUBMISSION in formats:
+        submission.expect_checkable(settings)
+    run = read_one(results)
+    source = None if who is None else EvaluationSource(_model_id(run, model_id), *who, collection, int(time.time()))
     name = ""
     if Format.MODEL_INDEX in formats:
         name = _model_id(run, model_id).partition("/")[2]
         hub.expect_datasets(run, dataset_id)
-    settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
-    if Format.SUBMISSION in formats:
-        submission.expect_checkable(settings)
-    found = measured(run, settings)
+    with Working("resampling"):
+        found = measured(run, settings)
     if source is not None and Format.SUBMISSION in formats:
         checked = submission.build(found, source, output)
         typer.echo(f"{output}: a submission of {', '.join(found.tasks)}")
@@ -130,7 +133,7 @@ def leaderboard(
     known = {
         task: documents(run, task) for run in (map(read, find(reference)) if reference else ()) for task in run.tasks
     }
-    checked = [verify(path, settings) for path in submissions]
+    checked = list(each((verify(path, settings) for path in submissions), "verifying"))
     verified = [one for one in checked if isinstance(one, Verified)]
     refused = [one for one in checked if isinstance(one, Refused)]
     if datasets:
@@ -159,13 +162,17 @@ def quantize(
 
     from loguru import logger
 
-    from lmms_plugin.export import checkpoint
+    from lmms_plugin.quantize import Asked
     from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
+    asked = Asked.to_write(model_args, output, form, "--output")
+    # Only now, since it imports torch and transformers.
+    from lmms_plugin.export import checkpoint
+
     no_bars()
-    with stdout_to_stderr():
-        saved = checkpoint.quantize(model_args, output, form, "--output")
+    with stdout_to_stderr(), Working("loading and quantizing"):
+        saved = checkpoint.quantize(asked, output, form, "--output")
     lines = list(checkpoint.readers(saved, output))
     if json:
         typer.echo(writing.dumps({**saved._asdict(), "readers": lines}, indent=1))
@@ -175,17 +182,13 @@ def quantize(
         typer.echo(f"- {line}")
 
 
-def _source(
-    run: LoggedRun, model_id: str | None, organization: str | None, relationship: str | None, collection: str
-) -> EvaluationSource:
-    from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, EvaluationSource
+def _filed_by(organization: str | None, relationship: str | None) -> tuple[str, Relationship]:
+    """Return the organization of a record and its relationship to the model."""
+    from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, expect_relationship
 
-    model = _model_id(run, model_id)
     who = _named(organization, "--organization", "the organization that ran the evaluation")
     what = f"its relationship to the model, {', '.join(RELATIONSHIPS)}"
-    # `Source` validates the value.
-    stands = cast("Relationship", _named(relationship, "--relationship", what))
-    return EvaluationSource(model, who, stands, collection, int(time.time()))
+    return who, expect_relationship(_named(relationship, "--relationship", what))
 
 
 def _model_id(run: LoggedRun, given: str | None) -> str:

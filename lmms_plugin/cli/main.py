@@ -17,7 +17,7 @@ from typer import TyperException
 from lmms_plugin.cli import export as export_commands
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.study import app as study
-from lmms_plugin.cli.terminal import write_anything
+from lmms_plugin.cli.terminal import Working, each, write_anything
 from lmms_plugin.utils.outputs import expect_file, expect_folder
 from lmms_plugin.utils.reading.problems import lines_of
 
@@ -84,9 +84,11 @@ def inspect(
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
+    asked = quantize.Asked.parse(model_args)
+    # Only now, since this imports transformers.
     no_bars()
-    with stdout_to_stderr():
-        report = quantize.inspect(model_args, held_out=held_out)
+    with stdout_to_stderr(), Working("loading and quantizing"):
+        report = quantize.inspect(asked, held_out=held_out)
     typer.echo(report.to_json() if json else report.table())
 
 
@@ -127,7 +129,8 @@ def metrics(
     runs = [read(file) for file in find(results)]
     for line in (line for run in runs for line in measure.without_grid(run)):
         typer.echo(line, err=True)
-    found = [(run, measure.measure(run, settings, chosen), measure.robust(run, settings)) for run in runs]
+    with Working("resampling"):
+        found = [(run, measure.measure(run, settings, chosen), measure.robust(run, settings)) for run in runs]
     if json:
         names = ("run", "file", "limit", "metrics", "robustness")
         rows = [(run.label, str(run.file), run.limit, numbers, robust) for run, numbers, robust in found]
@@ -159,10 +162,12 @@ def compare(
     from lmms_plugin.cli import printed
 
     settings = measure.MeasurementSettings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
+    comparison.expect_margin(margin)
     runs = read_one(first), read_one(second)
     for line in measure.without_grid(runs[0]):
         typer.echo(line, err=True)
-    found = comparison.compare(*runs, settings, margin)
+    with Working("resampling"):
+        found = comparison.compare(*runs, settings, margin)
     if json:
         _print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})
         return
@@ -203,7 +208,9 @@ def sensitivity(
     grids = list(analysis.grids(cells, metric))
     if not grids:
         raise ValueError(f"expected runs of quantized models with {' or '.join(metric)} under {results}, got none")
-    found = [analysis.analyse(grid, resamples=resamples, seed=seed, workers=os.cpu_count() or 1) for grid in grids]
+    workers = os.cpu_count() or 1
+    with Working("fitting forests"):
+        found = [analysis.analyse(grid, resamples=resamples, seed=seed, workers=workers) for grid in grids]
     if figure is not None:
         figure.mkdir(parents=True, exist_ok=True)
         for one in found:
@@ -222,7 +229,7 @@ def doctor(json: AsJson = False) -> None:
     from lmms_plugin.doctor import diagnosis
 
     rows = []
-    for row in diagnosis.diagnose():
+    for row in each(diagnosis.diagnose(), "checking"):
         rows.append(row)
         if not json:
             typer.echo(row.line())
@@ -258,7 +265,8 @@ def fit_selector(
 
     expect_file("--output", output)
     settings = SelectorSettings(hidden=hidden, lr=lr, epochs=epochs, patience=patience, held_out=held_out, seed=seed)
-    trained = training.train(read_one(results), read(features), settings, task or ())
+    with Working("training"):
+        trained = training.train(read_one(results), read(features), settings, task or ())
     trained.save(output)
     for name, value in training.summary(trained).items():
         typer.echo(f"{name}: {value}")
@@ -279,22 +287,27 @@ def apply_selector(
     from lmms_plugin.selector.network import Selector
 
     expect_folder("--output", output)
-    run, store = read_one(results), read(features)
-    name = training.apply(run, store, Selector.load(selector), output, transfer=transfer)
+    # In the order of their sizes, so that a wrong one is told soon.
+    learned, store, run = Selector.load(selector), read(features), read_one(results)
+    name = training.apply(run, store, learned, output, transfer=transfer)
     typer.echo(f"{output}: use it as --estimator {name}")
 
 
 @app.command()
 def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
     """Measure the strength of shifts from the model's image features, beside the score they cost; no label is used."""
-    from lmms_plugin.analysis.logs import read_one
+    from lmms_plugin.analysis.logs import find, read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
+
+    settings = MeasurementSettings(estimator)
+    find(results)
+    # Only now, since these import torch.
     from lmms_plugin.cli.printed_tables import strength_table
     from lmms_plugin.selector import shift_strength as measuring
     from lmms_plugin.selector.features import read
 
     store = read(features)
-    found = measuring.strengths(read_one(results), store, MeasurementSettings(estimator))
+    found = measuring.strengths(read_one(results), store, settings)
     if json:
         _print_json(found)
         return
@@ -316,7 +329,8 @@ def estimators(
     from lmms_plugin.cli import printed
 
     settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
-    found = [(run, estimator_ranking.judge(run, settings)) for run in map(read, find(results))]
+    with Working("reading and resampling"):
+        found = [(run, estimator_ranking.judge(run, settings)) for run in map(read, find(results))]
     if json:
         _print_json([{"run": run.label, "file": str(run.file), "estimators": judged} for run, judged in found])
         return

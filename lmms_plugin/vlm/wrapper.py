@@ -20,8 +20,9 @@ from loguru import logger
 from lmms_plugin.arguments import ModelArguments, expect_effect
 from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.quant_backends import class_name, get, names, option_types
+from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
-from lmms_plugin.quant_backends.checkpoints.saving import expect_storable, save_quantized
+from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
 from lmms_plugin.utils import files
 from lmms_plugin.vlm.generation.observer import Wanted
 from lmms_plugin.vlm.harness_model import HarnessModel

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.calibration.inputs import encode, to_model
 from lmms_plugin.quant_backends.calibration.synthetic import scene
 from lmms_plugin.quant_backends.checkpoints.folding import fold
+from lmms_plugin.quant_backends.checkpoints.forms import AUTO, COMPRESSED_TENSORS, OWN
 from lmms_plugin.quant_backends.checkpoints.own_format import FORMAT_VERSION, QUANT_METHOD, describe_layers
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
@@ -35,13 +36,8 @@ from lmms_plugin.utils.outputs import expect_free
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-    from lmms_plugin.quant_backends.backend import Backend
 
 SHARD_SIZE = "5GB"
-COMPRESSED_TENSORS = "compressed-tensors"
-AUTO, OWN = "auto", "own"
-FORMS = (AUTO, COMPRESSED_TENSORS, OWN)
-"""What a user may ask for: `auto` is compressed-tensors where that can hold the weights, else our own format."""
 COMPRESSED_TENSORS_VERSION = "0.20.0"
 """The version whose packing of 3, 5, 6 and 7 bits is written; that of 2, 4 and 8 bits is the same in all."""
 
@@ -64,24 +60,6 @@ class Saved(NamedTuple):
     bits: tuple[int, ...]
     group_sizes: tuple[int | None, ...]
     schemes: int
-
-
-def expect_storable(backend: Backend, form: str = AUTO) -> None:
-    """Refuse a method whose layers cannot be written, before anything is loaded.
-
-    Args:
-        backend: Method with its options.
-        form: One of `FORMS`.
-
-    Raises:
-        ValueError: Its layers cannot be written at all, or not in this form.
-    """
-    if form not in FORMS:
-        raise ValueError(f"expected a format of {', '.join(FORMS)}, got {form!r}")
-    if backend.unsaved is not None:
-        raise ValueError(f"{backend.name} cannot be saved: {backend.unsaved}")
-    if form == COMPRESSED_TENSORS and backend.uncompressed is not None:
-        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold what {backend.name} makes: {backend.uncompressed}")
 
 
 def expect_savable(model: nn.Module) -> None:
@@ -120,7 +98,7 @@ def save_quantized(
         report: Report, written as ``quant_report.json``.
         folder: New or empty folder.
         shard_size: Size of the largest safetensors file, as in transformers.
-        form: One of `FORMS`.
+        form: One of `lmms_plugin.quant_backends.checkpoints.forms.FORMS`.
         option: Option by which the user named the folder, for messages.
 
     Raises:

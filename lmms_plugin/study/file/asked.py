@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from lmms_plugin.confidence.estimators import ESTIMATORS, LEARNED, TEXT_ESTIMATORS
+from lmms_plugin.confidence.estimators import ALL_ESTIMATORS
 from lmms_plugin.metrics.bootstrap import MOST_RESAMPLES
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.utils.reading.located import Entry
@@ -21,9 +21,7 @@ Margin = Annotated[Number, Field(gt=0), Expected("a number above 0")]
 Level = Annotated[Number, Field(gt=0.5, lt=1), Expected("a number in (0.5, 1)")]
 Resamples = Annotated[Whole, Field(ge=1, le=MOST_RESAMPLES), Expected(f"a whole number from 1 to {MOST_RESAMPLES}")]
 Seed = Annotated[Whole, Field(ge=0), Expected("a whole number from 0")]
-Estimator = Annotated[
-    str, OneOf(lambda: (*ESTIMATORS, *TEXT_ESTIMATORS, *LEARNED), "an estimator of `lmms-plugin estimators`")
-]
+Estimator = Annotated[str, OneOf(lambda: ALL_ESTIMATORS, "an estimator of `lmms-plugin estimators`")]
 
 
 class AskedError(ValueError):

@@ -35,5 +35,5 @@ def test_checks_go_on_after_a_failure():
         raise refusal(["b", "c"])
     with pytest.raises(TypeError), problems.collected():
         raise TypeError("none of the user's making")
-    with pytest.raises(SeveralErrors, match="^a\nb\nc$"):
+    with pytest.raises(SeveralErrors, match=r"^a\nb\nc$"):
         problems.expect_none()
