@@ -222,7 +222,7 @@ def test_what_arguments_alone_say_is_refused_before_torch_is_imported(tmp_path):
     lines = {
         f"{quantize}rtn,bits=9": "bits must be",
         f"{quantize}rtm": "did you mean 'rtn'?",
-        f"{quantize}rtn,pretrained=/nowhere/x": "no folder /nowhere/x",
+        "quantize --output out method=rtn,pretrained=/nowhere/x": "no folder /nowhere/x",
         f"{quantize}rtn,plan=plan.yaml": "did you mean 'skip'?",
         f"{quantize}rtn,calibration=nose": "did you mean 'noise'?",
         f"{quantize}rtn --format gguf": "expected a format of",
