@@ -111,12 +111,7 @@ def save_quantized(
     if form != OWN:
         _fold(model, processor)
     layers = _layers(model)
-    reason = _stacked(model) or next(
-        (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
-    )
-    if reason and form == COMPRESSED_TENSORS:
-        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold this model: {reason}")
-    reason = "it was asked for" if form == OWN else reason
+    reason = _reason_for_own(model, layers, form)
     quantization = own_config(layers, report) if reason else compressed_tensors_config(model, layers)
     tensors = _own_tensors(model) if reason else _compressed_tensors(model, layers)
     with _whole_or_nothing(target, option) as unfinished:
@@ -127,6 +122,22 @@ def save_quantized(
         processor.save_pretrained(unfinished)
         (unfinished / REPORT).write_text(report.to_json(), encoding="utf-8")
         size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
+    return _saved(layers, quantization, reason, size)
+
+
+def _reason_for_own(model: nn.Module, layers: Mapping[str, QuantizedLinear], form: str) -> str | None:
+    """Return why the model is written in our own format; None where it is not."""
+    reason = _stacked(model) or next(
+        (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
+    )
+    if reason and form == COMPRESSED_TENSORS:
+        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold this model: {reason}")
+    return "it was asked for" if form == OWN else reason
+
+
+def _saved(
+    layers: Mapping[str, QuantizedLinear], quantization: Mapping[str, Any], reason: str | None, size: int
+) -> Saved:
     kinds = {(layer.bits, _group_size(layer)) for layer in layers.values()}
     bits = tuple(sorted({kind[0] for kind in kinds}))
     groups = tuple(sorted({kind[1] for kind in kinds}, key=lambda size: size or 0))
