@@ -83,7 +83,7 @@ class ModelArguments:
     Attributes:
         pretrained: Id on the Hugging Face hub, path of a checkpoint folder, or `demo` for the embedded checkpoint. An
             id that is neither on the hub nor in the cache is refused after one request.
-        bits: bits per weight of the language model, 2 to 8; 16 for untouched.
+        bits: Bits per weight of the language model, 2 to 8; 16 for untouched.
         group_size: Columns of a weight that share a scale; -1 for a whole row.
         vision_bits: Bits per weight of the vision tower.
         connector_bits: Bits per weight of the projector between vision tower and language model.

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.quant_backends import SERVED, class_name, model_name, names
+from lmms_plugin.tasks.sources.data_source import located
+from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.moved import MovedError
 from lmms_plugin.vlm.running.sharding import deal_by_image
 
@@ -158,8 +160,6 @@ def _filling_in_cells(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _locating_data(original: Callable[..., Any]) -> Callable[..., Any]:
     def __post_init__(self: Any) -> None:
-        from lmms_plugin.tasks.sources.data_source import located
-        from lmms_plugin.utils.copies import DatasetError
 
         try:
             self.dataset_path, self.dataset_kwargs = located(self.dataset_path, self.dataset_kwargs)
@@ -173,8 +173,6 @@ def _locating_data(original: Callable[..., Any]) -> Callable[..., Any]:
 def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_task_or_group(self: Any, task_list: Any = None, task_type: str = "simple") -> dict[str, Any]:
         from tenacity import RetryError
-
-        from lmms_plugin.utils.copies import DatasetError
 
         try:
             loaded: dict[str, Any] = original(self, task_list, task_type)
@@ -222,7 +220,6 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     from lmms_plugin.tasks.retrieval import matching
     from lmms_plugin.tasks.sources.origins import DatasetOrigin
     from lmms_plugin.tasks.vqa import datasets
-    from lmms_plugin.utils.copies import DatasetError
 
     causes = list(_causes(error))
     for cause in causes:

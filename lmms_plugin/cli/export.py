@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -186,8 +187,6 @@ def quantize(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON what was written.")] = False,
 ) -> None:
     """Quantize a model, write a checkpoint for serving, and print which engines can load it."""
-    import json as writing
-
     from loguru import logger
 
     from lmms_plugin.quantize import Asked
@@ -203,7 +202,7 @@ def quantize(
         saved = checkpoint.quantize(asked, output, form, "--output")
     lines = list(checkpoint.readers(saved, output))
     if json:
-        typer.echo(writing.dumps({**saved._asdict(), "readers": lines}, indent=1))
+        typer.echo(dumps({**saved._asdict(), "readers": lines}, indent=1))
         return
     typer.echo(f"{output}: {saved.format}, {saved.bytes / 1e6:.1f} MB; loaded by")
     for line in lines:

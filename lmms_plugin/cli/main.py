@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from typer import TyperException
 from lmms_plugin.cli import export as export_commands
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.study import app as study
-from lmms_plugin.cli.terminal import Working, each, write_anything
+from lmms_plugin.cli.terminal import Working, console, each, write_anything
 from lmms_plugin.utils.outputs import expect_file, expect_folder
 from lmms_plugin.utils.reading.problems import lines_of
 
@@ -224,8 +225,6 @@ def sensitivity(
 @app.command()
 def doctor(json: AsJson = False) -> None:
     """Check everything that a run needs and print a remedy for each failure. The exit status is 1 if a check fails."""
-    from json import dumps
-
     from lmms_plugin.doctor import diagnosis
 
     rows = []
@@ -338,16 +337,12 @@ def estimators(
 
 
 def _print_json(value: object) -> None:
-    import json
-
     from lmms_plugin.utils.plain_json import plain
 
-    typer.echo(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
+    typer.echo(dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def _print_tables(*tables: object) -> None:
-    from lmms_plugin.cli.terminal import console
-
     terminal = console()
     for table in tables:
         terminal.print(table)

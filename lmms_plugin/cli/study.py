@@ -1,11 +1,12 @@
 """The commands `lmms-plugin study plan`, `run` and `analyse`."""
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lmms_plugin.cli.terminal import Working
+from lmms_plugin.cli.terminal import Working, console
 from lmms_plugin.utils.outputs import expect_folder
 
 app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
@@ -19,10 +20,7 @@ def plan_study(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Print the cells of a study, which of them are done, and the expected cost of the rest. Nothing is run."""
-    from json import dumps
-
     from lmms_plugin.cli.study_display import plan_table
-    from lmms_plugin.cli.terminal import console
     from lmms_plugin.study.file.reading import read
     from lmms_plugin.study.run import planning
 
