@@ -246,7 +246,6 @@ def _merge(node: yaml.Node, file: str, seen: set[int]) -> None:
 
 
 def _merged(value: yaml.Node, file: str) -> list[yaml.MappingNode]:
-    """Return the mappings that `<<` merges."""
     several = value.value if isinstance(value, yaml.SequenceNode) else [value]
     for one in several:
         if not isinstance(one, yaml.MappingNode):
