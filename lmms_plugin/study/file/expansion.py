@@ -15,6 +15,7 @@ from lmms_plugin.quant_backends.methods.none import NoneBackend
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.study.file.grid import Cell, CellAxes
 from lmms_plugin.study.file.schema import PATHS, At, Calibration, Components, Grid, Method, Study
+from lmms_plugin.utils.reading.problems import Problems, lines_of, refusal
 
 _LONGEST = 1024
 
@@ -28,17 +29,21 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
 
     Raises:
         ValueError: A method cannot do what a cell asks and the cell is not excluded, a model argument is unknown, two
-            cells have the same place in the study, an exclusion matches no cell, or no cell is left; names the place in
-            the file.
+            cells have the same place in the study, an exclusion matches no cell, or no cell is left; every problem is a
+            line that names the place in the file.
     """
     used: set[str] = set()
     found: dict[str, Cell] = {}
+    problems = Problems()
     for grid, where in study.grids:
-        for cell in _cells(grid, used, runnable):
-            _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, where)
+        for cell in _cells(grid, used, problems if runnable else None):
+            with problems.collected():
+                _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, where)
     for exclusion in (exclusion for grid, _ in study.grids for exclusion in grid.exclude):
-        if exclusion.where not in used:
-            raise ValueError(f"{exclusion.where}: expected to exclude a cell of the study, got none that fits")
+        with problems.collected():
+            if exclusion.where not in used:
+                raise ValueError(f"{exclusion.where}: expected to exclude a cell of the study, got none that fits")
+    problems.expect_none()
     if not found:
         raise ValueError(f"{study.file}: expected at least one cell, got none that is not excluded")
     return tuple(found.values())
@@ -52,14 +57,16 @@ def _expect_a_place_of_its_own(there: Cell, cell: Cell, where: str) -> None:
         )
 
 
-def _cells(grid: Grid, used: set[str], runnable: bool) -> Iterator[Cell]:
+def _cells(grid: Grid, used: set[str], problems: Problems | None) -> Iterator[Cell]:
+    """Yield the cells of a grid; what cannot run on this machine is collected unless `problems` is None."""
     for model, method in product(grid.models, grid.methods):
         for axes, choice, where in _choices(grid, model.value.name, method):
             tasks = [_left(grid, axes, one.value, used) for one in grid.tasks]
             named = {**model.value.arguments, **grid.model_args, **method.value.options, **choice}
             given = {name: _located(name, value) for name, value in named.items()}
-            if runnable and any(tasks):
-                _check(method, given, where)
+            if problems is not None and any(tasks):
+                with problems.collected():
+                    _check(method, given, where)
             for some in filter(None, tasks):
                 yield Cell(axes, method.value.backend, given, some, grid.limit, grid.batch_size, grid.resources)
 
@@ -144,4 +151,5 @@ def _check(method: At[Method], given: Mapping[str, Any], where: str) -> None:
         arguments.calibration_spec()
         arguments.find_checkpoint()
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{where}: {error} (method {method.value.name}; exclude what cannot be done)") from error
+        told = f"(method {method.value.name}; exclude what cannot be done)"
+        raise refusal(f"{where}: {line} {told}" for line in lines_of(error)) from error

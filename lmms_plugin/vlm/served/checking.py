@@ -23,8 +23,8 @@ class ExpectedPrompt(NamedTuple):
     """A prompt as the checkpoint's processor makes it.
 
     Attributes:
-        length: in tokens, images included.
-        ids: of them; None where only the length was computed.
+        length: Length in tokens, images included.
+        ids: Ids of the tokens; None where only the length was computed.
         model_size: (width, height) in pixels of its only image as the model sees it; None if unknown.
     """
 
@@ -38,12 +38,12 @@ class PromptCheck:
     """Compares prompts.
 
     Attributes:
-        chat: the checkpoint's processor.
-        stops: whether a difference ends the run.
-        checked: prompts of which the server told ids or their number.
-        unchecked: prompts of which it told neither.
-        differing: prompts that differ.
-        by_ids: whether ids were compared, and not only their number.
+        chat: Processor of the checkpoint.
+        stops: Whether a difference ends the run.
+        checked: Prompts of which the server told ids or their number.
+        unchecked: Prompts of which it told neither.
+        differing: Prompts that differ.
+        by_ids: Whether ids were compared, and not only their number.
     """
 
     chat: Chat

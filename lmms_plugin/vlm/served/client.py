@@ -35,7 +35,7 @@ class RequestRefused(ServerError):
     """A request that the server will never answer.
 
     Attributes:
-        status: of HTTP.
+        status: Status code of HTTP.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -47,8 +47,8 @@ class Passing(ServerError):
     """A failure that may pass.
 
     Attributes:
-        wait: seconds that the server asks for; None if it does not.
-        busy: whether the server has too much to do.
+        wait: Seconds that the server asks to wait; None if it does not.
+        busy: Whether the server has too much to do.
     """
 
     def __init__(self, message: str, wait: float | None = None, *, busy: bool = False) -> None:
@@ -62,13 +62,13 @@ class Client:
     """Talks to one server; safe to call from several threads.
 
     Attributes:
-        base_url: of the API.
-        key: sent to this server and to no other; never part of a message.
-        key_variable: where the key comes from, for messages.
-        timeout: seconds for one response.
-        retries: after a failure that may pass.
-        connections: kept alive at most.
-        busy: called whenever the server says that it has too much to do.
+        base_url: Address of the API.
+        key: Secret that is sent to this server and to no other; never part of a message.
+        key_variable: Environment variable that the key comes from, for messages.
+        timeout: Seconds for one response.
+        retries: Number of further attempts after a failure that may pass.
+        connections: Maximum number of connections kept alive.
+        busy: Function called whenever the server says that it has too much to do.
     """
 
     base_url: str
@@ -109,8 +109,8 @@ class Client:
         """Ask for an answer.
 
         Args:
-            body: of `/chat/completions`.
-            patient: whether to try again what may pass.
+            body: Body of a request to `/chat/completions`.
+            patient: Whether to try again after a failure that may pass.
 
         Returns:
             The response; it has choices.

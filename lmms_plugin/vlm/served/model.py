@@ -42,17 +42,17 @@ class QuantServed(HarnessModel):
     """A checkpoint behind an OpenAI-compatible server (vLLM, SGLang, ...), whatever its weights are.
 
     Attributes:
-        arguments: as given.
-        options: of them, those of served models.
-        served: what the server says that it serves.
-        found: what it can tell, shown by a first question.
+        arguments: Arguments as given.
+        options: Those arguments that served models alone have.
+        served: Model that the server says it serves.
+        found: Abilities of the server, as a first question shows them.
     """
 
     def __init__(self, **arguments: Any) -> None:
         """Find the server, load the checkpoint's processor and tokenizer, and ask a first question about an image.
 
         Args:
-            **arguments: see `ModelArguments` and `ServedOptions`.
+            **arguments: Arguments, see `ModelArguments` and `ServedOptions`.
 
         Raises:
             ValueError: an argument is unknown or its value impossible, the server does not answer as it should, or it

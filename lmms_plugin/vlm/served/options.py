@@ -26,15 +26,15 @@ class ServedOptions:
     """What a served model takes besides the arguments of all models.
 
     Attributes:
-        base_url: of the API, for instance `http://127.0.0.1:8000/v1`.
-        model: name under which the server serves it; by default the only one of `/v1/models`.
-        concurrency: most requests in flight at once.
-        timeout: seconds for one response.
-        retries: how often a request is tried again when the server is busy or does not answer.
-        mismatch: what to do when the server makes other tokens of a prompt than the checkpoint's processor: `error`
+        base_url: Address of the API, for instance `http://127.0.0.1:8000/v1`.
+        model: Name under which the server serves it; by default the only one of `/v1/models`.
+        concurrency: Maximum number of requests in flight at once.
+        timeout: Seconds for one response.
+        retries: Number of further attempts when the server is busy or does not answer.
+        mismatch: Reaction to a server that makes other tokens of a prompt than the checkpoint's processor: `error`
             or `warn`.
-        method: how the model was quantized, as far as its user knows.
-        key_variable: environment variable that holds the key of the server, if it wants one.
+        method: Quantization of the model, as far as its user knows.
+        key_variable: Environment variable that holds the key of the server, if it wants one.
     """
 
     base_url: str
@@ -88,7 +88,7 @@ def expect_effect(given: Mapping[str, Any]) -> None:
     """Refuse arguments about what only the server decides.
 
     Args:
-        given: name -> value, as the user gave them.
+        given: Name -> value, as the user gave them.
 
     Raises:
         ValueError: one of them would have no effect.

@@ -23,10 +23,10 @@ class Served:
     """What a server says that it serves.
 
     Attributes:
-        model: name under which it does.
+        model: Name of the model on the server.
         engine: `vllm`, `sglang`, ...; None where it does not tell.
-        version: of the engine.
-        told: what it says besides: dtype, quantization, longest context, which log-probabilities.
+        version: Version of the engine.
+        told: Further facts that it tells: dtype, quantization, longest context, which log-probabilities.
     """
 
     model: str
@@ -39,8 +39,8 @@ def find(client: Client, asked: str | None) -> Served:
     """Ask what is served.
 
     Args:
-        client: of the server.
-        asked: the model's name there; None for the only one.
+        client: Client of the server.
+        asked: Name of the model there; None for the only one.
 
     Raises:
         ServerError: no server answers, or it does not serve that model, or several of which none was named.
@@ -115,10 +115,10 @@ class Found:
     """What a first question has shown.
 
     Attributes:
-        form: of requests.
-        response: to it.
-        token_ids: whether ids of an answer's tokens come with it, log-probabilities or not.
-        digits: where alternatives of digits come from: `logprob_token_ids`, `top_logprobs (N)`, or none.
+        form: Form of requests.
+        response: Response to the request.
+        token_ids: Whether ids of an answer's tokens come with it, log-probabilities or not.
+        digits: Source of alternatives of digits: `logprob_token_ids`, `top_logprobs (N)`, or none.
     """
 
     form: RequestForm
@@ -136,10 +136,10 @@ def probe(
     """Ask a question about an image, with fewer fields until the server takes them, and look at what came back.
 
     Args:
-        client: of the server.
-        asking: writes requests.
-        messages: of the question.
-        vocabulary: of the checkpoint.
+        client: Client of the server.
+        asking: Writer of requests.
+        messages: Messages of the question.
+        vocabulary: Vocabulary of the checkpoint.
 
     Raises:
         ServerError: the server answers none of them, or in a way that does not fit the checkpoint.

@@ -31,14 +31,14 @@ class Question(NamedTuple):
     """One thing to ask the server.
 
     Attributes:
-        job: number of the job that it belongs to.
-        sample: number of a further answer; None for the answer itself.
-        prompt: as our processor shows it.
-        messages: as the API takes them.
-        settings: how to generate.
-        seed: of sampling.
-        opened: the tag of a reasoning that the prompt's end opened.
-        expected: what our processor makes of the prompt.
+        job: Number of the job that it belongs to.
+        sample: Number of a further answer; None for the answer itself.
+        prompt: Prompt as our processor shows it.
+        messages: Messages as the API takes them.
+        settings: Settings of generation.
+        seed: Seed of sampling.
+        opened: The tag of a reasoning that the prompt's end opened.
+        expected: Tokens that our processor makes of the prompt.
     """
 
     job: int
@@ -56,20 +56,20 @@ class ServedEngine:
     """Asks a server; an `Engine`.
 
     Attributes:
-        client: of the server.
-        asking: writes requests.
-        vocabulary: of the checkpoint.
-        chat: the checkpoint's processor.
-        reader: from messages to prompts.
-        check: of what the server makes of prompts.
-        resizer: of images.
-        gate: how much is in flight.
-        token_ids: whether ids of an answer's tokens come without log-probabilities.
-        digits: whether alternatives of digits come.
-        seed: of the run.
-        samples: further answers per prompt that wants confidence.
-        sample_temperature: at which they are drawn.
-        kept: answers of an earlier run that was broken off; None to keep none.
+        client: Client of the server.
+        asking: Writer of requests.
+        vocabulary: Vocabulary of the checkpoint.
+        chat: Processor of the checkpoint.
+        reader: Reader of messages, which makes prompts.
+        check: Check of what the server makes of prompts.
+        resizer: Resizer of images.
+        gate: Limit of the requests in flight.
+        token_ids: Whether ids of an answer's tokens come without log-probabilities.
+        digits: Whether alternatives of digits come.
+        seed: Seed of the run.
+        samples: Further answers per prompt that wants confidence.
+        sample_temperature: Temperature at which they are drawn.
+        kept: Answers of an earlier run that was broken off; None to keep none.
     """
 
     client: Client
