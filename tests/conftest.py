@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: one thread, no network, tiny checkpoints built once."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish() -> None:
+    """Exempt what was imported from garbage collection: libraries ask for collections, of a second each otherwise."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Several test workers with several threads each slow one another down many times over."""
@@ -51,6 +58,17 @@ def one_thread() -> None:
 def registered() -> None:
     """Let lmms-eval know this package, as each of its commands does: by its entry point, which this import calls."""
     import lmms_eval.models  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return what runs the installed commands without the time that importing libraries takes."""
+    from helpers.commands import Commands
+
+    folder = tmp_path_factory.getbasetemp()
+    found = Commands(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")
