@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: one thread, no network, tiny checkpoints built once."""
 
+import atexit
 import gc
 import os
 import shutil
@@ -42,6 +43,8 @@ def pytest_collection_finish() -> None:
     """Exempt what was imported from garbage collection: libraries ask for collections, of a second each otherwise."""
     gc.collect()
     gc.freeze()
+    # Libraries report what is left at the end of the process.
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,12 +64,18 @@ def registered() -> None:
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that all test workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def commands(shared: Path) -> Iterator[Any]:
     """Return what runs the installed commands without the time that importing libraries takes."""
     from helpers.commands import Commands
 
-    folder = tmp_path_factory.getbasetemp()
-    found = Commands(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+    found = Commands(shared)
     yield found
     found.close()
 

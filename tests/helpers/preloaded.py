@@ -5,6 +5,7 @@ working folder, output and exit status of its own, and imports lmms-eval and thi
 other start. Run as a program it listens on the socket that its argument names, until nobody is connected any longer.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -15,8 +16,6 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import yaml
 
 LIBRARIES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "sacrebleu", "nltk", "sklearn.metrics")
 LIBRARIES += ("scipy.stats", "pytablewriter", "aiohttp", "loguru", "rich.console", "pydantic", "tenacity", "typer")
@@ -30,18 +29,12 @@ def main() -> None:
         listener.listen()
         for name in LIBRARIES:
             importlib.import_module(name)
-        _read_yaml_fast()
-        # Collections would touch, and so copy, what copies share.
+        # Collections would touch, and so copy, what copies share; only the last one needs to see it.
         gc.freeze()
+        atexit.register(gc.unfreeze)
         request = _next_of_a_copy(listener)
     if request is not None:
         _become(request)
-
-
-def _read_yaml_fast() -> None:
-    """Have PyYAML take its parser in C: at each start lmms-eval reads 3,400 files, for four seconds in Python's."""
-    if yaml.__with_libyaml__:
-        yaml.FullLoader = yaml.loader.FullLoader = yaml.CFullLoader
 
 
 def _next_of_a_copy(listener: socket.socket) -> dict[str, Any] | None:
