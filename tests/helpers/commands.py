@@ -26,7 +26,6 @@ class Commands:
         """Connect; `folder` is the one that all test workers share."""
         self._log = folder / "preloaded.log"
         self._environment = environments.settings()
-        self._process: subprocess.Popen[bytes] | None = None
         with FileLock(folder / "preloaded.lock"):
             self._socket = self._connected(folder / "preloaded.socket")
         self._answers = self._socket.makefile("rb")
@@ -44,19 +43,14 @@ class Commands:
         address = f"{tempfile.mkdtemp()}/socket"
         command = [sys.executable, "-P", preloaded.__file__, address]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        while not Path(address).exists():
-            if self._process.poll() is not None:
-                raise RuntimeError(f"{' '.join(command)} ended:\n{self._log.read_text()[-4000:]}")
-            time.sleep(0.05)
-        # It binds the address a moment before it listens.
-        for _ in range(100):
+            process = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        while True:
             try:
                 client.connect(address)
                 break
-            except ConnectionRefusedError:
+            except OSError:
+                if process.poll() is not None:
+                    raise RuntimeError(f"{' '.join(command)} ended:\n{self._log.read_text()[-4000:]}") from None
                 time.sleep(0.05)
         named.write_text(address)
         return client

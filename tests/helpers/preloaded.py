@@ -2,7 +2,8 @@
 
 Importing them takes `lmms-eval` far longer than most of what tests have it do. A copy has arguments, environment,
 working folder, output and exit status of its own, and imports lmms-eval and this package anew, in the order of any
-other start. Run as a program it listens on the socket that its argument names, until nobody is connected any longer.
+other start. Run as a program it listens on the socket that its argument names, in a folder of its own, until nobody is
+connected any longer.
 """
 
 import atexit
@@ -12,6 +13,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -33,7 +35,9 @@ def main() -> None:
         gc.freeze()
         atexit.register(gc.unfreeze)
         request = _next_of_a_copy(listener)
-    if request is not None:
+    if request is None:
+        shutil.rmtree(Path(sys.argv[1]).parent)
+    else:
         _become(request)
 
 
@@ -50,7 +54,7 @@ def _next_of_a_copy(listener: socket.socket) -> dict[str, Any] | None:
             if not line:
                 clients.pop(ready).close()
                 ready.close()
-                if not clients:
+                if not clients and not select.select([listener], [], [], 0)[0]:
                     return None
             elif os.fork() == 0:
                 _answer_for_a_copy(ready)
