@@ -303,6 +303,7 @@ def gone(folder: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 class TestEnds:
     """However the demo ends, no run of lmms-eval outlives it, and one line says why."""
@@ -325,7 +326,6 @@ class TestEnds:
         )
         assert gone(tmp_path)
 
-    @pytest.mark.slow
     def test_a_run_that_fails_and_says_it_did_not(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         process, _ = begin(tmp_path / "out", HF_DATASETS_CACHE=str(tmp_path / "file" / "below"))

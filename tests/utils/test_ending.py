@@ -148,9 +148,9 @@ def test_examples_are_refused_for_tasks_that_take_none(ours, value, refused):
         ),
     ],
 )
-def test_the_real_command_ends_with_one_line(tmp_path, more, told):
-    command = [COMMAND, "--model", "quant_rtn", "--tasks", "shapes_rec", "--limit", "1", *more]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_the_real_command_ends_with_one_line(tmp_path, commands, more, told):
+    given = ("--model", "quant_rtn", "--tasks", "shapes_rec", "--limit", "1", *more)
+    done = commands.run("lmms-eval", *given, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.splitlines()[-1].startswith(told)
     assert "Traceback" not in done.stdout + done.stderr
