@@ -20,6 +20,7 @@ def main():
     parser.add_argument("--dies-at", type=int, help="number of the chat request at which the process ends")
     asked = parser.parse_args()
 
+    print("process", os.getpid(), flush=True)
     from helpers.served import DemoModel, FakeServer
 
     def fault(number, _):

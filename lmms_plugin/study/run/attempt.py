@@ -124,6 +124,7 @@ class Attempt:
         gpus: Sequence[str],
         threads: int | None = None,
         inherited: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> Attempt:
         """Start lmms-eval in a folder, with its output in the log there.
 
@@ -133,13 +134,15 @@ class Attempt:
             gpus: GPUs as CUDA counts them; empty for the CPU.
             threads: Threads of each process; None to keep the environment's setting.
             inherited: File descriptors that the guard keeps open.
+            environment: Further variables of the process: those of a server that is lent to it.
         """
         first, *rest = command(keyed.cell, len(gpus))
         process = guard.start(
             [installed.command(first), *rest],
             folder / LOG,
             folder=folder,
-            environment=_environment(gpus, threads),
+            # Where a server is lent, it has the GPUs, and the process that asks it sees none.
+            environment=_environment(() if environment else gpus, threads) | dict(environment or {}),
             inherited=inherited,
         )
         return cls(keyed, folder, tuple(gpus), process, time.time())

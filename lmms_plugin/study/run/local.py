@@ -15,6 +15,7 @@ from lmms_plugin.study.file.grid import Cell, gpus_needed
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.run.attempt import Attempt
 from lmms_plugin.study.run.recording import Recorder, Taken
+from lmms_plugin.study.run.shared_servers import FOLDER, SharedServers
 from lmms_plugin.study.store.folder import Lock
 
 POLL_SECONDS = 0.2
@@ -45,8 +46,12 @@ class LocalRunner:
     jobs: int
     gpus: list[str]
     key: Callable[[Cell], Keyed]
+    _servers: SharedServers = field(init=False)
     _working: list[_LocalWork] = field(default_factory=list)
     _changes: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._servers = SharedServers(self.recorder.folder.path / FOLDER)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all cells until they are finished or failed; an interruption stops all processes first.
@@ -63,6 +68,7 @@ class LocalRunner:
             while waiting or elsewhere or self._working:
                 self._fill(waiting, elsewhere)
                 self._settle(waiting)
+                self._servers.end_unused([*waiting, *(work.attempt.keyed.cell for work in self._working)])
                 if elsewhere and not waiting and time.monotonic() - asked > ELSEWHERE_SECONDS:
                     waiting, elsewhere, asked = elsewhere, deque(), time.monotonic()
                 self.recorder.watcher.tick()
@@ -72,13 +78,15 @@ class LocalRunner:
                 work.attempt.end()
                 self.recorder.folder.discard(work.attempt.keyed.id)
                 work.lock.release()
+            self._servers.end_unused(())
 
     def _fill(self, waiting: deque[Cell], elsewhere: deque[Cell]) -> None:
         while waiting and len(self._working) < self.jobs:
-            cell = waiting.popleft()
-            if gpus_needed(cell, len(self.gpus)) > len(self.gpus) - sum(len(work.gpus) for work in self._working):
-                waiting.appendleft(cell)
+            # Cells of a running server need no further GPU, and go first, so that it ends and gives its own back.
+            cell = next((one for one in waiting if self._servers.gpus_of(one) is not None), waiting[0])
+            if self._servers.gpus_of(cell) is None and gpus_needed(cell, len(self.gpus)) > len(self._free()):
                 return
+            waiting.remove(cell)
             identity.forget()
             keyed = self.key(cell)
             claim = self.recorder.claim(keyed.id)
@@ -87,14 +95,20 @@ class LocalRunner:
             elif isinstance(claim, Lock):
                 self._working.append(self._start(keyed, claim))
 
+    def _free(self) -> tuple[str, ...]:
+        taken = self._servers.gpus.union(*(work.gpus for work in self._working))
+        return tuple(gpu for gpu in self.gpus if gpu not in taken)
+
     def _start(self, keyed: Keyed, lock: Lock) -> _LocalWork:
-        taken = {gpu for work in self._working for gpu in work.gpus}
-        gpus = tuple(gpu for gpu in self.gpus if gpu not in taken)[: gpus_needed(keyed.cell, len(self.gpus))]
+        gpus = self._servers.gpus_of(keyed.cell)
+        if gpus is None:
+            gpus = self._free()[: gpus_needed(keyed.cell, len(self.gpus))]
         threads = (
             max(1, (os.cpu_count() or 1) // (self.jobs * keyed.cell.resources.processes)) if self.jobs > 1 else None
         )
         work = self.recorder.folder.begin(keyed.id)
-        attempt = Attempt.start(keyed, work, gpus=gpus, threads=threads, inherited=(lock.descriptor,))
+        lent = self._servers.lend(keyed.cell, gpus)
+        attempt = Attempt.start(keyed, work, gpus=gpus, threads=threads, inherited=(lock.descriptor,), environment=lent)
         self.recorder.watcher.started(keyed.id)
         return _LocalWork(attempt, lock, gpus)
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmms_plugin.utils.messages import command_line
 from lmms_plugin.utils.reading.located import text_of
 
 PORT = "{port}"
@@ -17,7 +16,9 @@ PORT = "{port}"
 _VARIABLE = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _PORT_OPTION = re.compile(r"--(?:server[-_])?port(?:=(\d+))?")
 _KEY_OPTION = re.compile(r"--api[-_]keys?(?:=.*)?", re.DOTALL)
+_SECRET = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)$", re.I)
 _OF_A_SHELL = frozenset(("|", "||", "&", "&&", ";", ">", ">>", "<", "2>&1"))
+_PLAIN = re.compile(r"[\w@%+=:./-]*", re.ASCII)
 _LONGEST_PATH = 1024
 
 
@@ -43,7 +44,7 @@ class LaunchCommand:
             text: Command line, or path of a file that holds one (comments and line breaks are allowed there).
 
         Raises:
-            ValueError: There is no program, it does not exist, no port is named, or a key is in plain sight.
+            ValueError: There is no program, no port is named, or a key is in plain sight.
         """
         words = _split(_written(text))
         variables = 0
@@ -53,15 +54,36 @@ class LaunchCommand:
         command = tuple(words[variables:])
         if not command:
             raise ValueError(f"launch: expected a command such as 'vllm serve MODEL --port {PORT}', got {text!r:.200}")
-        _expect_plain(command)
-        _expect_program(command[0], environment.get("PATH"))
+        _expect_plain(command, environment)
         return cls(command, environment, _port(command, environment))
+
+    def expect_program(self) -> None:
+        """Refuse a program that does not exist.
+
+        Raises:
+            ValueError: It does not, or may not be executed.
+        """
+        word = self.words[0]
+        if shutil.which(word, path=self.environment.get("PATH")) is not None:
+            return
+        if "/" not in word:
+            raise ValueError(
+                f"launch: expected a program on PATH, got {word!r}: give its path, such as ENVIRONMENT/bin/{word}"
+            )
+        told = "is no program (no file that may be executed)" if Path(word).exists() else "does not exist"
+        raise ValueError(f"launch: expected a program, but {word} {told}")
 
     @property
     def text(self) -> str:
         """The command in one line, as it can be given again."""
-        set_here = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*set_here, command_line(self.words)]).replace(f"'{PORT}'", PORT)
+        variables = [f"{name}={_quoted(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, *map(_quoted, self.words)])
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell and for `--model_args`, which is split at commas outside of quotes and brackets."""
+    plain = _PLAIN.fullmatch(word.replace(PORT, "")) and word
+    return word if plain else "'" + word.replace("'", "'\"'\"'") + "'"
 
 
 def _written(text: str) -> str:
@@ -88,29 +110,19 @@ def _split(text: str) -> list[str]:
         ) from error
 
 
-def _expect_plain(command: tuple[str, ...]) -> None:
+def _expect_plain(command: tuple[str, ...], environment: Mapping[str, str]) -> None:
     operators = [word for word in command if word in _OF_A_SHELL]
     if operators:
         raise ValueError(
             f"launch: expected one command, which no shell reads, got {operators[0]!r}: sh -c '...' is a command with a"
             " shell of its own"
         )
-    if any(_KEY_OPTION.fullmatch(word) for word in command):
+    secret = any(_SECRET.search(name) and value for name, value in environment.items())
+    if secret or any(_KEY_OPTION.fullmatch(word) for word in command):
         raise ValueError(
-            "launch: expected no key, since the command goes into logs: give it to the server by an environment "
-            "variable (VLLM_API_KEY, LLAMA_API_KEY), or leave it out, as nobody else reaches 127.0.0.1"
+            "launch: expected no key, since the command goes into logs: set the server's variable (VLLM_API_KEY, "
+            "LLAMA_API_KEY, HF_TOKEN) before this command, or leave the key out, as nobody else reaches 127.0.0.1"
         )
-
-
-def _expect_program(word: str, path: str | None) -> None:
-    if shutil.which(word, path=path) is not None:
-        return
-    if "/" not in word:
-        raise ValueError(
-            f"launch: expected a program on PATH, got {word!r}: give its path, such as ENVIRONMENT/bin/{word}"
-        )
-    told = "is no program (no file that may be executed)" if Path(word).exists() else "does not exist"
-    raise ValueError(f"launch: expected a program, but {word} {told}")
 
 
 def _port(command: tuple[str, ...], environment: Mapping[str, str]) -> int | None:
@@ -123,5 +135,5 @@ def _port(command: tuple[str, ...], environment: Mapping[str, str]) -> int | Non
         if number and number.isdecimal() and 0 < int(number) < 2**16:
             return int(number)
     raise ValueError(
-        f"launch: expected {PORT} where the server's port goes (--port {PORT}), got {command_line(command)!r:.200}"
+        f"launch: expected {PORT} where the server's port goes (--port {PORT}), got {shlex.join(command)!r:.200}"
     )

@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Self, TypeVar
 
 from lmms_plugin.utils.messages import one_line
 from lmms_plugin.utils.processes import guard, process_log
-from lmms_plugin.utils.processes.launch_command import PORT
+from lmms_plugin.utils.processes.launch_command import PORT, LaunchCommand
 
 Found = TypeVar("Found")
 HOST = "127.0.0.1"
@@ -45,60 +46,31 @@ class ServerFailed(ValueError):
         super().__init__(f"{problem}{f'; it says: {said}' if said else ''} (log: {log})")
 
 
-@dataclass
-class Server:
-    """A server on this machine.
+class RunningServer(ABC):
+    """A server on this machine, whoever has started it.
 
     Attributes:
-        command: Program and arguments; `{port}` stands for the port.
-        log: File for its output.
-        port: Port on 127.0.0.1; 0 to choose a free one when it is started.
-        environment: Variables beside those of this process, likewise with `{port}`.
-        folder: Working directory; None for the current one.
-        grace: Seconds between SIGTERM and SIGKILL when it is ended.
+        log: File of its output.
+        port: Port on 127.0.0.1.
     """
 
-    command: Sequence[str]
     log: Path
-    port: int = 0
-    environment: Mapping[str, str] = field(default_factory=dict)
-    folder: Path | None = None
-    grace: float = GRACE
-    _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
-    _started: float = field(default=0.0, init=False, repr=False)
-
-    def start(self, *, inherited: Sequence[int] = ()) -> Self:
-        """Start it; returns at once.
-
-        Args:
-            inherited: File descriptors that stay open as long as it runs, for locks.
-
-        Raises:
-            ValueError: The port is taken.
-        """
-        if self.port:
-            expect_free(self.port)
-        else:
-            self.port = free_port()
-        filled = {name: self._filled(value) for name, value in self.environment.items()}
-        self._started = time.monotonic()
-        self._process = guard.start(
-            [self._filled(word) for word in self.command],
-            self.log,
-            folder=self.folder,
-            environment={**os.environ, **filled},
-            inherited=inherited,
-            grace=self.grace,
-        )
-        return self
-
-    def _filled(self, text: str) -> str:
-        return text.replace(PORT, str(self.port))
+    port: int
+    _since: float
 
     @property
     def address(self) -> str:
         """Its address, without a path."""
         return f"http://{HOST}:{self.port}"
+
+    @property
+    @abstractmethod
+    def ended(self) -> str | None:
+        """How it has ended, in words; None while it runs."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End it, if it is this process's to end."""
 
     def expect_running(self) -> None:
         """Raise an error if it has ended.
@@ -106,9 +78,8 @@ class Server:
         Raises:
             ServerFailed: It has; says how, and what it last said.
         """
-        status = None if self._process is None else self._process.poll()
-        if status is not None:
-            raise ServerFailed(f"the server {process_log.ending(status)}", self.log)
+        if (ended := self.ended) is not None:
+            raise ServerFailed(f"the server {ended}", self.log)
 
     def wait(self, ready: Callable[[float], Found], seconds: float, not_yet: type[Exception]) -> Found:
         """Wait until it is ready.
@@ -127,7 +98,7 @@ class Server:
         last = f"nothing listens on port {self.port}"
         while True:
             self.expect_running()
-            waited = time.monotonic() - self._started
+            waited = time.monotonic() - self._since
             if waited >= seconds:
                 raise ServerFailed(f"the server did not answer within {seconds:g} s of its start ({last})", self.log)
             if _listens(self.port):
@@ -136,6 +107,74 @@ class Server:
                 except not_yet as error:
                     last = one_line(error)
             time.sleep(min(_LONGEST_PAUSE, _SHORTEST_PAUSE + waited / 20))
+
+
+@dataclass
+class Server(RunningServer):
+    """A server that this process starts.
+
+    Attributes:
+        command: Program and arguments; `{port}` stands for the port.
+        log: File for its output.
+        port: Port on 127.0.0.1; 0 to choose a free one when it is started.
+        environment: Variables beside those of this process, likewise with `{port}`.
+        folder: Working directory; None for the current one.
+        grace: Seconds between SIGTERM and SIGKILL when it is ended.
+    """
+
+    command: Sequence[str]
+    log: Path
+    port: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    grace: float = GRACE
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
+    _since: float = field(default_factory=time.monotonic, init=False, repr=False)
+
+    @classmethod
+    def of(cls, command: LaunchCommand, log: Path, environment: Mapping[str, str] | None = None) -> Self:
+        """Return the server that a command starts; it is not started yet.
+
+        Args:
+            command: Command of the server.
+            log: File for its output.
+            environment: Further variables beside those of this process; the command's own come first.
+        """
+        return cls(command.words, log, command.port or 0, {**(environment or {}), **command.environment})
+
+    def start(self, *, inherited: Sequence[int] = ()) -> Self:
+        """Start it; returns at once.
+
+        Args:
+            inherited: File descriptors that stay open as long as it runs, for locks.
+
+        Raises:
+            ValueError: The port is taken.
+        """
+        if self.port:
+            expect_free(self.port)
+        else:
+            self.port = free_port()
+        filled = {name: self._filled(value) for name, value in self.environment.items()}
+        self._since = time.monotonic()
+        self._process = guard.start(
+            [self._filled(word) for word in self.command],
+            self.log,
+            folder=self.folder,
+            environment={**os.environ, **filled},
+            inherited=inherited,
+            grace=self.grace,
+        )
+        return self
+
+    def _filled(self, text: str) -> str:
+        return text.replace(PORT, str(self.port))
+
+    @property
+    def ended(self) -> str | None:
+        """How it has ended, in words; None while it runs."""
+        status = None if self._process is None else self._process.poll()
+        return None if status is None else process_log.ending(status)
 
     def stop(self) -> None:
         """End it and everything it started, and wait until all of it has ended; nothing if it does not run."""

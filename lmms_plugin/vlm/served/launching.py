@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from loguru import logger
 
-from lmms_plugin.utils.processes.servers import Server, ServerFailed
+from lmms_plugin.utils.processes.servers import RunningServer, Server, ServerFailed
 from lmms_plugin.vlm.served.client import Passing, ServerError
 
 Found = TypeVar("Found")
@@ -24,15 +24,15 @@ _MOST_BROKEN = 10
 
 @dataclass
 class Launched:
-    """A server that this process has started; it ends with this object, or with the process, however that ends.
+    """A server started for this run; one that this process has started ends with it, however it ends.
 
     Attributes:
-        server: Started.
+        server: Started or lent.
         seconds: From its start until it must have answered.
         keeps_log: Whether the log stays after a run that went well.
     """
 
-    server: Server
+    server: RunningServer
     seconds: float
     keeps_log: bool = True
     _said: bool = field(default=False, init=False, repr=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from lmms_plugin.protocol.prompts import PromptReader
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import ends_of_checkpoint
+from lmms_plugin.utils.processes.lent_servers import LentServer
 from lmms_plugin.utils.processes.servers import Server
 from lmms_plugin.vlm.assembling import Assembler
 from lmms_plugin.vlm.generation.processor import Chat
@@ -140,6 +142,9 @@ class QuantServed(HarnessModel):
         command = self.options.command
         if command is None:
             return None
+        lent = LentServer.of(os.environ, command)
+        if lent is not None:
+            return Launched(lent, self.options.launch_timeout)
         if self.world_size > 1:
             raise ValueError(
                 f"launch: expected one process, got {self.world_size}: one process asks as many questions at once as "
@@ -147,8 +152,7 @@ class QuantServed(HarnessModel):
             )
         chosen = self.options.launch_log
         log = temporary_log() if chosen is None else Path(chosen).expanduser()
-        server = Server(command.words, log, command.port or 0, command.environment)
-        return Launched.start(server, self.options.launch_timeout, keeps_log=chosen is not None)
+        return Launched.start(Server.of(command, log), self.options.launch_timeout, keeps_log=chosen is not None)
 
     def _connected(self, timeout: float) -> Client:
         options = self.options

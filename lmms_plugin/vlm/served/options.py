@@ -69,7 +69,7 @@ class ServedOptions:
         if self.launch is not None and self.base_url is not None:
             raise ValueError("base_url and launch are both given: a server that is started here has its own address")
         if self.launch is not None:
-            LaunchCommand.parse(self.launch)
+            LaunchCommand.parse(self.launch).expect_program()
         if self.launch_log is not None:
             expect_file("launch_log", Path(self.launch_log).expanduser())
         for name, least in (("concurrency", 1), ("retries", 0), ("timeout", 0.001), ("launch_timeout", 0.001)):

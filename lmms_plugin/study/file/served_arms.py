@@ -1,0 +1,63 @@
+"""Arms of a study that a server answers (`method: served`): what they take, and what their results depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lmms_plugin.arguments import ModelArguments, read_arguments
+from lmms_plugin.quant_backends import SERVED, option_types
+from lmms_plugin.study.file.fingerprints import of_value
+from lmms_plugin.study.file.grid import Cell, Resources
+from lmms_plugin.vlm.served.options import OPTION_TYPES, ServedOptions, expect_effect
+
+ROOTS = ("lmms_plugin.vlm.served.model", "lmms_plugin.registration")
+"""Modules that such a cell runs."""
+STATED: Mapping[str, str] = {"stated_method": "method"}
+"""Name in a study file → model argument, where the file has another meaning for the argument's name."""
+OPTIONS = tuple(sorted({*OPTION_TYPES, *STATED} - {"method", "launch_log"}))
+"""What a served arm takes besides model arguments."""
+
+
+def options_of(backend: str) -> Mapping[str, Any]:
+    """Return the types of the options of a backend, or of served models."""
+    return OPTION_TYPES if backend == SERVED else option_types(backend)
+
+
+def checked(given: Mapping[str, Any], resources: Resources) -> dict[str, Any]:
+    """Return the model arguments of a served cell, with its launch command in one line.
+
+    Args:
+        given: Model arguments.
+        resources: Resources of the cell.
+
+    Raises:
+        ValueError: An argument is unknown, says nothing or has an impossible value.
+        FileNotFoundError: There is no such checkpoint.
+    """
+    arguments = ModelArguments.parse(given, OPTION_TYPES)
+    command = ServedOptions.of(arguments).command
+    expect_effect(given)
+    arguments.find_checkpoint()
+    if command is None:
+        return dict(given)
+    if resources.processes > 1:
+        raise ValueError(
+            f"launch: expected one process, got {resources.processes}: one process asks as many questions at once as "
+            "concurrency= says"
+        )
+    if read_arguments(f"launch={command.text},seed=0") != {"launch": command.text, "seed": 0}:
+        raise ValueError(
+            f"launch: expected a command that can stand among model arguments, got {command.text!r:.200}: put it into "
+            "a script, 'sh SCRIPT {port}'"
+        )
+    return {**given, "launch": command.text}
+
+
+def dependencies(cell: Cell) -> Any:
+    """Return what a cell's results depend on by its launch command: its words, and the content of files among them."""
+    command = cell.launch
+    if command is None:
+        return None
+    words = [part for word in command.words for part in word.split("=")]
+    return {"words": of_value(words), "environment": of_value(command.environment)}
