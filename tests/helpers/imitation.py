@@ -18,13 +18,16 @@ def main():
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--engine", default="vllm")
     parser.add_argument("--dies-at", type=int, help="number of the chat request at which the process ends")
+    parser.add_argument("--once", type=Path, help="file that is made at that death; where it exists, none happens")
     asked = parser.parse_args()
 
     print("process", os.getpid(), flush=True)
     from helpers.served import DemoModel, FakeServer
 
     def fault(number, _):
-        if number == asked.dies_at:
+        if number == asked.dies_at and not (asked.once and asked.once.exists()):
+            if asked.once:
+                asked.once.touch()
             print("RuntimeError: no kernel image is available for execution on the device", flush=True)
             os._exit(3)
 

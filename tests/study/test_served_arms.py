@@ -23,7 +23,7 @@ FEW = ["--resamples", "20", "--pictures", "0", "--workers", "1"]
 STUDY = """
 models: [demo]
 tasks: [shapes_rec]
-limit: 2
+limit: 8
 """
 
 
@@ -71,6 +71,7 @@ def key(cell: Cell) -> str:
 def test_the_key_holds_command_and_what_is_stated_and_what_the_command_reads(tmp_path: Path) -> None:
     served = tmp_path / "checkpoint"
     served.mkdir()
+    (served / "config.json").write_text("{}")
     (served / "weights").write_text("one")
 
     def arm(more: str = "", option: str = "--max-len 512") -> str:
@@ -108,21 +109,26 @@ def test_several_processes_cannot_share_what_one_of_them_starts(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_cells_of_one_command_share_a_server_which_ends_with_the_last(tmp_path: Path) -> None:
-    served = f"{{method: served, name: imitated, launch: '{IMITATION}', bits: 8, stated_method: rtn}}"
-    file, output = tmp_path / "study.yaml", tmp_path / "out"
+def test_cells_share_a_server_and_go_on_after_its_death(tmp_path: Path) -> None:
+    launch = f"{IMITATION} --dies-at 4 --once died"
+    served = f"{{method: served, name: imitated, launch: '{launch}', bits: 8, stated_method: rtn, concurrency: 1}}"
+    file, output, page = tmp_path / "study.yaml", tmp_path / "out", tmp_path / "page.html"
     grids = f"  - methods: [none]\n  - methods: [{served}]\n    tasks: [[shapes_rec], [shapes_rejection]]\n"
     file.write_text(f"{STUDY}resources: {{gpus: 0}}\ngrids:\n{grids}", encoding="utf-8")
-    run([str(PLUGIN), "study", "run", str(file), "--output", str(output), "--jobs", "2"], cwd=tmp_path)
-    abouts = [read_json(cell) for cell in sorted(output.glob("cells/*/cell.json"))]
-    assert sorted(about["axes"]["method"] for about in abouts) == ["imitated", "imitated", "none"]
-    (log,) = (output / ".servers").iterdir()
-    (line,) = [line for line in log.read_text().splitlines() if line.startswith("process ")]
-    assert not Path(f"/proc/{line.split()[1]}").exists()
-    accounts = [read_json(path)["served"] for path in output.glob("cells/demo_imitated*/quant_report.json")]
-    assert len({account["base_url"] for account in accounts}) == 1
-    assert {account["launch"] for account in accounts} == {IMITATION}
-    page = tmp_path / "page.html"
+    command = [str(PLUGIN), "study", "run", str(file), "--output", str(output), "--retry-failed"]
+    # The server dies of a question of the first served cell; the second one gets another server.
+    with pytest.raises(RuntimeError, match="the server has ended; it says: RuntimeError: no kernel image"):
+        run(command, cwd=tmp_path)
+    assert sorted(path.name.split("_")[1] for path in (output / "cells").iterdir()) == ["imitated", "none"]
+    run(command, cwd=tmp_path)
+    done = {path.parent: read_json(path) for path in output.glob("cells/demo_imitated*/cell.json")}
+    assert len(done) == 2
+    assert [folder for folder in done if "going on with 3 answers" in (folder / "log.txt").read_text()]
+    assert not any((output / ".kept").iterdir())
+    started = [log.read_text().split()[1] for log in (output / ".servers").iterdir()]
+    assert len(started) == 2
+    assert not any(Path(f"/proc/{process}").exists() for process in started)
+    assert {read_json(folder / "quant_report.json")["served"]["launch"] for folder in done} == {launch}
     run([str(PLUGIN), "report", str(output), "--output", str(page), *FEW], cwd=tmp_path)
     assert all(told in page.read_text() for told in ("imitated 8", "stated, not verified", "unquantized"))
 
@@ -135,14 +141,19 @@ def test_local_arms_and_vllm_in_one_report(tmp_path: Path) -> None:
     served = f"{{method: served, name: vllm float32, launch: serve.txt, launch_timeout: {vllm.LIMIT}}}"
     file.write_text(
         f"models: [demo]\ntasks: [shapes_rec]\nlimit: 30\nresources: {{gpus: 0}}\n"
-        f"grids:\n  - methods: [none, {served}]\n  - {{methods: [rtn], bits: [8, 4]}}\n",
+        f"grids:\n  - methods: [none]\n  - {{methods: [rtn], bits: [8, 4]}}\n"
+        f"  - methods: [{served}]\n    tasks: [[shapes_rec], [shapes_rejection]]\n",
         encoding="utf-8",
     )
     plan = run([str(PLUGIN), "study", "plan", str(file)], cwd=tmp_path)
-    assert "vllm float32" in plan
+    assert "demo_vllm-float32-" in plan
     run([str(PLUGIN), "study", "run", str(file), "--output", str(output)], cwd=tmp_path)
+    accounts = [read_json(path)["served"] for path in output.glob("cells/demo_vllm*/quant_report.json")]
+    assert len(accounts) == 2
+    assert len({account["base_url"] for account in accounts}) == len(list((output / ".servers").iterdir())) == 1
     found = map(logs.read, logs.find(output))
-    runs = {axes.of(one.file, output, one.content).config.label: one for one in found}
+    runs = {axes.of(one.file, output, one.content).config.label: one for one in found if "shapes_rec" in one.tasks}
+    assert len(runs) == 4
     dense, vllm_run = runs["unquantized"].tasks["shapes_rec"], runs["vllm float32"].tasks["shapes_rec"]
     np.testing.assert_allclose(vllm_run.score, dense.score, atol=1e-4)
     for name, values in dense.confidence.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lmms_plugin.arguments import ModelArguments, read_arguments
@@ -15,6 +16,8 @@ ROOTS = ("lmms_plugin.vlm.served.model", "lmms_plugin.registration")
 """Modules that such a cell runs."""
 STATED: Mapping[str, str] = {"stated_method": "method"}
 """Name in a study file → model argument, where the file has another meaning for the argument's name."""
+_READ = (".gguf", ".safetensors", ".json", ".yaml", ".yml", ".jinja")
+"""Endings of files that servers read and do not write."""
 OPTIONS = tuple(sorted({*OPTION_TYPES, *STATED} - {"method", "launch_log"}))
 """What a served arm takes besides model arguments."""
 
@@ -38,6 +41,8 @@ def checked(given: Mapping[str, Any], resources: Resources) -> dict[str, Any]:
     arguments = ModelArguments.parse(given, OPTION_TYPES)
     command = ServedOptions.of(arguments).command
     expect_effect(given)
+    if arguments.resume_folder is not None:
+        raise ValueError("resume_folder: expected none, since a study keeps the answers of each served cell by itself")
     arguments.find_checkpoint()
     if command is None:
         return dict(given)
@@ -55,9 +60,19 @@ def checked(given: Mapping[str, Any], resources: Resources) -> dict[str, Any]:
 
 
 def dependencies(cell: Cell) -> Any:
-    """Return what a cell's results depend on by its launch command: its words, and the content of files among them."""
+    """Return what a cell's results depend on by its launch command: its words, and the checkpoints among them.
+
+    Other files that a command names, such as logs and caches, may change while its server runs.
+    """
     command = cell.launch
     if command is None:
         return None
     words = [part for word in command.words for part in word.split("=")]
-    return {"words": of_value(words), "environment": of_value(command.environment)}
+    return {"words": [_content(word) for word in words], "environment": dict(command.environment)}
+
+
+def _content(word: str) -> Any:
+    """Return the fingerprint of a checkpoint or configuration that a word names; else the word."""
+    path = Path(word)
+    read = (path / "config.json").is_file() or (path.suffix in _READ and path.is_file())
+    return of_value(str(path.absolute())) if read else word

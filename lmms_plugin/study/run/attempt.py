@@ -125,6 +125,7 @@ class Attempt:
         threads: int | None = None,
         inherited: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
+        kept: Path | None = None,
     ) -> Attempt:
         """Start lmms-eval in a folder, with its output in the log there.
 
@@ -135,8 +136,13 @@ class Attempt:
             threads: Threads of each process; None to keep the environment's setting.
             inherited: File descriptors that the guard keeps open.
             environment: Further variables of the process: those of a server that is lent to it.
+            kept: Folder for the answers of a server, so that the next attempt goes on; None to keep none.
         """
         first, *rest = command(keyed.cell, len(gpus))
+        if kept is not None:
+            # A relative path has no comma, at which arguments are split.
+            arguments = rest.index("--model_args") + 1
+            rest[arguments] += f",resume_folder={os.path.relpath(kept, folder)}"
         process = guard.start(
             [installed.command(first), *rest],
             folder / LOG,

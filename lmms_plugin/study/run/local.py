@@ -9,7 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from lmms_plugin.quant_backends import SERVED
 from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell, gpus_needed
 from lmms_plugin.study.file.identity import Keyed
@@ -20,6 +22,8 @@ from lmms_plugin.study.store.folder import Lock
 
 POLL_SECONDS = 0.2
 ELSEWHERE_SECONDS = 2.0
+KEPT = ".kept"
+"""Name of the folder of answers of servers to cells that are not finished, in the folder of the study."""
 _MOST_CHANGES = 3
 _FREEZE = "To run a study from a copy that stays as it is: docs/studies.md"
 
@@ -107,10 +111,20 @@ class LocalRunner:
             max(1, (os.cpu_count() or 1) // (self.jobs * keyed.cell.resources.processes)) if self.jobs > 1 else None
         )
         work = self.recorder.folder.begin(keyed.id)
-        lent = self._servers.lend(keyed.cell, gpus)
-        attempt = Attempt.start(keyed, work, gpus=gpus, threads=threads, inherited=(lock.descriptor,), environment=lent)
+        attempt = Attempt.start(
+            keyed,
+            work,
+            gpus=gpus,
+            threads=threads,
+            inherited=(lock.descriptor,),
+            environment=self._servers.lend(keyed.cell, gpus),
+            kept=self._kept(keyed) if keyed.cell.backend == SERVED else None,
+        )
         self.recorder.watcher.started(keyed.id)
         return _LocalWork(attempt, lock, gpus)
+
+    def _kept(self, keyed: Keyed) -> Path:
+        return self.recorder.folder.path / KEPT / keyed.id
 
     def _settle(self, waiting: deque[Cell]) -> None:
         for work in self._working:
@@ -122,6 +136,8 @@ class LocalRunner:
 
     def _record(self, work: _LocalWork, waiting: deque[Cell]) -> None:
         keyed, outcome = work.attempt.keyed, work.attempt.outcome()
+        if outcome.problem is None or outcome.changed:
+            shutil.rmtree(self._kept(keyed), ignore_errors=True)
         again = self._changes.get(keyed.cell.question, 0)
         if outcome.changed and again < _MOST_CHANGES:
             self._changes[keyed.cell.question] = again + 1

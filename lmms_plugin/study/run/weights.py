@@ -51,13 +51,13 @@ def size(cell: Cell, *, cuda: bool) -> Size:
         cuda: Whether it runs on a GPU, where `dtype=auto` is bfloat16.
     """
     arguments = ModelArguments.parse(cell.arguments, options_of(cell.backend))
-    if cell.backend == SERVED:
-        return Size(_by_name(arguments.pretrained), None, "unknown: the weights are the server's")
-    kind = backend_class(cell.backend)
-    if issubclass(kind, CheckpointBackend):
+    kind = None if cell.backend == SERVED else backend_class(cell.backend)
+    if kind is not None and issubclass(kind, CheckpointBackend):
         return Size(None, None, "unknown: the checkpoint came quantized")
     try:
         layers = _layers(arguments.find_checkpoint(), arguments.trust_remote_code)
+        if kind is None:
+            return Size(layers.parameters, None, "unknown: the weights are the server's")
         plan = arguments.quant_plan(kind.default_bits)
         specs = plan.assign(layers.components).specs if plan.specs else {}
     # If the configuration lacks something, the estimate is missing; the cell itself is not wrong.

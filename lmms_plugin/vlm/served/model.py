@@ -123,6 +123,7 @@ class QuantServed(HarnessModel):
             "pretrained": self.arguments.pretrained,
             "base_url": self._base_url,
             "launch": None if self.options.command is None else self.options.command.text,
+            "log": None if self._launched is None else str(self._launched.server.log),
             "served": {**asdict(self.served), "told": dict(self.served.told)},
             "stated": {name: value for name, value in stated.items() if value is not None},
             "of_stated": STATED,

@@ -53,11 +53,12 @@ def test_a_command_from_a_file(tmp_path: Path):
         (f"cd /tmp && {PROGRAM} --port {{port}}", "no shell reads, got '&&'"),
         (f"{PROGRAM} --port {{port}} --api-key secret", "expected no key"),
         (f"{PROGRAM} --port {{port}} --api-key=secret", "expected no key"),
+        (f"VLLM_API_KEY=secret {PROGRAM} --port {{port}}", "expected no key"),
     ],
 )
 def test_what_cannot_be_started_is_refused_in_one_line(text, said):
     with pytest.raises(ValueError, match=said) as raised:
-        LaunchCommand.parse(text)
+        LaunchCommand.parse(text).expect_program()
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
 
