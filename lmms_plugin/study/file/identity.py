@@ -73,7 +73,6 @@ def keyed(cell: Cell, *, cuda: bool) -> Keyed:
     parts = {
         "model": cell.model,
         "model_args": {name: of_value(value) for name, value in cell.arguments.items() if name != "pretrained"},
-        "launch": served_arms.dependencies(cell),
         "checkpoint": _checkpoint(cell),
         "calibration": _calibration_data(cell),
         "tasks": {name: task.fingerprint for name, task in tasks.items()},
@@ -85,6 +84,8 @@ def keyed(cell: Cell, *, cuda: bool) -> Keyed:
         "versions": {**reached.versions, **versions, "python": ".".join(platform.python_version_tuple()[:2])},
         "code": dict(reached.files),
     }
+    if cell.launch is not None:
+        parts["launch"] = served_arms.dependencies(cell.launch)
     return Keyed(cell, parts, versions)
 
 

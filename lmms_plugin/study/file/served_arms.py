@@ -9,7 +9,8 @@ from typing import Any
 from lmms_plugin.arguments import ModelArguments, read_arguments
 from lmms_plugin.quant_backends import SERVED, option_types
 from lmms_plugin.study.file.fingerprints import of_value
-from lmms_plugin.study.file.grid import Cell, Resources
+from lmms_plugin.study.file.grid import Resources
+from lmms_plugin.utils.processes.launch_command import LaunchCommand
 from lmms_plugin.vlm.served.options import OPTION_TYPES, ServedOptions, expect_effect
 
 ROOTS = ("lmms_plugin.vlm.served.model", "lmms_plugin.registration")
@@ -59,14 +60,11 @@ def checked(given: Mapping[str, Any], resources: Resources) -> dict[str, Any]:
     return {**given, "launch": command.text}
 
 
-def dependencies(cell: Cell) -> Any:
-    """Return what a cell's results depend on by its launch command: its words, and the checkpoints among them.
+def dependencies(command: LaunchCommand) -> Mapping[str, Any]:
+    """Return what results depend on by the command that starts their server: its words, and the checkpoints among them.
 
     Other files that a command names, such as logs and caches, may change while its server runs.
     """
-    command = cell.launch
-    if command is None:
-        return None
     words = [part for word in command.words for part in word.split("=")]
     return {"words": [_content(word) for word in words], "environment": dict(command.environment)}
 

@@ -109,22 +109,26 @@ def _die_with_parent() -> None:
 
 def _end_orphans() -> None:
     """End what the command has left: Linux makes them children of this process, one generation after the other."""
-    while orphans := _children():
+    spared = set[int]()
+    while orphans := _children() - spared:
         for orphan in orphans:
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 os.kill(orphan, signal.SIGKILL)
-        for orphan in orphans:
-            with contextlib.suppress(ChildProcessError):
                 os.waitpid(orphan, 0)
+            except PermissionError:
+                # It has become another user's.
+                spared.add(orphan)
+            except (ProcessLookupError, ChildProcessError):
+                continue
 
 
-def _children() -> list[int]:
-    found = []
+def _children() -> set[int]:
+    found = set()
     for folder in Path("/proc").glob("[0-9]*") if _LINUX else ():
         # A process may end while it is looked at. Its name may hold blanks and brackets; its parent is behind.
         with contextlib.suppress(OSError):
             if int((folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(folder.name))
+                found.add(int(folder.name))
     return found
 
 
