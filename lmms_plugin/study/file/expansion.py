@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.arguments import DEMO, ModelArguments
-from lmms_plugin.quant_backends import backend_class, get, option_types
+from lmms_plugin.quant_backends import SERVED, backend_class, get, option_types
 from lmms_plugin.quant_backends.backend import CheckpointBackend, DataFreeBackend
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.methods.none import NoneBackend
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
-from lmms_plugin.study.file.grid import Cell, CellAxes
+from lmms_plugin.study.file import served_arms
+from lmms_plugin.study.file.grid import Cell, CellAxes, Resources
 from lmms_plugin.study.file.schema import PATHS, At, Calibration, Components, Grid, Method, Study
 from lmms_plugin.utils.reading.problems import Problems, lines_of, refusal
 
@@ -62,11 +63,11 @@ def _cells(grid: Grid, used: set[str], problems: Problems | None) -> Iterator[Ce
     for model, method in product(grid.models, grid.methods):
         for axes, choice, where in _choices(grid, model.value.name, method):
             tasks = [_left(grid, axes, one.value, used) for one in grid.tasks]
-            named = {**model.value.arguments, **grid.model_args, **method.value.options, **choice}
+            named = {**model.value.arguments, **grid.model_args, **method.value.arguments, **choice}
             given = {name: _located(name, value) for name, value in named.items()}
             if problems is not None and any(tasks):
                 with problems.collected():
-                    _check(method, given, where)
+                    given = _checked(method, given, grid.resources, where)
             for some in filter(None, tasks):
                 yield Cell(axes, method.value.backend, given, some, grid.limit, grid.batch_size, grid.resources)
 
@@ -95,10 +96,15 @@ def _left(grid: Grid, axes: CellAxes, tasks: tuple[str, ...], used: set[str]) ->
 
 def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[CellAxes, Mapping[str, Any], str]]:
     """Yield the values of the other axes that matter to a method: axes, model arguments, place in the file."""
-    name, kind = method.value.name, backend_class(method.value.backend)
+    name = method.value.name
     samples = bool(grid.model_args.get("samples"))
     seeds: list[int | None] = [seed.value for seed in grid.seeds] if samples else [None]
     seeded = [(seed, {} if seed is None else {"seed": seed}) for seed in seeds]
+    if method.value.backend == SERVED:
+        for seed, chosen in seeded:
+            yield CellAxes(model, name, method.value.options.get("bits"), None, None, None, seed), chosen, method.where
+        return
+    kind = backend_class(method.value.backend)
     if issubclass(kind, NoneBackend | CheckpointBackend):
         bits = UNTOUCHED_BITS if issubclass(kind, NoneBackend) else None
         for seed, chosen in seeded:
@@ -141,15 +147,19 @@ def _with_bits(components: Components, bits: int) -> dict[str, int]:
     return {"bits": bits, **others, **untouched}
 
 
-def _check(method: At[Method], given: Mapping[str, Any], where: str) -> None:
+def _checked(method: At[Method], given: dict[str, Any], resources: Resources, where: str) -> dict[str, Any]:
+    """Return the model arguments of a cell that can run."""
     backend = method.value.backend
     try:
+        if backend == SERVED:
+            return served_arms.checked(given, resources)
         arguments = ModelArguments.parse(given, option_types(backend))
         quantizer = get(backend, **arguments.options)
         if not isinstance(quantizer, NoneBackend | CheckpointBackend):
             quantizer.check(arguments.quant_plan(quantizer.default_bits))
         arguments.calibration_spec()
         arguments.find_checkpoint()
+        return given
     except (ValueError, FileNotFoundError) as error:
         told = f"(method {method.value.name}; exclude what cannot be done)"
         raise refusal(f"{where}: {line} {told}" for line in lines_of(error)) from error

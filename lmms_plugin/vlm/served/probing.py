@@ -11,7 +11,7 @@ from loguru import logger
 from lmms_plugin.utils.suggest import near
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.served.asking import Asking, RequestForm
-from lmms_plugin.vlm.served.client import Client, RequestRefused, ServerError
+from lmms_plugin.vlm.served.client import Client, Passing, RequestRefused, ServerError
 from lmms_plugin.vlm.served.tokens import Vocabulary
 
 _PROBE = GenerationSettings(max_new_tokens=4)
@@ -43,7 +43,8 @@ def find(client: Client, asked: str | None) -> Served:
         asked: Name of the model there; None for the only one.
 
     Raises:
-        ServerError: no server answers, or it does not serve that model, or several of which none was named.
+        Passing: no server answers, or it serves none yet.
+        ServerError: it does not serve that model, or several of which none was named.
     """
     try:
         listed = _entries(client.get(f"{client.base_url}/models"))
@@ -53,14 +54,15 @@ def find(client: Client, asked: str | None) -> Served:
             raise
         listed = [{"id": asked}]
     names = [str(entry["id"]) for entry in listed]
+    if not names:
+        # A router has none until the first of its servers is up.
+        raise Passing(f"{client.base_url} serves no model")
     if asked is not None and asked not in names:
         raise ServerError(
-            f"model: {client.base_url} serves no {asked!r}{near(asked, names)} (it serves {', '.join(names) or 'none'})"
+            f"model: {client.base_url} serves no {asked!r}{near(asked, names)} (it serves {', '.join(names)})"
         )
     if asked is None and len(names) != 1:
-        raise ServerError(
-            f"{client.base_url} serves {len(names)} models ({', '.join(names) or 'none'}): name one with model="
-        )
+        raise ServerError(f"{client.base_url} serves {len(names)} models ({', '.join(names)}): name one with model=")
     entry = next(entry for entry in listed if entry["id"] == (asked or names[0]))
     return _described(client, entry)
 

@@ -2,83 +2,40 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers import vllm
 from helpers.environments import run
+from helpers.vllm import LIMIT
 
-from lmms_plugin.demo import CHECKPOINT
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
+from lmms_plugin.utils.processes.launch_command import LaunchCommand
+from lmms_plugin.utils.processes.servers import Server
 from lmms_plugin.vlm import wrapper
 from lmms_plugin.vlm.served.client import ServerError
 from lmms_plugin.vlm.served.model import QuantServed
 
 pytestmark = [pytest.mark.served, pytest.mark.slow]
 BIN = Path(sys.executable).parent
-LIMIT = 300
-"""Seconds until the server must have answered."""
-SETTINGS = {
-    "VLLM_TARGET_DEVICE": "cpu",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_SERVER_DEV_MODE": "1",
-}
 COUNT = 60
 
 
 @pytest.fixture(scope="session")
 def url(tmp_path_factory):
     """Address of a server that has answered a question about an image."""
-    environment = os.environ.get("VLLM_ENV")
-    if not environment:
-        pytest.skip("VLLM_ENV names no environment with vLLM; make test-served makes one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(environment) / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(CHECKPOINT), "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "8", "--dtype", "float32"]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("wb") as stream:
-        server = subprocess.Popen(
-            [*command, "--block-size", "32"],
-            env={**os.environ, **SETTINGS},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+    command = LaunchCommand.parse(vllm.launch())
+    with Server.of(command, tmp_path_factory.mktemp("vllm") / "log") as server:
+        address = f"{server.address}/v1"
+        server.wait(
+            lambda seconds: QuantServed(pretrained="demo", base_url=address, timeout=seconds), LIMIT, ServerError
         )
-    try:
-        address = f"http://127.0.0.1:{port}/v1"
-        _wait(server, address, log)
         yield address
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def _wait(server, address, log):
-    ends = time.monotonic() + LIMIT
-    while time.monotonic() < ends:
-        if server.poll() is not None:
-            pytest.fail(f"vLLM ended with {server.returncode}:\n{log.read_text()[-3000:]}")
-        try:
-            QuantServed(pretrained="demo", base_url=address, timeout=60)
-        except ServerError:
-            time.sleep(2)
-        else:
-            return
-    pytest.fail(f"vLLM did not answer within {LIMIT} s:\n{log.read_text()[-3000:]}")
 
 
 def test_tokens_and_probabilities_are_those_of_the_model_loaded_here(url, documents, instances):
@@ -159,7 +116,7 @@ def test_a_killed_run_goes_on_to_the_same_results(url, here, tmp_path):
     arguments = f",base_url={url},verbalised=True,concurrency=1,resume_folder={kept}"
     command = command_of("quant_served", arguments, output)
     killed = subprocess.Popen(
-        command, env={**os.environ, **SETTINGS}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while killed.poll() is None and not _lines(kept):
         time.sleep(0.02)
