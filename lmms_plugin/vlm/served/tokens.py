@@ -139,7 +139,7 @@ class Vocabulary:
                 "probability (speculative decoding, a tool or reasoning parser, partial characters) cannot be judged"
             )
         else:
-            logprobs = [_logprob(one) for one in told]
+            logprobs = [as_logprob(one.logprob, one.text) for one in told]
         alternatives: list[Alternatives | None] = [None] * len(texts)
         if probabilities and digits:
             pairs = zip(told, entries, strict=True)
@@ -228,19 +228,23 @@ class Vocabulary:
         return Alternatives(listed, min(1.0, unlisted))
 
 
-def _logprob(one: Candidate) -> float:
-    """The log-probability of a token, if it is one."""
-    if math.isnan(one.logprob) or one.logprob <= PLACEHOLDER:
+def as_logprob(value: float, text: str) -> float:
+    """Return a number that a server gives for the log-probability of a token.
+
+    Raises:
+        ServerError: it is none.
+    """
+    if math.isnan(value) or value <= PLACEHOLDER:
         raise ServerError(
-            f"token {one.text!r} comes with {one.logprob:g}, which stands for no probability: was the answer forced "
-            "(structured output, allowed tokens, a bias)?"
+            f"token {text!r} comes with {value:g}, which stands for no probability: was the answer forced (structured "
+            "output, allowed tokens, a bias)?"
         )
-    if one.logprob > math.log1p(_ABOVE_ONE):
+    if value > math.log1p(_ABOVE_ONE):
         raise ServerError(
-            f"token {one.text!r} comes with {one.logprob:g}, above 0: this is no logarithm of a probability (serve "
-            "raw ones: --logprobs-mode raw_logprobs)"
+            f"token {text!r} comes with {value:g}, above 0: this is no logarithm of a probability (serve raw ones: "
+            "--logprobs-mode raw_logprobs)"
         )
-    return min(0.0, one.logprob)
+    return min(0.0, value)
 
 
 def _texts_of_bytes(parts: Sequence[bytes]) -> list[str]:
