@@ -15,7 +15,9 @@ from PIL import Image
 
 from lmms_plugin.protocol.prompts import Prompt
 
-ENGINES = ("vllm", "sglang", "lmdeploy", "llamacpp", "tensorrt_llm", "ollama")
+ENGINES = ("vllm", "sglang", "lmdeploy", "llamacpp", "tensorrt_llm", "ollama", "ollama_cloud")
+BLIND = ("ollama_cloud",)
+"""Those that give no log-probabilities."""
 SCORING = ("vllm", "sglang")
 """Those that tell likelihoods of given texts."""
 OPENAIS = {
@@ -142,7 +144,7 @@ class FakeServer:
 
     @cached_property
     def _gets(self):
-        owner = {"tensorrt_llm": "tensorrt_llm", "ollama": "library"}.get(self.engine, self.engine)
+        owner = {"ollama": "library", "ollama_cloud": "library"}.get(self.engine, self.engine)
         listed = [{"id": name, "object": "model", "owned_by": owner, "max_model_len": 512} for name in self.models]
         pages = {"/v1/models": {"object": "list", "data": listed}}
         if self.engine == "vllm":
@@ -211,7 +213,7 @@ class FakeServer:
             read, steps_read = self.model.read(self.model.encoded(body))
             places = zip(read[1:], steps_read, strict=True)
             response["prompt_logprobs"] = [None, *(_place(index, step) for index, step in places)]
-        if body.get("logprobs") and self.engine != "ollama":
+        if body.get("logprobs") and self.engine not in BLIND:
             entries = zip(ids, steps, strict=True)
             choice["logprobs"] = {"content": [self._entry(index, step, body) for index, step in entries]}
         return response

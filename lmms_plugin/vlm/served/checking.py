@@ -153,5 +153,11 @@ def _told(response: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, int | No
     """Ids of the prompt's tokens and their number, None for what a server does not tell."""
     ids = response.get("prompt_token_ids")
     told = tuple(ids) if isinstance(ids, list) and ids else None
-    count = (response.get("usage") or {}).get("prompt_tokens")
-    return told, count if isinstance(count, int) and count > 0 else None
+    return told, counted(response, "prompt_tokens")
+
+
+def counted(response: Mapping[str, Any], what: str) -> int | None:
+    """Return how many tokens a server counts (`prompt_tokens`, `completion_tokens`); None where it does not."""
+    usage = response.get("usage")
+    count = usage.get(what) if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) and count > 0 else None

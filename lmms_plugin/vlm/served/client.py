@@ -205,7 +205,11 @@ class Client:
                 if self._ended.is_set():
                     raise ServerError("the run has ended")
                 response = http.request(
-                    method, url, content=None if content is None else iter(content), headers=headers
+                    method,
+                    url,
+                    content=None if content is None else iter(content),
+                    headers=headers,
+                    extensions={"trace": self._note_socket},
                 )
         except httpx.ConnectError as error:
             raise Passing(
@@ -239,7 +243,7 @@ class Client:
             raise Passing(f"{url} sent half a response or no JSON: {self._words(response.text)!r}") from error
         if not isinstance(value, dict):
             raise RequestRefused(f"{url}: expected a JSON object, got {self._words(response.text)!r}", status)
-        if value.get("error"):
+        if value.get("error") or value.get("object") == "error":
             raise ServerError(f"{url} answers 200 with an error inside: {self._words(_message(value))}")
         return value
 
@@ -252,7 +256,7 @@ class Client:
         if status in (401, 403):
             given = f"the key in {self.key_variable}" if self.key else "a request without key"
             raise RequestRefused(f"{self.base_url} refuses {given} ({status}): {said}; set {self.key_variable}", status)
-        if _is_html(response):
+        if _is_html(response) and status != 413:
             raise RequestRefused(f"{url} answers {status} with HTML, not JSON: {self._where()}", status)
         if status == 413 or _TOO_LARGE.search(said):
             hint = "; the image is too large for the server: max_pixels= makes it smaller, or raise the server's limit"

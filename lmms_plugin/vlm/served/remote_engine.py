@@ -19,7 +19,7 @@ from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import traits_of
 from lmms_plugin.vlm.running.scheduling import MOST_READERS, by_image, working_on
 from lmms_plugin.vlm.served.asking import Asking, messages_of
-from lmms_plugin.vlm.served.checking import ExpectedPrompt, PromptCheck
+from lmms_plugin.vlm.served.checking import ExpectedPrompt, PromptCheck, counted
 from lmms_plugin.vlm.served.client import Client, ServerError
 from lmms_plugin.vlm.served.keeping import KeptAnswers
 from lmms_plugin.vlm.served.likelihoods import GivenText, Likelihoods, shown
@@ -251,11 +251,21 @@ class ServedEngine:
         def answer() -> dict[str, Any]:
             response = self.client.chat(body, question.images)
             agrees = self.check.agrees(prompt, question.expected, response)
-            return {"choice": response["choices"][0], "compared": self.check.compares(response), "agrees": agrees}
+            return {
+                "choice": response["choices"][0],
+                "written": counted(response, "completion_tokens"),
+                "compared": self.check.compares(response),
+                "agrees": agrees,
+            }
 
         def read(record: Mapping[str, Any]) -> Generated:
-            until = question.settings.until
-            return self.vocabulary.read(record["choice"], until, probabilities=wanted, digits=digits)
+            return self.vocabulary.read(
+                record["choice"],
+                question.settings.until,
+                probabilities=wanted,
+                digits=digits,
+                written=record["written"],
+            )
 
         return self._kept_or(answer, read, body, prompt)
 

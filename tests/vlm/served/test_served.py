@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from helpers.served import ENGINES, SCORING, FakeServer, Reply
+from helpers.served import BLIND, ENGINES, SCORING, FakeServer, Reply
 
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
@@ -14,7 +14,6 @@ from lmms_plugin.vlm import wrapper
 from lmms_plugin.vlm.served.client import ServerError
 from lmms_plugin.vlm.served.model import QuantServed
 
-BLIND = ("ollama",)
 COUNT = 12
 
 
