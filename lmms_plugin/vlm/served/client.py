@@ -137,9 +137,8 @@ class Client:
             self._idle.pop().close()
         # Closed by another thread, a socket would leave the one that waits for it waiting, or reading from whichever
         # socket gets its number next.
-        for connection in self._sockets:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        for connection in list(self._sockets):
+            _shut(connection)
 
     @contextmanager
     def _connected(self) -> Iterator[httpx.Client]:
@@ -158,7 +157,10 @@ class Client:
 
     def _note_socket(self, event: str, details: Mapping[str, Any]) -> None:
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._sockets.append(details["return_value"].get_extra_info("socket"))
+            connection = details["return_value"].get_extra_info("socket")
+            self._sockets.append(connection)
+            if self._ended.is_set():
+                _shut(connection)
 
     def _client(self) -> httpx.Client:
         return httpx.Client(
@@ -276,6 +278,11 @@ class Client:
         line = " ".join(text.split())
         line = line.replace(self.key, "***") if self.key else line
         return line if len(line) <= _SAID else f"{line[:_SAID]}…"
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _encoded(body: Mapping[str, Any], images: Mapping[str, bytes]) -> list[bytes]:

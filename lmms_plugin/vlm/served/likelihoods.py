@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from lmms_plugin.protocol.prompts import Prompt, RequestError
-from lmms_plugin.utils import hashing
 from lmms_plugin.vlm.contracts.engine import ContinuationScore
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.generation.processor import Chat
@@ -82,8 +82,8 @@ class Likelihoods(Protocol):
 class PromptLogprobs:
     """`prompt_logprobs` of the chat API, as vLLM has it: the text is an answer that the server is to continue.
 
-    Each request has a salt of its own. vLLM would else take the beginning of a text from its cache, for which some of
-    its versions tell the log-probabilities of another request (issue 42019 there).
+    Each request has a salt that no other one had. vLLM may else take the beginning of a text from its cache, for which
+    some of its versions tell the log-probabilities of another request (issue 42019 there).
 
     Attributes:
         asking: writes requests.
@@ -95,12 +95,11 @@ class PromptLogprobs:
         """Return the body of a request; see `Likelihoods`."""
         said = {"role": "assistant", "content": [{"type": "text", "text": given.said}]}
         body = self.asking.body([*messages_of(given.prompt, given.names), said], _ONE, probabilities=False)
-        body |= {"add_generation_prompt": False, "continue_final_message": True, "prompt_logprobs": 0}
-        return {**body, "cache_salt": hashing.of_value(body)}
+        return {**body, "add_generation_prompt": False, "continue_final_message": True, "prompt_logprobs": 0}
 
     def ask(self, client: Client, given: GivenText, body: Mapping[str, Any]) -> Told:
         """Ask; see `Likelihoods`."""
-        response = client.chat(body, given.images)
+        response = client.chat({**body, "cache_salt": uuid.uuid4().hex}, given.images)
         entries = response.get("prompt_logprobs")
         if not isinstance(entries, list):
             raise ServerError(
@@ -119,17 +118,10 @@ class PromptLogprobs:
 
 @dataclass(frozen=True)
 class NativeGenerate:
-    """`/generate` of SGLang, whose chat API tells nothing of prompts: prompt and text are sent as one.
-
-    Attributes:
-        model: name under which it is served.
-    """
-
-    model: str
+    """`/generate` of SGLang, whose chat API tells nothing of prompts: prompt and text are sent as one."""
 
     def request(self, given: GivenText) -> dict[str, Any]:
         """Return the body of a request; see `Likelihoods`."""
-        count = len(given.ids)
         return {
             "text": given.whole,
             "image_data": list(given.names),
@@ -139,7 +131,6 @@ class NativeGenerate:
             "logprob_start_len": given.expected.length - 1,
             "top_logprobs_num": 1,
             "stream": False,
-            "rid": hashing.of_value([self.model, given.whole, list(given.names), count]),
         }
 
     def ask(self, client: Client, given: GivenText, body: Mapping[str, Any]) -> Told:
@@ -170,7 +161,7 @@ def likelihoods_of(engine: str | None, asking: Asking) -> Likelihoods | None:
         asking: writes requests.
     """
     if engine == "sglang":
-        return NativeGenerate(asking.model)
+        return NativeGenerate()
     return PromptLogprobs(asking) if asking.form.extended else None
 
 

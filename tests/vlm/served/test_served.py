@@ -346,6 +346,8 @@ def test_likelihoods_are_those_of_the_model_loaded_here(engine, local, serve, in
         requests.append(len(server.requests))
     # The second time they come from the file.
     assert requests[0] == requests[1] > 3
+    salts = [body["cache_salt"] for body in server.requests if "prompt_logprobs" in body]
+    assert len(set(salts)) == len(salts) == (requests[0] - 1) * (engine == "vllm")
 
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in SCORING])
