@@ -176,6 +176,11 @@ class Server(RunningServer):
         status = None if self._process is None else self._process.poll()
         return None if status is None else process_log.ending(status)
 
+    @property
+    def pid(self) -> int | None:
+        """Id of the process whose descendants are the server; None if it was not started."""
+        return None if self._process is None else self._process.pid
+
     def stop(self) -> None:
         """End it and everything it started, and wait until all of it has ended; nothing if it does not run."""
         if self._process is not None:

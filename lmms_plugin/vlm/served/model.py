@@ -31,6 +31,7 @@ from lmms_plugin.vlm.served.checking import PromptCheck
 from lmms_plugin.vlm.served.client import Client
 from lmms_plugin.vlm.served.keeping import KeptAnswers
 from lmms_plugin.vlm.served.launching import Launched, temporary_log
+from lmms_plugin.vlm.served.likelihoods import likelihoods_of
 from lmms_plugin.vlm.served.load import Gate
 from lmms_plugin.vlm.served.options import OPTION_TYPES, ServedOptions, expect_effect
 from lmms_plugin.vlm.served.probing import STATED, Found, find, probe
@@ -163,7 +164,6 @@ class QuantServed(HarnessModel):
             options.key_variable,
             timeout,
             options.retries,
-            options.concurrency,
             self._gate.busy,
             self._launched.expect_running if self._launched is not None else lambda: None,
         )
@@ -220,6 +220,7 @@ class QuantServed(HarnessModel):
             self.arguments.samples,
             self.arguments.sample_temperature,
             kept,
+            likelihoods_of(self.served.engine, asking.with_form(found.form)),
         )
 
     def _account(self) -> None:
