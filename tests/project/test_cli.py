@@ -1,6 +1,7 @@
 """The `lmms-plugin` command as installed."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -199,6 +200,7 @@ def test_without_arguments_there_is_help(monkeypatch, capfd):
 
 
 LATE = """
+import subprocess
 import sys
 from lmms_plugin.cli.main import main
 for line in sys.argv[1:]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import imitation, vllm
+from helpers import imitation, vllm_server
 from helpers.environments import run
 
 from lmms_plugin.analysis import axes, logs
@@ -139,9 +139,10 @@ def test_cells_share_a_server_and_go_on_after_its_death(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.served
 def test_local_arms_and_vllm_in_one_report(tmp_path: Path) -> None:
+    vllm_server.expect_environment()
     file, output, page = tmp_path / "study.yaml", tmp_path / "out", tmp_path / "page.html"
-    (tmp_path / "serve.txt").write_text(vllm.launch(), encoding="utf-8")
-    served = f"{{method: served, name: vllm float32, launch: serve.txt, launch_timeout: {vllm.LIMIT}}}"
+    (tmp_path / "serve.txt").write_text(vllm_server.launch(), encoding="utf-8")
+    served = f"{{method: served, name: vllm float32, launch: serve.txt, launch_timeout: {vllm_server.LIMIT}}}"
     file.write_text(
         f"models: [demo]\ntasks: [shapes_rec]\nlimit: 30\nresources: {{gpus: 0}}\n"
         f"grids:\n  - methods: [none]\n  - {{methods: [rtn], bits: [8, 4]}}\n"
