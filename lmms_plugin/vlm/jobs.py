@@ -19,6 +19,7 @@ from lmms_plugin.vlm.contracts.requests import Job, Messages, Request, candidate
 from lmms_plugin.vlm.contracts.responding import Usage
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.second_turn import second_turn
+from lmms_plugin.vlm.trial_questions import told, trial_jobs
 
 Record = TypeVar("Record")
 REQUESTS_AT_ONCE = 4
@@ -114,6 +115,8 @@ class Generation:
     def _answered(self, jobs: Sequence[Job], title: str) -> list[str]:
         texts: dict[int, str] = {}
         responses: dict[int, Response] = {}
+        leading = _leading(jobs)
+        leaders: dict[int, Response] = {}
 
         def take(index: int, answer: Answer) -> int:
             if answer.prompt.wants_confidence:
@@ -121,14 +124,27 @@ class Generation:
                 texts[index] = response.encode()
                 if self.verbalised:
                     responses[index] = response
+                if index in leading:
+                    leaders[index] = response
             else:
                 texts[index] = self.assembler.plain(answer)
             return len(answer.generated.tokens)
 
         self._take_all(self.engine.answers(jobs), take, len(jobs), title)
+        facts = self._facts() if leaders else {}
+        with_facts = {index: replace(one, engine=facts) for index, one in leaders.items()}
+        texts |= {index: one.encode() for index, one in with_facts.items()}
         if self.verbalised:
+            responses |= with_facts
             texts |= self._with_statements(jobs, responses, f"{title}, and how sure")
         return [texts[i] for i in range(len(jobs))]
+
+    def _facts(self) -> Mapping[str, Any]:
+        """Return the facts about the engine, with its answers to trial questions where evidence is kept."""
+        if not self.assembler.keeps_ids:
+            return self.assembler.facts
+        with ends_the_command((RequestError,)), closing(self.engine.answers(trial_jobs())) as answers:
+            return {**self.assembler.facts, "trials": told(answers)}
 
     def _with_statements(self, jobs: Sequence[Job], responses: Mapping[int, Response], title: str) -> dict[int, str]:
         """Ask for the model's confidence in a second turn, and encode the responses again with its statements."""
@@ -180,6 +196,14 @@ class Generation:
 
 def _job(request: Request, messages: Callable[[], Messages]) -> Job:
     return Job(messages, request, GenerationSettings.from_kwargs(request.options))
+
+
+def _leading(jobs: Sequence[Job]) -> frozenset[int]:
+    """Return the first job of each task."""
+    first: dict[str, int] = {}
+    for index, job in enumerate(jobs):
+        first.setdefault(job.request.place[0], index)
+    return frozenset(first.values())
 
 
 def _giving(messages: Messages) -> Callable[[], Messages]:

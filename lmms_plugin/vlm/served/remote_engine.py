@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
+from lmms_plugin.protocol.traces import Trace, digest_of
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.images import told_apart
 from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
@@ -211,7 +212,9 @@ class ServedEngine:
                 response = self.client.chat(body)
                 agrees = self.check.agrees(prompt, question.expected, response)
                 compared = self.check.compares(response)
+                read = self.check.trace(response)
                 record = {"choice": response["choices"][0], "compared": compared, "agrees": agrees}
+                record["trace"] = None if read is None else read.written_out()
             generated = self.vocabulary.read(
                 record["choice"], question.settings.until, probabilities=wanted, digits=digits
             )
@@ -220,4 +223,7 @@ class ServedEngine:
         self.check.note(record["compared"], agrees=record["agrees"])
         if fresh and self.kept is not None:
             self.kept.keep(key, record)
-        return generated
+        if not record.get("trace"):
+            return generated
+        written = digest_of(generated.ids) if generated.ids else ""
+        return generated._replace(trace=Trace.read(record["trace"])._replace(written=written))
