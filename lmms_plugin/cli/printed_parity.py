@@ -84,7 +84,7 @@ def _cut(line: str) -> str:
 def _changes(changes: list[Change], level: float) -> Iterator[str]:
     shown = [change for change in changes if change.metric in _METRICS and not math.isnan(change.difference.value)]
     if shown:
-        yield f"{'B less A':22}{'A':>9}{'B':>9}{'B - A':>10}  {100 * level:g} % interval, paired by image"
+        yield f"{'B less A':22}{'A':>9}{'B':>9}{'B - A':>10}  {100 * level:g} % interval by image"
     task = ""
     for change in shown:
         if change.task != task:

@@ -30,6 +30,8 @@ from lmms_plugin.protocol.traces import Trace
 
 _PASSED_OVER = 1e-3
 """Probability by which a token must be likelier than the chosen one: alternatives are rounded to five decimals."""
+_LEGIBLE = 0.005
+"""Probability from which five decimals give its logarithm within 0.001."""
 _MOST = 0.8
 """Share of the cases that must show a cause's mark."""
 _SIXTEEN_BITS = 0.3
@@ -138,7 +140,14 @@ def _samples(settings: Mapping[str, Any]) -> bool:
     return bool(settings.get("do_sample", warm)) and (temperature is None or warm)
 
 
+def _computes_alike(evidence: ParityEvidence) -> bool:
+    """Return whether all log-probabilities agree, so that weights and arithmetic cannot be the cause."""
+    return evidence.gap.tokens > 0 and evidence.gap.largest <= evidence.tolerance
+
+
 def _checkpoint(evidence: ParityEvidence) -> Cause | None:
+    if _computes_alike(evidence):
+        return None
     names = [str(facts.get("checkpoint") or "an unnamed one") for facts in evidence.facts]
     if evidence.differs("weights"):
         digests = " and ".join(str(facts["weights"]) for facts in evidence.facts)
@@ -152,7 +161,7 @@ def _checkpoint(evidence: ParityEvidence) -> Cause | None:
 def _quantization(evidence: ParityEvidence) -> Cause | None:
     both = evidence.differs("quantization")
     # Names of one format differ between engines; only whether there is any is certain.
-    if both is None or ("none" not in both and both[0].split()[0] != both[1].split()[0]):
+    if _computes_alike(evidence) or both is None or ("none" not in both and both[0].split()[0] != both[1].split()[0]):
         return None
     return Cause("other quantization", f"quantization is {both[0]} in the first run and {both[1]} in the second")
 
@@ -244,6 +253,8 @@ def _image_counts(evidence: ParityEvidence) -> list[tuple[int, int]]:
 
 
 def _image_size(evidence: ParityEvidence) -> Cause | None:
+    if _pixel_limits(evidence) is not None:
+        return None
     read = evidence.read
     if read.image_sizes.different:
         return Cause("other image size", f"images reach the models in other sizes, e.g. {read.image_sizes.example}")
@@ -288,6 +299,8 @@ def _begins(short: Response, whole: Response) -> bool:
 
 
 def _leaking(evidence: ParityEvidence) -> Cause | None:
+    if _drawn(evidence) is not None:
+        return None
     for k, name in ((1, "second"), (0, "first")):
         mine = [_passed_over((pair.first, pair.second)[k]) for pair in evidence.pairs]
         others = [_passed_over((pair.first, pair.second)[1 - k]) for pair in evidence.pairs]
@@ -308,38 +321,62 @@ def _leaking(evidence: ParityEvidence) -> Cause | None:
 
 def _passed_over(response: Response) -> list[bool]:
     """Return, for each number that was likelier than the one written, whether it had been written before."""
-    found, before = [], set()
+    found: list[bool] = []
+    before: set[str] = set()
     for token in response.tokens:
         if token.alternatives is not None and token.alternatives.probabilities:
-            best = max(token.alternatives.probabilities.items(), key=lambda item: item[1])
-            if best[1] > math.exp(token.logprob) + _PASSED_OVER:
-                found.append(best[0] in before)
-        before.add("".join(letter for letter in token.text if letter.isdecimal()))
+            listed = token.alternatives.probabilities
+            best = max(listed, key=lambda digits: listed[digits])
+            if listed[best] > max(math.exp(token.logprob), listed.get(_digits(token.text), 0.0)) + _PASSED_OVER:
+                found.append(best in before)
+        before.add(_digits(token.text))
     return found
 
 
 def _penalised_probabilities(evidence: ParityEvidence) -> Cause | None:
-    """Look for probabilities that were taken after penalties: tokens that repeat lose some, others do not."""
-    again: list[float] = []
-    fresh: list[float] = []
+    """Look for probabilities that were taken after penalties.
+
+    A penalty lowers the logits of what was written before and leaves all others as they are. So the odds between two
+    numbers that were not written stay the same, and those between a written and an unwritten one change; with other
+    weights all of them change.
+    """
+    if not _prompts_agree(evidence):
+        return None
+    shifts, spreads = [], []
     for pair in evidence.pairs:
-        before: set[str] = set()
-        for k in range(equal_tokens(pair)):
-            text = pair.first.tokens[k].text
-            change = pair.second.tokens[k].logprob - pair.first.tokens[k].logprob
-            (again if text in before else fresh).append(change)
-            before.add(text)
-    if not (again and fresh):
+        for written, unwritten in _changed_odds(pair):
+            shifts += [float(np.mean(unwritten)) - change for change in written]
+            spreads += [change - float(np.mean(unwritten)) for change in unwritten]
+    if not shifts or not spreads:
         return None
-    lost, others = float(np.mean(again)), float(np.mean(fresh))
-    if abs(lost) < max(0.02, 10 * evidence.tolerance) or abs(lost) < 3 * abs(others):
+    shift, spread = float(np.mean(shifts)), float(np.sqrt(np.mean(np.square(spreads))))
+    if abs(shift) < 0.05 or spread > 0.1 * abs(shift):
         return None
-    name = "second" if lost < 0 else "first"
+    name = "second" if shift > 0 else "first"
     return Cause(
         "penalties leaking in",
-        f"tokens that had been written before have {abs(lost):.3f} nats less in the {name} run, others "
-        f"{abs(others):.3f} apart: the marks of penalties before probabilities were taken",
+        f"digits that had been written before have {abs(shift):.2f} nats less in the {name} run, and the odds between "
+        f"all others stay within {spread:.2g}: probabilities were taken after a penalty",
     )
+
+
+def _changed_odds(pair: AnswerPair) -> Iterator[tuple[list[float], list[float]]]:
+    """Yield changes of log-probability of digits that were written before and that were not, position by position."""
+    before: set[str] = set()
+    for one, other in list(zip(pair.first.tokens, pair.second.tokens, strict=False))[: equal_tokens(pair) + 1]:
+        if one.alternatives is not None and other.alternatives is not None:
+            listed = one.alternatives.probabilities, other.alternatives.probabilities
+            likely = [digits for digits, p in listed[0].items() if min(p, listed[1].get(digits, 0.0)) >= _LEGIBLE]
+            changes = {digits: math.log(listed[1][digits] / listed[0][digits]) for digits in likely}
+            written = [change for digits, change in changes.items() if digits in before]
+            unwritten = [change for digits, change in changes.items() if digits not in before]
+            if len(unwritten) > 1:
+                yield written, unwritten
+        before.add(_digits(one.text))
+
+
+def _digits(text: str) -> str:
+    return "".join(letter for letter in text if letter.isdecimal())
 
 
 def _detokenization(evidence: ParityEvidence) -> Cause | None:
@@ -368,19 +405,17 @@ def _same_tokens(pair: AnswerPair, tolerance: float) -> bool:
     if all(trace is not None and trace.written for trace in traces):
         return False
     one, other = pair.first.tokens, pair.second.tokens
-    return bool(one) and len(one) == len(other) and all(
-        abs(a.logprob - b.logprob) <= tolerance for a, b in zip(one, other, strict=True)
-    )  # fmt: skip
+    if not one or len(one) != len(other):
+        return False
+    return all(abs(a.logprob - b.logprob) <= tolerance for a, b in zip(one, other, strict=True))
 
 
 def _dtype(evidence: ParityEvidence) -> Cause | None:
     both = evidence.differs("dtype")
-    if both is None:
+    if both is None or _computes_alike(evidence):
         return None
-    return Cause(
-        "other dtype", f"the first run computes in {both[0]}, the second in {both[1]}; log-probabilities differ "
-        f"by {evidence.gap.mean:.2g} on average and {evidence.gap.largest:.2g} at most"
-    )  # fmt: skip
+    by = "" if not evidence.gap.tokens else f"; log-probabilities differ by {evidence.gap.mean:.2g} on average"
+    return Cause("other dtype", f"the first run computes in {both[0]}, the second in {both[1]}{by}")
 
 
 def _resized_again(evidence: ParityEvidence) -> Cause | None:

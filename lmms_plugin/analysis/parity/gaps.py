@@ -127,10 +127,10 @@ def written_gap(pairs: Sequence[AnswerPair]) -> WrittenGap:
     """Compare what both engines wrote."""
     texts = _counted((pair.id, pair.first.text.strip(), pair.second.text.strip()) for pair in pairs)
     judged = [pair for pair in pairs if pair.first.tokens and pair.second.tokens]
-    tokens = _counted((pair.id, _texts(pair.first), _texts(pair.second)) for pair in judged)
+    tokens = _counted((pair.id, *(" ".join(map(repr, _said(one))) for one in pair[1:3])) for pair in judged)
     first, coordinates = [], 0
     for pair in judged:
-        one, other = _texts(pair.first), _texts(pair.second)
+        one, other = _said(pair.first), _said(pair.second)
         if one != other:
             first.append(equal_tokens(pair))
             coordinates += any(has_digits(texts[first[-1]]) for texts in (one, other) if first[-1] < len(texts))
@@ -146,10 +146,8 @@ def logprob_gap(pairs: Sequence[AnswerPair]) -> LogprobGap:
             every.append(abs(one.logprob - other.logprob))
             if has_digits(one.text):
                 coordinates.append(every[-1])
-    return LogprobGap(
-        len(every), _mean(every), max(every, default=math.nan), *(len(coordinates), _mean(coordinates)),
-        max(coordinates, default=math.nan),
-    )  # fmt: skip
+    at_all, at_coordinates = ((len(part), _mean(part), max(part, default=math.nan)) for part in (every, coordinates))
+    return LogprobGap(*at_all, *at_coordinates)
 
 
 def box_gap(pairs: Sequence[AnswerPair]) -> BoxGap:
@@ -193,6 +191,12 @@ def has_digits(text: str) -> bool:
     return any(letter.isdecimal() for letter in text)
 
 
+def _said(response: Response) -> tuple[str, ...]:
+    """Return the texts of tokens without the end of the sequence, which some servers do not list."""
+    texts = _texts(response)
+    return texts[:-1] if texts and not texts[-1] else texts
+
+
 def _texts(response: Response) -> tuple[str, ...]:
     return tuple(token.text for token in response.tokens)
 
@@ -205,9 +209,8 @@ def _counted(values: Iterable[tuple[str, object, object]]) -> Counted:
 
 
 def _shown(name: str, one: object, other: object) -> str:
-    said = [" ".join(map(repr, value)) if isinstance(value, tuple) and value and isinstance(value[0], str) else value
-            for value in (one, other)]  # fmt: skip
-    return f"{name}: {said[0]!s:.200} and {said[1]!s:.200}"
+    said = [f"{value[0]} x {value[1]}" if isinstance(value, tuple) else str(value) for value in (one, other)]
+    return f"{name}: {said[0]:.200} and {said[1]:.200}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -142,11 +142,9 @@ def _changes(first: LoggedRun, second: LoggedRun, settings: MeasurementSettings)
 def _sentence(evidence: ParityEvidence, whole: TaskParity, found: list[Cause], helps: str) -> str:
     texts, gap = whole.written.texts, whole.logprobs
     equal = f"{whole.documents - texts.different} of {counted(whole.documents, 'answer')} are equal"
-    apart = (
-        f"log-probabilities differ by at most {gap.largest:.2g} nats (tolerance {evidence.tolerance:g})"
-        if gap.tokens
-        else "log-probabilities are not logged by both"
-    )
+    apart = f"log-probabilities differ by at most {gap.largest:.2g} nats (tolerance {evidence.tolerance:g})"
+    if not gap.tokens:
+        apart = "none begins alike" if whole.written.tokens.known else "log-probabilities are not logged by both"
     if evidence.same:
         return f"Same: {equal}, and {apart}."
     if not found:
