@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,7 @@ class Assembler:
         warns: Whether this process logs; each warning appears once.
         facts: Facts about the engine, which travel with one answer of each task.
         keeps_ids: Whether the ids of prompts travel with answers, and not only their number and digest.
+        spell: Function from a token's id to its text, for the ids that are kept.
     """
 
     traits: Traits
@@ -53,6 +54,7 @@ class Assembler:
     warns: bool = True
     facts: Mapping[str, Any] = field(default_factory=dict)
     keeps_ids: bool = False
+    spell: Callable[[int], str] = str
     _warned: set[str] = field(default_factory=set, init=False)
 
     def plain(self, answer: Answer) -> str:

@@ -132,7 +132,7 @@ class Generation:
 
         self._take_all(self.engine.answers(jobs), take, len(jobs), title)
         facts = self._facts() if leaders else {}
-        with_facts = {index: replace(one, engine=facts) for index, one in leaders.items()}
+        with_facts = {index: replace(one, engine={**facts, **self._words(one)}) for index, one in leaders.items()}
         texts |= {index: one.encode() for index, one in with_facts.items()}
         if self.verbalised:
             responses |= with_facts
@@ -145,6 +145,11 @@ class Generation:
             return self.assembler.facts
         with ends_the_command((RequestError,)), closing(self.engine.answers(trial_jobs())) as answers:
             return {**self.assembler.facts, "trials": told(answers)}
+
+    def _words(self, leader: Response) -> Mapping[str, Any]:
+        """Return the texts of a prompt's tokens by id, where ids are kept."""
+        ids = () if leader.trace is None else leader.trace.ids
+        return {"words": {str(index): self.assembler.spell(index) for index in sorted(set(ids))}} if ids else {}
 
     def _with_statements(self, jobs: Sequence[Job], responses: Mapping[int, Response], title: str) -> dict[int, str]:
         """Ask for the model's confidence in a second turn, and encode the responses again with its statements."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 from lmms_plugin.arguments import ModelArguments
@@ -146,9 +147,11 @@ class LocalEngine:
     def _traced(self, batch: Batch, generated: Sequence[Generated]) -> list[Generated]:
         """Add the tokens that were read and written."""
         image_token = getattr(self.chat.processor, "image_token_id", None)
-        rows = zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], generated, strict=True)
+        # One copy from the device each, not one per row.
+        masks, prompts = batch.inputs["attention_mask"].tolist(), batch.inputs["input_ids"].tolist()
+        rows = zip(masks, prompts, generated, strict=True)
         return [
-            one._replace(trace=Trace.of(ids[mask.bool()].tolist(), image_token, one.ids)) for ids, mask, one in rows
+            one._replace(trace=Trace.of(list(compress(ids, mask)), image_token, one.ids)) for mask, ids, one in rows
         ]
 
     def _spoken(self, answer: Answer) -> Generated:

@@ -69,6 +69,7 @@ def responder_of(
         warns=speaks,
         facts=facts or {},
         keeps_ids=arguments.parity,
+        spell=chat.spell,
     )
     return Generation(engine, assembler, verbalised=arguments.verbalised, shows_progress=speaks)
 

@@ -181,10 +181,20 @@ def _system_prompt(evidence: ParityEvidence) -> Cause | None:
     if found is not None and found.place is Place.HEAD and not evidence.differs("template"):
         return Cause(
             "other system prompt",
-            f"after {found.at} equal tokens, in front of the image, the first prompt has {len(found.first)} tokens "
-            f"that the second lacks, and the second {len(found.second)} that the first lacks; all else is equal",
+            f"after {found.at} equal tokens, in front of the image, {_only(evidence, found)}; all else is equal",
         )
     return None
+
+
+def _only(evidence: ParityEvidence, found: PromptDifference) -> str:
+    """Say what only one of two prompts has."""
+    sides = zip(("first", "second"), evidence.facts, (found.first, found.second), strict=True)
+    return " and ".join(f"only the {name} has {_spelled(facts, ids)!r:.90}" for name, facts, ids in sides if ids)
+
+
+def _spelled(facts: Mapping[str, Any], ids: Sequence[int]) -> str:
+    words = facts.get("words") or {}
+    return "".join(str(words.get(str(index), f"[{index}]")) for index in ids)
 
 
 def _template(evidence: ParityEvidence) -> Cause | None:
@@ -199,8 +209,7 @@ def _template(evidence: ParityEvidence) -> Cause | None:
             return None
         return Cause(
             "other chat template",
-            f"prompts differ from token {found.at} on, beyond image tokens: {len(found.first)} tokens only in the "
-            f"first, {len(found.second)} only in the second",
+            f"prompts differ from token {found.at} on, beyond image tokens: {_only(evidence, found)}",
         )
     read, apart = evidence.read, _length_differences(evidence)
     if read.image_tokens.different:

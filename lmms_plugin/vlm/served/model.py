@@ -88,6 +88,7 @@ class QuantServed(HarnessModel):
             warns=self.rank == 0,
             facts=self._facts(),
             keeps_ids=self.arguments.parity,
+            spell=self.chat.spell,
         )
         self.responder = Generation(
             engine, assembler, verbalised=self.arguments.verbalised, shows_progress=self.rank == 0

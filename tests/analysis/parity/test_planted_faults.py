@@ -123,6 +123,7 @@ def test_a_system_prompt_of_the_server(here, folder, fault):
     assert found.prompt.at == 0
     assert not found.prompt.first
     assert len(found.prompt.second) > 2
+    assert "only the second has '<|system|>You see pictures.<end_of_utterance>'" in found.causes[0].evidence
 
 
 def test_a_system_prompt_of_the_user(here, folder):
