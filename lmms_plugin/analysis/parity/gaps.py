@@ -127,7 +127,7 @@ def written_gap(pairs: Sequence[AnswerPair]) -> WrittenGap:
     """Compare what both engines wrote."""
     texts = _counted((pair.id, pair.first.text.strip(), pair.second.text.strip()) for pair in pairs)
     judged = [pair for pair in pairs if pair.first.tokens and pair.second.tokens]
-    tokens = _counted((pair.id, *(" ".join(map(repr, _said(one))) for one in pair[1:3])) for pair in judged)
+    tokens = _counted((pair.id, _listed(pair.first), _listed(pair.second)) for pair in judged)
     first, coordinates = [], 0
     for pair in judged:
         one, other = _said(pair.first), _said(pair.second)
@@ -189,6 +189,10 @@ def equal_tokens(pair: AnswerPair) -> int:
 def has_digits(text: str) -> bool:
     """Return whether a token is part of a number."""
     return any(letter.isdecimal() for letter in text)
+
+
+def _listed(response: Response) -> str:
+    return " ".join(map(repr, _said(response)))
 
 
 def _said(response: Response) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from lmms_plugin.analysis.comparison import Change, compare
 from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.measure import MeasurementSettings
-from lmms_plugin.analysis.parity.causes import Cause, ParityEvidence, causes, hint
+from lmms_plugin.analysis.parity.causes import causes, hint
 from lmms_plugin.analysis.parity.gaps import (
     BoxGap,
     LogprobGap,
@@ -21,6 +21,7 @@ from lmms_plugin.analysis.parity.gaps import (
     written_gap,
 )
 from lmms_plugin.analysis.parity.pairs import TaskPairs, common, pairs_of
+from lmms_plugin.analysis.parity.parity_evidence import Cause, ParityEvidence
 from lmms_plugin.analysis.parity.prompts_apart import PromptDifference
 from lmms_plugin.utils.messages import counted
 

@@ -7,12 +7,36 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from lmms_plugin.analysis import logs
 from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.records import match
 from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.protocol.response import Response
+from lmms_plugin.utils.reading import accounts
+from lmms_plugin.utils.reading.accounts import Account
+
+
+class _Trial(Account):
+    trace: list[int | str | None] | None
+    tokens: list[str]
+    logprobs: list[float | None]
+
+
+class _Facts(Account):
+    """Schema of the facts about an engine; all of them may be missing."""
+
+    template: str = ""
+    system: str = ""
+    pixels: str = ""
+    checkpoint: str = ""
+    weights: str = ""
+    dtype: str = ""
+    quantization: str = ""
+    software: str = ""
+    words: dict[str, str] = Field(default_factory=dict)
+    trials: dict[str, _Trial] = Field(default_factory=dict)
 
 
 class AnswerPair(NamedTuple):
@@ -103,7 +127,9 @@ def _answers(run: LoggedRun, task: str) -> tuple[dict[str, tuple[Response, Box |
             response = Response.decode(one.answer)
         except ValueError as error:
             raise ValueError(f"{run.log(task)}, document {one.id}: {error}") from error
-        facts = facts or response.engine
+        if response.engine and not facts:
+            accounts.expect(response.engine, _Facts, f"{run.log(task)}, document {one.id}, engine")
+            facts = response.engine
         found[one.id] = response, None if one.box is None else Box(*one.box)
     return found, facts
 

@@ -196,12 +196,14 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path, monkeypatch, caps
         tmp_path / "answers",
         {"rec": [{k: v for k, v in row.items() if k != "filtered_resps"} for row in answers(0.8, n=8)]},
     )
+    run(tmp_path / "facts", [said("a", facts={"trials": {"fine": {"trace": None}}})] * 8)
     next(write(tmp_path / "log", {"rec": answers(0.8, n=8)}).glob("*.jsonl")).unlink()
     expected = {
         "task": "expected a task that both runs have; the first has rec, the second rec2",
         "documents": "expected documents that both runs answered in rec, got none in common",
         "version": "expected the same asked in both runs, but 8 documents differ",
         "answers": "expected the answer as a text under filtered_resps",
+        "facts": "document 000, engine is damaged: trials: fine: tokens is missing",
         "log": "run lmms-eval with --log_samples",
         "nowhere": "expected a results file or a folder",
     }
