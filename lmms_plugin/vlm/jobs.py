@@ -115,7 +115,7 @@ class Generation:
     def _answered(self, jobs: Sequence[Job], title: str) -> list[str]:
         texts: dict[int, str] = {}
         responses: dict[int, Response] = {}
-        leading = _leading(jobs)
+        leading = _leading(jobs) if self.assembler.facts else frozenset()
         leaders: dict[int, Response] = {}
 
         def take(index: int, answer: Answer) -> int:
@@ -204,10 +204,12 @@ def _job(request: Request, messages: Callable[[], Messages]) -> Job:
 
 
 def _leading(jobs: Sequence[Job]) -> frozenset[int]:
-    """Return the first job of each task."""
+    """Return the job about the first document of each task, in whatever order they come."""
     first: dict[str, int] = {}
     for index, job in enumerate(jobs):
-        first.setdefault(job.request.place[0], index)
+        task, document = job.request.place
+        if task not in first or document < jobs[first[task]].request.place[1]:
+            first[task] = index
     return frozenset(first.values())
 
 

@@ -48,7 +48,7 @@ def responder_of(
         wanted: Requested use of hidden states; None for none.
         rank: Rank of this process; the first one logs.
         processes: Number of processes that share the requests.
-        facts: Facts about the model, which travel with its answers.
+        facts: Facts about the model, which travel with answers of the first process.
 
     Raises:
         ValueError: The model can do neither, or does not support the requested use of hidden states.
@@ -67,7 +67,7 @@ def responder_of(
         reader.dialect,
         str(arguments.pretrained),
         warns=speaks,
-        facts=facts or {},
+        facts=facts if facts and speaks else {},
         keeps_ids=arguments.parity,
         spell=chat.spell,
     )

@@ -86,7 +86,7 @@ class QuantServed(HarnessModel):
             self.dialect,
             str(self.arguments.pretrained),
             warns=self.rank == 0,
-            facts=self._facts(),
+            facts=self._facts() if self.rank == 0 else {},
             keeps_ids=self.arguments.parity,
             spell=self.chat.spell,
         )
