@@ -105,6 +105,13 @@ def test_limits_of_pixels_are_seen_in_numbers_of_image_tokens(tmp_path):
     assert "sent in the same size" in halved.causes[0].evidence
 
 
+def test_another_image_size_is_named(tmp_path):
+    one = run(tmp_path / "a", [said("a")] * 4)
+    found = judge(one, run(tmp_path / "b", [said("a", logprob=-0.7, size=(100, 50))] * 4), SETTINGS)
+    assert names(found) == ["other image size"]
+    assert "200 x 100 and 100 x 50" in found.causes[0].evidence
+
+
 @pytest.mark.parametrize(
     ("facts", "cause"),
     [
