@@ -47,6 +47,7 @@ def checkpoint(evidence: ParityEvidence) -> Cause | None:
     if evidence.differs("weights"):
         digests = " and ".join(str(facts["weights"]) for facts in evidence.facts)
         return Cause("another checkpoint", f"the weights are others: {names[0]} and {names[1]}, digests {digests}")
+    # Names that are places, as `demo` is, differ for one checkpoint.
     unknown = not all(facts.get("weights") for facts in evidence.facts)
     if unknown and evidence.differs("checkpoint") and not any(name.startswith(("/", ".", "demo")) for name in names):
         return Cause("another checkpoint", f"the first run loaded {names[0]}, the second {names[1]}")

@@ -140,7 +140,7 @@ class QuantServed(HarnessModel):
             checkpoint=place,
             path=place,
             dtype=str(told.get("dtype") or ""),
-            quantization=str(told.get("quantization") or ""),
+            quantization=str(told.get("quantization") or told.get("model_ftype") or ""),
             software=f"{self.served.engine or ''} {self.served.version or ''}".strip(),
         )
 
