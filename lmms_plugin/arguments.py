@@ -129,6 +129,8 @@ class ModelArguments:
         share_prefix: Whether questions about one image share one encoding of it.
         static_cache: Whether the key-value cache has a fixed size, with which transformers compiles decoding on a GPU;
             it excludes shared prefixes and takes minutes before the first answer.
+        parity: Whether evidence for `lmms-plugin parity` is kept: ids of every prompt's tokens with its answer, and
+            answers to five trial questions.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         use_safetensors: Whether weights must be stored as safetensors.
         options: Options of the quantization backend, each given as an argument of its own.
@@ -184,6 +186,7 @@ class ModelArguments:
     ] = 1
     share_prefix: Truth = True
     static_cache: Truth = False
+    parity: Truth = False
     trust_remote_code: Truth = False
     use_safetensors: Truth = True
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -195,6 +198,10 @@ class ModelArguments:
             raise ValueError("feature_layer says nothing without features or selector")
         if self.selector_transfer and not self.selector:
             raise ValueError("selector_transfer says nothing without selector")
+        if self.parity and (self.features or self.selector):
+            raise ValueError(
+                "parity asks questions of its own, of which no features are kept: leave out features and selector"
+            )
         if self.enable_thinking is not None and "enable_thinking" in (self.template_args or {}):
             raise ValueError("enable_thinking is given twice, by itself and in template_args; say it once")
         self._expect_places()

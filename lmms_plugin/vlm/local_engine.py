@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.protocol.prompts import Prompt, PromptReader
+from lmms_plugin.protocol.traces import Trace
 from lmms_plugin.vlm.assembling import read
 from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
 from lmms_plugin.vlm.contracts.requests import Job
@@ -138,9 +140,19 @@ class LocalEngine:
     def _generated(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[Answer]:
         seeds = [job.request.seed(self.seed) for job in jobs]
         digits = any(prompt.grounding is not None and prompt.grounding.digits for prompt in prompts)
-        generated = self.decoder.generate(batch.inputs, jobs[0].settings, seeds, digits=digits)
+        generated = self._traced(batch, self.decoder.generate(batch.inputs, jobs[0].settings, seeds, digits=digits))
         opened = [self.chat.opened_by(prompt) if prompt.wants_confidence else "" for prompt in prompts]
         return [Answer(*row) for row in zip(prompts, generated, batch.model_sizes, opened, strict=True)]
+
+    def _traced(self, batch: Batch, generated: Sequence[Generated]) -> list[Generated]:
+        """Add the tokens that were read and written."""
+        image_token = getattr(self.chat.processor, "image_token_id", None)
+        # One copy from the device each, not one per row.
+        masks, prompts = batch.inputs["attention_mask"].tolist(), batch.inputs["input_ids"].tolist()
+        rows = zip(masks, prompts, generated, strict=True)
+        return [
+            one._replace(trace=Trace.of(list(compress(ids, mask)), image_token, one.ids)) for mask, ids, one in rows
+        ]
 
     def _spoken(self, answer: Answer) -> Generated:
         """Return the answer without the tokens of its reasoning."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def responder_of(
     wanted: Wanted | None = None,
     rank: int = 0,
     processes: int = 1,
+    facts: Mapping[str, Any] | None = None,
 ) -> Responder:
     """Return the responder of a loaded model: it generates text, or it scores captions.
 
@@ -46,6 +48,7 @@ def responder_of(
         wanted: Requested use of hidden states; None for none.
         rank: Rank of this process; the first one logs.
         processes: Number of processes that share the requests.
+        facts: Facts about the model, which travel with answers of the first process.
 
     Raises:
         ValueError: The model can do neither, or does not support the requested use of hidden states.
@@ -59,7 +62,15 @@ def responder_of(
         return Retrieval(matcher, reader, str(arguments.pretrained), processes)
     engine = LocalEngine.of(model, chat, reader, arguments=arguments, wanted=wanted, rank=rank)
     speaks = rank == 0
-    assembler = Assembler(engine.traits, reader.dialect, str(arguments.pretrained), warns=speaks)
+    assembler = Assembler(
+        engine.traits,
+        reader.dialect,
+        str(arguments.pretrained),
+        warns=speaks,
+        facts=facts if facts and speaks else {},
+        keeps_ids=arguments.parity,
+        spell=chat.spell,
+    )
     return Generation(engine, assembler, verbalised=arguments.verbalised, shows_progress=speaks)
 
 

@@ -11,6 +11,7 @@ bfloat16 two nearly equal tokens can change places, and then batch_size=1,share_
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
 from lmms_plugin.utils import files
+from lmms_plugin.vlm.engine_facts import model_facts, prompting_facts
 from lmms_plugin.vlm.generation.observer import Wanted
 from lmms_plugin.vlm.harness_model import HarnessModel
 from lmms_plugin.vlm.setting_up import chat_of, device_of, dtype_of, responder_of
@@ -92,8 +94,21 @@ class QuantizedVLM(HarnessModel):
             wanted=wanted,
             rank=self.rank,
             processes=self.world_size,
+            facts=self._facts(path),
         )
         self._account()
+
+    def _facts(self, path: str) -> dict[str, str]:
+        """Return the facts that decide the answers, for a comparison with another engine."""
+        stored = self.method in ("none", "prequantized")
+        bits = "" if stored else str(self.arguments.bits or get(self.method).default_bits)
+        return prompting_facts(self.chat, self.arguments) | model_facts(
+            checkpoint=str(self.arguments.pretrained),
+            path=path,
+            dtype=str(self.model.dtype),
+            quantization=f"{self.method} {bits}".strip(),
+            software=f"transformers {version('transformers')}",
+        )
 
     def _account(self) -> None:
         """Log the quantization report, and write report and checkpoint where the user asks for them."""
