@@ -97,10 +97,8 @@ class SlowLayer(DynamicLayer):
                 run = []
             run.append(token)
         # The last run goes on if it is text, which all new tokens are.
-        if run and (len(run) == size or (images[run[-1]] and now >= len(self.is_image) - 1)):
-            ends_the_prompt = run[-1] >= len(self.is_image) - 1
-            if len(run) == size or ends_the_prompt or images[len(run) and run[-1]] != self.kind_after(run[-1]):
-                found.append(run)
+        if run and (len(run) == size or images[run[-1]] != self.kind_after(run[-1])):
+            found.append(run)
         return [tokens for tokens in found if tokens[-1] < now - last]
 
     def kind_after(self, token):
@@ -113,6 +111,8 @@ class SlowLayer(DynamicLayer):
             at = max(tokens[-1] + 1 + self.told["last"], len(self.is_image) - 1)
             kept = self.window if at > len(self.is_image) - 1 else self.window - 1
             held = [token for token in tokens if token >= at - kept]
+        if not held:
+            return
         for head in range(states.shape[1]):
             for channel in range(states.shape[3]):
                 values = original[0, head, held, channel]
