@@ -149,7 +149,9 @@ def slow_logits(model, inputs, image_token, tokens, **told):
         model(**{name: value[:, :-1] for name, value in per_token.items()}, **rest, cache=cache, use_cache=True)
         logits, ids = [], [int(inputs["input_ids"][0, -1]), *tokens[:-1]]
         for step, token in enumerate(ids):
-            deltas = (m.rope_deltas for m in model.modules() if isinstance(getattr(m, "rope_deltas", None), torch.Tensor))
+            deltas = (
+                m.rope_deltas for m in model.modules() if isinstance(getattr(m, "rope_deltas", None), torch.Tensor)
+            )
             mask = torch.ones(1, length + step, dtype=torch.long)
             place = torch.tensor([[length - 1 + step]])
             if (delta := next(deltas, None)) is not None:

@@ -17,7 +17,9 @@ _OBJECTIVES = (("accuracy", -1.0), ("aurc", 1.0))
 
 _CACHE_COLUMNS = (
     Column("Bits/KV", "Bits per element of the key-value cache, scales and zero points counted", better="low"),
-    Column("KV kB", "That cache as stored in its format, for the longest prompt of the run, in 10³ bytes", better="low"),
+    Column(
+        "KV kB", "That cache as stored in its format, for the longest prompt of the run, in 10³ bytes", better="low"
+    ),
 )
 
 
