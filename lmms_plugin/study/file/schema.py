@@ -209,6 +209,8 @@ class Method(Schema):
     @model_validator(mode="after")
     def _understood(self) -> Self:
         _expect_known(self.options, option_types(self.backend))
+        if self.name == "none" and any(name.startswith("kv_") for name in self.options):
+            raise refused("expected another name than that of the unquantized model, got 'none'", "name")
         return self
 
 

@@ -76,7 +76,7 @@ class TestAgainstAPlainSlowLoop:
         vlm = vlms(family, **arguments)
         engine = vlm.responder.engine
         prompt = vlm.reader.read(ask(QUESTIONS[0]), "question")
-        inputs = engine.runner._on_device(engine.chat.encode([prompt]).inputs)
+        inputs = engine.chat.encode([prompt]).inputs
         (answer,) = engine.decoder.generate(inputs, GenerationSettings(max_new_tokens=16))
         spec = vlm.cache_quantizer.spec
         logits = slow_logits(
