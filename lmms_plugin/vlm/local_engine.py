@@ -19,6 +19,7 @@ from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.observer import Observer, Wanted
 from lmms_plugin.vlm.generation.processor import Batch, Chat
 from lmms_plugin.vlm.generation.special_tokens import Special, traits_of
+from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer
 from lmms_plugin.vlm.running.runner import Runner
 
 
@@ -53,6 +54,7 @@ class LocalEngine:
         *,
         arguments: ModelArguments,
         wanted: Wanted | None = None,
+        cache_quantizer: CacheQuantizer | None = None,
         rank: int = 0,
     ) -> LocalEngine:
         """Set up for a loaded model.
@@ -63,12 +65,15 @@ class LocalEngine:
             reader: Reader that converts messages to prompts.
             arguments: Arguments of the model.
             wanted: Requested use of hidden states; None for none.
+            cache_quantizer: Maker of quantized caches; None for caches as the model has them.
             rank: Rank of this process.
 
         Raises:
             ValueError: The model does not generate token by token, or the requested use does not fit it.
         """
-        decoder = Decoder.of(model, chat.tokenizer, static_cache=arguments.static_cache)
+        decoder = Decoder.of(
+            model, chat.tokenizer, static_cache=arguments.static_cache, cache_quantizer=cache_quantizer
+        )
         observer = wanted.observer(arguments.find_checkpoint(), decoder, rank) if wanted else None
         runner = Runner.of(
             decoder,

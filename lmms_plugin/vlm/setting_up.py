@@ -23,6 +23,7 @@ from lmms_plugin.vlm.contracts.responding import Responder
 from lmms_plugin.vlm.generation.observer import Wanted
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.jobs import Generation
+from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer
 from lmms_plugin.vlm.local_engine import LocalEngine
 from lmms_plugin.vlm.retrieval import AT_ONCE, Matcher, Retrieval, is_matcher
 
@@ -34,6 +35,7 @@ def responder_of(
     *,
     arguments: ModelArguments,
     wanted: Wanted | None = None,
+    cache_quantizer: CacheQuantizer | None = None,
     rank: int = 0,
     processes: int = 1,
     facts: Mapping[str, Any] | None = None,
@@ -46,6 +48,7 @@ def responder_of(
         reader: Reader that converts messages to prompts.
         arguments: Arguments of the model.
         wanted: Requested use of hidden states; None for none.
+        cache_quantizer: Maker of quantized caches; None for caches as the model has them.
         rank: Rank of this process; the first one logs.
         processes: Number of processes that share the requests.
         facts: Facts about the model, which travel with answers of the first process.
@@ -58,9 +61,13 @@ def responder_of(
             raise ValueError(
                 f"features, selector: {arguments.pretrained} is a retrieval checkpoint, which writes no answers"
             )
+        if cache_quantizer:
+            raise ValueError(f"kv_bits: {arguments.pretrained} is a retrieval checkpoint, which caches nothing")
         matcher = Matcher(model, chat.processor, arguments.batch_size or AT_ONCE)
         return Retrieval(matcher, reader, str(arguments.pretrained), processes)
-    engine = LocalEngine.of(model, chat, reader, arguments=arguments, wanted=wanted, rank=rank)
+    engine = LocalEngine.of(
+        model, chat, reader, arguments=arguments, wanted=wanted, cache_quantizer=cache_quantizer, rank=rank
+    )
     speaks = rank == 0
     assembler = Assembler(
         engine.traits,

@@ -41,11 +41,12 @@ TASKS = {
 }
 MODELS = {
     "vlm.contracts": "protocol utils",
+    "vlm.kv_cache": "quant_backends.plans",
     "vlm.generation": "arguments confidence protocol quant_backends.backend quant_backends.calibration selector utils"
-    " vlm.contracts",
+    " vlm.contracts vlm.kv_cache",
     "vlm.running": "protocol utils vlm.contracts vlm.generation",
     "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers utils"
-    " vlm.contracts vlm.generation vlm.running",
+    " vlm.contracts vlm.generation vlm.kv_cache vlm.running",
     "vlm.served.options": "arguments utils",
     "vlm.served": "arguments protocol utils vlm vlm.contracts vlm.generation vlm.running vlm.served.options",
 }
