@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 from lmms_plugin import __version__
 from lmms_plugin.analysis.logs import GIT_STATE, evaluated, git_state
@@ -37,7 +37,7 @@ def expect_relationship(given: str) -> Relationship:
     """
     if given not in RELATIONSHIPS:
         raise ValueError(f"expected a relationship of {', '.join(RELATIONSHIPS)}, got {given!r}")
-    return cast("Relationship", given)
+    return given
 
 
 LONGEST_NAME = 200

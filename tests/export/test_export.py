@@ -161,7 +161,9 @@ def test_model_index_holds_every_metric(found, tmp_path):
         (["--format", "eval-results", "--dataset-id", "a/b"], "--task-id is missing"),
         (["--format", "eval-results", "--dataset-id", "a/b", "--task-id", "t"], "--metric is missing"),
         (["--format", "model-index", "--model-id", "a/b"], "names no dataset on the hub"),
-        (["--format", "submission"], "--model-id is missing"),
+        # What a log may tell is asked for last.
+        (["--format", "submission"], "--organization is missing"),
+        (["--format", "submission", "--organization", "x", "--relationship", "other"], "--model-id is missing"),
         (["--format", "submission", "--model-id", "a/b"], "--organization is missing"),
         (["--format", "every-eval-ever", "--model-id", "a/b", "--organization", "x"], "--relationship is missing"),
     ],
