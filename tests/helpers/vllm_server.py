@@ -1,13 +1,14 @@
 """The real vLLM on the CPU, in an environment of its own, which `VLLM_ENV` names (`make test-served`)."""
 
 import os
-import signal
-import socket
-import subprocess
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
+from lmms_plugin.demo import CHECKPOINT
+from lmms_plugin.utils.processes.launch_command import LaunchCommand
+from lmms_plugin.utils.processes.servers import Server
 from lmms_plugin.vlm.served.client import ServerError
 from lmms_plugin.vlm.served.model import QuantServed
 
@@ -29,45 +30,30 @@ NAME = "demo"
 def interpreter():
     """Path of the environment's Python; None where no environment is named."""
     environment = os.environ.get("VLLM_ENV")
-    return Path(environment) / "bin" / "python" if environment else None
+    return Path(environment).absolute() / "bin" / "python" if environment else None
+
+
+def expect_environment():
+    """Skip the test where no environment is named."""
+    if interpreter() is None:
+        pytest.skip("VLLM_ENV names no environment with vLLM; make test-served makes one")
+
+
+def launch(checkpoint=CHECKPOINT, dtype="float32", length=512):
+    """The command that serves a checkpoint, with `{port}`."""
+    settings = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
+    options = f"--model {checkpoint} --served-model-name {NAME} --host 127.0.0.1 --port {{port}} --dtype {dtype}"
+    options += f" --max-model-len {length} --enforce-eager --max-num-seqs 8 --block-size 32 --generation-config vllm"
+    return f"{settings} {interpreter()} -m vllm.entrypoints.openai.api_server {options}"
 
 
 @contextmanager
 def serving(checkpoint, dtype, log, length=512):
-    """Serve a checkpoint until the context ends; yields address and process of a server that has answered."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(interpreter()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
-    command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
-    command += ["--max-model-len", str(length), "--enforce-eager", "--max-num-seqs", "8", "--block-size", "32"]
-    with log.open("wb") as stream:
-        server = subprocess.Popen(
-            [*command, "--generation-config", "vllm"],
-            env={**os.environ, **SETTINGS},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+    """Serve a checkpoint until the context ends; yields the address of the API and the server, which has answered."""
+    with Server.of(LaunchCommand.parse(launch(checkpoint, dtype, length)), log) as server:
+        url = f"{server.address}/v1"
+        # That it answers a question about an image counts, not that it says so.
+        server.wait(
+            lambda seconds: QuantServed(pretrained=str(checkpoint), base_url=url, timeout=seconds), LIMIT, ServerError
         )
-    try:
-        url = f"http://127.0.0.1:{port}/v1"
-        _wait(server, url, checkpoint, log)
         yield url, server
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def _wait(server, url, checkpoint, log):
-    ends = time.monotonic() + LIMIT
-    while time.monotonic() < ends:
-        if server.poll() is not None:
-            raise AssertionError(f"vLLM ended with {server.returncode}:\n{log.read_text()[-3000:]}")
-        try:
-            # That it answers a question about an image counts, not that it says so.
-            QuantServed(pretrained=str(checkpoint), base_url=url, timeout=60)
-        except ServerError:
-            time.sleep(1)
-        else:
-            return
-    raise AssertionError(f"vLLM did not answer within {LIMIT} s:\n{log.read_text()[-3000:]}")

@@ -11,6 +11,7 @@ from loguru import logger
 
 from lmms_plugin.protocol.prompts import Prompt, RequestError
 from lmms_plugin.protocol.response import Size
+from lmms_plugin.protocol.traces import Trace
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.token_texts import decode
 
@@ -23,8 +24,8 @@ class ExpectedPrompt(NamedTuple):
     """A prompt as the checkpoint's processor makes it.
 
     Attributes:
-        length: in tokens, images included.
-        ids: of them; None where only the length was computed.
+        length: Length in tokens, images included.
+        ids: Ids of the tokens; None where only the length was computed.
         model_size: (width, height) in pixels of its only image as the model sees it; None if unknown.
     """
 
@@ -38,12 +39,12 @@ class PromptCheck:
     """Compares prompts.
 
     Attributes:
-        chat: the checkpoint's processor.
-        stops: whether a difference ends the run.
-        checked: prompts of which the server told ids or their number.
-        unchecked: prompts of which it told neither.
-        differing: prompts that differ.
-        by_ids: whether ids were compared, and not only their number.
+        chat: Processor of the checkpoint.
+        stops: Whether a difference ends the run.
+        checked: Prompts of which the server told ids or their number.
+        unchecked: Prompts of which it told neither.
+        differing: Prompts that differ.
+        by_ids: Whether ids were compared, and not only their number.
     """
 
     chat: Chat
@@ -122,6 +123,13 @@ class PromptCheck:
             self.checked += compared is not None
             self.unchecked += compared is None
             self.differing += not agrees
+
+    def trace(self, response: Mapping[str, Any]) -> Trace | None:
+        """Return what a server tells of the prompt that it read; None if nothing."""
+        ids, count = _told(response)
+        if ids is not None:
+            return Trace.of(ids, getattr(self.chat.processor, "image_token_id", None))
+        return None if count is None else Trace(count)
 
     @staticmethod
     def compares(response: Mapping[str, Any]) -> str | None:

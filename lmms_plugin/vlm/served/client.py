@@ -43,7 +43,7 @@ class RequestRefused(ServerError):
     """A request that the server will never answer.
 
     Attributes:
-        status: of HTTP.
+        status: Status code of HTTP.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -55,14 +55,18 @@ class Passing(ServerError):
     """A failure that may pass.
 
     Attributes:
-        wait: seconds that the server asks for; None if it does not.
-        busy: whether the server has too much to do.
+        wait: Seconds that the server asks to wait; None if it does not.
+        busy: Whether the server has too much to do.
+        status: Status of HTTP; None where none came.
     """
 
-    def __init__(self, message: str, wait: float | None = None, *, busy: bool = False) -> None:
+    def __init__(
+        self, message: str, wait: float | None = None, *, busy: bool = False, status: int | None = None
+    ) -> None:
         super().__init__(message)
         self.wait = wait
         self.busy = busy
+        self.status = status
 
 
 @dataclass
@@ -70,12 +74,13 @@ class Client:
     """Talks to one server; safe to call from several threads.
 
     Attributes:
-        base_url: of the API.
-        key: sent to this server and to no other; never part of a message.
-        key_variable: where the key comes from, for messages.
-        timeout: seconds for one response.
-        retries: after a failure that may pass.
-        busy: called whenever the server says that it has too much to do.
+        base_url: Address of the API.
+        key: Secret that is sent to this server and to no other; never part of a message.
+        key_variable: Environment variable that the key comes from, for messages.
+        timeout: Seconds for one response.
+        retries: Number of further attempts after a failure that may pass.
+        busy: Function called whenever the server says that it has too much to do.
+        expect_running: Function called after a failure that may pass; raises an error if the server has ended.
     """
 
     base_url: str
@@ -84,6 +89,7 @@ class Client:
     timeout: float = 600.0
     retries: int = 8
     busy: Callable[[], None] = field(default=lambda: None, repr=False)
+    expect_running: Callable[[], None] = field(default=lambda: None, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
     _idle: list[httpx.Client] = field(default_factory=list, init=False, repr=False)
@@ -111,9 +117,9 @@ class Client:
         """Ask for an answer.
 
         Args:
-            body: of `/chat/completions`.
-            images: name -> data URL of what stands in the body by its name (see `SentImage`).
-            patient: whether to try again what may pass.
+            body: Body of a request to `/chat/completions`.
+            images: Name -> data URL of what stands in the body by its name (see `SentImage`).
+            patient: Whether to try again after a failure that may pass.
 
         Returns:
             The response; it has choices.
@@ -189,6 +195,7 @@ class Client:
         try:
             return retrying(ask)
         except Passing as error:
+            self.expect_running()
             if tries == 1:
                 raise
             raise ServerError(f"{error} (tried {tries} times)") from error
@@ -197,6 +204,7 @@ class Client:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, Passing) and error.busy:
             self.busy()
+        self.expect_running()
 
     def _once(self, method: str, url: str, content: list[bytes] | None) -> dict[str, Any]:
         headers = {}
@@ -254,7 +262,7 @@ class Client:
         status = response.status_code
         said = self._words(_said(response))
         if status in _PASSING:
-            raise Passing(f"{url} answers {status}: {said}", _asked_wait(response), busy=status in _BUSY)
+            raise Passing(f"{url} answers {status}: {said}", _asked_wait(response), busy=status in _BUSY, status=status)
         if status in (401, 403):
             given = f"the key in {self.key_variable}" if self.key else "a request without key"
             raise RequestRefused(f"{self.base_url} refuses {given} ({status}): {said}; set {self.key_variable}", status)

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
+from lmms_plugin.protocol.traces import Trace, digest_of
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.images import told_apart
 from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
@@ -35,15 +36,15 @@ class Question(NamedTuple):
     """One thing to ask the server.
 
     Attributes:
-        job: number of the job that it belongs to.
-        sample: number of a further answer; None for the answer itself.
-        prompt: as our processor shows it.
-        messages: as the API takes them, images by their names.
-        images: name -> data URL.
-        settings: how to generate.
-        seed: of sampling.
-        opened: the tag of a reasoning that the prompt's end opened.
-        expected: what our processor makes of the prompt.
+        job: Number of the job that it belongs to.
+        sample: Number of a further answer; None for the answer itself.
+        prompt: Prompt as our processor shows it.
+        messages: Messages as the API takes them, images by their names.
+        images: Name -> data URL.
+        settings: Settings of generation.
+        seed: Seed of sampling.
+        opened: The tag of a reasoning that the prompt's end opened.
+        expected: Tokens that our processor makes of the prompt.
     """
 
     job: int
@@ -62,21 +63,21 @@ class ServedEngine:
     """Asks a server; an `Engine`.
 
     Attributes:
-        client: of the server.
-        asking: writes requests.
-        vocabulary: of the checkpoint.
-        chat: the checkpoint's processor.
-        reader: from messages to prompts.
-        check: of what the server makes of prompts.
-        resizer: of images.
-        gate: how much is in flight.
-        token_ids: whether ids of an answer's tokens come without log-probabilities.
-        digits: whether alternatives of digits come.
-        seed: of the run.
-        samples: further answers per prompt that wants confidence.
-        sample_temperature: at which they are drawn.
-        kept: answers of an earlier run that was broken off; None to keep none.
-        likelihoods: how the server tells likelihoods of given texts; None where it cannot.
+        client: Client of the server.
+        asking: Writer of requests.
+        vocabulary: Vocabulary of the checkpoint.
+        chat: Processor of the checkpoint.
+        reader: Reader of messages, which makes prompts.
+        check: Check of what the server makes of prompts.
+        resizer: Resizer of images.
+        gate: Limit of the requests in flight.
+        token_ids: Whether ids of an answer's tokens come without log-probabilities.
+        digits: Whether alternatives of digits come.
+        seed: Seed of the run.
+        samples: Further answers per prompt that wants confidence.
+        sample_temperature: Temperature at which they are drawn.
+        kept: Answers of an earlier run that was broken off; None to keep none.
+        likelihoods: How the server tells likelihoods of given texts; None where it cannot.
     """
 
     client: Client
@@ -254,21 +255,27 @@ class ServedEngine:
         def answer() -> dict[str, Any]:
             response = self.client.chat(body, question.images)
             agrees = self.check.agrees(prompt, question.expected, response)
+            trace = self.check.trace(response)
             return {
                 "choice": response["choices"][0],
                 "written": counted(response, "completion_tokens"),
                 "compared": self.check.compares(response),
                 "agrees": agrees,
+                "trace": None if trace is None else trace.written_out(),
             }
 
         def read(record: Mapping[str, Any]) -> Generated:
-            return self.vocabulary.read(
+            generated = self.vocabulary.read(
                 record["choice"],
                 question.settings.until,
                 probabilities=wanted,
                 digits=digits,
                 written=record["written"],
             )
+            if not record.get("trace"):
+                return generated
+            written = digest_of(generated.ids) if generated.ids else ""
+            return generated._replace(trace=Trace.read(record["trace"])._replace(written=written))
 
         return self._kept_or(answer, read, body, prompt)
 

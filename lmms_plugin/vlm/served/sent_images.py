@@ -31,8 +31,8 @@ class Resizer:
     server's processor makes of it is the server's.
 
     Attributes:
-        images: the checkpoint's image processor.
-        kept: by (width, height) of the image whether the processor leaves the resized one alone.
+        images: Image processor of the checkpoint.
+        kept: (width, height) of an image → whether the processor leaves the resized one alone.
     """
 
     images: Any
@@ -43,7 +43,7 @@ class Resizer:
         """Return the pixels to send.
 
         Args:
-            image: upright, RGB.
+            image: Image, upright, RGB.
         """
         if self.kept.get(image.size) is False:
             return image

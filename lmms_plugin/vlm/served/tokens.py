@@ -34,10 +34,10 @@ class Candidate(NamedTuple):
     """A token that a server tells of.
 
     Attributes:
-        id: None where the server does not tell.
-        text: of it alone.
-        raw: its bytes; None where it is known by its id.
-        logprob: as told.
+        id: Id of the token; None where the server does not tell.
+        text: Text of the token alone.
+        raw: Bytes of the token; None where it is known by its id.
+        logprob: Log-probability as the server tells it.
     """
 
     id: int | None
@@ -51,9 +51,9 @@ class Vocabulary:
     """A checkpoint's tokenizer, for reading what a server wrote.
 
     Attributes:
-        tokenizer: of the checkpoint.
-        ends: ids of the tokens that end an answer.
-        special: ids of the tokens that are no text.
+        tokenizer: Tokenizer of the checkpoint.
+        ends: Ids of the tokens that end an answer.
+        special: Ids of the tokens that are no text.
     """
 
     tokenizer: Tokenizer
@@ -123,11 +123,11 @@ class Vocabulary:
         """Read an answer.
 
         Args:
-            choice: of the response.
-            until: strings that end an answer and are cut off.
-            probabilities: whether log-probabilities are wanted; without, they are NaN.
-            digits: whether alternatives of tokens of digits are.
-            written: how many tokens the server says that it generated; None where it does not say.
+            choice: Choice of the response.
+            until: Strings that end an answer and are cut off.
+            probabilities: Whether log-probabilities are wanted; without, they are NaN.
+            digits: Whether alternatives of tokens of digits are wanted.
+            written: Number of tokens that the server says it generated; None where it does not say.
 
         Raises:
             ServerError: it is no whole answer, its tokens do not spell its text, or what stands for probabilities are

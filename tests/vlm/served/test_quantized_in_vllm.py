@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 from helpers.environments import run
-from helpers.vllm_server import interpreter, serving
+from helpers.vllm_server import expect_environment, serving
 
 from lmms_plugin.demo import DATA
 from lmms_plugin.protocol.response import Response
@@ -34,8 +34,7 @@ MOST = 0.05
 
 @pytest.fixture(scope="module", params=WRITTEN)
 def written(request, tmp_path_factory):
-    if interpreter() is None:
-        pytest.skip("VLLM_ENV names no environment with vLLM; make test-served makes one")
+    expect_environment()
     folder = tmp_path_factory.mktemp(request.param)
     command = [
         str(BIN / "lmms-plugin"),

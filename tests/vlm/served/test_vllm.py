@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.environments import run
-from helpers.vllm_server import interpreter, serving
+from helpers.vllm_server import expect_environment, serving
 from lmms_eval.api.instance import Instance
 
 from lmms_plugin.demo import CHECKPOINT
@@ -32,8 +32,7 @@ TEXTS = ["a red circle", "two", "<10, 20, 30, 40>", "the small green square left
 @pytest.fixture(scope="session")
 def url(tmp_path_factory):
     """Address of a server that has answered a question about an image."""
-    if interpreter() is None:
-        pytest.skip("VLLM_ENV names no environment with vLLM; make test-served makes one")
+    expect_environment()
     with serving(CHECKPOINT, "float32", tmp_path_factory.mktemp("vllm") / "log") as (address, _):
         yield address
 
