@@ -156,7 +156,9 @@ def test_the_layer_survives_copying_and_its_state():
 @pytest.mark.parametrize("act_bits", [4, 0, 32])
 @pytest.mark.parametrize("method", ["rtn", "mbq"])
 def test_other_numbers_of_bits_are_refused(method, act_bits):
-    with pytest.raises(ValueError, match=f"act_bits must be 8, or 16 to leave activations as they are, got {act_bits}"):
+    with pytest.raises(
+        ValueError, match=f"act_bits must be 8, or 16 to leave activations as they are, got {act_bits};"
+    ):
         get(method, act_bits=act_bits)
 
 
