@@ -68,7 +68,7 @@ def encode(
 
     Args:
         tensor: (..., rows, columns), any float dtype; a vector is one row.
-        format: NumberFormat.
+        format: Format.
         scale: Scales to use, as `EncodedTensor.scale`; None to derive them from the tensor.
         global_scale: Global scale to use, as `EncodedTensor.global_scale`; None to derive it from the tensor.
     """

@@ -25,7 +25,7 @@ SCALE_BITS = {"float32": 32, "e8m0": 8, "e4m3": 8}
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """NumberFormat of a quantized tensor.
+    """Format of a quantized tensor.
 
     Attributes:
         name: Name in options and reports.

@@ -28,7 +28,7 @@ class FormatCodes(NamedTuple):
         codes: (rows, columns) uint8.
         scale: (row blocks, column blocks), as the format stores it.
         global_scale: () float32; None for formats without.
-        format: NumberFormat.
+        format: Format.
     """
 
     codes: Tensor
@@ -62,7 +62,7 @@ class FormatLinear(RoundsInputs, QuantizedLinear):
     Args:
         in_features: Number of columns of the weight.
         out_features: Number of rows of the weight.
-        form: NumberFormat of the weight.
+        form: Format of the weight.
         bias: Whether there is a bias.
         dtype: Dtype of bias and `in_scale`, in which the layer computes.
         device: Device of the buffers.

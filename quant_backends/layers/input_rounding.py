@@ -12,7 +12,7 @@ from lmms_plugin.quant_backends.formats.entries import FORMATS, NumberFormat, fo
 TOKEN, BLOCK, TENSOR = "token", "block", "tensor"
 GRANULARITIES = (TOKEN, BLOCK, TENSOR)
 GROUP = 128
-"""Columns of a block where the format has none of its own, as in DeepSeek-V3's FP8 with 128 by 128 blocks of weights."""
+"""Columns of a block where the format has none, as in DeepSeek-V3's FP8, whose weights have blocks of 128 by 128."""
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ class FormatBackend(Backend):
     """Method whose result can be stored in any format, and whose layers can round their inputs.
 
     Attributes:
-        format: NumberFormat of the weights (docs/formats.md): nvfp4, mxfp4, fp8_e4m3, ...; None for integers of `bits` bits
+        format: Format of the weights (docs/formats.md): nvfp4, mxfp4, fp8_e4m3, ...; None for integers of `bits` bits
             in groups of `group_size`.
-        activation_format: NumberFormat that the layers' inputs are rounded to at run time; None leaves them as they are.
+        activation_format: Format that the layers' inputs are rounded to at run time; None leaves them as they are.
         activation_granularity: Inputs that share a scale: token, block, or tensor (a static scale from calibration);
             None for blocks where the format has some, else tokens.
     """

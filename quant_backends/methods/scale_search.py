@@ -152,7 +152,7 @@ def search_scales(
         mean_magnitude: Mean |x| (columns,) of these inputs.
         objective: Objective; its errors are summed over the weights.
         powers_of_two: Whether to round every scale to the nearest power of two.
-        form: NumberFormat of the weights; None for integers by the specs.
+        form: Format of the weights; None for integers by the specs.
     """
     inverses = candidates(mean_magnitude, weights[0].dtype, powers_of_two=powers_of_two)
     errors = torch.zeros(len(inverses), dtype=torch.float64, device=inverses.device)
