@@ -54,6 +54,11 @@ class AwqBackend(FormatBackend, CalibratedBackend):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.fold and (self.stored is not None or self.rounding is not None):
+            raise ValueError(
+                "awq: fold=True hands scales to the layers before, which is done for integers with inputs as they are;"
+                " leave out fold, or format and activation_format"
+            )
         if self.clip and self.stored is not None:
             raise ValueError(
                 f"awq: clip=True narrows the ranges of groups of integers, which format={self.format} has not"
@@ -62,9 +67,7 @@ class AwqBackend(FormatBackend, CalibratedBackend):
     @property
     def uncompressed(self) -> str | None:
         """Return the reason: input scales need this package's own format, unless preceding layers absorb them."""
-        return (
-            super().uncompressed if self.fold else "its layers multiply their inputs by a scale; fold=True avoids that"
-        )
+        return None if self.fold else "its layers multiply their inputs by a scale; fold=True avoids that"
 
     @torch.no_grad()
     def solve(

@@ -74,13 +74,6 @@ class FormatBackend(Backend):
         rows, columns = ("all" if size is None else str(size) for size in form.block)
         return {"group_size": f"format={self.format} scales blocks of {rows} x {columns}", **symmetry}
 
-    @property
-    def uncompressed(self) -> str | None:
-        """Return why compressed-tensors cannot store its layers; None if it can."""
-        if self.rounding is not None:
-            return f"it rounds inputs while the model runs ({self.rounding.label})"
-        return None if self.stored is None else f"its weights are {self.format}"
-
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a number of bits that the format does not have."""
         if self.format is not None and spec.bits != format_of(self.format).bits:

@@ -93,7 +93,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         **STUDIES,
         **REPORTS,
         "export": "analysis arguments confidence protocol quant_backends quant_backends.checkpoints"
-        f" quant_backends.plans quant_backends.structure quantize registration tasks.registry utils {OURS}",
+        " quant_backends.methods quant_backends.plans quant_backends.structure quantize registration tasks.registry"
+        f" utils {OURS}",
         "leaderboard": f"analysis export quant_backends.plans utils {OURS}",
         "demo.run": "analysis demo harness_log quant_backends quant_backends.plans report shifts.image shifts.language"
         " tasks.grounding tasks.registry utils",
