@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 from lmms_plugin.arguments import ModelArguments
-from lmms_plugin.quant_backends import backend_class, option_types
+from lmms_plugin.quant_backends import backend_class, get, option_types
 from lmms_plugin.quant_backends.backend import CheckpointBackend
 from lmms_plugin.quant_backends.plans.plan import Component, QuantSpec
 from lmms_plugin.quant_backends.structure.components import components
@@ -55,7 +55,7 @@ def size(cell: Cell, *, cuda: bool) -> Size:
         return Size(None, None, "unknown: the checkpoint came quantized")
     try:
         layers = _layers(arguments.find_checkpoint(), arguments.trust_remote_code)
-        plan = arguments.quant_plan(kind.default_bits)
+        plan = arguments.quant_plan(get(cell.backend, **arguments.options).default_bits)
         specs = plan.assign(layers.components).specs if plan.specs else {}
     # If the configuration lacks something, the estimate is missing; the cell itself is not wrong.
     except (OSError, ValueError, AttributeError, NotImplementedError) as error:

@@ -155,7 +155,7 @@ def fp8(weight, height, width):
 
 
 def published(plain, folder, quantization, convert, round_inputs):
-    """Write a checkpoint as a tool does, and return the plain model that it stands for; only the decoder is quantized."""
+    """Write a checkpoint as a tool does, its decoder quantized, and return the plain model that it stands for."""
     model = AutoModelForImageTextToText.from_pretrained(plain)
     shutil.copytree(plain, folder)
     tensors = load_file(folder / "model.safetensors")

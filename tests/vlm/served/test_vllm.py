@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.environments import run
+from helpers.vllm_server import SETTINGS, vllm_server
 
 from lmms_plugin.demo import CHECKPOINT
 from lmms_plugin.protocol.prompts import RequestError
@@ -22,63 +21,14 @@ from lmms_plugin.vlm.served.model import QuantServed
 
 pytestmark = [pytest.mark.served, pytest.mark.slow]
 BIN = Path(sys.executable).parent
-LIMIT = 300
-"""Seconds until the server must have answered."""
-SETTINGS = {
-    "VLLM_TARGET_DEVICE": "cpu",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_SERVER_DEV_MODE": "1",
-}
 COUNT = 60
 
 
 @pytest.fixture(scope="session")
 def url(tmp_path_factory):
     """Address of a server that has answered a question about an image."""
-    environment = os.environ.get("VLLM_ENV")
-    if not environment:
-        pytest.skip("VLLM_ENV names no environment with vLLM; make test-served makes one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(environment) / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(CHECKPOINT), "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "8", "--dtype", "float32"]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("wb") as stream:
-        server = subprocess.Popen(
-            [*command, "--block-size", "32"],
-            env={**os.environ, **SETTINGS},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        address = f"http://127.0.0.1:{port}/v1"
-        _wait(server, address, log)
+    with vllm_server(CHECKPOINT, tmp_path_factory.mktemp("vllm") / "log") as address:
         yield address
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def _wait(server, address, log):
-    ends = time.monotonic() + LIMIT
-    while time.monotonic() < ends:
-        if server.poll() is not None:
-            pytest.fail(f"vLLM ended with {server.returncode}:\n{log.read_text()[-3000:]}")
-        try:
-            QuantServed(pretrained="demo", base_url=address, timeout=60)
-        except ServerError:
-            time.sleep(2)
-        else:
-            return
-    pytest.fail(f"vLLM did not answer within {LIMIT} s:\n{log.read_text()[-3000:]}")
 
 
 def test_tokens_and_probabilities_are_those_of_the_model_loaded_here(url, documents, instances):
