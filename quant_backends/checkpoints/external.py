@@ -42,9 +42,9 @@ ROTATIONS = ("transform_config", "rotation_config")
 class PrequantizedBackend(CheckpointBackend):
     """Any checkpoint with a quantization_config: nothing is quantized here, and the report says what was found.
 
-    GPTQ, AWQ, auto-round, HQQ and packed integers of compressed-tensors are repacked while loading and need no library;
-    bitsandbytes and torchao run on theirs; transformers loads any other format that it can. Checkpoints saved with
-    ``save_quantized`` load as they were.
+    GPTQ, AWQ, auto-round, HQQ, FP8, and integers, NVFP4 and MXFP4 of compressed-tensors are repacked while loading and
+    need no library, and inputs are rounded as the config says; bitsandbytes and torchao run on theirs; transformers
+    loads any other format that it can. Checkpoints saved with ``save_quantized`` load as they were.
     """
 
     name = "prequantized"

@@ -20,9 +20,9 @@ CASES = {
     "int8": ({"activation_format": "int8"}, {"group_size": -1, "symmetric": True}),
     "fp8": ({"format": "fp8_e4m3", "activation_format": "fp8_e4m3"}, {}),
 }
-EQUAL, MEAN, LARGEST = 0.9, 0.01, 0.5
-"""Least share of equal answers; mean and largest difference of log-probabilities of their tokens. vLLM computes in
-bfloat16, which alone changes 2 of 60 answers of the dense demo, and its differences by up to 0.05."""
+EQUAL, MEAN, LARGEST = 0.85, 0.01, 0.3
+"""Least share of equal answers; mean and largest difference of the log-probabilities of their tokens. Sums in another
+order move an input over the edge of a step here and there; a wrong scale, or inputs left alone, move all of them."""
 
 
 @pytest.mark.parametrize("case", CASES)
