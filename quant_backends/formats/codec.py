@@ -213,7 +213,7 @@ def _in_blocks(x: Tensor, format: NumberFormat) -> Tensor:
     height, width = format.block_of(rows, columns)
     padding = (0, -columns % width, 0, -rows % height)
     x = functional.pad(x, padding) if any(padding) else x
-    blocks: Tensor = x.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
+    blocks: Tensor = x.unflatten(-1, (x.shape[-1] // width, width)).unflatten(-3, (x.shape[-2] // height, height))
     return blocks
 
 

@@ -75,9 +75,9 @@ class NumberFormat:
         return -(-rows // sizes[0]), -(-columns // sizes[1])
 
     def block_of(self, rows: int, columns: int) -> tuple[int, int]:
-        """Return the (rows, columns) of a block in a matrix, never more than it has."""
+        """Return the (rows, columns) of a block in a matrix, never more than it has, and at least 1."""
         height, width = self.block
-        return min(height or rows, rows), min(width or columns, columns)
+        return max(1, min(height or rows, rows)), max(1, min(width or columns, columns))
 
     def bits_per_weight(self, rows: int, columns: int, own: int = 16) -> float:
         """Return the bits per element of a matrix, scales, zero points and global scale included.

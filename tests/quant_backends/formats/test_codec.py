@@ -231,6 +231,12 @@ def test_integers_are_the_grid_of_the_packed_layers(name, dtype):
     assert torch.equal(decode(found, form), expected.dequantize(form.bits, torch.float32))
 
 
+@pytest.mark.parametrize("name", [name for name, one in FORMATS.items() if not one.global_scale])
+def test_no_rows_are_no_rows(name):
+    """As an expert gets that no token is sent to."""
+    assert fake_quantize(torch.zeros(0, 96), FORMATS[name]).shape == (0, 96)
+
+
 def test_a_vector_is_one_row():
     x = torch.arange(-8.0, 8.0)
     found = encode(x, FORMATS["mxfp4"])

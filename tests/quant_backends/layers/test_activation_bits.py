@@ -33,6 +33,7 @@ def test_inputs_are_rounded_by_the_largest_of_their_own_row():
     codes, scale = round_inputs(x)
     assert scale.flatten().tolist() == pytest.approx([0.02, 1.0, 1.0])
     assert codes.tolist() == [[0, 50, -127], [127, -126, 1], [0, 0, 0]]
+    assert round_inputs(x[:0]).codes.shape == (0, 3)
 
 
 def test_rounding_is_off_by_half_a_step_at_most():

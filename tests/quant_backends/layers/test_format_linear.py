@@ -56,6 +56,7 @@ def test_rounded_inputs_are_those_of_the_format(name, weights):
     rounded = torch.stack([fake_quantize(row.unsqueeze(0), form)[0] for row in x])
     torch.testing.assert_close(layer(x), nn.functional.linear(rounded, layer.weight, linear.bias))
     assert layer.act_bits == FORMATS[name].bits
+    assert layer(x[:0]).shape == (0, 40)
     # No token feels its neighbours.
     torch.testing.assert_close(layer(torch.cat([x, 1000 * x]))[:7], layer(x))
 

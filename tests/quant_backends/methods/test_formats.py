@@ -171,6 +171,8 @@ def test_act_bits_is_int8_per_token():
     [
         ("rtn", {"format": "nvfp5"}, "unknown format 'nvfp5'"),
         ("awq", {"format": "mxfp4", "clip": True}, "clip=True narrows the ranges of groups of integers"),
+        ("awq", {"format": "mxfp4", "fold": True}, "fold=True hands scales to the layers before"),
+        ("awq", {"activation_format": "int8", "fold": True}, "fold=True hands scales to the layers before"),
         ("rtn", {"activation_granularity": "token"}, "activation_granularity=token needs an activation_format"),
         ("rtn", {"activation_format": "int8", "activation_granularity": "tensor"}, "takes a static scale"),
         ("rtn", {"act_bits": 8, "activation_format": "fp8_e4m3"}, "act_bits=8 is activation_format=int8, but"),
