@@ -83,7 +83,7 @@ class ModelArguments:
     Attributes:
         pretrained: Id on the Hugging Face hub, path of a checkpoint folder, or `demo` for the embedded checkpoint. An
             id that is neither on the hub nor in the cache is refused after one request.
-        bits: bits per weight of the language model, 2 to 8; 16 for untouched.
+        bits: Bits per weight of the language model, 2 to 8; 16 for untouched.
         group_size: Columns of a weight that share a scale; -1 for a whole row.
         vision_bits: Bits per weight of the vision tower.
         connector_bits: Bits per weight of the projector between vision tower and language model.
@@ -237,6 +237,23 @@ class ModelArguments:
         return cls(
             **{name: given[name] for name in own if name in given}, options=options.model_dump(exclude_unset=True)
         )
+
+    @classmethod
+    def expect_possible(cls, given: Mapping[str, Any]) -> None:
+        """Refuse what is impossible with any method, without importing a method, which imports torch.
+
+        Args:
+            given: Name → value, options of the method included, which are not looked at.
+
+        Raises:
+            ValueError: An argument has the wrong type or value, or the plan file is invalid.
+            FileNotFoundError: The plan file or the checkpoint folder does not exist.
+        """
+        own = {one.name for one in fields(cls)} - {"options"}
+        arguments = cls(**{name: value for name, value in given.items() if name in own})
+        arguments.quant_plan(UNTOUCHED_BITS)
+        arguments.calibration_spec()
+        arguments.find_checkpoint()
 
     def quant_plan(self, default_bits: int) -> QuantPlan:
         """Return the quantization plan; without further arguments it sets the language model to `default_bits`."""

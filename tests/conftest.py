@@ -1,5 +1,7 @@
 """Fixtures shared by all tests: one thread, no network, tiny checkpoints built once."""
 
+import atexit
+import gc
 import os
 import shutil
 import subprocess
@@ -37,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish() -> None:
+    """Exempt what was imported from garbage collection: libraries ask for collections, of a second each otherwise."""
+    gc.collect()
+    gc.freeze()
+    # Libraries report what is left at the end of the process.
+    atexit.register(gc.unfreeze)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Several test workers with several threads each slow one another down many times over."""
@@ -51,6 +61,23 @@ def one_thread() -> None:
 def registered() -> None:
     """Let lmms-eval know this package, as each of its commands does: by its entry point, which this import calls."""
     import lmms_eval.models  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that all test workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def commands(shared: Path) -> Iterator[Any]:
+    """Return what runs the installed commands without the time that importing libraries takes."""
+    from helpers.commands import Commands
+
+    found = Commands(shared)
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

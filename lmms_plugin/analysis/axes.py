@@ -27,7 +27,7 @@ _NO_OPTIONS = frozenset(
         *("pretrained", "bits", "group_size", "language_bits", *_COMPONENT_BITS.values(), "calibration", "seed"),
         *("batch_size", "max_batch_size", "device", "device_map", "report", "save_quantized", "features", "resume"),
         *("resume_folder", "share_prefix", "static_cache", "trust_remote_code", "use_safetensors"),
-        *("base_url", "concurrency", "timeout", "retries", "key_variable"),
+        *("base_url", "concurrency", "timeout", "retries", "key_variable", "launch_timeout", "launch_log"),
     )
 )
 
@@ -139,7 +139,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
         axes.get("group_size"),
         str(axes.get("components") or ""),
         str(axes.get("calibration") or ""),
-        _options(cell_args),
+        _options_of_cell(str(cell.get("model")), cell_args),
     )
     command = tuple(map(str, cell.get("command") or ()))
     versions |= cell.get("versions") or {}
@@ -215,8 +215,18 @@ def _served(name: str, args: Mapping[str, Any]) -> Config:
     stated = str(args.get("method") or "")
     bits = _whole(args.get("bits"))
     options = _options({key: value for key, value in args.items() if key != "method"})
-    marks = (_STATED,) if stated or bits is not None else ()
-    return Config(name, f"served {stated}".strip(), bits, None, "", "", tuple(sorted((*options, *marks))))
+    return Config(name, f"served {stated}".strip(), bits, None, "", "", tuple(sorted((*options, *_marks(args)))))
+
+
+def _options_of_cell(model: str, args: Mapping[str, Any]) -> tuple[str, ...]:
+    """Options of a study's cell; a method of its own name stands for the command that starts its server."""
+    if model != _SERVED:
+        return _options(args)
+    return tuple(sorted((*_options({key: value for key, value in args.items() if key != "launch"}), *_marks(args))))
+
+
+def _marks(args: Mapping[str, Any]) -> tuple[str, ...]:
+    return (_STATED,) if args.get("method") or args.get("bits") is not None else ()
 
 
 def _defaults(method: str, args: Mapping[str, Any]) -> tuple[int | None, Mapping[str, str]]:

@@ -9,6 +9,7 @@ metric of the remaining part of a run is not a metric of the run.
 import glob
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -188,6 +189,24 @@ def table(file: Path) -> dict[str, Any]:
     if lacking := [task for task in results["n-samples"] if task not in results["configs"]]:
         raise ValueError(f"{file} is damaged: expected the configuration of {lacking[0]!r:.80}, got none")
     return results
+
+
+DEFAULT_ZONE = "Asia/Singapore"
+"""Time zone of lmms-eval's dates unless `--timezone` names another; results do not say which."""
+_DATE = re.compile(r"(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)")
+
+
+def evaluated(results: Mapping[str, Any]) -> str | None:
+    """Return when lmms-eval ran, as ISO 8601 in the time zone of its `--timezone` (see `DEFAULT_ZONE`).
+
+    Args:
+        results: Content of a results file.
+
+    Returns:
+        Date and time without an offset from UTC; None if unknown.
+    """
+    found = _DATE.fullmatch(str(results.get("date")))
+    return "{}-{}-{}T{}:{}:{}".format(*found.groups()) if found else None
 
 
 def read(file: Path, wanted: Wanted | None = None) -> LoggedRun:

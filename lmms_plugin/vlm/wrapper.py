@@ -20,12 +20,19 @@ from loguru import logger
 from lmms_plugin.arguments import ModelArguments, expect_effect
 from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.quant_backends import class_name, get, names, option_types
+from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
-from lmms_plugin.quant_backends.checkpoints.saving import expect_storable, save_quantized
+from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
 from lmms_plugin.utils import files
 from lmms_plugin.vlm.generation.observer import Wanted
 from lmms_plugin.vlm.harness_model import HarnessModel
 from lmms_plugin.vlm.setting_up import chat_of, device_of, dtype_of, responder_of
+
+_PASSED_ON = (
+    *("device_map", "attn_implementation", "trust_remote_code", "use_safetensors"),
+    *("seed", "dialect", "resume", "resume_folder"),
+)
+"""Model arguments that loading takes as they are."""
 
 
 class QuantizedVLM(HarnessModel):
@@ -74,15 +81,8 @@ class QuantizedVLM(HarnessModel):
             calibration=calibration,
             dtype=dtype_of(self.arguments.dtype, self.device),
             device=self.device,
-            device_map=self.arguments.device_map,
-            attn_implementation=self.arguments.attn_implementation,
-            trust_remote_code=self.arguments.trust_remote_code,
-            seed=self.arguments.seed,
-            use_safetensors=self.arguments.use_safetensors,
             processor=self.chat.processor,
-            dialect=self.arguments.dialect,
-            resume=self.arguments.resume,
-            resume_folder=self.arguments.resume_folder,
+            **{name: getattr(self.arguments, name) for name in _PASSED_ON},
         )
         self.responder = responder_of(
             self.model,

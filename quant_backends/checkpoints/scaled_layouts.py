@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmms_plugin.quant_backends.checkpoints.compressors import StoredFormat, StoredLinear
+from lmms_plugin.quant_backends.formats.compressed import PACKED, STRATEGIES, fits, has_inputs, why_not_compressed
 from lmms_plugin.quant_backends.formats.entries import FORMATS, NumberFormat
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.format_linear import FormatCodes, FormatLinear
@@ -21,12 +22,9 @@ from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLine
 from lmms_plugin.quant_backends.layers.rounded_inputs import RoundsInputs
 
 INTEGERS, FLOATS, WEIGHTS_ALONE = "int-quantized", "float-quantized", "naive-quantized"
-NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
-LAYOUTS = (INTEGERS, FLOATS, WEIGHTS_ALONE, NVFP4, MXFP4)
+LAYOUTS = (INTEGERS, FLOATS, WEIGHTS_ALONE, *PACKED.values())
 """The layouts of compressed-tensors that are written and read here."""
 
-_STRATEGIES = {"fp8_e4m3": "channel", "fp8_e4m3_tensor": "tensor", "fp8_e4m3_block": "block"}
-_PACKED = {"nvfp4": NVFP4, "mxfp4": MXFP4}
 _SCALES = {"nvfp4": "torch.float8_e4m3fn", "mxfp4": "torch.uint8", "mxfp8": "torch.uint8"}
 
 
@@ -62,44 +60,19 @@ def written_layer(layer: QuantizedLinear) -> WrittenLayer | None:
     return None if found is None else found._replace(tensors=found.tensors | static)
 
 
-def why_not_storable(form: str | None, rounding: InputRounding | None) -> str | None:
-    """Return why layers have no layout, as far as their formats alone tell; None if they may have one.
-
-    Args:
-        form: Name of the format of the weights; None for integers.
-        rounding: Rounding of the inputs; None for none.
-    """
-    if rounding is not None and input_arguments(rounding) is None:
-        return f"it has no {rounding.label}"
-    if form is None:
-        return None if rounding is None or rounding.name == "int8" else f"it has no integers with {rounding.label}"
-    if form not in (*_STRATEGIES, *_PACKED):
-        return f"it has no {form}"
-    return None if _fits(form, rounding) else f"it has no {form} with {'' if rounding is None else rounding.label}"
-
-
-def _fits(form: str, rounding: InputRounding | None) -> bool:
-    if form in _PACKED:
-        return rounding is None or rounding.name == form
-    if form not in _STRATEGIES or rounding is None:
-        return form in _STRATEGIES
-    blocks = rounding.granularity == BLOCK
-    return rounding.name == "fp8_e4m3" and blocks == (form == "fp8_e4m3_block")
-
-
 def _written_format(layer: FormatLinear, inputs: dict[str, Any] | None) -> WrittenLayer | None:
     codes, form = layer.quantized, layer.format
-    if not _fits(form.name, layer.rounding):
+    if not fits(form.name, layer.rounding):
         return None
     arguments = weight_arguments(form)
-    if form.name in _PACKED:
+    if form.name in PACKED:
         if layer.padded_columns:
             return None
         pairs = codes.codes.view(len(codes.codes), -1, 2)
         tensors = {"weight_packed": pairs[..., 0] | (pairs[..., 1] << 4), "weight_scale": codes.scale.contiguous()}
         if codes.global_scale is not None:
             tensors["weight_global_scale"] = codes.global_scale.view(1)
-        return WrittenLayer(_PACKED[form.name], arguments, inputs, tensors)
+        return WrittenLayer(PACKED[form.name], arguments, inputs, tensors)
     # Whole tensors have one number, not a matrix of one.
     scale = codes.scale.view(1) if form.name == "fp8_e4m3_tensor" else codes.scale.contiguous()
     tensors = {"weight": codes.codes.view(torch.float8_e4m3fn).contiguous(), "weight_scale": scale}
@@ -110,7 +83,7 @@ def _written_integers(layer: PackedLinear, inputs: dict[str, Any] | None) -> Wri
     codes, scale, zero = layer.quantized
     rounding: InputRounding = layer.rounding  # type: ignore[assignment]
     whole = layer.group_size == layer.in_features
-    if layer.bits != 8 or not whole or zero is not None or why_not_storable(None, rounding):
+    if layer.bits != 8 or not whole or zero is not None or why_not_compressed(None, rounding):
         return None
     weights = _arguments(8, "int", strategy="channel", dynamic=False)
     # Offset binary to two's complement, which wraps around to the same bits.
@@ -127,8 +100,8 @@ def _static_tensor(layer: RoundsInputs) -> dict[str, Tensor]:
 
 def weight_arguments(form: NumberFormat) -> dict[str, Any]:
     """Return the arguments of a format's weights in a config group."""
-    if form.name in _STRATEGIES:
-        strategy = _STRATEGIES[form.name]
+    if form.name in STRATEGIES:
+        strategy = STRATEGIES[form.name]
         block = {"block_structure": list(form.block)} if strategy == "block" else {}
         return _arguments(8, "float", strategy=strategy, dynamic=False, **block)
     return _grouped(form, dynamic=False)
@@ -137,13 +110,11 @@ def weight_arguments(form: NumberFormat) -> dict[str, Any]:
 def input_arguments(rounding: InputRounding) -> dict[str, Any] | None:
     """Return the arguments of rounded inputs in a config group; None where compressed-tensors has none."""
     form = rounding.format
-    if rounding.name in ("nvfp4", "mxfp4"):
-        if form.global_scale and not rounding.static:
-            return None
-        return _grouped(form, dynamic="local" if form.global_scale else True)
-    kind = {"fp8_e4m3": "float", "int8": "int"}.get(rounding.name)
-    if kind is None:
+    if not has_inputs(rounding):
         return None
+    if rounding.name in PACKED:
+        return _grouped(form, dynamic="local" if form.global_scale else True)
+    kind = {"fp8_e4m3": "float", "int8": "int"}[rounding.name]
     if rounding.granularity == BLOCK:
         return _arguments(8, kind, strategy="group", group_size=GROUP, dynamic=True)
     strategy = {TOKEN: "token", TENSOR: "tensor"}[rounding.granularity]
@@ -293,14 +264,14 @@ def scaled_format(config: Mapping[str, Any]) -> StoredFormat | None:
     form = next((form for form in FORMATS.values() if _is(form, weights)), None)
     if form is None:
         return None
-    if form.name in _PACKED:
+    if form.name in PACKED:
         return PackedFloats(label, form, rounding)
     return ScaledFormat(label, form, 8, rounding)
 
 
 def _is(form: NumberFormat, weights: Mapping[str, Any]) -> bool:
     """Return whether a config's arguments are those of a format."""
-    if form.name not in (*_STRATEGIES, *_PACKED):
+    if form.name not in (*STRATEGIES, *PACKED):
         return False
     expected = weight_arguments(form)
     keys = [key for key in expected if key not in ("scale_dtype", "zp_dtype")]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend
+from lmms_plugin.quant_backends.formats.compressed import why_not_compressed
 from lmms_plugin.quant_backends.formats.entries import NumberFormat, format_of
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.format_linear import FormatCodes, FormatLinear
@@ -73,6 +74,11 @@ class FormatBackend(Backend):
             return symmetry
         rows, columns = ("all" if size is None else str(size) for size in form.block)
         return {"group_size": f"format={self.format} scales blocks of {rows} x {columns}", **symmetry}
+
+    @property
+    def uncompressed(self) -> str | None:
+        """Return why compressed-tensors cannot store its layers, as far as their formats tell; None if it can."""
+        return why_not_compressed(None if self.stored is None else self.stored.name, self.rounding)
 
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a number of bits that the format does not have."""

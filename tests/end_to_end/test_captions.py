@@ -1,30 +1,24 @@
 """The tasks of arXiv 2601.15287 through the installed `lmms-eval` command, on a tiny quantized BLIP-2."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from helpers import caption_copies
-from helpers.environments import run
 
 pytestmark = pytest.mark.slow
 TASKS = "coco2014_cap_val,coco_caption_val2014,vqav2_val,gqa,flickr30k_retrieval_pool20,flickr30k_retrieval"
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory, checkpoint):
+def outcome(tmp_path_factory, checkpoint, commands):
     """Results, logged samples by task, and the account of quantization."""
     folder = tmp_path_factory.mktemp("captions")
     environment = caption_copies.write(folder)
     bits = "bits=4,vision_bits=8,connector_bits=8,group_size=32"
-    command = [str(Path(sys.executable).parent / "lmms-eval"), "--model", "quant_rtn", "--tasks", TASKS]
-    command += [
-        "--model_args",
-        f"pretrained={checkpoint('blip2_opt')},{bits},device=cpu,report={folder / 'report.json'}",
-    ]
-    command += ["--batch_size", "4", "--log_samples", "--output_path", str(folder / "out")]
-    printed = run(command, folder, **environment)
+    model_args = f"pretrained={checkpoint('blip2_opt')},{bits},device=cpu,report={folder / 'report.json'}"
+    command = ["lmms-eval", "--model", "quant_rtn", "--model_args", model_args, "--tasks", TASKS]
+    command += ["--batch_size", "4", "--log_samples", "--output_path", folder / "out"]
+    printed = commands.output(*command, cwd=folder, **environment)
     # lmms-eval's captioning task writes a file of such a name for the benchmark's server, too.
     files = [file for file in (folder / "out").rglob("*_results.json") if file.parent.name != "submissions"]
     assert len(files) == 1, printed[-8000:]

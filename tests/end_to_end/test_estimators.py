@@ -1,33 +1,29 @@
 """All estimators in one run of the installed `lmms-eval`, and compared by the installed `lmms-plugin`."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
-from helpers.environments import run
 
 from lmms_plugin.confidence.estimators import ESTIMATORS, NEEDS
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, commands):
     """Folder of a run with every kind of evidence, and of one with none that must be asked for."""
     folder = tmp_path_factory.mktemp("runs")
     for name, wishes in (("all", ",samples=2,verbalised=True"), ("plain", "")):
-        command = [str(BIN / "lmms-eval"), "--model", "quant_none", "--model_args", f"pretrained=demo{wishes}"]
+        command = ["lmms-eval", "--model", "quant_none", "--model_args", f"pretrained=demo{wishes}"]
         command += ["--tasks", "shapes_rec", "--limit", "12", "--batch_size", "6"]
-        run([*command, "--log_samples", "--output_path", str(folder / name)], folder)
+        commands.output(*command, "--log_samples", "--output_path", folder / name, cwd=folder)
     return folder
 
 
-def ours(*arguments):
-    command = [str(BIN / "lmms-plugin"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def ours(commands, tmp_path):
+    return partial(commands.run, "lmms-plugin", cwd=tmp_path)
 
 
 def table_of(folder):
@@ -57,14 +53,14 @@ def test_answers_are_the_same_whatever_else_is_gathered(results):
     assert not any("agreement" in name or "verbalised" in name for name in table_of(results / "plain"))
 
 
-def test_they_are_compared_from_the_log(results):
+def test_they_are_compared_from_the_log(results, ours):
     done = ours("estimators", results / "all", "--json", "--resamples", "20")
     judged = {one["estimator"]: one for one in json.loads(done.stdout)[0]["estimators"]}
     assert {"joint", "expected_iou", "agreement", "agreement_pairwise"} <= set(judged)
     assert judged["agreement"]["aurc"] == pytest.approx(table_of(results / "all")["aurc_agreement,none"])
 
 
-def test_metrics_and_compare_take_any_of_them_or_say_how_to_obtain_it(results):
+def test_metrics_and_compare_take_any_of_them_or_say_how_to_obtain_it(results, ours):
     done = ours("metrics", results / "all", "--estimator", "agreement", "--json", "--resamples", "20")
     numbers = {row["metric"]: row["value"] for row in json.loads(done.stdout)[0]["metrics"]}
     assert numbers["ece"] == pytest.approx(table_of(results / "all")["ece_agreement,none"])

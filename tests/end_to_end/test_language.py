@@ -1,27 +1,22 @@
 """Language shifts, joint cells and rejection through the installed `lmms-eval`: the demo, RefCOCO+'s schema."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from helpers.environments import run
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
 KINDS = ("keyboard_typos_3", "fog_and_synonyms_3")
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory, local_copy):
+def outcome(tmp_path_factory, local_copy, commands):
     """Folder of one run of the demo's checkpoint on both datasets."""
     folder = tmp_path_factory.mktemp("language")
     tasks = [f"{prefix}_{kind}" for prefix in ("shapes_shift", "refcocoplus_shift_testA") for kind in KINDS]
     tasks += ["shapes_rejection_attribute_swap", "refcocoplus_rejection_testA_absent_object"]
-    command = [str(BIN / "lmms-eval"), "--model", "quant_rtn", "--model_args", "pretrained=demo,bits=4", "--tasks"]
-    command += [",".join(tasks), "--limit", "24", "--batch_size", "24", "--log_samples", "--output_path", str(folder)]
-    printed = run(command, folder, LMMS_PLUGIN_REFCOCOPLUS=str(local_copy))
+    command = ["lmms-eval", "--model", "quant_rtn", "--model_args", "pretrained=demo,bits=4", "--tasks"]
+    command += [",".join(tasks), "--limit", "24", "--batch_size", "24", "--log_samples", "--output_path", folder]
+    printed = commands.output(*command, cwd=folder, LMMS_PLUGIN_REFCOCOPLUS=str(local_copy))
     files = list(folder.rglob("*_results.json"))
     assert len(files) == 1, printed[-5000:]
     return files[0]
@@ -44,17 +39,12 @@ def test_the_shifted_expression_is_logged_beside_the_original(outcome, dataset, 
 
 
 @pytest.mark.parametrize("task", ["shapes_rejection_attribute_swap", "refcocoplus_rejection_testA_absent_object"])
-def test_rejection_is_recomputed_from_the_log(outcome, task):
+def test_rejection_is_recomputed_from_the_log(outcome, task, commands, tmp_path):
     table = json.loads(outcome.read_text())["results"][task]
     records = [sample["box_rate"] for sample in samples(outcome, task)]
     assert [record["matches"] for record in records] == [1.0, 0.0] * (len(records) // 2)
-    done = subprocess.run(
-        [str(BIN / "lmms-plugin"), "metrics", str(outcome), "--json", "--resamples", "20"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    numbers = {row["metric"]: row["value"] for row in json.loads(done.stdout)[0]["metrics"] if row["task"] == task}
+    printed = commands.output("lmms-plugin", "metrics", outcome, "--json", "--resamples", "20", cwd=tmp_path)
+    numbers = {row["metric"]: row["value"] for row in json.loads(printed)[0]["metrics"] if row["task"] == task}
     assert set(numbers) <= {name.split(",")[0] for name in table}
     for name in ("rejection_auroc", "rejection_fpr@0.95", "confidence_falls", "box_rate_true", "box_rate_changed"):
         assert numbers[name] == pytest.approx(table[f"{name},none"]), name

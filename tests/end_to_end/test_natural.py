@@ -3,12 +3,10 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import natural_copies
-from helpers.environments import run
 
 from lmms_plugin.registration import tasks_folder
 from lmms_plugin.tasks.registry import catalogue
@@ -32,17 +30,17 @@ def add_a_dataset(folder):
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+def outcome(tmp_path_factory, commands):
     """Results and records by task of the demo model, at four bits, on small copies of all datasets."""
     folder = tmp_path_factory.mktemp("natural")
     environment = natural_copies.write(folder / "copies")
     environment["LMMS_PLUGIN_REFCOCOPLUS_REVIEWED"] = str(natural_copies.write_reviewed(folder / "reviewed"))
     environment["LMMS_PLUGIN_WAREHOUSE"] = str(natural_copies.write_warehouse(folder / "warehouse"))
-    command = [str(Path(sys.executable).parent / "lmms-eval"), "--model", "quant_rtn"]
+    command = ["lmms-eval", "--model", "quant_rtn"]
     command += ["--model_args", "pretrained=demo,bits=4", "--batch_size", "8", "--log_samples"]
     command += ["--tasks", "refcocoplus_shift_natural,refcocoplus_reviewed,warehouse_rec"]
     command += ["--include_path", str(add_a_dataset(folder / "added"))]
-    printed = run([*command, "--output_path", str(folder / "out")], folder, **environment)
+    printed = commands.output(*command, "--output_path", folder / "out", cwd=folder, **environment)
     files = list((folder / "out").rglob("*_results.json"))
     assert len(files) == 1, printed[-5000:]
     records = {

@@ -2,22 +2,17 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from helpers.environments import run
 
 from lmms_plugin.demo import CHECKPOINT
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
 OPENS = "{% if add_generation_prompt and enable_thinking != False %}<think>\n{% endif %}"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, commands):
     """Folder of two runs of the demo: left inside its reasoning, and told not to reason."""
     folder = tmp_path_factory.mktemp("reasoning")
     thinker = shutil.copytree(CHECKPOINT, folder / "thinker")
@@ -25,9 +20,9 @@ def results(tmp_path_factory):
     template.write_text(template.read_text().rstrip("\n") + OPENS)
     printed = {}
     for name, more in (("thinking", ""), ("told", ",enable_thinking=False")):
-        command = [str(BIN / "lmms-eval"), "--model", "quant_none", "--model_args", f"pretrained={thinker}{more}"]
+        command = ["lmms-eval", "--model", "quant_none", "--model_args", f"pretrained={thinker}{more}"]
         command += ["--tasks", "shapes_rec", "--limit", "24", "--batch_size", "8"]
-        printed[name] = run([*command, "--log_samples", "--output_path", str(folder / name)], folder)
+        printed[name] = commands.output(*command, "--log_samples", "--output_path", folder / name, cwd=folder)
     return folder, printed
 
 
@@ -58,9 +53,8 @@ def test_the_same_checkpoint_told_not_to_reason_answers(results):
     assert "max_new_tokens=2048" not in printed["told"]
 
 
-def test_metrics_are_made_of_logs_without_answers(results):
+def test_metrics_are_made_of_logs_without_answers(results, commands):
     folder, _ = results
-    command = [str(BIN / "lmms-plugin"), "metrics", str(folder / "thinking"), "--resamples", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = commands.run("lmms-plugin", "metrics", folder / "thinking", "--resamples", "20", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "parse_rate" in done.stdout

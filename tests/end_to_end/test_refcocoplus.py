@@ -14,19 +14,24 @@ from lmms_plugin.selector.features import read
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 LMMS_EVAL = (str(BIN / "lmms-eval"),)
+PRELOADED = ()
+"""No launcher: lmms-eval in a process that has the libraries of others already."""
 # On a CPU `accelerate launch` starts one process whatever it is told.
 TWO_PROCESSES = (str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "lmms_eval")
 
 
 @pytest.fixture
-def evaluate(local_copy, tmp_path):
+def evaluate(local_copy, tmp_path, commands):
     """Run lmms-eval; return its results file, its log of samples in order, and what it printed."""
 
-    def evaluate(model, model_args, tasks, *more, launcher=LMMS_EVAL, name="out"):
+    def evaluate(model, model_args, tasks, *more, launcher=PRELOADED, name="out"):
         output = tmp_path / name
         arguments = ["--model", model, "--model_args", model_args, "--tasks", tasks, "--output_path", str(output)]
-        command = [*launcher, *arguments, "--log_samples", *more]
-        printed = run(command, tmp_path, LMMS_PLUGIN_REFCOCOPLUS=str(local_copy))
+        arguments += ["--log_samples", *more]
+        given = {"cwd": tmp_path, "LMMS_PLUGIN_REFCOCOPLUS": str(local_copy)}
+        printed = (
+            run([*launcher, *arguments], **given) if launcher else commands.output("lmms-eval", *arguments, **given)
+        )
         files = list(output.rglob("*_results.json"))
         assert len(files) == 1, printed[-5000:]
         return {"results": json.loads(files[0].read_text()), "samples": _samples(output), "printed": printed}
@@ -45,7 +50,7 @@ def _samples(output):
 
 def test_main_command_runs_every_corruption(evaluate, checkpoint):
     args = f"pretrained={checkpoint('idefics3')},bits=4,group_size=32,calibration=noise,calibration_samples=4"
-    outcome = evaluate("quant_awq", args, "refcocoplus_shift", "--limit", "2")
+    outcome = evaluate("quant_awq", args, "refcocoplus_shift", "--limit", "2", launcher=LMMS_EVAL)
     tasks = outcome["results"]["results"]
     shifted = [task for task in tasks if task.endswith("_3")]
     assert len(shifted) == 36
@@ -57,7 +62,7 @@ def test_second_run_answers_from_the_cache_with_identical_metrics(evaluate, tmp_
     args = ("pretrained=demo,bits=4", "shapes_rec,shapes_shift_fog_3", "--limit", "24", "--batch_size", "8")
     cached = ("--use_cache", str(tmp_path / "cache"))
     first = evaluate("quant_rtn", *args, *cached, name="first")
-    second = evaluate("quant_rtn", *args, *cached, name="second")
+    second = evaluate("quant_rtn", *args, *cached, launcher=LMMS_EVAL, name="second")
     assert first["results"]["results"] == second["results"]["results"]
     assert first["results"]["results"]["shapes_rec"]["ece,none"] > 0
     for task, samples in first["samples"].items():

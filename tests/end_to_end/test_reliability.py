@@ -1,37 +1,37 @@
 """What the installed `lmms-eval` wrote, recomputed and compared by the installed `lmms-plugin`."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from helpers.environments import run
 
 from lmms_plugin.tasks.grounding.aggregations import CALIBRATION
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
 TASKS = ("shapes_rec", "shapes_shift_fog_3")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, commands):
     """Folders of the dense model and of two-bit weights, which hurt."""
     folder = tmp_path_factory.mktemp("runs")
     for model, arguments in (("quant_none", "pretrained=demo"), ("quant_rtn", "pretrained=demo,bits=2")):
-        command = [str(BIN / "lmms-eval"), "--model", model, "--model_args", arguments, "--tasks", ",".join(TASKS)]
-        command += ["--limit", "40", "--batch_size", "20", "--log_samples", "--output_path", str(folder / model)]
-        run(command, folder)
+        command = ["lmms-eval", "--model", model, "--model_args", arguments, "--tasks", ",".join(TASKS)]
+        command += ["--limit", "40", "--batch_size", "20", "--log_samples", "--output_path", folder / model]
+        commands.output(*command, cwd=folder)
     return folder
 
 
-def ours(*arguments):
-    done = subprocess.run([str(BIN / "lmms-plugin"), *map(str, arguments)], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+@pytest.fixture
+def ours(commands, tmp_path):
+    def ours(*arguments):
+        done = commands.run("lmms-plugin", *arguments, cwd=tmp_path)
+        done.check_returncode()
+        return json.loads(done.stdout)
+
+    return ours
 
 
-def test_metrics_agree_with_the_table_lmms_eval_printed(runs):
+def test_metrics_agree_with_the_table_lmms_eval_printed(runs, ours):
     (report,) = ours("metrics", runs / "quant_none", "--json", "--resamples", "50")
     (file,) = runs.glob("quant_none/*/*_results.json")
     table = json.loads(file.read_text())["results"]
@@ -45,7 +45,7 @@ def test_metrics_agree_with_the_table_lmms_eval_printed(runs):
         assert numbers["acc@0.5"]["records"] == 40
 
 
-def test_two_bits_are_worse_than_sixteen(runs):
+def test_two_bits_are_worse_than_sixteen(runs, ours):
     found = ours("compare", runs / "quant_none", runs / "quant_rtn", "--json", "--resamples", "200", "--margin", "0.01")
     rows = {(row["task"], row["metric"]): row for row in found["changes"]}
     iou = rows["shapes_rec", "mean_iou"]

@@ -2,12 +2,9 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from helpers import vqa_copies
-from helpers.environments import run
 
 from lmms_plugin import metrics
 from lmms_plugin.confidence.estimators import TEXT_ESTIMATORS
@@ -17,15 +14,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def evaluate(tmp_path):
+def evaluate(tmp_path, commands):
     """Run lmms-eval; return the results of its tasks, their records, and what it printed."""
     environment = vqa_copies.write(tmp_path / "copies")
 
     def evaluate(model, model_args, tasks, *more):
         output = tmp_path / "out"
-        command = [str(Path(sys.executable).parent / "lmms-eval"), "--model", model, "--model_args", model_args]
-        command += ["--tasks", tasks, "--output_path", str(output), "--log_samples", *more]
-        printed = run(command, tmp_path, **environment)
+        command = ["lmms-eval", "--model", model, "--model_args", model_args, "--tasks", tasks]
+        command += ["--output_path", output, "--log_samples", *more]
+        printed = commands.output(*command, cwd=tmp_path, **environment)
         files = list(output.rglob("*_results.json"))
         assert len(files) == 1, printed[-5000:]
         records = {

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.environments import run as call
 from helpers.submissions import SETTINGS, SOURCE, TASK, answered, retold, scored_as, seal, submit, verify, write_run
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
@@ -25,7 +24,6 @@ from lmms_plugin.leaderboard import board, submission, verification
 from lmms_plugin.leaderboard.verification import Refused, Verified, agreeing
 from lmms_plugin.utils.plain_json import plain
 
-BIN = Path(sys.executable).parent
 DOCUMENTS = 24
 
 
@@ -802,13 +800,13 @@ def test_no_spreadsheet_takes_a_claim_for_a_formula(honest, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_lmms_evals_run_to_the_page(local_copy, honest, tmp_path, monkeypatch, capsys):
+def test_from_lmms_evals_run_to_the_page(local_copy, honest, commands, tmp_path, monkeypatch, capsys):
     """A whole task, small because its dataset is, checked against that dataset."""
     monkeypatch.setenv("LMMS_PLUGIN_REFCOCOPLUS", str(local_copy))
     task, given = "refcocoplus_rec_testA", {"LMMS_PLUGIN_REFCOCOPLUS": str(local_copy)}
-    command = [str(BIN / "lmms-eval"), "--model", "quant_rtn", "--model_args", "pretrained=demo,bits=3"]
-    command += ["--tasks", task, "--batch_size", "11", "--log_samples", "--output_path", str(tmp_path / "out")]
-    call(command, tmp_path, **given)
+    command = ["lmms-eval", "--model", "quant_rtn", "--model_args", "pretrained=demo,bits=3"]
+    command += ["--tasks", task, "--batch_size", "11", "--log_samples", "--output_path", tmp_path / "out"]
+    commands.output(*command, cwd=tmp_path, **given)
     real = read_one(tmp_path / "out")
     who = ["--model-id", "somebody/demo", "--organization", "a laboratory", "--relationship", "other"]
     export = ["export", real.file, "--format", "submission", *who, "--resamples", "20", "--zip"]

@@ -42,10 +42,19 @@ class Environment:
 
 def run(command: list[str], cwd: Path, **environment: str) -> str:
     """Run a command with one thread and no network; its output, or an error that shows it."""
+    return output_of(subprocess.run(command, cwd=cwd, env=settings(**environment), capture_output=True, text=True))
+
+
+def settings(**environment: str) -> dict[str, str]:
+    """Variables of a command with one thread and no network, and those that are given."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("LMMS_", "PYTHONPATH", "RANK", "WORLD_SIZE"))}
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-    done = subprocess.run(command, cwd=cwd, env={**clean, **settings, **environment}, capture_output=True, text=True)
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    return {**clean, **fixed, **environment}
+
+
+def output_of(done: "subprocess.CompletedProcess[str]") -> str:
+    """Output of a command that has ended, or an error that shows it."""
     output = done.stdout + done.stderr
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}:\n{output[-8000:]}")
+        raise RuntimeError(f"{' '.join(done.args)} exited with {done.returncode}:\n{output[-8000:]}")
     return output

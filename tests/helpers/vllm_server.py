@@ -1,20 +1,19 @@
-"""A real vLLM on the CPU, in the environment that the variable VLLM_ENV names."""
+"""The real vLLM on the CPU, in an environment of its own, which `VLLM_ENV` names (`make test-served`)."""
 
 import os
-import signal
-import socket
-import subprocess
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from lmms_plugin.demo import CHECKPOINT
+from lmms_plugin.utils.processes.launch_command import LaunchCommand
+from lmms_plugin.utils.processes.servers import Server
 from lmms_plugin.vlm.served.client import ServerError
 from lmms_plugin.vlm.served.model import QuantServed
 
 LIMIT = 300
-"""Seconds until the server must have answered."""
+"""Seconds until a server must have answered."""
 SETTINGS = {
     "VLLM_TARGET_DEVICE": "cpu",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -25,46 +24,36 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_SERVER_DEV_MODE": "1",
 }
+NAME = "demo"
+
+
+def interpreter():
+    """Path of the environment's Python; None where no environment is named."""
+    environment = os.environ.get("VLLM_ENV")
+    return Path(environment).absolute() / "bin" / "python" if environment else None
+
+
+def expect_environment():
+    """Skip the test where no environment is named."""
+    if interpreter() is None:
+        pytest.skip("VLLM_ENV names no environment with vLLM; make test-served makes one")
+
+
+def launch(checkpoint=CHECKPOINT, dtype="float32", length=512):
+    """The command that serves a checkpoint, with `{port}`."""
+    settings = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
+    options = f"--model {checkpoint} --served-model-name {NAME} --host 127.0.0.1 --port {{port}} --dtype {dtype}"
+    options += f" --max-model-len {length} --enforce-eager --max-num-seqs 8 --block-size 32 --generation-config vllm"
+    return f"{settings} {interpreter()} -m vllm.entrypoints.openai.api_server {options}"
 
 
 @contextmanager
-def vllm_server(checkpoint, log, *, dtype="float32"):
-    """Yield the address of a server of a checkpoint that has answered a question about an image."""
-    environment = os.environ.get("VLLM_ENV")
-    if not environment:
-        pytest.skip("VLLM_ENV names no environment with vLLM; make test-served makes one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(environment) / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(checkpoint), "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "8", "--dtype", dtype]
-    with log.open("wb") as stream:
-        server = subprocess.Popen(
-            [*command, "--block-size", "32"],
-            env={**os.environ, **SETTINGS},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+def serving(checkpoint, dtype, log, length=512):
+    """Serve a checkpoint until the context ends; yields the address of the API and the server, which has answered."""
+    with Server.of(LaunchCommand.parse(launch(checkpoint, dtype, length)), log) as server:
+        url = f"{server.address}/v1"
+        # That it answers a question about an image counts, not that it says so.
+        server.wait(
+            lambda seconds: QuantServed(pretrained=str(checkpoint), base_url=url, timeout=seconds), LIMIT, ServerError
         )
-    try:
-        address = f"http://127.0.0.1:{port}/v1"
-        _wait(server, checkpoint, address, log)
-        yield address
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def _wait(server, checkpoint, address, log):
-    ends = time.monotonic() + LIMIT
-    while time.monotonic() < ends:
-        if server.poll() is not None:
-            pytest.fail(f"vLLM ended with {server.returncode}:\n{log.read_text()[-3000:]}")
-        try:
-            QuantServed(pretrained=str(checkpoint), base_url=address, timeout=60)
-        except ServerError:
-            time.sleep(2)
-        else:
-            return
-    pytest.fail(f"vLLM did not answer within {LIMIT} s:\n{log.read_text()[-3000:]}")
+        yield url, server

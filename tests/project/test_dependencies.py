@@ -96,6 +96,7 @@ def of_lmms_eval():
     return [one for one in found if foreign(one, {"lmms_eval", "__main__"}) and one.top not in NEVER_CALLED]
 
 
+@pytest.mark.slow
 def test_what_lmms_eval_imports_undeclared_is_declared_here(of_lmms_eval, providers):
     theirs = {canonicalize_name(Requirement(line).name) for line in requires("lmms-eval") if "extra ==" not in line}
     core, _ = declared_by_us()
@@ -107,6 +108,7 @@ def test_what_lmms_eval_imports_undeclared_is_declared_here(of_lmms_eval, provid
     assert not missing
 
 
+@pytest.mark.slow
 def test_distributions_whose_private_modules_lmms_eval_imports_have_an_upper_bound(of_lmms_eval, providers):
     core, _ = declared_by_us()
     private = {one.top for one in of_lmms_eval if one.private and one.top in providers and "__" not in one.module}

@@ -61,6 +61,7 @@ def pair(request, tmp_path_factory):
     return request.param, np.load(folder / "new.npz"), np.load(folder / "old.npz")
 
 
+@pytest.mark.slow
 def test_the_same_on_a_processor_without_avx(pair):
     what, new, old = pair
     assert set(new) == set(old)

@@ -48,12 +48,13 @@ MODELS = {
     "vlm.running": "protocol utils vlm.contracts vlm.generation",
     "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers utils"
     " vlm.contracts vlm.generation vlm.running",
-    "vlm.served": "arguments protocol utils vlm vlm.contracts vlm.generation vlm.running",
+    "vlm.served.options": "arguments utils",
+    "vlm.served": "arguments protocol utils vlm vlm.contracts vlm.generation vlm.running vlm.served.options",
 }
 STUDIES = {
     "study.file": "analysis arguments confidence demo metrics quant_backends quant_backends.backend"
     " quant_backends.calibration quant_backends.methods quant_backends.plans tasks.registry tasks.sources utils"
-    f" {OURS}",
+    f" vlm.served.options {OURS}",
     "study.store": "analysis utils",
     "study.verdicts": "analysis metrics study.file study.store utils",
     "study.run": "analysis arguments harness_log quant_backends quant_backends.backend quant_backends.extras"
@@ -77,7 +78,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "protocol": "utils",
         "confidence": "metrics protocol utils",
         "ending": "utils",
-        "harness_log": "ending",
+        "harness_log": "ending utils",
         **QUANTIZERS,
         "arguments": "demo quant_backends.backend quant_backends.calibration quant_backends.plans utils",
         "analysis": "arguments confidence metrics quant_backends quant_backends.extras quant_backends.plans utils",

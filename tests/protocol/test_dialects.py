@@ -345,6 +345,7 @@ def test_parse_is_total(dialect, text, original_size, model_size):
         assert 0 <= y1 < y2 <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "unit"),
     [

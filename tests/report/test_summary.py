@@ -184,6 +184,7 @@ def test_processes_do_not_change_a_number(study, summary, monkeypatch):
             np.testing.assert_array_equal(group.resampled, same.measured.groups[key].resampled)
 
 
+@pytest.mark.slow
 def test_figures_drawn_by_two_processes_are_the_same(summary, monkeypatch):
     monkeypatch.setattr(inlined, "ONE_PROCESS", 0)
     one, two = inlined.shown(summary, 1), inlined.shown(summary, 2)

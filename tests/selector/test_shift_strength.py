@@ -3,12 +3,10 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.environments import run as run_command
 
 from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.analysis.measure import MeasurementSettings
@@ -16,25 +14,16 @@ from lmms_plugin.cli.main import main
 from lmms_plugin.selector import shift_strength
 from lmms_plugin.selector.features import read
 
-LMMS_EVAL = str(Path(sys.executable).parent / "lmms-eval")
 TASKS = [f"shapes_shift_gaussian_noise_{severity}" for severity in (1, 5)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, commands):
     folder = tmp_path_factory.mktemp("strength")
     arguments = f"pretrained=demo,features={folder / 'features'},feature_layer=0"
-    command = [
-        LMMS_EVAL,
-        "--model",
-        "quant_none",
-        "--model_args",
-        arguments,
-        "--tasks",
-        ",".join(["shapes_rec", *TASKS]),
-    ]
-    options = ["--limit", "40", "--batch_size", "64", "--log_samples", "--output_path", str(folder / "results")]
-    run_command([*command, *options], folder)
+    command = ["lmms-eval", "--model", "quant_none", "--model_args", arguments]
+    command += ["--tasks", ",".join(["shapes_rec", *TASKS]), "--limit", "40", "--batch_size", "64", "--log_samples"]
+    commands.output(*command, "--output_path", folder / "results", cwd=folder)
     return folder
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
 from lmms_plugin.analysis.axes import UNQUANTIZED
+from lmms_plugin.analysis.logs import DEFAULT_ZONE
 from lmms_plugin.analysis.measure import MetricValue
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report.numbers import tables
@@ -299,7 +300,7 @@ def runs(summary: Summary) -> ReportTable:
         Column("Answers"),
         Column("Limit", "Documents per task that the run was limited to, or the share of them"),
         Column("Quantizing s", "Loading, calibration and quantization together"),
-        Column("Date", numeric=False),
+        Column("Date", f"In the time zone of lmms-eval's --timezone, by default {DEFAULT_ZONE}", numeric=False),
         Column("File", numeric=False),
     )
     rows = [

@@ -64,7 +64,7 @@ class ReportedRun:
         model: Name of the model in lmms-eval.
         model_args: Model arguments as text.
         limit: Documents per task that it was limited to; None for all.
-        date: Date of the run, as lmms-eval writes it.
+        date: Date and time of the run, of `lmms_plugin.analysis.logs.evaluated`; "" if unknown.
         cost: Cost of the run.
         layers: Quantization of each layer; empty without a quantization report.
         measured: Metrics of the run.
@@ -176,7 +176,7 @@ def read_run(file: Path, root: Path, settings: MeasurementSettings) -> ReportedR
         run.model,
         run.model_args,
         run.limit,
-        str(run.content.get("date", "")),
+        logs.evaluated(run.content) or "",
         _cost(run.content.get("throughput") or {}, account),
         _layers(account),
         groups.measure([one for one in answered if one.task not in empty], alone),

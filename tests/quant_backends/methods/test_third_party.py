@@ -83,6 +83,7 @@ def test_its_class_and_its_options_are_found(signs):
     assert "{'strength': <class 'float'>} SignBackend(strength=2.0)" in output
 
 
+@pytest.mark.slow
 def test_the_command_lists_it(signs):
     line = next(line for line in run(signs, command("lmms-plugin"), "models").splitlines() if "quant_signs" in line)
     assert "Signs and a step, with an option of its own." in line
@@ -104,6 +105,7 @@ def register(monkeypatch, *points):
     monkeypatch.setattr(quant_backends, "entry_points", lambda group: found.select(group=group))
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_is_an_error_that_names_both(tmp_path):
     folder = install(tmp_path, package="another-rtn", module="another_rtn", name="rtn")
     script = """

@@ -126,6 +126,7 @@ def test_a_family_that_cannot_be_split_is_refused_in_a_line_that_names_its_parts
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.slow
 def test_elements_of_a_list_that_are_layers_are_no_blocks():
     """Gemma 3n keeps projections in lists, as it keeps its blocks."""
     model = built("gemma3n")

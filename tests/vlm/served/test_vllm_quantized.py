@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.vllm_server import vllm_server
+from helpers.vllm_server import expect_environment, serving
 
 from lmms_plugin.demo import CHECKPOINT
 from lmms_plugin.protocol.response import Response
@@ -27,6 +27,7 @@ order move an input over the edge of a step here and there; a wrong scale, or in
 
 @pytest.mark.parametrize("case", CASES)
 def test_w8a8_is_served_as_it_was_evaluated(case, documents, instances, tmp_path):
+    expect_environment()
     options, plan = CASES[case]
     loaded = load_quantized(
         str(CHECKPOINT),
@@ -37,7 +38,7 @@ def test_w8a8_is_served_as_it_was_evaluated(case, documents, instances, tmp_path
     folder = tmp_path / "saved"
     save_quantized(loaded.model, loaded.processor, loaded.report, folder, form="compressed-tensors")
     asked = instances(comprehension.doc_to_messages, len(documents["toy"]["test"]))
-    with vllm_server(folder, tmp_path / "log", dtype="float32") as url:
+    with serving(folder, "float32", tmp_path / "log") as (url, _):
         local = wrapper.QuantPrequantized(pretrained=str(folder), device="cpu", dtype="float32")
         served = QuantServed(pretrained=str(folder), base_url=url)
         for vlm in (local, served):
