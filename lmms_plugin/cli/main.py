@@ -16,6 +16,7 @@ import typer
 from typer import TyperException
 
 from lmms_plugin.cli import export as export_commands
+from lmms_plugin.cli.parity import parity
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.study import app as study
 from lmms_plugin.cli.terminal import Working, console, each, write_anything
@@ -26,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 export_commands.register(app)
 app.add_typer(study, name="study")
 app.command()(report)
+app.command()(parity)
 
 _INTERRUPTED = 128 + signal.SIGINT
 

@@ -37,19 +37,28 @@ OPENAIS = {
 
 
 class DemoModel:
-    """The embedded demo as a server has it: from messages of the API to tokens with their log-probabilities."""
+    """The embedded demo as a server has it: from messages of the API to tokens with their log-probabilities.
 
-    def __init__(self):
+    Its faults, for tests of what finds them: `seen` turns an image into what the processor gets, `system` is a message
+    that nobody asked for, `longest` cuts answers off, `options` of generation are its own, and `processed` takes
+    log-probabilities after penalties.
+    """
+
+    def __init__(self, seen=lambda image: image, system=None, longest=10**6, processed=False, **options):
         from lmms_plugin.vlm.wrapper import QuantNone
 
         vlm = QuantNone(pretrained="demo", device="cpu")
         self.chat, self.model, self.ends = vlm.chat, vlm.model, vlm.responder.engine.decoder.ends
         self.tokenizer = self.chat.tokenizer
         self.lock = threading.Lock()
+        self.seen, self.longest, self.processed, self.options = seen, longest, processed, options
+        said = {"role": "system", "content": [{"type": "text", "text": system}]}
+        self.before = [] if system is None else [said]
 
     def encoded(self, body):
         """Return the model's inputs for messages of the API, whose last is continued where the body says so."""
-        messages = [{**one, "content": [_part(part) for part in one["content"]]} for one in body["messages"]]
+        messages = [{**one, "content": [self._part(part) for part in one["content"]]} for one in body["messages"]]
+        messages = [*self.before, *messages]
         if not body.get("continue_final_message"):
             return self.chat.encode([Prompt("request", tuple(messages))]).inputs
         return self.chat.processor.apply_chat_template(
@@ -65,14 +74,16 @@ class DemoModel:
             made = self.model.generate(
                 **inputs,
                 **drawn,
-                max_new_tokens=body["max_tokens"],
+                **self.options,
+                max_new_tokens=min(body["max_tokens"], self.longest),
                 eos_token_id=list(self.ends),
                 output_logits=True,
+                output_scores=True,
                 return_dict_in_generate=True,
             )
         prompt = inputs["input_ids"][0].tolist()
         ids = made.sequences[0, len(prompt) :].tolist()
-        return prompt, ids, [step[0].log_softmax(-1) for step in made.logits]
+        return prompt, ids, [step[0].log_softmax(-1) for step in (made.scores if self.processed else made.logits)]
 
     def read(self, inputs):
         """Return ids of a whole prompt, and for each but the first the log-probabilities of all tokens in its place."""
@@ -83,11 +94,10 @@ class DemoModel:
     def text(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-
-def _part(part):
-    if part["type"] == "text":
-        return part
-    return {"type": "image", "image": _picture(part["image_url"]["url"])}
+    def _part(self, part):
+        if part["type"] == "text":
+            return part
+        return {"type": "image", "image": self.seen(_picture(part["image_url"]["url"]))}
 
 
 def _picture(url):

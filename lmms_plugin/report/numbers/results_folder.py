@@ -46,12 +46,16 @@ class Cost:
         bytes: Bytes of all parameters and buffers.
         tokens_per_second: Generated tokens ÷ generation time.
         seconds_to_quantize: Time of loading, calibration and quantization.
+        kv_bits: Bits per element of a quantized key-value cache, scales and zero points included.
+        kv_bytes: Bytes of that cache for the longest prompt of the run.
     """
 
     bits_per_weight: float | None = None
     bytes: float | None = None
     tokens_per_second: float | None = None
     seconds_to_quantize: float | None = None
+    kv_bits: float | None = None
+    kv_bytes: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +224,8 @@ def _cost(throughput: Mapping[str, Any], account: Mapping[str, Any]) -> Cost:
         told("bytes_after"),
         tokens / seconds if tokens and seconds else None,
         told("seconds"),
+        told("kv_bits_per_element"),
+        told("kv_bytes"),
     )
 
 

@@ -216,6 +216,8 @@ class Method(Schema):
             if self.launch is not None:
                 raise refused(f"expected launch for method: {SERVED} alone, got it for {self.backend}", "launch")
             _expect_known(self.options, option_types(self.backend))
+            if self.name == "none" and any(name.startswith("kv_") for name in self.options):
+                raise refused("expected another name than that of the unquantized model, got 'none'", "name")
             return self
         if (self.launch is None) == ("base_url" not in self.options):
             got = "both" if self.launch is not None else "neither"

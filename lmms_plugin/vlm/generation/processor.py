@@ -188,6 +188,11 @@ class Chat:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
+    def spell(self, index: int) -> str:
+        """Return the text of one token, special ones included."""
+        text: str = self.tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
     def continuation_ids(self, prompt: Prompt, last: int, continuation: str) -> list[int]:
         """Return the token ids of a text that follows a prompt.
 

@@ -11,6 +11,7 @@ from loguru import logger
 
 from lmms_plugin.protocol.prompts import Prompt, RequestError
 from lmms_plugin.protocol.response import Size
+from lmms_plugin.protocol.traces import Trace
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.token_texts import decode
 
@@ -122,6 +123,13 @@ class PromptCheck:
             self.checked += compared is not None
             self.unchecked += compared is None
             self.differing += not agrees
+
+    def trace(self, response: Mapping[str, Any]) -> Trace | None:
+        """Return what a server tells of the prompt that it read; None if nothing."""
+        ids, count = _told(response)
+        if ids is not None:
+            return Trace.of(ids, getattr(self.chat.processor, "image_token_id", None))
+        return None if count is None else Trace(count)
 
     @staticmethod
     def compares(response: Mapping[str, Any]) -> str | None:

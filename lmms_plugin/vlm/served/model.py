@@ -22,6 +22,7 @@ from lmms_plugin.utils.end_tokens import ends_of_checkpoint
 from lmms_plugin.utils.processes.lent_servers import LentServer
 from lmms_plugin.utils.processes.servers import Server
 from lmms_plugin.vlm.assembling import Assembler
+from lmms_plugin.vlm.engine_facts import model_facts, prompting_facts
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.harness_model import HarnessModel
@@ -88,7 +89,15 @@ class QuantServed(HarnessModel):
         self.found, engine = self._engine(self.chat, self.reader)
         self._check = engine.check
         self._kept = engine.kept
-        assembler = Assembler(engine.traits, self.dialect, str(self.arguments.pretrained), warns=self.rank == 0)
+        assembler = Assembler(
+            engine.traits,
+            self.dialect,
+            str(self.arguments.pretrained),
+            warns=self.rank == 0,
+            facts=self._facts() if self.rank == 0 else {},
+            keeps_ids=self.arguments.parity,
+            spell=self.chat.spell,
+        )
         self.responder = Generation(
             engine, assembler, verbalised=self.arguments.verbalised, shows_progress=self.rank == 0
         )
@@ -134,6 +143,18 @@ class QuantServed(HarnessModel):
             "token_ids": self.found.token_ids,
             "fields": "all" if self.found.form.extended else "OpenAI's alone: top_k and penalties are the server's",
         }
+
+    def _facts(self) -> dict[str, str]:
+        """Return the facts that decide the answers, for a comparison with another engine; "" for what is not told."""
+        told = self.served.told
+        place = next((str(told[name]) for name in ("root", "model", "model_path") if told.get(name)), "")
+        return prompting_facts(self.chat, self.arguments) | model_facts(
+            checkpoint=place,
+            path=place,
+            dtype=str(told.get("dtype") or ""),
+            quantization=str(told.get("quantization") or told.get("model_ftype") or ""),
+            software=f"{self.served.engine or ''} {self.served.version or ''}".strip(),
+        )
 
     @property
     def _base_url(self) -> str:

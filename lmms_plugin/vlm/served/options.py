@@ -15,11 +15,13 @@ from lmms_plugin.utils.processes.launch_command import LaunchCommand
 from lmms_plugin.utils.variables import API_KEY
 
 MISMATCH = ("error", "warn")
+OF_THE_CACHE = ("kv_bits", "kv_image_bits", "kv_format", "kv_group_size", "kv_keys", "kv_part", "kv_keep")
 OF_THE_SERVER = (
     *("group_size", "vision_bits", "connector_bits", "language_bits", "head_bits", "symmetric", "plan"),
     *("calibration", "calibration_samples", "dtype", "device", "device_map", "attn_implementation", "static_cache"),
     *("share_prefix", "use_safetensors", "save_quantized", "features", "feature_layer", "selector"),
     "selector_transfer",
+    *OF_THE_CACHE,
 )
 """Arguments of `ModelArguments` about weights and arithmetic, which are the server's."""
 
@@ -123,6 +125,11 @@ def expect_effect(given: Mapping[str, Any]) -> None:
         ValueError: one of them would have no effect.
     """
     useless = [name for name in OF_THE_SERVER if name in given]
+    if useless and useless[0] in OF_THE_CACHE:
+        raise ValueError(
+            f"{useless[0]} has no effect on a served model, whose server decides how keys and values are stored: leave "
+            "it out, and start the server with its own option (vLLM: --kv-cache-dtype fp8_e4m3)"
+        )
     if useless:
         raise ValueError(
             f"{useless[0]} has no effect on a served model, whose server decides it: leave it out (method= and bits= "

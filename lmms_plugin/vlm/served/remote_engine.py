@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
+from lmms_plugin.protocol.traces import Trace, digest_of
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.images import told_apart
 from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
@@ -254,21 +255,27 @@ class ServedEngine:
         def answer() -> dict[str, Any]:
             response = self.client.chat(body, question.images)
             agrees = self.check.agrees(prompt, question.expected, response)
+            trace = self.check.trace(response)
             return {
                 "choice": response["choices"][0],
                 "written": counted(response, "completion_tokens"),
                 "compared": self.check.compares(response),
                 "agrees": agrees,
+                "trace": None if trace is None else trace.written_out(),
             }
 
         def read(record: Mapping[str, Any]) -> Generated:
-            return self.vocabulary.read(
+            generated = self.vocabulary.read(
                 record["choice"],
                 question.settings.until,
                 probabilities=wanted,
                 digits=digits,
                 written=record["written"],
             )
+            if not record.get("trace"):
+                return generated
+            written = digest_of(generated.ids) if generated.ids else ""
+            return generated._replace(trace=Trace.read(record["trace"])._replace(written=written))
 
         return self._kept_or(answer, read, body, prompt)
 
