@@ -348,16 +348,8 @@ class SequentialQuantizer:
             # stays unchanged.
             onward = number == len(lots) and not self.backend.sequential
             for sample in samples:
-                if sample.is_dense:
-                    continue
-                dense: dict[str, list[Tensor]] = {}
-                if sample.index in twins:
-                    twin = twins[sample.index]
-                    self._through(twin, gathering.names, forward, gathering.noting_dense(dense), onward=False)
-                rows = held_back_rows(sample.index, self._count)
-                note = gathering.noting(sample.roles, rows, weights=sample.weights, dense=dense)
-                self._through(sample, gathering.names, forward, note, onward=onward)
-                gathering.expect_finite(sample.index)
+                if not sample.is_dense:
+                    self._gather(gathering, sample, twins.get(sample.index), forward, onward=onward)
             while gathering.statistics:
                 statistics = gathering.statistics.pop(0)
                 if statistics.rows < FEWEST_ROWS and expert_of(self.model, statistics.names[0]) is not None:
@@ -372,6 +364,24 @@ class SequentialQuantizer:
                     for name, linear, (layer, method, plain_rows) in zip(statistics.names, dense, found, strict=True)
                 }
         return solved
+
+    def _gather(
+        self,
+        gathering: Gathering,
+        sample: SampleState,
+        twin: SampleState | None,
+        forward: Callable[..., Any],
+        *,
+        onward: bool,
+    ) -> None:
+        """Add a sample's inputs to the statistics, beside those of its twin in the unquantized model."""
+        unquantized: dict[str, list[Tensor]] = {}
+        if twin is not None:
+            self._through(twin, gathering.names, forward, gathering.noting_dense(unquantized), onward=False)
+        rows = held_back_rows(sample.index, self._count)
+        note = gathering.noting(sample.roles, rows, weights=sample.weights, dense=unquantized)
+        self._through(sample, gathering.names, forward, note, onward=onward)
+        gathering.expect_finite(sample.index)
 
     def _note_rows(self, statistics: InputStatistics) -> None:
         columns = len(statistics.gram)
