@@ -112,6 +112,7 @@ def test_a_missing_ray_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch
 
 def test_secrets_stay_here() -> None:
     environment = {"HF_TOKEN": "hf_x", "LMMS_PLUGIN_REFCOCOPLUS": "/data", "HF_HUB_OFFLINE": "1", "PATH": os.defpath}
+    environment["LMMS_PLUGIN_API_KEY"] = "sk-x"
     assert on_ray.forwarded(environment) == {"LMMS_PLUGIN_REFCOCOPLUS": "/data", "HF_HUB_OFFLINE": "1"}
 
 
