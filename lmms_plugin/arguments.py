@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import field, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
@@ -14,6 +14,16 @@ from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from lmms_plugin.demo import CHECKPOINT
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
+from lmms_plugin.quant_backends.plans.cache_spec import (
+    CACHE_FORMATS,
+    CACHE_PARTS,
+    KEY_AXES,
+    NOTHING_KEPT,
+    CacheFormat,
+    CachePart,
+    CacheSpec,
+    KeyAxis,
+)
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
 from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES, Bits
 from lmms_plugin.utils import checkpoints
@@ -83,7 +93,7 @@ class ModelArguments:
     Attributes:
         pretrained: Id on the Hugging Face hub, path of a checkpoint folder, or `demo` for the embedded checkpoint. An
             id that is neither on the hub nor in the cache is refused after one request.
-        bits: bits per weight of the language model, 2 to 8; 16 for untouched.
+        bits: Bits per weight of the language model, 2 to 8; 16 for untouched.
         group_size: Columns of a weight that share a scale; -1 for a whole row.
         vision_bits: Bits per weight of the vision tower.
         connector_bits: Bits per weight of the projector between vision tower and language model.
@@ -91,6 +101,16 @@ class ModelArguments:
         head_bits: Bits per weight of the output projection.
         symmetric: Whether quantization is symmetric, with the zero point fixed in the middle of the range.
         plan: YAML file with rules per module; replaces the arguments above.
+        kv_bits: Bits of the cached keys and values of text tokens, 2 to 8; 16 for untouched, which is the default
+            except in an 8-bit float.
+        kv_image_bits: Bits of those of image tokens; by default `kv_bits`.
+        kv_format: Format of cached keys and values: `int`, `fp8_e4m3` or `fp8_e5m2`.
+        kv_group_size: Elements that share a scale; by default 32, or the size of a head where 32 does not divide it,
+            and for a float none, which has no scale then.
+        kv_keys: Whether the elements that share a scale are, of keys, those of one `channel` in consecutive tokens or
+            those of one `token`. Values are always scaled per token.
+        kv_part: Which of them are quantized: `both`, `keys` or `values`.
+        kv_keep: Numbers of the first and last tokens whose keys and values stay in 16 bits, such as `4+32`.
         calibration: Source of the calibration inputs: `self` (the model generates them), `noise`, `demo`, `photographs`
             or `dataset:...`; `self` by default. Methods without calibration refuse it.
         calibration_samples: Number of calibration samples.
@@ -129,6 +149,8 @@ class ModelArguments:
         share_prefix: Whether questions about one image share one encoding of it.
         static_cache: Whether the key-value cache has a fixed size, with which transformers compiles decoding on a GPU;
             it excludes shared prefixes and takes minutes before the first answer.
+        parity: Whether evidence for `lmms-plugin parity` is kept: ids of every prompt's tokens with its answer, and
+            answers to five trial questions.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         use_safetensors: Whether weights must be stored as safetensors.
         options: Options of the quantization backend, each given as an argument of its own.
@@ -143,6 +165,13 @@ class ModelArguments:
     head_bits: _Bits = 16
     symmetric: Truth = False
     plan: _Any[_Str] = None
+    kv_bits: _Any[_Bits] = None
+    kv_image_bits: _Any[_Bits] = None
+    kv_format: Annotated[CacheFormat, Expected(f"one of {', '.join(CACHE_FORMATS)}")] = "int"
+    kv_group_size: _Any[_Count] = None
+    kv_keys: Annotated[KeyAxis, Expected(f"one of {', '.join(KEY_AXES)}")] = "channel"
+    kv_part: Annotated[CachePart, Expected(f"one of {', '.join(CACHE_PARTS)}")] = "both"
+    kv_keep: _Str = NOTHING_KEPT
     # `calibration=none` differs from no argument: a calibrated method refuses it.
     calibration: Annotated[_Str | None, BeforeValidator(lambda source: None if source == "" else source)] = None
     calibration_samples: _Any[_Count] = None
@@ -184,6 +213,7 @@ class ModelArguments:
     ] = 1
     share_prefix: Truth = True
     static_cache: Truth = False
+    parity: Truth = False
     trust_remote_code: Truth = False
     use_safetensors: Truth = True
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -195,8 +225,20 @@ class ModelArguments:
             raise ValueError("feature_layer says nothing without features or selector")
         if self.selector_transfer and not self.selector:
             raise ValueError("selector_transfer says nothing without selector")
+        if self.parity and (self.features or self.selector):
+            raise ValueError(
+                "parity asks questions of its own, of which no features are kept: leave out features and selector"
+            )
         if self.enable_thinking is not None and "enable_thinking" in (self.template_args or {}):
             raise ValueError("enable_thinking is given twice, by itself and in template_args; say it once")
+        if self.cache_spec is not None:
+            if self.static_cache:
+                raise ValueError("static_cache: a quantized cache (kv_bits) grows; leave one of the two out")
+            if self.features or self.selector:
+                raise ValueError(
+                    "features, selector: hidden states are those of a prompt that is read at once, which a quantized "
+                    "cache (kv_bits) does not allow; leave one of the two out"
+                )
         self._expect_places()
 
     def _expect_places(self) -> None:
@@ -238,6 +280,23 @@ class ModelArguments:
             **{name: given[name] for name in own if name in given}, options=options.model_dump(exclude_unset=True)
         )
 
+    @classmethod
+    def expect_possible(cls, given: Mapping[str, Any]) -> None:
+        """Refuse what is impossible with any method, without importing a method, which imports torch.
+
+        Args:
+            given: Name → value, options of the method included, which are not looked at.
+
+        Raises:
+            ValueError: An argument has the wrong type or value, or the plan file is invalid.
+            FileNotFoundError: The plan file or the checkpoint folder does not exist.
+        """
+        own = {one.name for one in fields(cls)} - {"options"}
+        arguments = cls(**{name: value for name, value in given.items() if name in own})
+        arguments.quant_plan(UNTOUCHED_BITS)
+        arguments.calibration_spec()
+        arguments.find_checkpoint()
+
     def quant_plan(self, default_bits: int) -> QuantPlan:
         """Return the quantization plan; without further arguments it sets the language model to `default_bits`."""
         return QuantPlan.from_arguments(
@@ -249,6 +308,23 @@ class ModelArguments:
             language_bits=self.language_bits,
             head_bits=self.head_bits,
             plan=self.plan,
+        )
+
+    @cached_property
+    def cache_spec(self) -> CacheSpec | None:
+        """Return the storage of keys and values; None for a cache as the model has it.
+
+        Raises:
+            ValueError: An argument has no effect, or two contradict each other.
+        """
+        return CacheSpec.from_arguments(
+            bits=self.kv_bits,
+            image_bits=self.kv_image_bits,
+            format=self.kv_format,
+            group_size=self.kv_group_size,
+            key_axis=self.kv_keys,
+            part=self.kv_part,
+            keep=self.kv_keep,
         )
 
     def calibration_spec(self, default_samples: int = DEFAULT_SAMPLES) -> CalibrationSpec | None:

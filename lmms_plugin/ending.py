@@ -1,4 +1,4 @@
-"""End of an lmms-eval run on an error that its user can fix: one last line and exit status 2.
+"""End of an lmms-eval run on an error that its user can fix: a last line (one for each error) and exit status 2.
 
 By itself, lmms-eval prints a traceback, continues and exits with status 0, which signals success to its caller.
 """
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lmms_plugin.utils.messages import one_line
+from lmms_plugin.utils.reading.problems import lines_of
 
 STATUS = 2
 _BEFORE, _BEHIND = "lmms-plugin: ", " (--verbosity DEBUG shows where)"
 LINE = re.compile(rf"{_BEFORE}(.*?){re.escape(_BEHIND)}$")
-"""Pattern of the last line; the first group is the error message."""
+"""Pattern of the last line; the first group is the error message, of several errors the last."""
 USER_ERRORS = (ValueError, OSError, ImportError)
 """Exceptions that stand for unusable arguments, files and libraries."""
 _COMMANDS = ("lmms-eval", "lmms_eval")
@@ -44,7 +44,10 @@ def ends_the_command(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterat
             raise
         sys.stdout.flush()
         _close_bars()
-        print(f"{_BEFORE}{one_line(error)}{_BEHIND}", file=sys.stderr, flush=True)
+        *above, last = lines_of(error)
+        print(
+            *(f"{_BEFORE}{line}\n" for line in above), f"{_BEFORE}{last}{_BEHIND}", sep="", file=sys.stderr, flush=True
+        )
         raise SystemExit(STATUS) from error
 
 

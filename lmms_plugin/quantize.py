@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
 from lmms_plugin.quant_backends import backend_class, backend_name, get, names, option_types
+from lmms_plugin.quant_backends.checkpoints.forms import expect_form, expect_storable
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.utils import checkpoints
+from lmms_plugin.utils.outputs import expect_free
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
@@ -41,6 +44,8 @@ class Asked(NamedTuple):
             FileNotFoundError: The checkpoint folder does not exist.
         """
         method, given = _parse(text)
+        ModelArguments.expect_possible(given)
+        # Imports torch.
         arguments = ModelArguments.parse(given, option_types(method))
         backend = get(method, **arguments.options)
         expect_effect(given, backend)
@@ -50,6 +55,26 @@ class Asked(NamedTuple):
         checkpoints.expect_there(arguments.find_checkpoint())
         return cls(method, given, arguments, backend, plan)
 
+    @classmethod
+    def to_write(cls, text: str, folder: Path, form: str, option: str) -> Asked:
+        """Parse a text like `parse`, for a checkpoint that is to be written.
+
+        Args:
+            text: As for `parse`.
+            folder: New or empty folder.
+            form: Format, of `lmms_plugin.quant_backends.checkpoints.forms.FORMS`.
+            option: Name of the user's option for the folder, for messages.
+
+        Raises:
+            ValueError: An argument is impossible, the folder is not empty, or the method cannot be written so.
+            FileNotFoundError: The checkpoint folder does not exist.
+        """
+        expect_form(form)
+        expect_free(folder, option)
+        asked = cls.parse(text)
+        expect_storable(asked.backend, form)
+        return asked
+
     def load(self) -> QuantizedVLM:
         """Load and quantize the model as an evaluation does."""
         # Imported late: these modules take seconds to import.
@@ -58,18 +83,14 @@ class Asked(NamedTuple):
         return model_class(self.method)(**self.given)
 
 
-def inspect(text: str, *, held_out: int) -> QuantReport:
+def inspect(asked: Asked, *, held_out: int) -> QuantReport:
     """Load and quantize a model as an evaluation does, and return its report.
 
     Args:
-        text: Arguments as after `--model_args`, with `method=` in place of `--model quant_`.
+        asked: Model and quantization.
         held_out: Number of samples on which outputs are compared with those of the dense model, which is loaded beside
             the quantized one; 0 for none.
-
-    Raises:
-        ValueError: An argument is unknown or impossible.
     """
-    asked = Asked.parse(text)
     vlm = asked.load()
     report = vlm.report
     if held_out and report.quantized and not _is_checkpoint(asked.method):

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.quant_backends import SERVED, class_name, model_name, names
+from lmms_plugin.tasks.sources.data_source import located
+from lmms_plugin.utils.copies import DatasetError
+from lmms_plugin.utils.moved import MovedError
 from lmms_plugin.vlm.running.sharding import deal_by_image
 
 if TYPE_CHECKING:
@@ -157,8 +160,6 @@ def _filling_in_cells(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _locating_data(original: Callable[..., Any]) -> Callable[..., Any]:
     def __post_init__(self: Any) -> None:
-        from lmms_plugin.tasks.sources.data_source import located
-        from lmms_plugin.utils.copies import DatasetError
 
         try:
             self.dataset_path, self.dataset_kwargs = located(self.dataset_path, self.dataset_kwargs)
@@ -173,15 +174,13 @@ def _explaining_data_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_task_or_group(self: Any, task_list: Any = None, task_type: str = "simple") -> dict[str, Any]:
         from tenacity import RetryError
 
-        from lmms_plugin.utils.copies import DatasetError
-
         try:
             loaded: dict[str, Any] = original(self, task_list, task_type)
         except DatasetError:
             with ends_the_command():
                 raise
         except (RetryError, ImportError, KeyError) as error:
-            explained = _data_error(error, task_list)
+            explained = _old_name(error, task_list) or _data_error(error, task_list)
             if explained is None:
                 raise
             with ends_the_command():
@@ -207,6 +206,12 @@ def refusing_examples(original: Callable[..., Any]) -> Callable[..., Any]:
     return set_config
 
 
+def _old_name(error: BaseException, task_list: Any) -> Exception | None:
+    """Return the error about an old name of ours that a task's YAML gives; None if there is none."""
+    told = (cause for cause in _causes(error) if isinstance(cause, MovedError))
+    return next((ImportError(f"{task_list}: !function: {cause}") for cause in told), None)
+
+
 def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     """Return the data error that caused what lmms-eval raised while it loaded our tasks; None if there is none."""
     from lmms_plugin.tasks.captions import captioning
@@ -215,7 +220,6 @@ def _data_error(error: BaseException, task_list: Any) -> Exception | None:
     from lmms_plugin.tasks.retrieval import matching
     from lmms_plugin.tasks.sources.origins import DatasetOrigin
     from lmms_plugin.tasks.vqa import datasets
-    from lmms_plugin.utils.copies import DatasetError
 
     causes = list(_causes(error))
     for cause in causes:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.report.numbers import results_folder as report
 from lmms_plugin.study.file import reading as study
 from lmms_plugin.study.store.folder import StudyFolder
+from lmms_plugin.utils.reading.problems import MOST_LINES, SeveralErrors
 
 TOLD = (ValueError, OSError, RuntimeError, ImportError)
 """What `lmms-plugin` makes a line of; a recursion without end is a `RuntimeError` and none of them."""
@@ -362,16 +363,20 @@ TARGETS: tuple[Callable[[Any], None], ...] = (
 
 
 def expect_told(read: Callable[[], object]) -> None:
-    """Whatever is raised is one of ours, in one line of bounded length."""
-    told = "nothing"
+    """Whatever is raised is one of ours, in one line of bounded length, or in a bounded number of such lines."""
+    told: Sequence[str] = ["nothing"]
     try:
         read()
     except RecursionError:
         raise
+    except SeveralErrors as error:
+        told = error.args
     except TOLD as error:
-        told = str(error) or f"{type(error).__name__} without a word\n"
-    assert "\n" not in told, told
-    assert len(told) <= LONGEST, f"{len(told)} characters: {told[:200]}"
+        told = [str(error) or f"{type(error).__name__} without a word\n"]
+    assert len(told) <= MOST_LINES + 1
+    for line in told:
+        assert "\n" not in line, line
+        assert len(line) <= LONGEST, f"{len(line)} characters: {line[:200]}"
 
 
 def fuzz(target: Callable[[Any], None], number: int, examples: int = EXAMPLES) -> None:

@@ -17,6 +17,7 @@ DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
 """Label of the reference model, which ran in 16 or 32 bits, whatever its `dtype` said."""
 _DENSE, _READY, _SERVED = model_name("none"), model_name("prequantized"), model_name(SERVED)
+_OF_THE_CACHE = "kv_"
 _STATED = "quantization=stated, not verified"
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
 _ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit")
@@ -26,8 +27,8 @@ _NO_OPTIONS = frozenset(
     (
         *("pretrained", "bits", "group_size", "language_bits", *_COMPONENT_BITS.values(), "calibration", "seed"),
         *("batch_size", "max_batch_size", "device", "device_map", "report", "save_quantized", "features", "resume"),
-        *("resume_folder", "share_prefix", "static_cache", "trust_remote_code", "use_safetensors"),
-        *("base_url", "concurrency", "timeout", "retries", "key_variable"),
+        *("resume_folder", "share_prefix", "static_cache", "parity", "trust_remote_code", "use_safetensors"),
+        *("base_url", "concurrency", "timeout", "retries", "key_variable", "launch_timeout", "launch_log"),
     )
 )
 
@@ -37,8 +38,9 @@ class Config(NamedTuple):
 
     Attributes:
         model: Checkpoint.
-        method: Quantizer, `none` for the unquantized model; for another package's model, the model's name.
-        bits: Nominal bits per weight; None if unknown.
+        method: Quantizer, `none` for the unquantized model; for another package's model, the model's name. A quantized
+            key-value cache is part of it: `KV int4`, `rtn, KV int4`.
+        bits: Nominal bits per weight; None if unknown, and where the key-value cache alone is quantized.
         group_size: Columns that share a scale; None where not applicable.
         components: Quantized components; "" for none.
         calibration: Source of calibration inputs; "" where none is named.
@@ -131,15 +133,16 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
     if lacking := [name for name in ("model", "method") if axes.get(name) is None]:
         raise ValueError(f"{folder / CELL} is damaged: axes.{lacking[0]}: expected a text, got none")
     cell_args = cell.get("model_args") or {}
+    # A study may give the unquantized model any name.
+    method = _with_cache("none", cell_args) if cell.get("model") == _DENSE else str(axes["method"])
     own = Config(
         str(axes["model"]),
-        # A study may give the unquantized model any name.
-        "none" if cell.get("model") == _DENSE else str(axes["method"]),
-        axes.get("bits"),
+        method,
+        axes.get("bits") if cell.get("model") != _DENSE or method == "none" else None,
         axes.get("group_size"),
         str(axes.get("components") or ""),
         str(axes.get("calibration") or ""),
-        _options(cell_args),
+        _options_of_cell(str(cell.get("model")), cell_args),
     )
     command = tuple(map(str, cell.get("command") or ()))
     versions |= cell.get("versions") or {}
@@ -192,13 +195,16 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
     name = str(args.get("pretrained") or args.get("model") or (model if backend is None else ModelArguments.pretrained))
     method = model if backend is None else backend
     if model == _DENSE:
-        return Config(name, method, DENSE_BITS, None, "", "", _options(args))
+        cached = _with_cache(method, args)
+        return Config(name, cached, DENSE_BITS if cached == method else None, None, "", "", _options(args))
     if model == _SERVED:
         return _served(name, args)
+    if backend is not None:
+        method = _with_cache(method, args)
     if model == _READY or backend is None:
         return Config(name, method, None, None, "", "", _options(args))
     bits = _whole(args.get("language_bits", args.get("bits")))
-    bits = _default_bits(method) if bits is None else bits
+    bits = _default_bits(backend) if bits is None else bits
     parts = {"language": bits} | {part: _whole(args.get(key)) for part, key in _COMPONENT_BITS.items()}
     components = "+".join(
         part if count == bits else f"{part}:{count}"
@@ -210,13 +216,36 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
     )
 
 
+def _with_cache(method: str, args: Mapping[str, Any]) -> str:
+    """Return the method with its key-value cache, where that is quantized."""
+    given = {name: value for name, value in args.items() if name.startswith(_OF_THE_CACHE)}
+    try:
+        spec = ModelArguments.parse(given).cache_spec if given else None
+    except ValueError:
+        # Another version of this package took these arguments; they are listed among the options.
+        return f"{method}, KV"
+    if spec is None:
+        return method
+    return f"KV {spec.name}" if method == "none" else f"{method}, KV {spec.name}"
+
+
 def _served(name: str, args: Mapping[str, Any]) -> Config:
     """A server's model: how its weights are quantized is what its user states."""
     stated = str(args.get("method") or "")
     bits = _whole(args.get("bits"))
     options = _options({key: value for key, value in args.items() if key != "method"})
-    marks = (_STATED,) if stated or bits is not None else ()
-    return Config(name, f"served {stated}".strip(), bits, None, "", "", tuple(sorted((*options, *marks))))
+    return Config(name, f"served {stated}".strip(), bits, None, "", "", tuple(sorted((*options, *_marks(args)))))
+
+
+def _options_of_cell(model: str, args: Mapping[str, Any]) -> tuple[str, ...]:
+    """Options of a study's cell; a method of its own name stands for the command that starts its server."""
+    if model != _SERVED:
+        return _options(args)
+    return tuple(sorted((*_options({key: value for key, value in args.items() if key != "launch"}), *_marks(args))))
+
+
+def _marks(args: Mapping[str, Any]) -> tuple[str, ...]:
+    return (_STATED,) if args.get("method") or args.get("bits") is not None else ()
 
 
 def _default_bits(method: str) -> int | None:

@@ -127,6 +127,16 @@ class Comparison(NamedTuple):
     corruption_errors: list[CorruptionErrors]
 
 
+def expect_margin(margin: float | None) -> None:
+    """Refuse an equivalence margin that is not positive; None stands for no test of equivalence.
+
+    Raises:
+        ValueError: The margin is 0, negative or NaN.
+    """
+    if margin is not None and not margin > 0.0:
+        raise ValueError(f"expected a margin above 0, got {margin}")
+
+
 def compare(
     first: LoggedRun, second: LoggedRun, settings: MeasurementSettings, margin: float | None = None
 ) -> Comparison:
@@ -146,8 +156,7 @@ def compare(
         raise ValueError(f"expected the same tasks in both runs; the first alone has {only[0]}, the second {only[1]}")
     for task, records in first.tasks.items():
         match(records, second.tasks[task])
-    if margin is not None and not margin > 0.0:
-        raise ValueError(f"expected a margin above 0, got {margin}")
+    expect_margin(margin)
     found = Comparison([], [], [], [])
     for tasks in families(first.tasks.values()):
         _family(tasks, second.tasks, settings, margin, found)

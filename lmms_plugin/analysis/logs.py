@@ -9,12 +9,13 @@ metric of the remaining part of a run is not a metric of the run.
 import glob
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -190,6 +191,24 @@ def table(file: Path) -> dict[str, Any]:
     return results
 
 
+DEFAULT_ZONE = "Asia/Singapore"
+"""Time zone of lmms-eval's dates unless `--timezone` names another; results do not say which."""
+_DATE = re.compile(r"(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)")
+
+
+def evaluated(results: Mapping[str, Any]) -> str | None:
+    """Return when lmms-eval ran, as ISO 8601 in the time zone of its `--timezone` (see `DEFAULT_ZONE`).
+
+    Args:
+        results: Content of a results file.
+
+    Returns:
+        Date and time without an offset from UTC; None if unknown.
+    """
+    found = _DATE.fullmatch(str(results.get("date")))
+    return "{}-{}-{}T{}:{}:{}".format(*found.groups()) if found else None
+
+
 def read(file: Path, wanted: Wanted | None = None) -> LoggedRun:
     """Read a results file and the logs of samples beside it.
 
@@ -346,6 +365,45 @@ def by_rows(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | No
         _fractions(kind.outcome, [r[kind.outcome] for r in records], ids, log) if kind.outcome else None,
         _texts(record["pair"] for record in records) if kind.outcome else None,
     )
+
+
+class LoggedAnswer(NamedTuple):
+    """One answer as a model gave it.
+
+    Attributes:
+        id: Id of the document.
+        answer: Answer with its trailer, if the model is one of ours.
+        box: Predicted box, left, top, right, bottom in fractions of the original image; None without one.
+    """
+
+    id: str
+    answer: str
+    box: tuple[float, float, float, float] | None
+
+
+def answers(run: LoggedRun, task: str) -> Iterator[LoggedAnswer]:
+    """Yield the answers of one task of ours, in the order of the log.
+
+    Raises:
+        ValueError: The log is damaged, or holds no answers.
+    """
+    log, kind = run.log(task), run.tasks[task].kind
+    for number, row in enumerate(_rows(log), start=1):
+        where = f"{log}:{number}"
+        record, said = _record(row, kind, where), row.get("filtered_resps", row.get("resps"))
+        while isinstance(said, list) and len(said) == 1:
+            (said,) = said
+        if not isinstance(said, str):
+            raise ValueError(f"expected the answer as a text under filtered_resps in {where}, got {said!r:.80}")
+        box = record.get("box")
+        yield LoggedAnswer(str(record["id"]), said, None if box is None else _box(box, where))
+
+
+def _box(value: Any, where: str) -> tuple[float, float, float, float]:
+    if not (isinstance(value, list) and len(value) == 4 and all(isinstance(side, int | float) for side in value)):
+        raise ValueError(f"expected a box of four numbers in {where}, got {value!r:.80}")
+    left, top, right, bottom = map(float, value)
+    return left, top, right, bottom
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:

@@ -33,6 +33,7 @@ from lmms_plugin.analysis.records import (
     Texts,
     match,
 )
+from lmms_plugin.confidence.estimators import ALL_ESTIMATORS
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Draws, Statistic, affordable, bootstrap
 from lmms_plugin.metrics.calibration import Binned, Smooth
@@ -42,6 +43,7 @@ from lmms_plugin.metrics.posthoc import CALIBRATORS
 from lmms_plugin.metrics.ranked import RISKS, Ranked
 from lmms_plugin.metrics.selective import COSTS, HELD_OUT, Gains
 from lmms_plugin.metrics.sums import Means
+from lmms_plugin.utils import suggest
 from lmms_plugin.utils.chance import uniform
 
 Cells = dict[tuple[str, int], TaskRecords]
@@ -77,6 +79,8 @@ class MeasurementSettings:
 
     def __post_init__(self) -> None:
         affordable(self.resamples)
+        if self.estimator is not None and self.estimator not in ALL_ESTIMATORS:
+            raise suggest.unknown("confidence estimator", self.estimator, ALL_ESTIMATORS)
         if not 0.0 < self.held_out < 1.0:
             raise ValueError(f"expected the share of held-out images in (0, 1), got {self.held_out}")
         if not 0.5 < self.level < 1.0:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import time
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmms_plugin.cli.terminal import Working, each
 from lmms_plugin.utils.outputs import expect_folder
 
 if TYPE_CHECKING:
     from lmms_plugin.analysis.logs import LoggedRun
+    from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.export.every_eval_ever import EvaluationSource
+    from lmms_plugin.export.hub import BenchmarkEntry
+    from lmms_plugin.export.measured import VerifiedRun
     from lmms_plugin.export.record_types import Relationship
 
 Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
@@ -29,6 +34,9 @@ class Format(StrEnum):
     EVERY_EVAL_EVER = "every-eval-ever"
     EVAL_RESULTS = "eval-results"
     MODEL_INDEX = "model-index"
+
+
+_FILED = {Format.SUBMISSION, Format.EVERY_EVAL_EVER}
 
 
 def register(app: typer.Typer) -> None:
@@ -62,44 +70,69 @@ def export(
 ) -> None:
     """Export a run for leaderboards. Its answers are scored again first, and every record is validated."""
     from lmms_plugin.analysis.logs import read_one
-    from lmms_plugin.analysis.measure import MeasurementSettings
-    from lmms_plugin.export import every_eval_ever, hub
+    from lmms_plugin.export import hub
+    from lmms_plugin.export.every_eval_ever import EvaluationSource
     from lmms_plugin.export.measured import measured
     from lmms_plugin.leaderboard import submission
 
     expect_folder("--output", output)
-    run = read_one(results)
-    # What only the user knows is requested before minutes are spent on intervals.
-    source = entry = None
-    if {Format.SUBMISSION, Format.EVERY_EVAL_EVER} & {*formats}:
-        source = _source(run, model_id, organization, relationship, collection)
-    if Format.EVAL_RESULTS in formats:
-        ids = _named(dataset_id, "--dataset-id", "the benchmark's dataset on the hub")
-        its_task = _named(task_id, "--task-id", "the task in that dataset's eval.yaml")
-        ranked_by = _named(metric, "--metric", "the metric that this benchmark ranks by")
-        entry = hub.BenchmarkEntry(ids, its_task, task, ranked_by, 100.0 if percent else 1.0, source_url)
-    name = ""
-    if Format.MODEL_INDEX in formats:
-        name = _model_id(run, model_id).partition("/")[2]
-        hub.expect_datasets(run, dataset_id)
-    settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    settings = _settings(resamples, seed, level)
+    who = _filed_by(organization, relationship) if _FILED & {*formats} else None
+    asked = Format.EVAL_RESULTS in formats
+    entry = _benchmark(dataset_id, task_id, task, metric, percent, source_url) if asked else None
     if Format.SUBMISSION in formats:
         submission.expect_checkable(settings)
-    found = measured(run, settings)
-    if source is not None and Format.SUBMISSION in formats:
-        checked = submission.build(found, source, output)
-        typer.echo(f"{output}: a submission of {', '.join(found.tasks)}")
-        if archive:
-            typer.echo(str(submission.pack(output)))
-        typer.echo(checked, err=True)
-    elif source is not None:
-        files, checked = every_eval_ever.write(found, source, output)
-        typer.echo(str(output / files.aggregate))
-        typer.echo(checked, err=True)
+    run = read_one(results)
+    source = who and EvaluationSource(_model_id(run, model_id), *who, collection, int(time.time()))
+    name = _model_id(run, model_id).partition("/")[2] if Format.MODEL_INDEX in formats else ""
+    if Format.MODEL_INDEX in formats:
+        hub.expect_datasets(run, dataset_id)
+    with Working("resampling"):
+        found = measured(run, settings)
+    if source:
+        _file(found, source, output, submitted=Format.SUBMISSION in formats, archive=archive)
     if entry is not None:
         typer.echo(str(hub.write_eval_results(found, entry, output)))
     if name:
         typer.echo(str(hub.write_model_index(found, name, dataset_id, output)))
+
+
+def _settings(resamples: int, seed: int, level: float) -> MeasurementSettings:
+    from lmms_plugin.analysis.measure import MeasurementSettings
+
+    return MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+
+
+def _file(found: VerifiedRun, source: EvaluationSource, output: Path, *, submitted: bool, archive: bool) -> None:
+    """Write a submission, or records of Every Eval Ever alone, and say what was checked."""
+    from lmms_plugin.export import every_eval_ever
+    from lmms_plugin.leaderboard import submission
+
+    if submitted:
+        checked = submission.build(found, source, output)
+        typer.echo(f"{output}: a submission of {', '.join(found.tasks)}")
+        if archive:
+            typer.echo(str(submission.pack(output)))
+    else:
+        files, checked = every_eval_ever.write(found, source, output)
+        typer.echo(str(output / files.aggregate))
+    typer.echo(checked, err=True)
+
+
+def _benchmark(
+    dataset_id: str | None,
+    task_id: str | None,
+    task: str | None,
+    metric: str | None,
+    percent: bool,
+    source_url: str | None,
+) -> BenchmarkEntry:
+    from lmms_plugin.export.hub import BenchmarkEntry
+
+    ids = _named(dataset_id, "--dataset-id", "the benchmark's dataset on the hub")
+    its_task = _named(task_id, "--task-id", "the task in that dataset's eval.yaml")
+    ranked_by = _named(metric, "--metric", "the metric that this benchmark ranks by")
+    return BenchmarkEntry(ids, its_task, task, ranked_by, 100.0 if percent else 1.0, source_url)
 
 
 def leaderboard(
@@ -119,18 +152,17 @@ def leaderboard(
     from loguru import logger
 
     from lmms_plugin.analysis.logs import find, read
-    from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.export.asked_documents import documents
     from lmms_plugin.export.true_documents import true_documents
     from lmms_plugin.leaderboard import board
     from lmms_plugin.leaderboard.verification import Refused, Verified, agreeing, verify
 
     expect_folder("--output", output)
-    settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
+    settings = _settings(resamples, seed, level)
     known = {
         task: documents(run, task) for run in (map(read, find(reference)) if reference else ()) for task in run.tasks
     }
-    checked = [verify(path, settings) for path in submissions]
+    checked = list(each((verify(path, settings) for path in submissions), "verifying"))
     verified = [one for one in checked if isinstance(one, Verified)]
     refused = [one for one in checked if isinstance(one, Refused)]
     if datasets:
@@ -155,37 +187,35 @@ def quantize(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON what was written.")] = False,
 ) -> None:
     """Quantize a model, write a checkpoint for serving, and print which engines can load it."""
-    import json as writing
-
     from loguru import logger
 
-    from lmms_plugin.export import checkpoint
+    from lmms_plugin.quantize import Asked
     from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
+    asked = Asked.to_write(model_args, output, form, "--output")
+    # Only now, since it imports torch and transformers.
+    from lmms_plugin.export import checkpoint
+
     no_bars()
-    with stdout_to_stderr():
-        saved = checkpoint.quantize(model_args, output, form, "--output")
+    with stdout_to_stderr(), Working("loading and quantizing"):
+        saved = checkpoint.quantize(asked, output, form, "--output")
     lines = list(checkpoint.readers(saved, output))
     if json:
-        typer.echo(writing.dumps({**saved._asdict(), "readers": lines}, indent=1))
+        typer.echo(dumps({**saved._asdict(), "readers": lines}, indent=1))
         return
     typer.echo(f"{output}: {saved.format}, {saved.bytes / 1e6:.1f} MB; loaded by")
     for line in lines:
         typer.echo(f"- {line}")
 
 
-def _source(
-    run: LoggedRun, model_id: str | None, organization: str | None, relationship: str | None, collection: str
-) -> EvaluationSource:
-    from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, EvaluationSource
+def _filed_by(organization: str | None, relationship: str | None) -> tuple[str, Relationship]:
+    """Return what only the user knows, so that it is asked for before minutes are spent: organization, relationship."""
+    from lmms_plugin.export.every_eval_ever import RELATIONSHIPS, expect_relationship
 
-    model = _model_id(run, model_id)
     who = _named(organization, "--organization", "the organization that ran the evaluation")
     what = f"its relationship to the model, {', '.join(RELATIONSHIPS)}"
-    # `Source` validates the value.
-    stands = cast("Relationship", _named(relationship, "--relationship", what))
-    return EvaluationSource(model, who, stands, collection, int(time.time()))
+    return who, expect_relationship(_named(relationship, "--relationship", what))
 
 
 def _model_id(run: LoggedRun, given: str | None) -> str:

@@ -1,12 +1,14 @@
 """The `lmms-plugin` command: models and tasks for lmms-eval, and commands that lmms-eval lacks.
 
-Every error that a user can cause is one line on standard error and a non-zero exit status.
+Every error that a user can cause is one line on standard error and a non-zero exit status; a study file or plan with
+several errors gets a line for each.
 """
 
 import os
 import signal
 import sys
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -14,16 +16,18 @@ import typer
 from typer import TyperException
 
 from lmms_plugin.cli import export as export_commands
+from lmms_plugin.cli.parity import parity
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.study import app as study
-from lmms_plugin.cli.terminal import write_anything
-from lmms_plugin.utils.messages import one_line
+from lmms_plugin.cli.terminal import Working, console, each, write_anything
 from lmms_plugin.utils.outputs import expect_file, expect_folder
+from lmms_plugin.utils.reading.problems import lines_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 export_commands.register(app)
 app.add_typer(study, name="study")
 app.command()(report)
+app.command()(parity)
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -83,9 +87,11 @@ def inspect(
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
+    asked = quantize.Asked.parse(model_args)
+    # Only now, since this imports transformers.
     no_bars()
-    with stdout_to_stderr():
-        report = quantize.inspect(model_args, held_out=held_out)
+    with stdout_to_stderr(), Working("loading and quantizing"):
+        report = quantize.inspect(asked, held_out=held_out)
     typer.echo(report.to_json() if json else report.table())
 
 
@@ -126,7 +132,8 @@ def metrics(
     runs = [read(file) for file in find(results)]
     for line in (line for run in runs for line in measure.without_grid(run)):
         typer.echo(line, err=True)
-    found = [(run, measure.measure(run, settings, chosen), measure.robust(run, settings)) for run in runs]
+    with Working("resampling"):
+        found = [(run, measure.measure(run, settings, chosen), measure.robust(run, settings)) for run in runs]
     if json:
         names = ("run", "file", "limit", "metrics", "robustness")
         rows = [(run.label, str(run.file), run.limit, numbers, robust) for run, numbers, robust in found]
@@ -158,10 +165,12 @@ def compare(
     from lmms_plugin.cli import printed
 
     settings = measure.MeasurementSettings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
+    comparison.expect_margin(margin)
     runs = read_one(first), read_one(second)
     for line in measure.without_grid(runs[0]):
         typer.echo(line, err=True)
-    found = comparison.compare(*runs, settings, margin)
+    with Working("resampling"):
+        found = comparison.compare(*runs, settings, margin)
     if json:
         _print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})
         return
@@ -202,7 +211,9 @@ def sensitivity(
     grids = list(analysis.grids(cells, metric))
     if not grids:
         raise ValueError(f"expected runs of quantized models with {' or '.join(metric)} under {results}, got none")
-    found = [analysis.analyse(grid, resamples=resamples, seed=seed, workers=os.cpu_count() or 1) for grid in grids]
+    workers = os.cpu_count() or 1
+    with Working("fitting forests"):
+        found = [analysis.analyse(grid, resamples=resamples, seed=seed, workers=workers) for grid in grids]
     if figure is not None:
         figure.mkdir(parents=True, exist_ok=True)
         for one in found:
@@ -216,12 +227,10 @@ def sensitivity(
 @app.command()
 def doctor(json: AsJson = False) -> None:
     """Check everything that a run needs and print a remedy for each failure. The exit status is 1 if a check fails."""
-    from json import dumps
-
     from lmms_plugin.doctor import diagnosis
 
     rows = []
-    for row in diagnosis.diagnose():
+    for row in each(diagnosis.diagnose(), "checking"):
         rows.append(row)
         if not json:
             typer.echo(row.line())
@@ -257,7 +266,8 @@ def fit_selector(
 
     expect_file("--output", output)
     settings = SelectorSettings(hidden=hidden, lr=lr, epochs=epochs, patience=patience, held_out=held_out, seed=seed)
-    trained = training.train(read_one(results), read(features), settings, task or ())
+    with Working("training"):
+        trained = training.train(read_one(results), read(features), settings, task or ())
     trained.save(output)
     for name, value in training.summary(trained).items():
         typer.echo(f"{name}: {value}")
@@ -278,22 +288,27 @@ def apply_selector(
     from lmms_plugin.selector.network import Selector
 
     expect_folder("--output", output)
-    run, store = read_one(results), read(features)
-    name = training.apply(run, store, Selector.load(selector), output, transfer=transfer)
+    # In the order of their sizes, so that a wrong one is told soon.
+    learned, store, run = Selector.load(selector), read(features), read_one(results)
+    name = training.apply(run, store, learned, output, transfer=transfer)
     typer.echo(f"{output}: use it as --estimator {name}")
 
 
 @app.command()
 def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
     """Measure the strength of shifts from the model's image features, beside the score they cost; no label is used."""
-    from lmms_plugin.analysis.logs import read_one
+    from lmms_plugin.analysis.logs import find, read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
+
+    settings = MeasurementSettings(estimator)
+    find(results)
+    # Only now, since these import torch.
     from lmms_plugin.cli.printed_tables import strength_table
     from lmms_plugin.selector import shift_strength as measuring
     from lmms_plugin.selector.features import read
 
     store = read(features)
-    found = measuring.strengths(read_one(results), store, MeasurementSettings(estimator))
+    found = measuring.strengths(read_one(results), store, settings)
     if json:
         _print_json(found)
         return
@@ -315,7 +330,8 @@ def estimators(
     from lmms_plugin.cli import printed
 
     settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
-    found = [(run, estimator_ranking.judge(run, settings)) for run in map(read, find(results))]
+    with Working("reading and resampling"):
+        found = [(run, estimator_ranking.judge(run, settings)) for run in map(read, find(results))]
     if json:
         _print_json([{"run": run.label, "file": str(run.file), "estimators": judged} for run, judged in found])
         return
@@ -323,16 +339,12 @@ def estimators(
 
 
 def _print_json(value: object) -> None:
-    import json
-
     from lmms_plugin.utils.plain_json import plain
 
-    typer.echo(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
+    typer.echo(dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def _print_tables(*tables: object) -> None:
-    from lmms_plugin.cli.terminal import console
-
     terminal = console()
     for table in tables:
         terminal.print(table)
@@ -340,7 +352,7 @@ def _print_tables(*tables: object) -> None:
 
 
 def main() -> None:
-    """Run the command; an error that a user can cause becomes one line and exit status 2."""
+    """Run the command; an error that a user can cause becomes one line (for a file, one each) and exit status 2."""
     write_anything()
     try:
         # Typer turns a keyboard interrupt into an exit status without a message.
@@ -351,7 +363,8 @@ def main() -> None:
         _say("interrupted")
         sys.exit(1)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        _say(one_line(error))
+        for line in lines_of(error):
+            _say(line)
         sys.exit(2)
     if status == _INTERRUPTED:
         _say("interrupted")

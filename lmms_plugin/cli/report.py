@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lmms_plugin.cli.terminal import each
 from lmms_plugin.utils.outputs import expect_file, expect_folder
 
 
@@ -31,5 +32,6 @@ def report(
         expect_folder("--figures", figures)
     draws = resamples or building.RESAMPLES
     settings = MeasurementSettings(estimator, draws, seed, level, workers=workers or building.default_workers())
-    for line in building.build(results, output, settings, title=title, figures=figures, pictures=pictures):
+    lines = building.build(results, output, settings, title=title, figures=figures, pictures=pictures)
+    for line in each(lines, "building the page"):
         typer.echo(line)

@@ -1,10 +1,12 @@
 """The commands `lmms-plugin study plan`, `run` and `analyse`."""
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lmms_plugin.cli.terminal import Working, console
 from lmms_plugin.utils.outputs import expect_folder
 
 app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
@@ -18,14 +20,12 @@ def plan_study(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Print the cells of a study, which of them are done, and the expected cost of the rest. Nothing is run."""
-    from json import dumps
-
     from lmms_plugin.cli.study_display import plan_table
-    from lmms_plugin.cli.terminal import console
     from lmms_plugin.study.file.reading import read
     from lmms_plugin.study.run import planning
 
-    found = planning.plan(read(file), output)
+    with Working("planning"):
+        found = planning.plan(read(file), output)
     if json:
         typer.echo(dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
         return
@@ -55,15 +55,21 @@ def run_study(
     from lmms_plugin.study.run import execution, planning
 
     expect_folder("--output", output)
-    finished = execution.run(
-        file,
-        output,
-        Display,
-        jobs=jobs,
-        retry_failed=retry_failed,
-        ray=ray,
-        storage=storage,
-    )
+    with Working("planning") as start:
+
+        def watch(expected: dict[str, float | None], before: int, jobs: int) -> Display:
+            start.stop()
+            return Display(expected, before, jobs)
+
+        finished = execution.run(
+            file,
+            output,
+            watch,
+            jobs=jobs,
+            retry_failed=retry_failed,
+            ray=ray,
+            storage=storage,
+        )
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
         typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / FAILURES / cell / LOG})", err=True)
@@ -86,5 +92,7 @@ def analyse_study(
     """Repeat the analysis that the study file asks for on all finished cells, whatever version of the code ran them."""
     from lmms_plugin.study.verdicts import completeness, conclusions
 
-    for one in completeness.analyse(folder, file, partial=partial):
+    with Working("analysing"):
+        found = completeness.analyse(folder, file, partial=partial)
+    for one in found:
         typer.echo(conclusions.markdown(one))

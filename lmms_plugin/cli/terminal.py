@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
+T = TypeVar("T")
 _WIDTH = 160
+_END = object()
 
 
 def console() -> Console:
@@ -48,17 +52,62 @@ class InPlace:
             from rich.live import Live
 
             self._live = Live(
-                console=self.console, get_renderable=self.drawn, refresh_per_second=4, transient=self.wiped
+                console=self.console,
+                get_renderable=self.drawn,
+                refresh_per_second=4,
+                transient=self.wiped,
+                # What is printed to a file or a pipe stays there.
+                redirect_stdout=sys.stdout.isatty(),
             )
             self._live.start()
         return self
 
+    def stop(self) -> None:
+        """End the drawing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self.stop()
 
     def drawn(self) -> RenderableType:
         """Return what to draw at this moment."""
         raise NotImplementedError
+
+
+class Working(InPlace):
+    """Note on standard error of what a command does and for how long, on a terminal alone; wiped at the end.
+
+    Args:
+        what: What is done.
+    """
+
+    wiped = True
+
+    def __init__(self, what: str) -> None:
+        # rich costs start-up time, and errors in arguments need none.
+        from rich.console import Console
+        from rich.spinner import Spinner
+
+        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        self._what, self._since = what, time.monotonic()
+        self._spinner = Spinner("line")
+
+    def drawn(self) -> RenderableType:
+        """Return the note with the seconds since its start."""
+        self._spinner.update(text=f"{self._what} ({time.monotonic() - self._since:.0f} s)")
+        return self._spinner
+
+
+def each(items: Iterable[T], what: str) -> Iterator[T]:
+    """Yield items, with a note of `Working` while one is waited for."""
+    waiting = iter(items)
+    while True:
+        with Working(what):
+            item = next(waiting, _END)
+        if item is _END:
+            return
+        yield item  # type: ignore[misc]

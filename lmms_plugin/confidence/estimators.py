@@ -215,6 +215,10 @@ LEARNED = ("selector", "selector_transferred")
 model or another quantization."""
 
 
+ALL_ESTIMATORS = tuple(dict.fromkeys((*ESTIMATORS, *TEXT_ESTIMATORS, *LEARNED)))
+"""Names of all estimators of boxes and texts."""
+
+
 def estimate_all(evidence: Evidence, estimators: Mapping[str, Estimator] = ESTIMATORS) -> dict[str, float]:
     """Apply several estimators to one answer.
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lmms_plugin.quant_backends.checkpoints.saving import COMPRESSED_TENSORS, Saved, expect_storable, save_quantized
+from lmms_plugin.quant_backends.checkpoints.forms import COMPRESSED_TENSORS
+from lmms_plugin.quant_backends.checkpoints.saving import Saved, save_quantized
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.quantize import Asked
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.messages import command_line
-from lmms_plugin.utils.outputs import expect_free
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,22 +23,18 @@ VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)
 """Bits and group sizes of vLLM's kernels for packed integer weights, according to its sources; whole rows work, too."""
 
 
-def quantize(text: str, folder: Path, form: str, option: str) -> Saved:
+def quantize(asked: Asked, folder: Path, form: str, option: str) -> Saved:
     """Quantize a model and write it.
 
     Args:
-        text: Arguments as after `--model_args`, with `method=` in place of `--model quant_`.
+        asked: Model and quantization, of `Asked.to_write`.
         folder: New or empty folder.
-        form: Format, of `lmms_plugin.quant_backends.checkpoints.saving.FORMS`.
+        form: Format, of `lmms_plugin.quant_backends.checkpoints.forms.FORMS`.
         option: Name of the user's option for the folder, for messages.
 
     Raises:
-        ValueError: An argument is impossible, the folder is not empty, or the method's result cannot be written in this
-            form; as far as possible before any weight is read.
+        ValueError: The result cannot be written in this form; as far as possible before any weight is read.
     """
-    asked = Asked.parse(text)
-    expect_storable(asked.backend, form)
-    expect_free(folder, option)
     if form == COMPRESSED_TENSORS:
         _expect_whole_groups(asked)
     vlm = asked.load()

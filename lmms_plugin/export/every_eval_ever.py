@@ -14,10 +14,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from lmms_plugin import __version__
-from lmms_plugin.analysis.logs import GIT_STATE, git_state
+from lmms_plugin.analysis.logs import GIT_STATE, evaluated, git_state
 from lmms_plugin.analysis.records import GROUNDING, REJECTION, VQA, TaskKind, TaskRecords
 from lmms_plugin.export import facts, record_types, validator
 from lmms_plugin.export.consistency import RescoredSample
@@ -27,9 +27,21 @@ from lmms_plugin.utils import hashing
 from lmms_plugin.utils.files import replace_all
 
 RELATIONSHIPS: tuple[Relationship, ...] = get_args(Relationship)
+
+
+def expect_relationship(given: str) -> Relationship:
+    """Return the relationship of an organization to a model.
+
+    Raises:
+        ValueError: It is none of `RELATIONSHIPS`.
+    """
+    if given not in RELATIONSHIPS:
+        raise ValueError(f"expected a relationship of {', '.join(RELATIONSHIPS)}, got {given!r}")
+    return cast("Relationship", given)
+
+
 LONGEST_NAME = 200
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_DATE = re.compile(r"(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)")
 _COMPONENT = re.compile(r"[A-Za-z0-9][\w.-]*[\w-]|[A-Za-z0-9]")
 _PRIMARY: Mapping[TaskKind, str] = {GROUNDING: "acc@0.5", VQA: "accuracy", REJECTION: "box_rate"}
 """Metric that the records of single documents belong to, by kind of task."""
@@ -68,8 +80,7 @@ class EvaluationSource:
             raise ValueError(f"expected at most {LONGEST_NAME} printable characters, got {self.organization!r}")
         if type(self.timestamp) is not int or self.timestamp < 0:
             raise ValueError(f"expected a timestamp in whole seconds since 1970, got {self.timestamp!r}")
-        if self.relationship not in RELATIONSHIPS:
-            raise ValueError(f"expected a relationship of {', '.join(RELATIONSHIPS)}, got {self.relationship!r}")
+        expect_relationship(self.relationship)
 
     @property
     def evaluation_id(self) -> str:
@@ -132,7 +143,7 @@ def aggregate(measured: VerifiedRun, source: EvaluationSource, files: Files, lin
     Raises:
         ValueError: The format cannot hold a value.
     """
-    started = _evaluated(measured.results)
+    started = evaluated(measured.results)
     with refused(files.aggregate):
         return RunRecord(
             schema_version=VERSION,
@@ -331,12 +342,6 @@ def _metadata(record: Mapping[str, Any], kind: TaskKind) -> dict[str, str]:
     if kind.estimator in confidences:
         told["confidence"] = repr(float(confidences[kind.estimator]))
     return told | {f"confidence_{name}": repr(float(value)) for name, value in confidences.items()}
-
-
-def _evaluated(results: Mapping[str, Any]) -> str | None:
-    """Return when lmms-eval ran as ISO 8601, in its own time zone, which it does not log; None if unknown."""
-    found = _DATE.fullmatch(str(results.get("date")))
-    return "{}-{}-{}T{}:{}:{}".format(*found.groups()) if found else None
 
 
 def _library_details(measured: VerifiedRun) -> dict[str, str]:

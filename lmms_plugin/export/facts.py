@@ -20,6 +20,8 @@ _FROM_TABLE = {
     "avg_bytes_after": "bytes_after",
     "avg_quantized_layers": "quantization_layers",
     "avg_skipped_layers": "quantization_layers_left_alone",
+    "avg_kv_bits_per_element": "kv_cache_bits_per_element",
+    "avg_kv_bytes": "kv_cache_bytes_of_the_longest_prompt",
 }
 """lmms-eval's names of what a model of this package reports of itself → ours."""
 
@@ -79,7 +81,7 @@ def _axes(file: Path) -> dict[str, Any]:
 def _arguments(run: LoggedRun) -> dict[str, str]:
     names = ("bits", "group_size", "vision_bits", "connector_bits", "language_bits", "symmetric", "calibration", "seed")
     given = arguments_of(run.model_args)
-    found = {name: shown(given[name]) for name in names if name in given}
+    found = {name: shown(value) for name, value in given.items() if name in names or name.startswith("kv_")}
     if "bits" not in found and (bits := _default_bits(run)) is not None:
         found["bits"] = str(bits)
     return found

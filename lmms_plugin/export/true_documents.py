@@ -12,6 +12,7 @@ from lmms_plugin.analysis.logs import read
 from lmms_plugin.analysis.records import KINDS
 from lmms_plugin.export.asked_documents import documents
 from lmms_plugin.export.definitions import definition
+from lmms_plugin.registration import make_tasks_visible, tasks_folder
 
 
 def true_documents(tasks: Iterable[str]) -> dict[str, str]:
@@ -21,8 +22,6 @@ def true_documents(tasks: Iterable[str]) -> dict[str, str]:
         DatasetError: A dataset cannot be loaded; says how to use a local copy.
     """
     from lmms_eval.tasks import TaskManager, get_task_dict
-
-    from lmms_plugin.registration import make_tasks_visible, tasks_folder
 
     make_tasks_visible()
     manager = TaskManager(include_path=tasks_folder(), include_defaults=False)

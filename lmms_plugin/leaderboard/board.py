@@ -120,7 +120,6 @@ def page(found: Sequence[BoardTable], refused: Sequence[Refused], settings: Meas
 
 
 def _intervals(settings: MeasurementSettings) -> dict[str, float]:
-    """Return the settings of all intervals of a leaderboard."""
     return {name: getattr(settings, name) for name in ("level", "resamples", "seed")}
 
 

@@ -78,6 +78,30 @@ class Means:
         return means
 
 
+class ClusterMean:
+    """Mean of one score for each cluster, of any range: CIDEr ends at 10.
+
+    Args:
+        scores: Score of each cluster, finite, shape (clusters,).
+
+    Raises:
+        ValueError: The scores have another shape, or one is not finite.
+    """
+
+    names = ("mean",)
+
+    def __init__(self, scores: npt.ArrayLike) -> None:
+        self._scores = np.asarray(scores, np.float64)
+        if self._scores.ndim != 1 or not np.isfinite(self._scores).all():
+            raise ValueError(f"expected finite scores of shape (n,), got shape {self._scores.shape}")
+
+    def __call__(self, counts: Floats) -> Floats:
+        """Return means, shape (resamples, 1)."""
+        # Row by row: a product of matrices sums in an order that depends on the number of resamples.
+        rows = np.ascontiguousarray(counts)
+        return np.array([[row @ self._scores / row.sum()] for row in rows])
+
+
 def plain(statistic: Statistic) -> dict[str, float]:
     """Return the values of a statistic of one cluster by name: those of the plain records."""
     return dict(zip(statistic.names, statistic(np.ones((1, 1)))[0].tolist(), strict=True))

@@ -16,12 +16,13 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from lmms_plugin.protocol.reasoning import Separated, expect_opening, separate
+from lmms_plugin.protocol.traces import Trace
 
 MARKER = "<|lmms_plugin|>"
 Size = tuple[int, int]
 
 FIELDS = {"tokens", "logprobs", "original_size", "model_size", "dialect"}
-OPTIONAL_FIELDS = {"confidence", "digits", "samples", "statement", "scores", "opened"}
+OPTIONAL_FIELDS = {"confidence", "digits", "samples", "statement", "scores", "opened", "trace", "engine"}
 
 
 class Alternatives(NamedTuple):
@@ -83,6 +84,8 @@ class Response:
             was not computed: `logprob` of a caption in nats and its `tokens`, or a retrieval checkpoint's `itc`
             (cosine) and `itm` (logit).
         opened: Tag of a reasoning block that the prompt opened and the text continues; "" if none.
+        trace: Tokens read and written; None where the engine does not tell.
+        engine: Facts about the engine (see `lmms_plugin.vlm.engine_facts`); empty with all answers of a task but one.
     """
 
     text: str
@@ -96,6 +99,8 @@ class Response:
     statement: str | None = None
     scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     opened: str = ""
+    trace: Trace | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.opened:
@@ -170,6 +175,10 @@ class Response:
             trailer["scores"] = {name: [_rounded(value) for value in row] for name, row in self.scores.items()}
         if self.opened:
             trailer["opened"] = self.opened
+        if self.trace is not None:
+            trailer["trace"] = self.trace.written_out()
+        if self.engine:
+            trailer["engine"] = dict(self.engine)
         line = json.dumps(trailer, separators=(",", ":"), allow_nan=False)
         # The last marker in the string must be the one written here, whatever the model wrote.
         return f"{self.text}\n{MARKER}" + line.replace("<", "\\u003c")
@@ -201,6 +210,8 @@ class Response:
             (opened,) = _texts([trailer.get("opened", "")])
             if opened:
                 expect_opening(opened)
+            trace = Trace.read(trailer["trace"]) if "trace" in trailer else None
+            engine = {str(name): value for name, value in trailer.get("engine", {}).items()}
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"The trailer of an answer is damaged ({error}): {line[:200]!r}") from error
         written = "".join(token.text for token in tokens) if tokens else text.removesuffix("\n")
@@ -214,6 +225,8 @@ class Response:
             statement=statement,
             scores=scores,
             opened=opened,
+            trace=trace,
+            engine=engine,
             **sizes,
         )
 

@@ -129,14 +129,15 @@ def facts(summary: Summary) -> dict[str, str]:
     answers = sum(run.answers for run in summary.runs)
     tasks = {task for run in summary.runs for task in run.tasks}
     configs = {run.axes.config for run in summary.runs}
-    dates = sorted(run.date[:8] for run in summary.runs if run.date)
-    when = dict.fromkeys(f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in (dates[0], dates[-1])) if dates else {}
+    dates = sorted(run.date[:10] for run in summary.runs if run.date)
+    when = dict.fromkeys((dates[0], dates[-1])) if dates else {}
+    zone = "in lmms-eval's time zone"
     return {
         "runs": f"{len(summary.runs):,}",
         "configurations": f"{len(configs):,}",
         "tasks": f"{len(tasks):,}",
         "answers": f"{answers:,}",
-        **({"date" if len(when) == 1 else "dates": " to ".join(when)} if when else {}),
+        **({f"{'date' if len(when) == 1 else 'dates'} {zone}": " to ".join(when)} if when else {}),
     }
 
 

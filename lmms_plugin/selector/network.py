@@ -250,6 +250,25 @@ def fit(
     matrix, scores = features.matrix(), torch.from_numpy(np.array(target, dtype=np.float32))
     held_out = held_out_rows(images, settings)
     _expect_learnable(matrix, scores, images, held_out)
+    network, epochs, best = _trained(matrix, scores, held_out, settings)
+    apart = {image for image, out in zip(images, held_out.tolist(), strict=True) if out}
+    record = TrainingRecord(
+        origin,
+        predicts,
+        {**data, "answers": len(scores), "mean_target": round(float(scores.mean()), 6)},
+        settings,
+        (len(set(images) - apart), len(apart)),
+        tuple(epochs),
+        best,
+        {name: version(name) for name in ("lmms-plugin", "torch")},
+    )
+    return Selector(network.eval(), record, frozenset(map(image_mark, images)))
+
+
+def _trained(
+    matrix: Tensor, scores: Tensor, held_out: Tensor, settings: SelectorSettings
+) -> tuple[Network, list[Epoch], int]:
+    """Return the network as of its best epoch, all epochs, and the number of the best one."""
     inside, outside = ~held_out, held_out
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -264,18 +283,7 @@ def fit(
             if len(epochs) - 1 - best >= settings.patience:
                 break
     network.load_state_dict(state)
-    apart = {image for image, out in zip(images, held_out.tolist(), strict=True) if out}
-    record = TrainingRecord(
-        origin,
-        predicts,
-        {**data, "answers": len(scores), "mean_target": round(float(scores.mean()), 6)},
-        settings,
-        (len(set(images) - apart), len(apart)),
-        tuple(epochs),
-        best,
-        {name: version(name) for name in ("lmms-plugin", "torch")},
-    )
-    return Selector(network.eval(), record, frozenset(map(image_mark, images)))
+    return network, epochs, best
 
 
 def held_out_rows(images: Sequence[str], settings: SelectorSettings) -> Tensor:

@@ -17,6 +17,18 @@ _PACKAGE = "lmms_plugin."
 _SINCE = "since lmms-plugin 0.2.0"
 
 
+class MovedError(Exception):
+    """An old name was used; the message gives the new one."""
+
+
+class MovedModuleError(MovedError, ModuleNotFoundError):
+    """The old name is that of a module."""
+
+
+class MovedAttributeError(MovedError, AttributeError):
+    """The old name is that of something in a module that is a package now."""
+
+
 def refusal(package: str) -> Callable[[str], NoReturn]:
     """Return a module's `__getattr__` for a package that has the name of a module before 0.2.0.
 
@@ -26,8 +38,10 @@ def refusal(package: str) -> Callable[[str], NoReturn]:
     module = _PACKAGE + moved()[package.removeprefix(_PACKAGE)]
 
     def refuse(name: str) -> NoReturn:
-        where = f"; what was in it is in {module} {_SINCE}" if not name.startswith("_") else ""
-        raise AttributeError(f"module {package!r} has no attribute {name!r}{where}", name=name)
+        told = f"module {package!r} has no attribute {name!r}"
+        if name.startswith("_"):
+            raise AttributeError(told, name=name)
+        raise MovedAttributeError(f"{told}; what was in it is in {module} {_SINCE}", name=name)
 
     return refuse
 
@@ -44,7 +58,7 @@ class _Finder(MetaPathFinder):
             ModuleNotFoundError: The name is from before 0.2.0; names the new one.
         """
         if fullname.startswith(_PACKAGE) and (new := moved().get(fullname.removeprefix(_PACKAGE))):
-            raise ModuleNotFoundError(f"{fullname} is {_PACKAGE}{new} {_SINCE}", name=fullname)
+            raise MovedModuleError(f"{fullname} is {_PACKAGE}{new} {_SINCE}", name=fullname)
         return None
 
 

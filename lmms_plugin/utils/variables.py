@@ -15,7 +15,10 @@ CACHE = f"{PREFIX}CACHE"
 API_KEY = f"{PREFIX}API_KEY"
 """Key of a server that `quant_served` asks, unless its arguments name another variable; never shown."""
 
-OF_NO_DATASET = frozenset((CACHE, API_KEY))
+LENT_SERVER = f"{PREFIX}LENT_SERVER"
+"""File about a server that a study has started for several of its runs."""
+
+OF_NO_DATASET = frozenset((CACHE, API_KEY, LENT_SERVER))
 """Variables that name no local copy of a dataset."""
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from loguru import logger
 
@@ -12,6 +13,7 @@ from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.protocol.prompts import Prompt, RequestError
 from lmms_plugin.protocol.reasoning import REMEDY
 from lmms_plugin.protocol.response import Response
+from lmms_plugin.protocol.traces import Trace
 from lmms_plugin.vlm.contracts.engine import Answer, Generated, Traits
 
 
@@ -41,12 +43,18 @@ class Assembler:
         dialect: Dialect in which the model is asked for boxes.
         model: Name by which the user called the model, for warnings.
         warns: Whether this process logs; each warning appears once.
+        facts: Facts about the engine, which travel with one answer of each task.
+        keeps_ids: Whether the ids of prompts travel with answers, and not only their number and digest.
+        spell: Function from a token's id to its text, for the ids that are kept.
     """
 
     traits: Traits
     dialect: Dialect
     model: str
     warns: bool = True
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    keeps_ids: bool = False
+    spell: Callable[[int], str] = str
     _warned: set[str] = field(default_factory=set, init=False)
 
     def plain(self, answer: Answer) -> str:
@@ -65,7 +73,11 @@ class Assembler:
         prompt = answer.prompt
         samples = None if answer.samples is None else tuple(_raw(prompt, sample) for sample in answer.samples)
         response = replace(
-            read(answer, self.traits), model_size=answer.model_size, confidence=answer.confidence, samples=samples
+            read(answer, self.traits),
+            model_size=answer.model_size,
+            confidence=answer.confidence,
+            samples=samples,
+            trace=self._trace(answer.generated),
         )
         self._warn_if_unfinished(response)
         if prompt.grounding is None:
@@ -78,6 +90,9 @@ class Assembler:
             )
         size, digits = prompt.grounding.original_size, prompt.grounding.digits and answer.records_digits
         return replace(response, original_size=size, dialect=self.dialect.name, records_digits=digits)
+
+    def _trace(self, generated: Generated) -> Trace | None:
+        return generated.trace if generated.trace is None or self.keeps_ids else generated.trace.without_ids()
 
     def _warn_if_unfinished(self, response: Response) -> None:
         if not response.parts.finished:

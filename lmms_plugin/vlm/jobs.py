@@ -19,6 +19,7 @@ from lmms_plugin.vlm.contracts.requests import Job, Messages, Request, candidate
 from lmms_plugin.vlm.contracts.responding import Usage
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.second_turn import second_turn
+from lmms_plugin.vlm.trial_questions import told, trial_jobs
 
 Record = TypeVar("Record")
 REQUESTS_AT_ONCE = 4
@@ -114,6 +115,8 @@ class Generation:
     def _answered(self, jobs: Sequence[Job], title: str) -> list[str]:
         texts: dict[int, str] = {}
         responses: dict[int, Response] = {}
+        leading = _leading(jobs) if self.assembler.facts else frozenset()
+        leaders: dict[int, Response] = {}
 
         def take(index: int, answer: Answer) -> int:
             if answer.prompt.wants_confidence:
@@ -121,14 +124,32 @@ class Generation:
                 texts[index] = response.encode()
                 if self.verbalised:
                     responses[index] = response
+                if index in leading:
+                    leaders[index] = response
             else:
                 texts[index] = self.assembler.plain(answer)
             return len(answer.generated.tokens)
 
         self._take_all(self.engine.answers(jobs), take, len(jobs), title)
+        facts = self._facts() if leaders else {}
+        with_facts = {index: replace(one, engine={**facts, **self._words(one)}) for index, one in leaders.items()}
+        texts |= {index: one.encode() for index, one in with_facts.items()}
         if self.verbalised:
+            responses |= with_facts
             texts |= self._with_statements(jobs, responses, f"{title}, and how sure")
         return [texts[i] for i in range(len(jobs))]
+
+    def _facts(self) -> Mapping[str, Any]:
+        """Return the facts about the engine, with its answers to trial questions where evidence is kept."""
+        if not self.assembler.keeps_ids:
+            return self.assembler.facts
+        with ends_the_command((RequestError,)), closing(self.engine.answers(trial_jobs())) as answers:
+            return {**self.assembler.facts, "trials": told(answers)}
+
+    def _words(self, leader: Response) -> Mapping[str, Any]:
+        """Return the texts of a prompt's tokens by id, where ids are kept."""
+        ids = () if leader.trace is None else leader.trace.ids
+        return {"words": {str(index): self.assembler.spell(index) for index in sorted(set(ids))}} if ids else {}
 
     def _with_statements(self, jobs: Sequence[Job], responses: Mapping[int, Response], title: str) -> dict[int, str]:
         """Ask for the model's confidence in a second turn, and encode the responses again with its statements."""
@@ -180,6 +201,16 @@ class Generation:
 
 def _job(request: Request, messages: Callable[[], Messages]) -> Job:
     return Job(messages, request, GenerationSettings.from_kwargs(request.options))
+
+
+def _leading(jobs: Sequence[Job]) -> frozenset[int]:
+    """Return the job about the first document of each task, in whatever order they come."""
+    first: dict[str, int] = {}
+    for index, job in enumerate(jobs):
+        task, document = job.request.place
+        if task not in first or document < jobs[first[task]].request.place[1]:
+            first[task] = index
+    return frozenset(first.values())
 
 
 def _giving(messages: Messages) -> Callable[[], Messages]:

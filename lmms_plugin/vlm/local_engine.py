@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.protocol.prompts import Prompt, PromptReader
+from lmms_plugin.protocol.traces import Trace
 from lmms_plugin.vlm.assembling import read
 from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Generated, Traits
 from lmms_plugin.vlm.contracts.requests import Job
@@ -17,6 +19,7 @@ from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.observer import Observer, Wanted
 from lmms_plugin.vlm.generation.processor import Batch, Chat
 from lmms_plugin.vlm.generation.special_tokens import Special, traits_of
+from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer
 from lmms_plugin.vlm.running.runner import Runner
 
 
@@ -51,6 +54,7 @@ class LocalEngine:
         *,
         arguments: ModelArguments,
         wanted: Wanted | None = None,
+        cache_quantizer: CacheQuantizer | None = None,
         rank: int = 0,
     ) -> LocalEngine:
         """Set up for a loaded model.
@@ -61,12 +65,15 @@ class LocalEngine:
             reader: Reader that converts messages to prompts.
             arguments: Arguments of the model.
             wanted: Requested use of hidden states; None for none.
+            cache_quantizer: Maker of quantized caches; None for caches as the model has them.
             rank: Rank of this process.
 
         Raises:
             ValueError: The model does not generate token by token, or the requested use does not fit it.
         """
-        decoder = Decoder.of(model, chat.tokenizer, static_cache=arguments.static_cache)
+        decoder = Decoder.of(
+            model, chat.tokenizer, static_cache=arguments.static_cache, cache_quantizer=cache_quantizer
+        )
         observer = wanted.observer(arguments.find_checkpoint(), decoder, rank) if wanted else None
         runner = Runner.of(
             decoder,
@@ -138,9 +145,19 @@ class LocalEngine:
     def _generated(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[Answer]:
         seeds = [job.request.seed(self.seed) for job in jobs]
         digits = any(prompt.grounding is not None and prompt.grounding.digits for prompt in prompts)
-        generated = self.decoder.generate(batch.inputs, jobs[0].settings, seeds, digits=digits)
+        generated = self._traced(batch, self.decoder.generate(batch.inputs, jobs[0].settings, seeds, digits=digits))
         opened = [self.chat.opened_by(prompt) if prompt.wants_confidence else "" for prompt in prompts]
         return [Answer(*row) for row in zip(prompts, generated, batch.model_sizes, opened, strict=True)]
+
+    def _traced(self, batch: Batch, generated: Sequence[Generated]) -> list[Generated]:
+        """Add the tokens that were read and written."""
+        image_token = getattr(self.chat.processor, "image_token_id", None)
+        # One copy from the device each, not one per row.
+        masks, prompts = batch.inputs["attention_mask"].tolist(), batch.inputs["input_ids"].tolist()
+        rows = zip(masks, prompts, generated, strict=True)
+        return [
+            one._replace(trace=Trace.of(list(compress(ids, mask)), image_token, one.ids)) for mask, ids, one in rows
+        ]
 
     def _spoken(self, answer: Answer) -> Generated:
         """Return the answer without the tokens of its reasoning."""

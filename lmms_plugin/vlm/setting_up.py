@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lmms_plugin.vlm.contracts.responding import Responder
 from lmms_plugin.vlm.generation.observer import Wanted
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.jobs import Generation
+from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer
 from lmms_plugin.vlm.local_engine import LocalEngine
 from lmms_plugin.vlm.retrieval import AT_ONCE, Matcher, Retrieval, is_matcher
 
@@ -33,8 +35,10 @@ def responder_of(
     *,
     arguments: ModelArguments,
     wanted: Wanted | None = None,
+    cache_quantizer: CacheQuantizer | None = None,
     rank: int = 0,
     processes: int = 1,
+    facts: Mapping[str, Any] | None = None,
 ) -> Responder:
     """Return the responder of a loaded model: it generates text, or it scores captions.
 
@@ -44,8 +48,10 @@ def responder_of(
         reader: Reader that converts messages to prompts.
         arguments: Arguments of the model.
         wanted: Requested use of hidden states; None for none.
+        cache_quantizer: Maker of quantized caches; None for caches as the model has them.
         rank: Rank of this process; the first one logs.
         processes: Number of processes that share the requests.
+        facts: Facts about the model, which travel with answers of the first process.
 
     Raises:
         ValueError: The model can do neither, or does not support the requested use of hidden states.
@@ -55,11 +61,23 @@ def responder_of(
             raise ValueError(
                 f"features, selector: {arguments.pretrained} is a retrieval checkpoint, which writes no answers"
             )
+        if cache_quantizer:
+            raise ValueError(f"kv_bits: {arguments.pretrained} is a retrieval checkpoint, which caches nothing")
         matcher = Matcher(model, chat.processor, arguments.batch_size or AT_ONCE)
         return Retrieval(matcher, reader, str(arguments.pretrained), processes)
-    engine = LocalEngine.of(model, chat, reader, arguments=arguments, wanted=wanted, rank=rank)
+    engine = LocalEngine.of(
+        model, chat, reader, arguments=arguments, wanted=wanted, cache_quantizer=cache_quantizer, rank=rank
+    )
     speaks = rank == 0
-    assembler = Assembler(engine.traits, reader.dialect, str(arguments.pretrained), warns=speaks)
+    assembler = Assembler(
+        engine.traits,
+        reader.dialect,
+        str(arguments.pretrained),
+        warns=speaks,
+        facts=facts if facts and speaks else {},
+        keeps_ids=arguments.parity,
+        spell=chat.spell,
+    )
     return Generation(engine, assembler, verbalised=arguments.verbalised, shows_progress=speaks)
 
 

@@ -11,6 +11,7 @@ bfloat16 two nearly equal tokens can change places, and then batch_size=1,share_
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +21,22 @@ from loguru import logger
 from lmms_plugin.arguments import ModelArguments, expect_effect
 from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.quant_backends import class_name, get, names, option_types
+from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
-from lmms_plugin.quant_backends.checkpoints.saving import expect_storable, save_quantized
+from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
 from lmms_plugin.utils import files
+from lmms_plugin.utils.checkpoints import config_of
+from lmms_plugin.vlm.engine_facts import model_facts, prompting_facts
 from lmms_plugin.vlm.generation.observer import Wanted
 from lmms_plugin.vlm.harness_model import HarnessModel
+from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer, expect_plain_cache
 from lmms_plugin.vlm.setting_up import chat_of, device_of, dtype_of, responder_of
+
+_PASSED_ON = (
+    *("device_map", "attn_implementation", "trust_remote_code", "use_safetensors"),
+    *("seed", "dialect", "resume", "resume_folder"),
+)
+"""Model arguments that loading takes as they are."""
 
 
 class QuantizedVLM(HarnessModel):
@@ -35,6 +46,7 @@ class QuantizedVLM(HarnessModel):
         method: Name of the quantization backend.
         model: Hugging Face model.
         report: Account of what was quantized and what was not; it stays when the model is freed.
+        cache_quantizer: Maker of quantized caches; None for caches as the model has them.
     """
 
     method: ClassVar[str] = "none"
@@ -62,6 +74,10 @@ class QuantizedVLM(HarnessModel):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = device_of(self.arguments, self.accelerator)
+        cache_spec = self.arguments.cache_spec
+        if cache_spec is not None:
+            remote = {"trust_remote_code": self.arguments.trust_remote_code}
+            expect_plain_cache(config_of(path, **remote), cache_spec, self.arguments.pretrained)
         self.chat, self.reader = chat_of(path, self.arguments)
         if self.arguments.verbalised and (self.reader.raw or self.dialect.raw_prompt):
             raise ValueError(
@@ -74,26 +90,34 @@ class QuantizedVLM(HarnessModel):
             calibration=calibration,
             dtype=dtype_of(self.arguments.dtype, self.device),
             device=self.device,
-            device_map=self.arguments.device_map,
-            attn_implementation=self.arguments.attn_implementation,
-            trust_remote_code=self.arguments.trust_remote_code,
-            seed=self.arguments.seed,
-            use_safetensors=self.arguments.use_safetensors,
             processor=self.chat.processor,
-            dialect=self.arguments.dialect,
-            resume=self.arguments.resume,
-            resume_folder=self.arguments.resume_folder,
+            **{name: getattr(self.arguments, name) for name in _PASSED_ON},
         )
+        self.cache_quantizer = None if cache_spec is None else CacheQuantizer.of(self.model, cache_spec)
         self.responder = responder_of(
             self.model,
             self.chat,
             self.reader,
             arguments=self.arguments,
             wanted=wanted,
+            cache_quantizer=self.cache_quantizer,
             rank=self.rank,
             processes=self.world_size,
+            facts=self._facts(path),
         )
         self._account()
+
+    def _facts(self, path: str) -> dict[str, str]:
+        """Return the facts that decide the answers, for a comparison with another engine."""
+        stored = self.method in ("none", "prequantized")
+        bits = "" if stored else str(self.arguments.bits or get(self.method).default_bits)
+        return prompting_facts(self.chat, self.arguments) | model_facts(
+            checkpoint=str(self.arguments.pretrained),
+            path=path,
+            dtype=str(self.model.dtype),
+            quantization=f"{self.method} {bits}".strip(),
+            software=f"transformers {version('transformers')}",
+        )
 
     def _account(self) -> None:
         """Log the quantization report, and write report and checkpoint where the user asks for them."""
@@ -114,8 +138,20 @@ class QuantizedVLM(HarnessModel):
         return self.reader.dialect
 
     def figures(self) -> dict[str, Any]:
-        """Return the size of the quantized model, for the results file."""
-        return self.report.totals()
+        """Return the size of the quantized model and of its largest cache, for the results file."""
+        if self.cache_quantizer is None:
+            return self.report.totals()
+        if self.rank == 0 and (size := self.cache_quantizer.largest) is not None:
+            logger.info(
+                "KV cache ({}): {:.2f} bits per element; {:,.0f} bytes for the longest prompt ({} tokens), which takes "
+                "{:,.0f} in 16 bits. The values are those of the format; this process keeps them unpacked",
+                self.cache_quantizer.spec.name,
+                size.bits_per_element,
+                size.bytes,
+                size.tokens,
+                size.dense_bytes,
+            )
+        return {**self.report.totals(), **self.cache_quantizer.totals()}
 
 
 @cache

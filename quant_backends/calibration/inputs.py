@@ -327,37 +327,46 @@ def build_batches(
             break
         sample = writer.complete(drawn)
         prompt, answer = question(sample, dialect), written_answer(sample, dialect, processor)
-        for part in (str(sample.image.size), sample.image.tobytes(), prompt, answer):
-            digest.update(part if isinstance(part, bytes) else part.encode())
-            digest.update(b"\0")
-        image = shown(sample, dialect, processor)
-        batch = answered(model, processor, image, prompt, answer)
+        _add(digest, sample, prompt, answer)
+        batch = answered(model, processor, image := shown(sample, dialect, processor), prompt, answer)
         if by_role:
             batch[TOKEN_ROLES] = token_roles(batch, encode(processor, image, prompt), model.config)
         batches.append(to_model(batch, model) | {"use_cache": False})
         tokens += batch["input_ids"].shape[1]
     if spec.tokens is not None and tokens < spec.tokens:
-        hold = "holds" if len(batches) == 1 else "hold"
-        logger.warning(
-            f"{counted(len(batches), 'calibration sample')} {hold} {counted(tokens, 'token')}, fewer than the "
-            f"{spec.tokens} asked for; "
-            "raise calibration_samples to get them"
-        )
+        _warn_of_few(len(batches), tokens, spec.tokens)
     if not keep_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
         batches = [batch | {"logits_to_keep": 1} for batch in batches]
-    report = CalibrationReport(
+    return batches, _account(spec, len(batches), tokens, digest.hexdigest(), writer)
+
+
+def _add(digest: Any, sample: CalibrationSample, prompt: str, answer: str) -> None:
+    for part in (str(sample.image.size), sample.image.tobytes(), prompt, answer):
+        digest.update(part if isinstance(part, bytes) else part.encode())
+        digest.update(b"\0")
+
+
+def _warn_of_few(samples: int, tokens: int, asked: int) -> None:
+    hold = "holds" if samples == 1 else "hold"
+    logger.warning(
+        f"{counted(samples, 'calibration sample')} {hold} {counted(tokens, 'token')}, fewer than the {asked} asked for;"
+        " raise calibration_samples to get them"
+    )
+
+
+def _account(spec: CalibrationSpec, samples: int, tokens: int, digest: str, writer: Writer) -> CalibrationReport:
+    return CalibrationReport(
         str(spec),
-        len(batches),
+        samples,
         tokens,
         spec.seed,
-        digest.hexdigest(),
+        digest,
         spec.force,
         writer.own,
         len(writer.answers),
         expect_answers(writer.answers, spec),
         sum(not answer.finished for answer in writer.answers),
     )
-    return batches, report
 
 
 def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.calibration.inputs import encode, to_model
 from lmms_plugin.quant_backends.calibration.synthetic import scene
 from lmms_plugin.quant_backends.checkpoints.folding import fold
+from lmms_plugin.quant_backends.checkpoints.forms import AUTO, COMPRESSED_TENSORS, OWN
 from lmms_plugin.quant_backends.checkpoints.own_format import FORMAT_VERSION, QUANT_METHOD, describe_layers
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
@@ -35,13 +36,8 @@ from lmms_plugin.utils.outputs import expect_free
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-    from lmms_plugin.quant_backends.backend import Backend
 
 SHARD_SIZE = "5GB"
-COMPRESSED_TENSORS = "compressed-tensors"
-AUTO, OWN = "auto", "own"
-FORMS = (AUTO, COMPRESSED_TENSORS, OWN)
-"""What a user may ask for: `auto` is compressed-tensors where that can hold the weights, else our own format."""
 COMPRESSED_TENSORS_VERSION = "0.20.0"
 """The version whose packing of 3, 5, 6 and 7 bits is written; that of 2, 4 and 8 bits is the same in all."""
 
@@ -64,24 +60,6 @@ class Saved(NamedTuple):
     bits: tuple[int, ...]
     group_sizes: tuple[int | None, ...]
     schemes: int
-
-
-def expect_storable(backend: Backend, form: str = AUTO) -> None:
-    """Refuse a method whose layers cannot be written, before anything is loaded.
-
-    Args:
-        backend: Method with its options.
-        form: One of `FORMS`.
-
-    Raises:
-        ValueError: Its layers cannot be written at all, or not in this form.
-    """
-    if form not in FORMS:
-        raise ValueError(f"expected a format of {', '.join(FORMS)}, got {form!r}")
-    if backend.unsaved is not None:
-        raise ValueError(f"{backend.name} cannot be saved: {backend.unsaved}")
-    if form == COMPRESSED_TENSORS and backend.uncompressed is not None:
-        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold what {backend.name} makes: {backend.uncompressed}")
 
 
 def expect_savable(model: nn.Module) -> None:
@@ -120,7 +98,7 @@ def save_quantized(
         report: Report, written as ``quant_report.json``.
         folder: New or empty folder.
         shard_size: Size of the largest safetensors file, as in transformers.
-        form: One of `FORMS`.
+        form: One of `lmms_plugin.quant_backends.checkpoints.forms.FORMS`.
         option: Option by which the user named the folder, for messages.
 
     Raises:
@@ -133,12 +111,7 @@ def save_quantized(
     if form != OWN:
         _fold(model, processor)
     layers = _layers(model)
-    reason = _stacked(model) or next(
-        (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
-    )
-    if reason and form == COMPRESSED_TENSORS:
-        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold this model: {reason}")
-    reason = "it was asked for" if form == OWN else reason
+    reason = _reason_for_own(model, layers, form)
     quantization = own_config(layers, report) if reason else compressed_tensors_config(model, layers)
     tensors = _own_tensors(model) if reason else _compressed_tensors(model, layers)
     with _whole_or_nothing(target, option) as unfinished:
@@ -149,6 +122,22 @@ def save_quantized(
         processor.save_pretrained(unfinished)
         (unfinished / REPORT).write_text(report.to_json(), encoding="utf-8")
         size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
+    return _saved(layers, quantization, reason, size)
+
+
+def _reason_for_own(model: nn.Module, layers: Mapping[str, QuantizedLinear], form: str) -> str | None:
+    """Return why the model is written in our own format; None where it is not."""
+    reason = _stacked(model) or next(
+        (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
+    )
+    if reason and form == COMPRESSED_TENSORS:
+        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold this model: {reason}")
+    return "it was asked for" if form == OWN else reason
+
+
+def _saved(
+    layers: Mapping[str, QuantizedLinear], quantization: Mapping[str, Any], reason: str | None, size: int
+) -> Saved:
     kinds = {(layer.bits, _group_size(layer)) for layer in layers.values()}
     bits = tuple(sorted({kind[0] for kind in kinds}))
     groups = tuple(sorted({kind[1] for kind in kinds}, key=lambda size: size or 0))

@@ -204,11 +204,7 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
         lower, info = torch.linalg.cholesky_ex(hessian)
         if int(info) == 0:
             del hessian
-            if damping > asked:
-                logger.warning(
-                    f"{statistics.names[0]}: its {statistics.rows} calibration inputs take more damping than "
-                    f"{asked:g}: {damping:g} was added; damping={damping:g} or more samples spare trying"
-                )
+            _warn_if_more(damping, asked, statistics)
             lower /= lower.diagonal().clone()
             # Row i of M is column n - 1 - i of `lower` read backwards, its diagonal element at the end.
             lower = lower.float()
@@ -218,6 +214,14 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
         f"{statistics.names[0]}: the second moments of its calibration inputs have no Cholesky factor, even with "
         f"{LARGEST_DAMPING:g} times their mean diagonal added; they cannot come from real inputs"
     )
+
+
+def _warn_if_more(damping: float, asked: float, statistics: InputStatistics) -> None:
+    if damping > asked:
+        logger.warning(
+            f"{statistics.names[0]}: its {statistics.rows} calibration inputs take more damping than "
+            f"{asked:g}: {damping:g} was added; damping={damping:g} or more samples spare trying"
+        )
 
 
 def pass_on_errors(

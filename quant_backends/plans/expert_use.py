@@ -70,7 +70,7 @@ def read_use(path: Path) -> dict[str, tuple[int, ...]]:
         FileNotFoundError: The file does not exist.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"use: there is no report {str(path)!r}")
+        raise FileNotFoundError(f"there is no report {str(path)!r}")
     layers = accounts.read(path, Quantized).get("experts")
     if not layers:
         raise ValueError(

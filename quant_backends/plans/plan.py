@@ -198,7 +198,7 @@ class QuantPlan:
             skip: ['^model\.visual\.merger']
 
         Raises:
-            ValueError: Unknown keys, or values that are no spec; the message names file and entry.
+            ValueError: Unknown keys, or values that are no spec; every problem is a line that names file and entry.
             FileNotFoundError: There is no such file.
         """
         path = Path(path)

@@ -46,7 +46,11 @@ class DecoderPosition(NamedTuple):
 
 
 def _counted(use: Any, info: ValidationInfo[Mapping[str, Any]]) -> Any:
-    return read_use(info.context["folder"] / use) if isinstance(use, str) else use
+    try:
+        return read_use(info.context["folder"] / use) if isinstance(use, str) else use
+    except FileNotFoundError as error:
+        # pydantic collects this one beside the others of the file.
+        raise ValueError(str(error)) from error
 
 
 class RoutedSpecs(Schema):

@@ -132,9 +132,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     target = true_box(doc)
     overlap = iou(parsed.box, target) if parsed.box else 0.0
     identity = {"image": doc["image_id"], "id": doc["expression_id"]}
-    scores = {f"acc@{t:g}": float(overlap >= t) for t in IOU_THRESHOLDS}
-    scores |= {"parse_rate": float(parsed.box is not None), "boxes_per_answer": float(parsed.count)}
-    scores |= {"unfinished_rate": float(not response.parts.finished)}
+    scores = {f"acc@{t:g}": float(overlap >= t) for t in IOU_THRESHOLDS} | _counted(parsed, response)
     record: dict[str, Any] = {
         **identity,
         "score": overlap,
@@ -151,19 +149,39 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         evidence = _evidence(response, parsed, dialect, size)
         record["confidence"] = logged(estimate_all(evidence) | dict(response.confidence), response)
         record |= _gathered(response, evidence)
-        confidence = of(estimator, record["confidence"])
-        output["confidence_rate"] = {"score": float(confidence is not None), **identity}
-        judged = GroundingOutcome(doc["expression_id"], confidence, scores["acc@0.5"], overlap)
-        output |= dict.fromkeys(CALIBRATION, judged)
-        for beside in record["confidence"].keys() & {*LEARNED, *NEEDS}:
-            also = judged._replace(confidence=record["confidence"][beside])
-            output |= dict.fromkeys([f"{name}_{beside}" for name in BESIDE], also)
-        if evidence.agreement is not None and response.samples:
-            usable = evidence.agreement.usable / len(response.samples)
-            output["sample_parse_rate"] = {"score": usable, **identity}
-        if evidence.stated is not None:
-            output["verbalised_rate"] = {"score": float(not math.isnan(evidence.stated)), **identity}
+        outcome = GroundingOutcome(doc["expression_id"], None, scores["acc@0.5"], overlap)
+        output |= _of_confidence(record["confidence"], estimator, outcome)
+        for name, value in _rates(response, evidence, of(estimator, record["confidence"])).items():
+            output[name] = {"score": value, **identity}
     return output
+
+
+def _of_confidence(
+    confidences: Mapping[str, float | None], estimator: str, outcome: GroundingOutcome
+) -> dict[str, GroundingOutcome]:
+    """Return the entries of metrics of confidence: by the task's estimator, and by those that need more evidence."""
+    found = dict.fromkeys(CALIBRATION, outcome._replace(confidence=of(estimator, confidences)))
+    for beside in confidences.keys() & {*LEARNED, *NEEDS}:
+        found |= dict.fromkeys(
+            [f"{name}_{beside}" for name in BESIDE], outcome._replace(confidence=confidences[beside])
+        )
+    return found
+
+
+def _counted(parsed: Parsed, response: Response) -> dict[str, float]:
+    """Return whether there is a box, how many there are, and whether the reasoning has no end."""
+    found = {"parse_rate": float(parsed.box is not None), "boxes_per_answer": float(parsed.count)}
+    return found | {"unfinished_rate": float(not response.parts.finished)}
+
+
+def _rates(response: Response, evidence: Evidence, confidence: float | None) -> dict[str, float]:
+    """Return whether there is a confidence, how many samples hold a box, and whether a statement could be read."""
+    found = {"confidence_rate": float(confidence is not None)}
+    if evidence.agreement is not None and response.samples:
+        found["sample_parse_rate"] = evidence.agreement.usable / len(response.samples)
+    if evidence.stated is not None:
+        found["verbalised_rate"] = float(not math.isnan(evidence.stated))
+    return found
 
 
 def _evidence(response: Response, parsed: Parsed, dialect: Dialect, size: tuple[int, int]) -> Evidence:

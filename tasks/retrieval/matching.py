@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lmms_plugin.metrics.bootstrap import RESAMPLES, draw, interval
+from lmms_plugin.metrics.bootstrap import bootstrap, interval
+from lmms_plugin.metrics.sums import ClusterMean
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.origins import DatasetOrigin
@@ -302,9 +303,8 @@ def bounds(scores: npt.NDArray[np.float64]) -> tuple[float, float]:
     """
     if scores.size < 2:
         return float("nan"), float("nan")
-    resampled = np.array([draw(scores.size, 0, number) @ scores / scores.size for number in range(RESAMPLES)])
-    found = interval(float(scores.mean()), resampled)
-    return found.low, found.high
+    (drawn,) = bootstrap([ClusterMean(scores)], scores.size)
+    return interval(*drawn.of("mean"))
 
 
 def _text_hits(records: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:

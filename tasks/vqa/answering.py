@@ -81,10 +81,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     finished = response.parts.finished
     accuracy = vqa_accuracy(response.answer, doc["answers"]) if finished else 0.0
     verbatim = vqa_accuracy(response.answer, doc["answers"], verbatim_if_unanimous=True) if finished else 0.0
-    evidence = _evidence(response)
-    estimates = {} if evidence is None else estimate_all(evidence, TEXT_ESTIMATORS) | dict(response.confidence)
-    if estimates:
-        comprehension.of(estimator, estimates)
+    estimates = _estimates(evidence := _evidence(response), response, estimator)
     confidences = {name: value for name, value in estimates.items() if finished and not math.isnan(value)}
     record: dict[str, Any] = {
         **identity,
@@ -103,21 +100,40 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     confidence = confidences.get(estimator)
     if doc["part"] != HELD_OUT:
         record["score"] = accuracy
-        output["accuracy_reliable_vqa"] = {"score": verbatim, **identity}
-        output["confidence_rate"] = {"score": float(confidence is not None), **identity}
-        output["unfinished_rate"] = {"score": float(not finished), **identity}
-    if confidence is not None:
-        scored = VqaOutcome(doc["part"], confidence, accuracy)
-        output |= dict.fromkeys(ON_TEST, scored) if doc["part"] == REPORTED else {}
-        output |= dict.fromkeys(NEEDS_HELD_OUT, scored) if doc["part"] in (HELD_OUT, REPORTED) else {}
-    for beside in confidences.keys() & {*LEARNED, *NEEDS} if doc["part"] == REPORTED else ():
-        scored = VqaOutcome(doc["part"], confidences[beside], accuracy)
-        output |= {f"{name}_{beside}": scored for name in BESIDE}
+        output |= {name: {"score": value, **identity} for name, value in _rates(confidence, finished, verbatim).items()}
+    output |= _of_confidence(confidences, confidence, doc["part"], accuracy)
     if evidence is not None and evidence.stated is not None:
         record["statement"] = response.statement
         if doc["part"] == REPORTED:
             output["verbalised_rate"] = {"score": float(not math.isnan(evidence.stated)), **identity}
     return output
+
+
+def _estimates(evidence: Evidence | None, response: Response, estimator: str) -> dict[str, float]:
+    """Return all confidences; empty without evidence, refused if the requested one is not among them."""
+    found = {} if evidence is None else estimate_all(evidence, TEXT_ESTIMATORS) | dict(response.confidence)
+    if found:
+        comprehension.of(estimator, found)
+    return found
+
+
+def _rates(confidence: float | None, finished: bool, verbatim: float) -> dict[str, float]:
+    known = {"confidence_rate": float(confidence is not None), "unfinished_rate": float(not finished)}
+    return {"accuracy_reliable_vqa": verbatim, **known}
+
+
+def _of_confidence(
+    confidences: Mapping[str, float], confidence: float | None, part: str, accuracy: float
+) -> dict[str, VqaOutcome]:
+    """Return the entries of metrics of confidence: by the task's estimator, and by those that need more evidence."""
+    found: dict[str, VqaOutcome] = {}
+    if confidence is not None:
+        scored = VqaOutcome(part, confidence, accuracy)
+        found |= dict.fromkeys(ON_TEST, scored) if part == REPORTED else {}
+        found |= dict.fromkeys(NEEDS_HELD_OUT, scored) if part in (HELD_OUT, REPORTED) else {}
+    for beside in confidences.keys() & {*LEARNED, *NEEDS} if part == REPORTED else ():
+        found |= {f"{name}_{beside}": VqaOutcome(part, confidences[beside], accuracy) for name in BESIDE}
+    return found
 
 
 def _evidence(response: Response) -> Evidence | None:

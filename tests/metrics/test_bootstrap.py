@@ -4,17 +4,18 @@ from functools import partial
 
 import numpy as np
 import pytest
+from helpers.resampled_metric import ResampledMetric
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmms_plugin import metrics
 from lmms_plugin.analysis import component_importance, measure
-from lmms_plugin.metrics.bootstrap import Clusters, ResampledMetric, bootstrap, interval, p_value
+from lmms_plugin.metrics.bootstrap import Clusters, bootstrap, draw, interval, p_value
 from lmms_plugin.metrics.calibration import Binned, Smooth
 from lmms_plugin.metrics.localisation import Localised
 from lmms_plugin.metrics.ranked import RISKS, Ranked
 from lmms_plugin.metrics.selective import Gains
-from lmms_plugin.metrics.sums import Means
+from lmms_plugin.metrics.sums import ClusterMean, Means
 from lmms_plugin.study.file import analyses
 
 THRESHOLDS = {0.05: 0.7, 0.2: 0.4}
@@ -160,6 +161,16 @@ def test_counted_and_repeated_resamples_agree():
     assert fast.value == pytest.approx(slow.value)
 
 
+@pytest.mark.parametrize("size", [2, 7, 41, 5000, 6001])
+def test_the_mean_of_scores_of_any_range_is_that_of_the_drawn_clusters(size):
+    scores = np.random.default_rng(size).normal(3.0, 5.0, size)
+    (drawn,) = bootstrap([ClusterMean(scores)], size, resamples=40, seed=4)
+    expected = [draw(size, 4, number) @ scores / size for number in range(40)]
+    # Equal to the last digit, however many resamples are evaluated at once.
+    assert drawn.resampled[:, 0].tolist() == expected
+    assert drawn.of("mean")[0] == pytest.approx(scores.mean())
+
+
 def test_spread_of_a_mean_is_its_clustered_standard_error():
     """The bootstrap variance of a ratio is its delta-method (sandwich) variance, up to 1/G."""
     rng = np.random.default_rng(0)
@@ -260,10 +271,11 @@ def test_without_resamples_nothing_is_known_of_the_spread(method):
         (lambda: bootstrap([], 5, resamples=0), "resamples"),
         (lambda: bootstrap([], 5, workers=0), "workers"),
         (lambda: interval(0.5, np.ones(10), level=95), "level"),
-        (lambda: ResampledMetric(metrics.ece, (np.ones(3), np.ones(2)), Clusters.of("abc")), "shape"),
+        (lambda: ClusterMean([1.0, np.inf]), "finite"),
+        (lambda: ClusterMean([[1.0, 2.0]]), "finite"),
         (lambda: Ranked([0.5, np.nan], [1, 1], Clusters.of(["a", "b"])), "confidence"),
     ],
-    ids=["one cluster", "no resamples", "no workers", "percent", "lengths", "nan"],
+    ids=["one cluster", "no resamples", "no workers", "percent", "infinite", "two dimensions", "nan"],
 )
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """The `lmms-plugin` command as installed."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +98,23 @@ def refused(monkeypatch, capfd, *arguments):
     return line
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(("study", "plan", "FILE"), "models"), (("inspect", "pretrained=demo,method=rtn,plan=FILE"), "rules")],
+    ids=["study file", "plan file"],
+)
+def test_every_error_of_a_file_is_a_line(tmp_path, monkeypatch, capfd, command, name):
+    file = tmp_path / "file.yaml"
+    file.write_text(f"{name[:-1]}: [a]\n{name}: []\n9: [x]\n" if name == "models" else "rule: []\nskp: []\nrules: 5\n")
+    monkeypatch.setattr(sys, "argv", ["lmms-plugin", *(part.replace("FILE", str(file)) for part in command)])
+    with pytest.raises(SystemExit) as exit_status:
+        main()
+    assert exit_status.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.partition(":")[2].strip().split(":")[1] for line in lines] == ["1", "2", "3"]
+    assert f"did you mean {name!r}?" in lines[0]
+
+
 FILES = [("report", "RESULTS", "--output"), ("selector", "fit", "RESULTS", "--features", "F", "--output")]
 FOLDERS = [
     ("demo", "--output"),
@@ -179,3 +197,41 @@ def test_without_arguments_there_is_help(monkeypatch, capfd):
     printed = capfd.readouterr()
     assert "analyse" in printed.out + printed.err
     assert "error" not in printed.out + printed.err
+
+
+LATE = """
+import subprocess
+import sys
+from lmms_plugin.cli.main import main
+for line in sys.argv[1:]:
+    sys.argv = ["lmms-plugin", *line.split()]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, *sorted({"torch", "transformers"} & sys.modules.keys()))
+"""
+
+
+def test_what_arguments_alone_say_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "plan.yaml").write_text("skp: []")
+    quantize = "quantize --output out pretrained=demo,method="
+    lines = {
+        f"{quantize}rtn,bits=9": "bits must be",
+        f"{quantize}rtm": "did you mean 'rtn'?",
+        "quantize --output out method=rtn,pretrained=/nowhere/x": "no folder /nowhere/x",
+        f"{quantize}rtn,plan=plan.yaml": "did you mean 'skip'?",
+        f"{quantize}rtn,calibration=nose": "did you mean 'noise'?",
+        f"{quantize}rtn --format gguf": "expected a format of",
+        "inspect pretrained=demo,method=rtn,bits=9": "bits must be",
+        "metrics . --estimator joind": "did you mean 'joint'?",
+        "compare . . --margin 0": "expected a margin above 0",
+        "strength . --features .": "expected a results file",
+        "export . -o out --format eval-results": "--dataset-id is missing",
+        "export . -o out --format submission --organization a --relationship friend": "expected a relationship of",
+        "export . -o out --format submission --level 2": "expected a confidence level",
+    }
+    command = [sys.executable, "-c", LATE, *lines]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["2"] * len(lines)
+    for said, expected in zip(done.stderr.splitlines(), lines.values(), strict=True):
+        assert expected in said

@@ -1,5 +1,6 @@
 """docs/metrics.md has every number that a command or a results table can hold."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -51,6 +52,26 @@ def test_metrics_of_every_task():
     of_groups = [entry["metric"] for file in files for entry in file.get("aggregate_metric_list", [])]
     assert len(set(of_tasks)) > 90
     assert undocumented([*of_tasks, *of_groups]) == []
+
+
+def computing():
+    """Name of each row → the functions that its last cell names, below this package unless they are lmms-eval's."""
+    rows = re.findall(r"^\| (`[^|]*) \|.*\|([^|]*)\|$", PAGE, re.MULTILINE)
+    found = {name: re.findall(r"`([^`]+)`", last) for name, last in rows}
+    paths = {
+        name: [one if one.startswith("lmms_eval.") else f"lmms_plugin.{one}" for one in each]
+        for name, each in found.items()
+    }
+    return {name: each for name, each in paths.items() if not name.startswith("`_")}
+
+
+def test_every_row_names_functions_that_exist():
+    rows = computing()
+    assert len(rows) > 60
+    assert [name for name, functions in rows.items() if not functions] == []
+    for path in sorted({path for functions in rows.values() for path in functions}):
+        assert callable(pkgutil.resolve_name(path)), path
+    assert rows["`ece`"] == ["lmms_plugin.metrics.calibration.ece"]
 
 
 def test_what_metrics_and_compare_print(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from helpers import families
 
 from lmms_plugin import demo
-from lmms_plugin.quantize import inspect
+from lmms_plugin.quantize import Asked, inspect
 
 PAGES = sorted((Path(__file__).parents[2] / "docs").rglob("*.md"))
 PLANS = [
@@ -35,12 +35,13 @@ def quantized(path, code, folder):
         calibration = ",calibration=noise,calibration_samples=2"
         if "use.json" in code:
             told = f"pretrained={path},method=awq,group_size=32{calibration},report={folder / 'use.json'}"
-            inspect(told, held_out=0)
+            inspect(Asked.parse(told), held_out=0)
             calibration = ""
         else:
             method = "awq"
     plan = f"plan={folder / 'plan.yaml'}"
-    return inspect(f"pretrained={path},method={method},group_size=32,{plan}{calibration}", held_out=0)
+    text = f"pretrained={path},method={method},group_size=32,{plan}{calibration}"
+    return inspect(Asked.parse(text), held_out=0)
 
 
 def test_there_are_plans():

@@ -51,7 +51,7 @@ def test_a_table_is_as_the_code_makes_it(name):
 
 def test_the_tables_say_what_each_name_means():
     assert (
-        "| `bits` |  | bits per weight of the language model, 2 to 8; 16 for untouched. |"
+        "| `bits` |  | Bits per weight of the language model, 2 to 8; 16 for untouched. |"
         in documented_tables.arguments()
     )
     assert "| `awq` | `clip` | `False` | Whether to narrow the range" in documented_tables.options()

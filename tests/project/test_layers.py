@@ -41,17 +41,19 @@ TASKS = {
 }
 MODELS = {
     "vlm.contracts": "protocol utils",
+    "vlm.kv_cache": "quant_backends.plans",
     "vlm.generation": "arguments confidence protocol quant_backends.backend quant_backends.calibration selector utils"
-    " vlm.contracts",
+    " vlm.contracts vlm.kv_cache",
     "vlm.running": "protocol utils vlm.contracts vlm.generation",
     "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers utils"
-    " vlm.contracts vlm.generation vlm.running",
-    "vlm.served": "arguments protocol utils vlm vlm.contracts vlm.generation vlm.running",
+    " vlm.contracts vlm.generation vlm.kv_cache vlm.running",
+    "vlm.served.options": "arguments utils",
+    "vlm.served": "arguments protocol utils vlm vlm.contracts vlm.generation vlm.running vlm.served.options",
 }
 STUDIES = {
     "study.file": "analysis arguments confidence demo metrics quant_backends quant_backends.backend"
     " quant_backends.calibration quant_backends.methods quant_backends.plans tasks.registry tasks.sources utils"
-    f" {OURS}",
+    f" vlm.served.options {OURS}",
     "study.store": "analysis utils",
     "study.verdicts": "analysis metrics study.file study.store utils",
     "study.run": "analysis arguments harness_log quant_backends quant_backends.backend quant_backends.extras"
@@ -75,10 +77,12 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "protocol": "utils",
         "confidence": "metrics protocol utils",
         "ending": "utils",
-        "harness_log": "ending",
+        "harness_log": "ending utils",
+        "side_by_side": "arguments harness_log quant_backends utils",
         **QUANTIZERS,
         "arguments": "demo quant_backends.backend quant_backends.calibration quant_backends.plans utils",
-        "analysis": "arguments confidence metrics quant_backends quant_backends.extras quant_backends.plans utils",
+        "analysis": "arguments confidence metrics protocol quant_backends quant_backends.extras quant_backends.plans"
+        " utils",
         "selector": "analysis confidence metrics utils",
         **TASKS,
         **MODELS,
@@ -95,8 +99,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "leaderboard": f"analysis export quant_backends.plans utils {OURS}",
         "demo.run": "analysis demo harness_log quant_backends quant_backends.plans report shifts.image shifts.language"
         " tasks.grounding tasks.registry utils",
-        "cli": "analysis demo.run doctor export leaderboard metrics quant_backends quantize report selector study.file"
-        " study.run study.verdicts tasks.registry utils",
+        "cli": "analysis demo.run doctor export leaderboard metrics quant_backends quantize report selector"
+        " side_by_side study.file study.run study.verdicts tasks.registry utils",
     }.items()
 }
 """Room, or module of its own → rooms that it may import besides itself. `demo` alone are the paths of its data."""

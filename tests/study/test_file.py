@@ -18,6 +18,7 @@ from lmms_plugin.study.file.tasks import describe
 from lmms_plugin.study.run import planning
 from lmms_plugin.study.verdicts import judging
 from lmms_plugin.utils.reading.located import load
+from lmms_plugin.utils.reading.problems import SeveralErrors, lines_of
 
 Write = Callable[[str], Path]
 SHARED = "models: [demo]\ntasks: [shapes_rec]\n"
@@ -381,6 +382,42 @@ def test_errors_point_at_their_place(write: Write, text: str, place: str, said: 
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         planned(file)
     assert str(caught.value).startswith(f"{file}:{place}")
+
+
+def test_all_errors_are_told_at_once_in_the_order_of_the_file(write: Write) -> None:
+    file = write(
+        """\
+models: [demo]
+tasks: [shapes_rec]
+methods: [rtn, aqw]
+bits: [4, 9]
+componets: [all]
+exclude: [{metod: rtn}]
+analysis: {kind: components, question: Which one, metrics: [ece], resampels: 0, seed: -1}
+"""
+    )
+    with pytest.raises(SeveralErrors) as caught:
+        read(file)
+    told = [line.removeprefix(f"{file}:").split(": ", 1) for line in lines_of(caught.value)]
+    assert [place for place, _ in told] == ["3:16", "4:11", "5:1", "6:12", "7:67", "7:87"]
+    hints = ("'awq'", "", "'components'", "'method'", "'resamples'", "")
+    for (_, line), hint in zip(told, hints, strict=True):
+        assert line.count("did you mean") == bool(hint)
+        assert hint in line
+
+
+def test_cells_that_cannot_run_are_told_at_once(write: Write) -> None:
+    file = write(SHARED + "methods: [quanto, hqq]\nbits: [3, 7, 4]\nexclude: [{method: awq}]")
+    with pytest.raises(SeveralErrors) as caught:
+        planned(file)
+    told = lines_of(caught.value)
+    assert [line.removeprefix(f"{file}:").split(": ")[0] for line in told] == ["4:8", "4:11", "4:11", "5:11"]
+    assert ["quanto" in line for line in told] == [True, True, False, False]
+
+
+def test_every_grid_without_an_axis_is_told(write: Write) -> None:
+    with pytest.raises(SeveralErrors, match=r":2:9: expected 'methods' .*\n.*:2:22: expected 'methods'"):
+        read(write("models: [demo]\ngrids: [{bits: [3]}, {bits: [4]}]\ntasks: [shapes_rec]"))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from helpers import photographs
 from tqdm import tqdm
 
 from lmms_plugin import registration
-from lmms_plugin.ending import ends_the_command
+from lmms_plugin.ending import LINE, ends_the_command
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.utils.copies import DatasetError
+from lmms_plugin.utils.reading.problems import refusal
 
 COMMAND = str(Path(sys.executable).parent / "lmms-eval")
 
@@ -43,6 +44,15 @@ def test_only_the_command_ends(monkeypatch, capsys, argv, ends):
     if ends:
         assert ended.value.code == 2
         assert capsys.readouterr().err == "lmms-plugin: expected this, got that (--verbosity DEBUG shows where)\n"
+
+
+def test_several_errors_are_lines_of_which_the_last_ends_like_any_other(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lmms-eval"])
+    with pytest.raises(SystemExit), ends_the_command():
+        raise refusal(["first", "second"])
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["lmms-plugin: first", "lmms-plugin: second (--verbosity DEBUG shows where)"]
+    assert LINE.search(said[-1]).group(1) == "second"
 
 
 def test_progress_bars_end_above_the_last_line(monkeypatch, capsys):

@@ -95,6 +95,15 @@ class Margins(NamedTuple):
     down: float = 0.55
 
 
+_LEGEND: dict[str, float] = {
+    "handlelength": 1.3,
+    "handletextpad": 0.5,
+    "columnspacing": 1.4,
+    "borderaxespad": 0.0,
+    "labelspacing": 0.35,
+}
+
+
 def panels(
     rows: int,
     columns: int,
@@ -142,17 +151,8 @@ def panels(
         },
     )
     if handles:
-        figure.legend(
-            handles=list(handles),
-            loc="upper left",
-            bbox_to_anchor=(0.06 / width, 1.0),
-            ncols=across,
-            handlelength=1.3,
-            handletextpad=0.5,
-            columnspacing=1.4,
-            borderaxespad=0.0,
-            labelspacing=0.35,
-        )
+        place = (0.06 / width, 1.0)
+        figure.legend(handles=list(handles), loc="upper left", bbox_to_anchor=place, ncols=across, **_LEGEND)
     return figure, grid
 
 

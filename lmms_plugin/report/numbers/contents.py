@@ -5,19 +5,28 @@ from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
 from lmms_plugin.analysis.axes import UNQUANTIZED
+from lmms_plugin.analysis.logs import DEFAULT_ZONE
 from lmms_plugin.analysis.measure import MetricValue
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report.numbers import tables
-from lmms_plugin.report.numbers.results_folder import ReportedRun
+from lmms_plugin.report.numbers.results_folder import Cost, ReportedRun
 from lmms_plugin.report.numbers.summary import Line, Summary
 from lmms_plugin.report.numbers.tables import Column, ReportTable, TableCell, number, text, whole
 from lmms_plugin.utils.messages import counted
 
 _OBJECTIVES = (("accuracy", -1.0), ("aurc", 1.0))
 
+_CACHE_COLUMNS = (
+    Column("Bits/KV", "Bits per element of the key-value cache, scales and zero points counted", better="low"),
+    Column(
+        "KV kB", "That cache as stored in its format, for the longest prompt of the run, in 10³ bytes", better="low"
+    ),
+)
+
 
 def leader(summary: Summary) -> ReportTable:
     """Return every configuration under every condition, best accuracy first."""
+    caches = any(line.cost.kv_bits is not None for line in summary.lines)
     columns = (
         Column("Model", "Quantizer and nominal bits per weight; below, everything else that is set", numeric=False),
         Column("Accuracy", "Share of right answers (box: IoU of at least 0.5)", better="high"),
@@ -32,6 +41,7 @@ def leader(summary: Summary) -> ReportTable:
         Column("No box", "Share of answers without a box; they count as wrong", better="low"),
         Column("Bits/w", "Bits per quantized weight, scales and zero points counted", better="low"),
         Column("MB", "All weights and buffers of the model, in 10⁶ bytes", better="low"),
+        *(_CACHE_COLUMNS if caches else ()),
         Column("Tokens/s", "Generated tokens per second on the machine of the run", better="high"),
         Column("n", "Answers, and below them images; intervals are over images"),
         Column("Task", "Dataset and condition; a shifted value is the mean over all shifted tasks", numeric=False),
@@ -42,7 +52,9 @@ def leader(summary: Summary) -> ReportTable:
         "leader",
         "All configurations",
         columns,
-        tables.rows_of([_leading(line, titles(summary)[line.config.model, line.family], summary) for line in lines]),
+        tables.rows_of(
+            [_leading(line, titles(summary)[line.config.model, line.family], summary, caches=caches) for line in lines]
+        ),
         tuple(_attributes(line, titles(summary)[line.config.model, line.family]) for line in lines),
     )
 
@@ -52,7 +64,7 @@ def titles(summary: Summary) -> dict[tuple[str, object], str]:
     return {(scope.model, scope.family): scope.title for scope in summary.scopes}
 
 
-def _leading(line: Line, title: str, summary: Summary) -> list[TableCell]:
+def _leading(line: Line, title: str, summary: Summary, *, caches: bool) -> list[TableCell]:
     group, level, cost = line.group, summary.level, line.cost
     delta = line.delta
     runs = f" \u00d7 {counted(len(line.runs), 'run')}" if len(line.runs) > 1 else ""
@@ -69,10 +81,16 @@ def _leading(line: Line, title: str, summary: Summary) -> list[TableCell]:
         number(line.unparsed),
         number(cost.bits_per_weight, digits=2),
         number(None if cost.bytes is None else cost.bytes / 1e6, digits=2 if (cost.bytes or 0) < 1e8 else 0),
+        *(_cache_cells(cost) if caches else ()),
         number(cost.tokens_per_second, digits=0),
         count,
         text(title, line.condition + limited),
     ]
+
+
+def _cache_cells(cost: Cost) -> tuple[TableCell, ...]:
+    """Return bits and size of a quantized key-value cache; nothing for a cache as the model has it."""
+    return number(cost.kv_bits, digits=2), number(None if cost.kv_bytes is None else cost.kv_bytes / 1e3, digits=1)
 
 
 def _attributes(line: Line, title: str) -> dict[str, str]:
@@ -299,7 +317,7 @@ def runs(summary: Summary) -> ReportTable:
         Column("Answers"),
         Column("Limit", "Documents per task that the run was limited to, or the share of them"),
         Column("Quantizing s", "Loading, calibration and quantization together"),
-        Column("Date", numeric=False),
+        Column("Date", f"In the time zone of lmms-eval's --timezone, by default {DEFAULT_ZONE}", numeric=False),
         Column("File", numeric=False),
     )
     rows = [

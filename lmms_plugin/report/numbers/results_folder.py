@@ -46,12 +46,16 @@ class Cost:
         bytes: Bytes of all parameters and buffers.
         tokens_per_second: Generated tokens ÷ generation time.
         seconds_to_quantize: Time of loading, calibration and quantization.
+        kv_bits: Bits per element of a quantized key-value cache, scales and zero points included.
+        kv_bytes: Bytes of that cache for the longest prompt of the run.
     """
 
     bits_per_weight: float | None = None
     bytes: float | None = None
     tokens_per_second: float | None = None
     seconds_to_quantize: float | None = None
+    kv_bits: float | None = None
+    kv_bytes: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +68,7 @@ class ReportedRun:
         model: Name of the model in lmms-eval.
         model_args: Model arguments as text.
         limit: Documents per task that it was limited to; None for all.
-        date: Date of the run, as lmms-eval writes it.
+        date: Date and time of the run, of `lmms_plugin.analysis.logs.evaluated`; "" if unknown.
         cost: Cost of the run.
         layers: Quantization of each layer; empty without a quantization report.
         measured: Metrics of the run.
@@ -176,7 +180,7 @@ def read_run(file: Path, root: Path, settings: MeasurementSettings) -> ReportedR
         run.model,
         run.model_args,
         run.limit,
-        str(run.content.get("date", "")),
+        logs.evaluated(run.content) or "",
         _cost(run.content.get("throughput") or {}, account),
         _layers(account),
         groups.measure([one for one in answered if one.task not in empty], alone),
@@ -220,6 +224,8 @@ def _cost(throughput: Mapping[str, Any], account: Mapping[str, Any]) -> Cost:
         told("bytes_after"),
         tokens / seconds if tokens and seconds else None,
         told("seconds"),
+        told("kv_bits_per_element"),
+        told("kv_bytes"),
     )
 
 

@@ -208,7 +208,6 @@ def _is_colour(phrase: str) -> bool:
 
 
 def _is_last(noun: Span, expression: str, ends: Sequence[int]) -> bool:
-    """Return whether a noun is the last word of its phrase."""
     following = words(expression[noun.stop :])
     return not following or noun.stop + following[0].start in ends
 

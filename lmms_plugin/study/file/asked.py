@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from lmms_plugin.confidence.estimators import ESTIMATORS, LEARNED, TEXT_ESTIMATORS
+from lmms_plugin.confidence.estimators import ALL_ESTIMATORS
 from lmms_plugin.metrics.bootstrap import MOST_RESAMPLES
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.utils.reading.located import Entry
@@ -21,42 +21,41 @@ Margin = Annotated[Number, Field(gt=0), Expected("a number above 0")]
 Level = Annotated[Number, Field(gt=0.5, lt=1), Expected("a number in (0.5, 1)")]
 Resamples = Annotated[Whole, Field(ge=1, le=MOST_RESAMPLES), Expected(f"a whole number from 1 to {MOST_RESAMPLES}")]
 Seed = Annotated[Whole, Field(ge=0), Expected("a whole number from 0")]
-Estimator = Annotated[
-    str, OneOf(lambda: (*ESTIMATORS, *TEXT_ESTIMATORS, *LEARNED), "an estimator of `lmms-plugin estimators`")
-]
+Estimator = Annotated[str, OneOf(lambda: ALL_ESTIMATORS, "an estimator of `lmms-plugin estimators`")]
 
 
 class AskedError(ValueError):
-    """An entry of an `analysis` is wrong.
+    """Entries of an `analysis` are wrong.
 
     Attributes:
-        problem: What is wrong, and where.
+        problems: What is wrong, and where.
     """
 
     def __init__(self, name: str, text: str) -> None:
-        self._tell(Problem((name,), f"{name}: {text}", of_name=False))
+        self._tell([Problem((name,), f"{name}: {text}", of_name=False)])
 
-    def _tell(self, problem: Problem) -> None:
-        super().__init__(f"analysis: {problem.text}")
-        self.problem = problem
+    def _tell(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(f"analysis: {problem.text}" for problem in problems))
+        self.problems = problems
 
     @classmethod
-    def of(cls, problem: Problem) -> AskedError:
-        """Return the error for a problem."""
+    def of(cls, problems: Sequence[Problem]) -> AskedError:
+        """Return the error for some problems."""
         error = cls.__new__(cls)
-        error._tell(problem)
+        error._tell(problems)
         return error
 
 
 def located(error: ValueError, analysis: Entry) -> ValueError:
-    """Return the error with the place in the file of the entry that it is about.
+    """Return the error with the place in the file of each entry that it is about.
 
     Args:
         error: Error about an `analysis`.
         analysis: Entry of the study file.
     """
-    place = analysis.at(error.problem.loc, name=error.problem.of_name) if isinstance(error, AskedError) else analysis
-    return ValueError(f"{place.where}: {error}")
+    if isinstance(error, AskedError):
+        return analysis.refused(error.problems, "analysis: ")
+    return ValueError(f"{analysis.where}: {error}")
 
 
 def parse(kind: type[Question], given: Mapping[str, Any]) -> Question:
@@ -67,12 +66,12 @@ def parse(kind: type[Question], given: Mapping[str, Any]) -> Question:
         given: `analysis` of the study file.
 
     Raises:
-        AskedError: An entry is missing, unknown or of the wrong type.
+        AskedError: Entries are missing, unknown or of the wrong type.
     """
     try:
         made: Question = kind.__pydantic_validator__.validate_python(dict(given))  # type: ignore[attr-defined]
     except ValidationError as error:
-        raise AskedError.of(Problem.of(error, kind, noun="setting", positions=False)) from error
+        raise AskedError.of(Problem.all_of(error, kind, noun="setting", positions=False)) from error
     return made
 
 

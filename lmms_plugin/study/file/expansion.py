@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.arguments import DEMO, ModelArguments
-from lmms_plugin.quant_backends import backend_class, get, option_types
+from lmms_plugin.quant_backends import SERVED, backend_class, get, option_types
 from lmms_plugin.quant_backends.backend import CheckpointBackend, DataFreeBackend
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.methods.none import NoneBackend
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
-from lmms_plugin.study.file.grid import Cell, CellAxes
+from lmms_plugin.study.file import served_arms
+from lmms_plugin.study.file.grid import Cell, CellAxes, Resources
 from lmms_plugin.study.file.schema import PATHS, At, Calibration, Components, Grid, Method, Study
+from lmms_plugin.utils.reading.problems import Problems, lines_of, refusal
 
 _LONGEST = 1024
 
@@ -28,17 +30,21 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
 
     Raises:
         ValueError: A method cannot do what a cell asks and the cell is not excluded, a model argument is unknown, two
-            cells have the same place in the study, an exclusion matches no cell, or no cell is left; names the place in
-            the file.
+            cells have the same place in the study, an exclusion matches no cell, or no cell is left; every problem is a
+            line that names the place in the file.
     """
     used: set[str] = set()
     found: dict[str, Cell] = {}
+    problems = Problems()
     for grid, where in study.grids:
-        for cell in _cells(grid, used, runnable):
-            _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, where)
+        for cell in _cells(grid, used, problems if runnable else None):
+            with problems.collected():
+                _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, where)
     for exclusion in (exclusion for grid, _ in study.grids for exclusion in grid.exclude):
-        if exclusion.where not in used:
-            raise ValueError(f"{exclusion.where}: expected to exclude a cell of the study, got none that fits")
+        with problems.collected():
+            if exclusion.where not in used:
+                raise ValueError(f"{exclusion.where}: expected to exclude a cell of the study, got none that fits")
+    problems.expect_none()
     if not found:
         raise ValueError(f"{study.file}: expected at least one cell, got none that is not excluded")
     return tuple(found.values())
@@ -52,14 +58,16 @@ def _expect_a_place_of_its_own(there: Cell, cell: Cell, where: str) -> None:
         )
 
 
-def _cells(grid: Grid, used: set[str], runnable: bool) -> Iterator[Cell]:
+def _cells(grid: Grid, used: set[str], problems: Problems | None) -> Iterator[Cell]:
+    """Yield the cells of a grid; what cannot run on this machine is collected unless `problems` is None."""
     for model, method in product(grid.models, grid.methods):
         for axes, choice, where in _choices(grid, model.value.name, method):
             tasks = [_left(grid, axes, one.value, used) for one in grid.tasks]
-            named = {**model.value.arguments, **grid.model_args, **method.value.options, **choice}
+            named = {**model.value.arguments, **grid.model_args, **method.value.arguments, **choice}
             given = {name: _located(name, value) for name, value in named.items()}
-            if runnable and any(tasks):
-                _check(method, given, where)
+            if problems is not None and any(tasks):
+                with problems.collected():
+                    given = _checked(method, given, grid.resources, where)
             for some in filter(None, tasks):
                 yield Cell(axes, method.value.backend, given, some, grid.limit, grid.batch_size, grid.resources)
 
@@ -88,10 +96,15 @@ def _left(grid: Grid, axes: CellAxes, tasks: tuple[str, ...], used: set[str]) ->
 
 def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[CellAxes, Mapping[str, Any], str]]:
     """Yield the values of the other axes that matter to a method: axes, model arguments, place in the file."""
-    name, kind = method.value.name, backend_class(method.value.backend)
+    name = method.value.name
     samples = bool(grid.model_args.get("samples"))
     seeds: list[int | None] = [seed.value for seed in grid.seeds] if samples else [None]
     seeded = [(seed, {} if seed is None else {"seed": seed}) for seed in seeds]
+    if method.value.backend == SERVED:
+        for seed, chosen in seeded:
+            yield CellAxes(model, name, method.value.options.get("bits"), None, None, None, seed), chosen, method.where
+        return
+    kind = backend_class(method.value.backend)
     if issubclass(kind, NoneBackend | CheckpointBackend):
         bits = UNTOUCHED_BITS if issubclass(kind, NoneBackend) else None
         for seed, chosen in seeded:
@@ -134,14 +147,19 @@ def _with_bits(components: Components, bits: int) -> dict[str, int]:
     return {"bits": bits, **others, **untouched}
 
 
-def _check(method: At[Method], given: Mapping[str, Any], where: str) -> None:
+def _checked(method: At[Method], given: dict[str, Any], resources: Resources, where: str) -> dict[str, Any]:
+    """Return the model arguments of a cell that can run."""
     backend = method.value.backend
     try:
+        if backend == SERVED:
+            return served_arms.checked(given, resources)
         arguments = ModelArguments.parse(given, option_types(backend))
         quantizer = get(backend, **arguments.options)
         if not isinstance(quantizer, NoneBackend | CheckpointBackend):
             quantizer.check(arguments.quant_plan(quantizer.default_bits))
         arguments.calibration_spec()
         arguments.find_checkpoint()
+        return given
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{where}: {error} (method {method.value.name}; exclude what cannot be done)") from error
+        told = f"(method {method.value.name}; exclude what cannot be done)"
+        raise refusal(f"{where}: {line} {told}" for line in lines_of(error)) from error

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from lmms_plugin.analysis.study_files import place
 from lmms_plugin.quant_backends import model_name
+from lmms_plugin.utils.processes.launch_command import LaunchCommand
 from lmms_plugin.utils.reading.validation import Expected, Whole, refused, validated
 
 Count = Annotated[Whole, Field(ge=1), Expected("a whole number from 1")]
@@ -85,6 +86,11 @@ class Cell:
     def model(self) -> str:
         """Name of the model in lmms-eval."""
         return model_name(self.backend)
+
+    @property
+    def launch(self) -> LaunchCommand | None:
+        """Command that starts the server which answers; None where none is started."""
+        return LaunchCommand.parse(self.arguments["launch"]) if "launch" in self.arguments else None
 
     @property
     def model_args(self) -> str:

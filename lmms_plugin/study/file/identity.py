@@ -13,8 +13,9 @@ from typing import Any
 from lmms_plugin import __version__
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.demo import DATA
-from lmms_plugin.quant_backends import backend_class, option_types
+from lmms_plugin.quant_backends import SERVED, backend_class
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
+from lmms_plugin.study.file import served_arms
 from lmms_plugin.study.file.fingerprints import Code, code, of_value, revision
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.tasks import known, local_copies
@@ -66,8 +67,8 @@ def keyed(cell: Cell, *, cuda: bool) -> Keyed:
         FileNotFoundError: The checkpoint does not exist.
     """
     tasks = known(cell.tasks)
-    backend = backend_class(cell.backend).__module__
-    reached = _code(frozenset((*_ROOTS, backend, *(name for task in tasks.values() for name in task.modules))))
+    roots = served_arms.ROOTS if cell.backend == SERVED else (*_ROOTS, backend_class(cell.backend).__module__)
+    reached = _code(frozenset((*roots, *(name for task in tasks.values() for name in task.modules))))
     versions = {"lmms-plugin": __version__, **{name: version(name) for name in VERSIONS}}
     parts = {
         "model": cell.model,
@@ -83,6 +84,8 @@ def keyed(cell: Cell, *, cuda: bool) -> Keyed:
         "versions": {**reached.versions, **versions, "python": ".".join(platform.python_version_tuple()[:2])},
         "code": dict(reached.files),
     }
+    if cell.launch is not None:
+        parts["launch"] = served_arms.dependencies(cell.launch)
     return Keyed(cell, parts, versions)
 
 
@@ -97,7 +100,7 @@ def forget() -> None:
 
 
 def _checkpoint(cell: Cell) -> Mapping[str, Any]:
-    arguments = ModelArguments.parse(cell.arguments, option_types(cell.backend))
+    arguments = ModelArguments.parse(cell.arguments, served_arms.options_of(cell.backend))
     return hashing.of_source(arguments.find_checkpoint(), partial(revision, kind="model"))
 
 

@@ -8,6 +8,7 @@ from lmms_plugin.study.file import analyses
 from lmms_plugin.study.file.asked import located
 from lmms_plugin.study.file.schema import At, Crossed, Grid, Study, StudyFile
 from lmms_plugin.utils.reading.located import Entry, load
+from lmms_plugin.utils.reading.problems import Problems
 
 
 def read(file: Path) -> Study:
@@ -18,10 +19,15 @@ def read(file: Path) -> Study:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: An entry is invalid; names its place, what was expected and what came.
+        ValueError: Entries are invalid; every problem is a line that names its place, what was expected and what came.
     """
     top = load(file)
-    said = top.validated(StudyFile, opened=True)
+    problems = Problems()
+    with problems.collected():
+        said = top.validated(StudyFile, opened=True)
+    with problems.collected():
+        analysis = _checked(top.fields().get("analysis") if top.is_mapping else None)
+    problems.expect_none()
     shared = said.given(Grid.model_fields)
     # A cell does not inherit these axes: several values would make several cells of it.
     of_cells = said.given(Crossed.model_fields.keys() - {"methods", "bits", "components", "calibration", "seeds"})
@@ -30,8 +36,12 @@ def read(file: Path) -> Study:
     ]
     found = [(shared | given, where) for given, where in grids]
     found += [(of_cells | one.given(Crossed.model_fields), where) for one, where in said.cells]
-    complete = tuple(At(Grid.complete(given, where), where) for given, where in found or [(shared, top.where)])
-    return Study(said.name or file.stem, str(file), complete, _checked(said.analysis))
+    complete: list[At[Grid]] = []
+    for given, where in found or [(shared, top.where)]:
+        with problems.collected():
+            complete.append(At(Grid.complete(given, where), where))
+    problems.expect_none()
+    return Study(said.name or file.stem, str(file), tuple(complete), analysis)
 
 
 def _checked(analysis: Entry | None) -> Entry | None:

@@ -21,10 +21,11 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from lmms_plugin.arguments import ModelArguments
-from lmms_plugin.quant_backends import names, option_types
+from lmms_plugin.quant_backends import SERVED, names, option_types
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.quant_backends.plans.specs import Bits
+from lmms_plugin.study.file import served_arms
 from lmms_plugin.study.file.grid import CellAxes, Count, Resources
 from lmms_plugin.utils.reading.located import Entry
 from lmms_plugin.utils.reading.validation import UNNAMED, Expected, OneOf, Schema, Text, Whole, left_out, refused
@@ -184,16 +185,18 @@ class Model(Schema):
 
 
 class Method(Schema):
-    """A quantizer: its name, or a mapping with that as `method` and options.
+    """A quantizer: its name, or a mapping with that as `method` and options; `served` for models of a server.
 
     Attributes:
         name: Name in tables; that of the backend unless the method has options or a name of its own.
         backend: Backend as in `quant_<backend>`.
+        launch: Command that starts the server of a served model, or file that holds it.
         options: Options of the backend, and model arguments.
     """
 
     name: Text
-    backend: Annotated[str, OneOf(names)] = Field(validation_alias="method")
+    backend: Annotated[str, OneOf(lambda: (*names(), SERVED))] = Field(validation_alias="method")
+    launch: Text = left_out()
     options: dict[Text, Argument] = _REST
 
     @model_validator(mode="before")
@@ -202,14 +205,32 @@ class Method(Schema):
         value = {"method": value} if isinstance(value, str) else value
         if not isinstance(value, dict):
             return value
-        rest = {key: one for key, one in value.items() if key not in ("name", "method")}
-        named = "+".join([str(value.get("method")), *(f"{key}={one}" for key, one in rest.items())])
+        rest = {key: one for key, one in value.items() if key not in ("name", "method", "launch")}
+        told = (f"{key}={one}" for key, one in rest.items() if key != "base_url")
+        named = "+".join([str(value.get("method")), *told])
         return {"name": named, **{key: one for key, one in value.items() if key not in rest}, UNNAMED: rest}
 
     @model_validator(mode="after")
     def _understood(self) -> Self:
-        _expect_known(self.options, option_types(self.backend))
+        if self.backend != SERVED:
+            if self.launch is not None:
+                raise refused(f"expected launch for method: {SERVED} alone, got it for {self.backend}", "launch")
+            _expect_known(self.options, option_types(self.backend))
+            if self.name == "none" and any(name.startswith("kv_") for name in self.options):
+                raise refused("expected another name than that of the unquantized model, got 'none'", "name")
+            return self
+        if (self.launch is None) == ("base_url" not in self.options):
+            got = "both" if self.launch is not None else "neither"
+            raise ValueError(f"expected launch (a command that starts the server) or base_url, got {got}")
+        own = {name: value for name, value in self.options.items() if name != "bits"}
+        _expect_known(own, served_arms.OPTIONS)
         return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Model arguments that the method adds to those of its model."""
+        launch = {} if self.launch is None else {"launch": self.launch}
+        return launch | {served_arms.STATED.get(name, name): value for name, value in self.options.items()}
 
 
 @dataclass(frozen=True)

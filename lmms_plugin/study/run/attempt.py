@@ -20,7 +20,7 @@ from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.tasks import known
-from lmms_plugin.utils.processes import guard, installed
+from lmms_plugin.utils.processes import guard, installed, process_log
 from lmms_plugin.utils.variables import API_KEY, PREFIX
 
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
@@ -124,6 +124,8 @@ class Attempt:
         gpus: Sequence[str],
         threads: int | None = None,
         inherited: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+        kept: Path | None = None,
     ) -> Attempt:
         """Start lmms-eval in a folder, with its output in the log there.
 
@@ -133,13 +135,20 @@ class Attempt:
             gpus: GPUs as CUDA counts them; empty for the CPU.
             threads: Threads of each process; None to keep the environment's setting.
             inherited: File descriptors that the guard keeps open.
+            environment: Further variables of the process: those of a server that is lent to it.
+            kept: Folder for the answers of a server, so that the next attempt goes on; None to keep none.
         """
         first, *rest = command(keyed.cell, len(gpus))
+        if kept is not None:
+            # A relative path has no comma, at which arguments are split.
+            arguments = rest.index("--model_args") + 1
+            rest[arguments] += f",resume_folder={os.path.relpath(kept, folder)}"
         process = guard.start(
             [installed.command(first), *rest],
             folder / LOG,
             folder=folder,
-            environment=_environment(gpus, threads),
+            # Where a server is lent, it has the GPUs, and the process that asks it sees none.
+            environment=_environment(() if environment else gpus, threads) | dict(environment or {}),
             inherited=inherited,
         )
         return cls(keyed, folder, tuple(gpus), process, time.time())
@@ -179,7 +188,7 @@ class Attempt:
         return Outcome(problem, status, done, self._tail(), tuple(changed))
 
     def _tail(self) -> str:
-        lines = harness_log.lines(_log(self.folder).rstrip())
+        lines = process_log.lines(_log(self.folder).rstrip())
         return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_LETTERS:]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from lmms_plugin.study.file.grid import gpus_needed
 from lmms_plugin.study.file.reading import read
+from lmms_plugin.study.file.schema import Study
 from lmms_plugin.study.run import on_ray
 from lmms_plugin.study.run.local import LocalRunner, visible_gpus
 from lmms_plugin.study.run.planning import Plan, PlannedCell, keys, plan
@@ -99,7 +100,12 @@ def run(
             LocalRunner(recorder, jobs, visible_gpus(), keys(gpus)).run(cells)
         else:
             on_ray.RayRunner(recorder, keys(gpus), lambda cell: gpus_needed(cell, gpus)).run(cells)
-    after = plan(study, output, gpus)
+    return _finished(study, folder, gpus)
+
+
+def _finished(study: Study, folder: StudyFolder, gpus: int) -> Finished:
+    """Return the study after a run; the analysis is made if nothing is missing."""
+    after = plan(study, folder.path, gpus)
     failures = {one.keyed.id: folder.failure(one.keyed.id) for one in after.cells}
     problems = {cell: failure["problem"] for cell, failure in failures.items() if failure is not None}
     finished = Finished(after, problems)

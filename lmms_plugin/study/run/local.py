@@ -9,16 +9,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from lmms_plugin.quant_backends import SERVED
 from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell, gpus_needed
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.run.attempt import Attempt
 from lmms_plugin.study.run.recording import Recorder, Taken
+from lmms_plugin.study.run.shared_servers import FOLDER, SharedServers
 from lmms_plugin.study.store.folder import Lock
 
 POLL_SECONDS = 0.2
 ELSEWHERE_SECONDS = 2.0
+KEPT = ".kept"
+"""Name of the folder of answers of servers to cells that are not finished, in the folder of the study."""
 _MOST_CHANGES = 3
 _FREEZE = "To run a study from a copy that stays as it is: docs/studies.md"
 
@@ -45,8 +50,12 @@ class LocalRunner:
     jobs: int
     gpus: list[str]
     key: Callable[[Cell], Keyed]
+    _servers: SharedServers = field(init=False)
     _working: list[_LocalWork] = field(default_factory=list)
     _changes: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._servers = SharedServers(self.recorder.folder.path / FOLDER)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all cells until they are finished or failed; an interruption stops all processes first.
@@ -63,6 +72,7 @@ class LocalRunner:
             while waiting or elsewhere or self._working:
                 self._fill(waiting, elsewhere)
                 self._settle(waiting)
+                self._servers.end_unused([*waiting, *(work.attempt.keyed.cell for work in self._working)])
                 if elsewhere and not waiting and time.monotonic() - asked > ELSEWHERE_SECONDS:
                     waiting, elsewhere, asked = elsewhere, deque(), time.monotonic()
                 self.recorder.watcher.tick()
@@ -72,13 +82,15 @@ class LocalRunner:
                 work.attempt.end()
                 self.recorder.folder.discard(work.attempt.keyed.id)
                 work.lock.release()
+            self._servers.end_unused(())
 
     def _fill(self, waiting: deque[Cell], elsewhere: deque[Cell]) -> None:
         while waiting and len(self._working) < self.jobs:
-            cell = waiting.popleft()
-            if gpus_needed(cell, len(self.gpus)) > len(self.gpus) - sum(len(work.gpus) for work in self._working):
-                waiting.appendleft(cell)
+            # Cells of a running server need no further GPU, and go first, so that it ends and gives its own back.
+            cell = next((one for one in waiting if self._servers.gpus_of(one) is not None), waiting[0])
+            if self._servers.gpus_of(cell) is None and gpus_needed(cell, len(self.gpus)) > len(self._free()):
                 return
+            waiting.remove(cell)
             identity.forget()
             keyed = self.key(cell)
             claim = self.recorder.claim(keyed.id)
@@ -87,16 +99,32 @@ class LocalRunner:
             elif isinstance(claim, Lock):
                 self._working.append(self._start(keyed, claim))
 
+    def _free(self) -> tuple[str, ...]:
+        taken = self._servers.gpus.union(*(work.gpus for work in self._working))
+        return tuple(gpu for gpu in self.gpus if gpu not in taken)
+
     def _start(self, keyed: Keyed, lock: Lock) -> _LocalWork:
-        taken = {gpu for work in self._working for gpu in work.gpus}
-        gpus = tuple(gpu for gpu in self.gpus if gpu not in taken)[: gpus_needed(keyed.cell, len(self.gpus))]
+        gpus = self._servers.gpus_of(keyed.cell)
+        if gpus is None:
+            gpus = self._free()[: gpus_needed(keyed.cell, len(self.gpus))]
         threads = (
             max(1, (os.cpu_count() or 1) // (self.jobs * keyed.cell.resources.processes)) if self.jobs > 1 else None
         )
         work = self.recorder.folder.begin(keyed.id)
-        attempt = Attempt.start(keyed, work, gpus=gpus, threads=threads, inherited=(lock.descriptor,))
+        attempt = Attempt.start(
+            keyed,
+            work,
+            gpus=gpus,
+            threads=threads,
+            inherited=(lock.descriptor,),
+            environment=self._servers.lend(keyed.cell, gpus),
+            kept=self._kept(keyed) if keyed.cell.backend == SERVED else None,
+        )
         self.recorder.watcher.started(keyed.id)
         return _LocalWork(attempt, lock, gpus)
+
+    def _kept(self, keyed: Keyed) -> Path:
+        return self.recorder.folder.path / KEPT / keyed.id
 
     def _settle(self, waiting: deque[Cell]) -> None:
         for work in self._working:
@@ -108,6 +136,8 @@ class LocalRunner:
 
     def _record(self, work: _LocalWork, waiting: deque[Cell]) -> None:
         keyed, outcome = work.attempt.keyed, work.attempt.outcome()
+        if outcome.problem is None or outcome.changed:
+            shutil.rmtree(self._kept(keyed), ignore_errors=True)
         again = self._changes.get(keyed.cell.question, 0)
         if outcome.changed and again < _MOST_CHANGES:
             self._changes[keyed.cell.question] = again + 1

@@ -28,7 +28,7 @@ from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.run.attempt import Attempt, Outcome
 from lmms_plugin.study.run.recording import Recorder, Taken
 from lmms_plugin.study.store.folder import Lock
-from lmms_plugin.utils.variables import PREFIX
+from lmms_plugin.utils.variables import API_KEY, LENT_SERVER, PREFIX
 
 RETRIES = 3
 POLL_SECONDS = 0.5
@@ -239,7 +239,7 @@ def connect(address: str) -> Cluster:
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables that workers need; secrets are not forwarded."""
-    named = {name for name in environment if name.startswith(PREFIX)} | set(_FORWARDED)
+    named = {name for name in environment if name.startswith(PREFIX)} - {API_KEY, LENT_SERVER} | set(_FORWARDED)
     return {name: environment[name] for name in sorted(named) if name in environment}
 
 

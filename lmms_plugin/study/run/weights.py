@@ -9,11 +9,12 @@ from functools import cache
 from typing import NamedTuple
 
 from lmms_plugin.arguments import ModelArguments
-from lmms_plugin.quant_backends import backend_class, option_types
+from lmms_plugin.quant_backends import SERVED, backend_class
 from lmms_plugin.quant_backends.backend import CheckpointBackend
 from lmms_plugin.quant_backends.plans.plan import Component, QuantSpec
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.study.file.grid import Cell
+from lmms_plugin.study.file.served_arms import options_of
 from lmms_plugin.utils.reading.readable import readable
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -49,12 +50,14 @@ def size(cell: Cell, *, cuda: bool) -> Size:
         cell: Cell of a study.
         cuda: Whether it runs on a GPU, where `dtype=auto` is bfloat16.
     """
-    arguments = ModelArguments.parse(cell.arguments, option_types(cell.backend))
-    kind = backend_class(cell.backend)
-    if issubclass(kind, CheckpointBackend):
+    arguments = ModelArguments.parse(cell.arguments, options_of(cell.backend))
+    kind = None if cell.backend == SERVED else backend_class(cell.backend)
+    if kind is not None and issubclass(kind, CheckpointBackend):
         return Size(None, None, "unknown: the checkpoint came quantized")
     try:
         layers = _layers(arguments.find_checkpoint(), arguments.trust_remote_code)
+        if kind is None:
+            return Size(layers.parameters, None, "unknown: the weights are the server's")
         plan = arguments.quant_plan(kind.default_bits)
         specs = plan.assign(layers.components).specs if plan.specs else {}
     # If the configuration lacks something, the estimate is missing; the cell itself is not wrong.

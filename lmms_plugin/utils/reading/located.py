@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from lmms_plugin.utils.reading.problems import refusal
 from lmms_plugin.utils.reading.validation import Problem
 
 T = TypeVar("T")
@@ -82,17 +83,24 @@ class Entry:
             **context: Context of its validators.
 
         Raises:
-            FileNotFoundError: A file that the value names does not exist.
-            ValueError: The value is invalid; says where, what was expected and what came.
+            ValueError: The value is invalid; every problem is a line that says where, what was expected and what came.
         """
         try:
             made: T = kind.__pydantic_validator__.validate_python(self if opened else self.plain(), context=context)  # type: ignore[attr-defined]
         except ValidationError as error:
-            problem = Problem.of(error, kind, positions=False)
-            raise ValueError(f"{self.at(problem.loc, name=problem.of_name).where}: {problem.text}") from error
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{self.file}: {error}") from error
+            raise self.refused(Problem.all_of(error, kind, positions=False)) from error
         return made
+
+    def refused(self, problems: Iterable[Problem], told: str = "") -> ValueError:
+        """Return the error for problems of the value, in the order of the file.
+
+        Args:
+            problems: Problems; of two at one place, the first is told first.
+            told: Text between the place and the problem.
+        """
+        found = [(self.at(problem.loc, name=problem.of_name), problem) for problem in problems]
+        ordered = sorted(found, key=lambda one: one[0].node.start_mark.index)
+        return refusal(f"{place.where}: {told}{problem.text}" for place, problem in ordered)
 
     @property
     def is_mapping(self) -> bool:
@@ -238,7 +246,6 @@ def _merge(node: yaml.Node, file: str, seen: set[int]) -> None:
 
 
 def _merged(value: yaml.Node, file: str) -> list[yaml.MappingNode]:
-    """Return the mappings that `<<` merges."""
     several = value.value if isinstance(value, yaml.SequenceNode) else [value]
     for one in several:
         if not isinstance(one, yaml.MappingNode):

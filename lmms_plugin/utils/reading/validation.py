@@ -97,7 +97,7 @@ def validated(kind: type[T]) -> type[T]:
 
 
 class Problem(NamedTuple):
-    """The first problem of a value.
+    """One problem of a value.
 
     Attributes:
         loc: Names and positions that lead to it.
@@ -111,7 +111,14 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, error: ValidationError, kind: Any = None, *, noun: str = "key", positions: bool = True) -> Problem:
-        """Return the problem of a pydantic error; an unknown name comes first, since it may explain what is missing.
+        """Return the first problem of a pydantic error; arguments as those of `all_of`."""
+        return cls.all_of(error, kind, noun=noun, positions=positions)[0]
+
+    @classmethod
+    def all_of(
+        cls, error: ValidationError, kind: Any = None, *, noun: str = "key", positions: bool = True
+    ) -> list[Problem]:
+        """Return the problems of a pydantic error; unknown names come first, since they may explain what is missing.
 
         Args:
             error: Error of pydantic.
@@ -120,14 +127,21 @@ class Problem(NamedTuple):
             positions: Whether to name positions in lists, which a line number makes redundant.
         """
         found = error.errors(include_url=False)
-        first = next((one for one in found if one["type"] in _UNKNOWN), found[0])
-        of_name = first["type"] in (*_UNKNOWN, "invalid_key") or first["loc"][-1:] == (_KEY,)
-        path, owners = _followed(kind, first["loc"], inside=first["type"] not in _UNKNOWN)
+        # pydantic counts only the valid values of a list.
+        wrong = {one["loc"][:end] for one in found for end in range(len(one["loc"]))}
+        found = [one for one in found if one["type"] != "too_short" or one["loc"] not in wrong]
+        found.sort(key=lambda one: one["type"] not in _UNKNOWN)
+        return [cls._told(one, kind, noun, positions) for one in found]
+
+    @classmethod
+    def _told(cls, found: Any, kind: Any, noun: str, positions: bool) -> Problem:
+        of_name = found["type"] in (*_UNKNOWN, "invalid_key") or found["loc"][-1:] == (_KEY,)
+        path, owners = _followed(kind, found["loc"], inside=found["type"] not in _UNKNOWN)
         path = [*path[:-1], str(path[-1])] if of_name and path else path
         told = [part for part in path if positions or isinstance(part, str)]
         # A position belongs to the name before it.
         cut = max((at for at, part in enumerate(told) if isinstance(part, str)), default=0)
-        text = _sentence(first, _path(told[:cut]), _path(told[cut:]), _names(owners), noun)
+        text = _sentence(found, _path(told[:cut]), _path(told[cut:]), _names(owners), noun)
         return cls(tuple(path), " ".join(text.splitlines()), of_name)
 
 

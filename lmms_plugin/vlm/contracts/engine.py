@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from lmms_plugin.protocol.prompts import Prompt
 from lmms_plugin.protocol.response import Size, Token
+from lmms_plugin.protocol.traces import Trace
 from lmms_plugin.vlm.contracts.requests import Job
 
 
@@ -24,11 +25,13 @@ class Generated(NamedTuple):
             Their log-probabilities are NaN where there are none: after a beam search, and from some servers.
         text: Answer without special tokens, except those that separate reasoning and answer.
         ids: Ids of all generated tokens, uncut.
+        trace: Tokens of the prompt and of the answer; None where they are not known.
     """
 
     tokens: tuple[Token, ...]
     text: str
     ids: tuple[int, ...]
+    trace: Trace | None = None
 
 
 class ContinuationScore(NamedTuple):

@@ -11,8 +11,9 @@ import copy
 import inspect
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -40,6 +41,7 @@ from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
+from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer
 
 NO_TOKEN = 2**31 - 1
 """An id that no vocabulary has."""
@@ -56,6 +58,7 @@ class Decoder:
         special: Ids of the tokens that are no text.
         marks: Ids of those among them that separate reasoning and answer.
         static_cache: Whether keys and values have a static cache, with which transformers compiles decoding on a GPU.
+        cache_quantizer: Maker of quantized caches; None for caches as the model has them.
     """
 
     model: Any
@@ -64,9 +67,17 @@ class Decoder:
     special: frozenset[int]
     marks: frozenset[int] = frozenset()
     static_cache: bool = False
+    cache_quantizer: CacheQuantizer | None = None
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Tokenizer, *, static_cache: bool = False) -> Decoder:
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Tokenizer,
+        *,
+        static_cache: bool = False,
+        cache_quantizer: CacheQuantizer | None = None,
+    ) -> Decoder:
         """Set up from a checkpoint, using only its settings for the end and the padding of an answer.
 
         Sampling, penalties and lengths in its generation_config.json are dropped, because they would silently join
@@ -87,7 +98,12 @@ class Decoder:
             part.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=list(ends), **kept)
         special, marks = special_tokens(tokenizer, ends)
         # A copy of its own, because background threads encode meanwhile.
-        return cls(model, copy.deepcopy(tokenizer), ends, special, marks, static_cache)
+        return cls(model, copy.deepcopy(tokenizer), ends, special, marks, static_cache, cache_quantizer)
+
+    @property
+    def with_plain_cache(self) -> Decoder:
+        """Return the same without quantization of keys and values."""
+        return self if self.cache_quantizer is None else replace(self, cache_quantizer=None)
 
     @cached_property
     def number_tokens(self) -> NumberTokens:
@@ -197,14 +213,30 @@ class Decoder:
     ) -> Tensor:
         if self.static_cache and "past_key_values" not in inputs:
             config.cache_implementation = "static"
-        with while_answering(len(inputs["input_ids"])):
+        with while_answering(len(inputs["input_ids"])), self._caching(inputs, config) as cached:
             ids: Tensor = generate_of(self.writer(inputs))(
-                **inputs,
+                **cached,
                 generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([recorder]),
             )
         return ids[:, self.read(inputs).shape[1] :]
+
+    @contextmanager
+    def _caching(self, inputs: Mapping[str, Any], config: GenerationConfig) -> Iterator[Mapping[str, Any]]:
+        """Give a generation a quantized cache, if caches are quantized, and record its size afterwards."""
+        quantizer = self.cache_quantizer
+        if quantizer is None:
+            yield inputs
+            return
+        cache = inputs.get("past_key_values")
+        if cache is None:
+            cache = quantizer.cache(inputs["input_ids"], inputs["attention_mask"], repeats=config.num_beams or 1)
+        unread = inputs["input_ids"].shape[1] - 1 - cache.get_seq_length()
+        if quantizer.reads_last_apart and unread > 0:
+            config.prefill_chunk_size = unread
+        yield {**inputs, "past_key_values": cache}
+        quantizer.note(cache)
 
     def _search(self, inputs: Mapping[str, Tensor], settings: GenerationSettings) -> list[Generated]:
         config = GenerationConfig(
@@ -217,8 +249,8 @@ class Decoder:
         if settings.repetition_penalty != 1:
             of_beams = self.read(inputs).repeat_interleave(settings.num_beams, dim=0)
             processors.append(_RepetitionPenalty(settings.repetition_penalty, of_beams))
-        with while_answering(len(inputs["input_ids"])):
-            ids = generate_of(self.writer(inputs))(**inputs, generation_config=config, logits_processor=processors)
+        with while_answering(len(inputs["input_ids"])), self._caching(inputs, config) as cached:
+            ids = generate_of(self.writer(inputs))(**cached, generation_config=config, logits_processor=processors)
         ids = ids[:, self.read(inputs).shape[1] :]
         return [
             self.as_answer(row, [math.nan] * len(row), settings.until) for row in map(self._until_end, ids.tolist())

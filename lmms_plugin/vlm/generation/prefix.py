@@ -18,14 +18,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.protocol.prompts import Prompt
 from lmms_plugin.utils.processes.out_of_memory import while_answering
@@ -34,10 +34,13 @@ from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.generation.decoding import Decoder, generate_of
 from lmms_plugin.vlm.generation.pooling import Pooled, Pooling
 from lmms_plugin.vlm.generation.processor import Batch, Chat
-from lmms_plugin.vlm.generation.self_check import difference, tolerances_of
+from lmms_plugin.vlm.generation.self_check import LOW_PRECISION_TOLERANCE, Tolerances, difference, tolerances_of
+from lmms_plugin.vlm.kv_cache.cache_layers import RoomyLayer
+from lmms_plugin.vlm.kv_cache.quantizer import PLAIN_LAYERS, QuantizedCache
 
 VERIFIED_ROWS = 8
 VERIFIED_TOKENS = 32
+_FEW = GenerationSettings(max_new_tokens=VERIFIED_TOKENS)
 
 
 class NotShareable(Exception):
@@ -283,24 +286,24 @@ class PrefixSharing:
             )
 
     @staticmethod
-    def rewind(inputs: Mapping[str, Any], columns: int) -> None:
+    def rewind(inputs: dict[str, Any], columns: int) -> None:
         """Drop the generated tokens from the cache, so that the same arguments of the model can generate again.
 
         Args:
-            inputs: Inputs from `parts`, with which answers were generated.
+            inputs: Inputs from `parts`, with which answers were generated; a quantized cache in them is replaced.
             columns: Length of their keys and values before.
         """
         cache = inputs["past_key_values"]
-        cache.crop(columns - cache.get_seq_length())
+        if isinstance(cache, QuantizedCache) and cache.restart is not None:
+            inputs["past_key_values"] = cache.restart()
+        else:
+            cache.crop(columns - cache.get_seq_length())
 
     def _continuing(self, shared: Shared, part: slice, cache: DynamicCache, columns: int) -> dict[str, Any]:
         owners = shared.owners[part].to(cache.layers[0].keys.device)
+        inputs = {"input_ids": shared.input_ids[part], "attention_mask": shared.attention_mask[part]}
         with while_answering(len(owners)):
-            return {
-                "input_ids": shared.input_ids[part],
-                "attention_mask": shared.attention_mask[part],
-                "past_key_values": self.expanded(cache, owners, columns),
-            }
+            return {**inputs, "past_key_values": self.expanded(cache, owners, columns, inputs)}
 
     def _check_windows(self, columns: int) -> None:
         windows = [layer.sliding_window for layer in self._new_cache().layers if hasattr(layer, "sliding_window")]
@@ -323,25 +326,33 @@ class PrefixSharing:
         deltas = [(m, m.rope_deltas) for m in modules if isinstance(getattr(m, "rope_deltas", None), Tensor)]
         return cache, deltas, found[0]
 
-    def expanded(self, cache: DynamicCache, owners: Tensor, columns: int) -> DynamicCache:
-        """Return a cache with one copy of a prefix per question.
+    def expanded(self, cache: DynamicCache, owners: Tensor, columns: int, inputs: Mapping[str, Tensor]) -> DynamicCache:
+        """Return a cache with one copy of a prefix per question; it is quantized once the question is read.
 
         Args:
             cache: Cache with one row per prefix.
             owners: (questions,), the row of each.
             columns: Number of columns for which each layer has room, those of the prefix included.
+            inputs: Whole prompts of the questions: `input_ids` and `attention_mask`.
         """
-        expanded = self._new_cache()
+        quantizer = self.decoder.cache_quantizer
+        if quantizer is None:
+            expanded = self._new_cache()
+        else:
+            expanded = quantizer.cache(inputs["input_ids"], inputs["attention_mask"], columns=columns)
+            expanded.restart = partial(self.expanded, cache, owners, columns, inputs)
         for index, layer in enumerate(cache.layers):
             if layer.is_initialized:
-                if not layer.is_sliding:
-                    expanded.layers[index] = _RoomyLayer(columns)
+                if quantizer is None and not layer.is_sliding:
+                    expanded.layers[index] = RoomyLayer(columns)
                 rows = owners.to(layer.keys.device)
                 expanded.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), index)
         return expanded
 
     def verify(self, shared: Shared, plain: Iterable[Mapping[str, Tensor]], cache_bytes: int) -> str | None:
         """Answer a few prompts without sharing, and compare with the scores of the same answers with sharing.
+
+        Where caches are quantized, both are compared without quantization first, and then both with it.
 
         Args:
             shared: Prompts on the model's device.
@@ -354,40 +365,60 @@ class PrefixSharing:
         Raises:
             NotShareable: The model looks ahead: its encoding of an image depends on the question about it.
         """
-        greedy = GenerationSettings(max_new_tokens=VERIFIED_TOKENS)
+        tolerances = tolerances_of(self.decoder.model)
+        if self.decoder.cache_quantizer is None:
+            return self._difference(shared, plain, cache_bytes, tolerances)
+        plain = list(plain)
+        computed = replace(self, decoder=self.decoder.with_plain_cache)
+        return computed._difference(shared, plain, cache_bytes, tolerances) or self._quantized_difference(
+            shared, plain, cache_bytes
+        )
+
+    def _difference(
+        self, shared: Shared, plain: Iterable[Mapping[str, Tensor]], cache_bytes: int, tolerances: Tolerances
+    ) -> str | None:
         sizes = shared.prefix["attention_mask"].sum(1)[shared.owners.to(shared.input_ids.device)].tolist()
         expected: list[Generated] = []
         keys: list[Tensor] = []
         for inputs in plain:
             cache = self._new_cache()
-            answers = self.decoder.generate({**inputs, "past_key_values": cache}, greedy)
+            answers = self.decoder.generate({**inputs, "past_key_values": cache}, _FEW)
             keys += _prefix_keys(cache, inputs["attention_mask"], sizes[len(expected) :])
             expected += answers
-        tolerances = tolerances_of(self.decoder.model)
-        few = shared._replace(
-            owners=shared.owners[: len(expected)],
-            input_ids=shared.input_ids[: len(expected)],
-            attention_mask=shared.attention_mask[: len(expected)],
-        )
+        few = _first(shared, len(expected))
         if (ahead := _ahead(keys, few)) > tolerances.keys:
             raise NotShareable(
                 "its attention looks ahead: what it keeps of an image depends on the question "
                 f"(keys differ by {ahead:.2g})"
             )
-        for part, inputs, _ in self.parts(few, greedy, cache_bytes):
+        for part, inputs, _ in self.parts(few, _FEW, cache_bytes):
             found = _prefix_keys(inputs["past_key_values"], inputs["attention_mask"], sizes[part.start :])
             apart = max(_apart(one, keys[row]) for row, one in zip(part, found, strict=True))
             if not apart <= tolerances.keys:
                 return f"the keys of the prefix differ by {apart:.2g} of their norm (tolerance {tolerances.keys:g})"
-            scores = self.decoder.score(inputs, [expected[row].ids for row in part])
-            pairs = zip((expected[row] for row in part), scores, strict=True)
-            ways = ("by the plain way", "over the shared prefix")
-            if found_difference := next(
-                filter(None, (difference(*pair, tolerances.logprob, ways) for pair in pairs)), None
-            ):
-                return found_difference
+            if told := self._scored_apart(inputs, [expected[row] for row in part], tolerances):
+                return told
             del inputs
         return None
+
+    def _quantized_difference(
+        self, shared: Shared, plain: Iterable[Mapping[str, Tensor]], cache_bytes: int
+    ) -> str | None:
+        """Compare answers over quantized caches, where the last bit of a sum can become a step of the grid."""
+        expected = [answer for inputs in plain for answer in self.decoder.generate(inputs, _FEW)]
+        for part, inputs, _ in self.parts(_first(shared, len(expected)), _FEW, cache_bytes):
+            if told := self._scored_apart(inputs, [expected[row] for row in part], LOW_PRECISION_TOLERANCE):
+                return told
+            del inputs
+        return None
+
+    def _scored_apart(
+        self, inputs: Mapping[str, Any], expected: Sequence[Generated], tolerances: Tolerances
+    ) -> str | None:
+        scores = self.decoder.score(inputs, [answer.ids for answer in expected])
+        ways = ("by the plain way", "over the shared prefix")
+        pairs = zip(expected, scores, strict=True)
+        return next(filter(None, (difference(*pair, tolerances.logprob, ways) for pair in pairs)), None)
 
     def is_news(self, reason: str) -> bool:
         """Return whether a reason not to share is new, whatever the numbers in it."""
@@ -397,31 +428,15 @@ class PrefixSharing:
         return is_news
 
 
-class _RoomyLayer(DynamicLayer):
-    """Cache layer with room for the answer: a new token is written after the others, which stay in place."""
-
-    def __init__(self, columns: int) -> None:
-        super().__init__()
-        self._columns = columns
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            rows, heads, _, _ = key_states.shape
-            self._keys = key_states.new_empty(rows, heads, self._columns, key_states.shape[3])
-            self._values = value_states.new_empty(rows, heads, self._columns, value_states.shape[3])
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
-        if end > self._columns:
-            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-            return grown
-        self._keys[:, :, start:end] = key_states
-        self._values[:, :, start:end] = value_states
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
-        return self.keys, self.values
+_KNOWN_LAYERS = {kind.__name__ for kind in PLAIN_LAYERS}
 
 
-_KNOWN_LAYERS = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+def _first(shared: Shared, rows: int) -> Shared:
+    return shared._replace(
+        owners=shared.owners[:rows],
+        input_ids=shared.input_ids[:rows],
+        attention_mask=shared.attention_mask[:rows],
+    )
 
 
 def _bytes_per_token(cache: DynamicCache) -> int:

@@ -160,6 +160,18 @@ class Chat:
         )
         return text
 
+    def continued_by(self, prompt: Prompt, answer: str) -> str:
+        """Return the prompt with an answer as the template shows it, up to the answer's end and not closed.
+
+        Raises:
+            ValueError: The template does not show the answer as it is.
+        """
+        message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        text: str = self.processor.apply_chat_template(
+            [*prompt.messages, message], continue_final_message=True, **self.template_variables
+        )
+        return text
+
     def opened_by(self, prompt: Prompt) -> str:
         """Return the tag of a reasoning block that the template opens after a prompt's last words; "" if none."""
         if prompt.raw:
@@ -175,6 +187,11 @@ class Chat:
         with self._lock:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    def spell(self, index: int) -> str:
+        """Return the text of one token, special ones included."""
+        text: str = self.tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     def continuation_ids(self, prompt: Prompt, last: int, continuation: str) -> list[int]:
         """Return the token ids of a text that follows a prompt.

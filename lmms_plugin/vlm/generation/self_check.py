@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -70,9 +71,31 @@ def padded_difference(
         alone: Keyword arguments of the model for each row by itself.
         padded: Keyword arguments for all of them at once, on the same device.
     """
+    settings = GenerationSettings(max_new_tokens=PADDED_TOKENS)
+    checked = [(decoder.with_plain_cache, tolerances_of(decoder.model))]
+    if decoder.cache_quantizer is not None:
+        # The last bit of a sum can become a step of the grid.
+        checked.append((decoder, LOW_PRECISION_TOLERANCE))
+    for one, tolerances in checked:
+        expected = [one.generate(inputs, settings)[0] for inputs in alone]
+        scores = one.score(padded, [answer.ids for answer in expected])
+        pairs = zip(expected, scores, strict=True)
+        found = (difference(*pair, tolerances.logprob, ("alone", "in a batch")) for pair in pairs)
+        if told := next(filter(None, found), None):
+            return told
+    return None
+
+
+def parted_difference(decoder: Decoder, inputs: Mapping[str, Tensor]) -> str | None:
+    """Return how an answer changes if the last token of its prompt is read after the others; None if it does not.
+
+    Args:
+        decoder: Decoder of the model, with quantized caches.
+        inputs: Keyword arguments of the model for one prompt.
+    """
+    assert decoder.cache_quantizer is not None
     tolerance = tolerances_of(decoder.model).logprob
-    greedy = GenerationSettings(max_new_tokens=PADDED_TOKENS)
-    expected = [decoder.generate(inputs, greedy)[0] for inputs in alone]
-    scores = decoder.score(padded, [answer.ids for answer in expected])
-    found = (difference(*pair, tolerance, ("alone", "in a batch")) for pair in zip(expected, scores, strict=True))
-    return next(filter(None, found), None)
+    expected = decoder.with_plain_cache.generate(inputs, GenerationSettings(max_new_tokens=PADDED_TOKENS))
+    parted = replace(decoder, cache_quantizer=decoder.cache_quantizer.computed)
+    (score,) = parted.score(inputs, [expected[0].ids])
+    return difference(expected[0], score, tolerance, ("read at once", "with its last token apart"))

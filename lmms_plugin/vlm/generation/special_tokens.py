@@ -16,8 +16,8 @@ class Special(NamedTuple):
     """Ids of special tokens.
 
     Attributes:
-        tokens: that are no text.
-        marks: among them, that part reasoning and answer.
+        tokens: Tokens that are no text.
+        marks: Tokens among them that part reasoning and answer.
     """
 
     tokens: frozenset[int]
@@ -36,9 +36,9 @@ def traits_of(tokenizer: Tokenizer, special: Special, image_reader: str) -> Trai
     """Return what all answers that are written with a tokenizer have in common.
 
     Args:
-        tokenizer: of the model.
-        special: its special tokens.
-        image_reader: what resizes images for the model.
+        tokenizer: Tokenizer of the model.
+        special: Special tokens of the model.
+        image_reader: Image processor that resizes images for the model.
     """
     return Traits(
         silent=frozenset(decode(tokenizer, [token]) for token in special.tokens - special.marks),

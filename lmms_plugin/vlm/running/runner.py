@@ -19,7 +19,7 @@ from lmms_plugin.vlm.generation.decoding import Decoder
 from lmms_plugin.vlm.generation.pooling import Pooling
 from lmms_plugin.vlm.generation.prefix import VERIFIED_ROWS, Encoded, NotShareable, PrefixSharing, Shared
 from lmms_plugin.vlm.generation.processor import Batch, Chat, kind
-from lmms_plugin.vlm.generation.self_check import padded_difference
+from lmms_plugin.vlm.generation.self_check import padded_difference, parted_difference
 from lmms_plugin.vlm.running.batching import Budget, Limits, in_order
 from lmms_plugin.vlm.running.scheduling import Prepared, Schedule
 
@@ -123,7 +123,29 @@ class Runner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _settle_cache(self, prompt: Prompt) -> None:
+        """Find out, with the run's first prompt, whether the last token of a prompt may be read apart."""
+        quantizer = self.decoder.cache_quantizer
+        if quantizer is None or quantizer.settled:
+            return
+        told: str | None = "its images are encoded while it reads its prompt"
+        if quantizer.reads_last_apart:
+            try:
+                told = parted_difference(self.decoder, self._on_device(self.chat.encode([prompt]).inputs))
+            except _REFUSALS as error:
+                told = f"{type(error).__name__}: {error}"
+            quantizer.reads_last_apart = told is None
+        quantizer.settled = True
+        if not quantizer.reads_last_apart:
+            logger.warning(
+                "{} must read a prompt at once ({}): the first token of an answer comes from the keys and values that "
+                "it computed, and only the others come from the quantized cache",
+                type(self.decoder.model).__name__,
+                told,
+            )
+
     def _attempt(self, prepared: Prepared, jobs: Sequence[Job], step: Step[Result]) -> list[tuple[int, Result]]:
+        self._settle_cache(prepared.flat_prompts[0])
         if not isinstance(prepared.encoded, Encoded):
             return self._plain(prepared, prepared.encoded, jobs, step)
         shared = self._laid_out(prepared, prepared.encoded, jobs)

@@ -22,11 +22,11 @@ class RequestForm:
     """Which fields a server takes and answers.
 
     Attributes:
-        extended: whether it takes what vLLM, SGLang and llama.cpp know beyond OpenAI's fields (`top_k`, `min_p`,
+        extended: Whether it takes what vLLM, SGLang and llama.cpp know beyond OpenAI's fields (`top_k`, `min_p`,
             `repetition_penalty`, ids of tokens, special tokens in texts).
-        no_top_k: value of `top_k` that means none.
-        listed: alternatives of each token (`top_logprobs`); None where it gives no log-probabilities.
-        named: whether it gives log-probabilities of tokens by their ids (`logprob_token_ids`).
+        no_top_k: Value of `top_k` that means none.
+        listed: Alternatives of each token (`top_logprobs`); None where it gives no log-probabilities.
+        named: Whether it gives log-probabilities of tokens by their ids (`logprob_token_ids`).
     """
 
     extended: bool = True
@@ -49,10 +49,10 @@ class Asking:
     """Writes requests for one served model.
 
     Attributes:
-        model: name under which it is served.
-        form: of the server.
-        template_variables: what the chat template is handed besides the messages.
-        number_ids: of the tokens of digits, asked for by id where the server takes that.
+        model: Name under which it is served.
+        form: Form of requests that the server takes.
+        template_variables: Variables of the chat template besides the messages.
+        number_ids: Ids of the tokens of digits, asked for by id where the server takes that.
     """
 
     model: str
@@ -81,11 +81,11 @@ class Asking:
         """Return the body of a request.
 
         Args:
-            messages: as the API takes them.
-            settings: how to generate.
-            seed: of sampling.
-            probabilities: whether log-probabilities are wanted, and the server has some.
-            digits: whether those of what could stand in a digit's place are, too.
+            messages: Messages as the API takes them.
+            settings: Settings of generation.
+            seed: Seed of sampling.
+            probabilities: Whether log-probabilities are wanted, and the server has some.
+            digits: Whether those of alternatives in a digit's place are wanted, too.
         """
         sampling = settings.sampling
         body: dict[str, Any] = {
@@ -130,8 +130,8 @@ def messages_of(prompt: Prompt, urls: Sequence[str]) -> list[dict[str, Any]]:
     """Return a prompt's messages as the API takes them.
 
     Args:
-        prompt: with a chat template.
-        urls: of its images, in order.
+        prompt: Prompt with a chat template.
+        urls: Addresses of its images, in order.
 
     Raises:
         RequestError: it holds a video.

@@ -11,6 +11,7 @@ from loguru import logger
 
 from lmms_plugin.protocol.prompts import Prompt, RequestError
 from lmms_plugin.protocol.response import Size
+from lmms_plugin.protocol.traces import Trace
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.token_texts import decode
 
@@ -23,8 +24,8 @@ class ExpectedPrompt(NamedTuple):
     """A prompt as the checkpoint's processor makes it.
 
     Attributes:
-        length: in tokens, images included.
-        ids: of them; None where only the length was computed.
+        length: Length in tokens, images included.
+        ids: Ids of the tokens; None where only the length was computed.
         model_size: (width, height) in pixels of its only image as the model sees it; None if unknown.
     """
 
@@ -38,12 +39,12 @@ class PromptCheck:
     """Compares prompts.
 
     Attributes:
-        chat: the checkpoint's processor.
-        stops: whether a difference ends the run.
-        checked: prompts of which the server told ids or their number.
-        unchecked: prompts of which it told neither.
-        differing: prompts that differ.
-        by_ids: whether ids were compared, and not only their number.
+        chat: Processor of the checkpoint.
+        stops: Whether a difference ends the run.
+        checked: Prompts of which the server told ids or their number.
+        unchecked: Prompts of which it told neither.
+        differing: Prompts that differ.
+        by_ids: Whether ids were compared, and not only their number.
     """
 
     chat: Chat
@@ -77,8 +78,20 @@ class PromptCheck:
         self._made += 1
         return ExpectedPrompt(len(ids), ids, size)
 
-    def agrees(self, prompt: Prompt, expected: ExpectedPrompt, response: Mapping[str, Any]) -> bool:
+    def agrees(
+        self,
+        prompt: Prompt,
+        expected: ExpectedPrompt,
+        response: Mapping[str, Any],
+        answer: tuple[int, ...] = (),
+    ) -> bool:
         """Compare with what a server says that it read.
+
+        Args:
+            prompt: that was sent.
+            expected: what our processor makes of it.
+            response: of the server.
+            answer: ids of what was sent behind the prompt.
 
         Raises:
             RequestError: it read something else, and that is to end the run.
@@ -86,18 +99,16 @@ class PromptCheck:
         ids, count = _told(response)
         if ids is None and count is None:
             return True
-        if ids is not None:
-            same = len(ids) == expected.length if expected.ids is None else ids == expected.ids
-        else:
-            same = count == expected.length
-        if same:
+        length = len(ids) if ids is not None else count
+        if length == expected.length + len(answer) and None in (ids, expected.ids):
             return True
         # The length alone may rest on an image of the same size; the difference is shown on the whole.
-        full = expected if expected.ids is not None else self._encoded(prompt)
-        assert full.ids is not None
-        if ids == full.ids or (ids is None and count == full.length):
+        ours = expected.ids if expected.ids is not None else self._encoded(prompt).ids
+        assert ours is not None
+        ours += answer
+        if ids == ours or (ids is None and count == len(ours)):
             return True
-        problem = f"{prompt.name}: {self._difference(full.ids, ids, count)}"
+        problem = f"{prompt.name}: {self._difference(ours, ids, count)}"
         if self.stops:
             raise RequestError(f"{problem}; mismatch=warn goes on all the same")
         with self._lock:
@@ -112,6 +123,13 @@ class PromptCheck:
             self.checked += compared is not None
             self.unchecked += compared is None
             self.differing += not agrees
+
+    def trace(self, response: Mapping[str, Any]) -> Trace | None:
+        """Return what a server tells of the prompt that it read; None if nothing."""
+        ids, count = _told(response)
+        if ids is not None:
+            return Trace.of(ids, getattr(self.chat.processor, "image_token_id", None))
+        return None if count is None else Trace(count)
 
     @staticmethod
     def compares(response: Mapping[str, Any]) -> str | None:
@@ -143,5 +161,11 @@ def _told(response: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, int | No
     """Ids of the prompt's tokens and their number, None for what a server does not tell."""
     ids = response.get("prompt_token_ids")
     told = tuple(ids) if isinstance(ids, list) and ids else None
-    count = (response.get("usage") or {}).get("prompt_tokens")
-    return told, count if isinstance(count, int) and count > 0 else None
+    return told, counted(response, "prompt_tokens")
+
+
+def counted(response: Mapping[str, Any], what: str) -> int | None:
+    """Return how many tokens a server counts (`prompt_tokens`, `completion_tokens`); None where it does not."""
+    usage = response.get("usage")
+    count = usage.get(what) if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) and count > 0 else None

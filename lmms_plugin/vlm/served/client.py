@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -22,6 +27,9 @@ _LONGEST_WAIT = 600.0
 """Seconds that a server may ask to be left alone."""
 _SAID = 300
 """Characters of a server's words in a message."""
+_SOCKETS = 4096
+"""Of the latest connections; older ones have ended."""
+_STANDS_FOR_IMAGE = re.compile(rb'"(image:[0-9a-f]{32})"')
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TOO_LONG = re.compile(r"context (length|size|window)|maximum context|exceed_context|max_model_len|too long", re.I)
 _TOO_LARGE = re.compile(r"image.{0,40}(too large|too big|exceeds)|(too large|exceeds).{0,40}image", re.I)
@@ -35,7 +43,7 @@ class RequestRefused(ServerError):
     """A request that the server will never answer.
 
     Attributes:
-        status: of HTTP.
+        status: Status code of HTTP.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -47,14 +55,18 @@ class Passing(ServerError):
     """A failure that may pass.
 
     Attributes:
-        wait: seconds that the server asks for; None if it does not.
-        busy: whether the server has too much to do.
+        wait: Seconds that the server asks to wait; None if it does not.
+        busy: Whether the server has too much to do.
+        status: Status of HTTP; None where none came.
     """
 
-    def __init__(self, message: str, wait: float | None = None, *, busy: bool = False) -> None:
+    def __init__(
+        self, message: str, wait: float | None = None, *, busy: bool = False, status: int | None = None
+    ) -> None:
         super().__init__(message)
         self.wait = wait
         self.busy = busy
+        self.status = status
 
 
 @dataclass
@@ -62,13 +74,13 @@ class Client:
     """Talks to one server; safe to call from several threads.
 
     Attributes:
-        base_url: of the API.
-        key: sent to this server and to no other; never part of a message.
-        key_variable: where the key comes from, for messages.
-        timeout: seconds for one response.
-        retries: after a failure that may pass.
-        connections: kept alive at most.
-        busy: called whenever the server says that it has too much to do.
+        base_url: Address of the API.
+        key: Secret that is sent to this server and to no other; never part of a message.
+        key_variable: Environment variable that the key comes from, for messages.
+        timeout: Seconds for one response.
+        retries: Number of further attempts after a failure that may pass.
+        busy: Function called whenever the server says that it has too much to do.
+        expect_running: Function called after a failure that may pass; raises an error if the server has ended.
     """
 
     base_url: str
@@ -76,21 +88,15 @@ class Client:
     key_variable: str = ""
     timeout: float = 600.0
     retries: int = 8
-    connections: int = 16
     busy: Callable[[], None] = field(default=lambda: None, repr=False)
+    expect_running: Callable[[], None] = field(default=lambda: None, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
+
+    _idle: list[httpx.Client] = field(default_factory=list, init=False, repr=False)
+    _sockets: deque[socket.socket] = field(default_factory=lambda: deque(maxlen=_SOCKETS), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.base_url = self.base_url.rstrip("/")
-        url = httpx.URL(self.base_url)
-        self._http = httpx.Client(
-            timeout=httpx.Timeout(self.timeout, connect=min(10.0, self.timeout)),
-            limits=httpx.Limits(max_connections=self.connections, max_keepalive_connections=self.connections),
-            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            follow_redirects=False,
-            # No proxy stands between us and our own machine.
-            trust_env=url.host not in _LOOPBACK,
-        )
 
     @property
     def root(self) -> str:
@@ -105,12 +111,15 @@ class Client:
         """
         return self._once("GET", url, None)
 
-    def chat(self, body: Mapping[str, Any], *, patient: bool = True) -> dict[str, Any]:
+    def chat(
+        self, body: Mapping[str, Any], images: Mapping[str, bytes] | None = None, *, patient: bool = True
+    ) -> dict[str, Any]:
         """Ask for an answer.
 
         Args:
-            body: of `/chat/completions`.
-            patient: whether to try again what may pass.
+            body: Body of a request to `/chat/completions`.
+            images: Name -> data URL of what stands in the body by its name (see `SentImage`).
+            patient: Whether to try again after a failure that may pass.
 
         Returns:
             The response; it has choices.
@@ -118,14 +127,60 @@ class Client:
         Raises:
             ServerError: there is no answer, after all tries.
         """
-        content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+        content = _encoded(body, images or {})
         url = f"{self.base_url}/chat/completions"
         return self._patiently(lambda: _expect_choices(self._once("POST", url, content), self.base_url), patient)
 
+    def post(self, url: str, body: Mapping[str, Any], images: Mapping[str, bytes] | None = None) -> dict[str, Any]:
+        """Ask something else than the chat API; see `chat`."""
+        content = _encoded(body, images or {})
+        return self._patiently(lambda: self._once("POST", url, content), patient=True)
+
     def end(self) -> None:
-        """Break off waiting, and close every connection; the client is of no use afterwards."""
+        """Break off waiting, and every request under way; the client is of no use afterwards."""
         self._ended.set()
-        self._http.close()
+        while self._idle:
+            self._idle.pop().close()
+        # Closed by another thread, a socket would leave the one that waits for it waiting, or reading from whichever
+        # socket gets its number next.
+        for connection in list(self._sockets):
+            _shut(connection)
+
+    @contextmanager
+    def _connected(self) -> Iterator[httpx.Client]:
+        """Lend a client of one connection: in one that threads share, each request looks through all connections."""
+        try:
+            http = self._idle.pop()
+        except IndexError:
+            http = self._client()
+        try:
+            yield http
+        finally:
+            if self._ended.is_set():
+                http.close()
+            else:
+                self._idle.append(http)
+
+    def _note_socket(self, event: str, details: Mapping[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            connection = details["return_value"].get_extra_info("socket")
+            self._sockets.append(connection)
+            if self._ended.is_set():
+                _shut(connection)
+
+    def _client(self) -> httpx.Client:
+        return httpx.Client(
+            timeout=httpx.Timeout(self.timeout, connect=min(10.0, self.timeout)),
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
+            follow_redirects=False,
+            verify=self._tls,
+            # No proxy stands between us and our own machine.
+            trust_env=httpx.URL(self.base_url).host not in _LOOPBACK,
+        )
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return httpx.create_ssl_context()
 
     def _patiently(self, ask: Callable[[], dict[str, Any]], patient: bool) -> dict[str, Any]:
         tries = self.retries + 1 if patient else 1
@@ -140,6 +195,7 @@ class Client:
         try:
             return retrying(ask)
         except Passing as error:
+            self.expect_running()
             if tries == 1:
                 raise
             raise ServerError(f"{error} (tried {tries} times)") from error
@@ -148,11 +204,23 @@ class Client:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, Passing) and error.busy:
             self.busy()
+        self.expect_running()
 
-    def _once(self, method: str, url: str, content: bytes | None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"} if content is not None else {}
+    def _once(self, method: str, url: str, content: list[bytes] | None) -> dict[str, Any]:
+        headers = {}
+        if content is not None:
+            headers = {"Content-Type": "application/json", "Content-Length": str(sum(map(len, content)))}
         try:
-            response = self._http.request(method, url, content=content, headers=headers)
+            with self._connected() as http:
+                if self._ended.is_set():
+                    raise ServerError("the run has ended")
+                response = http.request(
+                    method,
+                    url,
+                    content=None if content is None else iter(content),
+                    headers=headers,
+                    extensions={"trace": self._note_socket},
+                )
         except httpx.ConnectError as error:
             raise Passing(
                 f"no server answers at {self.base_url} ({self._words(str(error))}): start it, or check host and port"
@@ -185,7 +253,7 @@ class Client:
             raise Passing(f"{url} sent half a response or no JSON: {self._words(response.text)!r}") from error
         if not isinstance(value, dict):
             raise RequestRefused(f"{url}: expected a JSON object, got {self._words(response.text)!r}", status)
-        if value.get("error"):
+        if value.get("error") or value.get("object") == "error":
             raise ServerError(f"{url} answers 200 with an error inside: {self._words(_message(value))}")
         return value
 
@@ -194,11 +262,11 @@ class Client:
         status = response.status_code
         said = self._words(_said(response))
         if status in _PASSING:
-            raise Passing(f"{url} answers {status}: {said}", _asked_wait(response), busy=status in _BUSY)
+            raise Passing(f"{url} answers {status}: {said}", _asked_wait(response), busy=status in _BUSY, status=status)
         if status in (401, 403):
             given = f"the key in {self.key_variable}" if self.key else "a request without key"
             raise RequestRefused(f"{self.base_url} refuses {given} ({status}): {said}; set {self.key_variable}", status)
-        if _is_html(response):
+        if _is_html(response) and status != 413:
             raise RequestRefused(f"{url} answers {status} with HTML, not JSON: {self._where()}", status)
         if status == 413 or _TOO_LARGE.search(said):
             hint = "; the image is too large for the server: max_pixels= makes it smaller, or raise the server's limit"
@@ -218,6 +286,23 @@ class Client:
         line = " ".join(text.split())
         line = line.replace(self.key, "***") if self.key else line
         return line if len(line) <= _SAID else f"{line[:_SAID]}…"
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _encoded(body: Mapping[str, Any], images: Mapping[str, bytes]) -> list[bytes]:
+    """Return a body as JSON in parts, images in their places; each is encoded once, however often it is sent."""
+    content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    if not images:
+        return [content]
+    parts = _STANDS_FOR_IMAGE.split(content)
+    for at in range(1, len(parts), 2):
+        image = images.get(parts[at].decode("ascii"))
+        parts[at] = b'"%b"' % (parts[at] if image is None else image)
+    return parts
 
 
 def _pause(state: RetryCallState) -> float:

@@ -17,8 +17,8 @@ class KeptAnswers:
     """One file of answers by `hashing.of_value` of what was asked, a line of JSON each; only its index is in memory.
 
     Attributes:
-        file: appended to.
-        found: how many of them were there when the run began.
+        file: File that answers are appended to.
+        found: Number of answers that were there when the run began.
     """
 
     file: Path
@@ -31,8 +31,8 @@ class KeptAnswers:
         """Open the answers of one served model.
 
         Args:
-            folder: for the files of all of them; made where there is none.
-            identity: what tells it apart from others.
+            folder: Folder for the files of all runs; made if missing.
+            identity: Values that tell the run apart from others.
         """
         place = Path(folder).expanduser()
         place.mkdir(parents=True, exist_ok=True)

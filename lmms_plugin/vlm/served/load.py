@@ -23,8 +23,8 @@ class Gate:
     """How many requests may be in flight: half as many when the server is busy, one more for each round that goes well.
 
     Attributes:
-        most: in flight.
-        lowest: that it came to.
+        most: Maximum number of requests in flight.
+        lowest: Smallest number that the maximum was lowered to.
     """
 
     most: int
@@ -62,11 +62,11 @@ class Flight(Generic[Unit, Item, Result]):
     """Prepares units of items on background threads and asks for their items, each unit's first one alone at first.
 
     Attributes:
-        prepare: reads and encodes the items of a unit.
-        ask: gets the result of an item.
-        gate: how many items are asked for at once.
-        readers: threads that prepare.
-        end: called when nothing more is wanted, so that what is under way ends.
+        prepare: Function that reads and encodes the items of a unit.
+        ask: Function that gets the result of an item.
+        gate: Limit of the items that are asked for at once.
+        readers: Number of threads that prepare.
+        end: Function called when nothing more is wanted, so that requests in flight end.
     """
 
     prepare: Callable[[Unit], Sequence[Item]]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from loguru import logger
@@ -17,7 +19,10 @@ from lmms_plugin.protocol.prompts import PromptReader
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import ends_of_checkpoint
+from lmms_plugin.utils.processes.lent_servers import LentServer
+from lmms_plugin.utils.processes.servers import Server
 from lmms_plugin.vlm.assembling import Assembler
+from lmms_plugin.vlm.engine_facts import model_facts, prompting_facts
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.harness_model import HarnessModel
@@ -26,6 +31,8 @@ from lmms_plugin.vlm.served.asking import Asking, RequestForm, messages_of
 from lmms_plugin.vlm.served.checking import PromptCheck
 from lmms_plugin.vlm.served.client import Client
 from lmms_plugin.vlm.served.keeping import KeptAnswers
+from lmms_plugin.vlm.served.launching import Launched, temporary_log
+from lmms_plugin.vlm.served.likelihoods import likelihoods_of
 from lmms_plugin.vlm.served.load import Gate
 from lmms_plugin.vlm.served.options import OPTION_TYPES, ServedOptions, expect_effect
 from lmms_plugin.vlm.served.probing import STATED, Found, find, probe
@@ -34,6 +41,7 @@ from lmms_plugin.vlm.served.sent_images import Resizer, data_url
 from lmms_plugin.vlm.served.tokens import Vocabulary
 from lmms_plugin.vlm.setting_up import chat_of
 
+Told = TypeVar("Told")
 _FIRST_QUESTION = "What is in this picture?"
 _FIRST_SIZE = (224, 168)
 
@@ -42,21 +50,21 @@ class QuantServed(HarnessModel):
     """A checkpoint behind an OpenAI-compatible server (vLLM, SGLang, ...), whatever its weights are.
 
     Attributes:
-        arguments: as given.
-        options: of them, those of served models.
-        served: what the server says that it serves.
-        found: what it can tell, shown by a first question.
+        arguments: Arguments as given.
+        options: Those arguments that served models alone have.
+        served: Model that the server says it serves.
+        found: Abilities of the server, as a first question shows them.
     """
 
     def __init__(self, **arguments: Any) -> None:
-        """Find the server, load the checkpoint's processor and tokenizer, and ask a first question about an image.
+        """Find or start the server, load the checkpoint's processor and tokenizer, and ask a first question.
 
         Args:
-            **arguments: see `ModelArguments` and `ServedOptions`.
+            **arguments: Arguments, see `ModelArguments` and `ServedOptions`.
 
         Raises:
-            ValueError: an argument is unknown or its value impossible, the server does not answer as it should, or it
-                reads other prompts than the checkpoint's processor makes.
+            ValueError: an argument is unknown or its value impossible, the server cannot be started or does not answer
+                as it should, or it reads other prompts than the checkpoint's processor makes.
             FileNotFoundError: there is no such checkpoint.
         """
         super().__init__()
@@ -70,8 +78,9 @@ class QuantServed(HarnessModel):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self._gate = Gate(self.options.concurrency)
-        self._client = self._connected()
-        self.served = find(self._client, self.options.model)
+        self._launched = self._launch()
+        self._client = self._connected(self.options.timeout)
+        self.served = self._first(lambda client: find(client, self.options.model))
         self.chat, self.reader = chat_of(self._path, self.arguments)
         if self.reader.raw or self.dialect.raw_prompt:
             raise ValueError(
@@ -80,7 +89,15 @@ class QuantServed(HarnessModel):
         self.found, engine = self._engine(self.chat, self.reader)
         self._check = engine.check
         self._kept = engine.kept
-        assembler = Assembler(engine.traits, self.dialect, str(self.arguments.pretrained), warns=self.rank == 0)
+        assembler = Assembler(
+            engine.traits,
+            self.dialect,
+            str(self.arguments.pretrained),
+            warns=self.rank == 0,
+            facts=self._facts() if self.rank == 0 else {},
+            keeps_ids=self.arguments.parity,
+            spell=self.chat.spell,
+        )
         self.responder = Generation(
             engine, assembler, verbalised=self.arguments.verbalised, shows_progress=self.rank == 0
         )
@@ -104,6 +121,8 @@ class QuantServed(HarnessModel):
         """End the connections, and forget the answers that were kept for going on."""
         super().clean()
         self._client.end()
+        if self._launched is not None:
+            self._launched.end()
         if self._kept is not None:
             self._kept.remove()
 
@@ -112,7 +131,9 @@ class QuantServed(HarnessModel):
         stated = {"method": self.options.method, "bits": self.arguments.bits}
         return {
             "pretrained": self.arguments.pretrained,
-            "base_url": self.options.base_url,
+            "base_url": self._base_url,
+            "launch": None if self.options.command is None else self.options.command.text,
+            "log": None if self._launched is None else str(self._launched.server.log),
             "served": {**asdict(self.served), "told": dict(self.served.told)},
             "stated": {name: value for name, value in stated.items() if value is not None},
             "of_stated": STATED,
@@ -123,17 +144,64 @@ class QuantServed(HarnessModel):
             "fields": "all" if self.found.form.extended else "OpenAI's alone: top_k and penalties are the server's",
         }
 
-    def _connected(self) -> Client:
+    def _facts(self) -> dict[str, str]:
+        """Return the facts that decide the answers, for a comparison with another engine; "" for what is not told."""
+        told = self.served.told
+        place = next((str(told[name]) for name in ("root", "model", "model_path") if told.get(name)), "")
+        return prompting_facts(self.chat, self.arguments) | model_facts(
+            checkpoint=place,
+            path=place,
+            dtype=str(told.get("dtype") or ""),
+            quantization=str(told.get("quantization") or told.get("model_ftype") or ""),
+            software=f"{self.served.engine or ''} {self.served.version or ''}".strip(),
+        )
+
+    @property
+    def _base_url(self) -> str:
+        return self._launched.base_url if self._launched is not None else str(self.options.base_url)
+
+    def _launch(self) -> Launched | None:
+        """Start the server, if that is asked for."""
+        command = self.options.command
+        if command is None:
+            return None
+        lent = LentServer.of(os.environ, command)
+        if lent is not None:
+            return Launched(lent, self.options.launch_timeout)
+        if self.world_size > 1:
+            raise ValueError(
+                f"launch: expected one process, got {self.world_size}: one process asks as many questions at once as "
+                "concurrency= says; or start the server yourself, and give its base_url"
+            )
+        chosen = self.options.launch_log
+        log = temporary_log() if chosen is None else Path(chosen).expanduser()
+        return Launched.start(Server.of(command, log), self.options.launch_timeout, keeps_log=chosen is not None)
+
+    def _connected(self, timeout: float) -> Client:
         options = self.options
         return Client(
-            options.base_url,
+            self._base_url,
             options.key,
             options.key_variable,
-            options.timeout,
+            timeout,
             options.retries,
-            options.concurrency,
             self._gate.busy,
+            self._launched.expect_running if self._launched is not None else lambda: None,
         )
+
+    def _first(self, ask: Callable[[Client], Told]) -> Told:
+        """Ask something of the server, as soon as it answers if it was started here."""
+        if self._launched is None:
+            return ask(self._client)
+
+        def within(seconds: float) -> Told:
+            client = self._connected(min(seconds, self.options.timeout))
+            try:
+                return ask(client)
+            finally:
+                client.end()
+
+        return self._launched.wait(within)
 
     def _engine(self, chat: Chat, reader: PromptReader) -> tuple[Found, ServedEngine]:
         """Ask the first question, and set up for what it shows."""
@@ -149,7 +217,8 @@ class QuantServed(HarnessModel):
         content = [{"type": "image", "url": picture}, {"type": "text", "text": _FIRST_QUESTION}]
         prompt = reader.read([{"role": "user", "content": content}], "a first question about a drawn image")
         urls = [data_url(resizer.seen(image)) for image in prompt.images]
-        found = probe(self._client, asking, messages_of(prompt, urls), vocabulary)
+        messages = messages_of(prompt, urls)
+        found = self._first(lambda client: probe(client, asking, messages, vocabulary))
         check.agrees(prompt, check.expected(prompt), found.response)
         kept = None
         if self.arguments.resume_folder:
@@ -172,6 +241,7 @@ class QuantServed(HarnessModel):
             self.arguments.samples,
             self.arguments.sample_temperature,
             kept,
+            likelihoods_of(self.served.engine, asking.with_form(found.form)),
         )
 
     def _account(self) -> None:
@@ -184,7 +254,7 @@ class QuantServed(HarnessModel):
         logger.info(
             "{} at {}: {} {}{}{}; prompts compared by {}; digits from {}",
             self.served.model,
-            self.options.base_url,
+            self._base_url,
             self.served.engine or "an unknown engine",
             self.served.version or "",
             f", {told}" if told else "",

@@ -11,7 +11,8 @@ from loguru import logger
 from lmms_plugin.utils.suggest import near
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.served.asking import Asking, RequestForm
-from lmms_plugin.vlm.served.client import Client, RequestRefused, ServerError
+from lmms_plugin.vlm.served.checking import counted
+from lmms_plugin.vlm.served.client import Client, Passing, RequestRefused, ServerError
 from lmms_plugin.vlm.served.tokens import Vocabulary
 
 _PROBE = GenerationSettings(max_new_tokens=4)
@@ -23,10 +24,10 @@ class Served:
     """What a server says that it serves.
 
     Attributes:
-        model: name under which it does.
+        model: Name of the model on the server.
         engine: `vllm`, `sglang`, ...; None where it does not tell.
-        version: of the engine.
-        told: what it says besides: dtype, quantization, longest context, which log-probabilities.
+        version: Version of the engine.
+        told: Further facts that it tells: dtype, quantization, longest context, which log-probabilities.
     """
 
     model: str
@@ -39,11 +40,12 @@ def find(client: Client, asked: str | None) -> Served:
     """Ask what is served.
 
     Args:
-        client: of the server.
-        asked: the model's name there; None for the only one.
+        client: Client of the server.
+        asked: Name of the model there; None for the only one.
 
     Raises:
-        ServerError: no server answers, or it does not serve that model, or several of which none was named.
+        Passing: no server answers, or it serves none yet.
+        ServerError: it does not serve that model, or several of which none was named.
     """
     try:
         listed = _entries(client.get(f"{client.base_url}/models"))
@@ -53,14 +55,15 @@ def find(client: Client, asked: str | None) -> Served:
             raise
         listed = [{"id": asked}]
     names = [str(entry["id"]) for entry in listed]
+    if not names:
+        # A router has none until the first of its servers is up.
+        raise Passing(f"{client.base_url} serves no model")
     if asked is not None and asked not in names:
         raise ServerError(
-            f"model: {client.base_url} serves no {asked!r}{near(asked, names)} (it serves {', '.join(names) or 'none'})"
+            f"model: {client.base_url} serves no {asked!r}{near(asked, names)} (it serves {', '.join(names)})"
         )
     if asked is None and len(names) != 1:
-        raise ServerError(
-            f"{client.base_url} serves {len(names)} models ({', '.join(names) or 'none'}): name one with model="
-        )
+        raise ServerError(f"{client.base_url} serves {len(names)} models ({', '.join(names)}): name one with model=")
     entry = next(entry for entry in listed if entry["id"] == (asked or names[0]))
     return _described(client, entry)
 
@@ -115,10 +118,10 @@ class Found:
     """What a first question has shown.
 
     Attributes:
-        form: of requests.
-        response: to it.
-        token_ids: whether ids of an answer's tokens come with it, log-probabilities or not.
-        digits: where alternatives of digits come from: `logprob_token_ids`, `top_logprobs (N)`, or none.
+        form: Form of requests.
+        response: Response to the request.
+        token_ids: Whether ids of an answer's tokens come with it, log-probabilities or not.
+        digits: Source of alternatives of digits: `logprob_token_ids`, `top_logprobs (N)`, or none.
     """
 
     form: RequestForm
@@ -136,10 +139,10 @@ def probe(
     """Ask a question about an image, with fewer fields until the server takes them, and look at what came back.
 
     Args:
-        client: of the server.
-        asking: writes requests.
-        messages: of the question.
-        vocabulary: of the checkpoint.
+        client: Client of the server.
+        asking: Writer of requests.
+        messages: Messages of the question.
+        vocabulary: Vocabulary of the checkpoint.
 
     Raises:
         ServerError: the server answers none of them, or in a way that does not fit the checkpoint.
@@ -156,7 +159,8 @@ def probe(
     listed = min((len(entry.get("top_logprobs") or []) for entry in entries), default=0)
     if form.listed is not None and not named:
         form = replace(form, named=False, listed=form.listed if listed else 0)
-    vocabulary.read(choice, (), probabilities=form.listed is not None, digits=named or listed > 0)
+    written = counted(response, "completion_tokens")
+    vocabulary.read(choice, (), probabilities=form.listed is not None, digits=named or listed > 0, written=written)
     if form.listed is None:
         logger.warning(
             "{}: the server gives no log-probabilities of its answers: accuracy is measured, and everything about "

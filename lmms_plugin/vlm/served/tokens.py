@@ -6,8 +6,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -24,6 +24,7 @@ PLACEHOLDER = -9000.0
 _ABOVE_ONE = 1e-3
 """By how much rounding may lift a probability, or the sum of several, above 1."""
 _ID = re.compile(r"token_id:(\d+)")
+_MOST = math.log1p(_ABOVE_ONE)
 _RUN = re.compile(r"([^0-9]*)([0-9]+)([^0-9]*)")
 _ENDED = ("stop", "length")
 _BROKEN = "\ufffd"
@@ -33,10 +34,10 @@ class Candidate(NamedTuple):
     """A token that a server tells of.
 
     Attributes:
-        id: None where the server does not tell.
-        text: of it alone.
-        raw: its bytes; None where it is known by its id.
-        logprob: as told.
+        id: Id of the token; None where the server does not tell.
+        text: Text of the token alone.
+        raw: Bytes of the token; None where it is known by its id.
+        logprob: Log-probability as the server tells it.
     """
 
     id: int | None
@@ -50,14 +51,15 @@ class Vocabulary:
     """A checkpoint's tokenizer, for reading what a server wrote.
 
     Attributes:
-        tokenizer: of the checkpoint.
-        ends: ids of the tokens that end an answer.
-        special: ids of the tokens that are no text.
+        tokenizer: Tokenizer of the checkpoint.
+        ends: Ids of the tokens that end an answer.
+        special: Ids of the tokens that are no text.
     """
 
     tokenizer: Tokenizer
     ends: frozenset[int]
     special: Special
+    _by_name: dict[str, tuple[int, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def numbers(self) -> NumberTokens:
@@ -69,10 +71,9 @@ class Vocabulary:
         """Text around the digits of a token -> how many tokens have digits in just that place."""
         counts: dict[tuple[str, str], int] = {}
         for index in self.numbers.ids:
-            match = _RUN.fullmatch(decode(self.tokenizer, [index]))
-            if match is not None:
-                around = (match[1], match[3])
-                counts[around] = counts.get(around, 0) + 1
+            found = _digits(decode(self.tokenizer, [index]))
+            if found is not None:
+                counts[found.around] = counts.get(found.around, 0) + 1
         return counts
 
     @cached_property
@@ -93,24 +94,40 @@ class Vocabulary:
             ServerError: it has no text or no number.
         """
         text, logprob = entry.get("token"), entry.get("logprob")
+        # An answer comes with hundreds of alternatives, which are mostly the same.
+        known = self._by_name.get(text) if isinstance(text, str) else None
+        if known is not None and type(logprob) is float:
+            return Candidate(known[0], known[1], None, logprob)
         if not isinstance(text, str) or isinstance(logprob, bool) or not isinstance(logprob, int | float):
             raise ServerError(f"expected token and logprob for each token, got {json.dumps(entry)[:200]}")
         named = _ID.fullmatch(text)
         index = int(named[1]) if named else entry.get("id")
         if isinstance(index, int) and not isinstance(index, bool):
-            return Candidate(index, decode(self.tokenizer, [index]), None, float(logprob))
+            alone = decode(self.tokenizer, [index])
+            if named:
+                self._by_name[text] = (index, alone)
+            return Candidate(index, alone, None, float(logprob))
         raw = entry.get("bytes")
         raw = bytes(raw) if isinstance(raw, list) and raw else text.encode()
         return Candidate(None, raw.decode(errors="replace"), raw, float(logprob))
 
-    def read(self, choice: Mapping[str, Any], until: Sequence[str], *, probabilities: bool, digits: bool) -> Generated:
+    def read(
+        self,
+        choice: Mapping[str, Any],
+        until: Sequence[str],
+        *,
+        probabilities: bool,
+        digits: bool,
+        written: int | None = None,
+    ) -> Generated:
         """Read an answer.
 
         Args:
-            choice: of the response.
-            until: strings that end an answer and are cut off.
-            probabilities: whether log-probabilities are wanted; without, they are NaN.
-            digits: whether alternatives of tokens of digits are.
+            choice: Choice of the response.
+            until: Strings that end an answer and are cut off.
+            probabilities: Whether log-probabilities are wanted; without, they are NaN.
+            digits: Whether alternatives of tokens of digits are wanted.
+            written: Number of tokens that the server says it generated; None where it does not say.
 
         Raises:
             ServerError: it is no whole answer, its tokens do not spell its text, or what stands for probabilities are
@@ -133,13 +150,19 @@ class Vocabulary:
         self._expect_spelled("".join(texts), content, choice)
         if not probabilities:
             logprobs = [math.nan] * len(texts)
-        elif len(told) != len(texts):
-            raise ServerError(
-                f"the answer has {len(texts)} tokens and log-probabilities of {len(told)} of them: tokens without "
-                "probability (speculative decoding, a tool or reasoning parser, partial characters) cannot be judged"
-            )
         else:
-            logprobs = [_logprob(one) for one in told]
+            of_all = len(texts)
+            if not isinstance(choice.get("token_ids"), list) and written is not None:
+                # Some servers count the token that ends an answer and tell nothing of it.
+                silent_end = choice.get("finish_reason") == "stop" and ended is None
+                of_all = written - (silent_end and len(told) == written - 1)
+            if len(told) != of_all:
+                raise ServerError(
+                    f"the answer has {of_all} tokens and log-probabilities of {len(told)} of them: tokens without a "
+                    "probability of their own (speculative decoding, tokens that are grouped, a tool or reasoning "
+                    "parser, partial characters) cannot be judged"
+                )
+            logprobs = [as_logprob(one.logprob, one.text) for one in told]
         alternatives: list[Alternatives | None] = [None] * len(texts)
         if probabilities and digits:
             pairs = zip(told, entries, strict=True)
@@ -199,48 +222,62 @@ class Vocabulary:
         return text.strip()
 
     def _alternatives(self, chosen: Candidate, entry: Mapping[str, Any]) -> Alternatives | None:
-        match = _RUN.fullmatch(chosen.text)
-        if match is None:
+        place = _digits(chosen.text)
+        if place is None:
             return None
-        others = [self.candidate(one) for one in entry.get("top_logprobs") or []]
-        seen = {(one.id, one.text): one for one in (*others, chosen) if one.logprob > PLACEHOLDER}
-        probabilities = {key: math.exp(one.logprob) for key, one in seen.items()}
-        mass = sum(probabilities.values())
+        others = list(map(self.candidate, entry.get("top_logprobs") or []))
+        seen = {one[:2]: math.exp(as_logprob(one.logprob, one.text)) for one in (*others, chosen)}
+        mass = sum(seen.values())
         if mass > 1 + _ABOVE_ONE:
             raise ServerError(
                 f"the probabilities of {chosen.text!r} and what could stand in its place add up to {mass:.3f}: these "
                 "are no log-probabilities of one distribution (serve them raw: --logprobs-mode raw_logprobs)"
             )
-        around = (match[1], match[3])
         listed: dict[str, float] = {}
         unlisted = 0.0
-        for key, one in sorted(seen.items(), key=lambda pair: -pair[1].logprob):
-            other = _RUN.fullmatch(one.text)
-            if other is None or (other[1], other[3]) != around:
+        for (_, text), probability in sorted(seen.items(), key=lambda pair: -pair[1]):
+            other = _digits(text)
+            if other is None or other.around != place.around:
                 continue
-            if probabilities[key] >= LEAST:
-                listed[other[2]] = min(1.0, listed.get(other[2], 0.0) + probabilities[key])
+            if probability >= LEAST:
+                listed[other.digits] = min(1.0, listed.get(other.digits, 0.0) + probability)
             else:
-                unlisted += probabilities[key]
-        if self.kinds.get(around, 0) > len(others):
+                unlisted += probability
+        if self.kinds.get(place.around, 0) > len(others):
             # More tokens of this kind exist than the server lists: the rest may be theirs.
             unlisted += max(0.0, 1.0 - mass)
         return Alternatives(listed, min(1.0, unlisted))
 
 
-def _logprob(one: Candidate) -> float:
-    """The log-probability of a token, if it is one."""
-    if math.isnan(one.logprob) or one.logprob <= PLACEHOLDER:
+class _Digits(NamedTuple):
+    digits: str
+    around: tuple[str, str]
+
+
+@lru_cache(maxsize=4096)
+def _digits(text: str) -> _Digits | None:
+    """The one run of digits in a text, and what is around it."""
+    match = _RUN.fullmatch(text)
+    return None if match is None else _Digits(match[2], (match[1], match[3]))
+
+
+def as_logprob(value: float, text: str) -> float:
+    """Return a number that a server gives for the log-probability of a token.
+
+    Raises:
+        ServerError: it is none.
+    """
+    if PLACEHOLDER < value <= _MOST:
+        return min(0.0, value)
+    if value > _MOST:
         raise ServerError(
-            f"token {one.text!r} comes with {one.logprob:g}, which stands for no probability: was the answer forced "
-            "(structured output, allowed tokens, a bias)?"
+            f"token {text!r} comes with {value:g}, above 0: this is no logarithm of a probability (serve raw ones: "
+            "--logprobs-mode raw_logprobs)"
         )
-    if one.logprob > math.log1p(_ABOVE_ONE):
-        raise ServerError(
-            f"token {one.text!r} comes with {one.logprob:g}, above 0: this is no logarithm of a probability (serve "
-            "raw ones: --logprobs-mode raw_logprobs)"
-        )
-    return min(0.0, one.logprob)
+    raise ServerError(
+        f"token {text!r} comes with {value:g}, which stands for no probability: was the answer forced (structured "
+        "output, allowed tokens, a bias)?"
+    )
 
 
 def _texts_of_bytes(parts: Sequence[bytes]) -> list[str]:

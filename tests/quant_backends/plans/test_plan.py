@@ -7,6 +7,7 @@ import pytest
 
 from lmms_plugin.quant_backends import BACKENDS, get, names
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec, Rule
+from lmms_plugin.utils.reading.problems import SeveralErrors, lines_of
 
 LAYERS = {
     "model.visual.blocks.0.fc1": "vision",
@@ -134,6 +135,17 @@ def test_plan_file(plan_file):
 def test_bad_plan_files_name_file_and_entry(plan_file, text, message):
     with pytest.raises(ValueError, match=message):
         QuantPlan.from_arguments(plan=plan_file(text))
+
+
+def test_all_errors_of_a_plan_file_are_told_at_once(plan_file):
+    path = plan_file("components: {visoin: 4, head: 9}\nrules: [{match: '(', bits: 4}, {mach: a}]\nskp: []\n")
+    with pytest.raises(SeveralErrors) as caught:
+        QuantPlan.from_arguments(plan=path)
+    told = lines_of(caught.value)
+    places = [line.removeprefix(f"{path}:").split(": ")[0] for line in told]
+    assert places == ["1:14", "1:31", "2:17", "2:32", "2:33", "3:1"]
+    hints = [line.partition("did you mean ")[2].partition("?")[0] for line in told]
+    assert hints == ["'vision'", "", "", "", "'match'", "'skip'"]
 
 
 def test_missing_plan_file(tmp_path):

@@ -533,7 +533,7 @@ def test_mistakes_in_roles_are_named(tmp_path, text, message):
 
 
 def test_reports_without_counts_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"plan\.yaml: use: there is no report .*gone\.json"):
+    with pytest.raises(ValueError, match=r"plan\.yaml:\d+:\d+: .*use: there is no report .*gone\.json"):
         roles_plan(tmp_path, BY_USE % ", use: gone.json")
     (tmp_path / "empty.json").write_text('{"experts": []}')
     (tmp_path / "damaged.json").write_text('{"experts": [{"name": "layer", "tokens": [1, -1]}]}')

@@ -1,0 +1,83 @@
+"""Two models on the same documents, one after the other through the `lmms-eval` command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from lmms_plugin import harness_log
+from lmms_plugin.arguments import read_arguments
+from lmms_plugin.quant_backends import SERVED, backend_name, model_name
+from lmms_plugin.utils.processes import guard, installed
+
+_SPEC = re.compile(r"([A-Za-z_][\w-]*)(?::(.*))?", re.S)
+
+
+class ModelSpec(NamedTuple):
+    """Model as a user names it: `quant_none:pretrained=demo`.
+
+    Attributes:
+        model: Name of the model in lmms-eval.
+        arguments: Its model arguments, as after `--model_args`.
+    """
+
+    model: str
+    arguments: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a model's name and arguments.
+
+        Raises:
+            ValueError: It is no name of a model, or its arguments are not `name=value,...`.
+        """
+        found = _SPEC.fullmatch(text)
+        if found is None:
+            raise ValueError(
+                f"expected a model and its arguments such as quant_none:pretrained=demo, got {text!r:.200}; to compare "
+                "two finished runs leave out --tasks"
+            )
+        read_arguments(found[2] or "")
+        return cls(found[1], found[2] or "")
+
+    def with_evidence(self) -> Self:
+        """Return the model with the arguments that keep evidence, if it is one of this package's."""
+        served = self.model.removesuffix("_simple") == model_name(SERVED)
+        if not served and backend_name(self.model) is None:
+            return self
+        given = read_arguments(self.arguments)
+        added = ["parity=True"] if "parity" not in given else []
+        # What differs is to be found out, and not to end the run.
+        added += ["mismatch=warn"] if served and "mismatch" not in given else []
+        return self._replace(arguments=",".join(filter(None, (self.arguments, *added))))
+
+
+def command_of(
+    spec: ModelSpec, tasks: str, folder: Path, limit: float | None, batch_size: str | None
+) -> tuple[str, ...]:
+    """Return the command that runs one model."""
+    asked = ("--model", spec.model, "--model_args", spec.arguments, "--tasks", tasks)
+    more = [] if limit is None else ["--limit", f"{limit:g}"]
+    more += [] if batch_size is None else ["--batch_size", batch_size]
+    return ("lmms-eval", *asked, *more, "--log_samples", "--output_path", str(folder))
+
+
+def run(command: Sequence[str], folder: Path) -> None:
+    """Run one command of lmms-eval to its end; its log goes to `log.txt` in the folder.
+
+    Raises:
+        RuntimeError: It left no results; tells the last error of its log in one line.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    program, *arguments = command
+    process = guard.start([installed.command(program), *arguments], log)
+    try:
+        status = process.wait()
+    finally:
+        guard.end(process)
+    if status or not any(folder.rglob("*_results.json")):
+        told = harness_log.failure(log.read_text(encoding="utf-8", errors="replace"), status)
+        raise RuntimeError(f"{command[command.index('--model') + 1]}: {told}")

@@ -1,0 +1,40 @@
+"""Names of the formats of saved models, without torch, so that what cannot be saved is refused early."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_plugin.quant_backends.backend import Backend
+
+COMPRESSED_TENSORS = "compressed-tensors"
+AUTO, OWN = "auto", "own"
+FORMS = (AUTO, COMPRESSED_TENSORS, OWN)
+"""What a user may ask for: `auto` is compressed-tensors where that can hold the weights, else our own format."""
+
+
+def expect_form(form: str) -> None:
+    """Refuse a name that is no format.
+
+    Raises:
+        ValueError: It is none of `FORMS`.
+    """
+    if form not in FORMS:
+        raise ValueError(f"expected a format of {', '.join(FORMS)}, got {form!r}")
+
+
+def expect_storable(backend: Backend, form: str = AUTO) -> None:
+    """Refuse a method whose layers cannot be written, before anything is loaded.
+
+    Args:
+        backend: Method with its options.
+        form: One of `FORMS`.
+
+    Raises:
+        ValueError: Its layers cannot be written at all, or not in this form.
+    """
+    expect_form(form)
+    if backend.unsaved is not None:
+        raise ValueError(f"{backend.name} cannot be saved: {backend.unsaved}")
+    if form == COMPRESSED_TENSORS and backend.uncompressed is not None:
+        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold what {backend.name} makes: {backend.uncompressed}")

@@ -1,0 +1,51 @@
+"""Two engines run now, through the real commands: the demo loaded, and behind an imitated server."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.environments import run
+from helpers.served import DemoModel, FakeServer
+
+from lmms_plugin import side_by_side
+
+COMMAND = [str(Path(sys.executable).parent / "lmms-plugin"), "parity"]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_loaded_and_a_served_model_are_run_and_compared(tmp_path):
+    with FakeServer(DemoModel()) as server:
+        specs = ["quant_none:pretrained=demo,device=cpu", f"quant_served:base_url={server.url},pretrained=demo"]
+        told = run([*COMMAND, *specs, "--tasks", "shapes_rec", "--limit", "6", "--output", "kept"], tmp_path)
+    assert "Same: 6 of 6 answers are equal" in told
+    (rows,) = (tmp_path / "kept" / "B").rglob("*_samples_shapes_rec.jsonl")
+    trailer = json.loads(json.loads(rows.read_text().splitlines()[0])["filtered_resps"].rpartition("|>")[2])
+    assert len(trailer["engine"]["trials"]) == 5
+    assert trailer["engine"]["software"] == "vllm 0.32.0"
+    # Ids of the prompt are kept for the comparison.
+    assert len(trailer["trace"]) == 4 + trailer["trace"][0]
+
+
+def test_a_run_that_fails_is_told_in_one_line(tmp_path):
+    script = "print('ValueError: no such thing'); raise SystemExit(3)"
+    with pytest.raises(RuntimeError) as failed:
+        side_by_side.run((sys.executable, "-c", script, "--model", "quant_none"), tmp_path / "A")
+    told = "quant_none: lmms-eval ended with status 3; last error: ValueError: no such thing"
+    assert str(failed.value) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("quant_none:pretrained=demo", "pretrained=demo,parity=True"),
+        ("quant_none:pretrained=demo,parity=False", "pretrained=demo,parity=False"),
+        ("quant_served:base_url=http://h:1/v1", "base_url=http://h:1/v1,parity=True,mismatch=warn"),
+        ("quant_served:mismatch=error", "mismatch=error,parity=True"),
+        ("quant_awq", "parity=True"),
+        ("openai:model=x", "model=x"),
+    ],
+)
+def test_models_of_this_package_keep_evidence(text, arguments):
+    assert side_by_side.ModelSpec.parse(text).with_evidence().arguments == arguments
