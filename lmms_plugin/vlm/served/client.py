@@ -122,6 +122,11 @@ class Client:
         url = f"{self.base_url}/chat/completions"
         return self._patiently(lambda: _expect_choices(self._once("POST", url, content), self.base_url), patient)
 
+    def post(self, url: str, body: Mapping[str, Any], *, patient: bool = True) -> dict[str, Any]:
+        """Ask for something else than an answer of the chat API; see `chat`."""
+        content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+        return self._patiently(lambda: self._once("POST", url, content), patient)
+
     def end(self) -> None:
         """Break off waiting, and close every connection; the client is of no use afterwards."""
         self._ended.set()

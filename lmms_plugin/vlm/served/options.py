@@ -12,6 +12,8 @@ from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.utils.variables import API_KEY
 
 MISMATCH = ("error", "warn")
+AUTO, RENDERED, CHAT = "auto", "rendered", "chat"
+PROMPTS = (AUTO, RENDERED, CHAT)
 OF_THE_SERVER = (
     *("group_size", "vision_bits", "connector_bits", "language_bits", "head_bits", "symmetric", "plan"),
     *("calibration", "calibration_samples", "dtype", "device", "device_map", "attn_implementation", "static_cache"),
@@ -33,6 +35,9 @@ class ServedOptions:
         retries: how often a request is tried again when the server is busy or does not answer.
         mismatch: what to do when the server makes other tokens of a prompt than the checkpoint's processor: `error`
             or `warn`.
+        prompts: how they are written: `rendered` by the checkpoint's processor and sent raw (llama.cpp's
+            `/completion`), as messages of the `chat` API, which the server's own template renders, or `auto`: rendered
+            where the server takes that.
         method: how the model was quantized, as far as its user knows.
         key_variable: environment variable that holds the key of the server, if it wants one.
     """
@@ -43,6 +48,7 @@ class ServedOptions:
     timeout: float = 600.0
     retries: int = 8
     mismatch: str = "error"
+    prompts: str = AUTO
     method: str | None = None
     key_variable: str = API_KEY
 
@@ -61,6 +67,8 @@ class ServedOptions:
                 raise ValueError(f"{name} must be at least {least:g}, got {getattr(self, name)}")
         if self.mismatch not in MISMATCH:
             raise ValueError(f"mismatch must be one of {', '.join(MISMATCH)}, got {self.mismatch!r}")
+        if self.prompts not in PROMPTS:
+            raise ValueError(f"prompts must be one of {', '.join(PROMPTS)}, got {self.prompts!r}")
 
     @classmethod
     def of(cls, arguments: ModelArguments) -> ServedOptions:

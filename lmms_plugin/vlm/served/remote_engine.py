@@ -18,7 +18,7 @@ from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import traits_of
 from lmms_plugin.vlm.running.scheduling import MOST_READERS, by_image, working_on
-from lmms_plugin.vlm.served.asking import Asking, messages_of
+from lmms_plugin.vlm.served.asking import Requests
 from lmms_plugin.vlm.served.checking import ExpectedPrompt, PromptCheck
 from lmms_plugin.vlm.served.client import Client, ServerError
 from lmms_plugin.vlm.served.keeping import KeptAnswers
@@ -34,7 +34,7 @@ class Question(NamedTuple):
         job: number of the job that it belongs to.
         sample: number of a further answer; None for the answer itself.
         prompt: as our processor shows it.
-        messages: as the API takes them.
+        shown: prompt as the API takes it.
         settings: how to generate.
         seed: of sampling.
         opened: the tag of a reasoning that the prompt's end opened.
@@ -44,7 +44,7 @@ class Question(NamedTuple):
     job: int
     sample: int | None
     prompt: Prompt
-    messages: list[dict[str, Any]]
+    shown: Any
     settings: GenerationSettings
     seed: int
     opened: str
@@ -73,7 +73,7 @@ class ServedEngine:
     """
 
     client: Client
-    asking: Asking
+    asking: Requests
     vocabulary: Vocabulary
     chat: Chat
     reader: PromptReader
@@ -165,11 +165,11 @@ class ServedEngine:
             with working_on(job):
                 prompt = job.prompt(self.reader)
                 self._expect_possible(job, prompt)
-                messages = messages_of(prompt, [self._url(image, urls) for image in prompt.images])
+                shown = self.asking.shown(prompt, [self._url(image, urls) for image in prompt.images])
                 opened = self.chat.opened_by(prompt) if evidence and prompt.wants_confidence else ""
                 expected = self.check.expected(prompt)
                 seed = job.request.seed(self.seed)
-                asked.append(Question(index, None, prompt, messages, job.settings, seed, opened, expected))
+                asked.append(Question(index, None, prompt, shown, job.settings, seed, opened, expected))
                 drawn = replace(job.settings, sampling=Sampling(self.sample_temperature))
                 for sample in range(self._further(prompt, evidence)):
                     seed = job.request.seed(self.seed, sample)
@@ -196,7 +196,7 @@ class ServedEngine:
         wanted = self.judges and evidence and prompt.wants_confidence and question.sample is None
         digits = wanted and self.digits and prompt.grounding is not None and prompt.grounding.digits
         body = self.asking.body(
-            question.messages,
+            question.shown,
             question.settings,
             seed=question.seed,
             probabilities=wanted or not self.token_ids,
@@ -208,7 +208,7 @@ class ServedEngine:
         try:
             fresh = record is None
             if record is None:
-                response = self.client.chat(body)
+                response = self.asking.ask(self.client, body)
                 agrees = self.check.agrees(prompt, question.expected, response)
                 compared = self.check.compares(response)
                 record = {"choice": response["choices"][0], "compared": compared, "agrees": agrees}

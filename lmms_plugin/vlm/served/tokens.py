@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -43,6 +43,9 @@ class Candidate(NamedTuple):
     text: str
     raw: bytes | None
     logprob: float
+
+
+_UNKNOWN = Candidate(None, "", None, math.nan)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ class Vocabulary:
         self._expect_spelled("".join(texts), content, choice)
         if not probabilities:
             logprobs = [math.nan] * len(texts)
+        elif ids is not None and len(told) < len(texts) and all(one.id is not None for one in told):
+            places = list(_places(ids, texts, told, len(cut(texts, until))))
+            told = [told[place] if place is not None else _UNKNOWN for place in places]
+            entries = [entries[place] if place is not None else {} for place in places]
+            logprobs = [math.nan if one is _UNKNOWN else _logprob(one) for one in told]
         elif len(told) != len(texts):
             raise ServerError(
                 f"the answer has {len(texts)} tokens and log-probabilities of {len(told)} of them: tokens without "
@@ -226,6 +234,32 @@ class Vocabulary:
             # More tokens of this kind exist than the server lists: the rest may be theirs.
             unlisted += max(0.0, 1.0 - mass)
         return Alternatives(listed, min(1.0, unlisted))
+
+
+def _places(ids: Sequence[int], texts: Sequence[str], told: Sequence[Candidate], kept: int) -> Iterator[int | None]:
+    """Yield, for each token, where its probability is told; None for a part of a character, of which none is.
+
+    Args:
+        ids: of the answer's tokens.
+        texts: of the same; a character that takes several tokens belongs to the last of them.
+        told: with ids, of fewer tokens.
+        kept: tokens that the answer has before what ends it; later ones may lack theirs.
+
+    Raises:
+        ServerError: those that are told are not the others.
+    """
+    place = 0
+    for number, (index, text) in enumerate(zip(ids, texts, strict=True)):
+        if place < len(told) and told[place].id == index and (text or number == len(ids) - 1):
+            yield place
+            place += 1
+        elif text and _BROKEN not in text and number < kept:
+            raise ServerError(
+                f"the answer has {len(ids)} tokens and log-probabilities of {len(told)} of them, and none of {text!r}: "
+                "tokens without probability (speculative decoding) cannot be judged"
+            )
+        else:
+            yield None
 
 
 def _logprob(one: Candidate) -> float:
