@@ -2,22 +2,15 @@
 
 import codecs
 import re
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 from lmms_plugin import ending
+from lmms_plugin.utils.processes import process_log
 
-_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _BAR = re.compile(r"(Answering|Postprocessing)[^:\r\n]*: *\d+%\|[^|\r\n]*\| *(\d+)/(\d+) ")
 _TOLD = re.compile(r"Error during evaluation: (.*?)(?:\.? Please set `--verbosity=DEBUG`.*)?$")
 _RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|OutOfMemory)(?:: .*)?$")
-_FROM_SIGNALS = 128
-
-
-def lines(log: str) -> list[str]:
-    """Return the lines of a log as a terminal finally shows them: without colours and overwritten progress bars."""
-    return [line.rstrip().rsplit("\r", 1)[-1] for line in _COLOURS.sub("", log).split("\n")]
 
 
 @dataclass
@@ -79,7 +72,7 @@ class Followed:
 
 def last_error(log: str) -> str | None:
     """Return the last error in a log in one line, else its last line; None if the log is empty."""
-    written = [line.strip() for line in lines(log) if line.strip()]
+    written = [line.strip() for line in process_log.lines(log) if line.strip()]
     # The error that tenacity raises after the last attempt names no reason; its cause is printed above it.
     for line in reversed([line for line in written if "RetryError[" not in line]):
         if told := _TOLD.search(line) or ending.LINE.match(line):
@@ -96,12 +89,6 @@ def failure(log: str, status: int) -> str:
         log: Standard output and standard error of the run.
         status: Exit status; 128 plus the number of the signal that ended the run.
     """
-    if status == 0:
-        how = "left no results (it exits with 0 after an error)"
-    elif status - _FROM_SIGNALS in signal.valid_signals():
-        name = signal.Signals(status - _FROM_SIGNALS).name
-        how = f"was ended by {name}{', as systems do when memory runs out' if name == 'SIGKILL' else ''}"
-    else:
-        how = f"ended with status {status}"
+    how = "left no results (it exits with 0 after an error)" if status == 0 else process_log.ending(status)
     said = last_error(log)
     return f"lmms-eval {how}" + ("" if said is None else f"; last error: {said}")

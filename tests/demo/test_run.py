@@ -22,6 +22,7 @@ from lmms_plugin.cli.demo_display import QUIET_SECONDS, DemoProgress, show
 from lmms_plugin.demo import run as demo
 from lmms_plugin.demo.pace import Pace, seconds_left
 from lmms_plugin.shifts.image.corruptions import SHIFTS
+from lmms_plugin.utils.processes import process_log
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 TRACEBACK = """Traceback (most recent call last):
@@ -87,7 +88,7 @@ def test_no_byte_of_a_log_is_read_twice(tmp_path: Path) -> None:
 
 def test_a_log_reads_as_a_terminal_shows_it() -> None:
     log = "\x1b[32mgreen\x1b[0m\r\n" + bar("Answering", 3, 3) + "last"
-    first, answering, last = harness_log.lines(log)
+    first, answering, last = process_log.lines(log)
     assert (first, last) == ("green", "last")
     assert answering.count("Answering") == 1
     assert "3/3" in answering

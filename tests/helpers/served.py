@@ -99,13 +99,14 @@ class FakeServer:
     change: Callable[[dict[str, Any]], Any] = lambda response: None
     models: tuple[str, ...] = ("demo",)
     key: str | None = None
+    port: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     in_flight: list[int] = field(default_factory=lambda: [0, 0])
     lock: Any = field(default_factory=threading.Lock)
 
     def __enter__(self):
-        self.http = _Quiet(("127.0.0.1", 0), _handler(self))
+        self.http = _Quiet(("127.0.0.1", self.port), _handler(self))
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 

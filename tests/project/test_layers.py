@@ -75,7 +75,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "protocol": "utils",
         "confidence": "metrics protocol utils",
         "ending": "utils",
-        "harness_log": "ending",
+        "harness_log": "ending utils",
         **QUANTIZERS,
         "arguments": "demo quant_backends.backend quant_backends.calibration quant_backends.plans utils",
         "analysis": "arguments confidence metrics quant_backends quant_backends.extras quant_backends.plans utils",

@@ -389,7 +389,7 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
 
 
 def test_the_guard_passes_the_status_on() -> None:
-    command = [sys.executable, "-P", "-m", guard.__name__, sys.executable, "-P", "-c", "raise SystemExit(7)"]
+    command = [sys.executable, "-P", "-m", guard.__name__, "0", sys.executable, "-P", "-c", "raise SystemExit(7)"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.wait() == 7
 
@@ -401,7 +401,7 @@ def test_nothing_outlives_a_killed_runner(tmp_path: Path, which: str) -> None:
     child += f"subprocess.run([sys.executable, '-c', {grandchild!r}])"
     runner = f"""
 import subprocess, sys
-guard = subprocess.Popen([sys.executable, "-P", "-m", {guard.__name__!r}, sys.executable, "-P", "-c", {child!r}],
+guard = subprocess.Popen([sys.executable, "-P", "-m", {guard.__name__!r}, "0", sys.executable, "-P", "-c", {child!r}],
                          stdin=subprocess.PIPE, start_new_session=True)
 print(guard.pid, flush=True)
 guard.wait()

@@ -20,7 +20,7 @@ from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.tasks import known
-from lmms_plugin.utils.processes import guard, installed
+from lmms_plugin.utils.processes import guard, installed, process_log
 from lmms_plugin.utils.variables import API_KEY, PREFIX
 
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
@@ -179,7 +179,7 @@ class Attempt:
         return Outcome(problem, status, done, self._tail(), tuple(changed))
 
     def _tail(self) -> str:
-        lines = harness_log.lines(_log(self.folder).rstrip())
+        lines = process_log.lines(_log(self.folder).rstrip())
         return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_LETTERS:]
 
 

@@ -7,14 +7,18 @@ this process's standard input, which the operating system closes however the run
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_LINUX = sys.platform == "linux"
+_LOOK_SECONDS = 1.0
 
 
 def start(
@@ -24,6 +28,7 @@ def start(
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
     inherited: Sequence[int] = (),
+    grace: float = 0.0,
 ) -> subprocess.Popen[bytes]:
     """Start a command under a guard, in a session of its own, which keyboard interrupts do not reach.
 
@@ -33,10 +38,11 @@ def start(
         folder: Working directory; None for the current one.
         environment: Environment variables; None for those of this process.
         inherited: File descriptors that the guard keeps open.
+        grace: Seconds between SIGTERM and SIGKILL when the command is ended; 0 for SIGKILL alone.
     """
     with log.open("wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "lmms_plugin.utils.processes.guard", *command],
+            [sys.executable, "-P", "-m", "lmms_plugin.utils.processes.guard", f"{grace:g}", *command],
             stdin=subprocess.PIPE,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -54,35 +60,73 @@ def end(guarded: subprocess.Popen[bytes]) -> None:
     guarded.wait()
 
 
-def run(command: Sequence[str]) -> int:
-    """Run a command in a process group of its own until it ends or standard input is closed.
+def run(command: Sequence[str], grace: float = 0.0) -> int:
+    """Run a command in a process group of its own until it ends, standard input is closed or the parent is gone.
+
+    On Linux, processes that have left the group are ended, too; elsewhere only the group is.
+
+    Args:
+        command: Command with the path of its program.
+        grace: Seconds between SIGTERM and SIGKILL; 0 for SIGKILL alone.
 
     Returns:
         Exit status of the command; 128 plus the number of the signal that ended it.
     """
+    if _LINUX:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_die_with_parent)
-    threading.Thread(target=_kill_at_end_of_input, args=(child.pid,), daemon=True).start()
+    threading.Thread(target=_end_without_parent, args=(child.pid, grace), daemon=True).start()
     status = child.wait()
-    _kill(child.pid)
+    _send(child.pid, signal.SIGKILL)
+    _end_orphans()
     return status if status >= 0 else 128 - status
 
 
-def _kill_at_end_of_input(group: int) -> None:
-    while os.read(sys.stdin.fileno(), 1024):
-        pass
-    _kill(group)
+def _end_without_parent(group: int, grace: float) -> None:
+    """End a group when standard input is closed, or when the parent is gone and a fork of it holds the other end."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        readable, _, _ = select.select([sys.stdin], [], [], _LOOK_SECONDS)
+        if readable and not os.read(sys.stdin.fileno(), 1024):
+            break
+    if grace > 0:
+        _send(group, signal.SIGTERM)
+        # This thread ends with the process as soon as the command has ended.
+        time.sleep(grace)
+    _send(group, signal.SIGKILL)
 
 
-def _kill(group: int) -> None:
+def _send(group: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(group, number)
 
 
 def _die_with_parent() -> None:
     # In case this process itself is killed; elsewhere than on Linux only its input tells.
-    if sys.platform == "linux":
+    if _LINUX:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _end_orphans() -> None:
+    """End what the command has left: Linux makes them children of this process, one generation after the other."""
+    while orphans := _children():
+        for orphan in orphans:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(orphan, signal.SIGKILL)
+        for orphan in orphans:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(orphan, 0)
+
+
+def _children() -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*") if _LINUX else ():
+        # A process may end while it is looked at. Its name may hold blanks and brackets; its parent is behind.
+        with contextlib.suppress(OSError):
+            if int((folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[2:], float(sys.argv[1])))

@@ -49,12 +49,16 @@ class Passing(ServerError):
     Attributes:
         wait: seconds that the server asks for; None if it does not.
         busy: whether the server has too much to do.
+        status: of HTTP; None where none came.
     """
 
-    def __init__(self, message: str, wait: float | None = None, *, busy: bool = False) -> None:
+    def __init__(
+        self, message: str, wait: float | None = None, *, busy: bool = False, status: int | None = None
+    ) -> None:
         super().__init__(message)
         self.wait = wait
         self.busy = busy
+        self.status = status
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Client:
         retries: after a failure that may pass.
         connections: kept alive at most.
         busy: called whenever the server says that it has too much to do.
+        expect_running: called after a failure that may pass; raises an error if the server has ended.
     """
 
     base_url: str
@@ -78,6 +83,7 @@ class Client:
     retries: int = 8
     connections: int = 16
     busy: Callable[[], None] = field(default=lambda: None, repr=False)
+    expect_running: Callable[[], None] = field(default=lambda: None, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -145,6 +151,7 @@ class Client:
         try:
             return retrying(ask)
         except Passing as error:
+            self.expect_running()
             if tries == 1:
                 raise
             raise ServerError(f"{error} (tried {tries} times)") from error
@@ -153,6 +160,7 @@ class Client:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, Passing) and error.busy:
             self.busy()
+        self.expect_running()
 
     def _once(self, method: str, url: str, content: bytes | None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"} if content is not None else {}
@@ -199,7 +207,7 @@ class Client:
         status = response.status_code
         said = self._words(_said(response))
         if status in _PASSING:
-            raise Passing(f"{url} answers {status}: {said}", _asked_wait(response), busy=status in _BUSY)
+            raise Passing(f"{url} answers {status}: {said}", _asked_wait(response), busy=status in _BUSY, status=status)
         if status in (401, 403):
             given = f"the key in {self.key_variable}" if self.key else "a request without key"
             raise RequestRefused(f"{self.base_url} refuses {given} ({status}): {said}; set {self.key_variable}", status)

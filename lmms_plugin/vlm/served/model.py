@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from loguru import logger
@@ -17,6 +18,7 @@ from lmms_plugin.protocol.prompts import Prompt, PromptReader
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import ends_of_checkpoint
+from lmms_plugin.utils.processes.servers import Server
 from lmms_plugin.vlm.assembling import Assembler
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
@@ -26,6 +28,7 @@ from lmms_plugin.vlm.served.asking import Asking, RequestForm, Requests
 from lmms_plugin.vlm.served.checking import PromptCheck
 from lmms_plugin.vlm.served.client import Client, ServerError
 from lmms_plugin.vlm.served.keeping import KeptAnswers
+from lmms_plugin.vlm.served.launching import Launched, temporary_log
 from lmms_plugin.vlm.served.llamacpp.first_completion import probe_rendered
 from lmms_plugin.vlm.served.load import Gate
 from lmms_plugin.vlm.served.options import AUTO, CHAT, OPTION_TYPES, ServedOptions, expect_effect
@@ -35,6 +38,7 @@ from lmms_plugin.vlm.served.sent_images import Resizer, data_url
 from lmms_plugin.vlm.served.tokens import Vocabulary
 from lmms_plugin.vlm.setting_up import chat_of
 
+Told = TypeVar("Told")
 _FIRST_QUESTION = "What is in this picture?"
 _FIRST_SIZE, _SQUARE = (224, 168), (224, 224)
 """Of the drawn picture. llama.cpp stretches or pads other images in its own way, which shows on the documents."""
@@ -51,14 +55,14 @@ class QuantServed(HarnessModel):
     """
 
     def __init__(self, **arguments: Any) -> None:
-        """Find the server, load the checkpoint's processor and tokenizer, and ask a first question about an image.
+        """Find or start the server, load the checkpoint's processor and tokenizer, and ask a first question.
 
         Args:
             **arguments: see `ModelArguments` and `ServedOptions`.
 
         Raises:
-            ValueError: an argument is unknown or its value impossible, the server does not answer as it should, or it
-                reads other prompts than the checkpoint's processor makes.
+            ValueError: an argument is unknown or its value impossible, the server cannot be started or does not answer
+                as it should, or it reads other prompts than the checkpoint's processor makes.
             FileNotFoundError: there is no such checkpoint.
         """
         super().__init__()
@@ -72,8 +76,9 @@ class QuantServed(HarnessModel):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self._gate = Gate(self.options.concurrency)
-        self._client = self._connected()
-        self.served = find(self._client, self.options.model)
+        self._launched = self._launch()
+        self._client = self._connected(self.options.timeout)
+        self.served = self._first(lambda client: find(client, self.options.model))
         self.chat, self.reader = chat_of(self._path, self.arguments)
         if self.reader.raw or self.dialect.raw_prompt:
             raise ValueError(
@@ -106,6 +111,8 @@ class QuantServed(HarnessModel):
         """End the connections, and forget the answers that were kept for going on."""
         super().clean()
         self._client.end()
+        if self._launched is not None:
+            self._launched.end()
         if self._kept is not None:
             self._kept.remove()
 
@@ -114,7 +121,8 @@ class QuantServed(HarnessModel):
         stated = {"method": self.options.method, "bits": self.arguments.bits}
         return {
             "pretrained": self.arguments.pretrained,
-            "base_url": self.options.base_url,
+            "base_url": self._base_url,
+            "launch": None if self.options.command is None else self.options.command.text,
             "served": {**asdict(self.served), "told": dict(self.served.told)},
             "stated": {name: value for name, value in stated.items() if value is not None},
             "of_stated": STATED,
@@ -126,17 +134,51 @@ class QuantServed(HarnessModel):
             "fields": "all" if self.found.form.extended else "OpenAI's alone: top_k and penalties are the server's",
         }
 
-    def _connected(self) -> Client:
+    @property
+    def _base_url(self) -> str:
+        return self._launched.base_url if self._launched is not None else str(self.options.base_url)
+
+    def _launch(self) -> Launched | None:
+        """Start the server, if that is asked for."""
+        command = self.options.command
+        if command is None:
+            return None
+        if self.world_size > 1:
+            raise ValueError(
+                f"launch: expected one process, got {self.world_size}: one process asks as many questions at once as "
+                "concurrency= says; or start the server yourself, and give its base_url"
+            )
+        chosen = self.options.launch_log
+        log = temporary_log() if chosen is None else Path(chosen).expanduser()
+        server = Server(command.words, log, command.port or 0, command.environment)
+        return Launched.start(server, self.options.launch_timeout, keeps_log=chosen is not None)
+
+    def _connected(self, timeout: float) -> Client:
         options = self.options
         return Client(
-            options.base_url,
+            self._base_url,
             options.key,
             options.key_variable,
-            options.timeout,
+            timeout,
             options.retries,
             options.concurrency,
             self._gate.busy,
+            self._launched.expect_running if self._launched is not None else lambda: None,
         )
+
+    def _first(self, ask: Callable[[Client], Told]) -> Told:
+        """Ask something of the server, as soon as it answers if it was started here."""
+        if self._launched is None:
+            return ask(self._client)
+
+        def within(seconds: float) -> Told:
+            client = self._connected(min(seconds, self.options.timeout))
+            try:
+                return ask(client)
+            finally:
+                client.end()
+
+        return self._launched.wait(within)
 
     def _engine(self, chat: Chat, reader: PromptReader) -> tuple[Found, ServedEngine]:
         """Ask the first question, and set up for what it shows."""
@@ -148,7 +190,7 @@ class QuantServed(HarnessModel):
         )
         check = PromptCheck(chat, stops=self.options.mismatch == "error")
         resizer = Resizer(chat.processor.image_processor)
-        asked, found = self._probed(asking, vocabulary, check, reader, resizer)
+        asked, found = self._first(lambda client: self._probed(client, asking, vocabulary, check, reader, resizer))
         kept = None
         if self.arguments.resume_folder:
             identity = {"served": asdict(self.served), "checkpoint": self._path, "form": asdict(found.form)}
@@ -174,22 +216,28 @@ class QuantServed(HarnessModel):
         )
 
     def _probed(
-        self, asking: Asking, vocabulary: Vocabulary, check: PromptCheck, reader: PromptReader, resizer: Resizer
+        self,
+        client: Client,
+        asking: Asking,
+        vocabulary: Vocabulary,
+        check: PromptCheck,
+        reader: PromptReader,
+        resizer: Resizer,
     ) -> tuple[Requests, Found]:
         """Ask the first question: by a rendered prompt where the server takes one, else by the chat API."""
         if self.options.prompts != CHAT:
             prompt, images = _first_question(reader, resizer, _SQUARE)
-            rendered = probe_rendered(self._client, self.served.model, vocabulary, check, prompt, images)
+            rendered = probe_rendered(client, self.served, vocabulary, check, prompt, images)
             if rendered is not None:
                 check.agrees(prompt, check.expected(prompt), rendered[1].response)
                 return rendered
             if self.options.prompts != AUTO:
                 raise ServerError(
-                    f"prompts={self.options.prompts}: {self._client.root} is no llama.cpp that takes rendered prompts "
-                    "with images (no media_marker in /props), or this processor writes an image in several pieces"
+                    f"prompts={self.options.prompts}: {client.root} is no llama.cpp that takes rendered prompts with "
+                    "images (no media_marker in /props), or this processor writes an image in several pieces"
                 )
         prompt, images = _first_question(reader, resizer, _FIRST_SIZE)
-        found = probe(self._client, asking, asking.shown(prompt, images), vocabulary)
+        found = probe(client, asking, asking.shown(prompt, images), vocabulary)
         check.agrees(prompt, check.expected(prompt), found.response)
         return asking.with_form(found.form), found
 
@@ -203,7 +251,7 @@ class QuantServed(HarnessModel):
         logger.info(
             "{} at {}: {} {}{}{}; prompts compared by {}; digits from {}",
             self.served.model,
-            self.options.base_url,
+            self._base_url,
             self.served.engine or "an unknown engine",
             self.served.version or "",
             f", {told}" if told else "",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 
 from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.utils.outputs import expect_file
+from lmms_plugin.utils.processes.launch_command import LaunchCommand
 from lmms_plugin.utils.variables import API_KEY
 
 MISMATCH = ("error", "warn")
@@ -28,7 +31,11 @@ class ServedOptions:
     """What a served model takes besides the arguments of all models.
 
     Attributes:
-        base_url: of the API, for instance `http://127.0.0.1:8000/v1`.
+        base_url: of the API, for instance `http://127.0.0.1:8000/v1`; not needed with `launch`.
+        launch: command that starts the server, with `{port}` where its port goes, or a file that holds the command;
+            the server is ended with the run.
+        launch_timeout: seconds from its start within which it must have answered a question about an image.
+        launch_log: file of its output; by default a temporary one, kept if the run fails.
         model: name under which the server serves it; by default the only one of `/v1/models`.
         concurrency: most requests in flight at once.
         timeout: seconds for one response.
@@ -42,7 +49,10 @@ class ServedOptions:
         key_variable: environment variable that holds the key of the server, if it wants one.
     """
 
-    base_url: str
+    base_url: str | None = None
+    launch: str | None = None
+    launch_timeout: float = 1800.0
+    launch_log: str | None = None
     model: str | None = None
     concurrency: int = 16
     timeout: float = 600.0
@@ -53,16 +63,22 @@ class ServedOptions:
     key_variable: str = API_KEY
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if self.base_url is not None:
+            self._expect_address(self.base_url)
+        if self.launch is None and self.base_url is None:
             raise ValueError(
-                f"base_url must be the address of an API such as http://127.0.0.1:8000/v1, got {self.base_url!r:.100}"
+                "base_url is missing: the address of the API, such as http://127.0.0.1:8000/v1 (or launch=, a command "
+                "that starts a server)"
             )
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                f"base_url must hold no key, which would go into logs: set the variable {self.key_variable} instead"
-            )
-        for name, least in (("concurrency", 1), ("retries", 0), ("timeout", 0.001)):
+        if self.launch is None and self.launch_log is not None:
+            raise ValueError("launch_log says nothing without launch")
+        if self.launch is not None and self.base_url is not None:
+            raise ValueError("base_url and launch are both given: a server that is started here has its own address")
+        if self.launch is not None:
+            LaunchCommand.parse(self.launch)
+        if self.launch_log is not None:
+            expect_file("launch_log", Path(self.launch_log).expanduser())
+        for name, least in (("concurrency", 1), ("retries", 0), ("timeout", 0.001), ("launch_timeout", 0.001)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least:g}, got {getattr(self, name)}")
         if self.mismatch not in MISMATCH:
@@ -70,17 +86,30 @@ class ServedOptions:
         if self.prompts not in PROMPTS:
             raise ValueError(f"prompts must be one of {', '.join(PROMPTS)}, got {self.prompts!r}")
 
+    def _expect_address(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"base_url must be the address of an API such as http://127.0.0.1:8000/v1, got {url!r:.100}"
+            )
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                f"base_url must hold no key, which would go into logs: set the variable {self.key_variable} instead"
+            )
+
     @classmethod
     def of(cls, arguments: ModelArguments) -> ServedOptions:
         """Take a served model's own options out of its arguments.
 
         Raises:
-            ValueError: there is no base_url, or a value is impossible.
+            ValueError: there is neither base_url nor launch, or a value is impossible.
         """
-        given = {name: value for name, value in arguments.options.items() if value is not None}
-        if "base_url" not in given:
-            raise ValueError("base_url is missing: the address of the API, such as http://127.0.0.1:8000/v1")
-        return cls(**given)
+        return cls(**{name: value for name, value in arguments.options.items() if value is not None})
+
+    @property
+    def command(self) -> LaunchCommand | None:
+        """The command that starts the server; None where it runs already."""
+        return None if self.launch is None else LaunchCommand.parse(self.launch)
 
     @property
     def key(self) -> str | None:

@@ -11,10 +11,11 @@ from loguru import logger
 from lmms_plugin.utils.suggest import near
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.served.asking import Asking, RequestForm
-from lmms_plugin.vlm.served.client import Client, RequestRefused, ServerError
+from lmms_plugin.vlm.served.client import Client, Passing, RequestRefused, ServerError
 from lmms_plugin.vlm.served.tokens import Vocabulary
 
 PROBE = GenerationSettings(max_new_tokens=4)
+LLAMACPP = "llamacpp"
 STATED = "stated, not verified"
 
 
@@ -43,7 +44,8 @@ def find(client: Client, asked: str | None) -> Served:
         asked: the model's name there; None for the only one.
 
     Raises:
-        ServerError: no server answers, or it does not serve that model, or several of which none was named.
+        Passing: no server answers, or it serves none yet.
+        ServerError: it does not serve that model, or several of which none was named.
     """
     try:
         listed = _entries(client.get(f"{client.base_url}/models"))
@@ -53,14 +55,15 @@ def find(client: Client, asked: str | None) -> Served:
             raise
         listed = [{"id": asked}]
     names = [str(entry["id"]) for entry in listed]
+    if not names:
+        # A router has none until the first of its servers is up.
+        raise Passing(f"{client.base_url} serves no model")
     if asked is not None and asked not in names:
         raise ServerError(
-            f"model: {client.base_url} serves no {asked!r}{near(asked, names)} (it serves {', '.join(names) or 'none'})"
+            f"model: {client.base_url} serves no {asked!r}{near(asked, names)} (it serves {', '.join(names)})"
         )
     if asked is None and len(names) != 1:
-        raise ServerError(
-            f"{client.base_url} serves {len(names)} models ({', '.join(names) or 'none'}): name one with model="
-        )
+        raise ServerError(f"{client.base_url} serves {len(names)} models ({', '.join(names)}): name one with model=")
     entry = next(entry for entry in listed if entry["id"] == (asked or names[0]))
     return _described(client, entry)
 
@@ -74,7 +77,7 @@ def _entries(response: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _described(client: Client, entry: Mapping[str, Any]) -> Served:
     owner = entry.get("owned_by")
-    engine = owner if owner in ("vllm", "sglang", "llamacpp", "lmdeploy") else None
+    engine = owner if owner in ("vllm", "sglang", LLAMACPP, "lmdeploy") else None
     told: dict[str, Any] = {"max_model_len": entry.get("max_model_len"), "root": entry.get("root")}
     version = optional(client, "version").get("version")
     if engine in ("vllm", None):
@@ -84,7 +87,7 @@ def _described(client: Client, entry: Mapping[str, Any]) -> Served:
         info = optional(client, "get_server_info")
         version = info.get("version", version)
         told |= {name: info.get(name) for name in ("dtype", "quantization", "model_path")}
-    if engine == "llamacpp":
+    if engine == LLAMACPP:
         props = optional(client, "props")
         version = props.get("build_info", version)
         told |= {name: props.get(name) for name in ("model_path", "model_ftype")}

@@ -14,13 +14,13 @@ from lmms_plugin.vlm.served.checking import PromptCheck
 from lmms_plugin.vlm.served.client import Client, ServerError
 from lmms_plugin.vlm.served.llamacpp.completion import FORM, LISTED, RenderedAsking, text_added
 from lmms_plugin.vlm.served.llamacpp.image_places import places
-from lmms_plugin.vlm.served.probing import PROBE, Found, optional
+from lmms_plugin.vlm.served.probing import LLAMACPP, PROBE, Found, Served, optional
 from lmms_plugin.vlm.served.tokens import Vocabulary
 
 
 def probe_rendered(
     client: Client,
-    model: str,
+    served: Served,
     vocabulary: Vocabulary,
     check: PromptCheck,
     prompt: Prompt,
@@ -30,7 +30,7 @@ def probe_rendered(
 
     Args:
         client: of the server.
-        model: name under which it is served.
+        served: what it says that it serves.
         vocabulary: of the checkpoint.
         check: with the checkpoint's processor.
         prompt: question about one image.
@@ -43,13 +43,14 @@ def probe_rendered(
     Raises:
         ServerError: the server sees no images, or answers in a way that does not fit the checkpoint.
     """
-    props = optional(client, "props")
+    llama = served.engine == LLAMACPP
+    props = client.get(f"{client.root}/props") if llama else optional(client, "props")
     marker = props.get("media_marker")
     if not isinstance(marker, str) or not marker:
         return None
     if not (props.get("modalities") or {}).get("vision"):
         raise ServerError(
-            f"{client.root} serves {model} without a vision tower: start it with the model's mmproj (mmproj=, --mmproj)"
+            f"{client.root} serves {served.model} without a vision tower: start it with the model's mmproj (mmproj=, --mmproj)"
         )
     expected, chat = check.expected(prompt), check.chat
     image = getattr(chat.processor, "image_token_id", None)
@@ -59,9 +60,9 @@ def probe_rendered(
     found = places(chat.text_of(prompt), expected.ids, image, read, frozenset(chat.tokenizer.all_special_ids))
     added, first = text_added(client, chat), None
     for place in found:
-        asking = RenderedAsking(model, marker, place, added, chat, vocabulary.ends)
+        asking = RenderedAsking(served.model, marker, place, added, chat, vocabulary.ends)
         response = asking.ask(client, asking.body(asking.shown(prompt, images), PROBE, digits=True), patient=False)
-        shown = asking, _found(response, vocabulary, model)
+        shown = asking, _found(response, vocabulary, served.model)
         if response["usage"]["prompt_tokens"] == expected.length:
             return shown
         first = first or shown
