@@ -32,7 +32,7 @@ from lmms_plugin.vlm.served.launching import Launched, temporary_log
 from lmms_plugin.vlm.served.llamacpp.first_completion import probe_rendered
 from lmms_plugin.vlm.served.load import Gate
 from lmms_plugin.vlm.served.options import AUTO, CHAT, OPTION_TYPES, ServedOptions, expect_effect
-from lmms_plugin.vlm.served.probing import STATED, Found, find, probe
+from lmms_plugin.vlm.served.probing import LLAMACPP, STATED, Found, find, probe
 from lmms_plugin.vlm.served.remote_engine import ServedEngine
 from lmms_plugin.vlm.served.sent_images import Resizer, data_url
 from lmms_plugin.vlm.served.tokens import Vocabulary
@@ -193,7 +193,11 @@ class QuantServed(HarnessModel):
         asked, found = self._first(lambda client: self._probed(client, asking, vocabulary, check, reader, resizer))
         kept = None
         if self.arguments.resume_folder:
-            identity = {"served": asdict(self.served), "checkpoint": self._path, "form": asdict(found.form)}
+            identity: dict[str, Any] = {
+                "served": asdict(self.served),
+                "checkpoint": self._path,
+                "form": asdict(found.form),
+            }
             identity |= {"rendered": True} if found.rendered else {}
             kept = KeptAnswers.of(self.arguments.resume_folder, identity)
             if kept.found and self.rank == 0:
@@ -236,7 +240,8 @@ class QuantServed(HarnessModel):
                     f"prompts={self.options.prompts}: {client.root} is no llama.cpp that takes rendered prompts with "
                     "images (no media_marker in /props), or this processor writes an image in several pieces"
                 )
-        prompt, images = _first_question(reader, resizer, _FIRST_SIZE)
+        size = _SQUARE if self.served.engine == LLAMACPP else _FIRST_SIZE
+        prompt, images = _first_question(reader, resizer, size)
         found = probe(client, asking, asking.shown(prompt, images), vocabulary)
         check.agrees(prompt, check.expected(prompt), found.response)
         return asking.with_form(found.form), found

@@ -126,9 +126,9 @@ class GgufContent:
         self.expect_writable(choice)
         kinds = [self.type_of(one, choice) for one in self.tensors]
         writer = gguf.GGUFWriter(path, self.architecture)
-        for name, one in self.values.items():
-            inner = None if one.inner is None else gguf.GGUFValueType[one.inner]
-            writer.add_key_value(name, one.value, gguf.GGUFValueType[one.kind], inner)
+        for name, said in self.values.items():
+            inner = None if said.inner is None else gguf.GGUFValueType[said.inner]
+            writer.add_key_value(name, said.value, gguf.GGUFValueType[said.kind], inner)
         matrices = [kind for one, kind in zip(self.tensors, kinds, strict=True) if len(one.shape) > 1]
         writer.add_file_type(file_type(max(matrices, key=matrices.count)))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

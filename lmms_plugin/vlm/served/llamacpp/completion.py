@@ -26,6 +26,7 @@ LISTED = 64
 FORM = RequestForm(no_top_k=0, listed=LISTED, named=False)
 _FINISHED = {"eos": "stop", "word": "stop", "limit": "length"}
 """How llama.cpp says that an answer ended -> how the chat API says it."""
+_WHOLE = 2**16
 _NEUTRAL: Mapping[str, Any] = {
     "min_p": 0.0,
     "top_n_sigma": -1.0,
@@ -38,8 +39,6 @@ _NEUTRAL: Mapping[str, Any] = {
     "mirostat": 0,
     "adaptive_target": -1.0,
     "ignore_eos": False,
-    # Over the whole context, as in transformers.
-    "repeat_last_n": -1,
     # In the order of transformers: its temperature comes before what cuts off improbable tokens.
     "samplers": ["penalties", "temperature", "top_k", "top_p"],
     "post_sampling_probs": False,
@@ -108,6 +107,8 @@ class RenderedAsking:
             "top_p": sampling.top_p if sampling else 1.0,
             "top_k": sampling.top_k if sampling else 0,
             "repeat_penalty": settings.repetition_penalty,
+            # Transformers penalises over the whole context.
+            "repeat_last_n": 0 if settings.repetition_penalty == 1 else _WHOLE,
             "seed": seed % SEEDS,
             "stream": False,
             "cache_prompt": True,

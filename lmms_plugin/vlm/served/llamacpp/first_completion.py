@@ -50,14 +50,14 @@ def probe_rendered(
         return None
     if not (props.get("modalities") or {}).get("vision"):
         raise ServerError(
-            f"{client.root} serves {served.model} without a vision tower: start it with the model's mmproj (mmproj=, --mmproj)"
+            f"{client.root} serves {served.model} without a vision tower: start it with the model's mmproj (--mmproj)"
         )
     expected, chat = check.expected(prompt), check.chat
     image = getattr(chat.processor, "image_token_id", None)
     if image is None or expected.ids is None:
         return None
     read = partial(decode, chat.tokenizer)
-    found = places(chat.text_of(prompt), expected.ids, image, read, frozenset(chat.tokenizer.all_special_ids))
+    found = places(chat.ids(chat.text_of(prompt)), expected.ids, image, read, vocabulary.special.tokens)
     added, first = text_added(client, chat), None
     for place in found:
         asking = RenderedAsking(served.model, marker, place, added, chat, vocabulary.ends)

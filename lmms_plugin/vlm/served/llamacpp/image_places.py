@@ -34,7 +34,11 @@ class ImagePlace:
 
 
 def places(
-    text: str, ids: Sequence[int], image: int, decode: Callable[[Sequence[int]], str], special: Collection[int]
+    shown: Sequence[int],
+    read: Sequence[int],
+    image: int,
+    decode: Callable[[Sequence[int]], str],
+    special: Collection[int],
 ) -> Iterator[ImagePlace]:
     """Yield what may stand in an image's place, the likeliest first.
 
@@ -42,43 +46,32 @@ def places(
     around an image itself, for others it does not.
 
     Args:
-        text: Prompt with one image as the chat template renders it.
-        ids: Ids of the same prompt as the processor makes them, image tokens expanded.
+        shown: Ids of a prompt with one image as the chat template renders it.
+        read: Ids of the same prompt as the model reads it: the processor has put image tokens in, and maybe more.
         image: Id of an image token.
         decode: Function from ids to their text, special tokens included.
         special: Ids of special tokens.
     """
-    run = [place for place, index in enumerate(ids) if index == image]
+    run = [place for place, index in enumerate(read) if index == image]
     if not run or run[-1] - run[0] + 1 != len(run):
         # Tiles with separators, or an image that has no tokens of its own.
         return
-    ahead, behind = ids[: run[0]], ids[run[-1] + 1 :]
-    before, after = decode(ahead), decode(behind)
-    head = _shared(text, before)
-    rest = text[len(head) :]
-    tail = _shared(rest[::-1], after[::-1])[::-1]
-    found = rest[: len(rest) - len(tail)]
+    ahead, behind = list(read[: run[0]]), list(read[run[-1] + 1 :])
+    head = _shared(shown, ahead)
+    rest = list(shown[head:])
+    tail = _shared(rest[::-1], behind[::-1])
+    found = rest[: len(rest) - tail]
     if not found:
         return
-    opening, closing = before[len(head) :], after[: len(after) - len(tail)]
-    yield ImagePlace(found, opening, closing)
-    opened = decode(ahead[-1:]) if ahead and ahead[-1] in special else ""
-    closed = decode(behind[:1]) if behind and behind[0] in special else ""
-    if not (opened and closed):
+    before, after = ahead[head:], behind[: len(behind) - tail]
+    yield ImagePlace(decode(found), decode(before), decode(after))
+    if not (ahead and behind and ahead[-1] in special and behind[0] in special):
         return
-    in_opening, in_closing = opening.endswith(opened), closing.startswith(closed)
-    yield ImagePlace(
-        f"{'' if in_opening else opened}{found}{'' if in_closing else closed}",
-        opening.removesuffix(opened) if in_opening else opening,
-        closing.removeprefix(closed) if in_closing else closing,
-        opened,
-        closed,
-    )
+    wider = [*([] if before else ahead[-1:]), *found, *([] if after else behind[:1])]
+    yield ImagePlace(decode(wider), decode(before[:-1]), decode(after[1:]), decode(ahead[-1:]), decode(behind[:1]))
 
 
-def _shared(one: str, other: str) -> str:
-    """Return the longest text that both begin with."""
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many ids two sequences have in common from their start."""
     pairs = zip(one, other, strict=False)
-    return one[
-        : next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(one), len(other)))
-    ]
+    return next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(one), len(other)))
