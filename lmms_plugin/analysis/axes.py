@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any, NamedTuple
 from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
 from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
-from lmms_plugin.quant_backends import SERVED, backend_name, get, model_name, names
+from lmms_plugin.quant_backends import GGUF, SERVED, backend_name, get, model_name, names
 from lmms_plugin.utils.reading import accounts
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
 """Label of the reference model, which ran in 16 or 32 bits, whatever its `dtype` said."""
-_DENSE, _READY, _SERVED = model_name("none"), model_name("prequantized"), model_name(SERVED)
+_DENSE, _READY = model_name("none"), model_name("prequantized")
+_SERVED, _GGUF = model_name(SERVED), model_name(GGUF)
 _STATED = "quantization=stated, not verified"
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
 _ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit")
@@ -28,6 +30,7 @@ _NO_OPTIONS = frozenset(
         *("batch_size", "max_batch_size", "device", "device_map", "report", "save_quantized", "features", "resume"),
         *("resume_folder", "share_prefix", "static_cache", "trust_remote_code", "use_safetensors"),
         *("base_url", "concurrency", "timeout", "retries", "key_variable", "launch_timeout", "launch_log"),
+        *("threads", "slots", "gpu_layers", "converter"),
     )
 )
 
@@ -195,6 +198,8 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
         return Config(name, method, DENSE_BITS, None, "", "", _options(args))
     if model == _SERVED:
         return _served(name, args)
+    if model == _GGUF:
+        return _gguf(name, args)
     if model == _READY or backend is None:
         return Config(name, method, None, None, "", "", _options(args))
     bits = _whole(args.get("language_bits", args.get("bits")))
@@ -217,6 +222,15 @@ def _served(name: str, args: Mapping[str, Any]) -> Config:
     options = _options({key: value for key, value in args.items() if key != "method"})
     marks = (_STATED,) if stated or bits is not None else ()
     return Config(name, f"served {stated}".strip(), bits, None, "", "", tuple(sorted((*options, *marks))))
+
+
+def _gguf(name: str, args: Mapping[str, Any]) -> Config:
+    """A GGUF file; one that was written for the run has the type that was asked for, of others only the file tells."""
+    kind = str(args.get("type") or "")
+    bits = re.search(r"\d+", kind)
+    options = _options({key: value for key, value in args.items() if key != "type"})
+    count = None if bits is None else min(DENSE_BITS, int(bits[0]))
+    return Config(name, f"gguf {kind}".strip(), count, None, "", "", options)
 
 
 def _default_bits(method: str) -> int | None:

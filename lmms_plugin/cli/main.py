@@ -31,12 +31,13 @@ _INTERRUPTED = 128 + signal.SIGINT
 @app.command()
 def models() -> None:
     """List the models this package adds to lmms-eval (`lmms-eval models` lists built-in ones only)."""
-    from lmms_plugin.quant_backends import SERVED, get, model_name, names
+    from lmms_plugin.quant_backends import GGUF, SERVED, get, model_name, names
 
     for backend in names():
         summary = (get(backend).__doc__ or "").split("\n", 1)[0]
         typer.echo(f"{model_name(backend):24} {summary}")
     typer.echo(f"{model_name(SERVED):24} A checkpoint behind an OpenAI-compatible server (vLLM, SGLang, ...).")
+    typer.echo(f"{model_name(GGUF):24} GGUF files in llama.cpp, whose server is started for the run.")
 
 
 @app.command()

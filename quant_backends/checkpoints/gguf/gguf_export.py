@@ -111,7 +111,12 @@ def export(
         config.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         _generation_config(source, unfinished)
-    return GgufModel(read(target / TEXT_FILE), read(target / VISION_FILE))
+    return read_model(target)
+
+
+def read_model(folder: Path) -> GgufModel:
+    """Read what `export` wrote to a folder."""
+    return GgufModel(read(folder / TEXT_FILE), read(folder / VISION_FILE))
 
 
 def _contents(

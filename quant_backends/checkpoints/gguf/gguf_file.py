@@ -223,6 +223,12 @@ def parts_of(path: Path) -> list[Path]:
     return files
 
 
+def is_later_part(path: Path) -> bool:
+    """Return whether a file is a part of a model in several files, and not the first one."""
+    match = _SHARD.search(path.name)
+    return match is not None and int(match[1]) != 1
+
+
 def opened(path: Path) -> Any:
     """Return a `gguf.GGUFReader` of a file.
 

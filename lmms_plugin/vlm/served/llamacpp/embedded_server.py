@@ -13,6 +13,8 @@ from typing import Any
 
 from lmms_plugin.quant_backends.extras import require
 
+FLASH_ATTENTION = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}
+"""What a user says -> what llama.cpp calls it."""
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
@@ -46,8 +48,8 @@ def parameters(library: ModuleType, given: argparse.Namespace) -> Any:
     made.cpuparams_batch.n_threads = given.threads
     kind = library.ggml_type[f"GGML_TYPE_{given.kv.upper()}"]
     made.cache_type_k, made.cache_type_v = kind, kind
-    flash = "ENABLED" if given.flash_attention else "DISABLED"
-    made.flash_attn_type = library.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{flash}"]
+    flash = f"LLAMA_FLASH_ATTN_TYPE_{FLASH_ATTENTION[given.flash_attention]}"
+    made.flash_attn_type = library.llama_flash_attn_type[flash]
     made.image_min_tokens, made.image_max_tokens = given.image_min_tokens, given.image_max_tokens
     made.n_gpu_layers = given.gpu_layers
     made.use_jinja = True
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kv", choices=KV_TYPES, default="f16")
-    parser.add_argument("--flash-attention", action="store_true")
+    parser.add_argument("--flash-attention", choices=FLASH_ATTENTION, default="auto")
     parser.add_argument("--image-min-tokens", type=int, default=-1)
     parser.add_argument("--image-max-tokens", type=int, default=-1)
     parser.add_argument("--gpu-layers", type=int, default=-1)
