@@ -93,9 +93,9 @@ def write_checkpoint(folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def documents(images: int, expressions: int, size: tuple[int, int] = SIZE) -> ExpressionDocs:
+def documents(images: int, expressions: int, size: tuple[int, int] = SIZE, seed: int = 0) -> ExpressionDocs:
     """RefCOCO+ rows over photographs that compress and resize like real ones."""
-    rng = np.random.default_rng(expressions)
+    rng = np.random.default_rng([expressions, seed] if seed else expressions)
     rows = []
     for number in range(images):
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(

@@ -15,7 +15,11 @@ from PIL import Image
 
 from lmms_plugin.protocol.prompts import Prompt
 
-ENGINES = ("vllm", "sglang", "lmdeploy", "llamacpp", "tensorrt_llm", "ollama")
+ENGINES = ("vllm", "sglang", "lmdeploy", "llamacpp", "tensorrt_llm", "ollama", "ollama_cloud")
+BLIND = ("ollama_cloud",)
+"""Those that give no log-probabilities."""
+SCORING = ("vllm", "sglang")
+"""Those that tell likelihoods of given texts."""
 OPENAIS = {
     *(
         "model",
@@ -43,10 +47,18 @@ class DemoModel:
         self.tokenizer = self.chat.tokenizer
         self.lock = threading.Lock()
 
+    def encoded(self, body):
+        """Return the model's inputs for messages of the API, whose last is continued where the body says so."""
+        messages = [{**one, "content": [_part(part) for part in one["content"]]} for one in body["messages"]]
+        if not body.get("continue_final_message"):
+            return self.chat.encode([Prompt("request", tuple(messages))]).inputs
+        return self.chat.processor.apply_chat_template(
+            messages, continue_final_message=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+
     def answer(self, body):
         """Return ids of the prompt, ids of the answer, and for each of these the log-probabilities of all tokens."""
-        messages = [{**one, "content": [_part(part) for part in one["content"]]} for one in body["messages"]]
-        inputs = self.chat.encode([Prompt("request", tuple(messages))]).inputs
+        inputs = self.encoded(body)
         drawn = {"do_sample": True, "temperature": body["temperature"]} if body["temperature"] else {"do_sample": False}
         with self.lock, torch.no_grad():
             torch.manual_seed(body.get("seed", 0))
@@ -62,6 +74,12 @@ class DemoModel:
         ids = made.sequences[0, len(prompt) :].tolist()
         return prompt, ids, [step[0].log_softmax(-1) for step in made.logits]
 
+    def read(self, inputs):
+        """Return ids of a whole prompt, and for each but the first the log-probabilities of all tokens in its place."""
+        with self.lock, torch.no_grad():
+            logits = self.model(**inputs).logits[0]
+        return inputs["input_ids"][0].tolist(), list(logits.log_softmax(-1))[:-1]
+
     def text(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -69,8 +87,12 @@ class DemoModel:
 def _part(part):
     if part["type"] == "text":
         return part
-    content = base64.b64decode(part["image_url"]["url"].removeprefix("data:image/png;base64,"))
-    return {"type": "image", "image": Image.open(io.BytesIO(content)).convert("RGB")}
+    return {"type": "image", "image": _picture(part["image_url"]["url"])}
+
+
+def _picture(url):
+    content = base64.b64decode(url.removeprefix("data:image/png;base64,"))
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 @dataclass
@@ -123,7 +145,7 @@ class FakeServer:
 
     @cached_property
     def _gets(self):
-        owner = {"tensorrt_llm": "tensorrt_llm", "ollama": "library"}.get(self.engine, self.engine)
+        owner = {"ollama": "library", "ollama_cloud": "library"}.get(self.engine, self.engine)
         listed = [{"id": name, "object": "model", "owned_by": owner, "max_model_len": 512} for name in self.models]
         pages = {"/v1/models": {"object": "list", "data": listed}}
         if self.engine == "vllm":
@@ -150,15 +172,28 @@ class FakeServer:
         broken = self.fault(number, body)
         if broken is not None:
             return broken
-        if body["model"] not in self.models:
+        if body.get("model", self.models[0]) not in self.models:
             return _refusal(404, f"The model `{body['model']}` does not exist.")
         if self.engine == "tensorrt_llm" and (strange := sorted(body.keys() - OPENAIS)):
             return _refusal(400, f"Extra inputs are not permitted: {strange[0]}")
         if body.get("top_logprobs", 0) > 20:
             return _refusal(400, "Requested sample logprobs of more than 20")
-        response = self.completion(body)
+        response = self.generation(body) if "text" in body else self.completion(body)
         self.change(response)
         return Reply.of(response)
+
+    def generation(self, body):
+        """Answer as SGLang's `/generate` does: of the prompt's tokens from `logprob_start_len` on."""
+        pictures = [_picture(url) for url in body["image_data"]]
+        inputs = self.model.chat.processor(text=[body["text"]], images=[pictures], return_tensors="pt")
+        ids, steps = self.model.read(inputs)
+        start = body["logprob_start_len"]
+        told = list(zip(ids[1:], steps, strict=True))[start:]
+        best = [step.argmax().item() for _, step in told]
+        values = [[None, ids[start], None], *([step[index].item(), index, None] for index, step in told)]
+        top = [None, *([[step[index].item(), index, None]] for index, (_, step) in zip(best, told, strict=True))]
+        meta = {"prompt_tokens": len(ids), "input_token_logprobs": values, "input_top_logprobs": top}
+        return {"text": "?", "meta_info": meta}
 
     def completion(self, body):
         prompt, ids, steps = self.model.answer(body)
@@ -175,7 +210,11 @@ class FakeServer:
         response["usage"] = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
         if self.engine == "vllm" and body.get("return_token_ids"):
             response["prompt_token_ids"], choice["token_ids"] = prompt, ids
-        if body.get("logprobs") and self.engine != "ollama":
+        if self.engine == "vllm" and body.get("prompt_logprobs") is not None:
+            read, steps_read = self.model.read(self.model.encoded(body))
+            places = zip(read[1:], steps_read, strict=True)
+            response["prompt_logprobs"] = [None, *(_place(index, step) for index, step in places)]
+        if body.get("logprobs") and self.engine not in BLIND:
             entries = zip(ids, steps, strict=True)
             choice["logprobs"] = {"content": [self._entry(index, step, body) for index, step in entries]}
         return response
@@ -193,6 +232,11 @@ class FakeServer:
         if self.engine == "vllm" and body.get("return_tokens_as_token_ids"):
             told["token"] = f"token_id:{index}"
         return {"id": index, **told} if self.engine == "llamacpp" else told
+
+
+def _place(index, step):
+    rank = int((step >= step[index]).sum())
+    return {str(index): {"logprob": step[index].item(), "rank": rank, "decoded_token": "?"}}
 
 
 class _Quiet(ThreadingHTTPServer):

@@ -169,6 +169,18 @@ class Chat:
         )
         return text
 
+    def continued_by(self, prompt: Prompt, answer: str) -> str:
+        """Return the prompt with an answer as the template shows it, up to the answer's end and not closed.
+
+        Raises:
+            ValueError: The template does not show the answer as it is.
+        """
+        message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        text: str = self.processor.apply_chat_template(
+            [*prompt.messages, message], continue_final_message=True, **self.template_variables
+        )
+        return text
+
     def opened_by(self, prompt: Prompt) -> str:
         """Return the tag of a reasoning block that the template opens after a prompt's last words; "" if none."""
         if prompt.raw:

@@ -70,7 +70,14 @@ class Requests(Protocol):
     ) -> dict[str, Any]:
         """Return the body of a request; see `Asking.body`."""
 
-    def ask(self, client: Client, body: Mapping[str, Any], *, patient: bool = True) -> dict[str, Any]:
+    def ask(
+        self,
+        client: Client,
+        body: Mapping[str, Any],
+        images: Mapping[str, bytes] | None = None,
+        *,
+        patient: bool = True,
+    ) -> dict[str, Any]:
         """Ask; see `Client.chat`."""
 
     def unsent(self, settings: GenerationSettings) -> str:
@@ -101,9 +108,16 @@ class Asking:
         """Return a prompt's messages; see `messages_of`."""
         return messages_of(prompt, images)
 
-    def ask(self, client: Client, body: Mapping[str, Any], *, patient: bool = True) -> dict[str, Any]:
+    def ask(
+        self,
+        client: Client,
+        body: Mapping[str, Any],
+        images: Mapping[str, bytes] | None = None,
+        *,
+        patient: bool = True,
+    ) -> dict[str, Any]:
         """Ask; see `Client.chat`."""
-        return client.chat(body, patient=patient)
+        return client.chat(body, images, patient=patient)
 
     @property
     def names_numbers(self) -> bool:

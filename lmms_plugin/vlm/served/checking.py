@@ -77,8 +77,20 @@ class PromptCheck:
         self._made += 1
         return ExpectedPrompt(len(ids), ids, size)
 
-    def agrees(self, prompt: Prompt, expected: ExpectedPrompt, response: Mapping[str, Any]) -> bool:
+    def agrees(
+        self,
+        prompt: Prompt,
+        expected: ExpectedPrompt,
+        response: Mapping[str, Any],
+        answer: tuple[int, ...] = (),
+    ) -> bool:
         """Compare with what a server says that it read.
+
+        Args:
+            prompt: that was sent.
+            expected: what our processor makes of it.
+            response: of the server.
+            answer: ids of what was sent behind the prompt.
 
         Raises:
             RequestError: it read something else, and that is to end the run.
@@ -86,18 +98,16 @@ class PromptCheck:
         ids, count = _told(response)
         if ids is None and count is None:
             return True
-        if ids is not None:
-            same = len(ids) == expected.length if expected.ids is None else ids == expected.ids
-        else:
-            same = count == expected.length
-        if same:
+        length = len(ids) if ids is not None else count
+        if length == expected.length + len(answer) and None in (ids, expected.ids):
             return True
         # The length alone may rest on an image of the same size; the difference is shown on the whole.
-        full = expected if expected.ids is not None else self._encoded(prompt)
-        assert full.ids is not None
-        if ids == full.ids or (ids is None and count == full.length):
+        ours = expected.ids if expected.ids is not None else self._encoded(prompt).ids
+        assert ours is not None
+        ours += answer
+        if ids == ours or (ids is None and count == len(ours)):
             return True
-        problem = f"{prompt.name}: {self._difference(full.ids, ids, count)}"
+        problem = f"{prompt.name}: {self._difference(ours, ids, count)}"
         if self.stops:
             raise RequestError(f"{problem}; mismatch=warn goes on all the same")
         with self._lock:
@@ -143,5 +153,11 @@ def _told(response: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, int | No
     """Ids of the prompt's tokens and their number, None for what a server does not tell."""
     ids = response.get("prompt_token_ids")
     told = tuple(ids) if isinstance(ids, list) and ids else None
-    count = (response.get("usage") or {}).get("prompt_tokens")
-    return told, count if isinstance(count, int) and count > 0 else None
+    return told, counted(response, "prompt_tokens")
+
+
+def counted(response: Mapping[str, Any], what: str) -> int | None:
+    """Return how many tokens a server counts (`prompt_tokens`, `completion_tokens`); None where it does not."""
+    usage = response.get("usage")
+    count = usage.get(what) if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) and count > 0 else None

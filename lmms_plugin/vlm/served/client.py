@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -22,6 +27,9 @@ _LONGEST_WAIT = 600.0
 """Seconds that a server may ask to be left alone."""
 _SAID = 300
 """Characters of a server's words in a message."""
+_SOCKETS = 4096
+"""Of the latest connections; older ones have ended."""
+_STANDS_FOR_IMAGE = re.compile(rb'"(image:[0-9a-f]{32})"')
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TOO_LONG = re.compile(r"context (length|size|window)|maximum context|exceed_context|max_model_len|too long", re.I)
 _TOO_LARGE = re.compile(r"image.{0,40}(too large|too big|exceeds)|(too large|exceeds).{0,40}image", re.I)
@@ -71,7 +79,6 @@ class Client:
         key_variable: where the key comes from, for messages.
         timeout: seconds for one response.
         retries: after a failure that may pass.
-        connections: kept alive at most.
         busy: called whenever the server says that it has too much to do.
         expect_running: called after a failure that may pass; raises an error if the server has ended.
     """
@@ -81,22 +88,15 @@ class Client:
     key_variable: str = ""
     timeout: float = 600.0
     retries: int = 8
-    connections: int = 16
     busy: Callable[[], None] = field(default=lambda: None, repr=False)
     expect_running: Callable[[], None] = field(default=lambda: None, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
+    _idle: list[httpx.Client] = field(default_factory=list, init=False, repr=False)
+    _sockets: deque[socket.socket] = field(default_factory=lambda: deque(maxlen=_SOCKETS), init=False, repr=False)
+
     def __post_init__(self) -> None:
         self.base_url = self.base_url.rstrip("/")
-        url = httpx.URL(self.base_url)
-        self._http = httpx.Client(
-            timeout=httpx.Timeout(self.timeout, connect=min(10.0, self.timeout)),
-            limits=httpx.Limits(max_connections=self.connections, max_keepalive_connections=self.connections),
-            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            follow_redirects=False,
-            # No proxy stands between us and our own machine.
-            trust_env=url.host not in _LOOPBACK,
-        )
 
     @property
     def root(self) -> str:
@@ -111,11 +111,14 @@ class Client:
         """
         return self._once("GET", url, None)
 
-    def chat(self, body: Mapping[str, Any], *, patient: bool = True) -> dict[str, Any]:
+    def chat(
+        self, body: Mapping[str, Any], images: Mapping[str, bytes] | None = None, *, patient: bool = True
+    ) -> dict[str, Any]:
         """Ask for an answer.
 
         Args:
             body: of `/chat/completions`.
+            images: name -> data URL of what stands in the body by its name (see `SentImage`).
             patient: whether to try again what may pass.
 
         Returns:
@@ -124,19 +127,60 @@ class Client:
         Raises:
             ServerError: there is no answer, after all tries.
         """
-        content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+        content = _encoded(body, images or {})
         url = f"{self.base_url}/chat/completions"
         return self._patiently(lambda: _expect_choices(self._once("POST", url, content), self.base_url), patient)
 
-    def post(self, url: str, body: Mapping[str, Any], *, patient: bool = True) -> dict[str, Any]:
-        """Ask for something else than an answer of the chat API; see `chat`."""
-        content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    def post(
+        self, url: str, body: Mapping[str, Any], images: Mapping[str, bytes] | None = None, *, patient: bool = True
+    ) -> dict[str, Any]:
+        """Ask something else than the chat API; see `chat`."""
+        content = _encoded(body, images or {})
         return self._patiently(lambda: self._once("POST", url, content), patient)
 
     def end(self) -> None:
-        """Break off waiting, and close every connection; the client is of no use afterwards."""
+        """Break off waiting, and every request under way; the client is of no use afterwards."""
         self._ended.set()
-        self._http.close()
+        while self._idle:
+            self._idle.pop().close()
+        # Closed by another thread, a socket would leave the one that waits for it waiting, or reading from whichever
+        # socket gets its number next.
+        for connection in self._sockets:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def _connected(self) -> Iterator[httpx.Client]:
+        """Lend a client of one connection: in one that threads share, each request looks through all connections."""
+        try:
+            http = self._idle.pop()
+        except IndexError:
+            http = self._client()
+        try:
+            yield http
+        finally:
+            if self._ended.is_set():
+                http.close()
+            else:
+                self._idle.append(http)
+
+    def _note_socket(self, event: str, details: Mapping[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.append(details["return_value"].get_extra_info("socket"))
+
+    def _client(self) -> httpx.Client:
+        return httpx.Client(
+            timeout=httpx.Timeout(self.timeout, connect=min(10.0, self.timeout)),
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
+            follow_redirects=False,
+            verify=self._tls,
+            # No proxy stands between us and our own machine.
+            trust_env=httpx.URL(self.base_url).host not in _LOOPBACK,
+        )
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return httpx.create_ssl_context()
 
     def _patiently(self, ask: Callable[[], dict[str, Any]], patient: bool) -> dict[str, Any]:
         tries = self.retries + 1 if patient else 1
@@ -162,10 +206,21 @@ class Client:
             self.busy()
         self.expect_running()
 
-    def _once(self, method: str, url: str, content: bytes | None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"} if content is not None else {}
+    def _once(self, method: str, url: str, content: list[bytes] | None) -> dict[str, Any]:
+        headers = {}
+        if content is not None:
+            headers = {"Content-Type": "application/json", "Content-Length": str(sum(map(len, content)))}
         try:
-            response = self._http.request(method, url, content=content, headers=headers)
+            with self._connected() as http:
+                if self._ended.is_set():
+                    raise ServerError("the run has ended")
+                response = http.request(
+                    method,
+                    url,
+                    content=None if content is None else iter(content),
+                    headers=headers,
+                    extensions={"trace": self._note_socket},
+                )
         except httpx.ConnectError as error:
             raise Passing(
                 f"no server answers at {self.base_url} ({self._words(str(error))}): start it, or check host and port"
@@ -198,7 +253,7 @@ class Client:
             raise Passing(f"{url} sent half a response or no JSON: {self._words(response.text)!r}") from error
         if not isinstance(value, dict):
             raise RequestRefused(f"{url}: expected a JSON object, got {self._words(response.text)!r}", status)
-        if value.get("error"):
+        if value.get("error") or value.get("object") == "error":
             raise ServerError(f"{url} answers 200 with an error inside: {self._words(_message(value))}")
         return value
 
@@ -211,7 +266,7 @@ class Client:
         if status in (401, 403):
             given = f"the key in {self.key_variable}" if self.key else "a request without key"
             raise RequestRefused(f"{self.base_url} refuses {given} ({status}): {said}; set {self.key_variable}", status)
-        if _is_html(response):
+        if _is_html(response) and status != 413:
             raise RequestRefused(f"{url} answers {status} with HTML, not JSON: {self._where()}", status)
         if status == 413 or _TOO_LARGE.search(said):
             hint = "; the image is too large for the server: max_pixels= makes it smaller, or raise the server's limit"
@@ -231,6 +286,18 @@ class Client:
         line = " ".join(text.split())
         line = line.replace(self.key, "***") if self.key else line
         return line if len(line) <= _SAID else f"{line[:_SAID]}…"
+
+
+def _encoded(body: Mapping[str, Any], images: Mapping[str, bytes]) -> list[bytes]:
+    """Return a body as JSON in parts, images in their places; each is encoded once, however often it is sent."""
+    content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    if not images:
+        return [content]
+    parts = _STANDS_FOR_IMAGE.split(content)
+    for at in range(1, len(parts), 2):
+        image = images.get(parts[at].decode("ascii"))
+        parts[at] = b'"%b"' % (parts[at] if image is None else image)
+    return parts
 
 
 def _pause(state: RetryCallState) -> float:

@@ -29,7 +29,10 @@ from lmms_plugin.vlm.served.checking import PromptCheck
 from lmms_plugin.vlm.served.client import Client, ServerError
 from lmms_plugin.vlm.served.keeping import KeptAnswers
 from lmms_plugin.vlm.served.launching import Launched, temporary_log
+from lmms_plugin.vlm.served.likelihoods import likelihoods_of
+from lmms_plugin.vlm.served.llamacpp.completion import RenderedAsking
 from lmms_plugin.vlm.served.llamacpp.first_completion import probe_rendered
+from lmms_plugin.vlm.served.llamacpp.forced_tokens import ForcedTokens
 from lmms_plugin.vlm.served.load import Gate
 from lmms_plugin.vlm.served.options import AUTO, CHAT, OPTION_TYPES, ServedOptions, expect_effect
 from lmms_plugin.vlm.served.probing import LLAMACPP, STATED, Found, find, probe
@@ -161,7 +164,6 @@ class QuantServed(HarnessModel):
             options.key_variable,
             timeout,
             options.retries,
-            options.concurrency,
             self._gate.busy,
             self._launched.expect_running if self._launched is not None else lambda: None,
         )
@@ -217,6 +219,9 @@ class QuantServed(HarnessModel):
             self.arguments.samples,
             self.arguments.sample_temperature,
             kept,
+            ForcedTokens(asked)
+            if isinstance(asked, RenderedAsking)
+            else likelihoods_of(self.served.engine, asking.with_form(found.form)),
         )
 
     def _probed(

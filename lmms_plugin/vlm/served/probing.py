@@ -11,6 +11,7 @@ from loguru import logger
 from lmms_plugin.utils.suggest import near
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.served.asking import Asking, RequestForm
+from lmms_plugin.vlm.served.checking import counted
 from lmms_plugin.vlm.served.client import Client, Passing, RequestRefused, ServerError
 from lmms_plugin.vlm.served.tokens import Vocabulary
 
@@ -162,7 +163,8 @@ def probe(
     listed = min((len(entry.get("top_logprobs") or []) for entry in entries), default=0)
     if form.listed is not None and not named:
         form = replace(form, named=False, listed=form.listed if listed else 0)
-    vocabulary.read(choice, (), probabilities=form.listed is not None, digits=named or listed > 0)
+    written = counted(response, "completion_tokens")
+    vocabulary.read(choice, (), probabilities=form.listed is not None, digits=named or listed > 0, written=written)
     if form.listed is None:
         logger.warning(
             "{}: the server gives no log-probabilities of its answers: accuracy is measured, and everything about "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader, RequestError
 from lmms_plugin.utils import hashing
@@ -19,12 +19,16 @@ from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import traits_of
 from lmms_plugin.vlm.running.scheduling import MOST_READERS, by_image, working_on
 from lmms_plugin.vlm.served.asking import Requests
-from lmms_plugin.vlm.served.checking import ExpectedPrompt, PromptCheck
+from lmms_plugin.vlm.served.checking import ExpectedPrompt, PromptCheck, counted
 from lmms_plugin.vlm.served.client import Client, ServerError
 from lmms_plugin.vlm.served.keeping import KeptAnswers
+from lmms_plugin.vlm.served.likelihoods import GivenText, Likelihoods, shown
 from lmms_plugin.vlm.served.load import Flight, Gate
-from lmms_plugin.vlm.served.sent_images import Resizer, data_url
+from lmms_plugin.vlm.served.sent_images import Resizer, SentImage
 from lmms_plugin.vlm.served.tokens import Vocabulary
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Question(NamedTuple):
@@ -34,7 +38,8 @@ class Question(NamedTuple):
         job: number of the job that it belongs to.
         sample: number of a further answer; None for the answer itself.
         prompt: as our processor shows it.
-        shown: prompt as the API takes it.
+        shown: prompt as the API takes it, images by their names.
+        images: name -> data URL.
         settings: how to generate.
         seed: of sampling.
         opened: the tag of a reasoning that the prompt's end opened.
@@ -45,6 +50,7 @@ class Question(NamedTuple):
     sample: int | None
     prompt: Prompt
     shown: Any
+    images: Mapping[str, bytes]
     settings: GenerationSettings
     seed: int
     opened: str
@@ -70,6 +76,7 @@ class ServedEngine:
         samples: further answers per prompt that wants confidence.
         sample_temperature: at which they are drawn.
         kept: answers of an earlier run that was broken off; None to keep none.
+        likelihoods: how the server tells likelihoods of given texts; None where it cannot.
     """
 
     client: Client
@@ -86,6 +93,7 @@ class ServedEngine:
     samples: int = 0
     sample_temperature: float = 1.0
     kept: KeptAnswers | None = None
+    likelihoods: Likelihoods | None = None
 
     @cached_property
     def traits(self) -> Traits:
@@ -113,13 +121,8 @@ class ServedEngine:
             RequestError: the server answers one not at all, or not as it should; names the document and the server's
                 words.
         """
-        readers = max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1))
-        flight: Flight[list[int], Question, Generated] = Flight(
-            partial(self._questions, jobs, evidence),
-            partial(self._asked, evidence=evidence),
-            self.gate,
-            readers,
-            self.client.end,
+        flight: Flight[list[int], Question, Generated] = self._flight(
+            partial(self.questions, jobs, evidence=evidence), partial(self.ask, evidence=evidence)
         )
         arrived: dict[int, dict[int | None, Generated]] = {}
         with closing(flight.results(by_image(jobs))) as results:
@@ -130,17 +133,29 @@ class ServedEngine:
                     yield question.job, self._answer(question, arrived.pop(question.job), evidence)
 
     def scores(self, jobs: Sequence[Job]) -> Generator[tuple[int, ContinuationScore]]:
-        """Refuse: likelihoods of given texts are not asked of servers.
+        """Yield the index of a job with the score of its request's continuation; see `Engine`.
 
         Raises:
-            RequestError: there is a job.
+            RequestError: the server tells no likelihoods of given texts, or not as it should.
         """
-        for job in jobs:
+        if self.likelihoods is None and jobs:
             raise RequestError(
-                f"{job.request.name}: likelihoods of given texts (multiple choice, retrieval) are not asked of a "
-                "server; run this task with a model that is loaded here (quant_none, quant_prequantized, ...)"
+                f"{jobs[0].request.name}: this server tells no log-probabilities of given texts (multiple choice, "
+                "retrieval): of the engines known here vLLM and SGLang do; serve with one of these, or run the task "
+                "with a model that is loaded here (quant_none, quant_prequantized, ...)"
             )
-        yield from ()
+        flight: Flight[list[int], GivenText, ContinuationScore] = self._flight(
+            partial(self._given_texts, jobs), self._scored
+        )
+        with closing(flight.results(by_image(jobs))) as results:
+            for given, score in results:
+                yield given.job, score
+
+    def _flight(
+        self, prepare: Callable[[list[int]], Sequence[Item]], ask: Callable[[Item], Result]
+    ) -> Flight[list[int], Item, Result]:
+        readers = max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1))
+        return Flight(prepare, ask, self.gate, readers, self.client.end)
 
     def _further(self, prompt: Prompt, evidence: bool) -> int:
         return self.samples if evidence and prompt.wants_confidence else 0
@@ -156,31 +171,57 @@ class ServedEngine:
             records_digits=self.digits and self.judges,
         )
 
-    def _questions(self, jobs: Sequence[Job], evidence: bool, unit: Sequence[int]) -> list[Question]:
-        """Read and encode jobs about one image; each different picture is resized and compressed once."""
-        urls: dict[Any, str] = {}
+    def questions(self, jobs: Sequence[Job], unit: Sequence[int], *, evidence: bool = True) -> list[Question]:
+        """Read and encode jobs about one image; each different picture is resized and compressed once.
+
+        Args:
+            jobs: all of them.
+            unit: which of them.
+            evidence: as in `answers`.
+
+        Raises:
+            RequestError: a document cannot be read, or a task wishes what this server has no field for.
+        """
+        sent: dict[Any, SentImage] = {}
         asked: list[Question] = []
         for index in unit:
             job = jobs[index]
             with working_on(job):
                 prompt = job.prompt(self.reader)
                 self._expect_possible(job, prompt)
-                shown = self.asking.shown(prompt, [self._url(image, urls) for image in prompt.images])
+                images = [self._sent(image, sent) for image in prompt.images]
+                asked_for = self.asking.shown(prompt, [image.name for image in images])
                 opened = self.chat.opened_by(prompt) if evidence and prompt.wants_confidence else ""
                 expected = self.check.expected(prompt)
                 seed = job.request.seed(self.seed)
-                asked.append(Question(index, None, prompt, shown, job.settings, seed, opened, expected))
+                asked.append(
+                    Question(index, None, prompt, asked_for, dict(images), job.settings, seed, opened, expected)
+                )
                 drawn = replace(job.settings, sampling=Sampling(self.sample_temperature))
                 for sample in range(self._further(prompt, evidence)):
                     seed = job.request.seed(self.seed, sample)
                     asked.append(asked[-1]._replace(sample=sample, settings=drawn, seed=seed))
         return asked
 
-    def _url(self, image: Any, urls: dict[Any, str]) -> str:
+    def _given_texts(self, jobs: Sequence[Job], unit: Sequence[int]) -> list[GivenText]:
+        sent: dict[Any, SentImage] = {}
+        given: list[GivenText] = []
+        for index in unit:
+            job = jobs[index]
+            with working_on(job):
+                prompt = job.prompt(self.reader)
+                self._expect_possible(job, prompt)
+                images = [self._sent(image, sent) for image in prompt.images]
+                names = [image.name for image in images]
+                text = shown(self.chat, prompt, job.request.continuation())
+                given.append(GivenText(index, prompt, dict(images), names, *text, self.check.expected(prompt)))
+        return given
+
+    def _sent(self, image: Any, sent: dict[Any, SentImage]) -> SentImage:
         key = told_apart(image)
-        if key not in urls:
-            urls[key] = data_url(self.resizer.seen(image))
-        return urls[key]
+        if key not in sent:
+            sent[key] = SentImage.of(self.resizer.seen(image))
+        return sent[key]
 
     def _expect_possible(self, job: Job, prompt: Prompt) -> None:
         if prompt.raw:
@@ -190,8 +231,12 @@ class ServedEngine:
         if unsent := self.asking.unsent(job.settings):
             raise RequestError(f"{prompt.name}: {unsent}: this server knows only OpenAI's fields and has none for it")
 
-    def _asked(self, question: Question, *, evidence: bool) -> Generated:
-        """Get the answer to a question, from the file of an earlier run or from the server."""
+    def ask(self, question: Question, *, evidence: bool = True) -> Generated:
+        """Get the answer to a question, from the file of an earlier run or from the server.
+
+        Raises:
+            RequestError: the server answers not at all, or not as it should.
+        """
         prompt = question.prompt
         wanted = self.judges and evidence and prompt.wants_confidence and question.sample is None
         digits = wanted and self.digits and prompt.grounding is not None and prompt.grounding.digits
@@ -202,22 +247,64 @@ class ServedEngine:
             probabilities=wanted or not self.token_ids,
             digits=digits,
         )
-        # Bodies hold whole images: they are hashed only if answers are kept.
+
+        def answer() -> dict[str, Any]:
+            response = self.asking.ask(self.client, body, question.images)
+            agrees = self.check.agrees(prompt, question.expected, response)
+            return {
+                "choice": response["choices"][0],
+                "written": counted(response, "completion_tokens"),
+                "compared": self.check.compares(response),
+                "agrees": agrees,
+            }
+
+        def read(record: Mapping[str, Any]) -> Generated:
+            return self.vocabulary.read(
+                record["choice"],
+                question.settings.until,
+                probabilities=wanted,
+                digits=digits,
+                written=record["written"],
+            )
+
+        return self._kept_or(answer, read, body, prompt)
+
+    def _scored(self, given: GivenText) -> ContinuationScore:
+        """Get the score of a given text, from the file of an earlier run or from the server."""
+        assert self.likelihoods is not None
+        if not given.ids:
+            return ContinuationScore((), True)
+        likelihoods, body = self.likelihoods, self.likelihoods.request(given)
+
+        def answer() -> dict[str, Any]:
+            told = likelihoods.ask(self.client, given, body)
+            agrees = self.check.agrees(given.prompt, given.expected, told.read, given.ids)
+            compared = self.check.compares(told.read)
+            return {"score": told.score, "compared": compared, "agrees": agrees}
+
+        def read(record: Mapping[str, Any]) -> ContinuationScore:
+            logprobs, is_greedy = record["score"]
+            return ContinuationScore(tuple(logprobs), is_greedy)
+
+        return self._kept_or(answer, read, body, given.prompt)
+
+    def _kept_or(
+        self,
+        answer: Callable[[], dict[str, Any]],
+        read: Callable[[Mapping[str, Any]], Result],
+        body: Mapping[str, Any],
+        prompt: Prompt,
+    ) -> Result:
+        """Read what was answered to a body in an earlier run; ask, and keep it, where there is nothing."""
         key = "" if self.kept is None else hashing.of_value(body)
         record = None if self.kept is None else self.kept.get(key)
+        fresh = record is None
         try:
-            fresh = record is None
-            if record is None:
-                response = self.asking.ask(self.client, body)
-                agrees = self.check.agrees(prompt, question.expected, response)
-                compared = self.check.compares(response)
-                record = {"choice": response["choices"][0], "compared": compared, "agrees": agrees}
-            generated = self.vocabulary.read(
-                record["choice"], question.settings.until, probabilities=wanted, digits=digits
-            )
+            record = record or answer()
+            result = read(record)
         except ServerError as error:
             raise RequestError(f"{prompt.name}: {error}") from error
         self.check.note(record["compared"], agrees=record["agrees"])
         if fresh and self.kept is not None:
             self.kept.keep(key, record)
-        return generated
+        return result

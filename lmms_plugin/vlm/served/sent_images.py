@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from lmms_plugin.utils import hashing
+
 _FAST = 1
 """Level of zlib: the image goes over the wire once."""
+_NAME = 32
+"""Hexadecimal digits of an image's name."""
 
 
 @dataclass
@@ -76,6 +80,24 @@ class Resizer:
             yield made
         finally:
             del self.images.resize
+
+
+class SentImage(NamedTuple):
+    """An image on its way to a server.
+
+    Attributes:
+        name: what stands for it in the body of a request, by its content.
+        url: data URL of a PNG with exactly its pixels.
+    """
+
+    name: str
+    url: bytes
+
+    @classmethod
+    def of(cls, image: Image.Image) -> SentImage:
+        """Encode an image."""
+        url = data_url(image).encode("ascii")
+        return cls(f"image:{hashing.of_bytes(url)[:_NAME]}", url)
 
 
 def data_url(image: Image.Image) -> str:

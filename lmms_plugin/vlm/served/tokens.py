@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,9 +21,11 @@ from lmms_plugin.vlm.served.client import ServerError
 
 PLACEHOLDER = -9000.0
 """Below this a number is what servers write where they have none (-9999), not the logarithm of a probability."""
+BY_CHARACTERS = "by_characters"
+"""Marks an answer for which a part of a character has no probability, as llama.cpp tells them."""
 _ABOVE_ONE = 1e-3
 """By how much rounding may lift a probability, or the sum of several, above 1."""
-_ID = re.compile(r"token_id:(\d+)")
+_ID = "token_id:"
 _RUN = re.compile(r"([^0-9]*)([0-9]+)([^0-9]*)")
 _ENDED = ("stop", "length")
 _BROKEN = "\ufffd"
@@ -61,6 +63,7 @@ class Vocabulary:
     tokenizer: Tokenizer
     ends: frozenset[int]
     special: Special
+    _texts_by_id: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def numbers(self) -> NumberTokens:
@@ -98,15 +101,29 @@ class Vocabulary:
         text, logprob = entry.get("token"), entry.get("logprob")
         if not isinstance(text, str) or isinstance(logprob, bool) or not isinstance(logprob, int | float):
             raise ServerError(f"expected token and logprob for each token, got {json.dumps(entry)[:200]}")
-        named = _ID.fullmatch(text)
-        index = int(named[1]) if named else entry.get("id")
+        named = text.startswith(_ID)
+        index = int(text[len(_ID) :]) if named and text[len(_ID) :].isdecimal() else entry.get("id")
         if isinstance(index, int) and not isinstance(index, bool):
-            return Candidate(index, decode(self.tokenizer, [index]), None, float(logprob))
+            return Candidate(index, self._text_of(index), None, float(logprob))
         raw = entry.get("bytes")
         raw = bytes(raw) if isinstance(raw, list) and raw else text.encode()
         return Candidate(None, raw.decode(errors="replace"), raw, float(logprob))
 
-    def read(self, choice: Mapping[str, Any], until: Sequence[str], *, probabilities: bool, digits: bool) -> Generated:
+    def _text_of(self, index: int) -> str:
+        """Text of a token alone; an answer comes with hundreds of alternatives, which are mostly the same."""
+        if index not in self._texts_by_id:
+            self._texts_by_id[index] = decode(self.tokenizer, [index])
+        return self._texts_by_id[index]
+
+    def read(
+        self,
+        choice: Mapping[str, Any],
+        until: Sequence[str],
+        *,
+        probabilities: bool,
+        digits: bool,
+        written: int | None = None,
+    ) -> Generated:
         """Read an answer.
 
         Args:
@@ -114,6 +131,7 @@ class Vocabulary:
             until: strings that end an answer and are cut off.
             probabilities: whether log-probabilities are wanted; without, they are NaN.
             digits: whether alternatives of tokens of digits are.
+            written: how many tokens the server says that it generated; None where it does not say.
 
         Raises:
             ServerError: it is no whole answer, its tokens do not spell its text, or what stands for probabilities are
@@ -136,18 +154,24 @@ class Vocabulary:
         self._expect_spelled("".join(texts), content, choice)
         if not probabilities:
             logprobs = [math.nan] * len(texts)
-        elif ids is not None and len(told) < len(texts) and all(one.id is not None for one in told):
+        elif ids is not None and choice.get(BY_CHARACTERS) and len(told) < len(texts):
             places = list(_places(ids, texts, told, len(cut(texts, until))))
             told = [told[place] if place is not None else _UNKNOWN for place in places]
             entries = [entries[place] if place is not None else {} for place in places]
-            logprobs = [math.nan if one is _UNKNOWN else _logprob(one) for one in told]
-        elif len(told) != len(texts):
-            raise ServerError(
-                f"the answer has {len(texts)} tokens and log-probabilities of {len(told)} of them: tokens without "
-                "probability (speculative decoding, a tool or reasoning parser, partial characters) cannot be judged"
-            )
+            logprobs = [math.nan if one is _UNKNOWN else as_logprob(one.logprob, one.text) for one in told]
         else:
-            logprobs = [_logprob(one) for one in told]
+            of_all = len(texts)
+            if not isinstance(choice.get("token_ids"), list) and written is not None:
+                # Some servers count the token that ends an answer and tell nothing of it.
+                silent_end = choice.get("finish_reason") == "stop" and ended is None
+                of_all = written - (silent_end and len(told) == written - 1)
+            if len(told) != of_all:
+                raise ServerError(
+                    f"the answer has {of_all} tokens and log-probabilities of {len(told)} of them: tokens without a "
+                    "probability of their own (speculative decoding, tokens that are grouped, a tool or reasoning "
+                    "parser, partial characters) cannot be judged"
+                )
+            logprobs = [as_logprob(one.logprob, one.text) for one in told]
         alternatives: list[Alternatives | None] = [None] * len(texts)
         if probabilities and digits:
             pairs = zip(told, entries, strict=True)
@@ -211,7 +235,9 @@ class Vocabulary:
         if match is None:
             return None
         others = [self.candidate(one) for one in entry.get("top_logprobs") or []]
-        seen = {(one.id, one.text): one for one in (*others, chosen) if one.logprob > PLACEHOLDER}
+        for one in others:
+            as_logprob(one.logprob, one.text)
+        seen = {(one.id, one.text): one for one in (*others, chosen)}
         probabilities = {key: math.exp(one.logprob) for key, one in seen.items()}
         mass = sum(probabilities.values())
         if mass > 1 + _ABOVE_ONE:
@@ -262,19 +288,23 @@ def _places(ids: Sequence[int], texts: Sequence[str], told: Sequence[Candidate],
             yield None
 
 
-def _logprob(one: Candidate) -> float:
-    """The log-probability of a token, if it is one."""
-    if math.isnan(one.logprob) or one.logprob <= PLACEHOLDER:
+def as_logprob(value: float, text: str) -> float:
+    """Return a number that a server gives for the log-probability of a token.
+
+    Raises:
+        ServerError: it is none.
+    """
+    if math.isnan(value) or value <= PLACEHOLDER:
         raise ServerError(
-            f"token {one.text!r} comes with {one.logprob:g}, which stands for no probability: was the answer forced "
-            "(structured output, allowed tokens, a bias)?"
+            f"token {text!r} comes with {value:g}, which stands for no probability: was the answer forced (structured "
+            "output, allowed tokens, a bias)?"
         )
-    if one.logprob > math.log1p(_ABOVE_ONE):
+    if value > math.log1p(_ABOVE_ONE):
         raise ServerError(
-            f"token {one.text!r} comes with {one.logprob:g}, above 0: this is no logarithm of a probability (serve "
-            "raw ones: --logprobs-mode raw_logprobs)"
+            f"token {text!r} comes with {value:g}, above 0: this is no logarithm of a probability (serve raw ones: "
+            "--logprobs-mode raw_logprobs)"
         )
-    return min(0.0, one.logprob)
+    return min(0.0, value)
 
 
 def _texts_of_bytes(parts: Sequence[bytes]) -> list[str]:

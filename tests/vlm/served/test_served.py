@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from helpers.served import ENGINES, FakeServer, Reply
+from helpers.served import BLIND, ENGINES, SCORING, FakeServer, Reply
 
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
@@ -14,7 +14,6 @@ from lmms_plugin.vlm import wrapper
 from lmms_plugin.vlm.served.client import ServerError
 from lmms_plugin.vlm.served.model import QuantServed
 
-BLIND = ("ollama",)
 COUNT = 12
 
 
@@ -327,11 +326,30 @@ def test_arguments_that_say_nothing_are_refused(arguments, said):
         QuantServed(**{name: value for name, value in given.items() if value is not None})
 
 
-def test_likelihoods_are_refused_by_name(serve, instances):
-    _, vlm = serve()
+def candidates(doc):
+    return [{**plain(doc)[0], "candidates": ["a red circle", "two", "<0, 1, 2>"]}]
 
-    def candidates(doc):
-        return [{**plain(doc)[0], "candidates": ["a red circle", "two"]}]
 
-    with pytest.raises(RequestError, match=r"document 0: likelihoods of given texts .* are not asked of a server"):
-        vlm.generate_until(instances(candidates, 1, {"candidates": True, "max_new_tokens": 1}))
+SCORED = {"candidates": True, "max_new_tokens": 1}
+
+
+@pytest.mark.parametrize("engine", SCORING)
+def test_likelihoods_are_those_of_the_model_loaded_here(engine, local, serve, instances, tmp_path):
+    mine = [Response.decode(text).scores for text in local.generate_until(instances(candidates, 3, SCORED))]
+    server, vlm = serve(engine, options={"resume_folder": str(tmp_path)})
+    requests = []
+    for _ in range(2):
+        theirs = [Response.decode(text).scores for text in vlm.generate_until(instances(candidates, 3, SCORED))]
+        for one, other in zip(mine, theirs, strict=True):
+            assert other["tokens"] == one["tokens"]
+            assert other["logprob"] == pytest.approx(one["logprob"], abs=1e-4)
+        requests.append(len(server.requests))
+    # The second time they come from the file.
+    assert requests[0] == requests[1] > 3
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in SCORING])
+def test_likelihoods_are_refused_by_name_where_the_server_has_none(engine, serve, instances):
+    _, vlm = serve(engine)
+    with pytest.raises(RequestError, match=r"document 0: .* no log-probabilities of given texts .* vLLM and SGLang do"):
+        vlm.generate_until(instances(candidates, 1, SCORED))

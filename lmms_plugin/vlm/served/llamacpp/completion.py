@@ -20,7 +20,11 @@ from lmms_plugin.vlm.served.asking import SEEDS, RequestForm
 from lmms_plugin.vlm.served.checking import FIRST
 from lmms_plugin.vlm.served.client import Client, ServerError
 from lmms_plugin.vlm.served.llamacpp.image_places import ImagePlace
+from lmms_plugin.vlm.served.tokens import BY_CHARACTERS
 
+MARKER = "<__image_of_lmms_plugin__>"
+"""Stands for an image until a request is sent: the server's own marker is another one after each start."""
+_BASE64 = ";base64,"
 LISTED = 64
 """Alternatives of a token that are asked for; the server lists as many as it is asked for."""
 FORM = RequestForm(no_top_k=0, listed=LISTED, named=False)
@@ -81,13 +85,13 @@ class RenderedAsking:
         if prompt.videos:
             raise RequestError(f"{prompt.name}: videos are not sent to servers, only images and text are")
         text = self.chat.text_of(prompt)
-        if self.place.count(text) != len(images):
+        if self.place.count(text) != len(images) or MARKER in text:
             raise RequestError(
                 f"{prompt.name}: expected the placeholder {self.place.found!r} in the rendered prompt for each of "
                 f"{len(images)} images, got {self.place.count(text)}"
             )
-        sent = self.place.marked(text, self.marker).removeprefix(self.added)
-        return {"prompt_string": sent, "multimodal_data": [url.partition(",")[2] for url in images]}
+        sent = self.place.marked(text, MARKER).removeprefix(self.added)
+        return {"prompt_string": sent, "multimodal_data": [url.partition(_BASE64)[2] or url for url in images]}
 
     def body(
         self,
@@ -125,7 +129,14 @@ class RenderedAsking:
         """Return "": the server has a field for every wish of a task."""
         return ""
 
-    def ask(self, client: Client, body: Mapping[str, Any], *, patient: bool = True) -> dict[str, Any]:
+    def ask(
+        self,
+        client: Client,
+        body: Mapping[str, Any],
+        images: Mapping[str, bytes] | None = None,
+        *,
+        patient: bool = True,
+    ) -> dict[str, Any]:
         """Ask, and return the response in the form of the chat API.
 
         The ids of the first prompts come with it, from the server's own tokenizer.
@@ -134,11 +145,14 @@ class RenderedAsking:
             ServerError: there is no answer, or not the one that was asked for.
         """
         url = f"{client.root}/completion"
-        response = client.post(url, body, patient=patient)
+        text = body["prompt"]["prompt_string"].replace(MARKER, self.marker)
+        body = {**body, "prompt": {**body["prompt"], "prompt_string": text}}
+        bare = {name: image.partition(_BASE64.encode())[2] for name, image in (images or {}).items()}
+        response = client.post(url, body, bare, patient=patient)
         if body["n_probs"] and body.get("stop") and self._lacks_probabilities(response, body["stop"]):
             # The token in which a stop begins loses its probability, although the beginning of its text is kept.
             whole = {name: value for name, value in body.items() if name != "stop"}
-            response = client.post(url, {**whole, "n_predict": len(response["tokens"])}, patient=patient)
+            response = client.post(url, {**whole, "n_predict": len(response["tokens"])}, bare, patient=patient)
             response["stop_type"] = "word"
         expect_effect(response, body)
         answer = as_chat(response, self.ends)
@@ -218,9 +232,13 @@ def as_chat(response: Mapping[str, Any], ends: Collection[int]) -> dict[str, Any
         "message": {"role": "assistant", "content": content},
         "finish_reason": _FINISHED.get(str(kind)),
         "token_ids": tokens,
+        BY_CHARACTERS: True,
         "logprobs": {"content": entries} if entries else None,
     }
-    return {"choices": [choice], "usage": {"prompt_tokens": response.get("tokens_evaluated")}}
+    return {
+        "choices": [choice],
+        "usage": {"prompt_tokens": response.get("tokens_evaluated"), "completion_tokens": len(tokens)},
+    }
 
 
 def text_added(client: Client, chat: Chat) -> str:

@@ -1,0 +1,77 @@
+"""A server that gives every chat completion the same answer after a while; `bench.served` runs it as a process.
+
+    python -m bench.canned_server MODELS_JSON ANSWER_JSON SECONDS
+
+It prints its port. Bodies are read and thrown away, with as little of the processor's time as a server can take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+_END = b"\r\n\r\n"
+_LENGTH = b"content-length:"
+
+
+def reply(content: bytes) -> bytes:
+    """Return a whole response of HTTP."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+class Canned(asyncio.BufferedProtocol):
+    """One connection."""
+
+    def __init__(self, models: bytes, answer: bytes, seconds: float) -> None:
+        self.models, self.answer, self.seconds = models, answer, seconds
+        self.buffer = bytearray(1 << 18)
+        self.head = b""
+        self.left = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """Return where bytes are written, over the earlier ones."""
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Read a head, or count a part of a body."""
+        if self.left:
+            self.left -= nbytes
+            if not self.left:
+                self._answer()
+            return
+        self.head += bytes(self.buffer[:nbytes])
+        end = self.head.find(_END)
+        if end < 0:
+            return
+        head = self.head[:end].lower()
+        if head.startswith(b"get"):
+            self.transport.write(self.models)
+        else:
+            length = head.partition(_LENGTH)[2].partition(b"\r")[0]
+            self.left = int(length) - (len(self.head) - end - len(_END))
+            if not self.left:
+                self._answer()
+        self.head = b""
+
+    def _answer(self) -> None:
+        asyncio.get_running_loop().call_later(self.seconds, self.transport.write, self.answer)
+
+
+async def serve(models: bytes, answer: bytes, seconds: float) -> None:
+    """Serve for ever."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Canned(models, answer, seconds), "127.0.0.1", 0, backlog=256)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    read = [reply(Path(name).read_bytes()) for name in sys.argv[1:3]]
+    asyncio.run(serve(read[0], read[1], float(sys.argv[3])))
