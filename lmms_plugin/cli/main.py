@@ -70,13 +70,16 @@ def demo(
 
 @app.command()
 def inspect(
-    model_args: Annotated[str, typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=awq.")],
+    model_args: Annotated[
+        str,
+        typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=awq; or a GGUF file."),
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON, layer by layer.")] = False,
     held_out: Annotated[
         int, typer.Option(min=0, help="Samples to compare outputs on with the dense model's; 0 for none.")
     ] = 4,
 ) -> None:
-    """Quantize a model and print the quantization report of every layer, without an evaluation."""
+    """Quantize a model and print the quantization report of every layer, or print what a GGUF file is."""
     from loguru import logger
 
     from lmms_plugin import quantize
@@ -85,6 +88,10 @@ def inspect(
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
     no_bars()
+    if model_args.lower().endswith(quantize.GGUF_SUFFIX) and "=" not in model_args:
+        file = quantize.inspect_file(Path(model_args))
+        typer.echo(file.to_json() if json else file.table())
+        return
     with stdout_to_stderr():
         report = quantize.inspect(model_args, held_out=held_out)
     typer.echo(report.to_json() if json else report.table())

@@ -46,7 +46,8 @@ MODELS = {
     "vlm.running": "protocol utils vlm.contracts vlm.generation",
     "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers utils"
     " vlm.contracts vlm.generation vlm.running",
-    "vlm.served": "arguments protocol utils vlm vlm.contracts vlm.generation vlm.running",
+    "vlm.served": "arguments protocol quant_backends.checkpoints quant_backends.extras utils vlm vlm.contracts"
+    " vlm.generation vlm.running",
 }
 STUDIES = {
     "study.file": "analysis arguments confidence demo metrics quant_backends quant_backends.backend"

@@ -18,7 +18,7 @@ def expect_converter(path: Path) -> Path:
     """
     if not path.is_file():
         raise ValueError(
-            f"--converter: expected llama.cpp's convert_hf_to_gguf.py, or a command that runs it, and there is none "
+            f"converter: expected llama.cpp's convert_hf_to_gguf.py, or a command that runs it, and there is none "
             f"at {path}"
         )
     return path

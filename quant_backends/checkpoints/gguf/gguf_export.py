@@ -99,9 +99,14 @@ def export(
     config = config_of(checkpoint)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{checkpoint} is quantized already; GGUF is written from unquantized weights")
-    processor = AutoProcessor.from_pretrained(checkpoint)
     if converter is not None:
         expect_converter(converter)
+    elif config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{config.model_type}: this family is not written as GGUF here (only {', '.join(FAMILIES)} is); name "
+            "llama.cpp's own converter with converter=PATH/convert_hf_to_gguf.py"
+        )
+    processor = AutoProcessor.from_pretrained(checkpoint)
     with new_folder(target) as unfinished, tempfile.TemporaryDirectory(dir=target.parent) as work:
         text, vision, choice = _contents(config, processor, source, choice, converter, Path(work))
         text.expect_writable(choice)
@@ -130,16 +135,10 @@ def _contents(
         for file, vision in zip(files, (False, True), strict=True):
             convert(converter, source, file, "bf16" if half and not vision else "f32", vision=vision)
         return content_of(files[0]), content_of(files[1]), choice
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(
-            f"{config.model_type}: this family is not written as GGUF here (only {', '.join(FAMILIES)} is); "
-            "--converter=PATH/convert_hf_to_gguf.py takes llama.cpp's own converter"
-        )
     ends = ends_of_checkpoint(str(source), config, processor.tokenizer)
     main = processor.tokenizer.eos_token_id
     ordered = tuple(sorted(ends, key=lambda index: (index != main, index)))
-    return *family(config, processor.image_processor, weights, ordered), choice
+    return *FAMILIES[config.model_type](config, processor.image_processor, weights, ordered), choice
 
 
 def _generation_config(source: Path, folder: Path) -> None:
