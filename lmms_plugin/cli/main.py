@@ -59,13 +59,16 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="All 18 corruptions instead of one noise, blur, weather and digital each.")
     ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="GGUF files in llama.cpp beside quant_none and quant_rtn (extra gguf).")
+    ] = False,
 ) -> None:
     """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and print one table."""
     from lmms_plugin.cli.demo_display import DemoProgress, show
     from lmms_plugin.demo import run
 
     expect_folder("--output", output)
-    run.run(output, bits, DemoProgress, show, limit, full=full)
+    run.run(output, bits, DemoProgress, show, limit, full=full, gguf=gguf)
 
 
 @app.command()
