@@ -48,7 +48,7 @@ from lmms_plugin.vlm.served.load import Flight
 from lmms_plugin.vlm.served.model import QuantServed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.vllm import NAME, SETTINGS, interpreter, serving
+from helpers.vllm_server import NAME, SETTINGS, interpreter, serving
 
 QUESTIONS = 7
 DELAY, IN_FLIGHT = 0.05, 64
@@ -109,7 +109,7 @@ def client_rows(checkpoint: Path, folder: Path, images: int, repeats: int) -> It
             took = Taken()
             answered = sum(1 for _ in flight.results(asked))
             yield {"case": f"client_asking_{case}", "ratio": None, **took.per(answered), "in_flight": IN_FLIGHT}
-        yield whole_row(checkpoint, url, images, repeats)
+        yield whole_row(checkpoint, url, max(1, images // 8), repeats)
 
 
 def whole_row(checkpoint: Path, url: str, images: int, repeats: int) -> Row:

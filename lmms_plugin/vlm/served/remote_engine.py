@@ -218,10 +218,13 @@ class ServedEngine:
         return given
 
     def _sent(self, image: Any, sent: dict[Any, SentImage]) -> SentImage:
-        key = told_apart(image)
-        if key not in sent:
-            sent[key] = SentImage.of(self.resizer.seen(image))
-        return sent[key]
+        # Questions about one image mostly share the object, too; the caller keeps it alive.
+        if id(image) not in sent:
+            key = told_apart(image)
+            if key not in sent:
+                sent[key] = SentImage.of(self.resizer.seen(image))
+            sent[id(image)] = sent[key]
+        return sent[id(image)]
 
     def _expect_possible(self, job: Job, prompt: Prompt) -> None:
         if prompt.raw:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -25,7 +25,8 @@ BY_CHARACTERS = "by_characters"
 """Marks an answer for which a part of a character has no probability, as llama.cpp tells them."""
 _ABOVE_ONE = 1e-3
 """By how much rounding may lift a probability, or the sum of several, above 1."""
-_ID = "token_id:"
+_ID = re.compile(r"token_id:(\d+)")
+_MOST = math.log1p(_ABOVE_ONE)
 _RUN = re.compile(r"([^0-9]*)([0-9]+)([^0-9]*)")
 _ENDED = ("stop", "length")
 _BROKEN = "\ufffd"
@@ -63,7 +64,7 @@ class Vocabulary:
     tokenizer: Tokenizer
     ends: frozenset[int]
     special: Special
-    _texts_by_id: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _by_name: dict[str, tuple[int, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def numbers(self) -> NumberTokens:
@@ -75,10 +76,9 @@ class Vocabulary:
         """Text around the digits of a token -> how many tokens have digits in just that place."""
         counts: dict[tuple[str, str], int] = {}
         for index in self.numbers.ids:
-            match = _RUN.fullmatch(decode(self.tokenizer, [index]))
-            if match is not None:
-                around = (match[1], match[3])
-                counts[around] = counts.get(around, 0) + 1
+            found = _digits(decode(self.tokenizer, [index]))
+            if found is not None:
+                counts[found.around] = counts.get(found.around, 0) + 1
         return counts
 
     @cached_property
@@ -99,21 +99,22 @@ class Vocabulary:
             ServerError: it has no text or no number.
         """
         text, logprob = entry.get("token"), entry.get("logprob")
+        # An answer comes with hundreds of alternatives, which are mostly the same.
+        known = self._by_name.get(text) if isinstance(text, str) else None
+        if known is not None and type(logprob) is float:
+            return Candidate(known[0], known[1], None, logprob)
         if not isinstance(text, str) or isinstance(logprob, bool) or not isinstance(logprob, int | float):
             raise ServerError(f"expected token and logprob for each token, got {json.dumps(entry)[:200]}")
-        named = text.startswith(_ID)
-        index = int(text[len(_ID) :]) if named and text[len(_ID) :].isdecimal() else entry.get("id")
+        named = _ID.fullmatch(text)
+        index = int(named[1]) if named else entry.get("id")
         if isinstance(index, int) and not isinstance(index, bool):
-            return Candidate(index, self._text_of(index), None, float(logprob))
+            alone = decode(self.tokenizer, [index])
+            if named:
+                self._by_name[text] = (index, alone)
+            return Candidate(index, alone, None, float(logprob))
         raw = entry.get("bytes")
         raw = bytes(raw) if isinstance(raw, list) and raw else text.encode()
         return Candidate(None, raw.decode(errors="replace"), raw, float(logprob))
-
-    def _text_of(self, index: int) -> str:
-        """Text of a token alone; an answer comes with hundreds of alternatives, which are mostly the same."""
-        if index not in self._texts_by_id:
-            self._texts_by_id[index] = decode(self.tokenizer, [index])
-        return self._texts_by_id[index]
 
     def read(
         self,
@@ -231,32 +232,28 @@ class Vocabulary:
         return text.strip()
 
     def _alternatives(self, chosen: Candidate, entry: Mapping[str, Any]) -> Alternatives | None:
-        match = _RUN.fullmatch(chosen.text)
-        if match is None:
+        place = _digits(chosen.text)
+        if place is None:
             return None
-        others = [self.candidate(one) for one in entry.get("top_logprobs") or []]
-        for one in others:
-            as_logprob(one.logprob, one.text)
-        seen = {(one.id, one.text): one for one in (*others, chosen)}
-        probabilities = {key: math.exp(one.logprob) for key, one in seen.items()}
-        mass = sum(probabilities.values())
+        others = list(map(self.candidate, entry.get("top_logprobs") or []))
+        seen = {one[:2]: math.exp(as_logprob(one.logprob, one.text)) for one in (*others, chosen)}
+        mass = sum(seen.values())
         if mass > 1 + _ABOVE_ONE:
             raise ServerError(
                 f"the probabilities of {chosen.text!r} and what could stand in its place add up to {mass:.3f}: these "
                 "are no log-probabilities of one distribution (serve them raw: --logprobs-mode raw_logprobs)"
             )
-        around = (match[1], match[3])
         listed: dict[str, float] = {}
         unlisted = 0.0
-        for key, one in sorted(seen.items(), key=lambda pair: -pair[1].logprob):
-            other = _RUN.fullmatch(one.text)
-            if other is None or (other[1], other[3]) != around:
+        for (_, text), probability in sorted(seen.items(), key=lambda pair: -pair[1]):
+            other = _digits(text)
+            if other is None or other.around != place.around:
                 continue
-            if probabilities[key] >= LEAST:
-                listed[other[2]] = min(1.0, listed.get(other[2], 0.0) + probabilities[key])
+            if probability >= LEAST:
+                listed[other.digits] = min(1.0, listed.get(other.digits, 0.0) + probability)
             else:
-                unlisted += probabilities[key]
-        if self.kinds.get(around, 0) > len(others):
+                unlisted += probability
+        if self.kinds.get(place.around, 0) > len(others):
             # More tokens of this kind exist than the server lists: the rest may be theirs.
             unlisted += max(0.0, 1.0 - mass)
         return Alternatives(listed, min(1.0, unlisted))
@@ -288,23 +285,35 @@ def _places(ids: Sequence[int], texts: Sequence[str], told: Sequence[Candidate],
             yield None
 
 
+class _Digits(NamedTuple):
+    digits: str
+    around: tuple[str, str]
+
+
+@lru_cache(maxsize=4096)
+def _digits(text: str) -> _Digits | None:
+    """The one run of digits in a text, and what is around it."""
+    match = _RUN.fullmatch(text)
+    return None if match is None else _Digits(match[2], (match[1], match[3]))
+
+
 def as_logprob(value: float, text: str) -> float:
     """Return a number that a server gives for the log-probability of a token.
 
     Raises:
         ServerError: it is none.
     """
-    if math.isnan(value) or value <= PLACEHOLDER:
-        raise ServerError(
-            f"token {text!r} comes with {value:g}, which stands for no probability: was the answer forced (structured "
-            "output, allowed tokens, a bias)?"
-        )
-    if value > math.log1p(_ABOVE_ONE):
+    if PLACEHOLDER < value <= _MOST:
+        return min(0.0, value)
+    if value > _MOST:
         raise ServerError(
             f"token {text!r} comes with {value:g}, above 0: this is no logarithm of a probability (serve raw ones: "
             "--logprobs-mode raw_logprobs)"
         )
-    return min(0.0, value)
+    raise ServerError(
+        f"token {text!r} comes with {value:g}, which stands for no probability: was the answer forced (structured "
+        "output, allowed tokens, a bias)?"
+    )
 
 
 def _texts_of_bytes(parts: Sequence[bytes]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 from helpers.environments import run
-from helpers.vllm import interpreter, serving
+from helpers.vllm_server import interpreter, serving
 
 from lmms_plugin.demo import DATA
 from lmms_plugin.protocol.response import Response

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.environments import run
-from helpers.vllm import interpreter, serving
+from helpers.vllm_server import interpreter, serving
 from lmms_eval.api.instance import Instance
 
 from lmms_plugin.demo import CHECKPOINT
