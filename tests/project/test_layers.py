@@ -94,8 +94,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "export": "analysis arguments confidence protocol quant_backends quant_backends.checkpoints"
         f" quant_backends.plans quant_backends.structure quantize registration tasks.registry utils {OURS}",
         "leaderboard": f"analysis export quant_backends.plans utils {OURS}",
-        "demo.run": "analysis demo harness_log quant_backends quant_backends.plans report shifts.image shifts.language"
-        " tasks.grounding tasks.registry utils",
+        "demo.run": "analysis demo harness_log quant_backends quant_backends.extras quant_backends.plans report"
+        " shifts.image shifts.language tasks.grounding tasks.registry utils",
         "cli": "analysis demo.run doctor export leaderboard metrics quant_backends quantize report selector study.file"
         " study.run study.verdicts tasks.registry utils",
     }.items()

@@ -66,8 +66,7 @@ def served(documents, tmp_path_factory):
 
     yield of
     for vlm in started.values():
-        vlm._client.end()
-        vlm._launched.end()
+        vlm.clean()
 
 
 def answers(vlm, asked):
@@ -168,13 +167,13 @@ def test_a_stop_within_a_token_and_samples_keep_their_probabilities(served, loca
 
 def test_a_server_that_runs_already_is_asked_with_rendered_prompts(served, asked, expected, documents):
     running = served("F32")
-    vlm = QuantServed(pretrained="demo", base_url=running._base_url, concurrency=1)
+    vlm = QuantServed(pretrained="demo", base_url=running.account()["base_url"], concurrency=1)
     vlm.task_dict = documents
     assert equal(expected[:10], answers(vlm, asked[:10])) == 10
     assert vlm.found.rendered
     # The chat API's template leaves out the tokens that Idefics3's processor writes around an image.
     with pytest.raises(RequestError, match="the server read 66 tokens, Idefics3Processor makes 69"):
-        QuantServed(pretrained="demo", base_url=running._base_url, prompts="chat")
+        QuantServed(pretrained="demo", base_url=running.account()["base_url"], prompts="chat")
 
 
 def test_a_prompt_that_does_not_fit_and_other_failures_name_the_document(served, instances):

@@ -29,7 +29,7 @@ _OF_THE_SERVER = ("timeout", "retries", "mismatch", "launch_timeout", "launch_lo
 """Options of served models that this one takes, too."""
 
 
-class Files(NamedTuple):
+class GgufFiles(NamedTuple):
     """What is run.
 
     Attributes:
@@ -100,7 +100,7 @@ class QuantGgufSimple(QuantGguf):
     is_simple = True
 
 
-def files_of(arguments: ModelArguments, options: GgufOptions) -> Files:
+def files_of(arguments: ModelArguments, options: GgufOptions) -> GgufFiles:
     """Find the files of a model, or write them.
 
     Raises:
@@ -113,11 +113,11 @@ def files_of(arguments: ModelArguments, options: GgufOptions) -> Files:
         folder = path.parent if path.is_file() else path
         named = {"gguf": options.gguf or (path.name if path.is_file() else None), "mmproj": options.mmproj}
         model = _found(folder, named)
-        return Files(model, options.processor or str(folder))
+        return GgufFiles(model, options.processor or str(folder))
     for name in ("gguf", "mmproj", "processor"):
         if getattr(options, name) is not None:
             raise ValueError(f"{name} says nothing without GGUF files: there are none in {arguments.pretrained}")
-    return Files(_written(arguments.find_checkpoint(), options), str(arguments.pretrained))
+    return GgufFiles(_written(arguments.find_checkpoint(), options), str(arguments.pretrained))
 
 
 def _found(folder: Path, named: dict[str, str | None]) -> GgufModel:
