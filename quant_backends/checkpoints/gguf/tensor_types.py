@@ -33,10 +33,10 @@ class TypeChoice:
     """Types in which the matrices of a model are written; vectors, and what computes with positions, stay F32.
 
     Attributes:
-        language: Of the layers of the language model.
-        embedding: Of the token embedding; None for the same.
-        output: Of the output projection; None for the same.
-        vision: Of the vision tower; None for the checkpoint's own precision, F32 or F16.
+        language: Type of the layers of the language model.
+        embedding: Type of the token embedding; None for the same.
+        output: Type of the output projection; None for the same.
+        vision: Type of the vision tower; None for the checkpoint's own precision, F32 or F16.
     """
 
     language: str = "Q8_0"

@@ -18,8 +18,9 @@ from lmms_plugin.quant_backends.checkpoints.gguf.tensor_types import TypeChoice
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.vlm import wrapper
+from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.served.client import ServerError
-from lmms_plugin.vlm.served.llamacpp.completion import as_chat, expect_effect
+from lmms_plugin.vlm.served.llamacpp.completion import RenderedAsking, as_chat, expect_effect
 from lmms_plugin.vlm.served.llamacpp.gguf_model import QuantGguf
 from lmms_plugin.vlm.served.llamacpp.image_places import ImagePlace, places
 from lmms_plugin.vlm.served.model import QuantServed
@@ -276,6 +277,36 @@ def test_an_answer_is_read_whole_or_not_at_all():
     expect_effect({"generation_settings": {"temperature": 0.699999988}}, {"temperature": 0.7})
     with pytest.raises(ServerError, match=r"top_k: the server was sent 0 and took 40"):
         expect_effect({"generation_settings": {"top_k": 40}}, {"top_k": 0})
+
+
+class ScriptedClient:
+    """Answers `/completion` with what it is given, in order."""
+
+    root = "http://127.0.0.1:9"
+
+    def __init__(self, *responses):
+        self.responses, self.bodies = list(responses), []
+
+    def post(self, url, body, images=None, *, patient=True):
+        if url.endswith("/tokenize"):
+            return {"tokens": [6]}
+        self.bodies.append(body)
+        return self.responses.pop(0)
+
+
+def test_a_token_in_which_a_stop_begins_gets_its_probability_by_a_second_request(local):
+    tokenizer = local.chat.tokenizer
+    index = next(index for index in range(8, 396) if len(tokenizer.decode([index]).strip()) > 1)
+    stop = tokenizer.decode([index])[1:]
+    told = {"tokens": [index], "content": "", "stop_type": "word", "tokens_evaluated": 1, "truncated": False}
+    whole = told | {"stop_type": "limit", "completion_probabilities": [{"id": index, "token": "", "logprob": -2.0}]}
+    client = ScriptedClient(told, whole)
+    asking = RenderedAsking("demo", "<marker>", ImagePlace("<image>"), "", local.chat, frozenset({1}))
+    body = asking.body({"prompt_string": "<|user|>", "multimodal_data": []}, GenerationSettings(9, until=(stop,)))
+    (choice,) = asking.ask(client, body)["choices"]
+    assert [one["n_predict"] for one in client.bodies] == [9, 1]
+    assert (client.bodies[0]["stop"], "stop" in client.bodies[1]) == ([stop], False)
+    assert (choice["finish_reason"], choice["logprobs"]["content"][0]["logprob"]) == ("stop", -2.0)
 
 
 def test_parts_of_a_character_have_no_probability_and_their_answer_no_confidence(local):

@@ -151,9 +151,9 @@ class RenderedAsking:
         response = client.post(url, body, bare, patient=patient)
         if body["n_probs"] and body.get("stop") and self._lacks_probabilities(response, body["stop"]):
             # The token in which a stop begins loses its probability, although the beginning of its text is kept.
-            whole = {name: value for name, value in body.items() if name != "stop"}
-            response = client.post(url, {**whole, "n_predict": len(response["tokens"])}, bare, patient=patient)
-            response["stop_type"] = "word"
+            body = {name: value for name, value in body.items() if name != "stop"}
+            body["n_predict"] = len(response["tokens"])
+            response = {**client.post(url, body, bare, patient=patient), "stop_type": "word"}
         expect_effect(response, body)
         answer = as_chat(response, self.ends)
         if next(self._asked) < FIRST:
@@ -216,10 +216,9 @@ def as_chat(response: Mapping[str, Any], ends: Collection[int]) -> dict[str, Any
     if not isinstance(tokens, list) or not tokens:
         raise ServerError(f"expected the ids of an answer's tokens from /completion, got {', '.join(response)}")
     if response.get("truncated"):
-        context = (response.get("generation_settings") or {}).get("n_ctx", "")
         raise ServerError(
             f"the answer was cut off after {len(tokens)} tokens because prompt and answer do not fit in the server's "
-            f"context {context}: serve with a longer one (context=), or lower max_new_tokens"
+            "context: serve with a longer one (context=), or lower max_new_tokens"
         )
     entries = list(response.get("completion_probabilities") or [])
     end = next((place for place, index in enumerate(tokens) if index in ends), len(tokens) - 1)

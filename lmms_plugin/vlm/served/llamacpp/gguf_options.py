@@ -19,9 +19,9 @@ class GgufOptions:
     Attributes:
         type: type in which the language model's matrices are written, for a checkpoint that is not GGUF yet; `Q8_0` by
             default.
-        embedding_type: of the token embedding; by default the same.
-        output_type: of the output projection; by default the same.
-        vision_type: of the vision tower; by default F32 or F16, as the checkpoint's precision is.
+        embedding_type: type of the token embedding; by default the same.
+        output_type: type of the output projection; by default the same.
+        vision_type: type of the vision tower; by default F32 or F16, as the checkpoint's precision is.
         converter: llama.cpp's `convert_hf_to_gguf.py`, or a program that runs it, for families that are not written
             here.
         gguf: name of the language model's file, where `pretrained` is a folder with several.
@@ -89,7 +89,7 @@ class GgufOptions:
             "alias": text.stem,
             "context": self.context,
             "slots": self.slots,
-            "threads": self.threads or len(os.sched_getaffinity(0)),
+            "threads": self.threads or _processors(),
             "kv": self.kv_type,
             "flash-attention": self.flash_attention,
             "image-min-tokens": image_tokens[0],
@@ -97,6 +97,15 @@ class GgufOptions:
             "gpu-layers": self.gpu_layers,
         }
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def _processors() -> int:
+    """Return how many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        # Not every system tells.
+        return os.cpu_count() or 1
 
 
 OPTION_TYPES: Mapping[str, Any] = get_type_hints(GgufOptions)
