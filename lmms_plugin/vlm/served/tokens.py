@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from lmms_plugin.vlm.served.client import ServerError
 
 PLACEHOLDER = -9000.0
 """Below this a number is what servers write where they have none (-9999), not the logarithm of a probability."""
+BY_CHARACTERS = "by_characters"
+"""Marks an answer for which a part of a character has no probability, as llama.cpp tells them."""
 _ABOVE_ONE = 1e-3
 """By how much rounding may lift a probability, or the sum of several, above 1."""
 _ID = re.compile(r"token_id:(\d+)")
@@ -44,6 +46,9 @@ class Candidate(NamedTuple):
     text: str
     raw: bytes | None
     logprob: float
+
+
+_UNKNOWN = Candidate(None, "", None, math.nan)
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,11 @@ class Vocabulary:
         self._expect_spelled("".join(texts), content, choice)
         if not probabilities:
             logprobs = [math.nan] * len(texts)
+        elif ids is not None and choice.get(BY_CHARACTERS) and len(told) < len(texts):
+            places = list(_places(ids, texts, told, len(cut(texts, until))))
+            told = [told[place] if place is not None else _UNKNOWN for place in places]
+            entries = [entries[place] if place is not None else {} for place in places]
+            logprobs = [math.nan if one is _UNKNOWN else as_logprob(one.logprob, one.text) for one in told]
         else:
             of_all = len(texts)
             if not isinstance(choice.get("token_ids"), list) and written is not None:
@@ -247,6 +257,32 @@ class Vocabulary:
             # More tokens of this kind exist than the server lists: the rest may be theirs.
             unlisted += max(0.0, 1.0 - mass)
         return Alternatives(listed, min(1.0, unlisted))
+
+
+def _places(ids: Sequence[int], texts: Sequence[str], told: Sequence[Candidate], kept: int) -> Iterator[int | None]:
+    """Yield, for each token, where its probability is told; None for a part of a character, of which none is.
+
+    Args:
+        ids: of the answer's tokens.
+        texts: of the same; a character that takes several tokens belongs to the last of them.
+        told: with ids, of fewer tokens.
+        kept: tokens that the answer has before what ends it; later ones may lack theirs.
+
+    Raises:
+        ServerError: those that are told are not the others.
+    """
+    place = 0
+    for number, (index, text) in enumerate(zip(ids, texts, strict=True)):
+        if place < len(told) and told[place].id == index and (text or number == len(ids) - 1):
+            yield place
+            place += 1
+        elif text and _BROKEN not in text and number < kept:
+            raise ServerError(
+                f"the answer has {len(ids)} tokens and log-probabilities of {len(told)} of them, and none of {text!r}: "
+                "tokens without probability (speculative decoding) cannot be judged"
+            )
+        else:
+            yield None
 
 
 class _Digits(NamedTuple):
