@@ -477,7 +477,8 @@ def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:
     Raises:
         ValueError: An argument would have no effect.
     """
-    planned = named_in(given["plan"]) if given.get("plan") else frozenset()
+    plan = _nothing(given.get("plan"))
+    planned = named_in(plan) if plan and backend.settled else frozenset()
     useless = [name for name in ("group_size", "symmetric") if name in given]
     if useless and backend.default_bits == UNTOUCHED_BITS:
         raise ValueError(f"{backend.name} takes weights as the checkpoint has them: leave out {useless[0]}")
