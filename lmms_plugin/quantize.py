@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
+from lmms_plugin.arguments import ModelArguments, expect_effect, expect_of_weights, read_arguments
 from lmms_plugin.quant_backends import backend_class, backend_name, get, names, option_types
 from lmms_plugin.quant_backends.checkpoints.forms import expect_form, expect_storable
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
@@ -53,6 +53,7 @@ class Asked(NamedTuple):
         """
         method, given = _parse(text)
         ModelArguments.expect_possible(given)
+        expect_of_weights(given)
         # Imports torch.
         arguments = ModelArguments.parse(given, option_types(method))
         backend = get(method, **arguments.options)
@@ -167,7 +168,8 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     named = str(given.pop("method", ""))
     method = backend_name(named) or named
     if not method:
-        raise ValueError(f"method= is missing: one of {', '.join(names())}")
+        files = "; type= alone is for --format gguf" if "type" in given else ""
+        raise ValueError(f"method= is missing: one of {', '.join(names())}{files}")
     return method, given
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lmms_plugin.cli.terminal import Working
 from lmms_plugin.utils.outputs import expect_free
 
 _DIFFERENT = 1
@@ -58,11 +59,14 @@ def _run(
     from lmms_plugin.utils.messages import command_line
 
     specs = [side_by_side.ModelSpec.parse(text).with_evidence() for text in (first, second)]
+    for spec in specs:
+        spec.expect_possible()
     folders = place / "A", place / "B"
     for spec, folder in zip(specs, folders, strict=True):
         command = side_by_side.command_of(spec, tasks, folder, limit, batch_size)
         typer.echo(command_line(command), err=True)
-        side_by_side.run(command, folder)
+        with Working(f"running {spec.model}"):
+            side_by_side.run(command, folder)
     return folders
 
 

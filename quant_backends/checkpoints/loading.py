@@ -176,6 +176,9 @@ def _expect_unquantized(path: str, config: Any) -> None:
             f"{path} is quantized already ({existing.get('quant_method')}); its weights cannot be quantized again, "
             "quant_prequantized takes them as they are"
         )
+    here = {file.suffix for file in Path(path).glob("*")}
+    if ".gguf" in here and not here & {".safetensors", ".bin"}:
+        raise ValueError(f"pretrained: {path} holds GGUF files and no other weights: quant_gguf evaluates these")
 
 
 def _load(
