@@ -243,7 +243,7 @@ def _calibrate(
         )
     residence.settle(model, find_blocks(model, tuple(work.specs)))
     keep_logits = any(work.components[name] == "head" for name in work.specs)
-    by_role = isinstance(work.backend, CalibratedBackend) and work.backend.by_role
+    by_role = isinstance(work.backend, CalibratedBackend) and work.backend.needs_roles
     with residence.whole() if any(sample.unanswered for sample in samples) else nullcontext():
         batches, report = build_batches(
             model, processor, spec, samples, dialect, keep_logits=keep_logits, by_role=by_role, journal=journal
