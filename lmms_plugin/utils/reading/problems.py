@@ -14,8 +14,8 @@ MOST_LINES = 20
 class SeveralErrors(ValueError):
     """Several problems of one file.
 
-    Args:
-        *lines: One line for each problem.
+    Attributes:
+        args: Lines, one for each problem.
     """
 
     def __str__(self) -> str:
