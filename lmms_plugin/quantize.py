@@ -132,10 +132,6 @@ def write_gguf(text: str, folder: Path, *, converter: Path | None, option: str) 
         ValueError: An argument is unknown or has no effect, the family cannot be written, or a type does not fit.
         ImportError: The extra `gguf` is not installed.
     """
-    # These import an optional package.
-    from lmms_plugin.quant_backends.checkpoints.gguf.gguf_export import export
-    from lmms_plugin.quant_backends.checkpoints.gguf.tensor_types import TypeChoice
-
     given = read_arguments(text)
     method = str(given.pop("method", "none")).removeprefix("quant_")
     if method not in ("none", "gguf"):
@@ -149,6 +145,13 @@ def write_gguf(text: str, folder: Path, *, converter: Path | None, option: str) 
         raise ValueError(
             f"{useless[0]} has no effect on what is written as GGUF: leave it out (type= chooses the types)"
         )
+    expect_free(folder, option)
+    checkpoint = arguments.find_checkpoint()
+    checkpoints.expect_there(checkpoint)
+    # These import an optional package, and torch.
+    from lmms_plugin.quant_backends.checkpoints.gguf.gguf_export import export
+    from lmms_plugin.quant_backends.checkpoints.gguf.tensor_types import TypeChoice
+
     kinds = {name: value for name, value in arguments.options.items() if value is not None}
     choice = TypeChoice(
         kinds.get("type", TypeChoice.language),
@@ -156,8 +159,6 @@ def write_gguf(text: str, folder: Path, *, converter: Path | None, option: str) 
         kinds.get("output_type"),
         kinds.get("vision_type"),
     )
-    checkpoint = arguments.find_checkpoint()
-    checkpoints.expect_there(checkpoint)
     return export(checkpoint, folder, choice, converter=converter, option=option)
 
 
@@ -166,7 +167,8 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     named = str(given.pop("method", ""))
     method = backend_name(named) or named
     if not method:
-        raise ValueError(f"method= is missing: one of {', '.join(names())}")
+        files = "; type= alone is for --format gguf" if "type" in given else ""
+        raise ValueError(f"method= is missing: one of {', '.join(names())}{files}")
     return method, given
 
 

@@ -135,13 +135,9 @@ class Vocabulary:
             written: Number of tokens that the server says it generated; None where it does not say.
 
         Raises:
-            ServerError: it is no whole answer, its tokens do not spell its text, or what stands for probabilities are
-                none.
+            ServerError: It is no whole answer, its tokens do not spell it, or it has no true probabilities.
         """
-        if choice.get("finish_reason") not in _ENDED:
-            raise ServerError(
-                f"the answer was broken off (finish_reason {choice.get('finish_reason')!r}, expected stop or length)"
-            )
+        _expect_ended(choice)
         content = str((choice.get("message") or {}).get("content") or "")
         entries = [dict(entry) for entry in (choice.get("logprobs") or {}).get("content") or []]
         told = [self.candidate(entry) for entry in entries]
@@ -161,27 +157,21 @@ class Vocabulary:
             entries = [entries[place] if place is not None else {} for place in places]
             logprobs = [math.nan if one is _UNKNOWN else as_logprob(one.logprob, one.text) for one in told]
         else:
-            of_all = len(texts)
-            if not isinstance(choice.get("token_ids"), list) and written is not None:
-                # Some servers count the token that ends an answer and tell nothing of it.
-                silent_end = choice.get("finish_reason") == "stop" and ended is None
-                of_all = written - (silent_end and len(told) == written - 1)
-            if len(told) != of_all:
-                raise ServerError(
-                    f"the answer has {of_all} tokens and log-probabilities of {len(told)} of them: tokens without a "
-                    "probability of their own (speculative decoding, tokens that are grouped, a tool or reasoning "
-                    "parser, partial characters) cannot be judged"
-                )
+            _expect_all(choice, told, len(texts), written, ended)
             logprobs = [as_logprob(one.logprob, one.text) for one in told]
         alternatives: list[Alternatives | None] = [None] * len(texts)
         if probabilities and digits:
-            pairs = zip(told, entries, strict=True)
-            alternatives = [self._alternatives(one, entry) for one, entry in pairs]
+            alternatives = [self._alternatives(one, entry) for one, entry in zip(told, entries, strict=True)]
         kept_texts = cut(texts, until)
         tokens = tuple(map(Token, kept_texts, logprobs, alternatives))
+        return Generated(tokens, self._shown(kept_texts, ids, ended), tuple(ids or ()))
+
+    def _shown(self, texts: Sequence[str], ids: Sequence[int] | None, ended: int | None) -> str:
+        """Join the texts of an answer's tokens without special tokens and the one that ends it."""
         silent = self.special.tokens - self.special.marks
-        shown = [text for i, text in enumerate(kept_texts) if not (ids is not None and ids[i] in silent) and i != ended]
-        return Generated(tokens, "".join(shown), tuple(ids or ()))
+        return "".join(
+            text for i, text in enumerate(texts) if not (ids is not None and ids[i] in silent) and i != ended
+        )
 
     def _ids(self, choice: Mapping[str, Any], told: Sequence[Candidate]) -> list[int] | None:
         given = choice.get("token_ids")
@@ -257,6 +247,30 @@ class Vocabulary:
             # More tokens of this kind exist than the server lists: the rest may be theirs.
             unlisted += max(0.0, 1.0 - mass)
         return Alternatives(listed, min(1.0, unlisted))
+
+
+def _expect_ended(choice: Mapping[str, Any]) -> None:
+    if choice.get("finish_reason") not in _ENDED:
+        raise ServerError(
+            f"the answer was broken off (finish_reason {choice.get('finish_reason')!r}, expected stop or length)"
+        )
+
+
+def _expect_all(
+    choice: Mapping[str, Any], told: Sequence[Candidate], texts: int, written: int | None, ended: int | None
+) -> None:
+    """Raise an error unless each token of an answer has a log-probability of its own."""
+    of_all = texts
+    if not isinstance(choice.get("token_ids"), list) and written is not None:
+        # Some servers count the token that ends an answer and tell nothing of it.
+        silent_end = choice.get("finish_reason") == "stop" and ended is None
+        of_all = written - (silent_end and len(told) == written - 1)
+    if len(told) != of_all:
+        raise ServerError(
+            f"the answer has {of_all} tokens and log-probabilities of {len(told)} of them: tokens without a "
+            "probability of their own (speculative decoding, tokens that are grouped, a tool or reasoning "
+            "parser, partial characters) cannot be judged"
+        )
 
 
 def _places(ids: Sequence[int], texts: Sequence[str], told: Sequence[Candidate], kept: int) -> Iterator[int | None]:

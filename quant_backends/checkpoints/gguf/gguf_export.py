@@ -97,15 +97,7 @@ def export(
     from transformers import AutoProcessor
 
     config = config_of(checkpoint)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{checkpoint} is quantized already; GGUF is written from unquantized weights")
-    if converter is not None:
-        expect_converter(converter)
-    elif config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{config.model_type}: this family is not written as GGUF here (only {', '.join(FAMILIES)} is); name "
-            "llama.cpp's own converter with converter=PATH/convert_hf_to_gguf.py"
-        )
+    _expect_convertible(checkpoint, config, converter)
     processor = AutoProcessor.from_pretrained(checkpoint)
     with new_folder(target) as unfinished, tempfile.TemporaryDirectory(dir=target.parent) as work:
         text, vision, choice = _contents(config, processor, source, choice, converter, Path(work))
@@ -117,6 +109,18 @@ def export(
         processor.save_pretrained(unfinished)
         _generation_config(source, unfinished)
     return read_model(target)
+
+
+def _expect_convertible(checkpoint: str, config: Any, converter: Path | None) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{checkpoint} is quantized already; GGUF is written from unquantized weights")
+    if converter is not None:
+        expect_converter(converter)
+    elif config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{config.model_type}: this family is not written as GGUF here (only {', '.join(FAMILIES)} is); name "
+            "llama.cpp's own converter with converter=PATH/convert_hf_to_gguf.py"
+        )
 
 
 def read_model(folder: Path) -> GgufModel:
