@@ -461,7 +461,7 @@ def _value(text: str) -> Any:
 
 
 def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:
-    """Refuse arguments about weights for a method that leaves all weights as they are in the checkpoint.
+    """Refuse arguments about weights for a method that leaves all weights as they are, or whose options decide them.
 
     Args:
         given: Name → value, as the user gave them.
@@ -473,6 +473,8 @@ def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:
     useless = [name for name in ("group_size", "symmetric") if name in given]
     if useless and backend.default_bits == UNTOUCHED_BITS:
         raise ValueError(f"{backend.name} takes weights as the checkpoint has them: leave out {useless[0]}")
+    for name in backend.settled.keys() & given.keys():
+        raise ValueError(f"{backend.settled[name]}: leave out {name}")
 
 
 def _expect_whole(folder: Path) -> None:

@@ -58,6 +58,11 @@ class Backend(ABC):
         """Return why compressed-tensors cannot store its layers, as far as known beforehand; None if it can."""
         return self.unsaved
 
+    @property
+    def settled(self) -> Mapping[str, str]:
+        """Return the arguments about weights that its options decide, each with the reason: nobody may give them."""
+        return {}
+
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a single spec that this backend cannot carry out."""
         if spec.bits not in self.bits:

@@ -114,6 +114,7 @@ class InputStatistics:
         gram: (columns, columns) float32, Σ x xᵀ.
         magnitude: (columns,) float64, Σ |x|.
         rows: Number of summed rows.
+        largest: (columns,) float32, the largest |x|; None before the first row.
         sample: Sample of the rows, for errors that no sum gives; None unless roles are separate.
         roles: Statistics of the rows of each role of `WEIGHED`, as far as there are any: none unless roles are
             separate, and none where a layer's rows are not sequence positions, as in the vision tower.
@@ -126,6 +127,7 @@ class InputStatistics:
     gram: Tensor
     magnitude: Tensor
     rows: int = 0
+    largest: Tensor | None = None
     sample: RowSample | None = None
     roles: dict[str, InputStatistics] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
@@ -238,8 +240,12 @@ class InputStatistics:
             self.held_back.add(x[held_back])
         x = x.float()
         self.gram.addmm_(x.T, x)
-        self.magnitude += x.abs().sum(0, dtype=torch.float64)
+        magnitude = x.abs()
+        self.magnitude += magnitude.sum(0, dtype=torch.float64)
         self.rows += x.shape[0]
+        if len(x):
+            largest = magnitude.amax(0)
+            self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
     def _add_role(self, role: str, x: Tensor) -> None:
         if self.sample is None or not len(x):

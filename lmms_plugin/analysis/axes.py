@@ -204,16 +204,16 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
     if model == _READY or backend is None:
         return Config(name, method, None, None, "", "", _options(args))
     bits = _whole(args.get("language_bits", args.get("bits")))
-    bits = _default_bits(backend) if bits is None else bits
+    default_bits, decided = _defaults(backend, args)
+    bits = default_bits if bits is None else bits
     parts = {"language": bits} | {part: _whole(args.get(key)) for part, key in _COMPONENT_BITS.items()}
     components = "+".join(
         part if count == bits else f"{part}:{count}"
         for part, count in parts.items()
         if count is not None and count != DENSE_BITS
     )
-    return Config(
-        name, method, bits, _whole(args.get("group_size", 128)), components, _text(args, "calibration"), _options(args)
-    )
+    group_size = None if "group_size" in decided else _whole(args.get("group_size", 128))
+    return Config(name, method, bits, group_size, components, _text(args, "calibration"), _options(args))
 
 
 def _with_cache(method: str, args: Mapping[str, Any]) -> str:
@@ -248,9 +248,14 @@ def _marks(args: Mapping[str, Any]) -> tuple[str, ...]:
     return (_STATED,) if args.get("method") or args.get("bits") is not None else ()
 
 
-def _default_bits(method: str) -> int | None:
-    # Imported only if the run did not log it: a backend imports torch.
-    return get(method).default_bits if method in names() else None
+def _defaults(method: str, args: Mapping[str, Any]) -> tuple[int | None, Mapping[str, str]]:
+    """Return the bits that a method has without any given, and the arguments that its options decide."""
+    # Asked only if the run did not log the bits, or names a format: a backend imports torch.
+    form = args.get("format")
+    if method not in names() or (form is None and not {"bits", "language_bits"}.isdisjoint(args)):
+        return None, {}
+    backend = get(method, **({} if form is None else {"format": form}))
+    return backend.default_bits, backend.settled
 
 
 def _whole(value: object) -> int | None:

@@ -11,6 +11,9 @@ from torch import nn
 
 from lmms_plugin.quant_backends.checkpoints.forms import COMPRESSED_TENSORS
 from lmms_plugin.quant_backends.checkpoints.saving import Saved, save_quantized
+from lmms_plugin.quant_backends.checkpoints.scaled_layouts import LAYOUTS
+from lmms_plugin.quant_backends.methods.format_options import FormatBackend
+from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.structure.components import components
 from lmms_plugin.quantize import Asked
 from lmms_plugin.utils.checkpoints import config_of
@@ -36,6 +39,7 @@ def quantize(asked: Asked, folder: Path, form: str, option: str) -> Saved:
         ValueError: The result cannot be written in this form; as far as possible before any weight is read.
     """
     if form == COMPRESSED_TENSORS:
+        _expect_whole_rows(asked)
         _expect_whole_groups(asked)
     vlm = asked.load()
     return save_quantized(vlm.model, vlm.chat.processor, vlm.report, folder, form=form, option=option)
@@ -50,11 +54,14 @@ def readers(saved: Saved, folder: Path) -> Iterator[str]:
     if saved.schemes > 1:
         yield "not transformers, which refuses several kinds of layers in one checkpoint (5.23)"
     else:
-        yield "transformers with compressed-tensors installed; it makes the weights dense while loading"
+        inputs = ", and does not round inputs" if saved.rounds_inputs else ""
+        yield f"transformers with compressed-tensors installed; it makes the weights dense while loading{inputs}"
     yield f"vLLM: {_vllm(saved)}"
 
 
 def _vllm(saved: Saved) -> str:
+    if saved.layout in LAYOUTS:
+        return f"by its format, {saved.layout}, if it knows the architecture (docs/formats.md says what was run)"
     odd = [bits for bits in saved.bits if bits not in VLLM_BITS]
     groups = [size for size in saved.group_sizes if size not in (*VLLM_GROUPS, None)]
     if odd or groups:
@@ -68,6 +75,19 @@ def _listed(numbers: tuple[int, ...]) -> str:
     return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
 
 
+def _expect_whole_rows(asked: Asked) -> None:
+    """Refuse integers with rounded inputs in any form but that of W8A8."""
+    backend = asked.backend
+    if not isinstance(backend, FormatBackend) or backend.rounding is None or backend.stored is not None:
+        return
+    for spec in map(backend.spec_of, asked.plan.specs):
+        if spec != QuantSpec(8, None, True):
+            raise ValueError(
+                f"{COMPRESSED_TENSORS} holds integers with {backend.rounding.label} only with a scale per row: it takes"
+                " bits=8,group_size=-1,symmetric=True"
+            )
+
+
 def _expect_whole_groups(asked: Asked) -> None:
     """Refuse groups that do not divide the width of a layer, by the model's shapes alone."""
     model = _without_weights(asked)
@@ -76,13 +96,22 @@ def _expect_whole_groups(asked: Asked) -> None:
     for name, component in components(model).items():
         layer = model.get_submodule(name)
         spec = asked.plan.spec_for(name, component)
-        if not isinstance(layer, nn.Linear) or spec is None or spec.group_size is None:
+        if not isinstance(layer, nn.Linear) or spec is None:
             continue
-        if layer.in_features % min(spec.group_size, layer.in_features):
+        size = _group_of(asked, spec)
+        if size is not None and layer.in_features % min(size, layer.in_features):
             raise ValueError(
-                f"{COMPRESSED_TENSORS} cannot hold {name}: groups of {spec.group_size} do not divide its width of"
-                f" {layer.in_features}; name another group_size"
+                f"{COMPRESSED_TENSORS} cannot hold {name}: groups of {size} do not divide its width of"
+                f" {layer.in_features}; name another group_size or format"
             )
+
+
+def _group_of(asked: Asked, spec: QuantSpec) -> int | None:
+    """Return the columns that share a scale and have to divide a width; None for whole rows, and squares."""
+    backend = asked.backend
+    if isinstance(backend, FormatBackend) and backend.stored is not None:
+        return backend.stored.block[1] if backend.stored.block[0] == 1 else None
+    return spec.group_size
 
 
 def _without_weights(asked: Asked) -> PreTrainedModel | None:

@@ -9,7 +9,7 @@ from typing import Any
 from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import arguments_of, shown
-from lmms_plugin.quant_backends import backend_class, backend_name, names
+from lmms_plugin.quant_backends import backend_name, get, names
 from lmms_plugin.utils.messages import command_line
 from lmms_plugin.utils.reading import accounts
 
@@ -92,4 +92,5 @@ def _default_bits(run: LoggedRun) -> int | None:
     # A checkpoint that is already quantized has bits of its own.
     if backend is None or backend not in names() or backend == "prequantized":
         return None
-    return backend_class(backend).default_bits
+    form = arguments_of(run.model_args).get("format")
+    return get(backend, **({} if form is None else {"format": form})).default_bits

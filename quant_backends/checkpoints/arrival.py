@@ -19,15 +19,19 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lmms_plugin.quant_backends.checkpoints.compressors import StoredFormat
+from lmms_plugin.quant_backends.checkpoints.compressors import StoredFormat, StoredLinear
+from lmms_plugin.quant_backends.layers.format_linear import FormatCodes, FormatLinear
+from lmms_plugin.quant_backends.layers.int8_inputs import INT8_TOKENS, Int8InputLinear
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.quantization import untie
 
 QUANT_METHOD = "lmms_plugin_arrival"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-DTYPES = FLOATS | INTEGERS | {"BOOL": torch.bool}
+SMALL_FLOATS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
+DTYPES = FLOATS | INTEGERS | SMALL_FLOATS | {"BOOL": torch.bool}
 """As safetensors writes them."""
 
 
@@ -55,14 +59,13 @@ class ArrivingLinear(nn.Module):
     def __init__(self, dense: nn.Linear, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.in_features, self.out_features = dense.in_features, dense.out_features
+        # transformers initialises the weights of blocks that it misses; a layout without one gets an empty one.
+        empty = {} if "weight" in tensors else {"weight": torch.empty(dense.weight.shape, device="meta")}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+        for name, tensor in empty.items():
+            self.register_buffer(name, tensor, persistent=False)
         self.bias = dense.bias
-
-    @property
-    def weight(self) -> Tensor:
-        """Return an empty tensor, which transformers initialises in blocks whose weights it misses."""
-        return torch.empty(self.out_features, self.in_features, device="meta")
 
 
 class OrderedLinear(PackedLinear):
@@ -127,24 +130,17 @@ class ArrivalQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _packed(self, name: str, arrived: ArrivingLinear, dtype: torch.dtype) -> QuantizedLinear:
-        tensors = dict(arrived.named_buffers(recurse=False))
+        tensors = {key: value for key, value in arrived.named_buffers(recurse=False) if key in self.stored.tensors}
         try:
-            codes, bits, order = self.stored.read(tensors, arrived.in_features)
+            read = self.stored.read(tensors, arrived.in_features)
         except KeyError as error:
             raise ValueError(f"{name} ({self.stored.label}): its {error.args[0]} is missing") from error
         except ValueError as error:
             raise ValueError(f"{name} ({self.stored.label}): {error}") from error
-        rows, _, group_size = codes.codes.shape
+        rows = len(read.codes.codes)
         if rows != arrived.out_features:
             raise ValueError(f"{name} ({self.stored.label}): has {rows} rows, the model wants {arrived.out_features}")
-        zeros = codes.zero_point
-        if zeros is not None and zeros.is_floating_point():
-            zeros = zeros.to(dtype)
-        codes = codes._replace(scale=codes.scale.to(dtype), zero_point=zeros)
-        spec = QuantSpec(bits, group_size, symmetric=zeros is None)
-        if order is not None:
-            return OrderedLinear.in_order(order, codes, spec, arrived.in_features, bias=arrived.bias)
-        return PackedLinear.from_codes(codes, spec, arrived.in_features, bias=arrived.bias)
+        return _layer_of(read, arrived, dtype)
 
     def is_serializable(self) -> bool:
         """Return False: the format is only read."""
@@ -156,10 +152,30 @@ class ArrivalQuantizer(HfQuantizer):
         return False
 
 
+def _layer_of(read: StoredLinear, arrived: ArrivingLinear, dtype: torch.dtype) -> QuantizedLinear:
+    codes, bits, order, rounding, static = read
+    if isinstance(codes, FormatCodes):
+        return FormatLinear.from_codes(codes, dtype, bias=arrived.bias, rounding=rounding, static_scale=static)
+    zeros = codes.zero_point
+    if zeros is not None and zeros.is_floating_point():
+        zeros = zeros.to(dtype)
+    codes = codes._replace(scale=codes.scale.to(dtype), zero_point=zeros)
+    spec = QuantSpec(bits, codes.codes.shape[2], symmetric=zeros is None)
+    if order is not None:
+        return OrderedLinear.in_order(order, codes, spec, arrived.in_features, bias=arrived.bias)
+    if rounding == INT8_TOKENS:
+        return Int8InputLinear.from_codes(codes, spec, arrived.in_features, bias=arrived.bias)
+    if rounding is not None:
+        return RoundedInputLinear.rounding_inputs(
+            codes, spec, arrived.in_features, rounding=rounding, static_scale=static, bias=arrived.bias
+        )
+    return PackedLinear.from_codes(codes, spec, arrived.in_features, bias=arrived.bias)
+
+
 def _find(model: nn.Module, stored: StoredFormat, files: Iterable[str]) -> dict[str, dict[str, Tensor]]:
     """Return module -> tensor name -> empty tensor, for every layer that the files hold in a known format."""
     placed = _Places(model)
-    found: dict[str, dict[str, Tensor]] = {}
+    stored_as: dict[str, dict[str, Tensor]] = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise ValueError(f"{file} is no safetensors file; quantized checkpoints are read from safetensors alone")
@@ -169,8 +185,10 @@ def _find(model: nn.Module, stored: StoredFormat, files: Iterable[str]) -> dict[
                 if tensor in stored.tensors:
                     part = content.get_slice(key)
                     empty = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
-                    found.setdefault(placed.find(prefix), {})[tensor] = empty
-    return {name: tensors for name, tensors in found.items() if stored.marker in tensors}
+                    stored_as.setdefault(prefix, {})[tensor] = empty
+    # Dense layers have a weight, too, and no place is looked for on their behalf.
+    quantized = {prefix: tensors for prefix, tensors in stored_as.items() if stored.markers & tensors.keys()}
+    return {placed.find(prefix): tensors for prefix, tensors in quantized.items()}
 
 
 class _Places:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lmms_plugin.quant_backends.layers.codes import Codes, columns_per_group
+from lmms_plugin.quant_backends.layers.format_linear import FormatCodes
+from lmms_plugin.quant_backends.layers.input_rounding import InputRounding
 from lmms_plugin.quant_backends.plans.specs import is_int
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -44,11 +46,15 @@ class StoredLinear(NamedTuple):
         codes: Canonical form; its groups are runs of columns in the order of `order`.
         bits: Number of bits per code.
         order: (columns,) input column of each stored column; None for the natural order.
+        rounding: Rounding of the layer's inputs; None for none.
+        static: Static scale of the inputs, for a static rounding.
     """
 
-    codes: Codes
+    codes: Codes | FormatCodes
     bits: int
     order: Tensor | None
+    rounding: InputRounding | None = None
+    static: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class StoredFormat(ABC):
     marker: ClassVar[str]
     tensors: ClassVar[frozenset[str]]
     label: str
+
+    @property
+    def markers(self) -> frozenset[str]:
+        """Return the tensors of which a layer in this format has at least one."""
+        return frozenset({self.marker})
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:

@@ -15,6 +15,7 @@ import lmms_plugin.quant_backends.checkpoints.own_format  # noqa: F401
 from lmms_plugin.quant_backends.backend import CheckpointBackend, LoadedCheckpoint
 from lmms_plugin.quant_backends.checkpoints.arrival import ArrivalConfig
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of, stored_format
+from lmms_plugin.quant_backends.checkpoints.scaled_layouts import scaled_format
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.layers.library import TensorLinear
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
@@ -41,9 +42,9 @@ ROTATIONS = ("transform_config", "rotation_config")
 class PrequantizedBackend(CheckpointBackend):
     """Any checkpoint with a quantization_config: nothing is quantized here, and the report says what was found.
 
-    GPTQ, AWQ, auto-round, HQQ and packed integers of compressed-tensors are repacked while loading and need no library;
-    bitsandbytes and torchao run on theirs; transformers loads any other format that it can. Checkpoints saved with
-    ``save_quantized`` load as they were.
+    GPTQ, AWQ, auto-round, HQQ, FP8, and integers, NVFP4 and MXFP4 of compressed-tensors are repacked while loading and
+    need no library, and inputs are rounded as the config says; bitsandbytes and torchao run on theirs; transformers
+    loads any other format that it can. Checkpoints saved with ``save_quantized`` load as they were.
     """
 
     name = "prequantized"
@@ -70,16 +71,25 @@ class PrequantizedBackend(CheckpointBackend):
             raise ValueError(
                 f"{path} is not quantized: its config has no quantization_config; use quant_none, quant_rtn, ..."
             )
-        method = quantization.get("quant_method")
+        method = str(quantization.get("quant_method"))
+        label = f"{method}, KV cache not quantized" if keeps_cache(quantization) else method
         extra = _prepare(path, config, quantization)
         model, info = class_of(config).from_pretrained(
             path, config=config, output_loading_info=True, **options, **extra
         )
         adopt_library_layers(model)
-        _expect_quantized(path, str(method), model)
+        _expect_quantized(path, method, model)
         packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
         dense = "the checkpoint has it dense" if packed else _why_dense(quantization)
-        return LoadedCheckpoint(model, info, str(method), dense)
+        return LoadedCheckpoint(model, info, label, dense)
+
+
+def keeps_cache(quantization: Mapping[str, Any]) -> bool:
+    """Return whether a config asks for a quantized key-value cache, which is not done here; a warning says so."""
+    asked = quantization.get("kv_cache_scheme")
+    if asked:
+        logger.warning("its config asks for a key-value cache of {}, which stays in 16 bits here", asked)
+    return bool(asked)
 
 
 def _expect_quantized(path: str, method: str, model: nn.Module) -> None:
@@ -107,7 +117,7 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
     turned = next((key for key in ROTATIONS if quantization.get(key)), None)
     if turned is not None:
         raise ValueError(f"{path} ({method}) rotates inputs before its layers ({turned}), which cannot be done here")
-    stored = stored_format(quantization)
+    stored = scaled_format(quantization) or stored_format(quantization)
     if stored is not None:
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):

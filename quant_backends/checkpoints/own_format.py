@@ -7,6 +7,7 @@ inputs. Importing this module registers the format with transformers' ``from_pre
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +16,12 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lmms_plugin.quant_backends.formats.entries import format_of
+from lmms_plugin.quant_backends.layers.format_linear import FormatLinear
+from lmms_plugin.quant_backends.layers.input_rounding import InputRounding
 from lmms_plugin.quant_backends.layers.int8_inputs import Int8InputLinear
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
 from lmms_plugin.quant_backends.layers.ternary import TritPlaneLinear
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.quantization import untie
@@ -26,9 +31,11 @@ from lmms_plugin.quant_backends.structure.experts import is_fused, split_experts
 
 QUANT_METHOD = "lmms_plugin"
 FORMAT_VERSION = 1
-KINDS: dict[str, type[PackedLinear] | type[TritPlaneLinear]] = {
+KINDS: dict[str, type[PackedLinear] | type[TritPlaneLinear] | type[FormatLinear]] = {
     "packed": PackedLinear,
     "packed, 8-bit inputs": Int8InputLinear,
+    "packed, rounded inputs": RoundedInputLinear,
+    "format": FormatLinear,
     "trits": TritPlaneLinear,
 }
 
@@ -49,19 +56,24 @@ def empty_layer(description: Mapping[str, Any], dense: nn.Linear) -> QuantizedLi
         description: Description from `describe_layers`.
         dense: Dense layer on the meta device.
     """
-    spec = QuantSpec(description["bits"], description["group_size"], description["symmetric"])
     kind = KINDS[description["kind"]]
     sizes: dict[str, Any] = {
         "in_features": dense.in_features,
         "out_features": dense.out_features,
-        "spec": spec,
         "bias": dense.bias is not None,
         "dtype": dense.weight.dtype,
         "device": "meta",
     }
+    rounding = InputRounding(**description["inputs"]) if description.get("inputs") else None
+    if kind is FormatLinear:
+        form, scaled = format_of(description["format"]), description["with_in_scale"]
+        return FormatLinear(form=form, with_in_scale=scaled, rounding=rounding, **sizes)
+    sizes["spec"] = QuantSpec(description["bits"], description["group_size"], description["symmetric"])
     if kind is TritPlaneLinear:
         return TritPlaneLinear(**sizes)
-    extra = {key: description[key] for key in ("float_zero_point", "with_in_scale")}
+    extra: dict[str, Any] = {key: description[key] for key in ("float_zero_point", "with_in_scale")}
+    if kind is RoundedInputLinear:
+        extra["rounding"] = rounding
     return kind(**sizes, **extra)
 
 
@@ -72,7 +84,11 @@ def _describe(name: str, layer: QuantizedLinear) -> dict[str, Any]:
             f"save_quantized: {name} is a {type(layer).__name__} ({layer.kernel}), whose weight is in a library's own "
             "form; methods that store it in this package's layers (rtn, hqq, awq, ...) can be saved"
         )
-    assert isinstance(layer, PackedLinear | TritPlaneLinear)
+    assert isinstance(layer, PackedLinear | TritPlaneLinear | FormatLinear)
+    rounding = getattr(layer, "rounding", None)
+    inputs = {} if rounding is None else {"inputs": asdict(rounding)}
+    if isinstance(layer, FormatLinear):
+        return {"kind": kind, "format": layer.format.name, "with_in_scale": layer.in_scale is not None, **inputs}
     described = {
         "kind": kind,
         "bits": layer.spec.bits,
@@ -83,7 +99,7 @@ def _describe(name: str, layer: QuantizedLinear) -> dict[str, Any]:
         zero = layer.packed.codes(0, 1).zero_point
         described["float_zero_point"] = zero is not None and zero.is_floating_point()
         described["with_in_scale"] = layer.in_scale is not None
-    return described
+    return described | inputs
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -1,7 +1,8 @@
 """Saving of quantized models: safetensors, config, processor and report in one folder, written atomically.
 
-Where it can hold the weights, the format is ``pack-quantized`` of compressed-tensors, which transformers and vLLM read
-without this package. All other layers of this package are written as their own tensors
+Where it can hold the layers, the format is one of compressed-tensors, which transformers and vLLM read without this
+package: ``pack-quantized`` for integers, `lmms_plugin.quant_backends.checkpoints.scaled_layouts` for FP8, NVFP4, MXFP4
+and rounded inputs. All other layers of this package are written as their own tensors
 (`lmms_plugin.quant_backends.checkpoints.own_format`). Either way codes and scales come back bit for bit.
 """
 
@@ -24,6 +25,7 @@ from lmms_plugin.quant_backends.calibration.synthetic import scene
 from lmms_plugin.quant_backends.checkpoints.folding import fold
 from lmms_plugin.quant_backends.checkpoints.forms import AUTO, COMPRESSED_TENSORS, OWN
 from lmms_plugin.quant_backends.checkpoints.own_format import FORMAT_VERSION, QUANT_METHOD, describe_layers
+from lmms_plugin.quant_backends.checkpoints.scaled_layouts import written_layer
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 from lmms_plugin.quant_backends.plans.report_schema import REPORT
@@ -52,6 +54,8 @@ class Saved(NamedTuple):
         bits: Numbers of bits of the quantized layers, each listed once.
         group_sizes: Numbers of columns that share a scale, each listed once; None for whole rows.
         schemes: Number of different schemes among the quantized layers.
+        layout: Format within compressed-tensors; None in our own.
+        rounds_inputs: Whether inputs are rounded.
     """
 
     format: str
@@ -60,6 +64,8 @@ class Saved(NamedTuple):
     bits: tuple[int, ...]
     group_sizes: tuple[int | None, ...]
     schemes: int
+    layout: str | None = None
+    rounds_inputs: bool = False
 
 
 def expect_savable(model: nn.Module) -> None:
@@ -130,6 +136,7 @@ def _reason_for_own(model: nn.Module, layers: Mapping[str, QuantizedLinear], for
     reason = _stacked(model) or next(
         (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
     )
+    reason = reason or _mixed(layers)
     if reason and form == COMPRESSED_TENSORS:
         raise ValueError(f"{COMPRESSED_TENSORS} cannot hold this model: {reason}")
     return "it was asked for" if form == OWN else reason
@@ -142,7 +149,9 @@ def _saved(
     bits = tuple(sorted({kind[0] for kind in kinds}))
     groups = tuple(sorted({kind[1] for kind in kinds}, key=lambda size: size or 0))
     schemes = len(quantization.get("config_groups", kinds))
-    return Saved(str(quantization["quant_method"]), reason, size, bits, groups, schemes)
+    rounds = any(getattr(layer, "rounding", None) is not None for layer in layers.values())
+    layout = quantization.get("format")
+    return Saved(str(quantization["quant_method"]), reason, size, bits, groups, schemes, layout, rounds)
 
 
 def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> dict[str, Any]:
@@ -156,7 +165,7 @@ def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> di
 
 
 def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> dict[str, Any]:
-    """Return the ``quantization_config`` of compressed-tensors' packed integers.
+    """Return the ``quantization_config`` of compressed-tensors.
 
     A single scheme for all layers names none of them, as vLLM needs it because it fuses some; several schemes list
     their layers. Dense layers are named under ``ignore``. (transformers 5.23 refuses several schemes; the library and
@@ -165,20 +174,20 @@ def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLi
     groups: dict[str, list[str]] = {}
     schemes: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
-        scheme = _scheme(layer)
+        _, scheme = _scheme(layer)
         schemes.setdefault(str(scheme), scheme)
         groups.setdefault(str(scheme), []).append(name)
     targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": "pack-quantized",
+        "format": _scheme(next(iter(layers.values())))[0],
         "quantization_status": "compressed",
         "version": COMPRESSED_TENSORS_VERSION,
         # transformers would otherwise pack and unpack at the first forward pass, which fails with images.
         "dequantize": True,
         "config_groups": {
-            f"group_{index}": {"targets": named, "weights": scheme, "input_activations": None}
+            f"group_{index}": {"targets": named, **scheme}
             for index, (named, scheme) in enumerate(zip(targets, schemes.values(), strict=True))
         },
         "ignore": dense,
@@ -224,6 +233,8 @@ def _fold(model: PreTrainedModel, processor: Any) -> None:
     """Fold input scales into preceding layers, if all of them are powers of two."""
     packed = [layer for layer in _layers(model).values() if isinstance(layer, PackedLinear)]
     scales = [layer.in_scale for layer in packed if layer.in_scale is not None]
+    if any(getattr(layer, "rounding", None) is not None for layer in packed):
+        return
     if not scales or not all(bool((scale.frexp().mantissa == 0.5).all()) for scale in scales):
         return
     image, expression = scene(np.random.default_rng(0))
@@ -233,7 +244,7 @@ def _fold(model: PreTrainedModel, processor: Any) -> None:
 def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
     """Return why compressed-tensors cannot hold a layer; None if it can."""
     if type(layer) is not PackedLinear:
-        return f"{name} is a {type(layer).__name__}"
+        return None if written_layer(layer) is not None else f"{name} is a {type(layer).__name__} ({layer.kernel})"
     if layer.in_scale is not None:
         return f"{name} multiplies its input by a scale, which no layer before it could take over exactly"
     if layer.padded_columns:
@@ -246,10 +257,20 @@ def _group_size(layer: QuantizedLinear) -> int | None:
     return None if layer.group_size == layer.in_features else layer.group_size
 
 
-def _scheme(layer: QuantizedLinear) -> dict[str, Any]:
+def _mixed(layers: Mapping[str, QuantizedLinear]) -> str | None:
+    """Return why compressed-tensors cannot hold these layers together; None if it can."""
+    layouts = sorted({_scheme(layer)[0] for layer in layers.values()})
+    return None if len(layouts) == 1 else f"its layers are {' and '.join(layouts)}, of which a checkpoint holds one"
+
+
+def _scheme(layer: QuantizedLinear) -> tuple[str, dict[str, Any]]:
+    """Return the format within compressed-tensors, and the arguments of weights and inputs."""
+    written = written_layer(layer)
+    if written is not None:
+        return written.layout, {"weights": written.weights, "input_activations": written.inputs}
     assert isinstance(layer, PackedLinear)
     whole_row = layer.spec.group_size is None
-    return {
+    weights = {
         "num_bits": layer.bits,
         "type": "int",
         "symmetric": layer.spec.symmetric,
@@ -258,6 +279,7 @@ def _scheme(layer: QuantizedLinear) -> dict[str, Any]:
         "dynamic": False,
         "observer": "minmax",
     }
+    return "pack-quantized", {"weights": weights, "input_activations": None}
 
 
 def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -266,11 +288,17 @@ def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _compressed_tensors(model: PreTrainedModel, layers: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
-    codes_of_layers = {f"{name}.packed" for name in layers}
+    kept = {f"{name}.bias" for name in layers}
     tensors = {
-        name: tensor for name, tensor in _own_tensors(model).items() if name.rpartition(".")[0] not in codes_of_layers
+        name: tensor
+        for name, tensor in _own_tensors(model).items()
+        if name in kept or not any(part in layers for part in _owners(name))
     }
     for name, layer in layers.items():
+        written = written_layer(layer)
+        if written is not None:
+            tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in written.tensors.items()}
+            continue
         assert isinstance(layer, PackedLinear)
         codes, scale, zero = layer.quantized
         tensors[f"{name}.weight_packed"] = pack_words(codes.flatten(1), layer.bits)
@@ -279,6 +307,12 @@ def _compressed_tensors(model: PreTrainedModel, layers: Mapping[str, QuantizedLi
         if zero is not None:
             tensors[f"{name}.weight_zero_point"] = pack_words(zero.T.contiguous(), layer.bits).T.contiguous()
     return tensors
+
+
+def _owners(name: str) -> tuple[str, str]:
+    """Return the modules that a tensor may belong to: the one that holds it, and the one around that."""
+    holder = name.rpartition(".")[0]
+    return holder, holder.rpartition(".")[0]
 
 
 def _write_config(model: PreTrainedModel, quantization: Mapping[str, Any], folder: Path) -> None:

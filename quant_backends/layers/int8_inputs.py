@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from lmms_plugin.quant_backends.layers.linear import PackedLinear
-
-UNQUANTIZED = 16
-"""Bits of activations that mean: leave them as they are."""
+from lmms_plugin.quant_backends.layers.input_rounding import TOKEN, InputRounding
+from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
 
 LARGEST = 127
 """Of an 8-bit code of an input; -128 is not used, so that codes are symmetric."""
 
 EXACT_COLUMNS = 1024
 """So many products of two 8-bit codes add up to less than 2²⁴: float32 holds every partial sum exactly."""
+
+INT8_TOKENS = InputRounding.of("int8", TOKEN)
 
 
 class RoundedInputs(NamedTuple):
@@ -33,31 +33,15 @@ class RoundedInputs(NamedTuple):
     scale: Tensor
 
 
-def check_act_bits(act_bits: int) -> None:
-    """Refuse an unsupported number of activation bits.
-
-    Raises:
-        ValueError: Neither 8 nor 16.
-    """
-    if act_bits not in (8, UNQUANTIZED):
-        raise ValueError(f"act_bits must be 8, or 16 to leave activations as they are, got {act_bits!r}")
-
-
-def rounded_inputs_apart(act_bits: int) -> str | None:
-    """Return why compressed-tensors' packed weights cannot hold layers with rounded inputs; None if they can."""
-    return None if act_bits == UNQUANTIZED else "it rounds inputs while the model runs (act_bits)"
-
-
 def round_inputs(x: Tensor) -> RoundedInputs:
     """Round each row of x (rows, columns) to 8 bits: symmetric, with its largest magnitude mapped to 127."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / LARGEST
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return RoundedInputs((x / scale).round().to(torch.int8), scale)
+    found = INT8_TOKENS.encode(x.float())
+    # Offset binary to two's complement, which wraps around to the same bits.
+    return RoundedInputs((found.codes - 128).view(torch.int8), found.scale)
 
 
-class Int8InputLinear(PackedLinear):
-    """Packed linear layer whose inputs are rounded to 8 bits, each token by its own largest magnitude.
+class Int8InputLinear(RoundedInputLinear):
+    """Packed linear layer whose inputs are rounded to int8, each token by its own largest magnitude.
 
     With one scale per row of the weight (``group_size=-1``) the product is one of integers: by torch's own where that
     is fast (CUDA; processors with VNNI), and elsewhere in float32, in pieces so short that every sum is exact. Both
@@ -65,10 +49,7 @@ class Int8InputLinear(PackedLinear):
     with the dequantized weight in float32.
     """
 
-    act_bits = 8
-
-    def choose_kernel(self) -> None:
-        """Keep the canonical layout, which the products here read."""
+    rounding = INT8_TOKENS
 
     @property
     def kernel(self) -> str:
@@ -93,10 +74,6 @@ class Int8InputLinear(PackedLinear):
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """Describe the layer in one line."""
-        return f"{super().extra_repr()}, act_bits={self.act_bits}"
 
     def _integer_outputs(self, inputs: Tensor) -> Tensor:
         """Return Σ input code · (weight code − zero point) · weight scale, (rows, out_features) float32."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
-from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
-from lmms_plugin.quant_backends.methods.rtn import nearest, round_by_blocks
+from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
+from lmms_plugin.quant_backends.methods.format_options import FormatBackend
 from lmms_plugin.quant_backends.methods.scale_search import GramError, search_clipping, search_scales
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
@@ -24,7 +24,7 @@ UNFOLDED = re.compile(r"^(o_proj|out_proj|wo|c_proj|proj|dense|dense_4h_to_h|fc2
 
 
 @dataclass(frozen=True)
-class AwqBackend(CalibratedBackend):
+class AwqBackend(FormatBackend, CalibratedBackend):
     """AWQ (Lin et al., MLSys 2024): the scale search, and the clipping search on request.
 
     Layers that share an input tensor share a scale per input column, s = mean|x|^t normalised by sqrt(max s · min s),
@@ -52,6 +52,18 @@ class AwqBackend(CalibratedBackend):
     clip: bool = False
     fold: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fold and (self.stored is not None or self.rounding is not None):
+            raise ValueError(
+                "awq: fold=True hands scales to the layers before, which is done for integers with inputs as they are;"
+                " leave out fold, or format and activation_format"
+            )
+        if self.clip and self.stored is not None:
+            raise ValueError(
+                f"awq: clip=True narrows the ranges of groups of integers, which format={self.format} has not"
+            )
+
     @property
     def uncompressed(self) -> str | None:
         """Return the reason: input scales need this package's own format, unless preceding layers absorb them."""
@@ -65,13 +77,13 @@ class AwqBackend(CalibratedBackend):
         statistics.expect_finite()
         in_scale = self._search(layers, specs, statistics)
         return [
-            Solution(self._pack(layer, name, spec, in_scale, statistics.gram))
+            Solution(self._pack(layer, name, spec, in_scale, statistics))
             for layer, name, spec in zip(layers, statistics.names, specs, strict=True)
         ]
 
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Round to nearest: without inputs, all channels are equally important."""
-        return nearest(layer, spec)
+        return self.nearest(layer, spec)
 
     def _search(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
@@ -79,17 +91,19 @@ class AwqBackend(CalibratedBackend):
         if self.fold and any(UNFOLDED.match(name.rpartition(".")[2]) for name in statistics.names):
             return None
         weights, objective = [layer.weight for layer in layers], GramError(statistics.gram)
-        magnitude = statistics.mean_magnitude
-        return search_scales(weights, specs, magnitude, objective, powers_of_two=self.fold).in_scale
+        asked = [self.spec_of(spec) for spec in specs]
+        magnitude, form = statistics.mean_magnitude, self.stored
+        return search_scales(weights, asked, magnitude, objective, powers_of_two=self.fold, form=form).in_scale
 
     def _pack(
-        self, layer: nn.Linear, name: str, spec: QuantSpec, in_scale: Tensor | None, gram: Tensor
-    ) -> PackedLinear:
-        if self.clip and not UNCLIPPED.match(name.rpartition(".")[2]):
-            inverse = torch.ones_like(layer.weight[0]).float() if in_scale is None else in_scale.float()
-            fed = gram * inverse * inverse.unsqueeze(1)
-            codes = search_clipping(layer.weight.float() / inverse, spec, fed, layer.weight.dtype)
-        else:
-            codes = round_by_blocks(layer.weight, spec, in_scale)
+        self, layer: nn.Linear, name: str, spec: QuantSpec, in_scale: Tensor | None, statistics: InputStatistics
+    ) -> QuantizedLinear:
         own = None if in_scale is None else in_scale.clone()
-        return PackedLinear.from_codes(codes, spec, layer.in_features, bias=layer.bias, in_scale=own)
+        if not self.clip or UNCLIPPED.match(name.rpartition(".")[2]):
+            return self.nearest(layer, spec, in_scale=own, statistics=statistics)
+        inverse = torch.ones_like(layer.weight[0]).float() if in_scale is None else in_scale.float()
+        fed, dtype = statistics.gram * inverse * inverse.unsqueeze(1), layer.weight.dtype
+        codes = search_clipping(layer.weight.float() / inverse, self.spec_of(spec), fed, dtype)
+        return self.assemble(
+            codes, spec, layer.in_features, dtype, bias=layer.bias, in_scale=own, statistics=statistics
+        )

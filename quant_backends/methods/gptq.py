@@ -11,9 +11,11 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
+from lmms_plugin.quant_backends.formats.codec import effective_scale, spread, to_codes, to_values
 from lmms_plugin.quant_backends.layers.codes import Codes
-from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
-from lmms_plugin.quant_backends.methods.rtn import nearest, round_by_blocks
+from lmms_plugin.quant_backends.layers.format_linear import FormatCodes
+from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
+from lmms_plugin.quant_backends.methods.format_options import FormatBackend
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics, squared_errors
 
@@ -40,8 +42,8 @@ class Factor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GptqBackend(CalibratedBackend):
-    """GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323) on the grid of round-to-nearest.
+class GptqBackend(FormatBackend, CalibratedBackend):
+    """GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323) on the grid of round-to-nearest, of integers or any format.
 
     Each weight is rounded to the nearest point of its group's grid after correction for the errors already made in its
     row, so that ‖X(W − Ŵ)ᵀ‖ is small rather than ‖W − Ŵ‖. Grids are those of the dense weight and stay fixed: codes are
@@ -72,6 +74,7 @@ class GptqBackend(CalibratedBackend):
     default_samples = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         expect_damping(self.name, self.damping)
         if self.block_size < 1:
             raise ValueError(f"gptq: block_size must be a positive integer, got {self.block_size!r}")
@@ -81,25 +84,32 @@ class GptqBackend(CalibratedBackend):
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> list[Solution]:
         """Round the weights of layers that share an input tensor."""
-        plain = [round_by_blocks(layer.weight, spec) for layer, spec in zip(layers, specs, strict=True)]
+        plain = [self.round(layer.weight, spec) for layer, spec in zip(layers, specs, strict=True)]
         rounding = sum_of_squares(
             layer.weight - codes.dequantize(spec.bits, layer.weight.dtype)[:, : layer.in_features]
             for layer, spec, codes in zip(layers, specs, plain, strict=True)
         )
         factor = choose_factor(statistics, rounding, self.act_order, self.damping)
         return [
-            self._solve(layer, spec, codes, factor, statistics.judging_gram)
+            self._solve(layer, spec, codes, factor, statistics)
             for layer, spec, codes in zip(layers, specs, plain, strict=True)
         ]
 
     @torch.no_grad()
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Round to nearest: without inputs there are no correlations for columns to compensate each other."""
-        return nearest(layer, spec)
+        return self.nearest(layer, spec)
 
-    def _solve(self, layer: nn.Linear, spec: QuantSpec, plain: Codes, factor: Factor, gram: Tensor) -> Solution:
-        weight = layer.weight
-        corrected = round_with_feedback(weight, plain, spec.bits, factor, self.block_size)
+    def _solve(
+        self,
+        layer: nn.Linear,
+        spec: QuantSpec,
+        plain: Codes | FormatCodes,
+        factor: Factor,
+        statistics: InputStatistics,
+    ) -> Solution:
+        weight, gram = layer.weight, statistics.judging_gram
+        corrected = self._corrected(weight, plain, spec, factor)
         before, after = (
             squared_errors(codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, gram)
             for codes in (plain, corrected)
@@ -108,9 +118,17 @@ class GptqBackend(CalibratedBackend):
         # out, or only zeros, there is no evidence for a correction either.
         better = (after < before) & (after.sum() < before.sum())
         moved = (corrected.codes != plain.codes).flatten(1).any(1)
-        codes = plain._replace(codes=torch.where(better.view(-1, 1, 1), corrected.codes, plain.codes))
-        packed = PackedLinear.from_codes(codes, spec, layer.in_features, bias=layer.bias)
+        rows = better.view(-1, *(1,) * (plain.codes.dim() - 1))
+        codes = plain._replace(codes=torch.where(rows, corrected.codes, plain.codes))
+        packed = self.assemble(codes, spec, layer.in_features, weight.dtype, bias=layer.bias, statistics=statistics)
         return Solution(packed, plain_rows=int((moved & ~better).sum()))
+
+    def _corrected(
+        self, weight: Tensor, plain: Codes | FormatCodes, spec: QuantSpec, factor: Factor
+    ) -> Codes | FormatCodes:
+        if isinstance(plain, FormatCodes):
+            return round_to_format(weight, plain, factor, self.block_size)
+        return round_with_feedback(weight, plain, spec.bits, factor, self.block_size)
 
 
 def expect_damping(backend: str, damping: float | None) -> None:
@@ -276,6 +294,20 @@ def round_with_feedback(weight: Tensor, nearest: Codes, bits: int, factor: Facto
 
     pass_on_errors(weight, factor, choose, block_size)
     return nearest._replace(codes=codes.T.reshape(nearest.codes.shape))
+
+
+def round_to_format(weight: Tensor, nearest: FormatCodes, factor: Factor, block_size: int = 128) -> FormatCodes:
+    """Round a weight column by column to the elements of a format; see `round_with_feedback`."""
+    form = nearest.format
+    scales = spread(effective_scale(nearest.scale, nearest.global_scale, form), weight, form).expand(weight.shape)
+    scales, codes = scales.T.contiguous(), nearest.codes.T.clone(memory_format=torch.contiguous_format)
+
+    def choose(column: int, wanted: Tensor) -> Tensor:
+        codes[column] = to_codes(wanted / scales[column], form.element)
+        return (to_values(codes[column], form.element) * scales[column]).to(weight.dtype).float()
+
+    pass_on_errors(weight, factor, choose, block_size)
+    return nearest._replace(codes=codes.T.contiguous())
 
 
 def _zero_points(codes: Codes, bits: int) -> Tensor:

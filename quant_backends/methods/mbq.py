@@ -9,18 +9,17 @@ import torch
 from torch import nn
 
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
-from lmms_plugin.quant_backends.layers.int8_inputs import UNQUANTIZED, Int8InputLinear, check_act_bits
-from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
-from lmms_plugin.quant_backends.methods.rtn import nearest
+from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
+from lmms_plugin.quant_backends.methods.format_options import FormatBackend, act_bits_of
 from lmms_plugin.quant_backends.methods.scale_search import GramError, Objective, RowError, search_scales
-from lmms_plugin.quant_backends.plans.plan import QuantSpec
+from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantSpec
 from lmms_plugin.quant_backends.statistics import WEIGHED, InputStatistics
 
 POWERS = {"mae": 1, "mse": 2}
 
 
 @dataclass(frozen=True)
-class MbqBackend(CalibratedBackend):
+class MbqBackend(FormatBackend, CalibratedBackend):
     """MBQ (Li et al., CVPR 2025): AWQ's scale search with the errors of two modalities balanced by gradients.
 
     ρ, the weight of an image position against an answer position, is the ratio of the mean magnitudes of the loss
@@ -41,20 +40,21 @@ class MbqBackend(CalibratedBackend):
 
     Attributes:
         loss: Loss of the search, mae or mse.
-        act_bits: Number of bits of the layers' inputs. 8 rounds them, each token by itself, and the search includes the
-            error of that, over the same sample; 16 leaves them as they are.
+        act_bits: Number of bits of the layers' inputs, an older form of `activation_format`: 8 is int8, each token by
+            itself; 16 leaves them as they are. The search includes the error of rounded inputs, over the same sample.
     """
 
     name = "mbq"
     bits = frozenset(range(2, 9))
     by_role = True
     loss: str = "mae"
-    act_bits: int = UNQUANTIZED
+    act_bits: int = UNTOUCHED_BITS
 
     def __post_init__(self) -> None:
         if self.loss not in POWERS:
             raise ValueError(f"mbq's loss must be mae or mse, got {self.loss!r}")
-        check_act_bits(self.act_bits)
+        object.__setattr__(self, "activation_format", act_bits_of(self.act_bits, self.activation_format))
+        super().__post_init__()
 
     @property
     def uncompressed(self) -> str | None:
@@ -68,16 +68,17 @@ class MbqBackend(CalibratedBackend):
         """Search the input scale of layers that share an input tensor."""
         statistics.expect_finite()
         weights = [layer.weight for layer in layers]
-        found = search_scales(weights, specs, statistics.mean_magnitude, self.objective(statistics))
+        asked, objective = [self.spec_of(spec) for spec in specs], self.objective(statistics)
+        found = search_scales(weights, asked, statistics.mean_magnitude, objective, form=self.stored)
         method = None if _is_balanced(statistics) else f"{self.name}, unbalanced"
         return [
-            Solution(nearest(layer, spec, self._kind, in_scale=found.in_scale.clone()), method)
+            Solution(self.nearest(layer, spec, in_scale=found.in_scale.clone(), statistics=statistics), method)
             for layer, spec in zip(layers, specs, strict=True)
         ]
 
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Round to nearest: without inputs, all channels are equally important."""
-        return nearest(layer, spec, self._kind)
+        return self.nearest(layer, spec)
 
     def objective(self, statistics: InputStatistics) -> Objective:
         """Return the objective by which candidates are compared.
@@ -86,7 +87,7 @@ class MbqBackend(CalibratedBackend):
             statistics: Statistics by role, with sampled rows.
         """
         parts = _balanced(statistics, self.loss)
-        if self.loss == "mse" and self.act_bits == UNQUANTIZED:
+        if self.loss == "mse" and self.rounding is None:
             return GramError(torch.stack([share * part.gram for part, share in parts]).sum(0))
         # The sample represents all rows of its part.
         rows = [part.sampled for part, _ in parts]
@@ -94,11 +95,7 @@ class MbqBackend(CalibratedBackend):
             share * part.rows / len(sampled) * torch.ones(len(sampled), device=sampled.device)
             for (part, share), sampled in zip(parts, rows, strict=True)
         ]
-        return RowError(torch.cat(rows), torch.cat(shares), POWERS[self.loss], self.act_bits)
-
-    @property
-    def _kind(self) -> type[PackedLinear]:
-        return PackedLinear if self.act_bits == UNQUANTIZED else Int8InputLinear
+        return RowError(torch.cat(rows), torch.cat(shares), POWERS[self.loss], self.rounding, statistics.largest)
 
 
 def _is_balanced(statistics: InputStatistics) -> bool:

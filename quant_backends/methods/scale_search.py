@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from lmms_plugin.quant_backends.formats.codec import fake_quantize, find_global_scale, find_scale
+from lmms_plugin.quant_backends.formats.entries import NumberFormat
 from lmms_plugin.quant_backends.layers.codes import Codes, columns_per_group, rows_per_block
-from lmms_plugin.quant_backends.layers.int8_inputs import UNQUANTIZED, round_inputs
-from lmms_plugin.quant_backends.methods.rtn import nearest_values, round_to_nearest
+from lmms_plugin.quant_backends.layers.input_rounding import InputRounding
+from lmms_plugin.quant_backends.methods.rtn_grid import nearest_values, round_to_nearest
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import squared_errors
 
@@ -75,22 +77,24 @@ class RowError:
         rows: Inputs (rows, columns) float32.
         shares: Weights (rows,) of the inputs, float32.
         power: Exponent, 1 for absolute errors, 2 for squared ones.
-        act_bits: Number of bits that the layer rounds its inputs to: 8, or 16 for no rounding.
+        rounding: Rounding of the layer's inputs; None for none.
+        largest: Largest |x| (columns,) over all calibration inputs, for a static scale.
     """
 
     rows: Tensor
     shares: Tensor
     power: int
-    act_bits: int = UNQUANTIZED
+    rounding: InputRounding | None = None
+    largest: Tensor | None = None
 
     @property
     def at_once(self) -> int:
         """Return all candidates, or a few where each rounds the inputs differently."""
-        return len(EXPONENTS) if self.act_bits == UNQUANTIZED else 5
+        return len(EXPONENTS) if self.rounding is None else 5
 
     def errors_of(self, inverses: Tensor) -> Errors:
         """Compare candidates by the outputs for a sample of the inputs."""
-        if self.act_bits == UNQUANTIZED:
+        if self.rounding is None:
 
             def errors(rounded: Tensor, weight: Tensor) -> Tensor:
                 blocks = _changes(rounded, inverses, weight).split(rows_per_block(len(self.rows)))
@@ -112,8 +116,11 @@ class RowError:
         return self.shares @ outputs.abs_().pow_(self.power)
 
     def _rounded_inputs(self, inverse: Tensor) -> Tensor:
-        codes, scale = round_inputs(self.rows * inverse)
-        return codes.float() * scale
+        assert self.rounding is not None
+        static = None
+        if self.rounding.static and self.largest is not None:
+            static = self.rounding.static_scale((self.largest * inverse).amax())
+        return self.rounding.round(self.rows * inverse, static)
 
 
 class Scales(NamedTuple):
@@ -135,6 +142,7 @@ def search_scales(
     objective: Objective,
     *,
     powers_of_two: bool = False,
+    form: NumberFormat | None = None,
 ) -> Scales:
     """Find the input scale of layers that share it.
 
@@ -144,11 +152,12 @@ def search_scales(
         mean_magnitude: Mean |x| (columns,) of these inputs.
         objective: Objective; its errors are summed over the weights.
         powers_of_two: Whether to round every scale to the nearest power of two.
+        form: Format of the weights; None for integers by the specs.
     """
     inverses = candidates(mean_magnitude, weights[0].dtype, powers_of_two=powers_of_two)
     errors = torch.zeros(len(inverses), dtype=torch.float64, device=inverses.device)
     for weight, spec in zip(weights, specs, strict=True):
-        errors += _candidate_errors(weight, spec, inverses, objective)
+        errors += _candidate_errors(weight, spec, inverses, objective, form)
     # The first of equals, on every device.
     best = errors.tolist().index(float(errors.min()))
     return Scales(inverses[best].to(weights[0].dtype), EXPONENTS[best])
@@ -192,24 +201,48 @@ def search_clipping(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: 
     return Codes.stacked([_clip(block, spec, gram, scale_dtype) for block in blocks])
 
 
-def _candidate_errors(weight: Tensor, spec: QuantSpec, inverses: Tensor, objective: Objective) -> Tensor:
+def _candidate_errors(
+    weight: Tensor, spec: QuantSpec, inverses: Tensor, objective: Objective, form: NumberFormat | None
+) -> Tensor:
     found = []
     for piece in inverses.split(objective.at_once):
         errors = objective.errors_of(piece)
-        blocks = weight.split(max(1, _in_flight(weight) // (weight.shape[1] * len(piece))))
+        rows = max(1, _in_flight(weight) // (weight.shape[1] * len(piece)))
+        shared = {} if form is None else _shared_scales(weight, piece, form)
+        if form is not None and form.block[0] is not None:
+            rows = -(-rows // form.block[0]) * form.block[0]
+        blocks = weight.split(rows)
         # One buffer for all blocks: allocating and freeing in turns would fragment the heap.
         place = piece.new_empty(len(piece), *blocks[0].shape)
-        found.append(torch.stack([_block_errors(block, spec, piece, errors, place) for block in blocks]).sum(0))
+
+        def rounded(scaled: Tensor, shared: dict[str, Tensor] = shared) -> Tensor:
+            if form is not None:
+                return fake_quantize(scaled, form, **shared)
+            return nearest_values(scaled.flatten(0, 1), spec, weight.dtype).view(scaled.shape)
+
+        found.append(torch.stack([_block_errors(block, piece, errors, place, rounded) for block in blocks]).sum(0))
     return torch.cat(found)
 
 
-def _block_errors(block: Tensor, spec: QuantSpec, inverses: Tensor, errors: Errors, place: Tensor) -> Tensor:
+def _shared_scales(weight: Tensor, inverses: Tensor, form: NumberFormat) -> dict[str, Tensor]:
+    """Return what `fake_quantize` needs to know of all rows of W·s to round some of them, for every candidate s."""
+    if not form.global_scale and form.block[0] is not None:
+        return {}
+    columns = torch.stack([block.abs().amax(0) for block in weight.split(rows_per_block(weight.shape[1]))]).amax(0)
+    largest = (columns.float() / inverses).amax(1)
+    if form.global_scale:
+        return {"global_scale": find_global_scale(largest, form)}
+    return {"scale": find_scale(largest[:, None, None], form)}
+
+
+def _block_errors(
+    block: Tensor, inverses: Tensor, errors: Errors, place: Tensor, rounded: Callable[[Tensor], Tensor]
+) -> Tensor:
     dense, rows = block.float(), len(block)
     # Only the last block is smaller than the buffer.
     scaled = place if rows == place.shape[1] else place[:, :rows].clone()
     torch.div(dense, inverses.unsqueeze(1), out=scaled)
-    rounded = nearest_values(scaled.flatten(0, 1), spec, block.dtype)
-    return errors(rounded.view(len(inverses), *dense.shape), dense)
+    return errors(rounded(scaled), dense)
 
 
 def _changes(rounded: Tensor, inverses: Tensor, weight: Tensor) -> Tensor:

@@ -71,7 +71,18 @@ def nothing_loads(monkeypatch):
         (["pretrained=demo,method=hqq", "--format", "compressed-tensors"], "its zero points are no integers"),
         (["pretrained=demo,method=awq", "--format", "compressed-tensors"], "fold=True avoids that"),
         (["pretrained=demo,method=mbq", "--format", "compressed-tensors"], "multiply their inputs by a scale"),
-        (["pretrained=demo,method=rtn,bits=8,act_bits=8", "--format", "compressed-tensors"], "rounds inputs"),
+        (
+            ["pretrained=demo,method=rtn,bits=8,act_bits=8", "--format", "compressed-tensors"],
+            "it takes bits=8,group_size=-1,symmetric=True",
+        ),
+        (
+            ["pretrained=demo,method=rtn,format=nf4", "--format", "compressed-tensors"],
+            "cannot hold what rtn makes: it has no nf4",
+        ),
+        (
+            ["pretrained=demo,method=rtn,format=nvfp4,activation_format=nvfp4", "--format", "compressed-tensors"],
+            "it has no nvfp4 inputs, per-token global scale",
+        ),
         (["pretrained=demo,method=rtn,group_size=96", "--format", "compressed-tensors"], "do not divide its width"),
         (["pretrained=demo,method=rtn", "--format", "gguf"], "expected a format of auto, compressed-tensors, own"),
     ],

@@ -15,6 +15,8 @@ from typing import Any
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.quant_backends import backend_class, names
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, WholeModelBackend
+from lmms_plugin.quant_backends.formats.entries import FORMATS
+from lmms_plugin.quant_backends.layers.input_rounding import input_formats
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS
 from lmms_plugin.tasks.captions import captioning
 from lmms_plugin.tasks.grounding import natural, refcocoplus
@@ -80,6 +82,25 @@ def options() -> str:
     return table(("method", "option", "default", "meaning"), rows)
 
 
+def formats() -> str:
+    """The formats of weights and inputs."""
+    rows = []
+    for one in FORMATS.values():
+        height, width = ("all" if size is None else str(size) for size in one.block)
+        block = "`group_size`" if one.element.integer else f"{height} x {width}"
+        scale = {"own": "the layer's dtype", "e8m0": "power of two (E8M0)", "e4m3": "E4M3"}.get(one.scale, one.scale)
+        total = ", and one float32 for the tensor" if one.global_scale else ""
+        asymmetric = "" if one.symmetric else "; a zero point of 8 bits"
+        largest = f"{one.element.largest:g}"
+        inputs = "yes" if one.name in input_formats() else "no"
+        bits = f"{one.bits_per_weight(4096, 128 if one.element.integer else 4096):.4g}"
+        rows.append(
+            (f"`{one.name}`", largest, block, f"{scale}, rounded {one.rounding}{total}{asymmetric}", bits, inputs)
+        )
+    head = ("format", "largest element", "rows x columns of a block", "scale", "bits per weight", "inputs")
+    return table(head, rows)
+
+
 def datasets() -> str:
     """Where each dataset comes from, and which columns are read."""
     sets: list[DatasetOrigin] = [
@@ -117,6 +138,7 @@ TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "served": ("served.md", served),
     "methods": ("quantizers.md", methods),
     "options": ("quantizers.md", options),
+    "formats": ("formats.md", formats),
     "datasets": ("tasks.md", datasets),
     "columns": ("tasks.md", columns),
 }

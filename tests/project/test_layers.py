@@ -15,21 +15,23 @@ OURS = "lmms_plugin"
 
 QUANTIZERS = {
     "quant_backends.plans": "utils",
-    "quant_backends.layers": "quant_backends.plans utils",
+    "quant_backends.formats": "utils",
+    "quant_backends.layers": "quant_backends.formats quant_backends.plans utils",
     "quant_backends.structure": "quant_backends.layers quant_backends.plans utils",
     "quant_backends.extras": "utils",
     "quant_backends.statistics": "quant_backends.layers",
-    "quant_backends.backend": "quant_backends.layers quant_backends.plans quant_backends.statistics",
+    "quant_backends.backend": "quant_backends.formats quant_backends.layers quant_backends.plans"
+    " quant_backends.statistics",
     "quant_backends": "quant_backends.backend utils",
     "quant_backends.calibration": "demo protocol quant_backends quant_backends.backend quant_backends.layers"
     " quant_backends.plans quant_backends.statistics quant_backends.structure shifts shifts.image utils",
-    "quant_backends.methods": "quant_backends.backend quant_backends.extras quant_backends.layers quant_backends.plans"
-    " quant_backends.statistics quant_backends.structure utils",
+    "quant_backends.methods": "quant_backends.backend quant_backends.extras quant_backends.formats"
+    " quant_backends.layers quant_backends.plans quant_backends.statistics quant_backends.structure utils",
     "quant_backends.quantization": "quant_backends.backend quant_backends.calibration quant_backends.layers"
     " quant_backends.plans quant_backends.structure utils",
     "quant_backends.checkpoints": "protocol quant_backends.backend quant_backends.calibration quant_backends.extras"
-    " quant_backends.layers quant_backends.methods quant_backends.plans quant_backends.quantization"
-    " quant_backends.structure utils",
+    " quant_backends.formats quant_backends.layers quant_backends.methods quant_backends.plans"
+    " quant_backends.quantization quant_backends.structure utils",
 }
 TASKS = {
     "tasks.sources": "ending utils",
@@ -95,7 +97,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         **STUDIES,
         **REPORTS,
         "export": "analysis arguments confidence protocol quant_backends quant_backends.checkpoints"
-        f" quant_backends.plans quant_backends.structure quantize registration tasks.registry utils {OURS}",
+        " quant_backends.methods quant_backends.plans quant_backends.structure quantize registration tasks.registry"
+        f" utils {OURS}",
         "leaderboard": f"analysis export quant_backends.plans utils {OURS}",
         "demo.run": "analysis demo harness_log quant_backends quant_backends.plans report shifts.image shifts.language"
         " tasks.grounding tasks.registry utils",

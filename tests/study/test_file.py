@@ -138,6 +138,19 @@ def test_components_with_bits_of_their_own_take_none_of_the_axis(write: Write) -
     assert [cell.axes.bits for cell in found] == [8, 4, None]
 
 
+def test_a_format_takes_neither_bits_nor_groups_of_the_axes(write: Write) -> None:
+    methods = "methods: [rtn, {method: rtn, name: nvfp4, format: nvfp4}, {method: rtn, name: fp8, format: fp8_e4m3}]"
+    found = planned(write(SHARED + f"{methods}\nbits: [4, 3]\ngroup_sizes: [64, 128]\n"))
+    assert [(cell.axes.method, cell.axes.bits, cell.axes.group_size) for cell in found] == [
+        *(("rtn", bits, size) for bits in (4, 3) for size in (64, 128)),
+        ("nvfp4", 4, None),
+        ("fp8", 8, None),
+    ]
+    assert found[-1].model_args == "pretrained=demo,format=fp8_e4m3,bits=8"
+    with pytest.raises(ValueError, match=r"unknown format 'nvfp5'.*\(method bad\)"):
+        planned(write(SHARED + "methods: [{method: rtn, name: bad, format: nvfp5}]"))
+
+
 def test_exclusions_drop_cells_or_tasks(write: Write) -> None:
     found = planned(
         write(

@@ -117,11 +117,26 @@ def _choices(grid: Grid, model: str, method: At[Method]) -> Iterator[tuple[CellA
             (source.value.name, seed.value, {**_calibration(source.value), "seed": seed.value})
             for source, seed in product(grid.calibration, grid.seeds)
         ]
-    for (bits, components, stored, where), group_size, (source, seed, chosen) in product(
-        _stored(grid, kind.default_bits), grid.group_sizes, sources
+    default_bits, settled = _decided(method)
+    grouped: list[tuple[int | None, Mapping[str, Any]]] = [(None, {})]
+    if "group_size" not in settled:
+        grouped = [(one.value, {"group_size": one.value}) for one in grid.group_sizes]
+    for (bits, components, stored, where), (group_size, groups), (source, seed, chosen) in product(
+        _stored(grid, default_bits, bool(settled)), grouped, sources
     ):
-        axes = CellAxes(model, name, bits, group_size.value, components, source, seed)
-        yield axes, {**stored, "group_size": group_size.value, **chosen}, where
+        axes = CellAxes(model, name, bits, group_size, components, source, seed)
+        yield axes, {**stored, **groups, **chosen}, where
+
+
+def _decided(method: At[Method]) -> tuple[int, Mapping[str, str]]:
+    """Return a method's bits where none are given, and the arguments about weights that its format decides."""
+    backend, form = method.value.backend, method.value.options.get("format")
+    options = {} if form is None or "format" not in option_types(backend) else {"format": form}
+    try:
+        quantizer = get(backend, **options)
+    except ValueError as error:
+        raise ValueError(f"{method.where}: {error} (method {method.value.name})") from error
+    return quantizer.default_bits, quantizer.settled
 
 
 def _calibration(source: Calibration) -> dict[str, Any]:
@@ -129,12 +144,21 @@ def _calibration(source: Calibration) -> dict[str, Any]:
     return {"calibration": source.source, **samples}
 
 
-def _stored(grid: Grid, default_bits: int) -> Iterator[tuple[int | None, str, Mapping[str, Any], str]]:
-    """Yield bits and components; the axis of bits does not apply to a component with bits of its own."""
+def _stored(grid: Grid, default_bits: int, decided: bool) -> Iterator[tuple[int | None, str, Mapping[str, Any], str]]:
+    """Yield bits and components; the axis of bits applies neither to a component with bits of its own nor to a format.
+
+    Args:
+        grid: Grid of a study.
+        default_bits: Bits of the method where none are given.
+        decided: Whether a format decides the bits.
+    """
     for components in grid.components:
         if components.value.bits:
             given = {f"{part}_bits": bits for part, bits in components.value.bits.items()}
             yield None, components.value.name, given, components.where
+            continue
+        if decided:
+            yield default_bits, components.value.name, _with_bits(components.value, default_bits), components.where
             continue
         for bits in grid.bits:
             number = default_bits if bits.value is None else bits.value

@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 from lmms_plugin.arguments import ModelArguments
-from lmms_plugin.quant_backends import SERVED, backend_class
+from lmms_plugin.quant_backends import SERVED, backend_class, get
 from lmms_plugin.quant_backends.backend import CheckpointBackend
 from lmms_plugin.quant_backends.plans.plan import Component, QuantSpec
 from lmms_plugin.quant_backends.structure.components import components
@@ -58,7 +58,7 @@ def size(cell: Cell, *, cuda: bool) -> Size:
         layers = _layers(arguments.find_checkpoint(), arguments.trust_remote_code)
         if kind is None:
             return Size(layers.parameters, None, "unknown: the weights are the server's")
-        plan = arguments.quant_plan(kind.default_bits)
+        plan = arguments.quant_plan(get(cell.backend, **arguments.options).default_bits)
         specs = plan.assign(layers.components).specs if plan.specs else {}
     # If the configuration lacks something, the estimate is missing; the cell itself is not wrong.
     except (OSError, ValueError, AttributeError, NotImplementedError) as error:

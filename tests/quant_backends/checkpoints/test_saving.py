@@ -63,6 +63,21 @@ CASES = {
     "rtn 3, vision 5, head 2": ("rtn", {"bits": 3, "vision_bits": 5, "head_bits": 2}, "compressed-tensors"),
     "rtn padded": ("rtn", {"group_size": 40}, "lmms_plugin"),
     "rtn, 8-bit inputs": ("rtn", {"bits": 8, "options": {"act_bits": 8}}, "lmms_plugin"),
+    "rtn, 4-bit inputs": ("rtn", {"options": {"activation_format": "int4"}}, "lmms_plugin"),
+    "rtn nf4": ("rtn", {"options": {"format": "nf4", "activation_format": "fp8_e5m2"}}, "lmms_plugin"),
+    "awq mxfp6": (
+        "awq",
+        {
+            "bits": 6,
+            "calibration": CalibrationSpec("noise", samples=1),
+            "options": {
+                "format": "mxfp6_e3m2",
+                "activation_format": "int6",
+                "activation_granularity": "tensor",
+            },
+        },
+        "lmms_plugin",
+    ),
     "hqq": ("hqq", {}, "lmms_plugin"),
     "awq": ("awq", {"calibration": CalibrationSpec("noise", samples=1)}, "lmms_plugin"),
     "ptqtp": ("ptqtp", {"bits": 3}, "lmms_plugin"),

@@ -33,6 +33,7 @@ def test_inputs_are_rounded_by_the_largest_of_their_own_row():
     codes, scale = round_inputs(x)
     assert scale.flatten().tolist() == pytest.approx([0.02, 1.0, 1.0])
     assert codes.tolist() == [[0, 50, -127], [127, -126, 1], [0, 0, 0]]
+    assert round_inputs(x[:0]).codes.shape == (0, 3)
 
 
 def test_rounding_is_off_by_half_a_step_at_most():
@@ -156,7 +157,9 @@ def test_the_layer_survives_copying_and_its_state():
 @pytest.mark.parametrize("act_bits", [4, 0, 32])
 @pytest.mark.parametrize("method", ["rtn", "mbq"])
 def test_other_numbers_of_bits_are_refused(method, act_bits):
-    with pytest.raises(ValueError, match=f"act_bits must be 8, or 16 to leave activations as they are, got {act_bits}"):
+    with pytest.raises(
+        ValueError, match=f"act_bits must be 8, or 16 to leave activations as they are, got {act_bits};"
+    ):
         get(method, act_bits=act_bits)
 
 

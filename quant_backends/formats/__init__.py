@@ -1,0 +1,1 @@
+"""Number formats of quantized tensors as data (`entries`), and the one place that encodes and decodes them."""

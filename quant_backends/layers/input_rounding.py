@@ -1,0 +1,124 @@
+"""Rounding of a layer's inputs at run time: which format, and what shares a scale. The one place that emulates it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lmms_plugin.quant_backends.formats.codec import EncodedTensor, encode, fake_quantize, find_global_scale, find_scale
+from lmms_plugin.quant_backends.formats.entries import FORMATS, NumberFormat, format_of
+
+TOKEN, BLOCK, TENSOR = "token", "block", "tensor"
+GRANULARITIES = (TOKEN, BLOCK, TENSOR)
+GROUP = 128
+"""Columns of a block where the format has none, as in DeepSeek-V3's FP8, whose weights have blocks of 128 by 128."""
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """Rounding of the inputs of a linear layer.
+
+    Attributes:
+        name: Name of the format.
+        granularity: ``token``: each row by its own largest magnitude; ``block``: each run of columns of a row by its
+            own; ``tensor``: all inputs by one static scale, found in calibration.
+        static: Whether a number from calibration is needed: the scale of ``tensor``, or the global scale of a format
+            that has one. Without it each token has a global scale of its own.
+    """
+
+    name: str
+    granularity: str
+    static: bool
+
+    @classmethod
+    def of(cls, name: str, granularity: str | None = None, *, calibrated: bool = False) -> InputRounding:
+        """Return the rounding that a user asks for.
+
+        Args:
+            name: Name of the format.
+            granularity: One of `GRANULARITIES`; None for blocks where the format has some, else tokens.
+            calibrated: Whether calibration inputs will be seen, from which static scales can come.
+
+        Raises:
+            ValueError: No such format or granularity, the format is none for inputs, or a static scale has no source.
+        """
+        form = format_of(name)
+        if form.block[0] != 1 or not form.symmetric:
+            raise ValueError(
+                f"activation_format={name} is a format of weights; inputs take {', '.join(input_formats())} with"
+                f" activation_granularity of {', '.join(GRANULARITIES)}"
+            )
+        own = form.block[1] is not None
+        granularity = granularity or (BLOCK if own else TOKEN)
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"activation_granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        if own and granularity != BLOCK:
+            raise ValueError(
+                f"activation_format={name} scales blocks of {form.block[1]} columns, not each {granularity}; leave out"
+                " activation_granularity"
+            )
+        if granularity == TENSOR and not calibrated:
+            raise ValueError(
+                "activation_granularity=tensor takes a static scale from calibration inputs, of which this method sees"
+                " none; gptq, awq and mbq do, or use token"
+            )
+        return cls(name, granularity, calibrated and (granularity == TENSOR or form.global_scale))
+
+    @property
+    def format(self) -> NumberFormat:
+        """Return the format, with the blocks of this granularity."""
+        form = FORMATS[self.name]
+        width = {TOKEN: None, TENSOR: None, BLOCK: form.block[1] or GROUP}[self.granularity]
+        # As kernels do (vLLM's, torch's), integers leave out the lowest code, so that the range is symmetric.
+        reach = float((1 << (form.bits - 1)) - 1) if form.element.integer else None
+        return replace(form, block=(None if self.granularity == TENSOR else 1, width), reach=reach)
+
+    @property
+    def label(self) -> str:
+        """Return a few words for reports."""
+        if self.format.global_scale:
+            return f"{self.name} inputs, {'static' if self.static else 'per-token'} global scale"
+        return f"{self.name} inputs per {self.granularity}"
+
+    def static_scale(self, largest: Tensor) -> Tensor:
+        """Return the static number of inputs whose largest magnitude over all of calibration is given, () float32."""
+        if self.format.global_scale:
+            return find_global_scale(largest, self.format)
+        return find_scale(largest.float().view(1, 1), self.format).view(())
+
+    def encode(self, rows: Tensor, static: Tensor | None = None) -> EncodedTensor:
+        """Return rounded inputs as codes and scales; see `round`."""
+        return encode(rows, self.format, **self._scales(static))
+
+    def round(self, rows: Tensor, static: Tensor | None = None) -> Tensor:
+        """Return inputs after rounding.
+
+        Args:
+            rows: (rows, columns) float32.
+            static: Number from `static_scale`, for a static rounding.
+
+        Returns:
+            (rows, columns) float32.
+
+        Raises:
+            ValueError: The static scale is missing.
+        """
+        if self.format.global_scale and not self.static:
+            # A matrix of one row each.
+            return fake_quantize(rows.unsqueeze(-2), self.format).squeeze(-2)
+        return fake_quantize(rows, self.format, **self._scales(static))
+
+    def _scales(self, static: Tensor | None) -> dict[str, Tensor]:
+        if not self.static:
+            return {}
+        if static is None:
+            raise ValueError(f"{self.label}: the static scale that calibration finds is missing")
+        if self.format.global_scale:
+            return {"global_scale": static.float().view(())}
+        return {"scale": static.float().view(1, 1)}
+
+
+def input_formats() -> tuple[str, ...]:
+    """Return the names of the formats that inputs can be rounded to."""
+    return tuple(name for name, one in FORMATS.items() if one.block[0] == 1 and one.symmetric)
