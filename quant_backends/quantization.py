@@ -54,7 +54,7 @@ class Quantization:
         _expect_unshared(model, self.specs, self.components)
         # On the meta device while a checkpoint is read: a model that cannot be rotated fails before a byte is read.
         sites = find_sites(model) if plan.specs and backend.rotates is not None else None
-        self.unrotated = frozenset() if sites is None else changed_layers(sites)
+        self.unrotated: frozenset[str] = frozenset() if sites is None else changed_layers(sites)
         self._done: dict[str, ModuleReport] = {}
         self._use: dict[str, tuple[int, ...]] = {}
 
@@ -129,11 +129,11 @@ class Quantization:
         if not self.unrotated or spec is None:
             return
         rotate(self.model, spec, self.specs.keys() if spec.online else ())
-        self.unrotated = frozenset()
         # A head that shared the embedding's weight has its own now.
-        for name in tuple(self.model.all_tied_weights_keys):
-            untie(self.model, name.removesuffix(".weight"))
-        self.tied = set()
+        for name in self.unrotated:
+            untie(self.model, name)
+        self.tied -= self.unrotated
+        self.unrotated = frozenset()
 
     def pending(self) -> Iterator[str]:
         """Yield the layers of the plan that are still dense."""

@@ -37,15 +37,22 @@ class Rotation:
         y = (x * signs).reshape(-1, self.size // self.block, self.block)
         if block is not None:
             y = y @ block
-        return (walsh_hadamard(y) / y.shape[1] ** 0.5).reshape(x.shape)
+        rotated: Tensor = walsh_hadamard(y) / y.shape[1] ** 0.5
+        return rotated.reshape(x.shape)
 
 
 @cache
 def _parts(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return signs (size,) and block (odd part, odd part); no block of order 1."""
     draw = torch.Generator().manual_seed(seed)
+    # Kept for later calls, which may need gradients.
+    with torch.inference_mode(False):
+        return _drawn(size, draw, dtype, device)
+
+
+def _drawn(size: int, draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
     signs = torch.randint(0, 2, (size,), generator=draw, dtype=torch.float64) * 2 - 1
-    order = Rotation(size, seed).block
+    order = Rotation(size, 0).block
     block = None if order == 1 else _orthogonal(order, draw).to(device, dtype)
     return signs.to(device, dtype), block
 
@@ -53,7 +60,8 @@ def _parts(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> tu
 def _orthogonal(order: int, draw: torch.Generator) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(order, order, generator=draw, dtype=torch.float64))
     # Signs that make the decomposition unique, so that all orthogonal matrices are equally likely.
-    return q * r.diagonal().sign()
+    unique: Tensor = q * r.diagonal().sign()
+    return unique
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 _PROBE_TOKENS = 16
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Of logits, relative to their spread; rounding of 16-bit weights is allowed `_ROUNDED`, and a wrong rotation gives 1."""
+"""Dtype -> largest distance of logits, relative to their spread; a wrong rotation gives about 1."""
 _ROUNDED = 0.25
+"""The same for weights of 16 bits, which are rounded anew."""
 
 Step = Callable[[Tensor], Tensor]
 
@@ -43,7 +44,9 @@ def rotate(model: PreTrainedModel, spec: RotationSpec, online: Collection[str] =
     sites = find_sites(model)
     away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if away is not None:
-        raise ValueError(f"rotation: {away} is out of reach on disk or in host memory; use a device_map without offload")
+        raise ValueError(
+            f"rotation: {away} is out of reach on disk or in host memory; use a device_map without offload"
+        )
     before = _logits(model, sites)
     _Rotating(model, sites, spec).run(frozenset(online))
     after = _logits(model, sites)
@@ -96,7 +99,7 @@ class _Rotating:
         self._read(self.sites.head, self._gain(self.sites.last_norm))
         self._neutralise(self.sites.last_norm)
 
-    def _module(self, name: str) -> nn.Module:
+    def _module(self, name: str) -> Any:
         return self.model.get_submodule(name)
 
     def _untie(self) -> None:
@@ -130,7 +133,8 @@ class _Rotating:
             layer.to(dtype)
 
     def _gain(self, norm: str) -> Tensor:
-        return self._module(norm).weight.double() + (1 - self.sites.neutral)
+        gain: Tensor = self._module(norm).weight.double() + (1 - self.sites.neutral)
+        return gain
 
     def _neutralise(self, norm: str) -> None:
         weight = self._module(norm).weight
@@ -150,14 +154,14 @@ def _by_head(rotation: Rotation, size: int) -> Step:
     return lambda x: rotation(x.unflatten(-1, (-1, size))).flatten(-2)
 
 
-def _change(layer: nn.Module, step: Step) -> None:
+def _change(layer: Any, step: Step) -> None:
     """Replace each row of a weight, a few at a time."""
     weight = layer.weight
     size = rows_per_block(weight.shape[1])
     weight.data = torch.cat([step(rows.double()).to(weight.dtype) for rows in weight.data.split(size)])
 
 
-def _change_outputs(layer: nn.Module, step: Step) -> None:
+def _change_outputs(layer: Any, step: Step) -> None:
     """Replace each column of a weight, a few at a time, and the bias."""
     weight = layer.weight
     size = rows_per_block(weight.shape[0])

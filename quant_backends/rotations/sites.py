@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ _BLOCK = re.compile(
     r"(input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm)\.weight"
     r"|(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.(weight|bias)"
 )
-_NEEDED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_NEEDED += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
+_LINEAR = (*(f"self_attn.{letter}_proj" for letter in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class Block(NamedTuple):
@@ -143,23 +143,26 @@ def _expect_structure(model: nn.Module, decoder: nn.Module) -> float:
             owner = decoder.get_submodule(name.rpartition(".")[0])
             raise _refusal(model, f"a rotation has no rule for {name} ({type(owner).__name__}) of its decoder")
     for index, layer in enumerate(layers):
-        parts = {name for name, _ in layer.named_modules()}
-        missing = next((name for name in _NEEDED if name not in parts), None)
-        if missing is not None:
-            raise _refusal(model, f"layer {index} of its decoder has no {missing}")
-        plain = next((n for n in _NEEDED if "proj" in n and not _is_linear(layer.get_submodule(n))), None)
-        if plain is not None:
-            raise _refusal(model, f"{plain} of layer {index} is no plain linear layer")
-        if layer.self_attn.q_proj.out_features != layer.self_attn.o_proj.in_features:
-            raise _refusal(model, f"attention of layer {index} makes more of its queries than heads")
+        why = _why_no_plain_block(layer)
+        if why is not None:
+            raise _refusal(model, f"layer {index} of its decoder has {why}")
     neutral = {_neutral(model, name, norm) for name, norm in _norms(decoder)}
     if len(neutral) != 1:
         raise _refusal(model, "its norms differ in kind")
     return neutral.pop()
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+def _why_no_plain_block(layer: Any) -> str | None:
+    """Return what a block lacks or has beyond a plain one; None for a plain one."""
+    parts = dict(layer.named_modules())
+    missing = next((name for name in (*_LINEAR, *_NORMS) if name not in parts), None)
+    if missing is not None:
+        return f"no {missing}"
+    special = next((name for name in _LINEAR if type(parts[name]).forward is not nn.Linear.forward), None)
+    if special is not None:
+        return f"a {special} that does more than multiply ({type(parts[special]).__name__})"
+    queries, outputs = layer.self_attn.q_proj.out_features, layer.self_attn.o_proj.in_features
+    return None if queries == outputs else f"an attention with {queries} queries, but {outputs} outputs"
 
 
 def _norms(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -168,7 +171,7 @@ def _norms(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _neutral(model: nn.Module, name: str, norm: nn.Module) -> float:
+def _neutral(model: nn.Module, name: str, norm: Any) -> float:
     """Return the weight at which a norm only divides by the root mean square, found by trying it out."""
     draw = torch.Generator().manual_seed(0)
     size = norm.weight.shape[0]
@@ -185,7 +188,7 @@ def _neutral(model: nn.Module, name: str, norm: nn.Module) -> float:
     raise _refusal(model, f"{name} ({type(norm).__name__}) is no RMSNorm, whose output a rotation of its input rotates")
 
 
-def _block(name: str, layer: nn.Module) -> Block:
+def _block(name: str, layer: Any) -> Block:
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     before, between = f"{name}.input_layernorm", f"{name}.post_attention_layernorm"
     return Block(
