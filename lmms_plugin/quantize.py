@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +15,15 @@ from lmms_plugin.utils.outputs import expect_free
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
+    from lmms_plugin.quant_backends.checkpoints.gguf.gguf_export import GgufModel
+    from lmms_plugin.quant_backends.checkpoints.gguf.gguf_file import GgufFile
     from lmms_plugin.quant_backends.plans.quant_report import QuantReport
     from lmms_plugin.vlm.wrapper import QuantizedVLM
+
+
+GGUF_SUFFIX = ".gguf"
+_GGUF_TYPES: Mapping[str, Any] = dict.fromkeys(("type", "embedding_type", "output_type", "vision_type"), str | None)
+"""Arguments of GGUF -> their types; what they mean is in `TypeChoice`."""
 
 
 class Asked(NamedTuple):
@@ -96,6 +104,62 @@ def inspect(asked: Asked, *, held_out: int) -> QuantReport:
     if held_out and report.quantized and not _is_checkpoint(asked.method):
         report = report.with_held_out_errors(_held_out(asked, vlm, held_out))
     return report
+
+
+def inspect_file(file: Path) -> GgufFile:
+    """Return what a GGUF file is, by the types of its tensors.
+
+    Raises:
+        ValueError: It is no such file, or damaged.
+        ImportError: The extra `gguf` is not installed.
+    """
+    # Imports an optional package.
+    from lmms_plugin.quant_backends.checkpoints.gguf.gguf_file import read
+
+    return read(file.expanduser())
+
+
+def write_gguf(text: str, folder: Path, *, converter: Path | None, option: str) -> GgufModel:
+    """Write a checkpoint as GGUF; nothing is calibrated, and the weights are read one by one.
+
+    Args:
+        text: `pretrained=`, and `type=`, `embedding_type=`, `output_type=`, `vision_type=` (see `TypeChoice`).
+        folder: New or empty folder.
+        converter: llama.cpp's own converter, for families that are not written here.
+        option: Name of the user's option for the folder, for messages.
+
+    Raises:
+        ValueError: An argument is unknown or has no effect, the family cannot be written, or a type does not fit.
+        ImportError: The extra `gguf` is not installed.
+    """
+    given = read_arguments(text)
+    method = str(given.pop("method", "none")).removeprefix("quant_")
+    if method not in ("none", "gguf"):
+        raise ValueError(
+            f"method={method}: GGUF has types of its own, which are written from unquantized weights: leave method "
+            "out, and choose with type= (Q8_0, Q4_0, ...)"
+        )
+    arguments = ModelArguments.parse(given, _GGUF_TYPES)
+    useless = sorted(given.keys() - {"pretrained", *_GGUF_TYPES})
+    if useless:
+        raise ValueError(
+            f"{useless[0]} has no effect on what is written as GGUF: leave it out (type= chooses the types)"
+        )
+    expect_free(folder, option)
+    checkpoint = arguments.find_checkpoint()
+    checkpoints.expect_there(checkpoint)
+    # These import an optional package, and torch.
+    from lmms_plugin.quant_backends.checkpoints.gguf.gguf_export import export
+    from lmms_plugin.quant_backends.checkpoints.gguf.tensor_types import TypeChoice
+
+    kinds = {name: value for name, value in arguments.options.items() if value is not None}
+    choice = TypeChoice(
+        kinds.get("type", TypeChoice.language),
+        kinds.get("embedding_type"),
+        kinds.get("output_type"),
+        kinds.get("vision_type"),
+    )
+    return export(checkpoint, folder, choice, converter=converter, option=option)
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:

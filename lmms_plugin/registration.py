@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.ending import ends_the_command
-from lmms_plugin.quant_backends import SERVED, class_name, model_name, names
+from lmms_plugin.quant_backends import GGUF, SERVED, class_name, model_name, names
 from lmms_plugin.tasks.sources.data_source import located
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.moved import MovedError
@@ -51,7 +51,7 @@ def manifests() -> "list[ModelManifest]":
     _warn_if_untested(version("lmms-eval"))
     make_tasks_visible()
     deal_by_image()
-    return [*(_manifest(ModelManifest, backend) for backend in names()), _served(ModelManifest)]
+    return [*(_manifest(ModelManifest, backend) for backend in names()), *_served(ModelManifest)]
 
 
 def _manifest(make: "type[ModelManifest]", backend: str) -> "ModelManifest":
@@ -60,9 +60,13 @@ def _manifest(make: "type[ModelManifest]", backend: str) -> "ModelManifest":
     return make(model_id=model_name(backend), chat_class_path=path, simple_class_path=f"{path}Simple")
 
 
-def _served(make: "type[ModelManifest]") -> "ModelManifest":
-    path = "lmms_plugin.vlm.served.model.QuantServed"
-    return make(model_id=model_name(SERVED), chat_class_path=path, simple_class_path=f"{path}Simple")
+def _served(make: "type[ModelManifest]") -> "list[ModelManifest]":
+    paths = {SERVED: "lmms_plugin.vlm.served.model", GGUF: "lmms_plugin.vlm.served.llamacpp.gguf_model"}
+    classes = {name: f"{module}.{class_name(name)}" for name, module in paths.items()}
+    return [
+        make(model_id=model_name(name), chat_class_path=path, simple_class_path=f"{path}Simple")
+        for name, path in classes.items()
+    ]
 
 
 def _warn_if_untested(found: str) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "ENTRY_POINTS",
+    "GGUF",
     "SERVED",
     "backend_class",
     "backend_name",
@@ -50,6 +51,8 @@ BACKENDS: dict[str, str] = {
 
 SERVED = "served"
 """Where a backend's name would be: this model's weights are a server's, which quantized them or not."""
+GGUF = "gguf"
+"""Likewise: this model is a GGUF file, which llama.cpp's server runs."""
 _PREFIX = "quant_"
 ENTRY_POINTS = "lmms_plugin.quant_backends"
 """Group of entry points by which other packages add backends: name -> a subclass of `Backend`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any, NamedTuple
 from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
 from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
-from lmms_plugin.quant_backends import SERVED, backend_name, get, model_name, names
+from lmms_plugin.quant_backends import GGUF, SERVED, backend_name, get, model_name, names
 from lmms_plugin.utils.reading import accounts
 
 DENSE_BITS = 16
 UNQUANTIZED = "unquantized"
 """Label of the reference model, which ran in 16 or 32 bits, whatever its `dtype` said."""
-_DENSE, _READY, _SERVED = model_name("none"), model_name("prequantized"), model_name(SERVED)
+_DENSE, _READY = model_name("none"), model_name("prequantized")
+_SERVED, _GGUF = model_name(SERVED), model_name(GGUF)
 _OF_THE_CACHE = "kv_"
 _STATED = "quantization=stated, not verified"
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
@@ -29,6 +31,7 @@ _NO_OPTIONS = frozenset(
         *("batch_size", "max_batch_size", "device", "device_map", "report", "save_quantized", "features", "resume"),
         *("resume_folder", "share_prefix", "static_cache", "parity", "trust_remote_code", "use_safetensors"),
         *("base_url", "concurrency", "timeout", "retries", "key_variable", "launch_timeout", "launch_log"),
+        *("threads", "slots", "gpu_layers", "converter"),
     )
 )
 
@@ -199,6 +202,8 @@ def _from_arguments(model: str, args: Mapping[str, Any]) -> Config:
         return Config(name, cached, DENSE_BITS if cached == method else None, None, "", "", _options(args))
     if model == _SERVED:
         return _served(name, args)
+    if model == _GGUF:
+        return _gguf(name, args)
     if backend is not None:
         method = _with_cache(method, args)
     if model == _READY or backend is None:
@@ -246,6 +251,15 @@ def _options_of_cell(model: str, args: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _marks(args: Mapping[str, Any]) -> tuple[str, ...]:
     return (_STATED,) if args.get("method") or args.get("bits") is not None else ()
+
+
+def _gguf(name: str, args: Mapping[str, Any]) -> Config:
+    """A GGUF file; one that was written for the run has the type that was asked for, of others only the file tells."""
+    kind = str(args.get("type") or "")
+    bits = re.search(r"\d+", kind)
+    options = _options({key: value for key, value in args.items() if key != "type"})
+    count = None if bits is None else min(DENSE_BITS, int(bits[0]))
+    return Config(name, f"gguf {kind}".strip(), count, None, "", "", options)
 
 
 def _defaults(method: str, args: Mapping[str, Any]) -> tuple[int | None, Mapping[str, str]]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lmms_plugin.export.measured import VerifiedRun
     from lmms_plugin.export.record_types import Relationship
 
+_GGUF = "gguf"
 Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the resamples.")]
 Level = Annotated[float, typer.Option(help="Confidence level of the intervals.")]
@@ -182,8 +183,16 @@ def quantize(
     model_args: Annotated[str, typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=rtn.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
     form: Annotated[
-        str, typer.Option("--format", help="auto, compressed-tensors, or own: this package's, which holds everything.")
+        str,
+        typer.Option(
+            "--format",
+            help="auto, compressed-tensors, own: this package's, which holds everything, or gguf (type=Q8_0).",
+        ),
     ] = "auto",
+    converter: Annotated[
+        Path | None,
+        typer.Option(help="llama.cpp's convert_hf_to_gguf.py, or a program that runs it; for --format gguf."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON what was written.")] = False,
 ) -> None:
     """Quantize a model, write a checkpoint for serving, and print which engines can load it."""
@@ -193,6 +202,11 @@ def quantize(
     from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
+    if converter is not None and form != _GGUF:
+        raise ValueError(f"--converter has no effect on --format {form}: leave it out, or take --format {_GGUF}")
+    if form == _GGUF:
+        _write_gguf(model_args, output, converter, json=json)
+        return
     asked = Asked.to_write(model_args, output, form, "--output")
     # Only now, since it imports torch and transformers.
     from lmms_plugin.export import checkpoint
@@ -206,6 +220,25 @@ def quantize(
         return
     typer.echo(f"{output}: {saved.format}, {saved.bytes / 1e6:.1f} MB; loaded by")
     for line in lines:
+        typer.echo(f"- {line}")
+
+
+def _write_gguf(model_args: str, output: Path, converter: Path | None, *, json: bool) -> None:
+    from lmms_plugin.quantize import write_gguf
+    from lmms_plugin.utils.messages import command_line
+    from lmms_plugin.utils.processes.quiet import stdout_to_stderr
+
+    with stdout_to_stderr(), Working("reading and writing"):
+        model = write_gguf(model_args, output, converter=converter, option="--output")
+    loaded = [
+        command_line(("lmms-eval", "--model", "quant_gguf", "--model_args", f"pretrained={output}")),
+        f"llama.cpp: llama-server --model {model.text.path.name} --mmproj {model.vision.path.name}",
+    ]
+    if json:
+        typer.echo(dumps({"format": _GGUF, **model.to_dict(), "readers": loaded}, indent=1))
+        return
+    typer.echo(f"{model.table()}\n{output}: loaded by")
+    for line in loaded:
         typer.echo(f"- {line}")
 
 

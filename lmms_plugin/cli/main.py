@@ -35,12 +35,13 @@ _INTERRUPTED = 128 + signal.SIGINT
 @app.command()
 def models() -> None:
     """List the models this package adds to lmms-eval (`lmms-eval models` lists built-in ones only)."""
-    from lmms_plugin.quant_backends import SERVED, get, model_name, names
+    from lmms_plugin.quant_backends import GGUF, SERVED, get, model_name, names
 
     for backend in names():
         summary = (get(backend).__doc__ or "").split("\n", 1)[0]
         typer.echo(f"{model_name(backend):24} {summary}")
     typer.echo(f"{model_name(SERVED):24} A checkpoint behind an OpenAI-compatible server (vLLM, SGLang, ...).")
+    typer.echo(f"{model_name(GGUF):24} GGUF files in llama.cpp, whose server is started for the run.")
 
 
 @app.command()
@@ -62,24 +63,30 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="All 18 corruptions instead of one noise, blur, weather and digital each.")
     ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="GGUF files in llama.cpp beside quant_none and quant_rtn (extra gguf).")
+    ] = False,
 ) -> None:
     """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and print one table."""
     from lmms_plugin.cli.demo_display import DemoProgress, show
     from lmms_plugin.demo import run
 
     expect_folder("--output", output)
-    run.run(output, bits, DemoProgress, show, limit, full=full)
+    run.run(output, bits, DemoProgress, show, limit, full=full, gguf=gguf)
 
 
 @app.command()
 def inspect(
-    model_args: Annotated[str, typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=awq.")],
+    model_args: Annotated[
+        str,
+        typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=awq; or a GGUF file."),
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON, layer by layer.")] = False,
     held_out: Annotated[
         int, typer.Option(min=0, help="Samples to compare outputs on with the dense model's; 0 for none.")
     ] = 4,
 ) -> None:
-    """Quantize a model and print the quantization report of every layer, without an evaluation."""
+    """Quantize a model and print the quantization report of every layer, or print what a GGUF file is."""
     from loguru import logger
 
     from lmms_plugin import quantize
@@ -87,6 +94,10 @@ def inspect(
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
+    if model_args.lower().endswith(quantize.GGUF_SUFFIX) and "=" not in model_args:
+        file = quantize.inspect_file(Path(model_args))
+        typer.echo(file.to_json() if json else file.table())
+        return
     asked = quantize.Asked.parse(model_args)
     # Only now, since this imports transformers.
     no_bars()

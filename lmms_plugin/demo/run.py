@@ -19,7 +19,8 @@ from lmms_plugin.analysis import logs
 from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.demo import pictures
 from lmms_plugin.demo.pace import DemoWatcher, Pace
-from lmms_plugin.quant_backends import get, model_name
+from lmms_plugin.quant_backends import GGUF, get, model_name
+from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.report import building
 from lmms_plugin.shifts.image.corruptions import SHIFTS
@@ -28,6 +29,8 @@ from lmms_plugin.utils.messages import command_line, counted
 from lmms_plugin.utils.processes import guard, installed
 
 METHODS = ("none", "rtn", "hqq", "awq")
+GGUF_TYPES = ("Q8_0", "Q5_0", "Q4_0")
+"""Types of GGUF tensors that are run beside round to nearest of as many bits as the first and the last have."""
 CLEAN, SHIFTED, SEVERITY = "shapes_rec", "shapes_shift", 3
 # Chosen for variety before their results were known: ImageNet-C's first noise, blur, weather and digital corruption.
 QUICK = ("gaussian_noise", "defocus_blur", "snow", "contrast")
@@ -88,6 +91,7 @@ def run(
     limit: int | None = None,
     *,
     full: bool = False,
+    gguf: bool = False,
 ) -> list[DemoRun]:
     """Run all methods, show the table, and write `report.html`, `report.md` and pictures into the folder `output`.
 
@@ -98,9 +102,11 @@ def run(
         show: Function that shows headings, rows and caption of the table.
         limit: Expressions per task, for quick trials; None for all.
         full: Whether to run all corruptions instead of one of each kind.
+        gguf: Whether to run GGUF files in llama.cpp beside round to nearest, instead of the methods.
 
     Raises:
         ValueError: A method cannot do these bits, before anything is run.
+        ImportError: GGUF is asked for, and the extra `gguf` is not installed.
         RuntimeError: A run left no results; names its log (lmms-eval exits with 0 after an error).
     """
     if limit is not None and limit < 1:
@@ -109,7 +115,10 @@ def run(
         get(method).check(QuantPlan.from_arguments(bits=bits))
     # A folder of their own: the page shows these runs and no earlier ones.
     folder = output / "runs" / time.strftime("%Y%m%d_%H%M%S")
-    commands = {model_name(method): command_of(method, folder, bits, limit, full=full) for method in METHODS}
+    if gguf:
+        commands = _gguf_commands(folder, limit, full=full)
+    else:
+        commands = {model_name(method): command_of(method, folder, bits, limit, full=full) for method in METHODS}
     runs = _evaluate(commands, folder, watch)
     show(HEADINGS, [cells(one) for one in runs], scope(runs[0]))
     images = [pictures.sheet(runs, task, output / f"{task}.png") for task in PICTURED]
@@ -132,10 +141,29 @@ def command_of(method: str, folder: Path, bits: int, limit: int | None, *, full:
         full: Whether to run all corruptions instead of a few.
     """
     arguments = "pretrained=demo" if method == "none" else f"pretrained=demo,bits={bits}"
+    return _command(method, arguments, folder / model_name(method), limit, full=full)
+
+
+def _command(method: str, arguments: str, output: Path, limit: int | None, *, full: bool) -> tuple[str, ...]:
     tasks = (CLEAN, SHIFTED) if full else (CLEAN, *(f"{SHIFTED}_{name}_{SEVERITY}" for name in QUICK))
     asked = ("--model", model_name(method), "--model_args", arguments, "--tasks", ",".join(tasks))
-    kept = ("--batch_size", "64", "--log_samples", "--output_path", str(folder / model_name(method)))
+    kept = ("--batch_size", "64", "--log_samples", "--output_path", str(output))
     return ("lmms-eval", *asked, *kept, *(("--limit", str(limit)) if limit is not None else ()))
+
+
+def _gguf_commands(folder: Path, limit: int | None, *, full: bool) -> dict[str, tuple[str, ...]]:
+    """Return the commands of GGUF files and of what stands beside them, by the names of their rows."""
+    for library in ("gguf", "xllamacpp"):
+        require(library, extra="gguf", user="the demo in llama.cpp")
+    rows = {model_name("none"): ("none", "pretrained=demo")}
+    for kind in GGUF_TYPES:
+        # One thread, as the other models have.
+        rows[f"{model_name(GGUF)}_{kind}"] = (GGUF, f"pretrained=demo,type={kind},threads=1")
+    for bits in (8, 4):
+        rows[f"{model_name('rtn')}_{bits}"] = ("rtn", f"pretrained=demo,bits={bits},group_size=32,symmetric=True")
+    return {
+        name: _command(method, arguments, folder / name, limit, full=full) for name, (method, arguments) in rows.items()
+    }
 
 
 def _evaluate(

@@ -10,7 +10,7 @@ from pathlib import Path
 PREFIX = "LMMS_PLUGIN_"
 
 CACHE = f"{PREFIX}CACHE"
-"""Folder of unfinished calibrations; if set to an empty text, none is kept."""
+"""Folder of unfinished calibrations and of converted checkpoints; if set to an empty text, none is kept."""
 
 API_KEY = f"{PREFIX}API_KEY"
 """Key of a server that `quant_served` asks, unless its arguments name another variable; never shown."""
@@ -38,3 +38,22 @@ def folder(name: str, environment: Mapping[str, str] = os.environ) -> Path | Non
             f"{name}={value}: expected a folder, but {value.partition(os.sep)[0]} has no home folder here; write the "
             "path in full"
         ) from error
+
+
+def cache_folder(kind: str) -> Path | None:
+    """Return the folder of what is kept of one kind: below `$LMMS_PLUGIN_CACHE`, or beside the Hugging Face cache.
+
+    None when the variable is empty.
+
+    Raises:
+        ValueError: The variable names the home folder of a user who has none here.
+    """
+    named = folder(CACHE)
+    if named is not None:
+        return named / kind
+    if CACHE in os.environ:
+        return None
+    # Imported late: this module is imported where no hub is.
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "lmms_plugin" / kind

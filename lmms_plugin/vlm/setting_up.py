@@ -57,12 +57,11 @@ def responder_of(
         ValueError: The model can do neither, or does not support the requested use of hidden states.
     """
     if is_matcher(model):
+        named = f"{arguments.pretrained} is a retrieval checkpoint"
         if wanted:
-            raise ValueError(
-                f"features, selector: {arguments.pretrained} is a retrieval checkpoint, which writes no answers"
-            )
+            raise ValueError(f"features, selector: {named}, which writes no answers")
         if cache_quantizer:
-            raise ValueError(f"kv_bits: {arguments.pretrained} is a retrieval checkpoint, which caches nothing")
+            raise ValueError(f"kv_bits: {named}, which caches nothing")
         matcher = Matcher(model, chat.processor, arguments.batch_size or AT_ONCE)
         return Retrieval(matcher, reader, str(arguments.pretrained), processes)
     engine = LocalEngine.of(

@@ -74,15 +74,9 @@ class QuantizedVLM(HarnessModel):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = device_of(self.arguments, self.accelerator)
-        cache_spec = self.arguments.cache_spec
-        if cache_spec is not None:
-            remote = {"trust_remote_code": self.arguments.trust_remote_code}
-            expect_plain_cache(config_of(path, **remote), cache_spec, self.arguments.pretrained)
+        self._expect_plain_cache(path)
         self.chat, self.reader = chat_of(path, self.arguments)
-        if self.arguments.verbalised and (self.reader.raw or self.dialect.raw_prompt):
-            raise ValueError(
-                f"verbalised: {self.arguments.pretrained} is asked without chat template, and knows no second turn"
-            )
+        self._expect_second_turn()
         self.model, _, self.report = load_quantized(
             path,
             backend=backend,
@@ -93,6 +87,7 @@ class QuantizedVLM(HarnessModel):
             processor=self.chat.processor,
             **{name: getattr(self.arguments, name) for name in _PASSED_ON},
         )
+        cache_spec = self.arguments.cache_spec
         self.cache_quantizer = None if cache_spec is None else CacheQuantizer.of(self.model, cache_spec)
         self.responder = responder_of(
             self.model,
@@ -106,6 +101,17 @@ class QuantizedVLM(HarnessModel):
             facts=self._facts(path),
         )
         self._account()
+
+    def _expect_second_turn(self) -> None:
+        if self.arguments.verbalised and (self.reader.raw or self.dialect.raw_prompt):
+            raise ValueError(
+                f"verbalised: {self.arguments.pretrained} is asked without chat template, and knows no second turn"
+            )
+
+    def _expect_plain_cache(self, path: str) -> None:
+        if (spec := self.arguments.cache_spec) is not None:
+            config = config_of(path, trust_remote_code=self.arguments.trust_remote_code)
+            expect_plain_cache(config, spec, self.arguments.pretrained)
 
     def _facts(self, path: str) -> dict[str, str]:
         """Return the facts that decide the answers, for a comparison with another engine."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -133,21 +132,8 @@ class Journal:
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of unfinished calibrations: `$LMMS_PLUGIN_CACHE`, or one beside the Hugging Face cache.
-
-    None when the variable is empty.
-
-    Raises:
-        ValueError: The variable names the home folder of a user who has none here.
-    """
-    named = variables.folder(variables.CACHE)
-    if named is not None:
-        return named / "calibration"
-    if variables.CACHE in os.environ:
-        return None
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME) / "lmms_plugin" / "calibration"
+    """Return the folder of unfinished calibrations; see `variables.cache_folder`."""
+    return variables.cache_folder("calibration")
 
 
 def code_key() -> str:

@@ -72,7 +72,7 @@ class PrequantizedBackend(CheckpointBackend):
                 f"{path} is not quantized: its config has no quantization_config; use quant_none, quant_rtn, ..."
             )
         method = str(quantization.get("quant_method"))
-        label = f"{method}, KV cache not quantized" if keeps_cache(quantization) else method
+        label = f"{method}, KV scheme not taken" if leaves_cache(quantization) else method
         extra = _prepare(path, config, quantization)
         model, info = class_of(config).from_pretrained(
             path, config=config, output_loading_info=True, **options, **extra
@@ -84,11 +84,11 @@ class PrequantizedBackend(CheckpointBackend):
         return LoadedCheckpoint(model, info, label, dense)
 
 
-def keeps_cache(quantization: Mapping[str, Any]) -> bool:
-    """Return whether a config asks for a quantized key-value cache, which is not done here; a warning says so."""
+def leaves_cache(quantization: Mapping[str, Any]) -> bool:
+    """Return whether a config asks for a quantized key-value cache, which is not taken from it; a warning says so."""
     asked = quantization.get("kv_cache_scheme")
     if asked:
-        logger.warning("its config asks for a key-value cache of {}, which stays in 16 bits here", asked)
+        logger.warning("its config asks for a key-value cache of {}, which is not taken from it: see kv_format", asked)
     return bool(asked)
 
 

@@ -43,8 +43,9 @@ def test_rejection_is_recomputed_from_the_log(outcome, task, commands, tmp_path)
     table = json.loads(outcome.read_text())["results"][task]
     records = [sample["box_rate"] for sample in samples(outcome, task)]
     assert [record["matches"] for record in records] == [1.0, 0.0] * (len(records) // 2)
-    printed = commands.output("lmms-plugin", "metrics", outcome, "--json", "--resamples", "20", cwd=tmp_path)
-    numbers = {row["metric"]: row["value"] for row in json.loads(printed)[0]["metrics"] if row["task"] == task}
+    done = commands.run("lmms-plugin", "metrics", outcome, "--json", "--resamples", "20", cwd=tmp_path)
+    done.check_returncode()
+    numbers = {row["metric"]: row["value"] for row in json.loads(done.stdout)[0]["metrics"] if row["task"] == task}
     assert set(numbers) <= {name.split(",")[0] for name in table}
     for name in ("rejection_auroc", "rejection_fpr@0.95", "confidence_falls", "box_rate_true", "box_rate_changed"):
         assert numbers[name] == pytest.approx(table[f"{name},none"]), name

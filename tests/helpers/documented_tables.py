@@ -25,6 +25,7 @@ from lmms_plugin.tasks.grounding.referring import ReferringSet
 from lmms_plugin.tasks.retrieval import matching
 from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
+from lmms_plugin.vlm.served.llamacpp.gguf_options import GgufOptions
 from lmms_plugin.vlm.served.options import ServedOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -56,8 +57,17 @@ def arguments() -> str:
 
 def served() -> str:
     """What `--model_args` takes for served models besides."""
-    said = attributes(ServedOptions)
-    cells = {one.name: "" if one.default is MISSING else _default(one) for one in fields(ServedOptions)}
+    return _of_options(ServedOptions)
+
+
+def gguf() -> str:
+    """What `--model_args` takes for GGUF files besides."""
+    return _of_options(GgufOptions)
+
+
+def _of_options(kind: type) -> str:
+    said = attributes(kind)
+    cells = {one.name: "" if one.default is MISSING else _default(one) for one in fields(kind)}
     rows = ((f"`{name}`", default, said[name]) for name, default in cells.items())
     return table(("argument", "default", "meaning"), rows)
 
@@ -136,6 +146,7 @@ def columns() -> str:
 TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "arguments": ("model_arguments.md", arguments),
     "served": ("served.md", served),
+    "gguf": ("gguf.md", gguf),
     "methods": ("quantizers.md", methods),
     "options": ("quantizers.md", options),
     "formats": ("formats.md", formats),

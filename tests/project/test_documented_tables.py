@@ -14,7 +14,7 @@ from lmms_plugin.export.every_eval_ever import EvaluationSource
 from lmms_plugin.leaderboard.submission import Manifest
 from lmms_plugin.protocol import response
 from lmms_plugin.protocol.response import Response, Token
-from lmms_plugin.quant_backends import SERVED, names
+from lmms_plugin.quant_backends import GGUF, SERVED, names
 from lmms_plugin.quant_backends.checkpoints.own_format import SavedConfig
 from lmms_plugin.selector.features import FeatureOrigin, Features
 from lmms_plugin.tasks.grounding import comprehension
@@ -69,7 +69,7 @@ def test_tasks_of_the_readme_are_tasks():
 
 
 def test_the_readme_has_every_model():
-    assert first_cells(section(README, "Models")) == [f"quant_{name}" for name in (*names(), SERVED)]
+    assert first_cells(section(README, "Models")) == [f"quant_{name}" for name in (*names(), SERVED, GGUF)]
 
 
 def test_the_readme_is_short():

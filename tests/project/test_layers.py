@@ -51,7 +51,8 @@ MODELS = {
     "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers utils"
     " vlm.contracts vlm.generation vlm.kv_cache vlm.running",
     "vlm.served.options": "arguments utils",
-    "vlm.served": "arguments protocol utils vlm vlm.contracts vlm.generation vlm.running vlm.served.options",
+    "vlm.served": "arguments protocol quant_backends.checkpoints quant_backends.extras utils vlm vlm.contracts"
+    " vlm.generation vlm.running vlm.served.options",
 }
 STUDIES = {
     "study.file": "analysis arguments confidence demo metrics quant_backends quant_backends.backend"
@@ -101,8 +102,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         " quant_backends.methods quant_backends.plans quant_backends.structure quantize registration tasks.registry"
         f" utils {OURS}",
         "leaderboard": f"analysis export quant_backends.plans utils {OURS}",
-        "demo.run": "analysis demo harness_log quant_backends quant_backends.plans report shifts.image shifts.language"
-        " tasks.grounding tasks.registry utils",
+        "demo.run": "analysis demo harness_log quant_backends quant_backends.extras quant_backends.plans report"
+        " shifts.image shifts.language tasks.grounding tasks.registry utils",
         "cli": "analysis demo.run doctor export leaderboard metrics quant_backends quantize report selector"
         " side_by_side study.file study.run study.verdicts tasks.registry utils",
     }.items()

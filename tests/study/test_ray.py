@@ -84,10 +84,12 @@ def _descends(pid: int, ancestors: set[int]) -> bool:
 
 
 @pytest.mark.slow
-def test_a_lost_machine_changes_no_number(cluster: tuple[Any, Any], undisturbed: Path, tmp_path: Path) -> None:
+def test_a_lost_machine_changes_no_number(cluster: tuple[Any, Any], tmp_path: Path) -> None:
     machines, machine = cluster
     file = tmp_path / "study.yaml"
     file.write_text(STUDY, encoding="utf-8")
+    here = execution.run(file, tmp_path / "here", Display, jobs=2)
+    assert here.complete, here.problems
     lost: list[str] = []
     threading.Thread(target=lose_when_busy, args=(machines, machine, lost), daemon=True).start()
     there = execution.run(
@@ -96,7 +98,7 @@ def test_a_lost_machine_changes_no_number(cluster: tuple[Any, Any], undisturbed:
     assert lost
     assert there.complete, there.problems
     assert not there.problems
-    expected, found = table(undisturbed), table(tmp_path / "there")
+    expected, found = table(tmp_path / "here"), table(tmp_path / "there")
     assert expected.keys() == found.keys()
     np.testing.assert_equal(found, expected)
     stored = sorted(done.parent.name for done in (tmp_path / "shared" / "cells").glob(f"*/{DONE}"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.small_studies import CELL, PLUGIN, STUDY, start, write
+from helpers.small_studies import CELL, STUDY
 
 from lmms_plugin.analysis import logs
 from lmms_plugin.analysis.study_files import DONE, LOG
@@ -23,6 +23,31 @@ from lmms_plugin.study.run import attempt
 from lmms_plugin.study.run.attempt import Attempt
 from lmms_plugin.utils.files import read_json
 from lmms_plugin.utils.hashing import of_files
+
+PLUGIN = Path(sys.executable).parent / "lmms-plugin"
+# Offline there is no RefCOCO+; the last line of the log says so.
+FAILING = """cells: [{method: none, tasks: [refcocoplus_rec_val]}]
+analysis: {kind: components, question: Which one, metrics: [ece]}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "study.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def start(file: Path, output: Path) -> subprocess.Popen[str]:
+    command = [str(PLUGIN), "study", "run", str(file), "--output", str(output), "--jobs", "2"]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=output.parent,
+        # A shell has its background jobs ignore interrupts, and the tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def read_until(process: subprocess.Popen[str], words: str) -> None:
@@ -68,6 +93,22 @@ def working_in(output: Path) -> list[int]:
         if where.startswith(str(output)):
             found.append(int(process.name))
     return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "out").mkdir()
+    for name in ("study.yaml", "verdict.json", "verdict.md"):
+        (folder / "out" / name).write_text("Of an earlier study.", encoding="utf-8")
+    process = start(write(folder, STUDY + FAILING), folder / "out")
+    said, _ = process.communicate()
+    assert process.returncode == 1, said
+    assert "FAILED" in said
+    assert "The analysis was not made: of 3 cells 1 failed." in said
+    assert f"study analyse {folder / 'out'} --partial" in said
+    assert not list((folder / "out").glob("verdict.*"))
+    return folder / "out"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from helpers.small_studies import CELL
 
 from lmms_plugin.study.file.grid import Cell, Resources
@@ -71,6 +72,17 @@ def test_a_server_that_has_died_gives_its_gpus_back_and_is_started_again(tmp_pat
         assert not servers.gpus
         assert borrowed(cell, dict(servers.lend(cell, ("0",)))).ended is None
         assert servers.gpus == {"0"}
+    finally:
+        servers.end_unused(())
+
+
+def test_cells_find_it_from_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    servers, cell = SharedServers(Path("servers")), served("a", "shapes_rec")
+    try:
+        variables = dict(servers.lend(cell, ()))
+        monkeypatch.chdir("/")
+        assert borrowed(cell, variables).ended is None
     finally:
         servers.end_unused(())
 

@@ -79,11 +79,13 @@ class SharedServers:
         return self._running[key].lent
 
     def _started(self, key: _Key, command: LaunchCommand, gpus: tuple[str, ...]) -> _Shared:
-        self.folder.mkdir(exist_ok=True)
+        # Cells run in folders of their own.
+        folder = self.folder.absolute()
+        folder.mkdir(exist_ok=True)
         # Several runners may work on one folder.
         name = f"{hashing.of_value(list(key))[:_LENGTH]}-{os.getpid()}"
-        file = self.folder / f"{name}.json"
-        server = Server.of(command, self.folder / f"{name}.log", {"CUDA_VISIBLE_DEVICES": ",".join(gpus)})
+        file = folder / f"{name}.json"
+        server = Server.of(command, folder / f"{name}.log", {"CUDA_VISIBLE_DEVICES": ",".join(gpus)})
         return _Shared(server, gpus, file, lent_servers.lend(server, command, file))
 
     def end_unused(self, cells: Iterable[Cell]) -> None:

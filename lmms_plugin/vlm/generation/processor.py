@@ -98,6 +98,15 @@ class Chat:
         low, high = images.size["shortest_edge"], images.size["longest_edge"]
         images.size = type(images)(min_pixels=least or low, max_pixels=most or high).size
 
+    def image_token_limits(self) -> tuple[int, int] | None:
+        """Return the fewest and most tokens of an image; None where this processor does not resize by area."""
+        images = self.processor.image_processor
+        patch = getattr(images, "patch_size", None)
+        if "max_pixels" not in getattr(getattr(images, "valid_kwargs", None), "__annotations__", {}) or not patch:
+            return None
+        pixels = (patch * getattr(images, "merge_size", 1)) ** 2
+        return math.ceil(images.size["shortest_edge"] / pixels), images.size["longest_edge"] // pixels
+
     def expect_system_prompts(self) -> None:
         """Check that a system message reaches the model.
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from lmms_plugin.protocol.prompts import Prompt, RequestError
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
+from lmms_plugin.vlm.served.client import Client
 
 MOST_LISTED = 20
 """Alternatives of a token that servers list at most."""
 MOST_NAMED = 128
 """Tokens whose log-probabilities are asked for by id at most; a vocabulary may have a thousand numbers."""
-_SEEDS = 2**31
+SEEDS = 2**31
 """Seeds below this are taken everywhere."""
 
 
@@ -44,9 +45,48 @@ class RequestForm:
             yield cls(extended=False, named=False, listed=listed)
 
 
+class Requests(Protocol):
+    """Writes requests for one served model, and gets answers in the form of the chat API.
+
+    Attributes:
+        form: of the server.
+    """
+
+    @property
+    def form(self) -> RequestForm:
+        """Which fields the server takes and answers."""
+
+    def shown(self, prompt: Prompt, images: Sequence[str]) -> Any:
+        """Return a prompt as the API takes it; see `messages_of`."""
+
+    def body(
+        self,
+        shown: Any,
+        settings: GenerationSettings,
+        *,
+        seed: int = 0,
+        probabilities: bool = True,
+        digits: bool = False,
+    ) -> dict[str, Any]:
+        """Return the body of a request; see `Asking.body`."""
+
+    def ask(
+        self,
+        client: Client,
+        body: Mapping[str, Any],
+        images: Mapping[str, bytes] | None = None,
+        *,
+        patient: bool = True,
+    ) -> dict[str, Any]:
+        """Ask; see `Client.chat`."""
+
+    def unsent(self, settings: GenerationSettings) -> str:
+        """Say which wish of a task this server has no field for; "" if it has all."""
+
+
 @dataclass(frozen=True)
 class Asking:
-    """Writes requests for one served model.
+    """Writes requests of the chat API for one served model.
 
     Attributes:
         model: Name under which it is served.
@@ -63,6 +103,21 @@ class Asking:
     def with_form(self, form: RequestForm) -> Asking:
         """The same for another form."""
         return replace(self, form=form)
+
+    def shown(self, prompt: Prompt, images: Sequence[str]) -> list[dict[str, Any]]:
+        """Return a prompt's messages; see `messages_of`."""
+        return messages_of(prompt, images)
+
+    def ask(
+        self,
+        client: Client,
+        body: Mapping[str, Any],
+        images: Mapping[str, bytes] | None = None,
+        *,
+        patient: bool = True,
+    ) -> dict[str, Any]:
+        """Ask; see `Client.chat`."""
+        return client.chat(body, images, patient=patient)
 
     @property
     def names_numbers(self) -> bool:
@@ -98,7 +153,7 @@ class Asking:
             "frequency_penalty": 0.0,
             "n": 1,
             "stream": False,
-            "seed": seed % _SEEDS,
+            "seed": seed % SEEDS,
         }
         if settings.until:
             body["stop"] = list(settings.until)

@@ -131,10 +131,12 @@ class Client:
         url = f"{self.base_url}/chat/completions"
         return self._patiently(lambda: _expect_choices(self._once("POST", url, content), self.base_url), patient)
 
-    def post(self, url: str, body: Mapping[str, Any], images: Mapping[str, bytes] | None = None) -> dict[str, Any]:
+    def post(
+        self, url: str, body: Mapping[str, Any], images: Mapping[str, bytes] | None = None, *, patient: bool = True
+    ) -> dict[str, Any]:
         """Ask something else than the chat API; see `chat`."""
         content = _encoded(body, images or {})
-        return self._patiently(lambda: self._once("POST", url, content), patient=True)
+        return self._patiently(lambda: self._once("POST", url, content), patient)
 
     def end(self) -> None:
         """Break off waiting, and every request under way; the client is of no use afterwards."""

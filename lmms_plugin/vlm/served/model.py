@@ -15,7 +15,7 @@ from PIL import Image
 
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.protocol.dialects import Dialect
-from lmms_plugin.protocol.prompts import PromptReader
+from lmms_plugin.protocol.prompts import Prompt, PromptReader
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import ends_of_checkpoint
@@ -27,15 +27,18 @@ from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.harness_model import HarnessModel
 from lmms_plugin.vlm.jobs import Generation
-from lmms_plugin.vlm.served.asking import Asking, RequestForm, messages_of
+from lmms_plugin.vlm.served.asking import Asking, RequestForm, Requests
 from lmms_plugin.vlm.served.checking import PromptCheck
-from lmms_plugin.vlm.served.client import Client
+from lmms_plugin.vlm.served.client import Client, ServerError
 from lmms_plugin.vlm.served.keeping import KeptAnswers
 from lmms_plugin.vlm.served.launching import Launched, temporary_log
 from lmms_plugin.vlm.served.likelihoods import likelihoods_of
+from lmms_plugin.vlm.served.llamacpp.completion import RenderedAsking
+from lmms_plugin.vlm.served.llamacpp.first_completion import probe_rendered
+from lmms_plugin.vlm.served.llamacpp.forced_tokens import ForcedTokens
 from lmms_plugin.vlm.served.load import Gate
-from lmms_plugin.vlm.served.options import OPTION_TYPES, ServedOptions, expect_effect
-from lmms_plugin.vlm.served.probing import STATED, Found, find, probe
+from lmms_plugin.vlm.served.options import AUTO, CHAT, OPTION_TYPES, ServedOptions, expect_effect
+from lmms_plugin.vlm.served.probing import LLAMACPP, STATED, Found, find, probe
 from lmms_plugin.vlm.served.remote_engine import ServedEngine
 from lmms_plugin.vlm.served.sent_images import Resizer, data_url
 from lmms_plugin.vlm.served.tokens import Vocabulary
@@ -43,7 +46,8 @@ from lmms_plugin.vlm.setting_up import chat_of
 
 Told = TypeVar("Told")
 _FIRST_QUESTION = "What is in this picture?"
-_FIRST_SIZE = (224, 168)
+_FIRST_SIZE, _SQUARE = (224, 168), (224, 224)
+"""Of the drawn picture. llama.cpp stretches or pads other images in its own way, which shows on the documents."""
 
 
 class QuantServed(HarnessModel):
@@ -138,6 +142,7 @@ class QuantServed(HarnessModel):
             "stated": {name: value for name, value in stated.items() if value is not None},
             "of_stated": STATED,
             "prompts": self._check.compares(self.found.response) or "not compared: the server tells nothing of them",
+            "written": "rendered by the checkpoint's processor" if self.found.rendered else "by the chat API",
             "log_probabilities": self.found.form.listed is not None,
             "digits": self.found.digits,
             "token_ids": self.found.token_ids,
@@ -213,22 +218,21 @@ class QuantServed(HarnessModel):
         )
         check = PromptCheck(chat, stops=self.options.mismatch == "error")
         resizer = Resizer(chat.processor.image_processor)
-        picture = Image.linear_gradient("L").resize(_FIRST_SIZE).convert("RGB")
-        content = [{"type": "image", "url": picture}, {"type": "text", "text": _FIRST_QUESTION}]
-        prompt = reader.read([{"role": "user", "content": content}], "a first question about a drawn image")
-        urls = [data_url(resizer.seen(image)) for image in prompt.images]
-        messages = messages_of(prompt, urls)
-        found = self._first(lambda client: probe(client, asking, messages, vocabulary))
-        check.agrees(prompt, check.expected(prompt), found.response)
+        asked, found = self._first(lambda client: self._probed(client, asking, vocabulary, check, reader, resizer))
         kept = None
         if self.arguments.resume_folder:
-            identity = {"served": asdict(self.served), "checkpoint": self._path, "form": asdict(found.form)}
+            identity: dict[str, Any] = {
+                "served": asdict(self.served),
+                "checkpoint": self._path,
+                "form": asdict(found.form),
+            }
+            identity |= {"rendered": True} if found.rendered else {}
             kept = KeptAnswers.of(self.arguments.resume_folder, identity)
             if kept.found and self.rank == 0:
                 logger.info("{}: going on with {} answers in {}", self.served.model, kept.found, kept.file)
         return found, ServedEngine(
             self._client,
-            asking.with_form(found.form),
+            asked,
             vocabulary,
             chat,
             reader,
@@ -241,8 +245,37 @@ class QuantServed(HarnessModel):
             self.arguments.samples,
             self.arguments.sample_temperature,
             kept,
-            likelihoods_of(self.served.engine, asking.with_form(found.form)),
+            ForcedTokens(asked)
+            if isinstance(asked, RenderedAsking)
+            else likelihoods_of(self.served.engine, asking.with_form(found.form)),
         )
+
+    def _probed(
+        self,
+        client: Client,
+        asking: Asking,
+        vocabulary: Vocabulary,
+        check: PromptCheck,
+        reader: PromptReader,
+        resizer: Resizer,
+    ) -> tuple[Requests, Found]:
+        """Ask the first question: by a rendered prompt where the server takes one, else by the chat API."""
+        if self.options.prompts != CHAT:
+            prompt, images = _first_question(reader, resizer, _SQUARE)
+            rendered = probe_rendered(client, self.served, vocabulary, check, prompt, images)
+            if rendered is not None:
+                check.agrees(prompt, check.expected(prompt), rendered[1].response)
+                return rendered
+            if self.options.prompts != AUTO:
+                raise ServerError(
+                    f"prompts={self.options.prompts}: {client.root} is no llama.cpp that takes rendered prompts with "
+                    "images (no media_marker in /props), or this processor writes an image in several pieces"
+                )
+        size = _SQUARE if self.served.engine == LLAMACPP else _FIRST_SIZE
+        prompt, images = _first_question(reader, resizer, size)
+        found = probe(client, asking, asking.shown(prompt, images), vocabulary)
+        check.agrees(prompt, check.expected(prompt), found.response)
+        return asking.with_form(found.form), found
 
     def _account(self) -> None:
         """Say, and keep as far as the user asks for it, what is served."""
@@ -266,6 +299,14 @@ class QuantServed(HarnessModel):
             place = Path(self.arguments.report).expanduser()
             place.parent.mkdir(parents=True, exist_ok=True)
             files.replace_text(place, json.dumps({"served": account}, indent=1) + "\n")
+
+
+def _first_question(reader: PromptReader, resizer: Resizer, size: tuple[int, int]) -> tuple[Prompt, list[str]]:
+    """Return a question about a drawn picture of a size, and the data URL of the picture."""
+    picture = Image.linear_gradient("L").resize(size).convert("RGB")
+    content = [{"type": "image", "url": picture}, {"type": "text", "text": _FIRST_QUESTION}]
+    prompt = reader.read([{"role": "user", "content": content}], "a first question about a drawn image")
+    return prompt, [data_url(resizer.seen(image)) for image in prompt.images]
 
 
 class QuantServedSimple(QuantServed):

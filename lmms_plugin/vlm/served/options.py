@@ -16,6 +16,8 @@ from lmms_plugin.utils.variables import API_KEY
 
 MISMATCH = ("error", "warn")
 OF_THE_CACHE = ("kv_bits", "kv_image_bits", "kv_format", "kv_group_size", "kv_keys", "kv_part", "kv_keep")
+AUTO, RENDERED, CHAT = "auto", "rendered", "chat"
+PROMPTS = (AUTO, RENDERED, CHAT)
 OF_THE_SERVER = (
     *("group_size", "vision_bits", "connector_bits", "language_bits", "head_bits", "symmetric", "plan"),
     *("calibration", "calibration_samples", "dtype", "device", "device_map", "attn_implementation", "static_cache"),
@@ -42,6 +44,9 @@ class ServedOptions:
         retries: Number of further attempts when the server is busy or does not answer.
         mismatch: Reaction to a server that makes other tokens of a prompt than the checkpoint's processor: `error`
             or `warn`.
+        prompts: Writing of prompts: `rendered` by the checkpoint's processor and sent raw (llama.cpp's `/completion`),
+            as messages of the `chat` API, which the server's own template renders, or `auto`: rendered where the
+            server takes that.
         method: Quantization of the model, as far as its user knows.
         key_variable: Environment variable that holds the key of the server, if it wants one.
     """
@@ -55,6 +60,7 @@ class ServedOptions:
     timeout: float = 600.0
     retries: int = 8
     mismatch: str = "error"
+    prompts: str = AUTO
     method: str | None = None
     key_variable: str = API_KEY
 
@@ -79,6 +85,8 @@ class ServedOptions:
                 raise ValueError(f"{name} must be at least {least:g}, got {getattr(self, name)}")
         if self.mismatch not in MISMATCH:
             raise ValueError(f"mismatch must be one of {', '.join(MISMATCH)}, got {self.mismatch!r}")
+        if self.prompts not in PROMPTS:
+            raise ValueError(f"prompts must be one of {', '.join(PROMPTS)}, got {self.prompts!r}")
 
     def _expect_address(self, url: str) -> None:
         parts = urlsplit(url)

@@ -15,7 +15,8 @@ from lmms_plugin.vlm.served.checking import counted
 from lmms_plugin.vlm.served.client import Client, Passing, RequestRefused, ServerError
 from lmms_plugin.vlm.served.tokens import Vocabulary
 
-_PROBE = GenerationSettings(max_new_tokens=4)
+PROBE = GenerationSettings(max_new_tokens=4)
+LLAMACPP = "llamacpp"
 STATED = "stated, not verified"
 
 
@@ -77,18 +78,18 @@ def _entries(response: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _described(client: Client, entry: Mapping[str, Any]) -> Served:
     owner = entry.get("owned_by")
-    engine = owner if owner in ("vllm", "sglang", "llamacpp", "lmdeploy") else None
+    engine = owner if owner in ("vllm", "sglang", LLAMACPP, "lmdeploy") else None
     told: dict[str, Any] = {"max_model_len": entry.get("max_model_len"), "root": entry.get("root")}
-    version = _optional(client, "version").get("version")
+    version = optional(client, "version").get("version")
     if engine in ("vllm", None):
-        config = _optional(client, "server_info?config_format=json").get("vllm_config") or {}
+        config = optional(client, "server_info?config_format=json").get("vllm_config") or {}
         told |= _of_vllm(config) if isinstance(config, Mapping) else {}
     if engine == "sglang":
-        info = _optional(client, "get_server_info")
+        info = optional(client, "get_server_info")
         version = info.get("version", version)
         told |= {name: info.get(name) for name in ("dtype", "quantization", "model_path")}
-    if engine == "llamacpp":
-        props = _optional(client, "props")
+    if engine == LLAMACPP:
+        props = optional(client, "props")
         version = props.get("build_info", version)
         told |= {name: props.get(name) for name in ("model_path", "model_ftype")}
     plain = {name: value for name, value in told.items() if isinstance(value, str | int | float | bool)}
@@ -106,7 +107,8 @@ def _of_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _optional(client: Client, path: str) -> dict[str, Any]:
+def optional(client: Client, path: str) -> dict[str, Any]:
+    """Fetch a page of a server's that need not be there; nothing if it is not."""
     try:
         return client.get(f"{client.root}/{path}")
     except ServerError:
@@ -122,12 +124,14 @@ class Found:
         response: Response to the request.
         token_ids: Whether ids of an answer's tokens come with it, log-probabilities or not.
         digits: Source of alternatives of digits: `logprob_token_ids`, `top_logprobs (N)`, or none.
+        rendered: Whether prompts are sent as the checkpoint's processor renders them, and not as messages.
     """
 
     form: RequestForm
     response: Mapping[str, Any]
     token_ids: bool
     digits: str | None
+    rendered: bool = False
 
 
 def probe(
@@ -148,7 +152,7 @@ def probe(
         ServerError: the server answers none of them, or in a way that does not fit the checkpoint.
     """
     form, response = _accepted(
-        lambda form: client.chat(asking.with_form(form).body(messages, _PROBE, digits=True), patient=False)
+        lambda form: client.chat(asking.with_form(form).body(messages, PROBE, digits=True), patient=False)
     )
     asking = asking.with_form(form)
     choice = response["choices"][0]

@@ -19,7 +19,7 @@ from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import traits_of
 from lmms_plugin.vlm.running.scheduling import MOST_READERS, by_image, working_on
-from lmms_plugin.vlm.served.asking import Asking, messages_of
+from lmms_plugin.vlm.served.asking import Requests
 from lmms_plugin.vlm.served.checking import ExpectedPrompt, PromptCheck, counted
 from lmms_plugin.vlm.served.client import Client, ServerError
 from lmms_plugin.vlm.served.keeping import KeptAnswers
@@ -39,7 +39,7 @@ class Question(NamedTuple):
         job: Number of the job that it belongs to.
         sample: Number of a further answer; None for the answer itself.
         prompt: Prompt as our processor shows it.
-        messages: Messages as the API takes them, images by their names.
+        shown: Prompt as the API takes it, images by their names.
         images: Name -> data URL.
         settings: Settings of generation.
         seed: Seed of sampling.
@@ -50,7 +50,7 @@ class Question(NamedTuple):
     job: int
     sample: int | None
     prompt: Prompt
-    messages: list[dict[str, Any]]
+    shown: Any
     images: Mapping[str, bytes]
     settings: GenerationSettings
     seed: int
@@ -81,7 +81,7 @@ class ServedEngine:
     """
 
     client: Client
-    asking: Asking
+    asking: Requests
     vocabulary: Vocabulary
     chat: Chat
     reader: PromptReader
@@ -191,12 +191,12 @@ class ServedEngine:
                 prompt = job.prompt(self.reader)
                 self._expect_possible(job, prompt)
                 images = [self._sent(image, sent) for image in prompt.images]
-                messages = messages_of(prompt, [image.name for image in images])
+                asked_for = self.asking.shown(prompt, [image.name for image in images])
                 opened = self.chat.opened_by(prompt) if evidence and prompt.wants_confidence else ""
                 expected = self.check.expected(prompt)
                 seed = job.request.seed(self.seed)
                 asked.append(
-                    Question(index, None, prompt, messages, dict(images), job.settings, seed, opened, expected)
+                    Question(index, None, prompt, asked_for, dict(images), job.settings, seed, opened, expected)
                 )
                 drawn = replace(job.settings, sampling=Sampling(self.sample_temperature))
                 for sample in range(self._further(prompt, evidence)):
@@ -245,7 +245,7 @@ class ServedEngine:
         wanted = self.judges and evidence and prompt.wants_confidence and question.sample is None
         digits = wanted and self.digits and prompt.grounding is not None and prompt.grounding.digits
         body = self.asking.body(
-            question.messages,
+            question.shown,
             question.settings,
             seed=question.seed,
             probabilities=wanted or not self.token_ids,
@@ -253,7 +253,7 @@ class ServedEngine:
         )
 
         def answer() -> dict[str, Any]:
-            response = self.client.chat(body, question.images)
+            response = self.asking.ask(self.client, body, question.images)
             agrees = self.check.agrees(prompt, question.expected, response)
             trace = self.check.trace(response)
             return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from lmms_plugin.vlm.served.client import ServerError
 
 PLACEHOLDER = -9000.0
 """Below this a number is what servers write where they have none (-9999), not the logarithm of a probability."""
+BY_CHARACTERS = "by_characters"
+"""Marks an answer for which a part of a character has no probability, as llama.cpp tells them."""
 _ABOVE_ONE = 1e-3
 """By how much rounding may lift a probability, or the sum of several, above 1."""
 _ID = re.compile(r"token_id:(\d+)")
@@ -44,6 +46,9 @@ class Candidate(NamedTuple):
     text: str
     raw: bytes | None
     logprob: float
+
+
+_UNKNOWN = Candidate(None, "", None, math.nan)
 
 
 @dataclass(frozen=True)
@@ -130,13 +135,9 @@ class Vocabulary:
             written: Number of tokens that the server says it generated; None where it does not say.
 
         Raises:
-            ServerError: it is no whole answer, its tokens do not spell its text, or what stands for probabilities are
-                none.
+            ServerError: It is no whole answer, its tokens do not spell it, or it has no true probabilities.
         """
-        if choice.get("finish_reason") not in _ENDED:
-            raise ServerError(
-                f"the answer was broken off (finish_reason {choice.get('finish_reason')!r}, expected stop or length)"
-            )
+        _expect_ended(choice)
         content = str((choice.get("message") or {}).get("content") or "")
         entries = [dict(entry) for entry in (choice.get("logprobs") or {}).get("content") or []]
         told = [self.candidate(entry) for entry in entries]
@@ -150,28 +151,27 @@ class Vocabulary:
         self._expect_spelled("".join(texts), content, choice)
         if not probabilities:
             logprobs = [math.nan] * len(texts)
+        elif ids is not None and choice.get(BY_CHARACTERS) and len(told) < len(texts):
+            places = list(_places(ids, texts, told, len(cut(texts, until))))
+            told = [told[place] if place is not None else _UNKNOWN for place in places]
+            entries = [entries[place] if place is not None else {} for place in places]
+            logprobs = [math.nan if one is _UNKNOWN else as_logprob(one.logprob, one.text) for one in told]
         else:
-            of_all = len(texts)
-            if not isinstance(choice.get("token_ids"), list) and written is not None:
-                # Some servers count the token that ends an answer and tell nothing of it.
-                silent_end = choice.get("finish_reason") == "stop" and ended is None
-                of_all = written - (silent_end and len(told) == written - 1)
-            if len(told) != of_all:
-                raise ServerError(
-                    f"the answer has {of_all} tokens and log-probabilities of {len(told)} of them: tokens without a "
-                    "probability of their own (speculative decoding, tokens that are grouped, a tool or reasoning "
-                    "parser, partial characters) cannot be judged"
-                )
+            _expect_all(choice, told, len(texts), written, ended)
             logprobs = [as_logprob(one.logprob, one.text) for one in told]
         alternatives: list[Alternatives | None] = [None] * len(texts)
         if probabilities and digits:
-            pairs = zip(told, entries, strict=True)
-            alternatives = [self._alternatives(one, entry) for one, entry in pairs]
+            alternatives = [self._alternatives(one, entry) for one, entry in zip(told, entries, strict=True)]
         kept_texts = cut(texts, until)
         tokens = tuple(map(Token, kept_texts, logprobs, alternatives))
+        return Generated(tokens, self._shown(kept_texts, ids, ended), tuple(ids or ()))
+
+    def _shown(self, texts: Sequence[str], ids: Sequence[int] | None, ended: int | None) -> str:
+        """Join the texts of an answer's tokens without special tokens and the one that ends it."""
         silent = self.special.tokens - self.special.marks
-        shown = [text for i, text in enumerate(kept_texts) if not (ids is not None and ids[i] in silent) and i != ended]
-        return Generated(tokens, "".join(shown), tuple(ids or ()))
+        return "".join(
+            text for i, text in enumerate(texts) if not (ids is not None and ids[i] in silent) and i != ended
+        )
 
     def _ids(self, choice: Mapping[str, Any], told: Sequence[Candidate]) -> list[int] | None:
         given = choice.get("token_ids")
@@ -247,6 +247,56 @@ class Vocabulary:
             # More tokens of this kind exist than the server lists: the rest may be theirs.
             unlisted += max(0.0, 1.0 - mass)
         return Alternatives(listed, min(1.0, unlisted))
+
+
+def _expect_ended(choice: Mapping[str, Any]) -> None:
+    if choice.get("finish_reason") not in _ENDED:
+        raise ServerError(
+            f"the answer was broken off (finish_reason {choice.get('finish_reason')!r}, expected stop or length)"
+        )
+
+
+def _expect_all(
+    choice: Mapping[str, Any], told: Sequence[Candidate], texts: int, written: int | None, ended: int | None
+) -> None:
+    """Raise an error unless each token of an answer has a log-probability of its own."""
+    of_all = texts
+    if not isinstance(choice.get("token_ids"), list) and written is not None:
+        # Some servers count the token that ends an answer and tell nothing of it.
+        silent_end = choice.get("finish_reason") == "stop" and ended is None
+        of_all = written - (silent_end and len(told) == written - 1)
+    if len(told) != of_all:
+        raise ServerError(
+            f"the answer has {of_all} tokens and log-probabilities of {len(told)} of them: tokens without a "
+            "probability of their own (speculative decoding, tokens that are grouped, a tool or reasoning "
+            "parser, partial characters) cannot be judged"
+        )
+
+
+def _places(ids: Sequence[int], texts: Sequence[str], told: Sequence[Candidate], kept: int) -> Iterator[int | None]:
+    """Yield, for each token, where its probability is told; None for a part of a character, of which none is.
+
+    Args:
+        ids: of the answer's tokens.
+        texts: of the same; a character that takes several tokens belongs to the last of them.
+        told: with ids, of fewer tokens.
+        kept: tokens that the answer has before what ends it; later ones may lack theirs.
+
+    Raises:
+        ServerError: those that are told are not the others.
+    """
+    place = 0
+    for number, (index, text) in enumerate(zip(ids, texts, strict=True)):
+        if place < len(told) and told[place].id == index and (text or number == len(ids) - 1):
+            yield place
+            place += 1
+        elif text and _BROKEN not in text and number < kept:
+            raise ServerError(
+                f"the answer has {len(ids)} tokens and log-probabilities of {len(told)} of them, and none of {text!r}: "
+                "tokens without probability (speculative decoding) cannot be judged"
+            )
+        else:
+            yield None
 
 
 class _Digits(NamedTuple):

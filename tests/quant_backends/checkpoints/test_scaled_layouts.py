@@ -259,7 +259,7 @@ def test_compressed_tensors_fp8_dynamic_with_scales_in_bfloat16(checkpoint, tmp_
     finally:
         logger.remove(handler)
     assert any("key-value cache" in line for line in said)
-    assert {module.method for module in loaded.report.quantized} == {"compressed-tensors, KV cache not quantized"}
+    assert {module.method for module in loaded.report.quantized} == {"compressed-tensors, KV scheme not taken"}
 
 
 def test_compressed_tensors_w8a8_of_integers(checkpoint, tmp_path):

@@ -1,0 +1,1 @@
+"""llama.cpp: its server started as a child process, and asked with prompts that are rendered here."""
