@@ -21,6 +21,7 @@ from lmms_plugin.quant_backends.plans.rotation_spec import RotationSpec
 from lmms_plugin.quant_backends.rotations.hadamard import Rotation, input_rotation, rotate_inputs
 from lmms_plugin.quant_backends.rotations.rotate import rotate
 from lmms_plugin.quant_backends.rotations.sites import ENTRANCES, find_sites
+from lmms_plugin.quantize import Asked, inspect
 
 SIZES = (1, 2, 3, 64, 80, 96, 576, 960, 37 * 4)
 SPEC = RotationSpec(seed=0, online=False)
@@ -162,11 +163,13 @@ def test_bad_options_are_refused(options, said):
 
 
 @torch.no_grad()
-def test_a_rotated_layer_with_planted_outlier_channels_has_less_error_in_four_bits():
+@pytest.mark.parametrize("matter", [40, 1])
+def test_a_rotated_layer_with_planted_outlier_channels_has_less_error_in_four_bits(matter):
     draw = torch.Generator().manual_seed(0)
     x, layer = torch.randn(64, 192, generator=draw), nn.Linear(192, 96, bias=False)
     layer.weight.data = torch.randn(96, 192, generator=draw)
     x[:, [5, 100]] *= 40
+    layer.weight.data[:, [5, 100]] *= matter / 40
     expected = x @ layer.weight.T
     backend, rotation = get("rtn", activation_format="int4"), Rotation(192, 1)
     plain, rotated = (
@@ -237,3 +240,12 @@ def test_compressed_tensors_is_refused_where_inputs_are_rotated_at_run_time():
     expect_storable(get("rtn", rotation="hadamard"), "compressed-tensors")
     with pytest.raises(ValueError, match="inputs of down projections are rotated at run time"):
         expect_storable(get("rtn", rotation="hadamard", activation_format="int8"), "compressed-tensors")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_held_out_errors_compare_with_the_rotated_original():
+    asked = Asked.parse("pretrained=demo,method=rtn,bits=8,activation_format=int8,rotation=hadamard")
+    errors = [module.held_out_error for module in inspect(asked, held_out=1).quantized]
+    assert errors
+    assert all(error is not None and error < 0.1 for error in errors)
