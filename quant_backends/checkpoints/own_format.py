@@ -169,13 +169,13 @@ class SavedQuantizer(HfQuantizer):
         for name, description in layers.items():
             try:
                 layer = empty_layer(description, dense_linear(model, name))
+                if "input_rotation" in description:
+                    rotate_inputs(layer, Rotation(**description["input_rotation"]))
             except (AttributeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{name}: the description of a quantized layer does not fit the model ({error})"
                 ) from error
             model.set_submodule(name, layer)
-            if "input_rotation" in description:
-                rotate_inputs(layer, Rotation(**description["input_rotation"]))
             untie(model, name)
         return model
 
