@@ -167,7 +167,8 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     named = str(given.pop("method", ""))
     method = backend_name(named) or named
     if not method:
-        raise ValueError(f"method= is missing: one of {', '.join(names())}")
+        files = "; type= alone is for --format gguf" if "type" in given else ""
+        raise ValueError(f"method= is missing: one of {', '.join(names())}{files}")
     return method, given
 
 

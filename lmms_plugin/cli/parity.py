@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lmms_plugin.cli.terminal import Working
 from lmms_plugin.utils.outputs import expect_free
 
 _DIFFERENT = 1
@@ -62,7 +63,8 @@ def _run(
     for spec, folder in zip(specs, folders, strict=True):
         command = side_by_side.command_of(spec, tasks, folder, limit, batch_size)
         typer.echo(command_line(command), err=True)
-        side_by_side.run(command, folder)
+        with Working(f"running {spec.model}"):
+            side_by_side.run(command, folder)
     return folders
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)
 """Bits and group sizes of vLLM's kernels for packed integer weights, according to its sources; whole rows work, too."""
+_VLLM_CPU_BITS = 4
+"""Bits of its kernel on a CPU, which refuses others and knows 16-bit inputs alone (seen with 0.32)."""
 
 
 def quantize(asked: Asked, folder: Path, form: str, option: str) -> Saved:
@@ -68,7 +70,10 @@ def _vllm(saved: Saved) -> str:
         kind = f"{odd[0]} bits" if odd else f"groups of {groups[0]}"
         able = f"{_listed(VLLM_BITS)} bits in groups of {_listed(VLLM_GROUPS)} or whole rows"
         return f"no, its kernels take {able}, not {kind}"
-    return "by its format, if it knows the architecture; never run with this package"
+    told = "by its format, if it knows the architecture (docs/serving.md says what was run)"
+    if any(bits != _VLLM_CPU_BITS for bits in saved.bits):
+        return f"{told}; not on a CPU, where its kernel takes {_VLLM_CPU_BITS} bits alone"
+    return f"{told}; on a CPU with --dtype float16 or bfloat16"
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

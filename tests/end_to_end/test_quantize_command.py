@@ -146,11 +146,20 @@ def test_transformers_alone_gives_the_evaluated_answers(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("saved", "expected"),
     [
-        (Saved("compressed-tensors", None, 1, (4,), (128,), 1), ["transformers with", "vLLM: by its format"]),
+        (
+            Saved("compressed-tensors", None, 1, (4,), (128,), 1),
+            ["transformers with", "vLLM: by its format.*--dtype float16"],
+        ),
         (Saved("compressed-tensors", None, 1, (3,), (128,), 1), ["transformers with", "vLLM: no, .* not 3 bits"]),
-        (Saved("compressed-tensors", None, 1, (8,), (None,), 1), ["transformers with", "vLLM: by its format"]),
+        (
+            Saved("compressed-tensors", None, 1, (8,), (None,), 1),
+            ["transformers with", "vLLM: by its format.*; not on a CPU"],
+        ),
         (Saved("compressed-tensors", None, 1, (4,), (16,), 1), ["transformers with", "vLLM: no, .* not groups of 16"]),
-        (Saved("compressed-tensors", None, 1, (4, 8), (128,), 2), ["not transformers", "vLLM: by its format"]),
+        (
+            Saved("compressed-tensors", None, 1, (4, 8), (128,), 2),
+            ["not transformers", "vLLM: by its format.*; not on a CPU"],
+        ),
         (Saved("lmms_plugin", "trits", 1, (3,), (128,), 1), ["nothing without this package: .*because trits"]),
     ],
     ids=["4 bits", "3 bits", "whole rows", "small groups", "two kinds", "own"],

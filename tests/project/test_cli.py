@@ -49,10 +49,19 @@ def test_demo_writes_table_report_and_pictures(tmp_path):
         ("pretrained=demo,method=rtn,bist=4", "did you mean 'bits'"),
         ("pretrained=demo,method=awqq", "did you mean 'awq'"),
         ("pretrained=demo", "method= is missing: one of none, rtn"),
+        ("pretrained=demo,type=Q4_0", "prequantized; type= alone is for --format gguf"),
         ("pretrained=/nowhere/at/all,method=rtn", "there is no folder /nowhere/at/all"),
         ("pretrained=demo,method=awq,calibration=dataset:/nowhere", "neither an existing path nor a hub id"),
     ],
-    ids=["impossible bits", "unknown argument", "unknown method", "no method", "no checkpoint", "no calibration data"],
+    ids=[
+        "impossible bits",
+        "unknown argument",
+        "unknown method",
+        "no method",
+        "no method but a type",
+        "no checkpoint",
+        "no calibration data",
+    ],
 )
 def test_inspect_refuses_in_one_line(monkeypatch, capfd, arguments, message):
     monkeypatch.setattr(sys, "argv", ["lmms-plugin", "inspect", arguments, "--json"])

@@ -1,5 +1,6 @@
 """docs/metrics.md has every number that a command or a results table can hold."""
 
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -99,6 +100,18 @@ def test_columns_of_the_report(tmp_path):
     assert numbers - set(said) == set(), "explained on the page itself"
     shown = page.render(summary, "", None, Gallery((), ()), "here")
     assert all(f"<dt>{name}</dt><dd>{said[name]}" in shown for name in ("C@5%", "Φ1", "AURC"))
+
+
+def test_columns_of_a_quantized_cache(tmp_path):
+    report_study.write_run(tmp_path, report_study.documents(30), 0.9, model_args="pretrained=demo,kv_bits=4")
+    (results,) = tmp_path.glob("*_results.json")
+    content = json.loads(results.read_text())
+    content["throughput"] |= {"avg_kv_bits_per_element": 6.44, "avg_kv_bytes": 53_568}
+    results.write_text(json.dumps(content))
+    table = contents.leader(summarise(results_folder.read_folder(tmp_path, SETTINGS), SETTINGS.level))
+    shown = {column.title: cell.value for column, cell in zip(table.columns, table.rows[0], strict=True)}
+    assert (shown["Bits/KV"], shown["KV kB"]) == (6.44, 53.568)
+    assert undocumented({"Bits/KV", "KV kB"}) == []
 
 
 def test_tables_say_where_their_numbers_are_explained(tmp_path, monkeypatch, capsys):

@@ -16,17 +16,18 @@ class Clock:
         return self.now
 
 
-def test_time_left_is_what_is_expected_less_what_is_spent() -> None:
+def test_time_left_is_what_is_expected_at_the_pace_so_far_less_what_is_spent() -> None:
     clock = Clock()
     progress = StudyProgress({"a": 10.0, "b": 20.0, "c": None}, before=2, jobs=2, clock=clock)
     assert progress.left is None, "nothing tells how long c takes"
     progress.started("a")
     clock.now = 12.0
     progress.ended("a", 12.0)
-    assert progress.left == pytest.approx((20.0 + 12.0) / 2)
+    # a took 1.2 times what was expected.
+    assert progress.left == pytest.approx((24.0 + 12.0) / 2)
     progress.started("b")
     clock.now = 17.0
-    assert progress.left == pytest.approx((20.0 + 12.0 - 5.0) / 2)
+    assert progress.left == pytest.approx((24.0 + 12.0 - 5.0) / 2)
     progress.ended("b", None, failed=True)
     assert (progress.completed, progress.total) == (4, 5)
     assert progress.state() == "done 3 · running 0 · failed 1 · time left 6 s"

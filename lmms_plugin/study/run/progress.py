@@ -1,4 +1,4 @@
-"""Progress of a study, and the time left by the time it has taken so far."""
+"""Progress of a study, and the time left by the times of the cells that have ended."""
 
 from __future__ import annotations
 
@@ -64,10 +64,13 @@ class StudyProgress:
 
     @property
     def left(self) -> float | None:
-        """Return the seconds left, if cells take as long as those before; None while unknown."""
-        took = [seconds for seconds in self.over.values() if seconds is not None]
-        mean = sum(took) / len(took) if took else None
-        still = [self.expected[cell] or mean for cell in self.expected if cell not in self.over]
+        """Return the seconds left, if cells take as long, beside what is expected, as those before; None if unknown."""
+        took = {cell: seconds for cell, seconds in self.over.items() if seconds is not None}
+        mean = sum(took.values()) / len(took) if took else None
+        known = {cell: seconds for cell, seconds in self.expected.items() if seconds}
+        judged = took.keys() & known
+        pace = sum(took[cell] for cell in judged) / sum(known[cell] for cell in judged) if judged else 1.0
+        still = [pace * known[cell] if cell in known else mean for cell in self.expected if cell not in self.over]
         if any(seconds is None for seconds in still):
             return None
         spent = sum(self.clock() - since for since in self.running.values())

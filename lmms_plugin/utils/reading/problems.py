@@ -12,11 +12,7 @@ MOST_LINES = 20
 
 
 class SeveralErrors(ValueError):
-    """Several problems of one file.
-
-    Args:
-        *lines: One line for each problem.
-    """
+    """Several problems of one file; its arguments are one line for each problem."""
 
     def __str__(self) -> str:
         """Return the lines."""
