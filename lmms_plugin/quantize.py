@@ -103,7 +103,7 @@ def inspect(asked: Asked, *, held_out: int) -> QuantReport:
     vlm = asked.load()
     report = vlm.report
     if held_out and report.quantized and not _is_checkpoint(asked.method):
-        report = report.with_held_out_errors(_held_out(vlm, held_out))
+        report = report.with_held_out_errors(_held_out(asked, vlm, held_out))
     return report
 
 
@@ -180,10 +180,11 @@ def _is_checkpoint(method: str) -> bool:
     return issubclass(backend_class(method), CheckpointBackend)
 
 
-def _held_out(vlm: QuantizedVLM, samples: int) -> dict[str, float | None]:
+def _held_out(asked: Asked, vlm: QuantizedVLM, samples: int) -> dict[str, float | None]:
     # These import torch and transformers.
     from lmms_plugin.quant_backends.calibration.held_out import held_out_errors
     from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
+    from lmms_plugin.quant_backends.rotations.rotate import rotate
 
     arguments, seen = vlm.arguments, vlm.report.calibration
     dense = load_quantized(
@@ -198,6 +199,9 @@ def _held_out(vlm: QuantizedVLM, samples: int) -> dict[str, float | None]:
         use_safetensors=arguments.use_safetensors,
         processor=vlm.chat.processor,
     )
+    if asked.backend.rotates is not None:
+        # Outputs of single layers are compared, and those that enter the residual stream are rotated.
+        rotate(dense.model, asked.backend.rotates)
     return held_out_errors(
         dense.model,
         vlm.model,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
+from lmms_plugin.quant_backends.plans.rotation_spec import RotationSpec
 from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES
 from lmms_plugin.quant_backends.statistics import InputStatistics
 
@@ -62,6 +63,11 @@ class Backend(ABC):
     def settled(self) -> Mapping[str, str]:
         """Return the arguments about weights that its options decide, each with the reason: nobody may give them."""
         return {}
+
+    @property
+    def rotates(self) -> RotationSpec | None:
+        """Return the rotation of the dense model before any layer is quantized; None for none."""
+        return None
 
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a single spec that this backend cannot carry out."""

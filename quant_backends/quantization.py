@@ -19,6 +19,9 @@ from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plans.expert_use import ExpertUse
 from lmms_plugin.quant_backends.plans.plan import Assignment, QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.plans.quant_report import ModuleReport
+from lmms_plugin.quant_backends.rotations.hadamard import input_rotation, rotate_inputs
+from lmms_plugin.quant_backends.rotations.rotate import changed_layers, rotate
+from lmms_plugin.quant_backends.rotations.sites import find_sites
 from lmms_plugin.quant_backends.structure.blocks import within
 from lmms_plugin.quant_backends.structure.components import components, dense_linear, expect_finite, splitter
 from lmms_plugin.quant_backends.structure.experts import join_experts, own_weight, split_experts
@@ -49,6 +52,9 @@ class Quantization:
         self._join_untouched()
         self.tied = {name for name in self.specs if _is_tied(model, name)}
         _expect_unshared(model, self.specs, self.components)
+        # On the meta device while a checkpoint is read: a model that cannot be rotated fails before a byte is read.
+        sites = find_sites(model) if plan.specs and backend.rotates is not None else None
+        self.unrotated: frozenset[str] = frozenset() if sites is None else changed_layers(sites)
         self._done: dict[str, ModuleReport] = {}
         self._use: dict[str, tuple[int, ...]] = {}
 
@@ -117,6 +123,18 @@ class Quantization:
                 self.quantize(full, weight.contiguous())
         return [f"{name}.{layer}.weight" for layer, _ in arrived]
 
+    def prepare(self) -> None:
+        """Rotate the dense model, once, where the backend does so; its layers may be quantized from then on."""
+        spec = self.backend.rotates
+        if not self.unrotated or spec is None:
+            return
+        rotate(self.model, spec, self.specs.keys() if spec.online else ())
+        # A head that shared the embedding's weight has its own now.
+        for name in self.unrotated:
+            untie(self.model, name)
+        self.tied -= self.unrotated
+        self.unrotated = frozenset()
+
     def pending(self) -> Iterator[str]:
         """Yield the layers of the plan that are still dense."""
         return (name for name in self.specs if name not in self._done)
@@ -164,6 +182,9 @@ class Quantization:
             raise ValueError(f"{name}: quantized weights are not finite; scales in {weight.dtype} overflow")
         # Keeps transformers from initialising the layer as if its weights had been missing.
         layer._is_hf_initialized = True  # type: ignore[assignment]
+        rotation = input_rotation(self.model.get_submodule(name))
+        if rotation is not None:
+            rotate_inputs(layer, rotation)
         self.model.set_submodule(name, layer)
         if weight.device.type == "cpu":
             return_freed_memory()
@@ -198,6 +219,7 @@ class Quantization:
             residence: Offloading of its blocks; None leaves them where they are.
             journal: Store of finished blocks; None keeps nothing.
         """
+        self.prepare()
         if isinstance(self.backend, CalibratedBackend | WholeModelBackend):
             self._count_use(batches, residence, journal)
         remaining = {name: self.specs[name] for name in self.pending()}
@@ -313,7 +335,7 @@ class Quantization:
             bytes_after=layer.weight_bytes,
             relative_error=relative_error,
             output_error=output_error,
-            kernel=layer.kernel,
+            kernel=layer.kernel if input_rotation(layer) is None else f"{layer.kernel}, rotated inputs",
             reason=None,
             plain_rows=plain_rows,
             outlier_score=outlier_score,

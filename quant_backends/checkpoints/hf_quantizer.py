@@ -76,6 +76,7 @@ class PackedQuantizer(HfQuantizer):
             and isinstance(self.backend, DataFreeBackend)
             and name in self.work.specs
             and name not in self.work.tied
+            and name not in self.work.unrotated
         )
 
     def _is_stack(self, param_name: str) -> bool:
@@ -108,6 +109,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.failure is not None:
             raise self.failure
+        self.work.prepare()
         if isinstance(self.backend, DataFreeBackend):
             self.work.finish()
         return model

@@ -25,12 +25,15 @@ from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
 from lmms_plugin.quant_backends.layers.ternary import TritPlaneLinear
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.quantization import untie
+from lmms_plugin.quant_backends.rotations.hadamard import Rotation, input_rotation, rotate_inputs
 from lmms_plugin.quant_backends.structure.blocks import within
 from lmms_plugin.quant_backends.structure.components import dense_linear
 from lmms_plugin.quant_backends.structure.experts import is_fused, split_experts
 
 QUANT_METHOD = "lmms_plugin"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 has layers that rotate their inputs, which a reader of version 1 would leave out."""
+
 KINDS: dict[str, type[PackedLinear] | type[TritPlaneLinear] | type[FormatLinear]] = {
     "packed": PackedLinear,
     "packed, 8-bit inputs": Int8InputLinear,
@@ -46,7 +49,17 @@ def describe_layers(layers: Mapping[str, QuantizedLinear]) -> dict[str, dict[str
     Raises:
         ValueError: Only a layer's library can write it.
     """
-    return {name: _describe(name, layer) for name, layer in layers.items()}
+    return {name: _describe(name, layer) | _describe_rotation(layer) for name, layer in layers.items()}
+
+
+def version_of(layers: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the first version of the format that can describe these layers."""
+    return FORMAT_VERSION if any("input_rotation" in layer for layer in layers.values()) else 1
+
+
+def _describe_rotation(layer: QuantizedLinear) -> dict[str, Any]:
+    rotation = input_rotation(layer)
+    return {} if rotation is None else {"input_rotation": asdict(rotation)}
 
 
 def empty_layer(description: Mapping[str, Any], dense: nn.Linear) -> QuantizedLinear:
@@ -156,6 +169,8 @@ class SavedQuantizer(HfQuantizer):
         for name, description in layers.items():
             try:
                 layer = empty_layer(description, dense_linear(model, name))
+                if "input_rotation" in description:
+                    rotate_inputs(layer, Rotation(**description["input_rotation"]))
             except (AttributeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{name}: the description of a quantized layer does not fit the model ({error})"

@@ -24,11 +24,13 @@ from lmms_plugin.quant_backends.calibration.inputs import encode, to_model
 from lmms_plugin.quant_backends.calibration.synthetic import scene
 from lmms_plugin.quant_backends.checkpoints.folding import fold
 from lmms_plugin.quant_backends.checkpoints.forms import AUTO, COMPRESSED_TENSORS, OWN
-from lmms_plugin.quant_backends.checkpoints.own_format import FORMAT_VERSION, QUANT_METHOD, describe_layers
+from lmms_plugin.quant_backends.checkpoints.own_format import QUANT_METHOD, describe_layers, version_of
 from lmms_plugin.quant_backends.checkpoints.scaled_layouts import written_layer
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 from lmms_plugin.quant_backends.plans.report_schema import REPORT
+from lmms_plugin.quant_backends.plans.rotation_spec import ROTATED_INPUTS
+from lmms_plugin.quant_backends.rotations.hadamard import input_rotation
 from lmms_plugin.quant_backends.structure.roles import find_mixtures
 from lmms_plugin.utils import files
 from lmms_plugin.utils.end_tokens import end_tokens
@@ -156,11 +158,12 @@ def _saved(
 
 def own_config(layers: Mapping[str, QuantizedLinear], report: QuantReport) -> dict[str, Any]:
     """Return the ``quantization_config`` of our own format."""
+    described = describe_layers(layers)
     return {
         "quant_method": QUANT_METHOD,
-        "version": FORMAT_VERSION,
+        "version": version_of(described),
         "method": report.method,
-        "layers": describe_layers(layers),
+        "layers": described,
     }
 
 
@@ -241,6 +244,8 @@ def _fold(model: PreTrainedModel, processor: Any) -> None:
 
 def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
     """Return why compressed-tensors cannot hold a layer; None if it can."""
+    if input_rotation(layer) is not None:
+        return ROTATED_INPUTS
     if type(layer) is not PackedLinear:
         return None if written_layer(layer) is not None else f"{name} is a {type(layer).__name__} ({layer.kernel})"
     if layer.in_scale is not None:

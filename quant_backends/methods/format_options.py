@@ -19,6 +19,7 @@ from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLine
 from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
 from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantSpec
+from lmms_plugin.quant_backends.plans.rotation_spec import ROTATED_INPUTS, RotationSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
 
 
@@ -32,11 +33,16 @@ class FormatBackend(Backend):
         activation_format: Format that the layers' inputs are rounded to at run time; None leaves them as they are.
         activation_granularity: Inputs that share a scale: token, block, or tensor (a static scale from calibration);
             None for blocks where the format has some, else tokens.
+        rotation: Rotation of the decoder before it is quantized: hadamard, QuaRot's (docs/quantizers.md); None for
+            none.
+        rotation_seed: Seed of the rotation.
     """
 
     format: str | None = None
     activation_format: str | None = None
     activation_granularity: str | None = None
+    rotation: str | None = None
+    rotation_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.activation_granularity is not None and self.activation_format is None:
@@ -47,7 +53,7 @@ class FormatBackend(Backend):
         if self.format is not None:
             # An instance attribute over the class's: what a plan without bits asks for.
             object.__setattr__(self, "default_bits", format_of(self.format).bits)
-        _ = self.rounding
+        _ = self.rounding, self.rotates
 
     @property
     def stored(self) -> NumberFormat | None:
@@ -64,6 +70,11 @@ class FormatBackend(Backend):
         return InputRounding.of(self.activation_format, self.activation_granularity, calibrated=calibrated)
 
     @property
+    def rotates(self) -> RotationSpec | None:
+        """Return the rotation; inputs of down projections are rotated at run time only if inputs are rounded."""
+        return RotationSpec.of(self.rotation, self.rotation_seed, online=self.activation_format is not None)
+
+    @property
     def settled(self) -> dict[str, str]:
         """Return the arguments about weights that the format decides, each with the reason."""
         if self.format is None:
@@ -78,6 +89,8 @@ class FormatBackend(Backend):
     @property
     def uncompressed(self) -> str | None:
         """Return why compressed-tensors cannot store its layers, as far as their formats tell; None if it can."""
+        if self.rotates is not None and self.rotates.online:
+            return ROTATED_INPUTS
         return why_not_compressed(None if self.stored is None else self.stored.name, self.rounding)
 
     def check_spec(self, spec: QuantSpec) -> None:

@@ -18,6 +18,7 @@ QUANTIZERS = {
     "quant_backends.formats": "utils",
     "quant_backends.layers": "quant_backends.formats quant_backends.plans utils",
     "quant_backends.structure": "quant_backends.layers quant_backends.plans utils",
+    "quant_backends.rotations": "quant_backends.layers quant_backends.plans",
     "quant_backends.extras": "utils",
     "quant_backends.statistics": "quant_backends.layers",
     "quant_backends.backend": "quant_backends.formats quant_backends.layers quant_backends.plans"
@@ -28,10 +29,10 @@ QUANTIZERS = {
     "quant_backends.methods": "quant_backends.backend quant_backends.extras quant_backends.formats"
     " quant_backends.layers quant_backends.plans quant_backends.statistics quant_backends.structure utils",
     "quant_backends.quantization": "quant_backends.backend quant_backends.calibration quant_backends.layers"
-    " quant_backends.plans quant_backends.structure utils",
+    " quant_backends.rotations quant_backends.plans quant_backends.structure utils",
     "quant_backends.checkpoints": "protocol quant_backends.backend quant_backends.calibration quant_backends.extras"
     " quant_backends.formats quant_backends.layers quant_backends.methods quant_backends.plans"
-    " quant_backends.quantization quant_backends.structure utils",
+    " quant_backends.quantization quant_backends.rotations quant_backends.structure utils",
 }
 TASKS = {
     "tasks.sources": "ending utils",
@@ -92,7 +93,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "registration": "ending quant_backends tasks.captions tasks.grounding tasks.registry tasks.retrieval"
         " tasks.sources tasks.vqa utils vlm.running",
         "quantize": "arguments quant_backends quant_backends.backend quant_backends.calibration"
-        " quant_backends.checkpoints quant_backends.plans utils vlm",
+        " quant_backends.checkpoints quant_backends.plans quant_backends.rotations utils vlm",
         "doctor": "quant_backends.layers quant_backends.methods quant_backends.plans registration tasks.captions"
         f" tasks.grounding tasks.retrieval tasks.sources tasks.vqa utils {OURS}",
         **STUDIES,
