@@ -24,7 +24,7 @@ from lmms_plugin.quant_backends.plans.cache_spec import (
     CacheSpec,
     KeyAxis,
 )
-from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan
+from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan, named_in
 from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES, Bits
 from lmms_plugin.utils import checkpoints
 from lmms_plugin.utils.files import expect_inside, read_json
@@ -39,6 +39,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEMO = "demo"
+OF_THE_CACHE = ("kv_bits", "kv_image_bits", "kv_format", "kv_group_size", "kv_keys", "kv_part", "kv_keep")
+_OF_ANSWERS = (
+    *OF_THE_CACHE,
+    *("samples", "sample_temperature", "verbalised", "static_cache", "share_prefix", "features", "feature_layer"),
+    *("selector", "selector_transfer", "parity"),
+)
+"""Arguments that say how questions are answered, and nothing about weights."""
 _TOLD = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -470,11 +477,30 @@ def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:
     Raises:
         ValueError: An argument would have no effect.
     """
+    plan = _nothing(given.get("plan"))
+    planned = named_in(plan) if plan and backend.settled else frozenset()
     useless = [name for name in ("group_size", "symmetric") if name in given]
     if useless and backend.default_bits == UNTOUCHED_BITS:
         raise ValueError(f"{backend.name} takes weights as the checkpoint has them: leave out {useless[0]}")
-    for name in backend.settled.keys() & given.keys():
-        raise ValueError(f"{backend.settled[name]}: leave out {name}")
+    for name, reason in backend.settled.items():
+        if name in given or name in planned:
+            raise ValueError(f"{reason}: leave out {name}{'' if name in given else ' in the plan file'}")
+
+
+def expect_of_weights(given: Mapping[str, Any]) -> None:
+    """Refuse arguments about answers where a model is quantized and asked nothing.
+
+    Args:
+        given: Name → value, as the user gave them.
+
+    Raises:
+        ValueError: An argument would have no effect.
+    """
+    if useless := next((name for name in _OF_ANSWERS if name in given), None):
+        raise ValueError(
+            f"{useless} has no effect here, where weights are quantized and no question is answered: leave it out, and "
+            "give it to lmms-eval when the model is evaluated"
+        )
 
 
 def _expect_whole(folder: Path) -> None:

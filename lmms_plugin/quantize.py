@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lmms_plugin.arguments import ModelArguments, expect_effect, read_arguments
+from lmms_plugin.arguments import ModelArguments, expect_effect, expect_of_weights, read_arguments
 from lmms_plugin.quant_backends import backend_class, backend_name, get, names, option_types
 from lmms_plugin.quant_backends.checkpoints.forms import expect_form, expect_storable
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
@@ -53,6 +53,7 @@ class Asked(NamedTuple):
         """
         method, given = _parse(text)
         ModelArguments.expect_possible(given)
+        expect_of_weights(given)
         # Imports torch.
         arguments = ModelArguments.parse(given, option_types(method))
         backend = get(method, **arguments.options)

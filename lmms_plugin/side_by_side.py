@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from lmms_plugin import harness_log
-from lmms_plugin.arguments import read_arguments
-from lmms_plugin.quant_backends import SERVED, backend_name, model_name
+from lmms_plugin.arguments import ModelArguments, read_arguments
+from lmms_plugin.quant_backends import GGUF, SERVED, backend_name, get, model_name, names, option_types
 from lmms_plugin.utils.processes import guard, installed
+from lmms_plugin.utils.suggest import unknown
 
 _SPEC = re.compile(r"([A-Za-z_][\w-]*)(?::(.*))?", re.S)
 
@@ -42,15 +43,36 @@ class ModelSpec(NamedTuple):
         read_arguments(found[2] or "")
         return cls(found[1], found[2] or "")
 
+    @property
+    def _by_server(self) -> bool:
+        return self.model.removesuffix("_simple") in map(model_name, (SERVED, GGUF))
+
+    def expect_possible(self) -> None:
+        """Refuse an unknown model of this package, and arguments that cannot be, before another model is run.
+
+        What a server is asked for is not looked at.
+
+        Raises:
+            ValueError: There is no such model, or a method refuses an argument.
+            FileNotFoundError: The checkpoint's folder or the plan file does not exist.
+        """
+        method = backend_name(self.model.removesuffix("_simple"))
+        if method is None or self._by_server:
+            return
+        if method not in names():
+            raise unknown("model", self.model, map(model_name, (*names(), SERVED, GGUF)))
+        given = read_arguments(self.arguments)
+        ModelArguments.expect_possible(given)
+        get(method, **ModelArguments.parse(given, option_types(method)).options)
+
     def with_evidence(self) -> Self:
         """Return the model with the arguments that keep evidence, if it is one of this package's."""
-        served = self.model.removesuffix("_simple") == model_name(SERVED)
-        if not served and backend_name(self.model) is None:
+        if not self._by_server and backend_name(self.model) is None:
             return self
         given = read_arguments(self.arguments)
         added = ["parity=True"] if "parity" not in given else []
         # What differs is to be found out, and not to end the run.
-        added += ["mismatch=warn"] if served and "mismatch" not in given else []
+        added += ["mismatch=warn"] if self._by_server and "mismatch" not in given else []
         return self._replace(arguments=",".join(filter(None, (self.arguments, *added))))
 
 

@@ -135,6 +135,8 @@ class CalibratedBackend(Backend):
         rows_per_column: Number of input rows per column of a layer for a reliable result; fewer give a warning.
         sequential: Whether calibration is sequential: a layer sees the outputs of the quantized blocks before its own,
             rather than its inputs in the unquantized model.
+        asymmetric: Whether a sequential method also sees each input as it is in the unquantized model.
+        keeps_rows: Whether it needs a sample of the inputs themselves.
     """
 
     by_role: ClassVar[bool] = False
@@ -142,6 +144,18 @@ class CalibratedBackend(Backend):
     fits_correlations: ClassVar[bool] = False
     rows_per_column: ClassVar[int] = 0
     sequential: ClassVar[bool] = False
+    asymmetric: ClassVar[bool] = False
+    keeps_rows: ClassVar[bool] = False
+
+    @property
+    def weighs_tokens_by(self) -> str | None:
+        """Return what weights of single tokens come from (`TOKEN_WEIGHTS` in statistics.py); None for no weights."""
+        return None
+
+    @property
+    def needs_roles(self) -> bool:
+        """Return whether calibration samples must tell image, prompt and answer apart."""
+        return self.by_role or self.weighs_tokens_by is not None
 
     @abstractmethod
     def solve(

@@ -19,6 +19,9 @@ the rest of the prompt, the answer to it."""
 WEIGHED = ("image", "answer")
 """The roles whose rows are summed apart."""
 
+TOKEN_WEIGHTS = ("gradient", "modality")
+"""What the weight of a token can come from: the loss gradient there, or the mean over all tokens of its role."""
+
 TOKEN_ROLES = "token_roles"
 """Key under which a calibration sample says the role of each of its positions, beside the model's own inputs."""
 
@@ -121,6 +124,10 @@ class InputStatistics:
         sensitivity: Sensitivity of the loss to the layers' block; None where it is not known.
         held_back: Statistics of the held-out rows, by which a result is judged; None unless the method holds out any.
             All other sums include them.
+        weighted: Statistics of the rows √w·x, where the method weighs each token by a number w; without rows where no
+            weights are known.
+        mismatch: (columns, columns) float32, Σ (x̃ − x) xᵀ, with x̃ the row in the unquantized model of the row x after
+            quantized blocks; None unless the method compares the two, and where rows do not correspond.
     """
 
     names: tuple[str, ...]
@@ -132,6 +139,8 @@ class InputStatistics:
     roles: dict[str, InputStatistics] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
     held_back: InputStatistics | None = None
+    weighted: InputStatistics | None = None
+    mismatch: Tensor | None = None
 
     @classmethod
     def empty(
@@ -142,6 +151,8 @@ class InputStatistics:
         *,
         by_role: bool = False,
         holds_back: bool = False,
+        keeps_rows: bool = False,
+        weighted: bool = False,
     ) -> InputStatistics:
         """Return statistics without any row.
 
@@ -151,19 +162,30 @@ class InputStatistics:
             device: Device of the sums.
             by_role: Whether to keep rows too, and to sum those of each role separately.
             holds_back: Whether to sum the held-out rows separately too.
+            keeps_rows: Whether to keep a sample of the rows.
+            weighted: Whether to sum rows weighted by token too.
         """
         gram = torch.zeros(columns, columns, device=device)
         statistics = cls(names, gram, torch.zeros(columns, dtype=torch.float64, device=device))
-        if by_role:
+        if by_role or keeps_rows:
             statistics.sample = RowSample(torch.empty(0, columns, device=device))
         if holds_back:
             statistics.held_back = cls.empty(names, columns, device)
+        if weighted:
+            statistics.weighted = cls.empty(names, columns, device, holds_back=holds_back)
         return statistics
 
     @staticmethod
-    def memory(columns: int, *, by_role: bool = False, holds_back: bool = False) -> int:
+    def memory(
+        columns: int,
+        *,
+        by_role: bool = False,
+        holds_back: bool = False,
+        weighted: bool = False,
+        asymmetric: bool = False,
+    ) -> int:
         """Return the most bytes that statistics take, without sampled rows."""
-        return 4 * columns**2 * (1 + len(WEIGHED) * by_role + holds_back)
+        return 4 * columns**2 * (len(WEIGHED) * by_role + (1 + holds_back) * (1 + weighted + asymmetric))
 
     @property
     def fitting_gram(self) -> Tensor:
@@ -174,6 +196,18 @@ class InputStatistics:
     def judging_gram(self) -> Tensor:
         """Return Σ x xᵀ over the held-out rows, or over all of them where none are held out."""
         return self.gram if self.held_back is None else self.held_back.gram
+
+    @property
+    def fitting_mismatch(self) -> Tensor | None:
+        """Return `mismatch` over the rows that are not held out."""
+        if self.mismatch is None or self.held_back is None or self.held_back.mismatch is None:
+            return self.mismatch
+        return self.mismatch - self.held_back.mismatch
+
+    @property
+    def judging_mismatch(self) -> Tensor | None:
+        """Return `mismatch` over the held-out rows, or over all of them where none are held out."""
+        return self.mismatch if self.held_back is None else self.held_back.mismatch
 
     @property
     def mean_magnitude(self) -> Tensor:
@@ -217,18 +251,35 @@ class InputStatistics:
         # Rounding may leave a tiny negative error.
         return math.sqrt(max(error, 0.0) / norm) if norm > 0 else 0.0
 
-    def add(self, x: Tensor, roles: Tensor | None = None, held_back: slice = slice(0)) -> None:
+    def add(
+        self,
+        x: Tensor,
+        roles: Tensor | None = None,
+        held_back: slice = slice(0),
+        *,
+        weights: Tensor | None = None,
+        dense: Tensor | None = None,
+    ) -> None:
         """Add the rows of an input (..., columns).
 
         Args:
             x: Input of the layers.
             roles: (rows,), the index into `ROLES` of each row's role; None where rows are no sequence positions.
             held_back: Mask of the held-out rows; without effect where none are kept separately.
+            weights: (rows,) float32, 0 or above, the weight of each row; None where none are known.
+            dense: Same input in the unquantized model, where `x` comes from quantized blocks.
 
         Raises:
-            ValueError: The number of roles differs from that of rows.
+            ValueError: The number of roles or of weights differs from that of rows, or the shape of `dense` from `x`'s.
         """
         x = x.detach().reshape(-1, x.shape[-1])
+        if weights is not None and self.weighted is not None:
+            if len(weights) != len(x):
+                raise ValueError(f"{self.names[0]} was fed {len(x)} rows, but the weights of {len(weights)} are given")
+            self.weighted.add(x.float() * weights.to(x.device).sqrt().unsqueeze(1), held_back=held_back)
+        if dense is not None:
+            dense = dense.detach().reshape(-1, dense.shape[-1])
+            self._add_mismatch(x, dense)
         if roles is not None:
             if len(roles) != len(x):
                 raise ValueError(f"{self.names[0]} was fed {len(x)} rows, but the roles of {len(roles)} are given")
@@ -237,7 +288,7 @@ class InputStatistics:
         if self.sample is not None:
             self.sample.add(x)
         if self.held_back is not None:
-            self.held_back.add(x[held_back])
+            self.held_back.add(x[held_back], dense=None if dense is None else dense[held_back])
         x = x.float()
         self.gram.addmm_(x.T, x)
         magnitude = x.abs()
@@ -246,6 +297,16 @@ class InputStatistics:
         if len(x):
             largest = magnitude.amax(0)
             self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+
+    def _add_mismatch(self, x: Tensor, dense: Tensor) -> None:
+        if dense.shape != x.shape:
+            raise ValueError(
+                f"{self.names[0]} was fed {tuple(x.shape)} after quantized blocks, but {tuple(dense.shape)} in the"
+                " unquantized model"
+            )
+        if self.mismatch is None:
+            self.mismatch = torch.zeros_like(self.gram)
+        self.mismatch.addmm_((dense.float() - x.float()).T, x.float())
 
     def _add_role(self, role: str, x: Tensor) -> None:
         if self.sample is None or not len(x):

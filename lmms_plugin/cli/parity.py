@@ -59,6 +59,8 @@ def _run(
     from lmms_plugin.utils.messages import command_line
 
     specs = [side_by_side.ModelSpec.parse(text).with_evidence() for text in (first, second)]
+    for spec in specs:
+        spec.expect_possible()
     folders = place / "A", place / "B"
     for spec, folder in zip(specs, folders, strict=True):
         command = side_by_side.command_of(spec, tasks, folder, limit, batch_size)

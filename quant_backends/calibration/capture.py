@@ -87,15 +87,14 @@ class Gathering:
     Args:
         model: Whole model.
         groups: Groups of layers to gather statistics for.
-        by_role: Whether image, prompt and answer tokens have separate statistics.
-        holds_back: Whether some rows are held out.
+        kept: What statistics keep besides the sums (see `InputStatistics.empty`).
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, *, by_role: bool = False, holds_back: bool = False) -> None:
+    def __init__(self, model: nn.Module, groups: Groups, **kept: bool) -> None:
         self.statistics: list[InputStatistics] = []
         for group in groups:
             weight = dense_linear(model, group[0]).weight
-            entry = InputStatistics.empty(group, weight.shape[1], weight.device, by_role=by_role, holds_back=holds_back)
+            entry = InputStatistics.empty(group, weight.shape[1], weight.device, **kept)
             self.statistics.append(entry)
         self._leader_of = {name: entry.names[0] for entry in self.statistics for name in entry.names}
         self._experts = {name: expert_of(model, name) for name in self._leader_of}
@@ -106,34 +105,60 @@ class Gathering:
         """Return all layers of all groups."""
         return tuple(self._leader_of)
 
-    def noting(self, roles: Mapping[str, Tensor], held_back: slice = slice(0)) -> Note:
+    def noting(
+        self,
+        roles: Mapping[str, Tensor],
+        held_back: slice = slice(0),
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        dense: Mapping[str, list[Tensor]] | None = None,
+    ) -> Note:
         """Return the callback that accumulates one sample's inputs.
 
         Args:
             roles: Layer -> role of each position of the sample, for layers whose rows are sequence positions.
             held_back: Which rows of each input are held out.
+            weights: Layer -> weight of each position of the sample, as far as known.
+            dense: First layer of a group -> its inputs in the unquantized model, call by call (`noting_dense`).
         """
         fed: dict[str, Tensor] = {}
+        weights, earlier = weights or {}, {name: list(inputs) for name, inputs in (dense or {}).items()}
 
         def note(name: str, x: Tensor) -> None:
             leader = self._leader_of[name]
             if leader == name:
                 rows = x.numel() // x.shape[-1]
-                role = self._role_of_rows(name, roles.get(name))
                 # Layers that see image features outside the sequence (cross attention) have rows of their own.
-                self._entries[name].add(x, role if role is not None and len(role) == rows else None, held_back)
+                role, weight = (
+                    found if found is not None and len(found) == rows else None
+                    for found in (self._of_rows(name, each.get(name)) for each in (roles, weights))
+                )
+                twin = earlier[name].pop(0) if earlier.get(name) else None
+                self._entries[name].add(x, role, held_back, weights=weight, dense=twin)
                 fed[name] = x
             elif fed.get(leader) is not x:
                 raise RuntimeError(f"{name} shared its input with {leader} in the first sample, but not in this one")
 
         return note
 
-    def _role_of_rows(self, name: str, roles: Tensor | None) -> Tensor | None:
-        """Return the roles of the positions routed to the layer's expert, if it belongs to one."""
+    def noting_dense(self, inputs: dict[str, list[Tensor]]) -> Note:
+        """Return the callback that keeps one sample's inputs in the unquantized model, in `inputs`.
+
+        Experts are left out: after quantized blocks other tokens may be sent to them.
+        """
+
+        def note(name: str, x: Tensor) -> None:
+            if self._leader_of[name] == name and self._experts[name] is None:
+                inputs.setdefault(name, []).append(x.detach())
+
+        return note
+
+    def _of_rows(self, name: str, values: Tensor | None) -> Tensor | None:
+        """Return the values of the positions routed to the layer's expert, if it belongs to one."""
         expert = self._experts[name]
-        if roles is None or expert is None or expert.fed is None:
-            return roles
-        return roles.reshape(-1)[expert.fed.rows.cpu()] if expert.fed.total == roles.numel() else None
+        if values is None or expert is None or expert.fed is None:
+            return values
+        return values.reshape(-1)[expert.fed.rows.cpu()] if expert.fed.total == values.numel() else None
 
     def expect_finite(self, sample: int) -> None:
         """Refuse NaN or infinite inputs as soon as one sample brings them.
@@ -150,15 +175,13 @@ class Gathering:
                 )
 
 
-def chunks(
-    model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int, *, by_role: bool, holds_back: bool
-) -> Iterator[Groups]:
+def chunks(model: nn.Module, groups: Sequence[tuple[str, ...]], budget: int, **kept: bool) -> Iterator[Groups]:
     """Split the groups into lots whose statistics fit the budget, or that hold a single group."""
     chunk: Groups = []
     used = 0
     for group in groups:
         columns = dense_linear(model, group[0]).in_features
-        size = InputStatistics.memory(columns, by_role=by_role, holds_back=holds_back)
+        size = InputStatistics.memory(columns, **kept)
         if chunk and used + size > budget:
             yield chunk
             chunk, used = [], 0

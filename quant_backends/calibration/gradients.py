@@ -1,4 +1,4 @@
-"""Sensitivity of the answers' loss to image positions and to answer positions, block by block."""
+"""Sensitivity of the answers' loss to single tokens, and to all image and all answer positions, block by block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ HALF_PRECISION_SCALE = 1024.0
 """What the loss is multiplied by in float16, where the gradients at image positions (1e-8 to 1e-6) would underflow."""
 
 
-@torch.enable_grad()
 def measure_sensitivities(
     model: nn.Module,
     layers: Collection[str],
@@ -57,21 +56,92 @@ def measure_sensitivities(
     Raises:
         ValueError: A loss or a gradient is not finite, or no gradient reaches the answers.
     """
+    part_of, gradients = _magnitudes(model, layers, batches, residence, "Weighing modalities")
+    means: dict[str, list[Tensor]] = {}
+    for batch, found in zip(batches, gradients, strict=True):
+        masks = [batch[TOKEN_ROLES].cpu() == ROLES.index(role) for role in WEIGHED]
+        for part, magnitude in found.items():
+            means.setdefault(part, []).append(torch.stack([magnitude[mask].mean() for mask in masks]).double())
+    ratios = _with_ratios({part: torch.stack(each).mean(0).tolist() for part, each in means.items()})
+    return {layer: ratios[part] for layer, part in part_of.items() if part in ratios}
+
+
+def measure_token_weights(
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Sequence[Mapping[str, Any]],
+    residence: Residence | None = None,
+) -> dict[str, list[Tensor]]:
+    """Measure the weight of every token: mean |gradient of the answers' loss| over the elements of its position.
+
+    The gradient is that with respect to the output of the layer's part, as in `measure_sensitivities`. Weights of a
+    part are divided by their mean over all positions of all samples.
+
+    Args:
+        model: As of `measure_sensitivities`, like all other arguments.
+        layers: Layers whose rows are sequence positions.
+        batches: Keyword arguments of one forward pass each, with `TOKEN_ROLES`.
+        residence: Settled residence, or None.
+
+    Returns:
+        Layer -> weights (positions,) float32 of each sample. A position that no gradient reaches has weight 0, as in
+        the last block every position but those that predict the answer.
+
+    Raises:
+        ValueError: As `measure_sensitivities` does.
+    """
+    part_of, gradients = _magnitudes(model, layers, batches, residence, "Weighing tokens")
+    found: dict[str, list[Tensor]] = {}
+    for part in sorted({part for each in gradients for part in each}):
+        raw = [
+            each.get(part, torch.zeros(batch[TOKEN_ROLES].numel()))
+            for batch, each in zip(batches, gradients, strict=True)
+        ]
+        mean = float(torch.cat(raw).double().mean())
+        if not (math.isfinite(mean) and mean > 0):
+            raise ValueError(f"{part}: gradients should be finite and reach some token, got mean magnitude {mean:.3g}")
+        found[part] = [weights / mean for weights in raw]
+    return {layer: found[part] for layer, part in part_of.items() if part in found}
+
+
+def weigh_modalities(sensitivities: Mapping[str, Sensitivity], roles: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """Return MBQ's weights, token by token: ρ / N_image at images, 1 / N_answer at answers, 0 at the prompt's text.
+
+    Args:
+        sensitivities: Layer -> sensitivity of its part.
+        roles: `TOKEN_ROLES` of each sample.
+
+    Returns:
+        Layer -> weights (positions,) float32 of each sample.
+    """
+    image, answer = ([(each == ROLES.index(role)).cpu().float() for each in roles] for role in WEIGHED)
+    images, answers = (sum(float(mask.sum()) for mask in masks) for masks in (image, answer))
+    return {
+        layer: [one.ratio / images * seen + said / answers for seen, said in zip(image, answer, strict=True)]
+        for layer, one in sensitivities.items()
+    }
+
+
+@torch.enable_grad()
+def _magnitudes(
+    model: nn.Module,
+    layers: Collection[str],
+    batches: Sequence[Mapping[str, Any]],
+    residence: Residence | None,
+    doing: str,
+) -> tuple[dict[str, str], list[dict[str, Tensor]]]:
+    """Return layer -> part, and for each sample part -> mean |gradient| at each position, on the host."""
     blocks = find_blocks(model, layers)
     if residence is None:
         residence = Residence()
         residence.settle(model, blocks)
     part_of = {layer: part for layer in layers if (part := _part(layer, blocks)) is not None}
     parts = sorted(set(part_of.values()))
-    magnitudes: dict[str, list[Tensor]] = {}
     with _frozen(model), _recomputing(model, residence):
-        for batch in tqdm(batches, desc="Weighing modalities", leave=False, disable=None):
-            for part, means in _gradients(model, parts, batch).items():
-                magnitudes.setdefault(part, []).append(means)
-    if parts and not magnitudes:
+        found = [_gradients(model, parts, batch) for batch in tqdm(batches, desc=doing, leave=False, disable=None)]
+    if parts and not any(found):
         raise ValueError(f"no gradient of the answers' loss reaches any of {len(parts)} parts, like {parts[0]}")
-    found = _with_ratios({part: torch.stack(means).mean(0).tolist() for part, means in magnitudes.items()})
-    return {layer: found[part] for layer, part in part_of.items() if part in found}
+    return part_of, found
 
 
 def _part(layer: str, blocks: Collection[str]) -> str | None:
@@ -84,16 +154,14 @@ def _part(layer: str, blocks: Collection[str]) -> str | None:
 
 
 def _gradients(model: nn.Module, parts: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return mean |gradient| per role of `WEIGHED` at the output of each part, for one sample."""
+    """Return mean |gradient| at each position of the output of each part, for one sample."""
     inputs = {key: value for key, value in batch.items() if key not in (TOKEN_ROLES, "logits_to_keep")}
     roles = batch[TOKEN_ROLES]
     start = int((roles == ROLES.index("answer")).nonzero()[0])
     found: dict[str, Tensor] = {}
 
     def note(part: str, gradient: Tensor) -> None:
-        magnitude = gradient.abs().mean(-1, dtype=torch.float32).reshape(-1)
-        means = [magnitude[(roles == ROLES.index(role)).to(magnitude.device)].mean() for role in WEIGHED]
-        found[part] = torch.stack(means).double().cpu()
+        found[part] = gradient.abs().mean(-1, dtype=torch.float32).reshape(-1).cpu()
 
     with ExitStack() as hooks:
         for part in parts:

@@ -6,7 +6,8 @@ block moves to the device, every sample passes through it, its layers are solved
 Every layer is calibrated on its inputs in the unquantized model, unless the backend is `sequential`: then on the
 outputs of the quantized blocks before its own. The authors of AWQ and MBQ do the former; it makes the result for a
 layer independent of what else the plan quantizes. Those of GPTQ do the latter; each block then compensates for some of
-the error of the ones before it.
+the error of the ones before it. An `asymmetric` backend sees both: every sample has a twin that passes through the
+dense block before it is quantized.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from tqdm import tqdm
 
 from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.quant_backends.calibration.capture import Gathering, Groups, Note, Sharing, chunks, observe, watching
-from lmms_plugin.quant_backends.calibration.gradients import measure_sensitivities
+from lmms_plugin.quant_backends.calibration.gradients import (
+    measure_sensitivities,
+    measure_token_weights,
+    weigh_modalities,
+)
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
 from lmms_plugin.quant_backends.calibration.memory import Residence, Shelf, return_freed_memory, statistics_budget
 from lmms_plugin.quant_backends.calibration.suspension import Suspended, SuspendedCall, doors, in_a_pass
@@ -72,12 +77,16 @@ class SampleState:
         roles: Layer -> role of each position; empty where no role is needed.
         suspended: Suspended pass; None where the model is one block, which it enters with `inputs`.
         inputs: Keyword arguments of the model.
+        weights: Layer -> weight of each position; empty where tokens are not weighed.
+        is_dense: Whether it passes through dense blocks alone, as the twin of another sample.
     """
 
     index: int
     roles: Mapping[str, Tensor]
     inputs: Mapping[str, Any]
     suspended: Suspended | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    is_dense: bool = False
 
     @property
     def call(self) -> SuspendedCall | None:
@@ -138,6 +147,7 @@ class SequentialQuantizer:
             self.residence.settle(self.model, blocks)
             route = self._explore(blocks, samples[0])
         self._sensitivities = self._weigh_roles(batches)
+        self._weigh_tokens(batches, samples)
         if route.repeated:
             logger.warning(
                 f"{route.repeated[0]} runs more than once in one pass: {type(self.model).__name__} is calibrated as a "
@@ -146,7 +156,8 @@ class SequentialQuantizer:
             self.residence.enter_all()
             self._solve(WHOLE_MODEL, tuple(self.specs), [], self.model, samples)
         else:
-            self._run_blocks(blocks, route, samples)
+            twins = [self._twin(index, batch) for index, batch in enumerate(batches) if self.backend.asymmetric]
+            self._run_blocks(blocks, route, samples + twins)
         self.residence.enter_all()
         self._warn_of_scarce_rows()
         if self.journal is not None:
@@ -156,6 +167,25 @@ class SequentialQuantizer:
         inputs = {key: value for key, value in batch.items() if key != TOKEN_ROLES}
         roles = dict.fromkeys(self.of_sequence, batch[TOKEN_ROLES]) if TOKEN_ROLES in batch else {}
         return SampleState(index, roles, inputs)
+
+    def _twin(self, index: int, batch: Mapping[str, Any]) -> SampleState:
+        twin = self._sample(self._count + index, batch)
+        twin.is_dense = True
+        return twin
+
+    def _weigh_tokens(self, batches: Sequence[Mapping[str, Any]], samples: Sequence[SampleState]) -> None:
+        """Give every sample the weights of its tokens, where the backend asks for some."""
+        layers = [name for name in self.specs if name in self.of_sequence]
+        source = self.backend.weighs_tokens_by
+        if source is None or not layers:
+            return
+        if source == "modality":
+            sensitivities = measure_sensitivities(self.model, layers, batches, self.residence)
+            found = weigh_modalities(sensitivities, [batch[TOKEN_ROLES] for batch in batches])
+        else:
+            found = measure_token_weights(self.model, layers, batches, self.residence)
+        for sample in samples:
+            sample.weights = {layer: weights[sample.index] for layer, weights in found.items()}
 
     def _weigh_roles(self, batches: Sequence[Mapping[str, Any]]) -> Mapping[str, Sensitivity]:
         layers = [name for name in self.specs if name in self.of_sequence]
@@ -278,9 +308,11 @@ class SequentialQuantizer:
                 self.journal.save(block, solved)
         elif not self.backend.sequential:
             self._pass_on(forward, samples)
+        twins = [sample for sample in samples if sample.is_dense]
+        self._pass_on(forward, twins)
         self._put(solved)
         if self.backend.sequential:
-            self._pass_on(forward, samples)
+            self._pass_on(forward, [sample for sample in samples if not sample.is_dense])
 
     def _completed(
         self, groups: Groups, layers: tuple[str, ...], forward: Callable[..., Any], samples: Sequence[SampleState]
@@ -306,17 +338,18 @@ class SequentialQuantizer:
             return solved
         device = dense_linear(self.model, groups[0][0]).weight.device
         budget = statistics_budget(device) if self.budget is None else self.budget
-        kept = {"by_role": self.backend.by_role, "holds_back": self.backend.holds_back}
-        lots = list(chunks(self.model, groups, budget, **kept))
+        weighted, asymmetric = self.backend.weighs_tokens_by is not None, self.backend.asymmetric
+        kept = {"by_role": self.backend.by_role, "holds_back": self.backend.holds_back, "weighted": weighted}
+        lots = list(chunks(self.model, groups, budget, **kept, asymmetric=asymmetric))
+        twins = {sample.index - self._count: sample for sample in samples if sample.is_dense}
         for number, lot in enumerate(lots, start=1):
-            gathering = Gathering(self.model, lot, **kept)
+            gathering = Gathering(self.model, lot, **kept, keeps_rows=self.backend.keeps_rows)
             # With the last statistics gathered, samples move on at once: everything between here and the next block
             # stays unchanged.
             onward = number == len(lots) and not self.backend.sequential
             for sample in samples:
-                note = gathering.noting(sample.roles, held_back_rows(sample.index, self._count))
-                self._through(sample, gathering.names, forward, note, onward=onward)
-                gathering.expect_finite(sample.index)
+                if not sample.is_dense:
+                    self._gather(gathering, sample, twins.get(sample.index), forward, onward=onward)
             while gathering.statistics:
                 statistics = gathering.statistics.pop(0)
                 if statistics.rows < FEWEST_ROWS and expert_of(self.model, statistics.names[0]) is not None:
@@ -331,6 +364,24 @@ class SequentialQuantizer:
                     for name, linear, (layer, method, plain_rows) in zip(statistics.names, dense, found, strict=True)
                 }
         return solved
+
+    def _gather(
+        self,
+        gathering: Gathering,
+        sample: SampleState,
+        twin: SampleState | None,
+        forward: Callable[..., Any],
+        *,
+        onward: bool,
+    ) -> None:
+        """Add a sample's inputs to the statistics, beside those of its twin in the unquantized model."""
+        unquantized: dict[str, list[Tensor]] = {}
+        if twin is not None:
+            self._through(twin, gathering.names, forward, gathering.noting_dense(unquantized), onward=False)
+        rows = held_back_rows(sample.index, self._count)
+        note = gathering.noting(sample.roles, rows, weights=sample.weights, dense=unquantized)
+        self._through(sample, gathering.names, forward, note, onward=onward)
+        gathering.expect_finite(sample.index)
 
     def _note_rows(self, statistics: InputStatistics) -> None:
         columns = len(statistics.gram)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
 
 Undo = Callable[[], None]
 
@@ -190,13 +191,16 @@ def _scale_rows(parent: nn.Module, name: str, rows: slice, behind: PackedLinear)
     factor[rows] = scale
     codes = former.quantized
     bias = None if former.bias is None else nn.Parameter(former.bias * factor.to(former.bias), requires_grad=False)
-    changed = PackedLinear.from_codes(
+    changed = type(former).from_codes(
         Codes(codes.codes, codes.scale * factor.unsqueeze(1), codes.zero_point),
         former.spec,
         former.in_features,
         bias=bias,
         in_scale=former.in_scale,
     )
+    if isinstance(former, RoundedInputLinear) and isinstance(changed, RoundedInputLinear):
+        changed.rounding = former.rounding
+        changed.set_static_scale(former.static_scale)
     setattr(parent, name, changed)
     behind.in_scale = None
 

@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
 
 COMPRESSED_TENSORS = "compressed-tensors"
-AUTO, OWN = "auto", "own"
+AUTO, OWN, GGUF = "auto", "own", "gguf"
 FORMS = (AUTO, COMPRESSED_TENSORS, OWN)
 """What a user may ask for: `auto` is compressed-tensors where that can hold the weights, else our own format."""
+WRITTEN = (*FORMS, GGUF)
+"""What `lmms-plugin quantize` writes; GGUF is written from unquantized weights, without a method."""
 
 
 def expect_form(form: str) -> None:
@@ -20,7 +22,7 @@ def expect_form(form: str) -> None:
         ValueError: It is none of `FORMS`.
     """
     if form not in FORMS:
-        raise ValueError(f"expected a format of {', '.join(FORMS)}, got {form!r}")
+        raise ValueError(f"expected a format of {', '.join(WRITTEN)}, got {form!r}")
 
 
 def expect_storable(backend: Backend, form: str = AUTO) -> None:

@@ -176,6 +176,9 @@ def _expect_unquantized(path: str, config: Any) -> None:
             f"{path} is quantized already ({existing.get('quant_method')}); its weights cannot be quantized again, "
             "quant_prequantized takes them as they are"
         )
+    here = {file.suffix for file in Path(path).glob("*")}
+    if ".gguf" in here and not here & {".safetensors", ".bin"}:
+        raise ValueError(f"pretrained: {path} holds GGUF files and no other weights: quant_gguf evaluates these")
 
 
 def _load(
@@ -240,7 +243,7 @@ def _calibrate(
         )
     residence.settle(model, find_blocks(model, tuple(work.specs)))
     keep_logits = any(work.components[name] == "head" for name in work.specs)
-    by_role = isinstance(work.backend, CalibratedBackend) and work.backend.by_role
+    by_role = isinstance(work.backend, CalibratedBackend) and work.backend.needs_roles
     with residence.whole() if any(sample.unanswered for sample in samples) else nullcontext():
         batches, report = build_batches(
             model, processor, spec, samples, dialect, keep_logits=keep_logits, by_role=by_role, journal=journal

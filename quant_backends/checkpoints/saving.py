@@ -236,8 +236,6 @@ def _fold(model: PreTrainedModel, processor: Any) -> None:
     """Fold input scales into preceding layers, if all of them are powers of two."""
     packed = [layer for layer in _layers(model).values() if isinstance(layer, PackedLinear)]
     scales = [layer.in_scale for layer in packed if layer.in_scale is not None]
-    if any(getattr(layer, "rounding", None) is not None for layer in packed):
-        return
     if not scales or not all(bool((scale.frexp().mantissa == 0.5).all()) for scale in scales):
         return
     image, expression = scene(np.random.default_rng(0))

@@ -34,11 +34,16 @@ class Factor(NamedTuple):
         feedback: (columns, columns) float32, lower triangular with a diagonal of ones. Row i, in that order: how far
             column i moves per unit of error in the columns before it.
         damping: Fraction of the mean diagonal that was added to the Hessian.
+        pivots: (columns,) float32, D of H = FᵀDF, with F the feedback and H the damped Hessian in that order.
+        pull: (columns, columns) float32, strictly upper triangular. Element (i, j), in that order: how far column j
+            moves per unit of column i before rounding (GPTAQ); None for no such movement.
     """
 
     order: Tensor
     feedback: Tensor
     damping: float
+    pivots: Tensor
+    pull: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class GptqBackend(FormatBackend, CalibratedBackend):
         super().__post_init__()
         expect_damping(self.name, self.damping)
         if self.block_size < 1:
-            raise ValueError(f"gptq: block_size must be a positive integer, got {self.block_size!r}")
+            raise ValueError(f"{self.name}: block_size must be a positive integer, got {self.block_size!r}")
 
     @torch.no_grad()
     def solve(
@@ -89,7 +94,7 @@ class GptqBackend(FormatBackend, CalibratedBackend):
             layer.weight - codes.dequantize(spec.bits, layer.weight.dtype)[:, : layer.in_features]
             for layer, spec, codes in zip(layers, specs, plain, strict=True)
         )
-        factor = choose_factor(statistics, rounding, self.act_order, self.damping)
+        factor = self.factor(self.fitted_to(statistics), rounding)
         return [
             self._solve(layer, spec, codes, factor, statistics)
             for layer, spec, codes in zip(layers, specs, plain, strict=True)
@@ -100,6 +105,28 @@ class GptqBackend(FormatBackend, CalibratedBackend):
         """Round to nearest: without inputs there are no correlations for columns to compensate each other."""
         return self.nearest(layer, spec)
 
+    def fitted_to(self, statistics: InputStatistics) -> InputStatistics:
+        """Return the statistics whose Hessian is used: those of equally weighted inputs."""
+        return statistics
+
+    def factor(self, statistics: InputStatistics, rounding: Tensor) -> Factor:
+        """Return the coefficients of the correction; see `choose_factor`."""
+        return choose_factor(statistics, rounding, self.act_order, self.damping)
+
+    def judge(self, delta: Tensor, weight: Tensor, statistics: InputStatistics) -> Tensor:
+        """Return the squared output error of each row, (rows,) float64, up to a constant of the row.
+
+        Args:
+            delta: Ŵ − W (rows, columns) float32.
+            weight: W (rows, columns).
+            statistics: Result of `fitted_to`, whose held-out rows judge.
+        """
+        return squared_errors(delta, statistics.judging_gram)
+
+    def method(self, statistics: InputStatistics) -> str | None:
+        """Return what the report calls the method where it could not do its part; None where it could."""
+        return None
+
     def _solve(
         self,
         layer: nn.Linear,
@@ -108,10 +135,12 @@ class GptqBackend(FormatBackend, CalibratedBackend):
         factor: Factor,
         statistics: InputStatistics,
     ) -> Solution:
-        weight, gram = layer.weight, statistics.judging_gram
+        weight, fitted = layer.weight, self.fitted_to(statistics)
         corrected = self._corrected(weight, plain, spec, factor)
         before, after = (
-            squared_errors(codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, gram)
+            self.judge(
+                codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, weight, fitted
+            )
             for codes in (plain, corrected)
         )
         # The sum over all rows shows a common effect long before single rows are significant. Where nothing was held
@@ -121,7 +150,7 @@ class GptqBackend(FormatBackend, CalibratedBackend):
         rows = better.view(-1, *(1,) * (plain.codes.dim() - 1))
         codes = plain._replace(codes=torch.where(rows, corrected.codes, plain.codes))
         packed = self.assemble(codes, spec, layer.in_features, weight.dtype, bias=layer.bias, statistics=statistics)
-        return Solution(packed, plain_rows=int((moved & ~better).sum()))
+        return Solution(packed, self.method(statistics), int((moved & ~better).sum()))
 
     def _corrected(
         self, weight: Tensor, plain: Codes | FormatCodes, spec: QuantSpec, factor: Factor
@@ -223,10 +252,11 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
         if int(info) == 0:
             del hessian
             _warn_if_more(damping, asked, statistics)
-            lower /= lower.diagonal().clone()
+            diagonal = lower.diagonal().clone()
+            lower /= diagonal
             # Row i of M is column n - 1 - i of `lower` read backwards, its diagonal element at the end.
             lower = lower.float()
-            return Factor(order, lower.T.flip(0, 1), damping)
+            return Factor(order, lower.T.flip(0, 1), damping, diagonal.square().float().flip(0))
         damping = max(10 * damping, 1e-6)
     raise ValueError(
         f"{statistics.names[0]}: the second moments of its calibration inputs have no Cholesky factor, even with "
@@ -251,19 +281,28 @@ def pass_on_errors(
         weight: (rows, columns), any float dtype.
         factor: Factor from `factorize`.
         choose: Function of a column's position in the weight and the corrected values (rows,), float32, that would
-            compensate for all errors so far; returns the values that are stored, float32.
+            compensate for all errors so far; returns the values that are stored, float32. With a pull, errors are those
+            against the pulled weight.
         block_size: Number of columns between two matrix products.
     """
     # Transposed, so that each step reads and writes contiguous memory. float32: sums of at most some ten thousand
     # products decide between steps of a grid of at most 256.
     dense = weight.T[factor.order].float()
     error = torch.zeros_like(dense)
+    wanted_so_far = torch.zeros_like(dense) if factor.pull is not None else None
     positions = factor.order.tolist()
     for start in range(0, len(dense), block_size):
         stop = min(start + block_size, len(dense))
+        if wanted_so_far is not None and factor.pull is not None:
+            dense[start:stop] += factor.pull[:start, start:stop].T @ wanted_so_far[:start]
         wanted = dense[start:stop] - factor.feedback[start:stop, :start] @ error[:start]
         for step in range(start, stop):
             moved = wanted[step - start] - error[start:step].T @ factor.feedback[step, start:step]
+            if wanted_so_far is not None and factor.pull is not None:
+                pulled = wanted_so_far[start:step].T @ factor.pull[start:step, step]
+                dense[step] += pulled
+                moved = moved + pulled
+                wanted_so_far[step] = moved
             error[step] = choose(positions[step], moved) - dense[step]
 
 

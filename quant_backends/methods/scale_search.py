@@ -155,12 +155,31 @@ def search_scales(
         form: Format of the weights; None for integers by the specs.
     """
     inverses = candidates(mean_magnitude, weights[0].dtype, powers_of_two=powers_of_two)
+    best = least_error(weights, specs, inverses, objective, form)
+    return Scales(inverses[best].to(weights[0].dtype), EXPONENTS[best])
+
+
+def least_error(
+    weights: Sequence[Tensor],
+    specs: Sequence[QuantSpec],
+    inverses: Tensor,
+    objective: Objective,
+    form: NumberFormat | None = None,
+) -> int:
+    """Return the index of the first candidate with the least error.
+
+    Args:
+        weights: Weights, each (rows, columns), with the same inputs.
+        specs: Specs, one per weight.
+        inverses: Candidates of 1/s (candidates, columns) float32.
+        objective: Objective; its errors are summed over the weights.
+        form: Format of the weights; None for integers by the specs.
+    """
     errors = torch.zeros(len(inverses), dtype=torch.float64, device=inverses.device)
     for weight, spec in zip(weights, specs, strict=True):
         errors += _candidate_errors(weight, spec, inverses, objective, form)
     # The first of equals, on every device.
-    best = errors.tolist().index(float(errors.min()))
-    return Scales(inverses[best].to(weights[0].dtype), EXPONENTS[best])
+    return errors.tolist().index(float(errors.min()))
 
 
 def candidates(mean_magnitude: Tensor, dtype: torch.dtype, *, powers_of_two: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -32,6 +32,23 @@ COMPONENTS: tuple[Component, ...] = ("vision", "connector", "language", "head")
 
 MOST_LETTERS, MOST_SECONDS = 1000, 2.0
 """Of a rule's regular expression, and of its search in one name."""
+
+
+def named_in(path: str | Path) -> frozenset[str]:
+    """Return the fields of a spec that a plan file names, wherever in the file; the rest comes from defaults.
+
+    Raises:
+        ValueError: The file is not YAML.
+        FileNotFoundError: There is no such file.
+    """
+    known = {one.name for one in fields(QuantSpec)}
+    left, found = [load(Path(path)).plain()], set[str]()
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            found |= known & one.keys()
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return frozenset(found)
 
 
 def _compiles(pattern: str) -> str:

@@ -114,7 +114,8 @@ def expect_works(case, work, plan):
         assert report.relative_error == pytest.approx(error, rel=1e-4)
         # The range of 32 normal weights is about four standard deviations wide: half a step at most, and more where a
         # method gives up precision of the weights for that of the outputs.
-        assert 0 < error < 5 / 2**spec.bits
+        # SmoothQuant does so on purpose, for that of the inputs.
+        assert 0 < error < (10 if work.backend.name == "smoothquant" else 5) / 2**spec.bits
     expect_every_weight_in_the_report(case, work, reports, asked)
     got = case.answer(work.model)
     assert torch.isfinite(got).all()

@@ -84,7 +84,13 @@ def nothing_loads(monkeypatch):
             "it has no nvfp4 inputs, per-token global scale",
         ),
         (["pretrained=demo,method=rtn,group_size=96", "--format", "compressed-tensors"], "do not divide its width"),
-        (["pretrained=demo,method=rtn", "--format", "gguf"], "expected a format of auto, compressed-tensors, own"),
+        (["pretrained=demo,method=rtn,kv_bits=4"], "kv_bits has no effect here, where weights are quantized"),
+        (["pretrained=demo,method=rtn,samples=4"], "samples has no effect here"),
+        (
+            ["pretrained=demo,method=rtn", "--format", "GGUF"],
+            "expected a format of auto, compressed-tensors, own, gguf",
+        ),
+        (["pretrained=demo,method=rtn", "--format", "gguf"], "method=rtn: GGUF has types of its own"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -25,10 +25,15 @@ Found = TypeVar("Found")
 HOST = "127.0.0.1"
 GRACE = 15.0
 """Seconds that a server has between SIGTERM and SIGKILL."""
-_TELLING = (re.compile(r"(?:\w+\.)*\w*(?:Error|Exception)\b: .*"), re.compile(r".*\b(?:error|failed|fatal)\b.*", re.I))
+_TELLING = (
+    re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception)\b: .*"),
+    re.compile(r".*\b(?:error|failed|fatal)\b.*", re.I),
+)
 """Patterns of lines that tell why a process ended, the best first."""
 _NOT_THE_CAUSE = "See root cause above"
 _LAST_LINES, _LOOKED_AT, _LAST_LETTERS, _SAID = 20, 100, 64_000, 300
+_LONGEST_LINE = 1000
+"""Letters of a line that are looked at: the search takes time that grows with the square of their number."""
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 
 
@@ -40,7 +45,7 @@ class ServerFailed(ValueError):
     """
 
     def __init__(self, problem: str, log: Path) -> None:
-        written = process_log.lines(_end_of(log).rstrip())
+        written = [line[:_LONGEST_LINE] for line in process_log.lines(_end_of(log).rstrip())]
         self.log_end = "\n".join(written[-_LAST_LINES:])
         said = _telling(written)
         super().__init__(f"{problem}{f'; it says: {said}' if said else ''} (log: {log})")

@@ -352,4 +352,28 @@ def _expect_choices(value: dict[str, Any], base_url: str) -> dict[str, Any]:
         raise ServerError(
             f"{base_url}: expected choices in the response, got {', '.join(map(str, value)) or 'nothing'}"
         )
+    _expect_form(choices[0], base_url)
     return value
+
+
+def _expect_form(choice: Mapping[str, Any], base_url: str) -> None:
+    """Refuse values of another type than OpenAI's chat API has; all of them may be missing."""
+    told = _part(choice, "logprobs", Mapping, base_url) or {}
+    _part(_part(choice, "message", Mapping, base_url) or {}, "content", str, base_url)
+    for entry in _part(told, "content", list, base_url) or ():
+        if not isinstance(entry, Mapping):
+            raise _strange("logprobs.content", entry, base_url)
+        for other in _part(entry, "top_logprobs", list, base_url) or ():
+            if not isinstance(other, Mapping):
+                raise _strange("top_logprobs", other, base_url)
+
+
+def _part(of: Mapping[str, Any], name: str, kind: type[Any], base_url: str) -> Any:
+    value = of.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise _strange(name, value, base_url)
+    return value
+
+
+def _strange(name: str, value: Any, base_url: str) -> ServerError:
+    return ServerError(f"{base_url}: expected {name} as in OpenAI's chat API, got {value!r:.80}")

@@ -180,6 +180,7 @@ class QuantServed(HarnessModel):
             )
         chosen = self.options.launch_log
         log = temporary_log() if chosen is None else Path(chosen).expanduser()
+        log.parent.mkdir(parents=True, exist_ok=True)
         return Launched.start(Server.of(command, log), self.options.launch_timeout, keeps_log=chosen is not None)
 
     def _connected(self, timeout: float) -> Client:

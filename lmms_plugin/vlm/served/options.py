@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +10,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 
-from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.arguments import OF_THE_CACHE, ModelArguments
 from lmms_plugin.utils.outputs import expect_file
 from lmms_plugin.utils.processes.launch_command import LaunchCommand
 from lmms_plugin.utils.variables import API_KEY
 
 MISMATCH = ("error", "warn")
-OF_THE_CACHE = ("kv_bits", "kv_image_bits", "kv_format", "kv_group_size", "kv_keys", "kv_part", "kv_keep")
 AUTO, RENDERED, CHAT = "auto", "rendered", "chat"
 PROMPTS = (AUTO, RENDERED, CHAT)
 OF_THE_SERVER = (
@@ -81,8 +81,9 @@ class ServedOptions:
         if self.launch_log is not None:
             expect_file("launch_log", Path(self.launch_log).expanduser())
         for name, least in (("concurrency", 1), ("retries", 0), ("timeout", 0.001), ("launch_timeout", 0.001)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least:g}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                raise ValueError(f"{name} must be at least {least:g} and finite, got {value}")
         if self.mismatch not in MISMATCH:
             raise ValueError(f"mismatch must be one of {', '.join(MISMATCH)}, got {self.mismatch!r}")
         if self.prompts not in PROMPTS:

@@ -55,7 +55,7 @@ def find(client: Client, asked: str | None) -> Served:
         if asked is None or error.status not in (404, 405, 501):
             raise
         listed = [{"id": asked}]
-    names = [str(entry["id"]) for entry in listed]
+    names = [entry["id"] for entry in listed]
     if not names:
         # A router has none until the first of its servers is up.
         raise Passing(f"{client.base_url} serves no model")
@@ -73,7 +73,7 @@ def _entries(response: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     data = response.get("data")
     if not isinstance(data, list):
         raise ServerError(f"expected a list of models under data, got {', '.join(response) or 'nothing'}")
-    return [entry for entry in data if isinstance(entry, Mapping) and "id" in entry]
+    return [entry for entry in data if isinstance(entry, Mapping) and isinstance(entry.get("id"), str)]
 
 
 def _described(client: Client, entry: Mapping[str, Any]) -> Served:
@@ -93,7 +93,7 @@ def _described(client: Client, entry: Mapping[str, Any]) -> Served:
         version = props.get("build_info", version)
         told |= {name: props.get(name) for name in ("model_path", "model_ftype")}
     plain = {name: value for name, value in told.items() if isinstance(value, str | int | float | bool)}
-    return Served(str(entry["id"]), engine, None if version is None else str(version), plain)
+    return Served(entry["id"], engine, None if version is None else str(version), plain)
 
 
 def _of_vllm(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,8 +139,15 @@ class GgufContent:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for one, kind in zip(self.tensors, kinds, strict=True):
-            writer.write_tensor_data(quantized(one.load(), kind))
+            writer.write_tensor_data(_quantized(one, kind))
         writer.close()
+
+
+def _quantized(tensor: Tensor, kind: str) -> np.ndarray[Any, Any]:
+    try:
+        return quantized(tensor.load(), kind)
+    except ValueError as error:
+        raise ValueError(f"{tensor.name}: {error}") from error
 
 
 def _stored(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:

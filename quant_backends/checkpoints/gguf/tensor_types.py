@@ -103,7 +103,9 @@ def quantized(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     gguf = package()
     values = np.ascontiguousarray(values, dtype=np.float32)
     largest = float(np.abs(values).max(initial=0.0))
-    if not largest <= (_LARGEST_HALF if name == "F16" else np.finfo(np.float32).max):
+    if not np.isfinite(largest):
+        raise ValueError("the checkpoint's weight holds NaN or infinite values, which no type holds")
+    if name == "F16" and largest > _LARGEST_HALF:
         raise ValueError(f"{name} cannot hold a value of {largest:g}; name a type of a larger range (F32, BF16)")
     kind = gguf.GGMLQuantizationType[name]
     if name in K_QUANTS:

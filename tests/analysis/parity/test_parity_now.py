@@ -9,6 +9,7 @@ from helpers.environments import run
 from helpers.served import DemoModel, FakeServer
 
 from lmms_plugin import side_by_side
+from lmms_plugin.cli.main import main
 
 COMMAND = [str(Path(sys.executable).parent / "lmms-plugin"), "parity"]
 
@@ -44,8 +45,29 @@ def test_a_run_that_fails_is_told_in_one_line(tmp_path):
         ("quant_served:base_url=http://h:1/v1", "base_url=http://h:1/v1,parity=True,mismatch=warn"),
         ("quant_served:mismatch=error", "mismatch=error,parity=True"),
         ("quant_awq", "parity=True"),
+        ("quant_gguf:type=Q8_0", "type=Q8_0,parity=True,mismatch=warn"),
         ("openai:model=x", "model=x"),
     ],
 )
 def test_models_of_this_package_keep_evidence(text, arguments):
     assert side_by_side.ModelSpec.parse(text).with_evidence().arguments == arguments
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        ("quant_awqq:pretrained=demo", "unknown model 'quant_awqq', did you mean 'quant_awq'?"),
+        ("quant_none:pretrained=demo,kv_bits=1", "kv_bits must be an integer from 2 to 8"),
+        ("quant_rtn:pretrained=demo,format=nvfp5", "unknown format 'nvfp5', did you mean 'nvfp4'?"),
+    ],
+)
+def test_a_second_model_that_cannot_be_is_told_before_the_first_runs(second, told, monkeypatch, capsys):
+    monkeypatch.setattr(side_by_side, "run", lambda *_: pytest.fail("a model was run"))
+    monkeypatch.setattr(
+        sys, "argv", ["lmms-plugin", "parity", "quant_none:pretrained=demo", second, "--tasks", "shapes_rec"]
+    )
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line

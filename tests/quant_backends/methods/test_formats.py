@@ -208,6 +208,27 @@ def test_bits_come_from_the_format_and_others_are_refused():
             check()
 
 
+@pytest.mark.parametrize(
+    ("form", "text", "message"),
+    [
+        ("nvfp4", "components: {language: {group_size: 64}}", "leave out group_size in the plan file"),
+        ("nvfp4", "rules: [{match: up_proj, group_size: 16}]", "format=nvfp4 scales blocks of 1 x 16: leave out"),
+        ("int4", "components: {language: {symmetric: false}}", "format=int4 is symmetric: leave out symmetric in the"),
+        ("int4", "components: {language: {group_size: 64}}", None),
+        ("nvfp4", "components: {vision: 4}", None),
+    ],
+)
+def test_so_is_what_a_plan_file_says_otherwise(tmp_path, form, text, message):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(text)
+    given = {"format": form, "plan": str(plan)}
+    if message is None:
+        expect_effect(given, get("rtn", format=form))
+        return
+    with pytest.raises(ValueError, match=message):
+        expect_effect(given, get("rtn", format=form))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_quantizes_a_model(checkpoint, method):
     loaded = load_quantized(

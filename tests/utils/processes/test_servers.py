@@ -156,3 +156,16 @@ def test_a_taken_port_is_told_before_anything_starts(log):
             Server([sys.executable], log, port=port).start()
     assert not log.exists()
     expect_free(port)
+
+
+@pytest.mark.parametrize("last", ["x" * 60_000, "x." * 30_000, "at " * 20_000], ids=["word", "dots", "words"])
+def test_a_log_of_one_endless_line_is_told_at_once(tmp_path, last):
+    words = f"print('ValueError: no model'); print({last[:3]!r} * {len(last) // 3}); raise SystemExit(3)"
+    server = Server([sys.executable, "-c", words], tmp_path / "log").start()
+    while server.ended is None:
+        time.sleep(0.02)
+    begun = time.process_time()
+    with pytest.raises(ServerFailed, match="ended with status 3; it says: ValueError: no model") as failed:
+        server.expect_running()
+    assert time.process_time() - begun < 1
+    assert max(map(len, failed.value.log_end.splitlines())) <= 1000

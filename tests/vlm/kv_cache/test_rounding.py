@@ -1,13 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, QuantizedCache
+from transformers import Gemma3TextConfig, LlamaConfig, QuantizedCache, T5Config, T5ForConditionalGeneration
 
 from lmms_plugin.quant_backends.plans.cache_spec import CacheSpec
 from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer
 from lmms_plugin.vlm.kv_cache.rounding import rounded
 
+DOCS = Path(__file__).parents[3] / "docs" / "kv_cache.md"
 FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
@@ -80,9 +83,26 @@ class TestBesideTransformers:
     """The same keys and values in transformers' caches."""
 
     CONFIG = LlamaConfig(num_hidden_layers=1, hidden_size=256, num_attention_heads=4, num_key_value_heads=4)
+    TABLE = (
+        ("transformers, quanto, as it is by default", 4, {"backend": "quanto"}),
+        ("ours, `kv_keys=token,kv_group_size=64`", 4, CacheSpec(4, 4, group_size=64, key_axis="token")),
+        ("transformers, quanto, `axis_key=-1`", 4, {"backend": "quanto", "axis_key": -1}),
+        ("ours, `kv_group_size=64`", 4, CacheSpec(4, 4, group_size=64)),
+        ("transformers, HQQ, axis 1", 4, {"backend": "hqq", "axis_key": 1, "axis_value": 1}),
+        ("transformers, HQQ, axis 0, as it is by default", 4, {"backend": "hqq"}),
+        ("ours, as it is by default", 4, CacheSpec(4, 4)),
+        ("transformers, quanto, as it is by default", 2, {"backend": "quanto", "nbits": 2}),
+        ("transformers, quanto, `axis_key=-1`", 2, {"backend": "quanto", "nbits": 2, "axis_key": -1}),
+        ("transformers, HQQ, axis 1", 2, {"backend": "hqq", "nbits": 2, "axis_key": 1, "axis_value": 1}),
+        ("transformers, HQQ, axis 0, as it is by default", 2, {"backend": "hqq", "nbits": 2}),
+        ("ours, as it is by default", 2, CacheSpec(2, 2)),
+        ("transformers, fp8", 8, {"backend": "fp8"}),
+        ("ours, `kv_format=fp8_e4m3`", 8, CacheSpec(8, 8, "fp8_e4m3")),
+        ("ours, `kv_format=fp8_e5m2`", 8, CacheSpec(8, 8, "fp8_e5m2")),
+    )
 
     def ours(self, states, spec):
-        mask = torch.ones(2, 128, dtype=torch.long)
+        mask = torch.ones(len(states[0]), 128, dtype=torch.long)
         cache = CacheQuantizer(spec, self.CONFIG, None, reads_last_apart=False).cache(mask, mask)
         cache.update(*states, 0)
         return cache.layers[0].keys, cache.layers[0].values
@@ -93,14 +113,49 @@ class TestBesideTransformers:
         layer = cache.layers[0]
         return layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
 
+    def row(self, states, name, bits, how):
+        """A row of the docs' table: relative errors, and whether the other row of the batch makes a difference."""
+
+        def quantized(given):
+            return self.ours(given, how) if isinstance(how, CacheSpec) else self.theirs(given, **how)
+
+        errors = [
+            float((one - exact).norm() / exact.norm()) for one, exact in zip(quantized(states), states, strict=True)
+        ]
+        alone = quantized([one[:1] for one in states])
+        beside = quantized([one * torch.tensor([1.0, 10.0])[:, None, None, None] for one in states])
+        same = all(torch.equal(one, other[:1]) for one, other in zip(alone, beside, strict=True))
+        return [name, str(bits), *(f"{error:.3f}" for error in errors), "no" if same else "yes"]
+
+    @pytest.mark.slow
+    def test_the_table_of_the_docs(self, states):
+        """With -s it is printed as the docs have it."""
+        pytest.importorskip("optimum.quanto")
+        pytest.importorskip("hqq")
+        rows = [self.row(states, *line) for line in self.TABLE]
+        print()
+        print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+        section = DOCS.read_text(encoding="utf-8").partition("## Beside transformers")[2].partition("\n## ")[0]
+        # Below the names of the columns and the line.
+        lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
+        documented = [line.strip("| ").split(" | ") for line in lines]
+        for row, line in zip(rows, documented, strict=True):
+            assert (*row[:2], row[4]) == (*line[:2], line[4])
+            # Sums of another processor may end on the neighbouring code.
+            assert [float(error) for error in row[2:4]] == pytest.approx([float(e) for e in line[2:4]], abs=0.0015)
+
     @pytest.mark.slow
     @pytest.mark.parametrize("bits", [4, 2])
-    def test_quanto_s_grid_is_ours_per_token(self, states, bits):
+    @pytest.mark.parametrize(("axis_key", "key_axis"), [(0, "token"), (-1, "channel")])
+    def test_quanto_s_grid_is_ours(self, states, bits, axis_key, key_axis):
+        """An element may have the neighbouring code where it lies halfway, as quanto keeps scales in 32 bits."""
         pytest.importorskip("optimum.quanto")
-        theirs = self.theirs(states, "quanto", nbits=bits, q_group_size=64)
-        ours = self.ours(states, CacheSpec(bits, bits, group_size=64, key_axis="token"))
-        for one, other in zip(ours, theirs, strict=True):
-            assert (one - other).norm() < 0.03 * other.norm()
+        theirs = self.theirs(states, "quanto", nbits=bits, axis_key=axis_key)
+        ours = self.ours(states, CacheSpec(bits, bits, group_size=64, key_axis=key_axis))
+        for one, other, exact in zip(ours, theirs, states, strict=True):
+            slack = 2**-9 * exact.abs().max()
+            assert (((one - exact).abs() - (other - exact).abs()).abs() <= slack).all()
+            assert ((one - other).abs() > slack).float().mean() < 0.01
 
     @pytest.mark.parametrize("bits", [4, 2])
     def test_keys_per_channel_are_nearer_than_hqq_s_cache(self, states, bits):
@@ -115,3 +170,13 @@ class TestBesideTransformers:
         pairs = zip(self.theirs(states, "fp8"), self.ours(states, CacheSpec(8, 8, "fp8_e4m3")), states, strict=True)
         for theirs, ours, exact in pairs:
             assert float((ours - exact).norm()) == pytest.approx(float((theirs - exact).norm()), rel=0.1)
+
+    def test_transformers_refuses_windows_and_encoder_decoders(self):
+        """As the docs say."""
+        window = Gemma3TextConfig(num_hidden_layers=1, layer_types=["sliding_attention"])
+        with pytest.raises(ValueError, match="only full attention layers"):
+            QuantizedCache(backend="fp8", config=window)
+        sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 8}
+        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+        with pytest.raises(ValueError, match="does not support the quantized cache"):
+            model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=1, cache_implementation="quantized")

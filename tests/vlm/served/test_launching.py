@@ -91,6 +91,8 @@ def test_a_server_without_eyes_is_not_waited_for_until_the_limit(tmp_path):
         ({"launch_log": "log", "base_url": "http://127.0.0.1:1/v1"}, "launch_log says nothing without launch"),
         ({}, "base_url is missing"),
         ({"launch": IMITATION, "launch_timeout": 0}, "launch_timeout must be at least"),
+        ({"launch": IMITATION, "launch_timeout": float("nan")}, "launch_timeout must be at least 0.001 and finite"),
+        ({"launch": IMITATION, "timeout": float("inf")}, "timeout must be at least 0.001 and finite, got inf"),
     ],
 )
 def test_what_cannot_be_started_is_told_before_anything_is_loaded(arguments, said):

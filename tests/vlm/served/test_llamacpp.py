@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.demo import CHECKPOINT, DATA
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
@@ -21,7 +22,8 @@ from lmms_plugin.vlm import wrapper
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.served.client import ServerError
 from lmms_plugin.vlm.served.llamacpp.completion import RenderedAsking, as_chat, expect_effect
-from lmms_plugin.vlm.served.llamacpp.gguf_model import QuantGguf
+from lmms_plugin.vlm.served.llamacpp.gguf_model import QuantGguf, files_of
+from lmms_plugin.vlm.served.llamacpp.gguf_options import GgufOptions
 from lmms_plugin.vlm.served.llamacpp.image_places import ImagePlace, places
 from lmms_plugin.vlm.served.model import QuantServed
 
@@ -203,10 +205,13 @@ def test_files_that_are_missing_or_do_not_belong_together_are_told(tmp_path):
         ({"gguf": "other.gguf"}, "expected a GGUF file, and there is none at"),
         ({"kv_type": "f64"}, "kv_type must be one of f32"),
         ({"slots": 0}, "slots must be at least 1"),
+        ({"gpu_layers": -2}, "gpu_layers must be at least -1"),
         ({"thread": 2}, "unknown model argument 'thread', did you mean 'threads'"),
     ):
         with pytest.raises(ValueError, match=said):
             QuantGguf(pretrained=str(folder), **arguments)
+    with pytest.raises(ValueError, match="holds GGUF files and no other weights: quant_gguf evaluates these"):
+        wrapper.QuantNone(pretrained=str(folder))
     shutil.copy(folder / TEXT_FILE, folder / "more.gguf")
     with pytest.raises(ValueError, match=r"expected one GGUF file with a language model .* got model.gguf, more.gguf"):
         QuantGguf(pretrained=str(folder))
@@ -221,6 +226,15 @@ def test_files_that_are_missing_or_do_not_belong_together_are_told(tmp_path):
     shutil.copy(tmp_path / "whole" / VISION_FILE, folder)
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         QuantGguf(pretrained=str(folder))
+
+
+def test_a_damaged_file_in_the_cache_is_told_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMMS_PLUGIN_CACHE", str(tmp_path))
+    arguments, options = ModelArguments(pretrained="demo"), GgufOptions(type="Q8_0")
+    file = files_of(arguments, options).model.vision.path
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"may be damaged: .*: remove {file.parent}, which is then written again"):
+        files_of(arguments, options)
 
 
 def test_a_processor_of_another_checkpoint_is_noticed(tmp_path):

@@ -139,6 +139,14 @@ FAULTS = {
     "half of the JSON": (Reply(b'{"choices": [{"mess'), "sent half a response or no JSON"),
     "an error inside": (Reply.of({"error": {"message": "out of memory"}}), "200 with an error inside: out of memory"),
     "no choices": (Reply.of({"object": "list"}), "expected choices in the response, got object"),
+    "log-probabilities of another form": (
+        Reply.of({"choices": [{"message": {"content": "<"}, "logprobs": {"content": [3]}, "finish_reason": "stop"}]}),
+        "expected logprobs.content as in OpenAI's chat API, got 3",
+    ),
+    "a text in parts": (
+        Reply.of({"choices": [{"message": {"content": [{"type": "text", "text": "<"}]}, "finish_reason": "stop"}]}),
+        "expected content as in OpenAI's chat API, got .{'type': 'text'",
+    ),
     "a refused key": (Reply.of({"error": "no such key"}, 401), "refuses a request without key .401.: no such key; set"),
     "too long": (
         Reply.of({"error": {"message": "This model's maximum context length is 512 tokens."}}, 400),

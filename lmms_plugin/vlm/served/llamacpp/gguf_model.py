@@ -173,7 +173,10 @@ def _written(checkpoint: str, options: GgufOptions) -> GgufModel:
             # Another process may have written the same meanwhile.
             if not (folder / TEXT_FILE).is_file():
                 raise
-    return gguf_export.read_model(folder)
+    try:
+        return gguf_export.read_model(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}: remove {folder}, which is then written again") from error
 
 
 def _image_tokens(checkpoint: str, arguments: ModelArguments) -> tuple[int, int]:

@@ -51,10 +51,10 @@ class GgufOptions:
     gpu_layers: int = -1
 
     def __post_init__(self) -> None:
-        for name in ("threads", "slots", "context"):
+        for name, least in (("threads", 1), ("slots", 1), ("context", 1), ("gpu_layers", -1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, known in (("kv_type", KV_TYPES), ("flash_attention", FLASH_ATTENTION)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
