@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bench.reporting import Row, interleaved, machine, write
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
 from lmms_plugin.quant_backends.layers.native_kernels import MOST_ROWS
-from lmms_plugin.quant_backends.methods.rtn import round_by_blocks
+from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 ROWS = (1, 8, 16, 32, 64, 128, 512)

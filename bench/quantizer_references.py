@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from bench.reporting import Row, machine, write
 from lmms_plugin.quant_backends import get
-from lmms_plugin.quant_backends.methods.rtn import round_by_blocks
+from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics, squared_errors
 

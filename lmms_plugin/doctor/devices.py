@@ -14,7 +14,7 @@ from lmms_plugin.quant_backends.layers.kernel_choice import AGREEMENT, attempt
 from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel, arithmetic_dtype, default_dtype
 from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
 from lmms_plugin.quant_backends.layers.wide_products import WideProducts
-from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
+from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 _DRIVER = Path("/proc/driver/nvidia/version")

@@ -10,10 +10,8 @@ from lmms_plugin.quant_backends.backend import CodesBackend
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.methods.format_options import FormatBackend, act_bits_of
-from lmms_plugin.quant_backends.methods.rtn_grid import nearest_values, round_by_blocks, round_to_nearest
+from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantSpec
-
-__all__ = ["RtnBackend", "nearest", "nearest_values", "round_by_blocks", "round_to_nearest"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lmms_plugin.cli.main import main
 from lmms_plugin.doctor import devices, diagnosis, imports, local_datasets, optional_libraries, packages, places
 from lmms_plugin.doctor.packages import Package
 from lmms_plugin.doctor.rows import DiagnosisRow, Status
-from lmms_plugin.quant_backends import names
+from lmms_plugin.quant_backends import GGUF, SERVED, names
 from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.utils import variables
@@ -61,7 +61,7 @@ def test_where_everything_is_as_it_should_be_nothing_fails(tmp_path):
         assert by_check[check]["status"] == "ok", by_check[check]
     assert {"lock", "dtype", "token", "java", "compiler", "folder of models"} <= by_check.keys()
     # Those of the quantizers, and the served one.
-    assert f"all {len(names()) + 1} models" in by_check["models"]["message"]
+    assert f"all {len(names()) + len((SERVED, GGUF))} models" in by_check["models"]["message"]
     assert "offline" in by_check["hub"]["message"]
     assert not list(tmp_path.iterdir())
 

@@ -10,6 +10,7 @@ from helpers.served import DemoModel, FakeServer
 
 from lmms_plugin import side_by_side
 from lmms_plugin.cli.main import main
+from lmms_plugin.protocol.response import Response
 
 COMMAND = [str(Path(sys.executable).parent / "lmms-plugin"), "parity"]
 
@@ -22,11 +23,12 @@ def test_a_loaded_and_a_served_model_are_run_and_compared(tmp_path):
         told = run([*COMMAND, *specs, "--tasks", "shapes_rec", "--limit", "6", "--output", "kept"], tmp_path)
     assert "Same: 6 of 6 answers are equal" in told
     (rows,) = (tmp_path / "kept" / "B").rglob("*_samples_shapes_rec.jsonl")
-    trailer = json.loads(json.loads(rows.read_text().splitlines()[0])["filtered_resps"].rpartition("|>")[2])
-    assert len(trailer["engine"]["trials"]) == 5
-    assert trailer["engine"]["software"] == "vllm 0.32.0"
+    answer = json.loads(rows.read_text().splitlines()[0])["filtered_resps"]
+    response = Response.decode(answer)
+    assert len(response.engine["trials"]) == 5
+    assert response.engine["software"] == "vllm 0.32.0"
     # Ids of the prompt are kept for the comparison.
-    assert len(trailer["trace"]) == 4 + trailer["trace"][0]
+    assert len(response.trace.ids) == response.trace.tokens
 
 
 def test_a_run_that_fails_is_told_in_one_line(tmp_path):

@@ -21,7 +21,7 @@ from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.checkpoints.probe import expect_sound
 from lmms_plugin.quant_backends.checkpoints.saving import pack_words
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
-from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
+from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 
 FAMILY = "qwen2_5_vl"

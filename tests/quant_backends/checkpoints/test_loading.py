@@ -403,7 +403,7 @@ def test_out_of_memory_says_what_helps(checkpoint, monkeypatch):
     def exhaust(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("lmms_plugin.quant_backends.methods.rtn.round_to_nearest", exhaust)
+    monkeypatch.setattr("lmms_plugin.quant_backends.methods.rtn_grid.round_to_nearest", exhaust)
     with pytest.raises(torch.OutOfMemoryError, match=r"while loading for rtn: device_map=auto .*Tried to allocate"):
         load(checkpoint("idefics3"))
 

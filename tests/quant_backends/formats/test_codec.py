@@ -219,7 +219,7 @@ def test_blocks_of_64_are_those_of_bitsandbytes(name):
 @pytest.mark.parametrize("name", [name for name, one in FORMATS.items() if one.element.integer])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_integers_are_the_grid_of_the_packed_layers(name, dtype):
-    from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
+    from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
     from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
     form, x = FORMATS[name].in_blocks(1, 32), awkward().to(dtype)

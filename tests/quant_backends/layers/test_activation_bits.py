@@ -21,7 +21,8 @@ from lmms_plugin.quant_backends.layers.int8_inputs import (
 )
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
 from lmms_plugin.quant_backends.methods.mbq import MbqBackend
-from lmms_plugin.quant_backends.methods.rtn import RtnBackend, round_to_nearest
+from lmms_plugin.quant_backends.methods.rtn import RtnBackend
+from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.methods.scale_search import EXPONENTS
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.quantization import quantize

@@ -13,7 +13,7 @@ from lmms_plugin.quant_backends.layers.kernel_choice import fastest
 from lmms_plugin.quant_backends.layers.kernels import Dequantize
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
 from lmms_plugin.quant_backends.layers.native_kernels import MOST_ROWS, CpuInt4, CpuInt8, CudaInt4, from_tiles, to_tiles
-from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
+from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 HAS_INT4 = native_kernels.tile_height() is not None

@@ -9,7 +9,7 @@ from torch import nn
 from lmms_plugin.quant_backends.layers.codes import Codes, split_groups
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
 from lmms_plugin.quant_backends.layers.packing import pack, plane_widths, unpack
-from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
+from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 

@@ -11,7 +11,7 @@ from lmms_plugin.protocol.dialects import dialect_for
 from lmms_plugin.quant_backends.calibration.inputs import build_batches
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.methods.awq import AwqBackend
-from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
+from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.methods.scale_search import (
     CLIPPING_RATIOS,
     EXPONENTS,

@@ -13,7 +13,7 @@ from lmms_plugin.quant_backends.calibration.inputs import build_batches
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.methods.gptaq import pull_of
 from lmms_plugin.quant_backends.methods.gptq import factorize, round_with_feedback
-from lmms_plugin.quant_backends.methods.rtn import round_by_blocks
+from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.quantization import quantize
 from lmms_plugin.quant_backends.statistics import InputStatistics, held_back_rows

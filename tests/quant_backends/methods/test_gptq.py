@@ -16,7 +16,8 @@ from lmms_plugin.quant_backends.methods.gptq import (
     pass_on_errors,
     round_with_feedback,
 )
-from lmms_plugin.quant_backends.methods.rtn import RtnBackend, round_by_blocks
+from lmms_plugin.quant_backends.methods.rtn import RtnBackend
+from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics, held_back_rows, squared_errors
 

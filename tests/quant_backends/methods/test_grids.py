@@ -8,7 +8,7 @@ from torch import nn
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.layers.codes import all_finite
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
-from lmms_plugin.quant_backends.methods.rtn import nearest_values, round_to_nearest
+from lmms_plugin.quant_backends.methods.rtn_grid import nearest_values, round_to_nearest
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -17,7 +17,7 @@ from lmms_plugin.quant_backends.calibration.memory import Residence
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.methods.awq import AwqBackend
 from lmms_plugin.quant_backends.methods.mbq import MbqBackend
-from lmms_plugin.quant_backends.methods.rtn import round_to_nearest
+from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.methods.scale_search import EXPONENTS
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import ROLES, SAMPLE_ROWS, TOKEN_ROLES, InputStatistics, Sensitivity

@@ -27,7 +27,7 @@ from lmms_plugin.quant_backends.methods.ptqtp import (
     choose_with_feedback,
     fit_planes,
 )
-from lmms_plugin.quant_backends.methods.rtn import round_by_blocks
+from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
 

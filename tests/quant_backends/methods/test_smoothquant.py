@@ -13,7 +13,7 @@ from lmms_plugin.quant_backends.checkpoints.folding import fold
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
 from lmms_plugin.quant_backends.layers.int8_inputs import Int8InputLinear
-from lmms_plugin.quant_backends.methods.rtn import round_by_blocks
+from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.methods.smoothquant import ALPHAS
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics

@@ -10,7 +10,7 @@ from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.calibration.gradients import measure_token_weights, weigh_modalities
 from lmms_plugin.quant_backends.calibration.inputs import build_batches
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
-from lmms_plugin.quant_backends.methods.rtn import round_by_blocks
+from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.quantization import quantize
 from lmms_plugin.quant_backends.statistics import ROLES, TOKEN_ROLES, InputStatistics, Sensitivity, held_back_rows

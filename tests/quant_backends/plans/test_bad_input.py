@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import resource
 import signal
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from transformers import PreTrainedModel
 
 import lmms_plugin.vlm.wrapper as models
 from lmms_plugin.cli import main
-from lmms_plugin.quant_backends.calibration import journal
 from lmms_plugin.quant_backends.methods.awq import AwqBackend
 from lmms_plugin.utils import variables
 
@@ -172,7 +172,7 @@ def test_a_full_disk_does_not_end_a_calibration(path, cache, monkeypatch):
     arguments = {"pretrained": path, "bits": 4, "calibration": "noise", "calibration_samples": 1}
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(journal.os, "fsync", full)
+            patch.setattr(os, "fsync", full)
             tried = run(**arguments).report
     finally:
         logger.remove(sink)

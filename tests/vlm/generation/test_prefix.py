@@ -348,8 +348,8 @@ class TestSomethingWrong:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_another_image_is_a_mismatch_and_no_looking_ahead(self, checkpoint, monkeypatch, dtype):
-        def swapped(self, cache, owners, columns):
-            return original(self, cache, (owners + 1) % len(cache.layers[0].keys), columns)
+        def swapped(self, cache, owners, *more):
+            return original(self, cache, (owners + 1) % len(cache.layers[0].keys), *more)
 
         original = PrefixSharing.expanded
         monkeypatch.setattr(PrefixSharing, "expanded", swapped)
@@ -396,10 +396,10 @@ class TestSomethingWrong:
 
     @pytest.mark.parametrize("verified", [False, True], ids=["first batch", "later batch"])
     def test_copies_of_a_prefix_that_do_not_fit_lose_no_answer(self, checkpoint, smolvlm, monkeypatch, verified):
-        def expanded(self, cache, owners, columns):
+        def expanded(self, cache, owners, *more):
             if len(owners) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return original(self, cache, owners, columns)
+            return original(self, cache, owners, *more)
 
         expected, original = answers(smolvlm), PrefixSharing.expanded
         vlm = load(checkpoint("smolvlm"))
