@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmms_plugin.demo import CHECKPOINT
-from lmms_plugin.quant_backends.checkpoints.gguf.gguf_content import content_of
+from lmms_plugin.quant_backends.checkpoints.gguf.gguf_content import GgufContent, Tensor, content_of
 from lmms_plugin.quant_backends.checkpoints.gguf.gguf_export import TEXT_FILE, VISION_FILE, export
 from lmms_plugin.quant_backends.checkpoints.gguf.gguf_file import bits_per_weight, matrices, read
 from lmms_plugin.quant_backends.checkpoints.gguf.idefics3_writer import SCALE, linear_as_perceptron
@@ -108,6 +108,22 @@ def test_other_types_of_a_file_are_those_of_the_checkpoint(written, tmp_path):
     mine, theirs = dict(matrices(tmp_path / "again.gguf")), dict(matrices(folder / TEXT_FILE))
     assert mine.keys() == theirs.keys()
     assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_file_of_k_quants_is_read_as_llama_cpp_reads_it(tmp_path):
+    libgguf = pytest.importorskip("libgguf", reason="the extra k-quants is not installed")
+    name = "blk.0.ffn_down.weight"
+    for kind, bits in K_BITS.items():
+        file = tmp_path / f"{kind}.gguf"
+        GgufContent("llama", {}, [Tensor.of(name, values(256))]).write(file, TypeChoice(kind))
+        (row,) = read(file).histogram
+        assert (row.component, row.type, row.weights, row.bits_per_weight) == ("language", kind, 8 * 256, bits)
+        ((found, array),) = matrices(file)
+        # The values by llama.cpp's own code in C; those of the reader are numpy's.
+        stored = quantized(values(256), kind)
+        theirs = libgguf.dequantize_rows(stored, libgguf.GGMLQuantizationType[kind])
+        assert found == name
+        assert np.allclose(array, theirs.reshape(array.shape), rtol=1e-6, atol=1e-7)
 
 
 def test_files_that_are_none_or_damaged_are_told_in_one_line(written, tmp_path):
