@@ -29,11 +29,15 @@ settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("repeatable")
 
 
+LOADED = {"checkpoint", "demo"}
+"""Fixtures with which a test loads a model."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what loads models, and put files with slow tests first, so that no worker ends alone with one of them."""
     for item in items:
-        if "checkpoint" in getattr(item, "fixturenames", ()):
+        if not LOADED.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("model")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
