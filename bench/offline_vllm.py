@@ -31,7 +31,7 @@ def main() -> None:
     for line in sys.stdin:
         conversations = json.loads(Path(line.strip()).read_text())
         started, processor = time.perf_counter(), time.process_time()
-        answers = model.chat(conversations, settings, use_tqdm=False)
+        answers = model.chat(conversations, settings, use_tqdm=False, chat_template_content_format="openai")
         seconds = (time.perf_counter() - started, time.process_time() - processor)
         written = sum(len(answer.outputs[0].token_ids) for answer in answers)
         print(json.dumps(["DONE", *seconds, written]), flush=True)

@@ -51,6 +51,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.vllm_server import NAME, SETTINGS, interpreter, serving
 
 QUESTIONS = 7
+CONTENT = "--chat-template-content-format openai"
+"""vLLM takes the short template of this checkpoint for one of plain text, and puts a line break behind images."""
 DELAY, IN_FLIGHT = 0.05, 64
 LENGTH = 1024
 _FOLDER = Path(__file__).parent
@@ -181,7 +183,7 @@ def compared(case: str, times: dict[str, list[dict[str, float]]], baseline: str)
 @contextmanager
 def offline(checkpoint: Path, folder: Path) -> Iterator[Callable[[Path], dict[str, float]]]:
     """A function that has vLLM's `LLM.chat` answer the conversations of a file."""
-    command = [str(interpreter()), str(_FOLDER / "offline_vllm.py"), str(checkpoint), "float32", str(LENGTH)]
+    command = [str(interpreter()), "-P", str(_FOLDER / "offline_vllm.py"), str(checkpoint), "float32", str(LENGTH)]
     settings = {**os.environ, **SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with (
         (folder / "offline.log").open("wb") as log,
@@ -228,7 +230,7 @@ def sent(engine: Any, docs: ExpressionDocs) -> list[Any]:
 def engine_rows(checkpoint: Path, folder: Path, images: int, repeats: int) -> Iterator[Row]:
     """Our client and lmms-eval's on one server, and the engine alone, in turns."""
     with (
-        serving(checkpoint, "float32", folder / "log", LENGTH) as (url, server),
+        serving(checkpoint, "float32", folder / "log", LENGTH, CONTENT) as (url, server),
         offline(checkpoint, folder) as chat,
     ):
         ways: dict[str, Any] = {

@@ -39,18 +39,18 @@ def expect_environment():
         pytest.skip("VLLM_ENV names no environment with vLLM; make test-served makes one")
 
 
-def launch(checkpoint=CHECKPOINT, dtype="float32", length=512):
-    """The command that serves a checkpoint, with `{port}`."""
+def launch(checkpoint=CHECKPOINT, dtype="float32", length=512, more=""):
+    """The command that serves a checkpoint, with `{port}` and further options."""
     settings = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
     options = f"--model {checkpoint} --served-model-name {NAME} --host 127.0.0.1 --port {{port}} --dtype {dtype}"
     options += f" --max-model-len {length} --enforce-eager --max-num-seqs 8 --block-size 32 --generation-config vllm"
-    return f"{settings} {interpreter()} -m vllm.entrypoints.openai.api_server {options}"
+    return f"{settings} {interpreter()} -m vllm.entrypoints.openai.api_server {options} {more}"
 
 
 @contextmanager
-def serving(checkpoint, dtype, log, length=512):
+def serving(checkpoint, dtype, log, length=512, more=""):
     """Serve a checkpoint until the context ends; yields the address of the API and the server, which has answered."""
-    with Server.of(LaunchCommand.parse(launch(checkpoint, dtype, length)), log) as server:
+    with Server.of(LaunchCommand.parse(launch(checkpoint, dtype, length, more)), log) as server:
         url = f"{server.address}/v1"
         # That it answers a question about an image counts, not that it says so.
         server.wait(
