@@ -49,6 +49,7 @@ def test_intervals_hold_the_consensus_and_tell_components_apart(found):
     assert vision.low > language.high > language.low > connector.high
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_nothing():
     grid = planted(1.0, 2.0, 0.5, FULL[::4])
     assert analyse(grid, resamples=6, workers=2) == analyse(grid, resamples=6)

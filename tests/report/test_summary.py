@@ -377,6 +377,7 @@ def test_every_quantizer_looks_different_and_the_same_everywhere():
     assert both["awq"] == palette.looks(["awq"])["awq"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_page_figures_and_tables(study, tmp_path, monkeypatch, capsys):
     (study / "verdict.json").write_text(
         json.dumps({"sentences": ["Nothing was shown."], "tables": [{"title": "T", "columns": ["a"], "rows": [["1"]]}]})

@@ -19,6 +19,7 @@ def rows():
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
+@pytest.mark.slow
 def test_scores_are_those_of_lmms_eval(tmp_path):
     from lmms_eval.tasks.coco_cap import utils
 

@@ -132,6 +132,7 @@ def test_offline_without_a_copy_is_told(tmp_path):
     assert line.endswith(REMEDIES)
 
 
+@pytest.mark.slow
 def test_a_copy_in_the_cache_is_taken_where_the_hub_is_out_of_reach(tmp_path):
     revision = "0" * 40
     folder = tmp_path / "hub" / f"models--{ID.replace('/', '--')}"
