@@ -188,9 +188,7 @@ class ServedEngine:
         for index in unit:
             job = jobs[index]
             with working_on(job):
-                prompt = job.prompt(self.reader)
-                self._expect_possible(job, prompt)
-                images = [self._sent(image, sent) for image in prompt.images]
+                prompt, images = self._prompt(job, sent)
                 asked_for = self.asking.shown(prompt, [image.name for image in images])
                 opened = self.chat.opened_by(prompt) if evidence and prompt.wants_confidence else ""
                 expected = self.check.expected(prompt)
@@ -210,13 +208,17 @@ class ServedEngine:
         for index in unit:
             job = jobs[index]
             with working_on(job):
-                prompt = job.prompt(self.reader)
-                self._expect_possible(job, prompt)
-                images = [self._sent(image, sent) for image in prompt.images]
+                prompt, images = self._prompt(job, sent)
                 names = [image.name for image in images]
                 text = shown(self.chat, prompt, job.request.continuation())
                 given.append(GivenText(index, prompt, dict(images), names, *text, self.check.expected(prompt)))
         return given
+
+    def _prompt(self, job: Job, sent: dict[Any, SentImage]) -> tuple[Prompt, list[SentImage]]:
+        """Read a job's prompt, and encode those of its images that are not among the sent ones."""
+        prompt = job.prompt(self.reader)
+        self._expect_possible(job, prompt)
+        return prompt, [self._sent(image, sent) for image in prompt.images]
 
     def _sent(self, image: Any, sent: dict[Any, SentImage]) -> SentImage:
         # Questions about one image mostly share the object, too; the caller keeps it alive.
