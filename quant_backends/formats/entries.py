@@ -64,11 +64,6 @@ class NumberFormat:
             return self.reach
         return ((1 << self.bits) - 1) / 2 if self.element.integer else self.element.largest
 
-    @property
-    def spans_rows(self) -> bool:
-        """Return whether blocks or a global scale hold more than one row, so that rows are not quantized alone."""
-        return self.block[0] != 1 or self.global_scale
-
     def blocks(self, rows: int, columns: int) -> tuple[int, int]:
         """Return the number of blocks along the rows and the columns of a matrix."""
         sizes = self.block_of(rows, columns)
