@@ -249,6 +249,7 @@ class QuantServed(HarnessModel):
             ForcedTokens(asked)
             if isinstance(asked, RenderedAsking)
             else likelihoods_of(self.served.engine, asking.with_form(found.form)),
+            first_alone=not self.served.shares_at_once,
         )
 
     def _probed(
