@@ -171,7 +171,7 @@ def _children(pid: int) -> list[psutil.Process]:
     return list(psutil.Process(pid).children(recursive=True))
 
 
-def compared(case: str, times: dict[str, list[dict[str, float]]], baseline: str, of: str = "ours") -> Row:
+def compared(case: str, times: dict[str, list[dict[str, float]]], baseline: str, subject: str = "ours") -> Row:
     """One row from medians of passes that took turns."""
 
     def median(name: str, what: str) -> float:
@@ -179,12 +179,12 @@ def compared(case: str, times: dict[str, list[dict[str, float]]], baseline: str,
 
     return {
         "case": case,
-        "ratio": median(baseline, "seconds") / median(of, "seconds"),
-        "processor_ratio": median(baseline, "processor_ms") / median(of, "processor_ms"),
-        "requests": times[of][0]["requests"],
-        "requests_per_s": median(of, "requests_per_s"),
+        "ratio": median(baseline, "seconds") / median(subject, "seconds"),
+        "processor_ratio": median(baseline, "processor_ms") / median(subject, "processor_ms"),
+        "requests": times[subject][0]["requests"],
+        "requests_per_s": median(subject, "requests_per_s"),
         "baseline_requests_per_s": median(baseline, "requests_per_s"),
-        "processor_ms": median(of, "processor_ms"),
+        "processor_ms": median(subject, "processor_ms"),
         "baseline_processor_ms": median(baseline, "processor_ms"),
     }
 
@@ -244,7 +244,7 @@ def engine_rows(checkpoint: Path, folder: Path, images: int, repeats: int) -> It
     ):
         ways: dict[str, Any] = {
             "ours": QuantServed(pretrained=str(checkpoint), base_url=url),
-            "openai": OpenAICompatible(model=NAME, base_url=url, api_key="none", timeout=600),
+            "openai": OpenAICompatible(model=NAME, base_url=url, api_key="none"),
             "waiting": QuantServed(pretrained=str(checkpoint), base_url=url),
         }
         ways["waiting"].responder.engine.first_alone = True
@@ -265,7 +265,7 @@ def engine_rows(checkpoint: Path, folder: Path, images: int, repeats: int) -> It
     later = {name: passes[1:] for name, passes in times.items()}
     for baseline in ("offline", "openai", "waiting"):
         yield {**compared(f"vllm_vs_{baseline}", later, baseline), "passes": later}
-    yield compared("ceiling", later, "openai", of="offline")
+    yield compared("ceiling", later, "openai", subject="offline")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
