@@ -141,8 +141,7 @@ class Vocabulary:
         _expect_ended(choice)
         content = str((choice.get("message") or {}).get("content") or "")
         # Where ids come anyway, nobody looks at log-probabilities that were not asked for.
-        tells = probabilities or _given_ids(choice) is None
-        entries = [dict(entry) for entry in (choice.get("logprobs") or {}).get("content") or [] if tells]
+        entries = _entries(choice) if probabilities or _given_ids(choice) is None else []
         told = [self.candidate(entry) for entry in entries]
         ids = self._ids(choice, told)
         if ids is None and not told:
@@ -261,6 +260,10 @@ class Vocabulary:
             # More tokens of this kind exist than the server lists: the rest may be theirs.
             unlisted += max(0.0, 1.0 - mass)
         return Alternatives(listed, min(1.0, unlisted))
+
+
+def _entries(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [dict(entry) for entry in (choice.get("logprobs") or {}).get("content") or []]
 
 
 def _given_ids(choice: Mapping[str, Any]) -> list[int] | None:
