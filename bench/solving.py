@@ -59,10 +59,19 @@ def gather(checkpoint: str, texts: list[str], tokens: int, blocks: list[int], fi
     torch.save([(names, [layer.weight.data for layer in layers], fed[names]) for names, layers in groups], file)
 
 
+def dense_layers(weights: Any) -> list[Any]:
+    """Return linear layers with these weights, each (rows, columns)."""
+    from torch import nn
+
+    layers = [nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta") for weight in weights]
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layers
+
+
 def solve(file: Path, method: str, bits: int, group_size: int, kept: Path) -> float:
     """Solve all groups in this process, write dense weights and errors, return the seconds of the processor."""
     import torch
-    from torch import nn
 
     from lmms_plugin.quant_backends import get
     from lmms_plugin.quant_backends.plans.plan import QuantSpec
@@ -72,9 +81,7 @@ def solve(file: Path, method: str, bits: int, group_size: int, kept: Path) -> fl
     backend, spec = get(method), QuantSpec(bits, group_size)
     seconds, found = 0.0, []
     for names, weights, inputs in torch.load(file):
-        layers = [nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta") for weight in weights]
-        for layer, weight in zip(layers, weights, strict=True):
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+        layers = dense_layers(weights)
         held = InputStatistics.empty(names, weights[0].shape[1], torch.device("cpu"))
         entry = InputStatistics.empty(
             names,

@@ -213,7 +213,8 @@ def choose_factor(
     """Factorize with the damping that has the smallest expected error on the held-out inputs.
 
     With F the feedback, rounding errors ε give errors δ of the weights where F δ = ε. Were ε independent, as it nearly
-    is, ‖X δ‖² would have the mean Σ_i var(ε_i) (F⁻ᵀ XᵀX F⁻¹)_ii: a damping is judged without rounding anything.
+    is, ‖X δ‖² would have the mean Σ_i var(ε_i) (F⁻ᵀ XᵀX F⁻¹)_ii: a damping is judged without rounding anything. More
+    damping is tried as long as it does better.
 
     Args:
         statistics: Statistics of the layer's inputs.
