@@ -226,7 +226,7 @@ def _worth_comparing(errors: Tensor, rows: int) -> Tensor:
     ratio = sums / sums[best]
     residual = errors - ratio.unsqueeze(1) * errors[best]
     doubt = residual.std(1) * (1 / compared - 1 / rows) ** 0.5
-    kept = (sums - sums[best]) / compared <= GIVEN_UP * doubt
+    kept: Tensor = (sums - sums[best]) / compared <= GIVEN_UP * doubt
     kept[0] = True
     return kept
 
