@@ -14,7 +14,7 @@ from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLine
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.plans.rotation_spec import RotationSpec
 from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES
-from lmms_plugin.quant_backends.statistics import InputStatistics
+from lmms_plugin.quant_backends.statistics import TOKEN_WEIGHTS, UNWEIGHTED, InputStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,6 +152,12 @@ class CalibratedBackend(Backend):
         """Return what weights of single tokens come from (`TOKEN_WEIGHTS` in statistics.py); None for no weights."""
         return None
 
+    def unweighted(self, statistics: InputStatistics) -> str | None:
+        """Return what the report calls a layer without token weights, where the method weighs tokens; else None."""
+        if self.weighs_tokens_by is None or statistics.by_importance is not statistics:
+            return None
+        return f"{self.name}, {UNWEIGHTED}"
+
     @property
     def needs_roles(self) -> bool:
         """Return whether calibration samples must tell image, prompt and answer apart."""
@@ -178,6 +184,16 @@ class CalibratedBackend(Backend):
     @abstractmethod
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Quantize a layer that no calibration input reached, as this method would with equally weighted inputs."""
+
+
+def expect_token_weights(backend: str, source: str | None) -> None:
+    """Refuse a source of token weights that there is not.
+
+    Raises:
+        ValueError: It is none of `TOKEN_WEIGHTS`.
+    """
+    if source is not None and source not in TOKEN_WEIGHTS:
+        raise ValueError(f"{backend}: token_weights must be {' or '.join(TOKEN_WEIGHTS)}, got {source!r}")
 
 
 class LoadedCheckpoint(NamedTuple):

@@ -22,6 +22,9 @@ WEIGHED = ("image", "answer")
 TOKEN_WEIGHTS = ("gradient", "modality")
 """What the weight of a token can come from: the loss gradient there, or the mean over all tokens of its role."""
 
+UNWEIGHTED = "unweighted"
+"""What follows the name of a method that weighs tokens, in the report of a layer whose inputs have no weights."""
+
 TOKEN_ROLES = "token_roles"
 """Key under which a calibration sample says the role of each of its positions, beside the model's own inputs."""
 
@@ -208,6 +211,12 @@ class InputStatistics:
     def judging_mismatch(self) -> Tensor | None:
         """Return `mismatch` over the held-out rows, or over all of them where none are held out."""
         return self.mismatch if self.held_back is None else self.held_back.mismatch
+
+    @property
+    def by_importance(self) -> InputStatistics:
+        """Return the statistics of the rows weighted by token, or these themselves where no weights are known."""
+        weighted = self.weighted
+        return self if weighted is None or not weighted.rows or not bool(weighted.gram.any()) else weighted
 
     @property
     def mean_magnitude(self) -> Tensor:
