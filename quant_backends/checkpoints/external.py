@@ -16,6 +16,7 @@ from lmms_plugin.quant_backends.backend import CheckpointBackend, LoadedCheckpoi
 from lmms_plugin.quant_backends.checkpoints.arrival import ArrivalConfig
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of, stored_format
 from lmms_plugin.quant_backends.checkpoints.scaled_layouts import scaled_format
+from lmms_plugin.quant_backends.checkpoints.several_schemes import several_schemes
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.layers.library import TensorLinear
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
@@ -117,7 +118,7 @@ def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[st
     turned = next((key for key in ROTATIONS if quantization.get(key)), None)
     if turned is not None:
         raise ValueError(f"{path} ({method}) rotates inputs before its layers ({turned}), which cannot be done here")
-    stored = scaled_format(quantization) or stored_format(quantization)
+    stored = several_schemes(quantization) or scaled_format(quantization) or stored_format(quantization)
     if stored is not None:
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):

@@ -27,6 +27,7 @@ from lmms_plugin.quant_backends.checkpoints.forms import AUTO, COMPRESSED_TENSOR
 from lmms_plugin.quant_backends.checkpoints.own_format import QUANT_METHOD, describe_layers, version_of
 from lmms_plugin.quant_backends.checkpoints.scaled_layouts import written_layer
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.layers.packing import pack_stream
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.quant_backends.plans.rotation_spec import ROTATED_INPUTS
@@ -208,14 +209,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     Returns:
         (rows, ceil(columns · bits / 32)) int32.
     """
-    places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
-    rows = []
-    for part in codes.split(max(1, (1 << 20) // codes.shape[1])):
-        stream = ((part.unsqueeze(-1) >> places) & 1).flatten(1)
-        stream = nn.functional.pad(stream, (0, -stream.shape[1] % 32))
-        rows.append((stream.view(len(part), -1, 8) * weights).sum(-1, dtype=torch.uint8))
-    packed = torch.cat(rows)
+    packed = pack_stream(codes, bits)
+    packed = nn.functional.pad(packed, (0, -packed.shape[1] % 4))
     # safetensors and the readers of this format are little-endian.
     return (packed if sys.byteorder == "little" else packed.view(-1, 4).flip(1).view_as(packed)).view(torch.int32)
 
