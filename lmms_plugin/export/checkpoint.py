@@ -82,11 +82,12 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 def _expect_whole_rows(asked: Asked) -> None:
     """Refuse integers with rounded inputs in any form but that of W8A8."""
-    backend = asked.backend
-    if not isinstance(backend, FormatBackend) or backend.rounding is None or backend.stored is not None:
-        return
-    for spec in map(backend.spec_of, asked.plan.specs):
-        if spec != QuantSpec(8, None, True):
+    for spec in asked.plan.specs:
+        backend = asked.backend.for_spec(spec)
+        if not isinstance(backend, FormatBackend) or backend.rounding is None or backend.stored is not None:
+            continue
+        asks = backend.spec_of(spec)
+        if (asks.bits, asks.group_size, asks.symmetric) != (8, None, True):
             raise ValueError(
                 f"{COMPRESSED_TENSORS} holds integers with {backend.rounding.label} only with a scale per row: it takes"
                 " bits=8,group_size=-1,symmetric=True"
@@ -113,7 +114,7 @@ def _expect_whole_groups(asked: Asked) -> None:
 
 def _group_of(asked: Asked, spec: QuantSpec) -> int | None:
     """Return the columns that share a scale and have to divide a width; None for whole rows, and squares."""
-    backend = asked.backend
+    backend = asked.backend.for_spec(spec)
     if isinstance(backend, FormatBackend) and backend.stored is not None:
         return backend.stored.block[1] if backend.stored.block[0] == 1 else None
     return spec.group_size

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.calibration.inputs import encode, to_model
 from lmms_plugin.quant_backends.calibration.synthetic import scene
-from lmms_plugin.quant_backends.checkpoints.folding import fold
+from lmms_plugin.quant_backends.checkpoints.folding import ScaledLinear, fold
 from lmms_plugin.quant_backends.checkpoints.forms import AUTO, COMPRESSED_TENSORS, OWN
 from lmms_plugin.quant_backends.checkpoints.own_format import QUANT_METHOD, describe_layers, version_of
 from lmms_plugin.quant_backends.checkpoints.scaled_layouts import written_layer
+from lmms_plugin.quant_backends.checkpoints.several_schemes import MIXED
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.layers.packing import pack_stream
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
@@ -139,7 +140,6 @@ def _reason_for_own(model: nn.Module, layers: Mapping[str, QuantizedLinear], for
     reason = _stacked(model) or next(
         (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
     )
-    reason = reason or _mixed(layers)
     if reason and form == COMPRESSED_TENSORS:
         raise ValueError(f"{COMPRESSED_TENSORS} cannot hold this model: {reason}")
     return "it was asked for" if form == OWN else reason
@@ -172,20 +172,22 @@ def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLi
     """Return the ``quantization_config`` of compressed-tensors.
 
     A single scheme for all layers names none of them, as vLLM needs it because it fuses some; several schemes list
-    their layers. Dense layers are named under ``ignore``. (transformers 5.23 refuses several schemes; the library and
-    `quant_prequantized` read them.)
+    their layers, each with its format. Dense layers are named under ``ignore``. (transformers 5.23 refuses several
+    schemes; the library and `quant_prequantized` read them.)
     """
     groups: dict[str, list[str]] = {}
     schemes: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
-        _, scheme = _scheme(layer)
+        layout, arguments = _scheme(layer)
+        scheme = {**arguments, "format": layout}
         schemes.setdefault(str(scheme), scheme)
         groups.setdefault(str(scheme), []).append(name)
     targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
+    layouts = {scheme["format"] for scheme in schemes.values()}
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": _scheme(next(iter(layers.values())))[0],
+        "format": layouts.pop() if len(layouts) == 1 else MIXED,
         "quantization_status": "compressed",
         "version": COMPRESSED_TENSORS_VERSION,
         # transformers would otherwise pack and unpack at the first forward pass, which fails with images.
@@ -229,7 +231,7 @@ def _stacked(model: nn.Module) -> str | None:
 
 def _fold(model: PreTrainedModel, processor: Any) -> None:
     """Fold input scales into preceding layers, if all of them are powers of two."""
-    packed = [layer for layer in _layers(model).values() if isinstance(layer, PackedLinear)]
+    packed = [layer for layer in _layers(model).values() if isinstance(layer, ScaledLinear)]
     scales = [layer.in_scale for layer in packed if layer.in_scale is not None]
     if not scales or not all(bool((scale.frexp().mantissa == 0.5).all()) for scale in scales):
         return
@@ -241,10 +243,10 @@ def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
     """Return why compressed-tensors cannot hold a layer; None if it can."""
     if input_rotation(layer) is not None:
         return ROTATED_INPUTS
+    if getattr(layer, "in_scale", None) is not None:
+        return f"{name} multiplies its input by a scale, which no layer before it could take over exactly"
     if type(layer) is not PackedLinear:
         return None if written_layer(layer) is not None else f"{name} is a {type(layer).__name__} ({layer.kernel})"
-    if layer.in_scale is not None:
-        return f"{name} multiplies its input by a scale, which no layer before it could take over exactly"
     if layer.padded_columns:
         return f"{name} has a width of {layer.in_features}, which its groups of {layer.group_size} do not divide"
     zero = layer.packed.codes(0, 1).zero_point
@@ -253,12 +255,6 @@ def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
 
 def _group_size(layer: QuantizedLinear) -> int | None:
     return None if layer.group_size == layer.in_features else layer.group_size
-
-
-def _mixed(layers: Mapping[str, QuantizedLinear]) -> str | None:
-    """Return why compressed-tensors cannot hold these layers together; None if it can."""
-    layouts = sorted({_scheme(layer)[0] for layer in layers.values()})
-    return None if len(layouts) == 1 else f"its layers are {' and '.join(layouts)}, of which a checkpoint holds one"
 
 
 def _scheme(layer: QuantizedLinear) -> tuple[str, dict[str, Any]]:

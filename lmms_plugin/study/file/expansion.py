@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.arguments import DEMO, ModelArguments
+from lmms_plugin.arguments import DEMO, OF_THE_CACHE, ModelArguments
 from lmms_plugin.quant_backends import SERVED, backend_class, get, option_types
 from lmms_plugin.quant_backends.backend import CheckpointBackend, DataFreeBackend
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
@@ -35,11 +35,13 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
     """
     used: set[str] = set()
     found: dict[str, Cell] = {}
+    asked: dict[tuple[Any, ...], Cell] = {}
     problems = Problems()
     for grid, where in study.grids:
         for cell in _cells(grid, used, problems if runnable else None):
             with problems.collected():
                 _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, where)
+                _expect_one_name(asked.setdefault(cell.configuration, cell), cell, where)
     for exclusion in (exclusion for grid, _ in study.grids for exclusion in grid.exclude):
         with problems.collected():
             if exclusion.where not in used:
@@ -48,6 +50,14 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
     if not found:
         raise ValueError(f"{study.file}: expected at least one cell, got none that is not excluded")
     return tuple(found.values())
+
+
+def _expect_one_name(there: Cell, cell: Cell, where: str) -> None:
+    if there.axes.method != cell.axes.method:
+        raise ValueError(
+            f"{where}: expected every configuration once, got {there.axes.method!r} again under the name"
+            f" {cell.axes.method!r}: both are {cell.model} with {cell.model_args}"
+        )
 
 
 def _expect_a_place_of_its_own(there: Cell, cell: Cell, where: str) -> None:
@@ -64,12 +74,19 @@ def _cells(grid: Grid, used: set[str], problems: Problems | None) -> Iterator[Ce
         for axes, choice, where in _choices(grid, model.value.name, method):
             tasks = [_left(grid, axes, one.value, used) for one in grid.tasks]
             named = {**model.value.arguments, **grid.model_args, **method.value.arguments, **choice}
-            given = {name: _located(name, value) for name, value in named.items()}
+            given = {name: _located(name, value) for name, value in _with_effect(named).items()}
             if problems is not None and any(tasks):
                 with problems.collected():
                     given = _checked(method, given, grid.resources, where)
             for some in filter(None, tasks):
                 yield Cell(axes, method.value.backend, given, some, grid.limit, grid.batch_size, grid.resources)
+
+
+def _with_effect(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return model arguments without those that ask for the cache that a model has anyway."""
+    of_cache = {name: arguments[name] for name in OF_THE_CACHE if name in arguments}
+    idle = of_cache.keys() <= {"kv_bits", "kv_image_bits"} and set(of_cache.values()) <= {UNTOUCHED_BITS}
+    return {name: value for name, value in arguments.items() if not (idle and name in of_cache)}
 
 
 def _located(name: str, value: Any) -> Any:
