@@ -198,8 +198,11 @@ def _scale_rows(parent: nn.Module, name: str, rows: slice, behind: ScaledLinear)
     factor = torch.ones(former.out_features, dtype=scale.dtype, device=scale.device)
     factor[rows] = scale
     bias = None if former.bias is None else nn.Parameter(former.bias * factor.to(former.bias), requires_grad=False)
-    scaled = _scaled_packed if isinstance(former, PackedLinear) else _scaled_format
-    changed = scaled(former, factor, bias)  # type: ignore[operator]
+    changed: ScaledLinear | None
+    if isinstance(former, PackedLinear):
+        changed = _scaled_packed(former, factor, bias)
+    else:
+        changed = _scaled_format(former, factor, bias)
     if changed is None:
         return None
     setattr(parent, name, changed)

@@ -188,7 +188,7 @@ class CacheQuantizer:
         """
         if self.largest is None:
             return {}
-        if self.largest.bits >= self.largest.dense_bits:
+        if self.largest.bits == self.largest.dense_bits:
             logger.warning(
                 "the cache of no prompt was quantized at all, although {} was asked for: the longest has {} tokens, of"
                 " which kv_keep={}+{} keeps {}; give a smaller kv_keep or kv_group_size",
