@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.arguments import DEMO, OF_THE_CACHE, ModelArguments
+from lmms_plugin.arguments import DEMO, ModelArguments, without_idle_cache
 from lmms_plugin.quant_backends import SERVED, backend_class, get, option_types
 from lmms_plugin.quant_backends.backend import CheckpointBackend, DataFreeBackend
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
@@ -74,19 +74,12 @@ def _cells(grid: Grid, used: set[str], problems: Problems | None) -> Iterator[Ce
         for axes, choice, where in _choices(grid, model.value.name, method):
             tasks = [_left(grid, axes, one.value, used) for one in grid.tasks]
             named = {**model.value.arguments, **grid.model_args, **method.value.arguments, **choice}
-            given = {name: _located(name, value) for name, value in _with_effect(named).items()}
+            given = {name: _located(name, value) for name, value in without_idle_cache(named).items()}
             if problems is not None and any(tasks):
                 with problems.collected():
                     given = _checked(method, given, grid.resources, where)
             for some in filter(None, tasks):
                 yield Cell(axes, method.value.backend, given, some, grid.limit, grid.batch_size, grid.resources)
-
-
-def _with_effect(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return model arguments without those that ask for the cache that a model has anyway."""
-    of_cache = {name: arguments[name] for name in OF_THE_CACHE if name in arguments}
-    idle = of_cache.keys() <= {"kv_bits", "kv_image_bits"} and set(of_cache.values()) <= {UNTOUCHED_BITS}
-    return {name: value for name, value in arguments.items() if not (idle and name in of_cache)}
 
 
 def _located(name: str, value: Any) -> Any:
