@@ -1,6 +1,6 @@
 """Methods that take `format=` and `activation_format=`: against plain arithmetic, and what they refuse."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
