@@ -12,9 +12,11 @@ from torch import nn
 from lmms_plugin.quant_backends.checkpoints.forms import COMPRESSED_TENSORS
 from lmms_plugin.quant_backends.checkpoints.saving import Saved, save_quantized
 from lmms_plugin.quant_backends.checkpoints.scaled_layouts import LAYOUTS
+from lmms_plugin.quant_backends.checkpoints.several_schemes import MIXED
 from lmms_plugin.quant_backends.methods.format_options import FormatBackend
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.structure.components import components
+from lmms_plugin.quant_backends.structure.roles import find_places
 from lmms_plugin.quantize import Asked
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.messages import command_line
@@ -62,7 +64,7 @@ def readers(saved: Saved, folder: Path) -> Iterator[str]:
 
 
 def _vllm(saved: Saved) -> str:
-    if saved.layout in LAYOUTS:
+    if saved.layout in (*LAYOUTS, MIXED):
         return f"by its format, {saved.layout}, if it knows the architecture (docs/formats.md says what was run)"
     odd = [bits for bits in saved.bits if bits not in VLLM_BITS]
     groups = [size for size in saved.group_sizes if size not in (*VLLM_GROUPS, None)]
@@ -99,9 +101,11 @@ def _expect_whole_groups(asked: Asked) -> None:
     model = _without_weights(asked)
     if model is None:
         return
-    for name, component in components(model).items():
+    found = components(model)
+    places = find_places(model, found)
+    for name, component in found.items():
         layer = model.get_submodule(name)
-        spec = asked.plan.spec_for(name, component)
+        spec = asked.plan.spec_for(name, component, places.get(name))
         if not isinstance(layer, nn.Linear) or spec is None:
             continue
         size = _group_of(asked, spec)

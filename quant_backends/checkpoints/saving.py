@@ -172,18 +172,18 @@ def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLi
     """Return the ``quantization_config`` of compressed-tensors.
 
     A single scheme for all layers names none of them, as vLLM needs it because it fuses some; several schemes list
-    their layers, each with its format. Dense layers are named under ``ignore``. (transformers 5.23 refuses several
-    schemes; the library and `quant_prequantized` read them.)
+    their layers, and have formats of their own where these differ. Dense layers are named under ``ignore``.
+    (transformers 5.23 refuses several schemes; the library and `quant_prequantized` read them.)
     """
+    kinds = {name: _scheme(layer) for name, layer in layers.items()}
+    layouts = {layout for layout, _ in kinds.values()}
     groups: dict[str, list[str]] = {}
     schemes: dict[str, dict[str, Any]] = {}
-    for name, layer in layers.items():
-        layout, arguments = _scheme(layer)
-        scheme = {**arguments, "format": layout}
+    for name, (layout, arguments) in kinds.items():
+        scheme = arguments if len(layouts) == 1 else {**arguments, "format": layout}
         schemes.setdefault(str(scheme), scheme)
         groups.setdefault(str(scheme), []).append(name)
     targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
-    layouts = {scheme["format"] for scheme in schemes.values()}
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return {
         "quant_method": COMPRESSED_TENSORS,

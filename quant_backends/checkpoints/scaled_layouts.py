@@ -346,7 +346,8 @@ def _says(given: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Return whether arguments that were given are the expected ones."""
     # Eight bits in groups of 32 are MXFP8 if their scales are bytes; for other bits the layout tells, and configs of
     # earlier versions do not name the dtype.
-    told = given.get("num_bits") != 8 or given.get("scale_dtype") == expected.get("scale_dtype")
+    are_bytes = [arguments.get("scale_dtype") == _SCALES["e8m0"] for arguments in (given, expected)]
+    told = given.get("num_bits") != 8 or are_bytes[0] == are_bytes[1]
     keys = [key for key in expected if key not in ("scale_dtype", "zp_dtype")]
     return told and all(given.get(key) == expected[key] for key in keys)
 

@@ -242,9 +242,11 @@ class QuantPlan:
         named += () if self.roles is None else self.roles.named
         return tuple(spec for spec in named if spec is not None and not spec.untouched)
 
-    def spec_for(self, module_name: str, component: Component) -> QuantSpec | None:
-        """Return the spec of one linear layer, None when it is left untouched."""
-        return self._decide(module_name, component)[0]
+    def spec_for(
+        self, module_name: str, component: Component, place: DecoderPosition | None = None
+    ) -> QuantSpec | None:
+        """Return the spec of one linear layer, of which its place in the decoder may be known; None for untouched."""
+        return self._decide(module_name, component, place)[0]
 
     @property
     def counts_use(self) -> bool:

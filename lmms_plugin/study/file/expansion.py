@@ -56,8 +56,8 @@ def _expect_one_name(there: Cell, cell: Cell, where: str) -> None:
     # Analyses compare with the unquantized model, of which there has to be one.
     if there.axes.method != cell.axes.method and cell.backend == NoneBackend.name:
         raise ValueError(
-            f"{where}: expected every configuration of the unquantized model once, got {there.axes.method!r} again under"
-            f" the name {cell.axes.method!r}: both are {cell.model} with {cell.model_args}"
+            f"{where}: expected every configuration of the unquantized model once, got {there.axes.method!r} again"
+            f" under the name {cell.axes.method!r}: both are {cell.model} with {cell.model_args}"
         )
 
 
