@@ -467,6 +467,15 @@ def _value(text: str) -> Any:
     return text
 
 
+def without_idle_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return model arguments without those that ask for the key-value cache that a model has anyway, in 16 bits."""
+    of_cache = {name: arguments[name] for name in OF_THE_CACHE if name in arguments}
+    is_idle = of_cache.keys() <= {"kv_bits", "kv_image_bits"} and all(
+        one == UNTOUCHED_BITS for one in of_cache.values()
+    )
+    return {name: value for name, value in arguments.items() if not (is_idle and name in of_cache)}
+
+
 def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:
     """Refuse arguments about weights for a method that leaves all weights as they are, or whose options decide them.
 

@@ -81,7 +81,7 @@ class Asked(NamedTuple):
         expect_form(form)
         expect_free(folder, option)
         asked = cls.parse(text)
-        expect_storable(asked.backend, form)
+        expect_storable(asked.backend, form, asked.plan.specs)
         return asked
 
     def load(self) -> QuantizedVLM:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ class Backend(ABC):
         default_bits: Number of bits per weight of the language model when the user gives none.
         default_samples: Number of calibration samples when the user gives none.
         unsaved: Reason why its layers cannot be saved; None if they can, or if only the layers themselves tell.
+        takes_formats: Whether the specs of a plan may name formats.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class Backend(ABC):
     default_bits: ClassVar[int] = 4
     default_samples: ClassVar[int] = DEFAULT_SAMPLES
     unsaved: ClassVar[str | None] = None
+    takes_formats: ClassVar[bool] = False
 
     def check(self, plan: QuantPlan) -> None:
         """Refuse a plan that this backend cannot carry out, before any model is loaded.
@@ -69,8 +71,15 @@ class Backend(ABC):
         """Return the rotation of the dense model before any layer is quantized; None for none."""
         return None
 
+    def for_spec(self, spec: QuantSpec) -> Self:
+        """Return the backend that quantizes layers with a spec: this one, with the formats that the spec names."""
+        return self
+
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a single spec that this backend cannot carry out."""
+        named = spec.format or spec.activation_format
+        if named is not None and not self.takes_formats:
+            raise ValueError(f"{self.name} takes no formats, but the plan asks for {named}; rtn, gptq and awq do")
         if spec.bits not in self.bits:
             able = ", ".join(str(bits) for bits in sorted(self.bits))
             raise ValueError(f"{self.name} cannot quantize to {spec.bits} bits (it can: {able})")

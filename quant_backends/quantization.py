@@ -152,7 +152,7 @@ class Quantization:
             raise ValueError(f"{name}: expected a weight {tuple(linear.weight.shape)}, got {tuple(weight.shape)}")
         expect_finite(name, weight)
         spec = self.specs[name]
-        self.replace(name, self.backend.quantize_linear(weight, linear.bias, spec), weight)
+        self.replace(name, self.backend.for_spec(spec).quantize_linear(weight, linear.bias, spec), weight)
 
     def replace(
         self,

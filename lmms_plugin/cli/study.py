@@ -8,6 +8,7 @@ import typer
 
 from lmms_plugin.cli.terminal import Working, console
 from lmms_plugin.utils.outputs import expect_folder
+from lmms_plugin.utils.reading.located import load
 
 app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (docs/studies.md).")]
@@ -20,6 +21,8 @@ def plan_study(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Print the cells of a study, which of them are done, and the expected cost of the rest. Nothing is run."""
+    # A file that is none is refused before seconds of imports, here and below.
+    load(file)
     from lmms_plugin.cli.study_display import plan_table
     from lmms_plugin.study.file.reading import read
     from lmms_plugin.study.run import planning
@@ -50,6 +53,7 @@ def run_study(
     ] = None,
 ) -> None:
     """Run the missing cells of a study, each as an lmms-eval process of its own."""
+    load(file)
     from lmms_plugin.analysis.study_files import FAILURES, LOG
     from lmms_plugin.cli.study_display import Display
     from lmms_plugin.study.run import execution, planning
@@ -90,6 +94,8 @@ def analyse_study(
     partial: Annotated[bool, typer.Option("--partial", help="Analyse what is there though cells are missing.")] = False,
 ) -> None:
     """Repeat the analysis that the study file asks for on all finished cells, whatever version of the code ran them."""
+    if file is not None:
+        load(file)
     from lmms_plugin.study.verdicts import completeness, conclusions
 
     with Working("analysing"):

@@ -12,6 +12,7 @@ dense block before it is quantized.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lmms_plugin.quant_backends.backend import CalibratedBackend
+from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
 from lmms_plugin.quant_backends.calibration.capture import Gathering, Groups, Note, Sharing, chunks, observe, watching
 from lmms_plugin.quant_backends.calibration.gradients import (
     measure_sensitivities,
@@ -358,12 +359,25 @@ class SequentialQuantizer:
                 self._note_rows(statistics)
                 statistics.sensitivity = self._sensitivities.get(statistics.names[0])
                 dense = [dense_linear(self.model, name) for name in statistics.names]
-                found = self.backend.solve(dense, [self.specs[name] for name in statistics.names], statistics)
+                found = self._solved_by_format(dense, statistics)
                 solved |= {
                     name: Solved(layer, statistics.output_error(linear.weight, layer), method, plain_rows)
                     for name, linear, (layer, method, plain_rows) in zip(statistics.names, dense, found, strict=True)
                 }
         return solved
+
+    def _solved_by_format(self, dense: Sequence[nn.Linear], statistics: InputStatistics) -> list[Solution]:
+        """Return the solutions of layers that share their inputs, those of each format solved together."""
+        backends = [self.backend.for_spec(self.specs[name]) for name in statistics.names]
+        found: dict[int, Solution] = {}
+        for backend in dict.fromkeys(backends):
+            places = [place for place, own in enumerate(backends) if own == backend]
+            names = tuple(statistics.names[place] for place in places)
+            # The sums are those of the shared inputs whatever the layers.
+            part = dataclasses.replace(statistics, names=names)
+            solutions = backend.solve([dense[place] for place in places], [self.specs[name] for name in names], part)
+            found |= dict(zip(places, solutions, strict=True))
+        return [found[place] for place in range(len(dense))]
 
     def _gather(
         self,
@@ -403,7 +417,8 @@ class SequentialQuantizer:
     def _without_inputs(self, name: str) -> Solved:
         dense = dense_linear(self.model, name)
         expect_finite(name, dense.weight)
-        layer = self.backend.without_inputs(dense, self.specs[name])
+        spec = self.specs[name]
+        layer = self.backend.for_spec(spec).without_inputs(dense, spec)
         return Solved(layer, None, f"{self.backend.name}, {UNCALIBRATED}")
 
     def _pass_on(self, forward: Callable[..., Any], samples: Sequence[SampleState]) -> None:

@@ -31,8 +31,9 @@ from lmms_plugin.quant_backends.structure.components import dense_linear
 from lmms_plugin.quant_backends.structure.experts import is_fused, split_experts
 
 QUANT_METHOD = "lmms_plugin"
-FORMAT_VERSION = 2
-"""Version 2 has layers that rotate their inputs, which a reader of version 1 would leave out."""
+FORMAT_VERSION = 3
+"""Version 2 has layers that rotate their inputs, version 3 blocks of other shapes than their format's, which an earlier
+reader would leave out."""
 
 KINDS: dict[str, type[PackedLinear] | type[TritPlaneLinear] | type[FormatLinear]] = {
     "packed": PackedLinear,
@@ -54,7 +55,9 @@ def describe_layers(layers: Mapping[str, QuantizedLinear]) -> dict[str, dict[str
 
 def version_of(layers: Mapping[str, Mapping[str, Any]]) -> int:
     """Return the first version of the format that can describe these layers."""
-    return FORMAT_VERSION if any("input_rotation" in layer for layer in layers.values()) else 1
+    if any("block" in layer for layer in layers.values()):
+        return FORMAT_VERSION
+    return 2 if any("input_rotation" in layer for layer in layers.values()) else 1
 
 
 def _describe_rotation(layer: QuantizedLinear) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def empty_layer(description: Mapping[str, Any], dense: nn.Linear) -> QuantizedLi
     rounding = InputRounding(**description["inputs"]) if description.get("inputs") else None
     if kind is FormatLinear:
         form, scaled = format_of(description["format"]), description["with_in_scale"]
+        form = form.in_blocks(*description["block"]) if "block" in description else form
         return FormatLinear(form=form, with_in_scale=scaled, rounding=rounding, **sizes)
     sizes["spec"] = QuantSpec(description["bits"], description["group_size"], description["symmetric"])
     if kind is TritPlaneLinear:
@@ -99,9 +103,11 @@ def _describe(name: str, layer: QuantizedLinear) -> dict[str, Any]:
         )
     assert isinstance(layer, PackedLinear | TritPlaneLinear | FormatLinear)
     rounding = getattr(layer, "rounding", None)
-    inputs = {} if rounding is None else {"inputs": asdict(rounding)}
+    inputs = {} if rounding is None else {"inputs": _written(rounding)}
     if isinstance(layer, FormatLinear):
-        return {"kind": kind, "format": layer.format.name, "with_in_scale": layer.in_scale is not None, **inputs}
+        form = layer.format
+        block = {} if form.block == format_of(form.name).block else {"block": list(form.block)}
+        return {"kind": kind, "format": form.name, "with_in_scale": layer.in_scale is not None, **block, **inputs}
     described = {
         "kind": kind,
         "bits": layer.spec.bits,
@@ -113,6 +119,11 @@ def _describe(name: str, layer: QuantizedLinear) -> dict[str, Any]:
         described["float_zero_point"] = zero is not None and zero.is_floating_point()
         described["with_in_scale"] = layer.in_scale is not None
     return described | inputs
+
+
+def _written(rounding: InputRounding) -> dict[str, Any]:
+    # An older package knows no group sizes of inputs, and need not, where there are none.
+    return {key: value for key, value in asdict(rounding).items() if key != "group_size" or value is not None}
 
 
 @register_quantization_config(QUANT_METHOD)

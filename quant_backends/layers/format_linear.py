@@ -153,7 +153,7 @@ class FormatLinear(RoundsInputs, QuantizedLinear):
     def kernel(self) -> str:
         """Return what the forward pass runs on."""
         inputs = "" if self.rounding is None else f", {self.rounding.label}"
-        return f"{self.format.name}, dequantize{inputs}"
+        return f"{self.format.label}, dequantize{inputs}"
 
     @property
     def weight_bytes(self) -> int:

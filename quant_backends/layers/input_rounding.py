@@ -25,11 +25,13 @@ class InputRounding:
             own; ``tensor``: all inputs by one static scale, found in calibration.
         static: Whether a number from calibration is needed: the scale of ``tensor``, or the global scale of a format
             that has one. Without it each token has a global scale of its own.
+        group_size: Columns of a block where the format has none; None for `GROUP`.
     """
 
     name: str
     granularity: str
     static: bool
+    group_size: int | None = None
 
     @classmethod
     def of(cls, name: str, granularity: str | None = None, *, calibrated: bool = False) -> InputRounding:
@@ -69,7 +71,7 @@ class InputRounding:
     def format(self) -> NumberFormat:
         """Return the format, with the blocks of this granularity."""
         form = FORMATS[self.name]
-        width = {TOKEN: None, TENSOR: None, BLOCK: form.block[1] or GROUP}[self.granularity]
+        width = {TOKEN: None, TENSOR: None, BLOCK: form.block[1] or self.group_size or GROUP}[self.granularity]
         # As kernels do (vLLM's, torch's), integers leave out the lowest code, so that the range is symmetric.
         reach = float((1 << (form.bits - 1)) - 1) if form.element.integer else None
         return replace(form, block=(None if self.granularity == TENSOR else 1, width), reach=reach)
@@ -79,7 +81,7 @@ class InputRounding:
         """Return a few words for reports."""
         if self.format.global_scale:
             return f"{self.name} inputs, {'static' if self.static else 'per-token'} global scale"
-        return f"{self.name} inputs per {self.granularity}"
+        return f"{self.name} inputs per {self.granularity}{'' if self.group_size is None else f' of {self.group_size}'}"
 
     def static_scale(self, largest: Tensor) -> Tensor:
         """Return the static number of inputs whose largest magnitude over all of calibration is given, () float32."""

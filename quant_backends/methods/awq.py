@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution, expect_token_weights
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
-from lmms_plugin.quant_backends.methods.format_options import FormatBackend
+from lmms_plugin.quant_backends.methods.format_options import SCALED_INPUTS, FormatBackend
 from lmms_plugin.quant_backends.methods.scale_search import GramError, search_clipping, search_scales
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
@@ -64,11 +64,8 @@ class AwqBackend(FormatBackend, CalibratedBackend):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_token_weights(self.name, self.token_weights)
-        if self.fold and (self.stored is not None or self.rounding is not None):
-            raise ValueError(
-                "awq: fold=True hands scales to the layers before, which is done for integers with inputs as they are;"
-                " leave out fold, or format and activation_format"
-            )
+        if self.fold:
+            self.expect_foldable()
         if self.clip and self.stored is not None:
             raise ValueError(
                 f"awq: clip=True narrows the ranges of groups of integers, which format={self.format} has not"
@@ -77,7 +74,7 @@ class AwqBackend(FormatBackend, CalibratedBackend):
     @property
     def uncompressed(self) -> str | None:
         """Return the reason: input scales need this package's own format, unless preceding layers absorb them."""
-        return None if self.fold else "its layers multiply their inputs by a scale; fold=True avoids that"
+        return super().uncompressed if self.fold else SCALED_INPUTS
 
     @property
     def weighs_tokens_by(self) -> str | None:

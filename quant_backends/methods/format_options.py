@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,12 @@ from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantSpec
 from lmms_plugin.quant_backends.plans.rotation_spec import ROTATED_INPUTS, RotationSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
+
+SCALED_INPUTS = "its layers multiply their inputs by a scale; fold=True avoids that"
+"""Why compressed-tensors cannot hold what a method of input scales makes."""
+
+AS_THEY_ARE = "none"
+"""Format of inputs in a plan that means: leave them as they are."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class FormatBackend(Backend):
     format: str | None = None
     activation_format: str | None = None
     activation_granularity: str | None = None
+    takes_formats = True
+
     rotation: str | None = None
     rotation_seed: int = 0
 
@@ -93,11 +102,44 @@ class FormatBackend(Backend):
             return ROTATED_INPUTS
         return why_not_compressed(None if self.stored is None else self.stored.name, self.rounding)
 
+    def expect_foldable(self) -> None:
+        """Refuse to hand input scales to the rows of a layer before, where rows share a scale.
+
+        Raises:
+            ValueError: They do.
+        """
+        if self.stored is not None and self.stored.block[0] != 1:
+            raise ValueError(
+                f"{self.name}: fold=True multiplies single rows of layers before, but format={self.format} has scales"
+                " over several rows; leave out fold, or take a format with scales per row or block of a row"
+            )
+
+    def for_spec(self, spec: QuantSpec) -> Self:
+        """Return this backend with the formats that a spec of the plan names.
+
+        Raises:
+            ValueError: They do not go with the other options.
+        """
+        if spec.format is None and spec.activation_format is None:
+            return self
+        changed: dict[str, Any] = {} if spec.format is None else {"format": spec.format}
+        if spec.activation_format is not None:
+            if self.rotation is not None:
+                raise ValueError(
+                    f"rotation={self.rotation} turns the inputs of the whole decoder, which are rounded alike: leave"
+                    " activation_format out of the plan, and give it as a model argument"
+                )
+            inputs = None if spec.activation_format == AS_THEY_ARE else spec.activation_format
+            changed |= {"activation_format": inputs, "activation_granularity": None}
+            changed |= {"act_bits": UNTOUCHED_BITS} if hasattr(self, "act_bits") else {}
+        return replace(self, **changed)
+
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a number of bits that the format does not have."""
-        if self.format is not None and spec.bits != format_of(self.format).bits:
+        own = self.for_spec(spec)
+        if own.format is not None and spec.bits != format_of(own.format).bits:
             raise ValueError(
-                f"format={self.format} has {format_of(self.format).bits} bits per weight, but {spec.bits} were asked"
+                f"format={own.format} has {format_of(own.format).bits} bits per weight, but {spec.bits} were asked"
                 f" for: leave the bits out, or give {UNTOUCHED_BITS} to parts that stay as they are"
             )
         super().check_spec(spec)

@@ -14,7 +14,7 @@ PACKAGE = Path(str(files("lmms_plugin")))
 OURS = "lmms_plugin"
 
 QUANTIZERS = {
-    "quant_backends.plans": "utils",
+    "quant_backends.plans": "quant_backends.formats utils",
     "quant_backends.formats": "utils",
     "quant_backends.layers": "quant_backends.formats quant_backends.plans utils",
     "quant_backends.structure": "quant_backends.layers quant_backends.plans utils",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from loguru import logger
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
@@ -53,9 +54,14 @@ class CacheSize(NamedTuple):
         return self.bits / 8
 
     @property
+    def dense_bits(self) -> int:
+        """Return the size in bits of a cache in 16 bits per element."""
+        return self.elements * UNTOUCHED_BITS
+
+    @property
     def dense_bytes(self) -> float:
-        """Return the size in bytes of a cache in 16 bits."""
-        return self.elements * UNTOUCHED_BITS / 8
+        """Return the size in bytes of a cache in 16 bits per element."""
+        return self.dense_bits / 8
 
 
 def expect_plain_cache(config: Any, spec: CacheSpec, name: str) -> None:
@@ -176,9 +182,22 @@ class CacheQuantizer:
             self.largest = CacheSize(tokens, sum(one.elements for one in stored), sum(one.bits for one in stored))
 
     def totals(self) -> dict[str, float | int]:
-        """Return the numbers to log beside results; empty before the first prompt."""
+        """Return the numbers to log beside results; empty before the first prompt.
+
+        A warning is logged where nothing of the longest prompt was quantized, and so nothing of any.
+        """
         if self.largest is None:
             return {}
+        if self.largest.bits == self.largest.dense_bits:
+            logger.warning(
+                "the cache of no prompt was quantized at all, although {} was asked for: the longest has {} tokens, of"
+                " which kv_keep={}+{} keeps {}; give a smaller kv_keep or kv_group_size",
+                self.spec.name,
+                self.largest.tokens,
+                self.spec.keep_first,
+                self.spec.keep_last,
+                min(self.largest.tokens, self.spec.keep_first + self.spec.keep_last),
+            )
         return {
             "kv_bits_per_element": self.largest.bits_per_element,
             "kv_tokens": self.largest.tokens,

@@ -383,6 +383,50 @@ def test_likelihoods_are_those_of_the_model_loaded_here(engine, local, serve, in
     assert len(set(salts)) == len(salts) == (requests[0] - 1) * (engine == "vllm")
 
 
+def rows_of(response):
+    return response.get("prompt_logprobs") or response.get("meta_info", {}).get("input_token_logprobs")
+
+
+def last_row(changed):
+    def change(response):
+        if rows := rows_of(response):
+            rows[-1] = changed(rows[-1])
+
+    return change
+
+
+def without_best(response):
+    response.get("meta_info", {}).pop("input_top_logprobs", None)
+
+
+def without_rank(row):
+    return {index: {"logprob": entry["logprob"]} for index, entry in row.items()}
+
+
+@pytest.mark.parametrize(
+    ("engine", "change", "said"),
+    [
+        ("vllm", last_row(lambda row: 5), "expected rows of prompt_logprobs to be a mapping of token ids each, got 5"),
+        ("vllm", last_row(without_rank), "expected prompt_logprobs with a logprob and a rank for token"),
+        ("vllm", last_row(lambda row: dict.fromkeys(row, -0.5)), r"with a logprob and a rank for token \d+, got -0.5"),
+        (
+            "sglang",
+            last_row(lambda row: -0.5),
+            "input_token_logprobs to be log-probability and token id each, got -0.5",
+        ),
+        ("sglang", last_row(lambda row: row[:1]), "input_token_logprobs to be log-probability and token id each, got"),
+        ("sglang", last_row(lambda row: ["x", *row[1:]]), "input_token_logprobs to be log-probability and token id"),
+        ("sglang", without_best, "expected input_top_logprobs of .* tokens in SGLang's response, got None"),
+    ],
+    ids=["number", "no rank", "no mapping", "number of SGLang", "no id", "no number", "no best"],
+)
+def test_likelihoods_in_another_shape_are_told(engine, change, said, serve, instances):
+    server, vlm = serve(engine)
+    server.change = change
+    with pytest.raises(RequestError, match=said):
+        vlm.generate_until(instances(candidates, 1, SCORED))
+
+
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in SCORING])
 def test_likelihoods_are_refused_by_name_where_the_server_has_none(engine, serve, instances):
     _, vlm = serve(engine)
