@@ -69,6 +69,11 @@ class Backend(ABC):
         """Return the rotation of the dense model before any layer is quantized; None for none."""
         return None
 
+    @property
+    def scales_by_modality(self) -> bool:
+        """Return whether inputs of image tokens and of text have static scales of their own."""
+        return False
+
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a single spec that this backend cannot carry out."""
         if spec.bits not in self.bits:
@@ -155,7 +160,7 @@ class CalibratedBackend(Backend):
     @property
     def needs_roles(self) -> bool:
         """Return whether calibration samples must tell image, prompt and answer apart."""
-        return self.by_role or self.weighs_tokens_by is not None
+        return self.by_role or self.weighs_tokens_by is not None or self.scales_by_modality
 
     @abstractmethod
     def solve(

@@ -25,6 +25,7 @@ from lmms_plugin.quant_backends.rotations.sites import find_sites
 from lmms_plugin.quant_backends.structure.blocks import within
 from lmms_plugin.quant_backends.structure.components import components, dense_linear, expect_finite, splitter
 from lmms_plugin.quant_backends.structure.experts import join_experts, own_weight, split_experts
+from lmms_plugin.quant_backends.structure.reading import expect_modalities, tell_modalities
 from lmms_plugin.quant_backends.structure.roles import find_mixtures, find_places
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Quantization:
         self.tied = {name for name in self.specs if _is_tied(model, name)}
         _expect_unshared(model, self.specs, self.components)
         # On the meta device while a checkpoint is read: a model that cannot be rotated fails before a byte is read.
+        if plan.specs and backend.scales_by_modality:
+            expect_modalities(model)
+            tell_modalities(model)
         sites = find_sites(model) if plan.specs and backend.rotates is not None else None
         self.unrotated: frozenset[str] = frozenset() if sites is None else changed_layers(sites)
         self._done: dict[str, ModuleReport] = {}

@@ -40,6 +40,16 @@ class Rotation:
         rotated: Tensor = walsh_hadamard(y) / y.shape[1] ** 0.5
         return rotated.reshape(x.shape)
 
+    def inverse(self, x: Tensor) -> Tensor:
+        """Return x Qᵀ for x (..., size), in the dtype of `x`."""
+        signs, block = _parts(self.size, self.seed, x.dtype, x.device)
+        y = x.reshape(-1, self.size // self.block, self.block)
+        y = walsh_hadamard(y) / y.shape[1] ** 0.5
+        if block is not None:
+            y = y @ block.T
+        turned: Tensor = y.reshape(x.shape) * signs
+        return turned
+
 
 @cache
 def _parts(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,6 @@ from lmms_plugin.quant_backends.calibration.inputs import answered, to_model
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
-from lmms_plugin.quant_backends.checkpoints.own_format import FORMAT_VERSION
 from lmms_plugin.quant_backends.checkpoints.saving import COMPRESSED_TENSORS_VERSION, save_quantized
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.plans.rotation_spec import RotationSpec
@@ -230,9 +229,7 @@ def test_saved_rotated_checkpoints_answer_as_before(checkpoints, tmp_path, input
     again = load_quantized(str(tmp_path / "saved"), backend=get("prequantized"), plan=QuantPlan(), dtype=torch.float32)
     assert torch.allclose(logits(again), logits(found), atol=1e-4)
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert written["quantization_config"]["version"] == (
-        COMPRESSED_TENSORS_VERSION if inputs is None else FORMAT_VERSION
-    )
+    assert written["quantization_config"]["version"] == (COMPRESSED_TENSORS_VERSION if inputs is None else 2)
     assert not written["text_config"].get("tie_word_embeddings")
 
 
