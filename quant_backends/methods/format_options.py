@@ -37,6 +37,7 @@ class FormatBackend(Backend):
         rotation: Rotation of the decoder before it is quantized: hadamard, QuaRot's (docs/quantizers.md); None for
             none.
         rotation_seed: Seed of the rotation.
+        rotate_vision: Whether to rotate the vision tower, too, where its norms are LayerNorms.
     """
 
     format: str | None = None
@@ -44,6 +45,7 @@ class FormatBackend(Backend):
     activation_granularity: str | None = None
     rotation: str | None = None
     rotation_seed: int = 0
+    rotate_vision: bool = False
 
     def __post_init__(self) -> None:
         if self.activation_granularity is not None and self.activation_format is None:
@@ -95,7 +97,8 @@ class FormatBackend(Backend):
     @property
     def rotates(self) -> RotationSpec | None:
         """Return the rotation; inputs of down projections are rotated at run time only if inputs are rounded."""
-        return RotationSpec.of(self.rotation, self.rotation_seed, online=self.activation_format is not None)
+        online = self.activation_format is not None
+        return RotationSpec.of(self.rotation, self.rotation_seed, online=online, vision=self.rotate_vision)
 
     @property
     def settled(self) -> dict[str, str]:

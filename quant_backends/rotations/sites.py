@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from lmms_plugin.quant_backends.rotations.weights import matches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,8 +98,8 @@ def find_sites(model: PreTrainedModel) -> Sites:
         raise _refusal(model, f"where images enter the decoder is known for {known}, not for {kind}")
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     entering = ENTRANCES[kind]
-    linear = tuple(name for name in modules if _matches(name, entering) and isinstance(modules[name], nn.Linear))
-    vectors = tuple(name for name in parameters if _matches(name, entering))
+    linear = tuple(name for name in modules if matches(name, entering) and isinstance(modules[name], nn.Linear))
+    vectors = tuple(name for name in parameters if matches(name, entering))
     if not linear:
         raise _refusal(model, f"no linear layer {entering[0]} ends its connector")
     hidden = decoder.get_input_embeddings().weight.shape[1]
@@ -118,10 +119,6 @@ def find_sites(model: PreTrainedModel) -> Sites:
         paths[id(head)],
         neutral,
     )
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _refusal(model: nn.Module, why: str) -> ValueError:
