@@ -47,7 +47,7 @@ def test_rotations_that_keep_the_mean_are_orthogonal_and_commute_with_layer_norm
     norm = nn.LayerNorm(size, elementwise_affine=False, dtype=torch.float64)
     assert torch.allclose(norm(turn(x)), turn(norm(x)), atol=1e-8)
     # No channel keeps more than a few of its shares of 1 / √size.
-    assert size < 64 or float(matrix.abs().max()) < 8 / size**0.5
+    assert size < 64 or float(matrix.abs().max()) < 5 / size**0.5
 
 
 def test_a_large_channel_is_spread_over_all_by_a_rotation_that_keeps_the_mean():
