@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from lmms_plugin.quant_backends.layers.modalities import read
@@ -35,11 +36,14 @@ def expect_modalities(model: PreTrainedModel) -> None:
         )
 
 
-def tell_modalities(model: PreTrainedModel) -> None:
+def tell_modalities(model: PreTrainedModel) -> ExitStack:
     """Let a model tell its layers, in every forward pass, which positions are image tokens.
 
     `generate` gives each pass the ids that it reads: a prompt, a part of one, the rest behind a shared prefix, or a new
     token.
+
+    Returns:
+        What ends it, when closed.
     """
     image_token = image_token_of(model.config)
 
@@ -50,8 +54,10 @@ def tell_modalities(model: PreTrainedModel) -> None:
     def after(*_: Any) -> None:
         read(None)
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, always_call=True)
+    told = ExitStack()
+    told.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+    told.callback(model.register_forward_hook(after, always_call=True).remove)
+    return told
 
 
 def _marks(ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -4,15 +4,19 @@ import pytest
 import torch
 from helpers.prefix import IMAGES, QUESTIONS, Documents, answers, ask, assert_equal, plainly
 
+from bench import activation_scales
+from lmms_plugin.demo import CHECKPOINT
 from lmms_plugin.protocol.dialects import dialect_for
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends.calibration.held_out import output_errors
 from lmms_plugin.quant_backends.calibration.inputs import build_batches
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.layers.modalities import image_rows
 from lmms_plugin.quant_backends.layers.rounded_inputs import RoundsInputs
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
+from lmms_plugin.quant_backends.quantization import quantize
 from lmms_plugin.vlm import wrapper as models
 
 pytestmark = pytest.mark.model
@@ -113,6 +117,20 @@ def test_a_saved_model_answers_as_before(vlms, checkpoint, tmp_path):
     assert scaled(again.model) == scaled(vlm.model)
 
 
+def test_errors_on_held_out_inputs_are_those_of_the_layers_as_they_run(vlms, checkpoint):
+    model = vlms("smolvlm").model
+    dense = load_quantized(str(checkpoint("smolvlm")), backend=get("none"), plan=QuantPlan(), dtype=torch.float32)
+    spec = CalibrationSpec("noise", samples=1, seed=3)
+    batches, _ = build_batches(
+        dense.model, dense.processor, spec, spec.load_samples(), dialect_for("smolvlm"), keep_logits=False
+    )
+    apart, together = scaled(model)
+    errors = output_errors(dense.model, model, [*apart, *together], batches)
+    assert all(error is not None and 0 < error < 0.2 for error in errors.values())
+    # Nothing of it stays in the unquantized model.
+    assert not dense.model._forward_pre_hooks
+
+
 @torch.no_grad()
 def test_sequential_calibration_tells_quantized_blocks_the_images_of_each_sample(checkpoint):
     """With quantized blocks in between, the layers of the second block see what the first really puts out."""
@@ -147,3 +165,21 @@ def test_sequential_calibration_tells_quantized_blocks_the_images_of_each_sample
 def test_families_that_do_not_tell_are_refused_before_weights_are_read(checkpoint, family, reason):
     with pytest.raises(ValueError, match=rf"activation_granularity=modality: .* does not tell .*{reason}"):
         load(checkpoint(family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_demo_answers_as_without_quantization_up_to_rounding(bits):
+    """End to end: the tokens of answers that the unquantized model would write, of scenes that no calibration saw."""
+    dense = load_quantized(str(CHECKPOINT), backend=get("none"), plan=QuantPlan(), dtype=torch.float32)
+    batches = activation_scales.batches_of(dense, "demo:n=12")
+    exact = activation_scales.at_answers(dense.model, batches[8:])
+    plan = QuantPlan.from_arguments(
+        bits=bits, group_size=-1 if bits == 8 else 32, symmetric=True, vision_bits=bits, connector_bits=bits
+    )
+    backend = get("gptq", activation_format="int8", activation_granularity="modality")
+    quantize(dense.model, backend, plan, batches[:8])
+    found = activation_scales.at_answers(dense.model, batches[8:])
+    same = torch.cat([one.argmax(1) == two.argmax(1) for one, two in zip(exact, found, strict=True)])
+    assert float(same.float().mean()) > 0.8
+    assert 0 < activation_scales.relative(exact, found) < 0.6
