@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.rotations.hadamard import MeanKeepingRotation, Rotation
-from lmms_plugin.quant_backends.rotations.weights import by_head, change, change_outputs, matches
+from lmms_plugin.quant_backends.rotations.weights import Step, by_head, change, change_outputs, matches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +74,7 @@ def find_tower(model: PreTrainedModel) -> TowerSites:
     name = paths[id(tower)]
     _expect_plain(model, tower, blocks)
     width = tower.embeddings.position_embedding.embedding_dim
+    attention: Any = blocks[0].get_submodule("self_attn")
     exits = tuple(
         one for one, layer in model.named_modules() if matches(one, (EXITS[kind],)) and isinstance(layer, nn.Linear)
     )
@@ -90,7 +91,7 @@ def find_tower(model: PreTrainedModel) -> TowerSites:
         tuple(f"{name}.encoder.layers.{index}" for index in range(len(blocks))),
         f"{name}.post_layernorm" if kind in _NORMED else None,
         exits,
-        int(blocks[0].self_attn.head_dim),
+        int(attention.head_dim),
     )
 
 
@@ -156,7 +157,7 @@ def rotate_tower(model: PreTrainedModel, sites: TowerSites, seed: int) -> None:
     flat: Any = patches.weight.data.flatten(1).double()
     patches.weight.data = stream(flat.T).T.reshape(patches.weight.shape).to(patches.weight.dtype).contiguous()
     if patches.bias is not None:
-        patches.bias.data = stream(patches.bias.double()).to(patches.bias.dtype)  # type: ignore[operator, arg-type]
+        patches.bias.data = stream(patches.bias.double()).to(patches.bias.dtype)
     change(model.get_submodule(sites.positions), stream)
     for number, block in enumerate(sites.blocks):
         values, outputs, down = (
@@ -193,7 +194,11 @@ def _absorb(model: nn.Module, norm: str, readers: Any, stream: MeanKeepingRotati
         layer: Any = model.get_submodule(name)
         times = layer.in_features // len(gain)
         factors = gain.repeat(times)
-        change(layer, lambda rows, factors=factors: by_head(stream, len(gain))(rows * factors))
+        change(layer, _scaled(factors, by_head(stream, len(gain))))
     if module.bias is not None:
         module.bias.data = stream(module.bias.double() / gain).to(module.bias.dtype)
     module.weight.data = torch.ones_like(module.weight)
+
+
+def _scaled(factors: Tensor, step: Step) -> Step:
+    return lambda rows: step(rows * factors)
