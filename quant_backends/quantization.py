@@ -24,8 +24,8 @@ from lmms_plugin.quant_backends.rotations.rotate import changed_layers, rotate
 from lmms_plugin.quant_backends.structure.blocks import within
 from lmms_plugin.quant_backends.structure.components import components, dense_linear, expect_finite, splitter
 from lmms_plugin.quant_backends.structure.experts import join_experts, own_weight, split_experts
-from lmms_plugin.quant_backends.structure.reading import expect_modalities, tell_modalities
 from lmms_plugin.quant_backends.structure.roles import find_mixtures, find_places
+from lmms_plugin.quant_backends.structure.telling import expect_modalities, tell_modalities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

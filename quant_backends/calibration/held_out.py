@@ -14,7 +14,7 @@ from lmms_plugin.quant_backends.calibration.inputs import build_batches
 from lmms_plugin.quant_backends.calibration.sources import ALLOW, CalibrationSpec
 from lmms_plugin.quant_backends.structure.components import dense_linear
 from lmms_plugin.quant_backends.structure.experts import SplitExperts, split_experts
-from lmms_plugin.quant_backends.structure.reading import tell_modalities
+from lmms_plugin.quant_backends.structure.telling import tell_modalities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,7 +29,7 @@ from lmms_plugin.quant_backends.rotations.hadamard import Rotation, input_rotati
 from lmms_plugin.quant_backends.structure.blocks import within
 from lmms_plugin.quant_backends.structure.components import dense_linear
 from lmms_plugin.quant_backends.structure.experts import is_fused, split_experts
-from lmms_plugin.quant_backends.structure.reading import tell_modalities
+from lmms_plugin.quant_backends.structure.telling import tell_modalities
 
 QUANT_METHOD = "lmms_plugin"
 FORMAT_VERSION = 3

@@ -12,7 +12,7 @@ from lmms_plugin.quant_backends.plans.rotation_spec import RotationSpec
 from lmms_plugin.quant_backends.rotations.hadamard import Rotation, rotate_inputs
 from lmms_plugin.quant_backends.rotations.sites import Block, Sites, find_sites
 from lmms_plugin.quant_backends.rotations.towers import find_tower, read_features, rotate_tower
-from lmms_plugin.quant_backends.rotations.weights import by_head, change, change_outputs
+from lmms_plugin.quant_backends.rotations.weight_changes import by_head, change, change_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lmms_plugin.quant_backends.rotations.weights import matches
+from lmms_plugin.quant_backends.rotations.weight_changes import matches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

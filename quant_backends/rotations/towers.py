@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.rotations.hadamard import MeanKeepingRotation, Rotation
-from lmms_plugin.quant_backends.rotations.weights import Step, by_head, change, change_outputs, matches
+from lmms_plugin.quant_backends.rotations.weight_changes import Step, by_head, change, change_outputs, matches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
