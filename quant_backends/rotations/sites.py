@@ -129,7 +129,7 @@ def _expect_structure(model: nn.Module, decoder: nn.Module) -> float:
     """Refuse a decoder with anything besides plain blocks; return the neutral weight of its norms."""
     centred = next((name for name, module in decoder.named_modules() if isinstance(module, nn.LayerNorm)), None)
     if centred is not None:
-        raise _refusal(model, f"{centred} of its decoder is a LayerNorm, whose mean no rotation keeps")
+        raise _refusal(model, f"{centred} of its decoder is a LayerNorm, and decoders are rotated with RMSNorms alone")
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise _refusal(model, f"its decoder {type(decoder).__name__} has no list of layers")
