@@ -17,10 +17,12 @@ from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.plans.cache_spec import (
     CACHE_FORMATS,
     CACHE_PARTS,
+    CACHE_ROTATIONS,
     KEY_AXES,
     NOTHING_KEPT,
     CacheFormat,
     CachePart,
+    CacheRotation,
     CacheSpec,
     KeyAxis,
 )
@@ -39,7 +41,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEMO = "demo"
-OF_THE_CACHE = ("kv_bits", "kv_image_bits", "kv_format", "kv_group_size", "kv_keys", "kv_part", "kv_keep")
+OF_THE_CACHE = (
+    "kv_bits",
+    "kv_image_bits",
+    "kv_format",
+    "kv_group_size",
+    "kv_keys",
+    "kv_part",
+    "kv_keep",
+    "kv_rotation",
+)
 _OF_ANSWERS = (
     *OF_THE_CACHE,
     *("samples", "sample_temperature", "verbalised", "static_cache", "share_prefix", "features", "feature_layer"),
@@ -118,6 +129,7 @@ class ModelArguments:
             those of one `token`. Values are always scaled per token.
         kv_part: Which of them are quantized: `both`, `keys` or `values`.
         kv_keep: Numbers of the first and last tokens whose keys and values stay in 16 bits, such as `4+32`.
+        kv_rotation: Rotation of each head of keys and values before they are rounded: `hadamard`, QuaRot's, or `none`.
         calibration: Source of the calibration inputs: `self` (the model generates them), `noise`, `demo`, `photographs`
             or `dataset:...`; `self` by default. Methods without calibration refuse it.
         calibration_samples: Number of calibration samples.
@@ -179,6 +191,7 @@ class ModelArguments:
     kv_keys: Annotated[KeyAxis, Expected(f"one of {', '.join(KEY_AXES)}")] = "channel"
     kv_part: Annotated[CachePart, Expected(f"one of {', '.join(CACHE_PARTS)}")] = "both"
     kv_keep: _Str = NOTHING_KEPT
+    kv_rotation: Annotated[CacheRotation, Expected(f"one of {', '.join(CACHE_ROTATIONS)}")] = "none"
     # `calibration=none` differs from no argument: a calibrated method refuses it.
     calibration: Annotated[_Str | None, BeforeValidator(lambda source: None if source == "" else source)] = None
     calibration_samples: _Any[_Count] = None
@@ -332,6 +345,7 @@ class ModelArguments:
             key_axis=self.kv_keys,
             part=self.kv_part,
             keep=self.kv_keep,
+            rotation=self.kv_rotation,
         )
 
     def calibration_spec(self, default_samples: int = DEFAULT_SAMPLES) -> CalibrationSpec | None:

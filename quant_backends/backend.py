@@ -75,6 +75,11 @@ class Backend(ABC):
         """Return the backend that quantizes layers with a spec: this one, with the formats that the spec names."""
         return self
 
+    @property
+    def scales_by_modality(self) -> bool:
+        """Return whether inputs of image tokens and of text have static scales of their own."""
+        return False
+
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a single spec that this backend cannot carry out."""
         named = spec.format or spec.activation_format
@@ -170,7 +175,7 @@ class CalibratedBackend(Backend):
     @property
     def needs_roles(self) -> bool:
         """Return whether calibration samples must tell image, prompt and answer apart."""
-        return self.by_role or self.weighs_tokens_by is not None
+        return self.by_role or self.weighs_tokens_by is not None or self.scales_by_modality
 
     @abstractmethod
     def solve(

@@ -35,8 +35,15 @@ from lmms_plugin.quant_backends.calibration.gradients import (
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
 from lmms_plugin.quant_backends.calibration.memory import Residence, Shelf, return_freed_memory, statistics_budget
 from lmms_plugin.quant_backends.calibration.suspension import Suspended, SuspendedCall, doors, in_a_pass
+from lmms_plugin.quant_backends.layers.modalities import reading
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
-from lmms_plugin.quant_backends.statistics import TOKEN_ROLES, InputStatistics, Sensitivity, held_back_rows
+from lmms_plugin.quant_backends.statistics import (
+    TOKEN_ROLES,
+    InputStatistics,
+    Sensitivity,
+    held_back_rows,
+    is_image_role,
+)
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.components import dense_linear, expect_finite
 from lmms_plugin.quant_backends.structure.experts import expert_of
@@ -79,6 +86,7 @@ class SampleState:
         suspended: Suspended pass; None where the model is one block, which it enters with `inputs`.
         inputs: Keyword arguments of the model.
         weights: Layer -> weight of each position; empty where tokens are not weighed.
+        is_image: (1, positions) which positions are image tokens; None where no role is needed.
         is_dense: Whether it passes through dense blocks alone, as the twin of another sample.
     """
 
@@ -87,6 +95,7 @@ class SampleState:
     inputs: Mapping[str, Any]
     suspended: Suspended | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    is_image: Tensor | None = None
     is_dense: bool = False
 
     @property
@@ -167,7 +176,8 @@ class SequentialQuantizer:
     def _sample(self, index: int, batch: Mapping[str, Any]) -> SampleState:
         inputs = {key: value for key, value in batch.items() if key != TOKEN_ROLES}
         roles = dict.fromkeys(self.of_sequence, batch[TOKEN_ROLES]) if TOKEN_ROLES in batch else {}
-        return SampleState(index, roles, inputs)
+        is_image = is_image_role(batch[TOKEN_ROLES]).unsqueeze(0) if TOKEN_ROLES in batch else None
+        return SampleState(index, roles, inputs, is_image=is_image)
 
     def _twin(self, index: int, batch: Mapping[str, Any]) -> SampleState:
         twin = self._sample(self._count + index, batch)
@@ -251,7 +261,9 @@ class SequentialQuantizer:
         call = sample.call
         if call is None:
             raise RuntimeError(f"calibration sample {sample.index} waits for no block")
-        output = observe(self.model, names, forward, call, note)
+        # Quantized blocks, through which sequential methods pass samples, may round inputs by modality.
+        with reading(sample.is_image):
+            output = observe(self.model, names, forward, call, note)
         if onward:
             del call
             self._onward(sample, output)

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmms_plugin.quant_backends.formats.entries import format_of
 from lmms_plugin.quant_backends.layers.format_linear import FormatLinear
-from lmms_plugin.quant_backends.layers.input_rounding import InputRounding
+from lmms_plugin.quant_backends.layers.input_rounding import MODALITY, InputRounding
 from lmms_plugin.quant_backends.layers.int8_inputs import Int8InputLinear
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
@@ -29,11 +29,12 @@ from lmms_plugin.quant_backends.rotations.hadamard import Rotation, input_rotati
 from lmms_plugin.quant_backends.structure.blocks import within
 from lmms_plugin.quant_backends.structure.components import dense_linear
 from lmms_plugin.quant_backends.structure.experts import is_fused, split_experts
+from lmms_plugin.quant_backends.structure.telling import tell_modalities
 
 QUANT_METHOD = "lmms_plugin"
 FORMAT_VERSION = 3
-"""Version 2 has layers that rotate their inputs, version 3 blocks of other shapes than their format's, which an earlier
-reader would leave out."""
+"""Version 2 has layers that rotate their inputs, version 3 static scales per modality, and blocks of other shapes than
+their format's: older readers know neither."""
 
 KINDS: dict[str, type[PackedLinear] | type[TritPlaneLinear] | type[FormatLinear]] = {
     "packed": PackedLinear,
@@ -55,9 +56,13 @@ def describe_layers(layers: Mapping[str, QuantizedLinear]) -> dict[str, dict[str
 
 def version_of(layers: Mapping[str, Mapping[str, Any]]) -> int:
     """Return the first version of the format that can describe these layers."""
-    if any("block" in layer for layer in layers.values()):
+    if _scales_by_modality(layers) or any("block" in layer for layer in layers.values()):
         return FORMAT_VERSION
     return 2 if any("input_rotation" in layer for layer in layers.values()) else 1
+
+
+def _scales_by_modality(layers: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any((layer.get("inputs") or {}).get("granularity") == MODALITY for layer in layers.values())
 
 
 def _describe_rotation(layer: QuantizedLinear) -> dict[str, Any]:
@@ -188,6 +193,8 @@ class SavedQuantizer(HfQuantizer):
                 ) from error
             model.set_submodule(name, layer)
             untie(model, name)
+        if _scales_by_modality(layers):
+            tell_modalities(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:

@@ -59,7 +59,9 @@ def strategy_of(form: NumberFormat) -> str:
 
 
 def has_inputs(rounding: Rounding) -> bool:
-    """Return whether compressed-tensors knows such inputs; a global scale has to be static."""
+    """Return whether compressed-tensors knows such inputs: a global scale has to be static, and one for all tokens."""
+    if rounding.granularity == "modality":
+        return False
     if rounding.name in BLOCKED:
         return rounding.static or not FORMATS[rounding.name].global_scale
     return rounding.name in ("fp8_e4m3", "int8")

@@ -87,7 +87,8 @@ class RowError:
         shares: Weights (rows,) of the inputs, float32.
         power: Exponent, 1 for absolute errors, 2 for squared ones.
         rounding: Rounding of the layer's inputs; None for none.
-        largest: Largest |x| (columns,) over all calibration inputs, for a static scale.
+        largest: Largest |x| over all calibration inputs, for a static scale: (columns,), or (modalities, columns).
+        is_image: (rows,) bool, which rows are image tokens, where modalities are scaled apart.
     """
 
     rows: Tensor
@@ -95,6 +96,7 @@ class RowError:
     power: int
     rounding: InputRounding | None = None
     largest: Tensor | None = None
+    is_image: Tensor | None = None
 
     @property
     def at_once(self) -> int:
@@ -128,8 +130,8 @@ class RowError:
         assert self.rounding is not None
         static = None
         if self.rounding.static and self.largest is not None:
-            static = self.rounding.static_scale((self.largest * inverse).amax())
-        return self.rounding.round(self.rows * inverse, static)
+            static = self.rounding.static_scale((self.largest * inverse).amax(-1))
+        return self.rounding.round(self.rows * inverse, static, self.is_image)
 
 
 class Scales(NamedTuple):

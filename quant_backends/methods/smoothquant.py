@@ -107,7 +107,8 @@ class SmoothQuantBackend(FormatBackend, CalibratedBackend):
             return inverses[0].to(dtype)
         inverses = torch.cat([torch.ones_like(inverses[:1]), inverses])
         rows = statistics.sampled
-        objective = RowError(rows, torch.ones_like(rows[:, 0]), 2, self.rounding, statistics.largest)
+        rounding, reach = self.rounding_of(statistics), self.largest_of(statistics)
+        objective = RowError(rows, torch.ones_like(rows[:, 0]), 2, rounding, reach, statistics.sampled_images)
         asked = [self.spec_of(spec) for spec in specs]
         return inverses[least_error(weights, asked, inverses, objective, self.stored)].to(dtype)
 

@@ -44,7 +44,7 @@ TASKS = {
 }
 MODELS = {
     "vlm.contracts": "protocol utils",
-    "vlm.kv_cache": "quant_backends.plans",
+    "vlm.kv_cache": "quant_backends.plans quant_backends.rotations utils",
     "vlm.generation": "arguments confidence protocol quant_backends.backend quant_backends.calibration selector utils"
     " vlm.contracts vlm.kv_cache",
     "vlm.running": "protocol utils vlm.contracts vlm.generation",
