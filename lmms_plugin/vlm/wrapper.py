@@ -24,6 +24,8 @@ from lmms_plugin.quant_backends import class_name, get, names, option_types
 from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
 from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
+from lmms_plugin.quant_backends.layers.storage import Budget, settle
+from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.vlm.engine_facts import model_facts, prompting_facts
@@ -68,6 +70,7 @@ class QuantizedVLM(HarnessModel):
         if self.arguments.save_quantized:
             expect_storable(backend)
         plan = self.arguments.quant_plan(backend.default_bits)
+        backend.check_storage(self.arguments.storage, plan)
         calibration = self.arguments.calibration_spec(backend.default_samples)
         wanted = Wanted.read(self.arguments, backend)
         path = self.arguments.find_checkpoint()
@@ -77,7 +80,7 @@ class QuantizedVLM(HarnessModel):
         self._expect_plain_cache(path)
         self.chat, self.reader = chat_of(path, self.arguments)
         self._expect_second_turn()
-        self.model, _, self.report = load_quantized(
+        self.model, _, report = load_quantized(
             path,
             backend=backend,
             plan=plan,
@@ -87,6 +90,7 @@ class QuantizedVLM(HarnessModel):
             processor=self.chat.processor,
             **{name: getattr(self.arguments, name) for name in _PASSED_ON},
         )
+        self.report = self._settled(report)
         cache_spec = self.arguments.cache_spec
         self.cache_quantizer = None if cache_spec is None else CacheQuantizer.of(self.model, cache_spec)
         self.responder = responder_of(
@@ -112,6 +116,13 @@ class QuantizedVLM(HarnessModel):
         if (spec := self.arguments.cache_spec) is not None:
             config = config_of(path, trust_remote_code=self.arguments.trust_remote_code)
             expect_plain_cache(config, spec, self.arguments.pretrained)
+
+    def _settled(self, report: QuantReport) -> QuantReport:
+        """Return the report of a model whose weights are held as asked from now on."""
+        storage = self.arguments.storage
+        if not report.quantized:
+            return report
+        return report.with_storage(storage, settle(self.model, storage, budget=Budget(self.world_size)))
 
     def _facts(self, path: str) -> dict[str, str]:
         """Return the facts that decide the answers, for a comparison with another engine."""

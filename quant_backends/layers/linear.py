@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes, columns_per_group, rows_per_block, split_groups
+from lmms_plugin.quant_backends.layers.dense_products import DenseProducts
 from lmms_plugin.quant_backends.layers.kernel_choice import fastest
-from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel
+from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel, arithmetic_dtype
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 __all__ = ["Codes", "PackedLinear", "QuantizedLinear", "rows_per_block", "split_groups"]
@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Module, ABC):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
 
 
-class PackedLinear(QuantizedLinear):
+class PackedLinear(DenseProducts, QuantizedLinear):
     """Linear layer whose weight takes exactly `bits` bits, plus a scale and a zero point per group.
 
     It replaces an ``nn.Linear``: same input, same output, same bias. Codes are held once, in the layout of the best
@@ -81,6 +81,8 @@ class PackedLinear(QuantizedLinear):
         float_zero_point: Whether zero points are real numbers in `dtype` instead of uint8.
         with_in_scale: Whether the input is multiplied by a vector first (activation-aware methods).
     """
+
+    coded = ("plane_",)
 
     packed: Kernel
     in_scale: Tensor | None
@@ -116,6 +118,7 @@ class PackedLinear(QuantizedLinear):
         empty = torch.empty(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
         self._chosen = False
+        self.kernel_rows = 0
 
     @classmethod
     def from_codes(
@@ -152,11 +155,29 @@ class PackedLinear(QuantizedLinear):
             self.packed = fastest(self.packed)
             self._chosen = True
 
+    def keep(self, kernel_rows: int = 0) -> None:
+        """Keep the dense weight from now on.
+
+        Args:
+            kernel_rows: Number of rows of inputs up to which the kernel multiplies all the same; with 0 codes return to
+                the canonical layout.
+        """
+        self.kernel_rows = kernel_rows
+        if not kernel_rows:
+            self.packed, self._chosen = self.packed.canonical(), True
+        super().keep()
+
+    def drop(self) -> None:
+        """Keep the dense weight no longer."""
+        super().drop()
+        self._canonicalize()
+
     @property
     def kernel(self) -> str:
         """Return what the forward pass runs on."""
         self.choose_kernel()
-        return self.packed.name
+        kernel = self.multiplied(self.packed.name)
+        return f"{self.packed.name} up to {self.kernel_rows} rows, {kernel}" if self.kernel_rows else kernel
 
     @property
     def quantized(self) -> Codes:
@@ -167,6 +188,25 @@ class PackedLinear(QuantizedLinear):
     def dtype(self) -> torch.dtype:
         """Return the dtype of scales and input scale, in which the layer computes."""
         return self.packed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device where the layer computes."""
+        return self.packed.device
+
+    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the weight as products read them, without input scale and padding."""
+        return self.packed.dense(start, stop, self.in_features, dtype)
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Return the dtype in which products read the weight."""
+        return arithmetic_dtype(self.dtype, self.device.type)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Return the bytes on the device where the layer computes, those that its kernel repeats included."""
+        return super().resident_bytes + self.packed.extra_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -185,20 +225,20 @@ class PackedLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
-        self.choose_kernel()
         if self.in_scale is not None:
             x = x * self.in_scale.to(x.dtype)
-        rows = x.reshape(-1, self.in_features)
-        if self.padded_columns:
-            rows = functional.pad(rows, (0, self.padded_columns))
-        y = self.packed.matmul(rows)
-        if self.bias is not None:
-            y += self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        if not self._keeps or x.numel() <= self.kernel_rows * self.in_features:
+            self.choose_kernel()
+            if self.packed.takes_rows(x.numel() // self.in_features, x.dtype):
+                y = self.packed.matmul(x.reshape(-1, self.in_features))
+                if self.bias is not None:
+                    y += self.bias.to(y.dtype)
+                return y.view(*x.shape[:-1], self.out_features)
+        return self.product(x.to(arithmetic_dtype(x.dtype, x.device.type)), self.bias).to(x.dtype)
 
     def _canonicalize(self) -> None:
         self.packed = self.packed.canonical()
-        self._chosen = False
+        self._chosen, self.kernel_rows = self._keeps, 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         # A moved weight may need another kernel.
