@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes, columns_per_group, rows_per_block, split_groups
@@ -63,13 +64,31 @@ class QuantizedLinear(nn.Module, ABC):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
 
 
+class _Plain(NamedTuple):
+    """What a layer needs besides its dense weight where its product is one of torch's.
+
+    At batch 1 a product takes as long as a few dozen calls of Python, so that looking everything up for each one would
+    be felt.
+
+    Attributes:
+        dtype: Dtype of the inputs.
+        operand: Dtype of the product.
+        bias: Bias in the dtype of the product; None for none.
+    """
+
+    dtype: torch.dtype
+    operand: torch.dtype
+    bias: Tensor | None
+
+
 class PackedLinear(DenseProducts, QuantizedLinear):
     """Linear layer whose weight takes exactly `bits` bits, plus a scale and a zero point per group.
 
     It replaces an ``nn.Linear``: same input, same output, same bias. Codes are held once, in the layout of the best
     available kernel for bits, group size, dtype and device (`lmms_plugin.quant_backends.layers.kernels`). That layout
     replaces the canonical one when the layer is first used or its kernel is queried; the canonical layout returns when
-    the layer is moved, and a state dict always holds the canonical one.
+    the layer is moved, and a state dict always holds the canonical one. While a model answers, dense rows may be kept
+    beside the codes (`keep`).
 
     Args:
         in_features: Number of columns of the weight.
@@ -86,6 +105,7 @@ class PackedLinear(DenseProducts, QuantizedLinear):
 
     packed: Kernel
     in_scale: Tensor | None
+    _plain: _Plain | None = None
 
     def __init__(
         self,
@@ -167,8 +187,16 @@ class PackedLinear(DenseProducts, QuantizedLinear):
             self.packed, self._chosen = self.packed.canonical(), True
         super().keep()
 
+    def _make(self) -> None:
+        super()._make()
+        self._plain = None
+        if self.in_scale is None and not self.kernel_rows and self._is_one_block:
+            bias = None if self.bias is None else self.bias.detach().to(self.operand_dtype)
+            self._plain = _Plain(self.dtype, self.operand_dtype, bias)
+
     def drop(self) -> None:
         """Keep the dense weight no longer."""
+        self._plain = None
         super().drop()
         self._canonicalize()
 
@@ -225,6 +253,11 @@ class PackedLinear(DenseProducts, QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
+        if self._plain is not None and self._kept is not None and x.dtype is self._plain.dtype:
+            wide, bias = self._plain.operand, self._plain.bias
+            if wide is x.dtype:
+                return functional.linear(x, self._kept, bias)
+            return functional.linear(x.to(wide), self._kept, bias).to(x.dtype)
         if self.in_scale is not None:
             x = x * self.in_scale.to(x.dtype)
         if not self._keeps or x.numel() <= self.kernel_rows * self.in_features:
