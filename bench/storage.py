@@ -3,8 +3,8 @@
     python -m bench.storage [--json FILE] [--bits 8 4 3 2] [--dtypes float32 bfloat16] [--repeats N]
 
 The model is a random decoder of 100 M parameters in a LLaVA shell. Three shapes of work: 24 tokens written at batch 1
-and at batch 8, and a prompt of 512 tokens read. The unquantized model, the one with packed weights (`storage=packed`:
-what there was before weights could be kept dense) and the one with `storage=auto` take turns, on one thread. Here
+and at batch 8, and a prompt of 512 tokens read. The unquantized model and those quantized to each number of bits,
+with `storage=packed` (all there was before weights could be kept dense) and `storage=auto`, take turns on one thread. Here
 `ratio` is quantized over unquantized: 1 or below where quantization costs no time. The bound that is checked is 1.05,
 for `auto`.
 """
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from bench.reporting import Row, machine, write
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.layers.storage import settle
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
+from lmms_plugin.quant_backends.plans.storage_choice import Storage
 from lmms_plugin.quant_backends.quantization import quantize
 
 BOUND = 1.05
 GROUP_SIZE = 64
+STORAGES: tuple[Storage, ...] = ("packed", "auto")
 SHAPES = {"decode 24, batch 1": (1, 16, 24), "decode 24, batch 8": (8, 16, 24), "prompt 512": (1, 512, 1)}
 """Name -> rows, tokens of the prompt, tokens written."""
 
@@ -68,42 +71,46 @@ def work(model: Any, rows: int, prompt: int, written: int) -> None:
 
 
 def least(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the least processor seconds of each call; they take turns, after one of each that does not count."""
+    """Return the least processor seconds of each call; they take turns."""
     best = dict.fromkeys(calls, float("inf"))
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, call in calls.items():
             start = time.process_time()
             call()
-            if repeat:
-                best[name] = min(best[name], time.process_time() - start)
+            best[name] = min(best[name], time.process_time() - start)
     return best
 
 
-def measure(dense: Any, bits: int, dtype: str, repeats: int, folder: Path) -> list[Row]:
-    """Return and print a row for each shape and storage."""
-    backend, plan = get("rtn"), QuantPlan.from_arguments(bits=bits, group_size=GROUP_SIZE)
-    packed = copy.deepcopy(dense)
-    quantize(packed, backend, plan)
-    models = {"unquantized": dense, "packed": packed, "auto": copy.deepcopy(packed)}
-    settle(models["packed"], "packed")
-    held = settle(models["auto"], "auto", folder=folder)
+def held(dense: Any, bits: int, storage: Storage, folder: Path) -> tuple[Any, str]:
+    """Return a quantized copy of a model, held as said, and what its layers run on."""
+    model = copy.deepcopy(dense)
+    quantize(model, get("rtn"), QuantPlan.from_arguments(bits=bits, group_size=GROUP_SIZE))
+    return model, "; ".join(sorted({one.kernel for one in settle(model, storage, folder=folder).values()}))
+
+
+def measure(dtype: str, several: Sequence[int], repeats: int, folder: Path) -> list[Row]:
+    """Return and print a row for each shape of work, number of bits and storage."""
+    dense = decoder(getattr(torch, dtype))
+    models: dict[str, tuple[Any, str]] = {"unquantized": (dense, "")}
+    for bits, storage in product(several, STORAGES):
+        models[f"{bits} bits, {storage}"] = held(dense, bits, storage, folder)
+    for model, _ in models.values():
+        work(model, 1, 4, 1)
     rows: list[Row] = []
     for shape, sizes in SHAPES.items():
-        seconds = least({name: partial(work, model, *sizes) for name, model in models.items()}, repeats)
-        for storage in ("packed", "auto"):
-            ratio = seconds[storage] / seconds["unquantized"]
+        seconds = least({name: partial(work, model, *sizes) for name, (model, _) in models.items()}, repeats)
+        plain = seconds.pop("unquantized")
+        for name, taken in seconds.items():
             row: Row = {
-                "case": f"{dtype}, {bits} bits, {shape}, {storage}",
-                "ratio": ratio,
-                "seconds": seconds[storage],
-                "unquantized_seconds": seconds["unquantized"],
-                "kernels": sorted({one.kernel for one in held.values()}) if storage == "auto" else [],
-                "within_bound": ratio <= BOUND,
+                "case": f"{dtype}, {shape}, {name}",
+                "ratio": taken / plain,
+                "seconds": taken,
+                "unquantized_seconds": plain,
+                "runs_on": models[name][1],
+                "within_bound": taken <= BOUND * plain,
             }
             rows.append(row)
-        before, after = rows[-2]["ratio"], rows[-1]["ratio"]
-        kernels = "; ".join(rows[-1]["kernels"])
-        print(f"{dtype:<9}{bits:>5}  {shape:<19}{before:>8.2f}{after:>8.2f}  {kernels}", flush=True)
+            print(f"{dtype:<9} {shape:<19} {name:<15}{row['ratio']:>6.2f}  {row['runs_on']}", flush=True)
     return rows
 
 
@@ -117,13 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(machine())
-    print(f"{'dtype':<9}{'bits':>5}  {'work':<19}{'packed':>8}{'auto':>8}  auto runs on")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for dtype in arguments.dtypes:
-            dense = decoder(getattr(torch, dtype))
-            for bits in arguments.bits:
-                rows += measure(dense, bits, dtype, arguments.repeats, Path(folder))
+            rows += measure(dtype, arguments.bits, arguments.repeats, Path(folder))
     write(arguments.json, rows)
 
 

@@ -16,7 +16,6 @@ class NoneBackend(Backend):
     bits = frozenset()
     default_bits = UNTOUCHED_BITS
     unsaved = "it quantizes nothing; copy the checkpoint instead"
-    undense = "nothing is quantized, so that every weight is dense already"
 
     def check(self, plan: QuantPlan) -> None:
         """Refuse a plan that asks for quantization, which would be ignored silently."""
