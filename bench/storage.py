@@ -3,8 +3,8 @@
     python -m bench.storage [--json FILE] [--bits 8 4 3 2] [--dtypes float32 bfloat16] [--repeats N]
 
 The model is a random decoder of 100 M parameters in a LLaVA shell. Three shapes of work: 24 tokens written at batch 1
-and at batch 8, and a prompt of 512 tokens read. The unquantized model and those quantized to each number of bits,
-with `storage=packed` (all there was before weights could be kept dense) and `storage=auto`, take turns on one thread. Here
+and at batch 8, and a prompt of 512 tokens read. The unquantized model and those quantized to each number of bits, with
+`storage=packed` (all there was before weights could be kept dense) and `storage=auto`, take turns on one thread. Here
 `ratio` is quantized over unquantized: 1 or below where quantization costs no time. The bound that is checked is 1.05,
 for `auto`.
 """

@@ -10,7 +10,6 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.kernels import product_by_blocks, rows_at_once
@@ -95,8 +94,6 @@ class DenseProducts(nn.Module):
         kept = self.kept
         if kept is None or kept.dtype != x.dtype:
             return product_by_blocks(x, self.out_features, lambda a, b: self.operand(a, b, x.dtype), bias)
-        if self._is_one_block:
-            return functional.linear(x, kept, bias)
         return product_by_blocks(x, self.out_features, lambda a, b: kept[a:b], bias)
 
     def multiplied(self, made: str = "dequantize") -> str:

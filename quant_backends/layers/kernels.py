@@ -24,6 +24,13 @@ BLOCK_ELEMENTS = {"cpu": 1 << 21}
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
+FEW_ROWS = 4
+"""Rows of inputs up to which a 16-bit product is left to torch where the processor has no 16-bit arithmetic.
+
+For so few torch takes no longer than reading the weight does; for more, widening weights to float32 is several times
+faster. Fixed as `MOST_ROWS` is.
+"""
+
 MOST_ROWS = {"torch CPU int4": 64, "torch CPU int8": 16, "torch CUDA int4": 16, "gemlite": 1 << 20}
 """Rows of activations up to which a kernel beats dequantizing once and one large product.
 
@@ -131,14 +138,9 @@ class Kernel(nn.Module, ABC):
     def dequantized_matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T`` through dense rows, a block of them at a time.
 
-        Where the processor has no 16-bit arithmetic the product is computed in float32, several times faster than
-        torch's own 16-bit product of dense weights there.
+        The weight is rounded once, to the dtype of the inputs.
         """
-        wide = x.to(arithmetic_dtype(x.dtype, x.device.type))
-        y = product_by_blocks(
-            wide, self.rows, lambda start, stop: self.dense(start, stop, x.shape[-1], wide.dtype), None
-        )
-        return y.to(x.dtype)
+        return product_by_blocks(x, self.rows, lambda start, stop: self.dense(start, stop, x.shape[-1], x.dtype), None)
 
     @property
     def extra_bytes(self) -> int:
@@ -285,6 +287,15 @@ def product_by_blocks(x: Tensor, rows: int, dense: Callable[[int, int], Tensor],
         for start in range(0, rows, step)
     ]
     return torch.cat(parts, -1)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias``; for more than `FEW_ROWS` rows in the dtype in which the device is fastest."""
+    wide = arithmetic_dtype(x.dtype, x.device.type)
+    if wide == x.dtype or x.numel() <= FEW_ROWS * x.shape[-1]:
+        return functional.linear(x, weight, bias)
+    wide_bias = None if bias is None else bias.to(wide)
+    return functional.linear(x.to(wide), weight.to(wide), wide_bias).to(x.dtype)
 
 
 def rows_at_once(columns: int, device: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.layers.codes import Codes, columns_per_group, rows_per_block, split_groups
 from lmms_plugin.quant_backends.layers.dense_products import DenseProducts
 from lmms_plugin.quant_backends.layers.kernel_choice import fastest
-from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel, arithmetic_dtype
+from lmms_plugin.quant_backends.layers.kernels import FEW_ROWS, Dequantize, Kernel, arithmetic_dtype
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 __all__ = ["Codes", "PackedLinear", "QuantizedLinear", "rows_per_block", "split_groups"]
@@ -71,13 +72,13 @@ class _Plain(NamedTuple):
     be felt.
 
     Attributes:
-        dtype: Dtype of the inputs.
-        operand: Dtype of the product.
-        bias: Bias in the dtype of the product; None for none.
+        dtype: Dtype of the inputs, and of the bias.
+        elements: Largest number of elements of the inputs.
+        bias: Bias; None for none.
     """
 
     dtype: torch.dtype
-    operand: torch.dtype
+    elements: int
     bias: Tensor | None
 
 
@@ -190,9 +191,11 @@ class PackedLinear(DenseProducts, QuantizedLinear):
     def _make(self) -> None:
         super()._make()
         self._plain = None
-        if self.in_scale is None and not self.kernel_rows and self._is_one_block:
-            bias = None if self.bias is None else self.bias.detach().to(self.operand_dtype)
-            self._plain = _Plain(self.dtype, self.operand_dtype, bias)
+        same = self.bias is None or self.bias.dtype == self.dtype
+        if same and self.in_scale is None and not self.kernel_rows and self._is_one_block:
+            native = arithmetic_dtype(self.dtype, self.device.type) == self.dtype
+            elements = sys.maxsize if native else FEW_ROWS * self.in_features
+            self._plain = _Plain(self.dtype, elements, None if self.bias is None else self.bias.detach())
 
     def drop(self) -> None:
         """Keep the dense weight no longer."""
@@ -229,7 +232,7 @@ class PackedLinear(DenseProducts, QuantizedLinear):
     @property
     def operand_dtype(self) -> torch.dtype:
         """Return the dtype in which products read the weight."""
-        return arithmetic_dtype(self.dtype, self.device.type)
+        return self.dtype
 
     @property
     def resident_bytes(self) -> int:
@@ -253,11 +256,9 @@ class PackedLinear(DenseProducts, QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
-        if self._plain is not None and self._kept is not None and x.dtype is self._plain.dtype:
-            wide, bias = self._plain.operand, self._plain.bias
-            if wide is x.dtype:
-                return functional.linear(x, self._kept, bias)
-            return functional.linear(x.to(wide), self._kept, bias).to(x.dtype)
+        plain = self._plain
+        if plain is not None and self._kept is not None and x.dtype is plain.dtype and x.numel() <= plain.elements:
+            return functional.linear(x, self._kept, plain.bias)
         if self.in_scale is not None:
             x = x * self.in_scale.to(x.dtype)
         if not self._keeps or x.numel() <= self.kernel_rows * self.in_features:
@@ -267,7 +268,7 @@ class PackedLinear(DenseProducts, QuantizedLinear):
                 if self.bias is not None:
                     y += self.bias.to(y.dtype)
                 return y.view(*x.shape[:-1], self.out_features)
-        return self.product(x.to(arithmetic_dtype(x.dtype, x.device.type)), self.bias).to(x.dtype)
+        return self.product(x, self.bias)
 
     def _canonicalize(self) -> None:
         self.packed = self.packed.canonical()

@@ -19,7 +19,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.dense_products import DenseProducts
-from lmms_plugin.quant_backends.layers.kernels import MOST_ROWS, Shape
+from lmms_plugin.quant_backends.layers.kernels import MOST_ROWS, Shape, linear
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.plans.storage_choice import LayerStorage, Storage
 from lmms_plugin.utils import hashing, variables
@@ -188,15 +188,13 @@ def _timed_rows(name: str, members: Sequence[PackedLinear]) -> int:
 
 
 def _kernel_is_faster(x: Tensor, layers: Sequence[PackedLinear], dense: Sequence[Tensor]) -> bool:
-    wide = dense[0].dtype
-
     def packed() -> None:
         for layer in layers:
             layer.packed.matmul(x)
 
     def kept() -> None:
         for weight in dense:
-            nn.functional.linear(x.to(wide), weight).to(x.dtype)
+            linear(x, weight, None)
 
     best = _least_seconds([packed, kept], x.device)
     return best[0] <= CLEARLY * best[1]
