@@ -114,7 +114,7 @@ def _expect_possible(layers: Mapping[str, QuantizedLinear], budget: Budget) -> N
 
 def _kept(layers: Iterable[QuantizedLinear], budget: Budget, *, everything: bool) -> list[DenseProducts]:
     """Return the layers whose dense weights are to be kept: in the order of the model, until memory is used up."""
-    kept = []
+    kept: list[DenseProducts] = []
     for layer in layers:
         if not isinstance(layer, DenseProducts) or layer.undense is not None:
             continue
