@@ -25,7 +25,7 @@ import torch
 
 from bench.reporting import Row, machine, write
 from lmms_plugin.quant_backends import get
-from lmms_plugin.quant_backends.layers.storage import settle
+from lmms_plugin.quant_backends.layers.weight_storage import settle
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.plans.storage_choice import Storage
 from lmms_plugin.quant_backends.quantization import quantize

@@ -22,10 +22,8 @@ from lmms_plugin.arguments import ModelArguments, expect_effect
 from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.quant_backends import class_name, get, names, option_types
 from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
-from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
+from lmms_plugin.quant_backends.checkpoints.loading import hold_weights, load_quantized
 from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
-from lmms_plugin.quant_backends.layers.storage import Budget, settle
-from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.vlm.engine_facts import model_facts, prompting_facts
@@ -67,10 +65,7 @@ class QuantizedVLM(HarnessModel):
         self.arguments = ModelArguments.parse(arguments, option_types(self.method))
         backend = get(self.method, **self.arguments.options)
         expect_effect(arguments, backend)
-        if self.arguments.save_quantized:
-            expect_storable(backend)
-        plan = self.arguments.quant_plan(backend.default_bits)
-        backend.check_storage(self.arguments.storage, plan)
+        plan = self._plan(backend)
         calibration = self.arguments.calibration_spec(backend.default_samples)
         wanted = Wanted.read(self.arguments, backend)
         path = self.arguments.find_checkpoint()
@@ -90,7 +85,7 @@ class QuantizedVLM(HarnessModel):
             processor=self.chat.processor,
             **{name: getattr(self.arguments, name) for name in _PASSED_ON},
         )
-        self.report = self._settled(report)
+        self.report = hold_weights(self.model, report, self.arguments.storage, processes=self.world_size)
         cache_spec = self.arguments.cache_spec
         self.cache_quantizer = None if cache_spec is None else CacheQuantizer.of(self.model, cache_spec)
         self.responder = responder_of(
@@ -117,12 +112,13 @@ class QuantizedVLM(HarnessModel):
             config = config_of(path, trust_remote_code=self.arguments.trust_remote_code)
             expect_plain_cache(config, spec, self.arguments.pretrained)
 
-    def _settled(self, report: QuantReport) -> QuantReport:
-        """Return the report of a model whose weights are held as asked from now on."""
-        storage = self.arguments.storage
-        if not report.quantized:
-            return report
-        return report.with_storage(storage, settle(self.model, storage, budget=Budget(self.world_size)))
+    def _plan(self, backend: Any) -> Any:
+        """Return the plan of what to quantize, if the model can then be held and saved as asked."""
+        if self.arguments.save_quantized:
+            expect_storable(backend)
+        plan = self.arguments.quant_plan(backend.default_bits)
+        backend.check_storage(self.arguments.storage, plan)
+        return plan
 
     def _facts(self, path: str) -> dict[str, str]:
         """Return the facts that decide the answers, for a comparison with another engine."""

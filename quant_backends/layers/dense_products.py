@@ -134,4 +134,4 @@ class DenseProducts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made from the buffers on demand."""
-        return {**super().__getstate__(), "_kept": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "_kept": None}

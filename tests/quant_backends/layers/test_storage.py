@@ -9,7 +9,7 @@ from torch import nn
 
 from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.formats.entries import format_of
-from lmms_plugin.quant_backends.layers import kernels, native_kernels, storage
+from lmms_plugin.quant_backends.layers import kernels, native_kernels, weight_storage
 from lmms_plugin.quant_backends.layers.format_linear import FormatCodes, FormatLinear
 from lmms_plugin.quant_backends.layers.gemlite_kernel import Gemlite
 from lmms_plugin.quant_backends.layers.input_rounding import InputRounding
@@ -17,7 +17,7 @@ from lmms_plugin.quant_backends.layers.int8_inputs import Int8InputLinear
 from lmms_plugin.quant_backends.layers.kernels import MOST_ROWS, Dequantize, Shape
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
 from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
-from lmms_plugin.quant_backends.layers.storage import Budget, settle
+from lmms_plugin.quant_backends.layers.weight_storage import DenseBudget, settle
 from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 
@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 needs_int4 = pytest.mark.skipif(native_kernels.tile_height() is None, reason="torch's int4 layout here is not known")
 
 
-class Plenty(Budget):
+class Plenty(DenseBudget):
     """A budget of so many bytes."""
 
     def __init__(self, size=1 << 40):
@@ -207,11 +207,11 @@ def test_dense_is_refused_where_a_library_multiplies():
 @needs_int4
 @pytest.mark.parametrize("kernel_rows", [0, 1, 64])
 def test_a_choice_that_was_timed_is_taken_again(tmp_path, monkeypatch, kernel_rows):
-    monkeypatch.setattr(storage, "_timed_rows", lambda *_: kernel_rows)
+    monkeypatch.setattr(weight_storage, "timed_rows", lambda *_: kernel_rows)
     first = settle(Model(packed(torch.bfloat16, columns=192)), "auto", budget=Plenty(), folder=tmp_path)
     (file,) = tmp_path.iterdir()
     assert json.loads(file.read_text())["rows"] == kernel_rows
-    monkeypatch.setattr(storage, "_timed_rows", lambda *_: pytest.fail("it is timed again"))
+    monkeypatch.setattr(weight_storage, "timed_rows", lambda *_: pytest.fail("it is timed again"))
     second = settle(Model(packed(torch.bfloat16, columns=192)), "auto", budget=Plenty(), folder=tmp_path)
     assert first == second
     (told,) = first.values()
@@ -224,7 +224,7 @@ def test_a_damaged_choice_is_timed_anew(tmp_path, content):
     model = Model(packed(torch.bfloat16, columns=192))
     settle(model, "auto", budget=Plenty(), folder=tmp_path)
     (file,) = tmp_path.iterdir()
-    assert json.loads(file.read_text())["rows"] in (0, *storage.ROWS, MOST_ROWS["torch CPU int4"])
+    assert json.loads(file.read_text())["rows"] in (0, *weight_storage.ROWS, MOST_ROWS["torch CPU int4"])
     file.write_text(content)
     (told,) = settle(Model(packed(torch.bfloat16, columns=192)), "auto", budget=Plenty(), folder=tmp_path).values()
     assert told.dense
@@ -232,15 +232,15 @@ def test_a_damaged_choice_is_timed_anew(tmp_path, content):
 
 def test_a_kernel_without_reproducible_sums_is_not_chosen_for_speed(monkeypatch, tmp_path):
     monkeypatch.setattr(native_kernels.CpuInt4, "reproducible", False)
-    monkeypatch.setattr(storage, "_timed_rows", lambda *_: 64)
+    monkeypatch.setattr(weight_storage, "timed_rows", lambda *_: 64)
     (told,) = settle(Model(packed(torch.bfloat16)), "auto", budget=Plenty(), folder=tmp_path).values()
     assert told.kernel.startswith("dense ")
 
 
 def test_memory_is_left_to_everything_else(monkeypatch):
-    monkeypatch.setattr(storage, "free_host_bytes", lambda: 1000)
-    monkeypatch.setattr(storage, "total_host_bytes", lambda: 2000)
-    budget = Budget(processes=2)
+    monkeypatch.setattr(weight_storage, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(weight_storage, "total_host_bytes", lambda: 2000)
+    budget = DenseBudget(processes=2)
     assert budget.left(torch.device("cpu")) == (1000 - 0.2 * 2000) // 2
     budget.take(torch.device("cpu"), 100)
     assert budget.left(torch.device("cpu")) == 200

@@ -38,7 +38,7 @@ _TIMED_BYTES = 1 << 28
 """Of dense weights of one shape that are timed together: more than caches hold, as while answering."""
 
 
-class Budget:
+class DenseBudget:
     """Memory of each device that dense weights may take.
 
     Args:
@@ -67,7 +67,7 @@ class Budget:
 
 
 def settle(
-    model: nn.Module, storage: Storage, *, budget: Budget | None = None, folder: Path | None = None
+    model: nn.Module, storage: Storage, *, budget: DenseBudget | None = None, folder: Path | None = None
 ) -> dict[str, LayerStorage]:
     """Hold the weights of a model's quantized layers as asked, and return how each is held.
 
@@ -82,7 +82,7 @@ def settle(
         ValueError: Dense weights were asked for, and a layer cannot be held so or memory does not suffice.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
-    budget = Budget() if budget is None else budget
+    budget = DenseBudget() if budget is None else budget
     if storage == "dense":
         _expect_possible(layers, budget)
     if storage != "packed":
@@ -95,7 +95,7 @@ def settle(
     return {name: _told(layer) for name, layer in layers.items()}
 
 
-def _expect_possible(layers: Mapping[str, QuantizedLinear], budget: Budget) -> None:
+def _expect_possible(layers: Mapping[str, QuantizedLinear], budget: DenseBudget) -> None:
     needed: dict[torch.device, int] = {}
     for name, layer in layers.items():
         reason = layer.undense if isinstance(layer, DenseProducts) else "a library multiplies with codes of its own"
@@ -112,7 +112,7 @@ def _expect_possible(layers: Mapping[str, QuantizedLinear], budget: Budget) -> N
             )
 
 
-def _kept(layers: Iterable[QuantizedLinear], budget: Budget, *, everything: bool) -> list[DenseProducts]:
+def _kept(layers: Iterable[QuantizedLinear], budget: DenseBudget, *, everything: bool) -> list[DenseProducts]:
     """Return the layers whose dense weights are to be kept: in the order of the model, until memory is used up."""
     kept: list[DenseProducts] = []
     for layer in layers:
@@ -150,7 +150,7 @@ def _kernel_rows(name: str, shape: Shape, members: Sequence[PackedLinear], folde
     found = _found(file)
     if found is not None:
         return found
-    rows = _timed_rows(name, members)
+    rows = timed_rows(name, members)
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,8 @@ def _found(file: Path | None) -> int | None:
     return rows if type(rows) is int and rows >= 0 else None
 
 
-def _timed_rows(name: str, members: Sequence[PackedLinear]) -> int:
+def timed_rows(name: str, members: Sequence[PackedLinear]) -> int:
+    """Return the number of rows up to which a kernel is clearly faster, timed on layers of one shape together."""
     first = members[0]
     several = members[: max(1, _TIMED_BYTES // first.operand_bytes)]
     generator, found = torch.Generator().manual_seed(0), 0
