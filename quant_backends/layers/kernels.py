@@ -279,11 +279,9 @@ def product_by_blocks(x: Tensor, rows: int, dense: Callable[[int, int], Tensor],
     """
     step = rows_at_once(x.shape[-1], x.device.type)
     if rows <= step:
-        return functional.linear(x, dense(0, rows), bias)
+        return linear(x, dense(0, rows), bias)
     parts = [
-        functional.linear(
-            x, dense(start, min(start + step, rows)), None if bias is None else bias[start : start + step]
-        )
+        linear(x, dense(start, min(start + step, rows)), None if bias is None else bias[start : start + step])
         for start in range(0, rows, step)
     ]
     return torch.cat(parts, -1)

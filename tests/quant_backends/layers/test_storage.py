@@ -115,6 +115,18 @@ def test_dense_weights_kept_or_made_give_the_same_to_the_last_bit(monkeypatch, k
     assert made.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("rows", [kernels.FEW_ROWS, kernels.FEW_ROWS + 1])
+def test_many_rows_of_16_bits_are_multiplied_in_the_dtype_that_is_fastest(rows, kept):
+    layer = without_kernel(packed(torch.bfloat16))
+    weight, bias, x = layer.operand(0, ROWS, torch.bfloat16), layer.bias, drawn(rows, COLUMNS, seed=4).bfloat16()
+    if kept:
+        layer.keep()
+    wide = torch.bfloat16 if rows <= kernels.FEW_ROWS else kernels.arithmetic_dtype(torch.bfloat16, "cpu")
+    expected = nn.functional.linear(x.to(wide), weight.to(wide), bias.to(wide)).bfloat16()
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_is_what_it_was(kind, dtype):
