@@ -7,7 +7,7 @@ The model is a stack of the seven linear layers of a decoder block with random w
 model and larger than the processor's cache, so that weights come from memory as they do in decoding; attention over the
 cache and norms, which quantization leaves alone, are left out. Dense and packed models take turns; on a CPU with one
 thread it is the processor's time that counts. `--rows` adds the time of one block against the rows of activations, by
-kernel and dequantized: where they cross is `MOST_ROWS` in `quant_backends/layers/native_kernels.py`.
+kernel and dequantized: where they cross is `MOST_ROWS` in `quant_backends/layers/kernels.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.reporting import Row, interleaved, machine, write
+from lmms_plugin.quant_backends.layers.kernels import MOST_ROWS
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
-from lmms_plugin.quant_backends.layers.native_kernels import MOST_ROWS
 from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 

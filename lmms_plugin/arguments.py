@@ -28,6 +28,7 @@ from lmms_plugin.quant_backends.plans.cache_spec import (
 )
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan, named_in
 from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES, Bits
+from lmms_plugin.quant_backends.plans.storage_choice import STORAGES, Storage
 from lmms_plugin.utils import checkpoints
 from lmms_plugin.utils.files import expect_inside, read_json
 from lmms_plugin.utils.outputs import expect_file, expect_folder, expect_free
@@ -53,7 +54,16 @@ OF_THE_CACHE = (
 )
 _OF_ANSWERS = (
     *OF_THE_CACHE,
-    *("samples", "sample_temperature", "verbalised", "static_cache", "share_prefix", "features", "feature_layer"),
+    *(
+        "storage",
+        "samples",
+        "sample_temperature",
+        "verbalised",
+        "static_cache",
+        "share_prefix",
+        "features",
+        "feature_layer",
+    ),
     *("selector", "selector_transfer", "parity"),
 )
 """Arguments that say how questions are answered, and nothing about weights."""
@@ -119,6 +129,8 @@ class ModelArguments:
         head_bits: Bits per weight of the output projection.
         symmetric: Whether quantization is symmetric, with the zero point fixed in the middle of the range.
         plan: YAML file with rules per module; replaces the arguments above.
+        storage: How quantized weights are held while answering: `dense` keeps them unpacked, `packed` unpacks them for
+            each product where no kernel multiplies with the codes, `auto` takes what is faster and fits in memory.
         kv_bits: Bits of the cached keys and values of text tokens, 2 to 8; 16 for untouched, which is the default
             except in an 8-bit float.
         kv_image_bits: Bits of those of image tokens; by default `kv_bits`.
@@ -184,6 +196,7 @@ class ModelArguments:
     head_bits: _Bits = 16
     symmetric: Truth = False
     plan: _Any[_Str] = None
+    storage: Annotated[Storage, Expected(f"one of {', '.join(STORAGES)}")] = "auto"
     kv_bits: _Any[_Bits] = None
     kv_image_bits: _Any[_Bits] = None
     kv_format: Annotated[CacheFormat, Expected(f"one of {', '.join(CACHE_FORMATS)}")] = "int"

@@ -85,11 +85,11 @@ class Asked(NamedTuple):
         return asked
 
     def load(self) -> QuantizedVLM:
-        """Load and quantize the model as an evaluation does."""
+        """Load and quantize the model as an evaluation does; dense weights are not kept, since nothing is answered."""
         # Imported late: these modules take seconds to import.
         from lmms_plugin.vlm.wrapper import model_class
 
-        return model_class(self.method)(**self.given)
+        return model_class(self.method)(**self.given, storage="packed")
 
 
 def inspect(asked: Asked, *, held_out: int) -> QuantReport:

@@ -14,6 +14,7 @@ from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLine
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.plans.rotation_spec import RotationSpec
 from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES
+from lmms_plugin.quant_backends.plans.storage_choice import Storage
 from lmms_plugin.quant_backends.statistics import TOKEN_WEIGHTS, UNWEIGHTED, InputStatistics
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Backend(ABC):
         default_samples: Number of calibration samples when the user gives none.
         unsaved: Reason why its layers cannot be saved; None if they can, or if only the layers themselves tell.
         takes_formats: Whether the specs of a plan may name formats.
+        undense: Reason why dense weights of its layers cannot be kept; None if they can, or if only the layers tell.
     """
 
     name: ClassVar[str]
@@ -39,6 +41,7 @@ class Backend(ABC):
     default_samples: ClassVar[int] = DEFAULT_SAMPLES
     unsaved: ClassVar[str | None] = None
     takes_formats: ClassVar[bool] = False
+    undense: ClassVar[str | None] = None
 
     def check(self, plan: QuantPlan) -> None:
         """Refuse a plan that this backend cannot carry out, before any model is loaded.
@@ -55,6 +58,15 @@ class Backend(ABC):
             )
         for spec in plan.specs:
             self.check_spec(spec)
+
+    def check_storage(self, storage: Storage, plan: QuantPlan) -> None:
+        """Refuse a storage of weights that its layers do not have, before any model is loaded.
+
+        Raises:
+            ValueError: Dense weights were asked for and cannot be kept.
+        """
+        if storage == "dense" and self.undense is not None:
+            raise ValueError(f"storage=dense: {self.undense}; leave storage out")
 
     @property
     def uncompressed(self) -> str | None:

@@ -22,7 +22,7 @@ from lmms_plugin.arguments import ModelArguments, expect_effect
 from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.quant_backends import class_name, get, names, option_types
 from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
-from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
+from lmms_plugin.quant_backends.checkpoints.loading import hold_weights, load_quantized
 from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
@@ -65,9 +65,7 @@ class QuantizedVLM(HarnessModel):
         self.arguments = ModelArguments.parse(arguments, option_types(self.method))
         backend = get(self.method, **self.arguments.options)
         expect_effect(arguments, backend)
-        if self.arguments.save_quantized:
-            expect_storable(backend)
-        plan = self.arguments.quant_plan(backend.default_bits)
+        plan = self._plan(backend)
         calibration = self.arguments.calibration_spec(backend.default_samples)
         wanted = Wanted.read(self.arguments, backend)
         path = self.arguments.find_checkpoint()
@@ -77,7 +75,7 @@ class QuantizedVLM(HarnessModel):
         self._expect_plain_cache(path)
         self.chat, self.reader = chat_of(path, self.arguments)
         self._expect_second_turn()
-        self.model, _, self.report = load_quantized(
+        self.model, _, report = load_quantized(
             path,
             backend=backend,
             plan=plan,
@@ -87,6 +85,7 @@ class QuantizedVLM(HarnessModel):
             processor=self.chat.processor,
             **{name: getattr(self.arguments, name) for name in _PASSED_ON},
         )
+        self.report = hold_weights(self.model, report, self.arguments.storage, processes=self.world_size)
         cache_spec = self.arguments.cache_spec
         self.cache_quantizer = None if cache_spec is None else CacheQuantizer.of(self.model, cache_spec)
         self.responder = responder_of(
@@ -112,6 +111,14 @@ class QuantizedVLM(HarnessModel):
         if (spec := self.arguments.cache_spec) is not None:
             config = config_of(path, trust_remote_code=self.arguments.trust_remote_code)
             expect_plain_cache(config, spec, self.arguments.pretrained)
+
+    def _plan(self, backend: Any) -> Any:
+        """Return the plan of what to quantize, if the model can then be held and saved as asked."""
+        if self.arguments.save_quantized:
+            expect_storable(backend)
+        plan = self.arguments.quant_plan(backend.default_bits)
+        backend.check_storage(self.arguments.storage, plan)
+        return plan
 
     def _facts(self, path: str) -> dict[str, str]:
         """Return the facts that decide the answers, for a comparison with another engine."""

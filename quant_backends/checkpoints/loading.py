@@ -22,8 +22,10 @@ from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, Ca
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
 from lmms_plugin.quant_backends.checkpoints.hf_quantizer import PackedConfig
 from lmms_plugin.quant_backends.checkpoints.probe import expect_sound
+from lmms_plugin.quant_backends.layers.weight_storage import DenseBudget, settle
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport, QuantReport
+from lmms_plugin.quant_backends.plans.storage_choice import Storage
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
@@ -140,6 +142,23 @@ def load_quantized(
             journal = None if folder is None else _journal(folder, path, work, processor, spec, residence)
             seen = _calibrate(work, processor, spec, samples, asked, residence, journal)
     return LoadedModel(model, processor, _report(work, seen, time.perf_counter() - started))
+
+
+def hold_weights(model: PreTrainedModel, report: QuantReport, storage: Storage, *, processes: int = 1) -> QuantReport:
+    """Hold the weights of a model that is about to answer as asked, and return its report with that.
+
+    Args:
+        model: Quantized model on its devices.
+        report: Report of its quantization.
+        storage: How its weights are to be held.
+        processes: Number of processes on this host, which share its memory.
+
+    Raises:
+        ValueError: Dense weights were asked for, and cannot be kept or do not fit in memory.
+    """
+    if not report.quantized:
+        return report
+    return report.with_storage(storage, settle(model, storage, budget=DenseBudget(processes)))
 
 
 def _calibration(

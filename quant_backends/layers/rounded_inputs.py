@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes
@@ -101,16 +100,19 @@ class RoundedInputLinear(RoundsInputs, PackedLinear):
     def kernel(self) -> str:
         """Return what the forward pass runs on."""
         assert self.rounding is not None
-        return f"{self.rounding.label}, dequantize"
+        return f"{self.rounding.label}, {self.multiplied()}"
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Return float32, in which the products of rounded inputs are summed."""
+        return torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``round(x) @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
-        rows = x.float() if self.in_scale is None else x.float() * self.in_scale.float()
-        rounded = self.rounded(rows).view(-1, self.in_features)
-        y = self.packed.dequantized_matmul(functional.pad(rounded, (0, self.padded_columns)))
-        if self.bias is not None:
-            y = y + self.bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        rows = x.float()
+        if self.in_scale is not None:
+            rows = rows * self.in_scale.float()
+        return self.product(self.rounded(rows), self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
