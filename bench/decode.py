@@ -69,7 +69,7 @@ def dense(dtype: torch.dtype, device: str) -> Callable[[int, int], nn.Module]:
     return lambda columns, rows: nn.Linear(columns, rows, bias=False, dtype=dtype, device=device)
 
 
-def clock(device: str) -> Callable[[], float]:
+def clock_of(device: str) -> Callable[[], float]:
     """Return what tells the time: the processor's own on a CPU, a GPU's after its work is done."""
     if device == "cpu":
         return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -97,7 +97,7 @@ def decode(arguments: argparse.Namespace) -> list[Row]:
         for batch in arguments.batch:
             x = torch.randn(batch, arguments.hidden).to(device, dtype)
             calls = {"packed": partial(packed, x), "dense": partial(plain, x)}
-            seconds = interleaved(calls, arguments.repeats, clock(device))
+            seconds = interleaved(calls, arguments.repeats, clock_of(device))
             row: Row = {
                 "case": f"{bits} bits, batch {batch}",
                 "ratio": seconds["dense"] / seconds["packed"],
@@ -132,7 +132,7 @@ def crossing(arguments: argparse.Namespace) -> list[Row]:
                 "dequantize": partial(_with_limit, packed, x, 0),
                 "dense": partial(plain, x),
             }
-            seconds = interleaved(calls, 3, clock(device))
+            seconds = interleaved(calls, 3, clock_of(device))
             row: Row = {"case": f"{bits} bits, {rows} rows", "ratio": seconds["dequantize"] / seconds["kernel"]}
             table.append(row | {f"{name}_ms": 1e3 * value for name, value in seconds.items()})
             print(
