@@ -91,10 +91,11 @@ def write_checkpoint(folder: Path, shape: Shape = SHAPES["small"], device: str =
 
 
 def written(folder: Path, shape: Shape, device: str = "cpu") -> Path:
-    """Write a checkpoint into a folder unless it holds one; return the folder."""
+    """Write a checkpoint into a folder unless it holds one; return the folder, in which one is whole or is not."""
     if not (folder / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(folder, shape, device)
+        unfinished = folder.with_name(f"{folder.name}.part")
+        write_checkpoint(unfinished, shape, device)
+        unfinished.rename(folder)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return folder
