@@ -24,7 +24,8 @@ from packaging.requirements import Requirement
 
 from bench.gpu_day import NEEDED, PACKAGE, ROOT, canonical
 
-ROOTS = (PACKAGE, "decord", "qwen-vl-utils", "psutil", "pytest", "hypothesis")
+ROOTS = (PACKAGE, "decord", "qwen-vl-utils", "psutil", "pytest", "hypothesis", "torchao")
+"""bitsandbytes, which some tests ask for, is larger than all of these together; without it they fail and are named."""
 HAS = ("torch", "torchvision", "transformers", "accelerate", "numpy", "scipy", "pandas", "pyarrow", "pillow")
 HAS += (
     "scikit-learn",
@@ -70,8 +71,8 @@ def closure(roots: Iterable[str], python: str, without: Collection[str] = ()) ->
 
 
 def is_pure(name: str) -> bool:
-    """Whether an installed distribution is Python alone, for any machine."""
-    return "-none-any" in (importlib.metadata.distribution(name).read_text("WHEEL") or "")
+    """Whether an installed distribution is Python alone, for any machine and version."""
+    return "py3-none-any" in (importlib.metadata.distribution(name).read_text("WHEEL") or "")
 
 
 def pip(*arguments: str) -> None:
@@ -112,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--most-mb", type=float, default=60.0)
     options = parser.parse_args(arguments)
     unused = set(map(canonical, UNUSED))
-    needed = closure(ROOTS, options.python, unused)
+    # What torch requires came with the torch that is there, and is another set for another version of CUDA.
+    needed = closure(ROOTS, options.python, unused | (closure(["torch"], options.python).keys() - {"torch"}))
     named = options.present.read_text(encoding="utf-8").split() if options.present else closure(HAS, options.python)
     wanted = {name: version for name, version in needed.items() if name not in {*map(canonical, named), PACKAGE}}
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -55,5 +55,5 @@ def test_model_args_come_before_the_command(monkeypatch):
 
 def test_a_static_cache_takes_one_at_a_time_unless_told_otherwise():
     assert ModelArguments.parse({"static_cache": True}).batch_size == 1
-    assert ModelArguments.parse({"static_cache": "False"}).batch_size is None
-    assert ModelArguments.parse({"static_cache": "True", "batch_size": "auto"}).batch_size is None
+    assert ModelArguments.parse({"static_cache": False}).batch_size is None
+    assert ModelArguments.parse({"static_cache": True, "batch_size": "auto"}).batch_size is None
