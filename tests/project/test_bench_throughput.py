@@ -41,11 +41,12 @@ def test_the_phases_make_up_the_time(checkpoint):
     docs = throughput.documents(2, 3, (160, 120))
     rows = {row["case"]: row for row in phases(vlm, lambda: throughput.run(vlm, docs), 3, time.process_time, 1e-12)}
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
-    # Two images in one batch: both encoded together, their prefixes too, then all six questions; the first of 24 tokens
-    # comes from reading them.
+    # Two images in one batch: both encoded together, their prefixes too, then all six questions; the first token of an
+    # answer comes from reading them.
     calls = {case: row["calls"] for case, row in rows.items() if "calls" in row}
-    assert calls == {"vision@3": 1, "prefix@3": 1, "questions@3": 1, "decoding@3": throughput.ANSWER_TOKENS - 1}
-    assert all(row["ratio"] > 0 for case, row in rows.items() if "calls" in row)
+    assert 1 <= calls.pop("decoding@3") < throughput.ANSWER_TOKENS
+    assert calls == {"vision@3": 1, "prefix@3": 1, "questions@3": 1}
+    assert all(row["ratio"] > 0 for row in rows.values() if "calls" in row)
 
 
 @pytest.mark.gpu

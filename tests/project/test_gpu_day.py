@@ -119,7 +119,9 @@ def test_bounds_are_those_of_the_counted_arithmetic():
 @pytest.mark.slow
 def test_a_dry_run_tells_what_it_ran(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    status = gpu_day.main(["--dry-run", "--output", str(tmp_path), "--parts", "decode", "static_cache"])
+    status = gpu_day.main(
+        ["--dry-run", "--budget", "3000", "--output", str(tmp_path), "--parts", "decode", "static_cache"]
+    )
     said = json.loads((tmp_path / "gpu_day.json").read_text())
     assert [one["status"] for one in said["parts"]] == ["done", "done"], said
     assert status == 0
