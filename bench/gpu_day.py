@@ -70,65 +70,63 @@ class Outcome(NamedTuple):
     said: str = ""
 
 
+LIMITS = {
+    "tests": 100.0,
+    "throughput": 170.0,
+    "answering": 120.0,
+    "quantize": 120.0,
+    "decode": 60.0,
+    "static_cache": 90.0,
+    "two_processes": 90.0,
+}
+"""Part → seconds that it may take; the most important first."""
+
+
 def parts(work: Path, device: str, shape: str, small: bool) -> list[Part]:
-    """All parts, the most important first.
+    """All parts, in the order of `LIMITS`.
 
     Args:
         work: Folder for what they write; `{name}.json` is what is read of each.
         device: Device of torch.
         shape: Name in bench/shapes.py.
-        small: Whether as little as possible is measured.
+        small: Whether as little as possible is measured, however long that takes: the machine may be busy.
     """
     at = ("--device", device, "--shape", shape)
-    checkpoint = ("--checkpoint", str(work / "checkpoint"))
-    photographs = ("--size", "160", "120") if small else ()
+    arguments = _small(at) if small else _whole(at)
+    commands = {"tests": ("-P", "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={work / 'tests.xml'}", *gpu_tests())}
+    for name, (bench, *more) in arguments.items():
+        checkpoint = {"decode": (), "quantize": ("--written", str(work / "checkpoint"))}
+        holds = checkpoint.get(name, ("--checkpoint", str(work / "checkpoint")))
+        commands[name] = ("-m", f"bench.{bench}", *more, *holds, "--json", str(work / f"{name}.json"))
+    return [Part(name, commands[name], BUDGET * limit if small else limit) for name, limit in LIMITS.items()]
 
-    def bench(name: str, *arguments: str) -> tuple[str, ...]:
-        return ("-m", f"bench.{name}", *arguments)
 
-    throughput = ("throughput", *at, *checkpoint, *photographs, "--repeats", "1")
-    images = ("--images", "1", "--auto-images", "2") if small else ("--images", "2", "--auto-images", "32")
-    expressions = ("2",) if small else ("7", "14", "1", "3")
-    many = ("--images", "2") if small else ("--images", "16")
-    listed = [
-        ("tests", ("-P", "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={work / 'tests.xml'}", *gpu_tests()), 100),
-        (
-            "throughput",
-            bench(*throughput, *images, "--ways", "shared", "auto", "lmms_eval", "--expressions", *expressions),
-            170,
-        ),
-        (
-            "answering",
-            bench("answering", *at, *checkpoint, *photographs, *many, *(("--bits", "16", "4") if small else ())),
-            120,
-        ),
-        (
-            "quantize",
-            bench(
-                *("quantize", *at, "--written", str(work / "checkpoint"), "--methods"),
-                *(("rtn",) if small else ("rtn", "hqq", "awq", "gptq")),
-            ),
-            120,
-        ),
-        (
-            "decode",
-            bench(
-                *("decode", "--device", device, "--shape", shape, "--batch", "1", "8"),
-                *(("--bits", "4", "--repeats", "1") if small else ("--bits", "8", "4", "3", "2")),
-            ),
-            60,
-        ),
-        (
-            "static_cache",
-            bench(*throughput, "--images", "1", "--ways", "static", "plain", "--expressions", "1" if small else "4"),
-            90,
-        ),
-        ("two_processes", bench("two_processes", *at, *checkpoint, *photographs, *many), 90),
-    ]
-    # A dry run is about what runs, not about how long: the machine may be busy.
-    patience = BUDGET if small else 1.0
-    files = {name: () if name == "tests" else ("--json", str(work / f"{name}.json")) for name, _, _ in listed}
-    return [Part(name, (*command, *files[name]), patience * limit) for name, command, limit in listed]
+def _whole(at: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Part → benchmark and its arguments."""
+    throughput = ("throughput", *at, "--repeats", "1", "--ways")
+    images = ("--images", "2", "--auto-images", "32")
+    return {
+        "throughput": (*throughput, "shared", "auto", "lmms_eval", *images, "--expressions", "7", "14", "1", "3"),
+        "answering": ("answering", *at, "--images", "16"),
+        "quantize": ("quantize", *at, "--methods", "rtn", "hqq", "awq", "gptq"),
+        "decode": ("decode", *at, "--batch", "1", "8", "--bits", "8", "4", "3", "2"),
+        "static_cache": (*throughput, "static", "plain", "--images", "1", "--expressions", "4"),
+        "two_processes": ("two_processes", *at, "--images", "16"),
+    }
+
+
+def _small(at: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The same with as little work as possible."""
+    size = ("--size", "160", "120")
+    throughput = ("throughput", *at, *size, "--repeats", "1", "--images", "1", "--ways")
+    return {
+        "throughput": (*throughput, "shared", "auto", "lmms_eval", "--auto-images", "2", "--expressions", "2"),
+        "answering": ("answering", *at, *size, "--images", "2", "--bits", "16", "4"),
+        "quantize": ("quantize", *at, "--methods", "rtn"),
+        "decode": ("decode", *at, "--batch", "1", "8", "--bits", "4", "--repeats", "1"),
+        "static_cache": (*throughput, "static", "plain", "--expressions", "1"),
+        "two_processes": ("two_processes", *at, *size, "--images", "2"),
+    }
 
 
 def gpu_tests() -> list[str]:
