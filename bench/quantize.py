@@ -25,6 +25,7 @@ from pathlib import Path
 from bench.reporting import Row, machine, write
 
 METHODS = ("rtn", "hqq", "awq")
+SHAPE = "wide_vision"
 MB = 1e6
 BOUND = 0.25
 """Of the dense model's bytes."""
@@ -117,7 +118,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=2, help="of noise, for calibrated methods")
-    parser.add_argument("--shape", default="wide_vision", help="a name in bench/shapes.py")
+    parser.add_argument("--shape", default=SHAPE, help="a name in bench/shapes.py")
     parser.add_argument("--layers", type=int, help="of the decoder, in the place of the shape's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--written", type=Path, help="folder with a checkpoint of that shape; written if it is empty")
@@ -160,7 +161,8 @@ def main() -> None:
             )
             print("  ".join(shown), flush=True)
             write(arguments.json, rows)
-    if arguments.device == "cpu" and not all(row["within_bound"] for row in rows):
+    # A model of another shape may be smaller than what the libraries take by themselves.
+    if arguments.shape == SHAPE and arguments.device == "cpu" and not all(row["within_bound"] for row in rows):
         sys.exit("anonymous memory went above the bound")
 
 
