@@ -39,7 +39,8 @@ from lmms_eval.models.chat.openai import OpenAICompatible
 from transformers import AutoProcessor
 
 from bench.reporting import Row, machine, write
-from bench.throughput import ANSWER_TOKENS, documents, messages, requests, write_checkpoint
+from bench.shapes import write_checkpoint
+from bench.throughput import ANSWER_TOKENS, documents, messages, requests
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.vlm.contracts.requests import Job, read

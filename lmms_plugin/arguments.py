@@ -176,7 +176,7 @@ class ModelArguments:
         template_args: Further variables of the chat template, as JSON: `template_args={"thinking_budget": 512}`.
         dialect: Name of the grounding dialect; by default that of the model's family.
         batch_size: Images answered together (requests, where there is no image), with all questions about each of them;
-            `auto` for as many as fit.
+            `auto` for as many as fit, which is the default but with `static_cache`, where it is 1.
         share_prefix: Whether questions about one image share one encoding of it.
         static_cache: Whether the key-value cache has a fixed size, with which transformers compiles decoding on a GPU;
             it excludes shared prefixes and takes minutes before the first answer.
@@ -243,7 +243,7 @@ class ModelArguments:
     dialect: _Any[_Str] = None
     batch_size: Annotated[
         Annotated[Whole, Field(ge=1)] | None, BeforeValidator(_auto), Expected("a whole number from 1, or 'auto'")
-    ] = 1
+    ] = None
     share_prefix: Truth = True
     static_cache: Truth = False
     parity: Truth = False
@@ -309,9 +309,13 @@ class ModelArguments:
             options = kind(**{name: given[name] for name in kind.model_fields if name in given})
         except ValidationError as error:
             raise ValueError(Problem.of(error, kind).text) from error
-        return cls(
-            **{name: given[name] for name in own if name in given}, options=options.model_dump(exclude_unset=True)
-        )
+        values = {name: given[name] for name in own if name in given}
+        values["options"] = options.model_dump(exclude_unset=True)
+        arguments = cls(**values)
+        if arguments.static_cache and "batch_size" not in given:
+            # Each size of a batch would compile anew.
+            return cls(**values, batch_size=1)
+        return arguments
 
     @classmethod
     def expect_possible(cls, given: Mapping[str, Any]) -> None:

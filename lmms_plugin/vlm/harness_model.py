@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -10,7 +11,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from lmms_plugin.arguments import read_arguments
-from lmms_plugin.ending import ends_the_command
+from lmms_plugin.ending import ends_the_command, in_command
 from lmms_plugin.vlm.contracts.engine import ContinuationScore
 from lmms_plugin.vlm.contracts.requests import read
 from lmms_plugin.vlm.contracts.responding import Responder
@@ -43,6 +44,8 @@ class HarnessModel(lmms):
         with ends_the_command():
             given = read_arguments(arg_string)
             added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+            if _is_unasked(added.get("batch_size")):
+                del added["batch_size"]
             return cls(**{**added, **given})
 
     @property
@@ -99,3 +102,12 @@ class HarnessModel(lmms):
         )
         del self.responder
         super().clean()
+
+
+def _is_unasked(batch_size: object) -> bool:
+    """Return whether a batch size is the one that lmms-eval's command passes where none is given.
+
+    It passes the number 1 then; what is given on the command line is text. From Python, or from a file of evaluations,
+    a number may have been given.
+    """
+    return type(batch_size) is int and batch_size == 1 and in_command(sys.argv)
