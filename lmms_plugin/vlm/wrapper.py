@@ -24,7 +24,6 @@ from lmms_plugin.quant_backends import class_name, get, names, option_types
 from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
 from lmms_plugin.quant_backends.checkpoints.loading import prepare
 from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
-from lmms_plugin.quant_backends.structure.model_class import writes_nothing
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.vlm.contracts.responding import Responder
@@ -84,7 +83,7 @@ class QuantizedVLM(HarnessModel):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = device_of(self.arguments, self.accelerator)
-        self._expect_fitting_config()
+        self._expect_plain_cache()
         self.chat, self.reader = chat_of(self._path, self.arguments)
         self._expect_second_turn()
         self._preparation = prepare(
@@ -97,6 +96,8 @@ class QuantizedVLM(HarnessModel):
             processor=self.chat.processor,
             **{name: getattr(self.arguments, name) for name in _PASSED_ON},
         )
+        if self._preparation.writes_nothing:
+            expect_uses(self.arguments, hidden_states=self._wanted is not None)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -145,12 +146,10 @@ class QuantizedVLM(HarnessModel):
                 f"verbalised: {self.arguments.pretrained} is asked without chat template, and knows no second turn"
             )
 
-    def _expect_fitting_config(self) -> None:
-        config = config_of(self._path, trust_remote_code=self.arguments.trust_remote_code)
+    def _expect_plain_cache(self) -> None:
         if (spec := self.arguments.cache_spec) is not None:
+            config = config_of(self._path, trust_remote_code=self.arguments.trust_remote_code)
             expect_plain_cache(config, spec, self.arguments.pretrained)
-        if writes_nothing(config):
-            expect_uses(self.arguments, hidden_states=self._wanted is not None)
 
     def _facts(self) -> dict[str, str]:
         """Return the facts that decide the answers, for a comparison with another engine."""

@@ -84,6 +84,11 @@ class Preparation:
     journal_folder: Path | None
     seconds: float
 
+    @property
+    def writes_nothing(self) -> bool:
+        """Return whether it is a retrieval checkpoint, which scores captions and generates no text."""
+        return writes_nothing(self.config)
+
     def load(self) -> LoadedModel:
         """Read the weights and quantize them.
 

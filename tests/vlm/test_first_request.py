@@ -1,10 +1,12 @@
 """What is read before the first request, and what waits for it."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from helpers.environments import run
-from helpers.models import answer, load, message, photograph
+from helpers.models import answer, message, photograph
 from loguru import logger
 
 from lmms_plugin.demo import CHECKPOINT
@@ -73,7 +75,8 @@ def test_a_run_whose_answers_are_all_known_reads_no_weights_and_says_so(evaluate
     again = evaluate("pretrained=demo,device=cpu", "shapes_rec", **options)
     assert loads == [CHECKPOINT]
     assert any(line.startswith("No request came to the model, so it was not loaded") for line in said)
-    assert again["results"]["shapes_rec"] == first["results"]["shapes_rec"]
+    # Some metrics of two answers are NaN, which equals nothing.
+    assert repr(again["results"]["shapes_rec"]) == repr(first["results"]["shapes_rec"])
     assert "avg_bits_per_weight" not in (again.get("throughput") or {})
 
 
@@ -90,20 +93,22 @@ def test_a_report_that_was_asked_for_is_written_where_all_answers_are_known(eval
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("smolvlm", {"calibration": "dataset:/no/such/folder"}, "/no/such/folder"),
+        ("smolvlm", {"method": "gptq", "calibration": "dataset:/no/such/folder"}, "/no/such/folder"),
         ("blip2_itm", {"kv_bits": 4}, "kv_bits: .* is a retrieval checkpoint, which caches nothing"),
         ("blip2_itm", {"features": "folder"}, "features, selector: .* is a retrieval checkpoint"),
-        ("blip2_itm", {}, "is a retrieval checkpoint: gptq is calibrated with answers"),
+        ("blip2_itm", {"method": "gptq"}, "is a retrieval checkpoint: gptq is calibrated with answers"),
     ],
 )
 def test_what_does_not_fit_the_checkpoint_is_told_when_the_model_is_made(checkpoint, loads, name, arguments, message):
+    method, path = arguments.get("method", "rtn"), str(checkpoint(name))
+    others = {key: value for key, value in arguments.items() if key != "method"}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        models.model_class("gptq")(pretrained=str(checkpoint(name)), device="cpu", bits=4, **arguments)
+        models.model_class(method)(pretrained=path, device="cpu", bits=4, **others)
     assert loads == []
 
 
 def test_a_model_that_gets_no_request_answers_what_lmms_eval_asks_of_it(checkpoint, loads):
-    vlm = load(checkpoint("smolvlm"))
+    vlm = models.QuantNone(pretrained=str(checkpoint("smolvlm")), device="cpu")
     assert (vlm.rank, vlm.world_size, str(vlm.device), vlm.is_simple) == (0, 1, "cpu", False)
     assert not hasattr(vlm, "batch_sizes")
     assert vlm.generate_until([]) == vlm.loglikelihood([]) == vlm.generate_until_multi_round([]) == []
@@ -112,7 +117,7 @@ def test_a_model_that_gets_no_request_answers_what_lmms_eval_asks_of_it(checkpoi
 
 
 def test_the_report_outlives_the_model_which_is_freed(checkpoint, loads):
-    vlm = load(checkpoint("smolvlm"))
+    vlm = models.QuantNone(pretrained=str(checkpoint("smolvlm")), device="cpu")
     vlm.task_dict = {"toy": {"test": [[message(photograph(0))]]}}
     answer(vlm, [0])
     report = vlm.report
@@ -132,5 +137,5 @@ def test_an_error_at_the_first_request_ends_the_command_in_one_line(tmp_path):
         *("--limit", "1"),
     ]
     with pytest.raises(RuntimeError, match="exited with 2") as failure:
-        run(["lmms-eval", *command], tmp_path)
+        run([str(Path(sys.executable).with_name("lmms-eval")), *command], tmp_path)
     assert "no_such_layer" in str(failure.value).splitlines()[-1]
