@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -103,7 +104,7 @@ class KeptMeasurements:
         try:
             return None if place is None else decoded(place.read_bytes())
         # A damaged one is measured again.
-        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, BadZipFile):
             return None
 
     def write(self, place: Path | None, measurement: Measurement) -> None:
