@@ -147,8 +147,9 @@ def encoded(measurement: Measurement) -> bytes:
         str(kind): [array.ravel() for array in arrays if array.dtype == kind] for kind in {a.dtype for a in arrays}
     }
     stream = io.BytesIO()
-    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    np.savez(stream, **{_HEADER: text}, **{kind: np.concatenate(parts) for kind, parts in whole.items()})
+    stored: dict[str, Any] = {kind: np.concatenate(parts) for kind, parts in whole.items()}
+    stored[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez(stream, **stored)
     return stream.getvalue()
 
 
@@ -167,7 +168,8 @@ def decoded(content: bytes) -> Measurement:
         start, count = taken[kind], int(np.prod(shape, dtype=np.int64))
         taken[kind] = start + count
         # A copy each: what is kept of a run must not keep the rest in memory.
-        return numbers[kind][start : start + count].reshape(shape).copy()
+        array: npt.NDArray[Any] = numbers[kind][start : start + count].reshape(shape).copy()
+        return array
 
     def arrays(kind: type, told: dict[str, Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         for name, (dtype, *shape) in zip(_ARRAYS[kind], told.pop("shapes"), strict=True):
@@ -175,7 +177,7 @@ def decoded(content: bytes) -> Measurement:
 
     tasks = {}
     for told in header["tasks"]:
-        large = dict(arrays(Task, told))
+        large: dict[str, Any] = dict(arrays(Task, told))
         told |= {"family": Family(*told["family"]), "place": EvaluationSet(*told["place"])}
         tasks[told["task"]] = Task(**told, **large)
     groups = {}
