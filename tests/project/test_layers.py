@@ -48,8 +48,8 @@ MODELS = {
     "vlm.generation": "arguments confidence protocol quant_backends.backend quant_backends.calibration selector utils"
     " vlm.contracts vlm.kv_cache",
     "vlm.running": "protocol utils vlm.contracts vlm.generation",
-    "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers utils"
-    " vlm.contracts vlm.generation vlm.kv_cache vlm.running",
+    "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers"
+    " quant_backends.plans utils vlm.contracts vlm.generation vlm.kv_cache vlm.running",
     "vlm.served.options": "arguments utils",
     "vlm.served": "arguments protocol quant_backends.checkpoints quant_backends.extras utils vlm vlm.contracts"
     " vlm.generation vlm.running vlm.served.options",
