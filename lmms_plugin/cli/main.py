@@ -16,14 +16,17 @@ import typer
 from typer import TyperException
 
 from lmms_plugin.cli import export as export_commands
+from lmms_plugin.cli import measuring
+from lmms_plugin.cli.measuring import AsJson, Estimator, Seed, print_json, print_tables
 from lmms_plugin.cli.parity import parity
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.study import app as study
-from lmms_plugin.cli.terminal import Working, console, each, write_anything
+from lmms_plugin.cli.terminal import Working, each, write_anything
 from lmms_plugin.utils.outputs import expect_file, expect_folder
 from lmms_plugin.utils.reading.problems import lines_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+measuring.register(app)
 export_commands.register(app)
 app.add_typer(study, name="study")
 app.command()(report)
@@ -106,92 +109,6 @@ def inspect(
     typer.echo(report.to_json() if json else report.table())
 
 
-Estimator = Annotated[str | None, typer.Option(help="Confidence estimator; by default the one of the task.")]
-Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the resamples and of the held-out images.")]
-Level = Annotated[float, typer.Option(help="Confidence level of the intervals.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
-
-
-@app.command()
-def metrics(
-    results: Annotated[Path, typer.Argument(help="Results file of lmms-eval, or a folder with such files.")],
-    json: AsJson = False,
-    estimator: Estimator = None,
-    resamples: Resamples = 1000,
-    seed: Seed = 0,
-    level: Level = 0.95,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the images to choose thresholds and fit calibrators on.")
-    ] = 0.2,
-    calibrator: Annotated[str, typer.Option(help="temperature, platt, isotonic or beta.")] = "platt",
-    chosen_on: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run whose held-out images thresholds and calibrator come from, e.g. of the unquantized model."
-        ),
-    ] = None,
-) -> None:
-    """Recompute every metric from the logs of samples, with intervals over images. No model is loaded."""
-    from lmms_plugin.analysis import measure
-    from lmms_plugin.analysis.logs import find, read, read_one
-    from lmms_plugin.cli import printed
-
-    workers = os.cpu_count() or 1
-    settings = measure.MeasurementSettings(estimator, resamples, seed, level, held_out, calibrator, workers)
-    chosen = None if chosen_on is None else read_one(chosen_on)
-    runs = [read(file) for file in find(results)]
-    for line in (line for run in runs for line in measure.without_grid(run)):
-        typer.echo(line, err=True)
-    with Working("resampling"):
-        found = [(run, measure.measure(run, settings, chosen), measure.robust(run, settings)) for run in runs]
-    if json:
-        names = ("run", "file", "limit", "metrics", "robustness")
-        rows = [(run.label, str(run.file), run.limit, numbers, robust) for run, numbers, robust in found]
-        _print_json([dict(zip(names, row, strict=True)) for row in rows])
-        return
-    for run, numbers, robust in found:
-        _print_tables(
-            printed.metrics_table(numbers, run.label, level),
-            *(printed.robustness_table(rows, split) for split, rows in robust.items()),
-        )
-
-
-@app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Results file or folder of the run to compare with.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run in question, on the same documents.")],
-    json: AsJson = False,
-    margin: Annotated[
-        float | None, typer.Option(help="Largest difference that counts as none: adds a test of equivalence.")
-    ] = None,
-    estimator: Estimator = None,
-    resamples: Resamples = 1000,
-    seed: Seed = 0,
-    level: Level = 0.95,
-) -> None:
-    """Compare two runs on the same documents: paired intervals, flips, corrected p-values, equivalence, shift."""
-    from lmms_plugin.analysis import comparison, measure
-    from lmms_plugin.analysis.logs import read_one
-    from lmms_plugin.cli import printed
-
-    settings = measure.MeasurementSettings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
-    comparison.expect_margin(margin)
-    runs = read_one(first), read_one(second)
-    for line in measure.without_grid(runs[0]):
-        typer.echo(line, err=True)
-    with Working("resampling"):
-        found = comparison.compare(*runs, settings, margin)
-    if json:
-        _print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})
-        return
-    typer.echo(f"first:  {runs[0].label}\nsecond: {runs[1].label}")
-    tables = [printed.changes_table(found, settings, margin)]
-    tables += [printed.flips_table(found.flips)] if found.flips else []
-    tables += [printed.shifted_table(found)] if found.shifted else []
-    _print_tables(*tables)
-
-
 class PictureFormat(StrEnum):
     """File formats of pictures."""
 
@@ -230,9 +147,9 @@ def sensitivity(
         for one in found:
             analysis.draw(one, figure / f"{one.grid.file_name}.{kind}")
     if json:
-        _print_json([one.to_dict() for one in found])
+        print_json([one.to_dict() for one in found])
         return
-    _print_tables(*(sensitivity_table(one) for one in found))
+    print_tables(*(sensitivity_table(one) for one in found))
 
 
 @app.command()
@@ -321,45 +238,9 @@ def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator =
     store = read(features)
     found = measuring.strengths(read_one(results), store, settings)
     if json:
-        _print_json(found)
+        print_json(found)
         return
-    _print_tables(strength_table(found, store))
-
-
-@app.command()
-def estimators(
-    results: Annotated[Path, typer.Argument(help="Results file of lmms-eval, or a folder with such files.")],
-    json: AsJson = False,
-    resamples: Resamples = 1000,
-    seed: Seed = 0,
-    level: Level = 0.95,
-) -> None:
-    """Compare all confidence estimators in the log of a run by AUROC, AURC and ECE."""
-    from lmms_plugin.analysis import estimator_ranking
-    from lmms_plugin.analysis.logs import find, read
-    from lmms_plugin.analysis.measure import MeasurementSettings
-    from lmms_plugin.cli import printed
-
-    settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
-    with Working("reading and resampling"):
-        found = [(run, estimator_ranking.judge(run, settings)) for run in map(read, find(results))]
-    if json:
-        _print_json([{"run": run.label, "file": str(run.file), "estimators": judged} for run, judged in found])
-        return
-    _print_tables(*(printed.estimators_table(judged, run.label, level) for run, judged in found))
-
-
-def _print_json(value: object) -> None:
-    from lmms_plugin.utils.plain_json import plain
-
-    typer.echo(dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def _print_tables(*tables: object) -> None:
-    terminal = console()
-    for table in tables:
-        terminal.print(table)
-    terminal.print("What each number means: docs/metrics.md", style="dim")
+    print_tables(strength_table(found, store))
 
 
 def main() -> None:

@@ -17,9 +17,11 @@ StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (doc
 def plan_study(
     file: StudyFile,
     output: Annotated[Path | None, typer.Option(help="Folder of the study: what is done there, what it took.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print every cell.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Print the cells of a study, which of them are done, and the expected cost of the rest. Nothing is run."""
+    """Print the grid of a study, what of it is done, and the expected cost of the rest. Nothing is run."""
+    from lmms_plugin.cli.screens.plan_screen import plan_screen
     from lmms_plugin.cli.study_display import plan_table
     from lmms_plugin.study.file.reading import read
     from lmms_plugin.study.run import planning
@@ -29,9 +31,12 @@ def plan_study(
     if json:
         typer.echo(dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
         return
-    console().print(plan_table(found))
     for line in planning.damages(found):
         typer.echo(line, err=True)
+    if not everything:
+        typer.echo(plan_screen(found))
+        return
+    console().print(plan_table(found))
     typer.echo(planning.summary(found))
 
 

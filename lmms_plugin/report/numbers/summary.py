@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lmms_plugin.analysis.axes import Config, told_apart
-from lmms_plugin.analysis.groups import CLEAN, Task, TaskGroup
+from lmms_plugin.analysis.groups import Task, TaskGroup
 from lmms_plugin.analysis.measure import Family
+from lmms_plugin.analysis.records import CLEAN
 from lmms_plugin.metrics.bootstrap import Interval, interval
 from lmms_plugin.metrics.intervals import METHODS, between
 from lmms_plugin.report.numbers.results_folder import Cost, Folder, ReportedRun
