@@ -10,14 +10,14 @@ import sys
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import TyperException
 
 from lmms_plugin.cli import export as export_commands
 from lmms_plugin.cli import measuring
-from lmms_plugin.cli.measuring import AsJson, Estimator, Seed, print_json, print_tables
+from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, Seed, print_json, print_tables
 from lmms_plugin.cli.parity import parity
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.study import app as study
@@ -36,25 +36,35 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 
 @app.command()
-def models() -> None:
+def models(everything: Everything = False) -> None:
     """List the models this package adds to lmms-eval (`lmms-eval models` lists built-in ones only)."""
+    from lmms_plugin.cli.screens.listings import models_screen
     from lmms_plugin.quant_backends import GGUF, SERVED, get, model_name, names
 
-    for backend in names():
-        summary = (get(backend).__doc__ or "").split("\n", 1)[0]
-        typer.echo(f"{model_name(backend):24} {summary}")
-    typer.echo(f"{model_name(SERVED):24} A checkpoint behind an OpenAI-compatible server (vLLM, SGLang, ...).")
-    typer.echo(f"{model_name(GGUF):24} GGUF files in llama.cpp, whose server is started for the run.")
+    found = [(model_name(backend), (get(backend).__doc__ or "").split("\n", 1)[0]) for backend in names()]
+    found.append((model_name(SERVED), "A checkpoint behind an OpenAI-compatible server (vLLM, SGLang, ...)."))
+    found.append((model_name(GGUF), "GGUF files in llama.cpp, whose server is started for the run."))
+    if not everything:
+        typer.echo(models_screen(found))
+        return
+    for name, summary in found:
+        typer.echo(f"{name:24} {summary}")
 
 
 @app.command()
 def tasks(
     cells: Annotated[bool, typer.Option(help="Also list every single cell of the shift grids.")] = False,
+    everything: Everything = False,
 ) -> None:
     """List the tasks and groups this package adds to lmms-eval (`lmms-eval tasks list` never asks for plugins)."""
+    from lmms_plugin.cli.screens.listings import tasks_screen
     from lmms_plugin.tasks.registry import catalogue
 
-    for task in catalogue.tasks(cells=cells):
+    found = catalogue.tasks(cells=cells)
+    if not cells and not everything:
+        typer.echo(tasks_screen(found))
+        return
+    for task in found:
         typer.echo(f"{task.name:44} {task.kind:6} {task.summary}")
 
 
@@ -84,6 +94,7 @@ def inspect(
         str,
         typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=awq; or a GGUF file."),
     ],
+    everything: Annotated[bool, typer.Option("--all", help="Print the whole table.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON, layer by layer.")] = False,
     held_out: Annotated[
         int, typer.Option(min=0, help="Samples to compare outputs on with the dense model's; 0 for none.")
@@ -93,20 +104,27 @@ def inspect(
     from loguru import logger
 
     from lmms_plugin import quantize
+    from lmms_plugin.cli.screens.listings import report_screen
     from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
     if model_args.lower().endswith(quantize.GGUF_SUFFIX) and "=" not in model_args:
         file = quantize.inspect_file(Path(model_args))
-        typer.echo(file.to_json() if json else file.table())
+        typer.echo(file.to_json() if json else file.table() if everything else report_screen(*_said(file)))
         return
     asked = quantize.Asked.parse(model_args)
     # Only now, since this imports transformers.
     no_bars()
     with stdout_to_stderr(), Working("loading and quantizing"):
         report = quantize.inspect(asked, held_out=held_out)
-    typer.echo(report.to_json() if json else report.table())
+    typer.echo(report.to_json() if json else report.table() if everything else report_screen(*_said(report)))
+
+
+def _said(report: Any) -> tuple[str, list[str]]:
+    """Return the line of totals of a report, and the other lines of its table."""
+    total = report.total()
+    return total, [line for line in report.table().splitlines() if line != total]
 
 
 class PictureFormat(StrEnum):
@@ -123,6 +141,7 @@ def sensitivity(
     metric: Annotated[list[str], typer.Option(help="Metric of lmms-eval's table; may be given again.")] = ["acc@0.5"],  # noqa: B006
     figure: Annotated[Path | None, typer.Option(help="Folder to draw one picture per grid into.")] = None,
     kind: Annotated[PictureFormat, typer.Option(help="Of the pictures.")] = PictureFormat.PNG,
+    everything: Everything = False,
     json: AsJson = False,
     resamples: Annotated[int, typer.Option(min=2, help="Resamples of the runs for the intervals.")] = 200,
     seed: Seed = 0,
@@ -130,6 +149,7 @@ def sensitivity(
     """Estimate which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
     from lmms_plugin.analysis import component_importance as analysis
     from lmms_plugin.cli.printed_tables import sensitivity_table
+    from lmms_plugin.cli.screens.analyses_screen import sensitivity_screen
 
     if figure is not None:
         expect_folder("--figure", figure)
@@ -149,20 +169,27 @@ def sensitivity(
     if json:
         print_json([one.to_dict() for one in found])
         return
+    if not everything:
+        typer.echo(sensitivity_screen(found))
+        return
     print_tables(*(sensitivity_table(one) for one in found))
 
 
 @app.command()
-def doctor(json: AsJson = False) -> None:
+def doctor(everything: Everything = False, json: AsJson = False) -> None:
     """Check everything that a run needs and print a remedy for each failure. The exit status is 1 if a check fails."""
+    from lmms_plugin.cli.screens.listings import doctor_screen
     from lmms_plugin.doctor import diagnosis
 
     rows = []
     for row in each(diagnosis.diagnose(), "checking"):
         rows.append(row)
-        if not json:
+        if everything and not json:
             typer.echo(row.line())
-    typer.echo(dumps([row.to_dict() for row in rows], indent=1, ensure_ascii=False) if json else diagnosis.CLOSING)
+    if json:
+        typer.echo(dumps([row.to_dict() for row in rows], indent=1, ensure_ascii=False))
+    else:
+        typer.echo(diagnosis.CLOSING if everything else doctor_screen(rows, diagnosis.CLOSING))
     if diagnosis.failed(rows):
         raise typer.Exit(1)
 
@@ -223,7 +250,13 @@ def apply_selector(
 
 
 @app.command()
-def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
+def strength(
+    results: RunFolder,
+    features: FeatureFolder,
+    estimator: Estimator = None,
+    everything: Everything = False,
+    json: AsJson = False,
+) -> None:
     """Measure the strength of shifts from the model's image features, beside the score they cost; no label is used."""
     from lmms_plugin.analysis.logs import find, read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
@@ -232,6 +265,7 @@ def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator =
     find(results)
     # Only now, since these import torch.
     from lmms_plugin.cli.printed_tables import strength_table
+    from lmms_plugin.cli.screens.analyses_screen import strength_screen
     from lmms_plugin.selector import shift_strength as measuring
     from lmms_plugin.selector.features import read
 
@@ -239,6 +273,9 @@ def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator =
     found = measuring.strengths(read_one(results), store, settings)
     if json:
         print_json(found)
+        return
+    if not everything:
+        typer.echo(strength_screen(found))
         return
     print_tables(strength_table(found, store))
 
