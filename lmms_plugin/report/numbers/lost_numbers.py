@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from lmms_plugin.analysis.axes import Config
 from lmms_plugin.report.numbers.summary import BaselineDifference, Scope, Summary, difference_from_base
+from lmms_plugin.report.numbers.tables import shown as shown_number
 from lmms_plugin.utils.messages import counted
 
 _MOST_SCOPES = 3
@@ -23,7 +24,7 @@ class Loss(NamedTuple):
         label: Name on the axis.
         column: Heading of its column.
         high_is_bad: Whether the metric is worse the higher it is.
-        verb: What happens to configurations that lose it.
+        said: What happens, before "by" or "for" configurations.
     """
 
     metric: str
@@ -31,12 +32,12 @@ class Loss(NamedTuple):
     label: str
     column: str
     high_is_bad: bool
-    verb: str
+    said: str
 
 
 LOSSES = (
-    Loss("accuracy", "Accuracy lost", "accuracy", "\u0394 accuracy", False, "lose accuracy"),
-    Loss("ece", "Reliability lost", "\u2212 ECE", "\u0394 ECE", True, "are worse calibrated (ECE)"),
+    Loss("accuracy", "Accuracy lost", "accuracy", "\u0394 accuracy", False, "accuracy is lost by"),
+    Loss("ece", "Reliability lost", "\u2212 ECE", "\u0394 ECE", True, "calibration (ECE) is worse for"),
     Loss(
         "coverage@0.05", "Guarantee lost", "coverage at 5 % risk", "\u0394 C@5%", False, "can answer less at 5 % risk"
     ),
@@ -81,7 +82,7 @@ def sentences(summary: Summary) -> Iterator[str]:
         for loss in LOSSES:
             told = [said for name in scope.conditions if (said := _said(summary, found, name, loss))]
             if told:
-                yield f"{scope.title}, {loss.title.lower()}: {'; '.join(told)}."
+                yield f"{scope.title}: {loss.said} {', '.join(told)}."
     if len(scopes) > _MOST_SCOPES:
         yield f"{counted(len(scopes) - _MOST_SCOPES, 'more data set')} below."
 
@@ -94,13 +95,13 @@ def _said(summary: Summary, found: Mapping[Config, Mapping[str, Lost]], conditio
         return ""
     # An interval that lies on the bad side of 0 shows a loss.
     shown = {config: one for config, one in there.items() if _worse(one, loss)}
-    where = f"{condition}: {len(shown)} of {counted(len(there), 'quantized configuration')} {loss.verb}"
+    where = f"{len(shown)} of {counted(len(there), 'quantized configuration')} on {condition} data"
     if not shown:
-        return f"{where}, as far as was shown"
+        return where
     worst = max(shown, key=lambda config: sign * shown[config].value)
     one = shown[worst]
-    ends = ", ".join(f"{100 * end:+.1f}" for end in one.interval)
-    return f"{where}, {summary.name(worst)} most ({100 * one.value:+.1f} points [{ends}])".replace("-", "\u2212")
+    value, *ends = (shown_number(100 * number, "+.1f") for number in (one.value, *one.interval))
+    return f"{where} (most: {summary.name(worst)}, {value} points [{', '.join(ends)}])"
 
 
 def _worse(one: BaselineDifference, loss: Loss) -> bool:
