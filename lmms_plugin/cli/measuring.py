@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmms_plugin.cli.terminal import Working, console
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Estimator = Annotated[str | None, typer.Option(help="Confidence estimator; by default the one of the task.")]
 Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
@@ -156,9 +159,10 @@ def print_json(value: object) -> None:
     typer.echo(dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def print_tables(*tables: object) -> None:
+def print_tables(*tables: RenderableType) -> None:
     """Print tables, and where their numbers are explained."""
-    terminal = console()
+    # On a terminal that is narrower than a table, plain lines wrap; rich would cut them.
+    terminal = console(*tables)
     for table in tables:
         terminal.print(table)
     terminal.print("What each number means: docs/metrics.md", style="dim")

@@ -93,11 +93,17 @@ def analyse_study(
         Path | None, typer.Option(metavar="FILE", help="Study file with another analysis; by default the one as run.")
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Analyse what is there though cells are missing.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Print every finding and table.")] = False,
 ) -> None:
     """Repeat the analysis that the study file asks for on all finished cells, whatever version of the code ran them."""
+    from lmms_plugin.analysis.study_files import VERDICT_IN_WORDS
+    from lmms_plugin.cli.screens.verdict_screen import verdict_screen
     from lmms_plugin.study.verdicts import completeness, conclusions
 
     with Working("analysing"):
         found = completeness.analyse(folder, file, partial=partial)
+    if not everything:
+        typer.echo(verdict_screen(found, folder / VERDICT_IN_WORDS))
+        return
     for one in found:
         typer.echo(conclusions.markdown(one))

@@ -13,14 +13,18 @@ from lmms_plugin.cli import printed_tables
 from lmms_plugin.cli.main import main
 from lmms_plugin.cli.screens import analyses_screen, listings
 from lmms_plugin.cli.screens.screen import HEIGHT, WIDTH, ScreenTable, listing, middle_cut, screen
+from lmms_plugin.cli.screens.verdict_screen import verdict_screen
 from lmms_plugin.doctor.rows import fail, ok, warn
 from lmms_plugin.selector.shift_strength import Strength
 from lmms_plugin.shifts.image.corruptions import SHIFTS
+from lmms_plugin.study.verdicts.conclusions import Conclusion
 
 STUDIES = Path(__file__).parents[2] / "studies"
 TASKS = {"shapes_rec": None}
 TASKS |= {f"shapes_shift_{name}_{level}": (name, level) for name in SHIFTS for level in (3, 5)}
 QUICK = ("--resamples", "20")
+ENOUGH = ("--resamples", "100")
+"""With fewer, no p is low enough to show anything."""
 
 
 def expect_screen(text):
@@ -85,16 +89,16 @@ def test_several_runs_share_a_screen(printed, runs):
 
 
 def test_compare_begins_with_the_verdict(printed, runs):
-    lines = expect_screen(printed("compare", runs / "a", runs / "b", *QUICK))
+    lines = expect_screen(printed("compare", runs / "a", runs / "b", *ENOUGH))
     answer = " ".join(lines[: lines.index("")])
     assert answer.startswith("On shapes_rec, ")
     assert "On the 36 shifted tasks of shapes_rec, it is less often right" in answer
     assert "From clean to shifted data it " in answer
-    found = json.loads(printed("compare", runs / "a", runs / "b", *QUICK, "--json"))
+    found = json.loads(printed("compare", runs / "a", runs / "b", *ENOUGH, "--json"))
     assert found.keys() == {"first", "second", "changes", "flips", "shifted", "corruption_errors", "groups"}
     (shifted,) = [one for one in found["groups"] if (one["condition"], one["metric"]) == ("shifted", "acc@0.5")]
     assert f"{shifted['second']:.3f} against {shifted['first']:.3f}" in answer
-    everything = printed("compare", runs / "a", runs / "b", *QUICK, "--all")
+    everything = printed("compare", runs / "a", runs / "b", *ENOUGH, "--all")
     assert all(task in everything for task in TASKS)
     assert {"McNemar", "Holm", "interaction"} <= set(everything.split())
 
@@ -162,6 +166,17 @@ def test_sensitivity_and_strength():
     lines = expect_screen(analyses_screen.strength_screen(strengths))
     assert lines[0].startswith("Of 60 tasks, task_59 is furthest")
     assert re.fullmatch(r"\.\.\. and \d+ more tasks", lines[-3])
+
+
+def test_an_analysis_is_its_sentences(tmp_path):
+    told = [
+        f"Arm {k} is more often right than arm {k + 1} on shifted images, by {k} points of accuracy." for k in range(30)
+    ]
+    found = Conclusion("Which?", told, ["a finding"], [], ["a note"], None)
+    lines = expect_screen(verdict_screen([found], tmp_path / "verdict.md"))
+    assert " ".join(lines[:2]) == told[0]
+    assert "more lines" in lines[-3]
+    assert "verdict.md" in lines[-1]
 
 
 class TestScreen:
