@@ -328,12 +328,12 @@ def _groups(
     for (name, condition), chosen in sorted(members.items(), key=lambda item: item[0][1] != CLEAN):
         kind = chosen[0].kind
         for metric in compared(kind):
-            means = [_mean([halves[one.task][k] for one in chosen], metric) for k in (0, 1)]
-            changed = difference(*means, metric, level=settings.level, margin=margin)
+            before, after = (_mean([halves[one.task][k] for one in chosen], metric) for k in (0, 1))
+            changed = difference(before, after, metric, level=settings.level, margin=margin)
             printed = kind.named(PRINTED.get(metric, metric))
             counts = [sizes[one.task, printed] for one in chosen]
             records, images = sum(count for count, _ in counts), max(count for _, count in counts)
-            values = means[0].of(metric)[0], means[1].of(metric)[0]
+            values = before.of(metric)[0], after.of(metric)[0]
             row = GroupChange(
                 name or chosen[0].task, condition, len(chosen), printed, *values, changed, math.nan, records, images
             )

@@ -55,7 +55,7 @@ def sentences(found: Comparison, level: float) -> list[str]:
     """
     groups = [one for one in found.groups if is_accuracy(one.metric)]
     lost = [one for one in found.shifted if is_accuracy(one.metric)]
-    p_lost = holm([one.interaction.p for one in lost]) if lost else []
+    p_lost = [float(p) for p in holm([one.interaction.p for one in lost])]
     if not groups:
         return [_rejected(one, level) for one in found.groups if one.metric == REJECTION][:_MOST_GROUPS] or [
             "The runs have no accuracy that could be compared."
@@ -63,11 +63,11 @@ def sentences(found: Comparison, level: float) -> list[str]:
     if len(groups) > _MOST_GROUPS:
         said = [_counted("the second run is", groups, [(g.difference, g.p_holm) for g in groups], RIGHT, level)]
         if lost:
-            judged = [(one.interaction, float(p)) for one, p in zip(lost, p_lost, strict=True)]
+            judged = [(one.interaction, p) for one, p in zip(lost, p_lost, strict=True)]
             said.append(_counted("from clean to shifted data it", lost, judged, LOST, level))
         return said
     said = [_right(one, level, first=k == 0) for k, one in enumerate(groups)]
-    return [*said, *(_lost(one, float(p), level, several=len(lost) > 1) for one, p in zip(lost, p_lost, strict=True))]
+    return [*said, *(_lost(one, p, level, several=len(lost) > 1) for one, p in zip(lost, p_lost, strict=True))]
 
 
 def is_accuracy(metric: str) -> bool:

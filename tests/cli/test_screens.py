@@ -147,10 +147,16 @@ def test_a_diagnosis_begins_with_what_is_wrong():
 
 
 def test_reports_begin_with_their_totals():
-    lines = expect_screen(
-        listings.report_screen("rtn: 4.25 bits per weight", ["component  method", "runs on " + "a, " * 60])
-    )
-    assert lines[0] == "rtn: 4.25 bits per weight." or lines[0][0].islower()
+    table = ["component  method", "runs on " + "kernel, " * 60]
+    lines = expect_screen(listings.report_screen("rtn: 4.25 bits per weight", table))
+    assert lines[0] == "This is rtn: 4.25 bits per weight."
+    assert "".join(lines).count("kernel") == 60
+
+
+def test_too_few_resamples_to_show_anything_are_told(printed, runs):
+    shown = " ".join(printed("compare", runs / "a", runs / "b", *QUICK).split())
+    assert "With 20 resamples and 2 groups no p gets below 0.19: nothing can be shown" in shown
+    assert "nothing can be shown" not in printed("compare", runs / "a", runs / "b", *ENOUGH)
 
 
 def test_sensitivity_and_strength():

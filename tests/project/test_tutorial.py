@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tutorial")
     docs = report_study.documents(40)
     report_study.write_run(folder / "results" / "none", docs, 0.9)
-    for seed, (method, skill) in enumerate((("rtn", 0.6), ("hqq", 0.8)), start=1):
+    for seed, (method, skill) in enumerate((("rtn", 0.3), ("hqq", 0.5)), start=1):
         report_study.write_run(
             folder / "results" / method, docs, skill, seed, f"quant_{method}", "pretrained=demo,bits=3"
         )

@@ -2,9 +2,11 @@
 
 import pytest
 from helpers import report_study
+from matplotlib import rc_context
 
 from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.report.figures import losses
+from lmms_plugin.report.figures.drawing import STYLE
 from lmms_plugin.report.numbers import lost_numbers, results_folder
 from lmms_plugin.report.numbers.lost_numbers import LOSSES
 from lmms_plugin.report.numbers.summary import summarise
@@ -51,7 +53,8 @@ def test_the_sentences_count_what_was_shown(summary):
 def test_the_figure_has_a_panel_for_each_loss_on_both_kinds_of_page(summary):
     (scope,) = summary.scopes
     for across in (4, 2):
-        (drawn,) = losses.draw(scope, summary, across)
+        with rc_context(dict(STYLE)):
+            (drawn,) = losses.draw(scope, summary, across)
         panels = drawn.figure.axes
         assert [panel.get_title(loc="left") for panel in panels] == [loss.title for loss in LOSSES]
         assert next(text.get_text() for text in panels[0].get_yticklabels()) == "rtn 2"

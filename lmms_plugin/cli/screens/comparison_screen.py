@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lmms_plugin.analysis.comparison import Comparison, GroupChange, Shifted
 from lmms_plugin.analysis.findings import p_text, sentences
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.analysis.records import CLEAN
 from lmms_plugin.cli.screens.screen import NUMBERS, ScreenTable, number, screen
 from lmms_plugin.metrics.paired import Difference
@@ -17,19 +18,29 @@ _SHOWN = ("acc@0.5", "accuracy", "ece", "coverage@0.05", "box_rate", "rejection_
 _TITLES = {"ece": "ECE", "coverage@0.05": "coverage at 5 % risk", "rejection_auroc": "AUROC of rejection"}
 
 
-def comparison_screen(found: Comparison, labels: Sequence[str], level: float, margin: float | None) -> str:
+def comparison_screen(
+    found: Comparison, labels: Sequence[str], settings: MeasurementSettings, margin: float | None
+) -> str:
     """Return the verdict on two runs, and a row for every group of tasks.
 
     Args:
         found: Comparison.
         labels: Labels of the first and the second run.
-        level: Confidence level of the intervals.
+        settings: Resamples and level of the comparison.
         margin: Equivalence margin; None where none was stated.
     """
+    level = settings.level
     tables = [table for metric in _SHOWN for table in _table(found, metric, level)]
     notes = [f"first:  {labels[0]}", f"second: {labels[1]}"]
     within = "" if margin is None else f"; =: equal within {margin:g}"
     notes.append(f"p: of no difference, by Holm over the groups of tasks of a metric{within}.")
+    groups = len({(one.group, one.condition) for one in found.groups if one.metric == found.groups[0].metric})
+    least = 2 * groups / (settings.resamples + 1)
+    if least >= 1 - level:
+        few = (
+            f"With {counted(settings.resamples, 'resample')} and {counted(groups, 'group')} no p gets below {least:.2f}"
+        )
+        notes.append(f"{few}: nothing can be shown.")
     return screen(sentences(found, level), tables, notes, f"Every task and metric: --all, --json; {NUMBERS}")
 
 

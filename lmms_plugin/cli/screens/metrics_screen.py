@@ -180,7 +180,8 @@ def _best(name: str, ranked: Sequence[tuple[str, list[RankedEstimator]]]) -> lis
 def _of_estimator(name: str, rows: Sequence[RankedEstimator]) -> tuple[str, ...]:
     cells = []
     for metric, digits in (("aurc", 4), ("auroc", 3), ("ece", 3)):
-        between = f"\n{ends(*getattr(rows[0], f'{metric}_interval'), digits)}" if len(rows) == 1 else ""
+        low, high = getattr(rows[0], f"{metric}_interval")
+        between = f"\n{ends(low, high, digits)}" if len(rows) == 1 else ""
         cells.append(f"{number(_mean(rows, metric), digits) or 'undefined'}{between}")
     return name, *cells, str(sum(one.missing for one in rows))
 
