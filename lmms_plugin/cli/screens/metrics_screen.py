@@ -89,7 +89,7 @@ def _tables(run: LoggedRun, found: Overview, *, named: bool, few: bool) -> list[
     tables = [
         ScreenTable(("group of tasks" if grouped else "task", *_HEADINGS), rows, "group" if grouped else "task", title)
     ]
-    return [*tables, *_rejection(found.rejection, "" if rows else title)]
+    return [*tables, *_of_rejection(found.rejection, "" if rows else title)]
 
 
 def _row(row: OverviewRow, *, grouped: bool) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ def _two_lines(one: Estimate) -> str:
     return f"{number(one.value) or 'undefined'}\n{ends(one.low, one.high)}"
 
 
-def _rejection(numbers: Sequence[MetricValue], title: str) -> list[ScreenTable]:
+def _of_rejection(numbers: Sequence[MetricValue], title: str) -> list[ScreenTable]:
     """Return the table of rejection tasks: one row each."""
     tasks = dict.fromkeys(one.task for one in numbers)
     of = {(one.task, one.metric): one for one in numbers}
