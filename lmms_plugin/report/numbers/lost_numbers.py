@@ -39,7 +39,12 @@ LOSSES = (
     Loss("accuracy", "Accuracy lost", "accuracy", "\u0394 accuracy", False, "accuracy is lost by"),
     Loss("ece", "Reliability lost", "\u2212 ECE", "\u0394 ECE", True, "calibration (ECE) is worse for"),
     Loss(
-        "coverage@0.05", "Guarantee lost", "coverage at 5 % risk", "\u0394 C@5%", False, "can answer less at 5 % risk"
+        "coverage@0.05",
+        "Guarantee lost",
+        "coverage at 5 % risk",
+        "\u0394 C@5%",
+        False,
+        "coverage at 5 % risk is lost by",
     ),
 )
 
