@@ -232,6 +232,13 @@ class QuantReport:
         """Return `to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def total(self) -> str:
+        """Return method, bits per weight, bytes and seconds in one line."""
+        return (
+            f"{self.method}: {self.bits_per_weight:.2f} bits per {'quantized ' if self.quantized else ''}weight, "
+            f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, {self.seconds:.1f} s"
+        )
+
     def table(self) -> str:
         """Return a few lines for the terminal: one per component and number of bits, then totals."""
         groups: dict[tuple[str, str, str], list[ModuleReport]] = {}
@@ -245,10 +252,7 @@ class QuantReport:
             name = f"{component:<10} {method:<17} {bits:>4} {len(members):>7}"
             errors = f"{_mean_error(members, 'relative_error'):<6}  {_mean_error(members, 'held_out_error')}"
             lines.append(f"{name} {before:>10.2f} {after:>9.2f}  {errors}")
-        lines.append(
-            f"{self.method}: {self.bits_per_weight:.2f} bits per {'quantized ' if self.quantized else ''}weight, "
-            f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, {self.seconds:.1f} s"
-        )
+        lines.append(self.total())
         lines += [
             f"{share:.0%} of the weights of {component} are not quantized: they lie in no linear layer, but in stacks "
             f"such as {name}"

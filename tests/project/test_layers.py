@@ -71,7 +71,8 @@ REPORTS = {
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
     room: frozenset(others.split())
     for room, others in {
-        OURS: "utils",
+        OURS: "analysis data_frames utils",
+        "data_frames": "analysis",
         "demo": "",
         "utils": "",
         "metrics": "",
