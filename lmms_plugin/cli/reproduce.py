@@ -14,6 +14,7 @@ from lmms_plugin.utils.outputs import expect_free
 
 if TYPE_CHECKING:
     from lmms_plugin.analysis.reproduction.judging_reproduction import ModelReproduction
+    from lmms_plugin.analysis.reproduction.published import PublishedGrounding
 
 _OUTPUT = Path("reproduce_output")
 _FIRST_TASK = "refcocoplus_rec_testA"
@@ -54,32 +55,32 @@ def reproduce(
 
     settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
     record = PublishedGrounding.known(published)
-    if results is not None:
-        given = {"MODEL": model, "--limit": limit, "--model-args": model_args}
-        given |= {"--batch-size": batch_size, "--output": output}
-        if useless := [key for key, value in given.items() if value is not None]:
-            raise ValueError(f"{useless[0]} says nothing with --results, whose run is finished; leave it out")
-        run, tasks = read_one(results), task or []
-    elif model is None:
-        raise ValueError(
-            "expected MODEL, an id on the hub or a folder of a checkpoint, or --results FOLDER, got neither"
-        )
+    of_a_run = {"--limit": limit, "--model-args": model_args, "--batch-size": batch_size, "--output": output}
+    if results is None:
+        model, tasks = _asked(model, name, task or [], record)
+        place = expect_free(output or _OUTPUT, "--output")
+        _run(model, tasks, place, limit, model_args, batch_size)
     else:
-        tasks = _tasks(model, name, task or [], published)
-        folder = expect_free(output or _OUTPUT, "--output")
-        _run(model, tasks, folder, limit, model_args, batch_size)
-        run = read_one(folder)
-    _print(judge(run, record, settings, name=name, tasks=tasks), json=json)
+        for given, value in {"MODEL": model, **of_a_run}.items():
+            if value is not None:
+                raise ValueError(f"{given} says nothing with --results, whose run is finished; leave it out")
+        place, tasks = results, task or []
+    found = judge(read_one(place), record, settings, name=name, tasks=tasks)
+    _print(found, json=json)
+    raise typer.Exit(0 if found.reproduced else _NOT_REPRODUCED)
 
 
-def _tasks(model: str, name: str | None, tasks: Sequence[str], published: Path | None) -> list[str]:
-    """Return the tasks to run, before anything is loaded."""
+def _asked(
+    model: str | None, name: str | None, tasks: Sequence[str], record: PublishedGrounding
+) -> tuple[str, list[str]]:
+    """Return checkpoint and tasks, of which there are published numbers, before anything is loaded."""
     from lmms_plugin.analysis.reproduction.judging_reproduction import expect_tasks
-    from lmms_plugin.analysis.reproduction.published import PublishedGrounding
 
-    found, _ = PublishedGrounding.known(published).identify(model, name)
+    if model is None:
+        raise ValueError("expected MODEL, an id on the hub or the folder of a checkpoint, or --results, got neither")
+    found, _ = record.identify(model, name)
     default = _FIRST_TASK if _FIRST_TASK in found.scores else next(iter(found.scores))
-    return expect_tasks(found, tasks or [default])
+    return model, expect_tasks(found, tasks or [default])
 
 
 def _run(
@@ -101,10 +102,8 @@ def _run(
 def _print(found: ModelReproduction, *, json: bool) -> None:
     from lmms_plugin.cli.measuring import print_json
     from lmms_plugin.cli.screens.reproduction_screen import reproduction_screen
-    from lmms_plugin.utils.plain_json import plain
 
     if json:
-        print_json(plain({**found._asdict(), "reproduced": found.reproduced}))
+        print_json({**found._asdict(), "reproduced": found.reproduced})
     else:
         typer.echo(reproduction_screen(found))
-    raise typer.Exit(0 if found.reproduced else _NOT_REPRODUCED)

@@ -141,16 +141,16 @@ class PublishedGrounding(NamedTuple):
         )
 
 
-class _Model(Schema):
+class _PublishedRow(Schema):
     name: Text
     checkpoints: tuple[Text, ...] = ()
     percent: tuple[Annotated[Number, Field(ge=0, le=100)] | None, ...]
 
 
-class _Table(Schema):
+class _PublishedTable(Schema):
     source: Text
     tasks: tuple[Text, ...]
-    models: tuple[_Model, ...]
+    models: tuple[_PublishedRow, ...]
 
     @model_validator(mode="after")
     def _one_for_each_task(self) -> Self:
@@ -160,13 +160,13 @@ class _Table(Schema):
         return self
 
 
-class _Grounding(Schema):
-    grounding: tuple[_Table, ...]
+class _PublishedFile(Schema):
+    grounding: tuple[_PublishedTable, ...]
 
 
 def _read(content: Any, where: str) -> list[PublishedModel]:
     try:
-        tables = _Grounding.model_validate(content).grounding
+        tables = _PublishedFile.model_validate(content).grounding
     except ValidationError as error:
         raise ValueError(f"{where}: {problem(error)}") from error
     scores: dict[str, dict[str, Published]] = {}

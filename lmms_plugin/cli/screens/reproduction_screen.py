@@ -32,30 +32,28 @@ def reproduction_screen(found: ModelReproduction) -> str:
     notes = [line for source in sources for line in wrap(f"Published: {source}.", WIDTH)]
     if found.not_run:
         notes += wrap(f"Also published, not in this run: {', '.join(found.not_run)}.", WIDTH)
-    return screen(answer, tables, notes, f"Everything: --json; the run: --results {found.results}")
+    return screen(answer, tables, notes, "Everything: --json; the same run again: --results FOLDER")
 
 
 _ORDER = (Reproduction.OFF, Reproduction.UNDECIDED, Reproduction.REPRODUCED)
 
 
 def _sentence(one: SplitReproduction, found: ModelReproduction) -> str:
-    percent = f"{found.level:.0%}".replace("%", " %")
-    interval = f"{percent} interval {_ends(one)}"
-    said = (
-        f"{found.model} has {_points(one.ours.value)} % on {one.task}, {_points(one.published.value)} % are published"
-    )
-    limited = "" if one.whole else f" the first {counted(one.records, 'expression')} alone, which are no sample of it,"
+    interval = f"the {100 * found.level:g} % interval {_ends(one)}"
+    ours, published = _points(one.ours.value), _points(one.published.value)
+    said = f"{found.model} has {ours} % on {one.task} where {published} % are published"
+    part = "" if one.whole else f" This is of the first {counted(one.records, 'expression')}, which are no sample."
     if one.verdict is Reproduction.REPRODUCED:
-        return f"Reproduced: {said}, inside the {interval}."
+        return f"Reproduced: {said}, inside {interval}."
     if one.verdict is Reproduction.OFF:
-        away = f"Off by {_points(one.difference, signed=True)} points"
-        on = f" on{limited}" if limited else ""
-        return f"{away}{on.rstrip(',')}: {said}, outside the {interval}."
-    inside = f"which also holds {one.others_inside} of the {one.others} other models' numbers"
-    wide = f"is {_points(one.width)} points wide ({_points(WIDEST)} at most), and {inside}"
-    why = f"the {interval} {wide}" if one.width > WIDEST else f"the {interval} is narrow enough"
-    asked = f"; it is of{limited.rstrip(',')}" if limited else ""
-    return f"Not decided: {said}; {why}{asked}."
+        off = f"Off {'' if one.whole else 'so far '}by {_points(one.difference, signed=True)} points"
+        return f"{off}: {said}, outside {interval}.{part}"
+    if one.width <= WIDEST:
+        return f"Not decided: {said}, inside {interval}.{part}"
+    return (
+        f"Not decided: {said}, inside {interval}, which is {_points(one.width)} points wide (at most"
+        f" {_points(WIDEST)} decide) and holds {one.others_inside} of {one.others} other models' numbers as well.{part}"
+    )
 
 
 def _numbers(found: ModelReproduction) -> ScreenTable:
