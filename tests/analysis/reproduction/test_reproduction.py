@@ -1,12 +1,9 @@
 """Ours beside the published accuracy: the verdict in closed form, the record, the reasons, and the command on logs."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from helpers import report_study
-from helpers.environments import run as run_command
 
 from lmms_plugin import side_by_side
 from lmms_plugin.analysis import logs
@@ -20,7 +17,6 @@ from lmms_plugin.cli.main import main
 from lmms_plugin.cli.screens.screen import HEIGHT, WIDTH
 from lmms_plugin.tasks.registry import catalogue
 
-DATE = report_study.DATE
 QUICK = ("--resamples", "200")
 
 
@@ -255,13 +251,15 @@ class TestCommand:
 
     @pytest.mark.slow
     @pytest.mark.model
-    def test_a_model_is_run_and_judged(self, tmp_path):
-        command = str(Path(sys.executable).parent / "lmms-plugin")
-        file = record_file(tmp_path, 94.7)
-        asked = ("--limit", "8", "--published", str(file), "--output", "kept", "--model-args", "device=cpu")
-        # Eight expressions decide nothing, which is exit status 1.
-        line = f"{command} reproduce demo {' '.join(asked)}; test $? = 1"
-        told = " ".join(run_command(["bash", "-c", line], tmp_path).split())
-        assert "first 8 expressions, which are no sample" in told
+    def test_a_model_is_run_and_judged(self, reproduce, commands, monkeypatch, tmp_path):
+        # The real command, in a process that need not import everything anew.
+        monkeypatch.setattr(side_by_side, "run", lambda command, _: commands.output(*command, cwd=tmp_path))
+        monkeypatch.chdir(tmp_path)
+        asked = "--limit", 4, "--output", tmp_path / "kept", "--model-args", "device=cpu"
+        status, out, err = reproduce("demo", "--published", record_file(tmp_path, 94.7), *asked)
+        assert status == 1
+        assert err.startswith("lmms-eval --model quant_none --model_args pretrained=demo,device=cpu --tasks shapes_rec")
+        told = " ".join(out.split())
+        assert "first 4 expressions, which are no sample" in told
         assert "Computed in float32" in told
-        assert logs.read_one(tmp_path / "kept").limit == 8
+        assert logs.read_one(tmp_path / "kept").limit == 4
