@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lmms_plugin.analysis import groups
 from lmms_plugin.analysis.logs import ALL, LoggedRun
-from lmms_plugin.analysis.measure import MeasurementSettings, expect_images
+from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.analysis.overview import Estimate
 from lmms_plugin.analysis.reproduction.deviation_reasons import DeviationReason, reasons
 from lmms_plugin.analysis.reproduction.published import Published, PublishedGrounding, PublishedModel
@@ -145,7 +145,11 @@ def judge(
     if not judged or (tasks and len(judged) < len(wanted)):
         missing = next(task for task in wanted if task not in run.tasks) if tasks else " or ".join(wanted)
         raise ValueError(f"expected {missing} in {run.file}, got {', '.join((*run.tasks, *run.others)) or 'no task'}")
-    expect_images(run)
+    for task in judged:
+        if (images := run.tasks[task].names.size) < 2:
+            raise ValueError(
+                f"expected 2 images of {task} or more for an interval, got {images}; raise --limit"
+            )
     measured = groups.measure([run.tasks[task] for task in judged], settings).tasks
     splits = []
     for task in judged:

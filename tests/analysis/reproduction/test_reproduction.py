@@ -147,6 +147,7 @@ def runs(tmp_path_factory):
     report_study.write_run(folder / "whole", docs, 1.0, tasks=tasks)
     report_study.write_run(folder / "first", docs, 1.0, tasks=tasks, limit=400)
     report_study.write_run(folder / "few", docs[:24], 0.8, tasks=tasks)
+    report_study.write_run(folder / "one image", docs[:2], 1.0, tasks=tasks, limit=2)
     report_study.write_run(folder / "rtn", docs[:24], 0.8, 0, "quant_rtn", "pretrained=demo,bits=3", tasks=tasks)
     return folder
 
@@ -220,6 +221,11 @@ class TestCommand:
         assert "expected a run of the unquantized model (quant_none)" in err
         assert "rtn 3" in err
 
+    def test_one_image_has_no_interval(self, reproduce, runs, tmp_path):
+        status, _, err = reproduce("--results", runs / "one image", "--published", record_file(tmp_path, 80))
+        assert status == 2
+        assert "expected 2 images of shapes_rec or more for an interval, got 1; raise --limit" in err
+
     def test_a_task_that_did_not_run_is_told(self, reproduce, runs):
         status, _, err = reproduce("--results", runs / "few", "--as", "Qwen2.5-VL-3B")
         assert status == 2
@@ -255,11 +261,11 @@ class TestCommand:
         # The real command, in a process that need not import everything anew.
         monkeypatch.setattr(side_by_side, "run", lambda command, _: commands.output(*command, cwd=tmp_path))
         monkeypatch.chdir(tmp_path)
-        asked = "--limit", 4, "--output", tmp_path / "kept", "--model-args", "device=cpu"
+        asked = "--limit", 8, "--output", tmp_path / "kept", "--model-args", "device=cpu"
         status, out, err = reproduce("demo", "--published", record_file(tmp_path, 94.7), *asked)
         assert status == 1
         assert err.startswith("lmms-eval --model quant_none --model_args pretrained=demo,device=cpu --tasks shapes_rec")
         told = " ".join(out.split())
-        assert "first 4 expressions, which are no sample" in told
+        assert "first 8 expressions, which are no sample" in told
         assert "Computed in float32" in told
-        assert logs.read_one(tmp_path / "kept").limit == 4
+        assert logs.read_one(tmp_path / "kept").limit == 8
