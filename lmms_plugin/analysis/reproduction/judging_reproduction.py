@@ -147,9 +147,7 @@ def judge(
         raise ValueError(f"expected {missing} in {run.file}, got {', '.join((*run.tasks, *run.others)) or 'no task'}")
     for task in judged:
         if (images := run.tasks[task].names.size) < 2:
-            raise ValueError(
-                f"expected 2 images of {task} or more for an interval, got {images}; raise --limit"
-            )
+            raise ValueError(f"expected 2 images of {task} or more for an interval, got {images}; raise --limit")
     measured = groups.measure([run.tasks[task] for task in judged], settings).tasks
     splits = []
     for task in judged:
