@@ -27,9 +27,7 @@ def reproduce(
         list[str] | None,
         typer.Option(help="Task with a published number; may be given again. RefCOCO+ testA by default."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Expressions per task: 300 give a first verdict in minutes.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Expressions per task: 300 give a first look.")] = None,
     results: Annotated[Path | None, typer.Option(help="Judge this finished run of quant_none; runs nothing.")] = None,
     name: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Published model that the checkpoint is.")
