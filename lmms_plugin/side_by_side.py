@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from lmms_plugin import harness_log
-from lmms_plugin.arguments import ModelArguments, read_arguments
+from lmms_plugin.arguments import OF_THE_CACHE, ModelArguments, read_arguments
 from lmms_plugin.quant_backends import GGUF, SERVED, backend_name, get, model_name, names, option_types
 from lmms_plugin.utils.processes import guard, installed
 from lmms_plugin.utils.suggest import unknown
@@ -46,6 +46,16 @@ class ModelSpec(NamedTuple):
     @property
     def _by_server(self) -> bool:
         return self.model.removesuffix("_simple") in map(model_name, (SERVED, GGUF))
+
+    def expect_unquantized(self) -> None:
+        """Refuse a model whose weights, keys or values would be quantized.
+
+        Raises:
+            ValueError: It is another model than quant_none, or an argument quantizes the key-value cache.
+        """
+        quantized = [name for name in read_arguments(self.arguments) if name in OF_THE_CACHE]
+        if quantized or self.model != model_name("none"):
+            raise ValueError(f"expected the unquantized model (quant_none), got {(quantized or [self.model])[0]}")
 
     def expect_possible(self) -> None:
         """Refuse an unknown model of this package, and arguments that cannot be, before another model is run.

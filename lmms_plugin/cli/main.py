@@ -20,6 +20,7 @@ from lmms_plugin.cli import measuring
 from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, Seed, print_json, print_tables
 from lmms_plugin.cli.parity import parity
 from lmms_plugin.cli.report import report
+from lmms_plugin.cli.reproduce import reproduce
 from lmms_plugin.cli.study import app as study
 from lmms_plugin.cli.terminal import Working, each, write_anything
 from lmms_plugin.utils.outputs import expect_file, expect_folder
@@ -31,6 +32,7 @@ export_commands.register(app)
 app.add_typer(study, name="study")
 app.command()(report)
 app.command()(parity)
+app.command()(reproduce)
 
 _INTERRUPTED = 128 + signal.SIGINT
 

@@ -228,7 +228,7 @@ study.local study.run.local
 study.on_ray study.run.on_ray
 study.planning study.run.planning
 study.progress study.run.progress
-study.published study.verdicts.published
+study.published analysis.reproduction.published
 study.reading study.file.reading
 study.recording study.run.recording
 study.storage study.store.storage

@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from lmms_plugin.analysis.reproduction.published import PublishedGrounding
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.cli.screens.plan_screen import plan_screen
 from lmms_plugin.quant_backends import backend_class, names
@@ -152,6 +153,20 @@ def plan() -> str:
     return f"```\n{plan_screen(found)}\n```\n"
 
 
+def published() -> str:
+    """Published accuracies of grounding, with the names that `reproduce` knows the models by."""
+    rows = []
+    for one in PublishedGrounding.known().models.values():
+        splits: dict[str, list[str]] = {}
+        for task, score in one.scores.items():
+            dataset, split = task.rsplit("_", 1)
+            splits.setdefault(dataset, []).append(f"{split} {_percent(score.value)}")
+        numbers = "; ".join(f"`{dataset}`: {', '.join(found)}" for dataset, found in splits.items())
+        sources = "; ".join(dict.fromkeys(score.source for score in one.scores.values()))
+        rows.append((one.name, ", ".join(f"`{id_}`" for id_ in one.checkpoints), numbers, sources))
+    return table(("model", "checkpoints", "Acc@0.5", "source"), rows)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "arguments": ("model_arguments.md", arguments),
     "served": ("served.md", served),
@@ -162,6 +177,7 @@ TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "plan": ("studies.md", plan),
     "datasets": ("tasks.md", datasets),
     "columns": ("tasks.md", columns),
+    "published": ("tasks.md", published),
 }
 """Name of a table -> its page, and what makes it."""
 
@@ -184,6 +200,10 @@ def write() -> None:
 
 def _between(name: str) -> str:
     return rf"<!-- {name} -->\n(.*?)<!-- /{name} -->"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}".removesuffix("0")
 
 
 def _default(one: Any) -> str:

@@ -8,11 +8,12 @@ import pytest
 from helpers.study_folders import CLEAN, SHIFTED, outcomes, write_cell
 
 from lmms_plugin.analysis import findings
+from lmms_plugin.analysis.reproduction import published
 from lmms_plugin.metrics.bootstrap import draw
 from lmms_plugin.study.file import analyses
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import parse
-from lmms_plugin.study.verdicts import conclusions, contrasts, judging, published, verdict
+from lmms_plugin.study.verdicts import conclusions, contrasts, judging, verdict
 from lmms_plugin.study.verdicts.arms import ResampledCells, read_cells
 
 N = 400

@@ -107,7 +107,7 @@ def pairs_of(task: str, first: LoggedRun, second: LoggedRun) -> TaskPairs:
     Raises:
         ValueError: A log or the trailer of an answer is damaged.
     """
-    sides = [_answers(run, task) for run in (first, second)]
+    sides = [answers_of(run, task) for run in (first, second)]
     ids = sorted(sides[0][0].keys() & sides[1][0].keys())
     made = []
     for name in ids:
@@ -118,8 +118,12 @@ def pairs_of(task: str, first: LoggedRun, second: LoggedRun) -> TaskPairs:
     return TaskPairs(task, tuple(made), alone, settings, (sides[0][1], sides[1][1]))
 
 
-def _answers(run: LoggedRun, task: str) -> tuple[dict[str, tuple[Response, Box | None]], Mapping[str, Any]]:
-    """Return the answers of a run by document, and the facts about its engine."""
+def answers_of(run: LoggedRun, task: str) -> tuple[dict[str, tuple[Response, Box | None]], Mapping[str, Any]]:
+    """Return the answers of a run by document, and the facts about its engine, empty where it logs none.
+
+    Raises:
+        ValueError: A log or the trailer of an answer is damaged.
+    """
     found: dict[str, tuple[Response, Box | None]] = {}
     facts: Mapping[str, Any] = {}
     for one in logs.answers(run, task):

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmms_plugin.analysis import comparison
+from lmms_plugin.analysis.reproduction import published
 from lmms_plugin.metrics.paired import Difference, holm
 from lmms_plugin.study.file.analyses import AgainstReference
 from lmms_plugin.study.file.asked import expect_metrics
 from lmms_plugin.study.file.grid import CellAxes
-from lmms_plugin.study.verdicts import published
 from lmms_plugin.study.verdicts.arms import UNTOUCHED, FinishedCell, expect_places, one_reference, read_cells, select
 from lmms_plugin.study.verdicts.conclusions import Conclusion, ExpectedCell
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.analysis import component_importance
+from lmms_plugin.analysis.reproduction import published
 from lmms_plugin.study.file.analyses import ComponentBits
 from lmms_plugin.study.file.asked import expect_metrics
-from lmms_plugin.study.verdicts import published
 from lmms_plugin.study.verdicts.arms import folders
 from lmms_plugin.study.verdicts.conclusions import Conclusion, ExpectedCell
 

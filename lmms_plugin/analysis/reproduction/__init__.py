@@ -1,0 +1,1 @@
+"""Whether an unquantized model reaches the numbers that were published for it."""
