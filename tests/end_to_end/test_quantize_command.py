@@ -14,6 +14,7 @@ import lmms_plugin.vlm.wrapper as models
 from lmms_plugin.cli.main import main
 from lmms_plugin.demo import DATA
 from lmms_plugin.export import checkpoint as serving
+from lmms_plugin.quant_backends.checkpoints.loading import Preparation
 from lmms_plugin.quant_backends.checkpoints.saving import Saved
 from lmms_plugin.tasks.grounding.comprehension import doc_to_messages
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
@@ -59,7 +60,7 @@ def nothing_loads(monkeypatch):
     def load(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(models, "load_quantized", load)
+    monkeypatch.setattr(Preparation, "load", load)
 
 
 @pytest.mark.usefixtures("nothing_loads")

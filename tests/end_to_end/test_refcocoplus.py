@@ -69,9 +69,9 @@ def test_second_run_answers_from_the_cache_with_identical_metrics(evaluate, tmp_
         assert [s["mean_iou"] for s in samples] == [s["mean_iou"] for s in second["samples"][task]]
     assert "Answering" in first["printed"]
     assert "Answering" not in second["printed"]
-    assert second["results"]["throughput"]["avg_bits_per_weight"] == pytest.approx(
-        first["results"]["throughput"]["avg_bits_per_weight"]
-    )
+    assert first["results"]["throughput"]["avg_bits_per_weight"] < 16
+    assert "throughput" not in second["results"]
+    assert "so it was not loaded" in second["printed"]
 
 
 def test_two_processes_give_the_same_results_as_one(evaluate, tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from lmms_plugin.demo import CHECKPOINT
 from lmms_plugin.protocol.prompts import RequestError
 from lmms_plugin.protocol.response import Response
+from lmms_plugin.quant_backends.checkpoints.loading import Preparation
 from lmms_plugin.selector.features import key, read
 from lmms_plugin.selector.network import Selector, SelectorSettings, fit
 from lmms_plugin.vlm import wrapper as models
@@ -162,7 +163,7 @@ def test_only_answers_with_confidence_get_one(checkpoint, selector, tmp_path):
 def test_what_a_selector_was_not_trained_for_is_refused_before_loading(
     checkpoint, selector, backend, arguments, named, monkeypatch
 ):
-    monkeypatch.setattr(models, "load_quantized", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(Preparation, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=named):
         load(checkpoint("idefics3"), backend, selector=selector, **arguments)
 
