@@ -58,12 +58,12 @@ def run_study(
     ] = None,
 ) -> None:
     """Run the missing cells of a study, each as an lmms-eval process of its own."""
+    expect_folder("--output", output)
     load(file)
     from lmms_plugin.analysis.study_files import FAILURES, LOG
     from lmms_plugin.cli.study_display import Display
     from lmms_plugin.study.run import execution, planning
 
-    expect_folder("--output", output)
     with Working("planning") as start:
 
         def watch(expected: dict[str, float | None], before: int, jobs: int) -> Display:
