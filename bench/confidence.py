@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from bench.reporting import Row, interleaved, machine, write
-from bench.throughput import ANSWER_TOKENS, SIZE, documents, ours, write_checkpoint
+from bench.shapes import write_checkpoint
+from bench.throughput import ANSWER_TOKENS, SIZE, documents, ours
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.vlm.contracts.settings import GenerationSettings

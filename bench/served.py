@@ -9,7 +9,9 @@ about each photograph of 640×480, answers are 24 tokens long, and every pass ha
 `vllm` cases need VLLM_ENV: the same requests through our client and through lmms-eval's `openai` class with its
 defaults, both to one server, and through `LLM.chat` in a process of its own; they take turns. `ratio` is the other's
 time over ours (wall clock); `processor_ratio` is the same of the processor's time, of server and client together, which
-other work on the machine disturbs less.
+other work on the machine disturbs less. `waiting` is our client when the others of an image wait for its first answer,
+as they do with servers other than vLLM. `ceiling` is the `openai` class's time over that of the engine alone: no client
+of this engine on this machine is faster than that class by more, unless its own work overlaps with the engine's.
 
 `client` cases need no engine: a server in a process of its own answers after 50 ms with the same words each time, 64
 requests are in flight. `asking` is what the client sustains when all images have been prepared, with
@@ -37,7 +39,8 @@ from lmms_eval.models.chat.openai import OpenAICompatible
 from transformers import AutoProcessor
 
 from bench.reporting import Row, machine, write
-from bench.throughput import ANSWER_TOKENS, documents, messages, requests, write_checkpoint
+from bench.shapes import write_checkpoint
+from bench.throughput import ANSWER_TOKENS, documents, messages, requests
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.vlm.contracts.requests import Job, read
@@ -59,24 +62,31 @@ _FOLDER = Path(__file__).parent
 Ask = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 
-def canned_answer(tokenizer: Any) -> dict[str, Any]:
-    """An answer of `ANSWER_TOKENS` digits with the log-probabilities of all others, as vLLM gives it."""
+def canned_answer(tokenizer: Any, *, telling: bool) -> dict[str, Any]:
+    """An answer of `ANSWER_TOKENS` digits, with the log-probabilities of all others or with none, as vLLM gives it."""
     digits = NumberTokens(tokenizer).ids
     ids = [digits[place % len(digits)] for place in range(ANSWER_TOKENS)]
     others = [{"token": f"token_id:{index}", "logprob": -4.0, "bytes": None} for index in digits]
     content = [{"token": f"token_id:{index}", "logprob": -4.0, "bytes": None, "top_logprobs": others} for index in ids]
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
-    return {"object": "chat.completion", "choices": [{**choice, "logprobs": {"content": content}, "token_ids": ids}]}
+    choice |= {"logprobs": {"content": content} if telling else None, "token_ids": ids}
+    return {"object": "chat.completion", "choices": [choice]}
 
 
 @contextmanager
 def canned(checkpoint: Path, folder: Path) -> Iterator[str]:
     """Address of a server that answers after `DELAY` seconds."""
-    models, answer = folder / "models.json", folder / "answer.json"
-    models.write_text(json.dumps({"object": "list", "data": [{"id": NAME, "object": "model"}]}))
-    answer.write_text(json.dumps(canned_answer(AutoProcessor.from_pretrained(checkpoint).tokenizer)))
-    command = [sys.executable, "-m", "bench.canned_server", str(models), str(answer), str(DELAY)]
+    tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
+    pages: dict[str, Any] = {
+        "models": {"object": "list", "data": [{"id": NAME, "object": "model"}]},
+        "plain": canned_answer(tokenizer, telling=False),
+        "telling": canned_answer(tokenizer, telling=True),
+    }
+    files = [folder / f"{name}.json" for name in pages]
+    for file, page in zip(files, pages.values(), strict=True):
+        file.write_text(json.dumps(page))
+    command = [sys.executable, "-m", "bench.canned_server", *map(str, files), str(DELAY)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -162,7 +172,7 @@ def _children(pid: int) -> list[psutil.Process]:
     return list(psutil.Process(pid).children(recursive=True))
 
 
-def compared(case: str, times: dict[str, list[dict[str, float]]], baseline: str) -> Row:
+def compared(case: str, times: dict[str, list[dict[str, float]]], baseline: str, subject: str = "ours") -> Row:
     """One row from medians of passes that took turns."""
 
     def median(name: str, what: str) -> float:
@@ -170,12 +180,12 @@ def compared(case: str, times: dict[str, list[dict[str, float]]], baseline: str)
 
     return {
         "case": case,
-        "ratio": median(baseline, "seconds") / median("ours", "seconds"),
-        "processor_ratio": median(baseline, "processor_ms") / median("ours", "processor_ms"),
-        "requests": times["ours"][0]["requests"],
-        "requests_per_s": median("ours", "requests_per_s"),
+        "ratio": median(baseline, "seconds") / median(subject, "seconds"),
+        "processor_ratio": median(baseline, "processor_ms") / median(subject, "processor_ms"),
+        "requests": times[subject][0]["requests"],
+        "requests_per_s": median(subject, "requests_per_s"),
         "baseline_requests_per_s": median(baseline, "requests_per_s"),
-        "processor_ms": median("ours", "processor_ms"),
+        "processor_ms": median(subject, "processor_ms"),
         "baseline_processor_ms": median(baseline, "processor_ms"),
     }
 
@@ -235,25 +245,28 @@ def engine_rows(checkpoint: Path, folder: Path, images: int, repeats: int) -> It
     ):
         ways: dict[str, Any] = {
             "ours": QuantServed(pretrained=str(checkpoint), base_url=url),
-            "openai": OpenAICompatible(model=NAME, base_url=url, api_key="none", timeout=600),
+            "openai": OpenAICompatible(model=NAME, base_url=url, api_key="none"),
+            "waiting": QuantServed(pretrained=str(checkpoint), base_url=url),
         }
+        ways["waiting"].responder.engine.first_alone = True
         times: dict[str, list[dict[str, float]]] = {name: [] for name in (*ways, "offline")}
         for repeat in range(repeats + 1):
             for number, (name, model) in enumerate(ways.items()):
-                docs = documents(images, QUESTIONS, seed=10 * repeat + number)
+                docs = documents(images, QUESTIONS, seed=10 * repeat + number + 1)
                 model.task_dict = {"bench": {"test": docs}}
                 took = Taken(server.pid)
                 model.generate_until(requests(docs))
                 times[name].append(took.per(len(docs)))
             file = folder / "conversations.json"
             file.write_text(
-                json.dumps(sent(ways["ours"].responder.engine, documents(images, QUESTIONS, seed=10 * repeat + 2)))
+                json.dumps(sent(ways["ours"].responder.engine, documents(images, QUESTIONS, seed=10 * repeat + 9)))
             )
             times["offline"].append(chat(file))
     # The first pass of each warms up.
     later = {name: passes[1:] for name, passes in times.items()}
-    for baseline in ("offline", "openai"):
+    for baseline in ("offline", "openai", "waiting"):
         yield {**compared(f"vllm_vs_{baseline}", later, baseline), "passes": later}
+    yield compared("ceiling", later, "openai", subject="offline")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,23 +1,28 @@
 """Expressions per second of grounding evaluation, by the number of expressions per image.
 
-    python -m bench.throughput [--expressions 1 3 7 14] [--images N] [--repeats N] [--threads N] [--size W H]
-                               [--json FILE]
+    python -m bench.throughput [--expressions 1 3 7 14] [--images N] [--auto-images N] [--repeats N] [--threads N]
+                               [--shape small|3b|tiny] [--device D] [--dtype D] [--ways ...] [--profile] [--json FILE]
 
-Ways through the same documents, in one process and interleaved: our model as it comes (`shared`), our model with
-share_prefix=False (`plain`), and lmms-eval's own `qwen2_5_vl` (`lmms_eval`, which needs `decord`). The checkpoint is a
-Qwen2.5-VL of random weights, of about 100 million parameters, whose vision tower takes about as much of a prompt's
-arithmetic as in the model of 3 billion. Documents are RefCOCO+ rows with JPEG photographs of 640×480, decoded and asked
-about anew each time, in the generic words that every model gets; answers are 24 tokens long. All use one precision
-(lmms-eval's wrapper loads bfloat16 and is converted) and batch_size=1, lmms-eval's default; cases that begin with
-`auto` are our model with batch_size=auto against the others as before.
+Ways through the same documents, in one process and taking turns: our model with batch_size=1 (`shared`); with
+batch_size=auto (`auto`), which is the default and packs images, so that it is given more of them; with
+static_cache=True (`static`, only if asked for); with share_prefix=False (`plain`); and lmms-eval's own `qwen2_5_vl`
+with its default batch of one (`lmms_eval`, which needs `decord`). What is compared is seconds per expression: on a CPU
+with one thread the processor's, background threads included. The checkpoint is a Qwen2.5-VL of random weights
+(`bench/shapes.py`): by default of about 100 million parameters, whose vision tower takes about as much of a prompt's
+arithmetic as in the model of 3 billion, which `--shape 3b` has the sizes of. Documents are RefCOCO+ rows with JPEG
+photographs of 640×480, decoded and asked about anew each time, in the generic words that every model gets; answers are
+24 tokens long. All use one precision (lmms-eval's wrapper loads bfloat16 and is converted).
 
 A ratio above 1 means that ours is faster. `same` counts equal answers. lmms-eval's wrapper has qwen_vl_utils resize the
 photograph with Pillow before the processor sees it, ours leaves that to the processor (torchvision): pixels differ by a
 level here and there, and a random model answers otherwise. With ``--size 644 476``, where nothing is resized, all
 answers are equal.
 
-`floor` is the least time that the arithmetic of our answers (counted by torch, matrix products and attention) could
-take at the rate which this machine reaches in a matrix product of 2048; its ratio is the share of it in the time taken.
+`floor` is the share that the arithmetic of our answers (counted by torch, matrix products and attention) takes at least
+of the time of `auto`, at the rate which this machine reaches in a large matrix product. `fewer_operations` is how many
+times more arithmetic lmms-eval's wrapper does: the ratio that equally fast arithmetic gives. `ceiling` is the ratio
+that `auto` would have if it took nothing but its floor. `--profile` adds the share of each phase in the time of `auto`,
+and how much of the phase is floor.
 """
 
 from __future__ import annotations
@@ -27,12 +32,12 @@ import gc
 import importlib.util
 import io
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -41,12 +46,12 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.decode import clock_of
+from bench.phases import phases
 from bench.reporting import Row, interleaved, machine, write
+from bench.shapes import SHAPES, written
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.families import BUILDERS, widen
 
 ANSWER_TOKENS = 24
 SIZE = (640, 480)
@@ -66,31 +71,8 @@ WORDS = (
     "the",
 )
 Answers = list[str]
-
-
-def write_checkpoint(folder: Path) -> int:
-    """Write the random checkpoint; return its number of parameters."""
-    from transformers import AutoModelForImageTextToText
-
-    config, processor = BUILDERS["qwen2_5_vl"]()
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size = 768, 2048, 12, 16384
-    text.num_attention_heads, text.num_key_value_heads = 12, 2
-    text.rope_parameters = dict(text.rope_parameters) | {"mrope_section": [8, 12, 12]}
-    text.layer_types = ["full_attention"] * text.num_hidden_layers
-    vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 10, 384, 1024, 6
-    vision.out_hidden_size, vision.window_size, vision.fullatt_block_indexes = 768, 112, [4, 9]
-    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    widen(model)
-    # Answers of one length make times comparable, and of ordinary tokens alone they can be compared.
-    ordinary = min(processor.tokenizer.all_special_ids)
-    model.get_output_embeddings().weight.data[ordinary:] = 0
-    # lmms-eval's wrapper reads every checkpoint as bfloat16; written so, all read the same weights.
-    model.to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
+WAYS = ("shared", "auto", "static", "plain", "lmms_eval")
+BASELINES = ("plain", "lmms_eval")
 
 
 def documents(images: int, expressions: int, size: tuple[int, int] = SIZE, seed: int = 0) -> ExpressionDocs:
@@ -144,10 +126,14 @@ def requests(docs: ExpressionDocs) -> list[Instance]:
 
 
 def ours(checkpoint: Path, device: str, dtype: str, **arguments: Any) -> Any:
-    """Our model without quantization."""
+    """Our model without quantization; one image at a time unless asked otherwise."""
     from lmms_plugin.vlm.wrapper import QuantizedVLM
 
-    return QuantizedVLM(pretrained=str(checkpoint), device=device, dtype=dtype, **arguments)
+    arguments = {"pretrained": str(checkpoint), "device": device, "dtype": dtype, "batch_size": 1} | arguments
+    vlm = QuantizedVLM(**arguments)
+    # Loading is no part of what is timed.
+    _ = vlm.responder
+    return vlm
 
 
 def theirs(checkpoint: Path, device: str, dtype: str) -> Any:
@@ -163,7 +149,9 @@ def theirs(checkpoint: Path, device: str, dtype: str) -> Any:
     return wrapper
 
 
-def run(model: Any, docs: ExpressionDocs) -> tuple[float, int | None, Answers]:
+def run(
+    model: Any, docs: ExpressionDocs, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, int | None, Answers]:
     """Return seconds, peak bytes on the GPU (other models' left out; None on a CPU) and answers of one pass."""
     model.task_dict = {"bench": {"test": docs}}
     gc.collect()
@@ -174,20 +162,26 @@ def run(model: Any, docs: ExpressionDocs) -> tuple[float, int | None, Answers]:
         others = torch.cuda.memory_allocated() - sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    start = clock()
     found = model.generate_until(requests(docs))
     if cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     peak = torch.cuda.max_memory_allocated() - others if cuda else None
     return seconds, peak, [getattr(answer, "text", answer) for answer in found]
 
 
-def floor_seconds(model: Any, docs: ExpressionDocs) -> float:
-    """Least time for the arithmetic of one pass at the rate of a large matrix product."""
+def operations(model: Any, docs: ExpressionDocs) -> float:
+    """Floating-point operations of one pass: matrix products and attention."""
     with FlopCounterMode(display=False) as counter:
         run(model, docs)
-    size, parameter = 2048, next(model.model.parameters())
+    return float(counter.get_total_flops())
+
+
+def seconds_per_operation(model: Any, clock: Callable[[], float]) -> float:
+    """Least seconds of an operation: in a large matrix product, in the precision and on the device of a model."""
+    parameter = next(model.model.parameters())
+    size = 8192 if parameter.is_cuda else 2048
     one = torch.randn(size, size, dtype=parameter.dtype, device=parameter.device)
 
     def product() -> None:
@@ -195,83 +189,199 @@ def floor_seconds(model: Any, docs: ExpressionDocs) -> float:
         if one.is_cuda:
             torch.cuda.synchronize()
 
-    seconds = interleaved({"product": product}, repeats=5)["product"]
-    return float(counter.get_total_flops()) * seconds / (2 * size**3)
+    return interleaved({"product": product}, repeats=5, clock=clock)["product"] / (2 * size**3)
 
 
-def measure(models: dict[str, Any], images: int, expressions: int, repeats: int, size: tuple[int, int]) -> list[Row]:
-    """All ways over the same documents, interleaved; one row per way that ours is compared with."""
-    docs = documents(images, expressions, size)
+class Way(NamedTuple):
+    """A way through the documents.
+
+    Attributes:
+        make: What loads its model; None where that cannot be imported.
+        images: Number of images it is given.
+    """
+
+    make: Callable[[], Any]
+    images: int
+
+
+class Timed(NamedTuple):
+    """What a way took.
+
+    Attributes:
+        per_expression: Median seconds per expression.
+        seconds: Seconds of each pass.
+        peak: Peak bytes on the GPU; None on a CPU.
+        answers: Answers of the last pass.
+    """
+
+    per_expression: float
+    seconds: list[float]
+    peak: int | None
+    answers: Answers
+
+
+def timed(
+    models: Mapping[str, Any], docs: Mapping[str, ExpressionDocs], repeats: int, clock: Callable[[], float]
+) -> dict[str, Timed]:
+    """Let all models take turns over their documents."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    answers: dict[str, Answers] = {}
-    peaks: dict[str, int | None] = {}
+    last: dict[str, tuple[int | None, Answers]] = {}
     for _ in range(repeats):
         for name, model in models.items():
-            took, peaks[name], answers[name] = run(model, docs)
+            took, *last[name] = run(model, docs[name], clock)  # type: ignore[assignment]
             seconds[name].append(took)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    floor = floor_seconds(models["auto"], docs)
-    rows: list[Row] = [
-        {
-            "case": f"{'auto_' * (way == 'auto')}vs_{name}@{expressions}",
-            "ratio": median[name] / median[way],
-            "expressions_per_s": len(docs) / median[way],
-            "baseline_expressions_per_s": len(docs) / median[name],
-            "same": sum(a == b for a, b in zip(answers[way], answers[name], strict=True)),
-            "expressions": len(docs),
-            "seconds": seconds[way],
-            "baseline_seconds": seconds[name],
-            "peak_bytes": peaks[way],
-            "baseline_peak_bytes": peaks[name],
-        }
-        for way in ("shared", "auto")
-        for name in models
-        if name not in ("shared", "auto")
-    ]
-    of_auto = {"ratio": floor / median["auto"], "seconds": median["auto"], "baseline_seconds": floor}
-    return [*rows, {"case": f"floor@{expressions}", **of_auto}]
+    return {
+        name: Timed(statistics.median(times) / len(docs[name]), times, *last[name]) for name, times in seconds.items()
+    }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table and optionally write it as JSON."""
+def measure(
+    models: Mapping[str, Any],
+    images: Mapping[str, int],
+    expressions: int,
+    repeats: int,
+    size: tuple[int, int],
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Row]:
+    """All ways, interleaved; one row per way of ours and way that it is compared with, then floor and ceiling.
+
+    A way with fewer images than another has the first of the other's.
+    """
+    docs = {name: documents(images[name], expressions, size) for name in models}
+    found = timed(models, docs, repeats, clock)
+    baselines = [name for name in BASELINES if name in models]
+    rows = [_row(way, name, found, expressions) for way in models if way not in BASELINES for name in baselines]
+    if not baselines:
+        rows = [{"case": f"{way}@{expressions}", "ratio": None, **_account(one)} for way, one in found.items()]
+    if "auto" in models:
+        each = operations(models["auto"], docs["auto"]) / len(docs["auto"])
+        # Questions of lmms-eval's wrapper are about equally long, and each is computed by itself.
+        alone = operations(models["lmms_eval"], documents(1, 1, size)) if "lmms_eval" in models else None
+        least = seconds_per_operation(models["auto"], clock)
+        rows += bounds({name: one.per_expression for name, one in found.items()}, each, alone, least, expressions)
+    return rows
+
+
+def _account(one: Timed) -> Row:
+    return {"expressions_per_s": 1 / one.per_expression, "seconds": one.seconds, "peak_bytes": one.peak}
+
+
+def _row(way: str, name: str, found: Mapping[str, Timed], expressions: int) -> Row:
+    ours, theirs = found[way], found[name]
+    return {
+        "case": f"{'' if way == 'shared' else way + '_'}vs_{name}@{expressions}",
+        "ratio": theirs.per_expression / ours.per_expression,
+        **_account(ours),
+        **{f"baseline_{key}": value for key, value in _account(theirs).items()},
+        "same": sum(a == b for a, b in zip(ours.answers, theirs.answers, strict=False)),
+        "expressions": min(len(ours.answers), len(theirs.answers)),
+    }
+
+
+def bounds(
+    per_expression: Mapping[str, float], each: float, alone: float | None, least: float, expressions: int
+) -> list[Row]:
+    """The share of the floor that `auto` reaches, and the greatest ratios to lmms-eval's wrapper that are possible.
+
+    Args:
+        per_expression: Seconds per expression of every way.
+        each: Operations per expression of `auto`.
+        alone: Operations of a question by itself; None without lmms-eval's wrapper.
+        least: Least seconds of an operation.
+        expressions: Number per image, for the names of the rows.
+
+    Returns:
+        `floor`; `fewer_operations`, the ratio if both computed equally fast; `ceiling`, the ratio if `auto` took
+        nothing but its floor.
+    """
+    floor = each * least
+    took = per_expression["auto"]
+    rows: list[Row] = [{"case": f"floor@{expressions}", "ratio": floor / took, "seconds": took, "operations": each}]
+    if alone is not None:
+        rows += [
+            {"case": f"fewer_operations@{expressions}", "ratio": alone / each, "baseline_operations": alone},
+            {"case": f"ceiling@{expressions}", "ratio": per_expression["lmms_eval"] / floor},
+        ]
+    return rows
+
+
+def show(row: Row) -> str:
+    """A row as a line of the table."""
+    if "expressions_per_s" not in row:
+        told = f"{row['ratio']:>28.2f}" if row["ratio"] is not None else f"{'':>28}"
+        return f"{row['case']:<24}{told}" + (f"{row['share']:>8.0%} of the time" if "share" in row else "")
+    if "baseline_expressions_per_s" not in row:
+        return f"{row['case']:<24}{row['expressions_per_s']:>10.3f}"
+    return (
+        f"{row['case']:<24}{row['expressions_per_s']:>10.3f}{row['baseline_expressions_per_s']:>10.3f}"
+        f"{row['ratio']:>8.2f}{row['same']:>6}/{row['expressions']}"
+    )
+
+
+def ways(folder: Path, options: argparse.Namespace) -> dict[str, Way]:
+    """All ways by their names."""
+
+    def own(images: int, **arguments: Any) -> Way:
+        return Way(lambda: ours(folder, options.device, options.dtype, **arguments), images)
+
+    few = options.images
+    return {
+        "shared": own(few),
+        "auto": own(max(few, options.auto_images), batch_size="auto"),
+        "static": own(few, static_cache=True),
+        "plain": own(few, share_prefix=False),
+        "lmms_eval": Way(lambda: theirs(folder, options.device, options.dtype), few),
+    }
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--expressions", type=int, nargs="+", default=[1, 3, 7, 14])
     parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--auto-images", type=int, default=8, help="of the way `auto`, which packs them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="bfloat16 on a GPU by default, else float32")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder with a checkpoint of that shape; written if it is empty"
+    )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[name for name in WAYS if name != "static"])
     parser.add_argument("--size", type=int, nargs=2, default=SIZE)
+    parser.add_argument("--profile", action="store_true", help="also where the time of `auto` goes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    return options
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table and optionally write it as JSON, after each number of expressions."""
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
-    dtype = "bfloat16" if options.device.startswith("cuda") else "float32"
+    clock = clock_of(options.device)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        parameters = write_checkpoint(Path(folder))
-        makers: dict[str, Callable[[], Any]] = {
-            "shared": lambda: ours(Path(folder), options.device, dtype),
-            "auto": lambda: ours(Path(folder), options.device, dtype, batch_size="auto"),
-            "plain": lambda: ours(Path(folder), options.device, dtype, share_prefix=False),
-            "lmms_eval": lambda: theirs(Path(folder), options.device, dtype),
-        }
-        models = {name: model for name, make in makers.items() if (model := make()) is not None}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = written(options.checkpoint or Path(temporary), SHAPES[options.shape], options.device)
+        wanted = {name: way for name, way in ways(folder, options).items() if name in options.ways}
+        models = {name: model for name, way in wanted.items() if (model := way.make()) is not None}
+        images = {name: wanted[name].images for name in models}
         for model in models.values():
             run(model, documents(1, 2))
-        print(f"{parameters / 1e6:.0f} M parameters, {dtype}, {options.images} images; {machine()}")
-        print(f"{'case':<22}{'ours/s':>10}{'theirs/s':>10}{'ratio':>8}{'same':>10}")
+        parameters = sum(parameter.numel() for parameter in next(iter(models.values())).model.parameters())
+        print(f"{parameters / 1e6:.0f} M parameters, {options.dtype}, {images} images; {machine()}")
+        print(f"{'case':<24}{'ours/s':>10}{'theirs/s':>10}{'ratio':>8}{'same':>10}", flush=True)
         for expressions in options.expressions:
-            for row in measure(models, options.images, expressions, options.repeats, tuple(options.size)):
-                rows.append(row)
-                if row["case"].startswith("floor"):
-                    print(f"{row['case']:<22}{row['ratio']:>28.2f}", flush=True)
-                    continue
-                print(
-                    f"{row['case']:<22}{row['expressions_per_s']:>10.3f}{row['baseline_expressions_per_s']:>10.3f}"
-                    f"{row['ratio']:>8.2f}{row['same']:>6}/{row['expressions']}",
-                    flush=True,
-                )
-    write(options.json, rows)
+            found = measure(models, images, expressions, options.repeats, tuple(options.size), clock)
+            if options.profile and "auto" in models:
+                docs = documents(images["auto"], expressions, tuple(options.size))
+                least = seconds_per_operation(models["auto"], clock)
+                found += phases(models["auto"], partial(run, models["auto"], docs), expressions, clock, least)
+            rows += found
+            print("\n".join(map(show, found)), flush=True)
+            write(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,18 @@ from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.plans.cache_spec import (
     CACHE_FORMATS,
     CACHE_PARTS,
+    CACHE_ROTATIONS,
     KEY_AXES,
     NOTHING_KEPT,
     CacheFormat,
     CachePart,
+    CacheRotation,
     CacheSpec,
     KeyAxis,
 )
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantPlan, named_in
 from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES, Bits
+from lmms_plugin.quant_backends.plans.storage_choice import STORAGES, Storage
 from lmms_plugin.utils import checkpoints
 from lmms_plugin.utils.files import expect_inside, read_json
 from lmms_plugin.utils.outputs import expect_file, expect_folder, expect_free
@@ -39,10 +42,28 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEMO = "demo"
-OF_THE_CACHE = ("kv_bits", "kv_image_bits", "kv_format", "kv_group_size", "kv_keys", "kv_part", "kv_keep")
+OF_THE_CACHE = (
+    "kv_bits",
+    "kv_image_bits",
+    "kv_format",
+    "kv_group_size",
+    "kv_keys",
+    "kv_part",
+    "kv_keep",
+    "kv_rotation",
+)
 _OF_ANSWERS = (
     *OF_THE_CACHE,
-    *("samples", "sample_temperature", "verbalised", "static_cache", "share_prefix", "features", "feature_layer"),
+    *(
+        "storage",
+        "samples",
+        "sample_temperature",
+        "verbalised",
+        "static_cache",
+        "share_prefix",
+        "features",
+        "feature_layer",
+    ),
     *("selector", "selector_transfer", "parity"),
 )
 """Arguments that say how questions are answered, and nothing about weights."""
@@ -108,6 +129,8 @@ class ModelArguments:
         head_bits: Bits per weight of the output projection.
         symmetric: Whether quantization is symmetric, with the zero point fixed in the middle of the range.
         plan: YAML file with rules per module; replaces the arguments above.
+        storage: How quantized weights are held while answering: `dense` keeps them unpacked, `packed` unpacks them for
+            each product where no kernel multiplies with the codes, `auto` takes what is faster and fits in memory.
         kv_bits: Bits of the cached keys and values of text tokens, 2 to 8; 16 for untouched, which is the default
             except in an 8-bit float.
         kv_image_bits: Bits of those of image tokens; by default `kv_bits`.
@@ -118,6 +141,7 @@ class ModelArguments:
             those of one `token`. Values are always scaled per token.
         kv_part: Which of them are quantized: `both`, `keys` or `values`.
         kv_keep: Numbers of the first and last tokens whose keys and values stay in 16 bits, such as `4+32`.
+        kv_rotation: Rotation of each head of keys and values before they are rounded: `hadamard`, QuaRot's, or `none`.
         calibration: Source of the calibration inputs: `self` (the model generates them), `noise`, `demo`, `photographs`
             or `dataset:...`; `self` by default. Methods without calibration refuse it.
         calibration_samples: Number of calibration samples.
@@ -152,7 +176,7 @@ class ModelArguments:
         template_args: Further variables of the chat template, as JSON: `template_args={"thinking_budget": 512}`.
         dialect: Name of the grounding dialect; by default that of the model's family.
         batch_size: Images answered together (requests, where there is no image), with all questions about each of them;
-            `auto` for as many as fit.
+            `auto` for as many as fit, which is the default but with `static_cache`, where it is 1.
         share_prefix: Whether questions about one image share one encoding of it.
         static_cache: Whether the key-value cache has a fixed size, with which transformers compiles decoding on a GPU;
             it excludes shared prefixes and takes minutes before the first answer.
@@ -172,6 +196,7 @@ class ModelArguments:
     head_bits: _Bits = 16
     symmetric: Truth = False
     plan: _Any[_Str] = None
+    storage: Annotated[Storage, Expected(f"one of {', '.join(STORAGES)}")] = "auto"
     kv_bits: _Any[_Bits] = None
     kv_image_bits: _Any[_Bits] = None
     kv_format: Annotated[CacheFormat, Expected(f"one of {', '.join(CACHE_FORMATS)}")] = "int"
@@ -179,6 +204,7 @@ class ModelArguments:
     kv_keys: Annotated[KeyAxis, Expected(f"one of {', '.join(KEY_AXES)}")] = "channel"
     kv_part: Annotated[CachePart, Expected(f"one of {', '.join(CACHE_PARTS)}")] = "both"
     kv_keep: _Str = NOTHING_KEPT
+    kv_rotation: Annotated[CacheRotation, Expected(f"one of {', '.join(CACHE_ROTATIONS)}")] = "none"
     # `calibration=none` differs from no argument: a calibrated method refuses it.
     calibration: Annotated[_Str | None, BeforeValidator(lambda source: None if source == "" else source)] = None
     calibration_samples: _Any[_Count] = None
@@ -217,7 +243,7 @@ class ModelArguments:
     dialect: _Any[_Str] = None
     batch_size: Annotated[
         Annotated[Whole, Field(ge=1)] | None, BeforeValidator(_auto), Expected("a whole number from 1, or 'auto'")
-    ] = 1
+    ] = None
     share_prefix: Truth = True
     static_cache: Truth = False
     parity: Truth = False
@@ -283,9 +309,13 @@ class ModelArguments:
             options = kind(**{name: given[name] for name in kind.model_fields if name in given})
         except ValidationError as error:
             raise ValueError(Problem.of(error, kind).text) from error
-        return cls(
-            **{name: given[name] for name in own if name in given}, options=options.model_dump(exclude_unset=True)
-        )
+        values = {name: given[name] for name in own if name in given}
+        values["options"] = options.model_dump(exclude_unset=True)
+        arguments = cls(**values)
+        if arguments.static_cache and "batch_size" not in given:
+            # Each size of a batch would compile anew.
+            return cls(**values, batch_size=1)
+        return arguments
 
     @classmethod
     def expect_possible(cls, given: Mapping[str, Any]) -> None:
@@ -332,6 +362,7 @@ class ModelArguments:
             key_axis=self.kv_keys,
             part=self.kv_part,
             keep=self.kv_keep,
+            rotation=self.kv_rotation,
         )
 
     def calibration_spec(self, default_samples: int = DEFAULT_SAMPLES) -> CalibrationSpec | None:
@@ -465,6 +496,15 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def without_idle_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return model arguments without those that ask for the key-value cache that a model has anyway, in 16 bits."""
+    of_cache = {name: arguments[name] for name in OF_THE_CACHE if name in arguments}
+    is_idle = of_cache.keys() <= {"kv_bits", "kv_image_bits"} and all(
+        one == UNTOUCHED_BITS for one in of_cache.values()
+    )
+    return {name: value for name, value in arguments.items() if not (is_idle and name in of_cache)}
 
 
 def expect_effect(given: Mapping[str, Any], backend: Backend) -> None:

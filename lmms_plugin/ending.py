@@ -40,7 +40,7 @@ def ends_the_command(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterat
     try:
         yield
     except kinds as error:
-        if threading.current_thread() is not threading.main_thread() or not _in_command(sys.argv):
+        if threading.current_thread() is not threading.main_thread() or not _ends(sys.argv):
             raise
         sys.stdout.flush()
         _close_bars()
@@ -60,8 +60,16 @@ def _close_bars() -> None:
             bar.close()
 
 
-def _in_command(argv: list[str]) -> bool:
+def in_command(argv: list[str]) -> bool:
+    """Return whether this process runs lmms-eval's command on arguments alone, not on a file of evaluations."""
     program = Path(argv[0]) if argv else Path()
     named = program.name if program.name != "__main__.py" else program.parent.name
-    told = " ".join(argv[1:]).replace("=", " ")
-    return named in _COMMANDS and "--verbosity DEBUG" not in told and "--config" not in told.split()
+    return named in _COMMANDS and "--config" not in _words(argv)
+
+
+def _words(argv: list[str]) -> list[str]:
+    return " ".join(argv[1:]).replace("=", " ").split()
+
+
+def _ends(argv: list[str]) -> bool:
+    return in_command(argv) and "--verbosity DEBUG" not in " ".join(_words(argv))

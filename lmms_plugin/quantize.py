@@ -81,15 +81,15 @@ class Asked(NamedTuple):
         expect_form(form)
         expect_free(folder, option)
         asked = cls.parse(text)
-        expect_storable(asked.backend, form)
+        expect_storable(asked.backend, form, asked.plan.specs)
         return asked
 
     def load(self) -> QuantizedVLM:
-        """Load and quantize the model as an evaluation does."""
+        """Load and quantize the model as an evaluation does; dense weights are not kept, since nothing is answered."""
         # Imported late: these modules take seconds to import.
         from lmms_plugin.vlm.wrapper import model_class
 
-        return model_class(self.method)(**self.given)
+        return model_class(self.method)(**self.given, storage="packed")
 
 
 def inspect(asked: Asked, *, held_out: int) -> QuantReport:

@@ -38,6 +38,7 @@ BACKENDS: dict[str, str] = {
     "hqq": "lmms_plugin.quant_backends.methods.hqq:HqqBackend",
     "awq": "lmms_plugin.quant_backends.methods.awq:AwqBackend",
     "mbq": "lmms_plugin.quant_backends.methods.mbq:MbqBackend",
+    "qig": "lmms_plugin.quant_backends.methods.qig:QigBackend",
     "gptq": "lmms_plugin.quant_backends.methods.gptq:GptqBackend",
     "gptaq": "lmms_plugin.quant_backends.methods.gptaq:GptaqBackend",
     "vlmq": "lmms_plugin.quant_backends.methods.vlmq:VlmqBackend",

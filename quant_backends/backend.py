@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -14,7 +14,8 @@ from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLine
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.plans.rotation_spec import RotationSpec
 from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES
-from lmms_plugin.quant_backends.statistics import InputStatistics
+from lmms_plugin.quant_backends.plans.storage_choice import Storage
+from lmms_plugin.quant_backends.statistics import TOKEN_WEIGHTS, UNWEIGHTED, InputStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,8 @@ class Backend(ABC):
         default_bits: Number of bits per weight of the language model when the user gives none.
         default_samples: Number of calibration samples when the user gives none.
         unsaved: Reason why its layers cannot be saved; None if they can, or if only the layers themselves tell.
+        takes_formats: Whether the specs of a plan may name formats.
+        undense: Reason why dense weights of its layers cannot be kept; None if they can, or if only the layers tell.
     """
 
     name: ClassVar[str]
@@ -37,6 +40,8 @@ class Backend(ABC):
     default_bits: ClassVar[int] = 4
     default_samples: ClassVar[int] = DEFAULT_SAMPLES
     unsaved: ClassVar[str | None] = None
+    takes_formats: ClassVar[bool] = False
+    undense: ClassVar[str | None] = None
 
     def check(self, plan: QuantPlan) -> None:
         """Refuse a plan that this backend cannot carry out, before any model is loaded.
@@ -54,6 +59,15 @@ class Backend(ABC):
         for spec in plan.specs:
             self.check_spec(spec)
 
+    def check_storage(self, storage: Storage, plan: QuantPlan) -> None:
+        """Refuse a storage of weights that its layers do not have, before any model is loaded.
+
+        Raises:
+            ValueError: Dense weights were asked for and cannot be kept.
+        """
+        if storage == "dense" and self.undense is not None:
+            raise ValueError(f"storage=dense: {self.undense}; leave storage out")
+
     @property
     def uncompressed(self) -> str | None:
         """Return why compressed-tensors cannot store its layers, as far as known beforehand; None if it can."""
@@ -69,8 +83,20 @@ class Backend(ABC):
         """Return the rotation of the dense model before any layer is quantized; None for none."""
         return None
 
+    def for_spec(self, spec: QuantSpec) -> Self:
+        """Return the backend that quantizes layers with a spec: this one, with the formats that the spec names."""
+        return self
+
+    @property
+    def scales_by_modality(self) -> bool:
+        """Return whether inputs of image tokens and of text have static scales of their own."""
+        return False
+
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a single spec that this backend cannot carry out."""
+        named = spec.format or spec.activation_format
+        if named is not None and not self.takes_formats:
+            raise ValueError(f"{self.name} takes no formats, but the plan asks for {named}; rtn, gptq and awq do")
         if spec.bits not in self.bits:
             able = ", ".join(str(bits) for bits in sorted(self.bits))
             raise ValueError(f"{self.name} cannot quantize to {spec.bits} bits (it can: {able})")
@@ -152,10 +178,16 @@ class CalibratedBackend(Backend):
         """Return what weights of single tokens come from (`TOKEN_WEIGHTS` in statistics.py); None for no weights."""
         return None
 
+    def unweighted(self, statistics: InputStatistics) -> str | None:
+        """Return what the report calls a layer without token weights, where the method weighs tokens; else None."""
+        if self.weighs_tokens_by is None or statistics.by_importance is not statistics:
+            return None
+        return f"{self.name}, {UNWEIGHTED}"
+
     @property
     def needs_roles(self) -> bool:
         """Return whether calibration samples must tell image, prompt and answer apart."""
-        return self.by_role or self.weighs_tokens_by is not None
+        return self.by_role or self.weighs_tokens_by is not None or self.scales_by_modality
 
     @abstractmethod
     def solve(
@@ -178,6 +210,16 @@ class CalibratedBackend(Backend):
     @abstractmethod
     def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
         """Quantize a layer that no calibration input reached, as this method would with equally weighted inputs."""
+
+
+def expect_token_weights(backend: str, source: str | None) -> None:
+    """Refuse a source of token weights that there is not.
+
+    Raises:
+        ValueError: It is none of `TOKEN_WEIGHTS`.
+    """
+    if source is not None and source not in TOKEN_WEIGHTS:
+        raise ValueError(f"{backend}: token_weights must be {' or '.join(TOKEN_WEIGHTS)}, got {source!r}")
 
 
 class LoadedCheckpoint(NamedTuple):

@@ -21,11 +21,11 @@ from lmms_plugin.quant_backends.plans.plan import Assignment, QuantPlan, QuantSp
 from lmms_plugin.quant_backends.plans.quant_report import ModuleReport
 from lmms_plugin.quant_backends.rotations.hadamard import input_rotation, rotate_inputs
 from lmms_plugin.quant_backends.rotations.rotate import changed_layers, rotate
-from lmms_plugin.quant_backends.rotations.sites import find_sites
 from lmms_plugin.quant_backends.structure.blocks import within
 from lmms_plugin.quant_backends.structure.components import components, dense_linear, expect_finite, splitter
 from lmms_plugin.quant_backends.structure.experts import join_experts, own_weight, split_experts
 from lmms_plugin.quant_backends.structure.roles import find_mixtures, find_places
+from lmms_plugin.quant_backends.structure.telling import expect_modalities, tell_modalities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +53,11 @@ class Quantization:
         self.tied = {name for name in self.specs if _is_tied(model, name)}
         _expect_unshared(model, self.specs, self.components)
         # On the meta device while a checkpoint is read: a model that cannot be rotated fails before a byte is read.
-        sites = find_sites(model) if plan.specs and backend.rotates is not None else None
-        self.unrotated: frozenset[str] = frozenset() if sites is None else changed_layers(sites)
+        if plan.specs and backend.scales_by_modality:
+            expect_modalities(model)
+            tell_modalities(model)
+        rotation = backend.rotates if plan.specs else None
+        self.unrotated: frozenset[str] = frozenset() if rotation is None else changed_layers(model, rotation)
         self._done: dict[str, ModuleReport] = {}
         self._use: dict[str, tuple[int, ...]] = {}
 
@@ -152,7 +155,7 @@ class Quantization:
             raise ValueError(f"{name}: expected a weight {tuple(linear.weight.shape)}, got {tuple(weight.shape)}")
         expect_finite(name, weight)
         spec = self.specs[name]
-        self.replace(name, self.backend.quantize_linear(weight, linear.bias, spec), weight)
+        self.replace(name, self.backend.for_spec(spec).quantize_linear(weight, linear.bias, spec), weight)
 
     def replace(
         self,

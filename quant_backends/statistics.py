@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lmms_plugin.quant_backends.layers.codes import all_finite, rows_per_block
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
+from lmms_plugin.quant_backends.layers.modalities import MODALITIES
 
 ROLES = ("image", "text", "answer")
 """What a position of a calibration sample can hold, in the order of the numbers that stand for them: an image feature,
@@ -21,6 +22,9 @@ WEIGHED = ("image", "answer")
 
 TOKEN_WEIGHTS = ("gradient", "modality")
 """What the weight of a token can come from: the loss gradient there, or the mean over all tokens of its role."""
+
+UNWEIGHTED = "unweighted"
+"""What follows the name of a method that weighs tokens, in the report of a layer whose inputs have no weights."""
 
 TOKEN_ROLES = "token_roles"
 """Key under which a calibration sample says the role of each of its positions, beside the model's own inputs."""
@@ -61,6 +65,11 @@ def held_back_rows(sample: int, samples: int) -> slice:
     return slice(None) if sample % HELD_BACK == HELD_BACK - 1 else slice(0)
 
 
+def is_image_role(roles: Tensor) -> Tensor:
+    """Return which of some roles, indices into `ROLES`, are those of image tokens."""
+    return roles == ROLES.index("image")
+
+
 def squared_errors(delta: Tensor, gram: Tensor) -> Tensor:
     """Return δ G δᵀ = Σ (x · δ)² over the inputs x for each row δ of a weight's error.
 
@@ -93,19 +102,23 @@ class RowSample:
     Attributes:
         rows: (up to `limit`, columns), in the order in which they came and in their own dtype.
         limit: Largest number of rows to keep.
+        is_image: (rows,) bool, which of them are image tokens, on the CPU; empty where rows have no roles.
     """
 
     rows: Tensor
     limit: int = SAMPLE_ROWS
+    is_image: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     _lots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64), repr=False)
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
-    def add(self, x: Tensor) -> None:
-        """Add the rows of x (rows, columns): those with the lowest random numbers stay."""
+    def add(self, x: Tensor, is_image: Tensor | None = None) -> None:
+        """Add the rows of x (rows, columns), of which some may be image tokens: the lowest random numbers stay."""
         lots = torch.cat([self._lots, torch.rand(len(x), dtype=torch.float64, generator=self._generator)])
         kept = lots.argsort()[: self.limit].sort().values
         self.rows = torch.cat([self.rows.to(x.dtype), x])[kept.to(x.device)]
         self._lots = lots[kept]
+        if is_image is not None:
+            self.is_image = torch.cat([self.is_image, is_image.cpu()])[kept]
 
 
 @dataclass
@@ -118,6 +131,9 @@ class InputStatistics:
         magnitude: (columns,) float64, Σ |x|.
         rows: Number of summed rows.
         largest: (columns,) float32, the largest |x|; None before the first row.
+        by_role: Whether rows of each role are summed separately.
+        largest_of: Modality -> the same over its rows alone, of `MODALITIES` those that came; empty where rows have no
+            roles.
         sample: Sample of the rows, for errors that no sum gives; None unless roles are separate.
         roles: Statistics of the rows of each role of `WEIGHED`, as far as there are any: none unless roles are
             separate, and none where a layer's rows are not sequence positions, as in the vision tower.
@@ -135,6 +151,8 @@ class InputStatistics:
     magnitude: Tensor
     rows: int = 0
     largest: Tensor | None = None
+    by_role: bool = False
+    largest_of: dict[str, Tensor] = field(default_factory=dict)
     sample: RowSample | None = None
     roles: dict[str, InputStatistics] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
@@ -166,7 +184,7 @@ class InputStatistics:
             weighted: Whether to sum rows weighted by token too.
         """
         gram = torch.zeros(columns, columns, device=device)
-        statistics = cls(names, gram, torch.zeros(columns, dtype=torch.float64, device=device))
+        statistics = cls(names, gram, torch.zeros(columns, dtype=torch.float64, device=device), by_role=by_role)
         if by_role or keeps_rows:
             statistics.sample = RowSample(torch.empty(0, columns, device=device))
         if holds_back:
@@ -210,6 +228,12 @@ class InputStatistics:
         return self.mismatch if self.held_back is None else self.held_back.mismatch
 
     @property
+    def by_importance(self) -> InputStatistics:
+        """Return the statistics of the rows weighted by token, or these themselves where no weights are known."""
+        weighted = self.weighted
+        return self if weighted is None or not weighted.rows or not bool(weighted.gram.any()) else weighted
+
+    @property
     def mean_magnitude(self) -> Tensor:
         """Return mean |x| of each column, float32."""
         return (self.magnitude / self.rows).float()
@@ -224,6 +248,14 @@ class InputStatistics:
         if self.sample is None:
             raise ValueError(f"{self.names[0]}: the sums of its inputs were kept, but no rows of them")
         return self.sample.rows.float()
+
+    @property
+    def sampled_images(self) -> Tensor:
+        """Return which of the sampled rows are image tokens, (rows,) bool; none where rows have no roles."""
+        sample = self.sample
+        if sample is None or len(sample.is_image) != len(sample.rows):
+            return torch.zeros(len(self.sampled), dtype=torch.bool, device=self.gram.device)
+        return sample.is_image.to(self.gram.device)
 
     def expect_finite(self) -> None:
         """Refuse inputs that are not finite.
@@ -285,8 +317,9 @@ class InputStatistics:
                 raise ValueError(f"{self.names[0]} was fed {len(x)} rows, but the roles of {len(roles)} are given")
             for role in WEIGHED:
                 self._add_role(role, x[(roles == ROLES.index(role)).to(x.device)])
+            self._add_modalities(x, is_image_role(roles).to(x.device))
         if self.sample is not None:
-            self.sample.add(x)
+            self.sample.add(x, None if roles is None else is_image_role(roles))
         if self.held_back is not None:
             self.held_back.add(x[held_back], dense=None if dense is None else dense[held_back])
         x = x.float()
@@ -295,8 +328,7 @@ class InputStatistics:
         self.magnitude += magnitude.sum(0, dtype=torch.float64)
         self.rows += x.shape[0]
         if len(x):
-            largest = magnitude.amax(0)
-            self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+            self.largest = _larger(self.largest, magnitude.amax(0))
 
     def _add_mismatch(self, x: Tensor, dense: Tensor) -> None:
         if dense.shape != x.shape:
@@ -308,10 +340,19 @@ class InputStatistics:
             self.mismatch = torch.zeros_like(self.gram)
         self.mismatch.addmm_((dense.float() - x.float()).T, x.float())
 
+    def _add_modalities(self, x: Tensor, is_image: Tensor) -> None:
+        for modality, inside in zip(MODALITIES, (is_image, ~is_image), strict=True):
+            if bool(inside.any()):
+                self.largest_of[modality] = _larger(self.largest_of.get(modality), x[inside].float().abs().amax(0))
+
     def _add_role(self, role: str, x: Tensor) -> None:
-        if self.sample is None or not len(x):
+        if not self.by_role or not len(x):
             return
         if role not in self.roles:
             self.roles[role] = InputStatistics.empty(self.names, x.shape[1], self.gram.device)
             self.roles[role].sample = RowSample(x[:0])
-        self.roles[role].add(x)
+        self.roles[role].add(x, x.new_full((len(x),), ROLES.index(role), dtype=torch.uint8))
+
+
+def _larger(known: Tensor | None, found: Tensor) -> Tensor:
+    return found if known is None else torch.maximum(known, found)

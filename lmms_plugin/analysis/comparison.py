@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.measure import PRINTED, REJECTED, Grid, MeasurementSettings, as_table, families, grids
-from lmms_plugin.analysis.records import REJECTION, TaskKind, TaskRecords, match
+from lmms_plugin.analysis.records import CLEAN, REJECTION, TaskKind, TaskRecords, match
 from lmms_plugin.metrics import robustness
 from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic, bootstrap, interval
 from lmms_plugin.metrics.calibration import Binned
@@ -33,7 +33,7 @@ MEANS = ("accuracy", "mean_iou", "parse_rate")
 BINNED = ("ece", "brier")
 RANKED = ("aurc", "coverage@0.01", "coverage@0.05")
 BOXES = "box_rate"
-INTERACTIONS = ("accuracy", "ece", "aurc", "coverage@0.01")
+INTERACTIONS = ("accuracy", "ece", "aurc", "coverage@0.01", "coverage@0.05")
 
 
 class Change(NamedTuple):
@@ -118,6 +118,34 @@ class CorruptionErrors(NamedTuple):
     added_error_ratio_interval: Interval
 
 
+class GroupChange(NamedTuple):
+    """Change of the mean of one metric over a group of tasks: one clean task, or all tasks shifted in the same input.
+
+    Attributes:
+        group: Name of the clean task; for shifted tasks that of the clean task on their split, else of the first.
+        condition: `clean`, `shifted` (images), `shifted language` or `shifted image and language`.
+        tasks: Number of tasks.
+        metric: Name of the metric.
+        first: Plain mean over the tasks in the first run.
+        second: That of the second run, on the same records.
+        difference: Second − first with interval, p-value and equivalence.
+        p_holm: p-value adjusted by Holm over all groups of this metric.
+        records: Number of records of all tasks.
+        images: Number of images.
+    """
+
+    group: str
+    condition: str
+    tasks: int
+    metric: str
+    first: float
+    second: float
+    difference: Difference
+    p_holm: float
+    records: int
+    images: int
+
+
 class Comparison(NamedTuple):
     """All results of `compare`."""
 
@@ -125,6 +153,7 @@ class Comparison(NamedTuple):
     flips: list[Flipped]
     shifted: list[Shifted]
     corruption_errors: list[CorruptionErrors]
+    groups: list[GroupChange]
 
 
 def expect_margin(margin: float | None) -> None:
@@ -157,10 +186,10 @@ def compare(
     for task, records in first.tasks.items():
         match(records, second.tasks[task])
     expect_margin(margin)
-    found = Comparison([], [], [], [])
+    found = Comparison([], [], [], [], [])
     for tasks in families(first.tasks.values()):
         _family(tasks, second.tasks, settings, margin, found)
-    return found._replace(changes=_corrected(found.changes))
+    return found._replace(changes=_corrected(found.changes), groups=_corrected_groups(found.groups))
 
 
 def _family(
@@ -190,6 +219,7 @@ def _family(
         halves[records.task] = first, second
         _changes(records, first, second, known, images, settings, margin, found)
         _flips(records, others[records.task], found)
+    _groups(tasks, halves, settings, margin, found)
     for title, table in grids(_on_the_same_documents(tasks)).items():
         if tasks[0].kind is not REJECTION:
             _interactions(title, table, halves, settings, found)
@@ -280,6 +310,36 @@ def _flips(one: TaskRecords, other: TaskRecords, found: Comparison) -> None:
     found.flips.append(Flipped(one.task, lost, won, mcnemar(lost, won), int(keep.sum())))
 
 
+def _groups(
+    tasks: Sequence[TaskRecords],
+    halves: Mapping[str, tuple[Draws, Draws]],
+    settings: MeasurementSettings,
+    margin: float | None,
+    found: Comparison,
+) -> None:
+    """Add the changes of the means over groups of tasks; every clean task is a group of its own."""
+    clean = [one.task for one in tasks if one.place.condition == CLEAN]
+    members: dict[tuple[str, str], list[TaskRecords]] = {}
+    for one in tasks:
+        condition = one.place.condition
+        name = one.task if condition == CLEAN else clean[0] if len(clean) == 1 else ""
+        members.setdefault((name, condition), []).append(one)
+    sizes = {(row.task, row.metric): (row.records, row.images) for row in found.changes}
+    for (name, condition), chosen in sorted(members.items(), key=lambda item: item[0][1] != CLEAN):
+        kind = chosen[0].kind
+        for metric in compared(kind):
+            before, after = (_mean([halves[one.task][k] for one in chosen], metric) for k in (0, 1))
+            changed = difference(before, after, metric, level=settings.level, margin=margin)
+            printed = kind.named(PRINTED.get(metric, metric))
+            counts = [sizes[one.task, printed] for one in chosen]
+            records, images = sum(count for count, _ in counts), max(count for _, count in counts)
+            values = before.of(metric)[0], after.of(metric)[0]
+            row = GroupChange(
+                name or chosen[0].task, condition, len(chosen), printed, *values, changed, math.nan, records, images
+            )
+            found.groups.append(row)
+
+
 def _interactions(
     title: str,
     table: Grid,
@@ -326,6 +386,15 @@ def _mean(cells: Sequence[Draws], name: str) -> Draws:
     pairs = [cell.of(name) for cell in cells]
     value = np.array([np.mean([value for value, _ in pairs])])
     return Draws((name,), value, np.mean([resampled for _, resampled in pairs], axis=0)[:, None])
+
+
+def _corrected_groups(groups: Sequence[GroupChange]) -> list[GroupChange]:
+    corrected = list(groups)
+    for metric in {one.metric for one in groups}:
+        rows = [k for k, one in enumerate(groups) if one.metric == metric]
+        for k, p in zip(rows, holm([groups[k].difference.p for k in rows]), strict=True):
+            corrected[k] = groups[k]._replace(p_holm=float(p))
+    return corrected
 
 
 def _corrected(changes: Sequence[Change]) -> list[Change]:

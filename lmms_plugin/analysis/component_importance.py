@@ -38,6 +38,8 @@ REPEATS = 5
 FOLDS = 5
 LEAST_CELLS = 8
 RESAMPLES = 200
+ENOUGH_R2 = 0.5
+"""R² above which importances mean something."""
 
 # Arguments that define a grid; others say how a run is done, or are what is varied.
 _OF_THE_METHOD = ("group_size", "symmetric", "calibration", "calibration_samples")

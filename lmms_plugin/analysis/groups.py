@@ -22,7 +22,7 @@ from lmms_plugin.analysis.measure import (
     means,
     together,
 )
-from lmms_plugin.analysis.records import SHIFTED, EvaluationSet, Floats, TaskRecords, Texts
+from lmms_plugin.analysis.records import EvaluationSet, Floats, TaskRecords, Texts
 from lmms_plugin.metrics.bins import DEFAULT_BINS
 from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic
 from lmms_plugin.metrics.calibration import Binned
@@ -38,7 +38,6 @@ METRICS = (
     *(f"phi@{cost:g}" for cost in COSTS),
 )
 """Metrics of every task; NaN where undefined."""
-CLEAN = "clean"
 GRID = np.arange(1, 101) / 100
 """Coverages at which risk-coverage curves are stored."""
 
@@ -163,12 +162,9 @@ def _conditions(members: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
     """Return the tasks of each mean, by condition."""
     chosen: dict[str, list[TaskRecords]] = {}
     for one in members:
-        if one.place.shift is None:
-            chosen.setdefault(CLEAN, []).append(one)
-            continue
-        which = "shifted" if one.place.shifts == SHIFTED[0] else f"shifted {one.place.shifts}"
-        chosen.setdefault(which, []).append(one)
-        chosen.setdefault(f"{which}, severity {one.place.severity}", []).append(one)
+        chosen.setdefault(one.place.condition, []).append(one)
+        if one.place.shift is not None:
+            chosen.setdefault(f"{one.place.condition}, severity {one.place.severity}", []).append(one)
     return chosen
 
 

@@ -331,7 +331,7 @@ def measure(run: LoggedRun, settings: MeasurementSettings, chosen_on: LoggedRun 
         ValueError: The run has no task of ours, a task has fewer than 2 images, or `chosen_on` lacks one of the tasks
             or has other documents in it.
     """
-    _of_ours(run)
+    expect_images(run)
     of = {one.task: family for family in together(run.tasks.values(), settings) for one in family.tasks}
     numbers: list[MetricValue] = []
     for records in run.tasks.values():
@@ -341,7 +341,7 @@ def measure(run: LoggedRun, settings: MeasurementSettings, chosen_on: LoggedRun 
         family = of[records.task]
         tasks = {one.task: one for one in family.tasks} if chosen_on is None else chosen_on.tasks
         numbers += _everything(records, family.names, settings)
-        numbers += _floor(records, settings)
+        numbers += calibration_floor(records, settings)
         numbers += _beyond_held_out(records, tasks, family.judged, settings)
     return numbers
 
@@ -460,9 +460,17 @@ def key_numbers(records: TaskRecords, settings: MeasurementSettings) -> dict[str
     return numbers
 
 
-def _of_ours(run: LoggedRun) -> None:
+def expect_images(run: LoggedRun) -> None:
+    """Refuse a run of which nothing can be measured with an interval.
+
+    Raises:
+        ValueError: It has no task of ours, or a task has fewer than 2 images.
+    """
     if not run.tasks:
         raise ValueError(f"expected tasks of this package in {run.file}, got {', '.join(run.others) or 'none'}")
+    for records in run.tasks.values():
+        if records.kind is not REJECTION:
+            _count_images(records, records.reported)
 
 
 def _everything(records: TaskRecords, names: Texts, settings: MeasurementSettings) -> list[MetricValue]:
@@ -517,6 +525,12 @@ def _images(records: TaskRecords, keep: Bools) -> int:
     return int(np.unique(records.image[keep]).size)
 
 
+def _count_images(records: TaskRecords, keep: Bools) -> int:
+    if (count := _images(records, keep)) < 2:
+        raise ValueError(f"expected at least 2 images in task {records.task} to make intervals from, got {count}")
+    return count
+
+
 def _measured(
     records: TaskRecords,
     statistics: Sequence[Statistic],
@@ -526,8 +540,7 @@ def _measured(
     suffix: str = "",
 ) -> list[MetricValue]:
     """Evaluate statistics on some records, with intervals over the `images` images."""
-    if (count := _images(records, keep)) < 2:
-        raise ValueError(f"expected at least 2 images in task {records.task} to make intervals from, got {count}")
+    count = _count_images(records, keep)
     there = keep & ~np.isnan(records.confidence_by(settings.estimator))
     sizes = (int(keep.sum()), count), (int(there.sum()), _images(records, there))
     numbers = []
@@ -540,7 +553,8 @@ def _measured(
     return numbers
 
 
-def _floor(records: TaskRecords, settings: MeasurementSettings) -> list[MetricValue]:
+def calibration_floor(records: TaskRecords, settings: MeasurementSettings) -> list[MetricValue]:
+    """Measure what ECE and ACE would be for a perfectly calibrated model; empty without confidences."""
     confidence = records.confidence_by(settings.estimator)
     keep = records.reported & ~np.isnan(confidence)
     if not keep.any():

@@ -56,6 +56,7 @@ KINDS = (GROUNDING, VQA, REJECTION)
 
 SHIFTED = ("image", "language", "image and language")
 """Inputs that a shift can change; means over shifts are taken separately for each."""
+CLEAN, SHIFTED_IMAGES = "clean", "shifted"
 
 
 class EvaluationSet(NamedTuple):
@@ -74,6 +75,13 @@ class EvaluationSet(NamedTuple):
     shift: str | None
     severity: int | None
     shifts: str = "image"
+
+    @property
+    def condition(self) -> str:
+        """Group of tasks on the same documents that a mean is taken over: `clean`, or what is shifted."""
+        if self.shift is None:
+            return CLEAN
+        return SHIFTED_IMAGES if self.shifts == SHIFTED[0] else f"shifted {self.shifts}"
 
 
 _SHIFT_KEYS = (("shift", "severity"), ("text_shift", "text_severity"))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmms_plugin.cli.terminal import Working, each
+from lmms_plugin.utils.messages import counted
 from lmms_plugin.utils.outputs import expect_folder
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _file(found: VerifiedRun, source: EvaluationSource, output: Path, *, submitt
 
     if submitted:
         checked = submission.build(found, source, output)
-        typer.echo(f"{output}: a submission of {', '.join(found.tasks)}")
+        typer.echo(f"The submission has {counted(len(found.tasks), 'task')}.\n{output}")
         if archive:
             typer.echo(str(submission.pack(output)))
     else:
@@ -174,7 +175,9 @@ def leaderboard(
     board.write(board.tables(verified), refused, settings, output)
     for one in refused:
         typer.echo(f"refused: {one.name}: {one.reason}", err=True)
-    typer.echo(f"{output / 'leaderboard.html'}: {len(verified)} verified, {len(refused)} refused")
+    told = f"{len(verified)} {'was' if len(verified) == 1 else 'were'} verified and {len(refused)} refused"
+    # A path is to be copied, so it is not cut.
+    typer.echo(f"Of {counted(len(checked), 'submission')} {told}.\n{output / 'leaderboard.html'}")
     if refused:
         raise typer.Exit(1)
 

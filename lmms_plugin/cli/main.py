@@ -10,20 +10,23 @@ import sys
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import TyperException
 
 from lmms_plugin.cli import export as export_commands
+from lmms_plugin.cli import measuring
+from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, Seed, print_json, print_tables
 from lmms_plugin.cli.parity import parity
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.study import app as study
-from lmms_plugin.cli.terminal import Working, console, each, write_anything
+from lmms_plugin.cli.terminal import Working, each, write_anything
 from lmms_plugin.utils.outputs import expect_file, expect_folder
 from lmms_plugin.utils.reading.problems import lines_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+measuring.register(app)
 export_commands.register(app)
 app.add_typer(study, name="study")
 app.command()(report)
@@ -33,25 +36,35 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 
 @app.command()
-def models() -> None:
+def models(everything: Everything = False) -> None:
     """List the models this package adds to lmms-eval (`lmms-eval models` lists built-in ones only)."""
+    from lmms_plugin.cli.screens.listings import models_screen
     from lmms_plugin.quant_backends import GGUF, SERVED, get, model_name, names
 
-    for backend in names():
-        summary = (get(backend).__doc__ or "").split("\n", 1)[0]
-        typer.echo(f"{model_name(backend):24} {summary}")
-    typer.echo(f"{model_name(SERVED):24} A checkpoint behind an OpenAI-compatible server (vLLM, SGLang, ...).")
-    typer.echo(f"{model_name(GGUF):24} GGUF files in llama.cpp, whose server is started for the run.")
+    found = [(model_name(backend), (get(backend).__doc__ or "").split("\n", 1)[0]) for backend in names()]
+    found.append((model_name(SERVED), "A checkpoint behind an OpenAI-compatible server (vLLM, SGLang, ...)."))
+    found.append((model_name(GGUF), "GGUF files in llama.cpp, whose server is started for the run."))
+    if not everything:
+        typer.echo(models_screen(found))
+        return
+    for name, summary in found:
+        typer.echo(f"{name:24} {summary}")
 
 
 @app.command()
 def tasks(
     cells: Annotated[bool, typer.Option(help="Also list every single cell of the shift grids.")] = False,
+    everything: Everything = False,
 ) -> None:
     """List the tasks and groups this package adds to lmms-eval (`lmms-eval tasks list` never asks for plugins)."""
+    from lmms_plugin.cli.screens.listings import tasks_screen
     from lmms_plugin.tasks.registry import catalogue
 
-    for task in catalogue.tasks(cells=cells):
+    found = catalogue.tasks(cells=cells)
+    if not cells and not everything:
+        typer.echo(tasks_screen(found))
+        return
+    for task in found:
         typer.echo(f"{task.name:44} {task.kind:6} {task.summary}")
 
 
@@ -81,6 +94,7 @@ def inspect(
         str,
         typer.Argument(help="As after --model_args, with method=: pretrained=demo,method=awq; or a GGUF file."),
     ],
+    everything: Annotated[bool, typer.Option("--all", help="Print the whole table.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON, layer by layer.")] = False,
     held_out: Annotated[
         int, typer.Option(min=0, help="Samples to compare outputs on with the dense model's; 0 for none.")
@@ -90,106 +104,27 @@ def inspect(
     from loguru import logger
 
     from lmms_plugin import quantize
+    from lmms_plugin.cli.screens.listings import report_screen
     from lmms_plugin.utils.processes.quiet import no_bars, stdout_to_stderr
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
     if model_args.lower().endswith(quantize.GGUF_SUFFIX) and "=" not in model_args:
         file = quantize.inspect_file(Path(model_args))
-        typer.echo(file.to_json() if json else file.table())
+        typer.echo(file.to_json() if json else file.table() if everything else report_screen(*_said(file)))
         return
     asked = quantize.Asked.parse(model_args)
     # Only now, since this imports transformers.
     no_bars()
     with stdout_to_stderr(), Working("loading and quantizing"):
         report = quantize.inspect(asked, held_out=held_out)
-    typer.echo(report.to_json() if json else report.table())
+    typer.echo(report.to_json() if json else report.table() if everything else report_screen(*_said(report)))
 
 
-Estimator = Annotated[str | None, typer.Option(help="Confidence estimator; by default the one of the task.")]
-Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the resamples and of the held-out images.")]
-Level = Annotated[float, typer.Option(help="Confidence level of the intervals.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
-
-
-@app.command()
-def metrics(
-    results: Annotated[Path, typer.Argument(help="Results file of lmms-eval, or a folder with such files.")],
-    json: AsJson = False,
-    estimator: Estimator = None,
-    resamples: Resamples = 1000,
-    seed: Seed = 0,
-    level: Level = 0.95,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the images to choose thresholds and fit calibrators on.")
-    ] = 0.2,
-    calibrator: Annotated[str, typer.Option(help="temperature, platt, isotonic or beta.")] = "platt",
-    chosen_on: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run whose held-out images thresholds and calibrator come from, e.g. of the unquantized model."
-        ),
-    ] = None,
-) -> None:
-    """Recompute every metric from the logs of samples, with intervals over images. No model is loaded."""
-    from lmms_plugin.analysis import measure
-    from lmms_plugin.analysis.logs import find, read, read_one
-    from lmms_plugin.cli import printed
-
-    workers = os.cpu_count() or 1
-    settings = measure.MeasurementSettings(estimator, resamples, seed, level, held_out, calibrator, workers)
-    chosen = None if chosen_on is None else read_one(chosen_on)
-    runs = [read(file) for file in find(results)]
-    for line in (line for run in runs for line in measure.without_grid(run)):
-        typer.echo(line, err=True)
-    with Working("resampling"):
-        found = [(run, measure.measure(run, settings, chosen), measure.robust(run, settings)) for run in runs]
-    if json:
-        names = ("run", "file", "limit", "metrics", "robustness")
-        rows = [(run.label, str(run.file), run.limit, numbers, robust) for run, numbers, robust in found]
-        _print_json([dict(zip(names, row, strict=True)) for row in rows])
-        return
-    for run, numbers, robust in found:
-        _print_tables(
-            printed.metrics_table(numbers, run.label, level),
-            *(printed.robustness_table(rows, split) for split, rows in robust.items()),
-        )
-
-
-@app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Results file or folder of the run to compare with.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run in question, on the same documents.")],
-    json: AsJson = False,
-    margin: Annotated[
-        float | None, typer.Option(help="Largest difference that counts as none: adds a test of equivalence.")
-    ] = None,
-    estimator: Estimator = None,
-    resamples: Resamples = 1000,
-    seed: Seed = 0,
-    level: Level = 0.95,
-) -> None:
-    """Compare two runs on the same documents: paired intervals, flips, corrected p-values, equivalence, shift."""
-    from lmms_plugin.analysis import comparison, measure
-    from lmms_plugin.analysis.logs import read_one
-    from lmms_plugin.cli import printed
-
-    settings = measure.MeasurementSettings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
-    comparison.expect_margin(margin)
-    runs = read_one(first), read_one(second)
-    for line in measure.without_grid(runs[0]):
-        typer.echo(line, err=True)
-    with Working("resampling"):
-        found = comparison.compare(*runs, settings, margin)
-    if json:
-        _print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})
-        return
-    typer.echo(f"first:  {runs[0].label}\nsecond: {runs[1].label}")
-    tables = [printed.changes_table(found, settings, margin)]
-    tables += [printed.flips_table(found.flips)] if found.flips else []
-    tables += [printed.shifted_table(found)] if found.shifted else []
-    _print_tables(*tables)
+def _said(report: Any) -> tuple[str, list[str]]:
+    """Return the line of totals of a report, and the other lines of its table."""
+    total = report.total()
+    return total, [line for line in report.table().splitlines() if line != total]
 
 
 class PictureFormat(StrEnum):
@@ -206,6 +141,7 @@ def sensitivity(
     metric: Annotated[list[str], typer.Option(help="Metric of lmms-eval's table; may be given again.")] = ["acc@0.5"],  # noqa: B006
     figure: Annotated[Path | None, typer.Option(help="Folder to draw one picture per grid into.")] = None,
     kind: Annotated[PictureFormat, typer.Option(help="Of the pictures.")] = PictureFormat.PNG,
+    everything: Everything = False,
     json: AsJson = False,
     resamples: Annotated[int, typer.Option(min=2, help="Resamples of the runs for the intervals.")] = 200,
     seed: Seed = 0,
@@ -213,6 +149,7 @@ def sensitivity(
     """Estimate which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
     from lmms_plugin.analysis import component_importance as analysis
     from lmms_plugin.cli.printed_tables import sensitivity_table
+    from lmms_plugin.cli.screens.analyses_screen import sensitivity_screen
 
     if figure is not None:
         expect_folder("--figure", figure)
@@ -230,22 +167,29 @@ def sensitivity(
         for one in found:
             analysis.draw(one, figure / f"{one.grid.file_name}.{kind}")
     if json:
-        _print_json([one.to_dict() for one in found])
+        print_json([one.to_dict() for one in found])
         return
-    _print_tables(*(sensitivity_table(one) for one in found))
+    if not everything:
+        typer.echo(sensitivity_screen(found))
+        return
+    print_tables(*(sensitivity_table(one) for one in found))
 
 
 @app.command()
-def doctor(json: AsJson = False) -> None:
+def doctor(everything: Everything = False, json: AsJson = False) -> None:
     """Check everything that a run needs and print a remedy for each failure. The exit status is 1 if a check fails."""
+    from lmms_plugin.cli.screens.listings import doctor_screen
     from lmms_plugin.doctor import diagnosis
 
     rows = []
     for row in each(diagnosis.diagnose(), "checking"):
         rows.append(row)
-        if not json:
+        if everything and not json:
             typer.echo(row.line())
-    typer.echo(dumps([row.to_dict() for row in rows], indent=1, ensure_ascii=False) if json else diagnosis.CLOSING)
+    if json:
+        typer.echo(dumps([row.to_dict() for row in rows], indent=1, ensure_ascii=False))
+    else:
+        typer.echo(diagnosis.CLOSING if everything else doctor_screen(rows, diagnosis.CLOSING))
     if diagnosis.failed(rows):
         raise typer.Exit(1)
 
@@ -306,7 +250,13 @@ def apply_selector(
 
 
 @app.command()
-def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator = None, json: AsJson = False) -> None:
+def strength(
+    results: RunFolder,
+    features: FeatureFolder,
+    estimator: Estimator = None,
+    everything: Everything = False,
+    json: AsJson = False,
+) -> None:
     """Measure the strength of shifts from the model's image features, beside the score they cost; no label is used."""
     from lmms_plugin.analysis.logs import find, read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
@@ -315,51 +265,19 @@ def strength(results: RunFolder, features: FeatureFolder, estimator: Estimator =
     find(results)
     # Only now, since these import torch.
     from lmms_plugin.cli.printed_tables import strength_table
+    from lmms_plugin.cli.screens.analyses_screen import strength_screen
     from lmms_plugin.selector import shift_strength as measuring
     from lmms_plugin.selector.features import read
 
     store = read(features)
     found = measuring.strengths(read_one(results), store, settings)
     if json:
-        _print_json(found)
+        print_json(found)
         return
-    _print_tables(strength_table(found, store))
-
-
-@app.command()
-def estimators(
-    results: Annotated[Path, typer.Argument(help="Results file of lmms-eval, or a folder with such files.")],
-    json: AsJson = False,
-    resamples: Resamples = 1000,
-    seed: Seed = 0,
-    level: Level = 0.95,
-) -> None:
-    """Compare all confidence estimators in the log of a run by AUROC, AURC and ECE."""
-    from lmms_plugin.analysis import estimator_ranking
-    from lmms_plugin.analysis.logs import find, read
-    from lmms_plugin.analysis.measure import MeasurementSettings
-    from lmms_plugin.cli import printed
-
-    settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
-    with Working("reading and resampling"):
-        found = [(run, estimator_ranking.judge(run, settings)) for run in map(read, find(results))]
-    if json:
-        _print_json([{"run": run.label, "file": str(run.file), "estimators": judged} for run, judged in found])
+    if not everything:
+        typer.echo(strength_screen(found))
         return
-    _print_tables(*(printed.estimators_table(judged, run.label, level) for run, judged in found))
-
-
-def _print_json(value: object) -> None:
-    from lmms_plugin.utils.plain_json import plain
-
-    typer.echo(dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def _print_tables(*tables: object) -> None:
-    terminal = console()
-    for table in tables:
-        terminal.print(table)
-    terminal.print("What each number means: docs/metrics.md", style="dim")
+    print_tables(strength_table(found, store))
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ def parity(
     resamples: Annotated[int, typer.Option(min=1, help="Resamples of the images for every interval.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
     level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
+    everything: Annotated[bool, typer.Option("--all", help="Cut nothing, however long it gets.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say whether two engines give the same answers, and if not, why. Exit status: 0 same, 1 different, 2 neither."""
@@ -43,12 +44,12 @@ def parity(
         given = {"--limit": limit, "--batch-size": batch_size, "--output": output}
         if useless := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{useless[0]} says nothing without --tasks, which runs both models now")
-        status = _compare(Path(first), Path(second), settings, tolerance, json=json)
+        status = _compare(Path(first), Path(second), settings, tolerance, everything=everything, json=json)
     else:
         with tempfile.TemporaryDirectory(prefix="lmms-plugin-parity-") as folder:
             place = expect_free(output, "--output") if output is not None else Path(folder)
             folders = _run(first, second, tasks, place, limit, batch_size)
-            status = _compare(*folders, settings, tolerance, json=json)
+            status = _compare(*folders, settings, tolerance, everything=everything, json=json)
     raise typer.Exit(status)
 
 
@@ -70,7 +71,9 @@ def _run(
     return folders
 
 
-def _compare(first: Path, second: Path, settings: object, tolerance: float | None, *, json: bool) -> int:
+def _compare(
+    first: Path, second: Path, settings: object, tolerance: float | None, *, everything: bool, json: bool
+) -> int:
     from json import dumps
 
     from lmms_plugin.analysis.logs import read_one
@@ -84,5 +87,5 @@ def _compare(first: Path, second: Path, settings: object, tolerance: float | Non
     if json:
         typer.echo(dumps(plain(found), indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        typer.echo("\n".join(lines(found, settings.level)))
+        typer.echo("\n".join(lines(found, settings.level, everything=everything)))
     return 0 if found.same else _DIFFERENT

@@ -1,41 +1,51 @@
-"""What `parity` prints: at most 40 lines of 80 columns, the verdict first."""
+"""What `parity` prints: one screen, the verdict first, or all of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from textwrap import wrap
 
 import numpy as np
 
 from lmms_plugin.analysis.comparison import Change
 from lmms_plugin.analysis.parity.gaps import Counted
 from lmms_plugin.analysis.parity.judging_parity import Parity
+from lmms_plugin.cli.screens.screen import HEIGHT, cut, wrapped
 
-_WIDTH, _HEIGHT = 80, 40
 _METRICS = ("acc@0.5", "accuracy", "box_rate", "mean_iou", "ece", "aurc")
-_CLOSING = "What each line means: docs/parity.md; everything: --json"
+_CLOSING = "What each line means: docs/parity.md; everything: --all, --json"
 
 
-def lines(found: Parity, level: float) -> list[str]:
+def lines(found: Parity, level: float, *, everything: bool = False) -> list[str]:
     """Return the lines of a comparison.
 
     Args:
         found: Comparison.
         level: Confidence level of the intervals.
+        everything: Whether nothing is cut, however long it gets.
     """
-    head = [*wrap(found.sentence, _WIDTH), ""]
-    head += [_cut(f"{name}: {label}") for name, label in (("A", found.first), ("B", found.second))]
+    if everything:
+        return _all_lines(found, level)
+    head = [*wrapped(found.sentence), ""]
+    head += [cut(f"{name}: {label}") for name, label in (("A", found.first), ("B", found.second))]
     if found.left_out:
-        head += [_cut(f"only one run has: {', '.join(found.left_out)}")]
-    head += ["", *(_cut(f"{name:22}{value}") for name, value in _numbers(found)), ""]
+        head += [cut(f"only one run has: {', '.join(found.left_out)}")]
+    head += ["", *(cut(f"{name:22}{value}") for name, value in _numbers(found)), ""]
     for cause in found.causes[1:]:
-        head += wrap(f"also: {cause.name}: {cause.evidence}", _WIDTH, max_lines=3, placeholder=" …")
+        head += wrapped(f"also: {cause.name}: {cause.evidence}", 3)
     changes = list(_changes(found.changes, level))
-    room = _HEIGHT - len(head) - 2
+    room = HEIGHT - len(head) - 2
     if len(changes) > room:
-        changes = [*changes[: max(room - 1, 0)], f"... and {len(changes) - room + 1} more lines: --json"]
-    return [*head[: _HEIGHT - 1 - len(changes)], *changes, _CLOSING]
+        changes = [*changes[: max(room - 1, 0)], f"... and {len(changes) - room + 1} more lines: --all"]
+    return [*head[: HEIGHT - 1 - len(changes)], *changes, _CLOSING]
+
+
+def _all_lines(found: Parity, level: float) -> list[str]:
+    head = [found.sentence, "", f"A: {found.first}", f"B: {found.second}"]
+    head += [f"only one run has: {', '.join(found.left_out)}"] if found.left_out else []
+    numbers = [f"{name:22}{value}" for name, value in _numbers(found)]
+    causes = [f"also: {cause.name}: {cause.evidence}" for cause in found.causes[1:]]
+    return [*head, "", *numbers, "", *causes, *_changes(found.changes, level, None)]
 
 
 def _numbers(found: Parity) -> Iterator[tuple[str, str]]:
@@ -77,19 +87,16 @@ def _counted(one: Counted) -> str:
     )
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 2]} …"
-
-
-def _changes(changes: list[Change], level: float) -> Iterator[str]:
-    shown = [change for change in changes if change.metric in _METRICS and not math.isnan(change.difference.value)]
+def _changes(changes: list[Change], level: float, metrics: tuple[str, ...] | None = _METRICS) -> Iterator[str]:
+    asked = [change for change in changes if metrics is None or change.metric in metrics]
+    shown = [change for change in asked if not math.isnan(change.difference.value)]
     if shown:
         yield f"{'B less A':22}{'A':>9}{'B':>9}{'B - A':>10}  {100 * level:g} % interval by image"
     task = ""
     for change in shown:
         if change.task != task:
             task = change.task
-            yield task[:_WIDTH]
+            yield cut(task)
         d = change.difference
         ends = "" if math.isnan(d.low) else f"  [{d.low:+z.4f}, {d.high:+z.4f}]"
         yield f"  {change.metric:20}{change.first:z9.4f}{change.second:z9.4f}{d.value:+z10.4f}{ends}"

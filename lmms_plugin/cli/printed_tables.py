@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lmms_plugin.analysis.component_importance import MEASURES, ComponentSensitivity
+from lmms_plugin.analysis.component_importance import ENOUGH_R2, MEASURES, ComponentSensitivity
 from lmms_plugin.selector.features import LAST_LAYER
 from lmms_plugin.selector.shift_strength import SCORES, Strength
 
@@ -21,7 +21,7 @@ def sensitivity_table(found: ComponentSensitivity) -> Table:
     shown = Table(
         title=found.grid.name,
         caption=f"Grid: {found.grid.described()}.\nR² of the forest on unseen runs: {found.r2:.2f}."
-        + ("" if found.r2 > 0.5 else " Too low for its importances to mean much."),
+        + ("" if found.r2 > ENOUGH_R2 else " Too low for its importances to mean much."),
     )
     shown.add_column("component", no_wrap=True)
     for heading in (*MEASURES, "consensus", "95 % interval"):

@@ -8,6 +8,7 @@ import typer
 
 from lmms_plugin.cli.terminal import Working, console
 from lmms_plugin.utils.outputs import expect_folder
+from lmms_plugin.utils.reading.located import load
 
 app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (docs/studies.md).")]
@@ -17,9 +18,13 @@ StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (doc
 def plan_study(
     file: StudyFile,
     output: Annotated[Path | None, typer.Option(help="Folder of the study: what is done there, what it took.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print every cell.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Print the cells of a study, which of them are done, and the expected cost of the rest. Nothing is run."""
+    """Print the grid of a study, what of it is done, and the expected cost of the rest. Nothing is run."""
+    # A file that is none is refused before seconds of imports, here and below.
+    load(file)
+    from lmms_plugin.cli.screens.plan_screen import plan_screen
     from lmms_plugin.cli.study_display import plan_table
     from lmms_plugin.study.file.reading import read
     from lmms_plugin.study.run import planning
@@ -29,9 +34,12 @@ def plan_study(
     if json:
         typer.echo(dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
         return
-    console().print(plan_table(found))
     for line in planning.damages(found):
         typer.echo(line, err=True)
+    if not everything:
+        typer.echo(plan_screen(found))
+        return
+    console().print(plan_table(found))
     typer.echo(planning.summary(found))
 
 
@@ -50,6 +58,7 @@ def run_study(
     ] = None,
 ) -> None:
     """Run the missing cells of a study, each as an lmms-eval process of its own."""
+    load(file)
     from lmms_plugin.analysis.study_files import FAILURES, LOG
     from lmms_plugin.cli.study_display import Display
     from lmms_plugin.study.run import execution, planning
@@ -88,11 +97,19 @@ def analyse_study(
         Path | None, typer.Option(metavar="FILE", help="Study file with another analysis; by default the one as run.")
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Analyse what is there though cells are missing.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Print every finding and table.")] = False,
 ) -> None:
     """Repeat the analysis that the study file asks for on all finished cells, whatever version of the code ran them."""
+    if file is not None:
+        load(file)
+    from lmms_plugin.analysis.study_files import VERDICT_IN_WORDS
+    from lmms_plugin.cli.screens.verdict_screen import verdict_screen
     from lmms_plugin.study.verdicts import completeness, conclusions
 
     with Working("analysing"):
         found = completeness.analyse(folder, file, partial=partial)
+    if not everything:
+        typer.echo(verdict_screen(found, folder / VERDICT_IN_WORDS))
+        return
     for one in found:
         typer.echo(conclusions.markdown(one))

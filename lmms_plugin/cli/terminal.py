@@ -14,18 +14,27 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 T = TypeVar("T")
-_WIDTH = 160
+_WIDTH, _UNLIMITED = 160, 1000
 _END = object()
 
 
-def console() -> Console:
+def console(*tables: RenderableType) -> Console:
     """Return a console on standard output that prints `[/x]` and `:x:` literally.
 
     Tables in a file or a pipe are not cut to the assumed width of 80 columns.
+
+    Args:
+        tables: Tables that it is at least as wide as.
     """
+    own = _console(None if sys.stdout.isatty() else _WIDTH)
+    needed = max((_console(_UNLIMITED).measure(table).maximum for table in tables), default=0)
+    return _console(needed) if needed > own.width else own
+
+
+def _console(width: int | None) -> Console:
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    return Console(markup=False, emoji=False, highlight=False, width=width)
 
 
 def write_anything() -> None:

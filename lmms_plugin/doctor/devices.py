@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as functional
 
 from lmms_plugin.doctor.rows import DiagnosisRow, ok, warn
-from lmms_plugin.quant_backends.layers.kernel_choice import AGREEMENT, attempt
+from lmms_plugin.quant_backends.layers.kernel_choice import AGREEMENT, KERNELS, attempt
 from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel, arithmetic_dtype, default_dtype
-from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
 from lmms_plugin.quant_backends.layers.wide_products import WideProducts
 from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
@@ -73,7 +72,7 @@ def _kernels(device: str) -> Iterator[DiagnosisRow]:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(_ROWS, _COLUMNS, generator=generator).to(device)
     any_kernel = False
-    for kind in NATIVE_KERNELS:
+    for kind in KERNELS:
         right, faults = _tried(kind, dense)
         any_kernel |= bool(right)
         if right:

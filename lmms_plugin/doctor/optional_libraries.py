@@ -7,10 +7,14 @@ import platform
 from collections.abc import Iterator
 from importlib import metadata
 
+import torch
 from packaging.utils import canonicalize_name
 
 from lmms_plugin.doctor.packages import OURS, bounds, explained, installed, mending, unmet
 from lmms_plugin.doctor.rows import DiagnosisRow, fail, ok, warn
+
+_OF_GPUS = frozenset({"gemlite"})
+"""Extras whose libraries ask for a GPU when they are imported."""
 
 DEVELOPMENT = frozenset({"dev", "docs"})
 
@@ -39,6 +43,9 @@ def check_extra(extra: str) -> Iterator[DiagnosisRow]:
     for name, several in problems.items():
         yield fail(check, explained(several), mending(name, found))
     if problems:
+        return
+    if extra in _OF_GPUS and not torch.cuda.is_available():
+        yield ok(check, f"{', '.join(str(bound.found) for bound in direct)} is there, and needs a GPU to be imported")
         return
     names = {canonicalize_name(bound.requirement.name) for bound in direct}
     for top, owners in metadata.packages_distributions().items():

@@ -12,9 +12,11 @@ from torch import nn
 from lmms_plugin.quant_backends.checkpoints.forms import COMPRESSED_TENSORS
 from lmms_plugin.quant_backends.checkpoints.saving import Saved, save_quantized
 from lmms_plugin.quant_backends.checkpoints.scaled_layouts import LAYOUTS
+from lmms_plugin.quant_backends.checkpoints.several_schemes import MIXED
 from lmms_plugin.quant_backends.methods.format_options import FormatBackend
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.structure.components import components
+from lmms_plugin.quant_backends.structure.roles import find_places
 from lmms_plugin.quantize import Asked
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.messages import command_line
@@ -62,7 +64,7 @@ def readers(saved: Saved, folder: Path) -> Iterator[str]:
 
 
 def _vllm(saved: Saved) -> str:
-    if saved.layout in LAYOUTS:
+    if saved.layout in (*LAYOUTS, MIXED):
         return f"by its format, {saved.layout}, if it knows the architecture (docs/formats.md says what was run)"
     odd = [bits for bits in saved.bits if bits not in VLLM_BITS]
     groups = [size for size in saved.group_sizes if size not in (*VLLM_GROUPS, None)]
@@ -82,11 +84,12 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 def _expect_whole_rows(asked: Asked) -> None:
     """Refuse integers with rounded inputs in any form but that of W8A8."""
-    backend = asked.backend
-    if not isinstance(backend, FormatBackend) or backend.rounding is None or backend.stored is not None:
-        return
-    for spec in map(backend.spec_of, asked.plan.specs):
-        if spec != QuantSpec(8, None, True):
+    for spec in asked.plan.specs:
+        backend = asked.backend.for_spec(spec)
+        if not isinstance(backend, FormatBackend) or backend.rounding is None or backend.stored is not None:
+            continue
+        asks = backend.spec_of(spec)
+        if (asks.bits, asks.group_size, asks.symmetric) != (8, None, True):
             raise ValueError(
                 f"{COMPRESSED_TENSORS} holds integers with {backend.rounding.label} only with a scale per row: it takes"
                 " bits=8,group_size=-1,symmetric=True"
@@ -98,9 +101,11 @@ def _expect_whole_groups(asked: Asked) -> None:
     model = _without_weights(asked)
     if model is None:
         return
-    for name, component in components(model).items():
+    found = components(model)
+    places = find_places(model, found)
+    for name, component in found.items():
         layer = model.get_submodule(name)
-        spec = asked.plan.spec_for(name, component)
+        spec = asked.plan.spec_for(name, component, places.get(name))
         if not isinstance(layer, nn.Linear) or spec is None:
             continue
         size = _group_of(asked, spec)
@@ -113,7 +118,7 @@ def _expect_whole_groups(asked: Asked) -> None:
 
 def _group_of(asked: Asked, spec: QuantSpec) -> int | None:
     """Return the columns that share a scale and have to divide a width; None for whole rows, and squares."""
-    backend = asked.backend
+    backend = asked.backend.for_spec(spec)
     if isinstance(backend, FormatBackend) and backend.stored is not None:
         return backend.stored.block[1] if backend.stored.block[0] == 1 else None
     return spec.group_size

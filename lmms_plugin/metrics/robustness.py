@@ -29,9 +29,12 @@ def corruption_errors(error: npt.ArrayLike, reference: npt.ArrayLike) -> Floats:
 def mean_corruption_error(error: npt.ArrayLike, reference: npt.ArrayLike) -> float:
     """Mean of `corruption_errors` over the given shifts; 1 for as many errors as the reference.
 
-    The mCE of ImageNet-C is this over its fifteen corruptions with AlexNet as the reference.
+    The mCE of ImageNet-C is this over its fifteen corruptions with AlexNet as the reference. NaN where the ratios of
+    some shifts are ∞ and those of others −∞, which have no mean: the reference loses nothing to them.
     """
-    return float(corruption_errors(error, reference).mean())
+    ratios = corruption_errors(error, reference)
+    endless = np.sign(ratios[np.isinf(ratios)])
+    return float("nan") if np.unique(endless).size > 1 else float(ratios.mean())
 
 
 def relative_mean_corruption_error(

@@ -18,8 +18,8 @@ import numpy as np
 
 from lmms_plugin import demo
 from lmms_plugin.analysis import logs
-from lmms_plugin.analysis.groups import CLEAN, Task
-from lmms_plugin.analysis.records import GROUNDING
+from lmms_plugin.analysis.groups import Task
+from lmms_plugin.analysis.records import CLEAN, GROUNDING
 from lmms_plugin.report.figures.drawing import label
 from lmms_plugin.report.numbers.results_folder import ReportedRun
 from lmms_plugin.report.numbers.summary import Line, Scope, Summary, series

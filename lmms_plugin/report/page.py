@@ -17,7 +17,7 @@ from lmms_plugin.analysis.study_files import VERDICT, VERDICT_IN_WORDS
 from lmms_plugin.report.figures import inlined
 from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
-from lmms_plugin.report.numbers import contents
+from lmms_plugin.report.numbers import contents, lost_numbers
 from lmms_plugin.report.numbers.summary import Summary
 from lmms_plugin.report.numbers.tables import Column, ReportTable, TableCell
 from lmms_plugin.utils.messages import command_line, counted
@@ -103,6 +103,7 @@ def render(
         script=Markup(_read(_SCRIPT)),
         tones={**SURFACES, **TONES},
         verdict=verdict,
+        told=list(lost_numbers.sentences(summary)),
         summary=summary,
         counted=counted,
         warnings=list(warnings(summary)),

@@ -9,8 +9,8 @@ from typing import Any
 
 from lmms_plugin.utils.reading.readable import readable
 
-_TIMEOUT = 10.0
-"""Seconds to wait for an answer of the hub."""
+_TIMEOUT = 5.0
+"""Seconds to wait for an answer of the hub; twice that, and the start of lmms-eval, are to stay below 20."""
 _REMEDIES = "name a folder that holds the checkpoint, set HF_HOME to a cache that does, or try pretrained=demo"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 PREFIX = "LMMS_PLUGIN_"
 
 CACHE = f"{PREFIX}CACHE"
-"""Folder of unfinished calibrations and of converted checkpoints; if set to an empty text, none is kept."""
+"""Folder of unfinished calibrations, converted checkpoints and measured runs; if set to an empty text, none is kept."""
 
 API_KEY = f"{PREFIX}API_KEY"
 """Key of a server that `quant_served` asks, unless its arguments name another variable; never shown."""

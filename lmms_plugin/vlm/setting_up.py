@@ -57,11 +57,7 @@ def responder_of(
         ValueError: The model can do neither, or does not support the requested use of hidden states.
     """
     if is_matcher(model):
-        named = f"{arguments.pretrained} is a retrieval checkpoint"
-        if wanted:
-            raise ValueError(f"features, selector: {named}, which writes no answers")
-        if cache_quantizer:
-            raise ValueError(f"kv_bits: {named}, which caches nothing")
+        expect_uses(arguments, hidden_states=wanted is not None)
         matcher = Matcher(model, chat.processor, arguments.batch_size or AT_ONCE)
         return Retrieval(matcher, reader, str(arguments.pretrained), processes)
     engine = LocalEngine.of(
@@ -78,6 +74,23 @@ def responder_of(
         spell=chat.spell,
     )
     return Generation(engine, assembler, verbalised=arguments.verbalised, shows_progress=speaks)
+
+
+def expect_uses(arguments: ModelArguments, *, hidden_states: bool) -> None:
+    """Refuse what a retrieval checkpoint cannot do.
+
+    Args:
+        arguments: Arguments of the model.
+        hidden_states: Whether a use of hidden states is requested.
+
+    Raises:
+        ValueError: One of the arguments asks for it.
+    """
+    named = f"{arguments.pretrained} is a retrieval checkpoint"
+    if hidden_states:
+        raise ValueError(f"features, selector: {named}, which writes no answers")
+    if arguments.cache_spec is not None:
+        raise ValueError(f"kv_bits: {named}, which caches nothing")
 
 
 def device_of(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:

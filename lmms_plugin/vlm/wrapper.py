@@ -10,10 +10,10 @@ bfloat16 two nearly equal tokens can change places, and then batch_size=1,share_
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate import Accelerator
 from loguru import logger
@@ -22,15 +22,21 @@ from lmms_plugin.arguments import ModelArguments, expect_effect
 from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.quant_backends import class_name, get, names, option_types
 from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
-from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
+from lmms_plugin.quant_backends.checkpoints.loading import hold_weights, prepare
 from lmms_plugin.quant_backends.checkpoints.saving import save_quantized
 from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
+from lmms_plugin.vlm.contracts.responding import Responder
 from lmms_plugin.vlm.engine_facts import model_facts, prompting_facts
 from lmms_plugin.vlm.generation.observer import Wanted
 from lmms_plugin.vlm.harness_model import HarnessModel
 from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer, expect_plain_cache
-from lmms_plugin.vlm.setting_up import chat_of, device_of, dtype_of, responder_of
+from lmms_plugin.vlm.setting_up import chat_of, device_of, dtype_of, expect_uses, responder_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 
 _PASSED_ON = (
     *("device_map", "attn_implementation", "trust_remote_code", "use_safetensors"),
@@ -42,43 +48,44 @@ _PASSED_ON = (
 class QuantizedVLM(HarnessModel):
     """Quantized vision-language model as lmms-eval runs it.
 
+    Weights are read at the first request, or when one looks at `model`, `report` or `cache_quantizer`.
+
     Attributes:
         method: Name of the quantization backend.
-        model: Hugging Face model.
-        report: Account of what was quantized and what was not; it stays when the model is freed.
-        cache_quantizer: Maker of quantized caches; None for caches as the model has them.
+        arguments: Arguments as given.
+        chat: Processor of the checkpoint.
+        reader: Reader of lmms-eval's messages.
     """
 
     method: ClassVar[str] = "none"
 
     def __init__(self, **arguments: Any) -> None:
-        """Load and quantize a checkpoint.
+        """Check arguments and checkpoint, and read everything of it but its weights.
 
         Args:
             **arguments: Arguments, see `ModelArguments`.
 
         Raises:
-            ValueError: An argument is unknown or its value impossible, before anything is loaded.
+            ValueError: An argument is unknown, its value impossible, or it does not fit the checkpoint, which may also
+                be out of reach.
             FileNotFoundError: The checkpoint does not exist.
         """
         super().__init__()
         self.arguments = ModelArguments.parse(arguments, option_types(self.method))
         backend = get(self.method, **self.arguments.options)
         expect_effect(arguments, backend)
-        if self.arguments.save_quantized:
-            expect_storable(backend)
-        plan = self.arguments.quant_plan(backend.default_bits)
+        plan = self._plan(backend)
         calibration = self.arguments.calibration_spec(backend.default_samples)
-        wanted = Wanted.read(self.arguments, backend)
-        path = self.arguments.find_checkpoint()
+        self._wanted = Wanted.read(self.arguments, backend)
+        self._path = self.arguments.find_checkpoint()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = device_of(self.arguments, self.accelerator)
-        self._expect_plain_cache(path)
-        self.chat, self.reader = chat_of(path, self.arguments)
+        self._expect_plain_cache()
+        self.chat, self.reader = chat_of(self._path, self.arguments)
         self._expect_second_turn()
-        self.model, _, self.report = load_quantized(
-            path,
+        self._preparation = prepare(
+            self._path,
             backend=backend,
             plan=plan,
             calibration=calibration,
@@ -87,20 +94,50 @@ class QuantizedVLM(HarnessModel):
             processor=self.chat.processor,
             **{name: getattr(self.arguments, name) for name in _PASSED_ON},
         )
-        cache_spec = self.arguments.cache_spec
-        self.cache_quantizer = None if cache_spec is None else CacheQuantizer.of(self.model, cache_spec)
-        self.responder = responder_of(
+        if self._preparation.writes_nothing:
+            expect_uses(self.arguments, hidden_states=self._wanted is not None)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """Return the Hugging Face model."""
+        model, _, report = self._preparation.load()
+        self.report = hold_weights(model, report, self.arguments.storage, processes=self.world_size)
+        # Calibration samples may be photographs.
+        del self._preparation
+        return model
+
+    @cached_property
+    def report(self) -> QuantReport:
+        """Return the account of what was quantized and what was not; it stays when the model is freed."""
+        _ = self.model
+        report: QuantReport = vars(self)["report"]
+        return report
+
+    @cached_property
+    def cache_quantizer(self) -> CacheQuantizer | None:
+        """Return the maker of quantized caches; None for caches as the model has them."""
+        spec = self.arguments.cache_spec
+        return None if spec is None else CacheQuantizer.of(self.model, spec)
+
+    def make_responder(self) -> Responder:
+        """Load and quantize the model, and write report and checkpoint where the user asks for them.
+
+        Raises:
+            ValueError: As `Preparation.load`, or the model cannot be asked as the arguments say.
+        """
+        responder = responder_of(
             self.model,
             self.chat,
             self.reader,
             arguments=self.arguments,
-            wanted=wanted,
+            wanted=self._wanted,
             cache_quantizer=self.cache_quantizer,
             rank=self.rank,
             processes=self.world_size,
-            facts=self._facts(path),
+            facts=self._facts(),
         )
         self._account()
+        return responder
 
     def _expect_second_turn(self) -> None:
         if self.arguments.verbalised and (self.reader.raw or self.dialect.raw_prompt):
@@ -108,18 +145,26 @@ class QuantizedVLM(HarnessModel):
                 f"verbalised: {self.arguments.pretrained} is asked without chat template, and knows no second turn"
             )
 
-    def _expect_plain_cache(self, path: str) -> None:
+    def _expect_plain_cache(self) -> None:
         if (spec := self.arguments.cache_spec) is not None:
-            config = config_of(path, trust_remote_code=self.arguments.trust_remote_code)
+            config = config_of(self._path, trust_remote_code=self.arguments.trust_remote_code)
             expect_plain_cache(config, spec, self.arguments.pretrained)
 
-    def _facts(self, path: str) -> dict[str, str]:
+    def _plan(self, backend: Any) -> Any:
+        """Return the plan of what to quantize, if the model can then be held and saved as asked."""
+        if self.arguments.save_quantized:
+            expect_storable(backend)
+        plan = self.arguments.quant_plan(backend.default_bits)
+        backend.check_storage(self.arguments.storage, plan)
+        return plan
+
+    def _facts(self) -> dict[str, str]:
         """Return the facts that decide the answers, for a comparison with another engine."""
         stored = self.method in ("none", "prequantized")
         bits = "" if stored else str(self.arguments.bits or get(self.method).default_bits)
         return prompting_facts(self.chat, self.arguments) | model_facts(
             checkpoint=str(self.arguments.pretrained),
-            path=path,
+            path=self._path,
             dtype=str(self.model.dtype),
             quantization=f"{self.method} {bits}".strip(),
             software=f"transformers {version('transformers')}",
@@ -127,15 +172,16 @@ class QuantizedVLM(HarnessModel):
 
     def _account(self) -> None:
         """Log the quantization report, and write report and checkpoint where the user asks for them."""
+        report = self.report
         if self.rank != 0:
             return
-        logger.info("{}\n{}", self.arguments.pretrained, self.report.table())
+        logger.info("{}\n{}", self.arguments.pretrained, report.table())
         if self.arguments.report:
             account = Path(self.arguments.report).expanduser()
             account.parent.mkdir(parents=True, exist_ok=True)
-            files.replace_text(account, self.report.to_json())
+            files.replace_text(account, report.to_json())
         if self.arguments.save_quantized:
-            saved = save_quantized(self.model, self.chat.processor, self.report, self.arguments.save_quantized)
+            saved = save_quantized(self.model, self.chat.processor, report, self.arguments.save_quantized)
             logger.info("Saved to {}: {}", self.arguments.save_quantized, saved)
 
     @property

@@ -14,6 +14,7 @@ from lmms_plugin.quant_backends.calibration.inputs import build_batches
 from lmms_plugin.quant_backends.calibration.sources import ALLOW, CalibrationSpec
 from lmms_plugin.quant_backends.structure.components import dense_linear
 from lmms_plugin.quant_backends.structure.experts import SplitExperts, split_experts
+from lmms_plugin.quant_backends.structure.telling import tell_modalities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,7 @@ class _ErrorSums:
 
 @torch.no_grad()
 def output_errors(
-    dense: nn.Module, quantized: nn.Module, names: Iterable[str], batches: Sequence[Mapping[str, Any]]
+    dense: PreTrainedModel, quantized: nn.Module, names: Iterable[str], batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, float | None]:
     """Return ‖Y − Ŷ‖ / ‖Y‖ of layers, with the dense model's activations as inputs.
 
@@ -55,7 +56,10 @@ def output_errors(
     """
     sums = {name: _ErrorSums(quantized.get_submodule(name)) for name in names}
     split_experts(dense, [name for name, module in quantized.named_modules() if isinstance(module, SplitExperts)])
+    rounds = (getattr(quantized.get_submodule(name), "rounding", None) for name in sums)
     with ExitStack() as hooks:
+        if any(one is not None and one.by_modality for one in rounds):
+            hooks.enter_context(tell_modalities(dense))
         for name, sum_of_layer in sums.items():
             handle = dense_linear(dense, name).register_forward_hook(sum_of_layer)
             hooks.callback(handle.remove)

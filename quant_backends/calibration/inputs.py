@@ -24,6 +24,7 @@ from lmms_plugin.quant_backends.layers.wide_products import WideProducts
 from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport
 from lmms_plugin.quant_backends.statistics import ROLES, TOKEN_ROLES, WEIGHED
 from lmms_plugin.utils.end_tokens import end_tokens
+from lmms_plugin.utils.image_positions import image_positions, image_token_of
 from lmms_plugin.utils.messages import counted
 
 if TYPE_CHECKING:
@@ -400,7 +401,7 @@ def token_roles(answered: Mapping[str, Any], asked: Mapping[str, Any], config: A
     """
     ids = answered["input_ids"][0]
     marked = answered.get("mm_token_type_ids")
-    image = ids == config.image_token_id if marked is None else marked[0] == 1
+    image = image_positions(ids, image_token_of(config), None if marked is None else marked[0])
     common = min(len(ids), asked["input_ids"].shape[1])
     differing = (ids[:common] != asked["input_ids"][0, :common]).nonzero()
     start = int(differing[0]) if len(differing) else common

@@ -12,6 +12,7 @@ dense block before it is quantized.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lmms_plugin.quant_backends.backend import CalibratedBackend
+from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
 from lmms_plugin.quant_backends.calibration.capture import Gathering, Groups, Note, Sharing, chunks, observe, watching
 from lmms_plugin.quant_backends.calibration.gradients import (
     measure_sensitivities,
@@ -34,8 +35,15 @@ from lmms_plugin.quant_backends.calibration.gradients import (
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
 from lmms_plugin.quant_backends.calibration.memory import Residence, Shelf, return_freed_memory, statistics_budget
 from lmms_plugin.quant_backends.calibration.suspension import Suspended, SuspendedCall, doors, in_a_pass
+from lmms_plugin.quant_backends.layers.modalities import reading
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
-from lmms_plugin.quant_backends.statistics import TOKEN_ROLES, InputStatistics, Sensitivity, held_back_rows
+from lmms_plugin.quant_backends.statistics import (
+    TOKEN_ROLES,
+    InputStatistics,
+    Sensitivity,
+    held_back_rows,
+    is_image_role,
+)
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.components import dense_linear, expect_finite
 from lmms_plugin.quant_backends.structure.experts import expert_of
@@ -78,6 +86,7 @@ class SampleState:
         suspended: Suspended pass; None where the model is one block, which it enters with `inputs`.
         inputs: Keyword arguments of the model.
         weights: Layer -> weight of each position; empty where tokens are not weighed.
+        is_image: (1, positions) which positions are image tokens; None where no role is needed.
         is_dense: Whether it passes through dense blocks alone, as the twin of another sample.
     """
 
@@ -86,6 +95,7 @@ class SampleState:
     inputs: Mapping[str, Any]
     suspended: Suspended | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    is_image: Tensor | None = None
     is_dense: bool = False
 
     @property
@@ -166,7 +176,8 @@ class SequentialQuantizer:
     def _sample(self, index: int, batch: Mapping[str, Any]) -> SampleState:
         inputs = {key: value for key, value in batch.items() if key != TOKEN_ROLES}
         roles = dict.fromkeys(self.of_sequence, batch[TOKEN_ROLES]) if TOKEN_ROLES in batch else {}
-        return SampleState(index, roles, inputs)
+        is_image = is_image_role(batch[TOKEN_ROLES]).unsqueeze(0) if TOKEN_ROLES in batch else None
+        return SampleState(index, roles, inputs, is_image=is_image)
 
     def _twin(self, index: int, batch: Mapping[str, Any]) -> SampleState:
         twin = self._sample(self._count + index, batch)
@@ -250,7 +261,9 @@ class SequentialQuantizer:
         call = sample.call
         if call is None:
             raise RuntimeError(f"calibration sample {sample.index} waits for no block")
-        output = observe(self.model, names, forward, call, note)
+        # Quantized blocks, through which sequential methods pass samples, may round inputs by modality.
+        with reading(sample.is_image):
+            output = observe(self.model, names, forward, call, note)
         if onward:
             del call
             self._onward(sample, output)
@@ -358,12 +371,25 @@ class SequentialQuantizer:
                 self._note_rows(statistics)
                 statistics.sensitivity = self._sensitivities.get(statistics.names[0])
                 dense = [dense_linear(self.model, name) for name in statistics.names]
-                found = self.backend.solve(dense, [self.specs[name] for name in statistics.names], statistics)
+                found = self._solved_by_format(dense, statistics)
                 solved |= {
                     name: Solved(layer, statistics.output_error(linear.weight, layer), method, plain_rows)
                     for name, linear, (layer, method, plain_rows) in zip(statistics.names, dense, found, strict=True)
                 }
         return solved
+
+    def _solved_by_format(self, dense: Sequence[nn.Linear], statistics: InputStatistics) -> list[Solution]:
+        """Return the solutions of layers that share their inputs, those of each format solved together."""
+        backends = [self.backend.for_spec(self.specs[name]) for name in statistics.names]
+        found: dict[int, Solution] = {}
+        for backend in dict.fromkeys(backends):
+            places = [place for place, own in enumerate(backends) if own == backend]
+            names = tuple(statistics.names[place] for place in places)
+            # The sums are those of the shared inputs whatever the layers.
+            part = dataclasses.replace(statistics, names=names)
+            solutions = backend.solve([dense[place] for place in places], [self.specs[name] for name in names], part)
+            found |= dict(zip(places, solutions, strict=True))
+        return [found[place] for place in range(len(dense))]
 
     def _gather(
         self,
@@ -403,7 +429,8 @@ class SequentialQuantizer:
     def _without_inputs(self, name: str) -> Solved:
         dense = dense_linear(self.model, name)
         expect_finite(name, dense.weight)
-        layer = self.backend.without_inputs(dense, self.specs[name])
+        spec = self.specs[name]
+        layer = self.backend.for_spec(spec).without_inputs(dense, spec)
         return Solved(layer, None, f"{self.backend.name}, {UNCALIBRATED}")
 
     def _pass_on(self, forward: Callable[..., Any], samples: Sequence[SampleState]) -> None:

@@ -7,8 +7,8 @@ tensors is defined in `lmms_plugin.quant_backends.checkpoints.compressors`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -35,11 +35,30 @@ DTYPES = FLOATS | INTEGERS | SMALL_FLOATS | {"BOOL": torch.bool}
 """As safetensors writes them."""
 
 
+class StoredLayers(Protocol):
+    """Formats of a checkpoint's layers: one for all (`StoredFormat`), or one for each."""
+
+    @property
+    def label(self) -> str:
+        """Return the name in reports."""
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Return all tensors that a quantized layer may have besides the bias."""
+
+    @property
+    def markers(self) -> frozenset[str]:
+        """Return the tensors of which a quantized layer has at least one."""
+
+    def of_layer(self, names: Sequence[str], dense: nn.Module) -> StoredFormat:
+        """Return the format of one layer, given its names in the checkpoint and in the model."""
+
+
 @register_quantization_config(QUANT_METHOD)
 class ArrivalConfig(QuantizationConfigMixin):
     """Quantization config that carries the format of a checkpoint through ``from_pretrained``."""
 
-    def __init__(self, stored: StoredFormat) -> None:
+    def __init__(self, stored: StoredLayers) -> None:
         self.quant_method = QUANT_METHOD
         self.stored = stored
 
@@ -54,10 +73,12 @@ class ArrivingLinear(nn.Module):
     Args:
         dense: Dense layer of the model.
         tensors: Name -> empty tensor for it.
+        stored: Format that they are stored in.
     """
 
-    def __init__(self, dense: nn.Linear, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, dense: nn.Linear, tensors: Mapping[str, Tensor], stored: StoredFormat) -> None:
         super().__init__()
+        self.stored = stored
         self.in_features, self.out_features = dense.in_features, dense.out_features
         # transformers initialises the weights of blocks that it misses; a layout without one gets an empty one.
         empty = {} if "weight" in tensors else {"weight": torch.empty(dense.weight.shape, device="meta")}
@@ -102,7 +123,7 @@ class ArrivalQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: ArrivalConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.stored: StoredFormat = quantization_config.stored
+        self.stored: StoredLayers = quantization_config.stored
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Iterable[str] = (), **kwargs: Any
@@ -110,14 +131,18 @@ class ArrivalQuantizer(HfQuantizer):
         found = _find(model, self.stored, checkpoint_files)
         if not found:
             raise ValueError(
-                f"its config says {self.stored.label}, but no file holds a tensor called {self.stored.marker}: nothing "
-                "in this checkpoint is quantized"
+                f"its config says {self.stored.label}, but no file holds a tensor called "
+                f"{' or '.join(sorted(self.stored.markers))}: nothing in this checkpoint is quantized"
             )
-        for name, tensors in found.items():
+        for name, (prefix, tensors) in found.items():
             dense = model.get_submodule(name)
             if not isinstance(dense, nn.Linear):
                 raise ValueError(f"{name} is stored quantized ({self.stored.label}), but is no nn.Linear: {dense}")
-            model.set_submodule(name, ArrivingLinear(dense, tensors))
+            own = self.stored.of_layer((prefix, name), dense)
+            if not own.markers & tensors.keys():
+                held, markers = (", ".join(sorted(names)) for names in (tensors, own.markers))
+                raise ValueError(f"{name} should be stored as {own.label}, with {markers}, but it holds {held}")
+            model.set_submodule(name, ArrivingLinear(dense, tensors, own))
             untie(model, name)
         return model
 
@@ -130,16 +155,17 @@ class ArrivalQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _packed(self, name: str, arrived: ArrivingLinear, dtype: torch.dtype) -> QuantizedLinear:
-        tensors = {key: value for key, value in arrived.named_buffers(recurse=False) if key in self.stored.tensors}
+        stored = arrived.stored
+        tensors = {key: value for key, value in arrived.named_buffers(recurse=False) if key in stored.tensors}
         try:
-            read = self.stored.read(tensors, arrived.in_features)
+            read = stored.read(tensors, arrived.in_features)
         except KeyError as error:
-            raise ValueError(f"{name} ({self.stored.label}): its {error.args[0]} is missing") from error
+            raise ValueError(f"{name} ({stored.label}): its {error.args[0]} is missing") from error
         except ValueError as error:
-            raise ValueError(f"{name} ({self.stored.label}): {error}") from error
+            raise ValueError(f"{name} ({stored.label}): {error}") from error
         rows = len(read.codes.codes)
         if rows != arrived.out_features:
-            raise ValueError(f"{name} ({self.stored.label}): has {rows} rows, the model wants {arrived.out_features}")
+            raise ValueError(f"{name} ({stored.label}): has {rows} rows, the model wants {arrived.out_features}")
         return _layer_of(read, arrived, dtype)
 
     def is_serializable(self) -> bool:
@@ -172,8 +198,8 @@ def _layer_of(read: StoredLinear, arrived: ArrivingLinear, dtype: torch.dtype) -
     return PackedLinear.from_codes(codes, spec, arrived.in_features, bias=arrived.bias)
 
 
-def _find(model: nn.Module, stored: StoredFormat, files: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Return module -> tensor name -> empty tensor, for every layer that the files hold in a known format."""
+def _find(model: nn.Module, stored: StoredLayers, files: Iterable[str]) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """Return module -> its name in the files, and tensor name -> empty tensor, for every layer in a known format."""
     placed = _Places(model)
     stored_as: dict[str, dict[str, Tensor]] = {}
     for file in files:
@@ -188,7 +214,7 @@ def _find(model: nn.Module, stored: StoredFormat, files: Iterable[str]) -> dict[
                     stored_as.setdefault(prefix, {})[tensor] = empty
     # Dense layers have a weight, too, and no place is looked for on their behalf.
     quantized = {prefix: tensors for prefix, tensors in stored_as.items() if stored.markers & tensors.keys()}
-    return {placed.find(prefix): tensors for prefix, tensors in quantized.items()}
+    return {placed.find(prefix): (prefix, tensors) for prefix, tensors in quantized.items()}
 
 
 class _Places:

@@ -8,12 +8,12 @@ today).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes, columns_per_group
 from lmms_plugin.quant_backends.layers.format_linear import FormatCodes
@@ -75,6 +75,15 @@ class StoredFormat(ABC):
     def markers(self) -> frozenset[str]:
         """Return the tensors of which a layer in this format has at least one."""
         return frozenset({self.marker})
+
+    def of_layer(self, names: Sequence[str], dense: nn.Module) -> StoredFormat:
+        """Return the format of one layer: this one, since all have the same.
+
+        Args:
+            names: Its names, in the checkpoint and in the model.
+            dense: Layer of the model.
+        """
+        return self
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> StoredLinear:
@@ -237,7 +246,7 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat | None:
     method = config.get("quant_method")
     if method == "compressed-tensors" and config.get("format") == "pack-quantized":
         groups = list((config.get("config_groups") or {}).values())
-        if not groups or not all(_packs_weights_alone(group) for group in groups):
+        if not groups or not all(packs_weights_alone(group) for group in groups):
             return None
         return CompressedTensors(method, frozenset(_scheme(group["weights"]) for group in groups))
     packing = str(config.get("packing_format", ""))
@@ -260,7 +269,18 @@ def quantization_of(config: Any) -> dict[str, Any]:
     return {}
 
 
-def _packs_weights_alone(group: Any) -> bool:
+def stored_integers(group: Mapping[str, Any]) -> StoredFormat | None:
+    """Return the format of one config group in ``pack-quantized``; None if it rounds inputs or is none of integers.
+
+    Raises:
+        ValueError: It names no group size where one is needed.
+    """
+    named = frozenset({_scheme(group["weights"])}) if packs_weights_alone(group) else None
+    return None if named is None else CompressedTensors("compressed-tensors", named)
+
+
+def packs_weights_alone(group: Any) -> bool:
+    """Return whether a config group has integer weights, and inputs as they are."""
     weights = group.get("weights") if isinstance(group, Mapping) else None
     return (
         isinstance(weights, Mapping)

@@ -16,6 +16,7 @@ from lmms_plugin.quant_backends.backend import CheckpointBackend, LoadedCheckpoi
 from lmms_plugin.quant_backends.checkpoints.arrival import ArrivalConfig
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of, stored_format
 from lmms_plugin.quant_backends.checkpoints.scaled_layouts import scaled_format
+from lmms_plugin.quant_backends.checkpoints.several_schemes import SeveralSchemes, several_schemes
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.quant_backends.layers.library import TensorLinear
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
@@ -72,8 +73,10 @@ class PrequantizedBackend(CheckpointBackend):
                 f"{path} is not quantized: its config has no quantization_config; use quant_none, quant_rtn, ..."
             )
         method = str(quantization.get("quant_method"))
-        label = f"{method}, KV scheme not taken" if leaves_cache(quantization) else method
-        extra = _prepare(path, config, quantization)
+        several = several_schemes(quantization)
+        label = method if several is None else several.label
+        label = f"{label}, KV scheme not taken" if leaves_cache(quantization) else label
+        extra = _prepare(path, config, quantization, several)
         model, info = class_of(config).from_pretrained(
             path, config=config, output_loading_info=True, **options, **extra
         )
@@ -111,13 +114,13 @@ def _why_dense(quantization: Mapping[str, Any]) -> str:
     return f"{name} runs dense: values are rounded, {missing}"
 
 
-def _prepare(path: str, config: Any, quantization: Mapping[str, Any]) -> dict[str, Any]:
+def _prepare(path: str, config: Any, quantization: Mapping[str, Any], several: SeveralSchemes | None) -> dict[str, Any]:
     """Return further keyword arguments for ``from_pretrained``, and remove from `config` what would mislead it."""
     method = quantization.get("quant_method")
     turned = next((key for key in ROTATIONS if quantization.get(key)), None)
     if turned is not None:
         raise ValueError(f"{path} ({method}) rotates inputs before its layers ({turned}), which cannot be done here")
-    stored = scaled_format(quantization) or stored_format(quantization)
+    stored = several or scaled_format(quantization) or stored_format(quantization)
     if stored is not None:
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):

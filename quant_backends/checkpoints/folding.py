@@ -3,7 +3,8 @@
 A packed layer that multiplies its input by a vector s equals one that does not, after a layer that multiplies its
 output by s. Two kinds of layers can take s over: a norm, into its weight, if all layers that it feeds multiply by the
 same s; and a linear layer whose output is only multiplied elementwise on the way (the up projection of a gated MLP),
-into the scales of its rows. With powers of two nothing is rounded.
+into the scales of its rows. With powers of two nothing is rounded; where rows share scales, or a scale of 8 bits cannot
+hold the product, the layer keeps s.
 
 These layers are found by observation, not by names: which layer receives which tensor in a forward pass, and whether
 the module around them still gives the same output afterwards.
@@ -18,11 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lmms_plugin.quant_backends.formats.codec import E8M0_NAN
 from lmms_plugin.quant_backends.layers.codes import Codes
+from lmms_plugin.quant_backends.layers.format_linear import FormatCodes, FormatLinear
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
 
 Undo = Callable[[], None]
+ScaledLinear = PackedLinear | FormatLinear
+"""Layers that may multiply their inputs by a vector."""
 
 
 class ModuleCall(NamedTuple):
@@ -61,7 +66,7 @@ def fold(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_scaled(module: nn.Module) -> bool:
-    return isinstance(module, PackedLinear) and module.in_scale is not None
+    return isinstance(module, ScaledLinear) and module.in_scale is not None
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -128,7 +133,7 @@ def _into_norm(model: nn.Module, name: str, calls: Mapping[str, list[ModuleCall]
     """Fold the common scale of all layers after a norm into it; do nothing if they differ or the norm would round."""
     norm, made = model.get_submodule(name), calls[name]
     fed = [model.get_submodule(fed) for fed in _fed(model, made[0].output, calls)]
-    layers = [layer for layer in fed if isinstance(layer, PackedLinear) and layer.in_scale is not None]
+    layers = [layer for layer in fed if isinstance(layer, ScaledLinear) and layer.in_scale is not None]
     if len(made) != 1 or not layers or len(layers) != len(fed):
         return []
     scale: Any = layers[0].in_scale
@@ -154,7 +159,7 @@ def _into_norm(model: nn.Module, name: str, calls: Mapping[str, list[ModuleCall]
     return []
 
 
-def _same_scale(layer: PackedLinear, scale: Tensor) -> bool:
+def _same_scale(layer: ScaledLinear, scale: Tensor) -> bool:
     return layer.in_scale is not None and torch.equal(layer.in_scale, scale)
 
 
@@ -166,31 +171,52 @@ def _into_sibling(model: nn.Module, name: str, calls: Mapping[str, list[ModuleCa
     if len(made) != 1:
         return []
     for other, sibling in list(parent.named_children()):
-        if sibling is layer or not isinstance(sibling, PackedLinear):
+        if sibling is layer or not isinstance(sibling, ScaledLinear):
             continue
         for rows in _places(sibling, layer.in_features):
             undo = _scale_rows(parent, other, rows, layer)
+            if undo is None:
+                continue
             if _same_output(parent(*made[0].args, **made[0].kwargs), made[0].output):
                 return [undo]
             undo()
     return []
 
 
-def _places(sibling: PackedLinear, width: int) -> list[slice]:
+def _places(sibling: ScaledLinear, width: int) -> list[slice]:
     """Return the row ranges that may scale an input of this width; a layer may hold gate and values in one."""
     if sibling.out_features == width:
         return [slice(0, width)]
     return [slice(width, None), slice(0, width)] if sibling.out_features == 2 * width else []
 
 
-def _scale_rows(parent: nn.Module, name: str, rows: slice, behind: PackedLinear) -> Undo:
+def _scale_rows(parent: nn.Module, name: str, rows: slice, behind: ScaledLinear) -> Undo | None:
+    """Multiply rows of a layer by the scale of the one behind, which drops it; None where they cannot hold that."""
     former, scale = parent.get_submodule(name), behind.in_scale
-    assert isinstance(former, PackedLinear)
+    assert isinstance(former, ScaledLinear)
     assert scale is not None
     factor = torch.ones(former.out_features, dtype=scale.dtype, device=scale.device)
     factor[rows] = scale
-    codes = former.quantized
     bias = None if former.bias is None else nn.Parameter(former.bias * factor.to(former.bias), requires_grad=False)
+    changed: ScaledLinear | None
+    if isinstance(former, PackedLinear):
+        changed = _scaled_packed(former, factor, bias)
+    else:
+        changed = _scaled_format(former, factor, bias)
+    if changed is None:
+        return None
+    setattr(parent, name, changed)
+    behind.in_scale = None
+
+    def undo() -> None:
+        setattr(parent, name, former)
+        behind.in_scale = scale
+
+    return undo
+
+
+def _scaled_packed(former: PackedLinear, factor: Tensor, bias: nn.Parameter | None) -> PackedLinear:
+    codes = former.quantized
     changed = type(former).from_codes(
         Codes(codes.codes, codes.scale * factor.unsqueeze(1), codes.zero_point),
         former.spec,
@@ -201,14 +227,36 @@ def _scale_rows(parent: nn.Module, name: str, rows: slice, behind: PackedLinear)
     if isinstance(former, RoundedInputLinear) and isinstance(changed, RoundedInputLinear):
         changed.rounding = former.rounding
         changed.set_static_scale(former.static_scale)
-    setattr(parent, name, changed)
-    behind.in_scale = None
+    return changed
 
-    def undo() -> None:
-        setattr(parent, name, former)
-        behind.in_scale = scale
 
-    return undo
+def _scaled_format(former: FormatLinear, factor: Tensor, bias: nn.Parameter | None) -> FormatLinear | None:
+    codes, form = former.quantized, former.format
+    if form.block[0] != 1:
+        return None
+    scale, total, factors = codes.scale, codes.global_scale, factor.float().unsqueeze(1)
+    if form.scale == "e8m0":
+        exponents = scale.int() + factors.log2().int()
+        scale = exponents.clamp(0, E8M0_NAN - 1).to(torch.uint8)
+    elif form.global_scale and total is not None:
+        # The largest scale is E4M3's largest number; the global scale, by which they were multiplied, makes room.
+        widened, room = scale.float() * factors, torch.finfo(scale.dtype).max
+        shift = (widened.max() / room).log2().ceil().exp2()
+        scale, total = (widened / shift).to(scale.dtype), total / shift
+    else:
+        scale = scale * factors
+    changed = FormatCodes(codes.codes, scale, total, form)
+    exact = codes.dequantize(form.bits, torch.float32) * factors
+    if not torch.equal(changed.dequantize(form.bits, torch.float32), exact):
+        return None
+    return FormatLinear.from_codes(
+        changed,
+        former.dtype,
+        bias=bias,
+        in_scale=former.in_scale,
+        rounding=former.rounding,
+        static_scale=former.static_scale,
+    )
 
 
 def _same_output(found: Any, expected: Any) -> bool:

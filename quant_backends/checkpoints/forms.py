@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmms_plugin.quant_backends.backend import Backend
+    from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 COMPRESSED_TENSORS = "compressed-tensors"
 AUTO, OWN, GGUF = "auto", "own", "gguf"
@@ -25,12 +27,13 @@ def expect_form(form: str) -> None:
         raise ValueError(f"expected a format of {', '.join(WRITTEN)}, got {form!r}")
 
 
-def expect_storable(backend: Backend, form: str = AUTO) -> None:
+def expect_storable(backend: Backend, form: str = AUTO, specs: Sequence[QuantSpec] = ()) -> None:
     """Refuse a method whose layers cannot be written, before anything is loaded.
 
     Args:
         backend: Method with its options.
         form: One of `FORMS`.
+        specs: Specs of the plan, as far as they are known.
 
     Raises:
         ValueError: Its layers cannot be written at all, or not in this form.
@@ -38,5 +41,8 @@ def expect_storable(backend: Backend, form: str = AUTO) -> None:
     expect_form(form)
     if backend.unsaved is not None:
         raise ValueError(f"{backend.name} cannot be saved: {backend.unsaved}")
-    if form == COMPRESSED_TENSORS and backend.uncompressed is not None:
-        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold what {backend.name} makes: {backend.uncompressed}")
+    if form != COMPRESSED_TENSORS:
+        return
+    reasons = (own.uncompressed for own in ([backend.for_spec(spec) for spec in specs] or [backend]))
+    if reason := next(filter(None, reasons), None):
+        raise ValueError(f"{COMPRESSED_TENSORS} cannot hold what {backend.name} makes: {reason}")

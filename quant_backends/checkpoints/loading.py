@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,8 +23,10 @@ from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, Ca
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
 from lmms_plugin.quant_backends.checkpoints.hf_quantizer import PackedConfig
 from lmms_plugin.quant_backends.checkpoints.probe import expect_sound
+from lmms_plugin.quant_backends.layers.weight_storage import DenseBudget, settle
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport, QuantReport
+from lmms_plugin.quant_backends.plans.storage_choice import Storage
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
@@ -49,6 +52,130 @@ class LoadedModel(NamedTuple):
     model: PreTrainedModel
     processor: Any
     report: QuantReport
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Checkpoint and quantization that fit each other as far as can be told without weights.
+
+    Attributes:
+        path: Hub id or local folder.
+        config: Configuration of the checkpoint.
+        processor: Processor of the checkpoint.
+        backend: Backend that quantizes.
+        plan: Plan of what to quantize.
+        calibration: Inputs for a calibrated method.
+        samples: Samples of them.
+        dialect: Dialect in which calibration questions are asked.
+        residence: Device of the blocks of a calibrated method.
+        options: Arguments of ``from_pretrained``.
+        journal_folder: Folder for finished blocks of a calibration; None for keeping none.
+        seconds: Time that the preparation took.
+    """
+
+    path: str
+    config: Any
+    processor: Any
+    backend: Backend
+    plan: QuantPlan
+    calibration: CalibrationSpec
+    samples: Sequence[CalibrationSample]
+    dialect: Dialect
+    residence: Residence
+    options: Mapping[str, Any]
+    journal_folder: Path | None
+    seconds: float
+
+    @property
+    def writes_nothing(self) -> bool:
+        """Return whether it is a retrieval checkpoint, which scores captions and generates no text."""
+        return writes_nothing(self.config)
+
+    def load(self) -> LoadedModel:
+        """Read the weights and quantize them.
+
+        Raises:
+            ValueError: The method cannot carry out the plan, the plan does not fit the model, or weights are missing
+                or not finite.
+        """
+        started = time.perf_counter()
+        reset_peak()
+        seen, calibrated = None, _is_calibrated(self.backend)
+        with while_loading(self.backend.name, calibrated=calibrated):
+            model, work = _load(self.path, self.config, self.backend, self.plan, dict(self.options))
+            keep_ends(model, getattr(self.processor, "tokenizer", self.processor))
+            if isinstance(self.backend, CheckpointBackend):
+                expect_sound(model, self.processor)
+            if calibrated:
+                seen = self._calibrate(work)
+        return LoadedModel(model, self.processor, _report(work, seen, self.seconds + time.perf_counter() - started))
+
+    def _calibrate(self, work: Quantization) -> CalibrationReport:
+        journal = None
+        if self.journal_folder is not None:
+            journal = _journal(self.journal_folder, self.path, work, self.processor, self.calibration, self.residence)
+        return _calibrate(
+            work, self.processor, self.calibration, list(self.samples), self.dialect, self.residence, journal
+        )
+
+
+def prepare(
+    path: str,
+    *,
+    backend: Backend,
+    plan: QuantPlan,
+    calibration: CalibrationSpec | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    device_map: str | Mapping[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    use_safetensors: bool = True,
+    processor: Any = None,
+    dialect: str | None = None,
+    resume: bool = True,
+    resume_folder: str | Path | None = None,
+) -> Preparation:
+    """Check all that can be checked before any weight is read; see `load_quantized` for the arguments.
+
+    Raises:
+        ValueError: The method cannot carry out the plan, the checkpoint is quantized already or writes nothing to
+            calibrate with, or calibration data is unusable.
+    """
+    started = time.perf_counter()
+    backend.check(plan)
+    spec, samples = _calibration(backend, calibration, seed)
+    adopting = processor is None
+    config, processor = _describe(path, trust_remote_code, processor)
+    _expect_quantizable(path, config, backend)
+    blockwise = isinstance(backend, CalibratedBackend)
+    home = torch.device("cpu") if blockwise else torch.device(device)
+    options = {
+        "dtype": dtype,
+        "device_map": dict(device_map) if isinstance(device_map, Mapping) else device_map or {"": home},
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": use_safetensors,
+    }
+    asked = dialect_for(config.model_type, dialect or getattr(config, "grounding_dialect", None))
+    if adopting:
+        adopt(processor, asked, path)
+    return Preparation(
+        *(path, config, processor, backend, plan, spec, samples, asked),
+        residence=Residence(torch.device(device) if blockwise and not device_map else None),
+        options={key: value for key, value in options.items() if value is not None},
+        journal_folder=_journal_folder(resume_folder) if resume else None,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _journal_folder(chosen: str | Path | None) -> Path | None:
+    return Path(chosen).expanduser() if chosen else cache_folder()
+
+
+def _is_calibrated(backend: Backend) -> bool:
+    return isinstance(backend, CalibratedBackend | WholeModelBackend)
 
 
 def load_quantized(
@@ -100,46 +227,40 @@ def load_quantized(
         ValueError: The method cannot carry out the plan, the plan does not fit the model, weights are missing or not
             finite, or calibration data is unusable.
     """
-    started = time.perf_counter()
-    backend.check(plan)
-    spec, samples = _calibration(backend, calibration, seed)
-    reset_peak()
-    adopting = processor is None
-    config, processor = _describe(path, trust_remote_code, processor)
-    if not isinstance(backend, CheckpointBackend):
-        _expect_unquantized(path, config)
-    blockwise = isinstance(backend, CalibratedBackend)
-    if writes_nothing(config) and isinstance(backend, CalibratedBackend | WholeModelBackend):
-        raise ValueError(
-            f"{path} is a retrieval checkpoint: {backend.name} is calibrated with answers, which it cannot write; "
-            "methods that look at weights alone (rtn, hqq, ...) quantize it"
-        )
-    calibrated = blockwise or isinstance(backend, WholeModelBackend)
-    residence = Residence(torch.device(device) if blockwise and not device_map else None)
-    home = torch.device("cpu") if blockwise else torch.device(device)
-    options = {
-        "dtype": dtype,
-        "device_map": dict(device_map) if isinstance(device_map, Mapping) else device_map or {"": home},
-        "attn_implementation": attn_implementation,
-        "trust_remote_code": trust_remote_code,
-        "use_safetensors": use_safetensors,
-    }
-    asked = dialect_for(config.model_type, dialect or getattr(config, "grounding_dialect", None))
-    if adopting:
-        adopt(processor, asked, path)
-    seen = None
-    with while_loading(backend.name, calibrated=calibrated):
-        model, work = _load(
-            path, config, backend, plan, {key: value for key, value in options.items() if value is not None}
-        )
-        keep_ends(model, getattr(processor, "tokenizer", processor))
-        if isinstance(backend, CheckpointBackend):
-            expect_sound(model, processor)
-        if calibrated:
-            folder = (Path(resume_folder).expanduser() if resume_folder else cache_folder()) if resume else None
-            journal = None if folder is None else _journal(folder, path, work, processor, spec, residence)
-            seen = _calibrate(work, processor, spec, samples, asked, residence, journal)
-    return LoadedModel(model, processor, _report(work, seen, time.perf_counter() - started))
+    return prepare(
+        path,
+        backend=backend,
+        plan=plan,
+        calibration=calibration,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+        use_safetensors=use_safetensors,
+        processor=processor,
+        dialect=dialect,
+        resume=resume,
+        resume_folder=resume_folder,
+    ).load()
+
+
+def hold_weights(model: PreTrainedModel, report: QuantReport, storage: Storage, *, processes: int = 1) -> QuantReport:
+    """Hold the weights of a model that is about to answer as asked, and return its report with that.
+
+    Args:
+        model: Quantized model on its devices.
+        report: Report of its quantization.
+        storage: How its weights are to be held.
+        processes: Number of processes on this host, which share its memory.
+
+    Raises:
+        ValueError: Dense weights were asked for, and cannot be kept or do not fit in memory.
+    """
+    if not report.quantized:
+        return report
+    return report.with_storage(storage, settle(model, storage, budget=DenseBudget(processes)))
 
 
 def _calibration(
@@ -167,6 +288,16 @@ def _describe(path: str, trust_remote_code: bool, processor: Any) -> tuple[Any, 
         with readable(f"{path}: its processor or tokenizer"):
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     return config, processor
+
+
+def _expect_quantizable(path: str, config: Any, backend: Backend) -> None:
+    if not isinstance(backend, CheckpointBackend):
+        _expect_unquantized(path, config)
+    if writes_nothing(config) and _is_calibrated(backend):
+        raise ValueError(
+            f"{path} is a retrieval checkpoint: {backend.name} is calibrated with answers, which it cannot write; "
+            "methods that look at weights alone (rtn, hqq, ...) quantize it"
+        )
 
 
 def _expect_unquantized(path: str, config: Any) -> None:

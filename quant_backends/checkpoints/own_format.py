@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmms_plugin.quant_backends.formats.entries import format_of
 from lmms_plugin.quant_backends.layers.format_linear import FormatLinear
-from lmms_plugin.quant_backends.layers.input_rounding import InputRounding
+from lmms_plugin.quant_backends.layers.input_rounding import MODALITY, InputRounding
 from lmms_plugin.quant_backends.layers.int8_inputs import Int8InputLinear
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
 from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
@@ -29,10 +29,12 @@ from lmms_plugin.quant_backends.rotations.hadamard import Rotation, input_rotati
 from lmms_plugin.quant_backends.structure.blocks import within
 from lmms_plugin.quant_backends.structure.components import dense_linear
 from lmms_plugin.quant_backends.structure.experts import is_fused, split_experts
+from lmms_plugin.quant_backends.structure.telling import tell_modalities
 
 QUANT_METHOD = "lmms_plugin"
-FORMAT_VERSION = 2
-"""Version 2 has layers that rotate their inputs, which a reader of version 1 would leave out."""
+FORMAT_VERSION = 3
+"""Version 2 has layers that rotate their inputs, version 3 static scales per modality, and blocks of other shapes than
+their format's: older readers know neither."""
 
 KINDS: dict[str, type[PackedLinear] | type[TritPlaneLinear] | type[FormatLinear]] = {
     "packed": PackedLinear,
@@ -54,7 +56,13 @@ def describe_layers(layers: Mapping[str, QuantizedLinear]) -> dict[str, dict[str
 
 def version_of(layers: Mapping[str, Mapping[str, Any]]) -> int:
     """Return the first version of the format that can describe these layers."""
-    return FORMAT_VERSION if any("input_rotation" in layer for layer in layers.values()) else 1
+    if _scales_by_modality(layers) or any("block" in layer for layer in layers.values()):
+        return FORMAT_VERSION
+    return 2 if any("input_rotation" in layer for layer in layers.values()) else 1
+
+
+def _scales_by_modality(layers: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any((layer.get("inputs") or {}).get("granularity") == MODALITY for layer in layers.values())
 
 
 def _describe_rotation(layer: QuantizedLinear) -> dict[str, Any]:
@@ -80,6 +88,7 @@ def empty_layer(description: Mapping[str, Any], dense: nn.Linear) -> QuantizedLi
     rounding = InputRounding(**description["inputs"]) if description.get("inputs") else None
     if kind is FormatLinear:
         form, scaled = format_of(description["format"]), description["with_in_scale"]
+        form = form.in_blocks(*description["block"]) if "block" in description else form
         return FormatLinear(form=form, with_in_scale=scaled, rounding=rounding, **sizes)
     sizes["spec"] = QuantSpec(description["bits"], description["group_size"], description["symmetric"])
     if kind is TritPlaneLinear:
@@ -99,9 +108,11 @@ def _describe(name: str, layer: QuantizedLinear) -> dict[str, Any]:
         )
     assert isinstance(layer, PackedLinear | TritPlaneLinear | FormatLinear)
     rounding = getattr(layer, "rounding", None)
-    inputs = {} if rounding is None else {"inputs": asdict(rounding)}
+    inputs = {} if rounding is None else {"inputs": _written(rounding)}
     if isinstance(layer, FormatLinear):
-        return {"kind": kind, "format": layer.format.name, "with_in_scale": layer.in_scale is not None, **inputs}
+        form = layer.format
+        block = {} if form.block == format_of(form.name).block else {"block": list(form.block)}
+        return {"kind": kind, "format": form.name, "with_in_scale": layer.in_scale is not None, **block, **inputs}
     described = {
         "kind": kind,
         "bits": layer.spec.bits,
@@ -113,6 +124,11 @@ def _describe(name: str, layer: QuantizedLinear) -> dict[str, Any]:
         described["float_zero_point"] = zero is not None and zero.is_floating_point()
         described["with_in_scale"] = layer.in_scale is not None
     return described | inputs
+
+
+def _written(rounding: InputRounding) -> dict[str, Any]:
+    # An older package knows no group sizes of inputs, and need not, where there are none.
+    return {key: value for key, value in asdict(rounding).items() if key != "group_size" or value is not None}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -177,6 +193,8 @@ class SavedQuantizer(HfQuantizer):
                 ) from error
             model.set_submodule(name, layer)
             untie(model, name)
+        if _scales_by_modality(layers):
+            tell_modalities(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.calibration.inputs import encode, to_model
 from lmms_plugin.quant_backends.calibration.synthetic import scene
-from lmms_plugin.quant_backends.checkpoints.folding import fold
+from lmms_plugin.quant_backends.checkpoints.folding import ScaledLinear, fold
 from lmms_plugin.quant_backends.checkpoints.forms import AUTO, COMPRESSED_TENSORS, OWN
 from lmms_plugin.quant_backends.checkpoints.own_format import QUANT_METHOD, describe_layers, version_of
 from lmms_plugin.quant_backends.checkpoints.scaled_layouts import written_layer
+from lmms_plugin.quant_backends.checkpoints.several_schemes import MIXED
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.layers.packing import pack_stream
 from lmms_plugin.quant_backends.plans.quant_report import QuantReport
 from lmms_plugin.quant_backends.plans.report_schema import REPORT
 from lmms_plugin.quant_backends.plans.rotation_spec import ROTATED_INPUTS
@@ -138,7 +140,6 @@ def _reason_for_own(model: nn.Module, layers: Mapping[str, QuantizedLinear], for
     reason = _stacked(model) or next(
         (why for name, layer in layers.items() if (why := _not_compressible(name, layer))), None
     )
-    reason = reason or _mixed(layers)
     if reason and form == COMPRESSED_TENSORS:
         raise ValueError(f"{COMPRESSED_TENSORS} cannot hold this model: {reason}")
     return "it was asked for" if form == OWN else reason
@@ -171,20 +172,22 @@ def compressed_tensors_config(model: nn.Module, layers: Mapping[str, QuantizedLi
     """Return the ``quantization_config`` of compressed-tensors.
 
     A single scheme for all layers names none of them, as vLLM needs it because it fuses some; several schemes list
-    their layers. Dense layers are named under ``ignore``. (transformers 5.23 refuses several schemes; the library and
-    `quant_prequantized` read them.)
+    their layers, and have formats of their own where these differ. Dense layers are named under ``ignore``.
+    (transformers 5.23 refuses several schemes; the library and `quant_prequantized` read them.)
     """
+    kinds = {name: _scheme(layer) for name, layer in layers.items()}
+    layouts = {layout for layout, _ in kinds.values()}
     groups: dict[str, list[str]] = {}
     schemes: dict[str, dict[str, Any]] = {}
-    for name, layer in layers.items():
-        _, scheme = _scheme(layer)
+    for name, (layout, arguments) in kinds.items():
+        scheme = arguments if len(layouts) == 1 else {**arguments, "format": layout}
         schemes.setdefault(str(scheme), scheme)
         groups.setdefault(str(scheme), []).append(name)
     targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": _scheme(next(iter(layers.values())))[0],
+        "format": layouts.pop() if len(layouts) == 1 else MIXED,
         "quantization_status": "compressed",
         "version": COMPRESSED_TENSORS_VERSION,
         # transformers would otherwise pack and unpack at the first forward pass, which fails with images.
@@ -208,14 +211,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     Returns:
         (rows, ceil(columns · bits / 32)) int32.
     """
-    places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
-    rows = []
-    for part in codes.split(max(1, (1 << 20) // codes.shape[1])):
-        stream = ((part.unsqueeze(-1) >> places) & 1).flatten(1)
-        stream = nn.functional.pad(stream, (0, -stream.shape[1] % 32))
-        rows.append((stream.view(len(part), -1, 8) * weights).sum(-1, dtype=torch.uint8))
-    packed = torch.cat(rows)
+    packed = pack_stream(codes, bits)
+    packed = nn.functional.pad(packed, (0, -packed.shape[1] % 4))
     # safetensors and the readers of this format are little-endian.
     return (packed if sys.byteorder == "little" else packed.view(-1, 4).flip(1).view_as(packed)).view(torch.int32)
 
@@ -234,7 +231,7 @@ def _stacked(model: nn.Module) -> str | None:
 
 def _fold(model: PreTrainedModel, processor: Any) -> None:
     """Fold input scales into preceding layers, if all of them are powers of two."""
-    packed = [layer for layer in _layers(model).values() if isinstance(layer, PackedLinear)]
+    packed = [layer for layer in _layers(model).values() if isinstance(layer, ScaledLinear)]
     scales = [layer.in_scale for layer in packed if layer.in_scale is not None]
     if not scales or not all(bool((scale.frexp().mantissa == 0.5).all()) for scale in scales):
         return
@@ -246,10 +243,10 @@ def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
     """Return why compressed-tensors cannot hold a layer; None if it can."""
     if input_rotation(layer) is not None:
         return ROTATED_INPUTS
+    if getattr(layer, "in_scale", None) is not None:
+        return f"{name} multiplies its input by a scale, which no layer before it could take over exactly"
     if type(layer) is not PackedLinear:
         return None if written_layer(layer) is not None else f"{name} is a {type(layer).__name__} ({layer.kernel})"
-    if layer.in_scale is not None:
-        return f"{name} multiplies its input by a scale, which no layer before it could take over exactly"
     if layer.padded_columns:
         return f"{name} has a width of {layer.in_features}, which its groups of {layer.group_size} do not divide"
     zero = layer.packed.codes(0, 1).zero_point
@@ -258,12 +255,6 @@ def _not_compressible(name: str, layer: QuantizedLinear) -> str | None:
 
 def _group_size(layer: QuantizedLinear) -> int | None:
     return None if layer.group_size == layer.in_features else layer.group_size
-
-
-def _mixed(layers: Mapping[str, QuantizedLinear]) -> str | None:
-    """Return why compressed-tensors cannot hold these layers together; None if it can."""
-    layouts = sorted({_scheme(layer)[0] for layer in layers.values()})
-    return None if len(layouts) == 1 else f"its layers are {' and '.join(layouts)}, of which a checkpoint holds one"
 
 
 def _scheme(layer: QuantizedLinear) -> tuple[str, dict[str, Any]]:

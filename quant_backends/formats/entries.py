@@ -90,6 +90,14 @@ class NumberFormat:
         """Return this format with blocks of another shape."""
         return replace(self, block=(rows, columns))
 
+    @property
+    def label(self) -> str:
+        """Return a few words for reports: the name, and the blocks where they are not those that it stands for."""
+        if self.block == FORMATS[self.name].block:
+            return self.name
+        rows, columns = ("all" if size is None else str(size) for size in self.block)
+        return f"{self.name} of {rows} x {columns}"
+
 
 MX = "OCP Microscaling Formats 1.0"
 OFP8 = "OCP 8-bit Floating Point 1.0"

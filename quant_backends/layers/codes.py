@@ -38,11 +38,19 @@ class Codes(NamedTuple):
         Codes and integer zero points are exact in bfloat16, so their difference is too; the only rounding is that of
         the product.
         """
-        weight = self.codes.to(dtype)
-        if self.zero_point is None:
-            weight -= 1 << (bits - 1)
+        zero = self.zero_point
+        if zero is not None and zero.is_floating_point() and dtype.itemsize < 4:
+            # The difference to a real zero point is not exact in 16 bits.
+            return self.dequantize(bits, torch.float32).to(dtype)
+        if zero is None:
+            # Wraps around in a byte, which is the int8 with the same bits.
+            weight = (self.codes - (1 << (bits - 1))).view(torch.int8).to(dtype)
+        elif bits < 8 and zero.dtype == torch.uint8 and zero.device.type == "cpu" and int(zero.max()) <= 128:
+            # A pass over bytes is a quarter of one over floats, with the same differences.
+            weight = (self.codes - zero.unsqueeze(-1)).view(torch.int8).to(dtype)
         else:
-            weight -= self.zero_point.to(dtype).unsqueeze(-1)
+            weight = self.codes.to(dtype)
+            weight -= zero.to(dtype).unsqueeze(-1)
         weight *= self.scale.to(dtype).unsqueeze(-1)
         return weight.flatten(-2)
 

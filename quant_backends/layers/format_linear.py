@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.formats.codec import EncodedTensor, decode, encode
 from lmms_plugin.quant_backends.formats.entries import NumberFormat
+from lmms_plugin.quant_backends.layers.dense_products import DenseProducts
 from lmms_plugin.quant_backends.layers.input_rounding import InputRounding
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.layers.packing import pack, plane_bytes, plane_widths, unpack
@@ -52,10 +52,10 @@ class FormatCodes(NamedTuple):
         return decode(self.encoded, self.format, dtype)
 
 
-class FormatLinear(RoundsInputs, QuantizedLinear):
+class FormatLinear(RoundsInputs, DenseProducts, QuantizedLinear):
     """Linear layer over a weight in some format, whose inputs may be rounded, too.
 
-    Each forward pass decodes the weight in float32, rounds it once to the dtype of the inputs, and multiplies; with
+    The weight is decoded in float32 and rounded once to the dtype of the inputs, for each product or to be kept; with
     rounded inputs all of it is float32. Buffers hold integers alone. Blocks that the weight does not fill are as if
     padded with zeros, which are not stored.
 
@@ -69,6 +69,8 @@ class FormatLinear(RoundsInputs, QuantizedLinear):
         with_in_scale: Whether the input is multiplied by a vector first (activation-aware methods).
         rounding: Rounding of the inputs; None for none.
     """
+
+    coded = ("plane_",)
 
     in_scale: Tensor | None
 
@@ -142,7 +144,9 @@ class FormatLinear(RoundsInputs, QuantizedLinear):
         total = self._buffers["global_scale_bits"]
         # One block over all rows covers fewer rows in the same way.
         total = None if total is None else total.view(torch.float32)
-        return FormatCodes(unpack(planes, self.bits, self.in_features), scale, total, self.format)
+        # Planes may lie in host memory, where dense weights are kept on the device.
+        codes = unpack(planes, self.bits, self.in_features).to(self.device)
+        return FormatCodes(codes, scale, total, self.format)
 
     @property
     def quantized(self) -> FormatCodes:
@@ -153,7 +157,21 @@ class FormatLinear(RoundsInputs, QuantizedLinear):
     def kernel(self) -> str:
         """Return what the forward pass runs on."""
         inputs = "" if self.rounding is None else f", {self.rounding.label}"
-        return f"{self.format.name}, dequantize{inputs}"
+        return f"{self.format.label}, {self.multiplied()}{inputs}"
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device where the layer computes."""
+        return self.get_buffer("scale_bits").device
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Return the dtype in which products read the weight: that of sums of rounded inputs is float32."""
+        return self.dtype if self.rounding is None else torch.float32
+
+    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the weight as products read them, without input scale."""
+        return self._dense(start, stop, dtype).contiguous()
 
     @property
     def weight_bytes(self) -> int:
@@ -171,9 +189,7 @@ class FormatLinear(RoundsInputs, QuantizedLinear):
         if self.rounding is not None:
             rows = self.rounded(rows)
         # The product of rounded inputs is summed in float32, as kernels of low-bit formats do.
-        weight = self._dense(0, self.out_features, rows.dtype)
-        y = functional.linear(rows, weight, None if self.bias is None else self.bias.to(rows.dtype))
-        return y.to(x.dtype)
+        return self.product(rows, self.bias).to(x.dtype)
 
     def _dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         height = self.format.block_of(self.out_features, self.in_features)[0]

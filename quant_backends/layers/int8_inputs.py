@@ -10,6 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from lmms_plugin.quant_backends.layers.input_rounding import TOKEN, InputRounding
+from lmms_plugin.quant_backends.layers.kernels import Dequantize
 from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
 
 LARGEST = 127
@@ -54,11 +55,31 @@ class Int8InputLinear(RoundedInputLinear):
     @property
     def kernel(self) -> str:
         """Return what the forward pass runs on."""
-        if self.group_size < self.in_features:
-            return "8-bit inputs, dequantize"
-        device = next(self.buffers()).device
-        native = has_integer_product(self.in_features, self.out_features, device)
-        return f"8-bit inputs, {'torch._int_mm' if native else 'integers in float32'}"
+        if self._grouped:
+            return f"8-bit inputs, {self.multiplied()}"
+        made = "torch._int_mm" if self._native else "integers in float32"
+        return f"8-bit inputs, {made}" + (", unpacked" if self._keeps else "")
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Return the dtype in which products read the weight; of integers, those that torch multiplies fast."""
+        return torch.int8 if self._native and not self._grouped else torch.float32
+
+    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the weight, or with one scale per row of its codes less the middle one, which is exact."""
+        if self._grouped:
+            return super().operand(start, stop, dtype)
+        codes = self.packed.codes(start, stop).codes.flatten(1)[:, : self.in_features]
+        # uint8 wraps around to the int8 value with the same bits, which is the intended one.
+        return (codes - (1 << (self.bits - 1))).view(torch.int8).to(dtype).contiguous()
+
+    @property
+    def _grouped(self) -> bool:
+        return self.group_size < self.in_features
+
+    @property
+    def _native(self) -> bool:
+        return has_integer_product(self.in_features, self.out_features, self.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``round(x) @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
@@ -66,26 +87,20 @@ class Int8InputLinear(RoundedInputLinear):
         if self.in_scale is not None:
             rows = rows * self.in_scale.float()
         codes, scale = round_inputs(rows)
-        if self.group_size < self.in_features:
-            y = self.packed.dequantized_matmul(functional.pad(codes.float(), (0, self.padded_columns)))
-        else:
-            y = self._integer_outputs(codes)
-        y = y * scale
+        y = (self.product(codes.float()) if self._grouped else self._integer_outputs(codes)) * scale
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _integer_outputs(self, inputs: Tensor) -> Tensor:
         """Return Σ input code · (weight code − zero point) · weight scale, (rows, out_features) float32."""
-        stored = self.quantized
-        middle = 1 << (self.bits - 1)
-        # uint8 wraps around to the int8 value with the same bits, which is the intended one.
-        weight = (stored.codes.flatten(1)[:, : self.in_features] - middle).view(torch.int8)
-        product = integer_product(inputs, weight)
-        if stored.zero_point is not None:
-            offset = middle - stored.zero_point[:, 0].to(torch.int32)
+        assert isinstance(self.packed, Dequantize)
+        weight = self.operand(0, self.out_features, self.operand_dtype) if self.kept is None else self.kept
+        product, zero = integer_product(inputs, weight), self.packed.zero_point
+        if zero is not None:
+            offset = (1 << (self.bits - 1)) - zero[:, 0].to(torch.int32)
             product += inputs.sum(1, keepdim=True, dtype=torch.int32) * offset
-        return product.float() * stored.scale[:, 0].float()
+        return product.float() * self.packed.scale[:, 0].float()
 
 
 def has_integer_product(columns: int, rows: int, device: torch.device) -> bool:
@@ -107,7 +122,8 @@ def integer_product(inputs: Tensor, weight: Tensor, *, native: bool | None = Non
 
     Args:
         inputs: (tokens, columns) int8.
-        weight: (rows, columns) int8, with no more than 2¹⁶ columns.
+        weight: (rows, columns), integers of an int8 in int8, or in float32 if `native` is not so; with no more than
+            2¹⁶ columns.
         native: Whether to use torch's product of integers; None where it is fast.
 
     Returns:

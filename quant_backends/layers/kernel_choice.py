@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from loguru import logger
 
+from lmms_plugin.quant_backends.layers.gemlite_kernel import Gemlite
 from lmms_plugin.quant_backends.layers.kernels import Kernel, Shape, same
 from lmms_plugin.quant_backends.layers.native_kernels import NATIVE_KERNELS
+
+KERNELS: tuple[type[Kernel], ...] = (*NATIVE_KERNELS, Gemlite)
+"""In the order in which `fastest` tries them."""
 
 AGREEMENT = 2**-5
 """Largest relative difference to the dequantized product at which a 16-bit kernel counts as right.
@@ -21,7 +25,7 @@ def fastest(weight: Kernel) -> Kernel:
     A kernel is compared with the dequantized product on the first weight of each shape; one that fails or disagrees is
     not used for that shape, and a warning says so.
     """
-    for kind in NATIVE_KERNELS:
+    for kind in KERNELS:
         if kind.takes(weight.shape) and (kind.name, weight.shape) not in FAILED:
             made = _made(kind, weight)
             if made is not None:
@@ -56,20 +60,21 @@ def attempt(kind: type[Kernel], weight: Kernel, *, compared: bool = True) -> tup
     try:
         made = kind.from_codes(weight.codes(0, weight.rows), weight.bits)
         return made, disagreement(made, weight) if compared else None
-    except (RuntimeError, AttributeError) as error:  # torch lacks the operator, or it refuses these sizes
+    except Exception as error:  # The operator is missing or refuses these sizes; a library that compiles has its own.
         return None, f"fails: {error}"
 
 
 def disagreement(kernel: Kernel, weight: Kernel) -> str | None:
     """Return how a kernel's codes or products differ from those of another form of a weight; None if they agree.
 
-    Codes must come back exactly; products over few rows and over many must be within `AGREEMENT` of float32's.
+    Codes must come back exactly; products over few rows, and over many where it takes them, must be within `AGREEMENT`
+    of float32's.
     """
     given, returned = (form.codes(0, form.rows) for form in (weight, kernel))
     if not all(same(a, b) for a, b in zip(given, returned, strict=True)):
         return "does not give codes back as they were"
     generator = torch.Generator().manual_seed(0)
-    for rows in (1, 5):
+    for rows in (rows for rows in (1, 5, 80) if rows <= 5 or kernel.takes_rows(rows, weight.dtype)):
         x = torch.randn(rows, weight.columns, generator=generator).to(weight.device, weight.dtype)
         expected = weight.dequantized_matmul(x.float())
         difference = float((kernel.matmul(x).float() - expected).norm() / expected.norm().clamp(min=1e-30))

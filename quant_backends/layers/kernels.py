@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,9 +19,25 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.packing import pack, plane_bytes, plane_widths, unpack
 
-BLOCK_ELEMENTS = {"cpu": 1 << 20}
+BLOCK_ELEMENTS = {"cpu": 1 << 21}
 """Of a weight that is dequantized at a time, by type of device."""
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
+
+
+FEW_ROWS = 4
+"""Rows of inputs up to which a 16-bit product is left to torch where the processor has no 16-bit arithmetic.
+
+For so few torch takes no longer than reading the weight does; for more, widening weights to float32 is several times
+faster. Fixed as `MOST_ROWS` is.
+"""
+
+MOST_ROWS = {"torch CPU int4": 64, "torch CPU int8": 16, "torch CUDA int4": 16, "gemlite": 1 << 20}
+"""Rows of activations up to which a kernel beats dequantizing once and one large product.
+
+Measured by `python -m bench.decode --rows` on an AVX2 processor; those for CUDA are not
+measured, and gemlite has kernels for any number. They are fixed, not
+timed on the spot, so that the same inputs give the same answers in every run.
+"""
 
 
 class Shape(NamedTuple):
@@ -49,6 +66,7 @@ class Kernel(nn.Module, ABC):
     Attributes:
         name: Name of the kernel in reports.
         scales: Name of the buffer that holds the scales.
+        reproducible: Whether the same inputs always give the same product, to the last bit.
         bits: Number of bits per code.
         rows: Number of rows of the weight.
         columns: Number of columns, padding included.
@@ -56,6 +74,7 @@ class Kernel(nn.Module, ABC):
     """
 
     name: ClassVar[str]
+    reproducible: ClassVar[bool] = True
     scales: ClassVar[str] = "scale"
     bits: int
     rows: int
@@ -81,8 +100,12 @@ class Kernel(nn.Module, ABC):
         """Return ``x @ weight.T``.
 
         Args:
-            x: (n, columns), in any floating dtype.
+            x: (n, columns), in any floating dtype; columns of padding may be missing.
         """
+
+    def takes_rows(self, rows: int, dtype: torch.dtype) -> bool:
+        """Return whether `matmul` runs on the kernel itself for so many rows of inputs, and not through dense rows."""
+        return rows <= MOST_ROWS.get(self.name, 0) and dtype == self.dtype
 
     @property
     def groups(self) -> int:
@@ -108,20 +131,26 @@ class Kernel(nn.Module, ABC):
         """Return the weight in the canonical layout."""
         return Dequantize.from_codes(self.codes(0, self.rows), self.bits)
 
+    def dense(self, start: int, stop: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the weight without padding, (stop - start, columns), contiguous."""
+        return self.codes(start, stop).dequantize(self.bits, dtype)[:, :columns].contiguous()
+
     def dequantized_matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T`` through dense rows, a block of them at a time.
 
-        Where the processor has no 16-bit arithmetic the product is computed in float32, several times faster than
-        torch's own 16-bit product of dense weights there.
+        The weight is rounded once, to the dtype of the inputs.
         """
-        dtype = arithmetic_dtype(x.dtype, x.device.type)
-        wide = x.to(dtype)
-        step = max(1, BLOCK_ELEMENTS.get(x.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // self.columns)
-        parts = [
-            _multiply(wide, self.codes(start, min(start + step, self.rows)), self.bits)
-            for start in range(0, self.rows, step)
-        ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
+        return product_by_blocks(x, self.rows, lambda start, stop: self.dense(start, stop, x.shape[-1], x.dtype), None)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Return the bytes on the device that are no buffers, since they repeat these."""
+        return 0
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Return inputs (n, columns without padding) with as many columns as the stored weight has."""
+        missing = self.columns - x.shape[1]
+        return functional.pad(x, (0, missing)) if missing else x
 
     def _describe(self, bits: int, codes: Codes) -> None:
         self.bits = bits
@@ -202,7 +231,8 @@ class Dequantize(Kernel):
     def codes(self, start: int, stop: int) -> Codes:
         """Return some rows in the canonical form."""
         planes = [self.get_buffer(f"plane_{width}")[start:stop] for width in plane_widths(self.bits)]
-        codes = unpack(planes, self.bits, self.columns).view(-1, self.groups, self.group_size)
+        # Planes may lie in host memory, where dense weights are kept on the device.
+        codes = unpack(planes, self.bits, self.columns).view(-1, self.groups, self.group_size).to(self.device)
         zero = None if self.zero_point is None else self.zero_point[start:stop]
         return Codes(codes, self.scale[start:stop], zero)
 
@@ -235,21 +265,40 @@ def arithmetic_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return dtype if native[dtype]() else torch.float32
 
 
-def _multiply(x: Tensor, codes: Codes, bits: int) -> Tensor:
-    """Return x (n, columns) times dequantized rows, (n, rows), in the dtype of `x`."""
-    if x.element_size() < 4:
-        return x @ codes.dequantize(bits, x.dtype).T
-    # Σ(c − z)·s·x = Σ(c − m)·s·x + (m − z)·s·Σx group by group, with m the middle code: zero points need no pass over
-    # the weight, and their term is small, so that float32 loses nothing. The subtraction wraps around in a byte.
-    middle = 1 << (bits - 1)
-    weight = (codes.codes - middle).view(torch.int8).to(x.dtype)
-    scale = codes.scale.to(x.dtype)
-    weight *= scale.unsqueeze(-1)
-    y = functional.linear(x, weight.flatten(1))
-    if codes.zero_point is not None:
-        offset = scale * (middle - codes.zero_point.to(x.dtype))
-        y.addmm_(group_sums(x, weight.shape[1]), offset.T)
-    return y
+def product_by_blocks(x: Tensor, rows: int, dense: Callable[[int, int], Tensor], bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias``, with a block of the weight's rows at a time.
+
+    The blocks depend on sizes and device alone: whether a weight is made for the product or kept, the product is the
+    same to the last bit.
+
+    Args:
+        x: (..., columns).
+        rows: Number of rows of the weight.
+        dense: Function from the first row of a block and the row behind its last to these rows, in the dtype of `x`.
+        bias: (rows,), in the dtype of `x`.
+    """
+    step = rows_at_once(x.shape[-1], x.device.type)
+    if rows <= step:
+        return linear(x, dense(0, rows), bias)
+    parts = [
+        linear(x, dense(start, min(start + step, rows)), None if bias is None else bias[start : start + step])
+        for start in range(0, rows, step)
+    ]
+    return torch.cat(parts, -1)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias``; for more than `FEW_ROWS` rows in the dtype in which the device is fastest."""
+    wide = arithmetic_dtype(x.dtype, x.device.type)
+    if wide == x.dtype or x.numel() <= FEW_ROWS * x.shape[-1]:
+        return functional.linear(x, weight, bias)
+    wide_bias = None if bias is None else bias.to(wide)
+    return functional.linear(x.to(wide), weight.to(wide), wide_bias).to(x.dtype)
+
+
+def rows_at_once(columns: int, device: str) -> int:
+    """Return the rows that are multiplied at once: so many that a block begins where memory is aligned."""
+    return max(1, BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS_ELSEWHERE) // (32 * columns)) * 32
 
 
 def group_sums(x: Tensor, groups: int) -> Tensor:

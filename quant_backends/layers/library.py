@@ -7,7 +7,7 @@ the report gives the true bytes, which the library itself hides behind a tensor 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,12 @@ class LibraryLinear(QuantizedLinear):
     @torch.no_grad()
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Return rows of the dense weight, (stop - start, in_features)."""
+        return self.rows_of(self.dequantize, start, stop)
+
+    def rows_of(self, make: Callable[[], Tensor], start: int, stop: int) -> Tensor:
+        """Return rows of what a function makes of the whole weight."""
         # Libraries dequantize whole weights only, so the result is kept from the first block of rows to the last.
-        dense = self.dequantize() if self._dense is None or start == 0 else self._dense
+        dense = make() if self._dense is None or start == 0 else self._dense
         self._dense = dense if stop < self.out_features else None
         return dense[start:stop]
 

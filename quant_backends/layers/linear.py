@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes, columns_per_group, rows_per_block, split_groups
+from lmms_plugin.quant_backends.layers.dense_products import DenseProducts
 from lmms_plugin.quant_backends.layers.kernel_choice import fastest
-from lmms_plugin.quant_backends.layers.kernels import Dequantize, Kernel
+from lmms_plugin.quant_backends.layers.kernels import FEW_ROWS, Dequantize, Kernel, arithmetic_dtype
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
 __all__ = ["Codes", "PackedLinear", "QuantizedLinear", "rows_per_block", "split_groups"]
@@ -63,13 +65,31 @@ class QuantizedLinear(nn.Module, ABC):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
 
 
-class PackedLinear(QuantizedLinear):
+class _Plain(NamedTuple):
+    """What a layer needs besides its dense weight where its product is one of torch's.
+
+    At batch 1 a product takes as long as a few dozen calls of Python, so that looking everything up for each one would
+    be felt.
+
+    Attributes:
+        dtype: Dtype of the inputs, and of the bias.
+        elements: Largest number of elements of the inputs.
+        bias: Bias; None for none.
+    """
+
+    dtype: torch.dtype
+    elements: int
+    bias: Tensor | None
+
+
+class PackedLinear(DenseProducts, QuantizedLinear):
     """Linear layer whose weight takes exactly `bits` bits, plus a scale and a zero point per group.
 
     It replaces an ``nn.Linear``: same input, same output, same bias. Codes are held once, in the layout of the best
     available kernel for bits, group size, dtype and device (`lmms_plugin.quant_backends.layers.kernels`). That layout
     replaces the canonical one when the layer is first used or its kernel is queried; the canonical layout returns when
-    the layer is moved, and a state dict always holds the canonical one.
+    the layer is moved, and a state dict always holds the canonical one. While a model answers, dense rows may be kept
+    beside the codes (`keep`).
 
     Args:
         in_features: Number of columns of the weight.
@@ -82,8 +102,11 @@ class PackedLinear(QuantizedLinear):
         with_in_scale: Whether the input is multiplied by a vector first (activation-aware methods).
     """
 
+    coded = ("plane_",)
+
     packed: Kernel
     in_scale: Tensor | None
+    _plain: _Plain | None = None
 
     def __init__(
         self,
@@ -116,6 +139,7 @@ class PackedLinear(QuantizedLinear):
         empty = torch.empty(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
         self._chosen = False
+        self.kernel_rows = 0
 
     @classmethod
     def from_codes(
@@ -152,11 +176,39 @@ class PackedLinear(QuantizedLinear):
             self.packed = fastest(self.packed)
             self._chosen = True
 
+    def keep(self, kernel_rows: int = 0) -> None:
+        """Keep the dense weight from now on.
+
+        Args:
+            kernel_rows: Number of rows of inputs up to which the kernel multiplies all the same; with 0 codes return to
+                the canonical layout.
+        """
+        self.kernel_rows = kernel_rows
+        if not kernel_rows:
+            self.packed, self._chosen = self.packed.canonical(), True
+        super().keep()
+
+    def _make(self) -> None:
+        super()._make()
+        self._plain = None
+        same = self.bias is None or self.bias.dtype == self.dtype
+        if same and self.in_scale is None and not self.kernel_rows and self._is_one_block:
+            native = arithmetic_dtype(self.dtype, self.device.type) == self.dtype
+            elements = sys.maxsize if native else FEW_ROWS * self.in_features
+            self._plain = _Plain(self.dtype, elements, None if self.bias is None else self.bias.detach())
+
+    def drop(self) -> None:
+        """Keep the dense weight no longer."""
+        self._plain = None
+        super().drop()
+        self._canonicalize()
+
     @property
     def kernel(self) -> str:
         """Return what the forward pass runs on."""
         self.choose_kernel()
-        return self.packed.name
+        kernel = self.multiplied(self.packed.name)
+        return f"{self.packed.name} up to {self.kernel_rows} rows, {kernel}" if self.kernel_rows else kernel
 
     @property
     def quantized(self) -> Codes:
@@ -167,6 +219,25 @@ class PackedLinear(QuantizedLinear):
     def dtype(self) -> torch.dtype:
         """Return the dtype of scales and input scale, in which the layer computes."""
         return self.packed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device where the layer computes."""
+        return self.packed.device
+
+    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the weight as products read them, without input scale and padding."""
+        return self.packed.dense(start, stop, self.in_features, dtype)
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Return the dtype in which products read the weight."""
+        return self.dtype
+
+    @property
+    def resident_bytes(self) -> int:
+        """Return the bytes on the device where the layer computes, those that its kernel repeats included."""
+        return super().resident_bytes + self.packed.extra_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -185,20 +256,23 @@ class PackedLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
-        self.choose_kernel()
+        plain = self._plain
+        if plain is not None and self._kept is not None and x.dtype is plain.dtype and x.numel() <= plain.elements:
+            return functional.linear(x, self._kept, plain.bias)
         if self.in_scale is not None:
             x = x * self.in_scale.to(x.dtype)
-        rows = x.reshape(-1, self.in_features)
-        if self.padded_columns:
-            rows = functional.pad(rows, (0, self.padded_columns))
-        y = self.packed.matmul(rows)
-        if self.bias is not None:
-            y += self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        if not self._keeps or x.numel() <= self.kernel_rows * self.in_features:
+            self.choose_kernel()
+            if self.packed.takes_rows(x.numel() // self.in_features, x.dtype):
+                y = self.packed.matmul(x.reshape(-1, self.in_features))
+                if self.bias is not None:
+                    y += self.bias.to(y.dtype)
+                return y.view(*x.shape[:-1], self.out_features)
+        return self.product(x, self.bias)
 
     def _canonicalize(self) -> None:
         self.packed = self.packed.canonical()
-        self._chosen = False
+        self._chosen, self.kernel_rows = self._keeps, 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         # A moved weight may need another kernel.

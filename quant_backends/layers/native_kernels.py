@@ -14,13 +14,6 @@ from lmms_plugin.quant_backends.layers.packing import plane_widths
 INT4_GROUPS = (256, 128, 64, 32)
 """Group sizes of the int4 kernels; a multiple of one is done as several groups of the same scale."""
 
-MOST_ROWS = {"torch CPU int4": 64, "torch CPU int8": 16, "torch CUDA int4": 16}
-"""Rows of activations up to which a kernel beats dequantizing once and one large product.
-
-Measured by `python -m bench.decode --rows` on an AVX2 processor; the one for CUDA is not measured. They are fixed, not
-timed on the spot, so that the same inputs give the same answers in every run.
-"""
-
 
 def kernel_group(group_size: int) -> int | None:
     """Return the largest group size of the int4 kernels that divides `group_size`; None if there is none."""
@@ -151,9 +144,9 @@ class CpuInt4(Int4Kernel):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T``, by the kernel for few rows of bfloat16."""
-        if x.shape[0] > MOST_ROWS[self.name] or x.dtype != torch.bfloat16:
+        if not self.takes_rows(len(x), x.dtype):
             return self.dequantized_matmul(x)
-        group, x = self.columns // self.scale_and_zero.shape[1], x.contiguous()
+        group, x = self.columns // self.scale_and_zero.shape[1], self.padded(x).contiguous()
         products: list[Tensor] = [
             torch.ops.aten._weight_int4pack_mm_for_cpu(x, tiles.view(self.rows, -1), group, pair)
             for tiles, pair in zip(self._numbers(), self.scale_and_zero, strict=True)
@@ -276,9 +269,10 @@ class CpuInt8(Kernel):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T``, by the kernel for few rows of bfloat16."""
-        if x.shape[0] > MOST_ROWS[self.name] or x.dtype != torch.bfloat16:
+        if not self.takes_rows(len(x), x.dtype):
             return self.dequantized_matmul(x)
-        by_group = x.view(-1, self.groups, self.group_size).transpose(0, 1).contiguous()
+        x = self.padded(x)
+        by_group = x.reshape(-1, self.groups, self.group_size).transpose(0, 1).contiguous()
         products = [
             torch.ops.aten._weight_int8pack_mm(*operands)
             for operands in zip(by_group, self.values, self.scale, strict=True)
@@ -335,12 +329,13 @@ class CudaInt4(Int4Kernel):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T``, by the kernel for few rows of bfloat16."""
-        if x.shape[0] > MOST_ROWS[self.name] or x.dtype != torch.bfloat16:
+        if not self.takes_rows(len(x), x.dtype):
             return self.dequantized_matmul(x)
         group = self.columns // self.scale_and_zero.shape[1]
-        product: Tensor = torch.ops.aten._weight_int4pack_mm(x.contiguous(), self.tiles, group, self.scale_and_zero[0])
+        product: Tensor = torch.ops.aten._weight_int4pack_mm(
+            self.padded(x).contiguous(), self.tiles, group, self.scale_and_zero[0]
+        )
         return product
 
 
 NATIVE_KERNELS: tuple[type[Kernel], ...] = (CpuInt4, CpuInt8, CudaInt4)
-"""In the order in which `fastest` tries them."""

@@ -3,6 +3,8 @@
 A code is cut into bit planes whose widths are powers of two (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1). Within a
 row of a plane of n bytes, byte j holds codes j, j + n, j + 2n, …, so that unpacking writes a few long contiguous runs
 instead of gathering neighbours out of every byte, and rows can be unpacked one by one.
+
+`pack_stream` is the order that most formats of files have: the codes of a row one after the other, lowest bits first.
 """
 
 from __future__ import annotations
@@ -10,7 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
+
+STREAM_PART = 1 << 20
+"""Codes that are packed into a stream at once: each of their bits takes a byte meanwhile."""
 
 
 def plane_widths(bits: int) -> tuple[int, ...]:
@@ -67,6 +73,37 @@ def unpack(planes: Sequence[Tensor], bits: int, columns: int) -> Tensor:
         codes <<= width
         codes |= _unpack_plane(plane, width, columns)
     return codes
+
+
+def pack_stream(codes: Tensor, bits: int) -> Tensor:
+    """Pack rows of codes into streams of bits, lowest bits first, with codes crossing the borders of bytes.
+
+    Args:
+        codes: (rows, columns) uint8 in [0, 2**bits).
+        bits: Number of bits per code.
+
+    Returns:
+        (rows, ceil(columns · bits / 8)) uint8.
+    """
+    places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
+    rows = []
+    for part in codes.split(max(1, STREAM_PART // codes.shape[1])):
+        stream = ((part.unsqueeze(-1) >> places) & 1).flatten(1)
+        stream = functional.pad(stream, (0, -stream.shape[1] % 8))
+        rows.append((stream.view(len(part), -1, 8) * weights).sum(-1, dtype=torch.uint8))
+    return torch.cat(rows)
+
+
+def unpack_stream(stream: Tensor, bits: int, columns: int) -> Tensor:
+    """Undo `pack_stream`: return the codes, (rows, columns) uint8."""
+    places = torch.arange(8, dtype=torch.uint8, device=stream.device)
+    weights = (1 << torch.arange(bits, device=stream.device)).to(torch.uint8)
+    rows = []
+    for part in stream.split(max(1, STREAM_PART // columns)):
+        single = ((part.unsqueeze(-1) >> places) & 1).flatten(1)[:, : columns * bits]
+        rows.append((single.view(len(part), columns, bits) * weights).sum(-1, dtype=torch.uint8))
+    return torch.cat(rows)
 
 
 def _unpack_plane(plane: Tensor, width: int, columns: int) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.input_rounding import InputRounding
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
+from lmms_plugin.quant_backends.layers.modalities import image_rows
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantSpec
 
 
@@ -30,30 +30,35 @@ class RoundsInputs(nn.Module):
 
     def register_static_scale(self, device: torch.device | str | None = None) -> None:
         """Make room for the static scale of the inputs, where the rounding has one."""
-        static = self.rounding is not None and self.rounding.static
-        empty = torch.empty((), dtype=torch.int32, device=device) if static else None
+        empty = None
+        if self.rounding is not None and self.rounding.static:
+            empty = torch.empty(self.rounding.static_shape, dtype=torch.int32, device=device)
         self.register_buffer("input_scale_bits", empty)
 
     def set_static_scale(self, scale: Tensor | None) -> None:
-        """Set the static scale, () float32.
+        """Set the static scale, float32: (), or one for each modality.
 
         Raises:
             ValueError: The rounding is static and the scale missing, or the other way round.
         """
         if (scale is not None) != (self.rounding is not None and self.rounding.static):
             raise ValueError(f"{type(self).__name__}: a static scale belongs to a static rounding, got {scale!r}")
-        self.input_scale_bits = None if scale is None else scale.detach().float().view(()).view(torch.int32)
+        if scale is None or self.rounding is None:
+            self.input_scale_bits = None
+        else:
+            self.input_scale_bits = scale.detach().float().reshape(self.rounding.static_shape).view(torch.int32)
 
     @property
     def static_scale(self) -> Tensor | None:
-        """Return the static scale of the inputs, () float32; None where there is none."""
+        """Return the static scale of the inputs, float32: (), or one for each modality; None where there is none."""
         bits = self._buffers.get("input_scale_bits")
         return None if bits is None else bits.view(torch.float32)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return inputs (..., columns) after rounding, float32."""
         assert self.rounding is not None
-        return self.rounding.round(x.reshape(-1, x.shape[-1]).float(), self.static_scale).view(x.shape)
+        is_image = image_rows(x) if self.rounding.by_modality else None
+        return self.rounding.round(x.reshape(-1, x.shape[-1]).float(), self.static_scale, is_image).view(x.shape)
 
 
 class RoundedInputLinear(RoundsInputs, PackedLinear):
@@ -95,17 +100,19 @@ class RoundedInputLinear(RoundsInputs, PackedLinear):
     def kernel(self) -> str:
         """Return what the forward pass runs on."""
         assert self.rounding is not None
-        return f"{self.rounding.label}, dequantize"
+        return f"{self.rounding.label}, {self.multiplied()}"
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Return float32, in which the products of rounded inputs are summed."""
+        return torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``round(x) @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
-        rows = x.reshape(-1, self.in_features).float()
+        rows = x.float()
         if self.in_scale is not None:
             rows = rows * self.in_scale.float()
-        y = self.packed.dequantized_matmul(functional.pad(self.rounded(rows), (0, self.padded_columns)))
-        if self.bias is not None:
-            y = y + self.bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return self.product(self.rounded(rows), self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.layers.codes import columns_per_group, split_groups
+from lmms_plugin.quant_backends.layers.dense_products import DenseProducts
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
@@ -80,7 +80,7 @@ class TritPlanes(NamedTuple):
         return weight.flatten(1)[:, : self.planes.shape[2]]
 
 
-class TritPlaneLinear(QuantizedLinear):
+class TritPlaneLinear(DenseProducts, QuantizedLinear):
     """Linear layer whose weight is two planes of trits, five trits to a byte, and two scales per group.
 
     The weight takes 3.2 bits and the scales 32 / group_size more, 3.45 at a group of 128 in a 16-bit dtype. `bits` is
@@ -97,6 +97,7 @@ class TritPlaneLinear(QuantizedLinear):
     """
 
     bits = 3
+    coded = ("planes",)
 
     planes: Tensor
     scale: Tensor
@@ -147,9 +148,29 @@ class TritPlaneLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self._dense(0, self.out_features, x.dtype), bias)
+        return self.product(x, self.bias)
+
+    @property
+    def kernel(self) -> str:
+        """Return what the forward pass runs on."""
+        return self.multiplied()
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device where the layer computes."""
+        return self.scale.device
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Return the dtype in which products read the weight."""
+        return self.scale.dtype
+
+    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the weight as products read them."""
+        return self._dense(start, stop, dtype).contiguous()
 
     def _dense(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        # Planes may lie in host memory, where dense weights are kept on the device.
         planes = torch.stack([unpack_trits(plane[start:stop], self.in_features) for plane in self.planes])
+        planes = planes.to(self.device)
         return TritPlanes(planes, self.scale[start:stop]).dequantize(self.group_size, dtype)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
+from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution, expect_token_weights
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
-from lmms_plugin.quant_backends.methods.format_options import FormatBackend
+from lmms_plugin.quant_backends.methods.format_options import SCALED_INPUTS, FormatBackend
 from lmms_plugin.quant_backends.methods.scale_search import GramError, search_clipping, search_scales
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
@@ -41,24 +41,31 @@ class AwqBackend(FormatBackend, CalibratedBackend):
     projection of attention, whose value channels serve several query heads in most families (the authors omit it there,
     too), and layers after an activation function.
 
+    With `token_weights` an output error counts by the importance of its token, Σ w_t ‖Δ x_t‖², in both searches: equal
+    weights are AWQ, and those of `modality` are `mbq` with its squared loss. Where w_t comes from is told in
+    `lmms_plugin.quant_backends.methods.vlmq`, which fits GPTQ to the same sums. The mean |x| of the scales stays that
+    of all tokens alike. Layers whose inputs are no positions of the sequence have no weights; the report calls them
+    unweighted.
+
     Attributes:
         clip: Whether to narrow the range of each group of weights too where that lowers the output error; layers named
             like a query or key projection are excluded, as in the authors' code.
         fold: Whether to choose scales that preceding layers can absorb, so that compressed-tensors can hold the model.
+        token_weights: ``gradient`` for a weight of each token's own, ``modality`` for MBQ's two, as in `vlmq`; None for
+            all tokens alike.
     """
 
     name = "awq"
     bits = frozenset(range(2, 9))
     clip: bool = False
     fold: bool = False
+    token_weights: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fold and (self.stored is not None or self.rounding is not None):
-            raise ValueError(
-                "awq: fold=True hands scales to the layers before, which is done for integers with inputs as they are;"
-                " leave out fold, or format and activation_format"
-            )
+        expect_token_weights(self.name, self.token_weights)
+        if self.fold:
+            self.expect_foldable()
         if self.clip and self.stored is not None:
             raise ValueError(
                 f"awq: clip=True narrows the ranges of groups of integers, which format={self.format} has not"
@@ -67,7 +74,12 @@ class AwqBackend(FormatBackend, CalibratedBackend):
     @property
     def uncompressed(self) -> str | None:
         """Return the reason: input scales need this package's own format, unless preceding layers absorb them."""
-        return None if self.fold else "its layers multiply their inputs by a scale; fold=True avoids that"
+        return super().uncompressed if self.fold else SCALED_INPUTS
+
+    @property
+    def weighs_tokens_by(self) -> str | None:
+        """Return what the weights come from; None for none."""
+        return self.token_weights
 
     @torch.no_grad()
     def solve(
@@ -77,7 +89,7 @@ class AwqBackend(FormatBackend, CalibratedBackend):
         statistics.expect_finite()
         in_scale = self._search(layers, specs, statistics)
         return [
-            Solution(self._pack(layer, name, spec, in_scale, statistics))
+            Solution(self._pack(layer, name, spec, in_scale, statistics), self.unweighted(statistics))
             for layer, name, spec in zip(layers, statistics.names, specs, strict=True)
         ]
 
@@ -90,7 +102,7 @@ class AwqBackend(FormatBackend, CalibratedBackend):
     ) -> Tensor | None:
         if self.fold and any(UNFOLDED.match(name.rpartition(".")[2]) for name in statistics.names):
             return None
-        weights, objective = [layer.weight for layer in layers], GramError(statistics.gram)
+        weights, objective = [layer.weight for layer in layers], GramError(statistics.by_importance.gram)
         asked = [self.spec_of(spec) for spec in specs]
         magnitude, form = statistics.mean_magnitude, self.stored
         return search_scales(weights, asked, magnitude, objective, powers_of_two=self.fold, form=form).in_scale
@@ -102,7 +114,7 @@ class AwqBackend(FormatBackend, CalibratedBackend):
         if not self.clip or UNCLIPPED.match(name.rpartition(".")[2]):
             return self.nearest(layer, spec, in_scale=own, statistics=statistics)
         inverse = torch.ones_like(layer.weight[0]).float() if in_scale is None else in_scale.float()
-        fed, dtype = statistics.gram * inverse * inverse.unsqueeze(1), layer.weight.dtype
+        fed, dtype = statistics.by_importance.gram * inverse * inverse.unsqueeze(1), layer.weight.dtype
         codes = search_clipping(layer.weight.float() / inverse, self.spec_of(spec), fed, dtype)
         return self.assemble(
             codes, spec, layer.in_features, dtype, bias=layer.bias, in_scale=own, statistics=statistics

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import DataFreeBackend
 from lmms_plugin.quant_backends.extras import require
+from lmms_plugin.quant_backends.layers.dense_products import DenseProducts
 from lmms_plugin.quant_backends.layers.library import LibraryLinear
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
+from lmms_plugin.quant_backends.plans.storage_choice import Storage
 
 FORMATS = ("nf4", "fp4")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -56,6 +57,12 @@ class BitsAndBytesBackend(DataFreeBackend):
         super().check(plan)
         require("bitsandbytes", extra="bitsandbytes", user="quant_bitsandbytes")
 
+    def check_storage(self, storage: Storage, plan: QuantPlan) -> None:
+        """Refuse dense weights for LLM.int8(), which rounds inputs in a product of its own."""
+        super().check_storage(storage, plan)
+        if storage == "dense" and any(spec.bits == 8 for spec in plan.specs):
+            raise ValueError("storage=dense: LLM.int8() (bits=8) multiplies integers by itself; leave storage out")
+
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse block sizes that the library lacks, and unsupported bits."""
         super().check_spec(spec)
@@ -80,7 +87,7 @@ class BitsAndBytesBackend(DataFreeBackend):
         return Int8Linear(codes, scale, bias=bias, dtype=weight.dtype, outlier_threshold=self.outlier_threshold)
 
 
-class FourBitLinear(LibraryLinear):
+class FourBitLinear(DenseProducts, LibraryLinear):
     """Linear layer over 4-bit blocks of bitsandbytes, with the same weights and products on every processor.
 
     On a CPU the library dequantizes and torch multiplies, in the dtype of the inputs. The library's own layer takes
@@ -136,7 +143,8 @@ class FourBitLinear(LibraryLinear):
     @property
     def kernel(self) -> str:
         """Return the library, its format, and what multiplies."""
-        return f"bitsandbytes {self._constants['quant_type']}" + (", dense products" if self._on_cpu else "")
+        made = self.multiplied("dense products" if self._on_cpu else "")
+        return f"bitsandbytes {self._constants['quant_type']}" + (f", {made}" if made else "")
 
     @property
     def padded_columns(self) -> int:
@@ -145,13 +153,28 @@ class FourBitLinear(LibraryLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of `x`, shape (..., out_features)."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._on_cpu:
-            return functional.linear(x, self._decoded(x.dtype), bias)
+        if self._on_cpu or self.kept is not None:
+            return self.product(x, self.bias)
         from bitsandbytes import matmul_4bit
 
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         product: Tensor = matmul_4bit(x, self._column, self.stored, bias=bias)
         return product
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device where the layer computes."""
+        return self.get_buffer("packed").device
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Return the dtype in which products read the weight."""
+        dtype: torch.dtype = self.stored.dtype
+        return dtype
+
+    def operand(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the weight as products read them."""
+        return self.rows_of(lambda: self._decoded(dtype), start, stop)
 
 
 class Int8Linear(LibraryLinear):

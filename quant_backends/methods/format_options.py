@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,18 @@ from lmms_plugin.quant_backends.layers.format_linear import FormatCodes, FormatL
 from lmms_plugin.quant_backends.layers.input_rounding import GRANULARITIES, InputRounding
 from lmms_plugin.quant_backends.layers.int8_inputs import INT8_TOKENS, Int8InputLinear
 from lmms_plugin.quant_backends.layers.linear import PackedLinear, QuantizedLinear
+from lmms_plugin.quant_backends.layers.modalities import MODALITIES
 from lmms_plugin.quant_backends.layers.rounded_inputs import RoundedInputLinear
 from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantSpec
 from lmms_plugin.quant_backends.plans.rotation_spec import ROTATED_INPUTS, RotationSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
+
+SCALED_INPUTS = "its layers multiply their inputs by a scale; fold=True avoids that"
+"""Why compressed-tensors cannot hold what a method of input scales makes."""
+
+AS_THEY_ARE = "none"
+"""Format of inputs in a plan that means: leave them as they are."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +39,22 @@ class FormatBackend(Backend):
         format: Format of the weights (docs/formats.md): nvfp4, mxfp4, fp8_e4m3, ...; None for integers of `bits` bits
             in groups of `group_size`.
         activation_format: Format that the layers' inputs are rounded to at run time; None leaves them as they are.
-        activation_granularity: Inputs that share a scale: token, block, or tensor (a static scale from calibration);
-            None for blocks where the format has some, else tokens.
+        activation_granularity: Inputs that share a scale: token, block, tensor (a static scale from calibration), or
+            modality (one for image tokens, one for all others); None for blocks where the format has some, else tokens.
         rotation: Rotation of the decoder before it is quantized: hadamard, QuaRot's (docs/quantizers.md); None for
             none.
         rotation_seed: Seed of the rotation.
+        rotate_vision: Whether to rotate the vision tower, too, where its norms are LayerNorms.
     """
 
     format: str | None = None
     activation_format: str | None = None
     activation_granularity: str | None = None
+    takes_formats = True
+
     rotation: str | None = None
     rotation_seed: int = 0
+    rotate_vision: bool = False
 
     def __post_init__(self) -> None:
         if self.activation_granularity is not None and self.activation_format is None:
@@ -70,9 +82,32 @@ class FormatBackend(Backend):
         return InputRounding.of(self.activation_format, self.activation_granularity, calibrated=calibrated)
 
     @property
+    def scales_by_modality(self) -> bool:
+        """Return whether inputs of image tokens and of text have static scales of their own."""
+        return self.rounding is not None and self.rounding.by_modality
+
+    def rounding_of(self, statistics: InputStatistics | None) -> InputRounding | None:
+        """Return the rounding of a layer's inputs: one scale per modality where its rows are sequence positions."""
+        if self.rounding is None or (statistics is not None and statistics.largest_of):
+            return self.rounding
+        return self.rounding.of_one_modality
+
+    def largest_of(self, statistics: InputStatistics) -> Tensor | None:
+        """Return the largest magnitudes from which `rounding_of` takes static scales: (columns,), or of each modality.
+
+        A modality that did not come in calibration has those of the other.
+        """
+        rounding = self.rounding_of(statistics)
+        if rounding is None or not rounding.by_modality:
+            return statistics.largest
+        found = [statistics.largest_of.get(modality) for modality in MODALITIES]
+        return torch.stack([statistics.largest if one is None else one for one in found])  # type: ignore[misc]
+
+    @property
     def rotates(self) -> RotationSpec | None:
         """Return the rotation; inputs of down projections are rotated at run time only if inputs are rounded."""
-        return RotationSpec.of(self.rotation, self.rotation_seed, online=self.activation_format is not None)
+        online = self.activation_format is not None
+        return RotationSpec.of(self.rotation, self.rotation_seed, online=online, vision=self.rotate_vision)
 
     @property
     def settled(self) -> dict[str, str]:
@@ -93,11 +128,44 @@ class FormatBackend(Backend):
             return ROTATED_INPUTS
         return why_not_compressed(None if self.stored is None else self.stored.name, self.rounding)
 
+    def expect_foldable(self) -> None:
+        """Refuse to hand input scales to the rows of a layer before, where rows share a scale.
+
+        Raises:
+            ValueError: They do.
+        """
+        if self.stored is not None and self.stored.block[0] != 1:
+            raise ValueError(
+                f"{self.name}: fold=True multiplies single rows of layers before, but format={self.format} has scales"
+                " over several rows; leave out fold, or take a format with scales per row or block of a row"
+            )
+
+    def for_spec(self, spec: QuantSpec) -> Self:
+        """Return this backend with the formats that a spec of the plan names.
+
+        Raises:
+            ValueError: They do not go with the other options.
+        """
+        if spec.format is None and spec.activation_format is None:
+            return self
+        changed: dict[str, Any] = {} if spec.format is None else {"format": spec.format}
+        if spec.activation_format is not None:
+            if self.rotation is not None:
+                raise ValueError(
+                    f"rotation={self.rotation} turns the inputs of the whole decoder, which are rounded alike: leave"
+                    " activation_format out of the plan, and give it as a model argument"
+                )
+            inputs = None if spec.activation_format == AS_THEY_ARE else spec.activation_format
+            changed |= {"activation_format": inputs, "activation_granularity": None}
+            changed |= {"act_bits": UNTOUCHED_BITS} if hasattr(self, "act_bits") else {}
+        return replace(self, **changed)
+
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse a number of bits that the format does not have."""
-        if self.format is not None and spec.bits != format_of(self.format).bits:
+        own = self.for_spec(spec)
+        if own.format is not None and spec.bits != format_of(own.format).bits:
             raise ValueError(
-                f"format={self.format} has {format_of(self.format).bits} bits per weight, but {spec.bits} were asked"
+                f"format={own.format} has {format_of(own.format).bits} bits per weight, but {spec.bits} were asked"
                 f" for: leave the bits out, or give {UNTOUCHED_BITS} to parts that stay as they are"
             )
         super().check_spec(spec)
@@ -143,17 +211,17 @@ class FormatBackend(Backend):
         Raises:
             ValueError: A static scale is asked for, and no input reached the layer.
         """
-        static = self._static_scale(statistics, in_scale)
+        rounding, static = self.rounding_of(statistics), self._static_scale(statistics, in_scale)
         if isinstance(quantized, FormatCodes):
             return FormatLinear.from_codes(
-                quantized, dtype, bias=bias, in_scale=in_scale, rounding=self.rounding, static_scale=static
+                quantized, dtype, bias=bias, in_scale=in_scale, rounding=rounding, static_scale=static
             )
         spec = self.spec_of(spec)
-        if self.rounding is None or self.rounding == INT8_TOKENS:
-            kind = PackedLinear if self.rounding is None else Int8InputLinear
+        if rounding is None or rounding == INT8_TOKENS:
+            kind = PackedLinear if rounding is None else Int8InputLinear
             return kind.from_codes(quantized, spec, columns, bias=bias, in_scale=in_scale)
         return RoundedInputLinear.rounding_inputs(
-            quantized, spec, columns, rounding=self.rounding, static_scale=static, bias=bias, in_scale=in_scale
+            quantized, spec, columns, rounding=rounding, static_scale=static, bias=bias, in_scale=in_scale
         )
 
     def nearest(
@@ -178,15 +246,17 @@ class FormatBackend(Backend):
         )
 
     def _static_scale(self, statistics: InputStatistics | None, in_scale: Tensor | None) -> Tensor | None:
-        if self.rounding is None or not self.rounding.static:
+        rounding = self.rounding_of(statistics)
+        if rounding is None or not rounding.static:
             return None
-        if statistics is None or statistics.largest is None:
+        largest = None if statistics is None else self.largest_of(statistics)
+        if largest is None:
             raise ValueError(
-                f"{self.rounding.label}: a layer that no calibration input reached has no static scale; take more or"
+                f"{rounding.label}: a layer that no calibration input reached has no static scale; take more or"
                 " other samples, activation_granularity=token, or leave the layer out by skip in a plan"
             )
-        largest = statistics.largest if in_scale is None else statistics.largest * in_scale.float().abs()
-        return self.rounding.static_scale(largest.amax())
+        largest = largest if in_scale is None else largest * in_scale.float().abs()
+        return rounding.static_scale(largest.amax(-1))
 
 
 def act_bits_of(act_bits: int, activation_format: str | None) -> str | None:

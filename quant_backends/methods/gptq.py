@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,13 @@ DAMPINGS = (0.01, 0.1, 1.0)
 
 LARGEST_DAMPING = 10.0
 """Times the mean diagonal: beyond it the Hessian is all damping, and the result no better than rounding."""
+
+
+SPREAD_COLUMNS = 256
+"""Columns whose rounding errors are followed at once through all columns after them."""
+
+JOINED_ROWS = 8192
+"""Rows of layers with one input that are rounded together, at most: each column is a handful of small operations."""
 
 
 class Factor(NamedTuple):
@@ -95,9 +103,10 @@ class GptqBackend(FormatBackend, CalibratedBackend):
             for layer, spec, codes in zip(layers, specs, plain, strict=True)
         )
         factor = self.factor(self.fitted_to(statistics), rounding)
+        corrected = self._corrected(layers, specs, plain, factor)
         return [
-            self._solve(layer, spec, codes, factor, statistics)
-            for layer, spec, codes in zip(layers, specs, plain, strict=True)
+            self._solve(layer, spec, codes, moved, statistics)
+            for layer, spec, codes, moved in zip(layers, specs, plain, corrected, strict=True)
         ]
 
     @torch.no_grad()
@@ -132,11 +141,10 @@ class GptqBackend(FormatBackend, CalibratedBackend):
         layer: nn.Linear,
         spec: QuantSpec,
         plain: Codes | FormatCodes,
-        factor: Factor,
+        corrected: Codes | FormatCodes,
         statistics: InputStatistics,
     ) -> Solution:
         weight, fitted = layer.weight, self.fitted_to(statistics)
-        corrected = self._corrected(weight, plain, spec, factor)
         before, after = (
             self.judge(
                 codes.dequantize(spec.bits, weight.dtype)[:, : layer.in_features].float() - weight, weight, fitted
@@ -153,11 +161,40 @@ class GptqBackend(FormatBackend, CalibratedBackend):
         return Solution(packed, self.method(statistics), int((moved & ~better).sum()))
 
     def _corrected(
-        self, weight: Tensor, plain: Codes | FormatCodes, spec: QuantSpec, factor: Factor
-    ) -> Codes | FormatCodes:
-        if isinstance(plain, FormatCodes):
-            return round_to_format(weight, plain, factor, self.block_size)
-        return round_with_feedback(weight, plain, spec.bits, factor, self.block_size)
+        self,
+        layers: Sequence[nn.Linear],
+        specs: Sequence[QuantSpec],
+        plain: Sequence[Codes | FormatCodes],
+        factor: Factor,
+    ) -> list[Codes | FormatCodes]:
+        """Return the codes of all layers after correction; those of one spec are rounded together, row by row alike."""
+        found: list[Codes | FormatCodes] = []
+        for first, last in _joined(layers, specs, plain):
+            weights, codes = [layer.weight for layer in layers[first:last]], plain[first:last]
+            if isinstance(codes[0], FormatCodes):
+                found.append(round_to_format(weights[0], codes[0], factor, self.block_size))
+                continue
+            together = Codes.stacked([each for each in codes if isinstance(each, Codes)])
+            moved = round_with_feedback(torch.cat(weights), together, specs[first].bits, factor, self.block_size)
+            parts = moved.codes.split([len(weight) for weight in weights])
+            found += [each._replace(codes=part) for each, part in zip(codes, parts, strict=True)]
+        return found
+
+
+def _joined(
+    layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], plain: Sequence[Codes | FormatCodes]
+) -> list[tuple[int, int]]:
+    """Return runs of neighbouring layers that can be rounded together, each as (first, after the last)."""
+    runs: list[tuple[int, int]] = []
+    for index, (layer, spec, codes) in enumerate(zip(layers, specs, plain, strict=True)):
+        first = runs[-1][0] if runs else index
+        alike = specs[first] == spec and layers[first].weight.dtype == layer.weight.dtype
+        rows = sum(len(each.weight) for each in layers[first : index + 1])
+        if runs and isinstance(codes, Codes) and alike and rows <= JOINED_ROWS:
+            runs[-1] = (first, index + 1)
+        else:
+            runs.append((index, index + 1))
+    return runs
 
 
 def expect_damping(backend: str, damping: float | None) -> None:
@@ -176,7 +213,8 @@ def choose_factor(
     """Factorize with the damping that has the smallest expected error on the held-out inputs.
 
     With F the feedback, rounding errors ε give errors δ of the weights where F δ = ε. Were ε independent, as it nearly
-    is, ‖X δ‖² would have the mean Σ_i var(ε_i) (F⁻ᵀ XᵀX F⁻¹)_ii: a damping is judged without rounding anything.
+    is, ‖X δ‖² would have the mean Σ_i var(ε_i) (F⁻ᵀ XᵀX F⁻¹)_ii: a damping is judged without rounding anything. More
+    damping is tried as long as it does better.
 
     Args:
         statistics: Statistics of the layer's inputs.
@@ -187,26 +225,46 @@ def choose_factor(
     Raises:
         ValueError: As in `factorize`.
     """
-    held_back = statistics.held_back
+    held_back, hessian = statistics.held_back, _Hessian.of(statistics, act_order)
     if damping is not None or held_back is None or not held_back.rows:
-        return factorize(statistics, act_order, DAMPINGS[0] if damping is None else damping)
-    best = factorize(statistics, act_order, DAMPINGS[0])
-    least = _expected_error(best, held_back.gram, rounding)
+        return hessian.factorize(DAMPINGS[0] if damping is None else damping)
+    order = hessian.order
+    gram, rounding = held_back.gram[order.unsqueeze(1), order], rounding[order]
+    best = hessian.factorize(DAMPINGS[0])
+    least = _expected_error(best.feedback, gram, rounding)
     # One after another: in wide layers each takes more than a gigabyte.
     for each in DAMPINGS[1:]:
-        factor = factorize(statistics, act_order, each)
-        expected = _expected_error(factor, held_back.gram, rounding)
-        if expected < least:
-            best, least = factor, expected
+        factor = hessian.factorize(each)
+        expected = _expected_error(factor.feedback, gram, rounding, least)
+        if expected >= least:
+            # Less damping leaves more correlations that are learned by heart, more damping fewer of those that hold:
+            # the error falls, then rises.
+            break
+        best, least = factor, expected
     return best
 
 
-def _expected_error(factor: Factor, gram: Tensor, rounding: Tensor) -> float:
-    """Return Σ_i var(ε_i) (F⁻ᵀ G F⁻¹)_ii for the feedback F of a factor."""
-    order = factor.order
-    identity = torch.eye(len(gram), device=gram.device)
-    spread = torch.linalg.solve_triangular(factor.feedback, identity, upper=False, unitriangular=True)
-    return float(squared_errors(spread.T, gram[order.unsqueeze(1), order]) @ rounding[order])
+def _expected_error(feedback: Tensor, gram: Tensor, rounding: Tensor, enough: float = math.inf) -> float:
+    """Return Σ_i var(ε_i) (F⁻ᵀ G F⁻¹)_ii for the feedback F; as soon as it is above `enough`, any number above that.
+
+    Column i of F⁻¹ is zero above row i, so that some columns need only what stands below and right of them.
+
+    Args:
+        feedback: F (columns, columns) float32.
+        gram: G (columns, columns) float32, in the order of F.
+        rounding: (columns,) float64, in place of the variance, in the order of F.
+        enough: Sum at which to stop.
+    """
+    total = 0.0
+    for start in range(0, len(gram), SPREAD_COLUMNS):
+        stop = min(start + SPREAD_COLUMNS, len(gram))
+        identity = torch.eye(len(gram) - start, stop - start, device=gram.device)
+        below = feedback[start:, start:]
+        spread = torch.linalg.solve_triangular(below, identity, upper=False, unitriangular=True)
+        total += float(squared_errors(spread.T, gram[start:, start:]) @ rounding[start:stop])
+        if total > enough:
+            break
+    return total
 
 
 def sum_of_squares(errors: Iterable[Tensor]) -> Tensor:
@@ -231,37 +289,62 @@ def factorize(statistics: InputStatistics, act_order: bool = True, damping: floa
     Raises:
         ValueError: The moments are not finite or those of no real input, or no damping helps.
     """
-    statistics.expect_finite()
-    gram = statistics.fitting_gram
-    diagonal = gram.diagonal().double()
-    order = torch.arange(len(gram), device=gram.device)
-    if act_order:
-        order = diagonal.argsort(descending=True, stable=True)
-    backwards = order.flip(0)
-    # In float64: at the usual damping float32 finds the same codes, but at a hundredth of it errors 1 % larger. The
-    # factor is computed once for all layers that share their inputs, and takes less time than rounding them.
-    hessian = gram[backwards.unsqueeze(1), backwards].double()
-    diagonal = diagonal[backwards]
-    mean = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
-    # A column that is always zero is correlated with no other; any positive number lets it be rounded on its own.
-    diagonal = torch.where(diagonal == 0, mean, diagonal)
-    asked = damping
-    while damping <= LARGEST_DAMPING:
-        hessian.diagonal().copy_(diagonal + damping * mean)
-        lower, info = torch.linalg.cholesky_ex(hessian)
-        if int(info) == 0:
-            del hessian
-            _warn_if_more(damping, asked, statistics)
-            diagonal = lower.diagonal().clone()
-            lower /= diagonal
-            # Row i of M is column n - 1 - i of `lower` read backwards, its diagonal element at the end.
-            lower = lower.float()
-            return Factor(order, lower.T.flip(0, 1), damping, diagonal.square().float().flip(0))
-        damping = max(10 * damping, 1e-6)
-    raise ValueError(
-        f"{statistics.names[0]}: the second moments of its calibration inputs have no Cholesky factor, even with "
-        f"{LARGEST_DAMPING:g} times their mean diagonal added; they cannot come from real inputs"
-    )
+    return _Hessian.of(statistics, act_order).factorize(damping)
+
+
+class _Hessian(NamedTuple):
+    """Hessian in backward rounding order, which is factorized with one or more dampings.
+
+    Attributes:
+        statistics: Statistics that it comes from.
+        order: (columns,) int64, the order of rounding.
+        moments: (columns, columns) float64, in backward order; its diagonal is overwritten.
+        diagonal: (columns,) float64, its diagonal without damping.
+        mean: Mean of the diagonal, which damping is a fraction of.
+    """
+
+    statistics: InputStatistics
+    order: Tensor
+    moments: Tensor
+    diagonal: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, statistics: InputStatistics, act_order: bool) -> _Hessian:
+        """Return that of the inputs that are fitted to."""
+        statistics.expect_finite()
+        gram = statistics.fitting_gram
+        diagonal = gram.diagonal().double()
+        order = torch.arange(len(gram), device=gram.device)
+        if act_order:
+            order = diagonal.argsort(descending=True, stable=True)
+        backwards = order.flip(0)
+        # In float64: at the usual damping float32 finds the same codes, but at a hundredth of it errors 1 % larger. The
+        # factor is computed once for all layers that share their inputs.
+        moments = gram[backwards.unsqueeze(1), backwards].double()
+        diagonal = diagonal[backwards]
+        mean = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
+        # A column that is always zero is correlated with no other; any positive number lets it be rounded on its own.
+        return cls(statistics, order, moments, torch.where(diagonal == 0, mean, diagonal), mean)
+
+    def factorize(self, damping: float) -> Factor:
+        """Return the factor, with more damping where less does not do; see the function `factorize`."""
+        asked = damping
+        while damping <= LARGEST_DAMPING:
+            self.moments.diagonal().copy_(self.diagonal + damping * self.mean)
+            lower, info = torch.linalg.cholesky_ex(self.moments)
+            if int(info) == 0:
+                _warn_if_more(damping, asked, self.statistics)
+                diagonal = lower.diagonal().clone()
+                lower /= diagonal
+                # Row i of M is column n - 1 - i of `lower` read backwards, its diagonal element at the end.
+                feedback = lower.float().T.flip(0, 1)
+                return Factor(self.order, feedback, damping, diagonal.square().float().flip(0))
+            damping = max(10 * damping, 1e-6)
+        raise ValueError(
+            f"{self.statistics.names[0]}: the second moments of its calibration inputs have no Cholesky factor, even"
+            f" with {LARGEST_DAMPING:g} times their mean diagonal added; they cannot come from real inputs"
+        )
 
 
 def _warn_if_more(damping: float, asked: float, statistics: InputStatistics) -> None:
@@ -297,13 +380,14 @@ def pass_on_errors(
             dense[start:stop] += factor.pull[:start, start:stop].T @ wanted_so_far[:start]
         wanted = dense[start:stop] - factor.feedback[start:stop, :start] @ error[:start]
         for step in range(start, stop):
-            moved = wanted[step - start] - error[start:step].T @ factor.feedback[step, start:step]
+            row, before = factor.feedback[step, start:step], error[start:step]
+            moved = torch.addmv(wanted[step - start], before.T, row, alpha=-1)
             if wanted_so_far is not None and factor.pull is not None:
                 pulled = wanted_so_far[start:step].T @ factor.pull[start:step, step]
                 dense[step] += pulled
                 moved = moved + pulled
                 wanted_so_far[step] = moved
-            error[step] = choose(positions[step], moved) - dense[step]
+            torch.sub(choose(positions[step], moved), dense[step], out=error[step])
 
 
 def round_with_feedback(weight: Tensor, nearest: Codes, bits: int, factor: Factor, block_size: int = 128) -> Codes:

@@ -95,7 +95,9 @@ class MbqBackend(FormatBackend, CalibratedBackend):
             share * part.rows / len(sampled) * torch.ones(len(sampled), device=sampled.device)
             for (part, share), sampled in zip(parts, rows, strict=True)
         ]
-        return RowError(torch.cat(rows), torch.cat(shares), POWERS[self.loss], self.rounding, statistics.largest)
+        rounding, reach = self.rounding_of(statistics), self.largest_of(statistics)
+        images = torch.cat([part.sampled_images for part, _ in parts])
+        return RowError(torch.cat(rows), torch.cat(shares), POWERS[self.loss], rounding, reach, images)
 
 
 def _is_balanced(statistics: InputStatistics) -> bool:

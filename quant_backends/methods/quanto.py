@@ -31,6 +31,7 @@ class QuantoBackend(DataFreeBackend):
     name = "quanto"
     bits = frozenset({2, 4, 8})
     unsaved = "optimum-quanto keeps weights in a form of its own"
+    undense = "optimum-quanto multiplies by tensors of its own"
 
     def check_spec(self, spec: QuantSpec) -> None:
         """Refuse symmetric grids below 8 bits, and unsupported bits."""

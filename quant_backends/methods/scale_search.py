@@ -27,6 +27,15 @@ EXPONENTS = tuple(step / 20 for step in range(20))
 CLIPPING_RATIOS = tuple(1 - step / 20 for step in range(10))
 """The grid of clipping ranges, as in the authors' code: parts of a group's largest magnitude, down to about a half."""
 
+STAGES = ((0, 16), (8, 16), (4, 8), (2, 4), (1, 2))
+"""Rows that are compared in turns: those with this remainder of their position by this divisor."""
+
+FEWEST_COMPARED = 64
+"""Rows that must have been compared before a candidate is given up."""
+
+GIVEN_UP = 4.0
+"""Standard errors by which a candidate must be worse than the best one to be given up."""
+
 SEARCH_ELEMENTS = {"cpu": 1 << 20}
 """Weights in flight while candidates of one layer are compared, by device: on a CPU what its caches hold."""
 
@@ -34,7 +43,7 @@ SEARCH_ELEMENTS_ELSEWHERE = 1 << 24
 
 Errors = Callable[[Tensor, Tensor], Tensor]
 """From W·s rounded (candidates, rows, columns), which may be overwritten, and W (rows, columns), both float32 and of
-some rows of a layer, to errors (candidates,) float64."""
+some rows of a layer, to the error of each row (candidates, rows) float64."""
 
 
 class Objective(Protocol):
@@ -64,7 +73,7 @@ class GramError:
 
         def errors(rounded: Tensor, weight: Tensor) -> Tensor:
             delta = _changes(rounded, inverses, weight)
-            return squared_errors(delta, self.gram).view(len(inverses), -1).sum(1)
+            return squared_errors(delta, self.gram).view(len(inverses), -1)
 
         return errors
 
@@ -78,7 +87,8 @@ class RowError:
         shares: Weights (rows,) of the inputs, float32.
         power: Exponent, 1 for absolute errors, 2 for squared ones.
         rounding: Rounding of the layer's inputs; None for none.
-        largest: Largest |x| (columns,) over all calibration inputs, for a static scale.
+        largest: Largest |x| over all calibration inputs, for a static scale: (columns,), or (modalities, columns).
+        is_image: (rows,) bool, which rows are image tokens, where modalities are scaled apart.
     """
 
     rows: Tensor
@@ -86,6 +96,7 @@ class RowError:
     power: int
     rounding: InputRounding | None = None
     largest: Tensor | None = None
+    is_image: Tensor | None = None
 
     @property
     def at_once(self) -> int:
@@ -99,7 +110,7 @@ class RowError:
             def errors(rounded: Tensor, weight: Tensor) -> Tensor:
                 blocks = _changes(rounded, inverses, weight).split(rows_per_block(len(self.rows)))
                 costs = torch.cat([self._costs(self.rows @ block.T) for block in blocks])
-                return costs.view(len(inverses), -1).sum(1, dtype=torch.float64)
+                return costs.view(len(inverses), -1).double()
 
             return errors
         inputs = [self._rounded_inputs(inverse) for inverse in inverses]
@@ -107,7 +118,7 @@ class RowError:
         def errors_of_rounded_inputs(rounded: Tensor, weight: Tensor) -> Tensor:
             exact = self.rows @ weight.T
             costs = [self._costs(x @ part.T - exact) for x, part in zip(inputs, rounded, strict=True)]
-            return torch.stack(costs).sum(1, dtype=torch.float64)
+            return torch.stack(costs).double()
 
         return errors_of_rounded_inputs
 
@@ -119,8 +130,8 @@ class RowError:
         assert self.rounding is not None
         static = None
         if self.rounding.static and self.largest is not None:
-            static = self.rounding.static_scale((self.largest * inverse).amax())
-        return self.rounding.round(self.rows * inverse, static)
+            static = self.rounding.static_scale((self.largest * inverse).amax(-1))
+        return self.rounding.round(self.rows * inverse, static, self.is_image)
 
 
 class Scales(NamedTuple):
@@ -168,6 +179,10 @@ def least_error(
 ) -> int:
     """Return the index of the first candidate with the least error.
 
+    Errors are sums over the rows of the weights, which are compared in `STAGES`. A candidate that is clearly worse than
+    the best one in the rows so far, by `GIVEN_UP` standard errors, is not compared in the others. The first candidate
+    is never given up, so that the result is never worse than it.
+
     Args:
         weights: Weights, each (rows, columns), with the same inputs.
         specs: Specs, one per weight.
@@ -175,11 +190,47 @@ def least_error(
         objective: Objective; its errors are summed over the weights.
         form: Format of the weights; None for integers by the specs.
     """
-    errors = torch.zeros(len(inverses), dtype=torch.float64, device=inverses.device)
-    for weight, spec in zip(weights, specs, strict=True):
-        errors += _candidate_errors(weight, spec, inverses, objective, form)
+    alive = torch.arange(len(inverses), device=inverses.device)
+    errors = inverses.new_empty(len(inverses), 0, dtype=torch.float64)
+    rows = sum(len(weight) for weight in weights)
+    for stage in STAGES:
+        found = [
+            _candidate_errors(weight, _part(weight, *stage, form), spec, inverses[alive], objective, form)
+            for weight, spec in zip(weights, specs, strict=True)
+        ]
+        errors = torch.cat([errors, *found], 1)
+        kept = _worth_comparing(errors, rows)
+        alive, errors = alive[kept], errors[kept]
     # The first of equals, on every device.
-    return errors.tolist().index(float(errors.min()))
+    sums = errors.sum(1).tolist()
+    return int(alive[sums.index(min(sums))])
+
+
+def _part(weight: Tensor, remainder: int, divisor: int, form: NumberFormat | None) -> Tensor:
+    """Return some rows of a weight, or some blocks of rows where these share a scale."""
+    size = 1 if form is None or form.block[0] is None else form.block[0]
+    return weight[torch.arange(len(weight), device=weight.device) // size % divisor == remainder]
+
+
+def _worth_comparing(errors: Tensor, rows: int) -> Tensor:
+    """Return the mask (candidates,) of the first one and of all that are not clearly worse than the best.
+
+    Args:
+        errors: Errors so far (candidates, rows compared) float64, the first candidate's first.
+        rows: Number of all rows.
+    """
+    compared, sums = errors.shape[1], errors.sum(1)
+    best = int(sums.argmin())
+    if not FEWEST_COMPARED <= compared < rows or not sums[best] > 0:
+        return torch.ones(len(errors), dtype=torch.bool, device=errors.device)
+    # The ratio of two sums: rows with large errors have so with every candidate, which says nothing about either. Of
+    # finitely many rows: once all are compared there is no doubt.
+    ratio = sums / sums[best]
+    residual = errors - ratio.unsqueeze(1) * errors[best]
+    doubt = residual.std(1) * (1 / compared - 1 / rows) ** 0.5
+    kept: Tensor = (sums - sums[best]) / compared <= GIVEN_UP * doubt
+    kept[0] = True
+    return kept
 
 
 def candidates(mean_magnitude: Tensor, dtype: torch.dtype, *, powers_of_two: bool = False) -> Tensor:
@@ -221,8 +272,11 @@ def search_clipping(weight: Tensor, spec: QuantSpec, gram: Tensor, scale_dtype: 
 
 
 def _candidate_errors(
-    weight: Tensor, spec: QuantSpec, inverses: Tensor, objective: Objective, form: NumberFormat | None
+    weight: Tensor, part: Tensor, spec: QuantSpec, inverses: Tensor, objective: Objective, form: NumberFormat | None
 ) -> Tensor:
+    """Return the errors of each row of a part of a weight, (candidates, rows of the part) float64."""
+    if not len(part):
+        return inverses.new_empty(len(inverses), 0, dtype=torch.float64)
     found = []
     for piece in inverses.split(objective.at_once):
         errors = objective.errors_of(piece)
@@ -230,7 +284,7 @@ def _candidate_errors(
         shared = {} if form is None else _shared_scales(weight, piece, form)
         if form is not None and form.block[0] is not None:
             rows = -(-rows // form.block[0]) * form.block[0]
-        blocks = weight.split(rows)
+        blocks = part.split(rows)
         # One buffer for all blocks: allocating and freeing in turns would fragment the heap.
         place = piece.new_empty(len(piece), *blocks[0].shape)
 
@@ -239,7 +293,7 @@ def _candidate_errors(
                 return fake_quantize(scaled, form, **shared)
             return nearest_values(scaled.flatten(0, 1), spec, weight.dtype).view(scaled.shape)
 
-        found.append(torch.stack([_block_errors(block, piece, errors, place, rounded) for block in blocks]).sum(0))
+        found.append(torch.cat([_block_errors(block, piece, errors, place, rounded) for block in blocks], 1))
     return torch.cat(found)
 
 

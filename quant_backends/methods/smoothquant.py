@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.methods.awq import UNFOLDED
-from lmms_plugin.quant_backends.methods.format_options import FormatBackend
+from lmms_plugin.quant_backends.methods.format_options import SCALED_INPUTS, FormatBackend
 from lmms_plugin.quant_backends.methods.scale_search import RowError, least_error
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
@@ -62,18 +62,13 @@ class SmoothQuantBackend(FormatBackend, CalibratedBackend):
             )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"smoothquant: alpha must be a number from 0 to 1, got {self.alpha!r}")
-        if self.fold and self.stored is not None:
-            raise ValueError(
-                f"smoothquant: fold=True hands scales to layers of integers before, which format={self.format} is not;"
-                " leave out one of them"
-            )
+        if self.fold:
+            self.expect_foldable()
 
     @property
     def uncompressed(self) -> str | None:
         """Return the reason: input scales need this package's own format, unless preceding layers absorb them."""
-        return (
-            super().uncompressed if self.fold else "its layers multiply their inputs by a scale; fold=True avoids that"
-        )
+        return super().uncompressed if self.fold else SCALED_INPUTS
 
     @torch.no_grad()
     def solve(
@@ -112,7 +107,8 @@ class SmoothQuantBackend(FormatBackend, CalibratedBackend):
             return inverses[0].to(dtype)
         inverses = torch.cat([torch.ones_like(inverses[:1]), inverses])
         rows = statistics.sampled
-        objective = RowError(rows, torch.ones_like(rows[:, 0]), 2, self.rounding, statistics.largest)
+        rounding, reach = self.rounding_of(statistics), self.largest_of(statistics)
+        objective = RowError(rows, torch.ones_like(rows[:, 0]), 2, rounding, reach, statistics.sampled_images)
         asked = [self.spec_of(spec) for spec in specs]
         return inverses[least_error(weights, asked, inverses, objective, self.stored)].to(dtype)
 

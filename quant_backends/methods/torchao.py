@@ -38,6 +38,7 @@ class TorchaoBackend(DataFreeBackend):
     name = "torchao"
     bits = frozenset({4, 8})
     unsaved = "torchao keeps weights in a form of its own"
+    undense = "torchao multiplies by tensors of its own"
 
     solver: str = "tinygemm"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lmms_plugin.quant_backends.backend import expect_token_weights
 from lmms_plugin.quant_backends.methods.gptq import GptqBackend
-from lmms_plugin.quant_backends.statistics import TOKEN_WEIGHTS, InputStatistics
+from lmms_plugin.quant_backends.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class VlmqBackend(GptqBackend):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.token_weights not in TOKEN_WEIGHTS:
-            raise ValueError(f"vlmq: token_weights must be {' or '.join(TOKEN_WEIGHTS)}, got {self.token_weights!r}")
+        expect_token_weights(self.name, self.token_weights)
 
     @property
     def weighs_tokens_by(self) -> str | None:
@@ -42,9 +42,8 @@ class VlmqBackend(GptqBackend):
 
     def fitted_to(self, statistics: InputStatistics) -> InputStatistics:
         """Return the statistics of weighted inputs, or of all alike where no weights are known."""
-        weighted = statistics.weighted
-        return weighted if weighted is not None and weighted.rows and bool(weighted.gram.any()) else statistics
+        return statistics.by_importance
 
     def method(self, statistics: InputStatistics) -> str | None:
         """Return that the layer's inputs have no weights, where that is so."""
-        return f"{self.name}, unweighted" if self.fitted_to(statistics) is statistics else None
+        return self.unweighted(statistics)

@@ -11,6 +11,7 @@ from lmms_plugin.quant_backends.plans.specs import UNTOUCHED_BITS
 CacheFormat = Literal["int", "fp8_e4m3", "fp8_e5m2"]
 KeyAxis = Literal["channel", "token"]
 CachePart = Literal["both", "keys", "values"]
+CacheRotation = Literal["none", "hadamard"]
 FP8_BITS = 8
 SCALE_BITS = 16
 """Bits of a scale, and of a zero point."""
@@ -35,6 +36,8 @@ class CacheSpec:
         part: Which are quantized.
         keep_first: Number of tokens at the beginning of a sequence that stay as they are.
         keep_last: Number of tokens at its current end that stay as they are.
+        rotation: `hadamard` rounds each head of keys and values in a rotated basis, as after QuaRot's online rotation
+            of queries and keys.
     """
 
     bits: int
@@ -45,6 +48,7 @@ class CacheSpec:
     part: CachePart = "both"
     keep_first: int = 0
     keep_last: int = 0
+    rotation: CacheRotation = "none"
 
     @classmethod
     def from_arguments(
@@ -57,6 +61,7 @@ class CacheSpec:
         key_axis: KeyAxis,
         part: CachePart,
         keep: str,
+        rotation: CacheRotation = "none",
     ) -> CacheSpec | None:
         """Return the storage that a user asks for; None for a cache as the model has it.
 
@@ -68,6 +73,7 @@ class CacheSpec:
             key_axis: As `key_axis`.
             part: As `part`.
             keep: `FIRST+LAST`, the tokens that stay as they are.
+            rotation: As `rotation`.
 
         Raises:
             ValueError: A value has no effect, or they contradict each other.
@@ -76,7 +82,7 @@ class CacheSpec:
         is_float = format != "int"
         text = bits if bits is not None else FP8_BITS if is_float else UNTOUCHED_BITS
         image = text if image_bits is None else image_bits
-        spec = cls(text, image, format, group_size, key_axis, part, first, last)
+        spec = cls(text, image, format, group_size, key_axis, part, first, last, rotation)
         if spec.untouched:
             asked = {
                 "kv_format": is_float,
@@ -84,6 +90,7 @@ class CacheSpec:
                 "kv_keys": key_axis != "channel",
                 "kv_part": part != "both",
                 "kv_keep": bool(first or last),
+                "kv_rotation": rotation != "none",
             }
             if useless := next((name for name, given in asked.items() if given), None):
                 raise ValueError(f"{useless} says nothing without kv_bits or kv_image_bits below 16")
@@ -135,10 +142,15 @@ class CacheSpec:
         return self.group_size
 
     @property
+    def rotated(self) -> bool:
+        """Return whether heads are rotated before they are rounded."""
+        return self.rotation != "none"
+
+    @property
     def name(self) -> str:
-        """Return the format and bits as in tables: `int4`, `int4, images int2`, `fp8_e4m3, images 16`."""
+        """Return the format and bits as in tables: `int4`, `int4, images int2`, `int4 keys rotated`."""
         text, image = (self._named(bits) for bits in (self.bits, self.image_bits))
-        which = "" if self.part == "both" else f" {self.part}"
+        which = ("" if self.part == "both" else f" {self.part}") + (" rotated" if self.rotated else "")
         return f"{text}{which}" if text == image else f"{text}, images {image}{which}"
 
     def _named(self, bits: int) -> str:
@@ -157,3 +169,4 @@ def _kept(keep: str) -> tuple[int, int]:
 CACHE_FORMATS: tuple[str, ...] = get_args(CacheFormat)
 KEY_AXES: tuple[str, ...] = get_args(KeyAxis)
 CACHE_PARTS: tuple[str, ...] = get_args(CachePart)
+CACHE_ROTATIONS: tuple[str, ...] = get_args(CacheRotation)

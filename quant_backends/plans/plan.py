@@ -18,6 +18,7 @@ from lmms_plugin.quant_backends.plans.specs import (
     PlannedSpec,
     QuantSpec,
     touched,
+    with_bits,
     write_spec,
 )
 from lmms_plugin.utils.reading.located import load
@@ -111,6 +112,13 @@ class _RuleEntry(Schema):
     bits: Bits = left_out()
     group_size: GroupSize = None
     symmetric: Truth = left_out()
+    format: str = left_out()
+    activation_format: str = left_out()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_bits(cls, entry: Any) -> Any:
+        return with_bits(entry) if isinstance(entry, dict) else entry
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> Self:
@@ -206,7 +214,7 @@ class QuantPlan:
 
             components: {vision: 8, language: {bits: 4, group_size: 64}}
             roles:
-              attention: 8
+              attention: {format: fp8_e4m3, activation_format: fp8_e4m3}
               routed_experts: {frequent: 4, rare: 2, share: 0.25}
               first_blocks: {count: 2, bits: 8}
             rules:
@@ -234,9 +242,11 @@ class QuantPlan:
         named += () if self.roles is None else self.roles.named
         return tuple(spec for spec in named if spec is not None and not spec.untouched)
 
-    def spec_for(self, module_name: str, component: Component) -> QuantSpec | None:
-        """Return the spec of one linear layer, None when it is left untouched."""
-        return self._decide(module_name, component)[0]
+    def spec_for(
+        self, module_name: str, component: Component, place: DecoderPosition | None = None
+    ) -> QuantSpec | None:
+        """Return the spec of one linear layer, of which its place in the decoder may be known; None for untouched."""
+        return self._decide(module_name, component, place)[0]
 
     @property
     def counts_use(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lmms_plugin.quant_backends.plans.expert_use import ExpertUse, summary
+from lmms_plugin.quant_backends.plans.storage_choice import LayerStorage
 from lmms_plugin.utils.messages import counted
 
 
@@ -37,6 +38,8 @@ class ModuleReport:
         role: Role of a layer of the decoder (`lmms_plugin.quant_backends.plans.role_plan.ROLES`); None for others.
         outlier_score: Largest magnitude of a weight relative to the mean of its input column (arXiv:2406.08155), 1 or
             above; None when left dense, or quantized before it was loaded.
+        resident_bytes: Bytes on the device where the layer computes while the model answers: those of codes that are
+            there, and of dense weights that are kept; None where no answers were to be given.
     """
 
     name: str
@@ -56,6 +59,7 @@ class ModuleReport:
     plain_rows: int = 0
     role: str | None = None
     outlier_score: float | None = None
+    resident_bytes: int | None = None
 
     @property
     def weights(self) -> int:
@@ -110,6 +114,7 @@ class QuantReport:
         calibration: Calibration inputs; None for methods without.
         plan: Plan as JSON-ready values.
         experts: Use of the experts of each layer; empty without experts, and for methods without calibration.
+        storage: How quantized weights are held while the model answers; None where no answers were to be given.
     """
 
     method: str
@@ -122,6 +127,7 @@ class QuantReport:
     calibration: CalibrationReport | None
     plan: dict[str, Any]
     experts: tuple[ExpertUse, ...] = ()
+    storage: str | None = None
 
     @property
     def quantized(self) -> tuple[ModuleReport, ...]:
@@ -166,6 +172,27 @@ class QuantReport:
         """Return the number of layers per kernel."""
         return dict(Counter(module.kernel for module in self.quantized if module.kernel is not None))
 
+    def with_storage(self, storage: str, layers: Mapping[str, LayerStorage]) -> QuantReport:
+        """Return this report with how each layer is held while the model answers.
+
+        Args:
+            storage: Storage that was asked for.
+            layers: Name → storage of each quantized layer.
+        """
+        modules = tuple(
+            replace(module, kernel=layers[module.name].kernel, resident_bytes=layers[module.name].resident_bytes)
+            if module.reason is None
+            else module
+            for module in self.modules
+        )
+        return replace(self, modules=modules, storage=storage)
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Return the bytes on the devices while answering: parameters, buffers, and dense weights that are kept."""
+        held = [(one.bytes_after, one.resident_bytes) for one in self.quantized if one.resident_bytes is not None]
+        return None if self.storage is None else self.bytes_after + sum(there - packed for packed, there in held)
+
     def with_held_out_errors(self, errors: Mapping[str, float | None]) -> QuantReport:
         """Return this report with the held-out errors of modules, by name."""
         modules = (replace(module, held_out_error=errors.get(module.name)) for module in self.modules)
@@ -182,7 +209,8 @@ class QuantReport:
             "skipped_layers": len(self.skipped),
             "seconds": self.seconds,
         }
-        return totals if self.peak_bytes is None else totals | {"peak_bytes": self.peak_bytes}
+        known = {"resident_bytes": self.resident_bytes, "peak_bytes": self.peak_bytes}
+        return totals | {name: value for name, value in known.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values: totals, quantized and skipped counts, and all modules."""
@@ -192,6 +220,7 @@ class QuantReport:
             "skipped": len(self.skipped),
             **self.totals(),
             "kernels": self.kernels,
+            "storage": self.storage,
             "peak_source": self.peak_source,
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "plan": self.plan,
@@ -202,6 +231,13 @@ class QuantReport:
     def to_json(self) -> str:
         """Return `to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def total(self) -> str:
+        """Return method, bits per weight, bytes and seconds in one line."""
+        return (
+            f"{self.method}: {self.bits_per_weight:.2f} bits per {'quantized ' if self.quantized else ''}weight, "
+            f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, {self.seconds:.1f} s"
+        )
 
     def table(self) -> str:
         """Return a few lines for the terminal: one per component and number of bits, then totals."""
@@ -216,10 +252,7 @@ class QuantReport:
             name = f"{component:<10} {method:<17} {bits:>4} {len(members):>7}"
             errors = f"{_mean_error(members, 'relative_error'):<6}  {_mean_error(members, 'held_out_error')}"
             lines.append(f"{name} {before:>10.2f} {after:>9.2f}  {errors}")
-        lines.append(
-            f"{self.method}: {self.bits_per_weight:.2f} bits per {'quantized ' if self.quantized else ''}weight, "
-            f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, {self.seconds:.1f} s"
-        )
+        lines.append(self.total())
         lines += [
             f"{share:.0%} of the weights of {component} are not quantized: they lie in no linear layer, but in stacks "
             f"such as {name}"
@@ -227,6 +260,8 @@ class QuantReport:
         ]
         if self.kernels:
             lines.append("runs on " + ", ".join(f"{kernel} ({count})" for kernel, count in self.kernels.items()))
+            if self.resident_bytes is not None and self.storage != "packed":
+                lines.append(f"storage={self.storage}: {self.resident_bytes / 1e6:.1f} MB while answering")
         if self.experts:
             lines.append(summary(self.experts))
         if padded := sum(bool(module.padded_columns) for module in self.modules):

@@ -18,13 +18,15 @@ class RotationSpec:
     Attributes:
         seed: Seed of all random signs and blocks.
         online: Whether inputs of down projections are rotated at run time too, for layers that round their inputs.
+        vision: Whether the vision tower is rotated, too.
     """
 
     seed: int
     online: bool
+    vision: bool = False
 
     @classmethod
-    def of(cls, name: str | None, seed: int, *, online: bool) -> RotationSpec | None:
+    def of(cls, name: str | None, seed: int, *, online: bool, vision: bool = False) -> RotationSpec | None:
         """Return the rotation that a user names; None for none.
 
         Raises:
@@ -32,10 +34,12 @@ class RotationSpec:
         """
         if name is None and seed:
             raise ValueError(f"rotation_seed={seed} needs a rotation ({', '.join(ROTATIONS)})")
+        if name is None and vision:
+            raise ValueError(f"rotate_vision=True needs a rotation ({', '.join(ROTATIONS)})")
         if name is None:
             return None
         if name not in ROTATIONS:
             raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}, got {name!r}")
         if seed < 0:
             raise ValueError(f"rotation_seed must be 0 or more, got {seed}")
-        return cls(seed, online)
+        return cls(seed, online, vision)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeGuard
 from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
+from lmms_plugin.quant_backends.formats.entries import format_of
 from lmms_plugin.utils.reading.validation import Expected, Truth, Whole, validated
 
 UNTOUCHED_BITS = 16
@@ -37,11 +38,15 @@ class QuantSpec:
         group_size: Number of consecutive input columns of one row that share a scale. None (or -1) means one scale for
             the whole row.
         symmetric: Whether the zero point is fixed in the middle of the code range instead of fitted to each group.
+        format: Format of these weights (docs/formats.md); None for the method's own.
+        activation_format: Format of these layers' inputs, or ``none`` to leave them as they are; None for the method's.
     """
 
     bits: Bits
     group_size: GroupSize = 128
     symmetric: Truth = False
+    format: str | None = None
+    activation_format: str | None = None
 
     @property
     def untouched(self) -> bool:
@@ -70,9 +75,27 @@ def filled(*names: str) -> BeforeValidator:
 
 def _spelt_out(entry: Any) -> Any:
     if not isinstance(entry, int | dict):
-        words = "a number of bits, or a mapping with bits, group_size, symmetric"
+        words = "a number of bits, or a mapping with bits, group_size, symmetric, format, activation_format"
         raise PydanticCustomError("expected", "{words}", {"words": words})
-    return {"bits": entry} if isinstance(entry, int) else entry
+    return {"bits": entry} if isinstance(entry, int) else with_bits(entry)
+
+
+def with_bits(entry: dict[Any, Any]) -> dict[Any, Any]:
+    """Return an entry of a plan file with what its format says: the number of bits, and the symmetry of integers.
+
+    Raises:
+        ValueError: There is no such format, or the entry says something that its format decides.
+    """
+    name = entry.get("format")
+    if not isinstance(name, str):
+        return entry
+    form = format_of(name)
+    settled = ("symmetric",) if form.element.integer else ("symmetric", "group_size")
+    if given := next((key for key in settled if key in entry), None):
+        raise ValueError(f"format {name} decides {given}: leave out {given}")
+    if entry.get("bits", form.bits) != form.bits:
+        raise ValueError(f"format {name} has {form.bits} bits per weight, got bits: {entry['bits']}; leave out bits")
+    return {**entry, "bits": form.bits, "symmetric": form.symmetric}
 
 
 PlannedSpec = Annotated[QuantSpec, filled("bits", "group_size", "symmetric"), BeforeValidator(_spelt_out)]
@@ -85,5 +108,8 @@ def touched(spec: QuantSpec | None) -> QuantSpec | None:
 
 
 def write_spec(spec: QuantSpec | None) -> dict[str, Any] | None:
-    """Return a spec as JSON-ready values."""
-    return None if spec is None else asdict(spec)
+    """Return a spec as JSON-ready values; formats only where they are its own."""
+    if spec is None:
+        return None
+    formats = ("format", "activation_format")
+    return {key: value for key, value in asdict(spec).items() if value is not None or key not in formats}

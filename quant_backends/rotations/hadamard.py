@@ -40,6 +40,55 @@ class Rotation:
         rotated: Tensor = walsh_hadamard(y) / y.shape[1] ** 0.5
         return rotated.reshape(x.shape)
 
+    def inverse(self, x: Tensor) -> Tensor:
+        """Return x Qᵀ for x (..., size), in the dtype of `x`."""
+        signs, block = _parts(self.size, self.seed, x.dtype, x.device)
+        y = x.reshape(-1, self.size // self.block, self.block)
+        y = walsh_hadamard(y) / y.shape[1] ** 0.5
+        if block is not None:
+            y = y @ block.T
+        turned: Tensor = y.reshape(x.shape) * signs
+        return turned
+
+
+@dataclass(frozen=True)
+class MeanKeepingRotation:
+    """Orthogonal matrix Q = P S Pᵀ that keeps the vector of ones, and so the mean and the deviation of every row.
+
+    P = H ⊗ B / √order is orthogonal with a constant first column: H is a Hadamard matrix, B the discrete cosine
+    transform of the odd part of the size, whose entries differ little in size. S holds random signs, +1 first. An entry
+    of Q is a sum of `size` terms of random sign, so that a single large channel is spread over all of them.
+
+    Attributes:
+        size: Number of rows and columns.
+        seed: Seed of the signs.
+    """
+
+    size: int
+    seed: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x Q for x (..., size), in the dtype of `x`; Q is its own inverse."""
+        signs, block = _mean_keeping_parts(self.size, self.seed, x.dtype, x.device)
+        order = self.size // len(block)
+        y = walsh_hadamard(x.reshape(-1, order, len(block)) @ block) * signs.view(order, -1)
+        turned: Tensor = walsh_hadamard(y) @ block.T / order
+        return turned.reshape(x.shape)
+
+
+@cache
+def _mean_keeping_parts(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return signs (size,) and block (odd part, odd part)."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False):
+        signs = torch.randint(0, 2, (size,), generator=draw, dtype=torch.float64) * 2 - 1
+        signs[0] = 1
+        odd = Rotation(size, 0).block
+        places = torch.arange(odd, dtype=torch.float64)
+        block = torch.cos(torch.pi / odd * (places + 0.5).unsqueeze(1) * places) * (2 / odd) ** 0.5
+        block[:, 0] = odd**-0.5
+        return signs.to(device, dtype), block.to(device, dtype)
+
 
 @cache
 def _parts(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.layers.codes import rows_per_block
 from lmms_plugin.quant_backends.plans.rotation_spec import RotationSpec
 from lmms_plugin.quant_backends.rotations.hadamard import Rotation, rotate_inputs
 from lmms_plugin.quant_backends.rotations.sites import Block, Sites, find_sites
+from lmms_plugin.quant_backends.rotations.towers import find_tower, read_features, rotate_tower
+from lmms_plugin.quant_backends.rotations.weight_changes import by_head, change, change_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,12 +23,12 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _ROUNDED = 0.25
 """The same for weights of 16 bits, which are rounded anew."""
 
-Step = Callable[[Tensor], Tensor]
-
 
 @torch.no_grad()
 def rotate(model: PreTrainedModel, spec: RotationSpec, online: Collection[str] = ()) -> None:
     """Rotate the residual stream and the values of each head, in place; the model's outputs stay as they are.
+
+    The vision tower is rotated likewise where that is asked for (`lmms_plugin.quant_backends.rotations.towers`).
 
     With Q the rotation, embedding, connector and the last layers of attention and MLP write x Q into the stream instead
     of x; layers behind a norm multiply by W diag(g) Q, and the norm's weight g becomes neutral. A head that shares its
@@ -39,9 +40,10 @@ def rotate(model: PreTrainedModel, spec: RotationSpec, online: Collection[str] =
         online: Linear layers whose inputs are rotated at run time, of those at the ends of MLPs.
 
     Raises:
-        ValueError: The model does not allow it (see `find_sites`), has weights out of reach, or answers differently.
+        ValueError: The model does not allow it (see `find_sites`, and `find_tower` for its vision tower), has weights
+            out of reach, or answers differently.
     """
-    sites = find_sites(model)
+    sites, tower = find_sites(model), find_tower(model) if spec.vision else None
     away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if away is not None:
         raise ValueError(
@@ -49,23 +51,37 @@ def rotate(model: PreTrainedModel, spec: RotationSpec, online: Collection[str] =
         )
     before = _logits(model, sites)
     _Rotating(model, sites, spec).run(frozenset(online))
-    after = _logits(model, sites)
+    _expect_same(model, before, _logits(model, sites), "rotation", "answers")
+    if tower is not None:
+        # Behind the decoder's rotation, which changes what the connector writes.
+        seen = read_features(model, tower)
+        rotate_tower(model, tower, spec.seed)
+        _expect_same(model, seen, read_features(model, tower), "rotate_vision", "sees")
+
+
+def _expect_same(model: PreTrainedModel, before: Tensor, after: Tensor, option: str, does: str) -> None:
     difference = float((after - before).norm() / (before - before.mean()).norm())
     if not difference <= _TOLERANCE.get(model.dtype, _ROUNDED):
         raise ValueError(
-            f"rotation: {type(model).__name__} answers differently once rotated (its logits move by {difference:.2g} of"
-            " their spread); leave rotation out for this model"
+            f"{option}: {type(model).__name__} {does} differently once rotated (its outputs move by {difference:.2g} of"
+            f" their spread); leave {option} out for this model"
         )
 
 
-def changed_layers(sites: Sites) -> frozenset[str]:
-    """Return the linear layers whose weights a rotation changes."""
+def changed_layers(model: PreTrainedModel, spec: RotationSpec) -> frozenset[str]:
+    """Return the linear layers whose weights a rotation changes; the model may be on the meta device.
+
+    Raises:
+        ValueError: The model does not allow the rotation.
+    """
+    sites = find_sites(model)
+    tower = find_tower(model).linear if spec.vision else ()
     inside = {
         name
         for block in sites.blocks
         for name in (*(n for fed in block.norms.values() for n in fed), block.values, block.outputs, block.down)
     }
-    return frozenset({*inside, *sites.entrances, sites.head})
+    return frozenset({*inside, *sites.entrances, sites.head, *tower})
 
 
 def _logits(model: PreTrainedModel, sites: Sites) -> Tensor:
@@ -88,7 +104,7 @@ class _Rotating:
 
     def run(self, online: frozenset[str]) -> None:
         self._untie()
-        _change(self._module(self.sites.embedding), self.stream)
+        change(self._module(self.sites.embedding), self.stream)
         for name in self.sites.entrances:
             self._rotate_outputs(name)
         for name in self.sites.vectors:
@@ -116,17 +132,17 @@ class _Rotating:
         for layer in twice:
             layer.double()
         self._read(block.values, self._gain(block.attention_norm))
-        _change_outputs(self._module(block.values), _by_head(heads, block.head_size))
+        change_outputs(self._module(block.values), by_head(heads, block.head_size))
         for norm, layers in block.norms.items():
             for name in layers:
                 self._read(name, self._gain(norm))
             self._neutralise(norm)
-        _change(self._module(block.outputs), _by_head(heads, block.head_size))
+        change(self._module(block.outputs), by_head(heads, block.head_size))
         self._rotate_outputs(block.outputs)
         if block.down in online:
             down = self._module(block.down)
             inputs = Rotation(down.weight.shape[1], self.seed)
-            _change(down, inputs)
+            change(down, inputs)
             rotate_inputs(down, inputs)
         self._rotate_outputs(block.down)
         for layer, dtype in zip(twice, dtypes, strict=True):
@@ -143,29 +159,7 @@ class _Rotating:
     def _read(self, name: str, gain: Tensor) -> None:
         layer = self._module(name)
         factors = gain.to(layer.weight.device)
-        _change(layer, lambda rows: self.stream(rows * factors))
+        change(layer, lambda rows: self.stream(rows * factors))
 
     def _rotate_outputs(self, name: str) -> None:
-        _change_outputs(self._module(name), self.stream)
-
-
-def _by_head(rotation: Rotation, size: int) -> Step:
-    """Return the rotation of each head of (..., heads · size)."""
-    return lambda x: rotation(x.unflatten(-1, (-1, size))).flatten(-2)
-
-
-def _change(layer: Any, step: Step) -> None:
-    """Replace each row of a weight, a few at a time."""
-    weight = layer.weight
-    size = rows_per_block(weight.shape[1])
-    weight.data = torch.cat([step(rows.double()).to(weight.dtype) for rows in weight.data.split(size)])
-
-
-def _change_outputs(layer: Any, step: Step) -> None:
-    """Replace each column of a weight, a few at a time, and the bias."""
-    weight = layer.weight
-    size = rows_per_block(weight.shape[0])
-    parts = [step(columns.double()).to(weight.dtype) for columns in weight.data.T.split(size)]
-    weight.data = torch.cat(parts).T.contiguous()
-    if getattr(layer, "bias", None) is not None:
-        layer.bias.data = step(layer.bias.double()).to(layer.bias.dtype)
+        change_outputs(self._module(name), self.stream)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from lmms_plugin.quant_backends.rotations.weight_changes import matches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,8 +98,8 @@ def find_sites(model: PreTrainedModel) -> Sites:
         raise _refusal(model, f"where images enter the decoder is known for {known}, not for {kind}")
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     entering = ENTRANCES[kind]
-    linear = tuple(name for name in modules if _matches(name, entering) and isinstance(modules[name], nn.Linear))
-    vectors = tuple(name for name in parameters if _matches(name, entering))
+    linear = tuple(name for name in modules if matches(name, entering) and isinstance(modules[name], nn.Linear))
+    vectors = tuple(name for name in parameters if matches(name, entering))
     if not linear:
         raise _refusal(model, f"no linear layer {entering[0]} ends its connector")
     hidden = decoder.get_input_embeddings().weight.shape[1]
@@ -120,10 +121,6 @@ def find_sites(model: PreTrainedModel) -> Sites:
     )
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def _refusal(model: nn.Module, why: str) -> ValueError:
     return ValueError(f"rotation: {type(model).__name__} cannot be rotated, {why}; leave rotation out")
 
@@ -132,7 +129,7 @@ def _expect_structure(model: nn.Module, decoder: nn.Module) -> float:
     """Refuse a decoder with anything besides plain blocks; return the neutral weight of its norms."""
     centred = next((name for name, module in decoder.named_modules() if isinstance(module, nn.LayerNorm)), None)
     if centred is not None:
-        raise _refusal(model, f"{centred} of its decoder is a LayerNorm, whose mean no rotation keeps")
+        raise _refusal(model, f"{centred} of its decoder is a LayerNorm, and decoders are rotated with RMSNorms alone")
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise _refusal(model, f"its decoder {type(decoder).__name__} has no list of layers")

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lmms_plugin.quant_backends.layers.modalities import routed
+
 UP_PROJECTIONS = ("gate_up_proj", "up_proj")
 DOWN_PROJECTION = "down_proj"
 
@@ -150,7 +152,8 @@ class SplitExperts(nn.Module):
     def _run(self, expert: Expert, hidden_states: Tensor, rows: Tensor) -> Tensor:
         expert.fed = Fed(rows, len(hidden_states))
         try:
-            output: Tensor = expert(hidden_states[rows], self._activate)
+            with routed(rows, len(hidden_states)):
+                output: Tensor = expert(hidden_states[rows], self._activate)
         finally:
             expert.fed = None
         if self.fused.has_post_expert_norm:

@@ -25,5 +25,7 @@ def test_other_settings_of_the_cache_tell_runs_apart(tmp_path):
         results = {"config": {"model": "quant_none", "model_args": f"pretrained=demo,kv_bits=4{arguments}"}}
         return axes.of(tmp_path / "x_results.json", tmp_path, results).config
 
-    found = {config(more) for more in ("", ",kv_keep=4+32", ",kv_group_size=64", ",kv_keys=token")}
-    assert len(found) == 4
+    found = {
+        config(more) for more in ("", ",kv_keep=4+32", ",kv_group_size=64", ",kv_keys=token", ",kv_rotation=hadamard")
+    }
+    assert len(found) == 5

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from helpers.planted_logs import CELLS, SETTINGS, answers, line, write, write_gr
 from rich.console import Console
 
 from lmms_plugin import metrics
-from lmms_plugin.analysis import comparison, logs, measure
+from lmms_plugin.analysis import comparison, logs, measure, overview
 from lmms_plugin.cli import printed
 from lmms_plugin.cli.main import main
-from lmms_plugin.metrics import bootstrap
+from lmms_plugin.metrics import bootstrap, robustness
 from lmms_plugin.metrics.posthoc import CALIBRATORS
 from lmms_plugin.report.numbers import results_folder as report
 
@@ -343,6 +344,46 @@ def test_without_errors_to_compare_with_there_is_no_interval(tmp_path):
     assert np.isnan([errors.error_ratio, *errors.error_ratio_interval, *errors.added_error_ratio_interval]).all()
 
 
+def test_ratios_without_a_mean_are_undefined_and_warn_of_nothing():
+    # One shift costs the reference nothing and the other model something; another one the other way round.
+    error, reference = np.array([[0.2], [0.05]]), np.array([[0.1], [0.1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert math.isnan(robustness.relative_mean_corruption_error(error, 0.1, reference, 0.1))
+        assert robustness.relative_mean_corruption_error([[0.2], [0.2]], 0.1, reference, 0.1) == math.inf
+
+
+def test_a_group_changes_by_the_mean_change_of_its_tasks(tmp_path):
+    first, second = (write_grid(tmp_path / name, skill) for name, skill in (("a", 0.95), ("b", 0.75)))
+    found = comparison.compare(first, second, SETTINGS)
+    assert {(one.group, one.condition, one.tasks) for one in found.groups} == {
+        ("rec", "clean", 1),
+        ("rec", "shifted", 4),
+    }
+    for one in found.groups:
+        clean = one.condition == "clean"
+        rows = [row for row in found.changes if row.metric == one.metric and (row.task == "rec") == clean]
+        assert one.difference.value == pytest.approx(np.mean([row.difference.value for row in rows]))
+        assert one.records == sum(row.records for row in rows)
+        assert one.p_holm >= one.difference.p
+
+
+def test_an_overview_has_the_numbers_of_the_tables(tmp_path):
+    run = write_grid(tmp_path, 0.9)
+    seen = overview.overview(run, SETTINGS)
+    numbers = {(number.task, number.metric): number for number in measure.measure(run, SETTINGS)}
+    for row in seen.tasks:
+        for name, one in (("acc@0.5", row.accuracy), ("ece", row.ece), ("coverage@0.05", row.coverage)):
+            other = numbers[row.name, name]
+            assert one == pytest.approx((other.value, other.low, other.high))
+        assert row.ece_floor == numbers[row.name, "ece_floor"].value
+    clean, shifted = seen.groups
+    assert clean.accuracy == seen.tasks[0].accuracy
+    assert (shifted.condition, shifted.tasks) == ("shifted", 4)
+    assert shifted.aurc.value == pytest.approx(np.mean([row.aurc.value for row in seen.tasks[1:]]))
+    assert shifted.ece_floor == pytest.approx(np.mean([row.ece_floor for row in seen.tasks[1:]]))
+
+
 @pytest.mark.parametrize("command", ["metrics", "compare"])
 def test_json_holds_what_the_tables_show(tmp_path, monkeypatch, capsys, command):
     write_grid(tmp_path / "a", 0.95)
@@ -354,7 +395,7 @@ def test_json_holds_what_the_tables_show(tmp_path, monkeypatch, capsys, command)
     found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     rows = found["changes"] if command == "compare" else found[0]["metrics"]
     assert {row["task"] for row in rows} == set(CELLS)
-    monkeypatch.setattr("sys.argv", ["lmms-plugin", command, *paths, "--resamples", "30"])
+    monkeypatch.setattr("sys.argv", ["lmms-plugin", command, *paths, "--resamples", "30", "--all"])
     with pytest.raises(SystemExit, match="0"):
         main()
     shown = capsys.readouterr().out

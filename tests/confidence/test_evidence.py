@@ -22,7 +22,9 @@ OPTIONS = {"max_new_tokens": 24, "temperature": 0, "until": []}
 
 
 def load(path="demo", **arguments):
-    return models.QuantNone(pretrained=str(path), device="cpu", **arguments)
+    vlm = models.QuantNone(pretrained=str(path), device="cpu", **arguments)
+    _ = vlm.responder
+    return vlm
 
 
 def instance(ask, index, options=OPTIONS):

@@ -86,6 +86,7 @@ def nothing_loads(monkeypatch):
         (["pretrained=demo,method=rtn,group_size=96", "--format", "compressed-tensors"], "do not divide its width"),
         (["pretrained=demo,method=rtn,kv_bits=4"], "kv_bits has no effect here, where weights are quantized"),
         (["pretrained=demo,method=rtn,samples=4"], "samples has no effect here"),
+        (["pretrained=demo,method=rtn,storage=dense"], "storage has no effect here"),
         (
             ["pretrained=demo,method=rtn", "--format", "GGUF"],
             "expected a format of auto, compressed-tensors, own, gguf",

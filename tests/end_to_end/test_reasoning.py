@@ -55,6 +55,6 @@ def test_the_same_checkpoint_told_not_to_reason_answers(results):
 
 def test_metrics_are_made_of_logs_without_answers(results, commands):
     folder, _ = results
-    done = commands.run("lmms-plugin", "metrics", folder / "thinking", "--resamples", "20", cwd=folder)
+    done = commands.run("lmms-plugin", "metrics", folder / "thinking", "--resamples", "20", "--all", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "parse_rate" in done.stdout

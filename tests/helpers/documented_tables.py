@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.cli.screens.plan_screen import plan_screen
 from lmms_plugin.quant_backends import backend_class, names
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, WholeModelBackend
 from lmms_plugin.quant_backends.formats.entries import FORMATS
 from lmms_plugin.quant_backends.layers.input_rounding import input_formats
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS
+from lmms_plugin.study.file import reading
+from lmms_plugin.study.run import planning
 from lmms_plugin.tasks.captions import captioning
 from lmms_plugin.tasks.grounding import natural, refcocoplus
 from lmms_plugin.tasks.grounding.expressions import REFCOCOPLUS
@@ -143,6 +146,12 @@ def columns() -> str:
     return table(("dataset", "columns beside `image`", "labels that go to the log, where the copy has them"), rows)
 
 
+def plan() -> str:
+    """What `study plan` prints of the demo's study on a machine without GPUs."""
+    found = planning.plan(reading.read(DOCS.parent / "studies" / "zero_shot_vs_ptq.yaml"), gpus=0)
+    return f"```\n{plan_screen(found)}\n```\n"
+
+
 TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "arguments": ("model_arguments.md", arguments),
     "served": ("served.md", served),
@@ -150,6 +159,7 @@ TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "methods": ("quantizers.md", methods),
     "options": ("quantizers.md", options),
     "formats": ("formats.md", formats),
+    "plan": ("studies.md", plan),
     "datasets": ("tasks.md", datasets),
     "columns": ("tasks.md", columns),
 }

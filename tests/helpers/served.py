@@ -127,6 +127,7 @@ class FakeServer:
 
     model: DemoModel
     engine: str = "vllm"
+    version: str = "0.32.0"
     fault: Callable[[int, dict[str, Any]], Reply | None] = lambda number, body: None
     change: Callable[[dict[str, Any]], Any] = lambda response: None
     models: tuple[str, ...] = ("demo",)
@@ -160,7 +161,7 @@ class FakeServer:
         pages = {"/v1/models": {"object": "list", "data": listed}}
         if self.engine == "vllm":
             config = {"model_config": {"dtype": "torch.float32", "quantization": None, "logprobs_mode": "raw_logprobs"}}
-            pages |= {"/version": {"version": "0.32.0"}, "/server_info": {"vllm_config": config}}
+            pages |= {"/version": {"version": self.version}, "/server_info": {"vllm_config": config}}
         if self.engine == "sglang":
             pages["/get_server_info"] = {"version": "0.5.23", "quantization": "awq", "dtype": "float16"}
         if self.engine == "llamacpp":

@@ -44,7 +44,8 @@ class SlowLayer(DynamicLayer):
 
     Args:
         is_image: for each token of the prompt, whether it is one of an image.
-        told: `bits`, `image_bits`, `format`, `group` (None without scales), `channel`, `part`, `first`, `last`.
+        told: `bits`, `image_bits`, `format`, `group` (None without scales), `channel`, `part`, `first`, `last`, and
+            `rotation`, an orthogonal matrix (width, width) in whose basis heads are rounded, or None.
         window: of the layer; None for all tokens.
     """
 
@@ -74,6 +75,11 @@ class SlowLayer(DynamicLayer):
         told, now = self.told, states.shape[2]
         if told["part"] not in ("both", name):
             return states
+        if (matrix := told["rotation"]) is not None:
+            turned = (states.double() @ matrix).to(states.dtype)
+            self.told = {**told, "rotation": None}
+            turned, self.told = self.as_read(turned, name), told
+            return (turned.double() @ matrix.T).to(states.dtype)
         original = states.clone()
         images = [*self.is_image, *[False] * (now - len(self.is_image))]
         bits = [told["image_bits" if image else "bits"] for image in images]

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ def throughput(monkeypatch):
 
 def test_rows_measured_on_a_cpu_are_json_without_a_peak(throughput, checkpoint, tmp_path):
     vlm = QuantizedVLM(pretrained=str(checkpoint("smolvlm")), device="cpu")
-    rows = throughput.measure({"shared": vlm, "auto": vlm, "plain": vlm}, 1, 2, 1, (160, 120))
+    models = {"shared": vlm, "auto": vlm, "plain": vlm}
+    rows = throughput.measure(models, {"shared": 1, "auto": 2, "plain": 1}, 2, 1, (160, 120))
     throughput.write(tmp_path / "rows.json", rows)
 
     def refuse(constant):
@@ -25,8 +27,26 @@ def test_rows_measured_on_a_cpu_are_json_without_a_peak(throughput, checkpoint, 
 
     read = json.loads((tmp_path / "rows.json").read_text(), parse_constant=refuse)
     assert [row["case"] for row in read] == ["vs_plain@2", "auto_vs_plain@2", "floor@2"]
-    assert read[0]["same"] == read[0]["expressions"] == 2
+    # The first image's two expressions, of the packed way's four.
+    assert [row["expressions"] for row in read[:2]] == [row["same"] for row in read[:2]] == [2, 2]
     assert read[0]["peak_bytes"] is None
+
+
+def test_the_phases_make_up_the_time(checkpoint):
+    from bench import throughput
+    from bench.phases import phases
+
+    vlm = QuantizedVLM(pretrained=str(checkpoint("qwen2_5_vl")), device="cpu")
+    vlm.responder.engine.runner.sharing.verified = True
+    docs = throughput.documents(2, 3, (160, 120))
+    rows = {row["case"]: row for row in phases(vlm, lambda: throughput.run(vlm, docs), 3, time.process_time, 1e-12)}
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    # Two images in one batch: both encoded together, their prefixes too, then all six questions; the first token of an
+    # answer comes from reading them.
+    calls = {case: row["calls"] for case, row in rows.items() if "calls" in row}
+    assert 1 <= calls.pop("decoding@3") < throughput.ANSWER_TOKENS
+    assert calls == {"vision@3": 1, "prefix@3": 1, "questions@3": 1}
+    assert all(row["ratio"] > 0 for row in rows.values() if "calls" in row)
 
 
 @pytest.mark.gpu

@@ -119,7 +119,7 @@ def test_tables_say_where_their_numbers_are_explained(tmp_path, monkeypatch, cap
     monkeypatch.setattr("sys.argv", ["lmms-plugin", "estimators", str(tmp_path), "--resamples", "20"])
     with pytest.raises(SystemExit, match="0"):
         main()
-    assert capsys.readouterr().out.endswith("What each number means: docs/metrics.md\n")
+    assert capsys.readouterr().out.endswith("each number: docs/metrics.md\n")
 
 
 def test_headings_of_the_other_tables(tmp_path):

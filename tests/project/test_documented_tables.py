@@ -43,7 +43,10 @@ def expanded(name):
     return ["".join(chosen) for chosen in itertools.product(*parts)]
 
 
-@pytest.mark.parametrize("name", documented_tables.TABLES)
+# Planning 129 cells hashes what each of them depends on.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "plan" else ()) for name in documented_tables.TABLES]
+)
 def test_a_table_is_as_the_code_makes_it(name):
     _, make = documented_tables.TABLES[name]
     assert documented_tables.written(name) == make(), "run python tests/helpers/documented_tables.py"

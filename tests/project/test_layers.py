@@ -14,7 +14,7 @@ PACKAGE = Path(str(files("lmms_plugin")))
 OURS = "lmms_plugin"
 
 QUANTIZERS = {
-    "quant_backends.plans": "utils",
+    "quant_backends.plans": "quant_backends.formats utils",
     "quant_backends.formats": "utils",
     "quant_backends.layers": "quant_backends.formats quant_backends.plans utils",
     "quant_backends.structure": "quant_backends.layers quant_backends.plans utils",
@@ -44,12 +44,12 @@ TASKS = {
 }
 MODELS = {
     "vlm.contracts": "protocol utils",
-    "vlm.kv_cache": "quant_backends.plans",
+    "vlm.kv_cache": "quant_backends.plans quant_backends.rotations utils",
     "vlm.generation": "arguments confidence protocol quant_backends.backend quant_backends.calibration selector utils"
     " vlm.contracts vlm.kv_cache",
     "vlm.running": "protocol utils vlm.contracts vlm.generation",
-    "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers utils"
-    " vlm.contracts vlm.generation vlm.kv_cache vlm.running",
+    "vlm": "arguments ending protocol quant_backends quant_backends.checkpoints quant_backends.layers"
+    " quant_backends.plans utils vlm.contracts vlm.generation vlm.kv_cache vlm.running",
     "vlm.served.options": "arguments utils",
     "vlm.served": "arguments protocol quant_backends.checkpoints quant_backends.extras utils vlm vlm.contracts"
     " vlm.generation vlm.running vlm.served.options",
@@ -71,7 +71,8 @@ REPORTS = {
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
     room: frozenset(others.split())
     for room, others in {
-        OURS: "utils",
+        OURS: "analysis data_frames utils",
+        "data_frames": "analysis",
         "demo": "",
         "utils": "",
         "metrics": "",

@@ -10,7 +10,7 @@ from helpers import planted_logs, report_study
 
 from lmms_plugin.analysis import measure
 from lmms_plugin.analysis.axes import Config
-from lmms_plugin.analysis.groups import CLEAN
+from lmms_plugin.analysis.records import CLEAN
 from lmms_plugin.report import building, page
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.numbers import contents, results_folder

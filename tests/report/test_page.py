@@ -18,9 +18,22 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture
-def opened(browse, written):
+def folded(browse, written):
     """Opens the page in a window of its own."""
     return partial(browse, written)
+
+
+@pytest.fixture
+def opened(folded):
+    """Opens the page, and unfolds table and pictures."""
+
+    def open_(*arguments, **options):
+        page = folded(*arguments, **options)
+        for section in ("leader", "gallery"):
+            page.locator(f"#{section} > details > summary").click()
+        return page
+
+    return open_
 
 
 def background(page):
@@ -39,6 +52,27 @@ def test_only_tables_scroll_sideways(opened, width):
     page = opened(width)
     page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [400, 1280, 1920])
+def test_the_verdict_and_its_figures_stand_above_what_is_folded(folded, width):
+    page = folded(width)
+    assert page.locator("#verdict li").first.is_visible()
+    drawing = page.locator("#verdict svg.figure:visible")
+    assert drawing.count() == 1
+    # The three figures use the width of the page.
+    assert drawing.bounding_box()["width"] > 0.85 * min(width, 1536)
+    for section in ("leader", "pareto", "flips", "how"):
+        assert page.locator(f"#{section} h2").is_visible()
+        assert not page.locator(f"#{section} > details").get_attribute("open")
+    page.locator("nav a", has_text="Table").click()
+    assert page.locator("#t-leader").is_visible()
+
+
+def test_the_last_column_of_the_table_is_not_cut(opened):
+    page = opened(1280)
+    last = page.locator("#t-leader thead th").last.bounding_box()
+    assert last["x"] + last["width"] <= 1280
 
 
 def test_every_section_has_its_figure_and_every_picture_a_name(opened):
@@ -98,6 +132,8 @@ def test_dark_and_light(opened):
 def test_paper_is_white_and_has_no_controls(opened):
     page = opened(color_scheme="dark")
     page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("#how dl").is_visible()
     assert background(page) == background(opened())
     for control in ("nav", ".filters", "button.theme"):
         assert not page.locator(control).is_visible()

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lmms_plugin.analysis import columns, comparison, logs, measure
-from lmms_plugin.analysis.groups import CLEAN, METRICS
+from lmms_plugin.analysis.groups import METRICS
+from lmms_plugin.analysis.records import CLEAN
 from lmms_plugin.cli.main import main
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report import gallery, page

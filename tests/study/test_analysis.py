@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.study_folders import CLEAN, SHIFTED, outcomes, write_cell
 
+from lmms_plugin.analysis import findings
 from lmms_plugin.metrics.bootstrap import draw
 from lmms_plugin.study.file import analyses
 from lmms_plugin.study.file.analyses import MethodByShift
@@ -50,7 +51,7 @@ def test_planted_interaction_is_found_with_its_size(tmp_path):
     assert one.interaction.low < one.interaction.value < one.interaction.high
     assert {severity: d.value for severity, d in one.by_severity.items()} == pytest.approx({1: 60 / N, 3: 120 / N})
     assert one.retained.value == pytest.approx(330 / 360 - 240 / 360)
-    assert verdict.finding(one.interaction, one.p_interaction, 0.95) == verdict.SHOWN
+    assert findings.finding(one.interaction, one.p_interaction, 0.95) == findings.SHOWN
     first, scope = verdict.sentences(found)
     (told,) = verdict.findings(found)
     assert first == (
@@ -67,7 +68,7 @@ def test_the_same_answers_are_equivalent_and_no_difference_is_claimed(tmp_path):
     (one,) = analysed(study(tmp_path, cells)).contrasts
     assert (one.interaction.value, one.interaction.low, one.interaction.high) == (0.0, 0.0, 0.0)
     assert one.p_interaction == 1.0
-    assert verdict.finding(one.interaction, one.p_interaction, 0.95) == verdict.EQUIVALENT
+    assert findings.finding(one.interaction, one.p_interaction, 0.95) == findings.EQUIVALENT
 
 
 def test_a_small_sample_shows_neither_difference_nor_equivalence(tmp_path):
@@ -78,7 +79,7 @@ def test_a_small_sample_shows_neither_difference_nor_equivalence(tmp_path):
         write_cell(tmp_path, name, axes, tasks)
     found = analysed(tmp_path, margin=0.01)
     (one,) = found.contrasts
-    assert verdict.finding(one.interaction, one.p_interaction, 0.95) == verdict.OPEN
+    assert findings.finding(one.interaction, one.p_interaction, 0.95) == findings.OPEN
     assert "was not shown" in verdict.findings(found)[0]
 
 
@@ -87,7 +88,7 @@ def test_a_broken_arm_is_never_more_robust(tmp_path):
     ruined = [("awq", 2, source, seed, (60, 55, 50)) for source in ("noise", "self") for seed in (0, 1, 2)]
     found = analysed(study(tmp_path, [*ruined, ("rtn", 2, None, None, (330, 200, 120))]))
     (one,) = found.contrasts
-    assert verdict.finding(one.interaction, one.p_interaction, 0.95) == verdict.SHOWN
+    assert findings.finding(one.interaction, one.p_interaction, 0.95) == findings.SHOWN
     first, _ = verdict.sentences(found)
     assert first == (
         "demo, robust against plain on shifted images: less often right at 2 bits. At 2 bits robust keeps less than"

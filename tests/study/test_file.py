@@ -47,6 +47,22 @@ def planned(file: Path) -> list[Cell]:
     return list(cells(read(file)))
 
 
+def test_a_cache_in_16_bits_is_the_models_own(write: Write) -> None:
+    """Said or left out, it is one configuration: planned once, and refused under two names."""
+    idle = "{method: none, kv_bits: 16, kv_image_bits: 16}"
+    (cell,) = planned(write(SHARED + f"grids: [{{methods: [none]}}, {{methods: [{idle}]}}]"))
+    assert (cell.axes.method, cell.model_args) == ("none", "pretrained=demo")
+    with pytest.raises(ValueError, match="methods: expected every value once, got this one twice"):
+        planned(write(SHARED + f"methods: [none, {idle}]"))
+    quantized = "{name: images, method: none, kv_bits: 16, kv_image_bits: 4}"
+    assert len(planned(write(SHARED + f"methods: [none, {quantized}]"))) == 2
+    twice = write(SHARED + "methods: [none, {name: 16 bits, method: none, kv_bits: 16}]")
+    with pytest.raises(ValueError, match="once, got 'none' again under the name '16 bits'"):
+        planned(twice)
+    with pytest.raises(ValueError, match="kv_keep says nothing without kv_bits"):
+        planned(write(SHARED + "methods: [{method: none, kv_bits: 16, kv_keep: 4+4}]"))
+
+
 def test_axes_that_do_not_apply_collapse(write: Write) -> None:
     found = planned(
         write(

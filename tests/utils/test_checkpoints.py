@@ -2,9 +2,11 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -124,6 +126,24 @@ def test_a_hub_out_of_reach_is_told_at_once_with_remedies(tmp_path):
     assert line.startswith(f"pretrained: {ID} is no folder here, so it was read as an id on the hub, but ")
     assert "http://127.0.0.1:9 cannot be reached (" in line
     assert line.endswith(REMEDIES)
+
+
+def test_a_hub_that_accepts_and_never_answers_is_told_within_20_seconds(monkeypatch):
+    """As behind a firewall that drops what it does not like."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/{{revision}}/{{filename}}"
+        )
+        checkpoints.expect_fetchable.cache_clear()
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=f"{endpoint} cannot be reached \\(.*timed out.*\\); {REMEDIES}"):
+            checkpoints.expect_fetchable("silent/model")
+    assert time.monotonic() - started < 20
 
 
 def test_offline_without_a_copy_is_told(tmp_path):

@@ -397,6 +397,24 @@ class TestQuantized:
         assert {module.bits for module in vlm.report.quantized} == {4, 8}
         assert vlm.report.bytes_after < vlm.report.bytes_before
 
+    def test_answers_do_not_depend_on_storage_and_the_report_tells_its_memory(self, checkpoint):
+        told, said = {}, {}
+        for storage in ("packed", "dense", "auto"):
+            vlm = models.QuantRtn(pretrained=str(checkpoint("smolvlm")), bits=3, device="cpu", storage=storage)
+            vlm.task_dict = {"toy": {"test": DOCUMENTS}}
+            told[storage], said[storage] = vlm.report, answer(vlm, [3, 5])
+        assert said["packed"] == said["dense"] == said["auto"]
+        packed, dense = told["packed"], told["dense"]
+        weights = sum(module.weights for module in dense.quantized)
+        assert packed.resident_bytes == packed.bytes_after == dense.bytes_after
+        assert dense.resident_bytes == told["auto"].resident_bytes == dense.bytes_after + 4 * weights
+        assert dense.bits_per_weight == packed.bits_per_weight
+        assert set(packed.kernels) == {"dequantize"}
+        assert set(dense.kernels) == {"dense float32"}
+        assert (dense.totals()["resident_bytes"], dense.to_dict()["storage"]) == (dense.resident_bytes, "dense")
+        assert "storage=dense: " in dense.table()
+        assert "storage=packed: " not in packed.table()
+
     def test_bfloat16_is_the_arithmetic_that_was_asked_for(self, checkpoint):
         vlm = load(checkpoint("smolvlm"), dtype="bfloat16")
         vlm.task_dict = {"toy": {"test": DOCUMENTS}}
@@ -413,6 +431,7 @@ class TestBadArguments:
             ({"bits": "four"}, "bits must be an integer from 2 to 8, or 16 for untouched, got 'four'"),
             ({"bits": 4.5}, "bits must be an integer from 2 to 8, or 16 for untouched, got 4.5"),
             ({"bits": True}, "bits must be an integer from 2 to 8, or 16 for untouched, got True"),
+            ({"storage": "disk"}, "storage must be one of auto, packed, dense, got 'disk'"),
             ({"head_bits": 9}, "head_bits must be an integer from 2 to 8, or 16 for untouched, got 9"),
             ({"group_size": "x"}, "group_size must be a whole number, got 'x'"),
             ({"group_size": True}, "group_size must be a whole number, got True"),

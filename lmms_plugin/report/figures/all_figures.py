@@ -5,12 +5,13 @@ from types import MappingProxyType
 
 from matplotlib import rc_context
 
-from lmms_plugin.report.figures import changes, reliability, tradeoffs, under_shift
+from lmms_plugin.report.figures import changes, losses, reliability, tradeoffs, under_shift
 from lmms_plugin.report.figures.drawing import STYLE, DrawnFigure
 from lmms_plugin.report.numbers.summary import Scope, Summary
 
 SECTIONS: Mapping[str, Callable[[Scope, Summary, int], Iterator[DrawnFigure]]] = MappingProxyType(
     {
+        "lost": losses.draw,
         "pareto": tradeoffs.draw,
         "reliability": reliability.reliability,
         "risk": reliability.risk_coverage,

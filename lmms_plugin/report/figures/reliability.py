@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from lmms_plugin.analysis.groups import CLEAN, GRID, mean_bins
+from lmms_plugin.analysis.groups import GRID, mean_bins
+from lmms_plugin.analysis.records import CLEAN
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.figures.drawing import BAND, NARROW, WIDE, DrawnFigure, Floats, Key, Margins, label, short, slug
 from lmms_plugin.report.figures.palette import BAD, BAND_ALPHA, DENSE, GOOD, MUTED, Look, looks

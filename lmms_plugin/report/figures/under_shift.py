@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from lmms_plugin.analysis.groups import CLEAN, Task
+from lmms_plugin.analysis.groups import Task
+from lmms_plugin.analysis.records import CLEAN
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.report.figures import drawing
 from lmms_plugin.report.figures.drawing import BAND, DrawnFigure, Floats, Key, Margins, label, short, slug

@@ -16,6 +16,7 @@ from lmms_plugin.analysis.measure import MeasurementSettings, MetricValue, rejec
 from lmms_plugin.analysis.records import REJECTION, Texts
 from lmms_plugin.analysis.study_files import CELL, CELLS, FAILED, FAILURES, About, place
 from lmms_plugin.quant_backends.plans.report_schema import REPORT, Quantized
+from lmms_plugin.report.numbers.kept import KeptMeasurements, Measurement
 from lmms_plugin.utils.reading import accounts
 
 UNFINISHED = (".running", FAILURES)
@@ -146,10 +147,10 @@ def read_folder(path: Path, settings: MeasurementSettings) -> Folder:
     runs: list[ReportedRun] = []
     left_out: list[str] = []
     documents: dict[str, Texts] = {}
-    work = partial(read_run, root=path, settings=settings)
-    for run in _in_processes(files, work, settings.workers):
-        documents |= run.measured.documents
-        run.measured.documents.clear()
+    for file, measurement in zip(files, _measured(files, settings), strict=True):
+        documents |= measurement.measured.documents
+        measurement.measured.documents.clear()
+        run = _reported(file, path, measurement)
         if run.tasks:
             runs.append(run)
         else:
@@ -165,33 +166,69 @@ def read_run(file: Path, root: Path, settings: MeasurementSettings) -> ReportedR
     Raises:
         ValueError: As `lmms_plugin.analysis.logs.read`.
     """
+    return _reported(file, root, _measure(file, settings, None))
+
+
+def _reported(file: Path, root: Path, measurement: Measurement) -> ReportedRun:
+    """Return a run with what its results file, its cell and its account of layers tell."""
+    content = logs.table(file)
+    config = content.get("config") or {}
+    where = axes.of(file, root, content)
+    account = _account(where.folder)
+    batch_size = config.get("batch_size")
+    return ReportedRun(
+        file,
+        where,
+        str(config.get("model") or ""),
+        str(config.get("model_args", "")),
+        logs.limit_of(config),
+        logs.evaluated(content) or "",
+        _cost(content.get("throughput") or {}, account),
+        _layers(account),
+        measurement.measured,
+        measurement.others,
+        measurement.rejection,
+        "" if batch_size is None else str(batch_size),
+    )
+
+
+def _measure(file: Path, settings: MeasurementSettings, kept: KeptMeasurements | None) -> Measurement:
+    place = None if kept is None else kept.place(file)
     run = logs.read(file, settings.estimators)
-    where = axes.of(file, root, run.content)
     answered = [one for one in run.tasks.values() if one.kind is not REJECTION]
     # A run limited to the first documents of a task with a split of its own may hold none that are reported on.
     empty = [one.task for one in answered if not one.reported.any()]
     # Processes do the parallel work here, not threads.
     alone = replace(settings, workers=1)
-    account = _account(where.folder)
-    batch_size = (run.content.get("config") or {}).get("batch_size")
-    return ReportedRun(
-        file,
-        where,
-        run.model,
-        run.model_args,
-        run.limit,
-        logs.evaluated(run.content) or "",
-        _cost(run.content.get("throughput") or {}, account),
-        _layers(account),
+    measurement = Measurement(
         groups.measure([one for one in answered if one.task not in empty], alone),
-        (*run.others, *empty),
         tuple(number for one in run.tasks.values() if one.kind is REJECTION for number in rejection(one, alone)),
-        "" if batch_size is None else str(batch_size),
+        (*run.others, *empty),
     )
+    if kept is not None:
+        kept.write(place, measurement)
+    return measurement
 
 
-def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[ReportedRun]:
-    if workers == 1 or len(files) == 1 or sum(_log_bytes(file) for file in files) < ONE_PROCESS:
+def _measured(files: Sequence[Path], settings: MeasurementSettings) -> Iterator[Measurement]:
+    """Yield the measurement of every run: as it was kept, else by several processes."""
+    kept = KeptMeasurements.of(settings)
+    new = [file for file in files if kept is None or not kept.has(file)]
+    measured = dict.fromkeys(new)
+    results = _in_processes(new, partial(_measure, settings=settings, kept=kept), settings.workers)
+    for file in files:
+        known = None if kept is None or file in measured else kept.read(file)
+        if known is not None:
+            yield known
+        elif file in measured:
+            yield next(results)
+        else:
+            # It was damaged, or removed meanwhile.
+            yield _measure(file, settings, kept)
+
+
+def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Measurement]:
+    if workers == 1 or len(files) <= 1 or sum(_log_bytes(file) for file in files) < ONE_PROCESS:
         yield from map(work, files)
         return
     # Forking a process that has threads (BLAS, pyarrow) may hang.

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lmms_plugin.analysis.axes import Config, told_apart
-from lmms_plugin.analysis.groups import CLEAN, Task, TaskGroup
+from lmms_plugin.analysis.groups import Task, TaskGroup
 from lmms_plugin.analysis.measure import Family
+from lmms_plugin.analysis.records import CLEAN
 from lmms_plugin.metrics.bootstrap import Interval, interval
 from lmms_plugin.metrics.intervals import METHODS, between
 from lmms_plugin.report.numbers.results_folder import Cost, Folder, ReportedRun
@@ -151,6 +152,10 @@ class Summary:
         """All lines."""
         return [line for scope in self.scopes for line in scope.lines]
 
+    def name(self, config: Config) -> str:
+        """Return method and bits, and the settings that differ between runs."""
+        return ", ".join(part for part in (config.label, self.details(config)) if part)
+
     def details(self, config: Config) -> str:
         """Return the settings besides method and bits that differ between runs, in one line."""
         return ", ".join(part for part in config.parts if part not in self.common)
@@ -274,8 +279,8 @@ def _asked(line: Line) -> tuple[object, ...]:
 
 
 def _beside(line: Line, base: Line, level: float) -> Line:
-    delta = _difference(line.group, base.group, "accuracy", level)
-    return replace(line, base=base, delta=delta, flips=_flips(line, base))
+    compared = replace(line, base=base, flips=_flips(line, base))
+    return replace(compared, delta=difference_from_base(compared, "accuracy", level))
 
 
 def _mean(groups: Sequence[TaskGroup]) -> TaskGroup:
@@ -300,6 +305,11 @@ def _difference(group: TaskGroup, base: TaskGroup, metric: str, level: float) ->
     paired = group.drawn and group.drawn == base.drawn and group.resampled.shape == base.resampled.shape
     resampled = group.column(metric) - base.column(metric) if paired else np.empty(0)
     return BaselineDifference(value, interval(value, resampled, level=level, method=METHODS.get(metric, "percentile")))
+
+
+def difference_from_base(line: Line, metric: str, level: float) -> BaselineDifference | None:
+    """Return the difference of a line from its unquantized model; None without one, or where a value is undefined."""
+    return None if line.base is None else _difference(line.group, line.base.group, metric, level)
 
 
 def _flips(line: Line, base: Line) -> BaselineFlips | None:

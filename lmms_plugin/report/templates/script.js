@@ -9,6 +9,16 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", named);
   named();
 
+  // A link to a folded section opens it, and paper gets all of them.
+  const folds = [...document.querySelectorAll("details.fold")];
+  const reveal = () => { const at = location.hash && document.getElementById(location.hash.slice(1)); if (at) for (const one of at.querySelectorAll("details.fold")) one.open = true; };
+  addEventListener("hashchange", reveal);
+  for (const link of document.querySelectorAll('nav a')) link.addEventListener("click", () => setTimeout(reveal));
+  reveal();
+  let closed = [];
+  addEventListener("beforeprint", () => { closed = folds.filter((one) => !one.open); for (const one of closed) one.open = true; });
+  addEventListener("afterprint", () => { for (const one of closed) one.open = false; });
+
   const key = (row, column) => row.cells[column].dataset.v;
   const compare = (column, numeric, up) => (a, b) => {
     const x = key(a, column), y = key(b, column);

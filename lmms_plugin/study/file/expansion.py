@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lmms_plugin.arguments import DEMO, ModelArguments
+from lmms_plugin.arguments import DEMO, ModelArguments, without_idle_cache
 from lmms_plugin.quant_backends import SERVED, backend_class, get, option_types
 from lmms_plugin.quant_backends.backend import CheckpointBackend, DataFreeBackend
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
@@ -35,11 +35,13 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
     """
     used: set[str] = set()
     found: dict[str, Cell] = {}
+    asked: dict[tuple[Any, ...], Cell] = {}
     problems = Problems()
     for grid, where in study.grids:
         for cell in _cells(grid, used, problems if runnable else None):
             with problems.collected():
                 _expect_a_place_of_its_own(found.setdefault(cell.place, cell), cell, where)
+                _expect_one_name(asked.setdefault(cell.configuration, cell), cell, where)
     for exclusion in (exclusion for grid, _ in study.grids for exclusion in grid.exclude):
         with problems.collected():
             if exclusion.where not in used:
@@ -48,6 +50,15 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
     if not found:
         raise ValueError(f"{study.file}: expected at least one cell, got none that is not excluded")
     return tuple(found.values())
+
+
+def _expect_one_name(there: Cell, cell: Cell, where: str) -> None:
+    # Analyses compare with the unquantized model, of which there has to be one.
+    if there.axes.method != cell.axes.method and cell.backend == NoneBackend.name:
+        raise ValueError(
+            f"{where}: expected every configuration of the unquantized model once, got {there.axes.method!r} again"
+            f" under the name {cell.axes.method!r}: both are {cell.model} with {cell.model_args}"
+        )
 
 
 def _expect_a_place_of_its_own(there: Cell, cell: Cell, where: str) -> None:
@@ -64,7 +75,7 @@ def _cells(grid: Grid, used: set[str], problems: Problems | None) -> Iterator[Ce
         for axes, choice, where in _choices(grid, model.value.name, method):
             tasks = [_left(grid, axes, one.value, used) for one in grid.tasks]
             named = {**model.value.arguments, **grid.model_args, **method.value.arguments, **choice}
-            given = {name: _located(name, value) for name, value in named.items()}
+            given = {name: _located(name, value) for name, value in without_idle_cache(named).items()}
             if problems is not None and any(tasks):
                 with problems.collected():
                     given = _checked(method, given, grid.resources, where)

@@ -103,6 +103,11 @@ class Cell:
         return (self.place, self.model, self.model_args, self.batch_size, self.resources)
 
     @property
+    def configuration(self) -> tuple[Any, ...]:
+        """What is run, whatever it is called."""
+        return (self.model, self.model_args, self.tasks, self.limit, self.batch_size, self.resources)
+
+    @property
     def place(self) -> str:
         """Description that distinguishes the cell within its study."""
         return place({"axes": self.axes.to_dict(), "tasks": self.tasks, "limit": self.limit})

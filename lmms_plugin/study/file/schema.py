@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from lmms_plugin.arguments import ModelArguments
+from lmms_plugin.arguments import ModelArguments, without_idle_cache
 from lmms_plugin.quant_backends import SERVED, names, option_types
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
@@ -205,7 +205,8 @@ class Method(Schema):
         value = {"method": value} if isinstance(value, str) else value
         if not isinstance(value, dict):
             return value
-        rest = {key: one for key, one in value.items() if key not in ("name", "method", "launch")}
+        rest = without_idle_cache({key: one for key, one in value.items() if key not in ("name", "method", "launch")})
+        value = {key: one for key, one in value.items() if key in ("name", "method", "launch")} | rest
         told = (f"{key}={one}" for key, one in rest.items() if key != "base_url")
         named = "+".join([str(value.get("method")), *told])
         return {"name": named, **{key: one for key, one in value.items() if key not in rest}, UNNAMED: rest}

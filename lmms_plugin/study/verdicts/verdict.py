@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmms_plugin.analysis.findings import EQUIVALENT, LOST, OPEN, REVERSE, RIGHT, SHOWN, finding, p_text, points
 from lmms_plugin.metrics.paired import Difference
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.verdicts.arms import UNTOUCHED
@@ -14,7 +15,6 @@ from lmms_plugin.study.verdicts.conclusions import Conclusion
 from lmms_plugin.study.verdicts.contrasts import Analysis, Contrast, ContrastRow, analyse
 from lmms_plugin.utils.messages import counted
 
-SHOWN, REVERSE, EQUIVALENT, OPEN = "shown", "the opposite shown", "no difference", "not shown"
 NOT_JUDGED = "not judged (broken)"
 
 
@@ -46,31 +46,6 @@ INTERACTION = Words(
     "both lose equally much from clean to shifted images, within {within} ({by})",
     "whether one of them loses more from clean to shifted images was not shown ({by})",
 )
-
-RIGHT = {
-    SHOWN: "more often right",
-    REVERSE: "less often right",
-    EQUIVALENT: "equally often right",
-    OPEN: "no difference shown",
-}
-LOST = {
-    SHOWN: "loses less",
-    REVERSE: "loses more",
-    EQUIVALENT: "loses as much",
-    OPEN: "was not shown to lose less or more",
-}
-
-
-def finding(difference: Difference, p: float, level: float) -> str:
-    """Return what a test shows: a difference (adjusted p), its absence (equivalence), or neither.
-
-    A significant difference within the margin is too small to count: it is reported as no difference.
-    """
-    if difference.equivalent:
-        return EQUIVALENT
-    if p < 1.0 - level:
-        return SHOWN if difference.value > 0.0 else REVERSE
-    return OPEN
 
 
 def conclude(study: Path, question: MethodByShift, only: Collection[str] | None, workers: int) -> list[Conclusion]:
@@ -241,7 +216,7 @@ def _told(one: Contrast, found: Analysis) -> str:
             kinds[finding(difference, p, level)].format(
                 first=one.first,
                 second=one.second,
-                by=f"by {_interval(difference)} points, p {_p(p)}",
+                by=f"by {points(difference)} points, p {p_text(p)}",
                 within=f"±{_points(found.question.margin, signed=False)} points",
             )
         )
@@ -254,7 +229,7 @@ def _warning(one: Contrast, found: Analysis) -> str:
     return (
         f" Beware: {_keep(one.broken)} less than half of the unquantized model's clean accuracy; what is lost already"
         " on clean images cannot be lost again under shift, so robustness is not judged (interaction"
-        f" {_interval(one.interaction)} points, p {_p(one.p_interaction)})."
+        f" {points(one.interaction)} points, p {p_text(one.p_interaction)})."
     )
 
 
@@ -264,15 +239,15 @@ def _contrast_row(one: Contrast, found: Analysis, severities: Sequence[int]) -> 
         str(one.bits),
         one.first,
         one.second,
-        _interval(one.clean),
-        _interval(one.under_shift),
-        _p(one.p_under_shift),
-        _interval(one.interaction),
-        _p(one.p_interaction),
+        points(one.clean),
+        points(one.under_shift),
+        p_text(one.p_under_shift),
+        points(one.interaction),
+        p_text(one.p_interaction),
         _robustness(one, found),
-        *(_interval(by_severity[severity]) if severity in by_severity else "" for severity in severities),
-        _interval(one.retained),
-        _interval(one.calibration_error),
+        *(points(by_severity[severity]) if severity in by_severity else "" for severity in severities),
+        points(one.retained),
+        points(one.calibration_error),
     ]
 
 
@@ -285,7 +260,7 @@ def _row(row: ContrastRow) -> list[str]:
         f"{row.clean:.3f}",
         f"{row.shifted:.3f}",
         _number(row.spread),
-        "" if row.lost_more is None else _interval(row.lost_more),
+        "" if row.lost_more is None else points(row.lost_more),
         _number(row.ece_clean),
         _number(row.ece_shifted),
         _flips(row.flips_clean),
@@ -302,22 +277,9 @@ def _points(value: float, *, signed: bool = True) -> str:
     return f"{100 * value:+.1f}" if signed else f"{100 * value:g}"
 
 
-def _interval(difference: Difference) -> str:
-    if math.isnan(difference.value):
-        return "undefined"
-    inside = "" if math.isnan(difference.low) else f" [{_points(difference.low)}, {_points(difference.high)}]"
-    return f"{_points(difference.value)}{inside}"
-
-
 def _flips(shares: tuple[float, float] | None) -> str:
     return "" if shares is None else f"{100 * shares[0]:.1f} / {100 * shares[1]:.1f}"
 
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.3f}"
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return "undefined"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lmms_plugin.selector.features import LAST_LAYER
+from lmms_plugin.utils.image_positions import image_positions, image_token_of
 
 
 class Pooled(NamedTuple):
@@ -67,14 +68,14 @@ class Pooling:
         Raises:
             ValueError: The configuration names no image token, or there is no such layer.
         """
-        image_token = getattr(model.config, "image_token_id", None)
+        image_token = image_token_of(model.config)
         if image_token is None:
             raise ValueError(f"features: the configuration of {type(model).__name__} does not name its image token")
         if layer != LAST_LAYER:
             layers = len(getattr(model.get_decoder(), "layers", ()))
             if not 0 <= layer < layers:
                 raise ValueError(f"feature_layer must be -1 or from 0 to {layers - 1} for this model, got {layer}")
-        return cls(model, int(image_token), tuple(sorted(special)), layer)
+        return cls(model, image_token, tuple(sorted(special)), layer)
 
     @contextmanager
     def watching(self, inputs: Mapping[str, Tensor]) -> Iterator[list[Pooled]]:
@@ -109,7 +110,7 @@ class Pooling:
         )
 
     def _pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Pooled:
-        is_image = input_ids == self.image_token
+        is_image = image_positions(input_ids, self.image_token)
         is_behind = is_image.flip(1).cumsum(1).flip(1) == 0
         special = torch.tensor(self.special, device=input_ids.device)
         is_question = is_behind & (attention_mask != 0) & ~torch.isin(input_ids, special)

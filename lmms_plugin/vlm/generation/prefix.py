@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from lmms_plugin.protocol.prompts import Prompt
+from lmms_plugin.utils.image_positions import image_token_of
 from lmms_plugin.utils.processes.out_of_memory import while_answering
 from lmms_plugin.vlm.contracts.engine import Generated
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
@@ -224,7 +225,7 @@ class PrefixSharing:
     @classmethod
     def of(cls, decoder: Decoder, wanted: bool = True, pooling: Pooling | None = None) -> PrefixSharing:
         """Set up, checking all that can be checked without running the model."""
-        token = getattr(decoder.model.config, "image_token_id", None)
+        token = image_token_of(decoder.model.config)
         sharing = cls(decoder, token, pooling)
         if not wanted:
             sharing.off = "share_prefix=False"

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from loguru import logger
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.quant_backends.plans.cache_spec import CacheSpec
 from lmms_plugin.quant_backends.plans.specs import UNTOUCHED_BITS
+from lmms_plugin.utils.image_positions import image_positions, image_token_of
 from lmms_plugin.vlm.kv_cache.cache_layers import StoredBits, quantizing
 from lmms_plugin.vlm.kv_cache.timetable import Timetable
 
@@ -53,9 +55,14 @@ class CacheSize(NamedTuple):
         return self.bits / 8
 
     @property
+    def dense_bits(self) -> int:
+        """Return the size in bits of a cache in 16 bits per element."""
+        return self.elements * UNTOUCHED_BITS
+
+    @property
     def dense_bytes(self) -> float:
-        """Return the size in bytes of a cache in 16 bits."""
-        return self.elements * UNTOUCHED_BITS / 8
+        """Return the size in bytes of a cache in 16 bits per element."""
+        return self.dense_bits / 8
 
 
 def expect_plain_cache(config: Any, spec: CacheSpec, name: str) -> None:
@@ -83,7 +90,7 @@ def expect_plain_cache(config: Any, spec: CacheSpec, name: str) -> None:
             f"kv_bits: expected a model that caches keys and values alone, but {name} has layers that keep other "
             f"states ({', '.join(sorted(strange))}); leave out kv_* for it"
         )
-    if spec.image_bits != spec.bits and getattr(config, "image_token_id", None) is None:
+    if spec.image_bits != spec.bits and image_token_of(config) is None:
         raise ValueError(f"kv_image_bits: the configuration of {name} does not name its image token")
     if spec.scaled:
         for width in sorted(_widths(text)):
@@ -135,7 +142,7 @@ class CacheQuantizer:
             )
         text = model.config.get_text_config(decoder=True)
         # Where `generate` encodes images before it reads a prompt, it can read the prompt in parts.
-        return cls(spec, text, getattr(model.config, "image_token_id", None), model._supports_mm_encoder_outputs())
+        return cls(spec, text, image_token_of(model.config), model._supports_mm_encoder_outputs())
 
     @property
     def computed(self) -> CacheQuantizer:
@@ -154,7 +161,7 @@ class CacheQuantizer:
             columns: Number of columns for which there is room; None for a cache that grows.
         """
         width = input_ids.shape[1]
-        is_image = (input_ids == (-1 if self.image_token is None else self.image_token)) & (attention_mask != 0)
+        is_image = image_positions(input_ids, self.image_token) & (attention_mask != 0)
         timetable = Timetable(self.spec, attention_mask, is_image, width - int(self.reads_last_apart))
         timetable = timetable if repeats == 1 else timetable.repeated(repeats)
         cache = QuantizedCache(config=self.text_config)
@@ -176,9 +183,22 @@ class CacheQuantizer:
             self.largest = CacheSize(tokens, sum(one.elements for one in stored), sum(one.bits for one in stored))
 
     def totals(self) -> dict[str, float | int]:
-        """Return the numbers to log beside results; empty before the first prompt."""
+        """Return the numbers to log beside results; empty before the first prompt.
+
+        A warning is logged where nothing of the longest prompt was quantized, and so nothing of any.
+        """
         if self.largest is None:
             return {}
+        if self.largest.bits == self.largest.dense_bits:
+            logger.warning(
+                "the cache of no prompt was quantized at all, although {} was asked for: the longest has {} tokens, of"
+                " which kv_keep={}+{} keeps {}; give a smaller kv_keep or kv_group_size",
+                self.spec.name,
+                self.largest.tokens,
+                self.spec.keep_first,
+                self.spec.keep_last,
+                min(self.largest.tokens, self.spec.keep_first + self.spec.keep_last),
+            )
         return {
             "kv_bits_per_element": self.largest.bits_per_element,
             "kv_tokens": self.largest.tokens,

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from lmms_plugin.quant_backends.plans.cache_spec import CacheFormat, CacheSpec
+from lmms_plugin.quant_backends.rotations.hadamard import Rotation
+
+ROTATION_SEED = 0
+"""Of the random signs of a head's rotation, which is the same in all heads."""
 
 _FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 def rounded(states: Tensor, spec: CacheSpec, bits: int, *, by_channel: bool) -> Tensor:
     """Round keys or values of some groups of tokens.
+
+    With a rotation Q of each head, x becomes round(x Q) Qᵀ. Attention over such keys has the logits of QuaRot's R3,
+    which rotates queries and keys after their position embedding: (q Q) · round(k Q) = q · round(k Q) Qᵀ.
 
     Args:
         states: (groups, tokens, heads, width) keys or values.
@@ -28,18 +35,26 @@ def rounded(states: Tensor, spec: CacheSpec, bits: int, *, by_channel: bool) -> 
         As `states`, in their dtype.
     """
     dense = states.float()
-    if not spec.scaled:
-        return _to_float8(dense, spec.format).to(states.dtype)
-    if not by_channel:
-        dense = dense.unflatten(-1, (-1, spec.group_of(states.shape[-1])))
-    axis = 1 if by_channel else -1
+    rotation = Rotation(states.shape[-1], ROTATION_SEED) if spec.rotated else None
     # In bfloat16 there are models whose keys exceed float16.
     stored = torch.bfloat16 if states.dtype == torch.bfloat16 else torch.float16
+    found = _rounded(dense if rotation is None else rotation(dense), spec, bits, by_channel=by_channel, stored=stored)
+    return (found if rotation is None else rotation.inverse(found)).to(states.dtype)
+
+
+def _rounded(dense: Tensor, spec: CacheSpec, bits: int, *, by_channel: bool, stored: torch.dtype) -> Tensor:
+    """Round as `rounded` does, without rotation and in float32, with scales stored in a dtype of 16 bits."""
+    shape = dense.shape
+    if not spec.scaled:
+        return _to_float8(dense, spec.format)
+    if not by_channel:
+        dense = dense.unflatten(-1, (-1, spec.group_of(shape[-1])))
+    axis = 1 if by_channel else -1
     if spec.format == "int":
         found = _to_grid(dense, bits, axis, stored)
     else:
         found = _to_scaled_float8(dense, spec.format, axis, stored)
-    return found.reshape(states.shape).to(states.dtype)
+    return found.reshape(shape)
 
 
 def _to_grid(dense: Tensor, bits: int, axis: int, stored: torch.dtype) -> Tensor:

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
@@ -92,7 +93,7 @@ class Client:
     expect_running: Callable[[], None] = field(default=lambda: None, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
-    _idle: list[httpx.Client] = field(default_factory=list, init=False, repr=False)
+    _idle: list[httpx.HTTPTransport] = field(default_factory=list, init=False, repr=False)
     _sockets: deque[socket.socket] = field(default_factory=lambda: deque(maxlen=_SOCKETS), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -149,19 +150,19 @@ class Client:
             _shut(connection)
 
     @contextmanager
-    def _connected(self) -> Iterator[httpx.Client]:
-        """Lend a client of one connection: in one that threads share, each request looks through all connections."""
+    def _connected(self) -> Iterator[httpx.HTTPTransport]:
+        """Lend one connection: where threads share several, each request looks through all of them."""
         try:
-            http = self._idle.pop()
+            connection = self._idle.pop()
         except IndexError:
-            http = self._client()
+            connection = httpx.HTTPTransport(verify=self._tls, proxy=self._proxy)
         try:
-            yield http
+            yield connection
         finally:
             if self._ended.is_set():
-                http.close()
+                connection.close()
             else:
-                self._idle.append(http)
+                self._idle.append(connection)
 
     def _note_socket(self, event: str, details: Mapping[str, Any]) -> None:
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
@@ -170,15 +171,15 @@ class Client:
             if self._ended.is_set():
                 _shut(connection)
 
-    def _client(self) -> httpx.Client:
-        return httpx.Client(
-            timeout=httpx.Timeout(self.timeout, connect=min(10.0, self.timeout)),
-            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            follow_redirects=False,
-            verify=self._tls,
-            # No proxy stands between us and our own machine.
-            trust_env=httpx.URL(self.base_url).host not in _LOOPBACK,
-        )
+    @cached_property
+    def _proxy(self) -> str | None:
+        """The proxy that the environment names for this server; none stands between us and our own machine."""
+        address = httpx.URL(self.base_url)
+        if address.host in _LOOPBACK or proxy_bypass(address.netloc.decode("ascii")):
+            return None
+        named = getproxies()
+        proxy = named.get(address.scheme) or named.get("all")
+        return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
@@ -208,21 +209,30 @@ class Client:
             self.busy()
         self.expect_running()
 
-    def _once(self, method: str, url: str, content: list[bytes] | None) -> dict[str, Any]:
-        headers = {}
+    def _request(self, method: str, url: str, content: list[bytes] | None) -> httpx.Request:
+        headers = {"Accept": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         if content is not None:
-            headers = {"Content-Type": "application/json", "Content-Length": str(sum(map(len, content)))}
+            headers |= {"Content-Type": "application/json", "Content-Length": str(sum(map(len, content)))}
+        timeout = httpx.Timeout(self.timeout, connect=min(10.0, self.timeout)).as_dict()
+        extensions = {"timeout": timeout, "trace": self._note_socket}
+        sent = None if content is None else iter(content)
+        return httpx.Request(method, _address(url), headers=headers, content=sent, extensions=extensions)
+
+    def _once(self, method: str, url: str, content: list[bytes] | None) -> dict[str, Any]:
         try:
-            with self._connected() as http:
+            request = self._request(method, url, content)
+            with self._connected() as connection:
                 if self._ended.is_set():
                     raise ServerError("the run has ended")
-                response = http.request(
-                    method,
-                    url,
-                    content=None if content is None else iter(content),
-                    headers=headers,
-                    extensions={"trace": self._note_socket},
-                )
+                # A client of httpx would look for cookies, authentication, hooks and redirects each time, which takes
+                # as long as the rest.
+                response = connection.handle_request(request)
+                try:
+                    response.read()
+                finally:
+                    response.close()
         except httpx.ConnectError as error:
             raise Passing(
                 f"no server answers at {self.base_url} ({self._words(str(error))}): start it, or check host and port"
@@ -288,6 +298,11 @@ class Client:
         line = " ".join(text.split())
         line = line.replace(self.key, "***") if self.key else line
         return line if len(line) <= _SAID else f"{line[:_SAID]}…"
+
+
+@lru_cache(maxsize=64)
+def _address(url: str) -> httpx.URL:
+    return httpx.URL(url)
 
 
 def _shut(connection: socket.socket) -> None:
@@ -361,10 +376,10 @@ def _expect_form(choice: Mapping[str, Any], base_url: str) -> None:
     told = _part(choice, "logprobs", Mapping, base_url) or {}
     _part(_part(choice, "message", Mapping, base_url) or {}, "content", str, base_url)
     for entry in _part(told, "content", list, base_url) or ():
-        if not isinstance(entry, Mapping):
+        if not isinstance(entry, dict):
             raise _strange("logprobs.content", entry, base_url)
         for other in _part(entry, "top_logprobs", list, base_url) or ():
-            if not isinstance(other, Mapping):
+            if not isinstance(other, dict):
                 raise _strange("top_logprobs", other, base_url)
 
 

@@ -108,12 +108,13 @@ class PromptLogprobs:
                 "here (quant_none, quant_prequantized, ...)"
             )
         count = len(given.ids)
-        told = [_entry(entry, index) for entry, index in zip(entries[-count:], given.ids, strict=False)]
+        rows = [_row(row, Mapping, "prompt_logprobs", "a mapping of token ids") or {} for row in entries[-count:]]
+        told = [_entry(row, index) for row, index in zip(rows, given.ids, strict=False)]
         if len(told) != count or None in told:
-            raise _other_tokens(given, [list(entry or ()) for entry in entries[-count:]])
+            raise _other_tokens(given, [list(row) for row in rows])
         found = [one for one in told if one is not None]
         logprobs = tuple(as_logprob(float(one["logprob"]), str(one.get("decoded_token"))) for one in found)
-        return Told(response, logprobs, all(one.get("rank") == 1 for one in found))
+        return Told(response, logprobs, all(one["rank"] == 1 for one in found))
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,16 @@ class NativeGenerate:
                 f"expected meta_info with input_token_logprobs in SGLang's response, got {', '.join(response)}"
             )
         count = len(given.ids)
-        ids = [index for _, index, *_ in told[-count:]]
+        rows = [_pair(row, "input_token_logprobs") for row in told[-count:]]
+        ids = [index for _, index in rows]
         if ids != list(given.ids):
             raise _other_tokens(given, ids)
-        best = [row[0][1] if row else None for row in (meta.get("input_top_logprobs") or [])[-count:]]
-        logprobs = tuple(
-            as_logprob(math.nan if value is None else value, str(index)) for value, index, *_ in told[-count:]
-        )
+        top = meta.get("input_top_logprobs")
+        if not isinstance(top, list) or len(top) < count:
+            raise ServerError(f"expected input_top_logprobs of {count} tokens in SGLang's response, got {top!r:.80}")
+        # Without the most probable token of a place, none there is.
+        best = [_pair(row[0], "input_top_logprobs")[1] if row else None for row in top[-count:]]
+        logprobs = tuple(as_logprob(value, str(index)) for value, index in rows)
         return Told({"usage": {"prompt_tokens": meta.get("prompt_tokens")}}, logprobs, best == ids)
 
 
@@ -187,9 +191,36 @@ def shown(chat: Chat, prompt: Prompt, continuation: str) -> tuple[str, str, tupl
     )
 
 
-def _entry(entry: Any, index: int) -> Mapping[str, Any] | None:
-    found = entry.get(str(index)) if isinstance(entry, Mapping) else None
-    return found if isinstance(found, Mapping) and isinstance(found.get("logprob"), int | float) else None
+def _row(row: Any, kind: type, field: str, expected: str) -> Any:
+    """Return one row of a server's numbers, an empty one where it tells nothing of a token."""
+    if row is not None and not isinstance(row, kind):
+        raise ServerError(f"expected rows of {field} to be {expected} each, got {row!r:.80}")
+    return row or ()
+
+
+def _pair(row: Any, field: str) -> tuple[float, int]:
+    """Return log-probability and token id of one row of SGLang; NaN where it tells none."""
+    found = _row(row, list, field, "log-probability and token id")
+    if len(found) < 2 or not _is_number(found[0], or_none=True) or not isinstance(found[1], int):
+        raise ServerError(f"expected rows of {field} to be log-probability and token id each, got {row!r:.80}")
+    return math.nan if found[0] is None else float(found[0]), found[1]
+
+
+def _entry(row: Mapping[str, Any], index: int) -> Mapping[str, Any] | None:
+    """Return what a row tells of one token; None if it tells nothing of it."""
+    found = row.get(str(index))
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or not _is_number(found.get("logprob")) or not isinstance(found.get("rank"), int):
+        raise ServerError(
+            f"expected prompt_logprobs with a logprob and a rank for token {index}, got {found!r:.80}: without a rank"
+            " nothing tells whether a token is the most probable one"
+        )
+    return found
+
+
+def _is_number(value: Any, *, or_none: bool = False) -> bool:
+    return (value is None and or_none) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _other_tokens(given: GivenText, theirs: Sequence[Any]) -> ServerError:

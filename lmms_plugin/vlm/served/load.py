@@ -1,4 +1,4 @@
-"""Many requests at once: as many as the server takes, those about one image together, the first of them first."""
+"""Many requests at once: as many as the server takes, those about one image together."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Gate:
 
 @dataclass
 class Flight(Generic[Unit, Item, Result]):
-    """Prepares units of items on background threads and asks for their items, each unit's first one alone at first.
+    """Prepares units of items on background threads and asks for their items, unit by unit.
 
     Attributes:
         prepare: Function that reads and encodes the items of a unit.
@@ -67,6 +67,7 @@ class Flight(Generic[Unit, Item, Result]):
         gate: Limit of the items that are asked for at once.
         readers: Number of threads that prepare.
         end: Function called when nothing more is wanted, so that requests in flight end.
+        first_alone: Whether the others of a unit wait for the result of its first item.
     """
 
     prepare: Callable[[Unit], Sequence[Item]]
@@ -74,6 +75,7 @@ class Flight(Generic[Unit, Item, Result]):
     gate: Gate
     readers: int
     end: Callable[[], None]
+    first_alone: bool = True
 
     def results(self, units: Iterable[Unit]) -> Generator[tuple[Item, Result]]:
         """Yield every item with its result, in the order in which they are done.
@@ -108,7 +110,7 @@ class Flight(Generic[Unit, Item, Result]):
                 if future in preparing:
                     preparing.remove(future)
                     items = future.result()
-                    ready.extend([(items[0], items[1:])] if items else [])
+                    ready.extend(self._led(items))
                     continue
                 item, rest = asked.pop(future)
                 result = future.result()
@@ -122,6 +124,12 @@ class Flight(Generic[Unit, Item, Result]):
             reading.shutdown(wait=True, cancel_futures=True)
             # A request that is under way cannot be called back; nobody waits for its answer.
             asking.shutdown(wait=False, cancel_futures=True)
+
+    def _led(self, items: Sequence[Item]) -> list[tuple[Item, Sequence[Item]]]:
+        """Items that are asked for next, each with those that wait for it."""
+        if self.first_alone:
+            return [(items[0], items[1:])] if items else []
+        return [(item, ()) for item in items]
 
 
 def _submitted(

@@ -20,8 +20,9 @@ from lmms_plugin.utils import files
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import ends_of_checkpoint
 from lmms_plugin.utils.processes.lent_servers import LentServer
-from lmms_plugin.utils.processes.servers import Server
+from lmms_plugin.utils.processes.servers import Server, expect_free
 from lmms_plugin.vlm.assembling import Assembler
+from lmms_plugin.vlm.contracts.responding import Responder
 from lmms_plugin.vlm.engine_facts import model_facts, prompting_facts
 from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
@@ -56,19 +57,23 @@ class QuantServed(HarnessModel):
     Attributes:
         arguments: Arguments as given.
         options: Those arguments that served models alone have.
+        chat: Processor of the checkpoint.
+        reader: Reader of lmms-eval's messages.
         served: Model that the server says it serves.
         found: Abilities of the server, as a first question shows them.
     """
 
     def __init__(self, **arguments: Any) -> None:
-        """Find or start the server, load the checkpoint's processor and tokenizer, and ask a first question.
+        """Check arguments, load the checkpoint's processor and tokenizer, and ask a server that runs a first question.
+
+        A server that is to be started (`launch`) is started and asked at the first request.
 
         Args:
             **arguments: Arguments, see `ModelArguments` and `ServedOptions`.
 
         Raises:
-            ValueError: an argument is unknown or its value impossible, the server cannot be started or does not answer
-                as it should, or it reads other prompts than the checkpoint's processor makes.
+            ValueError: an argument is unknown or its value impossible, or the server does not answer as it should, or
+                reads other prompts than the checkpoint's processor makes.
             FileNotFoundError: there is no such checkpoint.
         """
         super().__init__()
@@ -82,14 +87,26 @@ class QuantServed(HarnessModel):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self._gate = Gate(self.options.concurrency)
-        self._launched = self._launch()
-        self._client = self._connected(self.options.timeout)
-        self.served = self._first(lambda client: find(client, self.options.model))
+        self._expect_startable()
         self.chat, self.reader = chat_of(self._path, self.arguments)
         if self.reader.raw or self.dialect.raw_prompt:
             raise ValueError(
                 f"{self.arguments.pretrained} is asked without chat template, which the chat API of servers needs"
             )
+        if self.options.command is None:
+            # It costs a question, and tells early what else would end the run at its first one.
+            _ = self.responder
+
+    def make_responder(self) -> Responder:
+        """Start the server, if that is asked for, and ask a first question.
+
+        Raises:
+            ValueError: the server cannot be started or does not answer as it should, or it reads other prompts than
+                the checkpoint's processor makes.
+        """
+        self._launched = self._launch()
+        self._client = self._connected(self.options.timeout)
+        self.served = self._first(lambda client: find(client, self.options.model))
         self.found, engine = self._engine(self.chat, self.reader)
         self._check = engine.check
         self._kept = engine.kept
@@ -102,10 +119,8 @@ class QuantServed(HarnessModel):
             keeps_ids=self.arguments.parity,
             spell=self.chat.spell,
         )
-        self.responder = Generation(
-            engine, assembler, verbalised=self.arguments.verbalised, shows_progress=self.rank == 0
-        )
         self._account()
+        return Generation(engine, assembler, verbalised=self.arguments.verbalised, shows_progress=self.rank == 0)
 
     @property
     def dialect(self) -> Dialect:
@@ -124,6 +139,8 @@ class QuantServed(HarnessModel):
     def clean(self) -> None:
         """End the connections, and forget the answers that were kept for going on."""
         super().clean()
+        if "_client" not in vars(self):
+            return
         self._client.end()
         if self._launched is not None:
             self._launched.end()
@@ -165,6 +182,19 @@ class QuantServed(HarnessModel):
     def _base_url(self) -> str:
         return self._launched.base_url if self._launched is not None else str(self.options.base_url)
 
+    def _expect_startable(self) -> None:
+        """Refuse what would keep the server from being started at the first request, as far as it shows now."""
+        command = self.options.command
+        if command is None or LentServer.of(os.environ, command) is not None:
+            return
+        if command.port:
+            expect_free(command.port)
+        if self.world_size > 1:
+            raise ValueError(
+                f"launch: expected one process, got {self.world_size}: one process asks as many questions at once as "
+                "concurrency= says; or start the server yourself, and give its base_url"
+            )
+
     def _launch(self) -> Launched | None:
         """Start the server, if that is asked for."""
         command = self.options.command
@@ -173,11 +203,6 @@ class QuantServed(HarnessModel):
         lent = LentServer.of(os.environ, command)
         if lent is not None:
             return Launched(lent, self.options.launch_timeout)
-        if self.world_size > 1:
-            raise ValueError(
-                f"launch: expected one process, got {self.world_size}: one process asks as many questions at once as "
-                "concurrency= says; or start the server yourself, and give its base_url"
-            )
         chosen = self.options.launch_log
         log = temporary_log() if chosen is None else Path(chosen).expanduser()
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -249,6 +274,7 @@ class QuantServed(HarnessModel):
             ForcedTokens(asked)
             if isinstance(asked, RenderedAsking)
             else likelihoods_of(self.served.engine, asking.with_form(found.form)),
+            first_alone=not self.served.shares_at_once,
         )
 
     def _probed(

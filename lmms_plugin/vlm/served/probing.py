@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loguru import logger
+from packaging.version import InvalidVersion, Version
 
 from lmms_plugin.utils.suggest import near
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
@@ -18,6 +19,8 @@ from lmms_plugin.vlm.served.tokens import Vocabulary
 PROBE = GenerationSettings(max_new_tokens=4)
 LLAMACPP = "llamacpp"
 STATED = "stated, not verified"
+_SHARING = (0, 11)
+"""Release of vLLM since which requests that come together share prefixes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,21 @@ class Served:
     engine: str | None = None
     version: str | None = None
     told: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+    @property
+    def shares_at_once(self) -> bool:
+        """Whether requests that come together share the beginning of their prompts, too.
+
+        The engine of vLLM enters blocks into its cache of prefixes when it schedules them, so that a request finds
+        those of another in the same step. The older engine, which entered what was computed, is gone since 0.11. Of
+        other engines it is not known here.
+        """
+        if self.engine != "vllm":
+            return False
+        try:
+            return Version(self.version or "").release >= _SHARING
+        except InvalidVersion:
+            return False
 
 
 def find(client: Client, asked: str | None) -> Served:

@@ -78,6 +78,7 @@ class ServedEngine:
         sample_temperature: Temperature at which they are drawn.
         kept: Answers of an earlier run that was broken off; None to keep none.
         likelihoods: How the server tells likelihoods of given texts; None where it cannot.
+        first_alone: Whether the other questions about an image wait until its first one is answered.
     """
 
     client: Client
@@ -95,6 +96,7 @@ class ServedEngine:
     sample_temperature: float = 1.0
     kept: KeptAnswers | None = None
     likelihoods: Likelihoods | None = None
+    first_alone: bool = True
 
     @cached_property
     def traits(self) -> Traits:
@@ -156,7 +158,7 @@ class ServedEngine:
         self, prepare: Callable[[list[int]], Sequence[Item]], ask: Callable[[Item], Result]
     ) -> Flight[list[int], Item, Result]:
         readers = max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1))
-        return Flight(prepare, ask, self.gate, readers, self.client.end)
+        return Flight(prepare, ask, self.gate, readers, self.client.end, self.first_alone)
 
     def _further(self, prompt: Prompt, evidence: bool) -> int:
         return self.samples if evidence and prompt.wants_confidence else 0

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -139,7 +140,8 @@ class Vocabulary:
         """
         _expect_ended(choice)
         content = str((choice.get("message") or {}).get("content") or "")
-        entries = [dict(entry) for entry in (choice.get("logprobs") or {}).get("content") or []]
+        # Where ids come anyway, nobody looks at log-probabilities that were not asked for.
+        entries = _entries(choice) if probabilities or _given_ids(choice) is None else []
         told = [self.candidate(entry) for entry in entries]
         ids = self._ids(choice, told)
         if ids is None and not told:
@@ -174,9 +176,9 @@ class Vocabulary:
         )
 
     def _ids(self, choice: Mapping[str, Any], told: Sequence[Candidate]) -> list[int] | None:
-        given = choice.get("token_ids")
-        if isinstance(given, list) and all(isinstance(index, int) for index in given):
-            ids: list[int] = given
+        given = _given_ids(choice)
+        if given is not None:
+            ids = given
         elif told and all(one.id is not None for one in told):
             ids = [one.id for one in told if one.id is not None]
         else:
@@ -221,12 +223,24 @@ class Vocabulary:
             text = text.replace(special, "")
         return text.strip()
 
+    def _probabilities(self, entries: Sequence[Mapping[str, Any]]) -> dict[tuple[int | None, str], float]:
+        """Probabilities of the tokens that a server tells of, by id and text; see `candidate`."""
+        seen: dict[tuple[int | None, str], float] = {}
+        for entry in entries:
+            text, logprob = entry.get("token"), entry.get("logprob")
+            token: tuple[int | None, str] | None = self._by_name.get(text) if type(text) is str else None
+            if token is None or type(logprob) is not float or not PLACEHOLDER < logprob <= 0.0:
+                one = self.candidate(entry)
+                token, logprob = one[:2], as_logprob(one.logprob, one.text)
+            seen[token] = math.exp(logprob)
+        return seen
+
     def _alternatives(self, chosen: Candidate, entry: Mapping[str, Any]) -> Alternatives | None:
         place = _digits(chosen.text)
         if place is None:
             return None
-        others = list(map(self.candidate, entry.get("top_logprobs") or []))
-        seen = {one[:2]: math.exp(as_logprob(one.logprob, one.text)) for one in (*others, chosen)}
+        others = entry.get("top_logprobs") or []
+        seen = self._probabilities(others) | {chosen[:2]: math.exp(as_logprob(chosen.logprob, chosen.text))}
         mass = sum(seen.values())
         if mass > 1 + _ABOVE_ONE:
             raise ServerError(
@@ -235,18 +249,26 @@ class Vocabulary:
             )
         listed: dict[str, float] = {}
         unlisted = 0.0
-        for (_, text), probability in sorted(seen.items(), key=lambda pair: -pair[1]):
-            other = _digits(text)
-            if other is None or other.around != place.around:
-                continue
+        numbers = [(_digits(text), probability) for (_, text), probability in seen.items()]
+        alike = [(one.digits, probability) for one, probability in numbers if one and one.around == place.around]
+        for digits, probability in sorted(alike, key=itemgetter(1), reverse=True):
             if probability >= LEAST:
-                listed[other.digits] = min(1.0, listed.get(other.digits, 0.0) + probability)
+                listed[digits] = min(1.0, listed.get(digits, 0.0) + probability)
             else:
                 unlisted += probability
         if self.kinds.get(place.around, 0) > len(others):
             # More tokens of this kind exist than the server lists: the rest may be theirs.
             unlisted += max(0.0, 1.0 - mass)
         return Alternatives(listed, min(1.0, unlisted))
+
+
+def _entries(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [dict(entry) for entry in (choice.get("logprobs") or {}).get("content") or []]
+
+
+def _given_ids(choice: Mapping[str, Any]) -> list[int] | None:
+    given = choice.get("token_ids")
+    return given if isinstance(given, list) and all(isinstance(index, int) for index in given) else None
 
 
 def _expect_ended(choice: Mapping[str, Any]) -> None:

@@ -145,15 +145,18 @@ class GgufFile:
         for row in self.histogram:
             size, bits = f"{row.bytes / 1e6:.2f}", f"{row.bits_per_weight:.2f}"
             lines.append(f"{row.component:<10} {row.type:<6} {row.tensors:>7} {row.weights:>13,} {size:>9} {bits:>6}")
+        return "\n".join([*lines, self.total()])
+
+    def total(self) -> str:
+        """Return what the file is in one line: tensors, main type, bits per weight, and what it says of itself."""
         said = f"it says of itself: {self.stated}" if self.stated else "it says nothing of its types"
         total = f"{bits_per_weight(self.tensors):.2f} bits per weight"
         quantized = f", {bits_per_weight(self.quantized):.2f} per quantized weight" if self.quantized else ""
         kind = f"{self.architecture}, {self.projector}" if self.projector else self.architecture
-        lines.append(
+        return (
             f"{self.path.name} ({kind}): {counted(len(self.tensors), 'tensor')}, mostly {self.main_type}, "
             f"{total}{quantized}; {said}"
         )
-        return "\n".join(lines)
 
 
 def bits_per_weight(tensors: Sequence[TensorEntry]) -> float:

@@ -1,4 +1,4 @@
-"""FP8, NVFP4, MXFP4 and W8A8 on disk: as compressed-tensors and the hub have them, and back again."""
+"""FP8, NVFP4, MX and W8A8 on disk: as compressed-tensors and the hub have them, and back again."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.quant_backends.calibration.inputs import encode, to_model
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.calibration.synthetic import scene
@@ -45,12 +46,20 @@ CASES = {
     "nvfp4 weights": ("rtn", {"format": "nvfp4"}, {}, "nvfp4-pack-quantized"),
     "nvfp4": ("gptq", {"format": "nvfp4", "activation_format": "nvfp4"}, {}, "nvfp4-pack-quantized"),
     "mxfp4": ("rtn", {"format": "mxfp4", "activation_format": "mxfp4"}, {}, "mxfp4-pack-quantized"),
+    "mxfp6": ("rtn", {"format": "mxfp6_e2m3", "activation_format": "mxfp8"}, {}, "mxfp6-pack-quantized"),
+    "mxfp8": ("rtn", {"format": "mxfp8", "activation_format": "mxfp8"}, {}, "mxfp8-quantized"),
+}
+FOLDED = {
+    "int8": ({"activation_format": "int8"}, W8A8, "int-quantized"),
+    "fp8": ({"format": "fp8_e4m3", "activation_format": "fp8_e4m3"} | STATIC, {}, "float-quantized"),
+    "nvfp4": ({"format": "nvfp4", "activation_format": "nvfp4"}, {}, "nvfp4-pack-quantized"),
+    "mxfp4": ({"format": "mxfp4"}, {}, "mxfp4-pack-quantized"),
 }
 
 
 def load(path, backend, *, dtype=torch.float32, **plan):
     given = {"bits": backend.default_bits} | plan if backend.name != "prequantized" else None
-    calibrated = CalibrationSpec("noise", samples=1) if backend.name == "gptq" else None
+    calibrated = CalibrationSpec("noise", samples=1) if isinstance(backend, CalibratedBackend) else None
     made = QuantPlan() if given is None else QuantPlan.from_arguments(**given)
     return load_quantized(str(path), backend=backend, plan=made, dtype=dtype, calibration=calibrated)
 
@@ -102,6 +111,20 @@ def test_the_layouts_are_those_of_compressed_tensors_and_come_back_bit_for_bit(c
         layer.kernel for layer in layers.values()
     ]
     assert second.report.bytes_after == first.report.bytes_after
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_folded_scales_and_rounded_inputs_of_awq_are_written_without_a_changed_bit(checkpoint, tmp_path, case):
+    options, plan, layout = FOLDED[case]
+    first = load(checkpoint(FAMILY), get("awq", fold=True, **options), **plan)
+    assert any(layer.in_scale is not None for layer in quantized_layers(first.model).values())
+    before = logits(first.model, first.processor)
+    saved = save_quantized(first.model, first.processor, first.report, tmp_path / "saved", form="compressed-tensors")
+    assert saved.layout == layout
+    second = load(tmp_path / "saved", get("prequantized"))
+    assert torch.equal(logits(second.model, second.processor), before)
+    found = quantized_layers(second.model).values()
+    assert {layer.rounding.name if layer.rounding else None for layer in found} == {options.get("activation_format")}
 
 
 @pytest.mark.parametrize("case", ["int8", "fp8", "nvfp4 weights"])
@@ -165,7 +188,8 @@ def published(plain, folder, quantization, convert, round_inputs):
             key = named.get(name, f"{name}.weight")
             stored, dense = convert(name, tensors.pop(key))
             tensors |= {f"{key.removesuffix('.weight')}.{part}": value for part, value in stored.items()}
-            model.set_submodule(name, Reference(dense, module.bias, round_inputs))
+            rounding = round_inputs if callable(round_inputs) else round_inputs["self_attn" in name]
+            model.set_submodule(name, Reference(dense, module.bias, rounding))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = quantization
@@ -332,8 +356,171 @@ def test_schemes_that_are_not_reproduced_are_left_to_the_dense_way_which_says_so
     assert scaled_format(compressed("int-quantized", arguments(type="int", strategy="channel"), inputs)) is None
 
 
-def test_other_blocks_of_fp8_are_not_taken_for_those_of_128():
-    assert scaled_format({"quant_method": "fp8", "weight_block_size": [64, 128]}) is None
+def blocks_of(width, x):
+    return torch.cat([by_token(part) for part in x.split(width, -1)], -1)
+
+
+@pytest.mark.parametrize("tool", ["fp8", "compressed-tensors"])
+def test_fp8_with_blocks_that_do_not_divide_the_weight(checkpoint, tmp_path, tool):
+    """The last blocks are narrower; saved in our own format, blocks of this shape come back."""
+    scales_are = {"fp8": "weight_scale_inv", "compressed-tensors": "weight_scale"}[tool]
+    shapes = set()
+
+    def convert(name, weight):
+        stored, scales, dense = fp8(weight, 24, 20)
+        shapes.add(tuple(weight.shape))
+        return {"weight": stored, scales_are: scales}, dense
+
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 20]}
+    if tool == "compressed-tensors":
+        weights = arguments(strategy="block", block_structure=[24, 20])
+        quantization = compressed("float-quantized", weights, arguments(strategy="group", group_size=20, dynamic=True))
+    loaded = expect_published(checkpoint(FAMILY), tmp_path / "fp8", quantization, convert, lambda x: blocks_of(20, x))
+    assert all(rows % 24 and columns % 20 for rows, columns in shapes)
+    kernels = {"fp8_e4m3_block of 24 x 20, dequantize, fp8_e4m3 inputs per block of 20"}
+    assert {module.kernel for module in loaded.report.quantized} == kernels
+    save_quantized(loaded.model, loaded.processor, loaded.report, tmp_path / "own", form="own")
+    again = load(tmp_path / "own", get("prequantized"))
+    assert torch.equal(logits(again.model, again.processor), logits(loaded.model, loaded.processor))
+    assert {module.kernel for module in again.report.quantized} == kernels
+
+
+def test_scales_of_other_blocks_than_the_config_names_are_refused(checkpoint, tmp_path):
+    def convert(name, weight):
+        stored, scales, dense = fp8(weight, 8, 16)
+        return {"weight": stored, "weight_scale_inv": scales.T.contiguous()}, dense
+
+    quantization = {"quant_method": "fp8", "weight_block_size": [8, 16]}
+    published(checkpoint(FAMILY), tmp_path / "fp8", quantization, convert, by_token)
+    with pytest.raises(ValueError, match=r"language_model.*scales .*, expected .* of fp8_e4m3_block of 8 x 16"):
+        load(tmp_path / "fp8", get("prequantized"))
+
+
+@pytest.mark.parametrize("block", [[128], [0, 128], "wide", 128])
+def test_a_block_that_is_none_is_refused(block):
+    with pytest.raises(ValueError, match="weight_block_size should be two positive whole numbers"):
+        scaled_format({"quant_method": "fp8", "weight_block_size": block})
+
+
+# --- several schemes ------------------------------------------------------------------------------------------------
+
+FP8_TOKENS = (arguments(strategy="channel"), arguments(strategy="token", dynamic=True))
+NVFP4 = arguments(num_bits=4, strategy="tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
+ATTENTION = "re:.*self_attn.(q|k|v|o)_proj$"
+
+
+def group(targets, layout, weights, inputs=None):
+    said = {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
+    return said | ({} if layout is None else {"format": layout})
+
+
+def mixed(*groups):
+    named = {"quant_method": "compressed-tensors", "format": "mixed-precision", "quantization_status": "compressed"}
+    return named | {"config_groups": {f"group_{k}": one for k, one in enumerate(groups)}, "ignore": ["lm_head"]}
+
+
+def fp8_attention_nvfp4_mlp(name, weight):
+    if "self_attn" in name:
+        stored, scales, dense = fp8(weight, 1, weight.shape[1])
+        return {"weight": stored, "weight_scale": scales}, dense
+    total = 448 * 6 / weight.abs().max()
+    codes, local, dense = nvfp4(weight, total)
+    packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).to(torch.uint8)
+    stored = {"weight_packed": packed, "weight_scale": local.to(torch.float8_e4m3fn)}
+    return stored | {"weight_global_scale": total.view(1)}, dense
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["formats named", "formats inferred"])
+def test_schemes_are_read_layer_by_layer_names_before_classes(checkpoint, tmp_path, named):
+    quantization = mixed(
+        group(["Linear"], "nvfp4-pack-quantized" if named else None, NVFP4),
+        group([ATTENTION], "float-quantized" if named else None, *FP8_TOKENS),
+    )
+    rounded = {True: by_token, False: lambda x: x}
+    loaded = expect_published(checkpoint(FAMILY), tmp_path / "mixed", quantization, fp8_attention_nvfp4_mlp, rounded)
+    kernels = {("self_attn" in module.name, module.kernel) for module in loaded.report.quantized}
+    assert kernels == {
+        (True, "fp8_e4m3, dequantize, fp8_e4m3 inputs per token"),
+        (False, "nvfp4, dequantize"),
+    }
+    assert {module.method for module in loaded.report.quantized} == {"compressed-tensors, 2 schemes"}
+
+
+ASYMMETRIC = arguments(type="int", strategy="token", dynamic=True, symmetric=False)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (
+            [group([ATTENTION], "float-quantized", FP8_TOKENS[0], ASYMMETRIC), group(["Linear"], None, NVFP4)],
+            r"layers\.0\.self_attn\..* is stored as .*inputs asymmetric dynamic int8 per token \(group_0\), a scheme",
+        ),
+        (
+            [group([ATTENTION], None, *FP8_TOKENS), group(["re:.*gate_proj"], None, NVFP4)],
+            r"layers\.0\.mlp\..* is stored quantized, but no config group targets it \(targets are re:",
+        ),
+        (
+            [group([ATTENTION], None, NVFP4), group(["Linear"], None, *FP8_TOKENS)],
+            r"should be stored as compressed-tensors \(nvfp4-pack-quantized\), with weight_packed, but it holds",
+        ),
+        (
+            [group(["re:(("], None, *FP8_TOKENS), group(["Linear"], None, NVFP4)],
+            r"targets 're:\(\(', which is no usable regular expression",
+        ),
+        (
+            [group(["re:.*self_attn$"], None, None, FP8_TOKENS[1]), group(["Linear"], None, NVFP4)],
+            r"its group_0 \(targets re:\.\*self_attn\$\) has no weights",
+        ),
+    ],
+    ids=["not reproduced", "no target", "other tensors", "no expression", "no weights"],
+)
+def test_a_scheme_that_cannot_be_read_names_its_layer(checkpoint, tmp_path, groups, said):
+    published(checkpoint(FAMILY), tmp_path / "mixed", mixed(*groups), fp8_attention_nvfp4_mlp, by_token)
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path / "mixed", get("prequantized"))
+
+
+PLAN = """
+components: {language: {format: nvfp4}, vision: {format: int4, group_size: 16}}
+roles:
+  attention: {format: fp8_e4m3, activation_format: fp8_e4m3}
+"""
+
+
+@torch.no_grad()
+def test_a_plan_with_formats_writes_one_config_group_per_scheme(checkpoint, tmp_path):
+    """The loader of compressed-tensors itself, applied to the plain model, finds our weights."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    first = load(checkpoint(FAMILY), get("rtn"), plan=tmp_path / "plan.yaml")
+    saved = save_quantized(first.model, first.processor, first.report, tmp_path / "saved", form="compressed-tensors")
+    assert (saved.layout, saved.schemes) == ("mixed-precision", 3)
+    second = load(tmp_path / "saved", get("prequantized"))
+    assert torch.equal(logits(second.model, second.processor), logits(first.model, first.processor))
+    layers = quantized_layers(first.model)
+    assert [layer.kernel for layer in quantized_layers(second.model).values()] == [
+        layer.kernel for layer in layers.values()
+    ]
+
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert {one["format"] for one in written["config_groups"].values()} == {
+        "float-quantized",
+        "nvfp4-pack-quantized",
+        "pack-quantized",
+    }
+    known = quantization.QuantizationConfig.model_fields
+    config = quantization.QuantizationConfig(**{key: written[key] for key in written.keys() & known})
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoint(FAMILY))
+    quantization.apply_quantization_config(plain, config)
+    theirs = compressors.ModelCompressor(quantization_config=config)
+    theirs.compress_model(plain)
+    plain.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"), strict=False)
+    theirs.decompress_model(plain)
+    for name, layer in layers.items():
+        dense = plain.get_submodule(name).weight
+        assert torch.equal(dense, layer.weight.to(dense.dtype)), name
 
 
 def test_a_missing_static_scale_is_told(checkpoint, tmp_path):

@@ -82,7 +82,7 @@ def test_a_static_scale_is_the_same_for_all_inputs():
         (("fp8_e4m3_block",), "is a format of weights; inputs take int2, "),
         (("int4_asym",), "is a format of weights"),
         (("mxfp4", "token"), "scales blocks of 32 columns"),
-        (("int8", "row"), "must be one of token, block, tensor, got 'row'"),
+        (("int8", "row"), "must be one of token, block, tensor, modality, got 'row'"),
         (("int8", "tensor"), "takes a static scale from calibration inputs, of which this method sees none"),
         (("fp9",), "unknown format 'fp9'"),
     ],

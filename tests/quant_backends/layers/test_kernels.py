@@ -10,9 +10,9 @@ from loguru import logger
 from lmms_plugin.quant_backends.layers import kernel_choice, kernels, native_kernels
 from lmms_plugin.quant_backends.layers.codes import Codes
 from lmms_plugin.quant_backends.layers.kernel_choice import fastest
-from lmms_plugin.quant_backends.layers.kernels import Dequantize
+from lmms_plugin.quant_backends.layers.kernels import MOST_ROWS, Dequantize
 from lmms_plugin.quant_backends.layers.linear import PackedLinear
-from lmms_plugin.quant_backends.layers.native_kernels import MOST_ROWS, CpuInt4, CpuInt8, CudaInt4, from_tiles, to_tiles
+from lmms_plugin.quant_backends.layers.native_kernels import CpuInt4, CpuInt8, CudaInt4, from_tiles, to_tiles
 from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 
@@ -209,7 +209,7 @@ class Forgetful(Dequantize):
     ids=["product", "error", "missing", "layout"],
 )
 def test_a_kernel_that_disagrees_is_not_used_and_a_warning_says_so_once(monkeypatch, kind, says):
-    monkeypatch.setattr(kernel_choice, "NATIVE_KERNELS", (kind,))
+    monkeypatch.setattr(kernel_choice, "KERNELS", (kind,))
     monkeypatch.setattr(kernel_choice, "FAILED", set())
     messages = []
     sink = logger.add(messages.append, level="WARNING", format="{message}")
@@ -236,13 +236,13 @@ def test_a_kernel_that_disagrees_is_not_used_and_a_warning_says_so_once(monkeypa
 def test_which_weights_the_int4_kernel_of_a_gpu_takes(monkeypatch, capability, bits, dtype, taken):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     shape = kernels.Shape(bits, 64, 256, 64, dtype, "cuda")
-    assert [kind for kind in native_kernels.NATIVE_KERNELS if kind.takes(shape)] == ([CudaInt4] if taken else [])
+    assert [kind for kind in kernel_choice.KERNELS if kind.takes(shape)] == ([CudaInt4] if taken else [])
 
 
 def test_a_gpu_whose_kernel_fails_goes_on_with_dense_products_and_says_so(monkeypatch):
     # Here no weight can lie on a GPU: the kernel is made to believe so, and torch refuses its operator.
     monkeypatch.setattr(CudaInt4, "takes", classmethod(lambda cls, shape: True))
-    monkeypatch.setattr(kernel_choice, "NATIVE_KERNELS", (CudaInt4,))
+    monkeypatch.setattr(kernel_choice, "KERNELS", (CudaInt4,))
     monkeypatch.setattr(kernel_choice, "FAILED", set())
     messages = []
     sink = logger.add(messages.append, level="WARNING", format="{message}")

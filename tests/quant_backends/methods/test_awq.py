@@ -10,6 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lmms_plugin.protocol.dialects import dialect_for
 from lmms_plugin.quant_backends.calibration.inputs import build_batches
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
+from lmms_plugin.quant_backends.formats.entries import format_of
+from lmms_plugin.quant_backends.methods import scale_search
 from lmms_plugin.quant_backends.methods.awq import AwqBackend
 from lmms_plugin.quant_backends.methods.rtn_grid import round_to_nearest
 from lmms_plugin.quant_backends.methods.scale_search import (
@@ -19,6 +21,7 @@ from lmms_plugin.quant_backends.methods.scale_search import (
     GramError,
     RowError,
     candidates,
+    least_error,
     search_clipping,
     search_scales,
 )
@@ -184,6 +187,36 @@ def test_the_search_finds_what_the_authors_loop_finds(outliers, power, seed):
     assert found.exponent == straightforward_search(weight, spec, samples, power)
 
 
+@pytest.mark.parametrize("form", [None, "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("seed", range(6))
+def test_candidates_are_given_up_without_missing_the_best(form, seed, monkeypatch):
+    """With 1,024 rows most candidates are compared in a part of them; the result is that of all of them in all."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(1024, COLUMNS, generator=generator) * torch.rand(1024, 1, generator=generator).exp()
+    entry, spec = statistics(inputs(12, outliers=3.0 * seed + 3, seed=seed)), QuantSpec(3, 32)
+    inverses = candidates(entry.mean_magnitude, torch.float32)
+    compared = []
+
+    class Counting(GramError):
+        def errors_of(self, inverses):
+            errors = super().errors_of(inverses)
+
+            def counted(rounded, dense):
+                compared.append(len(rounded) * len(dense))
+                return errors(rounded, dense)
+
+            return counted
+
+    asked = [weight, weight[:256].flip(1)], [spec] * 2, inverses, Counting(entry.gram)
+    kind = None if form is None else format_of(form)
+    early = least_error(*asked, kind)
+    fewer, all_of_them = sum(compared), len(inverses) * (1024 + 256)
+    compared.clear()
+    monkeypatch.setattr(scale_search, "GIVEN_UP", 1e9)
+    assert early == least_error(*asked, kind)
+    assert fewer < 0.7 * all_of_them == 0.7 * sum(compared)
+
+
 def test_gram_and_rows_measure_the_same_squared_error():
     weight = torch.randn(16, COLUMNS, generator=torch.Generator().manual_seed(0))
     samples = inputs(outliers=2)
@@ -193,7 +226,9 @@ def test_gram_and_rows_measure_the_same_squared_error():
     objectives = GramError(x.T @ x), RowError(x, torch.ones(len(x)), 2)
     by_gram, by_rows = (objective.errors_of(inverses)(rounded.clone(), weight) for objective in objectives)
     torch.testing.assert_close(by_gram, by_rows, rtol=1e-4, atol=0)
-    expected = [((x @ (part * inverse - weight).T) ** 2).sum() for part, inverse in zip(rounded, inverses, strict=True)]
+    expected = [
+        ((x @ (part * inverse - weight).T) ** 2).sum(0) for part, inverse in zip(rounded, inverses, strict=True)
+    ]
     torch.testing.assert_close(by_rows.float(), torch.stack(expected), rtol=1e-4, atol=0)
 
 

@@ -1,6 +1,6 @@
 """Methods that take `format=` and `activation_format=`: against plain arithmetic, and what they refuse."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -171,8 +171,7 @@ def test_act_bits_is_int8_per_token():
     [
         ("rtn", {"format": "nvfp5"}, "unknown format 'nvfp5'"),
         ("awq", {"format": "mxfp4", "clip": True}, "clip=True narrows the ranges of groups of integers"),
-        ("awq", {"format": "mxfp4", "fold": True}, "fold=True hands scales to the layers before"),
-        ("awq", {"activation_format": "int8", "fold": True}, "fold=True hands scales to the layers before"),
+        ("awq", {"format": "fp8_e4m3_block", "fold": True}, "format=fp8_e4m3_block has scales over several rows"),
         ("rtn", {"activation_granularity": "token"}, "activation_granularity=token needs an activation_format"),
         ("rtn", {"activation_format": "int8", "activation_granularity": "tensor"}, "takes a static scale"),
         ("rtn", {"act_bits": 8, "activation_format": "fp8_e4m3"}, "act_bits=8 is activation_format=int8, but"),
@@ -182,6 +181,35 @@ def test_act_bits_is_int8_per_token():
 def test_what_a_method_cannot_do_is_refused_before_anything_is_read(method, options, message):
     with pytest.raises(ValueError, match=message):
         get(method, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "spec", "message"),
+    [
+        ("rtn", {}, {"format": "nvfp4"}, "format=nvfp4 has 4 bits per weight, but 8 were asked for"),
+        ("rtn", {}, {"activation_format": "nvfp5"}, "unknown format 'nvfp5'"),
+        ("rtn", {"rotation": "hadamard"}, {"activation_format": "int8"}, "leave activation_format out of the plan"),
+        ("smoothquant", {}, {"activation_format": "none"}, "smoothquant: expected an activation_format, got None"),
+        ("hqq", {}, {"format": "int8"}, "hqq takes no formats, but the plan asks for int8; rtn, gptq and awq do"),
+    ],
+)
+def test_formats_of_a_plan_that_a_method_cannot_do_are_refused(method, options, spec, message):
+    with pytest.raises(ValueError, match=message):
+        get(method, **options).check(QuantPlan(language=QuantSpec(8, **spec)))
+
+
+def test_a_spec_changes_the_formats_that_it_names_alone():
+    backend = get("gptq", format="nvfp4", activation_format="fp8_e4m3", activation_granularity="tensor", damping=0.1)
+    assert backend.for_spec(QuantSpec(4)) is backend
+    other = backend.for_spec(QuantSpec(8, format="fp8_e4m3"))
+    assert other == get("gptq", **(vars_of(backend) | {"format": "fp8_e4m3"}))
+    plain = backend.for_spec(QuantSpec(4, activation_format="none"))
+    assert (plain.stored.name, plain.rounding, plain.damping) == ("nvfp4", None, 0.1)
+    assert get("rtn", act_bits=8).for_spec(QuantSpec(8, activation_format="none")).rounding is None
+
+
+def vars_of(backend):
+    return {one.name: getattr(backend, one.name) for one in fields(backend)}
 
 
 def test_bits_come_from_the_format_and_others_are_refused():

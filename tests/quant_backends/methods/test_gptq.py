@@ -8,6 +8,7 @@ from loguru import logger
 from torch import nn
 
 from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends.methods import gptq
 from lmms_plugin.quant_backends.methods.gptq import (
     DAMPINGS,
     GptqBackend,
@@ -200,6 +201,35 @@ def test_the_expected_error_is_the_mean_over_rounding_errors():
         pass_on_errors(torch.zeros(4000, COLUMNS), factorize(entry, damping=damping), choose)
         means.append(float(squared_errors(stored, entry.held_back.gram).mean()))
     assert choose_factor(entry, rounding).damping == DAMPINGS[means.index(min(means))]
+
+
+@pytest.mark.parametrize("columns", [96, 256, 300, 600])
+def test_the_expected_error_is_its_formula_and_stops_once_it_is_too_large(columns):
+    x, rounding = correlated(columns, 200), torch.rand(columns, generator=torch.Generator().manual_seed(1)).double()
+    factor, gram = factorize(statistics(x)), torch.from_numpy(x[::4].numpy().T @ x[::4].numpy())
+    spread = torch.linalg.inv(factor.feedback.double())
+    exact = float((spread.T @ gram.double() @ spread).diagonal() @ rounding)
+    found = gptq._expected_error(factor.feedback, gram, rounding)
+    assert found == pytest.approx(exact, rel=1e-4)
+    assert gptq._expected_error(factor.feedback, gram, rounding, found / 2) > found / 2
+    assert gptq._expected_error(factor.feedback, gram, rounding, 2 * found) == found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_layers_that_are_rounded_together_get_the_codes_that_they_get_alone(method, monkeypatch):
+    layers = [linear(rows, seed=seed) for seed, rows in enumerate((32, 16, 16, 24))]
+    specs = [QuantSpec(3, 32), QuantSpec(3, 32), QuantSpec(4, 32), QuantSpec(4, 32, True)]
+    entry = held_back(correlated())
+    entry.mismatch = 0.1 * entry.gram.triu(1) if method == "gptaq" else None
+    plain = [get(method).round(layer.weight, spec) for layer, spec in zip(layers, specs, strict=True)]
+    assert gptq._joined(layers, specs, plain) == [(0, 2), (2, 3), (3, 4)]
+    together = get(method).solve(layers, specs, entry)
+    monkeypatch.setattr(gptq, "JOINED_ROWS", 0)
+    assert gptq._joined(layers, specs, plain) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    for one, other in zip(together, get(method).solve(layers, specs, entry), strict=True):
+        assert one.plain_rows == other.plain_rows
+        assert torch.equal(one.layer.weight, other.layer.weight)
 
 
 def test_without_an_input_held_back_there_is_no_reason_to_move():

@@ -148,7 +148,7 @@ def test_folding_changes_no_bit(name, tmp_path):
     [
         ({"alpha": 1.2}, "smoothquant: alpha must be a number from 0 to 1, got 1.2"),
         ({"activation_format": None}, "smoothquant: expected an activation_format, got None"),
-        ({"format": "fp8_e4m3", "fold": True}, "smoothquant: fold=True hands scales to layers of integers"),
+        ({"format": "fp8_e4m3_tensor", "fold": True}, "smoothquant: fold=True multiplies single rows of layers before"),
         ({"activation_format": "int4_asym"}, "activation_format=int4_asym is a format of weights"),
     ],
 )

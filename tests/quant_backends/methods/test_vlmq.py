@@ -1,4 +1,4 @@
-"""GPTQ with weighted tokens: the textbook's codes, gradients of a full backward pass, and MBQ's weighting within."""
+"""GPTQ and AWQ with weighted tokens: textbook codes, gradients of a full backward pass, and MBQ's weighting within."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from lmms_plugin.quant_backends.calibration.gradients import measure_token_weigh
 from lmms_plugin.quant_backends.calibration.inputs import build_batches
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.methods.rtn_grid import round_by_blocks
+from lmms_plugin.quant_backends.methods.scale_search import candidates
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.quantization import quantize
 from lmms_plugin.quant_backends.statistics import ROLES, TOKEN_ROLES, InputStatistics, Sensitivity, held_back_rows
@@ -125,6 +126,58 @@ def test_mbqs_weighting_is_a_special_case():
     torch.testing.assert_close(entry.weighted.gram, get("mbq", loss="mse").objective(entry).gram)
 
 
+def same(one, other):
+    return all(torch.equal(one.layer.state_dict()[key], value) for key, value in other.layer.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clip", [False, True], ids=["scales", "scales and clipping"])
+def test_awq_with_equal_weights_is_awq_and_so_is_awq_with_none(clip):
+    layer, x, spec = linear(), inputs(500, 0, 7), QuantSpec(3, 32)
+    (plain,) = get("awq", clip=clip).solve([layer], [spec], gathered(x, torch.ones(500)))
+    weighted = get("awq", clip=clip, token_weights="gradient")
+    (equal,) = weighted.solve([layer], [spec], gathered(x, torch.full((500,), 4.0)))
+    assert same(equal, plain)
+    assert (plain.method, equal.method) == (None, None)
+    nothing = InputStatistics.empty(("layer",), COLUMNS, torch.device("cpu"), weighted=True)
+    for part in x.chunk(8):
+        nothing.add(part)
+    (without,) = weighted.solve([layer], [spec], nothing)
+    assert same(without, plain)
+    assert without.method == "awq, unweighted"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(4))
+def test_awq_with_weights_finds_the_scale_of_a_loop_over_weighted_tokens(seed):
+    x = inputs(300, seed, 7) * torch.linspace(-2, 2, COLUMNS).exp()
+    layer, spec, weights = linear(), QuantSpec(3, 32), torch.rand(300, generator=torch.Generator().manual_seed(seed))
+    weights = weights**8
+    entry = gathered(x, weights)
+    losses = []
+    for inverse in candidates(entry.mean_magnitude, torch.float32):
+        rounded = round_by_blocks(layer.weight / inverse, spec).dequantize(3, torch.float32) * inverse
+        losses.append(float(weights.double() @ (x.double() @ (rounded - layer.weight).double().T).square().sum(1)))
+    (found,) = get("awq", token_weights="gradient").solve([layer], [spec], entry)
+    best = candidates(entry.mean_magnitude, torch.float32)[losses.index(min(losses))]
+    assert torch.equal(found.layer.in_scale, best)
+
+
+@torch.no_grad()
+def test_awq_with_weights_of_modalities_is_mbq_with_its_squared_loss():
+    layer, spec, x = linear(), QuantSpec(3, 32), inputs(90, 0, 7) * torch.linspace(-1, 1, COLUMNS).exp()
+    roles = [torch.tensor([IMAGE] * 20 + [TEXT] * 5 + [ANSWER] * 5)] * 3
+    sensitivity = Sensitivity(image=0.2, answer=1.0, ratio=0.2)
+    entry = InputStatistics.empty(("layer",), COLUMNS, torch.device("cpu"), weighted=True, by_role=True)
+    shares = weigh_modalities({"layer": sensitivity}, roles)["layer"]
+    for part, role, weight in zip(x.chunk(3), roles, shares, strict=True):
+        entry.add(part, role, weights=weight)
+    entry.sensitivity = sensitivity
+    (mbq,) = get("mbq", loss="mse").solve([layer], [spec], entry)
+    (awq,) = get("awq", token_weights="modality").solve([layer], [spec], entry)
+    assert same(awq, mbq)
+
+
 def loaded(checkpoint, family, count):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint(family)).eval()
     processor, spec = AutoProcessor.from_pretrained(checkpoint(family)), CalibrationSpec("noise", samples=count)
@@ -164,20 +217,23 @@ def test_weights_are_those_of_a_full_backward_pass(checkpoint, family):
 
 
 @pytest.mark.model
-def test_through_the_whole_model(checkpoint):
+@pytest.mark.parametrize("method", ["vlmq", "awq"])
+def test_through_the_whole_model(checkpoint, method):
     _, batches = loaded(checkpoint, "qwen2_5_vl", 4)
     for source in ("gradient", "modality"):
         twin = AutoModelForImageTextToText.from_pretrained(checkpoint("qwen2_5_vl")).eval()
         plan = QuantPlan(language=QuantSpec(4, 32), vision=QuantSpec(8, 32))
-        work = quantize(twin, get("vlmq", token_weights=source), plan, batches)
+        work = quantize(twin, get(method, token_weights=source), plan, batches)
         reports = [report for report in work.modules() if report.reason is None]
         methods = {part: {r.method for r in reports if r.component == part} for part in ("language", "vision")}
-        assert methods == {"language": {"vlmq"}, "vision": {"vlmq, unweighted"}}
+        assert methods == {"language": {method}, "vision": {f"{method}, unweighted"}}
 
 
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="vlmq: token_weights must be gradient or modality, got 'attention'"):
         get("vlmq", token_weights="attention")
+    with pytest.raises(ValueError, match="awq: token_weights must be gradient or modality, got 'attention'"):
+        get("awq", token_weights="attention")
     with pytest.raises(ValueError, match="vlmq: damping must be a number from 0 to 10, got -1"):
         get("vlmq", damping=-1)
 

@@ -67,6 +67,38 @@ def test_each_component_has_its_own_bits():
     assert plan.spec_for("lm_head", "head").symmetric
 
 
+def test_entries_may_name_formats_which_decide_bits_and_symmetry(plan_file):
+    text = """
+components: {language: {format: nvfp4}, vision: {format: int8_asym, group_size: 32}}
+roles: {attention: {format: fp8_e4m3, activation_format: none}}
+rules: [{match: q_proj, activation_format: int8}]
+"""
+    plan = QuantPlan.from_arguments(bits=4, plan=plan_file(text))
+    assert plan.language == QuantSpec(4, 128, True, format="nvfp4")
+    assert plan.vision == QuantSpec(8, 32, False, format="int8_asym")
+    assert plan.roles.attention == QuantSpec(8, 128, True, format="fp8_e4m3", activation_format="none")
+    assert plan.rules[0].spec == QuantSpec(4, 128, False, activation_format="int8")
+    assert plan.to_dict()["language"] == {"bits": 4, "group_size": 128, "symmetric": True, "format": "nvfp4"}
+    assert plan.to_dict()["connector"] is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{format: nvfp5}", "unknown format 'nvfp5'"),
+        ("{format: nvfp4, bits: 8}", "format nvfp4 has 4 bits per weight, got bits: 8; leave out bits"),
+        ("{format: nvfp4, group_size: 32}", "format nvfp4 decides group_size: leave out group_size"),
+        ("{format: int4, symmetric: false}", "format int4 decides symmetric: leave out symmetric"),
+        ("{format: 4}", "format must be"),
+    ],
+)
+def test_entries_that_contradict_their_format_are_refused(plan_file, entry, message):
+    rule = entry.replace("{", "{match: q_proj, ")
+    for text in (f"components: {{language: {entry}}}", f"rules: [{rule}]"):
+        with pytest.raises(ValueError, match=message):
+            QuantPlan.from_arguments(plan=plan_file(text))
+
+
 def test_sixteen_bits_everywhere_is_the_empty_plan():
     assert QuantPlan.from_arguments(bits=16) == QuantPlan()
 

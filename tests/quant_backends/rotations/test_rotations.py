@@ -1,5 +1,6 @@
 """Rotations: orthogonal, with the dense model's outputs, refused where they would not have them, and worth it."""
 
+import copy
 import json
 
 import pytest
@@ -14,13 +15,20 @@ from lmms_plugin.quant_backends.calibration.inputs import answered, to_model
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.forms import expect_storable
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
-from lmms_plugin.quant_backends.checkpoints.own_format import FORMAT_VERSION
 from lmms_plugin.quant_backends.checkpoints.saving import COMPRESSED_TENSORS_VERSION, save_quantized
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.quant_backends.plans.rotation_spec import RotationSpec
-from lmms_plugin.quant_backends.rotations.hadamard import Rotation, input_rotation, rotate_inputs
+from lmms_plugin.quant_backends.quantization import quantize
+from lmms_plugin.quant_backends.rotations.hadamard import (
+    MeanKeepingRotation,
+    Rotation,
+    input_rotation,
+    rotate_inputs,
+    walsh_hadamard,
+)
 from lmms_plugin.quant_backends.rotations.rotate import rotate
 from lmms_plugin.quant_backends.rotations.sites import ENTRANCES, find_sites
+from lmms_plugin.quant_backends.rotations.towers import find_tower
 from lmms_plugin.quantize import Asked, inspect
 
 SIZES = (1, 2, 3, 64, 80, 96, 576, 960, 37 * 4)
@@ -28,6 +36,24 @@ SPEC = RotationSpec(seed=0, online=False)
 ROTATED = tuple(family for family in BUILDERS if family in ENTRANCES)
 """Families of tiny checkpoints with a processor; others are built below the level of processors."""
 HAND_MADE = tuple(sorted(set(ENTRANCES) - set(ROTATED)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rotations_that_keep_the_mean_are_orthogonal_and_commute_with_layer_norms(size):
+    turn, x = MeanKeepingRotation(size, 3), torch.randn(5, size, dtype=torch.float64) + 2
+    matrix = turn(torch.eye(size, dtype=torch.float64))
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(turn(torch.ones(size, dtype=torch.float64)), torch.ones(size, dtype=torch.float64))
+    norm = nn.LayerNorm(size, elementwise_affine=False, dtype=torch.float64)
+    assert torch.allclose(norm(turn(x)), turn(norm(x)), atol=1e-8)
+    # No channel keeps more than a few of its shares of 1 / √size.
+    assert size < 64 or float(matrix.abs().max()) < 5 / size**0.5
+
+
+def test_a_large_channel_is_spread_over_all_by_a_rotation_that_keeps_the_mean():
+    x = torch.randn(64, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 7] *= 60
+    assert float(MeanKeepingRotation(192, 0)(x).abs().max()) < float(x.abs().max()) / 3
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -116,6 +142,67 @@ def test_a_rotated_model_has_the_logits_of_the_original(checkpoints, family, onl
     assert float((logits(loaded) - before).abs().max() / before.abs().max()) < 1e-4
 
 
+TOWERS = ("idefics3", "smolvlm", "paligemma", "llava_onevision")
+
+
+@pytest.mark.model
+@torch.no_grad()
+@pytest.mark.parametrize("family", TOWERS)
+def test_a_rotated_tower_shows_the_decoder_the_same(checkpoints, family):
+    loaded = dense(checkpoints(family))
+    grow_gains(loaded.model)
+    sites = find_tower(loaded.model)
+    draw = torch.Generator().manual_seed(5)
+    for name, parameter in loaded.model.named_parameters():
+        if "norm" in name and name.startswith(sites.blocks[0].partition(".encoder")[0]):
+            # Gains that differ, and biases that are not zero.
+            parameter.data += torch.rand(parameter.shape, generator=draw) - 0.5 * name.endswith("bias")
+    before, weight = logits(loaded), loaded.model.get_submodule(f"{sites.blocks[0]}.mlp.fc1").weight.clone()
+    rotate(loaded.model, RotationSpec(seed=0, online=False, vision=True))
+    assert not torch.allclose(loaded.model.get_submodule(f"{sites.blocks[0]}.mlp.fc1").weight, weight, atol=1e-2)
+    gain = loaded.model.get_submodule(f"{sites.blocks[0]}.layer_norm1").weight
+    assert torch.equal(gain, torch.ones_like(gain))
+    assert float((logits(loaded) - before).abs().max() / before.abs().max()) < 1e-4
+
+
+@pytest.mark.model
+@torch.no_grad()
+def test_a_rotated_tower_helps_where_a_channel_of_its_stream_is_large(checkpoints):
+    original = dense(checkpoints("smolvlm"))
+    tower = find_tower(original.model)
+    original.model.get_submodule(tower.patches).weight.data[5] *= 100
+    expected = logits(original)
+    plan = QuantPlan.from_arguments(bits=16, vision_bits=4, group_size=32)
+    errors = []
+    for vision in (False, True):
+        model = copy.deepcopy(original.model)
+        quantize(model, get("rtn", activation_format="int4", rotation="hadamard", rotate_vision=vision), plan)
+        errors.append(distance(logits(original._replace(model=model)), expected))
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("qwen2_5_vl", "where the features of a qwen2_5_vl tower are read"), ("llava", "pre_layrnorm|embeddings hold")],
+)
+def test_other_towers_are_refused_with_the_reason(checkpoints, family, reason):
+    with pytest.raises(ValueError, match=rf"rotate_vision: the vision tower of .* cannot be rotated, .*({reason})"):
+        quantized(checkpoints(family), rotation="hadamard", rotate_vision=True, others=16)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_random_signs_suppress_the_outlier_that_a_plain_hadamard_matrix_makes_of_a_mean(mean):
+    """MQuant's rotation magnitude suppression: rows with a mean μ get a first column of √columns · μ."""
+    size = 256
+    weight = torch.randn(64, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + mean
+    plain = walsh_hadamard(weight.unsqueeze(-1)).squeeze(-1) / size**0.5
+    assert plain[:, 0].abs().mean() == pytest.approx(size**0.5 * mean if mean else 0.8, rel=0.2)
+    signed = Rotation(size, 0)(weight)
+    # With random signs columns have means of the size of μ, whatever the width.
+    assert float(signed.mean(0).abs().max()) < 4 * max(mean, 0.15)
+
+
 @pytest.mark.model
 @torch.no_grad()
 @pytest.mark.parametrize("family", HAND_MADE)
@@ -155,6 +242,7 @@ def test_others_are_refused_with_the_reason(checkpoints, family, monkeypatch):
         ({"rotation": "givens"}, "rotation must be one of hadamard"),
         ({"rotation": "hadamard", "rotation_seed": -1}, "rotation_seed must be 0 or more"),
         ({"rotation_seed": 3}, "needs a rotation"),
+        ({"rotate_vision": True}, "rotate_vision=True needs a rotation"),
     ],
 )
 def test_bad_options_are_refused(options, said):
@@ -230,9 +318,7 @@ def test_saved_rotated_checkpoints_answer_as_before(checkpoints, tmp_path, input
     again = load_quantized(str(tmp_path / "saved"), backend=get("prequantized"), plan=QuantPlan(), dtype=torch.float32)
     assert torch.allclose(logits(again), logits(found), atol=1e-4)
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert written["quantization_config"]["version"] == (
-        COMPRESSED_TENSORS_VERSION if inputs is None else FORMAT_VERSION
-    )
+    assert written["quantization_config"]["version"] == (COMPRESSED_TENSORS_VERSION if inputs is None else 2)
     assert not written["text_config"].get("tie_word_embeddings")
 
 

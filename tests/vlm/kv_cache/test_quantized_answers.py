@@ -8,6 +8,7 @@ from helpers.slow_cache import slow_logits
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.quant_backends.plans.cache_spec import CacheSpec
+from lmms_plugin.quant_backends.rotations.hadamard import Rotation
 from lmms_plugin.vlm import wrapper as models
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
 from lmms_plugin.vlm.kv_cache.quantizer import expect_plain_cache
@@ -20,6 +21,7 @@ ARGUMENTS = (
     {"kv_bits": 2, "kv_image_bits": 8, "kv_keep": "4+6", "kv_group_size": 8},
     {"kv_bits": 16, "kv_image_bits": 2, "kv_part": "keys"},
     {"kv_format": "fp8_e4m3"},
+    {"kv_bits": 3, "kv_keys": "token", "kv_rotation": "hadamard"},
 )
 
 
@@ -65,6 +67,7 @@ def told(spec, width):
         "part": spec.part,
         "first": spec.keep_first,
         "last": spec.keep_last,
+        "rotation": Rotation(width, 0)(torch.eye(width, dtype=torch.float64)) if spec.rotated else None,
     }
 
 
@@ -154,6 +157,8 @@ class TestRefused:
             ({"kv_bits": 4, "static_cache": True}, "static_cache: a quantized cache"),
             ({"kv_format": "fp8_e5m2", "kv_keys": "token"}, "kv_keys says nothing about a float without scales"),
             ({"kv_part": "keys"}, "kv_part says nothing without kv_bits"),
+            ({"kv_rotation": "hadamard"}, "kv_rotation says nothing without kv_bits"),
+            ({"kv_bits": 4, "kv_rotation": "givens"}, "kv_rotation must be one of none, hadamard"),
         ],
         ids=str,
     )

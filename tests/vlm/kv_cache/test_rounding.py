@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, LlamaConfig, QuantizedCache, T5Config, T5ForConditionalGeneration
 
 from lmms_plugin.quant_backends.plans.cache_spec import CacheSpec
+from lmms_plugin.quant_backends.rotations.hadamard import Rotation
 from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer
 from lmms_plugin.vlm.kv_cache.rounding import rounded
 
@@ -50,6 +51,46 @@ class TestTheGrid:
         slack = span * 2**-10 + states.abs().amax(axis, keepdim=True) * 2**-10
         assert ((found - states).abs() <= span / (2**bits - 1) / 2 + slack).all()
         assert len(found.movedim(axis, 0).flatten(1)[:, 0].unique()) <= 2**bits
+
+
+class TestRotation:
+    @pytest.mark.parametrize("width", [16, 64, 80, 96])
+    def test_rotated_queries_and_keys_have_the_logits_of_the_originals(self, width):
+        """QuaRot's R3 without rounding: an orthogonal matrix leaves inner products as they are."""
+        queries, keys = torch.randn(2, 50, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        rotation = Rotation(width, 0)
+        torch.testing.assert_close(rotation(queries) @ rotation(keys).T, queries @ keys.T)
+        torch.testing.assert_close(rotation.inverse(rotation(keys)), keys)
+
+    @pytest.mark.parametrize("by_channel", [True, False])
+    @pytest.mark.parametrize("format", ["int", "fp8_e4m3"])
+    def test_logits_are_those_of_rotated_queries_over_rounded_rotated_keys(self, states, format, by_channel):
+        keys, queries = states[0], states[1]
+        bits = 4 if format == "int" else 8
+        plain, rotated = CacheSpec(bits, bits, format), CacheSpec(bits, bits, format, rotation="hadamard")
+        turn = Rotation(64, 0)
+        online = turn(queries) @ rounded(turn(keys), plain, bits, by_channel=by_channel).mT
+        found = rounded(keys, rotated, bits, by_channel=by_channel)
+        torch.testing.assert_close(queries @ found.mT, online, rtol=1e-4, atol=1e-3)
+        assert not torch.allclose(found, rounded(keys, plain, bits, by_channel=by_channel), atol=1e-2)
+
+    @pytest.mark.parametrize("bits", [2, 4])
+    def test_keys_per_token_with_large_channels_lose_less(self, states, bits):
+        """The table of the docs."""
+        by_token = states[0].transpose(1, 2)
+        by_channel = by_token.unflatten(1, (-1, 32)).flatten(0, 1)
+        errors = []
+        for keys, grouped in ((by_token, False), (by_channel, True)):
+            for rotation in ("none", "hadamard"):
+                found = rounded(keys, CacheSpec(bits, bits, rotation=rotation), bits, by_channel=grouped)
+                errors.append(float((found - keys).norm() / keys.norm()))
+        assert errors[1] < 0.8 * errors[0]
+        assert f"| {bits} | {' | '.join(f'{error:.3f}' for error in errors)} |" in DOCS.read_text(encoding="utf-8")
+
+    def test_a_rotated_cache_has_its_name_and_the_bits_of_any_other(self):
+        spec = CacheSpec(4, 2, key_axis="token", part="keys", rotation="hadamard")
+        assert spec.name == "int4, images int2 keys rotated"
+        assert spec.group_bits == CacheSpec(4, 2).group_bits
 
 
 class TestFloats:

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.prefix import log
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, LlamaConfig
@@ -151,3 +152,14 @@ class TestSize:
     def test_a_window_holds_its_last_tokens(self):
         size = self.size(CacheSpec(8, 8, "fp8_e4m3"), config=WINDOW)
         assert size.elements == 2 * (12 - 1) * HEADS * WIDTH
+
+
+@pytest.mark.parametrize(("keep", "told"), [((0, 40), True), ((20, 10), True), ((2, 4), False)], ids=str)
+def test_a_cache_of_which_all_prompts_are_kept_is_told_and_counts_16_bits(keep, told):
+    spec = CacheSpec(4, 4, group_size=4, keep_first=keep[0], keep_last=keep[1])
+    rows = [(ids, states(len(ids) + 1, seed)) for seed, ids in enumerate(PROMPTS)]
+    _, quantizer = run(rows, 30, spec, new=1)
+    with log("WARNING") as lines:
+        bits = quantizer.totals()["kv_bits_per_element"]
+    assert (bits == 16) == told
+    assert any("the cache of no prompt was quantized at all, although int4" in line for line in lines) == told

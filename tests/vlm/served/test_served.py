@@ -122,13 +122,38 @@ def test_a_task_that_wants_what_the_server_has_no_field_for_is_refused(serve, in
         vlm.generate_until(instances(plain, 1, {"max_new_tokens": 4, "temperature": 0, "repetition_penalty": 2.0}))
 
 
-def test_questions_about_one_image_wait_for_the_first_and_come_together(demo, serve, instances, documents):
-    server, vlm = serve(options={"concurrency": 4})
-    begun = len(server.requests)
+def picture_of(body):
+    return next(part["image_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "image_url")
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "waits"),
+    [("vllm", "0.32.0", False), ("vllm", "0.10.2", True), ("vllm", "main", True), ("sglang", "", True)],
+)
+def test_questions_about_one_image_wait_for_the_first_unless_the_server_shares_at_once(
+    serve, instances, engine, version, waits
+):
+    """The server holds the first question about each image back until another one about it comes, or does not."""
+    came, held = {}, []
+    lock = threading.Lock()
+
+    def hold(number, body):
+        picture = picture_of(body)
+        with lock:
+            first = picture not in came
+            another = came.setdefault(picture, threading.Event())
+        if number and first:
+            # Most images have several questions; where these wait, none can come.
+            held.append(another.wait(0.2 if waits else 1.0))
+        elif number:
+            another.set()
+
+    server, vlm = serve(engine, version=version, fault=hold, options={"concurrency": 4})
     vlm.generate_until(instances(comprehension.doc_to_messages, COUNT))
-    pictures = [json.dumps(body["messages"])[:4000] for body in server.requests[begun:]]
+    pictures = [picture_of(body) for body in server.requests[1:]]
     assert len(pictures) == COUNT
-    assert len(set(pictures)) < COUNT
+    assert 1 < len(set(pictures)) == len(held) < COUNT
+    assert any(held) is not waits
     assert 1 < server.in_flight[1] <= 4
 
 
@@ -356,6 +381,50 @@ def test_likelihoods_are_those_of_the_model_loaded_here(engine, local, serve, in
     assert requests[0] == requests[1] > 3
     salts = [body["cache_salt"] for body in server.requests if "prompt_logprobs" in body]
     assert len(set(salts)) == len(salts) == (requests[0] - 1) * (engine == "vllm")
+
+
+def rows_of(response):
+    return response.get("prompt_logprobs") or response.get("meta_info", {}).get("input_token_logprobs")
+
+
+def last_row(changed):
+    def change(response):
+        if rows := rows_of(response):
+            rows[-1] = changed(rows[-1])
+
+    return change
+
+
+def without_best(response):
+    response.get("meta_info", {}).pop("input_top_logprobs", None)
+
+
+def without_rank(row):
+    return {index: {"logprob": entry["logprob"]} for index, entry in row.items()}
+
+
+@pytest.mark.parametrize(
+    ("engine", "change", "said"),
+    [
+        ("vllm", last_row(lambda row: 5), "expected rows of prompt_logprobs to be a mapping of token ids each, got 5"),
+        ("vllm", last_row(without_rank), "expected prompt_logprobs with a logprob and a rank for token"),
+        ("vllm", last_row(lambda row: dict.fromkeys(row, -0.5)), r"with a logprob and a rank for token \d+, got -0.5"),
+        (
+            "sglang",
+            last_row(lambda row: -0.5),
+            "input_token_logprobs to be log-probability and token id each, got -0.5",
+        ),
+        ("sglang", last_row(lambda row: row[:1]), "input_token_logprobs to be log-probability and token id each, got"),
+        ("sglang", last_row(lambda row: ["x", *row[1:]]), "input_token_logprobs to be log-probability and token id"),
+        ("sglang", without_best, "expected input_top_logprobs of .* tokens in SGLang's response, got None"),
+    ],
+    ids=["number", "no rank", "no mapping", "number of SGLang", "no id", "no number", "no best"],
+)
+def test_likelihoods_in_another_shape_are_told(engine, change, said, serve, instances):
+    server, vlm = serve(engine)
+    server.change = change
+    with pytest.raises(RequestError, match=said):
+        vlm.generate_until(instances(candidates, 1, SCORED))
 
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in SCORING])

@@ -1,0 +1,1 @@
+"""What commands print unless all is asked for: one screen each, the answer first."""
