@@ -1,8 +1,8 @@
 """Confidence sequences of differences: intervals that hold at every look, so that a study may stop when it knows.
 
-An ordinary interval is right with its probability once, at a sample size chosen before; looked at again and again until
-it excludes 0, it is wrong far more often. A confidence sequence covers the truth at *all* sample sizes together with its
-probability, for whatever reason one stops (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
+An ordinary interval is right with its probability once, at a sample size chosen before; looked at again and again
+until it excludes 0, it is wrong far more often. A confidence sequence covers the truth at *all* sample sizes together
+with its probability, for whatever reason one stops (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
 betting", JRSS B 2024). It assumes nothing of the data but their bounds: images are exchangeable draws, documents of an
 image may depend on each other in any way.
 
@@ -88,7 +88,7 @@ def confidence_sequence(
         return Interval(-bound, bound)
     edge = bound * (1.0 - 1e-9)
     centre = float(np.clip(values.sum() / counts.sum(), -edge, edge))
-    # Against the estimate itself nobody gains (capital falls as the mean that is bet against rises), so it lies between.
+    # Against the estimate nobody gains (capital falls as the mean that is bet against rises), so it lies between.
     low = -bound if beyond(True)(-edge) <= 0.0 else float(brentq(beyond(True), -edge, centre, xtol=1e-9))
     high = bound if beyond(False)(edge) <= 0.0 else float(brentq(beyond(False), centre, edge, xtol=1e-9))
     return Interval(low, high)
@@ -99,8 +99,8 @@ def images_to_decide(
 ) -> float:
     """Return about how many images it takes until the confidence sequence excludes 0.
 
-    A bet λ gains λμ − λ²(σ² + μ²) ÷ 2 an image in the logarithm of its capital, for a sum of mean μ and variance σ². The
-    best bet has to reach log(2 ÷ (1 − level)), and the price of not having known it.
+    A bet λ gains λμ − λ²(σ² + μ²) ÷ 2 an image in the logarithm of its capital, for a sum of mean μ and variance σ².
+    The best bet has to reach log(2 ÷ (1 − level)), and the price of not having known it.
 
     Args:
         difference: True difference per document; for equivalence, its distance to the margin.
