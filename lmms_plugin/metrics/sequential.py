@@ -2,9 +2,9 @@
 
 An ordinary interval is right with its probability once, at a sample size chosen before; looked at again and again
 until it excludes 0, it is wrong far more often. A confidence sequence covers the truth at *all* sample sizes together
-with its probability, for whatever reason one stops (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
-betting", JRSS B 2024). It assumes nothing of the data but their bounds: images are exchangeable draws, documents of an
-image may depend on each other in any way.
+with its probability, for whatever reason one stops (Waudby-Smith and Ramdas, "Estimating means of bounded random
+variables by betting", JRSS B 2024). It assumes nothing of the data but their bounds: images are exchangeable draws,
+documents of an image may depend on each other in any way.
 
 The difference between two arms is a ratio, Σ over images of (what the first is right more often) ÷ Σ of documents. That
 it is m means that `sum - m * size` has mean 0 over images. Against each m a gambler bets that the mean is above: a bet

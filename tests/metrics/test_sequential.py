@@ -80,6 +80,7 @@ def test_impossible_data_are_refused(sums, sizes, message):
         confidence_sequence(sums, sizes, bound=1.0, largest=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [30, 150, 600])
 @pytest.mark.parametrize("difference", [0.0, 0.06])
 def test_truth_is_left_out_at_any_look_in_at_most_one_run_of_ten(last, difference):
@@ -107,6 +108,7 @@ def test_ordinary_intervals_at_every_look_miss_more_often_than_they_say():
     assert missed > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", [0.03, 0.08])
 def test_number_of_images_is_foreseen(difference):
     random = np.random.default_rng(6)

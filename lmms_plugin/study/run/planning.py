@@ -124,7 +124,7 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None, only
     past, there = cost.past(folder), len(visible_gpus()) if gpus is None else gpus
     key = keys(there)
     found = []
-    planned = _checked(study) if only is None else only
+    planned = checked_cells(study) if only is None else only
     for cell in planned:
         one = key(cell)
         damage = None if folder is None else folder.damage(one.id)
@@ -139,8 +139,12 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None, only
     return Plan(study, tuple(found), others)
 
 
-def _checked(study: Study) -> Sequence[Cell]:
-    """Return all cells of a study whose tasks and analysis are possible."""
+def checked_cells(study: Study) -> Sequence[Cell]:
+    """Return all cells of a study, checked together with its tasks and its analysis.
+
+    Raises:
+        ValueError: An entry of the file is impossible.
+    """
     planned = cells(study)
     _expect_tasks(study)
     _expect_what_is_asked(study, planned)

@@ -17,7 +17,7 @@ from lmms_plugin.study.file.images import documents_by_image
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.file.schema import Study
 from lmms_plugin.study.run.execution import Finished, Watch, Work
-from lmms_plugin.study.run.planning import Plan, plan
+from lmms_plugin.study.run.planning import Plan, checked_cells, plan
 from lmms_plugin.study.verdicts import judging, sequential_verdict
 from lmms_plugin.study.verdicts.stages import FIRST, Schedule, follow
 from lmms_plugin.utils.variables import IMAGES
@@ -56,7 +56,7 @@ def run(
     """
     study = read(file)
     work = Work.on(output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
-    cells = [one.keyed.cell for one in plan(study, None, work.gpus).cells]
+    cells = checked_cells(study)
     question, documents = _expect(study, cells)
     schedule = Schedule.of(documents, question.seed, first or FIRST)
     work.open(file)

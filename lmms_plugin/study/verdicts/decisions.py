@@ -1,9 +1,9 @@
 """Decisions of a study that stops when it knows: which comparisons are settled after each stage of images.
 
 Every comparison (model, contrast, bits, and under shift or interaction) has a confidence sequence over images; the
-error 1 − `level` is divided among all of them (Bonferroni). A comparison is settled when its sequence excludes 0 or lies
-within the margin, and stays as it was then. With probability `level`, no difference is claimed that is none, and no
-equivalence of arms that differ by more than the margin, whenever the study stops.
+error 1 − `level` is divided among all of them (Bonferroni). A comparison is settled when its sequence excludes 0 or
+lies within the margin, and stays as it was then. With probability `level`, no difference is claimed that is none, and
+no equivalence of arms that differ by more than the margin, whenever the study stops.
 """
 
 from __future__ import annotations
