@@ -199,11 +199,11 @@ def test_a_study_goes_on_where_it_was_with_the_same_verdict(tmp_path):
     given = (tmp_path, question, stage_cells(), schedule())
     first = follow(*given, planted(tmp_path))
     assert 1 < first.stages < len(schedule().images)
-    said = sequential_verdict.conclude(first, 3)
+    said = sequential_verdict.conclude(first)
     cells = sorted((tmp_path / "cells").iterdir())
     assert len(cells) == 3 * first.stages
     shutil.rmtree(cells[1])
-    assert sequential_verdict.conclude(follow(*given, planted(tmp_path)), 3) == said
+    assert sequential_verdict.conclude(follow(*given, planted(tmp_path))) == said
     (found,) = said
     answer, scope = found.sentences
     assert answer.startswith("demo, robust against plain on shifted images: more often right at 4 bits (")
@@ -216,7 +216,7 @@ def test_a_study_goes_on_where_it_was_with_the_same_verdict(tmp_path):
 def test_what_all_images_do_not_decide_stays_open(tmp_path):
     decided = follow(tmp_path, parse(MethodByShift, ASKED), stage_cells(), schedule(6, 3), planted(tmp_path))
     assert decided.stages == 2
-    (found,) = sequential_verdict.conclude(decided, 3)
+    (found,) = sequential_verdict.conclude(decided)
     assert "2 of 2 comparisons undecided" in found.sentences[-1]
     assert "no difference shown at 4 bits (6 images)" in found.sentences[0]
     assert "0 % saved" in found.sentences[-1]

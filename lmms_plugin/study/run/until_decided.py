@@ -40,7 +40,7 @@ def run(
         file: Study file.
         output: Folder of the study.
         watch: Factory of watchers, one for each stage.
-        first: Number of images of the first stage; None for the default.
+        first: Number of images of the first stage; None for that of the stages that the folder has, or the default.
         jobs: Number of cells at a time on this machine.
         retry_failed: Whether to run failed cells again.
         ray: Address of a Ray cluster to run the cells on; None for this machine.
@@ -58,7 +58,8 @@ def run(
     work = Work.on(output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
     cells = checked_cells(study)
     question, documents = _expect(study, cells)
-    schedule = Schedule.of(documents, question.seed, first or FIRST)
+    begun = Schedule.read(output)
+    schedule = Schedule.of(documents, question.seed, first or (FIRST if begun is None else begun.images[0]))
     work.open(file)
     judging.withdraw(output)
     schedule.write(output)
@@ -76,7 +77,7 @@ def run(
     finished = Finished(after, work.problems(after))
     if decided is None:
         return finished
-    said = sequential_verdict.conclude(decided, len(cells))
+    said = sequential_verdict.conclude(decided)
     judging.write(output, said)
     return finished._replace(conclusions=said)
 

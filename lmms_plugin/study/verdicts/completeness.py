@@ -112,6 +112,6 @@ def _by_stages(
 
     decided = follow(folder, question, planned, schedule, finished)
     assert decided is not None
-    said = sequential_verdict.conclude(decided, len(planned))
+    said = sequential_verdict.conclude(decided)
     judging.write(folder, said)
     return said

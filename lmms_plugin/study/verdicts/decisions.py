@@ -141,7 +141,14 @@ class Decisions:
 
     def needed(self) -> set[CellAxes]:
         """Return the cells whose answers to further images are needed."""
-        return {axes for one in self.open() for axes in self.members[one].all()}
+        return self._cells(self.open())
+
+    def compared(self) -> set[CellAxes]:
+        """Return the cells of all comparisons."""
+        return self._cells(self.members)
+
+    def _cells(self, comparisons: Iterable[Comparison]) -> set[CellAxes]:
+        return {axes for one in comparisons for axes in self.members[one].all()}
 
     def add(self, answers: Mapping[CellAxes, Answers]) -> None:
         """Take in a stage: the answers of all needed cells to the same images, in the same order."""

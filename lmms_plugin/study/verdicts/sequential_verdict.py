@@ -30,18 +30,13 @@ def asked_of(analysis: Mapping[str, Any]) -> MethodByShift:
     return question
 
 
-def conclude(found: Decided, cells: int) -> list[Conclusion]:
-    """Return what was decided, for each model.
-
-    Args:
-        found: A study after some stages.
-        cells: Number of cells of the whole study.
-    """
+def conclude(found: Decided) -> list[Conclusion]:
+    """Return what was decided, for each model."""
     decisions = found.decisions
     return [
         Conclusion(
             f"{decisions.question.question} {model}",
-            [*_sentences(found, model), _scope(found, cells)],
+            [*_sentences(found, model), _scope(found)],
             [_told(one, decisions.found[one], decisions.question) for one in _of(found, model)],
             [_table(found, model)],
             [_legend(found)],
@@ -83,9 +78,9 @@ def _sentences(found: Decided, model: str) -> list[str]:
     return lines
 
 
-def _scope(found: Decided, cells: int) -> str:
+def _scope(found: Decided) -> str:
     question, schedule = found.decisions.question, found.schedule
-    whole = cells * (1 + len(question.shifted)) * schedule.documents[-1]
+    whole = len(found.decisions.compared()) * (1 + len(question.shifted)) * schedule.documents[-1]
     open_ones = len(found.decisions.open())
     rest = f"; {open_ones} of {counted(len(found.decisions.members), 'comparison')} undecided" if open_ones else ""
     return (
