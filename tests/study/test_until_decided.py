@@ -21,8 +21,15 @@ from lmms_plugin.study.file.identity import keyed
 from lmms_plugin.study.run import until_decided
 from lmms_plugin.study.run.attempt import about
 from lmms_plugin.study.verdicts import completeness, sequential_verdict
-from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT, Answers, Comparison, Decisions, finding
-from lmms_plugin.study.verdicts.stages import Schedule, follow
+from lmms_plugin.study.verdicts.decisions import (
+    INTERACTION,
+    UNDER_SHIFT,
+    ArmComparison,
+    Decisions,
+    StageAnswers,
+    finding,
+)
+from lmms_plugin.study.verdicts.stages import ImageStages, follow
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 LARGEST, MARGIN, LEVEL = 12, 0.05, 0.95
@@ -84,12 +91,12 @@ def test_what_is_true_is_found_with_enough_images(truth, expected):
 
 
 def answers(random, images, right):
-    """Answers of every cell to the same images of 1 to 4 documents; `right` are axes → task → share."""
+    """StageAnswers of every cell to the same images of 1 to 4 documents; `right` are axes → task → share."""
     sizes = random.integers(1, 5, size=images)
     luck = random.random((images, 4))
     asked = np.arange(4) < sizes[:, None]
     return {
-        one: Answers(
+        one: StageAnswers(
             sizes.astype(float), {task: ((luck < p) & asked).sum(axis=1).astype(float) for task, p in shares.items()}
         )
         for one, shares in right.items()
@@ -114,7 +121,7 @@ def test_cells_stop_when_their_own_comparisons_are_decided():
     assert found.needed() == set(right)
     random = np.random.default_rng(2)
     found.add(answers(random, 100, right))
-    four = [Comparison("demo", "robust", "plain", 4, asked) for asked in (UNDER_SHIFT, INTERACTION)]
+    four = [ArmComparison("demo", "robust", "plain", 4, asked) for asked in (UNDER_SHIFT, INTERACTION)]
     assert [found.found[one].finding for one in four] == [SHOWN, SHOWN]
     assert found.needed() == {one for one in right if one.bits != 4}
     decided = {one: found.found[one] for one in four}
@@ -143,9 +150,9 @@ def test_arms_are_means_over_tasks_seeds_and_methods():
     tasks = (CLEAN, *SHIFTED)
     sizes = np.array([10.0])
     given = {one: {t: np.array([v]) for t, v in zip(tasks, values, strict=True)} for one, values in right.items()}
-    found.add({one: Answers(sizes, by_task) for one, by_task in given.items()})
-    under = found.found[Comparison("demo", "robust", "plain", 4, UNDER_SHIFT)]
-    inter = found.found[Comparison("demo", "robust", "plain", 4, INTERACTION)]
+    found.add({one: StageAnswers(sizes, by_task) for one, by_task in given.items()})
+    under = found.found[ArmComparison("demo", "robust", "plain", 4, UNDER_SHIFT)]
+    inter = found.found[ArmComparison("demo", "robust", "plain", 4, INTERACTION)]
     shifted = ((4 + 2 + 2 + 0) / 4 + 1) / 2 - 1.5
     assert under.difference == pytest.approx(shifted / 10)
     assert inter.difference == pytest.approx((shifted - (4.0 - 4.0)) / 10)
@@ -156,7 +163,7 @@ def test_robustness_of_a_broken_arm_is_not_waited_for():
     right = {axes("none", 16): shares(0.9, 0.9), axes("awq", 2): shares(0.2, 0.1), axes("rtn", 2): shares(0.8, 0.7)}
     found = Decisions.of(parse(MethodByShift, ASKED), placed(axes("awq", 2), axes("rtn", 2)), 4)
     found.add(answers(np.random.default_rng(3), 100, right))
-    one = found.found[Comparison("demo", "robust", "plain", 2, INTERACTION)]
+    one = found.found[ArmComparison("demo", "robust", "plain", 2, INTERACTION)]
     assert one.broken == ("robust",)
     assert one.finding == OPEN
     assert not found.needed()
@@ -191,7 +198,7 @@ def planted(folder):
 
 
 def schedule(count=200, first=10):
-    return Schedule.of({f"image{number}": 4 for number in range(count)}, 0, first)
+    return ImageStages.of({f"image{number}": 4 for number in range(count)}, 0, first)
 
 
 def test_a_study_goes_on_where_it_was_with_the_same_verdict(tmp_path):
@@ -227,7 +234,7 @@ def test_a_missing_cell_ends_a_study_without_verdict(tmp_path):
 
 
 def test_cells_that_answered_other_images_are_refused(tmp_path):
-    other = Schedule.of({f"image{number}": 3 for number in range(200)}, 0, 10)
+    other = ImageStages.of({f"image{number}": 3 for number in range(200)}, 0, 10)
     with pytest.raises(ValueError, match="expected 30 documents of 10 images in awq-0-0-10, got 40 of 10"):
         follow(tmp_path, parse(MethodByShift, ASKED), stage_cells(), other, planted(tmp_path))
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from lmms_plugin import demo
-from lmms_plugin.study.file.images import documents_by_image
+from lmms_plugin.study.file.task_images import documents_by_image
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.utils.copies import DatasetError
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import located
 from lmms_plugin.study.file.grid import Cell
-from lmms_plugin.study.file.images import documents_by_image
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.file.schema import Study
+from lmms_plugin.study.file.task_images import documents_by_image
 from lmms_plugin.study.run.execution import Finished, Watch, Work
 from lmms_plugin.study.run.planning import Plan, checked_cells, plan
 from lmms_plugin.study.verdicts import judging, sequential_verdict
-from lmms_plugin.study.verdicts.stages import FIRST, Schedule, follow
+from lmms_plugin.study.verdicts.stages import FIRST, ImageStages, follow
 from lmms_plugin.utils.variables import IMAGES
 
 
@@ -58,12 +58,19 @@ def run(
     work = Work.on(output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
     cells = checked_cells(study)
     question, documents = _expect(study, cells)
-    begun = Schedule.read(output)
-    schedule = Schedule.of(documents, question.seed, first or (FIRST if begun is None else begun.images[0]))
+    begun = ImageStages.read(output)
+    schedule = ImageStages.of(documents, question.seed, first or (FIRST if begun is None else begun.images[0]))
     work.open(file)
     judging.withdraw(output)
     schedule.write(output)
-    plans: list[Plan] = []
+    return _followed(study, work, question, cells, schedule)
+
+
+def _followed(
+    study: Study, work: Work, question: MethodByShift, cells: Sequence[Cell], schedule: ImageStages
+) -> Finished:
+    """Run stage after stage; the verdict is made if no cell is missing at the end."""
+    output, plans = work.folder.path, list[Plan]()
 
     def obtain(of_stage: Sequence[Cell]) -> Collection[str] | None:
         work.run(plan(study, output, work.gpus, of_stage))

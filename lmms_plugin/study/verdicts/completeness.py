@@ -16,7 +16,7 @@ from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.verdicts import judging, sequential_verdict
 from lmms_plugin.study.verdicts.conclusions import Conclusion, Partial
-from lmms_plugin.study.verdicts.stages import Schedule, follow
+from lmms_plugin.study.verdicts.stages import ImageStages, follow
 from lmms_plugin.utils.messages import counted
 
 _NAMED = 3
@@ -82,7 +82,7 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
     asked = (study if file is None else read(file)).analysis
     if asked is None:
         raise ValueError(f"expected an analysis in {file or folder / STUDY}, got none")
-    schedule = Schedule.read(folder)
+    schedule = ImageStages.read(folder)
     if schedule is not None:
         return _by_stages(folder, cells(study, runnable=False), asked, schedule, partial=partial)
     found = coverage(StudyFolder(folder), cells(study, runnable=False))
@@ -96,7 +96,7 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
 
 
 def _by_stages(
-    folder: Path, planned: Sequence[Cell], asked: Mapping[str, Any], schedule: Schedule, *, partial: bool
+    folder: Path, planned: Sequence[Cell], asked: Mapping[str, Any], schedule: ImageStages, *, partial: bool
 ) -> list[Conclusion]:
     """Make the analysis of a study that was run until its comparisons were decided."""
     if partial:

@@ -30,7 +30,7 @@ BOUNDS: Mapping[str, float] = {UNDER_SHIFT: 1.0, INTERACTION: 2.0}
 """Question → largest absolute difference of one document."""
 
 
-class Comparison(NamedTuple):
+class ArmComparison(NamedTuple):
     """A question about two arms.
 
     Attributes:
@@ -72,8 +72,8 @@ class Decision(NamedTuple):
         return self.finding != OPEN or (asked == INTERACTION and bool(self.broken))
 
 
-class Answers(NamedTuple):
-    """Answers of a cell to one stage.
+class StageAnswers(NamedTuple):
+    """StageAnswers of a cell to one stage.
 
     Attributes:
         sizes: Number of documents of each image, shape (images,).
@@ -103,15 +103,15 @@ class Decisions:
     Attributes:
         question: Question of the study.
         largest: Largest number of documents of an image in the whole dataset.
-        members: Comparison → its cells.
-        found: Comparison → its latest state.
+        members: ArmComparison → its cells.
+        found: ArmComparison → its latest state.
     """
 
     question: MethodByShift
     largest: int
-    members: Mapping[Comparison, _Members]
-    found: dict[Comparison, Decision] = field(default_factory=dict)
-    _seen: dict[Comparison, list[dict[str, Floats]]] = field(default_factory=dict)
+    members: Mapping[ArmComparison, _Members]
+    found: dict[ArmComparison, Decision] = field(default_factory=dict)
+    _seen: dict[ArmComparison, list[dict[str, Floats]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, question: MethodByShift, cells: Sequence[Placed], largest: int) -> Decisions:
@@ -127,7 +127,7 @@ class Decisions:
                 for bits in shared_bits(own, pair, question):
                     arms = [_groups(select(arm_cells(own, name, question), {"bits": bits})) for name in pair]
                     one = _Members(arms[0], arms[1], one_reference(own).axes)
-                    members |= {Comparison(model, *pair, bits, asked): one for asked in BOUNDS}
+                    members |= {ArmComparison(model, *pair, bits, asked): one for asked in BOUNDS}
         return cls(question, largest, members)
 
     @property
@@ -135,7 +135,7 @@ class Decisions:
         """Confidence level of each sequence, so that all of them together have that of the study."""
         return 1.0 - (1.0 - self.question.level) / len(self.members)
 
-    def open(self) -> list[Comparison]:
+    def open(self) -> list[ArmComparison]:
         """Return the comparisons that are not settled."""
         return [one for one in self.members if one not in self.found or not self.found[one].settles(one.asked)]
 
@@ -147,10 +147,10 @@ class Decisions:
         """Return the cells of all comparisons."""
         return self._cells(self.members)
 
-    def _cells(self, comparisons: Iterable[Comparison]) -> set[CellAxes]:
+    def _cells(self, comparisons: Iterable[ArmComparison]) -> set[CellAxes]:
         return {axes for one in comparisons for axes in self.members[one].all()}
 
-    def add(self, answers: Mapping[CellAxes, Answers]) -> None:
+    def add(self, answers: Mapping[CellAxes, StageAnswers]) -> None:
         """Take in a stage: the answers of all needed cells to the same images, in the same order."""
         for one in self.open():
             seen = self._seen.setdefault(one, [])
@@ -158,7 +158,7 @@ class Decisions:
             columns = {name: np.concatenate([stage[name] for stage in seen]) for name in seen[0]}
             self.found[one] = self._decided(one, columns)
 
-    def _stage(self, members: _Members, answers: Mapping[CellAxes, Answers]) -> dict[str, Floats]:
+    def _stage(self, members: _Members, answers: Mapping[CellAxes, StageAnswers]) -> dict[str, Floats]:
         clean, shifted = [self.question.clean], self.question.shifted
 
         def right(arm: Iterable[Sequence[CellAxes]], tasks: Sequence[str]) -> Floats:
@@ -175,7 +175,7 @@ class Decisions:
             "second shifted": right(members.second, shifted),
         }
 
-    def _decided(self, one: Comparison, columns: Mapping[str, Floats]) -> Decision:
+    def _decided(self, one: ArmComparison, columns: Mapping[str, Floats]) -> Decision:
         sizes, bound = columns["sizes"], BOUNDS[one.asked]
         sums = columns["first shifted"] - columns["second shifted"]
         if one.asked == INTERACTION:
@@ -219,7 +219,7 @@ def finding(sums: Floats, sizes: Floats, *, bound: float, largest: int, level: f
     return REVERSE if excluded(0.0, above=False) else OPEN
 
 
-def answers_of(cell: FinishedCell, tasks: Sequence[str]) -> Answers:
+def answers_of(cell: FinishedCell, tasks: Sequence[str]) -> StageAnswers:
     """Return the answers of a finished cell image by image, sorted by the images' names.
 
     Raises:
@@ -234,7 +234,7 @@ def answers_of(cell: FinishedCell, tasks: Sequence[str]) -> Answers:
             raise ValueError(f"expected the same documents in all tasks of {cell.name}, got others in {task}")
         _, index = np.unique(records.images, return_inverse=True)
         right[task] = np.bincount(index, weights=records.outcome)
-    return Answers(np.bincount(index).astype(np.float64), right)
+    return StageAnswers(np.bincount(index).astype(np.float64), right)
 
 
 def _groups(cells: Sequence[Placed]) -> tuple[tuple[CellAxes, ...], ...]:

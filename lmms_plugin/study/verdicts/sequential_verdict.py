@@ -11,7 +11,7 @@ from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import AskedError
 from lmms_plugin.study.verdicts import verdict
 from lmms_plugin.study.verdicts.conclusions import Conclusion
-from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT, Comparison, Decision
+from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT, ArmComparison, Decision
 from lmms_plugin.study.verdicts.stages import Decided
 from lmms_plugin.utils.messages import counted
 
@@ -46,11 +46,11 @@ def conclude(found: Decided) -> list[Conclusion]:
     ]
 
 
-def _of(found: Decided, model: str) -> list[Comparison]:
+def _of(found: Decided, model: str) -> list[ArmComparison]:
     return [one for one in found.decisions.members if one.model == model]
 
 
-def _finding(one: Comparison, state: Decision) -> str:
+def _finding(one: ArmComparison, state: Decision) -> str:
     return verdict.NOT_JUDGED if one.asked == INTERACTION and state.broken else state.finding
 
 
@@ -90,7 +90,7 @@ def _scope(found: Decided) -> str:
     )
 
 
-def _told(one: Comparison, state: Decision, question: MethodByShift) -> str:
+def _told(one: ArmComparison, state: Decision, question: MethodByShift) -> str:
     by = f"by {_points(state)} points, {counted(state.images, 'image')}"
     if _finding(one, state) == verdict.NOT_JUDGED:
         kept = " and ".join(state.broken)
@@ -117,7 +117,7 @@ def _table(found: Decided, model: str) -> dict[str, Any]:
     return {"title": f"{model}: comparisons", "columns": columns, "rows": rows}
 
 
-def _row(one: Comparison, found: Decided) -> list[str]:
+def _row(one: ArmComparison, found: Decided) -> list[str]:
     state = found.decisions.found[one]
     saved = 1.0 - state.documents / found.schedule.documents[-1]
     names = [str(one.bits), one.first, one.second, one.asked, _finding(one, state)]

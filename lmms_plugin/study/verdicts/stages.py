@@ -11,7 +11,7 @@ from lmms_plugin.analysis.study_files import STAGES, StagesAccount
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.grid import Cell, CellAxes
 from lmms_plugin.study.verdicts.arms import FinishedCell, read_cells
-from lmms_plugin.study.verdicts.decisions import Answers, Decisions, answers_of
+from lmms_plugin.study.verdicts.decisions import Decisions, StageAnswers, answers_of
 from lmms_plugin.utils import image_slices
 from lmms_plugin.utils.files import write_json
 from lmms_plugin.utils.image_slices import ImageSlice
@@ -21,7 +21,7 @@ FIRST = 30
 """Images of the first stage, unless another number is asked for."""
 
 
-class Schedule(NamedTuple):
+class ImageStages(NamedTuple):
     """Stages of a study.
 
     Attributes:
@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
     largest: int
 
     @classmethod
-    def of(cls, documents: Mapping[str, int], seed: int, first: int = FIRST) -> Schedule:
+    def of(cls, documents: Mapping[str, int], seed: int, first: int = FIRST) -> ImageStages:
         """Return the stages of a dataset.
 
         Args:
@@ -50,7 +50,7 @@ class Schedule(NamedTuple):
         return cls(seed, ends, tuple(asked), max(documents.values()))
 
     @classmethod
-    def read(cls, study: Path) -> Schedule | None:
+    def read(cls, study: Path) -> ImageStages | None:
         """Read the stages of a study's folder; None where a study was run on all images at once.
 
         Raises:
@@ -82,7 +82,7 @@ class Decided(NamedTuple):
     """
 
     decisions: Decisions
-    schedule: Schedule
+    schedule: ImageStages
     stages: int
     asked: int
 
@@ -91,7 +91,7 @@ def follow(
     study: Path,
     question: MethodByShift,
     cells: Sequence[Cell],
-    schedule: Schedule,
+    schedule: ImageStages,
     obtain: Callable[[Sequence[Cell]], Collection[str] | None],
 ) -> Decided | None:
     """Go through the stages until every comparison is settled or no image is left.
@@ -130,7 +130,7 @@ def follow(
 
 def _answers(
     cells: Sequence[FinishedCell], tasks: Sequence[str], part: ImageSlice, documents: int
-) -> dict[CellAxes, Answers]:
+) -> dict[CellAxes, StageAnswers]:
     """Return the answers of a stage, checked to be about the same images."""
     found = {cell.axes: answers_of(cell, tasks) for cell in cells}
     first = cells[0].run.tasks[tasks[0]]
