@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, REVERSE, SHOWN
 from lmms_plugin.metrics.bootstrap import Interval
-from lmms_plugin.metrics.sequential import confidence_sequence, log_capital
+from lmms_plugin.metrics.confidence_sequences import confidence_sequence, log_capital
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.verdicts.arms import FinishedCell, Placed, by_seed, one_reference, select

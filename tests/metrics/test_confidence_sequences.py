@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lmms_plugin.metrics.sequential import BETS, confidence_sequence, images_to_decide, log_capital
+from lmms_plugin.metrics.confidence_sequences import BETS, confidence_sequence, images_to_decide, log_capital
 
 LOOKS = (5, 10, 20, 30, 50, 75, 100, 150, 225, 340, 450, 600)
 LARGEST = 12
