@@ -120,7 +120,7 @@ class Decisions:
         Raises:
             AskedError: An arm has no cell, or two arms differ in bits.
         """
-        members = {}
+        members: dict[ArmComparison, _Members] = {}
         for model in dict.fromkeys(cell.axes.model for cell in cells):
             own = select(cells, {"model": model})
             for pair in question.contrasts:
@@ -163,7 +163,8 @@ class Decisions:
 
         def right(arm: Iterable[Sequence[CellAxes]], tasks: Sequence[str]) -> Floats:
             groups = [[answers[axes].right[task] for axes in group for task in tasks] for group in arm]
-            return np.mean([np.mean(group, axis=0) for group in groups], axis=0)
+            means: Floats = np.mean([np.mean(group, axis=0) for group in groups], axis=0)
+            return means
 
         reference = answers[members.reference]
         return {
@@ -180,13 +181,12 @@ class Decisions:
         sums = columns["first shifted"] - columns["second shifted"]
         if one.asked == INTERACTION:
             sums = sums - (columns["first clean"] - columns["second clean"])
-        limits = {"bound": bound, "largest": self.largest, "level": self.level}
         floor = BROKEN * columns["reference"].sum()
         arms = {one.first: columns["first clean"], one.second: columns["second clean"]}
         return Decision(
-            finding(sums, sizes, margin=self.question.margin, **limits),
+            finding(sums, sizes, bound=bound, largest=self.largest, level=self.level, margin=self.question.margin),
             float(sums.sum() / sizes.sum()),
-            confidence_sequence(sums, sizes, **limits),
+            confidence_sequence(sums, sizes, bound=bound, largest=self.largest, level=self.level),
             sizes.size,
             int(sizes.sum()),
             tuple(name for name, right in arms.items() if right.sum() < floor),
@@ -233,7 +233,7 @@ def answers_of(cell: FinishedCell, tasks: Sequence[str]) -> StageAnswers:
         if not (np.array_equal(records.ids, first.ids) and np.array_equal(records.images, first.images)):
             raise ValueError(f"expected the same documents in all tasks of {cell.name}, got others in {task}")
         _, index = np.unique(records.images, return_inverse=True)
-        right[task] = np.bincount(index, weights=records.outcome)
+        right[task] = np.bincount(index, weights=records.outcome).astype(np.float64)
     return StageAnswers(np.bincount(index).astype(np.float64), right)
 
 
