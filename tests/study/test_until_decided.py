@@ -14,7 +14,6 @@ from helpers.small_studies import CELL
 from helpers.study_folders import CLEAN, SHIFTED, write_cell
 
 from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, REVERSE, SHOWN
-from lmms_plugin.cli.study_display import Display
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import parse
 from lmms_plugin.study.file.grid import CellAxes
@@ -315,7 +314,7 @@ def command(*arguments):
 def test_a_study_of_the_demo_stops_and_goes_on_after_the_loss_of_a_cell(tmp_path):
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(STUDY + ANALYSIS, encoding="utf-8")
-    arguments = ("study", "run", file, "--output", out, "--until-decided", "--first-images", "4")
+    arguments = ("study", "run", file, "--output", out, "--until-decided", "--first-images", "2")
     assert "images, in random order (seed 0)" in command(*arguments)
     verdict = json.loads((out / "verdict.json").read_text())
     (details,) = verdict["details"]
@@ -324,8 +323,7 @@ def test_a_study_of_the_demo_stops_and_goes_on_after_the_loss_of_a_cell(tmp_path
     cells = sorted(one.name for one in (out / "cells").iterdir())
     assert len(cells) == 3 * stages
     shutil.rmtree(out / "cells" / cells[0])
-    # The folder's own stages are gone on with, and imports and keys of this process are there already.
-    until_decided.run(file, out, Display, jobs=2)
+    command(*arguments, "--jobs", "2")
     assert sorted(one.name for one in (out / "cells").iterdir()) == cells
     assert json.loads((out / "verdict.json").read_text()) == verdict
     (out / "verdict.json").unlink()
