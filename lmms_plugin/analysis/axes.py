@@ -22,7 +22,7 @@ _SERVED, _GGUF = model_name(SERVED), model_name(GGUF)
 _OF_THE_CACHE = "kv_"
 _STATED = "quantization=stated, not verified"
 _COMPONENT_BITS = {"vision": "vision_bits", "connector": "connector_bits", "head": "head_bits"}
-_ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit")
+_ASKED = ("system_prompt", "dialect", "min_pixels", "max_pixels", "max_num_frames", "limit", "images")
 """Arguments that change what a model is asked or shown."""
 # Arguments that have an axis of their own, or that say how a run is done and not what is measured.
 _NO_OPTIONS = frozenset(
@@ -152,6 +152,8 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
     name = str(cell.get("id", ""))
     checkpoint = str(cell_args.get("pretrained") or own.model)
     ready = cell.get("model") == _READY
+    if cell.get("images") is not None:
+        own = own._replace(options=(*own.options, f"images={cell['images']}"))
     return RunAxes(_limited(own, limit), checkpoint, ready, axes.get("seed"), name, folder, command, versions)
 
 

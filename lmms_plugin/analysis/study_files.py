@@ -13,6 +13,8 @@ from lmms_plugin.utils.reading.accounts import Account
 
 STUDY, CELL, DONE, FAILED, LOG = "study.yaml", "cell.json", "done.json", "failed.json", "log.txt"
 VERDICT, VERDICT_IN_WORDS = "verdict.json", "verdict.md"
+STAGES = "stages.json"
+"""File of a study that stops when it knows: the images of each stage."""
 CELLS = "cells"
 """Folder of the finished cells."""
 FAILURES = "failed"
@@ -44,6 +46,7 @@ class About(Account):
     axes: StoredAxes = StoredAxes()
     tasks: list[str] = Field([])
     limit: float | None = Field(None, allow_inf_nan=False)
+    images: str | None = None
     batch_size: int | str = 1
     processes: int = 1
     command: list[str] = Field([])
@@ -66,6 +69,16 @@ class FailureAccount(Account):
     tail: str | list[str] = ""
 
 
+class StagesAccount(Account):
+    """`stages.json`: the parts of the images that a study asks about one after the other."""
+
+    seed: int = Field(ge=0)
+    images: list[int] = Field(min_length=1)
+    documents: list[int] = Field(min_length=1)
+    largest: int = Field(ge=1)
+
+
 def place(about: Mapping[str, Any]) -> str:
-    """Return what distinguishes the cell of a `cell.json` within its study: axes, tasks in any order, limit."""
-    return json.dumps([about.get("axes"), sorted(about.get("tasks", ())), about.get("limit")], sort_keys=True)
+    """Return what distinguishes the cell of a `cell.json` within its study: axes, tasks, limit, part of the images."""
+    part = [] if about.get("images") is None else [about["images"]]
+    return json.dumps([about.get("axes"), sorted(about.get("tasks", ())), about.get("limit"), *part], sort_keys=True)

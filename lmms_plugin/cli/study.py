@@ -1,5 +1,6 @@
 """The commands `lmms-plugin study plan`, `run` and `analyse`."""
 
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -56,13 +57,23 @@ def run_study(
         str | None,
         typer.Option(metavar="URL", help="Copy finished cells there, and take from there: s3://..., a path."),
     ] = None,
+    until_decided: Annotated[
+        bool,
+        typer.Option("--until-decided", help="Ask about ever more images, until every comparison is decided."),
+    ] = False,
+    first_images: Annotated[
+        int | None, typer.Option(min=1, help="Images of the first stage of --until-decided; 30 by default.")
+    ] = None,
 ) -> None:
     """Run the missing cells of a study, each as an lmms-eval process of its own."""
     expect_folder("--output", output)
     load(file)
+    if first_images is not None and not until_decided:
+        raise ValueError("--first-images: expected --until-decided, which alone has stages")
     from lmms_plugin.analysis.study_files import FAILURES, LOG
     from lmms_plugin.cli.study_display import Display
     from lmms_plugin.study.run import execution, planning
+    from lmms_plugin.study.run import until_decided as in_stages
 
     with Working("planning") as start:
 
@@ -70,20 +81,15 @@ def run_study(
             start.stop()
             return Display(expected, before, jobs)
 
-        finished = execution.run(
-            file,
-            output,
-            watch,
-            jobs=jobs,
-            retry_failed=retry_failed,
-            ray=ray,
-            storage=storage,
-        )
+        run = partial(in_stages.run, first=first_images) if until_decided else execution.run
+        finished = run(file, output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
         typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / FAILURES / cell / LOG})", err=True)
     if not finished.complete:
-        if finished.plan.study.analysis is not None:
+        if until_decided:
+            typer.echo("Not decided: cells of the last stage are missing; the same command goes on with them", err=True)
+        elif finished.plan.study.analysis is not None:
             typer.echo(planning.without_analysis(finished.plan, output), err=True)
         raise typer.Exit(1)
     for line in (line for one in finished.conclusions or () for line in one.sentences):

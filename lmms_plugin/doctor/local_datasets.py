@@ -24,7 +24,7 @@ from lmms_plugin.tasks.sources.documents import Documents
 from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.vqa import datasets as vqa_sources
 from lmms_plugin.tasks.vqa.questions import PARTS, Parts
-from lmms_plugin.utils import suggest, variables
+from lmms_plugin.utils import image_slices, suggest, variables
 from lmms_plugin.utils.copies import AbsentSplitError, DatasetError
 
 WHOLE = 8 << 30
@@ -55,6 +55,7 @@ class LocalSplit(NamedTuple):
 def check_copies() -> Iterator[DiagnosisRow]:
     """Open every local copy that the environment names, and report variables that nothing reads."""
     parts = known()
+    yield from _sliced()
     given = {name: value for name, value in sorted(os.environ.items()) if name.startswith(variables.PREFIX) and value}
     for name, value in given.items():
         if name in parts:
@@ -69,6 +70,21 @@ def check_copies() -> Iterator[DiagnosisRow]:
             )
     if not given.keys() & parts.keys():
         yield ok("local copies", "no variable names one; datasets come from the hub")
+
+
+def _sliced() -> Iterator[DiagnosisRow]:
+    """Report that grounding tasks ask about a part of the images."""
+    try:
+        part = image_slices.asked()
+    except ValueError as error:
+        yield fail("local copies", str(error), f"unset {variables.IMAGES}")
+        return
+    if part is not None:
+        yield warn(
+            "local copies",
+            f"{variables.IMAGES}={part}: grounding tasks ask about {part.stop - part.start} images at most",
+            f"unset {variables.IMAGES} to ask about all",
+        )
 
 
 def known() -> dict[str, list[LocalSplit]]:

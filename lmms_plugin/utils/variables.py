@@ -18,7 +18,10 @@ API_KEY = f"{PREFIX}API_KEY"
 LENT_SERVER = f"{PREFIX}LENT_SERVER"
 """File about a server that a study has started for several of its runs."""
 
-OF_NO_DATASET = frozenset((CACHE, API_KEY, LENT_SERVER))
+IMAGES = f"{PREFIX}IMAGES"
+"""Images that grounding tasks ask about, `seed:start:stop`: see `lmms_plugin.utils.image_slices`."""
+
+OF_NO_DATASET = frozenset((CACHE, API_KEY, LENT_SERVER, IMAGES))
 """Variables that name no local copy of a dataset."""
 
 

@@ -15,6 +15,7 @@ from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 import datasets
+from loguru import logger
 from PIL import Image
 
 from lmms_plugin.tasks.sources.conventions import Convention, numbers_in
@@ -23,6 +24,7 @@ from lmms_plugin.tasks.sources.origins import DatasetOrigin
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.tasks.sources.repeats import expect_different, expect_once
 from lmms_plugin.tasks.sources.row_images import content, header, opened
+from lmms_plugin.utils import image_slices, variables
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.images import Header
 
@@ -109,7 +111,7 @@ class _ReferringExpression(NamedTuple):
 
 
 class ReferringDocs(Documents):
-    """Documents over the rows of a dataset, in the rows' order.
+    """Documents over the rows of a dataset, in the rows' order; of some images alone with `LMMS_PLUGIN_IMAGES`.
 
     Besides the columns of every document (see the module), a document holds the row's own columns, without lists and
     structs of its other objects, and `tags` (a dictionary).
@@ -140,6 +142,7 @@ class ReferringDocs(Documents):
         self.features["expression"] = datasets.Value("string")
         self.features[IMAGE] = rows.features[IMAGE]
         self._check_reach()
+        self._keep_asked()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -233,6 +236,22 @@ class ReferringDocs(Documents):
         names = [image_id(str(_value(row, source.photograph))) for row in self._rows] if source.photograph else None
         what = "photograph, expression and box"
         expect_different(source.place(), what, said, self._encoded, self._where, names)
+
+    def _keep_asked(self) -> None:
+        """Leave out documents of images that `LMMS_PLUGIN_IMAGES` does not ask about."""
+        try:
+            asked = image_slices.asked()
+        except ValueError as error:
+            raise DatasetError(str(error)) from error
+        if asked is None:
+            return
+        keys = [self.image_key(i) for i in range(len(self._places))]
+        chosen = asked.of(keys)
+        if not chosen:
+            told = f"expected places among {len(set(keys))} images of {self._source.place()}, got none of them"
+            raise DatasetError(f"{variables.IMAGES}={asked}: {told}")
+        self._places = [place for place, key in zip(self._places, keys, strict=True) if key in chosen]
+        logger.warning("{}={}: {} of {} images are asked about", variables.IMAGES, asked, len(chosen), len(set(keys)))
 
     def _check_reach(self) -> None:
         boxes = [place for place in self._places if place.box is not None]

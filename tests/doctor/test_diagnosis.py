@@ -547,6 +547,18 @@ def test_the_key_of_a_server_is_a_known_variable_and_is_not_shown(monkeypatch):
     assert not any(variables.API_KEY in str(row) or "sk-secret" in str(row) for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("written", "status", "told"),
+    [("0:30:60", Status.WARN, "30 images at most"), ("half", Status.FAIL, "expected seed:start:stop")],
+)
+def test_a_part_of_the_images_is_told(monkeypatch, written, status, told):
+    monkeypatch.setenv(variables.IMAGES, written)
+    row = next(local_datasets.check_copies())
+    assert row.status is status
+    assert told in row.message
+    assert row.remedy.startswith(f"unset {variables.IMAGES}")
+
+
 def test_every_variable_of_the_documentation_is_known():
     texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     named = {name for text in texts for name in re.findall(r"LMMS_PLUGIN_[A-Z0-9_]+", text.read_text())}

@@ -72,6 +72,7 @@ class Cell:
         limit: Documents per task; None for all.
         batch_size: Batch size as in lmms-eval.
         resources: Resources that the cell needs.
+        images: Part of the images that it answers, as in `LMMS_PLUGIN_IMAGES`; None for all.
     """
 
     axes: CellAxes
@@ -81,6 +82,7 @@ class Cell:
     limit: int | None
     batch_size: int | str
     resources: Resources
+    images: str | None = None
 
     @property
     def model(self) -> str:
@@ -105,12 +107,13 @@ class Cell:
     @property
     def configuration(self) -> tuple[Any, ...]:
         """What is run, whatever it is called."""
-        return (self.model, self.model_args, self.tasks, self.limit, self.batch_size, self.resources)
+        return (self.model, self.model_args, self.tasks, self.limit, self.images, self.batch_size, self.resources)
 
     @property
     def place(self) -> str:
         """Description that distinguishes the cell within its study."""
-        return place({"axes": self.axes.to_dict(), "tasks": self.tasks, "limit": self.limit})
+        said = {"axes": self.axes.to_dict(), "tasks": self.tasks, "limit": self.limit, "images": self.images}
+        return place(said)
 
     @property
     def slug(self) -> str:
@@ -120,7 +123,8 @@ class Cell:
         bits = None if axes.bits is None else f"{axes.bits}bit"
         components = None if axes.components == "language" else axes.components
         seed = None if axes.seed is None else f"seed{axes.seed}"
-        parts = [axes.model, axes.method, bits, group, components, axes.calibration, seed]
+        images = None if self.images is None else f"images{self.images.partition(':')[2].replace(':', '-')}"
+        parts = [axes.model, axes.method, bits, group, components, axes.calibration, seed, images]
         words = "_".join(part for part in parts if part is not None)
         return "".join(c if c.isalnum() or c in "._+-" else "-" for c in words)[:100]
 

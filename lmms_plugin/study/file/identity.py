@@ -20,6 +20,7 @@ from lmms_plugin.study.file.fingerprints import Code, code, of_value, revision
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.tasks import known, local_copies
 from lmms_plugin.utils import hashing
+from lmms_plugin.utils.variables import IMAGES
 
 VERSIONS = ("lmms_eval", "torch", "transformers")
 _ROOTS = ("lmms_plugin.vlm.wrapper", "lmms_plugin.registration")
@@ -84,6 +85,9 @@ def keyed(cell: Cell, *, cuda: bool) -> Keyed:
         "versions": {**reached.versions, **versions, "python": ".".join(platform.python_version_tuple()[:2])},
         "code": dict(reached.files),
     }
+    # A variable that the user has set counts as one that the cell sets.
+    if images := cell.images or os.environ.get(IMAGES):
+        parts["images"] = images
     if cell.launch is not None:
         parts["launch"] = served_arms.dependencies(cell.launch)
     return Keyed(cell, parts, versions)

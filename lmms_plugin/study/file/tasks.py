@@ -69,7 +69,7 @@ def _documents(config: Mapping[str, Any]) -> int | None:
     # Rejection tasks ask each expression that can be changed twice; how many can be changed is not known here.
     if REJECTION.record in metrics:
         return None
-    path, arguments = _located(config)
+    path, arguments = configured_place(config)
     split = config.get("test_split")
     local = (arguments or {}).get("data_files", {}).get(split) if path == "parquet" else None
     if local is None and isinstance(path, str) and Path(path).is_dir():
@@ -150,7 +150,7 @@ def _modules(value: Any) -> Iterator[str]:
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    data = {name: value for name, value in zip(_DATA, _located(config), strict=True) if value is not None}
+    data = {name: value for name, value in zip(_DATA, configured_place(config), strict=True) if value is not None}
     resolved = {name: of_value(value) for name, value in {**config, **data}.items()}
     path = resolved.get("dataset_path")
     if isinstance(path, str) and HUB_ID.fullmatch(path):
@@ -158,12 +158,14 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _located(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    path, arguments = (_looked_up(config.get(name)) for name in _DATA)
+def configured_place(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return path and arguments of a task's dataset, as `datasets.load_dataset` takes them."""
+    path, arguments = (looked_up(config.get(name)) for name in _DATA)
     return located(path, arguments)
 
 
-def _looked_up(value: Any) -> Any:
+def looked_up(value: Any) -> Any:
+    """Return the object that a value of a task's YAML stands for."""
     return attribute(value) if isinstance(value, task_files.Function) else value
 
 

@@ -21,7 +21,7 @@ from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.utils.processes import guard, installed, process_log
-from lmms_plugin.utils.variables import API_KEY, PREFIX
+from lmms_plugin.utils.variables import API_KEY, IMAGES, PREFIX
 
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
 
@@ -84,13 +84,18 @@ def about(keyed: Keyed, gpus: int) -> dict[str, Any]:
         "model_args": dict(cell.arguments),
         "tasks": list(cell.tasks),
         "limit": cell.limit,
+        "images": cell.images,
         "batch_size": cell.batch_size,
         "processes": cell.resources.processes,
         "axes": cell.axes.to_dict(),
-        "command": list(command(cell, gpus)),
+        "command": [*_prefix(cell), *command(cell, gpus)],
         "versions": dict(keyed.versions),
         "depends_on": dict(keyed.parts),
     }
+
+
+def _prefix(cell: Cell) -> tuple[str, ...]:
+    return () if cell.images is None else ("env", f"{IMAGES}={cell.images}")
 
 
 @dataclass
@@ -143,12 +148,13 @@ class Attempt:
             # A relative path has no comma, at which arguments are split.
             arguments = rest.index("--model_args") + 1
             rest[arguments] += f",resume_folder={os.path.relpath(kept, folder)}"
+        images = {} if keyed.cell.images is None else {IMAGES: keyed.cell.images}
         process = guard.start(
             [installed.command(first), *rest],
             folder / LOG,
             folder=folder,
             # Where a server is lent, it has the GPUs, and the process that asks it sees none.
-            environment=_environment(() if environment else gpus, threads) | dict(environment or {}),
+            environment=_environment(() if environment else gpus, threads) | images | dict(environment or {}),
             inherited=inherited,
         )
         return cls(keyed, folder, tuple(gpus), process, time.time())

@@ -71,7 +71,8 @@ def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None,
         parameters: Number of the model's parameters; None if unknown.
         cuda: Whether it runs on a GPU.
     """
-    asked = {"tasks": list(cell.tasks), "limit": cell.limit, "processes": cell.resources.processes}
+    asked = {"tasks": list(cell.tasks), "limit": cell.limit, "images": cell.images}
+    asked |= {"processes": cell.resources.processes}
     alike = [one for one in finished if _named(one, asked) and one.about["axes"]["model"] == cell.axes.model]
     for axes in (("method", "bits", "calibration"), ("method",), ()):
         same = [one for one in alike if all(one.about["axes"][axis] == getattr(cell.axes, axis) for axis in axes)]
@@ -80,7 +81,7 @@ def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None,
             return Seconds(
                 median(one.seconds for one in same), f"median of {counted(len(same), 'finished cell')} of equal {what}"
             )
-    documents = _documents(cell)
+    documents = _documents(cell) if cell.images is None else None
     if documents is None or parameters is None:
         missing = "number of documents" if documents is None else "size of the model"
         return Seconds(None, f"unknown: no cell like it is finished, and the {missing} is not known")

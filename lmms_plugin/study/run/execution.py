@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from lmms_plugin.analysis.study_files import STAGES
 from lmms_plugin.study.file.grid import gpus_needed
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.file.schema import Study
@@ -52,6 +54,78 @@ class Finished(NamedTuple):
         return all(one.state == "done" for one in self.plan.cells)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Where and how the cells of a study are run.
+
+    Attributes:
+        folder: Folder of the study.
+        watch: Factory of the watcher that is notified of progress.
+        jobs: Number of cells at a time on this machine.
+        retry_failed: Whether to run failed cells again.
+        cluster: Ray cluster to run the cells on; None for this machine.
+        gpus: Number of GPUs there.
+        storage: Storage of finished cells; None for none.
+    """
+
+    folder: StudyFolder
+    watch: Watch
+    jobs: int
+    retry_failed: bool
+    cluster: on_ray.Cluster | None
+    gpus: int
+    storage: Storage | None
+
+    @classmethod
+    def on(
+        cls, output: Path, watch: Watch, *, jobs: int, retry_failed: bool, ray: str | None, storage: str | None
+    ) -> Work:
+        """Connect to cluster and storage; arguments as of `run`.
+
+        Raises:
+            ImportError: Ray is requested and not installed; names the command.
+        """
+        cluster = None if ray is None else on_ray.connect(ray)
+        gpus = len(visible_gpus()) if cluster is None else cluster.gpus
+        shared = None if storage is None else Storage.at(storage)
+        return cls(StudyFolder(output), watch, jobs, retry_failed, cluster, gpus, shared)
+
+    def open(self, file: Path) -> None:
+        """Create the folder for a study file.
+
+        Raises:
+            ValueError: The folder holds something else.
+        """
+        self.folder.open(file)
+        if self.storage is not None:
+            self.storage.put_study(self.folder)
+
+    def wanted(self, before: Plan) -> list[PlannedCell]:
+        """Return the cells of a plan that are to be run."""
+        return [one for one in before.cells if _wanted(one, self.retry_failed)]
+
+    def run(self, before: Plan) -> None:
+        """Run the cells of a plan that are not finished."""
+        wanted = self.wanted(before)
+        expected = {one.keyed.id: one.seconds.value for one in wanted}
+        cells = [one.keyed.cell for one in wanted]
+        at_once = self.jobs if self.cluster is None else self.cluster.at_once(cells)
+        with self.watch(expected, len(before.cells) - len(wanted), at_once) as watcher:
+            for one in wanted:
+                if one.damage is not None:
+                    watcher.waiting(one.keyed.id, one.damage)
+            recorder = Recorder(self.folder, watcher, self.storage)
+            if self.cluster is None:
+                LocalRunner(recorder, self.jobs, visible_gpus(), keys(self.gpus)).run(cells)
+            else:
+                on_ray.RayRunner(recorder, keys(self.gpus), lambda cell: gpus_needed(cell, self.gpus)).run(cells)
+
+    def problems(self, after: Plan) -> dict[str, str]:
+        """Return the failed cells of a plan, and why each failed."""
+        failures = {one.keyed.id: self.folder.failure(one.keyed.id) for one in after.cells}
+        return {cell: failure["problem"] for cell, failure in failures.items() if failure is not None}
+
+
 def run(
     file: Path,
     output: Path,
@@ -78,41 +152,24 @@ def run(
         ImportError: Ray is requested and not installed; names the command.
     """
     study = read(file)
-    cluster = None if ray is None else on_ray.connect(ray)
-    gpus = len(visible_gpus()) if cluster is None else cluster.gpus
-    before = plan(study, output, gpus)
-    folder, shared = StudyFolder(output), None if storage is None else Storage.at(storage)
-    folder.open(file)
-    if shared is not None:
-        shared.put_study(folder)
-    wanted = [one for one in before.cells if _wanted(one, retry_failed)]
-    if wanted:
+    work = Work.on(output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
+    before = plan(study, output, work.gpus)
+    work.open(file)
+    # Stages are of the verdict that this run replaces.
+    if work.wanted(before) or (output / STAGES).exists():
         judging.withdraw(output)
-    expected = {one.keyed.id: one.seconds.value for one in wanted}
-    cells = [one.keyed.cell for one in wanted]
-    at_once = jobs if cluster is None else cluster.at_once(cells)
-    with watch(expected, len(before.cells) - len(wanted), at_once) as watcher:
-        for one in wanted:
-            if one.damage is not None:
-                watcher.waiting(one.keyed.id, one.damage)
-        recorder = Recorder(folder, watcher, shared)
-        if cluster is None:
-            LocalRunner(recorder, jobs, visible_gpus(), keys(gpus)).run(cells)
-        else:
-            on_ray.RayRunner(recorder, keys(gpus), lambda cell: gpus_needed(cell, gpus)).run(cells)
-    return _finished(study, folder, gpus)
+    work.run(before)
+    return _finished(study, work)
 
 
-def _finished(study: Study, folder: StudyFolder, gpus: int) -> Finished:
+def _finished(study: Study, work: Work) -> Finished:
     """Return the study after a run; the analysis is made if nothing is missing."""
-    after = plan(study, folder.path, gpus)
-    failures = {one.keyed.id: folder.failure(one.keyed.id) for one in after.cells}
-    problems = {cell: failure["problem"] for cell, failure in failures.items() if failure is not None}
-    finished = Finished(after, problems)
+    after = plan(study, work.folder.path, work.gpus)
+    finished = Finished(after, work.problems(after))
     if study.analysis is None or not finished.complete:
         return finished
     only = [one.keyed.id for one in after.cells]
-    said = judging.conclude(folder.path, study.analysis, only, workers=os.cpu_count() or 1)
+    said = judging.conclude(work.folder.path, study.analysis, only, workers=os.cpu_count() or 1)
     return finished._replace(conclusions=said)
 
 

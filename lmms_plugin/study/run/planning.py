@@ -108,13 +108,14 @@ def keys(gpus: int) -> Callable[[Cell], Keyed]:
     return lambda cell: keyed(cell, cuda=gpus_needed(cell, gpus) > 0)
 
 
-def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> Plan:
+def plan(study: Study, output: Path | None = None, gpus: int | None = None, only: Sequence[Cell] | None = None) -> Plan:
     """Plan a study.
 
     Args:
         study: Study as its file states it.
         output: Folder of the study; None to take no cell as done.
         gpus: Number of GPUs; None to count those of this machine.
+        only: Cells to plan, of a study that was planned before; None for all of its file.
 
     Raises:
         ValueError: An entry of the file is impossible.
@@ -123,9 +124,7 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
     past, there = cost.past(folder), len(visible_gpus()) if gpus is None else gpus
     key = keys(there)
     found = []
-    planned = cells(study)
-    _expect_tasks(study)
-    _expect_what_is_asked(study, planned)
+    planned = checked_cells(study) if only is None else only
     for cell in planned:
         one = key(cell)
         damage = None if folder is None else folder.damage(one.id)
@@ -138,6 +137,18 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None) -> P
     ids = {one.keyed.id for one in found}
     others = () if folder is None else tuple(one for one in folder.finished() if one not in ids)
     return Plan(study, tuple(found), others)
+
+
+def checked_cells(study: Study) -> Sequence[Cell]:
+    """Return all cells of a study, checked together with its tasks and its analysis.
+
+    Raises:
+        ValueError: An entry of the file is impossible.
+    """
+    planned = cells(study)
+    _expect_tasks(study)
+    _expect_what_is_asked(study, planned)
+    return planned
 
 
 def _expect_tasks(study: Study) -> None:

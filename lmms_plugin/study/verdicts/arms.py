@@ -213,9 +213,9 @@ class ResampledCells:
         return self._weights[key]
 
 
-def by_seed(cells: Sequence[FinishedCell]) -> list[list[FinishedCell]]:
+def by_seed(cells: Sequence[Placed]) -> list[list[Placed]]:
     """Group cells that differ only in their seed."""
-    groups: dict[CellAxes, list[FinishedCell]] = defaultdict(list)
+    groups: dict[CellAxes, list[Placed]] = defaultdict(list)
     for cell in cells:
         groups[replace(cell.axes, seed=None)].append(cell)
     return [sorted(group, key=lambda cell: cell.axes.seed or 0) for group in groups.values()]

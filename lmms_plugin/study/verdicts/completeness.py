@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lmms_plugin.analysis.study_files import STUDY, place
 from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.store.folder import StudyFolder
-from lmms_plugin.study.verdicts import judging
+from lmms_plugin.study.verdicts import judging, sequential_verdict
 from lmms_plugin.study.verdicts.conclusions import Conclusion, Partial
+from lmms_plugin.study.verdicts.stages import ImageStages, follow
 from lmms_plugin.utils.messages import counted
 
 _NAMED = 3
@@ -81,6 +82,9 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
     asked = (study if file is None else read(file)).analysis
     if asked is None:
         raise ValueError(f"expected an analysis in {file or folder / STUDY}, got none")
+    schedule = ImageStages.read(folder)
+    if schedule is not None:
+        return _by_stages(folder, cells(study, runnable=False), asked, schedule, partial=partial)
     found = coverage(StudyFolder(folder), cells(study, runnable=False))
     if found.partial is not None and not partial:
         damaged = "".join(f"; {damage}" for damage in StudyFolder(folder).damaged().values())
@@ -89,3 +93,25 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
             f"{damaged} (--partial analyses what is there)"
         )
     return judging.conclude(folder, asked, found.finished, workers=os.cpu_count() or 1, partial=found.partial)
+
+
+def _by_stages(
+    folder: Path, planned: Sequence[Cell], asked: Mapping[str, Any], schedule: ImageStages, *, partial: bool
+) -> list[Conclusion]:
+    """Make the analysis of a study that was run until its comparisons were decided."""
+    if partial:
+        raise ValueError(f"--partial: {folder} was run until decided; expected all cells of its stages")
+    question = sequential_verdict.asked_of(asked)
+
+    def finished(of_stage: Sequence[Cell]) -> tuple[str, ...]:
+        found = coverage(StudyFolder(folder), of_stage)
+        if found.partial is not None:
+            told = f"but {found.partial.finished}, missing: {found.partial.missing}"
+            raise ValueError(f"expected all cells of every stage of {folder}, {told}: run it --until-decided again")
+        return found.finished
+
+    decided = follow(folder, question, planned, schedule, finished)
+    assert decided is not None
+    said = sequential_verdict.conclude(decided)
+    judging.write(folder, said)
+    return said

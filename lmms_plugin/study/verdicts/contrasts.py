@@ -150,7 +150,7 @@ def expect(question: MethodByShift, cells: Sequence[ExpectedCell]) -> None:
     expect_places(cells)
     for model in dict.fromkeys(cell.axes.model for cell in cells):
         own = select(cells, {"model": model})
-        needed = [one_reference(own), *(cell for name in question.arms for cell in _arm(own, name, question))]
+        needed = [one_reference(own), *(cell for name in question.arms for cell in arm_cells(own, name, question))]
         for cell in needed:
             answered = {task for described in known(cell.tasks).values() for task in described.tasks}
             for task in (question.clean, *question.shifted):
@@ -158,7 +158,7 @@ def expect(question: MethodByShift, cells: Sequence[ExpectedCell]) -> None:
                     name = "clean" if task == question.clean else "shifted"
                     raise AskedError(name, f"expected task {task} in every cell, got {', '.join(cell.tasks)}")
         for pair in question.contrasts:
-            _shared_bits(own, pair, question)
+            shared_bits(own, pair, question)
     _expect_values(question, cells)
 
 
@@ -187,7 +187,7 @@ def analyse(
 
 def _of_one_model(cells: Sequence[FinishedCell], question: MethodByShift, workers: int) -> Analysis:
     reference = one_reference(cells)
-    chosen = [cell for name in question.arms for cell in _arm(cells, name, question)]
+    chosen = [cell for name in question.arms for cell in arm_cells(cells, name, question)]
     members = list({cell.name: cell for cell in (reference, *chosen)}.values())
     tasks = (question.clean, *question.shifted)
     drawn = ResampledCells(
@@ -201,7 +201,7 @@ def _of_one_model(cells: Sequence[FinishedCell], question: MethodByShift, worker
     contrasts = [
         _contrast(pair, bits, cells, reference, drawn, question)
         for pair in question.contrasts
-        for bits in _shared_bits(cells, pair, question)
+        for bits in shared_bits(cells, pair, question)
     ]
     rows = [_row(group, reference, drawn, question) for group in by_seed(members)]
     limits = {cell.run.limit for cell in members}
@@ -212,15 +212,25 @@ def _of_one_model(cells: Sequence[FinishedCell], question: MethodByShift, worker
     )
 
 
-def _arm(cells: Sequence[Placed], name: str, question: MethodByShift) -> list[Placed]:
+def arm_cells(cells: Sequence[Placed], name: str, question: MethodByShift) -> list[Placed]:
+    """Return the cells of an arm.
+
+    Raises:
+        AskedError: There are none.
+    """
     found = select(cells, question.arms[name])
     if not found:
         raise AskedError("arms", f"no cell belongs to arm {name!r} ({dict(question.arms[name])})")
     return found
 
 
-def _shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: MethodByShift) -> list[int]:
-    bits = [_bits(_arm(cells, name, question), name) for name in pair]
+def shared_bits(cells: Sequence[Placed], pair: tuple[str, str], question: MethodByShift) -> list[int]:
+    """Return the bits at which two arms are compared, most first.
+
+    Raises:
+        AskedError: Their bits differ, or an arm is empty or has cells without a number of bits.
+    """
+    bits = [_bits(arm_cells(cells, name, question), name) for name in pair]
     if bits[0] != bits[1]:
         told = [", ".join(map(str, sorted(each))) for each in bits]
         raise AskedError(
@@ -252,7 +262,7 @@ def _contrast(
     drawn: ResampledCells,
     question: MethodByShift,
 ) -> Contrast:
-    arms = [select(_arm(cells, name, question), {"bits": bits}) for name in pair]
+    arms = [select(arm_cells(cells, name, question), {"bits": bits}) for name in pair]
 
     def judged(value: ResampledNumber, number: str = "accuracy", margin: float | None = question.margin) -> Difference:
         return value.judged(level=question.level, margin=margin, number=number)

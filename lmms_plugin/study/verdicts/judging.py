@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lmms_plugin.analysis.study_files import VERDICT, VERDICT_IN_WORDS
+from lmms_plugin.analysis.study_files import STAGES, VERDICT, VERDICT_IN_WORDS
 from lmms_plugin.study.file import analyses
 from lmms_plugin.study.verdicts import against_reference, component_bits, contrasts, verdict
 from lmms_plugin.study.verdicts.conclusions import Conclusion, ExpectedCell, Partial, markdown
@@ -76,6 +76,12 @@ def conclude(
     found = _ANSWERED[type(question)].conclude(study, question, only, workers)
     if partial is not None:
         found = _said_of(partial, found)
+    write(study, found)
+    return found
+
+
+def write(study: Path, found: Sequence[Conclusion]) -> None:
+    """Write `verdict.json` and `verdict.md` into a study's folder."""
     said = {
         "sentences": [line for one in found for line in one.sentences],
         "findings": [line for one in found for line in one.findings],
@@ -85,12 +91,11 @@ def conclude(
     }
     replace_text(study / VERDICT_IN_WORDS, "\n".join(map(markdown, found)))
     replace_text(study / VERDICT, json.dumps(said, indent=1, allow_nan=False))
-    return found
 
 
 def withdraw(study: Path) -> None:
-    """Remove the verdict of a study whose set of cells is about to change."""
-    for name in (VERDICT, VERDICT_IN_WORDS):
+    """Remove the verdict of a study whose set of cells is about to change, and the stages that it came from."""
+    for name in (VERDICT, VERDICT_IN_WORDS, STAGES):
         (study / name).unlink(missing_ok=True)
 
 

@@ -1,0 +1,104 @@
+"""Execution of a study in stages of ever more images, until every comparison of its question is decided.
+
+A stage is a barrier: what runs next depends on the answers so far, never on timing. So the result is the same for any
+number of cells at a time and on a cluster, and an interrupted study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from lmms_plugin.study.file.analyses import MethodByShift
+from lmms_plugin.study.file.asked import located
+from lmms_plugin.study.file.grid import Cell
+from lmms_plugin.study.file.reading import read
+from lmms_plugin.study.file.schema import Study
+from lmms_plugin.study.file.task_images import documents_by_image
+from lmms_plugin.study.run.execution import Finished, Watch, Work
+from lmms_plugin.study.run.planning import Plan, checked_cells, plan
+from lmms_plugin.study.verdicts import judging, sequential_verdict
+from lmms_plugin.study.verdicts.stages import FIRST, ImageStages, follow
+from lmms_plugin.utils.variables import IMAGES
+
+
+def run(
+    file: Path,
+    output: Path,
+    watch: Watch,
+    *,
+    first: int | None = None,
+    jobs: int = 1,
+    retry_failed: bool = False,
+    ray: str | None = None,
+    storage: str | None = None,
+) -> Finished:
+    """Run the cells of a study on ever more images until its comparisons are decided; arguments as of `execution.run`.
+
+    Args:
+        file: Study file.
+        output: Folder of the study.
+        watch: Factory of watchers, one for each stage.
+        first: Number of images of the first stage; None for that of the stages that the folder has, or the default.
+        jobs: Number of cells at a time on this machine.
+        retry_failed: Whether to run failed cells again.
+        ray: Address of a Ray cluster to run the cells on; None for this machine.
+        storage: URL for fsspec, to which finished cells are copied and from which they are taken.
+
+    Returns:
+        The plan of all stages that were run, and what was decided; no conclusion while cells are missing.
+
+    Raises:
+        ValueError: The study cannot be decided in stages, an entry of the file is impossible, or the folder holds
+            something else.
+        ImportError: Ray is requested and not installed; names the command.
+    """
+    study = read(file)
+    work = Work.on(output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
+    cells = checked_cells(study)
+    question, documents = _expect(study, cells)
+    begun = ImageStages.read(output)
+    schedule = ImageStages.of(documents, question.seed, first or (FIRST if begun is None else begun.images[0]))
+    work.open(file)
+    judging.withdraw(output)
+    schedule.write(output)
+    return _followed(study, work, question, cells, schedule)
+
+
+def _followed(
+    study: Study, work: Work, question: MethodByShift, cells: Sequence[Cell], schedule: ImageStages
+) -> Finished:
+    """Run stage after stage; the verdict is made if no cell is missing at the end."""
+    output, plans = work.folder.path, list[Plan]()
+
+    def obtain(of_stage: Sequence[Cell]) -> Collection[str] | None:
+        work.run(plan(study, output, work.gpus, of_stage))
+        plans.append(plan(study, output, work.gpus, of_stage))
+        return [one.keyed.id for one in plans[-1].cells] if Finished(plans[-1], {}).complete else None
+
+    decided = follow(output, question, cells, schedule, obtain)
+    planned = tuple(one for stage in plans for one in stage.cells)
+    ids = {one.keyed.id for one in planned}
+    after = Plan(study, planned, tuple(one for one in plans[-1].others if one not in ids))
+    finished = Finished(after, work.problems(after))
+    if decided is None:
+        return finished
+    said = sequential_verdict.conclude(decided)
+    judging.write(output, said)
+    return finished._replace(conclusions=said)
+
+
+def _expect(study: Study, cells: Sequence[Cell]) -> tuple[MethodByShift, Mapping[str, int]]:
+    """Return question and images with their documents of a study that can be decided in stages; refuse any other."""
+    if os.environ.get(IMAGES):
+        raise ValueError(f"--until-decided: expected {IMAGES} to be unset, got {os.environ[IMAGES]!r}")
+    if study.asked is None:
+        raise ValueError(f"{study.file}: expected an analysis for --until-decided, got none")
+    if limited := [cell.limit for cell in cells if cell.limit is not None]:
+        raise ValueError(f"{study.file}: expected no limit with --until-decided, got {limited[0]}: stages limit images")
+    try:
+        question = sequential_verdict.asked_of(study.asked.plain())
+        return question, documents_by_image((question.clean, *question.shifted))
+    except ValueError as error:
+        raise located(error, study.asked) from error
