@@ -228,7 +228,7 @@ def test_a_save_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_newer_format_is_refused():
-    with pytest.raises(ValueError, match=r"saved in version 99 .* reads up to 2"):
+    with pytest.raises(ValueError, match=r"saved in version 99 .* reads up to 3"):
         SavedConfig(version=99, layers={}, method="rtn")
 
 
