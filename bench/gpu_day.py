@@ -198,7 +198,7 @@ def run(part: Part, work: Path, left: float, environment: Mapping[str, str]) -> 
         finally:
             _end(process)
     said = "" if status == "done" else log.read_text(encoding="utf-8", errors="replace")[-LAST:]
-    return Outcome(part.name, status, time.monotonic() - start, _rows(work, part.name), said)
+    return Outcome(part.name, status, time.monotonic() - start, rows_of(work, part.name), said)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -208,7 +208,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _rows(work: Path, name: str) -> list[dict[str, Any]]:
+def rows_of(work: Path, name: str) -> list[dict[str, Any]]:
     try:
         if name == "tests":
             return [_counts(work / "tests.xml")]

@@ -169,7 +169,7 @@ class GptqBackend(FormatBackend, CalibratedBackend):
     ) -> list[Codes | FormatCodes]:
         """Return the codes of all layers after correction; those of one spec are rounded together, row by row alike."""
         found: list[Codes | FormatCodes] = []
-        for first, last in _joined(layers, specs, plain):
+        for first, last in joined(layers, specs, plain):
             weights, codes = [layer.weight for layer in layers[first:last]], plain[first:last]
             if isinstance(codes[0], FormatCodes):
                 found.append(round_to_format(weights[0], codes[0], factor, self.block_size))
@@ -181,7 +181,7 @@ class GptqBackend(FormatBackend, CalibratedBackend):
         return found
 
 
-def _joined(
+def joined(
     layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], plain: Sequence[Codes | FormatCodes]
 ) -> list[tuple[int, int]]:
     """Return runs of neighbouring layers that can be rounded together, each as (first, after the last)."""
@@ -231,11 +231,11 @@ def choose_factor(
     order = hessian.order
     gram, rounding = held_back.gram[order.unsqueeze(1), order], rounding[order]
     best = hessian.factorize(DAMPINGS[0])
-    least = _expected_error(best.feedback, gram, rounding)
+    least = expected_error(best.feedback, gram, rounding)
     # One after another: in wide layers each takes more than a gigabyte.
     for each in DAMPINGS[1:]:
         factor = hessian.factorize(each)
-        expected = _expected_error(factor.feedback, gram, rounding, least)
+        expected = expected_error(factor.feedback, gram, rounding, least)
         if expected >= least:
             # Less damping leaves more correlations that are learned by heart, more damping fewer of those that hold:
             # the error falls, then rises.
@@ -244,7 +244,7 @@ def choose_factor(
     return best
 
 
-def _expected_error(feedback: Tensor, gram: Tensor, rounding: Tensor, enough: float = math.inf) -> float:
+def expected_error(feedback: Tensor, gram: Tensor, rounding: Tensor, enough: float = math.inf) -> float:
     """Return Σ_i var(ε_i) (F⁻ᵀ G F⁻¹)_ii for the feedback F; as soon as it is above `enough`, any number above that.
 
     Column i of F⁻¹ is zero above row i, so that some columns need only what stands below and right of them.

@@ -80,7 +80,7 @@ class TestParts:
             '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase name="a"/>'
             '<testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase></testsuite></testsuites>'
         )
-        (row,) = gpu_day._rows(tmp_path, "tests")
+        (row,) = gpu_day.rows_of(tmp_path, "tests")
         assert (row["tests"], row["failures"], row["skipped"], row["not_passed"]) == (3, 1, 1, ["b", "c"])
 
 

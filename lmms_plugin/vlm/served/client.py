@@ -82,6 +82,7 @@ class Client:
         retries: Number of further attempts after a failure that may pass.
         busy: Function called whenever the server says that it has too much to do.
         expect_running: Function called after a failure that may pass; raises an error if the server has ended.
+        connections: Sockets of the latest connections, open or ended.
     """
 
     base_url: str
@@ -91,10 +92,9 @@ class Client:
     retries: int = 8
     busy: Callable[[], None] = field(default=lambda: None, repr=False)
     expect_running: Callable[[], None] = field(default=lambda: None, repr=False)
+    connections: deque[socket.socket] = field(default_factory=lambda: deque(maxlen=_SOCKETS), init=False, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
-
     _idle: list[httpx.HTTPTransport] = field(default_factory=list, init=False, repr=False)
-    _sockets: deque[socket.socket] = field(default_factory=lambda: deque(maxlen=_SOCKETS), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.base_url = self.base_url.rstrip("/")
@@ -146,7 +146,7 @@ class Client:
             self._idle.pop().close()
         # Closed by another thread, a socket would leave the one that waits for it waiting, or reading from whichever
         # socket gets its number next.
-        for connection in list(self._sockets):
+        for connection in list(self.connections):
             _shut(connection)
 
     @contextmanager
@@ -155,7 +155,7 @@ class Client:
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = httpx.HTTPTransport(verify=self._tls, proxy=self._proxy)
+            connection = httpx.HTTPTransport(verify=self._tls, proxy=self.proxy)
         try:
             yield connection
         finally:
@@ -167,13 +167,13 @@ class Client:
     def _note_socket(self, event: str, details: Mapping[str, Any]) -> None:
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             connection = details["return_value"].get_extra_info("socket")
-            self._sockets.append(connection)
+            self.connections.append(connection)
             if self._ended.is_set():
                 _shut(connection)
 
     @cached_property
-    def _proxy(self) -> str | None:
-        """The proxy that the environment names for this server; none stands between us and our own machine."""
+    def proxy(self) -> str | None:
+        """Return the proxy that the environment names for this server; none stands between us and our own machine."""
         address = httpx.URL(self.base_url)
         if address.host in _LOOPBACK or proxy_bypass(address.netloc.decode("ascii")):
             return None

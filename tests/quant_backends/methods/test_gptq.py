@@ -209,10 +209,10 @@ def test_the_expected_error_is_its_formula_and_stops_once_it_is_too_large(column
     factor, gram = factorize(statistics(x)), torch.from_numpy(x[::4].numpy().T @ x[::4].numpy())
     spread = torch.linalg.inv(factor.feedback.double())
     exact = float((spread.T @ gram.double() @ spread).diagonal() @ rounding)
-    found = gptq._expected_error(factor.feedback, gram, rounding)
+    found = gptq.expected_error(factor.feedback, gram, rounding)
     assert found == pytest.approx(exact, rel=1e-4)
-    assert gptq._expected_error(factor.feedback, gram, rounding, found / 2) > found / 2
-    assert gptq._expected_error(factor.feedback, gram, rounding, 2 * found) == found
+    assert gptq.expected_error(factor.feedback, gram, rounding, found / 2) > found / 2
+    assert gptq.expected_error(factor.feedback, gram, rounding, 2 * found) == found
 
 
 @torch.no_grad()
@@ -223,10 +223,10 @@ def test_layers_that_are_rounded_together_get_the_codes_that_they_get_alone(meth
     entry = held_back(correlated())
     entry.mismatch = 0.1 * entry.gram.triu(1) if method == "gptaq" else None
     plain = [get(method).round(layer.weight, spec) for layer, spec in zip(layers, specs, strict=True)]
-    assert gptq._joined(layers, specs, plain) == [(0, 2), (2, 3), (3, 4)]
+    assert gptq.joined(layers, specs, plain) == [(0, 2), (2, 3), (3, 4)]
     together = get(method).solve(layers, specs, entry)
     monkeypatch.setattr(gptq, "JOINED_ROWS", 0)
-    assert gptq._joined(layers, specs, plain) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert gptq.joined(layers, specs, plain) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     for one, other in zip(together, get(method).solve(layers, specs, entry), strict=True):
         assert one.plain_rows == other.plain_rows
         assert torch.equal(one.layer.weight, other.layer.weight)

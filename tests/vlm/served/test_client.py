@@ -67,9 +67,9 @@ def test_the_proxy_of_the_environment_is_used(listener, proxies, variable, schem
 @pytest.mark.parametrize("exempt", ["served.example", ".example", "*", "elsewhere.example,served.example:8000"])
 def test_no_proxy_where_the_environment_says_so(proxies, exempt):
     proxies(http_proxy="http://127.0.0.1:9", no_proxy=exempt)
-    assert Client(FOREIGN)._proxy is None
+    assert Client(FOREIGN).proxy is None
     proxies(http_proxy="http://127.0.0.1:9", no_proxy="elsewhere.example")
-    assert Client(FOREIGN)._proxy == "http://127.0.0.1:9"
+    assert Client(FOREIGN).proxy == "http://127.0.0.1:9"
 
 
 def test_no_proxy_stands_before_our_own_machine(listener, proxies):
@@ -86,6 +86,6 @@ def test_one_connection_serves_one_request_after_the_other(listener):
     client = Client(url)
     for _ in range(3):
         client.get(f"{url}/models")
-    assert len(client._sockets) == 1
+    assert len(client.connections) == 1
     client.end()
-    assert client._sockets[0].fileno() == -1
+    assert client.connections[0].fileno() == -1
