@@ -54,6 +54,8 @@ def requests(messages=ask, task="toy", **options):
 def load(path, backend="QuantNone", **arguments):
     vlm = getattr(models, backend)(pretrained=str(path), device="cpu", **arguments)
     vlm.task_dict = {task: {"test": Documents(QUESTIONS)} for task in ("toy", "other")}
+    # What does not fit the model is found when it is loaded.
+    _ = vlm.responder
     return vlm
 
 
