@@ -89,7 +89,10 @@ class Asked(NamedTuple):
         # Imported late: these modules take seconds to import.
         from lmms_plugin.vlm.wrapper import model_class
 
-        return model_class(self.method)(**self.given, storage="packed")
+        vlm = model_class(self.method)(**self.given, storage="packed")
+        # Loads now, and writes what `report` and `save_quantized` ask for.
+        _ = vlm.responder
+        return vlm
 
 
 def inspect(asked: Asked, *, held_out: int) -> QuantReport:
