@@ -36,12 +36,9 @@ class Codes(NamedTuple):
         """Return the weight as (rows, groups * group_size), computed in `dtype`.
 
         Codes and integer zero points are exact in bfloat16, so their difference is too; the only rounding is that of
-        the product.
+        the product. Real zero points are rounded to `dtype` first, as in HQQ's own layers.
         """
         zero = self.zero_point
-        if zero is not None and zero.is_floating_point() and dtype.itemsize < 4:
-            # The difference to a real zero point is not exact in 16 bits.
-            return self.dequantize(bits, torch.float32).to(dtype)
         if zero is None:
             # Wraps around in a byte, which is the int8 with the same bits.
             weight = (self.codes - (1 << (bits - 1))).view(torch.int8).to(dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as functional
 from torch import nn
 
 from lmms_plugin.quant_backends import get
+from lmms_plugin.quant_backends.layers.kernels import FEW_ROWS
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -136,7 +137,9 @@ def test_bitsandbytes_is_the_library(bits, options, dtype):
     theirs.support_avx512bf16_for_cpu = False
     ours = quantize("bitsandbytes", options, dense, spec)
     with torch.no_grad():
-        assert torch.equal(ours(x), theirs(x))
+        # More rows are widened to float32 where the processor has no 16-bit arithmetic.
+        assert torch.equal(ours(x[:FEW_ROWS]), theirs(x[:FEW_ROWS]))
+        torch.testing.assert_close(ours(x), theirs(x), rtol=2 * torch.finfo(dtype).eps, atol=2e-3)
 
 
 NF4 = [

@@ -34,8 +34,10 @@ def path(checkpoint):
 
 
 def run(model="QuantAwq", **arguments):
-    """Make the model that lmms-eval makes for `--model quant_awq --model_args ...`."""
-    return getattr(models, model)(**{"device": "cpu", "group_size": 32, **arguments})
+    """Make the model of `--model quant_awq --model_args ...`, and load it as the first request does."""
+    vlm = getattr(models, model)(**{"device": "cpu", "group_size": 32, **arguments})
+    _ = vlm.responder
+    return vlm
 
 
 def png():
@@ -133,7 +135,7 @@ def test_a_file_that_is_cut_off_is_named(checkpoint, tmp_path, model):
     file = tmp_path / "edited" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"pretrained: .*model\.safetensors is damaged or cut off"):
-        getattr(models, model)(pretrained=path, device="cpu")
+        _ = getattr(models, model)(pretrained=path, device="cpu").responder
 
 
 @contextmanager
