@@ -15,6 +15,10 @@ class Captured(HarnessModel):
         super().__init__()
         self.given = given
 
+    def make_responder(self):
+        """Answer nothing: what is tested comes before the first request."""
+        raise NotImplementedError
+
 
 def batch_size(monkeypatch, argv, passed, model_args="pretrained=demo"):
     monkeypatch.setattr(sys, "argv", argv)
