@@ -149,7 +149,7 @@ def test_local_arms_and_vllm_in_one_report(tmp_path: Path) -> None:
         f"  - methods: [{served}]\n    tasks: [[shapes_rec], [shapes_rejection]]\n",
         encoding="utf-8",
     )
-    plan = run([str(PLUGIN), "study", "plan", str(file)], cwd=tmp_path)
+    plan = run([str(PLUGIN), "study", "plan", str(file), "--all"], cwd=tmp_path)
     assert "demo_vllm-float32-" in plan
     run([str(PLUGIN), "study", "run", str(file), "--output", str(output)], cwd=tmp_path)
     accounts = [read_json(path)["served"] for path in output.glob("cells/demo_vllm*/quant_report.json")]
