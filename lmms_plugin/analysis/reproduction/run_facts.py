@@ -74,13 +74,13 @@ def facts_of(run: LoggedRun, task: str, named_by: NamedBy) -> RunFacts:
     answers, engine = answers_of(run, task)
     dialects = {response.dialect for response, _ in answers.values() if response.dialect}
     parsed, unfinished = run.tasks[task].parsed, run.results[task].get("unfinished_rate,none")
-    told = isinstance(unfinished, float | int) and not math.isnan(unfinished)
+    stopped = float(unfinished) if isinstance(unfinished, float | int) and not math.isnan(unfinished) else 0.0
     return RunFacts(
         named_by,
         given,
         engine,
         min(dialects, default=""),
         float(1.0 - parsed.mean()),
-        float(unfinished) if told else 0.0,
+        stopped,
         run.content["configs"][task].get("dataset_path") == _LOCAL,
     )
