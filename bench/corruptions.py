@@ -28,7 +28,7 @@ import skimage.data
 from PIL import Image
 
 from bench.reporting import Row, machine, write
-from lmms_plugin.shifts.image import corruptions, textures
+from lmms_plugin.shifts.image import corruptions, moving, textures
 from lmms_plugin.shifts.severities import SEVERITIES
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -39,10 +39,11 @@ BUDGET_S = 3.0
 STRENGTHS = (1, 3, 5)
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea")
 RIM = 24
-REACH = {"motion_blur": 11, "glass_blur": 2}
-"""How far, in pixels, the original may have moved the picture; the others are not moved."""
-DRAWS = {"frost": 20, "fog": 20, "spatter": 5}
-"""Draws per photograph where one says little: which window, which cloud, which drops; one draw of the others."""
+REACH = {"centred_motion_blur": 11, "centred_glass_blur": 2}
+"""How far, in pixels, the original may have moved the picture; the others are not moved, or move here as well."""
+DRAWS = {"frost": 20, "fog": 20, "spatter": 5, "motion_blur": 20, "elastic_transform": 5}
+"""Draws per photograph where one says little: which window, cloud, drops, direction; one draw of the others."""
+MOVED = tuple(name for name, shift in moving.MOVING.items() if shift.kind == "corruption")
 
 Pixels = npt.NDArray[np.float64]
 
@@ -50,6 +51,16 @@ Pixels = npt.NDArray[np.float64]
 def photograph() -> Image.Image:
     """A real scene, 640×480 RGB."""
     return Image.fromarray(skimage.data.coffee()).resize((640, 480))
+
+
+def corrupted(image: Image.Image, name: str, severity: int, key: int) -> Image.Image:
+    """The picture under one of ours, on its own canvas."""
+    return (moving if name in MOVED else corruptions).apply(image, name, severity, key)
+
+
+def original(name: str) -> str:
+    """The name of a corruption in imagecorruptions."""
+    return name.removeprefix("centred_")
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
@@ -73,11 +84,16 @@ def first_use() -> float:
 
 def measure(name: str, image: Image.Image, theirs: ModuleType, repeats: int) -> Row:
     """One line of the table: ours at severity 3 and at the slowest severity, imagecorruptions at severity 3."""
-    by_severity = [milliseconds(lambda s=s: corruptions.apply(image, name, s, 0), repeats) for s in SEVERITIES]
+
+    def timed(image: Image.Image, name: str, severity: int) -> Image.Image:
+        moving.movement.cache_clear()
+        return corrupted(image, name, severity, 0)
+
+    by_severity = [milliseconds(lambda s=s: timed(image, name, s), repeats) for s in SEVERITIES]
     ours, baseline = by_severity[SEVERITY - 1], None
-    if hasattr(theirs, name):
+    if hasattr(theirs, original(name)):
         baseline = milliseconds(
-            lambda: imagecorruptions_reference.corrupt(theirs, image, name, SEVERITY, 0), max(3, repeats // 3)
+            lambda: imagecorruptions_reference.corrupt(theirs, image, original(name), SEVERITY, 0), max(3, repeats // 3)
         )
     ratio = None if baseline is None else baseline / ours
     return {"case": name, "ms": ours, "worst_ms": max(by_severity), "baseline_ms": baseline, "ratio": ratio}
@@ -105,11 +121,9 @@ def strength(name: str, severity: int, theirs: ModuleType) -> Row:
         clean = np.asarray(image).astype(float)
         for draw in range(draws := DRAWS.get(name, 1)):
             seed = key * draws + draw
-            found["ours"].append(
-                difference(np.asarray(corruptions.apply(image, name, severity, seed)).astype(float), clean)
-            )
-            if hasattr(theirs, name):
-                other = imagecorruptions_reference.corrupt(theirs, image, name, severity, seed).astype(float)
+            found["ours"].append(difference(np.asarray(corrupted(image, name, severity, seed)).astype(float), clean))
+            if hasattr(theirs, original(name)):
+                other = imagecorruptions_reference.corrupt(theirs, image, original(name), severity, seed).astype(float)
                 found["theirs"].append(difference(other, clean))
                 found["theirs_in_place"].append(difference(other, clean, REACH.get(name, 0)))
     means = {column: statistics.mean(values) if values else None for column, values in found.items()}
@@ -121,7 +135,7 @@ def strengths(theirs: ModuleType) -> list[Row]:
     columns = ("theirs", "theirs_in_place", "ours")
     print("| corruption | original, severity 1 / 3 / 5 | original, put back in its place | here |\n|---|---|---|---|")
     rows: list[Row] = []
-    for name in corruptions.SHIFTS:
+    for name in (*corruptions.SHIFTS, *MOVED):
         rows += (of_name := [strength(name, severity, theirs) for severity in STRENGTHS])
         cells = (
             " / ".join("-" if row[column] is None else f"{row[column]:.1f}" for row in of_name) for column in columns
@@ -159,10 +173,10 @@ def main() -> None:
     print(f"first use of frost: {first_use():.0f} ms")
     print(f"{'case':<18}{'ms':>10}{'worst ms':>10}{'theirs ms':>10}{'ratio':>10}")
     rows = []
-    for name in corruptions.SHIFTS:
+    for name in (*corruptions.SHIFTS, *MOVED):
         rows.append(measure(name, image, theirs, arguments.repeats))
         print(line(rows[-1]), flush=True)
-    shared = [row for row in rows if row["case"] != "glass_blur"]
+    shared = [row for row in rows if "glass_blur" not in row["case"]]
     rows.append(total(rows))
     print(line(rows[-1]))
     rows.append(total(shared) | {"case": "… without glass"})

@@ -226,10 +226,11 @@ def _family(
 
 
 def _on_the_same_documents(tasks: Sequence[TaskRecords]) -> list[TaskRecords]:
-    """Return the clean tasks and the shifted ones with the same documents; language shifts leave some documents out."""
+    """Return the clean tasks and those of the shifts that leave no document out, at any severity."""
     clean = [records for records in tasks if records.place.shift is None]
-    ids = [records.ids for records in clean]
-    return clean + [r for r in tasks if r.place.shift is not None and any(np.array_equal(r.ids, i) for i in ids)]
+    shifted = [records for records in tasks if records.place.shift is not None]
+    fewer = {r.place.shift for r in shifted if not any(np.array_equal(r.ids, one.ids) for one in clean)}
+    return clean + [records for records in shifted if records.place.shift not in fewer]
 
 
 def _both(

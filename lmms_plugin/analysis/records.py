@@ -54,8 +54,8 @@ REJECTION = TaskKind("box_rate", "score", "coordinate_mean", None, outcome="matc
 KINDS = (GROUNDING, VQA, REJECTION)
 
 
-SHIFTED = ("image", "language", "image and language")
-"""Inputs that a shift can change; means over shifts are taken separately for each."""
+SHIFTED = ("image", "language", "image and language", "geometry")
+"""What a shift can change; means over shifts are taken separately for each. Geometry: shape and frame of the image."""
 CLEAN, SHIFTED_IMAGES = "clean", "shifted"
 
 
@@ -204,6 +204,8 @@ def place_of(config: Mapping[str, Any]) -> EvaluationSet:
     if severity != kinds[-1][1]:
         name += f"_{kinds[-1][1]}"
     which = SHIFTED[2] if len(kinds) == 2 else SHIFTED["text_shift" in metadata]
+    if metadata.get("shifted") == SHIFTED[3]:
+        which = SHIFTED[3]
     return EvaluationSet(*place, name, severity, which)
 
 

@@ -11,7 +11,7 @@ from lmms_plugin.utils import hashing
 
 DESCRIBING = (
     *("id", "image", "part", "question", "answers", "expression", "target"),
-    *("original_expression", "pair", "matches", "change", "tags"),
+    *("original_expression", "annotated", "pair", "matches", "change", "tags"),
 )
 """Keys of a record that describe its document, all that scores depend on, and not the answer."""
 

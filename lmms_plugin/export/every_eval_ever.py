@@ -335,7 +335,7 @@ def _metadata(record: Mapping[str, Any], kind: TaskKind) -> dict[str, str]:
     if kind is GROUNDING:
         told |= {"iou": repr(float(record["score"])), "boxes": str(record["boxes"])}
         told |= {"box_xyxy": json.dumps(record["box"]), "target_xyxy": json.dumps(record["target"])}
-    for name in ("part", "matches", "pair", "original_expression"):
+    for name in ("part", "matches", "pair", "original_expression", "annotated"):
         if name in record:
             told[name] = str(record[name])
     confidences = {name: value for name, value in (record.get("confidence") or {}).items() if value is not None}

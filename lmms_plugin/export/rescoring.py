@@ -139,7 +139,7 @@ def _expression(
         "width": width,
         "height": height,
     }
-    optional = ("original_expression", "pair", "matches", "change", "tags")
+    optional = ("original_expression", "annotated", "pair", "matches", "change", "tags")
     doc |= {name: record[name] for name in optional if name in record}
     doc["clean"] = (record.get("tags") or {}).get("clean")
     if "shifted_rate" in row:

@@ -30,7 +30,7 @@ from lmms_plugin.protocol.dialects import DIALECTS, Dialect, Parsed
 from lmms_plugin.protocol.reasoning import REMEDY
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.protocol.verbalised import stated_confidence
-from lmms_plugin.shifts.image import corruptions
+from lmms_plugin.shifts.image import corruptions, moving
 from lmms_plugin.tasks.grounding.aggregations import BESIDE, CALIBRATION, GroundingOutcome
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.sources.recent import Recent
@@ -49,13 +49,25 @@ def process_docs(rows: Dataset) -> ExpressionDocs:
 
 
 def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> list[Image.Image]:
-    """Return the document's image under the task's shift, as RGB on the original canvas."""
+    """Return the document's image under the task's shift, as RGB; on the original canvas unless the shift moves boxes.
+
+    Raises:
+        ValueError: The shift moves boxes, and the document has them where they were.
+    """
     name = (task or {}).get("shift")
     if name is None:
         return [to_rgb(doc["image"])]
     image, severity, key = doc["image"], int((task or {})["severity"]), doc["image_id"]
+    moves = name in moving.MOVING
+    if moves and doc.get("moved_by") != [name, severity]:
+        raise ValueError(
+            f"{name} at severity {severity} moves boxes: expected documents whose boxes it moved, got moved_by: "
+            f"{doc.get('moved_by')}; set process_docs to lmms_plugin.tasks.grounding.moving_shifts.Moved, as the "
+            f"generated tasks ending in {name}_{severity} do"
+        )
     known_by = (told_apart(image), key, name, severity)
-    return [_SHIFTED.get(known_by, lambda: corruptions.apply(image, name, severity, key=key))]
+    shifted = moving.apply if moves else corruptions.apply
+    return [_SHIFTED.get(known_by, lambda: shifted(image, name, severity, key=key))]
 
 
 def doc_to_text(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> str:

@@ -41,7 +41,6 @@ def test_a_shift_is_one_function(monkeypatch):
         len(np.unique(np.asarray(corruptions.apply(image, "posterize", severity, "x")))) for severity in (1, 3, 5)
     ]
     assert levels[0] > levels[1] > levels[2] == 4
-    assert not corruptions.SHIFTS["posterize"].moves_boxes
 
 
 def test_a_family_is_one_entry():

@@ -24,7 +24,7 @@ OLD = {
 }
 """What makes torch, oneDNN, MKL, numpy, OpenCV and the C library take the code for a processor of 2008."""
 
-ROUNDED = ("defocus_blur", "motion_blur", "gaussian_blur", "glass_blur", "frost", "fog")
+ROUNDED = ("defocus_blur", "centred_motion_blur", "gaussian_blur", "centred_glass_blur", "frost", "fog")
 """Corruptions that OpenCV sums in floating point, in the order that its code for the processor has."""
 
 SHIFTS = """

@@ -87,7 +87,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         **QUANTIZERS,
         "arguments": "demo quant_backends.backend quant_backends.calibration quant_backends.plans utils",
         "analysis": "arguments confidence metrics protocol quant_backends quant_backends.extras quant_backends.plans"
-        " utils",
+        " shifts utils",
         "selector": "analysis confidence metrics utils",
         **TASKS,
         **MODELS,

@@ -29,13 +29,19 @@ def smear(image: npt.NDArray[np.generic], weights: npt.NDArray[np.float64], degr
         degrees: Direction of the movement; 0 is to the left, 90 up.
         start: Distance of the first copy, pixels; each next one is a pixel further. Edges are repeated.
     """
-    steps = start + np.arange(len(weights))
-    x = np.ceil(steps * math.cos(math.radians(degrees)) - 0.5).astype(int)
-    y = np.ceil(steps * math.sin(math.radians(degrees)) - 0.5).astype(int)
-    reach = int(np.abs(steps).max())
+    x, y = copies_along(len(weights), degrees, start)
+    reach = max(abs(start), abs(start + len(weights) - 1))
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
     np.add.at(kernel, (y + reach, x + reach), weights)
     return cv2.filter2D(image, cv2.CV_32F, kernel, borderType=cv2.BORDER_REPLICATE)
+
+
+def copies_along(count: int, degrees: float, start: int) -> tuple[Indices, Indices]:
+    """Return how far to the left and up each copy of `smear` is moved, x and y, each (count,), whole pixels."""
+    steps = start + np.arange(count)
+    x = np.ceil(steps * math.cos(math.radians(degrees)) - 0.5).astype(int)
+    y = np.ceil(steps * math.sin(math.radians(degrees)) - 0.5).astype(int)
+    return x, y
 
 
 def shuffle_sources(steps: Indices, reach: int) -> Indices:

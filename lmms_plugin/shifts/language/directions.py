@@ -1,0 +1,132 @@
+"""Words for directions, in expressions about a picture that is mirrored, turned or cut.
+
+An expression must stay true of the moved picture. Left and right change places in a mirrored one; that holds for the
+viewer's sides and for a person's own alike, because the mirror image of a raised left hand is a raised right hand.
+What cannot be changed for certain gives None, and the document is left out: adverbs (`right next to`), remains (`one
+left`), idioms (`right way up`), clocks and compasses, abbreviations and misspellings, and writing, which nobody reads
+in a mirror.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+_SIDE = re.compile(
+    r"""(?<![\w])
+    (?P<before>(?:top|bottom|upper|lower|far|mid|middle|cent(?:er|re)|back|front|rear)?-?)
+    (?P<side>left|right)
+    (?P<after>(?:-?(?:most|hand|handed|hander|side|ward|wards)|er|y|ie|ies)?)
+    (?![\w])""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_OTHER = MappingProxyType({"left": "right", "right": "left"})
+
+_NOT_A_SIDE = re.compile(
+    r"\b(?:all|quite)\s+right\b"
+    r"|\bright\s+(?:now|away|there|here|way|angles?|click|size|colou?r)\b|\bright[- ]side[- ](?:up|down|out)\b"
+    r"|\bleft[- ]?overs?\b|\bleft\s+(?:alone|unattended|open|uneaten|empty|off|for|after)\b",
+    re.IGNORECASE,
+)
+_PLACED = frozenset(
+    (
+        *("on", "to", "at", "in", "from", "of", "the", "far", "your", "our", "my", "his", "her", "their", "its"),
+        *("top", "bottom", "upper", "lower", "front", "back", "rear", "middle", "center", "centre", "very", "most"),
+        *("facing", "looking", "towards", "toward", "with"),
+    )
+)
+"""Words behind which `left` and `right` are sides."""
+_PLACING = frozenset(("of", "side", "hand", "corner", "edge", "half", "end", "most", "one", "ones", "person", "guy"))
+"""Words before which they are, unless something remains (`one left`)."""
+_RIGHT_AS_ADVERB = frozenset(
+    (
+        *("next", "behind", "beside", "besides", "before", "after", "above", "below", "under", "underneath"),
+        *("beneath", "against", "by", "near", "around", "in", "on", "at", "up", "down", "along", "through", "inside"),
+        *("outside", "between", "across", "over", "off", "out", "into", "onto", "to", "past", "beyond"),
+    )
+)
+_LEFT_AS_VERB = frozenset(("behind", "out", "over", "in", "on", "at", "to", "with", "there", "here", "standing"))
+_SUBJECTS = frozenset(
+    (
+        *("is", "are", "was", "were", "be", "been", "being", "has", "have", "had", "who", "that", "he", "she", "it"),
+        *("they", "one", "ones", "only", "nothing", "something", "whats", "bite", "bites", "piece", "pieces"),
+        *("slice", "slices", "some", "most", "little", "much", "food", "just", "last"),
+    )
+)
+"""Words behind which `left` may be what remains or went away."""
+
+_UNSURE = re.compile(
+    r"\b(?:l|r|lt|rt|lft|rgt|rght|lef|letf|lfet|elft|leftt|rigt|rigth|rihgt|righ|rightt|ritght)\b"
+    r"|\b(?:anti-?|counter-?)?clockwise\b|\bo[' ]?clock\b|\b(?:north|south)?-?(?:east|west)(?:ern)?\b",
+    re.IGNORECASE,
+)
+_WRITING = re.compile(
+    r"#|\b(?:numbers?|numbered|letters?|lettering|says?|saying|written|writing|words?|text|logos?|labell?ed|initials?)\b",
+    re.IGNORECASE,
+)
+_UP_AND_DOWN = re.compile(
+    r"\b(?:top\w*|bottom\w*|upper\w*|lower\w*|above|below|under|underneath|beneath|over|overhead|up|down|upside|upright"
+    r"|upward|upwards|downward|downwards|high|higher|highest|low|lowest|horizontal\w*|vertical\w*|sideways"
+    r"|north\w*|south\w*)\b",
+    re.IGNORECASE,
+)
+_IN_THE_FRAME = re.compile(
+    r"\b(?:edges?|corners?|borders?|frame|middle|cent(?:er|re)(?:most)?|cut|cutoff|cropped|partial|partially|partly|half"
+    r"|first|second|third|fourth|fifth|sixth|last|\d+(?:st|nd|rd|th))\b",
+    re.IGNORECASE,
+)
+
+
+def kept(expression: str) -> str | None:
+    """Return the expression: nothing that it says of directions has changed."""
+    return expression
+
+
+def cropped(expression: str) -> str | None:
+    """Return the expression, or None where it names a place in the frame or counts objects off.
+
+    `leftmost` stays true of what is cut out or put on a larger canvas; `second from left`, `in the corner` and `half a
+    dog at the edge` may not.
+    """
+    return None if _IN_THE_FRAME.search(expression) else expression
+
+
+def turned(expression: str) -> str | None:
+    """Return the expression, or None where it speaks of left, right, up or down, which a quarter turn changes."""
+    directed = (_SIDE, _NOT_A_SIDE, _UNSURE, _UP_AND_DOWN)
+    return None if any(words.search(expression) for words in directed) else expression
+
+
+def mirrored(expression: str) -> str | None:
+    """Return the expression with left and right exchanged, or None where it is not certain what they mean."""
+    if any(words.search(expression) for words in (_NOT_A_SIDE, _UNSURE, _WRITING)):
+        return None
+    sides = list(_SIDE.finditer(expression))
+    if not all(_is_side(expression, found) for found in sides):
+        return None
+    return _SIDE.sub(lambda found: found["before"] + _exchanged(found["side"]) + found["after"], expression)
+
+
+RULES: Mapping[str, Callable[[str], str | None]] = MappingProxyType(
+    {"kept": kept, "cropped": cropped, "mirrored": mirrored, "turned": turned}
+)
+"""What becomes of an expression → the function that does it; None where the document is left out."""
+
+
+def _is_side(text: str, found: re.Match[str]) -> bool:
+    if found["before"].strip("-") or found["after"]:
+        return True
+    behind = re.search(r"([\w']+)[^\w']*$", text[: found.start()])
+    ahead = re.match(r"\s+([\w']+)", text[found.end() :])
+    last, following = (match[1].lower() if match else "" for match in (behind, ahead))
+    if last in _PLACED or following in _PLACING:
+        return True
+    if found["side"].lower() == "right":
+        return following not in _RIGHT_AS_ADVERB
+    return last not in _SUBJECTS and (following not in _LEFT_AS_VERB or not last)
+
+
+def _exchanged(side: str) -> str:
+    other = _OTHER[side.lower()]
+    if side.isupper():
+        return other.upper()
+    return other.capitalize() if side[0].isupper() else other
