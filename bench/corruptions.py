@@ -53,7 +53,7 @@ def photograph() -> Image.Image:
     return Image.fromarray(skimage.data.coffee()).resize((640, 480))
 
 
-def corrupted(image: Image.Image, name: str, severity: int, key: int) -> Image.Image:
+def applied(image: Image.Image, name: str, severity: int, key: int) -> Image.Image:
     """The picture under one of ours, on its own canvas."""
     return (moving if name in MOVED else corruptions).apply(image, name, severity, key)
 
@@ -87,7 +87,7 @@ def measure(name: str, image: Image.Image, theirs: ModuleType, repeats: int) -> 
 
     def timed(image: Image.Image, name: str, severity: int) -> Image.Image:
         moving.movement.cache_clear()
-        return corrupted(image, name, severity, 0)
+        return applied(image, name, severity, 0)
 
     by_severity = [milliseconds(lambda s=s: timed(image, name, s), repeats) for s in SEVERITIES]
     ours, baseline = by_severity[SEVERITY - 1], None
@@ -121,7 +121,7 @@ def strength(name: str, severity: int, theirs: ModuleType) -> Row:
         clean = np.asarray(image).astype(float)
         for draw in range(draws := DRAWS.get(name, 1)):
             seed = key * draws + draw
-            found["ours"].append(difference(np.asarray(corrupted(image, name, severity, seed)).astype(float), clean))
+            found["ours"].append(difference(np.asarray(applied(image, name, severity, seed)).astype(float), clean))
             if hasattr(theirs, original(name)):
                 other = imagecorruptions_reference.corrupt(theirs, image, original(name), severity, seed).astype(float)
                 found["theirs"].append(difference(other, clean))

@@ -20,6 +20,7 @@ from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, Whole
 from lmms_plugin.quant_backends.formats.entries import FORMATS
 from lmms_plugin.quant_backends.layers.input_rounding import input_formats
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS
+from lmms_plugin.shifts.image.moving import MOVING
 from lmms_plugin.study.file import reading
 from lmms_plugin.study.run import planning
 from lmms_plugin.tasks.captions import captioning
@@ -167,6 +168,23 @@ def published() -> str:
     return table(("model", "checkpoints", "Acc@0.5", "source"), rows)
 
 
+def moving_shifts() -> str:
+    """What moves boxes, and by how much at each severity."""
+    words = {
+        "kept": "",
+        "cropped": "a place in the frame, counting",
+        "mirrored": "an unclear left or right, writing",
+        "turned": "left, right, up, down",
+    }
+    rows = []
+    for name, shift in MOVING.items():
+        levels = " / ".join(", ".join(f"{value:g}" for value in level) for level in shift.levels)
+        said = inspect.cleandoc(shift.function.__doc__ or "").splitlines()[0]
+        left = [words[shift.words], f"less than {100 * shift.visible:g} % of the target left" if shift.visible else ""]
+        rows.append((f"`{name}`", said, levels if any(shift.levels) else "", "; ".join(filter(None, left))))
+    return table(("shift", "what it does", "severity 1 / 2 / 3 / 4 / 5", "left out"), rows)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "arguments": ("model_arguments.md", arguments),
     "served": ("served.md", served),
@@ -178,6 +196,7 @@ TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "datasets": ("tasks.md", datasets),
     "columns": ("tasks.md", columns),
     "published": ("tasks.md", published),
+    "moving_shifts": ("moving_shifts.md", moving_shifts),
 }
 """Name of a table -> its page, and what makes it."""
 

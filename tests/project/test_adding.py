@@ -16,7 +16,7 @@ from PIL import Image
 from lmms_plugin.protocol.boxes import Box
 from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.registration import tasks_folder
-from lmms_plugin.shifts.image import corruptions
+from lmms_plugin.shifts.image import corruptions, moving
 
 pytestmark = pytest.mark.usefixtures("registered")
 PAGE = (Path(__file__).parents[2] / "docs" / "adding.md").read_text(encoding="utf-8")
@@ -41,6 +41,14 @@ def test_a_shift_is_one_function(monkeypatch):
         len(np.unique(np.asarray(corruptions.apply(image, "posterize", severity, "x")))) for severity in (1, 3, 5)
     ]
     assert levels[0] > levels[1] > levels[2] == 4
+
+
+def test_a_moving_shift_is_one_function(monkeypatch):
+    monkeypatch.setattr(moving, "MOVING", dict(moving.MOVING))
+    exec(snippet("python", "@moving_shift"), {})
+    moved = moving.movement((100, 50), "squeeze", 5, "x")
+    assert moved.size == (60, 50)
+    assert moved.box((10, 10, 20, 20)) == pytest.approx((6, 10, 12, 20))
 
 
 def test_a_family_is_one_entry():

@@ -12,7 +12,7 @@ from lmms_plugin.shifts.benchmark import FIFTEEN
 from lmms_plugin.shifts.image import moving
 from lmms_plugin.shifts.image.corruptions import SHIFTS
 from lmms_plugin.shifts.image.motion import shuffle_sources
-from lmms_plugin.shifts.image.movements import LONGEST, Displacement, Size, area, warped
+from lmms_plugin.shifts.image.movements import LONGEST, CanvasSize, Displacement, area, warped
 from lmms_plugin.shifts.image.moving import MOVING, apply, glass_drift, movement
 from lmms_plugin.shifts.language.directions import RULES
 from lmms_plugin.shifts.severities import SEVERITIES
@@ -21,7 +21,7 @@ GEOMETRY = tuple(name for name, shift in MOVING.items() if shift.kind == "geomet
 CORRUPTIONS = tuple(name for name, shift in MOVING.items() if shift.kind == "corruption")
 every_severity = pytest.mark.parametrize("severity", SEVERITIES)
 every_shift = pytest.mark.parametrize("name", MOVING)
-SIZE = Size(320, 240)
+SIZE = CanvasSize(320, 240)
 BOXES = {
     "large": (90, 70, 230, 170),
     "small": (140, 100, 172, 132),
@@ -125,7 +125,7 @@ def photo(side=160):
 )
 def test_no_strength_changes_nothing(name, nothing):
     pixels = np.asarray(photo())
-    moved = MOVING[name].function(Size(160, 120), np.random.default_rng(0), *nothing)
+    moved = MOVING[name].function(CanvasSize(160, 120), np.random.default_rng(0), *nothing)
     assert np.array_equal(moved.render(pixels), pixels)
     assert moved.box((10, 20, 50, 60)) == pytest.approx((10, 20, 50, 60))
     assert moved.visible((10, 20, 50, 60)) == pytest.approx(1)
@@ -216,7 +216,7 @@ def test_equals_imagecorruptions_for_the_same_draws(reference, name, picture, se
     image = Image.fromarray(getattr(skimage.data, picture)()).resize((200, 150))
     theirs = imagecorruptions_reference.corrupt(reference, image, name, severity, seed=3).astype(int)
     rng = np.random.RandomState(3)
-    moved = MOVING[name].function(Size(200, 150), rng, *MOVING[name].levels[severity - 1])
+    moved = MOVING[name].function(CanvasSize(200, 150), rng, *MOVING[name].levels[severity - 1])
     difference = np.abs(moved.render(np.asarray(image)).astype(int) - theirs)
     # OpenCV's warps take places to 1/32 of a pixel; both truncate to whole levels.
     assert difference.mean() < 0.5
@@ -270,6 +270,6 @@ def test_a_perspective_box_is_that_of_its_corners():
 
 def test_a_field_moves_a_thing_thinner_than_a_pixel_to_one_pixel():
     shifted = np.full((20, 20), 4.0, np.float32)
-    moved = Displacement(Size(20, 20), Size(20, 20), lambda image: image, shifted, np.zeros_like(shifted))
+    moved = Displacement(CanvasSize(20, 20), CanvasSize(20, 20), lambda image: image, shifted, np.zeros_like(shifted))
     assert moved.box((10, 5, 12, 9)) == (6, 5, 8, 9)
     assert area(moved.box((10.6, 5.6, 10.7, 5.7))) == 1

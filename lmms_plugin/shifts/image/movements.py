@@ -31,7 +31,7 @@ LONGEST = 32766
 """Longest side, in pixels, that OpenCV's warps take."""
 
 
-class Size(NamedTuple):
+class CanvasSize(NamedTuple):
     """Width and height, pixels."""
 
     width: int
@@ -43,13 +43,13 @@ class Movement(ABC):
     """Movement of a picture.
 
     Attributes:
-        source: Size of the picture.
-        size: Size of the moved picture.
+        source: CanvasSize of the picture.
+        size: CanvasSize of the moved picture.
         render: Function from the picture, (h, w, 3), to the moved one, of `size`. The same at every call.
     """
 
-    source: Size
-    size: Size
+    source: CanvasSize
+    size: CanvasSize
     render: Callable[[Pixels], Pixels]
 
     @abstractmethod
@@ -171,7 +171,7 @@ def bounds(points: Matrix) -> Corners:
     return float(left), float(top), float(right), float(bottom)
 
 
-def clipped(box: Corners, size: Size) -> Corners:
+def clipped(box: Corners, size: CanvasSize) -> Corners:
     """Cut a box at the edges of a picture; without area where it lies outside."""
     left, top, right, bottom = box
     x0, y0 = min(max(left, 0.0), float(size.width)), min(max(top, 0.0), float(size.height))
@@ -183,7 +183,7 @@ def area(box: Sequence[float]) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def warped(source: Size, matrix: Matrix, size: Size) -> Projection:
+def warped(source: CanvasSize, matrix: Matrix, size: CanvasSize) -> Projection:
     """Return the movement by a homography onto a canvas; grey where the picture does not reach.
 
     Pixels are interpolated linearly, which is exact where they fall on pixels again (crops, mirrors, quarter turns).
@@ -194,16 +194,16 @@ def warped(source: Size, matrix: Matrix, size: Size) -> Projection:
     return Projection(source, size, lambda image: cv2.warpPerspective(image, between, size, **flags), matrix)
 
 
-def warped_whole(source: Size, matrix: Matrix) -> Projection:
+def warped_whole(source: CanvasSize, matrix: Matrix) -> Projection:
     """Return the movement by a homography onto the smallest canvas that holds the whole moved picture."""
     width, height = source
     left, top, right, bottom = bounds(moved(matrix, [(0, 0), (width, 0), (width, height), (0, height)]))
     # Without the rounding of sines, which would add a line of pixels.
-    size = Size(math.ceil(right - left - 1e-6), math.ceil(bottom - top - 1e-6))
+    size = CanvasSize(math.ceil(right - left - 1e-6), math.ceil(bottom - top - 1e-6))
     return warped(source, translation(-left, -top) @ matrix, size)
 
 
-def resized(source: Size, size: Size) -> Projection:
+def resized(source: CanvasSize, size: CanvasSize) -> Projection:
     """Return the movement by a change of size, by bicubic interpolation over all pixels that a new one covers."""
     matrix = np.diag([size.width / source.width, size.height / source.height, 1.0])
 

@@ -26,12 +26,12 @@ from lmms_plugin.shifts.image.corruptions import GLASS, MOTION, floored, through
 from lmms_plugin.shifts.image.motion import copies_along, one_sided_trail, smear
 from lmms_plugin.shifts.image.movements import (
     LONGEST,
+    CanvasSize,
     Copies,
     Displacement,
     Movement,
     Offsets,
     Pixels,
-    Size,
     resized,
     translation,
     warped,
@@ -106,7 +106,7 @@ def movement(size: tuple[int, int], name: str, severity: int, key: str | int) ->
         TypeError: A key that is neither text nor an integer.
     """
     chosen, severity = named(name, MOVING, "moving shift"), checked(severity, name)
-    source = Size(*size)
+    source = CanvasSize(*size)
     if min(source) < 1 or max(source) > LONGEST:
         raise ValueError(f"{name}: expected sides of 1 to {LONGEST} pixels, got {source.width}x{source.height}")
     found = chosen.function(source, generator(key, name, severity), *chosen.levels[severity - 1])
@@ -141,35 +141,35 @@ def _sign(rng: np.random.Generator) -> int:
 
 
 @moving_shift((0.95,), (0.9,), (0.8,), (0.7,), (0.6,), words="cropped", visible=VISIBLE)
-def crop(size: Size, rng: np.random.Generator, keep: float) -> Movement:
+def crop(size: CanvasSize, rng: np.random.Generator, keep: float) -> Movement:
     """Keep that share of each side, anywhere in the picture."""
     width, height = (max(1, round(keep * side)) for side in size)
     left, top = (int(rng.integers(whole - part + 1)) for whole, part in zip(size, (width, height), strict=True))
-    return warped(size, translation(-left, -top), Size(width, height))
+    return warped(size, translation(-left, -top), CanvasSize(width, height))
 
 
 @moving_shift((0.1,), (0.25,), (0.5,), (0.75,), (1,), words="cropped")
-def pad(size: Size, rng: np.random.Generator, extra: float) -> Movement:
+def pad(size: CanvasSize, rng: np.random.Generator, extra: float) -> Movement:
     """Put the picture anywhere on a grey canvas whose sides are longer by that share."""
     width, height = (side + round(extra * side) for side in size)
     left, top = (int(rng.integers(whole - part + 1)) for whole, part in zip((width, height), size, strict=True))
-    return warped(size, translation(left, top), Size(width, height))
+    return warped(size, translation(left, top), CanvasSize(width, height))
 
 
 @moving_shift((), (), (), (), (), words="mirrored")
-def horizontal_flip(size: Size, _: np.random.Generator) -> Movement:
+def horizontal_flip(size: CanvasSize, _: np.random.Generator) -> Movement:
     """Mirror the picture; every severity is the same."""
     return warped(size, np.array([[-1.0, 0.0, size.width], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), size)
 
 
 @moving_shift((), (), (), (), (), words="turned")
-def quarter_turn(size: Size, rng: np.random.Generator) -> Movement:
+def quarter_turn(size: CanvasSize, rng: np.random.Generator) -> Movement:
     """Turn the picture by 90° to one side or the other; the severities are five draws of the side."""
     return warped_whole(size, _turn(90 * _sign(rng)))
 
 
 @moving_shift((2,), (4,), (7,), (10,), (15,))
-def rotation(size: Size, rng: np.random.Generator, degrees: float) -> Movement:
+def rotation(size: CanvasSize, rng: np.random.Generator, degrees: float) -> Movement:
     """Turn the picture by that angle to one side or the other, on a canvas that holds all of it.
 
     The box of a turned box is wider than the turned object: for a disc in a square, IoU 1 / (1 + sin 2a).
@@ -184,36 +184,36 @@ def _turn(degrees: float) -> np.ndarray:
 
 
 @moving_shift((1.15,), (1.3,), (1.6,), (2,), (2.5,))
-def aspect_ratio(size: Size, rng: np.random.Generator, factor: float) -> Movement:
+def aspect_ratio(size: CanvasSize, rng: np.random.Generator, factor: float) -> Movement:
     """Make the picture wider or taller by that factor, with as many pixels as before."""
     stretch = math.sqrt(factor) ** _sign(rng)
-    return resized(size, Size(max(1, round(size.width * stretch)), max(1, round(size.height / stretch))))
+    return resized(size, CanvasSize(max(1, round(size.width * stretch)), max(1, round(size.height / stretch))))
 
 
 @moving_shift((0.75,), (0.5,), (0.35,), (0.25,), (0.15,))
-def downscale(size: Size, _: np.random.Generator, factor: float) -> Movement:
+def downscale(size: CanvasSize, _: np.random.Generator, factor: float) -> Movement:
     """Shrink the picture and its canvas."""
     return _scaled(size, factor)
 
 
 @moving_shift((1.25,), (1.5,), (2,), (2.5,), (3,))
-def upscale(size: Size, _: np.random.Generator, factor: float) -> Movement:
+def upscale(size: CanvasSize, _: np.random.Generator, factor: float) -> Movement:
     """Enlarge the picture and its canvas."""
     return _scaled(size, factor)
 
 
-def _scaled(size: Size, factor: float) -> Movement:
-    return resized(size, Size(*(max(1, round(factor * side)) for side in size)))
+def _scaled(size: CanvasSize, factor: float) -> Movement:
+    return resized(size, CanvasSize(*(max(1, round(factor * side)) for side in size)))
 
 
 @moving_shift((0.05,), (0.1,), (0.15,), (0.2,), (0.3,))
-def shear(size: Size, rng: np.random.Generator, slope: float) -> Movement:
+def shear(size: CanvasSize, rng: np.random.Generator, slope: float) -> Movement:
     """Shear the picture to the left or right by that slope, on a canvas that holds all of it."""
     return warped_whole(size, np.array([[1.0, _sign(rng) * slope, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
 
 
 @moving_shift((0.04,), (0.08,), (0.12,), (0.18,), (0.25,))
-def perspective(size: Size, rng: np.random.Generator, depth: float) -> Movement:
+def perspective(size: CanvasSize, rng: np.random.Generator, depth: float) -> Movement:
     """Move each corner inwards by up to that share of the sides, at least by half of it."""
     width, height = size
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=np.float32)
@@ -227,7 +227,7 @@ def perspective(size: Size, rng: np.random.Generator, depth: float) -> Movement:
 
 
 @moving_shift(*MOTION, kind="corruption")
-def motion_blur(size: Size, rng: np.random.Generator, radius: int, sigma: float) -> Movement:
+def motion_blur(size: CanvasSize, rng: np.random.Generator, radius: int, sigma: float) -> Movement:
     """Blur by camera shake along a random direction within 45° of horizontal, to one side only, as the original."""
     degrees, trail = rng.uniform(-45, 45), one_sided_trail(radius, sigma)
     x, y = copies_along(len(trail), degrees, start=0)
@@ -238,7 +238,7 @@ def motion_blur(size: Size, rng: np.random.Generator, radius: int, sigma: float)
 
 
 @moving_shift(*GLASS, kind="corruption")
-def glass_blur(size: Size, rng: np.random.Generator, sigma: float, reach: int, passes: int) -> Movement:
+def glass_blur(size: CanvasSize, rng: np.random.Generator, sigma: float, reach: int, passes: int) -> Movement:
     """Blur, shuffle locally by up to `reach` pixels, `passes` times, and blur again, as the original.
 
     A pass displaces the picture to the right and down by `glass_drift(reach)`, and boxes with it.
@@ -266,7 +266,7 @@ def glass_drift(reach: int) -> float:
 
 # From, to and step of the factors by which copies are enlarged.
 @moving_shift((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03), kind="corruption")
-def zoom_blur(size: Size, _: np.random.Generator, end: float, step: float) -> Movement:
+def zoom_blur(size: CanvasSize, _: np.random.Generator, end: float, step: float) -> Movement:
     """Blur by zooming in while the shutter is open: the mean of the picture and of enlarged ones, as the original."""
     factors = [*np.arange(1, end, step).tolist()]
     zooms = [(_zoom(size.width, factor), _zoom(size.height, factor)) for factor in factors]
@@ -299,7 +299,7 @@ def _zoom(side: int, factor: float) -> tuple[float, int]:
 
 
 @moving_shift((12.5,), (16.25,), (21.25,), (25,), (30,), kind="corruption")
-def elastic_transform(size: Size, rng: np.random.Generator, strength: float) -> Movement:
+def elastic_transform(size: CanvasSize, rng: np.random.Generator, strength: float) -> Movement:
     """Displace every pixel by a smooth random field, as the original."""
     width, height = size
     dx, dy = (strength * _smooth(rng.uniform(-0.005, 0.005, (height, width)) * height) for _ in range(2))

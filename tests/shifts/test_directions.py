@@ -1,0 +1,118 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmms_plugin.shifts.image.moving import MOVING
+from lmms_plugin.shifts.language.directions import RULES, cropped, kept, mirrored, turned
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("left man", "right man"),
+        ("man on right in blue", "man on left in blue"),
+        ("Right guy", "Left guy"),
+        ("LEFT", "RIGHT"),
+        ("leftmost cow", "rightmost cow"),
+        ("left most cow", "right most cow"),
+        ("top-left pizza", "top-right pizza"),
+        ("topleft, not bottomright", "topright, not bottomleft"),
+        ("far right", "far left"),
+        ("one left of the tree", "one right of the tree"),
+        ("man to the left of the right car", "man to the right of the left car"),
+        ("person facing left", "person facing right"),
+        ("the right one", "the left one"),
+        # The mirror image of a right-handed batter bats left-handed.
+        ("left hand up", "right hand up"),
+        ("right-handed batter", "left-handed batter"),
+        ("his left", "his right"),
+        ("lefty", "righty"),
+    ],
+)
+def test_left_and_right_change_places(expression, expected):
+    assert mirrored(expression) == expected
+    assert mirrored(expected) == expression
+
+
+def test_an_adverb_may_arise_but_is_not_read_as_a_side():
+    assert mirrored("left in blue") == "right in blue"
+    assert mirrored("right in the middle") is None
+
+
+@pytest.mark.parametrize("expression", ["red car", "upright bottle", "bright shirt", "woman in front", "top bunk", ""])
+def test_what_knows_no_sides_stays(expression):
+    assert mirrored(expression) == expression
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "woman right next to him",
+        "cow right behind",
+        "guy right in white",
+        "right way up",
+        "right side up",
+        "the right size",
+        "all right",
+        "one left",
+        "last slice left",
+        "food left on plate",
+        "leftover food",
+        "the man who left",
+        "bag left behind",
+        "l guy",
+        "guy on rt",
+        "rigth dog",
+        "at 3 o'clock",
+        "turned clockwise",
+        "west side",
+        "player number 12",
+        "bus that says school",
+        "letter A",
+        "#7",
+        # One of two is unclear.
+        "left man right next to her",
+    ],
+)
+def test_what_is_unclear_in_a_mirror_is_left_out(expression):
+    assert mirrored(expression) is None
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["left man", "top bunk", "cup under table", "the lower shelf", "highest kite", "upside down cup", "topright"],
+)
+def test_a_quarter_turn_leaves_out_what_has_a_direction(expression):
+    assert turned(expression) is None
+
+
+@pytest.mark.parametrize("expression", ["red car", "man with hat", "stopped bus", "supper plate"])
+def test_a_quarter_turn_keeps_the_rest(expression):
+    assert turned(expression) == expression
+
+
+@pytest.mark.parametrize(
+    "expression", ["in the corner", "second from left", "3rd cow", "middle man", "half a dog", "cut off", "last one"]
+)
+def test_a_crop_leaves_out_places_in_the_frame_and_counting(expression):
+    assert cropped(expression) is None
+
+
+@pytest.mark.parametrize("expression", ["leftmost cow", "red car", "largest dog", "centaur"])
+def test_a_crop_keeps_what_stays_true(expression):
+    assert cropped(expression) == expression
+
+
+def test_every_moving_shift_has_a_rule():
+    assert {shift.words for shift in MOVING.values()} == set(RULES)
+    assert kept("left man") == "left man"
+
+
+@given(
+    st.lists(st.sampled_from(["left", "right", "the", "man", "on", "of", "one", "Left-most", "in", "hat"]), max_size=7)
+)
+def test_two_mirrors_give_the_expression_back(words):
+    text = " ".join(words)
+    once = mirrored(text)
+    if once is not None and (twice := mirrored(once)) is not None:
+        assert twice == text
