@@ -193,6 +193,13 @@ def test_lists_of_tasks_are_processes_of_their_own(write: Write) -> None:
     assert [cell.tasks for cell in found] == [("shapes_rec",), ("shapes_shift", "shapes_shift_text")]
 
 
+def test_shifts_that_move_boxes_are_tasks_like_any_other(write: Write) -> None:
+    tasks = "shapes_rec, shapes_geometry, shapes_shift_zoom_blur_5"
+    (cell,) = planned(write(f"models: [demo]\nmethods: [none]\ntasks: [[{tasks}]]"))
+    assert cell.tasks == ("shapes_rec", "shapes_geometry", "shapes_shift_zoom_blur_5")
+    assert describe("shapes_geometry").documents == (488,) * 10
+
+
 def test_options_and_names_of_methods_and_models(write: Write) -> None:
     found = planned(
         write(
