@@ -14,7 +14,7 @@ from loguru import logger
 
 from lmms_plugin.protocol.boxes import Box, iou
 from lmms_plugin.shifts.image import moving
-from lmms_plugin.shifts.image.movements import Corners
+from lmms_plugin.shifts.image.movements import Corners, Movement
 from lmms_plugin.shifts.language.directions import RULES
 from lmms_plugin.tasks.grounding import comprehension, reworded
 from lmms_plugin.tasks.grounding.reworded import PickedExpression, RewordedDocs
@@ -71,7 +71,7 @@ class MovedDocs(RewordedDocs):
             return True
         return self._movement(doc).visible(_pixels(comprehension.true_box(doc), doc)) >= self._shift.visible
 
-    def _movement(self, doc: Mapping[str, Any]) -> moving.Movement:
+    def _movement(self, doc: Mapping[str, Any]) -> Movement:
         return moving.movement((doc["width"], doc["height"]), self._shift.name, self._severity, doc["image_id"])
 
 

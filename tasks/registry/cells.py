@@ -130,7 +130,7 @@ def _moved_cells(dataset: Dataset, split: str) -> Iterator[tuple[str, IndexEntry
     """Yield all single tasks of a split under shifts that move boxes."""
     for severity, (shift, moving) in product(SEVERITIES, MOVING.items()):
         name = f"{dataset.name}_shift{dataset.splits[split]}_{shift}_{severity}"
-        place = {"shift": shift, "severity": severity}
+        place: dict[str, Any] = {"shift": shift, "severity": severity}
         told = {"version": 2.0 if shift in _SECOND_VERSION else 1.0, **place}
         if moving.kind == "geometry":
             told["shifted"] = "geometry"

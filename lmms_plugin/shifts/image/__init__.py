@@ -1,1 +1,1 @@
-"""Image corruptions that leave every object in place."""
+"""Shifts of images: corruptions that leave every object in place, and shifts that move boxes."""

@@ -29,6 +29,7 @@ from lmms_plugin.shifts.image.movements import (
     CanvasSize,
     Copies,
     Displacement,
+    Matrix,
     Movement,
     Offsets,
     Pixels,
@@ -177,7 +178,7 @@ def rotation(size: CanvasSize, rng: np.random.Generator, degrees: float) -> Move
     return warped_whole(size, _turn(degrees * _sign(rng)))
 
 
-def _turn(degrees: float) -> np.ndarray:
+def _turn(degrees: float) -> Matrix:
     angle = math.radians(degrees)
     cosine, sine = math.cos(angle), math.sin(angle)
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
@@ -219,7 +220,7 @@ def perspective(size: CanvasSize, rng: np.random.Generator, depth: float) -> Mov
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=np.float32)
     inwards = np.array([(1, 1), (-1, 1), (-1, -1), (1, -1)]) * (width, height)
     target = corners + rng.uniform(depth / 2, depth, (4, 2)) * inwards
-    matrix: np.ndarray = cv2.getPerspectiveTransform(corners, target.astype(np.float32))
+    matrix: Matrix = cv2.getPerspectiveTransform(corners, target.astype(np.float32))
     return warped(size, matrix, size)
 
 
@@ -268,7 +269,7 @@ def glass_drift(reach: int) -> float:
 @moving_shift((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03), kind="corruption")
 def zoom_blur(size: CanvasSize, _: np.random.Generator, end: float, step: float) -> Movement:
     """Blur by zooming in while the shutter is open: the mean of the picture and of enlarged ones, as the original."""
-    factors = [*np.arange(1, end, step).tolist()]
+    factors = np.arange(1, end, step).tolist()
     zooms = [(_zoom(size.width, factor), _zoom(size.height, factor)) for factor in factors]
     weights = np.full(1 + len(zooms), 1 / (1 + len(zooms)))
     scales = np.array([(1.0, 1.0), *((x[0], y[0]) for x, y in zooms)])
@@ -312,7 +313,7 @@ def elastic_transform(size: CanvasSize, rng: np.random.Generator, strength: floa
     return Displacement(size, size, render, dx, dy)
 
 
-def _smooth(noise: np.ndarray) -> Offsets:
+def _smooth(noise: Matrix) -> Offsets:
     """Blur a field by a Gaussian of a hundredth of each side, cut at three standard deviations."""
     height, width = noise.shape
     taps = tuple(2 * int(3 * 0.01 * side + 0.5) + 1 for side in (width, height))
