@@ -9,6 +9,7 @@ from lmms_eval.tasks import TaskManager
 
 from lmms_plugin import quant_backends, registration
 from lmms_plugin.shifts.image.corruptions import SHIFTS
+from lmms_plugin.shifts.image.moving import MOVING
 from lmms_plugin.shifts.language.rewording import TEXT_SHIFTS
 from lmms_plugin.tasks.grounding import language_shifts
 from lmms_plugin.tasks.registry import catalogue, cells, task_files
@@ -41,10 +42,11 @@ def test_tasks_are_indexed_without_include_path(manager):
     assert listed <= set(manager.all_tasks)
     assert {"refcocoplus_rec_testA", "refcocoplus_shift", "shapes_rec", "shapes_shift"} <= listed
     assert {"reliable_vqa", "reliable_vqav2", "reliable_advqa", "reliable_vizwiz", "reliable_vqav2_advqa_10"} <= listed
-    count = 5 * (len(SHIFTS) + len(TEXT_SHIFTS) + len(SHIFTS) * len(TEXT_SHIFTS))
+    count = 5 * (len(SHIFTS) + len(MOVING) + len(TEXT_SHIFTS) + len(SHIFTS) * len(TEXT_SHIFTS))
     assert len([name for name in listed if name.startswith("refcocoplus_shift_testB_")]) == count
     assert {"refcocoplus_shift_testA_casing_5", "shapes_shift_fog_and_synonyms_1", "shapes_rejection"} <= listed
     assert {"refcocoplus_rejection_val_absent_object", "shapes_rejection_attribute_swap_fog_3"} <= listed
+    assert {"refcocoplus_geometry", "refcocoplus_c", "shapes_c", "shapes_shift_crop_1"} <= listed
 
 
 def test_every_listed_task_tells_the_split_that_is_read(manager):
