@@ -1,5 +1,7 @@
 import importlib.util
 import math
+import re
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,6 +10,7 @@ import skimage.data
 from helpers import imagecorruptions_reference
 from PIL import Image
 
+from lmms_plugin.demo import scenes
 from lmms_plugin.shifts.benchmark import FIFTEEN
 from lmms_plugin.shifts.image import moving
 from lmms_plugin.shifts.image.corruptions import SHIFTS
@@ -189,6 +192,27 @@ def test_the_box_of_a_turned_disc_is_as_loose_as_stated(severity):
     tight, loose = area(extent(moved.render(disc))), area(moved.box((50, 50, 351, 351)))
     assert tight / loose == pytest.approx(1 / (1 + math.sin(2 * math.radians(degrees))), abs=0.01)
     assert tight / loose > 0.66
+
+
+def overlap(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    return shared / (area(a) + area(b) - shared)
+
+
+@pytest.mark.parametrize("name", ["rotation", "shear", "perspective", "elastic_transform"])
+def test_true_boxes_are_as_loose_around_the_demos_shapes_as_documented(name):
+    page = (Path(__file__).parents[2] / "docs" / "moving_shifts.md").read_text(encoding="utf-8")
+    said = re.search(rf"`{name}`\s(0\.\d\d) / (0\.\d\d) / (0\.\d\d)", page).groups()
+    for severity, stated in zip((1, 3, 5), said, strict=True):
+        found = []
+        for k in range(25):
+            drawn, moved = scenes.scene("test", k, max_objects=3), movement((112, 112), name, severity, k)
+            for index, thing in enumerate(drawn.objects):
+                x, y, width, height = thing.box
+                silhouette = np.repeat(np.uint8(255 * (drawn.owner == index))[..., None], 3, axis=2)
+                found.append(overlap(extent(moved.render(silhouette)), moved.box((x, y, x + width, y + height))))
+        assert np.mean(found) == pytest.approx(float(stated), abs=0.012)
 
 
 @pytest.mark.parametrize("reach", [1, 2, 3, 4])
