@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from lmms_plugin.protocol.response import Response
 from lmms_plugin.utils.reading.readable import readable
 
 _TOLERANCE = 1e-9
+_DECIMAL, _LAST_DECIMAL = re.compile(r"\d+\.\d+"), 0.01
 _NOT_METRICS = ("alias", "samples")
 _LOGGED = frozenset(
     {
@@ -111,10 +113,23 @@ def _scored(
     if differs:
         raise ValueError(f"{log}: the answer to {record['id']}, scored anew, is not what the log says: {differs}")
     target = definition.target(doc) if kind is not REJECTION else str(row.get("target", ""))
-    if str(row.get("target", target)) != target:
+    if not _told_alike(target, str(row.get("target", target)), kind):
         raise ValueError(f"{log}: expected the target {target} for {record['id']}, got {row['target']}")
     prompt = row.get("input")
     return RescoredSample(row["doc_id"], record, response, prompt if isinstance(prompt, str) else "", target), output
+
+
+def _told_alike(expected: str, found: str, kind: TaskKind) -> bool:
+    """Return whether two true answers are the same; of boxes, whose text is rounded, up to its last decimal.
+
+    A side that is half a hundredth, as 0.375, may be rounded up from pixels and down from the log's fractions. Scores
+    come from the fractions.
+    """
+    if expected == found or kind is not GROUNDING:
+        return expected == found
+    told = [[float(number) for number in _DECIMAL.findall(text)] for text in (expected, found)]
+    alike = _DECIMAL.sub("", expected) == _DECIMAL.sub("", found) and len(told[0]) == len(told[1])
+    return alike and all(abs(a - b) < 1.5 * _LAST_DECIMAL for a, b in zip(*told, strict=True))
 
 
 def _document(
