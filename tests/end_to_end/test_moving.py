@@ -9,7 +9,7 @@ from lmms_plugin.export.rescoring import rescore
 from lmms_plugin.protocol.boxes import Box, iou
 
 pytestmark = pytest.mark.slow
-SHIFTS = ("horizontal_flip_3", "crop_5", "quarter_turn_1", "upscale_2", "zoom_blur_5", "elastic_transform_3")
+SHIFTS = ("horizontal_flip_3", "crop_1", "quarter_turn_1", "upscale_2", "zoom_blur_5", "elastic_transform_3")
 DATASETS = ("shapes_shift", "refcocoplus_shift_testA")
 
 
@@ -41,7 +41,7 @@ def test_a_cell_is_answered_in_the_frame_of_its_picture(outcome, dataset, shift)
     assert 0 < table["shifted_rate,none"] <= 1
     assert 0 <= table["acc@0.5_unmoved,none"] <= 1
     moved = [record["target"] != pytest.approx(record["annotated"], abs=1e-6) for record in found]
-    assert not any(moved) if shift == "upscale_2" else all(moved)
+    assert any(moved) == (shift != "upscale_2")
 
 
 def test_mirrored_targets_are_mirrored(outcome):
