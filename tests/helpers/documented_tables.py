@@ -21,7 +21,7 @@ from lmms_plugin.quant_backends.formats.entries import FORMATS
 from lmms_plugin.quant_backends.layers.input_rounding import input_formats
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS
 from lmms_plugin.study.file import reading
-from lmms_plugin.study.run import planning
+from lmms_plugin.study.run import design, planning
 from lmms_plugin.tasks.captions import captioning
 from lmms_plugin.tasks.grounding import natural, refcocoplus
 from lmms_plugin.tasks.grounding.expressions import REFCOCOPLUS
@@ -149,8 +149,17 @@ def columns() -> str:
 
 def plan() -> str:
     """What `study plan` prints of the demo's study on a machine without GPUs."""
-    found = planning.plan(reading.read(DOCS.parent / "studies" / "zero_shot_vs_ptq.yaml"), gpus=0)
-    return f"```\n{plan_screen(found)}\n```\n"
+    return _planned("zero_shot_vs_ptq.yaml", gpus=0)
+
+
+def day() -> str:
+    """What `study plan` prints of the reference study on a machine with a GPU, without a local copy of its dataset."""
+    return _planned("zero_shot_vs_ptq_refcocoplus.yaml", gpus=1)
+
+
+def _planned(name: str, gpus: int) -> str:
+    found = planning.plan(reading.read(DOCS.parent / "studies" / name), gpus=gpus)
+    return f"```\n{plan_screen(found, design.told(found))}\n```\n"
 
 
 def published() -> str:
@@ -175,6 +184,7 @@ TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "options": ("quantizers.md", options),
     "formats": ("formats.md", formats),
     "plan": ("studies.md", plan),
+    "day": ("studies.md", day),
     "datasets": ("tasks.md", datasets),
     "columns": ("tasks.md", columns),
     "published": ("tasks.md", published),

@@ -20,6 +20,7 @@ from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.file.identity import keyed
 from lmms_plugin.study.run import until_decided
 from lmms_plugin.study.run.attempt import about
+from lmms_plugin.study.run.execution import Work
 from lmms_plugin.study.verdicts import completeness, sequential_verdict
 from lmms_plugin.study.verdicts.decisions import (
     INTERACTION,
@@ -275,7 +276,7 @@ def refused(folder, text, message):
     file = folder / "study.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as error:
-        until_decided.run(file, folder / "out", None)
+        until_decided.run(file, Work.on(folder / "out", None))
     assert "\n" not in str(error.value)
     assert not (folder / "out").exists()
 
