@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from helpers.study_folders import CLEAN, SHIFTED, write_cell
 
+from lmms_plugin.cli.screens.plan_screen import plan_screen
+from lmms_plugin.cli.screens.screen import HEIGHT, WIDTH
 from lmms_plugin.metrics.power import smallest_difference
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import parse
@@ -43,8 +45,16 @@ analysis:
 def planned(file):
     """The plan of a study on a GPU, without reading code and checkpoints for keys and sizes."""
     study = read(file)
+    return as_plan(study, cells(study))
+
+
+def planned_as(found, made):
+    return as_plan(found.study, design.cells_of(found, made))
+
+
+def as_plan(study, of_study):
     found = []
-    for cell in cells(study):
+    for cell in of_study:
         size = Size(BILLIONS * 10**9, None, "told")
         seconds = cost.seconds(cell, [], size.parameters, cuda=True)
         found.append(PlannedCell(SimpleNamespace(cell=cell, id=cell.slug), "missing", seconds, size, 1))
@@ -116,6 +126,35 @@ def test_a_study_that_is_written_asks_what_was_chosen(seeded, tmp_path):
     assert {cell.axes.seed for cell in cells(study)} == {None, 0, 1}
     assert {cell.images for cell in cells(study)} == {f"0:0:{made.images}"}
     assert study.analysis == seeded.study.analysis
+
+
+def test_the_screen_of_a_design_answers_first(seeded):
+    made = design.chosen(seeded, difference=0.03)
+    found = planned_as(seeded, made)
+    lines = plan_screen(found, made, chosen=True).splitlines()
+    assert len(lines) <= HEIGHT
+    assert max(map(len, lines)) <= WIDTH
+    assert lines[0].startswith("5 cells: 5 missing; time left")
+    answer = " ".join(lines[: lines.index("")])
+    assert f"With {made.images} of 1,500 images" in answer
+    assert "and 3.0 of the interaction, in points, 80 times in 100 (2 tests by Holm" in answer
+    assert f"in the study file: images: {made.images}; seeds: the first 1" in lines
+    (row,) = (line.split() for line in lines if line.startswith("awq against rtn"))
+    assert row[3:] == [
+        "2.6",
+        f"{100 * made.shown[0].equivalent:.0f}",
+        "%",
+        "3.0",
+        f"{100 * made.shown[1].equivalent:.0f}",
+        "%",
+    ]
+
+
+def test_images_are_of_grounding_tasks(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("models: [demo]\nmethods: [none]\nimages: 5\ntasks: [coco_caption_val2017]")
+    with pytest.raises(ValueError, match=r":4:.*expected grounding tasks of this package"):
+        checked_cells(read(file))
 
 
 def test_the_question_of_this_package_takes_a_day(published):

@@ -27,6 +27,7 @@ from lmms_plugin.utils.processes.preloaded import Copy
 from lmms_plugin.utils.variables import API_KEY, IMAGES, PREFIX
 
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
+_SIGNALLED = 128
 
 
 class Outcome(NamedTuple):
@@ -169,8 +170,8 @@ class Attempt:
 
     @property
     def crashed(self) -> bool:
-        """Return whether it was a copy that ended without an exit status of its own."""
-        return isinstance(self.process, Copy) and not self.timed_out and (self.process.poll() or 0) < 0
+        """Return whether it was a copy that a signal ended."""
+        return isinstance(self.process, Copy) and not self.timed_out and (self.process.poll() or 0) > _SIGNALLED
 
     @property
     def over(self) -> bool:

@@ -83,12 +83,13 @@ class LocalRunner:
                 self.recorder.watcher.tick()
                 time.sleep(POLL_SECONDS if self._working or elsewhere else 0)
         finally:
+            # Its copies end with it, also those that wait for its imports.
+            self._libraries.end()
             for work in self._working:
                 work.attempt.end()
                 self.recorder.folder.discard(work.attempt.keyed.id)
                 work.lock.release()
             self._servers.end_unused(())
-            self._libraries.end()
 
     def _fill(self, waiting: deque[Cell], elsewhere: deque[Cell]) -> None:
         while waiting and len(self._working) < self.jobs:

@@ -41,7 +41,7 @@ def run(file: Path, work: Work, *, first: int | None = None) -> Finished:
     """
     study, output = read(file), work.folder.path
     cells = checked_cells(study)
-    question, documents = _expect(study, cells)
+    question, documents = asked_about(study, cells)
     begun = ImageStages.read(output)
     schedule = ImageStages.of(documents, question.seed, first or (FIRST if begun is None else begun.images[0]))
     work.open(file)
@@ -73,8 +73,12 @@ def _followed(
     return finished._replace(conclusions=said)
 
 
-def _expect(study: Study, cells: Sequence[Cell]) -> tuple[MethodByShift, Mapping[str, int]]:
-    """Return question and images with their documents of a study that can be decided in stages; refuse any other."""
+def asked_about(study: Study, cells: Sequence[Cell]) -> tuple[MethodByShift, Mapping[str, int]]:
+    """Return the question of a study, and the images with their documents that its stages may ask about.
+
+    Raises:
+        ValueError: The study cannot be decided in stages.
+    """
     if os.environ.get(IMAGES):
         raise ValueError(f"--until-decided: expected {IMAGES} to be unset, got {os.environ[IMAGES]!r}")
     if study.asked is None:

@@ -41,13 +41,12 @@ class Copy:
     """A command that a copy runs, with the part of `subprocess.Popen` that a runner needs.
 
     Attributes:
-        returncode: Exit status, negative for a signal; None while it runs. `LOST` where its guard has ended before it.
+        returncode: Exit status; 128 plus the number of the signal that ended it, as of any guarded command; None while
+            it runs.
     """
 
     returncode: int | None = field(default=None, init=False)
     _connection: socket.socket
-
-    LOST = -999
 
     def poll(self) -> int | None:
         """Return the exit status; None while it runs."""
@@ -74,7 +73,9 @@ class Copy:
             said = self._connection.recv(_MOST_BYTES)
         except OSError:
             said = b""
-        self.returncode = int(said) if said else self.LOST
+        # Who ends its guard ends the copy.
+        status = int(said) if said else -signal.SIGKILL
+        self.returncode = status if status >= 0 else 128 - status
 
 
 @dataclass
