@@ -159,7 +159,8 @@ class Attempt:
         seen = () if environment else gpus
         own = _environment(seen, threads) | images | dict(environment or {})
         shared = None if seen or libraries is None else libraries.of(keyed, own)
-        command_line, log, process = [installed.command(first), *rest], folder / LOG, None
+        command_line, log = [installed.command(first), *rest], folder / LOG
+        process: subprocess.Popen[bytes] | Copy | None = None
         if shared is not None:
             # It may have ended since.
             with suppress(OSError):

@@ -282,13 +282,14 @@ def chosen(
             raise ValueError(f"{found.study.file}: expected models and tasks of known size, since a cost is not known")
         return sum(filter(None, told))
 
+    bound = math.inf if budget is None else budget
+
+    def affordable(seeds: int) -> int:
+        return _most(lambda images: seconds(images, seeds) <= bound, assumed.counts.images)
+
     designs = []
     for seeds in range(1, most + 1):
-        if difference is not None:
-            images = assumed.needed(difference, seeds)
-        else:
-            assert budget is not None
-            images = _most(lambda count, seeds=seeds: seconds(count, seeds) <= budget, assumed.counts.images)
+        images = affordable(seeds) if difference is None else assumed.needed(difference, seeds)
         if 2 <= images <= assumed.counts.images:
             count = int(images)
             designs.append(Design(assumed, count, seeds, seconds(count, seeds), tuple(assumed.shown(count, seeds))))

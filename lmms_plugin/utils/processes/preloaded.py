@@ -45,8 +45,8 @@ class Copy:
             it runs.
     """
 
-    returncode: int | None = field(default=None, init=False)
     _connection: socket.socket
+    returncode: int | None = field(default=None, init=False)
 
     def poll(self) -> int | None:
         """Return the exit status; None while it runs."""
@@ -104,7 +104,7 @@ class Preloaded:
         # Paths of sockets may have a hundred characters, which folders of studies often exceed.
         with tempfile.TemporaryDirectory() as folder:
             address = f"{folder}/socket"
-            command = [sys.executable, "-P", "-m", __spec__.name, address]
+            command = [sys.executable, "-P", "-m", __name__, address]
             process = guard.start(command, log, environment=environment)
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             while True:
