@@ -149,16 +149,7 @@ def columns() -> str:
 
 def plan() -> str:
     """What `study plan` prints of the demo's study on a machine without GPUs."""
-    return _planned("zero_shot_vs_ptq.yaml", gpus=0)
-
-
-def day() -> str:
-    """What `study plan` prints of the reference study on a machine with a GPU, without a local copy of its dataset."""
-    return _planned("zero_shot_vs_ptq_refcocoplus.yaml", gpus=1)
-
-
-def _planned(name: str, gpus: int) -> str:
-    found = planning.plan(reading.read(DOCS.parent / "studies" / name), gpus=gpus)
+    found = planning.plan(reading.read(DOCS.parent / "studies" / "zero_shot_vs_ptq.yaml"), gpus=0)
     return f"```\n{plan_screen(found, design.told(found))}\n```\n"
 
 
@@ -184,7 +175,6 @@ TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
     "options": ("quantizers.md", options),
     "formats": ("formats.md", formats),
     "plan": ("studies.md", plan),
-    "day": ("studies.md", day),
     "datasets": ("tasks.md", datasets),
     "columns": ("tasks.md", columns),
     "published": ("tasks.md", published),
