@@ -196,7 +196,7 @@ class Attempt:
     def outcome(self) -> Outcome:
         """Check the results of a process that has ended; lmms-eval's exit status is not informative."""
         self.end()
-        status, seconds = self.process.returncode, time.monotonic() - self.began
+        status, seconds = self.process.wait(), time.monotonic() - self.began
         done = {
             "seconds": round(seconds, 3),
             "started": _moment(self.started),

@@ -95,8 +95,8 @@ def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None,
     rate = GPU_RATE if cuda else CPU_RATE
     samples = int(cell.arguments.get("calibration_samples", DEFAULT_SAMPLES)) if "calibration" in cell.arguments else 0
     calibration = f" and {samples} samples of calibration as {CALIBRATION_PASSES} each" if samples else ""
-    asked = f"{counted(documents, 'document')}{calibration}"
-    basis = f"{START:.0f} s and {asked} of {TOKENS} tokens at {rate:.0e} operations per second"
+    units = f"{counted(documents, 'document')}{calibration}"
+    basis = f"{START:.0f} s and {units} of {TOKENS} tokens at {rate:.0e} operations per second"
     passed = documents + samples * CALIBRATION_PASSES
     return Seconds(START + passed * TOKENS * 2 * parameters / rate, f"{STATED}: {basis}")
 

@@ -95,11 +95,11 @@ class Assumptions:
         counts = image_counts((question.clean, *question.shifted))
         comparisons = Decisions.of(question, cells, counts.largest).members
         there = {} if folder is None else pilot.measured(folder, question, comparisons)
-        told = {
+        variances = {
             one: there.get(one) or pilot.stated(one.asked, counts, seeded=_seeded(members))
             for one, members in comparisons.items()
         }
-        return cls(question, counts, comparisons, told)
+        return cls(question, counts, comparisons, variances)
 
     @property
     def tests(self) -> int:

@@ -29,8 +29,10 @@ from typing import Any
 from lmms_plugin.utils.processes import guard
 
 POSSIBLE = sys.platform == "linux"
-LIBRARIES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "sacrebleu", "nltk", "sklearn.metrics")
-LIBRARIES += ("scipy.stats", "pytablewriter", "aiohttp", "loguru", "rich.console", "pydantic", "tenacity", "typer")
+LIBRARIES = (
+    *("torch", "transformers", "datasets", "evaluate", "accelerate", "sacrebleu", "nltk", "sklearn.metrics"),
+    *("scipy.stats", "pytablewriter", "aiohttp", "loguru", "rich.console", "pydantic", "tenacity", "typer"),
+)
 """What `lmms-eval` imports of others."""
 _MOST_BYTES, _MOST_FILES = 1 << 17, 4
 _LOOK_SECONDS = 0.05
@@ -146,8 +148,8 @@ class Preloaded:
         Raises:
             OSError: The process has ended.
         """
-        request = {"command": list(command), "cwd": str(folder), "environment": dict(environment)}
-        request |= {"stdout": str(stdout), "stderr": None if stderr is None else str(stderr)}
+        files = {"stdout": str(stdout), "stderr": None if stderr is None else str(stderr)}
+        request = {"command": list(command), "cwd": str(folder), "environment": dict(environment), **files}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -226,7 +228,7 @@ def _stand_guard(files: Sequence[int]) -> None:
 def _ended(copy: int, client: socket.socket) -> int:
     """Return the exit status of a copy, which is ended when nobody listens any longer."""
     watched = os.pidfd_open(copy)
-    ready, _, _ = select.select([watched, client], [], [])
+    ready, _, _ = select.select([watched, client.fileno()], [], [])
     if watched not in ready:
         os.killpg(copy, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
