@@ -56,10 +56,20 @@ class Copy:
             self._hear()
         return self.returncode
 
-    def wait(self) -> int:
-        """Wait until it and everything it started have ended; return the exit status."""
-        while self.returncode is None:
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it and everything it started have ended; return the exit status.
+
+        Args:
+            timeout: Seconds to wait at most; None for as long as it takes.
+
+        Raises:
+            subprocess.TimeoutExpired: It was still running then.
+        """
+        if self.returncode is None:
+            if timeout is not None and not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("a copy of the libraries' process", timeout)
             self._hear()
+        assert self.returncode is not None
         return self.returncode
 
     def end(self) -> None:
