@@ -4,8 +4,8 @@ A threshold of confidence is chosen on clean images of one run, usually the unqu
 probability at most a stated share of accepted answers is wrong. It is then applied to other images, clean and shifted,
 and to other runs, where nothing promises that it holds: it is judged there.
 
-The threshold is chosen on a task of its own (`GuaranteeSettings.calibrate`), or else on a share of the clean task's
-images; these are judged in no run and under no shift.
+The threshold is chosen on a task of its own (`GuaranteeSettings.calibrate`), or on a share of a task's images; these
+are judged in no run and under no shift.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class GuaranteeSettings:
         estimator: Confidence estimator; None for the default of the kind of task.
         per_image: Whether images count alike, instead of answers.
         bound: Bound of the risk; None for the strongest that holds.
-        calibrate: Task to choose on, which is not judged; None for a share of the images of the only clean task.
-        share: Share of the images to choose on where the same are judged.
+        calibrate: Task to choose on; None for the only clean one.
+        share: Share of its images to choose on; the others are judged. None for a half where no other task is judged,
+            or others have the same images, and else for all.
         pilot: Share of the images to choose on from which the thresholds to test are learned.
         seed: Seed of these choices of images.
         reweigh: Whether thresholds are also chosen with weights by the logged confidences of what they are judged on.
@@ -86,7 +87,7 @@ class GuaranteeSettings:
     per_image: bool = False
     bound: Bound | None = None
     calibrate: str | None = None
-    share: float = 0.5
+    share: float | None = None
     pilot: float = 0.25
     seed: int = 0
     reweigh: bool = False
@@ -212,6 +213,9 @@ class RunGuarantee:
         return sum(cell.verdict is verdict for cell in self.cells)
 
 
+_Tasks = dict[str, list[TaskRecords]]
+
+
 def named(found: Sequence[tuple[Path, LoggedRun]]) -> dict[str, LoggedRun]:
     """Name runs by method and bits, and further where two have the same name.
 
@@ -261,9 +265,7 @@ def guarantee(name: str, run: LoggedRun, others: Mapping[str, LoggedRun], settin
     """
     source = _source(run, settings)
     runs = {name: run} | dict(others)
-    judged = {of: _judged(one, source, settings) for of, one in runs.items()}
-    if not any(judged.values()):
-        raise ValueError(f"expected tasks to judge the threshold of {source.task} on in {run.file}, got none")
+    judged = _judged(runs, source, settings)
     choosing = _choosing(source, [one for tasks in judged.values() for one in tasks], settings)
     largest = max(_largest(one, settings) for one in (source, *(one for tasks in judged.values() for one in tasks)))
     judge = _Judge(source, choosing, largest, settings, {one.task: one for one in judged[name]})
@@ -310,18 +312,29 @@ def _fits(records: TaskRecords, settings: GuaranteeSettings) -> bool:
     return records.kind is not REJECTION
 
 
-def _judged(run: LoggedRun, source: TaskRecords, settings: GuaranteeSettings) -> list[TaskRecords]:
-    """Return the tasks of a run that a threshold is judged on: those of the same kind, without one chosen on alone."""
-    same = [one for one in run.tasks.values() if _fits(one, settings) and one.kind is source.kind]
-    return [one for one in same if one.task != settings.calibrate and one.reported.any()]
+def _judged(runs: Mapping[str, LoggedRun], source: TaskRecords, settings: GuaranteeSettings) -> _Tasks:
+    """Return the tasks that a threshold is judged on, by run: those of the same kind, without one chosen on alone."""
+    found = {
+        name: [one for one in run.tasks.values() if _fits(one, settings) and one.kind is source.kind]
+        for name, run in runs.items()
+    }
+    found = {name: [one for one in tasks if one.reported.any()] for name, tasks in found.items()}
+    others = {name: [one for one in tasks if one.task != source.task] for name, tasks in found.items()}
+    apart = any(others.values()) and not any(_overlap(one, source) for tasks in others.values() for one in tasks)
+    return others if settings.calibrate is not None and settings.share is None and apart else found
 
 
 def _choosing(source: TaskRecords, judged: Iterable[TaskRecords], settings: GuaranteeSettings) -> Texts:
     """Return the names of the images that a threshold is chosen on: all, or a share of those that are judged too."""
     names = source.names[np.unique(source.image[source.reported])]
-    if not any(_same_images(one, source) and np.isin(names, one.names).any() for one in judged):
+    if not any(_overlap(one, source) for one in judged):
         return names
-    return names[[uniform(f"guarantee {settings.seed}:{name}") < settings.share for name in names.tolist()]]
+    share = 0.5 if settings.share is None else settings.share
+    return names[[uniform(f"guarantee {settings.seed}:{name}") < share for name in names.tolist()]]
+
+
+def _overlap(one: TaskRecords, other: TaskRecords) -> bool:
+    return _same_images(one, other) and bool(np.isin(one.names, other.names).any())
 
 
 def _same_images(one: TaskRecords, other: TaskRecords) -> bool:
@@ -390,6 +403,8 @@ class _Judge:
         keep = self._judged_documents(records)
         accepted = self._accepts(records)
         sums = self._sums(records, keep, self.chosen.threshold)
+        if self.chosen.bet is not None:
+            sums = replace(sums, bet=np.array([self.chosen.bet]))
         place, level = records.place, self.settings.level
         flips = None if own else self._flips(records, keep, accepted)
         contained, kept = self._contained(run, records, keep & accepted, margin)

@@ -11,6 +11,7 @@ import typer
 
 from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, print_json, print_tables
 from lmms_plugin.cli.terminal import Working
+from lmms_plugin.metrics.guarantees.risk_bounds import Bound
 from lmms_plugin.utils.files import encoded, replace_bytes
 from lmms_plugin.utils.outputs import expect_file
 from lmms_plugin.utils.plain_json import plain
@@ -31,6 +32,11 @@ class BoundOption(StrEnum):
     HOEFFDING_BENTKUS = "hoeffding-bentkus"
 
 
+_BOUNDS: dict[BoundOption, Bound] = {
+    BoundOption.BETTING: "betting",
+    BoundOption.HOEFFDING_BENTKUS: "hoeffding-bentkus",
+}
+
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run to choose the threshold on: the unquantized one.")]
 On = Annotated[
     list[Path] | None, typer.Option(metavar="RUN", help="Run, or folder of runs, to judge it on; may be repeated.")
@@ -39,9 +45,11 @@ Risk = Annotated[float, typer.Option(help="Largest risk that is promised.")]
 Level = Annotated[float, typer.Option(help="Probability with which it is, and of every verdict.")]
 Loss = Annotated[LossOption, typer.Option(help="What is promised to be rare.")]
 Calibrate = Annotated[
-    str | None, typer.Option(metavar="TASK", help="Task to choose on; by default a share of the clean one's images.")
+    str | None, typer.Option(metavar="TASK", help="Task to choose on; by default the only clean one.")
 ]
-Share = Annotated[float, typer.Option(help="Share of these images, where the same are judged.")]
+Share = Annotated[
+    float | None, typer.Option(help="Share of its images to choose on, the others are judged; by default 0.5 or all.")
+]
 Pilot = Annotated[float, typer.Option(help="Share of the images to choose on that decides what is tested.")]
 PerImage = Annotated[bool, typer.Option("--per-image", help="Images count alike, instead of answers.")]
 BoundOf = Annotated[BoundOption | None, typer.Option(help="By default exact for one answer per image, else betting.")]
@@ -64,7 +72,7 @@ def guarantee(
     level: Level = 0.95,
     loss: Loss = LossOption.ERROR,
     calibrate: Calibrate = None,
-    share: Share = 0.5,
+    share: Share = None,
     pilot: Pilot = 0.25,
     per_image: PerImage = False,
     bound: BoundOf = None,
@@ -76,21 +84,23 @@ def guarantee(
 ) -> None:
     """Choose a threshold with a guaranteed risk, and say whether quantization and shift break the guarantee."""
     from lmms_plugin.analysis import guarantee as analysis
+    from lmms_plugin.analysis.guarantee_sentences import sentences
     from lmms_plugin.cli.screens.guarantee_screen import guarantee_screen, guarantee_tables
 
     if output is not None:
         expect_file("--output", output)
-    chosen = None if bound is None else bound.value
+    chosen: Bound | None = None if bound is None else _BOUNDS[bound]
     rare = analysis.GuardedLoss(loss.value)
     settings = analysis.GuaranteeSettings(
         risk, level, rare, estimator, per_image, chosen, calibrate, share, pilot, seed, reweigh, contain
     )
     with Working("reading and testing"):
         told = analysis.guarantee_of(results, on or (), settings)
+    everything_told = {"sentences": sentences(told)} | plain(told)
     if output is not None:
-        replace_bytes(output, encoded(dumps(plain(told), indent=1, ensure_ascii=False, allow_nan=False)))
+        replace_bytes(output, encoded(dumps(everything_told, indent=1, ensure_ascii=False, allow_nan=False)))
     if json:
-        print_json(told)
+        print_json(everything_told)
     elif everything:
         print_tables(*guarantee_tables(told))
     else:

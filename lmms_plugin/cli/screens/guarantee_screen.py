@@ -7,75 +7,25 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from lmms_plugin.analysis.guarantee import GuardedLoss, JudgedCell, RunGuarantee, Survival
-from lmms_plugin.analysis.records import CLEAN
-from lmms_plugin.cli.screens.screen import NUMBERS, ScreenTable, number, screen
+from lmms_plugin.analysis.guarantee import JudgedCell, RunGuarantee, Survival
+from lmms_plugin.analysis.guarantee_sentences import promise, sentences
+from lmms_plugin.cli.screens.screen import NUMBERS, ScreenTable, number, screen, wrapped
 from lmms_plugin.utils.messages import counted
-
-_RARE = {
-    GuardedLoss.ERROR: ("of accepted answers are wrong", "wrong"),
-    GuardedLoss.IOU: ("of IoU are lost by accepted boxes on average", "lost"),
-    GuardedLoss.FALSE_POSITIVE: ("of expressions that match nothing get an accepted box", "accepted"),
-}
-_MOST_NAMED = 3
 
 
 def guarantee_screen(found: RunGuarantee) -> str:
     """Return the promise, on how many tasks it is kept and broken, and where."""
-    answer = [_promise(found)]
-    if math.isfinite(found.chosen.threshold):
-        answer += _survival(found)
     settings = found.settings
-    notes = [
-        f"Chosen on {counted(found.chosen.images, 'image')} of {found.task} ({found.run}), thresholds to test on"
-        f" {found.chosen.pilot_images} others.",
-        f"Risk: with its {100 * settings.level:g} % bounds. Broken: p by Holm over all tasks.",
-    ]
+    answer = sentences(found)
+    notes = wrapped(
+        f"Chosen on {counted(found.chosen.images, 'image')} of {found.task} in {found.run}"
+        f"{f', after {found.chosen.pilot_images} others said which to test' if found.chosen.pilot_images else ''}."
+        f" Bounds hold with {100 * settings.level:g} %. Broken: p by Holm over all tasks."
+    )
     if found.margin is not None:
-        notes.append(_margin(found))
+        notes += wrapped(_margin(found))
     tables = [_by_condition(found), _worst(found), _anew(found)]
     return screen(answer, tables, notes, f"Every task: --all, --json; {NUMBERS}")
-
-
-def _promise(found: RunGuarantee) -> str:
-    settings, chosen = found.settings, found.chosen
-    rare, told = _RARE[settings.loss]
-    what = f"At most {100 * settings.risk:g} % {rare}, with {100 * settings.level:g} % confidence"
-    if not math.isfinite(chosen.threshold):
-        return (
-            f"No threshold of {found.run} was shown to promise this on {found.task}: {what[0].lower()}{what[1:]}."
-            f" {counted(chosen.images, 'image')} were tested; {found.needed} without any error are the fewest that can"
-            " show it."
-        )
-    return (
-        f"{what}, where the confidence of {found.run} is at least {chosen.threshold:.3g}: that accepts"
-        f" {100 * chosen.coverage:.0f} % on {found.task}, of which {100 * chosen.observed:.1f} % are {told}."
-    )
-
-
-def _survival(found: RunGuarantee) -> list[str]:
-    broken, holds = found.count(Survival.BROKEN), found.count(Survival.HOLDS)
-    runs = len({cell.run for cell in found.cells})
-    said = [
-        f"Of {counted(len(found.cells), 'task')} of {counted(runs, 'run')}, it is broken on {broken}, shown to hold on"
-        f" {holds}, and neither was shown on {len(found.cells) - broken - holds}."
-    ]
-    for clean, where in ((True, "On clean images"), (False, "Under shift")):
-        cells = [cell for cell in found.cells if (cell.condition == CLEAN) == clean]
-        lost = [cell for cell in cells if cell.verdict is Survival.BROKEN]
-        if cells:
-            said.append(f"{where} it is broken {_who(lost, cells) if lost else 'for no run'}.")
-    return said
-
-
-def _who(lost: Sequence[JudgedCell], cells: Sequence[JudgedCell]) -> str:
-    names = dict.fromkeys(cell.run for cell in lost)
-    told = []
-    for name in names:
-        of = sum(cell.run == name for cell in cells)
-        told.append(name if of == 1 else f"{name} ({sum(cell.run == name for cell in lost)} of {of})")
-    more = f" and {counted(len(told) - _MOST_NAMED, 'more run')}" if len(told) > _MOST_NAMED else ""
-    return f"for {', '.join(told[:_MOST_NAMED])}{more}"
 
 
 def _margin(found: RunGuarantee) -> str:
@@ -162,7 +112,7 @@ def _percent(value: float) -> str:
 def guarantee_tables(found: RunGuarantee) -> list[Table]:
     """Return every judged task, and the promise as the title."""
     settings = found.settings
-    shown = Table(title=_promise(found), caption="p broken: adjusted by Holm over all tasks")
+    shown = Table(title=promise(found), caption="p broken: adjusted by Holm over all tasks")
     for heading in ("run", "task"):
         shown.add_column(heading, no_wrap=True)
     headings = ["verdict", "risk", "bounds", "p broken", "accepted", "flipped", "flipped <=", "records", "images"]

@@ -9,13 +9,15 @@ Three bounds, of which the first that applies is the strongest:
 
 * Clopper and Pearson's, exact, where every image has at most one document and losses are 0 or 1;
 * by betting (Waudby-Smith and Ramdas, JRSS B 2024), which learns the variance: the mean capital of constant bets, of
-  which the order of images changes nothing, see `lmms_plugin.metrics.confidence_sequences`;
+  which the order of images changes nothing, see `lmms_plugin.metrics.confidence_sequences`; half of the capital may go
+  to one bet that other images recommend;
 * Hoeffding's and Bentkus' (Bates et al., "Distribution-free, risk-controlling prediction sets", JACM 2021; Angelopoulos
   et al., "Learn then test", 2021), which knows the mean alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +33,7 @@ from lmms_plugin.metrics.confidence_sequences import log_mean_capital
 Bound = Literal["exact", "betting", "hoeffding-bentkus"]
 BETS: Floats = np.array([0.99, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.12, 0.06, 0.03])
 """Bets as shares of the largest one. With errors in p of the documents the best against r is 1 - p / r of it."""
+_CHOICES: Floats = np.arange(1, 19) / 20
 _EDGE = 1e-9
 _ROUNDING = 1e-9
 
@@ -44,6 +47,8 @@ class ImageLosses:
         counted: What counts of each image, shape (..., images): a number of documents, or a weight.
         largest: Largest value of `counted` that an image can have, known beforehand.
         binary: Whether the losses are 0 or 1.
+        bet: Bet that half of the capital goes to where a risk is shown to be below, of each threshold, shape (...);
+            it must not depend on these images. None for none.
 
     Raises:
         ValueError: On construction, if more is lost than counts, or more counts than the largest.
@@ -53,6 +58,7 @@ class ImageLosses:
     counted: Floats
     largest: float = 1.0
     binary: bool = False
+    bet: Floats | None = None
 
     def __post_init__(self) -> None:
         if self.lost.shape != self.counted.shape or not self.lost.ndim:
@@ -88,7 +94,18 @@ class ImageLosses:
             return found
         if how == "hoeffding-bentkus":
             return self._hoeffding_bentkus(risk)
-        return _p((risk * self.counted - self.lost) / ((1.0 - risk) * self.largest))
+        gained = self._gained(risk)
+        capital = log_mean_capital(gained, BETS)
+        if self.bet is not None:
+            own = np.log1p(self.bet[..., None] * gained).sum(axis=-1)
+            capital = np.logaddexp(capital, own) - math.log(2.0)
+        return _p(capital)
+
+    def best_bet(self, risk: float) -> Floats:
+        """Return the bet that gains most on these images, for others, shape (...)."""
+        gained = self._gained(risk)
+        found: Floats = _CHOICES[np.argmax([np.log1p(bet * gained).sum(axis=-1) for bet in _CHOICES], axis=0)]
+        return found
 
     def p_above(self, risk: float, bound: Bound | None = None) -> Floats:
         """Return p-values of "the risk is at most `risk`", shape (...): low ones show that it is above."""
@@ -98,7 +115,7 @@ class ImageLosses:
             return found
         if how == "hoeffding-bentkus":
             return ImageLosses(self.counted - self.lost, self.counted, self.largest)._hoeffding_bentkus(1.0 - risk)
-        return _p((self.lost - risk * self.counted) / (risk * self.largest))
+        return _p(log_mean_capital((self.lost - risk * self.counted) / (risk * self.largest), BETS))
 
     def upper(self, level: float, bound: Bound | None = None) -> float:
         """Return the upper bound of the risk of one threshold, which holds with probability `level`."""
@@ -113,6 +130,10 @@ class ImageLosses:
         if how == "exact" and lost > 0.0:
             return float(beta.ppf(1.0 - level, round(lost), round(counted) - round(lost) + 1.0))
         return self._root(lambda risk: float(self.p_above(risk, how).item()) - (1.0 - level), 0.0)
+
+    def _gained(self, risk: float) -> Floats:
+        """Return what the largest bet that the risk is below gains at every image."""
+        return (risk * self.counted - self.lost) / ((1.0 - risk) * self.largest)
 
     def _root(self, beyond: Callable[[float], float], end: float) -> float:
         """Return where a p-value falls to its limit on the way from the observed risk to an end; else the end."""
@@ -194,6 +215,6 @@ def images_needed(risk: float, level: float) -> int:
     return int(np.ceil(np.log(1.0 - level) / np.log1p(-risk)))
 
 
-def _p(gained: Floats) -> Floats:
-    found: Floats = np.exp(-np.maximum(log_mean_capital(gained, BETS), 0.0))
+def _p(capital: Floats) -> Floats:
+    found: Floats = np.exp(-np.maximum(capital, 0.0))
     return found

@@ -6,7 +6,7 @@ Three kinds of promise:
   risk need not fall as the threshold rises, so thresholds are tested one after the other, each at the full level, and
   the first that fails ends it ("Learn then test", Angelopoulos et al. 2021: fixed sequence testing; the bound of
   Geifman and El-Yaniv, "Selective classification for deep neural networks", NeurIPS 2017, is the case of one document
-  per image). Which thresholds, and where to begin, is learned from pilot images that are not tested on.
+  per image). Which thresholds, where to begin and how to bet is learned from pilot images that are not tested on.
 * `monotone_threshold`: with probability `level`, the mean loss of what is accepted, over all documents, is at most
   `risk`. It falls as the threshold rises, so no pilot and no grid is needed (Bates et al., JACM 2021).
 * `expected_threshold`: the same on average over draws of the images instead of with a probability (conformal risk
@@ -18,7 +18,7 @@ A document is accepted iff its confidence is at least the threshold; one without
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +101,7 @@ class ChosenThreshold:
         images: Number of images it was tested on.
         documents: Number of their documents.
         pilot_images: Number of images from which the thresholds to test were learned.
+        bet: Bet of `risk_bounds` that these images recommend for others; None where nothing is accepted.
     """
 
     threshold: float
@@ -111,6 +112,7 @@ class ChosenThreshold:
     images: int
     documents: int
     pilot_images: int = 0
+    bet: float | None = None
 
 
 def selective_threshold(
@@ -134,16 +136,19 @@ def selective_threshold(
         raise ValueError("expected every image to be pilot with all of its documents, got some on both sides")
     tested = documents.of(~pilot)
     sides = [None if weights is None else weights[np.unique(documents.image[mask])] for mask in (pilot, ~pilot)]
+    images = int(np.unique(documents.image[pilot]).size)
     thresholds = candidates(documents.confidence[pilot])
     if not thresholds.size or not tested.loss.size:
-        return _chosen(NOTHING, tested, promise, int(np.unique(documents.image[pilot]).size), sides[1], heaviest)
-    p_pilot, p = (
-        losses_at(side, thresholds, promise, weight, heaviest).p_below(promise.risk, promise.bound)
-        for side, weight in zip((documents.of(pilot), tested), sides, strict=True)
+        return _chosen(NOTHING, None, tested, promise, images, sides[1], heaviest)
+    of_pilot = losses_at(documents.of(pilot), thresholds, promise, sides[0], heaviest)
+    bets = of_pilot.best_bet(promise.risk)
+    p = replace(losses_at(tested, thresholds, promise, sides[1], heaviest), bet=bets).p_below(
+        promise.risk, promise.bound
     )
-    last = fixed_sequence(p, int(np.argmin(p_pilot)), 1.0 - promise.level)
-    threshold = NOTHING if last is None else float(thresholds[last])
-    return _chosen(threshold, tested, promise, int(np.unique(documents.image[pilot]).size), sides[1], heaviest)
+    start = int(np.argmin(of_pilot.p_below(promise.risk, promise.bound)))
+    last = fixed_sequence(p, start, 1.0 - promise.level)
+    at = (NOTHING, None) if last is None else (float(thresholds[last]), bets[last : last + 1])
+    return _chosen(*at, tested, promise, images, sides[1], heaviest)
 
 
 def candidates(confidence: Floats, most: int = CANDIDATES) -> Floats:
@@ -251,16 +256,24 @@ def _losses(
 
 
 def _chosen(
-    threshold: float, tested: ScoredDocuments, promise: Promise, pilot: int, weights: Floats | None, heaviest: float
+    threshold: float,
+    bet: Floats | None,
+    tested: ScoredDocuments,
+    promise: Promise,
+    pilot: int,
+    weights: Floats | None,
+    heaviest: float,
 ) -> ChosenThreshold:
     accepted = tested.accepted(threshold)
     images = int(np.unique(tested.image).size)
     coverage = float(accepted.mean()) if accepted.size else float("nan")
     if not accepted.any():
         return ChosenThreshold(threshold, promise, float("nan"), 1.0, coverage, images, accepted.size, pilot)
-    sums = losses_at(tested, np.array([threshold]), promise, weights, heaviest)
+    sums = replace(losses_at(tested, np.array([threshold]), promise, weights, heaviest), bet=bet)
     upper = sums.upper(promise.level, promise.bound)
-    return ChosenThreshold(threshold, promise, float(sums.observed[0]), upper, coverage, images, accepted.size, pilot)
+    best = float(sums.best_bet(promise.risk)[0])
+    observed = float(sums.observed[0])
+    return ChosenThreshold(threshold, promise, observed, upper, coverage, images, accepted.size, pilot, best)
 
 
 def _expect(documents: ScoredDocuments) -> None:

@@ -23,17 +23,17 @@ def error(confidence):
     return np.where(confidence > 0.9, 0.07, np.clip(0.9 - confidence, 0.01, 0.9))
 
 
-def drawn(random, images, *, tied=False, shift=0.0):
-    """Documents of images of 1 to 6, with the covariate of each image and the probability of error of each document.
+def drawn(random, images, *, tied=False, shift=0.0, harder=0.0, most=LARGEST):
+    """Images of 1 to `most` documents, with the covariate of each image and the probability of error of each document.
 
-    Confidences and errors of an image go together.
+    Confidences and errors of an image go together. Images with a low covariate are harder than their confidence says.
     """
-    image = np.repeat(np.arange(images), random.integers(1, LARGEST + 1, images))
+    image = np.repeat(np.arange(images), random.integers(1, most + 1, images))
     covariate = random.normal(shift, 1.0, images)
     confidence = 1.0 / (1.0 + np.exp(-0.6 * covariate[image] - 0.8 * random.normal(size=image.size) - 1.0))
     confidence = np.round(confidence, 1) if tied else confidence
     luck = np.where(random.random(image.size) < 0.5, random.random(images)[image], random.random(image.size))
-    wrong = error(confidence)
+    wrong = error(confidence) + harder * (covariate[image] < -0.5)
     return ScoredDocuments(confidence, (luck < wrong).astype(float), image), covariate, wrong
 
 
@@ -78,16 +78,16 @@ def test_selective_thresholds_keep_their_risk(images, tied):
 
 @pytest.mark.parametrize("images", [150, 600])
 def test_monotone_and_expected_thresholds_keep_their_risk(images):
-    truth, random, broken, expected, covered = Truth(tied=True), np.random.default_rng(images), 0, [], []
+    truth, random, broken, expected, covered = Truth(), np.random.default_rng(images), 0, [], []
     promise = Promise(0.05, largest=LARGEST)
     for _ in range(REPEATS):
-        documents, *_ = drawn(random, images, tied=True)
+        documents, *_ = drawn(random, images)
         found = thresholds.monotone_threshold(documents, promise)
         broken += truth.accepted(found.threshold)[1] > promise.risk
         covered.append(found.coverage)
         expected.append(truth.accepted(thresholds.expected_threshold(documents, 0.05))[1])
     assert broken / REPEATS <= TOO_OFTEN
-    assert np.mean(covered) > (0.05 if images == 150 else 0.3)
+    assert images == 150 or np.mean(covered) > 0.3
     # Sizes of images and errors are independent here, so that means over images and over documents agree.
     assert np.mean(expected) <= 0.05 + 3 * np.std(expected) / math.sqrt(REPEATS)
     assert np.mean(expected) > 0.03
@@ -231,17 +231,17 @@ def test_margins_of_boxes():
 
 
 def test_known_weights_move_a_promise_to_other_images():
-    shift, heaviest = -1.0, 4.0
+    shift, heaviest = -0.5, 2.5
 
     def ratio(covariate):
         return np.minimum(np.exp(shift * covariate - shift**2 / 2), heaviest)
 
-    moved, weighted = Truth(shift=shift), Truth(ratio)
-    random, promise = np.random.default_rng(4), Promise(0.15, largest=LARGEST)
+    moved, weighted = Truth(shift=shift, harder=0.15, most=1), Truth(ratio, harder=0.15, most=1)
+    random, promise = np.random.default_rng(4), Promise(0.2)
     broken = dict.fromkeys(("of the weighted images", "of the others", "without weights"), 0)
     covered, margins, plain = [], [], []
     for _ in range(REPEATS):
-        documents, covariate, _ = drawn(random, 400)
+        documents, covariate, _ = drawn(random, 600, harder=0.15, most=1)
         weights, pilot = ratio(covariate), documents.image % 4 == 0
         found = thresholds.selective_threshold(documents, pilot, promise, weights=weights, heaviest=heaviest)
         unweighted = thresholds.selective_threshold(documents, pilot, promise)
@@ -259,12 +259,10 @@ def test_known_weights_move_a_promise_to_other_images():
     assert broken["of the others"] / REPEATS <= TOO_OFTEN
     assert broken["without weights"] / REPEATS > 0.3
     assert np.mean(covered) > 0.3
-    others, *_ = drawn(np.random.default_rng(5), 20_000, shift=shift)
-    share = np.bincount(others.image)[others.image]
-    kept = [np.average(1 - others.confidence <= margin, weights=1 / share) for margin in margins[:200]]
-    without = [np.average(1 - others.confidence <= margin, weights=1 / share) for margin in plain[:200]]
-    assert np.mean(without) < 0.7
-    assert 0.79 < np.mean(kept) < 0.86
+    others, *_ = drawn(np.random.default_rng(5), 20_000, shift=shift, most=1)
+    kept, without = ([(1 - others.confidence <= one).mean() for one in found[:200]] for found in (margins, plain))
+    assert np.mean(without) < 0.73
+    assert np.mean(kept) == pytest.approx(0.8, abs=0.01)
 
 
 def test_an_estimated_ratio_is_near_the_true_one_and_clipped():
