@@ -30,7 +30,8 @@ def promise(found: RunGuarantee) -> str:
     """Return what is promised, and at which threshold; or that nothing could be."""
     settings, chosen = found.settings, found.chosen
     rare, told = _RARE[settings.loss]
-    what = f"At most {100 * settings.risk:g} % {rare}, with {100 * settings.level:g} % confidence"
+    alike = ", images counting alike" if settings.per_image else ""
+    what = f"At most {100 * settings.risk:g} % {rare}{alike}, with {100 * settings.level:g} % confidence"
     if not math.isfinite(chosen.threshold):
         return (
             f"No threshold of {found.run} was shown to promise this on {found.task}: {what[0].lower()}{what[1:]}."
