@@ -6,13 +6,17 @@ import math
 import numpy as np
 import pytest
 from helpers import planted_logs
+from markupsafe import escape
 
 from lmms_plugin.analysis import guarantee as analysis
 from lmms_plugin.analysis.guarantee import GuaranteeSettings, GuardedLoss, Survival
 from lmms_plugin.analysis.guarantee_sentences import sentences
 from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.cli.main import main
-from lmms_plugin.report.numbers import guarantee_numbers
+from lmms_plugin.report import page
+from lmms_plugin.report.gallery import Gallery
+from lmms_plugin.report.numbers import guarantee_numbers, results_folder
+from lmms_plugin.report.numbers.summary import summarise
 
 FOG = {"rec_fog_3": {"metadata": {"shift": "fog", "severity": 3}}}
 DEV = {"rec_dev": {"dataset_path": "other"}}
@@ -211,6 +215,13 @@ def test_the_command_answers_in_one_screen_and_writes_what_the_report_shows(runs
     reported = guarantee_numbers.read(tmp_path)
     assert " ".join(reported.sentences) == said
     assert [row[2].text for row in reported.table.rows] == [one["verdict"] for one in told["cells"]]
+    summary = summarise(results_folder.read_folder(runs, planted_logs.SETTINGS), planted_logs.SETTINGS.level)
+    without, with_it = (page.render(summary, "", None, Gallery((), ()), "here", 1, one) for one in (None, reported))
+    assert 'href="#guarantee"' in with_it
+    assert '<section id="guarantee"' in with_it
+    assert all(escape(sentence) in with_it for sentence in reported.sentences)
+    assert with_it.count(">broken<") == 2
+    assert "#guarantee" not in without
     everything = printed(monkeypatch, capsys, *asked, "--all", "--contain", "0.9", "--reweigh")
     assert everything.count("rec_fog_3") == 2
     assert {"contained", "effective", "AUROC"} <= set(everything.split())

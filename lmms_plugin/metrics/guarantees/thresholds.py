@@ -147,8 +147,9 @@ def selective_threshold(
     )
     start = int(np.argmin(of_pilot.p_below(promise.risk, promise.bound)))
     last = fixed_sequence(p, start, 1.0 - promise.level)
-    at = (NOTHING, None) if last is None else (float(thresholds[last]), bets[last : last + 1])
-    return _chosen(*at, tested, promise, images, sides[1], heaviest)
+    threshold = NOTHING if last is None else float(thresholds[last])
+    bet = None if last is None else bets[last : last + 1]
+    return _chosen(threshold, bet, tested, promise, images, sides[1], heaviest)
 
 
 def candidates(confidence: Floats, most: int = CANDIDATES) -> Floats:
