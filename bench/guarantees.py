@@ -19,8 +19,9 @@ from pathlib import Path
 
 from bench.evaluating import Evaluator
 from bench.reporting import markdown
-from lmms_plugin.analysis.guarantee import GuaranteeSettings, JudgedCell, guarantee
-from lmms_plugin.analysis.guarantee_sentences import sentences
+from lmms_plugin.analysis.guarantees.guarantee import guarantee
+from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings, JudgedCell
+from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
 from lmms_plugin.analysis.logs import LoggedRun, read_one
 
 DEV, CLEAN = "shapes_rec_dev", "shapes_rec"

@@ -18,7 +18,7 @@ from lmms_plugin.utils.plain_json import plain
 
 
 class LossOption(StrEnum):
-    """What is promised to be rare, as `lmms_plugin.analysis.guarantee.GuardedLoss`."""
+    """What is promised to be rare, as `lmms_plugin.analysis.guarantees.guarantee_results.GuardedLoss`."""
 
     ERROR = "error"
     IOU = "iou"
@@ -83,19 +83,20 @@ def guarantee(
     output: Output = None,
 ) -> None:
     """Choose a threshold with a guaranteed risk, and say whether quantization and shift break the guarantee."""
-    from lmms_plugin.analysis import guarantee as analysis
-    from lmms_plugin.analysis.guarantee_sentences import sentences
+    from lmms_plugin.analysis.guarantees.guarantee import guarantee_of
+    from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings, GuardedLoss
+    from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
     from lmms_plugin.cli.screens.guarantee_screen import guarantee_screen, guarantee_tables
 
     if output is not None:
         expect_file("--output", output)
     chosen: Bound | None = None if bound is None else _BOUNDS[bound]
-    rare = analysis.GuardedLoss(loss.value)
-    settings = analysis.GuaranteeSettings(
+    rare = GuardedLoss(loss.value)
+    settings = GuaranteeSettings(
         risk, level, rare, estimator, per_image, chosen, calibrate, share, pilot, seed, reweigh, contain
     )
     with Working("reading and testing"):
-        told = analysis.guarantee_of(results, on or (), settings)
+        told = guarantee_of(results, on or (), settings)
     everything_told = {"sentences": sentences(told)} | plain(told)
     if output is not None:
         replace_bytes(output, encoded(dumps(everything_told, indent=1, ensure_ascii=False, allow_nan=False)))

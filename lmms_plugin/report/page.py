@@ -95,37 +95,44 @@ def render(
         workers: Maximum number of processes.
         guarantee: Guarantee and where it is kept; None for none.
     """
-    environment = Environment(
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            source=source,
+            version=__version__,
+            lmms_eval=metadata.version("lmms-eval"),
+            style=Markup(_read(_STYLE)),
+            script=Markup(_read(_SCRIPT)),
+            tones={**SURFACES, **TONES},
+            verdict=verdict,
+            told=list(lost_numbers.sentences(summary)),
+            summary=summary,
+            counted=counted,
+            warnings=list(warnings(summary)),
+            facts=facts(summary),
+            figures=inlined.shown(summary, workers),
+            tables={table.name: table for table in contents.every(summary)},
+            meanings=contents.meanings(summary),
+            first_rows=ROWS_AT_FIRST,
+            gallery=gallery,
+            guarantee=guarantee,
+            common=", ".join(summary.common),
+            leading=_leading(summary),
+            commands=list(commands(summary)),
+            versions=versions(summary),
+        )
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("lmms_plugin.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
-        title=title,
-        source=source,
-        version=__version__,
-        lmms_eval=metadata.version("lmms-eval"),
-        style=Markup(_read(_STYLE)),
-        script=Markup(_read(_SCRIPT)),
-        tones={**SURFACES, **TONES},
-        verdict=verdict,
-        told=list(lost_numbers.sentences(summary)),
-        summary=summary,
-        counted=counted,
-        warnings=list(warnings(summary)),
-        facts=facts(summary),
-        figures=inlined.shown(summary, workers),
-        tables={table.name: table for table in contents.every(summary)},
-        meanings=contents.meanings(summary),
-        first_rows=ROWS_AT_FIRST,
-        gallery=gallery,
-        guarantee=guarantee,
-        common=", ".join(summary.common),
-        leading=_leading(summary),
-        commands=list(commands(summary)),
-        versions=versions(summary),
     )
 
 

@@ -8,9 +8,9 @@ import pytest
 from helpers import planted_logs
 from markupsafe import escape
 
-from lmms_plugin.analysis import guarantee as analysis
-from lmms_plugin.analysis.guarantee import GuaranteeSettings, GuardedLoss, Survival
-from lmms_plugin.analysis.guarantee_sentences import sentences
+from lmms_plugin.analysis.guarantees import guarantee as analysis
+from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings, GuardedLoss, Survival
+from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
 from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.cli.main import main
 from lmms_plugin.report import page

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from lmms_plugin.analysis.guarantee import JudgedCell, RunGuarantee, Survival
-from lmms_plugin.analysis.guarantee_sentences import promise, sentences
+from lmms_plugin.analysis.guarantees.guarantee_results import JudgedCell, RunGuarantee, Survival
+from lmms_plugin.analysis.guarantees.guarantee_sentences import promise, sentences
 from lmms_plugin.cli.screens.screen import NUMBERS, ScreenTable, number, screen, wrapped
 from lmms_plugin.utils.messages import counted
 

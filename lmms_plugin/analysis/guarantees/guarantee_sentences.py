@@ -1,11 +1,11 @@
-"""What `lmms_plugin.analysis.guarantee` found, in sentences."""
+"""What `lmms_plugin.analysis.guarantees.guarantee` found, in sentences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from lmms_plugin.analysis.guarantee import GuardedLoss, JudgedCell, RunGuarantee, Survival
+from lmms_plugin.analysis.guarantees.guarantee_results import GuardedLoss, JudgedCell, RunGuarantee, Survival
 from lmms_plugin.analysis.records import CLEAN
 from lmms_plugin.utils.messages import counted
 
