@@ -185,6 +185,13 @@ def test_what_cannot_be_chosen_on_is_told(runs, settings, message):
         analysis.guarantee_of(runs / "a", [], GuaranteeSettings(**settings))
 
 
+def test_a_run_without_confidences_cannot_be_judged(runs):
+    mute = [planted_logs.line(k, 0.8, None) for k in range(COUNT)]
+    folder = planted_logs.write(runs.parent / "mute", {"rec": mute}, "other")
+    with pytest.raises(ValueError, match="confidences of rec in other to judge"):
+        analysis.guarantee_of(runs / "a", [folder], GuaranteeSettings(calibrate="rec_dev"))
+
+
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="no margin of boxes with false positives"):
         GuaranteeSettings(loss=GuardedLoss.FALSE_POSITIVE, contain=0.9)

@@ -91,7 +91,7 @@ def guarantee(name: str, run: LoggedRun, others: Mapping[str, LoggedRun], settin
         settings: What is promised, and on which images it is chosen.
 
     Raises:
-        ValueError: There is no task to choose on, or several and none was named, or it has no confidences.
+        ValueError: There is no task to choose on, or several and none was named, or a task has no confidences.
     """
     source = _source(run, settings)
     runs = {name: run} | dict(others)
@@ -149,6 +149,9 @@ def _judged(runs: Mapping[str, LoggedRun], source: TaskRecords, settings: Guaran
         for name, run in runs.items()
     }
     found = {name: [one for one in tasks if one.reported.any()] for name, tasks in found.items()}
+    for name, tasks in found.items():
+        if silent := [one.task for one in tasks if np.isnan(one.confidence_by(settings.estimator)).all()]:
+            raise ValueError(f"expected confidences of {silent[0]} in {name} to judge a threshold on, got none")
     others = {name: [one for one in tasks if one.task != source.task] for name, tasks in found.items()}
     apart = any(others.values()) and not any(_overlap(one, source) for tasks in others.values() for one in tasks)
     return others if settings.calibrate is not None and settings.share is None and apart else found
