@@ -39,6 +39,8 @@ from lmms_plugin.utils.images import to_rgb, told_apart
 Record = Mapping[str, Any]
 GENERIC = DIALECTS["fractions"]
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
+IN_STRATUM = ("acc@0.5", "ece")
+"""Metrics that are also computed by the number of distractors, where it is known, as `ece_distractors_2-3`."""
 # All expressions of an image use it under the same shift.
 _SHIFTED: Recent[Image.Image] = Recent(8)
 
@@ -114,13 +116,13 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
 
     Returns:
         One entry per metric. The entry of `mean_iou` is the whole record, which thereby reaches the log of samples (a
-        key that is not a metric would appear in lmms-eval's results table as an empty list). Reasoning is not part of
-        the answer. An answer without a box has IoU 0 and counts in `parse_rate`; so does one that ends inside its
-        reasoning, which also counts in `unfinished_rate` and has no confidence. Without a trailer (a model of another
-        package) there are no probabilities, and the calibration metrics are absent, not zero. An answer for which the
-        estimator has no value (coordinates, where there are none) is left out of them and counts in `confidence_rate`.
-        Estimators that need more than the answer's log-probabilities (`NEEDS`, `LEARNED`) have metrics of their own, as
-        far as the model returns what they need.
+        key that is no metric would be an empty list in the table). Reasoning is not part of the answer. An answer
+        without a box has IoU 0 and counts in `parse_rate`; so does one that ends inside its reasoning, which also
+        counts in `unfinished_rate` and has no confidence, and one whose box is none because its numbers are in another
+        scale, which also counts in `other_scale_rate`. Without a trailer (a model of another package) there are no
+        probabilities, and the calibration metrics are absent, not zero. An answer for which the estimator has no value
+        is left out of them and counts in `confidence_rate`. Estimators that need more than log-probabilities (`NEEDS`,
+        `LEARNED`) have metrics of their own where the model returns it; some are repeated for the document's stratum.
 
     Raises:
         ValueError: The model returns log-probabilities, but not what `estimator` needs; says how to obtain it.
@@ -153,7 +155,15 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         output |= _of_confidence(record["confidence"], estimator, outcome)
         for name, value in _rates(response, evidence, of(estimator, record["confidence"])).items():
             output[name] = {"score": value, **identity}
-    return output
+    return _with_stratum(output, doc.get("stratum"))
+
+
+def _with_stratum(output: dict[str, Any], stratum: str | None) -> dict[str, Any]:
+    """Return the entries of metrics with those of the document's stratum, if it is in one."""
+    if not stratum:
+        return output
+    output["mean_iou"]["stratum"] = stratum
+    return output | {f"{name}_{stratum}": output[name] for name in IN_STRATUM if name in output}
 
 
 def _of_confidence(
@@ -169,8 +179,9 @@ def _of_confidence(
 
 
 def _counted(parsed: Parsed, response: Response) -> dict[str, float]:
-    """Return whether there is a box, how many there are, and whether the reasoning has no end."""
+    """Return whether there is a box, how many there are, in what scale, and whether the reasoning has no end."""
     found = {"parse_rate": float(parsed.box is not None), "boxes_per_answer": float(parsed.count)}
+    found["other_scale_rate"] = float(parsed.other_scale)
     return found | {"unfinished_rate": float(not response.parts.finished)}
 
 
