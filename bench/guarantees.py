@@ -52,6 +52,7 @@ def table(runs: Mapping[str, LoggedRun], settings: GuaranteeSettings) -> Iterato
     of = {(cell.run, cell.task): cell for cell in told.cells}
     tasks = [task for task in TASKS if any((name, task) in of for name in runs)]
     yield from markdown(("task", *runs), [(task, *(_shown(of.get((name, task))) for name in runs)) for task in tasks])
+    yield ""
 
 
 def _shown(cell: JudgedCell | None) -> str:
