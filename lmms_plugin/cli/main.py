@@ -17,6 +17,7 @@ from typer import TyperException
 
 from lmms_plugin.cli import export as export_commands
 from lmms_plugin.cli import measuring
+from lmms_plugin.cli.guarantee_command import guarantee
 from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, Seed, print_json, print_tables
 from lmms_plugin.cli.parity import parity
 from lmms_plugin.cli.report import report
@@ -33,6 +34,7 @@ app.add_typer(study, name="study")
 app.command()(report)
 app.command()(parity)
 app.command()(reproduce)
+app.command()(guarantee)
 
 _INTERRUPTED = 128 + signal.SIGINT
 

@@ -1,6 +1,5 @@
 """The commands `lmms-plugin study plan`, `run` and `analyse`."""
 
-from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -21,24 +20,48 @@ def plan_study(
     output: Annotated[Path | None, typer.Option(help="Folder of the study: what is done there, what it took.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Print every cell.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    power: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Choose images and seeds that find this difference, as 0.02 for 2 points."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Choose images and seeds that take no longer: 90m, 24h, 2d.")
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the study file with the images and seeds chosen.")
+    ] = None,
 ) -> None:
-    """Print the grid of a study, what of it is done, and the expected cost of the rest. Nothing is run."""
+    """Print a study's cells, their expected cost, and the smallest differences that they will show. Nothing is run."""
     # A file that is none is refused before seconds of imports, here and below.
     load(file)
+    if write is not None and power is None and budget is None:
+        raise ValueError("--write: expected --power or --budget, which choose images and seeds")
     from lmms_plugin.cli.screens.plan_screen import plan_screen
     from lmms_plugin.cli.study_display import plan_table
     from lmms_plugin.study.file.reading import read
-    from lmms_plugin.study.run import planning
+    from lmms_plugin.study.run import design, planning
+    from lmms_plugin.utils.files import replace_text
 
     with Working("planning"):
-        found = planning.plan(read(file), output)
+        study = read(file)
+        found = planning.plan(study, output)
+        made: design.Design | str | None
+        if power is None and budget is None:
+            made = design.told(found, output)
+        else:
+            most = None if budget is None else design.parsed_budget(budget)
+            made = design.chosen(found, difference=power, budget=most, folder=output)
+            found = planning.plan(study, output, only=design.cells_of(found, made))
+    if write is not None and isinstance(made, design.Design):
+        replace_text(write, design.written(study, made))
     if json:
-        typer.echo(dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
+        said = {"design": made.to_dict()} if isinstance(made, design.Design) else {}
+        typer.echo(dumps(found.to_dict() | said, indent=1, ensure_ascii=False, allow_nan=False))
         return
     for line in planning.damages(found):
         typer.echo(line, err=True)
     if not everything:
-        typer.echo(plan_screen(found))
+        typer.echo(plan_screen(found, made, chosen=power is not None or budget is not None))
         return
     console().print(plan_table(found))
     typer.echo(planning.summary(found))
@@ -81,8 +104,8 @@ def run_study(
             start.stop()
             return Display(expected, before, jobs)
 
-        run = partial(in_stages.run, first=first_images) if until_decided else execution.run
-        finished = run(file, output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
+        work = execution.Work.on(output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
+        finished = in_stages.run(file, work, first=first_images) if until_decided else execution.run(file, work)
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
         typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / FAILURES / cell / LOG})", err=True)

@@ -54,7 +54,22 @@ def log_capital(
     # The worst image for the bettor has `largest` documents that all differ by the bound, in the other direction.
     worst = (bound + sign * mean) * largest
     gained = sign * (values - mean * counts) / worst
-    return float(logsumexp(np.log1p(np.multiply.outer(BETS, gained)).sum(axis=1)) - math.log(BETS.size))
+    return float(log_mean_capital(gained, BETS))
+
+
+def log_mean_capital(gained: Floats, bets: Floats) -> Floats:
+    """Return the logarithm of the mean capital of constant bets.
+
+    Args:
+        gained: What the largest bet gains at every image, at least -1, shape (..., images).
+        bets: Bets as shares of the largest one, shape (bets,), in [0, 1).
+
+    Returns:
+        Logarithms, shape (...).
+    """
+    capitals = np.stack([np.log1p(bet * gained).sum(axis=-1) for bet in bets])
+    found: Floats = logsumexp(capitals, axis=0) - math.log(bets.size)
+    return found
 
 
 def confidence_sequence(

@@ -9,7 +9,7 @@ from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.report import gallery, page
 from lmms_plugin.report.figures import all_figures as drawing
 from lmms_plugin.report.figures import svg
-from lmms_plugin.report.numbers import contents
+from lmms_plugin.report.numbers import contents, guarantee_numbers
 from lmms_plugin.report.numbers.results_folder import RESAMPLES, default_workers, read_folder
 from lmms_plugin.report.numbers.summary import Summary, summarise
 from lmms_plugin.utils.files import encoded, replace_bytes
@@ -41,11 +41,11 @@ def build(
     Raises:
         ValueError: As `lmms_plugin.report.numbers.results_folder.read_folder`.
     """
-    verdict = page.read_verdict(results)
+    verdict, guarantee = page.read_verdict(results), guarantee_numbers.read(results)
     summary = summarise(read_folder(results, settings), settings.level)
     heading = title or results.resolve().name.removesuffix("_results.json")
     shown = gallery.build(summary, pictures)
-    html = page.render(summary, heading, verdict, shown, str(results), settings.workers)
+    html = page.render(summary, heading, verdict, shown, str(results), settings.workers, guarantee)
     output.parent.mkdir(parents=True, exist_ok=True)
     content = encoded(html)
     replace_bytes(output, content)

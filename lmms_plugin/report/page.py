@@ -18,6 +18,7 @@ from lmms_plugin.report.figures import inlined
 from lmms_plugin.report.figures.palette import SURFACES, TONES
 from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.numbers import contents, lost_numbers
+from lmms_plugin.report.numbers.guarantee_numbers import ReportedGuarantee
 from lmms_plugin.report.numbers.summary import Summary
 from lmms_plugin.report.numbers.tables import Column, ReportTable, TableCell
 from lmms_plugin.utils.messages import command_line, counted
@@ -75,7 +76,13 @@ class _Told(BaseModel):
 
 
 def render(
-    summary: Summary, title: str, verdict: Verdict | None, gallery: Gallery, source: str, workers: int = 1
+    summary: Summary,
+    title: str,
+    verdict: Verdict | None,
+    gallery: Gallery,
+    source: str,
+    workers: int = 1,
+    guarantee: ReportedGuarantee | None = None,
 ) -> str:
     """Render the page as HTML.
 
@@ -86,37 +93,46 @@ def render(
         gallery: Pictures with boxes.
         source: Folder as the user named it.
         workers: Maximum number of processes.
+        guarantee: Guarantee and where it is kept; None for none.
     """
-    environment = Environment(
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            source=source,
+            version=__version__,
+            lmms_eval=metadata.version("lmms-eval"),
+            style=Markup(_read(_STYLE)),
+            script=Markup(_read(_SCRIPT)),
+            tones={**SURFACES, **TONES},
+            verdict=verdict,
+            told=list(lost_numbers.sentences(summary)),
+            summary=summary,
+            counted=counted,
+            warnings=list(warnings(summary)),
+            facts=facts(summary),
+            figures=inlined.shown(summary, workers),
+            tables={table.name: table for table in contents.every(summary)},
+            meanings=contents.meanings(summary),
+            first_rows=ROWS_AT_FIRST,
+            gallery=gallery,
+            guarantee=guarantee,
+            common=", ".join(summary.common),
+            leading=_leading(summary),
+            commands=list(commands(summary)),
+            versions=versions(summary),
+        )
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("lmms_plugin.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
-        title=title,
-        source=source,
-        version=__version__,
-        lmms_eval=metadata.version("lmms-eval"),
-        style=Markup(_read(_STYLE)),
-        script=Markup(_read(_SCRIPT)),
-        tones={**SURFACES, **TONES},
-        verdict=verdict,
-        told=list(lost_numbers.sentences(summary)),
-        summary=summary,
-        counted=counted,
-        warnings=list(warnings(summary)),
-        facts=facts(summary),
-        figures=inlined.shown(summary, workers),
-        tables={table.name: table for table in contents.every(summary)},
-        meanings=contents.meanings(summary),
-        first_rows=ROWS_AT_FIRST,
-        gallery=gallery,
-        common=", ".join(summary.common),
-        leading=_leading(summary),
-        commands=list(commands(summary)),
-        versions=versions(summary),
     )
 
 

@@ -23,7 +23,7 @@ from lmms_plugin.quant_backends.layers.input_rounding import input_formats
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS
 from lmms_plugin.shifts.image.moving import MOVING
 from lmms_plugin.study.file import reading
-from lmms_plugin.study.run import planning
+from lmms_plugin.study.run import design, planning
 from lmms_plugin.tasks.captions import captioning
 from lmms_plugin.tasks.grounding import natural, refcocoplus
 from lmms_plugin.tasks.grounding.expressions import REFCOCOPLUS
@@ -153,7 +153,7 @@ def columns() -> str:
 def plan() -> str:
     """What `study plan` prints of the demo's study on a machine without GPUs."""
     found = planning.plan(reading.read(DOCS.parent / "studies" / "zero_shot_vs_ptq.yaml"), gpus=0)
-    return f"```\n{plan_screen(found)}\n```\n"
+    return f"```\n{plan_screen(found, design.told(found))}\n```\n"
 
 
 def published() -> str:

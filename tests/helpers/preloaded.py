@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import runpy
 import select
 import shutil
 import socket
@@ -19,9 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-LIBRARIES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "sacrebleu", "nltk", "sklearn.metrics")
-LIBRARIES += ("scipy.stats", "pytablewriter", "aiohttp", "loguru", "rich.console", "pydantic", "tenacity", "typer")
-"""What `lmms-eval` imports of others."""
+from lmms_plugin.utils.processes.preloaded import LIBRARIES, become
 
 
 def main() -> None:
@@ -38,7 +35,7 @@ def main() -> None:
     if request is None:
         shutil.rmtree(Path(sys.argv[1]).parent)
     else:
-        _become(request)
+        become(request)
 
 
 def _next_of_a_copy(listener: socket.socket) -> dict[str, Any] | None:
@@ -82,20 +79,6 @@ def _reap() -> None:
             pass
     except ChildProcessError:
         pass
-
-
-def _become(request: dict[str, Any]) -> None:
-    for path, descriptor in ((request["stdout"], 1), (request["stderr"], 2)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(file, descriptor)
-        os.close(file)
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    os.chdir(request["cwd"])
-    sys.argv = request["command"]
-    script = sys.argv[0]
-    sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ STUDIES = {
     f" vlm.served.options {OURS}",
     "study.store": "analysis utils",
     "study.verdicts": "analysis metrics study.file study.store utils",
-    "study.run": "analysis arguments harness_log quant_backends quant_backends.backend quant_backends.extras"
+    "study.run": "analysis arguments harness_log metrics quant_backends quant_backends.backend quant_backends.extras"
     " quant_backends.plans quant_backends.structure study.file study.store study.verdicts utils",
 }
 REPORTS = {

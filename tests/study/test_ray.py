@@ -88,13 +88,12 @@ def test_a_lost_machine_changes_no_number(cluster: tuple[Any, Any], tmp_path: Pa
     machines, machine = cluster
     file = tmp_path / "study.yaml"
     file.write_text(STUDY, encoding="utf-8")
-    here = execution.run(file, tmp_path / "here", Display, jobs=2)
+    here = execution.run(file, execution.Work.on(tmp_path / "here", Display, jobs=2))
     assert here.complete, here.problems
     lost: list[str] = []
     threading.Thread(target=lose_when_busy, args=(machines, machine, lost), daemon=True).start()
-    there = execution.run(
-        file, tmp_path / "there", Display, ray=machines.address, storage=f"file://{tmp_path / 'shared'}"
-    )
+    shared = f"file://{tmp_path / 'shared'}"
+    there = execution.run(file, execution.Work.on(tmp_path / "there", Display, ray=machines.address, storage=shared))
     assert lost
     assert there.complete, there.problems
     assert not there.problems

@@ -23,6 +23,7 @@ from lmms_plugin.study.run import attempt
 from lmms_plugin.study.run.attempt import Attempt
 from lmms_plugin.utils.files import read_json
 from lmms_plugin.utils.hashing import of_files
+from lmms_plugin.utils.processes import installed
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 # Offline there is no RefCOCO+; the last line of the log says so.
@@ -129,6 +130,20 @@ def test_cells_are_kept_as_they_are_documented(undisturbed: Path) -> None:
     assert about["command"][:3] == ["lmms-eval", "--model", "quant_rtn"]
     assert read_json(cells["demo_rtn_3bit_g128"] / "quant_report.json")
     assert not any((undisturbed / ".running").iterdir())
+
+
+@pytest.mark.slow
+def test_a_cell_answers_as_in_a_process_of_its_own(undisturbed: Path, tmp_path: Path) -> None:
+    (cell,) = (undisturbed / "cells").glob("demo_rtn*")
+    # The study has imported libraries for it and the others once.
+    assert (undisturbed / ".libraries.log").is_file()
+    first, *rest = read_json(cell / "cell.json")["command"]
+    # As the study sets it for two cells at a time.
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)), **os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [installed.command(first), *rest]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_equal(table(tmp_path), table(cell))
 
 
 @pytest.mark.slow

@@ -16,10 +16,13 @@ from helpers.study_folders import CLEAN, SHIFTED, write_cell
 from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, REVERSE, SHOWN
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import parse
+from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.file.identity import keyed
+from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.run import until_decided
 from lmms_plugin.study.run.attempt import about
+from lmms_plugin.study.run.execution import Work
 from lmms_plugin.study.verdicts import completeness, sequential_verdict
 from lmms_plugin.study.verdicts.decisions import (
     INTERACTION,
@@ -30,6 +33,7 @@ from lmms_plugin.study.verdicts.decisions import (
     finding,
 )
 from lmms_plugin.study.verdicts.stages import ImageStages, follow
+from lmms_plugin.utils.image_slices import ImageSlice
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
 LARGEST, MARGIN, LEVEL = 12, 0.05, 0.95
@@ -275,7 +279,7 @@ def refused(folder, text, message):
     file = folder / "study.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as error:
-        until_decided.run(file, folder / "out", None)
+        until_decided.run(file, Work.on(folder / "out", None))
     assert "\n" not in str(error.value)
     assert not (folder / "out").exists()
 
@@ -297,6 +301,19 @@ def refused(folder, text, message):
 )
 def test_what_cannot_be_decided_in_stages_is_refused_before_anything_runs(tmp_path, text, message):
     refused(tmp_path, text, message)
+
+
+def test_images_of_a_study_are_the_most_that_stages_ask_about(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY + ANALYSIS, encoding="utf-8")
+    study = read(file)
+    _, every = until_decided.asked_about(study, cells(study))
+    file.write_text(STUDY + "images: 7" + ANALYSIS, encoding="utf-8")
+    study = read(file)
+    _, some = until_decided.asked_about(study, cells(study))
+    assert some.items() <= every.items()
+    assert some.keys() == ImageSlice(0, 0, 7).of(every)
+    assert {cell.images for cell in cells(study)} == {"0:0:7"}
 
 
 def test_images_of_the_environment_are_refused(tmp_path, monkeypatch):

@@ -7,10 +7,14 @@ from dataclasses import fields
 from typing import Any
 
 from lmms_plugin.cli.screens.screen import ScreenTable, screen
+from lmms_plugin.metrics.power import POWER
 from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.run import planning
+from lmms_plugin.study.run.design import Design, PlannedComparison, differences_until_decided
 from lmms_plugin.study.run.planning import Plan, PlannedCell
 from lmms_plugin.study.run.progress import duration
+from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT
+from lmms_plugin.utils.messages import counted
 
 _REST = "Every cell: --all; with commands and keys: --json. Costs: docs/studies.md"
 _MOST_VALUES = 12
@@ -18,12 +22,84 @@ _VALUES = 62
 """Columns of the values of an axis."""
 
 
-def plan_screen(found: Plan) -> str:
-    """Return a plan: its axes, and cells and hours of every arm, which is a method with one model."""
-    answer = [f"{planning.summary(found)}."]
-    axes = ScreenTable(("axis", "values"), _axes(found.cells), "axis", texts=(1,))
+def plan_screen(found: Plan, made: Design | str | None = None, *, chosen: bool = False) -> str:
+    """Return a plan: what it will show, cells and hours of every arm, which is a method with one model, and its axes.
+
+    Args:
+        found: Plan of a study.
+        made: Its design, or why there is none; None to say nothing of it.
+        chosen: Whether images and seeds were chosen for it, so that the study file has others.
+    """
+    answer, notes = [f"{planning.summary(found)}."], [f"study: {found.study.name}"]
+    axes = ScreenTable(("axis", "values"), _axes(found.cells), "line", texts=(1,))
     arms = ScreenTable(("arm", *_STATES, "time left", "MiB"), _arms(found), "arm")
-    return screen(answer, [axes, arms], [f"study: {found.study.name}"], _REST)
+    if isinstance(made, str):
+        notes.append(f"power: not told: {made}")
+    if not isinstance(made, Design):
+        return screen(answer, [axes, arms], notes, _REST)
+    answer.append(_power(made))
+    if chosen:
+        notes.append(f"in the study file: images: {made.images}; seeds: the first {made.seeds}")
+    return screen(answer, [_contrasts(made), _until_decided(made), arms, axes], notes, _REST)
+
+
+_ASKED = (UNDER_SHIFT, INTERACTION)
+
+
+def _power(made: Design) -> str:
+    """Return the smallest differences and what they rest on."""
+    counts = made.assumed.counts
+    of_all = "all" if made.images == counts.images else f"{made.images:,} of"
+    told = " and ".join(f"{_points(made.smallest(asked))} {_WORDS[asked]}" for asked in _ASKED)
+    measured = sum(one.variance.basis.startswith("measured") for one in made.shown)
+    basis = "all" if measured == len(made.shown) else f"{measured} of {len(made.shown)}" if measured else "none"
+    return (
+        f"With {of_all} {counts.images:,} images (about {made.documents:,} documents a task) and"
+        f" {counted(made.seeds, 'seed')} it finds differences of {told}, in points, {100 * POWER:.0f} times in 100"
+        f" ({counted(made.assumed.tests, 'test')} by Holm; variances measured: {basis})."
+    )
+
+
+_WORDS = {UNDER_SHIFT: "under shift", INTERACTION: "of the interaction"}
+
+
+def _contrasts(made: Design) -> ScreenTable:
+    """Return, for every contrast, its smallest differences at the bits and model where they are largest."""
+    margin = f"within ±{100 * made.assumed.question.margin:g}"
+    rows = []
+    for pair in made.assumed.question.contrasts:
+        row = [" against ".join(pair)]
+        for asked in _ASKED:
+            same = [one for one in made.shown if _is_of(one, pair, asked)]
+            row += [_points(max(one.smallest for one in same)), f"{100 * min(one.equivalent for one in same):.0f} %"]
+        rows.append(tuple(row))
+    headings = ("contrast", "under shift", margin, "interaction", margin)
+    return ScreenTable(headings, rows, "contrast", "smallest difference found, points; how often equality is shown")
+
+
+def _is_of(one: PlannedComparison, pair: tuple[str, str], asked: str) -> bool:
+    return (one.comparison.first, one.comparison.second, one.comparison.asked) == (*pair, asked)
+
+
+def _until_decided(made: Design) -> ScreenTable:
+    """Return after how many images a run until decided has decided differences of some sizes, and the margin."""
+    differences = differences_until_decided(made.assumed)
+    names = [*(f"{100 * one:g} points" for one in differences[:-1]), f"within ±{100 * differences[-1]:g}"]
+    rows = []
+    for asked in _ASKED:
+        stages = [made.stages_until_decided(asked, one) for one in differences]
+        told = ("undecided" if one is None else f"{one[1]:,} ({one[0]})" for one in stages)
+        rows.append((asked, *told, f"{made.stages[-1]:,} ({len(made.stages)})"))
+    return ScreenTable(
+        ("true difference", *names, "at worst"),
+        rows,
+        "question",
+        "images (stages) after which --until-decided would have decided",
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 _STATES = ("cells", "done", "failed", "running")

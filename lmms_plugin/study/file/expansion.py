@@ -16,9 +16,12 @@ from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.study.file import served_arms
 from lmms_plugin.study.file.grid import Cell, CellAxes, Resources
 from lmms_plugin.study.file.schema import PATHS, At, Calibration, Components, Grid, Method, Study
+from lmms_plugin.utils.image_slices import ImageSlice
 from lmms_plugin.utils.reading.problems import Problems, lines_of, refusal
 
 _LONGEST = 1024
+_ORDER = 0
+"""Seed of the order of images of which cells with `images` ask about the first ones."""
 
 
 def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
@@ -52,6 +55,11 @@ def cells(study: Study, *, runnable: bool = True) -> tuple[Cell, ...]:
     return tuple(found.values())
 
 
+def of_images(number: int | None) -> str | None:
+    """Return a cell's part of the images, given how many it is asked about; None for all."""
+    return None if number is None else str(ImageSlice(_ORDER, 0, number))
+
+
 def _expect_one_name(there: Cell, cell: Cell, where: str) -> None:
     # Analyses compare with the unquantized model, of which there has to be one.
     if there.axes.method != cell.axes.method and cell.backend == NoneBackend.name:
@@ -80,7 +88,8 @@ def _cells(grid: Grid, used: set[str], problems: Problems | None) -> Iterator[Ce
                 with problems.collected():
                     given = _checked(method, given, grid.resources, where)
             for some in filter(None, tasks):
-                yield Cell(axes, method.value.backend, given, some, grid.limit, grid.batch_size, grid.resources)
+                sizes = grid.limit, grid.batch_size, grid.resources
+                yield Cell(axes, method.value.backend, given, some, *sizes, images=of_images(grid.images))
 
 
 def _located(name: str, value: Any) -> Any:

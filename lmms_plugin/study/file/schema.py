@@ -399,6 +399,7 @@ class Crossed(StudyPart):
         seeds: Seeds of calibration and sampling.
         tasks: Tasks of lmms-eval; one process answers each of these lists.
         limit: Documents per task; None for all.
+        images: Images per task, the same random ones for all; None for all.
         batch_size: Batch size as in lmms-eval.
         model_args: Further model arguments of every cell.
         resources: Resources of every cell.
@@ -415,6 +416,7 @@ class Crossed(StudyPart):
     seeds: Axis[Seed] = (At(0, ""),)
     tasks: Annotated[tuple[At[tuple[str, ...]], ...], Placed(_processes, _TaskLists)] = ()
     limit: Count | None = None
+    images: Count | None = None
     batch_size: Annotated[
         Annotated[Whole, Field(ge=1)] | Literal["auto"], Expected("a whole number from 1, or 'auto'")
     ] = 1

@@ -76,8 +76,8 @@ def _documents(config: Mapping[str, Any]) -> int | None:
         local = sorted(map(str, Path(path).glob(f"{split}*.parquet")))
     if local:
         return sum(count_rows(file, expressions=GROUNDING.record in metrics) for file in local)
-    found: int | None = _published_sizes().get(path, {}).get(split)
-    return found
+    size = published_size(config)
+    return None if size is None else size.documents
 
 
 def _metrics(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -93,11 +93,28 @@ def count_rows(file: str, *, expressions: bool) -> int:
         return int(pc.sum(pc.list_value_length(stored.read(["answer"])["answer"])).as_py() or 0)
 
 
+class PublishedSize(NamedTuple):
+    """Size of a split as published.
+
+    Attributes:
+        documents: Number of documents.
+        images: Number of images that they are about; None if it was not published.
+    """
+
+    documents: int
+    images: int | None = None
+
+
+def published_size(config: Mapping[str, Any]) -> PublishedSize | None:
+    """Return the published size of the split that a task asks about; None if it is not known."""
+    return _published_sizes().get((configured_place(config)[0], config.get("test_split")))
+
+
 @cache
-def _published_sizes() -> Mapping[Any, Mapping[Any, int]]:
+def _published_sizes() -> Mapping[tuple[Any, Any], PublishedSize]:
     file = files("lmms_plugin.study.file").joinpath("documents.yaml")
-    found: dict[Any, dict[Any, int]] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return found
+    found: dict[Any, dict[Any, dict[str, int]]] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {(path, split): PublishedSize(**size) for path, splits in found.items() for split, size in splits.items()}
 
 
 def _single(name: str, ours: Mapping[str, task_files.TaskSource]) -> Iterator[tuple[str, dict[str, Any]]]:

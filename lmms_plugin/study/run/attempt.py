@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,10 +21,13 @@ from lmms_plugin.study.file import identity
 from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.file.tasks import known
+from lmms_plugin.study.run.shared_libraries import SharedLibraries
 from lmms_plugin.utils.processes import guard, installed, process_log
+from lmms_plugin.utils.processes.preloaded import Copy
 from lmms_plugin.utils.variables import API_KEY, IMAGES, PREFIX
 
 _TAIL_LINES, _TAIL_LETTERS = 40, 6000
+_SIGNALLED = 128
 
 
 class Outcome(NamedTuple):
@@ -106,7 +110,7 @@ class Attempt:
         keyed: Cell with its key.
         folder: Working directory of the process.
         gpus: GPUs assigned to it.
-        process: Guard of the process.
+        process: Guard of the process, or the copy of a process of imported libraries.
         started: Start time in seconds since the epoch.
         began: Start time in seconds of a monotonic clock.
         timed_out: Whether it was stopped because it exceeded the time limit.
@@ -115,7 +119,7 @@ class Attempt:
     keyed: Keyed
     folder: Path
     gpus: tuple[str, ...]
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Copy
     started: float
     began: float = field(default_factory=time.monotonic)
     timed_out: bool = False
@@ -131,6 +135,7 @@ class Attempt:
         inherited: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
         kept: Path | None = None,
+        libraries: SharedLibraries | None = None,
     ) -> Attempt:
         """Start lmms-eval in a folder, with its output in the log there.
 
@@ -142,6 +147,7 @@ class Attempt:
             inherited: File descriptors that the guard keeps open.
             environment: Further variables of the process: those of a server that is lent to it.
             kept: Folder for the answers of a server, so that the next attempt goes on; None to keep none.
+            libraries: Libraries that cells without GPUs share; None to import them for this one.
         """
         first, *rest = command(keyed.cell, len(gpus))
         if kept is not None:
@@ -149,15 +155,24 @@ class Attempt:
             arguments = rest.index("--model_args") + 1
             rest[arguments] += f",resume_folder={os.path.relpath(kept, folder)}"
         images = {} if keyed.cell.images is None else {IMAGES: keyed.cell.images}
-        process = guard.start(
-            [installed.command(first), *rest],
-            folder / LOG,
-            folder=folder,
-            # Where a server is lent, it has the GPUs, and the process that asks it sees none.
-            environment=_environment(() if environment else gpus, threads) | images | dict(environment or {}),
-            inherited=inherited,
-        )
+        # Where a server is lent, it has the GPUs, and the process that asks it sees none.
+        seen = () if environment else gpus
+        own = _environment(seen, threads) | images | dict(environment or {})
+        shared = None if seen or libraries is None else libraries.of(keyed, own)
+        command_line, log = [installed.command(first), *rest], folder / LOG
+        process: subprocess.Popen[bytes] | Copy | None = None
+        if shared is not None:
+            # It may have ended since.
+            with suppress(OSError):
+                process = shared.run(command_line, folder=folder, environment=own, stdout=log, inherited=inherited)
+        if process is None:
+            process = guard.start(command_line, log, folder=folder, environment=own, inherited=inherited)
         return cls(keyed, folder, tuple(gpus), process, time.time())
+
+    @property
+    def crashed(self) -> bool:
+        """Return whether it was a copy that a signal ended."""
+        return isinstance(self.process, Copy) and not self.timed_out and (self.process.poll() or 0) > _SIGNALLED
 
     @property
     def over(self) -> bool:
@@ -173,12 +188,15 @@ class Attempt:
 
     def end(self) -> None:
         """Stop the process and everything it started, and wait until all of it has ended."""
-        guard.end(self.process)
+        if isinstance(self.process, Copy):
+            self.process.end()
+        else:
+            guard.end(self.process)
 
     def outcome(self) -> Outcome:
         """Check the results of a process that has ended; lmms-eval's exit status is not informative."""
         self.end()
-        status, seconds = self.process.returncode, time.monotonic() - self.began
+        status, seconds = self.process.wait(), time.monotonic() - self.began
         done = {
             "seconds": round(seconds, 3),
             "started": _moment(self.started),
@@ -199,7 +217,8 @@ class Attempt:
 
 
 def _log(folder: Path) -> str:
-    return (folder / LOG).read_text(encoding="utf-8", errors="replace")
+    # A copy that was ended at once has not opened its own.
+    return (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).exists() else ""
 
 
 def problem_of(cell: Cell, folder: Path, status: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Estimated time of a cell: from similar finished cells, or from a model with three constants."""
+"""Estimated time of a cell: from similar finished cells, or from a model with four constants."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from contextlib import suppress
 from statistics import median
 from typing import Any, NamedTuple
 
+from lmms_plugin.quant_backends.plans.specs import DEFAULT_SAMPLES
 from lmms_plugin.study.file.grid import Cell
+from lmms_plugin.study.file.task_images import image_counts
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.store.folder import StudyFolder
+from lmms_plugin.utils.image_slices import ImageSlice
 from lmms_plugin.utils.messages import counted
 
 START = 20.0
@@ -18,6 +21,10 @@ TOKENS = 512
 """Tokens of an image, a question and an answer together."""
 CPU_RATE, GPU_RATE = 2e10, 1e14
 """Operations per second reached on one core of a CPU in float32, and on a data-centre GPU in bfloat16."""
+
+CALIBRATION_PASSES = 4
+"""Passes over its samples that a calibrated method takes as long as: a block's inputs, the sums of their products, its
+outputs when quantized, and a search on those sums."""
 
 STATED = "stated model, not measured"
 
@@ -63,7 +70,7 @@ def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None,
 
     Cells are similar if model, tasks and limit agree; among these, the same method, bits and calibration are preferred,
     then the same method. Without similar cells, and where the number of documents is known, the estimate is the time to
-    start plus the time of the multiplications.
+    start plus the time of the multiplications of answers and calibration.
 
     Args:
         cell: Cell of a study.
@@ -81,18 +88,30 @@ def seconds(cell: Cell, finished: Iterable[Past], parameters: int | None = None,
             return Seconds(
                 median(one.seconds for one in same), f"median of {counted(len(same), 'finished cell')} of equal {what}"
             )
-    documents = _documents(cell) if cell.images is None else None
+    documents = documents_of(cell)
     if documents is None or parameters is None:
         missing = "number of documents" if documents is None else "size of the model"
         return Seconds(None, f"unknown: no cell like it is finished, and the {missing} is not known")
     rate = GPU_RATE if cuda else CPU_RATE
-    basis = f"{START:.0f} s and {counted(documents, 'document')} of {TOKENS} tokens at {rate:.0e} operations per second"
-    return Seconds(START + documents * TOKENS * 2 * parameters / rate, f"{STATED}: {basis}")
+    samples = int(cell.arguments.get("calibration_samples", DEFAULT_SAMPLES)) if "calibration" in cell.arguments else 0
+    calibration = f" and {samples} samples of calibration as {CALIBRATION_PASSES} each" if samples else ""
+    units = f"{counted(documents, 'document')}{calibration}"
+    basis = f"{START:.0f} s and {units} of {TOKENS} tokens at {rate:.0e} operations per second"
+    passed = documents + samples * CALIBRATION_PASSES
+    return Seconds(START + passed * TOKENS * 2 * parameters / rate, f"{STATED}: {basis}")
 
 
-def _documents(cell: Cell) -> int | None:
+def documents_of(cell: Cell) -> int | None:
     """Return the maximum number of documents of all tasks; None if one is unknown and there is no limit."""
-    several = [count for task in known(cell.tasks).values() for count in task.documents]
+    tasks = known(cell.tasks).values()
+    several = [count for task in tasks for count in task.documents]
+    if cell.images is not None:
+        part = ImageSlice.parse(cell.images)
+        try:
+            counts = [image_counts([name]) for task in tasks for name in task.tasks]
+        except ValueError:
+            return None
+        several = [one.documents_of(part.stop) - one.documents_of(part.start) for one in counts]
     limited = [count if cell.limit is None else min(cell.limit, count or cell.limit) for count in several]
     return None if None in limited else sum(count for count in limited if count is not None)
 

@@ -78,9 +78,24 @@ class Work:
 
     @classmethod
     def on(
-        cls, output: Path, watch: Watch, *, jobs: int, retry_failed: bool, ray: str | None, storage: str | None
+        cls,
+        output: Path,
+        watch: Watch,
+        *,
+        jobs: int = 1,
+        retry_failed: bool = False,
+        ray: str | None = None,
+        storage: str | None = None,
     ) -> Work:
-        """Connect to cluster and storage; arguments as of `run`.
+        """Connect to cluster and storage.
+
+        Args:
+            output: Folder of the study.
+            watch: Factory of the watchers that are notified of progress.
+            jobs: Number of cells at a time on this machine.
+            retry_failed: Whether to run failed cells again.
+            ray: Address of a Ray cluster to run the cells on; None for this machine.
+            storage: URL for fsspec, to which finished cells are copied and from which they are taken.
 
         Raises:
             ImportError: Ray is requested and not installed; names the command.
@@ -126,33 +141,17 @@ class Work:
         return {cell: failure["problem"] for cell, failure in failures.items() if failure is not None}
 
 
-def run(
-    file: Path,
-    output: Path,
-    watch: Watch,
-    *,
-    jobs: int = 1,
-    retry_failed: bool = False,
-    ray: str | None = None,
-    storage: str | None = None,
-) -> Finished:
+def run(file: Path, work: Work) -> Finished:
     """Run the cells of a study that are not finished.
 
     Args:
         file: Study file.
-        output: Folder of the study.
-        watch: Factory of the watcher that is notified of progress.
-        jobs: Number of cells at a time on this machine.
-        retry_failed: Whether to run failed cells again.
-        ray: Address of a Ray cluster to run the cells on; None for this machine.
-        storage: URL for fsspec, to which finished cells are copied and from which they are taken.
+        work: Where and how they are run.
 
     Raises:
         ValueError: An entry of the file is impossible (found before anything runs), or the folder holds something else.
-        ImportError: Ray is requested and not installed; names the command.
     """
-    study = read(file)
-    work = Work.on(output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
+    study, output = read(file), work.folder.path
     before = plan(study, output, work.gpus)
     work.open(file)
     # Stages are of the verdict that this run replaces.

@@ -17,6 +17,7 @@ from lmms_plugin.study.file.grid import Cell, gpus_needed
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.study.run.attempt import Attempt
 from lmms_plugin.study.run.recording import Recorder, Taken
+from lmms_plugin.study.run.shared_libraries import LOG, SharedLibraries
 from lmms_plugin.study.run.shared_servers import FOLDER, SharedServers
 from lmms_plugin.study.store.folder import Lock
 
@@ -51,11 +52,13 @@ class LocalRunner:
     gpus: list[str]
     key: Callable[[Cell], Keyed]
     _servers: SharedServers = field(init=False)
+    _libraries: SharedLibraries = field(init=False)
     _working: list[_LocalWork] = field(default_factory=list)
     _changes: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._servers = SharedServers(self.recorder.folder.path / FOLDER)
+        self._libraries = SharedLibraries(self.recorder.folder.path / LOG)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all cells until they are finished or failed; an interruption stops all processes first.
@@ -66,6 +69,8 @@ class LocalRunner:
         most = max((gpus_needed(cell, len(self.gpus)) for cell in cells), default=0)
         if most > len(self.gpus):
             raise ValueError(f"expected {most} GPUs for each cell, got {len(self.gpus)} on this machine")
+        # A single cell imports as much by itself.
+        self._libraries.wanted &= len(cells) > 1
         waiting, elsewhere = deque(cells), deque[Cell]()
         asked = time.monotonic()
         try:
@@ -78,6 +83,8 @@ class LocalRunner:
                 self.recorder.watcher.tick()
                 time.sleep(POLL_SECONDS if self._working or elsewhere else 0)
         finally:
+            # Its copies end with it, also those that wait for its imports.
+            self._libraries.end()
             for work in self._working:
                 work.attempt.end()
                 self.recorder.folder.discard(work.attempt.keyed.id)
@@ -119,6 +126,7 @@ class LocalRunner:
             inherited=(lock.descriptor,),
             environment=self._servers.lend(keyed.cell, gpus),
             kept=self._kept(keyed) if keyed.cell.backend == SERVED else None,
+            libraries=self._libraries,
         )
         self.recorder.watcher.started(keyed.id)
         return _LocalWork(attempt, lock, gpus)
@@ -144,6 +152,12 @@ class LocalRunner:
             self.recorder.folder.discard(keyed.id)
             self.recorder.watcher.waiting(keyed.id, f"{outcome.problem}. {_FREEZE}")
             waiting.append(keyed.cell)
+            return
+        if work.attempt.crashed:
+            self._libraries.leave_alone(keyed)
+            self.recorder.folder.discard(keyed.id)
+            self.recorder.watcher.waiting(keyed.id, f"{outcome.problem}: once more, with libraries of its own")
+            waiting.appendleft(keyed.cell)
             return
         self.recorder.record(keyed, outcome, len(work.gpus))
 

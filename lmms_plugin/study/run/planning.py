@@ -12,6 +12,7 @@ from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.grid import Cell, gpus_needed
 from lmms_plugin.study.file.identity import Keyed, keyed
 from lmms_plugin.study.file.schema import Study
+from lmms_plugin.study.file.task_images import expect_sliced
 from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.run import cost
 from lmms_plugin.study.run.attempt import command
@@ -52,6 +53,7 @@ class PlannedCell(NamedTuple):
             "model_args": dict(cell.arguments),
             "tasks": list(cell.tasks),
             "limit": cell.limit,
+            "images": cell.images,
             "axes": cell.axes.to_dict(),
             "state": self.state,
             "damage": self.damage,
@@ -152,10 +154,12 @@ def checked_cells(study: Study) -> Sequence[Cell]:
 
 
 def _expect_tasks(study: Study) -> None:
-    """Refuse tasks that are not known here, with their place in the file."""
-    for tasks in (tasks for grid, _ in study.grids for tasks in grid.tasks):
+    """Refuse tasks that are not known here or cannot take part of their images, with their place in the file."""
+    for tasks, images in ((tasks, grid.images) for grid, _ in study.grids for tasks in grid.tasks):
         try:
             known(tasks.value)
+            if images is not None:
+                expect_sliced(tasks.value)
         except ValueError as error:
             raise ValueError(f"{tasks.where}: {error}") from error
 

@@ -16,35 +16,21 @@ from lmms_plugin.study.file.grid import Cell
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.file.schema import Study
 from lmms_plugin.study.file.task_images import documents_by_image
-from lmms_plugin.study.run.execution import Finished, Watch, Work
+from lmms_plugin.study.run.execution import Finished, Work
 from lmms_plugin.study.run.planning import Plan, checked_cells, plan
 from lmms_plugin.study.verdicts import judging, sequential_verdict
 from lmms_plugin.study.verdicts.stages import FIRST, ImageStages, follow
+from lmms_plugin.utils.image_slices import ImageSlice
 from lmms_plugin.utils.variables import IMAGES
 
 
-def run(
-    file: Path,
-    output: Path,
-    watch: Watch,
-    *,
-    first: int | None = None,
-    jobs: int = 1,
-    retry_failed: bool = False,
-    ray: str | None = None,
-    storage: str | None = None,
-) -> Finished:
-    """Run the cells of a study on ever more images until its comparisons are decided; arguments as of `execution.run`.
+def run(file: Path, work: Work, *, first: int | None = None) -> Finished:
+    """Run the cells of a study on ever more images until its comparisons are decided.
 
     Args:
-        file: Study file.
-        output: Folder of the study.
-        watch: Factory of watchers, one for each stage.
+        file: Study file; `images` in it are the most that are asked about.
+        work: Where and how they are run; its watch makes a watcher for each stage.
         first: Number of images of the first stage; None for that of the stages that the folder has, or the default.
-        jobs: Number of cells at a time on this machine.
-        retry_failed: Whether to run failed cells again.
-        ray: Address of a Ray cluster to run the cells on; None for this machine.
-        storage: URL for fsspec, to which finished cells are copied and from which they are taken.
 
     Returns:
         The plan of all stages that were run, and what was decided; no conclusion while cells are missing.
@@ -52,12 +38,10 @@ def run(
     Raises:
         ValueError: The study cannot be decided in stages, an entry of the file is impossible, or the folder holds
             something else.
-        ImportError: Ray is requested and not installed; names the command.
     """
-    study = read(file)
-    work = Work.on(output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
+    study, output = read(file), work.folder.path
     cells = checked_cells(study)
-    question, documents = _expect(study, cells)
+    question, documents = asked_about(study, cells)
     begun = ImageStages.read(output)
     schedule = ImageStages.of(documents, question.seed, first or (FIRST if begun is None else begun.images[0]))
     work.open(file)
@@ -89,8 +73,12 @@ def _followed(
     return finished._replace(conclusions=said)
 
 
-def _expect(study: Study, cells: Sequence[Cell]) -> tuple[MethodByShift, Mapping[str, int]]:
-    """Return question and images with their documents of a study that can be decided in stages; refuse any other."""
+def asked_about(study: Study, cells: Sequence[Cell]) -> tuple[MethodByShift, Mapping[str, int]]:
+    """Return the question of a study, and the images with their documents that its stages may ask about.
+
+    Raises:
+        ValueError: The study cannot be decided in stages.
+    """
     if os.environ.get(IMAGES):
         raise ValueError(f"--until-decided: expected {IMAGES} to be unset, got {os.environ[IMAGES]!r}")
     if study.asked is None:
@@ -99,6 +87,11 @@ def _expect(study: Study, cells: Sequence[Cell]) -> tuple[MethodByShift, Mapping
         raise ValueError(f"{study.file}: expected no limit with --until-decided, got {limited[0]}: stages limit images")
     try:
         question = sequential_verdict.asked_of(study.asked.plain())
-        return question, documents_by_image((question.clean, *question.shifted))
+        documents = documents_by_image((question.clean, *question.shifted))
     except ValueError as error:
         raise located(error, study.asked) from error
+    most = {ImageSlice.parse(cell.images).stop if cell.images else len(documents) for cell in cells}
+    if len(most) > 1:
+        raise ValueError(f"{study.file}: expected the same images in all cells, got {sorted(most)}")
+    asked = ImageSlice(question.seed, 0, most.pop()).of(documents)
+    return question, {image: count for image, count in documents.items() if image in asked}

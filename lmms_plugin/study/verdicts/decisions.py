@@ -84,15 +84,31 @@ class StageAnswers(NamedTuple):
     right: Mapping[str, Floats]
 
 
-@dataclass(frozen=True)
-class _Members:
-    """Cells of a comparison: groups that differ in seeds alone, of both arms, and the unquantized model."""
+Groups = tuple[tuple[CellAxes, ...], ...]
+"""Cells of an arm: groups that differ in seeds alone."""
 
-    first: tuple[tuple[CellAxes, ...], ...]
-    second: tuple[tuple[CellAxes, ...], ...]
+
+@dataclass(frozen=True)
+class ComparedCells:
+    """Cells of a comparison.
+
+    Attributes:
+        first: Cells of the arm in question.
+        second: Cells of the arm it is compared with.
+        reference: Cell of the unquantized model.
+    """
+
+    first: Groups
+    second: Groups
     reference: CellAxes
 
+    @property
+    def seeds(self) -> int:
+        """Largest number of seeds of a configuration."""
+        return max(len(group) for group in (*self.first, *self.second))
+
     def all(self) -> set[CellAxes]:
+        """Return all of them."""
         return {self.reference, *(axes for arm in (self.first, self.second) for group in arm for axes in group)}
 
 
@@ -109,7 +125,7 @@ class Decisions:
 
     question: MethodByShift
     largest: int
-    members: Mapping[ArmComparison, _Members]
+    members: Mapping[ArmComparison, ComparedCells]
     found: dict[ArmComparison, Decision] = field(default_factory=dict)
     _seen: dict[ArmComparison, list[dict[str, Floats]]] = field(default_factory=dict)
 
@@ -120,13 +136,13 @@ class Decisions:
         Raises:
             AskedError: An arm has no cell, or two arms differ in bits.
         """
-        members: dict[ArmComparison, _Members] = {}
+        members: dict[ArmComparison, ComparedCells] = {}
         for model in dict.fromkeys(cell.axes.model for cell in cells):
             own = select(cells, {"model": model})
             for pair in question.contrasts:
                 for bits in shared_bits(own, pair, question):
                     arms = [_groups(select(arm_cells(own, name, question), {"bits": bits})) for name in pair]
-                    one = _Members(arms[0], arms[1], one_reference(own).axes)
+                    one = ComparedCells(arms[0], arms[1], one_reference(own).axes)
                     members |= {ArmComparison(model, *pair, bits, asked): one for asked in BOUNDS}
         return cls(question, largest, members)
 
@@ -158,29 +174,17 @@ class Decisions:
             columns = {name: np.concatenate([stage[name] for stage in seen]) for name in seen[0]}
             self.found[one] = self._decided(one, columns)
 
-    def _stage(self, members: _Members, answers: Mapping[CellAxes, StageAnswers]) -> dict[str, Floats]:
-        clean, shifted = [self.question.clean], self.question.shifted
-
-        def right(arm: Iterable[Sequence[CellAxes]], tasks: Sequence[str]) -> Floats:
-            groups = [[answers[axes].right[task] for axes in group for task in tasks] for group in arm]
-            means: Floats = np.mean([np.mean(group, axis=0) for group in groups], axis=0)
-            return means
-
+    def _stage(self, members: ComparedCells, answers: Mapping[CellAxes, StageAnswers]) -> dict[str, Floats]:
         reference = answers[members.reference]
         return {
             "sizes": reference.sizes,
             "reference": reference.right[self.question.clean],
-            "first clean": right(members.first, clean),
-            "second clean": right(members.second, clean),
-            "first shifted": right(members.first, shifted),
-            "second shifted": right(members.second, shifted),
+            **right_answers(self.question, members.first, members.second, answers),
         }
 
     def _decided(self, one: ArmComparison, columns: Mapping[str, Floats]) -> Decision:
         sizes, bound = columns["sizes"], BOUNDS[one.asked]
-        sums = columns["first shifted"] - columns["second shifted"]
-        if one.asked == INTERACTION:
-            sums = sums - (columns["first clean"] - columns["second clean"])
+        sums = differences(one.asked, columns)
         floor = BROKEN * columns["reference"].sum()
         arms = {one.first: columns["first clean"], one.second: columns["second clean"]}
         return Decision(
@@ -191,6 +195,29 @@ class Decisions:
             int(sizes.sum()),
             tuple(name for name, right in arms.items() if right.sum() < floor),
         )
+
+
+def right_answers(
+    question: MethodByShift, first: Groups, second: Groups, answers: Mapping[CellAxes, StageAnswers]
+) -> dict[str, Floats]:
+    """Return right answers of two arms on each clean and shifted image: means over tasks, seeds and configurations."""
+
+    def right(arm: Groups, tasks: Sequence[str]) -> Floats:
+        groups = [[answers[axes].right[task] for axes in group for task in tasks] for group in arm]
+        means: Floats = np.mean([np.mean(group, axis=0) for group in groups], axis=0)
+        return means
+
+    return {
+        f"{name} {state}": right(arm, tasks)
+        for name, arm in (("first", first), ("second", second))
+        for state, tasks in (("clean", [question.clean]), ("shifted", question.shifted))
+    }
+
+
+def differences(asked: str, right: Mapping[str, Floats]) -> Floats:
+    """Return the sum of the documents' differences of each image, given the columns of `right_answers`."""
+    sums = right["first shifted"] - right["second shifted"]
+    return sums - (right["first clean"] - right["second clean"]) if asked == INTERACTION else sums
 
 
 def finding(sums: Floats, sizes: Floats, *, bound: float, largest: int, level: float, margin: float) -> str:
@@ -237,5 +264,5 @@ def answers_of(cell: FinishedCell, tasks: Sequence[str]) -> StageAnswers:
     return StageAnswers(np.bincount(index).astype(np.float64), right)
 
 
-def _groups(cells: Sequence[Placed]) -> tuple[tuple[CellAxes, ...], ...]:
+def _groups(cells: Sequence[Placed]) -> Groups:
     return tuple(tuple(cell.axes for cell in group) for group in by_seed(cells))

@@ -72,14 +72,24 @@ def run(command: Sequence[str], grace: float = 0.0) -> int:
     Returns:
         Exit status of the command; 128 plus the number of the signal that ended it.
     """
-    if _LINUX:
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_die_with_parent)
+    adopt_orphans()
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent)
     threading.Thread(target=_end_without_parent, args=(child.pid, grace), daemon=True).start()
     status = child.wait()
-    _send(child.pid, signal.SIGKILL)
-    _end_orphans()
+    end_group(child.pid)
     return status if status >= 0 else 128 - status
+
+
+def adopt_orphans() -> None:
+    """Make what this process's descendants leave behind its children, on Linux."""
+    if _LINUX:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_group(group: int) -> None:
+    """End what is left of a process group, and on Linux what has left it."""
+    _send(group, signal.SIGKILL)
+    _end_orphans()
 
 
 def _end_without_parent(group: int, grace: float) -> None:
@@ -101,8 +111,8 @@ def _send(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def _die_with_parent() -> None:
-    # In case this process itself is killed; elsewhere than on Linux only its input tells.
+def die_with_parent() -> None:
+    """Have this process killed when its parent ends, on Linux; elsewhere only a guard's input tells."""
     if _LINUX:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

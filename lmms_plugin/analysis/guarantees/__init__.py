@@ -1,0 +1,1 @@
+"""Guarantees that were chosen on one run, judged on others and under shift."""

@@ -1,0 +1,108 @@
+"""The command `lmms-plugin guarantee`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, print_json, print_tables
+from lmms_plugin.cli.terminal import Working
+from lmms_plugin.metrics.guarantees.risk_bounds import Bound
+from lmms_plugin.utils.files import encoded, replace_bytes
+from lmms_plugin.utils.outputs import expect_file
+from lmms_plugin.utils.plain_json import plain
+
+
+class LossOption(StrEnum):
+    """What is promised to be rare, as `lmms_plugin.analysis.guarantees.guarantee_results.GuardedLoss`."""
+
+    ERROR = "error"
+    IOU = "iou"
+    FALSE_POSITIVE = "false-positive"
+
+
+class BoundOption(StrEnum):
+    """Bounds of a risk that hold for several answers per image."""
+
+    BETTING = "betting"
+    HOEFFDING_BENTKUS = "hoeffding-bentkus"
+
+
+_BOUNDS: dict[BoundOption, Bound] = {
+    BoundOption.BETTING: "betting",
+    BoundOption.HOEFFDING_BENTKUS: "hoeffding-bentkus",
+}
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run to choose the threshold on: the unquantized one.")]
+On = Annotated[
+    list[Path] | None, typer.Option(metavar="RUN", help="Run, or folder of runs, to judge it on; may be repeated.")
+]
+Risk = Annotated[float, typer.Option(help="Largest risk that is promised.")]
+Level = Annotated[float, typer.Option(help="Probability with which it is, and of every verdict.")]
+Loss = Annotated[LossOption, typer.Option(help="What is promised to be rare.")]
+Calibrate = Annotated[
+    str | None, typer.Option(metavar="TASK", help="Task to choose on; by default the only clean one.")
+]
+Share = Annotated[
+    float | None, typer.Option(help="Share of its images to choose on, the others are judged; by default 0.5 or all.")
+]
+Pilot = Annotated[float, typer.Option(help="Share of the images to choose on that decides what is tested.")]
+PerImage = Annotated[bool, typer.Option("--per-image", help="Images count alike, instead of answers.")]
+BoundOf = Annotated[BoundOption | None, typer.Option(help="By default exact for one answer per image, else betting.")]
+Contain = Annotated[
+    float | None, typer.Option(help="Also grow accepted boxes until they contain the true one this often.")
+]
+Reweigh = Annotated[
+    bool, typer.Option("--reweigh", help="Also choose with weights by the confidences of what is judged.")
+]
+ImageSeed = Annotated[int, typer.Option(min=0, help="Seed of the choices of images.")]
+Output = Annotated[Path | None, typer.Option(help="File for what --json prints; a report shows DIR/guarantee.json.")]
+
+
+def guarantee(
+    results: Run,
+    on: On = None,
+    everything: Everything = False,
+    json: AsJson = False,
+    risk: Risk = 0.05,
+    level: Level = 0.95,
+    loss: Loss = LossOption.ERROR,
+    calibrate: Calibrate = None,
+    share: Share = None,
+    pilot: Pilot = 0.25,
+    per_image: PerImage = False,
+    bound: BoundOf = None,
+    estimator: Estimator = None,
+    contain: Contain = None,
+    reweigh: Reweigh = False,
+    seed: ImageSeed = 0,
+    output: Output = None,
+) -> None:
+    """Choose a threshold with a guaranteed risk, and say whether quantization and shift break the guarantee."""
+    from lmms_plugin.analysis.guarantees.guarantee import guarantee_of
+    from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings, GuardedLoss
+    from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
+    from lmms_plugin.cli.screens.guarantee_screen import guarantee_screen, guarantee_tables
+
+    if output is not None:
+        expect_file("--output", output)
+    chosen: Bound | None = None if bound is None else _BOUNDS[bound]
+    rare = GuardedLoss(loss.value)
+    settings = GuaranteeSettings(
+        risk, level, rare, estimator, per_image, chosen, calibrate, share, pilot, seed, reweigh, contain
+    )
+    with Working("reading and testing"):
+        told = guarantee_of(results, on or (), settings)
+    everything_told = {"sentences": sentences(told)} | plain(told)
+    if output is not None:
+        replace_bytes(output, encoded(dumps(everything_told, indent=1, ensure_ascii=False, allow_nan=False)))
+    if json:
+        print_json(everything_told)
+    elif everything:
+        print_tables(*guarantee_tables(told))
+    else:
+        typer.echo(guarantee_screen(told))

@@ -1,0 +1,117 @@
+"""Commands in copies of a process of imported libraries: their status, their end, and what a crash leaves alone."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmms_plugin.utils.processes import preloaded
+from lmms_plugin.utils.processes.preloaded import Preloaded
+
+pytestmark = pytest.mark.skipif(not preloaded.POSSIBLE, reason="Linux alone")
+SCRIPT = """
+import os, signal, subprocess, sys, time
+print(sorted({"torch", "lmms_plugin"} & set(sys.modules)), os.getcwd(), os.environ["SAID"], sys.argv[1:], flush=True)
+if sys.argv[1] == "leave":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    open("child", "w").write(str(child.pid))
+    sys.exit(3)
+if sys.argv[1] == "crash":
+    os.kill(os.getpid(), signal.SIGSEGV)
+if sys.argv[1] == "wait":
+    open("pid", "w").write(str(os.getpid()))
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """One library that takes no second to import, beside those that were named: the mechanism is the same."""
+    folder = tmp_path_factory.mktemp("preloaded")
+    few = ("import lmms_plugin.utils.processes.preloaded as p; p.LIBRARIES = ('json',); p.main()",)
+    with pytest.MonkeyPatch.context() as patch:
+        start = preloaded.guard.start
+
+        def of_few(command, log, **given):
+            return start([sys.executable, "-P", "-c", *few, command[-1]], log, **given)
+
+        patch.setattr(preloaded.guard, "start", of_few)
+        process = Preloaded.start(dict(os.environ), folder / "log")
+    yield process
+    process.end()
+    assert process.over
+
+
+def run(libraries, folder, what, **given):
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "SAID": "this"}
+    return libraries.run([str(script), what], folder=folder, environment=environment, stdout=folder / "out", **given)
+
+
+def gone(pid):
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        # It has ended; whoever has adopted it has not asked for its status yet.
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def written(file):
+    for _ in range(600):
+        if file.exists() and file.read_text():
+            return int(file.read_text())
+        time.sleep(0.05)
+    raise AssertionError(f"expected {file}")
+
+
+def test_a_copy_has_folder_environment_arguments_and_status_of_its_own(libraries, tmp_path):
+    copy = run(libraries, tmp_path, "leave", stderr=tmp_path / "err")
+    assert copy.wait() == 3
+    # This package is imported by the copy itself, as it is now.
+    assert (tmp_path / "out").read_text() == f"[] {tmp_path} this ['leave']\n"
+    assert gone(written(tmp_path / "child"))
+
+
+def test_a_crash_is_told_and_reaches_nobody_else(libraries, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    waiting, crashing = run(libraries, tmp_path / "a", "wait"), run(libraries, tmp_path / "b", "crash")
+    assert crashing.wait() == 128 + signal.SIGSEGV
+    pid = written(tmp_path / "a" / "pid")
+    assert waiting.poll() is None
+    waiting.end()
+    assert waiting.returncode == 128 + signal.SIGKILL
+    assert gone(pid)
+    assert run(libraries, tmp_path, "leave").wait() == 3
+
+
+def test_a_lock_is_held_as_long_as_the_copy_runs(libraries, tmp_path):
+    reading, writing = os.pipe()
+    copy = run(libraries, tmp_path, "wait", inherited=(writing,))
+    os.close(writing)
+    os.set_blocking(reading, False)
+    written(tmp_path / "pid")
+    with pytest.raises(BlockingIOError):
+        os.read(reading, 1)
+    copy.end()
+    os.set_blocking(reading, True)
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+
+
+def test_copies_end_with_the_process_they_are_of(libraries, tmp_path):
+    copy = run(libraries, tmp_path, "wait")
+    pid = written(tmp_path / "pid")
+    guard = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(guard, signal.SIGKILL)
+    assert copy.wait() == 128 + signal.SIGKILL
+    assert gone(pid)
