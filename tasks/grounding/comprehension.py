@@ -14,6 +14,7 @@ from loguru import logger
 from PIL import Image
 
 from lmms_plugin.confidence.agreement import Agreement
+from lmms_plugin.confidence.departure import departure
 from lmms_plugin.confidence.digits import AnsweredBox, numbers_of
 from lmms_plugin.confidence.estimators import (
     LEARNED,
@@ -31,7 +32,7 @@ from lmms_plugin.protocol.reasoning import REMEDY
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.protocol.verbalised import stated_confidence
 from lmms_plugin.shifts.image import corruptions
-from lmms_plugin.tasks.grounding.aggregations import BESIDE, CALIBRATION, GroundingOutcome
+from lmms_plugin.tasks.grounding.aggregations import BESIDE, CALIBRATION, FlipOutcome, GroundingOutcome
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.utils.images import to_rgb, told_apart
@@ -39,6 +40,9 @@ from lmms_plugin.utils.images import to_rgb, told_apart
 Record = Mapping[str, Any]
 GENERIC = DIALECTS["fractions"]
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
+RIGHT = IOU_THRESHOLDS[0]
+PREDICTS = "kl_coordinates"
+"""Measure of distance by which flips are predicted; answers of the reference without a box have none."""
 # All expressions of an image use it under the same shift.
 _SHIFTED: Recent[Image.Image] = Recent(8)
 
@@ -120,7 +124,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         package) there are no probabilities, and the calibration metrics are absent, not zero. An answer for which the
         estimator has no value (coordinates, where there are none) is left out of them and counts in `confidence_rate`.
         Estimators that need more than the answer's log-probabilities (`NEEDS`, `LEARNED`) have metrics of their own, as
-        far as the model returns what they need.
+        far as the model returns what they need. So has the distance from a reference, whose own score is recorded.
 
     Raises:
         ValueError: The model returns log-probabilities, but not what `estimator` needs; says how to obtain it.
@@ -153,7 +157,37 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         output |= _of_confidence(record["confidence"], estimator, outcome)
         for name, value in _rates(response, evidence, of(estimator, record["confidence"])).items():
             output[name] = {"score": value, **identity}
+    if response.forced is not None:
+        apart, its_overlap = _departed(response, dialect, size, target)
+        record["reference"] = {"score": its_overlap, **apart}
+        output |= {name: {"score": value, **identity} for name, value in apart.items()}
+        output |= flips_entry(doc["expression_id"], apart.get(PREDICTS), its_overlap >= RIGHT, overlap >= RIGHT)
     return output
+
+
+def _departed(
+    response: Response, dialect: Dialect, size: tuple[int, int], target: Box
+) -> tuple[dict[str, float], float]:
+    """Return how far the model is from its reference at the reference's answer, and the IoU of that."""
+    reference, _ = response.of_reference
+    sizes = {"original_size": size, "model_size": response.model_size}
+    parsed = dialect.parse(reference.text, opened=reference.opened, **sizes)
+    if parsed.box is None:
+        return departure(response), 0.0
+    read = partial(dialect.boxes, **sizes)
+    return departure(response, parsed.coordinates, read, dialect.largest), iou(parsed.box, target)
+
+
+def flips_entry(identity: str, distance: float | None, was: bool, now: bool) -> dict[str, FlipOutcome]:
+    """Return the entry of `flips_predicted`; empty without a distance.
+
+    Args:
+        identity: Id of the document.
+        distance: Distance from the reference that is to predict flips; None where the answer has none.
+        was: Whether the reference's answer is right.
+        now: Whether the model's answer is right.
+    """
+    return {} if distance is None else {"flips_predicted": FlipOutcome(identity, distance, float(was != now))}
 
 
 def _of_confidence(
