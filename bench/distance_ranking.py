@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,11 +42,11 @@ DRAWS = 1000
 def models() -> Iterator[tuple[str, str, str]]:
     """Folder, name and arguments of every quantizer."""
     common = "pretrained=demo,dtype=float32,device=cpu,batch_size=64,reference=none"
-    for bits in BITS:
-        for method in PLAIN:
-            for group in GROUPS:
-                yield f"{method}-{bits}-{group}", f"quant_{method}", f"{common},bits={bits},group_size={group}"
-        yield from ((f"{method}-{bits}", f"quant_{method}", f"{common},bits={bits}") for method in CALIBRATED)
+    for method, group, bits in product(PLAIN, GROUPS, BITS):
+        yield f"{method}-{bits}-{group}", f"quant_{method}", f"{common},bits={bits},group_size={group}"
+    # Those that take longest come last.
+    for method, bits in product(CALIBRATED, BITS):
+        yield f"{method}-{bits}", f"quant_{method}", f"{common},bits={bits}"
 
 
 class PerImage(NamedTuple):

@@ -94,16 +94,19 @@ def kl_bounds(
             f"expected as many probabilities of both, got {p.shape} and {q.shape}, groups {p_groups.shape} and "
             f"{q_groups.shape}"
         )
-    ps, qs = np.concatenate([p, p_groups]), np.concatenate([q, q_groups])
     slack = _SLACK + rounding * p.size + group_rounding * p_groups.size
-    for name, values in (("first", ps), ("second", qs)):
-        # Sums of parts end a last bit above 1.
-        fractions(name, np.where(values > 1.0, values - _SLACK, values))
-        if abs(values.sum() - 1.0) > slack:
-            raise ValueError(f"expected probabilities of the {name} that add up to 1, got {values.sum():.6f}")
+    _expect_distribution("first", np.concatenate([p, p_groups]), slack)
+    _expect_distribution("second", np.concatenate([q, q_groups]), slack)
     low = _least(p, q, rounding).sum() + _least(p_groups, q_groups, group_rounding).sum()
     high = _most(p, q, rounding, floor).sum() + _most(p_groups, np.zeros_like(p_groups), group_rounding, floor).sum()
     return KlBounds(max(float(low), 0.0), max(float(high), 0.0))
+
+
+def _expect_distribution(name: str, values: Floats, slack: float) -> None:
+    # Sums of parts end a last bit above 1.
+    fractions(name, np.where(values > 1.0, values - _SLACK, values))
+    if abs(values.sum() - 1.0) > slack:
+        raise ValueError(f"expected probabilities of the {name} that add up to 1, got {values.sum():.6f}")
 
 
 def _least(p: Floats, q: Floats, rounding: float) -> Floats:

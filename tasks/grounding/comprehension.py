@@ -157,25 +157,30 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         output |= _of_confidence(record["confidence"], estimator, outcome)
         for name, value in _rates(response, evidence, of(estimator, record["confidence"])).items():
             output[name] = {"score": value, **identity}
-    if response.forced is not None:
-        apart, its_overlap = _departed(response, dialect, size, target)
-        record["reference"] = {"score": its_overlap, **apart}
-        output |= {name: {"score": value, **identity} for name, value in apart.items()}
-        output |= flips_entry(doc["expression_id"], apart.get(PREDICTS), its_overlap >= RIGHT, overlap >= RIGHT)
-    return output
+    return output | _of_reference(response, dialect, size, record)
 
 
-def _departed(
-    response: Response, dialect: Dialect, size: tuple[int, int], target: Box
-) -> tuple[dict[str, float], float]:
-    """Return how far the model is from its reference at the reference's answer, and the IoU of that."""
+def _of_reference(
+    response: Response, dialect: Dialect, size: tuple[int, int], record: dict[str, Any]
+) -> dict[str, Any]:
+    """Record the distance from a reference, and return the entries of its metrics; empty without one."""
+    if response.forced is None:
+        return {}
+    record["reference"] = apart = _departed(response, dialect, size, Box(*record["target"]))
+    identity = {name: record[name] for name in ("image", "id")}
+    found: dict[str, Any] = {name: {"score": value, **identity} for name, value in apart.items() if name != "score"}
+    return found | flips_entry(record["id"], apart.get(PREDICTS), apart["score"] >= RIGHT, record["score"] >= RIGHT)
+
+
+def _departed(response: Response, dialect: Dialect, size: tuple[int, int], target: Box) -> dict[str, float]:
+    """Return how far the model is from its reference at the reference's answer, and as `score` the IoU of that."""
     reference, _ = response.of_reference
     sizes = {"original_size": size, "model_size": response.model_size}
     parsed = dialect.parse(reference.text, opened=reference.opened, **sizes)
     if parsed.box is None:
-        return departure(response), 0.0
+        return {"score": 0.0, **departure(response)}
     read = partial(dialect.boxes, **sizes)
-    return departure(response, parsed.coordinates, read, dialect.largest), iou(parsed.box, target)
+    return {"score": iou(parsed.box, target), **departure(response, parsed.coordinates, read, dialect.largest)}
 
 
 def flips_entry(identity: str, distance: float | None, was: bool, now: bool) -> dict[str, FlipOutcome]:

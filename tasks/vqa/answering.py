@@ -102,8 +102,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     if doc["part"] != HELD_OUT:
         record["score"] = accuracy
         output |= {name: {"score": value, **identity} for name, value in _rates(confidence, finished, verbatim).items()}
-    output |= _of_confidence(confidences, confidence, doc["part"], accuracy)
-    output |= _of_reference(response, doc, record)
+    output |= _of_confidence(confidences, confidence, doc["part"], accuracy) | _of_reference(response, doc, record)
     if evidence is not None and evidence.stated is not None:
         record["statement"] = response.statement
         if doc["part"] == REPORTED:
