@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import field, fields, replace
+from dataclasses import field, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
@@ -403,7 +403,7 @@ class ModelArguments:
         """
         if str(self.reference).lower() == "none":
             return self.find_checkpoint()
-        return replace(self, pretrained=str(self.reference), reference=None).find_checkpoint()
+        return ModelArguments(pretrained=str(self.reference)).find_checkpoint()
 
     @property
     def template_variables(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_the_command_answers_in_one_screen_and_in_data(run, tmp_path, monkeypatc
     assert "6 of 60 answers flipped between right and wrong, and 83 %" in " ".join(lines)
     assert "docs/distance.md" in lines[-1]
     _, everything, _ = called(monkeypatch, capsys, run, "--all")
-    assert all(name in everything for name in ("kl_coordinates", "box_shift", "flips predicted"))
+    assert all(name in everything for name in ("kl_coordinates", "box_shift", "among as many"))
     _, data, _ = called(monkeypatch, capsys, run, "--json")
     assert json.loads(data)["tasks"][0]["measures"][0]["measure"] == "kl"
     both = own(tmp_path / "a", {"1": 0.9, "2": 0.1}), own(tmp_path / "b", {"1": 0.7, "2": 0.3})

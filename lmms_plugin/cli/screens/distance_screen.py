@@ -43,11 +43,12 @@ def distance_lines(found: Sequence[TaskDistance], labels: Sequence[str], level: 
 
 
 def _notes(one: TaskDistance, labels: Sequence[str]) -> list[str]:
+    flips = "flips: share of flipped answers among as many of the largest distance."
     if one.exact:
-        return [f"run: {labels[0]}", "KL is exact: the reference's answers were forced through the model."]
+        return [f"run: {labels[0]}", "KL is exact: the reference's answers were forced through the model.", flips]
     names = [f"{name}: {label}" for name, label in zip(("A", "B"), labels, strict=True)]
     kept = f"KL is bounded by what logs keep, at {one.compared} of {one.tokens} tokens (to the first other one);"
-    return [*names, kept, "exact: run B with --model_args reference=."]
+    return [*names, kept, "exact: run B with --model_args reference=.", flips]
 
 
 def _sentence(one: TaskDistance, level: float) -> str:
@@ -74,18 +75,15 @@ def _sentence(one: TaskDistance, level: float) -> str:
 
 
 def _best(measures: Sequence[Distance]) -> Distance | None:
-    known = [one for one in measures if not math.isnan(one.flips_predicted)]
-    preferred = [one for one in known if one.measure == "kl_coordinates"] or [
-        one for one in known if one.measure == "kl"
-    ]
-    return preferred[0] if preferred else None
+    known = {one.measure: one for one in measures if not math.isnan(one.flips_predicted)}
+    return known.get("kl_coordinates", known.get("kl"))
 
 
 def _table(one: TaskDistance, level: float) -> ScreenTable:
     rows = []
     for measure in one.measures:
         bounded = not one.exact and measure.measure in _BOUNDED
-        value = f"{_short(measure.value)} to {_short(measure.upper)}" if bounded else _short(measure.value)
+        value = f"{_short(measure.value)}\N{EN DASH}{_short(measure.upper)}" if bounded else _short(measure.value)
         between = f"{_short(measure.interval.low)}\N{EN DASH}{_short(measure.interval.high)}"
         if measure.interval.low < 0 and not math.isnan(measure.interval.low):
             between = f"[{_short(measure.interval.low)}, {_short(measure.interval.high)}]"
@@ -95,7 +93,7 @@ def _table(one: TaskDistance, level: float) -> ScreenTable:
         rows.append((measure.measure, value, between, number(measure.flips_predicted, 2), of_flips))
     title = f"{one.task}: {counted(one.records, 'answer')}, {counted(one.images, 'image')}"
     wide = f"{100 * level:g} %"
-    return ScreenTable(("measure", "mean", wide, "flips predicted", wide), rows, "measure", title)
+    return ScreenTable(("measure", "mean", wide, "flips", wide), rows, "measure", title)
 
 
 def _short(value: float) -> str:
