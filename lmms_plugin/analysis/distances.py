@@ -179,8 +179,8 @@ def _stacked(kept: Sequence[KeptDeparture]) -> dict[str, Floats]:
 def _kept(pair: AnswerPair) -> KeptDeparture:
     first, second = (_parsed(one) for one in (pair.first, pair.second))
     if first is None or second is None or first.box is None or second.box is None:
-        spans = () if first is None or first.box is None else first.coordinates
-        return kept_departure(pair.first, pair.second, (spans, ()))
+        of_first = () if first is None or first.box is None else first.coordinates
+        return kept_departure(pair.first, pair.second, (of_first, ()))
     dialect = DIALECTS[pair.first.dialect or ""]
     read = partial(dialect.boxes, original_size=pair.first.original_size, model_size=pair.first.model_size)
     spans = first.coordinates, second.coordinates
@@ -190,8 +190,8 @@ def _kept(pair: AnswerPair) -> KeptDeparture:
 def _parsed(response: Response) -> Parsed | None:
     if response.dialect is None or not response.tokens:
         return None
-    sizes = {"original_size": response.original_size, "model_size": response.model_size}
-    return DIALECTS[response.dialect].parse(response.text, opened=response.opened, **sizes)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"original_size": response.original_size, "model_size": response.model_size}
+    return DIALECTS[response.dialect].parse(response.text, opened=response.opened, **sizes)
 
 
 def _measured(
@@ -210,11 +210,9 @@ def _measured(
         for name, bounds in answers.bounds.items()
         if not np.isnan(bounds[0, keep]).all()
     ]
-    return TaskDistance(
-        *(records.task, exact, measures),
-        *((None, None) if changed is None else changed),
-        *(int(keep.sum()), clusters.count, answers.compared, answers.tokens),
-    )
+    lost, won = (None, None) if changed is None else changed
+    sizes = int(keep.sum()), clusters.count, answers.compared, answers.tokens
+    return TaskDistance(records.task, exact, measures, lost, won, *sizes)
 
 
 def _distance(

@@ -184,16 +184,17 @@ def kept_departure(
     equal = next((k for k, (one, other) in pairs if one != other), min(map(len, texts)))
     same = texts[0] == texts[1]
     compared = enumerate(zip(first.tokens[: equal + 1], second.tokens[: equal + 1], strict=False))
-    known = {k: found for k, pair in compared if (found := _token_bounds(*pair)) is not None}
+    known = {k: one for k, pair in compared if (one := _token_bounds(*pair)) is not None}
     selected = coordinate_mask(texts[0], spans[0])
     found = {
         "kl": _mean_bounds(list(known.values())),
-        "kl_coordinates": _mean_bounds([found for k, found in known.items() if selected[k]]),
+        "kl_coordinates": _mean_bounds([one for k, one in known.items() if selected[k]]),
         "token_agreement": Bounds(*[equal / (equal if same else equal + 1)] * 2) if equal or not same else None,
         "answer_agreement": Bounds(float(same), float(same)),
         "box_shift": None if read is None else _kept_shift((first, second), spans, read, largest),
     }
-    return KeptDeparture({name: one for name, one in found.items() if one is not None}, len(known), len(texts[0]))
+    measures = {name: bounds for name, bounds in found.items() if bounds is not None}
+    return KeptDeparture(measures, len(known), len(texts[0]))
 
 
 def _mean_bounds(found: Sequence[Bounds]) -> Bounds | None:

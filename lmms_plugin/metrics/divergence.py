@@ -146,7 +146,7 @@ def mean_shift(
     """
     if not (np.sum(first) > 0.0 and np.sum(second) > 0.0):
         return float("nan")
-    return float(wasserstein_distance(first_values, second_values, first, second))  # type: ignore[arg-type]
+    return float(wasserstein_distance(first_values, second_values, first, second))
 
 
 class FlipsPredicted:

@@ -147,9 +147,9 @@ class Response:
         if self.forced is None:
             raise ValueError("expected the answer of a reference model, got none: run with --model_args reference=none")
         text = "".join(token.text for token in self.forced.reference)
-        common = {"original_size": self.original_size, "model_size": self.model_size, "dialect": self.dialect}
-        common |= {"opened": self.opened, "records_digits": self.records_digits}
-        return Response(text, self.forced.reference, **common), Response(text, self.forced.model, **common)  # type: ignore[arg-type]
+        common: dict[str, Any] = {"original_size": self.original_size, "model_size": self.model_size}
+        common |= {"dialect": self.dialect, "opened": self.opened, "records_digits": self.records_digits}
+        return Response(text, self.forced.reference, **common), Response(text, self.forced.model, **common)
 
     @property
     def sampled(self) -> tuple[str | None, ...] | None:

@@ -94,7 +94,7 @@ class ReferenceModel:
 
     def _at_once(self, jobs: Sequence[Job]) -> int:
         longest = max((job.settings.max_new_tokens for job in jobs), default=1)
-        vocabulary = self.runner.decoder.model.config.get_text_config(decoder=True).vocab_size
+        vocabulary: int = self.runner.decoder.model.config.get_text_config(decoder=True).vocab_size
         return max(1, min(MOST_AT_ONCE, KEPT_BYTES // (_BYTES * vocabulary * longest)))
 
     def _answer(self, batch: Batch, prompts: list[Prompt], jobs: list[Job]) -> list[_Kept]:

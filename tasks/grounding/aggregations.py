@@ -100,8 +100,10 @@ BESIDE = ("ece", "auroc", "aurc")
 def flips_predicted(records: Sequence[FlipOutcome]) -> float:
     """Return the share of flipped answers among as many of the largest distance; NaN where nothing flipped."""
     ordered = sorted(records)
-    columns = np.array([(record.distance, record.flipped) for record in ordered]).reshape(-1, 2)
-    return plain(FlipsPredicted(*columns.T, Clusters.one(len(ordered))))["flips_predicted"] if ordered else math.nan
+    if not ordered:
+        return math.nan
+    distance, flipped = [record.distance for record in ordered], [record.flipped for record in ordered]
+    return plain(FlipsPredicted(distance, flipped, Clusters.one(len(ordered))))["flips_predicted"]
 
 
 # Names for a task's YAML.

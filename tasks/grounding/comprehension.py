@@ -175,7 +175,7 @@ def _of_reference(
 def _departed(response: Response, dialect: Dialect, size: tuple[int, int], target: Box) -> dict[str, float]:
     """Return how far the model is from its reference at the reference's answer, and as `score` the IoU of that."""
     reference, _ = response.of_reference
-    sizes = {"original_size": size, "model_size": response.model_size}
+    sizes: dict[str, Any] = {"original_size": size, "model_size": response.model_size}
     parsed = dialect.parse(reference.text, opened=reference.opened, **sizes)
     if parsed.box is None:
         return {"score": 0.0, **departure(response)}
