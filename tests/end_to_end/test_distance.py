@@ -1,20 +1,25 @@
 """A quantized model beside its reference, through the real commands: results file, log of samples, and their reader."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
+from helpers.environments import run
 
 from lmms_plugin.confidence.departure import MEASURES
 
+COMMAND = str(Path(sys.executable).parent / "lmms-plugin")
 MODELS = ("quant_none:pretrained=demo,device=cpu", "quant_rtn:pretrained=demo,device=cpu,bits=3")
 
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_a_run_with_a_reference_logs_its_distance(tmp_path, commands):
-    asked = ("--tasks", "shapes_rec", "--limit", "12", "--batch_size", "12", "--output", tmp_path / "run")
-    data = commands.output("lmms-plugin", "distance", *MODELS, *asked, "--resamples", "50", "--json", cwd=tmp_path)
-    (task,) = json.loads(data)["tasks"]
+def test_a_run_with_a_reference_logs_its_distance(tmp_path):
+    asked = ("--tasks", "shapes_rec", "--limit", "12", "--batch-size", "12", "--output", "run")
+    printed = run([COMMAND, "distance", *MODELS, *asked, "--resamples", "50", "--json"], tmp_path)
+    # What is run stands before it.
+    (task,) = json.loads(printed[printed.index("{\n") : printed.rindex("}") + 1])["tasks"]
     told = {one["measure"]: one["value"] for one in task["measures"]}
     assert told.keys() == MEASURES.keys()
     assert 0 < told["kl"] < told["kl_coordinates"] < 5
