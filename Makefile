@@ -53,7 +53,8 @@ check: $(VENV)/.dev $(VENV)/.package
 
 # The API is read from the installed package, for the same reason.
 docs: $(VENV)/.dev $(VENV)/.package
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir site
+	rm -rf build/tutorial && mkdir -p build/tutorial
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir site
 
 fresh:
 	$(PYTHON) .ci/fresh.py

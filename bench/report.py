@@ -119,15 +119,16 @@ def plain_loop(folder: Path, cells: int) -> float:
 
 
 def _memory(pid: int) -> int:
-    """Bytes in memory of a process and those it started; pages they share count once for each."""
+    """Bytes in memory of a process and those it started; pages they share count in parts."""
     total = 0
     for one in (pid, *_children(pid)):
         try:
-            total += int(Path(f"/proc/{one}/statm").read_text(encoding="ascii").split()[1])
-        except (OSError, IndexError):
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        except OSError:
             # It has just ended.
             continue
-    return total * os.sysconf("SC_PAGE_SIZE")
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
 
 
 def _children(pid: int) -> list[int]:

@@ -7,11 +7,12 @@ The checkpoint is that of `bench.throughput`, a Qwen2.5-VL of 100 million random
 about each photograph of 640×480, answers are 24 tokens long, and every pass has photographs of its own.
 
 `vllm` cases need VLLM_ENV: the same requests through our client and through lmms-eval's `openai` class with its
-defaults, both to one server, and through `LLM.chat` in a process of its own; they take turns. `ratio` is the other's
-time over ours (wall clock); `processor_ratio` is the same of the processor's time, of server and client together, which
-other work on the machine disturbs less. `waiting` is our client when the others of an image wait for its first answer,
-as they do with servers other than vLLM. `ceiling` is the `openai` class's time over that of the engine alone: no client
-of this engine on this machine is faster than that class by more, unless its own work overlaps with the engine's.
+defaults, both to one server, and through `LLM.chat` with the same settings, whose engine and worker have processes of
+their own, too; they take turns. `ratio` is the other's time over ours (wall clock); `processor_ratio` is the same of
+the processor's time, of server and client together, which other work on the machine disturbs less. `waiting` is our
+client when the others of an image wait for its first answer, as they do with servers other than vLLM. `ceiling` is the
+`openai` class's time over that of the engine alone: no client of this engine on this machine is faster than that class
+by more, unless its own work overlaps with the engine's.
 
 `client` cases need no engine: a server in a process of its own answers after 50 ms with the same words each time, 64
 requests are in flight. `asking` is what the client sustains when all images have been prepared, with
@@ -155,17 +156,12 @@ class Taken:
     def per(self, count: int) -> dict[str, float]:
         """Rate and costs of so many requests."""
         seconds, processor = time.perf_counter() - self.started, self._processor() - self.processor
-        return of(seconds, processor, count)
-
-
-def of(seconds: float, processor: float, count: int) -> dict[str, float]:
-    """Rate and costs of `count` requests that took so long."""
-    return {
-        "requests": count,
-        "requests_per_s": count / seconds,
-        "processor_ms": 1e3 * processor / count,
-        "seconds": seconds,
-    }
+        return {
+            "requests": count,
+            "requests_per_s": count / seconds,
+            "processor_ms": 1e3 * processor / count,
+            "seconds": seconds,
+        }
 
 
 def _children(pid: int) -> list[psutil.Process]:
@@ -194,7 +190,7 @@ def compared(case: str, times: dict[str, list[dict[str, float]]], baseline: str,
 def offline(checkpoint: Path, folder: Path) -> Iterator[Callable[[Path], dict[str, float]]]:
     """A function that has vLLM's `LLM.chat` answer the conversations of a file."""
     command = [str(interpreter()), "-P", str(_FOLDER / "offline_vllm.py"), str(checkpoint), "float32", str(LENGTH)]
-    settings = {**os.environ, **SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    settings = {**os.environ, **SETTINGS}
     with (
         (folder / "offline.log").open("wb") as log,
         subprocess.Popen(
@@ -213,10 +209,11 @@ def offline(checkpoint: Path, folder: Path) -> Iterator[Callable[[Path], dict[st
             raise RuntimeError(f"vLLM did not start: {(folder / 'offline.log').read_text()[-3000:]}")
 
         def answer(conversations: Path) -> dict[str, float]:
+            count, took = len(json.loads(conversations.read_text())), Taken(driver.pid)
             driver.stdin.write(f"{conversations}\n")  # type: ignore[union-attr]
             driver.stdin.flush()  # type: ignore[union-attr]
-            done = next(json.loads(line) for line in lines if line.startswith('["DONE"'))
-            return of(done[1], done[2], len(json.loads(conversations.read_text())))
+            next(line for line in lines if line.startswith('["DONE"'))
+            return took.per(count)
 
         try:
             yield answer

@@ -28,8 +28,9 @@ from lmms_plugin.utils.processes.free_memory import free_host_bytes, total_host_
 RESERVED = 0.2
 """Of a device's memory that dense weights leave to activations, caches and everything else."""
 
-CLEARLY = 0.9
-"""A kernel is taken before dense weights if it takes at most so much of their time."""
+CLEARLY = 0.8
+"""A kernel is taken before dense weights if it takes at most so much of their time: where others use the machine, less
+of a difference did not hold in the model."""
 
 ROWS = (1, 8)
 """Numbers of rows of inputs at which a kernel is timed, besides the largest one that it is made for."""
@@ -201,7 +202,7 @@ def _kernel_is_faster(x: Tensor, layers: Sequence[PackedLinear], dense: Sequence
     return best[0] <= CLEARLY * best[1]
 
 
-def _least_seconds(calls: Sequence[Callable[[], None]], device: torch.device, repeats: int = 3) -> list[float]:
+def _least_seconds(calls: Sequence[Callable[[], None]], device: torch.device, repeats: int = 5) -> list[float]:
     """Return the least time of each call; they take turns, after one of each that does not count."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock, best = time.process_time if alone else time.perf_counter, [float("inf")] * len(calls)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution, expect_token_weights
+from lmms_plugin.quant_backends.backend import expect_token_weights
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
-from lmms_plugin.quant_backends.methods.format_options import SCALED_INPUTS, FormatBackend
 from lmms_plugin.quant_backends.methods.scale_search import GramError, search_clipping, search_scales
+from lmms_plugin.quant_backends.methods.scaled_inputs import ScaledInputsBackend
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
 
@@ -24,7 +24,7 @@ UNFOLDED = re.compile(r"^(o_proj|out_proj|wo|c_proj|proj|dense|dense_4h_to_h|fc2
 
 
 @dataclass(frozen=True)
-class AwqBackend(FormatBackend, CalibratedBackend):
+class AwqBackend(ScaledInputsBackend):
     """AWQ (Lin et al., MLSys 2024): the scale search, and the clipping search on request.
 
     Layers that share an input tensor share a scale per input column, s = mean|x|^t normalised by sqrt(max s · min s),
@@ -57,6 +57,7 @@ class AwqBackend(FormatBackend, CalibratedBackend):
 
     name = "awq"
     bits = frozenset(range(2, 9))
+    can_fold = True
     clip: bool = False
     fold: bool = False
     token_weights: str | None = None
@@ -72,34 +73,18 @@ class AwqBackend(FormatBackend, CalibratedBackend):
             )
 
     @property
-    def uncompressed(self) -> str | None:
-        """Return the reason: input scales need this package's own format, unless preceding layers absorb them."""
-        return super().uncompressed if self.fold else SCALED_INPUTS
-
-    @property
     def weighs_tokens_by(self) -> str | None:
         """Return what the weights come from; None for none."""
         return self.token_weights
 
-    @torch.no_grad()
-    def solve(
-        self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
-    ) -> list[Solution]:
-        """Search the input scale of layers that share an input tensor, then the clipping ranges of each."""
-        statistics.expect_finite()
-        in_scale = self._search(layers, specs, statistics)
-        return [
-            Solution(self._pack(layer, name, spec, in_scale, statistics), self.unweighted(statistics))
-            for layer, name, spec in zip(layers, statistics.names, specs, strict=True)
-        ]
+    def label(self, statistics: InputStatistics) -> str | None:
+        """Call layers unweighted whose tokens were to have weights and have none."""
+        return self.unweighted(statistics)
 
-    def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
-        """Round to nearest: without inputs, all channels are equally important."""
-        return self.nearest(layer, spec)
-
-    def _search(
+    def in_scale(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> Tensor | None:
+        """Search the scale with the least error of the outputs."""
         if self.fold and any(UNFOLDED.match(name.rpartition(".")[2]) for name in statistics.names):
             return None
         weights, objective = [layer.weight for layer in layers], GramError(statistics.by_importance.gram)
@@ -107,15 +92,15 @@ class AwqBackend(FormatBackend, CalibratedBackend):
         magnitude, form = statistics.mean_magnitude, self.stored
         return search_scales(weights, asked, magnitude, objective, powers_of_two=self.fold, form=form).in_scale
 
-    def _pack(
+    def scaled(
         self, layer: nn.Linear, name: str, spec: QuantSpec, in_scale: Tensor | None, statistics: InputStatistics
     ) -> QuantizedLinear:
-        own = None if in_scale is None else in_scale.clone()
+        """Return a layer with the input scale, its weights rounded to nearest within ranges that are searched."""
         if not self.clip or UNCLIPPED.match(name.rpartition(".")[2]):
-            return self.nearest(layer, spec, in_scale=own, statistics=statistics)
+            return super().scaled(layer, name, spec, in_scale, statistics)
         inverse = torch.ones_like(layer.weight[0]).float() if in_scale is None else in_scale.float()
         fed, dtype = statistics.by_importance.gram * inverse * inverse.unsqueeze(1), layer.weight.dtype
         codes = search_clipping(layer.weight.float() / inverse, self.spec_of(spec), fed, dtype)
         return self.assemble(
-            codes, spec, layer.in_features, dtype, bias=layer.bias, in_scale=own, statistics=statistics
+            codes, spec, layer.in_features, dtype, bias=layer.bias, in_scale=in_scale, statistics=statistics
         )

@@ -24,9 +24,6 @@ from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantSpec
 from lmms_plugin.quant_backends.plans.rotation_spec import ROTATED_INPUTS, RotationSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
 
-SCALED_INPUTS = "its layers multiply their inputs by a scale; fold=True avoids that"
-"""Why compressed-tensors cannot hold what a method of input scales makes."""
-
 AS_THEY_ARE = "none"
 """Format of inputs in a plan that means: leave them as they are."""
 

@@ -27,8 +27,11 @@ LARGEST_DAMPING = 10.0
 """Times the mean diagonal: beyond it the Hessian is all damping, and the result no better than rounding."""
 
 
-SPREAD_COLUMNS = 256
-"""Columns whose rounding errors are followed at once through all columns after them."""
+PROBES = 64
+"""Random rounding errors that a damping is judged by."""
+
+NEAR_COLUMNS = 16
+"""Columns between two matrix products within a block: only errors nearer than that are passed on one by one."""
 
 JOINED_ROWS = 8192
 """Rows of layers with one input that are rounded together, at most: each column is a handful of small operations."""
@@ -212,9 +215,9 @@ def choose_factor(
 ) -> Factor:
     """Factorize with the damping that has the smallest expected error on the held-out inputs.
 
-    With F the feedback, rounding errors ε give errors δ of the weights where F δ = ε. Were ε independent, as it nearly
-    is, ‖X δ‖² would have the mean Σ_i var(ε_i) (F⁻ᵀ XᵀX F⁻¹)_ii: a damping is judged without rounding anything. More
-    damping is tried as long as it does better.
+    With F the feedback, rounding errors ε give errors δ of the weights where F δ = ε. ε is nearly independent between
+    columns: a damping is judged by ‖X δ‖² for random ones, the same for each, without rounding anything. More damping
+    is tried as long as it does better.
 
     Args:
         statistics: Statistics of the layer's inputs.
@@ -229,13 +232,13 @@ def choose_factor(
     if damping is not None or held_back is None or not held_back.rows:
         return hessian.factorize(DAMPINGS[0] if damping is None else damping)
     order = hessian.order
-    gram, rounding = held_back.gram[order.unsqueeze(1), order], rounding[order]
+    gram, probes = held_back.gram[order.unsqueeze(1), order], rounding_errors(rounding[order])
     best = hessian.factorize(DAMPINGS[0])
-    least = expected_error(best.feedback, gram, rounding)
+    least = expected_error(best.feedback, gram, probes)
     # One after another: in wide layers each takes more than a gigabyte.
     for each in DAMPINGS[1:]:
         factor = hessian.factorize(each)
-        expected = expected_error(factor.feedback, gram, rounding, least)
+        expected = expected_error(factor.feedback, gram, probes)
         if expected >= least:
             # Less damping leaves more correlations that are learned by heart, more damping fewer of those that hold:
             # the error falls, then rises.
@@ -244,27 +247,36 @@ def choose_factor(
     return best
 
 
-def expected_error(feedback: Tensor, gram: Tensor, rounding: Tensor, enough: float = math.inf) -> float:
-    """Return Σ_i var(ε_i) (F⁻ᵀ G F⁻¹)_ii for the feedback F; as soon as it is above `enough`, any number above that.
+def rounding_errors(variance: Tensor) -> Tensor:
+    """Return errors of random sign and given variances, (columns, probes) float32, always the same ones.
 
-    Column i of F⁻¹ is zero above row i, so that some columns need only what stands below and right of them.
+    Random signs estimate a trace with the least variance (Hutchinson, 1989). Of few columns, the errors of each by
+    itself give it exactly.
+
+    Args:
+        variance: (columns,) float64.
+    """
+    count = len(variance)
+    if count <= PROBES:
+        signs = math.sqrt(count) * torch.eye(count, dtype=torch.float64)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        signs = 2.0 * torch.randint(2, (count, PROBES), generator=generator, dtype=torch.float64) - 1.0
+    return (signs.to(variance.device) * variance.sqrt().unsqueeze(1)).float()
+
+
+def expected_error(feedback: Tensor, gram: Tensor, errors: Tensor) -> float:
+    """Return the mean of ‖X δ‖² over rounding errors ε, where F δ = ε for the feedback F.
+
+    For independent errors it estimates Σ_i var(ε_i) (F⁻ᵀ G F⁻¹)_ii.
 
     Args:
         feedback: F (columns, columns) float32.
-        gram: G (columns, columns) float32, in the order of F.
-        rounding: (columns,) float64, in place of the variance, in the order of F.
-        enough: Sum at which to stop.
+        gram: G = XᵀX (columns, columns) float32, in the order of F.
+        errors: ε (columns, probes) float32, in the order of F.
     """
-    total = 0.0
-    for start in range(0, len(gram), SPREAD_COLUMNS):
-        stop = min(start + SPREAD_COLUMNS, len(gram))
-        identity = torch.eye(len(gram) - start, stop - start, device=gram.device)
-        below = feedback[start:, start:]
-        spread = torch.linalg.solve_triangular(below, identity, upper=False, unitriangular=True)
-        total += float(squared_errors(spread.T, gram[start:, start:]) @ rounding[start:stop])
-        if total > enough:
-            break
-    return total
+    weight_errors = torch.linalg.solve_triangular(feedback, errors, upper=False, unitriangular=True)
+    return float(squared_errors(weight_errors.T, gram).mean())
 
 
 def sum_of_squares(errors: Iterable[Tensor]) -> Tensor:
@@ -380,7 +392,13 @@ def pass_on_errors(
             dense[start:stop] += factor.pull[:start, start:stop].T @ wanted_so_far[:start]
         wanted = dense[start:stop] - factor.feedback[start:stop, :start] @ error[:start]
         for step in range(start, stop):
-            row, before = factor.feedback[step, start:step], error[start:step]
+            near = step - (step - start) % NEAR_COLUMNS
+            if step == near > start:
+                next_near = min(near + NEAR_COLUMNS, stop)
+                wanted[near - start : next_near - start] -= (
+                    factor.feedback[near:next_near, start:near] @ error[start:near]
+                )
+            row, before = factor.feedback[step, near:step], error[near:step]
             moved = torch.addmv(wanted[step - start], before.T, row, alpha=-1)
             if wanted_so_far is not None and factor.pull is not None:
                 pulled = wanted_so_far[start:step].T @ factor.pull[start:step, step]

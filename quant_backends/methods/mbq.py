@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
-from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
-from lmms_plugin.quant_backends.methods.format_options import FormatBackend, act_bits_of
+from lmms_plugin.quant_backends.methods.format_options import act_bits_of
 from lmms_plugin.quant_backends.methods.scale_search import GramError, Objective, RowError, search_scales
+from lmms_plugin.quant_backends.methods.scaled_inputs import ScaledInputsBackend
 from lmms_plugin.quant_backends.plans.plan import UNTOUCHED_BITS, QuantSpec
 from lmms_plugin.quant_backends.statistics import WEIGHED, InputStatistics
 
@@ -19,7 +18,7 @@ POWERS = {"mae": 1, "mse": 2}
 
 
 @dataclass(frozen=True)
-class MbqBackend(FormatBackend, CalibratedBackend):
+class MbqBackend(ScaledInputsBackend):
     """MBQ (Li et al., CVPR 2025): AWQ's scale search with the errors of two modalities balanced by gradients.
 
     ρ, the weight of an image position against an answer position, is the ratio of the mean magnitudes of the loss
@@ -56,29 +55,17 @@ class MbqBackend(FormatBackend, CalibratedBackend):
         object.__setattr__(self, "activation_format", act_bits_of(self.act_bits, self.activation_format))
         super().__post_init__()
 
-    @property
-    def uncompressed(self) -> str | None:
-        """Return the reason: input scales need this package's own format."""
-        return "its layers multiply their inputs by a scale"
-
-    @torch.no_grad()
-    def solve(
+    def in_scale(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
-    ) -> list[Solution]:
-        """Search the input scale of layers that share an input tensor."""
-        statistics.expect_finite()
-        weights = [layer.weight for layer in layers]
-        asked, objective = [self.spec_of(spec) for spec in specs], self.objective(statistics)
-        found = search_scales(weights, asked, statistics.mean_magnitude, objective, form=self.stored)
-        method = None if _is_balanced(statistics) else f"{self.name}, unbalanced"
-        return [
-            Solution(self.nearest(layer, spec, in_scale=found.in_scale.clone(), statistics=statistics), method)
-            for layer, spec in zip(layers, specs, strict=True)
-        ]
+    ) -> Tensor | None:
+        """Search the scale with the least error of the outputs, by the sensitivity of both modalities."""
+        weights, asked = [layer.weight for layer in layers], [self.spec_of(spec) for spec in specs]
+        objective = self.objective(statistics)
+        return search_scales(weights, asked, statistics.mean_magnitude, objective, form=self.stored).in_scale
 
-    def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
-        """Round to nearest: without inputs, all channels are equally important."""
-        return self.nearest(layer, spec)
+    def label(self, statistics: InputStatistics) -> str | None:
+        """Call layers unbalanced that have no weight for each modality."""
+        return None if _is_balanced(statistics) else f"{self.name}, unbalanced"
 
     def objective(self, statistics: InputStatistics) -> Objective:
         """Return the objective by which candidates are compared.

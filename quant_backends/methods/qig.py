@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
-from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
-from lmms_plugin.quant_backends.methods.format_options import FormatBackend
 from lmms_plugin.quant_backends.methods.mbq import POWERS
 from lmms_plugin.quant_backends.methods.scale_search import RowError, search_scales
+from lmms_plugin.quant_backends.methods.scaled_inputs import ScaledInputsBackend
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
 
@@ -21,7 +19,7 @@ FENCE = 1.5
 
 
 @dataclass(frozen=True)
-class QigBackend(FormatBackend, CalibratedBackend):
+class QigBackend(ScaledInputsBackend):
     """QIG (Xiang et al., CVPR 2026, arXiv:2603.17809), weights only: AWQ's scale search with weighted tokens.
 
     The quantization-aware integrated gradients of a token attribute the error of rounding to its elements: (x − x') ∫
@@ -56,28 +54,13 @@ class QigBackend(FormatBackend, CalibratedBackend):
             )
         super().__post_init__()
 
-    @property
-    def uncompressed(self) -> str | None:
-        """Return the reason: input scales need this package's own format."""
-        return "its layers multiply their inputs by a scale"
-
-    @torch.no_grad()
-    def solve(
+    def in_scale(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
-    ) -> list[Solution]:
-        """Search the input scale of layers that share an input tensor."""
-        statistics.expect_finite()
+    ) -> Tensor | None:
+        """Search the scale with the least error of the outputs, by the importance of tokens."""
         weights, asked = [layer.weight for layer in layers], [self.spec_of(spec) for spec in specs]
         objective = self.objective(layers, specs, statistics)
-        found = search_scales(weights, asked, statistics.mean_magnitude, objective, form=self.stored)
-        return [
-            Solution(self.nearest(layer, spec, in_scale=found.in_scale.clone(), statistics=statistics))
-            for layer, spec in zip(layers, specs, strict=True)
-        ]
-
-    def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
-        """Round to nearest: without inputs, all channels are equally important."""
-        return self.nearest(layer, spec)
+        return search_scales(weights, asked, statistics.mean_magnitude, objective, form=self.stored).in_scale
 
     def objective(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics

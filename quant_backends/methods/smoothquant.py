@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmms_plugin.quant_backends.backend import CalibratedBackend, Solution
-from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.methods.awq import UNFOLDED
-from lmms_plugin.quant_backends.methods.format_options import SCALED_INPUTS, FormatBackend
 from lmms_plugin.quant_backends.methods.scale_search import RowError, least_error
+from lmms_plugin.quant_backends.methods.scaled_inputs import ScaledInputsBackend
 from lmms_plugin.quant_backends.plans.plan import QuantSpec
 from lmms_plugin.quant_backends.statistics import InputStatistics
 
@@ -21,7 +19,7 @@ ALPHAS = tuple(step / 20 for step in range(21))
 
 
 @dataclass(frozen=True)
-class SmoothQuantBackend(FormatBackend, CalibratedBackend):
+class SmoothQuantBackend(ScaledInputsBackend):
     """SmoothQuant (Xiao et al., ICML 2023, arXiv:2211.10438): outliers moved from inputs into weights, then rounding.
 
     Layers that share an input tensor share s_j = max|X_j|^α / max|W_j|^(1−α), with the maximum of X over all
@@ -51,6 +49,7 @@ class SmoothQuantBackend(FormatBackend, CalibratedBackend):
     name = "smoothquant"
     bits = frozenset(range(2, 9))
     default_bits = 8
+    can_fold = True
     keeps_rows = True
 
     def __post_init__(self) -> None:
@@ -65,34 +64,10 @@ class SmoothQuantBackend(FormatBackend, CalibratedBackend):
         if self.fold:
             self.expect_foldable()
 
-    @property
-    def uncompressed(self) -> str | None:
-        """Return the reason: input scales need this package's own format, unless preceding layers absorb them."""
-        return super().uncompressed if self.fold else SCALED_INPUTS
-
-    @torch.no_grad()
-    def solve(
-        self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
-    ) -> list[Solution]:
-        """Smooth the input of layers that share it, then round them to nearest."""
-        statistics.expect_finite()
-        in_scale = self._in_scale(layers, specs, statistics)
-        return [
-            Solution(
-                self.nearest(
-                    layer, spec, in_scale=None if in_scale is None else in_scale.clone(), statistics=statistics
-                )
-            )
-            for layer, spec in zip(layers, specs, strict=True)
-        ]
-
-    def without_inputs(self, layer: nn.Linear, spec: QuantSpec) -> QuantizedLinear:
-        """Round to nearest: without inputs there is no outlier to move."""
-        return self.nearest(layer, spec)
-
-    def _in_scale(
+    def in_scale(
         self, layers: Sequence[nn.Linear], specs: Sequence[QuantSpec], statistics: InputStatistics
     ) -> Tensor | None:
+        """Return 1/s."""
         if self.fold and any(UNFOLDED.match(name.rpartition(".")[2]) for name in statistics.names):
             return None
         weights, dtype = [layer.weight for layer in layers], layers[0].weight.dtype

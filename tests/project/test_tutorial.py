@@ -12,7 +12,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python[^\n]*\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def results(tmp_path_factory):
 def test_the_tutorial_runs(results, monkeypatch, capsys):
     monkeypatch.chdir(results)
     code = blocks("tutorial.md")
-    assert len(code) == 5
+    assert len(code) == 6
     names = {}
     for block in code:
         exec(compile(block, "tutorial.md", "exec"), names)

@@ -1,7 +1,10 @@
 """The figures inside the page: one version for wide windows and print, one for narrow windows."""
 
 import multiprocessing
+import pickle
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -40,8 +43,13 @@ def shown(summary: Summary, workers: int) -> dict[str, list[Shown]]:
         wide, narrow = _wide(summary), _narrow(summary)
     else:
         # Forking a process that has threads (BLAS, pyarrow) may hang.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            promised = pool.submit(_narrow, summary)
+        context = multiprocessing.get_context("spawn")
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=context) as pool:
+            # Through a file, since a pipe would hold all of a large study once more on either side.
+            file = Path(folder) / "summary"
+            with file.open("wb") as stream:
+                pickle.dump(summary, stream)
+            promised = pool.submit(_narrow_of, file)
             wide, narrow = _wide(summary), promised.result()
     return {
         section: [Shown(one, markup, other) for (one, markup), other in zip(drawn, narrow[section], strict=True)]
@@ -57,6 +65,11 @@ def _wide(summary: Summary) -> dict[str, list[tuple[DrawnFigure, Markup]]]:
 def _narrow(summary: Summary) -> dict[str, list[Markup]]:
     drawn = figures.every(summary, figures.PHONE)
     return {section: [_inline(one, f"{one.name}-n") for one in several] for section, several in drawn.items()}
+
+
+def _narrow_of(file: Path) -> dict[str, list[Markup]]:
+    with file.open("rb") as stream:
+        return _narrow(pickle.load(stream))
 
 
 def _inline(drawn: DrawnFigure, name: str) -> Markup:

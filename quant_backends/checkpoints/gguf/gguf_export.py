@@ -87,17 +87,11 @@ def export(
         ValueError: The folder is taken, the family cannot be written, or a type does not fit.
         ImportError: The extra `gguf` is missing.
     """
-    package("writing GGUF files")
-    if {choice.language, choice.embedding, choice.output, choice.vision} & set(K_QUANTS):
-        require("libgguf", extra=K_QUANTS_EXTRA, user="writing K-quants")
     target, source = expect_free(folder, option), Path(checkpoint)
-    if not source.is_dir():
-        raise ValueError(f"expected the folder of a checkpoint, got {checkpoint}: download it first")
+    config = expect_exportable(checkpoint, choice, converter)
     # Transformers' processors take seconds to import.
     from transformers import AutoProcessor
 
-    config = config_of(checkpoint)
-    _expect_convertible(checkpoint, config, converter)
     processor = AutoProcessor.from_pretrained(checkpoint)
     with new_folder(target) as unfinished, tempfile.TemporaryDirectory(dir=target.parent) as work:
         text, vision, choice = _contents(config, processor, source, choice, converter, Path(work))
@@ -111,7 +105,19 @@ def export(
     return read_model(target)
 
 
-def _expect_convertible(checkpoint: str, config: Any, converter: Path | None) -> None:
+def expect_exportable(checkpoint: str, choice: TypeChoice, converter: Path | None) -> Any:
+    """Refuse what cannot be written as GGUF, as far as it shows without weights; return the checkpoint's config.
+
+    Raises:
+        ValueError: It is no folder, quantized already, or of a family that is not written.
+        ImportError: The extra `gguf` is missing.
+    """
+    package("writing GGUF files")
+    if {choice.language, choice.embedding, choice.output, choice.vision} & set(K_QUANTS):
+        require("libgguf", extra=K_QUANTS_EXTRA, user="writing K-quants")
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"expected the folder of a checkpoint, got {checkpoint}: download it first")
+    config = config_of(checkpoint)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{checkpoint} is quantized already; GGUF is written from unquantized weights")
     if converter is not None:
@@ -121,6 +127,7 @@ def _expect_convertible(checkpoint: str, config: Any, converter: Path | None) ->
             f"{config.model_type}: this family is not written as GGUF here (only {', '.join(FAMILIES)} is); name "
             "llama.cpp's own converter with converter=PATH/convert_hf_to_gguf.py"
         )
+    return config
 
 
 def read_model(folder: Path) -> GgufModel:

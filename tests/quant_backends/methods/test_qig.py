@@ -39,7 +39,7 @@ def rounded(weight, spec=SPEC):
 
 
 def gathered(x):
-    entry = InputStatistics.empty(("layer",), COLUMNS, torch.device("cpu"), keeps_rows=True)
+    entry = InputStatistics.empty(("one", "other"), COLUMNS, torch.device("cpu"), keeps_rows=True)
     for part in x.chunk(5):
         entry.add(part)
     return entry

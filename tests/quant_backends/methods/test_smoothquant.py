@@ -35,8 +35,8 @@ def inputs(rows=400, seed=3):
     return x
 
 
-def statistics(x):
-    entry = InputStatistics.empty(("layer",), COLUMNS, torch.device("cpu"), keeps_rows=True)
+def statistics(x, names=("layer",)):
+    entry = InputStatistics.empty(names, COLUMNS, torch.device("cpu"), keeps_rows=True)
     entry.add(x)
     return entry
 
@@ -63,7 +63,7 @@ def papers_scale(x, weights, alpha):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.85, 1.0])
 def test_scales_and_outputs_are_the_papers(alpha):
     layers, x = [linear(24, 0), linear(40, 1)], inputs()
-    found = get("smoothquant", alpha=alpha).solve(layers, [W8, W8], statistics(x))
+    found = get("smoothquant", alpha=alpha).solve(layers, [W8, W8], statistics(x, ("one", "other")))
     scale = papers_scale(x, [layer.weight for layer in layers], alpha)
     for (solved, method, _), layer in zip(found, layers, strict=True):
         assert isinstance(solved, Int8InputLinear)

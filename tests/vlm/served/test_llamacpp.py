@@ -232,7 +232,10 @@ def test_files_that_are_missing_or_do_not_belong_together_are_told(tmp_path):
 def test_a_damaged_file_in_the_cache_is_told_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("LMMS_PLUGIN_CACHE", str(tmp_path))
     arguments, options = ModelArguments(pretrained="demo"), GgufOptions(type="Q8_0")
-    file = files_of(arguments, options).model.vision.path
+    files = files_of(arguments, options)
+    assert not files.text.exists(), "nothing is written before the first request"
+    file = files.read().vision.path
+    assert file == files.vision
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"may be damaged: .*: remove {file.parent}, which is then written again"):
         files_of(arguments, options)

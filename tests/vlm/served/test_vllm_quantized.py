@@ -28,6 +28,8 @@ order move an input over the edge of a step here and there; a wrong scale, or in
 @pytest.mark.parametrize("case", CASES)
 def test_w8a8_is_served_as_it_was_evaluated(case, documents, instances, tmp_path):
     expect_environment()
+    if case == "int8" and not torch.cpu._is_vnni_supported():
+        pytest.skip("vLLM's int8 products on a processor without VNNI are not exact")
     options, plan = CASES[case]
     loaded = load_quantized(
         str(CHECKPOINT),

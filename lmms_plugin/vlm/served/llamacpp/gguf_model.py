@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import weakref
+from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,19 @@ from loguru import logger
 
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.quant_backends.checkpoints.gguf import gguf_export
-from lmms_plugin.quant_backends.checkpoints.gguf.gguf_export import TEXT_FILE, GgufModel, export
+from lmms_plugin.quant_backends.checkpoints.gguf.gguf_export import (
+    TEXT_FILE,
+    VISION_FILE,
+    GgufModel,
+    expect_exportable,
+    export,
+)
 from lmms_plugin.quant_backends.checkpoints.gguf.gguf_file import PROJECTOR, GgufFile, expect_gguf, is_later_part, read
 from lmms_plugin.quant_backends.extras import require
 from lmms_plugin.utils import hashing, variables
 from lmms_plugin.utils.messages import command_line
 from lmms_plugin.utils.processes.launch_command import PORT
+from lmms_plugin.vlm.contracts.responding import Responder
 from lmms_plugin.vlm.served import options as served_options
 from lmms_plugin.vlm.served.llamacpp import embedded_server
 from lmms_plugin.vlm.served.llamacpp.gguf_options import OPTION_TYPES, GgufOptions
@@ -33,30 +41,36 @@ class GgufFiles(NamedTuple):
     """What is run.
 
     Attributes:
-        model: The two files.
+        text: File of the language model.
+        vision: File of the vision tower and the connector.
         checkpoint: What processor and tokenizer come from, as `pretrained=` takes it.
+        read: Function that writes the files if there are none, and tells what they are.
     """
 
-    model: GgufModel
+    text: Path
+    vision: Path
     checkpoint: str
+    read: Callable[[], GgufModel]
 
 
 class QuantGguf(QuantServed):
-    """GGUF files in llama.cpp; a checkpoint that is none is written as such first.
+    """GGUF files in llama.cpp; a checkpoint that is none is written as such at the first request.
 
     Attributes:
-        gguf: What the files are, by the types of their tensors.
+        gguf: What the files are, by the types of their tensors; from the first request on.
     """
 
+    gguf: GgufModel
+
     def __init__(self, **arguments: Any) -> None:
-        """Write the files if there are none, start the server, and ask a first question.
+        """Check arguments, files that are there, and whether the checkpoint can be written as GGUF.
 
         Args:
             **arguments: see `ModelArguments` and `GgufOptions`.
 
         Raises:
-            ValueError: an argument is unknown or impossible, the checkpoint cannot be written as GGUF, a file is
-                damaged or missing, or the server does not start or reads other prompts than the processor makes.
+            ValueError: an argument is unknown or impossible, the checkpoint cannot be written as GGUF, or a file is
+                damaged or missing.
             ImportError: the extra `gguf` is not installed.
         """
         for library in ("gguf", "xllamacpp"):
@@ -71,13 +85,22 @@ class QuantGguf(QuantServed):
             raise ValueError("bits has no effect on a GGUF model: type= chooses how it is written (Q8_0, Q4_0, ...)")
         if "pretrained" not in arguments:
             raise ValueError("pretrained is missing: demo, a checkpoint, or a folder with GGUF files")
-        files = files_of(parsed, options)
-        self.gguf = files.model
+        self._files = files = files_of(parsed, options)
         words = [sys.executable, "-P", "-m", embedded_server.__name__]
         image_tokens = _image_tokens(files.checkpoint, parsed)
-        words += [*options.server(files.model.text.path, files.model.vision.path, image_tokens), "--port", PORT]
+        words += [*options.server(files.text, files.vision, image_tokens), "--port", PORT]
         given |= {"launch": command_line(words), "concurrency": options.slots, "prompts": served_options.RENDERED}
         super().__init__(**given | {"pretrained": files.checkpoint})
+
+    def make_responder(self) -> Responder:
+        """Write the files if there are none, start the server, and ask a first question.
+
+        Raises:
+            ValueError: the files cannot be written, the server does not start, or it reads other prompts than the
+                processor makes.
+        """
+        self.gguf = self._files.read()
+        return super().make_responder()
 
     def figures(self) -> dict[str, Any]:
         """Return also the size of the files, as of models that are quantized here."""
@@ -101,7 +124,7 @@ class QuantGgufSimple(QuantGguf):
 
 
 def files_of(arguments: ModelArguments, options: GgufOptions) -> GgufFiles:
-    """Find the files of a model, or write them.
+    """Find the files of a model, or say where they will be written.
 
     Raises:
         ValueError: a file is missing, damaged, or one of several; or the checkpoint cannot be written.
@@ -113,11 +136,14 @@ def files_of(arguments: ModelArguments, options: GgufOptions) -> GgufFiles:
         folder = path.parent if path.is_file() else path
         named = {"gguf": options.gguf or (path.name if path.is_file() else None), "mmproj": options.mmproj}
         model = _found(folder, named)
-        return GgufFiles(model, options.processor or str(folder))
+        return GgufFiles(model.text.path, model.vision.path, options.processor or str(folder), lambda: model)
     for name in ("gguf", "mmproj", "processor"):
         if getattr(options, name) is not None:
             raise ValueError(f"{name} says nothing without GGUF files: there are none in {arguments.pretrained}")
-    return GgufFiles(_written(arguments.find_checkpoint(), options), str(arguments.pretrained))
+    checkpoint, converter = arguments.find_checkpoint(), options.converter
+    return _to_be_written(
+        checkpoint, str(arguments.pretrained), options, None if converter is None else Path(converter).expanduser()
+    )
 
 
 def _found(folder: Path, named: dict[str, str | None]) -> GgufModel:
@@ -151,14 +177,15 @@ def _only(found: list[GgufFile], kind: str, folder: Path) -> GgufFile:
     raise ValueError(f"expected one GGUF file with {what} in {folder}, got {got}; name it with {kind}=")
 
 
-def _written(checkpoint: str, options: GgufOptions) -> GgufModel:
-    """Write a checkpoint as GGUF to the cache; what is there already is taken."""
-    converter = None if options.converter is None else Path(options.converter).expanduser()
+def _to_be_written(checkpoint: str, named: str, options: GgufOptions, converter: Path | None) -> GgufFiles:
+    """Say where a checkpoint will be written as GGUF, in the cache; what is there already is taken."""
     cache = variables.cache_folder("gguf")
     if cache is None:
-        kept = tempfile.TemporaryDirectory(prefix="lmms-plugin-gguf-")
-        weakref.finalize(options, kept.cleanup)
-        return export(checkpoint, Path(kept.name) / "model", options.choice, converter=converter)
+        expect_exportable(checkpoint, options.choice, converter)
+        unkept = tempfile.TemporaryDirectory(prefix="lmms-plugin-gguf-")
+        folder = Path(unkept.name) / "model"
+        written = partial(_written_for_once, unkept, checkpoint, folder, options, converter)
+        return GgufFiles(folder / TEXT_FILE, folder / VISION_FILE, named, written)
     key = {
         "source": hashing.of_source(checkpoint, lambda _: None),
         "choice": asdict(options.choice),
@@ -166,13 +193,35 @@ def _written(checkpoint: str, options: GgufOptions) -> GgufModel:
         "code": hashing.of_code(Path(gguf_export.__file__).parent),
     }
     folder = cache / hashing.of_value(key)[:32]
-    if not (folder / TEXT_FILE).is_file():
-        try:
-            return export(checkpoint, folder, options.choice, converter=converter, option=variables.CACHE)
-        except (OSError, ValueError):
-            # Another process may have written the same meanwhile.
-            if not (folder / TEXT_FILE).is_file():
-                raise
+    if (folder / TEXT_FILE).is_file():
+        model = _kept(folder)
+        return GgufFiles(model.text.path, model.vision.path, named, lambda: model)
+    expect_exportable(checkpoint, options.choice, converter)
+    written = partial(_written, checkpoint, folder, options, converter)
+    return GgufFiles(folder / TEXT_FILE, folder / VISION_FILE, named, written)
+
+
+def _written_for_once(
+    unkept: tempfile.TemporaryDirectory[str],  # It lasts as long as what refers to it.
+    checkpoint: str,
+    folder: Path,
+    options: GgufOptions,
+    converter: Path | None,
+) -> GgufModel:
+    return export(checkpoint, folder, options.choice, converter=converter)
+
+
+def _written(checkpoint: str, folder: Path, options: GgufOptions, converter: Path | None) -> GgufModel:
+    try:
+        return export(checkpoint, folder, options.choice, converter=converter, option=variables.CACHE)
+    except (OSError, ValueError):
+        # Another process may have written the same meanwhile.
+        if not (folder / TEXT_FILE).is_file():
+            raise
+        return _kept(folder)
+
+
+def _kept(folder: Path) -> GgufModel:
     try:
         return gguf_export.read_model(folder)
     except ValueError as error:
