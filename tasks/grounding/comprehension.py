@@ -41,7 +41,7 @@ Record = Mapping[str, Any]
 GENERIC = DIALECTS["fractions"]
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
 RIGHT = IOU_THRESHOLDS[0]
-PREDICTS = "kl_coordinates"
+PREDICTS = "box_shift"
 """Measure of distance by which flips are predicted; answers of the reference without a box have none."""
 # All expressions of an image use it under the same shift.
 _SHIFTED: Recent[Image.Image] = Recent(8)

@@ -212,7 +212,7 @@ def test_the_distance_from_a_reference_is_recorded_with_its_own_score():
     assert record["answer_probability_change"] == pytest.approx(-0.9 * math.exp(-0.1 * len(text)))
     assert {name: output[name]["score"] for name in MEASURES} == {name: record[name] for name in MEASURES}
     # The reference is right, and the answer lies in the other half.
-    assert output["flips_predicted"] == FlipOutcome("7/0", 0.5, 1.0)
+    assert output["flips_predicted"] == FlipOutcome("7/0", 0.0, 1.0)
     assert score(forced(text, text))["flips_predicted"].flipped == 0.0
     wordy = score(forced("nothing"))
     assert wordy["mean_iou"]["reference"].keys() == {"score", *MEASURES} - {"kl_coordinates", "box_shift"}

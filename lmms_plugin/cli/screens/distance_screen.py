@@ -60,9 +60,8 @@ def _sentence(one: TaskDistance, level: float) -> str:
         amount = _short(kl.value) if one.exact else f"{_short(kl.value)} to {_short(kl.upper)}"
         said = f"On {one.task} the model is {amount} nats per token from the unquantized one ({between})"
     if (same := by_name.get("answer_agreement")) is not None:
-        said += (
-            f" and {'would write' if one.exact else 'writes'} {100 * same.value:.0f} % of its answers token by token"
-        )
+        writes = "would write" if one.exact else "writes"
+        said += f" and {writes} {100 * same.value:.0f} % of the answers as that does, token by token"
     if one.lost is None or one.won is None:
         return f"{said}."
     flipped = one.lost + one.won
@@ -70,13 +69,12 @@ def _sentence(one: TaskDistance, level: float) -> str:
     best = _best(one.measures)
     if best is None:
         return f"{said}."
-    share = f"{100 * best.flips_predicted:.0f} %"
-    return f"{said}, and {share} of them are among the {flipped} of the largest {best.measure}."
+    return f"{said}, and as many of the largest {best.measure} hold {100 * best.flips_predicted:.0f} % of them."
 
 
 def _best(measures: Sequence[Distance]) -> Distance | None:
     known = {one.measure: one for one in measures if not math.isnan(one.flips_predicted)}
-    return known.get("kl_coordinates", known.get("kl"))
+    return known.get("box_shift", known.get("kl"))
 
 
 def _table(one: TaskDistance, level: float) -> ScreenTable:
@@ -100,4 +98,4 @@ def _short(value: float) -> str:
     """Format with three digits that count; divergences of 8 bits are far below a thousandth."""
     if math.isnan(value):
         return "?"
-    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0.0 else f"{value:.2g}"
+    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0.0 else f"{value:#.2g}"
