@@ -87,7 +87,7 @@ def _schema(kind: TaskKind, record: Mapping[str, Any], estimators: Sequence[str]
     number, text = pa.float64(), pa.string()
     fields = {"id": text, "image": text, kind.score: number}
     if kind is GROUNDING:
-        fields |= {"expression": text, "target": pa.list_(number), "box": pa.list_(number)}
+        fields |= {"expression": text, "target": pa.list_(number), "box": pa.list_(number), "stratum": text}
     if kind is VQA:
         truths = record.get("answers")
         fields |= {"question": text, "answers": pa.list_(text) if isinstance(truths, list) else text, "part": text}
@@ -205,7 +205,14 @@ def _records(
         _fractions(table[kind.score], log),
         np.asarray(parsed, np.bool_),
         _confidence(table, log),
+        strata=_strata(table),
     )
+
+
+def _strata(table: pa.Table) -> npt.NDArray[np.str_] | None:
+    if "stratum" not in table.column_names or table["stratum"].null_count == table.num_rows:
+        return None
+    return _texts(pc.fill_null(table["stratum"], ""))
 
 
 def _confidence(table: pa.Table, log: Path) -> dict[str, Floats]:

@@ -364,6 +364,7 @@ def by_rows(task: str, config: Mapping[str, Any], log: Path) -> TaskRecords | No
         _confidences(records, log),
         _fractions(kind.outcome, [r[kind.outcome] for r in records], ids, log) if kind.outcome else None,
         _texts(record["pair"] for record in records) if kind.outcome else None,
+        _texts(record.get("stratum") or "" for record in records) if any(r.get("stratum") for r in records) else None,
     )
 
 

@@ -51,6 +51,7 @@ Grid = tuple[TaskRecords, Cells]
 ADDED = ("ece", "aurc")
 REJECTED = ("auroc", "fpr_at_tpr")
 CALIBRATED = ("ece", "brier", "nll")
+IN_STRATUM = ("accuracy", "ece")
 PRINTED = MappingProxyType({"adaptive_ece": "ace", "fpr_at_tpr": "fpr@0.95"})
 """Metrics that have another name in lmms-eval's table."""
 
@@ -342,6 +343,7 @@ def measure(run: LoggedRun, settings: MeasurementSettings, chosen_on: LoggedRun 
         tasks = {one.task: one for one in family.tasks} if chosen_on is None else chosen_on.tasks
         numbers += _everything(records, family.names, settings)
         numbers += calibration_floor(records, settings)
+        numbers += by_stratum(records, settings)
         numbers += _beyond_held_out(records, tasks, family.judged, settings)
     return numbers
 
@@ -565,6 +567,33 @@ def calibration_floor(records: TaskRecords, settings: MeasurementSettings) -> li
         floor = metrics.ece_floor(confidence[keep], equal_mass=equal_mass, seed=settings.seed)
         for end, value in zip(("floor", "floor_p95"), floor, strict=True):
             numbers.append(MetricValue(records.task, f"{name}_{end}", value, math.nan, math.nan, *size))
+    return numbers
+
+
+def by_stratum(records: TaskRecords, settings: MeasurementSettings) -> list[MetricValue]:
+    """Measure accuracy, ECE and its floor in every stratum of a task, as `acc@0.5_distractors_2-3`.
+
+    Images are drawn among those of the stratum. Strata of a single image, of which there is no interval, are left out,
+    and documents whose stratum is unknown are in none.
+    """
+    if records.strata is None:
+        return []
+    numbers = []
+    for stratum in sorted(set(records.strata[records.reported].tolist()) - {""}):
+        part = records.only(records.reported & np.equal(records.strata, stratum))
+        everywhere = np.ones(part.ids.size, np.bool_)
+        if _images(part, everywhere) < 2:
+            continue
+        suffix, names = f"_{stratum}", _names([(part, everywhere)])
+        there = known(part, settings.estimator, names)
+        statistics: list[Statistic] = [means(part, part.confidence_by(settings.estimator), names)]
+        if there.keep.any():
+            statistics.append(Binned(there.confidence, there.outcome, there.clusters))
+        wanted = {part.kind.named(name) + suffix for name in IN_STRATUM}
+        measured = _measured(part, statistics, everywhere, names.size, settings, suffix)
+        numbers += [number for number in measured if number.metric in wanted]
+        floors = [one for one in calibration_floor(part, settings) if one.metric == "ece_floor"]
+        numbers += [one._replace(metric=one.metric + suffix) for one in floors]
     return numbers
 
 

@@ -108,6 +108,8 @@ class TaskRecords:
             without probabilities.
         matches: Whether the expression matches something in its image, 1 or 0; None where all do.
         pairs: Id of the true expression that a document belongs to; None where documents are not paired.
+        strata: Stratum of each document, by which a metric ends (`distractors_2-3`), "" where it is unknown; None where
+            the log has none.
     """
 
     task: str
@@ -125,6 +127,7 @@ class TaskRecords:
     confidence: Mapping[str, Floats]
     matches: Floats | None = None
     pairs: Texts | None = None
+    strata: Texts | None = None
 
     @property
     def outcome(self) -> Floats:

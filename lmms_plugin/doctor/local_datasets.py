@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from lmms_plugin.doctor.rows import DiagnosisRow, fail, ok, warn
 from lmms_plugin.tasks.captions import captioning
-from lmms_plugin.tasks.grounding import natural, refcocoplus, reviewed
+from lmms_plugin.tasks.grounding import natural, refcocoplus, reviewed, strata
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.retrieval import matching
 from lmms_plugin.tasks.sources.documents import Documents
@@ -107,7 +107,14 @@ def known() -> dict[str, list[LocalSplit]]:
         LocalSplit(split, _review(split), lambda files: str(len(reviewed.Review(Path(files[0])))) + " reviews")
         for split in refcocoplus.SPLITS
     ]
+    found[strata.VARIABLE] = [
+        LocalSplit("train2014", _instances, lambda files: f"objects of {len(strata.Instances(Path(files[0])))} images")
+    ]
     return found
+
+
+def _instances() -> list[str]:
+    return [str(strata.file())]
 
 
 def _checked(name: str, value: str, parts: Iterable[LocalSplit]) -> DiagnosisRow:

@@ -65,11 +65,14 @@ class Parsed(NamedTuple):
             count > 0 means that something was written that is not a valid box.
         coordinates: (start, end) of each number of the first box in the text, in text order; where a number is a token
             of its own, the whole token, and two patch indices for Kosmos-2. Empty when count is 0.
+        other_scale: Whether the first box is none because its numbers are not in the declared scale: beyond its end, or
+            fractions where it is of whole numbers.
     """
 
     box: Box | None
     count: int  # type: ignore[assignment]  # a field, over tuple.count, which nobody wants of an answer
     coordinates: tuple[tuple[int, int], ...]
+    other_scale: bool = False
 
 
 class _Axis(NamedTuple):
@@ -104,7 +107,7 @@ class Dialect:
     Attributes:
         name: Key in `DIALECTS`; a checkpoint may declare it as `grounding_dialect` in its config.json.
         prompt: Question, with {expression}.
-        source: Publication of prompt and format.
+        source: Publication of prompt and format; where there is none, what was looked through for one.
         model_types: `config.model_type` of the checkpoints that use it.
         number: Format specification of one number; text around it belongs to the number's own token.
         box: Format of one box, with {x1} {y1} {x2} {y2} in the family's order.
@@ -175,7 +178,8 @@ class Dialect:
         if first is None:
             return Parsed(None, 0, ())
         count = 1 + sum(1 for _ in matches)
-        return Parsed(self._read(first, original_size, model_size), count, tuple(map(first.span, first.groupdict())))
+        box, other_scale = self._read(first, original_size, model_size)
+        return Parsed(box, count, tuple(map(first.span, first.groupdict())), other_scale)
 
     def boxes(self, numbers: Floats, *, original_size: Size | None, model_size: Size | None) -> Floats:
         """Convert many boxes at once, by the rules of `parse`; fractions are recognised by their value alone.
@@ -228,18 +232,23 @@ class Dialect:
         }
         return self.answer.format(box=self.box.format(**numbers), expression=expression)
 
-    def _read(self, match: re.Match[str], original_size: Size | None, model_size: Size | None) -> Box | None:
+    def _read(
+        self, match: re.Match[str], original_size: Size | None, model_size: Size | None
+    ) -> tuple[Box | None, bool]:
+        """Return the box of a match, and whether there is none because its numbers are in another scale."""
         before, after = re.split(r"\{.*\}", self.number)
         numbers = {field: float(raw[len(before) : len(raw) - len(after)]) for field, raw in match.groupdict().items()}
         axes = self._axes(original_size, model_size)
-        if axes is None or max(numbers.values()) > self.largest:
-            return None
+        if axes is None:
+            return None, False
+        if max(numbers.values()) > self.largest:
+            return None, True
         if self.whole and "." in "".join(match.groups()) and _in_unit_square(np.array(list(numbers.values()))):
-            return None
+            return None, True
         pairs = list(zip(self._corners_from_numbers(numbers), axes * 2, strict=True))
         if any(not -OVERSHOOT <= value / axis.units <= 1 + OVERSHOOT for value, axis in pairs):
-            return None
-        return Box.clip(*(axis.origin + axis.extent * (value / axis.units) for value, axis in pairs))
+            return None, True
+        return Box.clip(*(axis.origin + axis.extent * (value / axis.units) for value, axis in pairs)), False
 
     def _axes(self, original_size: Size | None, model_size: Size | None) -> tuple[_Axis, _Axis] | None:
         """Map the frame to the original image; None where a size that this needs is unknown or empty."""
@@ -290,6 +299,13 @@ _FRACTIONS = (
     "height between 0 and 1, with two decimals. " + _DESCRIBES + "{expression}"
 )
 _NONE_PUBLISHED = "none published; generic format"
+
+
+def _looked(where: str) -> str:
+    """Return the source of a family without a published format."""
+    return f"{_NONE_PUBLISHED} (looked for in {where})"
+
+
 _BBOX_2D = '```json\n[\n\t{{"bbox_2d": {box}, "label": "{expression}"}}\n]\n```'
 
 _TABLE: tuple[Dialect, ...] = (
@@ -335,6 +351,15 @@ _TABLE: tuple[Dialect, ...] = (
         scale=1000,
     ),
     Dialect(
+        name="qwen3_omni",
+        prompt="Locate the object: {expression}.",
+        source="QwenLM/Qwen3-Omni cookbooks/object_grounding.ipynb (prompt, key and scale)",
+        model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+        number="{:.0f}",
+        answer=_BBOX_2D,
+        scale=1000,
+    ),
+    Dialect(
         name="internvl",
         prompt=_DESCRIBES + "<ref>{expression}</ref>",
         source="OpenGVLab/InternVL eval/refcoco",
@@ -359,12 +384,12 @@ _TABLE: tuple[Dialect, ...] = (
         source="as llava, for a processor with do_center_crop and without do_pad",
         frame=Frame.CROPPED,
     ),
-    # Whether the boxes of LLaVA-1.5's data were converted for these models' unpadded tiles was asked and never answered
-    # (haotian-liu/LLaVA issue 1158), so the frame is this package's choice.
+    # Whether the boxes of LLaVA-1.5's data were converted for these models' unpadded tiles was asked, never answered:
+    # the frame is this package's choice.
     Dialect(
         name="llava_onevision",
         prompt=_DESCRIBES + "{expression}",
-        source=_NONE_PUBLISHED,
+        source=_looked("haotian-liu/LLaVA issue 1158, which was never answered"),
         model_types=("llava_onevision", "llava_next"),
         published=False,
     ),
@@ -435,6 +460,49 @@ _TABLE: tuple[Dialect, ...] = (
         answer="<|begin_of_box|>[{box}]<|end_of_box|>",
         scale=1000,
     ),
+    # The authors say of the scale that it is Qwen3-VL's, and publish no prompt; these words are this package's.
+    Dialect(
+        name="ernie4_5_vl",
+        prompt=(
+            'Locate the object that matches the description "{expression}" in the image. '
+            "Report bbox coordinates in JSON format."
+        ),
+        source="PaddlePaddle/ERNIE issue 1364 (order and scale, by the authors); prompt of this package",
+        model_types=("ernie4_5_vl_moe", "ernie4_5_moe_vl"),
+        number="{:.0f}",
+        answer=_BBOX_2D,
+        scale=1000,
+    ),
+    Dialect(
+        name="gemma4",
+        prompt="detect {expression}, output only ```json",
+        source="ai.google.dev/gemma/docs/capabilities/vision/image (Gemma 4: prompt, key, order and scale)",
+        model_types=("gemma4", "gemma4_unified"),
+        number="{:.0f}",
+        box="[{y1}, {x1}, {y2}, {x2}]",
+        answer='```json\n[\n  {{"box_2d": {box}, "label": "{expression}"}}\n]\n```',
+        scale=1000,
+    ),
+    # LFM2-VL has the same model type, and no grounding before LFM2.5: its checkpoints are a control.
+    Dialect(
+        name="lfm2_vl",
+        prompt=(
+            "Detect all instances of: {expression}. Response must be a JSON array: "
+            '[{{"label": ..., "bbox": [x1, y1, x2, y2]}}, ...]. Coordinates are normalized to [0,1].'
+        ),
+        source="LiquidAI/LFM2.5-VL-450M model card (visual grounding)",
+        model_types=("lfm2_vl",),
+        answer='[{{"label": "{expression}", "bbox": {box}}}]',
+    ),
+    Dialect(
+        name="ovis2_5",
+        prompt="Find the <ref>{expression}</ref> in the image. Please provide the bounding box coordinates.",
+        source="AIDC-AI/Ovis2.5-9B model card (grounding: prompt, tags and scale)",
+        model_types=("ovis2_5",),
+        number="{:.3f}",
+        box="({x1},{y1}),({x2},{y2})",
+        answer="<ref>{expression}</ref><box>{box}</box>",
+    ),
     # Three digits are the decimals of a fraction that is clamped to 0.999.
     Dialect(
         name="perception_lm",
@@ -453,8 +521,16 @@ _TABLE: tuple[Dialect, ...] = (
         largest=999,
     ),
     *(
-        Dialect(name=family, prompt=_FRACTIONS, source=_NONE_PUBLISHED, model_types=(family,), published=False)
-        for family in ("idefics3", "smolvlm", "gemma3")
+        Dialect(name=types[0], prompt=_FRACTIONS, source=_looked(where), model_types=types, published=False)
+        for types, where in (
+            (("idefics3",), "issues and public code on GitHub"),
+            (("smolvlm",), "issues and public code on GitHub"),
+            (("gemma3",), "google/gemma-3-4b-it discussion 38: its authors were asked and named none"),
+            (
+                ("qwen2_5_omni", "qwen2_5_omni_thinker"),
+                "QwenLM/Qwen2.5-Omni issues 236 and 392: its authors were asked for the scale and did not tell",
+            ),
+        )
     ),
 )
 

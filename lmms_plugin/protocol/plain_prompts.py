@@ -60,8 +60,15 @@ _INSTRUCTBLIP = PlainTemplate(
     source="InstructBLIP, arXiv 2305.06500, appendix on evaluation prompts",
 )
 
+# There is no task for questions: they are passed as they are. A request for a box is its dialect's.
+_FLORENCE2 = PlainTemplate(
+    question="{question}",
+    caption="<CAPTION>",
+    source="Florence-2, arXiv 2311.06242; transformers Florence2Processor (tasks)",
+)
+
 TEMPLATES: Mapping[str, PlainTemplate] = MappingProxyType(
-    {"Blip2Processor": _BLIP2, "InstructBlipProcessor": _INSTRUCTBLIP}
+    {"Blip2Processor": _BLIP2, "InstructBlipProcessor": _INSTRUCTBLIP, "Florence2Processor": _FLORENCE2}
 )
 """Every such family by the class of its processor."""
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypedDict, Unpack
 
 import torch
 from loguru import logger
@@ -137,7 +137,27 @@ def prepare(
     resume: bool = True,
     resume_folder: str | Path | None = None,
 ) -> Preparation:
-    """Check all that can be checked before any weight is read; see `load_quantized` for the arguments.
+    """Check all that can be checked before any weight is read.
+
+    Args:
+        path: Hub id or local folder.
+        backend: Backend from `lmms_plugin.quant_backends.get`.
+        plan: Plan of what to quantize; an empty plan for ``none``.
+        calibration: Inputs for a calibrated method. None means ``self``: the model answers questions about synthetic
+            images, which needs no data.
+        dtype: Dtype of the dense weights, scales and activations; "auto" for the checkpoint's own.
+        device: Device of the whole model, unless `device_map` says otherwise.
+        device_map: Device map, as in ``from_pretrained``.
+        attn_implementation: Attention implementation, as in ``from_pretrained``.
+        trust_remote_code: Whether to run code that comes with the checkpoint.
+        seed: Seed of the default calibration.
+        use_safetensors: Whether to refuse pickled weights.
+        processor: Processor, if already built; None loads the checkpoint's own.
+        dialect: Name of the grounding dialect in which calibration questions are asked; None for the one that the
+            checkpoint declares, or else its family's.
+        resume: Whether to keep finished blocks of a calibration on disk until it is over, so that the same call resumes
+            an interrupted one (see `lmms_plugin.quant_backends.calibration.journal`).
+        resume_folder: Folder for them; None for `lmms_plugin.quant_backends.calibration.journal.cache_folder`.
 
     Raises:
         ValueError: The method cannot carry out the plan, the checkpoint is quantized already or writes nothing to
@@ -178,24 +198,26 @@ def _is_calibrated(backend: Backend) -> bool:
     return isinstance(backend, CalibratedBackend | WholeModelBackend)
 
 
-def load_quantized(
-    path: str,
-    *,
-    backend: Backend,
-    plan: QuantPlan,
-    calibration: CalibrationSpec | None = None,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str = "cpu",
-    device_map: str | Mapping[str, Any] | None = None,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    seed: int = 0,
-    use_safetensors: bool = True,
-    processor: Any = None,
-    dialect: str | None = None,
-    resume: bool = True,
-    resume_folder: str | Path | None = None,
-) -> LoadedModel:
+class PreparationOptions(TypedDict, total=False):
+    """Arguments of `prepare`, which documents them."""
+
+    backend: Required[Backend]
+    plan: Required[QuantPlan]
+    calibration: CalibrationSpec | None
+    dtype: torch.dtype | str
+    device: torch.device | str
+    device_map: str | Mapping[str, Any] | None
+    attn_implementation: str | None
+    trust_remote_code: bool
+    seed: int
+    use_safetensors: bool
+    processor: Any
+    dialect: str | None
+    resume: bool
+    resume_folder: str | Path | None
+
+
+def load_quantized(path: str, **options: Unpack[PreparationOptions]) -> LoadedModel:
     """Load an image-text-to-text checkpoint and quantize it.
 
     Arguments, plan and calibration data are checked before any weight is read. Weights are read shard by shard; a
@@ -205,45 +227,13 @@ def load_quantized(
 
     Args:
         path: Hub id or local folder.
-        backend: Backend from `lmms_plugin.quant_backends.get`.
-        plan: Plan of what to quantize; an empty plan for ``none``.
-        calibration: Inputs for a calibrated method. None means ``self``: the model answers questions about synthetic
-            images, which needs no data.
-        dtype: Dtype of the dense weights, scales and activations; "auto" for the checkpoint's own.
-        device: Device of the whole model, unless `device_map` says otherwise.
-        device_map: Device map, as in ``from_pretrained``.
-        attn_implementation: Attention implementation, as in ``from_pretrained``.
-        trust_remote_code: Whether to run code that comes with the checkpoint.
-        seed: Seed of the default calibration.
-        use_safetensors: Whether to refuse pickled weights.
-        processor: Processor, if already built; None loads the checkpoint's own.
-        dialect: Name of the grounding dialect in which calibration questions are asked; None for the one that the
-            checkpoint declares, or else its family's.
-        resume: Whether to keep finished blocks of a calibration on disk until it is over, so that the same call resumes
-            an interrupted one (see `lmms_plugin.quant_backends.calibration.journal`).
-        resume_folder: Folder for them; None for `lmms_plugin.quant_backends.calibration.journal.cache_folder`.
+        **options: As `prepare` takes them; `backend` and `plan` are required.
 
     Raises:
         ValueError: The method cannot carry out the plan, the plan does not fit the model, weights are missing or not
             finite, or calibration data is unusable.
     """
-    return prepare(
-        path,
-        backend=backend,
-        plan=plan,
-        calibration=calibration,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
-        use_safetensors=use_safetensors,
-        processor=processor,
-        dialect=dialect,
-        resume=resume,
-        resume_folder=resume_folder,
-    ).load()
+    return prepare(path, **options).load()
 
 
 def hold_weights(model: PreTrainedModel, report: QuantReport, storage: Storage, *, processes: int = 1) -> QuantReport:

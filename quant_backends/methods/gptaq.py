@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmms_plugin.quant_backends.methods.gptq import Factor, GptqBackend
+from lmms_plugin.quant_backends.methods.gptq import Factor, GptqBackend, permuted
 from lmms_plugin.quant_backends.statistics import InputStatistics
 
 
@@ -74,7 +74,7 @@ def pull_of(mismatch: Tensor, factor: Factor) -> Tensor:
     Returns:
         (columns, columns) float32, strictly upper triangular.
     """
-    ordered = mismatch[factor.order.unsqueeze(1), factor.order]
+    ordered = permuted(mismatch, factor.order)
     solved = torch.linalg.solve_triangular(factor.feedback, ordered, upper=False, left=False, unitriangular=True)
     solved = solved.triu_(1).div_(factor.pivots)
     pull: Tensor = torch.linalg.solve_triangular(factor.feedback.T, solved, upper=True, left=False, unitriangular=True)

@@ -232,7 +232,7 @@ def choose_factor(
     if damping is not None or held_back is None or not held_back.rows:
         return hessian.factorize(DAMPINGS[0] if damping is None else damping)
     order = hessian.order
-    gram, probes = held_back.gram[order.unsqueeze(1), order], rounding_errors(rounding[order])
+    gram, probes = permuted(held_back.gram, order), rounding_errors(rounding[order])
     best = hessian.factorize(DAMPINGS[0])
     least = expected_error(best.feedback, gram, probes)
     # One after another: in wide layers each takes more than a gigabyte.
@@ -245,6 +245,11 @@ def choose_factor(
             break
         best, least = factor, expected
     return best
+
+
+def permuted(gram: Tensor, order: Tensor) -> Tensor:
+    """Return G[order, order], rows first and then columns: indexing both at once takes three times as long."""
+    return gram.index_select(0, order).index_select(1, order)
 
 
 def rounding_errors(variance: Tensor) -> Tensor:
@@ -333,7 +338,7 @@ class _Hessian(NamedTuple):
         backwards = order.flip(0)
         # In float64: at the usual damping float32 finds the same codes, but at a hundredth of it errors 1 % larger. The
         # factor is computed once for all layers that share their inputs.
-        moments = gram[backwards.unsqueeze(1), backwards].double()
+        moments = permuted(gram, backwards).double()
         diagonal = diagonal[backwards]
         mean = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
         # A column that is always zero is correlated with no other; any positive number lets it be rounded on its own.

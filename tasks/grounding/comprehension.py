@@ -43,6 +43,8 @@ IOU_THRESHOLDS = (0.5, 0.75, 0.9)
 RIGHT = IOU_THRESHOLDS[0]
 PREDICTS = "box_shift"
 """Measure of distance by which flips are predicted; answers of the reference without a box have none."""
+IN_STRATUM = ("acc@0.5", "ece")
+"""Metrics that are also computed by the number of distractors, where it is known, as `ece_distractors_2-3`."""
 # All expressions of an image use it under the same shift.
 _SHIFTED: Recent[Image.Image] = Recent(8)
 
@@ -118,13 +120,13 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
 
     Returns:
         One entry per metric. The entry of `mean_iou` is the whole record, which thereby reaches the log of samples (a
-        key that is not a metric would appear in lmms-eval's results table as an empty list). Reasoning is not part of
-        the answer. An answer without a box has IoU 0 and counts in `parse_rate`; so does one that ends inside its
-        reasoning, which also counts in `unfinished_rate` and has no confidence. Without a trailer (a model of another
-        package) there are no probabilities, and the calibration metrics are absent, not zero. An answer for which the
-        estimator has no value (coordinates, where there are none) is left out of them and counts in `confidence_rate`.
-        Estimators that need more than the answer's log-probabilities (`NEEDS`, `LEARNED`) have metrics of their own, as
-        far as the model returns what they need. So has the distance from a reference, whose own score is recorded.
+        key that is no metric would be an empty list in the table). Reasoning is not part of the answer. An answer
+        without a box has IoU 0 and counts in `parse_rate`; so does one that ends inside its reasoning, which also
+        counts in `unfinished_rate` and has no confidence, and one whose box is none because its numbers are in another
+        scale, which also counts in `other_scale_rate`. Without a trailer (a model of another package) there are no
+        probabilities, and the calibration metrics are absent, not zero. An answer for which the estimator has no value
+        is left out of them and counts in `confidence_rate`. Estimators that need more than log-probabilities (`NEEDS`,
+        `LEARNED`), and the distance from a reference, have metrics of their own; some are repeated for the stratum.
 
     Raises:
         ValueError: The model returns log-probabilities, but not what `estimator` needs; says how to obtain it.
@@ -157,7 +159,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         output |= _of_confidence(record["confidence"], estimator, outcome)
         for name, value in _rates(response, evidence, of(estimator, record["confidence"])).items():
             output[name] = {"score": value, **identity}
-    return output | _of_reference(response, dialect, size, record)
+    return _with_stratum(output | _of_reference(response, dialect, size, record), doc.get("stratum"))
 
 
 def _of_reference(
@@ -195,6 +197,14 @@ def flips_entry(identity: str, distance: float | None, was: bool, now: bool) -> 
     return {} if distance is None else {"flips_predicted": FlipOutcome(identity, distance, float(was != now))}
 
 
+def _with_stratum(output: dict[str, Any], stratum: str | None) -> dict[str, Any]:
+    """Return the entries of metrics with those of the document's stratum, if it is in one."""
+    if not stratum:
+        return output
+    output["mean_iou"]["stratum"] = stratum
+    return output | {f"{name}_{stratum}": output[name] for name in IN_STRATUM if name in output}
+
+
 def _of_confidence(
     confidences: Mapping[str, float | None], estimator: str, outcome: GroundingOutcome
 ) -> dict[str, GroundingOutcome]:
@@ -208,8 +218,9 @@ def _of_confidence(
 
 
 def _counted(parsed: Parsed, response: Response) -> dict[str, float]:
-    """Return whether there is a box, how many there are, and whether the reasoning has no end."""
+    """Return whether there is a box, how many there are, in what scale, and whether the reasoning has no end."""
     found = {"parse_rate": float(parsed.box is not None), "boxes_per_answer": float(parsed.count)}
+    found["other_scale_rate"] = float(parsed.other_scale)
     return found | {"unfinished_rate": float(not response.parts.finished)}
 
 

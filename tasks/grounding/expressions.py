@@ -2,6 +2,7 @@
 
 import datasets
 
+from lmms_plugin.tasks.grounding import strata
 from lmms_plugin.tasks.grounding.refcocoplus import HUB_ID
 from lmms_plugin.tasks.grounding.referring import ReferringDocs, ReferringSet
 from lmms_plugin.tasks.sources.conventions import Convention
@@ -17,6 +18,7 @@ REFCOCOPLUS = ReferringSet(
     per="expression",
     identity="question_id",
     photograph="file_name",
+    strata=strata.REFCOCO,
 )
 """Schema of RefCOCO+ and its siblings on the hub: one row per object with all its expressions."""
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from lmms_plugin.tasks.grounding import strata
 from lmms_plugin.tasks.grounding.expressions import REFCOCOPLUS
 from lmms_plugin.tasks.grounding.referring import ReferringSet
 from lmms_plugin.tasks.sources.conventions import Convention
@@ -23,6 +24,21 @@ refcocog_test = replace(
 )
 refcoco_testA = replace(_REFCOCO, split="testA")
 refcoco_testB = replace(_REFCOCO, split="testB")
+
+# The dataset card's features; boxes are COCO's by the card ("structured in COCO format") and by code that reads them.
+refcoco_m = ReferringSet(
+    name="refcoco_m",
+    title="RefCOCO-M",
+    hub_id="moondream/refcoco-m",
+    split="validation",
+    expression="samples.sentences",
+    box="samples.bbox",
+    convention=Convention("xywh"),
+    per="sample",
+    identity="image_id",
+    photograph="file_name",
+    tags=("samples.category", "samples.supercategory"),
+)
 
 # The dataset card's table of columns; boxes as the authors' evaluation reads them.
 ref_l4_test = ReferringSet(
@@ -41,7 +57,7 @@ ref_l4_test = ReferringSet(
 )
 ref_l4_val = replace(ref_l4_test, split="val")
 
-# Columns and boxes as the authors' evaluation reads them.
+# Columns and boxes as the authors' evaluation reads them, and the number of distractors with its strata, too.
 ref_adv = ReferringSet(
     name="ref_adv",
     title="Ref-Adv-s",
@@ -53,7 +69,25 @@ ref_adv = ReferringSet(
     photograph="file_name",
     size=("width", "height"),
     tags=("image_source", "human_authored", "use_negation", "distractors"),
+    strata=strata.REF_ADV,
 )
+
+# The repository's table of fields (TG0110/RefBench-PRO, README); boxes as its get_prediction_Acc.py reads them.
+refbench_pro = ReferringSet(
+    name="refbench_pro",
+    title="RefBench-PRO",
+    hub_id=None,
+    split="test",
+    expression="expression",
+    box="bbox",
+    convention=Convention("xyxy"),
+    nothing=("task_type", "reject"),
+    photograph="image_path",
+    size=("width", "height"),
+    tags=("task_type",),
+    published=True,
+)
+refbench_pro_rejection = replace(refbench_pro, rejection=True)
 
 # The published annotations (MDETR's form of COCO's), with the boxes of an expression gathered in one row.
 refdrone = ReferringSet(
@@ -153,9 +187,12 @@ SETS: Mapping[str, ReferringSet] = MappingProxyType(
         "refcoco_testA": refcoco_testA,
         "refcoco_testB": refcoco_testB,
         "refcocog_test": refcocog_test,
+        "refcoco_m": refcoco_m,
         "ref_l4_val": ref_l4_val,
         "ref_l4_test": ref_l4_test,
         "ref_adv": ref_adv,
+        "refbench_pro": refbench_pro,
+        "refbench_pro_rejection": refbench_pro_rejection,
         "refdrone": refdrone,
         "refdrone_rejection": refdrone_rejection,
         "groundingme": groundingme,

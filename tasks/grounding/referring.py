@@ -9,7 +9,7 @@ that frame.
 
 import hashlib
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,8 @@ import datasets
 from loguru import logger
 from PIL import Image
 
+from lmms_plugin.tasks.grounding.strata import Strata, instances, number_in
+from lmms_plugin.tasks.sources.annotations import photograph_number
 from lmms_plugin.tasks.sources.conventions import Convention, numbers_in
 from lmms_plugin.tasks.sources.documents import IMAGE, Documents
 from lmms_plugin.tasks.sources.origins import DatasetOrigin
@@ -30,11 +32,13 @@ from lmms_plugin.utils.images import Header
 
 _COCO_FILE = re.compile(r"^(COCO_\w+?_\d{12})_\d+$")
 _SAMPLED = 48
+_MOST_UNKNOWN = 0.05
 _AS_STORED = (
     ", its size as stored, before its EXIF orientation: boxes in that frame would be scored against another picture; "
     "store the pixels upright, or remove the orientation from the file if it is wrong"
 )
-_EXPRESSION = {"row": "a string", "expression": "a list of strings", "object": "a list of strings"}
+_STRINGS, _DISTRACTORS = "a list of strings", "a number of distractors, or a list of them"
+_EXPRESSION = {"row": "a string", "expression": _STRINGS, "object": _STRINGS, "sample": _STRINGS}
 
 # A row's expressions are requested one after another, by a few threads at once.
 _DECODED: Recent[Image.Image] = Recent(8)
@@ -44,14 +48,15 @@ _DECODED: Recent[Image.Image] = Recent(8)
 class ReferringSet(DatasetOrigin):
     """A dataset of referring expressions; called with its rows, it returns the documents of a task.
 
-    Columns inside a struct are named with a dot, `objects.bbox`.
+    Columns inside a struct, or inside the structs of a list, are named with a dot, `objects.bbox`.
 
     Attributes:
         expression: Column of the expression.
         box: Column of the box; a list of four numbers, or a text that holds them.
         convention: Box convention of the dataset.
         per: Unit of a row: one `expression` string and one box (`row`); a list of expressions of one box
-            (`expression`); parallel lists of expressions and boxes (`object`).
+            (`expression`); parallel lists of expressions and boxes (`object`); a list of structs, each with a list of
+            expressions and their box (`sample`).
         boxes: Whether a row has a list of boxes; rows with exactly one box are documents, and rows with none are
             documents without a target.
         nothing: Column and its value that mark documents without a target, whose box is ignored.
@@ -59,14 +64,16 @@ class ReferringSet(DatasetOrigin):
         identity: Column of unique row ids; None for row numbers.
         photograph: Column that names the photograph; None for the bytes of the image.
         size: Columns of width and height in pixels, or one column of both, of the upright image.
-        tags: Columns that are copied to the log of samples where present, for results by subset.
+        tags: Columns that are copied to the log of samples where present, for results by subset; those inside the
+            structs of a list by their last name, from the expression's own struct.
+        strata: Strata by the number of distractors; None where it is not known.
         published: Whether `lmms_plugin.tasks.sources.published_files` makes a local copy of the published files.
     """
 
     expression: str
     box: str
     convention: Convention
-    per: Literal["row", "expression", "object"] = "row"
+    per: Literal["row", "expression", "object", "sample"] = "row"
     boxes: bool = False
     nothing: tuple[str, Any] | None = None
     rejection: bool = False
@@ -74,6 +81,7 @@ class ReferringSet(DatasetOrigin):
     photograph: str | None = None
     size: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    strata: Strata | None = None
     published: bool = False
 
     def __call__(self, rows: datasets.Dataset) -> "ReferringDocs":
@@ -100,6 +108,8 @@ class ReferringSet(DatasetOrigin):
         columns[self.box] = f"a list of boxes, each {one}" if self.boxes or self.per == "object" else one
         columns |= dict.fromkeys(filter(None, (self.identity, self.photograph)), "a string or an integer")
         columns |= dict.fromkeys(self.size, "an integer" if len(self.size) == 2 else "two numbers width, height")
+        if self.strata is not None and self.strata.column is not None:
+            columns[self.strata.column] = _DISTRACTORS
         return columns | ({self.nothing[0]: "a string, an integer or a bool"} if self.nothing else {})
 
 
@@ -108,18 +118,21 @@ class _ReferringExpression(NamedTuple):
     which: int
     expression: str
     box: list[float] | None
+    sample: int
 
 
 class ReferringDocs(Documents):
     """Documents over the rows of a dataset, in the rows' order; of some images alone with `LMMS_PLUGIN_IMAGES`.
 
     Besides the columns of every document (see the module), a document holds the row's own columns, without lists and
-    structs of its other objects, and `tags` (a dictionary).
+    structs of its other objects, `tags` (a dictionary), and, where the number of distractors is known, `distractors`
+    and `stratum` (see `lmms_plugin.tasks.grounding.strata`).
 
     Raises:
         DatasetError: On construction, a column is missing or of another type, a row has no expression or an empty one,
-            a row occurs twice, a box is not four finite numbers of positive size, or some two dozen boxes contradict
-            the declared scale; on access, an image cannot be decoded or differs from its stated size, or a box leaves
+            a row occurs twice, a box is not four finite numbers of positive size, some two dozen boxes contradict the
+            declared scale, or more than 5 % of the boxes are not in COCO's annotations of their photographs, where
+            these are given; on access, an image cannot be decoded or differs from its stated size, or a box leaves
             it. Names the row, the column and what was found there.
     """
 
@@ -136,12 +149,14 @@ class ReferringDocs(Documents):
         if not self._places:
             raise DatasetError(f"{source.place()}: none of {len(self._rows)} rows makes a document")
         self._check_once()
-        lists = {source.expression.split(".")[0], source.box.split(".")[0]} if source.per == "object" else set()
+        parts = (source.expression, source.box) if source.per in ("object", "sample") else ()
+        lists = {column.split(".")[0] for column in parts}
         self._light = [name for name in light if name not in lists]
         self.features = datasets.Features({name: rows.features[name] for name in self._light})
         self.features["expression"] = datasets.Value("string")
         self.features[IMAGE] = rows.features[IMAGE]
         self._check_reach()
+        self._distractors = self._counted()
         self._keep_asked()
 
     def __len__(self) -> int:
@@ -158,7 +173,9 @@ class ReferringDocs(Documents):
         doc["image_id"] = self.image_key(i)
         doc["width"], doc["height"] = size = self._size(place.row)
         doc["bbox"] = None if place.box is None else self._pixels(place, size)
-        doc["tags"] = {tag: row[tag] for tag in self._source.tags if tag in row}
+        doc["tags"] = dict(self._tags(place))
+        if (number := self._distractors.get(place[:2])) is not None and self._source.strata is not None:
+            doc["distractors"], doc["stratum"] = number, self._source.strata.of(number)
         return doc
 
     def image(self, i: int) -> Image.Image:
@@ -188,14 +205,66 @@ class ReferringDocs(Documents):
                 f"{self._where(number)}: expected as many boxes in column {source.box!r} as expressions in column "
                 f"{source.expression!r}, got {len(boxes)} and {len(texts)}"
             )
+        samples = self._samples(number, texts)
         for which, text in enumerate(texts):
-            box = boxes[which if source.per == "object" else 0]
-            yield _ReferringExpression(number, which, text, None if box is None else self._numbers(number, box))
+            box = boxes[samples[which]]
+            numbers = None if box is None else self._numbers(number, box)
+            yield _ReferringExpression(number, which, text, numbers, samples[which])
+
+    def _samples(self, number: int, texts: Sequence[str]) -> Sequence[int]:
+        """Return which box of a row belongs to each of its expressions."""
+        per = self._source.per
+        if per == "sample":
+            said = _value(self._rows[number], self._source.expression)
+            return [k for k, sentences in enumerate(said) for _ in sentences]
+        return range(len(texts)) if per == "object" else [0] * len(texts)
+
+    def _tags(self, place: _ReferringExpression) -> Iterator[tuple[str, Any]]:
+        row = self._rows[place.row]
+        for tag in self._source.tags:
+            first, _, rest = tag.partition(".")
+            if first in row:
+                yield (rest, row[first][place.sample].get(rest)) if rest else (tag, row[tag])
+
+    def _counted(self) -> dict[tuple[int, int], int]:
+        """Return the number of distractors of expressions, by row and place in it, where it is known.
+
+        Raises:
+            DatasetError: A column holds no number, or COCO's annotations are not those of these photographs.
+        """
+        strata = self._source.strata
+        if strata is None:
+            return {}
+        if strata.column is not None:
+            return {place[:2]: self._noted(place.row, strata.column) for place in self._places}
+        objects = instances()
+        photographs = {} if objects is None else {i: photograph_number(self.image_key(i)) for i in range(len(self))}
+        named = [(self._places[i], number) for i, number in photographs.items() if number is not None]
+        if objects is None or not named:
+            return {}
+        found = {place[:2]: objects.distractors(number, place.box or []) for place, number in named}
+        unknown = [place for place, _ in named if found[place[:2]] is None]
+        if len(unknown) > _MOST_UNKNOWN * len(named):
+            raise DatasetError(
+                f"{objects.path}: expected the objects of {self._source.title}, but of {len(named)} expressions "
+                f"{len(unknown)} have a box that is none of them, e.g. {self._where(unknown[0].row)}: {unknown[0].box}"
+            )
+        return {key: number for key, number in found.items() if number is not None}
+
+    def _noted(self, number: int, column: str) -> int:
+        try:
+            return number_in(_value(self._rows[number], column))
+        except ValueError as error:
+            raise DatasetError(f"{self._where(number)}: column {column!r}: {error}") from error
 
     def _texts(self, number: int) -> list[str]:
         source = self._source
         written = _value(self._rows[number], source.expression)
         texts = [written] if source.per == "row" else written
+        if source.per == "sample":
+            if not all(texts):
+                raise DatasetError(f"{self._where(number)}: column {source.expression!r} holds an object without any")
+            texts = [text for sentences in texts for text in sentences]
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise DatasetError(
                 f"{self._where(number)}: column {source.expression!r} holds no expression or an empty one: {written}"
@@ -209,7 +278,7 @@ class ReferringDocs(Documents):
         nothing = source.nothing and _value(row, source.nothing[0]) == source.nothing[1]
         if nothing or (source.boxes and not written):
             return [None] if source.rejection else None
-        boxes = written or [] if source.boxes or source.per == "object" else [written]
+        boxes = written or [] if source.boxes or source.per in ("object", "sample") else [written]
         # None stands for no target; a missing box fails the check for four numbers.
         return None if source.boxes and len(boxes) != 1 else [[] if box is None else box for box in boxes]
 
@@ -304,7 +373,7 @@ def image_id(file_name: str) -> str:
 def _value(row: Mapping[str, Any], column: str) -> Any:
     value: Any = row
     for part in column.split("."):
-        value = value[part]
+        value = [one[part] for one in value] if isinstance(value, list) else value[part]
     return value
 
 
@@ -312,6 +381,7 @@ def _check_columns(source: ReferringSet, features: datasets.Features) -> None:
     for column, expected in source.schema().items():
         feature: Any = features
         for part in column.split("."):
+            feature = feature.feature if isinstance(feature, datasets.List) else feature
             if not isinstance(feature, Mapping) or part not in feature:
                 known = sorted(feature) if isinstance(feature, Mapping) else feature
                 raise DatasetError(
@@ -325,6 +395,8 @@ def _check_columns(source: ReferringSet, features: datasets.Features) -> None:
 def _is(feature: Any, expected: str) -> bool:
     if expected == "an image":
         return isinstance(feature, datasets.Image)
+    if expected == _DISTRACTORS:
+        return _is(feature, "a string or an integer") or isinstance(feature, datasets.List)
     if expected.startswith("a list of boxes"):
         return _is(getattr(feature, "feature", None), "four numbers")
     if expected == "a list of strings":

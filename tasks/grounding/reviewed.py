@@ -25,7 +25,7 @@ import datasets
 from lmms_plugin.tasks.grounding import comprehension
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.grounding.referring import image_id
-from lmms_plugin.tasks.sources.annotations import entries, read
+from lmms_plugin.tasks.sources.annotations import entries, photograph_number, read, same_box
 from lmms_plugin.utils.copies import AbsentSplitError, DatasetError, local_folder
 
 VARIABLE = "LMMS_PLUGIN_REFCOCOPLUS_REVIEWED"
@@ -34,8 +34,6 @@ CLEAN = ("acc@0.5", "acc@0.75", "acc@0.9", "mean_iou", "parse_rate", "ece", "ace
 """Metrics that are also computed over the expressions without an error, as `acc@0.5_clean`."""
 _FIELDS = {"images": ("id", "original_id", "caption"), "annotations": ("image_id", "bbox", "caption_quality")}
 _MOST_UNREVIEWED = 0.05
-_SAME_BOX = 0.5
-_PHOTOGRAPH = re.compile(r"_(\d{12})$")
 
 Box = Sequence[float]
 
@@ -79,7 +77,7 @@ class Review:
             expression: Words of the expression; letter case and punctuation do not count.
         """
         words = _words(expression)
-        found = [good for other, text, good in self._said[photograph] if text == words and _same(box, other)]
+        found = [good for other, text, good in self._said[photograph] if text == words and same_box(box, other)]
         return all(found) if found else None
 
 
@@ -164,18 +162,14 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
 
 
 def _photograph(file_name: str) -> int:
-    found = _PHOTOGRAPH.search(image_id(file_name))
-    if found is None:
+    number = photograph_number(image_id(file_name))
+    if number is None:
         raise DatasetError(f"column 'file_name': expected COCO's name of a photograph, got {file_name!r}")
-    return int(found.group(1))
+    return number
 
 
 def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def _same(box: Box, other: Box) -> bool:
-    return len(box) == len(other) and all(abs(a - b) <= _SAME_BOX for a, b in zip(box, other, strict=True))
 
 
 # Functions for a task's YAML.

@@ -1,11 +1,15 @@
 """Annotation files in COCO's form: an object with lists of entries."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.files import json_value
+
+_PHOTOGRAPH = re.compile(r"(?:^|[/\\])COCO_\w+?_(\d{12})$")
+_SAME_BOX = 0.5
 
 
 def read(path: Path) -> Any:
@@ -41,3 +45,14 @@ def entries(path: Path, key: str, fields: Collection[str], content: Any = None) 
         if missing := set(fields) - set(entry):
             raise DatasetError(f"{path}: expected {sorted(missing)} in every entry of {key!r}, got {str(entry)[:120]}")
     return found
+
+
+def photograph_number(name: str) -> int | None:
+    """Return COCO's number of a photograph by its name without ending; None if that is not COCO's."""
+    found = _PHOTOGRAPH.search(name)
+    return int(found.group(1)) if found else None
+
+
+def same_box(box: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two boxes in pixels are the same up to rounding: each number within half a pixel."""
+    return len(box) == len(other) and all(abs(a - b) <= _SAME_BOX for a, b in zip(box, other, strict=True))

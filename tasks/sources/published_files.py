@@ -3,6 +3,7 @@
     python -m lmms_plugin.tasks.sources.published_files ref_l4 ref-l4-test.parquet IMAGES OUT/test.parquet
     python -m lmms_plugin.tasks.sources.published_files refdrone RefDrone_test_mdetr.json IMAGES OUT/test.parquet
     python -m lmms_plugin.tasks.sources.published_files vrsbench VRSBench_EVAL_referring.json IMAGES OUT/test.parquet
+    python -m lmms_plugin.tasks.sources.published_files refbench_pro annotation.jsonl IMAGES OUT/test.parquet
 
 IMAGES is the folder with the unpacked images. `LMMS_PLUGIN_REF_L4=OUT` (and so on) then names the copy.
 """
@@ -15,10 +16,12 @@ from typing import Any, NamedTuple
 
 import datasets
 import pyarrow.parquet as pq
+from loguru import logger
 
 from lmms_plugin.tasks.sources import writing
 from lmms_plugin.tasks.sources.annotations import entries, read
 from lmms_plugin.utils.copies import DatasetError
+from lmms_plugin.utils.files import json_object
 from lmms_plugin.utils.messages import counted
 
 _TEXT, _INTEGER, _NUMBER = datasets.Value("string"), datasets.Value("int64"), datasets.Value("float64")
@@ -98,6 +101,24 @@ def _questions(path: Path) -> Rows:
         yield {"obj_cls": "", "size_group": "", **entry, "is_unique": None if unique is None else bool(unique)}
 
 
+def _lines(path: Path) -> Rows:
+    """Yield one row per line of RefBench-PRO; expressions whose box its authors keep back are left out and counted."""
+    kept_back = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(filter(bytes.strip, lines), start=1):
+            try:
+                row = json_object(line, f"{path}:{number}")
+            except ValueError as error:
+                raise DatasetError(f"{error}; fetch it again") from error
+            box = row.get("bbox") or []
+            if box or row.get("task_type") == "reject":
+                yield {**row, "bbox": box}
+            else:
+                kept_back += 1
+    if kept_back:
+        logger.warning("{}: {} left out, their boxes are not published", path, counted(kept_back, "expression"))
+
+
 FORMS: Mapping[str, Form] = {
     "ref_l4": Form(
         _table,
@@ -124,6 +145,18 @@ FORMS: Mapping[str, Form] = {
             "height": _INTEGER,
             "width": _INTEGER,
             "file_name": _TEXT,
+        },
+    ),
+    "refbench_pro": Form(
+        _lines,
+        "image_path",
+        {
+            "image_path": _TEXT,
+            "task_type": _TEXT,
+            "expression": _TEXT,
+            "bbox": _BOX,
+            "width": _INTEGER,
+            "height": _INTEGER,
         },
     ),
     "vrsbench": Form(

@@ -389,6 +389,7 @@ def good_copies(tmp_path_factory):
         **captions,
         "LMMS_PLUGIN_COCO_CAPTION2017": captions["LMMS_PLUGIN_COCO_CAPTION2014"],
         "LMMS_PLUGIN_REFCOCOPLUS_REVIEWED": str(natural_copies.write_reviewed(folder / "reviewed")),
+        "LMMS_PLUGIN_COCO_INSTANCES": str(natural_copies.write_instances(folder / "instances")),
     }
 
 

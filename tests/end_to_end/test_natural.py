@@ -35,6 +35,7 @@ def outcome(tmp_path_factory, commands):
     folder = tmp_path_factory.mktemp("natural")
     environment = natural_copies.write(folder / "copies")
     environment["LMMS_PLUGIN_REFCOCOPLUS_REVIEWED"] = str(natural_copies.write_reviewed(folder / "reviewed"))
+    environment["LMMS_PLUGIN_COCO_INSTANCES"] = str(natural_copies.write_instances(folder / "instances"))
     environment["LMMS_PLUGIN_WAREHOUSE"] = str(natural_copies.write_warehouse(folder / "warehouse"))
     command = ["lmms-eval", "--model", "quant_rtn"]
     command += ["--model_args", "pretrained=demo,bits=4", "--batch_size", "8", "--log_samples"]
@@ -93,6 +94,22 @@ def test_clean_expressions_are_counted_apart(outcome):
     assert values["clean_rate,none"] == pytest.approx(len(clean) / len(logged))
     assert values["mean_iou,none"] == pytest.approx(sum(record["score"] for record in logged) / len(logged))
     assert values["reviewed_rate,none"] == 1.0
+
+
+def test_results_are_parted_by_the_number_of_distractors(outcome):
+    from lmms_plugin.analysis import measure
+    from lmms_plugin.analysis.logs import read_one
+
+    results, records, folder = outcome
+    for task in ("refcocoplus_rec_testA", "refcocoplus_reviewed_testA", "refcoco_rec_testB", "ref_adv"):
+        strata = {record["stratum"] for record in records[task]}
+        assert len(strata) > 1
+        for stratum in strata:
+            scores = [record["score"] for record in records[task] if record["stratum"] == stratum]
+            share = sum(score >= 0.5 for score in scores) / len(scores)
+            assert results["results"][task][f"acc@0.5_{stratum},none"] == pytest.approx(share)
+    measured = {one.metric for one in measure.measure(read_one(folder), measure.MeasurementSettings(resamples=20))}
+    assert {"acc@0.5_distractors_2-3", "ece_distractors_7+", "ece_floor_distractors_0"} <= measured
 
 
 def test_datasets_that_share_files_of_one_kind_are_told_apart(outcome):

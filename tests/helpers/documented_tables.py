@@ -15,6 +15,7 @@ from typing import Any
 from lmms_plugin.analysis.reproduction.published import PublishedGrounding
 from lmms_plugin.arguments import ModelArguments
 from lmms_plugin.cli.screens.plan_screen import plan_screen
+from lmms_plugin.protocol.dialects import DIALECTS, Dialect, Frame
 from lmms_plugin.quant_backends import backend_class, names
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, WholeModelBackend
 from lmms_plugin.quant_backends.formats.entries import FORMATS
@@ -33,6 +34,7 @@ from lmms_plugin.vlm.served.llamacpp.gguf_options import GgufOptions
 from lmms_plugin.vlm.served.options import ServedOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
+_FORMAT = re.compile(r"\{.*?\}")
 
 
 def attributes(kind: type) -> dict[str, str]:
@@ -167,7 +169,25 @@ def published() -> str:
     return table(("model", "checkpoints", "Acc@0.5", "source"), rows)
 
 
+def dialects() -> str:
+    """How every family is asked for a box, and how it writes one."""
+    head = ("dialect", "`model_type`", "question", "box", "full scale", "frame", "source")
+    return table(head, map(_dialect, DIALECTS.values()))
+
+
+def _dialect(one: Dialect) -> tuple[str, ...]:
+    asked = " ".join(one.prompt.replace("{{", "{").replace("}}", "}").split())
+    box = one.box.format(**{name: one.number.replace(_FORMAT.search(one.number)[0], name) for name in one.fields})
+    types = ", ".join(f"`{name}`" for name in one.model_types)
+    scale = "its sides" if one.frame is Frame.RESIZED else f"{one.scale:g}"
+    question = f"`` {asked} ``" if "`" in asked else f"`{asked}`"
+    generic = DIALECTS["fractions"]
+    question = "as `fractions`" if one.prompt == generic.prompt and one is not generic else question
+    return f"`{one.name}`", types, question, f"`{box}`", scale, one.frame.value, one.source
+
+
 TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
+    "dialects": ("dialects.md", dialects),
     "arguments": ("model_arguments.md", arguments),
     "served": ("served.md", served),
     "gguf": ("gguf.md", gguf),

@@ -516,6 +516,28 @@ def _kosmos2() -> tuple[Any, Any]:
     return config, processor
 
 
+def _florence2() -> tuple[Any, Any]:
+    places = tuple(f"<loc_{number}>" for number in range(1000))
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = byte_level_tokenizer(
+        ("<s>", "</s>", "<pad>", "<image>", *places), extra_special_tokens={"image_token": "<image>"}, **roles
+    )
+    ids = {key: _text(tokenizer)[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    sides = ("encoder", "decoder")
+    text = {"model_type": "bart", "d_model": 64, "max_position_embeddings": 512, **ids}
+    text |= {f"{side}_layers": 2 for side in sides} | {f"{side}_ffn_dim": 128 for side in sides}
+    text |= {f"{side}_attention_heads": 4 for side in sides} | {"decoder_start_token_id": tokenizer.eos_token_id}
+    stages = {"depths": [1] * 4, "embed_dim": [16, 32, 32, 64], "num_heads": [1, 2, 2, 2], "num_groups": [1, 2, 2, 2]}
+    config = hf.Florence2Config(
+        text_config=text,
+        vision_config={**stages, "window_size": 2, "projection_dim": 64},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    # The tower shrinks a side of 64 pixels to 2 patches: 4 tokens, and 1 of their mean.
+    images = hf.CLIPImageProcessor(size=_square(64), crop_size=_square(64), image_seq_length=5)
+    return config, hf.Florence2Processor(images, tokenizer)
+
+
 def _janus() -> tuple[Any, Any]:
     media = {"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
     roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -572,7 +594,12 @@ BUILDERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "instructblip": _instructblip,
     "blip2_itm": _blip2_itm,
 }
-OTHERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {"kosmos2": _kosmos2, "janus": _janus, "fuyu": _fuyu}
+OTHERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
+    "kosmos2": _kosmos2,
+    "florence2": _florence2,
+    "janus": _janus,
+    "fuyu": _fuyu,
+}
 """Families with a way of their own each, which have tests of their own."""
 
 WITHOUT_BOXES = ("blip2_opt", "blip2_t5", "instructblip")

@@ -69,9 +69,51 @@ def ref_adv():
             "image_source": "COCO",
             "human_authored": True,
             "use_negation": True,
-            "distractors": "[1, 2]",
+            "distractors": 2 + 3 * (k % 3),
         }
-        for thing in THINGS
+        for k, thing in enumerate(THINGS)
+    ]
+
+
+def refcoco_m():
+    """One row per photograph, with the objects on it in structs of their own."""
+    photographs_of = dict.fromkeys(thing.photograph for thing in THINGS)
+    rows = []
+    for number, name in enumerate(photographs_of):
+        samples = [
+            {
+                "id": k,
+                "image_id": number,
+                "category": "person" if k % 2 else "thing",
+                "supercategory": "all",
+                "label": thing.expressions[0],
+                "sentences": list(thing.expressions),
+                "bbox": [float(v) for v in thing.bbox],
+                "mask": {"counts": "0", "size": list(size(thing)[::-1])},
+            }
+            for k, thing in enumerate(THINGS)
+            if thing.photograph == name
+        ]
+        picture = image(next(thing for thing in THINGS if thing.photograph == name))
+        file = f"COCO_train2014_{number:012d}.jpg"
+        rows.append({"image": picture, "image_id": number, "file_name": file, "samples": samples})
+    return rows
+
+
+KINDS = ("attribute", "position", "interaction", "relation", "commonsense", "reject")
+
+
+def refbench_pro():
+    """As published: boxes of some are kept back, and expressions to reject have none."""
+    return [
+        {
+            "image_path": file_name(thing),
+            "task_type": KINDS[k % 6],
+            "expression": thing.expressions[0],
+            "bbox": [] if KINDS[k % 6] == "reject" else xyxy(thing),
+            **sized(thing),
+        }
+        for k, thing in enumerate(THINGS)
     ]
 
 
@@ -182,7 +224,26 @@ SAMPLES = {
             "image_source": TEXT,
             "human_authored": datasets.Value("bool"),
             "use_negation": datasets.Value("bool"),
-            "distractors": TEXT,
+            "distractors": INTEGER,
+        }
+    ),
+    "refcoco_m": datasets.Features(
+        {
+            "image": datasets.Image(),
+            "image_id": INTEGER,
+            "file_name": TEXT,
+            "samples": datasets.List(
+                {
+                    "id": INTEGER,
+                    "image_id": INTEGER,
+                    "category": TEXT,
+                    "supercategory": TEXT,
+                    "label": TEXT,
+                    "sentences": datasets.List(TEXT),
+                    "bbox": datasets.List(datasets.Value("float32")),
+                    "mask": {"counts": TEXT, "size": datasets.List(datasets.Value("int32"))},
+                }
+            ),
         }
     ),
     "groundingme": datasets.Features(
@@ -241,6 +302,7 @@ def published(folder):
     datasets.Dataset.from_list(ref_l4()).to_parquet(folder / "ref_l4")
     (folder / "refdrone").write_text(json.dumps(refdrone()))
     (folder / "vrsbench").write_text(json.dumps(vrsbench()))
+    (folder / "refbench_pro").write_text("".join(f"{json.dumps(row)}\n" for row in refbench_pro()))
     return folder
 
 
@@ -283,6 +345,39 @@ def write_reviewed(folder):
     folder.mkdir(parents=True)
     for split in REFERENTS:
         (folder / f"refcoco+_{split}_reviewed.json").write_text(json.dumps(reviewed(split)))
+    return folder
+
+
+CATEGORIES = {"camera": (1, 2), "coffee": (47, 47), "astronaut": (1, 1, 1)}
+"""Category of each object that RefCOCO+ refers to, by photograph and in the order of `REFERENTS`; 9 elsewhere."""
+
+OTHERS = {"coins": (9, 5), "flower.jpg": (9, 2), "camera": (1, 3), "chelsea": (4, 7)}
+"""Category and number of the objects that nothing refers to, by photograph."""
+
+DISTRACTORS = {"astronaut": 2, "coffee": 1, "flower.jpg": 2, "chelsea": 0, "rocket": 0, "coins": 5, "china.jpg": 0}
+"""Number of distractors of each photograph's objects; on `camera` 3 of the man and none of the camera."""
+
+
+def instances():
+    """Objects of the photographs of RefCOCO+ in the form of COCO's annotations."""
+    names = sorted({thing.photograph for things in REFERENTS.values() for thing in things})
+    annotations = []
+    for number, name in enumerate(names):
+        boxes = [thing.bbox for thing in THINGS if thing.photograph == name]
+        of = list(zip(CATEGORIES.get(name, (9,) * len(boxes)), boxes, strict=True))
+        category, count = OTHERS.get(name, (0, 0))
+        of += [(category, (5.0 * k, 5.0 * k, 30.0, 30.0)) for k in range(count)]
+        annotations += [
+            {"id": len(annotations) + k, "image_id": number, "category_id": kind, "bbox": [float(v) for v in box]}
+            for k, (kind, box) in enumerate(of)
+        ]
+    return {"annotations": annotations, "categories": [], "images": []}
+
+
+def write_instances(folder):
+    """Write the annotations of the photographs of RefCOCO+, and return their folder."""
+    folder.mkdir(parents=True)
+    (folder / "instances.json").write_text(json.dumps(instances()))
     return folder
 
 

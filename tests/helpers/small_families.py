@@ -224,10 +224,11 @@ class Tiny:
         return [*before, *[self.image_token] * self._count, *(start + 7 * i % 200 for i in range(tail))]
 
     def batch(self, rows: Sequence[list[int]], seeds: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return the arguments of the model for prompts, padded on the left, each about the image of its seed."""
+        """Return the arguments of the model for prompts, padded as a run does, each about the image of its seed."""
         width = max(map(len, rows))
-        ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        side = -1 if self.model.config.is_encoder_decoder else 1
+        ids = torch.tensor([([PAD] * (width - len(row)) + row[::side])[::side] for row in rows])
+        mask = torch.tensor([([0] * (width - len(row)) + [1] * len(row))[::side] for row in rows])
         images = [self.image(seed) for seed in seeds]
         inputs = {name: torch.cat(self._values(name, images), self._side_by_side(name)) for name in images[0]}
         marks = (ids == self.image_token).long()

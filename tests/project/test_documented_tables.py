@@ -128,7 +128,7 @@ def test_keys_of_a_record():
     record = comprehension.process_results(documents(1)[0], [answered.encode()], "joint")["mean_iou"]
     documented = set(first_cells(section(FORMATS, "Log of samples")))
     assert {"box", "confidence", "samples", "statement", "reference"} <= record.keys() <= documented
-    beside = {"original_expression", "reasoning", "tags"}
+    beside = {"original_expression", "reasoning", "stratum", "tags"}
     assert documented - record.keys() == beside
 
 

@@ -38,6 +38,15 @@ CAR = "</s><s>car<loc_53><loc_334><loc_933><loc_775>door handle<loc_425><loc_504
 JSON = '```json\n[\n\t{"bbox_2d": [322, 119, 483, 357], "label": "cat"}\n]\n```'
 QWEN3 = '[{"bbox_2d": [513, 454, 570, 556], "label": "cube"}, {"bbox_2d": [349, 680, 401, 780], "label": "cube"}]'
 PIXELS = (322 / 644, 119 / 476, 483 / 644, 357 / 476)
+GEMMA4 = (
+    '```json\n[\n  {"box_2d": [244, 256, 948, 405], "label": "person"},\n'
+    '  {"box_2d": [357, 606, 655, 803], "label": "cat"}\n]\n```'
+)
+LFM = '[{"label": "dog", "bbox": [0.12, 0.3, 0.58, 0.91]}]'
+BIRDS = (
+    "The image features a serene scene with <ref>three birds</ref>[\n  <box>(0.401,0.526),(0.430,0.557)</box>,\n"
+    "  <box>(0.489,0.494),(0.516,0.526)</box>,\n  <box>(0.296,0.529),(0.324,0.576)</box>\n] flying in formation"
+)
 GLM = "\nThe coordinates of the second bottle of beer are <|begin_of_box|>[[94,598,177,991]]<|end_of_box|>."
 GLM_BOX = (0.094, 0.598, 0.177, 0.991)
 
@@ -144,6 +153,15 @@ GLM_BOX = (0.094, 0.598, 0.177, 0.991)
         # The answer of the notebook that publishes prompt and format, and one that spaces its numbers.
         pytest.param("perception_lm", "[040,482,112,576]", (0.04, 0.482, 0.112, 0.576), 1, id="perception-lm"),
         pytest.param("perception_lm", "[123, 456, 789, 912]", (0.123, 0.456, 0.789, 0.912), 1, id="perception-lm-2"),
+        # The answers of ai.google.dev/gemma/docs/capabilities/vision/image to "detect person and cat".
+        pytest.param("gemma4", GEMMA4, (0.256, 0.244, 0.405, 0.948), 2, id="gemma-4-rows-first"),
+        pytest.param("gemma4", "[244, 256, 948, 405]", (0.256, 0.244, 0.405, 0.948), 1, id="gemma-4-bare"),
+        pytest.param("lfm2_vl", LFM, (0.12, 0.3, 0.58, 0.91), 1, id="lfm2.5-vl"),
+        # The example of the model card of Ovis2.5.
+        pytest.param("ovis2_5", BIRDS, (0.401, 0.526, 0.430, 0.557), 3, id="ovis2.5-three"),
+        pytest.param("qwen3_omni", QWEN3, (0.513, 0.454, 0.57, 0.556), 2, id="qwen3-omni-two"),
+        pytest.param("ernie4_5_vl", QWEN3, (0.513, 0.454, 0.57, 0.556), 2, id="ernie-4.5-vl-two"),
+        pytest.param("qwen2_5_omni", "[0.2, 0.3, 0.4, 0.5]", (0.2, 0.3, 0.4, 0.5), 1, id="qwen2.5-omni"),
         pytest.param("idefics3", " [0.2, 0.3, 0.4, 0.5]", (0.2, 0.3, 0.4, 0.5), 1, id="idefics3"),
         pytest.param("smolvlm", " [0.2, 0.3, 0.4, 0.5]", (0.2, 0.3, 0.4, 0.5), 1, id="smolvlm"),
         pytest.param("gemma3", "```\n[0.2, 0.3, 0.4, 0.5]\n```", (0.2, 0.3, 0.4, 0.5), 1, id="gemma3"),
@@ -169,6 +187,14 @@ def test_published_answer(name, text, box, count):
         ("florence2", "<CAPTION_TO_PHRASE_GROUNDING>red car"),
         ("kosmos2", "<grounding><phrase> red car</phrase>"),
         ("deepseek_vl2", "<|ref|>red car<|/ref|>."),
+        ("gemma4", "detect red car, output only ```json"),
+        ("qwen3_omni", "Locate the object: red car."),
+        ("ovis2_5", "Find the <ref>red car</ref> in the image. Please provide the bounding box coordinates."),
+        (
+            "lfm2_vl",
+            'Detect all instances of: red car. Response must be a JSON array: [{"label": ..., "bbox": [x1, y1, x2, y2]}'
+            ", ...]. Coordinates are normalized to [0,1].",
+        ),
         (
             "perception_lm",
             "Provide a bounding box of the region this sentence describes: 'red car'.\n"
@@ -230,12 +256,44 @@ def test_first_box_that_is_none_is_counted_and_not_replaced(name, text):
     assert parsed.coordinates
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "other_scale"),
+    [
+        pytest.param("qwen3_vl", "[0.1, 0.2, 0.5, 0.7]", True, id="fractions for thousandths"),
+        pytest.param("qwen2_5_vl", "[0.1, 0.2, 0.5, 0.7]", True, id="fractions for pixels"),
+        pytest.param("qwen2_5_vl", "[100, 100, 980, 400]", True, id="thousandths for pixels"),
+        pytest.param("gemma4", "[244, 256, 948, 1405]", True, id="pixels for thousandths"),
+        pytest.param("lfm2_vl", "[120, 300, 580, 910]", True, id="thousandths for fractions"),
+        pytest.param("ovis2_5", "(0.1,0.2),(0.5,20)", True, id="one number beyond the end"),
+        pytest.param("paligemma", "<loc0000><loc0000><loc1024><loc1023> cat", True, id="no such location token"),
+        pytest.param("qwen3_vl", "[600, 100, 500, 200]", False, id="inverted"),
+        pytest.param("llava", "[0.2, 0.0, 0.8, 0.1]", False, id="wholly in the padding"),
+        pytest.param("qwen3_vl", "[100, 100, 500, 200]", False, id="a box"),
+        pytest.param("qwen3_vl", "There is none.", False, id="nothing"),
+    ],
+)
+def test_another_scale_is_told_from_other_boxes_that_are_none(name, text, other_scale):
+    parsed = parse(name, text)
+    assert parsed.other_scale == other_scale
+    assert not (parsed.other_scale and parsed.box)
+
+
+def test_what_cannot_be_measured_is_in_no_other_scale():
+    assert not parse("qwen2_5_vl", "[100, 100, 980, 400]", model_size=None).other_scale
+
+
+@pytest.mark.parametrize("dialect", [one for one in DIALECTS.values() if not one.published], ids=lambda one: one.name)
+def test_a_family_without_a_format_says_where_one_was_looked_for(dialect):
+    assert dialect.name == "fractions" or "looked for in" in dialect.source
+
+
 WHOLE = sorted(name for name, dialect in DIALECTS.items() if dialect.whole)
 
 
 def test_which_formats_are_of_whole_numbers():
     assert {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "glm4v", "deepseek_vl2", "paligemma"} < set(WHOLE)
-    assert not {"fractions", "llava", "shikra", "idefics3", "gemma3"} & set(WHOLE)
+    assert {"qwen3_omni", "ernie4_5_vl", "gemma4", "perception_lm"} < set(WHOLE)
+    assert not {"fractions", "llava", "shikra", "idefics3", "gemma3", "lfm2_vl", "ovis2_5"} & set(WHOLE)
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -486,6 +544,12 @@ def test_square_frames_are_what_the_llava_processor_shows(name, do_pad, size):
         ("kosmos-2", "kosmos2"),
         ("smolvlm", "smolvlm"),
         ("perception_lm", "perception_lm"),
+        ("gemma4", "gemma4"),
+        ("lfm2_vl", "lfm2_vl"),
+        ("qwen3_omni_moe", "qwen3_omni"),
+        ("qwen2_5_omni", "qwen2_5_omni"),
+        ("ernie4_5_moe_vl", "ernie4_5_vl"),
+        ("ovis2_5", "ovis2_5"),
         ("a model of tomorrow", "fractions"),
     ],
 )
@@ -503,7 +567,9 @@ def test_unknown_declared_dialect_names_the_nearest():
 
 
 def test_model_types_are_those_of_transformers():
-    """A misspelt type would silently get the generic dialect; three come with their checkpoints' own code."""
+    """A misspelt type would silently get the generic dialect; five come with their checkpoints' own code."""
     declared = [model_type for dialect in DIALECTS.values() for model_type in dialect.model_types]
     assert len(declared) == len(set(declared))
-    assert set(declared) - set(CONFIG_MAPPING_NAMES) == {"shikra", "deepseek_vl_v2", "internvl_chat"}
+    assert set(declared) - set(CONFIG_MAPPING_NAMES) == {
+        *("shikra", "deepseek_vl_v2", "internvl_chat", "ernie4_5_moe_vl", "ovis2_5")
+    }

@@ -1,11 +1,13 @@
 """Datasets that differ from RefCOCO+ by nature: their schemas, what is said of a broken one, their own metrics."""
 
 import json
+from contextlib import contextmanager
 
 import datasets
 import pytest
 from helpers import natural_copies
 from helpers.natural_copies import THINGS, xyxy
+from loguru import logger
 
 from lmms_plugin.protocol.boxes import Box, iou
 from lmms_plugin.protocol.response import Response, Token
@@ -22,6 +24,14 @@ def copies(tmp_path_factory):
         for variable, folder in natural_copies.write(tmp_path_factory.mktemp("natural")).items():
             patch.setenv(variable, folder)
         yield
+
+
+@contextmanager
+def log(level):
+    lines = []
+    sink = logger.add(lambda message: lines.append(str(message)), level=level, format="{message}")
+    yield lines
+    logger.remove(sink)
 
 
 def documents(name):
@@ -52,7 +62,16 @@ def test_an_image_is_that_of_its_document(name):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("ref_l4_test", 12), ("dior_rsvg", 5), ("refdrone", 4), ("refdrone_rejection", 8), ("groundingme", 9)],
+    [
+        ("ref_l4_test", 12),
+        ("dior_rsvg", 5),
+        ("refdrone", 4),
+        ("refdrone_rejection", 8),
+        ("groundingme", 9),
+        ("refcoco_m", 22),
+        ("refbench_pro", 10),
+        ("refbench_pro_rejection", 12),
+    ],
 )
 def test_how_many_documents_rows_make(name, expected):
     assert len(documents(name)) == expected
@@ -79,6 +98,25 @@ def test_the_same_bytes_are_the_same_photograph():
 def test_tags_part_results():
     assert {doc["tags"]["subtask_l1"] for doc in documents("groundingme")} == {"Discriminative", "Spatial", "Limited"}
     assert {doc["tags"]["is_unique"] for doc in documents("vrsbench")} == {True, False}
+
+
+def test_objects_in_structs_of_a_list_keep_their_sentences_boxes_and_tags():
+    """RefCOCO-M has one row per photograph, and in it one struct per object with all its sentences."""
+    docs = {doc["expression"]: doc for doc in documents("refcoco_m")}
+    for k, thing in enumerate(THINGS):
+        for expression in thing.expressions:
+            doc = docs[expression]
+            assert doc["bbox"] == list(thing.bbox)
+            assert doc["tags"] == {"category": "person" if k % 2 else "thing", "supercategory": "all"}
+            assert "samples" not in doc
+    assert len({doc["image_id"] for doc in docs.values()}) == len({thing.photograph for thing in THINGS})
+
+
+def test_ref_adv_is_parted_by_its_distractors():
+    docs = documents("ref_adv")
+    assert [doc["distractors"] for doc in docs] == [2 + 3 * (k % 3) for k in range(len(THINGS))]
+    names = ("distractors_2-3", "distractors_4-6", "distractors_7+")
+    assert [doc["stratum"] for doc in docs] == [names[k % 3] for k in range(len(THINGS))]
 
 
 def changed(change):
@@ -127,12 +165,37 @@ def a_box_less(row):
     return {"objects": {**row["objects"], "bbox": [None, *row["objects"]["bbox"][1:]]}}
 
 
+def struct_without(name):
+    return lambda row: {"samples": [{key: value for key, value in s.items() if key != name} for s in row["samples"]]}
+
+
+def as_corners(row):
+    boxes = [(s, s["bbox"]) for s in row["samples"]]
+    return {"samples": [{**s, "bbox": [x, y, x + w + 400, y + h + 400]} for s, (x, y, w, h) in boxes]}
+
+
+def no_sentence(row):
+    return {"samples": [{**row["samples"][0], "sentences": []}, *row["samples"][1:]]}
+
+
 BROKEN = [
     ("ref_l4_test", renamed("caption", "text"), r"column 'caption' is missing: expected a string; .*'text'"),
     ("ref_l4_test", changed(as_xyxy), r"row \d+ \(\w+\.jpg\): column 'bbox': expected \[x, y, width, height\] in pix"),
     ("ref_l4_test", with_value(width=7), r"column 'width' and 'height': expected 512 and 512.* got 7 and 512"),
     ("ref_adv", changed(as_xywh), r"row \d+ .*column 'solution': expected .*\[x1, y1, x2, y2\] in pixels of positive"),
     ("ref_adv", without("solution"), r"column 'solution' is missing: expected four numbers"),
+    ("ref_adv", without("distractors"), r"column 'distractors' is missing: expected a number of distractors"),
+    ("ref_adv", changed(lambda row: {"distractors": -1}), r"row 0 .*column 'distractors': expected the number of .*-1"),
+    ("refcoco_m", without("samples"), r"column 'samples.sentences' is missing: expected a list of strings"),
+    ("refcoco_m", changed(struct_without("bbox")), r"column 'samples.bbox'"),
+    (
+        "refcoco_m",
+        changed(as_corners),
+        r"row \d+ \(COCO_\w+.jpg\): column 'samples.bbox': expected \[x, y, width, height\]",
+    ),
+    ("refcoco_m", changed(no_sentence), r"row 0 .*column 'samples.sentences' holds an object without any"),
+    ("refbench_pro", without("task_type"), r"column 'task_type' is missing"),
+    ("refbench_pro", with_value(bbox=[]), r"row 0 \(astronaut.jpg\): column 'bbox': expected a list of four numbers"),
     ("groundingme", without("subtask_l1"), r"column 'subtask_l1' is missing"),
     ("groundingme", changed(in_fractions), r"column 'bbox': expected .* in pixels.*would fit as .* in 0 to 1 of"),
     ("refdrone", renamed("bboxes", "bbox"), r"column 'bboxes' is missing: expected a list of boxes"),
@@ -300,6 +363,24 @@ class TestPublished:
         (files / name).write_text(json.dumps(content))
         with pytest.raises(DatasetError, match=message):
             published_files.write(name, files / name, files / "images", tmp_path / "out.parquet")
+
+    def test_expressions_whose_box_is_kept_back_are_left_out_and_counted(self, files, tmp_path):
+        rows = [row | ({"bbox": []} if k % 2 else {}) for k, row in enumerate(natural_copies.refbench_pro())]
+        (files / "refbench_pro").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        with log("WARNING") as lines:
+            written = published_files.write(
+                "refbench_pro", files / "refbench_pro", files / "images", tmp_path / "test.parquet"
+            )
+        left = [row for row in rows if row["bbox"] or row["task_type"] == "reject"]
+        assert written == len(left) == 8
+        assert "4 expressions left out, their boxes are not published" in lines[0]
+        kept = datasets.Dataset.from_parquet(str(tmp_path / "test.parquet"))
+        assert [row["expression"] for row in kept] == [row["expression"] for row in left]
+
+    def test_a_damaged_line_is_named(self, files, tmp_path):
+        (files / "refbench_pro").write_text('{"expression": "a"')
+        with pytest.raises(DatasetError, match=r"refbench_pro:1.*fetch it again"):
+            published_files.write("refbench_pro", files / "refbench_pro", files / "images", tmp_path / "out.parquet")
 
 
 def test_vrsbench_of_whole_hundredths_keeps_what_rounding_flattened():

@@ -10,6 +10,7 @@ from helpers.families import BUILDERS, byte_level_tokenizer
 from helpers.prefix import answers, assert_equal, load, log
 from PIL import Image
 
+from lmms_plugin.protocol.dialects import DIALECTS
 from lmms_plugin.protocol.prompts import Prompt, mean_colour, placeholder
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.quant_backends import get
@@ -56,6 +57,31 @@ class TestPaddedBatches:
         rows.clear()
         answers(vlm, 4)
         assert 1 not in rows
+
+
+def test_an_encoder_decoder_answers_in_batches_as_alone(checkpoint):
+    """Florence-2's encoder counts positions from the first column, so that its prompts are padded behind."""
+    path = checkpoint("florence2")
+    expected = answers(load(path), 1)
+    vlm = load(path)
+    with log("WARNING") as lines:
+        found = answers(vlm, 4)
+    assert not warnings_of(lines)
+    assert list(vlm.responder.engine.runner.batched.values()) == [True]
+    assert_equal(found, expected)
+    responses = [Response.decode(answer) for answer in found]
+    assert {response.dialect for response in responses} == {"florence2"}
+    assert all(response.tokens and all(token.logprob < 0 for token in response.tokens) for response in responses)
+    assert len({response.text for response in responses}) > 1
+
+
+def test_florence_is_asked_in_the_words_of_its_task(checkpoint):
+    chat = load(checkpoint("florence2")).chat
+    parts = [{"type": "image", "image": Image.new("RGB", (56, 56), "red")}]
+    parts += [{"type": "text", "text": DIALECTS["florence2"].ask("red car")}]
+    inputs = chat.encode([Prompt("one", ({"role": "user", "content": parts},), raw=True)]).inputs
+    read = chat.tokenizer.decode(inputs["input_ids"][0])
+    assert read == "<image>" * 5 + "<s>Locate the phrases in the caption: red car</s>"
 
 
 def test_a_generate_of_its_own_that_drops_processors_is_passed_by(checkpoint):

@@ -123,7 +123,8 @@ class Decoder:
         """Generate one answer per row of the batch.
 
         Args:
-            inputs: Keyword arguments of the model, on its device; `input_ids` (rows, prompt length) padded on the left.
+            inputs: Keyword arguments of the model, on its device; `input_ids` (rows, prompt length) padded on the left,
+                or on the right for an encoder-decoder.
             settings: Settings, the same for all rows.
             seeds: Seeds for sampling, one per row: a row's sample depends on its own seed and not on its batch.
             digits: Whether to record, for tokens of digits, the probabilities of the others (`Token.alternatives`).

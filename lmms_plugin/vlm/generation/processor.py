@@ -28,7 +28,8 @@ class Batch(NamedTuple):
     """Prompts ready for the model.
 
     Attributes:
-        inputs: Keyword arguments of the model, one row per prompt, padded on the left.
+        inputs: Keyword arguments of the model, one row per prompt, padded on the left, or on the right for an
+            encoder-decoder.
         model_sizes: (width, height) in pixels of each prompt's only image as the model sees it; None where the
             processor does not tell or there is not exactly one image.
         read: Pooled states of the part of the prompts that has been read already; None where there are none.
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Chat:
-    """Processor of a checkpoint, set up for left-padded batches.
+    """Processor of a checkpoint, set up for padded batches.
 
     Attributes:
         processor: Processor of any image-text-to-text checkpoint.
@@ -58,7 +59,9 @@ class Chat:
     _lock: Any = field(default_factory=RLock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.tokenizer.padding_side = "left"
+        # Encoders may count positions from the first column, padding or not (BART in Florence-2); what a decoder
+        # continues ends at the last one.
+        self.tokenizer.padding_side = "right" if self.answers_apart else "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
