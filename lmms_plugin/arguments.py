@@ -64,7 +64,7 @@ _OF_ANSWERS = (
         "features",
         "feature_layer",
     ),
-    *("selector", "selector_transfer", "parity"),
+    *("selector", "selector_transfer", "parity", "reference"),
 )
 """Arguments that say how questions are answered, and nothing about weights."""
 _TOLD = (
@@ -182,6 +182,8 @@ class ModelArguments:
             it excludes shared prefixes and takes minutes before the first answer.
         parity: Whether evidence for `lmms-plugin parity` is kept: ids of every prompt's tokens with its answer, and
             answers to five trial questions.
+        reference: Checkpoint whose answers are forced through this model, for its [distance](distance.md) from it;
+            `none` for `pretrained` itself, unquantized. Both are in memory together.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         use_safetensors: Whether weights must be stored as safetensors.
         options: Options of the quantization backend, each given as an argument of its own.
@@ -247,6 +249,8 @@ class ModelArguments:
     share_prefix: Truth = True
     static_cache: Truth = False
     parity: Truth = False
+    # `reference=none` names the unquantized checkpoint.
+    reference: Annotated[_Str | None, BeforeValidator(lambda name: name or None)] = None
     trust_remote_code: Truth = False
     use_safetensors: Truth = True
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -389,6 +393,17 @@ class ModelArguments:
         if Path(path).is_dir():
             _expect_whole(Path(path))
         return path
+
+    def find_reference(self) -> str:
+        """Return the hub id or the folder of the reference.
+
+        Raises:
+            FileNotFoundError: `reference` is written like a path, and no checkpoint is there.
+            ValueError: `reference` is neither a folder nor an id, or one of its files is damaged.
+        """
+        if str(self.reference).lower() == "none":
+            return self.find_checkpoint()
+        return ModelArguments(pretrained=str(self.reference)).find_checkpoint()
 
     @property
     def template_variables(self) -> dict[str, Any]:

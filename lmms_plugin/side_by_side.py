@@ -75,6 +75,35 @@ class ModelSpec(NamedTuple):
         ModelArguments.expect_possible(given)
         get(method, **ModelArguments.parse(given, option_types(method)).options)
 
+    def with_reference(self, reference: Self) -> Self:
+        """Return the model with the argument that forces another model's answers through it.
+
+        Args:
+            reference: Unquantized model.
+
+        Raises:
+            ValueError: The reference is quantized, or to be run in another way than this model, or a server runs this
+                one.
+        """
+        reference.expect_unquantized()
+        if self._by_server or backend_name(self.model.removesuffix("_simple")) is None:
+            raise ValueError(
+                f"expected a quantized model that is loaded here (quant_rtn, ...), got {self.model}: run both by "
+                "themselves, and name their results without --tasks"
+            )
+        its, own = read_arguments(reference.arguments), read_arguments(self.arguments)
+        if "reference" in own:
+            raise ValueError(f"{self.model} has a reference of its own: leave reference={own['reference']} out")
+        default = ModelArguments.pretrained
+        path = its.pop("pretrained", default)
+        if other := next((name for name, value in its.items() if own.get(name) != value), None):
+            raise ValueError(
+                f"the reference is run as the model is: expected {other}={its[other]} among the arguments of "
+                f"{self.model}, too"
+            )
+        named = "none" if path == own.get("pretrained", default) else path
+        return self._replace(arguments=",".join(filter(None, (self.arguments, f"reference={named}"))))
+
     def with_evidence(self) -> Self:
         """Return the model with the arguments that keep evidence, if it is one of this package's."""
         if not self._by_server and backend_name(self.model) is None:

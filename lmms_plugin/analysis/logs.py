@@ -400,6 +400,27 @@ def answers(run: LoggedRun, task: str) -> Iterator[LoggedAnswer]:
         yield LoggedAnswer(str(record["id"]), said, None if box is None else _box(box, where))
 
 
+def references(run: LoggedRun, task: str) -> dict[str, Mapping[str, Any] | None]:
+    """Return the distance from the reference of every answer to one task of ours, by id; None where there is none.
+
+    Raises:
+        ValueError: The log is damaged.
+    """
+    log, kind = run.log(task), run.tasks[task].kind
+    found: dict[str, Mapping[str, Any] | None] = {}
+    for number, row in enumerate(_rows(log), start=1):
+        record = _record(row, kind, f"{log}:{number}")
+        reference = record.get("reference")
+        if reference is not None and not (isinstance(reference, dict) and all(map(_is_finite, reference.values()))):
+            raise ValueError(f"expected numbers under 'reference' in {log}:{number}, got {reference!r:.80}")
+        found[str(record["id"])] = reference
+    return found
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _box(value: Any, where: str) -> tuple[float, float, float, float]:
     if not (isinstance(value, list) and len(value) == 4 and all(isinstance(side, int | float) for side in value)):
         raise ValueError(f"expected a box of four numbers in {where}, got {value!r:.80}")

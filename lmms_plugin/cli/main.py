@@ -19,6 +19,7 @@ from lmms_plugin.cli import export as export_commands
 from lmms_plugin.cli import measuring
 from lmms_plugin.cli.guarantee_command import guarantee
 from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, Seed, print_json, print_tables
+from lmms_plugin.cli.model_distance import distance
 from lmms_plugin.cli.parity import parity
 from lmms_plugin.cli.report import report
 from lmms_plugin.cli.reproduce import reproduce
@@ -33,6 +34,7 @@ export_commands.register(app)
 app.add_typer(study, name="study")
 app.command()(report)
 app.command()(parity)
+app.command()(distance)
 app.command()(reproduce)
 app.command()(guarantee)
 

@@ -78,6 +78,33 @@ class Means:
         return means
 
 
+class KnownMeans:
+    """Means of numbers of any range over the records that have them, such as divergences in nats.
+
+    Args:
+        values: Name → numbers, NaN for a record without one, shape (n,).
+        clusters: Clusters of the n records.
+
+    Raises:
+        ValueError: A number is infinite.
+    """
+
+    def __init__(self, values: Mapping[str, npt.ArrayLike], clusters: Clusters) -> None:
+        self.names = tuple(values)
+        rows = [np.asarray(value, np.float64) for value in values.values()]
+        if infinite := next((name for name, row in zip(self.names, rows, strict=True) if np.isinf(row).any()), None):
+            raise ValueError(f"expected finite numbers as {infinite}, got an infinite one")
+        known = [(~np.isnan(row)).astype(np.float64) for row in rows]
+        self._sums = Sums.stacked([*(np.nan_to_num(row, nan=0.0) for row in rows), *known], clusters)
+
+    def __call__(self, counts: Floats) -> Floats:
+        """Return means, shape (resamples, names); NaN for a resample in which no record has the number."""
+        sums = self._sums(counts)
+        with np.errstate(invalid="ignore"):
+            means: Floats = sums[:, : len(self.names)] / sums[:, len(self.names) :]
+        return means
+
+
 class ClusterMean:
     """Mean of one score for each cluster, of any range: CIDEr ends at 10.
 

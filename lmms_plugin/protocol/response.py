@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -22,7 +22,7 @@ MARKER = "<|lmms_plugin|>"
 Size = tuple[int, int]
 
 FIELDS = {"tokens", "logprobs", "original_size", "model_size", "dialect"}
-OPTIONAL_FIELDS = {"confidence", "digits", "samples", "statement", "scores", "opened", "trace", "engine"}
+OPTIONAL_FIELDS = {"confidence", "digits", "samples", "statement", "scores", "opened", "trace", "engine", "forced"}
 
 
 class Alternatives(NamedTuple):
@@ -66,6 +66,22 @@ class Spoken(NamedTuple):
     start: int
 
 
+class ForcedAnswer(NamedTuple):
+    """Answer of a reference model that was forced through the model, token by token: both saw the same tokens before.
+
+    Attributes:
+        reference: Tokens of the reference's answer, with its own probabilities.
+        model: The same tokens with the probabilities of the model.
+        divergences: KL divergence of the model from the reference at each token, over the vocabulary, in nats.
+        agreed: Whether both have the same likeliest token, for each.
+    """
+
+    reference: tuple[Token, ...]
+    model: tuple[Token, ...]
+    divergences: tuple[float, ...]
+    agreed: tuple[bool, ...]
+
+
 @dataclass(frozen=True)
 class Response:
     """Answer of a model to a grounding question.
@@ -86,6 +102,7 @@ class Response:
         opened: Tag of a reasoning block that the prompt opened and the text continues; "" if none.
         trace: Tokens read and written; None where the engine does not tell.
         engine: Facts about the engine (see `lmms_plugin.vlm.engine_facts`); empty with all answers of a task but one.
+        forced: Answer of a reference model, forced through this one; None without a reference.
     """
 
     text: str
@@ -101,6 +118,7 @@ class Response:
     opened: str = ""
     trace: Trace | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
+    forced: ForcedAnswer | None = None
 
     def __post_init__(self) -> None:
         if self.opened:
@@ -118,6 +136,20 @@ class Response:
     def answer(self) -> str:
         """Return the answer proper, without reasoning and the tags around it; "" where reasoning does not end."""
         return self.parts.answer_text
+
+    @property
+    def of_reference(self) -> tuple[Response, Response]:
+        """Return the reference's answer with the reference's probabilities, and the same text with this model's.
+
+        Raises:
+            ValueError: No answer was forced.
+        """
+        if self.forced is None:
+            raise ValueError("expected the answer of a reference model, got none: run with --model_args reference=none")
+        text = "".join(token.text for token in self.forced.reference)
+        common: dict[str, Any] = {"original_size": self.original_size, "model_size": self.model_size}
+        common |= {"dialect": self.dialect, "opened": self.opened, "records_digits": self.records_digits}
+        return Response(text, self.forced.reference, **common), Response(text, self.forced.model, **common)
 
     @property
     def sampled(self) -> tuple[str | None, ...] | None:
@@ -165,8 +197,7 @@ class Response:
         if self.confidence:
             trailer["confidence"] = {name: round(value, 6) for name, value in self.confidence.items()}
         if self.records_digits:
-            alternatives = {str(index): token.alternatives for index, token in enumerate(self.tokens)}
-            trailer["digits"] = {index: _written(value) for index, value in alternatives.items() if value is not None}
+            trailer["digits"] = _digits(self.tokens)
         if self.samples is not None:
             trailer["samples"] = self.samples
         if self.statement is not None:
@@ -179,6 +210,8 @@ class Response:
             trailer["trace"] = self.trace.written_out()
         if self.engine:
             trailer["engine"] = dict(self.engine)
+        if self.forced is not None:
+            trailer["forced"] = _written_forced(self.forced)
         line = json.dumps(trailer, separators=(",", ":"), allow_nan=False)
         # The last marker in the string must be the one written here, whatever the model wrote.
         return f"{self.text}\n{MARKER}" + line.replace("<", "\\u003c")
@@ -199,9 +232,7 @@ class Response:
             trailer = json.loads(line)
             if not isinstance(trailer, dict) or set(trailer) - OPTIONAL_FIELDS != FIELDS:
                 raise ValueError(f"expected an object with {sorted(FIELDS)}")
-            pairs = zip(trailer["tokens"], trailer["logprobs"], strict=True)
-            digits = {int(index): _alternatives(value) for index, value in trailer.get("digits", {}).items()}
-            tokens = tuple(_token(*pair, digits.get(index)) for index, pair in enumerate(pairs))
+            tokens = _tokens(trailer["tokens"], trailer["logprobs"], trailer.get("digits", {}))
             sizes = {name: _size(trailer[name]) for name in ("original_size", "model_size")}
             confidence = {str(name): _share(value) for name, value in trailer.get("confidence", {}).items()}
             samples = _texts(trailer["samples"]) if "samples" in trailer else None
@@ -212,6 +243,7 @@ class Response:
                 expect_opening(opened)
             trace = Trace.read(trailer["trace"]) if "trace" in trailer else None
             engine = {str(name): value for name, value in trailer.get("engine", {}).items()}
+            forced = _forced(trailer["forced"]) if "forced" in trailer else None
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"The trailer of an answer is damaged ({error}): {line[:200]!r}") from error
         written = "".join(token.text for token in tokens) if tokens else text.removesuffix("\n")
@@ -227,8 +259,44 @@ class Response:
             opened=opened,
             trace=trace,
             engine=engine,
+            forced=forced,
             **sizes,
         )
+
+
+def _digits(tokens: Sequence[Token]) -> dict[str, Any]:
+    alternatives = {str(index): token.alternatives for index, token in enumerate(tokens)}
+    return {index: _written(value) for index, value in alternatives.items() if value is not None}
+
+
+def _tokens(texts: Any, logprobs: Any, digits: Any) -> tuple[Token, ...]:
+    alternatives = {int(index): _alternatives(value) for index, value in digits.items()}
+    pairs = zip(texts, logprobs, strict=True)
+    return tuple(_token(*pair, alternatives.get(index)) for index, pair in enumerate(pairs))
+
+
+def _written_forced(forced: ForcedAnswer) -> dict[str, Any]:
+    return {
+        "tokens": [token.text for token in forced.reference],
+        "logprobs": [[round(token.logprob, 6) for token in tokens] for tokens in (forced.reference, forced.model)],
+        "digits": [_digits(tokens) for tokens in (forced.reference, forced.model)],
+        # Six digits that count: of eight bits divergences are far below a thousandth.
+        "kl": [float(f"{value:.6g}") for value in forced.divergences],
+        "agreed": [int(value) for value in forced.agreed],
+    }
+
+
+def _forced(value: Any) -> ForcedAnswer:
+    pairs = zip(value["logprobs"], value["digits"], strict=True)
+    reference, model = (_tokens(value["tokens"], logprobs, digits) for logprobs, digits in pairs)
+    divergences, agreed = value["kl"], value["agreed"]
+    if not all(_is_number(kl) and kl >= 0.0 for kl in divergences) or not set(agreed) <= {0, 1}:
+        raise ValueError(f"expected divergences of at least 0 and marks of 0 or 1, got {divergences!r:.80}")
+    if not len(divergences) == len(agreed) == len(reference):
+        raise ValueError(
+            f"expected a divergence and a mark for each of {len(reference)} tokens, got {len(divergences)}"
+        )
+    return ForcedAnswer(reference, model, tuple(map(float, divergences)), tuple(map(bool, agreed)))
 
 
 def _is_number(value: Any) -> bool:

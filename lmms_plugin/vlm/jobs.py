@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.protocol.prompts import RequestError
-from lmms_plugin.protocol.response import Response
+from lmms_plugin.protocol.response import ForcedAnswer, Response
 from lmms_plugin.vlm.assembling import Assembler, encoded_scores
 from lmms_plugin.vlm.contracts.engine import Answer, ContinuationScore, Engine
 from lmms_plugin.vlm.contracts.requests import Job, Messages, Request, candidates_of
@@ -35,6 +35,7 @@ class Generation:
         assembler: Assembler of the engine's answers.
         verbalised: Whether the model is asked for its confidence in a second turn.
         shows_progress: Whether this process shows its progress.
+        forced: Function from jobs to the answers of a reference model that were forced through this one; None without.
         usage: Tokens and time spent so far.
     """
 
@@ -42,6 +43,7 @@ class Generation:
     assembler: Assembler
     verbalised: bool = False
     shows_progress: bool = True
+    forced: Callable[[Sequence[Job]], Generator[tuple[int, ForcedAnswer]]] | None = None
     usage: Usage = field(default_factory=Usage)
 
     @property
@@ -117,12 +119,13 @@ class Generation:
         responses: dict[int, Response] = {}
         leading = _leading(jobs) if self.assembler.facts else frozenset()
         leaders: dict[int, Response] = {}
+        keeps = self.verbalised or self.forced is not None
 
         def take(index: int, answer: Answer) -> int:
             if answer.prompt.wants_confidence:
                 response = self.assembler.response(answer)
                 texts[index] = response.encode()
-                if self.verbalised:
+                if keeps:
                     responses[index] = response
                 if index in leading:
                     leaders[index] = response
@@ -134,9 +137,13 @@ class Generation:
         facts = self._facts() if leaders else {}
         with_facts = {index: replace(one, engine={**facts, **self._words(one)}) for index, one in leaders.items()}
         texts |= {index: one.encode() for index, one in with_facts.items()}
-        if self.verbalised:
+        if keeps:
             responses |= with_facts
-            texts |= self._with_statements(jobs, responses, f"{title}, and how sure")
+        if self.verbalised:
+            responses = self._with_statements(jobs, responses, f"{title}, and how sure")
+        if self.forced is not None:
+            responses = self._with_forced(jobs, responses, "Forcing the reference's answers")
+        texts |= {index: one.encode() for index, one in responses.items()}
         return [texts[i] for i in range(len(jobs))]
 
     def _facts(self) -> Mapping[str, Any]:
@@ -151,8 +158,26 @@ class Generation:
         ids = () if leader.trace is None else leader.trace.ids
         return {"words": {str(index): self.assembler.spell(index) for index in sorted(set(ids))}} if ids else {}
 
-    def _with_statements(self, jobs: Sequence[Job], responses: Mapping[int, Response], title: str) -> dict[int, str]:
-        """Ask for the model's confidence in a second turn, and encode the responses again with its statements."""
+    def _with_forced(self, jobs: Sequence[Job], responses: Mapping[int, Response], title: str) -> dict[int, Response]:
+        """Return the responses with the reference's answers, forced through the model."""
+        assert self.forced is not None
+        asked = sorted(responses)
+        found: dict[int, Response] = {}
+
+        def take(index: int, answer: ForcedAnswer) -> int:
+            found[asked[index]] = replace(responses[asked[index]], forced=answer)
+            return len(answer.reference)
+
+        # The speed of a run is that of its answers.
+        own = replace(self.usage)
+        self._take_all(self.forced([jobs[i] for i in asked]), take, len(asked), title)
+        self.usage = own
+        return found
+
+    def _with_statements(
+        self, jobs: Sequence[Job], responses: Mapping[int, Response], title: str
+    ) -> dict[int, Response]:
+        """Ask for the model's confidence in a second turn, and return the responses with its statements."""
         # Where reasoning did not end there is no answer to rate, and nothing is stated.
         asked = [i for i in sorted(responses) if responses[i].parts.finished]
         turns = [second_turn(jobs[i], responses[i], self.assembler.dialect) for i in asked]
@@ -163,7 +188,7 @@ class Generation:
             return len(answer.generated.tokens)
 
         self._take_all(self.engine.answers(turns, evidence=False), take, len(turns), title)
-        return {i: replace(one, statement=stated.get(i, "")).encode() for i, one in responses.items()}
+        return {i: replace(one, statement=stated.get(i, "")) for i, one in responses.items()}
 
     def _scored(self, jobs: Sequence[Job], title: str) -> list[ContinuationScore]:
         scores: dict[int, ContinuationScore] = {}

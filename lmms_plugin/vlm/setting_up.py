@@ -25,6 +25,7 @@ from lmms_plugin.vlm.generation.processor import Chat
 from lmms_plugin.vlm.jobs import Generation
 from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer
 from lmms_plugin.vlm.local_engine import LocalEngine
+from lmms_plugin.vlm.reference_model import ReferenceModel
 from lmms_plugin.vlm.retrieval import AT_ONCE, Matcher, Retrieval, is_matcher
 
 
@@ -39,6 +40,7 @@ def responder_of(
     rank: int = 0,
     processes: int = 1,
     facts: Mapping[str, Any] | None = None,
+    reference: Any = None,
 ) -> Responder:
     """Return the responder of a loaded model: it generates text, or it scores captions.
 
@@ -52,6 +54,7 @@ def responder_of(
         rank: Rank of this process; the first one logs.
         processes: Number of processes that share the requests.
         facts: Facts about the model, which travel with answers of the first process.
+        reference: Loaded model whose answers are forced through this one; None for none.
 
     Raises:
         ValueError: The model can do neither, or does not support the requested use of hidden states.
@@ -73,7 +76,8 @@ def responder_of(
         keeps_ids=arguments.parity,
         spell=chat.spell,
     )
-    return Generation(engine, assembler, verbalised=arguments.verbalised, shows_progress=speaks)
+    forced = None if reference is None else ReferenceModel.of(reference, engine, chat, reader, arguments).forced
+    return Generation(engine, assembler, verbalised=arguments.verbalised, shows_progress=speaks, forced=forced)
 
 
 def expect_uses(arguments: ModelArguments, *, hidden_states: bool) -> None:
@@ -91,6 +95,8 @@ def expect_uses(arguments: ModelArguments, *, hidden_states: bool) -> None:
         raise ValueError(f"features, selector: {named}, which writes no answers")
     if arguments.cache_spec is not None:
         raise ValueError(f"kv_bits: {named}, which caches nothing")
+    if arguments.reference is not None:
+        raise ValueError(f"reference: {named}, which writes no answers")
 
 
 def device_of(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:

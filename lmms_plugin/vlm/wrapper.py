@@ -31,6 +31,7 @@ from lmms_plugin.vlm.engine_facts import model_facts, prompting_facts
 from lmms_plugin.vlm.generation.observer import Wanted
 from lmms_plugin.vlm.harness_model import HarnessModel
 from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer, expect_plain_cache
+from lmms_plugin.vlm.reference_loading import ReferencePreparation
 from lmms_plugin.vlm.setting_up import chat_of, device_of, dtype_of, expect_uses, responder_of
 
 if TYPE_CHECKING:
@@ -55,9 +56,11 @@ class QuantizedVLM(HarnessModel):
         arguments: Arguments as given.
         chat: Processor of the checkpoint.
         reader: Reader of lmms-eval's messages.
+        reference: Model whose answers are forced through this one; None without one, and until weights are read.
     """
 
     method: ClassVar[str] = "none"
+    reference: PreTrainedModel | None = None
 
     def __init__(self, **arguments: Any) -> None:
         """Check arguments and checkpoint, and read everything of it but its weights.
@@ -96,11 +99,15 @@ class QuantizedVLM(HarnessModel):
         )
         if self._preparation.writes_nothing:
             expect_uses(self.arguments, hidden_states=self._wanted is not None)
+        self._reference = self._prepare_reference() if self.arguments.reference else None
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """Return the Hugging Face model."""
         model, _, report = self._preparation.load()
+        # Before dense weights take the memory that is left.
+        if self._reference is not None:
+            self.reference = self._reference.load(report.bytes_before, self.device, self.world_size)
         self.report = hold_weights(model, report, self.arguments.storage, processes=self.world_size)
         # Calibration samples may be photographs.
         del self._preparation
@@ -135,9 +142,22 @@ class QuantizedVLM(HarnessModel):
             rank=self.rank,
             processes=self.world_size,
             facts=self._facts(),
+            reference=self.reference,
         )
         self._account()
         return responder
+
+    def _prepare_reference(self) -> ReferencePreparation:
+        if self.method == "prequantized" and str(self.arguments.reference).lower() == "none":
+            raise ValueError(
+                f"reference: {self.arguments.pretrained} is quantized itself; name the checkpoint that it was made of"
+            )
+        return ReferencePreparation.of(
+            self.arguments,
+            self.chat.processor,
+            dtype_of(self.arguments.dtype, self.device),
+            self.device,
+        )
 
     def _expect_second_turn(self) -> None:
         if self.arguments.verbalised and (self.reader.raw or self.dialect.raw_prompt):

@@ -15,7 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lmms_plugin import metrics
+from lmms_plugin.metrics.bootstrap import Clusters
+from lmms_plugin.metrics.divergence import FlipsPredicted
 from lmms_plugin.metrics.ranked import RISKS
+from lmms_plugin.metrics.sums import plain
 
 
 class GroundingOutcome(NamedTuple):
@@ -32,6 +35,20 @@ class GroundingOutcome(NamedTuple):
     confidence: float | None
     correct: float
     iou: float
+
+
+class FlipOutcome(NamedTuple):
+    """Distance of an answer from the reference, and whether it flipped between right and wrong.
+
+    Attributes:
+        id: Id of the document.
+        distance: Measure of distance; larger where a flip is expected.
+        flipped: 1 where one of both models is right and the other wrong, else 0.
+    """
+
+    id: str
+    distance: float
+    flipped: float
 
 
 Metric = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], float]
@@ -78,6 +95,16 @@ CALIBRATION: Mapping[str, Aggregation] = MappingProxyType(
 
 BESIDE = ("ece", "auroc", "aurc")
 """Metrics of estimators that need more than log-probabilities, beside the task's own: `ece_expected_iou`."""
+
+
+def flips_predicted(records: Sequence[FlipOutcome]) -> float:
+    """Return the share of flipped answers among as many of the largest distance; NaN where nothing flipped."""
+    ordered = sorted(records)
+    if not ordered:
+        return math.nan
+    distance, flipped = [record.distance for record in ordered], [record.flipped for record in ordered]
+    return plain(FlipsPredicted(distance, flipped, Clusters.one(len(ordered))))["flips_predicted"]
+
 
 # Names for a task's YAML.
 ece = CALIBRATION["ece"]

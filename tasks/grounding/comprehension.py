@@ -14,6 +14,7 @@ from loguru import logger
 from PIL import Image
 
 from lmms_plugin.confidence.agreement import Agreement
+from lmms_plugin.confidence.departure import departure
 from lmms_plugin.confidence.digits import AnsweredBox, numbers_of
 from lmms_plugin.confidence.estimators import (
     LEARNED,
@@ -31,7 +32,7 @@ from lmms_plugin.protocol.reasoning import REMEDY
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.protocol.verbalised import stated_confidence
 from lmms_plugin.shifts.image import corruptions, moving
-from lmms_plugin.tasks.grounding.aggregations import BESIDE, CALIBRATION, GroundingOutcome
+from lmms_plugin.tasks.grounding.aggregations import BESIDE, CALIBRATION, FlipOutcome, GroundingOutcome
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.sources.recent import Recent
 from lmms_plugin.utils.images import to_rgb, told_apart
@@ -39,6 +40,9 @@ from lmms_plugin.utils.images import to_rgb, told_apart
 Record = Mapping[str, Any]
 GENERIC = DIALECTS["fractions"]
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
+RIGHT = IOU_THRESHOLDS[0]
+PREDICTS = "box_shift"
+"""Measure of distance by which flips are predicted; answers of the reference without a box have none."""
 IN_STRATUM = ("acc@0.5", "ece")
 """Metrics that are also computed by the number of distractors, where it is known, as `ece_distractors_2-3`."""
 # All expressions of an image use it under the same shift.
@@ -134,7 +138,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         scale, which also counts in `other_scale_rate`. Without a trailer (a model of another package) there are no
         probabilities, and the calibration metrics are absent, not zero. An answer for which the estimator has no value
         is left out of them and counts in `confidence_rate`. Estimators that need more than log-probabilities (`NEEDS`,
-        `LEARNED`) have metrics of their own where the model returns it; some are repeated for the document's stratum.
+        `LEARNED`), and the distance from a reference, have metrics of their own; some are repeated for the stratum.
 
     Raises:
         ValueError: The model returns log-probabilities, but not what `estimator` needs; says how to obtain it.
@@ -167,7 +171,42 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
         output |= _of_confidence(record["confidence"], estimator, outcome)
         for name, value in _rates(response, evidence, of(estimator, record["confidence"])).items():
             output[name] = {"score": value, **identity}
-    return _with_stratum(output, doc.get("stratum"))
+    return _with_stratum(output | _of_reference(response, dialect, size, record), doc.get("stratum"))
+
+
+def _of_reference(
+    response: Response, dialect: Dialect, size: tuple[int, int], record: dict[str, Any]
+) -> dict[str, Any]:
+    """Record the distance from a reference, and return the entries of its metrics; empty without one."""
+    if response.forced is None:
+        return {}
+    record["reference"] = apart = _departed(response, dialect, size, Box(*record["target"]))
+    identity = {name: record[name] for name in ("image", "id")}
+    found: dict[str, Any] = {name: {"score": value, **identity} for name, value in apart.items() if name != "score"}
+    return found | flips_entry(record["id"], apart.get(PREDICTS), apart["score"] >= RIGHT, record["score"] >= RIGHT)
+
+
+def _departed(response: Response, dialect: Dialect, size: tuple[int, int], target: Box) -> dict[str, float]:
+    """Return how far the model is from its reference at the reference's answer, and as `score` the IoU of that."""
+    reference, _ = response.of_reference
+    sizes: dict[str, Any] = {"original_size": size, "model_size": response.model_size}
+    parsed = dialect.parse(reference.text, opened=reference.opened, **sizes)
+    if parsed.box is None:
+        return {"score": 0.0, **departure(response)}
+    read = partial(dialect.boxes, **sizes)
+    return {"score": iou(parsed.box, target), **departure(response, parsed.coordinates, read, dialect.largest)}
+
+
+def flips_entry(identity: str, distance: float | None, was: bool, now: bool) -> dict[str, FlipOutcome]:
+    """Return the entry of `flips_predicted`; empty without a distance.
+
+    Args:
+        identity: Id of the document.
+        distance: Distance from the reference that is to predict flips; None where the answer has none.
+        was: Whether the reference's answer is right.
+        now: Whether the model's answer is right.
+    """
+    return {} if distance is None else {"flips_predicted": FlipOutcome(identity, distance, float(was != now))}
 
 
 def _with_stratum(output: dict[str, Any], stratum: str | None) -> dict[str, Any]:

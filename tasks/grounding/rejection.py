@@ -66,6 +66,10 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     }
     output: dict[str, Any] = {"box_rate": record, "shifted_rate": {"score": doc["shifted_rate"], **identity}}
     output["unfinished_rate"] = unfinished_rate
+    if "reference" in found:
+        # Positions are not scored, so nothing flips.
+        record["reference"] = {name: value for name, value in found["reference"].items() if name != "score"}
+        output |= {name: {"score": value, **identity} for name, value in record["reference"].items()}
     output["box_rate_true" if matches else "box_rate_changed"] = {"score": float(has_box), **identity}
     if "confidence" in found:
         # Probabilities of a refusal's words are not a confidence in a box; without an answer there is none.

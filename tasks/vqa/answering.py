@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from lmms_plugin.confidence.agreement import Agreement
+from lmms_plugin.confidence.departure import departure
 from lmms_plugin.confidence.estimators import LEARNED, NEEDS, TEXT_ESTIMATORS, Evidence, coordinate_mask, estimate_all
 from lmms_plugin.metrics.selective import HELD_OUT, REPORTED
 from lmms_plugin.protocol.response import Response
@@ -101,7 +102,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str], estimator: s
     if doc["part"] != HELD_OUT:
         record["score"] = accuracy
         output |= {name: {"score": value, **identity} for name, value in _rates(confidence, finished, verbatim).items()}
-    output |= _of_confidence(confidences, confidence, doc["part"], accuracy)
+    output |= _of_confidence(confidences, confidence, doc["part"], accuracy) | _of_reference(response, doc, record)
     if evidence is not None and evidence.stated is not None:
         record["statement"] = response.statement
         if doc["part"] == REPORTED:
@@ -115,6 +116,23 @@ def _estimates(evidence: Evidence | None, response: Response, estimator: str) ->
     if found:
         comprehension.of(estimator, found)
     return found
+
+
+def _of_reference(response: Response, doc: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Record the distance from a reference, and return the entries of its metrics; empty without one."""
+    if response.forced is None:
+        return {}
+    reference, _ = response.of_reference
+    score = vqa_accuracy(reference.answer, doc["answers"]) if reference.parts.finished else 0.0
+    apart = departure(response)
+    record["reference"] = {"score": score, **apart}
+    if doc["part"] == HELD_OUT:
+        return {}
+    identity = {"image": doc["image_id"], "id": doc["question_id"]}
+    found: dict[str, Any] = {name: {"score": value, **identity} for name, value in apart.items()}
+    return found | comprehension.flips_entry(
+        doc["question_id"], apart.get("kl"), score >= comprehension.RIGHT, record["accuracy"] >= comprehension.RIGHT
+    )
 
 
 def _rates(confidence: float | None, finished: bool, verbatim: float) -> dict[str, float]:

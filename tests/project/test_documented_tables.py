@@ -13,7 +13,7 @@ from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.export.every_eval_ever import EvaluationSource
 from lmms_plugin.leaderboard.submission import Manifest
 from lmms_plugin.protocol import response
-from lmms_plugin.protocol.response import Response, Token
+from lmms_plugin.protocol.response import ForcedAnswer, Response, Token
 from lmms_plugin.quant_backends import GGUF, SERVED, names
 from lmms_plugin.quant_backends.checkpoints.own_format import SavedConfig
 from lmms_plugin.selector.features import FeatureOrigin, Features
@@ -123,10 +123,11 @@ def test_keys_of_a_record():
         tokens=(Token("[0.1, 0.2, 0.3, 0.4]", -0.1),),
         samples=("[0.1, 0.2, 0.3, 0.4]", "none"),
         statement="90",
+        forced=ForcedAnswer((Token("none", -0.1),), (Token("none", -0.2),), (0.1,), (True,)),
     )
     record = comprehension.process_results(documents(1)[0], [answered.encode()], "joint")["mean_iou"]
     documented = set(first_cells(section(FORMATS, "Log of samples")))
-    assert {"box", "confidence", "samples", "statement"} <= record.keys() <= documented
+    assert {"box", "confidence", "samples", "statement", "reference"} <= record.keys() <= documented
     beside = {"original_expression", "annotated", "reasoning", "stratum", "tags"}
     assert documented - record.keys() == beside
 

@@ -7,10 +7,11 @@ import pytest
 from helpers import photographs
 
 from lmms_plugin import metrics, registration
+from lmms_plugin.confidence.departure import MEASURES
 from lmms_plugin.confidence.estimators import ESTIMATORS, LEARNED, NEEDS
-from lmms_plugin.protocol.response import Alternatives, Response, Token
+from lmms_plugin.protocol.response import Alternatives, ForcedAnswer, Response, Token
 from lmms_plugin.tasks.grounding import aggregations, comprehension, scored_by
-from lmms_plugin.tasks.grounding.aggregations import GroundingOutcome
+from lmms_plugin.tasks.grounding.aggregations import FlipOutcome, GroundingOutcome
 from lmms_plugin.tasks.grounding.expressions import ExpressionDocs
 from lmms_plugin.tasks.registry import task_files
 
@@ -190,6 +191,57 @@ def test_the_yaml_lists_every_metric_under_its_own_function(file):
         for by in {*LEARNED, *NEEDS} if name in aggregations.BESIDE else ():
             beside = listed[f"{name}_{by}"]["aggregation"].rpartition(".")[2]
             assert getattr(aggregations, beside) is aggregate
+
+
+def forced(text, own="[0, 0, 400, 1000]"):
+    """An answer, and that of a reference which the model finds a tenth as likely."""
+    tokens = tuple(Token(c, -0.1, Alternatives({c: 1.0}) if c.isdecimal() else None) for c in text)
+    model = (tokens[0]._replace(logprob=-0.1 + math.log(0.1)), *tokens[1:])
+    answer_of_reference = ForcedAnswer(tokens, model, (0.5,) * len(text), (False,) + (True,) * (len(text) - 1))
+    written = tuple(Token(c, -0.1) for c in own)
+    more = {"records_digits": True, "forced": answer_of_reference}
+    return Response(own, written, (200, 100), None, "qwen3_vl", **more).encode()
+
+
+def test_the_distance_from_a_reference_is_recorded_with_its_own_score():
+    text = "[500, 0, 1000, 1000]"
+    output = score(forced(text))
+    record = output["mean_iou"]["reference"]
+    assert record.keys() == {"score", *MEASURES}
+    assert (record["score"], record["kl"], record["answer_agreement"]) == (1.0, 0.5, 0.0)
+    assert record["answer_probability_change"] == pytest.approx(-0.9 * math.exp(-0.1 * len(text)))
+    assert {name: output[name]["score"] for name in MEASURES} == {name: record[name] for name in MEASURES}
+    # The reference is right, and the answer lies in the other half.
+    assert output["flips_predicted"] == FlipOutcome("7/0", 0.0, 1.0)
+    assert score(forced(text, text))["flips_predicted"].flipped == 0.0
+    wordy = score(forced("nothing"))
+    assert wordy["mean_iou"]["reference"].keys() == {"score", *MEASURES} - {"kl_coordinates", "box_shift"}
+    assert "flips_predicted" not in wordy
+    assert not {*MEASURES, "flips_predicted"} & score(answer(text)).keys()
+
+
+def test_flips_are_predicted_whatever_the_order_of_the_records():
+    records = [FlipOutcome(str(k), float(k % 5), float(k % 5 == 4)) for k in range(20)]
+    random.Random(0).shuffle(records)
+    assert aggregations.flips_predicted(records) == 1.0
+    assert math.isnan(aggregations.flips_predicted([]))
+    assert math.isnan(aggregations.flips_predicted([FlipOutcome("1", 0.5, 0.0)]))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "grounding/_grounding.yaml",
+        "grounding/_rejection.yaml",
+        "grounding/natural_images/_rejection.yaml",
+        "grounding/refcocoplus_clean/_reviewed.yaml",
+    ],
+)
+def test_the_yaml_lists_every_measure_of_distance(file):
+    config = task_files.read(Path(registration.tasks_folder()) / file)
+    listed = {m["metric"]: m for m in config["metric_list"]}
+    assert {listed[name]["aggregation"].rpartition(".")[2] for name in MEASURES} == {"mean"}
+    assert ("flips_predicted" in listed) is ("rejection" not in file)
 
 
 @pytest.fixture(scope="module")

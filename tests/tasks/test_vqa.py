@@ -10,8 +10,10 @@ import pytest
 from helpers import vqa_copies
 
 from lmms_plugin import metrics, registration
+from lmms_plugin.confidence.departure import MEASURES
 from lmms_plugin.confidence.estimators import LEARNED, NEEDS, TEXT_ESTIMATORS
-from lmms_plugin.protocol.response import Response, Token
+from lmms_plugin.protocol.response import ForcedAnswer, Response, Token
+from lmms_plugin.tasks.grounding.aggregations import FlipOutcome
 from lmms_plugin.tasks.registry import task_files
 from lmms_plugin.tasks.vqa import aggregations, answering, questions
 from lmms_plugin.tasks.vqa.aggregations import BESIDE, NEEDS_HELD_OUT, ON_TEST, VqaOutcome
@@ -63,6 +65,22 @@ def test_samples_agree_where_they_are_the_same_answer_by_the_rules_of_the_score(
     assert confidence["agreement_pairwise"] == pytest.approx(1 / 6)
     assert "verbalised" not in confidence
     assert output["verbalised_rate"]["score"] == 0.0
+
+
+@pytest.mark.parametrize(("part", "counts"), [("test", True), ("val", False)])
+def test_the_distance_from_a_reference_is_recorded_with_its_own_accuracy(part, counts):
+    no = (Token("No", -0.1), Token("", -0.2))
+    less = (Token("No", -1.1), Token("", -0.2))
+    response = replace(
+        Response.decode(answer(("maybe", -0.1))), forced=ForcedAnswer(no, less, (0.4, 0.0), (True, True))
+    )
+    output = score(response.encode(), part=part)
+    record = output["accuracy"]["reference"]
+    assert record.keys() == {"score", *MEASURES} - {"kl_coordinates", "box_shift"}
+    assert (record["score"], record["kl"], record["answer_agreement"]) == (1.0, 0.2, 1.0)
+    assert record["answer_probability_change"] == pytest.approx(math.exp(-1.3) - math.exp(-0.3))
+    assert ("kl" in output) is counts
+    assert output.get("flips_predicted") == (FlipOutcome("vqav2/7", 0.2, 1.0) if counts else None)
 
 
 @pytest.mark.parametrize("name", ["agreement", "verbalised"])
@@ -194,7 +212,8 @@ def test_the_yaml_lists_every_metric_under_its_own_function():
     listed = {m["metric"]: m for m in task_files.read(path)["metric_list"]}
     beside = {f"{name}_{by}" for name in BESIDE for by in {*LEARNED, *NEEDS} - {"expected_iou"}}
     counted = {"accuracy", "accuracy_reliable_vqa", "confidence_rate", "unfinished_rate", "verbalised_rate"}
-    assert set(listed) == {*counted, *ON_TEST, *NEEDS_HELD_OUT, *beside}
+    apart = {*MEASURES, "flips_predicted"} - {"kl_coordinates", "box_shift"}
+    assert set(listed) == {*counted, *ON_TEST, *NEEDS_HELD_OUT, *beside, *apart}
     for by in {*LEARNED, *NEEDS} - {"expected_iou"}:
         for name in BESIDE:
             assert listed[f"{name}_{by}"]["aggregation"] == listed[name]["aggregation"]

@@ -1,4 +1,4 @@
-"""Token-by-token decoding that keeps the log-probability of each chosen token, and nothing else of the vocabulary.
+"""Token-by-token decoding that keeps the log-probability of each chosen token; watchers see the whole vocabulary.
 
 Both modes, generating an answer and scoring a given one, use `model.generate`: positions, caches and attention masks
 are then those of the model's own code, for every architecture, and a score means the same as the log-probabilities of a
@@ -41,6 +41,7 @@ from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
+from lmms_plugin.vlm.generation.whole_vocabulary import StepWatcher
 from lmms_plugin.vlm.kv_cache.quantizer import CacheQuantizer
 
 NO_TOKEN = 2**31 - 1
@@ -117,6 +118,7 @@ class Decoder:
         seeds: Sequence[int] | None = None,
         *,
         digits: bool = False,
+        watchers: Sequence[StepWatcher] = (),
     ) -> list[Generated]:
         """Generate one answer per row of the batch.
 
@@ -126,6 +128,7 @@ class Decoder:
             settings: Settings, the same for all rows.
             seeds: Seeds for sampling, one per row: a row's sample depends on its own seed and not on its batch.
             digits: Whether to record, for tokens of digits, the probabilities of the others (`Token.alternatives`).
+            watchers: Watchers of each step's logits; a beam search has none.
 
         Raises:
             OutOfMemory: The batch does not fit; the message says what helps.
@@ -136,7 +139,7 @@ class Decoder:
         prompt_length = self.read(inputs).shape[1]
         digit_recorder = DigitRecorder(self.number_tokens) if digits else None
         ends = _Ends(self.tokenizer, self.ends, settings.until, prompt_length)
-        recorder = _Recorder(_RawLogits(), ends, digit_recorder)
+        recorder = _Recorder(_RawLogits(), ends, (*watchers, *([digit_recorder] if digit_recorder else ())))
         processors: list[LogitsProcessor] = [recorder.raw]
         if settings.repetition_penalty != 1:
             processors.append(_RepetitionPenalty(settings.repetition_penalty, self.read(inputs)))
@@ -153,12 +156,18 @@ class Decoder:
             return answers
         return [_with_alternatives(answer, row) for answer, row in zip(answers, recorded, strict=True)]
 
-    def score(self, inputs: Mapping[str, Tensor], continuations: Sequence[Sequence[int]]) -> list[ContinuationScore]:
+    def score(
+        self,
+        inputs: Mapping[str, Tensor],
+        continuations: Sequence[Sequence[int]],
+        watchers: Sequence[StepWatcher] = (),
+    ) -> list[ContinuationScore]:
         """Score one given continuation per row of the batch, by forcing the model to generate it.
 
         Args:
             inputs: Keyword arguments, as in `generate`.
             continuations: Token ids, may be empty.
+            watchers: Watchers of each step's logits.
 
         Raises:
             OutOfMemory: The batch does not fit; the message says what helps.
@@ -167,7 +176,7 @@ class Decoder:
         longest = max(map(len, continuations))
         if longest == 0:
             return [ContinuationScore((), True) for _ in continuations]
-        recorder = _Recorder(_RawLogits(), None)
+        recorder = _Recorder(_RawLogits(), None, watchers)
         forced = _Forced(continuations, self.read(inputs).shape[1], inputs["input_ids"].device)
         # Scored text may continue after an end token.
         config = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=NO_TOKEN)
@@ -396,10 +405,10 @@ class _Ends:
 class _Recorder(StoppingCriteria):
     """Recorder of the log-probability of each chosen token, from the logits of that step alone."""
 
-    def __init__(self, raw: _RawLogits, ends: _Ends | None, digits: DigitRecorder | None = None) -> None:
+    def __init__(self, raw: _RawLogits, ends: _Ends | None, watchers: Sequence[StepWatcher] = ()) -> None:
         self.raw = raw
         self._ends = ends
-        self._digits = digits
+        self._watchers = watchers
         self._logprobs: list[Tensor] = []
         self._greedy: list[Tensor] = []
 
@@ -415,8 +424,8 @@ class _Recorder(StoppingCriteria):
         chosen = input_ids[:, -1:].to(logits.device)
         total = logits.logsumexp(1)
         self._logprobs.append(logits.gather(1, chosen).squeeze(1) - total)
-        if self._digits is not None:
-            self._digits.note(logits, total, chosen.squeeze(1))
+        for watcher in self._watchers:
+            watcher.note(logits, total, chosen.squeeze(1))
         if self._ends is not None:
             return self._ends.update(input_ids)
         self._greedy.append(logits.argmax(1) == chosen.squeeze(1))

@@ -22,7 +22,7 @@ OF_THE_SERVER = (
     *("group_size", "vision_bits", "connector_bits", "language_bits", "head_bits", "symmetric", "plan"),
     *("calibration", "calibration_samples", "dtype", "device", "device_map", "attn_implementation", "static_cache"),
     *("share_prefix", "use_safetensors", "save_quantized", "features", "feature_layer", "selector"),
-    *("selector_transfer", "storage"),
+    *("selector_transfer", "storage", "reference"),
     *OF_THE_CACHE,
 )
 """Arguments of `ModelArguments` about weights and arithmetic, which are the server's."""
