@@ -39,7 +39,10 @@ def test_an_adverb_may_arise_but_is_not_read_as_a_side():
     assert mirrored("right in the middle") is None
 
 
-@pytest.mark.parametrize("expression", ["red car", "upright bottle", "bright shirt", "woman in front", "top bunk", ""])
+@pytest.mark.parametrize(
+    "expression",
+    ["red car", "upright bottle", "bright shirt", "frightened wheelwright", "woman in front", "top bunk", ""],
+)
 def test_what_knows_no_sides_stays(expression):
     assert mirrored(expression) == expression
 
@@ -70,6 +73,13 @@ def test_what_knows_no_sides_stays(expression):
         "bus that says school",
         "letter A",
         "#7",
+        "right-of-way sign",
+        "right-angled bench",
+        "leftdog",
+        "girlright",
+        "leftright",
+        "left2",
+        "left_hand",
         # One of two is unclear.
         "left man right next to her",
     ],
@@ -80,19 +90,38 @@ def test_what_is_unclear_in_a_mirror_is_left_out(expression):
 
 @pytest.mark.parametrize(
     "expression",
-    ["left man", "top bunk", "cup under table", "the lower shelf", "highest kite", "upside down cup", "topright"],
+    [
+        "left man",
+        "top bunk",
+        "cup under table",
+        "the lower shelf",
+        "highest kite",
+        "upside down cup",
+        "topright",
+        "leftdog",
+    ],
 )
 def test_a_quarter_turn_leaves_out_what_has_a_direction(expression):
     assert turned(expression) is None
 
 
-@pytest.mark.parametrize("expression", ["red car", "man with hat", "stopped bus", "supper plate"])
+@pytest.mark.parametrize("expression", ["red car", "man with hat", "stopped bus", "brightest"])
 def test_a_quarter_turn_keeps_the_rest(expression):
     assert turned(expression) == expression
 
 
 @pytest.mark.parametrize(
-    "expression", ["in the corner", "second from left", "3rd cow", "middle man", "half a dog", "cut off", "last one"]
+    "expression",
+    [
+        "in the corner",
+        "second from left",
+        "3rd cow",
+        "middle man",
+        "half a dog",
+        "cut off",
+        "last one",
+        "two from the left",
+    ],
 )
 def test_a_crop_leaves_out_places_in_the_frame_and_counting(expression):
     assert cropped(expression) is None

@@ -3,8 +3,8 @@
 An expression must stay true of the moved picture. Left and right change places in a mirrored one; that holds for the
 viewer's sides and for a person's own alike, because the mirror image of a raised left hand is a raised right hand.
 What cannot be changed for certain gives None, and the document is left out: adverbs (`right next to`), remains (`one
-left`), idioms (`right way up`), clocks and compasses, abbreviations and misspellings, and writing, which nobody reads
-in a mirror.
+left`), idioms (`right way up`), clocks and compasses, abbreviations, misspellings and words run together (`farleft` is
+known, `leftdog` is not), and writing, which nobody reads in a mirror.
 """
 
 import re
@@ -20,10 +20,18 @@ _SIDE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _OTHER = MappingProxyType({"left": "right", "right": "left"})
+_INSIDE = re.compile(r"left|right", re.IGNORECASE)
+_WITHOUT_A_SIDE = re.compile(
+    r"\b(?:a?bright\w*|(?:af)?frights?|(?:af)?fright(?:en\w*|ful\w*|ed)|(?:copy|birth|out|up|al|down|forth|a)right\w*"
+    r"|righteous\w*|rightful\w*|(?:play|ship|wheel|mill)?wrights?|clefts?|left[- ]?overs?)\b",
+    re.IGNORECASE,
+)
+"""Words that hold one of the two and name no side. In others, a space is missing: `farleft`, `leftdog`, `left2`."""
 
 _NOT_A_SIDE = re.compile(
-    r"\b(?:all|quite)\s+right\b"
-    r"|\bright\s+(?:now|away|there|here|way|angles?|click|size|colou?r)\b|\bright[- ]side[- ](?:up|down|out)\b"
+    r"\b(?:all|quite)[- ]+right\b"
+    r"|\bright[- ]+(?:now|away|there|here|way|of[- ]way|angle[sd]?|click|size|colou?r)\b"
+    r"|\bright[- ]side[- ](?:up|down|out)\b"
     r"|\bleft[- ]?overs?\b|\bleft\s+(?:alone|unattended|open|uneaten|empty|off|for|after)\b",
     re.IGNORECASE,
 )
@@ -71,7 +79,9 @@ _UP_AND_DOWN = re.compile(
 )
 _IN_THE_FRAME = re.compile(
     r"\b(?:edges?|corners?|borders?|frame|middle|cent(?:er|re)(?:most)?|cut|cutoff|cropped|partial|partially|partly|half"
-    r"|first|second|third|fourth|fifth|sixth|last|\d+(?:st|nd|rd|th))\b",
+    r"|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last|\d+(?:st|nd|rd|th)|centr(?:al|ed)|centered)\b"
+    # Counts from a side: `two from the left`, `number 3 in from right`.
+    r"|\bfrom\s+(?:the\s+)?(?:far\s+)?(?:left|right|top|bottom|front|back|end)\b",
     re.IGNORECASE,
 )
 
@@ -93,12 +103,14 @@ def cropped(expression: str) -> str | None:
 def turned(expression: str) -> str | None:
     """Return the expression, or None where it speaks of left, right, up or down, which a quarter turn changes."""
     directed = (_SIDE, _NOT_A_SIDE, _UNSURE, _UP_AND_DOWN)
-    return None if any(words.search(expression) for words in directed) else expression
+    if any(words.search(expression) for words in directed):
+        return None
+    return None if _hides_a_side(expression) else expression
 
 
 def mirrored(expression: str) -> str | None:
     """Return the expression with left and right exchanged, or None where it is not certain what they mean."""
-    if any(words.search(expression) for words in (_NOT_A_SIDE, _UNSURE, _WRITING)):
+    if any(words.search(expression) for words in (_NOT_A_SIDE, _UNSURE, _WRITING)) or _hides_a_side(expression):
         return None
     sides = list(_SIDE.finditer(expression))
     if not all(_is_side(expression, found) for found in sides):
@@ -110,6 +122,11 @@ RULES: Mapping[str, Callable[[str], str | None]] = MappingProxyType(
     {"kept": kept, "cropped": cropped, "mirrored": mirrored, "turned": turned}
 )
 """What becomes of an expression → the function that does it; None where the document is left out."""
+
+
+def _hides_a_side(expression: str) -> bool:
+    """Return whether `left` or `right` is left in a word that is neither a side nor known to name none."""
+    return _INSIDE.search(_WITHOUT_A_SIDE.sub(" ", _SIDE.sub(" ", expression))) is not None
 
 
 def _is_side(text: str, found: re.Match[str]) -> bool:
