@@ -19,6 +19,7 @@ from lmms_plugin.shifts.language.directions import RULES
 from lmms_plugin.tasks.grounding import comprehension, reworded
 from lmms_plugin.tasks.grounding.reworded import PickedExpression, RewordedDocs
 from lmms_plugin.tasks.sources.documents import Documents
+from lmms_plugin.utils.copies import DatasetError
 
 
 class MovedDocs(RewordedDocs):
@@ -30,7 +31,7 @@ class MovedDocs(RewordedDocs):
         severity: Severity, 1 to 5.
 
     Raises:
-        DatasetError: No document is left.
+        DatasetError: No document is left; here or on access, a picture is too long to be moved.
     """
 
     def __init__(self, source: Documents, name: str, severity: int) -> None:
@@ -72,7 +73,11 @@ class MovedDocs(RewordedDocs):
         return self._movement(doc).visible(_pixels(comprehension.true_box(doc), doc)) >= self._shift.visible
 
     def _movement(self, doc: Mapping[str, Any]) -> Movement:
-        return moving.movement((doc["width"], doc["height"]), self._shift.name, self._severity, doc["image_id"])
+        size = doc["width"], doc["height"]
+        try:
+            return moving.movement(size, self._shift.name, self._severity, doc["image_id"])
+        except ValueError as error:
+            raise DatasetError(f"picture {doc['image_id']}: {error}; leave it or this shift out") from error
 
 
 def _pixels(box: Box, doc: Mapping[str, Any]) -> Corners:

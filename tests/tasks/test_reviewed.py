@@ -73,13 +73,14 @@ def change(path, do):
             lambda c: c["annotations"][0].update(caption_quality="good"),
             r"expected 'caption_quality' 0 or 1, got 'good'",
         ),
+        (lambda c: c["images"][0].update(original_id="a"), r"reviewed.json: expected a whole number as 'original_id'"),
         (lambda c: c["annotations"][0].update(image_id=99), r"'annotations' refer to 99, which is no 'id' of"),
         (
             lambda c: c["images"][2].update(caption="something else"),
             r"expected a review of .* none of 1 of 11, e.g. 'black helmet' on COCO_train2014_\d+_1.jpg, box \[2",
         ),
     ],
-    ids=["no annotations", "no quality", "another scale", "unknown image", "other words"],
+    ids=["no annotations", "no quality", "another scale", "no number", "unknown image", "other words"],
 )
 def test_what_is_wrong_with_a_review_is_named(damage, message, folder):
     change(folder / "refcoco+_testA_reviewed.json", damage)

@@ -121,8 +121,15 @@ def one_with(content, box):
     [
         (lambda content: content.pop("annotations"), r"expected an object with a list 'annotations'"),
         (lambda content: content["annotations"][1].pop("category_id"), r"expected \['category_id'\] in every entry"),
+        (lambda content: content["annotations"].append(7), r"expected objects in the list 'annotations', got 7"),
+        (
+            lambda content: content["annotations"][1].update(bbox=None),
+            r"instances.json: expected four numbers as 'bbox'",
+        ),
+        (lambda content: content["annotations"][1].update(bbox=["1", 2, 3, 4]), r"expected four numbers as 'bbox'"),
+        (lambda content: content["annotations"][1].update(image_id=[1]), r"expected a number or text as 'image_id'"),
     ],
-    ids=["no list", "no category"],
+    ids=["no list", "no category", "no object", "no box", "a box of text", "a list of images"],
 )
 def test_damaged_annotations_are_named(folder, damage, message):
     change(folder, damage)
