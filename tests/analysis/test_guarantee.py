@@ -13,6 +13,7 @@ from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings,
 from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
 from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.cli.main import main
+from lmms_plugin.cli.screens.guarantee_screen import guarantee_screen
 from lmms_plugin.report import page
 from lmms_plugin.report.gallery import Gallery
 from lmms_plugin.report.numbers import guarantee_numbers, results_folder
@@ -171,6 +172,20 @@ def test_too_few_images_promise_nothing(tmp_path):
     assert "59 without any error are the fewest" in said
 
 
+@pytest.mark.parametrize(("pilot", "parts"), [(1e-9, "0 are pilot"), (1.0 - 1e-9, "0 left to test")])
+def test_without_images_on_both_sides_nothing_was_tested(found, pilot, parts):
+    told = " ".join(sentences(found(pilot=pilot)))
+    assert "Nothing was tested" in told
+    assert parts in told
+    assert "were tested" not in told
+
+
+def test_without_a_threshold_no_margin_is_chosen(runs, found):
+    told = guarantee_screen(found(risk=1e-4, contain=0.9))
+    assert "No box is accepted on the images for a margin" in told
+    assert "No margin of boxes is enough" not in told
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -195,7 +210,7 @@ def test_a_run_without_confidences_cannot_be_judged(runs):
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="no margin of boxes with false positives"):
         GuaranteeSettings(loss=GuardedLoss.FALSE_POSITIVE, contain=0.9)
-    with pytest.raises(ValueError, match="risk between 0 and 1"):
+    with pytest.raises(ValueError, match=r"--risk: expected a share between 0 and 1, .* got 1"):
         GuaranteeSettings(risk=1.0)
 
 

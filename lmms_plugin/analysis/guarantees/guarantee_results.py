@@ -71,7 +71,7 @@ class GuaranteeSettings:
         for name in ("risk", "level", "share", "pilot", "contain"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < 1.0:
-                raise ValueError(f"expected a {name} between 0 and 1, got {value:g}")
+                raise ValueError(f"--{name}: expected a share between 0 and 1, as 0.05 for 5 %, got {value:g}")
         if self.loss is GuardedLoss.FALSE_POSITIVE and (self.reweigh or self.contain is not None):
             raise ValueError("expected no weights and no margin of boxes with false positives, got one of them")
 

@@ -33,11 +33,14 @@ def promise(found: RunGuarantee) -> str:
     alike = ", images counting alike" if settings.per_image else ""
     what = f"At most {100 * settings.risk:g} % {rare}{alike}, with {100 * settings.level:g} % confidence"
     if not math.isfinite(chosen.threshold):
-        return (
-            f"No threshold of {found.run} was shown to promise this on {found.task}: {what[0].lower()}{what[1:]}."
-            f" {counted(chosen.images, 'image')} were tested; {found.needed} without any error are the fewest that can"
-            " show it."
-        )
+        none = f"No threshold of {found.run} was shown to promise this on {found.task}: {what[0].lower()}{what[1:]}."
+        if settings.loss is not GuardedLoss.FALSE_POSITIVE and not (chosen.images and chosen.pilot_images):
+            return (
+                f"{none} Nothing was tested: of the images to choose on, {chosen.pilot_images} are pilot (--pilot) and"
+                f" {chosen.images} left to test; it takes both."
+            )
+        tested = f"{counted(chosen.images, 'image')} were tested"
+        return f"{none} {tested}; {found.needed} without any error are the fewest that can show it."
     return (
         f"{what}, at {_where(chosen.threshold)}: that accepts {100 * chosen.coverage:.0f} % on {found.task},"
         f" {told.format(lost=f'{100 * chosen.observed:.1f} %')}."

@@ -31,6 +31,8 @@ def guarantee_screen(found: RunGuarantee) -> str:
 def _margin(found: RunGuarantee) -> str:
     assert found.margin is not None
     one = found.margin
+    if not one.boxes:
+        return "No box is accepted on the images for a margin, so that none is chosen."
     if not math.isfinite(one.margin):
         return f"No margin of boxes is enough to contain the true one in {100 * one.probability:g} % of images."
     return (
