@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lmms_plugin.cli.terminal import Working, console
-from lmms_plugin.utils.outputs import expect_folder
+from lmms_plugin.utils.outputs import expect_file, expect_folder
 from lmms_plugin.utils.reading.located import load
 
 app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
@@ -36,12 +36,17 @@ def plan_study(
     load(file)
     if write is not None and power is None and budget is None:
         raise ValueError("--write: expected --power or --budget, which choose images and seeds")
+    if write is not None:
+        expect_file("--write", write)
+        if write.exists() and write.samefile(file):
+            raise ValueError(f"--write: expected another name than {file}, whose comments would be lost")
     from lmms_plugin.cli.screens.plan_screen import plan_screen
     from lmms_plugin.cli.study_display import plan_table
     from lmms_plugin.study.file.reading import read
     from lmms_plugin.study.run import design, planning
     from lmms_plugin.utils.files import replace_text
 
+    most = None if budget is None else design.parsed_budget(budget)
     with Working("planning"):
         study = read(file)
         found = planning.plan(study, output)
@@ -49,7 +54,6 @@ def plan_study(
         if power is None and budget is None:
             made = design.told(found, output)
         else:
-            most = None if budget is None else design.parsed_budget(budget)
             made = design.chosen(found, difference=power, budget=most, folder=output)
             found = planning.plan(study, output, only=design.cells_of(found, made))
     if write is not None and isinstance(made, design.Design):
