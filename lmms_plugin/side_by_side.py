@@ -115,12 +115,32 @@ class ModelSpec(NamedTuple):
         return self._replace(arguments=",".join(filter(None, (self.arguments, *added))))
 
 
+def finished(text: str) -> Path:
+    """Return the path of a finished run.
+
+    Raises:
+        ValueError: Nothing is there, and the text names a model instead.
+    """
+    path = Path(text)
+    if not path.exists() and (":" in text or backend_name(text) is not None):
+        raise ValueError(f"expected the results of a finished run, got the model {text!r:.200}: --tasks runs it now")
+    return path
+
+
 def command_of(
     spec: ModelSpec, tasks: str, folder: Path, limit: float | None, batch_size: str | None
 ) -> tuple[str, ...]:
-    """Return the command that runs one model."""
+    """Return the command that runs one model.
+
+    Raises:
+        ValueError: No task is named, or the limit is neither a number of documents nor a share of them.
+    """
+    if not tasks.strip(" ,"):
+        raise ValueError(f"--tasks: expected names of tasks, as shapes_rec,shapes_shift, got {tasks!r}")
+    if limit is not None and not (0.0 < limit < 1.0 or (limit >= 1.0 and float(limit).is_integer())):
+        raise ValueError(f"--limit: expected a number of documents, or a share of them below 1, got {limit:g}")
     asked = ("--model", spec.model, "--model_args", spec.arguments, "--tasks", tasks)
-    more = [] if limit is None else ["--limit", f"{limit:g}"]
+    more = [] if limit is None else ["--limit", f"{limit:.12g}"]
     more += [] if batch_size is None else ["--batch_size", batch_size]
     return ("lmms-eval", *asked, *more, "--log_samples", "--output_path", str(folder))
 

@@ -8,7 +8,7 @@ makes bounds. Where labels are at hand, how well a measure predicts which answer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -132,13 +132,15 @@ def of_runs(first: LoggedRun, second: LoggedRun, settings: MeasurementSettings) 
         settings: Resamples, seed and level of the intervals.
 
     Raises:
-        ValueError: They have no documents in common, a log is damaged, or answers have no probabilities.
+        ValueError: They have no documents in common or are of different families, a log is damaged, or answers have no
+            probabilities.
     """
     both = common(first, second)
     found = []
     for task, records in both[0].tasks.items():
         other = both[1].tasks[task]
         pairs = {pair.id: pair for pair in pairs_of(task, *both).pairs}
+        _expect_one_family(task, pairs.values())
         kept = [_kept(pairs[name]) for name in records.ids.tolist()]
         if not any(one.compared for one in kept):
             raise ValueError(
@@ -150,6 +152,17 @@ def of_runs(first: LoggedRun, second: LoggedRun, settings: MeasurementSettings) 
         answers = _Answers(_stacked(kept), scores, *sizes)
         found.append(_measured(records, records.reported, answers, settings, exact=False))
     return found
+
+
+def _expect_one_family(task: str, pairs: Iterable[AnswerPair]) -> None:
+    """Refuse answers in different formats: tokens of two families have nothing to do with each other."""
+    for pair in pairs:
+        formats = pair.first.dialect, pair.second.dialect
+        if None not in formats and formats[0] != formats[1]:
+            raise ValueError(
+                f"expected two runs of one model family, quantized in different ways, but answers to {task} have the"
+                f" formats {formats[0]} and {formats[1]}: lmms-plugin compare compares their accuracy"
+            )
 
 
 def _forced(run: LoggedRun, task: str, records: TaskRecords) -> _Answers | None:

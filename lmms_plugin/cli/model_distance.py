@@ -54,7 +54,10 @@ def distance(
     given = {"--limit": limit, "--batch-size": batch_size, "--output": output}
     if useless := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{useless[0]} says nothing without --tasks, which runs B now with A as its reference")
-    _print(Path(first), None if second is None else Path(second), settings, everything=everything, json=json)
+    from lmms_plugin import side_by_side
+
+    of_second = None if second is None else side_by_side.finished(second)
+    _print(side_by_side.finished(first), of_second, settings, everything=everything, json=json)
 
 
 def _run(first: str, second: str, tasks: str, place: Path, limit: float | None, batch_size: str | None) -> None:

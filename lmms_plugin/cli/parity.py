@@ -37,6 +37,7 @@ def parity(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say whether two engines give the same answers, and if not, why. Exit status: 0 same, 1 different, 2 neither."""
+    from lmms_plugin import side_by_side
     from lmms_plugin.analysis.measure import MeasurementSettings
 
     settings = MeasurementSettings(estimator, resamples, seed, level, workers=os.cpu_count() or 1)
@@ -44,7 +45,8 @@ def parity(
         given = {"--limit": limit, "--batch-size": batch_size, "--output": output}
         if useless := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{useless[0]} says nothing without --tasks, which runs both models now")
-        status = _compare(Path(first), Path(second), settings, tolerance, everything=everything, json=json)
+        paths = side_by_side.finished(first), side_by_side.finished(second)
+        status = _compare(*paths, settings, tolerance, everything=everything, json=json)
     else:
         with tempfile.TemporaryDirectory(prefix="lmms-plugin-parity-") as folder:
             place = expect_free(output, "--output") if output is not None else Path(folder)

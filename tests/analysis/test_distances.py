@@ -1,6 +1,7 @@
 """Distance of runs from their logs: planted measures and flips, bounds from two runs, and logs that tell nothing."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,11 +83,11 @@ def answered(digits, answer="[1, 2, 3, 4]"):
     return Response(answer, (*tokens, Token("", 0.0)), **sizes)
 
 
-def own(folder, digits, other=(), answer="[2, 2, 3, 4]", score=0.8):
+def own(folder, digits, other=(), answer="[2, 2, 3, 4]", score=0.8, dialect="qwen3_vl"):
     rows = []
     for k in range(12):
         row = line(k, 0.8 if k not in other else score, {"coordinate_mean": 0.5})
-        response = answered(digits, answer if k in other else "[1, 2, 3, 4]")
+        response = replace(answered(digits, answer if k in other else "[1, 2, 3, 4]"), dialect=dialect)
         rows.append({"doc_id": k, "filtered_resps": response.encode(), **row})
     return write(folder, {"rec": rows}, "quant_none")
 
@@ -110,6 +111,13 @@ def test_two_runs_give_bounds_and_their_own_flips(tmp_path):
     # A fifth of the mass moves by one thousandth of the width, on one of four sides.
     assert by_name["box_shift"].value == pytest.approx(0.2 / 1000 / 4)
     assert "answer_probability_change" not in by_name
+
+
+def test_runs_of_two_families_have_no_distance(tmp_path):
+    first = own(tmp_path / "a", {"1": 0.9, "2": 0.1})
+    second = own(tmp_path / "b", {"1": 0.9, "2": 0.1}, dialect="qwen2_vl")
+    with pytest.raises(ValueError, match="answers to rec have the formats qwen3_vl and qwen2_vl"):
+        distances.of_runs(logs.read_one(first), logs.read_one(second), SETTINGS)
 
 
 def called(monkeypatch, capsys, *arguments):
@@ -137,12 +145,30 @@ def test_the_command_answers_in_one_screen_and_in_data(run, tmp_path, monkeypatc
     status, out, _ = called(monkeypatch, capsys, *both)
     assert status == 0
     assert "bounded by what logs keep" in out
+    assert "On rec B is " in out
+    assert "unquantized" not in out
     assert max(map(len, out.split("\n"))) <= WIDTH
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (
+            ("quant_none:pretrained=demo", "quant_rtn:bits=4"),
+            "got the model 'quant_none:pretrained=demo': --tasks runs",
+        ),
+        (
+            ("quant_none:pretrained=demo", "quant_rtn:pretrained=demo", "--tasks", ","),
+            "--tasks: expected names of tasks",
+        ),
+        (
+            ("quant_none:pretrained=demo", "quant_rtn:pretrained=demo", "--tasks", "x", "--limit", "nan"),
+            "--limit: expected a number of documents",
+        ),
+        (
+            ("quant_none:pretrained=demo", "quant_rtn:pretrained=demo", "--tasks", "x", "--limit", "-1"),
+            "--limit: expected a number of documents",
+        ),
         (("a", "--limit", "3"), "--limit says nothing without --tasks"),
         (("quant_rtn:pretrained=demo", "--tasks", "x"), "expected two models, got one"),
         (("quant_rtn:pretrained=demo", "quant_rtn:pretrained=demo", "--tasks", "x"), "expected the unquantized model"),

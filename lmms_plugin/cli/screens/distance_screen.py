@@ -58,7 +58,9 @@ def _sentence(one: TaskDistance, level: float) -> str:
     if kl is not None:
         between = f"{100 * level:g} % interval {_short(kl.interval.low)}\N{EN DASH}{_short(kl.interval.high)}"
         amount = _short(kl.value) if one.exact else f"{_short(kl.value)} to {_short(kl.upper)}"
-        said = f"On {one.task} the model is {amount} nats per token from the unquantized one ({between})"
+        # What A is, only the user knows.
+        which = ("the model", "the unquantized one") if one.exact else ("B", "A")
+        said = f"On {one.task} {which[0]} is {amount} nats per token from {which[1]} ({between})"
     if (same := by_name.get("answer_agreement")) is not None:
         writes = "would write" if one.exact else "writes"
         said += f" and {writes} {100 * same.value:.0f} % of the answers as that does, token by token"
