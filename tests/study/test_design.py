@@ -112,6 +112,11 @@ def test_what_cannot_be_shown_or_paid_is_refused(seeded):
         design.chosen(seeded, budget=60.0)
     with pytest.raises(ValueError, match=r"--budget: expected at least .* which find 3 points, got less"):
         design.chosen(seeded, difference=0.03, budget=600.0)
+    unsized = seeded._replace(cells=tuple(one._replace(size=Size(None, None, "served")) for one in seeded.cells))
+    with pytest.raises(
+        ValueError, match=r"that of Qwen3-VL-8B.*none.* is unknown: .* the size of the model is not known"
+    ):
+        design.chosen(unsized, budget=3600.0)
     with pytest.raises(ValueError, match="a time such as 90m, 24h or 2d, got '3 weeks'"):
         design.parsed_budget("3 weeks")
     assert design.parsed_budget("1.5h") == 5400.0

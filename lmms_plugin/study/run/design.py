@@ -277,10 +277,16 @@ def chosen(
     past = cost.past(StudyFolder(folder) if folder is not None and folder.is_dir() else None)
 
     def seconds(images: int, seeds: int) -> float:
-        told = [_seconds(one, images, past) for one in kept(found, seeds)]
-        if None in told:
-            raise ValueError(f"{found.study.file}: expected models and tasks of known size, since a cost is not known")
-        return sum(filter(None, told))
+        total = 0.0
+        for one in kept(found, seeds):
+            told = _seconds(one, images, past)
+            if told.value is None:
+                raise ValueError(
+                    f"{found.study.file}: expected cells of known cost, but that of {one.keyed.cell.slug} is"
+                    f" {told.basis}; leave it out, or choose images: by hand"
+                )
+            total += told.value
+        return total
 
     bound = math.inf if budget is None else budget
 
@@ -374,9 +380,9 @@ def _configurations(found: Plan) -> list[list[PlannedCell]]:
     return [sorted(group, key=lambda one: one.keyed.cell.axes.seed or 0) for group in groups.values()]
 
 
-def _seconds(one: PlannedCell, images: int, past: Sequence[cost.Past]) -> float | None:
+def _seconds(one: PlannedCell, images: int, past: Sequence[cost.Past]) -> cost.Seconds:
     cell = replace(one.keyed.cell, images=of_images(images))
-    return cost.seconds(cell, past, one.size.parameters, cuda=one.gpus > 0).value
+    return cost.seconds(cell, past, one.size.parameters, cuda=one.gpus > 0)
 
 
 def _most(fits: Callable[[int], bool], most: int) -> int:
