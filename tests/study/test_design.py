@@ -153,6 +153,8 @@ def test_the_screen_of_a_design_answers_first(seeded):
         f"{100 * made.shown[1].equivalent:.0f}",
         "%",
     ]
+    few = replace(made, images=2, shown=tuple(made.assumed.shown(2, 1)))
+    assert "differences of over 100 under shift and over 100 of" in " ".join(plan_screen(found, few).split())
 
 
 def test_images_are_of_grounding_tasks(tmp_path):

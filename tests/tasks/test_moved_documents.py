@@ -104,6 +104,11 @@ def test_nothing_left_is_said():
         Moved("quarter_turn", 1)(rows((RECTANGLE, ("left thing",))))
 
 
+def test_a_picture_that_is_too_long_to_be_moved_names_itself():
+    with pytest.raises(DatasetError, match=r"picture photo: upscale: expected sides of at most \d+ pixels .* 36000x"):
+        Moved("upscale", 5)(rows(((10, 2, 60, 8), ("white thing",)), size=(12000, 10)))[0]
+
+
 def test_a_moving_shift_of_unmoved_documents_is_refused():
     task = {"shift": "crop", "severity": 3}
     with pytest.raises(

@@ -99,7 +99,8 @@ def _until_decided(made: Design) -> ScreenTable:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:.1f}"
+    # No two arms differ by more; a handful of images shows nothing at all.
+    return "over 100" if share > 1.0 else f"{100 * share:.1f}"
 
 
 _STATES = ("cells", "done", "failed", "running")
