@@ -56,8 +56,9 @@ def distance(
         raise ValueError(f"{useless[0]} says nothing without --tasks, which runs B now with A as its reference")
     from lmms_plugin import side_by_side
 
-    of_second = None if second is None else side_by_side.finished(second)
-    _print(side_by_side.finished(first), of_second, settings, everything=everything, json=json)
+    of_first, of_second = (None if text is None else side_by_side.finished(text) for text in (first, second))
+    assert of_first is not None
+    _print(of_first, of_second, settings, everything=everything, json=json)
 
 
 def _run(first: str, second: str, tasks: str, place: Path, limit: float | None, batch_size: str | None) -> None:
