@@ -108,10 +108,10 @@ def power_of_difference(difference: float, error: float, *, level: float = 0.95,
     Raises:
         ValueError: The error is not above 0, or there are fewer than two images.
     """
-    limit, shift = _limit((1.0 + level) / 2.0, images), difference / _positive(error)
+    limit, shift = _limit((1.0 + level) / 2.0, images), abs(difference / _positive(error))
     if math.isinf(images):
         return float(norm.sf(limit - shift) + norm.cdf(-limit - shift))
-    return float(nct.sf(limit, images - 1.0, shift) + nct.cdf(-limit, images - 1.0, shift))
+    return _beyond(limit, images - 1.0, shift) + _beyond(limit, images - 1.0, -shift)
 
 
 def power_of_equivalence(
@@ -136,8 +136,7 @@ def power_of_equivalence(
     below, above = (margin - difference) / scale, (margin + difference) / scale
     if math.isinf(images):
         return max(0.0, float(norm.cdf(below - limit) - norm.cdf(limit - above)))
-    both = nct.cdf(-limit, images - 1.0, -below) - nct.cdf(limit, images - 1.0, above)
-    return max(0.0, float(both))
+    return max(0.0, _beyond(limit, images - 1.0, below) + _beyond(limit, images - 1.0, above) - 1.0)
 
 
 def smallest_difference(error: float, *, power: float = POWER, level: float = 0.95, images: float = math.inf) -> float:
@@ -193,6 +192,12 @@ def images_needed(
         middle = (least + most) // 2
         least, most = (least, middle) if enough(middle) else (middle, most)
     return max(2, most)
+
+
+def _beyond(limit: float, freedom: float, shift: float) -> float:
+    """Return the probability that a noncentral t is above a limit; scipy gives NaN for many tails below 1e-8."""
+    found = float(nct.sf(limit, freedom, shift))
+    return float(shift > limit) if math.isnan(found) else found
 
 
 def _counts(sizes: npt.ArrayLike) -> Floats:

@@ -104,6 +104,17 @@ def test_the_fewest_images_are_enough_and_one_less_is_not():
     assert images_needed(0.02, 0.03, constant=0.02**2) == math.inf
 
 
+@pytest.mark.parametrize("images", [2, 3, 6, 31, 400])
+def test_power_rises_with_the_difference(images):
+    """Far tails of the noncentral t are NaN in scipy, which once looked like no power."""
+    shifts = np.arange(0.0, 60.0, 0.5)
+    for power in (power_of_difference, power_of_equivalence):
+        found = np.array([power(shift, 1.0, level=0.975, images=images) for shift in shifts])
+        assert np.all(np.diff(found) > -1e-9)
+        assert images == 2 or found[-1] == pytest.approx(1.0)
+    assert math.isfinite(smallest_difference(1.0, images=images))
+
+
 def test_seeds_that_differ_are_told_from_chance():
     random = np.random.default_rng(3)
     sizes = random.integers(4, 11, size=80)
