@@ -101,6 +101,7 @@ def guarantee(
         told = guarantee_of(results, on or (), settings)
     everything_told = {"sentences": sentences(told)} | plain(told)
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(output, encoded(dumps(everything_told, indent=1, ensure_ascii=False, allow_nan=False)))
     if json:
         print_json(everything_told)

@@ -36,6 +36,8 @@ def plan_study(
     load(file)
     if write is not None and power is None and budget is None:
         raise ValueError("--write: expected --power or --budget, which choose images and seeds")
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"--output: expected the folder of a study, got the file {output}")
     if write is not None:
         expect_file("--write", write)
         if write.exists() and write.samefile(file):
@@ -57,6 +59,7 @@ def plan_study(
             made = design.chosen(found, difference=power, budget=most, folder=output)
             found = planning.plan(study, output, only=design.cells_of(found, made))
     if write is not None and isinstance(made, design.Design):
+        write.parent.mkdir(parents=True, exist_ok=True)
         replace_text(write, design.written(study, made))
     if json:
         said = {"design": made.to_dict()} if isinstance(made, design.Design) else {}

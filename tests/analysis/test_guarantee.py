@@ -224,6 +224,8 @@ def printed(monkeypatch, capsys, *arguments):
 
 def test_the_command_answers_in_one_screen_and_writes_what_the_report_shows(runs, tmp_path, monkeypatch, capsys):
     asked = ("guarantee", runs / "a", "--on", runs / "b", "--calibrate", "rec_dev")
+    printed(monkeypatch, capsys, *asked, "--output", tmp_path / "a" / "new" / "guarantee.json")
+    assert (tmp_path / "a" / "new" / "guarantee.json").is_file()
     shown = printed(monkeypatch, capsys, *asked, "--output", tmp_path / "guarantee.json")
     lines = shown.rstrip("\n").split("\n")
     assert len(lines) <= 40

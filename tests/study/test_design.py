@@ -18,6 +18,7 @@ from lmms_plugin.study.file.expansion import cells
 from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.file.task_images import image_counts
+from lmms_plugin.study.file.tasks import known
 from lmms_plugin.study.run import cost, design
 from lmms_plugin.study.run.planning import Plan, PlannedCell, checked_cells
 from lmms_plugin.study.run.weights import Size
@@ -155,6 +156,10 @@ def test_the_screen_of_a_design_answers_first(seeded):
     ]
     few = replace(made, images=2, shown=tuple(made.assumed.shown(2, 1)))
     assert "differences of over 100 under shift and over 100 of" in " ".join(plan_screen(found, few).split())
+
+
+def test_members_of_a_group_of_lmms_eval_are_looked_up():
+    assert set(known(["ok_vqa"])["ok_vqa"].tasks) == {"ok_vqa_val2014"}
 
 
 def test_images_are_of_grounding_tasks(tmp_path):

@@ -139,7 +139,9 @@ def _foreign(manager: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     members = manager.task_index[name].get("task")
     config = {} if manager._name_is_tag(name) else dict(manager._get_config(name))
     yield name, config
-    for member in manager._get_tasklist(name) if members == -1 or isinstance(members, list) else []:
+    # Of a group with a file of its own, the index says -1 and its file lists the members.
+    listed = config.get("task") if members == -1 else members
+    for member in listed if isinstance(listed, list) else []:
         known = member if isinstance(member, str) else member.get("task")
         if isinstance(known, str) and known in manager.task_index:
             yield from _foreign(manager, known)
