@@ -5,16 +5,18 @@ from __future__ import annotations
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, print_json, print_tables
 from lmms_plugin.cli.terminal import Working
-from lmms_plugin.metrics.guarantees.risk_bounds import Bound
 from lmms_plugin.utils.files import encoded, replace_bytes
 from lmms_plugin.utils.outputs import expect_file
 from lmms_plugin.utils.plain_json import plain
+
+if TYPE_CHECKING:
+    from lmms_plugin.metrics.guarantees.risk_bounds import Bound
 
 
 class LossOption(StrEnum):

@@ -15,10 +15,10 @@ from filelock import FileLock
 from helpers import environments, preloaded
 
 BIN = Path(sys.executable).parent
-OF_EACH_COMMAND = ("LMMS_", "COLUMNS", "PYTEST_", "CUBLAS_")
+OF_EACH_COMMAND = ("LMMS_", "COLUMNS", "PYTEST_", "CUBLAS_", "RAY_", "PYTHONBREAKPOINT")
 """What variables begin with that may be others for each command: no library reads them when it is imported.
 
-AutoRound sets one of cuBLAS's in the process that it quantizes in."""
+AutoRound sets one of cuBLAS's in the process that it quantizes in, Ray the last two where it is used."""
 
 
 class Commands:
