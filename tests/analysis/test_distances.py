@@ -136,6 +136,7 @@ def test_the_command_answers_in_one_screen_and_in_data(run, tmp_path, monkeypatc
     both = own(tmp_path / "a", {"1": 0.9, "2": 0.1}), own(tmp_path / "b", {"1": 0.7, "2": 0.3})
     status, out, _ = called(monkeypatch, capsys, *both)
     assert status == 0
+    assert "nats per token from A (" in " ".join(out.split("\n"))
     assert "bounded by what logs keep" in out
     assert max(map(len, out.split("\n"))) <= WIDTH
 

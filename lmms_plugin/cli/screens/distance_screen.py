@@ -58,10 +58,13 @@ def _sentence(one: TaskDistance, level: float) -> str:
     if kl is not None:
         between = f"{100 * level:g} % interval {_short(kl.interval.low)}\N{EN DASH}{_short(kl.interval.high)}"
         amount = _short(kl.value) if one.exact else f"{_short(kl.value)} to {_short(kl.upper)}"
-        said = f"On {one.task} the model is {amount} nats per token from the unquantized one ({between})"
+        both = (
+            "the model is {} nats per token from the unquantized one" if one.exact else "B is {} nats per token from A"
+        )
+        said = f"On {one.task} {both.format(amount)} ({between})"
     if (same := by_name.get("answer_agreement")) is not None:
-        writes = "would write" if one.exact else "writes"
-        said += f" and {writes} {100 * same.value:.0f} % of the answers as that does, token by token"
+        writes, like = ("would write", "that") if one.exact else ("writes", "A")
+        said += f" and {writes} {100 * same.value:.0f} % of the answers as {like} does, token by token"
     if one.lost is None or one.won is None:
         return f"{said}."
     flipped = one.lost + one.won
