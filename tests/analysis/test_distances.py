@@ -134,16 +134,17 @@ def test_the_command_answers_in_one_screen_and_in_data(run, tmp_path, monkeypatc
     assert status == 0
     assert len(lines) <= HEIGHT
     assert max(map(len, lines)) <= WIDTH
-    said = "6 of 60 answers flipped between right and wrong, and as many of the largest box_shift hold 10 % of them."
+    said = "6 of 60 answers flipped between right and wrong, 10 % of them among the 6 answers of the largest box_shift."
     assert said in " ".join(lines)
     assert "docs/distance.md" in lines[-1]
     _, everything, _ = called(monkeypatch, capsys, run, "--all")
-    assert all(name in everything for name in ("kl_coordinates", "box_shift", "among as many"))
+    assert all(name in everything for name in ("kl_coordinates", "box_shift", "among the F"))
     _, data, _ = called(monkeypatch, capsys, run, "--json")
     assert json.loads(data)["tasks"][0]["measures"][0]["measure"] == "kl"
     both = own(tmp_path / "a", {"1": 0.9, "2": 0.1}), own(tmp_path / "b", {"1": 0.7, "2": 0.3})
     status, out, _ = called(monkeypatch, capsys, *both)
     assert status == 0
+    assert "nats per token from A (" in " ".join(out.split("\n"))
     assert "bounded by what logs keep" in out
     assert "On rec B is " in out
     assert "unquantized" not in out

@@ -43,7 +43,7 @@ def distance_lines(found: Sequence[TaskDistance], labels: Sequence[str], level: 
 
 
 def _notes(one: TaskDistance, labels: Sequence[str]) -> list[str]:
-    flips = "flips: share of flipped answers among as many of the largest distance."
+    flips = "flips: of F flipped answers, the share among the F of the largest distance."
     if one.exact:
         return [f"run: {labels[0]}", "KL is exact: the reference's answers were forced through the model.", flips]
     names = [f"{name}: {label}" for name, label in zip(("A", "B"), labels, strict=True)]
@@ -62,8 +62,8 @@ def _sentence(one: TaskDistance, level: float) -> str:
         which = ("the model", "the unquantized one") if one.exact else ("B", "A")
         said = f"On {one.task} {which[0]} is {amount} nats per token from {which[1]} ({between})"
     if (same := by_name.get("answer_agreement")) is not None:
-        writes = "would write" if one.exact else "writes"
-        said += f" and {writes} {100 * same.value:.0f} % of the answers as that does, token by token"
+        writes, like = ("would write", "that") if one.exact else ("writes", "A")
+        said += f" and {writes} {100 * same.value:.0f} % of the answers as {like} does, token by token"
     if one.lost is None or one.won is None:
         return f"{said}."
     flipped = one.lost + one.won
@@ -71,7 +71,8 @@ def _sentence(one: TaskDistance, level: float) -> str:
     best = _best(one.measures)
     if best is None:
         return f"{said}."
-    return f"{said}, and as many of the largest {best.measure} hold {100 * best.flips_predicted:.0f} % of them."
+    furthest = f"{counted(flipped, 'answer')} of the largest {best.measure}"
+    return f"{said}, {100 * best.flips_predicted:.0f} % of them among the {furthest}."
 
 
 def _best(measures: Sequence[Distance]) -> Distance | None:
