@@ -389,10 +389,7 @@ class ModelArguments:
         """
         if self.pretrained == DEMO:
             return CHECKPOINT
-        path = checkpoints.find(self.pretrained)
-        if Path(path).is_dir():
-            _expect_whole(Path(path))
-        return path
+        return _located(self.pretrained, "pretrained")
 
     def find_reference(self) -> str:
         """Return the hub id or the folder of the reference.
@@ -403,7 +400,7 @@ class ModelArguments:
         """
         if str(self.reference).lower() == "none":
             return self.find_checkpoint()
-        return ModelArguments(pretrained=str(self.reference)).find_checkpoint()
+        return CHECKPOINT if self.reference == DEMO else _located(str(self.reference), "reference")
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -558,7 +555,15 @@ def expect_of_weights(given: Mapping[str, Any]) -> None:
         )
 
 
-def _expect_whole(folder: Path) -> None:
+def _located(name: str, argument: str) -> str:
+    """Return the folder or the hub id that a checkpoint's name leads to; a folder must be whole."""
+    path = checkpoints.find(name, argument)
+    if Path(path).is_dir():
+        _expect_whole(Path(path), argument)
+    return path
+
+
+def _expect_whole(folder: Path, argument: str) -> None:
     """Refuse incomplete weights, which an interrupted download or copy leaves behind."""
     from safetensors import SafetensorError, safe_open
 
@@ -566,25 +571,25 @@ def _expect_whole(folder: Path) -> None:
         try:
             read_json(file)
         except ValueError as error:
-            raise ValueError(f"pretrained: {error}") from error
+            raise ValueError(f"{argument}: {error}") from error
     for file in sorted(folder.glob("*.safetensors.index.json")):
-        _expect_shards(file)
+        _expect_shards(file, argument)
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"pretrained: {file} is damaged or cut off ({error})") from error
+            raise ValueError(f"{argument}: {file} is damaged or cut off ({error})") from error
 
 
-def _expect_shards(index: Path) -> None:
+def _expect_shards(index: Path, argument: str) -> None:
     """Refuse a weight index that names no files, or files that do not exist."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise ValueError(f"pretrained: expected the file of each weight under weight_map in {index}")
+        raise ValueError(f"{argument}: expected the file of each weight under weight_map in {index}")
     for shard in sorted(set(shards.values())):
         if not (index.parent / expect_inside(shard)).is_file():
-            raise ValueError(f"pretrained: {index} names {shard}, which is not there")
+            raise ValueError(f"{argument}: {index} names {shard}, which is not there")
 
 
 @cache

@@ -14,11 +14,12 @@ _TIMEOUT = 5.0
 _REMEDIES = "name a folder that holds the checkpoint, set HF_HOME to a cache that does, or try pretrained=demo"
 
 
-def find(name: str) -> str:
+def find(name: str, argument: str = "pretrained") -> str:
     """Return the folder that a checkpoint's name leads to, else the name as an id on the hub; uses no network.
 
     Args:
-        name: Value of `pretrained=` as the user wrote it.
+        name: Value of the argument as the user wrote it.
+        argument: Name of the argument, for messages.
 
     Raises:
         FileNotFoundError: The name is written like a path, and no checkpoint is there.
@@ -28,14 +29,14 @@ def find(name: str) -> str:
     if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"pretrained: the folder {folder} holds no config.json; expected a checkpoint of transformers"
+                f"{argument}: the folder {folder} holds no config.json; expected a checkpoint of transformers"
             )
         return str(folder)
     if os.path.exists(folder):
-        raise ValueError(f"pretrained: {folder} is a file; expected the folder of a checkpoint with its config.json")
+        raise ValueError(f"{argument}: {folder} is a file; expected the folder of a checkpoint with its config.json")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
-            f"pretrained: there is no folder {folder}: read as a path, for an id on the hub is owner/name; {_REMEDIES}"
+            f"{argument}: there is no folder {folder}: read as a path, for an id on the hub is owner/name; {_REMEDIES}"
         )
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -44,7 +45,7 @@ def find(name: str) -> str:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(
-            f"pretrained: {name!r:.200} is no folder here, and no id on the hub, which is owner/name of letters, "
+            f"{argument}: {name!r:.200} is no folder here, and no id on the hub, which is owner/name of letters, "
             f"digits, '-', '_' and '.'; {_REMEDIES}"
         ) from error
     return name

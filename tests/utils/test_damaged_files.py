@@ -207,3 +207,12 @@ def test_names_in_tables_are_no_markup(name, monkeypatch):
     stream.flush()
     told = stream.buffer.getvalue().decode()
     assert told.count(name.replace("\udcff", "\\udcff")) == 4
+
+
+@pytest.mark.parametrize("argument", ["pretrained", "reference"])
+def test_a_missing_checkpoint_is_told_by_its_argument(argument, tmp_path):
+    given = {"pretrained": "demo"} | {argument: str(tmp_path / "nothing")}
+    arguments = ModelArguments(**given)
+    find = arguments.find_checkpoint if argument == "pretrained" else arguments.find_reference
+    with pytest.raises(FileNotFoundError, match=f"^{argument}: there is no folder"):
+        find()
