@@ -34,14 +34,8 @@ def plan_study(
     """Print a study's cells, their expected cost, and the smallest differences that they will show. Nothing is run."""
     # A file that is none is refused before seconds of imports, here and below.
     load(file)
-    if write is not None and power is None and budget is None:
-        raise ValueError("--write: expected --power or --budget, which choose images and seeds")
-    if output is not None and output.exists() and not output.is_dir():
-        raise ValueError(f"--output: expected the folder of a study, got the file {output}")
-    if write is not None:
-        expect_file("--write", write)
-        if write.exists() and write.samefile(file):
-            raise ValueError(f"--write: expected another name than {file}, whose comments would be lost")
+    chooses = power is not None or budget is not None
+    _expect_possible(file, output, write, chooses=chooses)
     from lmms_plugin.cli.screens.plan_screen import plan_screen
     from lmms_plugin.cli.study_display import plan_table
     from lmms_plugin.study.file.reading import read
@@ -53,11 +47,11 @@ def plan_study(
         study = read(file)
         found = planning.plan(study, output)
         made: design.Design | str | None
-        if power is None and budget is None:
-            made = design.told(found, output)
-        else:
+        if chooses:
             made = design.chosen(found, difference=power, budget=most, folder=output)
             found = planning.plan(study, output, only=design.cells_of(found, made))
+        else:
+            made = design.told(found, output)
     if write is not None and isinstance(made, design.Design):
         write.parent.mkdir(parents=True, exist_ok=True)
         replace_text(write, design.written(study, made))
@@ -68,10 +62,22 @@ def plan_study(
     for line in planning.damages(found):
         typer.echo(line, err=True)
     if not everything:
-        typer.echo(plan_screen(found, made, chosen=power is not None or budget is not None))
+        typer.echo(plan_screen(found, made, chosen=chooses))
         return
     console().print(plan_table(found))
     typer.echo(planning.summary(found))
+
+
+def _expect_possible(file: Path, output: Path | None, write: Path | None, *, chooses: bool) -> None:
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"--output: expected the folder of a study, got the file {output}")
+    if write is None:
+        return
+    if not chooses:
+        raise ValueError("--write: expected --power or --budget, which choose images and seeds")
+    expect_file("--write", write)
+    if write.exists() and write.samefile(file):
+        raise ValueError(f"--write: expected another name than {file}, whose comments would be lost")
 
 
 @app.command("run")
