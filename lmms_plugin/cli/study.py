@@ -46,12 +46,10 @@ def plan_study(
     with Working("planning"):
         study = read(file)
         found = planning.plan(study, output)
-        made: design.Design | str | None
+        made: design.Design | str | None = None if chooses else design.told(found, output)
         if chooses:
             made = design.chosen(found, difference=power, budget=most, folder=output)
             found = planning.plan(study, output, only=design.cells_of(found, made))
-        else:
-            made = design.told(found, output)
     if write is not None and isinstance(made, design.Design):
         write.parent.mkdir(parents=True, exist_ok=True)
         replace_text(write, design.written(study, made))
