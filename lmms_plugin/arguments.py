@@ -182,7 +182,7 @@ class ModelArguments:
             it excludes shared prefixes and takes minutes before the first answer.
         parity: Whether evidence for `lmms-plugin parity` is kept: ids of every prompt's tokens with its answer, and
             answers to five trial questions.
-        reference: Checkpoint whose answers are forced through this model, for its [distance](distance.md) from it;
+        reference: Checkpoint whose answers are forced through this model, for its distance from it (docs/distance.md);
             `none` for `pretrained` itself, unquantized. Both are in memory together.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         use_safetensors: Whether weights must be stored as safetensors.
