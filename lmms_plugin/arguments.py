@@ -387,8 +387,6 @@ class ModelArguments:
             FileNotFoundError: `pretrained` is written like a path, and no checkpoint is there.
             ValueError: `pretrained` is neither a folder nor an id, or one of its files is damaged.
         """
-        if self.pretrained == DEMO:
-            return CHECKPOINT
         return _located(self.pretrained, "pretrained")
 
     def find_reference(self) -> str:
@@ -400,7 +398,7 @@ class ModelArguments:
         """
         if str(self.reference).lower() == "none":
             return self.find_checkpoint()
-        return CHECKPOINT if self.reference == DEMO else _located(str(self.reference), "reference")
+        return _located(str(self.reference), "reference")
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -557,6 +555,8 @@ def expect_of_weights(given: Mapping[str, Any]) -> None:
 
 def _located(name: str, argument: str) -> str:
     """Return the folder or the hub id that a checkpoint's name leads to; a folder must be whole."""
+    if name == DEMO:
+        return CHECKPOINT
     path = checkpoints.find(name, argument)
     if Path(path).is_dir():
         _expect_whole(Path(path), argument)
