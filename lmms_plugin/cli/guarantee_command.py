@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmms_plugin.analysis.guarantees.guarded_loss import GuardedLoss
 from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, print_json, print_tables
 from lmms_plugin.cli.terminal import Working
 from lmms_plugin.utils.files import encoded, replace_bytes
@@ -17,14 +18,6 @@ from lmms_plugin.utils.plain_json import plain
 
 if TYPE_CHECKING:
     from lmms_plugin.metrics.guarantees.risk_bounds import Bound
-
-
-class LossOption(StrEnum):
-    """What is promised to be rare, as `lmms_plugin.analysis.guarantees.guarantee_results.GuardedLoss`."""
-
-    ERROR = "error"
-    IOU = "iou"
-    FALSE_POSITIVE = "false-positive"
 
 
 class BoundOption(StrEnum):
@@ -45,7 +38,7 @@ On = Annotated[
 ]
 Risk = Annotated[float, typer.Option(help="Largest risk that is promised.")]
 Level = Annotated[float, typer.Option(help="Probability with which it is, and of every verdict.")]
-Loss = Annotated[LossOption, typer.Option(help="What is promised to be rare.")]
+Loss = Annotated[GuardedLoss, typer.Option(help="What is promised to be rare.")]
 Calibrate = Annotated[
     str | None, typer.Option(metavar="TASK", help="Task to choose on; by default the only clean one.")
 ]
@@ -72,7 +65,7 @@ def guarantee(
     json: AsJson = False,
     risk: Risk = 0.05,
     level: Level = 0.95,
-    loss: Loss = LossOption.ERROR,
+    loss: Loss = GuardedLoss.ERROR,
     calibrate: Calibrate = None,
     share: Share = None,
     pilot: Pilot = 0.25,
@@ -86,16 +79,15 @@ def guarantee(
 ) -> None:
     """Choose a threshold with a guaranteed risk, and say whether quantization and shift break the guarantee."""
     from lmms_plugin.analysis.guarantees.guarantee import guarantee_of
-    from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings, GuardedLoss
+    from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings
     from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
     from lmms_plugin.cli.screens.guarantee_screen import guarantee_screen, guarantee_tables
 
     if output is not None:
         expect_file("--output", output)
     chosen: Bound | None = None if bound is None else _BOUNDS[bound]
-    rare = GuardedLoss(loss.value)
     settings = GuaranteeSettings(
-        risk, level, rare, estimator, per_image, chosen, calibrate, share, pilot, seed, reweigh, contain
+        risk, level, loss, estimator, per_image, chosen, calibrate, share, pilot, seed, reweigh, contain
     )
     with Working("reading and testing"):
         told = guarantee_of(results, on or (), settings)

@@ -9,8 +9,9 @@ from helpers import planted_logs
 from markupsafe import escape
 
 from lmms_plugin.analysis.guarantees import guarantee as analysis
-from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings, GuardedLoss, Survival
+from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings, Survival
 from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
+from lmms_plugin.analysis.guarantees.guarded_loss import GuardedLoss
 from lmms_plugin.analysis.logs import read_one
 from lmms_plugin.cli.main import main
 from lmms_plugin.cli.screens.guarantee_screen import guarantee_screen

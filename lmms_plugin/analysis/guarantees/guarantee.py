@@ -21,12 +21,12 @@ from lmms_plugin.analysis import axes, logs
 from lmms_plugin.analysis.guarantees.guarantee_results import (
     ChosenAnew,
     GuaranteeSettings,
-    GuardedLoss,
     JudgedCell,
     ReweighedThreshold,
     RunGuarantee,
     Survival,
 )
+from lmms_plugin.analysis.guarantees.guarded_loss import GuardedLoss
 from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.records import CLEAN, GROUNDING, REJECTION, Bools, Floats, TaskRecords, Texts
 from lmms_plugin.metrics.guarantees.box_margins import BoxMargin, box_margin, growth_needed

@@ -5,20 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lmms_plugin.analysis.guarantees.guarded_loss import GuardedLoss
 from lmms_plugin.metrics.guarantees.box_margins import BoxMargin
 from lmms_plugin.metrics.guarantees.risk_bounds import Bound
 from lmms_plugin.metrics.guarantees.thresholds import ChosenThreshold
-
-
-class GuardedLoss(StrEnum):
-    """What is promised to be rare."""
-
-    ERROR = "error"
-    """Wrong answers among the accepted ones; of soft outcomes what they lack of 1."""
-    IOU = "iou"
-    """What the IoU of accepted boxes lacks of 1, on average."""
-    FALSE_POSITIVE = "false-positive"
-    """Accepted boxes for expressions that match nothing, among all such expressions."""
 
 
 class Survival(StrEnum):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lmms_plugin.analysis.guarantees.guarantee_results import GuardedLoss, JudgedCell, RunGuarantee, Survival
+from lmms_plugin.analysis.guarantees.guarantee_results import JudgedCell, RunGuarantee, Survival
+from lmms_plugin.analysis.guarantees.guarded_loss import GuardedLoss
 from lmms_plugin.analysis.records import CLEAN
 from lmms_plugin.utils.messages import counted
 
