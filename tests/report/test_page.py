@@ -141,6 +141,16 @@ def test_paper_is_white_and_has_no_controls(opened):
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
 
 
+def test_the_first_sheet_of_paper_holds_the_verdict_with_its_first_figures(folded):
+    # A4 landscape less its margins, at 96 dots per inch.
+    width, height = (round(length / 25.4 * 96) for length in (297 - 28, 210 - 28))
+    page = folded(width)
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    figure = page.locator("#verdict figure").first.bounding_box()
+    assert figure["y"] + figure["height"] <= height
+
+
 def test_everything_is_there_without_scripts(opened):
     page = opened(java_script_enabled=False)
     assert len(shown(page)) == 8
