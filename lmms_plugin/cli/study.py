@@ -46,7 +46,7 @@ def plan_study(
     with Working("planning"):
         study = read(file)
         found = planning.plan(study, output)
-        made: design.Design | str | None = None if chooses else design.told(found, output)
+        made = None if chooses else design.told(found, output)
         if chooses:
             made = design.chosen(found, difference=power, budget=most, folder=output)
             found = planning.plan(study, output, only=design.cells_of(found, made))
@@ -54,7 +54,7 @@ def plan_study(
         write.parent.mkdir(parents=True, exist_ok=True)
         replace_text(write, design.written(study, made))
     if json:
-        said = {"design": made.to_dict()} if isinstance(made, design.Design) else {}
+        said = {} if made is None or isinstance(made, str) else {"design": made.to_dict()}
         typer.echo(dumps(found.to_dict() | said, indent=1, ensure_ascii=False, allow_nan=False))
         return
     for line in planning.damages(found):

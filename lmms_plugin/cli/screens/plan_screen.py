@@ -13,6 +13,7 @@ from lmms_plugin.study.run import planning
 from lmms_plugin.study.run.design import Design, PlannedComparison, differences_until_decided
 from lmms_plugin.study.run.planning import Plan, PlannedCell
 from lmms_plugin.study.run.progress import duration
+from lmms_plugin.study.run.reference_design import ReferenceDesign
 from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT
 from lmms_plugin.utils.messages import counted
 
@@ -22,7 +23,7 @@ _VALUES = 62
 """Columns of the values of an axis."""
 
 
-def plan_screen(found: Plan, made: Design | str | None = None, *, chosen: bool = False) -> str:
+def plan_screen(found: Plan, made: Design | ReferenceDesign | str | None = None, *, chosen: bool = False) -> str:
     """Return a plan: what it will show, cells and hours of every arm, which is a method with one model, and its axes.
 
     Args:
@@ -35,6 +36,9 @@ def plan_screen(found: Plan, made: Design | str | None = None, *, chosen: bool =
     arms = ScreenTable(("arm", *_STATES, "time left", "MiB"), _arms(found), "arm")
     if isinstance(made, str):
         notes.append(f"power: not told: {made}")
+    if isinstance(made, ReferenceDesign):
+        answer.append(_power_of_changes(made))
+        return screen(answer, [_changes(made), axes, arms], notes, _REST)
     if not isinstance(made, Design):
         return screen(answer, [axes, arms], notes, _REST)
     answer.append(_power(made))
@@ -96,6 +100,37 @@ def _until_decided(made: Design) -> ScreenTable:
         "question",
         "images (stages) after which --until-decided would have decided",
     )
+
+
+def _power_of_changes(made: ReferenceDesign) -> str:
+    """Return the smallest changes of each metric and what they rest on."""
+    largest = {name: made.largest(name) for name in made.question.metrics}
+    told = [f"{_points(value)} in {name}" for name, value in largest.items() if value is not None]
+    measured = sum(one.variance is not None and one.variance.basis.startswith("measured") for one in made.shown)
+    basis = f"{measured} of {len(made.shown)}" if measured else "none"
+    if not told:
+        return "What changes it finds is not known before some cells are finished (--output)."
+    return (
+        f"It finds changes of {', '.join(told)}, in points, on every task, {100 * POWER:.0f} times in 100"
+        f" ({counted(made.tests, 'test')} of a metric by Holm; variances measured: {basis})."
+    )
+
+
+def _changes(made: ReferenceDesign) -> ScreenTable:
+    """Return, for every task, its images and the smallest change of each metric."""
+    names = list(made.question.metrics)
+    rows = []
+    for task in dict.fromkeys(one.task for one in made.shown):
+        own = {one.metric: one for one in made.shown if one.task == task}
+        counts = next(((one.images, one.documents) for one in own.values() if one.images), (None, None))
+        sizes = ("" if count is None else f"{count:,}" for count in counts)
+        found = (
+            "" if one is None else "unknown" if one.smallest is None else _points(one.smallest)
+            for one in map(own.get, names)
+        )
+        rows.append((task, *sizes, *found))
+    title = "smallest change found, points; unknown ones need finished cells (--output)"
+    return ScreenTable(("task", "images", "documents", *names), rows, "task", title)
 
 
 def _points(share: float) -> str:

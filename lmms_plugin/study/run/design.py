@@ -19,14 +19,15 @@ import yaml
 from lmms_plugin.metrics.confidence_sequences import images_to_decide
 from lmms_plugin.metrics.power import POWER, images_needed, power_of_equivalence, smallest_difference
 from lmms_plugin.study.file import analyses
-from lmms_plugin.study.file.analyses import MethodByShift
+from lmms_plugin.study.file.analyses import AgainstReference, MethodByShift
 from lmms_plugin.study.file.expansion import of_images
 from lmms_plugin.study.file.grid import Cell, CellAxes
 from lmms_plugin.study.file.schema import Study
 from lmms_plugin.study.file.task_images import ImageCounts, image_counts
-from lmms_plugin.study.run import cost
+from lmms_plugin.study.run import cost, reference_design
 from lmms_plugin.study.run.planning import Plan, PlannedCell
 from lmms_plugin.study.run.progress import duration
+from lmms_plugin.study.run.reference_design import ReferenceDesign
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.verdicts import pilot
 from lmms_plugin.study.verdicts.decisions import BOUNDS, ArmComparison, ComparedCells, Decisions
@@ -87,7 +88,9 @@ class Assumptions:
         question = analyses.question(found.study.analysis)
         if not isinstance(question, MethodByShift):
             kinds = f"{analyses.DEFAULT}, got {found.study.analysis['kind']}"
-            raise ValueError(f"{found.study.file}: expected an analysis of kind {kinds}: only that has a design")
+            raise ValueError(
+                f"{found.study.file}: expected an analysis of kind {kinds}: images are chosen for no other"
+            )
         cells = [one.keyed.cell for one in found.cells]
         if limited := [cell.limit for cell in cells if cell.limit is not None]:
             told = f"got limit: {limited[0]}, which takes the first documents of a split and no sample of images"
@@ -243,16 +246,15 @@ def as_planned(found: Plan, folder: Path | None = None) -> Design:
     )
 
 
-def told(found: Plan, folder: Path | None = None) -> Design | str | None:
-    """Return the design of a study, or why there is none; None where its analysis compares no arms, or all is done."""
+def told(found: Plan, folder: Path | None = None) -> Design | ReferenceDesign | str | None:
+    """Return the design of a study, or why there is none; None where its analysis tests nothing, or all is done."""
     asked = found.study.analysis
-    if (
-        asked is None
-        or not isinstance(analyses.question(asked), MethodByShift)
-        or found.counts()["done"] == len(found.cells)
-    ):
+    question = None if asked is None else analyses.question(asked)
+    if not isinstance(question, MethodByShift | AgainstReference) or found.counts()["done"] == len(found.cells):
         return None
     try:
+        if isinstance(question, AgainstReference):
+            return reference_design.designed(found, folder)
         return as_planned(found, folder)
     except ValueError as error:
         return " ".join(str(error).split())
