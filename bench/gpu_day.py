@@ -185,9 +185,11 @@ def install(wheelhouse: Path, site: Path) -> str:
         # One wheel of another Python keeps all from being installed: then each by itself.
         reasons = {wheel: why for wheel in found if (why := _pip([wheel], site))}
         reason = f"pip failed for {len(reasons)} of {len(found)} wheels: {reason}" if reasons else ""
+    if others := [str(wheels[name]) for name in sorted(unfit(site)) if name in wheels]:
+        reason = "; ".join(filter(None, (reason, _pip(others, site))))
     missing = lacking(needed, site)
     told = f"missing, and not in the wheelhouse: {', '.join(missing)}" if missing else ""
-    return "; ".join(filter(None, (reason, told, unfit(site))))
+    return "; ".join(filter(None, (reason, told, told_unfit(site))))
 
 
 def _pip(wheels: Sequence[str], site: Path) -> str:
@@ -199,22 +201,29 @@ def _pip(wheels: Sequence[str], site: Path) -> str:
     return (said or ["no reason given"])[-1] if done.returncode else ""
 
 
-def unfit(site: Path) -> str:
-    """Return which versions the package does not admit, in one line, or "" (also where nothing reads requirements)."""
+def unfit(site: Path) -> dict[str, str]:
+    """Return name → version and what the package admits, where these differ; empty where nothing reads requirements."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return ""
-    there = {canonical(one.name): one for one in importlib.metadata.distributions(path=[*sys.path, str(site)])}
+        return {}
+    # What comes first on the path is what is imported: it is seen last here.
+    paths = [*reversed(sys.path), str(site)]
+    there = {canonical(one.name): one for one in importlib.metadata.distributions(path=paths)}
     package = there.get(PACKAGE)
     required = [Requirement(line) for line in (package.requires or ())] if package else []
-    found = [
-        f"{one.name} {there[canonical(one.name)].version} (asked for: {one.specifier})"
+    return {
+        canonical(one.name): f"{there[canonical(one.name)].version} (asked for: {one.specifier})"
         for one in required
         if (one.marker is None or one.marker.evaluate({"extra": ""}))
         and canonical(one.name) in there
         and not one.specifier.contains(there[canonical(one.name)].version, prereleases=True)
-    ]
+    }
+
+
+def told_unfit(site: Path) -> str:
+    """Return in one line what `unfit` finds, or ""."""
+    found = [f"{name} {version}" for name, version in unfit(site).items()]
     return f"other versions than asked for: {', '.join(found)}" if found else ""
 
 
@@ -392,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listed = parts(work, device, shape, options.dry_run)
         if strange := set(options.parts or ()) - {part.name for part in listed}:
             sys.exit(f"--parts: expected some of {', '.join(part.name for part in listed)}; got {', '.join(strange)}")
-        told = install(options.wheelhouse, work / "site") if options.wheelhouse else unfit(work / "site")
+        told = install(options.wheelhouse, work / "site") if options.wheelhouse else told_unfit(work / "site")
         folders = [str(work / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
         # Logs are no terminals: a state of a progress bar now and then.
         offline = {"HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "10"}

@@ -143,7 +143,21 @@ class TestInstalling:
         facts = tmp_path / "torch-1.0.dist-info"
         facts.mkdir()
         (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
-        assert "torch 1.0 (asked for: <3,>=2.10)" in gpu_day.unfit(tmp_path)
+        assert "torch 1.0 (asked for: <3,>=2.10)" in gpu_day.told_unfit(tmp_path)
+
+    def test_a_version_that_the_package_does_not_admit_is_replaced_if_there_is_a_wheel(self, tmp_path, monkeypatch):
+        house, site, front = (tmp_path / name for name in ("house", "site", "front"))
+        for folder in (house, front):
+            folder.mkdir()
+        wheel(house, "filelock", "3.99")
+        wheel(front, "filelock", "4.0")
+        with zipfile.ZipFile(front / "filelock-4.0-py3-none-any.whl") as archive:
+            archive.extractall(front)
+        monkeypatch.syspath_prepend(str(front))
+        (house / gpu_day.NEEDED).write_text("filelock\n")
+        assert "filelock 4.0" in gpu_day.told_unfit(site)
+        assert gpu_day.install(house, site) == ""
+        assert [file.name for file in site.glob("*.py")] == ["filelock.py"]
 
     def test_another_folder_is_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"expected a folder that bench/gpu_day_wheelhouse\.py wrote"):
