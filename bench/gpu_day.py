@@ -89,6 +89,17 @@ LIMITS = {
 }
 """Part → seconds that it may take; the most important first."""
 
+RATIOS = {
+    "throughput": "time of the other way over ours; floor: share of our time that the arithmetic takes at least",
+    "answering": "tokens per second over those of 16 bits",
+    "quantize": "bytes of the dense model over the most anonymous memory of the process",
+    "gptq": "as of quantize",
+    "decode": "time of 16 bits over that of packed weights",
+    "static_cache": "time of the plain way over that with a static cache",
+    "two_processes": "expressions per second of both together over those of one alone",
+}
+"""Part → what the numbers in the table's second column are."""
+
 
 def parts(work: Path, device: str, shape: str, small: bool) -> list[Part]:
     """All parts, in the order of `LIMITS`.
@@ -336,16 +347,25 @@ def table(facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
     lines = [f"{key}: {value}" for key, value in facts.items()]
     for outcome in outcomes:
         lines.append(f"\n{outcome.name}: {outcome.status}, {outcome.seconds:.0f} s")
+        if outcome.rows and outcome.name in RATIOS:
+            lines.append(f"  (ratio: {RATIOS[outcome.name]})")
         for row in outcome.rows:
             ratio = "" if row.get("ratio") is None else f"{row['ratio']:.3g}"
             kept = {key: value for key, value in row.items() if key not in ("case", "ratio")}
-            numbers = [f"{key} {value:.4g}" for key, value in kept.items() if isinstance(value, int | float)]
+            numbers = [f"{key} {_shown(value)}" for key, value in kept.items() if isinstance(value, int | float)]
             lines.append(f"  {row['case']:<28}{ratio:>8}  {', '.join(numbers)}")
             for kind in ("failed", "skipped_for"):
                 named = row.get(kind, {}).items()
                 lines += [f"    {kind.split('_')[0]}: {name}: {(why.splitlines() or [''])[0]}" for name, why in named]
         lines += [f"    | {line}" for line in outcome.said.strip().splitlines()[-8:]]
     return "\n".join(lines) + "\n"
+
+
+def _shown(value: float) -> str:
+    """A number for the table; bytes and the like without an exponent."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def publish(output: Path, work: Path, facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:

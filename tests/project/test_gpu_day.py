@@ -87,6 +87,13 @@ class TestParts:
         said = gpu_day.table({}, [gpu_day.Outcome("tests", "ended with status 1", 3.0, [row], "the end")])
         assert all(word in said for word in ("b: 1 != 2", "c: no nvcc", "| the end"))
 
+    def test_the_table_says_what_its_ratios_are_and_shows_numbers_as_a_person_reads_them(self):
+        row = {"case": "rtn", "ratio": 2.0, "within_bound": True, "peak_bytes": 7512345678, "seconds": 3.14159}
+        said = gpu_day.table({}, [gpu_day.Outcome("quantize", "done", 3.0, [row])])
+        assert "within_bound yes, peak_bytes 7,512,345,678, seconds 3.142" in said
+        assert "(ratio: bytes of the dense model over" in said
+        assert gpu_day.RATIOS.keys() == gpu_day.LIMITS.keys() - {"tests"}
+
     def test_of_tests_that_were_cut_off_those_are_counted_that_ran(self, tmp_path):
         (tmp_path / "tests.log").write_text(
             "collecting ...\rcollected 9 items\ntests/a/test_b.py::test_c[torch._int_mm cuda] PASSED   [ 11%]\n"
