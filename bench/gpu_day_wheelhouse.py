@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     unused = set(map(canonical, UNUSED))
     # What torch requires came with the torch that is there, and is another set for another version of CUDA.
-    needed = closure(ROOTS, options.python, unused | (closure(["torch"], options.python).keys() - {"torch"}))
+    needed = closure(ROOTS, options.python, unused | (closure(["torch"], options.python).keys() - {"torch", *NARROW}))
     named = options.present.read_text(encoding="utf-8").split() if options.present else closure(HAS, options.python)
     there = {*map(canonical, named)} - {*NARROW}
     wanted = {name: version for name, version in needed.items() if name not in {*there, PACKAGE}}
