@@ -35,6 +35,8 @@ HAS += (
     "sentence-transformers",
     "pydantic-core",
 )
+NARROW = ("filelock",)
+"""Taken along though the machine has them: of some versions that are in use the package admits none."""
 UNUSED = ("av", "pycocoevalcap", "wandb", "ruff", "pre-commit", "yt-dlp", "hf-transfer", "sentry-sdk", "gitpython")
 UNUSED += ("zstandard", "numexpr")
 PLATFORMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17, 12, 5))
@@ -114,9 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     unused = set(map(canonical, UNUSED))
     # What torch requires came with the torch that is there, and is another set for another version of CUDA.
-    needed = closure(ROOTS, options.python, unused | (closure(["torch"], options.python).keys() - {"torch"}))
+    needed = closure(ROOTS, options.python, unused | (closure(["torch"], options.python).keys() - {"torch", *NARROW}))
     named = options.present.read_text(encoding="utf-8").split() if options.present else closure(HAS, options.python)
-    wanted = {name: version for name, version in needed.items() if name not in {*map(canonical, named), PACKAGE}}
+    there = {*map(canonical, named)} - {*NARROW}
+    wanted = {name: version for name, version in needed.items() if name not in {*there, PACKAGE}}
     options.folder.mkdir(parents=True, exist_ok=True)
     for old in options.folder.glob("*.whl"):
         old.unlink()

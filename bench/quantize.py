@@ -153,8 +153,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = written(arguments.written or Path(temporary), shape, arguments.device)
         print(f"{machine()}\n{arguments.shape}, {shape.layers} blocks of the decoder", flush=True)
+        failed = False
         for method in arguments.methods:
-            row = child(arguments, folder, method)
+            try:
+                row = child(arguments, folder, method)
+            except RuntimeError as error:
+                # What the others take is worth knowing all the same.
+                print(error, file=sys.stderr, flush=True)
+                failed = True
+                continue
             rows.append(row)
             shown = (
                 f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
@@ -164,6 +171,8 @@ def main() -> None:
     # A model of another shape may be smaller than what the libraries take by themselves.
     if arguments.shape == SHAPE and arguments.device == "cpu" and not all(row["within_bound"] for row in rows):
         sys.exit("anonymous memory went above the bound")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ def markdown(heads: Sequence[str], cells: Iterable[Sequence[str]]) -> Iterator[s
 
 
 def write(path: Path | None, rows: Sequence[Row]) -> None:
-    """Write rows as a JSON list, if there is a path."""
+    """Write rows as a JSON list, if there is a path; whoever reads it meanwhile finds the former rows."""
     if path is not None:
-        path.write_text(json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished = path.with_name(f".{path.name}.part")
+        unfinished.write_text(json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.replace(path)

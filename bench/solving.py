@@ -5,9 +5,9 @@
 CHECKPOINT is one that `bench.real_weights` reads. Some blocks of its decoder (`--blocks`) are solved once by each
 method, from statistics of `--tokens` tokens of text, a quarter of them held out, roles in turns of 64 tokens. FOLDER
 has another version of the package as a folder `lmms_plugin` (`pip install --no-deps --target FOLDER CHECKOUT`): each
-version runs in a process of its own on the same statistics, by turns, and `ratio` is the earlier one's processor time
-over ours. `differing` is the share of layers that differ in any stored number, `error` the squared output error of all
-layers over that of the earlier version, on the inputs that were held out.
+version runs in a process of its own on the same statistics, by turns. Seconds are medians of `--repeats`, and `ratio`
+is the earlier version's median over ours. `differing` is the share of layers that differ in any stored number, `error`
+the squared output error of all layers over that of the earlier version, on the inputs that were held out.
 """
 
 from __future__ import annotations
@@ -141,9 +141,7 @@ def measure(file: Path, given: argparse.Namespace, weights: int) -> Iterator[Row
         row: Row = {"case": method, "ratio": None, "seconds_per_million": medians["ours"] / weights * 1e6}
         if given.against is not None:
             row["theirs_per_million"] = medians["theirs"] / weights * 1e6
-            row["ratio"] = statistics.median(
-                theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)
-            )
+            row["ratio"] = medians["theirs"] / medians["ours"]
             row["differing"], row["error"] = compare(file.with_name("ours"), file.with_name("theirs"))
         yield row
 

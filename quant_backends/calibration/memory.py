@@ -28,6 +28,10 @@ class Peak(NamedTuple):
 
 def reset_peak() -> None:
     """Reset the peak of CUDA devices; the peak of a process cannot be reset."""
+    if not torch.cuda.is_available():
+        return
+    # Before anything lies on a device torch has no allocator there, and refuses to reset what it counts.
+    torch.cuda.init()
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
 

@@ -391,26 +391,32 @@ def pass_on_errors(
     error = torch.zeros_like(dense)
     wanted_so_far = torch.zeros_like(dense) if factor.pull is not None else None
     positions = factor.order.tolist()
+    # A step is little arithmetic: the views of all its rows are made at once.
+    dense_rows, error_rows, error_by_row = dense.unbind(), error.unbind(), error.T
     for start in range(0, len(dense), block_size):
         stop = min(start + block_size, len(dense))
         if wanted_so_far is not None and factor.pull is not None:
             dense[start:stop] += factor.pull[:start, start:stop].T @ wanted_so_far[:start]
-        wanted = dense[start:stop] - factor.feedback[start:stop, :start] @ error[:start]
+        wanted = torch.addmm(dense[start:stop], factor.feedback[start:stop, :start], error[:start], alpha=-1)
+        wanted_rows, feedback_rows = wanted.unbind(), factor.feedback[start:stop].unbind()
         for step in range(start, stop):
             near = step - (step - start) % NEAR_COLUMNS
             if step == near > start:
                 next_near = min(near + NEAR_COLUMNS, stop)
-                wanted[near - start : next_near - start] -= (
-                    factor.feedback[near:next_near, start:near] @ error[start:near]
+                wanted[near - start : next_near - start].addmm_(
+                    factor.feedback[near:next_near, start:near], error[start:near], alpha=-1
                 )
-            row, before = factor.feedback[step, near:step], error[near:step]
-            moved = torch.addmv(wanted[step - start], before.T, row, alpha=-1)
+            row, before = (
+                feedback_rows[step - start].narrow(0, near, step - near),
+                error_by_row.narrow(1, near, step - near),
+            )
+            moved = torch.addmv(wanted_rows[step - start], before, row, alpha=-1)
             if wanted_so_far is not None and factor.pull is not None:
                 pulled = wanted_so_far[start:step].T @ factor.pull[start:step, step]
                 dense[step] += pulled
                 moved = moved + pulled
                 wanted_so_far[step] = moved
-            torch.sub(choose(positions[step], moved), dense[step], out=error[step])
+            torch.sub(choose(positions[step], moved), dense_rows[step], out=error_rows[step])
 
 
 def round_with_feedback(weight: Tensor, nearest: Codes, bits: int, factor: Factor, block_size: int = 128) -> Codes:
@@ -427,16 +433,18 @@ def round_with_feedback(weight: Tensor, nearest: Codes, bits: int, factor: Facto
         Codes with the same scales and zero points; columns of padding keep theirs.
     """
     dtype, size = nearest.scale.dtype, nearest.codes.shape[-1]
-    scales = nearest.scale.T.float().contiguous()
-    zeros = _zero_points(nearest, bits).T.float().contiguous()
+    scales = nearest.scale.T.float().contiguous().unbind()
+    zeros = _zero_points(nearest, bits).T.float().contiguous().unbind()
     codes = nearest.codes.flatten(1).T.clone(memory_format=torch.contiguous_format)
+    code_rows, largest, rounded = codes.unbind(), (1 << bits) - 1, dtype != torch.float32
 
     def choose(column: int, wanted: Tensor) -> Tensor:
         scale, zero = scales[column // size], zeros[column // size]
-        code = ((wanted / scale).round_() + zero).clamp_(0, (1 << bits) - 1)
-        codes[column] = code
+        code = (wanted / scale).round_().add_(zero).clamp_(0, largest)
+        code_rows[column].copy_(code)
+        value = code.sub_(zero).mul_(scale)
         # The value that the layer will compute with, rounded to its dtype.
-        return ((code - zero) * scale).to(dtype).float()
+        return value.to(dtype).float() if rounded else value
 
     pass_on_errors(weight, factor, choose, block_size)
     return nearest._replace(codes=codes.T.reshape(nearest.codes.shape))

@@ -78,10 +78,50 @@ class TestParts:
     def test_counts_of_tests_are_read_from_the_report(self, tmp_path):
         (tmp_path / "tests.xml").write_text(
             '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase name="a"/>'
-            '<testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase></testsuite></testsuites>'
+            '<testcase name="b"><failure message="1 != 2"/></testcase><testcase name="c"><skipped message="no nvcc"/>'
+            "</testcase></testsuite></testsuites>"
         )
         (row,) = gpu_day.rows_of(tmp_path, "tests")
-        assert (row["tests"], row["failures"], row["skipped"], row["not_passed"]) == (3, 1, 1, ["b", "c"])
+        assert (row["tests"], row["failures"], row["skipped"]) == (3, 1, 1)
+        assert (row["failed"], row["skipped_for"]) == ({"b": "1 != 2"}, {"c": "no nvcc"})
+        said = gpu_day.table({}, [gpu_day.Outcome("tests", "ended with status 1", 3.0, [row], "the end")])
+        assert all(word in said for word in ("b: 1 != 2", "c: no nvcc", "| the end"))
+
+    def test_the_table_says_what_its_ratios_are_and_shows_numbers_as_a_person_reads_them(self):
+        row = {"case": "rtn", "ratio": 2.0, "within_bound": True, "peak_bytes": 7512345678, "seconds": 3.14159}
+        said = gpu_day.table({}, [gpu_day.Outcome("quantize", "done", 3.0, [row])])
+        assert "within_bound yes, peak_bytes 7,512,345,678, seconds 3.142" in said
+        assert "(ratio: bytes of the dense model over" in said
+        assert gpu_day.RATIOS.keys() == gpu_day.LIMITS.keys() - {"tests"}
+
+    def test_of_tests_that_were_cut_off_those_are_counted_that_ran(self, tmp_path):
+        (tmp_path / "tests.log").write_text(
+            "collecting ...\rcollected 9 items\ntests/a/test_b.py::test_c[torch._int_mm cuda] PASSED   [ 11%]\n"
+            "tests/a/test_b.py::test_d FAILED  [ 22%]\ntests/a/test_b.py::test_e SKIPPED (none) [ 33%]\n"
+            "tests/a/test_b.py::test_f "
+        )
+        (row,) = gpu_day.rows_of(tmp_path, "tests")
+        assert (row["tests"], row["failures"], row["errors"], row["skipped"]) == (3, 1, 0, 1)
+        assert list(row["failed"]) == ["test_d"]
+
+    def test_the_rows_of_one_that_runs_are_told_meanwhile(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(gpu_day, "LOOK", 0.1)
+        file = tmp_path / "slow.json"
+        code = f"import pathlib, time; pathlib.Path({str(file)!r}).write_text('[{{\"case\": 1}}]'); time.sleep(600)"
+        told = []
+        outcome = gpu_day.run(part("slow", code, limit=3.0), tmp_path, 60.0, os.environ, told.append)
+        assert {one.status for one in told} == {"running"}
+        assert told[-1].rows == outcome.rows == [{"case": 1}]
+
+    def test_all_that_is_published_can_be_read_while_a_part_runs(self, tmp_path):
+        (tmp_path / "slow.log").write_text("step 1\rstep 2\n")
+        output = tmp_path / "out"
+        output.mkdir()
+        running = gpu_day.Outcome("slow", "running", 1.0, [{"case": "first", "ratio": 2.0}])
+        gpu_day.publish(output, tmp_path, {"torch": "2"}, [running])
+        assert json.loads((output / "gpu_day.json").read_text())["parts"][0]["rows"] == running.rows
+        assert (output / "gpu_day.log").read_text() == "=== slow\nstep 2\n\n"
+        assert "slow: running" in (output / "gpu_day.txt").read_text()
 
 
 class TestInstalling:
@@ -93,6 +133,38 @@ class TestInstalling:
         (house / gpu_day.NEEDED).write_text("gpu-day-probe\nnumpy\ngpu-day-nowhere\n")
         assert gpu_day.install(house, site) == "missing, and not in the wheelhouse: gpu-day-nowhere"
         assert sorted(file.name for file in site.glob("*.py")) == ["gpu_day_probe.py"]
+
+    def test_a_wheel_that_does_not_fit_keeps_no_other_from_being_installed(self, tmp_path):
+        house, site = tmp_path / "house", tmp_path / "site"
+        house.mkdir()
+        wheel(house, "gpu_day_probe")
+        wheel(house, "gpu_day_other")
+        (house / "gpu_day_other-1.0-py3-none-any.whl").rename(house / "gpu_day_other-1.0-cp27-cp27m-win32.whl")
+        (house / gpu_day.NEEDED).write_text("gpu-day-probe\ngpu-day-other\n")
+        told = gpu_day.install(house, site)
+        assert "pip failed for 1 of 2 wheels" in told
+        assert "missing, and not in the wheelhouse: gpu-day-other" in told
+        assert [file.name for file in site.glob("*.py")] == ["gpu_day_probe.py"]
+
+    def test_versions_that_the_package_does_not_admit_are_named(self, tmp_path):
+        facts = tmp_path / "torch-1.0.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+        assert "torch 1.0 (asked for: <3,>=2.10)" in gpu_day.told_unfit(tmp_path)
+
+    def test_a_version_that_the_package_does_not_admit_is_replaced_if_there_is_a_wheel(self, tmp_path, monkeypatch):
+        house, site, front = (tmp_path / name for name in ("house", "site", "front"))
+        for folder in (house, front):
+            folder.mkdir()
+        wheel(house, "filelock", "3.99")
+        wheel(front, "filelock", "4.0")
+        with zipfile.ZipFile(front / "filelock-4.0-py3-none-any.whl") as archive:
+            archive.extractall(front)
+        monkeypatch.syspath_prepend(str(front))
+        (house / gpu_day.NEEDED).write_text("filelock\n")
+        assert "filelock 4.0" in gpu_day.told_unfit(site)
+        assert gpu_day.install(house, site) == ""
+        assert [file.name for file in site.glob("*.py")] == ["filelock.py"]
 
     def test_another_folder_is_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"expected a folder that bench/gpu_day_wheelhouse\.py wrote"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from loguru import logger
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmms_plugin.quant_backends.plans.cache_spec import CacheSpec
 from lmms_plugin.quant_backends.plans.specs import UNTOUCHED_BITS
@@ -19,6 +19,9 @@ from lmms_plugin.vlm.kv_cache.timetable import Timetable
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers that keep keys and values and nothing else."""
+
+_KEEPS_NOTHING = "DummyLayer"
+"""Kind of layers without a state, by its name: transformers 5.17 has none."""
 
 
 class QuantizedCache(DynamicCache):
@@ -84,7 +87,8 @@ def expect_plain_cache(config: Any, spec: CacheSpec, name: str) -> None:
         )
     text = config.get_text_config(decoder=True)
     if strange := {type(layer).__name__ for layer in DynamicCache(config=text).layers} - {
-        kind.__name__ for kind in (*PLAIN_LAYERS, DummyLayer)
+        *(kind.__name__ for kind in PLAIN_LAYERS),
+        _KEEPS_NOTHING,
     }:
         raise ValueError(
             f"kv_bits: expected a model that caches keys and values alone, but {name} has layers that keep other "
