@@ -25,8 +25,24 @@ from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
 from lmms_plugin.analysis.logs import LoggedRun, read_one
 
 DEV, CLEAN = "shapes_rec_dev", "shapes_rec"
-SHIFTS = ("gaussian_noise_3", "defocus_blur_3", "fog_3", "jpeg_compression_3")
-TASKS = (DEV, CLEAN, *(f"shapes_shift_{name}" for name in SHIFTS))
+SEVERITY = 3
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "corruptions": (
+        "gaussian_noise",
+        "impulse_noise",
+        "defocus_blur",
+        "centred_motion_blur",
+        "snow",
+        "fog",
+        "contrast",
+        "jpeg_compression",
+    ),
+    "moving": ("crop", "horizontal_flip", "quarter_turn", "rotation", "downscale", "perspective"),
+    "language": ("keyboard_typos", "fillers", "dropped_words", "reordered_words", "synonyms", "paraphrase"),
+}
+"""Shifts by family: two each of noise, blur, weather and digital corruptions, and six of ten of the other two."""
+SHIFTED = tuple(f"shapes_shift_{name}_{SEVERITY}" for names in FAMILIES.values() for name in names)
+TASKS = (DEV, CLEAN, *SHIFTED)
 COMMON = "pretrained=demo,dtype=bfloat16,batch_size=64"
 MODELS: Mapping[str, tuple[str, str]] = {
     "16 bits": ("quant_none", COMMON),
@@ -81,7 +97,8 @@ def main() -> None:
         folder = options.output / name.replace(" ", "_")
         if not folder.exists() and not options.table:
             evaluator = evaluator or Evaluator(options.threads)
-            evaluator.run(model, arguments, TASKS, limit=options.limit, folder=folder)
+            kept = f"{arguments},features={options.output / 'features' / folder.name}"
+            evaluator.run(model, kept, TASKS, limit=options.limit, folder=folder)
             print(name, flush=True)
     runs = finished(options.output)
     for risk in options.risk:

@@ -269,17 +269,60 @@ def test_an_estimated_ratio_is_near_the_true_one_and_clipped():
     random = np.random.default_rng(6)
     source, target = random.normal(0, 1, (2000, 3)), random.normal([0.7, 0, 0], 1, (1500, 3))
     found = covariate_shift.density_ratio(source, target)
-    weights, true = found.weights(source), np.exp(0.7 * source[:, 0])
-    assert np.corrcoef(np.log(weights), np.log(true))[0, 1] > 0.95
-    assert weights.max() == pytest.approx(found.heaviest)
-    assert (weights == found.heaviest).mean() == pytest.approx(1 - covariate_shift.QUANTILE, abs=2e-3)
+    assert np.corrcoef(np.log(found.weights), 0.7 * source[:, 0])[0, 1] > 0.95
+    assert found.weights.mean() == pytest.approx(1.0, abs=0.05)
+    assert found.weights.max() == pytest.approx(found.heaviest)
+    assert (found.weights == found.heaviest).mean() == pytest.approx(1 - covariate_shift.QUANTILE, abs=2e-3)
     assert 0.6 < found.auroc < 0.75
     assert covariate_shift.effective_images(np.full(7, 3.0)) == pytest.approx(7.0)
     apart = covariate_shift.density_ratio(source, target + np.array([20.0, 0.0, 0.0]))
     assert apart.auroc > 0.999
     assert not apart.overlaps
     assert found.overlaps
-    same = covariate_shift.density_ratio(source[:1000], source[1000:])
-    assert covariate_shift.effective_images(same.weights(source)) > 1900
     with pytest.raises(ValueError, match="2 images or more"):
         covariate_shift.density_ratio(source[:1], target)
+
+
+@pytest.mark.parametrize("features", [3, 385])
+def test_images_of_one_kind_are_not_told_apart_however_many_features_there_are(features):
+    random = np.random.default_rng(features)
+    same = covariate_shift.density_ratio(*(random.normal(size=(count, features)) for count in (300, 100)))
+    assert same.auroc == pytest.approx(0.5, abs=0.15), "of images that a regression was not fitted to"
+    assert covariate_shift.effective_images(same.weights) > 270
+
+
+def test_a_weight_does_not_depend_on_the_fit_to_its_own_image():
+    random = np.random.default_rng(7)
+    source, target = random.normal(0, 1, (40, 2)), random.normal(0.5, 1, (40, 2))
+    found = covariate_shift.density_ratio(source, target)
+    mates = np.random.default_rng(0).permutation(40) % covariate_shift.FOLDS
+    fold = mates == mates[0]
+    swapped = source.copy()
+    # Images of one fold change places: statistics of all features stay, and so do the fits of the other folds' images.
+    swapped[fold] = np.roll(source[fold], 1, axis=0)
+    again = covariate_shift.density_ratio(swapped, target)
+    assert again.ridge == found.ridge
+    assert again.weights[~fold] == pytest.approx(found.weights[~fold])
+    assert again.weights[fold] == pytest.approx(np.roll(found.weights[fold], 1))
+
+
+@pytest.mark.parametrize(("images", "features"), [(200, 150), (40, 400)])
+def test_principal_components_are_those_of_a_singular_value_decomposition(images, features):
+    standard = np.random.default_rng(8).normal(size=(images, features)) * np.linspace(1, 3, features)
+    found = covariate_shift.principal_components(standard, 30)
+    left, values, _ = np.linalg.svd(standard, full_matrices=False)
+    assert np.abs(found) == pytest.approx(np.abs(left[:, :30] * values[:30]), abs=1e-6)
+    assert covariate_shift.principal_components(standard, features) is standard
+
+
+def test_a_bet_on_weighted_images_is_exact_given_their_features():
+    # Images with other weights and other risks, whose weighted risk is just the promised one: p-values are valid
+    # although no two images are alike, since the mean gain of a bet of constant size is at most that of equal images.
+    random = np.random.default_rng(9)
+    weights = random.gamma(2.0, 0.5, 300)
+    risks = np.clip(random.beta(0.5, 4.5, 300) * np.where(weights > 1.0, 1.6, 0.5), 0.0, 1.0)
+    promised = float(weights @ risks / weights.sum())
+    lost = (random.random((REPEATS, 300)) < risks) * weights
+    losses = ImageLosses(lost, np.tile(weights, (REPEATS, 1)), weights.max())
+    for p in (losses.p_below(promised), losses.p_above(promised)):
+        assert (p <= 0.05).mean() <= TOO_OFTEN
