@@ -179,7 +179,7 @@ def test_weights_are_by_features_where_all_runs_kept_some_and_it_is_told(runs):
     asked = reweighed(runs, Told("quant_none", "quant_rtn"), reweigh_by=Covariate.CONFIDENCES)
     assert asked.reweighing.by is Covariate.CONFIDENCES
     assert asked.cells == some.cells
-    with pytest.raises(ValueError, match="--reweigh-by features: rtn 4 kept none .* run it again with features=DIR"):
+    with pytest.raises(ValueError, match=r"--reweigh-by features: rtn 4 kept none .* run it again with features=DIR"):
         reweighed(runs, Told("quant_none"), reweigh_by=Covariate.FEATURES)
 
 

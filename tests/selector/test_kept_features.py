@@ -52,14 +52,14 @@ def test_a_run_that_kept_none_is_told(tmp_path):
     run = read_one(planted_logs.write(tmp_path / "run", {"rec": planted_logs.answers(0.5)}))
     features = RunFeatures()
     assert not features.kept(run)
-    with pytest.raises(ValueError, match="unquantized .*kept none: run it again with features=DIR"):
+    with pytest.raises(ValueError, match=r"unquantized .*kept none: run it again with features=DIR"):
         features("unquantized", run, run.tasks["rec"])
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     run = run_with_features(tmp_path)
     (tmp_path / "features").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="unquantized in .*no folder here: start this in the folder that the run"):
+    with pytest.raises(ValueError, match=r"unquantized in .*no folder here: start this in the folder that the run"):
         RunFeatures()("unquantized", run, run.tasks["rec"])
 
 

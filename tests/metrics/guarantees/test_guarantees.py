@@ -6,54 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binom
 
+from bench.guarantee_simulations import LARGEST, Truth, contained, drawn, losses_at_risk
 from lmms_plugin import metrics
 from lmms_plugin.metrics.guarantees import box_margins, covariate_shift, risk_bounds, thresholds
 from lmms_plugin.metrics.guarantees.risk_bounds import ImageLosses, image_losses
 from lmms_plugin.metrics.guarantees.thresholds import NOTHING, Promise, ScoredDocuments
 
 REPEATS = 1000
-LARGEST = 6
-MANY = 100_000
 TOO_OFTEN = binom.ppf(0.999, REPEATS, 0.05) / REPEATS
 """Share of broken promises that is not seen by chance where one in twenty may be broken."""
-
-
-def error(confidence):
-    """Probability of error: it rises again at the top, so that the risk of thresholds is not monotone."""
-    return np.where(confidence > 0.9, 0.07, np.clip(0.9 - confidence, 0.01, 0.9))
-
-
-def drawn(random, images, *, tied=False, shift=0.0, harder=0.0, most=LARGEST):
-    """Images of 1 to `most` documents, with the covariate of each image and the probability of error of each document.
-
-    Confidences and errors of an image go together. Images with a low covariate are harder than their confidence says.
-    """
-    image = np.repeat(np.arange(images), random.integers(1, most + 1, images))
-    covariate = random.normal(shift, 1.0, images)
-    confidence = 1.0 / (1.0 + np.exp(-0.6 * covariate[image] - 0.8 * random.normal(size=image.size) - 1.0))
-    confidence = np.round(confidence, 1) if tied else confidence
-    luck = np.where(random.random(image.size) < 0.5, random.random(images)[image], random.random(image.size))
-    wrong = error(confidence) + harder * (covariate[image] < -0.5)
-    return ScoredDocuments(confidence, (luck < wrong).astype(float), image), covariate, wrong
-
-
-class Truth:
-    """True risks of all thresholds, from very many images."""
-
-    def __init__(self, weigh=None, **options):
-        documents, covariate, wrong = drawn(np.random.default_rng(99), MANY, **options)
-        order = np.argsort(-documents.confidence, kind="stable")
-        weight = np.ones(MANY) if weigh is None else weigh(covariate)
-        of_each = weight[documents.image][order]
-        self.ranked = documents.confidence[order]
-        self.lost, self.counted = np.cumsum(of_each * wrong[order]), np.cumsum(of_each)
-
-    def accepted(self, threshold):
-        """Risk among what is accepted, and share of all that is accepted and wrong."""
-        count = int(np.searchsorted(-self.ranked, -threshold, side="right"))
-        if not count:
-            return 0.0, 0.0
-        return self.lost[count - 1] / self.counted[count - 1], self.lost[count - 1] / self.counted[-1]
 
 
 @pytest.mark.parametrize(("images", "tied"), [(30, True), (150, False), (600, True)])
@@ -96,10 +57,7 @@ def test_monotone_and_expected_thresholds_keep_their_risk(images):
 @pytest.mark.parametrize("bound", ["betting", "hoeffding-bentkus"])
 @pytest.mark.parametrize("images", [30, 150, 600])
 def test_p_values_are_those_of_no_effect_where_there_is_none(images, bound):
-    random = np.random.default_rng(images)
-    sizes = random.integers(0, LARGEST + 1, (REPEATS, images)).astype(float)
-    share = random.beta(0.4, 3.6, (REPEATS, images))
-    losses = ImageLosses(random.binomial(sizes.astype(int), share).astype(float), sizes, LARGEST)
+    losses = losses_at_risk(np.random.default_rng(images), images, REPEATS)
     for p in (losses.p_below(0.1, bound), losses.p_above(0.1, bound)):
         for level in (0.05, 0.2):
             assert (p <= level).mean() <= binom.ppf(0.999, REPEATS, level) / REPEATS
@@ -190,22 +148,10 @@ def test_documents_without_a_confidence_are_never_accepted():
         thresholds.selective_threshold(documents, np.arange(800) == 0, Promise(0.05, largest=2))
 
 
-def boxes(random, images):
-    """True boxes around predicted ones, off by an amount that the boxes of an image share in part; many tie."""
-    image = np.repeat(np.arange(images), random.integers(1, LARGEST + 1, images))
-    return np.round(np.abs(random.normal(0.0, 0.1, images)[image] + random.normal(0.0, 0.05, image.size)), 2), image
-
-
 @pytest.mark.parametrize("images", [30, 150, 600])
 def test_grown_boxes_contain_the_true_ones_as_often_as_stated(images):
-    random, kept = np.random.default_rng(images), []
-    for _ in range(REPEATS):
-        scores, image = boxes(random, images + 20)
-        known = image < images
-        found = box_margins.box_margin(scores[known], image[known], 0.9)
-        # A random box of each new image.
-        mean = np.bincount(image[~known] - images, scores[~known] <= found.margin) / np.bincount(image[~known] - images)
-        kept.append(mean.mean())
+    random = np.random.default_rng(images)
+    kept = [contained(random, images, 0.9) for _ in range(REPEATS)]
     error = 3 * np.std(kept) / math.sqrt(REPEATS)
     assert np.mean(kept) >= 0.9 - error
     assert np.mean(kept) <= 0.9 + 2 / images + 0.03 + error, "no more than ties and the new image ask for"
