@@ -155,7 +155,8 @@ def _fit(features: Floats, of_target: Floats, ridge: float, start: Floats) -> Fl
 def _shares(of_target: Floats) -> Floats:
     """Return what each image weighs in a fit: both sets alike, so that odds tell nothing of their sizes."""
     there = of_target.sum()
-    return np.where(of_target > 0.0, 0.5 / there, 0.5 / (of_target.size - there))
+    shares: Floats = np.where(of_target > 0.0, 0.5 / there, 0.5 / (of_target.size - there))
+    return shares
 
 
 def effective_images(weights: Floats) -> float:
