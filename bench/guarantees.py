@@ -52,10 +52,10 @@ MODELS: Mapping[str, tuple[str, str]] = {
 
 
 def order() -> Iterator[tuple[str, str]]:
-    """Models and parts, so that what takes longest and is needed least, scenes to choose anew on, comes last."""
+    """Models and parts, those of which most is to be learned first: scenes to choose anew on come last."""
     first, *others = MODELS
-    yield first, "dev"
-    yield from ((name, part) for part in PARTS if part != "dev" for name in MODELS)
+    yield from ((first, part) for part in PARTS)
+    yield from ((name, part) for name in reversed(others) for part in PARTS if part != "dev")
     yield from ((name, "dev") for name in reversed(others))
 
 
