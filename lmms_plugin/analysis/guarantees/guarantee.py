@@ -121,11 +121,7 @@ def guarantee(
             if by is not None:
                 cell = replace(cell, reweighed=judge.reweighed((name, run), (of, runs[of], records), by))
             cells.append(cell)
-    anew = [
-        ChosenAnew(of, judge.chosen_on(one.tasks[source.task]))
-        for of, one in others.items()
-        if source.task in one.tasks and one.tasks[source.task].documents == source.documents
-    ]
+    anew = _anew(judge, others)
     needed = images_needed(settings.risk, settings.level)
     return RunGuarantee(
         name,
@@ -138,6 +134,16 @@ def guarantee(
         tuple(anew),
         None if by is None else Reweighing(by.by, by.lacking),
     )
+
+
+def _anew(judge: _Judge, others: Mapping[str, LoggedRun]) -> list[ChosenAnew]:
+    """Choose thresholds on the other runs' own answers to the same documents."""
+    source = judge.source
+    return [
+        ChosenAnew(of, judge.chosen_on(one.tasks[source.task]))
+        for of, one in others.items()
+        if source.task in one.tasks and one.tasks[source.task].documents == source.documents
+    ]
 
 
 def _source(run: LoggedRun, settings: GuaranteeSettings) -> TaskRecords:
