@@ -277,7 +277,9 @@ class _Missing:
 def _joined(parts: Sequence[Draws]) -> Draws:
     names = tuple(name for part in parts for name in part.names)
     values = np.concatenate([part.value for part in parts])
-    return Draws(names, values, np.concatenate([part.resampled for part in parts], axis=1))
+    added = [part.parts for part in parts if part.parts is not None]
+    by_image = np.concatenate(added, axis=1) if len(added) == len(parts) else None
+    return Draws(names, values, np.concatenate([part.resampled for part in parts], axis=1), by_image)
 
 
 def _changes(
@@ -386,7 +388,9 @@ def _errors(draws: Draws) -> npt.NDArray[np.float64]:
 def _mean(cells: Sequence[Draws], name: str) -> Draws:
     pairs = [cell.of(name) for cell in cells]
     value = np.array([np.mean([value for value, _ in pairs])])
-    return Draws((name,), value, np.mean([resampled for _, resampled in pairs], axis=0)[:, None])
+    added = [part for cell in cells if (part := cell.parts_of(name)) is not None]
+    by_image = np.mean(added, axis=0)[:, None] if len(added) == len(cells) else None
+    return Draws((name,), value, np.mean([resampled for _, resampled in pairs], axis=0)[:, None], by_image)
 
 
 def _corrected_groups(groups: Sequence[GroupChange]) -> list[GroupChange]:

@@ -66,7 +66,8 @@ def sentences(found: Comparison, level: float) -> list[str]:
             judged = [(one.interaction, p) for one, p in zip(lost, p_lost, strict=True)]
             said.append(_counted("from clean to shifted data it", lost, judged, LOST, level))
         return said
-    said = [_right(one, level, first=k == 0) for k, one in enumerate(groups)]
+    named = [finding(one.difference, one.p_holm, level) != OPEN for one in groups]
+    said = [_right(one, level, first=not any(named[:k])) for k, one in enumerate(groups)]
     return [*said, *(_lost(one, p, level, several=len(lost) > 1) for one, p in zip(lost, p_lost, strict=True))]
 
 

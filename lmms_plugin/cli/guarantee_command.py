@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmms_plugin.analysis.guarantees.covariate import Covariate
 from lmms_plugin.analysis.guarantees.guarded_loss import GuardedLoss
 from lmms_plugin.cli.measuring import AsJson, Estimator, Everything, print_json, print_tables
 from lmms_plugin.cli.terminal import Working
@@ -52,7 +53,11 @@ Contain = Annotated[
     float | None, typer.Option(help="Also grow accepted boxes until they contain the true one this often.")
 ]
 Reweigh = Annotated[
-    bool, typer.Option("--reweigh", help="Also choose with weights by the confidences of what is judged.")
+    bool, typer.Option("--reweigh", help="Also choose with images weighted as if they were those that are judged.")
+]
+ReweighBy = Annotated[
+    Covariate | None,
+    typer.Option(help="--reweigh by this; by default by features if all runs kept some, else by confidences."),
 ]
 ImageSeed = Annotated[int, typer.Option(min=0, help="Seed of the choices of images.")]
 Output = Annotated[Path | None, typer.Option(help="File for what --json prints; a report shows DIR/guarantee.json.")]
@@ -74,6 +79,7 @@ def guarantee(
     estimator: Estimator = None,
     contain: Contain = None,
     reweigh: Reweigh = False,
+    reweigh_by: ReweighBy = None,
     seed: ImageSeed = 0,
     output: Output = None,
 ) -> None:
@@ -82,15 +88,17 @@ def guarantee(
     from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings
     from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
     from lmms_plugin.cli.screens.guarantee_screen import guarantee_screen, guarantee_tables
+    from lmms_plugin.selector.kept_features import RunFeatures
 
     if output is not None:
         expect_file("--output", output)
     chosen: Bound | None = None if bound is None else _BOUNDS[bound]
+    reweigh = reweigh or reweigh_by is not None
     settings = GuaranteeSettings(
-        risk, level, loss, estimator, per_image, chosen, calibrate, share, pilot, seed, reweigh, contain
+        risk, level, loss, estimator, per_image, chosen, calibrate, share, pilot, seed, reweigh, contain, reweigh_by
     )
     with Working("reading and testing"):
-        told = guarantee_of(results, on or (), settings)
+        told = guarantee_of(results, on or (), settings, RunFeatures())
     everything_told = {"sentences": sentences(told)} | plain(told)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ one row of counts: how often each cluster was drawn. Statistics take counts, not
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,14 @@ class Statistic(Protocol):
         """Return values, shape (resamples, names), for counts of shape (resamples, clusters); NaN where undefined."""
 
 
+@runtime_checkable
+class SumOverClusters(Protocol):
+    """Statistic that is a sum of what each cluster adds, over a total that all runs on the same records share."""
+
+    def parts(self) -> Floats:
+        """Return what each cluster adds on the data themselves, shape (clusters, names)."""
+
+
 class Clusters(NamedTuple):
     """Cluster of each record.
 
@@ -86,16 +94,23 @@ class Draws(NamedTuple):
         names: Names of the numbers.
         value: Values on the data themselves, shape (names,).
         resampled: Values on the resamples, shape (resamples, names).
+        parts: What each cluster adds to the values, shape (clusters, names), NaN where a number is no sum over
+            clusters; None where nothing was resampled.
     """
 
     names: tuple[str, ...]
     value: Floats
     resampled: Floats
+    parts: Floats | None = None
 
     def of(self, name: str) -> tuple[float, Floats]:
         """Return the value and the resamples, shape (resamples,), of one number."""
         column = self.names.index(name)
         return float(self.value[column]), self.resampled[:, column]
+
+    def parts_of(self, name: str) -> Floats | None:
+        """Return what each cluster adds to one number, shape (clusters,)."""
+        return None if self.parts is None else self.parts[:, self.names.index(name)]
 
 
 class Interval(NamedTuple):
@@ -154,7 +169,14 @@ def bootstrap(
             evaluated = list(pool.map(evaluate, chunks))
     once = np.ones((1, clusters))
     return [
-        Draws(statistic.names, statistic(once)[0], np.concatenate([values[k] for values in evaluated]))
+        Draws(
+            statistic.names,
+            statistic(once)[0],
+            np.concatenate([values[k] for values in evaluated]),
+            statistic.parts()
+            if isinstance(statistic, SumOverClusters)
+            else np.full((clusters, len(statistic.names)), np.nan),
+        )
         for k, statistic in enumerate(statistics)
     ]
 
@@ -198,16 +220,34 @@ def interval(value: float, resampled: Floats, *, level: float = 0.95, method: Me
     return Interval(float(low), float(high))
 
 
-def p_value(value: float, resampled: Floats, *, method: Method = "percentile") -> float:
+def p_value(value: float, resampled: Floats, *, method: Method = "percentile", clusters: int | None = None) -> float:
     """Return the two-sided p-value of "the number is 0", by inverting `interval`; NaN where that is NaN.
 
-    It is the smallest 1 − level whose interval excludes 0, with one resample added on either side, so never 0.
+    It is the smallest 1 − level whose interval excludes 0, with one resample added on either side, so never 0, and at
+    least `least_p` of the clusters that tell anything.
+
+    Args:
+        value: Value on the data themselves.
+        resampled: Values on the resamples, shape (resamples,).
+        method: Method that turns resamples into an interval.
+        clusters: Number of clusters that tell anything of the number; None for more than enough.
     """
     moved = _moved(value, resampled, method)
     if moved is None:
         return float("nan")
     tail = min(np.count_nonzero(moved <= 0.0), np.count_nonzero(moved >= 0.0))
-    return float(min(1.0, 2 * (tail + 1) / (moved.size + 1)))
+    least = 0.0 if clusters is None else least_p(clusters)
+    return float(min(1.0, max(least, 2 * (tail + 1) / (moved.size + 1))))
+
+
+def least_p(clusters: int) -> float:
+    """Return the smallest two-sided p-value that so many clusters can give.
+
+    Where nothing differs, each cluster's difference is as likely to have the other sign, and all of n clusters agree in
+    2 of 2ⁿ cases: the exact sign-flip test (Fisher 1935) cannot give less. Resamples of few clusters that agree never
+    change their sign, so that their share alone claims any certainty that one has the patience to draw.
+    """
+    return float(min(1.0, 2.0 ** (1 - clusters)))
 
 
 def _moved(value: float, resampled: Floats, method: Method) -> Floats | None:

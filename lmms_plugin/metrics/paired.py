@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
 
-from lmms_plugin.metrics._inputs import Floats, fractions
+from lmms_plugin.metrics._inputs import ROUNDING, Floats, fractions
 from lmms_plugin.metrics.bootstrap import Draws, Interval, Method, interval, p_value
 from lmms_plugin.metrics.intervals import METHODS
 
@@ -86,7 +86,9 @@ def difference(
     """
     (value_a, resampled_a), (value_b, resampled_b) = first.of(name), second.of(name)
     method = METHODS.get(name, "percentile")
-    return from_resamples(value_b - value_a, resampled_b - resampled_a, method, level, margin, widest=1.0)
+    parts_a, parts_b = first.parts_of(name), second.parts_of(name)
+    parts = None if parts_a is None or parts_b is None else parts_b - parts_a
+    return from_resamples(value_b - value_a, resampled_b - resampled_a, method, level, margin, parts=parts, widest=1.0)
 
 
 def interaction(
@@ -105,11 +107,13 @@ def interaction(
     than on clean data: a negative value of a metric that should be high means that it does. All four draws must come
     from one call of `bootstrap`, so that an image is drawn for all of them or for none.
     """
-    pairs = [draws.of(name) for draws in (clean_first, shifted_first, clean_second, shifted_second)]
-    (a, a_drawn), (b, b_drawn), (c, c_drawn), (d, d_drawn) = pairs
+    all_four = clean_first, shifted_first, clean_second, shifted_second
+    (a, a_drawn), (b, b_drawn), (c, c_drawn), (d, d_drawn) = (draws.of(name) for draws in all_four)
     method = METHODS.get(name, "percentile")
     drawn = (d_drawn - c_drawn) - (b_drawn - a_drawn)
-    return from_resamples((d - c) - (b - a), drawn, method, level, margin, widest=2.0)
+    known = [part for draws in all_four if (part := draws.parts_of(name)) is not None]
+    parts = (known[3] - known[2]) - (known[1] - known[0]) if len(known) == 4 else None
+    return from_resamples((d - c) - (b - a), drawn, method, level, margin, parts=parts, widest=2.0)
 
 
 def from_resamples(
@@ -119,9 +123,13 @@ def from_resamples(
     level: float,
     margin: float | None,
     *,
+    parts: Floats | None = None,
     widest: float = float("inf"),
 ) -> Difference:
     """Return a difference with its interval, p-value and, given a margin, equivalence.
+
+    Few images show little, whatever the resamples say: p is at least that of as many images that differ and agree
+    (`bootstrap.least_p`), and equivalence takes so many that a one-sided test of them could show it.
 
     Args:
         value: Value on the data themselves.
@@ -129,6 +137,8 @@ def from_resamples(
         method: Method that turns resamples into an interval.
         level: Confidence level of the interval.
         margin: Equivalence margin, see `equivalent`; None for no test of equivalence.
+        parts: What each cluster adds to the difference, shape (clusters,); NaN where it is no sum over clusters, and
+            None where their number is not known.
         widest: Largest possible absolute difference: an interval that is not of quantiles ends there.
     """
     low, high = interval(value, resampled, level=level, method=method)
@@ -136,8 +146,10 @@ def from_resamples(
         low, high = np.clip((low, high), -widest, widest).tolist()
     # Two one-sided tests at 1 − level each: the interval of level 2·level − 1.
     narrow = interval(value, resampled, level=2 * level - 1, method=method)
-    decided = None if margin is None else equivalent(narrow, margin)
-    return Difference(value, low, high, p_value(value, resampled, method=method), decided)
+    enough = parts is None or 0.5**parts.size <= 1 - level
+    decided = None if margin is None else enough and equivalent(narrow, margin)
+    told = None if parts is None else int(np.count_nonzero(~(np.abs(parts) <= ROUNDING)))
+    return Difference(value, low, high, p_value(value, resampled, method=method, clusters=told), decided)
 
 
 def equivalent(inside: Interval, margin: float) -> bool:

@@ -49,6 +49,11 @@ class Sums:
         sums._whole = np.array([math.fsum(row.tolist()) for row in rows])
         return sums
 
+    def by_cluster(self) -> Floats:
+        """Return the sums of each cluster, shape (clusters, cells)."""
+        matrix = self._matrix if isinstance(self._matrix, np.ndarray) else self._matrix.toarray()
+        return np.asarray(matrix.T)
+
     def __call__(self, counts: Floats) -> Floats:
         """Return sums, shape (resamples, cells)."""
         if len(counts) == 1 and np.all(counts == 1.0):
@@ -76,6 +81,11 @@ class Means:
         with np.errstate(invalid="ignore"):
             means: Floats = sums[:, :-1] / sums[:, -1:]
         return means
+
+    def parts(self) -> Floats:
+        """Return what each cluster adds to the means, shape (clusters, names)."""
+        sums = self._sums.by_cluster()
+        return np.asarray(sums[:, :-1] / max(sums[:, -1].sum(), 1.0))
 
 
 class KnownMeans:

@@ -9,6 +9,8 @@ from helpers import planted_logs
 from markupsafe import escape
 
 from lmms_plugin.analysis.guarantees import guarantee as analysis
+from lmms_plugin.analysis.guarantees.covariate import Covariate
+from lmms_plugin.analysis.guarantees.covariates import ToWeigh, described
 from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings, Survival
 from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences
 from lmms_plugin.analysis.guarantees.guarded_loss import GuardedLoss
@@ -141,6 +143,66 @@ def test_weights_need_an_overlap(runs, found):
     apart = cell(analysis.guarantee_of(runs / "a", [folder], settings), "hqq 4", "rec").reweighed
     assert not apart.overlaps
     assert (apart.threshold, apart.verdict) == (math.inf, Survival.NOTHING_ACCEPTED)
+
+
+class Told:
+    """Features that runs are said to have kept: one number per answer that tells which are hard."""
+
+    def __init__(self, *keeping):
+        self.keeping = keeping
+
+    def kept(self, run):
+        return run.model in self.keeping
+
+    def __call__(self, name, run, records):
+        hard = records.outcome == 0.0
+        return np.stack([hard + 0.1 * records.numbers % 1, np.full(hard.size, np.nan)], axis=1)
+
+
+def reweighed(runs, features, **settings):
+    chosen = GuaranteeSettings(calibrate="rec_dev", risk=0.15, reweigh=True, **settings)
+    return analysis.guarantee_of(runs / "a", [runs], chosen, features)
+
+
+def test_weights_are_by_features_where_all_runs_kept_some_and_it_is_told(runs):
+    by_features = reweighed(runs, Told("quant_none", "quant_rtn"))
+    assert by_features.reweighing.by is Covariate.FEATURES
+    said = sentences(by_features)[-1]
+    assert "Reweighed by features, " in said
+    assert "estimated weights are no guarantee" in said
+    # The features tell which answers are hard, and the quantized run has far more of these.
+    assert cell(by_features, "rtn 4", "rec").reweighed.auroc > 0.62
+    assert cell(by_features, "unquantized", "rec").reweighed.auroc < 0.58
+    some = reweighed(runs, Told("quant_none"))
+    assert (some.reweighing.by, some.reweighing.lacking) == (Covariate.CONFIDENCES, "rtn 4")
+    assert "Reweighed by confidences (rtn 4 kept no features), " in sentences(some)[-1]
+    asked = reweighed(runs, Told("quant_none", "quant_rtn"), reweigh_by=Covariate.CONFIDENCES)
+    assert asked.reweighing.by is Covariate.CONFIDENCES
+    assert asked.cells == some.cells
+    with pytest.raises(ValueError, match=r"--reweigh-by features: rtn 4 kept none .* run it again with features=DIR"):
+        reweighed(runs, Told("quant_none"), reweigh_by=Covariate.FEATURES)
+
+
+def test_runs_with_features_of_other_sizes_cannot_stand_for_each_other(runs):
+    class Wider(Told):
+        def __call__(self, name, run, records):
+            width = 3 if run.model == "quant_rtn" else 2
+            return np.repeat(super().__call__(name, run, records)[:, :1], width, axis=1)
+
+    with pytest.raises(ValueError, match=r"2 numbers per answer of unquantized and 3 of rtn 4.*--reweigh-by"):
+        reweighed(runs, Wider("quant_none", "quant_rtn"))
+
+
+def test_images_are_described_by_means_of_what_is_known(runs):
+    rec = records(runs, "a", "rec")
+    keep = np.arange(COUNT) < 6
+    columns = np.stack([np.arange(COUNT, dtype=float), np.where(np.arange(COUNT) % 4 == 0, 7.0, np.nan)], axis=1)
+    found = described(columns, ToWeigh("a", read_one(runs / "a"), rec, keep))
+    order = np.argsort(rec.images[keep], kind="stable")
+    by_image = [order[rec.images[keep][order] == name].tolist() for name in np.unique(rec.images[keep])]
+    means = [np.mean(columns[rows, 0]) for rows in by_image]
+    shares = [np.mean(~np.isnan(columns[rows, 1])) for rows in by_image]
+    assert found.tolist() == [[m, 7.0 if s else 0.0, 1.0, s] for m, s in zip(means, shares, strict=True)]
 
 
 @pytest.mark.parametrize(("loss", "risk"), [(GuardedLoss.IOU, 0.3), (GuardedLoss.ERROR, 0.05)])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from lmms_plugin.metrics.bootstrap import Clusters, bootstrap, interval
+from bench.guarantee_simulations import divergence_coverage
+from lmms_plugin.metrics.bootstrap import Clusters
 from lmms_plugin.metrics.divergence import FlipsPredicted, kl_bounds, kl_divergence, mean_shift
 from lmms_plugin.metrics.sums import KnownMeans, plain
 
@@ -169,26 +170,6 @@ def test_known_means_are_those_of_records_repeated_without_the_missing():
         KnownMeans({"kl": [np.inf]}, Clusters.one(1))
 
 
-def answers(images, rng):
-    """Divergences of some images' answers: unequal clusters, skewed, alike within an image, and many exactly equal."""
-    sizes = rng.geometric(0.35, images)
-    index = np.repeat(np.arange(images), sizes)
-    of_image = rng.normal(0, 0.6, images)[index]
-    values = np.exp(of_image + rng.normal(0, 0.6, index.size))
-    values[rng.random(index.size) < 0.4] = 0.0
-    return values, index
-
-
-TRUE_MEAN = 0.6 * np.exp((0.6**2 + 0.6**2) / 2)
-
-
 @pytest.mark.parametrize(("images", "least"), [(30, 0.85), (150, 0.9), (600, 0.91)])
 def test_intervals_over_images_cover_the_true_mean(images, least):
-    rng = np.random.default_rng(7)
-    covered, runs = 0, 250
-    for _ in range(runs):
-        values, index = answers(images, rng)
-        (draws,) = bootstrap([KnownMeans({"kl": values}, Clusters(index, images))], images, resamples=200)
-        low, high = interval(*draws.of("kl"))
-        covered += low <= TRUE_MEAN <= high
-    assert least <= covered / runs <= 0.985
+    assert least <= divergence_coverage(images, 250) <= 0.985

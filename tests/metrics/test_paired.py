@@ -1,6 +1,7 @@
 """Paired comparison, corrections, equivalence and robustness: closed forms and independent implementations."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -162,6 +163,50 @@ def test_paired_p_values_are_uniform_under_no_difference():
         small += difference(first, second, "acc").p < 0.1
     # 0.1 with three standard errors, and the resamples' own noise.
     assert 0.03 < small / trials < 0.19
+
+
+def losing(images, differing, per_image=2):
+    """Two runs of which the second loses all documents of some images and is otherwise the same."""
+    index = np.repeat(np.arange(images), per_image)
+    outcomes = np.ones(index.size), (index >= differing).astype(float)
+    clusters = Clusters(index, images)
+    return bootstrap([Means({"acc": outcome}, clusters) for outcome in outcomes], images, resamples=1000)
+
+
+@pytest.mark.parametrize(("images", "differing"), [(3, 3), (5, 5), (130, 1), (130, 3), (130, 5), (130, 8)])
+def test_p_is_at_least_that_of_the_exact_sign_flip_test_of_images_that_differ(images, differing):
+    first, second = losing(images, differing)
+    found = difference(first, second, "acc")
+    # All signs of the images that differ: two of 2ⁿ assignments are as extreme as the one seen.
+    exact = np.mean([abs(sum(signs)) >= differing for signs in product((-1, 1), repeat=differing)])
+    assert exact == 2 ** (1 - differing)
+    assert found.p >= exact
+    # One document for each image: McNemar's test is the same.
+    assert difference(*losing(images, differing, 1), "acc").p >= mcnemar(differing, 0) == pytest.approx(exact)
+    if images == differing:
+        assert found.p == exact
+    again = interaction(first, first, first, second, "acc")
+    assert again.p >= exact
+
+
+def test_with_many_images_the_resamples_decide():
+    found = difference(*losing(130, 60), "acc")
+    assert found.p == pytest.approx(2 / 1001)
+
+
+def test_numbers_that_are_no_sums_count_all_images():
+    rng = np.random.default_rng(5)
+    for images, least in ((3, 0.25), (6, 2**-5)):
+        confidence, outcome = rng.random(2 * images), np.tile([0.0, 1.0], images)
+        clusters = Clusters(np.arange(2 * images) // 2, images)
+        both = [Binned(told, outcome, clusters) for told in (confidence, np.tile([0.0, 1.0], images))]
+        assert difference(*bootstrap(both, images, resamples=500), "ece").p >= least
+
+
+def test_too_few_images_show_no_equivalence():
+    for images, shown in ((3, False), (4, False), (5, True)):
+        found = difference(*losing(images, 0), "acc", margin=0.01)
+        assert (found.p, found.equivalent) == (1.0, shown)
 
 
 def test_interaction_is_the_difference_in_differences():

@@ -88,7 +88,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "arguments": "demo quant_backends.backend quant_backends.calibration quant_backends.plans utils",
         "analysis": "arguments confidence metrics protocol quant_backends quant_backends.extras quant_backends.plans"
         " shifts utils",
-        "selector": "analysis confidence metrics utils",
+        "selector": "analysis arguments confidence metrics utils",
         **TASKS,
         **MODELS,
         "registration": "ending quant_backends tasks.captions tasks.grounding tasks.registry tasks.retrieval"

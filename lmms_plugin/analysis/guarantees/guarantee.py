@@ -18,11 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from lmms_plugin.analysis import axes, logs
+from lmms_plugin.analysis.guarantees.covariates import Covariates, KeptFeatures, ToWeigh, covariates
 from lmms_plugin.analysis.guarantees.guarantee_results import (
     ChosenAnew,
     GuaranteeSettings,
     JudgedCell,
     ReweighedThreshold,
+    Reweighing,
     RunGuarantee,
     Survival,
 )
@@ -30,7 +32,7 @@ from lmms_plugin.analysis.guarantees.guarded_loss import GuardedLoss
 from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.records import CLEAN, GROUNDING, REJECTION, Bools, Floats, TaskRecords, Texts
 from lmms_plugin.metrics.guarantees.box_margins import BoxMargin, box_margin, growth_needed
-from lmms_plugin.metrics.guarantees.covariate_shift import DensityRatio, density_ratio, effective_images
+from lmms_plugin.metrics.guarantees.covariate_shift import density_ratio, effective_images
 from lmms_plugin.metrics.guarantees.risk_bounds import ImageLosses, image_losses, images_needed
 from lmms_plugin.metrics.guarantees.thresholds import (
     NOTHING,
@@ -63,13 +65,16 @@ def named(found: Sequence[tuple[Path, LoggedRun]]) -> dict[str, LoggedRun]:
     return names
 
 
-def guarantee_of(path: Path, on: Iterable[Path], settings: GuaranteeSettings) -> RunGuarantee:
+def guarantee_of(
+    path: Path, on: Iterable[Path], settings: GuaranteeSettings, features: KeptFeatures | None = None
+) -> RunGuarantee:
     """Read runs, choose a threshold on the first and judge it on all.
 
     Args:
         path: Run to choose on.
         on: Runs, or folders of runs, to judge it on besides.
         settings: What is promised, and on which images it is chosen.
+        features: Reader of features that runs kept; None where none are to be used.
 
     Raises:
         ValueError: As `guarantee`, or a run cannot be read.
@@ -78,10 +83,16 @@ def guarantee_of(path: Path, on: Iterable[Path], settings: GuaranteeSettings) ->
     found = [(path, first), *((root, logs.read(file)) for root in on for file in logs.find(root))]
     runs = named(found)
     name = next(name for name, run in runs.items() if run.file.resolve() == first.file.resolve())
-    return guarantee(name, runs[name], {of: run for of, run in runs.items() if of != name}, settings)
+    return guarantee(name, runs[name], {of: run for of, run in runs.items() if of != name}, settings, features)
 
 
-def guarantee(name: str, run: LoggedRun, others: Mapping[str, LoggedRun], settings: GuaranteeSettings) -> RunGuarantee:
+def guarantee(
+    name: str,
+    run: LoggedRun,
+    others: Mapping[str, LoggedRun],
+    settings: GuaranteeSettings,
+    features: KeptFeatures | None = None,
+) -> RunGuarantee:
     """Choose a threshold on one run and judge it on all.
 
     Args:
@@ -89,9 +100,11 @@ def guarantee(name: str, run: LoggedRun, others: Mapping[str, LoggedRun], settin
         run: Run to choose on.
         others: Further runs to judge it on, by name.
         settings: What is promised, and on which images it is chosen.
+        features: Reader of features that runs kept; None where none are to be used.
 
     Raises:
-        ValueError: There is no task to choose on, or several and none was named, or a task has no confidences.
+        ValueError: There is no task to choose on, or several and none was named, or a task has no confidences; or
+            features that are to be used are missing.
     """
     source = _source(run, settings)
     runs = {name: run} | dict(others)
@@ -100,18 +113,37 @@ def guarantee(name: str, run: LoggedRun, others: Mapping[str, LoggedRun], settin
     largest = max(_largest(one, settings) for one in (source, *(one for tasks in judged.values() for one in tasks)))
     judge = _Judge(source, choosing, largest, settings, {one.task: one for one in judged[name]})
     margin = judge.margin(run)
-    cells = [
-        judge.cell(of, runs[of], records, margin, own=of == name) for of, tasks in judged.items() for records in tasks
-    ]
-    anew = [
+    by = covariates(runs, settings.reweigh_by, features) if settings.reweigh else None
+    cells = []
+    for of, tasks in judged.items():
+        for records in tasks:
+            cell = judge.cell(of, runs[of], records, margin, own=of == name)
+            if by is not None:
+                cell = replace(cell, reweighed=judge.reweighed((name, run), (of, runs[of], records), by))
+            cells.append(cell)
+    anew = _anew(judge, others)
+    needed = images_needed(settings.risk, settings.level)
+    return RunGuarantee(
+        name,
+        source.task,
+        settings,
+        judge.chosen,
+        needed,
+        margin,
+        tuple(_corrected(cells, settings)),
+        tuple(anew),
+        None if by is None else Reweighing(by.by, by.lacking),
+    )
+
+
+def _anew(judge: _Judge, others: Mapping[str, LoggedRun]) -> list[ChosenAnew]:
+    """Choose thresholds on the other runs' own answers to the same documents."""
+    source = judge.source
+    return [
         ChosenAnew(of, judge.chosen_on(one.tasks[source.task]))
         for of, one in others.items()
         if source.task in one.tasks and one.tasks[source.task].documents == source.documents
     ]
-    needed = images_needed(settings.risk, settings.level)
-    return RunGuarantee(
-        name, source.task, settings, judge.chosen, needed, margin, tuple(_corrected(cells, settings)), tuple(anew)
-    )
 
 
 def _source(run: LoggedRun, settings: GuaranteeSettings) -> TaskRecords:
@@ -260,7 +292,6 @@ class _Judge:
             None if flips is None else flips.upper(level),
             contained,
             kept,
-            self._reweighed(records, keep) if self.settings.reweigh else None,
         )
 
     def _scored(self, records: TaskRecords, keep: Bools) -> ScoredDocuments:
@@ -333,53 +364,39 @@ class _Judge:
         promised = replace(self.settings, risk=1.0 - margin.probability)
         return 1.0 - float(sums.observed.item()), _verdict(sums, promised)
 
-    def _reweighed(self, records: TaskRecords, keep: Bools) -> ReweighedThreshold:
-        """Choose a threshold with the weights of what it is judged on, and judge it."""
-        source, parts = self.source, self._parts(self.source)
-        common = sorted(set(source.confidence) & set(records.confidence))
+    def reweighed(
+        self, chosen_on: tuple[str, LoggedRun], judged: tuple[str, LoggedRun, TaskRecords], by: Covariates
+    ) -> ReweighedThreshold:
+        """Choose a threshold with the weights of a task that it is judged on, and judge it there."""
+        source, records, parts = self.source, judged[2], self._parts(self.source)
+        keep = self._judged_documents(records)
         chosen = source.reported & (parts != "") & (parts != _MARGIN)
-        ours, theirs = described(source, chosen, common), described(records, keep, common)
+        ratio = density_ratio(*by.both(ToWeigh(*chosen_on, source, chosen), ToWeigh(*judged, keep)))
         pilot = np.unique(source.image[chosen & (parts == _PILOT)])
-        is_pilot = np.isin(np.unique(source.image[chosen]), pilot)
-        ratio: DensityRatio = density_ratio(ours[is_pilot], theirs)
-        weights = ratio.weights(ours)
-        said = effective_images(weights[~is_pilot])
+        tested = ~np.isin(np.unique(source.image[chosen]), pilot)
         threshold = NOTHING
         if ratio.overlaps:
-            scored = self._scored(source, chosen)
             threshold = selective_threshold(
-                scored, (parts == _PILOT)[chosen], self.promise, weights=weights, heaviest=ratio.heaviest
+                self._scored(source, chosen),
+                (parts == _PILOT)[chosen],
+                self.promise,
+                weights=ratio.weights,
+                heaviest=ratio.heaviest,
             ).threshold
         sums = self._sums(records, keep, threshold)
         accepted = self._scored(records, keep).accepted(threshold)
-        verdict = _verdict(sums, self.settings) if accepted.any() else Survival.NOTHING_ACCEPTED
-        found = float(sums.observed.item()) if accepted.any() else math.nan
-        return ReweighedThreshold(threshold, ratio.auroc, ratio.overlaps, said, found, float(accepted.mean()), verdict)
+        return ReweighedThreshold(
+            threshold,
+            ratio.auroc,
+            ratio.overlaps,
+            effective_images(ratio.weights[tested]),
+            float(sums.observed.item()) if accepted.any() else math.nan,
+            float(accepted.mean()),
+            _verdict(sums, self.settings) if accepted.any() else Survival.NOTHING_ACCEPTED,
+        )
 
 
 _PILOT, _MARGIN, _TESTED = "pilot", "margin", "tested"
-
-
-def described(records: TaskRecords, keep: Bools, estimators: Sequence[str]) -> Floats:
-    """Return features of images that need no label: means of the logged confidences, and how many there are.
-
-    Args:
-        records: Answers of a task.
-        keep: Mask of documents, shape (n,).
-        estimators: Confidences to describe images by.
-
-    Returns:
-        Features of the images of these documents, sorted by name, shape (images, 2 * estimators).
-    """
-    _, index, sizes = np.unique(records.image[keep], return_inverse=True, return_counts=True)
-    columns = []
-    for name in estimators:
-        told = records.confidence[name][keep]
-        known = ~np.isnan(told)
-        there = np.bincount(index[known], minlength=sizes.size)
-        total = np.bincount(index[known], told[known], minlength=sizes.size)
-        columns += [total / np.maximum(there, 1), there / sizes]
-    return np.stack(columns, axis=1)
 
 
 def _growth(run: LoggedRun, records: TaskRecords) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lmms_plugin.analysis.guarantees.covariate import Covariate
 from lmms_plugin.analysis.guarantees.guarded_loss import GuardedLoss
 from lmms_plugin.metrics.guarantees.box_margins import BoxMargin
 from lmms_plugin.metrics.guarantees.risk_bounds import Bound
@@ -36,7 +37,8 @@ class GuaranteeSettings:
             or others have the same images, and else for all.
         pilot: Share of the images to choose on from which the thresholds to test are learned.
         seed: Seed of these choices of images.
-        reweigh: Whether thresholds are also chosen with weights by the logged confidences of what they are judged on.
+        reweigh: Whether thresholds are also chosen with the images weighted as if they were those they are judged on.
+        reweigh_by: What these weights are by; None for kept features where all runs have some, else confidences.
         contain: Probability with which grown boxes of accepted answers are to contain the true ones; None for no
             margin.
 
@@ -56,6 +58,7 @@ class GuaranteeSettings:
     seed: int = 0
     reweigh: bool = False
     contain: float | None = None
+    reweigh_by: Covariate | None = None
 
     def __post_init__(self) -> None:
         for name in ("risk", "level", "share", "pilot", "contain"):
@@ -64,6 +67,19 @@ class GuaranteeSettings:
                 raise ValueError(f"--{name}: expected a share between 0 and 1, as 0.05 for 5 %, got {value:g}")
         if self.loss is GuardedLoss.FALSE_POSITIVE and (self.reweigh or self.contain is not None):
             raise ValueError("expected no weights and no margin of boxes with false positives, got one of them")
+
+
+@dataclass(frozen=True)
+class Reweighing:
+    """What images are weighted by.
+
+    Attributes:
+        by: What it is.
+        lacking: Name of a run that kept no features, which is why it is the confidences; "" for no such reason.
+    """
+
+    by: Covariate
+    lacking: str
 
 
 @dataclass(frozen=True)
@@ -161,6 +177,7 @@ class RunGuarantee:
         margin: Margin of boxes; None where it was not asked for.
         cells: Judged tasks of all runs.
         anew: Thresholds chosen anew for the other runs that answered the task.
+        reweighing: What images are weighted by; None where no weights were asked for.
     """
 
     run: str
@@ -171,6 +188,7 @@ class RunGuarantee:
     margin: BoxMargin | None
     cells: tuple[JudgedCell, ...]
     anew: tuple[ChosenAnew, ...]
+    reweighing: Reweighing | None = None
 
     def count(self, verdict: Survival) -> int:
         """Return the number of cells with a verdict."""

@@ -23,8 +23,9 @@ _MOST_NAMED = 3
 
 
 def sentences(found: RunGuarantee) -> list[str]:
-    """Return the promise, on how many tasks it is kept and broken, and for which runs."""
-    return [promise(found), *(_survival(found) if math.isfinite(found.chosen.threshold) else ())]
+    """Return the promise, on how many tasks it is kept and broken, for which runs, and what weights are worth."""
+    said = [promise(found), *(_survival(found) if math.isfinite(found.chosen.threshold) else ())]
+    return said if found.reweighing is None else [*said, _weighed(found)]
 
 
 def promise(found: RunGuarantee) -> str:
@@ -45,6 +46,19 @@ def promise(found: RunGuarantee) -> str:
     return (
         f"{what}, at {_where(chosen.threshold)}: that accepts {100 * chosen.coverage:.0f} % on {found.task},"
         f" {told.format(lost=f'{100 * chosen.observed:.1f} %')}."
+    )
+
+
+def _weighed(found: RunGuarantee) -> str:
+    """Return what images are weighted by, for how many tasks a threshold was chosen so, and that it is no guarantee."""
+    assert found.reweighing is not None
+    chosen = [one.reweighed for one in found.cells if one.reweighed and math.isfinite(one.reweighed.threshold)]
+    missed = sum(one.verdict is Survival.BROKEN for one in chosen)
+    lacking = found.reweighing.lacking
+    why = f" ({lacking} kept no features)" if lacking else ""
+    return (
+        f"Reweighed by {found.reweighing.by.value}{why}, {len(chosen)} of {counted(len(found.cells), 'task')} get a"
+        f" threshold, of which {missed} are shown to miss the risk: estimated weights are no guarantee."
     )
 
 

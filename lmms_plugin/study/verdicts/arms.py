@@ -67,13 +67,16 @@ class ResampledNumber:
     Attributes:
         value: Value on the data themselves.
         resampled: Values on the resamples, shape (resamples,).
+        parts: What each image adds to it, shape (images,); NaN where it is no sum over images, None if not known.
     """
 
     value: float
     resampled: Floats = field(repr=False)
+    parts: Floats | None = field(default=None, repr=False)
 
     def __sub__(self, other: ResampledNumber) -> ResampledNumber:
-        return ResampledNumber(self.value - other.value, self.resampled - other.resampled)
+        parts = None if self.parts is None or other.parts is None else self.parts - other.parts
+        return ResampledNumber(self.value - other.value, self.resampled - other.resampled, parts)
 
     def __truediv__(self, other: ResampledNumber) -> ResampledNumber:
         """Return the ratio; NaN where the other number is 0."""
@@ -81,18 +84,27 @@ class ResampledNumber:
             return ResampledNumber(
                 self.value / other.value if other.value else float("nan"),
                 np.where(other.resampled == 0.0, np.nan, self.resampled / other.resampled),
+                None if self.parts is None else np.full_like(self.parts, np.nan),
             )
 
     def judged(self, *, level: float, margin: float | None, number: str = "accuracy") -> Difference:
         """Return the number as a difference from 0, with interval, p-value and, given a margin, equivalence."""
-        return from_resamples(self.value, self.resampled, METHODS.get(number, "percentile"), level, margin)
+        method = METHODS.get(number, "percentile")
+        return from_resamples(self.value, self.resampled, method, level, margin, parts=self.parts)
 
 
 def mean(parts: Sequence[ResampledNumber]) -> ResampledNumber:
     """Average several numbers, resample by resample."""
     return ResampledNumber(
-        float(np.mean([part.value for part in parts])), np.mean([part.resampled for part in parts], axis=0)
+        float(np.mean([part.value for part in parts])),
+        np.mean([part.resampled for part in parts], axis=0),
+        _mean_parts(parts),
     )
+
+
+def _mean_parts(numbers: Sequence[ResampledNumber]) -> Floats | None:
+    known = [one.parts for one in numbers if one.parts is not None]
+    return np.asarray(np.mean(known, axis=0)) if len(known) == len(numbers) else None
 
 
 def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
@@ -178,7 +190,7 @@ class ResampledCells:
                 places += [(cell.name, task)] * len(made)
         drawn = bootstrap(statistics, self.images, resamples=resamples, seed=seed, workers=workers)
         self._numbers = {
-            (*place, name): ResampledNumber(*draws.of(name))
+            (*place, name): ResampledNumber(*draws.of(name), draws.parts_of(name))
             for place, draws in zip(places, drawn, strict=True)
             for name in draws.names
             if name in NUMBERS
@@ -197,7 +209,7 @@ class ResampledCells:
         drawn = [self.of(cell, task, number) for cell in cells]
         weights = self._seed_weights(cells[0].axes.calibration, tuple(cell.axes.seed for cell in cells))
         resampled = np.einsum("sr,sr->r", weights, np.stack([one.resampled for one in drawn]))
-        return ResampledNumber(float(np.mean([one.value for one in drawn])), resampled)
+        return ResampledNumber(float(np.mean([one.value for one in drawn])), resampled, _mean_parts(drawn))
 
     def _seed_weights(self, calibration: str | None, seeds: tuple[int | None, ...]) -> Floats:
         """Return the weight of each seed on each resample, shape (seeds, resamples); sums to 1 over seeds."""

@@ -6,54 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binom
 
+from bench.guarantee_simulations import LARGEST, Truth, contained, drawn, losses_at_risk
 from lmms_plugin import metrics
 from lmms_plugin.metrics.guarantees import box_margins, covariate_shift, risk_bounds, thresholds
 from lmms_plugin.metrics.guarantees.risk_bounds import ImageLosses, image_losses
 from lmms_plugin.metrics.guarantees.thresholds import NOTHING, Promise, ScoredDocuments
 
 REPEATS = 1000
-LARGEST = 6
-MANY = 100_000
 TOO_OFTEN = binom.ppf(0.999, REPEATS, 0.05) / REPEATS
 """Share of broken promises that is not seen by chance where one in twenty may be broken."""
-
-
-def error(confidence):
-    """Probability of error: it rises again at the top, so that the risk of thresholds is not monotone."""
-    return np.where(confidence > 0.9, 0.07, np.clip(0.9 - confidence, 0.01, 0.9))
-
-
-def drawn(random, images, *, tied=False, shift=0.0, harder=0.0, most=LARGEST):
-    """Images of 1 to `most` documents, with the covariate of each image and the probability of error of each document.
-
-    Confidences and errors of an image go together. Images with a low covariate are harder than their confidence says.
-    """
-    image = np.repeat(np.arange(images), random.integers(1, most + 1, images))
-    covariate = random.normal(shift, 1.0, images)
-    confidence = 1.0 / (1.0 + np.exp(-0.6 * covariate[image] - 0.8 * random.normal(size=image.size) - 1.0))
-    confidence = np.round(confidence, 1) if tied else confidence
-    luck = np.where(random.random(image.size) < 0.5, random.random(images)[image], random.random(image.size))
-    wrong = error(confidence) + harder * (covariate[image] < -0.5)
-    return ScoredDocuments(confidence, (luck < wrong).astype(float), image), covariate, wrong
-
-
-class Truth:
-    """True risks of all thresholds, from very many images."""
-
-    def __init__(self, weigh=None, **options):
-        documents, covariate, wrong = drawn(np.random.default_rng(99), MANY, **options)
-        order = np.argsort(-documents.confidence, kind="stable")
-        weight = np.ones(MANY) if weigh is None else weigh(covariate)
-        of_each = weight[documents.image][order]
-        self.ranked = documents.confidence[order]
-        self.lost, self.counted = np.cumsum(of_each * wrong[order]), np.cumsum(of_each)
-
-    def accepted(self, threshold):
-        """Risk among what is accepted, and share of all that is accepted and wrong."""
-        count = int(np.searchsorted(-self.ranked, -threshold, side="right"))
-        if not count:
-            return 0.0, 0.0
-        return self.lost[count - 1] / self.counted[count - 1], self.lost[count - 1] / self.counted[-1]
 
 
 @pytest.mark.parametrize(("images", "tied"), [(30, True), (150, False), (600, True)])
@@ -96,10 +57,7 @@ def test_monotone_and_expected_thresholds_keep_their_risk(images):
 @pytest.mark.parametrize("bound", ["betting", "hoeffding-bentkus"])
 @pytest.mark.parametrize("images", [30, 150, 600])
 def test_p_values_are_those_of_no_effect_where_there_is_none(images, bound):
-    random = np.random.default_rng(images)
-    sizes = random.integers(0, LARGEST + 1, (REPEATS, images)).astype(float)
-    share = random.beta(0.4, 3.6, (REPEATS, images))
-    losses = ImageLosses(random.binomial(sizes.astype(int), share).astype(float), sizes, LARGEST)
+    losses = losses_at_risk(np.random.default_rng(images), images, REPEATS)
     for p in (losses.p_below(0.1, bound), losses.p_above(0.1, bound)):
         for level in (0.05, 0.2):
             assert (p <= level).mean() <= binom.ppf(0.999, REPEATS, level) / REPEATS
@@ -190,22 +148,10 @@ def test_documents_without_a_confidence_are_never_accepted():
         thresholds.selective_threshold(documents, np.arange(800) == 0, Promise(0.05, largest=2))
 
 
-def boxes(random, images):
-    """True boxes around predicted ones, off by an amount that the boxes of an image share in part; many tie."""
-    image = np.repeat(np.arange(images), random.integers(1, LARGEST + 1, images))
-    return np.round(np.abs(random.normal(0.0, 0.1, images)[image] + random.normal(0.0, 0.05, image.size)), 2), image
-
-
 @pytest.mark.parametrize("images", [30, 150, 600])
 def test_grown_boxes_contain_the_true_ones_as_often_as_stated(images):
-    random, kept = np.random.default_rng(images), []
-    for _ in range(REPEATS):
-        scores, image = boxes(random, images + 20)
-        known = image < images
-        found = box_margins.box_margin(scores[known], image[known], 0.9)
-        # A random box of each new image.
-        mean = np.bincount(image[~known] - images, scores[~known] <= found.margin) / np.bincount(image[~known] - images)
-        kept.append(mean.mean())
+    random = np.random.default_rng(images)
+    kept = [contained(random, images, 0.9) for _ in range(REPEATS)]
     error = 3 * np.std(kept) / math.sqrt(REPEATS)
     assert np.mean(kept) >= 0.9 - error
     assert np.mean(kept) <= 0.9 + 2 / images + 0.03 + error, "no more than ties and the new image ask for"
@@ -269,17 +215,60 @@ def test_an_estimated_ratio_is_near_the_true_one_and_clipped():
     random = np.random.default_rng(6)
     source, target = random.normal(0, 1, (2000, 3)), random.normal([0.7, 0, 0], 1, (1500, 3))
     found = covariate_shift.density_ratio(source, target)
-    weights, true = found.weights(source), np.exp(0.7 * source[:, 0])
-    assert np.corrcoef(np.log(weights), np.log(true))[0, 1] > 0.95
-    assert weights.max() == pytest.approx(found.heaviest)
-    assert (weights == found.heaviest).mean() == pytest.approx(1 - covariate_shift.QUANTILE, abs=2e-3)
+    assert np.corrcoef(np.log(found.weights), 0.7 * source[:, 0])[0, 1] > 0.95
+    assert found.weights.mean() == pytest.approx(1.0, abs=0.05)
+    assert found.weights.max() == pytest.approx(found.heaviest)
+    assert (found.weights == found.heaviest).mean() == pytest.approx(1 - covariate_shift.QUANTILE, abs=2e-3)
     assert 0.6 < found.auroc < 0.75
     assert covariate_shift.effective_images(np.full(7, 3.0)) == pytest.approx(7.0)
     apart = covariate_shift.density_ratio(source, target + np.array([20.0, 0.0, 0.0]))
     assert apart.auroc > 0.999
     assert not apart.overlaps
     assert found.overlaps
-    same = covariate_shift.density_ratio(source[:1000], source[1000:])
-    assert covariate_shift.effective_images(same.weights(source)) > 1900
     with pytest.raises(ValueError, match="2 images or more"):
         covariate_shift.density_ratio(source[:1], target)
+
+
+@pytest.mark.parametrize("features", [3, 385])
+def test_images_of_one_kind_are_not_told_apart_however_many_features_there_are(features):
+    random = np.random.default_rng(features)
+    same = covariate_shift.density_ratio(*(random.normal(size=(count, features)) for count in (300, 100)))
+    assert same.auroc == pytest.approx(0.5, abs=0.15), "of images that a regression was not fitted to"
+    assert covariate_shift.effective_images(same.weights) > 270
+
+
+def test_a_weight_does_not_depend_on_the_fit_to_its_own_image():
+    random = np.random.default_rng(7)
+    source, target = random.normal(0, 1, (40, 2)), random.normal(0.5, 1, (40, 2))
+    found = covariate_shift.density_ratio(source, target)
+    mates = np.random.default_rng(0).permutation(40) % covariate_shift.FOLDS
+    fold = mates == mates[0]
+    swapped = source.copy()
+    # Images of one fold change places: statistics of all features stay, and so do the fits of the other folds' images.
+    swapped[fold] = np.roll(source[fold], 1, axis=0)
+    again = covariate_shift.density_ratio(swapped, target)
+    assert again.ridge == found.ridge
+    assert again.weights[~fold] == pytest.approx(found.weights[~fold])
+    assert again.weights[fold] == pytest.approx(np.roll(found.weights[fold], 1))
+
+
+@pytest.mark.parametrize(("images", "features"), [(200, 150), (40, 400)])
+def test_principal_components_are_those_of_a_singular_value_decomposition(images, features):
+    standard = np.random.default_rng(8).normal(size=(images, features)) * np.linspace(1, 3, features)
+    found = covariate_shift.principal_components(standard, 30)
+    left, values, _ = np.linalg.svd(standard, full_matrices=False)
+    assert np.abs(found) == pytest.approx(np.abs(left[:, :30] * values[:30]), abs=1e-6)
+    assert covariate_shift.principal_components(standard, features) is standard
+
+
+def test_a_bet_on_weighted_images_is_exact_given_their_features():
+    # Images with other weights and other risks, whose weighted risk is just the promised one: p-values are valid
+    # although no two images are alike, since the mean gain of a bet of constant size is at most that of equal images.
+    random = np.random.default_rng(9)
+    weights = random.gamma(2.0, 0.5, 300)
+    risks = np.clip(random.beta(0.5, 4.5, 300) * np.where(weights > 1.0, 1.6, 0.5), 0.0, 1.0)
+    promised = float(weights @ risks / weights.sum())
+    lost = (random.random((REPEATS, 300)) < risks) * weights
+    losses = ImageLosses(lost, np.tile(weights, (REPEATS, 1)), weights.max())
+    for p in (losses.p_below(promised), losses.p_above(promised)):
+        assert (p <= 0.05).mean() <= TOO_OFTEN
