@@ -136,7 +136,10 @@ class Curve:
     @cached_property
     def aurc(self) -> Floats:
         """Area under the risk–coverage curve, shape (resamples,)."""
-        return _area(self.before, self.after, self.lost / np.maximum(self.records, 1.0), self.total)
+        if self.order.blocks is None and self.order.loss is None:
+            # Each point is one record, and wrong.
+            return _area(self.before, self.records, None, self.after, self.total)
+        return _area(self.before, self.records, self.lost / np.maximum(self.records, 1.0), self.after, self.total)
 
     @cached_property
     def ideal_aurc(self) -> Floats:
@@ -145,7 +148,7 @@ class Curve:
             return Curve(self.order.best, self.times).aurc
         after = self.total[:, None]
         before = after - self.wrong.astype(after.dtype)[:, None]
-        return _area(before, after, np.ones(after.shape), self.total)
+        return _area(before, np.subtract(after, before, dtype=np.float64), None, after, self.total)
 
     def where_mixed(self, values: Callable[[], Floats]) -> Floats:
         """Return values of shape (resamples,), NaN where all answers are right or all are wrong."""
@@ -158,14 +161,17 @@ Metric = Callable[[Curve], Floats]
 """Function from curves to one value of each, shape (resamples,)."""
 
 
-def _area(before: Whole, after: Whole, loss: Floats, total: Whole) -> Floats:
+def _area(before: Whole, records: Floats, loss: Floats | None, after: Whole, total: Whole) -> Floats:
     # A record at rank k adds its loss to the risk at every rank from there: loss · (H(total) − H(k − 1)). Of records
-    # that share a confidence each has their mean loss, and Σ H(k − 1) over their ranks is a difference of ΣH.
+    # that share a confidence each has their mean loss (None: 1), and Σ H(k − 1) over their ranks is a difference of ΣH.
     sums = _harmonic_sums(1 << int(total.max()).bit_length())
     harmonic = (sums[total] + total) / total
-    parts = np.subtract(after, before, dtype=np.float64) * harmonic[:, None] - (sums.take(after) - sums.take(before))
+    parts = records * harmonic[:, None]
+    parts -= sums[after] - sums[before]
+    if loss is not None:
+        parts *= loss
     # A risk in [0, 1], up to rounding.
-    area: Floats = np.clip(np.sum(loss * parts, axis=1) / total, 0.0, 1.0)
+    area: Floats = np.clip(np.sum(parts, axis=1) / total, 0.0, 1.0)
     return area
 
 
@@ -279,6 +285,10 @@ class Ranked:
         times = _whole(counts, many=step > 1)
         return np.concatenate([self._rows(times[k : k + step]) for k in range(0, len(times), step)])
 
+    def everywhere(self) -> tuple[Floats, Floats, Floats]:
+        """Return confidence, coverage and risk of the data, as the function of this name."""
+        return _everywhere(self._order)
+
     def _rows(self, times: Whole) -> Floats:
         curve = Curve(self._order, times)
         found: Floats = np.stack([RANKED[name](curve) for name in self.names], axis=1)
@@ -298,10 +308,14 @@ def plain(metric: Metric, confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> 
 
 def everywhere(confidence: Floats, outcome: Floats) -> tuple[Floats, Floats, Floats]:
     """Return confidence, coverage and risk at every distinct confidence, descending; shape (points,) each."""
-    order = Order(confidence, outcome, np.zeros(confidence.size, np.intp), 1)
-    ends = np.arange(1, confidence.size + 1) if order.blocks is None else order.blocks
+    return _everywhere(Order(confidence, outcome, np.zeros(confidence.size, np.intp), 1))
+
+
+def _everywhere(order: "Order") -> tuple[Floats, Floats, Floats]:
+    size = order.confidence.size
+    ends = np.arange(1, size + 1) if order.blocks is None else order.blocks
     lost = np.cumsum(1.0 - order.outcome)[ends - 1]
-    return order.confidence[ends - 1], ends / confidence.size, lost / ends
+    return order.confidence[ends - 1], ends / size, lost / ends
 
 
 class Order:
@@ -318,8 +332,8 @@ class Order:
         starts: Start of each block with a wrong record, shape (points,).
         ends: End of each block with a wrong record, shape (points,).
         bounds: Number of wrong records above each of those blocks, and their total, shape (points + 1,).
-        limits: Where the records above the first of those blocks start, that block, those between it and the next, …, and
-            the end of those below the last, shape (2 · points + 2,).
+        limits: Where the records above the first of those blocks start, that block, those between it and the next, …,
+            and the end of those below the last, shape (2 · points + 2,).
         between: Number of records of each cluster above the first of those blocks, in it, between it and the next, …,
             and below the last; where `loss` is None, below them the wrong ones in each block. Integers, sparse, shape
             (2 · points + 1, clusters) or (3 · points + 1, clusters).
@@ -384,7 +398,7 @@ def _cumulative(drawn: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _whole(counts: npt.NDArray[Any], *, many: bool) -> Whole:
-    """Return counts as they lie in memory: 32-bit integers where many rows are summed, else the smallest type that holds them."""
+    """Return counts as they lie in memory: in 32 bits where many rows are summed, else in as few as hold them."""
     highest = counts.max()
     small = np.int32 if many else np.uint8 if highest < 2**8 else np.uint16
     kind = small if highest < 2**16 else np.int64

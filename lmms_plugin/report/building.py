@@ -42,7 +42,11 @@ def build(
         ValueError: As `lmms_plugin.report.numbers.results_folder.read_folder`.
     """
     verdict, guarantee = page.read_verdict(results), guarantee_numbers.read(results)
-    summary = summarise(read_folder(results, settings), settings.level)
+    folder = read_folder(results, settings)
+    summary = summarise(folder, settings.level)
+    for run in folder.runs:
+        # All intervals are made: this is most of what a study's runs hold, and drawing needs the memory.
+        run.measured.resampled.clear()
     heading = title or results.resolve().name.removesuffix("_results.json")
     shown = gallery.build(summary, pictures)
     html = page.render(summary, heading, verdict, shown, str(results), settings.workers, guarantee)
