@@ -65,8 +65,6 @@ class Curve:
     @cached_property
     def _upto(self) -> Whole:
         """Records drawn above each point and at it, one after the other, and all, shape (resamples, 2 · points + 1)."""
-        if "answered" in vars(self):
-            return self.answered[:, self.order.limits[1:]]
         points = self.order.starts.size
         return np.cumsum(self._between[:, : 2 * points + 1], axis=1, dtype=self._between.dtype)
 
