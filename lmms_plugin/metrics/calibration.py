@@ -280,7 +280,10 @@ class BinSums:
     """
 
     def __init__(self, sums: Floats, scores: Floats, min_count: int) -> None:
-        self.records, self.confidence, self.outcome, self.square = sums
+        self.records: Floats = sums[0]
+        self.confidence: Floats = sums[1]
+        self.outcome: Floats = sums[2]
+        self.square: Floats = sums[3]
         self.scores, self.min_count = scores, min_count
 
     @cached_property
@@ -319,13 +322,15 @@ class BinSums:
     @cached_property
     def reliability(self) -> Floats:
         """Mean squared gap, shape (resamples,)."""
-        return np.asarray(np.sum(self.share * self.gap**2, axis=1))
+        reliability: Floats = np.sum(self.share * self.gap**2, axis=1)
+        return reliability
 
     @cached_property
     def resolution(self) -> Floats:
         """Variance of the mean outcome over bins, shape (resamples,)."""
         apart = self.outcome / self.filled - self.mean_outcome[:, None]
-        return np.asarray(np.sum(self.share * apart**2, axis=1))
+        resolution: Floats = np.sum(self.share * apart**2, axis=1)
+        return resolution
 
     @cached_property
     def uncertainty(self) -> Floats:
@@ -340,7 +345,8 @@ class BinSums:
     @property
     def ece(self) -> Floats:
         """Mean absolute gap, shape (resamples,)."""
-        return np.asarray(np.sum(self.share * np.abs(self.gap), axis=1))
+        error: Floats = np.sum(self.share * np.abs(self.gap), axis=1)
+        return error
 
     @property
     def mce(self) -> Floats:
