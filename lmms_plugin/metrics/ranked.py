@@ -28,8 +28,8 @@ Whole = npt.NDArray[np.integer]
 Places = npt.NDArray[np.intp]
 
 _SMALL = np.iinfo(np.int32).max
-_AT_ONCE = 50_000
-"""Numbers per array: larger arrays are returned to the system every time, and allocated again."""
+NUMBERS_AT_ONCE = 50_000
+"""Numbers per array: larger ones are returned to the system every time, and allocated again."""
 
 
 class Curve:
@@ -279,7 +279,7 @@ class Ranked:
             ValueError: A count is not an integer of at least 0.
         """
         points = self._order.starts.size
-        step = max(1, _AT_ONCE // (self._order.index.size if "adaptive_ece" in self.names else 2 * points + 1))
+        step = max(1, NUMBERS_AT_ONCE // (self._order.index.size if "adaptive_ece" in self.names else 2 * points + 1))
         times = _whole(counts, many=step > 1)
         return np.concatenate([self._rows(times[k : k + step]) for k in range(0, len(times), step)])
 

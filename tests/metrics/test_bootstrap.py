@@ -162,7 +162,7 @@ def test_some_of_the_ranked_metrics_are_as_among_all(soft, names, at_once, monke
     arrays = records(soft=soft, decimals=2)
     (whole,) = bootstrap([Ranked(*arrays)], 80, resamples=40)
     # However many resamples are evaluated together.
-    monkeypatch.setattr(ranked, "_AT_ONCE", at_once)
+    monkeypatch.setattr(ranked, "NUMBERS_AT_ONCE", at_once)
     (some,) = bootstrap([Ranked(*arrays, names)], 80, resamples=40)
     for name in names:
         (value, resampled), (same, others) = some.of(name), whole.of(name)
