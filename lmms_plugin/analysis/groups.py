@@ -24,7 +24,7 @@ from lmms_plugin.analysis.measure import (
 )
 from lmms_plugin.analysis.records import EvaluationSet, Floats, TaskRecords, Texts
 from lmms_plugin.metrics.bins import DEFAULT_BINS
-from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic
+from lmms_plugin.metrics.bootstrap import Draws, Interval, Statistic
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.intervals import between
 from lmms_plugin.metrics.ranked import Ranked
@@ -32,8 +32,10 @@ from lmms_plugin.metrics.selective import COSTS, Gains
 
 SELECTIVE = ("aurc", "coverage@0.01", "coverage@0.05", "auroc")
 
+BINNED = ("ece", "brier")
 METRICS = (
-    *("accuracy", "mean_iou", "parse_rate", "confidence_rate", "ece", "brier"),
+    *("accuracy", "mean_iou", "parse_rate", "confidence_rate"),
+    *BINNED,
     *SELECTIVE,
     *(f"phi@{cost:g}" for cost in COSTS),
 )
@@ -91,7 +93,8 @@ class TaskGroup:
         records: Number of records of all tasks.
         images: Number of images.
         value: Values of the metrics, shape (metrics,).
-        resampled: Values on the resamples, shape (resamples, metrics).
+        low: Lower ends of the intervals, shape (metrics,); NaN where there is none.
+        high: Upper ends of the intervals, shape (metrics,).
     """
 
     tasks: tuple[str, ...]
@@ -99,15 +102,13 @@ class TaskGroup:
     records: int
     images: int
     value: Floats
-    resampled: Floats
+    low: Floats
+    high: Floats
 
-    def interval(self, metric: str, level: float) -> Interval:
+    def interval(self, metric: str) -> Interval:
         """Return the interval of one metric."""
-        return between(metric, float(self.value[METRICS.index(metric)]), self.column(metric), level)
-
-    def column(self, metric: str) -> Floats:
-        """Return the resamples of one metric, shape (resamples,)."""
-        return self.resampled[:, METRICS.index(metric)]
+        place = METRICS.index(metric)
+        return Interval(float(self.low[place]), float(self.high[place]))
 
     def of(self, metric: str) -> float:
         """Return the value of one metric."""
@@ -120,42 +121,40 @@ class MeasuredRun(NamedTuple):
     Attributes:
         tasks: Tasks by name.
         groups: Groups by family and condition: `clean`, what is shifted, or `what is shifted, severity`.
+        resampled: Values of the groups' metrics on the resamples, shape (resamples, metrics) each.
         documents: Fingerprint → sorted ids of the reported records, shape (records,).
     """
 
     tasks: dict[str, Task]
     groups: dict[tuple[Family, str], TaskGroup]
+    resampled: dict[tuple[Family, str], Floats]
     documents: dict[str, Texts]
 
 
 def measure(tasks: Iterable[TaskRecords], settings: MeasurementSettings) -> MeasuredRun:
     """Measure all tasks of a run with right and wrong answers; each must have at least one reported record."""
-    found = MeasuredRun({}, {}, {})
+    found = MeasuredRun({}, {}, {}, {})
     for family in together(tasks, settings):
         _measure(family, settings, found)
     return found
 
 
 def _measure(whole: Together, settings: MeasurementSettings, found: MeasuredRun) -> None:
-    fingerprint = hashlib.blake2b("\n".join(whole.names.tolist()).encode("utf-8", "surrogatepass"), digest_size=16)
+    drawn_from = hashlib.blake2b("\n".join(whole.names.tolist()).encode("utf-8", "surrogatepass"), digest_size=16)
     values: dict[str, Floats] = {}
     for one in whole.tasks:
-        values[one.task] = _numbers(one, whole, settings)
-        found.tasks[one.task] = _task(whole.family, one, values[one.task], settings)
+        found.tasks[one.task], values[one.task] = _task(one, whole, settings)
         if one.documents not in found.documents:
             found.documents[one.documents] = one.ids[one.reported]
     # Sorted, so that tasks of different runs correspond, whatever order they were run in.
     for condition, chosen in _conditions(sorted(whole.tasks, key=lambda one: one.task)).items():
-        mean = np.stack([values[one.task] for one in chosen]).mean(axis=0)
-        tasks = [found.tasks[one.task] for one in chosen]
-        found.groups[whole.family, condition] = TaskGroup(
-            tuple(one.task for one in chosen),
-            fingerprint.hexdigest(),
-            sum(task.records for task in tasks),
-            max(task.images for task in tasks),
-            mean[0],
-            mean[1:],
-        )
+        names = tuple(one.task for one in chosen)
+        tasks = [found.tasks[name] for name in names]
+        mean = values[names[0]] if len(names) == 1 else np.stack([values[name] for name in names]).mean(axis=0)
+        within = (tasks[0].low, tasks[0].high) if len(names) == 1 else ends(mean[0], mean[1:], settings.level)
+        counts = sum(task.records for task in tasks), max(task.images for task in tasks)
+        found.groups[whole.family, condition] = TaskGroup(names, drawn_from.hexdigest(), *counts, mean[0], *within)
+        found.resampled[whole.family, condition] = mean[1:]
 
 
 def _conditions(members: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
@@ -168,20 +167,54 @@ def _conditions(members: Sequence[TaskRecords]) -> dict[str, list[TaskRecords]]:
     return chosen
 
 
-def _numbers(one: TaskRecords, whole: Together, settings: MeasurementSettings) -> Floats:
-    """Return values on the data and on every resample, shape (1 + resamples, metrics)."""
+def _task(one: TaskRecords, whole: Together, settings: MeasurementSettings) -> tuple[Task, Floats]:
+    """Return a task, and its values on the data and on every resample, shape (1 + resamples, metrics)."""
     there = known(one, settings.estimator, whole.names)
     statistics: list[Statistic] = [means(one, one.confidence_by(settings.estimator), whole.names)]
+    bins, risk = np.zeros((3, DEFAULT_BINS)), np.full(GRID.size, np.nan)
     if there.keep.any():
         arrays = there.confidence, there.outcome, there.clusters
-        statistics += [Binned(*arrays), Ranked(*arrays, SELECTIVE)]
+        binned, ordered = Binned(*arrays, names=BINNED), Ranked(*arrays, SELECTIVE)
+        statistics += [binned, ordered]
+        bins, risk = _bins(binned, whole.names.size), _risk(ordered)
     draws = drawn(statistics, whole.names.size, settings)
     if rest := beyond(one, {other.task: other for other in whole.tasks}, whole.judged, settings):
         chosen, other = rest
         thresholds = {float(cost): metrics.threshold_at_cost(*chosen[1:3], cost) for cost in COSTS}
         gains = Gains(other.confidence, other.outcome, other.clusters, {}, thresholds)
         draws += drawn([gains], whole.judged.size, settings)
-    return _columns(draws)
+    numbers, reported = _columns(draws), one.reported
+    records = int(reported.sum())
+    task = Task(
+        one.task,
+        whole.family,
+        one.place,
+        one.documents,
+        records,
+        int(np.unique(one.image[reported]).size),
+        int((~one.parsed[reported]).sum()),
+        records - int(there.keep.sum()),
+        numbers[0],
+        *ends(numbers[0], numbers[1:], settings.level),
+        bins,
+        risk,
+        one.score[reported].astype(np.float32),
+        one.outcome[reported].astype(np.float32),
+    )
+    return task, numbers
+
+
+def ends(value: Floats, resampled: Floats, level: float) -> tuple[Floats, Floats]:
+    """Return the lower and upper ends of the intervals of `METRICS`, shape (metrics,) each; NaN where there is none.
+
+    Args:
+        value: Values, shape (metrics,).
+        resampled: Values on the resamples, shape (resamples, metrics).
+        level: Confidence level.
+    """
+    found = [between(name, float(value[k]), resampled[:, k], level) for k, name in enumerate(METRICS)]
+    low, high = np.array(found).T
+    return low, high
 
 
 def _columns(draws: Sequence[Draws]) -> Floats:
@@ -190,44 +223,17 @@ def _columns(draws: Sequence[Draws]) -> Floats:
     return np.stack([found.get(name, missing) for name in METRICS], axis=1)
 
 
-def _task(family: Family, one: TaskRecords, numbers: Floats, settings: MeasurementSettings) -> Task:
-    keep, confidence, outcome, _ = known(one, settings.estimator, one.names)
-    intervals = [between(name, numbers[0, k], numbers[1:, k], settings.level) for k, name in enumerate(METRICS)]
-    low, high = np.array(intervals).T
-    reported = one.reported
-    return Task(
-        one.task,
-        family,
-        one.place,
-        one.documents,
-        int(reported.sum()),
-        int(np.unique(one.image[reported]).size),
-        int((~one.parsed[reported]).sum()),
-        int(reported.sum() - keep.sum()),
-        numbers[0],
-        low,
-        high,
-        _bins(confidence, outcome),
-        _risk(confidence, outcome),
-        one.score[reported].astype(np.float32),
-        one.outcome[reported].astype(np.float32),
-    )
-
-
-def _bins(confidence: Floats, outcome: Floats) -> Floats:
-    if not confidence.size:
-        return np.zeros((3, DEFAULT_BINS))
-    records, *sums, _ = Binned(confidence, outcome, Clusters.one(confidence.size)).sums(np.ones((1, 1)))[:, 0]
+def _bins(binned: Binned, clusters: int) -> Floats:
+    """Return records, mean confidence and mean outcome per bin, shape (3, bins)."""
+    records, *sums, _ = binned.sums(np.ones((1, clusters)))[:, 0]
     return np.stack([records, *(total / np.maximum(records, 1) for total in sums)])
 
 
-def _risk(confidence: Floats, outcome: Floats) -> Floats:
+def _risk(ordered: Ranked) -> Floats:
     """Return the risk at each coverage of `GRID`, over the fewest most confident records that reach it."""
-    if not confidence.size:
-        return np.full(GRID.size, np.nan)
-    curve = metrics.risk_coverage(confidence, outcome)
-    risk: Floats = curve.risk[np.searchsorted(curve.coverage, GRID - 1e-12).clip(max=curve.risk.size - 1)]
-    return risk
+    _, coverage, risk = ordered.everywhere()
+    found: Floats = risk[np.searchsorted(coverage, GRID - 1e-12).clip(max=risk.size - 1)]
+    return found
 
 
 def mean_bins(tasks: Sequence[Task]) -> Floats:

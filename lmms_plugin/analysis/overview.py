@@ -94,7 +94,7 @@ def overview(run: LoggedRun, settings: MeasurementSettings) -> Overview:
     floors = {records.task: _floor(calibration_floor(records, settings)) for records in judged}
     tasks = [_of_task(measured.tasks[records.task], floors[records.task]) for records in judged]
     told = [number for one in run.tasks.values() if one.kind is REJECTION for number in rejection(one, settings)]
-    return Overview(tasks, list(_groups(measured, floors, settings)), told)
+    return Overview(tasks, list(_groups(measured, floors)), told)
 
 
 def _of_task(one: groups.Task, floor: float) -> OverviewRow:
@@ -103,14 +103,14 @@ def _of_task(one: groups.Task, floor: float) -> OverviewRow:
     return OverviewRow(one.task, one.place.condition, 1, accuracy, ece, floor, aurc, coverage, one.records, one.images)
 
 
-def _groups(measured: MeasuredRun, floors: dict[str, float], settings: MeasurementSettings) -> Sequence[OverviewRow]:
+def _groups(measured: MeasuredRun, floors: dict[str, float]) -> Sequence[OverviewRow]:
     rows: list[OverviewRow] = []
     for (family, condition), group in measured.groups.items():
         if "severity" in condition:
             continue
         clean = measured.groups.get((family, CLEAN))
         name = group.tasks[0] if clean is None else clean.tasks[0]
-        found = [Estimate(group.of(metric), *group.interval(metric, settings.level)) for metric in FIRST]
+        found = [Estimate(group.of(metric), *group.interval(metric)) for metric in FIRST]
         accuracy, ece, aurc, coverage = found
         floor = float(np.mean([floors[task] for task in group.tasks]))
         size = group.records, group.images

@@ -150,10 +150,7 @@ class TaskRecords:
     @cached_property
     def documents(self) -> str:
         """Fingerprint of ids, images, questions and true answers: equal for runs on the same documents."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (_lines(self.ids), _lines(self.images), _joined(self.questions), _truths(self.truths)):
-            digest.update(len(part).to_bytes(8, "little") + part)
-        return digest.hexdigest()
+        return fingerprint(self.ids, self.images, self.questions, self.truths)
 
     @cached_property
     def reported(self) -> Bools:
@@ -241,6 +238,14 @@ def match(first: TaskRecords, second: TaskRecords) -> None:
                 f"task {task}: expected the same {name} in both runs, but {differ.size} documents differ, e.g."
                 f" {first.ids[k]}: {getattr(first, name)[k]} and {getattr(second, name)[k]}"
             )
+
+
+def fingerprint(ids: Texts, images: Texts, questions: pa.Array, truths: pa.Array) -> str:
+    """Return the fingerprint of documents by their ids, images, questions and true answers, each of shape (n,)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (_lines(ids), _lines(images), _joined(questions), _truths(truths)):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def coded(images: Texts) -> tuple[npt.NDArray[np.int32], Texts]:

@@ -157,8 +157,8 @@ def bootstrap(
     cached = _draws(clusters, seed, resamples) if resamples * clusters <= _COUNTS_KEPT else None
 
     def evaluate(chunk: range) -> list[Floats]:
-        rows = _some_draws(clusters, seed, chunk) if cached is None else cached[chunk.start : chunk.stop]
         # Column by column, as sparse products read them.
+        rows = _some_draws(clusters, seed, chunk) if cached is None else cached[chunk.start : chunk.stop]
         counts = np.asfortranarray(rows, np.float64)
         return [statistic(counts) for statistic in statistics]
 
@@ -183,7 +183,7 @@ def bootstrap(
 
 @lru_cache(maxsize=4)
 def _draws(clusters: int, seed: int, resamples: int) -> npt.NDArray[np.uint16]:
-    counts = _some_draws(clusters, seed, range(resamples)).astype(np.uint16)
+    counts = _some_draws(clusters, seed, range(resamples)).astype(np.uint16, order="F")
     counts.flags.writeable = False
     return counts
 
@@ -251,7 +251,8 @@ def least_p(clusters: int) -> float:
 
 
 def _moved(value: float, resampled: Floats, method: Method) -> Floats | None:
-    defined = resampled[~np.isnan(resampled)]
+    unknown = np.isnan(resampled)
+    defined = resampled[~unknown] if unknown.any() else resampled
     # Nothing is resampled where all records belong to one cluster.
     if np.isnan(value) or not defined.size or defined.size < (1 - _UNDEFINED) * resampled.size:
         return None

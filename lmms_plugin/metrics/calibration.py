@@ -8,7 +8,10 @@ Bins are those of `lmms_plugin.metrics.bins`. `Binned` and `Smooth` are the metr
 cluster of records counts; the others are the same metrics on the plain records.
 """
 
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,6 +266,126 @@ def ece_floor(
     return EceFloor(float(errors.mean()), float(np.quantile(errors, 0.95)))
 
 
+class BinSums:
+    """Records of some resamples by bin; arrays have shape (resamples, bins) unless stated otherwise.
+
+    Attributes:
+        records: Number of records.
+        confidence: Sum of confidences.
+        outcome: Sum of outcomes.
+        square: Sum of (confidence − outcome)².
+        scores: Sums of outcome² and of negative log-likelihoods over all records, shape (resamples, 2); empty where
+            they are not needed.
+        min_count: Minimum number of records of a bin that counts for MCE.
+    """
+
+    def __init__(self, sums: Floats, scores: Floats, min_count: int) -> None:
+        self.records: Floats = sums[0]
+        self.confidence: Floats = sums[1]
+        self.outcome: Floats = sums[2]
+        self.square: Floats = sums[3]
+        self.scores, self.min_count = scores, min_count
+
+    @cached_property
+    def total(self) -> Floats:
+        """Number of records, shape (resamples,)."""
+        total: Floats = self.records.sum(axis=1)
+        return total
+
+    @cached_property
+    def share(self) -> Floats:
+        """Share of the records."""
+        return self.records / self.total[:, None]
+
+    @cached_property
+    def filled(self) -> Floats:
+        """Number of records, 1 where there are none."""
+        return np.maximum(self.records, 1)
+
+    @cached_property
+    def gap(self) -> Floats:
+        """Mean confidence − mean outcome."""
+        return (self.confidence - self.outcome) / self.filled
+
+    @cached_property
+    def mean_outcome(self) -> Floats:
+        """Mean outcome of all records, shape (resamples,)."""
+        mean: Floats = self.outcome.sum(axis=1) / self.total
+        return mean
+
+    @cached_property
+    def brier(self) -> Floats:
+        """Brier score, shape (resamples,)."""
+        score: Floats = self.square.sum(axis=1) / self.total
+        return score
+
+    @cached_property
+    def reliability(self) -> Floats:
+        """Mean squared gap, shape (resamples,)."""
+        reliability: Floats = np.sum(self.share * self.gap**2, axis=1)
+        return reliability
+
+    @cached_property
+    def resolution(self) -> Floats:
+        """Variance of the mean outcome over bins, shape (resamples,)."""
+        apart = self.outcome / self.filled - self.mean_outcome[:, None]
+        resolution: Floats = np.sum(self.share * apart**2, axis=1)
+        return resolution
+
+    @cached_property
+    def uncertainty(self) -> Floats:
+        """Variance of the outcome, shape (resamples,)."""
+        return self.scores[:, 0] / self.total - self.mean_outcome**2
+
+    @property
+    def within_bin(self) -> Floats:
+        """Effect of binning on the Brier score, shape (resamples,)."""
+        return self.brier - self.reliability + self.resolution - self.uncertainty
+
+    @property
+    def ece(self) -> Floats:
+        """Mean absolute gap, shape (resamples,)."""
+        error: Floats = np.sum(self.share * np.abs(self.gap), axis=1)
+        return error
+
+    @property
+    def mce(self) -> Floats:
+        """Largest gap of a bin with enough records, shape (resamples,)."""
+        counted = self.records >= self.min_count
+        largest = np.where(counted, np.abs(self.gap), 0.0).max(axis=1)
+        return np.where(counted.any(axis=1), largest, np.nan)
+
+    @property
+    def squared_ce(self) -> Floats:
+        """Debiased mean squared gap, shape (resamples,)."""
+        variance = (self.square - self.records * self.gap**2) / np.maximum(self.records - 1, 1) / self.filled
+        several = np.where(self.records >= 2, self.records, 0.0)
+        found = np.sum(several * (self.gap**2 - variance), axis=1) / self.total
+        return np.where(several.any(axis=1), found, np.nan)
+
+    @property
+    def nll(self) -> Floats:
+        """Mean negative log-likelihood, shape (resamples,)."""
+        return self.scores[:, 1] / self.total
+
+
+OF_BINS: Mapping[str, Callable[[BinSums], Floats]] = MappingProxyType(
+    {
+        "ece": attrgetter("ece"),
+        "mce": attrgetter("mce"),
+        "squared_ce": attrgetter("squared_ce"),
+        "brier": attrgetter("brier"),
+        "brier_reliability": attrgetter("reliability"),
+        "brier_resolution": attrgetter("resolution"),
+        "brier_uncertainty": attrgetter("uncertainty"),
+        "brier_within_bin": attrgetter("within_bin"),
+        "nll": attrgetter("nll"),
+    }
+)
+"""Name → metric over equal-width bins, or score that is a mean over records, one value for each resample."""
+_OF_SCORES = frozenset(("brier_uncertainty", "brier_within_bin", "nll"))
+
+
 class Binned:
     """Calibration metrics over equal-width bins, and scores that are means over records, as a `Statistic`.
 
@@ -273,22 +396,11 @@ class Binned:
         n_bins: Number of bins of ECE, MCE and the parts of the Brier score, at least 1.
         min_count: Minimum number of records of a bin that counts for MCE, at least 1.
         clip: Confidences are moved into [clip, 1 − clip] for the log-likelihood; in (0, 0.5).
+        names: Names of the metrics, of `OF_BINS`; all by default.
 
     Raises:
         ValueError: An array or number is invalid.
     """
-
-    names = (
-        "ece",
-        "mce",
-        "squared_ce",
-        "brier",
-        "brier_reliability",
-        "brier_resolution",
-        "brier_uncertainty",
-        "brier_within_bin",
-        "nll",
-    )
 
     def __init__(
         self,
@@ -299,17 +411,21 @@ class Binned:
         *,
         min_count: int = 1,
         clip: float = _CLIP,
+        names: Sequence[str] = tuple(OF_BINS),
     ) -> None:
         if not 0.0 < clip < 0.5:
             raise ValueError(f"expected clip in (0, 0.5), got {clip}")
+        self.names = tuple(names)
         self._n_bins, self._min_count = positive_int("n_bins", n_bins), positive_int("min_count", min_count)
         c, y = paired(confidence, outcome)
         cells, one = equal_width_index(c, n_bins), np.ones_like(c)
         rows = (one, c, y, (c - y) ** 2)
         index = np.concatenate([cells + k * n_bins for k in range(len(rows))])
         self._bins = Sums(index, np.concatenate(rows), clusters.repeated(len(rows)), len(rows) * n_bins)
-        p = np.clip(c, clip, 1.0 - clip)
-        self._scores = Sums.stacked([y**2, -(y * np.log(p) + (1.0 - y) * np.log1p(-p))], clusters)
+        self._scores: Sums | None = None
+        if _OF_SCORES.intersection(names):
+            p = np.clip(c, clip, 1.0 - clip)
+            self._scores = Sums.stacked([y**2, -(y * np.log(p) + (1.0 - y) * np.log1p(-p))], clusters)
 
     def sums(self, counts: Floats) -> Floats:
         """Return records, and sums of confidence, outcome and squared residual, by bin; shape (4, resamples, bins)."""
@@ -317,31 +433,11 @@ class Binned:
 
     def __call__(self, counts: Floats) -> Floats:
         """Return the values of `names`, shape (resamples, names)."""
-        n, c, y, square = self.sums(counts)
-        y_square, nll = self._scores(counts).T
+        scores = np.empty((len(counts), 0)) if self._scores is None else self._scores(counts)
+        of = BinSums(self.sums(counts), scores, self._min_count)
         with np.errstate(invalid="ignore", divide="ignore"):
-            total, filled = n.sum(axis=1), np.maximum(n, 1)
-            share, mean_y = n / total[:, None], y.sum(axis=1) / total
-            gap = (c - y) / filled
-            reliability = np.sum(share * gap**2, axis=1)
-            resolution = np.sum(share * (y / filled - mean_y[:, None]) ** 2, axis=1)
-            uncertainty = y_square / total - mean_y**2
-            brier = square.sum(axis=1) / total
-            variance = (square - n * gap**2) / np.maximum(n - 1, 1) / filled
-            counted = n >= self._min_count
-            several = np.where(n >= 2, n, 0.0)
-            values = (
-                np.sum(share * np.abs(gap), axis=1),
-                np.where(counted.any(axis=1), np.where(counted, np.abs(gap), 0.0).max(axis=1), np.nan),
-                np.where(several.any(axis=1), np.sum(several * (gap**2 - variance), axis=1) / total, np.nan),
-                brier,
-                reliability,
-                resolution,
-                uncertainty,
-                brier - reliability + resolution - uncertainty,
-                nll / total,
-            )
-            return np.where(total[:, None] > 0, np.stack(values, axis=1), np.nan)
+            values = np.stack([OF_BINS[name](of) for name in self.names], axis=1)
+            return np.where(of.total[:, None] > 0, values, np.nan)
 
 
 class Smooth:

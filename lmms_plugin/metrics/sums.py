@@ -46,7 +46,7 @@ class Sums:
         cells = np.repeat(np.arange(len(rows)), clusters.index.size)
         sums = cls(cells, np.concatenate(rows), clusters.repeated(len(rows)), len(rows))
         # Exactly rounded, like the means of the table of results.
-        sums._whole = np.array([math.fsum(row.tolist()) for row in rows])
+        sums._whole = np.array([_exact(row) for row in rows])
         return sums
 
     def by_cluster(self) -> Floats:
@@ -60,6 +60,12 @@ class Sums:
             return self._whole[None]
         sums: Floats = (self._matrix @ np.ascontiguousarray(counts.T)).T
         return sums
+
+
+def _exact(values: Floats) -> float:
+    # Sums of whole numbers are exact in any order, and most rows are of zeros and ones.
+    whole = np.array_equal(values, np.rint(values)) and np.abs(values).sum() < 2.0**53
+    return float(values.sum()) if whole else math.fsum(values.tolist())
 
 
 class Means:

@@ -14,6 +14,7 @@ from lmms_plugin.report.numbers.results_folder import RESAMPLES, default_workers
 from lmms_plugin.report.numbers.summary import Summary, summarise
 from lmms_plugin.utils.files import encoded, replace_bytes
 from lmms_plugin.utils.messages import counted
+from lmms_plugin.utils.processes.freed_memory import give_back_freed_memory
 
 __all__ = ["RESAMPLES", "build", "default_workers"]
 _DPI = 200
@@ -42,7 +43,12 @@ def build(
         ValueError: As `lmms_plugin.report.numbers.results_folder.read_folder`.
     """
     verdict, guarantee = page.read_verdict(results), guarantee_numbers.read(results)
-    summary = summarise(read_folder(results, settings), settings.level)
+    folder = read_folder(results, settings)
+    summary = summarise(folder, settings.level)
+    for run in folder.runs:
+        # All intervals are made: this is most of what a study's runs hold, and drawing needs the memory.
+        run.measured.resampled.clear()
+    give_back_freed_memory()
     heading = title or results.resolve().name.removesuffix("_results.json")
     shown = gallery.build(summary, pictures)
     html = page.render(summary, heading, verdict, shown, str(results), settings.workers, guarantee)

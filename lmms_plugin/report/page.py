@@ -95,6 +95,7 @@ def render(
         workers: Maximum number of processes.
         guarantee: Guarantee and where it is kept; None for none.
     """
+    tables = contents.every(summary)
     return (
         _environment()
         .get_template("page.html.j2")
@@ -113,8 +114,8 @@ def render(
             warnings=list(warnings(summary)),
             facts=facts(summary),
             figures=inlined.shown(summary, workers),
-            tables={table.name: table for table in contents.every(summary)},
-            meanings=contents.meanings(summary),
+            tables={table.name: table for table in tables},
+            meanings=contents.meanings(tables),
             first_rows=ROWS_AT_FIRST,
             gallery=gallery,
             guarantee=guarantee,

@@ -53,7 +53,7 @@ def test_page(folder, metrics, printed, tmp_path):
     for name in shared:
         row, k = metrics[name], found[name]
         assert (task.value[k], task.low[k], task.high[k]) == (row["value"], row["low"], row["high"]), name
-        assert (group.value[k], *group.interval(METRICS[k], 0.95)) == (row["value"], row["low"], row["high"]), name
+        assert (group.value[k], *group.interval(METRICS[k])) == (row["value"], row["low"], row["high"]), name
     printed("report", folder, "-o", tmp_path / "page.html", "--figures", tmp_path / "figures", "--pictures", 0)
     (line,) = csv.DictReader((tmp_path / "figures" / "leader.csv").read_text(encoding="utf-8").splitlines())
     for column, name in (PAGE | {"Accuracy": accuracy}).items():

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from lmms_plugin import metrics
 from lmms_plugin.analysis import component_importance, measure
+from lmms_plugin.metrics import ranked
 from lmms_plugin.metrics.bootstrap import Clusters, bootstrap, draw, interval, p_value
-from lmms_plugin.metrics.calibration import Binned, Smooth
+from lmms_plugin.metrics.calibration import OF_BINS, Binned, Smooth
 from lmms_plugin.metrics.localisation import Localised
 from lmms_plugin.metrics.ranked import RISKS, Ranked
 from lmms_plugin.metrics.selective import Gains
@@ -141,6 +142,32 @@ def test_result_is_the_same_whatever_the_number_of_threads(soft):
     one, several = (bootstrap(statistics(*arrays), 80, resamples=100, workers=workers) for workers in (1, 5))
     for first, second in zip(one, several, strict=True):
         np.testing.assert_array_equal(first.resampled, second.resampled)
+
+
+@pytest.mark.parametrize("names", [("ece", "brier"), ("nll", "mce"), ("brier_within_bin",), tuple(OF_BINS)[::-1]])
+def test_some_of_the_metrics_over_bins_are_as_among_all(names):
+    arrays = records(soft=True)
+    (whole,), (some,) = (bootstrap([one], 80, resamples=40) for one in (Binned(*arrays), Binned(*arrays, names=names)))
+    assert some.names == names
+    for name in names:
+        (value, resampled), (same, others) = some.of(name), whole.of(name)
+        assert value == same
+        np.testing.assert_array_equal(resampled, others)
+
+
+@pytest.mark.parametrize("at_once", [1, 3000])
+@pytest.mark.parametrize("names", [("auroc",), ("coverage@0.05", "aurc"), ("adaptive_ece", "e_aurc")])
+@pytest.mark.parametrize("soft", [False, True])
+def test_some_of_the_ranked_metrics_are_as_among_all(soft, names, at_once, monkeypatch):
+    arrays = records(soft=soft, decimals=2)
+    (whole,) = bootstrap([Ranked(*arrays)], 80, resamples=40)
+    # However many resamples are evaluated together.
+    monkeypatch.setattr(ranked, "NUMBERS_AT_ONCE", at_once)
+    (some,) = bootstrap([Ranked(*arrays, names)], 80, resamples=40)
+    for name in names:
+        (value, resampled), (same, others) = some.of(name), whole.of(name)
+        assert value == same
+        np.testing.assert_array_equal(resampled, others)
 
 
 def test_result_depends_on_the_seed_alone():

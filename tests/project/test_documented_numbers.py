@@ -96,7 +96,7 @@ def test_columns_of_the_report(tmp_path):
     numbers = {column.title for column in contents.leader(summary).columns if column.numeric}
     assert {"C@1%", "Φ1", "Δ unquantized"} <= numbers
     assert undocumented(numbers) == []
-    said = contents.meanings(summary)
+    said = contents.meanings(contents.every(summary))
     assert numbers - set(said) == set(), "explained on the page itself"
     shown = page.render(summary, "", None, Gallery((), ()), "here")
     assert all(f"<dt>{name}</dt><dd>{said[name]}" in shown for name in ("C@5%", "Φ1", "AURC"))

@@ -51,6 +51,7 @@ def parts(folder):
     for where, group in run.measured.groups.items():
         yield where
         yield from (getattr(group, name) for name in vars(group))
+    yield from run.measured.resampled.items()
     # How wide the texts are stored is no part of them.
     yield from ((name, tuple(ids.tolist())) for name, ids in folder.documents.items())
     yield from (run.axes, run.model, run.model_args, run.limit, run.date, run.cost, run.layers, run.others)
@@ -77,7 +78,7 @@ def test_metrics_of_rejection_are_kept_with_values_that_do_not_exist():
         results_folder.MetricValue("rejection", "box_rate_true", 0.1 + 0.2, float("nan"), float("inf"), 7, 3),
         results_folder.MetricValue("rejection", "fpr", -0.0, 1e-310, 1.0, 2**40, 2),
     )
-    measurement = kept.Measurement(kept.MeasuredRun({}, {}, {}), numbers, ("gqa",))
+    measurement = kept.Measurement(kept.MeasuredRun({}, {}, {}, {}), numbers, ("gqa",))
     found = kept.decoded(kept.encoded(measurement))
     assert repr(found) == repr(measurement)
 

@@ -22,7 +22,7 @@ def summary(tmp_path_factory):
 
 def test_losses_are_differences_from_the_unquantized_model(summary):
     (scope,) = summary.scopes
-    found = lost_numbers.lost(scope, SETTINGS.level)
+    found = lost_numbers.lost(scope)
     assert next(config.label for config in found) == "rtn 2"
     assert sorted(config.label for config in found) == ["awq 3", "rtn 2", "rtn 3"]
     for config, of in found.items():
@@ -38,7 +38,7 @@ def test_losses_are_differences_from_the_unquantized_model(summary):
 
 def test_the_sentences_count_what_was_shown(summary):
     (scope,) = summary.scopes
-    found = lost_numbers.lost(scope, SETTINGS.level)
+    found = lost_numbers.lost(scope)
     said = list(lost_numbers.sentences(summary))
     assert len(said) == len(LOSSES)
     for sentence, loss in zip(said, LOSSES, strict=True):
@@ -61,7 +61,7 @@ def test_the_figure_has_a_panel_for_each_loss_on_both_kinds_of_page(summary):
         assert len(drawn.table.rows) == 6
         # Whatever is lost lies left of the line, calibration too.
         marks = [line for line in panels[1].lines if line.get_marker() not in ("", "None")]
-        of = lost_numbers.lost(scope, SETTINGS.level)
+        of = lost_numbers.lost(scope)
         expected = sorted(-100 * one.of(LOSSES[1]).value for each in of.values() for one in each.values())
         assert sorted(float(mark.get_xdata()[0]) for mark in marks) == pytest.approx(expected)
 

@@ -21,7 +21,7 @@ _ROW = 0.3
 
 def draw(scope: Scope, summary: Summary, across: int) -> Iterator[DrawnFigure]:
     """Draw what every configuration loses against the unquantized model, clean and shifted, with intervals."""
-    found = lost(scope, summary.level)
+    found = lost(scope)
     if not found:
         return
     named = {summary.name(config): of for config, of in found.items()}

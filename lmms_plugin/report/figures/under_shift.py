@@ -44,7 +44,7 @@ def _severity(
     if not chosen:
         return
     styles = looks(line.config.method for line in lines)
-    values = {key: _by_severity(members, conditions, metric, summary.level) for key, members in series(lines).items()}
+    values = {key: _by_severity(members, conditions, metric) for key, members in series(lines).items()}
     figure, axes = drawing.small_multiples(chosen, styles, across, "severity, 0: clean", called)
     for axis, keys in zip(axes, chosen.values(), strict=True):
         for key in keys:
@@ -73,14 +73,14 @@ def _severity(
 
 
 def _by_severity(
-    lines: Sequence[Line], conditions: Mapping[int, str], metric: str, level: float
+    lines: Sequence[Line], conditions: Mapping[int, str], metric: str
 ) -> dict[int, tuple[float, float, float]]:
     """Return severity → mean and band; severities without runs are left out."""
     found = {}
     for step, condition in conditions.items():
         members = [line for line in lines if line.condition == condition]
         if members:
-            found[step] = spread(members, metric, level)
+            found[step] = spread(members, metric)
     return found
 
 

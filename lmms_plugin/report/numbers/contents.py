@@ -65,19 +65,16 @@ def titles(summary: Summary) -> dict[tuple[str, object], str]:
 
 
 def _leading(line: Line, title: str, summary: Summary, *, caches: bool) -> list[TableCell]:
-    group, level, cost = line.group, summary.level, line.cost
+    group, cost = line.group, line.cost
     delta = line.delta
     runs = f" \u00d7 {counted(len(line.runs), 'run')}" if len(line.runs) > 1 else ""
     count = whole(group.records)._replace(note=f"{counted(group.images, 'image')}{runs}")
     limited = " (limited)" if line.limited else ""
     return [
         TableCell(line.config.label, line.config.label, note=summary.details(line.config)),
-        number(group.of("accuracy"), group.interval("accuracy", level)),
+        number(group.of("accuracy"), group.interval("accuracy")),
         number(delta.value, delta.interval, signed=True) if delta else TableCell(tables.NOTHING, None),
-        *(
-            number(group.of(m), group.interval(m, level))
-            for m in ("ece", "aurc", "coverage@0.01", "coverage@0.05", "phi@1")
-        ),
+        *(number(group.of(m), group.interval(m)) for m in ("ece", "aurc", "coverage@0.01", "coverage@0.05", "phi@1")),
         number(line.unparsed),
         number(cost.bits_per_weight, digits=2),
         number(None if cost.bytes is None else cost.bytes / 1e6, digits=2 if (cost.bytes or 0) < 1e8 else 0),
@@ -135,7 +132,7 @@ def costs(name: str, title: str, place: str, rows: Iterable[tuple[TableCell, Lin
         [
             TableCell(line.config.label, line.config.label, note=summary.details(line.config)),
             where,
-            *(number(line.group.of(m), line.group.interval(m, summary.level)) for m in ("accuracy", "aurc")),
+            *(number(line.group.of(m), line.group.interval(m)) for m in ("accuracy", "aurc")),
             number(None if line.cost.bytes is None else line.cost.bytes / 1e6, digits=2),
             number(line.cost.tokens_per_second, digits=0),
         ]
@@ -342,17 +339,17 @@ def _limit(limit: float | None) -> TableCell:
     return whole(int(limit)) if limit >= 1 else TableCell(f"{100 * limit:g} %", limit)
 
 
-def meanings(summary: Summary) -> dict[str, str]:
+def meanings(tables_shown: Iterable[ReportTable]) -> dict[str, str]:
     """Return heading → meaning for all tables, since tooltips must be readable on paper, too."""
     found: dict[str, str] = {}
-    for shown in every(summary):
+    for shown in tables_shown:
         for column in shown.columns:
             if column.meaning:
                 found.setdefault(column.title, column.meaning)
     return found
 
 
-def every(summary: Summary) -> Iterable[ReportTable]:
+def every(summary: Summary) -> list[ReportTable]:
     """Return all tables, for files."""
     found = (leader(summary), front(summary), flips(summary), rejection(summary), unparsed(summary), runs(summary))
     return [table for table in found if table.rows]

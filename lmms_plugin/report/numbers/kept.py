@@ -30,7 +30,7 @@ _KIND = "measured"
 _LIBRARIES = ("numpy", "scipy", "pyarrow")
 _ARRAYS = {
     Task: ("value", "low", "high", "bins", "risk", "score", "outcome"),
-    TaskGroup: ("value", "resampled"),
+    TaskGroup: ("value", "low", "high"),
 }
 _HEADER = "header"
 
@@ -136,11 +136,13 @@ def encoded(measurement: Measurement) -> bytes:
     header = {
         "tasks": [told(task) for task in measured.tasks.values()],
         "groups": [[*where, told(group)] for where, group in measured.groups.items()],
+        "resampled": [[*where, *array.shape] for where, array in measured.resampled.items()],
         "documents": {name: ids.tolist() for name, ids in measured.documents.items()},
         # JSON has no NaN.
         "rejection": [[one.task, one.metric, *one[-2:]] for one in measurement.rejection],
         "others": list(measurement.others),
     }
+    arrays.extend(measured.resampled.values())
     arrays.append(np.array([one[2:5] for one in measurement.rejection], np.float64).reshape(-1, 3))
     header["values"] = len(measurement.rejection)
     whole = {
@@ -184,10 +186,13 @@ def decoded(content: bytes) -> Measurement:
     for *family, condition, told in header["groups"]:
         large = dict(arrays(TaskGroup, told))
         groups[Family(*family[0]), condition] = TaskGroup(**told | {"tasks": tuple(told["tasks"])}, **large)
+    resampled = {
+        (Family(*family), condition): next_of("float64", shape) for family, condition, *shape in header["resampled"]
+    }
     values = next_of("float64", (header["values"], 3)).tolist()
     rejection = tuple(
         MetricValue(task, metric, *value, *counts)
         for (task, metric, *counts), value in zip(header["rejection"], values, strict=True)
     )
     documents = {name: np.array(ids, np.str_) for name, ids in header["documents"].items()}
-    return Measurement(MeasuredRun(tasks, groups, documents), rejection, tuple(header["others"]))
+    return Measurement(MeasuredRun(tasks, groups, resampled, documents), rejection, tuple(header["others"]))

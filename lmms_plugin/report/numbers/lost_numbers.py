@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lmms_plugin.analysis.axes import Config
-from lmms_plugin.report.numbers.summary import BaselineDifference, Scope, Summary, difference_from_base
+from lmms_plugin.report.numbers.summary import BaselineDifference, Scope, Summary
 from lmms_plugin.report.numbers.tables import shown as shown_number
 from lmms_plugin.utils.messages import counted
 
@@ -64,14 +64,13 @@ class Lost:
         return self.values[loss.metric]
 
 
-def lost(scope: Scope, level: float) -> dict[Config, dict[str, Lost]]:
+def lost(scope: Scope) -> dict[Config, dict[str, Lost]]:
     """Return the differences of every quantized configuration by condition, the largest loss of accuracy first."""
     found: dict[Config, dict[str, Lost]] = {}
     for condition in scope.conditions:
         for line in scope.under(condition):
             if line.base is not None:
-                values = {loss.metric: difference_from_base(line, loss.metric, level) for loss in LOSSES}
-                found.setdefault(line.config, {})[condition] = Lost(values)
+                found.setdefault(line.config, {})[condition] = Lost(line.differences)
     return dict(sorted(found.items(), key=lambda item: _least(item[1])))
 
 
@@ -82,7 +81,7 @@ def _least(of: Mapping[str, Lost]) -> float:
 
 def sentences(summary: Summary) -> Iterator[str]:
     """Yield what is lost, a sentence for each thing that can be: by how many configurations, and most by which."""
-    scopes = [(scope, found) for scope in summary.scopes if (found := lost(scope, summary.level))]
+    scopes = [(scope, found) for scope in summary.scopes if (found := lost(scope))]
     for scope, found in scopes[:_MOST_SCOPES]:
         for loss in LOSSES:
             told = [said for name in scope.conditions if (said := _said(summary, found, name, loss))]

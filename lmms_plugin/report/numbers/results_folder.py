@@ -17,6 +17,7 @@ from lmms_plugin.analysis.records import REJECTION, Texts
 from lmms_plugin.analysis.study_files import CELL, CELLS, FAILED, FAILURES, About, place
 from lmms_plugin.quant_backends.plans.report_schema import REPORT, Quantized
 from lmms_plugin.report.numbers.kept import KeptMeasurements, Measurement
+from lmms_plugin.utils.processes.freed_memory import keep_freed_memory
 from lmms_plugin.utils.reading import accounts
 
 UNFINISHED = (".running", FAILURES)
@@ -233,7 +234,7 @@ def _in_processes(files: Sequence[Path], work: Any, workers: int) -> Iterator[Me
         return
     # Forking a process that has threads (BLAS, pyarrow) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(files)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(files)), context, keep_freed_memory) as pool:
         yield from pool.map(work, files, chunksize=max(1, min(8, len(files) // (4 * workers))))
 
 

@@ -2,22 +2,24 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
 from lmms_plugin.analysis.axes import Config, told_apart
-from lmms_plugin.analysis.groups import Task, TaskGroup
+from lmms_plugin.analysis.groups import METRICS, Task, TaskGroup, ends
 from lmms_plugin.analysis.measure import Family
-from lmms_plugin.analysis.records import CLEAN
+from lmms_plugin.analysis.records import CLEAN, Floats
+from lmms_plugin.metrics import intervals
 from lmms_plugin.metrics.bootstrap import Interval, interval
-from lmms_plugin.metrics.intervals import METHODS, between
 from lmms_plugin.report.numbers.results_folder import Cost, Folder, ReportedRun
 
 _NAMED = 3
 """Maximum number of tasks that a condition's name lists."""
+COMPARED = ("accuracy", "ece", "coverage@0.05")
+"""Metrics whose difference from the unquantized model is told."""
 
 
 class BaselineDifference(NamedTuple):
@@ -59,7 +61,8 @@ class Line:
         group: Mean of the groups.
         unparsed: Share of answers without a box.
         base: Line of the unquantized model that it is compared with; None for that model itself or without one.
-        delta: Difference of accuracy from `base`; None without a comparison.
+        differences: Metric of `COMPARED` → difference from `base`, None where a value is undefined; empty without a
+            comparison.
         flips: Flips against `base`; None without a comparison.
     """
 
@@ -71,8 +74,13 @@ class Line:
     group: TaskGroup
     unparsed: float
     base: "Line | None" = None
-    delta: BaselineDifference | None = None
+    differences: Mapping[str, BaselineDifference | None] = field(default_factory=dict)
     flips: BaselineFlips | None = None
+
+    @property
+    def delta(self) -> BaselineDifference | None:
+        """Difference of accuracy from `base`; None without a comparison."""
+        return self.differences.get("accuracy")
 
     @property
     def limited(self) -> bool:
@@ -170,8 +178,8 @@ def summarise(folder: Folder, level: float) -> Summary:
     runs = tuple(newest.values())
     together = _together(runs)
     names = _conditions(together)
-    lines = [_line(place, names[place.where], tuple(members.values())) for place, members in together.items()]
-    lines = _compared(lines, level)
+    drawn = [_line(place, names[place.where], tuple(members.values()), level) for place, members in together.items()]
+    lines = _compared(drawn, level)
     partial = {names[place.where]: place.tasks for place in together if names[place.where] != place.condition}
     left_out = len(folder.runs) - len(runs)
     return Summary(folder, runs, left_out, partial, tuple(_scopes(lines)), level, _common(runs))
@@ -250,25 +258,33 @@ def _scopes(lines: Iterable[Line]) -> Iterator[Scope]:
         yield Scope(model, family, title, tuple(kept))
 
 
-def _line(place: _LineKey, name: str, runs: tuple[ReportedRun, ...]) -> Line:
-    groups = tuple(run.measured.groups[place.family, place.condition] for run in runs)
-    group = _mean(groups)
+class _DrawnLine(NamedTuple):
+    """A line, and the values of its metrics on the resamples, shape (resamples, metrics), which it does not keep."""
+
+    line: Line
+    resampled: Floats
+
+
+def _line(place: _LineKey, name: str, runs: tuple[ReportedRun, ...], level: float) -> _DrawnLine:
+    where = place.family, place.condition
+    groups = tuple(run.measured.groups[where] for run in runs)
+    group, resampled = _mean(groups, [run.measured.resampled[where] for run in runs], level)
     tasks = [run.measured.tasks[task] for run in runs for task in place.tasks]
     unparsed = sum(task.unparsed for task in tasks) / sum(task.records for task in tasks)
-    return Line(place.config, place.family, name, runs, groups, group, unparsed)
+    return _DrawnLine(Line(place.config, place.family, name, runs, groups, group, unparsed), resampled)
 
 
-def _compared(lines: Sequence[Line], level: float) -> list[Line]:
+def _compared(drawn: Sequence[_DrawnLine], level: float) -> list[Line]:
     """Compare each quantized line with the most similar unquantized line of the same questions."""
-    dense: dict[tuple[object, ...], dict[Config, Line]] = {}
-    for line in lines:
-        if line.config.dense:
-            dense.setdefault(_asked(line), {})[line.config] = line
+    dense: dict[tuple[object, ...], dict[Config, _DrawnLine]] = {}
+    for one in drawn:
+        if one.line.config.dense:
+            dense.setdefault(_asked(one.line), {})[one.line.config] = one
     found = []
-    for line in lines:
-        of = {} if line.config.dense else dense.get(_asked(line), {})
-        nearest = line.config.nearest(of)
-        found.append(line if nearest is None else _beside(line, of[nearest], level))
+    for one in drawn:
+        of = {} if one.line.config.dense else dense.get(_asked(one.line), {})
+        nearest = one.line.config.nearest(of)
+        found.append(one.line if nearest is None else _beside(one, of[nearest], level))
     return found
 
 
@@ -278,38 +294,36 @@ def _asked(line: Line) -> tuple[object, ...]:
     return line.family, line.condition, *((name, tasks[name].documents) for name in line.group.tasks)
 
 
-def _beside(line: Line, base: Line, level: float) -> Line:
-    compared = replace(line, base=base, flips=_flips(line, base))
-    return replace(compared, delta=difference_from_base(compared, "accuracy", level))
+def _beside(one: _DrawnLine, base: _DrawnLine, level: float) -> Line:
+    differences = {metric: _difference(one, base, metric, level) for metric in COMPARED}
+    return replace(one.line, base=base.line, differences=differences, flips=_flips(one.line, base.line))
 
 
-def _mean(groups: Sequence[TaskGroup]) -> TaskGroup:
+def _mean(groups: Sequence[TaskGroup], resampled: Sequence[Floats], level: float) -> tuple[TaskGroup, Floats]:
     """Average over runs; without resamples unless all drew the same images for the same tasks."""
     first = groups[0]
     if len(groups) == 1:
-        return first
-    paired = all(
-        (g.drawn, g.tasks, g.resampled.shape) == (first.drawn, first.tasks, first.resampled.shape) for g in groups
+        return first, resampled[0]
+    shape = resampled[0].shape
+    paired = all((g.drawn, g.tasks) == (first.drawn, first.tasks) for g in groups) and all(
+        values.shape == shape for values in resampled
     )
     value = np.mean([group.value for group in groups], axis=0)
-    shape = first.resampled.shape
-    resampled = np.mean([g.resampled for g in groups], axis=0) if paired else np.full(shape, np.nan)
-    return TaskGroup(first.tasks, first.drawn if paired else "", first.records, first.images, value, resampled)
+    mean = np.mean(resampled, axis=0) if paired else np.full(shape, np.nan)
+    drawn = first.drawn if paired else ""
+    return TaskGroup(first.tasks, drawn, first.records, first.images, value, *ends(value, mean, level)), mean
 
 
-def _difference(group: TaskGroup, base: TaskGroup, metric: str, level: float) -> BaselineDifference | None:
-    value = group.of(metric) - base.of(metric)
+def _difference(one: _DrawnLine, base: _DrawnLine, metric: str, level: float) -> BaselineDifference | None:
+    group, other, column = one.line.group, base.line.group, METRICS.index(metric)
+    value = group.of(metric) - other.of(metric)
     if np.isnan(value):
         return None
     # Resamples are paired only where the same images were drawn.
-    paired = group.drawn and group.drawn == base.drawn and group.resampled.shape == base.resampled.shape
-    resampled = group.column(metric) - base.column(metric) if paired else np.empty(0)
-    return BaselineDifference(value, interval(value, resampled, level=level, method=METHODS.get(metric, "percentile")))
-
-
-def difference_from_base(line: Line, metric: str, level: float) -> BaselineDifference | None:
-    """Return the difference of a line from its unquantized model; None without one, or where a value is undefined."""
-    return None if line.base is None else _difference(line.group, line.base.group, metric, level)
+    paired = group.drawn and group.drawn == other.drawn and one.resampled.shape == base.resampled.shape
+    resampled = one.resampled[:, column] - base.resampled[:, column] if paired else np.empty(0)
+    method = intervals.METHODS.get(metric, "percentile")
+    return BaselineDifference(value, interval(value, resampled, level=level, method=method))
 
 
 def _flips(line: Line, base: Line) -> BaselineFlips | None:
@@ -328,7 +342,7 @@ def _binary(task: Task) -> bool:
     return bool(np.all((task.outcome == 0.0) | (task.outcome == 1.0)))
 
 
-def spread(lines: Sequence[Line], metric: str, level: float) -> tuple[float, float, float]:
+def spread(lines: Sequence[Line], metric: str) -> tuple[float, float, float]:
     """Return the mean over runs and a band: lowest to highest run, or for a single run the interval over images."""
     runs = [group for line in lines for group in line.groups]
     values = np.array([group.of(metric) for group in runs])
@@ -337,7 +351,7 @@ def spread(lines: Sequence[Line], metric: str, level: float) -> tuple[float, flo
         return (float("nan"),) * 3
     if values.size > 1:
         return float(values.mean()), float(values.min()), float(values.max())
-    low, high = between(metric, runs[0].of(metric), runs[0].column(metric), level)
+    low, high = runs[0].interval(metric)
     return float(values[0]), low, high
 
 
