@@ -50,6 +50,8 @@ def plan_study(
         if chooses:
             made = design.chosen(found, difference=power, budget=most, folder=output)
             found = planning.plan(study, output, only=design.cells_of(found, made))
+    if (nothing := planning.nothing_there(found, output)) is not None:
+        typer.echo(nothing, err=True)
     if write is not None and isinstance(made, design.Design):
         write.parent.mkdir(parents=True, exist_ok=True)
         replace_text(write, design.written(study, made))

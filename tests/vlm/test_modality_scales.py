@@ -37,9 +37,8 @@ ARGUMENTS = {
 def load(path, kind=models.QuantGptq, **changes):
     vlm = kind(pretrained=str(path), **{**ARGUMENTS, **changes})
     vlm.task_dict = {"toy": {"test": Documents(QUESTIONS)}}
-    # Loads now; what does not fit the model is found then.
-    _ = vlm.responder
-    return vlm
+    # What does not fit the model is found when it is loaded.
+    return vlm.make_ready()
 
 
 def assert_near(ours, theirs):

@@ -192,6 +192,13 @@ def damages(found: Plan) -> list[str]:
     return [f"not whole, to be run again: {one.keyed.id}: {one.damage}" for one in found.cells if one.damage]
 
 
+def nothing_there(found: Plan, output: Path | None) -> str | None:
+    """Return a line that says that a folder holds no cell of any study, so that a misspelt one is seen; else None."""
+    if output is None or found.others or any(one.state != "missing" or one.damage for one in found.cells):
+        return None
+    return f"--output: nothing of a study is in {output}: every cell counts as missing"
+
+
 def summary(found: Plan) -> str:
     """Summarise a plan in one line."""
     counts = ", ".join(f"{number} {state}" for state, number in found.counts().items() if number)
