@@ -12,7 +12,7 @@ images; differences between models are paired image by image.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from itertools import product
@@ -46,11 +46,13 @@ def task_of(shift: str, severity: int) -> str:
     return f"shapes_shift_{shift}_{severity}"
 
 
+REST = "rest"
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "moved": (TASK, *(task_of(*cell) for cell in MOVED)),
-    "rest": tuple(task_of(*cell) for cell in BENCHMARK if cell not in MOVED),
+    "clean": (TASK,),
+    **{str(severity): tuple(task_of(shift, severity) for shift in MOVING) for severity in SHOWN},
+    REST: tuple(task_of(*cell) for cell in BENCHMARK if cell not in MOVED),
 }
-"""Tasks of each run of a model, by the end of its folder's name; the second is asked with `--benchmark`."""
+"""Tasks of each run of a model, by the end of its folder's name; the last are asked with `--benchmark`."""
 
 
 def folder_of(output: Path, model: str, part: str) -> Path:
@@ -72,33 +74,36 @@ def _joined(one: LoggedRun, other: LoggedRun) -> LoggedRun:
     return replace(one, tasks={**one.tasks, **other.tasks}, results={**one.results, **other.results})
 
 
-def _only(run: LoggedRun, tasks: tuple[str, ...]) -> LoggedRun:
-    return replace(run, tasks={task: run.tasks[task] for task in tasks})
+def _only(run: LoggedRun, tasks: Collection[str]) -> LoggedRun:
+    return replace(run, tasks={task: records for task, records in run.tasks.items() if task in tasks})
 
 
 def table(runs: Mapping[str, LoggedRun], settings: MeasurementSettings) -> Iterator[str]:
     """Accuracy of the first model under each shift, of others the difference from it, in markdown."""
-    (name, first), *others = [(name, _only(run, PARTS["moved"])) for name, run in runs.items()]
+    shown = {TASK: "none"} | {task_of(*cell): f"`{cell[0]}` {cell[1]}" for cell in MOVED}
+    (name, first), *others = [(name, _only(run, shown)) for name, run in runs.items()]
     values = {one.task: one for one in measure(first, settings) if one.metric == ACCURACY}
     changes = {other: _changes(first, run, settings) for other, run in others}
     lines = []
-    for shift in (None, *MOVING):
-        for severity in SHOWN if shift else (0,):
-            task = task_of(shift, severity) if shift else TASK
-            one, told = values[task], first.results[task]
-            unmoved, asked = (_share(told, metric) for metric in (f"{ACCURACY}_unmoved", "shifted_rate"))
-            label = f"`{shift}` {severity}" if shift else "none"
-            accuracy = f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
-            lines.append((label, accuracy, *(_points(changes[other][task]) for other, _ in others), unmoved, asked))
+    for task in (task for task in shown if task in values):
+        one, told = values[task], first.results[task]
+        unmoved, asked = (_share(told, metric) for metric in (f"{ACCURACY}_unmoved", "shifted_rate"))
+        accuracy = f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
+        lost = (_points(changes[other].get(task)) for other, _ in others)
+        lines.append((shown[task], accuracy, *lost, unmoved, asked))
     heads = ("shift", name, *(f"{other} - {name}, points" for other, _ in others), f"{name}, unmoved", "asked")
     yield from markdown(heads, lines)
 
 
 def _changes(first: LoggedRun, other: LoggedRun, settings: MeasurementSettings) -> dict[str, Change]:
-    return {one.task: one for one in compare(first, other, settings).changes if one.metric == ACCURACY}
+    both = first.tasks.keys() & other.tasks.keys()
+    found = compare(_only(first, both), _only(other, both), settings)
+    return {one.task: one for one in found.changes if one.metric == ACCURACY}
 
 
-def _points(change: Change) -> str:
+def _points(change: Change | None) -> str:
+    if change is None:
+        return ""
     found = change.difference
     value, low, high = (f"{100 * each:+z.1f}" for each in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]"
@@ -145,7 +150,9 @@ def main() -> None:
 
     options.output.mkdir(parents=True, exist_ok=True)
     evaluator = None
-    for model, part in product(options.models, PARTS if options.benchmark else ("moved",)):
+    for model, part in product(options.models, PARTS):
+        if part == REST and not options.benchmark:
+            continue
         folder = folder_of(options.output, model, part)
         if not folder.exists() and not options.table:
             evaluator = evaluator or Evaluator(options.threads)

@@ -683,6 +683,8 @@ that raises the error, where one does (Llama 4 of transformers 5.24 asks its dec
 give, so that no prompt about an image is answered). Families with a processor in `tests/helpers/families.py` go through
 `lmms-eval`'s model in other tests. "One at a time", "by length" (batches without padding) and "plain way" are what a
 run falls back to by itself, with a line in its log; HunYuan-VL's positions number the images of a batch through.
+How a family is asked for boxes, and the source of that or where one was looked for, stands in [dialects](dialects.md);
+a family without an entry there is asked for fractions, and no source was looked for.
 
 `python tests/helpers/small_families.py` writes this page anew; `tests/end_to_end/test_all_families.py` compares it
 family by family.

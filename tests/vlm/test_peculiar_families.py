@@ -99,14 +99,8 @@ class TestPaddedBatches:
 
 def number_images(model):
     """Add to the encoding of an image its number in the batch."""
-    encode = model.model.get_image_features
-
-    def numbered(*args, **kwargs):
-        found = encode(*args, **kwargs)
-        found.pooler_output = [image + number for number, image in enumerate(found.pooler_output)]
-        return found
-
-    model.model.get_image_features = numbered
+    projector = model.model.multi_modal_projector
+    projector.register_forward_hook(lambda module, args, images: images + torch.arange(len(images))[:, None, None])
 
 
 def test_an_encoder_decoder_answers_in_batches_as_alone(checkpoint):
