@@ -189,3 +189,16 @@ def test_two_mirrors_give_the_expression_back(words):
     once = mirrored(text)
     if once is not None and (twice := mirrored(once)) is not None:
         assert twice == text
+
+
+@given(
+    st.text()
+    | st.lists(st.sampled_from(["left", "Right", "'", "\u2019", "-", " ", "1", "\u5de6", "o'clock"])).map("".join)
+)
+def test_any_text_is_kept_changed_or_left_out(text):
+    for rule in RULES.values():
+        assert (kept_as := rule(text)) is None or isinstance(kept_as, str)
+    for unchanged in (cropped, turned):
+        assert unchanged(text) in (text, None)
+    if (once := mirrored(text)) is not None and text.isascii():
+        assert mirrored(once) in (text, None)
