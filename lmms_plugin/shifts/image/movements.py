@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -159,7 +159,7 @@ class Displacement(Movement):
         return 1.0
 
 
-def _mirrored(places: Matrix, side: int) -> Matrix:
+def _mirrored(places: npt.NDArray[np.floating[Any]], side: int) -> npt.NDArray[np.floating[Any]]:
     """Return which places of a picture, from 0 to `side`, are shown where edges mirror what lies behind them."""
     within = places % (2 * side)
     return np.minimum(within, 2 * side - within)
