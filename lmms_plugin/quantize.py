@@ -90,9 +90,8 @@ class Asked(NamedTuple):
         from lmms_plugin.vlm.wrapper import model_class
 
         vlm = model_class(self.method)(**self.given, storage="packed")
-        # Loads now, and writes what `report` and `save_quantized` ask for.
-        _ = vlm.responder
-        return vlm
+        # Writes what `report` and `save_quantized` ask for.
+        return vlm.make_ready()
 
 
 def inspect(asked: Asked, *, held_out: int) -> QuantReport:

@@ -10,7 +10,7 @@ import numpy as np
 from lmms_plugin.analysis.comparison import Change
 from lmms_plugin.analysis.parity.gaps import Counted
 from lmms_plugin.analysis.parity.judging_parity import Parity
-from lmms_plugin.cli.screens.screen import HEIGHT, cut, wrapped
+from lmms_plugin.cli.screens.screen import HEIGHT, cut, labelled, wrapped
 
 _METRICS = ("acc@0.5", "accuracy", "box_rate", "mean_iou", "ece", "aurc")
 _CLOSING = "What each line means: docs/parity.md; everything: --all, --json"
@@ -27,7 +27,7 @@ def lines(found: Parity, level: float, *, everything: bool = False) -> list[str]
     if everything:
         return _all_lines(found, level)
     head = [*wrapped(found.sentence), ""]
-    head += [cut(f"{name}: {label}") for name, label in (("A", found.first), ("B", found.second))]
+    head += labelled(("A: ", "B: "), (found.first, found.second))
     if found.left_out:
         head += [cut(f"only one run has: {', '.join(found.left_out)}")]
     head += ["", *(cut(f"{name:22}{value}") for name, value in _numbers(found)), ""]

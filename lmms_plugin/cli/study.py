@@ -50,6 +50,8 @@ def plan_study(
         if chooses:
             made = design.chosen(found, difference=power, budget=most, folder=output)
             found = planning.plan(study, output, only=design.cells_of(found, made))
+    for line in planning.remarks(found, output):
+        typer.echo(line, err=True)
     if write is not None and isinstance(made, design.Design):
         write.parent.mkdir(parents=True, exist_ok=True)
         replace_text(write, design.written(study, made))
@@ -57,8 +59,6 @@ def plan_study(
         said = {} if made is None or isinstance(made, str) else {"design": made.to_dict()}
         typer.echo(dumps(found.to_dict() | said, indent=1, ensure_ascii=False, allow_nan=False))
         return
-    for line in planning.damages(found):
-        typer.echo(line, err=True)
     if not everything:
         typer.echo(plan_screen(found, made, chosen=chooses))
         return

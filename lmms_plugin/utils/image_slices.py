@@ -14,7 +14,10 @@ from typing import NamedTuple
 from lmms_plugin.utils.chance import uniform
 from lmms_plugin.utils.variables import IMAGES
 
-_WRITTEN = re.compile(r"(\d{1,18}):(\d{1,18}):(\d{1,18})")
+_DIGITS = 18
+MOST = 10**_DIGITS - 1
+"""Largest seed and place of a slice."""
+_WRITTEN = re.compile(rf"(\d{{1,{_DIGITS}}}):(\d{{1,{_DIGITS}}}):(\d{{1,{_DIGITS}}})")
 
 
 class ImageSlice(NamedTuple):

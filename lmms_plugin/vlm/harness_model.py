@@ -55,6 +55,11 @@ class HarnessModel(lmms):
             ValueError: It cannot be loaded.
         """
 
+    def make_ready(self) -> Self:
+        """Make the responder now and not at the first request, and return the model."""
+        _ = self.responder
+        return self
+
     @property
     def is_ready(self) -> bool:
         """Return whether the responder was made."""
@@ -117,7 +122,7 @@ class HarnessModel(lmms):
         """
         if not self.is_ready and self.rank == 0 and (self.arguments.report or self.arguments.save_quantized):
             logger.info("No request came to the model; it is made ready for what is to be written of it")
-            _ = self.responder
+            self.make_ready()
         if self.is_ready:
             usage = self.responder.usage
             log_metrics(

@@ -58,17 +58,22 @@ def doc_to_visual(doc: Mapping[str, Any], task: Mapping[str, Any] | None = None)
     """Return the document's image under the task's shift, as RGB; on the original canvas unless the shift moves boxes.
 
     Raises:
-        ValueError: The shift moves boxes, and the document has them where they were.
+        ValueError: The shift moves boxes, and the document has them where they were; or the other way round.
     """
-    name = (task or {}).get("shift")
+    name, moved_by = (task or {}).get("shift"), doc.get("moved_by")
+    moves = name in moving.MOVING
+    if moved_by is not None and not moves:
+        raise ValueError(
+            f"the document's box was moved by {moved_by[0]} at severity {moved_by[1]}, its picture would not be: got "
+            f"shift: {name}; give the task's metadata the shift and severity of its process_docs"
+        )
     if name is None:
         return [to_rgb(doc["image"])]
     image, severity, key = doc["image"], int((task or {})["severity"]), doc["image_id"]
-    moves = name in moving.MOVING
-    if moves and doc.get("moved_by") != [name, severity]:
+    if moves and moved_by != [name, severity]:
         raise ValueError(
             f"{name} at severity {severity} moves boxes: expected documents whose boxes it moved, got moved_by: "
-            f"{doc.get('moved_by')}; set process_docs to lmms_plugin.tasks.grounding.moving_shifts.Moved, as the "
+            f"{moved_by}; set process_docs to lmms_plugin.tasks.grounding.moving_shifts.Moved, as the "
             f"generated tasks ending in {name}_{severity} do"
         )
     known_by = (told_apart(image), key, name, severity)

@@ -60,8 +60,9 @@ class Convention:
             size: (width, height) of the original image in pixels.
 
         Raises:
-            ValueError: The box leaves the image by more than rounding, or is smaller than a pixel where pixels are
-                declared, which indicates another order or scale. The message says which others would fit.
+            ValueError: The box leaves the image by more than rounding, lies wholly beside it, or is smaller than a
+                pixel where pixels are declared, which indicates another order or scale. The message says which others
+                would fit.
         """
         if not self._fits(box, size):
             others = [str(other) for other in _ALL if other._fits(box, size)]
@@ -100,6 +101,9 @@ class Convention:
         x, y, width, height = self._xywh(box, size)
         slack = max(2.0, 0.01 * max(size))
         inside = min(x, y) >= -slack and x + width <= size[0] + slack and y + height <= size[1] + slack
+        # What lies beside the image, be it by rounding, has no part that could be found.
+        sides = (x, width, size[0]), (y, height, size[1])
+        inside = inside and not any(length > 0 and not -length < start < edge for start, length, edge in sides)
         return inside and min(width, height) >= 0 and (self.scale is not None or self.flat or max(box) > 1)
 
 

@@ -88,7 +88,10 @@ def main() -> None:
     for name in ("questions", "annotations", "images", "out"):
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
-    written = write(given.questions, given.annotations, given.images, given.out)
+    try:
+        written = write(given.questions, given.annotations, given.images, given.out)
+    except (DatasetError, OSError) as error:
+        parser.error(str(error))
     print(f"{counted(written, 'question')} written to {given.out}")
 
 

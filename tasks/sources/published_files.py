@@ -183,7 +183,10 @@ def main() -> None:
     for name in ("annotations", "images", "out"):
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
-    written = write(given.name, given.annotations, given.images, given.out)
+    try:
+        written = write(given.name, given.annotations, given.images, given.out)
+    except (DatasetError, OSError) as error:
+        parser.error(str(error))
     print(f"{counted(written, 'expression')} written to {given.out}")
 
 

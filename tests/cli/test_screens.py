@@ -7,12 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import planted_logs, report_study
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmms_plugin.analysis.component_importance import ComponentGrid, ComponentSensitivity, Importance
 from lmms_plugin.cli import printed_tables
 from lmms_plugin.cli.main import main
 from lmms_plugin.cli.screens import analyses_screen, listings
-from lmms_plugin.cli.screens.screen import HEIGHT, WIDTH, ScreenTable, listing, middle_cut, screen
+from lmms_plugin.cli.screens.screen import (
+    HEIGHT,
+    WIDTH,
+    ScreenTable,
+    cut_apart,
+    labelled,
+    listing,
+    middle_cut,
+    screen,
+)
 from lmms_plugin.cli.screens.verdict_screen import verdict_screen
 from lmms_plugin.doctor.rows import fail, ok, warn
 from lmms_plugin.selector.shift_strength import Strength
@@ -125,6 +136,16 @@ def test_a_plan_is_its_axes_and_arms(printed, study):
         assert all(cell["id"] in everything.replace("\n", "") for cell in cells[:3])
 
 
+def test_a_misspelt_folder_of_a_plan_is_told(monkeypatch, tmp_path, capsys):
+    file, folder = STUDIES / "kv_cache.yaml", tmp_path / "nowhere"
+    monkeypatch.setattr("sys.argv", ["lmms-plugin", "study", "plan", str(file), "--output", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    said = capsys.readouterr().err
+    assert said == f"--output: nothing of a study is in {tmp_path / 'nowhere'}: every cell counts as missing\n"
+
+
 def test_lists_of_models_and_tasks(printed):
     models, tasks = printed("models"), printed("tasks")
     expect_screen(models)
@@ -211,6 +232,33 @@ class TestScreen:
     def test_long_names_keep_both_ends(self):
         assert middle_cut("shapes_shift_gaussian_noise_3", 16) == "shapes…n_noise_3"
         assert middle_cut("short", 16) == "short"
+
+    def test_names_that_differ_where_they_are_cut_are_numbered(self):
+        start, end = "a" * 30, "z" * 30
+        rows = [(f"{start}{middle}{end}", "1") for middle in ("one", "two", "one")]
+        lines = expect_screen(screen(["It is so."], [ScreenTable(("run", "x" * 40), rows, "run")]))
+        shown = [line.split()[0] + line.split()[1] for line in lines if line.startswith("aaa")]
+        assert shown[0] == shown[2] != shown[1]
+        assert [line.split()[1] for line in lines if line.startswith("aaa")] == ["(1)", "(2)", "(1)"]
+
+    def test_labels_of_two_runs_read_differently(self):
+        same = "pretrained=/models/" + "long/" * 20
+        labels = [f"quant_rtn {same}a,bits=4,{'calibration=self,' * 4}", f"quant_rtn {same}b,bits=4,{'x' * 90}"]
+        assert len(set(cut_apart([*labels, labels[0] + "y"], 40))) == 3
+        assert all(len(one) <= 40 for one in cut_apart(labels, 40))
+        first, second = labelled(("first:  ", "second: "), [labels[0], labels[0].replace("a,bits", "b,bits")])
+        assert len(first) == len(second) == WIDTH
+        assert first.removeprefix("first:  ") != second.removeprefix("second: ")
+        titles = [ScreenTable(("a", "b"), self.ROWS[:1], "task", label) for label in labels]
+        lines = expect_screen(screen(["It is so."], titles))
+        assert len({line for line in lines if line.startswith("quant_rtn")}) == 2
+
+    @given(st.lists(st.text("abc", max_size=12), max_size=12), st.integers(6, 10))
+    def test_different_names_are_cut_to_different_texts(self, names, width):
+        short = cut_apart(names, width)
+        assert len(set(zip(names, short, strict=True))) == len(set(names))
+        assert len({one for name, one in zip(names, short, strict=True)}) == len(set(names))
+        assert all(len(one) <= width for one in short)
 
     def test_a_listing_cuts_lines(self):
         lines = expect_screen(listing(["It is so."], ["x" * 200] * 60, "model", "More: --all"))

@@ -22,9 +22,7 @@ OPTIONS = {"max_new_tokens": 24, "temperature": 0, "until": []}
 
 
 def load(path="demo", **arguments):
-    vlm = models.QuantNone(pretrained=str(path), device="cpu", **arguments)
-    _ = vlm.responder
-    return vlm
+    return models.QuantNone(pretrained=str(path), device="cpu", **arguments).make_ready()
 
 
 def instance(ask, index, options=OPTIONS):

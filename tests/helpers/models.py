@@ -51,9 +51,7 @@ def choice(index, text, context="Which?", show=lambda doc: [part["url"] for part
 def load(path, **arguments):
     vlm = models.QuantNone(pretrained=str(path), device="cpu", **arguments)
     vlm.task_dict = {"toy": {"test": DOCUMENTS}}
-    # Weights are read now, and not at the first request.
-    _ = vlm.responder
-    return vlm
+    return vlm.make_ready()
 
 
 def answer(vlm, indices=ALL, *, batch_size=1, **changes):

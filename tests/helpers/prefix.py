@@ -58,9 +58,7 @@ def instance(index, messages=ask, **options):
 def load(path, documents=QUESTIONS, **arguments):
     vlm = models.QuantNone(pretrained=str(path), device="cpu", **arguments)
     vlm.task_dict = {"toy": {"test": Documents(documents)}}
-    # Weights are read now, and not at the first request.
-    _ = vlm.responder
-    return vlm
+    return vlm.make_ready()
 
 
 def answers(vlm, batch_size=1, messages=ask, cache_bytes=2**30, **options):

@@ -426,6 +426,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         for family in ("glm4v", "glm46v", "glmga", "glm_ocr", "qwen2_vl", "qwen2_5_vl", "paddleocr_vl")
     },
     "fast_vlm": {"vision_config.hidden_size": 128},
+    # Where its tower halves an image: behind a layer that the tiny one has.
+    **{key: {"vision_config.insert_layer_id": 0} for key in ("minicpmv4_6", "minicpmv4_7")},
     "apertus1p5": {"audio_config.codebook_dim": 64},
     "llama4": {"vision_config.intermediate_size": 256},
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0, 1]},
@@ -622,8 +624,14 @@ def _decoder(tiny: Tiny) -> Decoder:
 
 
 def _batched(tiny: Tiny, alone: list[dict[str, torch.Tensor]], together: dict[str, torch.Tensor]) -> str | None:
-    difference = padded_difference(_decoder(tiny), list(alone), together)
-    return None if difference is None else "one at a time: padding changes the answer"
+    """Answer the prompts together, and if that is not as alone, those of equal length, each with its own image."""
+    if padded_difference(_decoder(tiny), list(alone), together) is None:
+        return None
+    rows, seeds = [tiny.row(TAILS[0], 20 + number) for number in range(len(TAILS))], range(len(TAILS))
+    equal = [tiny.batch([row], [seed]) for row, seed in zip(rows, seeds, strict=True)]
+    if padded_difference(_decoder(tiny), equal, tiny.batch(rows, seeds)) is None:
+        return "by length: padding changes the answer"
+    return "one at a time: other rows of a batch change the answer"
 
 
 def _shared(tiny: Tiny, alone: list[dict[str, torch.Tensor]], rows: list[list[int]]) -> str | None:
@@ -673,8 +681,10 @@ hand, below the level of processors; "not tried" stands where they could not be,
 configuration gives no tiny model that transformers itself saves and reads back; both name the class of transformers
 that raises the error, where one does (Llama 4 of transformers 5.24 asks its decoder for image outputs that it does not
 give, so that no prompt about an image is answered). Families with a processor in `tests/helpers/families.py` go through
-`lmms-eval`'s model in other tests. "One at a time" and "plain way" are what a run falls back to by itself, with a line
-in its log.
+`lmms-eval`'s model in other tests. "One at a time", "by length" (batches without padding) and "plain way" are what a
+run falls back to by itself, with a line in its log; HunYuan-VL's positions number the images of a batch through.
+How a family is asked for boxes, and the source of that or where one was looked for, stands in [dialects](dialects.md);
+a family without an entry there is asked for fractions, and no source was looked for.
 
 `python tests/helpers/small_families.py` writes this page anew; `tests/end_to_end/test_all_families.py` compares it
 family by family.

@@ -42,6 +42,7 @@ GEMMA4 = (
     '```json\n[\n  {"box_2d": [244, 256, 948, 405], "label": "person"},\n'
     '  {"box_2d": [357, 606, 655, 803], "label": "cat"}\n]\n```'
 )
+# No answer is published of LFM2.5-VL, Qwen3-Omni and ERNIE-4.5-VL: these have the form of their sources.
 LFM = '[{"label": "dog", "bbox": [0.12, 0.3, 0.58, 0.91]}]'
 BIRDS = (
     "The image features a serene scene with <ref>three birds</ref>[\n  <box>(0.401,0.526),(0.430,0.557)</box>,\n"

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import skimage.data
 from helpers import imagecorruptions_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from lmms_plugin.demo import scenes
@@ -270,6 +272,56 @@ def test_any_size_is_moved(name, size):
         image = moved.render(np.full((size[1], size[0], 3), 200, np.uint8))
         assert image.shape == (moved.size.height, moved.size.width, 3)
         assert area(moved.box((0, 0, *size))) > 0
+
+
+@st.composite
+def drawn(draw):
+    """A picture's size and a box of whole pixels in it."""
+    size = CanvasSize(draw(st.integers(1, 160)), draw(st.integers(1, 160)))
+    ends = [sorted(draw(st.lists(st.integers(0, side), min_size=2, max_size=2, unique=True))) for side in size]
+    return size, (ends[0][0], ends[1][0], ends[0][1], ends[1][1])
+
+
+@given(drawn(), st.sampled_from(GEOMETRY), st.sampled_from(SEVERITIES), st.integers(0, 99))
+@settings(max_examples=400, deadline=None)
+def test_any_rectangle_of_any_picture_is_found_again(shown, name, severity, key):
+    size, box = shown
+    moved = movement(size, name, severity, key)
+    expected, visible = moved.box(box), moved.visible(box)
+    left, top, right, bottom = expected
+    assert 0 <= left <= right <= moved.size.width
+    assert 0 <= top <= bottom <= moved.size.height
+    assert -1e-9 <= visible <= 1 + 1e-9
+    # Thinner than two pixels, or with less in the picture, it mixes with what is beside it.
+    if min(right - left, bottom - top) >= 2 and visible > 0.02:
+        assert np.abs(np.subtract(extent(moved.render(scene(box, size))), expected)).max() <= 1.5
+
+
+@pytest.mark.parametrize(
+    ("offset", "box", "expected"),
+    [(-2, (0, 0, 4, 9), (0, 0, 6, 9)), (-2, (0, 0, 1, 9), (1, 0, 3, 9)), (3, (16, 0, 20, 9), (13, 0, 20, 9))],
+)
+def test_the_edges_of_a_field_mirror_what_lies_behind_them(offset, box, expected):
+    size, shifted = CanvasSize(20, 9), np.full((9, 20), offset, np.float32)
+    columns, rows = np.meshgrid(np.arange(20, dtype=np.float32), np.arange(9, dtype=np.float32))
+
+    def render(image):
+        return cv2.remap(image, columns + shifted, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+
+    moved = Displacement(size, size, render, shifted, np.zeros_like(shifted))
+    assert moved.box(box) == expected == extent(moved.render(scene(box, size)))
+
+
+@given(drawn(), st.sampled_from(list(MOVING)), st.sampled_from(SEVERITIES), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_a_box_without_width_or_height_stays_in_the_picture(shown, name, severity, lies):
+    size, (left, top, right, bottom) = shown
+    flat = (left, top, right, top) if lies else (left, top, left, bottom)
+    moved = movement(size, name, severity, 0)
+    x0, y0, x1, y1 = moved.box(flat)
+    assert 0 <= x0 <= x1 <= moved.size.width
+    assert 0 <= y0 <= y1 <= moved.size.height
+    assert 0 <= moved.visible(flat) <= 1 + 1e-9
 
 
 @pytest.mark.parametrize(

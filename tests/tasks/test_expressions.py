@@ -96,6 +96,13 @@ def test_box_in_xyxy_order_is_noticed(rows):
         list(docs.remove_columns("image"))
 
 
+@pytest.mark.parametrize("bbox", [[-2.0, 5.0, 1.5, 10.0], [5.0, 512.5, 10.0, 1.0], [512.0, 0.0, 2.0, 9.0]], ids=str)
+def test_a_box_beside_the_image_is_noticed(rows, bbox):
+    docs = ExpressionDocs(rows.map(lambda row, i: {"bbox": bbox if i == 1 else row["bbox"]}, with_indices=True))
+    with pytest.raises(DatasetError, match=r"row 1 .*inside the 512x512 image"):
+        list(docs.remove_columns("image"))
+
+
 @pytest.mark.parametrize("answer", [[], ["  "], [None]], ids=["none", "blank", "null"])
 def test_row_without_expression_is_an_error(rows, answer):
     with pytest.raises(DatasetError, match=r"row 0 .*'answer' holds no expression"):

@@ -120,6 +120,15 @@ def test_a_moving_shift_of_unmoved_documents_is_refused():
         comprehension.doc_to_visual(doc, {"shift": "rotation", "severity": 4})
 
 
+@pytest.mark.parametrize("task", [None, {}, {"shift": "fog", "severity": 3}])
+def test_a_moved_box_is_not_shown_in_a_picture_that_is_not_moved(task):
+    (doc,) = Moved("rotation", 3)(one())
+    with pytest.raises(
+        ValueError, match=r"box was moved by rotation at severity 3, its picture would not be: got shift"
+    ):
+        comprehension.doc_to_visual(doc, task)
+
+
 def answer(box, doc):
     text = json.dumps({"bbox_2d": [round(1000 * side) for side in box]})
     tokens = tuple(Token(character, -0.1) for character in text)

@@ -1,6 +1,7 @@
 """Datasets that differ from RefCOCO+ by nature: their schemas, what is said of a broken one, their own metrics."""
 
 import json
+import re
 from contextlib import contextmanager
 
 import datasets
@@ -376,6 +377,37 @@ class TestPublished:
         assert "4 expressions left out, their boxes are not published" in lines[0]
         kept = datasets.Dataset.from_parquet(str(tmp_path / "test.parquet"))
         assert [row["expression"] for row in kept] == [row["expression"] for row in left]
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"bbox": "abc"}, r"^row 1: bbox: expected list<.*double.*>, got abc$"),
+            ({"expression": 5}, r"^row 1: expression: expected string, got 5$"),
+            ({"width": 10**30}, r"^row 1: width: expected int64, got 10+$"),
+        ],
+        ids=["text", "number", "huge"],
+    )
+    def test_a_field_of_another_type_is_named_and_a_copy_that_is_there_stays(self, changed, message, files, tmp_path):
+        out = tmp_path / "out.parquet"
+        arguments = files / "refbench_pro", files / "images", out
+        published_files.write("refbench_pro", *arguments)
+        before = out.read_bytes()
+        rows = [row | (changed if k == 1 else {}) for k, row in enumerate(natural_copies.refbench_pro())]
+        (files / "refbench_pro").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        with pytest.raises(DatasetError, match=message):
+            published_files.write("refbench_pro", *arguments)
+        assert out.read_bytes() == before
+        assert sorted(path.name for path in tmp_path.glob("*.parquet*")) == ["out.parquet"]
+
+    def test_the_command_ends_in_one_line(self, files, tmp_path, monkeypatch, capsys):
+        (files / "refbench_pro").write_text('{"expression": "a"')
+        given = ["refbench_pro", files / "refbench_pro", files / "images", tmp_path / "out.parquet"]
+        monkeypatch.setattr("sys.argv", ["published_files", *map(str, given)])
+        with pytest.raises(SystemExit) as ended:
+            published_files.main()
+        assert ended.value.code == 2
+        assert re.search(r"error: .*refbench_pro:1.*fetch it again\n$", capsys.readouterr().err)
+        assert not (tmp_path / "out.parquet").exists()
 
     def test_a_damaged_line_is_named(self, files, tmp_path):
         (files / "refbench_pro").write_text('{"expression": "a"')

@@ -2,12 +2,13 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 import transformers as hf
 from helpers.families import BUILDERS, byte_level_tokenizer
-from helpers.prefix import answers, assert_equal, load, log
+from helpers.prefix import answers, ask, assert_equal, calls, load, log
 from PIL import Image
 
 from lmms_plugin.protocol.dialects import DIALECTS
@@ -17,26 +18,63 @@ from lmms_plugin.quant_backends import get
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.quantization import quantize
 from lmms_plugin.vlm.contracts.settings import GenerationSettings
+from lmms_plugin.vlm.generation import decoding
 
-PADDING = "Answers in a padded batch are not those that "
+APART = r"^WARNING Answers in a (padded batch|batch without padding) are not those that "
 
 
 def warnings_of(lines):
-    return [line for line in lines if line.startswith("WARNING") and PADDING in line]
+    return [line for line in lines if re.match(APART, line)]
+
+
+def without_boxes(doc):
+    return ask(doc, with_box=False)
 
 
 class TestPaddedBatches:
-    def test_positions_that_count_padding_make_questions_go_alone(self, checkpoint):
+    @pytest.mark.parametrize("messages", [ask, without_boxes], ids=["boxes", "text"])
+    @pytest.mark.parametrize("share_prefix", [True, False])
+    def test_positions_of_the_mask_make_batches_answer_as_alone(self, checkpoint, share_prefix, messages):
         """transformers drops Kosmos-2's positions, so that a new token's would be those of the padded row."""
         path = checkpoint("kosmos2")
-        expected = answers(load(path), 1)
-        vlm = load(path)
+        expected = answers(load(path), 1, messages)
+        vlm = load(path, share_prefix=share_prefix)
         with log("WARNING") as lines:
+            found = answers(vlm, 4, messages)
+        assert_equal(found, expected)
+        assert not warnings_of(lines)
+        assert [padded for (_, padded), as_alone in vlm.responder.engine.runner.batched.items() if as_alone] == [True]
+
+    def test_alone_they_are_the_positions_of_transformers(self, checkpoint, monkeypatch):
+        path = checkpoint("kosmos2")
+        ours = answers(load(path), 1)
+        monkeypatch.setattr(decoding, "number_by_mask", lambda model: None)
+        assert ours == answers(load(path), 1)
+
+    def test_positions_that_count_padding_leave_batches_of_equal_length(self, checkpoint, monkeypatch):
+        path = checkpoint("kosmos2")
+        expected = answers(load(path), 1)
+        monkeypatch.setattr(decoding, "number_by_mask", lambda model: None)
+        vlm = load(path)
+        with log("WARNING") as lines, calls(vlm) as seen:
             found = answers(vlm, 4)
         assert_equal(found, expected)
-        assert len(warnings_of(lines)) == 1
-        assert "Kosmos2ForConditionalGeneration gives to each question alone: token 2" in warnings_of(lines)[0]
-        assert list(vlm.responder.engine.runner.batched.values()) == [False]
+        (warning,) = warnings_of(lines)
+        assert "padded batch are not those that Kosmos2ForConditionalGeneration gives to each question alone" in warning
+        assert "questions of different length are not answered together" in warning
+        assert sorted(vlm.responder.engine.runner.batched.items(), key=str)[-1][1] is False
+        assert any(rows > 1 for rows, _ in seen)
+
+    @pytest.mark.parametrize("share_prefix", [True, False])
+    def test_rows_that_change_each_other_go_alone_without_padding_too(self, checkpoint, share_prefix):
+        """HunYuan-VL of transformers numbers the images of a batch through, as if they were in one prompt."""
+        path, documents = checkpoint("llava"), [(0, "dog"), (1, "dog"), (2, "dog"), (1, "cat"), (0, "cow")]
+        expected = answers(load(path, documents), 1)
+        vlm = load(path, documents, share_prefix=share_prefix)
+        number_images(vlm.model)
+        with log("WARNING") as lines:
+            assert_equal(answers(vlm, 4), expected)
+        assert any("In this run all questions are not answered together" in line for line in warnings_of(lines))
 
     def test_a_family_that_pads_well_is_compared_once_and_stays_in_batches(self, checkpoint):
         vlm = load(checkpoint("llava"), share_prefix=False)
@@ -57,6 +95,12 @@ class TestPaddedBatches:
         rows.clear()
         answers(vlm, 4)
         assert 1 not in rows
+
+
+def number_images(model):
+    """Add to the encoding of an image its number in the batch."""
+    projector = model.model.multi_modal_projector
+    projector.register_forward_hook(lambda module, args, images: images + torch.arange(len(images))[:, None, None])
 
 
 def test_an_encoder_decoder_answers_in_batches_as_alone(checkpoint):

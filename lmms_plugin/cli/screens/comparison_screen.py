@@ -9,7 +9,7 @@ from lmms_plugin.analysis.comparison import Comparison, GroupChange, Shifted
 from lmms_plugin.analysis.findings import p_text, sentences
 from lmms_plugin.analysis.measure import MeasurementSettings
 from lmms_plugin.analysis.records import CLEAN
-from lmms_plugin.cli.screens.screen import NUMBERS, ScreenTable, number, screen
+from lmms_plugin.cli.screens.screen import NUMBERS, ScreenTable, labelled, number, screen
 from lmms_plugin.metrics.paired import Difference
 from lmms_plugin.utils.messages import counted
 
@@ -31,7 +31,7 @@ def comparison_screen(
     """
     level = settings.level
     tables = [table for metric in _SHOWN for table in _table(found, metric, level)]
-    notes = [f"first:  {labels[0]}", f"second: {labels[1]}"]
+    notes = labelled(("first:  ", "second: "), labels)
     within = "" if margin is None else f"; =: equal within {margin:g}"
     notes.append(f"p: of no difference, by Holm over the groups of tasks of a metric{within}.")
     groups = len({(one.group, one.condition) for one in found.groups if one.metric == found.groups[0].metric})

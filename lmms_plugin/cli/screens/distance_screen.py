@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lmms_plugin.analysis.distances import Distance, TaskDistance
-from lmms_plugin.cli.screens.screen import ScreenTable, ends, number, screen
+from lmms_plugin.cli.screens.screen import ScreenTable, ends, labelled, number, screen
 from lmms_plugin.utils.messages import counted
 
 _REST = "Everything: --all, --json; what each line means: docs/distance.md"
@@ -46,7 +46,7 @@ def _notes(one: TaskDistance, labels: Sequence[str]) -> list[str]:
     flips = "flips: of F flipped answers, the share among the F of the largest distance."
     if one.exact:
         return [f"run: {labels[0]}", "KL is exact: the reference's answers were forced through the model.", flips]
-    names = [f"{name}: {label}" for name, label in zip(("A", "B"), labels, strict=True)]
+    names = labelled(("A: ", "B: "), labels)
     kept = f"KL is bounded by what logs keep, at {one.compared} of {one.tokens} tokens (to the first other one);"
     return [*names, kept, "exact: run B with --model_args reference=.", flips]
 

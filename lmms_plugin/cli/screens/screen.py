@@ -52,12 +52,13 @@ def screen(answer: Sequence[str], tables: Sequence[ScreenTable], notes: Sequence
         said += ["", *map(cut, notes)]
     room = HEIGHT - len(said) - (2 if rest else 0)
     full = [_lines(table) for table in tables if table.rows]
-    titles = [[*([cut(table.title)] if table.title else []), head] for table, (head, _) in _with_lines(tables, full)]
+    there = [table for table in tables if table.rows]
+    named = cut_apart([table.title for table in there], WIDTH)
+    titles = [[*([title] if title else []), head] for title, (head, _) in zip(named, full, strict=True)]
     shown = _tables_that_fit(titles, full, room)
     lines = list(said)
     spare = room - sum(1 + len(title) for title in titles[:shown]) - (shown < len(full))
     shares = _shares([_needed(rows) for _, rows in full[:shown]], spare)
-    there = [table for table in tables if table.rows]
     for table, title, (_, rows), share in zip(there, titles, full, shares, strict=False):
         lines += ["", *title, *_fitted(rows, share, table.noun)]
     if shown < len(full):
@@ -92,6 +93,28 @@ def middle_cut(name: str, width: int) -> str:
     return f"{name[: width - 1 - end]}…{name[len(name) - end :]}"
 
 
+def cut_apart(names: Sequence[str], width: int) -> list[str]:
+    """Return names without their middle where they are too long, so that names that differ read differently.
+
+    What is kept is beginning and end; where that is alike, the names are numbered by their first appearance.
+    """
+    short = [middle_cut(name, width) for name in names]
+    of: dict[str, list[str]] = {}
+    for name, one in dict.fromkeys(zip(names, short, strict=True)):
+        of.setdefault(one, []).append(name)
+    tags = {name: f" ({k})" for alike in of.values() if len(alike) > 1 for k, name in enumerate(alike, start=1)}
+    return [
+        f"{middle_cut(name, width - len(tags[name]))}{tags[name]}" if name in tags else one
+        for name, one in zip(names, short, strict=True)
+    ]
+
+
+def labelled(heads: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Return lines of the screen's width with a label each, such as those of two runs, that read differently."""
+    width = WIDTH - max(map(len, heads))
+    return [f"{head}{label}" for head, label in zip(heads, cut_apart(labels, width), strict=True)]
+
+
 def number(value: float, digits: int = 3, *, signed: bool = False) -> str:
     """Format a number; "" where it is undefined."""
     return "" if math.isnan(value) else f"{value:{'+' if signed else ''}z.{digits}f}"
@@ -100,12 +123,6 @@ def number(value: float, digits: int = 3, *, signed: bool = False) -> str:
 def ends(low: float, high: float, digits: int = 3) -> str:
     """Format the ends of an interval of a number that is not negative; "" where there is none."""
     return "" if math.isnan(low) else f"{low:z.{digits}f}\N{EN DASH}{high:z.{digits}f}"
-
-
-def _with_lines(
-    tables: Sequence[ScreenTable], full: Sequence[tuple[str, list[list[str]]]]
-) -> list[tuple[ScreenTable, tuple[str, list[list[str]]]]]:
-    return list(zip([table for table in tables if table.rows], full, strict=True))
 
 
 def _lines(table: ScreenTable) -> tuple[str, list[list[str]]]:
@@ -117,6 +134,8 @@ def _lines(table: ScreenTable) -> tuple[str, list[list[str]]]:
     others = sum(widths[1:]) + _GAP * (len(widths) - 1)
     widths[0] = max(min(widths[0], WIDTH - others), _LEAST_NAME)
     heads = _aligned(table.headings, widths, table.texts)
+    names = iter(cut_apart([line for row in split for line in row[0]], widths[0]))
+    split = [[[next(names) for _ in first], *others] for first, *others in split]
     rows = []
     for row in split:
         height = max(map(len, row))
@@ -126,7 +145,7 @@ def _lines(table: ScreenTable) -> tuple[str, list[list[str]]]:
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int], texts: Sequence[int]) -> str:
-    first = f"{middle_cut(cells[0], widths[0]):{widths[0]}}"
+    first = f"{cells[0]:{widths[0]}}"
     others = [
         f"{cell:{'<' if k in texts else '>'}{width}}"
         for k, (cell, width) in enumerate(zip(cells[1:], widths[1:], strict=True), start=1)

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +77,7 @@ class Projection(Movement):
 
     def visible(self, box: Corners) -> float:
         """Return the share of the moved box's own bounding box that is in the moved picture."""
-        whole = self._whole(box)
-        return area(clipped(whole, self.size)) / area(whole)
+        return _kept(self._whole(box), self.size)
 
     def _whole(self, box: Corners) -> Corners:
         left, top, right, bottom = box
@@ -111,9 +110,7 @@ class Copies(Movement):
 
     def visible(self, box: Corners) -> float:
         """Return the share of the copies' area that is in the picture, by weight."""
-        whole, cut = self._boxes(box), self._cut(box)
-        shares = np.prod(np.maximum(cut[:, 2:] - cut[:, :2], 0), axis=1) / np.prod(whole[:, 2:] - whole[:, :2], axis=1)
-        return float(self.weights @ np.minimum(shares, 1))
+        return float(self.weights @ [_kept(one, self.size) for one in self._boxes(box).tolist()])
 
     def _boxes(self, box: Corners) -> Matrix:
         return np.tile(self.scales, 2) * np.array(box) + np.tile(self.offsets, 2)
@@ -139,13 +136,16 @@ class Displacement(Movement):
     dy: Offsets
 
     def box(self, box: Corners) -> Corners:
-        """Return the bounding box of the pixels that show a point of the box; to the pixel."""
+        """Return the bounding box of the pixels that show a point of the box; to the pixel.
+
+        The edges mirror what lies behind them, as OpenCV's BORDER_REFLECT does.
+        """
         left, top, right, bottom = box
         reach = 1 + math.ceil(max(float(np.abs(self.dx).max()), float(np.abs(self.dy).max())))
         x0, x1 = max(0, math.floor(left) - reach), min(self.size.width, math.ceil(right) + reach)
         y0, y1 = max(0, math.floor(top) - reach), min(self.size.height, math.ceil(bottom) + reach)
-        x = np.arange(x0, x1) + 0.5 + self.dx[y0:y1, x0:x1]
-        y = np.arange(y0, y1)[:, None] + 0.5 + self.dy[y0:y1, x0:x1]
+        x = _mirrored(np.arange(x0, x1) + 0.5 + self.dx[y0:y1, x0:x1], self.size.width)
+        y = _mirrored(np.arange(y0, y1)[:, None] + 0.5 + self.dy[y0:y1, x0:x1], self.size.height)
         shown = (left <= x) & (x < right) & (top <= y) & (y < bottom)
         if not shown.any():
             # Thinner than a pixel: the pixel that shows the point nearest to its middle.
@@ -157,6 +157,12 @@ class Displacement(Movement):
     def visible(self, box: Corners) -> float:
         """Return 1: the edges mirror what lies behind them, and nothing leaves the canvas."""
         return 1.0
+
+
+def _mirrored(places: npt.NDArray[np.floating[Any]], side: int) -> npt.NDArray[np.floating[Any]]:
+    """Return which places of a picture, from 0 to `side`, are shown where edges mirror what lies behind them."""
+    within = places % (2 * side)
+    return np.minimum(within, 2 * side - within)
 
 
 def moved(matrix: Matrix, points: Sequence[tuple[float, float]]) -> Matrix:
@@ -176,6 +182,16 @@ def clipped(box: Corners, size: CanvasSize) -> Corners:
     left, top, right, bottom = box
     x0, y0 = min(max(left, 0.0), float(size.width)), min(max(top, 0.0), float(size.height))
     return x0, y0, max(x0, min(right, float(size.width))), max(y0, min(bottom, float(size.height)))
+
+
+def _kept(box: Corners, size: CanvasSize) -> float:
+    """Return the share of a box that lies in a picture; a side without length counts as a whole where it lies there."""
+    cut = clipped(box, size)
+    shares = []
+    for start, end, first, last, edge in zip(box[:2], box[2:], cut[:2], cut[2:], size, strict=True):
+        inside = float(0 <= start <= edge)
+        shares.append((last - first) / (end - start) if end > start else inside)
+    return shares[0] * shares[1]
 
 
 def area(box: Sequence[float]) -> float:

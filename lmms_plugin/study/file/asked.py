@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from lmms_plugin.confidence.estimators import ALL_ESTIMATORS
 from lmms_plugin.metrics.bootstrap import MOST_RESAMPLES
 from lmms_plugin.study.file.tasks import known
+from lmms_plugin.utils.image_slices import MOST
 from lmms_plugin.utils.reading.located import Entry
 from lmms_plugin.utils.reading.validation import Expected, Number, OneOf, Problem, Text, Whole
 from lmms_plugin.utils.suggest import near
@@ -20,7 +21,8 @@ Names = Annotated[tuple[Text, ...], Field(min_length=1), Expected("a list of nam
 Margin = Annotated[Number, Field(gt=0), Expected("a number above 0")]
 Level = Annotated[Number, Field(gt=0.5, lt=1), Expected("a number in (0.5, 1)")]
 Resamples = Annotated[Whole, Field(ge=1, le=MOST_RESAMPLES), Expected(f"a whole number from 1 to {MOST_RESAMPLES}")]
-Seed = Annotated[Whole, Field(ge=0), Expected("a whole number from 0")]
+# A run until decided asks about images in the order of its seed.
+Seed = Annotated[Whole, Field(ge=0, le=MOST), Expected(f"a whole number from 0 to {MOST}")]
 Estimator = Annotated[str, OneOf(lambda: ALL_ESTIMATORS, "an estimator of `lmms-plugin estimators`")]
 
 

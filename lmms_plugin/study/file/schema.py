@@ -27,11 +27,13 @@ from lmms_plugin.quant_backends.plans.plan import COMPONENTS, UNTOUCHED_BITS
 from lmms_plugin.quant_backends.plans.specs import Bits
 from lmms_plugin.study.file import served_arms
 from lmms_plugin.study.file.grid import CellAxes, Count, Resources
+from lmms_plugin.utils.image_slices import MOST
 from lmms_plugin.utils.reading.located import Entry
 from lmms_plugin.utils.reading.validation import UNNAMED, Expected, OneOf, Schema, Text, Whole, left_out, refused
 from lmms_plugin.utils.suggest import near
 
 T = TypeVar("T")
+_Images = Annotated[Whole, Field(ge=1, le=MOST), Expected(f"a whole number from 1 to {MOST}")]
 ALL = ("vision", "connector", "language")
 """Components that `components: all` quantizes: all but the output projection, which has its own name (`head`)."""
 PATHS = ("pretrained", "plan", "selector", "system_prompt")
@@ -416,7 +418,7 @@ class Crossed(StudyPart):
     seeds: Axis[Seed] = (At(0, ""),)
     tasks: Annotated[tuple[At[tuple[str, ...]], ...], Placed(_processes, _TaskLists)] = ()
     limit: Count | None = None
-    images: Count | None = None
+    images: _Images | None = None
     batch_size: Annotated[
         Annotated[Whole, Field(ge=1)] | Literal["auto"], Expected("a whole number from 1, or 'auto'")
     ] = 1

@@ -192,6 +192,13 @@ def damages(found: Plan) -> list[str]:
     return [f"not whole, to be run again: {one.keyed.id}: {one.damage}" for one in found.cells if one.damage]
 
 
+def remarks(found: Plan, output: Path | None) -> list[str]:
+    """Return lines about the folder of a study: cells that are not whole, or that it holds no cell of any study."""
+    if output is None or found.others or any(one.state != "missing" or one.damage for one in found.cells):
+        return damages(found)
+    return [f"--output: nothing of a study is in {output}: every cell counts as missing"]
+
+
 def summary(found: Plan) -> str:
     """Summarise a plan in one line."""
     counts = ", ".join(f"{number} {state}" for state, number in found.counts().items() if number)

@@ -38,6 +38,7 @@ from lmms_plugin.utils.end_tokens import end_tokens, writers
 from lmms_plugin.utils.processes.out_of_memory import while_answering
 from lmms_plugin.vlm.contracts.engine import ContinuationScore, Generated
 from lmms_plugin.vlm.contracts.settings import GenerationSettings, Sampling
+from lmms_plugin.vlm.generation.mask_positions import number_by_mask
 from lmms_plugin.vlm.generation.number_tokens import DigitRecorder, NumberTokens
 from lmms_plugin.vlm.generation.special_tokens import special_tokens
 from lmms_plugin.vlm.generation.token_texts import cut, decode, token_texts
@@ -97,6 +98,7 @@ class Decoder:
             given = part.generation_config
             kept = {"bos_token_id": given.bos_token_id, "decoder_start_token_id": given.decoder_start_token_id}
             part.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=list(ends), **kept)
+        number_by_mask(model)
         special, marks = special_tokens(tokenizer, ends)
         # A copy of its own, because background threads encode meanwhile.
         return cls(model, copy.deepcopy(tokenizer), ends, special, marks, static_cache, cache_quantizer)

@@ -41,7 +41,7 @@ class Runner:
         sharing: Prefix cache for questions about one image.
         budget: Limits of a batch.
         repeated: Whether questions that request confidence are answered several times.
-        batched: Kind of prompt -> whether it may be answered in padded batches, once that was tried.
+        batched: Kind of prompt and whether batches of it are padded -> whether it may be answered in such, once tried.
     """
 
     decoder: Decoder
@@ -50,7 +50,7 @@ class Runner:
     sharing: PrefixSharing
     budget: Budget
     repeated: bool = False
-    batched: dict[Hashable, bool] = field(default_factory=dict)
+    batched: dict[tuple[Hashable, bool], bool] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -163,22 +163,26 @@ class Runner:
     ) -> list[tuple[int, Result]]:
         prompts = prepared.flat_prompts
         if not self._may_batch(prompts, batch):
-            alone = [self.chat.encode([prompt]) for prompt in prompts]
-            parts = [_some(prepared, range(i, i + 1), one) for i, one in enumerate(alone)]
-            return [one for part, row in zip(parts, alone, strict=True) for one in self._plain(part, row, jobs, step)]
+            parts = _unpadded(batch)
+            rows = [self.chat.encode([prompts[i] for i in part]) for part in parts]
+            split = [_some(prepared, part, one) for part, one in zip(parts, rows, strict=True)]
+            return [one for part, row in zip(split, rows, strict=True) for one in self._plain(part, row, jobs, step)]
         batch = batch._replace(inputs=self._on_device(batch.inputs))
         done = step(batch, prompts, [jobs[i] for i in prepared.members])
         return list(zip(prepared.members, done, strict=True))
 
     def _may_batch(self, prompts: list[Prompt], batch: Batch) -> bool:
-        """Return whether a batch may be answered as it is; the first padded one is compared with its rows alone."""
-        lengths = batch.inputs["attention_mask"].sum(1).tolist()
-        if min(lengths) == max(lengths):
+        """Return whether a batch may be answered as it is; the first of each kind is compared with its rows alone.
+
+        One that is padded shows both what padding and what other rows change, one that is not the latter.
+        """
+        lengths = _lengths(batch)
+        sort, padded = kind(prompts[0]), min(lengths) != max(lengths)
+        if len(prompts) == 1 or self.batched.get((sort, True)):
             return True
-        sort = kind(prompts[0])
-        if sort not in self.batched:
-            # The most padded row and the one that it is padded for.
-            ends = [lengths.index(min(lengths)), lengths.index(max(lengths))]
+        if (sort, padded) not in self.batched:
+            # The most padded row and the one that it is padded for; else those that are likeliest of two images.
+            ends = [lengths.index(min(lengths)), lengths.index(max(lengths))] if padded else [0, len(prompts) - 1]
             try:
                 alone = [self._on_device(self.chat.encode([prompts[i]]).inputs) for i in ends]
                 together = self._on_device(self.chat.encode([prompts[i] for i in ends]).inputs)
@@ -186,15 +190,20 @@ class Runner:
             except OutOfMemory:
                 # The batch, which is no smaller, will run out of memory too and be handled there.
                 return True
-            self.batched[sort] = difference is None
+            self.batched[sort, padded] = difference is None
             if difference is not None:
-                logger.warning(
-                    "Answers in a padded batch are not those that {} gives to each question alone: {}. In this run "
-                    "questions of different length go one at a time, which is slower.",
-                    type(self.decoder.model).__name__,
-                    difference,
-                )
-        return self.batched[sort]
+                self._say_apart(difference, padded=padded)
+        return self.batched[sort, padded]
+
+    def _say_apart(self, difference: str, *, padded: bool) -> None:
+        logger.warning(
+            "Answers in a {} are not those that {} gives to each question alone: {}. In this run {} are not answered "
+            "together, which is slower.",
+            "padded batch" if padded else "batch without padding",
+            type(self.decoder.model).__name__,
+            difference,
+            "questions of different length" if padded else "all questions",
+        )
 
     def _shared(
         self, prepared: Prepared, shared: Shared, jobs: Sequence[Job], step: Step[Result]
@@ -221,6 +230,8 @@ class Runner:
         if self.sharing.off is not None:
             return None
         settings = jobs[prepared.members[0]].settings
+        if len(prepared.groups) > 1 and not self._may_batch([group[0] for group in prepared.prompts], encoded.batch):
+            raise NotShareable("those about several images, in one batch, are not answered as each alone")
         try:
             shared = self.sharing.lay_out(encoded, settings)
         except NotShareable as reason:
@@ -285,7 +296,21 @@ class Runner:
             }
 
 
-def _some(prepared: Prepared, part: range, batch: Batch) -> Prepared:
+def _lengths(batch: Batch) -> list[int]:
+    """Return the number of tokens of each row, without padding."""
+    lengths: list[int] = batch.inputs["attention_mask"].sum(1).tolist()
+    return lengths
+
+
+def _unpadded(batch: Batch) -> list[list[int]]:
+    """Return the rows of a padded batch by their length, and those of another one each by itself."""
+    lengths = _lengths(batch)
+    if len(set(lengths)) == 1:
+        return [[row] for row in range(len(lengths))]
+    return [[row for row, each in enumerate(lengths) if each == length] for length in dict.fromkeys(lengths)]
+
+
+def _some(prepared: Prepared, part: Sequence[int], batch: Batch) -> Prepared:
     """Return the jobs of a batch with the indices in `part`, each a group of its own, as encoded together."""
     members, prompts = prepared.members, prepared.flat_prompts
     return Prepared([[members[i]] for i in part], [[prompts[i]] for i in part], batch)

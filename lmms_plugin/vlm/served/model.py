@@ -95,7 +95,7 @@ class QuantServed(HarnessModel):
             )
         if self.options.command is None:
             # It costs a question, and tells early what else would end the run at its first one.
-            _ = self.responder
+            self.make_ready()
 
     def make_responder(self) -> Responder:
         """Start the server, if that is asked for, and ask a first question.

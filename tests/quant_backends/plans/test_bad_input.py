@@ -35,9 +35,7 @@ def path(checkpoint):
 
 def run(model="QuantAwq", **arguments):
     """Make the model of `--model quant_awq --model_args ...`, and load it as the first request does."""
-    vlm = getattr(models, model)(**{"device": "cpu", "group_size": 32, **arguments})
-    _ = vlm.responder
-    return vlm
+    return getattr(models, model)(**{"device": "cpu", "group_size": 32, **arguments}).make_ready()
 
 
 def png():
@@ -135,7 +133,7 @@ def test_a_file_that_is_cut_off_is_named(checkpoint, tmp_path, model):
     file = tmp_path / "edited" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"pretrained: .*model\.safetensors is damaged or cut off"):
-        _ = getattr(models, model)(pretrained=path, device="cpu").responder
+        getattr(models, model)(pretrained=path, device="cpu").make_ready()
 
 
 @contextmanager

@@ -55,8 +55,7 @@ def load(path, backend="QuantNone", **arguments):
     vlm = getattr(models, backend)(pretrained=str(path), device="cpu", **arguments)
     vlm.task_dict = {task: {"test": Documents(QUESTIONS)} for task in ("toy", "other")}
     # What does not fit the model is found when it is loaded.
-    _ = vlm.responder
-    return vlm
+    return vlm.make_ready()
 
 
 def by_hand(vlm, doc, layer):

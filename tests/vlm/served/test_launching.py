@@ -52,8 +52,7 @@ def test_a_server_that_dies_in_the_middle_is_told_and_the_next_run_goes_on(docum
     assert "no kernel image" in log.read_text()
     (answers,) = (tmp_path / "kept").iterdir()
     assert answers.read_bytes().count(b"\n") == 4
-    again = QuantServed(launch=IMITATION, **options)
-    _ = again.responder
+    again = QuantServed(launch=IMITATION, **options).make_ready()
     account = again.account()
     assert account["launch"] == IMITATION
     again.task_dict = documents
@@ -69,7 +68,7 @@ def test_a_server_that_dies_of_its_first_image_is_told():
     with pytest.raises(
         ServerError, match=r"^the server ended with status 3; it says: RuntimeError: no kernel"
     ) as raised:
-        _ = QuantServed(pretrained="demo", launch=f"{IMITATION} --dies-at 0").responder
+        QuantServed(pretrained="demo", launch=f"{IMITATION} --dies-at 0").make_ready()
     (log,) = re.findall(r"\(log: (.*)\)$", str(raised.value))
     assert "no kernel image" in Path(log).read_text()
     Path(log).unlink()
@@ -80,7 +79,7 @@ def test_a_server_without_eyes_is_not_waited_for_until_the_limit(tmp_path):
     file.write_text(CANNED)
     log = tmp_path / "log"
     with pytest.raises(ServerError, match=r"500: image input is not supported \(10 times in a row; log: "):
-        _ = QuantServed(pretrained="demo", launch=f"{sys.executable} {file} {{port}}", launch_log=str(log)).responder
+        QuantServed(pretrained="demo", launch=f"{sys.executable} {file} {{port}}", launch_log=str(log)).make_ready()
 
 
 def test_a_server_is_not_started_before_there_is_a_request(tmp_path):

@@ -64,7 +64,7 @@ def served(documents, tmp_path_factory):
                 patch.setenv("LMMS_PLUGIN_CACHE", str(cache))
                 report = str(cache / f"{kind}.json")
                 started[kind] = QuantGguf(pretrained="demo", type=kind, report=report, **EXACT)
-                _ = started[kind].responder
+                started[kind].make_ready()
             started[kind].task_dict = documents
         return started[kind]
 
@@ -249,7 +249,7 @@ def test_a_processor_of_another_checkpoint_is_noticed(tmp_path):
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:20]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(RequestError, match=r"the server read \d+ tokens, Idefics3Processor makes \d+; from token"):
-        _ = QuantGguf(pretrained=str(folder), processor=str(other), **EXACT).responder
+        QuantGguf(pretrained=str(folder), processor=str(other), **EXACT).make_ready()
 
 
 def test_where_images_stand_is_read_from_the_tokens():
