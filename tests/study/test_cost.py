@@ -9,6 +9,7 @@ import pytest
 from helpers.small_studies import CELL
 
 from lmms_plugin.quant_backends.quantization import tensor_bytes
+from lmms_plugin.study.file.grid import Cell, Resources
 from lmms_plugin.study.file.tasks import describe
 from lmms_plugin.study.run import cost
 from lmms_plugin.study.run.weights import size
@@ -49,6 +50,45 @@ def test_without_finished_cells_the_model_that_counts_is_stated() -> None:
     assert f"{DOCUMENTS} documents" in cost.seconds(CELL, [], 10**9).basis
     assert cost.seconds(replace(CELL, limit=10_000), [], 10**9) == cost.seconds(CELL, [], 10**9)
     assert cost.seconds(replace(CELL, tasks=("shapes_rejection_attribute_swap",)), [], 10**9).value is None
+
+
+def calibrated(method: str, bits: int, seed: int = 0, **arguments: object) -> Cell:
+    axes = replace(CELL.axes, method=method, bits=bits, calibration="self", seed=seed)
+    given = {"pretrained": "demo", "bits": bits, "calibration": "self", "calibration_samples": 128, **arguments}
+    return replace(CELL, axes=axes, backend=method, arguments=given, limit=100)
+
+
+def test_what_cells_share_is_counted_once() -> None:
+    def seconds(cells: list[Cell], billions: float, *, cuda: bool = True) -> list[float]:
+        shared = cost.Shared()
+        found = [cost.seconds(cell, [], int(billions * 1e9), cuda=cuda, shared=shared).value for cell in cells]
+        return [value for value in found if value is not None]
+
+    plain = replace(CELL, limit=100)
+    first, second = seconds([plain, plain], 3)
+    assert first - second == pytest.approx(cost.IMPORTS)
+    apart = replace(plain, resources=Resources(processes=2))
+    assert seconds([plain, apart, apart], 3)[1:] == [first, first]
+    one_pass = 128 * cost.TOKENS * 2 * 3e9 / cost.GPU_RATE
+    imported, *others = seconds(
+        [
+            plain,
+            *(calibrated("awq", 4), calibrated("awq", 3), calibrated("awq", 3, seed=1)),
+            *(calibrated("gptaq", 4), calibrated("gptaq", 3)),
+        ],
+        3,
+    )
+    assert imported == first
+    assert [round((value - others[1]) / one_pass, 6) for value in others] == [2.0, 0.0, 2.0, 2.0, 2.0]
+    # What finds no room is gathered by every cell.
+    whole, again = seconds([calibrated("awq", 4), calibrated("awq", 3)], 8)
+    assert whole - again == pytest.approx(cost.IMPORTS)
+    # A finished cell has paid, too.
+    shared = cost.Shared()
+    cost.seconds(plain, [past(9)], 10**9, shared=shared)
+    assert cost.seconds(plain, [], 10**9, shared=shared).value == pytest.approx(
+        (cost.seconds(plain, [], 10**9).value or 0.0) - cost.IMPORTS
+    )
 
 
 def test_documents_are_counted_here_or_as_published(local_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

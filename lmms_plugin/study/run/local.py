@@ -25,6 +25,8 @@ POLL_SECONDS = 0.2
 ELSEWHERE_SECONDS = 2.0
 KEPT = ".kept"
 """Name of the folder of answers of servers to cells that are not finished, in the folder of the study."""
+SHARED = ".shared"
+"""Name of the folder of what cells of one unquantized model share, in the folder of the study."""
 _MOST_CHANGES = 3
 _FREEZE = "To run a study from a copy that stays as it is: docs/studies.md"
 
@@ -127,6 +129,7 @@ class LocalRunner:
             environment=self._servers.lend(keyed.cell, gpus),
             kept=self._kept(keyed) if keyed.cell.backend == SERVED else None,
             libraries=self._libraries,
+            shared=self.recorder.folder.path / SHARED,
         )
         self.recorder.watcher.started(keyed.id)
         return _LocalWork(attempt, lock, gpus)

@@ -3,6 +3,11 @@
 Importing them takes `lmms-eval` as long as much of what small runs have it do. A copy has arguments, environment,
 working folder, output and exit status of its own, and imports lmms-eval and this package anew, in the order of any
 other start. Beside each copy stands its guard, which ends whatever the copy leaves behind. Linux alone.
+
+A copy may use GPUs as long as the process itself has not initialised CUDA, which no copy outlives. It asks how many
+GPUs there are by NVML alone, and computes nothing. A copy that is to see GPUs looks whether it can, before anything
+else; where it cannot, since some library initialised CUDA while it was imported (torchao does), it starts the command
+anew, as if there were no such process.
 """
 
 from __future__ import annotations
@@ -34,6 +39,9 @@ LIBRARIES = (
     *("scipy.stats", "pytablewriter", "aiohttp", "loguru", "rich.console", "pydantic", "tenacity", "typer"),
 )
 """What `lmms-eval` imports of others."""
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+_WITHOUT_DRIVER = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Has torch count GPUs without initialising CUDA, while libraries are imported."""
 _MOST_BYTES, _MOST_FILES = 1 << 17, 4
 _LOOK_SECONDS = 0.05
 
@@ -117,7 +125,7 @@ class Preloaded:
         with tempfile.TemporaryDirectory() as folder:
             address = f"{folder}/socket"
             command = [sys.executable, "-P", "-m", __name__, address]
-            process = guard.start(command, log, environment=environment)
+            process = guard.start(command, log, environment={**environment, **_WITHOUT_DRIVER})
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             while True:
                 try:
@@ -259,6 +267,8 @@ def become(request: Mapping[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    if os.environ.get(VISIBLE_GPUS, "all") and not _reaches_gpus():
+        os.execv(sys.executable, [sys.executable, *request["command"]])
     # The copy imports this package as it is now.
     for name in [name for name in sys.modules if name.partition(".")[0] == "lmms_plugin"]:
         del sys.modules[name]
@@ -266,6 +276,12 @@ def become(request: Mapping[str, Any]) -> None:
     script = sys.argv[0]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")
+
+
+def _reaches_gpus() -> bool:
+    """Return whether this copy can use GPUs; True where no library that could has been imported."""
+    torch = sys.modules.get("torch")
+    return torch is None or (not torch.cuda._is_in_bad_fork() and torch.cuda.is_available())
 
 
 def _opened(file: str) -> int:
