@@ -148,8 +148,8 @@ class ModelArguments:
         resume: Whether an interrupted calibration continues after its last finished block.
         resume_folder: Folder of finished blocks until a calibration is complete; by default below the environment
             variable `LMMS_PLUGIN_CACHE`, or beside the Hugging Face cache.
-        shared_folder: Folder of what runs of one unquantized model share in calibration, whatever their method and
-            bits: its own answers, gradients and statistics of inputs, 16 GiB of these at most; by default nothing is
+        shared_folder: Folder of what runs compute of one unquantized model and share, whatever their method and bits:
+            what calibration takes from it, and answers of `reference`; of each 16 GiB at most. By default nothing is
             shared.
         seed: Seed of calibration and sampling.
         dtype: Data type of the weights that are not quantized and of the arithmetic; `auto` is bfloat16 on a GPU, else

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 import resource
 import sys
 from collections.abc import Iterable, Iterator
@@ -50,13 +49,6 @@ def statistics_budget(device: torch.device) -> int:
         return largest
     free, _ = torch.cuda.mem_get_info(device)
     return min(largest, free // 2)
-
-
-def arithmetic() -> dict[str, Any]:
-    """Return what decides in which order a device adds: two runs where it is equal compute the same to the last bit."""
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"devices": devices, "processor": [platform.machine(), capability], "threads": torch.get_num_threads()}
 
 
 class Residence:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypedDict, Unpack
 import torch
 from loguru import logger
 
-import lmms_plugin
 from lmms_plugin.protocol.chat_templates import adopt
 from lmms_plugin.protocol.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
 from lmms_plugin.quant_backends.calibration.inputs import build_batches, fingerprint, fingerprint_of_samples
 from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder, code_key
 from lmms_plugin.quant_backends.calibration.kept_statistics import KeptCalibration, KeptStatistics
-from lmms_plugin.quant_backends.calibration.memory import Residence, arithmetic, read_peak, reset_peak
+from lmms_plugin.quant_backends.calibration.memory import Residence, read_peak, reset_peak
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
 from lmms_plugin.quant_backends.checkpoints.hf_quantizer import PackedConfig
@@ -34,6 +33,7 @@ from lmms_plugin.quant_backends.statistics import TOKEN_ROLES
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
 from lmms_plugin.utils import hashing
+from lmms_plugin.utils.arithmetic import arithmetic
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import keep_ends
 from lmms_plugin.utils.processes.out_of_memory import while_loading
@@ -121,7 +121,9 @@ class Preparation:
         if self.journal_folder is not None:
             journal = Journal(self.journal_folder, key | _method_key(work))
         if self.shared_folder is not None:
-            kept = KeptCalibration(self.shared_folder, key | _shared_key(work, self.dialect, self.samples))
+            kept = KeptCalibration(
+                self.shared_folder / "calibration", key | _shared_key(work, self.dialect, self.samples)
+            )
         return _calibrate(
             *(work, self.processor, self.calibration, list(self.samples), self.dialect, self.residence),
             journal=journal,
@@ -374,7 +376,7 @@ def _shared_key(work: Quantization, dialect: Dialect, samples: Sequence[Calibrat
         "samples": fingerprint_of_samples(samples),
         "map": str(getattr(work.model, "hf_device_map", None)),
         "arithmetic": arithmetic(),
-        "code": hashing.of_code(Path(lmms_plugin.__file__).parent),
+        "code": hashing.of_package(),
     }
 
 

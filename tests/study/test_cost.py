@@ -58,37 +58,48 @@ def calibrated(method: str, bits: int, seed: int = 0, **arguments: object) -> Ce
     return replace(CELL, axes=axes, backend=method, arguments=given, limit=100)
 
 
-def test_what_cells_share_is_counted_once() -> None:
-    def seconds(cells: list[Cell], billions: float, *, cuda: bool = True) -> list[float]:
-        shared = cost.Shared()
-        found = [cost.seconds(cell, [], int(billions * 1e9), cuda=cuda, shared=shared).value for cell in cells]
-        return [value for value in found if value is not None]
-
-    plain = replace(CELL, limit=100)
-    first, second = seconds([plain, plain], 3)
-    assert first - second == pytest.approx(cost.IMPORTS)
-    apart = replace(plain, resources=Resources(processes=2))
-    assert seconds([plain, apart, apart], 3)[1:] == [first, first]
-    one_pass = 128 * cost.TOKENS * 2 * 3e9 / cost.GPU_RATE
-    imported, *others = seconds(
-        [
-            plain,
-            *(calibrated("awq", 4), calibrated("awq", 3), calibrated("awq", 3, seed=1)),
-            *(calibrated("gptaq", 4), calibrated("gptaq", 3)),
-        ],
-        3,
-    )
-    assert imported == first
-    assert [round((value - others[1]) / one_pass, 6) for value in others] == [2.0, 0.0, 2.0, 2.0, 2.0]
-    # What finds no room is gathered by every cell.
-    whole, again = seconds([calibrated("awq", 4), calibrated("awq", 3)], 8)
-    assert whole - again == pytest.approx(cost.IMPORTS)
-    # A finished cell has paid, too.
+@pytest.mark.parametrize(
+    ("cells", "billions", "passes"),
+    [
+        # Two for the prompts of the model's own answers, two for statistics, two for each search.
+        ([calibrated("awq", 4), calibrated("awq", 3), calibrated("awq", 3, seed=1)], 3, [6, 2, 6]),
+        ([calibrated("mbq", 4), calibrated("awq", 4), calibrated("mbq", 3)], 1, [9, 4, 2]),
+        # Blocks that are quantized already are a method's own, and what finds no room is gathered by every cell.
+        ([calibrated("gptaq", 4), calibrated("gptaq", 3)], 3, [6, 4]),
+        ([calibrated("awq", 4), calibrated("mbq", 4), calibrated("mbq", 3)], 8, [6, 7, 4]),
+        ([calibrated("awq", 4, calibration="noise"), calibrated("awq", 3, calibration="noise")], 3, [4, 2]),
+    ],
+    ids=["bits", "methods", "sequential", "no room", "noise"],
+)
+def test_what_calibrations_share_is_counted_once(cells: list[Cell], billions: int, passes: list[int]) -> None:
     shared = cost.Shared()
+    found = [shared.calibration(cell, billions * 10**9) for cell in cells]
+    assert [one.passes for one in found] == passes
+    writes = "noise" not in cells[0].arguments["calibration"]
+    assert found[0].written == cost.WRITTEN_TOKENS * writes
+    assert sum(one.written for one in found[1:2]) == 0
+    values = [cost.seconds(cell, [], billions * 10**9, cuda=True, shared=cost.Shared()).value for cell in cells]
+    taken = cost.Shared()
+    less = [cost.seconds(cell, [], billions * 10**9, cuda=True, shared=taken).value for cell in cells]
+    assert less[0] == values[0]
+    alone = cost.Shared().calibration(cells[1], billions * 10**9)
+    each = 128 * cost.TOKENS * 2 * billions * 1e9 / cost.GPU_RATE
+    spared = each * (alone.passes - passes[1]) + 128 * alone.written * cost.TOKEN_SECONDS
+    assert (values[1] or 0) - (less[1] or 0) == pytest.approx(cost.IMPORTS + spared)
+
+
+def test_libraries_are_imported_once_by_cells_of_one_process() -> None:
+    plain, shared = replace(CELL, limit=100), cost.Shared()
+    apart = replace(plain, resources=Resources(processes=2))
+    # A finished cell has paid, too.
     cost.seconds(plain, [past(9)], 10**9, shared=shared)
-    assert cost.seconds(plain, [], 10**9, shared=shared).value == pytest.approx(
-        (cost.seconds(plain, [], 10**9).value or 0.0) - cost.IMPORTS
+    alone, again, two = (
+        cost.seconds(one, [], 10**9, shared=each).value
+        for one, each in ((plain, None), (plain, shared), (apart, shared))
     )
+    assert alone is not None
+    assert again == pytest.approx(alone - cost.IMPORTS)
+    assert two == alone
 
 
 def test_documents_are_counted_here_or_as_published(local_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def command(cell: Cell, gpus: int) -> tuple[str, ...]:
 
 def _shares(cell: Cell) -> bool:
     """Return whether a cell computes anything of the unquantized model that others may need."""
-    return "calibration" in cell.arguments and "shared_folder" not in cell.arguments
+    return "shared_folder" not in cell.arguments and not cell.arguments.keys().isdisjoint(("calibration", "reference"))
 
 
 def about(keyed: Keyed, gpus: int) -> dict[str, Any]:

@@ -33,6 +33,12 @@ outputs when quantized, and a search on those sums."""
 
 SHARED_PASSES = 2
 """Passes of these that cells share which take the same statistics: the inputs, and the sums of their products."""
+GRADIENT_PASSES = 3
+"""Passes of methods that weigh tokens besides: forward, each block again, and backward to the activations."""
+ANSWER_PASSES = 2
+"""Passes where the model writes questions and answers itself: the prompt of each is read."""
+WRITTEN_TOKENS, TOKEN_SECONDS = 72, 0.01
+"""Longest question and answer of a sample, and the least time of a token that is written alone, on any device."""
 STATISTICS_BYTES = 5
 """Bytes of such sums per parameter of a model: a layer's inputs have about as many products as it has weights."""
 
@@ -63,6 +69,18 @@ class Past(NamedTuple):
     seconds: float
 
 
+class Calibration(NamedTuple):
+    """What a sample of calibration costs.
+
+    Attributes:
+        passes: Passes over it.
+        written: Number of tokens that the model writes for it, one after the other.
+    """
+
+    passes: int
+    written: int
+
+
 @dataclass
 class Shared:
     """What cells that were counted before have paid for, and cells after them on the same machine take over."""
@@ -74,29 +92,28 @@ class Shared:
         alone = cell.resources.processes > 1
         return START if alone or self._first(("libraries", cuda)) else START - IMPORTS
 
-    def passes(self, cell: Cell, parameters: int) -> int:
-        """Return the passes over its samples that calibrating a cell takes as long as."""
-        of_what = _statistics(cell, parameters)
-        return CALIBRATION_PASSES if of_what is None or self._first(of_what) else CALIBRATION_PASSES - SHARED_PASSES
+    def calibration(self, cell: Cell, parameters: int) -> Calibration:
+        """Return what calibrating a cell takes of the passes and of the written tokens of one sample."""
+        method = backend_class(cell.backend)
+        if "calibration" not in cell.arguments or not issubclass(method, CalibratedBackend):
+            return Calibration(CALIBRATION_PASSES, 0)
+        axes, given = cell.axes, cell.arguments
+        inputs = (axes.model, axes.components, axes.calibration, axes.seed, given.get("calibration_samples"))
+        weighs = method.by_role or given.get("token_weights") is not None
+        sums = 1 + 2 * method.by_role + method.holds_back
+        fits = sums * STATISTICS_BYTES * parameters <= MOST_SHARED_BYTES
+        wanted = (method.by_role, method.holds_back, method.keeps_rows, given.get("token_weights"))
+        apart = method.sequential or method.asymmetric or not fits
+        writes = str(given["calibration"]).partition(":")[0] == "self" and self._first(("answers", inputs))
+        passes = CALIBRATION_PASSES + ANSWER_PASSES * writes
+        passes += GRADIENT_PASSES * (weighs and self._first(("gradients", inputs)))
+        passes -= SHARED_PASSES * (not apart and not self._first(("statistics", inputs, wanted)))
+        return Calibration(passes, WRITTEN_TOKENS * writes)
 
     def _first(self, what: Hashable) -> bool:
         known = what in self._paid
         self._paid.add(what)
         return not known
-
-
-def _statistics(cell: Cell, parameters: int) -> Hashable | None:
-    """Return what tells the statistics of a cell from those of others; None if nobody can take them over."""
-    method = backend_class(cell.backend)
-    if not issubclass(method, CalibratedBackend) or method.sequential or method.asymmetric:
-        return None
-    weights = cell.arguments.get("token_weights")
-    sums = 1 + 2 * method.by_role + method.holds_back
-    if sums * STATISTICS_BYTES * parameters > MOST_SHARED_BYTES:
-        return None
-    axes, samples = cell.axes, cell.arguments.get("calibration_samples")
-    wanted = (method.by_role, method.holds_back, method.keeps_rows, weights)
-    return ("statistics", axes.model, axes.components, axes.calibration, axes.seed, samples, *wanted)
 
 
 def past(folder: StudyFolder | None) -> list[Past]:
@@ -133,7 +150,7 @@ def seconds(
         shared: What cells that were counted before have paid for; None to count the cell by itself.
     """
     shared = shared or Shared()
-    start, passes = shared.start(cell, cuda=cuda), shared.passes(cell, parameters or 0)
+    start, calibrated = shared.start(cell, cuda=cuda), shared.calibration(cell, parameters or 0)
     asked = {"tasks": list(cell.tasks), "limit": cell.limit, "images": cell.images}
     asked |= {"processes": cell.resources.processes}
     alike = [one for one in finished if _named(one, asked) and one.about["axes"]["model"] == cell.axes.model]
@@ -150,11 +167,14 @@ def seconds(
         return Seconds(None, f"unknown: no cell like it is finished, and the {missing} is not known")
     rate = GPU_RATE if cuda else CPU_RATE
     samples = int(cell.arguments.get("calibration_samples", DEFAULT_SAMPLES)) if "calibration" in cell.arguments else 0
-    calibration = f" and {samples} samples of calibration as {passes} each" if samples else ""
+    calibration = f" and {samples} samples of calibration as {calibrated.passes} each" if samples else ""
+    if written := samples * calibrated.written:
+        calibration += f" and {written:,} tokens of the model's own at {TOKEN_SECONDS} s each"
     units = f"{counted(documents, 'document')}{calibration}"
     basis = f"{start:.0f} s and {units} of {TOKENS} tokens at {rate:.0e} operations per second"
-    passed = documents + samples * passes
-    return Seconds(start + passed * TOKENS * 2 * parameters / rate, f"{STATED}: {basis}")
+    passed = documents + samples * calibrated.passes
+    value = start + written * TOKEN_SECONDS + passed * TOKENS * 2 * parameters / rate
+    return Seconds(value, f"{STATED}: {basis}")
 
 
 def documents_of(cell: Cell) -> int | None:

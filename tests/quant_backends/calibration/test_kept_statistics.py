@@ -95,10 +95,12 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_shared_statistics_give_the_same_weights_to_the_last_bit(checkpoint, tmp_path, work, method):
     backend, path = METHODS[method], checkpoint("smolvlm")
-    vision = 16 if "rotated" in method else 8
-    alone = {bits: load(path, backend, bits, vision=vision) for bits in (4, 3) if bits in backend.bits}
+    vision = 8 if 8 in backend.bits and "rotated" not in method else 16
+    arms = (4, 3) if 4 in backend.bits else (3, 3)
+    alone = {bits: load(path, backend, bits, vision=vision) for bits in sorted(set(arms))}
     assert work.done() >= {"written", "gathered"}
-    for number, (bits, expected) in enumerate(alone.items()):
+    for number, bits in enumerate(arms):
+        expected = alone[bits]
         found = load(path, backend, bits, vision=vision, shared_folder=tmp_path)
         assert_same(expected, found)
         assert not expected.report.calibration.taken
@@ -211,7 +213,7 @@ def test_what_has_no_room_is_not_kept_and_said(checkpoint, tmp_path, monkeypatch
 
     said = []
     handle = logger.add(lambda message: said.append(str(message)), level="WARNING")
-    monkeypatch.setattr(kept_statistics.KeptStatistics, "most_bytes", 1000)
+    monkeypatch.setattr(kept_statistics.KeptStatistics.__init__, "__defaults__", (1000,))
     path = checkpoint("smolvlm")
     try:
         load(path, get("mbq"), shared_folder=tmp_path)

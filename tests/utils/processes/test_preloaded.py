@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmms_plugin.utils.processes import preloaded
 from lmms_plugin.utils.processes.preloaded import Preloaded
@@ -169,6 +170,7 @@ def test_a_copy_that_cannot_use_its_gpus_starts_the_command_anew(tmp_path, spoil
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_copies_compute_on_a_gpu_of_their_own(tmp_path):
     with preloaded_with(tmp_path, "torch", CUDA_VISIBLE_DEVICES="0") as process:
         for _ in range(2):
