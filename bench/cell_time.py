@@ -1,6 +1,7 @@
 """Where the time of a cell of a study goes: one `lmms-eval` run in a process of its own, processor time by phase.
 
     python -m bench.cell_time [--shape small] [--methods none rtn awq mbq gptq] [--samples N] [--limit N] [--json FILE]
+    python -m bench.cell_time --shared [...]    # every method after one at other bits that has left what it can take
 
 Without `--shape` the model is the demo; with it a random Qwen2.5-VL of `bench/shapes.py`, whose answers say nothing
 but take their time. It is the processor's time, which other processes disturb least. Phases are wrapped functions of
@@ -106,11 +107,11 @@ def measure(arguments: Sequence[str]) -> Row:
     return {"import": imported, **phases.seconds, "other": rest}
 
 
-def child(method: str, pretrained: str, options: argparse.Namespace) -> Row:
+def child(method: str, pretrained: str, options: argparse.Namespace, bits: int = 4, shared: str = "") -> Row:
     """Measure a method in a process of its own."""
-    given = f"pretrained={pretrained},device=cpu,report=report.json,resume=False"
+    given = f"pretrained={pretrained},device=cpu,report=report.json,resume=False,shared_folder={shared}"
     if method != "none":
-        given += ",bits=4"
+        given += f",bits={bits}"
     if method not in ("none", "rtn", "hqq"):
         given += f",calibration=self:degenerate=allow,calibration_samples={options.samples}"
     command = ["--model", f"quant_{method}", "--model_args", given, "--tasks", "shapes_rec", "--batch_size", "16"]
@@ -135,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--written", type=Path, help="folder with a checkpoint of that shape; written if it is empty")
     parser.add_argument("--samples", type=int, default=32, help="of calibration")
     parser.add_argument("--limit", type=int, help="documents; all 488 by default")
+    parser.add_argument("--shared", action="store_true", help="have a run at 3 bits before each, and take what it left")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("command", nargs="*", help=argparse.SUPPRESS)
@@ -156,7 +158,10 @@ def main() -> None:
             model = str(written(options.written or Path(temporary) / "model", SHAPES[options.shape]))
         print(machine(), flush=True)
         for method in options.methods:
-            rows.append(child(method, model, options))
+            shared = f"{temporary}/shared" if options.shared else ""
+            if shared:
+                child(method, model, options, 3, shared)
+            rows.append(child(method, model, options, 4, shared))
             print(json.dumps({name: value for name, value in rows[-1].items() if name != "ratio"}), flush=True)
             write(options.json, rows)
     heads = ["seconds", *(str(row["case"]) for row in rows)]

@@ -221,6 +221,7 @@ class SequentialQuantizer:
     def _measured_sensitivities(
         self, layers: Sequence[str], batches: Sequence[Mapping[str, Any]]
     ) -> Mapping[str, Sensitivity]:
+        found: Mapping[str, Sensitivity] | None
         with self._alone():
             found = None if self.kept is None else self.kept.sensitivities()
             if found is None:
@@ -232,6 +233,7 @@ class SequentialQuantizer:
     def _measured_weights(
         self, layers: Sequence[str], batches: Sequence[Mapping[str, Any]]
     ) -> Mapping[str, Sequence[Tensor]]:
+        found: Mapping[str, Sequence[Tensor]] | None
         with self._alone():
             found = None if self.kept is None else self.kept.token_weights()
             if found is None:

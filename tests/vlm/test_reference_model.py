@@ -6,6 +6,7 @@ from helpers.prefix import QUESTIONS, Documents, ask, instance
 from transformers import AutoModelForImageTextToText
 
 from lmms_plugin.protocol.response import Response
+from lmms_plugin.utils import tensor_files
 from lmms_plugin.utils.processes import free_memory
 from lmms_plugin.vlm import kept_reference, reference_loading, reference_model
 from lmms_plugin.vlm import wrapper as models
@@ -115,15 +116,15 @@ def test_a_quantized_checkpoint_is_no_reference_of_itself(checkpoint):
 
 @pytest.fixture
 def generating(monkeypatch):
-    """Batches that the reference was asked about, one after the other."""
-    original, asked_about = reference_model.ReferenceModel._answer, []
+    """Answers that references have written, one after the other."""
+    original, written = reference_model.DistributionKeeper.row, []
 
-    def answer(self, batch, prompts, jobs):
-        asked_about.append(len(jobs))
-        return original(self, batch, prompts, jobs)
+    def row(self, index, length):
+        written.append(1)
+        return original(self, index, length)
 
-    monkeypatch.setattr(reference_model.ReferenceModel, "_answer", answer)
-    return asked_about
+    monkeypatch.setattr(reference_model.DistributionKeeper, "row", row)
+    return written
 
 
 def test_runs_share_the_answers_of_a_reference_to_the_last_bit(checkpoint, tmp_path, generating, monkeypatch):
@@ -141,10 +142,13 @@ def test_runs_share_the_answers_of_a_reference_to_the_last_bit(checkpoint, tmp_p
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == -(-len(QUESTIONS) // 4)
     content = files[0].read_bytes()
+    kept, about = tensor_files.read_with(files[0])
     files[0].write_bytes(content[:-5] + bytes(5))
     assert asked(load(path, bits=4, group_size=16, **shared)) == alone
     assert 0 < sum(generating) <= 4
-    assert files[0].read_bytes() == content
+    again, told = tensor_files.read_with(files[0])
+    assert told == about
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
 
 
 def test_an_answer_to_another_question_is_not_taken(checkpoint, tmp_path, generating):
