@@ -25,9 +25,10 @@ from loguru import logger
 from torch import Tensor
 
 from lmms_plugin.quant_backends.backend import CalibratedBackend
+from lmms_plugin.quant_backends.calibration.inputs import fingerprint
 from lmms_plugin.quant_backends.calibration.notes import Notes
 from lmms_plugin.quant_backends.plans.specs import MOST_SHARED_BYTES
-from lmms_plugin.quant_backends.statistics import WEIGHED, InputStatistics, RowSample, Sensitivity
+from lmms_plugin.quant_backends.statistics import TOKEN_ROLES, WEIGHED, InputStatistics, RowSample, Sensitivity
 from lmms_plugin.utils import hashing, tensor_files
 
 SHARE_OF_DISK = 2
@@ -67,14 +68,15 @@ class KeptCalibration(Notes):
     def _answers(self) -> list[Any]:
         return self.noted("written") or []
 
-    def of_inputs(self, inputs: str, roles: str | None) -> KeptStatistics:
+    def of_inputs(self, batches: Sequence[Mapping[str, Any]]) -> KeptStatistics:
         """Return what depends on the model's inputs, too.
 
         Args:
-            inputs: Fingerprint of the inputs, without roles.
-            roles: Fingerprint of the roles of their positions; None where they have none.
+            batches: Keyword arguments of one forward pass each, with `TOKEN_ROLES` or without.
         """
-        return KeptStatistics(self, self.folder / inputs[:16], "" if roles is None else roles[:16])
+        roles = [{TOKEN_ROLES: batch[TOKEN_ROLES]} for batch in batches if TOKEN_ROLES in batch]
+        inputs = [{name: value for name, value in batch.items() if name != TOKEN_ROLES} for batch in batches]
+        return KeptStatistics(self, self.folder / fingerprint(inputs)[:16], fingerprint(roles)[:16] if roles else "")
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -85,7 +87,7 @@ class KeptCalibration(Notes):
             yield
 
 
-class Wanted(NamedTuple):
+class WantedParts(NamedTuple):
     """Parts of statistics that a method takes.
 
     Attributes:
@@ -97,7 +99,7 @@ class Wanted(NamedTuple):
     kept: Mapping[str, bool]
 
     @classmethod
-    def by(cls, backend: CalibratedBackend, *, roles: bool) -> Wanted:
+    def by(cls, backend: CalibratedBackend, *, roles: bool) -> WantedParts:
         """Return the parts that a method takes.
 
         Args:
@@ -172,7 +174,7 @@ class KeptStatistics:
         """Keep the tokens of each expert."""
         self.notes.note("expert use", found)
 
-    def groups(self, block: str, wanted: Wanted) -> list[tuple[str, ...]] | None:
+    def groups(self, block: str, wanted: WantedParts) -> list[tuple[str, ...]] | None:
         """Return the groups of layers of a block whose statistics are whole; None if those of one are not.
 
         Every byte is compared with its digest, so that nothing is found damaged once layers have been replaced.
@@ -186,7 +188,7 @@ class KeptStatistics:
         )
         return groups if whole else None
 
-    def load(self, names: tuple[str, ...], wanted: Wanted, device: torch.device) -> InputStatistics:
+    def load(self, names: tuple[str, ...], wanted: WantedParts, device: torch.device) -> InputStatistics:
         """Read the statistics of a group of layers that `groups` has returned.
 
         Args:
@@ -222,7 +224,7 @@ class KeptStatistics:
             )
         return not self._full
 
-    def keep(self, statistics: InputStatistics, wanted: Wanted) -> None:
+    def keep(self, statistics: InputStatistics, wanted: WantedParts) -> None:
         """Keep the statistics of a group of layers, as far as they are not there."""
         if self._full:
             return

@@ -33,7 +33,7 @@ from lmms_plugin.quant_backends.calibration.gradients import (
     weigh_modalities,
 )
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
-from lmms_plugin.quant_backends.calibration.kept_statistics import KeptStatistics, Wanted
+from lmms_plugin.quant_backends.calibration.kept_statistics import KeptStatistics, WantedParts
 from lmms_plugin.quant_backends.calibration.memory import Residence, Shelf, return_freed_memory, statistics_budget
 from lmms_plugin.quant_backends.calibration.suspension import Suspended, SuspendedCall, doors, in_a_pass
 from lmms_plugin.quant_backends.layers.modalities import reading
@@ -252,8 +252,8 @@ class SequentialQuantizer:
         return None if self.backend.sequential or self.backend.asymmetric else self.kept
 
     @property
-    def _wanted(self) -> Wanted:
-        return Wanted.by(self.backend, roles=self._has_roles)
+    def _wanted(self) -> WantedParts:
+        return WantedParts.by(self.backend, roles=self._has_roles)
 
     def _kept_groups(self, blocks: Mapping[str, tuple[str, ...]]) -> dict[str, Groups] | None:
         """Return the groups of layers of all blocks; None unless the statistics of all of them are kept."""

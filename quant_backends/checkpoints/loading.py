@@ -18,7 +18,7 @@ from lmms_plugin.protocol.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
 from lmms_plugin.quant_backends.calibration.inputs import build_batches, fingerprint, fingerprint_of_samples
 from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder, code_key
-from lmms_plugin.quant_backends.calibration.kept_statistics import KeptCalibration, KeptStatistics
+from lmms_plugin.quant_backends.calibration.kept_statistics import KeptCalibration
 from lmms_plugin.quant_backends.calibration.memory import Residence, read_peak, reset_peak
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
@@ -29,7 +29,6 @@ from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport, QuantReport
 from lmms_plugin.quant_backends.plans.storage_choice import Storage
 from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
-from lmms_plugin.quant_backends.statistics import TOKEN_ROLES
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
 from lmms_plugin.utils import hashing
@@ -412,17 +411,11 @@ def _calibrate(
             model, processor, spec, samples, dialect, keep_logits=keep_logits, by_role=by_role, journal=kept or journal
         )
     within = None if journal is None else journal.within({"inputs": fingerprint(batches)})
-    shared = None if kept is None else _of_inputs(kept, batches)
+    shared = None if kept is None else kept.of_inputs(batches)
     work.finish(batches, processor=processor, residence=residence, journal=within, kept=shared)
     if journal is not None:
         journal.remove()
     return report if kept is None else replace(report, taken=dict(+kept.taken))
-
-
-def _of_inputs(kept: KeptCalibration, batches: Sequence[Mapping[str, Any]]) -> KeptStatistics:
-    roles = [{TOKEN_ROLES: batch[TOKEN_ROLES]} for batch in batches if TOKEN_ROLES in batch]
-    inputs = [{name: value for name, value in batch.items() if name != TOKEN_ROLES} for batch in batches]
-    return kept.of_inputs(fingerprint(inputs), fingerprint(roles) if roles else None)
 
 
 def _report(work: Quantization, calibration: CalibrationReport | None, seconds: float) -> QuantReport:

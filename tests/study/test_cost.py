@@ -72,24 +72,24 @@ def calibrated(method: str, bits: int, seed: int = 0, **arguments: object) -> Ce
     ids=["bits", "methods", "sequential", "no room", "noise"],
 )
 def test_what_calibrations_share_is_counted_once(cells: list[Cell], billions: int, passes: list[int]) -> None:
-    shared = cost.Shared()
+    shared = cost.SharedCosts()
     found = [shared.calibration(cell, billions * 10**9) for cell in cells]
     assert [one.passes for one in found] == passes
     writes = "noise" not in cells[0].arguments["calibration"]
     assert found[0].written == cost.WRITTEN_TOKENS * writes
     assert sum(one.written for one in found[1:2]) == 0
-    values = [cost.seconds(cell, [], billions * 10**9, cuda=True, shared=cost.Shared()).value for cell in cells]
-    taken = cost.Shared()
+    values = [cost.seconds(cell, [], billions * 10**9, cuda=True, shared=cost.SharedCosts()).value for cell in cells]
+    taken = cost.SharedCosts()
     less = [cost.seconds(cell, [], billions * 10**9, cuda=True, shared=taken).value for cell in cells]
     assert less[0] == values[0]
-    alone = cost.Shared().calibration(cells[1], billions * 10**9)
+    alone = cost.SharedCosts().calibration(cells[1], billions * 10**9)
     each = 128 * cost.TOKENS * 2 * billions * 1e9 / cost.GPU_RATE
     spared = each * (alone.passes - passes[1]) + 128 * alone.written * cost.TOKEN_SECONDS
     assert (values[1] or 0) - (less[1] or 0) == pytest.approx(cost.IMPORTS + spared)
 
 
 def test_libraries_are_imported_once_by_cells_of_one_process() -> None:
-    plain, shared = replace(CELL, limit=100), cost.Shared()
+    plain, shared = replace(CELL, limit=100), cost.SharedCosts()
     apart = replace(plain, resources=Resources(processes=2))
     # A finished cell has paid, too.
     cost.seconds(plain, [past(9)], 10**9, shared=shared)

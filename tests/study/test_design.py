@@ -54,7 +54,7 @@ def planned_as(found, made):
 
 
 def as_plan(study, of_study):
-    found, shared = [], cost.Shared()
+    found, shared = [], cost.SharedCosts()
     for cell in of_study:
         size = Size(BILLIONS * 10**9, None, "told")
         seconds = cost.seconds(cell, [], size.parameters, cuda=True, shared=shared)
@@ -64,7 +64,7 @@ def as_plan(study, of_study):
 
 def seconds_of(of_study):
     """Seconds of some cells, with what they share counted once."""
-    shared = cost.Shared()
+    shared = cost.SharedCosts()
     return [cost.seconds(cell, [], BILLIONS * 10**9, cuda=True, shared=shared).value for cell in of_study]
 
 

@@ -69,7 +69,7 @@ class Past(NamedTuple):
     seconds: float
 
 
-class Calibration(NamedTuple):
+class CalibrationCost(NamedTuple):
     """What a sample of calibration costs.
 
     Attributes:
@@ -82,7 +82,7 @@ class Calibration(NamedTuple):
 
 
 @dataclass
-class Shared:
+class SharedCosts:
     """What cells that were counted before have paid for, and cells after them on the same machine take over."""
 
     _paid: set[Hashable] = field(default_factory=set)
@@ -92,13 +92,12 @@ class Shared:
         alone = cell.resources.processes > 1
         return START if alone or self._first(("libraries", cuda)) else START - IMPORTS
 
-    def calibration(self, cell: Cell, parameters: int) -> Calibration:
+    def calibration(self, cell: Cell, parameters: int) -> CalibrationCost:
         """Return what calibrating a cell takes of the passes and of the written tokens of one sample."""
-        method = backend_class(cell.backend)
-        if "calibration" not in cell.arguments or not issubclass(method, CalibratedBackend):
-            return Calibration(CALIBRATION_PASSES, 0)
-        axes, given = cell.axes, cell.arguments
-        inputs = (axes.model, axes.components, axes.calibration, axes.seed, given.get("calibration_samples"))
+        inputs, given = cell.calibrated_on, cell.arguments
+        method = None if inputs is None else backend_class(cell.backend)
+        if method is None or not issubclass(method, CalibratedBackend):
+            return CalibrationCost(CALIBRATION_PASSES, 0)
         weighs = method.by_role or given.get("token_weights") is not None
         sums = 1 + 2 * method.by_role + method.holds_back
         fits = sums * STATISTICS_BYTES * parameters <= MOST_SHARED_BYTES
@@ -108,7 +107,7 @@ class Shared:
         passes = CALIBRATION_PASSES + ANSWER_PASSES * writes
         passes += GRADIENT_PASSES * (weighs and self._first(("gradients", inputs)))
         passes -= SHARED_PASSES * (not apart and not self._first(("statistics", inputs, wanted)))
-        return Calibration(passes, WRITTEN_TOKENS * writes)
+        return CalibrationCost(passes, WRITTEN_TOKENS * writes)
 
     def _first(self, what: Hashable) -> bool:
         known = what in self._paid
@@ -134,7 +133,7 @@ def seconds(
     parameters: int | None = None,
     *,
     cuda: bool = False,
-    shared: Shared | None = None,
+    shared: SharedCosts | None = None,
 ) -> Seconds:
     """Estimate how long a cell takes: the median of the most similar finished cells.
 
@@ -149,7 +148,7 @@ def seconds(
         cuda: Whether it runs on a GPU.
         shared: What cells that were counted before have paid for; None to count the cell by itself.
     """
-    shared = shared or Shared()
+    shared = shared or SharedCosts()
     start, calibrated = shared.start(cell, cuda=cuda), shared.calibration(cell, parameters or 0)
     asked = {"tasks": list(cell.tasks), "limit": cell.limit, "images": cell.images}
     asked |= {"processes": cell.resources.processes}

@@ -124,7 +124,7 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None, only
     """
     folder = StudyFolder(output) if output is not None and output.is_dir() else None
     past, there = cost.past(folder), len(visible_gpus()) if gpus is None else gpus
-    shared = cost.Shared()
+    shared = cost.SharedCosts()
     key = keys(there)
     found = []
     planned = checked_cells(study) if only is None else only
