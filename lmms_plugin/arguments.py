@@ -288,8 +288,8 @@ class ModelArguments:
                 raise ValueError(f"resume=False keeps nothing, but resume_folder names {self.resume_folder}")
             if Path(self.resume_folder).expanduser().is_file():
                 raise ValueError(f"resume_folder: {self.resume_folder} is a file")
-        if self.shared_folder and Path(self.shared_folder).expanduser().is_file():
-            raise ValueError(f"shared_folder: {self.shared_folder} is a file")
+        if self.shared_folder:
+            expect_folder("shared_folder", Path(self.shared_folder).expanduser())
         if self.report:
             expect_file("report", Path(self.report).expanduser())
         if self.features:

@@ -198,6 +198,7 @@ class SequentialQuantizer:
         source = self.backend.weighs_tokens_by
         if source is None or not layers:
             return
+        found: Mapping[str, Sequence[Tensor]]
         if source == "modality":
             roles = [batch[TOKEN_ROLES] for batch in batches]
             found = weigh_modalities(self._measured_sensitivities(layers, batches), roles)

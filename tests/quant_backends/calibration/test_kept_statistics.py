@@ -181,6 +181,9 @@ def test_what_is_damaged_is_computed_again(checkpoint, tmp_path, work, kind, dam
     work.done()
     file = sorted(tmp_path.rglob(kind))[-1]
     before, tensors = file.read_bytes(), tensor_files.read(file)
+    if tensors is not None:
+        # They are mapped from the file that is about to change.
+        tensors = {name: one.clone() for name, one in tensors.items()}
     damage(file)
     if file.suffix == ".json" and file.exists() and file.stat().st_size == len(before):
         # A text with another letter may be a value of its own, which no text tells.
@@ -264,5 +267,5 @@ def test_two_at_a_time_write_answers_once_and_get_the_same(checkpoint, tmp_path)
 
 
 def test_a_file_is_no_folder():
-    with pytest.raises(ValueError, match=r"shared_folder: .* is a file"):
+    with pytest.raises(ValueError, match="shared_folder: expected a folder, got the file"):
         ModelArguments.parse({"shared_folder": __file__})
