@@ -42,6 +42,7 @@ LIBRARIES = (
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _WITHOUT_DRIVER = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 """Has torch count GPUs without initialising CUDA, while libraries are imported."""
+_THIS = "lmms_plugin.utils.processes.preloaded"
 _MOST_BYTES, _MOST_FILES = 1 << 17, 4
 _LOOK_SECONDS = 0.05
 
@@ -124,7 +125,7 @@ class Preloaded:
         # Paths of sockets may have a hundred characters, which folders of studies often exceed.
         with tempfile.TemporaryDirectory() as folder:
             address = f"{folder}/socket"
-            command = [sys.executable, "-P", "-m", __name__, address]
+            command = [sys.executable, "-P", "-m", _THIS, address]
             process = guard.start(command, log, environment={**environment, **_WITHOUT_DRIVER})
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             while True:
@@ -185,18 +186,29 @@ class Preloaded:
 
 def main() -> None:
     """Serve requests until nobody is connected; in a copy, run what was asked for and end as it ends."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(sys.argv[1])
-        listener.listen()
-        connection, _ = listener.accept()
-    for name in LIBRARIES:
+    address, *kept = sys.argv[1:]
+    connection = socket.socket(fileno=int(kept[0])) if kept else _connected(address)
+    for name in () if kept else LIBRARIES:
         importlib.import_module(name)
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        # It would hold memory of a GPU for as long as it lives, and no copy could use one: it starts anew without.
+        print("a library initialised CUDA while it was imported: commands import by themselves", flush=True)
+        os.set_inheritable(connection.fileno(), True)
+        os.execv(sys.executable, [sys.executable, "-P", "-m", _THIS, address, str(connection.fileno())])
     # Collections would touch, and so copy, what copies share; only the last one needs to see it.
     gc.freeze()
     atexit.register(gc.unfreeze)
     request = _next_of_a_copy(connection)
     if request is not None:
         become(request)
+
+
+def _connected(address: str) -> socket.socket:
+    """Return the connection of the one who has commands run."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen()
+        return listener.accept()[0]
 
 
 def _next_of_a_copy(connection: socket.socket) -> dict[str, Any] | None:

@@ -56,7 +56,8 @@ def preloaded_with(folder, *names, **environment):
             return start([sys.executable, "-P", "-c", few, command[-1]], log, **given)
 
         patch.setattr(preloaded.guard, "start", of_few)
-        process = Preloaded.start({**os.environ, **environment}, folder / "log")
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        process = Preloaded.start({**os.environ, "PYTHONPATH": path, **environment}, folder / "log")
     try:
         yield process
     finally:
@@ -162,11 +163,20 @@ def test_the_process_has_not_initialised_cuda_and_a_copy_without_gpus_has_its_li
 def test_a_copy_that_cannot_use_its_gpus_starts_the_command_anew(tmp_path, spoilt):
     (tmp_path / "spoiling.py").write_text(SPOILING)
     names = ("torch", "spoiling") if spoilt else ("torch",)
-    with preloaded_with(tmp_path, *names, CUDA_VISIBLE_DEVICES="7", PYTHONPATH=str(tmp_path)) as process:
+    with preloaded_with(tmp_path, *names, CUDA_VISIBLE_DEVICES="7") as process:
         found = gpus_of(process, tmp_path, "5,6")
         assert (found["imported"], found["visible"], found["bad"]) == (False, "5,6", False)
         # For one that needs none, nothing is spoilt.
         assert gpus_of(process, tmp_path, "")["imported"]
+
+
+def test_a_process_that_holds_a_gpu_starts_anew_without_libraries(tmp_path):
+    (tmp_path / "holding.py").write_text("import torch\ntorch.cuda.is_initialized = lambda: True\n")
+    with preloaded_with(tmp_path, "holding", CUDA_VISIBLE_DEVICES="7") as process:
+        for visible in ("5,6", ""):
+            found = gpus_of(process, tmp_path, visible)
+            assert (found["imported"], found["visible"], found["bad"]) == (False, visible, False)
+    assert "commands import by themselves" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.gpu
