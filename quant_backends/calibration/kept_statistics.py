@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,12 +212,19 @@ class KeptStatistics:
         statistics.by_role = wanted.kept["by_role"]
         return statistics
 
-    def has_room(self, sizes: Iterable[int]) -> bool:
-        """Return whether statistics of so many bytes may be kept; said once if not."""
-        used = sum(file.stat().st_size for file in self.calibration.root.rglob("*.safetensors"))
+    def has_room(self, sizes: Mapping[str, int], wanted: WantedParts) -> bool:
+        """Return whether the statistics of a run may be kept; said once if not.
+
+        Args:
+            sizes: First layer of each group -> bytes of its statistics, of all wanted parts together.
+            wanted: Parts that the run takes.
+        """
+        mine = {self._file(leader, part) for leader in sizes for part in wanted.parts}
+        there = (file for file in self.calibration.root.rglob(f"*{tensor_files.SUFFIX}") if file not in mine)
+        used = sum(file.stat().st_size for file in there)
         self.folder.mkdir(parents=True, exist_ok=True)
         room = min(self.most_bytes - used, shutil.disk_usage(self.folder).free // SHARE_OF_DISK)
-        asked = sum(sizes)
+        asked = sum(sizes.values())
         self._full = asked > room
         if self._full:
             logger.warning(

@@ -8,7 +8,7 @@ from typing import Any
 
 from loguru import logger
 
-from lmms_plugin.utils import files
+from lmms_plugin.utils import files, hashing
 
 
 class Notes:
@@ -22,15 +22,18 @@ class Notes:
         self.folder = folder
 
     def note(self, name: str, value: Any) -> None:
-        """Store a JSON-ready value under a name."""
-        self.write(self.folder / f"{name}.json", json.dumps(value).encode())
+        """Store a JSON-ready value under a name, with its digest."""
+        told = {"value": value, "sha256": hashing.of_value(value)}
+        self.write(self.folder / f"{name}.json", json.dumps(told).encode())
 
     def noted(self, name: str) -> Any:
         """Return the value stored by `note`; None if there is none, or its file is damaged."""
         try:
-            return json.loads((self.folder / f"{name}.json").read_bytes())
+            told = files.read_json(self.folder / f"{name}.json")
         except (FileNotFoundError, ValueError):
             return None
+        value = told.get("value")
+        return value if told.get("sha256") == hashing.of_value(value) else None
 
     def write(self, target: Path, content: bytes) -> None:
         """Write a file of the folder atomically; a full disk keeps nothing and says so.

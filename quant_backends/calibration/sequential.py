@@ -271,10 +271,11 @@ class SequentialQuantizer:
     def _make_room(self, route: Route) -> None:
         """Decide whether the statistics of all layers can be kept for other runs."""
         if self._shared is not None:
-            columns = [
-                dense_linear(self.model, group[0]).in_features for each in route.groups.values() for group in each
-            ]
-            self._shared.has_room(InputStatistics.memory(each, **self._wanted.kept) for each in columns)
+            leaders = [group[0] for groups in route.groups.values() for group in groups]
+            columns = {name: dense_linear(self.model, name).in_features for name in leaders}
+            kept = self._wanted.kept
+            sizes = {name: InputStatistics.memory(each, **kept) for name, each in columns.items()}
+            self._shared.has_room(sizes, self._wanted)
 
     def _explore(self, blocks: Mapping[str, tuple[str, ...]], sample: SampleState) -> Route:
         """Trace the route of one sample through the unquantized model."""

@@ -185,9 +185,6 @@ def test_what_is_damaged_is_computed_again(checkpoint, tmp_path, work, kind, dam
         # They are mapped from the file that is about to change.
         tensors = {name: one.clone() for name, one in tensors.items()}
     damage(file)
-    if file.suffix == ".json" and file.exists() and file.stat().st_size == len(before):
-        # A text with another letter may be a value of its own, which no text tells.
-        file.write_bytes(b"{")
     assert_same(expected, load(path, get("mbq"), shared_folder=tmp_path))
     assert work.done() == ({"sensitivities"} if "sensitivities" in kind else {"gathered"})
     again = tensor_files.read(file)
