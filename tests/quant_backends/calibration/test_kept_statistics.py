@@ -137,6 +137,20 @@ def test_methods_share_what_is_the_same_for_them(checkpoint, tmp_path, work):
     assert work.done() == set()
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_experts_that_few_tokens_reach_are_the_same(checkpoint, tmp_path, work, method):
+    path, backend = checkpoint("qwen3_vl_moe"), get(method)
+    alone = load(path, backend, 3, vision=16)
+    assert any((module.method or "").endswith(sequential.UNCALIBRATED) for module in alone.report.modules)
+    load(path, backend, vision=16, shared_folder=tmp_path)
+    work.done()
+    found = load(path, backend, 3, vision=16, shared_folder=tmp_path)
+    assert work.done() == set()
+    assert found.report.calibration.taken["expert use"] == 1
+    assert found.report.experts == alone.report.experts
+    assert_same(alone, found)
+
+
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"vision": 16}, {"family": "llava"}, {"dtype": torch.float64}], ids=str
 )
