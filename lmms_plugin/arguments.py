@@ -148,6 +148,9 @@ class ModelArguments:
         resume: Whether an interrupted calibration continues after its last finished block.
         resume_folder: Folder of finished blocks until a calibration is complete; by default below the environment
             variable `LMMS_PLUGIN_CACHE`, or beside the Hugging Face cache.
+        shared_folder: Folder of what runs compute of one unquantized model and share, whatever their method and bits:
+            what calibration takes from it, and answers of `reference`; of each 16 GiB at most. By default nothing is
+            shared.
         seed: Seed of calibration and sampling.
         dtype: Data type of the weights that are not quantized and of the arithmetic; `auto` is bfloat16 on a GPU, else
             float32.
@@ -212,6 +215,7 @@ class ModelArguments:
     calibration_samples: _Any[_Count] = None
     resume: Truth = True
     resume_folder: _Any[_Str] = None
+    shared_folder: _Any[_Str] = None
     seed: Annotated[_Int, Field(ge=0)] = 0
     dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Expected(f"one of {', '.join(DTYPES)}")] = (
         "auto"
@@ -284,6 +288,8 @@ class ModelArguments:
                 raise ValueError(f"resume=False keeps nothing, but resume_folder names {self.resume_folder}")
             if Path(self.resume_folder).expanduser().is_file():
                 raise ValueError(f"resume_folder: {self.resume_folder} is a file")
+        if self.shared_folder:
+            expect_folder("shared_folder", Path(self.shared_folder).expanduser())
         if self.report:
             expect_file("report", Path(self.report).expanduser())
         if self.features:

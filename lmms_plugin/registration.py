@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lmms_plugin.ending import ends_the_command
 from lmms_plugin.quant_backends import GGUF, SERVED, class_name, model_name, names
 from lmms_plugin.tasks.sources.data_source import located
+from lmms_plugin.utils import libyaml
 from lmms_plugin.utils.copies import DatasetError
 from lmms_plugin.utils.moved import MovedError
 from lmms_plugin.vlm.running.sharding import deal_by_image
@@ -125,7 +126,8 @@ def _indexing_ours(original: Callable[..., Any]) -> Callable[..., Any]:
         paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
         if tasks_folder() not in paths:
             paths.append(tasks_folder())
-        index: dict[str, Any] = original(self, include_path=paths, include_defaults=include_defaults)
+        with libyaml.parsing():
+            index: dict[str, Any] = original(self, include_path=paths, include_defaults=include_defaults)
         for name, entry in cells.entries().items():
             # In lmms-eval, -1 means "the list of subtasks is in the group's own config".
             subtasks = {"task": -1} if entry.kind == "group" else {}

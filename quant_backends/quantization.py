@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, DataFreeBackend, WholeModelBackend
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
+from lmms_plugin.quant_backends.calibration.kept_statistics import KeptStatistics
 from lmms_plugin.quant_backends.calibration.memory import Residence, return_freed_memory
 from lmms_plugin.quant_backends.calibration.routing import count_tokens
 from lmms_plugin.quant_backends.calibration.sequential import UNCALIBRATED, SequentialQuantizer
@@ -213,6 +214,7 @@ class Quantization:
         processor: Any = None,
         residence: Residence | None = None,
         journal: Journal | None = None,
+        kept: KeptStatistics | None = None,
     ) -> None:
         """Quantize every layer that is still dense.
 
@@ -221,13 +223,14 @@ class Quantization:
             processor: Processor of the model, for a backend that takes the whole model.
             residence: Offloading of its blocks; None leaves them where they are.
             journal: Store of finished blocks; None keeps nothing.
+            kept: What other runs of the same dense model share with this one; None for nothing.
         """
         self.prepare()
         if isinstance(self.backend, CalibratedBackend | WholeModelBackend):
-            self._count_use(batches, residence, journal)
+            self._count_use(batches, residence, journal, kept)
         remaining = {name: self.specs[name] for name in self.pending()}
         if isinstance(self.backend, CalibratedBackend) and remaining:
-            self._calibrate(self.backend, remaining, batches, residence, journal)
+            self._calibrate(self.backend, remaining, batches, residence, journal, kept)
         elif isinstance(self.backend, WholeModelBackend) and remaining:
             self._hand_over(self.backend, processor, remaining, batches)
         elif remaining:
@@ -238,14 +241,22 @@ class Quantization:
             raise ValueError(f"{self.backend.name} left {len(missed)} layers of the plan dense, first {missed[0]}")
 
     def _count_use(
-        self, batches: Sequence[Mapping[str, Any]], residence: Residence | None, journal: Journal | None
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        residence: Residence | None,
+        journal: Journal | None,
+        kept: KeptStatistics | None,
     ) -> None:
         """Count the calibration tokens sent to each expert, and settle the specs that depend on it."""
         known = None if journal is None else journal.noted("expert use")
+        if known is None and kept is not None:
+            known = kept.expert_use()
         if known is None:
             known = count_tokens(self.model, batches, residence or Residence())
             if journal is not None and known:
                 journal.note("expert use", known)
+            if kept is not None and known:
+                kept.keep_expert_use(known)
         self._use = {name: tuple(tokens) for name, tokens in known.items()}
         if self.plan.counts_use:
             self.specs, reasons = self._assign(self._use)
@@ -273,6 +284,7 @@ class Quantization:
         batches: Sequence[Mapping[str, Any]],
         residence: Residence | None,
         journal: Journal | None,
+        kept: KeptStatistics | None,
     ) -> None:
         def put(name: str, solved: Solved) -> None:
             weight = dense_linear(self.model, name).weight.detach()
@@ -281,7 +293,10 @@ class Quantization:
 
         of_sequence = frozenset(name for name, part in self.components.items() if part in ("language", "head"))
         SequentialQuantizer(
-            self.model, backend, specs, put, of_sequence, residence=residence or Residence(), journal=journal
+            *(self.model, backend, specs, put, of_sequence),
+            residence=residence or Residence(),
+            journal=journal,
+            kept=kept,
         ).run(batches)
 
     def _hand_over(

@@ -31,7 +31,7 @@ _NO_OPTIONS = frozenset(
         *("batch_size", "max_batch_size", "device", "device_map", "report", "save_quantized", "features", "resume"),
         *("resume_folder", "share_prefix", "static_cache", "storage", "parity", "trust_remote_code", "use_safetensors"),
         *("base_url", "concurrency", "timeout", "retries", "key_variable", "launch_timeout", "launch_log"),
-        *("threads", "slots", "gpu_layers", "converter"),
+        *("threads", "slots", "gpu_layers", "converter", "shared_folder"),
     )
 )
 

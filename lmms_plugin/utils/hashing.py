@@ -48,6 +48,11 @@ def of_code(folder: Path) -> str:
     return of_value(of_files(folder, "*.py"))
 
 
+def of_package() -> str:
+    """Return the SHA-256 of all code of this package."""
+    return of_code(Path(__file__).parents[1])
+
+
 def of_path(path: Path) -> str:
     """Return a fingerprint of a file or of all files of a folder: relative names, sizes, and 64 blocks of each file.
 

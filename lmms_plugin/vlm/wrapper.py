@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _PASSED_ON = (
     *("device_map", "attn_implementation", "trust_remote_code", "use_safetensors"),
-    *("seed", "dialect", "resume", "resume_folder"),
+    *("seed", "dialect", "resume", "resume_folder", "shared_folder"),
 )
 """Model arguments that loading takes as they are."""
 

@@ -18,7 +18,7 @@ from lmms_plugin.protocol.dialects import Dialect
 from lmms_plugin.protocol.plain_prompts import template_for
 from lmms_plugin.protocol.prompts import framed, mean_colour, placeholder
 from lmms_plugin.protocol.reasoning import left_open, separate
-from lmms_plugin.quant_backends.calibration.journal import Journal
+from lmms_plugin.quant_backends.calibration.notes import Notes
 from lmms_plugin.quant_backends.calibration.sources import REFUSE, CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.layers.wide_products import WideProducts
 from lmms_plugin.quant_backends.plans.quant_report import CalibrationReport
@@ -143,7 +143,7 @@ class Writer:
         answers: Answers that it wrote.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, dialect: Dialect, journal: Journal | None) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any, dialect: Dialect, journal: Notes | None) -> None:
         self.model, self.processor, self.dialect, self.journal = model, processor, dialect, journal
         self.own = 0
         self.answers: list[WrittenAnswer] = []
@@ -298,7 +298,7 @@ def build_batches(
     *,
     keep_logits: bool,
     by_role: bool = False,
-    journal: Journal | None = None,
+    journal: Notes | None = None,
 ) -> tuple[list[dict[str, Any]], CalibrationReport]:
     """Encode samples for one forward pass each.
 
@@ -353,6 +353,14 @@ def _warn_of_few(samples: int, tokens: int, asked: int) -> None:
         f"{counted(samples, 'calibration sample')} {hold} {counted(tokens, 'token')}, fewer than the {asked} asked for;"
         " raise calibration_samples to get them"
     )
+
+
+def fingerprint_of_samples(samples: Sequence[CalibrationSample]) -> str:
+    """Return the SHA-256 of images, questions and answers as they were drawn, before a model completes them."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        _add(digest, sample, repr(sample[1:]), "")
+    return digest.hexdigest()
 
 
 def _account(spec: CalibrationSpec, samples: int, tokens: int, digest: str, writer: Writer) -> CalibrationReport:

@@ -7,21 +7,20 @@ like Python's own caches of compiled code.
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loguru import logger
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from lmms_plugin import quant_backends
+from lmms_plugin.quant_backends.calibration.notes import Notes
 from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
-from lmms_plugin.utils import files, hashing, variables
+from lmms_plugin.utils import hashing, variables
 
 
 class Solved(NamedTuple):
@@ -40,7 +39,7 @@ class Solved(NamedTuple):
     plain_rows: int = 0
 
 
-class Journal:
+class Journal(Notes):
     """Finished blocks of one calibration.
 
     Args:
@@ -49,7 +48,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
-        self.folder = folder / hashing.of_value(key)[:32]
+        super().__init__(folder / hashing.of_value(key)[:32])
 
     def save(self, block: str, solved: Mapping[str, Solved]) -> None:
         """Write a finished block atomically.
@@ -64,21 +63,7 @@ class Journal:
             state = {key: value for key, value in entry.layer.state_dict(keep_vars=True).items() if key != "bias"}
             tensors |= {f"{name}/{key}": value.detach().cpu().clone() for key, value in state.items()}
             skeletons[name] = entry._replace(layer=_skeleton(entry.layer))
-        self._write(self._file(block), pickle.dumps((skeletons, save_tensors(tensors))))
-
-    def _write(self, target: Path, content: bytes) -> None:
-        # In a parallel evaluation, another process with the same calibration may finish and remove the folder.
-        for _ in range(3):
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                return files.replace_bytes(target, content)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                # A full disk is no reason to give up hours of work.
-                logger.warning(f"{target.stem} is not kept in {self.folder} ({error}): interrupted, it is done again")
-                return None
-        raise FileNotFoundError(f"{self.folder} is removed each time that it is made")
+        self.write(self._file(block), pickle.dumps((skeletons, save_tensors(tensors))))
 
     def load(self, block: str, model: nn.Module) -> dict[str, Solved] | None:
         """Read a finished block.
@@ -111,17 +96,6 @@ class Journal:
     def within(self, key: Mapping[str, Any]) -> Journal:
         """Return the journal of a part of this calibration, which is removed with this one."""
         return Journal(self.folder, key)
-
-    def note(self, name: str, value: Any) -> None:
-        """Store a JSON-ready value under a name."""
-        self._write(self.folder / f"{name}.json", json.dumps(value).encode())
-
-    def noted(self, name: str) -> Any:
-        """Return the value stored by `note`; None if there is none."""
-        try:
-            return json.loads((self.folder / f"{name}.json").read_bytes())
-        except FileNotFoundError:
-            return None
 
     def remove(self) -> None:
         """Delete all entries once the calibration is over."""

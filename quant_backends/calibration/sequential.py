@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from lmms_plugin.quant_backends.calibration.gradients import (
     weigh_modalities,
 )
 from lmms_plugin.quant_backends.calibration.journal import Journal, Solved
+from lmms_plugin.quant_backends.calibration.kept_statistics import KeptStatistics, WantedParts
 from lmms_plugin.quant_backends.calibration.memory import Residence, Shelf, return_freed_memory, statistics_budget
 from lmms_plugin.quant_backends.calibration.suspension import Suspended, SuspendedCall, doors, in_a_pass
 from lmms_plugin.quant_backends.layers.modalities import reading
@@ -117,6 +118,7 @@ class SequentialQuantizer:
         residence: Offloading of blocks.
         shelf: Offloading of waiting activations.
         journal: Store of finished blocks; None keeps nothing.
+        kept: Statistics and gradients that other runs of the same dense model left, and will take; None for none.
         budget: Number of bytes for the statistics gathered at one time; a single layer may exceed it. None for what is
             free.
     """
@@ -129,9 +131,11 @@ class SequentialQuantizer:
     residence: Residence = field(default_factory=Residence)
     shelf: Shelf = field(default_factory=Shelf)
     journal: Journal | None = None
+    kept: KeptStatistics | None = None
     budget: int | None = None
     _sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict, init=False, repr=False)
     _count: int = field(default=0, init=False, repr=False)
+    _has_roles: bool = field(default=False, init=False, repr=False)
     _scarce: list[tuple[float, str, int, int]] = field(default_factory=list, init=False, repr=False)
 
     @torch.no_grad()
@@ -148,6 +152,7 @@ class SequentialQuantizer:
         if not batches:
             raise ValueError(f"{self.backend.name} was given no calibration sample")
         self._count = len(batches)
+        self._has_roles = any(TOKEN_ROLES in batch for batch in batches)
         samples = [self._sample(index, batch) for index, batch in enumerate(batches)]
         blocks = find_blocks(self.model, tuple(self.specs))
         self.residence.settle(self.model, blocks)
@@ -165,7 +170,10 @@ class SequentialQuantizer:
             )
             self.residence.enter_all()
             self._solve(WHOLE_MODEL, tuple(self.specs), [], self.model, samples)
+        elif (known := self._kept_groups(blocks)) is not None:
+            self._run_kept(blocks, known)
         else:
+            self._make_room(route)
             twins = [self._twin(index, batch) for index, batch in enumerate(batches) if self.backend.asymmetric]
             self._run_blocks(blocks, route, samples + twins)
         self.residence.enter_all()
@@ -190,11 +198,12 @@ class SequentialQuantizer:
         source = self.backend.weighs_tokens_by
         if source is None or not layers:
             return
+        found: Mapping[str, Sequence[Tensor]]
         if source == "modality":
-            sensitivities = measure_sensitivities(self.model, layers, batches, self.residence)
-            found = weigh_modalities(sensitivities, [batch[TOKEN_ROLES] for batch in batches])
+            roles = [batch[TOKEN_ROLES] for batch in batches]
+            found = weigh_modalities(self._measured_sensitivities(layers, batches), roles)
         else:
-            found = measure_token_weights(self.model, layers, batches, self.residence)
+            found = self._measured_weights(layers, batches)
         for sample in samples:
             sample.weights = {layer: weights[sample.index] for layer, weights in found.items()}
 
@@ -205,10 +214,68 @@ class SequentialQuantizer:
         known = None if self.journal is None else self.journal.noted("sensitivities")
         if known is not None:
             return {layer: Sensitivity(*values) for layer, values in known.items()}
-        found = measure_sensitivities(self.model, layers, batches, self.residence)
+        found = self._measured_sensitivities(layers, batches)
         if self.journal is not None:
             self.journal.note("sensitivities", found)
         return found
+
+    def _measured_sensitivities(
+        self, layers: Sequence[str], batches: Sequence[Mapping[str, Any]]
+    ) -> Mapping[str, Sensitivity]:
+        found: Mapping[str, Sensitivity] | None
+        with self._alone():
+            found = None if self.kept is None else self.kept.sensitivities()
+            if found is None:
+                found = measure_sensitivities(self.model, layers, batches, self.residence)
+                if self.kept is not None:
+                    self.kept.keep_sensitivities(found)
+        return found
+
+    def _measured_weights(
+        self, layers: Sequence[str], batches: Sequence[Mapping[str, Any]]
+    ) -> Mapping[str, Sequence[Tensor]]:
+        found: Mapping[str, Sequence[Tensor]] | None
+        with self._alone():
+            found = None if self.kept is None else self.kept.token_weights()
+            if found is None:
+                found = measure_token_weights(self.model, layers, batches, self.residence)
+                if self.kept is not None:
+                    self.kept.keep_token_weights(found)
+        return found
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Have other runs wait for gradients that this one measures: to measure them takes as long as to wait."""
+        return nullcontext() if self.kept is None else self.kept.calibration.alone("gradients")
+
+    @property
+    def _shared(self) -> KeptStatistics | None:
+        """Return where statistics of the dense model are kept; None where those of quantized blocks are needed."""
+        return None if self.backend.sequential or self.backend.asymmetric else self.kept
+
+    @property
+    def _wanted(self) -> WantedParts:
+        return WantedParts.by(self.backend, roles=self._has_roles)
+
+    def _kept_groups(self, blocks: Mapping[str, tuple[str, ...]]) -> dict[str, Groups] | None:
+        """Return the groups of layers of all blocks; None unless the statistics of all of them are kept."""
+        if self._shared is None:
+            return None
+        found: dict[str, Groups] = {}
+        for name in (name for name, layers in blocks.items() if layers):
+            groups = self._shared.groups(name, self._wanted)
+            if groups is None:
+                return None
+            found[name] = groups
+        return found
+
+    def _make_room(self, route: Route) -> None:
+        """Decide whether the statistics of all layers can be kept for other runs."""
+        if self._shared is not None:
+            leaders = [group[0] for groups in route.groups.values() for group in groups]
+            columns = {name: dense_linear(self.model, name).in_features for name in leaders}
+            kept = self._wanted.kept
+            sizes = {name: InputStatistics.memory(each, **kept) for name, each in columns.items()}
+            self._shared.has_room(sizes, self._wanted)
 
     def _explore(self, blocks: Mapping[str, tuple[str, ...]], sample: SampleState) -> Route:
         """Trace the route of one sample through the unquantized model."""
@@ -300,8 +367,23 @@ class SequentialQuantizer:
                 return_freed_memory()
         for name in sorted(unsolved):
             self.residence.enter(name)
+            if self._shared is not None:
+                self._shared.keep_groups(name, ())
             self._put({layer: self._without_inputs(layer) for layer in blocks[name]})
             self.residence.stay(name)
+
+    def _run_kept(self, blocks: Mapping[str, tuple[str, ...]], known: Mapping[str, Groups]) -> None:
+        """Quantize every block by the statistics that are kept: no sample passes through the model."""
+        for name, groups in tqdm(known.items(), desc="Quantizing blocks", leave=False, disable=None):
+            self.residence.enter(name)
+            solved = None if self.journal is None else self.journal.load(name, self.model)
+            if solved is None:
+                solved = self._with_all(blocks[name], self._solutions_of_kept(groups))
+                if self.journal is not None:
+                    self.journal.save(name, solved)
+            self._put(solved)
+            self.residence.stay(name)
+            return_freed_memory()
 
     def _solve(
         self,
@@ -314,9 +396,16 @@ class SequentialQuantizer:
         """Quantize the layers of one block and move the samples on."""
         solved = None if self.journal is None else self.journal.load(block, self.model)
         if solved is None:
-            groups = self._completed(groups, layers, forward, samples)
-            solved = self._solutions(groups, forward, samples)
-            solved |= {name: self._without_inputs(name) for name in layers if name not in solved}
+            known = None if self._shared is None else self._shared.groups(block, self._wanted)
+            if known is None:
+                groups = self._completed(groups, layers, forward, samples)
+                found = self._solutions(groups, forward, samples)
+                if self._shared is not None:
+                    self._shared.keep_groups(block, groups)
+            else:
+                found = self._solutions_of_kept(known)
+                self._pass_on(forward, samples)
+            solved = self._with_all(layers, found)
             if self.journal is not None:
                 self.journal.save(block, solved)
         elif not self.backend.sequential:
@@ -365,18 +454,36 @@ class SequentialQuantizer:
                     self._gather(gathering, sample, twins.get(sample.index), forward, onward=onward)
             while gathering.statistics:
                 statistics = gathering.statistics.pop(0)
-                if statistics.rows < FEWEST_ROWS and expert_of(self.model, statistics.names[0]) is not None:
-                    # `_solve` handles the layers that are missing here.
-                    continue
-                self._note_rows(statistics)
-                statistics.sensitivity = self._sensitivities.get(statistics.names[0])
-                dense = [dense_linear(self.model, name) for name in statistics.names]
-                found = self._solved_by_format(dense, statistics)
-                solved |= {
-                    name: Solved(layer, statistics.output_error(linear.weight, layer), method, plain_rows)
-                    for name, linear, (layer, method, plain_rows) in zip(statistics.names, dense, found, strict=True)
-                }
+                if self._shared is not None:
+                    self._shared.keep(statistics, self._wanted)
+                solved |= self._solved_by(statistics)
         return solved
+
+    def _solutions_of_kept(self, groups: Groups) -> dict[str, Solved]:
+        """Solve by kept statistics, of one group at a time."""
+        solved: dict[str, Solved] = {}
+        assert self._shared is not None
+        for group in groups:
+            device = dense_linear(self.model, group[0]).weight.device
+            solved |= self._solved_by(self._shared.load(group, self._wanted, device))
+        return solved
+
+    def _solved_by(self, statistics: InputStatistics) -> dict[str, Solved]:
+        """Solve layers that share their inputs; `_with_all` handles those that are missing in the result."""
+        if statistics.rows < FEWEST_ROWS and expert_of(self.model, statistics.names[0]) is not None:
+            return {}
+        self._note_rows(statistics)
+        statistics.sensitivity = self._sensitivities.get(statistics.names[0])
+        dense = [dense_linear(self.model, name) for name in statistics.names]
+        found = self._solved_by_format(dense, statistics)
+        return {
+            name: Solved(layer, statistics.output_error(linear.weight, layer), method, plain_rows)
+            for name, linear, (layer, method, plain_rows) in zip(statistics.names, dense, found, strict=True)
+        }
+
+    def _with_all(self, layers: Sequence[str], solved: dict[str, Solved]) -> dict[str, Solved]:
+        """Return the solutions of a block with those of its layers that too few inputs reached."""
+        return solved | {name: self._without_inputs(name) for name in layers if name not in solved}
 
     def _solved_by_format(self, dense: Sequence[nn.Linear], statistics: InputStatistics) -> list[Solution]:
         """Return the solutions of layers that share their inputs, those of each format solved together."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypedDict, Unpack
@@ -16,8 +16,9 @@ from loguru import logger
 from lmms_plugin.protocol.chat_templates import adopt
 from lmms_plugin.protocol.dialects import Dialect, dialect_for
 from lmms_plugin.quant_backends.backend import Backend, CalibratedBackend, CheckpointBackend, WholeModelBackend
-from lmms_plugin.quant_backends.calibration.inputs import build_batches, fingerprint
+from lmms_plugin.quant_backends.calibration.inputs import build_batches, fingerprint, fingerprint_of_samples
 from lmms_plugin.quant_backends.calibration.journal import Journal, cache_folder, code_key
+from lmms_plugin.quant_backends.calibration.kept_statistics import KeptCalibration
 from lmms_plugin.quant_backends.calibration.memory import Residence, read_peak, reset_peak
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSample, CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.compressors import quantization_of
@@ -31,6 +32,7 @@ from lmms_plugin.quant_backends.quantization import Quantization, tensor_bytes
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.model_class import class_of, writes_nothing
 from lmms_plugin.utils import hashing
+from lmms_plugin.utils.arithmetic import arithmetic
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import keep_ends
 from lmms_plugin.utils.processes.out_of_memory import while_loading
@@ -70,6 +72,7 @@ class Preparation:
         residence: Device of the blocks of a calibrated method.
         options: Arguments of ``from_pretrained``.
         journal_folder: Folder for finished blocks of a calibration; None for keeping none.
+        shared_folder: Folder of what runs of one dense model share in calibration; None for nothing.
         seconds: Time that the preparation took.
     """
 
@@ -84,6 +87,7 @@ class Preparation:
     residence: Residence
     options: Mapping[str, Any]
     journal_folder: Path | None
+    shared_folder: Path | None
     seconds: float
 
     @property
@@ -111,11 +115,18 @@ class Preparation:
         return LoadedModel(model, self.processor, _report(work, seen, self.seconds + time.perf_counter() - started))
 
     def _calibrate(self, work: Quantization) -> CalibrationReport:
-        journal = None
+        key = _dense_key(self.path, work, self.processor, self.calibration, self.residence)
+        journal, kept = None, None
         if self.journal_folder is not None:
-            journal = _journal(self.journal_folder, self.path, work, self.processor, self.calibration, self.residence)
+            journal = Journal(self.journal_folder, key | _method_key(work))
+        if self.shared_folder is not None:
+            kept = KeptCalibration(
+                self.shared_folder / "calibration", key | _shared_key(work, self.dialect, self.samples)
+            )
         return _calibrate(
-            work, self.processor, self.calibration, list(self.samples), self.dialect, self.residence, journal
+            *(work, self.processor, self.calibration, list(self.samples), self.dialect, self.residence),
+            journal=journal,
+            kept=kept,
         )
 
 
@@ -136,6 +147,7 @@ def prepare(
     dialect: str | None = None,
     resume: bool = True,
     resume_folder: str | Path | None = None,
+    shared_folder: str | Path | None = None,
 ) -> Preparation:
     """Check all that can be checked before any weight is read.
 
@@ -158,6 +170,8 @@ def prepare(
         resume: Whether to keep finished blocks of a calibration on disk until it is over, so that the same call resumes
             an interrupted one (see `lmms_plugin.quant_backends.calibration.journal`).
         resume_folder: Folder for them; None for `lmms_plugin.quant_backends.calibration.journal.cache_folder`.
+        shared_folder: Folder of what runs of one dense model share in calibration, whatever their method and bits
+            (see `lmms_plugin.quant_backends.calibration.kept_statistics`); None to share nothing.
 
     Raises:
         ValueError: The method cannot carry out the plan, the checkpoint is quantized already or writes nothing to
@@ -186,6 +200,7 @@ def prepare(
         residence=Residence(torch.device(device) if blockwise and not device_map else None),
         options={key: value for key, value in options.items() if value is not None},
         journal_folder=_journal_folder(resume_folder) if resume else None,
+        shared_folder=None if shared_folder is None else Path(shared_folder).expanduser(),
         seconds=time.perf_counter() - started,
     )
 
@@ -215,6 +230,7 @@ class PreparationOptions(TypedDict, total=False):
     dialect: str | None
     resume: bool
     resume_folder: str | Path | None
+    shared_folder: str | Path | None
 
 
 def load_quantized(path: str, **options: Unpack[PreparationOptions]) -> LoadedModel:
@@ -325,24 +341,42 @@ def _expect_complete(path: str, model: PreTrainedModel, info: Mapping[str, Any])
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
 
 
-def _journal(
-    folder: Path, path: str, work: Quantization, processor: Any, spec: CalibrationSpec, residence: Residence
-) -> Journal:
-    """Return the journal in `folder` of a calibration whose result depends on all other arguments."""
+def _dense_key(
+    path: str, work: Quantization, processor: Any, spec: CalibrationSpec, residence: Residence
+) -> dict[str, Any]:
+    """Return what the inputs of layers in the dense model depend on, but for the method's own changes to it."""
     model, libraries = work.model, ("lmms-plugin", "torch", "transformers", "tokenizers")
-    key = {
+    return {
         "checkpoint": hashing.of_source(path, lambda _: getattr(model.config, "_commit_hash", None)),
         "dtype": str(model.dtype),
         "device": residence.device.type if residence.device is not None else "as mapped",
         "attention": model.config._attn_implementation,
-        "method": repr(work.backend),
-        "plan": work.plan.to_dict(),
         "calibration": [str(spec), spec.samples, spec.seed],
         "processor": repr(processor),
         "versions": {library: version(library) for library in libraries},
-        "code": code_key(),
     }
-    return Journal(folder, key)
+
+
+def _method_key(work: Quantization) -> dict[str, Any]:
+    """Return what a finished block depends on besides."""
+    return {"method": repr(work.backend), "plan": work.plan.to_dict(), "code": code_key()}
+
+
+def _shared_key(work: Quantization, dialect: Dialect, samples: Sequence[CalibrationSample]) -> dict[str, Any]:
+    """Return what the last bit of statistics depends on besides.
+
+    Blocks with layers to quantize are computed in wider products than others, and sums are taken in the order that
+    processor and threads make.
+    """
+    return {
+        "layers": sorted(work.specs),
+        "rotation": repr(work.backend.rotates),
+        "dialect": dialect.name,
+        "samples": fingerprint_of_samples(samples),
+        "map": str(getattr(work.model, "hf_device_map", None)),
+        "arithmetic": arithmetic(),
+        "code": hashing.of_package(),
+    }
 
 
 @torch.no_grad()
@@ -353,7 +387,9 @@ def _calibrate(
     samples: list[CalibrationSample],
     dialect: Dialect,
     residence: Residence,
+    *,
     journal: Journal | None,
+    kept: KeptCalibration | None,
 ) -> CalibrationReport:
     model = work.model
     away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
@@ -365,15 +401,21 @@ def _calibrate(
     residence.settle(model, find_blocks(model, tuple(work.specs)))
     keep_logits = any(work.components[name] == "head" for name in work.specs)
     by_role = isinstance(work.backend, CalibratedBackend) and work.backend.needs_roles
-    with residence.whole() if any(sample.unanswered for sample in samples) else nullcontext():
+    unanswered = sum(sample.unanswered for sample in samples)
+    with ExitStack() as stack:
+        if unanswered:
+            stack.enter_context(residence.whole())
+        if kept is not None:
+            stack.enter_context(kept.answering(unanswered))
         batches, report = build_batches(
-            model, processor, spec, samples, dialect, keep_logits=keep_logits, by_role=by_role, journal=journal
+            model, processor, spec, samples, dialect, keep_logits=keep_logits, by_role=by_role, journal=kept or journal
         )
     within = None if journal is None else journal.within({"inputs": fingerprint(batches)})
-    work.finish(batches, processor=processor, residence=residence, journal=within)
+    shared = None if kept is None else kept.of_inputs(batches)
+    work.finish(batches, processor=processor, residence=residence, journal=within, kept=shared)
     if journal is not None:
         journal.remove()
-    return report
+    return report if kept is None else replace(report, taken=dict(+kept.taken))
 
 
 def _report(work: Quantization, calibration: CalibrationReport | None, seconds: float) -> QuantReport:

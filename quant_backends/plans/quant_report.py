@@ -85,6 +85,8 @@ class CalibrationReport:
         own_answers: Number of answers that it wrote itself.
         degenerate: Kind (``empty``, ``blank``, ``looping``) -> number of these answers.
         unfinished: Number of these answers that were cut off at the longest length.
+        taken: What other runs of the same model had computed and this one took (``answers``, ``sensitivities``,
+            ``token weights``, ``expert use``, ``statistics`` of groups of layers) -> how many.
     """
 
     source: str
@@ -97,6 +99,7 @@ class CalibrationReport:
     own_answers: int = 0
     degenerate: Mapping[str, int] = field(default_factory=dict)
     unfinished: int = 0
+    taken: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

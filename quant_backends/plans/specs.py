@@ -18,6 +18,9 @@ UNTOUCHED_BITS = 16
 DEFAULT_SAMPLES = 64
 """Calibration samples where neither the user nor the method names a number."""
 
+MOST_SHARED_BYTES = 16 << 30
+"""Bytes of calibration statistics that a folder may hold for other runs, all models together."""
+
 Bits = Annotated[
     Annotated[Whole, Field(ge=2, le=8)] | Annotated[Whole, Field(ge=UNTOUCHED_BITS, le=UNTOUCHED_BITS)],
     Expected("an integer from 2 to 8, or 16 for untouched"),

@@ -9,6 +9,7 @@ import pytest
 from helpers.small_studies import CELL
 
 from lmms_plugin.quant_backends.quantization import tensor_bytes
+from lmms_plugin.study.file.grid import Cell, Resources
 from lmms_plugin.study.file.tasks import describe
 from lmms_plugin.study.run import cost
 from lmms_plugin.study.run.weights import size
@@ -49,6 +50,56 @@ def test_without_finished_cells_the_model_that_counts_is_stated() -> None:
     assert f"{DOCUMENTS} documents" in cost.seconds(CELL, [], 10**9).basis
     assert cost.seconds(replace(CELL, limit=10_000), [], 10**9) == cost.seconds(CELL, [], 10**9)
     assert cost.seconds(replace(CELL, tasks=("shapes_rejection_attribute_swap",)), [], 10**9).value is None
+
+
+def calibrated(method: str, bits: int, seed: int = 0, **arguments: object) -> Cell:
+    axes = replace(CELL.axes, method=method, bits=bits, calibration="self", seed=seed)
+    given = {"pretrained": "demo", "bits": bits, "calibration": "self", "calibration_samples": 128, **arguments}
+    return replace(CELL, axes=axes, backend=method, arguments=given, limit=100)
+
+
+@pytest.mark.parametrize(
+    ("cells", "billions", "passes"),
+    [
+        # Two for the prompts of the model's own answers, two for statistics, two for each search.
+        ([calibrated("awq", 4), calibrated("awq", 3), calibrated("awq", 3, seed=1)], 3, [6, 2, 6]),
+        ([calibrated("mbq", 4), calibrated("awq", 4), calibrated("mbq", 3)], 1, [9, 4, 2]),
+        # Blocks that are quantized already are a method's own, and what finds no room is gathered by every cell.
+        ([calibrated("gptaq", 4), calibrated("gptaq", 3)], 3, [6, 4]),
+        ([calibrated("awq", 4), calibrated("mbq", 4), calibrated("mbq", 3)], 8, [6, 7, 4]),
+        ([calibrated("awq", 4, calibration="noise"), calibrated("awq", 3, calibration="noise")], 3, [4, 2]),
+    ],
+    ids=["bits", "methods", "sequential", "no room", "noise"],
+)
+def test_what_calibrations_share_is_counted_once(cells: list[Cell], billions: int, passes: list[int]) -> None:
+    shared = cost.SharedCosts()
+    found = [shared.calibration(cell, billions * 10**9) for cell in cells]
+    assert [one.passes for one in found] == passes
+    writes = "noise" not in cells[0].arguments["calibration"]
+    assert found[0].written == cost.WRITTEN_TOKENS * writes
+    assert sum(one.written for one in found[1:2]) == 0
+    values = [cost.seconds(cell, [], billions * 10**9, cuda=True, shared=cost.SharedCosts()).value for cell in cells]
+    taken = cost.SharedCosts()
+    less = [cost.seconds(cell, [], billions * 10**9, cuda=True, shared=taken).value for cell in cells]
+    assert less[0] == values[0]
+    alone = cost.SharedCosts().calibration(cells[1], billions * 10**9)
+    each = 128 * cost.TOKENS * 2 * billions * 1e9 / cost.GPU_RATE
+    spared = each * (alone.passes - passes[1]) + 128 * alone.written * cost.TOKEN_SECONDS
+    assert (values[1] or 0) - (less[1] or 0) == pytest.approx(cost.IMPORTS + spared)
+
+
+def test_libraries_are_imported_once_by_cells_of_one_process() -> None:
+    plain, shared = replace(CELL, limit=100), cost.SharedCosts()
+    apart = replace(plain, resources=Resources(processes=2))
+    # A finished cell has paid, too.
+    cost.seconds(plain, [past(9)], 10**9, shared=shared)
+    alone, again, two = (
+        cost.seconds(one, [], 10**9, shared=each).value
+        for one, each in ((plain, None), (plain, shared), (apart, shared))
+    )
+    assert alone is not None
+    assert again == pytest.approx(alone - cost.IMPORTS)
+    assert two == alone
 
 
 def test_documents_are_counted_here_or_as_published(local_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

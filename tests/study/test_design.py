@@ -54,12 +54,18 @@ def planned_as(found, made):
 
 
 def as_plan(study, of_study):
-    found = []
+    found, shared = [], cost.SharedCosts()
     for cell in of_study:
         size = Size(BILLIONS * 10**9, None, "told")
-        seconds = cost.seconds(cell, [], size.parameters, cuda=True)
+        seconds = cost.seconds(cell, [], size.parameters, cuda=True, shared=shared)
         found.append(PlannedCell(SimpleNamespace(cell=cell, id=cell.slug), "missing", seconds, size, 1))
     return Plan(study, tuple(found), ())
+
+
+def seconds_of(of_study):
+    """Seconds of some cells, with what they share counted once."""
+    shared = cost.SharedCosts()
+    return [cost.seconds(cell, [], BILLIONS * 10**9, cuda=True, shared=shared).value for cell in of_study]
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +105,8 @@ def test_the_images_for_a_difference_are_the_fewest(seeded):
 def test_a_budget_is_used_up_and_kept(seeded):
     made = design.chosen(seeded, budget=3600.0)
     assert made.seconds <= 3600.0
-    told = [cost.seconds(cell, [], BILLIONS * 10**9, cuda=True).value for cell in design.cells_of(seeded, made)]
-    assert sum(told) == pytest.approx(made.seconds)
-    more = replace(made, images=made.images + 1)
-    told = [cost.seconds(cell, [], BILLIONS * 10**9, cuda=True).value for cell in design.cells_of(seeded, more)]
-    assert sum(told) > 3600.0
+    assert sum(seconds_of(design.cells_of(seeded, made))) == pytest.approx(made.seconds)
+    assert sum(seconds_of(design.cells_of(seeded, replace(made, images=made.images + 1)))) > 3600.0
 
 
 def test_what_cannot_be_shown_or_paid_is_refused(seeded):

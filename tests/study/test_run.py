@@ -147,6 +147,35 @@ def test_a_cell_answers_as_in_a_process_of_its_own(undisturbed: Path, tmp_path: 
 
 
 @pytest.mark.slow
+def test_cells_share_what_they_take_of_the_unquantized_model(tmp_path: Path) -> None:
+    text = (
+        "models: [demo]\ntasks: [shapes_rec]\nlimit: 8\nmethods: [awq]\ncalibration: {source: self, samples: 4}\nbits: "
+    )
+    output = tmp_path / "out"
+    output.mkdir()
+    for bits in ("[4]", "[4, 3]"):
+        process = start(write(tmp_path, text + bits + "\n"), output)
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+    first, second = (next((output / "cells").glob(f"demo_awq_{bits}bit*")) for bits in (4, 3))
+    taken = [read_json(cell / "quant_report.json")["calibration"]["taken"] for cell in (first, second)]
+    assert taken[0] == {}
+    assert taken[1]["answers"] == 4
+    assert taken[1]["statistics"] > 4
+    assert any((output / ".shared" / "calibration").iterdir())
+    command = read_json(second / "cell.json")["command"]
+    assert "shared_folder" not in " ".join(command)
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)), **os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "alone").mkdir()
+    alone = [installed.command(command[0]), *command[1:]]
+    subprocess.run(alone, cwd=tmp_path / "alone", env=environment, capture_output=True, text=True, check=True)
+    np.testing.assert_equal(list(table(tmp_path / "alone").values()), list(table(second).values()))
+    # Every layer has the same errors, of weights and of outputs.
+    mine, whole = (read_json(folder / "quant_report.json") for folder in (second, tmp_path / "alone"))
+    assert mine["modules"] == whole["modules"]
+
+
+@pytest.mark.slow
 def test_a_failure_is_recorded_with_the_end_of_its_log(undisturbed: Path) -> None:
     (failed,) = (undisturbed / "failed").iterdir()
     said = read_json(failed / "failed.json")

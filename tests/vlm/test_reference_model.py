@@ -6,8 +6,9 @@ from helpers.prefix import QUESTIONS, Documents, ask, instance
 from transformers import AutoModelForImageTextToText
 
 from lmms_plugin.protocol.response import Response
+from lmms_plugin.utils import tensor_files
 from lmms_plugin.utils.processes import free_memory
-from lmms_plugin.vlm import reference_loading, reference_model
+from lmms_plugin.vlm import kept_reference, reference_loading, reference_model
 from lmms_plugin.vlm import wrapper as models
 
 pytestmark = pytest.mark.model
@@ -111,3 +112,64 @@ def test_another_vocabulary_is_refused_before_weights_are_read(checkpoint):
 def test_a_quantized_checkpoint_is_no_reference_of_itself(checkpoint):
     with pytest.raises(ValueError, match="is quantized itself; name the checkpoint that it was made of"):
         models.QuantPrequantized(pretrained=str(checkpoint("qwen2_5_vl")), device="cpu", reference="none")
+
+
+@pytest.fixture
+def generating(monkeypatch):
+    """Answers that references have written, one after the other."""
+    original, written = reference_model.DistributionKeeper.row, []
+
+    def row(self, index, length):
+        written.append(1)
+        return original(self, index, length)
+
+    monkeypatch.setattr(reference_model.DistributionKeeper, "row", row)
+    return written
+
+
+def test_runs_share_the_answers_of_a_reference_to_the_last_bit(checkpoint, tmp_path, generating, monkeypatch):
+    monkeypatch.setattr(reference_model, "MOST_AT_ONCE", 4)
+    path, shared = checkpoint("qwen2_5_vl"), {"shared_folder": str(tmp_path)}
+    for bits in (2, 4):
+        alone = asked(load(path, bits=bits, group_size=16))
+        assert sum(generating) == len(QUESTIONS)
+        generating.clear()
+        assert asked(load(path, bits=bits, group_size=16, **shared)) == alone
+        # The second one has its answers from the first.
+        assert sum(generating) == (len(QUESTIONS) if bits == 2 else 0)
+        generating.clear()
+    # A part whose file is damaged is answered again, and no other.
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == -(-len(QUESTIONS) // 4)
+    content = files[0].read_bytes()
+    kept, about = tensor_files.read_with(files[0])
+    # They are mapped from the file that is about to change.
+    kept = {name: one.clone() for name, one in kept.items()}
+    files[0].write_bytes(content[:-5] + bytes(5))
+    assert asked(load(path, bits=4, group_size=16, **shared)) == alone
+    assert 0 < sum(generating) <= 4
+    again, told = tensor_files.read_with(files[0])
+    assert told == about
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+def test_an_answer_to_another_question_is_not_taken(checkpoint, tmp_path, generating):
+    path, shared = checkpoint("qwen2_5_vl"), {"shared_folder": str(tmp_path)}
+    asked(load(path, bits=4, group_size=16, **shared), [0, 1])
+    generating.clear()
+    changed = load(path, bits=4, group_size=16, **shared)
+    # The same places of a dataset that has changed.
+    changed.task_dict = {"toy": {"test": Documents(QUESTIONS[::-1])}}
+    plain = load(path, bits=4, group_size=16)
+    plain.task_dict = changed.task_dict
+    assert asked(changed, [0, 1]) == asked(plain, [0, 1])
+    assert sum(generating) == 4
+
+
+def test_answers_that_find_no_room_are_not_kept(checkpoint, tmp_path, generating, monkeypatch):
+    monkeypatch.setattr(kept_reference.KeptReference.__init__, "__defaults__", (1000,))
+    path, shared = checkpoint("qwen2_5_vl"), {"shared_folder": str(tmp_path)}
+    first, second = (asked(load(path, bits=4, group_size=16, **shared), [0, 1]) for _ in range(2))
+    assert first == second
+    assert sum(generating) == 4
+    assert not list(tmp_path.rglob("*.safetensors"))

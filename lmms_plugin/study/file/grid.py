@@ -100,6 +100,14 @@ class Cell:
         return ",".join(f"{name}={value}" for name, value in self.arguments.items())
 
     @property
+    def calibrated_on(self) -> tuple[Any, ...] | None:
+        """What tells the inputs of its calibration from those of other cells; None without calibration."""
+        if "calibration" not in self.arguments:
+            return None
+        axes = self.axes
+        return (axes.model, axes.components, axes.calibration, axes.seed, self.arguments.get("calibration_samples"))
+
+    @property
     def question(self) -> tuple[Any, ...]:
         """Question of the cell, independent of code, data and versions."""
         return (self.place, self.model, self.model_args, self.batch_size, self.resources)

@@ -78,6 +78,11 @@ def command(cell: Cell, gpus: int) -> tuple[str, ...]:
     return (*start, *asked, "--log_samples", "--output_path", ".")
 
 
+def _shares(cell: Cell) -> bool:
+    """Return whether a cell computes anything of the unquantized model that others may need."""
+    return "shared_folder" not in cell.arguments and not cell.arguments.keys().isdisjoint(("calibration", "reference"))
+
+
 def about(keyed: Keyed, gpus: int) -> dict[str, Any]:
     """Return the content of a cell's `cell.json`."""
     cell = keyed.cell
@@ -136,6 +141,7 @@ class Attempt:
         environment: Mapping[str, str] | None = None,
         kept: Path | None = None,
         libraries: SharedLibraries | None = None,
+        shared: Path | None = None,
     ) -> Attempt:
         """Start lmms-eval in a folder, with its output in the log there.
 
@@ -147,24 +153,26 @@ class Attempt:
             inherited: File descriptors that the guard keeps open.
             environment: Further variables of the process: those of a server that is lent to it.
             kept: Folder for the answers of a server, so that the next attempt goes on; None to keep none.
-            libraries: Libraries that cells without GPUs share; None to import them for this one.
+            libraries: Libraries that cells share; None to import them for this one.
+            shared: Folder of what cells of one unquantized model share; None to share nothing.
         """
         first, *rest = command(keyed.cell, len(gpus))
-        if kept is not None:
-            # A relative path has no comma, at which arguments are split.
-            arguments = rest.index("--model_args") + 1
-            rest[arguments] += f",resume_folder={os.path.relpath(kept, folder)}"
+        given = {"resume_folder": kept, "shared_folder": shared if _shares(keyed.cell) else None}
+        for name, place in given.items():
+            if place is not None:
+                # A relative path has no comma, at which arguments are split.
+                rest[rest.index("--model_args") + 1] += f",{name}={os.path.relpath(place, folder)}"
         images = {} if keyed.cell.images is None else {IMAGES: keyed.cell.images}
         # Where a server is lent, it has the GPUs, and the process that asks it sees none.
         seen = () if environment else gpus
         own = _environment(seen, threads) | images | dict(environment or {})
-        shared = None if seen or libraries is None else libraries.of(keyed, own)
+        preloaded = None if libraries is None else libraries.of(keyed, own)
         command_line, log = [installed.command(first), *rest], folder / LOG
         process: subprocess.Popen[bytes] | Copy | None = None
-        if shared is not None:
+        if preloaded is not None:
             # It may have ended since.
             with suppress(OSError):
-                process = shared.run(command_line, folder=folder, environment=own, stdout=log, inherited=inherited)
+                process = preloaded.run(command_line, folder=folder, environment=own, stdout=log, inherited=inherited)
         if process is None:
             process = guard.start(command_line, log, folder=folder, environment=own, inherited=inherited)
         return cls(keyed, folder, tuple(gpus), process, time.time())

@@ -279,9 +279,9 @@ def chosen(
     past = cost.past(StudyFolder(folder) if folder is not None and folder.is_dir() else None)
 
     def seconds(images: int, seeds: int) -> float:
-        total = 0.0
+        total, shared = 0.0, cost.SharedCosts()
         for one in kept(found, seeds):
-            told = _seconds(one, images, past)
+            told = _seconds(one, images, past, shared)
             if told.value is None:
                 raise ValueError(
                     f"{found.study.file}: expected cells of known cost, but that of {one.keyed.cell.slug} is"
@@ -382,9 +382,9 @@ def _configurations(found: Plan) -> list[list[PlannedCell]]:
     return [sorted(group, key=lambda one: one.keyed.cell.axes.seed or 0) for group in groups.values()]
 
 
-def _seconds(one: PlannedCell, images: int, past: Sequence[cost.Past]) -> cost.Seconds:
+def _seconds(one: PlannedCell, images: int, past: Sequence[cost.Past], shared: cost.SharedCosts) -> cost.Seconds:
     cell = replace(one.keyed.cell, images=of_images(images))
-    return cost.seconds(cell, past, one.size.parameters, cuda=one.gpus > 0)
+    return cost.seconds(cell, past, one.size.parameters, cuda=one.gpus > 0, shared=shared)
 
 
 def _most(fits: Callable[[int], bool], most: int) -> int:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from lmms_plugin.quant_backends import SERVED
@@ -25,6 +26,8 @@ POLL_SECONDS = 0.2
 ELSEWHERE_SECONDS = 2.0
 KEPT = ".kept"
 """Name of the folder of answers of servers to cells that are not finished, in the folder of the study."""
+SHARED = ".shared"
+"""Name of the folder of what cells of one unquantized model share, in the folder of the study."""
 _MOST_CHANGES = 3
 _FREEZE = "To run a study from a copy that stays as it is: docs/studies.md"
 
@@ -93,8 +96,8 @@ class LocalRunner:
 
     def _fill(self, waiting: deque[Cell], elsewhere: deque[Cell]) -> None:
         while waiting and len(self._working) < self.jobs:
-            # Cells of a running server need no further GPU, and go first, so that it ends and gives its own back.
-            cell = next((one for one in waiting if self._servers.gpus_of(one) is not None), waiting[0])
+            working = [work.attempt.keyed.cell for work in self._working]
+            cell = next_of(waiting, working, lambda one: self._servers.gpus_of(one) is not None)
             if self._servers.gpus_of(cell) is None and gpus_needed(cell, len(self.gpus)) > len(self._free()):
                 return
             waiting.remove(cell)
@@ -127,6 +130,7 @@ class LocalRunner:
             environment=self._servers.lend(keyed.cell, gpus),
             kept=self._kept(keyed) if keyed.cell.backend == SERVED else None,
             libraries=self._libraries,
+            shared=self.recorder.folder.path / SHARED,
         )
         self.recorder.watcher.started(keyed.id)
         return _LocalWork(attempt, lock, gpus)
@@ -160,6 +164,22 @@ class LocalRunner:
             waiting.appendleft(keyed.cell)
             return
         self.recorder.record(keyed, outcome, len(work.gpus))
+
+
+def next_of(waiting: Sequence[Cell], working: Sequence[Cell], is_served: Callable[[Cell], bool]) -> Cell:
+    """Return the cell to start next.
+
+    Args:
+        waiting: Cells that wait, at least one, in their order.
+        working: Cells that run.
+        is_served: Function that tells whether a running server answers for a cell.
+    """
+    # Cells of a running server need no further GPU, and go first, so that it ends and gives its own back.
+    of_servers = (one for one in waiting if is_served(one))
+    # A cell takes from others what they have computed in calibration; at the same time, each would compute it.
+    busy = {cell.calibrated_on for cell in working} - {None}
+    apart = (one for one in waiting if one.calibrated_on not in busy)
+    return next(chain(of_servers, apart, waiting))
 
 
 def visible_gpus() -> list[str]:

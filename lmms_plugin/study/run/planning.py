@@ -124,6 +124,7 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None, only
     """
     folder = StudyFolder(output) if output is not None and output.is_dir() else None
     past, there = cost.past(folder), len(visible_gpus()) if gpus is None else gpus
+    shared = cost.SharedCosts()
     key = keys(there)
     found = []
     planned = checked_cells(study) if only is None else only
@@ -134,7 +135,8 @@ def plan(study: Study, output: Path | None = None, gpus: int | None = None, only
         state = "done" if measured else "missing" if folder is None else _state(folder, one.id)
         needed = gpus_needed(cell, there)
         large = size(cell, cuda=needed > 0)
-        took = measured or cost.seconds(cell, past, large.parameters, cuda=needed > 0)
+        estimated = cost.seconds(cell, past, large.parameters, cuda=needed > 0, shared=shared)
+        took = measured or estimated
         found.append(PlannedCell(one, state, took, large, needed, damage))
     ids = {one.keyed.id for one in found}
     others = () if folder is None else tuple(one for one in folder.finished() if one not in ids)

@@ -1,8 +1,8 @@
-"""Libraries that the cells of a study share: imported once, for all cells that run on the CPU of this machine.
+"""Libraries that the cells of a study share: imported once, for all cells that see as many GPUs of this machine.
 
 A cell still has a process of its own, a copy of one in which no cell has run (`lmms_plugin.utils.processes.preloaded`):
-nothing of one cell reaches another. The driver of a GPU may not outlive such copying: cells on GPUs import by
-themselves.
+nothing of one cell reaches another. What libraries find out when they are imported may depend on whether there are
+GPUs, and on how many: cells on the CPU and cells on GPUs are copies of different processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lmms_plugin.study.file.identity import Keyed
 from lmms_plugin.utils.processes import preloaded
-from lmms_plugin.utils.processes.preloaded import Preloaded
+from lmms_plugin.utils.processes.preloaded import VISIBLE_GPUS, Preloaded
 from lmms_plugin.utils.variables import PREFIX
 
 LOG = ".libraries.log"
@@ -22,16 +22,16 @@ LOG = ".libraries.log"
 
 @dataclass
 class SharedLibraries:
-    """Process of imported libraries, started for the first cell that can use it.
+    """Processes of imported libraries, each started for the first cell that can use it.
 
     Attributes:
-        log: File for what the process prints itself.
+        log: File for what the processes print themselves.
         wanted: Whether to share any.
     """
 
     log: Path
     wanted: bool = preloaded.POSSIBLE
-    _process: Preloaded | None = None
+    _processes: dict[int, Preloaded] = field(default_factory=dict)
     _versions: Mapping[str, str] = field(default_factory=dict)
     _alone: set[str] = field(default_factory=set)
 
@@ -44,27 +44,35 @@ class SharedLibraries:
         """
         if not self.wanted or keyed.cell.resources.processes > 1 or keyed.id in self._alone:
             return None
-        if self._process is not None and (self._process.over or self._other_versions(keyed)):
+        if self._other_versions(keyed):
             self.end()
+        gpus = len(environment.get(VISIBLE_GPUS, "").replace(",", " ").split())
         try:
-            process = self._process or Preloaded.start(environment, self.log)
+            process = self._process(gpus, environment)
         except OSError:
             self.wanted = False
             return None
-        self._process, self._versions = process, {**keyed.parts["versions"], **self._versions}
-        differing = {name for name, _ in environment.items() ^ process.environment.items()}
+        self._versions = {**keyed.parts["versions"], **self._versions}
+        differing = {name for name, _ in environment.items() ^ process.environment.items()} - {VISIBLE_GPUS}
         # Libraries may read any other variable when they are imported.
         return process if all(name.startswith(PREFIX) for name in differing) else None
+
+    def _process(self, gpus: int, environment: Mapping[str, str]) -> Preloaded:
+        process = self._processes.get(gpus)
+        if process is None or process.over:
+            log = self.log if not gpus else self.log.with_stem(f"{self.log.stem}_{gpus}_gpus")
+            process = self._processes[gpus] = Preloaded.start(environment, log)
+        return process
 
     def leave_alone(self, keyed: Keyed) -> None:
         """Have a cell import libraries by itself from now on."""
         self._alone.add(keyed.id)
 
     def end(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.end()
-        self._process, self._versions = None, {}
+        """End all processes."""
+        for process in self._processes.values():
+            process.end()
+        self._processes, self._versions = {}, {}
 
     def _other_versions(self, keyed: Keyed) -> bool:
         now: Mapping[str, str] = keyed.parts["versions"]

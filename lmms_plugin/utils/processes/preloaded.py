@@ -3,6 +3,11 @@
 Importing them takes `lmms-eval` as long as much of what small runs have it do. A copy has arguments, environment,
 working folder, output and exit status of its own, and imports lmms-eval and this package anew, in the order of any
 other start. Beside each copy stands its guard, which ends whatever the copy leaves behind. Linux alone.
+
+A copy may use GPUs as long as the process itself has not initialised CUDA, which no copy outlives. It asks how many
+GPUs there are by NVML alone, and computes nothing. A copy that is to see GPUs looks whether it can, before anything
+else; where it cannot, since some library initialised CUDA while it was imported (torchao does), it starts the command
+anew, as if there were no such process.
 """
 
 from __future__ import annotations
@@ -34,6 +39,10 @@ LIBRARIES = (
     *("scipy.stats", "pytablewriter", "aiohttp", "loguru", "rich.console", "pydantic", "tenacity", "typer"),
 )
 """What `lmms-eval` imports of others."""
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+_WITHOUT_DRIVER = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Has torch count GPUs without initialising CUDA, while libraries are imported."""
+_THIS = "lmms_plugin.utils.processes.preloaded"
 _MOST_BYTES, _MOST_FILES = 1 << 17, 4
 _LOOK_SECONDS = 0.05
 
@@ -116,8 +125,8 @@ class Preloaded:
         # Paths of sockets may have a hundred characters, which folders of studies often exceed.
         with tempfile.TemporaryDirectory() as folder:
             address = f"{folder}/socket"
-            command = [sys.executable, "-P", "-m", __name__, address]
-            process = guard.start(command, log, environment=environment)
+            command = [sys.executable, "-P", "-m", _THIS, address]
+            process = guard.start(command, log, environment={**environment, **_WITHOUT_DRIVER})
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             while True:
                 try:
@@ -177,18 +186,29 @@ class Preloaded:
 
 def main() -> None:
     """Serve requests until nobody is connected; in a copy, run what was asked for and end as it ends."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(sys.argv[1])
-        listener.listen()
-        connection, _ = listener.accept()
-    for name in LIBRARIES:
+    address, *kept = sys.argv[1:]
+    connection = socket.socket(fileno=int(kept[0])) if kept else _connected(address)
+    for name in () if kept else LIBRARIES:
         importlib.import_module(name)
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        # It would hold memory of a GPU for as long as it lives, and no copy could use one: it starts anew without.
+        print("a library initialised CUDA while it was imported: commands import by themselves", flush=True)
+        os.set_inheritable(connection.fileno(), True)
+        os.execv(sys.executable, [sys.executable, "-P", "-m", _THIS, address, str(connection.fileno())])
     # Collections would touch, and so copy, what copies share; only the last one needs to see it.
     gc.freeze()
     atexit.register(gc.unfreeze)
     request = _next_of_a_copy(connection)
     if request is not None:
         become(request)
+
+
+def _connected(address: str) -> socket.socket:
+    """Return the connection of the one who has commands run."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen()
+        return listener.accept()[0]
 
 
 def _next_of_a_copy(connection: socket.socket) -> dict[str, Any] | None:
@@ -259,6 +279,8 @@ def become(request: Mapping[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    if os.environ.get(VISIBLE_GPUS, "all") and not _reaches_gpus():
+        os.execv(sys.executable, [sys.executable, *request["command"]])
     # The copy imports this package as it is now.
     for name in [name for name in sys.modules if name.partition(".")[0] == "lmms_plugin"]:
         del sys.modules[name]
@@ -266,6 +288,12 @@ def become(request: Mapping[str, Any]) -> None:
     script = sys.argv[0]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")
+
+
+def _reaches_gpus() -> bool:
+    """Return whether this copy can use GPUs; True where no library that could has been imported."""
+    torch = sys.modules.get("torch")
+    return torch is None or (not torch.cuda._is_in_bad_fork() and torch.cuda.is_available())
 
 
 def _opened(file: str) -> int:
