@@ -53,7 +53,7 @@ def screen(answer: Sequence[str], tables: Sequence[ScreenTable], notes: Sequence
     room = HEIGHT - len(said) - (2 if rest else 0)
     full = [_lines(table) for table in tables if table.rows]
     there = [table for table in tables if table.rows]
-    named = cut_apart([table.title for table in there], WIDTH)
+    named = _titles([table.title for table in there])
     titles = [[*([title] if title else []), head] for title, (head, _) in zip(named, full, strict=True)]
     shown = _tables_that_fit(titles, full, room)
     lines = list(said)
@@ -113,6 +113,12 @@ def labelled(heads: Sequence[str], labels: Sequence[str]) -> list[str]:
     """Return lines of the screen's width with a label each, such as those of two runs, that read differently."""
     width = WIDTH - max(map(len, heads))
     return [f"{head}{label}" for head, label in zip(heads, cut_apart(labels, width), strict=True)]
+
+
+def _titles(titles: Sequence[str]) -> list[str]:
+    """Return titles in a line each: without their ends where that tells them apart, else without their middles."""
+    short = [cut(title) for title in titles]
+    return short if len(set(short)) == len(set(titles)) else cut_apart(titles, WIDTH)
 
 
 def number(value: float, digits: int = 3, *, signed: bool = False) -> str:
