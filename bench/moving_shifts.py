@@ -124,7 +124,7 @@ def robustness(runs: Mapping[str, LoggedRun], settings: MeasurementSettings) -> 
         measured = groups.measure(_only(run, tasks).tasks.values(), settings).groups
         of = {condition: group for (_, condition), group in measured.items()}
         clean, shifted = of[CLEAN], of["shifted"]
-        low, high = shifted.interval("accuracy", settings.level)
+        low, high = shifted.interval("accuracy")
         mean, alone = shifted.of("accuracy"), clean.of("accuracy")
         told = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
         unmoved = sum(
