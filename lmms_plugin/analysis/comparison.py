@@ -279,8 +279,10 @@ def _joined(parts: Sequence[Draws]) -> Draws:
     values = np.concatenate([part.value for part in parts])
     added = [part.parts for part in parts if part.parts is not None]
     present = [part.present for part in parts if part.present is not None]
-    by_image = [np.concatenate(each, axis=1) if len(each) == len(parts) else None for each in (added, present)]
-    return Draws(names, values, np.concatenate([part.resampled for part in parts], axis=1), *by_image)
+    resampled = np.concatenate([part.resampled for part in parts], axis=1)
+    if min(len(added), len(present)) < len(parts):
+        return Draws(names, values, resampled)
+    return Draws(names, values, resampled, np.concatenate(added, axis=1), np.concatenate(present, axis=1))
 
 
 def _changes(
@@ -391,8 +393,9 @@ def _mean(cells: Sequence[Draws], name: str) -> Draws:
     value = np.array([np.mean([value for value, _ in pairs])])
     resampled = np.mean([resampled for _, resampled in pairs], axis=0)[:, None]
     parts = Parts.mean([cell.parts_of(name) for cell in cells])
-    by_image = () if parts is None else (parts.added[:, None], parts.present[:, None])
-    return Draws((name,), value, resampled, *by_image)
+    if parts is None:
+        return Draws((name,), value, resampled)
+    return Draws((name,), value, resampled, parts.added[:, None], parts.present[:, None])
 
 
 def _corrected_groups(groups: Sequence[GroupChange]) -> list[GroupChange]:
