@@ -40,8 +40,7 @@ def _changes(place: Path) -> str | None:
     """Return a hash of the states of a local checkpoint's files; None for one of the hub, whose commit tells all."""
     if not place.exists():
         return None
-    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-    return hashing.of_value([[file.name, *State.of(file)] for file in files])
+    return hashing.of_value([[name, *State.of(file)] for name, file in hashing.shown_files(place).items()])
 
 
 def _of_processor(processor: Any) -> list[str]:
