@@ -15,7 +15,7 @@ from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.measure import PRINTED, REJECTED, Grid, MeasurementSettings, as_table, families, grids
 from lmms_plugin.analysis.records import CLEAN, REJECTION, TaskKind, TaskRecords, match
 from lmms_plugin.metrics import robustness
-from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Statistic, bootstrap, interval
+from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Parts, Statistic, bootstrap, interval
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.paired import (
     Difference,
@@ -278,8 +278,11 @@ def _joined(parts: Sequence[Draws]) -> Draws:
     names = tuple(name for part in parts for name in part.names)
     values = np.concatenate([part.value for part in parts])
     added = [part.parts for part in parts if part.parts is not None]
-    by_image = np.concatenate(added, axis=1) if len(added) == len(parts) else None
-    return Draws(names, values, np.concatenate([part.resampled for part in parts], axis=1), by_image)
+    present = [part.present for part in parts if part.present is not None]
+    resampled = np.concatenate([part.resampled for part in parts], axis=1)
+    if min(len(added), len(present)) < len(parts):
+        return Draws(names, values, resampled)
+    return Draws(names, values, resampled, np.concatenate(added, axis=1), np.concatenate(present, axis=1))
 
 
 def _changes(
@@ -388,9 +391,11 @@ def _errors(draws: Draws) -> npt.NDArray[np.float64]:
 def _mean(cells: Sequence[Draws], name: str) -> Draws:
     pairs = [cell.of(name) for cell in cells]
     value = np.array([np.mean([value for value, _ in pairs])])
-    added = [part for cell in cells if (part := cell.parts_of(name)) is not None]
-    by_image = np.mean(added, axis=0)[:, None] if len(added) == len(cells) else None
-    return Draws((name,), value, np.mean([resampled for _, resampled in pairs], axis=0)[:, None], by_image)
+    resampled = np.mean([resampled for _, resampled in pairs], axis=0)[:, None]
+    parts = Parts.mean([cell.parts_of(name) for cell in cells])
+    if parts is None:
+        return Draws((name,), value, resampled)
+    return Draws((name,), value, resampled, parts.added[:, None], parts.present[:, None])
 
 
 def _corrected_groups(groups: Sequence[GroupChange]) -> list[GroupChange]:

@@ -7,13 +7,14 @@ one row of counts: how often each cluster was drawn. Statistics take counts, not
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.metrics._inputs import Floats, one_fraction, positive_int
+from lmms_plugin.metrics._inputs import ROUNDING, Floats, one_fraction, positive_int
 
 RESAMPLES = 1000
 """Default number of resamples of an interval."""
@@ -26,6 +27,9 @@ _COUNTS_IN_CACHE = 100_000
 """Number of counts that fit into a processor's cache; as many resamples as that are evaluated at once."""
 _COUNTS_KEPT = 5_000_000
 """Maximum number of counts (10 MB) cached for further statistics on as many clusters: a study has thousands."""
+
+MOST_FLIPPED = 14
+"""Maximum number of clusters whose 2ⁿ signs are all tried; of more, the resamples say about the same."""
 
 _UNDEFINED = 0.01
 """Share of resamples in which a statistic may be undefined before its interval is NaN."""
@@ -59,6 +63,57 @@ class SumOverClusters(Protocol):
         """Return what each cluster adds on the data themselves, shape (clusters, names)."""
 
 
+@runtime_checkable
+class OfRecords(Protocol):
+    """Statistic of records, which not every cluster needs to have."""
+
+    present: npt.NDArray[np.bool_]
+    """Whether each cluster has a record, shape (clusters,)."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each cluster adds to one number, or to a difference of several.
+
+    Attributes:
+        added: What it adds, shape (clusters,); NaN where the number is no sum over clusters.
+        present: Whether it has a record that the number is of, shape (clusters,).
+    """
+
+    added: Floats
+    present: npt.NDArray[np.bool_]
+
+    def __sub__(self, other: "Parts") -> "Parts":
+        return Parts(self.added - other.added, self.present | other.present)
+
+    @classmethod
+    def mean(cls, several: Sequence["Parts | None"]) -> "Parts | None":
+        """Return what each cluster adds to the mean of several numbers; None where that of one is not known."""
+        known = [one for one in several if one is not None]
+        if len(known) < len(several):
+            return None
+        return cls(np.mean([one.added for one in known], axis=0), np.any([one.present for one in known], axis=0))
+
+    @property
+    def unlike(self) -> "Parts":
+        """Return the parts of a number of the same clusters that is no sum over them."""
+        return Parts(np.full_like(self.added, np.nan), self.present)
+
+    def least_p(self) -> float:
+        """Return the two-sided p-value below which none can be that the number is 0.
+
+        Where nothing differs, what a cluster adds is as likely to have the other sign. So it is that of the exact
+        sign-flip test (Fisher 1935) for a sum over at most `MOST_FLIPPED` clusters that add anything, else 2 ÷ 2ⁿ, the
+        least that this test gives for n clusters, those that agree. Resamples of few clusters hardly ever change their
+        sign, so that their share alone claims any certainty that one has the patience to draw.
+        """
+        telling = self.added[self.present & ~(np.abs(self.added) <= ROUNDING)]
+        if telling.size > MOST_FLIPPED or np.isnan(telling).any():
+            return float(min(1.0, 2.0 ** (1 - telling.size)))
+        sums = np.abs(_signs(telling.size) @ telling)
+        return float(np.mean(sums >= abs(telling.sum()) - ROUNDING * max(1, telling.size)))
+
+
 class Clusters(NamedTuple):
     """Cluster of each record.
 
@@ -82,6 +137,11 @@ class Clusters(NamedTuple):
         """Put all records into one cluster."""
         return cls(np.zeros(records, np.intp), 1)
 
+    @property
+    def present(self) -> npt.NDArray[np.bool_]:
+        """Return whether each cluster has a record, shape (count,)."""
+        return np.bincount(self.index, minlength=self.count) > 0
+
     def repeated(self, times: int) -> "Clusters":
         """Return the clusters of the records repeated several times in sequence."""
         return Clusters(np.tile(self.index, times), self.count)
@@ -96,21 +156,26 @@ class Draws(NamedTuple):
         resampled: Values on the resamples, shape (resamples, names).
         parts: What each cluster adds to the values, shape (clusters, names), NaN where a number is no sum over
             clusters; None where nothing was resampled.
+        present: Whether each cluster has a record that a number is of, shape (clusters, names); None like `parts`.
     """
 
     names: tuple[str, ...]
     value: Floats
     resampled: Floats
     parts: Floats | None = None
+    present: npt.NDArray[np.bool_] | None = None
 
     def of(self, name: str) -> tuple[float, Floats]:
         """Return the value and the resamples, shape (resamples,), of one number."""
         column = self.names.index(name)
         return float(self.value[column]), self.resampled[:, column]
 
-    def parts_of(self, name: str) -> Floats | None:
-        """Return what each cluster adds to one number, shape (clusters,)."""
-        return None if self.parts is None else self.parts[:, self.names.index(name)]
+    def parts_of(self, name: str) -> Parts | None:
+        """Return what each cluster adds to one number."""
+        if self.parts is None or self.present is None:
+            return None
+        column = self.names.index(name)
+        return Parts(self.parts[:, column], self.present[:, column])
 
 
 class Interval(NamedTuple):
@@ -173,12 +238,27 @@ def bootstrap(
             statistic.names,
             statistic(once)[0],
             np.concatenate([values[k] for values in evaluated]),
-            statistic.parts()
-            if isinstance(statistic, SumOverClusters)
-            else np.full((clusters, len(statistic.names)), np.nan),
+            *_parts_of(statistic, clusters),
         )
         for k, statistic in enumerate(statistics)
     ]
+
+
+def _parts_of(statistic: Statistic, clusters: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    shape = clusters, len(statistic.names)
+    parts = statistic.parts() if isinstance(statistic, SumOverClusters) else np.full(shape, np.nan)
+    present = statistic.present if isinstance(statistic, OfRecords) else np.ones(clusters, np.bool_)
+    return parts, np.broadcast_to(present[:, None], shape)
+
+
+@lru_cache(maxsize=MOST_FLIPPED + 1)
+def _signs(count: int) -> Floats:
+    """Return all signs of so many numbers, the first positive, since both directions count alike."""
+    rest = max(0, count - 1)
+    signs = np.ones((2**rest, count))
+    signs[:, 1:] -= 2.0 * (np.arange(2**rest)[:, None] >> np.arange(rest) & 1)
+    signs.flags.writeable = False
+    return signs
 
 
 @lru_cache(maxsize=4)
@@ -220,34 +300,22 @@ def interval(value: float, resampled: Floats, *, level: float = 0.95, method: Me
     return Interval(float(low), float(high))
 
 
-def p_value(value: float, resampled: Floats, *, method: Method = "percentile", clusters: int | None = None) -> float:
+def p_value(value: float, resampled: Floats, *, method: Method = "percentile", least: float = 0.0) -> float:
     """Return the two-sided p-value of "the number is 0", by inverting `interval`; NaN where that is NaN.
 
-    It is the smallest 1 − level whose interval excludes 0, with one resample added on either side, so never 0, and at
-    least `least_p` of the clusters that tell anything.
+    It is the smallest 1 − level whose interval excludes 0, with one resample added on either side, so never 0.
 
     Args:
         value: Value on the data themselves.
         resampled: Values on the resamples, shape (resamples,).
         method: Method that turns resamples into an interval.
-        clusters: Number of clusters that tell anything of the number; None for more than enough.
+        least: Least p-value that the clusters can give, from `Parts.least_p`.
     """
     moved = _moved(value, resampled, method)
     if moved is None:
         return float("nan")
     tail = min(np.count_nonzero(moved <= 0.0), np.count_nonzero(moved >= 0.0))
-    least = 0.0 if clusters is None else least_p(clusters)
     return float(min(1.0, max(least, 2 * (tail + 1) / (moved.size + 1))))
-
-
-def least_p(clusters: int) -> float:
-    """Return the smallest two-sided p-value that so many clusters can give.
-
-    Where nothing differs, each cluster's difference is as likely to have the other sign, and all of n clusters agree in
-    2 of 2ⁿ cases: the exact sign-flip test (Fisher 1935) cannot give less. Resamples of few clusters that agree never
-    change their sign, so that their share alone claims any certainty that one has the patience to draw.
-    """
-    return float(min(1.0, 2.0 ** (1 - clusters)))
 
 
 def _moved(value: float, resampled: Floats, method: Method) -> Floats | None:

@@ -415,7 +415,7 @@ class Binned:
     ) -> None:
         if not 0.0 < clip < 0.5:
             raise ValueError(f"expected clip in (0, 0.5), got {clip}")
-        self.names = tuple(names)
+        self.names, self.present = tuple(names), clusters.present
         self._n_bins, self._min_count = positive_int("n_bins", n_bins), positive_int("min_count", min_count)
         c, y = paired(confidence, outcome)
         cells, one = equal_width_index(c, n_bins), np.ones_like(c)

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
 
-from lmms_plugin.metrics._inputs import ROUNDING, Floats, fractions
-from lmms_plugin.metrics.bootstrap import Draws, Interval, Method, interval, p_value
+from lmms_plugin.metrics._inputs import Floats, fractions
+from lmms_plugin.metrics.bootstrap import Draws, Interval, Method, Parts, interval, p_value
 from lmms_plugin.metrics.intervals import METHODS
 
 
@@ -123,13 +123,13 @@ def from_resamples(
     level: float,
     margin: float | None,
     *,
-    parts: Floats | None = None,
+    parts: Parts | None = None,
     widest: float = float("inf"),
 ) -> Difference:
     """Return a difference with its interval, p-value and, given a margin, equivalence.
 
-    Few images show little, whatever the resamples say: p is at least that of as many images that differ and agree
-    (`bootstrap.least_p`), and equivalence takes so many that a one-sided test of them could show it.
+    Few images show little, whatever the resamples say: p is at least that of a sign-flip test of the images that differ
+    (`bootstrap.Parts.least_p`), and equivalence takes so many that a one-sided test of them could show it.
 
     Args:
         value: Value on the data themselves.
@@ -137,8 +137,7 @@ def from_resamples(
         method: Method that turns resamples into an interval.
         level: Confidence level of the interval.
         margin: Equivalence margin, see `equivalent`; None for no test of equivalence.
-        parts: What each cluster adds to the difference, shape (clusters,); NaN where it is no sum over clusters, and
-            None where their number is not known.
+        parts: What each cluster adds to the difference; None where their number is not known.
         widest: Largest possible absolute difference: an interval that is not of quantiles ends there.
     """
     low, high = interval(value, resampled, level=level, method=method)
@@ -146,10 +145,10 @@ def from_resamples(
         low, high = np.clip((low, high), -widest, widest).tolist()
     # Two one-sided tests at 1 − level each: the interval of level 2·level − 1.
     narrow = interval(value, resampled, level=2 * level - 1, method=method)
-    enough = parts is None or 0.5**parts.size <= 1 - level
-    decided = None if margin is None else enough and equivalent(narrow, margin)
-    told = None if parts is None else int(np.count_nonzero(~(np.abs(parts) <= ROUNDING)))
-    return Difference(value, low, high, p_value(value, resampled, method=method, clusters=told), decided)
+    enough = parts is None or 0.5 ** np.count_nonzero(parts.present) <= 1 - level
+    decided = None if margin is None else bool(enough and equivalent(narrow, margin))
+    least = 0.0 if parts is None else parts.least_p()
+    return Difference(value, low, high, p_value(value, resampled, method=method, least=least), decided)
 
 
 def equivalent(inside: Interval, margin: float) -> bool:

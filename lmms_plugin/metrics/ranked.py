@@ -269,7 +269,7 @@ class Ranked:
         names: Sequence[str] = tuple(RANKED),
     ) -> None:
         c, y = paired(confidence, outcome)
-        self.names = tuple(names)
+        self.names, self.present = tuple(names), clusters.present
         self._order = Order(c, y, clusters.index, clusters.count)
 
     def __call__(self, counts: npt.NDArray[Any]) -> Floats:

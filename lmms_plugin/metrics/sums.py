@@ -80,6 +80,7 @@ class Means:
         self.names = tuple(values)
         rows = [fractions(name, value) for name, value in values.items()] + [np.ones(clusters.index.size)]
         self._sums = Sums.stacked(rows, clusters)
+        self.present = clusters.present
 
     def __call__(self, counts: Floats) -> Floats:
         """Return means, shape (resamples, names); NaN for a resample without records."""

@@ -34,8 +34,8 @@ class RunFeatures:
         The log-probability of an answer whose reasoning did not end is NaN.
 
         Raises:
-            ValueError: Features are missing or belong to other answers; one line that tells the run's name, and what to
-                do.
+            ValueError: Features are missing, not finite, or belong to other answers; one line that tells the run's
+                name, and what to do.
         """
         folder = _folder(run)
         if folder is None:
@@ -55,7 +55,15 @@ class RunFeatures:
             found = features_of(records, self._stores[folder])
         except ValueError as error:
             raise ValueError(f"features of {name} in {folder}: {error}: {REMEDY}") from error
-        return found.matrix().double().numpy()
+        matrix = found.matrix().double().numpy()
+        # A hidden state that overflowed says nothing, and would count as one that is unknown.
+        broken = np.isinf(matrix).any(axis=1) | np.isnan(matrix[:, :-1]).any(axis=1)
+        if broken.any():
+            raise ValueError(
+                f"expected finite features of {name} in {folder}, got others of {broken.sum()} of {broken.size} answers"
+                f" of {records.task}, e.g. document {records.numbers[broken][0]}: {REMEDY}"
+            )
+        return matrix
 
 
 def _folder(run: LoggedRun) -> str | None:

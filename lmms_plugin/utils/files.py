@@ -7,13 +7,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 _LONGEST, _LONGEST_PART = 200, 255
 """Bytes of a name that leave room for the suffix of temporary files, and maximum bytes that file systems accept."""
+_UNFINISHED = ".unfinished-"
 SETTLED_NANOSECONDS = 2_000_000_000
 """Some file systems store times in steps of two seconds: a second change within one step leaves no trace."""
 
@@ -120,7 +121,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def _beside(path: Path) -> Path:
     name = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
-    return path.with_name(f".{name}.unfinished-{uuid4().hex}")
+    return path.with_name(f".{name}{_UNFINISHED}{uuid4().hex}")
+
+
+def remove_unfinished(folder: Path, seconds: float) -> None:
+    """Remove temporary files at any depth below a folder that were last written so many seconds ago or earlier.
+
+    A process that is killed leaves them.
+    """
+    for file in folder.rglob(f".*{_UNFINISHED}*"):
+        # Another process may have removed it since, or it may belong to another user.
+        with suppress(OSError):
+            if file.is_file() and time.time() - file.stat().st_mtime > seconds:
+                file.unlink()
 
 
 def encoded(text: str) -> bytes:

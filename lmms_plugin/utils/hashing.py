@@ -61,12 +61,21 @@ def of_path(path: Path) -> str:
     Raises:
         FileNotFoundError: `path` does not exist.
     """
+    return of_value([[name, *_sample(file)] for name, file in shown_files(path).items()])
+
+
+def shown_files(path: Path) -> dict[str, Path]:
+    """Return the files of a folder at any depth by relative name, hidden ones skipped; of a file itself by its suffix.
+
+    Raises:
+        FileNotFoundError: `path` does not exist.
+    """
     if path.is_file():
-        return of_value([[path.suffix, *_sample(path)]])
+        return {path.suffix: path}
     if not path.is_dir():
         raise FileNotFoundError(f"there is nothing at {path}")
     files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
-    return of_value([[file.relative_to(path).as_posix(), *_sample(file)] for file in files])
+    return {file.relative_to(path).as_posix(): file for file in files}
 
 
 def of_source(path: str, revision: Callable[[str], str | None]) -> dict[str, str | None]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from torch import Tensor
 from lmms_plugin.utils import files
 
 SUFFIX = ".safetensors"
+SHARE_OF_DISK = 2
+"""Tensors may take one part in so many of what is free on the disk."""
+_ABANDONED_SECONDS = 24 * 3600
 _DIGEST, _ABOUT = "sha256", "about"
 
 
@@ -35,7 +40,8 @@ def write(file: Path, tensors: Mapping[str, Tensor], about: Any = None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(file) as unfinished:
             save_file(there, unfinished, {_ABOUT: text, _DIGEST: _digest(there, text)})
-    except OSError as error:
+    # The library has an error of its own for what the system refuses.
+    except (OSError, SafetensorError) as error:
         logger.warning(f"{file.name} is not kept in {file.parent} ({error}): other runs compute it again")
 
 
@@ -61,6 +67,31 @@ def read_with(file: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], An
     except (OSError, SafetensorError, ValueError):
         return None
     return None if verify and said.get(_DIGEST) != _digest(tensors, text) else (tensors, about)
+
+
+def room_in(folder: Path, most_bytes: int, *, but: Container[Path] = ()) -> int:
+    """Return how many bytes of tensors may be added to a folder: 0 if nothing can be written there.
+
+    What killed processes left unfinished more than a day ago is removed, and what is younger counts.
+
+    Args:
+        folder: Folder of files at any depth; made.
+        most_bytes: Bytes that it may hold.
+        but: Files that do not count.
+    """
+    used = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.remove_unfinished(folder, _ABANDONED_SECONDS)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        logger.warning(f"{folder} cannot be used ({error})")
+        return 0
+    for file in folder.rglob("*"):
+        # Another process may have replaced or removed it since.
+        with suppress(OSError):
+            used += 0 if file in but or file.is_symlink() or file.is_dir() else file.stat().st_size
+    return max(0, min(most_bytes - used, free // SHARE_OF_DISK))
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -8,7 +8,6 @@ its own answers takes as many steps as to have it write them.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,8 @@ from lmms_plugin.protocol.prompts import Prompt
 from lmms_plugin.protocol.response import Alternatives, Token
 from lmms_plugin.quant_backends.plans.specs import MOST_SHARED_BYTES
 from lmms_plugin.utils import hashing, tensor_files
+from lmms_plugin.utils.files import State
 from lmms_plugin.vlm.contracts.requests import Job
-
-_SHARE_OF_DISK = 2
-"""Answers may take one part in so many of what is free on the disk."""
 
 
 class KeptAnswer(NamedTuple):
@@ -44,11 +41,21 @@ class KeptAnswer(NamedTuple):
 
 
 def digest_of(prompt: Prompt) -> str:
-    """Return the SHA-256 of the texts and pixels of a prompt, and of the names of its videos."""
-    digest = hashlib.sha256(repr((prompt.text, prompt.videos, prompt.raw)).encode())
-    for image in prompt.images:
-        digest.update(repr((image.size, image.mode)).encode())
-        digest.update(image.tobytes())
+    """Return the SHA-256 of all that a model is shown and told: who says which texts and pixels in which order.
+
+    Of a video it is the name, and the state of its file where there is one.
+    """
+    digest = hashlib.sha256(repr((prompt.raw, prompt.grounding, prompt.log_probabilities)).encode())
+    for message in prompt.messages:
+        digest.update(repr(("role", message["role"])).encode())
+        for part in message["content"]:
+            kind = part["type"]
+            digest.update(repr((kind, None if kind == "image" else part[kind])).encode())
+            if kind == "image":
+                digest.update(repr((part[kind].size, part[kind].mode)).encode())
+                digest.update(part[kind].tobytes())
+            elif kind == "video" and Path(part[kind]).is_file():
+                digest.update(repr(State.of(Path(part[kind]))).encode())
     return digest.hexdigest()
 
 
@@ -92,10 +99,11 @@ class KeptReference:
     def keep(self, jobs: Sequence[Job], answers: Sequence[KeptAnswer]) -> None:
         """Keep the answers to some jobs, if there is room."""
         size = sum(answer.distributions.numel() * answer.distributions.element_size() for answer in answers)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        used = sum(file.stat().st_size for file in self.root.rglob(f"*{tensor_files.SUFFIX}"))
-        if size > min(self.most_bytes - used, shutil.disk_usage(self.folder).free // _SHARE_OF_DISK):
-            logger.info(f"shared_folder: no room for {size / 1e6:.0f} MB of the reference's answers in {self.root}")
+        if size > tensor_files.room_in(self.root, self.most_bytes, but={self._file(jobs)}):
+            logger.info(
+                f"shared_folder: no room for {size / 1e6:.0f} MB of the reference's answers in {self.root}; to make "
+                "room, delete it when no run uses it"
+            )
             return
         about = [{"tokens": answer.tokens, "ids": answer.ids, "prompt": answer.prompt} for answer in answers]
         distributions = {str(index): answer.distributions for index, answer in enumerate(answers)}

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 from lmms_plugin.arguments import ModelArguments
@@ -19,6 +18,7 @@ from lmms_plugin.protocol.prompts import Prompt, PromptReader
 from lmms_plugin.protocol.response import ForcedAnswer, Token
 from lmms_plugin.utils import hashing
 from lmms_plugin.utils.arithmetic import arithmetic
+from lmms_plugin.utils.model_identity import identity_of
 from lmms_plugin.vlm.assembling import read
 from lmms_plugin.vlm.contracts.engine import Answer
 from lmms_plugin.vlm.contracts.requests import Job
@@ -138,19 +138,14 @@ class ReferenceModel:
 
 def _key(model: Any, engine: LocalEngine, chat: Chat, arguments: ModelArguments) -> dict[str, Any]:
     """Return what the reference's answers depend on, to the last bit, besides the questions."""
-    path = arguments.find_reference()
     of_answers = ("batch_size", "share_prefix", "static_cache", "system_prompt", "dialect", "max_num_frames")
     return {
-        "checkpoint": hashing.of_source(path, lambda _: getattr(model.config, "_commit_hash", None)),
-        "dtype": str(model.dtype),
-        "attention": model.config._attn_implementation,
-        "processor": repr(chat.processor),
+        **identity_of(arguments.find_reference(), model, chat.processor),
         "template": repr(chat.template_variables),
         "arguments": {name: str(getattr(arguments, name)) for name in of_answers},
         "seed": engine.seed,
         "map": str(getattr(model, "hf_device_map", None)),
         "arithmetic": [str(model.device), arithmetic()],
-        "versions": {library: version(library) for library in ("torch", "transformers", "tokenizers")},
         "code": hashing.of_package(),
     }
 

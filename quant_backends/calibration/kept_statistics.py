@@ -12,10 +12,9 @@ methods have them, are never part of it.
 from __future__ import annotations
 
 import fcntl
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +29,6 @@ from lmms_plugin.quant_backends.calibration.notes import Notes
 from lmms_plugin.quant_backends.plans.specs import MOST_SHARED_BYTES
 from lmms_plugin.quant_backends.statistics import TOKEN_ROLES, WEIGHED, InputStatistics, RowSample, Sensitivity
 from lmms_plugin.utils import hashing, tensor_files
-
-SHARE_OF_DISK = 2
-"""Statistics may take one part in so many of what is free on the disk."""
 
 _LAYERS = "layers"
 
@@ -81,11 +77,16 @@ class KeptCalibration(Notes):
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
         """Hold a lock that other processes with the same calibration wait for; the system takes it from who ends."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{name}.lock").open("w") as stream:
-            # Where a file system knows no locks, all compute the same.
+        with ExitStack() as stack:
+            # Where a file system knows no locks, or nothing can be written, all compute the same.
             with suppress(OSError):
-                fcntl.flock(stream, fcntl.LOCK_EX)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stream = stack.enter_context((self.folder / f"{name}.lock").open("w"))
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.info(f"shared_folder: waiting for another process, which computes {name} of the same model")
+                    fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
 
@@ -220,16 +221,14 @@ class KeptStatistics:
             wanted: Parts that the run takes.
         """
         mine = {self._file(leader, part) for leader in sizes for part in wanted.parts}
-        there = (file for file in self.calibration.root.rglob(f"*{tensor_files.SUFFIX}") if file not in mine)
-        used = sum(file.stat().st_size for file in there)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        room = min(self.most_bytes - used, shutil.disk_usage(self.folder).free // SHARE_OF_DISK)
+        room = tensor_files.room_in(self.calibration.root, self.most_bytes, but=mine)
         asked = sum(sizes.values())
         self._full = asked > room
         if self._full:
             logger.warning(
                 f"shared_folder: {asked / 1e9:.1f} GB of statistics are not kept in {self.calibration.root}, which "
-                f"has room for {max(room, 0) / 1e9:.1f}: answers and gradients are, statistics are gathered by each run"
+                f"has room for {room / 1e9:.1f}: answers and gradients are, statistics are gathered by each run; to "
+                "make room, delete the folder when no run uses it"
             )
         return not self._full
 

@@ -27,10 +27,10 @@ class Notes:
         self.write(self.folder / f"{name}.json", json.dumps(told).encode())
 
     def noted(self, name: str) -> Any:
-        """Return the value stored by `note`; None if there is none, or its file is damaged."""
+        """Return the value stored by `note`; None if there is none, or its file cannot be read or is damaged."""
         try:
             told = files.read_json(self.folder / f"{name}.json")
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
         value = told.get("value")
         return value if told.get("sha256") == hashing.of_value(value) else None

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypedDict, Unpack
 
@@ -35,6 +34,7 @@ from lmms_plugin.utils import hashing
 from lmms_plugin.utils.arithmetic import arithmetic
 from lmms_plugin.utils.checkpoints import config_of
 from lmms_plugin.utils.end_tokens import keep_ends
+from lmms_plugin.utils.model_identity import identity_of
 from lmms_plugin.utils.processes.out_of_memory import while_loading
 from lmms_plugin.utils.reading.readable import readable
 
@@ -345,15 +345,10 @@ def _dense_key(
     path: str, work: Quantization, processor: Any, spec: CalibrationSpec, residence: Residence
 ) -> dict[str, Any]:
     """Return what the inputs of layers in the dense model depend on, but for the method's own changes to it."""
-    model, libraries = work.model, ("lmms-plugin", "torch", "transformers", "tokenizers")
     return {
-        "checkpoint": hashing.of_source(path, lambda _: getattr(model.config, "_commit_hash", None)),
-        "dtype": str(model.dtype),
+        **identity_of(path, work.model, processor),
         "device": residence.device.type if residence.device is not None else "as mapped",
-        "attention": model.config._attn_implementation,
         "calibration": [str(spec), spec.samples, spec.seed],
-        "processor": repr(processor),
-        "versions": {library: version(library) for library in libraries},
     }
 
 

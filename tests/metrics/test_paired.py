@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
-from lmms_plugin.metrics.bootstrap import Clusters, Interval, bootstrap
+from lmms_plugin.metrics.bootstrap import Clusters, Interval, Parts, bootstrap
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.paired import (
     benjamini_hochberg,
@@ -187,6 +187,39 @@ def test_p_is_at_least_that_of_the_exact_sign_flip_test_of_images_that_differ(im
         assert found.p == exact
     again = interaction(first, first, first, second, "acc")
     assert again.p >= exact
+
+
+@pytest.mark.parametrize(("lost", "won"), [(7, 1), (8, 0), (9, 2), (12, 2), (3, 3), (0, 0)])
+def test_p_is_at_least_the_exact_one_of_images_that_do_not_agree(lost, won):
+    """Of one document an image, the sign-flip test is McNemar's; the resamples alone claim more."""
+    images = 200
+    first, second = np.ones(images), np.ones(images)
+    second[:lost], first[lost : lost + won] = 0.0, 0.0
+    clusters = Clusters(np.arange(images), images)
+    draws = bootstrap([Means({"acc": one}, clusters) for one in (first, second)], images, resamples=2000)
+    assert difference(*draws, "acc").p >= mcnemar(lost, won) * (1 - 1e-12)
+
+
+def test_signs_of_unequal_differences_are_all_tried():
+    added = np.array([0.3, -0.2, 0.25, 0.05, 0.0, 0.4])
+    parts = Parts(added, np.ones(6, np.bool_))
+    exact = np.mean([abs(np.dot(signs, added)) >= added.sum() - 1e-9 for signs in product((-1, 1), repeat=6)])
+    assert parts.least_p() == pytest.approx(exact)
+    assert Parts(added, added > 0).least_p() == 2**-3
+    many = Parts(np.where(np.arange(20) < 10, 0.1, -0.1), np.ones(20, np.bool_))
+    assert many.least_p() == 2**-19
+
+
+def test_images_without_a_record_of_the_metric_do_not_count():
+    """A task with records of 6 images only, compared together with one of 130."""
+    index, rng = np.repeat(np.arange(6), 2), np.random.default_rng(6)
+    clusters, outcome = Clusters(index, 130), np.tile([0.0, 1.0], 6)
+    same = bootstrap([Means({"acc": outcome}, clusters) for _ in range(2)], 130, resamples=300)
+    assert [difference(*same, "acc", margin=0.01, level=level).equivalent for level in (0.95, 0.99)] == [True, False]
+    for made, name in ((Binned, "ece"), (Ranked, "aurc")):
+        both = [made(confidence, outcome, clusters) for confidence in (rng.random(12), np.clip(outcome, 0.1, 0.9))]
+        found = difference(*bootstrap(both, 130, resamples=300), name)
+        assert found.p >= 2**-5
 
 
 def test_with_many_images_the_resamples_decide():

@@ -16,7 +16,7 @@ TASKS = {"rec": {}, "dev": {"dataset_path": "other"}}
 COUNT = 400
 
 
-def run_with_features(folder, *, method="none", missing=0, seed=0):
+def run_with_features(folder, *, method="none", missing=0, seed=0, broken=0.0):
     """A run of two tasks and the features it kept; the first answers of a task may lack them."""
     random = np.random.default_rng(seed)
     writer = FeatureWriter(folder / "features", FeatureOrigin("a" * 64, {"method": method}))
@@ -27,6 +27,7 @@ def run_with_features(folder, *, method="none", missing=0, seed=0):
         start = 0 if name == "rec" else 5000
         tasks[name] = [planted_logs.line(start + k, 0.8, told) for k, told in enumerate(both)]
         parts = torch.from_numpy(random.normal(size=(3, COUNT, 4)))
+        parts[1, 7, 2] += broken
         found = Features(*parts, torch.from_numpy(np.log(joint)))
         kept = range(missing if name == "rec" else 0, COUNT)
         writer.add([key(name, tasks[name][k]["doc_id"]) for k in kept], found.rows(list(kept)))
@@ -88,3 +89,20 @@ def test_the_command_weighs_by_features_and_names_answers_without(tmp_path, caps
     told = json.loads(printed(capsys, monkeypatch, *both, "--reweigh-by", "confidences", "--json"))
     assert told["settings"]["reweigh"]
     assert told["reweighing"] == {"by": "confidences", "lacking": ""}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_told(tmp_path, value):
+    run = run_with_features(tmp_path, broken=value)
+    with pytest.raises(
+        ValueError, match=r"finite features of unquantized in .* got others of 1 of 400 .*document 7: run"
+    ):
+        RunFeatures()("unquantized", run, run.tasks["rec"])
+
+
+@pytest.mark.parametrize("damage", [b"", b"cut"], ids=["empty", "cut off"])
+def test_a_damaged_file_of_features_is_told(tmp_path, damage):
+    run = run_with_features(tmp_path)
+    next((tmp_path / "features").glob("*.safetensors")).write_bytes(damage)
+    with pytest.raises(ValueError, match=r"features of unquantized in .*: run it again with features=DIR"):
+        RunFeatures()("unquantized", run, run.tasks["rec"])

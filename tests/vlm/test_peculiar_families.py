@@ -76,6 +76,17 @@ class TestPaddedBatches:
             assert_equal(answers(vlm, 4), expected)
         assert any("In this run all questions are not answered together" in line for line in warnings_of(lines))
 
+    def test_rows_that_take_each_others_images_are_seen_though_the_ends_share_one(self, checkpoint):
+        """The shortest and the longest question are about one image, which such rows do not lose."""
+        path, documents = checkpoint("llava"), [(0, "dog"), (1, "a cat"), (0, "a small grey cow")]
+        expected = answers(load(path, documents), 1)
+        vlm = load(path, documents, share_prefix=False)
+        projector = vlm.model.model.multi_modal_projector
+        projector.register_forward_hook(lambda module, args, images: images.roll(1, 0))
+        with log("WARNING") as lines:
+            assert_equal(answers(vlm, 4), expected)
+        assert warnings_of(lines)
+
     def test_a_family_that_pads_well_is_compared_once_and_stays_in_batches(self, checkpoint):
         vlm = load(checkpoint("llava"), share_prefix=False)
         rows, original = [], vlm.responder.engine.decoder.generate

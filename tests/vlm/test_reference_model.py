@@ -1,15 +1,20 @@
 """Answers of a reference forced through a quantized model, against plain forward passes, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.prefix import QUESTIONS, Documents, ask, instance
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from lmms_plugin.protocol.prompts import Grounding, Prompt
 from lmms_plugin.protocol.response import Response
 from lmms_plugin.utils import tensor_files
 from lmms_plugin.utils.processes import free_memory
 from lmms_plugin.vlm import kept_reference, reference_loading, reference_model
 from lmms_plugin.vlm import wrapper as models
+from lmms_plugin.vlm.kept_reference import digest_of
 
 pytestmark = pytest.mark.model
 
@@ -173,3 +178,24 @@ def test_answers_that_find_no_room_are_not_kept(checkpoint, tmp_path, generating
     assert first == second
     assert sum(generating) == 4
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_questions_differ_by_all_that_is_shown_and_said(tmp_path):
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"frames")
+    image = {"type": "image", "image": Image.new("RGB", (8, 8), "red")}
+    text, shown = {"type": "text", "text": "what?"}, {"type": "video", "video": str(video)}
+    conversations = [
+        [("user", [image, text])],
+        [("user", [text, image])],
+        [("system", [image, text])],
+        [("user", [image]), ("assistant", [text])],
+        [("user", [shown, text])],
+    ]
+    prompts = [Prompt("", tuple({"role": r, "content": c} for r, c in one)) for one in conversations]
+    prompts += [replace(prompts[0], grounding=Grounding("what?", (8, 8), digits)) for digits in (False, True)]
+    digests = [digest_of(prompt) for prompt in prompts]
+    assert len(set(digests)) == len(prompts)
+    assert digests == [digest_of(replace(prompt, name="another place")) for prompt in prompts]
+    video.write_bytes(b"others")
+    assert [digest_of(prompt) for prompt in prompts if prompt.videos] != [digests[4]]

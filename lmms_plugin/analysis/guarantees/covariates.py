@@ -61,10 +61,15 @@ class Covariates:
         """Return the images of two sets of documents as rows, sorted by name, shapes (images, k) and (others, k).
 
         Raises:
-            ValueError: Features are missing, or of another number in the other run.
+            ValueError: Features are missing, or of another number in the other run, or no confidence is in both.
         """
         if self.features is None:
             common = sorted(set(source.records.confidence) & set(target.records.confidence))
+            if not common:
+                raise ValueError(
+                    f"--reweigh: answers of {source.name} to {source.records.task} and of {target.name} to "
+                    f"{target.records.task} have no confidence in common to weigh by: leave out --reweigh or that run"
+                )
             columns = [np.stack([one.records.confidence[each] for each in common], axis=1) for one in (source, target)]
         else:
             columns = [self.features(*one[:3]) for one in (source, target)]

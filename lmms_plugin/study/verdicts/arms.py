@@ -21,7 +21,7 @@ import numpy.typing as npt
 from lmms_plugin.analysis.logs import LoggedRun, read_one
 from lmms_plugin.analysis.records import REJECTION, TaskRecords, match
 from lmms_plugin.analysis.study_files import CELLS, DONE
-from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Statistic, bootstrap
+from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Parts, Statistic, bootstrap
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
@@ -67,12 +67,12 @@ class ResampledNumber:
     Attributes:
         value: Value on the data themselves.
         resampled: Values on the resamples, shape (resamples,).
-        parts: What each image adds to it, shape (images,); NaN where it is no sum over images, None if not known.
+        parts: What each image adds to it; None if not known.
     """
 
     value: float
     resampled: Floats = field(repr=False)
-    parts: Floats | None = field(default=None, repr=False)
+    parts: Parts | None = field(default=None, repr=False)
 
     def __sub__(self, other: ResampledNumber) -> ResampledNumber:
         parts = None if self.parts is None or other.parts is None else self.parts - other.parts
@@ -84,7 +84,7 @@ class ResampledNumber:
             return ResampledNumber(
                 self.value / other.value if other.value else float("nan"),
                 np.where(other.resampled == 0.0, np.nan, self.resampled / other.resampled),
-                None if self.parts is None else np.full_like(self.parts, np.nan),
+                None if self.parts is None else self.parts.unlike,
             )
 
     def judged(self, *, level: float, margin: float | None, number: str = "accuracy") -> Difference:
@@ -98,13 +98,8 @@ def mean(parts: Sequence[ResampledNumber]) -> ResampledNumber:
     return ResampledNumber(
         float(np.mean([part.value for part in parts])),
         np.mean([part.resampled for part in parts], axis=0),
-        _mean_parts(parts),
+        Parts.mean([part.parts for part in parts]),
     )
-
-
-def _mean_parts(numbers: Sequence[ResampledNumber]) -> Floats | None:
-    known = [one.parts for one in numbers if one.parts is not None]
-    return np.asarray(np.mean(known, axis=0)) if len(known) == len(numbers) else None
 
 
 def folders(study: Path, only: Collection[str] | None = None) -> list[Path]:
@@ -209,7 +204,9 @@ class ResampledCells:
         drawn = [self.of(cell, task, number) for cell in cells]
         weights = self._seed_weights(cells[0].axes.calibration, tuple(cell.axes.seed for cell in cells))
         resampled = np.einsum("sr,sr->r", weights, np.stack([one.resampled for one in drawn]))
-        return ResampledNumber(float(np.mean([one.value for one in drawn])), resampled, _mean_parts(drawn))
+        return ResampledNumber(
+            float(np.mean([one.value for one in drawn])), resampled, Parts.mean([one.parts for one in drawn])
+        )
 
     def _seed_weights(self, calibration: str | None, seeds: tuple[int | None, ...]) -> Floats:
         """Return the weight of each seed on each resample, shape (seeds, resamples); sums to 1 over seeds."""

@@ -13,6 +13,7 @@ from loguru import logger
 from torch import Tensor
 
 from lmms_plugin.protocol.prompts import Prompt, PromptReader
+from lmms_plugin.utils.images import told_apart
 from lmms_plugin.utils.processes.out_of_memory import OutOfMemory, while_answering
 from lmms_plugin.vlm.contracts.requests import Job
 from lmms_plugin.vlm.generation.decoding import Decoder
@@ -41,7 +42,8 @@ class Runner:
         sharing: Prefix cache for questions about one image.
         budget: Limits of a batch.
         repeated: Whether questions that request confidence are answered several times.
-        batched: Kind of prompt and whether batches of it are padded -> whether it may be answered in such, once tried.
+        batched: Kind of prompt with whether several images were compared, and whether batches of it are padded ->
+            whether it may be answered in such, once tried.
     """
 
     decoder: Decoder
@@ -50,7 +52,7 @@ class Runner:
     sharing: PrefixSharing
     budget: Budget
     repeated: bool = False
-    batched: dict[tuple[Hashable, bool], bool] = field(default_factory=dict)
+    batched: dict[tuple[tuple[Hashable, bool], bool], bool] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -174,15 +176,21 @@ class Runner:
     def _may_batch(self, prompts: list[Prompt], batch: Batch) -> bool:
         """Return whether a batch may be answered as it is; the first of each kind is compared with its rows alone.
 
-        One that is padded shows both what padding and what other rows change, one that is not the latter.
+        One that is padded shows both what padding and what other rows change, one that is not the latter. Whether rows
+        take each other's images shows only where there are several.
         """
-        lengths = _lengths(batch)
-        sort, padded = kind(prompts[0]), min(lengths) != max(lengths)
-        if len(prompts) == 1 or self.batched.get((sort, True)):
+        # What holds of several images holds of one, and what holds with padding without.
+        if len(prompts) == 1 or self.batched.get(((kind(prompts[0]), True), True)):
             return True
+        lengths = _lengths(batch)
+        ends = _most_unlike(prompts, lengths)
+        padded, several = min(lengths) != max(lengths), not _show_the_same(*(prompts[i] for i in ends))
+        sort = (kind(prompts[0]), several)
+        if self.batched.get((sort, True)):
+            return True
+        if self.batched.get((sort, False)) is False:
+            return False
         if (sort, padded) not in self.batched:
-            # The most padded row and the one that it is padded for; else those that are likeliest of two images.
-            ends = [lengths.index(min(lengths)), lengths.index(max(lengths))] if padded else [0, len(prompts) - 1]
             try:
                 alone = [self._on_device(self.chat.encode([prompts[i]]).inputs) for i in ends]
                 together = self._on_device(self.chat.encode([prompts[i] for i in ends]).inputs)
@@ -300,6 +308,25 @@ def _lengths(batch: Batch) -> list[int]:
     """Return the number of tokens of each row, without padding."""
     lengths: list[int] = batch.inputs["attention_mask"].sum(1).tolist()
     return lengths
+
+
+def _most_unlike(prompts: Sequence[Prompt], lengths: Sequence[int]) -> list[int]:
+    """Return two rows of a batch: of other lengths if there are any, and of other images if there are any."""
+    ends = [lengths.index(min(lengths)), lengths.index(max(lengths))]
+    if ends[0] == ends[1]:
+        ends = [0, len(prompts) - 1]
+    if not _show_the_same(*(prompts[i] for i in ends)):
+        return ends
+    other = next((i for i, one in enumerate(prompts) if not _show_the_same(one, prompts[ends[0]])), None)
+    # Of two rows of unequal length, one at least is not as long as a third.
+    return ends if other is None else [max(ends, key=lambda i: abs(lengths[i] - lengths[other])), other]
+
+
+def _show_the_same(one: Prompt, other: Prompt) -> bool:
+    """Return whether two prompts show the same pixels."""
+    if [id(image) for image in one.images] == [id(image) for image in other.images]:
+        return True
+    return [told_apart(image) for image in one.images] == [told_apart(image) for image in other.images]
 
 
 def _unpadded(batch: Batch) -> list[list[int]]:

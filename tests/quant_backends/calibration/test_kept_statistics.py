@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationMixin
 
 from lmms_plugin.arguments import ModelArguments
@@ -280,3 +282,49 @@ def test_two_at_a_time_write_answers_once_and_get_the_same(checkpoint, tmp_path)
 def test_a_file_is_no_folder():
     with pytest.raises(ValueError, match="shared_folder: expected a folder, got the file"):
         ModelArguments.parse({"shared_folder": __file__})
+
+
+def test_a_checkpoint_that_changed_in_place_takes_nothing(checkpoint, tmp_path):
+    path = Path(shutil.copytree(checkpoint("smolvlm"), tmp_path / "copy"))
+    load(path, get("awq"), shared_folder=tmp_path / "shared")
+    weights = path / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name, tensor in tensors.items() if "language_model" in name or "text_model" in name)
+    size = weights.stat().st_size
+    save_file(tensors | {name: tensors[name] * 1.5}, weights, {"format": "pt"})
+    assert weights.stat().st_size == size
+    found = load(path, get("awq"), shared_folder=tmp_path / "shared")
+    assert not found.report.calibration.taken
+    assert_same(load(path, get("awq")), found)
+
+
+def test_a_folder_that_cannot_be_made_shares_nothing(checkpoint, tmp_path):
+    path = checkpoint("smolvlm")
+    (tmp_path / "calibration").write_text("")
+    found = load(path, get("mbq"), shared_folder=tmp_path)
+    assert not found.report.calibration.taken
+    assert_same(load(path, get("mbq")), found)
+
+
+def test_an_interrupted_run_goes_on_with_blocks_of_its_own_and_shared_statistics(checkpoint, tmp_path, monkeypatch):
+    path, backend = checkpoint("smolvlm"), get("awq")
+    expected = load(path, backend, 3)
+    folders = {"shared_folder": tmp_path / "shared", "resume_folder": tmp_path / "resume"}
+    for full in (False, True):
+        original, calls = type(backend).solve, []
+
+        def interrupted(self, *args, original=original, calls=calls):
+            calls.append(args)
+            if len(calls) == 9:
+                raise KeyboardInterrupt
+            return original(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(backend), "solve", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                load(path, backend, 3, **folders)
+        assert list((tmp_path / "resume").rglob("*.block"))
+        assert_same(expected, load(path, backend, 3, **folders))
+        assert not list((tmp_path / "resume").rglob("*.block"))
+        # The second time all statistics are there before it is interrupted.
+        assert full or list((tmp_path / "shared").rglob("* sums.safetensors"))
