@@ -39,7 +39,10 @@ def distance(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Say how far a quantized model is from the unquantized one, without labels."""
+    """Say how far a quantized model is from the unquantized one.
+
+    No label is used.
+    """
     from lmms_plugin.analysis.measure import MeasurementSettings
 
     settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)

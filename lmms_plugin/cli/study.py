@@ -10,7 +10,7 @@ from lmms_plugin.cli.terminal import Working, console
 from lmms_plugin.utils.outputs import expect_file, expect_folder
 from lmms_plugin.utils.reading.located import load
 
-app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
+app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it, run it.")
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (docs/studies.md).")]
 
 
