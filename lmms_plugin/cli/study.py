@@ -128,6 +128,7 @@ def run_study(
         raise typer.Exit(1)
     for line in (line for one in finished.conclusions or () for line in one.sentences):
         typer.echo(line)
+    typer.echo(planning.on_one_page(output))
 
 
 @app.command("analyse")

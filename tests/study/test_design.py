@@ -174,6 +174,9 @@ def test_the_time_left_counts_what_is_known(seeded):
         "6 h 0 min (by parameters and documents, not measured), and unknown for 2 cells"
     )
     assert left([unknown] * 5) == "unknown (no finished cell tells)"
+    done = seeded._replace(cells=tuple(one._replace(state="done") for one in seeded.cells))
+    assert planning.summary(done) == "5 cells: 5 done"
+    assert planning.on_one_page(Path("a b")) == "All cells on one page: lmms-plugin report 'a b' -o report.html"
 
 
 def test_members_of_a_group_of_lmms_eval_are_looked_up():
