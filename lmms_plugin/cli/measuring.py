@@ -122,7 +122,7 @@ def compare(
         print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})
         return
     if not everything:
-        typer.echo(comparison_screen(found, [run.label for run in runs], settings, margin))
+        typer.echo(comparison_screen(found, [run.title for run in runs], settings, margin))
         return
     typer.echo(f"first:  {runs[0].label}\nsecond: {runs[1].label}")
     tables = [printed.changes_table(found, settings, margin)]
