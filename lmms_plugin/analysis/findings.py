@@ -90,9 +90,10 @@ def p_text(p: float) -> str:
 
 
 def _where(one: GroupChange) -> str:
-    return (
-        one.group if one.condition == "clean" else f"the {counted(one.tasks, f'{one.condition} task')} of {one.group}"
-    )
+    if one.condition == "clean":
+        return one.group
+    task = f"{one.condition} task"
+    return f"the {task if one.tasks == 1 else counted(one.tasks, task)} of {one.group}"
 
 
 def _right(one: GroupChange, level: float, *, first: bool) -> str:

@@ -64,6 +64,10 @@ def git_state(results: Mapping[str, Any]) -> str | None:
     return None if not said or "unknown" in said else said
 
 
+_PLACES = frozenset(("report", "features", "save_quantized", "resume_folder", "shared_folder"))
+"""Model arguments that name where files are kept, and change no answer."""
+
+
 @dataclass(frozen=True, eq=False)
 class LoggedRun:
     """One finished run.
@@ -92,6 +96,12 @@ class LoggedRun:
     def label(self) -> str:
         """Model and arguments in one line."""
         return f"{self.model} {self.model_args}".strip()
+
+    @property
+    def title(self) -> str:
+        """The label without arguments that name a place for files, such as those that a study adds to a cell's."""
+        told = [part for part in self.model_args.split(",") if part.partition("=")[0].strip() not in _PLACES]
+        return f"{self.model} {','.join(told)}".strip()
 
     def log(self, task: str) -> Path:
         """Return the log of a task's samples."""

@@ -70,7 +70,10 @@ def export(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Export a run for leaderboards. Its answers are scored again first, and every record is validated."""
+    """Export a run for leaderboards.
+
+    Its answers are scored again first, and every record is validated.
+    """
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.export import hub
     from lmms_plugin.export.every_eval_ever import EvaluationSource
@@ -150,7 +153,10 @@ def leaderboard(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Verify submissions and build a leaderboard of the valid ones. The exit status is 1 if one is not valid."""
+    """Verify submissions and build a leaderboard of the valid ones.
+
+    The exit status is 1 if one is not valid.
+    """
     from loguru import logger
 
     from lmms_plugin.analysis.logs import find, read
@@ -198,7 +204,10 @@ def quantize(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON what was written.")] = False,
 ) -> None:
-    """Quantize a model, write a checkpoint for serving, and print which engines can load it."""
+    """Quantize a model and write a checkpoint for serving.
+
+    Which engines can load it is printed.
+    """
     from loguru import logger
 
     from lmms_plugin.quantize import Asked

@@ -83,7 +83,10 @@ def guarantee(
     seed: ImageSeed = 0,
     output: Output = None,
 ) -> None:
-    """Choose a threshold with a guaranteed risk, and say whether quantization and shift break the guarantee."""
+    """Choose a threshold with a guaranteed risk, and judge it on runs.
+
+    Say whether quantization and shift break the guarantee.
+    """
     from lmms_plugin.analysis.guarantees.guarantee import guarantee_of
     from lmms_plugin.analysis.guarantees.guarantee_results import GuaranteeSettings
     from lmms_plugin.analysis.guarantees.guarantee_sentences import sentences

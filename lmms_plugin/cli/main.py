@@ -28,7 +28,13 @@ from lmms_plugin.cli.terminal import Working, each, write_anything
 from lmms_plugin.utils.outputs import expect_file, expect_folder
 from lmms_plugin.utils.reading.problems import lines_of
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # typer keeps the line breaks of every paragraph but the first.
+    help="\n\n".join(" ".join(paragraph.split()) for paragraph in (__doc__ or "").split("\n\n")),
+)
 measuring.register(app)
 export_commands.register(app)
 app.add_typer(study, name="study")
@@ -43,7 +49,10 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 @app.command()
 def models(everything: Everything = False) -> None:
-    """List the models this package adds to lmms-eval (`lmms-eval models` lists built-in ones only)."""
+    """List the models this package adds to lmms-eval.
+
+    `lmms-eval models` lists built-in ones only.
+    """
     from lmms_plugin.cli.screens.listings import models_screen
     from lmms_plugin.quant_backends import GGUF, SERVED, get, model_name, names
 
@@ -62,7 +71,10 @@ def tasks(
     cells: Annotated[bool, typer.Option(help="Also list every single cell of the shift grids.")] = False,
     everything: Everything = False,
 ) -> None:
-    """List the tasks and groups this package adds to lmms-eval (`lmms-eval tasks list` never asks for plugins)."""
+    """List the tasks and groups this package adds to lmms-eval.
+
+    `lmms-eval tasks list` never asks for plugins.
+    """
     from lmms_plugin.cli.screens.listings import tasks_screen
     from lmms_plugin.tasks.registry import catalogue
 
@@ -86,7 +98,10 @@ def demo(
         bool, typer.Option("--gguf", help="GGUF files in llama.cpp beside quant_none and quant_rtn (extra gguf).")
     ] = False,
 ) -> None:
-    """Run quant_none, quant_rtn, quant_hqq and quant_awq on the embedded demo through lmms-eval and print one table."""
+    """Run four models on the embedded demo and print one table.
+
+    quant_none, quant_rtn, quant_hqq and quant_awq, through lmms-eval.
+    """
     from lmms_plugin.cli.demo_display import DemoProgress, show
     from lmms_plugin.demo import run
 
@@ -106,7 +121,10 @@ def inspect(
         int, typer.Option(min=0, help="Samples to compare outputs on with the dense model's; 0 for none.")
     ] = 4,
 ) -> None:
-    """Quantize a model and print the quantization report of every layer, or print what a GGUF file is."""
+    """Quantize a model and print its layers, or what a GGUF file is.
+
+    Nothing is evaluated or written.
+    """
     from loguru import logger
 
     from lmms_plugin import quantize
@@ -152,7 +170,10 @@ def sensitivity(
     resamples: Annotated[int, typer.Option(min=2, help="Resamples of the runs for the intervals.")] = 200,
     seed: Seed = 0,
 ) -> None:
-    """Estimate which component's bits decide a score: vision tower, connector or language model (arXiv 2601.15287)."""
+    """Estimate which component's bits decide a score.
+
+    Vision tower, connector or language model (arXiv 2601.15287).
+    """
     from lmms_plugin.analysis import component_importance as analysis
     from lmms_plugin.cli.printed_tables import sensitivity_table
     from lmms_plugin.cli.screens.analyses_screen import sensitivity_screen
@@ -183,7 +204,10 @@ def sensitivity(
 
 @app.command()
 def doctor(everything: Everything = False, json: AsJson = False) -> None:
-    """Check everything that a run needs and print a remedy for each failure. The exit status is 1 if a check fails."""
+    """Check all that a run needs, and print remedies.
+
+    The exit status is 1 if a check fails.
+    """
     from lmms_plugin.cli.screens.listings import doctor_screen
     from lmms_plugin.doctor import diagnosis
 
@@ -263,7 +287,10 @@ def strength(
     everything: Everything = False,
     json: AsJson = False,
 ) -> None:
-    """Measure the strength of shifts from the model's image features, beside the score they cost; no label is used."""
+    """Measure shifts by image features, beside what they cost.
+
+    The features are the model's own; no label is used.
+    """
     from lmms_plugin.analysis.logs import find, read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
 

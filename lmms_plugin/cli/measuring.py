@@ -48,7 +48,10 @@ def metrics(
         ),
     ] = None,
 ) -> None:
-    """Recompute the metrics from the logs of samples, with intervals over images. No model is loaded."""
+    """Recompute every metric of runs, with intervals over images.
+
+    The logs of samples say all; no model is loaded.
+    """
     from lmms_plugin.analysis import measure, overview
     from lmms_plugin.analysis.logs import find, read, read_one
     from lmms_plugin.cli.screens.metrics_screen import metrics_screen
@@ -99,7 +102,10 @@ def compare(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Compare two runs on the same documents: paired intervals, flips, corrected p-values, equivalence, shift."""
+    """Compare two runs on the same documents.
+
+    Paired intervals, flips, corrected p-values, equivalence, and what a shift costs each.
+    """
     from lmms_plugin.analysis import comparison, measure
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.cli import printed
@@ -116,7 +122,7 @@ def compare(
         print_json({"first": runs[0].label, "second": runs[1].label, **found._asdict()})
         return
     if not everything:
-        typer.echo(comparison_screen(found, [run.label for run in runs], settings, margin))
+        typer.echo(comparison_screen(found, [run.title for run in runs], settings, margin))
         return
     typer.echo(f"first:  {runs[0].label}\nsecond: {runs[1].label}")
     tables = [printed.changes_table(found, settings, margin)]
@@ -133,7 +139,10 @@ def estimators(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Compare all confidence estimators in the log of a run by AUROC, AURC and ECE."""
+    """Compare the confidence estimators of a run.
+
+    By AUROC, AURC and ECE.
+    """
     from lmms_plugin.analysis import estimator_ranking
     from lmms_plugin.analysis.logs import find, read
     from lmms_plugin.analysis.measure import MeasurementSettings

@@ -39,7 +39,10 @@ def distance(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Say how far a quantized model is from the unquantized one, without labels."""
+    """Say how far a quantized model is from the unquantized one.
+
+    No label is used.
+    """
     from lmms_plugin.analysis.measure import MeasurementSettings
 
     settings = MeasurementSettings(None, resamples, seed, level, workers=os.cpu_count() or 1)
@@ -83,9 +86,9 @@ def _print(first: Path, second: Path | None, settings: object, *, everything: bo
     runs = [read_one(path) for path in (first, second) if path is not None]
     with Working("resampling"):
         found = distances.of_run(runs[0], settings) if second is None else distances.of_runs(runs[0], runs[1], settings)
-    labels = [run.label for run in runs]
+    labels = [run.title for run in runs]
     if json:
-        print_json({"runs": labels, "tasks": found})
+        print_json({"runs": [run.label for run in runs], "tasks": found})
     elif everything:
         typer.echo("\n".join(distance_lines(found, labels, settings.level)))
     else:

@@ -36,7 +36,10 @@ def parity(
     everything: Annotated[bool, typer.Option("--all", help="Cut nothing, however long it gets.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say whether two engines give the same answers, and if not, why. Exit status: 0 same, 1 different, 2 neither."""
+    """Say whether two engines give the same answers, or why not.
+
+    Exit status: 0 same, 1 different, 2 neither.
+    """
     from lmms_plugin import side_by_side
     from lmms_plugin.analysis.measure import MeasurementSettings
 

@@ -23,7 +23,10 @@ def report(
     pictures: Annotated[int, typer.Option(min=0, help="Expressions in the gallery; 0 for none.")] = 12,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per processor.")] = None,
 ) -> None:
-    """Write one self-contained HTML page on a folder of results: tables, figures, flips, pictures, commands."""
+    """Write one HTML page on a folder of results.
+
+    Tables, figures, flips, pictures and commands; it needs no other file.
+    """
     from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.report import building
 

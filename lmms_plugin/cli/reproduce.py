@@ -45,7 +45,10 @@ def reproduce(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
     level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
 ) -> None:
-    """Run the unquantized model and say whether it reaches its published accuracy. Exit status: 0 yes, 1 not shown."""
+    """Say whether the unquantized model reaches what was published.
+
+    It is run, or a run is given. Exit status: 0 yes, 1 not shown.
+    """
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.analysis.measure import MeasurementSettings
     from lmms_plugin.analysis.reproduction.judging_reproduction import judge

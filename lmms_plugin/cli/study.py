@@ -10,7 +10,7 @@ from lmms_plugin.cli.terminal import Working, console
 from lmms_plugin.utils.outputs import expect_file, expect_folder
 from lmms_plugin.utils.reading.located import load
 
-app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it and run what is missing.")
+app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it, run it.")
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (docs/studies.md).")]
 
 
@@ -128,6 +128,7 @@ def run_study(
         raise typer.Exit(1)
     for line in (line for one in finished.conclusions or () for line in one.sentences):
         typer.echo(line)
+    typer.echo(planning.on_one_page(output))
 
 
 @app.command("analyse")

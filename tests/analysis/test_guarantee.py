@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,6 +177,8 @@ def test_weights_are_by_features_where_all_runs_kept_some_and_it_is_told(runs):
     some = reweighed(runs, Told("quant_none"))
     assert (some.reweighing.by, some.reweighing.lacking) == (Covariate.CONFIDENCES, "rtn 4")
     assert "Reweighed by confidences (rtn 4 kept no features), " in sentences(some)[-1]
+    none = replace(some, cells=tuple(replace(one, reweighed=None) for one in some.cells))
+    assert sentences(none)[-1].endswith(f"features), none of {len(some.cells)} tasks gets a threshold.")
     asked = reweighed(runs, Told("quant_none", "quant_rtn"), reweigh_by=Covariate.CONFIDENCES)
     assert asked.reweighing.by is Covariate.CONFIDENCES
     assert asked.cells == some.cells

@@ -1,14 +1,17 @@
 """The `lmms-plugin` command as installed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from helpers.environments import run
 
-from lmms_plugin.cli.main import main
+from lmms_plugin.cli.main import app, main
+from lmms_plugin.cli.screens.screen import HEIGHT, WIDTH
 
 COMMAND = str(Path(sys.executable).parent / "lmms-plugin")
 
@@ -206,6 +209,27 @@ def test_without_arguments_there_is_help(monkeypatch, capfd):
     printed = capfd.readouterr()
     assert "analyse" in printed.out + printed.err
     assert "error" not in printed.out + printed.err
+
+
+def test_the_list_of_commands_fits_one_screen(tmp_path):
+    wide = os.environ | {"COLUMNS": str(WIDTH)}
+    finished = subprocess.run([COMMAND], cwd=tmp_path, env=wide, capture_output=True, text=True)
+    lines = (finished.stdout + finished.stderr).splitlines()
+    assert len(lines) <= HEIGHT
+    assert max(map(len, lines)) <= WIDTH
+    for name in ("metrics", "study", "doctor"):
+        assert any(line.startswith(f"│ {name} ") for line in lines)
+
+
+def test_no_paragraph_of_a_help_text_is_broken_by_the_source():
+    def texts(command):
+        yield command.help or ""
+        for one in getattr(command, "commands", {}).values():
+            yield from texts(one)
+
+    paragraphs = [part for text in texts(typer.main.get_command(app)) for part in text.split("\n\n")[1:]]
+    assert len(paragraphs) > 10
+    assert not [part for part in paragraphs if "\n" in part.strip()]
 
 
 LATE = """

@@ -59,6 +59,11 @@ def test_an_incomplete_study_has_no_verdict(incomplete: Path) -> None:
     assert not list(incomplete.glob("verdict.*"))
 
 
+def test_a_folder_that_is_no_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected the folder of a study.*got .*other without study\.yaml"):
+        analyse(tmp_path / "other")
+
+
 def test_a_partial_verdict_says_so_first(incomplete: Path) -> None:
     (found,) = analyse(incomplete, partial=True)
     said = json.loads((incomplete / VERDICT).read_text())

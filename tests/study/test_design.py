@@ -19,7 +19,7 @@ from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.file.task_images import image_counts
 from lmms_plugin.study.file.tasks import known
-from lmms_plugin.study.run import cost, design
+from lmms_plugin.study.run import cost, design, planning
 from lmms_plugin.study.run.planning import Plan, PlannedCell, checked_cells
 from lmms_plugin.study.run.weights import Size
 from lmms_plugin.study.verdicts import pilot
@@ -159,6 +159,26 @@ def test_the_screen_of_a_design_answers_first(seeded):
     ]
     few = replace(made, images=2, shown=tuple(made.assumed.shown(2, 1)))
     assert "differences of over 100 under shift and over 100 of" in " ".join(plan_screen(found, few).split())
+
+
+def test_the_time_left_counts_what_is_known(seeded):
+    five = seeded._replace(cells=seeded.cells[:5])
+
+    def left(costs):
+        found = [one._replace(seconds=known) for one, known in zip(five.cells, costs, strict=True)]
+        return planning.summary(five._replace(cells=tuple(found))).partition("one at a time: ")[2]
+
+    stated, unknown = cost.Seconds(7200.0, f"{cost.STATED}: told"), cost.Seconds(None, "unknown: told")
+    measured = cost.Seconds(60.0, "measured")
+    assert left([measured] * 5) == "5 min"
+    assert left([measured] * 4 + [stated]) == "2 h 4 min (by parameters and documents, not measured)"
+    assert left([unknown] * 2 + [stated] * 3) == (
+        "6 h 0 min (by parameters and documents, not measured), and unknown for 2 cells"
+    )
+    assert left([unknown] * 5) == "unknown (no finished cell tells)"
+    done = five._replace(cells=tuple(one._replace(state="done") for one in five.cells))
+    assert planning.summary(done) == "5 cells: 5 done"
+    assert planning.on_one_page(Path("a b")) == "All cells on one page: lmms-plugin report 'a b' -o report.html"
 
 
 def test_members_of_a_group_of_lmms_eval_are_looked_up():

@@ -33,7 +33,9 @@ def test_time_left_is_what_is_expected_at_the_pace_so_far_less_what_is_spent() -
     assert progress.state() == "done 3 · running 0 · failed 1 · time left 6 s"
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(45, "45 s"), (720, "12 min"), (11_100, "3 h 5 min")])
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(45, "45 s"), (720, "12 min"), (11_100, "3 h 5 min"), (272_733_180, "75,759 h")]
+)
 def test_durations_are_told_as_people_tell_them(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
 

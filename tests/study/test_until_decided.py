@@ -332,7 +332,9 @@ def test_a_study_of_the_demo_stops_and_goes_on_after_the_loss_of_a_cell(tmp_path
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(STUDY + ANALYSIS, encoding="utf-8")
     arguments = ("study", "run", file, "--output", out, "--until-decided", "--first-images", "2")
-    assert "images, in random order (seed 0)" in command(*arguments)
+    printed = command(*arguments)
+    assert "images, in random order (seed 0)" in printed
+    assert printed.splitlines()[-1] == f"All cells on one page: lmms-plugin report {out} -o report.html"
     verdict = json.loads((out / "verdict.json").read_text())
     (details,) = verdict["details"]
     assert {one["finding"] for one in details["comparisons"]} == {EQUIVALENT}

@@ -41,7 +41,7 @@ def promise(found: RunGuarantee) -> str:
                 f"{none} Nothing was tested: of the images to choose on, {chosen.pilot_images} are pilot (--pilot) and"
                 f" {chosen.images} left to test; it takes both."
             )
-        tested = f"{counted(chosen.images, 'image')} were tested"
+        tested = f"{counted(chosen.images, 'image')} {'was' if chosen.images == 1 else 'were'} tested"
         return f"{none} {tested}; {found.needed} without any error are the fewest that can show it."
     return (
         f"{what}, at {_where(chosen.threshold)}: that accepts {100 * chosen.coverage:.0f} % on {found.task},"
@@ -56,10 +56,12 @@ def _weighed(found: RunGuarantee) -> str:
     missed = sum(one.verdict is Survival.BROKEN for one in chosen)
     lacking = found.reweighing.lacking
     why = f" ({lacking} kept no features)" if lacking else ""
-    return (
-        f"Reweighed by {found.reweighing.by.value}{why}, {len(chosen)} of {counted(len(found.cells), 'task')} get a"
-        f" threshold, of which {missed} are shown to miss the risk: estimated weights are no guarantee."
-    )
+    head, tasks = f"Reweighed by {found.reweighing.by.value}{why}, ", counted(len(found.cells), "task")
+    if not chosen:
+        return f"{head}none of {tasks} gets a threshold."
+    get = "gets" if len(chosen) == 1 else "get"
+    told = f"{missed} of them shown to miss" if missed else "none of them shown to miss"
+    return f"{head}{len(chosen)} of {tasks} {get} a threshold, {told} the risk: estimated weights are no guarantee."
 
 
 def _survival(found: RunGuarantee) -> list[str]:

@@ -46,7 +46,7 @@ def metrics_screen(found: Sequence[tuple[LoggedRun, Overview]], level: float, no
     few = sum(len(one.tasks) for _, one in found) <= MOST_TASKS
     tables = [table for run, one in found for table in _tables(run, one, named=len(found) > 1, few=few)]
     between = f"Second lines: {100 * level:g} % intervals over images. Floor: ECE of a calibrated model."
-    labels = [run.label] if len(found) == 1 else []
+    labels = [run.title] if len(found) == 1 else []
     return screen(answer, tables, [*labels, between, *notes], _REST)
 
 
@@ -83,7 +83,7 @@ def _where(row: OverviewRow) -> str:
 
 
 def _tables(run: LoggedRun, found: Overview, *, named: bool, few: bool) -> list[ScreenTable]:
-    title = run.label if named else ""
+    title = run.title if named else ""
     grouped = not few and len(found.groups) < len(found.tasks)
     rows = [_row(row, grouped=grouped) for row in (found.groups if grouped else found.tasks)]
     tables = [
@@ -130,11 +130,11 @@ def estimators_screen(found: Sequence[tuple[LoggedRun, list[RankedEstimator]]], 
         for name, rows in _by_group(run, judged).items():
             best = _ranked(rows)
             answer += _best(name, best)
-            title = f"{name} ({run.label})" if len(found) > 1 else name
+            title = f"{name} ({run.title})" if len(found) > 1 else name
             shown = [_of_estimator(estimator, of) for estimator, of in best]
             tables.append(ScreenTable(("estimator", "AURC", "AUROC", "ECE", "missing"), shown, "estimator", title))
     note = f"Best mean AURC first; second lines, of single tasks: {100 * level:g} % intervals."
-    labels = [found[0][0].label] if len(found) == 1 else []
+    labels = [found[0][0].title] if len(found) == 1 else []
     return screen(answer[:3], tables, [*labels, note], f"All estimators of all tasks: --all, --json; {NUMBERS}")
 
 

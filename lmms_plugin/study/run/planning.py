@@ -204,14 +204,29 @@ def remarks(found: Plan, output: Path | None) -> list[str]:
 def summary(found: Plan) -> str:
     """Summarise a plan in one line."""
     counts = ", ".join(f"{number} {state}" for state, number in found.counts().items() if number)
-    left = "unknown (no finished cell tells)" if found.seconds_left is None else duration(found.seconds_left)
-    if any(one.state != "done" and one.seconds.basis.startswith(cost.STATED) for one in found.cells):
-        left += " (by parameters and documents, not measured)"
+    costs = [one.seconds for one in found.cells if one.state != "done"]
+    left = f"; time left, one at a time: {_time_left(costs)}" if costs else ""
     verb = "is" if len(found.others) == 1 else "are"
     others = (
         f"; {counted(len(found.others), 'finished cell')} in the folder {verb} not of this plan" if found.others else ""
     )
-    return f"{counted(len(found.cells), 'cell')}: {counts}; time left, one at a time: {left}{others}"
+    return f"{counted(len(found.cells), 'cell')}: {counts}{left}{others}"
+
+
+def _time_left(costs: Sequence[cost.Seconds]) -> str:
+    """Return the time of unfinished cells; where that of some is unknown, that of the others and how many these are."""
+    known = [one.value for one in costs if one.value is not None]
+    if not known:
+        return "unknown (no finished cell tells)"
+    stated = any(one.value is not None and one.basis.startswith(cost.STATED) for one in costs)
+    told = duration(sum(known)) + (" (by parameters and documents, not measured)" if stated else "")
+    unknown = len(costs) - len(known)
+    return f"{told}, and unknown for {counted(unknown, 'cell')}" if unknown else told
+
+
+def on_one_page(output: Path) -> str:
+    """Return the line that names the command that shows a finished study."""
+    return f"All cells on one page: {command_line(('lmms-plugin', 'report', output, '-o', 'report.html'))}"
 
 
 def without_analysis(found: Plan, output: Path) -> str:

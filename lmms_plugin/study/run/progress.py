@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 
 def duration(seconds: float) -> str:
-    """Format seconds for people: `45 s`, `12 min`, `3 h 5 min`."""
+    """Format seconds for people: `45 s`, `12 min`, `3 h 5 min`, and `1,234 h` from 100 hours on."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 6000 else f"{minutes / 60:,.0f} h"
 
 
 @dataclass

@@ -78,10 +78,16 @@ def analyse(folder: Path, file: Path | None = None, *, partial: bool = False) ->
         FileNotFoundError: The folder holds no study file.
         ValueError: No analysis is asked for, it cannot be made, or cells are missing.
     """
+    if not (folder / STUDY).is_file():
+        raise FileNotFoundError(
+            f"expected the folder of a study, as lmms-plugin study run --output makes it, got {folder} without {STUDY}"
+        )
     study = read(folder / STUDY)
     asked = (study if file is None else read(file)).analysis
     if asked is None:
-        raise ValueError(f"expected an analysis in {file or folder / STUDY}, got none")
+        raise ValueError(
+            f"expected an analysis in {file or folder / STUDY}, got none (--file FILE takes that of another study file)"
+        )
     schedule = ImageStages.read(folder)
     if schedule is not None:
         return _by_stages(folder, cells(study, runnable=False), asked, schedule, partial=partial)
