@@ -66,7 +66,8 @@ def test_the_verdict_and_its_figures_stand_above_what_is_folded(folded, width):
         assert page.locator(f"#{section} h2").is_visible()
         assert not page.locator(f"#{section} > details").get_attribute("open")
     page.locator("nav a", has_text="Table").click()
-    assert page.locator("#t-leader").is_visible()
+    # The section is opened by the event that follows the click.
+    page.locator("#t-leader").wait_for(state="visible")
 
 
 def test_the_last_column_of_the_table_is_not_cut(opened):
