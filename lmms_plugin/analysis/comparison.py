@@ -15,7 +15,7 @@ from lmms_plugin.analysis.logs import LoggedRun
 from lmms_plugin.analysis.measure import PRINTED, REJECTED, Grid, MeasurementSettings, as_table, families, grids
 from lmms_plugin.analysis.records import CLEAN, REJECTION, TaskKind, TaskRecords, match
 from lmms_plugin.metrics import robustness
-from lmms_plugin.metrics.bootstrap import Clusters, Draws, Interval, Parts, Statistic, bootstrap, interval
+from lmms_plugin.metrics.bootstrap import ClusterParts, Clusters, Draws, Interval, Statistic, bootstrap, interval
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.paired import (
     Difference,
@@ -392,7 +392,7 @@ def _mean(cells: Sequence[Draws], name: str) -> Draws:
     pairs = [cell.of(name) for cell in cells]
     value = np.array([np.mean([value for value, _ in pairs])])
     resampled = np.mean([resampled for _, resampled in pairs], axis=0)[:, None]
-    parts = Parts.mean([cell.parts_of(name) for cell in cells])
+    parts = ClusterParts.mean([cell.parts_of(name) for cell in cells])
     if parts is None:
         return Draws((name,), value, resampled)
     return Draws((name,), value, resampled, parts.added[:, None], parts.present[:, None])

@@ -70,10 +70,7 @@ def export(
     seed: Seed = 0,
     level: Level = 0.95,
 ) -> None:
-    """Export a run for leaderboards.
-
-    Its answers are scored again first, and every record is validated.
-    """
+    """Export a run for leaderboards: its answers are scored again first, and every record is validated."""
     from lmms_plugin.analysis.logs import read_one
     from lmms_plugin.export import hub
     from lmms_plugin.export.every_eval_ever import EvaluationSource

@@ -72,7 +72,7 @@ class OfRecords(Protocol):
 
 
 @dataclass(frozen=True)
-class Parts:
+class ClusterParts:
     """What each cluster adds to one number, or to a difference of several.
 
     Attributes:
@@ -83,11 +83,11 @@ class Parts:
     added: Floats
     present: npt.NDArray[np.bool_]
 
-    def __sub__(self, other: "Parts") -> "Parts":
-        return Parts(self.added - other.added, self.present | other.present)
+    def __sub__(self, other: "ClusterParts") -> "ClusterParts":
+        return ClusterParts(self.added - other.added, self.present | other.present)
 
     @classmethod
-    def mean(cls, several: Sequence["Parts | None"]) -> "Parts | None":
+    def mean(cls, several: Sequence["ClusterParts | None"]) -> "ClusterParts | None":
         """Return what each cluster adds to the mean of several numbers; None where that of one is not known."""
         known = [one for one in several if one is not None]
         if len(known) < len(several):
@@ -95,9 +95,9 @@ class Parts:
         return cls(np.mean([one.added for one in known], axis=0), np.any([one.present for one in known], axis=0))
 
     @property
-    def unlike(self) -> "Parts":
+    def unlike(self) -> "ClusterParts":
         """Return the parts of a number of the same clusters that is no sum over them."""
-        return Parts(np.full_like(self.added, np.nan), self.present)
+        return ClusterParts(np.full_like(self.added, np.nan), self.present)
 
     def least_p(self) -> float:
         """Return the two-sided p-value below which none can be that the number is 0.
@@ -170,12 +170,12 @@ class Draws(NamedTuple):
         column = self.names.index(name)
         return float(self.value[column]), self.resampled[:, column]
 
-    def parts_of(self, name: str) -> Parts | None:
+    def parts_of(self, name: str) -> ClusterParts | None:
         """Return what each cluster adds to one number."""
         if self.parts is None or self.present is None:
             return None
         column = self.names.index(name)
-        return Parts(self.parts[:, column], self.present[:, column])
+        return ClusterParts(self.parts[:, column], self.present[:, column])
 
 
 class Interval(NamedTuple):
@@ -309,7 +309,7 @@ def p_value(value: float, resampled: Floats, *, method: Method = "percentile", l
         value: Value on the data themselves.
         resampled: Values on the resamples, shape (resamples,).
         method: Method that turns resamples into an interval.
-        least: Least p-value that the clusters can give, from `Parts.least_p`.
+        least: Least p-value that the clusters can give, from `ClusterParts.least_p`.
     """
     moved = _moved(value, resampled, method)
     if moved is None:

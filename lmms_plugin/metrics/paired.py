@@ -8,7 +8,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 from lmms_plugin.metrics._inputs import Floats, fractions
-from lmms_plugin.metrics.bootstrap import Draws, Interval, Method, Parts, interval, p_value
+from lmms_plugin.metrics.bootstrap import ClusterParts, Draws, Interval, Method, interval, p_value
 from lmms_plugin.metrics.intervals import METHODS
 
 
@@ -123,13 +123,13 @@ def from_resamples(
     level: float,
     margin: float | None,
     *,
-    parts: Parts | None = None,
+    parts: ClusterParts | None = None,
     widest: float = float("inf"),
 ) -> Difference:
     """Return a difference with its interval, p-value and, given a margin, equivalence.
 
     Few images show little, whatever the resamples say: p is at least that of a sign-flip test of the images that differ
-    (`bootstrap.Parts.least_p`), and equivalence takes so many that a one-sided test of them could show it.
+    (`bootstrap.ClusterParts.least_p`), and equivalence takes so many that a one-sided test of them could show it.
 
     Args:
         value: Value on the data themselves.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
-from lmms_plugin.metrics.bootstrap import Clusters, Interval, Parts, bootstrap
+from lmms_plugin.metrics.bootstrap import ClusterParts, Clusters, Interval, bootstrap
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.paired import (
     benjamini_hochberg,
@@ -202,11 +202,11 @@ def test_p_is_at_least_the_exact_one_of_images_that_do_not_agree(lost, won):
 
 def test_signs_of_unequal_differences_are_all_tried():
     added = np.array([0.3, -0.2, 0.25, 0.05, 0.0, 0.4])
-    parts = Parts(added, np.ones(6, np.bool_))
+    parts = ClusterParts(added, np.ones(6, np.bool_))
     exact = np.mean([abs(np.dot(signs, added)) >= added.sum() - 1e-9 for signs in product((-1, 1), repeat=6)])
     assert parts.least_p() == pytest.approx(exact)
-    assert Parts(added, added > 0).least_p() == 2**-3
-    many = Parts(np.where(np.arange(20) < 10, 0.1, -0.1), np.ones(20, np.bool_))
+    assert ClusterParts(added, added > 0).least_p() == 2**-3
+    many = ClusterParts(np.where(np.arange(20) < 10, 0.1, -0.1), np.ones(20, np.bool_))
     assert many.least_p() == 2**-19
 
 

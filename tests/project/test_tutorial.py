@@ -20,7 +20,8 @@ def blocks(page):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tutorial")
-    docs = report_study.documents(40)
+    # Enough images for an exact test of the signs of their differences.
+    docs = report_study.documents(160)
     report_study.write_run(folder / "results" / "none", docs, 0.9)
     for seed, (method, skill) in enumerate((("rtn", 0.3), ("hqq", 0.5)), start=1):
         report_study.write_run(

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from lmms_plugin.analysis.logs import LoggedRun, read_one
 from lmms_plugin.analysis.records import REJECTION, TaskRecords, match
 from lmms_plugin.analysis.study_files import CELLS, DONE
-from lmms_plugin.metrics.bootstrap import RESAMPLES, Clusters, Parts, Statistic, bootstrap
+from lmms_plugin.metrics.bootstrap import RESAMPLES, ClusterParts, Clusters, Statistic, bootstrap
 from lmms_plugin.metrics.calibration import Binned
 from lmms_plugin.metrics.intervals import METHODS
 from lmms_plugin.metrics.paired import Difference, flips, from_resamples
@@ -72,7 +72,7 @@ class ResampledNumber:
 
     value: float
     resampled: Floats = field(repr=False)
-    parts: Parts | None = field(default=None, repr=False)
+    parts: ClusterParts | None = field(default=None, repr=False)
 
     def __sub__(self, other: ResampledNumber) -> ResampledNumber:
         parts = None if self.parts is None or other.parts is None else self.parts - other.parts
@@ -98,7 +98,7 @@ def mean(parts: Sequence[ResampledNumber]) -> ResampledNumber:
     return ResampledNumber(
         float(np.mean([part.value for part in parts])),
         np.mean([part.resampled for part in parts], axis=0),
-        Parts.mean([part.parts for part in parts]),
+        ClusterParts.mean([part.parts for part in parts]),
     )
 
 
@@ -205,7 +205,7 @@ class ResampledCells:
         weights = self._seed_weights(cells[0].axes.calibration, tuple(cell.axes.seed for cell in cells))
         resampled = np.einsum("sr,sr->r", weights, np.stack([one.resampled for one in drawn]))
         return ResampledNumber(
-            float(np.mean([one.value for one in drawn])), resampled, Parts.mean([one.parts for one in drawn])
+            float(np.mean([one.value for one in drawn])), resampled, ClusterParts.mean([one.parts for one in drawn])
         )
 
     def _seed_weights(self, calibration: str | None, seeds: tuple[int | None, ...]) -> Floats:
