@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.quantized_states import states
 from torch import nn
 
 from lmms_plugin import quant_backends
@@ -18,7 +19,6 @@ from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.quant_backends.calibration import journal
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
-from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.methods.awq import AwqBackend
 from lmms_plugin.quant_backends.plans.plan import QuantPlan, QuantSpec
 from lmms_plugin.utils import hashing, variables
@@ -59,11 +59,6 @@ def cache(tmp_path, monkeypatch):
 def load(path, backend=None, samples=2, seed=0, **options):
     calibration = CalibrationSpec("self", samples=samples, seed=seed)
     return load_quantized(str(path), backend=backend or get("awq"), plan=PLAN, calibration=calibration, **options)
-
-
-def states(loaded):
-    layers = {n: m for n, m in loaded.model.named_modules() if isinstance(m, QuantizedLinear)}
-    return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
 
 
 def assert_same(one, other):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.quantized_states import states
 from safetensors.torch import load_file, save_file
 from transformers import GenerationMixin
 
@@ -18,7 +19,6 @@ from lmms_plugin.quant_backends.backend import CalibratedBackend
 from lmms_plugin.quant_backends.calibration import capture, kept_statistics, sequential
 from lmms_plugin.quant_backends.calibration.sources import CalibrationSpec
 from lmms_plugin.quant_backends.checkpoints.loading import load_quantized
-from lmms_plugin.quant_backends.layers.linear import QuantizedLinear
 from lmms_plugin.quant_backends.plans.plan import QuantPlan
 from lmms_plugin.utils import tensor_files, variables
 
@@ -32,11 +32,6 @@ def load(path, backend, bits=4, seed=0, vision=8, **options):
     plan = QuantPlan.from_arguments(bits=bits, group_size=32, vision_bits=vision)
     calibration = CalibrationSpec("self", samples=2, seed=seed)
     return load_quantized(str(path), backend=backend, plan=plan, calibration=calibration, **options)
-
-
-def states(loaded):
-    layers = {n: m for n, m in loaded.model.named_modules() if isinstance(m, QuantizedLinear)}
-    return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
 
 
 def assert_same(one, other):
