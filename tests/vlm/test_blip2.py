@@ -64,7 +64,7 @@ def test_answers_depend_neither_on_their_batch_nor_on_sharing(vlm):
     assert_equal(answers(vlm, 2, messages=ask), expected)
 
 
-def test_the_image_is_shared_or_it_is_said_why_not(vlm):
+def test_the_image_is_shared_or_it_is_said_why_not(vlm, checkpoint):
     answers(vlm, messages=ask)
     with calls(vlm) as seen:
         answers(vlm, messages=ask)
@@ -73,7 +73,7 @@ def test_the_image_is_shared_or_it_is_said_why_not(vlm):
         assert reason in vlm.responder.engine.runner.sharing.off
         assert seen == [(1, True)] * len(QUESTIONS)
     else:
-        assert vlm.arguments.pretrained.endswith("blip2_opt0")
+        assert vlm.arguments.pretrained == str(checkpoint("blip2_opt"))
         assert vlm.responder.engine.runner.sharing.verified
         # One run per image: the questions go to the language model within.
         assert seen == [(1, True)] * 3
